@@ -1,0 +1,1 @@
+"""Data sets: one file each, `Spec`, `REVISION`, `load(spec) -> Splits`."""

@@ -1,0 +1,1 @@
+"""Handcrafted teachers: one file each, `Spec`, `REVISION`, optional `fit`, `describe`."""

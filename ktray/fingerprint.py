@@ -1,0 +1,61 @@
+"""One canonical form of a value, and its hash: the identity of everything that ktray computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def canonical(value: Any, path: str = "") -> str:
+    """The one JSON text of `value`: sorted keys, no spaces, shortest round-trip floats.
+
+    Integral floats stay floats (``1.0`` is not ``1``): a spec field has one type, so one text.
+
+    Args:
+        value: None, bool, int, finite float, str, or lists, tuples and string-keyed mappings of those.
+        path: dotted path of `value`, for the error.
+
+    Raises:
+        TypeError: something has no canonical form; the message holds its dotted path.
+    """
+    return json.dumps(_plain(value, path), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any, path: str) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"{path or 'value'}: {value} has no canonical form; use a finite number or null")
+        return value
+    if isinstance(value, Mapping):
+        strangers = [key for key in value if not isinstance(key, str)]
+        if strangers:
+            raise TypeError(f"{path or 'value'}: the key {strangers[0]!r} is not a string")
+        return {key: _plain(item, f"{path}.{key}" if path else key) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}.{index}" if path else str(index)) for index, item in enumerate(value)]
+    raise TypeError(f"{path or 'value'}: a {type(value).__name__} has no canonical form")
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 (64 hex digits) of the canonical form of `value`."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (64 hex digits) of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed in [0, 2**63) from `parts`, such as ``seed_of(spec.seed, "shuffle", epoch)``.
+
+    Neighbouring seeds give unrelated streams, which adding numbers to a seed does not.
+    """
+    return int(fingerprint(list(parts))[:16], 16) >> 1

@@ -1,0 +1,74 @@
+"""Images as the stages see them: uint8 arrays by index, from a memmap or decoded on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Unreadable(Exception):
+    """One image cannot be decoded; it is counted, listed and left out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one split before decoding.
+
+    Attributes:
+        names: (N,) relative path or row name of each image; unique.
+        read: index -> pixels (h, w, 3) uint8, of any h and w. Raises Unreadable.
+        content: index -> (size in bytes, sha256 hex of the encoded content), for the identity of the data.
+        labels: (N,) int64 in [0, len(classes)), or None.
+        classes: names of the classes, or empty.
+        boxes: one (n_i, 5) float32 array of [x0, y0, x1, y1, class] in pixels per image, or None.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[int], NDArray[np.uint8]]
+    content: Callable[[int], tuple[int, str]]
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+    boxes: tuple[NDArray[np.float32], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What `datasets/<kind>.load` returns; where `val` is None, a seeded stratified part of `train` becomes it.
+
+    Attributes:
+        identity: sha256 hex if the loader knows the content without reading it (generated or shipped data), else None.
+    """
+
+    train: Source
+    val: Source | None = None
+    test: Source | None = None
+    identity: str | None = None
+
+
+@dataclass(frozen=True)
+class Images:
+    """Decoded images of one split, all of one size.
+
+    Attributes:
+        count: N.
+        size: side H = W in pixels.
+        read: ascending or arbitrary indices (B,) int64 -> (B, H, W, 3) uint8, a fresh array.
+        labels: (N,) int64, or None.
+        classes: names of the classes, or empty.
+        names: (N,) relative paths.
+        boxes: as in Source, in pixels of the decoded image, or None.
+    """
+
+    count: int
+    size: int
+    read: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    boxes: tuple[NDArray[np.float32], ...] | None = None
+
+    def __len__(self) -> int:
+        return self.count

@@ -1,0 +1,85 @@
+"""The folder is the registry: `pretext/rotation.py` is the pretext task `rotation`.
+
+The only `import_module` of the project. A kind with a dot (`my_lab.colour`) is a module from outside and loads only after
+`allow("my_lab")`, so that a YAML file alone can never make ktray import something.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pkgutil
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from ktray.errors import UserError
+
+ROOMS = {
+    "dataset": "datasets",
+    "backbone": "backbones",
+    "pretext": "pretext",
+    "descriptor": "descriptors",
+    "transfer": "transfer",
+    "evaluation": "evals",
+}
+_ALLOWED = "KTRAY_ALLOW_PLUGINS"  # an environment variable, so that Ray's workers inherit it
+
+
+def allow(packages: list[str]) -> None:
+    """Let kinds from these top-level packages load, here and in processes started from here."""
+    known = [name for name in os.environ.get(_ALLOWED, "").split(",") if name]
+    os.environ[_ALLOWED] = ",".join(dict.fromkeys([*known, *packages]))
+
+
+def kinds(room: str) -> list[str]:
+    """Sorted names of the kinds that ship in a room, such as ``kinds("pretext")``."""
+    folder = import_module(f"ktray.{ROOMS[room]}")
+    return sorted(entry.name for entry in pkgutil.iter_modules(folder.__path__))
+
+
+def module(room: str, kind: str) -> ModuleType:
+    """The module that defines a kind.
+
+    Raises:
+        UserError: no such kind (with the nearest names), or a dotted one whose package was not allowed.
+    """
+    if "." in kind:
+        package = kind.split(".")[0]
+        if package not in os.environ.get(_ALLOWED, "").split(","):
+            raise UserError(
+                f"the {room} kind {kind!r} comes from the package {package!r}, which this command does not trust",
+                instead=f"Add --allow-plugins {package} if you do.",
+            )
+        try:
+            return import_module(kind)
+        except ModuleNotFoundError as error:
+            raise UserError(f"the {room} kind {kind!r} cannot be imported: {error}") from error
+    if kind not in kinds(room):
+        near = difflib.get_close_matches(kind, kinds(room), n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"there is no {room} kind {kind!r}", instead=f"{hint}Known: {', '.join(kinds(room))}.")
+    return import_module(f"ktray.{ROOMS[room]}.{kind}")
+
+
+def parse(room: str, value: Any) -> Any:
+    """`value` (a kind's name, a mapping with `kind`, or a ready Spec) as the Spec of its kind.
+
+    Raises:
+        UserError: unknown kind, or not a mapping with `kind`.
+        pydantic.ValidationError: a field of the kind is wrong; the caller knows the path.
+    """
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, Mapping):
+        kind = value.get("kind")
+        if not isinstance(kind, str):
+            raise UserError(f"a {room} needs a 'kind'", instead=f"One of: {', '.join(kinds(room))}.")
+        return module(room, kind).Spec.model_validate(dict(value))
+    return value
+
+
+def module_of(room: str, spec: Any) -> ModuleType:
+    """The module that defines the kind of a ready spec."""
+    return module(room, spec.kind)

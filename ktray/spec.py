@@ -1,0 +1,176 @@
+"""What a pair is: the frozen, strict specs that a person types. Every field is part of the identity, defaults included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from ktray import plugins
+
+
+class Spec(BaseModel):
+    """Frozen and strict: an unknown field is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _plugin(room: str) -> Any:
+    return Annotated[SerializeAsAny[Spec], BeforeValidator(lambda value: plugins.parse(room, value))]
+
+
+def _data(value: Any) -> Any:
+    """``fashion_mnist_mini``, ``parquet:/p?label=label`` or a mapping, as one data set's mapping or spec."""
+    if not isinstance(value, str):
+        return plugins.parse("dataset", value)
+    kind, _, rest = value.partition(":")
+    location, _, query = rest.partition("?")
+    fields: dict[str, Any] = {"kind": kind}
+    if location:
+        fields["path"] = location
+    for pair in filter(None, query.split("&")):
+        name, _, text = pair.partition("=")
+        fields[name] = text
+    return plugins.parse("dataset", fields)
+
+
+DataSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_data)]
+BackboneSpec = _plugin("backbone")
+Seed = Annotated[int, Field(ge=0)]
+
+
+class DataRoles(Spec):
+    """Which data set plays which part; the paper's Table 2 lets them differ."""
+
+    pretext: DataSpec
+    cluster: DataSpec
+    transfer: DataSpec
+    target: DataSpec
+
+
+class Schedule(Spec):
+    """How a network is trained: learning rate over time, and the optimiser's settings.
+
+    `warmup_stable` warms up linearly, stays, and decays linearly to zero over the last `decay` share of the epochs. Its trunk
+    (all before the decay) does not read the total, so a longer training continues a shorter one's trunk. `cosine` reads it.
+    """
+
+    kind: Literal["constant", "warmup_stable", "cosine"] = "warmup_stable"
+    epochs: int = Field(ge=1, le=10_000)
+    lr: float = Field(default=0.05, gt=0, le=100)
+    warmup: float = Field(default=0.0, ge=0, description="epochs")
+    decay: float = Field(default=0.0, ge=0, le=1, description="share of the epochs, warmup_stable only")
+    batch_size: int = Field(default=128, ge=2)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+
+    @model_validator(mode="after")
+    def _only_what_the_kind_has(self) -> Schedule:
+        if self.kind != "warmup_stable" and self.decay:
+            raise ValueError(f"decay belongs to warmup_stable; a {self.kind} schedule has none")
+        if self.kind == "constant" and self.warmup:
+            raise ValueError("a constant schedule has no warmup; use warmup_stable")
+        return self
+
+
+class Pooling(Spec):
+    """How the feature maps of a layer become one vector: pooled to a grid x grid x C, then flattened."""
+
+    kind: Literal["avg", "max"] = "avg"
+    grid: int = Field(default=1, ge=1, le=64)
+
+
+class TrainedTeacher(Spec):
+    """A backbone trained on a pretext task; its features are those of one named layer."""
+
+    pretext: _plugin("pretext")  # type: ignore[valid-type]
+    backbone: BackboneSpec
+    layer: str | None = Field(default=None, description="null: the backbone's own features")
+    pool: Pooling = Pooling()
+    schedule: Schedule
+    seed: Seed = 0
+
+
+class HandcraftedTeacher(Spec):
+    """A descriptor: no training, no seed, no schedule."""
+
+    descriptor: _plugin("descriptor")  # type: ignore[valid-type]
+
+
+class LoadedTeacher(Spec):
+    """A backbone with weights from a file: safetensors, or a state_dict that loads with weights_only."""
+
+    checkpoint: str
+    backbone: BackboneSpec
+    layer: str | None = None
+    pool: Pooling = Pooling()
+
+
+def _teacher(value: Any) -> Any:
+    """The teacher type by the field that only it has, so that errors speak of one type and not of three."""
+    if not isinstance(value, Mapping):
+        return value
+    by_field = {"pretext": TrainedTeacher, "descriptor": HandcraftedTeacher, "checkpoint": LoadedTeacher}
+    present = [field for field in by_field if field in value]
+    if len(present) != 1:
+        raise ValueError(
+            "a teacher has exactly one of 'pretext' (trained), 'descriptor' (handcrafted) or 'checkpoint' (loaded)"
+            + (f"; this one has {' and '.join(present)}" if present else "")
+        )
+    return by_field[present[0]].model_validate(dict(value))
+
+
+TeacherSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_teacher)]
+
+
+class Augment(Spec):
+    """Random views of the student's training images."""
+
+    crop: int = Field(default=2, ge=0, description="pixels of padding before a random crop")
+    flip: bool = False
+
+
+class Student(Spec):
+    """A fresh network that learns to predict what the transfer asks of it."""
+
+    backbone: BackboneSpec
+    schedule: Schedule
+    augment: Augment = Augment()
+    seed: Seed = 0
+
+
+class PairSpec(Spec):
+    """One complete transfer: a teacher, a way to transfer, a student, and how they are judged."""
+
+    data: DataRoles
+    teacher: TeacherSpec | None = Field(default=None, description="null only for transfers without a teacher")
+    transfer: _plugin("transfer")  # type: ignore[valid-type]
+    student: Student
+    evals: tuple[_plugin("evaluation"), ...] = ()  # type: ignore[valid-type]
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_name_for_all_roles(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "kind" not in value:
+            return value
+        if isinstance(value, DataRoles):
+            return value
+        return {role: value for role in DataRoles.model_fields}
+
+    @model_validator(mode="after")
+    def _a_teacher_exactly_where_needed(self) -> PairSpec:
+        needs = plugins.module_of("transfer", self.transfer).NEEDS
+        if "features" in needs and self.teacher is None:
+            raise ValueError(f"the transfer {self.transfer.kind!r} needs a teacher")
+        if "features" not in needs and self.teacher is not None and not self._judges_the_teacher():
+            raise ValueError(f"the transfer {self.transfer.kind!r} uses no teacher; leave 'teacher' out")
+        names = [getattr(entry, "name", None) or entry.kind for entry in self.evals]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two evals are called {twice.pop()!r}; give one of them a 'name'")
+        return self
+
+    def _judges_the_teacher(self) -> bool:
+        return any(getattr(entry, "of", "student") == "teacher" for entry in self.evals)

@@ -1,0 +1,33 @@
+"""A training problem, as a record of functions; `train.fit` solves it, plugins state it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a backbone is trained for.
+
+    The model is ``head(backbone(inputs))``. One image may become several inputs (the nine tiles of a puzzle, two views): then
+    `inputs` has a multiple of B rows and the head brings them together again.
+
+    Attributes:
+        head: feature width D of the backbone -> the module on top of it, (M, D) -> whatever `loss` takes.
+        batch: (images (B, H, W, 3) uint8 on the training device, their indices (B,) int64 on the CPU, a CPU generator seeded
+            from (seed, epoch, step)) -> (inputs (M, 3, h, w) float32 as from `augment.to_float`, targets with B rows). All random
+            draws come from the generator, so that the batch is the same on every device.
+        loss: (outputs of the head, targets) -> (scalar loss, metrics as scalars, such as {"top1": ...} in [0, 1]).
+        keep: indices (n,) int64 of the images to train on, ascending; None for all.
+        after_step: called with the model (`nn.ModuleDict` of "backbone" and "head") after every optimiser step.
+    """
+
+    head: Callable[[int], nn.Module]
+    batch: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+    loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+    keep: Tensor | None = None
+    after_step: Callable[[nn.Module], None] | None = None
