@@ -1,0 +1,54 @@
+"""A stage before it ran, and the artifact that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ktray.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pair, as plain data: it travels to any worker and hashes to its key.
+
+    Attributes:
+        name: what is done, such as ``features``; `stages.WORK` holds the function of that name.
+        spec: the slice of the pair's spec that determines the result (JSON values).
+        revisions: revision numbers of the code that gives the spec its meaning.
+        inputs: role -> key of the stages whose artifacts this one reads.
+        starts: keys of earlier snapshots of the same training, latest first. Training is bitwise the same wherever it is cut,
+            so a run begins at the first of these that it finds; they are no part of the identity.
+        local: where things are (data paths, devices); no part of the identity.
+    """
+
+    name: str
+    spec: Mapping[str, Any]
+    revisions: Mapping[str, int]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    starts: tuple[str, ...] = ()
+    local: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def sha256(self) -> str:
+        """64 hex digits of everything that determines the result."""
+        parts = {"stage": self.name, "revisions": self.revisions, "spec": self.spec, "inputs": self.inputs}
+        return fingerprint(parts)
+
+    @cached_property
+    def key(self) -> str:
+        """Readable head and 12 hex digits, such as ``clusters-3f9a1c0b2d44``; also the artifact's directory name."""
+        return f"{self.name}-{self.sha256[:12]}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage: its files, its metrics and the record of how it came to be."""
+
+    key: str
+    directory: Path
+    metrics: Mapping[str, float]
+    record: Mapping[str, Any]

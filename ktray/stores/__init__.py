@@ -1,0 +1,62 @@
+"""Where artifacts live. `file.FileStore` is first class; every store keeps the contract of `Store`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ktray.artifact import Artifact
+from ktray.errors import UserError
+
+
+class Store(Protocol):
+    """Publish-once storage of artifacts by key.
+
+    A stage is computed in a scratch directory of its own (one per attempt) and published by one rename, record last. Whoever
+    publishes second is discarded. Nothing damaged is ever returned.
+    """
+
+    @property
+    def url(self) -> str:
+        """What `open_store` takes to open the same store elsewhere."""
+
+    def find(self, key: str) -> Artifact | None:
+        """The artifact, or None if absent; a damaged one is moved aside with a warning and counts as absent."""
+
+    def scratch(self, key: str, attempt: str) -> Path:
+        """A fresh empty directory for one attempt at `key`."""
+
+    def publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> tuple[Artifact, bool]:
+        """Write `record` last and publish; (artifact, whether this call published it). FileNotFoundError if fenced."""
+
+    def fence(self, key: str, attempt: str) -> bool:
+        """Take the scratch directory away from an attempt, so that it can neither write nor publish; False if it was gone."""
+
+    def checkpoints(self, key: str) -> list[Path]:
+        """Complete checkpoints that unfinished attempts at `key` left, newest first."""
+
+    def fail(self, key: str, failure: Mapping[str, Any]) -> None:
+        """Remember why the last attempt at `key` failed; a failure is not an artifact."""
+
+    def failure(self, key: str) -> Mapping[str, Any] | None:
+        """Why the last attempt at `key` failed, or None."""
+
+    def keys(self) -> Iterator[str]:
+        """Keys of all published artifacts."""
+
+    def remove(self, key: str) -> None:
+        """Delete an artifact."""
+
+    def sweep(self) -> int:
+        """Remove what dead attempts left behind; how many directories. Only while nothing runs on this store."""
+
+
+def open_store(url: str) -> Store:
+    """The store at `url`: ``file:///path`` or a plain path."""
+    from ktray.stores.file import FileStore
+
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme != "file":
+        raise UserError(f"the store {url!r} is not supported", instead="Use file:///path, local or on a shared file system.")
+    return FileStore(Path(rest if separator else url))

@@ -1,0 +1,185 @@
+"""Artifacts as directories on a POSIX file system, local or shared; readers map the files in place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ktray.artifact import Artifact
+from ktray.fingerprint import file_sha256
+
+RECORD = "record.json"
+CHECKPOINT = "checkpoint-"
+log = logging.getLogger("ktray")
+
+
+class FileStore:
+    """One directory per artifact under `root`; dot-directories hold what is not published.
+
+    `.scratch/KEY.ATTEMPT` is where an attempt writes, `.fenced` where it is taken to, `.damaged` where artifacts go whose files
+    do not have the sizes of their record, `.failures` where the cause of the last failure lies.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def url(self) -> str:
+        return f"file://{self.root}"
+
+    def find(self, key: str) -> Artifact | None:
+        directory = self.root / key
+        try:
+            record = json.loads((directory / RECORD).read_text())
+            problem = _damage(directory, record)
+        except FileNotFoundError:
+            if not directory.exists():
+                return None
+            record, problem = {}, "its record is missing"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            record, problem = {}, f"its record is unreadable ({error})"
+        if problem:
+            self._set_aside(directory, problem)
+            return None
+        return Artifact(key, directory, record["metrics"], record)
+
+    def _set_aside(self, directory: Path, problem: str) -> None:
+        log.warning("%s is damaged (%s): moved to .damaged, it will be computed again", directory.name, problem)
+        target = self._hidden(".damaged") / f"{directory.name}.{uuid.uuid4().hex[:8]}"
+        try:
+            directory.rename(target)
+        except FileNotFoundError:
+            pass  # another process saw the same damage first
+
+    def scratch(self, key: str, attempt: str) -> Path:
+        directory = self._hidden(".scratch") / f"{key}.{attempt}"
+        directory.mkdir()
+        return directory
+
+    def publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> tuple[Artifact, bool]:
+        for leftover in scratch.glob(f"{CHECKPOINT}*"):
+            shutil.rmtree(leftover)
+        full = {**record, "files": _inventory(scratch)}
+        _write_durably(scratch / RECORD, json.dumps(full, indent=1, sort_keys=True))
+        try:
+            # rename(2) onto a directory that holds files fails: that is publish-once, without a lock.
+            scratch.rename(self.root / key)
+            published = True
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            shutil.rmtree(scratch, ignore_errors=True)
+            published = False
+        self._forget_attempts(key)
+        artifact = self.find(key)
+        if artifact is None:
+            raise FileNotFoundError(f"{key} vanished right after it was published")
+        return artifact, published
+
+    def _forget_attempts(self, key: str) -> None:
+        (self._hidden(".failures") / f"{key}.json").unlink(missing_ok=True)
+        for place in (".scratch", ".fenced"):
+            for directory in self._hidden(place).glob(f"{key}.*"):
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def fence(self, key: str, attempt: str) -> bool:
+        name = f"{key}.{attempt}"
+        try:
+            (self._hidden(".scratch") / name).rename(self._hidden(".fenced") / name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def checkpoints(self, key: str) -> list[Path]:
+        found: list[tuple[int, Path]] = []
+        for place in (".scratch", ".fenced"):
+            for path in self._hidden(place).glob(f"{key}.*/{CHECKPOINT}*"):
+                epoch = path.name.removeprefix(CHECKPOINT)
+                if epoch.isdigit():  # a half-written one has another name until it is complete
+                    found.append((int(epoch), path))
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def fail(self, key: str, failure: Mapping[str, Any]) -> None:
+        _write_durably(self._hidden(".failures") / f"{key}.json", json.dumps(failure, indent=1, sort_keys=True))
+
+    def failure(self, key: str) -> Mapping[str, Any] | None:
+        try:
+            found: Mapping[str, Any] = json.loads((self._hidden(".failures") / f"{key}.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return found
+
+    def keys(self) -> Iterator[str]:
+        for directory in sorted(self.root.iterdir()):
+            if not directory.name.startswith(".") and (directory / RECORD).exists():
+                yield directory.name
+
+    def remove(self, key: str) -> None:
+        # Renamed away first: a reader sees the artifact whole or not at all.
+        target = self._hidden(".fenced") / f"{key}.{uuid.uuid4().hex[:8]}"
+        (self.root / key).rename(target)
+        shutil.rmtree(target)
+
+    def sweep(self) -> int:
+        count = 0
+        for place in (".scratch", ".fenced"):
+            for directory in self._hidden(place).iterdir():
+                if any(directory.glob(f"{CHECKPOINT}[0-9]*")) and not (self.root / directory.name.rsplit(".", 1)[0]).exists():
+                    continue  # a later attempt goes on from this checkpoint
+                shutil.rmtree(directory, ignore_errors=True)
+                count += 1
+        return count
+
+    def verify(self, key: str) -> str:
+        """The first difference between an artifact's files and the sha256 in its record; empty if there is none."""
+        artifact = self.find(key)
+        if artifact is None:
+            return "absent"
+        for name, entry in artifact.record["files"].items():
+            if file_sha256(artifact.directory / name) != entry["sha256"]:
+                return f"{name} has another sha256 than its record"
+        return ""
+
+    def _hidden(self, name: str) -> Path:
+        directory = self.root / name
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+
+def _damage(directory: Path, record: Mapping[str, Any]) -> str:
+    for name, entry in record["files"].items():
+        try:
+            size = (directory / name).stat().st_size
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if size != entry["size"]:
+            return f"{name} has {size} bytes, not {entry['size']}"
+    return ""
+
+
+def _inventory(directory: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != RECORD)
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    return {
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
+    }
+
+
+def _write_durably(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
