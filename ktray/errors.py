@@ -51,3 +51,20 @@ class StoppedEarly(Exception):
     """Nothing is lost and the same command goes on from here (exit code 5): a full disk, ten failures in a row."""
 
     exit_code = 5
+
+
+class MissingInput(Exception):
+    """A stage was started although an artifact that it reads is absent or damaged.
+
+    Args:
+        key: the absent artifact; whoever schedules computes it first and tries again.
+    """
+
+    exit_code = 1
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(key)
+
+    def __str__(self) -> str:
+        return f"the artifact {self.key} is absent"

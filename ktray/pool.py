@@ -1,8 +1,9 @@
-"""How one function is called on many workers. `LocalPool` here, `RayPool` in the crew; results never depend on which."""
+"""How one function is called on many workers: `LocalPool` here, `RayPool` in the crew. No result depends on which."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 Item = TypeVar("Item")
@@ -31,3 +32,26 @@ class LocalPool:
 
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
         return [function(item, shared) for item in items]
+
+
+def _silent(values: Mapping[str, float]) -> None:
+    """Tell nobody."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a stage is given to work with; none of it may change a result.
+
+    Attributes:
+        pool: workers for what can be split.
+        device: torch device of the worker that runs the stage, such as ``cpu`` or ``cuda:0``.
+        progress: call it with a few numbers (``{"epoch": 3, "of": 8}``) whenever work has moved.
+        checkpoint_seconds: how much work a killed stage may lose.
+        memmap_bytes: pixels above this are streamed from their files instead of written to a memmap.
+    """
+
+    pool: Pool = field(default_factory=LocalPool)
+    device: str = "cpu"
+    progress: Callable[[Mapping[str, float]], None] = _silent
+    checkpoint_seconds: float = 20.0
+    memmap_bytes: int = 20 << 30
