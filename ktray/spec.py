@@ -83,7 +83,7 @@ class Pooling(Spec):
 
 
 class TrainedTeacher(Spec):
-    """A backbone trained on a pretext task; its features are those of one named layer."""
+    """A backbone trained on a pretext task; its features are those of one named layer, float32 unless `dtype` says less."""
 
     pretext: _plugin("pretext")  # type: ignore[valid-type]
     backbone: BackboneSpec
@@ -91,12 +91,14 @@ class TrainedTeacher(Spec):
     pool: Pooling = Pooling()
     schedule: Schedule
     seed: Seed = 0
+    dtype: Literal["float32", "float16"] = "float32"
 
 
 class HandcraftedTeacher(Spec):
     """A descriptor: no training, no seed, no schedule."""
 
     descriptor: _plugin("descriptor")  # type: ignore[valid-type]
+    dtype: Literal["float32", "float16"] = "float32"
 
 
 class LoadedTeacher(Spec):
@@ -106,6 +108,7 @@ class LoadedTeacher(Spec):
     backbone: BackboneSpec
     layer: str | None = None
     pool: Pooling = Pooling()
+    dtype: Literal["float32", "float16"] = "float32"
 
 
 def _teacher(value: Any) -> Any:
