@@ -1,0 +1,92 @@
+"""k nearest neighbours: how often the most similar training images have the right class. Nothing is trained.
+
+Cosine similarity; each neighbour votes for its class with weight exp(similarity / temperature).
+
+Source: Wu, Xiong, Yu and Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018), section 3.4;
+k = 20 and temperature 0.07 as in Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (DINO, 2021),
+section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from ktray import spec as specs
+from ktray.images import Images
+
+REVISION = 1
+NEEDS_LABELS = True
+DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max"}
+SIMILARITIES = 1 << 26  # how many are held at once: 256 MiB
+
+
+class Spec(specs.Spec):
+    """A vote of the nearest training images in feature space."""
+
+    kind: Literal["knn"] = "knn"
+    name: str | None = None
+    of: Literal["student", "teacher"] = "student"
+    layer: str | None = Field(default=None, description="null: the network's own features")
+    pool: specs.Pooling = specs.Pooling()
+    split: Literal["val", "test"] = "val"
+    k: int = Field(default=20, ge=1, description="neighbours; all training images if there are fewer")
+    temperature: float | None = Field(default=0.07, gt=0, description="null: every neighbour has one vote")
+
+
+def evaluate(
+    spec: Spec,
+    *,
+    features: Callable[[Images], NDArray[np.float32]],
+    train: Images,
+    judged: Images,
+    pseudo_labels: NDArray[np.int64] | None,
+    out: Path,
+) -> dict[str, float]:
+    """`top1` in [0, 1]: the share of `judged` whose class the neighbours in `train` name.
+
+    Raises:
+        ValueError: labels are missing, no image is judged, or features are not finite.
+    """
+    if train.labels is None or judged.labels is None or not len(train) or not len(judged):
+        raise ValueError("nearest neighbours need labelled images to vote and labelled images to judge")
+    predicted = predict(features(train), train.labels, features(judged), k=spec.k, temperature=spec.temperature)
+    return {"top1": float((predicted == judged.labels).mean())}
+
+
+def predict(
+    bank: NDArray[np.float32], labels: NDArray[np.int64], queries: NDArray[np.float32], *, k: int, temperature: float | None
+) -> NDArray[np.int64]:
+    """Classes (M,) of queries (M, D) by the votes of the k rows of the bank (N, D) with the highest cosine similarity.
+
+    Equal votes go to the smallest class. A row of zeros is similar to nothing (similarity 0).
+
+    Raises:
+        ValueError: features are not finite.
+    """
+    rows, wanted = _unit(bank), _unit(queries)
+    owners, classes = torch.from_numpy(labels), int(labels.max()) + 1
+    block = max(1, SIMILARITIES // len(rows))
+    predicted = []
+    for start in range(0, len(wanted), block):
+        nearest, index = (wanted[start : start + block] @ rows.T).topk(min(k, len(rows)), dim=1)
+        if temperature is None:
+            weights = torch.ones_like(nearest, dtype=torch.float64)
+        else:  # relative to the nearest, because exp(1 / temperature) overflows for small temperatures
+            weights = ((nearest - nearest[:, :1]).double() / temperature).exp()
+        votes = torch.zeros(len(nearest), classes, dtype=torch.float64).scatter_add_(1, owners[index], weights)
+        predicted.append(votes.numpy().argmax(1))  # numpy's argmax is the first maximum, torch's any
+    return np.concatenate(predicted)
+
+
+def _unit(rows: NDArray[np.float32]) -> Tensor:
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{int((~np.isfinite(rows).all(1)).sum())} of {len(rows)} features are not finite")
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)

@@ -1,0 +1,165 @@
+"""Linear probe: how well a linear classifier on frozen features names the classes.
+
+Multinomial logistic regression on standardised features, solved to its optimum instead of trained: the penalised loss is
+convex, so full-batch L-BFGS leaves no learning rate, no epochs and no seed to argue about.
+
+Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016); Kornblith, Shlens and Le,
+"Do Better ImageNet Models Transfer Better?" (2019), for L-BFGS with an l2 penalty on frozen features.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from ktray import spec as specs
+from ktray.images import Images
+
+REVISION = 1
+NEEDS_LABELS = True
+DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max", "loss": "min"}
+BLOCK = 1 << 16  # rows at once: bounds the (rows, classes) scores, and fixes the order of the sums
+log = logging.getLogger("ktray")
+
+
+class Spec(specs.Spec):
+    """A linear classifier on one layer of one network; `l2` is per sample, so that it means the same for any N."""
+
+    kind: Literal["linear_probe"] = "linear_probe"
+    name: str | None = None
+    of: Literal["student", "teacher"] = "student"
+    layer: str | None = Field(default=None, description="null: the network's own features")
+    pool: specs.Pooling = specs.Pooling()
+    split: Literal["val", "test"] = "val"
+    l2: float = Field(default=1e-4, gt=0, description="penalty on the squared weights, beside the mean loss")
+    iterations: int = Field(default=300, ge=1, description="L-BFGS stops here if it has not converged before")
+    precision: Literal["float32", "float64"] = "float32"
+
+
+def evaluate(
+    spec: Spec,
+    *,
+    features: Callable[[Images], NDArray[np.float32]],
+    train: Images,
+    judged: Images,
+    pseudo_labels: NDArray[np.int64] | None,
+    out: Path,
+) -> dict[str, float]:
+    """`top1` in [0, 1] and `loss` (mean cross-entropy in nats, without the penalty) of the probe on `judged`.
+
+    Writes `confusion.png` into `out`: rows are the classes, columns what was predicted.
+
+    Raises:
+        ValueError: labels are missing, no image is judged, or features are not finite.
+    """
+    if train.labels is None or judged.labels is None or not len(train) or not len(judged):
+        raise ValueError("a linear probe needs labelled images to learn from and labelled images to judge")
+    classes = 1 + max(int(train.labels.max()), int(judged.labels.max()), len(train.classes) - 1)
+    dtype = getattr(torch, spec.precision)
+    rows = features(train)
+    mean, scale = moments(rows)
+    weight, bias = fit(standardise(rows, mean, scale, dtype), train.labels, classes, l2=spec.l2, iterations=spec.iterations)
+    scores = standardise(features(judged), mean, scale, dtype) @ weight + bias
+    truth = torch.from_numpy(judged.labels)
+    loss = float(torch.nn.functional.cross_entropy(scores.double(), truth))
+    if not np.isfinite(loss):
+        raise ValueError(f"the probe's loss is {loss}: features are not finite")
+    predicted = scores.argmax(1)
+    _draw_confusion(judged, predicted.numpy(), classes, out / "confusion.png")
+    return {"top1": float((predicted == truth).double().mean()), "loss": loss}
+
+
+def moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation (D,) of features (N, D), summed in float64.
+
+    A feature that is constant up to rounding has the deviation 1: it becomes 0 and not amplified noise.
+    """
+    mean = rows.mean(0, dtype=np.float64)
+    squares = np.zeros_like(mean)
+    for start in range(0, len(rows), BLOCK):
+        squares += np.square(rows[start : start + BLOCK] - mean).sum(0)
+    scale = np.sqrt(squares / len(rows))
+    constant = scale <= 1e-6 * np.abs(mean) + np.finfo(np.float32).tiny
+    return mean, np.where(constant, 1.0, scale)
+
+
+def standardise(rows: NDArray[np.float32], mean: NDArray[np.float64], scale: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
+    """(N, D) features as (rows - mean) / scale, of type `dtype`."""
+    result = torch.empty(rows.shape, dtype=dtype)
+    for start in range(0, len(rows), BLOCK):
+        result[start : start + BLOCK] = torch.from_numpy((rows[start : start + BLOCK] - mean) / scale)
+    return result
+
+
+def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """Weights (D, C) and biases (C,) that minimise mean cross-entropy + l2 / 2 * sum of squared weights.
+
+    Biases are not penalised. Starts at zero, so there is no seed. A fit that has not converged after `iterations` is used as it
+    is, with a warning.
+
+    Args:
+        rows: (N, D), standardised; the products are computed in its dtype, the loss in float64.
+        labels: (N,) in [0, classes).
+    """
+    from scipy.optimize import minimize
+
+    width = rows.shape[1]
+    answer = minimize(
+        _loss_and_gradient,
+        np.zeros((width + 1) * classes),
+        args=(rows, torch.from_numpy(labels), classes, l2),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": iterations, "maxfun": 4 * iterations, "ftol": 1e-10, "gtol": 1e-6},
+    )
+    if answer.nit >= iterations:
+        log.warning("a linear probe used all its %d iterations before it converged", iterations)
+    matrix = torch.from_numpy(answer.x).view(width + 1, classes).to(rows.dtype)
+    return matrix[:-1], matrix[-1]
+
+
+def _loss_and_gradient(
+    flat: NDArray[np.float64], rows: Tensor, labels: Tensor, classes: int, l2: float
+) -> tuple[float, NDArray[np.float64]]:
+    exact = torch.from_numpy(flat).view(-1, classes)
+    matrix = exact.to(rows.dtype)
+    loss, gradient = 0.0, torch.zeros_like(exact)
+    for start in range(0, len(rows), BLOCK):
+        block, truth = rows[start : start + BLOCK], labels[start : start + BLOCK, None]
+        log_shares = torch.addmm(matrix[-1], block, matrix[:-1]).log_softmax(1)
+        loss -= float(log_shares.gather(1, truth).sum(dtype=torch.float64))
+        error = log_shares.exp_()
+        error.scatter_add_(1, truth, torch.full_like(truth, -1, dtype=error.dtype))
+        gradient[:-1] += block.T @ error
+        gradient[-1] += error.sum(0)
+    gradient /= len(rows)
+    gradient[:-1] += l2 * exact[:-1]
+    return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.numpy().ravel()
+
+
+def _draw_confusion(judged: Images, predicted: NDArray[np.int64], classes: int, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    assert judged.labels is not None
+    counts = np.bincount(judged.labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = float(np.clip(2 + 0.4 * classes, 4, 12))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, shrink=0.7, label="share of the class")
+    axes.set(xlabel="predicted", ylabel="class", title=f"linear probe, {len(judged)} images")
+    if len(judged.classes) == classes <= 40:  # more names than that cannot be read
+        axes.set_xticks(range(classes), judged.classes, rotation=90)
+        axes.set_yticks(range(classes), judged.classes)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
