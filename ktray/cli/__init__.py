@@ -1,0 +1,61 @@
+"""The commands. One file per verb; heavy libraries are imported only by the verbs that need them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ktray import __version__
+from ktray.cli import best, cache, data, export, plan, report, run, search, show, status, ui
+from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
+
+VERBS = (plan, run, search, status, best, show, report, export, ui, cache, data)
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code (0 ok, 2 the user's spec or arguments, 3 failed trials, 4 preflight, 5 resumable)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (UserError, StageFailed, PreflightFailed, StoppedEarly, MissingInput) as error:
+        print(f"ktray: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ktray: interrupted; nothing that was published is lost, the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our stdout went away (`ktray best | head`): that is no error of anybody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ktray",
+        description="Find the best teacher-student pair for learning without labels.",
+        epilog="Start with: ktray search search_spaces/quickstart.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"ktray {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb in VERBS:
+        verb_parser = verbs.add_parser(verb.__name__.rsplit(".", 1)[-1], help=verb.HELP, description=verb.__doc__)
+        _add_settings(verb_parser)
+        verb.add_arguments(verb_parser)
+        verb_parser.set_defaults(run=verb.run)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("everywhere")
+    group.add_argument("--home", type=Path, default=None, help="store, studies, tracking and logs (KTRAY_HOME, ./.ktray)")
+    group.add_argument("--store", default=None, metavar="URL", help="artifacts elsewhere, such as file:///mnt/shared/store")
+    group.add_argument("--tracking", default=None, metavar="URI", help="MLflow (MLFLOW_TRACKING_URI, or sqlite in the home)")
+    group.add_argument("--runtime", type=Path, default=None, metavar="FILE", help="resources per stage kind (YAML)")
+    group.add_argument("--allow-plugins", action="append", default=[], metavar="PACKAGE", help="trust kinds from this package")
+    group.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+    group.add_argument("-q", "--quiet", action="count", default=0)
+    group.add_argument("-v", "--verbose", action="count", default=0)

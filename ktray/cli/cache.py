@@ -1,0 +1,89 @@
+"""List, verify or prune the artifacts of the store."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from typing import Any
+
+from ktray.cli.settings import Settings, settings
+
+HELP = "list, verify or prune artifacts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["list", "verify", "prune"])
+    parser.add_argument("--yes", action="store_true", help="prune: really delete; without it only say what would go")
+
+
+def run(args: argparse.Namespace) -> int:
+    options = settings(args)
+    return {"list": _list, "verify": _verify, "prune": _prune}[args.action](args, options)
+
+
+def _size(record: Any) -> int:
+    return sum(int(entry["size"]) for entry in record["files"].values())
+
+
+def _list(args: argparse.Namespace, options: Settings) -> int:
+    from ktray.cli.tables import table
+
+    store = options.open_store()
+    rows = [
+        {"key": found.key, "stage": found.record["stage"], "bytes": _size(found.record), "seconds": found.record["seconds"]}
+        for found in filter(None, map(store.find, store.keys()))
+    ]
+    text = table(["key", "MB", "seconds"], [[r["key"], f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}"] for r in rows])
+    options.answer(rows, f"{text}\n{len(rows)} artifacts, {sum(r['bytes'] for r in rows) / 1e6:.1f} MB in {store.url}")
+    return 0
+
+
+def _verify(args: argparse.Namespace, options: Settings) -> int:
+    """Compare every file with the sha256 of its record; damaged artifacts are moved aside, to be computed again."""
+    store = options.open_store()
+    damaged = {key: problem for key in list(store.keys()) if (problem := store.verify(key))}
+    for key in damaged:
+        if store.find(key):
+            store.remove(key)
+    lines = [f"{key}: {problem}; removed, it will be computed again" for key, problem in damaged.items()]
+    options.answer({"damaged": damaged}, "\n".join([*lines, f"{len(damaged)} damaged artifacts"]))
+    return 0
+
+
+def _prune(args: argparse.Namespace, options: Settings) -> int:
+    """Delete artifacts that no trial of any study of this home uses."""
+    from ktray.search.study import keys_in_use
+
+    store = options.open_store()
+    used = keys_in_use(options.home)
+    needed = _with_inputs(store, used)
+    idle = [found for found in filter(None, map(store.find, store.keys())) if found.key not in needed]
+    freed = sum(_size(found.record) for found in idle)
+    if args.yes:
+        for found in idle:
+            store.remove(found.key)
+        store.sweep()
+        shutil.rmtree(options.home / "store" / ".damaged", ignore_errors=True)
+    verb = "removed" if args.yes else "would remove (add --yes)"
+    options.answer(
+        {"keys": [found.key for found in idle], "bytes": freed, "removed": args.yes},
+        "\n".join([*(found.key for found in idle), f"{verb}: {len(idle)} artifacts, {freed / 1e6:.1f} MB"]),
+    )
+    return 0
+
+
+def _with_inputs(store: Any, keys: set[str]) -> set[str]:
+    """`keys` and everything they were made from."""
+    needed: set[str] = set()
+    waiting = list(keys)
+    while waiting:
+        key = waiting.pop()
+        if key in needed:
+            continue
+        needed.add(key)
+        found = store.find(key)
+        if found:
+            waiting.extend(found.record["inputs"].values())
+            if found.record.get("started_from"):
+                waiting.append(found.record["started_from"])
+    return needed

@@ -1,0 +1,63 @@
+"""Look at a data set before using it, or decode it into the store."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ktray.cli.settings import settings
+
+HELP = "check or import a data set"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["check", "import"])
+    parser.add_argument("data", metavar="DATA", help="such as fashion_mnist_mini, folder:/photos or parquet:/p?label=label")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pydantic import TypeAdapter, ValidationError
+
+    from ktray import plugins
+    from ktray.errors import UserError
+    from ktray.spec import DataSpec
+
+    options = settings(args)
+    try:
+        spec: Any = TypeAdapter(DataSpec).validate_python(args.data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{place}: {first['msg']}", where=args.data) from error
+    splits = plugins.module_of("dataset", spec).load(spec)
+    parts = {
+        name: {"images": len(part.names), "classes": len(part.classes), "labelled": part.labels is not None}
+        for name in ("train", "val", "test")
+        if (part := getattr(splits, name)) is not None
+    }
+    answer: dict[str, Any] = {"kind": spec.kind, "size": spec.size, "splits": parts}
+    lines = [f"{name}: {part['images']} images, {_labels(part)}" for name, part in parts.items()]
+    if "val" not in parts:
+        lines.append(f"val: {spec.split.val:.0%} of train, drawn with seed {spec.split.seed}")
+    if args.action == "import":
+        answer["images"] = _import(spec, options)
+        lines.append(f"decoded: {answer['images']['count']:.0f} images, {answer['images']['unreadable']:.0f} unreadable")
+    options.answer(answer, "\n".join(lines))
+    return 0
+
+
+def _labels(part: dict[str, Any]) -> str:
+    return f"{part['classes']} classes" if part["labelled"] else "no labels"
+
+
+def _import(spec: Any, options: Any) -> dict[str, float]:
+    from ktray.crew.local import LocalCrew
+    from ktray.pipeline import graph as graphs
+    from ktray.pipeline.execute import execute
+    from ktray.pipeline.identity import data_identity
+    from ktray.pool import Means
+
+    stage = graphs.images_stage(spec, data_identity(options.cache))
+    crew = LocalCrew(options.open_store(), execute, Means(), lambda event: None)
+    metrics: dict[str, float] = crew.obtain([stage], "data import")[0]["metrics"]
+    return metrics

@@ -1,0 +1,126 @@
+"""Say whether a space, pair or experiment is valid, which of its stages are done, and what the rest would cost."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktray.cli.settings import Settings, settings
+
+if TYPE_CHECKING:
+    from ktray.pipeline.graph import Graph
+    from ktray.search.space import Space
+    from ktray.spec import PairSpec
+
+HELP = "valid? what is done, what would run, what it costs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SPACE|PAIR|EXPERIMENT")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ktray.cli.source import is_space, load_pairs, load_space
+    from ktray.pipeline.check import check_pair, data_loader
+
+    options = settings(args)
+    notes: list[str] = []
+    load = data_loader()
+    if is_space(args.source):
+        space = load_space(args.source, args.overrides)
+        check_space(space, load, str(args.source))
+        pairs, count = dict(_draws_to_show(space)), space.size()
+        notes = space.warnings()
+    else:
+        pairs = dict(load_pairs(args.source, args.overrides))
+        for pair in pairs.values():
+            check_pair(pair, load)
+        count = len(pairs)
+    answer = _plan(pairs, count, options)
+    options.answer(answer, _text(answer, notes))
+    return 0
+
+
+def check_space(space: Space, load: Any, file: str) -> None:
+    """Check every branch at both ends of every range against data and networks.
+
+    Raises:
+        UserError: with the branch and the dotted path in `where`.
+    """
+    from ktray.errors import UserError
+    from ktray.pipeline.check import check_pair
+
+    for label, params in space.corners():
+        try:
+            check_pair(space.pair(params), load)
+        except UserError as error:
+            raise UserError(error.problem, where=f"{file}: {label}: pair.{error.where}", instead=error.instead) from error
+
+
+def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
+    """The draws that a search begins with, and one of every branch."""
+    seen: set[str] = set()
+    for label, params in space.corners():
+        branch = label.split(":")[0]
+        if branch not in seen:
+            seen.add(branch)
+            yield branch, space.pair(params)
+    for index, start in enumerate(space.start_with):
+        yield f"start_with[{index}]", space.pair(space.complete(start))
+
+
+def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -> dict[str, Any]:
+    from ktray.pipeline import graph as graphs
+    from ktray.pipeline.identity import data_identity
+
+    identity = data_identity(options.cache)
+    built = [graphs.build(pair, identity) for pair in pairs.values()]
+    return {"valid": True, "pairs": count, **_stages(built, options)}
+
+
+def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:
+    from ktray.search.costs import estimate
+
+    store = options.open_store()
+    stages = {stage.key: stage for graph in built for stage in graph.stages}
+    shared = {key: sum(any(s.key == key for s in graph.stages) for graph in built) for key in stages}
+    done = {key for key in stages if store.find(key)}
+    records = [found.record for found in map(store.find, store.keys()) if found]
+    seconds, _, unknown = estimate([stage for key, stage in stages.items() if key not in done], records)
+    rows = [
+        {"stage": stage.name, "key": key, "state": "done" if key in done else "run", "shared_by": shared[key]}
+        for key, stage in stages.items()
+    ]
+    return {
+        "stages": rows,
+        "estimate": {"seconds": None if unknown else round(seconds, 1), "bytes": _bytes(rows, records)},
+    }
+
+
+def _bytes(rows: list[dict[str, Any]], records: list[Mapping[str, Any]]) -> int:
+    """Disk that the missing stages will take, by the mean of earlier artifacts of the same stage; 0 where none is known."""
+    sizes: dict[str, list[int]] = {}
+    for record in records:
+        sizes.setdefault(record["stage"], []).append(sum(entry["size"] for entry in record["files"].values()))
+    known = {stage: sum(found) // len(found) for stage, found in sizes.items()}
+    return sum(known.get(row["stage"], 0) for row in rows if row["state"] == "run")
+
+
+def _text(answer: Mapping[str, Any], notes: list[str]) -> str:
+    from ktray.cli.tables import table
+
+    rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
+    missing = sum(row["state"] == "run" for row in answer["stages"])
+    seconds = answer["estimate"]["seconds"]
+    cost = "unknown until one of each stage has run here" if seconds is None else f"about {seconds:.0f} s on one core"
+    count = "endlessly many" if answer["pairs"] is None else str(answer["pairs"])
+    lines = [
+        table(["stage", "key", "state", "shared by"], rows),
+        "",
+        f"valid; {count} pairs. Of the {len(rows)} stages above {missing} would run: {cost}.",
+        *(f"note: {note}" for note in notes),
+    ]
+    return "\n".join(lines)

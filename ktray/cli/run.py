@@ -1,0 +1,136 @@
+"""Run one pair, or all pairs of an experiment, and print what each is worth."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktray.cli.settings import Settings, settings
+
+if TYPE_CHECKING:
+    from ktray.spec import PairSpec
+
+HELP = "run a pair or an experiment"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="PAIR|EXPERIMENT", help="a pair (.yaml) or an experiment (.py)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these pairs of an experiment")
+    parser.add_argument("--local", action="store_true", help="in this process, without Ray")
+    parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
+    parser.add_argument("--concurrent", type=int, default=4, metavar="C", help="pairs at the same time (on Ray)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ktray.cli.source import load_pairs
+    from ktray.errors import StageFailed, UserError
+    from ktray.pipeline.check import check_pair, data_loader
+
+    options = settings(args)
+    pairs = load_pairs(args.source, args.overrides)
+    if args.only:
+        unknown = set(args.only) - set(pairs)
+        if unknown:
+            raise UserError(f"there is no pair {sorted(unknown)[0]!r}", instead=f"Known: {', '.join(pairs)}.")
+        pairs = {name: pairs[name] for name in args.only}
+    load = data_loader()
+    for pair in pairs.values():
+        check_pair(pair, load)
+    runner = _run_here if args.local else _run_on_ray
+    results = runner(pairs, args, options)
+    good = [result for result in results if not isinstance(result, StageFailed)]
+    options.answer(good, _table(good))
+    for result in results:
+        if isinstance(result, StageFailed):
+            options.tell(f"ktray: {result}")
+    return 0 if len(good) == len(results) else StageFailed.exit_code
+
+
+def _run_here(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options: Settings) -> list[Any]:
+    from ktray.crew.local import LocalCrew
+    from ktray.pipeline.execute import execute
+    from ktray.pool import Means
+
+    store = options.open_store()
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["event"] == "published":
+            options.tell(f"  {event['key']}  {event['seconds']:.1f} s")
+
+    crew = LocalCrew(store, execute, Means(device=_device()), tell)
+    return [_run_pair(name, pair, crew, options) for name, pair in pairs.items()]
+
+
+def _run_on_ray(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options: Settings) -> list[Any]:
+    from ktray.crew import client, runtime
+    from ktray.pipeline.execute import execute
+
+    session = runtime.start(options.home, args.address, runtime.load_runtime(options.runtime))
+    for warning in session.warnings:
+        options.tell(f"ktray: {warning}")
+    options.tell(f"ktray: Ray's own messages go to {session.log}")
+    try:
+        crew = client.connect(session, options.store_url, execute)
+        with ThreadPoolExecutor(max_workers=max(1, args.concurrent)) as threads:
+            futures = [threads.submit(_run_pair, name, pair, crew, options) for name, pair in pairs.items()]
+            return [future.result() for future in futures]
+    finally:
+        runtime.stop(session)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
+def _run_pair(name: str, pair: PairSpec, crew: Any, options: Settings) -> Any:
+    """One pair's result, or the StageFailed that ended it."""
+    from ktray.errors import StageFailed
+    from ktray.pipeline import graph as graphs
+    from ktray.pipeline import judge
+    from ktray.pipeline.identity import data_identity
+
+    began = time.perf_counter()
+    graph = graphs.build(pair, data_identity(options.cache))
+    try:
+        outcomes = crew.obtain(list(graph.stages), f"run {name}")
+    except StageFailed as failure:
+        return failure
+    artifacts = judge.finished(graph, options.open_store())
+    if artifacts is None:
+        return StageFailed(name, "an artifact vanished while the pair ran")
+    computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
+    reused = [outcome["key"] for outcome in outcomes if outcome["state"] != "computed"]
+    return {
+        "name": name,
+        "keys": graph.keys,
+        "metrics": judge.metrics(graph, artifacts),
+        "computed": judge.count_by_stage(computed),
+        "reused": judge.count_by_stage(reused),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    from ktray.cli.tables import table
+
+    shown = sorted({name for result in results for name in result["metrics"] if _is_judgement(name, result)})
+    rows = [
+        [result["name"], *(_number(result["metrics"].get(name)) for name in shown), f"{result['seconds']:.1f}"]
+        for result in results
+    ]
+    return table(["pair", *shown, "seconds"], rows)
+
+
+def _is_judgement(name: str, result: Mapping[str, Any]) -> bool:
+    return name.split("/")[0] in result["keys"].get("evaluation", {})
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,53 @@
+"""The crew of one: stages run here and now, in this process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ktray.artifact import Artifact, Stage
+from ktray.errors import MissingInput, StageFailed, StoppedEarly
+from ktray.pool import Means
+from ktray.stores import Store
+
+Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
+
+
+class LocalCrew:
+    """Obtains stages one after the other, without Ray; the same calls as the Ray crew's `client.Crew`."""
+
+    def __init__(self, store: Store, work: Work, means: Means, tell: Callable[[Mapping[str, Any]], None]) -> None:
+        self.store, self.work, self.means, self.tell = store, work, means, tell
+
+    def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
+        """Every stage published, in order; one outcome ``{"key", "state", "seconds", "metrics"}`` each.
+
+        Raises:
+            StageFailed: a stage raised; its cause is kept in the store's failures.
+            StoppedEarly: the disk is full.
+        """
+        return [self._obtain(stage) for stage in stages]
+
+    def _obtain(self, stage: Stage) -> dict[str, Any]:
+        self.tell({"event": "started", "key": stage.key, "stage": stage.name})
+        began = time.perf_counter()
+        attempt = f"{os.getpid()}-{time.time_ns():x}"
+        try:
+            artifact, published = self.work(stage, self.store, attempt, self.means)
+        except (MissingInput, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            # A process boundary: whatever a stage raises becomes the named failure of that stage.
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise StoppedEarly(f"the disk is full: {error}") from error
+            cause = f"{type(error).__name__}: {error}"
+            self.store.fail(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
+            raise StageFailed(stage.key, cause) from error
+        state = "computed" if published else "reused"
+        seconds = time.perf_counter() - began
+        self.tell({"event": "published" if published else "found", "key": stage.key, "stage": stage.name, "seconds": seconds})
+        return {"key": stage.key, "state": state, "seconds": seconds, "metrics": dict(artifact.metrics)}

@@ -1,0 +1,1 @@
+"""Ways to run the same search logic: on Ray Tune, or on a virtual clock."""

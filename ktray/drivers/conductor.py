@@ -1,0 +1,159 @@
+"""Between the study and whoever runs stages: what a trial needs next, and what its artifacts say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ktray.pipeline import graph as graphs
+from ktray.pipeline import judge
+from ktray.pipeline.graph import Graph, Identity
+from ktray.pipeline.naming import pair_name
+from ktray.search.space import Space
+from ktray.search.study import Study
+from ktray.search.trial import Trial
+from ktray.spec import PairSpec
+from ktray.stores import Store
+from ktray.tracking import Tracker
+
+Tell = Callable[[str, Trial, str], None]
+"""(event, trial, text): ``("paused", trial, "knn/top1 0.713 at epoch 2")``."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What one trial needs next: stages up to an epoch of its student, and how it is judged there."""
+
+    trial: Trial
+    epoch: int
+    final: bool
+    graph: Graph
+
+
+class Conductor:
+    """Draws from the study, builds the stages, and settles what came out; knows neither Ray nor a clock.
+
+    Args:
+        tell: called with what a person wants to read.
+    """
+
+    def __init__(
+        self, space: Space, study: Study, store: Store, identity: Identity, tracker: Tracker, tell: Tell
+    ) -> None:
+        self.space, self.study, self.store, self.identity = space, study, store, identity
+        self.tracker, self.tell = tracker, tell
+        self.demanded: set[str] = set()
+        self._marginal: dict[int, float] = {}
+        self._milestones = _milestones(space)
+
+    def next(self) -> Segment | Literal["wait", "done"]:
+        """The next segment that has something to compute; what the store answers whole is settled on the way."""
+        while True:
+            assignment = self.study.next()
+            if isinstance(assignment, str):
+                return assignment
+            segment = self._segment(assignment.trial, assignment.until, assignment.final)
+            if judge.finished(segment.graph, self.store) is None:
+                return segment
+            self.settle(segment, computed=[])
+
+    def _segment(self, trial: Trial, epoch: int, final: bool) -> Segment:
+        pair = PairSpec.model_validate(trial.pair)
+        branch = str(trial.params.get("teacher", ""))
+        graph = graphs.build(
+            pair,
+            self.identity,
+            epoch=epoch,
+            evaluations=None if final else [self._judge()],
+            milestones=self._milestones.get(branch, {}),
+        )
+        self.demanded |= {stage.key for stage in graph.stages}
+        params = {**trial.params, "epochs": epoch}
+        self.tracker.trial(trial.number, f"{trial.number:04d} {pair_name(trial.pair)}", params, {})
+        return Segment(trial, epoch, final, graph)
+
+    def _judge(self) -> str:
+        """Name of the evaluation that rungs are judged by."""
+        assert self.space.early_stop is not None
+        return str(self.space.early_stop.metric.split("/")[0])
+
+    def settle(self, segment: Segment, computed: list[str]) -> None:
+        """Tell the study and the tracker what the segment's artifacts say.
+
+        Args:
+            computed: keys that this trial caused to be computed; what it added to the cost.
+        """
+        artifacts = judge.finished(segment.graph, self.store)
+        if artifacts is None:
+            self.fail(segment, "an artifact vanished from the store before the trial could read it")
+            return
+        number = segment.trial.number
+        spent = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
+        self._marginal[number] = self._marginal.get(number, 0.0) + spent
+        metrics = judge.metrics(segment.graph, artifacts)
+        self.tracker.curve(number, _student_curve(segment.graph, artifacts))
+        if segment.final:
+            self._finish(segment, metrics)
+        else:
+            self._pause(segment, metrics)
+
+    def _pause(self, segment: Segment, metrics: Mapping[str, float]) -> None:
+        assert self.space.early_stop is not None
+        name = self.space.early_stop.metric
+        trial = self.study.report(segment.trial.number, segment.epoch, metrics[name])
+        self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
+        self.tell(trial.state, trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
+
+    def _finish(self, segment: Segment, metrics: dict[str, float]) -> None:
+        number = segment.trial.number
+        metrics["cost/marginal_seconds"] = self._marginal.pop(number, 0.0)
+        objectives = {name: metrics[name] for name, _ in self.space.objectives}
+        cost = {"seconds": metrics["cost/seconds"], "marginal_seconds": metrics["cost/marginal_seconds"]}
+        trial = self.study.finish(number, metrics, objectives, dict(segment.graph.keys), cost)
+        shown = " ".join(f"{name} {value:.4f}" for name, value in objectives.items())
+        self.tell(trial.state, trial, shown)
+        wanted = {f"objective/{name}": value for name, value in objectives.items()}
+        judged = {name: value for name, value in metrics.items() if name.split("/")[0] not in ("teacher", "student")}
+        self.tracker.metrics(number, {**judged, **wanted}, segment.epoch)
+        self._close_run(trial, "FINISHED")
+
+    def fail(self, segment: Segment, cause: str) -> None:
+        """The segment could not be computed; may raise StoppedEarly after too many failures in a row."""
+        trial = self.study.fail(segment.trial.number, cause)
+        self.tell("failed", trial, cause)
+        self._close_run(trial, "FAILED")
+
+    def close(self) -> None:
+        """The study has met its target: what is still paused becomes pruned."""
+        for trial in self.study.close():
+            self.tell("pruned", trial, "")
+            self._close_run(trial, "FINISHED")
+
+    def _close_run(self, trial: Trial, status: Literal["FINISHED", "FAILED"]) -> None:
+        tags = {"ktray.state": trial.state, **({"ktray.cause": trial.cause} if trial.cause else {})}
+        for stage, key in trial.keys.items():
+            if isinstance(key, str):
+                tags[f"ktray.key.{stage}"] = key
+        self.tracker.finish(trial.number, status, tags, {})
+
+
+def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:
+    rows = judge.curve(artifacts[graph.keys["student"]])
+    return [
+        {"epoch": row["epoch"], **{f"student/{name}": value for name, value in row.items() if name != "epoch"}} for row in rows
+    ]
+
+
+def _milestones(space: Space) -> dict[str, dict[str, list[int]]]:
+    """Teacher branch -> epochs where its training, and the students', may be asked for."""
+    found: dict[str, dict[str, set[int]]] = {}
+    rungs = set(space.early_stop.rungs) if space.early_stop else set()
+    for _, params in space.corners():
+        pair = space.pair(params)
+        entry = found.setdefault(str(params.get("teacher", "")), {"teacher": set(), "student": set(rungs)})
+        entry["student"].add(pair.student.schedule.epochs)
+        schedule = getattr(pair.teacher, "schedule", None)
+        if schedule is not None:
+            entry["teacher"].add(schedule.epochs)
+    return {branch: {name: sorted(epochs) for name, epochs in entry.items()} for branch, entry in found.items()}

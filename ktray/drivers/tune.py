@@ -1,0 +1,185 @@
+"""The search on Ray Tune: one Tune trial is one segment of one study trial, a light driver that waits for its stages.
+
+Ray's own OptunaSearch mixes budgets and loses its place when killed, so the study is ours and this searcher only hands it over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from ktray.crew.client import Crew
+from ktray.drivers.conductor import Conductor, Segment
+from ktray.errors import StageFailed, StoppedEarly
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: `stopping` ends the search in order
+
+from ray import tune
+from ray.tune.search import Searcher
+
+DISK_FULL = "disk full"
+
+
+class WaitForStages(tune.Trainable):  # type: ignore[misc]
+    """A light driver: asks the crew for the stages of one segment, computes nothing, imports no torch."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.job = config["job"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.job = new_config["job"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        crew: Crew = self.job["crew"]
+        try:
+            outcomes = crew.obtain(self.job["stages"], self.job["waiter"], self.job["priority"])
+        except StageFailed as failure:
+            return {"done": True, "cause": str(failure), "computed": "[]"}
+        except StoppedEarly as stop:
+            return {"done": True, "cause": DISK_FULL, "text": str(stop), "computed": "[]"}
+        except InterruptedError:
+            return {"done": True, "cause": "released", "computed": "[]"}
+        computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
+        return {"done": True, "cause": "", "computed": json.dumps(computed)}
+
+
+class StudySearcher(Searcher):
+    """Hands segments of the study to Tune and settles what comes back; `reason` says why the search stopped early."""
+
+    def __init__(self, conductor: Conductor, crew: Crew, stopping: threading.Event, ahead: deque[Segment]) -> None:
+        super().__init__()
+        self.conductor, self.crew, self.stopping, self.ahead = conductor, crew, stopping, ahead
+        self.live: dict[str, Segment] = {}
+        self.reason: StoppedEarly | None = None
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        if self.stopping.is_set() or self.reason:
+            return str(Searcher.FINISHED)
+        segment = self._next()
+        if segment is None:
+            return None
+        if segment == "done":
+            # While segments run, their results may make promotions due.
+            return None if self.live else str(Searcher.FINISHED)
+        assert isinstance(segment, Segment)
+        self.live[trial_id] = segment
+        return {"job": self._job(segment)}
+
+    def _next(self) -> Segment | str | None:
+        if self.ahead:
+            return self.ahead.popleft()
+        try:
+            segment = self.conductor.next()
+        except StoppedEarly as stop:
+            self.reason = stop
+            return "done"
+        return None if segment == "wait" else segment
+
+    def _job(self, segment: Segment) -> dict[str, Any]:
+        return {
+            "crew": self.crew,
+            "stages": list(segment.graph.stages),
+            "waiter": f"trial {segment.trial.number}",
+            "priority": 1 if segment.final else 0,
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Segments report once, at their end."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        segment = self.live.pop(trial_id, None)
+        if segment is None or self.stopping.is_set():
+            return
+        cause = "its driver process died three times" if error or result is None else result["cause"]
+        try:
+            if cause == DISK_FULL:
+                assert result is not None
+                self.reason = StoppedEarly(result["text"])
+            elif cause == "released":
+                return
+            elif cause:
+                self.conductor.fail(segment, cause)
+            else:
+                assert result is not None
+                self.conductor.settle(segment, json.loads(result["computed"]))
+        except StoppedEarly as stop:
+            self.reason = stop
+
+    def save_to_dir(self, checkpoint_dir: str, **settings: Any) -> None:
+        """Nothing to save: the study is the ledger."""
+
+    def restore_from_dir(self, checkpoint_dir: str) -> None:
+        """Nothing to restore."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+def run_search(conductor: Conductor, crew: Crew, concurrent: int, scratch: Path, stopping: threading.Event) -> StoppedEarly | None:
+    """Run the study to its target on the Ray that is connected; why it stopped early, or None.
+
+    Args:
+        scratch: folder for Tune's own state, which nobody reads.
+        stopping: set it to end the search within seconds; waiting trials stay resumable.
+    """
+    ahead, reason = _first_segments(conductor, concurrent)
+    for segment in ahead:
+        crew.prefetch(list(segment.graph.stages))  # workers begin while Tune is still starting
+    if not ahead:
+        return reason
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
+    searcher = StudySearcher(conductor, crew, stopping, ahead)
+    resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
+    tuner = tune.Tuner(
+        tune.with_resources(WaitForStages, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher, num_samples=-1, reuse_actors=True, max_concurrent_trials=concurrent
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=2),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    watcher = threading.Thread(target=_release_on_stop, args=(crew, searcher, stopping), daemon=True)
+    watcher.start()
+    tuner.fit()
+    return searcher.reason or reason
+
+
+def _first_segments(conductor: Conductor, concurrent: int) -> tuple[deque[Segment], StoppedEarly | None]:
+    ahead: deque[Segment] = deque()
+    try:
+        while len(ahead) < concurrent:
+            segment = conductor.next()
+            if isinstance(segment, str):
+                break
+            ahead.append(segment)
+    except StoppedEarly as stop:
+        return ahead, stop
+    return ahead, None
+
+
+def _release_on_stop(crew: Crew, searcher: StudySearcher, stopping: threading.Event) -> None:
+    stopping.wait()
+    while searcher.live:
+        for segment in list(searcher.live.values()):
+            crew.release(f"trial {segment.trial.number}")
+        if not threading.Event().wait(0.5):
+            continue

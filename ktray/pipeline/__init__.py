@@ -1,0 +1,1 @@
+"""From a pair to its stages, and from a stage to its artifact."""

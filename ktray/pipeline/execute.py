@@ -1,0 +1,138 @@
+"""Find or compute one artifact. The same function runs in the local process and on every worker of the crew."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktray.artifact import Artifact, Stage
+from ktray.errors import MissingInput
+from ktray.pool import Means
+from ktray.stages import WORK
+from ktray.stores import Store
+
+
+def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
+    """The artifact of `stage`, and whether this call published it.
+
+    Args:
+        attempt: name of this attempt, unique per key.
+
+    Raises:
+        MissingInput: an artifact that the stage reads is absent.
+        FileNotFoundError: this attempt was fenced.
+        Exception: whatever the stage raises.
+    """
+    found = store.find(stage.key)
+    if found:
+        return found, False
+    inputs = {role: _input(store, key) for role, key in stage.inputs.items()}
+    torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
+    scratch = store.scratch(stage.key, attempt)
+    start = _latest_snapshot(stage, store)
+    _reset_peak()
+    began = time.perf_counter()
+    metrics = WORK[stage.name](stage, inputs, scratch, means, start)
+    seconds = time.perf_counter() - began
+    record = _record(stage, metrics, seconds, inputs, means)
+    record |= {"attempt": attempt, "started_from": start.name if start else None}
+    record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start), 3)
+    return store.publish(scratch, stage.key, record)
+
+
+def _input(store: Store, key: str) -> Artifact:
+    found = store.find(key)
+    if found is None:
+        raise MissingInput(key)
+    return found
+
+
+def _latest_snapshot(stage: Stage, store: Store) -> Path | None:
+    """The furthest snapshot to start from: a checkpoint of a dead attempt at this key, or an earlier epoch's artifact."""
+    candidates = store.checkpoints(stage.key)[:1]
+    earlier = next(filter(None, map(store.find, stage.starts)), None)
+    if earlier:
+        candidates.append(earlier.directory)
+    return max(candidates, key=_epoch, default=None)
+
+
+def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | None) -> float:
+    """What this stage would have cost without the snapshot that it continued."""
+    if start is None:
+        return seconds
+    earlier = store.find(start.name)
+    if earlier:
+        return seconds + float(earlier.record["seconds_alone"])
+    until, begun = stage.spec["epoch"], _epoch(start)  # a dead attempt's checkpoint: its epochs cost what ours did
+    return seconds * until / max(1, until - begun)
+
+
+def _epoch(snapshot: Path) -> int:
+    return int(json.loads((snapshot / "state.json").read_text())["epoch"])
+
+
+def _record(
+    stage: Stage, metrics: Mapping[str, float], seconds: float, inputs: Mapping[str, Artifact], means: Means
+) -> dict[str, Any]:
+    return {
+        "key": stage.key,
+        "sha256": stage.sha256,
+        "stage": stage.name,
+        "spec": dict(stage.spec),
+        "revisions": dict(stage.revisions),
+        "inputs": {role: artifact.key for role, artifact in inputs.items()},
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "seconds": round(seconds, 3),
+        "peak_bytes": _peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "device": _device(means.device),
+        "workers": means.pool.workers,
+        "published": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_environment(),
+    }
+
+
+def _device(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {platform.machine()}"
+
+
+@lru_cache
+def _environment() -> Mapping[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in ("ktray", "torch", "torchvision", "numpy", "faiss-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """The commit of the working tree that ktray runs from, None if it was installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _reset_peak() -> None:
+    """Let the kernel count peak memory from here: a warm worker ran other stages before."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return 0

@@ -1,0 +1,265 @@
+"""The stages of a pair, in dependency order, each with the slice of the spec that determines it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktray import augment, features, images, kmeans, plugins, projection, pseudo_labels, train
+from ktray.artifact import Stage
+from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, TrainedTeacher
+
+Identity = Callable[[Spec], str]
+"""Data spec -> sha256 of the data's content."""
+MOST_STARTS = 400
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What has to exist before a pair is judged.
+
+    Attributes:
+        stages: every stage once, inputs before those who read them.
+        keys: ``{"teacher": key, ..., "evaluation": {name: key}}``; stages that the pair lacks are absent.
+    """
+
+    stages: tuple[Stage, ...]
+    keys: Mapping[str, Any]
+
+    def metric_prefixes(self) -> dict[str, str]:
+        """Key -> prefix of its metrics in the pair: the stage's name, or the evaluation's."""
+        prefixes = {key: stage for stage, key in self.keys.items() if isinstance(key, str)}
+        return prefixes | {key: name for name, key in self.keys.get("evaluation", {}).items()}
+
+
+@dataclass
+class _Builder:
+    pair: PairSpec
+    identity: Identity
+    milestones: Mapping[str, Sequence[int]]
+    stages: dict[str, Stage] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, stage: Stage) -> str:
+        self.stages.setdefault(stage.key, stage)
+        return stage.key
+
+    def data(self, *roles: str) -> dict[str, Any]:
+        return {role: getattr(self.pair.data, role).model_dump() for role in roles}
+
+    def images(self, role: str) -> str:
+        return self.add(images_stage(getattr(self.pair.data, role), self.identity))
+
+
+def build(
+    pair: PairSpec,
+    identity: Identity,
+    *,
+    epoch: int | None = None,
+    evaluations: Sequence[str] | None = None,
+    milestones: Mapping[str, Sequence[int]] | None = None,
+) -> Graph:
+    """The stages of `pair`.
+
+    Args:
+        identity: data spec -> sha256 of its content.
+        epoch: the student is wanted at the end of this epoch; None for its last.
+        evaluations: names of the evaluations to run; None for all.
+        milestones: ``{"teacher": [20, 40], "student": [5, 13]}``: epochs where training is cut into segments because somebody
+            else wants, or may want, that snapshot. Cuts change no result and no key.
+    """
+    builder = _Builder(pair, identity, milestones or {})
+    transfer = plugins.module_of("transfer", pair.transfer)
+    if pair.teacher is not None:
+        _teacher(builder, pair.teacher)
+    if "features" in transfer.NEEDS:
+        _pseudo_labels(builder, transfer.NEEDS)
+    _student(builder, transfer, epoch)
+    for spec in pair.evals:
+        name = evaluation_name(spec)
+        if evaluations is None or name in evaluations:
+            builder.keys.setdefault("evaluation", {})[name] = _evaluation(builder, spec)
+    return Graph(tuple(builder.stages.values()), builder.keys)
+
+
+def images_stage(spec: Spec, identity: Identity) -> Stage:
+    """The stage that decodes a data set; where the data lies is no part of its identity, its content is."""
+    module = plugins.module_of("dataset", spec)
+    what = spec.model_dump(exclude=set(module.LOCATION)) | {"content": identity(spec)}
+    return Stage("images", what, _revisions(spec, images=images), local={"data": spec.model_dump()})
+
+
+def evaluation_name(spec: Any) -> str:
+    """The prefix of an evaluation's metrics: its `name`, or its kind."""
+    return str(spec.name or spec.kind)
+
+
+def final_epoch(pair: PairSpec) -> int:
+    """The last epoch of the student; 0 for a transfer that trains nothing."""
+    trains = hasattr(plugins.module_of("transfer", pair.transfer), "task")
+    return pair.student.schedule.epochs if trains else 0
+
+
+def _revisions(*specs: Spec, **tools: Any) -> dict[str, int]:
+    """Revisions of the given tool modules and of every plugin that appears in the specs, however deep."""
+    found = {name: module.REVISION for name, module in tools.items()}
+    for spec in specs:
+        module = sys.modules[type(spec).__module__]
+        if hasattr(module, "REVISION"):
+            found[module.__name__.removeprefix("ktray.")] = module.REVISION
+        for name in type(spec).model_fields:
+            value = getattr(spec, name)
+            if isinstance(value, Spec):
+                found |= _revisions(value)
+    return found
+
+
+def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], schedule: Schedule, last: int) -> str:
+    """The chain of segments up to epoch `last`; only milestones before it become stages of their own."""
+    cuts = sorted({epoch for epoch in builder.milestones.get(name, ()) if 0 < epoch < last} | {last})
+    key = ""
+    for cut in cuts:
+        current = stage(cut)
+        stride = max(1, -(-cut // MOST_STARTS))
+        earlier = sorted({*range(stride, cut, stride), *(c for c in cuts if c < cut)}, reverse=True)
+        starts = tuple(stage(epoch).key for epoch in earlier)
+        key = builder.add(_with_starts(current, starts))
+    return key
+
+
+def _with_starts(stage: Stage, starts: tuple[str, ...]) -> Stage:
+    return Stage(stage.name, stage.spec, stage.revisions, stage.inputs, starts, stage.local)
+
+
+def _teacher(builder: _Builder, teacher: Spec) -> None:
+    if isinstance(teacher, TrainedTeacher):
+        inputs = {"images.pretext": builder.images("pretext")}
+        what = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
+        revisions = _revisions(teacher.pretext, teacher.backbone, train=train, augment=augment)
+        local = {"data": builder.data("pretext"), "schedule": teacher.schedule.model_dump()}
+
+        def at(epoch: int) -> Stage:
+            sliced = {**what, "epoch": epoch, "schedule": train.snapshot_slice(teacher.schedule, epoch)}
+            return Stage("teacher", sliced, revisions, inputs, local=local)
+
+        builder.keys["teacher"] = _training(builder, "teacher", at, teacher.schedule, teacher.schedule.epochs)
+    elif isinstance(teacher, LoadedTeacher):
+        from ktray.pipeline.identity import checkpoint_sha256
+
+        what = {"checkpoint": checkpoint_sha256(teacher.checkpoint), "backbone": teacher.backbone.model_dump()}
+        revisions = _revisions(teacher.backbone, train=train)
+        builder.keys["teacher"] = builder.add(
+            Stage("teacher", what, revisions, local={"checkpoint": teacher.checkpoint})
+        )
+    elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
+        inputs = {"images.cluster": builder.images("cluster")}
+        what = {"descriptor": teacher.descriptor.model_dump()}
+        revisions = _revisions(teacher.descriptor)
+        builder.keys["teacher"] = builder.add(
+            Stage("teacher", what, revisions, inputs, local={"data": builder.data("cluster")})
+        )
+
+
+def _teacher_view(teacher: Spec) -> dict[str, Any]:
+    """The fields of a teacher that its features depend on beyond its weights."""
+    if isinstance(teacher, HandcraftedTeacher):
+        return {"descriptor": teacher.descriptor.model_dump()}
+    return teacher.model_dump(include={"backbone", "layer", "pool"})
+
+
+def _features(builder: _Builder, role: str) -> str:
+    teacher: Any = builder.pair.teacher
+    inputs = {"images": builder.images(role)}
+    if "teacher" in builder.keys:
+        inputs["teacher"] = builder.keys["teacher"]
+    what = {**_teacher_view(teacher), "dtype": teacher.dtype}
+    method = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
+    local = {"teacher": teacher.model_dump(), "data": builder.data(role)[role]}
+    return builder.add(Stage("features", what, _revisions(method, features=features), inputs, local=local))
+
+
+def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:
+    transfer, keys = builder.pair.transfer.model_dump(), builder.keys
+    keys["features"] = _features(builder, "cluster")
+    if "clusters" not in needs:
+        return
+    what = {name: transfer[name] for name in needs["clusters"]}
+    revisions = _revisions(kmeans=kmeans, projection=projection)
+    keys["clusters"] = builder.add(Stage("clusters", what, revisions, {"features": keys["features"]}))
+    inputs = {
+        "features": _features(builder, "transfer"),
+        "clusters": keys["clusters"],
+        "images.transfer": builder.images("transfer"),
+    }
+    what = {name: transfer[name] for name in needs["pseudo_labels"]}
+    revisions = _revisions(kmeans=kmeans, projection=projection, pseudo_labels=pseudo_labels)
+    local = {"data": builder.data("transfer")}
+    keys["pseudo_labels"] = builder.add(Stage("pseudo_labels", what, revisions, inputs, local=local))
+
+
+def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
+    pair, student = builder.pair, builder.pair.student
+    inputs = {"images.transfer": builder.images("transfer")}
+    for name in ("clusters", "pseudo_labels"):
+        if name in builder.keys:
+            inputs[name] = builder.keys[name]
+    elsewhere = {name for fields in transfer.NEEDS.values() for name in fields}
+    what = {
+        "backbone": student.backbone.model_dump(),
+        "augment": student.augment.model_dump(),
+        "seed": student.seed,
+        "transfer": pair.transfer.model_dump(exclude=elsewhere),
+    }
+    revisions = _revisions(pair.transfer, student.backbone, train=train, augment=augment)
+    schedule = student.schedule
+    local = {
+        "data": builder.data("transfer"),
+        "schedule": schedule.model_dump(),
+        "transfer": pair.transfer.model_dump(),
+    }
+
+    def at(epoch: int) -> Stage:
+        sliced = {**what, "epoch": epoch, "schedule": train.snapshot_slice(schedule, epoch)}
+        return Stage("student", sliced, revisions, inputs, local=local)
+
+    last = final_epoch(pair) if epoch is None else min(epoch, final_epoch(pair))
+    if last == 0:
+        # A student as drawn is the same whatever the schedule and the augmentation would have been.
+        drawn = {"backbone": what["backbone"], "seed": student.seed, "epoch": 0}
+        stage = Stage("student", drawn, _revisions(student.backbone, train=train), local=local)
+        builder.keys["student"] = builder.add(stage)
+    else:
+        builder.keys["student"] = _training(builder, "student", at, schedule, last)
+
+
+def _evaluation(builder: _Builder, spec: Any) -> str:
+    pair, keys = builder.pair, builder.keys
+    module = plugins.module_of("evaluation", spec)
+    what = spec.model_dump(exclude={"name"})
+    local: dict[str, Any] = {"evaluation": spec.model_dump(), "judges": spec.of}
+    inputs = {"images.target": builder.images("target")}
+    methods: list[Spec] = [spec]
+    roles = ["target"]
+    if getattr(module, "READS_PSEUDO_LABELS", False):
+        if "pseudo_labels" in keys:
+            inputs |= {"pseudo_labels": keys["pseudo_labels"], "images.transfer": builder.images("transfer")}
+            roles.append("transfer")
+        else:
+            inputs["student"] = keys["student"]
+    elif spec.of == "teacher":
+        teacher: Any = pair.teacher
+        if "teacher" in keys:
+            inputs["teacher"] = keys["teacher"]
+        seen = teacher.model_dump() | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
+        local["teacher"] = seen
+        view = _teacher_view(teacher)
+        what["teacher"] = view | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
+        methods.append(teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone)
+    else:
+        inputs["student"] = keys["student"]
+        what["backbone"] = pair.student.backbone.model_dump()
+        methods.append(pair.student.backbone)
+    local["data"] = builder.data(*roles)
+    return builder.add(Stage("evaluation", what, _revisions(*methods, features=features), inputs, local=local))

@@ -1,0 +1,35 @@
+"""Identity of what lies outside: data sets and checkpoint files, by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ktray import images
+from ktray.errors import UserError
+from ktray.fingerprint import canonical, file_sha256
+from ktray.spec import Spec
+
+
+def data_identity(cache: Path | None = None) -> Callable[[Spec], str]:
+    """A function data spec -> sha256 of its content; every data set is read once, file hashes are kept under `cache`."""
+    known: dict[str, str] = {}
+
+    def identity(spec: Spec) -> str:
+        name = canonical(spec.model_dump())
+        if name not in known:
+            known[name] = images.identity(spec, cache)
+        return known[name]
+
+    return identity
+
+
+def checkpoint_sha256(path: str) -> str:
+    """sha256 of a checkpoint file.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint file {path!r}", where="teacher.checkpoint", instead="Give the path of a file.")
+    return file_sha256(Path(path))

@@ -1,0 +1,23 @@
+"""What each stage does: one file per stage, one function `run` each, found by the stage's name in `WORK`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ktray.artifact import Artifact, Stage
+from ktray.pool import Means
+from ktray.stages import clusters, evaluation, features, images, pseudo_labels, student, teacher
+
+Run = Callable[[Stage, Mapping[str, Artifact], Path, Means, Path | None], Mapping[str, float]]
+"""(stage, role -> input artifact, scratch directory, means, earlier snapshot to start from) -> metrics."""
+
+WORK: Mapping[str, Run] = {
+    "images": images.run,
+    "teacher": teacher.run,
+    "features": features.run,
+    "clusters": clusters.run,
+    "pseudo_labels": pseudo_labels.run,
+    "student": student.run,
+    "evaluation": evaluation.run,
+}

@@ -1,0 +1,45 @@
+"""Cluster features by k-means, after the projection that the transfer asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ktray import features, kmeans, projection
+from ktray.artifact import Artifact, Stage
+from ktray.pool import Means
+
+
+def run(
+    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
+) -> Mapping[str, float]:
+    """Write `centroids.npy` (K, D), `projection.npz` and `iterations.json`; inertia is the mean squared distance."""
+    spec, shards = stage.spec, features.shards(inputs["features"].directory)
+    project = projection.fit(
+        shards, l2=spec["l2"], pca=spec["pca"], whiten=spec["whiten"], l2_after=spec["l2_after"], pool=means.pool
+    )
+    found = kmeans.fit(
+        shards,
+        spec["k"],
+        seed=spec["seed"],
+        iterations=spec["iterations"],
+        projection=project,
+        pool=means.pool,
+        on_iteration=lambda iteration, inertia: means.progress(
+            {"iteration": iteration, "of": spec["iterations"], "inertia": inertia}
+        ),
+    )
+    np.save(out / "centroids.npy", found.centroids)
+    np.savez(out / "projection.npz", **project)
+    rows = [{"iteration": i + 1, "inertia": inertia} for i, inertia in enumerate(found.inertia)]
+    (out / "iterations.json").write_text(json.dumps({"inertia": rows, "repaired": list(found.empty)}))
+    return {
+        "inertia": float(found.inertia[-1]),
+        "iterations": float(found.iterations),
+        "empty": float((found.sizes == 0).sum()),
+        "repaired": float(sum(found.empty)),
+        "largest_share": float(found.sizes.max() / found.sizes.sum()),
+    }

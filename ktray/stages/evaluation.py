@@ -1,0 +1,63 @@
+"""Judge a student, a teacher or the pseudo-labels by one evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from ktray import features, plugins
+from ktray.artifact import Artifact, Stage
+from ktray.pool import Means
+from ktray.spec import TeacherSpec
+from ktray.stages.images import open_images
+
+
+def run(
+    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
+) -> Mapping[str, float]:
+    """Write `metrics.json` and the plots of the evaluation; metric names without prefix."""
+    spec = plugins.parse("evaluation", stage.local["evaluation"])
+    pseudo_labels = None
+    role = "target"
+    if "pseudo_labels" in inputs:
+        pseudo_labels = np.load(inputs["pseudo_labels"].directory / "labels.npy", allow_pickle=False)
+        role = "transfer"
+    train_images = open_images(stage, role, inputs, "train")
+    judged = open_images(stage, "target", inputs, spec.split)
+    extractor = _extractor(stage, inputs, spec, means.device)
+    metrics = plugins.module_of("evaluation", spec).evaluate(
+        spec,
+        features=lambda images: features.all_of(extractor(), images),
+        train=train_images,
+        judged=judged,
+        pseudo_labels=pseudo_labels,
+        out=out,
+    )
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
+    return metrics
+
+
+def _extractor(
+    stage: Stage, inputs: Mapping[str, Artifact], spec: object, device: str
+) -> Callable[[], Callable[[NDArray[np.uint8]], NDArray[np.float32]]]:
+    """A function that builds the extractor of the judged network; only called if the evaluation asks for features."""
+
+    def build() -> features.Extractor:
+        if stage.local["judges"] == "teacher":
+            teacher = TypeAdapter(TeacherSpec).validate_python(stage.local["teacher"])
+            made = inputs.get("teacher")
+            directory = made.directory if made else None
+            weights = directory if directory and (directory / "weights.safetensors").exists() else None
+            state = directory if directory and (directory / "state.npz").exists() else None
+            return features.of_teacher(teacher, weights, state, device)
+        backbone = plugins.parse("backbone", stage.spec["backbone"])
+        return features.of_network(backbone, spec.layer, spec.pool, inputs["student"].directory, device)  # type: ignore[attr-defined]
+
+    return build
+
+

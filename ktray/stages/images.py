@@ -1,0 +1,26 @@
+"""Decode a data source once: uint8 pixels, splits, labels, and what was unreadable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ktray import images as tools
+from ktray import plugins
+from ktray.artifact import Artifact, Stage
+from ktray.images import Images
+from ktray.pool import Means
+
+
+def run(
+    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
+) -> Mapping[str, float]:
+    """Write the images of ``stage.local["data"]``; metrics `count` and `unreadable`."""
+    spec = plugins.parse("dataset", stage.local["data"])
+    return tools.write(spec, out, means.pool, means.memmap_bytes)
+
+
+def open_images(stage: Stage, role: str, inputs: Mapping[str, Artifact], split: str) -> Images:
+    """The images that a stage reads in the data role `role`, such as ``target``."""
+    spec = plugins.parse("dataset", stage.local["data"][role])
+    return tools.open_split(inputs[f"images.{role}"].directory, split, spec)

@@ -1,0 +1,35 @@
+"""Give every image of the transfer data the number of its nearest cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ktray import features
+from ktray import pseudo_labels as tools
+from ktray.artifact import Artifact, Stage
+from ktray.pool import Means
+from ktray.stages.images import open_images
+
+
+def run(
+    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
+) -> Mapping[str, float]:
+    """Write `labels.npy` (N,) int64 with -1 for images left out, and a sheet of images per cluster."""
+    clusters = inputs["clusters"].directory
+    centroids = np.load(clusters / "centroids.npy", allow_pickle=False)
+    with np.load(clusters / "projection.npz", allow_pickle=False) as file:
+        projection = dict(file)
+    labels = tools.assign(features.shards(inputs["features"].directory), centroids, projection, means.pool)
+    labels = tools.drop_small(labels, len(centroids), stage.spec["min_size"])
+    if not (labels >= 0).any():
+        raise ValueError(f"every cluster has fewer than min_size={stage.spec['min_size']} images: nothing is left to learn from")
+    np.save(out / "labels.npy", labels)
+    images = open_images(stage, "transfer", inputs, "train")
+    tools.sheet(images, labels, out / "clusters.png")
+    metrics = {"entropy": tools.entropy(labels), "kept": float((labels >= 0).mean())}
+    if images.labels is not None:
+        metrics["nmi"] = tools.nmi(labels, images.labels)
+    return metrics

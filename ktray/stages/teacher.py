@@ -1,0 +1,34 @@
+"""Make a teacher: train it on its pretext task, fit a descriptor's state, or take weights from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ktray import plugins, train
+from ktray.artifact import Artifact, Stage
+from ktray.pool import Means
+from ktray.stages.images import open_images
+from ktray.stages.training import run_training
+
+
+def run(
+    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
+) -> Mapping[str, float]:
+    """Write a snapshot (`weights.safetensors`, ...) or, for a descriptor that is fitted, `state.npz`."""
+    if "pretext" in stage.spec:
+        images = open_images(stage, "pretext", inputs, "train")
+        pretext = plugins.parse("pretext", stage.spec["pretext"])
+        task = plugins.module_of("pretext", pretext).task(pretext, images.size)
+        return run_training(stage, task, images, out, means, start)
+    if "checkpoint" in stage.spec:
+        spec = plugins.parse("backbone", stage.spec["backbone"])
+        parameters = train.adopt(spec, Path(stage.local["checkpoint"]), out)
+        return {"parameters": float(parameters)}
+    descriptor = plugins.parse("descriptor", stage.spec["descriptor"])
+    images = open_images(stage, "cluster", inputs, "train")
+    state = plugins.module_of("descriptor", descriptor).fit(descriptor, images)
+    np.savez(out / "state.npz", **state)
+    return {}

@@ -1,0 +1,63 @@
+"""What teacher and student share: run `train.fit` up to the stage's epoch and keep checkpoints on the way."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ktray import plugins, train
+from ktray.artifact import Stage
+from ktray.images import Images
+from ktray.pool import Means
+from ktray.spec import Schedule
+from ktray.task import Task
+
+OnEpoch = Callable[[int, dict[str, float], Callable[[Path], None]], None]
+
+
+def run_training(
+    stage: Stage, task: Task, images: Images, out: Path, means: Means, start: Path | None
+) -> dict[str, float]:
+    """Train the backbone of ``stage.spec`` to ``stage.spec["epoch"]``; metrics of the last epoch and `parameters`."""
+    backbone_spec = plugins.parse("backbone", stage.spec["backbone"])
+    seed, until = stage.spec["seed"], stage.spec["epoch"]
+    backbone = train.fresh(backbone_spec, seed)
+    schedule = Schedule.model_validate(stage.local["schedule"])
+    metrics = train.fit(
+        backbone,
+        task,
+        images,
+        schedule,
+        seed,
+        out=out,
+        until=until,
+        start=start,
+        device=means.device,
+        on_epoch=_checkpointing(out, until, means),
+    )
+    return {**metrics, "epoch": float(until), "parameters": float(sum(p.numel() for p in backbone.parameters()))}
+
+
+def _checkpointing(out: Path, until: int, means: Means) -> OnEpoch:
+    """Report every epoch, and save a checkpoint when more than `means.checkpoint_seconds` of work would be lost."""
+    saved: dict[str, Any] = {"at": time.monotonic(), "path": None}
+
+    def on_epoch(epoch: int, metrics: dict[str, float], save: Callable[[Path], None]) -> None:
+        means.progress({"epoch": epoch, "of": until, **metrics})
+        if epoch >= until or time.monotonic() - saved["at"] < means.checkpoint_seconds:
+            return
+        partial = out / "checkpoint-partial"
+        partial.mkdir()
+        save(partial)
+        path = out / f"checkpoint-{epoch:06d}"
+        partial.rename(path)
+        if saved["path"]:
+            shutil.rmtree(saved["path"])
+        saved.update(at=time.monotonic(), path=path)
+
+    return on_epoch
+
+
