@@ -1,0 +1,50 @@
+"""Which of four rotations (0, 90, 180, 270 degrees) an image shows.
+
+Source: Gidaris, Singh, Komodakis, ICLR 2018, arXiv:1803.07728; all four rotations of an image in one batch after its section
+3.1, crop and mirror after the authors' CIFAR-10 code (gidariss/FeatureLearningRotNet).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ktray import augment
+from ktray.classification import cross_entropy
+from ktray.spec import Augment
+from ktray.spec import Spec as SpecBase
+from ktray.task import Task
+
+REVISION = 1
+
+
+class Spec(SpecBase):
+    """`rotations`: "all" four of each image (a batch of B images trains on 4B), or "one" at random.
+
+    `augment` comes before the rotation: a mirrored image is still upright.
+    """
+
+    kind: Literal["rotation"] = "rotation"
+    rotations: Literal["all", "one"] = "all"
+    augment: Augment = Augment(crop=4, flip=True)
+
+
+def task(spec: Spec, size: int) -> Task:
+    """A linear head that tells the rotations apart; "top1" over the rotated images.
+
+    Args:
+        size: side of the images in pixels; any.
+    """
+
+    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        seen = augment.views(images, spec.augment, generator)
+        turned = torch.stack([torch.rot90(seen, turns, dims=(1, 2)) for turns in range(4)], dim=1)
+        targets = torch.arange(4, device=images.device).expand(len(images), 4)
+        if spec.rotations == "one":
+            targets = torch.randint(4, (len(images), 1), generator=generator).to(images.device)
+            turned = turned.take_along_dim(targets[:, :, None, None, None], dim=1)
+        return augment.to_float(turned.flatten(0, 1)), targets
+
+    return Task(head=lambda width: nn.Linear(width, 4), batch=batch, loss=cross_entropy)

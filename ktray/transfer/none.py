@@ -1,0 +1,17 @@
+"""The floor: the student stays as it was drawn, so that its evaluation shows what random weights are worth. No teacher."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ktray.spec import Spec as SpecBase
+
+REVISION = 1
+
+NEEDS: dict[str, tuple[str, ...]] = {}
+
+
+class Spec(SpecBase):
+    """Nothing to choose."""
+
+    kind: Literal["none"] = "none"
