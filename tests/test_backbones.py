@@ -1,0 +1,132 @@
+import pytest
+import torch
+from torch import nn
+
+from ktray import plugins, train
+
+torch.set_num_threads(1)
+
+KINDS = plugins.kinds("backbone")
+SMALL = {"width": 0.125}
+
+
+def spec_of(kind, **fields):
+    """The kind with few channels if it has such a field, so that each is tested within a second."""
+    known = plugins.module("backbone", kind).Spec.model_fields
+    return plugins.parse("backbone", {"kind": kind, **{n: v for n, v in SMALL.items() if n in known}, **fields})
+
+
+def outputs_of_layers(backbone, pixels):
+    seen = {}
+    handles = [
+        backbone.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
+        for name in backbone.layers
+    ]
+    features = backbone(pixels)
+    for handle in handles:
+        handle.remove()
+    return features, seen
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backbone_gives_features_of_its_width_and_has_the_layers_that_it_names(kind, size):
+    backbone = train.fresh(spec_of(kind), 0).eval()
+    with torch.inference_mode():
+        features, layers = outputs_of_layers(backbone, torch.randn(2, 3, size, size))
+    assert features.shape == (2, backbone.feature_dim)
+    assert features.dtype == torch.float32
+    assert features.isfinite().all()
+    assert list(layers) == list(backbone.layers), "each is called once, in the order of depth"
+    assert all(out.ndim in (2, 4) and len(out) == 2 for out in layers.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backbone_takes_gradients_in_all_its_weights(kind):
+    backbone = train.fresh(spec_of(kind), 0).train()
+    backbone(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backbone_draws_its_weights_from_the_global_generator(kind):
+    spec = spec_of(kind)
+    first, again, other = (train.fresh(spec, seed).state_dict() for seed in (4, 4, 5))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_layout_does_not_change_what_a_backbone_computes(kind):
+    backbone = train.fresh(spec_of(kind), 0).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = backbone(pixels)
+        found = backbone.to(memory_format=torch.channels_last)(pixels.contiguous(memory_format=torch.channels_last))
+    assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def parameters(backbone):
+    return sum(p.numel() for p in backbone.parameters())
+
+
+def test_the_small_alexnet_has_two_million_parameters_and_pools_28_pixels_to_7():
+    backbone = train.fresh(plugins.parse("backbone", "alexnet"), 0)
+    assert 2.2e6 < parameters(backbone) < 2.4e6
+    _, layers = outputs_of_layers(backbone.eval(), torch.zeros(1, 3, 28, 28))
+    assert [tuple(out.shape[1:]) for out in layers.values()] == [
+        (64, 28, 28),
+        (192, 14, 14),
+        (384, 7, 7),
+        (256, 7, 7),
+        (256, 7, 7),
+    ]
+
+
+def test_the_full_alexnet_has_the_maps_of_the_paper_at_224_pixels():
+    backbone = train.fresh(plugins.parse("backbone", {"kind": "alexnet", "form": "full"}), 0).eval()
+    with torch.inference_mode():
+        features, layers = outputs_of_layers(backbone, torch.zeros(1, 3, 224, 224))
+    assert [tuple(out.shape[1:]) for out in layers.values()] == [
+        (96, 55, 55),
+        (256, 27, 27),
+        (384, 13, 13),
+        (384, 13, 13),
+        (256, 13, 13),
+    ]
+    assert features.shape == (1, 256)
+
+
+def test_alexnet_channels_are_multiples_of_eight_at_any_width():
+    backbone = train.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.3}), 0)
+    channels = [m.out_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)]
+    assert channels == [16, 56, 112, 80, 80]
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50])
+def test_a_full_resnet_is_the_one_of_torchvision(depth):
+    from torchvision import models
+
+    backbone = train.fresh(plugins.parse("backbone", {"kind": "resnet", "depth": depth, "form": "full"}), 1).eval()
+    oracle = getattr(models, f"resnet{depth}")(num_classes=5).eval()
+    classifier = {f"fc.{name}": tensor for name, tensor in oracle.fc.state_dict().items()}
+    oracle.load_state_dict({**backbone.state_dict(), **classifier}, strict=True)
+    pixels = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.equal(oracle.fc(backbone(pixels)), oracle(pixels))
+    assert backbone.feature_dim == oracle.fc.in_features
+
+
+def test_a_fresh_full_resnet_draws_weights_as_wide_as_those_of_torchvision():
+    from torchvision.models import resnet18
+
+    ours = train.fresh(plugins.parse("backbone", {"kind": "resnet", "form": "full"}), 0).state_dict()
+    for name, tensor in resnet18().state_dict().items():
+        if tensor.ndim == 4:
+            assert ours[name].std() == pytest.approx(float(tensor.std()), rel=0.05), name
+
+
+def test_a_small_resnet_keeps_the_resolution_of_its_images():
+    backbone = train.fresh(plugins.parse("backbone", {"kind": "resnet", "width": 0.25}), 0).eval()
+    _, layers = outputs_of_layers(backbone, torch.zeros(1, 3, 32, 32))
+    assert [tuple(out.shape[1:]) for out in layers.values()] == [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4)]
