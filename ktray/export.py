@@ -27,6 +27,14 @@ from ktray.spec import Student
 FORMAT = "ktray-student/1"
 WEIGHTS, CARD = "model.safetensors", "student.json"
 Head = Literal["classifier", "none"]
+_INPUT = {  # what `augment.to_float` does, in the words of other libraries
+    "layout": "NCHW",
+    "channels": "RGB",
+    "dtype": "float32",
+    "range": [0.0, 1.0],
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
 
 # An absolute path up to its last part, in any string: /home/me/x -> x, parquet:/data/a.parquet -> parquet:a.parquet; not s3://b/x.
 _DIRECTORIES = re.compile(r"(?<![\w./~])(?:file://)?~?/(?!/)(?:[^/?\n]+/)*|\b[A-Za-z]:\\(?:[^\\\n]+\\)*")
@@ -76,15 +84,7 @@ def export_student(
         "feature_dim": int(network.feature_dim),  # type: ignore[arg-type]
         "head": {"classes": classes, "tensors": sorted(names.values())} if names else None,
         "torchvision": _torchvision(architecture, classes if names else None),
-        "input": {
-            "size": [size, size],
-            "layout": "NCHW",
-            "channels": "RGB",
-            "dtype": "float32",
-            "range": [0.0, 1.0],
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.25, 0.25, 0.25],
-        },
+        "input": {"size": [size, size], **_INPUT},
         "metrics": _portable(metrics),
         "lineage": _portable(lineage),
     }

@@ -1,0 +1,119 @@
+"""The project's source as syntax trees: who imports what, who calls what, who continues which class."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file: dotted name (packages without `.__init__`), syntax tree, number of lines."""
+
+    name: str
+    tree: ast.Module
+    lines: int
+    package: bool = False
+
+    @property
+    def parts(self) -> list[str]:
+        return self.name.split(".")
+
+    @property
+    def part(self) -> str:
+        """What of the package it belongs to, such as ``evals`` or ``train``."""
+        return part_of(self.name)
+
+
+def part_of(name: str) -> str:
+    """What of the package a dotted name belongs to; ``__init__`` is the package's own interface."""
+    return [*name.split("."), "__init__"][1]
+
+
+def parse(path: Path) -> Module:
+    """The module in a file of the project."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    package = parts[-1] == "__init__"
+    source = path.read_text()
+    return Module(".".join(parts[:-1] if package else parts), ast.parse(source), source.count("\n"), package)
+
+
+PACKAGE = [parse(path) for path in sorted(ROOT.glob("ktray/**/*.py"))]
+STREET = [parse(path) for folder in ("tests", "experiments") for path in sorted(ROOT.glob(f"{folder}/**/*.py"))]
+NAMES = {module.name for module in PACKAGE}
+
+
+def imports(module: Module, tree: ast.AST | None = None) -> Iterator[tuple[str, str | None]]:
+    """(dotted module, imported name or None) of every import, also inside functions."""
+    for node in ast.walk(tree or module.tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            origin = node.module or ""
+            if node.level:
+                above = module.parts[: len(module.parts) - node.level + module.package]
+                origin = ".".join([*above, *filter(None, [node.module])])
+            yield from ((origin, alias.name) for alias in node.names)
+
+
+def house_imports(module: Module) -> Iterator[str]:
+    """Dotted names of the ktray modules that a module imports."""
+    for origin, name in imports(module):
+        if origin.split(".")[0] != "ktray":
+            continue
+        inner = f"{origin}.{name}"
+        if inner in NAMES or origin != "ktray":
+            yield inner if inner in NAMES else origin
+        elif name != "__version__":
+            yield origin
+
+
+def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run at import, except what only type checkers read."""
+    waiting: list[ast.stmt] = list(tree.body)
+    for node in waiting:
+        if isinstance(node, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.unparse(node).splitlines()[0]:
+            waiting += [*node.body, *node.orelse]
+        yield node
+
+
+def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function and method, nested ones too."""
+    yield from (node for node in ast.walk(module.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def own_functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions whose name is our choice: not methods of a class that continues somebody else's."""
+    foreign = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef) and not all(base.startswith("ktray.") for base in bases(module, node)):
+            foreign |= {id(part) for part in node.body}
+    yield from (node for node in functions(module) if id(node) not in foreign)
+
+
+def bases(module: Module, node: ast.ClassDef) -> list[str]:
+    """Dotted names of a class's bases as far as imports and the module itself tell."""
+    known = {other.name: f"{module.name}.{other.name}" for other in module.tree.body if isinstance(other, ast.ClassDef)}
+    for part in ast.walk(module.tree):
+        if isinstance(part, ast.ImportFrom):
+            for alias in part.names:
+                name = alias.asname or alias.name
+                if name == node.name or name not in known:
+                    known[name] = f"{part.module}.{alias.name}"
+    found = []
+    for base in node.bases:
+        first, _, rest = ast.unparse(base.value if isinstance(base, ast.Subscript) else base).partition(".")
+        found.append(".".join(filter(None, [known.get(first, first), rest])))
+    return found
+
+
+def calls(module: Module) -> Iterator[tuple[str, str, ast.Call]]:
+    """(whole text of what is called, its last name, the call)."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call):
+            text = ast.unparse(node.func)
+            yield text, text.rsplit(".", 1)[-1], node
