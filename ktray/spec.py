@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from ktray import plugins
+from ktray.errors import UserError
 
 
 class Spec(BaseModel):
@@ -16,28 +17,42 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _parse(room: str, value: Any) -> Any:
+    try:
+        return plugins.parse(room, value)
+    except UserError as error:  # as a ValueError it leaves pydantic with the path of the field
+        raise ValueError(str(error)) from error
+
+
 def _plugin(room: str) -> Any:
-    return Annotated[SerializeAsAny[Spec], BeforeValidator(lambda value: plugins.parse(room, value))]
+    return Annotated[SerializeAsAny[Spec], BeforeValidator(lambda value: _parse(room, value))]
 
 
 def _data(value: Any) -> Any:
     """``fashion_mnist_mini``, ``parquet:/p?label=label`` or a mapping, as one data set's mapping or spec."""
     if not isinstance(value, str):
-        return plugins.parse("dataset", value)
-    kind, _, rest = value.partition(":")
-    location, _, query = rest.partition("?")
+        return _parse("dataset", value)
+    place, _, query = value.partition("?")
+    kind, _, location = place.partition(":")
     fields: dict[str, Any] = {"kind": kind}
     if location:
         fields["path"] = location
     for pair in filter(None, query.split("&")):
         name, _, text = pair.partition("=")
         fields[name] = text
-    return plugins.parse("dataset", fields)
+    return _parse("dataset", fields)
 
 
 DataSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_data)]
 BackboneSpec = _plugin("backbone")
 Seed = Annotated[int, Field(ge=0)]
+
+
+class Split(Spec):
+    """How images for judging are taken from a data set that brings none: a seeded part, stratified where there are labels."""
+
+    val: float = Field(default=0.1, ge=0, lt=1, description="share of the training images; 0: no val split")
+    seed: Seed = 0
 
 
 class DataRoles(Spec):

@@ -1,9 +1,10 @@
-"""Images as the stages see them: uint8 arrays by index, from a memmap or decoded on the way."""
+"""The records that data sets hand over and that stages read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +20,20 @@ class Source:
 
     Attributes:
         names: (N,) relative path or row name of each image; unique.
-        read: index -> pixels (h, w, 3) uint8, of any h and w. Raises Unreadable.
-        content: index -> (size in bytes, sha256 hex of the encoded content), for the identity of the data.
+        read: index -> pixels (h, w, 3) uint8, of any h and w; several threads may call it. Raises Unreadable.
         labels: (N,) int64 in [0, len(classes)), or None.
         classes: names of the classes, or empty.
-        boxes: one (n_i, 5) float32 array of [x0, y0, x1, y1, class] in pixels per image, or None.
+        boxes: one (n_i, 5) float32 array of [x0, y0, x1, y1, class] in pixels of what `read` gives per image, or None.
+        encoded: index -> encoded bytes, only where reading in arbitrary order is dear (rows of a parquet file). A data set too
+            large for a memmap then keeps a copy of these bytes, and `decode` of them must be what `read` gives.
     """
 
     names: tuple[str, ...]
     read: Callable[[int], NDArray[np.uint8]]
-    content: Callable[[int], tuple[int, str]]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
     boxes: tuple[NDArray[np.float32], ...] | None = None
+    encoded: Callable[[int], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Splits:
     """What `datasets/<kind>.load` returns; where `val` is None, a seeded stratified part of `train` becomes it.
 
     Attributes:
-        identity: sha256 hex if the loader knows the content without reading it (generated or shipped data), else None.
+        files: (name relative to the data set's root, path) of every file whose bytes determine the pixels.
+        identity: sha256 hex, instead of `files`, if the content is known without a file (generated data).
     """
 
     train: Source
     val: Source | None = None
     test: Source | None = None
+    files: tuple[tuple[str, Path], ...] = ()
     identity: str | None = None
 
 

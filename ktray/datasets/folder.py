@@ -1,0 +1,44 @@
+"""Image files of a folder, at any depth, without labels.
+
+JPEG, PNG, WebP, BMP, GIF, TIFF, PPM; grey, palette, transparent and 16-bit images become RGB as `images.decode` says.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ktray.errors import UserError
+from ktray.images import Source, Splits, decode, listed, location
+from ktray.spec import Spec as SpecBase
+from ktray.spec import Split
+
+REVISION = 1
+LOCATION: tuple[str, ...] = ("path",)
+
+
+class Spec(SpecBase):
+    """A folder of unlabelled images; `split.val` of them are held out, there is no test split."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    size: int = Field(default=64, ge=8, le=2048, description="side in pixels that images are decoded to")
+    split: Split = Split()
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="share")
+
+
+def load(spec: Spec) -> Splits:
+    """List the folder.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    root = location(spec.path)
+    files = listed(root)
+    if not files:
+        raise UserError(f"there are no image files in {root}", instead="Images are known by suffix, such as .jpg or .png.")
+    paths = tuple(path for _, path in files)
+    return Splits(
+        train=Source(names=tuple(name for name, _ in files), read=lambda index: decode(paths[index], spec.size)), files=files
+    )

@@ -1,0 +1,176 @@
+"""Encoded images in a column of parquet files, as data-set hubs deliver them.
+
+The column holds the bytes themselves or a struct with a field `bytes`. Files are train, val or test by the word that their
+name, or else their folder, begins with: `train-00000-of-00002.parquet`, `validation/0000.parquet`. Rows are streamed: a few
+dozen at a time are in memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ktray.errors import UserError
+from ktray.images import Source, Splits, decode, location
+from ktray.images.rows import row_reader
+from ktray.spec import Spec as SpecBase
+from ktray.spec import Split
+
+REVISION = 1
+LOCATION: tuple[str, ...] = ("path",)
+_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT = re.compile(r"(train|validation|valid|val|test)(?![a-z])")
+
+
+class Spec(SpecBase):
+    """`path` is a file, a folder or a pattern (`/p/**/*.parquet`); `label: null` leaves labels unread."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str
+    image: str | None = Field(default=None, description="column; null: the only one that can hold images")
+    label: str | None = Field(default=None, description="column of integers or strings")
+    size: int = Field(default=64, ge=8, le=2048, description="side in pixels that images are decoded to")
+    split: Split = Split()
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="share")
+
+
+def load(spec: Spec) -> Splits:
+    """Find the files, read their footers and the label column.
+
+    Raises:
+        UserError: no files, files of no known split, or a column that is missing or of the wrong type.
+    """
+    files = _files(spec.path)
+    by_split = _divided(files)
+    footers = {path: _footer(path) for _, path in files}
+    columns = {_image_column(schema, spec.image, path) for path, (_, schema) in footers.items()}
+    if len(columns) > 1:
+        raise UserError(f"the files disagree about the image column: {', '.join(columns)}", where="data.image")
+    column = columns.pop()
+    values = {split: _label_values([path for _, path in of_split], spec.label) for split, of_split in by_split.items()}
+    known = {value for of_split in values.values() for value in of_split or ()}
+    classes = _classes(footers[files[0][1]][1], spec.label, known)
+    numbers = {value: number for number, value in enumerate(classes)}
+    sources = {}
+    for split, of_split in by_split.items():
+        counts = tuple(footers[path][0] for _, path in of_split)
+        encoded = row_reader(tuple(path for _, path in of_split), counts, column)
+        labels = values[split]
+        sources[split] = Source(
+            names=tuple(f"{of_split[i][0]}#{row}" for i, count in enumerate(counts) for row in range(count)),
+            read=lambda index, encoded=encoded: decode(encoded(index), spec.size),  # type: ignore[misc]
+            labels=None if labels is None else np.array([numbers[value] for value in labels], np.int64),
+            classes=() if labels is None else tuple(classes.values()),
+            encoded=encoded,
+        )
+    return Splits(train=sources["train"], val=sources.get("val"), test=sources.get("test"), files=files)
+
+
+def _files(path: str) -> tuple[tuple[str, Path], ...]:
+    """(name relative to the folder that the path names, path) of each parquet file, sorted by name."""
+    place = location(path)
+    if place.is_file():
+        return ((place.name, place),)
+    pattern = place / "**" / "*.parquet" if place.is_dir() else place
+    found = [Path(match) for match in glob.glob(str(pattern), recursive=True) if Path(match).is_file()]
+    if not found:
+        raise UserError(f"there are no parquet files at {place}", where="data.path", instead="Give a file, folder or pattern.")
+    root = place
+    while not root.is_dir():
+        root = root.parent
+    return tuple(sorted((file.relative_to(root).as_posix(), file) for file in found))
+
+
+def _divided(files: tuple[tuple[str, Path], ...]) -> dict[str, list[tuple[str, Path]]]:
+    """Files by split; where no name, or only one file, speaks of a split, all are for training."""
+    splits = {name: _split_of(name) for name, _ in files}
+    if len(files) == 1 or set(splits.values()) == {None}:
+        return {"train": list(files)}
+    by_split: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for name, path in files:
+        split = splits[name]
+        if split is None:
+            raise UserError(
+                f"{name} belongs to no split, and others do",
+                where="data.path",
+                instead="Names begin with train, val or test; a pattern in 'path' leaves files out.",
+            )
+        by_split[split].append((name, path))
+    if "train" not in by_split:
+        raise UserError("there are no training files", where="data.path", instead="Name them train*.parquet.")
+    return by_split
+
+
+def _split_of(name: str) -> str | None:
+    words = (_SPLIT.match(part) for part in reversed(name.lower().split("/")))
+    return next((_SPLITS[word[1]] for word in words if word), None)
+
+
+def _footer(path: Path) -> tuple[int, Any]:
+    """Number of rows, and the Arrow schema with its metadata."""
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.metadata.num_rows, file.schema_arrow
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no parquet file: {error}", where="data.path", instead="Fetch it again.") from error
+
+
+def _image_column(schema: Any, wanted: str | None, path: Path) -> str:
+    """Dotted name of the binary column, `image.bytes` for a struct."""
+    from pyarrow import types
+
+    def is_bytes(kind: Any) -> bool:
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    found = {}
+    for field in schema:
+        if is_bytes(field.type):
+            found[field.name] = field.name
+        elif types.is_struct(field.type) and any(part.name == "bytes" and is_bytes(part.type) for part in field.type):
+            found[field.name] = f"{field.name}.bytes"
+    if wanted is None and len(found) == 1:
+        return next(iter(found.values()))
+    if wanted in found:
+        return found[wanted]
+    problem = f"{path} has no column {wanted!r} of encoded images" if wanted else f"{path}: which column has the images?"
+    raise UserError(problem, where="data.image", instead=f"Columns that can: {', '.join(found) or 'none'}.")
+
+
+def _label_values(paths: list[Path], column: str | None) -> list[Any] | None:
+    """The labels of all rows, or None where the column is not asked for or a hub has hidden all of them (null or -1)."""
+    from pyarrow import parquet, types
+
+    if column is None:
+        return None
+    values: list[Any] = []
+    for path in paths:
+        with parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                known = ", ".join(file.schema_arrow.names)
+                raise UserError(f"{path} has no column {column!r}", where="data.label", instead=f"It has {known}.")
+            kind = file.schema_arrow.field(column).type
+            if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_boolean(kind)):
+                raise UserError(f"the column {column!r} holds {kind}", where="data.label", instead="Use integers or strings.")
+            values += file.read(columns=[column]).column(0).to_pylist()
+    hidden = sum(value is None or value == -1 for value in values)
+    if 0 < hidden < len(values):
+        raise UserError(f"{hidden} of {len(values)} values of {column!r} are null or -1", where="data.label")
+    return None if hidden else values
+
+
+def _classes(schema: Any, column: str | None, known: set[Any]) -> dict[Any, str]:
+    """Label value -> name of its class, in the order of the classes: as the hub's metadata say, else the sorted values."""
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = described.get("info", {}).get("features", {}).get(column, {}).get("names")
+    if names and known <= set(range(len(names))):
+        return dict(enumerate(names))
+    return {value: str(value) for value in sorted(known)}

@@ -1,0 +1,23 @@
+"""Images as the stages see them: uint8 arrays by index, from a memmap or decoded on the way.
+
+A data set's `load` lists what there is (`Splits` of `Source`); `identity` hashes the content; `write` decodes everything once;
+`open_split` gives the finished `Images`. `decode` turns encoded bytes into pixels for every kind that has files.
+"""
+
+from ktray.images.content import identity as identity
+from ktray.images.decoding import REVISION as REVISION
+from ktray.images.decoding import decode as decode
+from ktray.images.decoding import fit as fit
+from ktray.images.decoding import fit_boxes as fit_boxes
+from ktray.images.downloading import downloaded as downloaded
+from ktray.images.listing import listed as listed
+from ktray.images.listing import located as located
+from ktray.images.listing import location as location
+from ktray.images.reading import open_split as open_split
+from ktray.images.source import Images as Images
+from ktray.images.source import Source as Source
+from ktray.images.source import Splits as Splits
+from ktray.images.source import Unreadable as Unreadable
+from ktray.images.splitting import held_out as held_out
+from ktray.images.splitting import parts as parts
+from ktray.images.writing import write as write

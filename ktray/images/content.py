@@ -1,0 +1,92 @@
+"""What the data are, whoever keeps them wherever: a hash of the content."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ktray import plugins
+from ktray.fingerprint import file_sha256, fingerprint
+from ktray.images.source import Source
+
+_THREADS = 8
+_SETTLED_NS = 2_000_000_000  # a file changed less than this before it was hashed may change again within one clock tick
+
+
+def identity(spec: Any, cache: Path | None = None) -> str:
+    """sha256 (64 hex digits) of the data set's content: its files' names, sizes and bytes, and its labels.
+
+    Where the data lie does not count, nor what the spec makes of them (size, split). Files are hashed in threads.
+
+    Args:
+        spec: a data spec.
+        cache: folder for one JSON file that remembers hashes by (absolute path, size, mtime_ns); None hashes everything.
+
+    Raises:
+        UserError: the data are not where the spec says.
+    """
+    module = plugins.module_of("dataset", spec)
+    splits = module.load(spec)
+    if splits.identity is None and not splits.files:
+        raise ValueError(f"the data set kind {spec.kind!r} gives neither files nor an identity")
+    named = {"train": splits.train, "val": splits.val, "test": splits.test}
+    where = {field: getattr(spec, field) for field in module.LOCATION}
+    book = cache / f"contents-{fingerprint([spec.kind, where])[:12]}.json" if cache else None
+    return fingerprint(
+        {
+            "files": _manifest(splits.files, book),
+            "identity": splits.identity,
+            "splits": {name: _meaning(source) for name, source in named.items() if source is not None},
+        }
+    )
+
+
+def _meaning(source: Source) -> dict[str, Any]:
+    return {
+        "names": source.names,
+        "labels": None if source.labels is None else source.labels.tolist(),
+        "classes": source.classes,
+        "boxes": None if source.boxes is None else [boxes.tolist() for boxes in source.boxes],
+    }
+
+
+def _manifest(files: tuple[tuple[str, Path], ...], book: Path | None) -> list[list[Any]]:
+    """Sorted [name, size, sha256] of each file."""
+    known = _remembered(book)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        entries = list(threads.map(lambda file: _entry(file[1], known), files, chunksize=64))
+    if book is not None:
+        settled = time.time_ns() - _SETTLED_NS
+        lines = {str(path): entry for (_, path), entry in zip(files, entries, strict=True) if 0 <= entry[1] < settled}
+        if lines != known:
+            book.parent.mkdir(parents=True, exist_ok=True)
+            scratch = book.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(lines), encoding="utf-8", errors="surrogateescape")
+            scratch.replace(book)
+    return sorted([name, entry[0], entry[2]] for (name, _), entry in zip(files, entries, strict=True))
+
+
+def _entry(path: Path, known: dict[str, list[Any]]) -> list[Any]:
+    """[size, mtime_ns, sha256] of a file. One that may not be read counts as such: decoding lists it as unreadable."""
+    try:
+        state = path.stat()
+        remembered = known.get(str(path))
+        if remembered and remembered[:2] == [state.st_size, state.st_mtime_ns]:
+            return remembered
+        return [state.st_size, state.st_mtime_ns, file_sha256(path)]
+    except OSError:
+        return [-1, -1, "unreadable"]
+
+
+def _remembered(book: Path | None) -> dict[str, list[Any]]:
+    if book is None or not book.exists():
+        return {}
+    try:
+        lines = json.loads(book.read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError:
+        return {}  # cut off by a full disk: everything is hashed again
+    return lines if isinstance(lines, dict) else {}

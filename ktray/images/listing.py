@@ -1,0 +1,61 @@
+"""Where data lies, and which image files lie there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ktray import plugins
+from ktray.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def location(path: str | None) -> Path:
+    """`path` as an absolute path; null means the folder in the environment variable KTRAY_DATA, or `./data`."""
+    return Path(path or os.environ.get("KTRAY_DATA") or "data").expanduser().absolute()
+
+
+def located(spec: Any) -> Any:
+    """The data spec with its `path` made absolute, so that it means the same in a worker with another working directory."""
+    if "path" not in plugins.module_of("dataset", spec).LOCATION:
+        return spec
+    return spec.model_copy(update={"path": str(location(spec.path))})
+
+
+def listed(root: Path) -> tuple[tuple[str, Path], ...]:
+    """(relative name, path) of every image file below `root` at any depth, sorted by name.
+
+    By suffix, in any case; hidden files and folders are left out, links are followed and a folder is entered once.
+
+    Raises:
+        UserError: `root` is not a folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}", instead="Give the folder of the images as 'path'.")
+    found: dict[str, Path] = {}
+    entered = set()
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        state = folder.stat()
+        if (state.st_dev, state.st_ino) in entered:
+            continue
+        entered.add((state.st_dev, state.st_ino))
+        with os.scandir(folder) as entries:
+            # Sorted, so that of two links to one folder the same one is entered everywhere.
+            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(Path(entry.path))
+                elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                    path = Path(entry.path)
+                    found[_name(path.relative_to(root))] = path
+    return tuple(sorted(found.items()))
+
+
+def _name(path: Path) -> str:
+    """Text for any file name: bytes that are no UTF-8 cannot be written into JSON."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")

@@ -1,0 +1,119 @@
+"""The images that `write` laid down, by index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import plugins
+from ktray.errors import UserError
+from ktray.images.decoding import decode, fit
+from ktray.images.listing import located
+from ktray.images.source import Images, Unreadable
+from ktray.images.splitting import parts
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+def open_split(directory: Path, split: str, spec: Any) -> Images:
+    """The images of one split.
+
+    Args:
+        directory: what `write` filled.
+        split: "train", "val" or "test".
+        spec: the data spec that was written; read only where the pixels are decoded on the way.
+
+    Raises:
+        UserError: the data have no such split.
+        ValueError: the source changed since it was written; only where it is read again.
+    """
+    summary = json.loads((directory / "splits.json").read_text())
+    if split not in summary["splits"]:
+        raise UserError(f"the data set has no {split!r} split", instead=f"It has {', '.join(summary['splits'])}.")
+    described = json.loads((directory / f"{split}.json").read_text())
+    names, size = tuple(described["names"]), int(summary["size"])
+    if not summary["streamed"]:
+        pixels = np.load(directory / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+        read: Callable[[NDArray[np.int64]], NDArray[np.uint8]] = lambda indices: np.array(pixels[indices])  # noqa: E731
+    elif list(directory.glob(f"{split}-*.bin")):
+        read = _together(_of_copies(directory, split, size), names, size)
+    else:
+        read = _together(_of_source(directory, split, spec, names), names, size)
+    return Images(
+        count=len(names),
+        size=size,
+        read=read,
+        labels=_array(directory / f"{split}-labels.npy"),
+        classes=tuple(described["classes"]),
+        names=names,
+        boxes=_boxes(directory, split),
+    )
+
+
+def _array(path: Path) -> NDArray[np.int64] | None:
+    return np.load(path, allow_pickle=False) if path.exists() else None
+
+
+def _boxes(directory: Path, split: str) -> tuple[NDArray[np.float32], ...] | None:
+    counts = _array(directory / f"{split}-box-counts.npy")
+    if counts is None:
+        return None
+    boxes = np.load(directory / f"{split}-boxes.npy", allow_pickle=False)
+    return tuple(np.split(boxes, np.cumsum(counts)[:-1]))
+
+
+def _of_source(directory: Path, split: str, spec: Any, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
+    """Index in the split -> pixels, from the data set itself."""
+    spec = located(spec)
+    found = parts(plugins.module_of("dataset", spec).load(spec), spec.split)
+    rows = np.load(directory / f"{split}-rows.npy", allow_pickle=False)
+    source = found[split][0] if split in found else None
+    if source is None or max(rows) >= len(source.names) or tuple(source.names[row] for row in rows) != names:
+        raise ValueError(f"the {split!r} split of the data set {spec.kind!r} is no longer what was listed")
+    return lambda index: source.read(int(rows[index]))
+
+
+def _of_copies(directory: Path, split: str, size: int) -> Callable[[int], NDArray[np.uint8]]:
+    """Index in the split -> pixels, from the copies of the encoded images."""
+    files = sorted(directory.glob(f"{split}-*.bin"))
+    lengths = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in files]
+    first = np.cumsum([0, *(len(of_file) for of_file in lengths)])
+    begins = [np.cumsum([0, *of_file]) for of_file in lengths]
+
+    def read(index: int) -> NDArray[np.uint8]:
+        block = int(np.searchsorted(first, index, side="right")) - 1
+        within = index - int(first[block])
+        with open(files[block], "rb") as file:
+            file.seek(int(begins[block][within]))
+            return decode(file.read(int(lengths[block][within])), size)
+
+    return read
+
+
+def _together(
+    read: Callable[[int], NDArray[np.uint8]], names: tuple[str, ...], size: int
+) -> Callable[[NDArray[np.int64]], NDArray[np.uint8]]:
+    """A reader of many images from a reader of one; decoding leaves the interpreter lock, so threads help."""
+
+    def square(index: np.int64) -> NDArray[np.uint8]:
+        try:
+            return fit(read(int(index)), size)
+        except Unreadable as error:
+            raise ValueError(f"{names[index]} was readable when the data were written and is not now: {error}") from error
+
+    def read_all(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        indices = np.arange(len(names))[indices]  # the same bounds and negative indices as a memmap
+        squares = np.empty((len(indices), size, size, 3), np.uint8)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for place, pixels in enumerate(threads.map(square, indices)):
+                squares[place] = pixels
+        return squares
+
+    return read_all

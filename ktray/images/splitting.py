@@ -1,0 +1,52 @@
+"""Which images are for training and which for judging."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray.images.source import Source, Splits
+from ktray.spec import Split
+
+Part = tuple[Source, NDArray[np.int64]]  # a source, and the ascending rows (n,) of it that make a split
+
+
+def parts(splits: Splits, split: Split) -> dict[str, Part]:
+    """Name of each split ("train", "val", "test") -> its source and the ascending rows (n,) of that source.
+
+    A data set's own val is taken as it is; else `split.val` of the training images, stratified where there are labels.
+    """
+    train = np.arange(len(splits.train.names))
+    found: dict[str, Part] = {}
+    if splits.val is not None:
+        found["val"] = (splits.val, np.arange(len(splits.val.names)))
+    elif split.val > 0:
+        val = held_out(splits.train.names, splits.train.labels, split.val, split.seed)
+        train = np.setdiff1d(train, val)
+        found["val"] = (splits.train, val)
+    if splits.test is not None:
+        found["test"] = (splits.test, np.arange(len(splits.test.names)))
+    return {name: part for name, part in {"train": (splits.train, train), **found}.items() if len(part[1])}
+
+
+def held_out(names: Sequence[str], labels: NDArray[np.int64] | None, share: float, seed: int) -> NDArray[np.int64]:
+    """Ascending indices of round(share * N) images: of every class its share, the rest to the largest remainders.
+
+    Images are ranked by a hash of (seed, name), not by a permutation, so that an added image moves few others between the
+    splits and no version of a random generator decides. Every class keeps at least one image for training.
+    """
+    ranks = [hashlib.sha256(f"{seed}\0{name}".encode()).digest() for name in names]
+    groups = np.zeros(len(names), np.int64) if labels is None else labels
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    quotas = [int(share * len(member)) for member in members]
+    by_remainder = sorted(range(len(members)), key=lambda c: (quotas[c] - share * len(members[c]), ranks[members[c][0]]))
+    missing = round(share * len(names)) - sum(quotas)
+    for group in by_remainder:
+        if missing > 0 and quotas[group] + 1 < len(members[group]):
+            quotas[group] += 1
+            missing -= 1
+    chosen = [sorted(member, key=ranks.__getitem__)[:quota] for member, quota in zip(members, quotas, strict=True)]
+    return np.sort(np.array([index for group in chosen for index in group], np.int64))
