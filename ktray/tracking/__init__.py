@@ -1,0 +1,183 @@
+"""A study in MLflow: one experiment, a run for the search, under it a run per trial and per stage that really ran.
+
+Every call appends to a spool in the home and returns; a thread writes to MLflow when MLflow answers. A tracker that is
+slow, down or full costs no trial, and what it missed appears once it is back, if need be in a later session.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, Literal, ParamSpec
+
+from ktray.errors import UserError
+from ktray.tracking.connection import checked, default_uri
+from ktray.tracking.rules import metrics_of, params_of, run_name, tags_of
+from ktray.tracking.spool import Spool
+from ktray.tracking.writer import Writer
+
+__all__ = ["Tracker", "default_uri", "replay"]
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+P = ParamSpec("P")
+
+log = logging.getLogger("ktray.tracking")
+
+
+def _quiet(method: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
+    @wraps(method)
+    def call(self: Tracker, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the boundary to the search: no bookkeeping is worth a trial
+            self._lose(method.__name__, error)
+
+    return call
+
+
+class Tracker:
+    """Tells MLflow about one study. No method but the constructor raises, and none waits for the tracker but `close`.
+
+    Args:
+        uri: sqlite path or server, such as `default_uri` gives.
+        home: the spool lives in its ``studies/STUDY/tracking``, artifacts of a sqlite tracker in its ``mlartifacts``.
+        study: [A-Za-z0-9._-], the name of the experiment.
+        share_images: also send images to a tracker that is not a local sqlite database; they are the user's data.
+        version_tags: tags of the search's run, such as ``{"ktray.version": "0.1.0"}``.
+
+    Raises:
+        UserError: the URI is one that MLflow or we no longer serve, or the name is not a study's.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        home: Path,
+        study: str,
+        *,
+        share_images: bool = False,
+        version_tags: Mapping[str, str] | None = None,
+    ) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", study):
+            raise UserError(f"{study!r} is no name for a study", "study", "Use letters, digits, '.', '_' and '-'.")
+        self._uri, self._home, self._study = checked(uri), home, study
+        self._share_images = share_images
+        self._version_tags = dict(version_tags or {})
+        self._spool: Spool | None = None
+        self._writer: Writer | None = None
+        self._lost = 0  # events that could not even be kept
+
+    @_quiet
+    def start(self) -> None:
+        """Begins a session: replays what an earlier one left, reopens the search's run, closes orphans as KILLED."""
+        if self._writer:
+            return
+        self._spool = Spool(_spool_of(self._home, self._study))
+        alone = self._spool.claim()  # if another process has it, the RUNNING runs are its, and no orphans
+        writer = _writer(self._spool, self._uri, self._home, self._study)
+        self._add("open", name=self._study, tags=tags_of(self._version_tags), alone=alone)
+        writer.start()
+        self._writer = writer
+
+    @_quiet
+    def trial(self, number: int, name: str, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Begins trial `number`, or continues it: then its run is set back to RUNNING.
+
+        Args:
+            number: of the study's trial.
+            name: readable, such as ``rotation-resnet18/layer3 k=500 -> alexnet``; the number is put before it.
+            params: dotted spec path -> value.
+            tags: ``ktray.*``; a tag ``ktray.stage.NAME`` with a stage's key becomes a link to that stage's run.
+        """
+        texts, cut = params_of(params)
+        self._add("trial", number=number, name=run_name(number, name), params=texts, tags={**tags_of(tags), **cut})
+
+    @_quiet
+    def metrics(self, number: int, values: dict[str, float], step: int) -> None:
+        """Metrics of a trial at an epoch. Values that are not finite are left out and named in a tag."""
+        finite, tags = metrics_of(values, step)
+        self._add("metrics", number=number, metrics=finite, step=int(step), tags=tags)
+
+    @_quiet
+    def curve(self, number: int, rows: list[dict[str, float]]) -> None:
+        """Rows with ``epoch`` and metrics. Rows that come again, with a longer curve, are stored once."""
+        self._add("curve", number=number, rows=_by_step(rows))
+
+    @_quiet
+    def finish(self, number: int, status: Status, tags: dict[str, str], metrics: dict[str, float]) -> None:
+        """Ends a trial, or a segment of one that may be continued; `metrics` have no step."""
+        finite, more = metrics_of(metrics, 0)
+        self._add("finish", number=number, status=status, metrics=finite, tags={**tags_of(tags), **more})
+
+    @_quiet
+    def stage(
+        self,
+        key: str,
+        name: str,
+        metrics: dict[str, float],
+        tags: dict[str, str],
+        rows: list[dict[str, float]],
+        images: list[Path],
+    ) -> None:
+        """A stage that really ran, as a finished run with its key, its training curve and its images."""
+        finite, more = metrics_of(metrics, 0)
+        self._add("stage", key=key, name=name, metrics=finite, tags={**tags_of(tags), **more}, rows=_by_step(rows))
+        if images:
+            paths = [str(Path(image).absolute()) for image in images]
+            self._add("images", key=key, name=name, images=paths, share=self._share_images)
+
+    def close(self, status: Status, timeout: float = 20) -> bool:
+        """Ends the search's run and writes what is left, for `timeout` seconds at most.
+
+        Returns:
+            Whether everything was written; what was not stays in the spool for the next session.
+        """
+        if not self._writer:
+            return False
+        self._end(status)
+        return self._writer.stop(timeout) and not self._lost
+
+    @_quiet
+    def _end(self, status: Status) -> None:
+        self._add("close", name=self._study, status=status)
+
+    def _add(self, do: str, **fields: Any) -> None:
+        if self._spool is not None:
+            self._spool.append({"do": do, "time": round(time.time() * 1000), **fields})
+
+    def _lose(self, what: str, error: Exception) -> None:
+        self._lost += 1
+        if self._lost == 1:
+            log.warning("tracking of %s failed (%s: %s); the search goes on", what, type(error).__name__, error)
+
+
+def replay(uri: str, home: Path, study: str, timeout: float = 20) -> bool:
+    """Writes what earlier sessions of `study` left in the spool; whether nothing is left. Opens no new session."""
+    spool = Spool(_spool_of(home, study))
+    writer = _writer(spool, checked(uri), home, study)
+    writer.start()
+    return writer.stop(timeout)
+
+
+def _spool_of(home: Path, study: str) -> Path:
+    return home / "studies" / study / "tracking"
+
+
+def _writer(spool: Spool, uri: str, home: Path, study: str) -> Writer:
+    return Writer(spool, uri, home, study, {"ktray.study": study, "ktray.study_id": spool.identity()})
+
+
+def _by_step(rows: Iterable[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Rows with ``epoch`` as steps with metrics; a row without one has no place on a curve."""
+    steps = []
+    for row in rows:
+        if "epoch" in row:
+            step = int(row["epoch"])
+            metrics, tags = metrics_of({name: value for name, value in row.items() if name != "epoch"}, step)
+            steps.append({"step": step, "metrics": metrics, "tags": tags})
+    return steps
