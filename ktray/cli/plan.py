@@ -88,7 +88,7 @@ def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:
     stages = {stage.key: stage for graph in built for stage in graph.stages}
     shared = {key: sum(any(s.key == key for s in graph.stages) for graph in built) for key in stages}
     done = {key for key in stages if store.find(key)}
-    records = [found.record for found in map(store.find, store.keys()) if found]
+    records = {found.key: found.record for found in map(store.find, store.keys()) if found}
     seconds, _, unknown = estimate([stage for key, stage in stages.items() if key not in done], records)
     rows = [
         {"stage": stage.name, "key": key, "state": "done" if key in done else "run", "shared_by": shared[key]}
@@ -96,7 +96,7 @@ def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:
     ]
     return {
         "stages": rows,
-        "estimate": {"seconds": None if unknown else round(seconds, 1), "bytes": _bytes(rows, records)},
+        "estimate": {"seconds": None if unknown else round(seconds, 1), "bytes": _bytes(rows, list(records.values()))},
     }
 
 

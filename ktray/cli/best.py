@@ -1,0 +1,4 @@
+"""best."""
+HELP = "best"
+def add_arguments(parser): ...
+def run(args): return 0

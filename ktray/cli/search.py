@@ -1,0 +1,4 @@
+"""search."""
+HELP = "search"
+def add_arguments(parser): ...
+def run(args): return 0

@@ -1,0 +1,126 @@
+"""Show a study, one of its trials, an artifact with its record or its failure, or the kinds that ktray knows."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ktray.cli.settings import Settings, settings
+
+HELP = "a study, a trial, an artifact or the kinds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds")
+    parser.add_argument("--against", type=Path, metavar="PAIR", help="KEY: which fields differ from this pair's stage")
+
+
+def run(args: argparse.Namespace) -> int:
+    options = settings(args)
+    if args.what == "kinds":
+        return _kinds(options)
+    store = options.open_store()
+    if store.find(args.what) or store.failure(args.what):
+        return _against(args, options) if args.against else _artifact(args.what, options)
+    name, _, number = args.what.partition("/")
+    return _trial(name, number, options) if number else _study(name, options)
+
+
+def _kinds(options: Settings) -> int:
+    from ktray import plugins
+    from ktray.cli.tables import table
+
+    answer = {
+        room: {kind: (plugins.module(room, kind).__doc__ or "").strip().splitlines()[0] for kind in plugins.kinds(room)}
+        for room in plugins.ROOMS
+    }
+    rows = [[room, kind, line] for room, found in answer.items() for kind, line in found.items()]
+    options.answer(answer, table(["room", "kind", "what it is"], rows))
+    return 0
+
+
+def _artifact(key: str, options: Settings) -> int:
+    import yaml
+
+    store = options.open_store()
+    found = store.find(key)
+    answer: dict[str, Any] = {"key": key}
+    if found:
+        answer |= {"state": "done", "directory": str(found.directory), **found.record}
+    failure = store.failure(key)
+    if failure:
+        answer |= {"state": "failed", **failure} if not found else {"earlier_failure": dict(failure)}
+    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True).rstrip())
+    return 0
+
+
+def _against(args: argparse.Namespace, options: Settings) -> int:
+    """Why a cached artifact does not serve a pair: the fields of its identity that differ."""
+    from ktray.cli.source import load_pairs
+    from ktray.cli.tables import table
+    from ktray.errors import UserError
+    from ktray.pipeline import graph as graphs
+    from ktray.pipeline.identity import data_identity
+
+    record = options.open_store().find(args.what)
+    if record is None:
+        raise UserError(f"{args.what} is a failure, not an artifact; it has no record to compare")
+    rows: list[list[str]] = []
+    for pair in load_pairs(args.against, []).values():
+        for stage in graphs.build(pair, data_identity(options.cache)).stages:
+            if stage.name == record.record["stage"]:
+                wanted = {"spec": stage.spec, "revisions": stage.revisions, "inputs": stage.inputs}
+                rows += [[stage.key, *line] for line in _differences(wanted, record.record)]
+    answer = [dict(zip(("stage", "field", "artifact", "pair"), row, strict=True)) for row in rows]
+    text = table(["wanted", "field", args.what, "the pair"], rows) if rows else "no difference: the artifact serves this pair"
+    options.answer(answer, text)
+    return 0
+
+
+def _differences(wanted: dict[str, Any], record: Any) -> list[list[str]]:
+    ours, theirs = _flat(wanted, ""), _flat({name: record[name] for name in wanted}, "")
+    return [
+        [path, str(theirs.get(path, "absent")), str(ours.get(path, "absent"))]
+        for path in sorted(ours.keys() | theirs.keys())
+        if ours.get(path, "absent") != theirs.get(path, "absent")
+    ]
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {k: v for name, item in value.items() for k, v in _flat(item, f"{path}.{name}" if path else str(name)).items()}
+    return {path: value}
+
+
+def _study(name: str, options: Settings) -> int:
+    from ktray.cli.leaderboard import leaderboard, trial_answer
+    from ktray.search.study import read
+
+    ledger = read(options.home, name)
+    answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in ledger.trials]}
+    options.answer(answer, leaderboard(ledger, top=20))
+    return 0
+
+
+def _trial(name: str, number: str, options: Settings) -> int:
+    import yaml
+
+    from ktray.cli.leaderboard import trial_answer
+    from ktray.errors import UserError
+    from ktray.search.study import read
+
+    ledger = read(options.home, name)
+    found = [trial for trial in ledger.trials if str(trial.number) == number.lstrip("0") or str(trial.number) == number]
+    if not found:
+        raise UserError(f"the study {name!r} has no trial {number!r}", instead=f"It has {len(ledger.trials)}, from 0.")
+    trial = found[0]
+    answer = {
+        **trial_answer(trial),
+        "state": trial.state,
+        "scores": {str(epoch): score for epoch, score in trial.scores.items()},
+        "cause": trial.cause,
+        "pair": dict(trial.pair),
+    }
+    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True).rstrip())
+    return 0

@@ -1,0 +1,4 @@
+"""status."""
+HELP = "status"
+def add_arguments(parser): ...
+def run(args): return 0

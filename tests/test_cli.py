@@ -1,0 +1,137 @@
+"""The commands, as a user types them."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from ktray.cli import main
+from tests.toys import toy_spec
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def write(path, spec):
+    path.write_text(yaml.safe_dump(spec))
+    return str(path)
+
+
+def test_a_pair_runs_locally_and_the_second_time_nothing_is_computed(home, tmp_path, capsys):
+    pair = write(tmp_path / "pair.yaml", toy_spec())
+    assert main(["run", pair, "--local", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first[0]["computed"]["student"] == 1
+    assert "knn/top1" in first[0]["metrics"]
+    assert main(["run", pair, "--local", "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second[0]["computed"] == {}
+    assert second[0]["keys"] == first[0]["keys"]
+
+
+def test_set_changes_what_is_computed(home, tmp_path, capsys):
+    pair = write(tmp_path / "pair.yaml", toy_spec())
+    main(["run", pair, "--local", "--json", "-q"])
+    one = json.loads(capsys.readouterr().out)[0]
+    main(["run", pair, "--local", "--json", "-q", "--set", "transfer.k=4"])
+    two = json.loads(capsys.readouterr().out)[0]
+    assert two["keys"]["features"] == one["keys"]["features"]
+    assert two["keys"]["clusters"] != one["keys"]["clusters"]
+
+
+def test_plan_tells_done_from_run(home, tmp_path, capsys):
+    pair = write(tmp_path / "pair.yaml", toy_spec())
+    assert main(["plan", pair, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert {row["state"] for row in before["stages"]} == {"run"}
+    assert before["estimate"]["seconds"] is None
+    main(["run", pair, "--local", "-q"])
+    capsys.readouterr()
+    main(["plan", pair, "--json"])
+    after = json.loads(capsys.readouterr().out)
+    assert {row["state"] for row in after["stages"]} == {"done"}
+    assert after["estimate"] == {"seconds": 0, "bytes": 0}
+
+
+BAD = {
+    "a HOG teacher with a schedule": ({"teacher": {"descriptor": {"kind": "hog"}, "schedule": {"epochs": 3}}}, "schedule"),
+    "a misspelt kind": ({"teacher": {"descriptor": {"kind": "hogg"}}}, "Did you mean 'hog'"),
+    "more clusters than images": ({"transfer": {"kind": "clusters", "k": 100000}}, "transfer.k"),
+    "a misspelt field": ({"transfer": {"kind": "clusters", "kk": 5}}, "kk"),
+    "an unknown data path": ({"data": "folder:/no/such/place"}, "/no/such/place"),
+    "a layer that the backbone lacks": ({"evals": [{"kind": "knn", "layer": "conv9"}]}, "conv9"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD.keys())
+def test_a_mistake_gets_one_paragraph_and_exit_2(home, tmp_path, capsys, changes, said):
+    pair = write(tmp_path / "pair.yaml", toy_spec(**changes))
+    assert main(["plan", pair]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.err.startswith("ktray: ")
+    assert printed.out == ""
+
+
+def test_broken_yaml_is_named_with_its_line(home, tmp_path, capsys):
+    path = tmp_path / "pair.yaml"
+    path.write_text("teacher: {descriptor: {kind: hog}\ndata: [")
+    assert main(["plan", str(path)]) == 2
+    assert "pair.yaml" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_named(home, capsys):
+    assert main(["plan", "no-such.yaml"]) == 2
+    assert "no-such.yaml" in capsys.readouterr().err
+
+
+def test_plan_of_a_mistake_takes_under_five_seconds_and_starts_no_ray(home, tmp_path):
+    pair = write(tmp_path / "pair.yaml", toy_spec(teacher={"descriptor": {"kind": "hogg"}}))
+    program = "import sys; from ktray.cli import main; code = main(sys.argv[1:]); assert 'ray' not in sys.modules; sys.exit(code)"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program, "plan", pair], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert time.perf_counter() - began < 15, "three times the target, for a busy machine"
+
+
+def test_the_cache_lists_and_verifies_what_a_run_left(home, tmp_path, capsys):
+    pair = write(tmp_path / "pair.yaml", toy_spec())
+    main(["run", pair, "--local", "-q"])
+    capsys.readouterr()
+    main(["cache", "list", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["stage"] for row in rows} == {"images", "features", "clusters", "pseudo_labels", "student", "evaluation"}
+    key = next(row["key"] for row in rows if row["stage"] == "clusters")
+    path = home / "store" / key / "centroids.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    main(["cache", "verify", "--json"])
+    assert list(json.loads(capsys.readouterr().out)["damaged"]) == [key]
+
+
+def test_kinds_are_listed_with_one_line_each(home, capsys):
+    assert main(["show", "kinds"]) == 0
+    out = capsys.readouterr().out
+    for kind in ("rotation", "jigsaw_pp", "hog", "raw_pixels", "alexnet", "resnet", "clusters", "linear_probe", "parquet"):
+        assert kind in out
+
+
+def test_a_pickled_checkpoint_is_refused_and_never_run(home, tmp_path, capsys):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    (tmp_path / "teacher.pt").write_bytes(pickle.dumps(Evil()))
+    teacher = {"checkpoint": str(tmp_path / "teacher.pt"), "backbone": {"kind": "alexnet", "width": 0.125}}
+    pair = write(tmp_path / "pair.yaml", toy_spec(teacher=teacher))
+    assert main(["run", pair, "--local"]) == 3
+    assert "teacher-" in capsys.readouterr().err
+    assert not (tmp_path / "pwned").exists()

@@ -1,0 +1,108 @@
+"""A pair runs through the real stages, once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ktray.crew.local import LocalCrew
+from ktray.errors import StageFailed
+from ktray.pipeline import judge
+from ktray.pipeline.execute import execute
+from ktray.pipeline.graph import build
+from ktray.pipeline.identity import data_identity
+from ktray.pool import Means
+from ktray.stores.file import FileStore
+from tests.toys import ROTATION, STUDENT, toy_pair
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FileStore(tmp_path / "store")
+
+
+def run(pair, store, **cuts):
+    graph = build(pair, data_identity(), **cuts)
+    crew = LocalCrew(store, execute, Means(), lambda event: None)
+    outcomes = crew.obtain(list(graph.stages), "test")
+    return graph, outcomes, judge.finished(graph, store)
+
+
+def test_the_second_run_computes_nothing(store):
+    pair = toy_pair(teacher=ROTATION, evals=[{"kind": "knn"}, {"kind": "linear_probe"}])
+    graph, first, artifacts = run(pair, store)
+    assert all(outcome["state"] == "computed" for outcome in first)
+    _, second, _ = run(pair, store)
+    assert all(outcome["state"] == "reused" for outcome in second)
+    metrics = judge.metrics(graph, artifacts)
+    assert 0 <= metrics["knn/top1"] <= 1
+    assert metrics["cost/seconds"] > 0
+    assert metrics["student/parameters"] > 0
+
+
+def test_cut_into_segments_the_student_is_bitwise_the_same(store, tmp_path):
+    pair = toy_pair()
+    whole, _, _ = run(pair, store)
+    other = FileStore(tmp_path / "other")
+    cut, _, _ = run(pair, other, milestones={"student": [1, 2]})
+    assert whole.keys == cut.keys
+    files = [s.find(whole.keys["student"]).record["files"] for s in (store, other)]
+    assert files[0]["weights.safetensors"] == files[1]["weights.safetensors"]
+
+
+def test_a_student_goes_on_from_a_published_snapshot_and_its_cost_counts_the_whole(store):
+    run(toy_pair(student={**STUDENT, "schedule": {**STUDENT["schedule"], "epochs": 2}}), store)
+    graph, _, artifacts = run(toy_pair(), store)
+    record = artifacts[graph.keys["student"]].record
+    assert record["started_from"].startswith("student-")
+    assert record["seconds_alone"] > record["seconds"]
+
+
+def test_the_record_says_how_the_artifact_came_to_be(store):
+    graph, _, artifacts = run(toy_pair(), store)
+    record = json.loads((artifacts[graph.keys["clusters"]].directory / "record.json").read_text())
+    assert record["spec"]["k"] == 5
+    assert record["inputs"] == {"features": graph.keys["features"]}
+    assert record["versions"]["torch"]
+    assert record["device"].startswith("cpu")
+    assert record["peak_bytes"] > 1e6
+    assert set(record["files"]) >= {"centroids.npy", "projection.npz"}
+
+
+def test_pseudo_labels_cover_every_training_image(store):
+    graph, _, artifacts = run(toy_pair(), store)
+    labels = np.load(artifacts[graph.keys["pseudo_labels"]].directory / "labels.npy")
+    assert labels.shape == (216,)
+    assert labels.min() >= -1
+    assert labels.max() < 5
+
+
+def test_a_stage_that_raises_is_named_once_and_leaves_no_artifact(store):
+    pair = toy_pair(transfer={"kind": "clusters", "k": 5, "min_size": 10_000})
+    with pytest.raises(StageFailed, match="min_size=10000"):
+        run(pair, store)
+    key = build(pair, data_identity()).keys["pseudo_labels"]
+    assert store.find(key) is None
+    assert "min_size" in store.failure(key)["cause"]
+
+
+def test_random_student_and_supervised_ceiling_are_pairs_like_any_other(store):
+    for kind in ("none", "labels"):
+        graph, _, artifacts = run(toy_pair(teacher=None, transfer={"kind": kind}), store)
+        assert "knn/top1" in judge.metrics(graph, artifacts)
+
+
+def test_a_checkpoint_of_a_killed_attempt_is_continued(store):
+    pair = toy_pair()
+    graph = build(pair, data_identity())
+    crew = LocalCrew(store, execute, Means(checkpoint_seconds=0.0, progress=_stop_at_epoch_two), lambda event: None)
+    with pytest.raises(KeyboardInterrupt):
+        crew.obtain(list(graph.stages), "test")
+    assert [path.name for path in store.checkpoints(graph.keys["student"])] == ["checkpoint-000001"]
+    _, _, artifacts = run(pair, store)
+    assert artifacts[graph.keys["student"]].record["started_from"] == "checkpoint-000001"
+
+
+def _stop_at_epoch_two(values):
+    if values.get("epoch") == 2:
+        raise KeyboardInterrupt
