@@ -1,0 +1,188 @@
+"""k-means is scikit-learn's Lloyd, and gives the same bits whoever computes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+
+from ktray import kmeans, lloyd, projection
+from ktray.pool import LocalPool
+from tests.pools import ShuffledPool
+
+
+def write(directory: Path, rows: NDArray, shard_rows: int = 100) -> list[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for start in range(0, len(rows), shard_rows):
+        paths.append(directory / f"features-{start // shard_rows:05d}.npy")
+        np.save(paths[-1], rows[start : start + shard_rows])
+    return paths
+
+
+def mixture(count: int = 1230, width: int = 20, centres: int = 40, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(centres, width)) * 2
+    return (means[rng.integers(0, centres, count)] + rng.normal(size=(count, width)) + 5).astype(np.float32)
+
+
+def fit(shards: list[Path], k: int, *, seed: int = 0, iterations: int = 100, pool=None, project=None, **rest):
+    return kmeans.fit(shards, k, seed=seed, iterations=iterations, projection=project or {}, pool=pool or LocalPool(), **rest)
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, project: bool) -> None:
+    shards = write(tmp_path, mixture())
+    fitted = projection.fit(shards, l2=True, pca=8, whiten=True, l2_after=False, pool=LocalPool()) if project else {}
+    alone = fit(shards, 30, project=fitted)
+    for workers in (1, 2, 3, 7, 50):
+        together = fit(shards, 30, project=fitted, pool=ShuffledPool(workers))
+        assert together.centroids.tobytes() == alone.centroids.tobytes()
+        assert (together.inertia, together.empty) == (alone.inertia, alone.empty)
+        assert (together.sizes == alone.sizes).all()
+
+
+def test_a_worker_without_memory_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write(tmp_path, mixture())
+    remembered = fit(shards, 30)
+    change = lloyd.change
+
+    def forgetful(group, shared):
+        lloyd.forget(0, shared[0].key)
+        return change(group, shared)
+
+    monkeypatch.setattr(lloyd, "CACHE_BYTES", 0)
+    monkeypatch.setattr(lloyd, "change", forgetful)
+    forgotten = fit(shards, 30)
+    assert forgotten.centroids.tobytes() == remembered.centroids.tobytes()
+    assert forgotten.inertia == remembered.inertia
+
+
+def test_two_fits_that_share_a_worker_do_not_mix(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", mixture(seed=1)), write(tmp_path / "two", mixture(seed=2))
+    alone = fit(one, 20)
+    during = []
+    mixed = fit(one, 20, on_iteration=lambda *_: during.append(fit(two, 20, iterations=1)))
+    assert mixed.centroids.tobytes() == alone.centroids.tobytes()
+    assert len({each.centroids.tobytes() for each in during}) == 1
+
+
+def test_it_is_lloyd_of_scikit_learn_from_the_same_rows(tmp_path: Path) -> None:
+    rows = mixture()
+    ours = fit(write(tmp_path, rows), 30, iterations=300)
+    start = rows[kmeans.seed_rows(len(rows), 30, 0)]
+    theirs = KMeans(30, init=start, n_init=1, algorithm="lloyd", tol=0, max_iter=300).fit(rows)
+    np.testing.assert_allclose(ours.centroids, theirs.cluster_centers_, atol=1e-4)
+    assert ours.converged
+    assert ours.inertia[-1] == pytest.approx(theirs.inertia_ / len(rows), rel=1e-5)
+    assert (kmeans.assign(rows, ours.centroids)[0] == theirs.labels_).all()
+    assert (ours.sizes == np.bincount(theirs.labels_, minlength=30)).all()
+
+
+def test_inertia_per_iteration_is_that_of_faiss(tmp_path: Path) -> None:
+    rows = mixture()
+    ours = fit(write(tmp_path, rows), 30, iterations=10)
+    theirs = faiss.Kmeans(20, 30, niter=10, min_points_per_centroid=1, max_points_per_centroid=10**6)
+    theirs.train(rows, init_centroids=rows[kmeans.seed_rows(len(rows), 30, 0)])
+    np.testing.assert_allclose(ours.inertia[:10], np.array(theirs.obj) / len(rows), rtol=1e-5)
+    assert ours.iterations == 10
+    assert not ours.converged
+    assert all(after <= before for before, after in zip(ours.inertia, ours.inertia[1:], strict=False))
+
+
+def test_sizes_and_inertia_belong_to_the_returned_centroids(tmp_path: Path) -> None:
+    rows = mixture()
+    for iterations in (0, 3, 100):
+        found = fit(write(tmp_path, rows), 30, iterations=iterations)
+        labels, distances = kmeans.assign(rows, found.centroids)
+        assert (np.bincount(labels, minlength=30) == found.sizes).all()
+        assert distances.mean(dtype=np.float64) == pytest.approx(found.inertia[-1], rel=1e-5)
+        assert len(found.inertia) == found.iterations + 1
+
+
+def test_a_constant_far_away_changes_nothing_but_the_place(tmp_path: Path) -> None:
+    rows = np.round(mixture() * 512) / 512  # exact also beside 8,000, where the plain expansion has errors of 30
+    near, far = fit(write(tmp_path / "near", rows), 30), fit(write(tmp_path / "far", rows + np.float32(8_000)), 30)
+    assert far.inertia == pytest.approx(near.inertia, rel=1e-4)
+    assert (far.sizes == near.sizes).all()
+
+
+def test_float16_shards_are_read_as_what_they_hold(tmp_path: Path) -> None:
+    half = mixture().astype(np.float16)
+    stored, widened = fit(write(tmp_path / "half", half), 10), fit(write(tmp_path / "wide", half.astype(np.float32)), 10)
+    assert stored.centroids.tobytes() == widened.centroids.tobytes()
+
+
+def test_labels_do_not_depend_on_the_batch() -> None:
+    rows, centroids = mixture(3000, 37), mixture(211, 37, seed=5)
+    labels, distances = kmeans.assign(rows, centroids)
+    for size in (1, 63, 64, 700, 1025):
+        pieces = [kmeans.assign(rows[at : at + size], centroids) for at in range(0, len(rows), size)]
+        assert (np.concatenate([piece[0] for piece in pieces]) == labels).all()
+        assert (np.concatenate([piece[1] for piece in pieces]) == distances).all()
+
+
+def test_labels_are_the_nearest_centroid_and_the_first_of_equals() -> None:
+    rows, centroids = mixture(500, 6), mixture(50, 6, seed=3)
+    squared = ((rows[:, None].astype(np.float64) - centroids[None]) ** 2).sum(2)
+    labels, distances = kmeans.assign(rows, centroids)
+    assert (labels == squared.argmin(1)).all()
+    np.testing.assert_allclose(distances, squared.min(1), rtol=1e-4)
+    doubled, _ = kmeans.assign(rows, np.concatenate([centroids, centroids]))
+    assert (doubled == labels).all()
+
+
+def test_an_empty_cluster_takes_the_farthest_row(tmp_path: Path) -> None:
+    """Two seeds of equal rows leave the second without a row; the far one at 100 is nobody's centroid."""
+    rows = np.array([[0.0], [0.0], [0.0], [1.0], [100.0], [0.5]], np.float32)
+    seed = next(s for s in range(100) if set(kmeans.seed_rows(6, 3, s)) == {0, 1, 3})
+    found = fit(write(tmp_path, rows, 2), 3, seed=seed)
+    assert found.empty[0] == 1
+    assert found.empty[-1] == 0
+    assert 100.0 in found.centroids
+    assert sorted(found.sizes) == [1, 1, 4] or sorted(found.sizes) == [1, 2, 3]
+
+
+def test_every_cluster_is_filled_where_rows_are_repeated(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    rows = np.repeat(values, 25, axis=0)
+    for seed in range(5):
+        one = fit(write(tmp_path, rows, 64), 12, seed=seed)
+        many = fit(write(tmp_path, rows, 64), 12, seed=seed, pool=ShuffledPool(3))
+        assert one.centroids.tobytes() == many.centroids.tobytes()
+        assert one.empty == many.empty
+        assert (one.sizes > 0).all()
+        assert sum(one.empty) > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "message"),
+    [
+        (mixture(10), 11, "k = 11 .* have 10"),
+        (mixture(10), 0, "k = 0"),
+        (np.full((10, 3), 7, np.float32), 2, "all 10 rows .* equal"),
+        (np.repeat(mixture(3), 5, axis=0), 4, "only 3 distinct rows"),
+        (np.where(np.arange(30).reshape(10, 3) == 13, np.nan, 1.0).astype(np.float32), 2, "not finite.* row 0"),
+    ],
+)
+def test_what_cannot_be_clustered_is_refused(tmp_path: Path, rows: NDArray, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(write(tmp_path, rows, 4), k)
+
+
+def test_seeds_are_distinct_rows_that_depend_on_the_seed_and_on_n() -> None:
+    rows = kmeans.seed_rows(1000, 400, 3)
+    assert len(set(rows.tolist())) == 400
+    assert (rows == kmeans.seed_rows(1000, 400, 3)).all()
+    assert (rows != kmeans.seed_rows(1000, 400, 4)).any()
+    assert sorted(kmeans.seed_rows(7, 7, 0)) == list(range(7))
+
+
+def test_progress_is_told_after_every_assignment(tmp_path: Path) -> None:
+    told: list[tuple[int, float]] = []
+    found = fit(write(tmp_path, mixture()), 5, iterations=4, on_iteration=lambda *each: told.append(each))
+    assert told == list(enumerate(found.inertia))
