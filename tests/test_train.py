@@ -14,7 +14,7 @@ from torch import nn
 from ktray import classification, plugins, train
 from ktray.errors import UserError
 from ktray.spec import Augment, Schedule
-from tests.toys import toy_images
+from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
 
