@@ -45,7 +45,7 @@ def module(room: str, kind: str) -> ModuleType:
     Raises:
         UserError: no such kind (with the nearest names), or a dotted one whose package was not allowed.
     """
-    if "." in kind:
+    if "." in kind and all(part.isidentifier() for part in kind.split(".")):
         package = kind.split(".")[0]
         if package not in os.environ.get(_ALLOWED, "").split(","):
             raise UserError(

@@ -14,7 +14,7 @@ from ktray.errors import UserError
 class Spec(BaseModel):
     """Frozen and strict: an unknown field is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _parse(room: str, value: Any) -> Any:
