@@ -1,0 +1,350 @@
+"""The broker: one light actor that keeps the ledger, never computes and never holds data. It may be killed at any time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ktray.artifact import Stage
+from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
+from ktray.crew.charter import BROKER, WORKER, Charter
+from ktray.crew.ledger import Ledger
+from ktray.crew.roster import Node, Roster
+from ktray.crew.roster import Worker as Entry
+from ktray.crew.worker import Worker
+from ktray.stores import open_store
+
+POLL_SECONDS = 5.0
+LEASE_SECONDS = 15.0
+EVENTS = 20_000
+WARM = 4
+
+
+class Broker:
+    """Carries the ledger's actions out and its answers to who waits.
+
+    What it knows is rebuilt after a crash: Ray repeats the calls of waiters and workers, beats tell which attempts run, and
+    the store tells what is done.
+    """
+
+    def __init__(self, charter: Charter) -> None:
+        self._charter, self._store = charter, open_store(charter.store_url)
+        runtime, now = charter.runtime, time.time()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._roster = Roster(_nodes(), runtime.cpus or float("inf"), stale=max(3.0, 4 * runtime.heartbeat_seconds))
+        attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
+        self._ledger = Ledger(self._store.find, runtime.of, self._roster, attempts, runtime.dead_after)
+        self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._answers: dict[str, asyncio.Future[Answer]] = {}
+        self._handles: dict[str, Any] = {}
+        self._gone: set[str] = set()
+        self._leases: dict[str, float] = {}
+        self._leased = now
+        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self._number = int(now * 1000)  # numbers go on rising over restarts
+        self._ticking: asyncio.Task[None] | None = None
+        self._watches: set[asyncio.Task[None]] = set()
+        self._survivors = _survivors(charter.namespace) if ray.get_runtime_context().was_current_actor_reconstructed else []
+        self._ledger.expect(self._survivors, now)
+        threading.Timer(runtime.idle_exit_seconds, self._end_if_never_called).start()
+
+    # ---- drivers and trials
+
+    async def lease(self, session: str) -> None:
+        """A driver lives; its requests are released, and in the end the crew, when it stops calling this."""
+        self._wake()
+        self._leases[session] = self._leased = time.time()
+
+    async def leave(self, session: str) -> bool:
+        """A driver goes; True if no other driver is here."""
+        self._leases.pop(session, None)
+        self._ledger.release("", session)
+        self._act()
+        return not self._leases
+
+    async def obtain(self, request: str, waiter: str, session: str, stages: Sequence[Stage], priority: int) -> Answer:
+        """Wait until all are published, or one failed."""
+        self._wake()
+        if request not in self._answers:
+            self._answers[request] = asyncio.get_running_loop().create_future()
+            self._ledger.request(request, waiter, session, stages, priority, time.time())
+            self._turn()
+        answer = await asyncio.shield(self._answers[request])
+        self._answers.pop(request, None)
+        return answer
+
+    async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
+        """Compute these when nothing that somebody waits for comes first."""
+        self._wake()
+        self._ledger.request(uuid.uuid4().hex, "", session, stages, -1, time.time())
+        self._turn()
+
+    async def release(self, waiter: str) -> None:
+        """End all requests of this waiter at once."""
+        self._ledger.release(waiter)
+        self._turn()
+
+    async def events(self, since: int) -> list[dict[str, Any]]:
+        """Events with a higher number than `since`, oldest first."""
+        return [event for event in self._events if event["n"] > since]
+
+    async def status(self) -> dict[str, Any]:
+        """What works, waits and is queued, and what was computed and reused so far."""
+        ledger, now = self._ledger, time.time()
+        return {
+            "workers": [
+                {"name": each.name, "node": each.node, "pid": each.pid, "cpus": each.shape.cpus, "gpus": each.shape.gpus}
+                | {"state": "stage" if each.leads else "helping" if each.lent_to else "idle" if each.polling else "starting"}
+                | {"silent_seconds": round(now - each.beat, 3) if each.beat else None}
+                for each in self._roster.workers.values()
+            ],
+            "running": [
+                {"key": run.key, "stage": run.stage.name, "worker": run.worker, "node": self._place(run.worker)}
+                | {"since": run.since, "progress": dict(run.progress), "silent_seconds": round(now - run.moved, 3)}
+                | {"helpers": ledger.helpers(run.attempt)}
+                for run in ledger.runs.values()
+            ],
+            "waiting": [
+                {"waiter": request.waiter, "key": key, "since": request.since}
+                for request in ledger.requests.values()
+                if request.waiter
+                for key in sorted(request.pending, key=lambda key: ledger.wants[key].order)[:1]
+            ],
+            "queued": [key for key in ledger.wants if key not in ledger.runs],
+            "computed": dict(ledger.computed),
+            "reused": dict(ledger.reused),
+            "pid": os.getpid(),
+        }
+
+    async def end(self) -> None:
+        """End all workers, then this process."""
+        for name in {*self._handles, *_survivors(self._charter.namespace)}:
+            with suppress(ValueError):
+                ray.kill(self._handles.get(name) or ray.get_actor(name, namespace=self._charter.namespace))
+        self._end_self()
+
+    # ---- workers
+
+    async def next(self, who: Mapping[str, Any], report: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What the worker shall do next, after how its last stage ended; an answer comes after a few seconds at most."""
+        worker = self._meet(who)
+        if worker is None:
+            return {"do": "go"}
+        now = time.time()
+        self._ledger.beat(worker, "", None, "", {}, now)
+        if report is not None:
+            self._note(report, now)
+        if worker.leads is not None:
+            self._ledger.lost(worker)
+        poll: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._polls[worker.name], worker.polling = poll, True
+        self._turn()
+        await asyncio.wait({poll}, timeout=POLL_SECONDS)
+        if self._polls.get(worker.name) is poll:
+            del self._polls[worker.name]
+            worker.polling = False
+        return poll.result() if poll.done() else {"do": "wait"}
+
+    async def beat(
+        self, who: Mapping[str, Any], stage: Stage | None, attempt: str, progress: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """A sign of life; the answer says whether to die, and who is lent to the attempt."""
+        worker = self._meet(who)
+        if worker is None:
+            return {"die": True, "helpers": []}
+        alive = self._ledger.beat(worker, stage.key if stage else "", stage, attempt, progress, time.time())
+        return {"die": not alive, "helpers": self._ledger.helpers(attempt) if attempt else []}
+
+    def _meet(self, who: Mapping[str, Any]) -> Entry | None:
+        self._wake()
+        name = who["name"]
+        if name in self._gone:
+            return None
+        worker = self._roster.workers.get(name) or self._roster.add(name, who["shape"], who["node"])
+        worker.pid, worker.node = who["pid"], who["node"]
+        return worker
+
+    def _note(self, report: Mapping[str, Any], now: float) -> None:
+        key, attempt, kind = report["key"], report["attempt"], report["kind"]
+        if not kind:
+            self._ledger.published(key, attempt, report["computed"], report["seconds"], now)
+        elif self._ledger.failed(key, attempt, kind, report["cause"], report.get("missing", ""), now):
+            failure = {"cause": report["cause"], "traceback": report["traceback"], "kind": kind, "time": now}
+            with suppress(OSError):  # a full disk is one of the failures
+                self._store.fail(key, failure)
+
+    # ---- the broker itself
+
+    def _wake(self) -> None:
+        if self._ticking is None:
+            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+            for name in self._survivors:
+                try:
+                    self._watch(name, ray.get_actor(name, namespace=self._charter.namespace))
+                except ValueError:
+                    self._lose(name, "it died while the broker was down")
+
+    async def _tick(self) -> None:
+        pause = min(0.5, self._charter.runtime.heartbeat_seconds)
+        last, refresh = time.time(), 0.0
+        while True:
+            await asyncio.sleep(pause)
+            now = time.time()
+            if not 0 <= now - last < pause + 1.0:
+                self._excuse(now - last - pause)
+            last = now
+            if now > refresh:
+                refresh = now + 5.0
+                self._roster.nodes = await asyncio.to_thread(_nodes)
+            self._ledger.silent(now)
+            for session in [each for each, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
+                del self._leases[session]
+                self._ledger.release("", session)
+            if now - self._leased > self._charter.runtime.idle_exit_seconds:
+                await self.end()
+            cpus = min(self._roster.cpus, sum(node.cpus for node in self._roster.nodes.values()))
+            self._ledger.warm(int(min(cpus, WARM)))
+            self._turn()
+
+    def _excuse(self, seconds: float) -> None:
+        """This process or its clock stood still: whatever seems silent since then is not."""
+        self._ledger.forgive(seconds)
+        self._leased += seconds
+        self._leases = {session: leased + seconds for session, leased in self._leases.items()}
+
+    def _turn(self) -> None:
+        self._ledger.dispatch(time.time())
+        self._act()
+
+    def _act(self) -> None:
+        outbox, self._ledger.outbox = self._ledger.outbox, []
+        for action in outbox:
+            match action:
+                case Give(worker, stage, attempt):
+                    self._reply(
+                        worker, {"do": "stage", "stage": stage, "attempt": attempt, "helpers": self._ledger.helpers(attempt)}
+                    )
+                case Hire(worker):
+                    self._hire(worker)
+                case Dismiss(worker):
+                    self._reply(worker, {"do": "go"})
+                case Fence(key, attempt):
+                    self._store.fence(key, attempt)
+                case Kill(worker):
+                    self._kill(worker)
+                case Answer(request):
+                    future = self._answers.get(request)
+                    if future is not None and not future.done():
+                        future.set_result(action)
+                case Event():
+                    self._publish(action)
+
+    def _publish(self, event: Event) -> None:
+        self._number += 1
+        self._events.append({"n": self._number, "time": time.time(), **vars(event)})
+
+    def _reply(self, worker: str, order: dict[str, Any]) -> None:
+        poll = self._polls.pop(worker, None)
+        if poll is not None:
+            self._roster.workers[worker].polling = False
+            poll.set_result(order)
+
+    def _hire(self, worker: Entry) -> None:
+        charter, shape = self._charter, worker.shape
+        handle = (
+            ray.remote(Worker)
+            .options(
+                name=worker.name,
+                namespace=charter.namespace,
+                lifetime="detached",
+                num_cpus=shape.cpus,
+                num_gpus=shape.gpus,
+                max_restarts=0,
+                max_concurrency=8,
+                runtime_env={"env_vars": dict(charter.environment)},
+                scheduling_strategy=NodeAffinitySchedulingStrategy(worker.node, soft=True),
+            )
+            .remote(charter, worker.name, shape)
+        )
+        self._watch(worker.name, handle)
+
+    def _watch(self, name: str, handle: Any) -> None:
+        self._handles[name] = handle
+        task = asyncio.get_running_loop().create_task(self._mourn(name, handle))
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
+
+    async def _mourn(self, name: str, handle: Any) -> None:
+        try:
+            await handle.forever.remote()
+        except ray.exceptions.RayError as error:
+            self._lose(name, _why(error))
+
+    def _lose(self, name: str, why: str) -> None:
+        self._gone.add(name)
+        self._handles.pop(name, None)
+        poll = self._polls.pop(name, None)
+        if poll is not None:
+            poll.cancel()
+        self._ledger.gone(name, "worker died", why, time.time())
+        self._turn()
+
+    def _kill(self, worker: Entry) -> None:
+        self._gone.add(worker.name)
+        if worker.pid and worker.node == self._node:
+            with suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
+        elif worker.pid:
+            place = NodeAffinitySchedulingStrategy(worker.node, soft=False)
+            ray.remote(_end_process).options(num_cpus=0, scheduling_strategy=place).remote(worker.pid)
+        handle = self._handles.pop(worker.name, None)
+        if handle is not None:
+            ray.kill(handle)
+
+    def _place(self, name: str) -> str:
+        worker = self._roster.workers.get(name)
+        return worker.node if worker else ""
+
+    def _end_if_never_called(self) -> None:
+        if self._ticking is None:
+            self._end_self()
+
+    def _end_self(self) -> None:
+        # Without a restart, which leaving the process in any other way would bring.
+        ray.kill(ray.get_actor(BROKER, namespace=self._charter.namespace))
+
+
+def _end_process(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _nodes() -> dict[str, Node]:
+    return {
+        node["NodeID"]: Node(held.get("CPU", 0.0), held.get("GPU", 0.0), held.get("memory", float("inf")))
+        for node in ray.nodes()
+        if node["Alive"] and (held := node["Resources"]) is not None
+    }
+
+
+def _survivors(namespace: str) -> list[str]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [each["name"] for each in named if each["namespace"] == namespace and each["name"].startswith(WORKER)]
+
+
+def _why(error: Exception) -> str:
+    """The one line of Ray's account of a death that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((line for line in lines if "Worker exit detail:" in line), lines[-1])
+    return said.partition("Worker exit detail:")[2].strip()[:200] if "Worker exit detail:" in said else said[:300]

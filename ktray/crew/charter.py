@@ -1,0 +1,29 @@
+"""What a crew is founded on: the same for its broker and all of its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ktray.crew.needs import Runtime
+
+BROKER = "broker"
+WORKER = "worker-"
+
+
+@dataclass(frozen=True)
+class Charter:
+    """The founding papers of a crew.
+
+    Attributes:
+        namespace: Ray namespace of its actors; it carries a hash of the code and of the store.
+        store_url: where artifacts are.
+        work: cloudpickled function (stage, store, attempt, means) -> (artifact, computed); only workers open it.
+        environment: environment variables of its processes.
+    """
+
+    namespace: str
+    store_url: str
+    work: bytes
+    runtime: Runtime
+    environment: Mapping[str, str]

@@ -1,0 +1,229 @@
+"""What a driver or a trial holds of the crew: a picklable handle, and how a driver founds a crew."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import ktray
+from ktray.artifact import Artifact, Stage
+from ktray.crew.broker import Broker
+from ktray.crew.charter import BROKER, WORKER, Charter
+from ktray.crew.environment import environment
+from ktray.crew.locks import alone_on_store
+from ktray.crew.needs import Runtime
+from ktray.crew.runtime import Session
+from ktray.errors import StageFailed, StoppedEarly
+from ktray.pool import Means
+from ktray.stores import Store, open_store
+
+Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
+LEASE_EVERY = 2.0
+ON_GPU = ("teacher", "student", "features")
+
+
+class Released(Exception):
+    """The wait was cancelled; nothing failed, and whatever ran for it runs on."""
+
+
+class Crew:
+    """A handle on the broker, for drivers and trials alike; it may be pickled."""
+
+    def __init__(self, namespace: str, session: str) -> None:
+        self.namespace, self.session = namespace, session
+        self._handle: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"namespace": self.namespace, "session": self.session, "_handle": None}
+
+    def obtain(self, stages: Sequence[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
+        """Waits until all stages are published.
+
+        Args:
+            stages: in dependency order, inputs before those that read them.
+            waiter: who waits, for `status` and `release`; not empty.
+            priority: higher goes first.
+
+        Returns:
+            One outcome ``{"key", "state", "seconds", "metrics"}`` per stage. `state` is ``computed`` for the one request that
+            caused the computation, ``joined`` for who came while it was on its way, ``reused`` if it was there; `seconds` are
+            those of its record.
+
+        Raises:
+            StageFailed: a stage raised, or its workers died three times.
+            StoppedEarly: the disk is full, or the crew has ended.
+            Released: `release` was called for this waiter.
+        """
+        answer = self._ask("obtain", uuid.uuid4().hex, waiter, self.session, list(stages), priority)
+        if answer.kind == "released":
+            raise Released(answer.cause)
+        if answer.kind == "disk full":
+            raise StoppedEarly(f"the disk is full: {answer.failed}: {answer.cause}")
+        if answer.failed:
+            raise StageFailed(answer.failed, answer.cause)
+        return [dict(outcome) for outcome in answer.outcomes]
+
+    def prefetch(self, stages: Sequence[Stage]) -> None:
+        """Have these computed while workers have nothing else to do; the first who obtains them then counts as their cause."""
+        self._ask("prefetch", self.session, list(stages))
+
+    def status(self) -> dict[str, Any]:
+        """Workers, what runs where and since when, who waits for what, what is queued, and counts per stage name."""
+        status: dict[str, Any] = self._ask("status")
+        return status
+
+    def release(self, waiter: str) -> None:
+        """Ends every `obtain` of this waiter at once, with `Released`."""
+        self._ask("release", waiter)
+
+    def events(self, since: int = 0) -> list[dict[str, Any]]:
+        """Numbered events after `since`, oldest first: started, published, failed, fenced, worker died."""
+        events: list[dict[str, Any]] = self._ask("events", since)
+        return events
+
+    def end(self) -> None:
+        """Ends the broker and its workers; waiters get StoppedEarly."""
+        with suppress(StoppedEarly):
+            self._ask("end")
+
+    def lease(self) -> None:
+        """Tells that the driver lives; the thread of `connect` does so every few seconds."""
+        self._ask("lease", self.session)
+
+    def leave(self) -> None:
+        """The driver goes: ends the crew, unless another driver still uses it."""
+        with suppress(StoppedEarly):
+            if self._ask("leave", self.session):
+                self.end()
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            if self._handle is None:
+                self._handle = ray.get_actor(BROKER, namespace=self.namespace)
+            return ray.get(getattr(self._handle, method).remote(*arguments))
+        except (ValueError, ray.exceptions.RayActorError) as error:
+            if isinstance(error, ray.exceptions.RayTaskError):
+                raise
+            raise StoppedEarly("the crew has ended; the same command goes on from here") from error
+
+
+class Lease:
+    """A thread that renews a driver's lease until it is cancelled."""
+
+    def __init__(self, crew: Crew) -> None:
+        self._crew, self._over = crew, threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def _renew(self) -> None:
+        with suppress(StoppedEarly, ray.exceptions.RayError):
+            while not self._over.wait(LEASE_EVERY):
+                self._crew.lease()
+
+    def cancel(self) -> None:
+        """Stops renewing."""
+        self._over.set()
+        self._thread.join(timeout=LEASE_EVERY)
+
+
+def connect(session: Session, store_url: str, work: Work) -> Crew:
+    """The crew for this code and store: the one that lives on this cluster, or a new one.
+
+    What dead attempts left in the store is swept away first, unless a worker of any crew holds the store.
+
+    Args:
+        work: module-level function that computes and publishes one stage; workers import its module, the broker does not.
+    """
+    packed = cloudpickle.dumps(work)
+    namespace = f"ktray-{_source_hash(store_url, packed)}"
+    crew = Crew(namespace, session.name)
+    if not _lives(namespace):
+        _remove_workers(namespace)
+        _sweep(store_url)
+    charter = Charter(namespace, store_url, packed, _with_gpus(session.runtime), environment())
+    ray.remote(Broker).options(
+        name=BROKER,
+        namespace=namespace,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=-1,
+        max_concurrency=2000,
+        runtime_env={"env_vars": dict(charter.environment)},
+        scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
+    ).remote(charter)
+    crew.lease()
+    lease = Lease(crew)
+    session.crews += [lease.cancel, crew.leave]
+    return crew
+
+
+def _source_hash(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    package = Path(ktray.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()[:12]
+
+
+def _lives(namespace: str) -> bool:
+    """Whether a broker answers under this name; one that does not within ten seconds is removed."""
+    try:
+        broker = ray.get_actor(BROKER, namespace=namespace)
+    except ValueError:
+        return False
+    try:
+        ray.get(broker.status.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        with suppress(ValueError):
+            ray.kill(broker)
+        _until_absent(namespace)
+        return False
+    return True
+
+
+def _until_absent(namespace: str) -> None:
+    for _ in range(50):
+        try:
+            ray.get_actor(BROKER, namespace=namespace)
+        except ValueError:
+            return
+        time.sleep(0.1)
+
+
+def _remove_workers(namespace: str) -> None:
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == namespace and entry["name"].startswith(WORKER):
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(entry["name"], namespace=namespace))
+
+
+def _sweep(store_url: str) -> None:
+    lock = alone_on_store(store_url)
+    if lock is not None:
+        try:
+            open_store(store_url).sweep()
+        finally:
+            lock.release()
+
+
+def _with_gpus(runtime: Runtime) -> Runtime:
+    """Where the cluster has GPUs and the runtime file says nothing, what trains or extracts gets one."""
+    if not ray.cluster_resources().get("GPU"):
+        return runtime
+    silent = {name: runtime.of(name) for name in ON_GPU if name not in runtime.stages or runtime.of(name) == Runtime().of(name)}
+    return replace(runtime, stages={**runtime.stages, **{name: replace(needs, gpus=1.0) for name, needs in silent.items()}})

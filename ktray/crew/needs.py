@@ -1,0 +1,112 @@
+"""What stages may use and how the crew watches its workers: the runtime file. None of it is hashed or changes a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ktray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one stage needs while it runs.
+
+    Attributes:
+        cpus: CPUs of the worker that runs it; the usual worker holds one.
+        gpus: share of a GPU, such as 0.5, or a number of GPUs; such a worker holds no CPU in Ray's books.
+        memory_bytes: host memory that admission reserves on the node; 0 reserves nothing.
+        helpers: how many more workers of the same shape it may borrow while they are idle.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    helpers: int = 0
+
+
+SPLITTABLE = {name: Needs(helpers=63) for name in ("images", "features", "clusters", "pseudo_labels")}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Resources, limits and patience, from the file given with ``--runtime``.
+
+    Attributes:
+        cpus: CPUs for workers, None for all that the cluster has.
+        stages: stage name -> needs; a stage that is not named needs one CPU.
+        heartbeat_seconds: how often a worker tells that it lives.
+        dead_after: seconds without a heartbeat after which a worker is killed and its stage starts elsewhere.
+        idle_exit_seconds: how long a crew without a driver lives on.
+        checkpoint_seconds: how much work a killed stage may lose.
+        memmap_bytes: pixels above this are streamed instead of written to a memmap.
+    """
+
+    cpus: int | None = None
+    stages: Mapping[str, Needs] = field(default_factory=lambda: dict(SPLITTABLE))
+    heartbeat_seconds: float = 0.5
+    dead_after: float = 15.0
+    idle_exit_seconds: float = 30.0
+    checkpoint_seconds: float = 20.0
+    memmap_bytes: int = 20 << 30
+
+    def of(self, stage: str) -> Needs:
+        """What the stage of this name needs."""
+        return self.stages.get(stage, Needs())
+
+
+def load_runtime(path: Path | None) -> Runtime:
+    """The runtime in a YAML file, such as ``{cpus: 8, stages: {student: {gpus: 0.5}}}``; defaults without one.
+
+    Raises:
+        UserError: the file is unreadable, or a field is unknown or has no sensible value.
+    """
+    if path is None:
+        return Runtime()
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise UserError(f"cannot read it ({error.strerror})", str(path)) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML ({' '.join(str(error).split())})", str(path)) from None
+    fields = _checked(given, Runtime, str(path))
+    stages = {**SPLITTABLE}
+    for name, entry in _mapping(fields.get("stages") or {}, f"{path}: stages").items():
+        where = f"{path}: stages.{name}"
+        stages[name] = dataclasses.replace(stages.get(name, Needs()), **_checked(entry, Needs, where))
+    return dataclasses.replace(Runtime(), **{**fields, "stages": stages})
+
+
+def _mapping(given: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(given, dict):
+        raise UserError(f"{given!r} is not a mapping of names to values", where)
+    return {str(name): value for name, value in given.items()}
+
+
+def _checked(given: Any, kind: type, where: str) -> dict[str, Any]:
+    defaults = {entry.name: entry for entry in dataclasses.fields(kind)}
+    checked: dict[str, Any] = {}
+    for name, value in _mapping(given, where).items():
+        if name not in defaults:
+            close = difflib.get_close_matches(name, defaults, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(defaults)}."
+            raise UserError(f"the field {name!r} is unknown", where, hint)
+        checked[name] = value if name == "stages" else _number(name, value, str(defaults[name].type), where)
+    return checked
+
+
+def _number(name: str, value: Any, kind: str, where: str) -> float | int | None:
+    if value is None and "None" in kind:
+        return None
+    whole = "int" in kind
+    known = isinstance(value, int) if whole else isinstance(value, int | float)
+    least = 1 if name == "cpus" and whole else 0
+    if isinstance(value, bool) or not known or not least <= value < float("inf"):
+        raise UserError(f"{name}: {value!r} is not {'a whole' if whole else 'a'} number from {least}", where)
+    return int(value) if whole else float(value)

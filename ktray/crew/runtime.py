@@ -1,0 +1,227 @@
+"""Ray begins and ends here: our own quiet one on this machine, or a cluster that somebody else started."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ktray.crew.environment import environment
+from ktray.crew.locks import Lock, hold_home
+from ktray.crew.needs import Needs, Runtime, load_runtime
+from ktray.errors import PreflightFailed, UserError
+
+OBJECT_STORE_BYTES = 1 << 30
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+
+
+@dataclass
+class Session:
+    """A driver's connection to Ray.
+
+    Attributes:
+        home: where its lock, token and logs are.
+        address: of the cluster; None if this session started Ray itself.
+        log: file with what Ray says.
+        warnings: sentences for the user.
+        crews: `end` functions of what was founded in this session, called by `stop`.
+    """
+
+    home: Path
+    address: str | None
+    runtime: Runtime
+    log: Path
+    warnings: list[str] = field(default_factory=list)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    crews: list[Callable[[], None]] = field(default_factory=list)
+    lock: Lock | None = None
+    temporary: Path | None = None
+
+
+def start(home: Path, address: str | None, runtime: Runtime) -> Session:
+    """Ray on this machine for this home, or a connection to the cluster at `address`.
+
+    Ray's own messages go to a file, never to the terminal.
+
+    Raises:
+        UserError: another process uses this home, or there is no cluster at `address`, or it refuses our token.
+        PreflightFailed: Ray does not start.
+    """
+    home = home.absolute()
+    (home / "logs").mkdir(parents=True, exist_ok=True)
+    lock = hold_home(home) if address is None else None
+    session = Session(
+        home, address, runtime, home / "logs" / f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log", lock=lock
+    )
+    try:
+        os.environ.update(QUIET)
+        _to_file(session.log)
+        if address is None:
+            _start_own(session)
+        else:
+            _connect(session, address)
+        _to_file(session.log)
+    except BaseException:
+        stop(session)
+        raise
+    return session
+
+
+def stop(session: Session) -> None:
+    """End what this session started: all of its processes on our own Ray, our actors on a foreign cluster."""
+    import ray
+
+    for end in session.crews:
+        end()
+    session.crews.clear()
+    processes = _own_processes() if session.address is None and ray.is_initialized() else []
+    ray.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=3)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    if session.temporary is not None:
+        shutil.rmtree(session.temporary, ignore_errors=True)
+    if session.lock is not None:
+        session.lock.release()
+
+
+def _start_own(session: Session) -> None:
+    import ray
+
+    _remove_leftovers(session.home)
+    # Unix sockets live below this folder and their paths may have 107 bytes.
+    root = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+    session.temporary = Path(tempfile.mkdtemp(prefix="ktray-", dir=root))
+    (session.home / "ray").write_text(str(session.temporary))
+    token = session.home / "token"
+    if not token.exists():
+        _write_private(token, secrets.token_hex(32))
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    _use_token()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=session.runtime.cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=str(session.temporary),
+            _node_ip_address="127.0.0.1",
+            runtime_env={"env_vars": environment()},
+            **_quiet(),
+        )
+    except (RuntimeError, OSError, TimeoutError) as error:
+        raise PreflightFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}. Its log is {session.log}") from error
+
+
+def _connect(session: Session, address: str) -> None:
+    import ray
+
+    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
+        _use_token()
+    try:
+        ray.init(address=address, runtime_env={"env_vars": environment()}, **_quiet())
+    except ray.exceptions.AuthenticationError:
+        raise UserError(
+            f"the cluster at {address} refuses our token", "--address", "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+        ) from None
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise UserError(
+            f"there is no cluster at {address} ({' '.join(str(error).split())[:200]})",
+            "--address",
+            "Start one with `ray start --head`.",
+        ) from None
+    if not _has_token():
+        session.warnings.append(
+            f"The cluster at {address} has no token authentication: everybody who reaches it can run code there. "
+            "Start it with RAY_AUTH_MODE=token."
+        )
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+
+
+def _use_token() -> None:
+    raylet: Any = importlib.import_module("ray._raylet")
+    os.environ["RAY_AUTH_MODE"] = "token"
+    raylet.Config.initialize("")  # Ray has read its settings when it was imported, and so do its own entry points
+
+
+def _has_token() -> bool:
+    raylet: Any = importlib.import_module("ray._raylet")
+    return bool(raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN)
+
+
+def _to_file(log: Path) -> None:
+    """Send to a file what Ray says: its loggers, and the lines that it prints whatever `log_to_driver` is."""
+    import ray._private.worker
+
+    handler = logging.FileHandler(log, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("ray", "ray.tune", "ray.train", "ray.air", "ray.data"):
+        logger = logging.getLogger(name)
+        for old in logger.handlers[:]:
+            logger.removeHandler(old)
+            old.close()
+        logger.propagate = name != "ray"
+    logging.getLogger("ray").addHandler(handler)
+
+    def write(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        with suppress(OSError), open(log, "a") as file:
+            file.writelines(f"({data.get('pid')}) {line}\n" for line in data.get("lines", ()))
+
+    # Private, but the only place: messages about dead workers are printed by the driver itself.
+    ray._private.worker.print_to_stdstream = write
+
+
+def _own_processes() -> list[psutil.Process]:
+    """Ray's processes that this process started, and all that these started."""
+    import ray._private.worker
+
+    node = ray._private.worker._global_node
+    found: dict[int, psutil.Process] = {}
+    groups: list[list[Any]] = list(node.all_processes.values()) if node else []
+    for group in groups:
+        for info in group:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(info.process.pid)
+                found |= {each.pid: each for each in [process, *process.children(recursive=True)]}
+    return list(found.values())
+
+
+def _remove_leftovers(home: Path) -> None:
+    """The folder of an earlier session that was killed; under the lock, so nobody uses it."""
+    with suppress(FileNotFoundError):
+        leftover = Path((home / "ray").read_text())
+        if leftover.name.startswith("ktray-"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _write_private(path: Path, text: str) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+
+
+__all__ = ["Needs", "Runtime", "Session", "load_runtime", "start", "stop"]
