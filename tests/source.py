@@ -61,15 +61,18 @@ def imports(module: Module, tree: ast.AST | None = None) -> Iterator[tuple[str, 
 
 
 def house_imports(module: Module) -> Iterator[str]:
-    """Dotted names of the ktray modules that a module imports."""
+    """Dotted names of the ktray modules that a module imports; ``ktray`` itself where it uses the package's interface."""
     for origin, name in imports(module):
         if origin.split(".")[0] != "ktray":
             continue
         inner = f"{origin}.{name}"
         if inner in NAMES or origin != "ktray":
             yield inner if inner in NAMES else origin
-        elif name != "__version__":
+        elif name and not name.startswith("__"):
             yield origin
+    reads = (node for node in ast.walk(module.tree) if isinstance(node, ast.Attribute))
+    used = {node.attr for node in reads if isinstance(node.value, ast.Name) and node.value.id == "ktray"}
+    yield from ("ktray" for attribute in used if not attribute.startswith("__") and f"ktray.{attribute}" not in NAMES)
 
 
 def top_level(tree: ast.Module) -> Iterator[ast.stmt]:

@@ -100,11 +100,14 @@ def libraries_stay_at_their_desks(module: Module) -> list[str]:
 
 
 def search_is_pure(module: Module) -> list[str]:
-    """Search logic has its clock injected and computes nothing."""
+    """Search logic has its clock injected, knows no cluster and computes nothing."""
     if module.part != "search":
         return []
     libraries = {origin.split(".")[0] for origin, _ in imports(module)}
-    return [f"imports {library}" for library in sorted(libraries & {"ray", "torch", "mlflow", "time"})]
+    found = [f"imports {library}" for library in sorted(libraries & {"ray", "torch", "mlflow"})]
+    return found + [
+        f"calls {text}()" for text, last, _ in calls(module) if text.startswith("time.") or last in ("now", "utcnow")
+    ]
 
 
 def slow_imports_wait(module: Module) -> list[str]:
@@ -234,14 +237,16 @@ def module(name: str, source: str) -> Module:
         (imports_go_down, "ktray.train", "def f():\n    from ktray import stages"),
         (imports_go_down, "ktray.evals.new", "import ktray.crew"),
         (imports_go_down, "ktray.evals.new", "from ..crew import local"),
-        (imports_go_down, "ktray.stages.new", "import ktray"),
+        (imports_go_down, "ktray.stages.new", "from ktray import load_student"),
+        (imports_go_down, "ktray.stages.new", "import ktray\nktray.load_student()"),
         (imports_go_down, "ktray.crew.new", "from ktray.pipeline.execute import execute"),
         (plugins_are_strangers, "ktray.evals.new", "from ktray.evals import knn"),
         (plugins_are_strangers, "ktray.transfer.new", "from ktray.evals.knn import predict"),
         (methods_know_no_store, "ktray.train", "from ktray.stores import Store"),
         (libraries_stay_at_their_desks, "ktray.train", "def f():\n    import ray.tune"),
         (libraries_stay_at_their_desks, "ktray.drivers.new", "from optuna import create_study"),
-        (search_is_pure, "ktray.search.new", "import time"),
+        (search_is_pure, "ktray.search.new", "import torch"),
+        (search_is_pure, "ktray.search.new", "import time\ntime.monotonic()"),
         (slow_imports_wait, "ktray.evals.new", "import sklearn.metrics"),
         (slow_imports_wait, "ktray.evals.new", "try:\n    import torchvision\nexcept ImportError:\n    pass"),
         (one_import_module, "ktray.train", "from importlib import import_module"),
@@ -269,6 +274,8 @@ def test_a_rule_notices_what_breaks_it(rule, name, source):
     ("rule", "name", "source"),
     [
         (imports_go_down, "ktray.evals.new", "from ktray import __version__, plugins\nfrom ktray.train import fit"),
+        (imports_go_down, "ktray.crew.new", "import ktray\nktray.__file__\nktray.train.fit()"),
+        (search_is_pure, "ktray.search.new", "import time\ndef f(clock=time.monotonic):\n    clock()"),
         (plugins_are_strangers, "ktray.evals.new", "from ktray import plugins\nfrom ktray.evals.new import part"),
         (one_file_steps_optimisers, "ktray.evals.new", "step()\ntask.after_step(model)"),
         (slow_imports_wait, "ktray.evals.new", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import sklearn"),
