@@ -1,0 +1,45 @@
+"""A layer of an untrained network: what the architecture alone sees in images.
+
+Source: a baseline of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385; Saxe et al., On random weights and
+unsupervised feature learning, ICML 2011.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ktray import features, train
+from ktray.spec import BackboneSpec, Pooling, Seed
+from ktray.spec import Spec as SpecBase
+
+REVISION = 1
+
+
+class Spec(SpecBase):
+    """A backbone with the weights it is drawn with, and the layer that is read."""
+
+    kind: Literal["random_network"] = "random_network"
+    backbone: BackboneSpec
+    layer: str | None = None
+    pool: Pooling = Pooling()
+    seed: Seed = 0
+
+
+def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, C * grid * grid) float32; batch norm has the statistics it starts with.
+
+    Raises:
+        UserError: the backbone has no such layer, or the grid is finer than its maps.
+    """
+    return _network(spec, str(images.device))(images)
+
+
+@lru_cache(maxsize=2)  # `describe` is called for every batch
+def _network(spec: Spec, device: str) -> Callable[[Tensor], Tensor]:
+    return features.of_module(train.fresh(spec.backbone, spec.seed).to(torch.device(device)), spec.layer, spec.pool)

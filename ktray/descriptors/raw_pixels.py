@@ -1,0 +1,32 @@
+"""The pixels themselves in [0, 1], optionally at a smaller side: the least that any teacher should beat."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from ktray.spec import Spec as SpecBase
+
+REVISION = 1
+
+
+class Spec(SpecBase):
+    """Pixels in [0, 1], all of them or averaged down to `side`."""
+
+    kind: Literal["raw_pixels"] = "raw_pixels"
+    side: int | None = Field(default=None, ge=1, description="pixels; null: as they are")
+
+
+def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3 * side * side) float32 in [0, 1]; a larger side is interpolated."""
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    if spec.side is not None and spec.side != pixels.shape[-1]:
+        size = (spec.side, spec.side)
+        if spec.side < pixels.shape[-1]:
+            pixels = nn.functional.adaptive_avg_pool2d(pixels, size)
+        else:
+            pixels = nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False)
+    return pixels.flatten(1)
