@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from ktray import pseudo_labels as tools
 from ktray import spec as specs
 from ktray.errors import UserError
 from ktray.images import Images
@@ -80,31 +81,20 @@ def evaluate(
         "smallest": float(sizes.min()) if len(names) else 0.0,
     }
     if train.labels is not None:
-        metrics |= agreement(contingency(assigned, train.labels[kept]))
+        metrics["nmi"] = tools.nmi(pseudo_labels, train.labels) if len(names) else 0.0
+        metrics["purity"] = purity(assigned, train.labels[kept])
     return metrics
 
 
-def contingency(assigned: NDArray[np.int64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Counts (K, C) of the images in each cluster and class, from two (N,) arrays of indices >= 0."""
-    clusters, classes = int(assigned.max(initial=-1)) + 1, int(labels.max(initial=-1)) + 1
-    return np.bincount(assigned * classes + labels, minlength=clusters * classes).reshape(clusters, classes)
+def purity(assigned: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    """Share in [0, 1] of the images whose class is the most frequent one of their cluster; 0 without images.
 
-
-def agreement(counts: NDArray[np.int64]) -> dict[str, float]:
-    """`nmi` and `purity`, both in [0, 1], of counts (K, C); both 0 without images.
-
-    Two partitions of one part each agree fully (nmi 1), one part against several tells nothing (nmi 0), as in scikit-learn.
+    Args:
+        assigned: (N,) clusters, >= 0.
+        labels: (N,) classes, >= 0.
     """
-    total = int(counts.sum())
-    if not total:
-        return {"nmi": 0.0, "purity": 0.0}
-    by_cluster, by_class, joint = (_entropy(part / total) for part in (counts.sum(1), counts.sum(0), counts.ravel()))
-    mean = (by_cluster + by_class) / 2
-    information = max(by_cluster + by_class - joint, 0.0)
-    nmi = min(information / mean, 1.0) if mean > 0 else 1.0
-    return {"nmi": nmi, "purity": float(counts.max(1).sum() / total)}
-
-
-def _entropy(shares: NDArray[np.float64]) -> float:
-    present = shares[shares > 0]
-    return max(float(-(present * np.log(present)).sum()), 0.0)
+    if not len(assigned):
+        return 0.0
+    classes = int(labels.max()) + 1
+    counts = np.bincount(assigned * classes + labels, minlength=(int(assigned.max()) + 1) * classes)
+    return float(counts.reshape(-1, classes).max(1).sum() / len(assigned))
