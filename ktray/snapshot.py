@@ -59,7 +59,7 @@ def resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     for path, saved in load_file(directory / "optimizer.safetensors").items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
-        if key != "step":  # in the strides of its parameter, since another order may round differently
+        if key != "step":  # which stays on the CPU; the others go where and as their parameter lies
             saved = torch.empty_like(parameter, requires_grad=False).copy_(saved)
         optimizer.state[parameter][key] = saved
     history = parquet.read_table(directory / "history.parquet").to_pylist()

@@ -285,3 +285,18 @@ def test_a_checkpoint_that_is_missing_foreign_or_executable_is_a_user_error(tmp_
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(UserError, match="more or other than tensors"):
         train.adopt(spec, tmp_path / "text.safetensors", tmp_path / "out")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_gpu_trains_in_segments_too_and_agrees_with_the_cpu_within_rounding(tmp_path, optimizer):
+    schedule = Schedule(kind="constant", epochs=4, lr=0.002, batch_size=16, optimizer=optimizer)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        for begin, end in ((0, 2), (2, 4)):
+            start = tmp_path / f"{device}{begin}" if begin else None
+            backbone = train.fresh(BACKBONE, 0)
+            out = tmp_path / f"{device}{end}"
+            train.fit(backbone, labels_task(), IMAGES, schedule, 0, out=out, until=end, start=start, device=device)
+        losses[device] = parquet.read_table(tmp_path / f"{device}4" / "history.parquet")["loss"].to_pylist()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
