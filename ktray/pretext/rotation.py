@@ -1,7 +1,7 @@
 """Which of four rotations (0, 90, 180, 270 degrees) an image shows.
 
-Source: Gidaris, Singh, Komodakis, ICLR 2018, arXiv:1803.07728; all four rotations of an image in one batch after its section
-3.1, crop and mirror after the authors' CIFAR-10 code (gidariss/FeatureLearningRotNet).
+Source: Gidaris, Singh, Komodakis, ICLR 2018, arXiv:1803.07728; crop, mirror and all four rotations of an image in one batch
+as in the authors' CIFAR-10 code (gidariss/FeatureLearningRotNet, dataloader.py).
 """
 
 from __future__ import annotations
