@@ -1,0 +1,198 @@
+"""A space's file: YAML without its traps, the fields around the pair, and changes from the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+
+from ktray.errors import UserError
+from ktray.search import problems
+from ktray.search.tree import OPERATORS
+from ktray.spec import Seed, Spec
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
+    if not parts or "".join(number + unit for number, unit in parts) != value.replace(" ", ""):
+        raise ValueError(f"{value!r} is no duration; write 90s, 30m, 12h, 2d or 1h30m")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+class Objective(Spec):
+    """What a search optimises; `mode` is filled in from the evaluation when left out."""
+
+    metric: str
+    mode: Literal["max", "min"] | None = None
+
+
+class Budget(Spec):
+    """How much a search may spend; not part of the space's identity."""
+
+    trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
+    concurrent: int = Field(default=4, ge=1)
+    stop_after: Annotated[float | None, BeforeValidator(_seconds), Field(gt=0)] = None  # seconds, over all resumes
+
+
+class EarlyStop(Spec):
+    """Successive halving: at each rung (student epochs) the best 1/`reduction` go on."""
+
+    metric: str
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    reduction: int = Field(default=3, ge=2)
+    mode: Literal["max", "min"] | None = None
+
+    @field_validator("rungs")
+    @classmethod
+    def _rise(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+        if list(rungs) != sorted(set(rungs)):
+            raise ValueError(f"rungs rise, and these are {list(rungs)}; write {sorted(set(rungs))}")
+        return rungs
+
+
+class Document(Spec):
+    """The file as typed; `pair` may hold operators."""
+
+    study: str
+    objectives: tuple[Objective, ...] = Field(min_length=1)
+    budget: Budget = Budget()
+    early_stop: EarlyStop | None = None
+    seed: Seed = 0
+    pair: Mapping[str, Any]
+    start_with: tuple[Mapping[str, Any], ...] = ()
+
+    @field_validator("study")
+    @classmethod
+    def _a_plain_name(cls, study: str) -> str:
+        check_name(study)
+        return study
+
+    @field_validator("objectives")
+    @classmethod
+    def _each_metric_once(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        names = [objective.metric for objective in objectives]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"the objective {twice[0]!r} is there twice")
+        return objectives
+
+
+def check_name(study: str) -> None:
+    """Refuse a study's name that is no plain file name.
+
+    Raises:
+        ValueError: it is not made of A-Z a-z 0-9 . _ -, or is too long, or starts with a dot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", study):
+        raise ValueError(f"the study name {study!r} may hold only A-Z a-z 0-9 . _ - (and not begin with a dot)")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, refusing a key that is there twice, and reading 1e-3 as the number that it is in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"this is not YAML: {getattr(error, 'problem', None) or error}", f"{where}{line}") from error
+
+
+def read(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The plain content of a YAML file with ``transfer.k=500`` and the like put in.
+
+    Raises:
+        UserError: no such file, no YAML, not a mapping, or an override that names no place in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the file cannot be read: {error}", str(path)) from error
+    content = _parse(text, str(path))
+    if not isinstance(content, dict):
+        raise UserError("the file holds no mapping", str(path), "See search_spaces/quickstart.yaml.")
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"{override!r} sets nothing", "--set", "Write --set transfer.k=500.")
+        _put(content, name, _parse(value, f"--set {override}"))
+    return content
+
+
+def _put(content: dict[str, Any], name: str, value: Any) -> None:
+    steps = name.split(".")
+    place: Any = content["pair"] if "pair" in content and steps[0] not in Document.model_fields else content
+    for index, step in enumerate(steps):
+        place, key, old = _entry(place, step, ".".join(steps[:index]), f"--set {name}")
+        if index == len(steps) - 1:
+            place[key] = _fixed(old, value, f"--set {name}")
+        else:
+            if old is None:
+                place[key] = old = {}
+            place = old
+
+
+def _entry(place: Any, step: str, above: str, where: str) -> tuple[Any, str | int, Any]:
+    """Container, key and present value (None if absent) of one step of a path, which names branches without `one_of`."""
+    operator = next((key for key in place if key in OPERATORS), None) if isinstance(place, dict) else None
+    if operator == "one_of":
+        place = place["one_of"]
+        if step not in place:
+            raise UserError(f"{above} has no branch {step!r}", where, f"Its branches are {', '.join(map(str, place))}.")
+    elif operator:
+        raise UserError(f"{above} is drawn as a whole ({operator})", where, f"Set {above} itself.")
+    if isinstance(place, list):
+        if not step.isdigit() or int(step) >= len(place):
+            raise UserError(f"{above} is a list of {len(place)} without an entry {step!r}", where, "Entries are 0, 1, ...")
+        return place, int(step), place[int(step)]
+    if not isinstance(place, dict):
+        raise UserError(f"{above} is {place!r} and has no {step!r}", where, f"Set {above} to a mapping.")
+    return place, step, place.get(step)
+
+
+def _fixed(old: Any, value: Any, where: str) -> Any:
+    """`value`; of a one_of the branch of that name alone, so that the names of its parameters stay."""
+    branches = old.get("one_of") if isinstance(old, dict) else None
+    if not isinstance(branches, dict) or not isinstance(value, str):
+        return value
+    if value not in branches:
+        raise UserError(f"there is no branch {value!r}", where, f"Branches are {', '.join(map(str, branches))}.")
+    return {"one_of": {value: branches[value]}}
+
+
+def document(content: Mapping[str, Any], source: str) -> Document:
+    """The fields of a space's file.
+
+    Raises:
+        UserError: unknown, missing or impossible fields, with what would be right.
+    """
+    try:
+        return Document.model_validate(content)
+    except ValidationError as error:
+        found = problems.of_validation(error, Document, content, lambda path: ".".join(map(str, path)))
+        problems.refuse(found, source)
+        raise AssertionError("unreachable: a validation error has problems") from error

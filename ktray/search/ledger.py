@@ -1,0 +1,202 @@
+"""Trials on disk: an Optuna study in a journal file, which `optuna-dashboard` reads while a search runs.
+
+A trial appears as one line of the journal, so that a killed driver leaves none half-drawn. Optuna's states are RUNNING (also
+while paused), COMPLETE, PRUNED and FAIL (also for duplicates, so that no sampler takes them for evidence); attributes hold the
+rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import RandomSampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from ktray.errors import UserError
+from ktray.search import sampler
+from ktray.search.space import Space
+from ktray.search.trial import Trial
+
+_FINAL = {
+    "completed": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "duplicate": TrialState.FAIL,
+}
+
+
+def folder(home: Path, name: str) -> Path:
+    """Where a study lives."""
+    return home / "studies" / name
+
+
+def names(home: Path) -> list[str]:
+    """All studies of a home, sorted."""
+    return sorted(path.parent.name for path in (home / "studies").glob("*/journal.log"))
+
+
+def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
+    """Notes and trials of a study, also while a search writes them.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    if name not in names(home):
+        listed = f"There are {', '.join(names(home))}." if names(home) else "There is none in this home."
+        raise UserError(f"there is no study {name!r}", str(home), listed)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.load_study(study_name=name, storage=_storage(home, name), sampler=RandomSampler())
+    except KeyError as error:
+        raise UserError(f"the study {name!r} was never begun: its journal is empty", str(folder(home, name))) from error
+    return dict(study.user_attrs), [_trial(frozen) for frozen in study.get_trials(deepcopy=False)]
+
+
+class Ledger:
+    """The trials and notes of one study, for the one process that writes them (`held`)."""
+
+    def __init__(self, home: Path, name: str, space: Space) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space, self._storage = space, _storage(home, name)
+        self._study = optuna.create_study(
+            study_name=name,
+            storage=self._storage,
+            sampler=RandomSampler(),
+            directions=sampler.directions(space),
+            load_if_exists=True,
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """What was noted of the study as a whole."""
+        return dict(self._study.user_attrs)
+
+    def note(self, name: str, value: Any) -> None:
+        """Writes one note (JSON)."""
+        self._study.set_user_attr(name, value)
+
+    def trials(self) -> list[Trial]:
+        """All trials in the order of their numbers; what a killed driver had decided but not yet told Optuna is told first."""
+        found = []
+        for frozen in self._study.get_trials(deepcopy=False):
+            trial = _trial(frozen)
+            if trial.state in _FINAL and not frozen.state.is_finished():
+                self.save(trial)
+            found.append(trial)
+        return found
+
+    def add(self, trial: Trial) -> None:
+        """Writes a new trial, at once and whole; its number must be the next."""
+        self._study.add_trial(
+            create_trial(
+                state=_FINAL.get(trial.state, TrialState.RUNNING),
+                params=dict(trial.params),
+                distributions=sampler.distributions(self._space, trial.params),
+                user_attrs={"pair": trial.pair, "started": trial.started, "planned": trial.planned, **_attributes(trial)},
+            )
+        )
+
+    def save(self, trial: Trial) -> None:
+        """Writes what has changed of a trial; its state comes last, so that a killed driver leaves nothing half-told."""
+        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        single = len(self._space.objectives) == 1
+        if single:  # of several objectives Optuna keeps no intermediate values
+            for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
+                self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, trial.scores[epoch])
+        for name, value in _attributes(trial).items():
+            if frozen.user_attrs.get(name) != value:
+                self._storage.set_trial_user_attr(frozen._trial_id, name, value)
+        if trial.state in _FINAL:
+            values = [trial.objectives[o.metric] for o in self._space.objectives] if trial.state == "completed" else None
+            if trial.state == "pruned" and single:
+                values = [trial.scores[trial.epoch]]
+            self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
+
+
+def _storage(home: Path, name: str) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(folder(home, name) / "journal.log")))
+
+
+def _attributes(trial: Trial) -> dict[str, Any]:
+    found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
+    if trial.state == "completed":
+        found |= {"metrics": dict(trial.metrics), "objectives": dict(trial.objectives)}
+        found |= {"cost": dict(trial.cost)}
+    if trial.state in _FINAL:
+        found |= {"ended": trial.ended, "cause": trial.cause, "duplicate_of": trial.duplicate_of}
+    scores = {str(epoch): score for epoch, score in trial.scores.items()}
+    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores}}
+
+
+def _trial(frozen: FrozenTrial) -> Trial:
+    noted: Mapping[str, Any] = frozen.user_attrs
+    progress = noted["progress"]
+    return Trial(
+        number=frozen.number,
+        params=frozen.params,
+        pair=noted["pair"],
+        state=progress["state"],
+        epoch=progress["epoch"],
+        scores={int(epoch): score for epoch, score in progress["scores"].items()},
+        metrics=noted.get("metrics", {}),
+        objectives=noted.get("objectives", {}),
+        keys=noted.get("keys", {}),
+        cost=noted.get("cost", {}),
+        cause=noted.get("cause"),
+        duplicate_of=noted.get("duplicate_of"),
+        started=noted.get("started"),
+        ended=noted.get("ended"),
+        planned=noted.get("planned"),
+    )
+
+
+@contextlib.contextmanager
+def held(home: Path, name: str) -> Iterator[None]:
+    """Keeps other drivers away from a study, and repairs what a killed one left.
+
+    Raises:
+        UserError: another driver has it.
+    """
+    directory = folder(home, name)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "driver.lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UserError(
+                f"the study {name!r} is being searched by {lock.read().strip() or 'another process'}",
+                instead="Wait for it, stop it, or give this search another --name.",
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        _repair(directory / "journal.log")
+        yield
+
+
+def _repair(journal: Path) -> None:
+    # A driver that is killed while it writes leaves Optuna's lock, which would cost 30 s, and maybe half a line, which Optuna
+    # reads past as long as it is the last one and never again after the next is appended to it.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{journal}.lock")
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    last = whole[whole[:-1].rfind(b"\n") + 1 :]
+    try:
+        json.loads(last or b"null")
+    except ValueError:
+        whole = whole[: len(whole) - len(last)]
+    if len(whole) < len(content):
+        os.truncate(journal, len(whole))

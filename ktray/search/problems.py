@@ -1,0 +1,159 @@
+"""What is wrong with a file, in one sentence each: where, what, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ktray import plugins
+from ktray.errors import UserError
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, TrainedTeacher
+
+SHOWN = 5
+Path = tuple[str | int, ...]
+_ROOMS = {
+    "backbone": "backbone",
+    "pretext": "pretext",
+    "descriptor": "descriptor",
+    "transfer": "transfer",
+    "evals": "evaluation",
+    "data": "dataset",
+}
+_TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
+    "pretext": (TrainedTeacher, "a trained teacher (one with 'pretext')"),
+    "descriptor": (HandcraftedTeacher, "a handcrafted teacher (one with 'descriptor')"),
+    "checkpoint": (LoadedTeacher, "a loaded teacher (one with 'checkpoint')"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong; `where` is a dotted path in the file, `instead` what would be right."""
+
+    where: str
+    problem: str
+    instead: str = ""
+
+    def __str__(self) -> str:
+        return str(UserError(self.problem, self.where, self.instead))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``Did you mean 'k'? `` or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def refuse(problems: Sequence[Problem], source: str) -> None:
+    """Raises a UserError that names the first few of `problems`; returns if there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        (only,) = problems
+        raise UserError(only.problem, f"{source}: {only.where}" if only.where else source, only.instead)
+    lines = [f"\n  - {problem}" for problem in problems[:SHOWN]]
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise UserError(f"{len(problems)} things are wrong{''.join(lines)}{more}", source)
+
+
+def of_validation(error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> list[Problem]:
+    """Pydantic's complaint about `value` as a `model`, as problems.
+
+    Args:
+        where: path of a field in `value` -> dotted path in the file, as the user wrote it.
+    """
+    found = [_translate(item, path, model, value, where) for path, item in _flat(error, ())]
+    hints = {problem.instead for problem in found}  # a misspelt field is missing under its right name too: say it once
+    return [p for p in found if f"Did you mean {p.where.split('.')[-1]!r}?" not in hints or "is missing" not in p.problem]
+
+
+def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    # A plugin's spec is validated inside a validator, so its errors come nested and know only their own part of the path.
+    for item in error.errors(include_url=False):
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ValidationError):
+            yield from _flat(inner, (*above, *item["loc"]))
+        else:
+            yield (*above, *item["loc"]), item
+
+
+def _translate(
+    item: Mapping[str, Any], path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]
+) -> Problem:
+    place, name = where(path), str(path[-1]) if path else ""
+    inner = item.get("ctx", {}).get("error")
+    cause = getattr(inner, "__cause__", None)
+    if isinstance(cause, UserError):
+        return Problem(place, cause.problem, cause.instead)
+    if item["type"] == "extra_forbidden":
+        return _unknown_field(path, model, value, where)
+    if item["type"] == "missing":
+        return Problem(place, f"{name!r} is missing")
+    if item["type"] == "value_error":
+        return Problem(place, str(inner or item["msg"]).removeprefix("Value error, "))
+    if item["type"] == "literal_error":
+        options = _literals(item)
+        hint = nearest(item["input"], options) if isinstance(item["input"], str) else ""
+        return Problem(place, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
+    rule = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    shown = item["input"] if not isinstance(item["input"], Mapping | list) else f"a {type(item['input']).__name__}"
+    return Problem(place, f"{name} is {shown!r} and should be {rule[:1].lower()}{rule[1:]}")
+
+
+def _literals(item: Mapping[str, Any]) -> list[str]:
+    text = str(item.get("ctx", {}).get("expected", ""))
+    return [word.strip().strip("'") for word in text.replace(" or ", ", ").split(",")]
+
+
+def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> Problem:
+    name, place = str(path[-1]), where(path)
+    owner, title = _model_at(path[:-1], model, value)
+    known = [field for field in owner.model_fields if field != "kind"] if owner else []
+    near = nearest(name, known)
+    if near:
+        return Problem(place, f"there is no field {name!r}", near.strip())
+    others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
+    if path[:-1] == ("teacher",) and others:
+        reason = "; it is not trained" if owner is HandcraftedTeacher else ""
+        return Problem(place, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
+    listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields beside its kind."
+    return Problem(place, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
+
+
+def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[type[BaseModel] | None, str]:
+    """The spec that reads the part of `value` at `path`, and how to call it."""
+    title, room = "", ""
+    for step in path:
+        value = _part(value, step)
+        field = model.model_fields.get(str(step)) if model and isinstance(step, str) else None
+        room = _ROOMS.get(str(step), room)
+        annotation = field.annotation if field else None
+        if step == "teacher" and isinstance(value, Mapping):
+            model, title = next((found for key, found in _TEACHERS.items() if key in value), (None, ""))
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation.model_fields:
+            model, title = annotation, f"{step!r}"
+        else:
+            model, title = _plugin(room, value)
+    return model, title
+
+
+def _part(value: Any, step: str | int) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(step)
+    return value[step] if isinstance(value, list | tuple) and isinstance(step, int) else None
+
+
+def _plugin(room: str, value: Any) -> tuple[type[BaseModel] | None, str]:
+    if room == "dataset" and isinstance(value, Mapping) and "kind" not in value:
+        return DataRoles, "'data'"
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    if not room or not isinstance(kind, str):
+        return None, ""
+    try:
+        return plugins.module(room, kind).Spec, f"the {room} {kind!r}"
+    except UserError:
+        return None, ""

@@ -1,0 +1,224 @@
+"""A search space: the pairs that a YAML file lets a search draw.
+
+A parameter is named by its dotted path in the pair (`transfer.k`), with the branch's name inside a branch
+(`teacher.rotation.layer`); the branch itself is the parameter `teacher`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
+
+from ktray.errors import UserError
+from ktray.fingerprint import fingerprint
+from ktray.search import check as checks
+from ktray.search import document as documents
+from ktray.search import problems, tree
+from ktray.search.document import Budget, Document, EarlyStop
+from ktray.search.problems import Problem
+from ktray.search.tree import Ask, Params, Scalar
+from ktray.spec import PairSpec
+
+MANY = 10  # values of an integer parameter before the student: with more, hardly any draw shares its prefix
+BRANCHINGS = 512  # combinations of branches that are checked
+
+
+class Goal(NamedTuple):
+    """A metric and which way it is better."""
+
+    metric: str
+    mode: Literal["max", "min"]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What may be drawn, and how the search goes about it."""
+
+    document: Document
+    root: Any
+    source: str
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], source: str) -> Space:
+        """The space of a file's plain content; its operators are checked, its pairs are not (`load` does both).
+
+        Raises:
+            UserError: fields or operators are wrong.
+        """
+        document = documents.document(content, source)
+        found: list[Problem] = []
+        root = tree.grow(document.pair, (), found)
+        problems.refuse(found, source)
+        return cls(document, root, source)
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.document.study
+
+    @property
+    def budget(self) -> Budget:
+        return self.document.budget
+
+    @property
+    def objectives(self) -> tuple[Goal, ...]:
+        """What is optimised; unpacks as (metric, mode)."""
+        return tuple(Goal(objective.metric, objective.mode or "max") for objective in self.document.objectives)
+
+    @property
+    def early_stop(self) -> EarlyStop | None:
+        return self.document.early_stop
+
+    @property
+    def seed(self) -> int:
+        """Seed of the search itself; the seeds of data, teacher and student are part of the pair."""
+        return self.document.seed
+
+    @property
+    def start_with(self) -> tuple[Params, ...]:
+        """Parameters of the first draws, as labels; those left out are the sampler's."""
+        return tuple({str(name): tree.label(value) for name, value in entry.items()} for entry in self.document.start_with)
+
+    def suggest(self, ask: Ask) -> Params:
+        """One draw, define-by-run: asks for each parameter in the order of the file, and never for those of other branches."""
+        params: Params = {}
+        tree.draw(self.root, ask, params)
+        return params
+
+    def complete(self, params: Mapping[str, Scalar]) -> Params:
+        """`params` with the first option, or the lower end, of each parameter that is left out."""
+        return self.suggest(lambda parameter: params.get(parameter.name, tree.ends(parameter)[0]))
+
+    def plain(self, params: Mapping[str, Scalar]) -> dict[str, Any]:
+        """The pair that `params` draw, as plain data before validation."""
+        value: dict[str, Any] = tree.resolve(self.root, params)
+        return value
+
+    def pair(self, params: Mapping[str, Scalar]) -> PairSpec:
+        """The pair that `params` draw.
+
+        Raises:
+            UserError: the combination is no pair.
+        """
+        value = self.plain(params)
+        try:
+            return PairSpec.model_validate(value)
+        except ValidationError as error:
+            found = problems.of_validation(error, PairSpec, value, lambda path: self.place(path, params))
+            problems.refuse(found, self.source)
+            raise AssertionError("unreachable: a validation error has problems") from error
+
+    def place(self, path: problems.Path, params: Mapping[str, Scalar]) -> str:
+        """Dotted path in the file of a field of the pair that `params` draw, such as ``pair.teacher.hog.descriptor.cell``."""
+        node, steps = self.root, ["pair"]
+        for step in path:
+            while isinstance(node, tree.OneOf):
+                branch = str(params[node.choice.name])
+                steps.append(branch)
+                node = node.branches[branch]
+            steps.append(str(step))
+            if isinstance(node, dict):
+                node = node.get(str(step))
+            elif isinstance(node, list) and isinstance(step, int) and step < len(node):
+                node = node[step]
+            else:
+                node = None
+        if isinstance(node, tree.OneOf):
+            steps.append(str(params[node.choice.name]))
+        return ".".join(steps)
+
+    def size(self) -> int | None:
+        """Number of different draws; None if a parameter is continuous."""
+        return tree.size(self.root)
+
+    def draws(self) -> Iterator[Params]:
+        """Every draw of a finite space, in the order of the file.
+
+        Raises:
+            ValueError: a parameter is continuous.
+        """
+        if self.size() is None:
+            raise ValueError("a continuous space has no list of its draws")
+        return tree.points(self.root, lambda parameter: tree.all_values(parameter) or ())
+
+    def corners(self) -> Iterator[tuple[str, Params]]:
+        """Draws that touch every branch, every option and both ends of every range, one at a time.
+
+        Their labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
+        """
+        bases = tree.points(self.root, lambda parameter: tree.ends(parameter)[:1])
+        listed = {parameter.name: parameter for parameter, _ in tree.parameters(self.root)}
+        for base in itertools.islice(bases, BRANCHINGS):
+            branches = {name: value for name, value in base.items() if tree.branching(listed[name])}
+            head = ", ".join(f"{name}={value}" for name, value in branches.items()) or "the pair"
+            yield head, base
+            for name in [name for name in base if name not in branches]:
+                for value in tree.ends(listed[name])[1:]:
+                    yield f"{head}: {name}={value}", {**base, name: value}
+
+    def warnings(self) -> list[str]:
+        """What is allowed and probably not meant: a prefix that never repeats."""
+        found = []
+        for parameter, _ in tree.parameters(self.root):
+            part = parameter.name.split(".")[0]
+            values = tree.all_values(parameter)
+            if isinstance(parameter, tree.Range) and part not in ("student", "evals") and (not values or len(values) > MANY):
+                what = {"teacher": "teacher", "transfer": "clustering", "data": "data set"}.get(part, part)
+                shape = "continuous" if values is None else f"one of {len(values)} values"
+                found.append(f"pair.{parameter.name} is {shape}: every draw is a new {what}; use choice so that draws share it")
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this space the same search: all of it but the study's name and the budget."""
+        return self.document.model_dump(mode="json", exclude={"study", "budget"})
+
+    def fingerprint(self) -> str:
+        """sha256 of `identity`."""
+        return fingerprint(self.identity())
+
+
+def load(path: Path, overrides: list[str]) -> Space:
+    """The search space of a YAML file, with every branch checked at both ends of every range.
+
+    Args:
+        overrides: such as ``transfer.k=500``.
+
+    Raises:
+        UserError: names file, dotted path, what is wrong and what would be right; up to five things at once.
+    """
+    space = Space.of(documents.read(path, overrides), path.name)
+    return checks.checked(space)
+
+
+def is_space(path: Path) -> bool:
+    """Whether a YAML file describes a search space rather than pairs.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content = documents.read(path, [])
+    return bool({"study", "objectives", "budget", "early_stop", "start_with"} & set(content))
+
+
+def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:
+    """Name (the file's) -> the pair of a YAML file, which is the pair itself or holds it under `pair`.
+
+    Raises:
+        UserError: the file is a space, holds operators, or is no pair.
+    """
+    if is_space(path):
+        raise UserError("this is a search space, and a pair is wanted", str(path), f"Use ktray search {path}.")
+    content = documents.read(path, overrides)
+    if "pair" in content and len(content) > 1:
+        others = ", ".join(repr(key) for key in content if key != "pair")
+        raise UserError(f"beside 'pair' there is {others}", str(path), "A pair's file holds 'pair' alone.")
+    space = Space.of({"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, path.name)
+    drawn = next(tree.parameters(space.root), None)
+    if drawn:
+        raise UserError("a single pair draws nothing", f"{path.name}: pair.{drawn[0].name}", "Write the value itself.")
+    return {path.stem: space.pair({})}

@@ -1,0 +1,37 @@
+"""How many draws a search makes: `--trials 50`, `--trials +50`, or the space's budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ktray.errors import UserError
+
+
+def settled(asked: str | int | None, budget: int, noted: Mapping[str, Any] | None, met: bool) -> dict[str, int]:
+    """The target of this session and the budget that it answers to, as the study notes them.
+
+    `+50` adds to a target that was met; before that it is the same command again, and adds nothing. Without a wish a study
+    keeps its target until the space's budget is changed.
+
+    Args:
+        asked: ``50``, ``"50"``, ``"+50"`` or None.
+        budget: trials in the space's file.
+        noted: what this function returned when the study was last opened; None for a new study.
+        met: whether that target was met and every trial came to its end.
+
+    Raises:
+        UserError: `asked` is no number of trials.
+    """
+    text = "" if asked is None else str(asked)
+    if text and not re.fullmatch(r"\+?[1-9]\d*", text):
+        raise UserError(f"{text!r} is no number of trials", "--trials", "Write 50, or +50 for fifty more.")
+    if not text:
+        kept = noted is not None and noted["budget"] == budget
+        return {"trials": noted["trials"] if noted and kept else budget, "budget": budget}
+    if not text.startswith("+"):
+        return {"trials": int(text), "budget": budget}
+    if noted is None:
+        return {"trials": int(text[1:]), "budget": budget}
+    return {"trials": noted["trials"] + (int(text[1:]) if met else 0), "budget": budget}

@@ -1,0 +1,53 @@
+"""One drawn pair with its state, rungs, metrics and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+State = Literal["running", "paused", "completed", "pruned", "failed", "duplicate"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the study knows of one draw.
+
+    Attributes:
+        number: 0, 1, ... in the order of the draws; the same over resumes.
+        params: dotted path -> drawn scalar; a choice between lists or mappings holds the option's JSON text.
+        pair: the drawn pair as plain data, defaults included; `PairSpec.model_validate` reads it.
+        state: `paused` waits at a rung, `pruned` waited there when the study ended, `duplicate` equals an earlier trial.
+        epoch: student epochs that are done and judged.
+        scores: epoch of a rung -> value of the early-stop metric there.
+        metrics: all metrics of the finished pair.
+        objectives: metric -> value of what the study optimises.
+        keys: stage -> key of its artifact (evaluation -> name -> key), up to where the trial is.
+        cost: `seconds` as if it had run alone, `marginal_seconds` that it added.
+        cause: one line, why it failed.
+        duplicate_of: number of the earlier trial with the same pair.
+        started: clock at the draw, in seconds.
+        ended: clock when its state became final.
+        planned: position in the space's `start_with`, if the draw came from there.
+    """
+
+    number: int
+    params: Mapping[str, Any]
+    pair: Mapping[str, Any]
+    state: State = "running"
+    epoch: int = 0
+    scores: Mapping[int, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    objectives: Mapping[str, float] = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    cause: str | None = None
+    duplicate_of: int | None = None
+    started: float | None = None
+    ended: float | None = None
+    planned: int | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the full student."""
+        return int(self.pair["student"]["schedule"]["epochs"])
