@@ -115,10 +115,10 @@ def _of_opcodes(content: bytes) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     `pickletools.genops` only disassembles, so a manipulated file can give wrong pixels but cannot run code.
     """
     labels: list[int] = []
-    longest: str | bytes = b""
+    longest: str | bytes | bytearray = b""
     in_labels = False
     for opcode, argument, _ in pickletools.genops(content):
-        if isinstance(argument, str | bytes):
+        if isinstance(argument, str | bytes | bytearray):
             in_labels = argument in ("labels", b"labels")
             longest = max(longest, argument, key=len)
         elif in_labels and opcode.name.startswith("BININT") and isinstance(argument, int):

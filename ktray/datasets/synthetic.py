@@ -128,7 +128,7 @@ def _drawn(spec: Spec, scene: NDArray[np.float64], seed: int) -> NDArray[np.uint
     random = np.random.default_rng(seed)
     size = spec.size
     y, x = np.mgrid[0:size, 0:size] + 0.5
-    slope = random.uniform(-40, 40, (2, 3))
+    slope = random.uniform(-20, 20, (2, 3))
     canvas = random.uniform(40, 120, 3) + (x[..., None] * slope[0] + y[..., None] * slope[1]) / size
     for kind, centre_x, centre_y, radius, angle in reversed(scene):
         right, down = (x - centre_x) / radius, (y - centre_y) / radius

@@ -188,7 +188,8 @@ def _close_gaps(path: Path, kept: NDArray[np.int64]) -> None:
     step = max(1, _BLOCK_BYTES // int(np.prod(shape[1:])))
     for start in range(0, len(kept), step):
         # kept ascends, so a block's rows lie at or after the place they go to, and later blocks' rows behind both.
-        pixels[start : start + step] = pixels[kept[start : start + step]]
+        rows = kept[start : start + step]
+        pixels[start : start + len(rows)] = pixels[rows]
     pixels.flush()
     del pixels
     with open(path, "r+b") as file:
