@@ -1,0 +1,135 @@
+"""The result in sentences: what is best, against what, and how many labels it took."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from ktray.errors import UserError
+from ktray.pipeline.naming import pair_name
+from ktray.plugins import module
+from ktray.report.plots import strip
+from ktray.report.ranking import Objective, losses, ranked, value_of
+from ktray.report.words import counted, listed, measure, without_places
+
+if TYPE_CHECKING:
+    from ktray.search.trial import Trial
+
+STATES = ("completed", "pruned", "paused", "running", "failed", "duplicate")
+FLOOR, CEILING = "random student", "supervised ceiling"
+
+
+def headline(
+    trials: Sequence[Trial],
+    objectives: Sequence[Objective],
+    references: Mapping[str, Mapping[str, Any]],
+    labels_used: Mapping[str, int],
+) -> dict[str, Any]:
+    """Sentences about the best pair and a strip of all completed ones; without a completed trial, what there is instead."""
+    metric, mode = objectives[0]
+    completed = [trial for trial in ranked(trials, objectives[0]) if value_of(trial, metric) is not None]
+    counts: Counter[str] = Counter(trial.state for trial in trials)
+    states = [f"{counts[state]:,} {state}" for state in STATES if counts[state]]
+    facts = {
+        "counts": f"{counted(len(trials), 'trial')}: {', '.join(states)}" if trials else "No trial yet",
+        "ended": _ended(trials),
+    }
+    if not completed:
+        return {**facts, "best": None, "sentences": _nothing_yet(trials), "strip": Markup("")}
+    best, values = completed[0], [value_of(trial, metric) or 0.0 for trial in completed]
+    known = {
+        name: value for name, reference in references.items() if (value := _finite(reference["metrics"], metric)) is not None
+    }
+    return {
+        **facts,
+        "best": {"name": without_places(pair_name(best.pair)), "value": measure(metric, values[0]), "number": best.number},
+        "metric": metric,
+        "mode": "higher is better" if mode == "max" else "lower is better",
+        "of": counted(len(completed), "completed trial"),
+        "sentences": [
+            *_against(values[0], known, mode),
+            _labels(best.pair, labels_used),
+            *_caveats(best, metric, len(completed)),
+        ],
+        "strip": strip(values, values[0], known, metric) if len(values) + len(known) > 1 else Markup(""),
+    }
+
+
+def _nothing_yet(trials: Sequence[Trial]) -> list[str]:
+    waiting = sum(trial.state in ("running", "paused") for trial in trials)
+    going_on = f" {counted(waiting, 'trial')} running or waiting at a rung." if waiting else ""
+    return [f"No trial has completed, so there is no best pair.{going_on}"]
+
+
+def _finite(metrics: Mapping[str, float], metric: str) -> float | None:
+    value = metrics.get(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _against(best: float, known: Mapping[str, float], mode: str) -> list[str]:
+    """How far the best pair is from each reference, and how much of the way from floor to ceiling it went."""
+    loss = losses(mode)
+    parts = []
+    for name, value in known.items():
+        gain = loss(value) - loss(best)
+        distance = f"{abs(gain):.4g}"
+        verdict = "as good as" if gain == 0 else f"{distance} better than" if gain > 0 else f"{distance} worse than"
+        parts.append(f"{verdict} the {name} ({value:.4g})")
+    sentences = [f"That is {listed(parts)}."] if parts else []
+    if FLOOR in known and CEILING in known:
+        way = loss(known[FLOOR]) - loss(known[CEILING])
+        if way > 0:
+            share = (loss(known[FLOOR]) - loss(best)) / way
+            sentences.append(f"It goes {100 * share:.0f} % of the way from the {FLOOR} to the {CEILING}.")
+    return sentences
+
+
+def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:
+    """How many labels training and selection saw."""
+    used = [f"{count:,} labels of {split}" for split, count in labels_used.items() if count]
+    if _learns_from_labels(pair):
+        return f"Trained with the labels of its training images{', selected with ' + listed(used) if used else ''}."
+    if not used:
+        return "No labels were used, neither to train nor to select." + _origin(pair)
+    return f"Trained without labels, selected with {listed(used)}." + _origin(pair)
+
+
+def _origin(pair: Mapping[str, Any]) -> str:
+    loaded = "checkpoint" in (pair.get("teacher") or {})
+    return " The teacher's weights come from a file; what they were trained with is not known here." if loaded else ""
+
+
+def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
+    kind = str(pair["transfer"]["kind"])
+    try:
+        return "labels" in module("transfer", kind).NEEDS
+    except UserError:  # a plugin from outside that this command was not told to trust
+        return False
+
+
+def _caveats(best: Trial, metric: str, completed: int) -> list[str]:
+    split = _split(best.pair, metric)
+    if completed < 2 or split is None:
+        return []
+    return [
+        f"It was chosen as the best of {completed:,} on {split}, one run each, so its value there flatters it a little"
+        + ("; “ktray best --test” judges it once on test." if split != "test" else ".")
+    ]
+
+
+def _split(pair: Mapping[str, Any], metric: str) -> str | None:
+    """The split that the evaluation behind `metric` judges on."""
+    for entry in pair.get("evals", ()):
+        if metric.split("/")[0] == (entry.get("name") or entry["kind"]):
+            return str(entry.get("split", "val"))
+    return None
+
+
+def _ended(trials: Sequence[Trial]) -> str | None:
+    ends = [trial.ended for trial in trials if trial.ended is not None]
+    return datetime.fromtimestamp(max(ends), UTC).strftime("%Y-%m-%d %H:%M UTC") if ends else None

@@ -1,0 +1,106 @@
+"""Leaderboard, teachers against students, failures: rows of text, ready for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ktray.pipeline.naming import student_name, teacher_name, transfer_name
+from ktray.report.ranking import Objective, losses, ranked, value_of
+from ktray.report.words import duration, kind_of_cause, measure, without_places
+
+if TYPE_CHECKING:
+    from ktray.search.trial import Trial
+
+SHOWN = 20
+SHOWN_NUMBERS = 12
+
+
+def leaderboard(
+    trials: Sequence[Trial], objectives: Sequence[Objective], references: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The best completed trials, with each reference as a row where its value belongs; None without completed trials."""
+    metric, mode = objectives[0]
+    completed = ranked(trials, objectives[0])
+    if not completed:
+        return None
+    rows = [(value_of(trial, metric), _trial_row(trial, objectives)) for trial in completed[:SHOWN]]
+    loss = losses(mode)
+    for name, reference in references.items():
+        value = reference["metrics"].get(metric)
+        better = [index for index, (other, _) in enumerate(rows) if value is None or other is None or loss(other) > loss(value)]
+        place = len(rows) if value is None or not better else better[0]
+        rows.insert(place, (value, _reference_row(name, reference["metrics"], objectives)))
+    return {
+        "head": ["teacher", "transfer", "student", *(name for name, _ in objectives), *_cost_head(objectives)],
+        "words": 3,
+        "rows": [row for _, row in rows],
+        "more": max(0, len(completed) - SHOWN),
+    }
+
+
+def _cost_head(objectives: Sequence[Objective]) -> list[str]:
+    known = {metric for metric, _ in objectives}
+    return [name for name in ("cost/seconds", "cost/marginal_seconds") if name not in known]
+
+
+def _trial_row(trial: Trial, objectives: Sequence[Objective]) -> dict[str, Any]:
+    pair = trial.pair
+    costs = [duration(trial.cost.get(name.removeprefix("cost/"))) for name in _cost_head(objectives)]
+    values = [measure(metric, value_of(trial, metric)) for metric, _ in objectives]
+    words = [without_places(teacher_name(pair)) or "–", transfer_name(pair), student_name(pair)]
+    return {"name": f"{trial.number}", "cells": [*words, *values, *costs], "reference": False}
+
+
+def _reference_row(name: str, metrics: Mapping[str, float], objectives: Sequence[Objective]) -> dict[str, Any]:
+    columns = [*(metric for metric, _ in objectives), *_cost_head(objectives)]
+    return {
+        "name": name,
+        "cells": ["", "", "", *(measure(column, metrics.get(column)) for column in columns)],
+        "reference": True,
+    }
+
+
+def heat_table(trials: Sequence[Trial], objective: Objective) -> dict[str, Any] | None:
+    """Best value per teacher (rows) and student (columns), both best first; None unless there is something to compare."""
+    metric, _ = objective
+    best: dict[tuple[str, str], Trial] = {}
+    for trial in ranked(trials, objective):
+        if value_of(trial, metric) is not None:
+            best.setdefault((without_places(teacher_name(trial.pair)) or "none", student_name(trial.pair)), trial)
+    if len(best) < 2:
+        return None
+    values = {cell: value_of(trial, metric) or 0.0 for cell, trial in best.items()}
+    low, high = min(values.values()), max(values.values())
+    worst = max(values.values(), key=losses(objective[1]))
+    students = list(dict.fromkeys(student for _, student in best))
+
+    def cell(teacher: str, student: str) -> dict[str, Any] | None:
+        trial = best.get((teacher, student))
+        if trial is None:
+            return None
+        heat = abs(values[teacher, student] - worst) / (high - low) if high > low else 0.0
+        return {"value": measure(metric, values[teacher, student]), "trial": trial.number, "heat": round(100 * heat)}
+
+    rows = [
+        {"name": teacher, "cells": [cell(teacher, student) for student in students]}
+        for teacher in dict.fromkeys(teacher for teacher, _ in best)
+    ]
+    return {"students": students, "rows": rows}
+
+
+def failures(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Each cause once, the most frequent first, with the numbers of its trials."""
+    causes: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.state == "failed":
+            causes.setdefault(kind_of_cause(trial.cause or "no cause was recorded"), []).append(trial)
+    return [
+        {
+            "cause": cause if len(cause) <= 400 else f"{cause[:400]}…",
+            "count": len(failed),
+            "numbers": [trial.number for trial in failed[:SHOWN_NUMBERS]],
+            "more": max(0, len(failed) - SHOWN_NUMBERS),
+        }
+        for cause, failed in sorted(causes.items(), key=lambda entry: -len(entry[1]))
+    ]
