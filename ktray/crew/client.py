@@ -111,7 +111,8 @@ class Crew:
         try:
             if self._handle is None:
                 self._handle = ray.get_actor(BROKER, namespace=self.namespace)
-            return ray.get(getattr(self._handle, method).remote(*arguments))
+            call = getattr(self._handle, method)
+            return ray.get((call.options(max_task_retries=0) if method == "end" else call).remote(*arguments))
         except (ValueError, ray.exceptions.RayActorError) as error:
             if isinstance(error, ray.exceptions.RayTaskError):
                 raise

@@ -120,6 +120,9 @@ def _start_own(session: Session) -> None:
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     _use_token()
+    # Ray's switch for laptops: it then listens on the loopback interface only.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    importlib.import_module("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
     try:
         ray.init(
             address="local",

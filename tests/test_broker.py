@@ -1,0 +1,301 @@
+"""The crew on a real Ray: processes are killed and frozen, and nothing is lost or done twice."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from toy_work import toy
+
+from ktray.crew.client import Crew, Released
+from ktray.errors import StageFailed, StoppedEarly
+from ktray.stores.file import FileStore
+
+
+@contextmanager
+def callers(count: int) -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(count) as pool:
+        yield pool
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+    return found
+
+
+def starts(log: Path, stage: Any) -> list[int]:
+    """Process ids of the attempts at `stage`, in order."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [int(line.split()[2]) for line in lines if line.startswith(stage.key + " ")]
+
+
+def at_step(crew: Crew, stage: Any, step: int) -> Any:
+    running = {run["key"]: run for run in crew.status()["running"]}
+    run = running.get(stage.key)
+    return run if run and run["progress"].get("step", 0) >= step else None
+
+
+def test_eight_callers_of_one_stage_cause_one_computation(crew: Crew, tmp_path: Path) -> None:
+    stage = toy("slow", {"steps": 3, "log": str(tmp_path / "log")})
+    with callers(8) as pool:
+        outcomes = list(pool.map(lambda name: crew.obtain([stage], name)[0], [f"trial {number}" for number in range(8)]))
+    assert sorted(outcome["state"] for outcome in outcomes) == ["computed"] + 7 * ["joined"]
+    assert len(starts(tmp_path / "log", stage)) == 1
+    assert crew.obtain([stage], "late")[0]["state"] == "reused"
+    assert {outcome["metrics"]["toy/steps"] for outcome in outcomes} == {3.0}
+
+
+def test_a_request_computes_inputs_before_those_that_read_them(crew: Crew, tmp_path: Path) -> None:
+    images = toy("images")
+    teacher = toy("teacher", {"steps": 1}, (images,))
+    features = toy("features", {}, (images, teacher))
+    outcomes = crew.obtain([images, teacher, features], "trial 1")
+    assert [outcome["key"] for outcome in outcomes] == [images.key, teacher.key, features.key]
+    started = [event["key"] for event in crew.events() if event["event"] == "started"]
+    assert started == [images.key, teacher.key, features.key]
+
+
+def test_a_longer_training_waits_for_the_shorter_one_that_it_continues(crew: Crew) -> None:
+    short = toy("student", {"steps": 2})
+    long = toy("student", {"steps": 4}, starts=(short,))
+    with callers(2) as pool:
+        first = pool.submit(crew.obtain, [short], "trial 1")
+        until(lambda: at_step(crew, short, 0))
+        pool.submit(crew.obtain, [long], "trial 2").result()
+        first.result()
+    events = [(event["event"], event["key"]) for event in crew.events()]
+    assert events.index(("published", short.key)) < events.index(("started", long.key))
+
+
+def test_a_handle_travels_by_pickle(crew: Crew) -> None:
+    copy = pickle.loads(pickle.dumps(crew))
+    assert copy.obtain([toy("images")], "trial 1")[0]["state"] == "computed"
+
+
+def test_a_failure_reaches_every_waiter_once_and_the_next_request_tries_again(crew: Crew, tmp_path: Path) -> None:
+    broken = toy("broken", {"steps": 2, "error": "12 features are NaN", "log": str(tmp_path / "log")})
+    reader = toy("reader", {}, (broken,))
+    with callers(3) as pool:
+        futures = [pool.submit(crew.obtain, stages, "trial") for stages in ([broken], [broken, reader], [broken])]
+        errors = [future.exception() for future in futures]
+    assert all(isinstance(error, StageFailed) for error in errors)
+    assert {str(error) for error in errors} == {f"{broken.key} failed: ValueError: 12 features are NaN"}
+    assert len(starts(tmp_path / "log", broken)) == 1
+    failure = FileStore(tmp_path / "store").failure(broken.key)
+    assert failure is not None
+    assert "raise ValueError" in failure["traceback"]
+    with pytest.raises(StageFailed):
+        crew.obtain([broken], "again")
+    assert len(starts(tmp_path / "log", broken)) == 2
+
+
+def test_a_full_disk_is_told_from_a_failed_stage(crew: Crew) -> None:
+    with pytest.raises(StoppedEarly, match="disk is full"):
+        crew.obtain([toy("broken", {"error": "disk full"})], "trial 1")
+
+
+def test_a_damaged_input_is_computed_again_before_its_reader(crew: Crew, tmp_path: Path) -> None:
+    images = toy("images")
+    crew.obtain([images], "trial 1")
+    FileStore(tmp_path / "store").remove(images.key)
+    reader = toy("reader", {}, (images,))
+    assert crew.obtain([reader], "trial 2")[0]["state"] == "computed"
+    assert FileStore(tmp_path / "store").find(images.key) is not None
+
+
+def test_release_ends_one_wait_and_disturbs_nobody_else(crew: Crew) -> None:
+    stage = toy("slow", {"steps": 15})
+    with callers(2) as pool:
+        leaving, staying = pool.submit(crew.obtain, [stage], "trial 1"), pool.submit(crew.obtain, [stage], "trial 2")
+        until(lambda: len(crew.status()["waiting"]) == 2)
+        crew.release("trial 1")
+        with pytest.raises(Released):
+            leaving.result(timeout=1)
+        assert not staying.done()
+        assert staying.result()[0]["key"] == stage.key
+
+
+def test_who_obtains_a_prefetched_stage_first_counts_as_its_cause(crew: Crew) -> None:
+    stage = toy("images")
+    crew.prefetch([stage])
+    until(lambda: crew.status()["computed"].get("images"))
+    assert [crew.obtain([stage], "trial")[0]["state"] for _ in range(2)] == ["computed", "reused"]
+
+
+def test_a_killed_worker_is_replaced_and_its_stage_goes_on_from_the_checkpoint(crew: Crew, tmp_path: Path) -> None:
+    stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
+    with callers(1) as pool:
+        future = pool.submit(crew.obtain, [stage], "trial 1")
+        until(lambda: at_step(crew, stage, 4))
+        os.kill(starts(tmp_path / "log", stage)[0], signal.SIGKILL)
+        assert future.result()[0]["state"] == "computed"
+    assert len(starts(tmp_path / "log", stage)) == 2
+    assert (tmp_path / "log").read_text().count("step 2\n") == 1, "the second attempt began anew"
+    assert "worker died" in {event["event"] for event in crew.events()}
+    until(lambda: len(crew.status()["workers"]) == 2)
+
+
+def test_a_stage_that_kills_its_workers_fails_after_the_third(crew: Crew, tmp_path: Path) -> None:
+    stage = toy("deadly", {"error": "die", "log": str(tmp_path / "log")})
+    with pytest.raises(StageFailed, match=f"{stage.key} failed: WorkerDied: its worker died 3 times"):
+        crew.obtain([stage], "trial 1")
+    assert len(starts(tmp_path / "log", stage)) == 3
+
+
+def test_a_killed_broker_comes_back_and_no_stage_runs_twice(crew: Crew, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    stages = [toy("slow", {"steps": 20, "log": str(log), "number": number}) for number in range(3)]
+    with callers(6) as pool:
+        futures = [pool.submit(crew.obtain, [stages[number % 3]], f"trial {number}") for number in range(6)]
+        until(lambda: len(crew.status()["running"]) == 2)
+        until(lambda: log.exists())
+        os.kill(crew.status()["pid"], signal.SIGKILL)
+        assert {future.result()[0]["key"] for future in futures} == {stage.key for stage in stages}
+    assert [len(starts(log, stage)) for stage in stages] == [1, 1, 1]
+
+
+def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(
+    found_crew: Callable[..., Crew], tmp_path: Path
+) -> None:
+    crew = found_crew(dead_after=2.0, heartbeat_seconds=0.2)
+    stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
+    with callers(1) as pool:
+        future = pool.submit(crew.obtain, [stage], "trial 1")
+        until(lambda: at_step(crew, stage, 4))
+        frozen = starts(tmp_path / "log", stage)[0]
+        os.kill(frozen, signal.SIGSTOP)
+        assert future.result()[0]["state"] == "computed"
+    assert not psutil.pid_exists(frozen) or psutil.Process(frozen).status() == psutil.STATUS_ZOMBIE
+    assert "fenced" in {event["event"] for event in crew.events()}
+    assert len(starts(tmp_path / "log", stage)) == 2
+    assert not list((tmp_path / "store" / ".scratch").iterdir())
+
+
+def test_two_drivers_on_one_store_share_their_computations(found_crew: Callable[..., Crew], tmp_path: Path) -> None:
+    stage = toy("slow", {"steps": 8, "log": str(tmp_path / "log")})
+    one, other = found_crew(), found_crew()
+    with callers(2) as pool:
+        first: Future[Any] = pool.submit(one.obtain, [stage], "driver 1")
+        second = pool.submit(other.obtain, [stage], "driver 2")
+        assert {first.result()[0]["state"], second.result()[0]["state"]} == {"computed", "joined"}
+    assert len(starts(tmp_path / "log", stage)) == 1
+
+
+def test_a_crew_without_driver_ends_itself(found_crew: Callable[..., Crew]) -> None:
+    crew = found_crew(idle_exit_seconds=3.0)
+    pids = [crew.status()["pid"]] + until(lambda: [each["pid"] for each in crew.status()["workers"] if each["pid"]])
+    lease = next(end.__self__ for end in _ends(found_crew) if hasattr(end.__self__, "_renew"))
+    lease.cancel()
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def _ends(found_crew: Any) -> list[Any]:
+    return next(cell.cell_contents for cell in found_crew.__closure__ if isinstance(cell.cell_contents, list))
+
+
+def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> None:
+    script = (
+        "import sys, pathlib\nfrom ktray.crew.runtime import Runtime, start\n"
+        "from ktray.errors import UserError\n"
+        "try:\n    start(pathlib.Path(sys.argv[1]), None, Runtime())\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    root = Path(__file__).parent.parent
+    said = subprocess.run(
+        [sys.executable, "-c", script, str(ray_home.home)], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert said.stdout.strip() == (
+        f"the home {ray_home.home} is in use by the process {os.getpid()}. "
+        "Wait for it, stop it, or give another home with --home."
+    )
+
+
+def test_an_empty_stage_costs_little(crew: Crew) -> None:
+    crew.obtain([toy("empty")], "first")
+    times = []
+    for number in range(20):
+        began = time.perf_counter()
+        crew.obtain([toy("empty", {"number": number})], "trial")
+        times.append(time.perf_counter() - began)
+    print(f"an empty stage costs {1000 * sorted(times)[10]:.1f} ms")
+    assert sorted(times)[10] < 0.5
+
+
+ALONE = """
+import os, signal, subprocess, sys, threading, time
+from pathlib import Path
+from ktray.crew.client import connect
+from ktray.crew.runtime import Runtime, start, stop
+from toy_work import toy, work
+home = Path(sys.argv[1])
+session = start(home, None, Runtime(cpus=1))
+crew = connect(session, f"file://{home}/store", work)
+crew.obtain([toy("images")], "me")
+print("RUNNING", crew.status()["pid"], crew.status()["workers"][0]["pid"], session.temporary, flush=True)
+try:
+    crew.obtain([toy("slow", {"steps": 300})], "me")
+except KeyboardInterrupt:
+    stop(session)
+    print("STOPPED", flush=True)
+"""
+
+
+def alone(home: Path) -> subprocess.Popen[str]:
+    root = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root.parent), str(root)])}
+    command = [sys.executable, "-c", ALONE, str(home)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+
+
+def of_session(folder: str) -> list[int]:
+    """Processes of the Ray whose temporary folder this is."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(folder in part for part in process.info["cmdline"] or ()):
+            found.append(process.pid)
+    return found
+
+
+def test_an_interrupt_of_the_terminal_leaves_no_process_and_no_noise(tmp_path: Path) -> None:
+    driver = alone(tmp_path)
+    assert driver.stdout is not None
+    _, broker, worker, folder = driver.stdout.readline().split()
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    os.killpg(driver.pid, signal.SIGINT)
+    out, err = driver.communicate(timeout=60)
+    assert (out, err) == ("STOPPED\n", "")
+    assert not any(psutil.pid_exists(int(pid)) for pid in (broker, worker))
+    assert not of_session(folder)
+    assert not Path(folder).exists()
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_no_process_and_its_home_can_be_used_again(tmp_path: Path) -> None:
+    driver = alone(tmp_path)
+    assert driver.stdout is not None
+    _, broker, worker, folder = driver.stdout.readline().split()
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate(timeout=60)
+    until(lambda: not any(psutil.pid_exists(int(pid)) for pid in (broker, worker)), 30)
+    until(lambda: not of_session(folder), 60)
+    again = alone(tmp_path)
+    assert again.stdout is not None
+    assert again.stdout.readline().startswith("RUNNING")
+    assert not Path(folder).exists()
+    os.killpg(again.pid, signal.SIGINT)
+    again.communicate(timeout=60)
