@@ -1,0 +1,150 @@
+"""What MLflow shows of a study, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ktray.errors import UserError
+from ktray.tracking import default_uri, rules
+from tests.trackers import (
+    history,
+    python,
+    runs_of,
+    session,
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for all tests of this file: creating one takes seconds. The name is one that URIs find hard."""
+    return tmp_path_factory.mktemp("a home%41")
+
+
+@pytest.fixture(autouse=True)
+def _no_tracker_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def test_a_trial_is_a_named_run_under_its_search_with_dotted_params_curves_and_objectives(home: Path) -> None:
+    uri = default_uri(home)
+    tracker = session(home, "shown", version_tags={"ktray.version": "0.1.0"})
+    name = "rotation-resnet18/layer3 k=500 -> alexnet"
+    tracker.trial(42, name, {"transfer.k": 500, "transfer.pca": None, "student.schedule.lr": 0.05}, {"state": "new"})
+    tracker.metrics(42, {"knn/top1": 0.5}, step=5)
+    tracker.curve(42, [{"epoch": epoch, "student/loss": 1 / epoch} for epoch in range(1, 6)])
+    tracker.finish(42, "FINISHED", {"ktray.state": "COMPLETE"}, {"objective/linear_probe/top1": 0.75})
+    assert tracker.close("FINISHED", timeout=60)
+
+    runs = runs_of(uri, "shown")
+    search, trial = runs["shown"], runs[f"0042 {name}"]
+    assert search.data.tags["ktray.version"] == "0.1.0"
+    assert {search.info.status, trial.info.status} == {"FINISHED"}
+    assert trial.data.tags["mlflow.parentRunId"] == search.info.run_id
+    assert trial.data.tags["ktray.trial"] == "42"
+    assert trial.data.tags["ktray.state"] == "COMPLETE"
+    assert trial.data.params == {"transfer.k": "500", "transfer.pca": "null", "student.schedule.lr": "0.05"}
+    assert trial.data.metrics["objective/linear_probe/top1"] == 0.75
+    assert history(uri, trial, "student/loss") == [(epoch, 1 / epoch) for epoch in range(1, 6)]
+    assert history(uri, trial, "knn/top1") == [(5, 0.5)]
+
+
+def test_a_continued_trial_keeps_its_run_its_params_and_one_copy_of_its_curve(home: Path) -> None:
+    uri = default_uri(home)
+    for last, rate in ((3, 0.1), (6, 0.2)):
+        tracker = session(home, "continued")
+        tracker.trial(0, "pair", {"lr": rate, f"only.{last}": True}, {})
+        tracker.curve(0, [{"epoch": epoch, "student/loss": epoch / 7} for epoch in range(1, last + 1)])
+        if last == 6:
+            tracker.finish(0, "FINISHED", {}, {})
+        assert tracker.close("FINISHED", timeout=60)
+    run = runs_of(uri, "continued")["0000 pair"]
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"lr": "0.1", "only.3": "true", "only.6": "true"}
+    assert run.data.tags["ktray.changed_params"] == "lr"
+    assert history(uri, run, "student/loss") == [(epoch, epoch / 7) for epoch in range(1, 7)]
+
+
+def test_a_stage_is_a_run_with_its_key_and_images_and_its_trial_links_to_it(home: Path, tmp_path: Path) -> None:
+    uri, key = default_uri(home), "clusters-3f9a1c0b2d44"
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sheet.png").write_bytes(folder.encode())
+    tracker = session(home, "stages")
+    images = [tmp_path / "a" / "sheet.png", tmp_path / "b" / "sheet.png", tmp_path / "gone.png"]
+    rows = [{"epoch": 1, "clusters/inertia": 2.0}]
+    tracker.stage(key, key, {"clusters/empty": 0}, {"ktray.device": "cpu"}, rows, images)
+    tracker.trial(7, "pair", {}, {"ktray.stage.clusters": key, "ktray.stage.teacher": "teacher-000000000000"})
+    assert tracker.close("FINISHED", timeout=60)
+    runs = runs_of(uri, "stages")
+    stage, trial = runs[key], runs["0007 pair"]
+    assert stage.info.status == "FINISHED"
+    assert stage.data.tags["ktray.key"] == key
+    assert stage.data.tags["mlflow.parentRunId"] == runs["stages"].info.run_id
+    assert stage.data.metrics == {"clusters/empty": 0.0, "clusters/inertia": 2.0}
+    stored = sorted(path.read_bytes() for path in (home / "mlartifacts").rglob("sheet.png"))
+    assert stored == [b"a", b"b"]
+    note = trial.data.tags["mlflow.note.content"]
+    assert f"/runs/{stage.info.run_id}" in note
+    assert "teacher" not in note
+
+
+def test_values_that_mlflow_cannot_hold_are_left_out_or_cut_and_named_in_a_tag(home: Path) -> None:
+    uri = default_uri(home)
+    tracker = session(home, "values")
+    tracker.trial(1, "pair", {"long": "x" * 9000, "odd key?": "\ud800\0"}, {"long": "y" * 9000})
+    tracker.metrics(1, {"nan": float("nan"), "good": 1.0, "inf": float("inf"), "text": "none"}, 3)  # type: ignore[dict-item]
+    tracker.metrics(1, None, "x")  # type: ignore[arg-type]
+    tracker.curve(1, [{"epoch": float("nan")}])
+    tracker.finish(1, "FINISHED", {}, {"after": 2.0})
+    assert not tracker.close("FINISHED", timeout=60)  # two calls made no sense, and close says that something is missing
+    run = runs_of(uri, "values")["0001 pair"]
+    assert run.data.params == {"long": "x" * 6000, "odd key_": "?"}
+    assert run.data.tags["ktray.truncated"] == "long"
+    assert run.data.metrics == {"good": 1.0, "after": 2.0}
+    assert run.data.tags["ktray.nonfinite.nan"] == "nan at step 3"
+    assert {"ktray.nonfinite.inf", "ktray.nonfinite.text"} <= set(run.data.tags)
+
+
+@pytest.mark.parametrize(
+    "name", ["teacher.rotation.schedule.lr", "a//b", "../up", "..", ".", "/root", "a/../../b", "ü ?*\n", "x" * 999, "a/", ""]
+)
+def test_every_key_is_one_that_mlflow_accepts(name: str) -> None:
+    from mlflow.utils import validation
+
+    key = rules.key_of(name)
+    validation._validate_param_name(key)
+    assert len(key) <= validation.MAX_ENTITY_KEY_LENGTH
+    assert rules.key_of("teacher.rotation.schedule.lr") == "teacher.rotation.schedule.lr"
+
+
+def test_hundreds_of_params_and_thousands_of_metrics_fit_into_the_batches_of_mlflow(home: Path) -> None:
+    uri = default_uri(home)
+    tracker = session(home, "many")
+    tracker.trial(0, "pair", {f"p.{index}": index for index in range(250)}, {f"t.{index}": "x" for index in range(150)})
+    tracker.curve(0, [{"epoch": epoch, "a": epoch, "b": -epoch} for epoch in range(1200)])
+    assert tracker.close("FINISHED", timeout=60)
+    run = runs_of(uri, "many")["0000 pair"]
+    assert len(run.data.params) == 250
+    assert run.data.tags["ktray.t.149"] == "x"
+    assert history(uri, run, "b") == [(epoch, -epoch) for epoch in range(1200)]
+
+
+def test_the_tracker_is_the_users_or_the_homes_and_never_depends_on_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_uri(Path("home")) == f"sqlite:///{tmp_path}/home/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    assert default_uri(Path("home")) == f"sqlite:///{tmp_path}/mine.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.lab")
+    assert default_uri(Path("home")) == "https://mlflow.lab"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    with pytest.raises(UserError, match="file store"):
+        default_uri(Path("home"))
+
+
+def test_tracking_is_imported_without_mlflow() -> None:
+    process = python("import sys, ktray.tracking, ktray.tracking.ui\nprint('mlflow' in sys.modules)")
+    assert process.communicate(timeout=60)[0].strip() == "False"

@@ -1,0 +1,84 @@
+"""MLflow's own pages: served to this machine only, and gone with the command."""
+
+from __future__ import annotations
+
+import signal
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ktray.errors import UserError
+from ktray.tracking import default_uri, ui
+from tests.trackers import (
+    answers,
+    free_port,
+    python,
+    runs_of,
+    session,
+    wait_for,
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for all tests of this file: creating one takes seconds. The name is one that URIs find hard."""
+    return tmp_path_factory.mktemp("a home%41")
+
+
+@pytest.fixture(autouse=True)
+def _no_tracker_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_the_pages_of_mlflow_are_served_to_this_machine_and_leave_no_process_behind(
+    home: Path, tmp_path: Path, ending: signal.Signals
+) -> None:
+    uri, port = default_uri(home), free_port()
+    image = tmp_path / "sheet.png"
+    image.write_bytes(b"sheet")
+    tracker = session(home, "pages")
+    tracker.stage("key", "stage", {}, {}, [], [image])
+    assert tracker.close("FINISHED", timeout=60)
+    code = "import sys\nfrom ktray.tracking import ui\nsys.exit(ui.serve(sys.argv[1], int(sys.argv[2])))"
+    process = python(code, uri, str(port))
+    pages = f"http://127.0.0.1:{port}"
+    wait_for(lambda: answers(f"{pages}/health"))
+    children = descendants(process.pid)
+    assert 1 <= len(children) <= 3, children
+    with pytest.raises(UserError, match="taken"):
+        ui.serve(uri, port)
+    assert answers(pages)
+    run = runs_of(uri, "pages")["stage"].info.run_id
+    with urllib.request.urlopen(f"{pages}/get-artifact?path=images/sheet.png&run_uuid={run}") as reply:
+        assert reply.read() == b"sheet"
+    stranger = urllib.request.Request(f"{pages}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": "evil.com"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(stranger)
+    own = urllib.request.Request(
+        f"{pages}/ajax-api/2.0/mlflow/runs/search",
+        data=b'{"experiment_ids": ["0"]}',
+        headers={"Content-Type": "application/json", "Origin": pages},
+    )
+    with urllib.request.urlopen(own) as reply:
+        assert reply.status == 200
+    process.send_signal(ending)
+    assert process.wait(timeout=20) == 0
+    process.communicate()
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def descendants(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def test_pages_without_a_database_are_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no runs in"):
+        ui.serve(default_uri(tmp_path), free_port())
+    assert ui.serve("https://me:secret@mlflow.lab", 1) == 0
+    assert "secret" not in capsys.readouterr().err
