@@ -14,6 +14,7 @@ from ktray.fingerprint import file_sha256, fingerprint
 from ktray.images.source import Source
 
 _THREADS = 8
+_RUN = 64  # files that a thread takes at a time
 _SETTLED_NS = 2_000_000_000  # a file changed less than this before it was hashed may change again within one clock tick
 
 
@@ -57,11 +58,13 @@ def _meaning(source: Source) -> dict[str, Any]:
 def _manifest(files: tuple[tuple[str, Path], ...], book: Path | None) -> list[list[Any]]:
     """Sorted [name, size, sha256] of each file."""
     known = _remembered(book)
+    paths = [str(path) for _, path in files]
+    runs = [paths[start : start + _RUN] for start in range(0, len(paths), _RUN)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        entries = list(threads.map(lambda file: _entry(file[1], known), files, chunksize=64))
+        entries = [entry for of_run in threads.map(lambda run: [_entry(path, known) for path in run], runs) for entry in of_run]
     if book is not None:
         settled = time.time_ns() - _SETTLED_NS
-        lines = {str(path): entry for (_, path), entry in zip(files, entries, strict=True) if 0 <= entry[1] < settled}
+        lines = {path: entry for path, entry in zip(paths, entries, strict=True) if 0 <= entry[1] < settled}
         if lines != known:
             book.parent.mkdir(parents=True, exist_ok=True)
             scratch = book.with_suffix(f".{os.getpid()}")
@@ -70,14 +73,14 @@ def _manifest(files: tuple[tuple[str, Path], ...], book: Path | None) -> list[li
     return sorted([name, entry[0], entry[2]] for (name, _), entry in zip(files, entries, strict=True))
 
 
-def _entry(path: Path, known: dict[str, list[Any]]) -> list[Any]:
+def _entry(path: str, known: dict[str, list[Any]]) -> list[Any]:
     """[size, mtime_ns, sha256] of a file. One that may not be read counts as such: decoding lists it as unreadable."""
     try:
-        state = path.stat()
-        remembered = known.get(str(path))
+        state = os.stat(path)
+        remembered = known.get(path)
         if remembered and remembered[:2] == [state.st_size, state.st_mtime_ns]:
             return remembered
-        return [state.st_size, state.st_mtime_ns, file_sha256(path)]
+        return [state.st_size, state.st_mtime_ns, file_sha256(Path(path))]
     except OSError:
         return [-1, -1, "unreadable"]
 

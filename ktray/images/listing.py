@@ -36,10 +36,10 @@ def listed(root: Path) -> tuple[tuple[str, Path], ...]:
         raise UserError(f"there is no folder {root}", instead="Give the folder of the images as 'path'.")
     found: dict[str, Path] = {}
     entered = set()
-    waiting = [root]
+    waiting = [(str(root), "")]
     while waiting:
-        folder = waiting.pop()
-        state = folder.stat()
+        folder, above = waiting.pop()
+        state = os.stat(folder)
         if (state.st_dev, state.st_ino) in entered:
             continue
         entered.add((state.st_dev, state.st_ino))
@@ -49,13 +49,9 @@ def listed(root: Path) -> tuple[tuple[str, Path], ...]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    waiting.append(Path(entry.path))
+                    waiting.append((entry.path, f"{above}{entry.name}/"))
                 elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
-                    path = Path(entry.path)
-                    found[_name(path.relative_to(root))] = path
+                    # A file name may hold bytes that are no UTF-8, and those cannot be written into JSON.
+                    name = os.fsencode(above + entry.name).decode("utf-8", "backslashreplace")
+                    found[name] = Path(entry.path)
     return tuple(sorted(found.items()))
-
-
-def _name(path: Path) -> str:
-    """Text for any file name: bytes that are no UTF-8 cannot be written into JSON."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
