@@ -18,9 +18,10 @@ from ktray.errors import UserError
 from ktray.tracking.connection import checked, default_uri
 from ktray.tracking.rules import metrics_of, params_of, run_name, tags_of
 from ktray.tracking.spool import Spool
+from ktray.tracking.ui import serve
 from ktray.tracking.writer import Writer
 
-__all__ = ["Tracker", "default_uri", "replay"]
+__all__ = ["Tracker", "default_uri", "replay", "serve"]
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
