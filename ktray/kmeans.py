@@ -82,10 +82,22 @@ def fit(
     total = sum(counts)
     if k > total:
         raise ValueError(f"k = {k} clusters need at least as many rows; the features have {total}")
-    groups = _groups(shards, pool)
-    centroids = Centroids.of(_gather(shards, counts, seed_rows(total, k, seed), space, pool), space)
-    before: Centroids | None = None
-    sums, sizes = np.zeros(centroids.values.shape), np.zeros(k, np.int64)
+    seeds = _gather(shards, counts, seed_rows(total, k, seed), space, pool)
+    found = _iterated(seeds, _groups(shards, pool), iterations, space, pool, on_iteration)
+    pool.map(lloyd.forget, range(pool.workers), space.key)
+    return found
+
+
+def _iterated(
+    seeds: NDArray[np.float32],
+    groups: list[list[Path]],
+    iterations: int,
+    space: Space,
+    pool: Pool,
+    on_iteration: Callable[[int, float], None] | None,
+) -> Clusters:
+    centroids, before = Centroids.of(seeds, space), None
+    sums, sizes = np.zeros(seeds.shape), np.zeros(len(seeds), np.int64)
     inertia: list[float] = []
     empty: list[int] = []
     while True:
@@ -98,12 +110,10 @@ def fit(
             on_iteration(len(inertia) - 1, inertia[-1])
         converged = before is not None and not empty[-1] and not sum(change.moved for change in changes)
         if converged or len(inertia) > iterations:
-            break
+            lifted = (space.centre.astype(np.float64) + centroids.values).astype(np.float32)
+            return Clusters(lifted, tuple(inertia), tuple(empty), sizes, len(inertia) - 1, converged)
         lent_sums, lent_sizes = _repaired(sums, sizes, centroids, groups, space, pool) if empty[-1] else (sums, sizes)
         before, centroids = centroids, Centroids.of(_means(lent_sums, lent_sizes, centroids.values), space)
-    pool.map(lloyd.forget, range(pool.workers), space.key)
-    lifted = (space.centre.astype(np.float64) + centroids.values).astype(np.float32)
-    return Clusters(lifted, tuple(inertia), tuple(empty), sizes, len(inertia) - 1, converged)
 
 
 def seed_rows(count: int, k: int, seed: int) -> NDArray[np.int64]:
