@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import gzip
 import hashlib
-import io
-import json
 import os
 import pickle
 import subprocess
@@ -16,38 +14,17 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
-from pyarrow import parquet
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from ktray import images, plugins
 from ktray.errors import UserError
 from ktray.pool import LocalPool
-from ktray.spec import DataSpec, Spec, Split
+from ktray.spec import Spec, Split
+from tests.pictures import data_spec, listed, picture
 
 ROOT = Path(__file__).parents[1]
 KINDS = plugins.kinds("dataset")
-
-
-def spec_of(value):
-    return TypeAdapter(DataSpec).validate_python(value)
-
-
-def load(value):
-    spec = spec_of(value)
-    return plugins.module_of("dataset", spec).load(spec)
-
-
-def picture(seed: int, side: int = 24) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
-
-
-def encoded(seed: int, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    picture(seed).save(buffer, kind)
-    return buffer.getvalue()
 
 
 # ---- the contract of every kind ----
@@ -71,7 +48,7 @@ def test_every_kind_defines_what_a_data_set_must(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "path" in plugins.module("dataset", kind).Spec.model_fields])
 def test_a_wrong_path_is_a_users_error_that_says_what_to_do(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load(f"{kind}:{tmp_path}/nowhere")
+        listed(f"{kind}:{tmp_path}/nowhere")
     assert str(tmp_path) in str(caught.value)
     assert caught.value.instead
 
@@ -89,22 +66,22 @@ def test_a_kind_needs_no_slow_import(kind: str) -> None:
 
 
 def test_fields_in_the_string_form_become_numbers_and_truth_values() -> None:
-    spec = spec_of("cifar10:/p?size=64&download=true&max_unreadable=0.2")
+    spec = data_spec("cifar10:/p?size=64&download=true&max_unreadable=0.2")
     assert (spec.path, spec.size, spec.download, spec.max_unreadable) == ("/p", 64, True, 0.2)
-    assert spec_of("fashion_mnist_mini?size=64").size == 64
-    assert spec_of("synthetic?count=7&classes=3").count == 7
+    assert data_spec("fashion_mnist_mini?size=64").size == 64
+    assert data_spec("synthetic?count=7&classes=3").count == 7
 
 
 def test_a_wrong_number_in_the_string_form_is_refused() -> None:
     with pytest.raises(ValidationError, match="size"):
-        spec_of("fashion_mnist_mini?size=big")
+        data_spec("fashion_mnist_mini?size=big")
 
 
 # ---- the embedded set ----
 
 
 def test_the_embedded_set_has_six_hundred_and_one_hundred_images_per_class() -> None:
-    splits = load("fashion_mnist_mini")
+    splits = listed("fashion_mnist_mini")
     assert Counter(splits.train.labels.tolist()) == dict.fromkeys(range(10), 600)
     assert Counter(splits.test.labels.tolist()) == dict.fromkeys(range(10), 100)
     assert splits.train.classes == plugins.module("dataset", "fashion_mnist").CLASSES
@@ -112,7 +89,7 @@ def test_the_embedded_set_has_six_hundred_and_one_hundred_images_per_class() -> 
 
 def test_the_embedded_pixels_are_those_of_fashion_mnist() -> None:
     """The checksum was taken from Debian's dataset-fashion-mnist itself: the raw bytes of the chosen images."""
-    splits = load("fashion_mnist_mini")
+    splits = listed("fashion_mnist_mini")
     sums = {}
     for name, source in (("train", splits.train), ("test", splits.test)):
         pixels = np.stack([source.read(index)[:, :, 0] for index in range(len(source.names))])
@@ -121,10 +98,10 @@ def test_the_embedded_pixels_are_those_of_fashion_mnist() -> None:
 
 
 def test_the_embedded_set_at_its_own_size_is_not_resampled(tmp_path: Path) -> None:
-    spec = spec_of("fashion_mnist_mini")
+    spec = data_spec("fashion_mnist_mini")
     images.write(spec, tmp_path, LocalPool())
     test = images.open_split(tmp_path, "test", spec)
-    source = load("fashion_mnist_mini").test
+    source = listed("fashion_mnist_mini").test
     assert (test.read(np.array([123]))[0] == source.read(123)).all()
     assert (test.labels == source.labels).all()
 
@@ -170,7 +147,7 @@ def test_fashion_mnist_is_what_torchvision_reads(folder: str, pack: bool, tmp_pa
 
     fashion_files(tmp_path / "oracle/FashionMNIST/raw", pack=False)
     fashion_files(tmp_path / "x" / folder, pack)
-    splits = load(f"fashion_mnist:{tmp_path}/x")
+    splits = listed(f"fashion_mnist:{tmp_path}/x")
     for source, train in ((splits.train, True), (splits.test, False)):
         oracle = FashionMNIST(str(tmp_path / "oracle"), train=train)
         assert source.classes == tuple(oracle.classes)
@@ -184,7 +161,7 @@ def test_a_cut_off_fashion_mnist_file_is_named(tmp_path: Path) -> None:
     file = tmp_path / "x/train-labels-idx1-ubyte.gz"
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(UserError, match=r"train-labels.*damaged"):
-        load(f"fashion_mnist:{tmp_path}/x")
+        listed(f"fashion_mnist:{tmp_path}/x")
 
 
 def cifar_files(folder: Path, protocol: int) -> dict[str, np.ndarray]:
@@ -200,7 +177,7 @@ def cifar_files(folder: Path, protocol: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_cifar_batches_are_read_without_running_them(protocol: int, tmp_path: Path) -> None:
     known = cifar_files(tmp_path / "cifar-10-batches-py", protocol)
-    splits = load(f"cifar10:{tmp_path}")
+    splits = listed(f"cifar10:{tmp_path}")
     assert splits.train.labels.tolist() == known["labels"][:5].reshape(-1).tolist()
     assert splits.test.labels.tolist() == known["labels"][5].tolist()
     expected = known["pixels"][2, 5].reshape(3, 32, 32).transpose(1, 2, 0)  # as torchvision.datasets.CIFAR10 does
@@ -215,7 +192,7 @@ def test_a_hostile_cifar_batch_runs_nothing(tmp_path: Path) -> None:
     cifar_files(tmp_path / "cifar-10-batches-py", 2)
     (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(pickle.dumps({"labels": [1], "data": Hostile()}, 2))
     with pytest.raises(UserError):
-        load(f"cifar10:{tmp_path}")
+        listed(f"cifar10:{tmp_path}")
     assert not (tmp_path / "harm").exists()
 
 
@@ -226,7 +203,7 @@ def test_the_binary_cifar_layout_holds_the_same_images(tmp_path: Path) -> None:
     for number, name in enumerate([f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]):
         rows = np.concatenate([known["labels"][number][:, None].astype(np.uint8), known["pixels"][number]], axis=1)
         (folder / name).write_bytes(rows.tobytes())
-    one, other = load(f"cifar10:{tmp_path}/py"), load(f"cifar10:{tmp_path}/bin")
+    one, other = listed(f"cifar10:{tmp_path}/py"), listed(f"cifar10:{tmp_path}/bin")
     assert (one.train.labels == other.train.labels).all()
     assert all((one.train.read(index) == other.train.read(index)).all() for index in range(100))
 
@@ -236,13 +213,13 @@ def test_a_download_without_a_network_is_a_users_error(tmp_path: Path, monkeypat
         monkeypatch.setenv(variable, "http://127.0.0.1:9")  # the discard port: refused at once
     for kind in ("fashion_mnist", "cifar10"):
         with pytest.raises(UserError, match="could not fetch"):
-            load(f"{kind}:{tmp_path}?download=true")
+            listed(f"{kind}:{tmp_path}?download=true")
 
 
 def test_the_default_place_is_the_environments(tmp_path: Path, monkeypatch) -> None:
     fashion_files(tmp_path / "FashionMNIST/raw", pack=False)
     monkeypatch.setenv("KTRAY_DATA", str(tmp_path))
-    assert len(load("fashion_mnist").train.names) == 30
+    assert len(listed("fashion_mnist").train.names) == 30
 
 
 # ---- folders ----
@@ -256,7 +233,7 @@ def test_a_folder_is_listed_alike_through_links_and_loops(tmp_path: Path) -> Non
     (tmp_path / "x/linked").symlink_to(tmp_path / "outside")
     (tmp_path / "x/one/loop").symlink_to(tmp_path / "x")
     (tmp_path / "x/gone.png").symlink_to(tmp_path / "nowhere.png")
-    assert load(f"folder:{tmp_path}/x").train.names == ("linked/b.png", "one/a.png")
+    assert listed(f"folder:{tmp_path}/x").train.names == ("linked/b.png", "one/a.png")
 
 
 def class_folders(root: Path, count: int = 4) -> None:
@@ -270,7 +247,7 @@ def test_class_folders_are_read_as_torchvision_reads_them(tmp_path: Path) -> Non
     from torchvision.datasets import ImageFolder
 
     class_folders(tmp_path)
-    source = load(f"imagefolder:{tmp_path}").train
+    source = listed(f"imagefolder:{tmp_path}").train
     oracle = ImageFolder(str(tmp_path))
     assert source.classes == tuple(oracle.classes)
     expected = {os.path.relpath(path, tmp_path): label for path, label in oracle.samples}
@@ -280,7 +257,7 @@ def test_class_folders_are_read_as_torchvision_reads_them(tmp_path: Path) -> Non
 def test_train_val_and_test_folders_are_the_splits(tmp_path: Path) -> None:
     for split in ("train", "valid", "test"):
         class_folders(tmp_path / split, 2)
-    splits = load(f"imagefolder:{tmp_path}")
+    splits = listed(f"imagefolder:{tmp_path}")
     assert [len(part.names) for part in (splits.train, splits.val, splits.test)] == [6, 6, 6]
     found = images.parts(splits, Split(val=0.5))
     assert {name: len(rows) for name, (_, rows) in found.items()} == {"train": 6, "val": 6, "test": 6}
@@ -292,148 +269,32 @@ def test_a_test_class_without_training_images_is_refused(tmp_path: Path) -> None
     (tmp_path / "test/dog").mkdir()
     picture(0).save(tmp_path / "test/dog/1.png")
     with pytest.raises(UserError, match="'dog'"):
-        load(f"imagefolder:{tmp_path}")
+        listed(f"imagefolder:{tmp_path}")
 
 
 def test_an_image_outside_the_class_folders_is_refused(tmp_path: Path) -> None:
     class_folders(tmp_path)
     picture(0).save(tmp_path / "stray.png")
     with pytest.raises(UserError, match="stray"):
-        load(f"imagefolder:{tmp_path}")
-
-
-# ---- parquet ----
-
-
-def table(count: int, form: str, first: int = 0, labels=None) -> pa.Table:
-    blobs = [encoded(first + index) for index in range(count)]
-    if form == "struct":
-        paths = pa.array([f"{index}.png" for index in range(count)])
-        column = pa.StructArray.from_arrays([pa.array(blobs, pa.binary()), paths], ["bytes", "path"])
-    else:
-        column = pa.array(blobs, form)
-    return pa.table({"img": column, "label": pa.array([i % 3 for i in range(count)] if labels is None else labels)})
-
-
-@pytest.mark.parametrize("form", ["struct", "binary", "large_binary"])
-def test_parquet_rows_give_the_images_that_were_put_in(form: str, tmp_path: Path) -> None:
-    parquet.write_table(table(70, form), tmp_path / "train-00000-of-00002.parquet", row_group_size=40)
-    parquet.write_table(table(50, form, 70), tmp_path / "train-00001-of-00002.parquet", row_group_size=7)
-    parquet.write_table(table(9, form, 200), tmp_path / "test.parquet")
-    splits = load(f"parquet:{tmp_path}?label=label")
-    assert (len(splits.train.names), len(splits.test.names), splits.val) == (120, 9, None)
-    order = [0, 1, 69, 70, 119, 5, 39, 40, 38, 90]
-    for index in order:
-        assert (splits.train.read(index) == np.asarray(picture(index))).all(), index
-    assert (splits.test.read(8) == np.asarray(picture(208))).all()
-    assert splits.train.labels.tolist() == [i % 3 for i in range(70)] + [i % 3 for i in range(50)]
-    assert splits.train.classes == ("0", "1", "2")
-
-
-def test_streamed_parquet_equals_the_memmap_and_keeps_a_copy_to_read_at_random(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("ktray.images.writing._BLOCK_ROWS", 16)
-    rows = table(120, "struct").to_pylist()
-    rows[50]["img"]["bytes"] = b"broken"
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=50)
-    spec = spec_of(f"parquet:{tmp_path}/train.parquet?label=label&size=16")
-    for name, limit in (("mapped", 1 << 30), ("streamed", 0)):
-        assert images.write(spec, tmp_path / name, LocalPool(), limit) == {"count": 119, "unreadable": 1}
-    (tmp_path / "train.parquet").unlink()
-    for split in ("train", "val"):
-        one, other = (images.open_split(tmp_path / name, split, spec) for name in ("mapped", "streamed"))
-        indices = np.random.default_rng(0).permutation(len(one))
-        assert (one.read(indices) == other.read(indices)).all()
-        assert one.labels.tolist() == other.labels.tolist()
-
-
-def test_hub_metadata_name_the_classes(tmp_path: Path) -> None:
-    features = {"label": {"names": ["cat", "dog", "emu", "fox"], "_type": "ClassLabel"}}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    parquet.write_table(table(6, "struct").replace_schema_metadata(metadata), tmp_path / "train.parquet")
-    assert load(f"parquet:{tmp_path}?label=label").train.classes == ("cat", "dog", "emu", "fox")
-
-
-def test_string_labels_and_gaps_in_numbers_become_classes(tmp_path: Path) -> None:
-    for name, labels in (("words", ["b", "a", "c"]), ("numbers", [10, 2, 100])):
-        parquet.write_table(table(3, "binary", labels=labels), tmp_path / f"{name}.parquet")
-    words, numbers = (load(f"parquet:{tmp_path}/{name}.parquet?label=label").train for name in ("words", "numbers"))
-    assert (words.classes, words.labels.tolist()) == (("a", "b", "c"), [1, 0, 2])
-    assert (numbers.classes, numbers.labels.tolist()) == (("2", "10", "100"), [1, 0, 2])
-
-
-def test_hidden_test_labels_leave_the_test_split_unlabelled(tmp_path: Path) -> None:
-    parquet.write_table(table(4, "binary"), tmp_path / "train.parquet")
-    parquet.write_table(table(4, "binary", labels=[-1] * 4), tmp_path / "test.parquet")
-    splits = load(f"parquet:{tmp_path}?label=label")
-    assert splits.test.labels is None
-    assert splits.train.labels is not None
-
-
-def test_split_words_are_read_in_folders_too_and_a_pattern_chooses(tmp_path: Path) -> None:
-    for name in ("default/train/0000", "default/validation/0000", "default/test/0000", "data/unlabeled-0", "data/unlabeled-1"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(table(5, "binary"), tmp_path / f"{name}.parquet")
-    splits = load(f"parquet:{tmp_path}/default")
-    assert [len(part.names) for part in (splits.train, splits.val, splits.test)] == [5, 5, 5]
-    assert len(load(f"parquet:{tmp_path}/data/unlabeled*.parquet").train.names) == 10
-    with pytest.raises(UserError, match="belongs to no split"):
-        load(f"parquet:{tmp_path}")
-
-
-@pytest.mark.parametrize(
-    ("query", "message"),
-    [("image=nothing", "img"), ("label=nothing", "nothing"), ("label=img", "integers or strings")],
-)
-def test_a_wrong_column_is_answered_with_what_there_is(query: str, message: str, tmp_path: Path) -> None:
-    parquet.write_table(table(3, "struct"), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=message):
-        load(f"parquet:{tmp_path}?{query}")
-
-
-def test_two_columns_of_images_need_a_choice(tmp_path: Path) -> None:
-    both = table(3, "binary").append_column("other", table(3, "binary", 50)["img"])
-    parquet.write_table(both, tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="img, other"):
-        load(f"parquet:{tmp_path}")
-    assert (load(f"parquet:{tmp_path}?image=other").train.read(1) == np.asarray(picture(51))).all()
-
-
-def test_one_great_row_group_is_not_read_into_memory(tmp_path: Path) -> None:
-    blob = np.random.default_rng(0).bytes(200_000)  # bytes that no image has: all rows are unreadable, and only read
-    writer = parquet.ParquetWriter(tmp_path / "train.parquet", pa.schema({"img": pa.binary()}), compression="none")
-    writer.write_table(pa.table({"img": [blob] * 1500}), row_group_size=1500)
-    writer.close()
-    code = """
-import resource, sys
-from ktray import plugins
-spec = plugins.parse("dataset", {"kind": "parquet", "path": sys.argv[1]})
-source = plugins.module_of("dataset", spec).load(spec).train
-source.encoded(0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert all(len(source.encoded(index)) == 200_000 for index in range(1500))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-    arguments = [sys.executable, "-c", code, str(tmp_path / "train.parquet")]
-    answer = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT)
-    assert int(answer.stdout) < 100, "300 MB of rows"
+        listed(f"imagefolder:{tmp_path}")
 
 
 # ---- generated ----
 
 
 def test_a_generated_image_depends_on_seed_and_index_alone() -> None:
-    few, many = load({"kind": "synthetic", "count": 5}), load({"kind": "synthetic", "count": 500})
+    few, many = listed({"kind": "synthetic", "count": 5}), listed({"kind": "synthetic", "count": 500})
     for index in (4, 0, 2):
         assert (few.train.read(index) == many.train.read(index)).all()
         assert few.train.labels[index] == many.train.labels[index]
-    other = load({"kind": "synthetic", "count": 5, "seed": 1})
+    other = listed({"kind": "synthetic", "count": 5, "seed": 1})
     assert (few.train.read(0) != other.train.read(0)).any()
     assert (few.train.read(0) != few.test.read(0)).any()
 
 
 @pytest.mark.parametrize("size", [16, 64, 120])
 def test_boxes_are_tight_around_what_is_drawn(size: int) -> None:
-    source = load({"kind": "synthetic", "count": 60, "classes": 48, "size": size, "noise": 0}).train
+    source = listed({"kind": "synthetic", "count": 60, "classes": 48, "size": size, "noise": 0}).train
     for index in range(60):
         ((x0, y0, x1, y1, label),) = source.boxes[index]
         assert label == source.labels[index]
@@ -455,22 +316,22 @@ def _plane(size: int) -> np.ndarray:
 
 
 def test_grey_shapes_are_grey_and_have_no_colour_classes() -> None:
-    pixels = load({"kind": "synthetic", "count": 1, "channels": "grey"}).train.read(0)
+    pixels = listed({"kind": "synthetic", "count": 1, "channels": "grey"}).train.read(0)
     assert (pixels[..., 0] == pixels[..., 2]).all()
     with pytest.raises(ValidationError, match="grey"):
-        spec_of({"kind": "synthetic", "channels": "grey", "classes": 7})
+        data_spec({"kind": "synthetic", "channels": "grey", "classes": 7})
 
 
 def test_boxes_survive_writing_with_the_images_they_belong_to(tmp_path: Path) -> None:
-    spec = spec_of({"kind": "synthetic", "count": 40, "objects": 4, "classes": 8})
+    spec = data_spec({"kind": "synthetic", "count": 40, "objects": 4, "classes": 8})
     images.write(spec, tmp_path, LocalPool())
     train = images.open_split(tmp_path, "train", spec)
-    source = load(spec).train
+    source = listed(spec).train
     for name, boxes in zip(train.names, train.boxes, strict=True):
         assert np.allclose(boxes, source.boxes[source.names.index(name)], atol=1e-4)
 
 
 def test_the_identity_of_generated_data_is_that_of_its_settings() -> None:
-    one = images.identity(spec_of("synthetic?count=50"))
-    assert images.identity(spec_of({"kind": "synthetic", "count": 50, "split": {"val": 0.5}})) == one
-    assert images.identity(spec_of("synthetic?count=50&seed=1")) != one
+    one = images.identity(data_spec("synthetic?count=50"))
+    assert images.identity(data_spec({"kind": "synthetic", "count": 50, "split": {"val": 0.5}})) == one
+    assert images.identity(data_spec("synthetic?count=50&seed=1")) != one
