@@ -24,28 +24,46 @@ def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     stop(session)
 
 
-@pytest.fixture
-def found_crew(ray_home: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Founds crews of two workers on ``tmp_path/store``, for the toy work or another one, and ends them after the test."""
-    import toy_work
+class Founder:
+    """Founds crews and ends them."""
 
-    from ktray.crew.client import connect
+    def __init__(self, session: Any) -> None:
+        self.session, self.ends = session, []  # type: ignore[var-annotated]
 
-    ends: list[Callable[[], None]] = []
+    def __call__(self, store: Path, work: Callable[..., Any] | None = None, **settings: Any) -> Any:
+        """A crew of two workers on this store, for the toy work or another one; `settings` are fields of Runtime."""
+        import toy_work
 
-    def found(work: Callable[..., Any] = toy_work.work, store: Path | None = None, **settings: Any) -> Any:
+        from ktray.crew.client import connect
+
         runtime = Runtime(**{"cpus": 2, "stages": TOY_NEEDS, **settings})
-        session = dataclasses.replace(ray_home, runtime=runtime, crews=ends)
-        crew = connect(session, f"file://{store or tmp_path / 'store'}", work)
-        ends.append(crew.end)
+        session = dataclasses.replace(self.session, runtime=runtime, crews=self.ends)
+        crew = connect(session, f"file://{store}", work or toy_work.work)
+        self.ends.append(crew.end)
         return crew
 
-    yield found
-    for end in ends:
-        end()
+    def end(self) -> None:
+        for end in self.ends:
+            end()
 
 
 @pytest.fixture
-def crew(found_crew: Callable[..., Any]) -> Any:
-    """A crew of two workers for the toy work."""
-    return found_crew()
+def found_crew(ray_home: Any) -> Iterator[Founder]:
+    """Founds crews that end with the test."""
+    founder = Founder(ray_home)
+    yield founder
+    founder.end()
+
+
+@pytest.fixture(scope="session")
+def toy_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `crew` publishes."""
+    return tmp_path_factory.mktemp("toys") / "store"
+
+
+@pytest.fixture(scope="session")
+def crew(ray_home: Any, toy_store: Path) -> Iterator[Any]:
+    """A crew of two workers for the toy work, shared by all tests."""
+    founder = Founder(ray_home)
+    yield founder(toy_store)
+    founder.end()

@@ -17,10 +17,13 @@ from ktray.stores import Store
 
 
 def toy(name: str, spec: dict[str, Any] | None = None, inputs: tuple[Stage, ...] = (), starts: tuple[Stage, ...] = ()) -> Stage:
-    """A stage that does what `spec` says: sleep, steps, error, map, log (a folder where each start leaves a line)."""
-    spec = spec or {}
+    """A stage that does what `spec` says: steps, sleep, error, map, log (a file where each attempt leaves a line).
+
+    Stages of different tests differ, so that tests can share a crew and a store.
+    """
+    spec = {"test": os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0], **(spec or {})}
     keys = {f"input{index}": stage.key for index, stage in enumerate(inputs)}
-    return Stage(name, spec, {}, inputs=keys, starts=tuple(stage.key for stage in starts), local={"log": spec.get("log", "")})
+    return Stage(name, spec, {}, inputs=keys, starts=tuple(stage.key for stage in starts))
 
 
 def work(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ktray.crew.locks import alone_on_store
 from ktray.crew.needs import Runtime
 from ktray.crew.runtime import Session
 from ktray.errors import StageFailed, StoppedEarly
+from ktray.fingerprint import fingerprint
 from ktray.pool import Means
 from ktray.stores import Store, open_store
 
@@ -147,7 +149,7 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
         work: module-level function that computes and publishes one stage; workers import its module, the broker does not.
     """
     packed = cloudpickle.dumps(work)
-    namespace = f"ktray-{_source_hash(store_url, packed)}"
+    namespace = f"ktray-{fingerprint([_source_hash(), store_url, packed.hex()])[:12]}"
     crew = Crew(namespace, session.name)
     if not _lives(namespace):
         _remove_workers(namespace)
@@ -171,14 +173,14 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
     return crew
 
 
-def _source_hash(*parts: str | bytes) -> str:
+@cache
+def _source_hash() -> str:
+    """Hash of this package as it is when the driver first asks: another version never meets this one's broker."""
     digest = hashlib.sha256()
     package = Path(ktray.__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()
 
 
 def _lives(namespace: str) -> bool:

@@ -82,7 +82,6 @@ class Ledger:
         want.requests.add(request.name)
         if request.waiter and not want.owner:
             want.owner = request.name
-        request.states[key] = "computed" if want.owner == request.name else "joined"
         for absent in self._absent(stage):
             if absent in self.known:
                 self._enter(self.known[absent], request, now)
@@ -216,8 +215,8 @@ class Ledger:
         for request in [self.requests[each] for each in want.requests]:
             request.pending.discard(key)
             request.found[key] = artifact
-            if not computed:
-                request.states[key] = "reused"
+            caused = "computed" if want.owner == request.name else "joined"
+            request.states[key] = caused if computed else "reused"
             if request.waiter and request.states[key] != "computed":
                 self.reused[name] += 1
             self._settle(request)

@@ -104,9 +104,13 @@ def _checked(given: Any, kind: type, where: str) -> dict[str, Any]:
 def _number(name: str, value: Any, kind: str, where: str) -> float | int | None:
     if value is None and "None" in kind:
         return None
-    whole = "int" in kind
-    known = isinstance(value, int) if whole else isinstance(value, int | float)
-    least = 1 if name == "cpus" and whole else 0
-    if isinstance(value, bool) or not known or not least <= value < float("inf"):
-        raise UserError(f"{name}: {value!r} is not {'a whole' if whole else 'a'} number from {least}", where)
-    return int(value) if whole else float(value)
+    if "int" in kind:
+        least = 1 if name == "cpus" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name}: {value!r} is not a whole number from {least}", where)
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    zero = name == "gpus"
+    if not number or not 0 <= value < float("inf") or (value == 0 and not zero):
+        raise UserError(f"{name}: {value!r} is not a number {'from' if zero else 'above'} 0", where)
+    return float(value)

@@ -122,7 +122,8 @@ def _start_own(session: Session) -> None:
     _use_token()
     # Ray's switch for laptops: it then listens on the loopback interface only.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    importlib.import_module("ray._private.ray_constants").ENABLE_RAY_CLUSTER = False
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    constants.ENABLE_RAY_CLUSTER = False
     try:
         ray.init(
             address="local",
