@@ -39,7 +39,7 @@ class Budget(Spec):
 
     trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
     concurrent: int = Field(default=4, ge=1)
-    stop_after: Annotated[float | None, BeforeValidator(_seconds), Field(gt=0)] = None  # seconds, over all resumes
+    stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
 
 
 class EarlyStop(Spec):

@@ -68,6 +68,7 @@ class Ledger:
     def __init__(self, home: Path, name: str, space: Space) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._storage = space, _storage(home, name)
+        self._known = sampler.distributions(space)
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -100,7 +101,7 @@ class Ledger:
             create_trial(
                 state=_FINAL.get(trial.state, TrialState.RUNNING),
                 params=dict(trial.params),
-                distributions=sampler.distributions(self._space, trial.params),
+                distributions={name: self._known[name] for name in trial.params},
                 user_attrs={"pair": trial.pair, "started": trial.started, "planned": trial.planned, **_attributes(trial)},
             )
         )

@@ -99,7 +99,7 @@ def _translate(
         options = _literals(item)
         hint = nearest(item["input"], options) if isinstance(item["input"], str) else ""
         return Problem(place, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
-    rule = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    rule = item["msg"].removeprefix("Input should be ")
     shown = item["input"] if not isinstance(item["input"], Mapping | list) else f"a {type(item['input']).__name__}"
     return Problem(place, f"{name} is {shown!r} and should be {rule[:1].lower()}{rule[1:]}")
 

@@ -70,9 +70,9 @@ def at_random(space: Space, seed: int) -> Params:
     return space.suggest(ask)
 
 
-def distributions(space: Space, params: Mapping[str, Scalar]) -> dict[str, BaseDistribution]:
-    """Optuna's name for what each of `params` was drawn from."""
-    return {p.name: _distribution(p) for p, _ in parameters(space.root) if p.name in params}
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """Optuna's name for what each parameter of a space is drawn from."""
+    return {parameter.name: _distribution(parameter) for parameter, _ in parameters(space.root)}
 
 
 def directions(space: Space) -> list[StudyDirection | Literal["minimize", "maximize"]]:
@@ -99,7 +99,8 @@ def _seen(space: Space, trials: Sequence[Trial]) -> optuna.Study:
         study = optuna.create_study(sampler=sampler, directions=directions(space))
     finally:
         optuna.logging.set_verbosity(level)
-    study.add_trials([_evidence(space, trial) for trial in in_order(space, trials)])
+    known = distributions(space)
+    study.add_trials([_evidence(space, trial, known) for trial in in_order(space, trials)])
     return study
 
 
@@ -118,9 +119,9 @@ def in_order(space: Space, trials: Sequence[Trial]) -> list[Trial]:
     return [*completed, *ranked, *unknown]
 
 
-def _evidence(space: Space, trial: Trial) -> FrozenTrial:
+def _evidence(space: Space, trial: Trial, known: Mapping[str, BaseDistribution]) -> FrozenTrial:
     state, values = (TrialState.PRUNED if trial.scores else TrialState.RUNNING), None
     if trial.state == "completed":
         state, values = TrialState.COMPLETE, [trial.objectives[o.metric] for o in space.objectives]
-    params = dict(trial.params)
-    return create_trial(state=state, values=values, params=params, distributions=distributions(space, params))
+    drawn_from = {name: known[name] for name in trial.params}
+    return create_trial(state=state, values=values, params=dict(trial.params), distributions=drawn_from)

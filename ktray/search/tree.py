@@ -289,10 +289,14 @@ def branching(parameter: Parameter) -> bool:
 
 
 def ends(parameter: Parameter) -> Sequence[Scalar]:
-    """What is checked of a parameter: all options, or both ends of a range."""
+    """What is checked of a parameter: all options, or both ends of a range, and for a continuous one a value between.
+
+    Between, because the ends may be whole numbers where a field takes no others.
+    """
     if isinstance(parameter, Choice):
         return parameter.labels
-    return list(dict.fromkeys((parameter.low, parameter.high)))
+    between = [] if parameter.whole else [parameter.low + 0.382 * (parameter.high - parameter.low)]
+    return list(dict.fromkeys((parameter.low, parameter.high, *between)))
 
 
 def refusal(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:

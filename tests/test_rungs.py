@@ -1,0 +1,112 @@
+"""Who goes on at a rung: successive halving by promotion, on hand-made scores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ktray.search.document import EarlyStop
+from ktray.search.rungs import ladder, last_hope, next_rung, promotion
+from ktray.search.trial import State, Trial
+
+STOP = EarlyStop(metric="knn/top1", rungs=(1, 3, 9), reduction=3, mode="max")
+
+
+def trial(number: int, scores: dict[int, float], state: State = "paused", epochs: int = 9) -> Trial:
+    pair = {"student": {"schedule": {"epochs": epochs}}}
+    return Trial(number, {}, pair, state, epoch=max(scores, default=0), scores=scores)
+
+
+def at_first_rung(*scores: float) -> list[Trial]:
+    return [trial(number, {1: score}) for number, score in enumerate(scores)]
+
+
+def test_the_last_rung_is_the_full_training_of_each_student() -> None:
+    assert ladder(STOP, 9) == (1, 3, 9)
+    assert ladder(STOP, 5) == (1, 3, 5)
+    assert ladder(STOP, 3) == (1, 3)
+    assert ladder(STOP, 1) == (1,)
+    assert ladder(None, 9) == (9,)
+
+
+def test_a_trial_goes_to_its_next_rung() -> None:
+    assert next_rung(STOP, trial(0, {})) == 1
+    assert next_rung(STOP, trial(0, {1: 0.1})) == 3
+    assert next_rung(STOP, trial(0, {1: 0.1}, epochs=2)) == 2
+    with pytest.raises(ValueError, match="all of its 9 epochs"):
+        next_rung(STOP, trial(0, {9: 0.1}))
+
+
+def test_nobody_goes_on_before_enough_have_come() -> None:
+    assert promotion(STOP, at_first_rung(0.9, 0.8)) is None
+
+
+def test_the_best_third_goes_on() -> None:
+    found = promotion(STOP, at_first_rung(0.1, 0.9, 0.5))
+    assert found is not None
+    assert found.number == 1
+
+
+def test_in_mode_min_the_smallest_goes_on() -> None:
+    found = promotion(STOP.model_copy(update={"mode": "min"}), at_first_rung(0.5, 0.9, 0.1))
+    assert found is not None
+    assert found.number == 2
+
+
+def test_a_trial_is_promoted_once() -> None:
+    trials = at_first_rung(0.1, 0.9, 0.5)
+    trials[1] = dataclasses.replace(trials[1], state="running")
+    assert promotion(STOP, trials) is None
+
+
+def test_a_late_better_trial_opens_a_place_although_another_went_on_before() -> None:
+    trials = [*at_first_rung(0.1, 0.9, 0.5, 0.4, 0.3), trial(5, {1: 0.95})]
+    trials[1] = trial(1, {1: 0.9, 3: 0.91})
+    found = promotion(STOP, trials)
+    assert found is not None
+    assert found.number == 5
+
+
+def test_of_equal_scores_the_earlier_draw_goes_on() -> None:
+    found = promotion(STOP, at_first_rung(0.5, 0.5, 0.5))
+    assert found is not None
+    assert found.number == 0
+
+
+def test_the_highest_rung_is_served_first() -> None:
+    high = [trial(number, {1: 0.5, 3: score}) for number, score in enumerate((0.1, 0.2, 0.3))]
+    low = [trial(number, {1: 0.9}) for number in range(3, 12)]
+    found = promotion(STOP, [*high, *low])
+    assert found is not None
+    assert (found.number, found.epoch) == (2, 3)
+
+
+def test_a_failed_trial_leaves_its_place_to_the_next() -> None:
+    trials = at_first_rung(0.1, 0.9, 0.5)
+    trials[1] = dataclasses.replace(trials[1], state="failed")
+    found = promotion(STOP, trials)
+    assert found is not None
+    assert found.number == 2
+
+
+def test_a_pruned_trial_keeps_its_place_and_never_goes_on() -> None:
+    trials = at_first_rung(0.9, 0.1, 0.5)
+    trials[0] = dataclasses.replace(trials[0], state="pruned")
+    assert promotion(STOP, trials) is None
+
+
+def test_without_early_stop_nobody_is_promoted() -> None:
+    assert promotion(None, at_first_rung(0.1, 0.9, 0.5)) is None
+
+
+def test_the_last_hope_is_the_furthest_and_then_the_best() -> None:
+    trials = [*at_first_rung(0.9, 0.1), trial(2, {1: 0.2, 3: 0.3}), trial(3, {1: 0.2, 3: 0.4})]
+    found = last_hope(STOP, trials)
+    assert found is not None
+    assert found.number == 3
+
+
+def test_there_is_no_last_hope_once_something_is_complete() -> None:
+    assert last_hope(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
+    assert last_hope(STOP, []) is None

@@ -1,0 +1,92 @@
+"""A small search space as plain data, and a driver that runs a study without computing anything."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ktray.search import space
+from ktray.search.space import Space
+from ktray.search.study import Assignment, Study
+from ktray.search.trial import Trial
+from tests.toys import DATA
+
+PAIR: dict[str, Any] = {
+    "data": DATA,
+    "teacher": {
+        "one_of": {
+            "hog": {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}},
+            "rotation": {
+                "pretext": {"kind": "rotation"},
+                "backbone": {"kind": "alexnet", "width": 0.125},
+                "layer": {"choice": ["conv3", "conv4", "conv5"]},
+                "schedule": {"epochs": {"choice": [2, 4]}},
+            },
+        }
+    },
+    "transfer": {"kind": "clusters", "k": {"choice": [5, 10, 20]}},
+    "student": {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": {"epochs": 9, "lr": {"log_float": [0.01, 0.1]}}},
+    "evals": [{"kind": "knn"}, {"kind": "linear_probe"}],
+}
+FINITE = {"student": {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": {"epochs": 9}}}
+
+
+def content(pair: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    """A space's file as plain data; `pair` and `fields` replace top-level entries of the pair and of the file."""
+    found: dict[str, Any] = {
+        "study": "toy",
+        "objectives": [{"metric": "linear_probe/top1", "mode": "max"}],
+        "budget": {"trials": 6, "concurrent": 2},
+        "early_stop": {"metric": "knn/top1", "rungs": [1, 3, 9], "reduction": 3},
+        "pair": {**PAIR, **(pair or {})},
+        **fields,
+    }
+    return copy.deepcopy({name: value for name, value in found.items() if value is not None})
+
+
+def write(folder: Path, pair: dict[str, Any] | None = None, **fields: Any) -> Path:
+    """The same as a file."""
+    path = folder / "toy.yaml"
+    path.write_text(yaml.safe_dump(content(pair, **fields), sort_keys=False))
+    return path
+
+
+def toy_space(folder: Path, pair: dict[str, Any] | None = None, **fields: Any) -> Space:
+    return space.load(write(folder, pair, **fields), [])
+
+
+def score(trial: Trial, epoch: int = 9) -> float:
+    """Rotation before HOG, larger k better, a little for training; no randomness."""
+    return (0.5 if trial.params["teacher"] == "rotation" else 0.2) + trial.params["transfer.k"] / 100 + epoch / 1000
+
+
+def tell(study: Study, given: Assignment, judge: Callable[[Trial, int], float] = score) -> Trial:
+    """Settles one segment as if it had been computed."""
+    value = judge(given.trial, given.until)
+    if not given.final:
+        return study.report(given.trial.number, given.until, value)
+    metrics = {"linear_probe/top1": value, "knn/top1": value, "cost/seconds": 10.0}
+    return study.finish(
+        given.trial.number, metrics, metrics, {"student": "student-1"}, {"seconds": 10.0, "marginal_seconds": 1.0}
+    )
+
+
+def drive(study: Study, judge: Callable[[Trial, int], float] = score, segments: int = 10_000) -> list[Assignment]:
+    """Runs a study, the oldest segment first, until it is done or so many segments were told."""
+    given: list[Assignment] = []
+    live: list[Assignment] = []
+    while segments:
+        answer = study.next()
+        if answer == "done":
+            break
+        if isinstance(answer, Assignment):
+            given.append(answer)
+            live.append(answer)
+        else:
+            tell(study, live.pop(0), judge)
+            segments -= 1
+    return given
