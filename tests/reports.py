@@ -26,7 +26,7 @@ MARKUP = "<script>alert(1)</script>"
 class Page(HTMLParser):
     """Text per section id, rows per section, and every tag with its attributes."""
 
-    VOID = frozenset({"meta", "img", "br", "link"})
+    VOID = frozenset({"meta", "img", "wbr"})
 
     def __init__(self, html: str) -> None:
         super().__init__()

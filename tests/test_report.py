@@ -15,6 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from ktray.pipeline.naming import pair_name
 from ktray.report.axes import axis
 from ktray.report.words import duration, kind_of_cause, without_places
 from ktray.stores.file import FileStore
@@ -42,8 +43,8 @@ def store(tmp_path: Path) -> FileStore:
 def test_the_headline_compares_the_best_trial_with_both_references(store: FileStore) -> None:
     text = page_of([trial(0, 0.4), trial(1, 0.6), trial(2, 0.5)], store).text("headline")
     assert "0.6000 linear_probe/top1 (higher is better)" in text
-    assert "rotation-alexnet/conv4 k=5 -> resnet18 is the best of 3 completed trials (trial 1)" in text
-    assert "0.3 better than the random student (0.3) and 0.2 worse than the supervised ceiling (0.8)" in text
+    assert "rotation-alexnet/conv4 k=5 → resnet18 is the best of 3 completed trials (trial 1)" in text
+    assert "0.3000 better than the random student (0.3000) and 0.2000 worse than the supervised ceiling (0.8000)" in text
     assert "60 % of the way from the random student to the supervised ceiling" in text
     assert "Trained without labels, selected with 1,000 labels of val." in text
 
@@ -51,7 +52,7 @@ def test_the_headline_compares_the_best_trial_with_both_references(store: FileSt
 def test_a_lower_value_is_the_best_of_an_objective_that_is_minimised(store: FileStore) -> None:
     text = page_of([trial(0, 0.4, 50.0), trial(1, 0.6, 90.0)], store, objectives=OBJECTIVES[::-1]).text("headline")
     assert "50.0 s cost/seconds (lower is better)" in text
-    assert "48 worse than the random student (2) and 10 better than the supervised ceiling (60)" in text
+    assert "48.0 s worse than the random student (2.00 s) and 10.0 s better than the supervised ceiling (1 min 00 s)" in text
     assert "% of the way" not in text
 
 
@@ -71,7 +72,7 @@ def test_a_pair_that_learned_from_labels_is_not_said_to_have_learned_without(sto
 def test_a_teacher_from_a_file_is_not_vouched_for(store: FileStore) -> None:
     loaded = {"checkpoint": f"{HOME}/dino.pt", "backbone": {"kind": "resnet", "depth": 50}, "layer": "layer4"}
     text = page_of([trial(0, 0.4, pair=pair(teacher=loaded))], store).text("headline")
-    assert "dino-resnet50/layer4 k=5 -> resnet18" in text
+    assert "dino-resnet50/layer4 k=5 → resnet18" in text
     assert "what they were trained with is not known here" in text
 
 
@@ -112,6 +113,9 @@ def test_the_pareto_front_is_what_nothing_beats_in_both_objectives(store: FileSt
     trials = [trial(0, 0.6, 100), trial(1, 0.5, 50), trial(2, 0.5, 80), trial(3, 0.4, 60), trial(4, 0.1, 20)]
     page = page_of(trials, store)
     assert "5 completed trials; the Pareto front, marked and joined, has 3 trials" in page.text("objectives")
+    assert [row[0] for row in page.rows["objectives"][1:]] == [
+        f"{number}rotation-alexnet/conv4 k=5 → resnet18" for number in (0, 1, 4)
+    ]
     html = html_of(trials, store)
     scatter = html[html.index('id="objectives"') : html.index('id="reproduce"')]
     assert re.findall(r'class="best"[^>]*><title>(\d+):', scatter) == ["0", "1", "4"]
@@ -279,6 +283,22 @@ def test_no_path_and_no_machine_is_named(store: FileStore, monkeypatch: pytest.M
     for secret in (HOME, "jane", "doe", "my pictures", "gpu-box", "lab.example", "10.0.0.7", str(store.root), "/tmp/"):
         assert secret not in html
     assert "a b.png" in html
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "rotation-alexnet/conv4 k=5 -> resnet18"),
+        ({"teacher": {"descriptor": {"kind": "hog", "cell": 4}}}, "hog k=5 -> resnet18"),
+        ({"teacher": None, "transfer": {"kind": "none"}}, "none -> resnet18"),
+        ({"teacher": None, "transfer": {"kind": "labels"}}, "labels -> resnet18"),
+        ({"transfer": {"kind": "regression"}}, "rotation-alexnet/conv4 regression -> resnet18"),
+        ({"student": {"backbone": {"kind": "alexnet", "width": 0.25}}}, "rotation-alexnet/conv4 k=5 -> alexnet w0.25"),
+        ({"student": {"backbone": {"kind": "alexnet", "form": "full"}}}, "rotation-alexnet/conv4 k=5 -> alexnet full"),
+    ],
+)
+def test_a_pair_has_a_readable_name(changes: dict[str, Any], name: str) -> None:
+    assert pair_name(pair(**changes)) == name
 
 
 def test_what_is_no_path_stays() -> None:

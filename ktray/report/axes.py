@@ -27,12 +27,12 @@ def axis(values: Sequence[float], paper: tuple[float, float], label: str) -> Axi
     low, high = min(values), max(values)
     if low > 0 and high > 1 and high / low > 30:  # shares and accuracies, in [0, 1], stay linear
         return _logarithmic(low, high, paper, f"{label} (logarithmic)")
-    return _linear(low, high, paper, label)
-
-
-def _linear(low: float, high: float, paper: tuple[float, float], label: str) -> Axis:
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
-    low, high = low - margin, high + margin
+    return linear(low - margin, high + margin, paper, label)
+
+
+def linear(low: float, high: float, paper: tuple[float, float], label: str) -> Axis:
+    """A linear axis from `low` to `high`, without a margin."""
     rough = (high - low) / 4
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)

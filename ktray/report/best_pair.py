@@ -13,7 +13,7 @@ import yaml
 
 from ktray.report.plots import sizes
 from ktray.report.reuse import ORDER, Find, needed
-from ktray.report.words import duration, measure, number, shareable, size
+from ktray.report.words import duration, number, shareable, size
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 SHEET_WIDTH = 1400  # pixels; a wider one is scaled down
 SHEET_BYTES = 600_000
 STATISTICS = {
-    "clusters/inertia": "inertia (mean squared distance)",
-    "clusters/iterations": "iterations",
-    "clusters/empty": "empty clusters of k-means",
-    "clusters/repaired": "empty clusters repaired on the way",
-    "clusters/largest_share": "share of the largest cluster",
-    "pseudo_labels/kept": "share of images kept",
-    "pseudo_labels/entropy": "entropy of the pseudo-labels (nats)",
-    "pseudo_labels/nmi": "NMI with the labels",
+    "clusters/inertia": ("inertia (mean squared distance)", number),
+    "clusters/iterations": ("iterations", "{:,.0f}".format),
+    "clusters/empty": ("empty clusters of k-means", "{:,.0f}".format),
+    "clusters/repaired": ("empty clusters repaired on the way", "{:,.0f}".format),
+    "clusters/largest_share": ("share of the largest cluster", number),
+    "pseudo_labels/kept": ("share of images kept", number),
+    "pseudo_labels/entropy": ("entropy of the pseudo-labels (nats)", number),
+    "pseudo_labels/nmi": ("NMI with the labels", number),
 }
 
 
@@ -56,7 +56,7 @@ def _data_url(path: Path) -> str:
 
 def statistics(best: Trial, find: Find) -> dict[str, Any] | None:
     """Numbers of the clustering and a plot of the sizes; None for a pair without clusters."""
-    rows = [(text, measure(name, best.metrics[name])) for name, text in STATISTICS.items() if name in best.metrics]
+    rows = [(text, write(best.metrics[name])) for name, (text, write) in STATISTICS.items() if name in best.metrics]
     key = best.keys.get("pseudo_labels")
     artifact = find(key) if key else None
     if artifact is None:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ktray.errors import UserError
-from ktray.pipeline.naming import pair_name
 from ktray.plugins import module
 from ktray.report.plots import strip
 from ktray.report.ranking import Objective, losses, ranked, value_of
-from ktray.report.words import counted, listed, measure, without_places
+from ktray.report.words import counted, listed, measure, title_of
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -47,15 +46,14 @@ def headline(
     }
     return {
         **facts,
-        "best": {"name": without_places(pair_name(best.pair)), "value": measure(metric, values[0]), "number": best.number},
+        "best": {"name": title_of(best.pair), "value": measure(metric, values[0]), "number": best.number},
         "metric": metric,
         "mode": "higher is better" if mode == "max" else "lower is better",
         "of": counted(len(completed), "completed trial"),
-        "sentences": [
-            *_against(values[0], known, mode),
-            _labels(best.pair, labels_used),
-            *_caveats(best, metric, len(completed)),
-        ],
+        "sentences": _against(values[0], known, metric, mode),
+        "labels": _labels(best.pair, labels_used),
+        "chosen_of": len(completed),
+        "split": _split(best.pair, metric),
         "strip": strip(values, values[0], known, metric) if len(values) + len(known) > 1 else Markup(""),
     }
 
@@ -71,15 +69,15 @@ def _finite(metrics: Mapping[str, float], metric: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _against(best: float, known: Mapping[str, float], mode: str) -> list[str]:
+def _against(best: float, known: Mapping[str, float], metric: str, mode: str) -> list[str]:
     """How far the best pair is from each reference, and how much of the way from floor to ceiling it went."""
     loss = losses(mode)
     parts = []
     for name, value in known.items():
         gain = loss(value) - loss(best)
-        distance = f"{abs(gain):.4g}"
+        distance = measure(metric, abs(gain))
         verdict = "as good as" if gain == 0 else f"{distance} better than" if gain > 0 else f"{distance} worse than"
-        parts.append(f"{verdict} the {name} ({value:.4g})")
+        parts.append(f"{verdict} the {name} ({measure(metric, value)})")
     sentences = [f"That is {listed(parts)}."] if parts else []
     if FLOOR in known and CEILING in known:
         way = loss(known[FLOOR]) - loss(known[CEILING])
@@ -110,16 +108,6 @@ def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
         return "labels" in module("transfer", kind).NEEDS
     except UserError:  # a plugin from outside that this command was not told to trust
         return False
-
-
-def _caveats(best: Trial, metric: str, completed: int) -> list[str]:
-    split = _split(best.pair, metric)
-    if completed < 2 or split is None:
-        return []
-    return [
-        f"It was chosen as the best of {completed:,} on {split}, one run each, so its value there flatters it a little"
-        + ("; “ktray best --test” judges it once on test." if split != "test" else ".")
-    ]
 
 
 def _split(pair: Mapping[str, Any], metric: str) -> str | None:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ktray.pipeline.judge import curve
-from ktray.pipeline.naming import pair_name
 from ktray.report.plots import COLOURS, Line, Point, curves, scatter
 from ktray.report.ranking import Objective, pareto_front, ranked, value_of
 from ktray.report.reuse import Find
-from ktray.report.words import counted, measure, without_places
+from ktray.report.words import counted, measure, title_of
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
+
+SHOWN = 8  # rows of the front's table beside the plot
 
 
 def objectives_plot(
@@ -26,14 +27,13 @@ def objectives_plot(
     if len(objectives) < 2:
         return None
     (up, _), (across, _) = objectives[:2]
-    front = {trial.number for trial in pareto_front(ranked(trials, objectives[0]), objectives[:2])}
+    front = pareto_front(ranked(trials, objectives[0]), objectives[:2])
+    numbers = {trial.number for trial in front}
     points = []
     for trial in ranked(trials, objectives[0]):
         x, y = value_of(trial, across), value_of(trial, up)
         if x is not None and y is not None:
-            title = (
-                f"{trial.number}: {without_places(pair_name(trial.pair))}, {up} {measure(up, y)}, {across} {measure(across, x)}"
-            )
+            title = f"{trial.number}: {title_of(trial.pair)}, {up} {measure(up, y)}, {across} {measure(across, x)}"
             points.append((trial.number, Point(x, y, str(trial.number), title)))
     if len(points) < 2:
         return None
@@ -42,10 +42,18 @@ def objectives_plot(
         for name, reference in references.items()
         if (value := reference["metrics"].get(up)) is not None and math.isfinite(value)
     }
-    marked = [point for number, point in points if number in front]
+    marked = [point for number, point in points if number in numbers]
     return {
         "plot": scatter([point for _, point in points], marked, (across, up), lines),
         "front": counted(len(marked), "trial"),
+        "rows": [
+            {
+                "number": trial.number,
+                "name": title_of(trial.pair),
+                "cells": [measure(metric, value_of(trial, metric)) for metric in (up, across)],
+            }
+            for trial in front[:SHOWN]
+        ],
         "of": len(points),
         "modes": [(metric, "higher" if mode == "max" else "lower") for metric, mode in objectives[:2]],
     }
@@ -59,10 +67,7 @@ def learning_curves(trials: Sequence[Trial], objective: Objective, find: Find) -
     panels = [_panel(scores, "score at rungs"), _panel(losses, "student loss")]
     if not any(panels):
         return None
-    legend = [
-        {"number": trial.number, "name": without_places(pair_name(trial.pair)), "style": f"s{index}"}
-        for index, trial in enumerate(best)
-    ]
+    legend = [{"number": trial.number, "name": title_of(trial.pair), "style": f"s{index}"} for index, trial in enumerate(best)]
     return {"scores": panels[0], "losses": panels[1], "legend": legend}
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from ktray.report.axes import Axis, axis, tick_text
+from ktray.report.axes import Axis, axis, linear, tick_text
 from ktray.report.words import measure
 
 WIDTH, HEIGHT = 480, 310
@@ -40,32 +40,35 @@ def strip(values: Sequence[float], best: float, references: Mapping[str, float],
     known = [*values, *references.values()]
     across = axis(known, (16, 704), metric)
     ticks = Markup("").join(
-        Markup('<line class="grid" x1="{0}" x2="{0}" y1="36" y2="60"/><text class="tick" x="{0}" y="118">{1}</text>').format(
+        Markup('<line class="grid" x1="{0}" x2="{0}" y1="34" y2="62"/><text class="tick" x="{0}" y="80">{1}</text>').format(
             _px(across.at(value)), tick_text(value)
         )
         for value in across.ticks
     )
     dots = Markup("").join(
-        Markup('<circle class="dot" cx="{}" cy="48" r="5"/>').format(_px(across.at(value))) for value in values
+        Markup('<circle class="dot" cx="{}" cy="48" r="5.5"/>').format(_px(across.at(value))) for value in values
     )
-    winner = Markup('<circle class="best" cx="{}" cy="48" r="8"/><text class="strong" {} y="22">best {}</text>').format(
+    winner = Markup('<circle class="best" cx="{}" cy="48" r="8"/><text class="strong" {} y="24">best {}</text>').format(
         _px(across.at(best)), _inside(across.at(best)), measure(metric, best)
     )
     base = Markup('<line class="axis" x1="16" x2="704" y1="48" y2="48"/>')
-    body = ticks + base + _strip_references(across, references, metric) + dots + winner
-    return _svg(body, f"{metric} of all completed trials and the references", 720, 124, "strip")
+    marks, bottom = _strip_references(across, references, metric)
+    return _svg(
+        ticks + base + marks + dots + winner, f"{metric} of all completed trials and the references", 720, bottom, "strip"
+    )
 
 
-def _strip_references(across: Axis, references: Mapping[str, float], metric: str) -> Markup:
-    drawn, last, row = Markup(""), -1000.0, 0
+def _strip_references(across: Axis, references: Mapping[str, float], metric: str) -> tuple[Markup, int]:
+    """The references' lines and names, and where the plot ends below them."""
+    drawn, last, row, bottom = Markup(""), -1000.0, 0, 92
     for name, value in sorted(references.items(), key=lambda entry: entry[1]):
         x = across.at(value)
-        row = 1 - row if x - last < 220 else 0  # two names at one place would cover each other
+        row = row + 1 if x - last < 310 else 0  # two names at one place would cover each other
         drawn += Markup(
-            '<line class="reference" x1="{0}" x2="{0}" y1="28" y2="68"/><text class="note" {1} y="{2}">{3} {4}</text>'
-        ).format(_px(x), _inside(x), 83 + 15 * row, name, measure(metric, value))
-        last = x
-    return drawn
+            '<line class="reference" x1="{0}" x2="{0}" y1="28" y2="{4}"/><text class="note" {1} y="{5}">{2} {3}</text>'
+        ).format(_px(x), _inside(x), name, measure(metric, value), 88 + 20 * row, 106 + 20 * row)
+        bottom, last = max(bottom, 114 + 20 * row), x
+    return drawn, bottom
 
 
 def scatter(points: Sequence[Point], front: Sequence[Point], labels: tuple[str, str], lines: Mapping[str, float]) -> Markup:
@@ -81,27 +84,33 @@ def scatter(points: Sequence[Point], front: Sequence[Point], labels: tuple[str, 
     )
     joined = " ".join(f"{_px(across.at(point.x))},{_px(up.at(point.y))}" for point in sorted(front, key=lambda point: point.x))
     marked = Markup("").join(
-        Markup(
-            '<circle class="best" cx="{0}" cy="{1}" r="6.5"><title>{2}</title></circle>'
-            '<text class="strong" {3} y="{4}">{5}</text>'
-        ).format(
-            _px(across.at(point.x)),
-            _px(up.at(point.y)),
-            point.title,
-            _beside(across.at(point.x)),
-            _px(up.at(point.y) - 9),
-            point.name,
+        Markup('<circle class="best" cx="{}" cy="{}" r="6.5"><title>{}</title></circle>').format(
+            _px(across.at(point.x)), _px(up.at(point.y)), point.title
         )
         for point in front
     )
+    names = _names([(across.at(point.x), up.at(point.y) - 10, point.name) for point in front])
     path = Markup('<polyline class="front" points="{}"/>').format(joined)
     title = f"{labels[1]} against {labels[0]}"
-    return _svg(_frame(across, up) + _references(up, lines) + path + dots + marked, title, WIDTH, HEIGHT, "plot")
+    return _svg(_frame(across, up) + _references(up, lines) + path + dots + marked + names, title, WIDTH, HEIGHT, "plot")
+
+
+def _names(places: Sequence[tuple[float, float, str]]) -> Markup:
+    """Names at their places, the first ones first; one that would cover another is left out."""
+    shown: list[tuple[float, float]] = []
+    drawn = Markup("")
+    for x, y, name in places:
+        held = min(max(x, LEFT + 14), RIGHT - 14)
+        if all(abs(held - other[0]) > 22 or abs(y - other[1]) > 14 for other in shown):
+            shown.append((held, y))
+            drawn += Markup('<text class="strong" x="{}" y="{}" text-anchor="middle">{}</text>').format(_px(held), _px(y), name)
+    return drawn
 
 
 def curves(lines: Sequence[Line], labels: tuple[str, str]) -> Markup:
     """At most eight curves, told apart by colour, dash and the name at their end."""
-    across = axis([x for line in lines for x, _ in line.points], (LEFT, RIGHT - 26), labels[0])
+    last = max(x for line in lines for x, _ in line.points)
+    across = linear(0, last, (LEFT, RIGHT - 26), labels[0])
     up = axis([y for line in lines for _, y in line.points], (BOTTOM, TOP), labels[1])
     ends = _apart([up.at(line.points[-1][1]) for line in lines], 13, (TOP, BOTTOM))
     drawn = Markup("")
@@ -121,7 +130,7 @@ def sizes(counts: Sequence[int]) -> Markup:
     bars = min(len(ordered), 240)
     edges = [index * len(ordered) // bars for index in range(bars + 1)]
     means = [sum(ordered[a:b]) / (b - a) for a, b in pairwise(edges)]
-    up = axis([0, ordered[0]], (BOTTOM, TOP), "images")
+    up = linear(0, 1.05 * ordered[0], (BOTTOM, TOP), "images")
     floor, step = up.at(0), (RIGHT - LEFT) / bars
     rects = Markup("").join(
         Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}"/>').format(
@@ -177,13 +186,9 @@ def _px(value: float) -> str:
 
 def _inside(x: float) -> Markup:
     """A text centred on `x` in the strip, or held inside its borders."""
-    if x < 110:
+    if x < 160:
         return Markup('x="4" text-anchor="start"')
-    return Markup('x="716" text-anchor="end"') if x > 610 else Markup('x="{}" text-anchor="middle"').format(_px(x))
-
-
-def _beside(x: float) -> Markup:
-    return Markup('x="{}" text-anchor="middle"').format(_px(min(max(x, LEFT + 14), RIGHT - 14)))
+    return Markup('x="716" text-anchor="end"') if x > 560 else Markup('x="{}" text-anchor="middle"').format(_px(x))
 
 
 def _apart(places: Sequence[float], gap: float, limits: tuple[float, float]) -> list[float]:

@@ -49,16 +49,13 @@ def _trial_row(trial: Trial, objectives: Sequence[Objective]) -> dict[str, Any]:
     costs = [duration(trial.cost.get(name.removeprefix("cost/"))) for name in _cost_head(objectives)]
     values = [measure(metric, value_of(trial, metric)) for metric, _ in objectives]
     words = [without_places(teacher_name(pair)) or "–", transfer_name(pair), student_name(pair)]
-    return {"name": f"{trial.number}", "cells": [*words, *values, *costs], "reference": False}
+    return {"name": f"{trial.number}", "words": words, "numbers": [*values, *costs], "reference": False}
 
 
 def _reference_row(name: str, metrics: Mapping[str, float], objectives: Sequence[Objective]) -> dict[str, Any]:
     columns = [*(metric for metric, _ in objectives), *_cost_head(objectives)]
-    return {
-        "name": name,
-        "cells": ["", "", "", *(measure(column, metrics.get(column)) for column in columns)],
-        "reference": True,
-    }
+    values = [measure(column, metrics.get(column)) for column in columns]
+    return {"name": name, "words": [], "numbers": values, "reference": True}
 
 
 def heat_table(trials: Sequence[Trial], objective: Objective) -> dict[str, Any] | None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from ktray.pipeline.naming import pair_name
+
 _QUOTED_PATH = re.compile(r"""(?P<quote>['"])(?:file:/{0,2})?(?P<path>(?:~?/|[A-Za-z]:\\)[^'"\n]*)(?P=quote)""")
 _PATH = re.compile(r"(?:file:/{0,2}(?=/)|(?<![\w./\\<…]))(?P<path>(?:~?/(?!/)|[A-Za-z]:\\)[^\s'\",;:)\]>]+)")
 _HOST_OF_URL = re.compile(r"\b(?!file)([a-z][\w+]*)://[^/\s'\"]+")
@@ -67,6 +69,11 @@ def counted(count: int, word: str) -> str:
 def listed(parts: list[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def title_of(pair: Mapping[str, Any]) -> str:
+    """The pair's name with an arrow that no line break can cut in two."""
+    return without_places(pair_name(pair)).replace(" -> ", " → ")
 
 
 def kind_of_cause(cause: str) -> str:
