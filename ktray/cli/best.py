@@ -1,4 +1,75 @@
-"""best."""
-HELP = "best"
-def add_arguments(parser): ...
-def run(args): return 0
+"""The best pairs of a study; with --test judge them once on the test split."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ktray.cli.settings import Settings, settings
+
+HELP = "the best pairs, judged on test if asked"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the study")
+    parser.add_argument("--top", type=int, default=10)
+    parser.add_argument("--pareto", action="store_true", help="only pairs that no other beats in every objective")
+    parser.add_argument("--per", choices=["teacher", "student"], help="the best pair of each teacher or student")
+    parser.add_argument("--test", action="store_true", help="judge the winners on the test split, and keep the result")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ktray.cli.leaderboard import leaderboard, trial_answer
+    from ktray.pipeline import naming
+    from ktray.search import ranking
+    from ktray.search.study import read
+
+    options = settings(args)
+    study = read(options.home, args.name)
+    trials = (ranking.front if args.pareto else ranking.ranked)(study.trials, study.objectives)
+    if args.per:
+        name_of = {"teacher": naming.teacher_name, "student": naming.student_name}[args.per]
+        trials = list({name_of(trial.pair): trial for trial in reversed(trials)}.values())[::-1]
+        trials = [trial for trial in ranking.ranked(study.trials, study.objectives) if trial in trials]
+    trials = trials[: args.top]
+    answers = [trial_answer(trial) for trial in trials]
+    text = leaderboard(study, options.home, args.top, trials)
+    if args.test:
+        for answer, trial in zip(answers, trials, strict=True):
+            answer["test"] = _judge_on_test(trial, args.name, options)
+        text += "\n\n" + _test_table(answers)
+    options.answer(answers, text)
+    return 0
+
+
+def _judge_on_test(trial: Any, name: str, options: Settings) -> dict[str, float]:
+    """Metrics on the test split; the evaluations are artifacts, so a winner is judged once and for all."""
+    from ktray.crew.local import LocalCrew
+    from ktray.pipeline import graph as graphs
+    from ktray.pipeline import judge
+    from ktray.pipeline.check import check_pair, data_loader
+    from ktray.pipeline.execute import execute
+    from ktray.pipeline.identity import data_identity
+    from ktray.pipeline.references import on_test
+    from ktray.pool import Means
+
+    pair = on_test(trial.pair)
+    check_pair(pair, data_loader())
+    graph = graphs.build(pair, data_identity(options.cache))
+    store = options.open_store()
+    LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), f"test {name}")
+    artifacts = judge.finished(graph, store)
+    assert artifacts is not None
+    judged = judge.metrics(graph, artifacts)
+    names = {f"{evaluation}/" for evaluation in graph.keys.get("evaluation", {})}
+    return {metric: value for metric, value in judged.items() if any(metric.startswith(prefix) for prefix in names)}
+
+
+def _test_table(answers: list[dict[str, Any]]) -> str:
+    from ktray.cli.tables import table
+
+    metrics = sorted({metric for answer in answers for metric in answer["test"]})
+    rows = [
+        [str(answer["trial"]), *(f"{answer['test'].get(metric, float('nan')):.4g}" for metric in metrics)] for answer in answers
+    ]
+    return "on test:\n" + table(["trial", *metrics], rows)

@@ -1,4 +1,57 @@
-"""export."""
-HELP = "export"
-def add_arguments(parser): ...
-def run(args): return 0
+"""Export the student of a trial: safetensors and a card, usable without ktray."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ktray.cli.settings import settings
+
+HELP = "the student as safetensors"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME[/TRIAL]", help="the study's best pair, or one of its trials")
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--format", choices=["safetensors"], default="safetensors")
+    parser.add_argument("--head", choices=["none", "classifier"], default="none", help="keep the pseudo-label classifier")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ktray.errors import UserError
+    from ktray.export import export_student
+    from ktray.pipeline.naming import pair_name
+    from ktray.spec import PairSpec
+
+    options = settings(args)
+    name, _, number = args.name.partition("/")
+    trial = _trial(options.home, name, number)
+    store = options.open_store()
+    snapshot = store.find(trial.keys["student"])
+    if snapshot is None:
+        raise UserError(
+            f"the student of trial {trial.number} is no longer in the store", instead="Search again to get it back."
+        )
+    pair = PairSpec.model_validate(dict(trial.pair))
+    size: int = pair.data.transfer.size  # type: ignore[attr-defined]
+    classes = getattr(pair.transfer, "k", None)
+    lineage = {"study": name, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
+    files = export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, args.directory, classes, args.head)
+    options.answer([str(path) for path in files], "\n".join(f"wrote {path}" for path in files))
+    return 0
+
+
+def _trial(home: Path, name: str, number: str) -> Any:
+    from ktray.errors import UserError
+    from ktray.search import ranking
+    from ktray.search.study import read
+
+    study = read(home, name)
+    ranked = ranking.ranked(study.trials, study.objectives)
+    if number:
+        ranked = [trial for trial in ranked if str(trial.number) == number]
+    if not ranked:
+        what = f"completed trial {number}" if number else "completed trial"
+        raise UserError(f"the study {name!r} has no {what}", instead=f"See ktray show {name}.")
+    return ranked[0]

@@ -63,13 +63,20 @@ def check_space(space: Space, load: Any, file: str) -> None:
 def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
     """The draws that a search begins with, and one of every branch."""
     seen: set[str] = set()
-    for label, params in space.corners():
-        branch = label.split(":")[0]
+    for _, params in space.corners():
+        branch = str(params.get("teacher", "the pair"))
         if branch not in seen:
             seen.add(branch)
             yield branch, space.pair(params)
     for index, start in enumerate(space.start_with):
-        yield f"start_with[{index}]", space.pair(space.complete(start))
+        yield f"start_with[{index}]", space.pair(_completed(space, start))
+
+
+def _completed(space: Space, start: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a first draw; where it leaves one to the sampler, the first value stands for all."""
+    from ktray.search.tree import ends
+
+    return space.suggest(lambda parameter: start[parameter.name] if parameter.name in start else ends(parameter)[0])
 
 
 def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -> dict[str, Any]:

@@ -1,4 +1,125 @@
-"""search."""
-HELP = "search"
-def add_arguments(parser): ...
-def run(args): return 0
+"""Search a space for its best pair. The same command goes on where it ended, whatever ended it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktray.cli.settings import Settings, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ktray.drivers.search import Outcome
+
+HELP = "search a space; the same command resumes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("space", type=Path, metavar="SPACE", help="a search space (.yaml)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the space")
+    parser.add_argument("--name", default=None, help="the study's name; the same name resumes (default: the space's)")
+    parser.add_argument("--trials", default=None, metavar="50|+50", help="target, or how many more once it is met")
+    parser.add_argument("--concurrent", type=int, default=None, metavar="C", help="trials at the same time")
+    parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
+    parser.add_argument("--share-images", action="store_true", help="send cluster sheets to a remote tracker too")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ktray import __version__, tracking
+    from ktray.cli.plan import check_space
+    from ktray.cli.screen import screen
+    from ktray.cli.source import load_space
+    from ktray.drivers import search as driver
+    from ktray.pipeline.check import data_loader
+
+    options = settings(args)
+    space = driver.with_concurrent(load_space(args.space, args.overrides), args.concurrent)
+    check_space(space, data_loader(), str(args.space))
+    name = args.name or space.name
+    for warning in space.warnings():
+        options.tell(f"ktray: {warning}")
+    uri = options.tracking or tracking.default_uri(options.home)
+    tags = {"ktray.version": __version__}
+    tracker = tracking.Tracker(uri, options.home, name, share_images=args.share_images, version_tags=tags)
+    place = driver.Place(options.home, options.open_store(), args.address, options.runtime)
+    with _stop_on_signals(options) as stopping, screen(options, space, name) as shown:
+        outcome = driver.search(
+            space, place, tracker, stopping, name=name, trials=args.trials, tell=shown.trial, show=shown.work, say=shown.say
+        )
+    return _finish(outcome, uri, args, options)
+
+
+@contextmanager
+def _stop_on_signals(options: Settings) -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM ends the search in order, the second at once."""
+    stopping = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+        options.tell("ktray: stopping; once more ends at once")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Settings) -> int:
+    from ktray.cli import INTERRUPTED
+    from ktray.cli.leaderboard import count_states, leaderboard
+    from ktray.errors import StageFailed, StoppedEarly
+    from ktray.search.study import read
+
+    study = read(options.home, outcome.study)
+    answer = _answer(outcome, study, uri, options)
+    options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome)}")
+    if outcome.stopped:
+        options.tell(f"ktray: stopped early: {outcome.stopped} Nothing is lost; the same command goes on from here.")
+        return StoppedEarly.exit_code
+    if outcome.interrupted:
+        options.tell(f"ktray: interrupted; resume with: ktray search {args.space}{f' --name {args.name}' if args.name else ''}")
+        return INTERRUPTED
+    return StageFailed.exit_code if count_states(study.trials)["failed"] else 0
+
+
+def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[str, Any]:
+    from ktray.cli.leaderboard import count_states, trial_answer
+    from ktray.pipeline.judge import count_by_stage
+    from ktray.search import ranking
+
+    counts = count_states(study.trials)
+    ranked = ranking.ranked(study.trials, study.objectives)
+    return {
+        "study": outcome.study,
+        "trials": {state: counts[state] for state in ("completed", "pruned", "failed", "duplicate")},
+        "stages": {
+            "computed": count_by_stage(outcome.published),
+            "reused": count_by_stage(outcome.demanded - outcome.published),
+        },
+        "best": trial_answer(ranked[0]) if ranked else None,
+        "seconds": round(outcome.seconds, 1),
+        "home": str(options.home),
+        "tracking_uri": uri,
+    }
+
+
+def _footer(answer: dict[str, Any], outcome: Outcome) -> str:
+    computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
+    name = outcome.study
+    return "\n".join(
+        [
+            f"{outcome.reason or 'not finished'}; {computed} stages computed, {reused} reused, {answer['seconds']:.0f} s.",
+            f"ktray ui                      every trial in MLflow ({answer['tracking_uri']})",
+            f"ktray report {name}     one HTML file",
+            f"ktray best {name} --test   judge the winners on the test split",
+        ]
+    )

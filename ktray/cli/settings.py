@@ -62,7 +62,9 @@ def settings(args: argparse.Namespace) -> Settings:
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the home {home} cannot be created: {error.strerror}", instead="Choose another with --home.") from error
+        raise UserError(
+            f"the home {home} cannot be created: {error.strerror}", instead="Choose another with --home."
+        ) from error
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="ktray: %(message)s")
     logging.getLogger("ktray").setLevel(logging.INFO if args.verbose else logging.WARNING)
     return Settings(

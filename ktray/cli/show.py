@@ -99,7 +99,7 @@ def _study(name: str, options: Settings) -> int:
 
     ledger = read(options.home, name)
     answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in ledger.trials]}
-    options.answer(answer, leaderboard(ledger, top=20))
+    options.answer(answer, leaderboard(ledger, options.home, top=20))
     return 0
 
 

@@ -13,8 +13,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], gap: str = "  ") -
 
     def line(row: Sequence[str]) -> str:
         parts = [
-            text.rjust(width) if number else text.ljust(width)
-            for text, width, number in zip(row, widths, numeric, strict=True)
+            text.rjust(width) if number else text.ljust(width) for text, width, number in zip(row, widths, numeric, strict=True)
         ]
         return gap.join(parts).rstrip()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ktray.errors import StoppedEarly
 from ktray.pipeline import graph as graphs
 from ktray.pipeline import judge
 from ktray.pipeline.graph import Graph, Identity
@@ -38,14 +40,22 @@ class Conductor:
         tell: called with what a person wants to read.
     """
 
-    def __init__(
-        self, space: Space, study: Study, store: Store, identity: Identity, tracker: Tracker, tell: Tell
-    ) -> None:
+    def __init__(self, space: Space, study: Study, store: Store, identity: Identity, tracker: Tracker, tell: Tell) -> None:
         self.space, self.study, self.store, self.identity = space, study, store, identity
         self.tracker, self.tell = tracker, tell
         self.demanded: set[str] = set()
         self._marginal: dict[int, float] = {}
         self._milestones = _milestones(space)
+
+    def first(self, count: int) -> tuple[deque[Segment], StoppedEarly | None]:
+        """Up to `count` segments to begin with, and why there will be no more if that is known already."""
+        ahead: deque[Segment] = deque()
+        try:
+            while len(ahead) < count and not isinstance(segment := self.next(), str):
+                ahead.append(segment)
+        except StoppedEarly as stop:
+            return ahead, stop
+        return ahead, None
 
     def next(self) -> Segment | Literal["wait", "done"]:
         """The next segment that has something to compute; what the store answers whole is settled on the way."""
@@ -69,8 +79,7 @@ class Conductor:
             milestones=self._milestones.get(branch, {}),
         )
         self.demanded |= {stage.key for stage in graph.stages}
-        params = {**trial.params, "epochs": epoch}
-        self.tracker.trial(trial.number, f"{trial.number:04d} {pair_name(trial.pair)}", params, {})
+        self.tracker.trial(trial.number, pair_name(trial.pair), dict(trial.params), _stage_tags(graph.keys))
         return Segment(trial, epoch, final, graph)
 
     def _judge(self) -> str:
@@ -101,7 +110,7 @@ class Conductor:
     def _pause(self, segment: Segment, metrics: Mapping[str, float]) -> None:
         assert self.space.early_stop is not None
         name = self.space.early_stop.metric
-        trial = self.study.report(segment.trial.number, segment.epoch, metrics[name])
+        trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys)
         self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
         self.tell(trial.state, trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
 
@@ -132,10 +141,12 @@ class Conductor:
 
     def _close_run(self, trial: Trial, status: Literal["FINISHED", "FAILED"]) -> None:
         tags = {"ktray.state": trial.state, **({"ktray.cause": trial.cause} if trial.cause else {})}
-        for stage, key in trial.keys.items():
-            if isinstance(key, str):
-                tags[f"ktray.key.{stage}"] = key
-        self.tracker.finish(trial.number, status, tags, {})
+        self.tracker.finish(trial.number, status, {**tags, **_stage_tags(trial.keys)}, {})
+
+
+def _stage_tags(keys: Mapping[str, Any]) -> dict[str, str]:
+    """The tags by which a trial's run links to the runs of its stages."""
+    return {f"ktray.stage.{stage}": key for stage, key in keys.items() if isinstance(key, str)}
 
 
 def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:

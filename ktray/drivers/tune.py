@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ktray.crew.client import Crew
+from ktray.crew.client import Crew, Released
 from ktray.drivers.conductor import Conductor, Segment
 from ktray.errors import StageFailed, StoppedEarly
 
@@ -45,7 +47,7 @@ class WaitForStages(tune.Trainable):  # type: ignore[misc]
             return {"done": True, "cause": str(failure), "computed": "[]"}
         except StoppedEarly as stop:
             return {"done": True, "cause": DISK_FULL, "text": str(stop), "computed": "[]"}
-        except InterruptedError:
+        except Released:
             return {"done": True, "cause": "released", "computed": "[]"}
         computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
         return {"done": True, "cause": "", "computed": json.dumps(computed)}
@@ -59,6 +61,10 @@ class StudySearcher(Searcher):
         self.conductor, self.crew, self.stopping, self.ahead = conductor, crew, stopping, ahead
         self.live: dict[str, Segment] = {}
         self.reason: StoppedEarly | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study is the ledger."""
+        return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
@@ -116,7 +122,7 @@ class StudySearcher(Searcher):
         except StoppedEarly as stop:
             self.reason = stop
 
-    def save_to_dir(self, checkpoint_dir: str, **settings: Any) -> None:
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save: the study is the ledger."""
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
@@ -129,26 +135,25 @@ class StudySearcher(Searcher):
         """Nothing to restore."""
 
 
-def run_search(conductor: Conductor, crew: Crew, concurrent: int, scratch: Path, stopping: threading.Event) -> StoppedEarly | None:
+def run_search(
+    conductor: Conductor, crew: Crew, ahead: deque[Segment], scratch: Path, stopping: threading.Event
+) -> StoppedEarly | None:
     """Run the study to its target on the Ray that is connected; why it stopped early, or None.
 
     Args:
+        ahead: segments that are already drawn; workers begin with them while Tune is still starting.
         scratch: folder for Tune's own state, which nobody reads.
         stopping: set it to end the search within seconds; waiting trials stay resumable.
     """
-    ahead, reason = _first_segments(conductor, concurrent)
+    concurrent = conductor.space.budget.concurrent
     for segment in ahead:
-        crew.prefetch(list(segment.graph.stages))  # workers begin while Tune is still starting
-    if not ahead:
-        return reason
+        crew.prefetch(list(segment.graph.stages))
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     searcher = StudySearcher(conductor, crew, stopping, ahead)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
         tune.with_resources(WaitForStages, resources),
-        tune_config=tune.TuneConfig(
-            search_alg=searcher, num_samples=-1, reuse_actors=True, max_concurrent_trials=concurrent
-        ),
+        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True, max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(
             name="search",
             storage_path=str(scratch),
@@ -160,26 +165,14 @@ def run_search(conductor: Conductor, crew: Crew, concurrent: int, scratch: Path,
     watcher = threading.Thread(target=_release_on_stop, args=(crew, searcher, stopping), daemon=True)
     watcher.start()
     tuner.fit()
-    return searcher.reason or reason
-
-
-def _first_segments(conductor: Conductor, concurrent: int) -> tuple[deque[Segment], StoppedEarly | None]:
-    ahead: deque[Segment] = deque()
-    try:
-        while len(ahead) < concurrent:
-            segment = conductor.next()
-            if isinstance(segment, str):
-                break
-            ahead.append(segment)
-    except StoppedEarly as stop:
-        return ahead, stop
-    return ahead, None
+    shutil.rmtree(scratch, ignore_errors=True)
+    return searcher.reason
 
 
 def _release_on_stop(crew: Crew, searcher: StudySearcher, stopping: threading.Event) -> None:
+    """When the search is to stop, end every wait; again and again, because trials may just be beginning to wait."""
     stopping.wait()
     while searcher.live:
         for segment in list(searcher.live.values()):
             crew.release(f"trial {segment.trial.number}")
-        if not threading.Event().wait(0.5):
-            continue
+        time.sleep(0.3)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ktray import plugins
 from ktray.images import Splits
+from ktray.pipeline.check import Load, train_count
 from ktray.spec import PairSpec
 
 RANDOM = "random student"
@@ -41,12 +42,14 @@ def on_test(pair: Mapping[str, Any]) -> PairSpec:
     return PairSpec.model_validate({**pair, "evals": evals})
 
 
-def labels_used(pair: Mapping[str, Any], target: Splits, count_val: int) -> dict[str, int]:
-    """What labels the judges of a pair read: ``{"train": n, "val": n}``, empty if none."""
+def labels_used(pair: Mapping[str, Any], load: Load) -> dict[str, int]:
+    """Split -> number of labels that the judges of a pair read; empty if they read none."""
     whole = PairSpec.model_validate(dict(pair))
-    judges = [spec for spec in whole.evals if plugins.module_of("evaluation", spec).NEEDS_LABELS]
-    if not judges or target.train.labels is None:
+    if not any(plugins.module_of("evaluation", spec).NEEDS_LABELS for spec in whole.evals):
         return {}
-    return {"train": len(target.train.names) - count_val, "val": count_val}
-
-
+    target = load(whole.data.target)
+    if target.train.labels is None:
+        return {}
+    count = train_count(target, whole.data.target)
+    held_out = len(target.val.names) if target.val is not None else len(target.train.names) - count
+    return {"train": count, "val": held_out}

@@ -1,0 +1,76 @@
+"""What a study has found so far, as a table and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ktray.cli.tables import table
+from ktray.drivers import references
+from ktray.pipeline.naming import student_name, teacher_name, transfer_name
+from ktray.search import ranking
+from ktray.search.study import History
+from ktray.search.trial import Trial
+
+
+def trial_answer(trial: Trial) -> dict[str, Any]:
+    """The stable machine-readable form of a trial; stages that the pair lacks are absent from `keys`."""
+    return {
+        "trial": trial.number,
+        "params": dict(trial.params),
+        "metrics": dict(trial.metrics),
+        "objectives": dict(trial.objectives),
+        "keys": dict(trial.keys),
+        "cost": dict(trial.cost),
+    }
+
+
+def study_folder(home: Path, name: str) -> Path:
+    """Where a study keeps its ledger and its reference lines."""
+    return home / "studies" / name
+
+
+def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | None = None) -> str:
+    """The best completed trials, with the reference lines where they belong.
+
+    Args:
+        trials: what to show instead of the `top` best.
+    """
+    goals = study.objectives
+    shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
+    lines = [_row(trial, goals) for trial in shown]
+    marks = [_reference_row(name, line, goals) for name, line in references.read(study_folder(home, study.name)).items()]
+    sign = -1 if goals[0].mode == "max" else 1
+    body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
+    head = ["trial", "teacher", "transfer", "student", *(goal.metric for goal in goals), "seconds", "added"]
+    return f"{table(head, body)}\n{tally(study)}" if shown else f"no completed trial yet\n{tally(study)}"
+
+
+def tally(study: History) -> str:
+    """``12 of 14 trials: 5 completed, 7 pruned``."""
+    counts = count_states(study.trials)
+    parts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    drawn = sum(count for state, count in counts.items() if state != "duplicate")
+    return f"{drawn} of {study.target} trials: {parts or 'none'}"
+
+
+def count_states(trials: Sequence[Trial]) -> dict[str, int]:
+    """State -> number of trials, in the order in which a reader asks."""
+    states = ("completed", "pruned", "paused", "running", "failed", "duplicate")
+    return {state: sum(trial.state == state for trial in trials) for state in states}
+
+
+def _row(trial: Trial, goals: Sequence[Any]) -> tuple[float, list[str]]:
+    values = [trial.objectives[goal.metric] for goal in goals]
+    cells = [str(trial.number), teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)]
+    cost = [f"{trial.cost.get('seconds', 0):.1f}", f"{trial.cost.get('marginal_seconds', 0):.1f}"]
+    return values[0], [*cells, *(f"{value:.4g}" for value in values), *cost]
+
+
+def _reference_row(name: str, line: Mapping[str, Any], goals: Sequence[Any]) -> tuple[float, list[str]]:
+    metrics = line["metrics"]
+    values = [metrics.get(goal.metric) for goal in goals]
+    shown = ["" if value is None else f"{value:.4g}" for value in values]
+    place = values[0] if values[0] is not None else 0.0
+    return place, ["-", f"({name})", "", "", *shown, f"{metrics.get('cost/seconds', 0):.1f}", ""]

@@ -1,0 +1,77 @@
+"""Follow the crew while it works: finished stages to the tracker, counts and progress to whoever asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ktray.artifact import Artifact
+from ktray.crew.client import Crew
+from ktray.errors import StoppedEarly
+from ktray.pipeline import judge
+from ktray.stores import Store
+from ktray.tracking import Tracker
+
+EVERY = 1.0
+
+
+class Watch:
+    """A thread that reads the crew's events once a second.
+
+    Args:
+        tell: called with every event and with the crew's status: ``tell(events, status)``.
+
+    Attributes:
+        published: keys of the artifacts that were published since the watch began.
+    """
+
+    def __init__(
+        self, crew: Crew, store: Store, tracker: Tracker, tell: Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
+    ) -> None:
+        self.crew, self.store, self.tracker, self.tell = crew, store, tracker, tell
+        self.published: set[str] = set()
+        past = crew.events(0)
+        self._last = past[-1]["n"] if past else 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._over.wait(EVERY):
+            try:
+                self._read()
+            except StoppedEarly:
+                return  # the crew has ended; whoever ran the search says why
+
+    def _read(self) -> None:
+        events = self.crew.events(self._last)
+        for event in events:
+            self._last = max(self._last, event["n"])
+            if event["event"] == "published" and event["key"] not in self.published:
+                self.published.add(event["key"])
+                self._track(event["key"])
+        self.tell(events, self.crew.status())
+
+    def _track(self, key: str) -> None:
+        artifact = self.store.find(key)
+        if artifact is not None:
+            track_stage(self.tracker, artifact)
+
+    def close(self) -> None:
+        """Read what is left, then stop."""
+        self._over.set()
+        self._thread.join(timeout=10)
+        try:
+            self._read()
+        except StoppedEarly:
+            return
+
+
+def track_stage(tracker: Tracker, artifact: Artifact) -> None:
+    """A stage that really ran becomes a run of its own, with its curve and its pictures."""
+    record = artifact.record
+    images = sorted(artifact.directory.glob("*.png"))
+    numbers = {**artifact.metrics, "seconds": record["seconds"], "peak_bytes": record["peak_bytes"]}
+    tags = {"ktray.device": record["device"], "ktray.commit": str(record["commit"])}
+    tracker.stage(artifact.key, record["stage"], numbers, tags, judge.curve(artifact), images)
