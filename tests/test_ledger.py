@@ -47,13 +47,14 @@ class House:
         worker.polling = True
 
     def want(self, name: str, *stages: Stage, priority: int = 0, waiter: str | None = None) -> list[Any]:
-        self.ledger.request(name, name if waiter is None else waiter, "driver", stages, priority, self.now)
+        self.ledger.demand.request(name, name if waiter is None else waiter, "driver", stages, priority, self.now)
         return self.turn()
 
     def turn(self, seconds: float = 0.0) -> list[Any]:
         self.now += seconds
         self.ledger.dispatch(self.now)
-        outbox, self.ledger.outbox = self.ledger.outbox, []
+        outbox = self.ledger.outbox[:]
+        self.ledger.outbox.clear()
         return [action for action in outbox if not isinstance(action, Event)]
 
     def publish(self, stage: Stage) -> list[Any]:
@@ -140,7 +141,7 @@ def test_a_failure_ends_all_requests_that_need_it_once_and_the_next_one_computes
     house.want("c", other, broken)
     said = answers(house.fail(broken))
     assert said == dict.fromkeys("abc", "ValueError: no")
-    assert reader.key not in house.ledger.wants
+    assert reader.key not in house.ledger.demand.wants
     assert answers(house.publish(other)) == {}
     assert given(house.want("d", broken)) == [broken.key]
 
@@ -279,9 +280,9 @@ def test_release_ends_one_wait_and_what_only_it_wanted() -> None:
     house, one, two = House(1), stage("one"), stage("two")
     house.want("a", one, two)
     house.want("b", one)
-    house.ledger.release("a")
+    house.ledger.demand.release("a")
     assert answers(house.turn()) == {"a": "the wait was cancelled"}
-    assert two.key not in house.ledger.wants
+    assert two.key not in house.ledger.demand.wants
     assert answers(house.publish(one)) == {"b": ["computed"]}
 
 

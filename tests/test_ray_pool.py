@@ -70,6 +70,7 @@ def helpers(ray_home: Any) -> Any:
     import ray
 
     made = {f"helper-{number}": ray.remote(Helper).options(num_cpus=1).remote() for number in range(2)}
+    ray.get([helper.pid.remote() for helper in made.values()])  # both have started
     yield made
     for helper in made.values():
         ray.kill(helper)

@@ -18,9 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.artifact import Stage
 from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
-from ktray.crew.charter import BROKER, WORKER, Charter
+from ktray.crew.charter import BROKER, Charter
+from ktray.crew.cluster import cause_of, end_process, nodes, workers_of
 from ktray.crew.ledger import Ledger
-from ktray.crew.roster import Node, Roster
+from ktray.crew.roster import Roster
 from ktray.crew.roster import Worker as Entry
 from ktray.crew.worker import Worker
 from ktray.stores import open_store
@@ -42,7 +43,7 @@ class Broker:
         self._charter, self._store = charter, open_store(charter.store_url)
         runtime, now = charter.runtime, time.time()
         self._node = ray.get_runtime_context().get_node_id()
-        self._roster = Roster(_nodes(), runtime.cpus or float("inf"), stale=max(3.0, 4 * runtime.heartbeat_seconds))
+        self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(3.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
         self._ledger = Ledger(self._store.find, runtime.of, self._roster, attempts, runtime.dead_after)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
@@ -55,7 +56,7 @@ class Broker:
         self._number = int(now * 1000)  # numbers go on rising over restarts
         self._ticking: asyncio.Task[None] | None = None
         self._watches: set[asyncio.Task[None]] = set()
-        self._survivors = _survivors(charter.namespace) if ray.get_runtime_context().was_current_actor_reconstructed else []
+        self._survivors = workers_of(charter.namespace) if ray.get_runtime_context().was_current_actor_reconstructed else []
         self._ledger.expect(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._end_if_never_called).start()
 
@@ -69,7 +70,7 @@ class Broker:
     async def leave(self, session: str) -> bool:
         """A driver goes; True if no other driver is here."""
         self._leases.pop(session, None)
-        self._ledger.release("", session)
+        self._ledger.demand.release("", session)
         self._act()
         return not self._leases
 
@@ -78,7 +79,7 @@ class Broker:
         self._wake()
         if request not in self._answers:
             self._answers[request] = asyncio.get_running_loop().create_future()
-            self._ledger.request(request, waiter, session, stages, priority, time.time())
+            self._ledger.demand.request(request, waiter, session, stages, priority, time.time())
             self._turn()
         answer = await asyncio.shield(self._answers[request])
         self._answers.pop(request, None)
@@ -87,12 +88,12 @@ class Broker:
     async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
         """Compute these when nothing that somebody waits for comes first."""
         self._wake()
-        self._ledger.request(uuid.uuid4().hex, "", session, stages, -1, time.time())
+        self._ledger.demand.request(uuid.uuid4().hex, "", session, stages, -1, time.time())
         self._turn()
 
     async def release(self, waiter: str) -> None:
         """End all requests of this waiter at once."""
-        self._ledger.release(waiter)
+        self._ledger.demand.release(waiter)
         self._turn()
 
     async def events(self, since: int) -> list[dict[str, Any]]:
@@ -117,19 +118,19 @@ class Broker:
             ],
             "waiting": [
                 {"waiter": request.waiter, "key": key, "since": request.since}
-                for request in ledger.requests.values()
+                for request in ledger.demand.requests.values()
                 if request.waiter
-                for key in sorted(request.pending, key=lambda key: ledger.wants[key].order)[:1]
+                for key in sorted(request.pending, key=lambda key: ledger.demand.wants[key].order)[:1]
             ],
-            "queued": [key for key in ledger.wants if key not in ledger.runs],
+            "queued": [key for key in ledger.demand.wants if key not in ledger.runs],
             "computed": dict(ledger.computed),
-            "reused": dict(ledger.reused),
+            "reused": dict(ledger.demand.reused),
             "pid": os.getpid(),
         }
 
     async def end(self) -> None:
         """End all workers, then this process."""
-        for name in {*self._handles, *_survivors(self._charter.namespace)}:
+        for name in {*self._handles, *workers_of(self._charter.namespace)}:
             with suppress(ValueError):
                 ray.kill(self._handles.get(name) or ray.get_actor(name, namespace=self._charter.namespace))
         self._end_self()
@@ -147,6 +148,8 @@ class Broker:
             self._note(report, now)
         if worker.leads is not None:
             self._ledger.lost(worker)
+        if worker.leaving:
+            return {"do": "go"}
         poll: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._polls[worker.name], worker.polling = poll, True
         self._turn()
@@ -206,11 +209,11 @@ class Broker:
             last = now
             if now > refresh:
                 refresh = now + 5.0
-                self._roster.nodes = await asyncio.to_thread(_nodes)
+                self._roster.nodes = await asyncio.to_thread(nodes)
             self._ledger.silent(now)
             for session in [each for each, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
                 del self._leases[session]
-                self._ledger.release("", session)
+                self._ledger.demand.release("", session)
             if now - self._leased > self._charter.runtime.idle_exit_seconds:
                 await self.end()
             cpus = min(self._roster.cpus, sum(node.cpus for node in self._roster.nodes.values()))
@@ -228,7 +231,8 @@ class Broker:
         self._act()
 
     def _act(self) -> None:
-        outbox, self._ledger.outbox = self._ledger.outbox, []
+        outbox = self._ledger.outbox[:]
+        self._ledger.outbox.clear()
         for action in outbox:
             match action:
                 case Give(worker, stage, attempt):
@@ -289,7 +293,7 @@ class Broker:
         try:
             await handle.forever.remote()
         except ray.exceptions.RayError as error:
-            self._lose(name, _why(error))
+            self._lose(name, cause_of(error))
 
     def _lose(self, name: str, why: str) -> None:
         self._gone.add(name)
@@ -307,7 +311,7 @@ class Broker:
                 os.kill(worker.pid, signal.SIGKILL)
         elif worker.pid:
             place = NodeAffinitySchedulingStrategy(worker.node, soft=False)
-            ray.remote(_end_process).options(num_cpus=0, scheduling_strategy=place).remote(worker.pid)
+            ray.remote(end_process).options(num_cpus=0, scheduling_strategy=place).remote(worker.pid)
         handle = self._handles.pop(worker.name, None)
         if handle is not None:
             ray.kill(handle)
@@ -323,28 +327,3 @@ class Broker:
     def _end_self(self) -> None:
         # Without a restart, which leaving the process in any other way would bring.
         ray.kill(ray.get_actor(BROKER, namespace=self._charter.namespace))
-
-
-def _end_process(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _nodes() -> dict[str, Node]:
-    return {
-        node["NodeID"]: Node(held.get("CPU", 0.0), held.get("GPU", 0.0), held.get("memory", float("inf")))
-        for node in ray.nodes()
-        if node["Alive"] and (held := node["Resources"]) is not None
-    }
-
-
-def _survivors(namespace: str) -> list[str]:
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return [each["name"] for each in named if each["namespace"] == namespace and each["name"].startswith(WORKER)]
-
-
-def _why(error: Exception) -> str:
-    """The one line of Ray's account of a death that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = next((line for line in lines if "Worker exit detail:" in line), lines[-1])
-    return said.partition("Worker exit detail:")[2].strip()[:200] if "Worker exit detail:" in said else said[:300]

@@ -20,7 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import ktray
 from ktray.artifact import Artifact, Stage
 from ktray.crew.broker import Broker
-from ktray.crew.charter import BROKER, WORKER, Charter
+from ktray.crew.charter import BROKER, Charter
+from ktray.crew.cluster import workers_of
 from ktray.crew.environment import environment
 from ktray.crew.locks import alone_on_store
 from ktray.crew.needs import Runtime
@@ -209,10 +210,9 @@ def _until_absent(namespace: str) -> None:
 
 
 def _remove_workers(namespace: str) -> None:
-    for entry in ray.util.list_named_actors(all_namespaces=True):
-        if entry["namespace"] == namespace and entry["name"].startswith(WORKER):
-            with suppress(ValueError):
-                ray.kill(ray.get_actor(entry["name"], namespace=namespace))
+    for name in workers_of(namespace):
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=namespace))
 
 
 def _sweep(store_url: str) -> None:

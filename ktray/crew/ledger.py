@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill, Request, Run, Want
+from ktray.crew.books import Dismiss, Event, Fence, Give, Hire, Kill, Run
+from ktray.crew.demand import Demand
 from ktray.crew.needs import Needs
 from ktray.crew.roster import Roster, Shape, Worker, shape_of
 
@@ -37,14 +38,9 @@ class Ledger:
     ) -> None:
         self.find, self.needs, self.roster, self.attempts, self.dead_after = find, needs, roster, attempts, dead_after
         self.outbox: list[Any] = []
-        self.wants: dict[str, Want] = {}
         self.runs: dict[str, Run] = {}
-        self.requests: dict[str, Request] = {}
-        self.known: dict[str, Stage] = {}
+        self.demand = Demand(find, self.runs.keys(), self.outbox)
         self.computed: Counter[str] = Counter()
-        self.reused: Counter[str] = Counter()
-        self._present: set[str] = set()
-        self._unclaimed: set[str] = set()
         self._fenced: set[str] = set()
         self._closed: set[str] = set()
         self._stillborn = 0
@@ -52,91 +48,6 @@ class Ledger:
         self._missed: Counter[str] = Counter()
         self._expected: set[str] = set()
         self._quiet_until = 0.0
-        self._orders = 0
-
-    # ---- what callers want
-
-    def request(self, name: str, waiter: str, session: str, stages: Sequence[Stage], priority: int, now: float) -> None:
-        """Enter a request; a second time under the same name, as after a crash of the broker, changes nothing."""
-        if name in self.requests:
-            return
-        self.known.update({stage.key: stage for stage in stages})
-        request = Request(name, waiter, session, priority, now, tuple(stage.key for stage in stages))
-        self.requests[name] = request
-        for stage in stages:
-            self._enter(stage, request, now)
-        self._settle(request)
-
-    def _enter(self, stage: Stage, request: Request, now: float) -> None:
-        key = stage.key
-        want = self.wants.get(key)
-        if want is None:
-            artifact = self.find(key)
-            if artifact is not None:
-                self._note_present(artifact, request)
-                return
-            self._present.discard(key)
-            self._orders += 1
-            want = self.wants[key] = Want(stage, self._orders, now)
-        request.pending.add(key)
-        want.requests.add(request.name)
-        if request.waiter and not want.owner:
-            want.owner = request.name
-        for absent in self._absent(stage):
-            if absent in self.known:
-                self._enter(self.known[absent], request, now)
-
-    def _note_present(self, artifact: Artifact, request: Request) -> None:
-        self._present.add(artifact.key)
-        request.found[artifact.key] = artifact
-        claimed = request.waiter and artifact.key in self._unclaimed
-        request.states[artifact.key] = "computed" if claimed else "reused"
-        if claimed:  # a prefetch computed it for nobody in particular: who comes first has caused it
-            self._unclaimed.discard(artifact.key)
-        elif request.waiter:
-            self.reused[artifact.key.rpartition("-")[0]] += 1
-
-    def _absent(self, stage: Stage) -> list[str]:
-        return [key for key in stage.inputs.values() if key not in self.wants and not self._is_present(key)]
-
-    def _is_present(self, key: str) -> bool:
-        if key not in self._present and self.find(key) is not None:
-            self._present.add(key)
-        return key in self._present
-
-    def release(self, waiter: str, session: str | None = None) -> None:
-        """End the requests of a waiter, or of all waiters of a session; running stages run on."""
-        for request in list(self.requests.values()):
-            if request.session == session if session is not None else request.waiter == waiter:
-                self._drop(request)
-                self.outbox.append(Answer(request.name, kind="released", cause="the wait was cancelled"))
-
-    def _drop(self, request: Request) -> None:
-        del self.requests[request.name]
-        for key in request.pending:
-            want = self.wants.get(key)
-            if want is None:
-                continue
-            want.requests.discard(request.name)
-            if want.owner == request.name:
-                want.owner = min((name for name in want.requests if self.requests[name].waiter), default="")
-            if not want.requests and key not in self.runs:
-                del self.wants[key]
-
-    def _settle(self, request: Request) -> None:
-        if request.pending or request.name not in self.requests:
-            return
-        del self.requests[request.name]
-        outcomes = tuple(
-            {
-                "key": key,
-                "state": request.states[key],
-                "seconds": float(request.found[key].record.get("seconds", 0.0)),
-                "metrics": dict(request.found[key].metrics),
-            }
-            for key in request.keys
-        )
-        self.outbox.append(Answer(request.name, outcomes))
 
     # ---- what workers tell
 
@@ -166,10 +77,7 @@ class Ledger:
         return True
 
     def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
-        if stage.key not in self.wants:
-            self._orders += 1
-            self.wants[stage.key] = Want(stage, self._orders, now)
-        self.known[stage.key] = stage
+        self.demand.add(stage, now)
         return self._start(worker, stage, attempt, now)
 
     def _start(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
@@ -198,28 +106,14 @@ class Ledger:
         artifact = self.find(key)
         if artifact is None:
             if run is not None:
-                self.fail(key, "failed", "FileNotFoundError: it ended, but its artifact is not in the store")
+                self._give_up(key, "failed", "FileNotFoundError: it ended, but its artifact is not in the store")
             return
-        self._present.add(key)
         self._deaths.pop(key, None)
         self._missed.pop(key, None)
-        name = key.rpartition("-")[0]
         if run is not None and computed:
-            self.computed[name] += 1
-            self.outbox.append(Event("published", key, name, run.worker, seconds))
-        want = self.wants.pop(key, None)
-        if want is None:
-            return
-        if computed and not want.owner:
-            self._unclaimed.add(key)
-        for request in [self.requests[each] for each in want.requests]:
-            request.pending.discard(key)
-            request.found[key] = artifact
-            caused = "computed" if want.owner == request.name else "joined"
-            request.states[key] = caused if computed else "reused"
-            if request.waiter and request.states[key] != "computed":
-                self.reused[name] += 1
-            self._settle(request)
+            self.computed[run.stage.name] += 1
+            self.outbox.append(Event("published", key, run.stage.name, run.worker, seconds))
+        self.demand.publish(artifact, computed)
 
     def failed(self, key: str, attempt: str, kind: str, cause: str, missing: str, now: float) -> bool:
         """An attempt raised; False if it is not the one that counts. A missing input is computed again first."""
@@ -227,30 +121,16 @@ class Ledger:
         if run is None:
             return False
         self._missed[key] += bool(missing)
-        want = self.wants[key]
-        if missing and missing in self.known and self._missed[key] < DEATHS:
-            self._present.discard(missing)
-            for request in [self.requests[each] for each in want.requests]:
-                request.found.pop(missing, None)
-                self._enter(self.known[missing], request, now)
-            if missing in self.wants or self._is_present(missing):
-                return True
+        if missing and self._missed[key] < DEATHS and self.demand.miss(key, missing, now):
+            return True
         self.outbox.append(Event("failed", key, run.stage.name, run.worker, now - run.since, cause))
-        self.fail(key, kind, cause)
+        self._give_up(key, kind, cause)
         return True
 
-    def fail(self, key: str, kind: str, cause: str) -> None:
-        """Give up a wanted stage and all that reads it: each request that waits for them ends once, with this cause."""
+    def _give_up(self, key: str, kind: str, cause: str) -> None:
         self._deaths.pop(key, None)
         self._missed.pop(key, None)
-        want = self.wants.pop(key, None)
-        for name in sorted(want.requests) if want else ():
-            self._drop(self.requests[name])
-            self.outbox.append(Answer(name, failed=key, cause=cause, kind=kind))
-        readers = [other for other, each in self.wants.items() if key in each.stage.inputs.values() and other not in self.runs]
-        for other in readers:
-            if other in self.wants:
-                self.fail(other, kind, f"it reads {key}, which failed: {cause}")
+        self.demand.fail(key, kind, cause)
 
     def lost(self, worker: Worker) -> None:
         """A worker asks for work without ever having received what it was given."""
@@ -277,18 +157,18 @@ class Ledger:
         self.ended(run.key, run.attempt)
         self._deaths[run.key] += 1
         if self._deaths[run.key] >= DEATHS:
-            self.fail(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
-        elif not self.wants[run.key].requests:
-            del self.wants[run.key]
+            self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
+        else:
+            self.demand.forsake(run.key)
 
     def _bear_no_more(self, why: str) -> None:
         self._stillborn += 1
         if self._stillborn < DEATHS:
             return
         self._stillborn = 0
-        for key in [each for each in self.wants if each not in self.runs]:
-            if key in self.wants:
-                self.fail(key, "failed", f"WorkerDied: workers die before their first heartbeat: {why}")
+        for key in [each for each in self.demand.wants if each not in self.runs]:
+            if key in self.demand.wants:
+                self._give_up(key, "failed", f"WorkerDied: workers die before their first heartbeat: {why}")
 
     # ---- what to do next
 
@@ -311,9 +191,9 @@ class Ledger:
         if self._expected and now < self._quiet_until:
             return
         coming: Counter[Shape] = Counter()
-        for want in sorted((each for key, each in self.wants.items() if key not in self.runs), key=self._rank):
-            if not self._ready(want.stage):
-                continue
+        for want in self.demand.queue():
+            if want.stage.key not in self.demand.wants:
+                continue  # failed with another one just now
             needs = self.needs(want.stage.name)
             worker = self.roster.idle(needs, now)
             if worker is not None:
@@ -323,7 +203,7 @@ class Ledger:
                     Event("started", run.key, want.stage.name, worker.name),
                 ]
             elif not self.roster.fits(needs):
-                self.fail(want.stage.key, "failed", f"it needs {_said(needs)}, more than any node of the cluster has")
+                self._give_up(want.stage.key, "failed", f"it needs {_said(needs)}, more than any node of the cluster has")
             else:
                 self._hire(shape_of(needs), coming, now)
         self._lend(now)
@@ -366,16 +246,6 @@ class Ledger:
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
         return [worker.name for worker in self.roster.workers.values() if worker.lent_to == attempt]
-
-    def _ready(self, stage: Stage) -> bool:
-        """All that it reads is there, and no shorter training that it would continue is on its way."""
-        if any(key in self.wants for key in stage.starts):
-            return False
-        return all(key not in self.wants for key in stage.inputs.values())
-
-    def _rank(self, want: Want) -> tuple[float, float, int]:
-        priority = max((self.requests[name].priority for name in want.requests), default=0)
-        return (-priority, -len(want.requests), want.order)
 
 
 def _said(needs: Needs) -> str:

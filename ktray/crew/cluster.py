@@ -1,0 +1,40 @@
+"""What Ray says of its nodes and actors."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+
+import ray
+
+from ktray.crew.charter import WORKER
+from ktray.crew.roster import Node
+
+
+def end_process(pid: int) -> None:
+    """SIGKILL, which also ends a process that is stopped."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def nodes() -> dict[str, Node]:
+    """Node id -> resources of the nodes that live."""
+    return {
+        node["NodeID"]: Node(held.get("CPU", 0.0), held.get("GPU", 0.0), held.get("memory", float("inf")))
+        for node in ray.nodes()
+        if node["Alive"] and (held := node["Resources"]) is not None
+    }
+
+
+def workers_of(namespace: str) -> list[str]:
+    """Names of the workers of a crew that Ray knows."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [each["name"] for each in named if each["namespace"] == namespace and each["name"].startswith(WORKER)]
+
+
+def cause_of(error: Exception) -> str:
+    """The one line of Ray's account of a death that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = next((line for line in lines if "Worker exit detail:" in line), lines[-1])
+    return said.partition("Worker exit detail:")[2].strip()[:200] if "Worker exit detail:" in said else said[:300]
