@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
@@ -24,10 +25,6 @@ def _parse(room: str, value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-def _plugin(room: str) -> Any:
-    return Annotated[SerializeAsAny[Spec], BeforeValidator(lambda value: _parse(room, value))]
-
-
 def _data(value: Any) -> Any:
     """``fashion_mnist_mini``, ``parquet:/p?label=label`` or a mapping, as one data set's mapping or spec."""
     if not isinstance(value, str):
@@ -44,7 +41,11 @@ def _data(value: Any) -> Any:
 
 
 DataSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_data)]
-BackboneSpec = _plugin("backbone")
+BackboneSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "backbone"))]
+PretextSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "pretext"))]
+DescriptorSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "descriptor"))]
+TransferSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "transfer"))]
+EvaluationSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "evaluation"))]
 Seed = Annotated[int, Field(ge=0)]
 
 
@@ -100,7 +101,7 @@ class Pooling(Spec):
 class TrainedTeacher(Spec):
     """A backbone trained on a pretext task; its features are those of one named layer, float32 unless `dtype` says less."""
 
-    pretext: _plugin("pretext")  # type: ignore[valid-type]
+    pretext: PretextSpec
     backbone: BackboneSpec
     layer: str | None = Field(default=None, description="null: the backbone's own features")
     pool: Pooling = Pooling()
@@ -112,7 +113,7 @@ class TrainedTeacher(Spec):
 class HandcraftedTeacher(Spec):
     """A descriptor: no training, no seed, no schedule."""
 
-    descriptor: _plugin("descriptor")  # type: ignore[valid-type]
+    descriptor: DescriptorSpec
     dtype: Literal["float32", "float16"] = "float32"
 
 
@@ -130,7 +131,7 @@ def _teacher(value: Any) -> Any:
     """The teacher type by the field that only it has, so that errors speak of one type and not of three."""
     if not isinstance(value, Mapping):
         return value
-    by_field = {"pretext": TrainedTeacher, "descriptor": HandcraftedTeacher, "checkpoint": LoadedTeacher}
+    by_field: dict[str, type[Spec]] = {"pretext": TrainedTeacher, "descriptor": HandcraftedTeacher, "checkpoint": LoadedTeacher}
     present = [field for field in by_field if field in value]
     if len(present) != 1:
         raise ValueError(
@@ -164,9 +165,9 @@ class PairSpec(Spec):
 
     data: DataRoles
     teacher: TeacherSpec | None = Field(default=None, description="null only for transfers without a teacher")
-    transfer: _plugin("transfer")  # type: ignore[valid-type]
+    transfer: TransferSpec
     student: Student
-    evals: tuple[_plugin("evaluation"), ...] = ()  # type: ignore[valid-type]
+    evals: tuple[EvaluationSpec, ...] = ()
 
     @field_validator("data", mode="before")
     @classmethod

@@ -19,8 +19,8 @@ class Task:
     Attributes:
         head: feature width D of the backbone -> the module on top of it, (M, D) -> whatever `loss` takes.
         batch: (images (B, H, W, 3) uint8 on the training device, their indices (B,) int64 on the CPU, a CPU generator seeded
-            from (seed, epoch, step)) -> (inputs (M, 3, h, w) float32 as from `augment.to_float`, targets with B rows). All random
-            draws come from the generator, so that the batch is the same on every device.
+            from (seed, epoch, step)) -> (inputs (M, 3, h, w) float32 as from `augment.to_float`, targets with B rows). All
+            random draws come from the generator, so that the batch is the same on every device.
         loss: (outputs of the head, targets) -> (scalar loss, metrics as scalars, such as {"top1": ...} in [0, 1]).
         keep: indices (n,) int64 of the images to train on, ascending; None for all.
         after_step: called with the model (`nn.ModuleDict` of "backbone" and "head") after every optimiser step.

@@ -94,7 +94,7 @@ def test_a_file_that_is_not_there_is_named(home, capsys):
 
 def test_plan_of_a_mistake_takes_under_five_seconds_and_starts_no_ray(home, tmp_path):
     pair = write(tmp_path / "pair.yaml", toy_spec(teacher={"descriptor": {"kind": "hogg"}}))
-    program = "import sys; from ktray.cli import main; code = main(sys.argv[1:]); assert 'ray' not in sys.modules; sys.exit(code)"
+    program = "import sys; from ktray.cli import main; c = main(sys.argv[1:]); assert 'ray' not in sys.modules; sys.exit(c)"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program, "plan", pair], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

@@ -36,7 +36,7 @@ def test_a_published_artifact_is_found_with_its_metrics_and_files(store):
 
 
 def test_the_second_attempt_at_a_published_key_is_discarded(store):
-    first, _ = publish(store, content=b"first", attempt="a")
+    publish(store, content=b"first", attempt="a")
     second, published = publish(store, content=b"second", attempt="b")
     assert not published
     assert (second.directory / "data.bin").read_bytes() == b"first"

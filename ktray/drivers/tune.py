@@ -69,7 +69,7 @@ class StudySearcher(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         if self.stopping.is_set() or self.reason:
             return str(Searcher.FINISHED)
         segment = self._next()
@@ -153,7 +153,14 @@ def run_search(
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
         tune.with_resources(WaitForStages, resources),
-        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True, max_concurrent_trials=concurrent),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=-1,
+            reuse_actors=True,
+            max_concurrent_trials=concurrent,
+            trial_name_creator=_short_name,
+            trial_dirname_creator=_short_name,
+        ),
         run_config=tune.RunConfig(
             name="search",
             storage_path=str(scratch),
@@ -167,6 +174,11 @@ def run_search(
     tuner.fit()
     shutil.rmtree(scratch, ignore_errors=True)
     return searcher.reason
+
+
+def _short_name(trial: Any) -> str:
+    """Tune would put the whole config into names of folders."""
+    return f"segment-{trial.trial_id}"
 
 
 def _release_on_stop(crew: Crew, searcher: StudySearcher, stopping: threading.Event) -> None:

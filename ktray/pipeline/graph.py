@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from ktray import augment, features, images, kmeans, plugins, projection, pseudo_labels, train
+from ktray import augment, classification, features, images, kmeans, plugins, projection, pseudo_labels, train
 from ktray.artifact import Stage
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, TrainedTeacher
 
@@ -47,7 +48,7 @@ class _Builder:
         return stage.key
 
     def data(self, *roles: str) -> dict[str, Any]:
-        return {role: getattr(self.pair.data, role).model_dump() for role in roles}
+        return {role: images.located(getattr(self.pair.data, role)).model_dump() for role in roles}
 
     def images(self, role: str) -> str:
         return self.add(images_stage(getattr(self.pair.data, role), self.identity))
@@ -88,7 +89,7 @@ def images_stage(spec: Spec, identity: Identity) -> Stage:
     """The stage that decodes a data set; where the data lies is no part of its identity, its content is."""
     module = plugins.module_of("dataset", spec)
     what = spec.model_dump(exclude=set(module.LOCATION)) | {"content": identity(spec)}
-    return Stage("images", what, _revisions(spec, images=images), local={"data": spec.model_dump()})
+    return Stage("images", what, _revisions(spec, images=images), local={"data": images.located(spec).model_dump()})
 
 
 def evaluation_name(spec: Any) -> str:
@@ -151,7 +152,7 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
         what = {"checkpoint": checkpoint_sha256(teacher.checkpoint), "backbone": teacher.backbone.model_dump()}
         revisions = _revisions(teacher.backbone, train=train)
         builder.keys["teacher"] = builder.add(
-            Stage("teacher", what, revisions, local={"checkpoint": teacher.checkpoint})
+            Stage("teacher", what, revisions, local={"checkpoint": str(Path(teacher.checkpoint).absolute())})
         )
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
         inputs = {"images.cluster": builder.images("cluster")}
@@ -212,7 +213,7 @@ def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
         "seed": student.seed,
         "transfer": pair.transfer.model_dump(exclude=elsewhere),
     }
-    revisions = _revisions(pair.transfer, student.backbone, train=train, augment=augment)
+    revisions = _revisions(pair.transfer, student.backbone, train=train, augment=augment, classification=classification)
     schedule = student.schedule
     local = {
         "data": builder.data("transfer"),

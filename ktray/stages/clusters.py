@@ -13,9 +13,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.pool import Means
 
 
-def run(
-    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
-) -> Mapping[str, float]:
+def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write `centroids.npy` (K, D), `projection.npz` and `iterations.json`; inertia is the mean squared distance."""
     spec, shards = stage.spec, features.shards(inputs["features"].directory)
     project = projection.fit(
@@ -33,12 +31,13 @@ def run(
         ),
     )
     np.save(out / "centroids.npy", found.centroids)
-    np.savez(out / "projection.npz", **project)
-    rows = [{"iteration": i + 1, "inertia": inertia} for i, inertia in enumerate(found.inertia)]
+    np.savez(out / "projection.npz", **project)  # type: ignore[arg-type]
+    rows = [{"iteration": i, "inertia": inertia} for i, inertia in enumerate(found.inertia)]  # 0: of the seeds
     (out / "iterations.json").write_text(json.dumps({"inertia": rows, "repaired": list(found.empty)}))
     return {
         "inertia": float(found.inertia[-1]),
         "iterations": float(found.iterations),
+        "rotation": float(project["rotation"]),
         "empty": float((found.sizes == 0).sum()),
         "repaired": float(sum(found.empty)),
         "largest_share": float(found.sizes.max() / found.sizes.sum()),

@@ -17,9 +17,7 @@ from ktray.spec import TeacherSpec
 from ktray.stages.images import open_images
 
 
-def run(
-    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
-) -> Mapping[str, float]:
+def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write `metrics.json` and the plots of the evaluation; metric names without prefix."""
     spec = plugins.parse("evaluation", stage.local["evaluation"])
     pseudo_labels = None
@@ -59,5 +57,3 @@ def _extractor(
         return features.of_network(backbone, spec.layer, spec.pool, inputs["student"].directory, device)  # type: ignore[attr-defined]
 
     return build
-
-

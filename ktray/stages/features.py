@@ -10,9 +10,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.pool import Means
 
 
-def run(
-    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
-) -> Mapping[str, float]:
+def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write ``features-00000.npy`` and so on, (n, D) each; metrics `dim` and `images_per_s`."""
     teacher = inputs.get("teacher")
     source = {

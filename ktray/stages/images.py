@@ -12,9 +12,7 @@ from ktray.images import Images
 from ktray.pool import Means
 
 
-def run(
-    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
-) -> Mapping[str, float]:
+def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write the images of ``stage.local["data"]``; metrics `count` and `unreadable`."""
     spec = plugins.parse("dataset", stage.local["data"])
     return tools.write(spec, out, means.pool, means.memmap_bytes)

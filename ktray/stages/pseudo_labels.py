@@ -14,9 +14,7 @@ from ktray.pool import Means
 from ktray.stages.images import open_images
 
 
-def run(
-    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
-) -> Mapping[str, float]:
+def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write `labels.npy` (N,) int64 with -1 for images left out, and a sheet of images per cluster."""
     clusters = inputs["clusters"].directory
     centroids = np.load(clusters / "centroids.npy", allow_pickle=False)
@@ -25,7 +23,9 @@ def run(
     labels = tools.assign(features.shards(inputs["features"].directory), centroids, projection, means.pool)
     labels = tools.drop_small(labels, len(centroids), stage.spec["min_size"])
     if not (labels >= 0).any():
-        raise ValueError(f"every cluster has fewer than min_size={stage.spec['min_size']} images: nothing is left to learn from")
+        raise ValueError(
+            f"every cluster has fewer than min_size={stage.spec['min_size']} images: nothing is left to learn from"
+        )
     np.save(out / "labels.npy", labels)
     images = open_images(stage, "transfer", inputs, "train")
     tools.sheet(images, labels, out / "clusters.png")

@@ -17,9 +17,7 @@ from ktray.stages.images import open_images
 from ktray.stages.training import run_training
 
 
-def run(
-    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
-) -> Mapping[str, float]:
+def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write a snapshot of the student at ``stage.spec["epoch"]``; epoch 0 is the student as drawn."""
     transfer = plugins.parse("transfer", stage.local["transfer"])
     module = plugins.module_of("transfer", transfer)

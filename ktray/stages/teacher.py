@@ -14,9 +14,7 @@ from ktray.stages.images import open_images
 from ktray.stages.training import run_training
 
 
-def run(
-    stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None
-) -> Mapping[str, float]:
+def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write a snapshot (`weights.safetensors`, ...) or, for a descriptor that is fitted, `state.npz`."""
     if "pretext" in stage.spec:
         images = open_images(stage, "pretext", inputs, "train")

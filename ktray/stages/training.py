@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from ktray.task import Task
 OnEpoch = Callable[[int, dict[str, float], Callable[[Path], None]], None]
 
 
-def run_training(
-    stage: Stage, task: Task, images: Images, out: Path, means: Means, start: Path | None
-) -> dict[str, float]:
+def run_training(stage: Stage, task: Task, images: Images, out: Path, means: Means, start: Path | None) -> dict[str, float]:
     """Train the backbone of ``stage.spec`` to ``stage.spec["epoch"]``; metrics of the last epoch and `parameters`."""
     backbone_spec = plugins.parse("backbone", stage.spec["backbone"])
     seed, until = stage.spec["seed"], stage.spec["epoch"]
@@ -59,5 +57,3 @@ def _checkpointing(out: Path, until: int, means: Means) -> OnEpoch:
         saved.update(at=time.monotonic(), path=path)
 
     return on_epoch
-
-

@@ -48,6 +48,9 @@ class Store(Protocol):
     def remove(self, key: str) -> None:
         """Delete an artifact."""
 
+    def verify(self, key: str) -> str:
+        """The first difference between an artifact's files and the sha256 in its record; empty if there is none."""
+
     def sweep(self) -> int:
         """Remove what dead attempts left behind; how many directories. Only while nothing runs on this store."""
 

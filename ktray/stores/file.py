@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -55,10 +56,8 @@ class FileStore:
     def _set_aside(self, directory: Path, problem: str) -> None:
         log.warning("%s is damaged (%s): moved to .damaged, it will be computed again", directory.name, problem)
         target = self._hidden(".damaged") / f"{directory.name}.{uuid.uuid4().hex[:8]}"
-        try:
+        with contextlib.suppress(FileNotFoundError):  # another process saw the same damage first
             directory.rename(target)
-        except FileNotFoundError:
-            pass  # another process saw the same damage first
 
     def scratch(self, key: str, attempt: str) -> Path:
         directory = self._hidden(".scratch") / f"{key}.{attempt}"
