@@ -247,10 +247,10 @@ from toy_work import toy, work
 home = Path(sys.argv[1])
 session = start(home, None, Runtime(cpus=1))
 crew = connect(session, f"file://{home}/store", work)
-crew.obtain([toy("images")], "me")
+crew.obtain([toy("images", {"pid": os.getpid()})], "me")
 print("RUNNING", crew.status()["pid"], crew.status()["workers"][0]["pid"], session.temporary, flush=True)
 try:
-    crew.obtain([toy("slow", {"steps": 300})], "me")
+    crew.obtain([toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
 except KeyboardInterrupt:
     stop(session)
     print("STOPPED", flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -367,3 +369,14 @@ def test_a_wrong_runtime_file_is_named_with_its_place(tmp_path: Path, text: str,
         load_runtime(path)
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
+
+
+def test_the_broker_and_its_clients_never_import_torch() -> None:
+    modules = "ktray.crew.broker, ktray.crew.client, ktray.crew.worker, ktray.crew.runtime, ktray.crew.ray_pool"
+    script = (
+        f"import sys, {modules}\nprint([name for name in ('torch', 'ray.tune', 'optuna', 'mlflow') if name in sys.modules])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    assert said.stdout.strip() == "[]"

@@ -24,6 +24,7 @@ from ktray.crew.needs import Needs, Runtime, load_runtime
 from ktray.errors import PreflightFailed, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
+KEPT_BYTES = 20_000
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -101,6 +102,7 @@ def stop(session: Session) -> None:
             process.kill()
     psutil.wait_procs(alive, timeout=5)
     if session.temporary is not None:
+        _keep_errors(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
     if session.lock is not None:
         session.lock.release()
@@ -213,6 +215,15 @@ def _own_processes() -> list[psutil.Process]:
                 process = psutil.Process(info.process.pid)
                 found |= {each.pid: each for each in [process, *process.children(recursive=True)]}
     return list(found.values())
+
+
+def _keep_errors(temporary: Path, log: Path) -> None:
+    """Append to our log what workers wrote to stderr, such as the last words of one that crashed; the end of each."""
+    for path in sorted(temporary.glob("session_2*/logs/worker-*.err")):
+        with suppress(OSError), open(path, "rb") as file, open(log, "a") as kept:
+            file.seek(max(0, path.stat().st_size - KEPT_BYTES))
+            lines = [line for line in file.read().decode(errors="replace").splitlines() if not line.startswith(":")]
+            kept.writelines(f"({path.stem[:40]}) {line}\n" for line in lines)
 
 
 def _remove_leftovers(home: Path) -> None:
