@@ -1,0 +1,99 @@
+"""The README says what is true: its commands parse, its examples run, its tree is the tree.
+
+`python tests/test_readme.py` rewrites the tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ktray.cli import _parser, main
+from tests.toys import toy_spec
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TREE = re.compile(r"(<!-- tree -->\n```text\n)(.*?)(```)", re.DOTALL)
+ROOMS = ["", "stores", "images", "datasets", "backbones", "pretext", "descriptors", "transfer", "evals"]
+FLOORS = [*ROOMS, "crew", "stages", "pipeline", "search", "tracking", "report", "drivers", "cli"]
+
+
+def tree() -> str:
+    """Every module of the package with the first line of its docstring."""
+    lines = []
+    for room in FLOORS:
+        folder = ROOT / "ktray" / room
+        if room:
+            lines.append(f"ktray/{room}/  {first_line(folder / '__init__.py')}")
+        for path in sorted(folder.glob("*.py")):
+            if path.name not in ("__init__.py", "__main__.py"):
+                lines.append(f"  {path.name:22} {first_line(path)}" if room else f"ktray/{path.name:22} {first_line(path)}")
+        for inner in sorted(folder.glob("*/__init__.py")) if room else []:
+            lines.append(f"  {inner.parent.name + '/':22} {first_line(inner)}")
+    for folder in ("search_spaces", "experiments"):
+        lines.append(f"{folder}/")
+        lines += [f"  {path.name:22} {first_line(path)}" for path in sorted((ROOT / folder).glob("*.*"))]
+    return "\n".join(lines) + "\n"
+
+
+def first_line(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text.splitlines()[0].lstrip("# ")
+    return (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_tree_names_every_file_with_its_own_first_line():
+    found = TREE.search(README.read_text(encoding="utf-8"))
+    assert found
+    assert found.group(2) == tree(), "run: python tests/test_readme.py"
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ktray ")])
+def test_every_command_of_the_readme_parses(line):
+    words = shlex.split(line, comments=True)[1:]
+    assert _parser().parse_args(words).run
+
+
+def test_the_yaml_examples_are_valid_on_data_that_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
+    for number, block in enumerate(blocks("yaml")):
+        spec = yaml.safe_load(block)
+        (spec["pair"] if "pair" in spec else spec)["data"] = {"kind": "synthetic", "count": 300, "size": 32}
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(spec))
+        assert main(["plan", str(path), "-q"]) == 0, capsys.readouterr().err
+
+
+def test_the_pretext_task_of_the_readme_trains_as_a_plugin_from_outside(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
+    package = tmp_path / "my_lab"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    code = blocks("python")[0].replace('Literal["mirror"] = "mirror"', 'Literal["my_lab.mirror"] = "my_lab.mirror"')
+    (package / "mirror.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
+    teacher = {
+        "pretext": {"kind": "my_lab.mirror"},
+        "backbone": {"kind": "alexnet", "width": 0.125},
+        "schedule": {"epochs": 1, "batch_size": 32},
+    }
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump(toy_spec(teacher=teacher)))
+    assert main(["run", str(path), "--local"]) == 2
+    assert "--allow-plugins my_lab" in capsys.readouterr().err
+    assert main(["run", str(path), "--local", "--allow-plugins", "my_lab", "-q"]) == 0
+
+
+if __name__ == "__main__":
+    README.write_text(TREE.sub(lambda m: m.group(1) + tree() + m.group(3), README.read_text(encoding="utf-8")), encoding="utf-8")
