@@ -20,9 +20,12 @@ class Spec(BaseModel):
 
 def _parse(room: str, value: Any) -> Any:
     try:
-        return plugins.parse(room, value)
+        found = plugins.parse(room, value)
     except UserError as error:  # as a ValueError it leaves pydantic with the path of the field
         raise ValueError(str(error)) from error
+    if not isinstance(found, Spec):
+        raise ValueError(f"a {room} is a kind's name or a mapping with 'kind', and this is {value!r}")
+    return found
 
 
 def _data(value: Any) -> Any:
@@ -41,11 +44,11 @@ def _data(value: Any) -> Any:
 
 
 DataSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_data)]
-BackboneSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "backbone"))]
-PretextSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "pretext"))]
-DescriptorSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "descriptor"))]
-TransferSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "transfer"))]
-EvaluationSpec = Annotated[Any, BeforeValidator(partial(plugins.parse, "evaluation"))]
+BackboneSpec = Annotated[Any, BeforeValidator(partial(_parse, "backbone"))]
+PretextSpec = Annotated[Any, BeforeValidator(partial(_parse, "pretext"))]
+DescriptorSpec = Annotated[Any, BeforeValidator(partial(_parse, "descriptor"))]
+TransferSpec = Annotated[Any, BeforeValidator(partial(_parse, "transfer"))]
+EvaluationSpec = Annotated[Any, BeforeValidator(partial(_parse, "evaluation"))]
 Seed = Annotated[int, Field(ge=0)]
 
 
