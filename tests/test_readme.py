@@ -68,7 +68,7 @@ def test_the_yaml_examples_are_valid_on_data_that_is_there(tmp_path, monkeypatch
     monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
     for number, block in enumerate(blocks("yaml")):
         spec = yaml.safe_load(block)
-        (spec["pair"] if "pair" in spec else spec)["data"] = {"kind": "synthetic", "count": 300, "size": 32}
+        spec.get("pair", spec)["data"] = {"kind": "synthetic", "count": 300, "size": 32}
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(spec))
         assert main(["plan", str(path), "-q"]) == 0, capsys.readouterr().err
@@ -96,4 +96,6 @@ def test_the_pretext_task_of_the_readme_trains_as_a_plugin_from_outside(tmp_path
 
 
 if __name__ == "__main__":
-    README.write_text(TREE.sub(lambda m: m.group(1) + tree() + m.group(3), README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(
+        TREE.sub(lambda m: m.group(1) + tree() + m.group(3), README.read_text(encoding="utf-8")), encoding="utf-8"
+    )

@@ -1,0 +1,96 @@
+"""A search on a virtual clock follows the same logic as one on Ray, in no time."""
+
+import pytest
+
+from ktray.drivers.simulate import VirtualClock, simulate
+from ktray.fingerprint import seed_of
+from ktray.search.check import checked
+from ktray.search.space import Space
+from ktray.search.study import Study
+from tests.toys import DATA, ROTATION
+
+COST = {
+    "images": 5.0,
+    "teacher": 30.0,
+    "features": 8.0,
+    "clusters": 4.0,
+    "pseudo_labels": 1.0,
+    "student": 6.0,
+    "evaluation": 2.0,
+}
+
+
+def seconds(stage, epochs):
+    return COST[stage.name] * (epochs or 1)
+
+
+def metrics(stage):
+    return {"top1": (seed_of(stage.key) % 1000) / 1000} if stage.name == "evaluation" else {"loss": 1.0}
+
+
+def space(trials=12, early_stop=True):
+    content = {
+        "study": "simulated",
+        "objectives": [{"metric": "knn/top1"}],
+        "budget": {"trials": trials, "concurrent": 4},
+        "early_stop": {"metric": "knn/top1", "rungs": [2, 4, 8], "reduction": 2} if early_stop else None,
+        "pair": {
+            "data": DATA,
+            "teacher": {**ROTATION, "layer": {"choice": ["conv3", "conv4"]}},
+            "transfer": {"kind": "clusters", "k": {"choice": [5, 10, 20]}},
+            "student": {
+                "backbone": {"kind": "alexnet", "width": 0.125},
+                "schedule": {"epochs": 8, "lr": {"log_float": [0.01, 0.1]}},
+            },
+            "evals": [{"kind": "knn"}],
+        },
+    }
+    return checked(Space.of(content, "simulated.yaml"))
+
+
+def run(home, workers, **how):
+    clock = VirtualClock()
+    searched = space(**how)
+    study = Study.open(home, searched, clock=clock)
+    return simulate(searched, study, clock, seconds, metrics, workers)
+
+
+def test_every_distinct_stage_is_computed_once_and_the_target_is_met(tmp_path):
+    timeline = run(tmp_path, workers=4)
+    keys = [key for _, key in timeline.computed]
+    assert len(keys) == len(set(keys))
+    settled = [trial for trial in timeline.trials if trial.state in ("completed", "pruned")]
+    assert len(settled) == 12
+    assert any(trial.state == "completed" for trial in settled)
+    assert sum(key.startswith("teacher-") for key in keys) == 1
+
+
+def test_one_worker_is_busy_all_the_time_and_more_are_faster(tmp_path):
+    one = run(tmp_path / "one", workers=1)
+    four = run(tmp_path / "four", workers=4)
+    assert one.makespan == pytest.approx(one.busy)
+    assert four.makespan < one.makespan
+
+
+def test_sharing_makes_the_search_cheaper_than_its_trials_alone(tmp_path):
+    timeline = run(tmp_path, workers=4, early_stop=False)
+    assert timeline.alone > 1.5 * timeline.busy
+
+
+def test_stopping_early_is_cheaper_than_training_all_students(tmp_path):
+    stopped = run(tmp_path / "rungs", workers=2)
+    full = run(tmp_path / "full", workers=2, early_stop=False)
+    assert stopped.busy < 0.8 * full.busy
+
+
+def test_a_segment_is_charged_only_for_the_epochs_beyond_its_snapshot(tmp_path):
+    timeline = run(tmp_path, workers=1)
+    best = next(trial for trial in timeline.trials if trial.state == "completed")
+    alone = 5 + 2 * 30 + 8 + 4 + 1 + 8 * 6 + 2
+    assert best.cost["seconds"] == pytest.approx(alone)
+
+
+def test_the_same_study_simulated_twice_makes_the_same_draws(tmp_path):
+    one, two = run(tmp_path / "a", workers=3), run(tmp_path / "b", workers=3)
+    assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
+    assert one.makespan == two.makespan
