@@ -73,6 +73,7 @@ class _Crew:
 
     def start(self) -> Any:
         from ktray.crew import client, runtime
+        from ktray.drivers.preflight import preflight
         from ktray.drivers.watch import Watch
         from ktray.pipeline.execute import execute
 
@@ -81,6 +82,7 @@ class _Crew:
             self.say(f"Ray's own messages go to {self._session.log}")
             for warning in self._session.warnings:
                 self.say(warning)
+            preflight(self.place.store)
             self._crew = client.connect(self._session, self.place.store.url, execute)
             self._watch = Watch(self._crew, self.place.store, self.tracker, self.show)
         return self._crew

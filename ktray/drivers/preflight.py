@@ -1,0 +1,95 @@
+"""Look before anything expensive starts: room on the disk, a store that every node can read and write, one Python for all."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ktray.errors import PreflightFailed
+from ktray.stores import Store
+
+LEAST_FREE = 512 << 20
+PATIENCE = 60.0
+
+
+def preflight(store: Store) -> None:
+    """Check the cluster that is connected and the store of this search.
+
+    Raises:
+        PreflightFailed: one paragraph with everything that is wrong.
+    """
+    root = Path(store.url.removeprefix("file://"))
+    problems = [*_disk(root), *_nodes(root)]
+    if problems:
+        raise PreflightFailed(" ".join(problems))
+
+
+def _disk(root: Path) -> list[str]:
+    free = shutil.disk_usage(root).free
+    if free >= LEAST_FREE:
+        return []
+    return [f"The store {root} has {free >> 20} MB left; make room for at least {LEAST_FREE >> 20} MB."]
+
+
+def _nodes(root: Path) -> list[str]:
+    """Every node must read what we write to the store, and write where we read."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return []
+    probe = root / f".probe-{uuid.uuid4().hex[:8]}"
+    probe.write_text("ktray")
+    look = ray.remote(num_cpus=0)(_look)
+    try:
+        asked = {
+            node["NodeID"]: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                str(probe)
+            )
+            for node in nodes
+        }
+        answers = {node: _answer(reference) for node, reference in asked.items()}
+        return [problem for node, answer in answers.items() for problem in _wrong(node, answer, probe)]
+    finally:
+        for path in root.glob(f"{probe.name}*"):
+            path.unlink(missing_ok=True)
+
+
+def _look(probe: str) -> dict[str, str]:
+    """On a node: what it sees of the probe, after leaving an answer beside it."""
+    import ktray
+
+    path = Path(probe)
+    seen = path.read_text() if path.exists() else ""
+    if seen:
+        path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}").write_text("ktray")
+    return {"seen": seen, "python": platform.python_version(), "ktray": ktray.__version__, "host": platform.node()}
+
+
+def _answer(reference: Any) -> Mapping[str, str]:
+    try:
+        found: Mapping[str, str] = ray.get(reference, timeout=PATIENCE)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        return {"error": " ".join(str(error).split())[:200]}
+    return found
+
+
+def _wrong(node: str, answer: Mapping[str, str], probe: Path) -> list[str]:
+    import ktray
+
+    if "error" in answer:
+        return [f"The node {node[:8]} does not answer: {answer['error']}."]
+    name = f"The node {answer['host']} ({node[:8]})"
+    found = []
+    if answer["seen"] != "ktray":
+        found.append(f"{name} does not see the store {probe.parent}; put it on a file system that all nodes share (--store).")
+    if answer["ktray"] != ktray.__version__:
+        found.append(f"{name} has ktray {answer['ktray']}, and here it is {ktray.__version__}; install the same version.")
+    if answer["python"] != platform.python_version():
+        found.append(f"{name} has Python {answer['python']}, and here it is {platform.python_version()}.")
+    return found

@@ -1,0 +1,49 @@
+"""What would fail after hours is said before the first stage."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+import ktray
+from ktray.drivers import preflight
+from ktray.errors import PreflightFailed
+from ktray.stores.file import FileStore
+
+GOOD = {"seen": "ktray", "python": platform.python_version(), "ktray": ktray.__version__, "host": "n1"}
+
+
+def test_a_healthy_place_passes_and_no_probe_is_left(ray_home, tmp_path):
+    store = FileStore(tmp_path)
+    preflight.preflight(store)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_refused_with_its_number_and_exit_code_4(ray_home, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "LEAST_FREE", 1 << 60)
+    with pytest.raises(PreflightFailed, match="MB left") as raised:
+        preflight.preflight(FileStore(tmp_path))
+    assert raised.value.exit_code == 4
+
+
+def test_a_node_answers_with_what_it_sees_and_leaves_a_file_beside_it(tmp_path):
+    probe = tmp_path / ".probe-1"
+    probe.write_text("ktray")
+    assert preflight._look(str(probe))["seen"] == "ktray"
+    assert len(list(tmp_path.iterdir())) == 2
+    assert preflight._look(str(tmp_path / "absent"))["seen"] == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seen": ""}, "does not see the store"),
+        ({"ktray": "0.0.1"}, "install the same version"),
+        ({"python": "3.9.1"}, "Python 3.9.1"),
+        ({"error": "it is dead"}, "it is dead"),
+    ],
+)
+def test_each_thing_that_is_wrong_with_a_node_is_said(changes, said):
+    found = preflight._wrong("abcdef0123", {**GOOD, **changes}, Path("/store/.probe"))
+    assert said in " ".join(found)
+    assert preflight._wrong("abcdef0123", GOOD, Path("/store/.probe")) == []
