@@ -185,7 +185,7 @@ class PairSpec(Spec):
     def _a_teacher_exactly_where_needed(self) -> PairSpec:
         needs = plugins.module_of("transfer", self.transfer).NEEDS
         if "features" in needs and self.teacher is None:
-            raise ValueError(f"the transfer {self.transfer.kind!r} needs a teacher")
+            raise ValueError(f"the transfer {self.transfer.kind!r} needs a teacher, such as teacher: {{descriptor: hog}}")
         if "features" not in needs and self.teacher is not None and not self._judges_the_teacher():
             raise ValueError(f"the transfer {self.transfer.kind!r} uses no teacher; leave 'teacher' out")
         names = [getattr(entry, "name", None) or entry.kind for entry in self.evals]

@@ -170,9 +170,9 @@ def refusal(tmp_path: Path, pair: dict[str, Any] | None = None, **fields: Any) -
         ({"uniform": [5, 10]}, "Did you mean 'float'?"),
         ({"choice": [5], "default": 5}, "stands alone"),
         ({"one_of": []}, "needs a mapping of branches"),
-        ({"choice": [5, 0]}, "greater than or equal to 2"),
-        ({"int": [1, 50]}, "greater than or equal to 2"),
-        ({"float": [2.0, 50.0]}, "valid integer"),
+        ({"choice": [5, 0]}, "should be at least 2"),
+        ({"int": [1, 50]}, "should be at least 2"),
+        ({"float": [2.0, 50.0]}, "should be a whole number"),
     ],
 )
 def test_an_impossible_operator_is_refused_with_its_path(tmp_path: Path, operand: Any, said: str) -> None:
@@ -228,7 +228,7 @@ def test_several_mistakes_come_in_one_message_each_once(tmp_path: Path) -> None:
         ({"buget": {"trials": 3}}, "Did you mean 'budget'?"),
         ({"budget": {"trials": 0}}, "budget.trials"),
         ({"budget": {"stop_after": "noon"}}, "no duration"),
-        ({"budget": {"stop_after": 0}}, "greater than 0"),
+        ({"budget": {"stop_after": 0}}, "should be above 0"),
         ({"early_stop": {"metric": "knn/top5", "rungs": [1, 9]}}, "no evaluation of the pair gives 'knn/top5'"),
         ({"early_stop": {"metric": "cost/seconds", "rungs": [1, 9]}}, "judges no student"),
         ({"early_stop": {"metric": "knn/top1", "rungs": [9, 1]}}, "write [1, 9]"),

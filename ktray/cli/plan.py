@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ktray.cli.source import is_space, load_pairs, load_space
-    from ktray.pipeline.check import check_pair, data_loader
+    from ktray.pipeline.check import data_loader
 
     options = settings(args)
     notes: list[str] = []
@@ -36,19 +36,35 @@ def run(args: argparse.Namespace) -> int:
         notes = space.warnings()
     else:
         pairs = dict(load_pairs(args.source, args.overrides))
-        for pair in pairs.values():
-            check_pair(pair, load)
+        check_pairs(pairs, load, args.source)
         count = len(pairs)
     answer = _plan(pairs, count, options)
     options.answer(answer, _text(answer, notes))
     return 0
 
 
+def check_pairs(pairs: Mapping[str, PairSpec], load: Any, source: Path) -> None:
+    """Check pairs against data and networks.
+
+    Raises:
+        UserError: names the file, the pair where there are several, and the dotted path.
+    """
+    from ktray.errors import UserError
+    from ktray.pipeline.check import check_pair
+
+    for name, pair in pairs.items():
+        try:
+            check_pair(pair, load)
+        except UserError as error:
+            which = f"{source}: {name}: " if source.suffix == ".py" else f"{source}: "
+            raise UserError(error.problem, where=f"{which}{error.where}", instead=error.instead) from error
+
+
 def check_space(space: Space, load: Any, file: str) -> None:
     """Check every branch at both ends of every range against data and networks.
 
     Raises:
-        UserError: with the branch and the dotted path in `where`.
+        UserError: names the file, the dotted path with its branch, and the draw.
     """
     from ktray.errors import UserError
     from ktray.pipeline.check import check_pair
@@ -57,7 +73,9 @@ def check_space(space: Space, load: Any, file: str) -> None:
         try:
             check_pair(space.pair(params), load)
         except UserError as error:
-            raise UserError(error.problem, where=f"{file}: {label}: pair.{error.where}", instead=error.instead) from error
+            place = space.place(tuple(error.where.split(".")), params) if error.where else "pair"
+            drawn = f" ({label})" if ": " in label else ""  # the first draw of each branch is told by its path
+            raise UserError(f"{error.problem}{drawn}", where=f"{file}: {place}", instead=error.instead) from error
 
 
 def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:

@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ktray.cli.plan import check_pairs
     from ktray.cli.source import load_pairs
     from ktray.errors import StageFailed, UserError
-    from ktray.pipeline.check import check_pair, data_loader
+    from ktray.pipeline.check import data_loader
 
     options = settings(args)
     pairs = load_pairs(args.source, args.overrides)
@@ -38,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
         if unknown:
             raise UserError(f"there is no pair {sorted(unknown)[0]!r}", instead=f"Known: {', '.join(pairs)}.")
         pairs = {name: pairs[name] for name in args.only}
-    load = data_loader()
-    for pair in pairs.values():
-        check_pair(pair, load)
+    check_pairs(pairs, data_loader(), args.source)
     runner = _run_here if args.local else _run_on_ray
     results = runner(pairs, args, options)
     good = [result for result in results if not isinstance(result, StageFailed)]

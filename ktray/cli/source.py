@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import runpy
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
 
 from ktray.errors import UserError
 from ktray.spec import PairSpec
@@ -56,8 +59,31 @@ def _must_exist(path: Path) -> None:
 def _experiment(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
     if overrides:
         raise UserError("--set changes YAML files; an experiment is code", where=str(path), instead="Edit its pairs().")
-    found = runpy.run_path(str(path)).get("pairs")
-    if found is None:
-        raise UserError("the experiment has no function pairs()", where=str(path), instead="See experiments/baselines.py.")
-    pairs: Mapping[str, PairSpec] = found()
+    try:
+        found = runpy.run_path(str(path)).get("pairs")
+        if found is None:
+            raise UserError("the experiment has no function pairs()", str(path), "See experiments/baselines.py.")
+        pairs: Mapping[str, PairSpec] = found()
+    except UserError:
+        raise
+    except Exception as error:  # a boundary: the code is the user's, and whatever it raises is the user's to mend
+        raise _of_experiment(error, path) from error
+    strangers = [] if not isinstance(pairs, Mapping) else [name for name, p in pairs.items() if not isinstance(p, PairSpec)]
+    if not isinstance(pairs, Mapping) or strangers:
+        what = f"pairs()[{strangers[0]!r}] is no PairSpec" if strangers else "pairs() gives no mapping"
+        raise UserError(what, str(path), "It returns {name: PairSpec, ...}; see experiments/baselines.py.")
     return pairs
+
+
+def _of_experiment(error: Exception, path: Path) -> UserError:
+    """What an experiment raised, with the line of the experiment that it came from."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = f"{path}, line {line}" if line else str(path)
+    if isinstance(error, ValidationError):
+        from ktray.search.problems import of_validation
+
+        found = of_validation(error, PairSpec, {}, lambda steps: ".".join(map(str, steps)))
+        return UserError("; ".join(map(str, found)), where)
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    return UserError(f"the experiment raised {type(error).__name__}: {said}", where)

@@ -33,7 +33,9 @@ def listed(root: Path) -> tuple[tuple[str, Path], ...]:
         UserError: `root` is not a folder.
     """
     if not root.is_dir():
-        raise UserError(f"there is no folder {root}", instead="Give the folder of the images as 'path'.")
+        raise UserError(
+            f"there is no folder {root}", where="data.path", instead="Give the folder of the images, such as folder:/photos."
+        )
     found: dict[str, Path] = {}
     entered = set()
     waiting = [(str(root), "")]

@@ -12,8 +12,7 @@ from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Splits
-from ktray.pipeline.graph import evaluation_name
-from ktray.spec import HandcraftedTeacher, PairSpec, Spec
+from ktray.spec import DataRoles, HandcraftedTeacher, PairSpec, Spec
 
 Load = Callable[[Spec], Splits]
 
@@ -37,9 +36,21 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
-    _clusters(pair, load)
-    _labels(pair, load)
+    found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
+    _clusters(pair, found["cluster"])
+    _labels(pair, found["transfer"], found["target"])
     _layers(pair)
+
+
+def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
+    """The data of one role; what is wrong with it is said with the field that names it."""
+    specs = [getattr(pair.data, each) for each in DataRoles.model_fields]
+    place = "data" if all(spec == specs[0] for spec in specs) else f"data.{role}"
+    try:
+        return load(getattr(pair.data, role))
+    except UserError as error:
+        field = error.where.removeprefix("data").removeprefix(".")
+        raise UserError(error.problem, f"{place}.{field}".rstrip("."), error.instead) from error
 
 
 def train_count(splits: Splits, spec: Any) -> int:
@@ -48,11 +59,11 @@ def train_count(splits: Splits, spec: Any) -> int:
     return count if splits.val is not None else count - round(count * spec.split.val)
 
 
-def _clusters(pair: PairSpec, load: Load) -> None:
+def _clusters(pair: PairSpec, data: Splits) -> None:
     k = getattr(pair.transfer, "k", None)
     if k is None:
         return
-    count = train_count(load(pair.data.cluster), pair.data.cluster)
+    count = train_count(data, pair.data.cluster)
     if k > count:
         raise UserError(
             f"k={k} clusters cannot be made of {count} images",
@@ -61,24 +72,27 @@ def _clusters(pair: PairSpec, load: Load) -> None:
         )
 
 
-def _labels(pair: PairSpec, load: Load) -> None:
+def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
     needs = plugins.module_of("transfer", pair.transfer).NEEDS
-    if "labels" in needs and load(pair.data.transfer).train.labels is None:
-        raise UserError("this transfer needs labels, and the data has none", where="data.transfer")
-    target = load(pair.data.target)
+    if "labels" in needs and transfer.train.labels is None:
+        raise UserError(
+            f"the transfer {pair.transfer.kind!r} needs labels, and its data has none",
+            where="transfer.kind",
+            instead="Use clusters, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
+        )
     for index, spec in enumerate(pair.evals):
-        where = f"evals[{index}] ({evaluation_name(spec)})"  # type: ignore[arg-type]
+        where = f"evals.{index}"  # type: ignore[arg-type]
         module = plugins.module_of("evaluation", spec)
         if module.NEEDS_LABELS and target.train.labels is None:
             raise UserError(
-                "this evaluation needs labels, and the target data has none",
+                f"the evaluation {spec.kind!r} needs labels, and the target data has none",  # type: ignore[attr-defined]
                 where=where,
-                instead="Use effective_rank, which needs none.",
+                instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
         if spec.split == "test" and target.test is None:  # type: ignore[attr-defined]
             raise UserError("the target data has no test split", where=where, instead="Judge on val.")
         if spec.of == "teacher" and pair.teacher is None:  # type: ignore[attr-defined]
-            raise UserError("it judges the teacher, and the pair has none", where=where)
+            raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
 
 
 def _layers(pair: PairSpec) -> None:
@@ -88,9 +102,9 @@ def _layers(pair: PairSpec) -> None:
         networks.append(("teacher.layer", teacher.backbone, teacher.layer))
     for index, spec in enumerate(pair.evals):
         if spec.of == "student":  # type: ignore[attr-defined]
-            networks.append((f"evals[{index}].layer", pair.student.backbone, spec.layer))  # type: ignore[attr-defined]
+            networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))  # type: ignore[attr-defined]
         elif teacher is not None and not isinstance(teacher, HandcraftedTeacher):
-            networks.append((f"evals[{index}].layer", teacher.backbone, spec.layer))  # type: ignore[attr-defined]
+            networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))  # type: ignore[attr-defined]
     for where, backbone, layer in networks:
         names = _layer_names(backbone)
         if layer is not None and layer not in names:

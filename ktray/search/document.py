@@ -103,7 +103,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} {_TWICE}", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -113,13 +113,27 @@ _Loader.add_implicit_resolver(
 )
 
 
+_TWICE = "is there twice"
+_RIGHT = {  # what a parser says -> what a person does
+    "'\\t'": "Indent with spaces, not with tabs.",
+    "<stream end>": "A bracket or a quote is not closed.",
+    "',' or": "A bracket or a comma is missing, here or on the line above.",
+    "constructor for the tag": "Write plain values; what begins with ! is not read.",
+    "mapping values are not allowed": "Quote the text if its colon is meant, else check the indentation.",
+    _TWICE: "Leave one of them out.",
+}
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"this is not YAML: {getattr(error, 'problem', None) or error}", f"{where}{line}") from error
+        said = str(getattr(error, "problem", None) or error)
+        right = next((right for words, right in _RIGHT.items() if words in said), "")
+        problem = said if _TWICE in said else f"this is no valid YAML: {said}"
+        raise UserError(problem, f"{where}{line}", right) from error
 
 
 def read(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -130,11 +144,14 @@ def read(path: Path, overrides: list[str]) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the file cannot be read: {error}", str(path)) from error
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror}", str(path)) from error
+    except UnicodeDecodeError as error:
+        raise UserError("the file is no text in UTF-8", str(path), "Give a YAML file.") from error
     content = _parse(text, str(path))
     if not isinstance(content, dict):
-        raise UserError("the file holds no mapping", str(path), "See search_spaces/quickstart.yaml.")
+        what = "the file is empty" if content is None else "the file holds no fields (name: value)"
+        raise UserError(what, str(path), "See search_spaces/quickstart.yaml.")
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not name:

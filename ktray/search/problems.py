@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, TrainedTeacher
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, TrainedTeacher
 
 SHOWN = 5
 Path = tuple[str | int, ...]
@@ -27,6 +28,19 @@ _TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
     "pretext": (TrainedTeacher, "a trained teacher (one with 'pretext')"),
     "descriptor": (HandcraftedTeacher, "a handcrafted teacher (one with 'descriptor')"),
     "checkpoint": (LoadedTeacher, "a loaded teacher (one with 'checkpoint')"),
+}
+_RULES = {  # pydantic's names of what is wrong, in the words of a YAML file
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a finite number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), "a mapping (name: value)"),
+    "string_type": "text",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "of at least {min_length}",
 }
 
 
@@ -66,7 +80,11 @@ def of_validation(error: ValidationError, model: type[BaseModel], value: Any, wh
     Args:
         where: path of a field in `value` -> dotted path in the file, as the user wrote it.
     """
-    found = [_translate(item, path, model, value, where) for path, item in _flat(error, ())]
+    value, place = _one_data_set(value, where) if model is PairSpec else (value, where)
+    items = list(_flat(error, ()))
+    # Of a list whose entries are wrong pydantic also says that it is too short.
+    meant = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
+    found = list(dict.fromkeys(_translate(item, path, model, value, place) for path, item in meant))
     hints = {problem.instead for problem in found}  # a misspelt field is missing under its right name too: say it once
     return [p for p in found if f"Did you mean {p.where.split('.')[-1]!r}?" not in hints or "is missing" not in p.problem]
 
@@ -81,10 +99,21 @@ def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[s
             yield (*above, *item["loc"]), item
 
 
+def _one_data_set(value: Any, where: Callable[[Path], str]) -> tuple[Any, Callable[[Path], str]]:
+    """A pair where one data set plays all roles, with the roles written out; their paths in the file name no role."""
+    if not isinstance(value, Mapping) or (isinstance(value.get("data"), Mapping) and "kind" not in value["data"]):
+        return value, where
+    roles = dict.fromkeys(DataRoles.model_fields, value.get("data"))
+    return {**value, "data": roles}, lambda path: where((*path[:1], *path[2:]) if path[:1] == ("data",) else path)
+
+
 def _translate(
     item: Mapping[str, Any], path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]
 ) -> Problem:
-    place, name = where(path), str(path[-1]) if path else ""
+    place = where(path)
+    name = str(path[-1]) if path else ""
+    if name not in place.split("."):  # a role of the one data set that plays all
+        name = place.split(".")[-1]
     inner = item.get("ctx", {}).get("error")
     cause = getattr(inner, "__cause__", None)
     if isinstance(cause, UserError):
@@ -99,9 +128,24 @@ def _translate(
         options = _literals(item)
         hint = nearest(item["input"], options) if isinstance(item["input"], str) else ""
         return Problem(place, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
-    rule = item["msg"].removeprefix("Input should be ")
-    shown = item["input"] if not isinstance(item["input"], Mapping | list) else f"a {type(item['input']).__name__}"
-    return Problem(place, f"{name} is {shown!r} and should be {rule[:1].lower()}{rule[1:]}")
+    if name.isdigit():
+        name = f"entry {name}"
+    return Problem(place, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
+
+
+def _rule(item: Mapping[str, Any]) -> str:
+    rule = _RULES.get(item["type"])
+    if rule is None:
+        text = str(item["msg"]).removeprefix("Input should be ")
+        return text[:1].lower() + text[1:]
+    return rule.format(**item.get("ctx", {}))
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in the file; of a long one only what it is."""
+    if isinstance(value, Mapping | list | tuple):
+        return "a mapping" if isinstance(value, Mapping) else "a list"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _literals(item: Mapping[str, Any]) -> list[str]:
@@ -151,6 +195,8 @@ def _plugin(room: str, value: Any) -> tuple[type[BaseModel] | None, str]:
     if room == "dataset" and isinstance(value, Mapping) and "kind" not in value:
         return DataRoles, "'data'"
     kind = value.get("kind") if isinstance(value, Mapping) else value
+    if room == "dataset" and isinstance(kind, str):
+        kind = kind.partition("?")[0].partition(":")[0]
     if not room or not isinstance(kind, str):
         return None, ""
     try:
