@@ -14,43 +14,14 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from ktray.crew.client import Crew, Released
+from ktray.crew.client import Crew
 from ktray.drivers.conductor import Conductor, Segment
-from ktray.errors import StageFailed, StoppedEarly
+from ktray.drivers.waiting import RELEASED, STOPPED, WaitForStages  # before Tune, whose settings it makes
+from ktray.errors import StoppedEarly
 
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: `stopping` ends the search in order
-
+# isort: split
 from ray import tune
 from ray.tune.search import Searcher
-
-DISK_FULL = "disk full"
-
-
-class WaitForStages(tune.Trainable):  # type: ignore[misc]
-    """A light driver: asks the crew for the stages of one segment, computes nothing, imports no torch."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        self.job = config["job"]
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.job = new_config["job"]
-        return True
-
-    def step(self) -> dict[str, Any]:
-        crew: Crew = self.job["crew"]
-        try:
-            outcomes = crew.obtain(self.job["stages"], self.job["waiter"], self.job["priority"])
-        except StageFailed as failure:
-            return {"done": True, "cause": str(failure), "computed": "[]"}
-        except StoppedEarly as stop:
-            return {"done": True, "cause": DISK_FULL, "text": str(stop), "computed": "[]"}
-        except Released:
-            return {"done": True, "cause": "released", "computed": "[]"}
-        computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
-        return {"done": True, "cause": "", "computed": json.dumps(computed)}
 
 
 class StudySearcher(Searcher):
@@ -109,10 +80,10 @@ class StudySearcher(Searcher):
             return
         cause = "its driver process died three times" if error or result is None else result["cause"]
         try:
-            if cause == DISK_FULL:
+            if cause == STOPPED:
                 assert result is not None
                 self.reason = StoppedEarly(result["text"])
-            elif cause == "released":
+            elif cause == RELEASED:
                 return
             elif cause:
                 self.conductor.fail(segment, cause)
