@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,19 +20,44 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code (0 ok, 2 the user's spec or arguments, 3 failed trials, 4 preflight, 5 resumable)."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        return UserError.exit_code
+    args.command = shlex.join(["ktray", *(sys.argv[1:] if argv is None else argv)])
     try:
         return int(args.run(args))
     except (UserError, StageFailed, PreflightFailed, StoppedEarly, MissingInput) as error:
         print(f"ktray: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("ktray: interrupted; nothing that was published is lost, the same command goes on from here", file=sys.stderr)
+        print(f"ktray: interrupted; nothing that was published is lost, resume with: {args.command}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our stdout went away (`ktray best | head`): that is no error of anybody.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        print(f"ktray: {_said(error, code)}", file=sys.stderr)
+        return code
+
+
+def _exit_code(error: OSError) -> int | None:
+    """Whose turn it is when the operating system refuses: the user's for rights and full disks, else ours (None)."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoppedEarly.exit_code
+    return UserError.exit_code if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None
+
+
+def _said(error: OSError, code: int) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if code == StoppedEarly.exit_code:
+        return f"{where}the disk is full. Nothing that was published is lost; make room, and the same command goes on from here."
+    return f"{where}{error.strerror}. Change its rights, or choose another place with --home or --store."
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: ktray search search_spaces/quickstart.yaml",
     )
     parser.add_argument("--version", action="version", version=f"ktray {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs = parser.add_subparsers(metavar="VERB", title="verbs (ktray VERB --help says more)")
     for verb in VERBS:
         verb_parser = verbs.add_parser(verb.__name__.rsplit(".", 1)[-1], help=verb.HELP, description=verb.__doc__)
         _add_settings(verb_parser)

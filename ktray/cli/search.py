@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ktray.drivers.search import Outcome
+    from ktray.drivers.stopping import Stopping
 
 HELP = "search a space; the same command resumes"
 
@@ -30,6 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ktray.drivers.stopping import Stopping
+
+    options = settings(args)
+    stopping = Stopping()
+    with _stop_on_signals(stopping, options):
+        return _search(args, options, stopping)
+
+
+def _search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> int:
     from ktray import __version__, tracking
     from ktray.cli.plan import check_space
     from ktray.cli.screen import screen
@@ -37,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     from ktray.drivers import search as driver
     from ktray.pipeline.check import data_loader
 
-    options = settings(args)
     space = driver.with_concurrent(load_space(args.space, args.overrides), args.concurrent)
     check_space(space, data_loader(), str(args.space))
     name = args.name or space.name
@@ -47,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     tags = {"ktray.version": __version__}
     tracker = tracking.Tracker(uri, options.home, name, share_images=args.share_images, version_tags=tags)
     place = driver.Place(options.home, options.open_store(), args.address, options.runtime)
-    with _stop_on_signals(options) as stopping, screen(options, space, name) as shown:
+    with screen(options, space, name) as shown:
         outcome = driver.search(
             space, place, tracker, stopping, name=name, trials=args.trials, tell=shown.trial, show=shown.work, say=shown.say
         )
@@ -55,19 +63,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _stop_on_signals(options: Settings) -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM ends the search in order, the second at once."""
-    stopping = threading.Event()
+def _stop_on_signals(stopping: Stopping, options: Settings) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the search: in order where processes run, the second time at once."""
 
     def stop(number: int, frame: Any) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-        options.tell("ktray: stopping; once more ends at once")
+        if stopping.orderly and not stopping.is_set():
+            options.tell("ktray: stopping; once more ends at once")
+        stopping.wish()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopping
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -86,7 +92,7 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
         options.tell(f"ktray: stopped early: {outcome.stopped} Nothing is lost; the same command goes on from here.")
         return StoppedEarly.exit_code
     if outcome.interrupted:
-        options.tell(f"ktray: interrupted; resume with: ktray search {args.space}{f' --name {args.name}' if args.name else ''}")
+        options.tell(f"ktray: interrupted; resume with: {args.command}")
         return INTERRUPTED
     return StageFailed.exit_code if count_states(study.trials)["failed"] else 0
 
@@ -103,7 +109,7 @@ def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[s
         "trials": {state: counts[state] for state in ("completed", "pruned", "failed", "duplicate")},
         "stages": {
             "computed": count_by_stage(outcome.published),
-            "reused": count_by_stage(outcome.demanded - outcome.published),
+            "reused": count_by_stage(outcome.reused),
         },
         "best": trial_answer(ranked[0]) if ranked else None,
         "seconds": round(outcome.seconds, 1),

@@ -45,6 +45,7 @@ class Conductor:
         self.tracker, self.tell = tracker, tell
         self.demanded: set[str] = set()
         self._marginal: dict[int, float] = {}
+        self._failed: dict[str, str] = {}
         self._milestones = _milestones(space)
 
     def first(self, count: int) -> tuple[deque[Segment], StoppedEarly | None]:
@@ -64,23 +65,26 @@ class Conductor:
             if isinstance(assignment, str):
                 return assignment
             segment = self._segment(assignment.trial, assignment.until, assignment.final)
+            known = next((stage.key for stage in segment.graph.stages if stage.key in self._failed), None)
+            if known:  # it would raise again: a resume tries it once more
+                self.fail(segment, self._failed[known], known)
+                continue
             if judge.finished(segment.graph, self.store) is None:
                 return segment
             self.settle(segment, computed=[])
 
     def _segment(self, trial: Trial, epoch: int, final: bool) -> Segment:
-        pair = PairSpec.model_validate(trial.pair)
-        branch = str(trial.params.get("teacher", ""))
-        graph = graphs.build(
-            pair,
-            self.identity,
-            epoch=epoch,
-            evaluations=None if final else [self._judge()],
-            milestones=self._milestones.get(branch, {}),
-        )
-        self.demanded |= {stage.key for stage in graph.stages}
+        graph = self.graph(trial, epoch, None if final else [self._judge()])
         self.tracker.trial(trial.number, pair_name(trial.pair), dict(trial.params), _stage_tags(graph.keys))
         return Segment(trial, epoch, final, graph)
+
+    def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
+        """The stages of a trial up to `epoch` of its student, its last by default, and of these evaluations, or of all."""
+        milestones = self._milestones.get(str(trial.params.get("teacher", "")), {})
+        pair = PairSpec.model_validate(dict(trial.pair))
+        graph = graphs.build(pair, self.identity, epoch=epoch, evaluations=evaluations, milestones=milestones)
+        self.demanded |= {stage.key for stage in graph.stages}
+        return graph
 
     def _judge(self) -> str:
         """Name of the evaluation that rungs are judged by."""
@@ -112,7 +116,7 @@ class Conductor:
         name = self.space.early_stop.metric
         trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys)
         self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
-        self.tell(trial.state, trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
+        self._tell_end(trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
 
     def _finish(self, segment: Segment, metrics: dict[str, float]) -> None:
         number = segment.trial.number
@@ -120,18 +124,28 @@ class Conductor:
         objectives = {name: metrics[name] for name, _ in self.space.objectives}
         cost = {"seconds": metrics["cost/seconds"], "marginal_seconds": metrics["cost/marginal_seconds"]}
         trial = self.study.finish(number, metrics, objectives, dict(segment.graph.keys), cost)
-        shown = " ".join(f"{name} {value:.4f}" for name, value in objectives.items())
-        self.tell(trial.state, trial, shown)
         wanted = {f"objective/{name}": value for name, value in objectives.items()}
         judged = {name: value for name, value in metrics.items() if name.split("/")[0] not in ("teacher", "student")}
         self.tracker.metrics(number, {**judged, **wanted}, segment.epoch)
-        self._close_run(trial, "FINISHED")
+        self._tell_end(trial, " ".join(f"{name} {value:.4f}" for name, value in objectives.items()))
 
-    def fail(self, segment: Segment, cause: str) -> None:
-        """The segment could not be computed; may raise StoppedEarly after too many failures in a row."""
+    def _tell_end(self, trial: Trial, text: str) -> None:
+        """What became of a segment whose stages are all there; a score that is not finite has failed its trial."""
+        self.tell(trial.state, trial, (trial.cause or "") if trial.state == "failed" else text)
+        if trial.state != "paused":
+            self._close_run(trial, "FAILED" if trial.state == "failed" else "FINISHED")
+
+    def fail(self, segment: Segment, cause: str, stage: str = "") -> None:
+        """The segment could not be computed; may raise StoppedEarly after too many failures in a row.
+
+        Args:
+            stage: key of the stage that raised. Its cause is told once, and what needs it fails without asking again.
+        """
         trial = self.study.fail(segment.trial.number, cause)
-        self.tell("failed", trial, cause)
+        self.tell("failed", trial, f"needs {stage}, too" if stage in self._failed else cause)
         self._close_run(trial, "FAILED")
+        if stage:
+            self._failed[stage] = cause
 
     def close(self) -> None:
         """The study has met its target: what is still paused becomes pruned."""
@@ -139,7 +153,13 @@ class Conductor:
             self.tell("pruned", trial, "")
             self._close_run(trial, "FINISHED")
 
-    def _close_run(self, trial: Trial, status: Literal["FINISHED", "FAILED"]) -> None:
+    def leave(self) -> None:
+        """The search ends before its target: what is open goes on in another session, but nothing of it runs now."""
+        for trial in self.study.trials():
+            if trial.state in ("running", "paused"):
+                self._close_run(trial, "KILLED")
+
+    def _close_run(self, trial: Trial, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         tags = {"ktray.state": trial.state, **({"ktray.cause": trial.cause} if trial.cause else {})}
         self.tracker.finish(trial.number, status, {**tags, **_stage_tags(trial.keys)}, {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor, Tell
+from ktray.drivers.stopping import Stopping
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.pipeline.check import data_loader
 from ktray.pipeline.graph import Graph
@@ -22,6 +22,8 @@ from ktray.stores import Store
 from ktray.tracking import Tracker
 
 Show = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
+Say = Callable[[str], None]
+TRACKER_SECONDS = {True: 20.0, False: 3.0}  # who interrupts does not wait for a slow tracker: its spool keeps what is left
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,26 @@ class Outcome:
     Attributes:
         reason: why it ended, in a few words.
         stopped: set if it ended before its target.
-        demanded: keys of all stages that its trials needed.
-        published: those of them that were computed during this call.
+        published: keys of the artifacts that were computed during this call.
+        reused: keys of the artifacts that its trials rest on and that were there before.
     """
 
     study: str
     reason: str = ""
     stopped: StoppedEarly | None = None
     interrupted: bool = False
-    demanded: set[str] = field(default_factory=set)
     published: set[str] = field(default_factory=set)
+    reused: set[str] = field(default_factory=set)
     seconds: float = 0.0
-    warnings: list[str] = field(default_factory=list)
 
 
 class _Crew:
     """Ray and its crew, started when first needed: a search whose store has everything never waits for them."""
 
-    def __init__(self, place: Place, tracker: Tracker, show: Show, say: Callable[[str], None]) -> None:
-        self.place, self.tracker, self.show, self.say = place, tracker, show, say
+    def __init__(self, place: Place, tracker: Tracker, stopping: Stopping, show: Show, say: Say) -> None:
+        self.place, self.tracker, self.stopping, self.show, self.say = place, tracker, stopping, show, say
         self._session: Any = None
+        self._crew: Any = None
         self._watch: Any = None
         self.published: set[str] = set()
 
@@ -77,8 +79,10 @@ class _Crew:
         from ktray.drivers.watch import Watch
         from ktray.pipeline.execute import execute
 
-        if self._session is None:
-            self._session = runtime.start(self.place.home, self.place.address, runtime.load_runtime(self.place.runtime))
+        if self._crew is None:
+            given = runtime.load_runtime(self.place.runtime)
+            self.stopping.orderly = True
+            self._session = runtime.start(self.place.home, self.place.address, given)
             self.say(f"Ray's own messages go to {self._session.log}")
             for warning in self._session.warnings:
                 self.say(warning)
@@ -87,11 +91,27 @@ class _Crew:
             self._watch = Watch(self._crew, self.place.store, self.tracker, self.show)
         return self._crew
 
-    def stop(self) -> None:
+    def obtain(self, wanted: Mapping[str, Graph]) -> None:
+        """Have the stages of these graphs published; what cannot be is said."""
+        from ktray.crew.client import Released
+        from ktray.drivers.stopping import released
+
+        crew = self.start()
+        with released(crew, lambda: list(wanted), self.stopping.is_set):
+            for waiter, graph in wanted.items():
+                try:
+                    crew.obtain(list(graph.stages), waiter)
+                except StageFailed as failure:
+                    self.say(f"{waiter} is missing: {failure}")
+                except Released:
+                    return
+
+    def stop(self, new: set[str]) -> None:
+        """End what was started; `new` are the keys that this search asked for and that were not in the store before."""
         from ktray.crew import runtime
 
         if self._watch is not None:
-            self._watch.close()
+            self._watch.close(new)
             self.published = self._watch.published
         if self._session is not None:
             runtime.stop(self._session)
@@ -101,18 +121,18 @@ def search(
     space: Space,
     place: Place,
     tracker: Tracker,
-    stopping: threading.Event,
+    stopping: Stopping,
     *,
     name: str,
     trials: str | None,
     tell: Tell,
     show: Show,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Outcome:
     """Run the study `name` to its target, or go on with it.
 
     Args:
-        stopping: set it, from any thread, to end within seconds; the same call goes on later.
+        stopping: its wish ends the search within seconds; the same call goes on later.
         trials: the target, absolute or ``+N``; None for the space's budget.
         tell, show, say: what people read: trials, the crew's work, and plain sentences.
 
@@ -123,52 +143,66 @@ def search(
     began = time.monotonic()
     outcome = Outcome(name)
     with Study.open(place.home, space, name, trials=trials) as study:
+        before = set(place.store.keys())
         tracker.start()
-        crew = _Crew(place, tracker, show, say)
+        crew = _Crew(place, tracker, stopping, show, say)
         conductor = Conductor(study.space, study, place.store, data_identity(place.home / "cache"), tracker, tell)
+        done = False
         try:
             outcome.stopped = _trials(conductor, crew, place, stopping)
-            outcome.interrupted = stopping.is_set()
-            if not outcome.stopped and not outcome.interrupted:
-                conductor.demanded |= _reference_lines(name, conductor, crew, place, say)
+            if not outcome.stopped and not stopping.is_set():
                 conductor.close()
-            outcome.reason = study.reason or ""
-        finally:
-            crew.stop()
-            study.close()
+                _reference_lines(conductor, crew, place, place.home / "studies" / name)
+            outcome.reason, outcome.interrupted = study.reason or "", stopping.is_set()
             done = not outcome.interrupted and not outcome.stopped
-            tracker.close("FINISHED" if done else "KILLED")
-    outcome.demanded = conductor.demanded
-    outcome.published = crew.published
+        except StoppedEarly as stop:
+            outcome.stopped = stop
+        finally:
+            if not done:
+                conductor.leave()
+            crew.stop(conductor.demanded - before)
+            study.close()
+            tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
+        after = set(place.store.keys())
+        rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & after
+    outcome.published = rests_on & (crew.published | (after - before))
+    outcome.reused = rests_on - outcome.published
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def _trials(conductor: Conductor, crew: _Crew, place: Place, stopping: threading.Event) -> StoppedEarly | None:
+def _trials(conductor: Conductor, crew: _Crew, place: Place, stopping: Stopping) -> StoppedEarly | None:
+    """Run what is to run, then have computed again what finished trials have lost."""
     ahead, stopped = conductor.first(conductor.space.budget.concurrent)
-    if not ahead or stopped or stopping.is_set():
-        return stopped
-    from ktray.drivers.tune import run_search
+    if ahead and not stopped:
+        from ktray.drivers.tune import run_search
 
-    return run_search(conductor, crew.start(), ahead, place.home / "tune", stopping)
+        stopped = run_search(conductor, crew.start(), ahead, place.home / "tune", stopping)
+    lost = {} if stopped or stopping.is_set() else _lost(conductor, place.store)
+    if lost:
+        crew.say(f"the store has lost artifacts of {', '.join(lost)}; they are computed again")
+        crew.obtain(lost)
+    return stopped
 
 
-def _reference_lines(name: str, conductor: Conductor, crew: _Crew, place: Place, say: Callable[[str], None]) -> set[str]:
-    """Compute what is missing of the reference lines; the keys that they need."""
+def _lost(conductor: Conductor, store: Store) -> dict[str, Graph]:
+    """Name -> stages of completed trials with an artifact that is damaged or gone."""
+    completed = [trial for trial in conductor.study.trials() if trial.state == "completed"]
+    poor = [trial for trial in completed if not all(store.find(key) for key in trial.artifacts)]
+    return {f"trial {trial.number}": conductor.graph(trial) for trial in poor}
+
+
+def _reference_lines(conductor: Conductor, crew: _Crew, place: Place, folder: Path) -> None:
+    """Compute what is missing of the reference lines."""
     best = conductor.study.best()
     if not best:
-        return set()
+        return
     data = data_loader()(PairSpec.model_validate(dict(best[0].pair)).data.transfer)
-    wanted: dict[str, Graph] = references.reference_graphs(best[0], data, conductor.identity)
-    folder = place.home / "studies" / name
+    wanted = references.reference_graphs(best[0], data, conductor.identity)
+    conductor.demanded |= {stage.key for graph in wanted.values() for stage in graph.stages}
     if references.settle(wanted, place.store, folder) is None:
-        try:
-            for line, graph in wanted.items():
-                crew.start().obtain(list(graph.stages), f"reference: {line}")
-        except StageFailed as failure:
-            say(f"a reference line is missing: {failure}")
+        crew.obtain({f"the reference line {line!r}": graph for line, graph in wanted.items()})
         references.settle(wanted, place.store, folder)
-    return {stage.key for graph in wanted.values() for stage in graph.stages}
 
 
 def with_concurrent(space: Space, concurrent: int | None) -> Space:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from ktray.crew.client import Crew
 from ktray.drivers.conductor import Conductor, Segment
+from ktray.drivers.stopping import Stopping, released
 from ktray.drivers.waiting import RELEASED, STOPPED, WaitForStages  # before Tune, whose settings it makes
 from ktray.errors import StoppedEarly
 
@@ -27,7 +26,7 @@ from ray.tune.search import Searcher
 class StudySearcher(Searcher):
     """Hands segments of the study to Tune and settles what comes back; `reason` says why the search stopped early."""
 
-    def __init__(self, conductor: Conductor, crew: Crew, stopping: threading.Event, ahead: deque[Segment]) -> None:
+    def __init__(self, conductor: Conductor, crew: Crew, stopping: Stopping, ahead: deque[Segment]) -> None:
         super().__init__()
         self.conductor, self.crew, self.stopping, self.ahead = conductor, crew, stopping, ahead
         self.live: dict[str, Segment] = {}
@@ -41,7 +40,7 @@ class StudySearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if self.stopping.is_set() or self.reason:
+        if self.has_ended():
             return str(Searcher.FINISHED)
         segment = self._next()
         if segment is None:
@@ -67,7 +66,7 @@ class StudySearcher(Searcher):
         return {
             "crew": self.crew,
             "stages": list(segment.graph.stages),
-            "waiter": f"trial {segment.trial.number}",
+            "waiter": _waiter(segment),
             "priority": 1 if segment.final else 0,
         }
 
@@ -86,12 +85,20 @@ class StudySearcher(Searcher):
             elif cause == RELEASED:
                 return
             elif cause:
-                self.conductor.fail(segment, cause)
+                self.conductor.fail(segment, cause, (result or {}).get("failed", ""))
             else:
                 assert result is not None
                 self.conductor.settle(segment, json.loads(result["computed"]))
         except StoppedEarly as stop:
             self.reason = stop
+
+    def waiters(self) -> list[str]:
+        """Who waits for stages now."""
+        return [_waiter(segment) for segment in list(self.live.values())]
+
+    def has_ended(self) -> bool:
+        """Whether nothing of what still runs will be used by this call."""
+        return self.stopping.is_set() or self.reason is not None
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save: the study is the ledger."""
@@ -107,7 +114,7 @@ class StudySearcher(Searcher):
 
 
 def run_search(
-    conductor: Conductor, crew: Crew, ahead: deque[Segment], scratch: Path, stopping: threading.Event
+    conductor: Conductor, crew: Crew, ahead: deque[Segment], scratch: Path, stopping: Stopping
 ) -> StoppedEarly | None:
     """Run the study to its target on the Ray that is connected; why it stopped early, or None.
 
@@ -140,9 +147,8 @@ def run_search(
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    watcher = threading.Thread(target=_release_on_stop, args=(crew, searcher, stopping), daemon=True)
-    watcher.start()
-    tuner.fit()
+    with released(crew, searcher.waiters, searcher.has_ended):
+        tuner.fit()
     shutil.rmtree(scratch, ignore_errors=True)
     return searcher.reason
 
@@ -152,10 +158,5 @@ def _short_name(trial: Any) -> str:
     return f"segment-{trial.trial_id}"
 
 
-def _release_on_stop(crew: Crew, searcher: StudySearcher, stopping: threading.Event) -> None:
-    """When the search is to stop, end every wait; again and again, because trials may just be beginning to wait."""
-    stopping.wait()
-    while searcher.live:
-        for segment in list(searcher.live.values()):
-            crew.release(f"trial {segment.trial.number}")
-        time.sleep(0.3)
+def _waiter(segment: Segment) -> str:
+    return f"trial {segment.trial.number}"

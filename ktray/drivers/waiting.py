@@ -35,7 +35,7 @@ class WaitForStages(tune.Trainable):  # type: ignore[misc]
         try:
             outcomes = crew.obtain(self.job["stages"], self.job["waiter"], self.job["priority"])
         except StageFailed as failure:
-            return {"done": True, "cause": str(failure), "computed": "[]"}
+            return {"done": True, "cause": str(failure), "failed": failure.stage, "computed": "[]"}
         except StoppedEarly as stop:
             return {"done": True, "cause": STOPPED, "text": str(stop), "computed": "[]"}
         except Released:

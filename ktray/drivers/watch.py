@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ktray.artifact import Artifact
@@ -22,8 +23,6 @@ class Watch:
     Args:
         tell: called with every event and with the crew's status: ``tell(events, status)``.
 
-    Attributes:
-        published: keys of the artifacts that were published since the watch began.
     """
 
     def __init__(
@@ -48,24 +47,28 @@ class Watch:
         events = self.crew.events(self._last)
         for event in events:
             self._last = max(self._last, event["n"])
-            if event["event"] == "published" and event["key"] not in self.published:
-                self.published.add(event["key"])
+            if event["event"] == "published":
                 self._track(event["key"])
         self.tell(events, self.crew.status())
 
     def _track(self, key: str) -> None:
-        artifact = self.store.find(key)
+        artifact = self.store.find(key) if key not in self.published else None
         if artifact is not None:
+            self.published.add(key)
             track_stage(self.tracker, artifact)
 
-    def close(self) -> None:
-        """Read what is left, then stop."""
+    def close(self, new: Iterable[str]) -> None:
+        """Read what is left, then stop.
+
+        Args:
+            new: keys that may have been published meanwhile: the events of a broker that died are lost.
+        """
         self._over.set()
         self._thread.join(timeout=10)
-        try:
+        with suppress(StoppedEarly):
             self._read()
-        except StoppedEarly:
-            return
+        for key in new:
+            self._track(key)
 
 
 def track_stage(tracker: Tracker, artifact: Artifact) -> None:

@@ -63,12 +63,7 @@ def read(home: Path, name: str) -> History:
 
 def keys_in_use(home: Path) -> set[str]:
     """Keys that the trials of all studies of a home rest on, paused ones included."""
-    found: set[str] = set()
-    for name in studies(home):
-        for trial in read_ledger(home, name)[1]:
-            for value in trial.keys.values():
-                found |= set(value.values()) if isinstance(value, Mapping) else {value}
-    return found
+    return {key for name in studies(home) for trial in read_ledger(home, name)[1] for key in trial.artifacts}
 
 
 class Study:

@@ -51,3 +51,9 @@ class Trial:
     def epochs(self) -> int:
         """Epochs of the full student."""
         return int(self.pair["student"]["schedule"]["epochs"])
+
+    @property
+    def artifacts(self) -> set[str]:
+        """All of its `keys` in one set."""
+        nested = (value.values() if isinstance(value, Mapping) else [value] for value in self.keys.values())
+        return {key for values in nested for key in values}
