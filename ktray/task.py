@@ -24,10 +24,15 @@ class Task:
         loss: (outputs of the head, targets) -> (scalar loss, metrics as scalars, such as {"top1": ...} in [0, 1]).
         keep: indices (n,) int64 of the images to train on, ascending; None for all.
         after_step: called with the model (`nn.ModuleDict` of "backbone" and "head") after every optimiser step.
+        prepare: called once with the model as drawn, before a snapshot is loaded; it may add what is saved with the model and
+            never trained, such as a moving average of the backbone.
+        forward: (model, inputs) -> what `loss` takes; None for ``head(backbone(inputs))``.
     """
 
     head: Callable[[int], nn.Module]
     batch: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
     keep: Tensor | None = None
-    after_step: Callable[[nn.Module], None] | None = None
+    after_step: Callable[[nn.ModuleDict], None] | None = None
+    prepare: Callable[[nn.ModuleDict], None] | None = None
+    forward: Callable[[nn.ModuleDict, Tensor], Tensor] | None = None

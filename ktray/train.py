@@ -108,6 +108,8 @@ def fit(
         torch.manual_seed(seed_of(seed, "head"))
         head = task.head(int(backbone.feature_dim)).to(device)  # type: ignore[arg-type]
         model = nn.ModuleDict({"backbone": backbone, "head": head})
+        if task.prepare:
+            task.prepare(model)
         optimizer = _optimizer(schedule, model)
         history = snapshot.resume(start, model, optimizer) if start else []
         if not len(history) <= until <= schedule.epochs:
@@ -135,7 +137,8 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = task.batch(pixels, indices, generator)
-        loss, metrics = task.loss(head(backbone(inputs)), targets)
+        outputs = task.forward(model, inputs) if task.forward else head(backbone(inputs))
+        loss, metrics = task.loss(outputs, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,18 +1,21 @@
-"""What a pair's spec says about data and layers that only the data and the networks can confirm. Cheap: nothing is decoded."""
+"""What a pair's spec says about data and layers that only the data and the networks can confirm. Cheap: a few images at most are decoded."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.images import Splits
-from ktray.spec import DataRoles, HandcraftedTeacher, PairSpec, Spec
+from ktray.images import Source, Splits, Unreadable, parts
+from ktray.pipeline.identity import checkpoint_sha256
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, TrainedTeacher
 
 Load = Callable[[Spec], Splits]
 
@@ -38,7 +41,10 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     """
     found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
     _clusters(pair, found["cluster"])
+    _pretext(pair, found["pretext"])
     _labels(pair, found["transfer"], found["target"])
+    if isinstance(pair.teacher, LoadedTeacher):
+        checkpoint_sha256(pair.teacher.checkpoint)
     _layers(pair)
 
 
@@ -55,8 +61,7 @@ def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
 
 def train_count(splits: Splits, spec: Any) -> int:
     """Number of training images of a data set after its validation part is taken out."""
-    count = len(splits.train.names)
-    return count if splits.val is not None else count - round(count * spec.split.val)
+    return len(parts(splits, spec.split)["train"][1])
 
 
 def _clusters(pair: PairSpec, data: Splits) -> None:
@@ -89,10 +94,42 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
                 where=where,
                 instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
-        if spec.split == "test" and target.test is None:  # type: ignore[attr-defined]
-            raise UserError("the target data has no test split", where=where, instead="Judge on val.")
+        if spec.split not in parts(target, pair.data.target.split):  # type: ignore[attr-defined]
+            right = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
+            split = spec.split  # type: ignore[attr-defined]
+            raise UserError(f"the target data has no {split} split", where=where, instead=right[split])
         if spec.of == "teacher" and pair.teacher is None:  # type: ignore[attr-defined]
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
+
+
+def _pretext(pair: PairSpec, data: Splits) -> None:
+    """What a pretext task looks for in its data, as its module says by NEEDS."""
+    if not isinstance(pair.teacher, TrainedTeacher):
+        return
+    kind = pair.teacher.pretext.kind
+    needs = getattr(plugins.module_of("pretext", pair.teacher.pretext), "NEEDS", ())
+    if "labels" in needs and data.train.labels is None:
+        raise UserError(
+            f"the pretext task {kind!r} needs labels, and its data has none",
+            where="teacher.pretext.kind",
+            instead="Use a task that needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
+        )
+    if "colours" in needs and _grey(data.train):
+        raise UserError(
+            f"the pretext task {kind!r} needs colours, and the images of its data are grey",
+            where="teacher.pretext.kind",
+            instead="Use a task that needs none, such as rotation, or other images for data.pretext.",
+        )
+
+
+def _grey(images: Source) -> bool:
+    """Whether a few images from all over the data are grey, as far as they can be read."""
+    few = min(8, len(images.names))
+    found = []
+    for place in range(few):
+        with contextlib.suppress(Unreadable):
+            found.append(bool((np.ptp(images.read(place * len(images.names) // few), axis=-1) == 0).all()))
+    return bool(found) and all(found)
 
 
 def _layers(pair: PairSpec) -> None:

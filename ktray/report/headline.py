@@ -103,9 +103,10 @@ def _origin(pair: Mapping[str, Any]) -> str:
 
 
 def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
-    kind = str(pair["transfer"]["kind"])
+    pretext = (pair.get("teacher") or {}).get("pretext")
     try:
-        return "labels" in module("transfer", kind).NEEDS
+        teacher = pretext is not None and "labels" in getattr(module("pretext", str(pretext["kind"])), "NEEDS", ())
+        return teacher or "labels" in module("transfer", str(pair["transfer"]["kind"])).NEEDS
     except UserError:  # a plugin from outside that this command was not told to trust
         return False
 

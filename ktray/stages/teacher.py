@@ -19,7 +19,8 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
     if "pretext" in stage.spec:
         images = open_images(stage, "pretext", inputs, "train")
         pretext = plugins.parse("pretext", stage.spec["pretext"])
-        task = plugins.module_of("pretext", pretext).task(pretext, images.size)
+        module = plugins.module_of("pretext", pretext)
+        task = module.task(pretext, images.size, images) if hasattr(module, "NEEDS") else module.task(pretext, images.size)
         return run_training(stage, task, images, out, means, start)
     if "checkpoint" in stage.spec:
         spec = plugins.parse("backbone", stage.spec["backbone"])
