@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def _tensors(checkpoint: Path) -> dict[str, Tensor]:
     try:
         if checkpoint.suffix == ".safetensors":
             return load_file(checkpoint)
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on old pickle protocols, beside our own refusal
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {checkpoint.name}", "teacher.checkpoint", instead) from None
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     runner = _run_here if args.local else _run_on_ray
     results = runner(pairs, args, options)
     good = [result for result in results if not isinstance(result, StageFailed)]
-    options.answer(good, _table(good))
+    options.answer(good, _table(good) if good else "no pair came to its end")
     for result in results:
         if isinstance(result, StageFailed):
             options.tell(f"ktray: {result}")
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_here(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options: Settings) -> list[Any]:
     from ktray.crew.local import LocalCrew
+    from ktray.crew.needs import load_runtime
     from ktray.pipeline.execute import execute
     from ktray.pool import Means
 
@@ -61,7 +62,9 @@ def _run_here(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options: 
         if event["event"] == "published":
             options.tell(f"  {event['key']}  {event['seconds']:.1f} s")
 
-    crew = LocalCrew(store, execute, Means(device=_device()), tell)
+    limits = load_runtime(options.runtime)
+    means = Means(device=_device(), checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
+    crew = LocalCrew(store, execute, means, tell)
     return [_run_pair(name, pair, crew, options) for name, pair in pairs.items()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ktray.errors import UserError
+
     options = settings(args)
     if args.what == "kinds":
         return _kinds(options)
     store = options.open_store()
     if store.find(args.what) or store.failure(args.what):
         return _against(args, options) if args.against else _artifact(args.what, options)
+    if re.fullmatch(r"[a-z_]+-[0-9a-f]{12}", args.what) and not (options.home / "studies" / args.what).is_dir():
+        raise UserError(f"there is no artifact {args.what!r} in {store.url}", instead="See ktray cache list.")
     name, _, number = args.what.partition("/")
     return _trial(name, number, options) if number else _study(name, options)
 

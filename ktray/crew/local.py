@@ -7,10 +7,11 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.errors import MissingInput, StageFailed, StoppedEarly
+from ktray.errors import MissingInput, StageFailed, StoppedEarly, UserError
 from ktray.pool import Means
 from ktray.stores import Store
 
@@ -44,8 +45,9 @@ class LocalCrew:
             # A process boundary: whatever a stage raises becomes the named failure of that stage.
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise StoppedEarly(f"the disk is full: {error}") from error
-            cause = f"{type(error).__name__}: {error}"
-            self.store.fail(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
+            cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # a store that cannot be written is one of the causes
+                self.store.fail(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
             raise StageFailed(stage.key, cause) from error
         state = "computed" if published else "reused"
         seconds = time.perf_counter() - began

@@ -18,7 +18,7 @@ from ktray.crew.charter import BROKER, Charter
 from ktray.crew.locks import hold_store
 from ktray.crew.ray_pool import RayPool
 from ktray.crew.roster import Shape
-from ktray.errors import MissingInput
+from ktray.errors import MissingInput, UserError
 from ktray.pool import Means
 from ktray.stores import open_store
 
@@ -143,6 +143,8 @@ def _kind(error: BaseException) -> str:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text[:500]
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ktray.images.source import Unreadable
 
@@ -63,9 +63,16 @@ def decode(encoded: bytes | Path, size: int) -> NDArray[np.uint8]:
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
             rgb = _rgb(image)
+    except UnidentifiedImageError as error:  # its own words are the path, or an address in memory
+        raise Unreadable("of no known image format") from error
     except _BROKEN as error:
-        raise Unreadable(f"{type(error).__name__}: {error}") from error
+        raise Unreadable(f"{type(error).__name__}: {_words(error)}") from error
     return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, without the path: names are listed relative to the data set."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _orientation(image: Image.Image) -> int:

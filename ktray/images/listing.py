@@ -24,13 +24,20 @@ def located(spec: Any) -> Any:
     return spec.model_copy(update={"path": str(location(spec.path))})
 
 
+def _scanned(folder: str) -> Any:
+    try:
+        return os.scandir(folder)
+    except OSError as error:  # left out without a word, its images would be missed by nobody
+        raise UserError(f"the folder {folder} cannot be read: {error.strerror}", "data.path", "Change its rights.") from error
+
+
 def listed(root: Path) -> tuple[tuple[str, Path], ...]:
     """(relative name, path) of every image file below `root` at any depth, sorted by name.
 
     By suffix, in any case; hidden files and folders are left out, links are followed and a folder is entered once.
 
     Raises:
-        UserError: `root` is not a folder.
+        UserError: `root` is not a folder, or a folder in it cannot be read.
     """
     if not root.is_dir():
         raise UserError(
@@ -45,7 +52,7 @@ def listed(root: Path) -> tuple[tuple[str, Path], ...]:
         if (state.st_dev, state.st_ino) in entered:
             continue
         entered.add((state.st_dev, state.st_ino))
-        with os.scandir(folder) as entries:
+        with _scanned(folder) as entries:
             # Sorted, so that of two links to one folder the same one is entered everywhere.
             for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
                 if entry.name.startswith("."):

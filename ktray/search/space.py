@@ -25,6 +25,7 @@ from ktray.search.tree import Ask, Params, Scalar
 from ktray.spec import PairSpec
 
 MANY = 10  # values of an integer parameter before the student: with more, hardly any draw shares its prefix
+SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "start_with"})  # fields that no pair has
 BRANCHINGS = 512  # combinations of branches that are checked
 
 
@@ -191,8 +192,10 @@ def load(path: Path, overrides: list[str]) -> Space:
     Raises:
         UserError: names file, dotted path, what is wrong and what would be right; up to five things at once.
     """
-    space = Space.of(documents.read(path, overrides), path.name)
-    return checks.checked(space)
+    content = documents.read(path, overrides)
+    if not SEARCHES & content.keys():
+        raise UserError("this is a pair, and a search space is wanted", str(path), f"Use ktray run {path}.")
+    return checks.checked(Space.of(content, path.name))
 
 
 def is_space(path: Path) -> bool:
@@ -202,7 +205,7 @@ def is_space(path: Path) -> bool:
         UserError: the file cannot be read.
     """
     content = documents.read(path, [])
-    return bool({"study", "objectives", "budget", "early_stop", "start_with"} & set(content))
+    return bool(SEARCHES & content.keys())
 
 
 def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:

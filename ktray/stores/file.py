@@ -38,6 +38,8 @@ class FileStore:
         return f"file://{self.root}"
 
     def find(self, key: str) -> Artifact | None:
+        if not _is_key(key):  # from a command line: a name such as "." must not count as a damaged artifact
+            return None
         directory = self.root / key
         try:
             record = json.loads((directory / RECORD).read_text())
@@ -111,6 +113,8 @@ class FileStore:
         _write_durably(self._hidden(".failures") / f"{key}.json", json.dumps(failure, indent=1, sort_keys=True))
 
     def failure(self, key: str) -> Mapping[str, Any] | None:
+        if not _is_key(key):
+            return None
         try:
             found: Mapping[str, Any] = json.loads((self._hidden(".failures") / f"{key}.json").read_text())
         except (FileNotFoundError, ValueError):
@@ -154,6 +158,10 @@ class FileStore:
         return directory
 
 
+def _is_key(name: str) -> bool:
+    return bool(name) and "/" not in name and not name.startswith(".")
+
+
 def _damage(directory: Path, record: Mapping[str, Any]) -> str:
     for name, entry in record["files"].items():
         try:
@@ -170,9 +178,7 @@ def _inventory(directory: Path) -> dict[str, dict[str, Any]]:
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    return {
-        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files
-    }
+    return {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
 
 
 def _write_durably(path: Path, text: str) -> None:
