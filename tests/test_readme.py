@@ -76,23 +76,23 @@ def test_the_yaml_examples_are_valid_on_data_that_is_there(tmp_path, monkeypatch
 
 def test_the_pretext_task_of_the_readme_trains_as_a_plugin_from_outside(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
-    package = tmp_path / "my_lab"
+    package = tmp_path / "readme_lab"
     package.mkdir()
     (package / "__init__.py").touch()
-    code = blocks("python")[0].replace('Literal["mirror"] = "mirror"', 'Literal["my_lab.mirror"] = "my_lab.mirror"')
+    code = blocks("python")[0].replace('"mirror"', '"readme_lab.mirror"')
     (package / "mirror.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
     teacher = {
-        "pretext": {"kind": "my_lab.mirror"},
+        "pretext": {"kind": "readme_lab.mirror"},
         "backbone": {"kind": "alexnet", "width": 0.125},
         "schedule": {"epochs": 1, "batch_size": 32},
     }
     path = tmp_path / "pair.yaml"
     path.write_text(yaml.safe_dump(toy_spec(teacher=teacher)))
     assert main(["run", str(path), "--local"]) == 2
-    assert "--allow-plugins my_lab" in capsys.readouterr().err
-    assert main(["run", str(path), "--local", "--allow-plugins", "my_lab", "-q"]) == 0
+    assert "--allow-plugins readme_lab" in capsys.readouterr().err
+    assert main(["run", str(path), "--local", "--allow-plugins", "readme_lab", "-q"]) == 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ HELP = "the best pairs, judged on test if asked"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME", help="the study")
     parser.add_argument("--top", type=int, default=10)
     parser.add_argument("--pareto", action="store_true", help="only pairs that no other beats in every objective")
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.cli.leaderboard import leaderboard, trial_answer
     from ktray.pipeline import naming
     from ktray.search import ranking

@@ -12,11 +12,13 @@ HELP = "list, verify or prune artifacts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("action", choices=["list", "verify", "prune"])
     parser.add_argument("--yes", action="store_true", help="prune: really delete; without it only say what would go")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     options = settings(args)
     return {"list": _list, "verify": _verify, "prune": _prune}[args.action](args, options)
 

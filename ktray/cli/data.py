@@ -11,11 +11,13 @@ HELP = "check or import a data set"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("action", choices=["check", "import"])
     parser.add_argument("data", metavar="DATA", help="such as fashion_mnist_mini, folder:/photos or parquet:/p?label=label")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from pydantic import TypeAdapter, ValidationError
 
     from ktray import plugins

@@ -12,6 +12,7 @@ HELP = "the student as safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME[/TRIAL]", help="the study's best pair, or one of its trials")
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--format", choices=["safetensors"], default="safetensors")
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.errors import UserError
     from ktray.export import export_student
     from ktray.pipeline.naming import pair_name

@@ -18,11 +18,13 @@ HELP = "valid? what is done, what would run, what it costs"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("source", type=Path, metavar="SPACE|PAIR|EXPERIMENT")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.cli.source import is_space, load_pairs, load_space
     from ktray.pipeline.check import data_loader
 

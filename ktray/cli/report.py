@@ -11,11 +11,13 @@ HELP = "one self-contained HTML file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME", help="the study")
     parser.add_argument("-o", "--output", type=Path, default=None, metavar="FILE", help="default: NAME.html")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.cli.leaderboard import study_folder
     from ktray.drivers import references
     from ktray.errors import UserError

@@ -20,6 +20,7 @@ HELP = "search a space; the same command resumes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("space", type=Path, metavar="SPACE", help="a search space (.yaml)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the space")
     parser.add_argument("--name", default=None, help="the study's name; the same name resumes (default: the space's)")
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.drivers.stopping import Stopping
 
     options = settings(args)

@@ -10,10 +10,12 @@ HELP = "what each trial waits for, how far the search is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME", help="the study")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.drivers.status import status
 
     options = settings(args)

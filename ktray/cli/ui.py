@@ -10,10 +10,12 @@ HELP = "MLflow UI on the right store"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("--port", type=int, default=5000)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray import tracking
 
     options = settings(args)
