@@ -239,17 +239,17 @@ def test_an_empty_stage_costs_little(crew: Crew) -> None:
 
 
 ALONE = """
-import os, signal, subprocess, sys, threading, time
+import os, sys
 from pathlib import Path
 from ktray.crew.client import connect
 from ktray.crew.runtime import Runtime, start, stop
 from toy_work import toy, work
 home = Path(sys.argv[1])
 session = start(home, None, Runtime(cpus=1))
-crew = connect(session, f"file://{home}/store", work)
-crew.obtain([toy("images", {"pid": os.getpid()})], "me")
-print("RUNNING", crew.status()["pid"], crew.status()["workers"][0]["pid"], session.temporary, flush=True)
 try:
+    crew = connect(session, f"file://{home}/store", work)
+    crew.obtain([toy("images", {"pid": os.getpid()})], "me")
+    print("RUNNING", crew.status()["pid"], crew.status()["workers"][0]["pid"], session.temporary, flush=True)
     crew.obtain([toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
 except KeyboardInterrupt:
     stop(session)

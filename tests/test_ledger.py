@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from ktray.artifact import Artifact, Stage
 from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
 from ktray.crew.ledger import Ledger
-from ktray.crew.needs import Needs, Runtime, load_runtime
+from ktray.crew.needs import Needs
 from ktray.crew.roster import Node, Roster, Shape
-from ktray.errors import UserError
 
 NEEDS = {
     "split": Needs(helpers=2),
@@ -228,6 +223,17 @@ def test_a_silent_worker_is_killed_after_its_time_and_its_late_beat_is_refused()
     assert not house.ledger.beat(revived, one.key, one, give.attempt, {}, house.now)
 
 
+def test_a_worker_that_froze_before_it_heard_of_a_stage_says_nothing_about_it() -> None:
+    house, one = House(1), stage("one")
+    house.want("a", one)
+    for number in range(2, 6):
+        house.now += 16
+        house.ledger.silent(house.now)
+        house.arrive(f"worker-{number}")
+        assert given(house.turn()) == [one.key]
+    assert answers(house.publish(one)) == {"a": ["computed"]}
+
+
 def test_silence_while_the_broker_slept_proves_nothing() -> None:
     house, one = House(1), stage("one")
     house.want("a", one)
@@ -268,6 +274,15 @@ def test_after_a_restart_a_worker_that_stays_away_is_waited_for_only_so_long() -
     house.turn(16)
     house.arrive("worker-1")
     assert given(house.turn()) == [one.key]
+
+
+def test_a_stage_that_ended_while_the_broker_was_down_is_told_once() -> None:
+    house, one = House(1), stage("one")
+    house.store.add(one.key)
+    for _ in range(2):
+        house.ledger.published(one.key, "old", True, 3.0, house.now)
+    assert house.ledger.outbox == [Event("published", one.key, "one", "", 3.0)]
+    assert house.ledger.computed == {"one": 1}
 
 
 def test_a_beat_that_comes_after_the_report_revives_nothing() -> None:
@@ -339,44 +354,3 @@ def test_a_prefetch_waits_for_nobody_and_counts_for_who_comes_first() -> None:
     house.publish(one)
     assert answers(house.want("a", one)) == {"a": ["computed"]}
     assert answers(house.want("b", one)) == {"b": ["reused"]}
-
-
-def test_a_runtime_file_sets_needs_by_stage_and_keeps_other_defaults(tmp_path: Path) -> None:
-    path = tmp_path / "runtime.yaml"
-    path.write_text("cpus: 8\ndead_after: 60\nstages: {student: {gpus: 0.5}, features: {memory_bytes: 1000}}\n")
-    runtime = load_runtime(path)
-    assert (runtime.cpus, runtime.dead_after, runtime.heartbeat_seconds) == (8, 60.0, 0.5)
-    assert runtime.of("student") == Needs(gpus=0.5)
-    assert runtime.of("features") == Needs(memory_bytes=1000, helpers=63)
-    assert load_runtime(None) == Runtime()
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("cpu: 8", "the field 'cpu' is unknown. Did you mean cpus?"),
-        ("cpus: many", "cpus: 'many' is not a whole number from 1"),
-        ("heartbeat_seconds: 0", "heartbeat_seconds: 0 is not a number above 0"),
-        ("stages: {student: {gpu: 1}}", "stages.student: the field 'gpu' is unknown. Did you mean gpus?"),
-        ("stages: [student]", "stages: ['student'] is not a mapping"),
-        ("a: [", "not valid YAML"),
-    ],
-)
-def test_a_wrong_runtime_file_is_named_with_its_place(tmp_path: Path, text: str, said: str) -> None:
-    path = tmp_path / "runtime.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as caught:
-        load_runtime(path)
-    assert str(path) in str(caught.value)
-    assert said in str(caught.value)
-
-
-def test_the_broker_and_its_clients_never_import_torch() -> None:
-    modules = "ktray.crew.broker, ktray.crew.client, ktray.crew.worker, ktray.crew.runtime, ktray.crew.ray_pool"
-    script = (
-        f"import sys, {modules}\nprint([name for name in ('torch', 'ray.tune', 'optuna', 'mlflow') if name in sys.modules])"
-    )
-    said = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-    )
-    assert said.stdout.strip() == "[]"

@@ -99,7 +99,7 @@ class Want:
 
 @dataclass
 class Run:
-    """An attempt at a stage, on a worker."""
+    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it."""
 
     key: str
     stage: Stage
@@ -108,3 +108,4 @@ class Run:
     since: float
     moved: float
     progress: Mapping[str, float] = field(default_factory=dict)
+    seen: bool = False

@@ -43,7 +43,7 @@ class Broker:
         self._charter, self._store = charter, open_store(charter.store_url)
         runtime, now = charter.runtime, time.time()
         self._node = ray.get_runtime_context().get_node_id()
-        self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(3.0, 4 * runtime.heartbeat_seconds))
+        self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
         self._ledger = Ledger(self._store.find, runtime.of, self._roster, attempts, runtime.dead_after)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}

@@ -72,6 +72,7 @@ class Ledger:
             if stage is None or worker.leads is not None or attempt in self._closed:
                 return True  # a late beat: its report was faster
             run = self._adopt(worker, stage, attempt, now)
+        run.seen = True
         if progress != run.progress:
             run.progress, run.moved = progress, now
         return True
@@ -102,6 +103,7 @@ class Ledger:
 
     def published(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
         """An attempt ended well; the store has the last word."""
+        known = attempt in self._closed
         run = self.ended(key, attempt)
         artifact = self.find(key)
         if artifact is None:
@@ -110,9 +112,11 @@ class Ledger:
             return
         self._deaths.pop(key, None)
         self._missed.pop(key, None)
-        if run is not None and computed:
-            self.computed[run.stage.name] += 1
-            self.outbox.append(Event("published", key, run.stage.name, run.worker, seconds))
+        if computed and not known:  # also one that ended while the broker was down
+            name = key.rpartition("-")[0]
+            self.computed[name] += 1
+            self._closed.add(attempt)
+            self.outbox.append(Event("published", key, name, run.worker if run else "", seconds))
         self.demand.publish(artifact, computed)
 
     def failed(self, key: str, attempt: str, kind: str, cause: str, missing: str, now: float) -> bool:
@@ -155,7 +159,8 @@ class Ledger:
         self._fenced.add(run.attempt)
         self.outbox += [Fence(run.key, run.attempt), Event(event, run.key, run.stage.name, name, now - run.since, why)]
         self.ended(run.key, run.attempt)
-        self._deaths[run.key] += 1
+        # A worker that froze before it heard of the stage says nothing about the stage.
+        self._deaths[run.key] += run.seen or event != "fenced"
         if self._deaths[run.key] >= DEATHS:
             self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import atexit
 import logging
 import os
 import secrets
@@ -81,6 +81,7 @@ def start(home: Path, address: str | None, runtime: Runtime) -> Session:
         else:
             _connect(session, address)
         _to_file(session.log)
+        atexit.register(stop, session)
     except BaseException:
         stop(session)
         raise
@@ -91,6 +92,7 @@ def stop(session: Session) -> None:
     """End what this session started: all of its processes on our own Ray, our actors on a foreign cluster."""
     import ray
 
+    atexit.unregister(stop)
     for end in session.crews:
         end()
     session.crews.clear()
@@ -110,6 +112,7 @@ def stop(session: Session) -> None:
 
 def _start_own(session: Session) -> None:
     import ray
+    from ray._private import ray_constants
 
     _remove_leftovers(session.home)
     # Unix sockets live below this folder and their paths may have 107 bytes.
@@ -124,8 +127,7 @@ def _start_own(session: Session) -> None:
     _use_token()
     # Ray's switch for laptops: it then listens on the loopback interface only.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    constants: Any = importlib.import_module("ray._private.ray_constants")
-    constants.ENABLE_RAY_CLUSTER = False
+    ray_constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
     try:
         ray.init(
             address="local",
@@ -170,14 +172,16 @@ def _quiet() -> dict[str, Any]:
 
 
 def _use_token() -> None:
-    raylet: Any = importlib.import_module("ray._raylet")
+    from ray._raylet import Config  # type: ignore[attr-defined]
+
     os.environ["RAY_AUTH_MODE"] = "token"
-    raylet.Config.initialize("")  # Ray has read its settings when it was imported, and so do its own entry points
+    Config.initialize("")  # Ray has read its settings when it was imported, and so do its own entry points
 
 
 def _has_token() -> bool:
-    raylet: Any = importlib.import_module("ray._raylet")
-    return bool(raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN)
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
+
+    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
 
 
 def _to_file(log: Path) -> None:
