@@ -106,10 +106,7 @@ def fit(
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed_of(seed, "head"))
-        head = task.head(int(backbone.feature_dim)).to(device)  # type: ignore[arg-type]
-        model = nn.ModuleDict({"backbone": backbone, "head": head})
-        if task.prepare:
-            task.prepare(model)
+        model = _model(backbone, task, device)
         optimizer = _optimizer(schedule, model)
         history = snapshot.resume(start, model, optimizer) if start else []
         if not len(history) <= until <= schedule.epochs:
@@ -123,6 +120,14 @@ def fit(
                 on_epoch(epoch, metrics, functools.partial(snapshot.write, model=model, optimizer=optimizer, history=history))
         snapshot.write(out, model, optimizer, history)
     return {name: value for name, value in history[-1].items() if name != "epoch"} if history else {}
+
+
+def _model(backbone: nn.Module, task: Task, device: str) -> nn.ModuleDict:
+    head = task.head(int(backbone.feature_dim)).to(device)  # type: ignore[arg-type]
+    model = nn.ModuleDict({"backbone": backbone, "head": head})
+    if task.prepare:
+        task.prepare(model)
+    return model
 
 
 def _train_epoch(

@@ -1,4 +1,7 @@
-"""What a pair's spec says about data and layers that only the data and the networks can confirm. Cheap: a few images at most are decoded."""
+"""What a pair's spec says about data and layers that only the data and the networks can confirm.
+
+Cheap: at most a few images are decoded.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Pretext tasks: one file each, `Spec`, `REVISION`, `task(spec, size) -> Task`.
 
-A task that looks at the data before it begins says what it looks for, ``NEEDS = ("labels",)`` or ``NEEDS = ("colours",)``. It is
-then ``task(spec, size, images)``, with the training images of the pretext data, and data without that is refused before anything runs.
+A task that looks at the data first says what it looks for, ``NEEDS = ("labels",)`` or ``NEEDS = ("colours",)``. It is then
+``task(spec, size, images)``, with the training images of the pretext data; data without that is refused before anything runs.
 """
