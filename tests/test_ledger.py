@@ -12,13 +12,8 @@ from ktray.crew.ledger import Ledger
 from ktray.crew.needs import Needs
 from ktray.crew.roster import Node, Roster, Shape
 
-NEEDS = {
-    "split": Needs(helpers=2),
-    "student": Needs(gpus=1.0),
-    "half": Needs(gpus=0.5),
-    "large": Needs(memory_bytes=60),
-    "impossible": Needs(gpus=8.0),
-}
+NEEDS = {"split": Needs(helpers=2), "student": Needs(gpus=1.0), "half": Needs(gpus=0.5)}
+NEEDS |= {"large": Needs(memory_bytes=60), "impossible": Needs(gpus=8.0)}
 
 
 class House:
@@ -79,11 +74,8 @@ def given(actions: list[Any]) -> list[str]:
 
 
 def answers(actions: list[Any]) -> dict[str, Any]:
-    return {
-        action.request: action.cause or [outcome["state"] for outcome in action.outcomes]
-        for action in actions
-        if isinstance(action, Answer)
-    }
+    said = [action for action in actions if isinstance(action, Answer)]
+    return {answer.request: answer.cause or [outcome["state"] for outcome in answer.outcomes] for answer in said}
 
 
 def test_equal_stages_run_once_and_answer_all() -> None:
