@@ -6,16 +6,33 @@ import errno
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
+from ktray.crew.locks import hold_store
+from ktray.crew.locks import alone_on_store, hold_store
 from ktray.errors import MissingInput, StageFailed, StoppedEarly, UserError
 from ktray.pool import Means
 from ktray.stores import Store
 
 Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
+
+
+@contextmanager
+def _computing(store: Store) -> Iterator[None]:
+    """Hold the store, so that nobody sweeps away what is being written; what dead attempts left goes before."""
+    alone = alone_on_store(store.url)
+    if alone is not None:
+        store.sweep()
+        alone.release()
+    held = hold_store(store.url)
+    try:
+        yield
+    finally:
+        if held is not None:
+            held.release()
 
 
 class LocalCrew:
@@ -31,7 +48,20 @@ class LocalCrew:
             StageFailed: a stage raised; its cause is kept in the store's failures.
             StoppedEarly: the disk is full.
         """
-        return [self._obtain(stage) for stage in stages]
+        if all(self.store.find(stage.key) for stage in stages):  # also where nothing can be written
+            lock = hold_store(self.store.url)  # nobody may sweep the store while we write to it
+        try:
+            return [self._obtain(stage) for stage in stages]
+        finally:
+            if lock:
+                lock.release()
+        with _computing(self.store):
+            lock = hold_store(self.store.url)  # nobody may sweep the store while we write to it
+        try:
+            return [self._obtain(stage) for stage in stages]
+        finally:
+            if lock:
+                lock.release()
 
     def _obtain(self, stage: Stage) -> dict[str, Any]:
         self.tell({"event": "started", "key": stage.key, "stage": stage.name})
