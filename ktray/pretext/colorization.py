@@ -1,0 +1,137 @@
+"""Colorization: which colours an image has, told from its lightness alone, as classification of quantised ab.
+
+The ab plane of CIE Lab is cut into squares of `bin`; those that an sRGB colour falls into are the classes (261 at 10; the
+authors' list, which is larger than the gamut, has 313). Targets are soft over the 5 nearest, rare colours weigh more, by their
+frequency in up to 1,024 of the training images.
+
+Different from the source: there each place of the maps of a layer predicts its colour. Here a small decoder makes a grid of
+colours from the backbone's features, a vector, so that every backbone can learn it; and the loss is the mean over cells, not
+their sum. Features for clustering are still read from colour images, the three channels of which were equal in training.
+
+Source: Zhang, Isola, Efros, ECCV 2016, arXiv:1603.08511, sections 2.1 and 2.2.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ktray import augment, colour
+from ktray.images import Images
+from ktray.spec import Augment
+from ktray.spec import Spec as SpecBase
+from ktray.task import Task
+
+REVISION = 1  # covers colour.lab
+
+NEEDS = ("colours",)
+_SAMPLE = 1024  # images that tell how frequent a colour is
+_NEAREST = 5
+
+
+class Spec(SpecBase):
+    """`grid` x `grid` cells, each with a distribution over colours."""
+
+    kind: Literal["colorization"] = "colorization"
+    grid: int = Field(default=8, ge=1, le=64, description="cells along each side; the source has 56 for 224 px")
+    bin: int = Field(default=10, ge=5, le=40, description="side of a class in the ab plane")
+    uniform: float = Field(default=0.5, gt=0, le=1, description="lambda of the rebalancing; 1: all colours weigh the same")
+    hidden: int = Field(default=64, ge=8, le=1024, description="channels of the decoder")
+    augment: Augment = Augment(crop=2, flip=True)
+
+
+def task(spec: Spec, size: int, images: Images) -> Task:
+    """Metric "top1": how often the likeliest colour of a cell is the nearest one.
+
+    Args:
+        size: side of the images in pixels; any.
+        images: the training images, for the frequencies of colours.
+
+    Raises:
+        ValueError: the images are grey.
+    """
+    colours = gamut(spec.bin)
+    weights = rebalancing(frequencies(images, spec.grid, spec.bin), spec.uniform)
+
+    def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        seen = colour.lab(augment.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
+        lightness = (seen[:, :1] / 100 - 0.5) / 0.25  # the range of `augment.to_float`
+        return lightness.repeat(1, 3, 1, 1), soft(cells(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2)
+
+    def head(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(width, spec.hidden * spec.grid**2),
+            nn.Unflatten(1, (spec.hidden, spec.grid**2)),
+            nn.BatchNorm1d(spec.hidden),
+            nn.ReLU(inplace=True),
+            nn.Conv1d(spec.hidden, len(colours), 1),
+        )
+
+    def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        likeliest = targets.max(1).indices
+        each = nn.functional.cross_entropy(logits, targets, reduction="none") * weights.to(logits.device)[likeliest]
+        return each.mean(), {"top1": (logits.detach().max(1).indices == likeliest).float().mean()}
+
+    return Task(head=head, batch=batch, loss=loss)
+
+
+@lru_cache(maxsize=8)
+def gamut(bin: int) -> Tensor:
+    """The centres (Q, 2) float32 of the squares of the ab plane, multiples of `bin`, into which a colour of sRGB falls."""
+    levels = torch.cat([torch.arange(0, 255, 4), torch.tensor([255])]).to(torch.uint8)
+    cube = torch.cartesian_prod(levels, levels, levels).view(1, len(levels), -1, 3)
+    places = (colour.lab(cube)[..., 1:] / bin).round().long().view(-1, 2)
+    return bin * places.unique(dim=0).float()
+
+
+def cells(ab: Tensor, grid: int) -> Tensor:
+    """Mean colours (B, grid * grid, 2) of the cells of images (B, 2, H, W), row by row."""
+    return nn.functional.adaptive_avg_pool2d(ab, grid).flatten(2).transpose(1, 2)
+
+
+def soft(ab: Tensor, colours: Tensor, sigma: float) -> Tensor:
+    """Distributions over the 5 nearest colours, weighted by a Gaussian of their distance.
+
+    Args:
+        ab: (B, cells, 2) float32.
+        colours: (Q, 2) float32.
+
+    Returns:
+        (B, Q, cells) float32 with sums of 1 over Q.
+    """
+    squared = (ab[:, :, None] - colours).square().sum(-1)
+    near = squared.topk(min(_NEAREST, len(colours)), dim=2, largest=False)
+    weights = torch.softmax(-near.values / (2 * sigma**2), dim=2)
+    return torch.zeros_like(squared).scatter_(2, near.indices, weights).transpose(1, 2)
+
+
+def frequencies(images: Images, grid: int, bin: int) -> Tensor:
+    """How often (Q,) float32 each colour is the nearest to a cell, smoothed by a Gaussian of half a bin; their sum is 1.
+
+    Raises:
+        ValueError: all images looked at are grey.
+    """
+    colours = gamut(bin)
+    counts = torch.zeros(len(colours))
+    chosen = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64))
+    grey = True
+    for part in np.array_split(chosen, -(-len(chosen) // 128)):
+        pixels = torch.from_numpy(images.read(part))
+        grey = grey and bool((pixels.amax(-1) == pixels.amin(-1)).all())
+        ab = cells(colour.lab(pixels).permute(0, 3, 1, 2)[:, 1:], grid).flatten(0, 1)
+        counts += torch.bincount((ab[:, None] - colours).square().sum(-1).argmin(1), minlength=len(colours))
+    if grey:
+        raise ValueError("the pretext task 'colorization' needs colours, and the images of this data are grey")
+    spread = (colours[:, None] - colours).square().sum(-1).div(-2 * (bin / 2) ** 2).exp()
+    return (spread / spread.sum(0)) @ (counts / counts.sum())
+
+
+def rebalancing(frequency: Tensor, uniform: float) -> Tensor:
+    """Weights (Q,) with a mean of 1 over the data, inverse to frequencies mixed with a share `uniform` of equal ones."""
+    weights = 1 / ((1 - uniform) * frequency + uniform / len(frequency))
+    return weights / (frequency * weights).sum()

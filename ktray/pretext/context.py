@@ -1,0 +1,134 @@
+"""Context prediction: which of the eight neighbours of a patch another patch is.
+
+Geometry of the released code: patches of 96 px with gaps of 48 px in a 3x3 grid, each moved by up to 7 px. Here all of it is
+scaled so that the grid fits the image, which is enlarged to 48 px if it is smaller (28 px and 32 px: patches of 12, gaps of 5,
+moved by 1); a smaller `gap` lets the grid lie at a random place.
+
+Against lens colours ("chromatic aberration") a patch keeps one colour channel and noise in the two others (drop), or loses its
+green-magenta axis (project). As in the released code each patch then has a mean of 0 and a deviation of 1. Different from it:
+no pixelated patches, which would be smaller than 10 px here, and a small head.
+
+Source: Doersch, Gupta, Efros, ICCV 2015, arXiv:1505.05192, section 3.1; cdoersch/deepcontext, train.py. Teachers of Noroozi et
+al., CVPR 2018: Context-ColorDrop and Context-ColorProjection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ktray import patches
+from ktray.classification import cross_entropy
+from ktray.colour import PROJECTION
+from ktray.spec import Spec as SpecBase
+from ktray.task import Task
+
+REVISION = 1  # covers the tool patches and colour.PROJECTION
+
+_CENTRE = 4  # of the places 0 to 8, row by row
+_NEIGHBOURS = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])  # class -> place
+
+
+class Spec(SpecBase):
+    """`pairs`: "all" eight of each image (nine patches each), or "one" at random (two patches)."""
+
+    kind: Literal["context"] = "context"
+    colours: Literal["drop", "project", "keep"] = "drop"
+    pairs: Literal["all", "one"] = "all"
+    gap: int = Field(default=48, ge=0, le=48, description="between patches of 96 px, scaled with them; against continued edges")
+    jitter: int = Field(default=7, ge=0, le=7, description="most that a patch is moved, likewise")
+    hidden: int = Field(default=128, ge=8, le=4096, description="width of the head per patch")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes in pixels: the square that the grid lies in, its patches, the gaps between them, how far a patch is moved."""
+
+    side: int
+    patch: int
+    gap: int
+    jitter: int
+
+
+def geometry(size: int, gap: int, jitter: int) -> Geometry:
+    """The released geometry, scaled to images of side `size`; `gap` and `jitter` as in Spec."""
+    side = max(48, size)
+    scale = side / (3 * 96 + 2 * 48 + 2 * 7)
+    patch, moved = 2 * round(48 * scale), round(jitter * scale)
+    return Geometry(side, patch, min(round(gap * scale), (side - 3 * patch - 2 * moved) // 2), moved)
+
+
+def task(spec: Spec, size: int) -> Task:
+    """The head reads each patch by one shared layer, lays the centre beside a neighbour, and names the neighbour's place.
+
+    Args:
+        size: side of the images in pixels.
+    """
+    sizes = geometry(size, spec.gap, spec.jitter)
+
+    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        targets = torch.arange(8).expand(len(images), 8)
+        if spec.pairs == "one":
+            targets = torch.randint(8, (len(images), 1), generator=generator)
+        centre = torch.full((len(images), 1), _CENTRE)
+        corner = corners(torch.cat([centre, _NEIGHBOURS[targets]], dim=1), sizes, generator)
+        cut = patches.cut(patches.square(images, sizes.side), corner, sizes.patch).flatten(0, 1)
+        if spec.colours == "drop":
+            cut = dropped(cut, generator)
+        elif spec.colours == "project":
+            cut = torch.einsum("nchw,dc->ndhw", cut, torch.tensor(PROJECTION, device=cut.device))
+        return patches.normalised(cut), targets.to(images.device)
+
+    return Task(head=lambda width: Head(width, spec.hidden, 9 if spec.pairs == "all" else 2), batch=batch, loss=cross_entropy)
+
+
+def corners(places: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
+    """The first row and column of every patch.
+
+    Args:
+        places: (B, T) int64 in [0, 9), row by row.
+
+    Returns:
+        (2, B, T, 1) int64, such that the patch lies in the square.
+    """
+    free = sizes.side - 3 * sizes.patch - 2 * sizes.gap - 2 * sizes.jitter
+    first = sizes.jitter + torch.randint(free + 1, (2, len(places), 1), generator=generator)
+    moved = torch.randint(-sizes.jitter, sizes.jitter + 1, (2, *places.shape), generator=generator)
+    corner = first + (sizes.patch + sizes.gap) * torch.stack([places // 3, places % 3]) + moved
+    return corner[..., None]
+
+
+def dropped(cut: Tensor, generator: torch.Generator) -> Tensor:
+    """Each patch with one of its channels, and in the two others noise of a hundredth of that channel's deviation.
+
+    Args:
+        cut: (M, 3, h, w) float32.
+        generator: on the CPU.
+    """
+    kept = torch.randint(3, (len(cut), 1, 1, 1), generator=generator).to(cut.device)
+    noise = torch.randn(cut.shape, generator=generator).to(cut.device) / 100
+    channel = cut.take_along_dim(kept, dim=1)
+    spread, mean = torch.std_mean(channel, dim=(2, 3), keepdim=True, correction=0)
+    own = torch.arange(3, device=cut.device)[:, None, None] == kept
+    return torch.where(own, channel - mean, spread * noise)
+
+
+class Head(nn.Module):
+    """(M, D) features, M = B * patches with the centre first, -> (B * (patches - 1), 8) logits."""
+
+    def __init__(self, width: int, hidden: int, patches: int) -> None:
+        super().__init__()
+        self.patches = patches
+        self.each = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True))
+        self.pair = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(inplace=True), nn.Linear(2 * hidden, 8))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Each neighbour's logits, image by image."""
+        read = self.each(features).unflatten(0, (-1, self.patches))
+        centre = read[:, :1].expand(-1, self.patches - 1, -1)
+        logits: Tensor = self.pair(torch.cat([centre, read[:, 1:]], dim=2))
+        return logits.flatten(0, 1)
