@@ -52,9 +52,9 @@ def export_student(
 ) -> list[Path]:
     """Write `model.safetensors` and `student.json` into the new folder `out` and return their paths.
 
-    Tensors are named as in the backbone; the classifier of the pseudo-labels, where asked for, is `fc` of a resnet and `head`
-    of any other backbone. So a "full" resnet of width 1 loads strictly into torchvision's class: with ``num_classes=classes``,
-    or headless after ``fc = Identity()``. The folder appears complete or not at all.
+    Tensors are named as in the backbone; the classifier of the pseudo-labels, where asked for, is the backbone's `HEAD`, such
+    as `fc` of a resnet. So a "full" resnet of width 1 loads strictly into torchvision's class once its `fc` is a linear layer
+    of so many classes, or the identity; the card tells how. The folder appears complete or not at all.
 
     Args:
         snapshot: directory with `weights.safetensors` ("backbone.*", "head.*") as from `train.fit`.
@@ -83,7 +83,7 @@ def export_student(
         "architecture": architecture,
         "feature_dim": int(network.feature_dim),  # type: ignore[arg-type]
         "head": {"classes": classes, "tensors": sorted(names.values())} if names else None,
-        "torchvision": _torchvision(architecture, classes if names else None),
+        "torchvision": _torchvision(student.backbone, int(network.feature_dim), classes if names else None),  # type: ignore[arg-type]
         "input": {"size": [size, size], **_INPUT},
         "metrics": _portable(metrics),
         "lineage": _portable(lineage),
@@ -136,16 +136,19 @@ def _head_names(saved: Mapping[str, Tensor], kind: str, classes: int | None) -> 
         raise UserError("this student has no linear classifier to export", instead="Export it without a head.")
     if len(saved["head.bias"]) != classes:
         raise ValueError(f"the classifier has {len(saved['head.bias'])} classes, not {classes}")
-    new = "fc" if kind == "resnet" else "head"
+    new = getattr(plugins.module("backbone", kind), "HEAD", "head")
     return {f"head.{tensor}": f"{new}.{tensor}" for tensor in ("weight", "bias")}
 
 
-def _torchvision(architecture: Mapping[str, Any], classes: int | None) -> str | None:
+def _torchvision(backbone: Any, features: int, classes: int | None) -> str | None:
     """The torchvision model that these weights load into, as code; None if there is none."""
-    if (architecture["kind"], architecture.get("form"), architecture.get("width")) != ("resnet", "full", 1.0):
+    module = plugins.module_of("backbone", backbone)
+    model = module.in_torchvision(backbone) if hasattr(module, "in_torchvision") else None
+    if model is None:
         return None
-    model = f"torchvision.models.resnet{architecture['depth']}"
-    return f"{model}(num_classes={classes})" if classes is not None else f"{model}() with fc = torch.nn.Identity()"
+    head = re.sub(r"\.(\d+)", r"[\1]", module.HEAD)
+    layer = "torch.nn.Identity()" if classes is None else f"torch.nn.Linear({features}, {classes})"
+    return f"torchvision.models.{model}{'; ' if ' with ' in model else ' with '}{head} = {layer}"
 
 
 def _portable(value: Any) -> Any:

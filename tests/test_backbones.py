@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from ktray import plugins, train
+from ktray.errors import UserError
 
 torch.set_num_threads(1)
 
@@ -11,9 +14,19 @@ SMALL = {"width": 0.125}
 
 
 def spec_of(kind, **fields):
-    """The kind with few channels if it has such a field, so that each is tested within a second."""
-    known = plugins.module("backbone", kind).Spec.model_fields
-    return plugins.parse("backbone", {"kind": kind, **{n: v for n, v in SMALL.items() if n in known}, **fields})
+    """The kind with few channels if it has such a field, for tests of a second; skips what is not installed."""
+    module = plugins.module("backbone", kind)
+    spec = plugins.parse(
+        "backbone", {"kind": kind, **{n: v for n, v in SMALL.items() if n in module.Spec.model_fields}, **fields}
+    )
+    try:
+        with torch.device("meta"):
+            module.build(spec)
+    except UserError as error:
+        if "pip install" not in error.instead:
+            raise
+        pytest.skip(str(error))
+    return spec
 
 
 def outputs_of_layers(backbone, pixels):
@@ -66,6 +79,27 @@ def test_memory_layout_does_not_change_what_a_backbone_computes(kind):
     assert torch.allclose(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layers_of_every_backbone_are_known_without_its_weights(kind):
+    spec = spec_of(kind)
+    with torch.device("meta"):
+        backbone = plugins.module("backbone", kind).build(spec)
+    assert all(tensor.is_meta for tensor in backbone.state_dict().values())
+    assert [backbone.get_submodule(name) for name in backbone.layers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_backbone_shares_nothing_with_it(kind):
+    backbone = train.fresh(spec_of(kind), 0).eval()
+    copied = copy.deepcopy(backbone)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = backbone(pixels)
+        for tensor in backbone.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(copied(pixels), expected)
+
+
 def parameters(backbone):
     return sum(p.numel() for p in backbone.parameters())
 
@@ -95,6 +129,28 @@ def test_the_full_alexnet_has_the_maps_of_the_paper_at_224_pixels():
         (256, 13, 13),
     ]
     assert features.shape == (1, 256)
+
+
+@pytest.mark.parametrize(("form", "size", "sides"), [("grouped", 224, [55, 27, 13]), ("grouped_stride2", 64, [29, 14, 6])])
+def test_the_grouped_alexnet_is_that_of_the_paper_and_its_puzzle_form_takes_tiles(form, size, sides):
+    backbone = train.fresh(plugins.parse("backbone", {"kind": "alexnet", "form": form}), 0).eval()
+    with torch.inference_mode():
+        _, layers = outputs_of_layers(backbone, torch.zeros(1, 3, size, size))
+    assert [tuple(out.shape[1:3]) for out in layers.values()] == list(
+        zip([96, 256, 384, 384, 256], [*sides, sides[-1], sides[-1]], strict=True)
+    )
+    assert parameters(backbone) == 2_334_080, "of conv1 to conv5 in Krizhevsky et al., section 3.5"
+
+
+def test_a_puzzle_alexnet_lends_its_weights_to_the_one_for_whole_images():
+    puzzles, whole = (
+        train.fresh(plugins.parse("backbone", {"kind": "alexnet", "form": form, "width": 0.125}), seed).eval()
+        for seed, form in enumerate(("grouped_stride2", "grouped"))
+    )
+    whole.load_state_dict(puzzles.state_dict())
+    pixels = torch.randn(1, 3, 71, 71)
+    with torch.inference_mode():
+        assert torch.equal(whole.conv1(pixels), puzzles.conv1(pixels)[:, :, ::2, ::2])
 
 
 def test_alexnet_channels_are_multiples_of_eight_at_any_width():

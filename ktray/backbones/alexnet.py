@@ -1,10 +1,17 @@
-"""AlexNet's five convolutions with batch norm, for 28 to 64 px ("small") or 224 px ("full").
+"""AlexNet's five convolutions: with batch norm for 28 to 64 px or 224 px, or grouped as in the paper, also for puzzle tiles.
 
-Different from the paper's AlexNet: batch norm after each convolution and no local response normalisation, no groups in conv2,
-conv4 and conv5, and global average pooling in the place of fc6 and fc7, so that the features are those of conv5. "small" also
-has 3x3 convolutions of stride 1 everywhere and no pooling after conv5: 28 px come to 7 x 7, 32 px to 8 x 8.
+All forms end in global average pooling in the place of fc6 and fc7, so that the features are those of conv5.
 
-Source: Krizhevsky, Sutskever, Hinton, NeurIPS 2012; channels of "small" after Krizhevsky, arXiv:1404.5997.
+- "small" and "full" have batch norm after each convolution, no groups and no local response normalisation. "small" also has
+  3x3 convolutions of stride 1 everywhere and no pooling after conv5: 28 px come to 7 x 7, 32 px to 8 x 8.
+- "grouped" is the network of the paper and of its released code (CaffeNet): two groups in conv2, conv4 and conv5, biases, and
+  local response normalisation after the first two poolings. "grouped_stride2" is the same with stride 2 in conv1, as the
+  authors train puzzles on tiles of 64 px: the weights of either load into the other.
+
+Source: Krizhevsky, Sutskever, Hinton, NeurIPS 2012; channels of "small" after Krizhevsky, arXiv:1404.5997; the grouped forms
+after the code of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385 (train_val_cfn_jps++.prototxt), whose
+initialisation with a fixed deviation of 0.01 is replaced by that of the other forms, and whose conv1 on 227 px without padding
+by one on 224 px with it.
 """
 
 from __future__ import annotations
@@ -20,55 +27,61 @@ from ktray.spec import Spec as SpecBase
 REVISION = 1
 
 # per convolution: channels at width 1, kernel, stride, padding, (kernel, stride) of the max-pooling after it
-_FORMS: dict[str, list[tuple[int, int, int, int, tuple[int, int] | None]]] = {
-    "small": [
-        (64, 3, 1, 1, (2, 2)),
-        (192, 3, 1, 1, (2, 2)),
-        (384, 3, 1, 1, None),
-        (256, 3, 1, 1, None),
-        (256, 3, 1, 1, None),
-    ],
-    "full": [
-        (96, 11, 4, 2, (3, 2)),
-        (256, 5, 1, 2, (3, 2)),
-        (384, 3, 1, 1, None),
-        (384, 3, 1, 1, None),
-        (256, 3, 1, 1, (3, 2)),
-    ],
-}
+_Rows = list[tuple[int, int, int, int, tuple[int, int] | None]]
+_SMALL: _Rows = [
+    (64, 3, 1, 1, (2, 2)),
+    (192, 3, 1, 1, (2, 2)),
+    (384, 3, 1, 1, None),
+    (256, 3, 1, 1, None),
+    (256, 3, 1, 1, None),
+]
+_FULL: _Rows = [
+    (96, 11, 4, 2, (3, 2)),
+    (256, 5, 1, 2, (3, 2)),
+    (384, 3, 1, 1, None),
+    (384, 3, 1, 1, None),
+    (256, 3, 1, 1, (3, 2)),
+]
+_FORMS = {"small": _SMALL, "full": _FULL, "grouped": _FULL, "grouped_stride2": [(96, 11, 2, 2, (3, 2)), *_FULL[1:]]}
+_GROUPS = (1, 2, 1, 2, 2)
 
 
 class Spec(SpecBase):
-    """Five convolutions; "small" has 2.3M parameters at width 1, "full" 3.7M."""
+    """Five convolutions; "small" has 2.3M parameters at width 1, "full" 3.7M, the grouped forms 2.3M."""
 
     kind: Literal["alexnet"] = "alexnet"
-    form: Literal["small", "full"] = "small"
+    form: Literal["small", "full", "grouped", "grouped_stride2"] = "small"
     width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
 
 
 class AlexNet(nn.Module):
-    """Convolutions as named blocks (convolution, batch norm, ReLU), so that a layer's output is what the next one sees."""
+    """Convolutions as named blocks that end in ReLU, so that a layer's output is what comes before any pooling."""
 
     layers = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
     def __init__(self, form: str, width: float) -> None:
         super().__init__()
+        grouped = form.startswith("grouped")
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
         before = 3
         for number, (channels, kernel, stride, padding, pooling) in enumerate(_FORMS[form], start=1):
             after = max(8, 8 * round(channels * width / 8))
-            convolution = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
+            groups = _GROUPS[number - 1] if grouped else 1
+            convolution = nn.Conv2d(before, after, kernel, stride, padding, groups=groups, bias=grouped)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-            blocks[f"conv{number}"] = nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True))
+            norms: list[nn.Module] = [] if grouped else [nn.BatchNorm2d(after)]
+            blocks[f"conv{number}"] = nn.Sequential(convolution, *norms, nn.ReLU(inplace=True))
             if pooling:
                 blocks[f"pool{number}"] = nn.MaxPool2d(*pooling)
+            if grouped and number <= 2:
+                blocks[f"norm{number}"] = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75, k=1.0)
             before = after
         self.feature_dim = before
         for name, block in blocks.items():
             self.add_module(name, block)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, feature_dim) float32: conv5 (pooled in "full"), averaged over the places."""
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: conv5 (pooled but in "small"), averaged over the places."""
         maps = images
         for block in self.children():
             maps = block(maps)
@@ -78,6 +91,6 @@ class AlexNet(nn.Module):
 def build(spec: Spec) -> nn.Module:
     """The network with weights drawn from the global generator.
 
-    "small" takes images from 8 px, "full" from 63 px.
+    "small" takes images from 8 px, "full" and "grouped" from 63 px, "grouped_stride2" from 35 px.
     """
     return AlexNet(spec.form, spec.width)

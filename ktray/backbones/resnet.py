@@ -1,4 +1,4 @@
-"""ResNet-18, -34 or -50, as torchvision's ("full") or with a 3x3 stem for 28 to 96 px ("small").
+"""ResNet-18 to -152, as torchvision's ("full") or with a 3x3 stem for 28 to 96 px ("small").
 
 Parameters are named as in torchvision, without `fc`: its state_dicts load into "full" at width 1, and the other way round.
 
@@ -15,15 +15,22 @@ from torch import Tensor, nn
 from ktray.spec import Spec as SpecBase
 
 REVISION = 1
+HEAD = "fc"
 
-_BLOCKS = {18: ("BasicBlock", (2, 2, 2, 2)), 34: ("BasicBlock", (3, 4, 6, 3)), 50: ("Bottleneck", (3, 4, 6, 3))}
+_BLOCKS = {
+    18: ("BasicBlock", (2, 2, 2, 2)),
+    34: ("BasicBlock", (3, 4, 6, 3)),
+    50: ("Bottleneck", (3, 4, 6, 3)),
+    101: ("Bottleneck", (3, 4, 23, 3)),
+    152: ("Bottleneck", (3, 8, 36, 3)),
+}
 
 
 class Spec(SpecBase):
     """A residual network; "full" has torchvision's 7x7 stem with max-pooling and is meant for 224 px."""
 
     kind: Literal["resnet"] = "resnet"
-    depth: Literal[18, 34, 50] = 18
+    depth: Literal[18, 34, 50, 101, 152] = 18
     form: Literal["small", "full"] = "small"
     width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
 
@@ -75,3 +82,8 @@ def build(spec: Spec) -> nn.Module:
 
     name, counts = _BLOCKS[spec.depth]
     return ResNet(getattr(resnet, name), counts, spec.form, spec.width)
+
+
+def in_torchvision(spec: Spec) -> str | None:
+    """torchvision's model of the same weights and outputs up to `fc`, None for our own forms and widths."""
+    return f"resnet{spec.depth}()" if (spec.form, spec.width) == ("full", 1.0) else None

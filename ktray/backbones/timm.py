@@ -1,0 +1,73 @@
+"""Any network of the timm library by its name there, untrained; its feature levels are the layers. Needs `ktray[timm]`.
+
+Nothing is downloaded: weights come from a file through a loaded teacher, named as in timm. Layers are named as by timm's
+`features_only`, with "_" for "." (`layer3`, `blocks_5`, `stages_2`), and are maps (B, C, h, w) for transformers too. What a
+name means is timm's to say: it may change between its versions, and the record of an artifact does not hold them.
+
+Source: Wightman, PyTorch Image Models, doi:10.5281/zenodo.4414861.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ktray.errors import UserError
+from ktray.spec import Spec as SpecBase
+
+REVISION = 1
+
+
+class Spec(SpecBase):
+    """A model's name, such as `resnet18` or `vit_small_patch16_224`, without a tag of weights."""
+
+    kind: Literal["timm"] = "timm"
+    model: str = Field(default="mobilenetv3_small_050", pattern=r"^[a-z0-9_]+$")
+    image: int | None = Field(default=None, ge=8, le=1024, description="side in pixels, for models made for one size of image")
+
+
+class Timm(nn.Module):
+    """A timm model, and an identity for each of its feature levels that names it."""
+
+    def __init__(self, model: Any, levels: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.layers = model, levels
+        for name in levels:
+            self.add_module(name, nn.Identity())
+        self.feature_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: what the model gives its classifier."""
+        last, levels = self.model.forward_intermediates(images, output_fmt="NCHW")
+        for name, maps in zip(self.layers, levels, strict=True):
+            self.get_submodule(name)(maps)
+        features: Tensor = self.model.forward_head(last)
+        return features
+
+
+def build(spec: Spec) -> nn.Module:
+    """The network with weights drawn from the global generator.
+
+    Raises:
+        UserError: timm is not installed, has no such model, or the model names no feature levels or takes no `image`.
+    """
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise UserError("the backbone timm needs the package timm", "backbone.kind", "pip install 'ktray[timm]'") from error
+    if not timm.is_model(spec.model):
+        near = ", ".join(timm.list_models(f"*{spec.model.split('_')[0]}*")[:5])
+        raise UserError(
+            f"timm has no model {spec.model!r}", "backbone.model", f"Near: {near}." if near else "See timm.list_models()."
+        )
+    sized = {} if spec.image is None else {"img_size": spec.image}
+    try:
+        model = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized)
+    except TypeError as error:
+        raise UserError(f"the timm model {spec.model} takes no image size", "backbone.image", "Leave it out.") from error
+    if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
+        raise UserError(f"the timm model {spec.model} names no feature levels", "backbone.model", "Choose another model.")
+    levels = tuple(str(level["module"]).replace(".", "_") for level in model.feature_info)
+    return Timm(model, levels)
