@@ -56,7 +56,9 @@ def _exit_code(error: OSError) -> int | None:
 def _said(error: OSError, code: int) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if code == StoppedEarly.exit_code:
-        return f"{where}the disk is full. Nothing that was published is lost; make room, and the same command goes on from here."
+        return (
+            f"{where}the disk is full. Nothing that was published is lost; make room, and the same command goes on from here."
+        )
     return f"{where}{error.strerror}. Change its rights, or choose another place with --home or --store."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ktray.cli.settings import Settings, settings
+from ktray.cli.settings import Settings, count, settings
 
 HELP = "the best pairs, judged on test if asked"
 
@@ -13,7 +13,7 @@ HELP = "the best pairs, judged on test if asked"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME", help="the study")
-    parser.add_argument("--top", type=int, default=10)
+    parser.add_argument("--top", type=count, default=10)
     parser.add_argument("--pareto", action="store_true", help="only pairs that no other beats in every objective")
     parser.add_argument("--per", choices=["teacher", "student"], help="the best pair of each teacher or student")
     parser.add_argument("--test", action="store_true", help="judge the winners on the test split, and keep the result")

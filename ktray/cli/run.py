@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.settings import Settings, settings
+from ktray.cli.settings import Settings, count, settings
 
 if TYPE_CHECKING:
     from ktray.spec import PairSpec
@@ -18,15 +18,17 @@ HELP = "run a pair or an experiment"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("source", type=Path, metavar="PAIR|EXPERIMENT", help="a pair (.yaml) or an experiment (.py)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these pairs of an experiment")
     parser.add_argument("--local", action="store_true", help="in this process, without Ray")
     parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
-    parser.add_argument("--concurrent", type=int, default=4, metavar="C", help="pairs at the same time (on Ray)")
+    parser.add_argument("--concurrent", type=count, default=4, metavar="C", help="pairs at the same time (on Ray)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.cli.plan import check_pairs
     from ktray.cli.source import load_pairs
     from ktray.errors import StageFailed, UserError
@@ -78,7 +80,7 @@ def _run_on_ray(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options
     options.tell(f"ktray: Ray's own messages go to {session.log}")
     try:
         crew = client.connect(session, options.store_url, execute)
-        with ThreadPoolExecutor(max_workers=max(1, args.concurrent)) as threads:
+        with ThreadPoolExecutor(max_workers=args.concurrent) as threads:
             futures = [threads.submit(_run_pair, name, pair, crew, options) for name, pair in pairs.items()]
             return [future.result() for future in futures]
     finally:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.settings import Settings, settings
+from ktray.cli.settings import Settings, count, settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the space")
     parser.add_argument("--name", default=None, help="the study's name; the same name resumes (default: the space's)")
     parser.add_argument("--trials", default=None, metavar="50|+50", help="target, or how many more once it is met")
-    parser.add_argument("--concurrent", type=int, default=None, metavar="C", help="trials at the same time")
+    parser.add_argument("--concurrent", type=count, default=None, metavar="C", help="trials at the same time")
     parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
     parser.add_argument("--share-images", action="store_true", help="send cluster sheets to a remote tracker too")
 

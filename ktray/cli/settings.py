@@ -51,6 +51,17 @@ class Settings:
         print(json.dumps(value, indent=1, allow_nan=False) if self.json else text, flush=True)
 
 
+def count(text: str) -> int:
+    """An argument that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number from 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
 def settings(args: argparse.Namespace) -> Settings:
     """Read flags and environment; creates the home.
 

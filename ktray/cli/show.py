@@ -13,11 +13,13 @@ HELP = "a study, a trial, an artifact or the kinds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
     parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds")
     parser.add_argument("--against", type=Path, metavar="PAIR", help="KEY: which fields differ from this pair's stage")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
     from ktray.errors import UserError
 
     options = settings(args)

@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.locks import hold_store
 from ktray.crew.locks import alone_on_store, hold_store
 from ktray.errors import MissingInput, StageFailed, StoppedEarly, UserError
 from ktray.pool import Means
@@ -49,19 +48,9 @@ class LocalCrew:
             StoppedEarly: the disk is full.
         """
         if all(self.store.find(stage.key) for stage in stages):  # also where nothing can be written
-            lock = hold_store(self.store.url)  # nobody may sweep the store while we write to it
-        try:
             return [self._obtain(stage) for stage in stages]
-        finally:
-            if lock:
-                lock.release()
         with _computing(self.store):
-            lock = hold_store(self.store.url)  # nobody may sweep the store while we write to it
-        try:
             return [self._obtain(stage) for stage in stages]
-        finally:
-            if lock:
-                lock.release()
 
     def _obtain(self, stage: Stage) -> dict[str, Any]:
         self.tell({"event": "started", "key": stage.key, "stage": stage.name})

@@ -31,6 +31,7 @@ class Needs:
     helpers: int = 0
 
 
+STAGES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation")
 SPLITTABLE = {name: Needs(helpers=63) for name in ("images", "features", "clusters", "pseudo_labels")}
 
 
@@ -72,20 +73,27 @@ def load_runtime(path: Path | None) -> Runtime:
     try:
         given = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise UserError(f"cannot read it ({error.strerror})", str(path)) from None
+        raise UserError(f"the runtime file cannot be read: {error.strerror}", str(path)) from None
+    except UnicodeDecodeError:
+        raise UserError("the runtime file is no text in UTF-8", str(path)) from None
     except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML ({' '.join(str(error).split())})", str(path)) from None
+        raise UserError(f"this is not valid YAML: {getattr(error, 'problem', None) or error}", str(path)) from None
     fields = _checked(given, Runtime, str(path))
     stages = {**SPLITTABLE}
     for name, entry in _mapping(fields.get("stages") or {}, f"{path}: stages").items():
         where = f"{path}: stages.{name}"
+        if name not in STAGES:
+            close = difflib.get_close_matches(name, STAGES, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(STAGES)}."
+            raise UserError(f"there is no stage {name!r}", where, hint)
         stages[name] = dataclasses.replace(stages.get(name, Needs()), **_checked(entry, Needs, where))
     return dataclasses.replace(Runtime(), **{**fields, "stages": stages})
 
 
 def _mapping(given: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(given, dict):
-        raise UserError(f"{given!r} is not a mapping of names to values", where)
+        right = "Write {cpus: 8, stages: {student: {gpus: 0.5}}}."
+        raise UserError(f"{given!r} is not a mapping of names to values", where, right)
     return {str(name): value for name, value in given.items()}
 
 

@@ -132,7 +132,7 @@ def _parse(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         said = str(getattr(error, "problem", None) or error)
         right = next((right for words, right in _RIGHT.items() if words in said), "")
-        problem = said if _TWICE in said else f"this is no valid YAML: {said}"
+        problem = said if _TWICE in said else f"this is not valid YAML: {said}"
         raise UserError(problem, f"{where}{line}", right) from error
 
 

@@ -46,7 +46,7 @@ def names(home: Path) -> list[str]:
 
 
 def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
-    """Notes and trials of a study, also while a search writes them.
+    """Notes and trials of a study, also while a search writes them; both are empty if it was never begun.
 
     Raises:
         UserError: there is no such study.
@@ -57,8 +57,8 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.load_study(study_name=name, storage=_storage(home, name), sampler=RandomSampler())
-    except KeyError as error:
-        raise UserError(f"the study {name!r} was never begun: its journal is empty", str(folder(home, name))) from error
+    except KeyError:
+        return {}, []
     return dict(study.user_attrs), [_trial(frozen) for frozen in study.get_trials(deepcopy=False)]
 
 

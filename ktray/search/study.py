@@ -54,9 +54,11 @@ def read(home: Path, name: str) -> History:
     """A study as it is now, also while a search runs it.
 
     Raises:
-        UserError: there is no such study.
+        UserError: there is no such study, or it was never begun.
     """
     notes, trials = read_ledger(home, name)
+    if "space" not in notes or "target" not in notes:  # a driver that was killed in its first moment
+        raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
     space = Space.of(notes["space"], name)
     return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
 
@@ -120,6 +122,7 @@ class Study:
             document.check_name(name)
         except ValueError as error:
             raise UserError(str(error), "--name") from error
+        target.checked(trials)
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
             ledger = Ledger(home, name, space)

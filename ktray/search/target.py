@@ -9,6 +9,18 @@ from typing import Any
 from ktray.errors import UserError
 
 
+def checked(asked: str | int | None) -> str:
+    """The wish as text, empty for none.
+
+    Raises:
+        UserError: it is no number of trials.
+    """
+    text = "" if asked is None else str(asked)
+    if text and not re.fullmatch(r"\+?[1-9]\d*", text):
+        raise UserError(f"{text!r} is no number of trials", "--trials", "Write 50, or +50 for fifty more.")
+    return text
+
+
 def settled(asked: str | int | None, budget: int, noted: Mapping[str, Any] | None, met: bool) -> dict[str, int]:
     """The target of this session and the budget that it answers to, as the study notes them.
 
@@ -24,9 +36,7 @@ def settled(asked: str | int | None, budget: int, noted: Mapping[str, Any] | Non
     Raises:
         UserError: `asked` is no number of trials.
     """
-    text = "" if asked is None else str(asked)
-    if text and not re.fullmatch(r"\+?[1-9]\d*", text):
-        raise UserError(f"{text!r} is no number of trials", "--trials", "Write 50, or +50 for fifty more.")
+    text = checked(asked)
     if not text:
         kept = noted is not None and noted["budget"] == budget
         return {"trials": noted["trials"] if noted and kept else budget, "budget": budget}
