@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from ktray import plugins
-from ktray.errors import UserError
 
 _BACKBONE = "backbone."
 
@@ -84,57 +80,3 @@ def load(backbone: nn.Module, directory: Path) -> None:
 def write_untrained(backbone: nn.Module, directory: Path) -> None:
     """Write a snapshot of epoch 0 without a head: a network as it was drawn, or as somebody else trained it."""
     write(directory, nn.ModuleDict({"backbone": backbone}), None, [])
-
-
-def adopt(backbone_spec: Any, checkpoint: Path, directory: Path) -> int:
-    """Write a snapshot of epoch 0 with weights from a file made elsewhere; the number of parameters of the backbone.
-
-    What the backbone has no place for, such as torchvision's `fc`, is left behind; what it lacks is an error. Names may begin
-    with "backbone." or, after data-parallel training, with "module.".
-
-    Args:
-        checkpoint: safetensors, or a state_dict (alone or under "state_dict") that loads with `weights_only`.
-
-    Raises:
-        UserError: no such file, not such a file, or not the weights of this backbone.
-    """
-    backbone = plugins.module_of("backbone", backbone_spec).build(backbone_spec)
-    wanted = backbone.state_dict()
-    found = {_bare(name): tensor for name, tensor in _tensors(checkpoint).items()}
-    for name in wanted:
-        if name.endswith("num_batches_tracked"):  # files from before PyTorch 0.4.1 lack it, and only a null momentum reads it
-            found.setdefault(name, wanted[name])
-    wrong = [n for n, w in wanted.items() if n not in found or found[n].shape != w.shape]
-    if wrong:
-        raise UserError(
-            f"{checkpoint.name} has no {wrong[0]} of shape {tuple(wanted[wrong[0]].shape)}"
-            f" (nor {len(wrong) - 1} other tensors of {len(wanted)})",
-            where="teacher.checkpoint",
-            instead="Give the backbone (kind, depth, form, width) that these weights were trained with.",
-        )
-    backbone.load_state_dict({name: found[name] for name in wanted})
-    write_untrained(backbone, directory)
-    return sum(parameter.numel() for parameter in backbone.parameters())
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("module.").removeprefix(_BACKBONE)
-
-
-def _tensors(checkpoint: Path) -> dict[str, Tensor]:
-    from pickle import UnpicklingError  # what torch.load raises at the first object that is not a tensor; nothing is unpickled
-
-    from safetensors import SafetensorError
-
-    instead = "Give a .safetensors file, or a state_dict saved by torch.save."
-    try:
-        if checkpoint.suffix == ".safetensors":
-            return load_file(checkpoint)
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on old pickle protocols, beside our own refusal
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {checkpoint.name}", "teacher.checkpoint", instead) from None
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(f"{checkpoint.name} holds more or other than tensors", "teacher.checkpoint", instead) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

@@ -121,7 +121,11 @@ class HandcraftedTeacher(Spec):
 
 
 class LoadedTeacher(Spec):
-    """A backbone with weights from a file: safetensors, or a state_dict that loads with weights_only."""
+    """A backbone with weights made elsewhere.
+
+    `checkpoint` is a file (safetensors, or a state_dict that loads with weights_only), the folder of an exported student, or
+    the key of a teacher or student in the store, such as ``teacher-3f9a1c0b2d44``.
+    """
 
     checkpoint: str
     backbone: BackboneSpec

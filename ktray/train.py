@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ktray import plugins, snapshot
+from ktray.checkpoint import adopt as adopt
 from ktray.fingerprint import seed_of
 from ktray.images import Images
-from ktray.snapshot import adopt as adopt
 from ktray.snapshot import load as load
 from ktray.snapshot import write_untrained as write_untrained
 from ktray.spec import Schedule

@@ -12,7 +12,7 @@ from typing import Any
 
 from ktray.artifact import Artifact, Stage
 from ktray.crew.locks import alone_on_store, hold_store
-from ktray.errors import MissingInput, StageFailed, StoppedEarly, UserError
+from ktray.errors import StageFailed, StoppedEarly, UserError
 from ktray.pool import Means
 from ktray.stores import Store
 
@@ -58,10 +58,9 @@ class LocalCrew:
         attempt = f"{os.getpid()}-{time.time_ns():x}"
         try:
             artifact, published = self.work(stage, self.store, attempt, self.means)
-        except (MissingInput, KeyboardInterrupt):
-            raise
         except Exception as error:
-            # A process boundary: whatever a stage raises becomes the named failure of that stage.
+            # A process boundary: whatever a stage raises becomes the named failure of that stage; so does an absent input,
+            # as a loaded teacher names an artifact that no stage of its pair makes.
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise StoppedEarly(f"the disk is full: {error}") from error
             cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktray import augment, classification, features, images, kmeans, plugins, projection, pseudo_labels, train
+from ktray import augment, checkpoint, classification, features, images, kmeans, plugins, projection, pseudo_labels, train
 from ktray.artifact import Stage
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, TrainedTeacher
 
@@ -147,13 +147,7 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
 
         builder.keys["teacher"] = _training(builder, "teacher", at, teacher.schedule, teacher.schedule.epochs)
     elif isinstance(teacher, LoadedTeacher):
-        from ktray.pipeline.identity import checkpoint_sha256
-
-        what = {"checkpoint": checkpoint_sha256(teacher.checkpoint), "backbone": teacher.backbone.model_dump()}
-        revisions = _revisions(teacher.backbone, train=train)
-        builder.keys["teacher"] = builder.add(
-            Stage("teacher", what, revisions, local={"checkpoint": str(Path(teacher.checkpoint).absolute())})
-        )
+        builder.keys["teacher"] = builder.add(_loaded(teacher))
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
         inputs = {"images.cluster": builder.images("cluster")}
         what = {"descriptor": teacher.descriptor.model_dump()}
@@ -161,6 +155,18 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
         builder.keys["teacher"] = builder.add(
             Stage("teacher", what, revisions, inputs, local={"data": builder.data("cluster")})
         )
+
+
+def _loaded(teacher: LoadedTeacher) -> Stage:
+    """Weights from a file or folder, identified by their content, or from an artifact, which this graph does not make."""
+    from ktray.pipeline.identity import checkpoint_sha256
+
+    backbone, revisions = teacher.backbone.model_dump(), _revisions(teacher.backbone, train=train)
+    if checkpoint.ARTIFACT.fullmatch(teacher.checkpoint):
+        inputs = {"snapshot": teacher.checkpoint}
+        return Stage("teacher", {"checkpoint": teacher.checkpoint, "backbone": backbone}, revisions, inputs)
+    what = {"checkpoint": checkpoint_sha256(teacher.checkpoint), "backbone": backbone}
+    return Stage("teacher", what, revisions, local={"checkpoint": str(Path(teacher.checkpoint).absolute())})
 
 
 def _teacher_view(teacher: Spec) -> dict[str, Any]:

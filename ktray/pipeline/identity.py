@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ktray import images
-from ktray.errors import UserError
+from ktray import checkpoint, images
 from ktray.fingerprint import canonical, file_sha256
 from ktray.spec import Spec
 
@@ -25,11 +24,9 @@ def data_identity(cache: Path | None = None) -> Callable[[Spec], str]:
 
 
 def checkpoint_sha256(path: str) -> str:
-    """sha256 of a checkpoint file.
+    """sha256 of the weights in a checkpoint: a file, or the folder of an exported student or of a snapshot.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file or folder.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint file {path!r}", where="teacher.checkpoint", instead="Give the path of a file.")
-    return file_sha256(Path(path))
+    return file_sha256(checkpoint.weights_file(Path(path)))

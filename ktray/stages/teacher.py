@@ -1,4 +1,4 @@
-"""Make a teacher: train it on its pretext task, fit a descriptor's state, or take weights from a file."""
+"""Make a teacher: train it on its pretext task, fit a descriptor's state, or take weights made elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
         return run_training(stage, task, images, out, means, start)
     if "checkpoint" in stage.spec:
         spec = plugins.parse("backbone", stage.spec["backbone"])
-        parameters = train.adopt(spec, Path(stage.local["checkpoint"]), out)
+        checkpoint = inputs["snapshot"].directory if "snapshot" in inputs else Path(stage.local["checkpoint"])
+        parameters = train.adopt(spec, checkpoint, out)
         return {"parameters": float(parameters)}
     descriptor = plugins.parse("descriptor", stage.spec["descriptor"])
     images = open_images(stage, "cluster", inputs, "train")

@@ -1,0 +1,185 @@
+"""Loaded teachers: weights made elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ktray import checkpoint, export, features, plugins, train
+from ktray.crew.local import LocalCrew
+from ktray.errors import StageFailed, UserError
+from ktray.pipeline.execute import execute
+from ktray.pipeline.graph import build
+from ktray.pipeline.identity import data_identity
+from ktray.pool import Means
+from ktray.spec import Student
+from ktray.stores.file import FileStore
+from tests.toys import ROTATION, STUDENT, toy_pair
+
+torch.set_num_threads(1)
+
+ALEXNET = plugins.parse("backbone", {"kind": "alexnet", "width": 0.125})
+IDENTITY = data_identity()
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    """The weights of a small alexnet."""
+    return train.fresh(ALEXNET, 3).state_dict()
+
+
+def adopted(tensors: dict[str, torch.Tensor], folder: Path, backbone=ALEXNET) -> dict[str, torch.Tensor]:
+    """What a snapshot holds that was made of these tensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "weights.safetensors")
+    train.adopt(backbone, folder / "weights.safetensors", folder / "out")
+    return load_file(folder / "out" / "weights.safetensors")
+
+
+def exported(folder: Path, spec=ALEXNET) -> Path:
+    """The folder of an exported student with a classifier."""
+    network = train.fresh(spec, 3)
+    (folder / "snapshot").mkdir()
+    named = {f"backbone.{n}": t for n, t in network.state_dict().items()}
+    head = {"head.weight": torch.zeros(2, network.feature_dim), "head.bias": torch.zeros(2)}
+    save_file(named | head, folder / "snapshot" / "weights.safetensors")
+    student = Student.model_validate({**STUDENT, "backbone": spec.model_dump()})
+    export.export_student(folder / "snapshot", student, 32, {}, {}, folder / "student", 2, head="classifier")
+    return folder / "student"
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.", "module.backbone.", "model."])
+def test_weights_are_found_under_the_names_that_trainings_give_them(prefix, weights, tmp_path):
+    found = adopted({f"{prefix}{name}": tensor for name, tensor in weights.items()}, tmp_path)
+    assert all(torch.equal(found[f"backbone.{name}"], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "head", ["fc.weight", "classifier.6.bias", "head.weight", "heads.head.weight", "head.target.conv1.0.weight"]
+)
+def test_a_classifier_is_left_behind(head, weights, tmp_path):
+    assert len(adopted({**weights, head: torch.zeros(3)}, tmp_path)) == len(weights)
+
+
+def test_tensors_that_the_backbone_has_no_place_for_are_named(weights, tmp_path):
+    strange = {f"layer{number}.weight": torch.zeros(number) for number in range(1, 6)}
+    with pytest.raises(UserError, match=r"layer1\.weight of shape \(1,\), .*, layer3\.weight of shape \(3,\) and 2 more"):
+        adopted({**weights, **strange}, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_architecture_are_refused_with_the_first_names_of_both(tmp_path):
+    other = train.fresh(plugins.parse("backbone", {"kind": "vgg", "depth": 11, "width": 0.125}), 0)
+    with pytest.raises(
+        UserError, match=r"another architecture: it has no conv1\.0\.weight .*but has features\..*\(8, 3, 3, 3\)"
+    ):
+        adopted(other.state_dict(), tmp_path)
+    wide = plugins.parse("backbone", {"kind": "alexnet", "width": 0.25})
+    with pytest.raises(UserError, match=r"has no conv1\.0\.weight of shape \(16, 3, 3, 3\).* but has .*\(8, 3, 3, 3\)"):
+        adopted(train.fresh(ALEXNET, 0).state_dict(), tmp_path, wide)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value, weights, tmp_path):
+    weights["conv3.0.weight"][0, 0, 0, 0] = value
+    with pytest.raises(UserError, match=r"not finite, in conv3\.0\.weight"):
+        adopted(weights, tmp_path)
+
+
+def test_a_file_without_named_tensors_is_refused(tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="no named tensors"):
+        train.adopt(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor weights\.safetensors"):
+        train.adopt(ALEXNET, tmp_path / "empty", tmp_path / "out")
+
+
+def test_an_exported_student_is_a_checkpoint_by_its_folder(tmp_path):
+    folder = exported(tmp_path)
+    train.adopt(ALEXNET, folder, tmp_path / "out")
+    loaded = train.fresh(ALEXNET, 0)
+    train.load(loaded, tmp_path / "out")
+    expected = export.load_student(folder).state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in loaded.state_dict().items())
+
+
+def test_an_exported_student_of_another_architecture_says_what_it_is(tmp_path):
+    folder = exported(tmp_path, plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}))
+    with pytest.raises(UserError, match=r"'kind': 'alexnet'.*'width': 0\.25"):
+        train.adopt(ALEXNET, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "student.json"])
+def test_a_damaged_student_is_never_a_teacher(file, tmp_path):
+    folder = exported(tmp_path)
+    content = bytearray((folder / file).read_bytes())
+    content[-3] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"damaged: {file}"):
+        train.adopt(ALEXNET, folder, tmp_path / "out")
+
+
+def test_a_folder_and_the_file_in_it_are_the_same_teacher(tmp_path):
+    folder = exported(tmp_path)
+    paths = [folder, folder / "model.safetensors"]
+    keys = {build(toy_pair(teacher=loaded(path)), IDENTITY).keys["teacher"] for path in paths}
+    assert len(keys) == 1
+    with pytest.raises(UserError, match="no file absent"):
+        build(toy_pair(teacher=loaded(tmp_path / "absent.pth")), IDENTITY)
+
+
+def loaded(place: object, **fields: object) -> dict[str, object]:
+    """A loaded teacher of the toy backbone."""
+    return {"checkpoint": str(place), "backbone": ALEXNET.model_dump(), "layer": "conv3", **fields}
+
+
+def run(pair, store):
+    graph = build(pair, IDENTITY)
+    LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+    return graph.keys
+
+
+@pytest.mark.parametrize("source", ["key", "folder"])
+def test_the_teacher_of_one_pair_teaches_another_by_its_key_or_folder(source, tmp_path):
+    store = FileStore(tmp_path / "store")
+    first = run(toy_pair(teacher=ROTATION, evals=[]), store)
+    place = first["teacher"] if source == "key" else store.find(first["teacher"]).directory
+    second = run(toy_pair(teacher=loaded(place), evals=[{"kind": "knn", "of": "teacher"}]), store)
+    assert second["teacher"] != first["teacher"]
+    one, two = (features.load(store.find(keys["features"]).directory) for keys in (first, second))
+    np.testing.assert_array_equal(one, two)
+    assert store.find(second["teacher"]).metrics["parameters"] == sum(p.numel() for p in train.fresh(ALEXNET, 0).parameters())
+
+
+def test_an_artifact_that_is_not_there_fails_the_stage_by_name(tmp_path):
+    store = FileStore(tmp_path / "store")
+    with pytest.raises(StageFailed, match=r"teacher-\w+ failed: .*the artifact student-0123456789ab is absent"):
+        run(toy_pair(teacher=loaded("student-0123456789ab")), store)
+    assert not any(key.startswith(("teacher", "features")) for key in list(store.keys()))
+
+
+def test_a_checkpoint_of_another_architecture_fails_its_stage_and_publishes_nothing(tmp_path):
+    store = FileStore(tmp_path / "store")
+    save_file(
+        train.fresh(plugins.parse("backbone", {"kind": "vgg", "width": 0.125}), 0).state_dict(), tmp_path / "vgg.safetensors"
+    )
+    with pytest.raises(StageFailed, match=r"teacher-\w+ failed: .*another architecture"):
+        run(toy_pair(teacher=loaded(tmp_path / "vgg.safetensors")), store)
+    assert not list(store.keys())
+
+
+def test_only_a_key_is_taken_for_a_key():
+    for text in ("teacher-3f9a1c0b2d44", "student-000000000000"):
+        assert checkpoint.ARTIFACT.fullmatch(text)
+    for text in ("./teacher-3f9a1c0b2d44", "teacher-3f9a1c0b2d44.pth", "features-3f9a1c0b2d44", "teacher-final"):
+        assert not checkpoint.ARTIFACT.fullmatch(text)
+
+
+def test_the_file_of_an_exported_student_is_the_one_that_its_card_names(tmp_path):
+    folder = exported(tmp_path)
+    assert checkpoint.weights_file(folder).name in json.loads((folder / "student.json").read_text())["files"]
