@@ -9,14 +9,12 @@ import platform
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from ktray.pipeline.naming import pair_name
 from ktray.report.axes import axis
 from ktray.report.words import duration, kind_of_cause, without_places
 from ktray.stores.file import FileStore
@@ -48,6 +46,12 @@ def test_the_headline_compares_the_best_trial_with_both_references(store: FileSt
     assert "0.3000 better than the random student (0.3000) and 0.2000 worse than the supervised ceiling (0.8000)" in text
     assert "60 % of the way from the random student to the supervised ceiling" in text
     assert "Trained without labels, selected with 1,000 labels of val." in text
+    assert "One standard error of a share of 1,000 images is 0.0155." in text  # sqrt(0.6 * 0.4 / 1000)
+
+
+def test_trials_that_are_level_with_the_best_are_named(store: FileStore) -> None:
+    text = page_of([trial(0, 0.6), trial(1, 0.6), trial(2, 0.5), trial(3, 0.6)], store).text("headline")
+    assert "(trial 0; level with it: 1 and 3)" in text
 
 
 def test_a_lower_value_is_the_best_of_an_objective_that_is_minimised(store: FileStore) -> None:
@@ -93,18 +97,21 @@ def test_the_leaderboard_ends_after_twenty_and_counts_the_rest(store: FileStore)
 
 
 def test_teachers_and_students_show_the_best_value_of_each_cell(store: FileStore) -> None:
-    hog = {"descriptor": {"kind": "hog"}}
+    hog, raw = ({"descriptor": {"kind": kind}} for kind in ("hog", "raw_pixels"))
     trials = [
         trial(0, 0.4),
         trial(1, 0.6),
         trial(2, 0.5, pair=pair(backbone="alexnet")),
         trial(3, 0.3, pair=pair(teacher=hog)),
+        trial(4, 0.2, pair=pair(teacher=raw), state="pruned"),
+        trial(5, 0.2, pair=pair(teacher=raw), state="pruned"),
     ]
     rows = page_of(trials, store).rows["teachers-students"]
     assert rows == [
         ["", "resnet18", "alexnet w0.25"],
         ["rotation-alexnet/conv4", "0.6000trial 1", "0.5000trial 2"],
         ["hog", "0.3000trial 3", "–"],
+        ["raw_pixels", "2 pruned", "–"],
     ]
     html = html_of(trials, store)
     assert [int(heat) for heat in re.findall(r"--heat: (\d+)%", html)] == [100, 67, 0]
@@ -284,22 +291,6 @@ def test_no_path_and_no_machine_is_named(store: FileStore, monkeypatch: pytest.M
     for secret in (HOME, "jane", "doe", "my pictures", "gpu-box", "lab.example", "10.0.0.7", str(store.root), "/tmp/"):
         assert secret not in html
     assert "a b.png" in html
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({}, "rotation-alexnet/conv4 k=5 -> resnet18"),
-        ({"teacher": {"descriptor": {"kind": "hog", "cell": 4}}}, "hog k=5 -> resnet18"),
-        ({"teacher": None, "transfer": {"kind": "none"}}, "none -> resnet18"),
-        ({"teacher": None, "transfer": {"kind": "labels"}}, "labels -> resnet18"),
-        ({"transfer": {"kind": "regression"}}, "rotation-alexnet/conv4 regression -> resnet18"),
-        ({"student": {"backbone": {"kind": "alexnet", "width": 0.25}}}, "rotation-alexnet/conv4 k=5 -> alexnet w0.25"),
-        ({"student": {"backbone": {"kind": "alexnet", "form": "full"}}}, "rotation-alexnet/conv4 k=5 -> alexnet full"),
-    ],
-)
-def test_a_pair_has_a_readable_name(changes: dict[str, Any], name: str) -> None:
-    assert pair_name(pair(**changes)) == name
 
 
 def test_what_is_no_path_stays() -> None:

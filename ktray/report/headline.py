@@ -14,7 +14,7 @@ from ktray.errors import UserError
 from ktray.plugins import module
 from ktray.report.plots import strip
 from ktray.report.ranking import Objective, losses, ranked, value_of
-from ktray.report.words import counted, listed, measure, title_of
+from ktray.report.words import counted, listed, measure, number, title_of
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -41,19 +41,23 @@ def headline(
     if not completed:
         return {**facts, "best": None, "sentences": _nothing_yet(trials), "strip": Markup("")}
     best, values = completed[0], [value_of(trial, metric) or 0.0 for trial in completed]
+    level = [f"{trial.number}" for trial, value in zip(completed, values, strict=True) if value == values[0]][1:]
+    split = _split(best.pair, metric)
     known = {
         name: value for name, reference in references.items() if (value := _finite(reference["metrics"], metric)) is not None
     }
     return {
         **facts,
         "best": {"name": title_of(best.pair), "value": measure(metric, values[0]), "number": best.number},
+        "level": listed(level) if level else "",
         "metric": metric,
         "mode": "higher is better" if mode == "max" else "lower is better",
         "of": counted(len(completed), "completed trial"),
         "sentences": _against(values[0], known, metric, mode),
         "labels": _labels(best.pair, labels_used),
         "chosen_of": len(completed),
-        "split": _split(best.pair, metric),
+        "split": split,
+        "error": _error(metric, values[0], labels_used.get(split or "", 0)),
         "strip": strip(values, values[0], known, metric) if len(values) + len(known) > 1 else Markup(""),
     }
 
@@ -85,6 +89,13 @@ def _against(best: float, known: Mapping[str, float], metric: str, mode: str) ->
             share = (loss(known[FLOOR]) - loss(best)) / way
             sentences.append(f"It goes {100 * share:.0f} % of the way from the {FLOOR} to the {CEILING}.")
     return sentences
+
+
+def _error(metric: str, value: float, count: int) -> str:
+    """What chance alone does to a share of `count` images, as text; empty for other metrics."""
+    if not metric.endswith("/top1") or count < 2 or not 0 < value < 1:
+        return ""
+    return f"One standard error of a share of {count:,} images is {number(math.sqrt(value * (1 - value) / count))}."
 
 
 def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ from ktray.report.axes import Axis, axis, linear, tick_text
 from ktray.report.words import measure
 
 WIDTH, HEIGHT = 480, 310
-LEFT, RIGHT, TOP, BOTTOM = 58, 462, 14, 264
+LEFT, RIGHT, TOP, BOTTOM = 66, 462, 14, 264
 COLOURS = 8
 
 
@@ -39,11 +39,13 @@ def strip(values: Sequence[float], best: float, references: Mapping[str, float],
     """All completed trials as dots on one axis between the references."""
     known = [*values, *references.values()]
     across = axis(known, (16, 704), metric)
+    places = [across.at(value) for value in references.values()]
     ticks = Markup("").join(
         Markup('<line class="grid" x1="{0}" x2="{0}" y1="34" y2="62"/><text class="tick" x="{0}" y="80">{1}</text>').format(
             _px(across.at(value)), tick_text(value)
         )
         for value in across.ticks
+        if all(abs(across.at(value) - place) > 24 for place in places)  # a reference's line would cross the number
     )
     dots = Markup("").join(
         Markup('<circle class="dot" cx="{}" cy="48" r="5.5"/>').format(_px(across.at(value))) for value in values
@@ -161,7 +163,7 @@ def _frame(across: Axis, up: Axis) -> Markup:
     base = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, RIGHT, BOTTOM, BOTTOM)
     middle = (TOP + BOTTOM) / 2
     names = Markup('<text class="label" x="{}" y="{}">{}</text>').format((LEFT + RIGHT) / 2, BOTTOM + 39, across.label)
-    names += Markup('<text class="label" transform="rotate(-90 13 {0})" x="13" y="{0}">{1}</text>').format(middle, up.label)
+    names += Markup('<text class="label" transform="rotate(-90 11 {0})" x="11" y="{0}">{1}</text>').format(middle, up.label)
     return horizontal + base + vertical + names
 
 

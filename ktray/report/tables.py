@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,26 +65,34 @@ def heat_table(trials: Sequence[Trial], objective: Objective) -> dict[str, Any] 
     best: dict[tuple[str, str], Trial] = {}
     for trial in ranked(trials, objective):
         if value_of(trial, metric) is not None:
-            best.setdefault((without_places(teacher_name(trial.pair)) or "none", student_name(trial.pair)), trial)
+            best.setdefault(_teacher_and_student(trial), trial)
+    pruned = Counter(
+        place for trial in trials if trial.state == "pruned" and (place := _teacher_and_student(trial)) not in best
+    )
     if len(best) < 2:
         return None
     values = {cell: value_of(trial, metric) or 0.0 for cell, trial in best.items()}
     low, high = min(values.values()), max(values.values())
     worst = max(values.values(), key=losses(objective[1]))
-    students = list(dict.fromkeys(student for _, student in best))
+    students = list(dict.fromkeys(student for _, student in [*best, *pruned]))
 
     def cell(teacher: str, student: str) -> dict[str, Any] | None:
         trial = best.get((teacher, student))
         if trial is None:
-            return None
+            return {"pruned": pruned[teacher, student]} if pruned[teacher, student] else None
         heat = abs(values[teacher, student] - worst) / (high - low) if high > low else 0.0
-        return {"value": measure(metric, values[teacher, student]), "trial": trial.number, "heat": round(100 * heat)}
+        value = measure(metric, values[teacher, student])
+        return {"value": value, "trial": trial.number, "heat": round(100 * heat), "pruned": 0}
 
     rows = [
         {"name": teacher, "cells": [cell(teacher, student) for student in students]}
-        for teacher in dict.fromkeys(teacher for teacher, _ in best)
+        for teacher in dict.fromkeys(teacher for teacher, _ in [*best, *pruned])
     ]
-    return {"students": students, "rows": rows}
+    return {"students": students, "rows": rows, "pruned": bool(pruned)}
+
+
+def _teacher_and_student(trial: Trial) -> tuple[str, str]:
+    return without_places(teacher_name(trial.pair)) or "none", student_name(trial.pair)
 
 
 def failures(trials: Sequence[Trial]) -> list[dict[str, Any]]:
