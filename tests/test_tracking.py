@@ -72,22 +72,27 @@ def test_a_stage_is_a_run_with_its_key_and_images_and_its_trial_links_to_it(home
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "sheet.png").write_bytes(folder.encode())
     tracker = session(home, "stages")
+    note = f"[clusters](stage/{key}) [sheet](stage/{key}/images/a.png) [teacher](stage/teacher-0) [all](view)"
+    tracker.trial(7, "pair", {}, {"ktray.stage.clusters": key}, note)  # before the stage is told
     images = [tmp_path / "a" / "sheet.png", tmp_path / "b" / "sheet.png", tmp_path / "gone.png"]
     rows = [{"epoch": 1, "clusters/inertia": 2.0}]
-    tracker.stage(key, key, {"clusters/empty": 0}, {"ktray.device": "cpu"}, rows, images)
-    tracker.trial(7, "pair", {}, {"ktray.stage.clusters": key, "ktray.stage.teacher": "teacher-000000000000"})
+    metrics = {"clusters/empty": 0.0, "clusters/inertia": 2.0}
+    tracker.stage(key, key, metrics, {"ktray.device": "cpu"}, rows, images, {"k": 50}, "", (1000.0, 1002.5))
     assert tracker.close("FINISHED", timeout=60)
     runs = runs_of(uri, "stages")
     stage, trial = runs[key], runs["0007 pair"]
     assert stage.info.status == "FINISHED"
     assert stage.data.tags["ktray.key"] == key
     assert stage.data.tags["mlflow.parentRunId"] == runs["stages"].info.run_id
-    assert stage.data.metrics == {"clusters/empty": 0.0, "clusters/inertia": 2.0}
+    assert stage.data.metrics == metrics
+    assert history(uri, stage, "clusters/inertia") == [(1, 2.0)]  # no second end at step 0
+    assert stage.data.params == {"k": "50"}
+    assert (stage.info.start_time, stage.info.end_time) == (1_000_000, 1_002_500)
     stored = sorted(path.read_bytes() for path in (home / "mlartifacts").rglob("sheet.png"))
     assert stored == [b"a", b"b"]
-    note = trial.data.tags["mlflow.note.content"]
-    assert f"/runs/{stage.info.run_id}" in note
-    assert "teacher" not in note
+    page = f"#/experiments/{stage.info.experiment_id}/runs"
+    clusters, sheet = f"[clusters]({page}/{stage.info.run_id})", f"[sheet]({page}/{stage.info.run_id}/artifacts/images/a.png)"
+    assert trial.data.tags["mlflow.note.content"] == f"{clusters} {sheet} teacher [all]({page}?viewStateShareKey=ktray)"
 
 
 def test_values_that_mlflow_cannot_hold_are_left_out_or_cut_and_named_in_a_tag(home: Path) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ktray.drivers.account import Account
 from ktray.errors import StoppedEarly
 from ktray.pipeline import graph as graphs
 from ktray.pipeline import judge
 from ktray.pipeline.graph import Graph, Identity
-from ktray.pipeline.naming import pair_name
 from ktray.search.space import Space
-from ktray.search.study import Study
+from ktray.search.study import Assignment, Study
 from ktray.search.trial import Trial
 from ktray.spec import PairSpec
 from ktray.stores import Store
@@ -42,11 +42,12 @@ class Conductor:
 
     def __init__(self, space: Space, study: Study, store: Store, identity: Identity, tracker: Tracker, tell: Tell) -> None:
         self.space, self.study, self.store, self.identity = space, study, store, identity
-        self.tracker, self.tell = tracker, tell
+        self.account, self.tracker, self.tell = Account(tracker, space), tracker, tell
         self.demanded: set[str] = set()
         self._marginal: dict[int, float] = {}
         self._failed: dict[str, str] = {}
         self._milestones = _milestones(space)
+        self._drawn = len(study.trials())
 
     def first(self, count: int) -> tuple[deque[Segment], StoppedEarly | None]:
         """Up to `count` segments to begin with, and why there will be no more if that is known already."""
@@ -61,7 +62,7 @@ class Conductor:
     def next(self) -> Segment | Literal["wait", "done"]:
         """The next segment that has something to compute; what the store answers whole is settled on the way."""
         while True:
-            assignment = self.study.next()
+            assignment = self._assignment()
             if isinstance(assignment, str):
                 return assignment
             segment = self._segment(assignment.trial, assignment.until, assignment.final)
@@ -73,9 +74,18 @@ class Conductor:
                 return segment
             self.settle(segment, computed=[])
 
+    def _assignment(self) -> Assignment | Literal["wait", "done"]:
+        try:
+            return self.study.next()
+        finally:
+            for trial in self.study.trials()[self._drawn :]:
+                self._drawn += 1
+                if trial.state != "running":  # the study has settled it by itself
+                    self.account.refused(trial)
+
     def _segment(self, trial: Trial, epoch: int, final: bool) -> Segment:
         graph = self.graph(trial, epoch, None if final else [self._judge()])
-        self.tracker.trial(trial.number, pair_name(trial.pair), dict(trial.params), _stage_tags(graph.keys))
+        self.account.begin(trial, graph.keys)
         return Segment(trial, epoch, final, graph)
 
     def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
@@ -105,6 +115,7 @@ class Conductor:
         spent = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
         self._marginal[number] = self._marginal.get(number, 0.0) + spent
         metrics = judge.metrics(segment.graph, artifacts)
+        self.account.reused(segment.trial, segment.graph.metric_prefixes(), set(computed))
         self.tracker.curve(number, _student_curve(segment.graph, artifacts))
         if segment.final:
             self._finish(segment, metrics)
@@ -115,8 +126,9 @@ class Conductor:
         assert self.space.early_stop is not None
         name = self.space.early_stop.metric
         trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys)
-        self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
         self._tell_end(trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
+        self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
+        self.account.ended(trial, segment.graph.keys, {})
 
     def _finish(self, segment: Segment, metrics: dict[str, float]) -> None:
         number = segment.trial.number
@@ -124,16 +136,12 @@ class Conductor:
         objectives = {name: metrics[name] for name, _ in self.space.objectives}
         cost = {"seconds": metrics["cost/seconds"], "marginal_seconds": metrics["cost/marginal_seconds"]}
         trial = self.study.finish(number, metrics, objectives, dict(segment.graph.keys), cost)
-        wanted = {f"objective/{name}": value for name, value in objectives.items()}
-        judged = {name: value for name, value in metrics.items() if name.split("/")[0] not in ("teacher", "student")}
-        self.tracker.metrics(number, {**judged, **wanted}, segment.epoch)
         self._tell_end(trial, " ".join(f"{name} {value:.4f}" for name, value in objectives.items()))
+        self.account.judged(trial, segment.graph.keys, metrics, segment.epoch)
 
     def _tell_end(self, trial: Trial, text: str) -> None:
         """What became of a segment whose stages are all there; a score that is not finite has failed its trial."""
         self.tell(trial.state, trial, (trial.cause or "") if trial.state == "failed" else text)
-        if trial.state != "paused":
-            self._close_run(trial, "FAILED" if trial.state == "failed" else "FINISHED")
 
     def fail(self, segment: Segment, cause: str, stage: str = "") -> None:
         """The segment could not be computed; may raise StoppedEarly after too many failures in a row.
@@ -143,7 +151,7 @@ class Conductor:
         """
         trial = self.study.fail(segment.trial.number, cause)
         self.tell("failed", trial, f"needs {stage}, too" if stage in self._failed else cause)
-        self._close_run(trial, "FAILED")
+        self.account.ended(trial, segment.graph.keys, {})
         if stage:
             self._failed[stage] = cause
 
@@ -151,22 +159,13 @@ class Conductor:
         """The study has met its target: what is still paused becomes pruned."""
         for trial in self.study.close():
             self.tell("pruned", trial, "")
-            self._close_run(trial, "FINISHED")
+            self.account.ended(trial, trial.keys, {})
 
     def leave(self) -> None:
         """The search ends before its target: what is open goes on in another session, but nothing of it runs now."""
         for trial in self.study.trials():
-            if trial.state in ("running", "paused"):
-                self._close_run(trial, "KILLED")
-
-    def _close_run(self, trial: Trial, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        tags = {"ktray.state": trial.state, **({"ktray.cause": trial.cause} if trial.cause else {})}
-        self.tracker.finish(trial.number, status, {**tags, **_stage_tags(trial.keys)}, {})
-
-
-def _stage_tags(keys: Mapping[str, Any]) -> dict[str, str]:
-    """The tags by which a trial's run links to the runs of its stages."""
-    return {f"ktray.stage.{stage}": key for stage, key in keys.items() if isinstance(key, str)}
+            if trial.state == "running":
+                self.account.ended(trial, trial.keys, {})
 
 
 def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -158,17 +158,23 @@ def search(
         except StoppedEarly as stop:
             outcome.stopped = stop
         finally:
-            if not done:
-                conductor.leave()
-            crew.stop(conductor.demanded - before)
-            study.close()
-            tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
+            _end(conductor, crew, before, place.home / "studies" / name, done)
         after = set(place.store.keys())
         rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & after
     outcome.published = rests_on & (crew.published | (after - before))
     outcome.reused = rests_on - outcome.published
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> None:
+    """Stop what runs, in the order in which one tells another, and say in the tracker what came of it all."""
+    if not done:
+        conductor.leave()
+    crew.stop(conductor.demanded - before)
+    conductor.study.close()
+    conductor.account.summary(conductor.study.trials(), references.read(folder))
+    conductor.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
 
 
 def _trials(conductor: Conductor, crew: _Crew, place: Place, stopping: Stopping) -> StoppedEarly | None:

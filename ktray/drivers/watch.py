@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from typing import Any
 
 from ktray.artifact import Artifact
 from ktray.crew.client import Crew
 from ktray.errors import StoppedEarly
 from ktray.pipeline import judge
+from ktray.pipeline.naming import stage_name
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
@@ -23,6 +25,8 @@ class Watch:
     Args:
         tell: called with every event and with the crew's status: ``tell(events, status)``.
 
+    Attributes:
+        published: keys of the artifacts that the crew has published since the watch began.
     """
 
     def __init__(
@@ -74,7 +78,40 @@ class Watch:
 def track_stage(tracker: Tracker, artifact: Artifact) -> None:
     """A stage that really ran becomes a run of its own, with its curve and its pictures."""
     record = artifact.record
-    images = sorted(artifact.directory.glob("*.png"))
-    numbers = {**artifact.metrics, "seconds": record["seconds"], "peak_bytes": record["peak_bytes"]}
-    tags = {"ktray.device": record["device"], "ktray.commit": str(record["commit"])}
-    tracker.stage(artifact.key, record["stage"], numbers, tags, judge.curve(artifact), images)
+    spec, stage = record["spec"], record["stage"]
+    prefix = spec["kind"] if stage == "evaluation" else stage  # as in trials: a chart of top1 of everything says nothing
+    numbers = {f"{prefix}/{name}": value for name, value in artifact.metrics.items()}
+    numbers |= {f"cost/{name}": record[name] for name in ("seconds", "peak_bytes")}
+    tags = {"ktray.stage": stage, "ktray.device": record["device"], "ktray.commit": record["commit"] or "not a checkout"}
+    rows = [_prefixed(row, prefix) for row in judge.curve(artifact)]
+    ended = datetime.fromisoformat(record["published"]).timestamp()
+    tracker.stage(
+        artifact.key,
+        f"{stage_name(stage, spec)} {artifact.key[-12:][:6]}",
+        numbers,
+        tags,
+        rows,
+        sorted(artifact.directory.glob("*.png")),
+        _flat(spec),
+        _note(artifact),
+        (ended - record["seconds"], ended),
+    )
+
+
+def _prefixed(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name if name == "epoch" else f"{prefix}/{name}": value for name, value in row.items()}
+
+
+def _note(artifact: Artifact) -> str:
+    reads = [f"[{role}](stage/{read})" for role, read in artifact.record["inputs"].items()]
+    began = artifact.record["started_from"]
+    reads += [f"[an earlier epoch](stage/{began})"] if began else []
+    return "\n\n".join([f"Artifact `{artifact.key}`", *([f"Reads {' · '.join(reads)}"] if reads else [])])
+
+
+def _flat(spec: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted path -> value."""
+    found: dict[str, Any] = {}
+    for name, value in spec.items():
+        found |= _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
+    return found

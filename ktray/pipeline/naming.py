@@ -19,13 +19,14 @@ def pair_name(pair: Pair) -> str:
 def teacher_name(pair: Pair) -> str:
     """Where the teacher comes from, its network and its layer; empty for a pair without a teacher.
 
-    ``rotation-resnet18/layer3`` (trained), ``hog`` (handcrafted), ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``).
+    ``rotation-resnet18/layer3`` (trained), ``hog``, ``random_network/conv3`` (handcrafted),
+    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``).
     """
     teacher = pair.get("teacher")
     if not teacher:
         return ""
     if "descriptor" in teacher:
-        return _kind(teacher["descriptor"])
+        return _descriptor_name(teacher["descriptor"])
     origin = _kind(teacher["pretext"]) if "pretext" in teacher else PurePath(teacher["checkpoint"]).stem
     name = f"{origin}-{backbone_name(teacher['backbone']).replace(' ', '-')}"
     return f"{name}/{teacher['layer']}" if teacher.get("layer") else name
@@ -46,16 +47,40 @@ def student_name(pair: Pair) -> str:
     return backbone_name(pair["student"]["backbone"])
 
 
+def stage_name(stage: str, spec: Mapping[str, Any]) -> str:
+    """A stage and what it is about: ``clusters k=50``, ``student alexnet w0.25 to epoch 4``, ``evaluation knn``.
+
+    Args:
+        spec: the slice of the pair's spec that determines the stage, as its record holds it.
+    """
+    if stage == "clusters":
+        return f"clusters k={spec['k']}"
+    names = [_kind(spec["pretext"])] if "pretext" in spec else [str(spec["kind"])] if "kind" in spec else []
+    if "descriptor" in spec:
+        names.append(_descriptor_name(spec["descriptor"]))
+    elif stage != "evaluation" and "backbone" in spec:
+        names.append(backbone_name(spec["backbone"]))
+    name = " ".join([stage, *names])
+    if spec.get("layer"):
+        name += f"/{spec['layer']}"
+    return f"{name} to epoch {spec['epoch']}" if spec.get("epoch") else name
+
+
 def backbone_name(backbone: Mapping[str, Any] | str) -> str:
-    """Kind and depth, then what is unusual: a model's name, a form other than ``small``, a width other than 1."""
+    """Kind and depth, then what is unusual: a model's name or size, a form other than ``small``, a width other than 1."""
     if isinstance(backbone, str):
         return backbone
-    extras = [str(backbone[field]) for field in ("name", "model") if backbone.get(field)]
+    extras = [str(backbone[field]) for field in ("name", "model", "size") if backbone.get(field)]
     if backbone.get("form", "small") != "small":
         extras.append(str(backbone["form"]))
     if backbone.get("width", 1) != 1:
         extras.append(f"w{backbone['width']:g}")
     return " ".join([f"{_kind(backbone)}{backbone.get('depth', '')}", *extras])
+
+
+def _descriptor_name(descriptor: Mapping[str, Any] | str) -> str:
+    layer = descriptor.get("layer") if isinstance(descriptor, Mapping) else None
+    return f"{_kind(descriptor)}/{layer}" if layer else _kind(descriptor)
 
 
 def _kind(value: Mapping[str, Any] | str) -> str:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
 
 from ktray.errors import UserError
 from ktray.tracking.connection import checked, default_uri
-from ktray.tracking.rules import metrics_of, params_of, run_name, tags_of
+from ktray.tracking.pages import experiment_tags
+from ktray.tracking.rules import key_of, metrics_of, params_of, run_name, tags_of
 from ktray.tracking.spool import Spool
 from ktray.tracking.ui import serve
 from ktray.tracking.writer import Writer
@@ -86,17 +87,47 @@ class Tracker:
         self._writer = writer
 
     @_quiet
-    def trial(self, number: int, name: str, params: dict[str, Any], tags: dict[str, str]) -> None:
+    def describe(
+        self, goals: Sequence[tuple[str, str]], metrics: Sequence[str], params: Sequence[str], description: str
+    ) -> None:
+        """Says what the study is about, once in its life: MLflow's pages then open on its trials, best first.
+
+        Args:
+            goals: (metric, "max" or "min"), the most important first.
+            metrics, params: more columns of the table of trials.
+            description: Markdown; ``[label](view)`` becomes a link to that table.
+        """
+        now = round(time.time() * 1000)
+        keys = [(key_of(metric), mode) for metric, mode in goals]
+        tags = experiment_tags(keys, [key_of(name) for name in metrics], [key_of(name) for name in params], description, now)
+        self._add("describe", tags=tags)
+
+    @_quiet
+    def summary(self, note: str, metrics: dict[str, float]) -> None:
+        """What came of the search so far, on its own run.
+
+        Args:
+            note: Markdown; ``[label](trial/7)`` and ``[label](stage/KEY)`` become links to runs.
+            metrics: without a step.
+        """
+        finite, more = metrics_of(metrics, 0)
+        self._add("summary", name=self._study, metrics=finite, tags=more, note=note, share=self._share_images)
+
+    @_quiet
+    def trial(self, number: int, name: str, params: dict[str, Any], tags: dict[str, str], note: str = "") -> None:
         """Begins trial `number`, or continues it: then its run is set back to RUNNING.
 
         Args:
             number: of the study's trial.
             name: readable, such as ``rotation-resnet18/layer3 k=500 -> alexnet``; the number is put before it.
             params: dotted spec path -> value.
-            tags: ``ktray.*``; a tag ``ktray.stage.NAME`` with a stage's key becomes a link to that stage's run.
+            tags: ``ktray.*``.
+            note: the run's description, with links as in `summary`.
         """
         texts, cut = params_of(params)
-        self._add("trial", number=number, name=run_name(number, name), params=texts, tags={**tags_of(tags), **cut})
+        all_tags = {**tags_of(tags), **cut}
+        name = run_name(number, name)
+        self._add("trial", number=number, name=name, params=texts, tags=all_tags, note=note, share=self._share_images)
 
     @_quiet
     def metrics(self, number: int, values: dict[str, float], step: int) -> None:
@@ -110,10 +141,16 @@ class Tracker:
         self._add("curve", number=number, rows=_by_step(rows))
 
     @_quiet
-    def finish(self, number: int, status: Status, tags: dict[str, str], metrics: dict[str, float]) -> None:
-        """Ends a trial, or a segment of one that may be continued; `metrics` have no step."""
+    def finish(self, number: int, status: Status, tags: dict[str, str], metrics: dict[str, float], note: str = "") -> None:
+        """Ends a trial, or a segment of one that may be continued. A trial that has ended keeps the time when it did.
+
+        Args:
+            metrics: without a step; MLflow compares them as bars.
+            note: the run's description, with links as in `summary`; empty leaves it as it is.
+        """
         finite, more = metrics_of(metrics, 0)
-        self._add("finish", number=number, status=status, metrics=finite, tags={**tags_of(tags), **more})
+        all_tags = {**tags_of(tags), **more}
+        self._add("finish", number=number, status=status, metrics=finite, tags=all_tags, note=note, share=self._share_images)
 
     @_quiet
     def stage(
@@ -124,10 +161,28 @@ class Tracker:
         tags: dict[str, str],
         rows: list[dict[str, float]],
         images: list[Path],
+        params: Mapping[str, Any] | None = None,
+        note: str = "",
+        span: tuple[float, float] | None = None,
     ) -> None:
-        """A stage that really ran, as a finished run with its key, its training curve and its images."""
+        """A stage that really ran, as a finished run with its key, its training curve and its images.
+
+        Args:
+            metrics: without a step; those that the curve has are left to it.
+            rows: the curve, with ``epoch`` and metrics.
+            images: files that are stored under ``images/``.
+            params: dotted spec path -> value.
+            note: the run's description, with links as in `summary`.
+            span: when the stage began and ended, in seconds since 1970; now, if it is not told.
+        """
+        curve = _by_step(rows)
+        plotted = {metric for row in curve for metric in row["metrics"]}
         finite, more = metrics_of(metrics, 0)
-        self._add("stage", key=key, name=name, metrics=finite, tags={**tags_of(tags), **more}, rows=_by_step(rows))
+        single = {metric: value for metric, value in finite.items() if metric not in plotted}
+        texts, cut = params_of(params or {})
+        fields: dict[str, Any] = {"key": key, "name": name, "metrics": single, "rows": curve, "params": texts, "note": note}
+        fields |= {"tags": {**tags_of(tags), **more, **cut}, "share": self._share_images}
+        self._add("stage", **fields, span=[round(moment * 1000) for moment in span or (time.time(), time.time())])
         if images:
             paths = [str(Path(image).absolute()) for image in images]
             self._add("images", key=key, name=name, images=paths, share=self._share_images)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ktray.tracking.rules import run_name, text_of, without_password
+from ktray.tracking.rules import run_name, without_password
 from ktray.tracking.runs import SEARCH, Runs
 
 Event = Mapping[str, Any]
@@ -29,6 +29,16 @@ def _open(runs: Runs, event: Event) -> None:
         runs.kill_orphans(event["time"])
 
 
+def _describe(runs: Runs, event: Event) -> None:
+    runs.tag_experiment(event["tags"])
+
+
+def _summary(runs: Runs, event: Event) -> None:
+    runs.ensure(SEARCH, event["name"], event["time"])
+    runs.log(SEARCH, metrics=event["metrics"], time=event["time"], tags=event["tags"])
+    _note(runs, SEARCH, event)
+
+
 def _trial(runs: Runs, event: Event) -> None:
     slot, params, tags = f"trial/{event['number']}", event["params"], dict(event["tags"])
     if runs.ensure(slot, event["name"], event["time"]):
@@ -36,7 +46,8 @@ def _trial(runs: Runs, event: Event) -> None:
         changed = sorted(key for key, text in params.items() if old.get(key, text) != text)
         tags |= {"ktray.changed_params": ", ".join(changed)} if changed else {}
         params = {key: text for key, text in params.items() if key not in old}
-    runs.log(slot, params=params, tags={**tags, **_links(runs, tags)})
+    runs.log(slot, params=params, tags=tags)
+    _note(runs, slot, event)
 
 
 def _metrics(runs: Runs, event: Event) -> None:
@@ -49,17 +60,19 @@ def _curve(runs: Runs, event: Event) -> None:
 
 
 def _finish(runs: Runs, event: Event) -> None:
-    slot, tags = _trial_slot(runs, event), event["tags"]
-    runs.log(slot, metrics=event["metrics"], time=event["time"], tags={**tags, **_links(runs, tags)})
+    slot = _trial_slot(runs, event)
+    runs.log(slot, metrics=event["metrics"], time=event["time"], tags=event["tags"])
+    _note(runs, slot, event)
     runs.end(slot, event["status"], event["time"])
 
 
 def _stage(runs: Runs, event: Event) -> None:
-    slot = f"stage/{event['key']}"
-    runs.ensure(slot, event["name"], event["time"])
+    slot, (began, ended) = f"stage/{event['key']}", event["span"]
+    runs.ensure(slot, event["name"], began)
     _rows(runs, slot, event["rows"])
-    runs.log(slot, metrics=event["metrics"], time=event["time"], tags=event["tags"])
-    runs.end(slot, "FINISHED", event["time"])
+    runs.log(slot, metrics=event["metrics"], time=ended, params=event["params"], tags=event["tags"])
+    _note(runs, slot, event)
+    runs.end(slot, "FINISHED", ended)
 
 
 def _images(runs: Runs, event: Event) -> None:
@@ -85,6 +98,8 @@ def _close(runs: Runs, event: Event) -> None:
 
 _HANDLERS: dict[str, Callable[[Runs, Event], None]] = {
     "open": _open,
+    "describe": _describe,
+    "summary": _summary,
     "trial": _trial,
     "metrics": _metrics,
     "curve": _curve,
@@ -110,8 +125,6 @@ def _rows(runs: Runs, slot: str, rows: Iterable[Event]) -> None:
         runs.log(slot, metrics=row["metrics"], step=row["step"], time=start + row["step"], tags=row["tags"])
 
 
-def _links(runs: Runs, tags: Mapping[str, str]) -> dict[str, str]:
-    """A description of the trial with links to the stage runs that its tags ``ktray.stage.NAME = KEY`` name."""
-    stages = {key.removeprefix("ktray.stage."): value for key, value in tags.items() if key.startswith("ktray.stage.")}
-    lines = [f"- {name}: [{key}]({link})" for name, key in stages.items() if (link := runs.link(f"stage/{key}"))]
-    return {"mlflow.note.content": text_of("Stages\n" + "\n".join(lines))[:8000]} if lines else {}
+def _note(runs: Runs, slot: str, event: Event) -> None:
+    if text := event.get("note"):
+        runs.describe(slot, text, images=runs.local or event["share"])

@@ -12,6 +12,7 @@ from typing import Any
 from ktray.fingerprint import fingerprint
 
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000  # of mlflow.utils.validation; the same since MLflow 2.10
+EXPERIMENT_TAG_LENGTH = 5000
 PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 500  # the limit for metrics is 1000, at 1.6 s on a busy server
 
 

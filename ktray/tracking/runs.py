@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ktray.tracking import pages
 from ktray.tracking.connection import Connection
-from ktray.tracking.rules import METRICS_PER_BATCH, PARAMS_PER_BATCH, quoted
+from ktray.tracking.rules import EXPERIMENT_TAG_LENGTH, METRICS_PER_BATCH, PARAMS_PER_BATCH, TAG_LENGTH, quoted, text_of
 
 SEARCH = "search"
 _TAG_OF_ROLE = {"trial": "ktray.trial", "stage": "ktray.key"}
@@ -36,6 +37,7 @@ class Runs:
         self._client, self._experiment = connection.client, connection.experiment
         self._identity = dict(identity)
         self._pending: dict[str, _Pending] = {}
+        self._unlinked: dict[str, tuple[str, bool]] = {}  # descriptions that name runs which may still come
 
     def ensure(self, slot: str, name: str, start: int) -> bool:
         """Finds or creates the run of `slot`; True if it was there before. `start` is in ms."""
@@ -47,6 +49,7 @@ class Runs:
             parent = {} if slot == SEARCH else {"mlflow.parentRunId": self._parent(start)}
             run = self._client.create_run(self._experiment, start_time=start, tags={**tags, **parent}, run_name=name)
             self.known[slot] = (run.info.run_id, start)
+            self._link_again(slot)
             return False
         self.known[slot] = (found.info.run_id, found.info.start_time)
         return True
@@ -77,6 +80,30 @@ class Runs:
         pending.params.update(params or {})
         pending.tags.update(tags or {})
 
+    def describe(self, slot: str, text: str, images: bool) -> None:
+        """Sets a run's description, Markdown with links as `pages.with_links` reads them; those to runs that come later, later.
+
+        Args:
+            images: whether this tracker has the stages' images, so that links lead to them.
+        """
+        missing: set[str] = set()
+
+        def address(target: str) -> str | None:
+            page = self._page(target, images)
+            missing.update(() if page else {target})
+            return page
+
+        description = pages.with_links(text_of(text), address)
+        self.log(slot, tags={pages.DESCRIPTION: description[:TAG_LENGTH]})
+        self._unlinked.pop(slot, None)
+        if missing:
+            self._unlinked[slot] = (text, images)
+
+    def _link_again(self, slot: str) -> None:
+        for other, (text, images) in list(self._unlinked.items()):
+            if f"({slot})" in text or f"({slot}/" in text:
+                self.describe(other, text, images)
+
     def flush(self, slot: str) -> None:
         """Writes what `log` collected for one run. Metrics with equal step and time are stored once, however often sent."""
         from mlflow.entities import Metric, Param, RunTag
@@ -101,9 +128,12 @@ class Runs:
         self._pending.clear()
 
     def end(self, slot: str, status: str, time: int) -> None:
-        """Writes what is collected for `slot` and gives its run an end; `time` in ms."""
+        """Writes what is collected for `slot` and gives its run an end; `time` in ms, for a run that has none yet."""
         self.flush(slot)
-        self._client.set_terminated(self.known[slot][0], status=status, end_time=time)
+        run_id, _ = self.known[slot]
+        info = self._client.get_run(run_id).info
+        ended = info.end_time if info.status != "RUNNING" else None
+        self._client.set_terminated(run_id, status=status, end_time=ended or time)
 
     def kill_orphans(self, time: int) -> None:
         """Ends as KILLED what a killed process left RUNNING under the parent."""
@@ -116,10 +146,22 @@ class Runs:
         """Uploads one file; an upload that is repeated replaces itself."""
         self._client.log_artifact(self.known[slot][0], str(image), folder)
 
-    def link(self, slot: str) -> str | None:
-        """The path of a run in MLflow's pages, None if this study has no such run."""
-        run = self.known.get(slot)
-        return f"#/experiments/{self._experiment}/runs/{run[0]}" if run else None
+    def _page(self, target: str, images: bool = True) -> str | None:
+        """Link to ``trial/7``, ``stage/KEY``, ``stage/KEY/images/NAME.png``, ``search``, ``view``; None without such a run."""
+        if target == "view":
+            return pages.view_page(self._experiment)
+        role, _, rest = target.partition("/")
+        name, _, artifact = rest.partition("/")
+        run = self.known.get(f"{role}/{name}" if name else role)
+        return pages.run_page(self._experiment, run[0], artifact if images else "") if run else None
+
+    def tag_experiment(self, tags: Mapping[str, str]) -> None:
+        """Sets those tags of the experiment that it does not have: what a person has changed since stays."""
+        known = self._client.get_experiment(self._experiment).tags
+        for name, text in tags.items():
+            linked = pages.with_links(text, self._page)
+            if name not in known and len(linked) <= EXPERIMENT_TAG_LENGTH:
+                self._client.set_experiment_tag(self._experiment, name, linked)
 
     def touch(self, time: int) -> None:
         """A write that can only fail if no write succeeds."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +19,11 @@ from urllib.parse import urlsplit
 
 from ktray.errors import UserError
 from ktray.tracking.connection import checked, sqlite_path
+from ktray.tracking.pages import view_page
 from ktray.tracking.rules import without_password
 
 # With job execution on, `mlflow server` is ten processes and 1.7 GB, some of which outlive it.
-ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
 GRACE = 5.0  # seconds between asking the server to end and ending it
 
 
@@ -51,6 +54,8 @@ def serve(uri: str, port: int) -> int:
         try:
             if _answers(server, port):
                 print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr)
+                for study, page in _studies(f"http://127.0.0.1:{port}"):
+                    print(f"  {study}: trials, best first, on {page}", file=sys.stderr)
             return server.wait()
         except KeyboardInterrupt:
             return 0
@@ -58,7 +63,8 @@ def serve(uri: str, port: int) -> int:
 
 def _command(uri: str, database: Path, port: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri),
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--backend-store-uri", uri, "--registry-store-uri", uri),
         *("--default-artifact-root", (database.parent / "mlartifacts").as_uri(), "--no-serve-artifacts"),
         *("--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
         *("--workers", "1", "--uvicorn-opts", "--log-level warning"),
@@ -119,6 +125,20 @@ def _check_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(f"port {port} is taken ({error.strerror})", "ktray ui", "Name another with --port.") from error
+
+
+def _studies(server: str) -> list[tuple[str, str]]:
+    """Name and page of the latest studies; none if the server has other ideas about being asked."""
+    question = {"filter": "tags.`ktray.study` LIKE '%'", "max_results": 5, "order_by": ["last_update_time DESC"]}
+    request = urllib.request.Request(
+        f"{server}/api/2.0/mlflow/experiments/search", json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            found = json.load(reply).get("experiments", [])
+        return [(each["name"], f"{server}/{view_page(each['experiment_id'])}") for each in found]
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
