@@ -10,6 +10,7 @@ from typing import Any
 
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor, Tell
+from ktray.drivers.status import noting
 from ktray.drivers.stopping import Stopping
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.pipeline.check import data_loader
@@ -145,7 +146,7 @@ def search(
     with Study.open(place.home, space, name, trials=trials) as study:
         before = set(place.store.keys())
         tracker.start()
-        crew = _Crew(place, tracker, stopping, show, say)
+        crew = _Crew(place, tracker, stopping, noting(place.home / "studies" / name, show), say)
         conductor = Conductor(study.space, study, place.store, data_identity(place.home / "cache"), tracker, tell)
         done = False
         try:

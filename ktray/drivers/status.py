@@ -1,0 +1,194 @@
+"""How far a study is and what it does now: its ledger, and what the running search notes beside it every few seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ktray.pipeline.naming import pair_name
+from ktray.search import ledger, ranking
+from ktray.search.study import History, read
+from ktray.search.trial import Trial
+from ktray.stores import Store
+
+FILE = "status.json"
+EVERY = 2.0
+FRESH = 10.0  # seconds; what was noted longer ago says nothing about now
+SILENT = 60.0  # seconds without progress that are worth a word
+STATES = ("completed", "pruned", "paused", "running", "failed", "duplicate")
+Show = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
+
+
+def noting(folder: Path, show: Show) -> Show:
+    """`show` that also keeps the crew's last status in ``folder/status.json``, for `status` in other processes."""
+    written = -EVERY
+
+    def note(events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+        nonlocal written
+        if time.monotonic() - written >= EVERY:
+            written = time.monotonic()
+            with suppress(OSError):  # a full disk must not end the thread that follows the crew
+                partial = folder / f".{FILE}.{os.getpid()}"
+                partial.write_text(json.dumps({"time": time.time(), "pid": os.getpid(), "crew": status}))
+                partial.replace(folder / FILE)
+        show(events, status)
+
+    return note
+
+
+def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
+    """What a study is doing, as plain data and as text.
+
+    The data: `study`, `running` (whether a search of it runs now), `by` (which process), `trials` (state -> number), `target`,
+    `spent_seconds`, `eta_seconds` (None while unknown), `stages` (artifacts that the trials rest on: how often `asked`, how
+    many are `made`), `now` (what the crew does; None if no search runs or it has not begun to compute) and `best`.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    study = read(home, name)
+    by = _driver(ledger.folder(home, name))
+    now = _noted(ledger.folder(home, name), by[0]) if by else None
+    answer: dict[str, Any] = {
+        "study": name,
+        "running": by is not None,
+        "by": by[1] if by else None,
+        "trials": {state: sum(trial.state == state for trial in study.trials) for state in STATES},
+        "target": study.target,
+        "spent_seconds": round(study.spent, 1),
+        "eta_seconds": _remaining(study) if by else None,
+        "stages": _stages(study.trials, store),
+        "now": now,
+        "best": _best(study),
+    }
+    return answer, _text(answer, {trial.number: trial for trial in study.trials})
+
+
+def _driver(folder: Path) -> tuple[int, str] | None:
+    """The process that searches, and what it calls itself; its lock is not tried, because trying would be in its way."""
+    lock = folder / "driver.lock"
+    try:
+        said, since = lock.read_text().strip(), lock.stat().st_mtime
+    except OSError:
+        return None
+    match = re.fullmatch(r"process (\d+) on (.+)", said)
+    if match is None:
+        return None
+    if match[2] != socket.gethostname():
+        fresh = _age(folder) < FRESH  # a home on a shared disk: of another machine only what it notes is known
+        return (int(match[1]), said) if fresh else None
+    with suppress(psutil.Error):
+        process = psutil.Process(int(match[1]))
+        if process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1:
+            return int(match[1]), said
+    return None
+
+
+def _age(folder: Path) -> float:
+    try:
+        return time.time() - (folder / FILE).stat().st_mtime
+    except OSError:
+        return float("inf")
+
+
+def _noted(folder: Path, pid: int) -> dict[str, Any] | None:
+    """What the crew of this driver does: `stages` that run, trials that are `waiting`, how many are `queued`, `workers`."""
+    try:
+        noted = json.loads((folder / FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    if noted["pid"] != pid:
+        return None
+    crew, age = noted["crew"], time.time() - noted["time"]
+    running = [{**run, "seconds": round(noted["time"] - run["since"] + age, 1)} for run in crew["running"]]
+    places = {run["key"]: f"runs on {run['worker']}" for run in running} | dict.fromkeys(crew["queued"], "queued")
+    return {
+        "age_seconds": round(age, 1),
+        "stages": running,
+        "waiting": [{**wait, "state": places.get(wait["key"], "its inputs are missing")} for wait in crew["waiting"]],
+        "queued": len(crew["queued"]),
+        "workers": len(crew["workers"]),
+        "computed": crew["computed"],
+        "reused": crew["reused"],
+    }
+
+
+def _remaining(study: History) -> float | None:
+    """Seconds until the target, at the pace of the trials so far; None before two of them have come to their end."""
+    ended = sum(trial.state in ("completed", "pruned", "failed", "paused") for trial in study.trials)
+    left = max(0, study.target - ended)
+    return round(study.spent / ended * left, 1) if ended >= 2 else None
+
+
+def _stages(trials: Sequence[Trial], store: Store) -> dict[str, dict[str, int]]:
+    """Stage -> how many artifacts trials asked for, and how many had to be made for that."""
+    asked: Counter[str] = Counter(key for trial in trials if trial.state != "duplicate" for key in trial.artifacts)
+    made = [key for key in asked if store.find(key) is not None]
+    names = dict.fromkeys(key.rpartition("-")[0] for key in asked)
+    return {
+        name: {
+            "asked": sum(count for key, count in asked.items() if key.rpartition("-")[0] == name),
+            "made": sum(key.rpartition("-")[0] == name for key in made),
+        }
+        for name in names
+    }
+
+
+def _best(study: History) -> dict[str, Any] | None:
+    ranked = ranking.ranked(study.trials, study.objectives)
+    if not ranked:
+        return None
+    return {"trial": ranked[0].number, "pair": pair_name(ranked[0].pair), "objectives": dict(ranked[0].objectives)}
+
+
+def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in answer["trials"].items() if count) or "no trial yet"
+    drawn = sum(count for state, count in answer["trials"].items() if state != "duplicate")
+    lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {_span(answer['spent_seconds'])} so far"]
+    if not answer["running"]:
+        over = drawn >= answer["target"] and not answer["trials"]["running"] and not answer["trials"]["paused"]
+        lines.append("no search of it runs now" + ("" if over else "; the same ktray search goes on from here"))
+    else:
+        left = f"about {_span(answer['eta_seconds'])} left" if answer["eta_seconds"] is not None else "too early to say when"
+        lines.append(f"a search runs now ({answer['by']}), {left}")
+        lines += _now(answer["now"], trials) if answer["now"] else ["it is starting, or all that it needs is in the store"]
+    if answer["best"]:
+        values = ", ".join(f"{metric} {value:.4g}" for metric, value in answer["best"]["objectives"].items())
+        lines.append(f"best so far: trial {answer['best']['trial']}, {answer['best']['pair']}: {values}")
+    shared = [f"{stage} {entry['made']} for {entry['asked']} trials" for stage, entry in answer["stages"].items()]
+    return "\n".join([*lines, *([f"artifacts made: {', '.join(shared)}"] if shared else [])])
+
+
+def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
+    lines = []
+    if now["age_seconds"] > FRESH:
+        lines.append(f"it has said nothing for {_span(now['age_seconds'])}")
+    for run in now["stages"]:
+        progress = " ".join(f"{name} {value:.4g}" for name, value in run["progress"].items())
+        helpers = f" and {len(run['helpers'])} more" if run["helpers"] else ""
+        line = f"  {run['key']}  {_span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {progress}"
+        if run["silent_seconds"] > SILENT:
+            line += f"  NO PROGRESS for {_span(run['silent_seconds'])}"
+        lines.append(line.rstrip())
+    for wait in now["waiting"]:
+        number = wait["waiter"].removeprefix("trial ")
+        pair = f" ({pair_name(trials[int(number)].pair)})" if number.isdecimal() and int(number) in trials else ""
+        lines.append(f"  {wait['waiter']}{pair} waits for {wait['key']}: {wait['state']}")
+    return [*lines, f"  {now['workers']} workers, {now['queued']} stages queued"]
+
+
+def _span(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
