@@ -2,10 +2,13 @@ import copy
 
 import pytest
 import torch
+from pyarrow import parquet
 from torch import nn
 
-from ktray import plugins, train
+from ktray import classification, plugins, train
 from ktray.errors import UserError
+from ktray.spec import Augment, Schedule
+from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
 
@@ -86,6 +89,23 @@ def test_the_layers_of_every_backbone_are_known_without_its_weights(kind):
         backbone = plugins.module("backbone", kind).build(spec)
     assert all(tensor.is_meta for tensor in backbone.state_dict().values())
     assert [backbone.get_submodule(name) for name in backbone.layers]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backbone_learns(kind, tmp_path):
+    images = toy_images(48, size=24)
+    schedule = Schedule(kind="constant", epochs=5, lr=2e-3, batch_size=16, optimizer="adamw")
+    train.fit(
+        train.fresh(spec_of(kind), 0),
+        classification.task(images.labels, 4, Augment(crop=0)),
+        images,
+        schedule,
+        0,
+        out=tmp_path,
+        until=5,
+    )
+    losses = parquet.read_table(tmp_path / "history.parquet")["loss"].to_pylist()
+    assert losses[-1] < 0.9 * losses[0], losses
 
 
 @pytest.mark.parametrize("kind", KINDS)

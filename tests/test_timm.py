@@ -1,0 +1,59 @@
+"""timm's networks by name: with the extra as timm computes them, without it a sentence that says what to install."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ktray import plugins, train
+from ktray.errors import UserError
+
+torch.set_num_threads(1)
+
+
+def spec(model: str, **fields: object):
+    """The backbone of this name."""
+    return plugins.parse("backbone", {"kind": "timm", "model": model, **fields})
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match=r"pip install 'ktray\[timm\]'"):
+        train.fresh(spec("resnet18"), 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "layers", "maps"),
+    [
+        ("resnet18", None, ("act1", "layer1", "layer2", "layer3", "layer4"), (512, 2, 2)),
+        ("vit_tiny_patch16_224", 64, tuple(f"blocks_{index}" for index in range(12)), (192, 4, 4)),
+        ("swin_tiny_patch4_window7_224", 64, ("layers_0", "layers_1", "layers_2", "layers_3"), (768, 2, 2)),
+    ],
+)
+def test_features_and_weights_are_timms_and_layers_are_maps(model, image, layers, maps, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    oracle = timm.create_model(model, num_classes=3, **({"img_size": image} if image else {})).eval()
+    save_file({name: tensor.contiguous() for name, tensor in oracle.state_dict().items()}, tmp_path / "timm.safetensors")
+    train.adopt(spec(model, image=image), tmp_path / "timm.safetensors", tmp_path / "out")
+    backbone = train.fresh(spec(model, image=image), 1).eval()
+    train.load(backbone, tmp_path / "out")
+    seen = []
+    backbone.get_submodule(layers[-1]).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = oracle.forward_head(oracle.forward_features(pixels), pre_logits=True)
+        torch.testing.assert_close(backbone(pixels), expected)
+    assert backbone.layers == layers
+    assert seen[0].shape == (2, *maps)
+
+
+def test_what_timm_does_not_have_is_a_user_error():
+    pytest.importorskip("timm")
+    with pytest.raises(UserError, match="no model 'resnet19'"):
+        train.fresh(spec("resnet19"), 0)
+    with pytest.raises(UserError, match="takes no image size"):
+        train.fresh(spec("resnet18", image=32), 0)
