@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import optuna
 import pytest
 
-from ktray.errors import StoppedEarly, UserError
+from ktray.errors import StoppedEarly
 from ktray.search import study as studies
 from ktray.search.ledger import folder
 from ktray.search.study import Assignment, Study
-from ktray.search.trial import Trial
-from tests.source import ROOT
-from tests.toy_space import FINITE, drive, score, tell, toy_space
+from tests.toy_space import FINITE, drive, tell, toy_space
 
 NO_STOP = {"early_stop": None}
 TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
@@ -31,14 +23,7 @@ SINGLE = {
 }
 
 
-def states(study: Study) -> Counter[str]:
-    return Counter(trial.state for trial in study.trials())
-
-
-def given(study: Study) -> Assignment:
-    answer = study.next()
-    assert isinstance(answer, Assignment)
-    return answer
+from tests.toy_space import given, states
 
 
 def test_a_search_ends_at_its_target_with_the_rest_pruned(tmp_path: Path) -> None:
@@ -88,133 +73,6 @@ def test_the_same_results_in_the_same_order_give_the_same_search(tmp_path: Path)
         study.close()
         runs.append(study.trials())
     assert runs[0] == runs[1]
-
-
-def test_what_is_read_from_disk_is_what_the_driver_knew(tmp_path: Path) -> None:
-    space = toy_space(tmp_path, objectives=TWO)
-    study = Study.open(tmp_path, space)
-    drive(study)
-    assert studies.read(tmp_path, "toy").trials == study.trials()
-    study.close()
-    history = studies.read(tmp_path, "toy")
-    assert history.trials == study.trials()
-    assert history.objectives == space.objectives
-    assert history.target == 6
-
-
-def test_a_finished_search_that_is_started_again_does_nothing(tmp_path: Path) -> None:
-    space = toy_space(tmp_path)
-    study = Study.open(tmp_path, space)
-    drive(study)
-    study.close()
-    again = Study.open(tmp_path, space)
-    assert again.next() == "done"
-    assert again.trials() == study.trials()
-
-
-def test_a_resumed_search_goes_on_and_repeats_no_draw_of_its_own(tmp_path: Path) -> None:
-    space = toy_space(tmp_path, start_with=[{"teacher": "hog", "transfer.k": 20}], **NO_STOP)
-    for count in (2, 4, 6):
-        with Study.open(tmp_path, space, trials=count) as study:
-            drive(study)
-    rates = [trial.params["student.schedule.lr"] for trial in study.trials()]
-    assert len(set(rates)) == 6
-    assert [trial.planned for trial in study.trials()] == [0, None, None, None, None, None]
-
-
-def test_trials_that_an_interrupted_driver_left_running_come_first_under_their_number(tmp_path: Path) -> None:
-    space = toy_space(tmp_path)
-    with Study.open(tmp_path, space) as study:
-        first, second = given(study), given(study)
-        tell(study, second)
-        assert study.close() == []
-    again = Study.open(tmp_path, space)
-    adopted = given(again)
-    assert (adopted.trial, adopted.until) == (first.trial, 1)
-    assert states(again) == {"running": 1, "paused": 1}
-
-
-def test_a_promoted_trial_is_adopted_from_its_last_rung(tmp_path: Path) -> None:
-    space = toy_space(tmp_path)
-    with Study.open(tmp_path, space) as study:
-        for _ in range(3):
-            tell(study, given(study))
-        promoted = given(study)
-    adopted = given(Study.open(tmp_path, space))
-    assert (adopted.trial.number, adopted.trial.epoch, adopted.until) == (promoted.trial.number, 1, 3)
-
-
-def test_one_driver_at_a_time_has_a_study(tmp_path: Path) -> None:
-    space = toy_space(tmp_path)
-    with Study.open(tmp_path, space):
-        with pytest.raises(UserError, match=f"process {os.getpid()}"):
-            Study.open(tmp_path, space)
-        Study.open(tmp_path, space, "another").close()
-    Study.open(tmp_path, space).close()
-
-
-def test_another_space_under_an_old_name_is_refused_with_the_difference(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path)).close()
-    with pytest.raises(UserError, match=r"pair\.transfer\.k\.choice was \[5, 10, 20\], is \[5, 10\]"):
-        Study.open(tmp_path, toy_space(tmp_path, {"transfer": {"kind": "clusters", "k": {"choice": [5, 10]}}}))
-    Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 99})).close()
-
-
-def test_a_study_name_is_a_plain_file_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="study name"):
-        Study.open(tmp_path, toy_space(tmp_path), "../other")
-
-
-def test_a_study_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path)).close()
-    with pytest.raises(UserError, match=r"no study 'toi'.*There are toy"):
-        studies.read(tmp_path, "toi")
-
-
-def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) -> None:
-    space = toy_space(tmp_path, budget={"trials": 3, "concurrent": 2})
-    with Study.open(tmp_path, space, trials="+2") as study:
-        assert study.target == 2  # a new study has no target to add to
-    with Study.open(tmp_path, space, trials=3) as study:
-        drive(study)
-        study.close()
-    with Study.open(tmp_path, space, trials="+4") as study:
-        drive(study, segments=1)  # killed
-    with Study.open(tmp_path, space, trials="+4") as study:
-        assert study.target == 7
-        drive(study)
-        assert study.drawn == 7
-    with Study.open(tmp_path, space, trials="+4") as study:
-        assert study.target == 7  # all drawn, but the end was never told: some are still paused
-        assert study.next() == "done"
-        study.close()
-    with Study.open(tmp_path, space) as study:
-        assert study.target == 7
-    with Study.open(tmp_path, space, trials="+4") as study:
-        assert study.target == 11
-
-
-def test_a_changed_budget_in_the_file_is_a_new_target(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path), trials=2).close()
-    assert Study.open(tmp_path, toy_space(tmp_path), "toy").target == 2
-    assert Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9}), "toy").target == 9
-
-
-@pytest.mark.parametrize("wish", ["-3", "many", "0", "+"])
-def test_a_target_is_a_number(tmp_path: Path, wish: str) -> None:
-    with pytest.raises(UserError, match="no number of trials"):
-        Study.open(tmp_path, toy_space(tmp_path), trials=wish)
-
-
-def test_pruned_trials_stay_so_when_more_are_asked_for(tmp_path: Path) -> None:
-    space = toy_space(tmp_path, budget={"trials": 4, "concurrent": 2})
-    with Study.open(tmp_path, space) as study:
-        drive(study)
-        pruned = study.close()
-    assert pruned
-    with Study.open(tmp_path, space, trials="+6") as study:
-        drive(study)
-        assert [study.trials()[trial.number] for trial in pruned] == pruned
 
 
 def test_a_draw_that_equals_an_earlier_one_costs_no_budget(tmp_path: Path) -> None:
@@ -388,63 +246,3 @@ while True:
     tell(study, answer)
     print(answer.trial.number, flush=True)
 """
-
-
-def test_a_killed_driver_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
-    space = toy_space(tmp_path, budget={"trials": 400, "concurrent": 1})
-    seen: list[Trial] = []
-    for _ in range(2):
-        driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert driver.stdout is not None
-        for _ in range(8):
-            assert driver.stdout.readline()
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        trials = studies.read(tmp_path, "toy").trials
-        assert [trial.params for trial in trials[: len(seen)]] == [trial.params for trial in seen]
-        assert len(trials) > len(seen)
-        seen = trials
-    with Study.open(tmp_path, space, trials=len(seen) + 2) as study:
-        drive(study)
-        assert states(study)["running"] == 0
-        assert study.drawn == len(seen) + 2
-
-
-@pytest.mark.parametrize("half", ['{"op_code": 8, "wor', '{"op_code": 8, "wor\n'])
-def test_half_a_line_and_a_stale_lock_of_a_killed_driver_are_removed(tmp_path: Path, half: str) -> None:
-    space = toy_space(tmp_path)
-    with Study.open(tmp_path, space) as study:
-        tell(study, given(study))
-    before = study.trials()
-    journal = folder(tmp_path, "toy") / "journal.log"
-    with open(journal, "a") as file:
-        file.write(half)
-    os.symlink(journal, f"{journal}.lock")
-    began = time.monotonic()
-    with Study.open(tmp_path, space) as study:
-        assert study.trials() == before
-        drive(study)
-        study.close()
-    assert time.monotonic() - began < 20  # Optuna alone waits 30 s for the lock
-    assert studies.read(tmp_path, "toy").trials == study.trials()
-
-
-def test_a_driver_killed_between_the_last_value_and_the_state_has_finished_the_trial(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    space = toy_space(tmp_path, **NO_STOP)
-    with Study.open(tmp_path, space) as study, monkeypatch.context() as killed:
-        answer = given(study)
-        killed.setattr(optuna.storages.JournalStorage, "set_trial_state_values", _killed)
-        with pytest.raises(KeyboardInterrupt):
-            tell(study, answer)
-    with Study.open(tmp_path, space) as study:
-        assert study.best()[0].objectives == {"linear_probe/top1": score(answer.trial)}
-        assert given(study).trial.number == 1
-    backend = optuna.storages.journal.JournalFileBackend(str(folder(tmp_path, "toy") / "journal.log"))
-    read = optuna.load_study(study_name="toy", storage=optuna.storages.JournalStorage(backend))
-    assert read.trials[0].state.name == "COMPLETE"
-
-
-def _killed(*_: object) -> None:
-    raise KeyboardInterrupt

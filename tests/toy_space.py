@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,13 @@ def drive(study: Study, judge: Callable[[Trial, int], float] = score, segments: 
             tell(study, live.pop(0), judge)
             segments -= 1
     return given
+
+
+def states(study: Study) -> Counter[str]:
+    return Counter(trial.state for trial in study.trials())
+
+
+def given(study: Study) -> Assignment:
+    answer = study.next()
+    assert isinstance(answer, Assignment)
+    return answer
