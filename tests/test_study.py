@@ -12,7 +12,7 @@ from ktray.errors import StoppedEarly
 from ktray.search import study as studies
 from ktray.search.ledger import folder
 from ktray.search.study import Assignment, Study
-from tests.toy_space import FINITE, drive, tell, toy_space
+from tests.toy_space import FINITE, drive, given, states, tell, toy_space
 
 NO_STOP = {"early_stop": None}
 TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
@@ -21,9 +21,6 @@ SINGLE = {
     "teacher": {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}},
     "transfer": {"kind": "clusters", "k": 5},
 }
-
-
-from tests.toy_space import given, states
 
 
 def test_a_search_ends_at_its_target_with_the_rest_pruned(tmp_path: Path) -> None:
@@ -228,21 +225,3 @@ def test_optuna_reads_the_journal_as_an_ordinary_study(tmp_path: Path) -> None:
         assert theirs.intermediate_values == ours.scores
         if ours.state == "pruned":
             assert (theirs.state.name, theirs.value) == ("PRUNED", ours.scores[ours.epoch])
-
-
-DRIVER = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from ktray.search import space
-from ktray.search.study import Study
-from tests.toy_space import tell
-study = Study.open(Path(sys.argv[2]), space.load(Path(sys.argv[2]) / "toy.yaml", []))
-print("open", flush=True)
-while True:
-    answer = study.next()
-    if answer == "done":
-        break
-    tell(study, answer)
-    print(answer.trial.number, flush=True)
-"""

@@ -18,7 +18,7 @@ from ktray.search.ledger import folder
 from ktray.search.study import Study
 from ktray.search.trial import Trial
 from tests.source import ROOT
-from tests.toy_space import FINITE, drive, score, tell, toy_space
+from tests.toy_space import FINITE, drive, given, score, states, tell, toy_space
 
 NO_STOP = {"early_stop": None}
 TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
@@ -27,9 +27,6 @@ SINGLE = {
     "teacher": {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}},
     "transfer": {"kind": "clusters", "k": 5},
 }
-
-
-from tests.toy_space import given, states
 
 
 def test_what_is_read_from_disk_is_what_the_driver_knew(tmp_path: Path) -> None:
@@ -157,6 +154,24 @@ def test_pruned_trials_stay_so_when_more_are_asked_for(tmp_path: Path) -> None:
     with Study.open(tmp_path, space, trials="+6") as study:
         drive(study)
         assert [study.trials()[trial.number] for trial in pruned] == pruned
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from ktray.search import space
+from ktray.search.study import Study
+from tests.toy_space import tell
+study = Study.open(Path(sys.argv[2]), space.load(Path(sys.argv[2]) / "toy.yaml", []))
+print("open", flush=True)
+while True:
+    answer = study.next()
+    if answer == "done":
+        break
+    tell(study, answer)
+    print(answer.trial.number, flush=True)
+"""
 
 
 def test_a_killed_driver_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
