@@ -14,10 +14,7 @@ from ktray.tracking import Tracker
 COLUMNS = 12  # params in the table of trials; a wide space has its others a click away
 SHEET = "images/clusters.png"  # of the stage pseudo_labels
 _STATUS: dict[str, Literal["FAILED", "KILLED"]] = {"failed": "FAILED", "running": "KILLED"}
-ABOUT = (
-    "Pairs of a teacher and a student, searched by ktray for the best {goals}. [All trials, best first](view); runs with the "
-    "tag `ktray.role = 'stage'` are stages that were computed, each once, however many trials rest on it."
-)
+ABOUT = "[All trials, best first](view) by {goals}. Runs with the tag `ktray.role = 'stage'` are stages, each computed once."
 
 
 class Account:
@@ -58,6 +55,7 @@ class Account:
         curves = {name: value for name, value in metrics.items() if name.split("/")[0] in keys.get("evaluation", {})}
         self.tracker.metrics(trial.number, curves, epoch)
         plain = {name: value for name, value in metrics.items() if name not in curves and not _on_a_curve(name)}
+        plain |= {name: round(value, 3) for name, value in plain.items() if name.startswith("cost/")}
         self.ended(trial, keys, {**plain, **{f"objective/{name}": value for name, value in trial.objectives.items()}})
 
     def ended(self, trial: Trial, keys: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

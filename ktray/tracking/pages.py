@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-VIEW = "ktray"  # key of the saved view; pages show it as #/experiments/ID/runs?viewStateShareKey=ktray
+VIEW = "ktray"  # key of the saved view
 DESCRIPTION = "mlflow.note.content"
 _KIND = "mlflow.experimentKind"
+_BOXES, _NAME = "0", "attributes.`Run Name`"  # columns, as MLflow calls them
 _LINK = re.compile(r"\[([^\]]*)\]\((view|search|(?:trial|stage)/[^)\s]+)\)")
 
 
@@ -28,14 +29,15 @@ def experiment_tags(
         time: ms; of the view.
     """
     objectives = [f"metrics.`objective/{metric}`" for metric, _ in goals]
-    columns = ["tags.`ktray.state`", *objectives, *(f"metrics.`{name}`" for name in metrics)]
-    columns += [f"params.`{name}`" for name in params]
+    numbers = [f"metrics.`{name}`" for name in metrics]
+    columns = [*objectives, "tags.`ktray.state`", *numbers, *(f"params.`{name}`" for name in params)]
     state = {
         "searchFilter": "tags.`ktray.role` = 'trial'",
         "orderByKey": objectives[0],
         "orderByAsc": goals[0][1] == "min",
         "selectedColumns": columns,
-        "columnWidths": {"attributes.`Run Name`": 340, **{name: _width(name) for name in columns}},
+        "columnOrder": [_BOXES, _NAME, *columns, "duration", "runDateAndNestInfo"],  # without it, the widths are not read
+        "columnWidths": {_NAME: 330, **{name: _width(name) for name in columns}},
     }
     view = {"name": "Trials, best first", "createdAt": time, "updatedAt": time, "state": json.dumps(state)}
     return {_KIND: "custom_model_development", f"mlflow.sharedViewState.{VIEW}": json.dumps(view), DESCRIPTION: description}
@@ -43,7 +45,7 @@ def experiment_tags(
 
 def _width(column: str) -> int:
     """Pixels that the column's heading needs."""
-    return min(40 + 7 * len(column.split("`")[1]), 260)
+    return min(35 + 13 * len(column.split("`")[1]) // 2, 240)
 
 
 def with_links(text: str, address: Callable[[str], str | None]) -> str:
@@ -67,4 +69,4 @@ def run_page(experiment: str, run: str, artifact: str = "") -> str:
 
 def view_page(experiment: Any) -> str:
     """Link to the study's trials, best first."""
-    return f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW}"
+    return f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
