@@ -36,7 +36,7 @@ FLOORS = (
     ("kitchen", {"pipeline", "stages"}),
     ("office", {"search", "tracking", "report", "export"}),
     ("drivers", {"drivers", "preflight", "status"}),
-    ("street", {"cli", "__main__", "__init__"}),
+    ("street", {"cli", "api", "__main__", "__init__"}),
 )
 LEVEL = {part: level for level, (_, parts) in enumerate(FLOORS) for part in parts}
 TOOLS = 1

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktray.cli.settings import settings
+from ktray.stores import Store
+
+if TYPE_CHECKING:
+    from ktray.export import Head
 
 HELP = "the student as safetensors"
 
@@ -21,15 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
+    options = settings(args)
+    name, _, number = args.name.partition("/")
+    files = write_student(options.home, options.open_store(), name, number, args.directory, args.head)
+    options.answer([str(path) for path in files], "\n".join(f"wrote {path}" for path in files))
+    return 0
+
+
+def write_student(home: Path, store: Store, name: str, number: str, out: Path, head: Head) -> list[Path]:
+    """The files of an exported student.
+
+    Args:
+        number: of the trial; empty for the study's best.
+
+    Raises:
+        UserError: there is no such study or completed trial, its student is gone, or `out` is occupied.
+    """
     from ktray.errors import UserError
     from ktray.export import export_student
     from ktray.pipeline.naming import pair_name
     from ktray.spec import PairSpec
 
-    options = settings(args)
-    name, _, number = args.name.partition("/")
-    trial = _trial(options.home, name, number)
-    store = options.open_store()
+    trial = _trial(home, name, number)
     snapshot = store.find(trial.keys["student"])
     if snapshot is None:
         raise UserError(
@@ -39,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
     size: int = pair.data.transfer.size  # type: ignore[attr-defined]
     classes = getattr(pair.transfer, "k", None)
     lineage = {"study": name, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
-    files = export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, args.directory, classes, args.head)
-    options.answer([str(path) for path in files], "\n".join(f"wrote {path}" for path in files))
-    return 0
+    return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, out, classes, head)
 
 
 def _trial(home: Path, name: str, number: str) -> Any:
@@ -52,7 +67,7 @@ def _trial(home: Path, name: str, number: str) -> Any:
     study = read(home, name)
     ranked = ranking.ranked(study.trials, study.objectives)
     if number:
-        ranked = [trial for trial in ranked if str(trial.number) == number]
+        ranked = [trial for trial in ranked if str(trial.number) == (number.lstrip("0") or "0")]
     if not ranked:
         what = f"completed trial {number}" if number else "completed trial"
         raise UserError(f"the study {name!r} has no {what}", instead=f"See ktray show {name}.")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ktray.cli.settings import settings
+from ktray.stores import Store
 
 HELP = "one self-contained HTML file"
 
@@ -18,24 +19,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
+    options = settings(args)
+    path = write_report(args.name, options.home, options.open_store(), args.output or Path(f"{args.name}.html"))
+    options.answer({"file": str(path), "bytes": path.stat().st_size}, f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def write_report(name: str, home: Path, store: Store, path: Path) -> Path:
+    """The report of a study as a file.
+
+    Raises:
+        UserError: there is no such study, or the file cannot be written.
+    """
     from ktray.cli.leaderboard import study_folder
     from ktray.drivers import references
     from ktray.errors import UserError
-    from ktray.pipeline.check import data_loader
     from ktray.pipeline.references import labels_used
     from ktray.report import render
     from ktray.search.study import read
 
-    options = settings(args)
-    study = read(options.home, args.name)
-    used = labels_used(study.trials[0].pair, data_loader()) if study.trials else {}
-    lines = references.read(study_folder(options.home, args.name))
+    study = read(home, name)
+    used = labels_used([trial.keys for trial in study.trials if trial.state == "completed"], store)
+    lines = references.read(study_folder(home, name))
     goals = [(goal.metric, goal.mode) for goal in study.objectives]
-    page = render(args.name, "", goals, study.trials, lines, options.open_store(), used)
-    path = args.output or Path(f"{args.name}.html")
+    page = render(name, "", goals, study.trials, lines, store, used)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}", instead="Name another file with -o.") from error
-    options.answer({"file": str(path), "bytes": path.stat().st_size}, f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return 0
+    return path

@@ -42,17 +42,17 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"there is no pair {sorted(unknown)[0]!r}", instead=f"Known: {', '.join(pairs)}.")
         pairs = {name: pairs[name] for name in args.only}
     check_pairs(pairs, data_loader(), args.source)
-    runner = _run_here if args.local else _run_on_ray
-    results = runner(pairs, args, options)
+    results = run_here(pairs, options) if args.local else run_on_ray(pairs, args.address, args.concurrent, options)
     good = [result for result in results if not isinstance(result, StageFailed)]
     options.answer(good, _table(good) if good else "no pair came to its end")
     for result in results:
         if isinstance(result, StageFailed):
-            options.tell(f"ktray: {result}")
+            options.blame(f"ktray: {result}")
     return 0 if len(good) == len(results) else StageFailed.exit_code
 
 
-def _run_here(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options: Settings) -> list[Any]:
+def run_here(pairs: Mapping[str, PairSpec], options: Settings) -> list[Any]:
+    """What each pair is worth, or the StageFailed that ended it; computed in this process."""
     from ktray.crew.local import LocalCrew
     from ktray.crew.needs import load_runtime
     from ktray.pipeline.execute import execute
@@ -70,17 +70,18 @@ def _run_here(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options: 
     return [_run_pair(name, pair, crew, options) for name, pair in pairs.items()]
 
 
-def _run_on_ray(pairs: Mapping[str, PairSpec], args: argparse.Namespace, options: Settings) -> list[Any]:
+def run_on_ray(pairs: Mapping[str, PairSpec], address: str | None, concurrent: int, options: Settings) -> list[Any]:
+    """The same on Ray, `concurrent` pairs at a time; None as `address` starts one on this machine."""
     from ktray.crew import client, runtime
     from ktray.pipeline.execute import execute
 
-    session = runtime.start(options.home, args.address, runtime.load_runtime(options.runtime))
+    session = runtime.start(options.home, address, runtime.load_runtime(options.runtime))
     for warning in session.warnings:
         options.tell(f"ktray: {warning}")
     options.tell(f"ktray: Ray's own messages go to {session.log}")
     try:
         crew = client.connect(session, options.store_url, execute)
-        with ThreadPoolExecutor(max_workers=args.concurrent) as threads:
+        with ThreadPoolExecutor(max_workers=concurrent) as threads:
             futures = [threads.submit(_run_pair, name, pair, crew, options) for name, pair in pairs.items()]
             return [future.result() for future in futures]
     finally:

@@ -36,11 +36,13 @@ def run(args: argparse.Namespace) -> int:
 
     options = settings(args)
     stopping = Stopping()
-    with _stop_on_signals(stopping, options):
-        return _search(args, options, stopping)
+    with stop_on_signals(stopping, options):
+        outcome, uri = search(args, options, stopping)
+        return _finish(outcome, uri, args, options)
 
 
-def _search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> int:
+def search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> tuple[Outcome, str]:
+    """What the search did, and where it is tracked; `args` as from `add_arguments`."""
     from ktray import __version__, tracking
     from ktray.cli.plan import check_space
     from ktray.cli.screen import screen
@@ -61,11 +63,11 @@ def _search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> 
         outcome = driver.search(
             space, place, tracker, stopping, name=name, trials=args.trials, tell=shown.trial, show=shown.work, say=shown.say
         )
-    return _finish(outcome, uri, args, options)
+    return outcome, uri
 
 
 @contextmanager
-def _stop_on_signals(stopping: Stopping, options: Settings) -> Iterator[None]:
+def stop_on_signals(stopping: Stopping, options: Settings) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the search: in order where processes run, the second time at once."""
 
     def stop(number: int, frame: Any) -> None:
@@ -91,10 +93,10 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     answer = _answer(outcome, study, uri, options)
     options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome)}")
     if outcome.stopped:
-        options.tell(f"ktray: stopped early: {outcome.stopped} Nothing is lost; the same command goes on from here.")
+        options.blame(f"ktray: stopped early: {outcome.stopped} Nothing is lost; the same command goes on from here.")
         return StoppedEarly.exit_code
     if outcome.interrupted:
-        options.tell(f"ktray: interrupted; resume with: {args.command}")
+        options.blame(f"ktray: interrupted; resume with: {args.command}")
         return INTERRUPTED
     return StageFailed.exit_code if count_states(study.trials)["failed"] else 0
 

@@ -41,6 +41,10 @@ class Settings:
     def cache(self) -> Path:
         return self.home / "cache"
 
+    def blame(self, text: str) -> None:
+        """What went wrong is said with --quiet, too."""
+        print(text, file=sys.stderr, flush=True)
+
     def tell(self, text: str) -> None:
         """Talk goes to stderr; stdout is data."""
         if self.talks:
@@ -62,6 +66,21 @@ def count(text: str) -> int:
     return int(text)
 
 
+def open_home(home: str | Path | None) -> Path:
+    """The absolute path of a home, created if missing; None means KTRAY_HOME, or `./.ktray`.
+
+    Raises:
+        UserError: it cannot be created.
+    """
+    place = Path(home or os.environ.get("KTRAY_HOME") or ".ktray").expanduser().absolute()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise UserError(f"the home {place} cannot be created: {why}", instead="Choose another with --home.") from error
+    return place
+
+
 def settings(args: argparse.Namespace) -> Settings:
     """Read flags and environment; creates the home.
 
@@ -69,13 +88,7 @@ def settings(args: argparse.Namespace) -> Settings:
         UserError: the home cannot be created or written.
     """
     plugins.allow(args.allow_plugins)
-    home = Path(args.home or os.environ.get("KTRAY_HOME") or ".ktray").expanduser().absolute()
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the home {home} cannot be created: {error.strerror}", instead="Choose another with --home."
-        ) from error
+    home = open_home(args.home)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="ktray: %(message)s")
     logging.getLogger("ktray").setLevel(logging.INFO if args.verbose else logging.WARNING)
     return Settings(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from ktray import plugins
+from ktray.artifact import Artifact
+from ktray.errors import UserError
 from ktray.images import Splits
-from ktray.pipeline.check import Load, train_count
 from ktray.spec import PairSpec
+from ktray.stores import Store
 
 RANDOM = "random student"
 CEILING = "supervised ceiling"
@@ -42,14 +46,33 @@ def on_test(pair: Mapping[str, Any]) -> PairSpec:
     return PairSpec.model_validate({**pair, "evals": evals})
 
 
-def labels_used(pair: Mapping[str, Any], load: Load) -> dict[str, int]:
-    """Split -> number of labels that the judges of a pair read; empty if they read none."""
-    whole = PairSpec.model_validate(dict(pair))
-    if not any(plugins.module_of("evaluation", spec).NEEDS_LABELS for spec in whole.evals):
-        return {}
-    target = load(whole.data.target)
-    if target.train.labels is None:
-        return {}
-    count = train_count(target, whole.data.target)
-    held_out = len(target.val.names) if target.val is not None else len(target.train.names) - count
-    return {"train": count, "val": held_out}
+def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, int]:
+    """Split -> number of labels that the judges of finished trials read; empty if they read none.
+
+    Args:
+        keys: of each trial: stage -> key, evaluation -> name -> key.
+
+    Raises:
+        UserError: the images are no longer in the store.
+    """
+    judges = dict.fromkeys(key for each in keys for key in each.get("evaluation", {}).values())
+    for artifact in filter(None, map(store.find, judges)):
+        if _reads_labels(artifact):
+            return _label_counts(artifact.record["inputs"]["images.target"], store)
+    return {}
+
+
+def _reads_labels(judge: Artifact) -> bool:
+    try:
+        needs = bool(plugins.module("evaluation", judge.record["spec"]["kind"]).NEEDS_LABELS)
+    except UserError:  # a plugin that this command was not told to trust: rather one label too many than one concealed
+        return True
+    return needs or bool({"nmi", "purity"} & judge.metrics.keys())
+
+
+def _label_counts(key: str, store: Store) -> dict[str, int]:
+    images = store.find(key)
+    if images is None:
+        raise UserError(f"{key} is no longer in the store, and it says how many labels were read", instead="Search again.")
+    files = {split: images.directory / f"{split}-labels.npy" for split in ("train", "val")}
+    return {split: len(np.load(file, allow_pickle=False)) for split, file in files.items() if file.exists()}

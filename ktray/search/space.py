@@ -217,11 +217,20 @@ def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:
     if is_space(path):
         raise UserError("this is a search space, and a pair is wanted", str(path), f"Use ktray search {path}.")
     content = documents.read(path, overrides)
+    return {path.stem: pair_of(content, path.name)}
+
+
+def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
+    """The pair that is `content`, or that it holds under `pair`.
+
+    Raises:
+        UserError: it holds operators, or is no pair.
+    """
     if "pair" in content and len(content) > 1:
         others = ", ".join(repr(key) for key in content if key != "pair")
-        raise UserError(f"beside 'pair' there is {others}", str(path), "A pair's file holds 'pair' alone.")
-    space = Space.of({"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, path.name)
+        raise UserError(f"beside 'pair' there is {others}", source, "A pair's file holds 'pair' alone.")
+    space = Space.of({"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source)
     drawn = next(tree.parameters(space.root), None)
     if drawn:
-        raise UserError("a single pair draws nothing", f"{path.name}: pair.{drawn[0].name}", "Write the value itself.")
-    return {path.stem: space.pair({})}
+        raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")
+    return space.pair({})
