@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from ktray.errors import StoppedEarly
 from ray import tune
 from ray.tune.search import Searcher
 
+DEATHS = 3
+
 
 class StudySearcher(Searcher):
     """Hands segments of the study to Tune and settles what comes back; `reason` says why the search stopped early."""
@@ -30,6 +32,7 @@ class StudySearcher(Searcher):
         super().__init__()
         self.conductor, self.crew, self.stopping, self.ahead = conductor, crew, stopping, ahead
         self.live: dict[str, Segment] = {}
+        self.deaths: Counter[int] = Counter()
         self.reason: StoppedEarly | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,20 +80,27 @@ class StudySearcher(Searcher):
         segment = self.live.pop(trial_id, None)
         if segment is None or self.stopping.is_set():
             return
-        cause = "its driver process died three times" if error or result is None else result["cause"]
         try:
-            if cause == STOPPED:
-                assert result is not None
+            if error or result is None:
+                self._bury(segment)
+            elif result["cause"] == STOPPED:
                 self.reason = StoppedEarly(result["text"])
-            elif cause == RELEASED:
+            elif result["cause"] == RELEASED:
                 return
-            elif cause:
-                self.conductor.fail(segment, cause, (result or {}).get("failed", ""))
+            elif result["cause"]:
+                self.conductor.fail(segment, result["cause"], result.get("failed", ""))
             else:
-                assert result is not None
                 self.conductor.settle(segment, json.loads(result["computed"]))
         except StoppedEarly as stop:
             self.reason = stop
+
+    def _bury(self, segment: Segment) -> None:
+        """The process that waited for a segment is dead; whoever comes next waits for it."""
+        self.deaths[segment.trial.number] += 1
+        if self.deaths[segment.trial.number] < DEATHS:
+            self.ahead.append(segment)
+        else:
+            self.conductor.fail(segment, f"the process that waited for its stages died {DEATHS} times")
 
     def waiters(self) -> list[str]:
         """Who waits for stages now."""
@@ -143,7 +153,8 @@ def run_search(
             name="search",
             storage_path=str(scratch),
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=2),
+            # Tune does not retry a trial whose process died while idle between two trials, so all retries are ours.
+            failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
