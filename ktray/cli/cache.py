@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ktray.cli.settings import Settings, settings
@@ -54,24 +57,54 @@ def _verify(args: argparse.Namespace, options: Settings) -> int:
 
 def _prune(args: argparse.Namespace, options: Settings) -> int:
     """Delete artifacts that no trial of any study of this home uses."""
-    from ktray.search.study import keys_in_use
-
     store = options.open_store()
-    used = keys_in_use(options.home)
-    needed = _with_inputs(store, used)
+    needed = _needed(store, options.home)
     idle = [found for found in filter(None, map(store.find, store.keys())) if found.key not in needed]
     freed = sum(_size(found.record) for found in idle)
     if args.yes:
-        for found in idle:
-            store.remove(found.key)
-        store.sweep()
-        shutil.rmtree(options.home / "store" / ".damaged", ignore_errors=True)
+        with _alone(store):
+            for found in idle:
+                store.remove(found.key)
+            store.sweep()
+            shutil.rmtree(Path(store.url.removeprefix("file://")) / ".damaged", ignore_errors=True)
     verb = "removed" if args.yes else "would remove (add --yes)"
     options.answer(
         {"keys": [found.key for found in idle], "bytes": freed, "removed": args.yes},
         "\n".join([*(found.key for found in idle), f"{verb}: {len(idle)} artifacts, {freed / 1e6:.1f} MB"]),
     )
     return 0
+
+
+@contextmanager
+def _alone(store: Any) -> Iterator[None]:
+    """Nothing may run meanwhile: what a trial in flight has just had computed is not in its study yet."""
+    from ktray.crew.locks import alone_on_store
+    from ktray.errors import UserError
+
+    lock = alone_on_store(store.url)
+    if lock is None:
+        raise UserError(f"a search or a run uses the store {store.url} now", instead="Prune when it has ended.")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _needed(store: Any, home: Path) -> set[str]:
+    """What trials and reference lines of all studies rest on, and what was judged of it, as on test: that is small."""
+    from ktray.cli.leaderboard import study_folder
+    from ktray.drivers import references
+    from ktray.search import ledger
+    from ktray.search.study import keys_in_use
+
+    used = keys_in_use(home)
+    for name in ledger.names(home):
+        for line in references.read(study_folder(home, name)).values():
+            evaluations = line["keys"].get("evaluation", {}).values()
+            used |= {*evaluations, *(key for key in line["keys"].values() if isinstance(key, str))}
+    needed = _with_inputs(store, used)
+    judged = [found for found in filter(None, map(store.find, store.keys())) if found.record["stage"] == "evaluation"]
+    return needed | {found.key for found in judged if set(found.record["inputs"].values()) <= needed}
 
 
 def _with_inputs(store: Any, keys: set[str]) -> set[str]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktray.cli.settings import Settings, settings
+
+if TYPE_CHECKING:
+    from ktray.search.study import History
+    from ktray.search.trial import Trial
 
 HELP = "a study, a trial, an artifact or the kinds"
 
@@ -25,9 +29,11 @@ def run(args: argparse.Namespace) -> int:
     options = settings(args)
     if args.what == "kinds":
         return _kinds(options)
+    if args.against:
+        return _against(args, options)
     store = options.open_store()
     if store.find(args.what) or store.failure(args.what):
-        return _against(args, options) if args.against else _artifact(args.what, options)
+        return _artifact(args.what, options)
     if re.fullmatch(r"[a-z_]+-[0-9a-f]{12}", args.what) and not (options.home / "studies" / args.what).is_dir():
         raise UserError(f"there is no artifact {args.what!r} in {store.url}", instead="See ktray cache list.")
     name, _, number = args.what.partition("/")
@@ -72,13 +78,16 @@ def _against(args: argparse.Namespace, options: Settings) -> int:
 
     record = options.open_store().find(args.what)
     if record is None:
-        raise UserError(f"{args.what} is a failure, not an artifact; it has no record to compare")
+        raise UserError(f"there is no artifact {args.what!r} to compare", instead="See ktray cache list.")
+    identity, name = data_identity(options.cache), record.record["stage"]
+    pairs = load_pairs(args.against, []).values()
+    stages = [stage for pair in pairs for stage in graphs.build(pair, identity).stages if stage.name == name]
+    if not stages:
+        raise UserError(f"the pair has no stage {name!r} to compare {args.what} with", str(args.against))
     rows: list[list[str]] = []
-    for pair in load_pairs(args.against, []).values():
-        for stage in graphs.build(pair, data_identity(options.cache)).stages:
-            if stage.name == record.record["stage"]:
-                wanted = {"spec": stage.spec, "revisions": stage.revisions, "inputs": stage.inputs}
-                rows += [[stage.key, *line] for line in _differences(wanted, record.record)]
+    for stage in stages if record.key not in {stage.key for stage in stages} else ():
+        wanted = {"spec": stage.spec, "revisions": stage.revisions, "inputs": stage.inputs}
+        rows += [[stage.key, *line] for line in _differences(wanted, record.record)]
     answer = [dict(zip(("stage", "field", "artifact", "pair"), row, strict=True)) for row in rows]
     text = table(["wanted", "field", args.what, "the pair"], rows) if rows else "no difference: the artifact serves this pair"
     options.answer(answer, text)
@@ -102,12 +111,30 @@ def _flat(value: Any, path: str) -> dict[str, Any]:
 
 def _study(name: str, options: Settings) -> int:
     from ktray.cli.leaderboard import leaderboard, trial_answer
+    from ktray.cli.tables import table
+    from ktray.pipeline.naming import pair_name
     from ktray.search.study import read
 
     ledger = read(options.home, name)
     answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in ledger.trials]}
-    options.answer(answer, leaderboard(ledger, options.home, top=20))
+    rows = [[str(trial.number), trial.state, pair_name(trial.pair), _outcome(trial, ledger)] for trial in ledger.trials]
+    text = f"{leaderboard(ledger, options.home, top=10)}\n\n{table(['trial', 'state', 'pair', 'outcome'], rows)}"
+    options.answer(answer, text if rows else f"{name}: no trial yet")
     return 0
+
+
+def _outcome(trial: Trial, study: History) -> str:
+    """What there is to say of a trial in one cell."""
+    if trial.state == "duplicate":
+        return f"same pair as trial {trial.duplicate_of}"
+    if trial.cause:
+        return trial.cause
+    if trial.objectives:
+        return ", ".join(f"{metric} {value:.4g}" for metric, value in trial.objectives.items())
+    stop = study.space.early_stop
+    return ", ".join(
+        f"{stop.metric if stop else 'score'} {score:.4g} at epoch {epoch}" for epoch, score in trial.scores.items()
+    )
 
 
 def _trial(name: str, number: str, options: Settings) -> int:
@@ -118,7 +145,7 @@ def _trial(name: str, number: str, options: Settings) -> int:
     from ktray.search.study import read
 
     ledger = read(options.home, name)
-    found = [trial for trial in ledger.trials if str(trial.number) == number.lstrip("0") or str(trial.number) == number]
+    found = [trial for trial in ledger.trials if str(trial.number) == (number.lstrip("0") or "0")]
     if not found:
         raise UserError(f"the study {name!r} has no trial {number!r}", instead=f"It has {len(ledger.trials)}, from 0.")
     trial = found[0]

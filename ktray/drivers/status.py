@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from ktray.crew.needs import STAGES
 from ktray.pipeline.naming import pair_name
 from ktray.search import ledger, ranking
 from ktray.search.study import History, read
@@ -134,7 +135,7 @@ def _stages(trials: Sequence[Trial], store: Store) -> dict[str, dict[str, int]]:
     """Stage -> how many artifacts trials asked for, and how many had to be made for that."""
     asked: Counter[str] = Counter(key for trial in trials if trial.state != "duplicate" for key in trial.artifacts)
     made = [key for key in asked if store.find(key) is not None]
-    names = dict.fromkeys(key.rpartition("-")[0] for key in asked)
+    names = sorted({key.rpartition("-")[0] for key in asked}, key=STAGES.index)
     return {
         name: {
             "asked": sum(count for key, count in asked.items() if key.rpartition("-")[0] == name),
