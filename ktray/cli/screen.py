@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ktray.cli.settings import Settings
+from ktray.drivers.search import Screen
 from ktray.pipeline.naming import pair_name
+from ktray.search import ranking, rungs
 from ktray.search.space import Space
+from ktray.search.study import Study
 from ktray.search.trial import Trial
 
-LINES = 8
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
 
-
-class Screen(Protocol):
-    """Where news go."""
-
-    def trial(self, event: str, trial: Trial, text: str) -> None:
-        """A trial was paused, completed, pruned or failed."""
-
-    def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
-        """What the crew did since the last call, and what it does now."""
-
-    def say(self, text: str) -> None:
-        """A sentence."""
+COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "paused": "default", "pruned": "dim"}
+COUNTED = ("completed", "running", "paused", "pruned", "failed", "duplicate")
+ROWS = 12
 
 
 class _Plain:
@@ -39,6 +36,9 @@ class _Plain:
     def _line(self, text: str) -> None:
         self.options.tell(f"[{time.monotonic() - self.began:6.0f} s] {text}")
 
+    def begin(self, study: Study) -> None:
+        """Nothing to say before something happens."""
+
     def trial(self, event: str, trial: Trial, text: str) -> None:
         if event != "pruned":
             self._line(f"{event:9} trial {trial.number:<3} {pair_name(trial.pair)}  {text}")
@@ -47,7 +47,7 @@ class _Plain:
         if self.options.talks < 2:
             return
         for event in events:
-            seconds = f"  {event['seconds']:.1f} s" if event.get("seconds") is not None else ""
+            seconds = f"  {event['seconds']:.1f} s" if event.get("seconds") else ""
             self._line(f"{event['event']:9} {event.get('key', '')}{seconds}")
 
     def say(self, text: str) -> None:
@@ -55,39 +55,149 @@ class _Plain:
 
 
 class _Live:
-    """A table that is redrawn in place: what runs on which worker, and the latest news of trials."""
+    """A table that is redrawn in place: how far the study is, what runs on which worker, and the trials, best first."""
 
-    def __init__(self, options: Settings, space: Space, name: str, live: Any) -> None:
-        self.name, self.space, self.live, self.began = name, space, live, time.monotonic()
-        self.news: deque[str] = deque(maxlen=LINES)
-        self.running: list[Mapping[str, Any]] = []
-        self.counts: dict[str, int] = {}
+    def __init__(self, space: Space, name: str, console: Console) -> None:
+        self.space, self.name, self.console, self.began = space, name, console, time.monotonic()
+        self.study: Study | None = None
+        self.status: Mapping[str, Any] = {}
+
+    def begin(self, study: Study) -> None:
+        self.study = study
 
     def trial(self, event: str, trial: Trial, text: str) -> None:
-        self.counts[event] = self.counts.get(event, 0) + 1
-        if event != "pruned":
-            self.news.append(f"{event:9} {trial.number:>4}  {pair_name(trial.pair)}  {text}")
-        self._draw()
+        if event == "failed":
+            self.say(f"trial {trial.number} {pair_name(trial.pair)}: {text}")
 
     def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
-        self.running = list(status["running"])
-        self._draw()
+        self.status = status
 
     def say(self, text: str) -> None:
-        self.live.console.print(f"ktray: {text}", style="dim", markup=False, highlight=False)
+        self.console.print(f"ktray: {text}", style="dim", markup=False, highlight=False)
 
-    def _draw(self) -> None:
+    def render(self) -> RenderableType:
+        """The whole table as it is now; drawn several times a second, by another thread."""
         from rich.console import Group
+
+        trials = [trial for trial in self.study.trials() if trial.state != "duplicate"] if self.study else []
+        work = self._work()
+        rows = max(1, min(ROWS, self.console.height - work.row_count - 8))
+        return Group(self._head(trials), "", work, self._queue(), "", self._trials(trials, rows))
+
+    def _head(self, trials: Sequence[Trial]) -> Table:
+        from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
-        counts = "  ".join(f"{count} {event}" for event, count in self.counts.items())
-        head = Text(f"{self.name}  {time.monotonic() - self.began:.0f} s  {counts}", style="bold")
-        work = Table(box=None, pad_edge=False, show_header=False)
-        for entry in self.running:
-            progress = "  ".join(f"{name} {value:.4g}" for name, value in (entry.get("progress") or {}).items())
-            work.add_row(Text(str(entry["worker"]), style="cyan"), Text(str(entry["key"])), Text(progress, style="dim"))
-        self.live.update(Group(head, work, *(Text(line) for line in self.news)))
+        target = self.study.target if self.study else self.space.budget.trials
+        settled = sum(trial.state != "running" for trial in trials)
+        states = [trial.state for trial in trials]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in COUNTED if state in states)
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(no_wrap=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True, justify="right")
+        bar = ProgressBar(total=max(target, 1), completed=settled, complete_style="cyan", finished_style="green")
+        head.add_row(Text(self.name, style="bold"), bar, Text(_clock(time.monotonic() - self.began), style="bold"))
+        return _stacked(head, Text(f"{len(trials)} of {target} trials{': ' if counts else ''}{counts}", style="dim"))
+
+    def _work(self) -> Table:
+        from rich.table import Table
+
+        work = Table.grid(padding=(0, 2))
+        for style in ("cyan", "default", "dim", "dim"):
+            work.add_column(no_wrap=True, overflow="ellipsis", style=style)
+        now = time.time()
+        for entry in self.status.get("running", ()):
+            helpers = f" +{len(entry['helpers'])}" if entry.get("helpers") else ""
+            work.add_row(f"{entry['worker']}{helpers}", entry["key"], _clock(now - entry["since"]), _said(entry["progress"]))
+        return work
+
+    def _queue(self) -> Text:
+        """What is not running, in a few words."""
+        from rich.text import Text
+
+        queued, workers = len(self.status.get("queued", ())), self.status.get("workers", ())
+        if not self.status:
+            words = "starting"
+        elif all(worker["state"] == "starting" for worker in workers):
+            words = "workers are starting"
+        else:
+            words = f"{queued} more stages wait" if queued else ""
+        return Text(words, style="dim")
+
+    def _trials(self, trials: Sequence[Trial], rows: int) -> Table:
+        from rich.table import Table
+
+        goal = self.space.objectives[0].metric
+        stop = self.space.early_stop
+        table = Table(box=None, pad_edge=False, expand=True, header_style="dim", padding=(0, 2, 0, 0))
+        table.add_column("trial", justify="right", no_wrap=True)
+        table.add_column("pair", ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column("epochs", justify="right", no_wrap=True)
+        if stop and stop.metric != goal:
+            table.add_column(stop.metric, justify="right", no_wrap=True)
+        table.add_column(goal, justify="right", no_wrap=True)
+        table.add_column("state", no_wrap=True)
+        at = _places(self.status.get("waiting", ()))
+        for trial in _best_first(trials, self.space)[:rows]:
+            score = trial.scores.get(max(trial.scores, default=0))
+            found = trial.objectives.get(goal, score if stop and stop.metric == goal else None)
+            judged = [_number(score)] if stop and stop.metric != goal else []
+            reached = f"{trial.epoch}/{trial.epochs}"
+            state = f"{trial.state}: {at[trial.number]}" if trial.number in at else trial.state
+            cells = [str(trial.number), pair_name(trial.pair), reached, *judged, _number(found), state]
+            table.add_row(*cells, style=COLOURS.get(trial.state))
+        if len(trials) > rows:
+            table.add_row("", f"and {len(trials) - rows} more", style="dim")
+        return table
+
+
+def _best_first(trials: Sequence[Trial], space: Space) -> list[Trial]:
+    """Completed trials by the first objective, then the others by how far they came and how well they did there."""
+    done = ranking.ranked(list(trials), space.objectives)
+    others: list[Trial] = []
+    epochs = sorted({trial.epoch for trial in trials if trial.scores}, reverse=True)
+    for epoch in epochs:
+        level = [trial for trial in trials if trial.state != "completed" and trial.epoch == epoch and epoch in trial.scores]
+        others += rungs.best_first(space.early_stop, level, epoch)
+    seen = {trial.number for trial in (*done, *others)}
+    return [*done, *others, *(trial for trial in trials if trial.number not in seen)]
+
+
+def _places(waiting: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+    """Number of a trial -> name of the stage that it waits for."""
+    named = [(str(entry["waiter"]).split(), entry["key"].rpartition("-")[0]) for entry in waiting]
+    return {int(words[1]): stage.replace("_", "-") for words, stage in named if words[0] == "trial"}
+
+
+def _stacked(*parts: RenderableType) -> Table:
+    from rich.table import Table
+
+    stack = Table.grid(expand=True)
+    for part in parts:
+        stack.add_row(part)
+    return stack
+
+
+def _said(progress: Mapping[str, float]) -> str:
+    """``epoch 3 of 8  loss 1.29``: counters before values; the learning rate is in the schedule."""
+    given = {name: value for name, value in progress.items() if name != "lr"}
+    last = given.pop("of", None)
+    words = [f"{name} {value:.4g}" for name, value in given.items()]
+    if words and last is not None:
+        words[0] += f" of {last:.4g}"
+    return "  ".join(words)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 @contextmanager
@@ -99,5 +209,19 @@ def screen(options: Settings, space: Space, name: str) -> Iterator[Screen]:
     from rich.console import Console
     from rich.live import Live
 
-    with Live(console=Console(stderr=True), refresh_per_second=4, transient=True) as live:
-        yield _Live(options, space, name, live)
+    shown = _Live(space, name, Console(stderr=True))
+    with Live(console=shown.console, get_renderable=shown.render, refresh_per_second=4, transient=True), _above_the_table():
+        yield shown
+
+
+@contextmanager
+def _above_the_table() -> Iterator[None]:
+    """Warnings of loggers go through the stream that `Live` has put in place of stderr, or they would tear the table."""
+    handlers = [each for each in logging.getLogger().handlers if type(each) is logging.StreamHandler]
+    before = [(handler, handler.setStream(sys.stderr)) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in before:
+            if stream is not None:
+                handler.setStream(stream)

@@ -60,9 +60,7 @@ def search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> t
     tracker = tracking.Tracker(uri, options.home, name, share_images=args.share_images, version_tags=tags)
     place = driver.Place(options.home, options.open_store(), args.address, options.runtime)
     with screen(options, space, name) as shown:
-        outcome = driver.search(
-            space, place, tracker, stopping, name=name, trials=args.trials, tell=shown.trial, show=shown.work, say=shown.say
-        )
+        outcome = driver.search(space, place, tracker, stopping, shown, name=name, trials=args.trials)
     return outcome, uri
 
 
@@ -124,12 +122,15 @@ def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[s
 
 def _footer(answer: dict[str, Any], outcome: Outcome) -> str:
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
-    name = outcome.study
+    hints = {
+        "ktray ui": f"every trial in MLflow ({answer['tracking_uri']})",
+        f"ktray report {outcome.study}": "one HTML file",
+        f"ktray best {outcome.study} --test": "judge the winners on the test split",
+    }
+    width = max(map(len, hints))
     return "\n".join(
         [
             f"{outcome.reason or 'not finished'}; {computed} stages computed, {reused} reused, {answer['seconds']:.0f} s.",
-            f"ktray ui                      every trial in MLflow ({answer['tracking_uri']})",
-            f"ktray report {name}     one HTML file",
-            f"ktray best {name} --test   judge the winners on the test split",
+            *(f"{command:{width}}  {text}" for command, text in hints.items()),
         ]
     )

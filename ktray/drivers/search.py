@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ktray.drivers import references
-from ktray.drivers.conductor import Conductor, Tell
+from ktray.drivers.conductor import Conductor
 from ktray.drivers.status import noting
 from ktray.drivers.stopping import Stopping
 from ktray.errors import StageFailed, StoppedEarly
@@ -18,13 +18,28 @@ from ktray.pipeline.graph import Graph
 from ktray.pipeline.identity import data_identity
 from ktray.search.space import Space
 from ktray.search.study import Study
+from ktray.search.trial import Trial
 from ktray.spec import PairSpec
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
-Show = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
-Say = Callable[[str], None]
 TRACKER_SECONDS = {True: 20.0, False: 3.0}  # who interrupts does not wait for a slow tracker: its spool keeps what is left
+
+
+class Screen(Protocol):
+    """What a person is shown; called from several threads."""
+
+    def begin(self, study: Study) -> None:
+        """The study as it is before anything runs; its `trials` stay up to date."""
+
+    def trial(self, event: str, trial: Trial, text: str) -> None:
+        """A trial was paused, completed, pruned or failed."""
+
+    def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+        """What the crew did since the last call, and what it does now."""
+
+    def say(self, text: str) -> None:
+        """A sentence."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +82,9 @@ class Outcome:
 class _Crew:
     """Ray and its crew, started when first needed: a search whose store has everything never waits for them."""
 
-    def __init__(self, place: Place, tracker: Tracker, stopping: Stopping, show: Show, say: Say) -> None:
-        self.place, self.tracker, self.stopping, self.show, self.say = place, tracker, stopping, show, say
+    def __init__(self, place: Place, tracker: Tracker, stopping: Stopping, screen: Screen, name: str) -> None:
+        self.place, self.tracker, self.stopping, self.say = place, tracker, stopping, screen.say
+        self.show = noting(place.home / "studies" / name, screen.work)
         self._session: Any = None
         self._crew: Any = None
         self._watch: Any = None
@@ -123,19 +139,16 @@ def search(
     place: Place,
     tracker: Tracker,
     stopping: Stopping,
+    screen: Screen,
     *,
     name: str,
     trials: str | None,
-    tell: Tell,
-    show: Show,
-    say: Say,
 ) -> Outcome:
     """Run the study `name` to its target, or go on with it.
 
     Args:
         stopping: its wish ends the search within seconds; the same call goes on later.
         trials: the target, absolute or ``+N``; None for the space's budget.
-        tell, show, say: what people read: trials, the crew's work, and plain sentences.
 
     Raises:
         UserError: another driver has this study or home, or the study was begun with another space.
@@ -146,8 +159,9 @@ def search(
     with Study.open(place.home, space, name, trials=trials) as study:
         before = set(place.store.keys())
         tracker.start()
-        crew = _Crew(place, tracker, stopping, noting(place.home / "studies" / name, show), say)
-        conductor = Conductor(study.space, study, place.store, data_identity(place.home / "cache"), tracker, tell)
+        screen.begin(study)
+        crew = _Crew(place, tracker, stopping, screen, name)
+        conductor = Conductor(study.space, study, place.store, data_identity(place.home / "cache"), tracker, screen.trial)
         done = False
         try:
             outcome.stopped = _trials(conductor, crew, place, stopping)
