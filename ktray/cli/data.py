@@ -18,19 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from pydantic import TypeAdapter, ValidationError
-
     from ktray import plugins
-    from ktray.errors import UserError
-    from ktray.spec import DataSpec
 
     options = settings(args)
-    try:
-        spec: Any = TypeAdapter(DataSpec).validate_python(args.data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{place}: {first['msg']}", where=args.data) from error
+    spec = _spec(args.data)
     splits = plugins.module_of("dataset", spec).load(spec)
     parts = {
         name: {"images": len(part.names), "classes": len(part.classes), "labelled": part.labels is not None}
@@ -46,6 +37,21 @@ def run(args: argparse.Namespace) -> int:
         lines.append(f"decoded: {answer['images']['count']:.0f} images, {answer['images']['unreadable']:.0f} unreadable")
     options.answer(answer, "\n".join(lines))
     return 0
+
+
+def _spec(text: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    from ktray import plugins
+    from ktray.search import problems
+    from ktray.spec import DataSpec
+
+    kind = plugins.module("dataset", text.partition("?")[0].partition(":")[0]).Spec
+    try:
+        return TypeAdapter(DataSpec).validate_python(text)
+    except ValidationError as error:
+        problems.refuse(problems.of_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text)
+        raise AssertionError("unreachable: a validation error has problems") from error
 
 
 def _labels(part: dict[str, Any]) -> str:
