@@ -30,10 +30,9 @@ class Account:
         self._reused: dict[int, str] = {}
         early = space.early_stop
         wanted = [early.metric] if early and early.metric not in dict(space.objectives) else []
-        params = list(dict.fromkeys(name for _, corner in space.corners() for name in corner))
         goals = " and ".join(metric for metric, _ in space.objectives)
         about = ABOUT.format(goals=goals)
-        tracker.describe(list(space.objectives), [*wanted, "cost/seconds"], params[:COLUMNS], about)
+        tracker.describe(list(space.objectives), [*wanted, "cost/seconds"], _params(space)[:COLUMNS], about)
 
     def begin(self, trial: Trial, keys: Mapping[str, Any]) -> None:
         """A trial runs, from its beginning or from the rung where it paused, on the stages `keys`."""
@@ -105,6 +104,13 @@ def result(trial: Trial, space: Space) -> str:
         epoch = max(trial.scores)
         return f"{space.early_stop.metric} {trial.scores[epoch]:.4f} at epoch {epoch}"
     return ""
+
+
+def _params(space: Space) -> list[str]:
+    """Names of a space's parameters, those of single branches last."""
+    corners = [corner for _, corner in space.corners()]
+    names = dict.fromkeys(name for corner in corners for name in corner)
+    return sorted(names, key=lambda name: not all(name in corner for corner in corners))
 
 
 def _note(trial: Trial, state: str, keys: Mapping[str, Any], text: str = "") -> str:
