@@ -1,0 +1,191 @@
+"""What MLflow shows of a real search: its trials with their curves, its stages with their pictures, and the links between."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktray.drivers.account import Account
+from ktray.search.study import History, Study
+from ktray.tracking import default_uri
+from tests import searches
+from tests.searches import Home
+from tests.toy_space import toy_space
+from tests.trackers import client, history, runs_of, session
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A study and what MLflow has of it."""
+
+    home: Home
+
+    @cached_property
+    def study(self) -> History:
+        return self.home.study()
+
+    @cached_property
+    def uri(self) -> str:
+        return f"sqlite:///{self.home.path / 'mlflow.db'}"
+
+    @cached_property
+    def experiment(self) -> Any:
+        return client(self.uri).get_experiment_by_name("toy")
+
+    def runs(self, role: str) -> list[Any]:
+        return [run for run in self.home.runs() if run.data.tags["ktray.role"] == role]
+
+    @cached_property
+    def trials(self) -> dict[int, Any]:
+        """Number -> run."""
+        return {int(run.data.tags["ktray.trial"]): run for run in self.runs("trial")}
+
+    @cached_property
+    def stages(self) -> dict[str, Any]:
+        """Key -> run."""
+        return {run.data.tags["ktray.key"]: run for run in self.runs("stage")}
+
+    def steps(self, run: Any, metric: str) -> list[int]:
+        return [step for step, _ in history(self.uri, run, metric)]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    folder = tmp_path_factory.mktemp("mlflow")
+    space = searches.toy_space(
+        folder,
+        budget={"trials": 5, "concurrent": 3},
+        early_stop={"metric": "knn/top1", "rungs": [1, 2], "reduction": 2},
+        pair__data__count=150,
+        pair__student__schedule__epochs=2,
+    )
+    home = Home(folder / "home")
+    ended = home.run("search", space)
+    assert ended.code == 0, ended.err
+    return Searched(home)
+
+
+def test_every_trial_is_one_run_under_the_run_of_the_search(searched: Searched) -> None:
+    (search,) = searched.runs("search")
+    assert search.info.run_name == "toy"
+    assert searched.trials.keys() == {trial.number for trial in searched.study.trials}
+    assert len(searched.trials) == len(searched.runs("trial"))
+    children = [*searched.trials.values(), *searched.stages.values()]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {search.info.run_id}
+    assert {run.info.status for run in [search, *children]} == {"FINISHED"}
+
+
+def test_a_trial_has_its_params_by_dotted_path_and_its_state(searched: Searched) -> None:
+    for trial in searched.study.trials:
+        run = searched.trials[trial.number]
+        assert run.data.params == {name: str(value) for name, value in trial.params.items()}
+        assert run.data.tags["ktray.state"] == trial.state
+        assert run.info.run_name.startswith(f"{trial.number:04d} {'hog' if trial.params['teacher'] == 'hog' else 'rotation-'}")
+    states = Counter(run.data.tags["ktray.state"] for run in searched.trials.values())
+    assert states["completed"] >= 1
+    assert states["pruned"] >= 1
+
+
+def test_curves_have_epochs_as_steps_and_scores_those_of_their_rungs(searched: Searched) -> None:
+    for trial in searched.study.trials:
+        run = searched.trials[trial.number]
+        assert searched.steps(run, "student/loss") == list(range(1, trial.epoch + 1))
+        assert history(searched.uri, run, "knn/top1") == sorted(trial.scores.items())
+        assert max(trial.scores) == trial.epoch
+
+
+def test_objectives_are_on_completed_trials_alone_and_the_best_run_is_the_best_pair(searched: Searched) -> None:
+    for trial in searched.study.trials:
+        found = {name: value for name, value in searched.trials[trial.number].data.metrics.items() if "objective/" in name}
+        assert found == {f"objective/{name}": value for name, value in trial.objectives.items()}
+        assert bool(found) == (trial.state == "completed")
+    best = searched.home.run("best", "toy", "--json").answer[0]
+    (search,) = searched.runs("search")
+    assert search.data.metrics["best/knn/top1"] == best["objectives"]["knn/top1"]
+    assert searched.trials[best["trial"]].info.run_id in search.data.tags["mlflow.note.content"]
+    assert {"reference/random student/knn/top1", "reference/supervised ceiling/knn/top1"} <= search.data.metrics.keys()
+
+
+def test_every_stage_that_ran_is_one_run_with_its_times_and_its_curve(searched: Searched) -> None:
+    assert searched.stages.keys() == searched.home.artifacts().keys()
+    assert len(searched.stages) == len(searched.runs("stage"))
+    for key, run in searched.stages.items():
+        record = searched.home.record(key)
+        assert run.info.run_name.startswith(record["stage"])
+        assert run.data.tags["ktray.stage"] == record["stage"]
+        assert run.info.end_time == datetime.fromisoformat(record["published"]).timestamp() * 1000
+        assert run.info.end_time - run.info.start_time == pytest.approx(1000 * record["seconds"], abs=2)
+        if record["stage"] in ("teacher", "student") and record["spec"]["epoch"]:
+            assert searched.steps(run, f"{record['stage']}/loss") == list(range(1, record["spec"]["epoch"] + 1))
+
+
+def test_the_sheet_of_the_clusters_is_an_artifact_of_its_stage(searched: Searched) -> None:
+    keys = searched.home.of("pseudo_labels")
+    assert keys
+    for key in keys:
+        run = searched.stages[key]
+        assert [file.path for file in client(searched.uri).list_artifacts(run.info.run_id, "images")] == ["images/clusters.png"]
+        stored = Path(client(searched.uri).download_artifacts(run.info.run_id, "images/clusters.png"))
+        assert stored.read_bytes() == (searched.home.store / key / "clusters.png").read_bytes()
+
+
+def test_the_description_of_a_trial_leads_to_all_its_stages_and_to_the_sheet(searched: Searched) -> None:
+    for trial in searched.study.trials:
+        tags = searched.trials[trial.number].data.tags
+        assert {tags[name] for name in tags if name.startswith("ktray.stage.")} >= trial.artifacts
+        runs = {searched.stages[key].info.run_id for key in trial.artifacts}
+        assert all(f"/runs/{run})" in tags["mlflow.note.content"] for run in runs)
+        sheet = searched.stages[trial.keys["pseudo_labels"]].info.run_id
+        assert f"/runs/{sheet}/artifacts/images/clusters.png)" in tags["mlflow.note.content"]
+
+
+def test_a_trial_names_the_stages_that_others_had_computed(searched: Searched) -> None:
+    reused = {number: run.data.tags.get("ktray.reused", "").split(", ") for number, run in searched.trials.items()}
+    teachers = [trial.number for trial in searched.study.trials if "teacher" in trial.keys]
+    assert sum("teacher" not in reused[number] for number in teachers) == 1  # who had it computed
+    assert len(teachers) >= 4
+
+
+def test_the_pages_open_on_the_trials_best_first_with_columns_that_exist(searched: Searched) -> None:
+    tags = searched.experiment.tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(json.loads(tags["mlflow.sharedViewState.ktray"])["state"])
+    order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
+    found = client(searched.uri).search_runs([searched.experiment.experiment_id], view["searchFilter"], order_by=[order])
+    assert {run.info.run_id for run in found} == {run.info.run_id for run in searched.trials.values()}
+    completed = [trial for trial in searched.study.trials if trial.state == "completed"]
+    assert found[0].data.metrics["objective/knn/top1"] == max(trial.objectives["knn/top1"] for trial in completed)
+    have = {f"{kind}.`{name}`" for run in found for kind in ("metrics", "params", "tags") for name in getattr(run.data, kind)}
+    assert set(view["selectedColumns"]) <= have
+    assert set(view["selectedColumns"]) <= set(view["columnOrder"])
+
+
+def test_failed_duplicate_paused_and_interrupted_trials_can_be_told_apart_and_none_stays_running(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    uri, tracker = default_uri(tmp_path), session(tmp_path, "toy")
+    account = Account(tracker, space)
+    with Study.open(tmp_path, space) as study:
+        drawn = [study.next() for _ in range(2)]
+    trials = [replace(drawn[0].trial, number=number) for number in range(4)]  # type: ignore[union-attr]
+    for trial in trials:
+        account.begin(trial, {"student": f"student-{trial.number:012d}"})
+    account.ended(replace(trials[0], state="failed", cause="ValueError: 12 features are NaN"), {}, {})
+    account.ended(replace(trials[1], state="paused", scores={1: 0.25}), {}, {})
+    account.ended(trials[2], {}, {})
+    account.refused(replace(trials[3], state="duplicate", duplicate_of=0))
+    assert tracker.close("KILLED", timeout=60)
+    runs = {int(name[:4]): run for name, run in runs_of(uri, "toy").items() if name != "toy"}
+    shown = [(runs[n].info.status, runs[n].data.tags["ktray.state"], runs[n].data.tags.get("ktray.result")) for n in range(4)]
+    assert shown == [
+        ("FAILED", "failed", "ValueError: 12 features are NaN"),
+        ("FINISHED", "paused", "knn/top1 0.2500 at epoch 1"),
+        ("KILLED", "interrupted", None),
+        ("FINISHED", "duplicate", "the same pair as trial 0"),
+    ]
