@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from ktray.cli.source import load_pairs
     from ktray.errors import StageFailed, UserError
     from ktray.pipeline.check import data_loader
+    from ktray.pipeline.judge import left_out
 
     options = settings(args)
     pairs = load_pairs(args.source, args.overrides)
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     results = run_here(pairs, options) if args.local else run_on_ray(pairs, args.address, args.concurrent, options)
     good = [result for result in results if not isinstance(result, StageFailed)]
     options.answer(good, _table(good) if good else "no pair came to its end")
+    for line in left_out((key for result in good for key in _keys(result)), options.open_store()):
+        options.tell(f"ktray: {line}")
     for result in results:
         if isinstance(result, StageFailed):
             options.blame(f"ktray: {result}")
@@ -120,6 +123,11 @@ def _run_pair(name: str, pair: PairSpec, crew: Any, options: Settings) -> Any:
         "reused": judge.count_by_stage(reused),
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def _keys(result: Mapping[str, Any]) -> list[str]:
+    keys = result["keys"]
+    return [*(key for key in keys.values() if isinstance(key, str)), *keys.get("evaluation", {}).values()]
 
 
 def _table(results: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,11 +86,15 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     from ktray.cli import INTERRUPTED
     from ktray.cli.leaderboard import count_states, leaderboard
     from ktray.errors import StageFailed, StoppedEarly
+    from ktray.pipeline.judge import left_out
     from ktray.search.study import read
 
     study = read(options.home, outcome.study)
     answer = _answer(outcome, study, uri, options)
-    options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome)}")
+    for line in left_out(outcome.published | outcome.reused, options.open_store()):
+        options.tell(f"ktray: {line}")
+    place = f" --home {shlex.quote(str(args.home))}" if args.home else ""
+    options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome, place)}")
     if outcome.stopped:
         options.blame(f"ktray: stopped early: {outcome.stopped} Nothing is lost; the same command goes on from here.")
         return StoppedEarly.exit_code
@@ -120,13 +125,14 @@ def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[s
     }
 
 
-def _footer(answer: dict[str, Any], outcome: Outcome) -> str:
+def _footer(answer: dict[str, Any], outcome: Outcome, place: str) -> str:
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
-    hints = {
-        "ktray ui": f"every trial in MLflow ({answer['tracking_uri']})",
-        f"ktray report {outcome.study}": "one HTML file",
-        f"ktray best {outcome.study} --test": "judge the winners on the test split",
-    }
+    hints = {f"ktray ui{place}": f"every trial in MLflow ({answer['tracking_uri']})"}
+    if answer["best"]:
+        hints[f"ktray report {outcome.study}{place}"] = "one HTML file"
+        hints[f"ktray best {outcome.study} --test{place}"] = "judge the winners on the test split"
+    else:
+        hints[f"ktray show {outcome.study}{place}"] = "what became of each trial"
     width = max(map(len, hints))
     return "\n".join(
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,21 @@ def count_by_stage(keys: Iterable[str]) -> dict[str, int]:
         stage = key.rsplit("-", 1)[0]
         counts[stage] = counts.get(stage, 0) + 1
     return counts
+
+
+def left_out(keys: Iterable[str], store: Store) -> list[str]:
+    """A sentence for each data set that the artifacts `keys` read and of which images were unreadable."""
+    made = [artifact for artifact in map(store.find, sorted(set(keys))) if artifact]
+    read = {key for artifact in made for key in artifact.record["inputs"].values() if key.startswith("images-")}
+    found = []
+    for images in filter(None, map(store.find, sorted(read))):
+        count = int(images.metrics["unreadable"])
+        if count:
+            listed = json.loads((images.directory / "splits.json").read_text())["unreadable"]
+            first = ", ".join(f"{entry['name']} ({entry['why']})" for entry in listed[:3])
+            total = count + int(images.metrics["count"])
+            found.append(f"{count} of {total} images were unreadable and left out: {first}{', ...' if count > 3 else ''}")
+    return found
 
 
 def curve(artifact: Artifact) -> list[dict[str, Any]]:

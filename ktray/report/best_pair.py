@@ -74,6 +74,10 @@ def statistics(best: Trial, find: Find) -> dict[str, Any] | None:
         head.append(
             ("images per cluster", f"{filled.min():,} smallest, {number(np.median(filled))} median, {filled.max():,} largest")
         )
+    images = find(artifact.record.get("inputs", {}).get("images.transfer", ""))
+    unreadable = int(images.metrics.get("unreadable", 0)) if images else 0
+    if unreadable:
+        head.append(("unreadable images, left out", f"{unreadable:,}"))
     return {"rows": head + rows, "plot": sizes(counts.tolist()) if len(filled) else None}
 
 
