@@ -82,6 +82,8 @@ def connect(uri: str, home: Path, study: str, tags: Mapping[str, str]) -> Connec
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback per busy database; we say it once
     path = sqlite_path(uri)
     with _creation_lock(path) if path else nullcontext():
+        if path and not path.exists():
+            _create(path)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         experiment = _experiment(client, study, tags, (home / "mlartifacts" / study).absolute().as_uri() if path else None)
     return Connection(client, experiment.experiment_id, path is not None and _is_local(experiment.artifact_location))
@@ -110,6 +112,16 @@ def _creation_lock(database: Path) -> Iterator[None]:
     with open(database.with_name(f"{database.name}.lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _create(database: Path) -> None:
+    """Let MLflow make its tables under another name: a full disk or a kill half-way would leave a database that never opens."""
+    from mlflow.tracking import MlflowClient
+
+    partial = database.with_name(f".{database.name}.partial")
+    partial.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=_sqlite_uri(partial), registry_uri=_sqlite_uri(partial))
+    partial.replace(database)
 
 
 def _is_local(artifacts: str) -> bool:
