@@ -96,7 +96,8 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     place = f" --home {shlex.quote(str(args.home))}" if args.home else ""
     options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome, place)}")
     if outcome.stopped:
-        options.blame(f"ktray: stopped early: {outcome.stopped} Nothing is lost; the same command goes on from here.")
+        why = str(outcome.stopped).rstrip(".")
+        options.blame(f"ktray: stopped early: {why}. Nothing is lost; the same command goes on from here.")
         return StoppedEarly.exit_code
     if outcome.interrupted:
         options.blame(f"ktray: interrupted; resume with: {args.command}")
