@@ -289,7 +289,9 @@ def test_release_ends_one_wait_and_what_only_it_wanted() -> None:
     house, one, two = House(1), stage("one"), stage("two")
     house.want("a", one, two)
     house.want("b", one)
-    house.ledger.demand.release("a")
+    house.ledger.demand.release("another driver", "a")
+    assert not house.turn()
+    house.ledger.demand.release("driver", "a")
     assert answers(house.turn()) == {"a": "the wait was cancelled"}
     assert two.key not in house.ledger.demand.wants
     assert answers(house.publish(one)) == {"b": ["computed"]}

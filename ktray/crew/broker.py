@@ -70,7 +70,7 @@ class Broker:
     async def leave(self, session: str) -> bool:
         """A driver goes; True if no other driver is here."""
         self._leases.pop(session, None)
-        self._ledger.demand.release("", session)
+        self._ledger.demand.release(session)
         self._act()
         return not self._leases
 
@@ -91,9 +91,9 @@ class Broker:
         self._ledger.demand.request(uuid.uuid4().hex, "", session, stages, -1, time.time())
         self._turn()
 
-    async def release(self, waiter: str) -> None:
+    async def release(self, waiter: str, session: str) -> None:
         """End all requests of this waiter at once."""
-        self._ledger.demand.release(waiter)
+        self._ledger.demand.release(session, waiter)
         self._turn()
 
     async def events(self, since: int) -> list[dict[str, Any]]:
@@ -117,7 +117,7 @@ class Broker:
                 for run in ledger.runs.values()
             ],
             "waiting": [
-                {"waiter": request.waiter, "key": key, "since": request.since}
+                {"waiter": request.waiter, "session": request.session, "key": key, "since": request.since}
                 for request in ledger.demand.requests.values()
                 if request.waiter
                 for key in sorted(request.pending, key=lambda key: ledger.demand.wants[key].order)[:1]
@@ -213,7 +213,7 @@ class Broker:
             self._ledger.silent(now)
             for session in [each for each, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
                 del self._leases[session]
-                self._ledger.demand.release("", session)
+                self._ledger.demand.release(session)
             if now - self._leased > self._charter.runtime.idle_exit_seconds:
                 await self.end()
             cpus = min(self._roster.cpus, sum(node.cpus for node in self._roster.nodes.values()))

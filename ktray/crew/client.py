@@ -82,13 +82,13 @@ class Crew:
         self._ask("prefetch", self.session, list(stages))
 
     def status(self) -> dict[str, Any]:
-        """Workers, what runs where and since when, who waits for what, what is queued, and counts per stage name."""
+        """Workers, what runs where and since when, who of this driver waits for what, what is queued, counts per stage name."""
         status: dict[str, Any] = self._ask("status")
-        return status
+        return {**status, "waiting": [wait for wait in status["waiting"] if wait["session"] == self.session]}
 
     def release(self, waiter: str) -> None:
         """Ends every `obtain` of this waiter at once, with `Released`."""
-        self._ask("release", waiter)
+        self._ask("release", waiter, self.session)
 
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         """Numbered events after `since`, oldest first: started, published, failed, fenced, worker died."""

@@ -86,10 +86,10 @@ class Demand:
             self._present.add(key)
         return key in self._present
 
-    def release(self, waiter: str, session: str | None = None) -> None:
-        """End the requests of a waiter, or of all waiters of a session; running stages run on."""
+    def release(self, session: str, waiter: str | None = None) -> None:
+        """End the requests of a session, or of one of its waiters: two searches may call theirs alike. Stages run on."""
         for request in list(self.requests.values()):
-            if request.session == session if session is not None else request.waiter == waiter:
+            if request.session == session and waiter in (None, request.waiter):
                 self._drop(request)
                 self.outbox.append(Answer(request.name, kind="released", cause="the wait was cancelled"))
 

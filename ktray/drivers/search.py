@@ -84,7 +84,8 @@ class _Crew:
 
     def __init__(self, place: Place, tracker: Tracker, stopping: Stopping, screen: Screen, name: str) -> None:
         self.place, self.tracker, self.stopping, self.say = place, tracker, stopping, screen.say
-        self.show = noting(place.home / "studies" / name, screen.work)
+        self.folder = place.home / "studies" / name
+        self.show = noting(self.folder, screen.work)
         self._session: Any = None
         self._crew: Any = None
         self._watch: Any = None
@@ -198,7 +199,7 @@ def _trials(conductor: Conductor, crew: _Crew, place: Place, stopping: Stopping)
     if ahead and not stopped:
         from ktray.drivers.tune import run_search
 
-        stopped = run_search(conductor, crew.start(), ahead, place.home / "tune", stopping)
+        stopped = run_search(conductor, crew.start(), ahead, crew.folder / "tune", stopping)
     lost = {} if stopped or stopping.is_set() else _lost(conductor, place.store)
     if lost:
         crew.say(f"the store has lost artifacts of {', '.join(lost)}; they are computed again")
