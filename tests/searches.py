@@ -133,10 +133,10 @@ class Running:
         return self._ended(began)
 
     def kill(self) -> None:
-        """kill -9 of the command itself; what it started must notice and end."""
+        """kill -9 of the command itself; what it started must notice and end. Two agents of Ray's own take a minute."""
         self.process.kill()
         self.process.wait()
-        until(lambda: not self.family(), 20)
+        until(lambda: all(line.endswith("Agent") for line in self.family().values()), 20)
 
     def wait(self) -> Ended:
         return self._ended(self.began)
@@ -153,6 +153,10 @@ class Running:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _hears_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a script ignores it, and so would we
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ class Home:
                 cwd=cwd,
                 env=environment,
                 start_new_session=True,
+                preexec_fn=_hears_ctrl_c,
             )
         running = Running(process, files)
         try:

@@ -145,7 +145,7 @@ class _Live:
             found = trial.objectives.get(goal, score if stop and stop.metric == goal else None)
             judged = [_number(score)] if stop and stop.metric != goal else []
             reached = f"{trial.epoch}/{trial.epochs}"
-            state = f"{trial.state}: {at[trial.number]}" if trial.number in at else trial.state
+            state = f"{trial.state}: {at[trial.number]}" if trial.state == "running" and trial.number in at else trial.state
             cells = [str(trial.number), pair_name(trial.pair), reached, *judged, _number(found), state]
             table.add_row(*cells, style=COLOURS.get(trial.state))
         if len(trials) > rows:

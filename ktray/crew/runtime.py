@@ -7,11 +7,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,11 @@ def start(home: Path, address: str | None, runtime: Runtime) -> Session:
     try:
         os.environ.update(QUIET)
         _to_file(session.log)
-        if address is None:
-            _start_own(session)
-        else:
-            _connect(session, address)
+        with _sigterm_stays_ours():
+            if address is None:
+                _start_own(session)
+            else:
+                _connect(session, address)
         _to_file(session.log)
         atexit.register(stop, session)
     except BaseException:
@@ -182,6 +184,20 @@ def _has_token() -> bool:
     from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
 
     return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
+
+
+@contextmanager
+def _sigterm_stays_ours() -> Iterator[None]:
+    """Who handles SIGTERM goes on doing so: Ray would take it, and end this process in the middle of whatever it does."""
+    from ray._private import utils
+
+    takes = utils.set_sigterm_handler
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = takes
 
 
 def _to_file(log: Path) -> None:
