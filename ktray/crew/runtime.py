@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import time
 import uuid
@@ -25,6 +26,7 @@ from ktray.crew.needs import Needs, Runtime, load_runtime
 from ktray.errors import PreflightFailed, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
+KNOCK_SECONDS = 5.0
 KEPT_BYTES = 20_000
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -148,6 +150,7 @@ def _start_own(session: Session) -> None:
 def _connect(session: Session, address: str) -> None:
     import ray
 
+    _refuse_unreachable(address)
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
         _use_token()
     try:
@@ -167,6 +170,27 @@ def _connect(session: Session, address: str) -> None:
             f"The cluster at {address} has no token authentication: everybody who reaches it can run code there. "
             "Start it with RAY_AUTH_MODE=token."
         )
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Ray itself would knock for minutes, and write on the terminal meanwhile."""
+    if address.startswith("ray://"):
+        raise UserError(
+            f"{address} is Ray Client, which a search cannot use",
+            "--address",
+            "Give the HOST:PORT of the cluster, or auto on one of its machines.",
+        )
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"nothing answers at {address} ({getattr(error, 'strerror', None) or error})",
+            "--address",
+            "Give the HOST:PORT that `ray start --head` printed.",
+        ) from None
 
 
 def _quiet() -> dict[str, Any]:
