@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import pkgutil
+import traceback
 from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
@@ -23,6 +24,14 @@ ROOMS = {
     "descriptor": "descriptors",
     "transfer": "transfer",
     "evaluation": "evals",
+}
+_DEFINES = {  # what the house looks for in a plugin of each room
+    "dataset": ("Spec", "LOCATION", "load"),
+    "backbone": ("Spec", "build"),
+    "pretext": ("Spec", "task"),
+    "descriptor": ("Spec", "describe"),
+    "transfer": ("Spec", "NEEDS"),
+    "evaluation": ("Spec", "NEEDS_LABELS", "DIRECTION", "evaluate"),
 }
 _ALLOWED = "KTRAY_ALLOW_PLUGINS"  # an environment variable, so that Ray's workers inherit it
 
@@ -43,7 +52,8 @@ def module(room: str, kind: str) -> ModuleType:
     """The module that defines a kind.
 
     Raises:
-        UserError: no such kind (with the nearest names), or a dotted one whose package was not allowed.
+        UserError: no such kind (with the nearest names), a dotted one whose package was not allowed, or a file that cannot be
+            imported or lacks what every plugin of its room defines.
     """
     if "." in kind and all(part.isidentifier() for part in kind.split(".")):
         package = kind.split(".")[0]
@@ -52,15 +62,40 @@ def module(room: str, kind: str) -> ModuleType:
                 f"the {room} kind {kind!r} comes from the package {package!r}, which this command does not trust",
                 instead=f"Add --allow-plugins {package} if you do.",
             )
-        try:
-            return import_module(kind)
-        except ModuleNotFoundError as error:
-            raise UserError(f"the {room} kind {kind!r} cannot be imported: {error}") from error
+        return _imported(room, kind, kind)
     if kind not in kinds(room):
         near = difflib.get_close_matches(kind, kinds(room), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(f"there is no {room} kind {kind!r}", instead=f"{hint}Known: {', '.join(kinds(room))}.")
-    return import_module(f"ktray.{ROOMS[room]}.{kind}")
+    return _imported(room, kind, f"ktray.{ROOMS[room]}.{kind}")
+
+
+def _imported(room: str, kind: str, name: str) -> ModuleType:
+    try:
+        found = import_module(name)
+    except Exception as error:  # a boundary: the module is the user's, and whatever it raises is the user's to mend
+        raise UserError(f"the {room} kind {kind!r} cannot be imported: {_said(error)}", _place(name, error)) from error
+    missing = [each for each in _DEFINES[room] if not hasattr(found, each)]
+    if missing:
+        raise UserError(
+            f"the {room} kind {kind!r} defines no {' and no '.join(missing)}",
+            found.__file__ or name,
+            f"A {room} defines {', '.join(_DEFINES[room])}; see {ROOMS[room]}/{kinds(room)[0]}.py.",
+        )
+    return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+
+
+def _place(name: str, error: Exception) -> str:
+    """The plugin's file with the line that raised, or its name if no line of it ran."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    own = os.path.join(*name.split("."))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if own in frame.filename]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else name
 
 
 def parse(room: str, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -132,6 +133,7 @@ def test_a_kind_from_outside_loads_only_after_it_was_allowed(tmp_path, monkeypat
     (tmp_path / "my_lab/colour.py").write_text(
         "from typing import Literal\nfrom ktray import spec as specs\n"
         "class Spec(specs.Spec):\n    kind: Literal['my_lab.colour'] = 'my_lab.colour'\n    bins: int = 8\n"
+        "def describe(spec, state, images):\n    return images.float().flatten(1)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
@@ -140,6 +142,28 @@ def test_a_kind_from_outside_loads_only_after_it_was_allowed(tmp_path, monkeypat
         teacher(given)
     plugins.allow(["my_lab"])
     assert teacher(given).descriptor.bins == 4
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("bare", "import math\n", r"bare\.py: .* defines no Spec and no describe"),
+        ("slip", "x = 1\ndef describe(:\n", r"slip\.py, line 2: .*SyntaxError"),
+        ("needy", "x = 1\nimport no_such_library\n", r"needy\.py, line 2: .*no_such_library"),
+        ("broken", "\n1 / 0\n", r"broken\.py, line 2: .*ZeroDivisionError"),
+        (None, "", r"my_broken_lab\.absent: .*cannot be imported"),
+    ],
+)
+def test_a_plugin_that_is_wrong_is_named_by_its_file_and_what_it_lacks(file, text, said, tmp_path, monkeypatch):
+    (tmp_path / "my_broken_lab").mkdir()
+    if file:
+        (tmp_path / "my_broken_lab" / f"{file}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "my_broken_lab")
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_broken_lab"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError, match=said):
+        plugins.module("descriptor", f"my_broken_lab.{file or 'absent'}")
 
 
 def test_a_name_that_leads_out_of_the_room_is_no_kind():
