@@ -19,7 +19,7 @@ from ktray.errors import UserError
 from ktray.evals import cluster_quality, effective_rank, knn, linear_probe
 from ktray.images import Images
 
-KINDS = ("linear_probe", "knn", "cluster_quality", "effective_rank")
+KINDS = plugins.kinds("evaluation")
 
 
 @pytest.fixture(autouse=True)
