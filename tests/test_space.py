@@ -244,6 +244,14 @@ def test_a_wrong_field_around_the_pair_is_refused(tmp_path: Path, fields: dict[s
     assert said in refusal(tmp_path, **fields)
 
 
+def test_a_first_draw_must_be_a_pair_although_each_of_its_values_is_one_at_some_corner(tmp_path: Path) -> None:
+    schedule = {"epochs": 9, "kind": {"choice": ["warmup_stable", "cosine"]}, "decay": {"choice": [0.0, 0.2]}}
+    student = {**FINITE["student"], "schedule": schedule}
+    start = [{"student.schedule.kind": "cosine"}, {"student.schedule.kind": "cosine", "student.schedule.decay": 0.2}]
+    said = refusal(tmp_path, {"student": student}, start_with=start)
+    assert "start_with.1: pair.student.schedule: decay belongs to warmup_stable" in said
+
+
 def test_a_metric_must_be_there_in_every_branch(tmp_path: Path) -> None:
     evals = {"one_of": {"quick": [{"kind": "knn"}], "both": [{"kind": "knn"}, {"kind": "linear_probe"}]}}
     assert "no evaluation of the pair gives 'linear_probe/top1' (teacher=hog, evals=quick)" in refusal(

@@ -89,14 +89,7 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
             seen.add(branch)
             yield branch, space.pair(params)
     for index, start in enumerate(space.start_with):
-        yield f"start_with[{index}]", space.pair(_completed(space, start))
-
-
-def _completed(space: Space, start: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a first draw; where it leaves one to the sampler, the first value stands for all."""
-    from ktray.search.tree import ends
-
-    return space.suggest(lambda parameter: start[parameter.name] if parameter.name in start else ends(parameter)[0])
+        yield f"start_with[{index}]", space.pair(space.complete(start))
 
 
 def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -> dict[str, Any]:

@@ -141,17 +141,35 @@ def _start_with(space: Space) -> Iterator[Problem]:
     for parameter, under in tree.parameters(space.root):
         known.setdefault(parameter.name, []).append((parameter, under))
     for index, entry in enumerate(space.start_with):
-        for name, value in entry.items():
-            where = f"start_with.{index}.{name}"
-            if name not in known:
-                listed = f"Parameters: {', '.join(known)}." if known else "The space has no parameters."
-                yield Problem(where, f"there is no parameter {name!r}", nearest(name, list(known)) + listed)
-                continue
-            parameter, under = known[name][0]
-            wrong = tree.refusal(parameter, value)
-            if wrong:
-                yield Problem(where, *wrong)
-            elsewhere = {branch: choice for branch, choice in under.items() if entry.get(branch) != choice}
-            if elsewhere:
-                branch, choice = next(iter(elsewhere.items()))
-                yield Problem(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
+        found = list(_misnamed(entry, known, f"start_with.{index}"))
+        yield from found or _no_pair(space, entry, f"start_with.{index}")
+
+
+def _misnamed(
+    entry: tree.Params, known: Mapping[str, list[tuple[tree.Parameter, tree.Params]]], place: str
+) -> Iterator[Problem]:
+    for name, value in entry.items():
+        where = f"{place}.{name}"
+        if name not in known:
+            listed = f"Parameters: {', '.join(known)}." if known else "The space has no parameters."
+            yield Problem(where, f"there is no parameter {name!r}", nearest(name, list(known)) + listed)
+            continue
+        parameter, under = known[name][0]
+        wrong = tree.refusal(parameter, value)
+        if wrong:
+            yield Problem(where, *wrong)
+        elsewhere = {branch: choice for branch, choice in under.items() if entry.get(branch) != choice}
+        if elsewhere:
+            branch, choice = next(iter(elsewhere.items()))
+            yield Problem(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
+
+
+def _no_pair(space: Space, entry: tree.Params, where: str) -> Iterator[Problem]:
+    """Each value may be right at a corner and the draw of all of them be no pair."""
+    params = space.complete(entry)
+    value = space.plain(params)
+    try:
+        PairSpec.model_validate(value)
+    except ValidationError as error:
+        found = problems.of_validation(error, PairSpec, value, lambda path: space.place(path, params))
+        yield from (Problem(f"{where}: {each.where}", each.problem, each.instead) for each in found)
