@@ -86,7 +86,8 @@ class StudySearcher(Searcher):
             elif result["cause"] == STOPPED:
                 self.reason = StoppedEarly(result["text"])
             elif result["cause"] == RELEASED:
-                return
+                # Nobody wished to stop: the crew took us for dead because this process stalled. The trial waits anew.
+                self.ahead.append(segment)
             elif result["cause"]:
                 self.conductor.fail(segment, result["cause"], result.get("failed", ""))
             else:
