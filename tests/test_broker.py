@@ -17,10 +17,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Founder
+from conftest import TOY_NEEDS, Founder
 from toy_work import toy, work
 
 from ktray.crew.client import Crew, Released, connect
+from ktray.crew.needs import Runtime
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.stores.file import FileStore
 
@@ -194,13 +195,18 @@ def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(found
 
 def test_two_drivers_on_one_store_share_their_computations(ray_home: Any, crew: Crew, toy_store: Path, tmp_path: Path) -> None:
     stage = toy("slow", {"steps": 8, "log": str(tmp_path / "log")})
-    other = connect(dataclasses.replace(ray_home, name="other", crews=[]), f"file://{toy_store}", work)
+    runtime = Runtime(cpus=2, stages=TOY_NEEDS)
+    other = connect(dataclasses.replace(ray_home, name="other", runtime=runtime, crews=[]), f"file://{toy_store}", work)
     assert other.namespace == crew.namespace
     with callers(2) as pool:
         first: Future[Any] = pool.submit(crew.obtain, [stage], "driver 1")
         second = pool.submit(other.obtain, [stage], "driver 2")
         assert {first.result()[0]["state"], second.result()[0]["state"]} == {"computed", "joined"}
     assert len(starts(tmp_path / "log", stage)) == 1
+
+
+def test_a_driver_with_another_runtime_gets_a_crew_of_its_own(crew: Crew, found_crew: Founder, toy_store: Path) -> None:
+    assert found_crew(toy_store, checkpoint_seconds=5.0).namespace != crew.namespace
 
 
 def test_a_crew_without_driver_ends_itself(found_crew: Founder, tmp_path: Path) -> None:

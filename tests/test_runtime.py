@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from ktray.crew.needs import Needs, Runtime, load_runtime
+from ktray.crew import client, environment
+from ktray.crew.needs import STAGES, Needs, Runtime, load_runtime
+from ktray.crew.runtime import _remove_leftovers
 from ktray.errors import UserError
 
 
@@ -51,3 +54,65 @@ def test_the_broker_and_its_clients_never_import_torch() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
     )
     assert said.stdout.strip() == "[]"
+
+
+def test_on_a_cluster_with_gpus_whatever_runs_a_network_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
+    silent = client._with_gpus(Runtime())
+    assert [name for name in STAGES if silent.of(name).gpus] == ["teacher", "features", "student", "evaluation"]
+    assert client._with_gpus(Runtime(stages={"evaluation": Needs(cpus=2)})).of("evaluation") == Needs(cpus=2)
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of plugins that Python finds."""
+    (tmp_path / "lab_of_tests").mkdir()
+    (tmp_path / "lab_of_tests" / "colour.py").write_text("LEVELS = 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
+    return tmp_path / "lab_of_tests" / "colour.py"
+
+
+def test_drivers_with_other_plugins_never_share_a_crew(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = environment.identity()
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests")
+    allowed = environment.identity()
+    plugin.write_text("LEVELS = 3\n")
+    environment._source_hash.cache_clear()  # as in the next driver's process
+    assert len({without, allowed, environment.identity()}) == 3
+
+
+def test_the_order_of_plugins_and_of_folders_does_not_part_two_drivers(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests,pictures")
+    monkeypatch.setenv("PYTHONPATH", "/one:/two")
+    first = environment.identity()
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "pictures,lab_of_tests")
+    monkeypatch.setenv("PYTHONPATH", "/two:/one")
+    assert environment.identity() == first
+
+
+def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places, elsewhere = tmp_path / "places", tmp_path / "elsewhere" / "ktray-results"
+    places.mkdir()
+    elsewhere.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(places))
+    ours, link, other = places / "ktray-1", places / "ktray-2", places / "of-others"
+    ours.mkdir()
+    other.mkdir()
+    link.symlink_to(elsewhere)
+    for named in (ours, link, other, elsewhere, places / "x" / ".." / ".." / "elsewhere" / "ktray-results", places / "ktray-3"):
+        (tmp_path / "ray").write_text(str(named))
+        _remove_leftovers(tmp_path)
+    assert not ours.exists()
+    assert elsewhere.is_dir()
+    assert other.is_dir()
+    assert link.is_symlink()
+
+
+def test_a_folder_of_another_user_is_no_leftover_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "ktray-1").mkdir()
+    (tmp_path / "ray").write_text(str(tmp_path / "ktray-1"))
+    monkeypatch.setattr("os.getuid", lambda: (tmp_path / "ktray-1").stat().st_uid + 1)
+    _remove_leftovers(tmp_path)
+    assert (tmp_path / "ktray-1").is_dir()

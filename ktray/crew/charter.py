@@ -16,7 +16,7 @@ class Charter:
     """The founding papers of a crew.
 
     Attributes:
-        namespace: Ray namespace of its actors; it carries a hash of the code and of the store.
+        namespace: Ray namespace of its actors; it carries a hash of the code, plugins included, and of all below.
         store_url: where artifacts are.
         work: cloudpickled function (stage, store, attempt, means) -> (artifact, computed); only workers open it.
         environment: environment variables of its processes.

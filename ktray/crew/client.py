@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray
 from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import ktray
 from ktray.artifact import Artifact, Stage
 from ktray.crew.broker import Broker
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import workers_of
-from ktray.crew.environment import environment
+from ktray.crew.environment import environment, identity
 from ktray.crew.locks import alone_on_store
 from ktray.crew.needs import Runtime
 from ktray.crew.runtime import Session
@@ -33,7 +29,7 @@ from ktray.stores import Store, open_store
 
 Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
 LEASE_EVERY = 2.0
-ON_GPU = ("teacher", "student", "features")
+ON_GPU = ("teacher", "student", "features", "evaluation")
 
 
 class Released(Exception):
@@ -142,7 +138,7 @@ class Lease:
 
 
 def connect(session: Session, store_url: str, work: Work) -> Crew:
-    """The crew for this code and store: the one that lives on this cluster, or a new one.
+    """The crew for this code, environment, runtime and store: the one that lives on this cluster, or a new one.
 
     What dead attempts left in the store is swept away first, unless a worker of any crew holds the store.
 
@@ -150,7 +146,7 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
         work: module-level function that computes and publishes one stage; workers import its module, the broker does not.
     """
     packed = cloudpickle.dumps(work)
-    namespace = f"ktray-{fingerprint([_source_hash(), store_url, packed.hex()])[:12]}"
+    namespace = f"ktray-{fingerprint([identity(), asdict(session.runtime), store_url, packed.hex()])[:12]}"
     crew = Crew(namespace, session.name)
     if not _lives(namespace):
         _remove_workers(namespace)
@@ -172,16 +168,6 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
     lease = Lease(crew)
     session.crews += [lease.cancel, crew.leave]
     return crew
-
-
-@cache
-def _source_hash() -> str:
-    """Hash of this package as it is when the driver first asks: another version never meets this one's broker."""
-    digest = hashlib.sha256()
-    package = Path(ktray.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def _lives(namespace: str) -> bool:

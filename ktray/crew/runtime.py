@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import tempfile
 import time
 import uuid
@@ -273,9 +274,18 @@ def _keep_errors(temporary: Path, log: Path) -> None:
 def _remove_leftovers(home: Path) -> None:
     """The folder of an earlier session that was killed; under the lock, so nobody uses it."""
     with suppress(FileNotFoundError):
-        leftover = Path((home / "ray").read_text())
-        if leftover.name.startswith("ktray-"):
+        leftover = Path((home / "ray").read_text().strip())
+        if _is_ours(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether we may have made this folder: who may write HOME/ray must not choose what we remove."""
+    places = {Path("/tmp"), Path(tempfile.gettempdir())}
+    if not folder.name.startswith("ktray-") or folder.parent not in places:
+        return False
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _write_private(path: Path, text: str) -> None:
