@@ -3,19 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Annotated, Any, Literal
+from functools import lru_cache, partial
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from ktray import plugins
 from ktray.errors import UserError
 
 
 class Spec(BaseModel):
-    """Frozen and strict: an unknown field is an error, never ignored."""
+    """Frozen and strict: an unknown field is an error, never ignored, and true is no 1, "5" no 5, "on" no true."""
 
+    # Not pydantic's strict=True, which also refuses a list for a tuple and a mapping for a spec.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_own_type(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = _plain_types(cls, info.field_name or "")
+        entries = value if isinstance(value, list | tuple) else (value,)
+        if wanted and any(_disguised(entry, wanted) for entry in entries):
+            kind, text = _WANTED[next(each for each in _WANTED if each in wanted)]
+            if isinstance(value, list | tuple):
+                raise PydanticCustomError("entries_type", "a list, each entry a {text}", {"text": text})
+            raise PydanticCustomError(kind, "Input should be a {text}", {"text": text})
+        return value
+
+
+_WANTED: dict[type, tuple[Any, str]] = {
+    float: ("float_type", "finite number"),
+    int: ("int_type", "whole number"),
+    bool: ("bool_type", "true or false"),
+}
+
+
+@lru_cache(maxsize=1024)
+def _plain_types(model: type[BaseModel], name: str) -> frozenset[type]:
+    """The types of a field that is only numbers, booleans and null; empty for any other field."""
+    field = model.model_fields[name]
+    if any(isinstance(each, BeforeValidator) for each in field.metadata):  # it reads text of its own, such as 30m
+        return frozenset()
+    types = frozenset(_leaves(field.annotation))
+    return types if types <= {int, float, bool, type(None)} else frozenset()
+
+
+def _leaves(annotation: Any) -> set[Any]:
+    inside = getattr(annotation, "__metadata__", None) is not None
+    arguments = get_args(annotation)[:1] if inside else [each for each in get_args(annotation) if each is not Ellipsis]
+    return {leaf for each in arguments for leaf in _leaves(each)} if arguments else {annotation}
+
+
+def _disguised(value: Any, wanted: frozenset[type]) -> bool:
+    """Whether pydantic would turn a value of another type into one of `wanted`."""
+    if isinstance(value, bool):
+        return bool not in wanted
+    return isinstance(value, str) or (isinstance(value, int | float) and wanted <= {bool, type(None)})
 
 
 def _parse(room: str, value: Any) -> Any:
@@ -39,8 +94,21 @@ def _data(value: Any) -> Any:
         fields["path"] = location
     for pair in filter(None, query.split("&")):
         name, _, text = pair.partition("=")
-        fields[name] = text
+        fields[name] = _from_text(kind, name, text)
     return _parse("dataset", fields)
+
+
+def _from_text(kind: str, name: str, text: str) -> Any:
+    """The number or boolean that `text` stands for in a field of a data set; the text itself where it stands for none."""
+    if kind not in plugins.kinds("dataset"):
+        return text
+    model = plugins.module("dataset", kind).Spec
+    if name not in model.model_fields or not _plain_types(model, name):
+        return text
+    try:
+        return TypeAdapter(model.model_fields[name].annotation).validate_strings(text)
+    except ValidationError:  # the spec refuses it, with the path of the field
+        return text
 
 
 DataSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_data)]

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ktray import plugins, spec
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
+from ktray.search.document import EarlyStop
 from ktray.spec import DataRoles, DataSpec, HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, TeacherSpec, TrainedTeacher
 
 RESNET = {"kind": "resnet", "depth": 18}
@@ -79,6 +80,33 @@ def test_an_unknown_field_is_an_error_at_its_path(changes, path):
     with pytest.raises(ValidationError) as caught:
         pair(**changes)
     assert paths(caught.value) == {path}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"student": {**PAIR["student"], "schedule": {"epochs": True}}}, "student.schedule.epochs"),
+        ({"student": {**PAIR["student"], "schedule": {"epochs": 3, "lr": True}}}, "student.schedule.lr"),
+        ({"student": {**PAIR["student"], "schedule": {"epochs": 3, "lr": "0.1"}}}, "student.schedule.lr"),
+        ({"student": {**PAIR["student"], "augment": {"flip": "on"}}}, "student.augment.flip"),
+        ({"student": {**PAIR["student"], "augment": {"flip": 1}}}, "student.augment.flip"),
+        ({"student": {**PAIR["student"], "seed": "1"}}, "student.seed"),
+        ({"transfer": {"kind": "clusters", "k": "5"}}, "transfer.k"),
+        ({"transfer": {"kind": "clusters", "pca": True}}, "transfer.pca"),
+        ({"evals": [{"kind": "knn", "pool": {"grid": "2"}}]}, "evals.0.pool.grid"),
+    ],
+)
+def test_text_is_no_number_and_true_is_no_one(changes, path):
+    with pytest.raises(ValidationError) as caught:
+        pair(**changes)
+    assert paths(caught.value) == {path}
+
+
+def test_a_whole_number_is_also_a_number_and_a_list_a_tuple():
+    assert pair(student={**PAIR["student"], "schedule": {"epochs": 3, "lr": 1}}).student.schedule.lr == 1.0
+    assert EarlyStop.model_validate({"metric": "knn/top1", "rungs": [1, 2]}).rungs == (1, 2)
+    with pytest.raises(ValidationError, match="whole number"):
+        EarlyStop.model_validate({"metric": "knn/top1", "rungs": [True, 2]})
 
 
 def test_every_wrong_field_is_named_at_once():
