@@ -12,6 +12,7 @@ from ktray.spec import Augment
 from ktray.task import Task
 
 REVISION = 1
+TOOLS = (views_of,)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,7 +16,8 @@ from ktray import augment, colour
 from ktray.colour import Jitter
 from ktray.spec import Spec as SpecBase
 
-REVISION = 1  # covers `augment.flip`
+REVISION = 1
+TOOLS = (augment, colour)
 
 
 class Distortions(SpecBase):

@@ -25,6 +25,7 @@ from ktray.pool import Pool
 from ktray.spec import BackboneSpec, DataSpec, HandcraftedTeacher, LoadedTeacher, Pooling, TeacherSpec, TrainedTeacher
 
 REVISION = 1
+TOOLS = (augment,)
 
 BATCH = 256
 SHARD_ROWS = 4096  # a multiple of BATCH, so that `all_of` and `write` see the same batches

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import fingerprint, lloyd
+from ktray import fingerprint, lloyd, projection
 from ktray.lloyd import Centroids, Change, Space
 from ktray.pool import Pool
 from ktray.projection import apply, finite_rows
 
 REVISION = 1
+TOOLS = (projection,)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ktray import augment
 
 REVISION = 1
+TOOLS = (augment,)
 
 
 def square(images: Tensor, side: int) -> Tensor:

@@ -19,6 +19,7 @@ from ktray.pool import Pool
 from ktray.projection import apply, finite_rows
 
 REVISION = 1
+TOOLS = (kmeans,)
 
 
 def assign(

@@ -27,7 +27,8 @@ from ktray.pool import LocalPool
 from ktray.spec import DescriptorSpec, Seed
 from ktray.spec import Spec as SpecBase
 
-REVISION = 1  # covers the tool kmeans
+REVISION = 1
+TOOLS = (kmeans,)
 
 _BATCH = 256
 _DISTANCES = 1 << 24  # held at a time: 64 MiB

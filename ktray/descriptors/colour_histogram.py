@@ -15,7 +15,8 @@ from torch import Tensor
 from ktray import colour
 from ktray.spec import Spec as SpecBase
 
-REVISION = 1  # covers colour.lab
+REVISION = 1
+TOOLS = (colour,)
 
 # Lowest and highest value of each channel; ab of sRGB lie in [-87, 99] and [-108, 95].
 _RANGES = {"rgb": ((0.0, 255.0),) * 3, "lab": ((0.0, 100.0), (-110.0, 110.0), (-110.0, 110.0))}

@@ -19,6 +19,7 @@ from ktray.spec import BackboneSpec, Pooling, Seed
 from ktray.spec import Spec as SpecBase
 
 REVISION = 1
+TOOLS = (features, train)
 
 
 class Spec(SpecBase):

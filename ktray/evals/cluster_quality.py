@@ -22,6 +22,7 @@ from ktray.errors import UserError
 from ktray.images import Images
 
 REVISION = 1
+TOOLS = (tools,)
 NEEDS_LABELS = False  # but `nmi` and `purity` come only with labels
 READS_PSEUDO_LABELS = True  # and no features, so its stage depends on no student
 DIRECTION: dict[str, Literal["max", "min"]] = {

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from ktray import augment, checkpoint, classification, features, images, kmeans, plugins, projection, pseudo_labels, train
+from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, train
 from ktray.artifact import Stage
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, TrainedTeacher
 
@@ -89,7 +90,7 @@ def images_stage(spec: Spec, identity: Identity) -> Stage:
     """The stage that decodes a data set; where the data lies is no part of its identity, its content is."""
     module = plugins.module_of("dataset", spec)
     what = spec.model_dump(exclude=set(module.LOCATION)) | {"content": identity(spec)}
-    return Stage("images", what, _revisions(spec, images=images), local={"data": images.located(spec).model_dump()})
+    return Stage("images", what, _revisions(spec, images), local={"data": images.located(spec).model_dump()})
 
 
 def evaluation_name(spec: Any) -> str:
@@ -103,17 +104,17 @@ def final_epoch(pair: PairSpec) -> int:
     return pair.student.schedule.epochs if trains else 0
 
 
-def _revisions(*specs: Spec, **tools: Any) -> dict[str, int]:
-    """Revisions of the given tool modules and of every plugin that appears in the specs, however deep."""
-    found = {name: module.REVISION for name, module in tools.items()}
-    for spec in specs:
-        module = sys.modules[type(spec).__module__]
+def _revisions(*sources: Spec | ModuleType) -> dict[str, int]:
+    """Revisions of the given tools, of every plugin in the specs, however deep, and of the `TOOLS` that any of them names."""
+    found: dict[str, int] = {}
+    for source in sources:
+        module = source if isinstance(source, ModuleType) else sys.modules[type(source).__module__]
         if hasattr(module, "REVISION"):
             found[module.__name__.removeprefix("ktray.")] = module.REVISION
-        for name in type(spec).model_fields:
-            value = getattr(spec, name)
-            if isinstance(value, Spec):
-                found |= _revisions(value)
+        found |= _revisions(*getattr(module, "TOOLS", ()))
+        if isinstance(source, Spec):
+            fields = (getattr(source, name) for name in type(source).model_fields)
+            found |= _revisions(*(value for value in fields if isinstance(value, Spec)))
     return found
 
 
@@ -138,7 +139,7 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
     if isinstance(teacher, TrainedTeacher):
         inputs = {"images.pretext": builder.images("pretext")}
         what = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
-        revisions = _revisions(teacher.pretext, teacher.backbone, train=train, augment=augment)
+        revisions = _revisions(teacher.pretext, teacher.backbone, train, augment)
         local = {"data": builder.data("pretext"), "schedule": teacher.schedule.model_dump()}
 
         def at(epoch: int) -> Stage:
@@ -161,7 +162,7 @@ def _loaded(teacher: LoadedTeacher) -> Stage:
     """Weights from a file or folder, identified by their content, or from an artifact, which this graph does not make."""
     from ktray.pipeline.identity import checkpoint_sha256
 
-    backbone, revisions = teacher.backbone.model_dump(), _revisions(teacher.backbone, train=train)
+    backbone, revisions = teacher.backbone.model_dump(), _revisions(teacher.backbone, train)
     if checkpoint.ARTIFACT.fullmatch(teacher.checkpoint):
         inputs = {"snapshot": teacher.checkpoint}
         return Stage("teacher", {"checkpoint": teacher.checkpoint, "backbone": backbone}, revisions, inputs)
@@ -184,7 +185,7 @@ def _features(builder: _Builder, role: str) -> str:
     what = {**_teacher_view(teacher), "dtype": teacher.dtype}
     method = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
     local = {"teacher": teacher.model_dump(), "data": builder.data(role)[role]}
-    return builder.add(Stage("features", what, _revisions(method, features=features), inputs, local=local))
+    return builder.add(Stage("features", what, _revisions(method, features, augment), inputs, local=local))
 
 
 def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:
@@ -193,7 +194,7 @@ def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> N
     if "clusters" not in needs:
         return
     what = {name: transfer[name] for name in needs["clusters"]}
-    revisions = _revisions(kmeans=kmeans, projection=projection)
+    revisions = _revisions(kmeans, projection)
     keys["clusters"] = builder.add(Stage("clusters", what, revisions, {"features": keys["features"]}))
     inputs = {
         "features": _features(builder, "transfer"),
@@ -201,7 +202,7 @@ def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> N
         "images.transfer": builder.images("transfer"),
     }
     what = {name: transfer[name] for name in needs["pseudo_labels"]}
-    revisions = _revisions(kmeans=kmeans, projection=projection, pseudo_labels=pseudo_labels)
+    revisions = _revisions(kmeans, projection, pseudo_labels)
     local = {"data": builder.data("transfer")}
     keys["pseudo_labels"] = builder.add(Stage("pseudo_labels", what, revisions, inputs, local=local))
 
@@ -219,7 +220,7 @@ def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
         "seed": student.seed,
         "transfer": pair.transfer.model_dump(exclude=elsewhere),
     }
-    revisions = _revisions(pair.transfer, student.backbone, train=train, augment=augment, classification=classification)
+    revisions = _revisions(pair.transfer, student.backbone, train, augment)
     schedule = student.schedule
     local = {
         "data": builder.data("transfer"),
@@ -235,7 +236,7 @@ def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
     if last == 0:
         # A student as drawn is the same whatever the schedule and the augmentation would have been.
         drawn = {"backbone": what["backbone"], "seed": student.seed, "epoch": 0}
-        stage = Stage("student", drawn, _revisions(student.backbone, train=train), local=local)
+        stage = Stage("student", drawn, _revisions(student.backbone, train), local=local)
         builder.keys["student"] = builder.add(stage)
     else:
         builder.keys["student"] = _training(builder, "student", at, schedule, last)
@@ -269,4 +270,4 @@ def _evaluation(builder: _Builder, spec: Any) -> str:
         what["backbone"] = pair.student.backbone.model_dump()
         methods.append(pair.student.backbone)
     local["data"] = builder.data(*roles)
-    return builder.add(Stage("evaluation", what, _revisions(*methods, features=features), inputs, local=local))
+    return builder.add(Stage("evaluation", what, _revisions(*methods, features, augment), inputs, local=local))

@@ -27,7 +27,8 @@ from ktray.spec import Augment
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
-REVISION = 1  # covers colour.lab
+REVISION = 1
+TOOLS = (augment, colour)
 
 NEEDS = ("colours",)
 _SAMPLE = 1024  # images that tell how frequent a colour is

@@ -21,13 +21,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import patches
+from ktray import classification, colour, patches
 from ktray.classification import cross_entropy
 from ktray.colour import PROJECTION
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
-REVISION = 1  # covers the tool patches and colour.PROJECTION
+REVISION = 1
+TOOLS = (classification, colour, patches)
 
 _CENTRE = 4  # of the places 0 to 8, row by row
 _NEIGHBOURS = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])  # class -> place

@@ -22,13 +22,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import colour, patches
+from ktray import classification, colour, patches, permutations
 from ktray.classification import cross_entropy
 from ktray.permutations import TILES, farthest
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
-REVISION = 1  # covers the tools patches, permutations and colour.grey
+REVISION = 1
+TOOLS = (classification, colour, patches, permutations)
 
 
 class Spec(SpecBase):

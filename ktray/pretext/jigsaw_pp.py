@@ -22,13 +22,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import augment
+from ktray import augment, classification, permutations
 from ktray.classification import cross_entropy
 from ktray.permutations import TILES, far_apart
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
+TOOLS = (augment, classification, permutations)
 
 DISTANCE = 3  # of two permutations, so that two occluded places leave one answer
 

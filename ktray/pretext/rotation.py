@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ktray import augment
+from ktray import augment, classification
 from ktray.classification import cross_entropy
 from ktray.spec import Augment
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
+TOOLS = (augment, classification)
 
 
 class Spec(SpecBase):

@@ -14,11 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ktray import distortions
 from ktray.distortions import Distortions, view
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
+TOOLS = (distortions,)
 
 
 class Spec(SpecBase):

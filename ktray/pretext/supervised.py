@@ -13,7 +13,8 @@ from ktray.spec import Augment
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
-REVISION = 1  # covers the tool classification
+REVISION = 1
+TOOLS = (classification,)
 
 NEEDS = ("labels",)
 

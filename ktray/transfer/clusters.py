@@ -18,6 +18,7 @@ from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
+TOOLS = (classification,)
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "features": (),

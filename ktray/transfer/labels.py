@@ -13,6 +13,7 @@ from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
+TOOLS = (classification,)
 
 NEEDS: dict[str, tuple[str, ...]] = {"labels": ()}
 

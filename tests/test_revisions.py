@@ -1,0 +1,71 @@
+"""Raising the REVISION of a tool makes new whatever was computed with it."""
+
+import ast
+from importlib import import_module
+
+import pytest
+
+from ktray import plugins
+from ktray.pipeline import graph
+from tests.source import PACKAGE, house_imports
+from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
+
+KINDS = [(room, kind) for room in plugins.ROOMS for kind in plugins.kinds(room)]
+NEEDED = {
+    "random_network": {"backbone": STUDENT["backbone"]},
+    **{kind: {"path": "/nowhere"} for kind in ("folder", "imagefolder", "parquet")},
+}
+IN_EVERY_KEY = {"images", "train"}  # through the artifacts that a tool reads, so no tool needs to name them
+
+
+def tools_of(name):
+    """The modules with a REVISION, plugins excepted, that the source of a module imports."""
+    source = next(module for module in PACKAGE if module.name == name)
+    parts = {".".join(other.split(".")[:2]) for other in house_imports(source)} - {name}
+    modules = [import_module(part) for part in sorted(parts)]
+    return [module for module in modules if hasattr(module, "REVISION")]
+
+
+def pair_with(room, spec):
+    """A pair that uses `spec` in its room."""
+    changes = {
+        "dataset": {"data": spec},
+        "backbone": {"student": {**STUDENT, "backbone": spec}},
+        "pretext": {"teacher": {**ROTATION, "pretext": spec}},
+        "descriptor": {"teacher": {"descriptor": spec}},
+        "transfer": {"transfer": spec, "teacher": HOG if spec["kind"] == "clusters" else None},
+        "evaluation": {"evals": [spec]},
+    }[room]
+    return toy_pair(**{"data": DATA, **changes})
+
+
+def keys_of(room, spec):
+    """The keys that the kind is to blame for: those of its own stage, by room."""
+    keys = graph.build(pair_with(room, spec), lambda data: "content").keys
+    stage = {"backbone": "student", "pretext": "teacher", "descriptor": "features", "transfer": "student"}.get(room)
+    return keys[stage] if stage else keys["evaluation"]
+
+
+@pytest.mark.parametrize(("room", "kind"), KINDS, ids=[".".join(names) for names in KINDS])
+def test_every_tool_that_a_kind_imports_is_in_the_key_of_its_stage(room, kind, monkeypatch):
+    spec = {"kind": kind, **NEEDED.get(kind, {})}
+    before = keys_of(room, spec)
+    for tool in tools_of(plugins.module(room, kind).__name__):
+        with monkeypatch.context() as patch:
+            patch.setattr(tool, "REVISION", tool.REVISION + 1)
+            assert keys_of(room, spec) != before, f"{room} {kind} uses {tool.__name__} and does not name it in TOOLS"
+
+
+def test_a_tool_names_the_tools_that_it_is_made_of():
+    names = [m.name for m in PACKAGE if len(m.parts) == 2 and m.part not in IN_EVERY_KEY and "REVISION" in ast.unparse(m.tree)]
+    assert len(names) > 5
+    for name in names:
+        imported = {tool.__name__.removeprefix("ktray.") for tool in tools_of(name)}
+        assert imported - IN_EVERY_KEY <= graph._revisions(import_module(name)).keys(), name
+
+
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_features_and_what_is_judged_by_them_depend_on_how_pixels_become_numbers(of):
+    built = graph.build(toy_pair(evals=[{"kind": "knn", "of": of}]), lambda data: "content")
+    revisions = {stage.name: stage.revisions.keys() for stage in built.stages}
+    assert {"features", "augment"} <= revisions["features"] & revisions["evaluation"]
