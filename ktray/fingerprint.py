@@ -42,6 +42,13 @@ def _plain(value: Any, path: str) -> Any:
     raise TypeError(f"{path or 'value'}: a {type(value).__name__} has no canonical form")
 
 
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of the leaves of nested mappings; an empty mapping inside is a leaf."""
+    if isinstance(value, Mapping) and (value or not path):
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else str(key)).items()}
+    return {path: value}
+
+
 def fingerprint(value: Any) -> str:
     """sha256 (64 hex digits) of the canonical form of `value`."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()

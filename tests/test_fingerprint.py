@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ktray.artifact import Stage
-from ktray.fingerprint import canonical, file_sha256, fingerprint, seed_of
+from ktray.fingerprint import canonical, file_sha256, fingerprint, flat, seed_of
 
 CLUSTERS = Stage(
     name="clusters",
@@ -156,3 +156,7 @@ def test_a_file_has_the_sha256_of_its_bytes(tmp_path):
     content = np.random.default_rng(0).bytes(300_000)
     (tmp_path / "file").write_bytes(content)
     assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_flat_names_every_leaf_by_its_dotted_path_and_keeps_empty_mappings() -> None:
+    assert flat({"a": {"b": 1, "c": {}}, "d": [1, {"e": 2}]}) == {"a.b": 1, "a.c": {}, "d": [1, {"e": 2}]}

@@ -11,7 +11,7 @@ from ktray.drivers import references
 from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search import ranking
 from ktray.search.study import History
-from ktray.search.trial import Trial
+from ktray.search.trial import STATES, Trial
 
 
 def trial_answer(trial: Trial) -> dict[str, Any]:
@@ -57,8 +57,7 @@ def tally(study: History) -> str:
 
 def count_states(trials: Sequence[Trial]) -> dict[str, int]:
     """State -> number of trials, in the order in which a reader asks."""
-    states = ("completed", "pruned", "paused", "running", "failed", "duplicate")
-    return {state: sum(trial.state == state for trial in trials) for state in states}
+    return {state: sum(trial.state == state for trial in trials) for state in STATES}
 
 
 def _row(trial: Trial, goals: Sequence[Any]) -> tuple[float, list[str]]:

@@ -95,18 +95,14 @@ def _against(args: argparse.Namespace, options: Settings) -> int:
 
 
 def _differences(wanted: dict[str, Any], record: Any) -> list[list[str]]:
-    ours, theirs = _flat(wanted, ""), _flat({name: record[name] for name in wanted}, "")
+    from ktray.fingerprint import flat
+
+    ours, theirs = flat(wanted), flat({name: record[name] for name in wanted})
     return [
         [path, str(theirs.get(path, "absent")), str(ours.get(path, "absent"))]
         for path in sorted(ours.keys() | theirs.keys())
         if ours.get(path, "absent") != theirs.get(path, "absent")
     ]
-
-
-def _flat(value: Any, path: str) -> dict[str, Any]:
-    if isinstance(value, dict) or hasattr(value, "items"):
-        return {k: v for name, item in value.items() for k, v in _flat(item, f"{path}.{name}" if path else str(name)).items()}
-    return {path: value}
 
 
 def _study(name: str, options: Settings) -> int:

@@ -19,14 +19,13 @@ from ktray.crew.needs import STAGES
 from ktray.pipeline.naming import pair_name
 from ktray.search import ledger, ranking
 from ktray.search.study import History, read
-from ktray.search.trial import Trial
+from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 
 FILE = "status.json"
 EVERY = 2.0
 FRESH = 10.0  # seconds; what was noted longer ago says nothing about now
 SILENT = 60.0  # seconds without progress that are worth a word
-STATES = ("completed", "pruned", "paused", "running", "failed", "duplicate")
 Show = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
 
 

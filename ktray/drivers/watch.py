@@ -11,6 +11,7 @@ from typing import Any
 from ktray.artifact import Artifact
 from ktray.crew.client import Crew
 from ktray.errors import StoppedEarly
+from ktray.fingerprint import flat
 from ktray.pipeline import judge
 from ktray.pipeline.naming import stage_name
 from ktray.stores import Store
@@ -92,7 +93,7 @@ def track_stage(tracker: Tracker, artifact: Artifact) -> None:
         tags,
         rows,
         sorted(artifact.directory.glob("*.png")),
-        _flat(spec),
+        flat(spec),
         _note(artifact),
         (ended - record["seconds"], ended),
     )
@@ -107,11 +108,3 @@ def _note(artifact: Artifact) -> str:
     began = artifact.record["started_from"]
     reads += [f"[an earlier epoch](stage/{began})"] if began else []
     return "\n\n".join([f"Artifact `{artifact.key}`", *([f"Reads {' · '.join(reads)}"] if reads else [])])
-
-
-def _flat(spec: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Dotted path -> value."""
-    found: dict[str, Any] = {}
-    for name, value in spec.items():
-        found |= _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {f"{path}{name}": value}
-    return found

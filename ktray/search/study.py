@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ktray.errors import StoppedEarly, UserError
+from ktray.fingerprint import flat
 from ktray.search import document, ranking, rungs, target
 from ktray.search.draws import Draws
 from ktray.search.ledger import Ledger, held
@@ -310,7 +311,7 @@ class Study:
 def _same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
     if noted is None:
         return
-    before, now = _flat(Space.of(noted, name).identity()), _flat(space.identity())
+    before, now = flat(Space.of(noted, name).identity()), flat(space.identity())
     changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, "absent") != now.get(path, "absent")]
     if changed:
         shown = "; ".join(f"{path} was {before.get(path, 'absent')!r}, is {now.get(path, 'absent')!r}" for path in changed[:5])
@@ -320,9 +321,3 @@ def _same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> Non
             space.source,
             "Give this search another --name, or undo the change.",
         )
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else str(key)).items()}
-    return {path: value}

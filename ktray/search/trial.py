@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-State = Literal["running", "paused", "completed", "pruned", "failed", "duplicate"]
+State = Literal["completed", "pruned", "paused", "running", "failed", "duplicate"]
+STATES: tuple[State, ...] = get_args(State)
+"""All states, in the order in which a reader asks."""
 
 
 @dataclass(frozen=True)
