@@ -7,27 +7,34 @@ from typing import Any
 
 import pytest
 
+from ktray.artifact import Artifact
 from ktray.drivers.conductor import Conductor
 from ktray.drivers.simulate import _Mute, _VirtualStore
 from ktray.drivers.stopping import Stopping
 from ktray.drivers.tune import StudySearcher
 from ktray.drivers.waiting import RELEASED
 from ktray.fingerprint import fingerprint
+from ktray.search.space import Space
 from ktray.search.study import Study
 from tests.toy_space import toy_space
+
+
+def _conductor(space: Space, study: Study) -> Conductor:
+    """One that knows a store without files and tells nobody."""
+    store: Any = _VirtualStore()
+    mute: Any = _Mute()
+    return Conductor(space, study, store, lambda spec: fingerprint(spec.model_dump()), mute, lambda *said: None)
 
 
 @pytest.fixture
 def searcher(tmp_path: Path) -> StudySearcher:
     """A searcher with the first segments of a toy study."""
     space = toy_space(tmp_path)
-    store: Any = _VirtualStore()
-    mute: Any = _Mute()
-    study = Study.open(tmp_path, space)
-    conductor = Conductor(space, study, store, lambda spec: fingerprint(spec.model_dump()), mute, lambda *said: None)
+    crew: Any = _Mute()
+    conductor = _conductor(space, Study.open(tmp_path, space))
     stopping = Stopping()
     stopping.orderly = True
-    return StudySearcher(conductor, mute, stopping, conductor.first(2)[0])
+    return StudySearcher(conductor, crew, stopping, conductor.first(2)[0])
 
 
 def test_a_trial_whose_wait_lapsed_though_nobody_wished_to_stop_waits_again(searcher: StudySearcher) -> None:
@@ -45,3 +52,23 @@ def test_a_trial_that_was_released_because_the_search_stops_is_not_handed_out_ag
     searcher.stopping.wish()
     searcher.on_trial_complete("a", {"cause": RELEASED, "computed": "[]"})
     assert searcher.suggest("b") == searcher.FINISHED
+
+
+def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, early_stop={"metric": "knn/top1", "rungs": [1, 9], "reduction": 2}, budget={"trials": 1})
+    sessions = 0
+    while True:
+        with Study.open(tmp_path, space) as study:
+            conductor = _conductor(space, study)
+            segment = conductor.next()
+            if isinstance(segment, str):
+                break
+            sessions += 1
+            store: Any = conductor.store
+            for stage in segment.graph.stages:
+                record = {"seconds": 2.0, "seconds_alone": 2.0, "epoch": stage.spec.get("epoch", 0)}
+                store.found[stage.key] = Artifact(stage.key, tmp_path, {"top1": 0.5}, record)
+            conductor.settle(segment, [segment.graph.stages[-1].key])
+    assert sessions == 2
+    assert study.trials()[0].cost["marginal_seconds"] == 4.0
+    assert study.trials()[0].metrics["cost/marginal_seconds"] == 4.0

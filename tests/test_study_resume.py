@@ -232,3 +232,34 @@ def test_a_driver_killed_between_the_last_value_and_the_state_has_finished_the_t
 
 def _killed(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_the_time_of_a_search_that_is_killed_counts_though_no_trial_was_settled(tmp_path: Path) -> None:
+    space, now = toy_space(tmp_path, budget={"trials": 6, "concurrent": 2, "stop_after": 100}), [0.0]
+    with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
+        given(study)
+        for now[0] in (10.0, 29.0, 45.0, 60.0):
+            study.tick()
+    again = Study.open(tmp_path, space, clock=lambda: now[0])
+    assert again.spent == 45
+    now[0] += 60
+    assert again.next() == "done"
+
+
+def test_what_a_paused_trial_has_cost_is_known_to_the_next_session(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    with Study.open(tmp_path, space) as study:
+        first = given(study)
+        study.report(first.trial.number, first.until, 0.5, cost={"marginal_seconds": 7.0})
+    assert Study.open(tmp_path, space).trials()[0].cost == {"marginal_seconds": 7.0}
+
+
+def test_a_study_is_held_from_pruning_until_it_is_closed(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    study = Study.open(tmp_path, space)
+    drive(study)
+    assert {trial.state for trial in study.prune()} == {"pruned"}
+    with pytest.raises(UserError, match="is being searched"):
+        Study.open(tmp_path, space)
+    assert study.close() == []
+    Study.open(tmp_path, space).close()

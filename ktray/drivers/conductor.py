@@ -44,7 +44,6 @@ class Conductor:
         self.space, self.study, self.store, self.identity = space, study, store, identity
         self.account, self.tracker, self.tell = Account(tracker, space), tracker, tell
         self.demanded: set[str] = set()
-        self._marginal: dict[int, float] = {}
         self._failed: dict[str, str] = {}
         self._milestones = _milestones(space)
         self._drawn = len(study.trials())
@@ -111,28 +110,27 @@ class Conductor:
         if artifacts is None:
             self.fail(segment, "an artifact vanished from the store before the trial could read it")
             return
-        number = segment.trial.number
-        spent = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
-        self._marginal[number] = self._marginal.get(number, 0.0) + spent
+        added = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
+        marginal = segment.trial.cost.get("marginal_seconds", 0.0) + added
         metrics = judge.metrics(segment.graph, artifacts)
         self.account.reused(segment.trial, segment.graph.metric_prefixes(), set(computed))
-        self.tracker.curve(number, _student_curve(segment.graph, artifacts))
+        self.tracker.curve(segment.trial.number, _student_curve(segment.graph, artifacts))
         if segment.final:
-            self._finish(segment, metrics)
+            self._finish(segment, {**metrics, "cost/marginal_seconds": marginal})
         else:
-            self._pause(segment, metrics)
+            self._pause(segment, metrics, marginal)
 
-    def _pause(self, segment: Segment, metrics: Mapping[str, float]) -> None:
+    def _pause(self, segment: Segment, metrics: Mapping[str, float], marginal: float) -> None:
         assert self.space.early_stop is not None
         name = self.space.early_stop.metric
-        trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys)
+        cost = {"marginal_seconds": marginal}
+        trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
         self._tell_end(trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
         self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
         self.account.ended(trial, segment.graph.keys, {})
 
     def _finish(self, segment: Segment, metrics: dict[str, float]) -> None:
         number = segment.trial.number
-        metrics["cost/marginal_seconds"] = self._marginal.pop(number, 0.0)
         objectives = {name: metrics[name] for name, _ in self.space.objectives}
         cost = {"seconds": metrics["cost/seconds"], "marginal_seconds": metrics["cost/marginal_seconds"]}
         trial = self.study.finish(number, metrics, objectives, dict(segment.graph.keys), cost)
@@ -155,9 +153,9 @@ class Conductor:
         if stage:
             self._failed[stage] = cause
 
-    def close(self) -> None:
-        """The study has met its target: what is still paused becomes pruned."""
-        for trial in self.study.close():
+    def prune(self) -> None:
+        """The study has met its target: what is still paused becomes pruned. It stays ours, for what is yet to compute."""
+        for trial in self.study.prune():
             self.tell("pruned", trial, "")
             self.account.ended(trial, trial.keys, {})
 

@@ -167,7 +167,7 @@ def search(
         try:
             outcome.stopped = _trials(conductor, crew, place, stopping)
             if not outcome.stopped and not stopping.is_set():
-                conductor.close()
+                conductor.prune()
                 _reference_lines(conductor, crew, place, place.home / "studies" / name)
             outcome.reason, outcome.interrupted = study.reason or "", stopping.is_set()
             done = not outcome.interrupted and not outcome.stopped

@@ -129,9 +129,9 @@ def _storage(home: Path, name: str) -> JournalStorage:
 
 def _attributes(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
+    found |= {"cost": dict(trial.cost)} if trial.cost else {}
     if trial.state == "completed":
         found |= {"metrics": dict(trial.metrics), "objectives": dict(trial.objectives)}
-        found |= {"cost": dict(trial.cost)}
     if trial.state in _FINAL:
         found |= {"ended": trial.ended, "cause": trial.cause, "duplicate_of": trial.duplicate_of}
     scores = {str(epoch): score for epoch, score in trial.scores.items()}

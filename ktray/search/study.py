@@ -25,6 +25,7 @@ from ktray.search.space import Goal, Space
 from ktray.search.trial import State, Trial
 
 FAILURES = 10  # so many in a row stop a search
+NOTE_EVERY = 30.0  # seconds that a kill -9 may take from `stop_after`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Study:
         self._ledger, self._clock, self._began = ledger, clock, clock()
         self._trials = {trial.number: trial for trial in ledger.trials()}
         notes = ledger.notes()
-        self._spent_before = float(notes.get("spent", 0.0))
+        self._spent_before = self._spent_noted = float(notes.get("spent", 0.0))
         self._draws = Draws(space)
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
@@ -206,11 +207,19 @@ class Study:
         until = rungs.next_rung(self.space.early_stop, trial)
         return Assignment(trial, until, until == trial.epochs)
 
-    def report(self, number: int, epoch: int, score: float, keys: Mapping[str, Any] | None = None) -> Trial:
+    def report(
+        self,
+        number: int,
+        epoch: int,
+        score: float,
+        keys: Mapping[str, Any] | None = None,
+        cost: Mapping[str, float] | None = None,
+    ) -> Trial:
         """The score of a trial at its rung, where it pauses; not finite, it fails.
 
         Args:
             keys: stage -> key of what the trial rests on so far, so that `keys_in_use` keeps it.
+            cost: `marginal_seconds` that it has added so far.
 
         Raises:
             KeyError: the trial does not run.
@@ -223,8 +232,8 @@ class Study:
         if not math.isfinite(score):
             return self.fail(number, f"{self._rung_metric()} is {score} at epoch {epoch}")
         self._failures = 0
-        scores = {**trial.scores, epoch: float(score)}
-        return self._settle(trial, state="paused", epoch=epoch, scores=scores, keys=dict(keys or trial.keys))
+        kept = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
+        return self._settle(trial, state="paused", epoch=epoch, scores={**trial.scores, epoch: float(score)}, **kept)
 
     def finish(
         self,
@@ -271,16 +280,29 @@ class Study:
         self._failures += 1
         return self._settle(self._live[number], state="failed", cause=cause)
 
+    def prune(self) -> list[Trial]:
+        """If `next` said "done" and time is left, what is paused is pruned (and returned); else it stays."""
+        paused = [trial for trial in self.trials() if trial.state == "paused"] if self._over else []
+        return [self._write(trial, state="pruned", ended=self._clock()) for trial in paused]
+
     def close(self) -> list[Trial]:
-        """Ends the session. If `next` said "done" and time is left, what is paused is pruned (and returned); else it stays.
+        """Prunes as `prune` does and ends the session: another driver may open the study now.
 
         Trials that run are left running: the next `open` hands them out again.
         """
-        paused = [trial for trial in self.trials() if trial.state == "paused"] if self._over else []
-        pruned = [self._write(trial, state="pruned", ended=self._clock()) for trial in paused]
-        self._ledger.note("spent", self.spent)
+        pruned = self.prune()
+        self._note_spent()
         self._unlock.close()
         return pruned
+
+    def tick(self) -> None:
+        """Notes how long the search has run, at most every 30 s; from the thread that calls `next`."""
+        if self.spent - self._spent_noted >= NOTE_EVERY:
+            self._note_spent()
+
+    def _note_spent(self) -> None:
+        self._spent_noted = self.spent
+        self._ledger.note("spent", self._spent_noted)
 
     def _open(self) -> bool:
         return any(trial.state in ("running", "paused") for trial in self._trials.values())
@@ -298,7 +320,7 @@ class Study:
         del self._live[trial.number]
         ended = None if state == "paused" else self._clock()
         settled = self._write(trial, state=state, ended=ended, **changes)
-        self._ledger.note("spent", self.spent)
+        self._note_spent()
         return settled
 
     def _write(self, trial: Trial, **changes: Any) -> Trial:

@@ -25,7 +25,7 @@ class Trial:
         metrics: all metrics of the finished pair.
         objectives: metric -> value of what the study optimises.
         keys: stage -> key of its artifact (evaluation -> name -> key), up to where the trial is.
-        cost: `seconds` as if it had run alone, `marginal_seconds` that it added.
+        cost: `seconds` as if it had run alone, `marginal_seconds` that it added; before its end only the latter, so far.
         cause: one line, why it failed.
         duplicate_of: number of the earlier trial with the same pair.
         started: clock at the draw, in seconds.
