@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from ktray import checkpoint, export, features, plugins, train
 from ktray.crew.local import LocalCrew
 from ktray.errors import StageFailed, UserError
+from ktray.fingerprint import file_sha256
+from ktray.pipeline import identity
 from ktray.pipeline.execute import execute
 from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
@@ -171,6 +174,30 @@ def test_a_checkpoint_of_another_architecture_fails_its_stage_and_publishes_noth
     with pytest.raises(StageFailed, match=r"teacher-\w+ failed: .*another architecture"):
         run(toy_pair(teacher=loaded(tmp_path / "vgg.safetensors")), store)
     assert not list(store.keys())
+
+
+def test_a_checkpoint_that_was_replaced_after_planning_is_not_published_under_the_old_key(weights, tmp_path):
+    store, file = FileStore(tmp_path / "store"), tmp_path / "teacher.safetensors"
+    save_file(weights, file)
+    graph = build(toy_pair(teacher=loaded(file)), IDENTITY)
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, file)
+    with pytest.raises(StageFailed, match=r"teacher.safetensors changed after the run was planned"):
+        LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+    assert store.find(graph.keys["teacher"]) is None
+    assert build(toy_pair(teacher=loaded(file)), IDENTITY).keys["teacher"] != graph.keys["teacher"]
+
+
+def test_a_checkpoint_is_hashed_again_only_after_it_changed(weights, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(identity, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
+    file = tmp_path / "teacher.safetensors"
+    save_file(weights, file)
+    assert identity.checkpoint_sha256(str(file)) == identity.checkpoint_sha256(str(file))
+    assert len(hashed) == 1
+    before = file.stat().st_mtime_ns
+    os.utime(file, ns=(before, before + 1))
+    identity.checkpoint_sha256(str(file))
+    assert len(hashed) == 2
 
 
 def test_only_a_key_is_taken_for_a_key():

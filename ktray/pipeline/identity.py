@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from ktray import checkpoint, images
@@ -29,4 +30,12 @@ def checkpoint_sha256(path: str) -> str:
     Raises:
         UserError: there is no such file or folder.
     """
-    return file_sha256(checkpoint.weights_file(Path(path)))
+    file = checkpoint.weights_file(Path(path)).absolute()
+    found = file.stat()
+    return _sha256_as_of(file, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _sha256_as_of(file: Path, size: int, mtime_ns: int) -> str:
+    """A search asks for the same gigabytes once per trial; another size or time of change makes it read them again."""
+    return file_sha256(file)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ktray import checkpoint as checkpoints
 from ktray import plugins, train
 from ktray.artifact import Artifact, Stage
+from ktray.errors import UserError
+from ktray.fingerprint import file_sha256
 from ktray.pool import Means
 from ktray.stages.images import open_images
 from ktray.stages.training import run_training
@@ -23,12 +26,31 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
         task = module.task(pretext, images.size, images) if hasattr(module, "NEEDS") else module.task(pretext, images.size)
         return run_training(stage, task, images, out, means, start)
     if "checkpoint" in stage.spec:
-        spec = plugins.parse("backbone", stage.spec["backbone"])
-        checkpoint = inputs["snapshot"].directory if "snapshot" in inputs else Path(stage.local["checkpoint"])
-        parameters = train.adopt(spec, checkpoint, out)
-        return {"parameters": float(parameters)}
+        return {"parameters": float(_adopt(stage, inputs, out))}
     descriptor = plugins.parse("descriptor", stage.spec["descriptor"])
     images = open_images(stage, "cluster", inputs, "train")
     state = plugins.module_of("descriptor", descriptor).fit(descriptor, images)
     np.savez(out / "state.npz", **state)
     return {}
+
+
+def _adopt(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
+    spec = plugins.parse("backbone", stage.spec["backbone"])
+    if "snapshot" in inputs:
+        return train.adopt(spec, inputs["snapshot"].directory, out)
+    checkpoint = Path(stage.local["checkpoint"])
+    _refuse_another(checkpoint, stage.spec["checkpoint"])
+    parameters = train.adopt(spec, checkpoint, out)
+    _refuse_another(checkpoint, stage.spec["checkpoint"])  # it may have been replaced while it was read
+    return parameters
+
+
+def _refuse_another(checkpoint: Path, expected: str) -> None:
+    file = checkpoints.weights_file(checkpoint)
+    found = file_sha256(file)
+    if found != expected:
+        raise UserError(
+            f"{file.name} changed after the run was planned: its sha256 was {expected[:12]} and is {found[:12]}",
+            checkpoints.WHERE,
+            "Run the command again to use the file as it is now.",
+        )
