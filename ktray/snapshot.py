@@ -66,6 +66,28 @@ def resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     return history
 
 
+def epoch_of(directory: Path) -> int:
+    """The epoch of a snapshot whose every file can be read; of the tensors only the header and the length are looked at.
+
+    Raises:
+        ValueError: a file is absent or torn, as after a crash of the machine; the message says which directory and why.
+    """
+    from pyarrow import parquet
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for name in ("weights.safetensors", "optimizer.safetensors"):
+            with safe_open(directory / name, framework="pt"):  # which refuses a file that is shorter than its header says
+                pass
+        rows = parquet.read_table(directory / "history.parquet").num_rows
+        epoch = int(json.loads((directory / "state.json").read_text())["epoch"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+        raise ValueError(f"the snapshot {directory} cannot be read: {type(error).__name__}: {error}") from error
+    if epoch != rows:
+        raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {rows} epochs")
+    return epoch
+
+
 def load(backbone: nn.Module, directory: Path) -> None:
     """Give `backbone` the weights of a snapshot; the head stays behind.
 

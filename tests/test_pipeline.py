@@ -1,17 +1,23 @@
 """A pair runs through the real stages, once."""
 
 import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ktray.crew.local import LocalCrew
 from ktray.errors import StageFailed
+from ktray.pipeline import execute as execution
 from ktray.pipeline import judge
 from ktray.pipeline.execute import execute
 from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
 from ktray.pool import Means
+from ktray.stages import training
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, STUDENT, toy_pair
 
@@ -63,7 +69,7 @@ def test_the_record_says_how_the_artifact_came_to_be(store):
     record = json.loads((artifacts[graph.keys["clusters"]].directory / "record.json").read_text())
     assert record["spec"]["k"] == 5
     assert record["inputs"] == {"features": graph.keys["features"]}
-    assert record["versions"]["torch"]
+    assert record["versions"].keys() >= {"torch", "numpy", "scipy", "scikit-learn", "pillow"}
     assert record["device"].startswith("cpu")
     assert record["peak_bytes"] > 1e6
     assert set(record["files"]) >= {"centroids.npy", "projection.npz"}
@@ -101,6 +107,63 @@ def test_a_checkpoint_of_a_killed_attempt_is_continued(store):
     assert [path.name for path in store.checkpoints(graph.keys["student"])] == ["checkpoint-000001"]
     _, _, artifacts = run(pair, store)
     assert artifacts[graph.keys["student"]].record["started_from"] == "checkpoint-000001"
+
+
+def _two_checkpoints(store, tmp_path):
+    """The stage of a student whose killed attempts left checkpoints of epochs 1 and 2."""
+    graph = build(toy_pair(), data_identity())
+    student = next(stage for stage in graph.stages if stage.name == "student")
+    run(toy_pair(), store, milestones={"student": [1, 2]})
+    finished = {store.find(key).metrics["epoch"]: store.find(key) for key in list(store.keys()) if key.startswith("student")}
+    fresh = FileStore(tmp_path / "fresh")
+    for epoch in (1, 2):
+        scratch = fresh.scratch(student.key, f"killed-{epoch}")
+        shutil.copytree(finished[epoch].directory, scratch / f"checkpoint-{epoch:06d}")
+    assert [path.name[-1] for path in fresh.checkpoints(student.key)] == ["2", "1"]
+    return student, fresh
+
+
+def test_a_torn_checkpoint_gives_way_to_the_one_before_it(store, tmp_path):
+    student, fresh = _two_checkpoints(store, tmp_path)
+    newest = fresh.checkpoints(student.key)[0]
+    assert execution._latest_snapshot(student, fresh) == newest
+    for name in ("state.json", "weights.safetensors", "optimizer.safetensors", "history.parquet"):
+        content = (newest / name).read_bytes()
+        for length in (0, len(content) // 2):
+            (newest / name).write_bytes(content[:length])
+            with pytest.warns(UserWarning, match="checkpoint-000002 cannot be read"):
+                assert execution._latest_snapshot(student, fresh).name == "checkpoint-000001"
+        (newest / name).write_bytes(content)
+    assert execution._latest_snapshot(student, FileStore(tmp_path / "empty")) is None
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+    on_epoch = training._checkpointing(tmp_path, 3, Means(checkpoint_seconds=0.0))
+    on_epoch(1, {}, lambda directory: (directory / "weights.safetensors").write_bytes(b"0"))
+    assert synced == [tmp_path / "checkpoint-partial" / "weights.safetensors", tmp_path / "checkpoint-partial"]
+    assert (tmp_path / "checkpoint-000001").is_dir()
+
+
+def test_the_commit_is_that_of_our_own_tree_and_says_whether_it_was_modified(tmp_path, monkeypatch):
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    for place in ("ktray", "venv/ktray"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "module.py").write_text("A = 1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "Begin")
+    monkeypatch.setattr(execution, "_PACKAGE", tmp_path / "ktray")
+    (tmp_path / "notes.txt").touch()
+    assert execution._commit() == git("rev-parse", "HEAD")
+    (tmp_path / "ktray" / "module.py").write_text("A = 2")
+    assert execution._commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(execution, "_PACKAGE", tmp_path / "venv" / "ktray")
+    assert execution._commit() is None
 
 
 def _stop_at_epoch_two(values):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import resource
 import subprocess
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 
+from ktray import snapshot
 from ktray.artifact import Artifact, Stage
 from ktray.errors import MissingInput
 from ktray.pool import Means
 from ktray.stages import WORK
 from ktray.stores import Store
+
+_PACKAGE = Path(__file__).parent.parent
 
 
 def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
@@ -61,11 +64,19 @@ def _input(store: Store, key: str) -> Artifact:
 
 def _latest_snapshot(stage: Stage, store: Store) -> Path | None:
     """The furthest snapshot to start from: a checkpoint of a dead attempt at this key, or an earlier epoch's artifact."""
-    candidates = store.checkpoints(stage.key)[:1]
-    earlier = next(filter(None, map(store.find, stage.starts)), None)
-    if earlier:
-        candidates.append(earlier.directory)
-    return max(candidates, key=_epoch, default=None)
+    artifacts = (artifact.directory for artifact in map(store.find, stage.starts) if artifact)
+    found = [_first_readable(store.checkpoints(stage.key)), _first_readable(artifacts)]
+    return max(filter(None, found), default=(0, None))[1]
+
+
+def _first_readable(newest_first: Iterable[Path]) -> tuple[int, Path] | None:
+    """The first snapshot that is whole, and its epoch: a torn one costs epochs, and must not fail its stage for ever."""
+    for directory in newest_first:
+        try:
+            return snapshot.epoch_of(directory), directory
+        except ValueError as error:
+            warnings.warn(f"{error}; going on without it", stacklevel=2)
+    return None
 
 
 def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | None) -> float:
@@ -75,12 +86,8 @@ def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | Non
     earlier = store.find(start.name)
     if earlier:
         return seconds + float(earlier.record["seconds_alone"])
-    until, begun = stage.spec["epoch"], _epoch(start)  # a dead attempt's checkpoint: its epochs cost what ours did
+    until, begun = stage.spec["epoch"], snapshot.epoch_of(start)  # a dead attempt's checkpoint: its epochs cost what ours did
     return seconds * until / max(1, until - begun)
-
-
-def _epoch(snapshot: Path) -> int:
-    return int(json.loads((snapshot / "state.json").read_text())["epoch"])
 
 
 def _record(
@@ -110,19 +117,29 @@ def _device(device: str) -> str:
 @lru_cache
 def _environment() -> Mapping[str, Any]:
     versions = {"python": platform.python_version()}
-    for package in ("ktray", "torch", "torchvision", "numpy", "faiss-cpu"):
+    for package in ("ktray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "faiss-cpu", "pillow", "timm"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {"versions": versions, "commit": _commit()}
 
 
 def _commit() -> str | None:
-    """The commit of the working tree that ktray runs from, None if it was installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of ktray's working tree, "-dirty" if the package differs from it; None if ktray was installed.
+
+    An installed ktray may lie inside the user's repository, as `.venv` often does, whose commit says nothing about ktray.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        if not _PACKAGE.parent.samefile(_git("rev-parse", "--show-toplevel")):
+            return None
+        modified = _git("status", "--porcelain", "--", _PACKAGE.name)
+        return _git("rev-parse", "HEAD") + ("-dirty" if modified else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_PACKAGE.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
 
 
 def _reset_peak() -> None:

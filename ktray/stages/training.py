@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -50,6 +51,7 @@ def _checkpointing(out: Path, until: int, means: Means) -> OnEpoch:
         partial = out / "checkpoint-partial"
         partial.mkdir()
         save(partial)
+        _to_disk(partial)  # or a crash of the machine may leave the new name with empty files
         path = out / f"checkpoint-{epoch:06d}"
         partial.rename(path)
         if saved["path"]:
@@ -57,3 +59,12 @@ def _checkpointing(out: Path, until: int, means: Means) -> OnEpoch:
         saved.update(at=time.monotonic(), path=path)
 
     return on_epoch
+
+
+def _to_disk(directory: Path) -> None:
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
