@@ -1,6 +1,6 @@
 """What a pair's spec says about data and layers that only the data and the networks can confirm.
 
-Cheap: at most a few images are decoded.
+Cheap: at most a few images are decoded, and two made-up ones run through each network.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, parts
 from ktray.pipeline.identity import checkpoint_sha256
+from ktray.pipeline.trial_run import try_networks
 from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, TrainedTeacher
 
 Load = Callable[[Spec], Splits]
@@ -37,18 +38,22 @@ def data_loader() -> Load:
 
 
 def check_pair(pair: PairSpec, load: Load) -> None:
-    """Refuse what would fail later: too many clusters, missing labels or splits, layers that a backbone lacks.
+    """Refuse what would fail later, or would judge by labels that were learned from.
+
+    That is: too many clusters, missing labels or splits, layers that a backbone lacks, images too small for a network.
 
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
     found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
-    _clusters(pair, found["cluster"])
+    _clusters(pair, found["cluster"], found["transfer"])
     _pretext(pair, found["pretext"])
     _labels(pair, found["transfer"], found["target"])
     if isinstance(pair.teacher, LoadedTeacher):
         checkpoint_sha256(pair.teacher.checkpoint)
+    _evaluations(pair)
     _layers(pair)
+    try_networks(pair, train_count(found["cluster"], pair.data.cluster))
 
 
 def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
@@ -67,12 +72,18 @@ def train_count(splits: Splits, spec: Any) -> int:
     return len(parts(splits, spec.split)["train"][1])
 
 
-def _clusters(pair: PairSpec, data: Splits) -> None:
+def _clusters(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
+    smallest = getattr(pair.transfer, "min_size", 1)
+    most = train_count(transfer, pair.data.transfer) if smallest > 1 else 1
+    if smallest > most:
+        raise UserError(
+            f"no cluster of {most} images has min_size={smallest}: nothing is left to learn from",
+            where="transfer.min_size",
+            instead="Use a few images, such as 2.",
+        )
     k = getattr(pair.transfer, "k", None)
-    if k is None:
-        return
-    count = train_count(data, pair.data.cluster)
-    if k > count:
+    count = train_count(cluster, pair.data.cluster) if k else 0
+    if k and k > count:
         raise UserError(
             f"k={k} clusters cannot be made of {count} images",
             where="transfer.k",
@@ -133,6 +144,25 @@ def _grey(images: Source) -> bool:
         with contextlib.suppress(Unreadable):
             found.append(bool((np.ptp(images.read(place * len(images.names) // few), axis=-1) == 0).all()))
     return bool(found) and all(found)
+
+
+def _evaluations(pair: PairSpec) -> None:
+    """What an evaluation reads that the pair does not make."""
+    needs = plugins.module_of("transfer", pair.transfer).NEEDS
+    for index, entry in enumerate(pair.evals):
+        spec: Any = entry
+        if getattr(plugins.module_of("evaluation", spec), "READS_PSEUDO_LABELS", False) and "pseudo_labels" not in needs:
+            raise UserError(
+                f"{spec.kind} judges pseudo-labels, and the transfer {pair.transfer.kind!r} makes none",
+                where=f"evals.{index}",
+                instead="Leave it out, or transfer by clusters.",
+            )
+        if spec.of == "teacher" and spec.layer is not None and isinstance(pair.teacher, HandcraftedTeacher):
+            raise UserError(
+                f"the teacher is the descriptor {pair.teacher.descriptor.kind}, which has no layer {spec.layer!r}",
+                where=f"evals.{index}.layer",
+                instead="Leave 'layer' out.",
+            )
 
 
 def _layers(pair: PairSpec) -> None:

@@ -1,0 +1,179 @@
+"""Two made-up images through every network and descriptor of a pair: what only a run can tell, told before the run.
+
+Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ktray import features, permutations, plugins
+from ktray.errors import UserError
+from ktray.images import Images
+from ktray.spec import HandcraftedTeacher, PairSpec, Pooling, Spec, TrainedTeacher
+
+_COUNT = 2  # the least that batch norm trains on
+
+
+def try_networks(pair: PairSpec, cluster_images: int) -> None:
+    """Run what the pair would run, on as little as possible.
+
+    Args:
+        cluster_images: number of images that a descriptor is fitted to.
+
+    Raises:
+        UserError: the first thing that fails, with its dotted path.
+    """
+    data, teacher, student = pair.data, pair.teacher, pair.student
+    sizes = {role: getattr(data, role).size for role in ("pretext", "cluster", "transfer", "target")}
+    judged = sizes["target"]
+    if isinstance(teacher, HandcraftedTeacher):
+        _try_descriptor(teacher.descriptor, sizes, cluster_images)
+    elif teacher is not None:
+        _try_teacher(teacher, sizes)
+    with _at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
+        _extract(student.backbone, None, Pooling(), sizes["transfer"])
+    for index, spec in enumerate(pair.evals):
+        seen: Any = spec
+        if getattr(plugins.module_of("evaluation", seen), "READS_PSEUDO_LABELS", False):
+            continue
+        of: Any = student if seen.of == "student" else teacher
+        if isinstance(of, HandcraftedTeacher):
+            continue  # `_try_descriptor` has seen images of this size
+        layered = seen if seen.of == "student" or seen.layer else of
+        with _at(f"evals.{index}", f"the {of.backbone.kind} cannot take images of {judged} px"):
+            _extract(of.backbone, layered.layer, layered.pool, judged)
+
+
+def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
+    kind, size = teacher.backbone.kind, sizes["pretext"]
+    if isinstance(teacher, TrainedTeacher):
+        _satisfiable(teacher.pretext)
+        with _at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
+            _learn(teacher.pretext, teacher.backbone, size)
+    for role in ("cluster", "transfer"):
+        with _at("teacher", f"the {kind} cannot take images of {sizes[role]} px"):
+            _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+
+
+def _try_descriptor(descriptor: Any, sizes: dict[str, int], count: int) -> None:
+    for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
+        with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
+            _describe(descriptor, size)
+    if descriptor.kind == "bag_of_hog":
+        _enough_patterns(descriptor, sizes["cluster"], count)
+
+
+@contextmanager
+def _at(place: str, failed: str, spec: Spec | None = None) -> Iterator[None]:
+    """Say what was raised with its dotted path; `spec` is the descriptor that raised."""
+    try:
+        yield
+    except UserError as error:
+        field = error.where.removeprefix("descriptor.")
+        above = _above(spec, field.split(".")[0]) if spec else ""
+        whole = f"{place.removesuffix('.backbone')}.{above}{field}" if field else place
+        raise UserError(error.problem, whole, error.instead) from error
+    except Exception as error:  # a boundary: torch and plugins raise anything, and it is the pair that does not fit
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{failed}: {said}", place, "Use larger images (data.size) or another form.") from error
+
+
+def _above(spec: Spec, field: str) -> str:
+    """``hog.`` if `field` is not the descriptor's own but that of a spec in it."""
+    own = type(spec).model_fields
+    inner = (name for name in own if isinstance(getattr(spec, name), Spec) and field in type(getattr(spec, name)).model_fields)
+    return "" if field in own else "".join(f"{name}." for name in list(inner)[:1])
+
+
+def _satisfiable(pretext: Any) -> None:
+    """Whether there are so many permutations so far apart; searched for only where the sphere bound does not promise them."""
+    count, distance = getattr(pretext, "permutations", 0), getattr(pretext, "distance", 0)
+    nearer = sum(math.comb(permutations.TILES, moved) * _derangements(moved) for moved in range(distance))
+    if count * nearer <= math.factorial(permutations.TILES):
+        return
+    try:
+        permutations.farthest(count, distance)
+    except ValueError as error:
+        raise UserError(str(error), "teacher.pretext.permutations", "Use fewer, or a smaller distance.") from error
+
+
+def _derangements(count: int) -> int:
+    return round(sum((-1) ** i * math.factorial(count) / math.factorial(i) for i in range(count + 1)))
+
+
+def _enough_patterns(descriptor: Any, size: int, images: int) -> None:
+    """Every image has as many patterns as blocks, and at most `patterns` of all are drawn."""
+    blocks = (size // descriptor.hog.cell - descriptor.hog.block + 1) ** 2
+    count = min(descriptor.patterns, blocks * images)
+    if descriptor.words > count:
+        raise UserError(
+            f"{descriptor.words} words cannot be made of {count} patterns",
+            "teacher.descriptor.words",
+            f"Use at most {count}, better a hundredth of it.",
+        )
+
+
+def _pixels(size: int) -> Tensor:
+    """(2, size, size, 3) uint8, coloured noise."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (_COUNT, size, size, 3), dtype=np.uint8))
+
+
+def _images(size: int) -> Images:
+    pixels = _pixels(size).numpy()
+    return Images(_COUNT, size, lambda rows: pixels[rows % _COUNT], np.arange(_COUNT), ("0", "1"), ("0", "1"))
+
+
+@lru_cache(maxsize=1024)
+def _extract(backbone: Spec, layer: str | None, pool: Pooling, size: int) -> None:
+    _network(backbone, layer, pool)(_pixels(size))
+
+
+@lru_cache(maxsize=2)  # several sizes of one network come one after the other
+def _network(backbone: Spec, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
+    return features.of_module(_built(backbone), layer, pool)
+
+
+def _built(backbone: Spec) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
+    return network
+
+
+@lru_cache(maxsize=1024)
+def _describe(descriptor: Any, size: int) -> None:
+    module = plugins.module_of("descriptor", descriptor)
+    state = None
+    if hasattr(module, "fit"):
+        if descriptor.kind != "bag_of_hog":
+            return  # how many images another descriptor needs is not known
+        descriptor = descriptor.model_copy(update={"words": 2, "patterns": 100, "iterations": 1})
+        state = module.fit(descriptor, _images(size))
+    described = module.describe(descriptor, state, _pixels(size))
+    if not bool(torch.isfinite(described).all()):
+        raise ValueError("its features are not finite")
+
+
+@lru_cache(maxsize=1024)
+def _learn(pretext: Any, backbone: Spec, size: int) -> None:
+    """One forward pass of the task's model, and its loss."""
+    module = plugins.module_of("pretext", pretext)
+    if hasattr(pretext, "permutations"):  # a thousand take seconds, and the shapes are those of two
+        pretext = pretext.model_copy(update={"permutations": 2})
+    task = module.task(pretext, size, _images(size)) if hasattr(module, "NEEDS") else module.task(pretext, size)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        network: Any = _built(backbone)
+        model = nn.ModuleDict({"backbone": network, "head": task.head(network.feature_dim)}).train()
+        if task.prepare:
+            task.prepare(model)
+        inputs, targets = task.batch(_pixels(size), torch.arange(_COUNT), torch.Generator().manual_seed(0))
+        outputs = task.forward(model, inputs) if task.forward else model["head"](network(inputs))
+        task.loss(outputs, targets)
