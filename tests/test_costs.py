@@ -1,24 +1,13 @@
-"""What trials cost and stages will cost, from records alone."""
+"""What stages will cost, from records alone."""
 
 from __future__ import annotations
 
 from ktray.artifact import Stage
-from ktray.search.costs import estimate, marginal_seconds, seconds
+from ktray.search.costs import estimate
 
 
 def stage(name: str, number: int) -> Stage:
     return Stage(name, {"number": number}, {})
-
-
-RECORDS = {"teacher-1": {"seconds": 100.0}, "features-1": {"seconds": 3.0}, "student-1": {"seconds": 20.0}}
-
-
-def test_a_trial_costs_all_of_its_stages_as_if_alone() -> None:
-    assert seconds(RECORDS) == 123.0
-
-
-def test_a_trial_adds_what_it_computed_itself() -> None:
-    assert marginal_seconds(RECORDS, ["student-1", "features-1", "another-trial's"]) == 23.0
 
 
 def test_an_unknown_stage_takes_the_median_of_its_kind_and_a_known_one_its_own_time() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ktray.report.axes import axis
 from ktray.report.words import duration, kind_of_cause, without_places
+from ktray.search.ranking import ranked
 from ktray.stores.file import FileStore
 from tests.reports import (
     HOME,
@@ -52,6 +53,14 @@ def test_the_headline_compares_the_best_trial_with_both_references(store: FileSt
 def test_trials_that_are_level_with_the_best_are_named(store: FileStore) -> None:
     text = page_of([trial(0, 0.6), trial(1, 0.6), trial(2, 0.5), trial(3, 0.6)], store).text("headline")
     assert "(trial 0; level with it: 1 and 3)" in text
+
+
+def test_trials_that_are_level_are_told_apart_by_the_second_objective(store: FileStore) -> None:
+    trials = [trial(0, 0.6, 90.0), trial(1, 0.6, 50.0), trial(2, 0.6, 70.0)]
+    page = page_of(trials, store, references={})
+    assert "(trial 1; level with it: 2 and 0)" in page.text("headline")
+    assert [row[0] for row in page.rows["leaderboard"][1:]] == ["1", "2", "0"]
+    assert ranked(trials, OBJECTIVES)[0].number == 1  # best and export
 
 
 def test_a_lower_value_is_the_best_of_an_objective_that_is_minimised(store: FileStore) -> None:

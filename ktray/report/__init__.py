@@ -60,19 +60,19 @@ def _content(
 ) -> dict[str, Any]:
     from ktray.report import best_pair, learning, tables
     from ktray.report.headline import headline
-    from ktray.report.ranking import ranked
     from ktray.report.reuse import finder, reuse
+    from ktray.search.ranking import ranked
 
     find = finder(store)
-    best = next(iter(ranked(trials, objectives[0])), None)
+    best = next(iter(ranked(trials, objectives)), None)
     return {
         "headline": headline(trials, objectives, references, labels_used),
         "leaderboard": tables.leaderboard(trials, objectives, references),
         "pruned": sum(trial.state == "pruned" for trial in trials),
-        "heat": tables.heat_table(trials, objectives[0]),
+        "heat": tables.heat_table(trials, objectives),
         "metric": objectives[0][0],
         "scatter": learning.objectives_plot(trials, objectives, references),
-        "curves": learning.learning_curves(trials, objectives[0], find),
+        "curves": learning.learning_curves(trials, objectives, find),
         "sheet": best_pair.sheet(best, find) if best else None,
         "statistics": best_pair.statistics(best, find) if best else None,
         "reuse": reuse(trials, find),

@@ -6,21 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
 from ktray.errors import UserError
+from ktray.pipeline.references import CEILING, RANDOM
 from ktray.plugins import module
 from ktray.report.plots import strip
-from ktray.report.ranking import Objective, losses, ranked, value_of
+from ktray.report.ranking import Objective, losses, value_of
 from ktray.report.words import counted, listed, measure, number, title_of
-
-if TYPE_CHECKING:
-    from ktray.search.trial import Trial
-
-STATES = ("completed", "pruned", "paused", "running", "failed", "duplicate")
-FLOOR, CEILING = "random student", "supervised ceiling"
+from ktray.search.ranking import ranked
+from ktray.search.trial import STATES, Trial
 
 
 def headline(
@@ -31,7 +28,7 @@ def headline(
 ) -> dict[str, Any]:
     """Sentences about the best pair and a strip of all completed ones; without a completed trial, what there is instead."""
     metric, mode = objectives[0]
-    completed = [trial for trial in ranked(trials, objectives[0]) if value_of(trial, metric) is not None]
+    completed = [trial for trial in ranked(trials, objectives) if value_of(trial, metric) is not None]
     counts: Counter[str] = Counter(trial.state for trial in trials)
     states = [f"{counts[state]:,} {state}" for state in STATES if counts[state]]
     facts = {
@@ -83,11 +80,11 @@ def _against(best: float, known: Mapping[str, float], metric: str, mode: str) ->
         verdict = "as good as" if gain == 0 else f"{distance} better than" if gain > 0 else f"{distance} worse than"
         parts.append(f"{verdict} the {name} ({measure(metric, value)})")
     sentences = [f"That is {listed(parts)}."] if parts else []
-    if FLOOR in known and CEILING in known:
-        way = loss(known[FLOOR]) - loss(known[CEILING])
+    if RANDOM in known and CEILING in known:
+        way = loss(known[RANDOM]) - loss(known[CEILING])
         if way > 0:
-            share = (loss(known[FLOOR]) - loss(best)) / way
-            sentences.append(f"It goes {100 * share:.0f} % of the way from the {FLOOR} to the {CEILING}.")
+            share = (loss(known[RANDOM]) - loss(best)) / way
+            sentences.append(f"It goes {100 * share:.0f} % of the way from the {RANDOM} to the {CEILING}.")
     return sentences
 
 

@@ -10,9 +10,10 @@ from markupsafe import Markup
 
 from ktray.pipeline.judge import curve
 from ktray.report.plots import COLOURS, Line, Point, curves, scatter
-from ktray.report.ranking import Objective, pareto_front, ranked, value_of
+from ktray.report.ranking import Objective, value_of
 from ktray.report.reuse import Find
 from ktray.report.words import counted, measure, title_of
+from ktray.search.ranking import front, ranked
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -27,10 +28,10 @@ def objectives_plot(
     if len(objectives) < 2:
         return None
     (up, _), (across, _) = objectives[:2]
-    front = pareto_front(ranked(trials, objectives[0]), objectives[:2])
-    numbers = {trial.number for trial in front}
+    best = front(trials, objectives[:2])
+    numbers = {trial.number for trial in best}
     points = []
-    for trial in ranked(trials, objectives[0]):
+    for trial in ranked(trials, objectives):
         x, y = value_of(trial, across), value_of(trial, up)
         if x is not None and y is not None:
             title = f"{trial.number}: {title_of(trial.pair)}, {up} {measure(up, y)}, {across} {measure(across, x)}"
@@ -52,16 +53,16 @@ def objectives_plot(
                 "name": title_of(trial.pair),
                 "cells": [measure(metric, value_of(trial, metric)) for metric in (up, across)],
             }
-            for trial in front[:SHOWN]
+            for trial in best[:SHOWN]
         ],
         "of": len(points),
         "modes": [(metric, "higher" if mode == "max" else "lower") for metric, mode in objectives[:2]],
     }
 
 
-def learning_curves(trials: Sequence[Trial], objective: Objective, find: Find) -> dict[str, Any] | None:
+def learning_curves(trials: Sequence[Trial], objectives: Sequence[Objective], find: Find) -> dict[str, Any] | None:
     """Scores at rungs and student loss per epoch of the best eight completed trials; None if neither was recorded."""
-    best = ranked(trials, objective)[:COLOURS]
+    best = ranked(trials, objectives)[:COLOURS]
     scores = [(trial, _finite(sorted((int(epoch), score) for epoch, score in trial.scores.items()))) for trial in best]
     losses = [(trial, _finite(_loss(trial, find))) for trial in best]
     panels = [_panel(scores, "score at rungs"), _panel(losses, "student loss")]

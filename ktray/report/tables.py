@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktray.pipeline.naming import student_name, teacher_name, transfer_name
-from ktray.report.ranking import Objective, losses, ranked, value_of
+from ktray.report.ranking import Objective, losses, value_of
 from ktray.report.words import duration, kind_of_cause, measure, without_places
+from ktray.search.ranking import ranked
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -22,7 +23,7 @@ def leaderboard(
 ) -> dict[str, Any] | None:
     """The best completed trials, with each reference as a row where its value belongs; None without completed trials."""
     metric, mode = objectives[0]
-    completed = ranked(trials, objectives[0])
+    completed = ranked(trials, objectives)
     if not completed:
         return None
     rows = [(value_of(trial, metric), _trial_row(trial, objectives)) for trial in completed[:SHOWN]]
@@ -59,11 +60,11 @@ def _reference_row(name: str, metrics: Mapping[str, float], objectives: Sequence
     return {"name": name, "words": [], "numbers": values, "reference": True}
 
 
-def heat_table(trials: Sequence[Trial], objective: Objective) -> dict[str, Any] | None:
+def heat_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> dict[str, Any] | None:
     """Best value per teacher (rows) and student (columns), both best first; None unless there is something to compare."""
-    metric, _ = objective
+    metric, mode = objectives[0]
     best: dict[tuple[str, str], Trial] = {}
-    for trial in ranked(trials, objective):
+    for trial in ranked(trials, objectives):
         if value_of(trial, metric) is not None:
             best.setdefault(_teacher_and_student(trial), trial)
     pruned = Counter(
@@ -73,7 +74,7 @@ def heat_table(trials: Sequence[Trial], objective: Objective) -> dict[str, Any] 
         return None
     values = {cell: value_of(trial, metric) or 0.0 for cell, trial in best.items()}
     low, high = min(values.values()), max(values.values())
-    worst = max(values.values(), key=losses(objective[1]))
+    worst = max(values.values(), key=losses(mode))
     students = list(dict.fromkeys(student for _, student in [*best, *pruned]))
 
     def cell(teacher: str, student: str) -> dict[str, Any] | None:

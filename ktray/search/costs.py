@@ -1,28 +1,14 @@
-"""What trials cost, and what stages will cost: seconds, summed from the records that artifacts keep."""
+"""What stages will cost: seconds, judged by the records that artifacts keep."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ktray.artifact import Stage
 
 Records = Mapping[str, Mapping[str, Any]]
-
-
-def seconds(records: Records) -> float:
-    """Cost of a trial as if it had run alone: the recorded seconds of its distinct stages.
-
-    Args:
-        records: key -> record of every artifact that the trial's result rests on.
-    """
-    return float(sum(record["seconds"] for record in records.values()))
-
-
-def marginal_seconds(records: Records, computed: Collection[str]) -> float:
-    """What a trial added: the recorded seconds of the stages (keys in `computed`) that ran because of it."""
-    return seconds({key: record for key, record in records.items() if key in computed})
 
 
 def kind(key: str) -> str:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from ktray.search.space import Goal
 from ktray.search.trial import Trial
 
 
-def ranked(trials: Sequence[Trial], objectives: Sequence[Goal]) -> list[Trial]:
+def ranked(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> list[Trial]:
     """Completed trials, best first: by the first objective, then the second, ..., then the earlier draw."""
     completed = [trial for trial in trials if trial.state == "completed"]
     return sorted(completed, key=lambda trial: (*_losses(trial, objectives), trial.number))
 
 
-def front(trials: Sequence[Trial], objectives: Sequence[Goal]) -> list[Trial]:
+def front(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> list[Trial]:
     """Completed trials that no other beats in every objective (the Pareto front), sorted as by `ranked`."""
-    completed = ranked(trials, objectives)
-    losses = [_losses(trial, objectives) for trial in completed]
-    return [trial for trial, own in zip(completed, losses, strict=True) if not any(_beats(other, own) for other in losses)]
+    losses = [(trial, _losses(trial, objectives)) for trial in ranked(trials, objectives)]
+    valued = [(trial, own) for trial, own in losses if math.inf not in own]
+    return [trial for trial, own in valued if not any(_beats(other, own) for _, other in valued)]
 
 
-def _losses(trial: Trial, objectives: Sequence[Goal]) -> tuple[float, ...]:
-    return tuple((1 if mode == "min" else -1) * trial.objectives[metric] for metric, mode in objectives)
+def _losses(trial: Trial, objectives: Sequence[tuple[str, str]]) -> tuple[float, ...]:
+    """Per objective a value that is smaller where the trial is better; infinite where it has none."""
+    values = [(1 if mode == "min" else -1) * trial.objectives.get(metric, math.inf) for metric, mode in objectives]
+    return tuple(value if math.isfinite(value) else math.inf for value in values)
 
 
 def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

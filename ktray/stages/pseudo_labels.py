@@ -29,7 +29,7 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
     np.save(out / "labels.npy", labels)
     images = open_images(stage, "transfer", inputs, "train")
     tools.sheet(images, labels, out / "clusters.png")
-    metrics = {"entropy": tools.entropy(labels), "kept": float((labels >= 0).mean())}
+    metrics = {"entropy": tools.entropy(labels), "kept": tools.kept(labels)}
     if images.labels is not None:
         metrics["nmi"] = tools.nmi(labels, images.labels)
     return metrics
