@@ -159,6 +159,8 @@ class Schedule(Spec):
             raise ValueError(f"decay belongs to warmup_stable; a {self.kind} schedule has none")
         if self.kind == "constant" and self.warmup:
             raise ValueError("a constant schedule has no warmup; use warmup_stable")
+        if self.optimizer == "adamw" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError("momentum belongs to sgd; adamw has none, so leave 'momentum' out")
         return self
 
 
@@ -264,6 +266,15 @@ class PairSpec(Spec):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two evals are called {twice.pop()!r}; give one of them a 'name'")
+        return self
+
+    @model_validator(mode="after")
+    def _a_pool_only_with_its_layer(self) -> PairSpec:
+        for entry in self.evals:
+            judges_teacher, layer = getattr(entry, "of", "student") == "teacher", getattr(entry, "layer", None)
+            if judges_teacher and layer is None and getattr(entry, "pool", Pooling()) != Pooling():
+                name = getattr(entry, "name", None) or entry.kind
+                raise ValueError(f"the eval {name!r} judges the teacher's own layer and pool; give it a 'layer' for its 'pool'")
         return self
 
     def _judges_the_teacher(self) -> bool:

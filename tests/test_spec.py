@@ -318,6 +318,13 @@ def test_a_reference_has_no_teacher_unless_the_teacher_is_judged(transfer):
         pair(transfer=transfer)
 
 
+def test_a_pool_that_nothing_reads_is_refused():
+    judged = {"kind": "knn", "of": "teacher", "pool": {"grid": 2}}
+    with pytest.raises(ValidationError, match="give it a 'layer' for its 'pool'"):
+        pair(evals=[judged])
+    assert pair(evals=[{**judged, "layer": "conv3"}, {**judged, "name": "plain", "pool": {"grid": 1}}])
+
+
 def test_two_evaluations_of_one_name_need_names():
     with pytest.raises(ValidationError, match="two evals are called 'knn'"):
         pair(evals=["knn", {"kind": "knn", "k": 1}])
@@ -330,6 +337,7 @@ def test_two_evaluations_of_one_name_need_names():
         ({"kind": "cosine", "decay": 0.2}, "decay belongs to warmup_stable"),
         ({"kind": "constant", "warmup": 1}, "no warmup"),
         ({"kind": "linear"}, "warmup_stable"),
+        ({"optimizer": "adamw", "momentum": 0.5}, "momentum belongs to sgd"),
         ({"lr": 0}, "greater than 0"),
         ({"lr": float("nan")}, "finite"),
         ({"weight_decay": float("inf")}, "finite"),
