@@ -124,3 +124,32 @@ def test_a_trial_run_leaves_the_random_stream_as_it_was():
 
 def test_a_hog_teacher_that_fits_is_let_through():
     check_pair(toy_pair(teacher=HOG, evals=[{"kind": "knn", "of": "teacher"}, "cluster_quality"]), LOAD)
+
+
+def roles(other, **changes):
+    """The toy data in all roles but `changes`' one, which holds out other images than the target."""
+    return {
+        **dict.fromkeys(("pretext", "cluster", "transfer", "target"), DATA),
+        other: {**DATA, "split": {"seed": 1}, **changes},
+    }
+
+
+@pytest.mark.parametrize(
+    ("role", "changes"),
+    [
+        ("transfer", {"teacher": None, "transfer": "labels"}),
+        ("pretext", {"teacher": {**ROTATION, "pretext": "supervised"}}),
+    ],
+)
+def test_images_that_judge_are_not_trained_on_with_their_labels(role, changes):
+    with pytest.raises(
+        UserError, match=rf"data\.{role}\.split: \d+ of the 24 images that judge .* reads their labels.*seed: 0"
+    ):
+        check_pair(toy_pair(data=roles(role), **changes), LOAD)
+    check_pair(toy_pair(data=roles(role, seed=9), **changes), LOAD)  # other images
+    check_pair(toy_pair(data=roles(role, split={"seed": 0}, size=32), **changes), LOAD)  # the same images are held out
+
+
+@pytest.mark.parametrize("role", ["pretext", "cluster", "transfer"])
+def test_a_role_that_reads_no_labels_may_see_the_images_that_judge(role):
+    check_pair(toy_pair(data=roles(role), teacher=ROTATION), LOAD)

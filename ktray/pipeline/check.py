@@ -6,7 +6,7 @@ Cheap: at most a few images are decoded, and two made-up ones run through each n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.images import Source, Splits, Unreadable, parts
+from ktray.images import Source, Splits, Unreadable, located, parts
 from ktray.pipeline.identity import checkpoint_sha256
 from ktray.pipeline.trial_run import try_networks
 from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, TrainedTeacher
@@ -49,6 +49,7 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     _clusters(pair, found["cluster"], found["transfer"])
     _pretext(pair, found["pretext"])
     _labels(pair, found["transfer"], found["target"])
+    _judged_labels_stay_unseen(pair, found)
     if isinstance(pair.teacher, LoadedTeacher):
         checkpoint_sha256(pair.teacher.checkpoint)
     _evaluations(pair)
@@ -114,6 +115,47 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             raise UserError(f"the target data has no {split} split", where=where, instead=right[split])
         if spec.of == "teacher" and pair.teacher is None:  # type: ignore[attr-defined]
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
+
+
+def _judged_labels_stay_unseen(pair: PairSpec, found: Mapping[str, Splits]) -> None:
+    """No role that reads labels trains on images that the target holds out; roles without labels may."""
+    target: Any = pair.data.target
+    if found["target"].val is not None:  # nothing is held out of the training images
+        return
+    for role in _reading_labels(pair):
+        spec: Any = getattr(pair.data, role)
+        if spec == target or _content(spec) != _content(target):
+            continue
+        held = _names(found["target"], target, "val")
+        seen = held & _names(found[role], spec, "train")
+        if seen:
+            raise UserError(
+                f"{len(seen)} of the {len(held)} images that judge are training images of {role}, which reads their labels",
+                where=f"data.{role}.split",
+                instead=f"Write the target's: {{val: {target.split.val}, seed: {target.split.seed}}}.",
+            )
+
+
+def _reading_labels(pair: PairSpec) -> list[str]:
+    """The roles whose training images are seen together with their labels."""
+    teacher = pair.teacher
+    of_pretext = isinstance(teacher, TrainedTeacher) and "labels" in getattr(
+        plugins.module_of("pretext", teacher.pretext), "NEEDS", ()
+    )
+    of_transfer = "labels" in plugins.module_of("transfer", pair.transfer).NEEDS
+    return ["pretext"] * of_pretext + ["transfer"] * of_transfer
+
+
+def _content(spec: Any) -> tuple[str, str]:
+    """What two specs of the same images share: the kind and where it lies; all but size and split where it lies nowhere."""
+    where = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
+    plain = located(spec).model_dump()
+    return spec.kind, canonical({n: v for n, v in plain.items() if (n in where if where else n not in ("size", "split"))})
+
+
+def _names(splits: Splits, spec: Any, split: str) -> set[str]:
+    images, rows = parts(splits, spec.split).get(split, (splits.train, np.arange(0)))
+    return {images.names[row] for row in rows}
 
 
 def _pretext(pair: PairSpec, data: Splits) -> None:
