@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor
 from ktray.drivers.status import noting
-from ktray.drivers.stopping import Stopping
+from ktray.drivers.stopping import Stopping, hear_again
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.pipeline.check import data_loader
 from ktray.pipeline.graph import Graph
@@ -101,6 +101,7 @@ class _Crew:
             given = runtime.load_runtime(self.place.runtime)
             self.stopping.orderly = True
             self._session = runtime.start(self.place.home, self.place.address, given)
+            hear_again()
             self.say(f"Ray's own messages go to {self._session.log}")
             for warning in self._session.warnings:
                 self.say(warning)
@@ -133,6 +134,7 @@ class _Crew:
             self.published = self._watch.published
         if self._session is not None:
             runtime.stop(self._session)
+            hear_again()
 
 
 def search(

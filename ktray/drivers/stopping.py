@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,20 @@ class Stopping:
         self._wished.set()
         if again or not self.orderly:
             raise KeyboardInterrupt
+
+
+def hear_again() -> None:
+    """Put Python's handlers back in the operating system; in the main thread, where there are any.
+
+    Ray installs one of its own below Python's when it starts, which writes a stack trace on the terminal, and the default one
+    when it ends, which kills the process in the middle of what it tidies up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 @contextmanager

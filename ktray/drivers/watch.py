@@ -8,6 +8,8 @@ from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
+import ray
+
 from ktray.artifact import Artifact
 from ktray.crew.client import Crew
 from ktray.errors import StoppedEarly
@@ -44,7 +46,8 @@ class Watch:
     def _follow(self) -> None:
         while not self._over.wait(EVERY):
             try:
-                self._read()
+                with suppress(ray.exceptions.RayError):  # one question without an answer: the next second asks again
+                    self._read()
             except StoppedEarly:
                 return  # the crew has ended; whoever ran the search says why
 
@@ -70,7 +73,7 @@ class Watch:
         """
         self._over.set()
         self._thread.join(timeout=10)
-        with suppress(StoppedEarly):
+        with suppress(StoppedEarly, ray.exceptions.RayError):
             self._read()
         for key in new:
             self._track(key)
