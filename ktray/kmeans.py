@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import fingerprint, lloyd, projection
-from ktray.lloyd import Centroids, Change, Space
+from ktray.lloyd import Centroids, Change, Frame
 from ktray.pool import Pool
 from ktray.projection import apply, finite_rows
 
@@ -93,7 +93,7 @@ def _iterated(
     seeds: NDArray[np.float32],
     groups: list[list[Path]],
     iterations: int,
-    space: Space,
+    space: Frame,
     pool: Pool,
     on_iteration: Callable[[int, float], None] | None,
 ) -> Clusters:
@@ -138,7 +138,7 @@ def assign(rows: NDArray[np.float32], centroids: NDArray[np.float32]) -> tuple[N
     return labels, np.maximum(lowest + np.einsum("nd,nd->n", near, near), 0)
 
 
-def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool) -> tuple[Space, list[int]]:
+def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool) -> tuple[Frame, list[int]]:
     """The space of the clustering, and the rows of each shard."""
     counts, row_sums, lows, highs = zip(*pool.map(_surveyed, list(shards), projection), strict=True)
     total = sum(counts)
@@ -149,7 +149,7 @@ def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool
     largest = float(max((high - centre).max(), (centre - low).max()))
     # |partial sums of differences| <= 2 N max|x| <= 2**53 grid: every one of them is a float64
     grid = 2.0 ** (math.ceil(math.log2(largest)) + math.ceil(math.log2(total)) + 1 - 53)
-    return Space.of(projection, centre, grid), list(counts)
+    return Frame.of(projection, centre, grid), list(counts)
 
 
 def _surveyed(
@@ -166,7 +166,7 @@ def _groups(shards: Sequence[Path], pool: Pool) -> list[list[Path]]:
 
 
 def _gather(
-    shards: Sequence[Path], counts: Sequence[int], numbers: NDArray[np.int64], space: Space, pool: Pool
+    shards: Sequence[Path], counts: Sequence[int], numbers: NDArray[np.int64], space: Frame, pool: Pool
 ) -> NDArray[np.float32]:
     """The rows with these numbers, in this order."""
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -201,7 +201,7 @@ def _repaired(
     sizes: NDArray[np.int64],
     centroids: Centroids,
     groups: list[list[Path]],
-    space: Space,
+    space: Frame,
     pool: Pool,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Copies of sums (K, d) and sizes (K,) in which empty clusters have taken over far rows (see `fit`)."""

@@ -22,7 +22,7 @@ CACHE_BYTES = 8 << 30  # of projected rows that one worker keeps between iterati
 
 
 @dataclass(frozen=True)
-class Space:
+class Frame:
     """Where rows and centroids live: projected, minus `centre`, rows rounded to multiples of `grid`; `key` names all of that.
 
     Attributes:
@@ -38,7 +38,7 @@ class Space:
     key: str
 
     @classmethod
-    def of(cls, projection: Mapping[str, NDArray[Any]], centre: NDArray[np.float32], grid: float) -> Space:
+    def of(cls, projection: Mapping[str, NDArray[Any]], centre: NDArray[np.float32], grid: float) -> Frame:
         digest = hashlib.sha256(centre.tobytes() + np.float64(grid).tobytes())
         for name in sorted(projection):
             digest.update(name.encode() + np.asarray(projection[name]).tobytes())
@@ -53,7 +53,7 @@ class Centroids:
     digest: bytes
 
     @classmethod
-    def of(cls, values: NDArray[np.float32], space: Space) -> Centroids:
+    def of(cls, values: NDArray[np.float32], space: Frame) -> Centroids:
         return cls(values, hashlib.blake2b(space.key.encode() + values.tobytes(), digest_size=16).digest())
 
 
@@ -97,7 +97,7 @@ def search(centroids: NDArray[np.float32]) -> Search:
     return nearest
 
 
-def change(group: list[Path], shared: tuple[Space, Centroids, Centroids | None]) -> Change:
+def change(group: list[Path], shared: tuple[Frame, Centroids, Centroids | None]) -> Change:
     """Assigns the rows of some shards to the second centroids' nearest, compared with the third's (None: with nothing)."""
     space, centroids, before = shared
     labels_of = _remembering(centroids)
@@ -114,7 +114,7 @@ def change(group: list[Path], shared: tuple[Space, Centroids, Centroids | None])
 
 
 def farthest(
-    group: list[Path], shared: tuple[Space, Centroids, NDArray[np.int64], int]
+    group: list[Path], shared: tuple[Frame, Centroids, NDArray[np.int64], int]
 ) -> list[tuple[float, int, NDArray[np.float32]]]:
     """Per shard up to `wanted` distinct rows as (squared distance, label, row), the farthest from its centroid first.
 
@@ -139,7 +139,7 @@ def farthest(
     return found
 
 
-def pick(item: tuple[Path, NDArray[np.int64]], space: Space) -> NDArray[np.float32]:
+def pick(item: tuple[Path, NDArray[np.int64]], space: Frame) -> NDArray[np.float32]:
     """The rows of a shard with these numbers (m,): (m, d)."""
     shard, numbers = item
     return _rows(shard, space)[0][numbers]
@@ -180,7 +180,7 @@ def _shard_key(shard: Path) -> _ShardKey:
     return str(shard), stat.st_mtime_ns, stat.st_size
 
 
-def _rows(shard: Path, space: Space) -> tuple[NDArray[np.float32], float]:
+def _rows(shard: Path, space: Frame) -> tuple[NDArray[np.float32], float]:
     """The rows of a shard in `space` and their sum of squares, from memory if it has them; it holds one space at a time."""
     global _known_space
     key = _shard_key(shard)

@@ -21,9 +21,8 @@ from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import cause_of, end_process, nodes, workers_of
 from ktray.crew.ledger import Ledger
-from ktray.crew.roster import Roster
-from ktray.crew.roster import Worker as Entry
-from ktray.crew.worker import Worker
+from ktray.crew.roster import Roster, Worker
+from ktray.crew.worker import WorkerActor
 from ktray.stores import open_store
 
 POLL_SECONDS = 5.0
@@ -169,7 +168,7 @@ class Broker:
         alive = self._ledger.beat(worker, stage.key if stage else "", stage, attempt, progress, time.time())
         return {"die": not alive, "helpers": self._ledger.helpers(attempt) if attempt else []}
 
-    def _meet(self, who: Mapping[str, Any]) -> Entry | None:
+    def _meet(self, who: Mapping[str, Any]) -> Worker | None:
         self._wake()
         name = who["name"]
         if name in self._gone:
@@ -264,10 +263,10 @@ class Broker:
             self._roster.workers[worker].polling = False
             poll.set_result(order)
 
-    def _hire(self, worker: Entry) -> None:
+    def _hire(self, worker: Worker) -> None:
         charter, shape = self._charter, worker.shape
         handle = (
-            ray.remote(Worker)
+            ray.remote(WorkerActor)
             .options(
                 name=worker.name,
                 namespace=charter.namespace,
@@ -304,7 +303,7 @@ class Broker:
         self._ledger.gone(name, "worker died", why, time.time())
         self._turn()
 
-    def _kill(self, worker: Entry) -> None:
+    def _kill(self, worker: Worker) -> None:
         self._gone.add(worker.name)
         if worker.pid and worker.node == self._node:
             with suppress(ProcessLookupError):

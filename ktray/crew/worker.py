@@ -23,7 +23,7 @@ from ktray.pool import Means
 from ktray.stores import open_store
 
 
-class Worker:
+class WorkerActor:
     """One process. Its own threads do the work; the broker only ever calls `forever`, another worker only `help`."""
 
     def __init__(self, charter: Charter, name: str, shape: Shape) -> None:
