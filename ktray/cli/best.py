@@ -1,27 +1,36 @@
-"""The best pairs of a study; with --test judge them once on the test split."""
+"""The best pairs of a study; with --test judge the best one once on the test split."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ktray.cli.settings import Settings, count, settings
 
 HELP = "the best pairs, judged on test if asked"
+FILE = "test.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME", help="the study")
-    parser.add_argument("--top", type=count, default=10)
+    parser.add_argument("--top", type=count, default=None, help="so many pairs (default: 10; with --test the best one)")
     parser.add_argument("--pareto", action="store_true", help="only pairs that no other beats in every objective")
     parser.add_argument("--per", choices=["teacher", "student"], help="the best pair of each teacher or student")
-    parser.add_argument("--test", action="store_true", help="judge the winners on the test split, and keep the result")
+    parser.add_argument("--test", action="store_true", help="judge the winner on the test split, and keep the result")
+
+
+def shown(args: argparse.Namespace) -> int:
+    """How many pairs; on test one, unless more are asked for: each further one makes the split worth less."""
+    return int(args.top or (1 if args.test else 10))
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from ktray.cli.leaderboard import leaderboard, trial_answer
+    from ktray.cli.leaderboard import leaderboard, study_folder, trial_answer
     from ktray.pipeline import naming
     from ktray.search import ranking
     from ktray.search.study import read
@@ -33,19 +42,37 @@ def run(args: argparse.Namespace) -> int:
         name_of = {"teacher": naming.teacher_name, "student": naming.student_name}[args.per]
         trials = list({name_of(trial.pair): trial for trial in reversed(trials)}.values())[::-1]
         trials = [trial for trial in ranking.ranked(study.trials, study.objectives) if trial in trials]
-    trials = trials[: args.top]
+    trials = trials[: shown(args)]
     answers = [trial_answer(trial) for trial in trials]
-    text = leaderboard(study, options.home, args.top, trials)
+    text = leaderboard(study, options.home, shown(args), trials)
     if args.test:
         for answer, trial in zip(answers, trials, strict=True):
             answer["test"] = _judge_on_test(trial, args.name, options)
+        _keep(study_folder(options.home, args.name) / FILE, answers)
         text += "\n\n" + _test_table(answers)
     options.answer(answers, text)
     return 0
 
 
+def _keep(path: Path, answers: list[dict[str, Any]]) -> None:
+    """Note what the test split said of these trials, and when it was first asked: each look at it makes it worth less."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        known = {}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    for answer in answers:
+        trial = str(answer["trial"])
+        first = known.get(trial, {})
+        known[trial] = first if first.get("metrics") == answer["test"] else {"metrics": answer["test"], "when": now}
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
+    fresh.replace(path)
+
+
 def _judge_on_test(trial: Any, name: str, options: Settings) -> dict[str, float]:
     """Metrics on the test split; the evaluations are artifacts, so a winner is judged once and for all."""
+    from ktray.cli.run import means_here
     from ktray.crew.local import LocalCrew
     from ktray.pipeline import graph as graphs
     from ktray.pipeline import judge
@@ -53,13 +80,12 @@ def _judge_on_test(trial: Any, name: str, options: Settings) -> dict[str, float]
     from ktray.pipeline.execute import execute
     from ktray.pipeline.identity import data_identity
     from ktray.pipeline.references import on_test
-    from ktray.pool import Means
 
     pair = on_test(trial.pair)
     check_pair(pair, data_loader())
     graph = graphs.build(pair, data_identity(options.cache))
     store = options.open_store()
-    LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), f"test {name}")
+    LocalCrew(store, execute, means_here(options), lambda event: None).obtain(list(graph.stages), f"test {name}")
     artifacts = judge.finished(graph, store)
     assert artifacts is not None
     judged = judge.metrics(graph, artifacts)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, count, settings
 
 if TYPE_CHECKING:
+    from ktray.pool import Means
     from ktray.spec import PairSpec
 
 HELP = "run a pair or an experiment"
@@ -57,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def run_here(pairs: Mapping[str, PairSpec], options: Settings) -> list[Any]:
     """What each pair is worth, or the StageFailed that ended it; computed in this process."""
     from ktray.crew.local import LocalCrew
-    from ktray.crew.needs import load_runtime
     from ktray.pipeline.execute import execute
-    from ktray.pool import Means
 
     store = options.open_store()
 
@@ -67,9 +66,7 @@ def run_here(pairs: Mapping[str, PairSpec], options: Settings) -> list[Any]:
         if event["event"] == "published":
             options.tell(f"  {event['key']}  {event['seconds']:.1f} s")
 
-    limits = load_runtime(options.runtime)
-    means = Means(device=_device(), checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
-    crew = LocalCrew(store, execute, means, tell)
+    crew = LocalCrew(store, execute, means_here(options), tell)
     return [_run_pair(name, pair, crew, options) for name, pair in pairs.items()]
 
 
@@ -91,10 +88,16 @@ def run_on_ray(pairs: Mapping[str, PairSpec], address: str | None, concurrent: i
         runtime.stop(session)
 
 
-def _device() -> str:
+def means_here(options: Settings) -> Means:
+    """What stages may use in this process: its GPU if there is one, and the limits of the runtime file."""
     import torch
 
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
+    from ktray.crew.needs import load_runtime
+    from ktray.pool import Means
+
+    limits = load_runtime(options.runtime)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return Means(device=device, checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
 
 
 def _run_pair(name: str, pair: PairSpec, crew: Any, options: Settings) -> Any:

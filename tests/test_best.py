@@ -1,0 +1,30 @@
+"""What the test split said is kept with the study."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ktray.cli import best
+
+
+def test_a_verdict_of_the_test_split_is_kept_with_its_first_date(tmp_path: Path) -> None:
+    path = tmp_path / best.FILE
+    best._keep(path, [{"trial": 3, "test": {"knn/top1": 0.5}}])
+    kept = json.loads(path.read_text())
+    kept["3"]["when"] = "2026-01-01T00:00:00+00:00"
+    path.write_text(json.dumps(kept))
+    best._keep(path, [{"trial": 3, "test": {"knn/top1": 0.5}}, {"trial": 4, "test": {"knn/top1": 0.4}}])
+    again = json.loads(path.read_text())
+    assert again["3"] == kept["3"]
+    assert again["4"]["metrics"] == {"knn/top1": 0.4}
+    assert [each.name for each in tmp_path.iterdir()] == [best.FILE]
+
+
+def test_only_the_best_pair_is_judged_on_test_unless_more_are_asked_for() -> None:
+    parser = argparse.ArgumentParser()
+    best.add_arguments(parser)
+    assert best.shown(parser.parse_args(["toy"])) == 10
+    assert best.shown(parser.parse_args(["toy", "--test"])) == 1
+    assert best.shown(parser.parse_args(["toy", "--test", "--top", "3"])) == 3
