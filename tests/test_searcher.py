@@ -11,11 +11,11 @@ from ktray.artifact import Artifact
 from ktray.drivers.conductor import Conductor
 from ktray.drivers.simulate import _Mute, _VirtualStore
 from ktray.drivers.stopping import Stopping
-from ktray.drivers.tune import StudySearcher
+from ktray.drivers.tune import StudySearcher, _Tick
 from ktray.drivers.waiting import RELEASED
 from ktray.fingerprint import fingerprint
 from ktray.search.space import Space
-from ktray.search.study import Study
+from ktray.search.study import Study, read
 from tests.toy_space import toy_space
 
 
@@ -72,3 +72,10 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
     assert sessions == 2
     assert study.trials()[0].cost["marginal_seconds"] == 4.0
     assert study.trials()[0].metrics["cost/marginal_seconds"] == 4.0
+
+
+def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp_path: Path) -> None:
+    study = searcher.conductor.study
+    study._began -= 40
+    _Tick(study).on_step_end(1, [])
+    assert 40 <= read(tmp_path, "toy").spent < 60

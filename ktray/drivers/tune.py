@@ -17,6 +17,7 @@ from ktray.drivers.conductor import Conductor, Segment
 from ktray.drivers.stopping import Stopping, released
 from ktray.drivers.waiting import RELEASED, STOPPED, WaitForStages  # before Tune, whose settings it makes
 from ktray.errors import StoppedEarly
+from ktray.search.study import Study
 
 # isort: split
 from ray import tune
@@ -124,6 +125,20 @@ class StudySearcher(Searcher):
         """Nothing to restore."""
 
 
+class _Tick(tune.Callback):  # type: ignore[misc]
+    """Tells the study that time passes, from the thread that draws from it."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as for the searcher."""
+        return {}
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.study.tick()
+
+
 def run_search(
     conductor: Conductor, crew: Crew, ahead: deque[Segment], scratch: Path, stopping: Stopping
 ) -> StoppedEarly | None:
@@ -154,6 +169,7 @@ def run_search(
             name="search",
             storage_path=str(scratch),
             verbose=0,
+            callbacks=[_Tick(conductor.study)],
             # Tune does not retry a trial whose process died while idle between two trials, so all retries are ours.
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
