@@ -11,9 +11,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 
-from ktray import plugins
+from ktray import plugins, train
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, located, parts
@@ -227,5 +226,5 @@ def _layers(pair: PairSpec) -> None:
 
 @lru_cache(maxsize=256)
 def _layer_names(backbone: Any) -> tuple[str, ...]:
-    with torch.device("meta"):
-        return tuple(plugins.module_of("backbone", backbone).build(backbone).layers)
+    # Not on torch's meta device: its first random draw imports torch's compiler, which takes seconds.
+    return tuple(train.fresh(backbone, 0).layers)  # type: ignore[arg-type]
