@@ -1,0 +1,99 @@
+"""The verbs as Python functions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import ktray
+from ktray.errors import StageFailed, UserError
+from ktray.search.study import Study as Ledger
+from tests.searches import Home
+from tests.searches import toy_space as search_space
+from tests.toy_space import drive, toy_space
+from tests.toys import toy_pair, toy_spec
+
+
+def python(script: str) -> str:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_ktray_loads_nothing() -> None:
+    heavy = ["torch", "numpy", "ray", "optuna", "mlflow", "pydantic", "yaml"]
+    assert python(f"import ktray, sys; print([name for name in {heavy} if name in sys.modules])") == "[]"
+
+
+def test_a_name_that_ktray_lacks_is_an_attribute_error_and_its_verbs_are_listed() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'sarch'"):
+        ktray.sarch  # noqa: B018
+    assert {"run", "search", "load_student", "Study"} <= set(dir(ktray))
+
+
+def test_search_is_a_verb_whether_its_package_was_imported_before_or_not(tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    missing = tmp_path / "no.yaml"
+    for before in ("", "import ktray.search.study; "):
+        script = f"{before}import ktray\ntry: ktray.search({str(missing)!r}, home={str(tmp_path)!r})\n"
+        assert "there is no file" in python(f"{script}except Exception as error: print(error)")
+    assert cloudpickle.loads(cloudpickle.dumps(ktray.search)) is ktray.search
+
+
+def test_a_pair_runs_from_a_spec_from_plain_data_and_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(toy_spec()))
+    (first,) = ktray.run(toy_pair(), home=tmp_path, local=True, talk=0)
+    assert first["metrics"]["knn/top1"] > 0
+    for pair in (toy_spec(), path, str(path)):
+        (again,) = ktray.run(pair, home=tmp_path, local=True, talk=0)
+        assert again["keys"] == first["keys"]
+        assert again["computed"] == {}
+
+
+def test_what_is_wrong_with_a_pair_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Did you mean 'hog'"):
+        ktray.run(toy_spec(teacher={"descriptor": "hogg"}), home=tmp_path, local=True)
+    with pytest.raises(UserError, match=r"transfer\.k"):
+        ktray.run(toy_spec(transfer={"kind": "clusters", "k": 10_000}), home=tmp_path, local=True)
+    with pytest.raises(StageFailed, match="fewer than min_size"):
+        ktray.run(toy_spec(transfer={"kind": "clusters", "k": 5, "min_size": 200}), home=tmp_path, local=True, talk=0)
+
+
+def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) -> None:
+    with Ledger.open(tmp_path, toy_space(tmp_path)) as ledger:
+        drive(ledger)
+        ledger.close()
+    study = ktray.Study(tmp_path, "toy")
+    frame = study.to_frame()
+    assert set(frame["state"]) == {"completed", "pruned"}
+    assert len(frame) == len(study.history().trials)
+    best = study.best()
+    assert best[0]["trial"] == frame["linear_probe/top1"].idxmax()
+    assert frame.loc[best[0]["trial"], "params.transfer.k"] == best[0]["params"]["transfer.k"]
+    assert study.report(tmp_path / "toy.html").read_text().startswith("<!doctype html>")
+    assert study.best(1) == best[:1]
+    with pytest.raises(UserError, match="no study 'tui'"):
+        ktray.Study(tmp_path, "tui").best()
+
+
+@pytest.mark.slow
+def test_a_search_in_python_is_the_search_of_the_command(tmp_path: Path) -> None:
+    space = search_space(tmp_path, budget__trials=2)
+    script = f"""
+import ktray, torch
+study = ktray.search({str(space)!r}, home={str(tmp_path / "home")!r}, trials=2, talk=0)
+print(study.name, len(study.best()), len(study.export({str(tmp_path / "student")!r})))
+"""
+    assert python(script).split()[0] == "toy"
+    student = ktray.load_student(tmp_path / "student")
+    assert student(torch.zeros(2, 3, 28, 28)).shape == (2, student.feature_dim)
+    again: Any = Home(tmp_path / "home").run("search", space, "--trials", "2", "--json").answer
+    assert again["stages"]["computed"] == {}

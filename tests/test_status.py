@@ -1,0 +1,135 @@
+"""`ktray status`: what a study has come to, and what the search of it does now."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktray.drivers.status import FILE, noting, status
+from ktray.errors import UserError
+from ktray.search.study import Study
+from ktray.stores.file import FileStore
+from tests.toy_space import drive, toy_space
+
+KEY = "student-0123456789ab"
+CREW: dict[str, Any] = {
+    "workers": [{"name": "worker-1"}, {"name": "worker-2"}],
+    "running": [
+        {"key": KEY, "stage": "student", "worker": "worker-1", "node": "f" * 56, "since": 0.0, "helpers": []}
+        | {"progress": {"epoch": 3, "of": 9}, "silent_seconds": 0.5}
+    ],
+    "waiting": [
+        {"waiter": "trial 0", "key": KEY, "since": 0.0},
+        {"waiter": "trial 1", "key": "clusters-0123456789ab", "since": 0.0},
+    ],
+    "queued": ["clusters-0123456789ab"],
+    "computed": {"teacher": 1},
+    "reused": {},
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Any:
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as study:
+        yield study
+
+
+def asked(home: Path) -> tuple[dict[str, Any], str]:
+    return status(home, "toy", FileStore(home / "store"))
+
+
+def crew(silent: float = 0.5) -> dict[str, Any]:
+    running = {**CREW["running"][0], "since": time.time() - 30, "silent_seconds": silent}
+    return {**CREW, "running": [running]}
+
+
+def test_an_unknown_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no study 'toy'"):
+        asked(tmp_path)
+
+
+def test_a_study_that_nobody_searches_says_so_and_how_far_it_came(study: Study, tmp_path: Path) -> None:
+    drive(study, segments=3)
+    study.close()
+    (tmp_path / "studies/toy/driver.lock").write_text(f"process 999999999 on {socket.gethostname()}\n")
+    answer, text = asked(tmp_path)
+    assert not answer["running"]
+    assert answer["now"] is answer["eta_seconds"] is None
+    assert answer["trials"]["completed"] == 3
+    assert answer["best"]["objectives"]["linear_probe/top1"] > 0
+    assert "no search of it runs now; the same ktray search goes on from here" in text
+
+
+def test_a_finished_study_is_not_to_go_on(study: Study, tmp_path: Path) -> None:
+    drive(study)
+    study.close()
+    (tmp_path / "studies/toy/driver.lock").unlink()
+    assert asked(tmp_path)[1].splitlines()[1] == "no search of it runs now"
+
+
+def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path: Path) -> None:
+    study.next(), study.next()
+    shown: list[Any] = []
+    noting(tmp_path / "studies/toy", lambda events, status: shown.append(events))([{"n": 1}], crew())
+    answer, text = asked(tmp_path)
+    assert shown == [[{"n": 1}]]
+    assert answer["running"]
+    assert str(os.getpid()) in answer["by"]
+    assert [wait["state"] for wait in answer["now"]["waiting"]] == ["runs on worker-1", "queued"]
+    assert f"{KEY}  30 s on worker-1, node ffffffff  epoch 3 of 9" in text
+    assert f"trial 0 ({'rotation' if 'rotation' in text else 'hog'}" in text
+    assert "2 workers, 1 stages queued" in text
+    assert "NO PROGRESS" not in text
+    json.dumps(answer, allow_nan=False)
+
+
+def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path) -> None:
+    noting(tmp_path / "studies/toy", lambda events, status: None)([], crew(silent=300))
+    assert "NO PROGRESS for 5 min" in asked(tmp_path)[1]
+
+
+def test_what_an_earlier_search_noted_says_nothing_about_this_one(study: Study, tmp_path: Path) -> None:
+    noted = {"time": time.time(), "pid": 1, "crew": crew()}
+    (tmp_path / "studies/toy" / FILE).write_text(json.dumps(noted))
+    answer, text = asked(tmp_path)
+    assert answer["now"] is None
+    assert "it is starting" in text
+
+
+def test_a_half_written_or_old_note_breaks_nothing(study: Study, tmp_path: Path) -> None:
+    path = tmp_path / "studies/toy" / FILE
+    path.write_text('{"time": 1')
+    assert asked(tmp_path)[0]["now"] is None
+    path.write_text(json.dumps({"time": time.time() - 100, "pid": os.getpid(), "crew": crew()}))
+    assert "it has said nothing for 2 min" in asked(tmp_path)[1]
+
+
+def test_notes_are_written_every_two_seconds_at_most(tmp_path: Path) -> None:
+    note = noting(tmp_path, lambda events, status: None)
+    note([], crew())
+    first = (tmp_path / FILE).stat().st_mtime_ns
+    note([], crew())
+    assert (tmp_path / FILE).stat().st_mtime_ns == first
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_folder_that_cannot_be_written_stops_no_search(tmp_path: Path) -> None:
+    shown: list[Any] = []
+    noting(tmp_path / "gone", lambda events, status: shown.append(status))([], crew())
+    assert len(shown) == 1
+
+
+def test_time_left_follows_the_pace_of_the_trials_so_far(tmp_path: Path) -> None:
+    now = [0.0]
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None), clock=lambda: now[0]) as study:
+        now[0] = 60.0
+        drive(study, segments=2)
+        answer, text = asked(tmp_path)
+    assert answer["eta_seconds"] == 120.0
+    assert "about 2 min left" in text
