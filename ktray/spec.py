@@ -57,7 +57,7 @@ def _plain_types(model: type[BaseModel], name: str) -> frozenset[type]:
     if any(isinstance(each, BeforeValidator) for each in field.metadata):  # it reads text of its own, such as 30m
         return frozenset()
     types = frozenset(_leaves(field.annotation))
-    return types if types <= {int, float, bool, type(None)} else frozenset()
+    return types if types <= {int, float, bool, type(None)} and types & {int, float, bool} else frozenset()
 
 
 def _leaves(annotation: Any) -> set[Any]:
