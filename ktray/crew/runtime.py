@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -213,16 +214,19 @@ def _has_token() -> bool:
 
 @contextmanager
 def _sigterm_stays_ours() -> Iterator[None]:
-    """Who handles SIGTERM goes on doing so: Ray would take it, and end this process in the middle of whatever it does."""
+    """Who handles SIGTERM goes on doing so: Ray would take it, in Python to exit wherever we are, in C++ to print a stack."""
     from ray._private import utils
 
-    takes = utils.set_sigterm_handler
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    takes, handler = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    ours = handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if ours:
         utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = takes
+        if ours:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _to_file(log: Path) -> None:

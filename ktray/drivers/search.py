@@ -12,7 +12,7 @@ from ktray.drivers import references
 from ktray.drivers.conductor import Conductor
 from ktray.drivers.status import noting
 from ktray.drivers.stopping import Stopping, hear_again
-from ktray.errors import StageFailed, StoppedEarly
+from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.pipeline.check import data_loader
 from ktray.pipeline.graph import Graph
 from ktray.pipeline.identity import data_identity
@@ -175,6 +175,10 @@ def search(
             done = not outcome.interrupted and not outcome.stopped
         except StoppedEarly as stop:
             outcome.stopped = stop
+        except PreflightFailed:  # a signal to the whole process group also ends a Ray that is just starting
+            if not stopping.is_set():
+                raise
+            outcome.interrupted = True
         finally:
             _end(conductor, crew, before, place.home / "studies" / name, done)
         after = set(place.store.keys())
