@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.cli.settings import Settings, count, settings
 
 if TYPE_CHECKING:
+    from ktray.drivers.stopping import Stopping
+    from ktray.pipeline.graph import Graph
     from ktray.pool import Means
     from ktray.spec import PairSpec
 
+TIDY_SECONDS = 3.0
 HELP = "run a pair or an experiment"
 
 
@@ -31,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from ktray.cli.plan import check_pairs
+    from ktray.cli.search import stop_on_signals
     from ktray.cli.source import load_pairs
+    from ktray.drivers.stopping import Stopping
     from ktray.errors import StageFailed, UserError
     from ktray.pipeline.check import data_loader
     from ktray.pipeline.judge import left_out
@@ -44,7 +50,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"there is no pair {sorted(unknown)[0]!r}", instead=f"Known: {', '.join(pairs)}.")
         pairs = {name: pairs[name] for name in args.only}
     check_pairs(pairs, data_loader(), args.source)
-    results = run_here(pairs, options) if args.local else run_on_ray(pairs, args.address, args.concurrent, options)
+    stopping = Stopping()
+    with stop_on_signals(stopping, options):
+        if args.local:
+            results = run_here(pairs, options)
+        else:
+            results = run_on_ray(pairs, args.address, args.concurrent, options, stopping)
     good = [result for result in results if not isinstance(result, StageFailed)]
     options.answer(good, _table(good) if good else "no pair came to its end")
     for line in left_out((key for result in good for key in _keys(result)), options.open_store()):
@@ -67,25 +78,70 @@ def run_here(pairs: Mapping[str, PairSpec], options: Settings) -> list[Any]:
             options.tell(f"  {event['key']}  {event['seconds']:.1f} s")
 
     crew = LocalCrew(store, execute, means_here(options), tell)
-    return [_run_pair(name, pair, crew, options) for name, pair in pairs.items()]
+    return [_run_pair(name, graph, crew, options) for name, graph in _graphs(pairs, options).items()]
 
 
-def run_on_ray(pairs: Mapping[str, PairSpec], address: str | None, concurrent: int, options: Settings) -> list[Any]:
-    """The same on Ray, `concurrent` pairs at a time; None as `address` starts one on this machine."""
+def run_on_ray(
+    pairs: Mapping[str, PairSpec], address: str | None, concurrent: int, options: Settings, stopping: Stopping | None = None
+) -> list[Any]:
+    """The same on Ray, `concurrent` pairs at a time; None as `address` starts one on this machine.
+
+    Raises:
+        KeyboardInterrupt: `stopping` was wished; nothing of it runs any more.
+        PreflightFailed: Ray does not start, or its nodes do not see the store.
+    """
     from ktray.crew import client, runtime
+    from ktray.drivers.preflight import preflight
+    from ktray.drivers.stopping import Stopping, hear_again
     from ktray.pipeline.execute import execute
 
+    graphs = _graphs(pairs, options)
+    stopping = stopping or Stopping()
+    stopping.orderly = True
     session = runtime.start(options.home, address, runtime.load_runtime(options.runtime))
+    hear_again()
     for warning in session.warnings:
         options.tell(f"ktray: {warning}")
     options.tell(f"ktray: Ray's own messages go to {session.log}")
     try:
+        preflight(options.open_store())
         crew = client.connect(session, options.store_url, execute)
-        with ThreadPoolExecutor(max_workers=concurrent) as threads:
-            futures = [threads.submit(_run_pair, name, pair, crew, options) for name, pair in pairs.items()]
-            return [future.result() for future in futures]
+        return _together(graphs, concurrent, crew, options, stopping)
     finally:
         runtime.stop(session)
+        hear_again()
+
+
+def _together(graphs: Mapping[str, Graph], concurrent: int, crew: Any, options: Settings, stopping: Stopping) -> list[Any]:
+    """The results of all pairs, `concurrent` at a time; no thread goes on after an interruption."""
+    from ktray.drivers.stopping import EVERY, released
+
+    over = threading.Event()
+    threads = ThreadPoolExecutor(max_workers=concurrent)
+    with released(crew, lambda: map(_waiter, graphs), over.is_set):  # in a thread: a broker that is dying may never answer
+        futures = [threads.submit(_run_pair, name, graph, crew, options) for name, graph in graphs.items()]
+        try:
+            while wait(futures, timeout=EVERY).not_done:
+                if stopping.is_set():
+                    raise KeyboardInterrupt
+            return [future.result() for future in futures]
+        finally:
+            over.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            wait([future for future in futures if not future.cancelled()], timeout=TIDY_SECONDS)
+
+
+def _waiter(name: str) -> str:
+    return f"run {name}"
+
+
+def _graphs(pairs: Mapping[str, PairSpec], options: Settings) -> dict[str, Graph]:
+    """What each pair needs; the data are hashed here, where Ctrl-C is heard at once."""
+    from ktray.pipeline import graph
+    from ktray.pipeline.identity import data_identity
+
+    identity = data_identity(options.cache)
+    return {name: graph.build(pair, identity) for name, pair in pairs.items()}
 
 
 def means_here(options: Settings) -> Means:
@@ -100,17 +156,14 @@ def means_here(options: Settings) -> Means:
     return Means(device=device, checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
 
 
-def _run_pair(name: str, pair: PairSpec, crew: Any, options: Settings) -> Any:
+def _run_pair(name: str, graph: Graph, crew: Any, options: Settings) -> Any:
     """One pair's result, or the StageFailed that ended it."""
     from ktray.errors import StageFailed
-    from ktray.pipeline import graph as graphs
     from ktray.pipeline import judge
-    from ktray.pipeline.identity import data_identity
 
     began = time.perf_counter()
-    graph = graphs.build(pair, data_identity(options.cache))
     try:
-        outcomes = crew.obtain(list(graph.stages), f"run {name}")
+        outcomes = crew.obtain(list(graph.stages), _waiter(name))
     except StageFailed as failure:
         return failure
     artifacts = judge.finished(graph, options.open_store())
