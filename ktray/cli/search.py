@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,10 +75,16 @@ def stop_on_signals(stopping: Stopping, options: Settings) -> Iterator[None]:
             options.tell("ktray: stopping; once more ends at once")
         stopping.wish()
 
+    def ignored(error: sys.UnraisableHookArgs) -> None:
+        if error.exc_type is not KeyboardInterrupt:  # raised where Python goes on: `Stopping.heed` raises it again
+            hook(error)
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

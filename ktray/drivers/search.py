@@ -99,6 +99,7 @@ class _Crew:
 
         if self._crew is None:
             given = runtime.load_runtime(self.place.runtime)
+            self.stopping.heed()
             self.stopping.orderly = True
             self._session = runtime.start(self.place.home, self.place.address, given)
             hear_again()

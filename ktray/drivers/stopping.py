@@ -53,6 +53,15 @@ def hear_again() -> None:
         if handler is not None:
             signal.signal(number, handler)
 
+    def heed(self) -> None:
+        """Before something is begun: raise what a wish has raised where Python could only ignore it, as in a callback.
+
+        Raises:
+            KeyboardInterrupt: there was a wish.
+        """
+        if self._wished.is_set():
+            raise KeyboardInterrupt
+
 
 @contextmanager
 def released(crew: Crew, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]) -> Iterator[None]:
