@@ -39,6 +39,29 @@ class Stopping:
         if again or not self.orderly:
             raise KeyboardInterrupt
 
+    def heed(self) -> None:
+        """Before something is begun: raise what a wish has raised where Python could only ignore it, as in a callback.
+
+        Raises:
+            KeyboardInterrupt: there was a wish.
+        """
+        if self._wished.is_set():
+            raise KeyboardInterrupt
+
+
+def hear_again() -> None:
+    """Put Python's handlers back in the operating system; in the main thread, where there are any.
+
+    Ray installs one of its own below Python's when it starts, which writes a stack trace on the terminal, and the default one
+    when it ends, which kills the process in the middle of what it tidies up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)
+
 
 @contextmanager
 def released(crew: Crew, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]) -> Iterator[None]:
