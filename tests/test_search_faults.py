@@ -6,11 +6,15 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from ktray.cli.search import stop_on_signals
+from ktray.cli.settings import Settings
+from ktray.drivers.stopping import Stopping
 from tests.searches import Home, toy_space, until
 from tests.toys import HOG, ROTATION
 
@@ -92,6 +96,21 @@ def test_signals_while_it_starts_end_it_and_the_same_command_goes_on(home: Home,
     again = home.run("search", space)
     assert again.code == 0, again.err
     assert_whole(home)
+
+
+def test_an_orderly_end_that_takes_too_long_is_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("ktray.cli.search.LONGEST_END", 0.05)
+    stopping, forced = Stopping(), threading.Event()
+    stopping.orderly = True
+    options = Settings(tmp_path, "", None, None, json=False, talks=0)
+    with stop_on_signals(stopping, options, forced.set):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert forced.wait(5)
+        with pytest.raises(KeyboardInterrupt):  # the second time at once
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    with pytest.raises(KeyboardInterrupt):
+        stopping.heed()
 
 
 @pytest.mark.slow

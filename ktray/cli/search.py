@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, count, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ktray.drivers.search import Outcome
     from ktray.drivers.stopping import Stopping
 
+LONGEST_END = 8.0  # seconds from Ctrl-C to the end
 HELP = "search a space; the same command resumes"
 
 
@@ -38,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = settings(args)
     stopping = Stopping()
-    with stop_on_signals(stopping, options):
+    with stop_on_signals(stopping, options, lambda: _end_at_once(args, options)):
         outcome, uri = search(args, options, stopping)
         return _finish(outcome, uri, args, options)
 
@@ -67,10 +70,18 @@ def search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> t
 
 
 @contextmanager
-def stop_on_signals(stopping: Stopping, options: Settings) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the search: in order where processes run, the second time at once."""
+def stop_on_signals(stopping: Stopping, options: Settings, force: Callable[[], None] | None = None) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the search: in order where processes run, the second time at once.
+
+    Args:
+        force: called, in a thread, if that takes too long. A signal in the middle of an import may leave its lock taken.
+    """
+    timer = threading.Timer(LONGEST_END, force or (lambda: None))
+    timer.daemon = True
 
     def stop(number: int, frame: Any) -> None:
+        if not stopping.is_set():
+            timer.start()
         if stopping.orderly and not stopping.is_set():
             options.tell("ktray: stopping; once more ends at once")
         stopping.wish()
@@ -84,9 +95,19 @@ def stop_on_signals(stopping: Stopping, options: Settings) -> Iterator[None]:
     try:
         yield
     finally:
+        timer.cancel()
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_at_once(args: argparse.Namespace, options: Settings) -> None:
+    """Leave as kill -9 would, which costs nothing that was published; Ray's processes notice."""
+    from ktray.cli import INTERRUPTED
+
+    cursor = "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
+    options.blame(f"{cursor}ktray: interrupted; resume with: {args.command}")
+    os._exit(INTERRUPTED)
 
 
 def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Settings) -> int:
