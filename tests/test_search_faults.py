@@ -104,11 +104,10 @@ def test_an_orderly_end_that_takes_too_long_is_forced(monkeypatch: pytest.Monkey
     stopping.orderly = True
     options = Settings(tmp_path, "", None, None, json=False, talks=0)
     with stop_on_signals(stopping, options, forced.set):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert forced.wait(5)
         with pytest.raises(KeyboardInterrupt):  # the second time at once
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         stopping.heed()
 
@@ -189,7 +188,7 @@ def test_a_stage_that_raises_fails_the_trials_that_need_it_names_the_cause_once_
     space = toy_space(
         tmp_path,
         pair__teacher=HOG,
-        pair__transfer={"kind": "clusters", "k": 5, "iterations": 5, "min_size": {"choice": [2, 300]}},  # of 270 images
+        pair__transfer={"kind": "clusters", "k": 5, "iterations": 5, "min_size": {"choice": [2, 200]}},  # of 270 images
         pair__student__schedule={"epochs": 4, "lr": {"choice": [0.01, 0.02]}, "batch_size": 32},
         start_with=[],
         budget={"trials": 10, "concurrent": 2},
@@ -201,7 +200,7 @@ def test_a_stage_that_raises_fails_the_trials_that_need_it_names_the_cause_once_
     assert "the space is exhausted" in ended.out
     failed = [trial for trial in trials if trial.state == "failed"]
     assert len(failed) == 2
-    assert {trial.params["transfer.min_size"] for trial in failed} == {300}
+    assert {trial.params["transfer.min_size"] for trial in failed} == {200}
     assert ended.err.count("ValueError") == 1
     assert all("pseudo_labels-" in str(trial.cause) and "ValueError" in str(trial.cause) for trial in failed)
     statuses = {run.data.tags["ktray.trial"]: run.info.status for run in home.runs() if "ktray.trial" in run.data.tags}
@@ -210,7 +209,7 @@ def test_a_stage_that_raises_fails_the_trials_that_need_it_names_the_cause_once_
 
 @pytest.mark.slow
 def test_ten_failures_in_a_row_stop_the_search_with_exit_5(home: Home, tmp_path: Path) -> None:
-    transfer = {"kind": "clusters", "k": {"choice": list(range(2, 40))}, "iterations": 2, "min_size": 300}
+    transfer = {"kind": "clusters", "k": {"choice": list(range(5, 40))}, "iterations": 2, "min_size": 200}
     space = toy_space(
         tmp_path, pair__teacher=HOG, pair__transfer=transfer, start_with=[], budget={"trials": 30, "concurrent": 2}
     )
