@@ -67,9 +67,3 @@ def crew(ray_home: Any, toy_store: Path) -> Iterator[Any]:
     founder = Founder(ray_home)
     yield founder(toy_store)
     founder.end()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share the one Ray run last and together: a driver that stays connected while others start theirs may die."""
-    shared = {"ray_home", "crew", "found_crew"}
-    items.sort(key=lambda item: bool(shared & set(getattr(item, "fixturenames", ()))))

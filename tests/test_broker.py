@@ -22,7 +22,8 @@ from toy_work import toy, work
 
 from ktray.crew.client import Crew, Released, connect
 from ktray.crew.needs import Runtime
-from ktray.errors import StageFailed, StoppedEarly
+from ktray.crew.runtime import start
+from ktray.errors import StageFailed, StoppedEarly, UserError
 from ktray.stores.file import FileStore
 
 
@@ -231,6 +232,17 @@ def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> 
         f"the home {ray_home.home} is in use by the process {os.getpid()}. "
         "Wait for it, stop it, or give another home with --home."
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "said"), [(None, "connected to Ray already"), ("127.0.0.1:1", "nothing answers at 127.0.0.1:1")]
+)
+def test_a_session_that_cannot_begin_leaves_the_one_that_runs_alone(
+    crew: Crew, tmp_path: Path, address: str | None, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        start(tmp_path, address, Runtime())
+    assert [outcome["state"] for outcome in crew.obtain([toy("after", {"address": str(address)})], "trial")] == ["computed"]
 
 
 def test_an_empty_stage_costs_little(crew: Crew) -> None:

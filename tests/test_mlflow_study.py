@@ -20,8 +20,6 @@ from tests.searches import Home
 from tests.toy_space import toy_space
 from tests.trackers import client, history, runs_of, session
 
-pytestmark = pytest.mark.slow  # a real search each: by hand or nightly
-
 
 @dataclass(frozen=True)
 class Searched:

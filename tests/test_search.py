@@ -11,8 +11,6 @@ import pytest
 
 from tests.searches import Ended, Home, toy_space
 
-pytestmark = pytest.mark.slow  # a real search each: by hand or nightly
-
 STAGES = {"images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation"}
 
 

@@ -18,8 +18,6 @@ from ktray.drivers.stopping import Stopping
 from tests.searches import Home, toy_space, until
 from tests.toys import HOG, ROTATION
 
-pytestmark = pytest.mark.slow  # a real search each: by hand or nightly
-
 # Long enough that a signal meets it.
 SLOW = {
     "hog": HOG,

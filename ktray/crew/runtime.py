@@ -50,6 +50,7 @@ class Session:
         log: file with what Ray says.
         warnings: sentences for the user.
         crews: `end` functions of what was founded in this session, called by `stop`.
+        connected: whether this process's one connection to Ray is this session's, so that `stop` ends no other's.
     """
 
     home: Path
@@ -61,6 +62,7 @@ class Session:
     crews: list[Callable[[], None]] = field(default_factory=list)
     lock: Lock | None = None
     temporary: Path | None = None
+    connected: bool = False
 
 
 def start(home: Path, address: str | None, runtime: Runtime) -> Session:
@@ -69,7 +71,8 @@ def start(home: Path, address: str | None, runtime: Runtime) -> Session:
     Ray's own messages go to a file, never to the terminal.
 
     Raises:
-        UserError: another process uses this home, or there is no cluster at `address`, or it refuses our token.
+        UserError: another process uses this home, or this one is connected to Ray already, or there is no cluster at
+            `address`, or it refuses our token.
         PreflightFailed: Ray does not start.
     """
     home = home.absolute()
@@ -98,12 +101,15 @@ def stop(session: Session) -> None:
     """End what this session started: all of its processes on our own Ray, our actors on a foreign cluster."""
     import ray
 
-    atexit.unregister(stop)
     for end in session.crews:
         end()
     session.crews.clear()
-    processes = _own_processes() if session.address is None and ray.is_initialized() else []
-    ray.shutdown()
+    processes: list[psutil.Process] = []
+    if session.connected:
+        atexit.unregister(stop)
+        processes = _own_processes() if session.address is None else []
+        ray.shutdown()
+        session.connected = False
     _, alive = psutil.wait_procs(processes, timeout=3)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
@@ -120,6 +126,7 @@ def _start_own(session: Session) -> None:
     import ray
     from ray._private import ray_constants
 
+    _claim_connection(session)
     _remove_leftovers(session.home)
     # Unix sockets live below this folder and their paths may have 107 bytes.
     root = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
@@ -153,6 +160,7 @@ def _connect(session: Session, address: str) -> None:
     import ray
 
     _refuse_unreachable(address)
+    _claim_connection(session)
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
         _use_token()
     try:
@@ -172,6 +180,18 @@ def _connect(session: Session, address: str) -> None:
             f"The cluster at {address} has no token authentication: everybody who reaches it can run code there. "
             "Start it with RAY_AUTH_MODE=token."
         )
+
+
+def _claim_connection(session: Session) -> None:
+    """A process has one connection to Ray; whatever Ray starts from here on, also if it fails midway, `stop` ends."""
+    import ray
+
+    if ray.is_initialized():
+        raise UserError(
+            "this process is connected to Ray already, and a process has only one connection",
+            instead="Call ray.shutdown() first, or search in a process of its own.",
+        )
+    session.connected = True
 
 
 def _refuse_unreachable(address: str) -> None:
