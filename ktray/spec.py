@@ -152,6 +152,9 @@ class Schedule(Spec):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of products and convolutions; weights stay float32. bfloat16 is for GPUs"
+    )
 
     @model_validator(mode="after")
     def _only_what_the_kind_has(self) -> Schedule:

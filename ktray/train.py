@@ -142,8 +142,9 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = task.batch(pixels, indices, generator)
-        outputs = task.forward(model, inputs) if task.forward else head(backbone(inputs))
-        loss, metrics = task.loss(outputs, targets)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
+            outputs = task.forward(model, inputs) if task.forward else head(backbone(inputs))
+            loss, metrics = task.loss(outputs, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -48,7 +48,9 @@ def blobs(count: int, seed: int = 0, classes: int = 4, width: int = 12, spread: 
     return rows.astype(np.float32), labels.astype(np.int64)
 
 
-def judge(kind: str, tmp_path: Path, train, judged, train_labels=None, judged_labels=None, pseudo_labels=None, **fields):
+def judge(
+    kind: str, tmp_path: Path, train, judged, train_labels=None, judged_labels=None, pseudo_labels=None, device="cpu", **fields
+):
     """The metrics of an evaluation whose features are the given arrays."""
     module = plugins.module("evaluation", kind)
     of_train, of_judged = images(len(train), train_labels), images(len(judged), judged_labels)
@@ -60,6 +62,7 @@ def judge(kind: str, tmp_path: Path, train, judged, train_labels=None, judged_la
         judged=of_judged,
         pseudo_labels=pseudo_labels,
         out=tmp_path,
+        device=device,
     )
 
 
@@ -140,6 +143,7 @@ def test_the_confusion_plot_names_the_classes(tmp_path):
         judged=images(50, truth, names),
         pseudo_labels=None,
         out=tmp_path,
+        device="cpu",
     )
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
@@ -334,3 +338,12 @@ def test_an_evaluation_leaves_the_features_as_they_were(kind, tmp_path):
     rows.setflags(write=False)
     others.setflags(write=False)
     judge(kind, tmp_path, rows, others, labels, truth, pseudo_labels=labels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["linear_probe", "knn", "effective_rank"])
+def test_a_gpu_judges_as_the_cpu_does(kind, tmp_path):
+    (rows, labels), (others, truth) = blobs(3000), blobs(500, seed=1)
+    on_cpu = judge(kind, tmp_path, rows, others, labels, truth)
+    on_gpu = judge(kind, tmp_path, rows, others, labels, truth, device="cuda:0")
+    assert on_gpu == pytest.approx(on_cpu, rel=5e-3)

@@ -52,6 +52,7 @@ def evaluate(
     judged: Images,
     pseudo_labels: NDArray[np.int64] | None,
     out: Path,
+    device: str,
 ) -> dict[str, float]:
     """`top1` in [0, 1] and `loss` (mean cross-entropy in nats, without the penalty) of the probe on `judged`.
 
@@ -66,8 +67,9 @@ def evaluate(
     dtype = getattr(torch, spec.precision)
     rows = features(train)
     mean, scale = moments(rows)
-    weight, bias = fit(standardise(rows, mean, scale, dtype), train.labels, classes, l2=spec.l2, iterations=spec.iterations)
-    scores = standardise(features(judged), mean, scale, dtype) @ weight + bias
+    learnt = standardise(rows, mean, scale, dtype).to(device)
+    weight, bias = fit(learnt, train.labels, classes, l2=spec.l2, iterations=spec.iterations)
+    scores = (standardise(features(judged), mean, scale, dtype).to(device) @ weight + bias).cpu()
     truth = torch.from_numpy(judged.labels)
     loss = float(torch.nn.functional.cross_entropy(scores.double(), truth))
     if not np.isfinite(loss):
@@ -106,7 +108,7 @@ def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, ite
     is, with a warning.
 
     Args:
-        rows: (N, D), standardised; the products are computed in its dtype, the loss in float64.
+        rows: (N, D), standardised; the products are computed in its dtype and on its device, the loss in float64.
         labels: (N,) in [0, classes).
     """
     from scipy.optimize import minimize
@@ -115,21 +117,21 @@ def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, ite
     answer = minimize(
         _loss_and_gradient,
         np.zeros((width + 1) * classes),
-        args=(rows, torch.from_numpy(labels), classes, l2),
+        args=(rows, torch.from_numpy(labels).to(rows.device), classes, l2),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": iterations, "maxfun": 4 * iterations, "ftol": 1e-10, "gtol": 1e-6},
     )
     if answer.nit >= iterations:
         log.warning("a linear probe used all its %d iterations before it converged", iterations)
-    matrix = torch.from_numpy(answer.x).view(width + 1, classes).to(rows.dtype)
+    matrix = torch.from_numpy(answer.x).view(width + 1, classes).to(rows)
     return matrix[:-1], matrix[-1]
 
 
 def _loss_and_gradient(
     flat: NDArray[np.float64], rows: Tensor, labels: Tensor, classes: int, l2: float
 ) -> tuple[float, NDArray[np.float64]]:
-    exact = torch.from_numpy(flat).view(-1, classes)
+    exact = torch.from_numpy(flat).view(-1, classes).to(rows.device)
     matrix = exact.to(rows.dtype)
     loss, gradient = 0.0, torch.zeros_like(exact)
     for start in range(0, len(rows), BLOCK):
@@ -142,7 +144,7 @@ def _loss_and_gradient(
         gradient[-1] += error.sum(0)
     gradient /= len(rows)
     gradient[:-1] += l2 * exact[:-1]
-    return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.numpy().ravel()
+    return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.cpu().numpy().ravel()
 
 
 def _draw_confusion(judged: Images, predicted: NDArray[np.int64], classes: int, path: Path) -> None:

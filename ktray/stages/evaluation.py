@@ -35,6 +35,7 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
         judged=judged,
         pseudo_labels=pseudo_labels,
         out=out,
+        device=means.device,
     )
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
     return metrics
