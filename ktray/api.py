@@ -79,8 +79,12 @@ class Study:
 
         return write_report(self.name, self.home, _settings(self.home, 0).open_store(), Path(path))
 
-    def export(self, directory: str | Path, trial: int | None = None) -> list[Path]:
+    def export(
+        self, directory: str | Path, trial: int | None = None, form: Literal["safetensors", "pt2", "onnx"] = "safetensors"
+    ) -> list[Path]:
         """Write a trial's student (None: that of the best one) into a new folder; `load_student` reads it.
+
+        "pt2" and "onnx" add the same network as a program.
 
         Raises:
             UserError: no such study or completed trial, or the folder is occupied.
@@ -88,7 +92,7 @@ class Study:
         from ktray.cli.export import write_student
 
         number = "" if trial is None else str(trial)
-        return write_student(self.home, _settings(self.home, 0).open_store(), self.name, number, Path(directory), "none")
+        return write_student(self.home, _settings(self.home, 0).open_store(), self.name, number, Path(directory), "none", form)
 
 
 def search(

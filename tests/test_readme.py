@@ -1,6 +1,6 @@
 """The README says what is true: its commands parse, its examples run, its tree is the tree.
 
-`python tests/test_readme.py` rewrites the tree.
+`python -m tests.test_readme` rewrites the tree.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def blocks(language: str) -> list[str]:
 def test_the_tree_names_every_file_with_its_own_first_line():
     found = TREE.search(README.read_text(encoding="utf-8"))
     assert found
-    assert found.group(2) == tree(), "run: python tests/test_readme.py"
+    assert found.group(2) == tree(), "run: python -m tests.test_readme"
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ktray ")])
