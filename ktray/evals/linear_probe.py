@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from ktray import fingerprint
 from ktray import spec as specs
 from ktray.images import Images
 
@@ -42,6 +43,8 @@ class Spec(specs.Spec):
     l2: float = Field(default=1e-4, gt=0, description="penalty on the squared weights, beside the mean loss")
     iterations: int = Field(default=300, ge=1, description="L-BFGS stops here if it has not converged before")
     precision: Literal["float32", "float64"] = "float32"
+    per_class: int | None = Field(default=None, ge=1, description="labels used of each class, drawn by `seed`; null: all")
+    seed: specs.Seed = 0
 
 
 def evaluate(
@@ -66,9 +69,10 @@ def evaluate(
     classes = 1 + max(int(train.labels.max()), int(judged.labels.max()), len(train.classes) - 1)
     dtype = getattr(torch, spec.precision)
     rows = features(train)
-    mean, scale = moments(rows)
-    learnt = standardise(rows, mean, scale, dtype).to(device)
-    weight, bias = fit(learnt, train.labels, classes, l2=spec.l2, iterations=spec.iterations)
+    known = few(train.labels, spec.per_class, spec.seed)
+    mean, scale = moments(rows)  # of all images: only labels are few
+    learnt = standardise(rows[known], mean, scale, dtype).to(device)
+    weight, bias = fit(learnt, train.labels[known], classes, l2=spec.l2, iterations=spec.iterations)
     scores = (standardise(features(judged), mean, scale, dtype).to(device) @ weight + bias).cpu()
     truth = torch.from_numpy(judged.labels)
     loss = float(torch.nn.functional.cross_entropy(scores.double(), truth))
@@ -77,6 +81,16 @@ def evaluate(
     predicted = scores.argmax(1)
     _draw_confusion(judged, predicted.numpy(), classes, out / "confusion.png")
     return {"top1": float((predicted == truth).double().mean()), "loss": loss}
+
+
+def few(labels: NDArray[np.int64], per_class: int | None, seed: int) -> NDArray[np.int64]:
+    """Ascending indices (n,) of `per_class` images of each class, of all images if that is None or a class has no more.
+
+    A larger number contains the images of a smaller one.
+    """
+    order = np.random.default_rng(fingerprint.seed_of(seed, "labels", len(labels))).permutation(len(labels))
+    kept = [order[labels[order] == name][:per_class] for name in np.unique(labels)]
+    return np.sort(np.concatenate(kept))
 
 
 def moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
