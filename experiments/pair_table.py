@@ -2,7 +2,7 @@
 
 Question: what are all pairs of a small space worth on CIFAR-10, at every rung, and what does each of their stages cost?
 Command:  KTRAY_DATA=/data ktray run experiments/pair_table.py --concurrent 24, on a GPU; then
-          python experiments/tables/pair_table.py HOME experiments/tables/cifar10_pairs.parquet
+          python -m experiments.tables.pair_table HOME experiments/tables/cifar10_pairs.parquet
 Cost:     see the table's own columns of seconds.
 Result:   `experiments/tables/cifar10_pairs.parquet`, one row per pair; `experiments/tables/README.md` says what it shows.
 

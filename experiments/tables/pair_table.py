@@ -1,6 +1,6 @@
 """Lay down what a home's store knows of `experiments/pair_table.py` as one small parquet file.
 
-    python experiments/tables/pair_table.py HOME OUT.parquet
+    python -m experiments.tables.pair_table HOME OUT.parquet
 
 One row per pair that is whole (its students at all rungs and all evaluations), with what a search would see and pay:
 
