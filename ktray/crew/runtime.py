@@ -165,7 +165,8 @@ def _connect(session: Session, address: str) -> None:
         _use_token()
     try:
         # Nodes have ktray installed, but not what the user wrote beside the space: Ray takes it there.
-        ray.init(address=address, runtime_env={"env_vars": environment(), "py_modules": plugin_places()}, **_quiet())
+        shipped = {"py_modules": places} if (places := plugin_places()) else {}
+        ray.init(address=address, runtime_env={"env_vars": environment(), **shipped}, **_quiet())
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"the cluster at {address} refuses our token", "--address", "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
