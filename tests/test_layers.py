@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 
 import pytest
@@ -49,6 +51,7 @@ DESKS = {  # library -> parts of the package that may import it
     "triton": {"kmeans", "lloyd"},
 }
 SLOW_TO_IMPORT = {"torchvision", "sklearn", "skimage", "pyarrow", "matplotlib", "pandas", "timm", "mlflow"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_IN_MODULE_NAMES = {
     *("util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"),
@@ -227,6 +230,15 @@ def test_tests_and_experiments_are_short_too():
 
 def test_half_of_the_files_have_at_most_120_lines():
     assert statistics.median(module.lines for module in PACKAGE) <= 120
+
+
+def test_a_library_is_declared_if_and_only_if_it_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["timm"]]
+    declared = {re.split(r"[^\w-]", line)[0] for line in needed}
+    found = {origin.split(".")[0] for module in PACKAGE for origin, _ in imports(module)}
+    used = {DISTRIBUTIONS.get(name, name) for name in found - {"ktray", *sys.stdlib_module_names}}
+    assert used == declared
 
 
 def test_the_words_load_without_the_heavy_libraries():
