@@ -25,6 +25,10 @@ ROOMS = {
     "transfer": "transfer",
     "evaluation": "evals",
 }
+_FIELDS = {  # what the house reads of every spec of a room, whatever its kind
+    "dataset": ("size", "split", "max_unreadable"),
+    "evaluation": ("name", "of", "layer", "pool", "split"),
+}
 _DEFINES = {  # what the house looks for in a plugin of each room
     "dataset": ("Spec", "LOCATION", "load"),
     "backbone": ("Spec", "build"),
@@ -81,6 +85,13 @@ def _imported(room: str, kind: str, name: str) -> ModuleType:
             f"the {room} kind {kind!r} defines no {' and no '.join(missing)}",
             found.__file__ or name,
             f"A {room} defines {', '.join(_DEFINES[room])}; see {ROOMS[room]}/{kinds(room)[0]}.py.",
+        )
+    absent = [field for field in _FIELDS.get(room, ()) if field not in found.Spec.model_fields]
+    if absent:
+        raise UserError(
+            f"the Spec of the {room} kind {kind!r} has no {' and no '.join(absent)}",
+            found.__file__ or name,
+            f"Every {room} has {', '.join(_FIELDS[room])}; see {ROOMS[room]}/{kinds(room)[0]}.py.",
         )
     return found
 

@@ -30,7 +30,8 @@ REVISION = 1
 # Up to here all pixels are held as one tensor; beyond, each batch is read while the one before it trains.
 RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
-OnEpoch = Callable[[int, dict[str, float], Callable[[Path], None]], None]
+Save = Callable[[Path], None]
+OnEpoch = Callable[[int, dict[str, float], Save], None]
 
 
 def fresh(backbone_spec: Any, seed: int) -> nn.Module:

@@ -135,3 +135,13 @@ def test_a_pickled_checkpoint_is_refused_and_never_run(home, tmp_path, capsys):
     assert main(["run", pair, "--local"]) == 3
     assert "teacher-" in capsys.readouterr().err
     assert not (tmp_path / "pwned").exists()
+
+
+def test_plan_of_a_space_shows_one_draw_of_every_branch_wherever_it_branches(home, tmp_path, capsys):
+    space = {"study": "branches", "objectives": [{"metric": "knn/top1"}], "pair": toy_spec()}
+    student = space["pair"]["student"]
+    narrow, wide = ({**student, "backbone": {**student["backbone"], "width": width}} for width in (0.125, 0.25))
+    space["pair"]["student"] = {"one_of": {"narrow": narrow, "wide": wide}}
+    assert main(["plan", write(tmp_path / "space.yaml", space), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert sum(row["stage"] == "student" for row in stages) == 2

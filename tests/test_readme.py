@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from ktray.cli import _parser, main
+from tests.test_layers import RULES, module
 from tests.toys import toy_spec
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +94,11 @@ def test_the_pretext_task_of_the_readme_trains_as_a_plugin_from_outside(tmp_path
     assert main(["run", str(path), "--local"]) == 2
     assert "--allow-plugins readme_lab" in capsys.readouterr().err
     assert main(["run", str(path), "--local", "--allow-plugins", "readme_lab", "-q"]) == 0
+
+
+def test_the_pretext_task_of_the_readme_keeps_the_rules_of_the_house():
+    plugin = module("ktray.pretext.mirror", blocks("python")[0])
+    assert [offence for rule in RULES for offence in rule(plugin)] == []
 
 
 if __name__ == "__main__":

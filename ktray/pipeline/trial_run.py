@@ -1,11 +1,11 @@
 """Two made-up images through every network and descriptor of a pair: what only a run can tell, told before the run.
 
-Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU.
+Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU. What a
+plugin knows better it says itself: `check` refuses a spec, `quick` gives one that is as quick to try as it has the same shapes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ktray import features, permutations, plugins
+from ktray import features, plugins
 from ktray.errors import UserError
 from ktray.images import Images
 from ktray.spec import HandcraftedTeacher, PairSpec, Pooling, Spec, TrainedTeacher
@@ -56,7 +56,7 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
 def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
     kind, size = teacher.backbone.kind, sizes["pretext"]
     if isinstance(teacher, TrainedTeacher):
-        _satisfiable(teacher.pretext)
+        _check("pretext", teacher.pretext)
         with _at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
             _learn(teacher.pretext, teacher.backbone, size)
     for role in ("cluster", "transfer"):
@@ -68,8 +68,15 @@ def _try_descriptor(descriptor: Any, sizes: dict[str, int], count: int) -> None:
     for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
         with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
             _describe(descriptor, size)
-    if descriptor.kind == "bag_of_hog":
-        _enough_patterns(descriptor, sizes["cluster"], count)
+    _check("descriptor", descriptor, sizes["cluster"], count)
+
+
+def _check(room: str, spec: Any, *data: int) -> None:
+    """What a plugin says of its spec, if anything; `data` are the side and the number of images that it is made from."""
+    check = getattr(plugins.module_of(room, spec), "check", None)
+    if check:
+        with _at(f"teacher.{room}", f"the {room} {spec.kind} cannot be made", spec):
+            check(spec, *data)
 
 
 @contextmanager
@@ -92,34 +99,6 @@ def _above(spec: Spec, field: str) -> str:
     own = type(spec).model_fields
     inner = (name for name in own if isinstance(getattr(spec, name), Spec) and field in type(getattr(spec, name)).model_fields)
     return "" if field in own else "".join(f"{name}." for name in list(inner)[:1])
-
-
-def _satisfiable(pretext: Any) -> None:
-    """Whether there are so many permutations so far apart; searched for only where the sphere bound does not promise them."""
-    count, distance = getattr(pretext, "permutations", 0), getattr(pretext, "distance", 0)
-    nearer = sum(math.comb(permutations.TILES, moved) * _derangements(moved) for moved in range(distance))
-    if count * nearer <= math.factorial(permutations.TILES):
-        return
-    try:
-        permutations.farthest(count, distance)
-    except ValueError as error:
-        raise UserError(str(error), "teacher.pretext.permutations", "Use fewer, or a smaller distance.") from error
-
-
-def _derangements(count: int) -> int:
-    return round(sum((-1) ** i * math.factorial(count) / math.factorial(i) for i in range(count + 1)))
-
-
-def _enough_patterns(descriptor: Any, size: int, images: int) -> None:
-    """Every image has as many patterns as blocks, and at most `patterns` of all are drawn."""
-    blocks = (size // descriptor.hog.cell - descriptor.hog.block + 1) ** 2
-    count = min(descriptor.patterns, blocks * images)
-    if descriptor.words > count:
-        raise UserError(
-            f"{descriptor.words} words cannot be made of {count} patterns",
-            "teacher.descriptor.words",
-            f"Use at most {count}, better a hundredth of it.",
-        )
 
 
 def _pixels(size: int) -> Tensor:
@@ -153,9 +132,9 @@ def _describe(descriptor: Any, size: int) -> None:
     module = plugins.module_of("descriptor", descriptor)
     state = None
     if hasattr(module, "fit"):
-        if descriptor.kind != "bag_of_hog":
-            return  # how many images another descriptor needs is not known
-        descriptor = descriptor.model_copy(update={"words": 2, "patterns": 100, "iterations": 1})
+        if not hasattr(module, "quick"):
+            return  # how many images it needs is not known
+        descriptor = module.quick(descriptor)
         state = module.fit(descriptor, _images(size))
     described = module.describe(descriptor, state, _pixels(size))
     if not bool(torch.isfinite(described).all()):
@@ -166,8 +145,7 @@ def _describe(descriptor: Any, size: int) -> None:
 def _learn(pretext: Any, backbone: Spec, size: int) -> None:
     """One forward pass of the task's model, and its loss."""
     module = plugins.module_of("pretext", pretext)
-    if hasattr(pretext, "permutations"):  # a thousand take seconds, and the shapes are those of two
-        pretext = pretext.model_copy(update={"permutations": 2})
+    pretext = module.quick(pretext) if hasattr(module, "quick") else pretext
     task = module.task(pretext, size, _images(size)) if hasattr(module, "NEEDS") else module.task(pretext, size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         network: Any = _built(backbone)

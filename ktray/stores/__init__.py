@@ -56,7 +56,11 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """The store at `url`: ``file:///path`` or a plain path."""
+    """The store at `url`: ``file:///path`` or a plain path.
+
+    Raises:
+        UserError: another scheme.
+    """
     from ktray.stores.file import FileStore
 
     scheme, separator, rest = url.partition("://")
