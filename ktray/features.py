@@ -22,7 +22,16 @@ from ktray import augment, fingerprint, plugins, train
 from ktray.errors import UserError
 from ktray.images import Images, open_split
 from ktray.pool import Pool
-from ktray.spec import BackboneSpec, DataSpec, HandcraftedTeacher, LoadedTeacher, Pooling, TeacherSpec, TrainedTeacher
+from ktray.spec import (
+    BackboneSpec,
+    DataSpec,
+    HandcraftedTeacher,
+    LoadedTeacher,
+    Pooling,
+    StudentTeacher,
+    TeacherSpec,
+    TrainedTeacher,
+)
 
 REVISION = 1
 TOOLS = (augment,)
@@ -67,7 +76,7 @@ def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, d
     Raises:
         UserError, ValueError: as `of_network`; a fitted descriptor without `state`.
     """
-    if isinstance(teacher, TrainedTeacher | LoadedTeacher):
+    if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
         return of_network(teacher.backbone, teacher.layer, teacher.pool, weights, device)
     if not isinstance(teacher, HandcraftedTeacher):
         raise TypeError(f"a {type(teacher).__name__} is no teacher")

@@ -205,17 +205,23 @@ class LoadedTeacher(Spec):
 
 
 def _teacher(value: Any) -> Any:
-    """The teacher type by the field that only it has, so that errors speak of one type and not of three."""
+    """The teacher type by the field that only it has, so that errors speak of one type and not of all."""
     if not isinstance(value, Mapping):
         return value
-    by_field: dict[str, type[Spec]] = {"pretext": TrainedTeacher, "descriptor": HandcraftedTeacher, "checkpoint": LoadedTeacher}
+    by_field: dict[str, tuple[type[Spec], str]] = {
+        "pretext": (TrainedTeacher, "trained"),
+        "descriptor": (HandcraftedTeacher, "handcrafted"),
+        "checkpoint": (LoadedTeacher, "loaded"),
+        "pair": (StudentTeacher, "the student of another pair"),
+    }
     present = [field for field in by_field if field in value]
     if len(present) != 1:
+        known = [f"{field!r} ({what})" for field, (_, what) in by_field.items()]
         raise ValueError(
-            "a teacher has exactly one of 'pretext' (trained), 'descriptor' (handcrafted) or 'checkpoint' (loaded)"
+            f"a teacher has exactly one of {', '.join(known[:-1])} or {known[-1]}"
             + (f"; this one has {' and '.join(present)}" if present else "")
         )
-    return by_field[present[0]].model_validate(dict(value))
+    return by_field[present[0]][0].model_validate(dict(value))
 
 
 TeacherSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_teacher)]
@@ -245,6 +251,17 @@ class PairSpec(Spec):
     transfer: TransferSpec
     student: Student
     evals: tuple[EvaluationSpec, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_pair_that_teaches_has_the_same_data(cls, value: Any) -> Any:
+        """Unless it says otherwise: a space that draws the data then draws it once for all generations."""
+        if not isinstance(value, Mapping) or "data" not in value or not isinstance(value.get("teacher"), Mapping):
+            return value
+        inner = value["teacher"].get("pair")
+        if not isinstance(inner, Mapping) or "data" in inner:
+            return value
+        return {**value, "teacher": {**value["teacher"], "pair": {"data": value["data"], **inner}}}
 
     @field_validator("data", mode="before")
     @classmethod
@@ -279,3 +296,33 @@ class PairSpec(Spec):
 
     def _judges_the_teacher(self) -> bool:
         return any(getattr(entry, "of", "student") == "teacher" for entry in self.evals)
+
+
+class StudentTeacher(Spec):
+    """The student of another pair, trained to its end: a chain of generations, each taught by the student of the one before.
+
+    The stages of that pair are those that it has alone, so a search that ran it has computed them.
+    """
+
+    pair: PairSpec
+    layer: str | None = Field(default=None, description="null: the student's own features")
+    pool: Pooling = Pooling()
+    dtype: Literal["float32", "float16"] = "float32"
+
+    @field_validator("pair")
+    @classmethod
+    def _it_is_not_judged(cls, pair: PairSpec) -> PairSpec:
+        if pair.evals:
+            raise ValueError("a pair that teaches is not judged here, so leave its 'evals' out; judge it as a pair of its own")
+        return pair
+
+    @property
+    def backbone(self) -> BackboneSpec:
+        """The network of the student that teaches."""
+        return self.pair.student.backbone
+
+
+def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
+    """`pair`, the pair whose student teaches it, and so on to the first."""
+    teacher = pair.teacher
+    return (pair, *generations(teacher.pair)) if isinstance(teacher, StudentTeacher) else (pair,)

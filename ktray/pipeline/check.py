@@ -6,7 +6,7 @@ Cheap: at most a few images are decoded, and two made-up ones run through each n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, located, parts
 from ktray.pipeline.identity import checkpoint_sha256
 from ktray.pipeline.trial_run import try_networks
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, TrainedTeacher
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, StudentTeacher, TrainedTeacher, generations
 
 Load = Callable[[Spec], Splits]
 
@@ -44,16 +44,28 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
+    if isinstance(pair.teacher, StudentTeacher):
+        with _inside("teacher.pair"):
+            check_pair(pair.teacher.pair, load)
     found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
     _clusters(pair, found["cluster"], found["transfer"])
     _pretext(pair, found["pretext"])
     _labels(pair, found["transfer"], found["target"])
-    _judged_labels_stay_unseen(pair, found)
+    _judged_labels_stay_unseen(pair, found["target"], load)
     if isinstance(pair.teacher, LoadedTeacher):
         checkpoint_sha256(pair.teacher.checkpoint)
     _evaluations(pair)
     _layers(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
+
+
+@contextlib.contextmanager
+def _inside(place: str) -> Iterator[None]:
+    """Say what is wrong with a part of the pair with the path of that part."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.problem, f"{place}.{error.where}".rstrip("."), error.instead) from error
 
 
 def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
@@ -116,26 +128,27 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
 
 
-def _judged_labels_stay_unseen(pair: PairSpec, found: Mapping[str, Splits]) -> None:
-    """No role that reads labels trains on images that the target holds out; roles without labels may."""
+def _judged_labels_stay_unseen(pair: PairSpec, judging: Splits, load: Load) -> None:
+    """No role that reads labels, in any generation, trains on images that the target holds out; roles without labels may."""
     target: Any = pair.data.target
-    if found["target"].val is not None:  # nothing is held out of the training images
+    if judging.val is not None:  # nothing is held out of the training images
         return
-    for role in _reading_labels(pair):
-        spec: Any = getattr(pair.data, role)
+    roles = [("teacher.pair." * place, each, role) for place, each in enumerate(generations(pair)) for role in _reading(each)]
+    for above, each, role in roles:
+        spec: Any = getattr(each.data, role)
         if spec == target or _content(spec) != _content(target):
             continue
-        held = _names(found["target"], target, "val")
-        seen = held & _names(found[role], spec, "train")
+        held = _names(judging, target, "val")
+        seen = held & _names(load(spec), spec, "train")
         if seen:
             raise UserError(
                 f"{len(seen)} of the {len(held)} images that judge are training images of {role}, which reads their labels",
-                where=f"data.{role}.split",
+                where=f"{above}data.{role}.split",
                 instead=f"Write the target's: {{val: {target.split.val}, seed: {target.split.seed}}}.",
             )
 
 
-def _reading_labels(pair: PairSpec) -> list[str]:
+def _reading(pair: PairSpec) -> list[str]:
     """The roles whose training images are seen together with their labels."""
     teacher = pair.teacher
     of_pretext = isinstance(teacher, TrainedTeacher) and "labels" in getattr(

@@ -11,7 +11,8 @@ from typing import Any
 
 from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, train
 from ktray.artifact import Stage
-from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, TrainedTeacher
+from ktray.pipeline.naming import lineage
+from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, StudentTeacher, TrainedTeacher
 
 Identity = Callable[[Spec], str]
 """Data spec -> sha256 of the data's content."""
@@ -41,6 +42,7 @@ class _Builder:
     pair: PairSpec
     identity: Identity
     milestones: Mapping[str, Sequence[int]]
+    generation: str = ""
     stages: dict[str, Stage] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
 
@@ -70,20 +72,27 @@ def build(
         epoch: the student is wanted at the end of this epoch; None for its last.
         evaluations: names of the evaluations to run; None for all.
         milestones: ``{"teacher": [20, 40], "student": [5, 13]}``: epochs where training is cut into segments because somebody
-            else wants, or may want, that snapshot. Cuts change no result and no key.
+            else wants, or may want, that snapshot. Cuts change no result and no key. ``pair.teacher`` and ``pair.student`` are
+            those of the pair whose student teaches, ``pair.pair.student`` is one generation further back.
     """
     builder = _Builder(pair, identity, milestones or {})
+    _taught(builder, epoch)
+    for spec in pair.evals:
+        name = evaluation_name(spec)
+        if evaluations is None or name in evaluations:
+            builder.keys.setdefault("evaluation", {})[name] = _evaluation(builder, spec)
+    return Graph(tuple(builder.stages.values()), builder.keys)
+
+
+def _taught(builder: _Builder, epoch: int | None) -> None:
+    """All stages up to the student."""
+    pair = builder.pair
     transfer = plugins.module_of("transfer", pair.transfer)
     if pair.teacher is not None:
         _teacher(builder, pair.teacher)
     if "features" in transfer.NEEDS:
         _pseudo_labels(builder, transfer.NEEDS)
     _student(builder, transfer, epoch)
-    for spec in pair.evals:
-        name = evaluation_name(spec)
-        if evaluations is None or name in evaluations:
-            builder.keys.setdefault("evaluation", {})[name] = _evaluation(builder, spec)
-    return Graph(tuple(builder.stages.values()), builder.keys)
 
 
 def images_stage(spec: Spec, identity: Identity) -> Stage:
@@ -120,7 +129,8 @@ def _revisions(*sources: Spec | ModuleType) -> dict[str, int]:
 
 def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], schedule: Schedule, last: int) -> str:
     """The chain of segments up to epoch `last`; only milestones before it become stages of their own."""
-    cuts = sorted({epoch for epoch in builder.milestones.get(name, ()) if 0 < epoch < last} | {last})
+    milestones = builder.milestones.get(f"{builder.generation}{name}", ())
+    cuts = sorted({epoch for epoch in milestones if 0 < epoch < last} | {last})
     key = ""
     for cut in cuts:
         current = stage(cut)
@@ -149,6 +159,11 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
         builder.keys["teacher"] = _training(builder, "teacher", at, teacher.schedule, teacher.schedule.epochs)
     elif isinstance(teacher, LoadedTeacher):
         builder.keys["teacher"] = builder.add(_loaded(teacher))
+    elif isinstance(teacher, StudentTeacher):
+        before = f"{builder.generation}pair."
+        inner = _Builder(teacher.pair, builder.identity, builder.milestones, before, builder.stages)
+        _taught(inner, None)
+        builder.keys["teacher"] = inner.keys["student"]
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
         inputs = {"images.cluster": builder.images("cluster")}
         what = {"descriptor": teacher.descriptor.model_dump()}
@@ -174,7 +189,8 @@ def _teacher_view(teacher: Spec) -> dict[str, Any]:
     """The fields of a teacher that its features depend on beyond its weights."""
     if isinstance(teacher, HandcraftedTeacher):
         return {"descriptor": teacher.descriptor.model_dump()}
-    return teacher.model_dump(include={"backbone", "layer", "pool"})
+    network: Any = teacher
+    return {"backbone": network.backbone.model_dump(), "layer": network.layer, "pool": network.pool.model_dump()}
 
 
 def _features(builder: _Builder, role: str) -> str:
@@ -228,9 +244,11 @@ def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
         "transfer": pair.transfer.model_dump(),
     }
 
+    taught = {**local, "lineage": lineage(pair.model_dump())}
+
     def at(epoch: int) -> Stage:
         sliced = {**what, "epoch": epoch, "schedule": train.snapshot_slice(schedule, epoch)}
-        return Stage("student", sliced, revisions, inputs, local=local)
+        return Stage("student", sliced, revisions, inputs, local=taught)
 
     last = final_epoch(pair) if epoch is None else min(epoch, final_epoch(pair))
     if last == 0:
