@@ -67,7 +67,7 @@ def _artifact(key: str, options: Settings) -> int:
     failure = store.failure(key)
     if failure:
         answer |= {"state": "failed", **failure} if not found else {"earlier_failure": dict(failure)}
-    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True).rstrip())
+    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
     return 0
 
 
@@ -163,5 +163,5 @@ def _trial(name: str, number: str, options: Settings) -> int:
         "lineage": lineage(trial.pair) if trial.pair else None,
         "pair": dict(trial.pair),
     }
-    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True).rstrip())
+    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
     return 0
