@@ -168,11 +168,16 @@ def all_of(extractor: Extractor, images: Images) -> NDArray[np.float32]:
 def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArray[np.float32]:
     batches = [extractor(images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))) for at in range(start, stop, BATCH)]
     rows = np.concatenate(batches)
-    _require_finite(rows, images, start)
+    require_finite(rows, images, start)
     return rows
 
 
-def _require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
+def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
+    """Refuse features that are not finite, of the images from `start` on.
+
+    Raises:
+        ValueError: names the first image.
+    """
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         index = start + int(bad[0])
@@ -212,7 +217,7 @@ def _write_shard(item: tuple[int, int], shared: tuple[str, str]) -> int:
     rows = _rows(extractor, images, start, stop)
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused with its image's name
         stored = rows.astype(dtype)
-    _require_finite(stored, images, start)
+    require_finite(stored, images, start)
     np.save(Path(shared[1]) / f"features-{start // SHARD_ROWS:05d}.npy", stored)
     return rows.shape[1]
 

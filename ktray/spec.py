@@ -3,74 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
-from typing import Annotated, Any, Literal, get_args
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from ktray import plugins
 from ktray.errors import UserError
-
-
-class Spec(BaseModel):
-    """Frozen and strict: an unknown field is an error, never ignored, and true is no 1, "5" no 5, "on" no true."""
-
-    # Not pydantic's strict=True, which also refuses a list for a tuple and a mapping for a spec.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _of_its_own_type(cls, value: Any, info: ValidationInfo) -> Any:
-        wanted = _plain_types(cls, info.field_name or "")
-        entries = value if isinstance(value, list | tuple) else (value,)
-        if wanted and any(_disguised(entry, wanted) for entry in entries):
-            kind, text = _WANTED[next(each for each in _WANTED if each in wanted)]
-            if isinstance(value, list | tuple):
-                raise PydanticCustomError("entries_type", "a list, each entry a {text}", {"text": text})
-            raise PydanticCustomError(kind, "Input should be a {text}", {"text": text})
-        return value
-
-
-_WANTED: dict[type, tuple[Any, str]] = {
-    float: ("float_type", "finite number"),
-    int: ("int_type", "whole number"),
-    bool: ("bool_type", "true or false"),
-}
-
-
-@lru_cache(maxsize=1024)
-def _plain_types(model: type[BaseModel], name: str) -> frozenset[type]:
-    """The types of a field that is only numbers, booleans and null; empty for any other field."""
-    field = model.model_fields[name]
-    if any(isinstance(each, BeforeValidator) for each in field.metadata):  # it reads text of its own, such as 30m
-        return frozenset()
-    types = frozenset(_leaves(field.annotation))
-    return types if types <= {int, float, bool, type(None)} and types & {int, float, bool} else frozenset()
-
-
-def _leaves(annotation: Any) -> set[Any]:
-    inside = getattr(annotation, "__metadata__", None) is not None
-    arguments = get_args(annotation)[:1] if inside else [each for each in get_args(annotation) if each is not Ellipsis]
-    return {leaf for each in arguments for leaf in _leaves(each)} if arguments else {annotation}
-
-
-def _disguised(value: Any, wanted: frozenset[type]) -> bool:
-    """Whether pydantic would turn a value of another type into one of `wanted`."""
-    if isinstance(value, bool):
-        return bool not in wanted
-    return isinstance(value, str) or (isinstance(value, int | float) and wanted <= {bool, type(None)})
+from ktray.strict import Spec as Spec
+from ktray.strict import plain_types
 
 
 def _parse(room: str, value: Any) -> Any:
@@ -103,7 +52,7 @@ def _from_text(kind: str, name: str, text: str) -> Any:
     if kind not in plugins.kinds("dataset"):
         return text
     model = plugins.module("dataset", kind).Spec
-    if name not in model.model_fields or not _plain_types(model, name):
+    if name not in model.model_fields or not plain_types(model, name):
         return text
     try:
         return TypeAdapter(model.model_fields[name].annotation).validate_strings(text)
@@ -204,6 +153,35 @@ class LoadedTeacher(Spec):
     dtype: Literal["float32", "float16"] = "float32"
 
 
+class Columns(Spec):
+    """Where a parquet file keeps an image's path and its features (a list of floats)."""
+
+    path: str = "path"
+    features: str = "features"
+
+
+class ReadyTeacher(Spec):
+    """Ready-made features in a file: a .npy (N, D) or a .parquet, by image path as the data set has it, such as ``cats/1.png``.
+
+    `names` of a .npy is a text file with one path per line, or a .npy of texts. Without it row i is the i-th training image
+    of the data set in its own order, before a val part is taken out of it.
+    """
+
+    features: str
+    names: str | None = Field(default=None, description=".npy only")
+    columns: Columns | None = Field(default=None, description=".parquet only; null: path and features")
+    dtype: Literal["float32", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _only_what_the_file_has(self) -> ReadyTeacher:
+        parquet = self.features.endswith(".parquet")
+        if not parquet and not self.features.endswith(".npy"):
+            raise ValueError(f"ready-made features are a .npy or a .parquet file, and this is {self.features!r}")
+        if (self.names if parquet else self.columns) is not None:
+            raise ValueError("a .parquet has its paths in 'columns', a .npy in 'names'; leave the other out")
+        return self
+
+
 def _teacher(value: Any) -> Any:
     """The teacher type by the field that only it has, so that errors speak of one type and not of all."""
     if not isinstance(value, Mapping):
@@ -212,6 +190,7 @@ def _teacher(value: Any) -> Any:
         "pretext": (TrainedTeacher, "trained"),
         "descriptor": (HandcraftedTeacher, "handcrafted"),
         "checkpoint": (LoadedTeacher, "loaded"),
+        "features": (ReadyTeacher, "ready-made"),
         "pair": (StudentTeacher, "the student of another pair"),
     }
     present = [field for field in by_field if field in value]
@@ -320,9 +299,3 @@ class StudentTeacher(Spec):
     def backbone(self) -> BackboneSpec:
         """The network of the student that teaches."""
         return self.pair.student.backbone
-
-
-def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
-    """`pair`, the pair whose student teaches it, and so on to the first."""
-    teacher = pair.teacher
-    return (pair, *generations(teacher.pair)) if isinstance(teacher, StudentTeacher) else (pair,)

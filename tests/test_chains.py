@@ -18,12 +18,12 @@ from ktray.cli import main
 from ktray.drivers.simulate import VirtualClock, simulate
 from ktray.errors import UserError
 from ktray.pipeline.check import check_pair, data_loader
-from ktray.pipeline.graph import build
+from ktray.pipeline.graph import build, generations
 from ktray.pipeline.naming import lineage, pair_name
 from ktray.search.check import checked
 from ktray.search.space import Space, pair_of
 from ktray.search.study import Study
-from ktray.spec import PairSpec, StudentTeacher, generations
+from ktray.spec import PairSpec, StudentTeacher
 from ktray.stores.file import FileStore
 from tests import reports
 from tests.searches import Home, toy_space

@@ -15,7 +15,7 @@ from ktray.pipeline.graph import Graph, Identity
 from ktray.search.space import Space
 from ktray.search.study import Assignment, Study
 from ktray.search.trial import Trial
-from ktray.spec import PairSpec, generations
+from ktray.spec import PairSpec
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
@@ -179,7 +179,7 @@ def _milestones(space: Space) -> dict[str, dict[str, list[int]]]:
     rungs = set(space.early_stop.rungs) if space.early_stop else set()
     for _, params in space.corners():
         entry = found.setdefault(str(params.get("teacher", "")), {"student": set(rungs)})
-        for place, pair in enumerate(generations(space.pair(params))):
+        for place, pair in enumerate(graphs.generations(space.pair(params))):
             before = "pair." * place
             entry.setdefault(f"{before}student", set()).add(pair.student.schedule.epochs)
             schedule = getattr(pair.teacher, "schedule", None)

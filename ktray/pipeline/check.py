@@ -15,10 +15,12 @@ import numpy as np
 from ktray import plugins, train
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.images import Source, Splits, Unreadable, located, parts
-from ktray.pipeline.identity import checkpoint_sha256
+from ktray.images import Source, Splits, Unreadable, parts
+from ktray.pipeline.graph import generations
+from ktray.pipeline.identity import checkpoint_sha256, origin
+from ktray.pipeline.ready import check_ready
 from ktray.pipeline.trial_run import try_networks
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, StudentTeacher, TrainedTeacher, generations
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, StudentTeacher, TrainedTeacher
 
 Load = Callable[[Spec], Splits]
 
@@ -54,6 +56,7 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     _judged_labels_stay_unseen(pair, found["target"], load)
     if isinstance(pair.teacher, LoadedTeacher):
         checkpoint_sha256(pair.teacher.checkpoint)
+    check_ready(pair, load)
     _evaluations(pair)
     _layers(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
@@ -136,7 +139,7 @@ def _judged_labels_stay_unseen(pair: PairSpec, judging: Splits, load: Load) -> N
     roles = [("teacher.pair." * place, each, role) for place, each in enumerate(generations(pair)) for role in _reading(each)]
     for above, each, role in roles:
         spec: Any = getattr(each.data, role)
-        if spec == target or _content(spec) != _content(target):
+        if spec == target or origin(spec) != origin(target):
             continue
         held = _names(judging, target, "val")
         seen = held & _names(load(spec), spec, "train")
@@ -156,13 +159,6 @@ def _reading(pair: PairSpec) -> list[str]:
     )
     of_transfer = "labels" in plugins.module_of("transfer", pair.transfer).NEEDS
     return ["pretext"] * of_pretext + ["transfer"] * of_transfer
-
-
-def _content(spec: Any) -> tuple[str, str]:
-    """What two specs of the same images share: the kind and where it lies; all but size and split where it lies nowhere."""
-    where = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
-    plain = located(spec).model_dump()
-    return spec.kind, canonical({n: v for n, v in plain.items() if (n in where if where else n not in ("size", "split"))})
 
 
 def _names(splits: Splits, spec: Any, split: str) -> set[str]:
@@ -211,9 +207,12 @@ def _evaluations(pair: PairSpec) -> None:
                 where=f"evals.{index}",
                 instead="Leave it out, or transfer by clusters.",
             )
-        if spec.of == "teacher" and spec.layer is not None and isinstance(pair.teacher, HandcraftedTeacher):
+        teacher: Any = pair.teacher
+        if spec.of == "teacher" and spec.layer is not None and not hasattr(teacher, "backbone"):
+            handcrafted = isinstance(teacher, HandcraftedTeacher)
+            what = f"the descriptor {teacher.descriptor.kind}" if handcrafted else "a file of features"
             raise UserError(
-                f"the teacher is the descriptor {pair.teacher.descriptor.kind}, which has no layer {spec.layer!r}",
+                f"the teacher is {what}, which has no layer {spec.layer!r}",
                 where=f"evals.{index}.layer",
                 instead="Leave 'layer' out.",
             )
@@ -222,12 +221,12 @@ def _evaluations(pair: PairSpec) -> None:
 def _layers(pair: PairSpec) -> None:
     networks: list[tuple[str, Any, str | None]] = []
     teacher: Any = pair.teacher
-    if teacher is not None and not isinstance(teacher, HandcraftedTeacher):
+    if hasattr(teacher, "backbone"):
         networks.append(("teacher.layer", teacher.backbone, teacher.layer))
     for index, spec in enumerate(pair.evals):
         if spec.of == "student":  # type: ignore[attr-defined]
             networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))  # type: ignore[attr-defined]
-        elif teacher is not None and not isinstance(teacher, HandcraftedTeacher):
+        elif hasattr(teacher, "backbone"):
             networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))  # type: ignore[attr-defined]
     for where, backbone, layer in networks:
         names = _layer_names(backbone)

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, train
+from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, ready_features, train
 from ktray.artifact import Stage
+from ktray.pipeline.identity import checkpoint_sha256, features_identity
 from ktray.pipeline.naming import lineage
-from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, StudentTeacher, TrainedTeacher
+from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, ReadyTeacher, Schedule, Spec, StudentTeacher, TrainedTeacher
 
 Identity = Callable[[Spec], str]
 """Data spec -> sha256 of the data's content."""
@@ -102,6 +103,12 @@ def images_stage(spec: Spec, identity: Identity) -> Stage:
     return Stage("images", what, _revisions(spec, images), local={"data": images.located(spec).model_dump()})
 
 
+def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
+    """`pair`, the pair whose student teaches it, and so on to the first."""
+    teacher = pair.teacher
+    return (pair, *generations(teacher.pair)) if isinstance(teacher, StudentTeacher) else (pair,)
+
+
 def evaluation_name(spec: Any) -> str:
     """The prefix of an evaluation's metrics: its `name`, or its kind."""
     return str(spec.name or spec.kind)
@@ -175,8 +182,6 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
 
 def _loaded(teacher: LoadedTeacher) -> Stage:
     """Weights from a file or folder, identified by their content, or from an artifact, which this graph does not make."""
-    from ktray.pipeline.identity import checkpoint_sha256
-
     backbone, revisions = teacher.backbone.model_dump(), _revisions(teacher.backbone, train)
     if checkpoint.ARTIFACT.fullmatch(teacher.checkpoint):
         inputs = {"snapshot": teacher.checkpoint}
@@ -189,6 +194,8 @@ def _teacher_view(teacher: Spec) -> dict[str, Any]:
     """The fields of a teacher that its features depend on beyond its weights."""
     if isinstance(teacher, HandcraftedTeacher):
         return {"descriptor": teacher.descriptor.model_dump()}
+    if isinstance(teacher, ReadyTeacher):
+        return {"features": features_identity(teacher)}
     network: Any = teacher
     return {"backbone": network.backbone.model_dump(), "layer": network.layer, "pool": network.pool.model_dump()}
 
@@ -199,9 +206,22 @@ def _features(builder: _Builder, role: str) -> str:
     if "teacher" in builder.keys:
         inputs["teacher"] = builder.keys["teacher"]
     what = {**_teacher_view(teacher), "dtype": teacher.dtype}
-    method = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
-    local = {"teacher": teacher.model_dump(), "data": builder.data(role)[role]}
-    return builder.add(Stage("features", what, _revisions(method, features, augment), inputs, local=local))
+    local = {"teacher": _located(teacher), "data": builder.data(role)[role]}
+    return builder.add(Stage("features", what, _revisions(_method(teacher), features, augment), inputs, local=local))
+
+
+def _method(teacher: Any) -> Spec | ModuleType:
+    """What gives the features of a teacher their meaning."""
+    if isinstance(teacher, ReadyTeacher):
+        return ready_features
+    method: Spec = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
+    return method
+
+
+def _located(teacher: Spec) -> dict[str, Any]:
+    """The teacher as plain data, with the files of ready-made features where any worker finds them."""
+    files = ready_features.files(teacher) if isinstance(teacher, ReadyTeacher) else {}
+    return teacher.model_dump() | {field: str(path) for field, path in files.items()}
 
 
 def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:
@@ -266,7 +286,7 @@ def _evaluation(builder: _Builder, spec: Any) -> str:
     what = spec.model_dump(exclude={"name"})
     local: dict[str, Any] = {"evaluation": spec.model_dump(), "judges": spec.of}
     inputs = {"images.target": builder.images("target")}
-    methods: list[Spec] = [spec]
+    methods: list[Spec | ModuleType] = [spec]
     roles = ["target"]
     if getattr(module, "READS_PSEUDO_LABELS", False):
         if "pseudo_labels" in keys:
@@ -278,11 +298,11 @@ def _evaluation(builder: _Builder, spec: Any) -> str:
         teacher: Any = pair.teacher
         if "teacher" in keys:
             inputs["teacher"] = keys["teacher"]
-        seen = teacher.model_dump() | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
+        seen = _located(teacher) | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
         local["teacher"] = seen
         view = _teacher_view(teacher)
         what["teacher"] = view | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
-        methods.append(teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone)
+        methods.append(_method(teacher))
     else:
         inputs["student"] = keys["student"]
         what["backbone"] = pair.student.backbone.model_dump()

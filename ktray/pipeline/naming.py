@@ -20,13 +20,16 @@ def teacher_name(pair: Pair) -> str:
     """Where the teacher comes from, its network and its layer; empty for a pair without a teacher.
 
     ``rotation-resnet18/layer3`` (trained), ``hog``, ``random_network/conv3`` (handcrafted),
-    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``(hog k=50 -> resnet18)/layer3`` (the student of a pair).
+    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``clip.npy`` (ready-made),
+    ``(hog k=50 -> resnet18)/layer3`` (the student of a pair).
     """
     teacher = pair.get("teacher")
     if not teacher:
         return ""
     if "descriptor" in teacher:
         return _descriptor_name(teacher["descriptor"])
+    if "features" in teacher:
+        return PurePath(teacher["features"]).name
     if "pair" in teacher:
         return _with_layer(f"({pair_name(teacher['pair'])})", teacher)
     origin = _kind(teacher["pretext"]) if "pretext" in teacher else PurePath(teacher["checkpoint"]).stem
@@ -74,6 +77,8 @@ def stage_name(stage: str, spec: Mapping[str, Any]) -> str:
     if stage == "clusters":
         return f"clusters k={spec['k']}"
     names = [_kind(spec["pretext"])] if "pretext" in spec else [str(spec["kind"])] if "kind" in spec else []
+    if "features" in spec:
+        names.append("ready-made")
     if "descriptor" in spec:
         names.append(_descriptor_name(spec["descriptor"]))
     elif stage != "evaluation" and "backbone" in spec:

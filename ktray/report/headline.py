@@ -119,8 +119,9 @@ def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:
 
 
 def _origin(pair: Mapping[str, Any]) -> str:
-    loaded = "checkpoint" in (_generations(pair)[-1].get("teacher") or {})
-    return " The teacher's weights come from a file; what they were trained with is not known here." if loaded else ""
+    teacher = _generations(pair)[-1].get("teacher") or {}
+    files = [what for field, what in (("checkpoint", "weights"), ("features", "features")) if field in teacher]
+    return "".join(f" The teacher's {what} come from a file; what they were trained with is not known here." for what in files)
 
 
 def _learns_from_labels(pair: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, StudentTeacher, TrainedTeacher
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, ReadyTeacher, StudentTeacher, TrainedTeacher
 
 SHOWN = 5
 Path = tuple[str | int, ...]
@@ -28,6 +28,7 @@ _TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
     "pretext": (TrainedTeacher, "a trained teacher (one with 'pretext')"),
     "descriptor": (HandcraftedTeacher, "a handcrafted teacher (one with 'descriptor')"),
     "checkpoint": (LoadedTeacher, "a loaded teacher (one with 'checkpoint')"),
+    "features": (ReadyTeacher, "a ready-made teacher (one with 'features')"),
     "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
 }
 _RULES = {  # pydantic's names of what is wrong, in the words of a YAML file
@@ -186,8 +187,8 @@ def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callab
     if near:
         return Problem(place, f"there is no field {name!r}", near.strip())
     others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
-    if path[:-1] == ("teacher",) and others:
-        reason = "; it is not trained" if owner is HandcraftedTeacher else ""
+    if path[-2:-1] == ("teacher",) and others:
+        reason = "; it is not trained" if owner in (HandcraftedTeacher, ReadyTeacher) else ""
         return Problem(place, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
     listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields beside its kind."
     return Problem(place, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
