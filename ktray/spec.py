@@ -139,6 +139,9 @@ class HandcraftedTeacher(Spec):
     dtype: Literal["float32", "float16"] = "float32"
 
 
+Normalization = Literal["ktray", "imagenet", "half"]  # how pixels become a network's inputs; see `augment.normalize`
+
+
 class LoadedTeacher(Spec):
     """A backbone with weights made elsewhere.
 
@@ -148,6 +151,7 @@ class LoadedTeacher(Spec):
 
     checkpoint: str
     backbone: BackboneSpec
+    normalize: Normalization = Field(default="ktray", description="imagenet for the weights of torchvision and most of timm")
     layer: str | None = None
     pool: Pooling = Pooling()
     dtype: Literal["float32", "float16"] = "float32"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ktray import plugins, train
+from ktray.checkpoint import ARTIFACT
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, parts
@@ -54,7 +55,7 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     _pretext(pair, found["pretext"])
     _labels(pair, found["transfer"], found["target"])
     _judged_labels_stay_unseen(pair, found["target"], load)
-    if isinstance(pair.teacher, LoadedTeacher):
+    if isinstance(pair.teacher, LoadedTeacher) and not ARTIFACT.fullmatch(pair.teacher.checkpoint):
         checkpoint_sha256(pair.teacher.checkpoint)
     check_ready(pair, load)
     _evaluations(pair)

@@ -197,7 +197,8 @@ def _teacher_view(teacher: Spec) -> dict[str, Any]:
     if isinstance(teacher, ReadyTeacher):
         return {"features": features_identity(teacher)}
     network: Any = teacher
-    return {"backbone": network.backbone.model_dump(), "layer": network.layer, "pool": network.pool.model_dump()}
+    normalize = {"normalize": teacher.normalize} if isinstance(teacher, LoadedTeacher) else {}
+    return {"backbone": network.backbone.model_dump(), "layer": network.layer, "pool": network.pool.model_dump(), **normalize}
 
 
 def _features(builder: _Builder, role: str) -> str:
