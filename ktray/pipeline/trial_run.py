@@ -37,8 +37,10 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
     judged = sizes["target"]
     if isinstance(teacher, HandcraftedTeacher):
         _try_descriptor(teacher.descriptor, sizes, cluster_images)
-    elif teacher is not None:
+    elif hasattr(teacher, "backbone"):
         _try_teacher(teacher, sizes)
+    if "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS:
+        _same_width(teacher, sizes)
     with _at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
         _extract(student.backbone, None, Pooling(), sizes["transfer"])
     for index, spec in enumerate(pair.evals):
@@ -46,8 +48,8 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
         if getattr(plugins.module_of("evaluation", seen), "READS_PSEUDO_LABELS", False):
             continue
         of: Any = student if seen.of == "student" else teacher
-        if isinstance(of, HandcraftedTeacher):
-            continue  # `_try_descriptor` has seen images of this size
+        if not hasattr(of, "backbone"):
+            continue  # `_try_descriptor` has seen images of this size, or no network sees any
         layered = seen if seen.of == "student" or seen.layer else of
         with _at(f"evals.{index}", f"the {of.backbone.kind} cannot take images of {judged} px"):
             _extract(of.backbone, layered.layer, layered.pool, judged)
@@ -62,6 +64,23 @@ def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
     for role in ("cluster", "transfer"):
         with _at("teacher", f"the {kind} cannot take images of {sizes[role]} px"):
             _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+
+
+def _same_width(teacher: Any, sizes: dict[str, int]) -> None:
+    """Clusters of features of one width label features of the same width only."""
+    widths = {}
+    for role in ("cluster", "transfer"):
+        if isinstance(teacher, HandcraftedTeacher):
+            widths[role] = _describe(teacher.descriptor, sizes[role])
+        elif hasattr(teacher, "backbone"):
+            widths[role] = _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+    if len(set(widths.values())) > 1:
+        raise UserError(
+            f"images of {sizes['cluster']} px have {widths['cluster']} features each and those of {sizes['transfer']} px "
+            f"{widths['transfer']}, so the clusters of data.cluster are none of data.transfer",
+            "data.transfer.size",
+            f"Use {sizes['cluster']} px for both, or a teacher whose features are pooled.",
+        )
 
 
 def _try_descriptor(descriptor: Any, sizes: dict[str, int], count: int) -> None:
@@ -112,8 +131,9 @@ def _images(size: int) -> Images:
 
 
 @lru_cache(maxsize=1024)
-def _extract(backbone: Spec, layer: str | None, pool: Pooling, size: int) -> None:
-    _network(backbone, layer, pool)(_pixels(size))
+def _extract(backbone: Spec, layer: str | None, pool: Pooling, size: int) -> int:
+    """Number of features of an image."""
+    return _network(backbone, layer, pool)(_pixels(size)).shape[1]
 
 
 @lru_cache(maxsize=2)  # several sizes of one network come one after the other
@@ -128,17 +148,19 @@ def _built(backbone: Spec) -> nn.Module:
 
 
 @lru_cache(maxsize=1024)
-def _describe(descriptor: Any, size: int) -> None:
+def _describe(descriptor: Any, size: int) -> int | None:
+    """Number of features of an image; None for a fitted descriptor, which has as many as it was fitted with."""
     module = plugins.module_of("descriptor", descriptor)
     state = None
     if hasattr(module, "fit"):
         if not hasattr(module, "quick"):
-            return  # how many images it needs is not known
+            return None  # how many images it needs is not known
         descriptor = module.quick(descriptor)
         state = module.fit(descriptor, _images(size))
     described = module.describe(descriptor, state, _pixels(size))
     if not bool(torch.isfinite(described).all()):
         raise ValueError("its features are not finite")
+    return None if state else int(described.shape[1])
 
 
 @lru_cache(maxsize=1024)
