@@ -81,13 +81,9 @@ def check_space(space: Space, load: Any, file: str) -> None:
 
 
 def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
-    """The draws that a search begins with, and one of every branch."""
-    seen: set[str] = set()
-    for _, params in space.corners():
-        branch = str(params.get("teacher", "the pair"))
-        if branch not in seen:
-            seen.add(branch)
-            yield branch, space.pair(params)
+    """Draws that show every branch, of teachers, transfers and students, and those that a search begins with."""
+    for label, params in space.branch_draws():
+        yield label, space.pair(params)
     for index, start in enumerate(space.start_with):
         yield f"start_with[{index}]", space.pair(space.complete(start))
 
