@@ -81,16 +81,9 @@ def check_space(space: Space, load: Any, file: str) -> None:
 
 
 def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
-    """The draws that a search begins with, and one of every branch."""
-    from ktray.search import tree
-
-    choices = [parameter.name for parameter, _ in tree.parameters(space.root) if tree.branching(parameter)]
-    seen: set[tuple[str, Any]] = set()
-    for label, params in space.corners():
-        branches = {(name, params[name]) for name in choices if name in params} or {("pair", "pair")}
-        if not branches <= seen:
-            seen |= branches
-            yield label, space.pair(params)
+    """Draws that show every branch, of teachers, transfers and students, and those that a search begins with."""
+    for label, params in space.branch_draws():
+        yield label, space.pair(params)
     for index, start in enumerate(space.start_with):
         yield f"start_with[{index}]", space.pair(space.complete(start))
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, settings
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from ktray.artifact import Artifact
     from ktray.search.study import History
     from ktray.search.trial import Trial
@@ -44,15 +46,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _kinds(options: Settings) -> int:
     from ktray import plugins
-    from ktray.cli.tables import table
 
-    answer = {
-        room: {kind: (plugins.module(room, kind).__doc__ or "").strip().splitlines()[0] for kind in plugins.kinds(room)}
-        for room in plugins.ROOMS
-    }
-    rows = [[room, kind, line] for room, found in answer.items() for kind, line in found.items()]
-    options.answer(answer, table(["room", "kind", "what it is"], rows))
+    answer = {room: {kind: _described(plugins.module(room, kind)) for kind in plugins.kinds(room)} for room in plugins.ROOMS}
+    width = max(len(kind) for found in answer.values() for kind in found)
+    lines = []
+    for room, found in answer.items():
+        lines += ["", room]
+        for kind, said in found.items():
+            lines += [f"  {kind:{width}}  {said['what']}", f"  {'':{width}}  {said['source'].split('; ')[0]}"]
+    options.answer(answer, "\n".join(lines[1:]))
     return 0
+
+
+def _described(module: ModuleType) -> dict[str, str]:
+    """The first line of a kind's docstring, and whose idea it is: the paragraph that begins with "Source:"."""
+    paragraphs = (module.__doc__ or "").strip().split("\n\n")
+    source = next((each for each in paragraphs if each.startswith("Source: ")), "Source: not said")
+    return {"what": paragraphs[0].splitlines()[0], "source": " ".join(source.removeprefix("Source: ").split())}
 
 
 def _artifact(key: str, options: Settings) -> int:

@@ -17,12 +17,11 @@ from ktray.checkpoint import ARTIFACT
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, parts
-from ktray.images.splitting import Part
 from ktray.pipeline.graph import generations
 from ktray.pipeline.identity import checkpoint_sha256, origin
 from ktray.pipeline.ready import check_ready
 from ktray.pipeline.trial_run import try_networks
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, Split, StudentTeacher, TrainedTeacher
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, StudentTeacher, TrainedTeacher
 
 Load = Callable[[Spec], Splits]
 
@@ -86,12 +85,7 @@ def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
 
 def train_count(splits: Splits, spec: Any) -> int:
     """Number of training images of a data set after its validation part is taken out."""
-    return len(_parts(splits, spec.split)["train"][1])
-
-
-@lru_cache(maxsize=16)  # an experiment asks for each of its pairs, and 50,000 names take a tenth of a second
-def _parts(splits: Splits, split: Split) -> dict[str, Part]:
-    return parts(splits, split)
+    return len(parts(splits, spec.split)["train"][1])
 
 
 def _clusters(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
@@ -130,7 +124,7 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
                 where=where,
                 instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
-        if spec.split not in _parts(target, pair.data.target.split):  # type: ignore[attr-defined]
+        if spec.split not in parts(target, pair.data.target.split):  # type: ignore[attr-defined]
             right = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
             split = spec.split  # type: ignore[attr-defined]
             raise UserError(f"the target data has no {split} split", where=where, instead=right[split])
@@ -169,7 +163,7 @@ def _reading(pair: PairSpec) -> list[str]:
 
 
 def _names(splits: Splits, spec: Any, split: str) -> set[str]:
-    images, rows = _parts(splits, spec.split).get(split, (splits.train, np.arange(0)))
+    images, rows = parts(splits, spec.split).get(split, (splits.train, np.arange(0)))
     return {images.names[row] for row in rows}
 
 

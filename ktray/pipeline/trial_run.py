@@ -32,6 +32,22 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
     Raises:
         UserError: the first thing that fails, with its dotted path.
     """
+    with _one_thread():
+        _try(pair, cluster_images)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Two images are too little for several: they would wait for each other, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _try(pair: PairSpec, cluster_images: int) -> None:
     data, teacher, student = pair.data, pair.teacher, pair.student
     sizes = {role: getattr(data, role).size for role in ("pretext", "cluster", "transfer", "target")}
     judged = sizes["target"]
