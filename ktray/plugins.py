@@ -38,6 +38,7 @@ _DEFINES = {  # what the house looks for in a plugin of each room
     "transfer": ("Spec", "NEEDS"),
     "evaluation": ("Spec", "NEEDS_LABELS", "DIRECTION", "evaluate"),
 }
+_loaded: dict[tuple[str, str], ModuleType] = {}  # a search asks for the same few modules hundreds of thousands of times
 _ALLOWED = "KTRAY_ALLOW_PLUGINS"  # an environment variable, so that Ray's workers inherit it
 
 
@@ -65,6 +66,8 @@ def module(room: str, kind: str) -> ModuleType:
         UserError: no such kind (with the nearest names), a dotted one whose package was not allowed, or a file that cannot be
             imported or lacks what every plugin of its room defines.
     """
+    if (room, kind) in _loaded:
+        return _loaded[room, kind]
     if "." in kind and all(part.isidentifier() for part in kind.split(".")):
         package = kind.split(".")[0]
         if package not in os.environ.get(_ALLOWED, "").split(","):
@@ -77,7 +80,8 @@ def module(room: str, kind: str) -> ModuleType:
         near = difflib.get_close_matches(kind, kinds(room), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(f"there is no {room} kind {kind!r}", instead=f"{hint}Known: {', '.join(kinds(room))}.")
-    return _imported(room, kind, f"ktray.{ROOMS[room]}.{kind}")
+    _loaded[room, kind] = _imported(room, kind, f"ktray.{ROOMS[room]}.{kind}")
+    return _loaded[room, kind]
 
 
 def _imported(room: str, kind: str, name: str) -> ModuleType:

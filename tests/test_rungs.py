@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 
 from ktray.search.document import EarlyStop
-from ktray.search.rungs import ladder, last_hope, next_rung, promotion
+from ktray.search.rungs import Standings, ladder, last_hope, next_rung, promotion
 from ktray.search.trial import State, Trial
 
 STOP = EarlyStop(metric="knn/top1", rungs=(1, 3, 9), reduction=3, mode="max")
@@ -110,3 +111,37 @@ def test_the_last_hope_is_the_furthest_and_then_the_best() -> None:
 def test_there_is_no_last_hope_once_something_is_complete() -> None:
     assert last_hope(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
     assert last_hope(STOP, []) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_standings_promote_whom_all_scores_would_whatever_happened_before(seed: int, mode: str) -> None:
+    """The oracle is `promotion`, which looks at every trial each time; scores are coarse, so that many are equal."""
+    chance, stop = random.Random(seed), STOP.model_copy(update={"mode": mode})
+    standings, trials = Standings(stop), list[Trial]()
+
+    def tell(new: Trial) -> None:
+        standings.tell(trials[new.number] if new.number < len(trials) else None, new)
+        trials[new.number : new.number + 1] = [new]
+
+    promoted = 0
+    for _ in range(200):
+        due = promotion(stop, trials)
+        assert standings.promotion() == (None if due is None else due.number)
+        if due is not None and chance.random() < 0.7:
+            promoted += 1
+            tell(dataclasses.replace(due, state="running"))
+        running = [each for each in trials if each.state == "running"]
+        if not running or chance.random() < 0.5:
+            tell(trial(len(trials), {}, "running"))
+            continue
+        one = chance.choice(running)
+        ahead = [rung for rung in stop.rungs if rung > one.epoch]
+        scores = {**one.scores, ahead[0]: chance.randrange(8) / 8}
+        state: State = chance.choices(["paused", "failed", "pruned"], [8, 1, 1])[0]
+        if state == "failed":
+            scores = dict(one.scores)
+        elif len(ahead) == 1:
+            state = "completed"
+        tell(dataclasses.replace(one, state=state, scores=scores, epoch=max(scores, default=0)))
+    assert promoted > 10

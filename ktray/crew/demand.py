@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
 from ktray.crew.books import Answer, Request, Want
+from ktray.crew.line import Line
 
 
 class Demand:
@@ -25,6 +26,7 @@ class Demand:
         self.requests: dict[str, Request] = {}
         self.known: dict[str, Stage] = {}
         self.reused: Counter[str] = Counter()
+        self.line = Line()
         self._present: set[str] = set()
         self._unclaimed: set[str] = set()
         self._orders = 0
@@ -52,6 +54,7 @@ class Demand:
             want = self.add(stage, now)
         request.pending.add(key)
         want.requests.add(request.name)
+        self.line.rank(key, self._rank(want))
         if request.waiter and not want.owner:
             want.owner = request.name
         for absent in self._absent(stage):
@@ -77,8 +80,15 @@ class Demand:
             self._orders += 1
             self.known[stage.key] = stage
             self._present.discard(stage.key)
-            self.wants[stage.key] = Want(stage, self._orders, now)
+            want = self.wants[stage.key] = Want(stage, self._orders, now)
+            self.line.enter(stage.key, (*stage.starts, *stage.inputs.values()), self._rank(want))
         return self.wants[stage.key]
+
+    def _forget(self, key: str) -> Want | None:
+        """The want of this key, which is none any more."""
+        if key in self.wants:
+            self.line.leave(key)
+        return self.wants.pop(key, None)
 
     def is_present(self, key: str) -> bool:
         """Whether the store has it, as far as was seen."""
@@ -102,8 +112,9 @@ class Demand:
             want.requests.discard(request.name)
             if want.owner == request.name:
                 want.owner = min((name for name in want.requests if self.requests[name].waiter), default="")
+            self.line.rank(key, self._rank(want))
             if not want.requests and key not in self.running:
-                del self.wants[key]
+                self._forget(key)
 
     def _settle(self, request: Request) -> None:
         if request.pending or request.name not in self.requests:
@@ -124,7 +135,7 @@ class Demand:
         """Tell all who want it that it is in the store; `computed` if this crew has just put it there."""
         key, name = artifact.key, artifact.key.rpartition("-")[0]
         self._present.add(key)
-        want = self.wants.pop(key, None)
+        want = self._forget(key)
         if want is None:
             return
         if computed and not want.owner:
@@ -140,7 +151,7 @@ class Demand:
 
     def fail(self, key: str, kind: str, cause: str) -> None:
         """Give up a wanted stage and all that reads it: each request that waits for them ends once, with this cause."""
-        want = self.wants.pop(key, None)
+        want = self._forget(key)
         for name in sorted(want.requests) if want else ():
             self._drop(self.requests[name])
             self.outbox.append(Answer(name, failed=key, cause=cause, kind=kind))
@@ -160,20 +171,14 @@ class Demand:
     def forsake(self, key: str) -> None:
         """Forget a stage that no longer runs, if nobody wants it."""
         if key in self.wants and not self.wants[key].requests:
-            del self.wants[key]
+            self._forget(key)
 
-    def queue(self) -> list[Want]:
+    def queue(self) -> Iterator[Want]:
         """Wants that do not run and whose inputs are there: higher priority first, then more waiters, then older.
 
         A stage also waits while a shorter training that it would continue is on its way.
         """
-        ready = [
-            want
-            for key, want in self.wants.items()
-            if key not in self.running
-            and not any(each in self.wants for each in (*want.stage.starts, *want.stage.inputs.values()))
-        ]
-        return sorted(ready, key=self._rank)
+        return (self.wants[key] for key in self.line if key in self.wants)
 
     def _rank(self, want: Want) -> tuple[float, float, int]:
         priority = max((self.requests[name].priority for name in want.requests), default=0)

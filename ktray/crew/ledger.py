@@ -10,6 +10,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.crew.books import Dismiss, Event, Fence, Give, Hire, Kill, Run
 from ktray.crew.demand import Demand
 from ktray.crew.needs import Needs
+from ktray.crew.openings import Openings
 from ktray.crew.roster import Roster, Shape, Worker, shape_of
 
 DEATHS = 3
@@ -85,6 +86,7 @@ class Ledger:
         worker.leads, worker.lent_to, worker.polling = attempt, None, False
         worker.memory = self.needs(stage.name).memory_bytes
         self.runs[stage.key] = Run(stage.key, stage, attempt, worker.name, now, now)
+        self.demand.line.start(stage.key)
         return self.runs[stage.key]
 
     def ended(self, key: str, attempt: str) -> Run | None:
@@ -93,6 +95,7 @@ class Ledger:
         if run is None or run.attempt != attempt:
             return None
         del self.runs[key]
+        self.demand.line.stop(key)
         self._closed.add(attempt)
         for worker in self.roster.workers.values():
             if worker.leads == attempt:
@@ -195,55 +198,54 @@ class Ledger:
         """Start what can start, borrow idle workers for what can be split, hire where stages wait."""
         if self._expected and now < self._quiet_until:
             return
-        coming: Counter[Shape] = Counter()
+        openings, coming, full = Openings(self.roster, now), Counter[Shape](), set[str]()
         for want in self.demand.queue():
-            if want.stage.key not in self.demand.wants:
-                continue  # failed with another one just now
-            needs = self.needs(want.stage.name)
-            worker = self.roster.idle(needs, now)
+            name = want.stage.name
+            if name in full:
+                continue
+            needs = self.needs(name)
+            worker = openings.take(needs)
             if worker is not None:
                 run = self._start(worker, want.stage, self.attempts(), now)
-                self.outbox += [
-                    Give(worker.name, want.stage, run.attempt),
-                    Event("started", run.key, want.stage.name, worker.name),
-                ]
+                self.outbox += [Give(worker.name, want.stage, run.attempt), Event("started", run.key, name, worker.name)]
             elif not self.roster.fits(needs):
                 self._give_up(want.stage.key, "failed", f"it needs {_said(needs)}, more than any node of the cluster has")
-            else:
-                self._hire(shape_of(needs), coming, now)
-        self._lend(now)
+            elif not self._hire(shape_of(needs), coming, openings):
+                full.add(name)  # whoever else needs the same would find nothing either
+                if full >= self.demand.line.names.keys():
+                    break
+        self._lend(openings)
 
     def warm(self, workers: int) -> None:
         """Hire usual workers before the first stage comes."""
+        openings = Openings(self.roster, 0.0)
         for _ in range(0 if self._stillborn else workers - len(self.roster.workers)):
-            worker = self.roster.hire(Shape())
+            worker = openings.hire(Shape())
             if worker is not None:
                 self.outbox.append(Hire(worker))
 
-    def _hire(self, shape: Shape, coming: Counter[Shape], now: float) -> None:
+    def _hire(self, shape: Shape, coming: Counter[Shape], openings: Openings) -> bool:
+        """See to one more worker of this shape; False if there is no room for one."""
         coming[shape] += 1
-        if self.roster.starting(shape) >= coming[shape]:
-            return
-        worker = self.roster.hire(shape)
+        if openings.starting[shape] >= coming[shape]:
+            return True
+        worker = openings.hire(shape)
         if worker is not None:
             self.outbox.append(Hire(worker))
         else:
-            self.outbox += [Dismiss(each.name) for each in self.roster.give_up(shape, now)]
+            self.outbox += [Dismiss(each.name) for each in openings.give_up(shape)]
+        return worker is not None
 
-    def _lend(self, now: float) -> None:
+    def _lend(self, openings: Openings) -> None:
         for run in sorted(self.runs.values(), key=lambda run: run.since):
             needs = self.needs(run.stage.name)
-            missing = needs.helpers - len(self.helpers(run.attempt))
-            for worker in self.roster.workers.values():
-                if (
-                    missing > 0
-                    and worker.shape == shape_of(needs)
-                    and worker.lent_to is None
-                    and self.roster.available(worker, now)
-                ):
-                    worker.lent_to, missing = run.attempt, missing - 1
-            for _ in range(missing - self.roster.starting(shape_of(needs))):
-                hired = None if self._stillborn else self.roster.hire(shape_of(needs))
+            if not needs.helpers:
+                continue
+            missing, shape = needs.helpers - openings.lent[run.attempt], shape_of(needs)
+            for worker in openings.lendable(shape)[: max(0, missing)]:
+                worker.lent_to, missing = run.attempt, missing - 1
+            for _ in range(missing - openings.starting[shape]):
+                hired = None if self._stillborn else openings.hire(shape)
                 if hired is None:
                     break
                 self.outbox.append(Hire(hired))

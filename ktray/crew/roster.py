@@ -78,35 +78,15 @@ class Roster:
             for node in self.nodes.values()
         )
 
-    def idle(self, needs: Needs, now: float) -> Worker | None:
-        """A worker that can take a stage at once: one that nobody borrowed, else one that is lent."""
-        shape = shape_of(needs)
-        free = [
-            worker
-            for worker in self.workers.values()
-            if worker.shape == shape and self.available(worker, now) and self._memory_left(worker.node) >= needs.memory_bytes
-        ]
-        return min(free, key=lambda worker: worker.lent_to is not None, default=None)
-
     def available(self, worker: Worker, now: float) -> bool:
         """Whether a worker waits for work and was heard of lately."""
         fresh = worker.beat is not None and now - worker.beat <= self.stale
         return worker.polling and fresh and worker.leads is None and not worker.leaving
 
-    def starting(self, shape: Shape) -> int:
-        """How many workers of this shape were hired and have not come yet."""
-        return sum(worker.beat is None and worker.shape == shape for worker in self.workers.values())
-
-    def hire(self, shape: Shape) -> Worker | None:
-        """A new worker on the node with most room, or None where there is none."""
-        rooms = [name for name in self.nodes if self._room(name, shape, keep_leaving=True)]
-        if not rooms:
-            return None
-        place = max(
-            rooms, key=lambda name: (self._free(name).gpus, self._free(name).cpus) if shape.gpus else (self._free(name).cpus,)
-        )
+    def hire(self, shape: Shape, node: str) -> Worker:
+        """Enter a worker that is yet to start."""
         self._hired += 1
-        return self.add(f"worker-{self._hired}", shape, place)
+        return self.add(f"worker-{self._hired}", shape, node)
 
     def add(self, name: str, shape: Shape, node: str) -> Worker:
         """Enter a worker that was hired now or found alive."""
@@ -117,37 +97,6 @@ class Roster:
     def skip(self, names: Iterable[str]) -> None:
         """Never hire under these names."""
         self._hired = max([self._hired, *(_number(name) for name in names)])
-
-    def give_up(self, shape: Shape, now: float) -> list[Worker]:
-        """Idle workers of other shapes that must go so that one of `shape` gets room; none if room is on its way."""
-        if any(self._room(name, shape, keep_leaving=False) for name in self.nodes):
-            return []
-        for place in self.nodes:
-            chosen: list[Worker] = []
-            for worker in [each for each in self.workers.values() if each.node == place and each.shape != shape]:
-                if self.available(worker, now):
-                    worker.leaving = True
-                    chosen.append(worker)
-                    if self._room(place, shape, keep_leaving=False):
-                        return chosen
-            for worker in chosen:
-                worker.leaving = False
-        return []
-
-    def _free(self, name: str, keep_leaving: bool = True) -> Node:
-        held = [each for each in self.workers.values() if each.node == name and (keep_leaving or not each.leaving)]
-        node = self.nodes[name]
-        return Node(node.cpus - sum(each.shape.cpus for each in held), node.gpus - sum(each.shape.gpus for each in held))
-
-    def _room(self, name: str, shape: Shape, keep_leaving: bool) -> bool:
-        free = self._free(name, keep_leaving)
-        held = sum(each.shape.cpus for each in self.workers.values() if keep_leaving or not each.leaving)
-        return free.cpus >= shape.cpus and free.gpus >= shape.gpus - 1e-6 and held + shape.cpus <= self.cpus
-
-    def _memory_left(self, name: str) -> float:
-        node = self.nodes.get(name)
-        used = sum(each.memory for each in self.workers.values() if each.node == name)
-        return (node.memory if node else 0.0) - used
 
 
 def _number(name: str) -> int:

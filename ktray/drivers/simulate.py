@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.crew.books import Answer, Give, Hire
 from ktray.crew.ledger import Ledger
 from ktray.crew.needs import Needs
-from ktray.crew.roster import Node, Roster
+from ktray.crew.roster import Node, Roster, Worker
 from ktray.drivers.conductor import Conductor, Segment
 from ktray.fingerprint import fingerprint
 from ktray.search.space import Space
@@ -24,7 +27,35 @@ from ktray.spec import Spec
 Seconds = Callable[[Stage, int], float]
 """(stage, epochs that it trains beyond the snapshot it starts from; 0 if it trains none) -> seconds."""
 Metrics = Callable[[Stage], Mapping[str, float]]
+Dies = Callable[[str, int], float | None]
+"""(key, attempts before this one) -> share of the stage's work after which its worker dies; None: it comes to its end."""
 FOREVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a simulated search runs.
+
+    Attributes:
+        workers: each runs one stage at a time, such as one GPU.
+        per_node: workers of one machine.
+        hire_seconds: until a new process asks for work.
+        overhead_seconds: what a stage costs beyond its work.
+        dies: which attempts end with the death of their worker.
+        checkpoint_seconds: a training that died goes on from a multiple of this.
+    """
+
+    workers: int
+    per_node: int = 8
+    hire_seconds: float = 0.0
+    overhead_seconds: float = 0.0
+    dies: Dies = lambda key, attempts: None
+    checkpoint_seconds: float = FOREVER
+
+    def nodes(self) -> dict[str, Node]:
+        """The machines; the last one may be smaller."""
+        starts = range(0, self.workers, self.per_node)
+        return {f"node-{start}": Node(cpus=min(self.per_node, self.workers - start)) for start in starts}
 
 
 @dataclass
@@ -34,16 +65,27 @@ class Timeline:
     Attributes:
         trials: as the study left them.
         makespan: virtual seconds from the first draw to the last result.
-        busy: virtual seconds that workers computed.
+        busy: virtual seconds that workers computed, in vain or not.
+        lost: those of `busy` that died with their worker.
         alone: what the settled trials would have cost, each run alone.
         computed: (virtual time of publication, key), in order.
+        decisions: ``draw``, ``dispatch`` or ``settle`` -> CPU seconds of this process that each took.
     """
 
     trials: list[Trial] = field(default_factory=list)
     makespan: float = 0.0
     busy: float = 0.0
+    lost: float = 0.0
     alone: float = 0.0
     computed: list[tuple[float, str]] = field(default_factory=list)
+    decisions: dict[str, list[float]] = field(default_factory=lambda: {"draw": [], "dispatch": [], "settle": []})
+
+    @contextmanager
+    def deciding(self, what: str) -> Iterator[None]:
+        """Count the CPU time of the block as a decision."""
+        began = time.process_time()
+        yield
+        self.decisions[what].append(time.process_time() - began)
 
 
 class VirtualClock:
@@ -84,23 +126,30 @@ class _Mute:
         return lambda *arguments: None
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    give: Give
+    worked: float
+    dies: bool
+
+
 class _Simulation:
-    def __init__(
-        self, space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, workers: int
-    ) -> None:
-        self.clock, self.seconds, self.metrics = clock, seconds, metrics
+    def __init__(self, space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, site: Site) -> None:
+        self.clock, self.seconds, self.metrics, self.site = clock, seconds, metrics, site
         self.store = _VirtualStore()
         identity: Callable[[Spec], str] = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
         mute: Any = _Mute()
         store: Any = self.store
         self.conductor = Conductor(space, study, store, identity, mute, lambda event, trial, text: None)
-        roster = Roster({"virtual": Node(cpus=workers)}, stale=FOREVER)
+        roster = Roster(site.nodes(), stale=FOREVER)
         attempts = itertools.count()
         self.ledger = Ledger(self.store.find, lambda name: Needs(), roster, lambda: f"a{next(attempts)}", FOREVER)
-        self.ledger.warm(workers)
+        self.ledger.warm(site.workers)
         self.live: dict[str, Segment] = {}
-        self.ends: list[tuple[float, int, Give, float]] = []
+        self.ahead: list[tuple[float, int, _Attempt | Worker]] = []
         self.order = itertools.count()
+        self.attempts: Counter[str] = Counter()
+        self.kept: dict[str, float] = {}
         self.timeline = Timeline()
 
     def run(self) -> Timeline:
@@ -108,41 +157,83 @@ class _Simulation:
             self._draw()
             if self._act():
                 continue  # answers may make promotions due, and free a place for a draw
-            if not self.ends:
+            if not self.live:
                 return self.timeline
             self._pass()
 
     def _draw(self) -> None:
-        while not isinstance(segment := self.conductor.next(), str):
-            name = f"{segment.trial.number}@{segment.epoch}"
-            self.live[name] = segment
-            self.ledger.demand.request(name, name, "simulation", segment.graph.stages, 0, self.clock.now)
+        while True:
+            with self.timeline.deciding("draw"):
+                segment = self.conductor.next()
+                if isinstance(segment, str):
+                    break
+                name = f"{segment.trial.number}@{segment.epoch}"
+                self.live[name] = segment
+                self.ledger.demand.request(name, name, "simulation", segment.graph.stages, 0, self.clock.now)
+        self.timeline.decisions["draw"].pop()  # there was nothing to draw
 
     def _act(self) -> bool:
         """Do what the ledger wants; whether a segment ended."""
-        self.ledger.dispatch(self.clock.now)
-        answered = False
-        while self.ledger.outbox:
-            action = self.ledger.outbox.pop(0)
+        with self.timeline.deciding("dispatch"):
+            self.ledger.dispatch(self.clock.now)
+        outbox = self.ledger.outbox[:]
+        self.ledger.outbox.clear()
+        for action in outbox:
             if isinstance(action, Hire):
-                action.worker.beat, action.worker.polling = self.clock.now, True
-                self.ledger.dispatch(self.clock.now)
+                self._at(self.site.hire_seconds, action.worker)
             elif isinstance(action, Give):
                 self._begin(action)
-            elif isinstance(action, Answer):
-                answered = True
-                computed = [outcome["key"] for outcome in action.outcomes if outcome["state"] == "computed"]
-                self.conductor.settle(self.live.pop(action.request), computed)
-        return answered
+        answers = [action for action in outbox if isinstance(action, Answer)]
+        for answer in answers:
+            with self.timeline.deciding("settle"):
+                self._settle(answer)
+        return bool(answers)
+
+    def _settle(self, answer: Answer) -> None:
+        segment = self.live.pop(answer.request)
+        if answer.failed:
+            self.conductor.fail(segment, answer.cause, answer.failed)
+        else:
+            self.conductor.settle(segment, [each["key"] for each in answer.outcomes if each["state"] == "computed"])
+
+    def _at(self, seconds: float, what: _Attempt | Worker) -> None:
+        heapq.heappush(self.ahead, (self.clock.now + seconds, next(self.order), what))
 
     def _begin(self, give: Give) -> None:
-        epochs = max(0, int(give.stage.spec.get("epoch", 0)) - self.store.epoch_reached(give.stage))
-        seconds = self.seconds(give.stage, epochs)
-        heapq.heappush(self.ends, (self.clock.now + seconds, next(self.order), give, seconds))
+        stage = give.stage
+        rest = self._work(stage) - self.kept.get(stage.key, 0.0)
+        share = self.site.dies(stage.key, self.attempts[stage.key])
+        self.attempts[stage.key] += 1
+        worked = rest * (1.0 if share is None else share)
+        self._at(worked + self.site.overhead_seconds, _Attempt(give, worked, share is not None))
+
+    def _work(self, stage: Stage) -> float:
+        epochs = max(0, int(stage.spec.get("epoch", 0)) - self.store.epoch_reached(stage))
+        return self.seconds(stage, epochs)
 
     def _pass(self) -> None:
-        self.clock.now, _, give, seconds = heapq.heappop(self.ends)
-        stage = give.stage
+        """To the next thing that happens."""
+        self.clock.now, _, event = heapq.heappop(self.ahead)
+        if isinstance(event, Worker):
+            event.beat, event.polling = self.clock.now, True
+            return
+        self.timeline.busy += event.worked + self.site.overhead_seconds
+        if event.dies:
+            self._bury(event)
+        else:
+            self._publish(event.give)
+
+    def _bury(self, attempt: _Attempt) -> None:
+        key, every = attempt.give.stage.key, self.site.checkpoint_seconds
+        done = self.kept.get(key, 0.0) + attempt.worked
+        if attempt.give.stage.name in ("teacher", "student") and every < FOREVER:
+            self.kept[key] = done - done % every
+        self.timeline.lost += done - self.kept.get(key, 0.0) + self.site.overhead_seconds
+        self.ledger.runs[key].seen = True
+        self.ledger.gone(attempt.give.worker, "worker died", "the simulation killed it", self.clock.now)
+
+    def _publish(self, give: Give) -> None:
+        stage, seconds = give.stage, self._work(give.stage)
         record = {
             "seconds": seconds,
             "seconds_alone": seconds + self.store.seconds_before(stage),
@@ -150,21 +241,25 @@ class _Simulation:
         }
         self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
         self.timeline.computed.append((self.clock.now, stage.key))
-        self.timeline.busy += seconds
         self.timeline.makespan = self.clock.now
         self.ledger.roster.workers[give.worker].polling = True
         self.ledger.published(stage.key, give.attempt, True, seconds, self.clock.now)
 
 
-def simulate(space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, workers: int) -> Timeline:
-    """Run a study to its target on `workers` virtual workers.
+def simulate(space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, site: int | Site) -> Timeline:
+    """Run a study to its target on virtual workers.
 
     Args:
         study: opened with `clock` as its clock.
         seconds: what a stage costs.
         metrics: what a stage measures; an evaluation must give the metrics that the space judges by.
+        site: or only its number of workers.
+
+    Raises:
+        StoppedEarly: ten trials in a row failed, as by a stage whose workers died three times.
     """
-    timeline = _Simulation(space, study, clock, seconds, metrics, workers).run()
+    site = Site(site) if isinstance(site, int) else site
+    timeline = _Simulation(space, study, clock, seconds, metrics, site).run()
     study.close()
     timeline.trials = study.trials()
     timeline.alone = sum(trial.cost.get("seconds", 0.0) for trial in timeline.trials)

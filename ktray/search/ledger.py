@@ -108,7 +108,7 @@ class Ledger:
 
     def save(self, trial: Trial) -> None:
         """Writes what has changed of a trial; its state comes last, so that a killed driver leaves nothing half-told."""
-        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        frozen = self._frozen(trial.number)
         single = len(self._space.objectives) == 1
         if single:  # of several objectives Optuna keeps no intermediate values
             for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
@@ -121,6 +121,10 @@ class Ledger:
             if trial.state == "pruned" and single:
                 values = [trial.scores[trial.epoch]]
             self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        study = self._study._study_id  # one trial, where the study itself would list all of them
+        return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study, number))
 
 
 def _storage(home: Path, name: str) -> JournalStorage:

@@ -9,6 +9,7 @@ Tuning" (MLSys 2020), algorithm 2 (get_job).
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from ktray.search.document import EarlyStop
@@ -49,6 +50,49 @@ def promotion(stop: EarlyStop | None, trials: Sequence[Trial]) -> Trial | None:
     return None
 
 
+class Standings:
+    """`promotion` of trials that are told one after the other, in a time that hardly grows with their number."""
+
+    def __init__(self, stop: EarlyStop | None) -> None:
+        self.stop = stop
+        self._reached = dict.fromkeys(reversed(stop.rungs if stop else ()), 0)
+        self._ranked: dict[int, list[tuple[float, int]]] = {rung: [] for rung in self._reached}
+        self._paused: dict[int, list[tuple[float, int]]] = {rung: [] for rung in self._reached}
+
+    def tell(self, old: Trial | None, new: Trial) -> None:
+        """A trial is `new`, and was `old` when it was told the last time."""
+        for rung, count in self._reached.items():
+            self._reached[rung] = count + (rung in new.scores) - (old is not None and rung in old.scores)
+            _move(self._ranked[rung], self._place(old, rung), self._place(new, rung))
+            _move(self._paused[rung], self._waits(old, rung), self._waits(new, rung))
+
+    def promotion(self) -> int | None:
+        """Number of the paused trial that goes on now, or None."""
+        for rung, paused in self._paused.items():
+            # Who is not paused there any more keeps its place, so the best that waits is due if any of them is.
+            places = self._reached[rung] // self.stop.reduction if self.stop else 0
+            if paused and bisect_left(self._ranked[rung], paused[0]) < places:
+                return paused[0][1]
+        return None
+
+    def _place(self, trial: Trial | None, rung: int) -> tuple[float, int] | None:
+        if trial is None or rung not in trial.scores or trial.state == "failed":
+            return None
+        return _order(self.stop, trial, rung)
+
+    def _waits(self, trial: Trial | None, rung: int) -> tuple[float, int] | None:
+        return self._place(trial, rung) if trial and trial.state == "paused" and trial.epoch == rung else None
+
+
+def _move(entries: list[tuple[float, int]], old: tuple[float, int] | None, new: tuple[float, int] | None) -> None:
+    if old == new:
+        return
+    if old is not None:
+        del entries[bisect_left(entries, old)]
+    if new is not None:
+        insort(entries, new)
+
+
 def last_hope(stop: EarlyStop | None, trials: Sequence[Trial]) -> Trial | None:
     """The paused trial that goes on when nothing is due and none was completed: so that every search ends with a result."""
     if any(trial.state == "completed" for trial in trials):
@@ -61,5 +105,9 @@ def last_hope(stop: EarlyStop | None, trials: Sequence[Trial]) -> Trial | None:
 
 def best_first(stop: EarlyStop | None, trials: Sequence[Trial], rung: int) -> list[Trial]:
     """Trials by their score at a rung, the earlier draw first where scores are equal."""
+    return sorted(trials, key=lambda trial: _order(stop, trial, rung))
+
+
+def _order(stop: EarlyStop | None, trial: Trial, rung: int) -> tuple[float, int]:
     sign = 1 if stop and stop.mode == "min" else -1
-    return sorted(trials, key=lambda trial: (sign * trial.scores[rung], trial.number))
+    return sign * trial.scores[rung], trial.number

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from ktray.errors import UserError
-from ktray.fingerprint import fingerprint
+from ktray.fingerprint import fingerprint, flat
 from ktray.search import check as checks
 from ktray.search import document as documents
 from ktray.search import problems, tree
@@ -244,3 +244,26 @@ def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")
     return space.pair({})
+
+
+def check_unchanged(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
+    """Refuse to go on with a study in another space than it was begun with.
+
+    Args:
+        noted: the document of the space that it was begun with; None for a new study.
+
+    Raises:
+        UserError: names what is different.
+    """
+    if noted is None:
+        return
+    before, now = flat(Space.of(noted, name).identity()), flat(space.identity())
+    changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, "absent") != now.get(path, "absent")]
+    if changed:
+        shown = "; ".join(f"{path} was {before.get(path, 'absent')!r}, is {now.get(path, 'absent')!r}" for path in changed[:5])
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"the study {name!r} was begun with another space: {shown}{more}",
+            space.source,
+            "Give this search another --name, or undo the change.",
+        )

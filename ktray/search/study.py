@@ -10,22 +10,28 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 from ktray.errors import StoppedEarly, UserError
-from ktray.fingerprint import flat
 from ktray.search import document, ranking, rungs, target
 from ktray.search.draws import Draws
 from ktray.search.ledger import Ledger, held
 from ktray.search.ledger import names as studies
 from ktray.search.ledger import read as read_ledger
-from ktray.search.space import Goal, Space
+from ktray.search.space import Goal, Space, check_unchanged
 from ktray.search.trial import State, Trial
 
 FAILURES = 10  # so many in a row stop a search
 NOTE_EVERY = 30.0  # seconds that a kill -9 may take from `stop_after`
+
+
+class Source(Protocol):
+    """Where new trials come from."""
+
+    def following(self, trials: Sequence[Trial]) -> Trial | None:
+        """The next trial after these: to run, or settled already; None if there is no other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +84,19 @@ class Study:
         target: draws that this session makes in all, duplicates not counted.
     """
 
-    def __init__(self, ledger: Ledger, space: Space, clock: Callable[[], float], trials: str | int | None) -> None:
+    def __init__(
+        self, ledger: Ledger, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
+    ) -> None:
         self.space = space
         self.reason: str | None = None
         self._ledger, self._clock, self._began = ledger, clock, clock()
-        self._trials = {trial.number: trial for trial in ledger.trials()}
+        self._trials: dict[int, Trial] = {}  # in the order of their numbers
+        self._standings, self._counted = rungs.Standings(space.early_stop), 0
+        for trial in ledger.trials():
+            self._enter(trial)
         notes = ledger.notes()
         self._spent_before = self._spent_noted = float(notes.get("spent", 0.0))
-        self._draws = Draws(space)
+        self._draws = draws
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
         self._failures, self._concurrent = 0, space.budget.concurrent
@@ -107,6 +118,7 @@ class Study:
         clock: Callable[[], float] = time.time,
         trials: str | int | None = None,
         concurrent: int | None = None,
+        draws: Source | None = None,
     ) -> Study:
         """Begins a study or goes on with it. Trials that a killed driver left running come first out of `next`.
 
@@ -115,6 +127,7 @@ class Study:
             clock: seconds.
             trials: how many draws in all, or ``+50`` more than the last target, once that is met; None: the space's budget.
             concurrent: how many trials run at once; None: the space's budget.
+            draws: where new trials come from, if not from the sampler.
 
         Raises:
             UserError: another driver has the study, it was begun with another space, or the name or `trials` is no such thing.
@@ -128,8 +141,8 @@ class Study:
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
             ledger = Ledger(home, name, space)
-            _same_space(ledger.notes().get("space"), space, name)
-            study = cls(ledger, space, clock, trials)
+            check_unchanged(ledger.notes().get("space"), space, name)
+            study = cls(ledger, space, clock, trials, draws or Draws(space))
             study._unlock, study._concurrent = unlock.pop_all(), concurrent or space.budget.concurrent
         return study
 
@@ -141,12 +154,12 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """All trials in the order of their draws."""
-        return [self._trials[number] for number in sorted(self._trials)]
+        return list(self._trials.values())
 
     @property
     def drawn(self) -> int:
         """Draws that count: all but duplicates."""
-        return sum(trial.state != "duplicate" for trial in self._trials.values())
+        return self._counted
 
     @property
     def spent(self) -> float:
@@ -186,7 +199,8 @@ class Study:
     def _coming(self) -> Trial | None:
         if self._orphans:
             return self._trials[self._orphans.pop(0)]
-        due = rungs.promotion(self.space.early_stop, self.trials())
+        promoted = self._standings.promotion()
+        due = None if promoted is None else self._trials[promoted]
         while due is None and self.drawn < self.target and not self._exhausted:
             self._stop_if_all_fails()
             new = self._draws.following(self.trials())
@@ -195,7 +209,7 @@ class Study:
                 break
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
             self._ledger.add(trial)
-            self._trials[trial.number] = trial
+            self._enter(trial)
             self._failures += trial.state == "failed"
             due = trial if trial.state == "running" else None
         return due
@@ -326,20 +340,11 @@ class Study:
     def _write(self, trial: Trial, **changes: Any) -> Trial:
         changed = dataclasses.replace(trial, **changes)
         self._ledger.save(changed)
-        self._trials[trial.number] = changed
+        self._enter(changed)
         return changed
 
-
-def _same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
-    if noted is None:
-        return
-    before, now = flat(Space.of(noted, name).identity()), flat(space.identity())
-    changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, "absent") != now.get(path, "absent")]
-    if changed:
-        shown = "; ".join(f"{path} was {before.get(path, 'absent')!r}, is {now.get(path, 'absent')!r}" for path in changed[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"the study {name!r} was begun with another space: {shown}{more}",
-            space.source,
-            "Give this search another --name, or undo the change.",
-        )
+    def _enter(self, trial: Trial) -> None:
+        old = self._trials.get(trial.number)
+        self._counted += (trial.state != "duplicate") - (old is not None and old.state != "duplicate")
+        self._standings.tell(old, trial)
+        self._trials[trial.number] = trial

@@ -1,0 +1,53 @@
+"""Draws that no sampler makes: a fixed list, or chance. What a simulation, a grid or a comparison searches by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from ktray.fingerprint import fingerprint, seed_of
+from ktray.search import sampler
+from ktray.search.space import Space
+from ktray.search.tree import Scalar
+from ktray.search.trial import State, Trial
+
+Params = Mapping[str, Scalar]
+
+
+class Listed:
+    """The draws of a list, one after the other; a pair that was there before is a duplicate, as in any search.
+
+    Args:
+        draw: number of the trial -> its parameters, each a parameter of the space; None when there are no more.
+    """
+
+    def __init__(self, space: Space, draw: Callable[[int], Params | None]) -> None:
+        self.space, self.draw = space, draw
+        self._seen: dict[str, int] = {}
+        self._read = 0
+
+    def following(self, trials: Sequence[Trial]) -> Trial | None:
+        """The next trial after these: to run, or a duplicate; None at the end of the list.
+
+        Args:
+            trials: all trials so far, in the order of their numbers.
+        """
+        for trial in trials[self._read :]:
+            self._seen.setdefault(fingerprint(trial.pair), trial.number)
+        self._read = number = len(trials)
+        params = self.draw(number)
+        if params is None:
+            return None
+        pair = self.space.pair(params).model_dump(mode="json")
+        earlier = self._seen.get(fingerprint(pair))
+        state: State = "running" if earlier is None else "duplicate"
+        return Trial(number, dict(params), pair, state, duplicate_of=earlier)
+
+
+def fixed(space: Space, entries: Sequence[Params]) -> Listed:
+    """The draws of `entries`, in their order."""
+    return Listed(space, lambda number: entries[number] if number < len(entries) else None)
+
+
+def chance(space: Space) -> Listed:
+    """Independent random draws, by the seed of the space: what knows nothing of results."""
+    return Listed(space, lambda number: sampler.at_random(space, seed_of(space.seed, "chance", number)))

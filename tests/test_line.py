@@ -1,0 +1,79 @@
+"""Who starts next when thousands wait: the line against a plain look at everything that is wanted."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktray.artifact import Artifact, Stage
+from ktray.crew.demand import Demand
+
+
+def stages(chance: random.Random) -> list[Stage]:
+    """Stages that read one or two earlier ones, some of which could start from a third."""
+    made: list[Stage] = []
+    for number in range(60):
+        read = chance.sample(made, min(len(made), chance.randrange(3)))
+        starts = tuple(each.key for each in chance.sample(made, min(len(made), chance.randrange(2))))
+        inputs = {f"role{index}": each.key for index, each in enumerate(read)}
+        made.append(Stage(chance.choice(["teacher", "student"]), {"number": number}, {}, inputs, starts))
+    return made
+
+
+def looked_up(demand: Demand, running: set[str]) -> list[str]:
+    """The order, from the definition alone."""
+    ready = [
+        want
+        for key, want in demand.wants.items()
+        if key not in running and not {*want.stage.starts, *want.stage.inputs.values()} & demand.wants.keys()
+    ]
+
+    def rank(want: Any) -> tuple[float, int, int]:
+        priorities = [demand.requests[name].priority for name in want.requests]
+        return -max(priorities, default=0), -len(want.requests), want.order
+
+    return [want.stage.key for want in sorted(ready, key=rank)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_line_is_what_a_look_at_all_wants_would_give_whatever_happened_before(seed: int) -> None:
+    chance = random.Random(seed)
+    made, store, running = stages(chance), set[str](), set[str]()
+    outbox: list[Any] = []
+
+    def find(key: str) -> Artifact | None:
+        return Artifact(key, Path(key), {}, {}) if key in store else None
+
+    demand, longest = Demand(find, running, outbox), 0
+    for number in range(300):
+        what = chance.random()
+        line = [want.stage.key for want in demand.queue()]
+        assert line == looked_up(demand, running)
+        assert sum(demand.line.names.values()) == len(line)
+        longest = max(longest, len(line))
+        if what < 0.3:
+            wanted = chance.sample(made, 4)
+            demand.request(f"r{number}", chance.choice(["", "w"]), f"s{number % 5}", wanted, chance.randrange(3), 0.0)
+        elif what < 0.55 and line:
+            running.add(line[0])
+            demand.line.start(line[0])
+        elif what < 0.6:
+            demand.release(f"s{chance.randrange(5)}")
+        elif running:
+            key = chance.choice(sorted(running))
+            running.discard(key)
+            demand.line.stop(key)
+            if what < 0.9:
+                store.add(key)
+                demand.publish(Artifact(key, Path(key), {}, {}), True)
+            elif what < 0.95:
+                demand.fail(key, "failed", "no")
+            else:
+                demand.forsake(key)  # its worker died
+        if chance.random() < 0.05 and store:
+            store.discard(lost := chance.choice(sorted(store)))
+            demand._present.discard(lost)
+    assert longest > 5
