@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor
-from ktray.drivers.status import noting
+from ktray.drivers.stage_runs import track_missed
+from ktray.drivers.status import naming_stuck, noting
 from ktray.drivers.stopping import Stopping, hear_again
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.pipeline.check import data_loader
@@ -85,7 +86,7 @@ class _Crew:
     def __init__(self, place: Place, tracker: Tracker, stopping: Stopping, screen: Screen, name: str) -> None:
         self.place, self.tracker, self.stopping, self.say = place, tracker, stopping, screen.say
         self.folder = place.home / "studies" / name
-        self.show = noting(self.folder, screen.work)
+        self.show = naming_stuck(noting(self.folder, screen.work), screen.say)
         self._session: Any = None
         self._crew: Any = None
         self._watch: Any = None
@@ -195,6 +196,8 @@ def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done
     if not done:
         conductor.leave()
     crew.stop(conductor.demanded - before)
+    began = min((trial.started for trial in conductor.study.trials() if trial.started is not None), default=float("inf"))
+    track_missed(conductor.tracker, conductor.store, conductor.demanded, began)
     conductor.study.close()
     conductor.account.summary(conductor.study.trials(), references.read(folder))
     conductor.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])

@@ -23,7 +23,7 @@ from ktray.search.study import Study
 from ray import tune
 from ray.tune.search import Searcher
 
-DEATHS = 3
+DEATHS = 10  # of one trial's processes, with no result of any trial in between: a process that only waits is not to blame
 
 
 class StudySearcher(Searcher):
@@ -92,6 +92,7 @@ class StudySearcher(Searcher):
             elif result["cause"]:
                 self.conductor.fail(segment, result["cause"], result.get("failed", ""))
             else:
+                self.deaths.clear()
                 self.conductor.settle(segment, json.loads(result["computed"]))
         except StoppedEarly as stop:
             self.reason = stop
