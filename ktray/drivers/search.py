@@ -182,7 +182,7 @@ def search(
                 raise
             outcome.interrupted = True
         finally:
-            _end(conductor, crew, before, place.home / "studies" / name, done)
+            outcome.stopped = _end(conductor, crew, before, place.home / "studies" / name, done) or outcome.stopped
         after = set(place.store.keys())
         rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & after
     outcome.published = rests_on & (crew.published | (after - before))
@@ -191,16 +191,25 @@ def search(
     return outcome
 
 
-def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> None:
+def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> StoppedEarly | None:
     """Stop what runs, in the order in which one tells another, and say in the tracker what came of it all."""
     if not done:
         conductor.leave()
     crew.stop(conductor.demanded - before)
     began = min((trial.started for trial in conductor.study.trials() if trial.started is not None), default=float("inf"))
     track_missed(conductor.tracker, conductor.store, conductor.demanded, began)
-    conductor.study.close()
+    stopped = _close(conductor.study)
     conductor.account.summary(conductor.study.trials(), references.read(folder))
     conductor.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
+    return stopped
+
+
+def _close(study: Study) -> StoppedEarly | None:
+    try:
+        study.close()
+    except StoppedEarly as stop:  # the disk is full: the study is as it last could be written
+        return stop
+    return None
 
 
 def _trials(conductor: Conductor, crew: _Crew, place: Place, stopping: Stopping) -> StoppedEarly | None:
