@@ -256,6 +256,7 @@ def _to_file(log: Path) -> None:
     import ray._private.worker
 
     handler = logging.FileHandler(log, delay=True)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: its lines are not worth a traceback
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("ray", "ray.tune", "ray.train", "ray.air", "ray.data"):
         logger = logging.getLogger(name)
