@@ -18,9 +18,9 @@ from ktray.errors import StoppedEarly, UserError
 from ktray.fingerprint import flat
 from ktray.search import document, ranking, rungs, target
 from ktray.search.draws import Draws
-from ktray.search.ledger import Ledger, held
-from ktray.search.ledger import names as studies
-from ktray.search.ledger import read as read_ledger
+from ktray.search.journal import Journal, held
+from ktray.search.journal import names as studies
+from ktray.search.journal import read as read_ledger
 from ktray.search.space import Goal, Space
 from ktray.search.trial import State, Trial
 
@@ -78,7 +78,7 @@ class Study:
         target: draws that this session makes in all, duplicates not counted.
     """
 
-    def __init__(self, ledger: Ledger, space: Space, clock: Callable[[], float], trials: str | int | None) -> None:
+    def __init__(self, ledger: Journal, space: Space, clock: Callable[[], float], trials: str | int | None) -> None:
         self.space = space
         self.reason: str | None = None
         self._ledger, self._clock, self._began = ledger, clock, clock()
@@ -127,7 +127,7 @@ class Study:
         target.checked(trials)
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
-            ledger = Ledger(home, name, space)
+            ledger = Journal(home, name, space)
             _same_space(ledger.notes().get("space"), space, name)
             study = cls(ledger, space, clock, trials)
             study._unlock, study._concurrent = unlock.pop_all(), concurrent or space.budget.concurrent
