@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ktray.errors import StoppedEarly
-from ktray.search import ledger
+from ktray.search import journal
 from ktray.search.study import Study, read
 from tests.toy_space import drive, toy_space
 
@@ -18,7 +18,7 @@ from tests.toy_space import drive, toy_space
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A disk on which half of what is appended fits; ``full()`` fills it, ``full(False)`` makes room."""
-    append = ledger.JournalFileBackend.append_logs
+    append = journal.JournalFileBackend.append_logs
 
     def torn(self: Any, logs: list[dict[str, Any]]) -> None:
         path = Path(self._file_path)
@@ -27,7 +27,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
         os.truncate(path, size + (path.stat().st_size - size) // 2)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    return lambda on=True: monkeypatch.setattr(ledger.JournalFileBackend, "append_logs", torn if on else append)
+    return lambda on=True: monkeypatch.setattr(journal.JournalFileBackend, "append_logs", torn if on else append)
 
 
 def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whole(tmp_path: Path, full: Any) -> None:

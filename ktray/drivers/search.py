@@ -107,7 +107,7 @@ class _Crew:
             self.say(f"Ray's own messages go to {self._session.log}")
             for warning in self._session.warnings:
                 self.say(warning)
-            preflight(self.place.store)
+            preflight(self.place.store, given)
             self._crew = client.connect(self._session, self.place.store.url, execute)
             self._watch = Watch(self._crew, self.place.store, self.tracker, self.show)
         return self._crew

@@ -17,7 +17,7 @@ import psutil
 
 from ktray.crew.needs import STAGES
 from ktray.pipeline.naming import pair_name
-from ktray.search import ledger, ranking
+from ktray.search import journal, ranking
 from ktray.search.study import History, read
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
@@ -87,8 +87,8 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         UserError: there is no such study.
     """
     study = read(home, name)
-    by = _driver(ledger.folder(home, name))
-    now = _noted(ledger.folder(home, name), by[0]) if by else None
+    by = _driver(journal.folder(home, name))
+    now = _noted(journal.folder(home, name), by[0]) if by else None
     answer: dict[str, Any] = {
         "study": name,
         "running": by is not None,

@@ -17,9 +17,9 @@ from typing import Any, Literal, Protocol, Self
 from ktray.errors import StoppedEarly, UserError
 from ktray.search import document, ranking, rungs, target
 from ktray.search.draws import Draws
-from ktray.search.ledger import Ledger, held
-from ktray.search.ledger import names as studies
-from ktray.search.ledger import read as read_ledger
+from ktray.search.journal import Journal, held
+from ktray.search.journal import names as studies
+from ktray.search.journal import read as read_ledger
 from ktray.search.space import Goal, Space, check_unchanged
 from ktray.search.trial import State, Trial
 
@@ -85,7 +85,7 @@ class Study:
     """
 
     def __init__(
-        self, ledger: Ledger, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
+        self, ledger: Journal, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
     ) -> None:
         self.space = space
         self.reason: str | None = None
@@ -140,7 +140,7 @@ class Study:
         target.checked(trials)
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
-            ledger = Ledger(home, name, space)
+            ledger = Journal(home, name, space)
             check_unchanged(ledger.notes().get("space"), space, name)
             study = cls(ledger, space, clock, trials, draws or Draws(space))
             study._unlock, study._concurrent = unlock.pop_all(), concurrent or space.budget.concurrent

@@ -63,7 +63,7 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
     return dict(study.user_attrs), [_trial(frozen) for frozen in study.get_trials(deepcopy=False)]
 
 
-class Ledger:
+class Journal:
     """The trials and notes of one study, for the one process that writes them (`held`)."""
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
