@@ -2,6 +2,7 @@
 
 import pytest
 
+from ktray.pipeline import graph
 from ktray.pipeline.graph import build, final_epoch
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 
@@ -142,3 +143,14 @@ def test_a_teachers_evaluation_is_shared_by_all_students():
 
 def test_hog_and_its_teacher_are_distinct_keys_per_parameter():
     assert keys()["features"] != keys(teacher={"descriptor": {**HOG["descriptor"], "orientations": 12}})["features"]
+
+
+def test_a_chain_that_was_built_before_with_other_cuts_is_built_as_if_it_were_the_first():
+    def built(milestones):
+        return build(toy_pair(teacher=ROTATION), identity, milestones=milestones).stages
+
+    graph._chains.clear()
+    plain, cut, again = built({}), built({"teacher": [1], "student": [1]}), built({})
+    graph._chains.clear()
+    assert plain == again == built({})
+    assert {stage.key for stage in cut} > {stage.key for stage in plain}

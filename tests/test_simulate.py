@@ -2,8 +2,10 @@
 
 import pytest
 
-from ktray.drivers.simulate import VirtualClock, simulate
+from ktray.drivers.simulate import Site, VirtualClock, simulate
+from ktray.errors import StoppedEarly
 from ktray.fingerprint import seed_of
+from ktray.search import listed
 from ktray.search.check import checked
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -48,11 +50,17 @@ def space(trials=12, early_stop=True):
     return checked(Space.of(content, "simulated.yaml"))
 
 
-def run(home, workers, **how):
+def run(home, workers, draws=None, **how):
     clock = VirtualClock()
     searched = space(**how)
-    study = Study.open(home, searched, clock=clock)
+    study = Study.open(home, searched, clock=clock, draws=draws(searched) if draws else None)
     return simulate(searched, study, clock, seconds, metrics, workers)
+
+
+def pairs(count):
+    options = [(layer, k, 0.02) for layer in ("conv3", "conv4") for k in (5, 10, 20)]
+    names = ("teacher.layer", "transfer.k", "student.schedule.lr")
+    return [dict(zip(names, option, strict=True)) for option in options[:count]]
 
 
 def test_every_distinct_stage_is_computed_once_and_the_target_is_met(tmp_path):
@@ -94,3 +102,63 @@ def test_the_same_study_simulated_twice_makes_the_same_draws(tmp_path):
     one, two = run(tmp_path / "a", workers=3), run(tmp_path / "b", workers=3)
     assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
     assert one.makespan == two.makespan
+
+
+def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_stages(tmp_path):
+    twice = [*pairs(6), *pairs(2)]
+    timeline = run(tmp_path, 2, lambda searched: listed.fixed(searched, twice), trials=20, early_stop=False)
+    assert [dict(trial.params) for trial in timeline.trials] == twice
+    assert [trial.state for trial in timeline.trials] == ["completed"] * 6 + ["duplicate"] * 2
+    assert [trial.duplicate_of for trial in timeline.trials[6:]] == [0, 1]
+    one_teacher, two_layers, six_pairs = 2 * 30, 2 * 8, 6 * (4 + 1 + 8 * 6 + 2)
+    assert timeline.busy == pytest.approx(5 + one_teacher + two_layers + six_pairs)
+
+
+def test_chance_draws_the_same_pairs_again_and_not_the_samplers(tmp_path):
+    one, two = (run(tmp_path / name, 3, listed.chance, early_stop=False) for name in "ab")
+    assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
+    assert [trial.params for trial in one.trials] != [trial.params for trial in run(tmp_path / "c", 3, early_stop=False).trials]
+
+
+def listed_run(home, site, count=4):
+    return run(home, site, lambda searched: listed.fixed(searched, pairs(count)), trials=count, early_stop=False)
+
+
+def test_a_stage_whose_worker_died_is_run_again_by_a_new_worker_and_costs_what_was_lost(tmp_path):
+    def dies(key, attempts):
+        return 0.5 if key.startswith("teacher-") and attempts == 0 else None
+
+    calm = listed_run(tmp_path / "calm", Site(2))
+    disturbed = listed_run(tmp_path / "disturbed", Site(2, hire_seconds=7.0, dies=dies))
+    assert [trial.state for trial in disturbed.trials] == ["completed"] * 4
+    assert (calm.lost, disturbed.lost) == (0.0, 30.0)
+    assert disturbed.busy == calm.busy + 30.0
+    assert sorted(key for _, key in disturbed.computed) == sorted(key for _, key in calm.computed)
+    kept = listed_run(tmp_path / "kept", Site(2, dies=dies, checkpoint_seconds=20.0))
+    assert (kept.lost, kept.busy) == (10.0, calm.busy + 10.0)
+
+
+def test_a_stage_that_kills_three_workers_fails_its_trials(tmp_path):
+    def dies(key, attempts):
+        return 0.1 if key.startswith("student-") else None
+
+    assert [trial.state for trial in listed_run(tmp_path / "few", Site(2, dies=dies)).trials] == ["failed"] * 4
+    with pytest.raises(StoppedEarly, match="10 trials failed"):
+        run(tmp_path / "many", Site(2, dies=dies), trials=12, early_stop=False)
+
+
+def test_hiring_and_handing_over_take_time(tmp_path):
+    quick, slow = listed_run(tmp_path / "quick", Site(1)), listed_run(tmp_path / "slow", Site(1, 1, 7.0, 0.5))
+    assert slow.makespan == pytest.approx(quick.makespan + 7.0 + 0.5 * len(quick.computed))
+
+
+def test_machines_hold_all_workers_and_no_more():
+    nodes = Site(20, per_node=8).nodes()
+    assert [node.cpus for node in nodes.values()] == [8, 8, 4]
+
+
+def test_every_decision_is_timed(tmp_path):
+    timeline = listed_run(tmp_path, 2)
+    assert len(timeline.decisions["draw"]) == len(timeline.decisions["settle"]) == 4
+    assert len(timeline.decisions["dispatch"]) >= len(timeline.computed)
+    assert all(took >= 0 for took in timeline.decisions["draw"])

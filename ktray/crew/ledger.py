@@ -248,10 +248,9 @@ class Ledger:
         return worker is not None
 
     def _lend(self, openings: Openings) -> None:
-        for run in sorted(self.runs.values(), key=lambda run: run.since):
+        borrowing = [run for run in self.runs.values() if self.needs(run.stage.name).helpers]
+        for run in sorted(borrowing, key=lambda run: run.since):
             needs = self.needs(run.stage.name)
-            if not needs.helpers:
-                continue
             missing, shape = needs.helpers - openings.lent[run.attempt], shape_of(needs)
             for worker in openings.lendable(shape)[: max(0, missing)]:
                 worker.lent_to, missing = run.attempt, missing - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 
 from ktray.crew.needs import Needs
 from ktray.crew.roster import Roster, Shape, Worker, shape_of
@@ -21,30 +22,42 @@ class Openings:
         self.starting: Counter[Shape] = Counter()
         self.lent: Counter[str] = Counter()
         self._idle: dict[Shape, list[Worker]] = {}
-        self._memory = {name: node.memory for name, node in roster.nodes.items()}
-        self._cpus, self._gpus = dict.fromkeys(roster.nodes, 0.0), dict.fromkeys(roster.nodes, 0.0)
-        self._held = 0.0
-        self._crowded: set[Shape] = set()
+        self._full: set[Shape] = set()
+        unborrowed: list[Worker] = []
         borrowed: list[Worker] = []
-        for worker in roster.workers.values():
-            self._count(worker)
-            if worker.lent_to is not None:
+        for worker in roster.workers.values():  # nearly all of a thousand are busy: little is asked of each
+            if worker.beat is None:
+                self.starting[worker.shape] += 1
+            elif worker.lent_to is not None:
                 self.lent[worker.lent_to] += 1
-            if roster.available(worker, now):
-                (self._idle.setdefault(worker.shape, []) if worker.lent_to is None else borrowed).append(worker)
-        for worker in borrowed:  # taken last
-            self._idle.setdefault(worker.shape, []).append(worker)
-        for workers in self._idle.values():
-            workers.reverse()
+                borrowed.append(worker)
+            elif worker.leads is None:
+                unborrowed.append(worker)
+        for worker in reversed(borrowed):  # taken from the end: those that are lent come last
+            self._offer(worker, now)
+        for worker in reversed(unborrowed):
+            self._offer(worker, now)
 
-    def _count(self, worker: Worker) -> None:
-        shape, place = worker.shape, worker.node
-        self.starting[shape] += worker.beat is None
-        self._held += shape.cpus
-        self._memory[place] = self._memory.get(place, 0.0) - worker.memory
-        if place in self._cpus:
-            self._cpus[place] += shape.cpus
-            self._gpus[place] += shape.gpus
+    def _offer(self, worker: Worker, now: float) -> None:
+        if self.roster.available(worker, now):
+            self._idle.setdefault(worker.shape, []).append(worker)
+
+    @cached_property
+    def _held(self) -> dict[str, Shape]:
+        """Node -> what its workers hold, those who are leaving included."""
+        cpus, gpus = dict.fromkeys(self.roster.nodes, 0.0), dict.fromkeys(self.roster.nodes, 0.0)
+        for worker in self.roster.workers.values():
+            cpus[worker.node] = cpus.get(worker.node, 0.0) + worker.shape.cpus
+            gpus[worker.node] = gpus.get(worker.node, 0.0) + worker.shape.gpus
+        return {name: Shape(cpus[name], gpus[name]) for name in cpus}
+
+    @cached_property
+    def _memory(self) -> dict[str, float]:
+        """Node -> bytes that are left."""
+        left = {name: node.memory for name, node in self.roster.nodes.items()}
+        for worker in self.roster.workers.values():
+            left[worker.node] = left.get(worker.node, 0.0) - worker.memory
+        return left
 
     def take(self, needs: Needs) -> Worker | None:
         """A worker that can run a stage at once: one that nobody borrowed, else one that is lent."""
@@ -63,22 +76,21 @@ class Openings:
 
     def hire(self, shape: Shape) -> Worker | None:
         """A new worker on the node with most room, or None where there is none."""
-        if shape in self._crowded:
-            return None
-        place = self._roomiest(shape)
+        place = None if shape in self._full else self._roomiest(shape)
         if place is None:
-            self._crowded.add(shape)
+            self._full.add(shape)
             return None
-        worker = self.roster.hire(shape, place)
-        self._count(worker)
+        held, worker = self._held[place], self.roster.hire(shape, place)
+        self._held[place] = Shape(held.cpus + shape.cpus, held.gpus + shape.gpus)
+        self.starting[shape] += 1
         return worker
 
     def _roomiest(self, shape: Shape) -> str | None:
-        if self._held + shape.cpus > self.roster.cpus:
+        if sum(held.cpus for held in self._held.values()) + shape.cpus > self.roster.cpus:
             return None
         found, most = None, (-1.0, -1.0)
         for name, node in self.roster.nodes.items():
-            cpus, gpus = node.cpus - self._cpus[name], node.gpus - self._gpus[name]
+            cpus, gpus = node.cpus - self._held[name].cpus, node.gpus - self._held[name].gpus
             room = (gpus if shape.gpus else 0.0, cpus)
             if cpus >= shape.cpus and gpus >= shape.gpus - 1e-6 and room > most:
                 found, most = name, room

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, ready_features, train
 from ktray.artifact import Stage
+from ktray.fingerprint import canonical
 from ktray.pipeline.identity import checkpoint_sha256, features_identity
 from ktray.pipeline.naming import lineage
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, ReadyTeacher, Schedule, Spec, StudentTeacher, TrainedTeacher
@@ -18,6 +20,8 @@ from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, ReadyTeacher
 Identity = Callable[[Spec], str]
 """Data spec -> sha256 of the data's content."""
 MOST_STARTS = 400
+MOST_CHAINS = 300
+_chains: dict[tuple[str, str], list[Stage]] = {}
 
 
 @dataclass(frozen=True)
@@ -138,14 +142,23 @@ def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], sched
     """The chain of segments up to epoch `last`; only milestones before it become stages of their own."""
     milestones = builder.milestones.get(f"{builder.generation}{name}", ())
     cuts = sorted({epoch for epoch in milestones if 0 < epoch < last} | {last})
-    key = ""
+    # Trials share teachers, and the keys of all epochs of one are most of the work of building a graph.
+    known = (stage(last).sha256, canonical([stage(last).local, schedule.model_dump(mode="json"), cuts]))
+    if known not in _chains:
+        while len(_chains) >= MOST_CHAINS:
+            del _chains[next(iter(_chains))]
+        _chains[known] = _chain(stage, cuts)
+    return [builder.add(each) for each in _chains[known]][-1]
+
+
+def _chain(stage: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
+    at = lru_cache(maxsize=None)(stage)
+    chain = []
     for cut in cuts:
-        current = stage(cut)
         stride = max(1, -(-cut // MOST_STARTS))
         earlier = sorted({*range(stride, cut, stride), *(c for c in cuts if c < cut)}, reverse=True)
-        starts = tuple(stage(epoch).key for epoch in earlier)
-        key = builder.add(_with_starts(current, starts))
-    return key
+        chain.append(_with_starts(at(cut), tuple(at(epoch).key for epoch in earlier)))
+    return chain
 
 
 def _with_starts(stage: Stage, starts: tuple[str, ...]) -> Stage:
