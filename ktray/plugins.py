@@ -11,6 +11,7 @@ import os
 import pkgutil
 import traceback
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -44,8 +45,13 @@ def allow(packages: list[str]) -> None:
 
 def kinds(room: str) -> list[str]:
     """Sorted names of the kinds that ship in a room, such as ``kinds("pretext")``."""
-    folder = import_module(f"ktray.{ROOMS[room]}")
-    return sorted(entry.name for entry in pkgutil.iter_modules(folder.__path__))
+    return list(_listed(room))
+
+
+@cache
+def _listed(room: str) -> tuple[str, ...]:
+    folder = import_module(f"ktray.{ROOMS[room]}")  # read once: every spec that is parsed asks
+    return tuple(sorted(entry.name for entry in pkgutil.iter_modules(folder.__path__)))
 
 
 def module(room: str, kind: str) -> ModuleType:
@@ -63,7 +69,7 @@ def module(room: str, kind: str) -> ModuleType:
                 instead=f"Add --allow-plugins {package} if you do.",
             )
         return _imported(room, kind, kind)
-    if kind not in kinds(room):
+    if kind not in _listed(room):
         near = difflib.get_close_matches(kind, kinds(room), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(f"there is no {room} kind {kind!r}", instead=f"{hint}Known: {', '.join(kinds(room))}.")

@@ -225,3 +225,14 @@ def test_optuna_reads_the_journal_as_an_ordinary_study(tmp_path: Path) -> None:
         assert theirs.intermediate_values == ours.scores
         if ours.state == "pruned":
             assert (theirs.state.name, theirs.value) == ("PRUNED", ours.scores[ours.epoch])
+
+
+def test_trials_of_a_study_hold_what_their_pairs_have_in_common_once(tmp_path: Path) -> None:
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as study:
+        drive(study)
+        drawn = [trial.pair for trial in study.trials()]
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as again:
+        read_again = [trial.pair for trial in again.trials()]
+    assert read_again == drawn
+    for pairs in (drawn, read_again):
+        assert len({id(pair["data"]) for pair in pairs}) == 1

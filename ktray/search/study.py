@@ -22,7 +22,7 @@ from ktray.search.ledger import Ledger, held
 from ktray.search.ledger import names as studies
 from ktray.search.ledger import read as read_ledger
 from ktray.search.space import Goal, Space
-from ktray.search.trial import State, Trial
+from ktray.search.trial import Parts, State, Trial
 
 FAILURES = 10  # so many in a row stop a search
 NOTE_EVERY = 30.0  # seconds that a kill -9 may take from `stop_after`
@@ -82,7 +82,8 @@ class Study:
         self.space = space
         self.reason: str | None = None
         self._ledger, self._clock, self._began = ledger, clock, clock()
-        self._trials = {trial.number: trial for trial in ledger.trials()}
+        self._parts = Parts()
+        self._trials = {trial.number: self._parts.share(trial) for trial in ledger.trials()}
         notes = ledger.notes()
         self._spent_before = self._spent_noted = float(notes.get("spent", 0.0))
         self._draws = Draws(space)
@@ -193,6 +194,7 @@ class Study:
             if new is None:
                 self._exhausted = True
                 break
+            new = self._parts.share(new)
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
             self._ledger.add(trial)
             self._trials[trial.number] = trial
