@@ -47,7 +47,7 @@ def test_a_search_too_small_for_a_promotion_still_ends_with_a_result(tmp_path: P
 
 
 def test_no_more_trials_run_at_once_than_the_budget_says(tmp_path: Path) -> None:
-    study = Study.open(tmp_path, toy_space(tmp_path), concurrent=3)
+    study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 12, "concurrent": 3}))
     assert [isinstance(study.next(), Assignment) for _ in range(3)] == [True] * 3
     assert study.next() == "wait"
 
@@ -225,3 +225,14 @@ def test_optuna_reads_the_journal_as_an_ordinary_study(tmp_path: Path) -> None:
         assert theirs.intermediate_values == ours.scores
         if ours.state == "pruned":
             assert (theirs.state.name, theirs.value) == ("PRUNED", ours.scores[ours.epoch])
+
+
+def test_trials_of_a_study_hold_what_their_pairs_have_in_common_once(tmp_path: Path) -> None:
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as study:
+        drive(study)
+        drawn = [trial.pair for trial in study.trials()]
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as again:
+        read_again = [trial.pair for trial in again.trials()]
+    assert read_again == drawn
+    for pairs in (drawn, read_again):
+        assert len({id(pair["data"]) for pair in pairs}) == 1

@@ -21,7 +21,7 @@ from ktray.search.journal import Journal, held
 from ktray.search.journal import names as studies
 from ktray.search.journal import read as read_ledger
 from ktray.search.space import Goal, Space, check_unchanged
-from ktray.search.trial import State, Trial
+from ktray.search.trial import Parts, State, Trial
 
 FAILURES = 10  # so many in a row stop a search
 NOTE_EVERY = 30.0  # seconds that a kill -9 may take from `stop_after`
@@ -90,10 +90,11 @@ class Study:
         self.space = space
         self.reason: str | None = None
         self._ledger, self._clock, self._began = ledger, clock, clock()
+        self._parts = Parts()
         self._trials: dict[int, Trial] = {}  # in the order of their numbers
         self._standings, self._counted = rungs.Standings(space.early_stop), 0
         for trial in ledger.trials():
-            self._enter(trial)
+            self._enter(self._parts.share(trial))
         notes = ledger.notes()
         self._spent_before = self._spent_noted = float(notes.get("spent", 0.0))
         self._draws = draws
@@ -117,7 +118,6 @@ class Study:
         name: str | None = None,
         clock: Callable[[], float] = time.time,
         trials: str | int | None = None,
-        concurrent: int | None = None,
         draws: Source | None = None,
     ) -> Study:
         """Begins a study or goes on with it. Trials that a killed driver left running come first out of `next`.
@@ -126,7 +126,6 @@ class Study:
             name: the study's name, if not the space's.
             clock: seconds.
             trials: how many draws in all, or ``+50`` more than the last target, once that is met; None: the space's budget.
-            concurrent: how many trials run at once; None: the space's budget.
             draws: where new trials come from, if not from the sampler.
 
         Raises:
@@ -143,7 +142,7 @@ class Study:
             ledger = Journal(home, name, space)
             check_unchanged(ledger.notes().get("space"), space, name)
             study = cls(ledger, space, clock, trials, draws or Draws(space))
-            study._unlock, study._concurrent = unlock.pop_all(), concurrent or space.budget.concurrent
+            study._unlock = unlock.pop_all()
         return study
 
     def __enter__(self) -> Self:
@@ -207,6 +206,7 @@ class Study:
             if new is None:
                 self._exhausted = True
                 break
+            new = self._parts.share(new)
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
             self._ledger.add(trial)
             self._enter(trial)

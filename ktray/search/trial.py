@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -59,3 +61,15 @@ class Trial:
         """All of its `keys` in one set."""
         nested = (value.values() if isinstance(value, Mapping) else [value] for value in self.keys.values())
         return {key for values in nested for key in values}
+
+
+class Parts:
+    """Parts that pairs have in common, such as their data: a thousand trials then hold each of them once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def share(self, trial: Trial) -> Trial:
+        """The same trial, its pair made of known parts."""
+        parts = {name: self._known.setdefault(json.dumps(part), part) for name, part in trial.pair.items()}
+        return dataclasses.replace(trial, pair=parts)
