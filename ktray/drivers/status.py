@@ -154,12 +154,12 @@ def _best(study: History) -> dict[str, Any] | None:
 def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in answer["trials"].items() if count) or "no trial yet"
     drawn = sum(count for state, count in answer["trials"].items() if state != "duplicate")
-    lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {_span(answer['spent_seconds'])} so far"]
+    lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {span(answer['spent_seconds'])} so far"]
     if not answer["running"]:
         over = drawn >= answer["target"] and not answer["trials"]["running"] and not answer["trials"]["paused"]
         lines.append("no search of it runs now" + ("" if over else "; the same ktray search goes on from here"))
     else:
-        left = f"about {_span(answer['eta_seconds'])} left" if answer["eta_seconds"] is not None else "too early to say when"
+        left = f"about {span(answer['eta_seconds'])} left" if answer["eta_seconds"] is not None else "too early to say when"
         lines.append(f"a search runs now ({answer['by']}), {left}")
         lines += _now(answer["now"], trials) if answer["now"] else ["it is starting, or all that it needs is in the store"]
     if answer["best"]:
@@ -172,13 +172,13 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
 def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
     lines = []
     if now["age_seconds"] > FRESH:
-        lines.append(f"it has said nothing for {_span(now['age_seconds'])}")
+        lines.append(f"it has said nothing for {span(now['age_seconds'])}")
     for run in now["stages"]:
         progress = " ".join(f"{name} {value:.4g}" for name, value in run["progress"].items())
         helpers = f" and {len(run['helpers'])} more" if run["helpers"] else ""
-        line = f"  {run['key']}  {_span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {progress}"
+        line = f"  {run['key']}  {span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {progress}"
         if run["silent_seconds"] > SILENT:
-            line += f"  NO PROGRESS for {_span(run['silent_seconds'])}"
+            line += f"  NO PROGRESS for {span(run['silent_seconds'])}"
         lines.append(line.rstrip())
     for wait in now["waiting"]:
         number = wait["waiter"].removeprefix("trial ")
@@ -187,7 +187,7 @@ def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
     return [*lines, f"  {now['workers']} workers, {now['queued']} stages queued"]
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """``45 s``, ``12 min``, ``3.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
