@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import pkgutil
+import sys
 import traceback
 from collections.abc import Mapping
 from importlib import import_module
@@ -63,11 +64,12 @@ def module(room: str, kind: str) -> ModuleType:
                 instead=f"Add --allow-plugins {package} if you do.",
             )
         return _imported(room, kind, kind)
-    if kind not in kinds(room):
+    name = f"ktray.{ROOMS[room]}.{kind}"
+    if name not in sys.modules and kind not in kinds(room):  # listing the folder takes its time
         near = difflib.get_close_matches(kind, kinds(room), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(f"there is no {room} kind {kind!r}", instead=f"{hint}Known: {', '.join(kinds(room))}.")
-    return _imported(room, kind, f"ktray.{ROOMS[room]}.{kind}")
+    return _imported(room, kind, name)
 
 
 def _imported(room: str, kind: str, name: str) -> ModuleType:

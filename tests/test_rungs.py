@@ -7,10 +7,20 @@ import dataclasses
 import pytest
 
 from ktray.search.document import EarlyStop
-from ktray.search.rungs import ladder, last_hope, next_rung, promotion
+from ktray.search.rungs import Standings, ladder, next_rung
 from ktray.search.trial import State, Trial
 
 STOP = EarlyStop(metric="knn/top1", rungs=(1, 3, 9), reduction=3, mode="max")
+
+
+def promotion(stop: EarlyStop | None, trials: list[Trial]) -> Trial | None:
+    number = Standings(stop, trials).promotion()
+    return None if number is None else next(trial for trial in trials if trial.number == number)
+
+
+def last_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    number = Standings(stop, trials).last_hope()
+    return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
 def trial(number: int, scores: dict[int, float], state: State = "paused", epochs: int = 9) -> Trial:

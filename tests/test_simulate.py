@@ -2,7 +2,7 @@
 
 import pytest
 
-from ktray.drivers.simulate import VirtualClock, simulate
+from ktray.drivers.simulate import VirtualClock, _Simulation, simulate
 from ktray.fingerprint import seed_of
 from ktray.search.check import checked
 from ktray.search.space import Space
@@ -94,3 +94,30 @@ def test_the_same_study_simulated_twice_makes_the_same_draws(tmp_path):
     one, two = run(tmp_path / "a", workers=3), run(tmp_path / "b", workers=3)
     assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
     assert one.makespan == two.makespan
+
+
+def test_what_trials_are_charged_adds_up_to_what_workers_computed(tmp_path):
+    clock, searched = VirtualClock(), space()
+    study = Study.open(tmp_path, searched, clock=clock)
+    timeline = simulate(searched, study, clock, seconds, metrics, 3)
+    assert sum(study.purse.spent) == pytest.approx(timeline.busy)
+    of_student = sum(COST["evaluation"] if "evaluation" in key else 0 for _, key in timeline.computed)
+    assert study.purse.spent.suffix > of_student
+    assert study.purse.spent.prefix == pytest.approx(5 + 2 * 30 + sum(_before_the_student(timeline)))
+    assert sum(Study.open(tmp_path, searched).purse.spent) == pytest.approx(timeline.busy)
+
+
+def _before_the_student(timeline):
+    kinds = [key.rpartition("-")[0] for _, key in timeline.computed]
+    return [COST[kind] for kind in kinds if kind in ("features", "clusters", "pseudo_labels")]
+
+
+def test_stages_that_are_ordered_count_before_they_are_computed(tmp_path):
+    clock, searched = VirtualClock(), space()
+    study = Study.open(tmp_path, searched, clock=clock)
+    conductor = _Simulation(searched, study, clock, seconds, metrics, 1).conductor
+    conductor.next()
+    ordered = study.purse.spent
+    assert ordered.prefix > 0
+    conductor.next()  # the same teacher: it is charged once
+    assert study.purse.spent.prefix - ordered.prefix < ordered.prefix

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor
+from ktray.drivers.prices import learned
 from ktray.drivers.status import noting
 from ktray.drivers.stopping import Stopping, hear_again
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
@@ -165,7 +166,7 @@ def search(
         tracker.start()
         screen.begin(study)
         crew = _Crew(place, tracker, stopping, screen, name)
-        conductor = Conductor(study.space, study, place.store, data_identity(place.home / "cache"), tracker, screen.trial)
+        conductor = _conductor(study, place, tracker, screen)
         done = False
         try:
             outcome.stopped = _trials(conductor, crew, place, stopping)
@@ -188,6 +189,11 @@ def search(
     outcome.reused = rests_on - outcome.published
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _conductor(study: Study, place: Place, tracker: Tracker, screen: Screen) -> Conductor:
+    identity, costs = data_identity(place.home / "cache"), learned(place.store)
+    return Conductor(study.space, study, place.store, identity, tracker, screen.trial, costs)
 
 
 def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> None:

@@ -173,7 +173,7 @@ class _Sum:
             if stage.key in made:
                 continue
             begun = [
-                costs.epoch(key) if key in made else planned[key].spec["epoch"]
+                planned[key].spec["epoch"] if key in planned else costs.epoch(key)
                 for key in stage.starts
                 if _there(key, made, planned)
             ]

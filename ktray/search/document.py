@@ -40,6 +40,7 @@ class Budget(Spec):
     trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
     concurrent: int = Field(default=4, ge=1)
     stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
+    hours: float | None = Field(default=None, gt=0, description="of stages, added up over all workers and resumes")
 
 
 class EarlyStop(Spec):
@@ -65,6 +66,7 @@ class Document(Spec):
     objectives: tuple[Objective, ...] = Field(min_length=1)
     budget: Budget = Budget()
     early_stop: EarlyStop | None = None
+    sampler: Literal["balanced", "tpe", "random"] = "balanced"
     seed: Seed = 0
     pair: Mapping[str, Any]
     start_with: tuple[Mapping[str, Any], ...] = ()

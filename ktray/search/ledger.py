@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ktray.errors import UserError
-from ktray.search import sampler
+from ktray.search import sampler, tpe
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 
@@ -68,7 +68,7 @@ class Ledger:
     def __init__(self, home: Path, name: str, space: Space) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._storage = space, _storage(home, name)
-        self._known = sampler.distributions(space)
+        self._known = tpe.distributions(space)
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -108,7 +108,8 @@ class Ledger:
 
     def save(self, trial: Trial) -> None:
         """Writes what has changed of a trial; its state comes last, so that a killed driver leaves nothing half-told."""
-        frozen = self._study.get_trials(deepcopy=False)[trial.number]
+        identity = self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, trial.number)
+        frozen = self._storage.get_trial(identity)
         single = len(self._space.objectives) == 1
         if single:  # of several objectives Optuna keeps no intermediate values
             for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
@@ -130,6 +131,7 @@ def _storage(home: Path, name: str) -> JournalStorage:
 def _attributes(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
     found |= {"cost": dict(trial.cost)} if trial.cost else {}
+    found |= {"charges": {part: dict(stages) for part, stages in trial.charges.items()}} if trial.charges else {}
     if trial.state == "completed":
         found |= {"metrics": dict(trial.metrics), "objectives": dict(trial.objectives)}
     if trial.state in _FINAL:
@@ -151,6 +153,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
         metrics=noted.get("metrics", {}),
         objectives=noted.get("objectives", {}),
         keys=noted.get("keys", {}),
+        charges=noted.get("charges", {}),
         cost=noted.get("cost", {}),
         cause=noted.get("cause"),
         duplicate_of=noted.get("duplicate_of"),

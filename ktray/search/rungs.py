@@ -9,10 +9,15 @@ Tuning" (MLSys 2020), algorithm 2 (get_job).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from ktray.search.document import EarlyStop
 from ktray.search.trial import Trial
+
+Place = tuple[float, int]
+"""(loss, number): smaller is better, the earlier draw first where losses are equal."""
 
 
 def ladder(stop: EarlyStop | None, epochs: int) -> tuple[int, ...]:
@@ -33,33 +38,73 @@ def next_rung(stop: EarlyStop | None, trial: Trial) -> int:
     return ahead[0]
 
 
-def promotion(stop: EarlyStop | None, trials: Sequence[Trial]) -> Trial | None:
-    """The paused trial that goes on now, or None.
+@dataclass
+class _Rung:
+    """Who came to a rung and did not fail later, who waits there, and how many failed later; both lists best first."""
 
-    A trial that failed later keeps its part in the count of a rung but leaves its place among the best to the next one. One
-    that was given up (`pruned`) keeps its place: who comes later must beat it.
-    """
-    for rung in reversed(stop.rungs if stop else ()):
-        reached = [trial for trial in trials if rung in trial.scores]
-        ranked = best_first(stop, [trial for trial in reached if trial.state != "failed"], rung)
-        places = len(reached) // stop.reduction if stop else 0
-        due = [trial for trial in ranked[:places] if trial.state == "paused" and trial.epoch == rung]
-        if due:
-            return due[0]
-    return None
+    reached: list[Place] = field(default_factory=list)
+    waiting: list[Place] = field(default_factory=list)
+    failed: int = 0
 
 
-def last_hope(stop: EarlyStop | None, trials: Sequence[Trial]) -> Trial | None:
-    """The paused trial that goes on when nothing is due and none was completed: so that every search ends with a result."""
-    if any(trial.state == "completed" for trial in trials):
+class Standings:
+    """Who stands where on the ladder; kept up to date trial by trial, so that asking costs the same with ten thousand."""
+
+    def __init__(self, stop: EarlyStop | None, trials: Iterable[Trial] = ()) -> None:
+        self._stop = stop
+        self._sign = _sign(stop)
+        self._rungs: dict[int, _Rung] = {}
+        self._trials: dict[int, Trial] = {}
+        self._completed = 0
+        for trial in trials:
+            self.update(trial)
+
+    def update(self, trial: Trial) -> None:
+        """A trial is new or has changed."""
+        before = self._trials.get(trial.number)
+        if before is not None:
+            self._count(before, -1)
+        self._trials[trial.number] = trial
+        self._count(trial, 1)
+
+    def _count(self, trial: Trial, change: int) -> None:
+        self._completed += change * (trial.state == "completed")
+        for epoch, score in trial.scores.items():
+            rung, place = self._rungs.setdefault(epoch, _Rung()), (self._sign * score, trial.number)
+            if trial.state == "failed":
+                rung.failed += change
+                continue
+            lists = [rung.reached, rung.waiting] if trial.state == "paused" and trial.epoch == epoch else [rung.reached]
+            for places in lists:
+                if change > 0:
+                    insort(places, place)
+                else:
+                    del places[bisect_left(places, place)]
+
+    def promotion(self) -> int | None:
+        """Number of the paused trial that goes on now, or None.
+
+        A trial that failed later keeps its part in the count of a rung but leaves its place among the best to the next one. One
+        that was given up (`pruned`) keeps its place: who comes later must beat it.
+        """
+        for epoch in reversed(self._stop.rungs if self._stop else ()):
+            rung = self._rungs.get(epoch)
+            if rung is not None and rung.waiting and self._stop is not None:
+                places = (len(rung.reached) + rung.failed) // self._stop.reduction
+                if bisect_left(rung.reached, rung.waiting[0]) < places:
+                    return rung.waiting[0][1]
         return None
-    paused = [trial for trial in trials if trial.state == "paused"]
-    furthest = max((trial.epoch for trial in paused), default=0)
-    leading = best_first(stop, [trial for trial in paused if trial.epoch == furthest], furthest)
-    return leading[0] if leading else None
+
+    def last_hope(self) -> int | None:
+        """The paused trial that goes on when nothing is due and none was completed: so that every search ends with a result."""
+        waiting = [epoch for epoch, rung in self._rungs.items() if rung.waiting]
+        return None if self._completed or not waiting else self._rungs[max(waiting)].waiting[0][1]
 
 
 def best_first(stop: EarlyStop | None, trials: Sequence[Trial], rung: int) -> list[Trial]:
     """Trials by their score at a rung, the earlier draw first where scores are equal."""
-    sign = 1 if stop and stop.mode == "min" else -1
-    return sorted(trials, key=lambda trial: (sign * trial.scores[rung], trial.number))
+    return sorted(trials, key=lambda trial: (_sign(stop) * trial.scores[rung], trial.number))
+
+
+def _sign(stop: EarlyStop | None) -> int:
+    return 1 if stop and stop.mode == "min" else -1

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from ktray.errors import UserError
-from ktray.fingerprint import fingerprint
+from ktray.fingerprint import fingerprint, flat
 from ktray.search import check as checks
 from ktray.search import document as documents
 from ktray.search import problems, tree
@@ -25,7 +25,8 @@ from ktray.search.tree import Ask, Params, Scalar
 from ktray.spec import PairSpec
 
 MANY = 10  # values of an integer parameter before the student: with more, hardly any draw shares its prefix
-SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "start_with"})  # fields that no pair has
+SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # fields that no pair has
+ABSENT = "absent"
 BRANCHINGS = 512  # combinations of branches that are checked
 
 
@@ -74,6 +75,11 @@ class Space:
     @property
     def early_stop(self) -> EarlyStop | None:
         return self.document.early_stop
+
+    @property
+    def sampler(self) -> Literal["balanced", "tpe", "random"]:
+        """How draws are proposed."""
+        return self.document.sampler
 
     @property
     def seed(self) -> int:
@@ -175,8 +181,18 @@ class Space:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What makes this space the same search: all of it but the study's name and the budget."""
-        return self.document.model_dump(mode="json", exclude={"study", "budget"})
+        """What makes this space the same search: all of it but the study's name, the budget and the sampler.
+
+        Like the budget, the sampler only decides which pairs are looked at next. What the trials so far have shown stays true
+        and counts for whichever sampler goes on, so that changing it is no other search.
+        """
+        return self.document.model_dump(mode="json", exclude={"study", "budget", "sampler"})
+
+    def difference(self, noted: Mapping[str, Any]) -> list[str]:
+        """Where a space that was noted earlier was another one: ``pair.transfer.k.choice was [5, 10], is [5]``."""
+        before, now = flat(Space.of(noted, self.source).identity()), flat(self.identity())
+        changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
+        return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
 
     def fingerprint(self) -> str:
         """sha256 of `identity`."""

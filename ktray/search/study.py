@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ktray.errors import StoppedEarly, UserError
-from ktray.fingerprint import flat
 from ktray.search import document, ranking, rungs, target
 from ktray.search.draws import Draws
+from ktray.search.history import History as History
+from ktray.search.history import keys_in_use as keys_in_use
+from ktray.search.history import read as read
 from ktray.search.ledger import Ledger, held
-from ktray.search.ledger import names as studies
-from ktray.search.ledger import read as read_ledger
-from ktray.search.space import Goal, Space
+from ktray.search.purse import Charges, Purse, used_up
+from ktray.search.sampler import Quote
+from ktray.search.space import Space
+from ktray.search.stopwatch import Stopwatch
 from ktray.search.trial import State, Trial
 
 FAILURES = 10  # so many in a row stop a search
-NOTE_EVERY = 30.0  # seconds that a kill -9 may take from `stop_after`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,43 +39,11 @@ class Assignment:
     final: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class History:
-    """What a study holds, for those who only read."""
-
-    name: str
-    space: Space
-    trials: list[Trial]
-    target: int
-    spent: float
-
-    @property
-    def objectives(self) -> tuple[Goal, ...]:
-        return self.space.objectives
-
-
-def read(home: Path, name: str) -> History:
-    """A study as it is now, also while a search runs it.
-
-    Raises:
-        UserError: there is no such study, or it was never begun.
-    """
-    notes, trials = read_ledger(home, name)
-    if "space" not in notes or "target" not in notes:  # a driver that was killed in its first moment
-        raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
-    space = Space.of(notes["space"], name)
-    return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
-
-
-def keys_in_use(home: Path) -> set[str]:
-    """Keys that the trials of all studies of a home rest on, paused ones included."""
-    return {key for name in studies(home) for trial in read_ledger(home, name)[1] for key in trial.artifacts}
-
-
 class Study:
     """The one driver of a study; see `open`.
 
     Attributes:
+        purse: what its stages have cost.
         reason: why `next` said "done", in a few words; None before.
         target: draws that this session makes in all, duplicates not counted.
     """
@@ -81,11 +51,14 @@ class Study:
     def __init__(self, ledger: Ledger, space: Space, clock: Callable[[], float], trials: str | int | None) -> None:
         self.space = space
         self.reason: str | None = None
-        self._ledger, self._clock, self._began = ledger, clock, clock()
-        self._trials = {trial.number: trial for trial in ledger.trials()}
+        self._ledger, self._clock = ledger, clock
+        self._trials: dict[int, Trial] = {}
         notes = ledger.notes()
-        self._spent_before = self._spent_noted = float(notes.get("spent", 0.0))
-        self._draws = Draws(space)
+        self._watch = Stopwatch(clock, float(notes.get("spent", 0.0)), lambda seconds: ledger.note("spent", seconds))
+        self._draws, self._standings, self.purse = Draws(space), rungs.Standings(space.early_stop), Purse()
+        self._drawn = 0
+        for trial in ledger.trials():
+            self._learn(trial)
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
         self._failures, self._concurrent = 0, space.budget.concurrent
@@ -128,7 +101,7 @@ class Study:
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
             ledger = Ledger(home, name, space)
-            _same_space(ledger.notes().get("space"), space, name)
+            target.same_space(ledger.notes().get("space"), space, name)
             study = cls(ledger, space, clock, trials)
             study._unlock, study._concurrent = unlock.pop_all(), concurrent or space.budget.concurrent
         return study
@@ -141,17 +114,21 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """All trials in the order of their draws."""
-        return [self._trials[number] for number in sorted(self._trials)]
+        return list(self._trials.values())
+
+    def ask_prices(self, quote: Quote) -> None:
+        """From now on `quote` tells what a draw would cost."""
+        self._draws.sampler.quote = quote
 
     @property
     def drawn(self) -> int:
         """Draws that count: all but duplicates."""
-        return sum(trial.state != "duplicate" for trial in self._trials.values())
+        return self._drawn
 
     @property
     def spent(self) -> float:
         """Seconds that searches of this study ran, over all resumes."""
-        return self._spent_before + self._clock() - self._began
+        return self._watch.seconds
 
     def best(self, pareto: bool = False) -> list[Trial]:
         """Completed trials, best first; with `pareto` those that no other beats in every objective."""
@@ -169,33 +146,35 @@ class Study:
         self._stop_if_all_fails()
         if len(self._live) >= self._concurrent:
             return "wait"
-        limit = self.space.budget.stop_after
-        in_time = limit is None or self.spent < limit
-        trial = self._coming() if in_time else None
+        limit = used_up(self.space.budget, self.spent, self.purse.spent)
+        trial = self._coming() if limit is None else None
         if trial is None and self._live:
             return "wait"
-        if trial is None and in_time:
-            trial = rungs.last_hope(self.space.early_stop, self.trials())
+        if trial is None and limit is None:
+            trial = self._trial(self._standings.last_hope())
         if trial is not None:
             return self._assign(trial)
-        self._over = in_time
+        self._over = limit is None
         settled = "the space is exhausted" if self._exhausted else f"all {self.target} trials are drawn and judged"
-        self.reason = settled if in_time else f"stop_after ({limit:g} s) is used up"
+        self.reason = limit or settled
         return "done"
+
+    def _trial(self, number: int | None) -> Trial | None:
+        return None if number is None else self._trials[number]
 
     def _coming(self) -> Trial | None:
         if self._orphans:
             return self._trials[self._orphans.pop(0)]
-        due = rungs.promotion(self.space.early_stop, self.trials())
+        due = self._trial(self._standings.promotion())
         while due is None and self.drawn < self.target and not self._exhausted:
             self._stop_if_all_fails()
-            new = self._draws.following(self.trials())
+            new = self._draws.following(self.purse.spent)
             if new is None:
                 self._exhausted = True
                 break
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
             self._ledger.add(trial)
-            self._trials[trial.number] = trial
+            self._learn(trial)
             self._failures += trial.state == "failed"
             due = trial if trial.state == "running" else None
         return due
@@ -206,6 +185,33 @@ class Study:
         self._live[trial.number] = trial
         until = rungs.next_rung(self.space.early_stop, trial)
         return Assignment(trial, until, until == trial.epochs)
+
+    def charge(self, number: int, charges: Charges) -> Trial:
+        """What a trial is the first to need, before it is there; it counts as spent from now on.
+
+        Raises:
+            KeyError: the trial does not run.
+        """
+        trial = self._live[number]
+        if not any(charges.values()):
+            return trial
+        merged = {part: {**trial.charges.get(part, {}), **stages} for part, stages in charges.items()}
+        self._live[number] = trial = self._write(trial, charges=merged)
+        return trial
+
+    def charged(self, number: int) -> Charges:
+        """What a trial is charged so far."""
+        return self._trials[number].charges
+
+    def paid(self, number: int, seconds: Mapping[str, float]) -> None:
+        """What stages of a trial took, to be told before what became of it; what has no record was not paid for.
+
+        Raises:
+            KeyError: the trial does not run.
+        """
+        trial = self._live[number]
+        charges = {part: {key: seconds[key] for key in keys if key in seconds} for part, keys in trial.charges.items()}
+        self._live[number] = dataclasses.replace(trial, charges=charges)
 
     def report(
         self,
@@ -291,18 +297,13 @@ class Study:
         Trials that run are left running: the next `open` hands them out again.
         """
         pruned = self.prune()
-        self._note_spent()
+        self._watch.note()
         self._unlock.close()
         return pruned
 
     def tick(self) -> None:
         """Notes how long the search has run, at most every 30 s; from the thread that calls `next`."""
-        if self.spent - self._spent_noted >= NOTE_EVERY:
-            self._note_spent()
-
-    def _note_spent(self) -> None:
-        self._spent_noted = self.spent
-        self._ledger.note("spent", self._spent_noted)
+        self._watch.tick()
 
     def _open(self) -> bool:
         return any(trial.state in ("running", "paused") for trial in self._trials.values())
@@ -320,26 +321,18 @@ class Study:
         del self._live[trial.number]
         ended = None if state == "paused" else self._clock()
         settled = self._write(trial, state=state, ended=ended, **changes)
-        self._note_spent()
+        self._watch.note()
         return settled
 
     def _write(self, trial: Trial, **changes: Any) -> Trial:
         changed = dataclasses.replace(trial, **changes)
         self._ledger.save(changed)
-        self._trials[trial.number] = changed
+        self._learn(changed)
         return changed
 
-
-def _same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
-    if noted is None:
-        return
-    before, now = flat(Space.of(noted, name).identity()), flat(space.identity())
-    changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, "absent") != now.get(path, "absent")]
-    if changed:
-        shown = "; ".join(f"{path} was {before.get(path, 'absent')!r}, is {now.get(path, 'absent')!r}" for path in changed[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"the study {name!r} was begun with another space: {shown}{more}",
-            space.source,
-            "Give this search another --name, or undo the change.",
-        )
+    def _learn(self, trial: Trial) -> None:
+        """All who keep count hear of a trial that is new or has changed."""
+        self._drawn += trial.number not in self._trials and trial.state != "duplicate"
+        self._trials[trial.number] = trial
+        for keeper in (self._draws.told, self._standings.update, self.purse.update):
+            keeper(trial)

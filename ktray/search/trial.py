@@ -25,6 +25,8 @@ class Trial:
         metrics: all metrics of the finished pair.
         objectives: metric -> value of what the study optimises.
         keys: stage -> key of its artifact (evaluation -> name -> key), up to where the trial is.
+        charges: ``{"prefix": {key: seconds}, "suffix": {...}}`` of the stages that it was the first to need: what they are
+            expected to take, and once they are there what they took. The prefix is all before the student.
         cost: `seconds` as if it had run alone, `marginal_seconds` that it added; before its end only the latter, so far.
         cause: one line, why it failed.
         duplicate_of: number of the earlier trial with the same pair.
@@ -42,6 +44,7 @@ class Trial:
     metrics: Mapping[str, float] = field(default_factory=dict)
     objectives: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
+    charges: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     cause: str | None = None
     duplicate_of: int | None = None
