@@ -18,7 +18,9 @@ import psutil
 from ktray.crew.needs import STAGES
 from ktray.pipeline.naming import pair_name
 from ktray.search import ledger, ranking
-from ktray.search.study import History, read
+from ktray.search.history import History, read
+from ktray.search.outlook import outlook
+from ktray.search.purse import Purse
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 
@@ -50,7 +52,8 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     """What a study is doing, as plain data and as text.
 
     The data: `study`, `running` (whether a search of it runs now), `by` (which process), `trials` (state -> number), `target`,
-    `spent_seconds`, `eta_seconds` (None while unknown), `stages` (artifacts that the trials rest on: how often `asked`, how
+    `spent_seconds`, `spent_stage_seconds` (added up over workers, before the student and from it on), `eta_seconds` and
+    `eta_between` (nine times of ten; None while unknown), `stages` (artifacts that the trials rest on: how often `asked`, how
     many are `made`), `now` (what the crew does; None if no search runs or it has not begun to compute) and `best`.
 
     Raises:
@@ -59,6 +62,7 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     study = read(home, name)
     by = _driver(ledger.folder(home, name))
     now = _noted(ledger.folder(home, name), by[0]) if by else None
+    left = outlook(study, lambda key: store.find(key) is not None) if by else None
     answer: dict[str, Any] = {
         "study": name,
         "running": by is not None,
@@ -66,7 +70,9 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         "trials": {state: sum(trial.state == state for trial in study.trials) for state in STATES},
         "target": study.target,
         "spent_seconds": round(study.spent, 1),
-        "eta_seconds": _remaining(study) if by else None,
+        "spent_stage_seconds": {part: round(seconds, 1) for part, seconds in Purse(study.trials).spent._asdict().items()},
+        "eta_seconds": left.seconds if left else None,
+        "eta_between": [left.low, left.high] if left else None,
         "stages": _stages(study.trials, store),
         "now": now,
         "best": _best(study),
@@ -123,13 +129,6 @@ def _noted(folder: Path, pid: int) -> dict[str, Any] | None:
     }
 
 
-def _remaining(study: History) -> float | None:
-    """Seconds until the target, at the pace of the trials so far; None before two of them have come to their end."""
-    ended = sum(trial.state in ("completed", "pruned", "failed", "paused") for trial in study.trials)
-    left = max(0, study.target - ended)
-    return round(study.spent / ended * left, 1) if ended >= 2 else None
-
-
 def _stages(trials: Sequence[Trial], store: Store) -> dict[str, dict[str, int]]:
     """Stage -> how many artifacts trials asked for, and how many had to be made for that."""
     asked: Counter[str] = Counter(key for trial in trials if trial.state != "duplicate" for key in trial.artifacts)
@@ -159,14 +158,20 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
         over = drawn >= answer["target"] and not answer["trials"]["running"] and not answer["trials"]["paused"]
         lines.append("no search of it runs now" + ("" if over else "; the same ktray search goes on from here"))
     else:
-        left = f"about {span(answer['eta_seconds'])} left" if answer["eta_seconds"] is not None else "too early to say when"
-        lines.append(f"a search runs now ({answer['by']}), {left}")
+        lines.append(f"a search runs now ({answer['by']}), {_left(answer)}")
         lines += _now(answer["now"], trials) if answer["now"] else ["it is starting, or all that it needs is in the store"]
     if answer["best"]:
         values = ", ".join(f"{metric} {value:.4g}" for metric, value in answer["best"]["objectives"].items())
         lines.append(f"best so far: trial {answer['best']['trial']}, {answer['best']['pair']}: {values}")
     shared = [f"{stage} {entry['made']} for {entry['asked']} trials" for stage, entry in answer["stages"].items()]
     return "\n".join([*lines, *([f"artifacts made: {', '.join(shared)}"] if shared else [])])
+
+
+def _left(answer: Mapping[str, Any]) -> str:
+    if answer["eta_seconds"] is None:
+        return "too early to say when"
+    low, high = answer["eta_between"]
+    return f"about {span(answer['eta_seconds'])} left ({span(low)} to {span(high)})"
 
 
 def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:

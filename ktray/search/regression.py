@@ -51,7 +51,7 @@ def fit(features: NDArray[np.float64], values: NDArray[np.float64], spread: NDAr
         covariance = np.linalg.inv(weighted.T @ design / noise**2 + precision)
         weights = covariance @ (weighted.T @ values) / noise**2
         rest = values - design @ weights
-        spent = float(np.trace(weighted @ covariance @ design.T)) / noise**2  # observations that the weights have used up
+        spent = float(((weighted @ covariance) * design).sum()) / noise**2  # observations that the weights have used up
         free = max(0.0, len(values) - spent)
         noise = float(np.sqrt((WORTH * NOISE**2 + (trust * rest**2).sum()) / (WORTH + free)))
         trust = _trust(rest, noise)
