@@ -100,7 +100,9 @@ class Conductor:
                     self.account.refused(trial)
 
     def _segment(self, trial: Trial, epoch: int, final: bool) -> Segment:
-        graph = self.graph(trial, epoch, None if final else [self._judge()])
+        graph = self.graph(trial, epoch, None if final else [self._judge(epoch)])
+        if epoch == 0:
+            graph = graph.up_to(self._judge(epoch))
         self.account.begin(trial, graph.keys)
         return Segment(trial, epoch, final, graph)
 
@@ -115,14 +117,14 @@ class Conductor:
     def _first_segment(self, params: Params) -> Graph:
         pair = self.space.pair(params)
         until = rungs.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]
-        wanted = None if until == pair.student.schedule.epochs else [self._judge()]
+        wanted = None if until == pair.student.schedule.epochs else [self._judge(until)]
         milestones = self._milestones.get(str(params.get("teacher", "")), {})
         return graphs.build(pair, self.identity, epoch=until, evaluations=wanted, milestones=milestones)
 
-    def _judge(self) -> str:
-        """Name of the evaluation that rungs are judged by."""
+    def _judge(self, epoch: int) -> str:
+        """Name of the evaluation that a rung is judged by."""
         assert self.space.early_stop is not None
-        return str(self.space.early_stop.metric.split("/")[0])
+        return str(self.space.early_stop.judged_by(epoch).split("/")[0])
 
     def settle(self, segment: Segment, computed: list[str]) -> None:
         """Tell the study and the tracker what the segment's artifacts say.
@@ -147,10 +149,11 @@ class Conductor:
 
     def _pause(self, segment: Segment, metrics: Mapping[str, float], marginal: float) -> None:
         assert self.space.early_stop is not None
-        name = self.space.early_stop.metric
+        name = self.space.early_stop.judged_by(segment.epoch)
         cost = {"marginal_seconds": marginal}
         trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
-        self._tell_end(trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
+        where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"
+        self._tell_end(trial, f"{name} {metrics[name]:.4f} {where}")
         self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
         self.account.ended(trial, segment.graph.keys, {})
 
@@ -187,7 +190,7 @@ class Conductor:
     def prune(self) -> None:
         """The study has met its target: what is still paused becomes pruned. It stays ours, for what is yet to compute."""
         for trial in self.study.prune():
-            self.tell("pruned", trial, "")
+            self.tell("pruned", trial, trial.cause or "")
             self.account.ended(trial, trial.keys, {})
 
     def leave(self) -> None:
@@ -198,7 +201,7 @@ class Conductor:
 
 
 def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:
-    rows = judge.curve(artifacts[graph.keys["student"]])
+    rows = judge.curve(artifacts[graph.keys["student"]]) if "student" in graph.keys else []
     return [
         {"epoch": row["epoch"], **{f"student/{name}": value for name, value in row.items() if name != "epoch"}} for row in rows
     ]

@@ -35,11 +35,13 @@ class Evidence:
     def __init__(self, space: Space, trials: Iterable[Trial] = ()) -> None:
         self._modes = [-1 if objective.mode == "max" else 1 for objective in space.objectives]
         self._metrics = [objective.metric for objective in space.objectives]
-        self._rung_mode = 1 if space.early_stop and space.early_stop.mode == "min" else -1
+        stop = space.early_stop
+        self._rung_mode = 1 if stop and stop.mode == "min" else -1
+        self._teacher_mode = 1 if stop and stop.teacher and stop.teacher.mode == "min" else -1
         self._trials: dict[int, Trial] = {}
         self._completed: list[Place] = []  # by the first objective
         self._front: dict[int, tuple[float, ...]] = {}  # of several objectives, losses of what nothing beats
-        self._judged: dict[int, list[Place]] = {}  # furthest rung -> places there
+        self._judged: dict[int, list[Place]] = {}  # furthest rung -> places there; 0: of the teacher
         self._unknown: set[int] = set()
         self._told: list[int] = []  # numbers of the completed and the judged
         for trial in trials:
@@ -55,9 +57,9 @@ class Evidence:
             insort(self._completed, (self._losses(trial)[0], trial.number))
             if len(self._modes) > 1:
                 self._extend_front(trial)
-        elif trial.state in ("running", "paused", "pruned") and trial.scores:
+        elif trial.state in ("running", "paused", "pruned") and trial.furthest:
             self._trials[trial.number] = trial
-            insort(self._judged.setdefault(max(trial.scores), []), self._at_rung(trial))
+            insort(self._judged.setdefault(trial.furthest[0], []), self._at_rung(trial))
         elif trial.state == "running":
             self._trials[trial.number] = trial
             self._unknown.add(trial.number)
@@ -72,7 +74,8 @@ class Evidence:
             self._unknown.discard(trial.number)
             return
         assert trial.state != "completed", "what is completed stays so"
-        places = self._judged[max(trial.scores)]
+        assert trial.furthest is not None
+        places = self._judged[trial.furthest[0]]
         del places[bisect_left(places, self._at_rung(trial))]
         del self._told[bisect_left(self._told, trial.number)]
 
@@ -121,7 +124,8 @@ class Evidence:
         return tuple(sign * trial.objectives[metric] for sign, metric in zip(self._modes, self._metrics, strict=True))
 
     def _at_rung(self, trial: Trial) -> Place:
-        return self._rung_mode * trial.scores[max(trial.scores)], trial.number
+        rung, score = trial.furthest or (0, 0.0)
+        return (self._rung_mode if rung else self._teacher_mode) * score, trial.number
 
 
 def _beats(one: Sequence[float], other: Sequence[float]) -> bool:

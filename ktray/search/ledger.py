@@ -120,7 +120,7 @@ class Ledger:
         if trial.state in _FINAL:
             values = [trial.objectives[o.metric] for o in self._space.objectives] if trial.state == "completed" else None
             if trial.state == "pruned" and single:
-                values = [trial.scores[trial.epoch]]
+                values = [trial.scores[trial.epoch]] if trial.scores else None
             self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
 
 
@@ -137,7 +137,7 @@ def _attributes(trial: Trial) -> dict[str, Any]:
     if trial.state in _FINAL:
         found |= {"ended": trial.ended, "cause": trial.cause, "duplicate_of": trial.duplicate_of}
     scores = {str(epoch): score for epoch, score in trial.scores.items()}
-    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores}}
+    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores, "teacher": trial.teacher_score}}
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
@@ -150,6 +150,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
         state=progress["state"],
         epoch=progress["epoch"],
         scores={int(epoch): score for epoch, score in progress["scores"].items()},
+        teacher_score=progress.get("teacher"),
         metrics=noted.get("metrics", {}),
         objectives=noted.get("objectives", {}),
         keys=noted.get("keys", {}),

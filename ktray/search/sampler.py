@@ -55,7 +55,7 @@ def prefix(params: Mapping[str, Scalar]) -> Params:
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Everything before a student, as parameters; `holders` are the trials that have it and did not fail."""
+    """Everything before a student, as parameters; `holders` are the trials that have it, unless they failed or it is poor."""
 
     params: Params
     teacher: str
@@ -88,7 +88,8 @@ class Sampler:
             self._prefix_of[trial.number] = name = canonical(params)
             self._prefixes.setdefault(name, _Prefix(params, canonical(trial.pair.get("teacher"))))
         holders = self._prefixes[self._prefix_of[trial.number]].holders
-        (holders.add if trial.state in HOLDS else holders.discard)(trial.number)
+        holds = trial.state in HOLDS and not trial.waits_for_teacher
+        (holders.add if holds else holders.discard)(trial.number)
 
     def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None) -> Params:
         """The next draw.

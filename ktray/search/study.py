@@ -221,7 +221,7 @@ class Study:
         keys: Mapping[str, Any] | None = None,
         cost: Mapping[str, float] | None = None,
     ) -> Trial:
-        """The score of a trial at its rung, where it pauses; not finite, it fails.
+        """The score of a trial at its rung, where it pauses; not finite, it fails. At epoch 0 it is that of its teacher.
 
         Args:
             keys: stage -> key of what the trial rests on so far, so that `keys_in_use` keeps it.
@@ -236,9 +236,11 @@ class Study:
         if epoch != until or epoch == trial.epochs:
             raise ValueError(f"trial {number} runs to epoch {until} of {trial.epochs} and reports epoch {epoch}")
         if not math.isfinite(score):
-            return self.fail(number, f"{self._rung_metric()} is {score} at epoch {epoch}")
+            return self.fail(number, f"{self._rung_metric(epoch)} is {score} at epoch {epoch}")
         self._failures = 0
-        kept = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
+        kept: dict[str, Any] = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
+        if epoch == 0:
+            return self._settle(trial, state="paused", teacher_score=float(score), **kept)
         return self._settle(trial, state="paused", epoch=epoch, scores={**trial.scores, epoch: float(score)}, **kept)
 
     def finish(
@@ -289,7 +291,11 @@ class Study:
     def prune(self) -> list[Trial]:
         """If `next` said "done" and time is left, what is paused is pruned (and returned); else it stays."""
         paused = [trial for trial in self.trials() if trial.state == "paused"] if self._over else []
-        return [self._write(trial, state="pruned", ended=self._clock()) for trial in paused]
+        causes = [self._standings.teachers.cause(trial) if trial.waits_for_teacher else None for trial in paused]
+        return [
+            self._write(trial, state="pruned", ended=self._clock(), cause=cause)
+            for trial, cause in zip(paused, causes, strict=True)
+        ]
 
     def close(self) -> list[Trial]:
         """Prunes as `prune` does and ends the session: another driver may open the study now.
@@ -308,8 +314,8 @@ class Study:
     def _open(self) -> bool:
         return any(trial.state in ("running", "paused") for trial in self._trials.values())
 
-    def _rung_metric(self) -> str:
-        return self.space.early_stop.metric if self.space.early_stop else ""
+    def _rung_metric(self, epoch: int = 1) -> str:
+        return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
 
     def _stop_if_all_fails(self) -> None:
         if self._failures >= FAILURES:
