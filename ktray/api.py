@@ -98,6 +98,7 @@ def search(
     name: str | None = None,
     trials: int | str | None = None,
     concurrent: int | None = None,
+    warm_start: str | None = None,
     address: str | None = None,
     overrides: Sequence[str] = (),
     tracking: str | None = None,
@@ -112,6 +113,7 @@ def search(
         name: of the study; None for the space's. The same name goes on.
         trials: target, such as 50 or ``"+50"``; None for the space's budget.
         concurrent: trials at the same time; None for the space's budget.
+        warm_start: another study of this home, whose results the sampler learns from.
         address: of a running Ray cluster; None starts Ray on this machine.
         overrides: such as ``["transfer.k=500"]``.
         tracking: MLflow URI; None for the home's own.
@@ -130,6 +132,7 @@ def search(
         name=name,
         trials=None if trials is None else str(trials),
         concurrent=concurrent,
+        warm_start=warm_start,
         address=address,
         share_images=False,
     )

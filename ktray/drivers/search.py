@@ -148,12 +148,14 @@ def search(
     *,
     name: str,
     trials: str | None,
+    warm_start: str | None = None,
 ) -> Outcome:
     """Run the study `name` to its target, or go on with it.
 
     Args:
         stopping: its wish ends the search within seconds; the same call goes on later.
         trials: the target, absolute or ``+N``; None for the space's budget.
+        warm_start: another study of the home, whose results the sampler learns from.
 
     Raises:
         UserError: another driver has this study or home, or the study was begun with another space.
@@ -161,13 +163,11 @@ def search(
     """
     began = time.monotonic()
     outcome = Outcome(name)
-    with Study.open(place.home, space, name, trials=trials) as study:
-        before = set(place.store.keys())
+    with Study.open(place.home, space, name, trials=trials, warm_start=warm_start) as study:
+        before, done = set(place.store.keys()), False
         tracker.start()
         screen.begin(study)
-        crew = _Crew(place, tracker, stopping, screen, name)
-        conductor = _conductor(study, place, tracker, screen)
-        done = False
+        crew, conductor = _Crew(place, tracker, stopping, screen, name), _conductor(study, place, tracker, screen)
         try:
             outcome.stopped = _trials(conductor, crew, place, stopping)
             if not outcome.stopped and not stopping.is_set():

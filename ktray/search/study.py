@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ktray.errors import StoppedEarly, UserError
-from ktray.search import document, ranking, rungs, target
+from ktray.search import document, ranking, rungs, target, warm
 from ktray.search.draws import Draws
 from ktray.search.history import History as History
 from ktray.search.history import keys_in_use as keys_in_use
@@ -57,6 +57,8 @@ class Study:
         self._watch = Stopwatch(clock, float(notes.get("spent", 0.0)), lambda seconds: ledger.note("spent", seconds))
         self._draws, self._standings, self.purse = Draws(space), rungs.Standings(space.early_stop), Purse()
         self._drawn = 0
+        for trial in warm.evidence(notes.get(warm.NOTE, {})):
+            self._draws.sampler.told(trial)
         for trial in ledger.trials():
             self._learn(trial)
         self._live: dict[int, Trial] = {}
@@ -80,6 +82,7 @@ class Study:
         clock: Callable[[], float] = time.time,
         trials: str | int | None = None,
         concurrent: int | None = None,
+        warm_start: str | None = None,
     ) -> Study:
         """Begins a study or goes on with it. Trials that a killed driver left running come first out of `next`.
 
@@ -88,6 +91,7 @@ class Study:
             clock: seconds.
             trials: how many draws in all, or ``+50`` more than the last target, once that is met; None: the space's budget.
             concurrent: how many trials run at once; None: the space's budget.
+            warm_start: another study of this home, whose results the sampler learns from; noted, and not to be named again.
 
         Raises:
             UserError: another driver has the study, it was begun with another space, or the name or `trials` is no such thing.
@@ -102,6 +106,8 @@ class Study:
             unlock.enter_context(held(home, name))
             ledger = Ledger(home, name, space)
             target.same_space(ledger.notes().get("space"), space, name)
+            if warm_start:
+                ledger.note(warm.NOTE, warm.added(ledger.notes().get(warm.NOTE, {}), home, space, name, warm_start))
             study = cls(ledger, space, clock, trials)
             study._unlock, study._concurrent = unlock.pop_all(), concurrent or space.budget.concurrent
         return study
@@ -151,7 +157,8 @@ class Study:
         if trial is None and self._live:
             return "wait"
         if trial is None and limit is None:
-            trial = self._trial(self._standings.last_hope())
+            hope = self._standings.last_hope()
+            trial = None if hope is None else self._trials[hope]
         if trial is not None:
             return self._assign(trial)
         self._over = limit is None
@@ -159,13 +166,11 @@ class Study:
         self.reason = limit or settled
         return "done"
 
-    def _trial(self, number: int | None) -> Trial | None:
-        return None if number is None else self._trials[number]
-
     def _coming(self) -> Trial | None:
         if self._orphans:
             return self._trials[self._orphans.pop(0)]
-        due = self._trial(self._standings.promotion())
+        promoted = self._standings.promotion()
+        due = None if promoted is None else self._trials[promoted]
         while due is None and self.drawn < self.target and not self._exhausted:
             self._stop_if_all_fails()
             new = self._draws.following(self.purse.spent)
