@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from ktray.errors import StoppedEarly
-from ktray.search import study as studies
+from ktray.search import history as studies
 from ktray.search.journal import folder
 from ktray.search.study import Assignment, Study
 from tests.toy_space import FINITE, drive, given, states, tell, toy_space

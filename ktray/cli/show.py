@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from ktray.artifact import Artifact
-    from ktray.search.study import History
+    from ktray.search.history import History
     from ktray.search.trial import Trial
     from ktray.stores import Store
 
@@ -128,7 +128,7 @@ def _study(name: str, options: Settings) -> int:
     from ktray.cli.leaderboard import leaderboard, trial_answer
     from ktray.cli.tables import table
     from ktray.pipeline.naming import pair_name
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     ledger = read(options.home, name)
     answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in ledger.trials]}
@@ -158,7 +158,7 @@ def _trial(name: str, number: str, options: Settings) -> int:
     from ktray.cli.leaderboard import trial_answer
     from ktray.errors import UserError
     from ktray.pipeline.naming import lineage
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     ledger = read(options.home, name)
     found = [trial for trial in ledger.trials if str(trial.number) == (number.lstrip("0") or "0")]
