@@ -147,6 +147,8 @@ def _outcome(trial: Trial, study: History) -> str:
     if trial.objectives:
         return ", ".join(f"{metric} {value:.4g}" for metric, value in trial.objectives.items())
     stop = study.space.early_stop
+    if stop and not trial.scores and trial.teacher_score is not None:
+        return f"{stop.judged_by(0)} {trial.teacher_score:.4g} of its teacher"
     return ", ".join(
         f"{stop.metric if stop else 'score'} {score:.4g} at epoch {epoch}" for epoch, score in trial.scores.items()
     )
@@ -169,6 +171,7 @@ def _trial(name: str, number: str, options: Settings) -> int:
         **trial_answer(trial),
         "state": trial.state,
         "scores": {str(epoch): score for epoch, score in trial.scores.items()},
+        "teacher_score": trial.teacher_score,
         "cause": trial.cause,
         "lineage": lineage(trial.pair) if trial.pair else None,
         "pair": dict(trial.pair),

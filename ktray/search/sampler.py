@@ -62,6 +62,12 @@ class _Prefix:
     holders: set[int] = field(default_factory=set)
 
 
+def _trained(trial: Trial) -> str:
+    """What a teacher is before a layer of it is read, so that two layers are one teacher."""
+    teacher = trial.pair.get("teacher")
+    return canonical(teacher and {name: value for name, value in teacher.items() if name not in ("layer", "pool", "dtype")})
+
+
 class Sampler:
     """Proposes draws; knows the trials that it was told of.
 
@@ -86,7 +92,7 @@ class Sampler:
             self.made.add(canonical(dict(trial.params)))
             params = prefix(trial.params)
             self._prefix_of[trial.number] = name = canonical(params)
-            self._prefixes.setdefault(name, _Prefix(params, canonical(trial.pair.get("teacher"))))
+            self._prefixes.setdefault(name, _Prefix(params, _trained(trial)))
         holders = self._prefixes[self._prefix_of[trial.number]].holders
         holds = trial.state in HOLDS and not trial.waits_for_teacher
         (holders.add if holds else holders.discard)(trial.number)

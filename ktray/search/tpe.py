@@ -1,7 +1,8 @@
 """Where good trials lie and where the rest lie: Optuna's tree-structured Parzen estimators, and draws scored by both.
 
 Optuna can only propose a draw, and a sampler that minds what a draw costs has to compare draws of its own. So this file, and no
-other, uses what Optuna keeps private: the estimator that its `TPESampler` builds from trials.
+other, uses what Optuna keeps private: the estimator that its `TPESampler` builds from trials. `pyproject.toml` holds Optuna
+below its next major version for that reason, and a test compares our scores with Optuna's own.
 
 Source: Watanabe, "Tree-Structured Parzen Estimator" (2023), arXiv:2304.11127; for several objectives Ozaki et al.,
 "Multiobjective Tree-Structured Parzen Estimator" (JAIR 2022); both as in Optuna, with parameters of a branch drawn together.
