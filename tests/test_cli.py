@@ -57,7 +57,7 @@ def test_plan_tells_done_from_run(home, tmp_path, capsys):
     main(["plan", pair, "--json"])
     after = json.loads(capsys.readouterr().out)
     assert {row["state"] for row in after["stages"]} == {"done"}
-    assert after["estimate"] == {"seconds": 0, "bytes": 0}
+    assert after["estimate"] == {"seconds": 0, "low": 0, "high": 0, "bytes": 0}
 
 
 BAD = {

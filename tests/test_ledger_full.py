@@ -10,7 +10,8 @@ import pytest
 
 from ktray.errors import StoppedEarly
 from ktray.search import journal
-from ktray.search.study import Study, read
+from ktray.search.history import read
+from ktray.search.study import Study
 from tests.toy_space import drive, toy_space
 
 

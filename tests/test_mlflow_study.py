@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ktray.drivers.account import Account
-from ktray.search.study import History, Study
+from ktray.search.history import History
+from ktray.search.study import Study
 from ktray.tracking import default_uri
 from tests import searches
 from tests.searches import Home

@@ -95,7 +95,7 @@ def _needed(store: Any, home: Path) -> set[str]:
     from ktray.cli.leaderboard import study_folder
     from ktray.drivers import references
     from ktray.search import journal
-    from ktray.search.study import keys_in_use
+    from ktray.search.history import keys_in_use
 
     used = keys_in_use(home)
     for name in journal.names(home):

@@ -88,7 +88,7 @@ def write_student(home: Path, store: Store, name: str, number: str, out: Path, h
 def _trial(home: Path, name: str, number: str) -> Any:
     from ktray.errors import UserError
     from ktray.search import ranking
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     study = read(home, name)
     ranked = ranking.ranked(study.trials, study.objectives)

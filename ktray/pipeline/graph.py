@@ -36,6 +36,16 @@ class Graph:
     stages: tuple[Stage, ...]
     keys: Mapping[str, Any]
 
+    def up_to(self, evaluation: str) -> Graph:
+        """The part of it that one evaluation rests on: of one that judges the teacher neither clusters nor a student."""
+        key = self.keys["evaluation"][evaluation]
+        kept = {key}
+        for stage in reversed(self.stages):
+            if stage.key in kept:
+                kept |= {*stage.inputs.values(), *stage.starts}
+        named = {name: own for name, own in self.keys.items() if isinstance(own, str) and own in kept}
+        return Graph(tuple(s for s in self.stages if s.key in kept), {**named, "evaluation": {evaluation: key}})
+
     def metric_prefixes(self) -> dict[str, str]:
         """Key -> prefix of its metrics in the pair: the stage's name, or the evaluation's."""
         prefixes = {key: stage for stage, key in self.keys.items() if isinstance(key, str)}

@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ktray.errors import StoppedEarly, UserError
-from ktray.search import sampler
+from ktray.search import sampler, tpe
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 
@@ -70,7 +70,7 @@ class Journal:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._journal = space, _Journal(folder(home, name) / "journal.log")
         self._storage = JournalStorage(self._journal)
-        self._known = sampler.distributions(space)
+        self._known = tpe.distributions(space)
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -133,7 +133,7 @@ class Journal:
         if trial.state in _FINAL:
             values = [trial.objectives[o.metric] for o in self._space.objectives] if trial.state == "completed" else None
             if trial.state == "pruned" and single:
-                values = [trial.scores[trial.epoch]]
+                values = [trial.scores[trial.epoch]] if trial.scores else None
             self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
 
     def _stored(self, number: int) -> FrozenTrial:
@@ -195,12 +195,13 @@ def _said(error: OSError, path: Path) -> Exception:
 def _attributes(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
     found |= {"cost": dict(trial.cost)} if trial.cost else {}
+    found |= {"charges": {part: dict(stages) for part, stages in trial.charges.items()}} if trial.charges else {}
     if trial.state == "completed":
         found |= {"metrics": dict(trial.metrics), "objectives": dict(trial.objectives)}
     if trial.state in _FINAL:
         found |= {"ended": trial.ended, "cause": trial.cause, "duplicate_of": trial.duplicate_of}
     scores = {str(epoch): score for epoch, score in trial.scores.items()}
-    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores}}
+    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores, "teacher": trial.teacher_score}}
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
@@ -214,9 +215,11 @@ def _trial(frozen: FrozenTrial) -> Trial:
         state=progress["state"],
         epoch=progress["epoch"],
         scores={int(epoch): score for epoch, score in progress["scores"].items()},
+        teacher_score=progress.get("teacher"),
         metrics=noted.get("metrics", {}),
         objectives=noted.get("objectives", {}),
         keys=noted.get("keys", {}),
+        charges=noted.get("charges", {}),
         cost=noted.get("cost", {}),
         cause=noted.get("cause"),
         duplicate_of=noted.get("duplicate_of"),

@@ -25,7 +25,8 @@ from ktray.search.tree import Ask, Params, Scalar
 from ktray.spec import PairSpec
 
 MANY = 10  # values of an integer parameter before the student: with more, hardly any draw shares its prefix
-SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "start_with"})  # fields that no pair has
+SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # fields that no pair has
+ABSENT = "absent"
 BRANCHINGS = 512  # combinations of branches that are checked
 
 
@@ -74,6 +75,11 @@ class Space:
     @property
     def early_stop(self) -> EarlyStop | None:
         return self.document.early_stop
+
+    @property
+    def sampler(self) -> Literal["balanced", "tpe", "random"]:
+        """How draws are proposed."""
+        return self.document.sampler
 
     @property
     def seed(self) -> int:
@@ -185,8 +191,18 @@ class Space:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What makes this space the same search: all of it but the study's name and the budget."""
-        return self.document.model_dump(mode="json", exclude={"study", "budget"})
+        """What makes this space the same search: all of it but the study's name, the budget and the sampler.
+
+        Like the budget, the sampler only decides which pairs are looked at next. What the trials so far have shown stays true
+        and counts for whichever sampler goes on, so that changing it is no other search.
+        """
+        return self.document.model_dump(mode="json", exclude={"study", "budget", "sampler"})
+
+    def difference(self, noted: Mapping[str, Any]) -> list[str]:
+        """Where a space that was noted earlier was another one: ``pair.transfer.k.choice was [5, 10], is [5]``."""
+        before, now = flat(Space.of(noted, self.source).identity()), flat(self.identity())
+        changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
+        return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
 
     def fingerprint(self) -> str:
         """sha256 of `identity`."""
@@ -244,26 +260,3 @@ def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")
     return space.pair({})
-
-
-def check_unchanged(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
-    """Refuse to go on with a study in another space than it was begun with.
-
-    Args:
-        noted: the document of the space that it was begun with; None for a new study.
-
-    Raises:
-        UserError: names what is different.
-    """
-    if noted is None:
-        return
-    before, now = flat(Space.of(noted, name).identity()), flat(space.identity())
-    changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, "absent") != now.get(path, "absent")]
-    if changed:
-        shown = "; ".join(f"{path} was {before.get(path, 'absent')!r}, is {now.get(path, 'absent')!r}" for path in changed[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"the study {name!r} was begun with another space: {shown}{more}",
-            space.source,
-            "Give this search another --name, or undo the change.",
-        )

@@ -26,7 +26,6 @@ from ktray.cli.source import load_space
 from ktray.drivers import search
 from ktray.drivers.stopping import Stopping
 from ktray.pipeline import graph as graphs
-from ktray.search import draws
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -65,11 +64,12 @@ class Screen:
         print(text)
 
 
-def space_of(folder: Path, trials: int, stop_early: bool) -> Space:
+def space_of(folder: Path, trials: int, stop_early: bool, sampler: str) -> Space:
     """Many more draws than are wanted, so that few of them repeat."""
     path = toy_space(
         folder,
         budget={"trials": trials, "concurrent": 8},
+        sampler=sampler,
         early_stop={"metric": "knn/top1", "rungs": [1, 2, 4], "reduction": 2} if stop_early else None,
         start_with=[],
         pair__teacher={"one_of": {"hog": HOG, "rotation": {**ROTATION, "layer": {"choice": ["conv3", "conv5"]}}}},
@@ -133,14 +133,12 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="replay-"))
     home = folder / "home"
-    space = space_of(folder, options.trials, options.stop_early)
+    space = space_of(folder, options.trials, options.stop_early, "random" if options.random else "balanced")
     store = FileStore(home / "store")
     history = folder / "history.parquet"
     parquet.write_table(pa.table({"epoch": [1.0, 2.0, 3.0, 4.0], "loss": [1.0] * 4, "top1": [0.5] * 4}), history)
     screen = Screen()
     tracker = tracking.Tracker("http://127.0.0.1:9" if options.untracked else tracking.default_uri(home), home, "toy")
-    if options.random:
-        draws.sampler.propose = lambda space, trials, planned=None: draws.sampler.at_random(space, len(trials))
     place = search.Place(home, store, None, None)
     with made_up(store, history) as took:
         began, cpu = time.perf_counter(), time.process_time()
