@@ -135,3 +135,10 @@ def test_a_pickled_checkpoint_is_refused_and_never_run(home, tmp_path, capsys):
     assert main(["run", pair, "--local"]) == 3
     assert "teacher-" in capsys.readouterr().err
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_list_in_a_record_does_not_differ_from_the_same_list_in_a_pair():
+    from ktray.cli.show import _differences
+
+    wanted, record = {"spec": {"hidden": (64,), "loss": "l2"}}, {"spec": {"hidden": [64], "loss": "cosine"}}
+    assert _differences(wanted, record) == [["spec.loss", "cosine", "l2"]]
