@@ -80,7 +80,8 @@ def write_student(home: Path, store: Store, name: str, number: str, out: Path, h
         )
     pair = PairSpec.model_validate(dict(trial.pair))
     size: int = pair.data.transfer.size  # type: ignore[attr-defined]
-    classes = getattr(pair.transfer, "k", None)
+    k = getattr(pair.transfer, "k", None)
+    classes = k if isinstance(k, int) else None  # several k have several classifiers in one
     lineage = {"study": name, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
     return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, out, classes, head, form)
 

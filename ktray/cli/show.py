@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,9 +115,9 @@ def _against(args: argparse.Namespace, options: Settings) -> int:
 
 
 def _differences(wanted: dict[str, Any], record: Any) -> list[list[str]]:
-    from ktray.fingerprint import flat
+    from ktray.fingerprint import canonical, flat
 
-    ours, theirs = flat(wanted), flat({name: record[name] for name in wanted})
+    ours, theirs = flat(json.loads(canonical(wanted))), flat({name: record[name] for name in wanted})
     return [
         [path, str(theirs.get(path, "absent")), str(ours.get(path, "absent"))]
         for path in sorted(ours.keys() | theirs.keys())

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint, flat
 from ktray.search import check as checks
@@ -181,14 +182,24 @@ class Space:
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant: a prefix that never repeats."""
         found = []
-        for parameter, _ in tree.parameters(self.root):
+        for parameter, under in tree.parameters(self.root):
             part = parameter.name.split(".")[0]
             values = tree.all_values(parameter)
-            if isinstance(parameter, tree.Range) and part not in ("student", "evals") and (not values or len(values) > MANY):
+            many = isinstance(parameter, tree.Range) and (not values or len(values) > MANY)
+            if many and self._before_the_student(parameter.name, under):
                 what = {"teacher": "teacher", "transfer": "clustering", "data": "data set"}.get(part, part)
                 shape = "continuous" if values is None else f"one of {len(values)} values"
                 found.append(f"pair.{parameter.name} is {shape}: every draw is a new {what}; use choice so that draws share it")
         return found
+
+    def _before_the_student(self, name: str, under: Params) -> bool:
+        """Whether a parameter determines a stage that students share; a temperature of the transfer, say, does not."""
+        part, *_, field = name.split(".")
+        if part != "transfer":
+            return part not in ("student", "evals")
+        transfer = self.plain(self.complete(under))["transfer"]
+        kind = str(transfer["kind"]) if isinstance(transfer, Mapping) else str(transfer)
+        return any(field in fields for fields in plugins.module("transfer", kind).NEEDS.values())
 
     def identity(self) -> dict[str, Any]:
         """What makes this space the same search: all of it but the study's name, the budget and the sampler.
