@@ -68,6 +68,7 @@ class Roster:
     cpus: float = float("inf")
     stale: float = 3.0
     workers: dict[str, Worker] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)  # nodes where a worker fell silent and none was heard of since
     _hired: int = 0
 
     def fits(self, needs: Needs) -> bool:
@@ -102,6 +103,7 @@ class Roster:
         rooms = [name for name in self.nodes if self._room(name, shape, keep_leaving=True)]
         if not rooms:
             return None
+        rooms = [name for name in rooms if name not in self.silent] or rooms  # Ray takes a minute to notice that one is gone
         place = max(
             rooms, key=lambda name: (self._free(name).gpus, self._free(name).cpus) if shape.gpus else (self._free(name).cpus,)
         )
