@@ -75,10 +75,11 @@ class Prices:
 
 
 def of_student(graph: Graph) -> set[str]:
-    """Keys of the students of a graph and of all that reads one."""
-    late: set[str] = set()
+    """Keys of the student of a graph, from its first segment on, and of all that reads it; not of a student that teaches."""
+    own = next((stage for stage in graph.stages if stage.key == graph.keys.get("student")), None)
+    late = {own.key, *own.starts} & {stage.key for stage in graph.stages} if own else set()
     for stage in graph.stages:
-        if stage.name == "student" or late & set(stage.inputs.values()):
+        if late & set(stage.inputs.values()):
             late.add(stage.key)
     return late
 
