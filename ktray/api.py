@@ -21,7 +21,9 @@ from ktray.spec import PairSpec
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from ktray.drivers.search import Outcome
     from ktray.search.study import History
+    from ktray.stores import Store
 
 Talk = Literal[0, 1, 2]
 
@@ -33,10 +35,12 @@ class Study:
     Attributes:
         home: absolute path of the home that holds it.
         name: the study's name.
+        store: where its artifacts are, such as ``file:///mnt/shared/store``; None for the home's own.
     """
 
     home: Path
     name: str
+    store: str | None = None
 
     def history(self) -> History:
         """Space, objectives and trials.
@@ -77,10 +81,14 @@ class Study:
         """
         from ktray.cli.report import write_report
 
-        return write_report(self.name, self.home, _settings(self.home, 0).open_store(), Path(path))
+        return write_report(self.name, self.home, self._opened(), Path(path))
 
-    def export(self, directory: str | Path, trial: int | None = None) -> list[Path]:
+    def export(
+        self, directory: str | Path, trial: int | None = None, form: Literal["safetensors", "pt2", "onnx"] = "safetensors"
+    ) -> list[Path]:
         """Write a trial's student (None: that of the best one) into a new folder; `load_student` reads it.
+
+        "pt2" and "onnx" add the same network as a program.
 
         Raises:
             UserError: no such study or completed trial, or the folder is occupied.
@@ -88,7 +96,10 @@ class Study:
         from ktray.cli.export import write_student
 
         number = "" if trial is None else str(trial)
-        return write_student(self.home, _settings(self.home, 0).open_store(), self.name, number, Path(directory), "none")
+        return write_student(self.home, self._opened(), self.name, number, Path(directory), "none", form)
+
+    def _opened(self) -> Store:
+        return _settings(self.home, 0, store=self.store).open_store()
 
 
 def search(
@@ -100,6 +111,7 @@ def search(
     concurrent: int | None = None,
     address: str | None = None,
     overrides: Sequence[str] = (),
+    store: str | None = None,
     tracking: str | None = None,
     runtime: str | Path | None = None,
     talk: Talk = 1,
@@ -114,6 +126,7 @@ def search(
         concurrent: trials at the same time; None for the space's budget.
         address: of a running Ray cluster; None starts Ray on this machine.
         overrides: such as ``["transfer.k=500"]``.
+        store: where artifacts live, such as ``file:///mnt/shared/store``; None for the home's own.
         tracking: MLflow URI; None for the home's own.
         runtime: file with resources per stage kind.
         talk: 0 errors only, 1 news of trials, 2 stages as well; on stderr.
@@ -133,10 +146,11 @@ def search(
         address=address,
         share_images=False,
     )
-    return _searched(args, _settings(home, talk, tracking, runtime))
+    options = _settings(home, talk, store, tracking, runtime)
+    return Study(options.home, _searched(args, options).study, store)
 
 
-def _searched(args: argparse.Namespace, options: Settings) -> Study:
+def _searched(args: argparse.Namespace, options: Settings) -> Outcome:
     from ktray.cli.search import search as searched
     from ktray.cli.search import stop_on_signals
     from ktray.drivers.stopping import Stopping
@@ -149,7 +163,7 @@ def _searched(args: argparse.Namespace, options: Settings) -> Study:
         raise outcome.stopped
     if outcome.interrupted:
         raise KeyboardInterrupt
-    return Study(options.home, outcome.study)
+    return outcome
 
 
 def run(
@@ -160,6 +174,7 @@ def run(
     address: str | None = None,
     concurrent: int = 4,
     overrides: Sequence[str] = (),
+    store: str | None = None,
     runtime: str | Path | None = None,
     talk: Talk = 1,
 ) -> list[dict[str, Any]]:
@@ -169,6 +184,7 @@ def run(
         pair: a spec, a pair as plain data, or the file of a pair (YAML) or an experiment (Python).
         local: in this process, without Ray.
         concurrent: pairs at the same time, on Ray.
+        home, address, overrides, store, runtime, talk: as for `search`.
 
     Returns:
         ``{"name", "keys", "metrics", "computed", "reused", "seconds"}`` per pair, as ``ktray run --json`` prints it.
@@ -183,7 +199,7 @@ def run(
     from ktray.pipeline.check import data_loader
     from ktray.search.space import pair_of
 
-    options = _settings(home, talk, None, runtime)
+    options = _settings(home, talk, store, None, runtime)
     pairs: Mapping[str, PairSpec]
     if isinstance(pair, str | Path):
         source, pairs = Path(pair), load_pairs(Path(pair), list(overrides))
@@ -197,6 +213,13 @@ def run(
     return results
 
 
-def _settings(home: str | Path | None, talk: Talk, tracking: str | None = None, runtime: str | Path | None = None) -> Settings:
+def _settings(
+    home: str | Path | None,
+    talk: Talk,
+    store: str | None = None,
+    tracking: str | None = None,
+    runtime: str | Path | None = None,
+) -> Settings:
     place = open_home(home)
-    return Settings(place, f"file://{place / 'store'}", tracking, Path(runtime) if runtime else None, json=False, talks=talk)
+    url = store or f"file://{place / 'store'}"
+    return Settings(place, url, tracking, Path(runtime) if runtime else None, json=False, talks=talk)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ktray.spec import Augment
+from ktray.spec import Augment, Normalization
 
 REVISION = 1
+
+_MEAN_AND_STD = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -22,6 +27,24 @@ def to_float(images: Tensor) -> Tensor:
         (B, 3, H, W) float32.
     """
     return images.permute(0, 3, 1, 2).to(torch.float32).mul_(4 / 255).sub_(2)
+
+
+def normalize(images: Tensor, by: Normalization) -> Tensor:
+    """What a network of another house expects to see: ``(x / 255 - mean) / std`` per channel; "ktray" is `to_float`.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        by: "imagenet" as torchvision's weights and most of timm's, "half" (mean and std 0.5) as many transformers.
+
+    Returns:
+        (B, 3, H, W) float32.
+
+    Source: torchvision.transforms._presets.ImageClassification; timm.data.constants.
+    """
+    if by == "ktray":
+        return to_float(images)
+    mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in _MEAN_AND_STD[by])
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:

@@ -110,3 +110,23 @@ def lab(images: Tensor) -> Tensor:
     xyz = (linear[..., None, :] * matrix).sum(-1)  # not a matrix product: it may run in fewer digits on a GPU
     x, y, z = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(-1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
+
+
+def rgb(lab: Tensor) -> Tensor:
+    """The sRGB colours of CIE L*a*b*, the inverse of `lab`; what sRGB does not have is cut off per channel.
+
+    Args:
+        lab: (B, 3, H, W) float32.
+
+    Returns:
+        (B, 3, H, W) float32 in [0, 1].
+
+    Source: as `lab`. The oracle is `skimage.color.lab2rgb`.
+    """
+    lightness, a, b = lab.unbind(1)
+    y = (lightness + 16) / 116
+    root = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], dim=1)
+    xyz = torch.where(root > 6 / 29, root**3, (root - 16 / 116) / 7.787)
+    matrix = (torch.tensor(_TO_XYZ, dtype=torch.float64) / torch.tensor(_WHITE, dtype=torch.float64)[:, None]).inverse()
+    linear = (matrix.to(xyz)[:, :, None, None] * xyz[:, None]).sum(2)
+    return torch.where(linear > 0.0031308, 1.055 * linear.clamp_min(1e-6) ** (1 / 2.4) - 0.055, 12.92 * linear).clamp(0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ktray import augment, colour
@@ -24,11 +24,18 @@ class Distortions(SpecBase):
     """In this order; the defaults are SimCLR's for CIFAR-10, but for crops of at least 0.2 of the area instead of 0.08."""
 
     area: float = Field(default=0.2, gt=0, le=1, description="smallest share of the image's area that a crop keeps")
+    most: float = Field(default=1.0, gt=0, le=1, description="largest share that a crop keeps")
     flip: bool = True
     jitter: Jitter = Jitter()
     grey: float = Field(default=0.2, ge=0, le=1, description="probability of a grey image")
     blur: float = Field(default=0.0, ge=0, le=1, description="probability of a Gaussian blur of 0.1 to 2 px; 0.5 at 224 px")
     solarise: float = Field(default=0.0, ge=0, le=1, description="probability that what is lighter than half is inverted")
+
+    @model_validator(mode="after")
+    def _shares_in_order(self) -> Distortions:
+        if self.area > self.most:
+            raise ValueError(f"a crop of at least area={self.area} cannot keep most={self.most} of the image")
+        return self
 
 
 def view(images: Tensor, distortions: Distortions, generator: torch.Generator) -> Tensor:
@@ -43,7 +50,7 @@ def view(images: Tensor, distortions: Distortions, generator: torch.Generator) -
     """
     seen = augment.flip(images, generator) if distortions.flip else images
     seen = seen.permute(0, 3, 1, 2).to(torch.float32) / 255
-    seen = crop(seen, distortions.area, generator)
+    seen = crop(seen, distortions.area, generator, distortions.most)
     seen = colour.jitter(seen, distortions.jitter, generator)
     seen = colour.grey(seen, distortions.grey, generator)
     if distortions.blur:
@@ -53,18 +60,18 @@ def view(images: Tensor, distortions: Distortions, generator: torch.Generator) -
     return (4 * seen - 2).contiguous(memory_format=torch.channels_last)
 
 
-def crop(images: Tensor, area: float, generator: torch.Generator) -> Tensor:
+def crop(images: Tensor, area: float, generator: torch.Generator, most: float = 1.0) -> Tensor:
     """A random part of each image, enlarged to the image's size (bilinear).
 
     Args:
         images: (B, 3, H, W) float32.
-        area: smallest share of the area; the largest is 1. Width to height lies in [3/4, 4/3], as far as the image has room.
+        area, most: smallest and largest share of the area. Width to height lies in [3/4, 4/3], as far as the image has room.
         generator: on the CPU.
 
     Source: Szegedy et al., CVPR 2015, section 6.
     """
     count = len(images)
-    share = _between(area, 1.0, count, generator)
+    share = _between(area, most, count, generator)
     ratio = _between(-math.log(4 / 3), math.log(4 / 3), count, generator).exp()
     sides = torch.stack([(share * ratio).sqrt(), (share / ratio).sqrt()], dim=1).clamp_max(1)  # width, height
     centre = (2 * torch.rand(count, 2, generator=generator) - 1) * (1 - sides)

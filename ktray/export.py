@@ -10,7 +10,8 @@ import math
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ktray import __version__, plugins
+from ktray import __version__, plugins, programs
 from ktray.errors import UserError
 from ktray.fingerprint import file_sha256
 from ktray.spec import Student
 
 FORMAT = "ktray-student/1"
 WEIGHTS, CARD = "model.safetensors", "student.json"
+Form = Literal["safetensors", "pt2", "onnx"]
 Head = Literal["classifier", "none"]
 _INPUT = {  # what `augment.to_float` does, in the words of other libraries
     "layout": "NCHW",
@@ -49,31 +51,32 @@ def export_student(
     out: Path,
     classes: int | None,
     head: Head = "none",
+    form: Form = "safetensors",
 ) -> list[Path]:
-    """Write `model.safetensors` and `student.json` into the new folder `out` and return their paths.
+    """Write `model.safetensors` and `student.json` into the new folder `out`, the card last, and return the paths.
 
-    Tensors are named as in the backbone; the classifier of the pseudo-labels, where asked for, is the backbone's `HEAD`, such
-    as `fc` of a resnet. So a "full" resnet of width 1 loads strictly into torchvision's class once its `fc` is a linear layer
-    of so many classes, or the identity; the card tells how. The folder appears complete or not at all.
+    Tensors are named as in the backbone; the classifier of the pseudo-labels is the backbone's `HEAD`, such as `fc`. So a
+    "full" resnet of width 1 loads strictly into torchvision's class once its `fc` is a linear layer of so many classes, or
+    the identity; the card tells how. The folder appears complete or not at all.
 
     Args:
         snapshot: directory with `weights.safetensors` ("backbone.*", "head.*") as from `train.fit`.
         size: side in pixels of the images that the student was trained on.
         metrics: what the student reached; numbers that are not finite become null.
-        lineage: plain data on where it comes from, such as the keys of its stages; absolute paths are cut to their last part.
+        lineage: where it comes from, such as the keys of its stages; absolute paths are cut to their last part.
         out: absent or empty.
         classes: width K of the student's linear classifier, or None if its transfer has none.
         head: "classifier" exports that classifier with the backbone, "none" the backbone alone.
+        form: "pt2" and "onnx" add the same network as a program, `model.pt2` or `model.onnx`.
 
     Raises:
-        UserError: `out` is not empty, or there is no classifier to export.
+        UserError: `out` is not empty, there is no classifier to export, or a package that writes ONNX is missing.
         RuntimeError: the snapshot is of another network than `student` says.
     """
     _refuse_occupied(out)
     saved = load_file(snapshot / "weights.safetensors")
     architecture = student.backbone.model_dump(mode="json")  # type: ignore[attr-defined]
-    network = _empty(architecture)
-    tensors = _part(saved, "backbone.")
+    network, tensors = _empty(architecture), _part(saved, "backbone.")
     network.load_state_dict(tensors)
     names = _head_names(saved, architecture["kind"], classes) if head == "classifier" else {}
     tensors |= {new: saved[old].contiguous() for old, new in names.items()}
@@ -85,10 +88,10 @@ def export_student(
         "head": {"classes": classes, "tensors": sorted(names.values())} if names else None,
         "torchvision": _torchvision(student.backbone, int(network.feature_dim), classes if names else None),  # type: ignore[arg-type]
         "input": {"size": [size, size], **_INPUT},
-        "metrics": _portable(metrics),
-        "lineage": _portable(lineage),
+        **_portable({"metrics": metrics, "lineage": lineage}),
     }
-    return _write(out, tensors, card)
+    program = None if form == "safetensors" else partial(programs.write, network, _head(tensors, names), size, form)
+    return _write(out, tensors, card, program)
 
 
 def load_student(directory: Path) -> nn.Module:
@@ -140,6 +143,17 @@ def _head_names(saved: Mapping[str, Tensor], kind: str, classes: int | None) -> 
     return {f"head.{tensor}": f"{new}.{tensor}" for tensor in ("weight", "bias")}
 
 
+def _head(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> nn.Linear | None:
+    """The exported classifier as a module, if there is one."""
+    if not names:
+        return None
+    weight, bias = tensors[names["head.weight"]], tensors[names["head.bias"]]
+    with torch.random.fork_rng(devices=[]):
+        linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
+
+
 def _torchvision(backbone: Any, features: int, classes: int | None) -> str | None:
     """The torchvision model that these weights load into, as code; None if there is none."""
     module = plugins.module_of("backbone", backbone)
@@ -169,13 +183,14 @@ def _refuse_occupied(out: Path) -> None:
         raise UserError(f"{out} exists and is not an empty folder", instead="Name a new folder; nothing is overwritten.")
 
 
-def _write(out: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> list[Path]:
+def _write(out: Path, tensors: dict[str, Tensor], card: dict[str, Any], program: Callable[[Path], Path] | None) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir()
     try:
         save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})  # readers such as transformers ask for it
-        card["files"] = {WEIGHTS: {"sha256": file_sha256(scratch / WEIGHTS), "size": (scratch / WEIGHTS).stat().st_size}}
+        files = [scratch / WEIGHTS, *([program(scratch)] if program else [])]
+        card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
         (scratch / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
         try:
             scratch.rename(out)  # onto an empty folder it succeeds, onto one that was filled meanwhile it fails
@@ -184,4 +199,4 @@ def _write(out: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> list[
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return [out / WEIGHTS, out / CARD]
+    return [*(out / path.name for path in files), out / CARD]

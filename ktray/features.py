@@ -22,7 +22,17 @@ from ktray import augment, fingerprint, plugins, train
 from ktray.errors import UserError
 from ktray.images import Images, open_split
 from ktray.pool import Pool
-from ktray.spec import BackboneSpec, DataSpec, HandcraftedTeacher, LoadedTeacher, Pooling, TeacherSpec, TrainedTeacher
+from ktray.spec import (
+    BackboneSpec,
+    DataSpec,
+    HandcraftedTeacher,
+    LoadedTeacher,
+    Normalization,
+    Pooling,
+    StudentTeacher,
+    TeacherSpec,
+    TrainedTeacher,
+)
 
 REVISION = 1
 TOOLS = (augment,)
@@ -34,7 +44,12 @@ Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def of_network(
-    backbone: BackboneSpec, layer: str | None, pool: Pooling, weights: Path | None, device: str = "cpu"
+    backbone: BackboneSpec,
+    layer: str | None,
+    pool: Pooling,
+    weights: Path | None,
+    device: str = "cpu",
+    normalize: Normalization = "ktray",
 ) -> Extractor:
     """Features of a trained backbone: (B, H, W, 3) uint8 -> (B, D) float32.
 
@@ -43,6 +58,7 @@ def of_network(
         layer: one of its `layers`, or None for what its forward returns.
         pool: how maps (C, h, w) become one vector of D = C * grid * grid.
         weights: directory of a snapshot.
+        normalize: what its weights expect of pixels.
 
     Raises:
         UserError: the backbone has no such layer; at the first batch, the grid is finer than the maps.
@@ -54,7 +70,7 @@ def of_network(
         )
     network = plugins.module_of("backbone", backbone).build(backbone)
     train.load(network, weights)
-    return _on_arrays(of_module(network, layer, pool), device, network)
+    return _on_arrays(of_module(network, layer, pool, normalize), device, network)
 
 
 def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
@@ -67,8 +83,9 @@ def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, d
     Raises:
         UserError, ValueError: as `of_network`; a fitted descriptor without `state`.
     """
-    if isinstance(teacher, TrainedTeacher | LoadedTeacher):
-        return of_network(teacher.backbone, teacher.layer, teacher.pool, weights, device)
+    if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
+        normalize: Normalization = teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
+        return of_network(teacher.backbone, teacher.layer, teacher.pool, weights, device, normalize)
     if not isinstance(teacher, HandcraftedTeacher):
         raise TypeError(f"a {type(teacher).__name__} is no teacher")
     descriptor = plugins.module_of("descriptor", teacher.descriptor)
@@ -81,7 +98,9 @@ def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, d
     return _on_arrays(lambda images: descriptor.describe(teacher.descriptor, fitted, images), device)
 
 
-def of_module(network: nn.Module, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
+def of_module(
+    network: nn.Module, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
+) -> Callable[[Tensor], Tensor]:
     """Features of a ready backbone: (B, H, W, 3) uint8 -> (B, D) float32, both on the network's device.
 
     The network is put into eval mode. Its layers after `layer` are not run.
@@ -92,7 +111,7 @@ def of_module(network: nn.Module, layer: str | None, pool: Pooling) -> Callable[
     network.eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if layer is None:
-        return torch.inference_mode()(lambda images: _pooled(network(augment.to_float(images)), pool))
+        return torch.inference_mode()(lambda images: _pooled(network(augment.normalize(images, normalize)), pool))
     layers: tuple[str, ...] = network.layers  # type: ignore[assignment]
     if layer not in layers:
         raise UserError(f"the backbone has no layer {layer!r}", "layer", f"One of: {', '.join(layers)}.")
@@ -105,7 +124,7 @@ def of_module(network: nn.Module, layer: str | None, pool: Pooling) -> Callable[
     def extract(images: Tensor) -> Tensor:
         handle = tapped.register_forward_hook(stop)
         try:
-            network(augment.to_float(images))
+            network(augment.normalize(images, normalize))
         except _Reached as reached:
             return _pooled(reached.output, pool)
         finally:
@@ -159,11 +178,16 @@ def all_of(extractor: Extractor, images: Images) -> NDArray[np.float32]:
 def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArray[np.float32]:
     batches = [extractor(images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))) for at in range(start, stop, BATCH)]
     rows = np.concatenate(batches)
-    _require_finite(rows, images, start)
+    require_finite(rows, images, start)
     return rows
 
 
-def _require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
+def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
+    """Refuse features that are not finite, of the images from `start` on.
+
+    Raises:
+        ValueError: names the first image.
+    """
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         index = start + int(bad[0])
@@ -203,7 +227,7 @@ def _write_shard(item: tuple[int, int], shared: tuple[str, str]) -> int:
     rows = _rows(extractor, images, start, stop)
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused with its image's name
         stored = rows.astype(dtype)
-    _require_finite(stored, images, start)
+    require_finite(stored, images, start)
     np.save(Path(shared[1]) / f"features-{start // SHARD_ROWS:05d}.npy", stored)
     return rows.shape[1]
 

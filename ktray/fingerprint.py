@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ktray.errors import UserError
+
 _TEXT = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
@@ -82,6 +84,21 @@ def file_sha256(path: Path) -> str:
     """sha256 (64 hex digits) of a file's bytes, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def require_sha256(path: Path, expected: str, where: str) -> None:
+    """Refuse a file that is not what it was when it was hashed.
+
+    Raises:
+        UserError: it changed since; `where` is its dotted path in the spec.
+    """
+    found = file_sha256(path)
+    if found != expected:
+        raise UserError(
+            f"{path.name} changed after the run was planned: its sha256 was {expected[:12]} and is {found[:12]}",
+            where,
+            "Run the command again to use the file as it is now.",
+        )
 
 
 def seed_of(*parts: Any) -> int:

@@ -98,7 +98,11 @@ def search(centroids: NDArray[np.float32]) -> Search:
 
 
 def change(group: list[Path], shared: tuple[Frame, Centroids, Centroids | None]) -> Change:
-    """Assigns the rows of some shards to the second centroids' nearest, compared with the third's (None: with nothing)."""
+    """What the centroids of this iteration change for the rows of some shards.
+
+    Args:
+        shared: the space, the centroids, and those of the iteration before (None: there is none, so every row moves).
+    """
     space, centroids, before = shared
     labels_of = _remembering(centroids)
     labels_before = _remembering(before) if before else None

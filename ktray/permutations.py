@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +98,21 @@ def farthest(count: int, distance: int) -> NDArray[np.int64]:
         barred |= alike > TILES - max(distance, 1)
     taken.setflags(write=False)
     return taken
+
+
+def require(count: int, distance: int) -> None:
+    """Refuse a set that `farthest` would not find; it is searched for only where the sphere bound does not promise it.
+
+    Raises:
+        ValueError: there are fewer permutations that are `distance` apart.
+    """
+    nearer = sum(math.comb(TILES, moved) * _derangements(moved) for moved in range(distance))
+    if count * nearer > math.factorial(TILES):
+        farthest(count, distance)
+
+
+def _derangements(count: int) -> int:
+    return round(sum((-1) ** i * math.factorial(count) / math.factorial(i) for i in range(count + 1)))
 
 
 def _shuffled() -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import traceback
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,10 @@ ROOMS = {
     "descriptor": "descriptors",
     "transfer": "transfer",
     "evaluation": "evals",
+}
+_FIELDS = {  # what the house reads of every spec of a room, whatever its kind
+    "dataset": ("size", "split", "max_unreadable"),
+    "evaluation": ("name", "of", "layer", "pool", "split"),
 }
 _DEFINES = {  # what the house looks for in a plugin of each room
     "dataset": ("Spec", "LOCATION", "load"),
@@ -45,8 +50,13 @@ def allow(packages: list[str]) -> None:
 
 def kinds(room: str) -> list[str]:
     """Sorted names of the kinds that ship in a room, such as ``kinds("pretext")``."""
+    return list(_shipped(room))
+
+
+@lru_cache(maxsize=len(ROOMS))  # asked for with every spec, and a space has thousands
+def _shipped(room: str) -> tuple[str, ...]:
     folder = import_module(f"ktray.{ROOMS[room]}")
-    return sorted(entry.name for entry in pkgutil.iter_modules(folder.__path__))
+    return tuple(sorted(entry.name for entry in pkgutil.iter_modules(folder.__path__)))
 
 
 def module(room: str, kind: str) -> ModuleType:
@@ -66,7 +76,7 @@ def module(room: str, kind: str) -> ModuleType:
                 instead=f"Add --allow-plugins {package} if you do.",
             )
         return _imported(room, kind, kind)
-    if kind not in kinds(room):
+    if kind not in _shipped(room):
         near = difflib.get_close_matches(kind, kinds(room), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UserError(f"there is no {room} kind {kind!r}", instead=f"{hint}Known: {', '.join(kinds(room))}.")
@@ -85,6 +95,13 @@ def _imported(room: str, kind: str, name: str) -> ModuleType:
             f"the {room} kind {kind!r} defines no {' and no '.join(missing)}",
             found.__file__ or name,
             f"A {room} defines {', '.join(_DEFINES[room])}; see {ROOMS[room]}/{kinds(room)[0]}.py.",
+        )
+    absent = [field for field in _FIELDS.get(room, ()) if field not in found.Spec.model_fields]
+    if absent:
+        raise UserError(
+            f"the Spec of the {room} kind {kind!r} has no {' and no '.join(absent)}",
+            found.__file__ or name,
+            f"Every {room} has {', '.join(_FIELDS[room])}; see {ROOMS[room]}/{kinds(room)[0]}.py.",
         )
     return found
 

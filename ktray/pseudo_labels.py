@@ -55,19 +55,19 @@ def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.i
 
 
 def entropy(labels: NDArray[np.int64]) -> float:
-    """Entropy of the cluster sizes in nats, of the images that are not -1: exp(entropy) clusters of equal size say as much."""
+    """Entropy in nats of the cluster sizes of labels (N,), -1 left out: exp(entropy) clusters of equal size say as much."""
     sizes = np.bincount(labels[labels >= 0])
     shares = sizes[sizes > 0] / sizes.sum()
     return max(0.0, float(-(shares * np.log(shares)).sum()))
 
 
 def kept(labels: NDArray[np.int64]) -> float:
-    """Share of the images, in [0, 1], that are not -1."""
+    """Share of the images, in [0, 1], whose label (N,) is not -1."""
     return float((labels >= 0).mean())
 
 
 def nmi(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
-    """Normalised mutual information (arithmetic mean) with true classes, in [0, 1], of the images that are not -1."""
+    """Normalised mutual information (arithmetic mean), in [0, 1], of labels (N,) and classes (N,), where neither is -1."""
     from sklearn.metrics import normalized_mutual_info_score
 
     known = (labels >= 0) & (classes >= 0)

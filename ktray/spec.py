@@ -3,74 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
-from typing import Annotated, Any, Literal, get_args
+from functools import partial
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     TypeAdapter,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from ktray import plugins
 from ktray.errors import UserError
-
-
-class Spec(BaseModel):
-    """Frozen and strict: an unknown field is an error, never ignored, and true is no 1, "5" no 5, "on" no true."""
-
-    # Not pydantic's strict=True, which also refuses a list for a tuple and a mapping for a spec.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _of_its_own_type(cls, value: Any, info: ValidationInfo) -> Any:
-        wanted = _plain_types(cls, info.field_name or "")
-        entries = value if isinstance(value, list | tuple) else (value,)
-        if wanted and any(_disguised(entry, wanted) for entry in entries):
-            kind, text = _WANTED[next(each for each in _WANTED if each in wanted)]
-            if isinstance(value, list | tuple):
-                raise PydanticCustomError("entries_type", "a list, each entry a {text}", {"text": text})
-            raise PydanticCustomError(kind, "Input should be a {text}", {"text": text})
-        return value
-
-
-_WANTED: dict[type, tuple[Any, str]] = {
-    float: ("float_type", "finite number"),
-    int: ("int_type", "whole number"),
-    bool: ("bool_type", "true or false"),
-}
-
-
-@lru_cache(maxsize=1024)
-def _plain_types(model: type[BaseModel], name: str) -> frozenset[type]:
-    """The types of a field that is only numbers, booleans and null; empty for any other field."""
-    field = model.model_fields[name]
-    if any(isinstance(each, BeforeValidator) for each in field.metadata):  # it reads text of its own, such as 30m
-        return frozenset()
-    types = frozenset(_leaves(field.annotation))
-    return types if types <= {int, float, bool, type(None)} and types & {int, float, bool} else frozenset()
-
-
-def _leaves(annotation: Any) -> set[Any]:
-    inside = getattr(annotation, "__metadata__", None) is not None
-    arguments = get_args(annotation)[:1] if inside else [each for each in get_args(annotation) if each is not Ellipsis]
-    return {leaf for each in arguments for leaf in _leaves(each)} if arguments else {annotation}
-
-
-def _disguised(value: Any, wanted: frozenset[type]) -> bool:
-    """Whether pydantic would turn a value of another type into one of `wanted`."""
-    if isinstance(value, bool):
-        return bool not in wanted
-    return isinstance(value, str) or (isinstance(value, int | float) and wanted <= {bool, type(None)})
+from ktray.strict import Spec as Spec
+from ktray.strict import plain_types
 
 
 def _parse(room: str, value: Any) -> Any:
@@ -103,7 +52,7 @@ def _from_text(kind: str, name: str, text: str) -> Any:
     if kind not in plugins.kinds("dataset"):
         return text
     model = plugins.module("dataset", kind).Spec
-    if name not in model.model_fields or not _plain_types(model, name):
+    if name not in model.model_fields or not plain_types(model, name):
         return text
     try:
         return TypeAdapter(model.model_fields[name].annotation).validate_strings(text)
@@ -152,6 +101,9 @@ class Schedule(Spec):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of products and convolutions; weights stay float32. bfloat16 is for GPUs"
+    )
 
     @model_validator(mode="after")
     def _only_what_the_kind_has(self) -> Schedule:
@@ -190,6 +142,9 @@ class HandcraftedTeacher(Spec):
     dtype: Literal["float32", "float16"] = "float32"
 
 
+Normalization = Literal["ktray", "imagenet", "half"]  # how pixels become a network's inputs; see `augment.normalize`
+
+
 class LoadedTeacher(Spec):
     """A backbone with weights made elsewhere.
 
@@ -199,23 +154,60 @@ class LoadedTeacher(Spec):
 
     checkpoint: str
     backbone: BackboneSpec
+    normalize: Normalization = Field(default="ktray", description="imagenet for the weights of torchvision and most of timm")
     layer: str | None = None
     pool: Pooling = Pooling()
     dtype: Literal["float32", "float16"] = "float32"
 
 
+class Columns(Spec):
+    """Where a parquet file keeps an image's path and its features (a list of floats)."""
+
+    path: str = "path"
+    features: str = "features"
+
+
+class ReadyTeacher(Spec):
+    """Ready-made features in a file: a .npy (N, D) or a .parquet, by image path as the data set has it, such as ``cats/1.png``.
+
+    `names` of a .npy is a text file with one path per line, or a .npy of texts. Without it row i is the i-th training image
+    of the data set in its own order, before a val part is taken out of it.
+    """
+
+    features: str
+    names: str | None = Field(default=None, description=".npy only")
+    columns: Columns | None = Field(default=None, description=".parquet only; null: path and features")
+    dtype: Literal["float32", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _only_what_the_file_has(self) -> ReadyTeacher:
+        parquet = self.features.endswith(".parquet")
+        if not parquet and not self.features.endswith(".npy"):
+            raise ValueError(f"ready-made features are a .npy or a .parquet file, and this is {self.features!r}")
+        if (self.names if parquet else self.columns) is not None:
+            raise ValueError("a .parquet has its paths in 'columns', a .npy in 'names'; leave the other out")
+        return self
+
+
 def _teacher(value: Any) -> Any:
-    """The teacher type by the field that only it has, so that errors speak of one type and not of three."""
+    """The teacher type by the field that only it has, so that errors speak of one type and not of all."""
     if not isinstance(value, Mapping):
         return value
-    by_field: dict[str, type[Spec]] = {"pretext": TrainedTeacher, "descriptor": HandcraftedTeacher, "checkpoint": LoadedTeacher}
+    by_field: dict[str, tuple[type[Spec], str]] = {
+        "pretext": (TrainedTeacher, "trained"),
+        "descriptor": (HandcraftedTeacher, "handcrafted"),
+        "checkpoint": (LoadedTeacher, "loaded"),
+        "features": (ReadyTeacher, "ready-made"),
+        "pair": (StudentTeacher, "the student of another pair"),
+    }
     present = [field for field in by_field if field in value]
     if len(present) != 1:
+        known = [f"{field!r} ({what})" for field, (_, what) in by_field.items()]
         raise ValueError(
-            "a teacher has exactly one of 'pretext' (trained), 'descriptor' (handcrafted) or 'checkpoint' (loaded)"
+            f"a teacher has exactly one of {', '.join(known[:-1])} or {known[-1]}"
             + (f"; this one has {' and '.join(present)}" if present else "")
         )
-    return by_field[present[0]].model_validate(dict(value))
+    return by_field[present[0]][0].model_validate(dict(value))
 
 
 TeacherSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_teacher)]
@@ -245,6 +237,17 @@ class PairSpec(Spec):
     transfer: TransferSpec
     student: Student
     evals: tuple[EvaluationSpec, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_pair_that_teaches_has_the_same_data(cls, value: Any) -> Any:
+        """Unless it says otherwise: a space that draws the data then draws it once for all generations."""
+        if not isinstance(value, Mapping) or "data" not in value or not isinstance(value.get("teacher"), Mapping):
+            return value
+        inner = value["teacher"].get("pair")
+        if not isinstance(inner, Mapping) or "data" in inner:
+            return value
+        return {**value, "teacher": {**value["teacher"], "pair": {"data": value["data"], **inner}}}
 
     @field_validator("data", mode="before")
     @classmethod
@@ -279,3 +282,27 @@ class PairSpec(Spec):
 
     def _judges_the_teacher(self) -> bool:
         return any(getattr(entry, "of", "student") == "teacher" for entry in self.evals)
+
+
+class StudentTeacher(Spec):
+    """The student of another pair, trained to its end: a chain of generations, each taught by the student of the one before.
+
+    The stages of that pair are those that it has alone, so a search that ran it has computed them.
+    """
+
+    pair: PairSpec
+    layer: str | None = Field(default=None, description="null: the student's own features")
+    pool: Pooling = Pooling()
+    dtype: Literal["float32", "float16"] = "float32"
+
+    @field_validator("pair")
+    @classmethod
+    def _it_is_not_judged(cls, pair: PairSpec) -> PairSpec:
+        if pair.evals:
+            raise ValueError("a pair that teaches is not judged here, so leave its 'evals' out; judge it as a pair of its own")
+        return pair
+
+    @property
+    def backbone(self) -> BackboneSpec:
+        """The network of the student that teaches."""
+        return self.pair.student.backbone

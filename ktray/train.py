@@ -30,7 +30,8 @@ REVISION = 1
 # Up to here all pixels are held as one tensor; beyond, each batch is read while the one before it trains.
 RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
-OnEpoch = Callable[[int, dict[str, float], Callable[[Path], None]], None]
+Save = Callable[[Path], None]
+OnEpoch = Callable[[int, dict[str, float], Save], None]
 
 
 def fresh(backbone_spec: Any, seed: int) -> nn.Module:
@@ -142,8 +143,9 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = task.batch(pixels, indices, generator)
-        outputs = task.forward(model, inputs) if task.forward else head(backbone(inputs))
-        loss, metrics = task.loss(outputs, targets)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
+            outputs = task.forward(model, inputs) if task.forward else head(backbone(inputs))
+            loss, metrics = task.loss(outputs, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

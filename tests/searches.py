@@ -138,11 +138,11 @@ class Running:
         self.process.wait()
         until(lambda: all(line.strip().endswith("Agent") for line in self.family().values()), 20)
 
-    def wait(self) -> Ended:
-        return self._ended(self.began)
+    def wait(self, patience: float = PATIENCE) -> Ended:
+        return self._ended(self.began, patience)
 
-    def _ended(self, began: float) -> Ended:
-        code = self.process.wait(PATIENCE)
+    def _ended(self, began: float, patience: float = PATIENCE) -> Ended:
+        code = self.process.wait(patience)
         seconds = time.monotonic() - began
         out, err = (path.read_text() for path in self.files)
         return Ended(code, out, err, seconds)
@@ -166,13 +166,20 @@ class Home:
     path: Path
 
     @contextmanager
-    def start(self, *arguments: object, cwd: Path | None = None) -> Iterator[Running]:
-        """`ktray` with these arguments and this home."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        number = len(list(self.path.parent.glob("*.err")))
-        files = (self.path.parent / f"{number}.out", self.path.parent / f"{number}.err")
+    def start(
+        self, *arguments: object, cwd: Path | None = None, clean: bool = True, files: Path | None = None
+    ) -> Iterator[Running]:
+        """`ktray` with these arguments and this home; without `clean` what it started is left to end by itself.
+
+        Args:
+            files: folder for what it writes; that of the home by default.
+        """
+        place = files or self.path.parent
+        place.mkdir(parents=True, exist_ok=True)
+        number = len(list(place.glob("*.err")))
+        said = (place / f"{number}.out", place / f"{number}.err")
         environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
-        with open(files[0], "wb") as out, open(files[1], "wb") as err:
+        with open(said[0], "wb") as out, open(said[1], "wb") as err:
             process = subprocess.Popen(
                 [sys.executable, "-m", "ktray", *map(str, arguments), "--home", str(self.path)],
                 stdin=subprocess.DEVNULL,
@@ -183,15 +190,16 @@ class Home:
                 start_new_session=True,
                 preexec_fn=_hears_ctrl_c,
             )
-        running = Running(process, files)
+        running = Running(process, said)
         try:
             yield running
         finally:
-            running.clean()
+            if clean or process.poll() is None:
+                running.clean()
 
-    def run(self, *arguments: object) -> Ended:
-        with self.start(*arguments) as running:
-            return running.wait()
+    def run(self, *arguments: object, patience: float = PATIENCE, files: Path | None = None) -> Ended:
+        with self.start(*arguments, files=files) as running:
+            return running.wait(patience)
 
     @property
     def store(self) -> Path:

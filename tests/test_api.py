@@ -58,6 +58,15 @@ def test_a_pair_runs_from_a_spec_from_plain_data_and_from_a_file(tmp_path: Path)
         assert again["computed"] == {}
 
 
+def test_artifacts_live_in_the_store_that_is_named_and_not_in_the_home(tmp_path: Path) -> None:
+    pair = toy_spec(teacher=None, transfer="none")
+    (first,) = ktray.run(pair, home=tmp_path / "one", local=True, talk=0, store=f"file://{tmp_path / 'shared'}")
+    assert (tmp_path / "shared" / first["keys"]["student"]).is_dir()
+    assert not (tmp_path / "one" / "store").exists()
+    (again,) = ktray.run(pair, home=tmp_path / "two", local=True, talk=0, store=f"file://{tmp_path / 'shared'}")
+    assert again["computed"] == {}
+
+
 def test_what_is_wrong_with_a_pair_is_raised(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Did you mean 'hog'"):
         ktray.run(toy_spec(teacher={"descriptor": "hogg"}), home=tmp_path, local=True)

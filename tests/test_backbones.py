@@ -5,9 +5,9 @@ import torch
 from pyarrow import parquet
 from torch import nn
 
-from ktray import classification, plugins, train
+from ktray import augment, classification, features, plugins, train
 from ktray.errors import UserError
-from ktray.spec import Augment, Schedule
+from ktray.spec import Augment, Pooling, Schedule
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -55,6 +55,45 @@ def test_every_backbone_gives_features_of_its_width_and_has_the_layers_that_it_n
     assert features.isfinite().all()
     assert list(layers) == list(backbone.layers), "each is called once, in the order of depth"
     assert all(out.ndim in (2, 4) and len(out) == 2 for out in layers.values())
+
+
+FOR_LARGE = {"vit": {"patch": 16}, "alexnet": {"form": "grouped"}}  # what these are meant to be at 224 px
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backbone_takes_images_of_96_and_224_pixels(kind):
+    backbone = train.fresh(spec_of(kind, **FOR_LARGE.get(kind, {})), 0).eval()
+    for size in (96, 224):
+        with torch.inference_mode():
+            found = backbone(torch.randn(1, 3, size, size))
+        assert found.shape == (1, backbone.feature_dim)
+        assert found.isfinite().all()
+
+
+# (backbone, layer, side of the images, grid, width of the features), as in the paper where the images are large
+PAPERS = [
+    ({"kind": "alexnet", "form": "grouped"}, "conv4", 224, 5, 5 * 5 * 384),
+    ({"kind": "alexnet", "form": "full"}, "conv4", 224, 5, 5 * 5 * 384),
+    ({"kind": "vgg", "depth": 16, "form": "full"}, "block4", 224, 4, 4 * 4 * 512),
+    ({"kind": "alexnet"}, "conv4", 32, 5, 5 * 5 * 256),
+    ({"kind": "vgg", "depth": 16}, "block4", 28, 4, 4 * 4 * 512),
+]
+
+
+@pytest.mark.parametrize(("backbone", "layer", "size", "grid", "width"), PAPERS)
+def test_a_layer_is_pooled_to_the_grid_of_the_paper(backbone, layer, size, grid, width):
+    network = train.fresh(plugins.parse("backbone", backbone), 0)
+    pixels = torch.randint(0, 256, (1, size, size, 3), dtype=torch.uint8)
+    found = features.of_module(network, layer, Pooling(kind="max", grid=grid))(pixels)
+    assert found.shape == (1, width)
+    seen = []
+    network.get_submodule(layer).register_forward_hook(lambda m, i, out: seen.append(out[0]))
+    with torch.inference_mode():
+        network(augment.to_float(pixels))
+    side = seen[0].shape[1]
+    edges = [(cell * side // grid, -(-(cell + 1) * side // grid)) for cell in range(grid)]
+    cells = [[seen[0][:, a:b, c:d].amax(dim=(1, 2)) for c, d in edges] for a, b in edges]
+    assert torch.equal(found[0].view(-1, grid, grid), torch.stack([torch.stack(row, dim=1) for row in cells], dim=1))
 
 
 @pytest.mark.parametrize("kind", KINDS)

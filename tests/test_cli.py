@@ -8,6 +8,7 @@ import time
 import pytest
 import yaml
 
+from ktray import plugins
 from ktray.cli import main
 from tests.toys import toy_spec
 
@@ -115,11 +116,23 @@ def test_the_cache_lists_and_verifies_what_a_run_left(home, tmp_path, capsys):
     assert list(json.loads(capsys.readouterr().out)["damaged"]) == [key]
 
 
-def test_kinds_are_listed_with_one_line_each(home, capsys):
+def test_kinds_are_listed_with_one_line_and_their_source_each(home, capsys):
+    assert main(["show", "kinds", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {room: sorted(found) for room, found in answer.items()} == {room: plugins.kinds(room) for room in plugins.ROOMS}
+    for room, found in answer.items():
+        for kind, said in found.items():
+            assert said["what"], kind
+            assert said["source"] != "not said", (
+                f"the docstring of the {room} {kind} has no paragraph that begins with 'Source: '"
+            )
+    assert "1805.00385" in answer["transfer"]["clusters"]["source"]
+    assert answer["pretext"]["rotation"]["source"].startswith("Gidaris, Singh, Komodakis, ICLR 2018")
     assert main(["show", "kinds"]) == 0
-    out = capsys.readouterr().out
-    for kind in ("rotation", "jigsaw_pp", "hog", "raw_pixels", "alexnet", "resnet", "clusters", "linear_probe", "parquet"):
-        assert kind in out
+    lines = capsys.readouterr().out.splitlines()
+    place = next(index for index, line in enumerate(lines) if line.split()[:1] == ["jigsaw_pp"])
+    assert answer["pretext"]["jigsaw_pp"]["what"] in lines[place]
+    assert lines[place + 1].strip() == answer["pretext"]["jigsaw_pp"]["source"].split("; ")[0]
 
 
 def test_a_pickled_checkpoint_is_refused_and_never_run(home, tmp_path, capsys):
@@ -135,3 +148,13 @@ def test_a_pickled_checkpoint_is_refused_and_never_run(home, tmp_path, capsys):
     assert main(["run", pair, "--local"]) == 3
     assert "teacher-" in capsys.readouterr().err
     assert not (tmp_path / "pwned").exists()
+
+
+def test_plan_of_a_space_shows_one_draw_of_every_branch_wherever_it_branches(home, tmp_path, capsys):
+    space = {"study": "branches", "objectives": [{"metric": "knn/top1"}], "pair": toy_spec()}
+    student = space["pair"]["student"]
+    narrow, wide = ({**student, "backbone": {**student["backbone"], "width": width}} for width in (0.125, 0.25))
+    space["pair"]["student"] = {"one_of": {"narrow": narrow, "wide": wide}}
+    assert main(["plan", write(tmp_path / "space.yaml", space), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert sum(row["stage"] == "student" for row in stages) == 2

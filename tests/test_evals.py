@@ -48,7 +48,9 @@ def blobs(count: int, seed: int = 0, classes: int = 4, width: int = 12, spread: 
     return rows.astype(np.float32), labels.astype(np.int64)
 
 
-def judge(kind: str, tmp_path: Path, train, judged, train_labels=None, judged_labels=None, pseudo_labels=None, **fields):
+def judge(
+    kind: str, tmp_path: Path, train, judged, train_labels=None, judged_labels=None, pseudo_labels=None, device="cpu", **fields
+):
     """The metrics of an evaluation whose features are the given arrays."""
     module = plugins.module("evaluation", kind)
     of_train, of_judged = images(len(train), train_labels), images(len(judged), judged_labels)
@@ -60,6 +62,7 @@ def judge(kind: str, tmp_path: Path, train, judged, train_labels=None, judged_la
         judged=of_judged,
         pseudo_labels=pseudo_labels,
         out=tmp_path,
+        device=device,
     )
 
 
@@ -130,6 +133,16 @@ def test_a_class_that_is_only_judged_costs_accuracy_and_no_crash(tmp_path):
     assert math.isfinite(metrics["loss"])
 
 
+def test_a_probe_with_few_labels_learns_from_so_many_of_each_class_and_more_are_better(tmp_path):
+    (rows, labels), (others, truth) = blobs(400, spread=2.5), blobs(400, seed=1, spread=2.5)
+    found = {n: linear_probe.few(labels, n, seed=0) for n in (1, 10, 1000)}
+    assert np.bincount(labels[found[10]]).tolist() == [10] * len(np.unique(labels))
+    assert set(found[1]) < set(found[10]) < set(found[1000]) == set(range(400))
+    tops = [judge("linear_probe", tmp_path, rows, others, labels, truth, per_class=n)["top1"] for n in (1, 10, None)]
+    assert tops[0] < tops[1] < tops[2]
+    assert linear_probe.few(labels, 1, seed=1).tolist() != found[1].tolist()
+
+
 def test_the_confusion_plot_names_the_classes(tmp_path):
     (rows, labels), (others, truth) = blobs(100), blobs(50, seed=1)
     names = ("cat", "dog", "eel", "fox")
@@ -140,6 +153,7 @@ def test_the_confusion_plot_names_the_classes(tmp_path):
         judged=images(50, truth, names),
         pseudo_labels=None,
         out=tmp_path,
+        device="cpu",
     )
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
@@ -334,3 +348,12 @@ def test_an_evaluation_leaves_the_features_as_they_were(kind, tmp_path):
     rows.setflags(write=False)
     others.setflags(write=False)
     judge(kind, tmp_path, rows, others, labels, truth, pseudo_labels=labels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["linear_probe", "knn", "effective_rank"])
+def test_a_gpu_judges_as_the_cpu_does(kind, tmp_path):
+    (rows, labels), (others, truth) = blobs(3000), blobs(500, seed=1)
+    on_cpu = judge(kind, tmp_path, rows, others, labels, truth)
+    on_gpu = judge(kind, tmp_path, rows, others, labels, truth, device="cuda:0")
+    assert on_gpu == pytest.approx(on_cpu, rel=5e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,40 @@ def test_a_backbone_from_an_untrusted_package_is_not_imported(tmp_path):
     (directory / "student.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="does not trust"):
         export.load_student(directory)
+
+
+@pytest.mark.parametrize("backbone", [SMALL, ALEXNET], ids=["resnet", "alexnet"])
+@pytest.mark.parametrize("head", ["classifier", "none"])
+def test_a_pt2_program_computes_what_the_student_does_for_any_batch(tmp_path, backbone, head):
+    directory, built, linear = exported(tmp_path, backbone, head=head, form="pt2")
+    program = torch.export.load(directory / "model.pt2").module()
+    for count in (1, 3, 17):
+        inputs = torch.randn(count, 3, 32, 32)
+        with torch.inference_mode():
+            expected = linear(built(inputs)) if head == "classifier" else built(inputs)
+            torch.testing.assert_close(program(inputs), expected)
+    assert set(card(directory)["files"]) == {"model.safetensors", "model.pt2"}
+    assert export.load_student(directory).feature_dim == built.feature_dim
+
+
+def test_an_onnx_program_computes_what_the_student_does_by_onnx_own_evaluator(tmp_path, capfd):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    directory, built, _ = exported(tmp_path, ALEXNET, form="onnx")
+    onnx.checker.check_model(str(directory / "model.onnx"))
+    evaluator = ReferenceEvaluator(str(directory / "model.onnx"))
+    for count in (1, 5):
+        inputs = torch.randn(count, 3, 32, 32)
+        (found,) = evaluator.run(None, {"images": inputs.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.from_numpy(found), built(inputs), rtol=1e-4, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_the_packages_for_onnx_the_user_is_told_which_to_install_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"pip install 'ktray\[onnx\]'"):
+        exported(tmp_path, ALEXNET, form="onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 
 import pytest
 
-from ktray.plugins import ROOMS
+from ktray.plugins import ROOMS, kinds
 from tests.source import (
     PACKAGE,
     ROOT,
@@ -29,7 +31,7 @@ from tests.source import (
 # From the ground up; a module of the package's top that is named nowhere is a tool. Drivers sit above the office, because they
 # run the search's logic and search must not know who runs it.
 FLOORS = (
-    ("words", {"spec", "plugins", "fingerprint", "artifact", "stores", "errors"}),
+    ("words", {"spec", "strict", "plugins", "fingerprint", "artifact", "stores", "errors"}),
     ("tools", set()),
     ("methods", set(ROOMS.values())),
     ("crew", {"crew", "runtime"}),
@@ -49,6 +51,7 @@ DESKS = {  # library -> parts of the package that may import it
     "triton": {"kmeans", "lloyd"},
 }
 SLOW_TO_IMPORT = {"torchvision", "sklearn", "skimage", "pyarrow", "matplotlib", "pandas", "timm", "mlflow"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_IN_MODULE_NAMES = {
     *("util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"),
@@ -84,6 +87,17 @@ def plugins_are_strangers(module: Module) -> list[str]:
         return []
     others = [other for other in house_imports(module) if part_of(other) in ROOMS.values()]
     return [f"imports the plugin {other}" for other in others if ".".join(other.split(".")[1:3]) != plugin(module)]
+
+
+def the_house_names_no_method(module: Module) -> list[str]:
+    """Nothing outside its own file treats one kind otherwise than all of its room: a new method is one file."""
+    named = {kind for room in ROOMS if room != "transfer" for kind in kinds(room)}  # `labels` and `clusters` are stages' words
+    found = []
+    for node in ast.walk(module.tree) if module.part not in ROOMS.values() else ():
+        if isinstance(node, ast.Compare):
+            constants = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+            found += [f"asks for {kind!r} in {ast.unparse(node)}" for kind in sorted(named) if kind in constants]
+    return found
 
 
 def methods_know_no_store(module: Module) -> list[str]:
@@ -156,7 +170,7 @@ def classes_are_flat(module: Module) -> list[str]:
         for node in ast.walk(module.tree)
         if isinstance(node, ast.ClassDef)
         for base in bases(module, node)
-        if base.startswith("ktray.") and base != "ktray.spec.Spec"
+        if base.startswith("ktray.") and base not in ("ktray.spec.Spec", "ktray.strict.Spec")
     ]
 
 
@@ -196,7 +210,8 @@ def what_is_public_is_documented(module: Module) -> list[str]:
 
 
 RULES: list[Callable[[Module], list[str]]] = [
-    *(imports_go_down, plugins_are_strangers, methods_know_no_store, libraries_stay_at_their_desks, search_is_pure),
+    *(imports_go_down, plugins_are_strangers, the_house_names_no_method, methods_know_no_store),
+    *(libraries_stay_at_their_desks, search_is_pure),
     *(slow_imports_wait, one_import_module, one_file_steps_optimisers, nothing_is_unpickled, classes_are_flat),
     *(files_and_functions_are_short, names_say_something, public_functions_name_their_arguments, what_is_public_is_documented),
 ]
@@ -215,6 +230,15 @@ def test_tests_and_experiments_are_short_too():
 
 def test_half_of_the_files_have_at_most_120_lines():
     assert statistics.median(module.lines for module in PACKAGE) <= 120
+
+
+def test_a_library_is_declared_if_and_only_if_it_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["timm"]]
+    declared = {re.split(r"[^\w-]", line)[0] for line in needed}
+    found = {origin.split(".")[0] for module in PACKAGE for origin, _ in imports(module)}
+    used = {DISTRIBUTIONS.get(name, name) for name in found - {"ktray", *sys.stdlib_module_names}}
+    assert used == declared
 
 
 def test_the_words_load_without_the_heavy_libraries():
@@ -242,6 +266,7 @@ def module(name: str, source: str) -> Module:
         (imports_go_down, "ktray.crew.new", "from ktray.pipeline.execute import execute"),
         (plugins_are_strangers, "ktray.evals.new", "from ktray.evals import knn"),
         (plugins_are_strangers, "ktray.transfer.new", "from ktray.evals.knn import predict"),
+        (the_house_names_no_method, "ktray.pipeline.new", "def f(spec):\n    return spec.kind == 'hog'"),
         (methods_know_no_store, "ktray.train", "from ktray.stores import Store"),
         (libraries_stay_at_their_desks, "ktray.train", "def f():\n    import ray.tune"),
         (libraries_stay_at_their_desks, "ktray.drivers.new", "from optuna import create_study"),
@@ -277,6 +302,7 @@ def test_a_rule_notices_what_breaks_it(rule, name, source):
         (imports_go_down, "ktray.crew.new", "import ktray\nktray.__file__\nktray.train.fit()"),
         (search_is_pure, "ktray.search.new", "import time\ndef f(clock=time.monotonic):\n    clock()"),
         (plugins_are_strangers, "ktray.evals.new", "from ktray import plugins\nfrom ktray.evals.new import part"),
+        (the_house_names_no_method, "ktray.pretext.new", "spec.kind == 'hog'"),
         (one_file_steps_optimisers, "ktray.evals.new", "step()\ntask.after_step(model)"),
         (slow_imports_wait, "ktray.evals.new", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import sklearn"),
         (nothing_is_unpickled, "ktray.train", "from pickle import UnpicklingError\ntorch.load(path, weights_only=True)"),

@@ -1,16 +1,14 @@
 """What would fail after hours is said before the first stage."""
 
-import platform
 from pathlib import Path
 
 import pytest
 
-import ktray
 from ktray.drivers import preflight
 from ktray.errors import PreflightFailed
 from ktray.stores.file import FileStore
 
-GOOD = {"seen": "ktray", "python": platform.python_version(), "ktray": ktray.__version__, "host": "n1"}
+GOOD = {"seen": "ktray", "refused": "", "host": "n1", **preflight._versions()}
 
 
 def test_a_healthy_place_passes_and_no_probe_is_left(ray_home, tmp_path):
@@ -38,8 +36,10 @@ def test_a_node_answers_with_what_it_sees_and_leaves_a_file_beside_it(tmp_path):
     ("changes", "said"),
     [
         ({"seen": ""}, "does not see the store"),
-        ({"ktray": "0.0.1"}, "install the same version"),
-        ({"python": "3.9.1"}, "Python 3.9.1"),
+        ({"refused": "Read-only file system"}, "cannot write to the store /store: Read-only file system"),
+        ({"ktray": "0.0.1"}, "has ktray 0.0.1, and here"),
+        ({"Python": "3.9.1"}, "Python 3.9.1"),
+        ({"torch": "1.0.0"}, "has torch 1.0.0, and here"),
         ({"error": "it is dead"}, "it is dead"),
     ],
 )

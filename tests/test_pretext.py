@@ -29,7 +29,7 @@ def batch_of(task, images, count, seed=0):
     return task.batch(pixels, indices, torch.Generator().manual_seed(seed))
 
 
-def losses_of(task, images, out, epochs, lr=0.05, batch_size=32):
+def losses_of(task, images, out, epochs, lr=0.05, batch_size=32, device="cpu"):
     losses = []
     train.fit(
         train.fresh(BACKBONE, 0),
@@ -39,6 +39,7 @@ def losses_of(task, images, out, epochs, lr=0.05, batch_size=32):
         0,
         out=out,
         until=epochs,
+        device=device,
         on_epoch=lambda epoch, metrics, write: losses.append(metrics),
     )
     return losses
@@ -82,6 +83,34 @@ def test_every_pretext_task_draws_from_the_generator_alone_and_leaves_the_images
     assert torch.equal(pixels, before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pretext_task_computes_where_the_images_are(kind):
+    task = task_of(kind)
+    for count in (2, 5):
+        pixels = torch.empty(
+            count, 28, 28, 3, dtype=torch.uint8, device="meta"
+        )  # it mixes with the CPU as little as a GPU does
+        inputs, targets = task.batch(pixels, torch.arange(count), torch.Generator())
+        assert inputs.is_meta
+        assert targets.is_meta
+        outputs = task.head(24).to("meta")(torch.empty(len(inputs), 24, device="meta"))
+        assert task.loss(outputs, targets)[0].is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pretext_task_trains_on_a_gpu_and_sees_the_same_batches_there(kind, tmp_path):
+    task, images = task_of(kind), toy_images(24)
+    pixels = torch.from_numpy(images.read(np.arange(24)))
+    ours, theirs = (
+        task.batch(pixels.to(device), torch.arange(24), torch.Generator().manual_seed(0)) for device in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(theirs[0].cpu(), ours[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(theirs[1].cpu(), ours[1], atol=2e-3, rtol=2e-3)
+    metrics = losses_of(task, images, tmp_path, epochs=2, batch_size=12, device="cuda")
+    assert all(np.isfinite(list(row.values())).all() for row in metrics)
+
+
 def test_rotations_are_those_of_numpy_and_each_image_has_all_four():
     images = toy_images(3)
     inputs, targets = batch_of(task_of("rotation", augment={"crop": 0, "flip": False}), images, 3)
@@ -123,6 +152,10 @@ def test_the_701_permutations_are_distinct_differ_at_three_places_and_at_eight_o
     assert distances.min() >= 3
     assert distances.mean() == pytest.approx(8.0, abs=0.02)
     assert np.array_equal(far_apart(100, 3), rows[:100])
+    authors = np.array([152, 927, 3569, 14513, 44497, 93251, 88441])  # pairs at 3 to 9 places in their permutations_701.bin
+    ours = np.bincount(distances, minlength=10)[3:]
+    assert authors.sum() == ours.sum()
+    assert np.abs(ours - authors).sum() / authors.sum() < 0.04, "and as often at each number of places as the authors'"
 
 
 def test_the_permutations_are_lexicographic_ranks_by_hash_and_so_the_same_on_every_machine():

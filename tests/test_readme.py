@@ -1,6 +1,6 @@
 """The README says what is true: its commands parse, its examples run, its tree is the tree.
 
-`python tests/test_readme.py` rewrites the tree.
+`python -m tests.test_readme` rewrites the tree.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from ktray.cli import _parser, main
+from tests.test_layers import RULES, module
 from tests.toys import toy_spec
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ def blocks(language: str) -> list[str]:
 def test_the_tree_names_every_file_with_its_own_first_line():
     found = TREE.search(README.read_text(encoding="utf-8"))
     assert found
-    assert found.group(2) == tree(), "run: python tests/test_readme.py"
+    assert found.group(2) == tree(), "run: python -m tests.test_readme"
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ktray ")])
@@ -93,6 +94,11 @@ def test_the_pretext_task_of_the_readme_trains_as_a_plugin_from_outside(tmp_path
     assert main(["run", str(path), "--local"]) == 2
     assert "--allow-plugins readme_lab" in capsys.readouterr().err
     assert main(["run", str(path), "--local", "--allow-plugins", "readme_lab", "-q"]) == 0
+
+
+def test_the_pretext_task_of_the_readme_keeps_the_rules_of_the_house():
+    plugin = module("ktray.pretext.mirror", blocks("python")[0])
+    assert [offence for rule in RULES for offence in rule(plugin)] == []
 
 
 if __name__ == "__main__":

@@ -77,5 +77,5 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
 def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp_path: Path) -> None:
     study = searcher.conductor.study
     study._began -= 40
-    _Tick(study).on_step_end(1, [])
+    _Tick(searcher).on_step_end(1, [])
     assert 40 <= read(tmp_path, "toy").spent < 60

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ktray.drivers.status import FILE, noting, status
+from ktray.drivers.status import FILE, is_stuck, naming_stuck, noting, status
 from ktray.errors import UserError
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
@@ -22,7 +22,7 @@ CREW: dict[str, Any] = {
     "workers": [{"name": "worker-1"}, {"name": "worker-2"}],
     "running": [
         {"key": KEY, "stage": "student", "worker": "worker-1", "node": "f" * 56, "since": 0.0, "helpers": []}
-        | {"progress": {"epoch": 3, "of": 9}, "silent_seconds": 0.5}
+        | {"progress": {"epoch": 3, "of": 9}, "silent_seconds": 0.5, "attempt": "a1"}
     ],
     "waiting": [
         {"waiter": "trial 0", "key": KEY, "since": 0.0},
@@ -44,9 +44,10 @@ def asked(home: Path) -> tuple[dict[str, Any], str]:
     return status(home, "toy", FileStore(home / "store"))
 
 
-def crew(silent: float = 0.5) -> dict[str, Any]:
-    running = {**CREW["running"][0], "since": time.time() - 30, "silent_seconds": silent}
-    return {**CREW, "running": [running]}
+def crew(silent: float = 0.5, pace: float | None = None) -> dict[str, Any]:
+    running = {**CREW["running"][0], "since": time.time() - 30, "silent_seconds": silent, "pace_seconds": pace}
+    waiting = [{**wait, "since": time.time() - 12} for wait in CREW["waiting"]]
+    return {**CREW, "running": [running], "waiting": waiting}
 
 
 def test_an_unknown_study_is_refused(tmp_path: Path) -> None:
@@ -81,7 +82,8 @@ def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path
     assert shown == [[{"n": 1}]]
     assert answer["running"]
     assert str(os.getpid()) in answer["by"]
-    assert [wait["state"] for wait in answer["now"]["waiting"]] == ["runs on worker-1", "queued"]
+    assert [wait["state"] for wait in answer["now"]["waiting"]] == ["runs on worker-1, node ffffffff", "queued"]
+    assert f"waits for {KEY} since 12 s: runs on worker-1, node ffffffff" in text
     assert f"{KEY}  30 s on worker-1, node ffffffff  epoch 3 of 9" in text
     assert f"trial 0 ({'rotation' if 'rotation' in text else 'hog'}" in text
     assert "2 workers, 1 stages queued" in text
@@ -92,6 +94,31 @@ def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path
 def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path) -> None:
     noting(tmp_path / "studies/toy", lambda events, status: None)([], crew(silent=300))
     assert "NO PROGRESS for 5 min" in asked(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("silent", "pace", "stuck"),
+    [
+        (170, None, False),  # nothing is known of it: minutes
+        (190, None, True),
+        (29, 0.1, False),  # a worker that stands still is replaced sooner than that
+        (31, 0.1, True),
+        (290, 30.0, False),  # epochs of half a minute
+        (310, 30.0, True),
+    ],
+)
+def test_no_progress_is_many_times_the_usual_pace_or_minutes(silent: float, pace: float | None, stuck: bool) -> None:
+    assert is_stuck(crew(silent, pace)["running"][0]) is stuck
+
+
+def test_a_search_says_once_per_attempt_which_stage_makes_no_progress() -> None:
+    said: list[str] = []
+    note = naming_stuck(lambda events, status: None, said.append)
+    for silent in (10, 40, 45, 50):
+        note([], crew(silent, 1.0))
+    assert said == [f"{KEY} on worker-1, node ffffffff, has made no progress for 40 s (its last: epoch 3 of 9)"]
+    note([], {**crew(), "running": [{**crew(40, 1.0)["running"][0], "attempt": "a2"}]})
+    assert len(said) == 2
 
 
 def test_what_an_earlier_search_noted_says_nothing_about_this_one(study: Study, tmp_path: Path) -> None:

@@ -287,6 +287,20 @@ def test_a_checkpoint_that_is_missing_foreign_or_executable_is_a_user_error(tmp_
         train.adopt(spec, tmp_path / "text.safetensors", tmp_path / "out")
 
 
+def test_bfloat16_trains_in_segments_too_and_stays_near_float32(tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        whole, half, rest = (tmp_path / f"{precision} {name}" for name in ("whole", "half", "rest"))
+        settings = {"kind": "constant", "lr": 0.002, "precision": precision}
+        run(whole, 4, **settings)
+        run(half, 2, **settings)
+        run(rest, 4, half, **settings)
+        assert_same_snapshot(rest, whole)
+        losses[precision] = parquet.read_table(whole / "history.parquet")["loss"].to_pylist()
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_gpu_trains_in_segments_too_and_agrees_with_the_cpu_within_rounding(tmp_path, optimizer):

@@ -2,7 +2,7 @@
 
 Nothing is downloaded: weights come from a file through a loaded teacher, named as in timm. Layers are named as by timm's
 `features_only`, with "_" for "." (`layer3`, `blocks_5`, `stages_2`), and are maps (B, C, h, w) for transformers too. What a
-name means is timm's to say: it may change between its versions, and the record of an artifact does not hold them.
+name means is timm's to say: it may change between its versions, of which the record of an artifact names one.
 
 Source: Wightman, PyTorch Image Models, doi:10.5281/zenodo.4414861.
 """

@@ -1,4 +1,4 @@
-"""Export the student of a trial: safetensors and a card, usable without ktray."""
+"""Export the student of a trial: weights, a card and, where asked for, a program; usable without ktray."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ktray.cli.settings import settings
 from ktray.stores import Store
 
 if TYPE_CHECKING:
-    from ktray.export import Head
+    from ktray.export import Form, Head
 
-HELP = "the student as safetensors"
+HELP = "the student as safetensors, or as a program (pt2, onnx)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME[/TRIAL]", help="the study's best pair, or one of its trials")
     parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--format", choices=["safetensors"], default="safetensors")
+    parser.add_argument("--format", choices=["safetensors", "pt2", "onnx"], default="safetensors", help="a program beside them")
     parser.add_argument("--head", choices=["none", "classifier"], default="none", help="keep the pseudo-label classifier")
 
 
@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
     options = settings(args)
     name, _, number = args.name.partition("/")
-    files = write_student(options.home, options.open_store(), name, number, args.directory, args.head)
+    files = write_student(options.home, options.open_store(), name, number, args.directory, args.head, args.format)
     options.answer([str(path) for path in files], "\n".join(f"wrote {path}" for path in files))
     return 0
 
 
-def write_student(home: Path, store: Store, name: str, number: str, out: Path, head: Head) -> list[Path]:
+def write_student(home: Path, store: Store, name: str, number: str, out: Path, head: Head, form: Form) -> list[Path]:
     """The files of an exported student.
 
     Args:
@@ -56,7 +56,7 @@ def write_student(home: Path, store: Store, name: str, number: str, out: Path, h
     size: int = pair.data.transfer.size  # type: ignore[attr-defined]
     classes = getattr(pair.transfer, "k", None)
     lineage = {"study": name, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
-    return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, out, classes, head)
+    return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, out, classes, head, form)
 
 
 def _trial(home: Path, name: str, number: str) -> Any:

@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("source", type=Path, metavar="SPACE|PAIR|EXPERIMENT")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
+    parser.add_argument("--preflight", action="store_true", help="run a few images through every stage on the real cluster")
+    parser.add_argument("--address", default=None, help="with --preflight: a running Ray cluster, such as auto")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,14 +37,43 @@ def run(args: argparse.Namespace) -> int:
         space = load_space(args.source, args.overrides)
         check_space(space, load, str(args.source))
         pairs, count = dict(_draws_to_show(space)), space.size()
-        notes = space.warnings()
+        notes, rehearsed = space.warnings(), {label: space.pair(params) for label, params in space.corners()}
     else:
         pairs = dict(load_pairs(args.source, args.overrides))
         check_pairs(pairs, load, args.source)
-        count = len(pairs)
+        count, rehearsed = len(pairs), pairs
     answer = _plan(pairs, count, options)
+    if args.preflight:
+        answer["preflight"], more = _preflight(rehearsed, load, args.address, options)
+        notes += more
     options.answer(answer, _text(answer, notes))
     return 0
+
+
+def _preflight(
+    pairs: Mapping[str, PairSpec], load: Any, address: str | None, options: Settings
+) -> tuple[dict[str, Any], list[str]]:
+    """Rehearse these pairs on the real cluster: what was measured, and notes on it.
+
+    Raises:
+        PreflightFailed: one paragraph with everything that is wrong.
+    """
+    from dataclasses import asdict
+
+    from ktray.crew.needs import load_runtime
+    from ktray.drivers.rehearsal import rehearse_on
+    from ktray.images import parts
+    from ktray.pipeline.identity import data_identity
+    from ktray.pipeline.sample import sample_stages
+
+    identity, runtime = data_identity(options.cache), load_runtime(options.runtime)
+    draws = {name: sample_stages(pair, identity) for name, pair in pairs.items()}
+    specs: list[Any] = [getattr(pair.data, role) for pair in pairs.values() for role in type(pair.data).model_fields]
+    images = max(sum(len(rows) for _, rows in parts(load(spec), spec.split).values()) for spec in specs)
+    options.tell(f"ktray: rehearsing {len(draws)} draws, {len({s.key for stages in draws.values() for s in stages})} stages")
+    say = lambda text: options.tell(f"ktray: {text}")  # noqa: E731
+    found = asdict(rehearse_on(options.home, options.open_store(), address, runtime, draws, images, say))
+    return found, found.pop("notes")
 
 
 def check_pairs(pairs: Mapping[str, PairSpec], load: Any, source: Path) -> None:
@@ -81,13 +112,9 @@ def check_space(space: Space, load: Any, file: str) -> None:
 
 
 def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
-    """The draws that a search begins with, and one of every branch."""
-    seen: set[str] = set()
-    for _, params in space.corners():
-        branch = str(params.get("teacher", "the pair"))
-        if branch not in seen:
-            seen.add(branch)
-            yield branch, space.pair(params)
+    """Draws that show every branch, of teachers, transfers and students, and those that a search begins with."""
+    for label, params in space.branch_draws():
+        yield label, space.pair(params)
     for index, start in enumerate(space.start_with):
         yield f"start_with[{index}]", space.pair(space.complete(start))
 
@@ -139,8 +166,26 @@ def _text(answer: Mapping[str, Any], notes: list[str]) -> str:
     count = "endlessly many" if answer["pairs"] is None else str(answer["pairs"])
     lines = [
         table(["stage", "key", "state", "shared by"], rows),
+        *_rehearsed(answer.get("preflight")),
         "",
         f"valid; {count} pairs. Of the {len(rows)} stages above {missing} would run: {cost}.",
         *(f"note: {note}" for note in notes),
     ]
     return "\n".join(lines)
+
+
+def _rehearsed(found: Mapping[str, Any] | None) -> list[str]:
+    from ktray.cli.tables import table
+
+    if found is None:
+        return []
+    rows = [
+        [stage, str(entry["runs"]), f"{entry['seconds']:.2f}", f"{entry['peak_bytes'] / 2**20:.0f}"]
+        for stage, entry in found["stages"].items()
+    ]
+    return [
+        "",
+        table(["rehearsed", "runs", "longest s", "peak MB"], rows),
+        f"{found['nodes']} nodes see the store and have the same versions. The largest pair takes about "
+        f"{found['pair_bytes'] / 2**20:.0f} MB of disk, {found['free_bytes'] / 2**20:.0f} MB are free.",
+    ]

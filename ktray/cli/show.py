@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, settings
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from ktray.artifact import Artifact
     from ktray.search.study import History
     from ktray.search.trial import Trial
+    from ktray.stores import Store
 
 HELP = "a study, a trial, an artifact or the kinds"
 
@@ -42,15 +46,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _kinds(options: Settings) -> int:
     from ktray import plugins
-    from ktray.cli.tables import table
 
-    answer = {
-        room: {kind: (plugins.module(room, kind).__doc__ or "").strip().splitlines()[0] for kind in plugins.kinds(room)}
-        for room in plugins.ROOMS
-    }
-    rows = [[room, kind, line] for room, found in answer.items() for kind, line in found.items()]
-    options.answer(answer, table(["room", "kind", "what it is"], rows))
+    answer = {room: {kind: _described(plugins.module(room, kind)) for kind in plugins.kinds(room)} for room in plugins.ROOMS}
+    width = max(len(kind) for found in answer.values() for kind in found)
+    lines = []
+    for room, found in answer.items():
+        lines += ["", room]
+        for kind, said in found.items():
+            lines += [f"  {kind:{width}}  {said['what']}", f"  {'':{width}}  {said['source'].split('; ')[0]}"]
+    options.answer(answer, "\n".join(lines[1:]))
     return 0
+
+
+def _described(module: ModuleType) -> dict[str, str]:
+    """The first line of a kind's docstring, and whose idea it is: the paragraph that begins with "Source:"."""
+    paragraphs = (module.__doc__ or "").strip().split("\n\n")
+    source = next((each for each in paragraphs if each.startswith("Source: ")), "Source: not said")
+    return {"what": paragraphs[0].splitlines()[0], "source": " ".join(source.removeprefix("Source: ").split())}
 
 
 def _artifact(key: str, options: Settings) -> int:
@@ -61,11 +73,18 @@ def _artifact(key: str, options: Settings) -> int:
     answer: dict[str, Any] = {"key": key}
     if found:
         answer |= {"state": "done", "directory": str(found.directory), **found.record}
+        answer |= {f"lineage of {key}": text for key, text in _ancestors(found, store).items()}
     failure = store.failure(key)
     if failure:
         answer |= {"state": "failed", **failure} if not found else {"earlier_failure": dict(failure)}
-    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True).rstrip())
+    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
     return 0
+
+
+def _ancestors(found: Artifact, store: Store) -> dict[str, str]:
+    """Key -> lineage of the students that an artifact reads, as the one that an evaluation judges or that teaches."""
+    read = [store.find(key) for key in found.record["inputs"].values() if key.startswith("student-")]
+    return {artifact.key: artifact.record["lineage"] for artifact in read if artifact and "lineage" in artifact.record}
 
 
 def _against(args: argparse.Namespace, options: Settings) -> int:
@@ -138,6 +157,7 @@ def _trial(name: str, number: str, options: Settings) -> int:
 
     from ktray.cli.leaderboard import trial_answer
     from ktray.errors import UserError
+    from ktray.pipeline.naming import lineage
     from ktray.search.study import read
 
     ledger = read(options.home, name)
@@ -150,7 +170,8 @@ def _trial(name: str, number: str, options: Settings) -> int:
         "state": trial.state,
         "scores": {str(epoch): score for epoch, score in trial.scores.items()},
         "cause": trial.cause,
+        "lineage": lineage(trial.pair) if trial.pair else None,
         "pair": dict(trial.pair),
     }
-    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True).rstrip())
+    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
     return 0

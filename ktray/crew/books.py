@@ -99,7 +99,7 @@ class Want:
 
 @dataclass
 class Run:
-    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it."""
+    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it, `moves` times its work moved."""
 
     key: str
     stage: Stage
@@ -109,3 +109,4 @@ class Run:
     moved: float
     progress: Mapping[str, float] = field(default_factory=dict)
     seen: bool = False
+    moves: int = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import threading
 import time
 import uuid
@@ -17,9 +16,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.artifact import Stage
+from ktray.crew.attendance import Attendance, Process
 from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import cause_of, end_process, nodes, workers_of
+from ktray.crew.cluster import cause_of, end_process_on, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
 from ktray.crew.roster import Roster, Worker
 from ktray.crew.worker import WorkerActor
@@ -41,12 +41,12 @@ class Broker:
     def __init__(self, charter: Charter) -> None:
         self._charter, self._store = charter, open_store(charter.store_url)
         runtime, now = charter.runtime, time.time()
-        self._node = ray.get_runtime_context().get_node_id()
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
         self._ledger = Ledger(self._store.find, runtime.of, self._roster, attempts, runtime.dead_after)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
+        self._attendance = Attendance(runtime.dead_after)
         self._handles: dict[str, Any] = {}
         self._gone: set[str] = set()
         self._leases: dict[str, float] = {}
@@ -61,10 +61,24 @@ class Broker:
 
     # ---- drivers and trials
 
-    async def lease(self, session: str) -> None:
-        """A driver lives; its requests are released, and in the end the crew, when it stops calling this."""
+    async def lease(self, session: str, known: Sequence[Process]) -> tuple[Process, list[Process]]:
+        """A driver lives; its requests are released, and in the end the crew, when it stops calling this.
+
+        Args:
+            known: the processes of trials that an earlier answer named: a broker that was killed hears of them again.
+
+        Returns:
+            The broker's own process, and those of trials.
+        """
         self._wake()
         self._leases[session] = self._leased = time.time()
+        self._attendance.recall(known, self._leased)
+        return this_process(), self._attendance.present()
+
+    async def attend(self, process: Process) -> None:
+        """The process of a trial lives; it is ended, and its trial waits anew, when it stops calling this."""
+        self._wake()
+        self._attendance.beat(process, time.time())
 
     async def leave(self, session: str) -> bool:
         """A driver goes; True if no other driver is here."""
@@ -112,6 +126,7 @@ class Broker:
             "running": [
                 {"key": run.key, "stage": run.stage.name, "worker": run.worker, "node": self._place(run.worker)}
                 | {"since": run.since, "progress": dict(run.progress), "silent_seconds": round(now - run.moved, 3)}
+                | {"attempt": run.attempt, "pace_seconds": (run.moved - run.since) / run.moves if run.moves else None}
                 | {"helpers": ledger.helpers(run.attempt)}
                 for run in ledger.runs.values()
             ],
@@ -210,6 +225,8 @@ class Broker:
                 refresh = now + 5.0
                 self._roster.nodes = await asyncio.to_thread(nodes)
             self._ledger.silent(now)
+            for process in self._attendance.silent(now):
+                end_process_on(process.node, process.pid, process.born)
             for session in [each for each, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
                 del self._leases[session]
                 self._ledger.demand.release(session)
@@ -222,6 +239,7 @@ class Broker:
     def _excuse(self, seconds: float) -> None:
         """This process or its clock stood still: whatever seems silent since then is not."""
         self._ledger.forgive(seconds)
+        self._attendance.forgive(seconds)
         self._leased += seconds
         self._leases = {session: leased + seconds for session, leased in self._leases.items()}
 
@@ -243,7 +261,8 @@ class Broker:
                 case Dismiss(worker):
                     self._reply(worker, {"do": "go"})
                 case Fence(key, attempt):
-                    self._store.fence(key, attempt)
+                    with suppress(OSError):  # a store that is away for a moment must not end the broker's own task
+                        self._store.fence(key, attempt)
                 case Kill(worker):
                     self._kill(worker)
                 case Answer(request):
@@ -305,12 +324,8 @@ class Broker:
 
     def _kill(self, worker: Worker) -> None:
         self._gone.add(worker.name)
-        if worker.pid and worker.node == self._node:
-            with suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGKILL)
-        elif worker.pid:
-            place = NodeAffinitySchedulingStrategy(worker.node, soft=False)
-            ray.remote(end_process).options(num_cpus=0, scheduling_strategy=place).remote(worker.pid)
+        if worker.pid:
+            end_process_on(worker.node, worker.pid, None)
         handle = self._handles.pop(worker.name, None)
         if handle is not None:
             ray.kill(handle)

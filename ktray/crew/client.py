@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.artifact import Artifact, Stage
+from ktray.crew.attendance import Process
 from ktray.crew.broker import Broker
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import workers_of
+from ktray.crew.cluster import end_process, this_process, workers_of
 from ktray.crew.environment import environment, identity
 from ktray.crew.locks import alone_on_store
 from ktray.crew.needs import Runtime
@@ -29,6 +30,8 @@ from ktray.stores import Store, open_store
 
 Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
 LEASE_EVERY = 2.0
+FROZEN = 20  # seconds without an answer after which a broker stands still; it answers within milliseconds
+LONG_FROZEN = 120  # the same for one that may just be starting
 ON_GPU = ("teacher", "student", "features", "evaluation")
 
 
@@ -42,9 +45,11 @@ class Crew:
     def __init__(self, namespace: str, session: str) -> None:
         self.namespace, self.session = namespace, session
         self._handle: Any = None
+        self._its_process: Process | None = None
+        self._processes: list[Process] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"namespace": self.namespace, "session": self.session, "_handle": None}
+        return {**vars(Crew(self.namespace, self.session))}
 
     def obtain(self, stages: Sequence[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
         """Waits until all stages are published.
@@ -96,9 +101,39 @@ class Crew:
         with suppress(StoppedEarly):
             self._ask("end")
 
-    def lease(self) -> None:
-        """Tells that the driver lives; the thread of `connect` does so every few seconds."""
-        self._ask("lease", self.session)
+    def attend(self) -> None:
+        """Tells that this process of a trial lives. The crew ends one that it no longer hears of."""
+        self._ask("attend", this_process())
+
+    def lease(self, over: threading.Event | None = None) -> None:
+        """Tells that the driver lives; the thread of `connect` does so every few seconds.
+
+        Args:
+            over: nobody waits for the answer once this is set. With it a broker that does not answer is replaced: it may stand
+                still, and Ray restarts only one that is dead.
+        """
+        with _said_if_over():
+            answer = self._broker().lease.remote(self.session, self._processes)
+            seconds = 0
+            while over is not None and not ray.wait([answer], timeout=1.0)[0]:
+                seconds += 1
+                if over.is_set():
+                    return
+                if seconds == (FROZEN if self._is_near() else LONG_FROZEN):
+                    self._replace_broker()
+            self._its_process, self._processes = ray.get(answer)
+
+    def _is_near(self) -> bool:
+        """Whether the broker has answered before, and from this machine: then only that process can be meant."""
+        return self._its_process is not None and self._its_process.node == ray.get_runtime_context().get_node_id()
+
+    def _replace_broker(self) -> None:
+        if self._is_near():
+            assert self._its_process is not None
+            end_process(self._its_process.pid, self._its_process.born)
+        else:
+            ray.kill(self._broker(), no_restart=False)
+        self._its_process = None
 
     def leave(self) -> None:
         """The driver goes: ends the crew, unless another driver still uses it."""
@@ -107,15 +142,25 @@ class Crew:
                 self.end()
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            if self._handle is None:
-                self._handle = ray.get_actor(BROKER, namespace=self.namespace)
-            call = getattr(self._handle, method)
+        with _said_if_over():
+            call = getattr(self._broker(), method)
             return ray.get((call.options(max_task_retries=0) if method == "end" else call).remote(*arguments))
-        except (ValueError, ray.exceptions.RayActorError) as error:
-            if isinstance(error, ray.exceptions.RayTaskError):
-                raise
-            raise StoppedEarly("the crew has ended; the same command goes on from here") from error
+
+    def _broker(self) -> Any:
+        if self._handle is None:
+            self._handle = ray.get_actor(BROKER, namespace=self.namespace)
+        return self._handle
+
+
+@contextmanager
+def _said_if_over() -> Iterator[None]:
+    """Ray's errors about an actor that is no more, as one sentence."""
+    try:
+        yield
+    except (ValueError, ray.exceptions.RayActorError) as error:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise
+        raise StoppedEarly("the crew has ended; the same command goes on from here") from error
 
 
 class Lease:
@@ -129,7 +174,7 @@ class Lease:
     def _renew(self) -> None:
         with suppress(StoppedEarly, ray.exceptions.RayError):
             while not self._over.wait(LEASE_EVERY):
-                self._crew.lease()
+                self._crew.lease(self._over)
 
     def cancel(self) -> None:
         """Stops renewing."""

@@ -5,17 +5,37 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import suppress
+from typing import Any
 
+import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ktray.crew.attendance import Process
 from ktray.crew.charter import WORKER
 from ktray.crew.roster import Node
 
 
-def end_process(pid: int) -> None:
-    """SIGKILL, which also ends a process that is stopped."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+def this_process() -> Process:
+    """The one that asks."""
+    return Process(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+
+
+def end_process(pid: int, born: float | None = None) -> None:
+    """SIGKILL, which also ends a process that is stopped; nothing if it has ended and another one has its number."""
+    with suppress(ProcessLookupError, psutil.NoSuchProcess):
+        if born is None or psutil.Process(pid).create_time() == born:
+            os.kill(pid, signal.SIGKILL)
+
+
+def end_process_on(node: str, pid: int, born: float | None) -> None:
+    """`end_process` on a node; returns before it is done there."""
+    if node == ray.get_runtime_context().get_node_id():
+        end_process(pid, born)
+        return
+    place = NodeAffinitySchedulingStrategy(node, soft=False)
+    task: Any = ray.remote(end_process)
+    task.options(num_cpus=0, scheduling_strategy=place).remote(pid, born)
 
 
 def nodes() -> dict[str, Node]:

@@ -25,6 +25,18 @@ def environment() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(places), **dict.fromkeys(threads, "1"), **plugins}
 
 
+def plugin_places() -> list[str]:
+    """Folder or file of each allowed plugin package that can be found here, to be shipped to the nodes of a cluster."""
+    found = []
+    for name in filter(None, os.environ.get("KTRAY_ALLOW_PLUGINS", "").split(",")):
+        spec = find_spec(name)
+        if spec is not None and spec.submodule_search_locations:
+            found += list(spec.submodule_search_locations)[:1]
+        elif spec is not None and spec.origin:
+            found.append(spec.origin)
+    return found
+
+
 def identity() -> str:
     """Hash of the code and the environment that this driver's workers would have; the order of a list's entries is no part."""
     given = environment()

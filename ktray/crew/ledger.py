@@ -14,6 +14,7 @@ from ktray.crew.openings import Openings
 from ktray.crew.roster import Roster, Shape, Worker, shape_of
 
 DEATHS = 3
+LATE = 120.0  # seconds after which another worker is hired in place of one that froze while it started
 
 
 class Ledger:
@@ -46,6 +47,8 @@ class Ledger:
         self._closed: set[str] = set()
         self._stillborn = 0
         self._deaths: Counter[str] = Counter()
+        self._furthest: dict[str, float] = {}
+        self._hired: dict[str, float] = {}
         self._missed: Counter[str] = Counter()
         self._expected: set[str] = set()
         self._quiet_until = 0.0
@@ -75,7 +78,7 @@ class Ledger:
             run = self._adopt(worker, stage, attempt, now)
         run.seen = True
         if progress != run.progress:
-            run.progress, run.moved = progress, now
+            run.progress, run.moved, run.moves = progress, now, run.moves + 1
         return True
 
     def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
@@ -113,8 +116,8 @@ class Ledger:
             if run is not None:
                 self._give_up(key, "failed", "FileNotFoundError: it ended, but its artifact is not in the store")
             return
-        self._deaths.pop(key, None)
-        self._missed.pop(key, None)
+        for counts in (self._deaths, self._missed, self._furthest):
+            counts.pop(key, None)
         if computed and not known:  # also one that ended while the broker was down
             name = key.rpartition("-")[0]
             self.computed[name] += 1
@@ -135,8 +138,8 @@ class Ledger:
         return True
 
     def _give_up(self, key: str, kind: str, cause: str) -> None:
-        self._deaths.pop(key, None)
-        self._missed.pop(key, None)
+        for counts in (self._deaths, self._missed, self._furthest):
+            counts.pop(key, None)
         self.demand.fail(key, kind, cause)
 
     def lost(self, worker: Worker) -> None:
@@ -150,9 +153,10 @@ class Ledger:
         """A worker is no more: its attempt is fenced and its stage starts again, at most `DEATHS` times."""
         worker = self.roster.workers.pop(name, None)
         self._expected.discard(name)
+        self._hired.pop(name, None)
         if worker is None:
             return
-        if worker.beat is None:
+        if worker.beat is None and event != "late":  # a cluster that is full lets wait as long as it likes
             self._bear_no_more(why)
         run = next((each for each in self.runs.values() if each.worker == name), None)
         if run is None:
@@ -162,6 +166,9 @@ class Ledger:
         self._fenced.add(run.attempt)
         self.outbox += [Fence(run.key, run.attempt), Event(event, run.key, run.stage.name, name, now - run.since, why)]
         self.ended(run.key, run.attempt)
+        if run.progress.get("epoch", 0) > self._furthest.get(run.key, 0):
+            self._furthest[run.key] = run.progress["epoch"]
+            self._deaths[run.key] = 0  # a stage that gets further each time does not kill its workers
         # A worker that froze before it heard of the stage says nothing about the stage.
         self._deaths[run.key] += run.seen or event != "fenced"
         if self._deaths[run.key] >= DEATHS:
@@ -181,17 +188,21 @@ class Ledger:
     # ---- what to do next
 
     def silent(self, now: float) -> None:
-        """Give up workers that were not heard of for `dead_after` seconds."""
+        """Give up workers that were not heard of for `dead_after` seconds, or that have not come after `LATE`."""
         for worker in list(self.roster.workers.values()):
             if worker.beat is not None and now - worker.beat > self.dead_after:
                 self.outbox.append(Kill(worker))
                 self.gone(worker.name, "fenced", f"no heartbeat for {self.dead_after:g} s", now)
+            elif worker.beat is None and now - self._hired.setdefault(worker.name, now) > LATE:
+                self.outbox.append(Kill(worker))
+                self.gone(worker.name, "late", f"it has not come within {LATE:g} s", now)
 
     def forgive(self, seconds: float) -> None:
         """The broker itself slept: silence in that time proves nothing."""
         for worker in self.roster.workers.values():
             if worker.beat is not None:
                 worker.beat += seconds
+        self._hired = {name: since + seconds for name, since in self._hired.items()}
         self._quiet_until += seconds
 
     def dispatch(self, now: float) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from ktray.crew.environment import environment
+from ktray.crew.environment import environment, plugin_places
 from ktray.crew.locks import Lock, hold_home
 from ktray.crew.needs import Needs, Runtime, load_runtime
 from ktray.errors import PreflightFailed, UserError
@@ -164,7 +164,9 @@ def _connect(session: Session, address: str) -> None:
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
         _use_token()
     try:
-        ray.init(address=address, runtime_env={"env_vars": environment()}, **_quiet())
+        # Nodes have ktray installed, but not what the user wrote beside the space: Ray takes it there.
+        shipped = {"py_modules": places} if (places := plugin_places()) else {}
+        ray.init(address=address, runtime_env={"env_vars": environment(), **shipped}, **_quiet())
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"the cluster at {address} refuses our token", "--address", "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
@@ -254,6 +256,7 @@ def _to_file(log: Path) -> None:
     import ray._private.worker
 
     handler = logging.FileHandler(log, delay=True)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: its lines are not worth a traceback
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("ray", "ray.tune", "ray.train", "ray.air", "ray.data"):
         logger = logging.getLogger(name)

@@ -1,6 +1,8 @@
 """Image files of a folder, at any depth, without labels.
 
 JPEG, PNG, WebP, BMP, GIF, TIFF, PPM; grey, palette, transparent and 16-bit images become RGB as `images.decode` says.
+
+Source: your own files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Image files in one folder per class, with or without train, val and test above them.
 
-The layout of `torchvision.datasets.ImageFolder`: the first folder names the class, whatever is nested below.
+The first folder names the class, whatever is nested below.
+
+Source: your own files, in the layout of `torchvision.datasets.ImageFolder`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 The column holds the bytes themselves or a struct with a field `bytes`. Files are train, val or test by the word that their
 name, or else their folder, begins with: `train-00000-of-00002.parquet`, `validation/0000.parquet`. Rows are streamed: a few
 dozen at a time are in memory.
+
+Source: your own files, in the layout of Hugging Face's image data sets.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 An image shows one large shape, which gives the label, and up to `objects` - 1 smaller ones; all have boxes. Place, angle,
 brightness and ground are random; class c is shape c % 6 in colour c // 6. Image i is a function of (seed, split, i) alone.
+
+Source: ktray's own.
 """
 
 from __future__ import annotations

@@ -103,6 +103,31 @@ def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) 
     return (counts / counts.sum(dim=2, keepdim=True)).flatten(1)
 
 
+def check(spec: Spec, size: int, count: int) -> None:
+    """Refuse more words than there are patterns: an image has as many as blocks, and at most `patterns` of all are drawn.
+
+    Args:
+        size: side of the images in pixels, which hold a block.
+        count: number of images that the words are made from.
+
+    Raises:
+        UserError: there are fewer patterns than words.
+    """
+    blocks = (size // spec.hog.cell - spec.hog.block + 1) ** 2
+    found = min(spec.patterns, blocks * count)
+    if spec.words > found:
+        raise UserError(
+            f"{spec.words} words cannot be made of {found} patterns",
+            "descriptor.words",
+            f"Use at most {found}, better a hundredth of it.",
+        )
+
+
+def quick(spec: Spec) -> Spec:
+    """The same patterns and grid with two words, which two images can give."""
+    return spec.model_copy(update={"words": 2, "patterns": 100, "iterations": 1})
+
+
 def _blocks(spec: Spec, images: Tensor) -> tuple[int, int]:
     """Rows and columns of blocks."""
     height, width = images.shape[1:3]

@@ -174,14 +174,15 @@ def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str,
 
 
 def _milestones(space: Space) -> dict[str, dict[str, list[int]]]:
-    """Teacher branch -> epochs where its training, and the students', may be asked for."""
+    """Teacher branch -> epochs where its training, and the students' of each generation, may be asked for."""
     found: dict[str, dict[str, set[int]]] = {}
     rungs = set(space.early_stop.rungs) if space.early_stop else set()
     for _, params in space.corners():
-        pair = space.pair(params)
-        entry = found.setdefault(str(params.get("teacher", "")), {"teacher": set(), "student": set(rungs)})
-        entry["student"].add(pair.student.schedule.epochs)
-        schedule = getattr(pair.teacher, "schedule", None)
-        if schedule is not None:
-            entry["teacher"].add(schedule.epochs)
+        entry = found.setdefault(str(params.get("teacher", "")), {"student": set(rungs)})
+        for place, pair in enumerate(graphs.generations(space.pair(params))):
+            before = "pair." * place
+            entry.setdefault(f"{before}student", set()).add(pair.student.schedule.epochs)
+            schedule = getattr(pair.teacher, "schedule", None)
+            if schedule is not None:
+                entry.setdefault(f"{before}teacher", set()).add(schedule.epochs)
     return {branch: {name: sorted(epochs) for name, epochs in entry.items()} for branch, entry in found.items()}

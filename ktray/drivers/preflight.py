@@ -6,6 +6,8 @@ import platform
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ktray.stores import Store
 
 LEAST_FREE = 512 << 20
 PATIENCE = 60.0
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "faiss-cpu", "pillow", "timm")  # as records name them
 
 
 def preflight(store: Store) -> None:
@@ -62,13 +65,26 @@ def _nodes(root: Path) -> list[str]:
 
 def _look(probe: str) -> dict[str, str]:
     """On a node: what it sees of the probe, after leaving an answer beside it."""
-    import ktray
-
     path = Path(probe)
     seen = path.read_text() if path.exists() else ""
+    refused = ""
     if seen:
-        path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}").write_text("ktray")
-    return {"seen": seen, "python": platform.python_version(), "ktray": ktray.__version__, "host": platform.node()}
+        try:
+            path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}").write_text("ktray")
+        except OSError as error:
+            refused = str(error.strerror)
+    return {"seen": seen, "refused": refused, "host": platform.node(), **_versions()}
+
+
+def _versions() -> dict[str, str]:
+    """What must be the same everywhere, for the same key to mean the same bytes."""
+    import ktray
+
+    found = {"Python": platform.python_version(), "ktray": ktray.__version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _answer(reference: Any) -> Mapping[str, str]:
@@ -80,16 +96,15 @@ def _answer(reference: Any) -> Mapping[str, str]:
 
 
 def _wrong(node: str, answer: Mapping[str, str], probe: Path) -> list[str]:
-    import ktray
-
     if "error" in answer:
         return [f"The node {node[:8]} does not answer: {answer['error']}."]
     name = f"The node {answer['host']} ({node[:8]})"
     found = []
     if answer["seen"] != "ktray":
         found.append(f"{name} does not see the store {probe.parent}; put it on a file system that all nodes share (--store).")
-    if answer["ktray"] != ktray.__version__:
-        found.append(f"{name} has ktray {answer['ktray']}, and here it is {ktray.__version__}; install the same version.")
-    if answer["python"] != platform.python_version():
-        found.append(f"{name} has Python {answer['python']}, and here it is {platform.python_version()}.")
+    if answer["refused"]:
+        found.append(f"{name} cannot write to the store {probe.parent}: {answer['refused']}.")
+    here = _versions()
+    for package in [each for each in here if answer.get(each, "none") != here[each]]:
+        found.append(f"{name} has {package} {answer.get(package, 'none')}, and here it is {here[package]}; install the same.")
     return found

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor
-from ktray.drivers.status import noting
+from ktray.drivers.stage_runs import track_missed
+from ktray.drivers.status import naming_stuck, noting
 from ktray.drivers.stopping import Stopping, hear_again
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.pipeline.check import data_loader
@@ -85,7 +86,7 @@ class _Crew:
     def __init__(self, place: Place, tracker: Tracker, stopping: Stopping, screen: Screen, name: str) -> None:
         self.place, self.tracker, self.stopping, self.say = place, tracker, stopping, screen.say
         self.folder = place.home / "studies" / name
-        self.show = noting(self.folder, screen.work)
+        self.show = naming_stuck(noting(self.folder, screen.work), screen.say)
         self._session: Any = None
         self._crew: Any = None
         self._watch: Any = None
@@ -181,7 +182,7 @@ def search(
                 raise
             outcome.interrupted = True
         finally:
-            _end(conductor, crew, before, place.home / "studies" / name, done)
+            outcome.stopped = _end(conductor, crew, before, place.home / "studies" / name, done) or outcome.stopped
         after = set(place.store.keys())
         rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & after
     outcome.published = rests_on & (crew.published | (after - before))
@@ -190,14 +191,25 @@ def search(
     return outcome
 
 
-def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> None:
+def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> StoppedEarly | None:
     """Stop what runs, in the order in which one tells another, and say in the tracker what came of it all."""
     if not done:
         conductor.leave()
     crew.stop(conductor.demanded - before)
-    conductor.study.close()
+    began = min((trial.started for trial in conductor.study.trials() if trial.started is not None), default=float("inf"))
+    track_missed(conductor.tracker, conductor.store, conductor.demanded, began)
+    stopped = _close(conductor.study)
     conductor.account.summary(conductor.study.trials(), references.read(folder))
     conductor.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
+    return stopped
+
+
+def _close(study: Study) -> StoppedEarly | None:
+    try:
+        study.close()
+    except StoppedEarly as stop:  # the disk is full: the study is as it last could be written
+        return stop
+    return None
 
 
 def _trials(conductor: Conductor, crew: _Crew, place: Place, stopping: Stopping) -> StoppedEarly | None:

@@ -25,8 +25,38 @@ from ktray.stores import Store
 FILE = "status.json"
 EVERY = 2.0
 FRESH = 10.0  # seconds; what was noted longer ago says nothing about now
-SILENT = 60.0  # seconds without progress that are worth a word
+SILENT = 180.0  # seconds without progress that are worth a word, of a stage whose pace is not known
+PATIENCE = 10  # times the usual pace of a stage's epochs
+LEAST = 30.0  # seconds, of a stage with short epochs: its worker is replaced after half of that if it stands still
 Show = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
+
+
+def is_stuck(run: Mapping[str, Any]) -> bool:
+    """Whether a stage that runs has made no progress for many times its usual pace, or for minutes if it has none.
+
+    Args:
+        run: an entry of ``running`` in the crew's status; `silent_seconds` since its last progress, `pace_seconds` between two.
+    """
+    pace = run.get("pace_seconds")
+    return bool(run["silent_seconds"] > (SILENT if pace is None else max(LEAST, PATIENCE * pace)))
+
+
+def naming_stuck(show: Show, say: Callable[[str], None]) -> Show:
+    """`show` that also says which stage makes no progress, once per attempt."""
+    said: set[str] = set()
+
+    def note(events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+        for run in status["running"]:
+            if is_stuck(run) and run["attempt"] not in said:
+                said.add(run["attempt"])
+                last = _progress(run)
+                say(
+                    f"{run['key']} on {run['worker']}, node {run['node'][:8]}, has made no progress for "
+                    f"{_span(run['silent_seconds'])}{f' (its last: {last})' if last else ''}"
+                )
+        show(events, status)
+
+    return note
 
 
 def noting(folder: Path, show: Show) -> Show:
@@ -111,16 +141,34 @@ def _noted(folder: Path, pid: int) -> dict[str, Any] | None:
         return None
     crew, age = noted["crew"], time.time() - noted["time"]
     running = [{**run, "seconds": round(noted["time"] - run["since"] + age, 1)} for run in crew["running"]]
-    places = {run["key"]: f"runs on {run['worker']}" for run in running} | dict.fromkeys(crew["queued"], "queued")
+    for run in running:
+        run["stuck"] = is_stuck(run)
+    places = {run["key"]: _place(run) for run in running} | dict.fromkeys(crew["queued"], "queued")
     return {
         "age_seconds": round(age, 1),
         "stages": running,
-        "waiting": [{**wait, "state": places.get(wait["key"], "its inputs are missing")} for wait in crew["waiting"]],
+        "waiting": [
+            {
+                **wait,
+                "state": places.get(wait["key"], "its inputs are missing"),
+                "seconds": round(noted["time"] - wait["since"] + age, 1),
+            }
+            for wait in crew["waiting"]
+        ],
         "queued": len(crew["queued"]),
         "workers": len(crew["workers"]),
         "computed": crew["computed"],
         "reused": crew["reused"],
     }
+
+
+def _place(run: Mapping[str, Any]) -> str:
+    where = f"runs on {run['worker']}, node {run['node'][:8]}"
+    return f"{where}, without progress for {_span(run['silent_seconds'])}" if run["stuck"] else where
+
+
+def _progress(run: Mapping[str, Any]) -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in run["progress"].items())
 
 
 def _remaining(study: History) -> float | None:
@@ -174,16 +222,15 @@ def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
     if now["age_seconds"] > FRESH:
         lines.append(f"it has said nothing for {_span(now['age_seconds'])}")
     for run in now["stages"]:
-        progress = " ".join(f"{name} {value:.4g}" for name, value in run["progress"].items())
         helpers = f" and {len(run['helpers'])} more" if run["helpers"] else ""
-        line = f"  {run['key']}  {_span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {progress}"
-        if run["silent_seconds"] > SILENT:
+        line = f"  {run['key']}  {_span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {_progress(run)}"
+        if run["stuck"]:
             line += f"  NO PROGRESS for {_span(run['silent_seconds'])}"
         lines.append(line.rstrip())
     for wait in now["waiting"]:
         number = wait["waiter"].removeprefix("trial ")
         pair = f" ({pair_name(trials[int(number)].pair)})" if number.isdecimal() and int(number) in trials else ""
-        lines.append(f"  {wait['waiter']}{pair} waits for {wait['key']}: {wait['state']}")
+        lines.append(f"  {wait['waiter']}{pair} waits for {wait['key']} since {_span(wait['seconds'])}: {wait['state']}")
     return [*lines, f"  {now['workers']} workers, {now['queued']} stages queued"]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+
+from ktray.errors import StoppedEarly
 
 if TYPE_CHECKING:
     from ktray.crew.client import Crew
@@ -69,9 +71,10 @@ def released(crew: Crew, waiters: Callable[[], Iterable[str]], ended: Callable[[
     over = threading.Event()
 
     def release() -> None:
-        while not over.wait(EVERY):
-            for waiter in list(waiters()) if ended() else ():
-                crew.release(waiter)
+        with suppress(StoppedEarly):  # the crew has ended, and with it every wait
+            while not over.wait(EVERY):
+                for waiter in list(waiters()) if ended() else ():
+                    crew.release(waiter)
 
     thread = threading.Thread(target=release, daemon=True)
     thread.start()

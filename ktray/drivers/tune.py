@@ -17,13 +17,12 @@ from ktray.drivers.conductor import Conductor, Segment
 from ktray.drivers.stopping import Stopping, released
 from ktray.drivers.waiting import RELEASED, STOPPED, WaitForStages  # before Tune, whose settings it makes
 from ktray.errors import StoppedEarly
-from ktray.search.study import Study
 
 # isort: split
 from ray import tune
 from ray.tune.search import Searcher
 
-DEATHS = 3
+DEATHS = 10  # of one trial's processes, with no result of any trial in between: a process that only waits is not to blame
 
 
 class StudySearcher(Searcher):
@@ -92,6 +91,7 @@ class StudySearcher(Searcher):
             elif result["cause"]:
                 self.conductor.fail(segment, result["cause"], result.get("failed", ""))
             else:
+                self.deaths.clear()
                 self.conductor.settle(segment, json.loads(result["computed"]))
         except StoppedEarly as stop:
             self.reason = stop
@@ -128,15 +128,18 @@ class StudySearcher(Searcher):
 class _Tick(tune.Callback):  # type: ignore[misc]
     """Tells the study that time passes, from the thread that draws from it."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def __init__(self, searcher: StudySearcher) -> None:
+        self.searcher = searcher
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as for the searcher."""
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self.study.tick()
+        try:
+            self.searcher.conductor.study.tick()
+        except StoppedEarly as stop:
+            self.searcher.reason = stop
 
 
 def run_search(
@@ -169,7 +172,7 @@ def run_search(
             name="search",
             storage_path=str(scratch),
             verbose=0,
-            callbacks=[_Tick(conductor.study)],
+            callbacks=[_Tick(searcher)],
             # Tune does not retry a trial whose process died while idle between two trials, so all retries are ours.
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),

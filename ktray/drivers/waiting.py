@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 from ktray.crew.client import Crew, Released
@@ -14,8 +17,10 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: `stopping` ends the search in order
 
+import ray
 from ray import tune
 
+EVERY = 2.0
 STOPPED = "stopped early"
 RELEASED = "released"
 
@@ -25,6 +30,8 @@ class WaitForStages(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any]) -> None:
         self.job = config["job"]
+        # A process that stands still would have Tune wait for ever: Ray notices only those that end.
+        threading.Thread(target=_attend, args=(self.job["crew"],), daemon=True).start()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config["job"]
@@ -42,3 +49,11 @@ class WaitForStages(tune.Trainable):  # type: ignore[misc]
             return {"done": True, "cause": RELEASED, "computed": "[]"}
         computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
         return {"done": True, "cause": "", "computed": json.dumps(computed)}
+
+
+def _attend(crew: Crew) -> None:
+    """Tell the crew that this process lives, until the crew is no more."""
+    with suppress(StoppedEarly, ray.exceptions.RayError):
+        while True:
+            crew.attend()
+            time.sleep(EVERY)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
 from typing import Any
 
 import ray
 
-from ktray.artifact import Artifact
 from ktray.crew.client import Crew
+from ktray.drivers.stage_runs import track_stage
 from ktray.errors import StoppedEarly
-from ktray.fingerprint import flat
-from ktray.pipeline import judge
-from ktray.pipeline.naming import stage_name
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
@@ -77,37 +73,3 @@ class Watch:
             self._read()
         for key in new:
             self._track(key)
-
-
-def track_stage(tracker: Tracker, artifact: Artifact) -> None:
-    """A stage that really ran becomes a run of its own, with its curve and its pictures."""
-    record = artifact.record
-    spec, stage = record["spec"], record["stage"]
-    prefix = spec["kind"] if stage == "evaluation" else stage  # as in trials: a chart of top1 of everything says nothing
-    numbers = {f"{prefix}/{name}": value for name, value in artifact.metrics.items()}
-    numbers |= {f"cost/{name}": record[name] for name in ("seconds", "peak_bytes")}
-    tags = {"ktray.stage": stage, "ktray.device": record["device"], "ktray.commit": record["commit"] or "not a checkout"}
-    rows = [_prefixed(row, prefix) for row in judge.curve(artifact)]
-    ended = datetime.fromisoformat(record["published"]).timestamp()
-    tracker.stage(
-        artifact.key,
-        f"{stage_name(stage, spec)} {artifact.key[-12:][:6]}",
-        numbers,
-        tags,
-        rows,
-        sorted(artifact.directory.glob("*.png")),
-        flat(spec),
-        _note(artifact),
-        (ended - record["seconds"], ended),
-    )
-
-
-def _prefixed(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name if name == "epoch" else f"{prefix}/{name}": value for name, value in row.items()}
-
-
-def _note(artifact: Artifact) -> str:
-    reads = [f"[{role}](stage/{read})" for role, read in artifact.record["inputs"].items()]
-    began = artifact.record["started_from"]
-    reads += [f"[an earlier epoch](stage/{began})"] if began else []
-    return "\n\n".join([f"Artifact `{artifact.key}`", *([f"Reads {' · '.join(reads)}"] if reads else [])])

@@ -59,6 +59,7 @@ def evaluate(
     judged: Images,
     pseudo_labels: NDArray[np.int64] | None,
     out: Path,
+    device: str,
 ) -> dict[str, float]:
     """Sizes of the clusters, and their agreement with the labels of `train` where it has labels.
 

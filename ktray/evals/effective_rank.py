@@ -46,6 +46,7 @@ def evaluate(
     judged: Images,
     pseudo_labels: NDArray[np.int64] | None,
     out: Path,
+    device: str,
 ) -> dict[str, float]:
     """`rank`, in [1, min(N, D)], of the features of `judged`, or of `train` where nothing is judged; 0 for all zeros.
 
@@ -55,10 +56,10 @@ def evaluate(
     rows = features(judged if len(judged) else train)
     if len(rows) > spec.rows:
         rows = rows[np.linspace(0, len(rows) - 1, spec.rows).astype(np.int64)]
-    return {"rank": effective_rank(rows)}
+    return {"rank": effective_rank(rows, device)}
 
 
-def effective_rank(rows: NDArray[np.float32]) -> float:
+def effective_rank(rows: NDArray[np.float32], device: str = "cpu") -> float:
     """exp of the entropy of the singular values of features (N, D), which are scaled to sum 1; not centred, as in the paper.
 
     The paper adds 1e-7 to every share so that 0 log 0 is defined; here it is 0, which differs by less than 2e-6 per direction.
@@ -69,7 +70,7 @@ def effective_rank(rows: NDArray[np.float32]) -> float:
     if not np.isfinite(rows).all():
         raise ValueError(f"{int((~np.isfinite(rows).all(1)).sum())} of {len(rows)} features are not finite")
     # float64, because in float32 the rounding noise of many empty directions alone would count as rank.
-    values = torch.linalg.svdvals(torch.tensor(rows, dtype=torch.float64))
+    values = torch.linalg.svdvals(torch.tensor(rows, dtype=torch.float64, device=device))
     total = values.sum()
     if not total > 0:
         return 0.0

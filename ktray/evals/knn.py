@@ -49,6 +49,7 @@ def evaluate(
     judged: Images,
     pseudo_labels: NDArray[np.int64] | None,
     out: Path,
+    device: str,
 ) -> dict[str, float]:
     """`top1` in [0, 1]: the share of `judged` whose class the neighbours in `train` name.
 
@@ -57,12 +58,19 @@ def evaluate(
     """
     if train.labels is None or judged.labels is None or not len(train) or not len(judged):
         raise ValueError("nearest neighbours need labelled images to vote and labelled images to judge")
-    predicted = predict(features(train), train.labels, features(judged), k=spec.k, temperature=spec.temperature)
+    bank, queries = features(train), features(judged)
+    predicted = predict(bank, train.labels, queries, k=spec.k, temperature=spec.temperature, device=device)
     return {"top1": float((predicted == judged.labels).mean())}
 
 
 def predict(
-    bank: NDArray[np.float32], labels: NDArray[np.int64], queries: NDArray[np.float32], *, k: int, temperature: float | None
+    bank: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    queries: NDArray[np.float32],
+    *,
+    k: int,
+    temperature: float | None,
+    device: str = "cpu",
 ) -> NDArray[np.int64]:
     """Classes (M,) of queries (M, D) by the votes of the k rows of the bank (N, D) with the highest cosine similarity.
 
@@ -71,8 +79,8 @@ def predict(
     Raises:
         ValueError: features are not finite.
     """
-    rows, wanted = _unit(bank), _unit(queries)
-    owners, classes = torch.from_numpy(labels), int(labels.max()) + 1
+    rows, wanted = _unit(bank, device), _unit(queries, device)
+    owners, classes = torch.from_numpy(labels).to(device), int(labels.max()) + 1
     block = max(1, SIMILARITIES // len(rows))
     predicted = []
     for start in range(0, len(wanted), block):
@@ -81,12 +89,12 @@ def predict(
             weights = torch.ones_like(nearest, dtype=torch.float64)
         else:  # relative to the nearest, because exp(1 / temperature) overflows for small temperatures
             weights = ((nearest - nearest[:, :1]).double() / temperature).exp()
-        votes = torch.zeros(len(nearest), classes, dtype=torch.float64).scatter_add_(1, owners[index], weights)
-        predicted.append(votes.numpy().argmax(1))  # numpy's argmax is the first maximum, torch's any
+        votes = torch.zeros(len(nearest), classes, dtype=torch.float64, device=device).scatter_add_(1, owners[index], weights)
+        predicted.append(votes.cpu().numpy().argmax(1))  # numpy's argmax is the first maximum, torch's any
     return np.concatenate(predicted)
 
 
-def _unit(rows: NDArray[np.float32]) -> Tensor:
+def _unit(rows: NDArray[np.float32], device: str) -> Tensor:
     if not np.isfinite(rows).all():
         raise ValueError(f"{int((~np.isfinite(rows).all(1)).sum())} of {len(rows)} features are not finite")
-    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+    return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32, device=device), dim=1)

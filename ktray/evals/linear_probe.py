@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from ktray import fingerprint
 from ktray import spec as specs
 from ktray.images import Images
 
@@ -42,6 +43,8 @@ class Spec(specs.Spec):
     l2: float = Field(default=1e-4, gt=0, description="penalty on the squared weights, beside the mean loss")
     iterations: int = Field(default=300, ge=1, description="L-BFGS stops here if it has not converged before")
     precision: Literal["float32", "float64"] = "float32"
+    per_class: int | None = Field(default=None, ge=1, description="labels used of each class, drawn by `seed`; null: all")
+    seed: specs.Seed = 0
 
 
 def evaluate(
@@ -52,6 +55,7 @@ def evaluate(
     judged: Images,
     pseudo_labels: NDArray[np.int64] | None,
     out: Path,
+    device: str,
 ) -> dict[str, float]:
     """`top1` in [0, 1] and `loss` (mean cross-entropy in nats, without the penalty) of the probe on `judged`.
 
@@ -65,9 +69,11 @@ def evaluate(
     classes = 1 + max(int(train.labels.max()), int(judged.labels.max()), len(train.classes) - 1)
     dtype = getattr(torch, spec.precision)
     rows = features(train)
-    mean, scale = moments(rows)
-    weight, bias = fit(standardise(rows, mean, scale, dtype), train.labels, classes, l2=spec.l2, iterations=spec.iterations)
-    scores = standardise(features(judged), mean, scale, dtype) @ weight + bias
+    known = few(train.labels, spec.per_class, spec.seed)
+    mean, scale = moments(rows)  # of all images: only labels are few
+    learnt = standardise(rows[known], mean, scale, dtype).to(device)
+    weight, bias = fit(learnt, train.labels[known], classes, l2=spec.l2, iterations=spec.iterations)
+    scores = (standardise(features(judged), mean, scale, dtype).to(device) @ weight + bias).cpu()
     truth = torch.from_numpy(judged.labels)
     loss = float(torch.nn.functional.cross_entropy(scores.double(), truth))
     if not np.isfinite(loss):
@@ -75,6 +81,16 @@ def evaluate(
     predicted = scores.argmax(1)
     _draw_confusion(judged, predicted.numpy(), classes, out / "confusion.png")
     return {"top1": float((predicted == truth).double().mean()), "loss": loss}
+
+
+def few(labels: NDArray[np.int64], per_class: int | None, seed: int) -> NDArray[np.int64]:
+    """Ascending indices (n,) of `per_class` images of each class, of all images if that is None or a class has no more.
+
+    A larger number contains the images of a smaller one.
+    """
+    order = np.random.default_rng(fingerprint.seed_of(seed, "labels", len(labels))).permutation(len(labels))
+    kept = [order[labels[order] == name][:per_class] for name in np.unique(labels)]
+    return np.sort(np.concatenate(kept))
 
 
 def moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -106,7 +122,7 @@ def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, ite
     is, with a warning.
 
     Args:
-        rows: (N, D), standardised; the products are computed in its dtype, the loss in float64.
+        rows: (N, D), standardised; the products are computed in its dtype and on its device, the loss in float64.
         labels: (N,) in [0, classes).
     """
     from scipy.optimize import minimize
@@ -115,21 +131,21 @@ def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, ite
     answer = minimize(
         _loss_and_gradient,
         np.zeros((width + 1) * classes),
-        args=(rows, torch.from_numpy(labels), classes, l2),
+        args=(rows, torch.from_numpy(labels).to(rows.device), classes, l2),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": iterations, "maxfun": 4 * iterations, "ftol": 1e-10, "gtol": 1e-6},
     )
     if answer.nit >= iterations:
         log.warning("a linear probe used all its %d iterations before it converged", iterations)
-    matrix = torch.from_numpy(answer.x).view(width + 1, classes).to(rows.dtype)
+    matrix = torch.from_numpy(answer.x).view(width + 1, classes).to(rows)
     return matrix[:-1], matrix[-1]
 
 
 def _loss_and_gradient(
     flat: NDArray[np.float64], rows: Tensor, labels: Tensor, classes: int, l2: float
 ) -> tuple[float, NDArray[np.float64]]:
-    exact = torch.from_numpy(flat).view(-1, classes)
+    exact = torch.from_numpy(flat).view(-1, classes).to(rows.device)
     matrix = exact.to(rows.dtype)
     loss, gradient = 0.0, torch.zeros_like(exact)
     for start in range(0, len(rows), BLOCK):
@@ -142,7 +158,7 @@ def _loss_and_gradient(
         gradient[-1] += error.sum(0)
     gradient /= len(rows)
     gradient[:-1] += l2 * exact[:-1]
-    return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.numpy().ravel()
+    return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.cpu().numpy().ravel()
 
 
 def _draw_confusion(judged: Images, predicted: NDArray[np.int64], classes: int, path: Path) -> None:

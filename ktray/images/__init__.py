@@ -14,6 +14,7 @@ from ktray.images.listing import listed as listed
 from ktray.images.listing import located as located
 from ktray.images.listing import location as location
 from ktray.images.reading import open_split as open_split
+from ktray.images.sampling import write_sample as write_sample
 from ktray.images.source import Images as Images
 from ktray.images.source import Source as Source
 from ktray.images.source import Splits as Splits

@@ -29,6 +29,7 @@ def identity(spec: Any, cache: Path | None = None) -> str:
 
     Raises:
         UserError: the data are not where the spec says.
+        ValueError: the kind gives neither files nor an identity.
     """
     module = plugins.module_of("dataset", spec)
     splits = module.load(spec)

@@ -36,7 +36,7 @@ class Source:
     encoded: Callable[[int], bytes] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: what a listing holds is too large to be compared
 class Splits:
     """What `datasets/<kind>.load` returns; where `val` is None, a seeded stratified part of `train` becomes it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from ktray.spec import Split
 Part = tuple[Source, NDArray[np.int64]]  # a source, and the ascending rows (n,) of it that make a split
 
 
+@lru_cache(maxsize=16)  # every draw of a space asks, and 50,000 names take 0.2 s
 def parts(splits: Splits, split: Split) -> dict[str, Part]:
     """Name of each split ("train", "val", "test") -> its source and the ascending rows (n,) of that source.
 
@@ -29,7 +31,9 @@ def parts(splits: Splits, split: Split) -> dict[str, Part]:
         found["val"] = (splits.train, val)
     if splits.test is not None:
         found["test"] = (splits.test, np.arange(len(splits.test.names)))
-    return {name: part for name, part in {"train": (splits.train, train), **found}.items() if len(part[1])}
+    for _, rows in (found := {"train": (splits.train, train), **found}).values():
+        rows.setflags(write=False)  # all callers share them
+    return {name: part for name, part in found.items() if len(part[1])}
 
 
 def held_out(names: Sequence[str], labels: NDArray[np.int64] | None, share: float, seed: int) -> NDArray[np.int64]:

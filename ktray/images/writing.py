@@ -70,7 +70,7 @@ def write(spec: Any, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dic
         if not streamed and reasons:
             _close_gaps(out / f"{name}.npy", kept)
         splits += [name] if len(kept) else []
-        _describe(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
+        describe(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
     _refuse_many(left_out, total, 0.0 if "train" not in splits else spec.max_unreadable)
     summary = {"size": spec.size, "streamed": streamed, "splits": splits, "unreadable": left_out}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
@@ -201,7 +201,7 @@ def _close_gaps(path: Path, kept: NDArray[np.int64]) -> None:
         file.truncate(_HEADER + int(np.prod(shape, dtype=np.int64)))
 
 
-def _describe(out: Path, name: str, source: Source, rows: NDArray[np.int64], boxes: list[NDArray[np.float32]]) -> None:
+def describe(out: Path, name: str, source: Source, rows: NDArray[np.int64], boxes: list[NDArray[np.float32]]) -> None:
     """All of a split but its pixels; `rows` and `boxes` are those of the readable images."""
     names = [source.names[row] for row in rows]
     (out / f"{name}.json").write_text(json.dumps({"names": names, "classes": source.classes}))

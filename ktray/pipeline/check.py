@@ -6,19 +6,22 @@ Cheap: at most a few images are decoded, and two made-up ones run through each n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from ktray import plugins, train
+from ktray.checkpoint import ARTIFACT
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.images import Source, Splits, Unreadable, located, parts
-from ktray.pipeline.identity import checkpoint_sha256
+from ktray.images import Source, Splits, Unreadable, parts
+from ktray.pipeline.graph import generations
+from ktray.pipeline.identity import checkpoint_sha256, origin
+from ktray.pipeline.ready import check_ready
 from ktray.pipeline.trial_run import try_networks
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, TrainedTeacher
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, StudentTeacher, TrainedTeacher
 
 Load = Callable[[Spec], Splits]
 
@@ -44,16 +47,29 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
+    if isinstance(pair.teacher, StudentTeacher):
+        with _inside("teacher.pair"):
+            check_pair(pair.teacher.pair, load)
     found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
     _clusters(pair, found["cluster"], found["transfer"])
     _pretext(pair, found["pretext"])
     _labels(pair, found["transfer"], found["target"])
-    _judged_labels_stay_unseen(pair, found)
-    if isinstance(pair.teacher, LoadedTeacher):
+    _judged_labels_stay_unseen(pair, found["target"], load)
+    if isinstance(pair.teacher, LoadedTeacher) and not ARTIFACT.fullmatch(pair.teacher.checkpoint):
         checkpoint_sha256(pair.teacher.checkpoint)
+    check_ready(pair, load)
     _evaluations(pair)
     _layers(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
+
+
+@contextlib.contextmanager
+def _inside(place: str) -> Iterator[None]:
+    """Say what is wrong with a part of the pair with the path of that part."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.problem, f"{place}.{error.where}".rstrip("."), error.instead) from error
 
 
 def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
@@ -116,26 +132,27 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
 
 
-def _judged_labels_stay_unseen(pair: PairSpec, found: Mapping[str, Splits]) -> None:
-    """No role that reads labels trains on images that the target holds out; roles without labels may."""
+def _judged_labels_stay_unseen(pair: PairSpec, judging: Splits, load: Load) -> None:
+    """No role that reads labels, in any generation, trains on images that the target holds out; roles without labels may."""
     target: Any = pair.data.target
-    if found["target"].val is not None:  # nothing is held out of the training images
+    if judging.val is not None:  # nothing is held out of the training images
         return
-    for role in _reading_labels(pair):
-        spec: Any = getattr(pair.data, role)
-        if spec == target or _content(spec) != _content(target):
+    roles = [("teacher.pair." * place, each, role) for place, each in enumerate(generations(pair)) for role in _reading(each)]
+    for above, each, role in roles:
+        spec: Any = getattr(each.data, role)
+        if spec == target or origin(spec) != origin(target):
             continue
-        held = _names(found["target"], target, "val")
-        seen = held & _names(found[role], spec, "train")
+        held = _names(judging, target, "val")
+        seen = held & _names(load(spec), spec, "train")
         if seen:
             raise UserError(
                 f"{len(seen)} of the {len(held)} images that judge are training images of {role}, which reads their labels",
-                where=f"data.{role}.split",
+                where=f"{above}data.{role}.split",
                 instead=f"Write the target's: {{val: {target.split.val}, seed: {target.split.seed}}}.",
             )
 
 
-def _reading_labels(pair: PairSpec) -> list[str]:
+def _reading(pair: PairSpec) -> list[str]:
     """The roles whose training images are seen together with their labels."""
     teacher = pair.teacher
     of_pretext = isinstance(teacher, TrainedTeacher) and "labels" in getattr(
@@ -143,13 +160,6 @@ def _reading_labels(pair: PairSpec) -> list[str]:
     )
     of_transfer = "labels" in plugins.module_of("transfer", pair.transfer).NEEDS
     return ["pretext"] * of_pretext + ["transfer"] * of_transfer
-
-
-def _content(spec: Any) -> tuple[str, str]:
-    """What two specs of the same images share: the kind and where it lies; all but size and split where it lies nowhere."""
-    where = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
-    plain = located(spec).model_dump()
-    return spec.kind, canonical({n: v for n, v in plain.items() if (n in where if where else n not in ("size", "split"))})
 
 
 def _names(splits: Splits, spec: Any, split: str) -> set[str]:
@@ -198,9 +208,12 @@ def _evaluations(pair: PairSpec) -> None:
                 where=f"evals.{index}",
                 instead="Leave it out, or transfer by clusters.",
             )
-        if spec.of == "teacher" and spec.layer is not None and isinstance(pair.teacher, HandcraftedTeacher):
+        teacher: Any = pair.teacher
+        if spec.of == "teacher" and spec.layer is not None and not hasattr(teacher, "backbone"):
+            handcrafted = isinstance(teacher, HandcraftedTeacher)
+            what = f"the descriptor {teacher.descriptor.kind}" if handcrafted else "a file of features"
             raise UserError(
-                f"the teacher is the descriptor {pair.teacher.descriptor.kind}, which has no layer {spec.layer!r}",
+                f"the teacher is {what}, which has no layer {spec.layer!r}",
                 where=f"evals.{index}.layer",
                 instead="Leave 'layer' out.",
             )
@@ -209,12 +222,12 @@ def _evaluations(pair: PairSpec) -> None:
 def _layers(pair: PairSpec) -> None:
     networks: list[tuple[str, Any, str | None]] = []
     teacher: Any = pair.teacher
-    if teacher is not None and not isinstance(teacher, HandcraftedTeacher):
+    if hasattr(teacher, "backbone"):
         networks.append(("teacher.layer", teacher.backbone, teacher.layer))
     for index, spec in enumerate(pair.evals):
         if spec.of == "student":  # type: ignore[attr-defined]
             networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))  # type: ignore[attr-defined]
-        elif teacher is not None and not isinstance(teacher, HandcraftedTeacher):
+        elif hasattr(teacher, "backbone"):
             networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))  # type: ignore[attr-defined]
     for where, backbone, layer in networks:
         names = _layer_names(backbone)

@@ -51,6 +51,8 @@ def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Art
     seconds = time.perf_counter() - began
     record = _record(stage, metrics, seconds, inputs, means)
     record |= {"attempt": attempt, "started_from": start.name if start else None}
+    if "lineage" in stage.local:
+        record["lineage"] = stage.local["lineage"]
     record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start), 3)
     return store.publish(scratch, stage.key, record)
 

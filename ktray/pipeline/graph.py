@@ -10,10 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, train
+from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, ready_features, train
 from ktray.artifact import Stage
 from ktray.fingerprint import canonical
-from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, Spec, TrainedTeacher
+from ktray.pipeline.identity import checkpoint_sha256, features_identity
+from ktray.pipeline.naming import lineage
+from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, ReadyTeacher, Schedule, Spec, StudentTeacher, TrainedTeacher
 
 Identity = Callable[[Spec], str]
 """Data spec -> sha256 of the data's content."""
@@ -45,6 +47,7 @@ class _Builder:
     pair: PairSpec
     identity: Identity
     milestones: Mapping[str, Sequence[int]]
+    generation: str = ""
     stages: dict[str, Stage] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
 
@@ -74,15 +77,11 @@ def build(
         epoch: the student is wanted at the end of this epoch; None for its last.
         evaluations: names of the evaluations to run; None for all.
         milestones: ``{"teacher": [20, 40], "student": [5, 13]}``: epochs where training is cut into segments because somebody
-            else wants, or may want, that snapshot. Cuts change no result and no key.
+            else wants, or may want, that snapshot. Cuts change no result and no key. ``pair.teacher`` and ``pair.student`` are
+            those of the pair whose student teaches, ``pair.pair.student`` is one generation further back.
     """
     builder = _Builder(pair, identity, milestones or {})
-    transfer = plugins.module_of("transfer", pair.transfer)
-    if pair.teacher is not None:
-        _teacher(builder, pair.teacher)
-    if "features" in transfer.NEEDS:
-        _pseudo_labels(builder, transfer.NEEDS)
-    _student(builder, transfer, epoch)
+    _taught(builder, epoch)
     for spec in pair.evals:
         name = evaluation_name(spec)
         if evaluations is None or name in evaluations:
@@ -90,11 +89,28 @@ def build(
     return Graph(tuple(builder.stages.values()), builder.keys)
 
 
+def _taught(builder: _Builder, epoch: int | None) -> None:
+    """All stages up to the student."""
+    pair = builder.pair
+    transfer = plugins.module_of("transfer", pair.transfer)
+    if pair.teacher is not None:
+        _teacher(builder, pair.teacher)
+    if "features" in transfer.NEEDS:
+        _pseudo_labels(builder, transfer.NEEDS)
+    _student(builder, transfer, epoch)
+
+
 def images_stage(spec: Spec, identity: Identity) -> Stage:
     """The stage that decodes a data set; where the data lies is no part of its identity, its content is."""
     module = plugins.module_of("dataset", spec)
     what = spec.model_dump(exclude=set(module.LOCATION)) | {"content": identity(spec)}
     return Stage("images", what, _revisions(spec, images), local={"data": images.located(spec).model_dump()})
+
+
+def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
+    """`pair`, the pair whose student teaches it, and so on to the first."""
+    teacher = pair.teacher
+    return (pair, *generations(teacher.pair)) if isinstance(teacher, StudentTeacher) else (pair,)
 
 
 def evaluation_name(spec: Any) -> str:
@@ -124,7 +140,8 @@ def _revisions(*sources: Spec | ModuleType) -> dict[str, int]:
 
 def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], schedule: Schedule, last: int) -> str:
     """The chain of segments up to epoch `last`; only milestones before it become stages of their own."""
-    cuts = sorted({epoch for epoch in builder.milestones.get(name, ()) if 0 < epoch < last} | {last})
+    milestones = builder.milestones.get(f"{builder.generation}{name}", ())
+    cuts = sorted({epoch for epoch in milestones if 0 < epoch < last} | {last})
     # Trials share teachers, and the keys of all epochs of one are most of the work of building a graph.
     known = (stage(last).sha256, canonical([stage(last).local, schedule.model_dump(mode="json"), cuts]))
     if known not in _chains:
@@ -162,6 +179,11 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
         builder.keys["teacher"] = _training(builder, "teacher", at, teacher.schedule, teacher.schedule.epochs)
     elif isinstance(teacher, LoadedTeacher):
         builder.keys["teacher"] = builder.add(_loaded(teacher))
+    elif isinstance(teacher, StudentTeacher):
+        before = f"{builder.generation}pair."
+        inner = _Builder(teacher.pair, builder.identity, builder.milestones, before, builder.stages)
+        _taught(inner, None)
+        builder.keys["teacher"] = inner.keys["student"]
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
         inputs = {"images.cluster": builder.images("cluster")}
         what = {"descriptor": teacher.descriptor.model_dump()}
@@ -173,8 +195,6 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
 
 def _loaded(teacher: LoadedTeacher) -> Stage:
     """Weights from a file or folder, identified by their content, or from an artifact, which this graph does not make."""
-    from ktray.pipeline.identity import checkpoint_sha256
-
     backbone, revisions = teacher.backbone.model_dump(), _revisions(teacher.backbone, train)
     if checkpoint.ARTIFACT.fullmatch(teacher.checkpoint):
         inputs = {"snapshot": teacher.checkpoint}
@@ -187,7 +207,11 @@ def _teacher_view(teacher: Spec) -> dict[str, Any]:
     """The fields of a teacher that its features depend on beyond its weights."""
     if isinstance(teacher, HandcraftedTeacher):
         return {"descriptor": teacher.descriptor.model_dump()}
-    return teacher.model_dump(include={"backbone", "layer", "pool"})
+    if isinstance(teacher, ReadyTeacher):
+        return {"features": features_identity(teacher)}
+    network: Any = teacher
+    normalize = {"normalize": teacher.normalize} if isinstance(teacher, LoadedTeacher) else {}
+    return {"backbone": network.backbone.model_dump(), "layer": network.layer, "pool": network.pool.model_dump(), **normalize}
 
 
 def _features(builder: _Builder, role: str) -> str:
@@ -196,9 +220,22 @@ def _features(builder: _Builder, role: str) -> str:
     if "teacher" in builder.keys:
         inputs["teacher"] = builder.keys["teacher"]
     what = {**_teacher_view(teacher), "dtype": teacher.dtype}
-    method = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
-    local = {"teacher": teacher.model_dump(), "data": builder.data(role)[role]}
-    return builder.add(Stage("features", what, _revisions(method, features, augment), inputs, local=local))
+    local = {"teacher": _located(teacher), "data": builder.data(role)[role]}
+    return builder.add(Stage("features", what, _revisions(_method(teacher), features, augment), inputs, local=local))
+
+
+def _method(teacher: Any) -> Spec | ModuleType:
+    """What gives the features of a teacher their meaning."""
+    if isinstance(teacher, ReadyTeacher):
+        return ready_features
+    method: Spec = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
+    return method
+
+
+def _located(teacher: Spec) -> dict[str, Any]:
+    """The teacher as plain data, with the files of ready-made features where any worker finds them."""
+    files = ready_features.files(teacher) if isinstance(teacher, ReadyTeacher) else {}
+    return teacher.model_dump() | {field: str(path) for field, path in files.items()}
 
 
 def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:
@@ -241,9 +278,11 @@ def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
         "transfer": pair.transfer.model_dump(),
     }
 
+    taught = {**local, "lineage": lineage(pair.model_dump())}
+
     def at(epoch: int) -> Stage:
         sliced = {**what, "epoch": epoch, "schedule": train.snapshot_slice(schedule, epoch)}
-        return Stage("student", sliced, revisions, inputs, local=local)
+        return Stage("student", sliced, revisions, inputs, local=taught)
 
     last = final_epoch(pair) if epoch is None else min(epoch, final_epoch(pair))
     if last == 0:
@@ -261,7 +300,7 @@ def _evaluation(builder: _Builder, spec: Any) -> str:
     what = spec.model_dump(exclude={"name"})
     local: dict[str, Any] = {"evaluation": spec.model_dump(), "judges": spec.of}
     inputs = {"images.target": builder.images("target")}
-    methods: list[Spec] = [spec]
+    methods: list[Spec | ModuleType] = [spec]
     roles = ["target"]
     if getattr(module, "READS_PSEUDO_LABELS", False):
         if "pseudo_labels" in keys:
@@ -273,11 +312,11 @@ def _evaluation(builder: _Builder, spec: Any) -> str:
         teacher: Any = pair.teacher
         if "teacher" in keys:
             inputs["teacher"] = keys["teacher"]
-        seen = teacher.model_dump() | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
+        seen = _located(teacher) | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
         local["teacher"] = seen
         view = _teacher_view(teacher)
         what["teacher"] = view | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
-        methods.append(teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone)
+        methods.append(_method(teacher))
     else:
         inputs["student"] = keys["student"]
         what["backbone"] = pair.student.backbone.model_dump()

@@ -1,14 +1,15 @@
-"""Identity of what lies outside: data sets and checkpoint files, by their content."""
+"""Identity of what lies outside: data sets, checkpoints and ready-made features, by their content."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from ktray import checkpoint, images
+from ktray import checkpoint, images, plugins, ready_features
 from ktray.fingerprint import canonical, file_sha256
-from ktray.spec import Spec
+from ktray.spec import Columns, ReadyTeacher, Spec
 
 
 def data_identity(cache: Path | None = None) -> Callable[[Spec], str]:
@@ -24,6 +25,13 @@ def data_identity(cache: Path | None = None) -> Callable[[Spec], str]:
     return identity
 
 
+def origin(spec: Any) -> tuple[str, str]:
+    """What two specs of the same images share: the kind and where it lies; all but size and split where it lies nowhere."""
+    where = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
+    plain = images.located(spec).model_dump()
+    return spec.kind, canonical({n: v for n, v in plain.items() if (n in where if where else n not in ("size", "split"))})
+
+
 def checkpoint_sha256(path: str) -> str:
     """sha256 of the weights in a checkpoint: a file, or the folder of an exported student or of a snapshot.
 
@@ -33,6 +41,18 @@ def checkpoint_sha256(path: str) -> str:
     file = checkpoint.weights_file(Path(path)).absolute()
     found = file.stat()
     return _sha256_as_of(file, found.st_size, found.st_mtime_ns)
+
+
+def features_identity(teacher: ReadyTeacher) -> dict[str, Any]:
+    """What ready-made features are: sha256 of the file, of its names or null, and its columns or null.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    found = {field: (path, path.stat()) for field, path in ready_features.files(teacher).items()}
+    hashes = {field: _sha256_as_of(path, state.st_size, state.st_mtime_ns) for field, (path, state) in found.items()}
+    columns = (teacher.columns or Columns()).model_dump() if teacher.features.endswith(".parquet") else None
+    return {"file": hashes["features"], "names": hashes.get("names"), "columns": columns}
 
 
 @lru_cache(maxsize=256)

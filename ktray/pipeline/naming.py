@@ -20,16 +20,37 @@ def teacher_name(pair: Pair) -> str:
     """Where the teacher comes from, its network and its layer; empty for a pair without a teacher.
 
     ``rotation-resnet18/layer3`` (trained), ``hog``, ``random_network/conv3`` (handcrafted),
-    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``).
+    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``clip.npy`` (ready-made),
+    ``(hog k=50 -> resnet18)/layer3`` (the student of a pair).
     """
     teacher = pair.get("teacher")
     if not teacher:
         return ""
     if "descriptor" in teacher:
         return _descriptor_name(teacher["descriptor"])
+    if "features" in teacher:
+        return PurePath(teacher["features"]).name
+    if "pair" in teacher:
+        return _with_layer(f"({pair_name(teacher['pair'])})", teacher)
     origin = _kind(teacher["pretext"]) if "pretext" in teacher else PurePath(teacher["checkpoint"]).stem
-    name = f"{origin}-{backbone_name(teacher['backbone']).replace(' ', '-')}"
-    return f"{name}/{teacher['layer']}" if teacher.get("layer") else name
+    return _with_layer(f"{origin}-{backbone_name(teacher['backbone']).replace(' ', '-')}", teacher)
+
+
+def lineage(pair: Pair) -> str:
+    """The student and who taught it, back to the first teacher; in brackets how each was taught.
+
+    ``alexnet (k=50), taught by resnet18/layer3 (k=100), taught by hog``, ``alexnet (labels)``.
+    """
+    return f"{student_name(pair)} {_how(pair)}"
+
+
+def _how(pair: Pair) -> str:
+    teacher = pair.get("teacher") or {}
+    if "pair" in teacher:
+        by = f"{_with_layer(student_name(teacher['pair']), teacher)} {_how(teacher['pair'])}"
+    else:
+        by = teacher_name(pair)
+    return f"({transfer_name(pair)})" + (f", taught by {by}" if by else "")
 
 
 def transfer_name(pair: Pair) -> str:
@@ -56,6 +77,8 @@ def stage_name(stage: str, spec: Mapping[str, Any]) -> str:
     if stage == "clusters":
         return f"clusters k={spec['k']}"
     names = [_kind(spec["pretext"])] if "pretext" in spec else [str(spec["kind"])] if "kind" in spec else []
+    if "features" in spec:
+        names.append("ready-made")
     if "descriptor" in spec:
         names.append(_descriptor_name(spec["descriptor"]))
     elif stage != "evaluation" and "backbone" in spec:
@@ -79,8 +102,11 @@ def backbone_name(backbone: Mapping[str, Any] | str) -> str:
 
 
 def _descriptor_name(descriptor: Mapping[str, Any] | str) -> str:
-    layer = descriptor.get("layer") if isinstance(descriptor, Mapping) else None
-    return f"{_kind(descriptor)}/{layer}" if layer else _kind(descriptor)
+    return _with_layer(_kind(descriptor), descriptor if isinstance(descriptor, Mapping) else {})
+
+
+def _with_layer(name: str, of: Mapping[str, Any]) -> str:
+    return f"{name}/{of['layer']}" if of.get("layer") else name
 
 
 def _kind(value: Mapping[str, Any] | str) -> str:

@@ -1,11 +1,11 @@
 """Two made-up images through every network and descriptor of a pair: what only a run can tell, told before the run.
 
-Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU.
+Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU. What a
+plugin knows better it says itself: `check` refuses a spec, `quick` gives one that is as quick to try as it has the same shapes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ktray import features, permutations, plugins
+from ktray import features, plugins
 from ktray.errors import UserError
 from ktray.images import Images
 from ktray.spec import HandcraftedTeacher, PairSpec, Pooling, Spec, TrainedTeacher
@@ -32,13 +32,31 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
     Raises:
         UserError: the first thing that fails, with its dotted path.
     """
+    with _one_thread():
+        _try(pair, cluster_images)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Two images are too little for several: they would wait for each other, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _try(pair: PairSpec, cluster_images: int) -> None:
     data, teacher, student = pair.data, pair.teacher, pair.student
     sizes = {role: getattr(data, role).size for role in ("pretext", "cluster", "transfer", "target")}
     judged = sizes["target"]
     if isinstance(teacher, HandcraftedTeacher):
         _try_descriptor(teacher.descriptor, sizes, cluster_images)
-    elif teacher is not None:
+    elif hasattr(teacher, "backbone"):
         _try_teacher(teacher, sizes)
+    if "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS:
+        _same_width(teacher, sizes)
     with _at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
         _extract(student.backbone, None, Pooling(), sizes["transfer"])
     for index, spec in enumerate(pair.evals):
@@ -46,8 +64,8 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
         if getattr(plugins.module_of("evaluation", seen), "READS_PSEUDO_LABELS", False):
             continue
         of: Any = student if seen.of == "student" else teacher
-        if isinstance(of, HandcraftedTeacher):
-            continue  # `_try_descriptor` has seen images of this size
+        if not hasattr(of, "backbone"):
+            continue  # `_try_descriptor` has seen images of this size, or no network sees any
         layered = seen if seen.of == "student" or seen.layer else of
         with _at(f"evals.{index}", f"the {of.backbone.kind} cannot take images of {judged} px"):
             _extract(of.backbone, layered.layer, layered.pool, judged)
@@ -56,7 +74,7 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
 def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
     kind, size = teacher.backbone.kind, sizes["pretext"]
     if isinstance(teacher, TrainedTeacher):
-        _satisfiable(teacher.pretext)
+        _check("pretext", teacher.pretext)
         with _at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
             _learn(teacher.pretext, teacher.backbone, size)
     for role in ("cluster", "transfer"):
@@ -64,12 +82,36 @@ def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
             _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
 
 
+def _same_width(teacher: Any, sizes: dict[str, int]) -> None:
+    """Clusters of features of one width label features of the same width only."""
+    widths = {}
+    for role in ("cluster", "transfer"):
+        if isinstance(teacher, HandcraftedTeacher):
+            widths[role] = _describe(teacher.descriptor, sizes[role])
+        elif hasattr(teacher, "backbone"):
+            widths[role] = _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+    if len(set(widths.values())) > 1:
+        raise UserError(
+            f"images of {sizes['cluster']} px have {widths['cluster']} features each and those of {sizes['transfer']} px "
+            f"{widths['transfer']}, so the clusters of data.cluster are none of data.transfer",
+            "data.transfer.size",
+            f"Use {sizes['cluster']} px for both, or a teacher whose features are pooled.",
+        )
+
+
 def _try_descriptor(descriptor: Any, sizes: dict[str, int], count: int) -> None:
     for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
         with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
             _describe(descriptor, size)
-    if descriptor.kind == "bag_of_hog":
-        _enough_patterns(descriptor, sizes["cluster"], count)
+    _check("descriptor", descriptor, sizes["cluster"], count)
+
+
+def _check(room: str, spec: Any, *data: int) -> None:
+    """What a plugin says of its spec, if anything; `data` are the side and the number of images that it is made from."""
+    check = getattr(plugins.module_of(room, spec), "check", None)
+    if check:
+        with _at(f"teacher.{room}", f"the {room} {spec.kind} cannot be made", spec):
+            check(spec, *data)
 
 
 @contextmanager
@@ -94,34 +136,6 @@ def _above(spec: Spec, field: str) -> str:
     return "" if field in own else "".join(f"{name}." for name in list(inner)[:1])
 
 
-def _satisfiable(pretext: Any) -> None:
-    """Whether there are so many permutations so far apart; searched for only where the sphere bound does not promise them."""
-    count, distance = getattr(pretext, "permutations", 0), getattr(pretext, "distance", 0)
-    nearer = sum(math.comb(permutations.TILES, moved) * _derangements(moved) for moved in range(distance))
-    if count * nearer <= math.factorial(permutations.TILES):
-        return
-    try:
-        permutations.farthest(count, distance)
-    except ValueError as error:
-        raise UserError(str(error), "teacher.pretext.permutations", "Use fewer, or a smaller distance.") from error
-
-
-def _derangements(count: int) -> int:
-    return round(sum((-1) ** i * math.factorial(count) / math.factorial(i) for i in range(count + 1)))
-
-
-def _enough_patterns(descriptor: Any, size: int, images: int) -> None:
-    """Every image has as many patterns as blocks, and at most `patterns` of all are drawn."""
-    blocks = (size // descriptor.hog.cell - descriptor.hog.block + 1) ** 2
-    count = min(descriptor.patterns, blocks * images)
-    if descriptor.words > count:
-        raise UserError(
-            f"{descriptor.words} words cannot be made of {count} patterns",
-            "teacher.descriptor.words",
-            f"Use at most {count}, better a hundredth of it.",
-        )
-
-
 def _pixels(size: int) -> Tensor:
     """(2, size, size, 3) uint8, coloured noise."""
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (_COUNT, size, size, 3), dtype=np.uint8))
@@ -133,8 +147,9 @@ def _images(size: int) -> Images:
 
 
 @lru_cache(maxsize=1024)
-def _extract(backbone: Spec, layer: str | None, pool: Pooling, size: int) -> None:
-    _network(backbone, layer, pool)(_pixels(size))
+def _extract(backbone: Spec, layer: str | None, pool: Pooling, size: int) -> int:
+    """Number of features of an image."""
+    return _network(backbone, layer, pool)(_pixels(size)).shape[1]
 
 
 @lru_cache(maxsize=2)  # several sizes of one network come one after the other
@@ -149,25 +164,26 @@ def _built(backbone: Spec) -> nn.Module:
 
 
 @lru_cache(maxsize=1024)
-def _describe(descriptor: Any, size: int) -> None:
+def _describe(descriptor: Any, size: int) -> int | None:
+    """Number of features of an image; None for a fitted descriptor, which has as many as it was fitted with."""
     module = plugins.module_of("descriptor", descriptor)
     state = None
     if hasattr(module, "fit"):
-        if descriptor.kind != "bag_of_hog":
-            return  # how many images another descriptor needs is not known
-        descriptor = descriptor.model_copy(update={"words": 2, "patterns": 100, "iterations": 1})
+        if not hasattr(module, "quick"):
+            return None  # how many images it needs is not known
+        descriptor = module.quick(descriptor)
         state = module.fit(descriptor, _images(size))
     described = module.describe(descriptor, state, _pixels(size))
     if not bool(torch.isfinite(described).all()):
         raise ValueError("its features are not finite")
+    return None if state else int(described.shape[1])
 
 
 @lru_cache(maxsize=1024)
 def _learn(pretext: Any, backbone: Spec, size: int) -> None:
     """One forward pass of the task's model, and its loss."""
     module = plugins.module_of("pretext", pretext)
-    if hasattr(pretext, "permutations"):  # a thousand take seconds, and the shapes are those of two
-        pretext = pretext.model_copy(update={"permutations": 2})
+    pretext = module.quick(pretext) if hasattr(module, "quick") else pretext
     task = module.task(pretext, size, _images(size)) if hasattr(module, "NEEDS") else module.task(pretext, size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         network: Any = _built(backbone)

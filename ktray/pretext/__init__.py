@@ -2,4 +2,7 @@
 
 A task that looks at the data first says what it looks for, ``NEEDS = ("labels",)`` or ``NEEDS = ("colours",)``. It is then
 ``task(spec, size, images)``, with the training images of the pretext data; data without that is refused before anything runs.
+
+A plan asks two more, where there are any: ``check(spec)`` refuses what cannot be made, and ``quick(spec)`` gives a spec of the
+same shapes that takes no time to try.
 """

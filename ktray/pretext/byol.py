@@ -1,7 +1,5 @@
 """BYOL: predict what a slowly moving average of the network says of another view of the image; nothing is told apart.
 
-The moving average ("target") is part of the head: saved with every snapshot, never trained, and left behind with the head.
-
 Different from the source: its decay is constant, not 1 at the end, so that a longer training continues a shorter one; default
 widths and distortions are those for small images.
 
@@ -10,20 +8,19 @@ Source: Grill et al., NeurIPS 2020, arXiv:2006.07733, section 3 and appendices B
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import distortions
+from ktray import distortions, moving_average
 from ktray.distortions import Distortions, view
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
-TOOLS = (distortions,)
+TOOLS = (distortions, moving_average)
 
 
 class Spec(SpecBase):
@@ -40,7 +37,7 @@ class Spec(SpecBase):
 
 
 class Head(nn.Module):
-    """Projector and predictor; once `prepare` has seen the model, `target` is the moving average of backbone and projector."""
+    """Projector and predictor; `moving_average.prepare` adds the `target`, the average of backbone and projector."""
 
     target: nn.ModuleDict
 
@@ -70,35 +67,17 @@ def task(spec: Spec, size: int) -> Task:
         head=lambda width: Head(width, spec.hidden, spec.width),
         batch=batch,
         loss=lambda outputs, targets: regression(*outputs.chunk(2, dim=1)),
-        after_step=lambda model: follow(model, spec.decay),
-        prepare=prepare,
+        after_step=lambda model: moving_average.follow(model, spec.decay),
+        prepare=moving_average.prepare,
         forward=forward,
     )
-
-
-def prepare(model: nn.ModuleDict) -> None:
-    """Give the head its target: a frozen copy of backbone and projector as drawn."""
-    head = cast(Head, model["head"])
-    twin = nn.ModuleDict({"backbone": model["backbone"], "projector": head.projector})
-    head.target = copy.deepcopy(twin).requires_grad_(False)
 
 
 def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
     """(M, 3, h, w) -> (M, 2 * out): the network's predictions, and the target's projections of the same inputs."""
     head = cast(Head, model["head"])
     prediction, _ = head(model["backbone"](inputs)).chunk(2, dim=1)
-    with torch.no_grad():
-        projection = head.target["projector"](head.target["backbone"](inputs))
-    return torch.cat([prediction, projection], dim=1)
-
-
-@torch.no_grad()
-def follow(model: nn.ModuleDict, decay: float) -> None:
-    """Move the target's parameters by a share 1 - `decay` towards the network's; its batch statistics are its own."""
-    head = cast(Head, model["head"])
-    for name, module in (("backbone", model["backbone"]), ("projector", head.projector)):
-        for moving, trained in zip(head.target[name].parameters(), module.parameters(), strict=True):
-            moving.lerp_(trained, 1 - decay)
+    return torch.cat([prediction, moving_average.projected(model, inputs)], dim=1)
 
 
 def regression(predictions: Tensor, projections: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

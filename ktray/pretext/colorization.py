@@ -13,7 +13,6 @@ Source: Zhang, Isola, Efros, ECCV 2016, arXiv:1603.08511, sections 2.1 and 2.2.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -21,14 +20,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import augment, colour
+from ktray import augment, colour, gamut
 from ktray.images import Images
 from ktray.spec import Augment
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
-TOOLS = (augment, colour)
+TOOLS = (augment, colour, gamut)
 
 NEEDS = ("colours",)
 _SAMPLE = 1024  # images that tell how frequent a colour is
@@ -56,13 +55,13 @@ def task(spec: Spec, size: int, images: Images) -> Task:
     Raises:
         ValueError: the images are grey.
     """
-    colours = gamut(spec.bin)
+    colours = gamut.gamut(spec.bin)
     weights = rebalancing(frequencies(images, spec.grid, spec.bin), spec.uniform)
 
     def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         seen = colour.lab(augment.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
         lightness = (seen[:, :1] / 100 - 0.5) / 0.25  # the range of `augment.to_float`
-        return lightness.repeat(1, 3, 1, 1), soft(cells(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2)
+        return lightness.repeat(1, 3, 1, 1), soft(gamut.cells(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2)
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(
@@ -79,20 +78,6 @@ def task(spec: Spec, size: int, images: Images) -> Task:
         return each.mean(), {"top1": (logits.detach().max(1).indices == likeliest).float().mean()}
 
     return Task(head=head, batch=batch, loss=loss)
-
-
-@lru_cache(maxsize=8)
-def gamut(bin: int) -> Tensor:
-    """The centres (Q, 2) float32 of the squares of the ab plane, multiples of `bin`, into which a colour of sRGB falls."""
-    levels = torch.cat([torch.arange(0, 255, 4), torch.tensor([255])]).to(torch.uint8)
-    cube = torch.cartesian_prod(levels, levels, levels).view(1, len(levels), -1, 3)
-    places = (colour.lab(cube)[..., 1:] / bin).round().long().view(-1, 2)
-    return bin * places.unique(dim=0).float()
-
-
-def cells(ab: Tensor, grid: int) -> Tensor:
-    """Mean colours (B, grid * grid, 2) of the cells of images (B, 2, H, W), row by row."""
-    return nn.functional.adaptive_avg_pool2d(ab, grid).flatten(2).transpose(1, 2)
 
 
 def soft(ab: Tensor, colours: Tensor, sigma: float) -> Tensor:
@@ -117,15 +102,15 @@ def frequencies(images: Images, grid: int, bin: int) -> Tensor:
     Raises:
         ValueError: all images looked at are grey.
     """
-    colours = gamut(bin)
+    colours = gamut.gamut(bin)
     counts = torch.zeros(len(colours))
     chosen = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64))
     grey = True
     for part in np.array_split(chosen, -(-len(chosen) // 128)):
         pixels = torch.from_numpy(images.read(part))
         grey = grey and bool((pixels.amax(-1) == pixels.amin(-1)).all())
-        ab = cells(colour.lab(pixels).permute(0, 3, 1, 2)[:, 1:], grid).flatten(0, 1)
-        counts += torch.bincount((ab[:, None] - colours).square().sum(-1).argmin(1), minlength=len(colours))
+        ab = gamut.cells(colour.lab(pixels).permute(0, 3, 1, 2)[:, 1:], grid).flatten(0, 1)
+        counts += torch.bincount(gamut.nearest(ab, colours), minlength=len(colours))
     if grey:
         raise ValueError("the pretext task 'colorization' needs colours, and the images of this data are grey")
     spread = (colours[:, None] - colours).square().sum(-1).div(-2 * (bin / 2) ** 2).exp()

@@ -128,7 +128,7 @@ class Head(nn.Module):
         self.pair = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(inplace=True), nn.Linear(2 * hidden, 8))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Each neighbour's logits, image by image."""
+        """(M, D) float32 -> (B * (patches - 1), 8) float32: each neighbour's logits, image by image."""
         read = self.each(features).unflatten(0, (-1, self.patches))
         centre = read[:, :1].expand(-1, self.patches - 1, -1)
         logits: Tensor = self.pair(torch.cat([centre, read[:, 1:]], dim=2))

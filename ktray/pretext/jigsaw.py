@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ktray import classification, colour, patches, permutations
 from ktray.classification import cross_entropy
+from ktray.errors import UserError
 from ktray.permutations import TILES, farthest
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
@@ -95,6 +96,23 @@ def task(spec: Spec, size: int) -> Task:
         )
 
     return Task(head=head, batch=batch, loss=cross_entropy)
+
+
+def check(spec: Spec) -> None:
+    """Refuse more permutations than there are.
+
+    Raises:
+        UserError: there are not so many permutations at this distance.
+    """
+    try:
+        permutations.require(spec.permutations, spec.distance)
+    except ValueError as error:
+        raise UserError(str(error), "permutations", "Use fewer, or a smaller distance.") from error
+
+
+def quick(spec: Spec) -> Spec:
+    """Two classes: a thousand permutations take seconds, and the shapes before the last layer are the same."""
+    return spec.model_copy(update={"permutations": 2})
 
 
 def corners(cells: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,8 @@ of 3, or, below 48 px, the image enlarged to 48 px (28 px and 32 px: cells of 16
 has 2 * round(32 c / 85) px, the channels move by up to ceil(2 c / 85) px, and the tile by up to round(`gap` c / 85) px, as
 far as the cell has room.
 
-Different from the released code: the occluding tiles come from an image of the same batch; the head is small, without dropout.
+Different from the released code: the occluding tiles come from an image of the same batch, normalised tiles are not multiplied
+by 50, and the head is small, without dropout.
 
 Source: Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385; MehdiNoroozi/JigsawPuzzleSolver (geometry, colours,
 occlusion in data_transformer.cpp and merge_data_layer.cpp); per-tile normalisation from Noroozi & Favaro, ECCV 2016.
@@ -22,20 +23,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import augment, classification, permutations
+from ktray import classification, colour, patches, permutations
 from ktray.classification import cross_entropy
 from ktray.permutations import TILES, far_apart
 from ktray.spec import Spec as SpecBase
 from ktray.task import Task
 
 REVISION = 1
-TOOLS = (augment, classification, permutations)
+TOOLS = (classification, colour, patches, permutations)
 
 DISTANCE = 3  # of two permutations, so that two occluded places leave one answer
 
-_GREY = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)  # rows: what the new red, green, blue take from the old
-_PROJECTION = torch.tensor([[5 / 6, 1 / 3, -1 / 6], [1 / 3, 1 / 3, 1 / 3], [-1 / 6, 1 / 3, 5 / 6]])
-_COLOURS = torch.stack([_GREY, _PROJECTION, torch.eye(3)])
+_GREY = torch.tensor(colour.LUMA).expand(3, 3)  # rows: what the new red, green, blue take from the old
+_COLOURS = torch.stack([_GREY, torch.tensor(colour.PROJECTION), torch.eye(3)])
 _SHARES = {"paper": (0.7, 0.0, 0.3), "released": (0.5, 0.25, 0.25)}
 
 
@@ -88,7 +88,7 @@ def task(spec: Spec, size: int) -> Task:
         targets = torch.randint(len(permutations), (len(images),), generator=generator)
         whose, cells = arrange(permutations[targets], spec.occlusions, generator)
         colours = _COLOURS[torch.multinomial(shares, len(images), replacement=True, generator=generator)]
-        squares = coloured(square(images, sizes), colours.to(images.device))
+        squares = coloured(patches.square(images, sizes.side), colours.to(images.device))
         return tiles(squares, whose, cells, sizes, generator), targets.to(images.device)
 
     def head(width: int) -> nn.Module:
@@ -103,6 +103,11 @@ def task(spec: Spec, size: int) -> Task:
         )
 
     return Task(head=head, batch=batch, loss=cross_entropy)
+
+
+def quick(spec: Spec) -> Spec:
+    """Two classes: the shapes before the last layer are the same."""
+    return spec.model_copy(update={"permutations": 2})
 
 
 def arrange(permutations: Tensor, occlusions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -125,16 +130,6 @@ def arrange(permutations: Tensor, occlusions: int, generator: torch.Generator) -
     foreign = torch.rand(count, TILES, generator=generator).argsort(1)
     whose = torch.where(occluded, other[:, None], own[:, None])
     return whose, torch.where(occluded, foreign, permutations)
-
-
-def square(images: Tensor, sizes: Geometry) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, side, side, 3) float32 as from `augment.to_float`: enlarged, or cropped at the centre."""
-    seen = augment.to_float(images)
-    if images.shape[1] < sizes.side:
-        larger = nn.functional.interpolate(seen, size=sizes.side, mode="bilinear", align_corners=False)
-        return larger.permute(0, 2, 3, 1)
-    edge = (images.shape[1] - sizes.side) // 2
-    return seen.permute(0, 2, 3, 1)[:, edge : edge + sizes.side, edge : edge + sizes.side]
 
 
 def coloured(squares: Tensor, colours: Tensor) -> Tensor:
@@ -160,7 +155,4 @@ def tiles(squares: Tensor, whose: Tensor, cells: Tensor, sizes: Geometry, genera
     rows, columns = corner.to(device)[:, :, :, None] + torch.arange(sizes.tile, device=device)[:, None]  # (B, 9, tile, 3) each
     channels = torch.arange(3, device=device)
     cut = squares[whose.to(device)[:, :, None, None, None], rows[:, :, :, None], columns[:, :, None], channels]
-    cut = cut.flatten(0, 1)
-    spread, mean = torch.std_mean(cut, dim=(1, 2, 3), keepdim=True, correction=0)
-    grey_level = 4 / 255  # keeps the noise of an empty tile from becoming a picture
-    return ((cut - mean) / (spread + grey_level)).permute(0, 3, 1, 2)
+    return patches.normalised(cut.flatten(0, 1).permute(0, 3, 1, 2))

@@ -11,11 +11,12 @@ from typing import Any
 from markupsafe import Markup
 
 from ktray.errors import UserError
+from ktray.pipeline.naming import lineage
 from ktray.pipeline.references import CEILING, RANDOM
 from ktray.plugins import module
 from ktray.report.plots import strip
 from ktray.report.ranking import Objective, losses, value_of
-from ktray.report.words import counted, listed, measure, number, title_of
+from ktray.report.words import counted, listed, measure, number, title_of, without_places
 from ktray.search.ranking import ranked
 from ktray.search.trial import STATES, Trial
 
@@ -50,7 +51,7 @@ def headline(
         "metric": metric,
         "mode": "higher is better" if mode == "max" else "lower is better",
         "of": counted(len(completed), "completed trial"),
-        "sentences": _against(values[0], known, metric, mode),
+        "sentences": [*_lineage(best.pair), *_against(values[0], known, metric, mode)],
         "labels": _labels(best.pair, labels_used),
         "chosen_of": len(completed),
         "split": split,
@@ -88,6 +89,18 @@ def _against(best: float, known: Mapping[str, float], metric: str, mode: str) ->
     return sentences
 
 
+def _lineage(pair: Mapping[str, Any]) -> list[str]:
+    """Who taught whom, if a student taught the best one."""
+    count = len(_generations(pair))
+    return [f"A chain of {count} pairs: {without_places(lineage(pair))}."] if count > 1 else []
+
+
+def _generations(pair: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pair, the one whose student teaches it, and so on."""
+    inner = (pair.get("teacher") or {}).get("pair")
+    return [pair, *_generations(inner)] if inner else [pair]
+
+
 def _error(metric: str, value: float, count: int) -> str:
     """What chance alone does to a share of `count` images, as text; empty for other metrics."""
     if not metric.endswith("/top1") or count < 2 or not 0 < value < 1:
@@ -106,15 +119,16 @@ def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:
 
 
 def _origin(pair: Mapping[str, Any]) -> str:
-    loaded = "checkpoint" in (pair.get("teacher") or {})
-    return " The teacher's weights come from a file; what they were trained with is not known here." if loaded else ""
+    teacher = _generations(pair)[-1].get("teacher") or {}
+    files = [what for field, what in (("checkpoint", "weights"), ("features", "features")) if field in teacher]
+    return "".join(f" The teacher's {what} come from a file; what they were trained with is not known here." for what in files)
 
 
 def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
-    pretext = (pair.get("teacher") or {}).get("pretext")
+    pretext = (_generations(pair)[-1].get("teacher") or {}).get("pretext")
     try:
         teacher = pretext is not None and "labels" in getattr(module("pretext", str(pretext["kind"])), "NEEDS", ())
-        return teacher or "labels" in module("transfer", str(pair["transfer"]["kind"])).NEEDS
+        return teacher or any("labels" in module("transfer", str(p["transfer"]["kind"])).NEEDS for p in _generations(pair))
     except UserError:  # a plugin from outside that this command was not told to trust
         return False
 

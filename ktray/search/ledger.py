@@ -8,6 +8,7 @@ rest.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ktray.errors import UserError
+from ktray.errors import StoppedEarly, UserError
 from ktray.search import sampler
 from ktray.search.space import Space
 from ktray.search.trial import Trial
@@ -128,7 +129,30 @@ class Ledger:
 
 
 def _storage(home: Path, name: str) -> JournalStorage:
-    return JournalStorage(JournalFileBackend(str(folder(home, name) / "journal.log")))
+    return JournalStorage(_Journal(folder(home, name) / "journal.log"))
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal file; what does not fit on the disk is not there in part: the next line would be lost with it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Adds lines, all or none.
+
+        Raises:
+            StoppedEarly: the disk is full.
+        """
+        size = self._path.stat().st_size
+        try:
+            super().append_logs(logs)
+        except OSError as error:
+            os.truncate(self._path, size)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoppedEarly(f"the disk is full: {self._path} cannot be written") from error
+            raise
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:

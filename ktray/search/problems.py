@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, TrainedTeacher
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, ReadyTeacher, StudentTeacher, TrainedTeacher
 
 SHOWN = 5
 Path = tuple[str | int, ...]
@@ -28,6 +28,8 @@ _TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
     "pretext": (TrainedTeacher, "a trained teacher (one with 'pretext')"),
     "descriptor": (HandcraftedTeacher, "a handcrafted teacher (one with 'descriptor')"),
     "checkpoint": (LoadedTeacher, "a loaded teacher (one with 'checkpoint')"),
+    "features": (ReadyTeacher, "a ready-made teacher (one with 'features')"),
+    "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
 }
 _RULES = {  # pydantic's names of what is wrong, in the words of a YAML file
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
@@ -101,10 +103,34 @@ def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[s
 
 def _one_data_set(value: Any, where: Callable[[Path], str]) -> tuple[Any, Callable[[Path], str]]:
     """A pair where one data set plays all roles, with the roles written out; their paths in the file name no role."""
-    if not isinstance(value, Mapping) or (isinstance(value.get("data"), Mapping) and "kind" not in value["data"]):
-        return value, where
-    roles = dict.fromkeys(DataRoles.model_fields, value.get("data"))
-    return {**value, "data": roles}, lambda path: where((*path[:1], *path[2:]) if path[:1] == ("data",) else path)
+    return _written_out(value), lambda path: where(_as_typed(path, value))
+
+
+def _written_out(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    found = dict(value)
+    if not _has_roles(value):
+        found["data"] = dict.fromkeys(DataRoles.model_fields, value.get("data"))
+    inner = _part(value.get("teacher"), "pair")
+    if isinstance(inner, Mapping):
+        found["teacher"] = {**value["teacher"], "pair": _written_out({"data": value.get("data"), **inner})}
+    return found
+
+
+def _has_roles(value: Any) -> bool:
+    data = _part(value, "data")
+    return isinstance(data, Mapping) and "kind" not in data
+
+
+def _as_typed(path: Path, value: Any) -> Path:
+    """The path, in what a person typed, of a field of the written out pair; a pair that teaches may have the outer's data."""
+    if path[:2] == ("teacher", "pair"):
+        inner = _part(_part(value, "teacher"), "pair")
+        if path[2:3] == ("data",) and isinstance(inner, Mapping) and "data" not in inner:
+            return _as_typed(path[2:], value)
+        return ("teacher", "pair", *_as_typed(path[2:], inner))
+    return (*path[:1], *path[2:]) if path[:1] == ("data",) and not _has_roles(value) else path
 
 
 def _translate(
@@ -161,8 +187,8 @@ def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callab
     if near:
         return Problem(place, f"there is no field {name!r}", near.strip())
     others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
-    if path[:-1] == ("teacher",) and others:
-        reason = "; it is not trained" if owner is HandcraftedTeacher else ""
+    if path[-2:-1] == ("teacher",) and others:
+        reason = "; it is not trained" if owner in (HandcraftedTeacher, ReadyTeacher) else ""
         return Problem(place, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
     listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields beside its kind."
     return Problem(place, f"there is no field {name!r}", listed[:1].upper() + listed[1:])

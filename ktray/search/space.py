@@ -162,6 +162,16 @@ class Space:
                 for value in tree.ends(listed[name])[1:]:
                     yield f"{head}: {name}={value}", {**base, name: value}
 
+    def branch_draws(self) -> Iterator[tuple[str, Params]]:
+        """Those of `corners` that show a branch which none before them shows; the first one if there are no branches."""
+        branches = [parameter for parameter, _ in tree.parameters(self.root) if tree.branching(parameter)]
+        unseen = {(parameter.name, value) for parameter in branches for value in tree.ends(parameter)}
+        for number, (label, params) in enumerate(self.corners()):
+            shown = unseen & set(params.items())
+            if shown or number == 0:
+                unseen -= shown
+                yield label, params
+
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant: a prefix that never repeats."""
         found = []

@@ -304,9 +304,9 @@ class Study:
 
         Trials that run are left running: the next `open` hands them out again.
         """
-        pruned = self.prune()
-        self._note_spent()
-        self._unlock.close()
+        with self._unlock:
+            pruned = self.prune()
+            self._note_spent()
         return pruned
 
     def tick(self) -> None:

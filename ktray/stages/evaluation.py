@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from ktray import features, plugins
+from ktray import features, plugins, ready_features
 from ktray.artifact import Artifact, Stage
+from ktray.images import Images
 from ktray.pool import Means
 from ktray.spec import TeacherSpec
+from ktray.stages.features import reading
 from ktray.stages.images import open_images
 
 
@@ -27,23 +29,24 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
         role = "transfer"
     train_images = open_images(stage, role, inputs, "train")
     judged = open_images(stage, "target", inputs, spec.split)
-    extractor = _extractor(stage, inputs, spec, means.device)
+    features_of = _features_of(stage, inputs, spec, means.device)
     metrics = plugins.module_of("evaluation", spec).evaluate(
         spec,
-        features=lambda images: features.all_of(extractor(), images),
+        features=features_of,
         train=train_images,
         judged=judged,
         pseudo_labels=pseudo_labels,
         out=out,
+        device=means.device,
     )
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
     return metrics
 
 
-def _extractor(
+def _features_of(
     stage: Stage, inputs: Mapping[str, Artifact], spec: object, device: str
-) -> Callable[[], Callable[[NDArray[np.uint8]], NDArray[np.float32]]]:
-    """A function that builds the extractor of the judged network; only called if the evaluation asks for features."""
+) -> Callable[[Images], NDArray[np.float32]]:
+    """Images -> features (N, D) of what is judged; nothing is loaded before the evaluation asks."""
 
     def build() -> features.Extractor:
         if stage.local["judges"] == "teacher":
@@ -56,4 +59,10 @@ def _extractor(
         backbone = plugins.parse("backbone", stage.spec["backbone"])
         return features.of_network(backbone, spec.layer, spec.pool, inputs["student"].directory, device)  # type: ignore[attr-defined]
 
-    return build
+    def read(images: Images) -> NDArray[np.float32]:
+        data = plugins.parse("dataset", stage.local["data"]["target"])
+        with reading(stage.local["teacher"], stage.spec["teacher"]["features"], data) as reader:
+            return ready_features.all_of(reader, images)
+
+    ready = "features" in stage.spec.get("teacher", {})
+    return read if ready else lambda images: features.all_of(build(), images)

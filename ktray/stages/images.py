@@ -13,8 +13,10 @@ from ktray.pool import Means
 
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
-    """Write the images of ``stage.local["data"]``; metrics `count` and `unreadable`."""
+    """Write the images of ``stage.local["data"]``, or ``stage.local["sample"]`` of them; metrics `count` and `unreadable`."""
     spec = plugins.parse("dataset", stage.local["data"])
+    if "sample" in stage.local:
+        return tools.write_sample(spec, out, stage.local["sample"])
     return tools.write(spec, out, means.pool, means.memmap_bytes)
 
 

@@ -15,7 +15,11 @@ from ktray.stages.images import open_images
 
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
-    """Write `labels.npy` (N,) int64 with -1 for images left out, and a sheet of images per cluster."""
+    """Write `labels.npy` (N,) int64 with -1 for images left out, and a sheet of images per cluster.
+
+    Raises:
+        ValueError: no image is left.
+    """
     clusters = inputs["clusters"].directory
     centroids = np.load(clusters / "centroids.npy", allow_pickle=False)
     with np.load(clusters / "projection.npz", allow_pickle=False) as file:

@@ -10,8 +10,7 @@ import numpy as np
 from ktray import checkpoint as checkpoints
 from ktray import plugins, train
 from ktray.artifact import Artifact, Stage
-from ktray.errors import UserError
-from ktray.fingerprint import file_sha256
+from ktray.fingerprint import require_sha256
 from ktray.pool import Means
 from ktray.stages.images import open_images
 from ktray.stages.training import run_training
@@ -46,11 +45,4 @@ def _adopt(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
 
 
 def _refuse_another(checkpoint: Path, expected: str) -> None:
-    file = checkpoints.weights_file(checkpoint)
-    found = file_sha256(file)
-    if found != expected:
-        raise UserError(
-            f"{file.name} changed after the run was planned: its sha256 was {expected[:12]} and is {found[:12]}",
-            checkpoints.WHERE,
-            "Run the command again to use the file as it is now.",
-        )
+    require_sha256(checkpoints.weights_file(checkpoint), expected, checkpoints.WHERE)

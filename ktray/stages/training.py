@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from ktray.images import Images
 from ktray.pool import Means
 from ktray.spec import Schedule
 from ktray.task import Task
-
-OnEpoch = Callable[[int, dict[str, float], Callable[[Path], None]], None]
 
 
 def run_training(stage: Stage, task: Task, images: Images, out: Path, means: Means, start: Path | None) -> dict[str, float]:
@@ -40,11 +37,11 @@ def run_training(stage: Stage, task: Task, images: Images, out: Path, means: Mea
     return {**metrics, "epoch": float(until), "parameters": float(sum(p.numel() for p in backbone.parameters()))}
 
 
-def _checkpointing(out: Path, until: int, means: Means) -> OnEpoch:
+def _checkpointing(out: Path, until: int, means: Means) -> train.OnEpoch:
     """Report every epoch, and save a checkpoint when more than `means.checkpoint_seconds` of work would be lost."""
     saved: dict[str, Any] = {"at": time.monotonic(), "path": None}
 
-    def on_epoch(epoch: int, metrics: dict[str, float], save: Callable[[Path], None]) -> None:
+    def on_epoch(epoch: int, metrics: dict[str, float], save: train.Save) -> None:
         means.progress({"epoch": epoch, "of": until, **metrics})
         if epoch >= until or time.monotonic() - saved["at"] < means.checkpoint_seconds:
             return

@@ -25,7 +25,7 @@ class Store(Protocol):
         """The artifact, or None if absent; a damaged one is moved aside with a warning and counts as absent."""
 
     def scratch(self, key: str, attempt: str) -> Path:
-        """A fresh empty directory for one attempt at `key`."""
+        """A fresh empty directory for one attempt at `key`. FileNotFoundError if the attempt is fenced."""
 
     def publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> tuple[Artifact, bool]:
         """Write `record` last and publish; (artifact, whether this call published it). FileNotFoundError if fenced."""
@@ -56,7 +56,11 @@ class Store(Protocol):
 
 
 def open_store(url: str) -> Store:
-    """The store at `url`: ``file:///path`` or a plain path."""
+    """The store at `url`: ``file:///path`` or a plain path.
+
+    Raises:
+        UserError: another scheme.
+    """
     from ktray.stores.file import FileStore
 
     scheme, separator, rest = url.partition("://")

@@ -64,6 +64,10 @@ class FileStore:
     def scratch(self, key: str, attempt: str) -> Path:
         directory = self._hidden(".scratch") / f"{key}.{attempt}"
         directory.mkdir()
+        # Fenced before it had a directory: `fence` marks first and takes away then, so that one of the two sees the other.
+        if (self.root / ".fenced" / directory.name).exists():
+            directory.rmdir()
+            raise FileNotFoundError(errno.ENOENT, "this attempt was fenced", str(directory))
         return directory
 
     def publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> tuple[Artifact, bool]:
@@ -94,9 +98,14 @@ class FileStore:
 
     def fence(self, key: str, attempt: str) -> bool:
         name = f"{key}.{attempt}"
+        mark = self._hidden(".fenced") / name
+        with contextlib.suppress(OSError):  # it is there, or the disk is full: what has a directory is fenced all the same
+            mark.mkdir()
         try:
-            (self._hidden(".scratch") / name).rename(self._hidden(".fenced") / name)
-        except FileNotFoundError:
+            (self._hidden(".scratch") / name).rename(mark)  # onto the empty mark, in one step
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
             return False
         return True
 

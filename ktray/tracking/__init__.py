@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
 
 from ktray.errors import UserError
+from ktray.fingerprint import fingerprint
 from ktray.tracking.connection import checked, default_uri
 from ktray.tracking.pages import experiment_tags
 from ktray.tracking.rules import key_of, metrics_of, params_of, run_name, tags_of
@@ -72,6 +73,7 @@ class Tracker:
         self._version_tags = dict(version_tags or {})
         self._spool: Spool | None = None
         self._writer: Writer | None = None
+        self._stages: set[str] = set()
         self._lost = 0  # events that could not even be kept
 
     @_quiet
@@ -80,6 +82,7 @@ class Tracker:
         if self._writer:
             return
         self._spool = Spool(_spool_of(self._home, self._study))
+        self._stages = _told_stages(self._spool, fingerprint(self._uri))
         alone = self._spool.claim()  # if another process has it, the RUNNING runs are its, and no orphans
         writer = _writer(self._spool, self._uri, self._home, self._study)
         self._add("open", name=self._study, tags=tags_of(self._version_tags), alone=alone)
@@ -183,9 +186,14 @@ class Tracker:
         fields: dict[str, Any] = {"key": key, "name": name, "metrics": single, "rows": curve, "params": texts, "note": note}
         fields |= {"tags": {**tags_of(tags), **more, **cut}, "share": self._share_images}
         self._add("stage", **fields, span=[round(moment * 1000) for moment in span or (time.time(), time.time())])
+        self._stages.add(key)
         if images:
             paths = [str(Path(image).absolute()) for image in images]
             self._add("images", key=key, name=name, images=paths, share=self._share_images)
+
+    def knows_stage(self, key: str) -> bool:
+        """Whether `stage` was called for this key, by this session or by an earlier one."""
+        return key in self._stages
 
     def close(self, status: Status, timeout: float = 20) -> bool:
         """Ends the search's run and writes what is left, for `timeout` seconds at most.
@@ -218,6 +226,18 @@ def replay(uri: str, home: Path, study: str, timeout: float = 20) -> bool:
     writer = _writer(spool, checked(uri), home, study)
     writer.start()
     return writer.stop(timeout)
+
+
+def _told_stages(spool: Spool, tracker: str) -> set[str]:
+    """Keys of the stages that the tracker has or that wait for it."""
+    position = spool.load()
+    applied = position.runs if position.tracker == tracker else {}
+    known = {slot.removeprefix("stage/") for slot in applied if slot.startswith("stage/")}
+    offset = position.offset if position.tracker == tracker else 0
+    while entries := spool.read(offset):
+        known |= {event["key"] for event, _ in entries if event.get("do") == "stage"}
+        offset = entries[-1][1]
+    return known
 
 
 def _spool_of(home: Path, study: str) -> Path:

@@ -1,0 +1,98 @@
+"""Inpainting: what a network sees of an image tells what is missing from it (context encoders, without the adversary).
+
+A square of half the image's side is replaced by the middle grey: at the centre, or anywhere. A decoder tells the mean colour
+of each missing cell of a grid from the backbone's features, a vector.
+
+Different from the source: the missing part is told in cells, not pixels, by a decoder of two layers; its second variant lays
+several smaller holes; there is no adversarial loss, which the authors leave out too where they learn features.
+
+Source: Pathak, Krähenbühl, Donahue, Darrell, Efros, CVPR 2016, arXiv:1604.07379, sections 3.2 and 3.3 (equation 1).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from ktray import augment, patches
+from ktray.spec import Augment
+from ktray.spec import Spec as SpecBase
+from ktray.task import Task
+
+REVISION = 1
+TOOLS = (augment, patches)
+
+
+class Spec(SpecBase):
+    """A hole of `grid` / 2 by `grid` / 2 cells; the image is cropped to a whole number of pixels per cell."""
+
+    kind: Literal["inpainting"] = "inpainting"
+    place: Literal["centre", "random"] = "centre"
+    grid: int = Field(default=8, ge=2, le=64, description="cells along each side of the image; even")
+    hidden: int = Field(default=256, ge=8, le=8192, description="width of the decoder")
+    augment: Augment = Augment(crop=2, flip=True)
+
+    @field_validator("grid")
+    @classmethod
+    def _halves(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError(f"a hole of half of {value} cells is no whole number of them; use an even number")
+        return value
+
+
+def task(spec: Spec, size: int) -> Task:
+    """Metric "explained": the share of the missing cells' variance that is told, 1 at best, 0 for their mean colour.
+
+    Args:
+        size: side of the images in pixels.
+    """
+    side = max(size - size % spec.grid, spec.grid)
+
+    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        squares = patches.square(augment.views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
+        hole = holes(len(images), spec.grid, spec.place == "random", generator).to(images.device)
+        cells = nn.functional.avg_pool2d(squares, side // spec.grid)
+        pixels = hole.repeat_interleave(side // spec.grid, dim=1).repeat_interleave(side // spec.grid, dim=2)
+        seen = squares.masked_fill(pixels[:, None], 0.0)  # 0 is the middle of the range of `augment.to_float`
+        return seen.contiguous(memory_format=torch.channels_last), torch.cat([cells, hole[:, None].float()], dim=1)
+
+    def head(width: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(width, spec.hidden),
+            nn.BatchNorm1d(spec.hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(spec.hidden, 3 * spec.grid**2),
+            nn.Unflatten(1, (3, spec.grid, spec.grid)),
+        )
+
+    return Task(head=head, batch=batch, loss=reconstruction)
+
+
+def holes(count: int, grid: int, anywhere: bool, generator: torch.Generator) -> Tensor:
+    """Which cells are missing: (B, grid, grid) bool, a square of half the side in each, at the centre or anywhere."""
+    corner = torch.full((2, count, 1), grid // 4)
+    if anywhere:
+        corner = torch.randint(grid // 2 + 1, (2, count, 1), generator=generator)
+    along = torch.arange(grid)
+    rows, columns = (along >= corner) & (along < corner + grid // 2)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def reconstruction(predicted: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean squared difference over the missing cells.
+
+    Args:
+        predicted: (B, 3, grid, grid) float.
+        targets: (B, 4, grid, grid) float: the cells, then 1 where they are missing.
+
+    Source: Pathak et al., equation 1.
+    """
+    cells, hole = targets.split([3, 1], dim=1)
+    count = 3 * hole.sum()
+    error = ((predicted - cells).square() * hole).sum() / count
+    mean = (cells * hole).sum(dim=(0, 2, 3), keepdim=True) * 3 / count
+    variance = ((cells - mean).square() * hole).sum() / count
+    return error, {"explained": 1 - error.detach() / variance.clamp_min(1e-12)}

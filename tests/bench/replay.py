@@ -1,0 +1,161 @@
+"""`python -m tests.bench.replay`: a study whose every stage is in the store, from its first draw to its leaderboard.
+
+Nothing is computed, Ray is never started: what is measured is what a trial costs the driver. The artifacts are made up, with
+records of the usual size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as parquet
+
+from ktray import tracking
+from ktray.artifact import Stage
+from ktray.cli.source import load_space
+from ktray.drivers import conductor, references, search
+from ktray.drivers.stopping import Stopping
+from ktray.pipeline import graph as graphs
+from ktray.pipeline.check import data_loader
+from ktray.pipeline.identity import data_identity
+from ktray.search.space import Space
+from ktray.search.study import Study
+from ktray.search.trial import Trial
+from ktray.stores.file import FileStore
+from tests.searches import toy_space
+from tests.toys import HOG, ROTATION
+
+EVERY = 100
+
+
+class Screen:
+    """Counts, and looks at the clock and at the memory of this process every `EVERY` trials."""
+
+    def __init__(self) -> None:
+        self.ended: set[int] = set()
+        self.rows: list[tuple[int, float, float]] = []
+        self.process, self.began = psutil.Process(), time.perf_counter()
+
+    def begin(self, study: Study) -> None:
+        self.began = time.perf_counter()
+        self.look()
+
+    def trial(self, event: str, trial: Trial, text: str) -> None:
+        self.ended.add(trial.number)
+        if len(self.ended) % EVERY == 0 and len(self.ended) > self.rows[-1][0]:
+            self.look()
+
+    def look(self) -> None:
+        gc.collect()
+        self.rows.append((len(self.ended), time.perf_counter() - self.began, self.process.memory_full_info().uss))
+
+    def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+        raise AssertionError("nothing is to be computed")
+
+    def say(self, text: str) -> None:
+        print(text)
+
+
+def space_of(folder: Path, trials: int, stop_early: bool) -> Space:
+    """More draws than are wanted; finite, so that all their artifacts can be made up beforehand."""
+    rates = [round(0.01 + 0.001 * number, 3) for number in range(trials // 20 + 2)]
+    path = toy_space(
+        folder,
+        budget={"trials": trials, "concurrent": 8},
+        early_stop={"metric": "knn/top1", "rungs": [1, 2, 4], "reduction": 2} if stop_early else None,
+        start_with=[],
+        pair__teacher={"one_of": {"hog": HOG, "rotation": {**ROTATION, "layer": {"choice": ["conv3", "conv5"]}}}},
+        pair__transfer={"kind": "clusters", "k": {"choice": [5, 6, 7, 8, 9, 10, 11, 12]}, "iterations": 5},
+        pair__student__schedule={"epochs": 4, "lr": {"choice": rates}, "batch_size": 32},
+    )
+    return load_space(path, [])
+
+
+def stages_of(space: Space, home: Path) -> Iterator[Stage]:
+    """Every stage that any draw of the space may ask for, and those of all reference lines."""
+    identity, milestones = data_identity(home / "cache"), conductor._milestones(space)
+    epochs = [*space.early_stop.rungs[:-1], None] if space.early_stop else [None]
+    for params in space.draws():
+        pair = space.pair(params)
+        for epoch in epochs:
+            yield from graphs.build(
+                pair, identity, epoch=epoch, milestones=milestones.get(str(params.get("teacher", "")), {})
+            ).stages
+        data = data_loader()(pair.data.transfer)
+        trial = Trial(0, params, pair.model_dump(mode="json"), "completed")
+        for graph in references.reference_graphs(trial, data, identity).values():
+            yield from graph.stages
+
+
+def publish(store: FileStore, stage: Stage, history: Path) -> None:
+    """An artifact with a record of the usual size; its metrics follow from its key."""
+    scratch = store.root / stage.key
+    scratch.mkdir()
+    number = int(stage.key[-8:], 16) / 2**32
+    names = {"evaluation": ("top1",), "student": ("top1", "loss", "epoch", "parameters"), "images": ("count", "unreadable")}
+    unreadable = {"unreadable": 0.0} if stage.name == "images" else {}
+    record = {
+        **{"key": stage.key, "sha256": stage.sha256, "stage": stage.name, "spec": dict(stage.spec)},
+        **{"revisions": dict(stage.revisions), "inputs": dict(stage.inputs), "attempt": "a", "started_from": None},
+        **{"metrics": {**dict.fromkeys(names.get(stage.name, ("value",)), number), **unreadable}},
+        **{"seconds": 1.0, "seconds_alone": 1.0, "peak_bytes": 1 << 28, "device": "cpu", "workers": 1, "commit": None},
+        **{"published": "2020-01-01T00:00:00+00:00", "files": {}},
+    }
+    if stage.name in ("student", "teacher"):
+        (scratch / "history.parquet").hardlink_to(history)
+        record["files"] = {"history.parquet": {"size": history.stat().st_size, "sha256": "0" * 64}}
+    (scratch / "record.json").write_text(json.dumps(record, indent=1, sort_keys=True))
+
+
+def main() -> None:
+    """Make up the store, replay, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--stop-early", action="store_true", help="with rungs: up to three segments per trial")
+    parser.add_argument("--folder", type=Path, default=None, help="keep everything here")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="replay-"))
+    home = folder / "home"
+    space = space_of(folder, options.trials, options.stop_early)
+    store = FileStore(home / "store")
+    history = folder / "history.parquet"
+    parquet.write_table(pa.table({"epoch": [1.0, 2.0, 3.0, 4.0], "loss": [1.0] * 4, "top1": [0.5] * 4}), history)
+    known: set[str] = {path.name for path in store.root.iterdir()}
+    for stage in stages_of(space, home):
+        if stage.key not in known:
+            known.add(stage.key)
+            publish(store, stage, history)
+    screen = Screen()
+    tracker = tracking.Tracker(tracking.default_uri(home), home, "toy")
+    began = time.perf_counter()
+    outcome = search.search(space, search.Place(home, store, None, None), tracker, Stopping(), screen, name="toy", trials=None)
+    seconds = time.perf_counter() - began
+    screen.look()
+    journal = (home / "studies/toy/journal.log").stat().st_size
+    (early, _, memory), (late, _, later) = screen.rows[min(2, len(screen.rows) - 2)], screen.rows[-1]
+    found = {
+        "trials": options.trials,
+        "artifacts": len(known),
+        "seconds": round(seconds, 1),
+        "ms_per_trial": round(1000 * seconds / options.trials, 1),
+        "ms_per_trial_by_hundred": [
+            round(1000 * (b[1] - a[1]) / max(1, b[0] - a[0]), 1) for a, b in zip(screen.rows, screen.rows[1:], strict=False)
+        ],
+        "driver_kB_per_trial": round((later - memory) / 1000 / max(1, late - early), 2),
+        "journal_kB_per_trial": round(journal / 1000 / options.trials, 2),
+        "reason": outcome.reason,
+    }
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

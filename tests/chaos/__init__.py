@@ -1,0 +1,1 @@
+"""Chaos: a supervisor repeats `ktray search` until it is done while random faults hit every kind of process."""

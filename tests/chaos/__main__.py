@@ -1,0 +1,83 @@
+"""`python -m tests.chaos --faults 50 --mean 15`: rounds of chaos until so many faults were survived, and what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from tests.chaos import spaces, verdict
+from tests.chaos.supervisor import Round, calm, disturbed
+from tests.searches import Home
+
+
+def main() -> int:
+    """Run rounds in turn: the fixed list and the drawn space, on a Ray of their own and on a cluster."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=50, help="how many in all, at least")
+    parser.add_argument("--mean", type=float, default=15.0, help="seconds between two, on average")
+    parser.add_argument("--size", type=int, default=3, help="how long the searches are; 1 takes a minute without faults")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=[f"{space}-{place}" for space in spaces.SPACES for place in ("own", "cluster")])
+    parser.add_argument("--folder", type=Path, default=None, help="where everything is kept; a temporary one by default")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    began, rounds, problems = time.monotonic(), [], []
+    plan = [options.only] if options.only else ["fixed-own", "drawn-cluster", "drawn-own", "fixed-cluster"]
+    while sum(len(told.faults) for told in rounds) < options.faults:
+        name, seed = plan[len(rounds) % len(plan)], options.seed + len(rounds)
+        left = options.faults - sum(len(told.faults) for told in rounds)
+        told, found = one(name, folder / f"{len(rounds)}-{name}", folder, left, options.mean, options.size, seed)
+        rounds.append(told)
+        problems += [f"{name}: {problem}" for problem in found]
+        _say(f"{name} is done after {told.seconds:.0f} s: {json.dumps(figures([told]))}")
+        for problem in found:
+            _say(f"  WRONG: {problem}")
+    print(json.dumps({**figures(rounds), "seconds": round(time.monotonic() - began), "wrong": problems}, indent=1))
+    return 1 if problems else 0
+
+
+def one(name: str, place: Path, folder: Path, faults: int, mean: float, size: int, seed: int) -> tuple[Round, list[str]]:
+    """One round, and what was wrong with it."""
+    kind, _, where = name.partition("-")
+    space = spaces.SPACES[kind](place, size)
+    trials = int(yaml.safe_load(space.read_text())["budget"]["trials"])
+    told = disturbed(space, Home(place / "home"), faults=faults, mean=mean, seed=seed, cluster=where == "cluster", say=_say)
+    found = verdict.broken(told, trials)
+    if kind == "fixed":
+        quiet = Home(folder / "calm" / "home")
+        if not quiet.path.exists():
+            calm(spaces.fixed(folder / "calm", size), quiet)
+        return told, found + verdict.different_from_calm(told, quiet)
+    return told, found + verdict.different_from_alone(told, place)
+
+
+def figures(rounds: list[Round]) -> dict[str, object]:
+    """What rounds came to, as plain data."""
+    wastes = [told.watching.waste() for told in rounds]
+    total = sum(waste.total for waste in wastes)
+    gaps = [gap for told in rounds for _, gap in verdict.gaps(told)]
+    return {
+        "faults": dict(
+            sorted(Counter(f"{f.target} {'frozen' if f.seconds else 'killed'}" for told in rounds for f in told.faults).items())
+        ),
+        "commands": dict(Counter(str(end.code) for told in rounds for end in told.ends)),
+        "worker_seconds": round(total, 1),
+        "lost_share": round(sum(waste.lost for waste in wastes) / max(total, 1e-9), 4),
+        "frozen_seconds": round(sum(waste.frozen for waste in wastes), 1),
+        "replaced_after": [round(gap, 1) for gap in gaps],
+    }
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

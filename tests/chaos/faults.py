@@ -1,0 +1,141 @@
+"""One fault: which process it hits, and whether it ends it or makes it stand still for a while."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TARGETS = ("driver", "broker", "worker in a stage", "idle worker", "trial")
+LONGEST_FREEZE = 40.0
+EARLY = 0.02  # how often a search that is still starting is hit: only its driver is there, and it starts for long
+
+
+@dataclass
+class Fault:
+    """What was done, to whom, when.
+
+    Attributes:
+        seconds: how long it stands still; 0 if it was killed.
+        key: the stage that a worker ran.
+    """
+
+    target: str
+    pids: list[int]
+    at: float
+    seconds: float = 0.0
+    key: str = ""
+
+    def __str__(self) -> str:
+        what = f"frozen for {self.seconds:.0f} s" if self.seconds else "killed"
+        return f"{self.target} {what}" + (f" ({self.key})" if self.key else "")
+
+
+@dataclass
+class Faults:
+    """Finds victims and hits them.
+
+    Args:
+        family: process id -> command line of what the search and its cluster consist of.
+        driver: process id of the `ktray search` that runs.
+        status: the file in which the search notes what its crew does.
+        nodes: process ids of each node that may be hit.
+    """
+
+    dice: random.Random
+    family: Callable[[], dict[int, str]]
+    driver: Callable[[], int]
+    status: Path
+    nodes: Callable[[], list[list[int]]] | None = None
+    frozen: list[tuple[float, int]] = field(default_factory=list)
+
+    def strike(self) -> Fault | None:
+        """Hit something; None if nothing of the kind that was chosen is there."""
+        if not self._crew() and self.dice.random() > EARLY:
+            return None
+        targets = [*TARGETS, "node"] if self.nodes else [*TARGETS]
+        target = self.dice.choice(targets)
+        pids, key = self._victims(target)
+        if not pids:
+            return None
+        freeze = self.dice.random() < 0.5
+        seconds = self.dice.uniform(1, 20) if target in ("driver", "broker") else self.dice.uniform(5, LONGEST_FREEZE)
+        fault = Fault(target, pids, time.time(), seconds if freeze else 0.0, key)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP if freeze else signal.SIGKILL)
+            if freeze:
+                self.frozen.append((fault.at + seconds, pid))
+        return fault
+
+    def thaw(self, before: float) -> None:
+        """Wake what has stood still until its time."""
+        for until, pid in self.frozen[:]:
+            if until <= before:
+                self.frozen.remove((until, pid))
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def _victims(self, target: str) -> tuple[list[int], str]:
+        if target == "driver":
+            return [self.driver()], ""
+        if target == "node":
+            found = self.nodes() if self.nodes else []
+            return (self.dice.choice(found), "") if found else ([], "")
+        if target in ("broker", "trial"):
+            return self._one(titled(self.family(), "Broker" if target == "broker" else "ResourceTrainable")), ""
+        wanted = "stage" if target == "worker in a stage" else "idle"
+        crew = self._crew()
+        alive = set(titled(self.family(), "Worker"))
+        pids = [each["pid"] for each in crew.get("workers", ()) if each["state"] == wanted and each["pid"] in alive]
+        chosen = self._one(pids)
+        names = {each["name"] for each in crew.get("workers", ()) if each["pid"] in chosen}
+        keys = [run["key"] for run in crew.get("running", ()) if run["worker"] in names]
+        return chosen, (keys or [""])[0] if wanted == "stage" else ""
+
+    def _one(self, pids: Iterable[int]) -> list[int]:
+        listed = sorted(pids)
+        return [self.dice.choice(listed)] if listed else []
+
+    def _crew(self) -> dict[str, Any]:
+        try:
+            noted = json.loads(self.status.read_text())
+        except (OSError, ValueError):
+            return {}
+        found: dict[str, Any] = noted["crew"] if noted["pid"] == self.driver() else {}
+        return found
+
+
+def titled(family: dict[int, str], title: str) -> list[int]:
+    """Ray's actors whose title begins so."""
+    return [pid for pid, line in family.items() if line.startswith(f"ray::{title}")]
+
+
+def session_family(*leaders: int) -> dict[int, str]:
+    """Process id -> command line of all that lives in the sessions of these processes, themselves excluded."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, PermissionError, psutil.Error):
+            ours = process.pid not in leaders and os.getsid(process.pid) in leaders
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = " ".join(process.cmdline())
+    return found
+
+
+def worker_nodes(family: dict[int, str]) -> list[list[int]]:
+    """The processes of each node of a cluster but its head."""
+    nodes = []
+    for pid, line in family.items():
+        if "raylet/raylet" in line and "--head" not in line:
+            with suppress(psutil.Error):
+                nodes.append([pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))])
+    return nodes

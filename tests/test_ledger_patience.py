@@ -1,0 +1,52 @@
+"""How long the ledger believes in a stage whose workers die, and in a worker that does not come."""
+
+from __future__ import annotations
+
+from test_ledger import House, answers, given, stage
+
+from ktray.crew.books import Hire, Kill
+from ktray.crew.ledger import LATE
+
+
+def test_a_stage_that_gets_further_each_time_outlives_any_number_of_workers() -> None:
+    house, one = House(8), stage("one")
+    house.want("a", one)
+    for epoch in (2, 5, 6, 9, 12):
+        run = house.ledger.runs[one.key]
+        house.ledger.beat(house.roster.workers[run.worker], one.key, one, run.attempt, {"epoch": epoch, "of": 20}, house.now)
+        house.ledger.gone(run.worker, "worker died", "killed by signal 9", house.now)
+        assert given(house.turn()) == [one.key]
+    for _ in range(2):  # now it kills its worker at the same epoch again and again
+        run = house.ledger.runs[one.key]
+        house.ledger.beat(house.roster.workers[run.worker], one.key, one, run.attempt, {"epoch": 12, "of": 20}, house.now)
+        house.ledger.gone(run.worker, "worker died", "killed by signal 9", house.now)
+        said = answers(house.turn())
+    assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
+
+
+def test_another_worker_is_hired_for_one_that_does_not_come_and_a_full_cluster_fails_nothing() -> None:
+    house, one = House(0), stage("one")
+    (first,) = house.want("a", one)
+    assert isinstance(first, Hire)
+    for _ in range(5):
+        house.ledger.silent(house.now)
+        house.turn(LATE - 1)
+        house.ledger.silent(house.now)
+        assert house.turn() == []
+        house.now += 2
+        house.ledger.silent(house.now)
+        actions = house.turn()
+        assert [type(action) for action in actions] == [Kill, Hire]
+        assert answers(actions) == {}
+    house.arrive(next(action for action in actions if isinstance(action, Hire)).worker.name)
+    assert given(house.turn()) == [one.key]
+
+
+def test_the_pace_of_a_stage_is_counted_in_moves_of_its_progress() -> None:
+    house, one = House(1), stage("one")
+    (give,) = house.want("a", one)
+    for epoch in (1, 1, 2, 2, 2):
+        house.now += 3
+        house.ledger.beat(house.roster.workers[give.worker], one.key, one, give.attempt, {"epoch": epoch}, house.now)
+    run = house.ledger.runs[one.key]
+    assert (run.moves, run.moved - run.since) == (2, 9)

@@ -1,0 +1,60 @@
+"""Methods from outside: what they must define, and what they may say of a plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktray import plugins
+from ktray.errors import UserError
+from ktray.pipeline.check import check_pair, data_loader
+from tests.toys import toy_pair
+
+EVALUATION = """
+from ktray.spec import Spec as SpecBase
+NEEDS_LABELS, DIRECTION, evaluate = False, {}, dict
+class Spec(SpecBase):
+    kind: str = "my_other_lab.poor"
+    of: str = "student"
+"""
+DESCRIPTOR = """
+from ktray.errors import UserError
+from ktray.spec import Spec as SpecBase
+REVISION = 1
+class Spec(SpecBase):
+    kind: str = "my_other_lab.modes"
+    modes: int = 100
+def check(spec, size, count):
+    if spec.modes > count:
+        raise UserError(f"{spec.modes} modes cannot be made of {count} images of {size} px", "descriptor.modes", "Fewer.")
+def quick(spec):
+    return spec.model_copy(update={"modes": 2})
+def fit(spec, images):
+    assert len(images) >= spec.modes, "a plan must not fit what two images cannot give"
+    return {}
+def describe(spec, state, images):
+    return images.float().flatten(1)[:, : spec.modes]
+"""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """The package `my_other_lab`, which this command trusts."""
+    (tmp_path / "my_other_lab").mkdir()
+    (tmp_path / "my_other_lab" / "poor.py").write_text(EVALUATION)
+    (tmp_path / "my_other_lab" / "modes.py").write_text(DESCRIPTOR)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "my_other_lab")
+
+
+@pytest.mark.usefixtures("lab")
+def test_an_evaluation_from_outside_has_the_fields_that_are_read_of_every_evaluation():
+    with pytest.raises(UserError, match=r"poor\.py: .* has no name and no layer and no pool and no split"):
+        plugins.module("evaluation", "my_other_lab.poor")
+
+
+@pytest.mark.usefixtures("lab")
+def test_a_descriptor_from_outside_refuses_in_a_plan_what_only_it_knows_and_is_tried_on_two_images():
+    check_pair(toy_pair(teacher={"descriptor": "my_other_lab.modes"}), data_loader())
+    said = r"teacher\.descriptor\.modes: 1000 modes cannot be made of 216 images of 28 px"
+    with pytest.raises(UserError, match=said):
+        check_pair(toy_pair(teacher={"descriptor": {"kind": "my_other_lab.modes", "modes": 1000}}), data_loader())

@@ -1,0 +1,328 @@
+"""Ready-made features as a teacher: rows of a file that belong to images by their paths, or by their place in the data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+import yaml
+from pyarrow import parquet
+
+from ktray import features, plugins
+from ktray.cli import main
+from ktray.crew.local import LocalCrew
+from ktray.errors import StageFailed, UserError
+from ktray.images import open_split, parts
+from ktray.pipeline.check import check_pair, data_loader
+from ktray.pipeline.execute import execute
+from ktray.pipeline.graph import build
+from ktray.pipeline.identity import data_identity
+from ktray.pipeline.naming import pair_name, stage_name
+from ktray.pool import Means
+from ktray.search.space import pair_of
+from ktray.spec import PairSpec
+from ktray.stores.file import FileStore
+from tests.ready_files import COUNT, WIDTH, npy, npy_names, numbers, paths, photos, table
+from tests.toys import DATA, toy_pair, toy_spec
+
+IDENTITY = data_identity()
+
+
+FORMS: dict[str, Callable[..., dict[str, Any]]] = {
+    "npy and a text file": npy,
+    "npy and an array of names": npy_names,
+    "parquet": table,
+    "parquet of one width": lambda *args: table(*args, fixed=True),
+}
+
+
+def ready_pair(data: dict[str, Any], teacher: dict[str, Any], **changes: Any) -> PairSpec:
+    return toy_pair(**{"data": data, "teacher": teacher, "evals": ["effective_rank"], **changes})
+
+
+def run(pair: PairSpec, store: FileStore) -> dict[str, Any]:
+    graph = build(pair, IDENTITY)
+    LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+    return dict(graph.keys)
+
+
+def only_features(pair: PairSpec, store: FileStore) -> tuple[np.ndarray, list[str]]:
+    """The features that the pair clusters, and the paths of their images."""
+    graph = build(pair, IDENTITY)
+    made = [stage for stage in graph.stages if stage.name in ("images", "features")]
+    LocalCrew(store, execute, Means(), lambda event: None).obtain(made, "test")
+    images = store.find(next(stage.key for stage in made if stage.name == "images"))
+    assert images is not None
+    found = store.find(graph.keys["features"])
+    assert found is not None
+    return features.load(found.directory), list(open_split(images.directory, "train", pair.data.cluster).names)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_image_has_the_row_of_its_path_whatever_the_order_of_the_file(form: Any, tmp_path: Path) -> None:
+    data, values = photos(tmp_path / "photos"), numbers(COUNT + 3)
+    names = [*paths(data), "of/no/image.png", "b/ehind.png", "another.png"]
+    order = np.random.default_rng(1).permutation(len(names))
+    teacher = form(tmp_path / "ready", values[order], [names[i] for i in order])
+    found, asked = only_features(ready_pair(data, teacher), FileStore(tmp_path / "store"))
+    assert len(asked) == COUNT * 9 // 10
+    np.testing.assert_array_equal(found, values[[names.index(name) for name in asked]])
+
+
+@pytest.mark.parametrize("data", [DATA, {"kind": "fashion_mnist_mini"}], ids=["synthetic", "fashion_mnist_mini"])
+def test_without_paths_row_i_is_the_ith_training_image_before_some_are_held_out(data: dict[str, Any], tmp_path: Path) -> None:
+    values = numbers(len(paths(data)))
+    pair = ready_pair(data, npy(tmp_path / "ready", values, None))
+    found, asked = only_features(pair, FileStore(tmp_path / "store"))
+    spec: Any = pair.data.cluster
+    _, rows = parts(plugins.module("dataset", data["kind"]).load(spec), spec.split)["train"]
+    np.testing.assert_array_equal(found, values[rows])
+    assert len(asked) == len(rows)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float16", "float32"), ("float64", "float32"), ("float32", "float16")])
+def test_features_are_stored_as_the_spec_says_whatever_the_file_holds(dtype: str, stored: str, tmp_path: Path) -> None:
+    data, values = photos(tmp_path / "photos"), numbers().astype(dtype)
+    pair = ready_pair(data, {**npy(tmp_path / "ready", values, None), "dtype": stored})
+    found, asked = only_features(pair, FileStore(tmp_path / "store"))
+    expected = values[[paths(data).index(name) for name in asked]].astype("float32").astype(stored)
+    np.testing.assert_array_equal(found, expected)
+    shard = next((tmp_path / "store").glob("features-*/features-00000.npy"))
+    assert np.load(shard, allow_pickle=False).dtype == stored
+
+
+# --- identity
+
+
+def test_a_copy_of_the_files_is_the_same_teacher_and_a_changed_number_or_name_another(tmp_path: Path) -> None:
+    data, values = photos(tmp_path / "photos"), numbers()
+    names = paths(data)
+
+    def key(place: str, rows: np.ndarray, listed: list[str], **fields: Any) -> str:
+        teacher = {**npy(tmp_path / place, rows, listed), **fields}
+        return str(build(ready_pair(data, teacher), IDENTITY).keys["features"])
+
+    first = key("here", values, names)
+    assert key("there", values, names) == first
+    assert key("here", values, names, dtype="float16") != first
+    assert key("here", np.where(values == values[3, 3], 0, values), names) != first
+    assert key("here", values, [*names[1:], names[0]]) != first
+
+
+def test_features_that_were_replaced_after_planning_are_not_published_under_the_old_key(tmp_path: Path) -> None:
+    data, store = photos(tmp_path / "photos"), FileStore(tmp_path / "store")
+    graph = build(ready_pair(data, npy(tmp_path / "ready", numbers(), None)), IDENTITY)
+    npy(tmp_path / "ready", numbers(seed=1), None)
+    with pytest.raises(StageFailed, match=r"features-\w+ failed: .*clip\.npy changed after the run was planned"):
+        LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+    assert not [key for key in list(store.keys()) if not key.startswith("images")]
+
+
+def test_names_of_pairs_and_stages_say_where_features_come_from(tmp_path: Path) -> None:
+    pair = ready_pair(DATA, npy(tmp_path, numbers(), None))
+    assert pair_name(pair.model_dump()) == "clip.npy k=5 -> alexnet w0.125"
+    stage = next(stage for stage in build(pair, IDENTITY).stages if stage.name == "features")
+    assert stage_name("features", stage.spec) == "features ready-made"
+
+
+# --- end to end
+
+
+def test_a_pair_runs_with_ready_made_features_and_judges_them_as_those_of_a_teacher(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    spec = plugins.parse("dataset", DATA)
+    labels = plugins.module("dataset", "synthetic").load(spec).train.labels
+    teacher = npy(tmp_path / "ready", np.eye(6, dtype=np.float32)[labels] + 0.01 * numbers(DATA["count"]), None)
+    judges = [{"kind": "knn", "of": "teacher", "name": "teacher_knn"}, {"kind": "knn"}]
+    pair = toy_spec(teacher={"features": "ready/clip.npy"}, evals=judges, transfer={"kind": "clusters", "k": 6})
+    (tmp_path / "pair.yaml").write_text(yaml.safe_dump(pair))
+    assert main(["run", "pair.yaml", "--local", "--json", "--quiet"]) == 0
+    answer = json.loads(capsys.readouterr().out)[0]
+    assert answer["metrics"]["teacher_knn/top1"] == 1.0, "the features give the label away"
+    assert answer["metrics"]["pseudo_labels/nmi"] > 0.99
+    assert answer["metrics"]["features/dim"] == 6
+    assert "teacher" not in answer["keys"]
+    assert Path(teacher["features"]).exists()
+    assert main(["run", "pair.yaml", "--local", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["computed"] == {}
+
+
+# --- what is wrong
+
+
+def broken(at: Path, change: Callable[[np.ndarray, list[str]], Any], form: Any = npy) -> dict[str, Any]:
+    """A teacher for the photos in `at` after a change of its rows and paths."""
+    values, names = numbers().astype(np.float64), paths(photos(at / "photos"))
+    changed = change(values, names)
+    return form(at / "ready", *(changed if changed is not None else (values, names)))
+
+
+def as_file(name: str, content: bytes) -> Callable[[Path], dict[str, Any]]:
+    def write(at: Path) -> dict[str, Any]:
+        photos(at / "photos")
+        (at / name).write_bytes(content)
+        return {"features": str(at / name)}
+
+    return write
+
+
+def ragged(at: Path) -> dict[str, Any]:
+    names = paths(photos(at / "photos"))
+    lists = [[0.5] * (WIDTH - (index == 9)) for index in range(COUNT)]
+    parquet.write_table(pyarrow.table({"path": names, "features": lists}), at / "ragged.parquet")
+    return {"features": str(at / "ragged.parquet")}
+
+
+def put(values: np.ndarray, row: int, value: float) -> None:
+    values[row, 2] = value
+
+
+REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by `ktray plan`
+    "no file": (lambda at: {"features": str(at / "no.npy")}, r"teacher\.features: there is no file no\.npy"),
+    "no names": (
+        lambda at: {**npy(at, numbers(), None), "names": str(at / "no.txt")},
+        r"teacher\.names: there is no file no\.txt",
+    ),
+    "rows and paths of another number": (
+        lambda at: broken(at, lambda values, names: (values[:-1], names)),
+        r"teacher\.names: clip\.npy has 39 rows, and clip\.txt 40 paths",
+    ),
+    "another number of rows than images": (
+        lambda at: broken(at, lambda values, names: (values[:-1], None)),
+        r"teacher\.features: clip\.npy has 39 rows, and the data set has 40 training images",
+    ),
+    "an image without features": (
+        lambda at: broken(at, lambda values, names: (values, [*(f"photos/{name}" for name in names)])),
+        r"36 of 36 train images of data\.cluster have no features, the first is '\w/\d+\.png'\. .* such as 'photos/a/000\.png'",
+    ),
+    "a path twice": (
+        lambda at: broken(at, lambda values, names: (values, [names[0], *names[:-1]])),
+        r"teacher\.features: the path 'a/000\.png' is there 2 times",
+    ),
+    "a path twice in a parquet": (
+        lambda at: broken(at, lambda values, names: (values, [names[0], *names[:-1]]), table),
+        r"teacher\.features: the path 'a/000\.png' is there 2 times",
+    ),
+    "whole numbers": (
+        lambda at: broken(at, lambda values, names: (values.astype(np.int64), names)),
+        r"clip\.npy holds an array \(40, 6\) of int64\. Features are \(N, D\) of float16, float32 or float64",
+    ),
+    "a cube": (
+        lambda at: broken(at, lambda values, names: (values.reshape(40, 2, 3), names)),
+        r"clip\.npy holds an array \(40, 2, 3\) of float64",
+    ),
+    "whole numbers in a parquet": (
+        lambda at: broken(at, lambda values, names: (values.astype(np.int64), names), table),
+        r"teacher\.columns\.features: the column 'clip' holds list<.*int64>",
+    ),
+    "another column": (
+        lambda at: {**broken(at, lambda values, names: None, table), "columns": {"path": "file"}},
+        r"teacher\.columns\.path: clip\.parquet has no column 'file'\. It has image, clip",
+    ),
+    "no parquet": (as_file("x.parquet", b"nothing"), r"x\.parquet is no parquet file"),
+    "no npy": (as_file("x.npy", b"nothing"), r"x\.npy is no \.npy file of numbers"),
+    "pickled objects": (
+        lambda at: broken(at, lambda values, names: (np.array([[object()] * 2] * 40), names)),
+        r"clip\.npy is no \.npy file of numbers",
+    ),
+    "names in no encoding": (
+        lambda at: {
+            **broken(at, lambda values, names: (values, None)),
+            "names": as_file("n.txt", b"\xff\xfe\xff")(at)["features"],
+        },
+        r"teacher\.names: n\.txt is no list of paths",
+    ),
+}
+
+
+@pytest.mark.parametrize(("teacher", "said"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_plan_can_see_is_refused_before_anything_runs(
+    teacher: Callable[[Path], dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    made = teacher(tmp_path)
+    with pytest.raises(UserError, match=said) as refused:
+        check_pair(ready_pair(photos(tmp_path / "photos"), made), data_loader())
+    assert "\n" not in str(refused.value)
+
+
+FAILED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by the stage that reads the numbers
+    "NaN": (
+        lambda at: broken(at, lambda values, names: put(values, 7, np.nan)),
+        r"1 of 36 images have features of type float32 that are not finite, the first is image \d+ \(a/014\.png\)",
+    ),
+    "NaN in a parquet": (
+        lambda at: broken(at, lambda values, names: put(values, 7, np.nan), table),
+        r"that are not finite, the first is image \d+ \(a/014\.png\)",
+    ),
+    "more than float32 holds": (
+        lambda at: broken(at, lambda values, names: put(values, 7, 1e39)),
+        r"float32 that are not finite, .*\(a/014\.png\)",
+    ),
+    "more than float16 holds": (
+        lambda at: {**broken(at, lambda values, names: put(values, 7, 1e6)), "dtype": "float16"},
+        r"float16 that are not finite, .*\(a/014\.png\)",
+    ),
+    "rows of two widths": (ragged, r"teacher\.features: row 9 of ragged\.parquet has 5 numbers, and the first 6"),
+}
+
+
+@pytest.mark.parametrize(("teacher", "said"), FAILED.values(), ids=FAILED.keys())
+def test_wrong_numbers_fail_the_stage_by_name_and_publish_nothing_but_the_images(
+    teacher: Callable[[Path], dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    made, store = teacher(tmp_path), FileStore(tmp_path / "store")
+    pair = ready_pair(photos(tmp_path / "photos"), made)
+    check_pair(pair, data_loader())
+    with pytest.raises(StageFailed, match=rf"^features-\w+ failed: .*{said}"):
+        run(pair, store)
+    assert {key.partition("-")[0] for key in list(store.keys())} == {"images"}
+
+
+def test_one_row_never_belongs_to_images_of_two_data_sets(tmp_path: Path) -> None:
+    one, two = photos(tmp_path / "one"), photos(tmp_path / "two", seed=100)
+    roles = {"pretext": one, "cluster": one, "transfer": two, "target": two}
+    with pytest.raises(UserError, match=r"features without paths belong to one data set, and data\.cluster and data\.transfer"):
+        check_pair(ready_pair(roles, npy(tmp_path / "a", numbers(), None)), data_loader())
+    with pytest.raises(UserError, match=r"paths are in data\.cluster and in data\.transfer, such as '[ab]/\d+\.png'"):
+        check_pair(ready_pair(roles, npy(tmp_path / "b", numbers(), paths(one))), data_loader())
+    other = photos(tmp_path / "three/below", seed=200)
+    apart = {**roles, "transfer": {**other, "path": str(tmp_path / "three")}}
+    names = [*paths(one), *paths(apart["transfer"])]
+    check_pair(ready_pair(apart, npy(tmp_path / "c", numbers(2 * COUNT), names)), data_loader())
+
+
+def test_images_of_the_test_split_need_features_of_their_own(tmp_path: Path) -> None:
+    teacher = npy(tmp_path, numbers(DATA["count"]), None)
+    judge = {"kind": "knn", "of": "teacher", "split": "test"}
+    with pytest.raises(UserError, match=r"200 of 200 test images of data\.target have no features"):
+        check_pair(toy_pair(teacher=teacher, evals=[judge]), data_loader())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"features": "x.csv"}, r"pair\.teacher: ready-made features are a \.npy or a \.parquet file, and this is 'x\.csv'"),
+        ({"features": "x.parquet", "names": "x.txt"}, r"pair\.teacher: a \.parquet has its paths in 'columns'"),
+        ({"features": "x.npy", "columns": {"path": "p"}}, r"pair\.teacher: a \.parquet has its paths in 'columns'"),
+        ({"features": "x.npy", "layer": "conv3"}, r"pair\.teacher\.layer: a ready-made teacher .* has no 'layer'"),
+        ({"features": "x.npy", "nmaes": "x.txt"}, r"pair\.teacher\.nmaes: there is no field 'nmaes'\. Did you mean 'names'"),
+        ({"features": "x.npy", "checkpoint": "y.pt"}, r"this one has checkpoint and features"),
+    ],
+)
+def test_what_ready_made_features_cannot_be_is_unspeakable(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        pair_of(toy_spec(teacher=fields), "pair.yaml")
+
+
+def test_a_judge_of_ready_made_features_reads_no_layer(tmp_path: Path) -> None:
+    judge = {"kind": "knn", "of": "teacher", "layer": "conv3"}
+    with pytest.raises(UserError, match=r"evals\.0\.layer: the teacher is a file of features, which has no layer 'conv3'"):
+        check_pair(toy_pair(teacher=npy(tmp_path, numbers(DATA["count"]), None), evals=[judge]), data_loader())
