@@ -1,0 +1,325 @@
+"""What does sharing save in CPU time? ktray against the same stage functions as one opaque trainable under Ray Tune.
+
+TBD
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ktray.artifact import Artifact, Stage
+from ktray.pool import Means
+from ktray.spec import PairSpec
+from ktray.stores import Store, open_store
+
+CONCURRENT = 2
+LOG = "KTRAY_BENCH_LOG"
+SPACE = Path(__file__).parents[2] / "search_spaces" / "quickstart.yaml"
+POLL_SECONDS = 0.25
+
+
+def pairs() -> dict[str, PairSpec]:
+    """32 distinct pairs over 4 rotation teachers: two layers, two cluster counts, two students each."""
+    found: dict[str, PairSpec] = {}
+    for width, teacher_seed in ((0.125, 0), (0.125, 1), (0.25, 0), (0.25, 1)):
+        teacher = {
+            "pretext": {"kind": "rotation", "rotations": "one"},
+            "backbone": {"kind": "alexnet", "width": width},
+            "schedule": {"epochs": 6, "lr": 0.05, "batch_size": 64},
+            "seed": teacher_seed,
+        }
+        for layer in ("conv3", "conv4"):
+            for k in (50, 100):
+                for seed in (0, 1):
+                    spec = {
+                        "data": "fashion_mnist_mini",
+                        "teacher": {**teacher, "layer": layer},
+                        "transfer": {"kind": "clusters", "k": k},
+                        "student": {
+                            "backbone": {"kind": "alexnet", "width": 0.125},
+                            "schedule": {"epochs": 3, "lr": 0.05, "batch_size": 64},
+                            "seed": seed,
+                        },
+                        "evals": [{"kind": "knn"}],
+                    }
+                    found[f"w{width:g} {teacher_seed} {layer} k={k} student {seed}"] = PairSpec.model_validate(spec)
+    return found
+
+
+# ---- the stage functions, the same on both sides
+
+
+def measured(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
+    """`execute`, and a line in the log about the CPU time of this process meanwhile; a worker that helped is not in it."""
+    from ktray.pipeline import execute as kitchen
+
+    began = time.process_time()
+    artifact, published = kitchen.execute(stage, store, attempt, means)
+    line = {"key": stage.key, "stage": stage.name, "cpu": time.process_time() - began, "wall": artifact.record["seconds"]}
+    if published:
+        with open(os.environ[LOG], "a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+    return artifact, published
+
+
+def ktray_runs(arguments: list[str]) -> None:
+    """A command of ktray whose stages are measured."""
+    from ktray.cli import main
+    from ktray.pipeline import execute
+
+    execute.execute = measured  # only here: workers get `measured` by value, and it calls theirs
+    code = main(arguments)
+    assert code == 0, code
+
+
+# ---- the other side
+
+
+def run_stages(
+    pair: PairSpec, store: Store, epoch: int | None = None, evaluations: list[str] | None = None
+) -> dict[str, float]:
+    """Metrics of a pair, computed here from what the store has."""
+    from ktray.pipeline import graph, judge
+    from ktray.pipeline.identity import data_identity
+
+    built = graph.build(
+        pair, data_identity(Path(store.url.removeprefix("file://")) / "cache"), epoch=epoch, evaluations=evaluations
+    )
+    for stage in built.stages:
+        measured(stage, store, "naive", Means())
+    artifacts = judge.finished(built, store)
+    assert artifacts is not None
+    return judge.metrics(built, artifacts)
+
+
+def whole_pair(config: Mapping[str, Any]) -> None:
+    """A trainable: one pair from its images to its judgement, in a folder of its own."""
+    from ray import tune
+
+    folder = tempfile.mkdtemp()
+    metrics = run_stages(PairSpec.model_validate(config["pair"]), open_store(f"file://{folder}"))
+    shutil.rmtree(folder)
+    tune.report({"top1": metrics["knn/top1"]})
+
+
+def stopped_pair(config: Mapping[str, Any]) -> None:
+    """A trainable for ASHA: reports at 2, 4 and 8 epochs of its student, at the last with a linear probe."""
+    from ray import tune
+
+    from ktray.search import space
+
+    params = {name: value for name, value in config.items() if name not in ("space", "overrides")}
+    searched = space.load(Path(config["space"]), config["overrides"])
+    pair, folder = searched.pair(params), tempfile.mkdtemp()
+    store = open_store(f"file://{folder}")
+    try:
+        for epoch in searched.early_stop.rungs:
+            last = epoch == searched.early_stop.rungs[-1]
+            metrics = run_stages(pair, store, epoch, None if last else ["knn"])
+            probe = {"probe": metrics["linear_probe/top1"]} if last else {}
+            tune.report({"top1": metrics["knn/top1"], "epoch": epoch, **probe})
+    finally:
+        shutil.rmtree(folder)
+
+
+def start_ray() -> None:
+    """Ray as a user starts it, without its dashboard."""
+    import ray
+
+    os.environ.update(RAY_AUTH_MODE="disabled", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_USAGE_STATS_ENABLED="0")
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    ray.init(
+        address="local",
+        num_cpus=CONCURRENT,
+        include_dashboard=False,
+        object_store_memory=1 << 30,
+        _temp_dir=tempfile.mkdtemp(prefix="naive-", dir="/tmp"),
+        log_to_driver=False,
+        runtime_env={"env_vars": threads},
+    )
+
+
+def tune_list(folder: Path, chosen: list[str]) -> None:
+    """The list under plain Ray Tune; processes are reused, so that imports are paid once as by ktray."""
+    from ray import tune
+
+    start_ray()
+    wanted = {name: pair.model_dump(mode="json") for name, pair in pairs().items() if name in chosen}
+    results = tune.Tuner(
+        tune.with_resources(whole_pair, {"cpu": 1}),
+        param_space={"pair": tune.grid_search(list(wanted.values()))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=CONCURRENT, reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(folder), verbose=0),
+    ).fit()
+    assert not results.errors, results.errors
+    print(json.dumps({"trials": len(results)}))
+
+
+def tune_search(folder: Path, trials: int, overrides: list[str]) -> None:
+    """The space under Ray Tune with OptunaSearch and ASHA."""
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    from ktray.search import space, tree
+
+    searched = space.load(SPACE, overrides)
+
+    def draw(trial: Any) -> dict[str, Any]:
+        def ask(parameter: tree.Parameter) -> Any:
+            if isinstance(parameter, tree.Choice):
+                return trial.suggest_categorical(parameter.name, parameter.labels)
+            return trial.suggest_float(parameter.name, parameter.low, parameter.high, log=parameter.log)
+
+        searched.suggest(ask)
+        return {"space": str(SPACE), "overrides": overrides}
+
+    start_ray()
+    stop = searched.early_stop
+    results = tune.Tuner(
+        tune.with_resources(stopped_pair, {"cpu": 1}),
+        tune_config=tune.TuneConfig(
+            num_samples=trials,
+            max_concurrent_trials=CONCURRENT,
+            search_alg=OptunaSearch(space=draw, metric="top1", mode="max", seed=0),
+            scheduler=ASHAScheduler(
+                "epoch", "top1", "max", max_t=stop.rungs[-1], grace_period=stop.rungs[0], reduction_factor=2
+            ),
+        ),
+        run_config=tune.RunConfig(storage_path=str(folder), verbose=0),
+    ).fit()
+    assert not results.errors, results.errors
+    best = max(result.metrics.get("probe", 0.0) for result in results)
+    print(json.dumps({"trials": len(results), "probe": best}))
+
+
+# ---- measuring
+
+
+def cpu_seconds(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
+    """CPU seconds of a command and all processes that descend from it, its wall seconds, and the last line that it printed.
+
+    What a process spends between the last look at it and its end, a quarter of a second at most, is not seen.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        root = subprocess.Popen(command, env={**os.environ, **environment}, stdout=said)
+        spent: dict[tuple[int, float], float] = {}
+        while root.poll() is None:
+            for identity, seconds in _family(root.pid, {pid for pid, _ in spent}):
+                spent[identity] = seconds
+            time.sleep(POLL_SECONDS)
+        assert root.returncode == 0, root.returncode
+        said.seek(0)
+        lines = said.read().strip().splitlines()
+    return sum(spent.values()), time.monotonic() - began, lines[-1] if lines else ""
+
+
+def _family(root: int, known: set[int]) -> Iterator[tuple[tuple[int, float], float]]:
+    """(pid, creation time) and CPU seconds of `root`, of its descendants, and of `known` ones whose parent is gone."""
+    table = {process.pid: process.info for process in psutil.process_iter(["ppid", "create_time", "cpu_times"])}
+    children: dict[int, list[int]] = {}
+    for pid, info in table.items():
+        children.setdefault(info["ppid"], []).append(pid)
+    waiting, seen = [root, *known], set[int]()
+    while waiting:
+        pid = waiting.pop()
+        if pid in seen or pid not in table:
+            continue
+        seen.add(pid)
+        waiting += children.get(pid, [])
+        if table[pid]["cpu_times"] is not None:
+            times = table[pid]["cpu_times"]
+            yield (pid, table[pid]["create_time"]), times.user + times.system
+
+
+def side(name: str, folder: Path, *more: str) -> tuple[float, float, str, list[dict[str, Any]]]:
+    """Run one side; CPU seconds, wall seconds, what it said last, and the lines of its stages."""
+    log = folder / f"{name}.jsonl"
+    command = [sys.executable, __file__, name, "--folder", str(folder / name), *more]
+    spent, wall, said = cpu_seconds(command, {LOG: str(log), "KTRAY_HOME": str(folder / name / "home")})
+    stages = [json.loads(line) for line in log.read_text().splitlines()]
+    by_stage: dict[str, float] = {}
+    for stage in stages:
+        by_stage[stage["stage"]] = by_stage.get(stage["stage"], 0.0) + stage["cpu"]
+    shown = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in by_stage.items())
+    print(
+        f"{name}: {spent:.1f} CPU s, {wall:.1f} s; {len(stages)} stages, {sum(by_stage.values()):.1f} CPU s ({shown})",
+        flush=True,
+    )
+    return spent, wall, said, stages
+
+
+def compare_lists(folder: Path, count: int) -> None:
+    """Part one: the fixed list."""
+    spent, _, _, stages = side("ktray-list", folder, "--count", str(count))
+    naive, _, _, opaque = side("naive-list", folder, "--count", str(count))
+    ideal = sum(stage["cpu"] for stage in stages)
+    alone = sum(stage["cpu"] for stage in opaque)
+    assert len({stage["key"] for stage in stages}) == len(stages)
+    print(f"ktray / ideal = {spent / ideal:.3f} (at most {1 / 0.85:.3f}); naive / ktray = {naive / spent:.2f}, ")
+    print(f"of stages alone {alone / ideal:.2f}")
+
+
+def compare_searches(folder: Path, trials: int, overrides: list[str]) -> None:
+    """Part two: the space whole."""
+    more = ["--trials", str(trials), *(f"--set={each}" for each in overrides)]
+    spent, _, said, _ = side("ktray-search", folder, *more)
+    naive, _, told, _ = side("naive-search", folder, *more)
+    print(f"ktray {said}; naive {told}; naive / ktray = {naive / spent:.2f}")
+
+
+def main() -> None:
+    """The comparison that is asked for, or one side of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    sides: dict[str, Callable[[argparse.Namespace], None]] = {
+        "list": lambda given: compare_lists(given.folder, given.count),
+        "search": lambda given: compare_searches(given.folder, given.trials, given.overrides),
+        "ktray-list": _ktray_list,
+        "naive-list": lambda given: tune_list(given.folder, list(pairs())[: given.count]),
+        "ktray-search": _ktray_search,
+        "naive-search": lambda given: tune_search(given.folder, given.trials, given.overrides),
+    }
+    parser.add_argument("what", choices=sides)
+    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--count", type=int, default=32)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    given = parser.parse_args()
+    temporary = given.folder is None
+    given.folder = Path(tempfile.mkdtemp()) if temporary else given.folder
+    given.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        sides[given.what](given)
+    finally:
+        if temporary:
+            shutil.rmtree(given.folder, ignore_errors=True)
+
+
+def _ktray_list(given: argparse.Namespace) -> None:
+    only = [f"--only={name}" for name in list(pairs())[: given.count]]
+    ktray_runs(["run", __file__, "--concurrent", str(CONCURRENT), *only])
+
+
+def _ktray_search(given: argparse.Namespace) -> None:
+    from ktray.cli import main as command
+
+    changes = [f"--set={each}" for each in given.overrides]
+    ktray_runs(["search", str(SPACE), "--name", "bench", "--trials", str(given.trials), *changes])
+    command(["best", "bench", "--json"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""How much does a search share, how long does it take, and what does it cost to decide? On a virtual clock, up to 1,000 GPUs.
+
+TBD
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktray.artifact import Stage
+from ktray.drivers.simulate import Site, Timeline, VirtualClock, simulate
+from ktray.fingerprint import seed_of
+from ktray.search import listed
+from ktray.search.check import checked
+from ktray.search.space import Space
+from ktray.search.study import Study
+
+HOUR = 3600.0
+TEACHERS, LAYERS, KS, WIDTHS, SEEDS = range(6), ("conv3", "conv4", "conv5"), (50, 100, 200, 400), (0.25, 0.5, 1.0, 1.5, 2.0), 30
+EPOCHS = {"teacher": 20, "student": 40}
+PACE = dict(zip(WIDTHS, (0.5, 0.75, 1.0, 1.25, 1.5), strict=True))  # of students by width; the mean is 1
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Hours of a whole stage: a teacher, one extraction, the smallest and the largest k-means, the mean student."""
+
+    teacher: float
+    features: float
+    clusters: tuple[float, float]
+    student: float
+
+    def clustering(self, k: int) -> float:
+        low, high = self.clusters
+        return low + (high - low) * (k - KS[0]) / (KS[-1] - KS[0])
+
+    def seconds(self, stage: Stage, epochs: int) -> float:
+        if stage.name in EPOCHS:
+            whole = self.teacher if stage.name == "teacher" else self.student * PACE[stage.spec["backbone"]["width"]]
+            return whole * HOUR * epochs / EPOCHS[stage.name]
+        if stage.name == "clusters":
+            return self.clustering(stage.spec["k"]) * HOUR
+        return self.features * HOUR if stage.name == "features" else 0.0
+
+
+MODELS = {
+    "teacher given, student 8 h": Costs(0.0, 0.1, (0.02, 0.1), 8.0),
+    "teacher 20 h, student 8 h": Costs(20.0, 0.1, (0.02, 0.1), 8.0),
+    "teacher 20 h, student 1 h": Costs(20.0, 0.1, (0.02, 0.1), 1.0),
+    "CPU: features 20 min, student 10": Costs(0.0, 1 / 3, (1 / 30, 1 / 3), 1 / 6),
+    "CPU: the same, teacher 60 min": Costs(1.0, 1 / 3, (1 / 30, 1 / 3), 1 / 6),
+}
+Params = Mapping[str, Any]
+
+
+def space(trials: int, concurrent: int, early_stop: bool = False) -> Space:
+    """6 teachers x 3 layers x 4 cluster counts x 5 students x 30 seeds."""
+    alexnet = {"kind": "alexnet", "width": 0.25}
+    schedule = {"kind": "warmup_stable", "decay": 0.0, "lr": 0.05}
+    content = {
+        "study": "simulated",
+        "objectives": [{"metric": "knn/top1"}],
+        "budget": {"trials": trials, "concurrent": concurrent},
+        "early_stop": {"metric": "knn/top1", "rungs": [5, 13, 40], "reduction": 3} if early_stop else None,
+        "pair": {
+            "data": "fashion_mnist_mini",
+            "teacher": {
+                "pretext": {"kind": "rotation"},
+                "backbone": alexnet,
+                "layer": {"choice": list(LAYERS)},
+                "schedule": {**schedule, "epochs": EPOCHS["teacher"]},
+                "seed": {"choice": list(TEACHERS)},
+            },
+            "transfer": {"kind": "clusters", "k": {"choice": list(KS)}},
+            "student": {
+                "backbone": {"kind": "alexnet", "width": {"choice": list(WIDTHS)}},
+                "schedule": {**schedule, "epochs": EPOCHS["student"]},
+                "seed": {"choice": list(range(SEEDS))},
+            },
+            "evals": [{"kind": "knn"}],
+        },
+    }
+    return checked(Space.of(content, "simulate_search.py"))
+
+
+def pairs_of(count: int, seed: int = 0) -> list[Params]:
+    """Distinct pairs in random order: of one student seed as long as there are enough."""
+    chance = random.Random(seed)
+    names = ("teacher.seed", "teacher.layer", "transfer.k", "student.backbone.width", "student.seed")
+    found: list[Params] = []
+    for number in range(SEEDS):
+        points = [(t, layer, k, w, number) for t in TEACHERS for layer in LAYERS for k in KS for w in WIDTHS]
+        chance.shuffle(points)
+        found += [dict(zip(names, point, strict=True)) for point in points]
+    chosen = found[:count]
+    chance.shuffle(chosen)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Ideal:
+    """What a list of pairs costs by arithmetic alone, in seconds; nothing here comes from ktray.
+
+    Attributes:
+        naive: every pair on its own.
+        shared: every distinct stage once.
+        path: the longest chain of stages.
+        bound: no order of stages on `gpus` ends earlier: a level of stages begins when the first chain reaches it.
+    """
+
+    naive: float
+    shared: float
+    path: float
+    bound: float
+
+    @classmethod
+    def of(cls, entries: Sequence[Params], costs: Costs, gpus: int) -> Ideal:
+        levels: list[dict[tuple[Any, ...], float]] = [{}, {}, {}, {}]
+        heads: list[list[float]] = [[], [], [], []]
+        naive = path = 0.0
+        for entry in entries:
+            t, layer, k, width, seed = entry.values()
+            chain = (costs.teacher, costs.features, costs.clustering(k), costs.student * PACE[width])
+            names = ((t,), (t, layer), (t, layer, k), (t, layer, k, width, seed))
+            for level, (name, cost) in enumerate(zip(names, chain, strict=True)):
+                levels[level][name] = cost
+                heads[level].append(sum(chain[:level]))
+            naive, path = naive + sum(chain), max(path, sum(chain))
+        work = [sum(level.values()) for level in levels]
+        bound = max(path, *(min(heads[n]) + sum(work[n:]) / gpus for n in range(4)))
+        return cls(naive * HOUR, sum(work) * HOUR, path * HOUR, bound * HOUR)
+
+
+def metrics(stage: Stage) -> Mapping[str, float]:
+    """A judgement that is the same whenever the same stage is judged."""
+    return {"top1": seed_of(stage.key) % 10_000 / 10_000} if stage.name == "evaluation" else {}
+
+
+def deaths(share: float) -> Any:
+    """Whether an attempt dies: that share of the stages once, anywhere in their work."""
+
+    def dies(key: str, attempts: int) -> float | None:
+        drawn = seed_of(key, "death") / 2**63
+        return drawn / share if attempts == 0 and drawn < share else None
+
+    return dies
+
+
+def run(costs: Costs, site: Site, trials: int, entries: Sequence[Params] | None, live: int = 0) -> tuple[Timeline, float]:
+    """A list of pairs without early stopping, or random draws with it; and the seconds that this process was busy.
+
+    Args:
+        live: trials at once; 0: twice the GPUs, and at least 64.
+    """
+    searched = space(trials, live or max(64, 2 * site.workers), early_stop=entries is None)
+    draws = listed.chance(searched) if entries is None else listed.fixed(searched, entries)
+    clock, began = VirtualClock(), time.process_time()
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the study is a file that is synced a dozen times a trial
+    with tempfile.TemporaryDirectory(dir=memory) as home:
+        study = Study.open(Path(home), searched, clock=clock, draws=draws)
+        timeline = simulate(searched, study, clock, costs.seconds, metrics, site)
+    return timeline, time.process_time() - began
+
+
+def decisions(timeline: Timeline) -> str:
+    """Mean and 99th percentile in ms of the last tenth of all decisions of each sort."""
+    said = []
+    for what, took in timeline.decisions.items():
+        last = sorted(took[-max(1, len(took) // 10) :])
+        said.append(f"{what} {1e3 * sum(last) / len(last):.2f} ({1e3 * last[int(0.99 * len(last))]:.2f})")
+    return ", ".join(said)
+
+
+def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str]) -> None:
+    """Sharing and makespan of fixed lists."""
+    print(
+        "model | pairs | GPUs | naive/ideal | of the ideal | makespan h | / max(path, work/GPUs) | / bound | s | decisions ms"
+    )
+    for name in names:
+        for count in counts:
+            entries = pairs_of(count)
+            for gpus in machines:
+                ideal = Ideal.of(entries, MODELS[name], gpus)
+                timeline, spent = run(MODELS[name], Site(gpus, hire_seconds=10, overhead_seconds=0.05), count, entries)
+                assert sum(trial.state == "completed" for trial in timeline.trials) == count
+                target = max(ideal.path, ideal.shared / gpus)
+                print(
+                    f"{name} | {count} | {gpus} | {ideal.naive / ideal.shared:.2f} | {ideal.shared / timeline.busy:.4f} | "
+                    f"{timeline.makespan / HOUR:.1f} | {timeline.makespan / target:.2f} | {timeline.makespan / ideal.bound:.2f}"
+                    f" | {spent:.0f} | {decisions(timeline)}",
+                    flush=True,
+                )
+
+
+def of_failures(count: int, gpus: int, name: str) -> None:
+    """The same list with stages that die once."""
+    entries = pairs_of(count)
+    print("deaths | checkpoints | work | lost | makespan h")
+    for share, every in ((0.0, float("inf")), (0.05, 600.0), (0.2, 600.0), (0.05, float("inf")), (0.2, float("inf"))):
+        site = Site(gpus, 8, 10.0, 0.05, deaths(share) if share else Site(1).dies, every)
+        timeline, _ = run(MODELS[name], site, count, entries)
+        assert sum(trial.state == "completed" for trial in timeline.trials) == count
+        print(
+            f"{share:.0%} | {every:g} s | {timeline.busy / HOUR:.0f} h | {timeline.lost / timeline.busy:.1%} | "
+            f"{timeline.makespan / HOUR:.1f}",
+            flush=True,
+        )
+
+
+def of_searches(trials: int, gpus: int, name: str) -> None:
+    """Random draws with rungs: 10,800 pairs, of which many are drawn twice."""
+    timeline, spent = run(MODELS[name], Site(gpus, hire_seconds=10, overhead_seconds=0.05), trials, None)
+    states = [trial.state for trial in timeline.trials]
+    counts = {state: states.count(state) for state in sorted(set(states))}
+    print(
+        f"{name} | {gpus} GPUs | {counts} | {timeline.busy / HOUR:.0f} h | makespan {timeline.makespan / HOUR:.1f} h | "
+        f"{spent:.0f} s | {decisions(timeline)}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Print the tables that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["lists", "many", "failures", "search"])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 1000])
+    parser.add_argument("--models", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    arguments = parser.parse_args()
+    names = [list(MODELS)[number] for number in arguments.models]
+    if arguments.what == "lists":
+        of_lists(arguments.pairs, arguments.gpus, names)
+    for name in names if arguments.what == "failures" else ():
+        of_failures(arguments.pairs[0], arguments.gpus[0], name)
+    for name in names if arguments.what == "search" else ():
+        of_searches(arguments.pairs[0], arguments.gpus[0], name)
+
+
+if __name__ == "__main__":
+    main()
