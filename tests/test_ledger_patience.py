@@ -6,6 +6,7 @@ from test_ledger import House, answers, given, stage
 
 from ktray.crew.books import Hire, Kill
 from ktray.crew.ledger import LATE
+from ktray.crew.openings import Openings
 from ktray.crew.roster import Node, Shape
 
 
@@ -55,7 +56,7 @@ def test_a_replacement_is_hired_on_a_node_that_is_heard_of_while_there_is_one() 
     (second,) = [action for action in house.turn() if isinstance(action, Hire)]
     assert second.worker.node == "other"
     house.arrive("worker-9")  # a worker of the silent node speaks
-    third = house.roster.hire(Shape())
+    third = Openings(house.roster, house.now).hire(Shape())
     assert third is not None
     assert third.node == "node"
 
