@@ -12,7 +12,7 @@ from ktray.crew.roster import Worker
 
 @dataclass(frozen=True)
 class Give:
-    """Have `worker` run `stage`."""
+    """Have `worker` run `stage`, and with it what is beside it."""
 
     worker: str
     stage: Stage
@@ -99,7 +99,10 @@ class Want:
 
 @dataclass
 class Run:
-    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it."""
+    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it.
+
+    A family that one worker makes has a run per key, all under one attempt; `leader` is the key that the worker knows it by.
+    """
 
     key: str
     stage: Stage
@@ -109,3 +112,4 @@ class Run:
     moved: float
     progress: Mapping[str, float] = field(default_factory=dict)
     seen: bool = False
+    leader: str = ""

@@ -180,7 +180,8 @@ class Broker:
     def _note(self, report: Mapping[str, Any], now: float) -> None:
         key, attempt, kind = report["key"], report["attempt"], report["kind"]
         if not kind:
-            self._ledger.published(key, attempt, report["computed"], report["seconds"], now)
+            for published, computed in [(key, report["computed"]), *report["beside"]]:
+                self._ledger.published(published, attempt, computed, report["seconds"], now)
         elif self._ledger.failed(key, attempt, kind, report["cause"], report.get("missing", ""), now):
             failure = {"cause": report["cause"], "traceback": report["traceback"], "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Dismiss, Event, Fence, Give, Hire, Kill, Run
+from ktray.crew.books import Dismiss, Event, Fence, Give, Hire, Kill, Run, Want
 from ktray.crew.demand import Demand
 from ktray.crew.needs import Needs
 from ktray.crew.roster import Roster, Shape, Worker, shape_of
 
 DEATHS = 3
+FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
 
 
 class Ledger:
@@ -42,7 +44,8 @@ class Ledger:
         self.demand = Demand(find, self.runs.keys(), self.outbox)
         self.computed: Counter[str] = Counter()
         self._fenced: set[str] = set()
-        self._closed: set[str] = set()
+        self._closed: set[tuple[str, str]] = set()
+        self._apart: set[str] = set()
         self._stillborn = 0
         self._deaths: Counter[str] = Counter()
         self._missed: Counter[str] = Counter()
@@ -69,31 +72,42 @@ class Ledger:
         if attempt in self._fenced or (run is not None and run.attempt != attempt):
             return False
         if run is None:
-            if stage is None or worker.leads is not None or attempt in self._closed:
+            if stage is None or worker.leads is not None or (key, attempt) in self._closed:
                 return True  # a late beat: its report was faster
             run = self._adopt(worker, stage, attempt, now)
-        run.seen = True
-        if progress != run.progress:
-            run.progress, run.moved = progress, now
+        for each in self._family(attempt):
+            each.seen = True
+            if progress != each.progress:
+                each.progress, each.moved = progress, now
         return True
 
-    def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
-        self.demand.add(stage, now)
-        return self._start(worker, stage, attempt, now)
+    def _family(self, attempt: str) -> list[Run]:
+        """The runs of one attempt; more than one where a worker makes several stages at once."""
+        return [run for run in self.runs.values() if run.attempt == attempt]
 
-    def _start(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
+    def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
+        family = [each for each in (replace(stage, beside=()), *stage.beside) if each.key not in self.runs]
+        for each in family:
+            self.demand.add(each, now)
+        return self._start(worker, family, attempt, now)
+
+    def _start(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> Run:
         worker.leads, worker.lent_to, worker.polling = attempt, None, False
-        worker.memory = self.needs(stage.name).memory_bytes
-        self.runs[stage.key] = Run(stage.key, stage, attempt, worker.name, now, now)
-        return self.runs[stage.key]
+        leader = stages[0]
+        worker.memory = self.needs(leader.name).memory_bytes
+        for stage in stages:
+            self.runs[stage.key] = Run(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
+        return self.runs[leader.key]
 
     def ended(self, key: str, attempt: str) -> Run | None:
-        """Close the books of an attempt; None if it is not the one that counts."""
+        """Close the books of an attempt at one key; None if it is not the one that counts."""
         run = self.runs.get(key)
         if run is None or run.attempt != attempt:
             return None
         del self.runs[key]
-        self._closed.add(attempt)
+        self._closed.add((key, attempt))
+        if self._family(attempt):
+            return run
         for worker in self.roster.workers.values():
             if worker.leads == attempt:
                 worker.leads, worker.memory = None, 0
@@ -103,7 +117,7 @@ class Ledger:
 
     def published(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
         """An attempt ended well; the store has the last word."""
-        known = attempt in self._closed
+        known = (key, attempt) in self._closed
         run = self.ended(key, attempt)
         artifact = self.find(key)
         if artifact is None:
@@ -112,24 +126,44 @@ class Ledger:
             return
         self._deaths.pop(key, None)
         self._missed.pop(key, None)
+        self._apart.discard(key)
         if computed and not known:  # also one that ended while the broker was down
             name = key.rpartition("-")[0]
             self.computed[name] += 1
-            self._closed.add(attempt)
-            self.outbox.append(Event("published", key, name, run.worker if run else "", seconds))
+            self._closed.add((key, attempt))
+            spent = float(artifact.record["seconds"]) if artifact.record.get("together") else seconds
+            self.outbox.append(Event("published", key, name, run.worker if run else "", spent))
         self.demand.publish(artifact, computed)
 
     def failed(self, key: str, attempt: str, kind: str, cause: str, missing: str, now: float) -> bool:
-        """An attempt raised; False if it is not the one that counts. A missing input is computed again first."""
+        """An attempt raised; False if it is not the one that counts, or not the last word on its stage.
+
+        A missing input is computed again first. Of a family it is unknown who is to blame, so its stages are made apart next.
+        """
+        beside = [each for each in self._family(attempt) if each.key != key]
         run = self.ended(key, attempt)
         if run is None:
             return False
+        for each in beside:
+            self.ended(each.key, attempt)
+        if beside and not missing and kind == "failed":
+            self.outbox.append(Event("apart", key, run.stage.name, run.worker, now - run.since, cause))
+            self._part([run, *beside])
+            return False
+        if kind != "failed":
+            for each in beside:
+                self._give_up(each.key, kind, cause)
         self._missed[key] += bool(missing)
         if missing and self._missed[key] < DEATHS and self.demand.miss(key, missing, now):
             return True
         self.outbox.append(Event("failed", key, run.stage.name, run.worker, now - run.since, cause))
         self._give_up(key, kind, cause)
         return True
+
+    def _part(self, family: Sequence[Run]) -> None:
+        self._apart.update(run.key for run in family if len(family) > 1)
+        for run in family:
+            self.demand.forsake(run.key)
 
     def _give_up(self, key: str, kind: str, cause: str) -> None:
         self._deaths.pop(key, None)
@@ -138,8 +172,7 @@ class Ledger:
 
     def lost(self, worker: Worker) -> None:
         """A worker asks for work without ever having received what it was given."""
-        run = next((each for each in self.runs.values() if each.attempt == worker.leads), None)
-        if run is not None:
+        for run in self._family(worker.leads or ""):
             self.ended(run.key, run.attempt)
         worker.leads = None
 
@@ -151,20 +184,23 @@ class Ledger:
             return
         if worker.beat is None:
             self._bear_no_more(why)
-        run = next((each for each in self.runs.values() if each.worker == name), None)
-        if run is None:
+        family = [each for each in self.runs.values() if each.worker == name]
+        if not family:
             if not worker.leaving:
                 self.outbox.append(Event(event, worker=name, cause=why))
             return
-        self._fenced.add(run.attempt)
-        self.outbox += [Fence(run.key, run.attempt), Event(event, run.key, run.stage.name, name, now - run.since, why)]
-        self.ended(run.key, run.attempt)
-        # A worker that froze before it heard of the stage says nothing about the stage.
-        self._deaths[run.key] += run.seen or event != "fenced"
-        if self._deaths[run.key] >= DEATHS:
-            self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
-        else:
-            self.demand.forsake(run.key)
+        lead = next((each for each in family if each.key == each.leader), family[0])
+        self._fenced.add(lead.attempt)
+        self.outbox.append(Event(event, lead.key, lead.stage.name, name, now - lead.since, why))
+        for run in family:
+            self.outbox.append(Fence(run.key, run.attempt))
+            self.ended(run.key, run.attempt)
+        self._part(family)
+        for run in family:
+            # A worker that froze before it heard of the stage says nothing about the stage.
+            self._deaths[run.key] += run.seen or event != "fenced"
+            if self._deaths[run.key] >= DEATHS:
+                self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
 
     def _bear_no_more(self, why: str) -> None:
         self._stillborn += 1
@@ -196,22 +232,36 @@ class Ledger:
         if self._expected and now < self._quiet_until:
             return
         coming: Counter[Shape] = Counter()
-        for want in self.demand.queue():
-            if want.stage.key not in self.demand.wants:
-                continue  # failed with another one just now
+        queue = self.demand.queue()
+        for want in queue:
+            if want.stage.key not in self.demand.wants or want.stage.key in self.runs:
+                continue  # failed, or begun, with another one just now
             needs = self.needs(want.stage.name)
             worker = self.roster.idle(needs, now)
             if worker is not None:
-                run = self._start(worker, want.stage, self.attempts(), now)
-                self.outbox += [
-                    Give(worker.name, want.stage, run.attempt),
-                    Event("started", run.key, want.stage.name, worker.name),
-                ]
+                family = self._together(want, queue)
+                run = self._start(worker, family, self.attempts(), now)
+                self.outbox.append(Give(worker.name, replace(family[0], beside=tuple(family[1:])), run.attempt))
+                self.outbox += [Event("started", each.key, each.name, worker.name) for each in family]
             elif not self.roster.fits(needs):
                 self._give_up(want.stage.key, "failed", f"it needs {_said(needs)}, more than any node of the cluster has")
             else:
                 self._hire(shape_of(needs), coming, now)
         self._lend(now)
+
+    def _together(self, want: Want, queue: Sequence[Want]) -> list[Stage]:
+        """The stage of `want` and, after it, those of its family that could start now, too."""
+        stage = want.stage
+        if not stage.family or stage.key in self._apart:
+            return [stage]
+        others = [
+            each.stage
+            for each in queue
+            if each.stage.family == stage.family
+            and each.stage.key in self.demand.wants
+            and not {each.stage.key} & (self.runs.keys() | self._apart | {stage.key})
+        ]
+        return [stage, *others[: FAMILY - 1]]
 
     def warm(self, workers: int) -> None:
         """Hire usual workers before the first stage comes."""
@@ -232,6 +282,8 @@ class Ledger:
 
     def _lend(self, now: float) -> None:
         for run in sorted(self.runs.values(), key=lambda run: run.since):
+            if run.key != run.leader:
+                continue
             needs = self.needs(run.stage.name)
             missing = needs.helpers - len(self.helpers(run.attempt))
             for worker in self.roster.workers.values():

@@ -89,6 +89,7 @@ class WorkerActor:
             self._box = ("", None)
             try:
                 report["computed"] = self._work(stage, self._store, attempt, means)[1]
+                report["beside"] = [(each.key, self._made(each.key, attempt)) for each in stage.beside]
             except MissingInput as error:
                 report |= {"kind": "failed", "missing": error.key, "cause": f"MissingInput: {error}", "traceback": ""}
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
@@ -96,6 +97,11 @@ class WorkerActor:
             finally:
                 self._stage, self._attempt, self._lent = None, "", []
         return report | {"seconds": time.monotonic() - began}
+
+    def _made(self, key: str, attempt: str) -> bool:
+        """Whether this attempt published a stage beside the one that it was given."""
+        artifact = self._store.find(key)
+        return artifact is not None and artifact.record.get("attempt") == attempt
 
     def _tell(self, values: Mapping[str, float]) -> None:
         self._progress = dict(values)

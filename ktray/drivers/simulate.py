@@ -137,23 +137,25 @@ class _Simulation:
 
     def _begin(self, give: Give) -> None:
         epochs = max(0, int(give.stage.spec.get("epoch", 0)) - self.store.epoch_reached(give.stage))
-        seconds = self.seconds(give.stage, epochs)
+        family = (give.stage, *give.stage.beside)  # one pass for all of them takes as long as for the dearest
+        seconds = max(self.seconds(stage, epochs) for stage in family)
         heapq.heappush(self.ends, (self.clock.now + seconds, next(self.order), give, seconds))
 
     def _pass(self) -> None:
         self.clock.now, _, give, seconds = heapq.heappop(self.ends)
-        stage = give.stage
-        record = {
-            "seconds": seconds,
-            "seconds_alone": seconds + self.store.seconds_before(stage),
-            "epoch": stage.spec.get("epoch", 0),
-        }
-        self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
-        self.timeline.computed.append((self.clock.now, stage.key))
+        family = (give.stage, *give.stage.beside)
         self.timeline.busy += seconds
         self.timeline.makespan = self.clock.now
         self.ledger.roster.workers[give.worker].polling = True
-        self.ledger.published(stage.key, give.attempt, True, seconds, self.clock.now)
+        for stage in family:
+            record = {
+                "seconds": seconds / len(family),
+                "seconds_alone": seconds + self.store.seconds_before(stage),
+                "epoch": stage.spec.get("epoch", 0),
+            }
+            self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
+            self.timeline.computed.append((self.clock.now, stage.key))
+            self.ledger.published(stage.key, give.attempt, True, seconds / len(family), self.clock.now)
 
 
 def simulate(space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, workers: int) -> Timeline:

@@ -185,7 +185,8 @@ def _features(builder: _Builder, role: str) -> str:
     what = {**_teacher_view(teacher), "dtype": teacher.dtype}
     method = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
     local = {"teacher": teacher.model_dump(), "data": builder.data(role)[role]}
-    return builder.add(Stage("features", what, _revisions(method, features, augment), inputs, local=local))
+    varies = () if isinstance(teacher, HandcraftedTeacher) else ("layer", "pool")  # a forward pass brings every layer
+    return builder.add(Stage("features", what, _revisions(method, features, augment), inputs, local=local, varies=varies))
 
 
 def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:

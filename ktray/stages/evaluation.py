@@ -30,7 +30,7 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
     extractor = _extractor(stage, inputs, spec, means.device)
     metrics = plugins.module_of("evaluation", spec).evaluate(
         spec,
-        features=lambda images: features.all_of(extractor(), images),
+        features=lambda images: features.all_of(features.in_pieces(extractor(), means.most_images), images),
         train=train_images,
         judged=judged,
         pseudo_labels=pseudo_labels,
