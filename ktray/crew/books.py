@@ -88,13 +88,22 @@ class Request:
 
 @dataclass
 class Want:
-    """A stage that somebody wants and that is not in the store."""
+    """A stage that somebody wants and that is not in the store.
+
+    Attributes:
+        behind: keys of wants that it waits for: its inputs, and shorter trainings that it would continue.
+        seconds: how long it is thought to run.
+        path: how long it and the longest chain of wants that wait for it are thought to run.
+    """
 
     stage: Stage
     order: int
     since: float
     owner: str = ""
     requests: set[str] = field(default_factory=set)
+    behind: set[str] = field(default_factory=set)
+    seconds: float = 0.0
+    path: float = 0.0
 
 
 @dataclass

@@ -16,11 +16,12 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ktray.artifact import Stage
+from ktray.artifact import Artifact, Stage
 from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import cause_of, end_process, nodes, workers_of
 from ktray.crew.ledger import Ledger
+from ktray.crew.lengths import Lengths
 from ktray.crew.roster import Roster, Worker
 from ktray.crew.worker import WorkerActor
 from ktray.stores import open_store
@@ -44,7 +45,8 @@ class Broker:
         self._node = ray.get_runtime_context().get_node_id()
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
-        self._ledger = Ledger(self._store.find, runtime.of, self._roster, attempts, runtime.dead_after)
+        self._lengths = Lengths()
+        self._ledger = Ledger(self._find, runtime.of, self._roster, attempts, runtime.dead_after, self._lengths)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._handles: dict[str, Any] = {}
@@ -58,6 +60,12 @@ class Broker:
         self._survivors = workers_of(charter.namespace) if ray.get_runtime_context().was_current_actor_reconstructed else []
         self._ledger.expect(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._end_if_never_called).start()
+
+    def _find(self, key: str) -> Artifact | None:
+        artifact = self._store.find(key)
+        if artifact is not None:
+            self._lengths.note(artifact)
+        return artifact
 
     # ---- drivers and trials
 

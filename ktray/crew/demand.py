@@ -17,11 +17,19 @@ class Demand:
         find: key -> artifact if it is in the store.
         running: keys of the stages that run now, kept by the ledger.
         outbox: where answers are left.
+        seconds: how long a stage is thought to run; asked when it is first wanted.
     """
 
-    def __init__(self, find: Callable[[str], Artifact | None], running: Collection[str], outbox: list[Any]) -> None:
-        self.find, self.running, self.outbox = find, running, outbox
+    def __init__(
+        self,
+        find: Callable[[str], Artifact | None],
+        running: Collection[str],
+        outbox: list[Any],
+        seconds: Callable[[Stage], float] = lambda stage: 0.0,
+    ) -> None:
+        self.find, self.running, self.outbox, self.seconds = find, running, outbox, seconds
         self.wants: dict[str, Want] = {}
+        self._readers: dict[str, set[str]] = {}
         self.requests: dict[str, Request] = {}
         self.known: dict[str, Stage] = {}
         self.reused: Counter[str] = Counter()
@@ -77,8 +85,40 @@ class Demand:
             self._orders += 1
             self.known[stage.key] = stage
             self._present.discard(stage.key)
-            self.wants[stage.key] = Want(stage, self._orders, now)
+            self._enter(Want(stage, self._orders, now))
         return self.wants[stage.key]
+
+    def _enter(self, want: Want) -> None:
+        """Put a want into its place among those that it waits for and those that wait for it."""
+        key = want.stage.key
+        self.wants[key] = want
+        want.seconds = want.path = self.seconds(want.stage)
+        for each in _read_by(want.stage):
+            self._readers.setdefault(each, set()).add(key)
+            if each in self.wants:
+                want.behind.add(each)
+        for reader in self._readers.get(key, ()):
+            self.wants[reader].behind.add(key)
+            want.path = max(want.path, want.seconds + self.wants[reader].path)
+        longer = [want]
+        while longer:
+            last = longer.pop()
+            for before in (self.wants[each] for each in last.behind):
+                if before.path < before.seconds + last.path:
+                    before.path = before.seconds + last.path
+                    longer.append(before)
+
+    def _remove(self, key: str) -> Want | None:
+        want = self.wants.pop(key, None)
+        if want is None:
+            return None
+        for each in _read_by(want.stage):
+            self._readers[each].discard(key)
+            if not self._readers[each]:
+                del self._readers[each]
+        for reader in self._readers.get(key, ()):
+            self.wants[reader].behind.discard(key)
+        return want
 
     def is_present(self, key: str) -> bool:
         """Whether the store has it, as far as was seen."""
@@ -103,7 +143,7 @@ class Demand:
             if want.owner == request.name:
                 want.owner = min((name for name in want.requests if self.requests[name].waiter), default="")
             if not want.requests and key not in self.running:
-                del self.wants[key]
+                self._remove(key)
 
     def _settle(self, request: Request) -> None:
         if request.pending or request.name not in self.requests:
@@ -124,7 +164,7 @@ class Demand:
         """Tell all who want it that it is in the store; `computed` if this crew has just put it there."""
         key, name = artifact.key, artifact.key.rpartition("-")[0]
         self._present.add(key)
-        want = self.wants.pop(key, None)
+        want = self._remove(key)
         if want is None:
             return
         if computed and not want.owner:
@@ -140,12 +180,14 @@ class Demand:
 
     def fail(self, key: str, kind: str, cause: str) -> None:
         """Give up a wanted stage and all that reads it: each request that waits for them ends once, with this cause."""
-        want = self.wants.pop(key, None)
+        readers = sorted(self._readers.get(key, ()))
+        want = self._remove(key)
         for name in sorted(want.requests) if want else ():
             self._drop(self.requests[name])
             self.outbox.append(Answer(name, failed=key, cause=cause, kind=kind))
-        for other, each in list(self.wants.items()):
-            if key in each.stage.inputs.values() and other not in self.running and other in self.wants:
+        for other in readers:
+            each = self.wants.get(other)
+            if each is not None and key in each.stage.inputs.values() and other not in self.running:
                 self.fail(other, kind, f"it reads {key}, which failed: {cause}")
 
     def miss(self, key: str, missing: str, now: float) -> bool:
@@ -160,21 +202,23 @@ class Demand:
     def forsake(self, key: str) -> None:
         """Forget a stage that no longer runs, if nobody wants it."""
         if key in self.wants and not self.wants[key].requests:
-            del self.wants[key]
+            self._remove(key)
 
     def queue(self) -> list[Want]:
-        """Wants that do not run and whose inputs are there: higher priority first, then more waiters, then older.
+        """Wants that do not run and whose inputs are there, in the order in which they should begin.
 
+        Higher priority first, then what more trials wait for, then the longer path of what waits for it, then the older.
         A stage also waits while a shorter training that it would continue is on its way.
         """
-        ready = [
-            want
-            for key, want in self.wants.items()
-            if key not in self.running
-            and not any(each in self.wants for each in (*want.stage.starts, *want.stage.inputs.values()))
-        ]
+        ready = [want for key, want in self.wants.items() if not want.behind and key not in self.running]
         return sorted(ready, key=self._rank)
 
-    def _rank(self, want: Want) -> tuple[float, float, int]:
-        priority = max((self.requests[name].priority for name in want.requests), default=0)
-        return (-priority, -len(want.requests), want.order)
+    def _rank(self, want: Want) -> tuple[float, float, float, int]:
+        requests = [self.requests[name] for name in want.requests]
+        priority = max((request.priority for request in requests), default=0)
+        waiting = sum(bool(request.waiter) for request in requests) or len(requests)  # trials, or what will become some
+        return (-priority, -waiting, -want.path, want.order)
+
+
+def _read_by(stage: Stage) -> set[str]:
+    return {*stage.inputs.values(), *stage.starts}

@@ -26,6 +26,7 @@ class Ledger:
         roster: the workers.
         attempts: names a new attempt.
         dead_after: seconds without a heartbeat after which a worker is taken for dead.
+        seconds: how long a stage is thought to run.
 
     Every method that is told of an event leaves what follows from it in `outbox`.
     """
@@ -37,11 +38,12 @@ class Ledger:
         roster: Roster,
         attempts: Callable[[], str],
         dead_after: float = 15.0,
+        seconds: Callable[[Stage], float] = lambda stage: 0.0,
     ) -> None:
         self.find, self.needs, self.roster, self.attempts, self.dead_after = find, needs, roster, attempts, dead_after
         self.outbox: list[Any] = []
         self.runs: dict[str, Run] = {}
-        self.demand = Demand(find, self.runs.keys(), self.outbox)
+        self.demand = Demand(find, self.runs.keys(), self.outbox, seconds)
         self.computed: Counter[str] = Counter()
         self._fenced: set[str] = set()
         self._closed: set[tuple[str, str]] = set()

@@ -96,12 +96,15 @@ class _Simulation:
         self.conductor = Conductor(space, study, store, identity, mute, lambda event, trial, text: None)
         roster = Roster({"virtual": Node(cpus=workers)}, stale=FOREVER)
         attempts = itertools.count()
-        self.ledger = Ledger(self.store.find, lambda name: Needs(), roster, lambda: f"a{next(attempts)}", FOREVER)
+        self.ledger = Ledger(self.store.find, lambda name: Needs(), roster, lambda: f"a{next(attempts)}", FOREVER, self._length)
         self.ledger.warm(workers)
         self.live: dict[str, Segment] = {}
         self.ends: list[tuple[float, int, Give, float]] = []
         self.order = itertools.count()
         self.timeline = Timeline()
+
+    def _length(self, stage: Stage) -> float:
+        return self.seconds(stage, int(stage.spec.get("epoch", 0)))
 
     def run(self) -> Timeline:
         while True:
