@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+FEW_IMAGES = 32  # what a device holds at once where a usual batch was too much
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

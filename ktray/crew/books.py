@@ -12,11 +12,12 @@ from ktray.crew.roster import Worker
 
 @dataclass(frozen=True)
 class Give:
-    """Have `worker` run `stage`, and with it what is beside it."""
+    """Have `worker` run `stage`, and with it what is beside it; `alone` if it ran out of memory before."""
 
     worker: str
     stage: Stage
     attempt: str
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Want:
         behind: keys of wants that it waits for: its inputs, and shorter trainings that it would continue.
         seconds: how long it is thought to run.
         path: how long it and the longest chain of wants that wait for it are thought to run.
+        blocked: since when it could run but has no worker and no room for one.
     """
 
     stage: Stage
@@ -104,6 +106,7 @@ class Want:
     behind: set[str] = field(default_factory=set)
     seconds: float = 0.0
     path: float = 0.0
+    blocked: float | None = None
 
 
 @dataclass

@@ -23,6 +23,7 @@ from ktray.crew.cluster import cause_of, end_process, nodes, workers_of
 from ktray.crew.ledger import Ledger
 from ktray.crew.lengths import Lengths
 from ktray.crew.roster import Roster, Worker
+from ktray.crew.shares import Shares
 from ktray.crew.worker import WorkerActor
 from ktray.stores import open_store
 
@@ -45,8 +46,8 @@ class Broker:
         self._node = ray.get_runtime_context().get_node_id()
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
-        self._lengths = Lengths()
-        self._ledger = Ledger(self._find, runtime.of, self._roster, attempts, runtime.dead_after, self._lengths)
+        self._lengths, self._shares = Lengths(), Shares(runtime.of, charter.learned)
+        self._ledger = Ledger(self._find, self._shares, self._roster, attempts, runtime.dead_after, self._lengths)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._handles: dict[str, Any] = {}
@@ -65,6 +66,7 @@ class Broker:
         artifact = self._store.find(key)
         if artifact is not None:
             self._lengths.note(artifact)
+            self._shares.note(artifact)
         return artifact
 
     # ---- drivers and trials
@@ -182,7 +184,7 @@ class Broker:
         if name in self._gone:
             return None
         worker = self._roster.workers.get(name) or self._roster.add(name, who["shape"], who["node"])
-        worker.pid, worker.node = who["pid"], who["node"]
+        worker.pid, worker.node, worker.cards = who["pid"], who["node"], who["cards"]
         return worker
 
     def _note(self, report: Mapping[str, Any], now: float) -> None:
@@ -225,7 +227,7 @@ class Broker:
             if now - self._leased > self._charter.runtime.idle_exit_seconds:
                 await self.end()
             cpus = min(self._roster.cpus, sum(node.cpus for node in self._roster.nodes.values()))
-            self._ledger.warm(int(min(cpus, WARM)))
+            self._ledger.hiring.warm(int(min(cpus, WARM)))
             self._turn()
 
     def _excuse(self, seconds: float) -> None:
@@ -243,10 +245,9 @@ class Broker:
         self._ledger.outbox.clear()
         for action in outbox:
             match action:
-                case Give(worker, stage, attempt):
-                    self._reply(
-                        worker, {"do": "stage", "stage": stage, "attempt": attempt, "helpers": self._ledger.helpers(attempt)}
-                    )
+                case Give(worker, stage, attempt, alone):
+                    given = {"do": "stage", "stage": stage, "attempt": attempt, "alone": alone}
+                    self._reply(worker, given | {"helpers": self._ledger.helpers(attempt)})
                 case Hire(worker):
                     self._hire(worker)
                 case Dismiss(worker):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Dismiss, Event, Fence, Give, Hire, Kill, Run, Want
+from ktray.crew.books import Event, Fence, Give, Kill, Run, Want
+from ktray.crew.causes import FAILED, OUT_OF_MEMORY, also_alone
 from ktray.crew.demand import Demand
+from ktray.crew.hiring import Hiring
 from ktray.crew.needs import Needs
-from ktray.crew.roster import Roster, Shape, Worker, shape_of
+from ktray.crew.roster import Roster, Worker, shape_of
 
 DEATHS = 3
 FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
@@ -48,7 +51,8 @@ class Ledger:
         self._fenced: set[str] = set()
         self._closed: set[tuple[str, str]] = set()
         self._apart: set[str] = set()
-        self._stillborn = 0
+        self._alone: set[str] = set()
+        self.hiring = Hiring(roster, self.outbox)
         self._deaths: Counter[str] = Counter()
         self._missed: Counter[str] = Counter()
         self._expected: set[str] = set()
@@ -66,7 +70,7 @@ class Ledger:
         self, worker: Worker, key: str, stage: Stage | None, attempt: str, progress: Mapping[str, float], now: float
     ) -> bool:
         """A heartbeat; False if this worker must die because its attempt was fenced or another one runs."""
-        worker.beat, self._stillborn = now, 0
+        worker.beat, self.hiring.stillborn = now, 0
         self._expected.discard(worker.name)
         if not attempt:
             return True
@@ -96,7 +100,7 @@ class Ledger:
     def _start(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> Run:
         worker.leads, worker.lent_to, worker.polling = attempt, None, False
         leader = stages[0]
-        worker.memory = self.needs(leader.name).memory_bytes
+        worker.memory = self._needs(leader).memory_bytes
         for stage in stages:
             self.runs[stage.key] = Run(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
         return self.runs[leader.key]
@@ -129,6 +133,7 @@ class Ledger:
         self._deaths.pop(key, None)
         self._missed.pop(key, None)
         self._apart.discard(key)
+        self._alone.discard(key)
         if computed and not known:  # also one that ended while the broker was down
             name = key.rpartition("-")[0]
             self.computed[name] += 1
@@ -141,6 +146,7 @@ class Ledger:
         """An attempt raised; False if it is not the one that counts, or not the last word on its stage.
 
         A missing input is computed again first. Of a family it is unknown who is to blame, so its stages are made apart next.
+        What ran out of memory runs once more with nothing beside it.
         """
         beside = [each for each in self._family(attempt) if each.key != key]
         run = self.ended(key, attempt)
@@ -148,11 +154,14 @@ class Ledger:
             return False
         for each in beside:
             self.ended(each.key, attempt)
-        if beside and not missing and kind == "failed":
-            self.outbox.append(Event("apart", key, run.stage.name, run.worker, now - run.since, cause))
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (beside or self._again_alone(key, kind)):
+            event = "apart" if beside else OUT_OF_MEMORY
+            self.outbox.append(Event(event, key, run.stage.name, run.worker, now - run.since, cause))
             self._part([run, *beside])
             return False
-        if kind != "failed":
+        if kind == OUT_OF_MEMORY:
+            kind, cause = FAILED, also_alone(cause)
+        if kind != FAILED:
             for each in beside:
                 self._give_up(each.key, kind, cause)
         self._missed[key] += bool(missing)
@@ -167,9 +176,22 @@ class Ledger:
         for run in family:
             self.demand.forsake(run.key)
 
+    def _again_alone(self, key: str, kind: str) -> bool:
+        if kind != OUT_OF_MEMORY or key in self._alone:
+            return False
+        self._alone.add(key)
+        return True
+
+    def _needs(self, stage: Stage) -> Needs:
+        needs = self.needs(stage.name)
+        if stage.key not in self._alone:
+            return needs
+        return replace(needs, gpus=float(math.ceil(needs.gpus)), helpers=0)
+
     def _give_up(self, key: str, kind: str, cause: str) -> None:
         self._deaths.pop(key, None)
         self._missed.pop(key, None)
+        self._alone.discard(key)
         self.demand.fail(key, kind, cause)
 
     def lost(self, worker: Worker) -> None:
@@ -205,10 +227,10 @@ class Ledger:
                 self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
 
     def _bear_no_more(self, why: str) -> None:
-        self._stillborn += 1
-        if self._stillborn < DEATHS:
+        self.hiring.stillborn += 1
+        if self.hiring.stillborn < DEATHS:
             return
-        self._stillborn = 0
+        self.hiring.stillborn = 0
         for key in [each for each in self.demand.wants if each not in self.runs]:
             if key in self.demand.wants:
                 self._give_up(key, "failed", f"WorkerDied: workers die before their first heartbeat: {why}")
@@ -233,23 +255,36 @@ class Ledger:
         """Start what can start, borrow idle workers for what can be split, hire where stages wait."""
         if self._expected and now < self._quiet_until:
             return
-        coming: Counter[Shape] = Counter()
+        self.roster.kept.clear()
+        for run in self.runs.values():
+            if run.key in self._alone and not self._needs(run.stage).gpus and run.worker in self.roster.workers:
+                self.roster.keep(self.roster.workers[run.worker].node)
+        self.hiring.coming.clear()
         queue = self.demand.queue()
-        for want in queue:
+        for want in sorted(queue, key=lambda want: want.stage.key not in self._alone):
             if want.stage.key not in self.demand.wants or want.stage.key in self.runs:
                 continue  # failed, or begun, with another one just now
-            needs = self.needs(want.stage.name)
-            worker = self.roster.idle(needs, now)
+            needs = self._needs(want.stage)
+            worker = self._worker(want, needs, now)
             if worker is not None:
-                family = self._together(want, queue)
-                run = self._start(worker, family, self.attempts(), now)
-                self.outbox.append(Give(worker.name, replace(family[0], beside=tuple(family[1:])), run.attempt))
-                self.outbox += [Event("started", each.key, each.name, worker.name) for each in family]
+                self._give(worker, self._together(want, queue), now)
             elif not self.roster.fits(needs):
                 self._give_up(want.stage.key, "failed", f"it needs {_said(needs)}, more than any node of the cluster has")
             else:
-                self._hire(shape_of(needs), coming, now)
+                self.hiring.hire(want, shape_of(needs), want.stage.key in self._alone, now)
         self._lend(now)
+
+    def _worker(self, want: Want, needs: Needs, now: float) -> Worker | None:
+        alone = want.stage.key in self._alone
+        if alone and not needs.gpus and any(each.shape == shape_of(needs) for each in self.roster.workers.values()):
+            return self.roster.quiet(needs, now)
+        return self.roster.idle(needs, now)
+
+    def _give(self, worker: Worker, family: Sequence[Stage], now: float) -> None:
+        run = self._start(worker, family, self.attempts(), now)
+        stage = replace(family[0], beside=tuple(family[1:]))
+        self.outbox.append(Give(worker.name, stage, run.attempt, stage.key in self._alone))
+        self.outbox += [Event("started", each.key, each.name, worker.name) for each in family]
 
     def _together(self, want: Want, queue: Sequence[Want]) -> list[Stage]:
         """The stage of `want` and, after it, those of its family that could start now, too."""
@@ -265,46 +300,14 @@ class Ledger:
         ]
         return [stage, *others[: FAMILY - 1]]
 
-    def warm(self, workers: int) -> None:
-        """Hire usual workers before the first stage comes."""
-        for _ in range(0 if self._stillborn else workers - len(self.roster.workers)):
-            worker = self.roster.hire(Shape())
-            if worker is not None:
-                self.outbox.append(Hire(worker))
-
-    def _hire(self, shape: Shape, coming: Counter[Shape], now: float) -> None:
-        coming[shape] += 1
-        if self.roster.starting(shape) >= coming[shape]:
-            return
-        worker = self.roster.hire(shape)
-        if worker is not None:
-            self.outbox.append(Hire(worker))
-        else:
-            self.outbox += [Dismiss(each.name) for each in self.roster.give_up(shape, now)]
-
     def _lend(self, now: float) -> None:
         for run in sorted(self.runs.values(), key=lambda run: run.since):
-            if run.key != run.leader:
-                continue
-            needs = self.needs(run.stage.name)
-            missing = needs.helpers - len(self.helpers(run.attempt))
-            for worker in self.roster.workers.values():
-                if (
-                    missing > 0
-                    and worker.shape == shape_of(needs)
-                    and worker.lent_to is None
-                    and self.roster.available(worker, now)
-                ):
-                    worker.lent_to, missing = run.attempt, missing - 1
-            for _ in range(missing - self.roster.starting(shape_of(needs))):
-                hired = None if self._stillborn else self.roster.hire(shape_of(needs))
-                if hired is None:
-                    break
-                self.outbox.append(Hire(hired))
+            if run.key == run.leader:
+                self.hiring.lend(run.attempt, self._needs(run.stage), now)
 
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
-        return [worker.name for worker in self.roster.workers.values() if worker.lent_to == attempt]
+        return self.hiring.helpers(attempt)
 
 
 def _said(needs: Needs) -> str:

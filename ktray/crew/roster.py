@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ktray.crew.cards import free_shares, has_room
 from ktray.crew.needs import Needs
+
+WHOLE, CPUS = "", "cpus"  # parts of a node that may be kept free, beside the names of its cards
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Worker:
         leads: attempt of the stage that it runs.
         lent_to: attempt of the stage that it helps.
         leaving: it will be told to go.
+        cards: names of the GPUs that it has, as it tells; empty until it does.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Worker:
     lent_to: str | None = None
     memory: int = 0
     leaving: bool = False
+    cards: tuple[str, ...] = ()
 
 
 @dataclass
@@ -62,12 +67,17 @@ class Roster:
         nodes: node id -> resources.
         cpus: at most so many CPUs for workers, over all nodes.
         stale: a worker without heartbeat for so many seconds gets no new work.
+
+    Attributes:
+        kept: node -> card, `CPUS` or `WHOLE`: where room is being made for a stage that has waited, or where one must be alone,
+            and where nothing else begins. Whoever dispatches clears it first.
     """
 
     nodes: Mapping[str, Node]
     cpus: float = float("inf")
     stale: float = 3.0
     workers: dict[str, Worker] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
     _hired: int = 0
 
     def fits(self, needs: Needs) -> bool:
@@ -84,7 +94,10 @@ class Roster:
         free = [
             worker
             for worker in self.workers.values()
-            if worker.shape == shape and self.available(worker, now) and self._memory_left(worker.node) >= needs.memory_bytes
+            if worker.shape == shape
+            and self.available(worker, now)
+            and not self.is_kept(worker)
+            and self._memory_left(worker.node) >= needs.memory_bytes
         ]
         return min(free, key=lambda worker: worker.lent_to is not None, default=None)
 
@@ -99,7 +112,7 @@ class Roster:
 
     def hire(self, shape: Shape) -> Worker | None:
         """A new worker on the node with most room, or None where there is none."""
-        rooms = [name for name in self.nodes if self._room(name, shape, keep_leaving=True)]
+        rooms = [name for name in self.nodes if name not in self.kept and self._room(name, shape, keep_leaving=True)]
         if not rooms:
             return None
         place = max(
@@ -122,9 +135,12 @@ class Roster:
         """Idle workers of other shapes that must go so that one of `shape` gets room; none if room is on its way."""
         if any(self._room(name, shape, keep_leaving=False) for name in self.nodes):
             return []
-        for place in self.nodes:
+        one_card = 0 < shape.gpus <= 1
+        for place, part in [
+            (name, part) for name in self.nodes for part in ([*self._cards(name), WHOLE] if one_card else [WHOLE])
+        ]:
             chosen: list[Worker] = []
-            for worker in [each for each in self.workers.values() if each.node == place and each.shape != shape]:
+            for worker in [each for each in self._at(place, part) if each.shape != shape]:
                 if self.available(worker, now):
                     worker.leaving = True
                     chosen.append(worker)
@@ -134,6 +150,60 @@ class Roster:
                 worker.leaving = False
         return []
 
+    def make_room(self, shape: Shape, now: float) -> list[Worker]:
+        """Idle workers that must go for one of `shape`, although more have to end their work first.
+
+        Meanwhile nothing else begins on the node, or on the card, where most of the room is.
+        """
+        if any(self._room(name, shape, keep_leaving=False) for name in self.nodes):
+            return []
+        places = [(name, card) for name in self.nodes for card in (self._cards(name) if shape.gpus else [CPUS])]
+        if not places:
+            return []
+
+        def progress(place: tuple[str, str]) -> tuple[float, str, str]:
+            busy = [each for each in self._at(*place) if not (each.leaving or self.available(each, now))]
+            return (-sum(each.shape.gpus if shape.gpus else each.shape.cpus for each in busy), *place)
+
+        name, card = max(places, key=progress)
+        self.kept[name] = card
+        chosen = [each for each in self._at(name, card) if each.shape != shape and self.available(each, now)]
+        for worker in chosen:
+            worker.leaving = True
+        return chosen
+
+    def quiet(self, needs: Needs, now: float) -> Worker | None:
+        """A worker for a stage that must be alone on its node; else None, and nothing begins where it will be alone soonest."""
+        shape = shape_of(needs)
+        able = [name for name, node in self.nodes.items() if node.cpus >= shape.cpus and node.memory >= needs.memory_bytes]
+        busy = {name: sum(each.leads is not None for each in self._at(name, WHOLE)) for name in able}
+        for name in sorted(able, key=lambda name: (busy[name], -self.nodes[name].memory, name)):
+            here = [each for each in self._at(name, WHOLE) if each.shape == shape and self.available(each, now)]
+            if here and not busy[name] and name not in self.kept:
+                self.keep(name)
+                return here[0]
+        if able:
+            self.keep(min(able, key=lambda name: (busy[name], -self.nodes[name].memory, name)))
+        return None
+
+    def keep(self, name: str) -> None:
+        """Let nothing begin on this node until the next dispatch."""
+        self.kept[name] = WHOLE
+
+    def is_kept(self, worker: Worker) -> bool:
+        """Whether a worker must stay idle, because room is being made where it is."""
+        return worker.node in self.kept and self._lies_in(worker, self.kept[worker.node])
+
+    def _at(self, name: str, part: str) -> list[Worker]:
+        return [each for each in self.workers.values() if each.node == name and self._lies_in(each, part)]
+
+    def _lies_in(self, worker: Worker, part: str) -> bool:
+        return part == WHOLE or (worker.shape.cpus > 0 if part == CPUS else part in worker.cards)
+
+    def _cards(self, name: str, keep_leaving: bool = True) -> dict[str, float]:
+        held = [each for each in self.workers.values() if each.node == name and (keep_leaving or not each.leaving)]
+        return free_shares(self.nodes[name].gpus, [(each.shape.gpus, each.cards) for each in held])
+
     def _free(self, name: str, keep_leaving: bool = True) -> Node:
         held = [each for each in self.workers.values() if each.node == name and (keep_leaving or not each.leaving)]
         node = self.nodes[name]
@@ -142,7 +212,9 @@ class Roster:
     def _room(self, name: str, shape: Shape, keep_leaving: bool) -> bool:
         free = self._free(name, keep_leaving)
         held = sum(each.shape.cpus for each in self.workers.values() if keep_leaving or not each.leaving)
-        return free.cpus >= shape.cpus and free.gpus >= shape.gpus - 1e-6 and held + shape.cpus <= self.cpus
+        if free.cpus < shape.cpus or held + shape.cpus > self.cpus:
+            return False
+        return not shape.gpus or has_room(self._cards(name, keep_leaving), shape.gpus)
 
     def _memory_left(self, name: str) -> float:
         node = self.nodes.get(name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import sys
 import threading
 import time
 import traceback
@@ -14,12 +14,13 @@ import ray
 from ray import cloudpickle
 
 from ktray.artifact import Stage
+from ktray.crew.causes import kind_of, line_of
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.locks import hold_store
 from ktray.crew.ray_pool import RayPool
 from ktray.crew.roster import Shape
-from ktray.errors import MissingInput, UserError
-from ktray.pool import Means
+from ktray.errors import MissingInput
+from ktray.pool import FEW_IMAGES, Means
 from ktray.stores import open_store
 
 
@@ -32,7 +33,9 @@ class WorkerActor:
         self._store = open_store(charter.store_url)
         self._lock = hold_store(charter.store_url)
         self._broker = ray.get_actor(BROKER, namespace=charter.namespace)
-        self._who = {"name": name, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "shape": shape}
+        cards = tuple(map(str, ray.get_gpu_ids()))
+        self._who = {"name": name, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        self._who |= {"shape": shape, "cards": cards}
         self._stage: Stage | None = None
         self._attempt = ""
         self._progress: Mapping[str, float] = {}
@@ -71,9 +74,9 @@ class WorkerActor:
             if order["do"] == "go":
                 return
             if order["do"] == "stage":
-                report = self._run(order["stage"], order["attempt"], order["helpers"])
+                report = self._run(order["stage"], order["attempt"], order["helpers"], order["alone"])
 
-    def _run(self, stage: Stage, attempt: str, lent: list[str]) -> dict[str, Any]:
+    def _run(self, stage: Stage, attempt: str, lent: list[str], alone: bool) -> dict[str, Any]:
         self._progress, self._lent, self._stage, self._attempt = {}, lent, stage, attempt
         runtime = self._charter.runtime
         means = Means(
@@ -82,6 +85,8 @@ class WorkerActor:
             progress=self._tell,
             checkpoint_seconds=runtime.checkpoint_seconds,
             memmap_bytes=runtime.memmap_bytes,
+            alone=alone,
+            most_images=FEW_IMAGES if alone else None,
         )
         report: dict[str, Any] = {"key": stage.key, "attempt": attempt, "kind": ""}
         began = time.monotonic()
@@ -93,10 +98,17 @@ class WorkerActor:
             except MissingInput as error:
                 report |= {"kind": "failed", "missing": error.key, "cause": f"MissingInput: {error}", "traceback": ""}
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
-                report |= {"kind": _kind(error), "cause": _line(error), "traceback": traceback.format_exc()}
+                report |= {"kind": kind_of(error), "cause": line_of(error), "traceback": traceback.format_exc()}
             finally:
                 self._stage, self._attempt, self._lent = None, "", []
+        self._give_memory_back()
         return report | {"seconds": time.monotonic() - began}
+
+    def _give_memory_back(self) -> None:
+        """To others on the same GPU; here, where an error that held tensors is gone."""
+        torch = sys.modules.get("torch")
+        if torch is not None and self._shape.gpus:
+            torch.cuda.empty_cache()
 
     def _made(self, key: str, attempt: str) -> bool:
         """Whether this attempt published a stage beside the one that it was given."""
@@ -138,26 +150,10 @@ def _to_the_end(body: Callable[[], None]) -> None:
     os._exit(0)
 
 
-def _kind(error: BaseException) -> str:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno == errno.ENOSPC:
-            return "disk full"
-        seen = seen.__cause__ or seen.__context__
-    return "failed"
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text[:500]
-    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
-
-
 def _packed(error: Exception) -> bytes:
     try:
         packed = bytes(cloudpickle.dumps((False, error)))
         cloudpickle.loads(packed)
     except Exception:  # noqa: BLE001 - an error may be of any class; one that does not travel goes as its text
-        return bytes(cloudpickle.dumps((False, RuntimeError(_line(error)))))
+        return bytes(cloudpickle.dumps((False, RuntimeError(line_of(error)))))
     return packed

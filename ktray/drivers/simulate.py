@@ -97,7 +97,7 @@ class _Simulation:
         roster = Roster({"virtual": Node(cpus=workers)}, stale=FOREVER)
         attempts = itertools.count()
         self.ledger = Ledger(self.store.find, lambda name: Needs(), roster, lambda: f"a{next(attempts)}", FOREVER, self._length)
-        self.ledger.warm(workers)
+        self.ledger.hiring.warm(workers)
         self.live: dict[str, Segment] = {}
         self.ends: list[tuple[float, int, Give, float]] = []
         self.order = itertools.count()

@@ -30,6 +30,11 @@ def device_peak(device: str) -> int:
     return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
 
 
+def device_bytes(device: str) -> int:
+    """All memory of the GPU, in bytes; 0 on a CPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else 0
+
+
 def give_back(device: str) -> None:
     """Let others on the same GPU have what torch keeps for later."""
     if device.startswith("cuda"):

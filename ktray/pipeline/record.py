@@ -41,6 +41,7 @@ def record_of(
         "together": [],
         "peak_bytes": memory.peak(),
         "device_peak_bytes": memory.device_peak(means.device),
+        "device_bytes": memory.device_bytes(means.device),
         "after_out_of_memory": means.alone,
         "device": _device(means.device),
         "workers": means.pool.workers,
