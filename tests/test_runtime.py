@@ -56,11 +56,12 @@ def test_the_broker_and_its_clients_never_import_torch() -> None:
     assert said.stdout.strip() == "[]"
 
 
-def test_on_a_cluster_with_gpus_whatever_runs_a_network_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cluster_with_gpus_whatever_runs_a_network_gets_a_quarter_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
-    silent = client._with_gpus(Runtime())
+    silent = client._with_gpus(Runtime(), client._without_share(Runtime()))
     assert [name for name in STAGES if silent.of(name).gpus] == ["teacher", "features", "student", "evaluation"]
-    assert client._with_gpus(Runtime(stages={"evaluation": Needs(cpus=2)})).of("evaluation") == Needs(cpus=2)
+    assert {silent.of(name).gpus for name in STAGES} == {0.0, 0.25}
+    assert "evaluation" not in client._without_share(Runtime(stages={"evaluation": Needs(cpus=2)}))
 
 
 @pytest.fixture

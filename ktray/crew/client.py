@@ -23,6 +23,7 @@ from ktray.crew.environment import environment, identity
 from ktray.crew.locks import alone_on_store
 from ktray.crew.needs import Runtime
 from ktray.crew.runtime import Session
+from ktray.crew.shares import ON_GPU, USUAL
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.pool import Means
@@ -32,7 +33,6 @@ Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
 LEASE_EVERY = 2.0
 FROZEN = 20  # seconds without an answer after which a broker stands still; it answers within milliseconds
 LONG_FROZEN = 120  # the same for one that may just be starting
-ON_GPU = ("teacher", "student", "features", "evaluation")
 
 
 class Released(Exception):
@@ -204,7 +204,8 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
     if not _lives(namespace):
         _remove_workers(namespace)
         _sweep(store_url)
-    charter = Charter(namespace, store_url, packed, _with_gpus(session.runtime), environment())
+    silent = _without_share(session.runtime)
+    charter = Charter(namespace, store_url, packed, _with_gpus(session.runtime, silent), environment(), silent)
     ray.remote(Broker).options(
         name=BROKER,
         namespace=namespace,
@@ -263,9 +264,13 @@ def _sweep(store_url: str) -> None:
             lock.release()
 
 
-def _with_gpus(runtime: Runtime) -> Runtime:
-    """Where the cluster has GPUs and the runtime file says nothing, what trains or extracts gets one."""
+def _without_share(runtime: Runtime) -> tuple[str, ...]:
+    """Where the cluster has GPUs: the stages that train or extract and of which the runtime file says nothing."""
     if not ray.cluster_resources().get("GPU"):
-        return runtime
-    silent = {name: runtime.of(name) for name in ON_GPU if name not in runtime.stages or runtime.of(name) == Runtime().of(name)}
-    return replace(runtime, stages={**runtime.stages, **{name: replace(needs, gpus=1.0) for name, needs in silent.items()}})
+        return ()
+    return tuple(name for name in ON_GPU if name not in runtime.stages or runtime.of(name) == Runtime().of(name))
+
+
+def _with_gpus(runtime: Runtime, silent: Sequence[str]) -> Runtime:
+    given = {name: replace(runtime.of(name), gpus=USUAL) for name in silent}
+    return replace(runtime, stages={**runtime.stages, **given})

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from ktray.crew.needs import Needs
 
+WHOLE, CPUS = "", "cpus"  # parts of a node that may be kept free, beside the names of its cards
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -40,6 +42,7 @@ class Worker:
         leads: attempt of the stage that it runs.
         lent_to: attempt of the stage that it helps.
         leaving: it will be told to go.
+        cards: names of the GPUs that it has, as it tells; empty until it does.
     """
 
     name: str
@@ -52,6 +55,11 @@ class Worker:
     lent_to: str | None = None
     memory: int = 0
     leaving: bool = False
+    cards: tuple[str, ...] = ()
+
+    def lies_in(self, part: str) -> bool:
+        """Whether it holds something of a part of its node: `WHOLE`, `CPUS` or a card."""
+        return part == WHOLE or (self.shape.cpus > 0 if part == CPUS else part in self.cards)
 
 
 @dataclass
@@ -62,6 +70,10 @@ class Roster:
         nodes: node id -> resources.
         cpus: at most so many CPUs for workers, over all nodes.
         stale: a worker without heartbeat for so many seconds gets no new work.
+
+    Attributes:
+        kept: node -> card, `CPUS` or `WHOLE`: where room is being made for a stage that has waited, or where one must be alone,
+            and where nothing else begins. Whoever dispatches clears it first.
     """
 
     nodes: Mapping[str, Node]
@@ -69,6 +81,7 @@ class Roster:
     stale: float = 3.0
     workers: dict[str, Worker] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)  # nodes where a worker fell silent and none was heard of since
+    kept: dict[str, str] = field(default_factory=dict)
     _hired: int = 0
 
     def fits(self, needs: Needs) -> bool:
@@ -94,6 +107,14 @@ class Roster:
         self.skip([name])
         self.workers[name] = Worker(name, shape, node)
         return self.workers[name]
+
+    def keep(self, name: str, part: str = WHOLE) -> None:
+        """Let nothing begin on this node, or this part of it, until the next dispatch."""
+        self.kept[name] = part
+
+    def is_kept(self, worker: Worker) -> bool:
+        """Whether a worker must stay idle, because room is being made where it is."""
+        return worker.node in self.kept and worker.lies_in(self.kept[worker.node])
 
     def skip(self, names: Iterable[str]) -> None:
         """Never hire under these names."""
