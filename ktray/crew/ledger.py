@@ -53,8 +53,7 @@ class Ledger:
         self.computed: Counter[str] = Counter()
         self._fenced: set[str] = set()
         self._closed: set[tuple[str, str]] = set()
-        self._apart: set[str] = set()
-        self._alone: set[str] = set()
+        self._apart, self._alone = set[str](), set[str]()
         self.hiring = Hiring(roster, self.outbox)
         self._attempts: dict[str, list[str]] = {}
         self._deaths: Counter[str] = Counter()
