@@ -30,17 +30,21 @@ def run(args: argparse.Namespace) -> int:
 
     options = settings(args)
     notes: list[str] = []
+    shared: list[dict[str, Any]] = []
+    draws = 0
     load = data_loader()
     if is_space(args.source):
         space = load_space(args.source, args.overrides)
         check_space(space, load, str(args.source))
         pairs, count = dict(_draws_to_show(space)), space.size()
-        notes = space.warnings()
+        draws = min(space.budget.trials, count or space.budget.trials)
+        shared = _shared(space, draws, options)
+        notes = _notes(space.warnings(), shared, draws)
     else:
         pairs = dict(load_pairs(args.source, args.overrides))
         check_pairs(pairs, load, args.source)
         count = len(pairs)
-    answer = _plan(pairs, count, options)
+    answer = _plan(pairs, count, options) | {"sharing": {"draws": draws, "stages": shared}, "notes": notes}
     options.answer(answer, _text(answer, notes))
     return 0
 
@@ -92,6 +96,38 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
         yield f"start_with[{index}]", space.pair(space.complete(start))
 
 
+def _shared(space: Space, draws: int, options: Settings) -> list[dict[str, Any]]:
+    """Per kind of stage, how many different artifacts the draws can need, and are expected to."""
+    from ktray.crew.needs import STAGES
+    from ktray.errors import UserError
+    from ktray.pipeline import graph as graphs
+    from ktray.pipeline.identity import data_identity
+    from ktray.search.sharing import sharing
+    from ktray.search.tree import Params
+
+    identity = data_identity(options.cache)
+
+    def keys(params: Params) -> list[tuple[str, str]]:
+        try:
+            return [(stage.name, stage.key) for stage in graphs.build(space.pair(params), identity).stages]
+        except UserError:
+            return []  # two values that do not go together: such a draw computes nothing
+
+    return [
+        {"stage": row.stage, "possible": row.possible, "expected": round(row.expected, 1)}
+        for row in sorted(sharing(space, keys, draws), key=lambda row: STAGES.index(row.stage))
+    ]
+
+
+def _notes(warnings: list[str], shared: list[dict[str, Any]], draws: int) -> list[str]:
+    """Warnings of the space, with what those about teachers would cost."""
+    expected = next((row["expected"] for row in shared if row["stage"] == "teacher"), 0.0)
+    about = any(warning.startswith(("pair.teacher", "pair.data")) for warning in warnings)
+    if not (about and expected):
+        return warnings
+    return [*warnings, f"expect about {expected:.0f} different teachers in {draws} random draws"]
+
+
 def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -> dict[str, Any]:
     from ktray.pipeline import graph as graphs
     from ktray.pipeline.identity import data_identity
@@ -141,6 +177,18 @@ def _text(answer: Mapping[str, Any], notes: list[str]) -> str:
         table(["stage", "key", "state", "shared by"], rows),
         "",
         f"valid; {count} pairs. Of the {len(rows)} stages above {missing} would run: {cost}.",
+        *_shared_text(answer["sharing"]),
         *(f"note: {note}" for note in notes),
     ]
     return "\n".join(lines)
+
+
+def _shared_text(sharing: Mapping[str, Any]) -> list[str]:
+    """How many different artifacts a search makes for all its draws."""
+    if not sharing["stages"]:
+        return []
+    parts = []
+    for row in sharing["stages"]:
+        most = "no end" if row["possible"] is None else str(row["possible"])
+        parts.append(f"{row['stage']} {row['expected']:.0f} of {most}")
+    return [f"{sharing['draws']} random draws would share artifacts; to expect, of all that there can be: {', '.join(parts)}."]
