@@ -6,8 +6,7 @@ from collections import Counter
 from typing import Any
 
 from ktray.crew.books import Dismiss, Hire, Want
-from ktray.crew.needs import Needs
-from ktray.crew.roster import Roster, Shape, shape_of
+from ktray.crew.roster import Roster, Shape
 
 PATIENCE = 30.0  # seconds that a stage waits for a worker of its shape before others are held back for it
 
@@ -53,9 +52,9 @@ class Hiring:
             leaving = self.roster.make_room(shape, now)
         self.outbox += [Dismiss(each.name) for each in leaving]
 
-    def lend(self, attempt: str, needs: Needs, now: float) -> None:
-        """Idle workers, also new ones, for an attempt that may borrow more."""
-        missing, shape = needs.helpers - len(self.helpers(attempt)), shape_of(needs)
+    def lend(self, attempt: str, shape: Shape, helpers: int, now: float) -> None:
+        """Idle workers, also new ones, of the shape of who leads, for an attempt that may borrow so many."""
+        missing = helpers - len(self.helpers(attempt))
         for worker in self.roster.workers.values():
             free = worker.lent_to is None and not self.roster.is_kept(worker) and self.roster.available(worker, now)
             if missing > 0 and worker.shape == shape and free:

@@ -302,8 +302,9 @@ class Ledger:
 
     def _lend(self, now: float) -> None:
         for run in sorted(self.runs.values(), key=lambda run: run.since):
-            if run.key == run.leader:
-                self.hiring.lend(run.attempt, self._needs(run.stage), now)
+            leader = self.roster.workers.get(run.worker)
+            if run.key == run.leader and leader is not None:
+                self.hiring.lend(run.attempt, leader.shape, self._needs(run.stage).helpers, now)
 
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from ktray.crew.cards import free_shares, has_room
 from ktray.crew.needs import Needs
 
+RETURN = 600.0  # seconds in which a node that left may come back before its resources are given up
 WHOLE, CPUS = "", "cpus"  # parts of a node that may be kept free, beside the names of its cards
 
 
@@ -78,14 +79,24 @@ class Roster:
     stale: float = 3.0
     workers: dict[str, Worker] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    _left: dict[str, tuple[Node, float]] = field(default_factory=dict)
     _hired: int = 0
+
+    def see(self, nodes: Mapping[str, Node], now: float) -> None:
+        """Take note of the nodes that are there now."""
+        self._left |= {name: (node, now) for name, node in self.nodes.items() if name not in nodes}
+        self._left = {name: left for name, left in self._left.items() if name not in nodes and now - left[1] < RETURN}
+        self.nodes = nodes
+
+    def known(self) -> list[Node]:
+        """The nodes that are there, and those that left a short while ago and may come back."""
+        return [*self.nodes.values(), *(node for node, _ in self._left.values())]
 
     def fits(self, needs: Needs) -> bool:
         """Whether some node could ever run a stage with these needs."""
         shape = shape_of(needs)
         return shape.cpus <= self.cpus and any(
-            node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= needs.memory_bytes
-            for node in self.nodes.values()
+            node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= needs.memory_bytes for node in self.known()
         )
 
     def idle(self, needs: Needs, now: float) -> Worker | None:
@@ -99,11 +110,15 @@ class Roster:
             and not self.is_kept(worker)
             and self._memory_left(worker.node) >= needs.memory_bytes
         ]
-        return min(free, key=lambda worker: worker.lent_to is not None, default=None)
+        return min(free, key=lambda worker: (worker.lent_to is not None, self._wastes_gpus(worker.node, shape)), default=None)
+
+    def _wastes_gpus(self, name: str, shape: Shape) -> bool:
+        """Whether it were better to do this elsewhere: who trains on a GPU needs the CPUs beside it."""
+        return not shape.gpus and self.nodes[name].gpus > 0
 
     def available(self, worker: Worker, now: float) -> bool:
         """Whether a worker waits for work and was heard of lately."""
-        fresh = worker.beat is not None and now - worker.beat <= self.stale
+        fresh = worker.beat is not None and now - worker.beat <= self.stale and worker.node in self.nodes
         return worker.polling and fresh and worker.leads is None and not worker.leaving
 
     def starting(self, shape: Shape) -> int:
@@ -115,11 +130,13 @@ class Roster:
         rooms = [name for name in self.nodes if name not in self.kept and self._room(name, shape, keep_leaving=True)]
         if not rooms:
             return None
-        place = max(
-            rooms, key=lambda name: (self._free(name).gpus, self._free(name).cpus) if shape.gpus else (self._free(name).cpus,)
-        )
+        place = max(rooms, key=lambda name: self._suits(name, shape))
         self._hired += 1
         return self.add(f"worker-{self._hired}", shape, place)
+
+    def _suits(self, name: str, shape: Shape) -> tuple[float, float]:
+        free = self._free(name)
+        return (free.gpus, free.cpus) if shape.gpus else (-float(self._wastes_gpus(name, shape)), free.cpus)
 
     def add(self, name: str, shape: Shape, node: str) -> Worker:
         """Enter a worker that was hired now or found alive."""
