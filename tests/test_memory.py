@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import begun
+from test_families import begun, family, layer
 from test_ledger import NEEDS, House, answers, given, stage
 from toy_work import toy
 
@@ -47,20 +47,31 @@ def test_the_share_holds_the_recorded_peak_and_what_comes_with_it(peak: int, sha
     assert peak < share * 80 * GIB
 
 
+def shares(has_gpus: bool = True) -> Shares:
+    given = {"teacher": Needs(gpus=0.25), "student": Needs(cpus=2.0)}
+    return Shares(lambda name: given.get(name, Needs()), ["student", "features"], lambda: has_gpus)
+
+
+def peaked(name: str, peak: int, whole: int = 80 * GIB) -> Artifact:
+    return Artifact(f"{name}-{peak:012x}", Path(), {}, {"device_peak_bytes": peak, "device_bytes": whole})
+
+
 def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never_shrinks() -> None:
-    shares = Shares(lambda name: Needs(gpus=0.25), ["student"])
-    for number, peak in enumerate((30 * GIB, 1 * GIB)):
+    found = shares()
+    assert found("student").gpus == 0.25
+    for peak in (30 * GIB, 1 * GIB):
         for name in ("student", "teacher"):
-            record = {"device_peak_bytes": peak, "device_bytes": 80 * GIB}
-            shares.note(Artifact(f"{name}-{number:012x}", Path(), {}, record))
-        assert shares("student").gpus == 0.5
-        assert shares("teacher").gpus == 0.25, "its share stands in the runtime file"
+            found.note(peaked(name, peak))
+        assert found("student").gpus == 0.5
+        assert found("teacher").gpus == 0.25, "its share stands in the runtime file"
+    assert found("clusters").gpus == 0.0
 
 
-def test_a_record_from_a_cpu_says_nothing_of_a_gpu() -> None:
-    shares = Shares(lambda name: Needs(gpus=0.25), ["student"])
-    shares.note(Artifact("student-000000000000", Path(), {}, {"device_peak_bytes": 0, "device_bytes": 0}))
-    assert shares("student").gpus == 0.25
+def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs_one() -> None:
+    found = shares()
+    found.note(peaked("student", 0, 0))
+    assert found("student").gpus == 0.25
+    assert shares(has_gpus=False)("student") == Needs(cpus=2.0)
 
 
 def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +177,7 @@ def test_on_a_cpu_it_waits_until_its_node_is_quiet_and_nothing_begins_beside_it(
 
 def test_other_nodes_go_on_meanwhile() -> None:
     house, big = House(2), stage("big")
-    house.roster.nodes = {"node": Node(4.0, 1.0, 100.0), "other": Node(4.0, 0.0, 50.0)}
+    house.roster.nodes = {"node": Node(4.0, 0.0, 100.0), "other": Node(4.0, 0.0, 50.0)}
     house.roster.workers["worker-2"].node = "other"
     one, two = stage("one"), stage("two")
     house.want("a", big)
@@ -228,6 +239,14 @@ def test_a_family_that_runs_out_of_memory_is_made_apart_before_anything_is_alone
     assert alone(actions) == []
     events = [action.event for action in house.ledger.outbox if isinstance(action, Event)]
     assert OUT_OF_MEMORY not in events
+
+
+def test_what_is_alone_takes_none_of_its_family_along() -> None:
+    house, one, two = House(1), layer(1), layer(2)
+    house.want("a", one)
+    house.want("b", two)
+    actions = run_out(house, one)
+    assert alone(actions) == family(actions) == [one.key]
 
 
 def test_a_large_share_is_not_kept_waiting_for_ever_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:

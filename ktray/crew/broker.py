@@ -18,7 +18,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Attendance, Process
 from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import cause_of, end_process_on, nodes, this_process, workers_of
+from ktray.crew.cluster import cause_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
 from ktray.crew.lengths import Lengths
 from ktray.crew.roster import Roster, Worker
@@ -44,7 +44,8 @@ class Broker:
         runtime, now = charter.runtime, time.time()
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
-        self._lengths, self._shares = Lengths(), Shares(runtime.of, charter.learned)
+        self._lengths = Lengths()
+        self._shares = Shares(runtime.of, charter.learned, lambda: any(node.gpus for node in self._roster.known()))
         self._ledger = Ledger(self._find, self._shares, self._roster, attempts, runtime.dead_after, self._lengths)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
@@ -57,7 +58,10 @@ class Broker:
         self._number = int(now * 1000)  # numbers go on rising over restarts
         self._ticking: asyncio.Task[None] | None = None
         self._watches: set[asyncio.Task[None]] = set()
-        self._survivors = workers_of(charter.namespace) if ray.get_runtime_context().was_current_actor_reconstructed else []
+        # Those of an earlier crew go, and only here nobody can meet new ones; Ray gives their names free only some time after.
+        reborn = ray.get_runtime_context().was_current_actor_reconstructed
+        self._roster.skip([] if reborn else end_workers(charter.namespace))
+        self._survivors = workers_of(charter.namespace) if reborn else []
         self._ledger.expect(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._end_if_never_called).start()
 
@@ -153,9 +157,9 @@ class Broker:
 
     async def end(self) -> None:
         """End all workers, then this process."""
-        for name in {*self._handles, *workers_of(self._charter.namespace)}:
-            with suppress(ValueError):
-                ray.kill(self._handles.get(name) or ray.get_actor(name, namespace=self._charter.namespace))
+        for handle in self._handles.values():
+            ray.kill(handle)
+        end_workers(self._charter.namespace)
         self._end_self()
 
     # ---- workers
@@ -233,7 +237,8 @@ class Broker:
             last = now
             if now > refresh:
                 refresh = now + 5.0
-                self._roster.nodes = await asyncio.to_thread(nodes)
+                with suppress(ray.exceptions.RayError):
+                    self._roster.see(await asyncio.to_thread(nodes), now)
             self._ledger.silent(now)
             for process in self._attendance.silent(now):
                 end_process_on(process.node, process.pid, process.born)

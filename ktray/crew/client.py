@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -18,12 +18,12 @@ from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Process
 from ktray.crew.broker import Broker
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import end_process, this_process, workers_of
+from ktray.crew.cluster import end_process, this_process
 from ktray.crew.environment import environment, identity
 from ktray.crew.locks import alone_on_store
 from ktray.crew.needs import Runtime
 from ktray.crew.runtime import Session
-from ktray.crew.shares import ON_GPU, USUAL
+from ktray.crew.shares import ON_GPU
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.pool import Means
@@ -180,9 +180,10 @@ class Lease:
         self._thread.start()
 
     def _renew(self) -> None:
-        with suppress(StoppedEarly, ray.exceptions.RayError):
+        with suppress(StoppedEarly):
             while not self._over.wait(LEASE_EVERY):
-                self._crew.lease(self._over)
+                with suppress(ray.exceptions.RayError):  # one call without an answer: a lease lasts several
+                    self._crew.lease(self._over)
 
     def cancel(self) -> None:
         """Stops renewing."""
@@ -202,10 +203,8 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
     namespace = f"ktray-{fingerprint([identity(), asdict(session.runtime), store_url, packed.hex()])[:12]}"
     crew = Crew(namespace, session.name)
     if not _lives(namespace):
-        _remove_workers(namespace)
         _sweep(store_url)
-    silent = _without_share(session.runtime)
-    charter = Charter(namespace, store_url, packed, _with_gpus(session.runtime, silent), environment(), silent)
+    charter = Charter(namespace, store_url, packed, session.runtime, environment(), _without_share(session.runtime))
     ray.remote(Broker).options(
         name=BROKER,
         namespace=namespace,
@@ -249,12 +248,6 @@ def _until_absent(namespace: str) -> None:
         time.sleep(0.1)
 
 
-def _remove_workers(namespace: str) -> None:
-    for name in workers_of(namespace):
-        with suppress(ValueError):
-            ray.kill(ray.get_actor(name, namespace=namespace))
-
-
 def _sweep(store_url: str) -> None:
     lock = alone_on_store(store_url)
     if lock is not None:
@@ -265,12 +258,5 @@ def _sweep(store_url: str) -> None:
 
 
 def _without_share(runtime: Runtime) -> tuple[str, ...]:
-    """Where the cluster has GPUs: the stages that train or extract and of which the runtime file says nothing."""
-    if not ray.cluster_resources().get("GPU"):
-        return ()
+    """The stages that run networks and of which the runtime file says nothing: where there are GPUs, each gets a share."""
     return tuple(name for name in ON_GPU if name not in runtime.stages or runtime.of(name) == Runtime().of(name))
-
-
-def _with_gpus(runtime: Runtime, silent: Sequence[str]) -> Runtime:
-    given = {name: replace(runtime.of(name), gpus=USUAL) for name in silent}
-    return replace(runtime, stages={**runtime.stages, **given})

@@ -6,9 +6,8 @@ from typing import Any
 
 from ktray.crew import room
 from ktray.crew.books import Dismiss, Hire
-from ktray.crew.needs import Needs
 from ktray.crew.openings import Openings
-from ktray.crew.roster import Roster, Shape, shape_of
+from ktray.crew.roster import Roster, Shape
 
 PATIENCE = 30.0  # seconds that a stage waits for a worker of its shape before others are held back for it
 
@@ -61,9 +60,9 @@ class Hiring:
         """Forget since when stages of a shape wait for room where none waits any more; `openings` have seen all that wait."""
         self._blocked = {shape: since for shape, since in self._blocked.items() if openings.coming[shape]}
 
-    def lend(self, attempt: str, needs: Needs, openings: Openings) -> None:
-        """Idle workers, also new ones, for an attempt that may borrow more."""
-        missing, shape = needs.helpers - openings.lent[attempt], shape_of(needs)
+    def lend(self, attempt: str, shape: Shape, helpers: int, openings: Openings) -> None:
+        """Idle workers, also new ones, of the shape of who leads, for an attempt that may borrow so many."""
+        missing = helpers - openings.lent[attempt]
         for worker in openings.lendable(shape)[: max(0, missing)]:
             worker.lent_to, missing = attempt, missing - 1
         for _ in range(missing - openings.starting[shape]):

@@ -104,8 +104,7 @@ class Ledger:
         return self._start(worker, family, attempt, now)
 
     def _start(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> Run:
-        worker.leads, worker.lent_to, worker.polling = attempt, None, False
-        leader = stages[0]
+        leader, worker.leads, worker.lent_to, worker.polling = stages[0], attempt, None, False
         worker.memory = self._needs(leader).memory_bytes
         self._attempts[attempt] = [stage.key for stage in stages]
         for stage in stages:
@@ -139,7 +138,7 @@ class Ledger:
         artifact = self.find(key)
         if artifact is None:
             if run is not None:
-                self._give_up(key, "failed", "FileNotFoundError: it ended, but its artifact is not in the store")
+                self._give_up(key, FAILED, "FileNotFoundError: it ended, but its artifact is not in the store")
             return
         self._forget(key)
         self._apart.discard(key)
@@ -337,7 +336,9 @@ class Ledger:
         names = {name for name in {run.stage.name for run in self.runs.values()} if self.needs(name).helpers}
         borrowing = [run for run in self.runs.values() if run.stage.name in names and run.key == run.leader]
         for run in sorted(borrowing, key=lambda run: run.since):
-            self.hiring.lend(run.attempt, self._needs(run.stage), openings)
+            if run.worker in self.roster.workers:
+                shape = self.roster.workers[run.worker].shape
+                self.hiring.lend(run.attempt, shape, self._needs(run.stage).helpers, openings)
 
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""

@@ -36,14 +36,17 @@ class Openings:
                 borrowed.append(worker)
             elif worker.leads is None:
                 unborrowed.append(worker)
-        for worker in reversed(borrowed):  # taken from the end: those that are lent come last
-            self._offer(worker)
-        for worker in reversed(unborrowed):
-            self._offer(worker)
+        for group in (borrowed, unborrowed):  # taken from the end: those that are lent come last
+            for worker in sorted(
+                reversed(group), key=lambda worker: self._wastes_gpus(worker.node, worker.shape), reverse=True
+            ):
+                if roster.available(worker, now):
+                    self._idle.setdefault(worker.shape, []).append(worker)
 
-    def _offer(self, worker: Worker) -> None:
-        if self.roster.available(worker, self.now):
-            self._idle.setdefault(worker.shape, []).append(worker)
+    def _wastes_gpus(self, name: str, shape: Shape) -> bool:
+        """Whether it were better to do this elsewhere: who trains on a GPU needs the CPUs beside it."""
+        node = self.roster.nodes.get(name)
+        return node is not None and node.gpus > 0 and not shape.gpus
 
     @cached_property
     def staff(self) -> dict[str, list[Worker]]:
@@ -75,7 +78,10 @@ class Openings:
         return [worker for idle in self._idle.values() for worker in idle if not worker.leaving]
 
     def take(self, needs: Needs, place: str | None = None) -> Worker | None:
-        """A worker that can run a stage at once: one that nobody borrowed, else one that is lent; only on `place` if given."""
+        """A worker that can run a stage at once: one that nobody borrowed, else one that is lent; only on `place` if given.
+
+        Of several one on a node without a GPU, if the stage needs none.
+        """
         idle = self._idle.get(shape_of(needs), [])
         for index in reversed(range(len(idle))):
             worker = idle[index]
@@ -88,12 +94,12 @@ class Openings:
         return None
 
     def lendable(self, shape: Shape) -> list[Worker]:
-        """Idle workers that nobody borrowed, in the order of the roster."""
+        """Idle workers that nobody borrowed, in the order in which they would be taken."""
         free = [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.leaving]
         return [worker for worker in free if not self.roster.is_kept(worker)] if self.roster.kept else free
 
     def hire(self, shape: Shape) -> Worker | None:
-        """A new worker on the node with most room, or None where there is none."""
+        """A new worker on the node with most room, or None where there is none; without need of a GPU rather beside none."""
         place = None if shape in self._full else self._roomiest(shape)
         if place is None:
             self._full.add(shape)
@@ -108,11 +114,12 @@ class Openings:
     def _roomiest(self, shape: Shape) -> str | None:
         if sum(held.cpus for held in self._held.values()) + shape.cpus > self.roster.cpus:
             return None
-        found, most = None, (False, -1.0, -1.0)
+        found, most = None, (False, -2.0, -2.0)
         for name, node in self.roster.nodes.items():
             cpus, gpus = node.cpus - self._held[name].cpus, node.gpus - self._held[name].gpus
             # A silent node comes last: Ray takes a minute to notice that one is gone.
-            room = (name not in self.roster.silent, gpus if shape.gpus else 0.0, cpus)
+            heard = name not in self.roster.silent
+            room = (heard, gpus if shape.gpus else -float(self._wastes_gpus(name, shape)), cpus)
             if cpus < shape.cpus or gpus < shape.gpus - SLACK or room <= most or name in self.roster.kept:
                 continue
             if not shape.gpus or has_room(self.cards(name), shape.gpus):

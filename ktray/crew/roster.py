@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ktray.crew.needs import Needs
 
+RETURN = 600.0  # seconds in which a node that left may come back before its resources are given up
 WHOLE, CPUS = "", "cpus"  # parts of a node that may be kept free, beside the names of its cards
 
 
@@ -82,19 +83,29 @@ class Roster:
     workers: dict[str, Worker] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)  # nodes where a worker fell silent and none was heard of since
     kept: dict[str, str] = field(default_factory=dict)
+    _left: dict[str, tuple[Node, float]] = field(default_factory=dict)
     _hired: int = 0
+
+    def see(self, nodes: Mapping[str, Node], now: float) -> None:
+        """Take note of the nodes that are there now."""
+        self._left |= {name: (node, now) for name, node in self.nodes.items() if name not in nodes}
+        self._left = {name: left for name, left in self._left.items() if name not in nodes and now - left[1] < RETURN}
+        self.nodes = nodes
+
+    def known(self) -> list[Node]:
+        """The nodes that are there, and those that left a short while ago and may come back."""
+        return [*self.nodes.values(), *(node for node, _ in self._left.values())]
 
     def fits(self, needs: Needs) -> bool:
         """Whether some node could ever run a stage with these needs."""
         shape = shape_of(needs)
         return shape.cpus <= self.cpus and any(
-            node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= needs.memory_bytes
-            for node in self.nodes.values()
+            node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= needs.memory_bytes for node in self.known()
         )
 
     def available(self, worker: Worker, now: float) -> bool:
         """Whether a worker waits for work and was heard of lately."""
-        fresh = worker.beat is not None and now - worker.beat <= self.stale
+        fresh = worker.beat is not None and now - worker.beat <= self.stale and worker.node in self.nodes
         return worker.polling and fresh and worker.leads is None and not worker.leaving
 
     def hire(self, shape: Shape, node: str) -> Worker:

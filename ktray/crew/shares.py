@@ -20,18 +20,20 @@ class Shares:
 
     Args:
         needs: stage name -> needs by the runtime file and its defaults.
-        learned: names of the stages whose share of a GPU may grow.
+        learned: names of the stages whose share of a GPU is not given; while the cluster has none, they need none.
+        has_gpus: whether the cluster has GPUs now.
     """
 
-    def __init__(self, needs: Callable[[str], Needs], learned: Collection[str]) -> None:
-        self._needs, self._learned = needs, frozenset(learned)
+    def __init__(self, needs: Callable[[str], Needs], learned: Collection[str], has_gpus: Callable[[], bool]) -> None:
+        self._needs, self._learned, self._has_gpus = needs, frozenset(learned), has_gpus
         self._least: dict[str, float] = {}
 
     def __call__(self, stage: str) -> Needs:
         """What the stage of this name needs."""
         needs = self._needs(stage)
-        least = self._least.get(stage, 0.0) if stage in self._learned else 0.0
-        return replace(needs, gpus=least) if least > needs.gpus else needs
+        if stage not in self._learned or not self._has_gpus():
+            return needs
+        return replace(needs, gpus=self._least.get(stage, USUAL))
 
     def note(self, artifact: Artifact) -> None:
         """Learn from a record of a stage that ran on a GPU."""
@@ -40,7 +42,7 @@ class Shares:
         if not peak or not whole:
             return
         name = artifact.key.rpartition("-")[0]
-        self._least[name] = max(self._least.get(name, 0.0), share_of(peak, whole))
+        self._least[name] = max(self._least.get(name, USUAL), share_of(peak, whole))
 
 
 def share_of(peak: int, whole: int) -> float:

@@ -34,7 +34,7 @@ class WorkerActor:
         self._store = open_store(charter.store_url)
         self._lock = hold_store(charter.store_url)
         self._broker = ray.get_actor(BROKER, namespace=charter.namespace)
-        cards = tuple(map(str, ray.get_gpu_ids()))
+        cards = tuple(map(str, ray.get_gpu_ids())) if shape.gpus else ()
         self._who = {"name": name, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
         self._who |= {"shape": shape, "cards": cards}
         self._stage: Stage | None = None
