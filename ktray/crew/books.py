@@ -88,13 +88,14 @@ class Request:
 
 @dataclass
 class Want:
-    """A stage that somebody wants and that is not in the store."""
+    """A stage that somebody wants and that is not in the store; `priority` is the highest of its requests, 0 without any."""
 
     stage: Stage
     order: int
     since: float
     owner: str = ""
     requests: set[str] = field(default_factory=set)
+    priority: int = 0
 
 
 @dataclass

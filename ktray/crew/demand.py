@@ -53,6 +53,7 @@ class Demand:
                 return
             want = self.add(stage, now)
         request.pending.add(key)
+        want.priority = max(want.priority, request.priority) if want.requests else request.priority
         want.requests.add(request.name)
         self.line.rank(key, self._rank(want))
         if request.waiter and not want.owner:
@@ -112,6 +113,8 @@ class Demand:
             want.requests.discard(request.name)
             if want.owner == request.name:
                 want.owner = min((name for name in want.requests if self.requests[name].waiter), default="")
+            if want.priority == request.priority:
+                want.priority = max((self.requests[name].priority for name in want.requests), default=0)
             self.line.rank(key, self._rank(want))
             if not want.requests and key not in self.running:
                 self._forget(key)
@@ -181,5 +184,4 @@ class Demand:
         return (self.wants[key] for key in self.line if key in self.wants)
 
     def _rank(self, want: Want) -> tuple[float, float, int]:
-        priority = max((self.requests[name].priority for name in want.requests), default=0)
-        return (-priority, -len(want.requests), want.order)
+        return (-want.priority, -len(want.requests), want.order)
