@@ -45,7 +45,29 @@ DESCRIBED: dict[str, dict[str, Any]] = {
     "raw_pixels": {"kind": "raw_pixels", "side": 16},
     "random_network": {"kind": "random_network", "backbone": ALEXNET, "layer": "conv3", "pool": {"grid": 2}},
 }
-AGAIN: tuple[str, ...] = ()
+AGAIN: tuple[str, ...] = (
+    "hog 4 | 1000 | alexnet w0.5",
+    "hog 8 | 200 | alexnet w0.5",
+    "hog 4 | 200 | alexnet w0.5",
+    "hog 8 | 1000 | alexnet w0.5",
+    "hog 8 | 50 | alexnet w0.5",
+    "hog 4 | 50 | alexnet w0.5",
+    "rotation resnet18 layer3 | 200 | alexnet w0.5",
+    "rotation resnet18 layer3 | 1000 | alexnet w0.5",
+    "bag_of_hog | 200 | alexnet w0.5",
+    "rotation alexnet conv4 | 1000 | alexnet w0.5",
+    "bag_of_hog | 50 | alexnet w0.5",
+    "rotation alexnet conv4 | 200 | alexnet w0.5",
+    "simclr alexnet conv5 | 200 | alexnet w0.5",
+    "rotation resnet18 layer3 | 200 | resnet18 w0.25",
+    "simclr alexnet conv5 | 1000 | alexnet w0.5",
+    "hog 8 | 200 | resnet18 w0.25",
+    "rotation alexnet conv4 | 50 | alexnet w0.5",
+    "rotation alexnet conv3 | 200 | alexnet w0.5",
+    "rotation resnet18 layer3 | 1000 | resnet18 w0.25",
+    "rotation resnet18 layer3 | 50 | alexnet w0.5",
+    "hog 8 | 200 | alexnet w0.25",
+)
 """Names of the best tenth, which are trained with the student seeds 1 and 2 as well; from a first run of the table."""
 
 

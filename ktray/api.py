@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from ktray.drivers.search import Outcome
-    from ktray.search.study import History
+    from ktray.search.history import History
     from ktray.stores import Store
 
 Talk = Literal[0, 1, 2]
@@ -48,7 +48,7 @@ class Study:
         Raises:
             UserError: there is no such study.
         """
-        from ktray.search.study import read
+        from ktray.search.history import read
 
         return read(self.home, self.name)
 
@@ -109,6 +109,7 @@ def search(
     name: str | None = None,
     trials: int | str | None = None,
     concurrent: int | None = None,
+    warm_start: str | None = None,
     address: str | None = None,
     overrides: Sequence[str] = (),
     store: str | None = None,
@@ -124,6 +125,7 @@ def search(
         name: of the study; None for the space's. The same name goes on.
         trials: target, such as 50 or ``"+50"``; None for the space's budget.
         concurrent: trials at the same time; None for the space's budget.
+        warm_start: another study of this home, whose results the sampler learns from.
         address: of a running Ray cluster; None starts Ray on this machine.
         overrides: such as ``["transfer.k=500"]``.
         store: where artifacts live, such as ``file:///mnt/shared/store``; None for the home's own.
@@ -143,6 +145,7 @@ def search(
         name=name,
         trials=None if trials is None else str(trials),
         concurrent=concurrent,
+        warm_start=warm_start,
         address=address,
         share_images=False,
     )

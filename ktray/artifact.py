@@ -44,6 +44,11 @@ class Stage:
         return f"{self.name}-{self.sha256[:12]}"
 
 
+def numbered(name: str, place: int) -> str:
+    """What a pair calls its stages of one name: ``clusters``, ``clusters_2``, ``clusters_3`` at places 0, 1, 2."""
+    return name if place == 0 else f"{name}_{place + 1}"
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished stage: its files, its metrics and the record of how it came to be."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from ktray import augment as views_of
 from ktray.spec import Augment
+from ktray.targets import Labels
 from ktray.task import Task
 
 REVISION = 1
@@ -28,6 +32,22 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Te
     return loss, {"top1": hits.float().mean()}
 
 
+def joint_cross_entropy(logits: Tensor, targets: Tensor, widths: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over heads of each head's mean cross entropy, and {"top1"}, the mean over heads of theirs.
+
+    Args:
+        logits: (B, sum of widths) float, head by head.
+        targets: (B, heads) int64, each in [-1, width of its head); -1 counts neither in that head's loss nor in its top1.
+        widths: number of classes of each head.
+    """
+    losses, tops = [], []
+    for part, wanted in zip(logits.split(list(widths), dim=1), targets.unbind(1), strict=True):
+        known = (wanted >= 0).sum().clamp(min=1)
+        losses.append(nn.functional.cross_entropy(part, wanted, ignore_index=-1, reduction="sum") / known)
+        tops.append((part.detach().max(1).indices == wanted).sum() / known)
+    return torch.stack(losses).mean(), {"top1": torch.stack(tops).mean()}
+
+
 def task(targets: NDArray[np.int64], classes: int, augment: Augment) -> Task:
     """A linear head that predicts each image's target from a random view of it.
 
@@ -38,17 +58,35 @@ def task(targets: NDArray[np.int64], classes: int, augment: Augment) -> Task:
     Raises:
         ValueError: a target is outside of [-1, classes).
     """
-    if targets.size and (targets.min() < -1 or targets.max() >= classes):
-        raise ValueError(f"targets lie in [{targets.min()}, {targets.max()}], which are not {classes} classes (or -1)")
-    of_image = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64))
+    return joint_task([Labels(targets, classes)], augment)
+
+
+def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
+    """One linear head per entry on one backbone; each predicts the image's target of its own from the same random view.
+
+    The heads are the blocks of one linear layer. An image that every entry leaves out is left out; one that some leave out
+    teaches the other heads.
+
+    Raises:
+        ValueError: a target is outside of [-1, classes) of its entry.
+    """
+    of_image = torch.from_numpy(np.stack([_checked(entry) for entry in heads], axis=1))
+    widths = [entry.classes for entry in heads]
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         seen = views_of.to_float(views_of.views(images, augment, generator))
-        return seen, of_image[indices].to(images.device)
+        return seen, of_image[indices].squeeze(1).to(images.device)
 
     return Task(
-        head=lambda width: nn.Linear(width, classes),
+        head=lambda width: nn.Linear(width, sum(widths)),
         batch=batch,
-        loss=cross_entropy,
-        keep=torch.nonzero(of_image >= 0).flatten(),
+        loss=cross_entropy if len(heads) == 1 else functools.partial(joint_cross_entropy, widths=widths),
+        keep=torch.nonzero((of_image >= 0).any(dim=1)).flatten(),
     )
+
+
+def _checked(entry: Labels) -> NDArray[np.int64]:
+    targets = np.asarray(entry.of_image, dtype=np.int64)
+    if targets.size and (targets.min() < -1 or targets.max() >= entry.classes):
+        raise ValueError(f"targets lie in [{targets.min()}, {targets.max()}], which are not {entry.classes} classes (or -1)")
+    return targets

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+
+FULL = 1 << 20  # bytes that are free where nothing can be done any more
+
 
 class UserError(Exception):
     """The spec, an argument or the data need a change by the user: exit code 2 and one paragraph, no traceback.
@@ -68,3 +74,25 @@ class MissingInput(Exception):
 
     def __str__(self) -> str:
         return f"the artifact {self.key} is absent"
+
+
+def disk_is_full(error: BaseException, store: str) -> bool:
+    """Whether something failed because nothing more could be written.
+
+    Libraries hide the errno (safetensors says "os error 28", numpy how many bytes it could not write), so what fails while the
+    disk of the store is full counts, too.
+
+    Args:
+        store: URL of the store.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(os.strerror(number) in str(seen) for number in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    try:
+        return shutil.disk_usage(store.removeprefix("file://")).free < FULL
+    except OSError:
+        return False

@@ -138,6 +138,31 @@ def assign(rows: NDArray[np.float32], centroids: NDArray[np.float32]) -> tuple[N
     return labels, np.maximum(lowest + np.einsum("nd,nd->n", near, near), 0)
 
 
+def nearest(
+    rows: NDArray[np.float32], centroids: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The `count` nearest centroids of each row, the nearest first, the first where equal; the first column is `assign`'s.
+
+    Args:
+        rows: (n, d) float32, projected.
+        centroids: (K, d) float32.
+        count: m, 1 <= m <= K.
+
+    Returns:
+        numbers (n, m) int32 in [0, K), and squared distances (n, m) float32.
+    """
+    centre = centroids.mean(axis=0, dtype=np.float64).astype(np.float32)
+    near = rows.astype(np.float32, copy=False) - centre
+    numbers, lowest = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
+    for where, scores in lloyd.scoring(centroids - centre)(near):
+        each = np.arange(len(scores))
+        for place in range(count):  # count is small: a pass for each is cheaper than sorting all K
+            best = scores.argmin(axis=1)
+            numbers[where, place], lowest[where, place] = best, scores[each, best]
+            scores[each, best] = np.inf
+    return numbers, np.maximum(lowest + np.einsum("nd,nd->n", near, near)[:, None], 0)
+
+
 def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool) -> tuple[Frame, list[int]]:
     """The space of the clustering, and the rows of each shard."""
     counts, row_sums, lows, highs = zip(*pool.map(_surveyed, list(shards), projection), strict=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,23 +75,37 @@ class Change:
 
 
 Search = Callable[[NDArray[np.float32]], tuple[NDArray[np.int64], NDArray[np.float32]]]
+Scoring = Callable[[NDArray[np.float32]], Iterator[tuple[slice, NDArray[np.float32]]]]
 
 
-def search(centroids: NDArray[np.float32]) -> Search:
-    """A function of (n, d) float32 rows: labels (n,) int64, the first where equal, and |x - c|^2 - |x|^2 (n,) float32."""
+def scoring(centroids: NDArray[np.float32]) -> Scoring:
+    """A function of (n, d) float32 rows: pieces as (which rows, (rows, K) float32 |x - c|^2 - |x|^2).
+
+    The second is the same memory every time, so it is used up before the next is asked for.
+    """
     minus_twice = np.ascontiguousarray((-2 * centroids).T)
     norms = np.einsum("kd,kd->k", centroids, centroids, dtype=np.float64).astype(np.float32)
     scores = np.empty((blas.CHUNK_ROWS, len(centroids)), np.float32)
 
-    def nearest(rows: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        labels, lowest = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+    def scored(rows: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         with blas.one_thread():
             for where, piece in blas.chunks(rows):
                 np.matmul(piece, minus_twice, out=scores)
                 np.add(scores, norms, out=scores)
-                count = where.stop - where.start
-                labels[where] = scores.argmin(axis=1)[:count]
-                lowest[where] = scores[np.arange(count), labels[where]]
+                yield where, scores[: where.stop - where.start]
+
+    return scored
+
+
+def search(centroids: NDArray[np.float32]) -> Search:
+    """A function of (n, d) float32 rows: labels (n,) int64, the first where equal, and |x - c|^2 - |x|^2 (n,) float32."""
+    scored = scoring(centroids)
+
+    def nearest(rows: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        labels, lowest = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        for where, scores in scored(rows):
+            labels[where] = scores.argmin(axis=1)
+            lowest[where] = scores[np.arange(len(scores)), labels[where]]
         return labels, lowest
 
     return nearest

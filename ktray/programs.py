@@ -56,7 +56,8 @@ def write(network: nn.Module, head: nn.Module | None, size: int, form: Form, out
 
 def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     try:
-        import onnxscript  # noqa: F401 - torch asks for it late, and with words of its own
+        import onnx  # noqa: F401 - torch asks for both late, and with words of its own
+        import onnxscript  # noqa: F401
 
         torch.onnx.export(
             model,

@@ -40,11 +40,42 @@ def assign(
 
 def _assigned(shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]]]) -> NDArray[np.int64]:
     centroids, projection = shared
+    return kmeans.assign(_projected(shard, centroids, projection), centroids)[0]
+
+
+def _projected(shard: Path, centroids: NDArray[np.float32], projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     rows = finite_rows(shard)
     width = projection["components"].shape[1] if "components" in projection else centroids.shape[1]
     if rows.shape[1] != width:
         raise ValueError(f"{shard.name} has {rows.shape[1]} features per image, the clusters were made of {width}")
-    return kmeans.assign(apply(projection, rows), centroids)[0]
+    return apply(projection, rows)
+
+
+def nearest(
+    shards: Sequence[Path],
+    centroids: NDArray[np.float32],
+    projection: Mapping[str, NDArray[Any]],
+    count: int,
+    pool: Pool,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The `count` nearest clusters of every row, the nearest first, and the squared distances: (N, count) each.
+
+    Args:
+        shards, centroids, projection: as of `assign`.
+        count: 1 <= count <= K.
+
+    Raises:
+        ValueError: as `assign`.
+    """
+    numbers, squared = zip(*pool.map(_nearest, list(shards), (centroids, projection, count)), strict=True)
+    return np.concatenate(numbers), np.concatenate(squared)
+
+
+def _nearest(
+    shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]], int]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    centroids, projection, count = shared
+    return kmeans.nearest(_projected(shard, centroids, projection), centroids, count)
 
 
 def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.int64]:
@@ -52,6 +83,23 @@ def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.i
     sizes = np.bincount(labels[labels >= 0], minlength=k)
     small = np.append(sizes < min_size, False)  # the last entry is for those that are -1 already
     return np.where(small[labels], -1, labels)
+
+
+def merge_small(labels: NDArray[np.int64], centroids: NDArray[np.float32], min_size: int) -> NDArray[np.int64]:
+    """Labels (N,) where clusters of fewer than `min_size` images have joined the nearest that has as many, by its centroid.
+
+    Every other cluster keeps its number and its images; if none has as many, all images are left out (-1).
+
+    Args:
+        centroids: (K, d) float32.
+    """
+    sizes = np.bincount(labels[labels >= 0], minlength=len(centroids))
+    large = np.flatnonzero(sizes >= min_size)
+    if not len(large):
+        return np.full_like(labels, -1)
+    home = np.append(large[kmeans.assign(centroids, centroids[large])[0]], -1)
+    home[large] = large
+    return home[labels]
 
 
 def entropy(labels: NDArray[np.int64]) -> float:

@@ -260,10 +260,10 @@ class PairSpec(Spec):
 
     @model_validator(mode="after")
     def _a_teacher_exactly_where_needed(self) -> PairSpec:
-        needs = plugins.module_of("transfer", self.transfer).NEEDS
-        if "features" in needs and self.teacher is None:
+        needs = {"features", "clusters", "pseudo_labels"} & plugins.module_of("transfer", self.transfer).NEEDS.keys()
+        if needs and self.teacher is None:
             raise ValueError(f"the transfer {self.transfer.kind!r} needs a teacher, such as teacher: {{descriptor: hog}}")
-        if "features" not in needs and self.teacher is not None and not self._judges_the_teacher():
+        if not needs and self.teacher is not None and not self._judges_the_teacher():
             raise ValueError(f"the transfer {self.transfer.kind!r} uses no teacher; leave 'teacher' out")
         names = [getattr(entry, "name", None) or entry.kind for entry in self.evals]
         twice = {name for name in names if names.count(name) > 1}

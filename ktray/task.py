@@ -23,6 +23,8 @@ class Task:
             random draws come from the generator, so that the batch is the same on every device.
         loss: (outputs of the head, targets) -> (scalar loss, metrics as scalars, such as {"top1": ...} in [0, 1]).
         keep: indices (n,) int64 of the images to train on, ascending; None for all.
+        order: a CPU generator seeded from (seed, epoch) -> the images (n,) of one epoch, each of `keep`, some perhaps several
+            times and others not; None shows each of `keep` once, shuffled.
         after_step: called with the model (`nn.ModuleDict` of "backbone" and "head") after every optimiser step.
         prepare: called once with the model as drawn, before a snapshot is loaded; it may add what is saved with the model and
             never trained, such as a moving average of the backbone.
@@ -33,6 +35,7 @@ class Task:
     batch: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
     keep: Tensor | None = None
+    order: Callable[[torch.Generator], Tensor] | None = None
     after_step: Callable[[nn.ModuleDict], None] | None = None
     prepare: Callable[[nn.ModuleDict], None] | None = None
     forward: Callable[[nn.ModuleDict, Tensor], Tensor] | None = None

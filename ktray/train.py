@@ -112,7 +112,7 @@ def fit(
         history = snapshot.resume(start, model, optimizer) if start else []
         if not len(history) <= until <= schedule.epochs:
             raise ValueError(f"epoch {until} is not between the start, {len(history)}, and the total, {schedule.epochs}")
-        batches = _Batches(images, task.keep, schedule.batch_size, seed, device)
+        batches = _Batches(images, task, schedule.batch_size, seed, device)
         for epoch in range(len(history) + 1, until + 1):
             torch.manual_seed(seed_of(seed, "epoch", epoch))
             metrics = _train_epoch(epoch, model, task, optimizer, schedule, batches)
@@ -164,9 +164,10 @@ def _train_epoch(
 class _Batches:
     """Shuffled batches of the kept images: (pixels on the device, indices, generator of the batch) per step of an epoch."""
 
-    def __init__(self, images: Images, keep: Tensor | None, size: int, seed: int, device: str) -> None:
+    def __init__(self, images: Images, task: Task, size: int, seed: int, device: str) -> None:
         self.images, self.size, self.seed, self.device = images, size, seed, device
-        self.kept = torch.arange(len(images)) if keep is None else keep
+        self.order = task.order
+        self.kept = torch.arange(len(images)) if task.keep is None else task.keep
         if len(self.kept) < 2:
             raise ValueError(f"training needs two images or more, and {len(self.kept)} of {len(images)} are kept")
         self.steps = len(self.kept) // size + (len(self.kept) % size > 1)
@@ -178,11 +179,20 @@ class _Batches:
         return torch.from_numpy(self.images.read(self.kept.numpy())).to(self.device)
 
     def of_epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
-        order = torch.randperm(len(self.kept), generator=torch.Generator().manual_seed(seed_of(self.seed, "shuffle", epoch)))
-        parts = order.split(self.size)[: self.steps]
+        parts = self._order(torch.Generator().manual_seed(seed_of(self.seed, "shuffle", epoch))).split(self.size)[: self.steps]
         generator = torch.Generator()
         for step, (pixels, places) in enumerate(zip(self._pixels(parts), parts, strict=True)):
             yield pixels, self.kept[places], generator.manual_seed(seed_of(self.seed, "batch", epoch, step))
+
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """Places in `kept` of one epoch's images."""
+        if self.order is None:
+            return torch.randperm(len(self.kept), generator=generator)
+        wanted = self.order(generator)
+        places = torch.searchsorted(self.kept, wanted).clamp_(max=len(self.kept) - 1)
+        if len(wanted) != len(self.kept) or not torch.equal(self.kept[places], wanted):
+            raise ValueError(f"the task's order is not {len(self.kept)} of the {len(self.kept)} images that it keeps")
+        return places
 
     def _pixels(self, parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
         if self.resident is not None:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from ktray.search.study import History, read
+from ktray.search.history import History, read
 from tests.toys import DATA, HOG, ROTATION
 
 PATIENCE = 150.0

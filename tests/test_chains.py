@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from ktray import features, train
 from ktray.cli import main
+from ktray.drivers.prices import of_student
 from ktray.drivers.simulate import VirtualClock, simulate
 from ktray.errors import UserError
 from ktray.pipeline.check import check_pair, data_loader
@@ -152,6 +153,13 @@ def test_milestones_of_an_early_generation_cut_its_own_trainings() -> None:
     assert [(s.name, s.spec["epoch"]) for s in graph.stages if "epoch" in s.spec] == [
         *(("teacher", 1), ("teacher", 2), ("student", 1), ("student", 3), ("student", 2), ("student", 3))
     ]
+
+
+def test_of_a_chain_only_the_last_student_and_what_judges_it_are_charged_to_students() -> None:
+    cut = build(toy_pair(**second()), identity, milestones={"student": [1], "pair.student": [1]})
+    late = sorted(stage.name for stage in cut.stages if stage.key in of_student(cut))
+    assert late == ["evaluation", "student", "student"]
+    assert not of_student(cut) & set(stages(toy_pair(**FIRST)))
 
 
 # --- in a space

@@ -57,7 +57,7 @@ def test_plan_tells_done_from_run(home, tmp_path, capsys):
     main(["plan", pair, "--json"])
     after = json.loads(capsys.readouterr().out)
     assert {row["state"] for row in after["stages"]} == {"done"}
-    assert after["estimate"] == {"seconds": 0, "bytes": 0}
+    assert after["estimate"] == {"seconds": 0, "low": 0, "high": 0, "bytes": 0}
 
 
 BAD = {
@@ -158,3 +158,10 @@ def test_plan_of_a_space_shows_one_draw_of_every_branch_wherever_it_branches(hom
     assert main(["plan", write(tmp_path / "space.yaml", space), "--json"]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
     assert sum(row["stage"] == "student" for row in stages) == 2
+
+
+def test_a_list_in_a_record_does_not_differ_from_the_same_list_in_a_pair():
+    from ktray.cli.show import _differences
+
+    wanted, record = {"spec": {"hidden": (64,), "loss": "l2"}}, {"spec": {"hidden": [64], "loss": "cosine"}}
+    assert _differences(wanted, record) == [["spec.loss", "cosine", "l2"]]

@@ -1,20 +1,170 @@
-"""What stages will cost, from records alone."""
+"""What stages will cost: learned from records alone, and honest about how far it may be off."""
 
 from __future__ import annotations
 
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import BayesianRidge
+
 from ktray.artifact import Stage
-from ktray.search.costs import estimate
+from ktray.search import regression
+from ktray.search.costs import FIRST, Costs, kind
+
+IMAGES = Stage("images", {"kind": "synthetic", "size": 28, "count": 1000}, {})
 
 
-def stage(name: str, number: int) -> Stage:
-    return Stage(name, {"number": number}, {})
+def network(width: float = 0.25, form: str = "alexnet") -> dict[str, Any]:
+    return {"backbone": {"kind": form, "width": width}}
 
 
-def test_an_unknown_stage_takes_the_median_of_its_kind_and_a_known_one_its_own_time() -> None:
-    known = stage("student", 0)
-    records = {known.key: {"seconds": 50.0}, "student-a": {"seconds": 10.0}, "student-b": {"seconds": 12.0}}
-    assert estimate([known, stage("student", 1), stage("student", 1)], records) == (62.0, 2, 0)
+def student(epoch: int, width: float = 0.25, seed: int = 0, starts: tuple[str, ...] = (), form: str = "alexnet") -> Stage:
+    spec = {**network(width, form), "epoch": epoch, "seed": seed}
+    return Stage("student", spec, {}, {"images.transfer": IMAGES.key}, starts)
+
+
+def record(
+    stage: Stage, seconds: float, device: str = "cpu", published: str = "2026-01-01", **metrics: float
+) -> dict[str, Any]:
+    return {
+        **{"key": stage.key, "stage": stage.name, "spec": stage.spec, "inputs": stage.inputs, "metrics": metrics},
+        **{"seconds": seconds, "seconds_alone": seconds, "device": device, "published": published},
+    }
+
+
+def records(*made: tuple[Stage, float]) -> dict[str, dict[str, Any]]:
+    return {stage.key: record(stage, seconds) for stage, seconds in made}
+
+
+def truth(stage: Stage) -> float:
+    """Seconds of a student on some machine: half a second per epoch at full width, a little more at small ones."""
+    return 0.5 * float(stage.spec["epoch"]) * float(stage.spec["backbone"]["width"]) ** 0.6
+
+
+def noisy(count: int, seed: int = 0, sigma: float = 0.15) -> dict[str, dict[str, Any]]:
+    rng = random.Random(seed)
+    stages = [
+        student(rng.choice([2, 5, 10, 40]), rng.choice([0.125, 0.25, 0.5, 1.0]), rng.randrange(10**6)) for _ in range(count)
+    ]
+    return records(*((stage, truth(stage) * math.exp(rng.gauss(0, sigma))) for stage in stages))
+
+
+def test_one_record_tells_of_a_longer_training_in_proportion_to_its_epochs() -> None:
+    costs = Costs(records((student(10), 20.0)))
+    assert costs.estimate([student(40)]).seconds == pytest.approx(80, rel=0.01)
+
+
+def test_without_anything_to_tell_stages_apart_the_middle_of_the_kind_is_taken() -> None:
+    seconds = (1.0, 1.1, 1.2, 1.3, 90.0)  # the last one was run on a machine that slept
+    costs = Costs(records(*((student(10, seed=seed), each) for seed, each in enumerate(seconds))))
+    assert costs.estimate([student(10, seed=99)]).seconds == pytest.approx(1.2, rel=0.15)
+
+
+def test_growth_is_learned_from_records_and_not_only_believed() -> None:
+    costs = Costs(noisy(200))
+    wide, narrow = (costs.estimate([student(10, width)]).seconds for width in (1.0, 0.125))
+    assert wide / narrow == pytest.approx(8**0.6, rel=0.1)
+    assert costs.estimate([student(20, 0.5)]).seconds == pytest.approx(truth(student(20, 0.5)), rel=0.08)
+
+
+@pytest.mark.parametrize("count", [3, 8, 30])
+def test_nine_of_ten_stages_take_what_the_interval_says(count: int) -> None:
+    inside = []
+    for seed in range(30):
+        costs = Costs(noisy(count, seed))
+        for stage, found in ((student(e, w, 777), noisy(1, seed + 1000)) for e, w in ((5, 0.125), (10, 0.25), (40, 1.0))):
+            noise = next(iter(found.values()))
+            factor = noise["seconds"] / truth(student(noise["spec"]["epoch"], noise["spec"]["backbone"]["width"]))
+            estimate = costs.estimate([stage])
+            inside.append(estimate.low <= truth(stage) * factor <= estimate.high)
+    assert np.mean(inside) >= 0.9
+
+
+def test_more_records_make_it_surer_and_a_network_never_seen_less() -> None:
+    def width(costs: Costs, stage: Stage) -> float:
+        found = costs.estimate([stage])
+        return math.log(found.high / found.low)
+
+    few, many = Costs(noisy(3)), Costs(noisy(100))
+    assert width(many, student(10)) < 0.8 * width(few, student(10))
+    assert width(many, student(10, form="vit")) > 2 * width(many, student(10))
+
+
+def test_what_is_wrong_of_a_kind_is_wrong_for_all_of_its_stages() -> None:
+    costs = Costs(records((student(10), 20.0)))
+    one, ten = costs.estimate([student(10)]), costs.estimate([student(10, seed=seed) for seed in range(10)])
+    assert ten.seconds == pytest.approx(10 * one.seconds)
+    assert math.log(ten.high / ten.low) > 0.3 * math.log(one.high / one.low)  # it would be 1/sqrt(10) if they were independent
+
+
+def test_a_training_costs_only_what_is_beyond_a_snapshot_that_is_there_or_planned() -> None:
+    five, ten = student(5), student(10)
+    forty = student(40, starts=(ten.key, five.key))
+    costs = Costs(records((ten, 10.0)))
+    assert costs.estimate([forty], made=[ten.key]).seconds == pytest.approx(30, rel=0.01)
+    chain = [five, student(10, starts=(five.key,)), forty]
+    assert costs.estimate(chain).seconds == pytest.approx(costs.estimate([student(40)]).seconds, rel=0.01)
+
+
+def test_a_stage_counts_once_and_not_if_it_is_made() -> None:
+    costs = Costs(records((student(10), 20.0)))
+    assert costs.estimate([student(10, seed=1)] * 3).known == 1
+    assert costs.estimate([student(10)], made={student(10).key}).seconds == 0
 
 
 def test_stages_of_a_kind_without_a_past_are_counted_and_left_out() -> None:
-    assert estimate([stage("pseudo_labels", 0), stage("clusters", 0)], {"pseudo_labels-1": {"seconds": 2.0}}) == (2.0, 1, 1)
+    labels = Stage("pseudo_labels", {}, {})
+    found = Costs(records((student(10), 20.0))).estimate([labels, student(10, seed=1)])
+    assert (found.known, found.unknown) == (1, 1)
+    assert found.seconds == pytest.approx(20, rel=0.01)
+
+
+def test_single_stages_have_a_price_even_before_the_first_record() -> None:
+    assert Costs().each([student(7)]) == {student(7).key: 7 * FIRST["student"]}
+
+
+def test_the_device_that_a_kind_was_last_run_on_is_the_one_that_counts() -> None:
+    on_cpu = {stage.key: record(stage, 100.0) for stage in (student(10, seed=seed) for seed in range(5))}
+    on_gpu = {s.key: record(s, 1.0, "H100", "2026-02-02") for s in (student(10, seed=seed) for seed in range(5, 10))}
+    assert Costs(on_cpu | on_gpu).estimate([student(10, seed=99)]).seconds == pytest.approx(1, rel=0.5)
+    assert Costs(on_cpu).estimate([student(10, seed=99)]).seconds == pytest.approx(100, rel=0.01)
+
+
+def test_clustering_of_features_that_are_not_there_yet_knows_their_width_from_another_teacher() -> None:
+    def features(teacher: str, layer: str) -> Stage:
+        return Stage("features", {**network(), "layer": layer, "dtype": "float32"}, {}, {"teacher": teacher})
+
+    def clusters(of: Stage) -> Stage:
+        return Stage("clusters", {"k": 10}, {}, {"features": of.key})
+
+    made, known = {}, {"conv3": (64.0, 1.0), "conv5": (4096.0, 40.0)}
+    for layer, (dim, seconds) in known.items():
+        made[features("a", layer).key] = record(features("a", layer), 1.0, dim=dim)
+        made[clusters(features("a", layer)).key] = record(clusters(features("a", layer)), seconds)
+    costs = Costs(made)
+    thin, wide = (costs.each([features("b", layer), clusters(features("b", layer))]) for layer in known)
+    assert wide[clusters(features("b", "conv5")).key] > 5 * thin[clusters(features("b", "conv3")).key]
+
+
+def test_the_regression_agrees_with_an_independent_one_where_nothing_is_wrong_with_the_data() -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(500, 3))
+    values = features @ [1.0, -0.5, 0.0] + 2.0 + 0.5 * rng.normal(size=500)
+    ours, theirs = regression.fit(features, values, np.full(3, 10.0)), BayesianRidge().fit(features, values)
+    np.testing.assert_allclose(ours.weights, [theirs.intercept_, *theirs.coef_], atol=0.02)
+    np.testing.assert_allclose(np.sqrt(np.diag(ours.covariance)[1:]), np.sqrt(np.diag(theirs.sigma_)), rtol=0.3)
+
+
+def test_outliers_hardly_bend_it() -> None:
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(60, 1))
+    values = features[:, 0] + 0.1 * rng.normal(size=60)
+    values[:6] += 20
+    assert regression.fit(features, values, np.ones(1)).weights == pytest.approx([0, 1], abs=0.15)
+
+
+def test_a_key_names_its_kind() -> None:
+    assert kind("pseudo_labels-3f9a1c0b2d44") == "pseudo_labels"

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.evals import cluster_quality, effective_rank, knn, linear_probe
-from ktray.images import Images
+from ktray.evals import cluster_quality, effective_rank, knn
+from tests.judging import blobs, judge
 
 KINDS = plugins.kinds("evaluation")
 
@@ -28,134 +24,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def images(count: int, labels: NDArray[np.int64] | None = None, classes: tuple[str, ...] = ()) -> Images:
-    """Images whose pixels nobody may look at: evaluations see features."""
-
-    def read(_: NDArray[np.int64]) -> NDArray[np.uint8]:
-        raise AssertionError("an evaluation read pixels")
-
-    return Images(count=count, size=8, read=read, labels=labels, classes=classes)
-
-
-def blobs(count: int, seed: int = 0, classes: int = 4, width: int = 12, spread: float = 2.0):
-    """(features (N, D) float32, labels (N,)) of overlapping classes, with features of very different scales."""
-    centres = np.random.default_rng(99).normal(size=(classes, width))
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, count)
-    rows = (centres[labels] + spread * rng.normal(size=(count, width))) * 10.0 ** np.linspace(-2, 2, width) + 3
-    return rows.astype(np.float32), labels.astype(np.int64)
-
-
-def judge(
-    kind: str, tmp_path: Path, train, judged, train_labels=None, judged_labels=None, pseudo_labels=None, device="cpu", **fields
-):
-    """The metrics of an evaluation whose features are the given arrays."""
-    module = plugins.module("evaluation", kind)
-    of_train, of_judged = images(len(train), train_labels), images(len(judged), judged_labels)
-    by_images = {id(of_train): train, id(of_judged): judged}
-    return module.evaluate(
-        module.Spec(**fields),
-        features=lambda given: by_images[id(given)],
-        train=of_train,
-        judged=of_judged,
-        pseudo_labels=pseudo_labels,
-        out=tmp_path,
-        device=device,
-    )
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 2e-4), ("float32", 5e-3)])
-def test_the_linear_probe_reaches_the_optimum_of_scikit_learn(precision, tolerance):
-    rows, labels = blobs(400)
-    l2 = 1e-2
-    scaled = StandardScaler().fit_transform(rows.astype(np.float64))
-    oracle = LogisticRegression(C=1 / (l2 * len(rows)), tol=1e-10, max_iter=5000).fit(scaled, labels)
-    given = linear_probe.standardise(rows, *linear_probe.moments(rows), getattr(torch, precision))
-    weight, bias = linear_probe.fit(given, labels, 4, l2=l2, iterations=500)
-    np.testing.assert_allclose(weight.double().numpy().T, oracle.coef_, atol=tolerance)
-    np.testing.assert_allclose(bias.double().numpy() - bias.double().mean().item(), oracle.intercept_, atol=tolerance)
-
-
-def test_the_linear_probe_scores_as_scikit_learn_does(tmp_path):
-    (rows, labels), (others, truth) = blobs(400), blobs(300, seed=1)
-    metrics = judge("linear_probe", tmp_path, rows, others, labels, truth, l2=1e-2, precision="float64")
-    scaler = StandardScaler().fit(rows.astype(np.float64))
-    oracle = LogisticRegression(C=1 / (1e-2 * len(rows)), tol=1e-10, max_iter=5000).fit(scaler.transform(rows), labels)
-    shares = oracle.predict_log_proba(scaler.transform(others.astype(np.float64)))
-    assert metrics["top1"] == pytest.approx(oracle.score(scaler.transform(others), truth), abs=1e-9)
-    assert metrics["loss"] == pytest.approx(-shares[np.arange(len(truth)), truth].mean(), abs=1e-4)
-
-
-def test_the_penalty_of_the_linear_probe_is_per_sample():
-    rows, labels = blobs(100)
-    once = linear_probe.standardise(rows, *linear_probe.moments(rows), torch.float64)
-    weight, _ = linear_probe.fit(once, labels, 4, l2=1e-2, iterations=500)
-    doubled, _ = linear_probe.fit(torch.cat([once, once]), np.tile(labels, 2), 4, l2=1e-2, iterations=500)
-    np.testing.assert_allclose(weight.numpy(), doubled.numpy(), atol=1e-4)
-
-
-def test_the_gradient_of_the_linear_probe_does_not_depend_on_the_blocks(monkeypatch):
-    rows, labels = blobs(50)
-    given = linear_probe.standardise(rows, *linear_probe.moments(rows), torch.float64)
-    flat = np.random.default_rng(0).normal(size=13 * 4)
-    loss, gradient = linear_probe._loss_and_gradient(flat, given, torch.from_numpy(labels), 4, 0.1)
-    monkeypatch.setattr(linear_probe, "BLOCK", 7)
-    in_blocks, gradient_in_blocks = linear_probe._loss_and_gradient(flat, given, torch.from_numpy(labels), 4, 0.1)
-    assert in_blocks == pytest.approx(loss, rel=1e-12)
-    np.testing.assert_allclose(gradient_in_blocks, gradient, rtol=1e-10, atol=1e-14)
-
-
-def test_the_linear_probe_is_deterministic(tmp_path):
-    (rows, labels), (others, truth) = blobs(200), blobs(100, seed=1)
-    first = judge("linear_probe", tmp_path, rows, others, labels, truth)
-    plot = (tmp_path / "confusion.png").read_bytes()
-    assert judge("linear_probe", tmp_path, rows, others, labels, truth) == first
-    assert (tmp_path / "confusion.png").read_bytes() == plot
-
-
-def test_a_constant_feature_does_not_disturb_the_linear_probe(tmp_path):
-    (rows, labels), (others, truth) = blobs(200), blobs(100, seed=1)
-    before = judge("linear_probe", tmp_path, rows, others, labels, truth, precision="float64")
-    constant = np.full((200, 1), 0.1, np.float32)
-    other = np.full((100, 1), 0.1, np.float32)
-    after = judge(
-        "linear_probe", tmp_path, np.hstack([rows, constant]), np.hstack([others, other]), labels, truth, precision="float64"
-    )
-    assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
-
-
-def test_a_class_that_is_only_judged_costs_accuracy_and_no_crash(tmp_path):
-    (rows, labels), (others, truth) = blobs(200, classes=3), blobs(100, seed=1)
-    metrics = judge("linear_probe", tmp_path, rows, others, labels, truth)
-    assert 0 < metrics["top1"] <= (truth < 3).mean()
-    assert math.isfinite(metrics["loss"])
-
-
-def test_a_probe_with_few_labels_learns_from_so_many_of_each_class_and_more_are_better(tmp_path):
-    (rows, labels), (others, truth) = blobs(400, spread=2.5), blobs(400, seed=1, spread=2.5)
-    found = {n: linear_probe.few(labels, n, seed=0) for n in (1, 10, 1000)}
-    assert np.bincount(labels[found[10]]).tolist() == [10] * len(np.unique(labels))
-    assert set(found[1]) < set(found[10]) < set(found[1000]) == set(range(400))
-    tops = [judge("linear_probe", tmp_path, rows, others, labels, truth, per_class=n)["top1"] for n in (1, 10, None)]
-    assert tops[0] < tops[1] < tops[2]
-    assert linear_probe.few(labels, 1, seed=1).tolist() != found[1].tolist()
-
-
-def test_the_confusion_plot_names_the_classes(tmp_path):
-    (rows, labels), (others, truth) = blobs(100), blobs(50, seed=1)
-    names = ("cat", "dog", "eel", "fox")
-    linear_probe.evaluate(
-        linear_probe.Spec(),
-        features=lambda given: rows if given.count == 100 else others,
-        train=images(100, labels, names),
-        judged=images(50, truth, names),
-        pseudo_labels=None,
-        out=tmp_path,
-        device="cpu",
-    )
-    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])

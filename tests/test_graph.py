@@ -154,3 +154,43 @@ def test_a_chain_that_was_built_before_with_other_cuts_is_built_as_if_it_were_th
     graph._chains.clear()
     assert plain == again == built({})
     assert {stage.key for stage in cut} > {stage.key for stage in plain}
+
+
+def test_several_k_share_the_clusters_of_each_k_with_pairs_that_have_it_alone():
+    several = keys(transfer={"kind": "clusters", "k": [5, 9, 7], "iterations": 5})
+    for k, place in ((5, ""), (9, "_2"), (7, "_3")):
+        alone = keys(transfer={"kind": "clusters", "k": k, "iterations": 5})
+        for stage in ("clusters", "pseudo_labels"):
+            assert several[f"{stage}{place}"] == alone[stage]
+        assert several["student"] != alone["student"]
+    assert several.keys() == {*alone, "clusters_2", "pseudo_labels_2", "clusters_3", "pseudo_labels_3"}
+    graph = build(toy_pair(transfer={"kind": "clusters", "k": [5, 9]}), identity)
+    assert {"clusters", "clusters_2", "pseudo_labels_2"} <= set(graph.metric_prefixes().values())
+    assert sum(stage.name == "features" for stage in graph.stages) == 1
+
+
+def test_soft_clusters_share_the_clusters_of_hard_ones():
+    hard = keys(transfer={"kind": "clusters", "k": 20})
+    soft = keys(transfer={"kind": "soft_clusters", "k": 20})
+    warm = keys(transfer={"kind": "soft_clusters", "k": 20, "temperature": 1.0})
+    assert hard["clusters"] == soft["clusters"]
+    assert soft["pseudo_labels"] == warm["pseudo_labels"]
+    assert soft["student"] != warm["student"]
+
+
+def test_how_clusters_are_sampled_is_the_students_business_alone():
+    one, two = (keys(transfer={"kind": "clusters", "k": 5, "sampling": sampling}) for sampling in ("none", "uniform"))
+    assert one["pseudo_labels"] == two["pseudo_labels"]
+    assert one["student"] != two["student"]
+
+
+def test_regression_and_similarity_read_features_of_the_transfer_data_and_cluster_nothing():
+    roles = {role: {**DATA, "seed": seed} for seed, role in enumerate(("pretext", "cluster", "transfer", "target"))}
+    for kind in ("regression", "similarity"):
+        graph = build(toy_pair(data=roles, transfer={"kind": kind}), identity)
+        names = [stage.name for stage in graph.stages]
+        assert names == ["images", "features", "student", "images", "evaluation"]
+        features = next(stage for stage in graph.stages if stage.name == "features")
+        assert features.inputs["images"] == graph.stages[0].key
+        assert features.local["data"]["seed"] == 2
+        assert graph.keys["features"] == features.key

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ktray.errors import StoppedEarly
-from ktray.search import ledger
-from ktray.search.study import Study, read
+from ktray.search import journal
+from ktray.search.history import read
+from ktray.search.study import Study
 from tests.toy_space import drive, toy_space
+
+
+class Full(io.FileIO):
+    """A file on a disk where half of what is appended fits."""
+
+    def write(self, content: Any) -> int:
+        return super().write(bytes(content)[: len(content) // 2])
 
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A disk on which half of what is appended fits; ``full()`` fills it, ``full(False)`` makes room."""
-    append = ledger.JournalFileBackend.append_logs
+    """``full()`` fills the disk, ``full(False)`` makes room."""
 
-    def torn(self: Any, logs: list[dict[str, Any]]) -> None:
-        path = Path(self._file_path)
-        size = path.stat().st_size
-        append(self, logs)
-        os.truncate(path, size + (path.stat().st_size - size) // 2)
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def opened(path: Path, mode: str, buffering: int = -1) -> Any:
+        return Full(path, "a") if mode == "ab" else open(path, mode)
 
-    return lambda on=True: monkeypatch.setattr(ledger.JournalFileBackend, "append_logs", torn if on else append)
+    return lambda on=True: monkeypatch.setattr(journal, "open", opened if on else open, raising=False)
 
 
 def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whole(tmp_path: Path, full: Any) -> None:

@@ -6,6 +6,8 @@ from test_ledger import House, answers, given, stage
 
 from ktray.crew.books import Hire, Kill
 from ktray.crew.ledger import LATE
+from ktray.crew.openings import Openings
+from ktray.crew.roster import Node, Shape
 
 
 def test_a_stage_that_gets_further_each_time_outlives_any_number_of_workers() -> None:
@@ -40,6 +42,23 @@ def test_another_worker_is_hired_for_one_that_does_not_come_and_a_full_cluster_f
         assert answers(actions) == {}
     house.arrive(next(action for action in actions if isinstance(action, Hire)).worker.name)
     assert given(house.turn()) == [one.key]
+
+
+def test_a_replacement_is_hired_on_a_node_that_is_heard_of_while_there_is_one() -> None:
+    house, one = House(0), stage("one")
+    house.roster.nodes = {"node": Node(4.0), "other": Node(2.0)}
+    (first,) = house.want("a", one)
+    assert first.worker.node == "node"  # the one with most room
+    house.arrive(first.worker.name)
+    house.turn()
+    house.now += 16
+    house.ledger.silent(house.now)
+    (second,) = [action for action in house.turn() if isinstance(action, Hire)]
+    assert second.worker.node == "other"
+    house.arrive("worker-9")  # a worker of the silent node speaks
+    third = Openings(house.roster, house.now).hire(Shape())
+    assert third is not None
+    assert third.node == "node"
 
 
 def test_the_pace_of_a_stage_is_counted_in_moves_of_its_progress() -> None:

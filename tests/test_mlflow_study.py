@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from ktray.drivers.account import Account
-from ktray.search.study import History, Study
+from ktray.search.history import History
+from ktray.search.study import Study
 from ktray.tracking import default_uri
 from tests import searches
 from tests.searches import Home
@@ -189,3 +190,34 @@ def test_failed_duplicate_paused_and_interrupted_trials_can_be_told_apart_and_no
         ("KILLED", "interrupted", None),
         ("FINISHED", "duplicate", "the same pair as trial 0"),
     ]
+
+
+def test_an_exported_winner_is_registered_as_champion_and_computes_what_the_student_does(
+    searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import torch
+
+    from ktray.export import load_student
+
+    ended = searched.home.run("export", "toy", tmp_path / "best", "--register")
+    assert ended.code == 0, ended.err
+    assert "registered version 1 of ktray-toy as champion" in ended.out
+    best = json.loads(searched.home.run("best", "toy", "--json").out)[0]
+    version = client(searched.uri).get_model_version_by_alias("ktray-toy", "champion")
+    assert version.tags["ktray.trial"] == str(best["trial"])
+    assert version.run_id == searched.trials[best["trial"]].info.run_id
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    mlflow.set_tracking_uri(searched.uri)
+    model = mlflow.pytorch.load_model("models:/ktray-toy@champion")
+    images = torch.randn(3, 3, 28, 28)
+    torch.testing.assert_close(model(images), load_student(tmp_path / "best")(images).detach(), rtol=1e-5, atol=1e-5)
+    again = searched.home.run("export", "toy", tmp_path / "again", "--register")
+    assert "registered version 2 of ktray-toy as champion" in again.out
+
+
+def test_a_student_whose_trial_the_tracker_does_not_know_is_not_registered(searched: Searched, tmp_path: Path) -> None:
+    elsewhere = f"sqlite:///{tmp_path / 'other.db'}"
+    ended = searched.home.run("export", "toy", tmp_path / "best", "--register", "--tracking", elsewhere)
+    assert ended.code == 2
+    assert "the tracker has no run of trial" in ended.err

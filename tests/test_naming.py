@@ -18,6 +18,8 @@ from tests.reports import pair
         ({"teacher": {"descriptor": {"kind": "random_network", "layer": "conv3"}}}, "random_network/conv3 k=5 -> resnet18"),
         ({"teacher": None, "transfer": {"kind": "none"}}, "none -> resnet18"),
         ({"teacher": None, "transfer": {"kind": "labels"}}, "labels -> resnet18"),
+        ({"transfer": {"kind": "clusters", "k": [5, 20]}}, "rotation-alexnet/conv4 k=5+20 -> resnet18"),
+        ({"transfer": {"kind": "soft_clusters", "k": 5}}, "rotation-alexnet/conv4 soft_clusters k=5 -> resnet18"),
         ({"transfer": {"kind": "regression"}}, "rotation-alexnet/conv4 regression -> resnet18"),
         ({"student": {"backbone": {"kind": "alexnet", "width": 0.25}}}, "rotation-alexnet/conv4 k=5 -> alexnet w0.25"),
         ({"student": {"backbone": {"kind": "alexnet", "form": "full"}}}, "rotation-alexnet/conv4 k=5 -> alexnet full"),

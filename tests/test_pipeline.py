@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ktray import plugins
 from ktray.crew.local import LocalCrew
 from ktray.errors import StageFailed
 from ktray.pipeline import execute as execution
@@ -19,7 +20,7 @@ from ktray.pipeline.identity import data_identity
 from ktray.pool import Means
 from ktray.stages import training
 from ktray.stores.file import FileStore
-from tests.toys import ROTATION, STUDENT, toy_pair
+from tests.toys import HOG, ROTATION, STUDENT, toy_pair
 
 
 @pytest.fixture
@@ -169,3 +170,31 @@ def test_the_commit_is_that_of_our_own_tree_and_says_whether_it_was_modified(tmp
 def _stop_at_epoch_two(values):
     if values.get("epoch") == 2:
         raise KeyboardInterrupt
+
+
+TRANSFERS = {
+    "several k": {"kind": "clusters", "k": [5, 9], "sampling": "uniform", "min_size": 20, "small": "merge"},
+    "soft_clusters": {"kind": "soft_clusters", "k": 5, "neighbours": 3},
+    "regression": {"kind": "regression", "standardise": True},
+    "similarity": {"kind": "similarity", "anchors": 50},
+    "random_clusters": {"kind": "random_clusters", "k": 5},
+}
+
+
+@pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=TRANSFERS.keys())
+def test_every_transfer_teaches_a_student_that_is_judged_and_may_be_cut(transfer, store, tmp_path):
+    quality = [{"kind": "cluster_quality"}] if "clusters" in plugins.module("transfer", transfer["kind"]).NEEDS else []
+    teacher = None if transfer["kind"] == "random_clusters" else HOG
+    pair = toy_pair(transfer=transfer, teacher=teacher, evals=[{"kind": "knn"}, *quality])
+    graph, _, artifacts = run(pair, store)
+    metrics = judge.metrics(graph, artifacts)
+    curve = [row["loss"] for row in judge.curve(artifacts[graph.keys["student"]])]
+    assert curve[-1] < curve[0]
+    assert 0 <= metrics["knn/top1"] <= 1
+    if transfer["kind"] == "clusters":
+        assert metrics["cluster_quality/clusters"] <= 5, "the first k is judged"
+        assert metrics["pseudo_labels/kept"] == metrics["pseudo_labels_2/kept"] == 1
+    other = FileStore(tmp_path / "other")
+    run(pair, other, milestones={"student": [1, 2]})
+    files = [s.find(graph.keys["student"]).record["files"] for s in (store, other)]
+    assert files[0]["weights.safetensors"] == files[1]["weights.safetensors"]

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from ktray.crew.needs import Needs, Runtime
+from ktray.crew.roster import Node, Roster
 from ktray.drivers import preflight
 from ktray.errors import PreflightFailed
 from ktray.stores.file import FileStore
@@ -47,3 +49,19 @@ def test_each_thing_that_is_wrong_with_a_node_is_said(changes, said):
     found = preflight._wrong("abcdef0123", {**GOOD, **changes}, Path("/store/.probe"))
     assert said in " ".join(found)
     assert preflight._wrong("abcdef0123", GOOD, Path("/store/.probe")) == []
+
+
+@pytest.mark.parametrize(
+    ("needs", "fits"),
+    [
+        (Needs(gpus=0.5), True),
+        (Needs(gpus=2.0), False),
+        (Needs(cpus=3.0), False),
+        (Needs(memory_bytes=9 << 30), False),
+    ],
+)
+def test_a_stage_that_no_node_could_ever_run_is_named_before_the_search_begins(needs, fits):
+    roster = Roster({"small": Node(2.0, memory=float(4 << 30)), "large": Node(2.0, 1.0, float(8 << 30))})
+    found = preflight._needs(Runtime(stages={"student": needs}), roster)
+    said = "No node can run student as the runtime file asks; the largest one has 2 CPU, 1 GPU and 8.0 GiB. Ask for less."
+    assert found == ([] if fits else [said])

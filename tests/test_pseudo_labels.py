@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import normalized_mutual_info_score, pairwise_distances_argmin
+from sklearn.neighbors import NearestNeighbors
 
 from ktray import kmeans, projection, pseudo_labels
 from ktray.pool import LocalPool
@@ -83,3 +84,38 @@ def test_the_sheet_of_a_cluster_with_few_images_has_gaps(tmp_path: Path) -> None
     pseudo_labels.sheet(toy_images(3), np.array([0, 0, -1]), tmp_path / "sheet.png", rows=2, columns=4, pixels=28)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert (sheet[:28, 96 + 2 * 30 :] == 255).all()
+
+
+def test_small_clusters_join_the_nearest_large_one_as_a_whole() -> None:
+    rng = np.random.default_rng(3)
+    centroids = rng.normal(size=(12, 4)).astype(np.float32)
+    labels = rng.choice(12, 200, p=rng.dirichlet(np.ones(12) * 0.5))
+    labels[:5] = -1
+    sizes = np.array([(labels == cluster).sum() for cluster in range(12)])
+    large = [cluster for cluster in range(12) if sizes[cluster] >= 15]
+    home = [c if c in large else large[pairwise_distances_argmin(centroids[[c]], centroids[large])[0]] for c in range(12)]
+    merged = pseudo_labels.merge_small(labels, centroids, 15)
+    assert 1 < len(large) < (sizes > 0).sum()
+    assert merged.tolist() == [-1 if label == -1 else home[label] for label in labels]
+    assert (pseudo_labels.merge_small(labels, centroids, 1) == labels).all()
+    assert (pseudo_labels.merge_small(labels, centroids, 1000) == -1).all()
+
+
+def test_the_nearest_clusters_and_their_distances_are_those_of_scikit_learn(shards: list[Path]) -> None:
+    fitted = projection.fit(shards, l2=True, pca=6, whiten=True, l2_after=False, pool=LocalPool())
+    centroids = kmeans.fit(shards, 9, seed=0, iterations=5, projection=fitted, pool=LocalPool()).centroids
+    centroids[4] = centroids[2]  # equally near: the first comes first
+    numbers, squared = pseudo_labels.nearest(shards, centroids, fitted, 4, LocalPool())
+    distances, found = (
+        NearestNeighbors(n_neighbors=4, algorithm="brute").fit(centroids).kneighbors(projection.apply(fitted, ROWS))
+    )
+    np.testing.assert_allclose(squared, distances**2, atol=1e-4)
+    twins = np.where(found == 4, 2, found)
+    assert (np.sort(np.where(numbers == 4, 2, numbers)) == np.sort(twins)).mean() > 0.99
+    assert (numbers[:, 0] == pseudo_labels.assign(shards, centroids, fitted, LocalPool())).all()
+    places = np.argwhere(numbers == 2)
+    assert all(place == 3 or numbers[row, place + 1] == 4 for row, place in places)
+    for workers in (2, 7):
+        again = pseudo_labels.nearest(shards, centroids, fitted, 4, ShuffledPool(workers))
+        assert (again[0] == numbers).all()
+        assert (again[1] == squared).all()

@@ -26,6 +26,12 @@ def tools_of(name):
     return [module for module in modules if hasattr(module, "REVISION")]
 
 
+def taught(transfer):
+    """The transfer, with a teacher if it needs one."""
+    needs = plugins.module("transfer", transfer["kind"]).NEEDS
+    return {"transfer": transfer, "teacher": HOG if needs.keys() - {"labels"} else None}
+
+
 def pair_with(room, spec):
     """A pair that uses `spec` in its room."""
     changes = {
@@ -33,7 +39,7 @@ def pair_with(room, spec):
         "backbone": {"student": {**STUDENT, "backbone": spec}},
         "pretext": {"teacher": {**ROTATION, "pretext": spec}},
         "descriptor": {"teacher": {"descriptor": spec}},
-        "transfer": {"transfer": spec, "teacher": HOG if spec["kind"] == "clusters" else None},
+        "transfer": taught(spec) if room == "transfer" else {},
         "evaluation": {"evals": [spec]},
     }[room]
     return toy_pair(**{"data": DATA, **changes})

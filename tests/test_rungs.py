@@ -8,10 +8,20 @@ import random
 import pytest
 
 from ktray.search.document import EarlyStop
-from ktray.search.rungs import Standings, ladder, last_hope, next_rung, promotion
+from ktray.search.rungs import Standings, best_first, ladder, next_rung
 from ktray.search.trial import State, Trial
 
 STOP = EarlyStop(metric="knn/top1", rungs=(1, 3, 9), reduction=3, mode="max")
+
+
+def promotion(stop: EarlyStop | None, trials: list[Trial]) -> Trial | None:
+    number = Standings(stop, trials).promotion()
+    return None if number is None else next(trial for trial in trials if trial.number == number)
+
+
+def last_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    number = Standings(stop, trials).last_hope()
+    return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
 def trial(number: int, scores: dict[int, float], state: State = "paused", epochs: int = 9) -> Trial:
@@ -113,10 +123,30 @@ def test_there_is_no_last_hope_once_something_is_complete() -> None:
     assert last_hope(STOP, []) is None
 
 
+def plainly_promoted(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    """The same rule, looking at every trial each time."""
+    for rung in reversed(stop.rungs):
+        reached = [each for each in trials if rung in each.scores]
+        ranked = best_first(stop, [each for each in reached if each.state != "failed"], rung)
+        places = ranked[: len(reached) // stop.reduction]
+        due = [each for each in places if each.state == "paused" and each.epoch == rung]
+        if due:
+            return due[0]
+    return None
+
+
+def plain_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    paused = [each for each in trials if each.state == "paused"]
+    if not paused or any(each.state == "completed" for each in trials):
+        return None
+    furthest = max(each.epoch for each in paused)
+    return best_first(stop, [each for each in paused if each.epoch == furthest], furthest)[0]
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_standings_promote_whom_all_scores_would_whatever_happened_before(seed: int, mode: str) -> None:
-    """The oracle is `promotion`, which looks at every trial each time; scores are coarse, so that many are equal."""
+    """The oracle looks at every trial each time; scores are coarse, so that many are equal."""
     chance, stop = random.Random(seed), STOP.model_copy(update={"mode": mode})
     standings, trials = Standings(stop), list[Trial]()
 
@@ -126,8 +156,9 @@ def test_standings_promote_whom_all_scores_would_whatever_happened_before(seed: 
 
     promoted = 0
     for _ in range(200):
-        due = promotion(stop, trials)
+        due, hope = plainly_promoted(stop, trials), plain_hope(stop, trials)
         assert standings.promotion() == (None if due is None else due.number)
+        assert standings.last_hope() == (None if hope is None else hope.number)
         if due is not None and chance.random() < 0.7:
             promoted += 1
             tell(dataclasses.replace(due, state="running"))

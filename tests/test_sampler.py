@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ktray.search import sampler
+from ktray.search.evidence import Evidence
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from tests.toy_space import score, toy_space
@@ -88,16 +89,16 @@ def test_evidence_is_ordered_by_how_far_and_how_well(tmp_path: Path) -> None:
         dataclasses.replace(two, state="pruned", epoch=3, scores={1: 0.1, 3: 0.1}),
         dataclasses.replace(three, state="running", epoch=1, scores={1: 0.4}),
         dataclasses.replace(four, state="duplicate"),
-        dataclasses.replace(five, state="completed", scores={1: 0.0}),
+        dataclasses.replace(five, state="completed", scores={1: 0.0}, objectives={"linear_probe/top1": 0.1}),
     ]
-    assert [trial.number for trial in sampler.in_order(space, trials)] == [5, 2, 3, 1, 0]
+    assert Evidence(space, trials).in_order() == [5, 2, 3, 1, 0]
 
 
 def test_failures_and_duplicates_are_no_evidence(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     trials = history(space, 4)
-    assert sampler.in_order(space, [dataclasses.replace(trial, state="failed") for trial in trials]) == []
-    assert sampler.in_order(space, [dataclasses.replace(trial, state="duplicate") for trial in trials]) == []
+    assert Evidence(space, [dataclasses.replace(trial, state="failed") for trial in trials]).in_order() == []
+    assert Evidence(space, [dataclasses.replace(trial, state="duplicate") for trial in trials]).in_order() == []
 
 
 def test_random_draws_stay_inside_of_the_space(tmp_path: Path) -> None:

@@ -142,6 +142,22 @@ def test_kills_of_a_worker_of_the_broker_and_of_a_trial_cost_no_trial(home: Home
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("title", ["Broker", "ResourceTrainable", "Worker"])
+def test_a_process_that_stands_still_for_ever_is_replaced_and_costs_no_trial(title: str, home: Home, slow_space: Path) -> None:
+    with home.start("search", slow_space, "--json") as running:
+        running.until(lambda: trains(home))
+        frozen = running.of_ray(title)
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        ended = running.wait()
+        assert frozen
+        assert not set(frozen) & set(running.family())
+    assert ended.code == 0, ended.err
+    assert ended.answer["trials"]["failed"] == 0
+    assert_whole(home)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trials", [1, 3, 5])
 def test_a_search_that_is_killed_halfway_reaches_exactly_its_target_and_computes_nothing_twice(
     home: Home, space: Path, trials: int

@@ -14,8 +14,9 @@ from ktray.drivers.stopping import Stopping
 from ktray.drivers.tune import StudySearcher, _Tick
 from ktray.drivers.waiting import RELEASED
 from ktray.fingerprint import fingerprint
+from ktray.search.history import read
 from ktray.search.space import Space
-from ktray.search.study import Study, read
+from ktray.search.study import Study
 from tests.toy_space import toy_space
 
 
@@ -76,6 +77,6 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
 
 def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp_path: Path) -> None:
     study = searcher.conductor.study
-    study._began -= 40
+    study._watch._began -= 40
     _Tick(searcher).on_step_end(1, [])
     assert 40 <= read(tmp_path, "toy").spent < 60

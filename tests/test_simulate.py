@@ -2,7 +2,7 @@
 
 import pytest
 
-from ktray.drivers.simulate import Site, VirtualClock, simulate
+from ktray.drivers.simulate import Site, VirtualClock, _Simulation, simulate
 from ktray.errors import StoppedEarly
 from ktray.fingerprint import seed_of
 from ktray.search import listed
@@ -162,3 +162,30 @@ def test_every_decision_is_timed(tmp_path):
     assert len(timeline.decisions["draw"]) == len(timeline.decisions["settle"]) == 4
     assert len(timeline.decisions["dispatch"]) >= len(timeline.computed)
     assert all(took >= 0 for took in timeline.decisions["draw"])
+
+
+def test_what_trials_are_charged_adds_up_to_what_workers_computed(tmp_path):
+    clock, searched = VirtualClock(), space()
+    study = Study.open(tmp_path, searched, clock=clock)
+    timeline = simulate(searched, study, clock, seconds, metrics, 3)
+    assert sum(study.purse.spent) == pytest.approx(timeline.busy)
+    of_student = sum(COST["evaluation"] if "evaluation" in key else 0 for _, key in timeline.computed)
+    assert study.purse.spent.suffix > of_student
+    assert study.purse.spent.prefix == pytest.approx(5 + 2 * 30 + sum(_before_the_student(timeline)))
+    assert sum(Study.open(tmp_path, searched).purse.spent) == pytest.approx(timeline.busy)
+
+
+def _before_the_student(timeline):
+    kinds = [key.rpartition("-")[0] for _, key in timeline.computed]
+    return [COST[kind] for kind in kinds if kind in ("features", "clusters", "pseudo_labels")]
+
+
+def test_stages_that_are_ordered_count_before_they_are_computed(tmp_path):
+    clock, searched = VirtualClock(), space()
+    study = Study.open(tmp_path, searched, clock=clock)
+    conductor = _Simulation(searched, study, clock, seconds, metrics, Site(1)).conductor
+    conductor.next()
+    ordered = study.purse.spent
+    assert ordered.prefix > 0
+    conductor.next()  # the same teacher: it is charged once
+    assert study.purse.spent.prefix - ordered.prefix < ordered.prefix

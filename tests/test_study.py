@@ -9,8 +9,8 @@ import optuna
 import pytest
 
 from ktray.errors import StoppedEarly
-from ktray.search import study as studies
-from ktray.search.ledger import folder
+from ktray.search import history as studies
+from ktray.search.journal import folder
 from ktray.search.study import Assignment, Study
 from tests.toy_space import FINITE, drive, given, states, tell, toy_space
 
@@ -47,7 +47,7 @@ def test_a_search_too_small_for_a_promotion_still_ends_with_a_result(tmp_path: P
 
 
 def test_no_more_trials_run_at_once_than_the_budget_says(tmp_path: Path) -> None:
-    study = Study.open(tmp_path, toy_space(tmp_path), concurrent=3)
+    study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 12, "concurrent": 3}))
     assert [isinstance(study.next(), Assignment) for _ in range(3)] == [True] * 3
     assert study.next() == "wait"
 
@@ -225,3 +225,31 @@ def test_optuna_reads_the_journal_as_an_ordinary_study(tmp_path: Path) -> None:
         assert theirs.intermediate_values == ours.scores
         if ours.state == "pruned":
             assert (theirs.state.name, theirs.value) == ("PRUNED", ours.scores[ours.epoch])
+
+
+def test_trials_of_a_study_hold_what_their_pairs_have_in_common_once(tmp_path: Path) -> None:
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as study:
+        drive(study)
+        drawn = [trial.pair for trial in study.trials()]
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as again:
+        read_again = [trial.pair for trial in again.trials()]
+    assert read_again == drawn
+    for pairs in (drawn, read_again):
+        assert len({id(pair["data"]) for pair in pairs}) == 1
+
+
+def test_with_several_objectives_rungs_stop_on_their_own_metric_and_all_objectives_rank(tmp_path: Path) -> None:
+    """The faster half has the lower scores at the rung: it is stopped, and among the others no objective is forgotten."""
+    stop = {"metric": "knn/top1", "rungs": [1, 9], "reduction": 2}
+    space = toy_space(tmp_path, objectives=TWO, early_stop=stop, budget={"trials": 8, "concurrent": 8})
+    study = Study.open(tmp_path, space)
+    first = [given(study).trial.number for _ in range(8)]
+    for number in first:
+        study.report(number, 1, 0.1 * number)
+    for _ in range(4):
+        promoted = given(study).trial.number
+        values = {"linear_probe/top1": 0.5 - 0.01 * promoted, "cost/seconds": 100.0 - promoted, "knn/top1": 0.5}
+        study.finish(promoted, values, values, {}, {"seconds": 1.0})
+    assert {trial.number for trial in study.best()} == {4, 5, 6, 7}
+    assert [trial.number for trial in study.best()] == [4, 5, 6, 7]  # by the first objective
+    assert {trial.number for trial in study.best(pareto=True)} == {4, 5, 6, 7}  # each is best in some trade

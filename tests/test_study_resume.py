@@ -13,8 +13,8 @@ import optuna
 import pytest
 
 from ktray.errors import UserError
-from ktray.search import study as studies
-from ktray.search.ledger import folder
+from ktray.search import history as studies
+from ktray.search.journal import folder
 from ktray.search.study import Study
 from ktray.search.trial import Trial
 from tests.source import ROOT

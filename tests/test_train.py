@@ -314,3 +314,32 @@ def test_a_gpu_trains_in_segments_too_and_agrees_with_the_cpu_within_rounding(tm
             train.fit(backbone, labels_task(), IMAGES, schedule, 0, out=out, until=end, start=start, device=device)
         losses[device] = parquet.read_table(tmp_path / f"{device}4" / "history.parquet")["loss"].to_pylist()
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
+
+
+def test_a_task_may_order_its_epochs_itself_by_their_generator(tmp_path):
+    seen = []
+    keep = torch.tensor([1, 2, 5, 8])
+
+    def watch(pixels, indices, generator):
+        assert np.array_equal(pixels.numpy(), IMAGES.read(indices.numpy()))
+        seen.append(indices)
+        return labels_task().batch(pixels, indices, generator)
+
+    def order(generator):
+        return keep[torch.randint(4, (4,), generator=generator)]
+
+    run(tmp_path / "2", 2, task=labels_task(keep=keep, order=order, batch=watch), batch_size=4)
+    drawn = [torch.cat(seen[:1]).tolist(), torch.cat(seen[1:]).tolist()]
+    assert drawn[0] != drawn[1]
+    seen.clear()
+    run(tmp_path / "1", 1, task=labels_task(keep=keep, order=order, batch=watch), batch_size=4)
+    run(tmp_path / "1-2", 2, tmp_path / "1", task=labels_task(keep=keep, order=order, batch=watch), batch_size=4)
+    assert [indices.tolist() for indices in seen] == drawn
+    assert_same_snapshot(tmp_path / "1-2", tmp_path / "2")
+
+
+@pytest.mark.parametrize("wrong", [[1, 2, 5], [1, 2, 5, 7], [1, 2, 5, 49]])
+def test_an_order_of_other_images_is_refused(tmp_path, wrong):
+    task = labels_task(keep=torch.tensor([1, 2, 5, 8]), order=lambda generator: torch.tensor(wrong))
+    with pytest.raises(ValueError, match="order is not 4 of the 4 images"):
+        run(tmp_path, 1, task=task)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from ktray.cli.leaderboard import leaderboard, study_folder, trial_answer
     from ktray.pipeline import naming
     from ktray.search import ranking
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     options = settings(args)
     study = read(options.home, args.name)

@@ -94,11 +94,11 @@ def _needed(store: Any, home: Path) -> set[str]:
     """What trials and reference lines of all studies rest on, and what was judged of it, as on test: that is small."""
     from ktray.cli.leaderboard import study_folder
     from ktray.drivers import references
-    from ktray.search import ledger
-    from ktray.search.study import keys_in_use
+    from ktray.search import journal
+    from ktray.search.history import keys_in_use
 
     used = keys_in_use(home)
-    for name in ledger.names(home):
+    for name in journal.names(home):
         for line in references.read(study_folder(home, name)).values():
             evaluations = line["keys"].get("evaluation", {}).values()
             used |= {*evaluations, *(key for key in line["keys"].values() if isinstance(key, str))}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.settings import settings
+from ktray.cli.settings import Settings, settings
 from ktray.stores import Store
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME[/TRIAL]", help="the study's best pair, or one of its trials")
     parser.add_argument("directory", type=Path, metavar="DIR")
     parser.add_argument("--format", choices=["safetensors", "pt2", "onnx"], default="safetensors", help="a program beside them")
+    parser.add_argument("--register", action="store_true", help="also as a model in MLflow's registry: ktray-STUDY")
     parser.add_argument("--head", choices=["none", "classifier"], default="none", help="keep the pseudo-label classifier")
 
 
@@ -28,8 +30,32 @@ def run(args: argparse.Namespace) -> int:
     options = settings(args)
     name, _, number = args.name.partition("/")
     files = write_student(options.home, options.open_store(), name, number, args.directory, args.head, args.format)
-    options.answer([str(path) for path in files], "\n".join(f"wrote {path}" for path in files))
+    said = [f"wrote {path}" for path in files]
+    if args.register:
+        said.append(_register(options, name, number, args.directory))
+    options.answer([str(path) for path in files], "\n".join(said))
     return 0
+
+
+def _register(options: Settings, name: str, number: str, directory: Path) -> str:
+    """Put the exported student into MLflow's registry; a sentence about it."""
+    from ktray.export import CARD, load_student
+    from ktray.tracking import default_uri
+    from ktray.tracking.registry import register
+
+    trial, best = _trial(options.home, name, number), _trial(options.home, name, "")
+    card = json.loads((directory / CARD).read_text())
+    model, version = register(
+        options.tracking or default_uri(options.home),
+        options.home,
+        name,
+        trial.number,
+        load_student(directory),
+        card["input"]["size"][0],
+        trial.number == best.number,
+        {"ktray.trial": str(trial.number), "ktray.pair": card["lineage"]["pair"], "ktray.student": trial.keys["student"]},
+    )
+    return f"registered version {version} of {model} as {'champion' if trial.number == best.number else 'challenger'}"
 
 
 def write_student(home: Path, store: Store, name: str, number: str, out: Path, head: Head, form: Form) -> list[Path]:
@@ -54,7 +80,8 @@ def write_student(home: Path, store: Store, name: str, number: str, out: Path, h
         )
     pair = PairSpec.model_validate(dict(trial.pair))
     size: int = pair.data.transfer.size  # type: ignore[attr-defined]
-    classes = getattr(pair.transfer, "k", None)
+    k = getattr(pair.transfer, "k", None)
+    classes = k if isinstance(k, int) else None  # several k have several classifiers in one
     lineage = {"study": name, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
     return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, out, classes, head, form)
 
@@ -62,7 +89,7 @@ def write_student(home: Path, store: Store, name: str, number: str, out: Path, h
 def _trial(home: Path, name: str, number: str) -> Any:
     from ktray.errors import UserError
     from ktray.search import ranking
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     study = read(home, name)
     ranked = ranking.ranked(study.trials, study.objectives)

@@ -10,7 +10,7 @@ from ktray.cli.tables import table
 from ktray.drivers import references
 from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search import ranking
-from ktray.search.study import History
+from ktray.search.history import History
 from ktray.search.trial import STATES, Trial
 
 

@@ -129,21 +129,22 @@ def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -
 
 
 def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:
-    from ktray.search.costs import estimate
+    from ktray.search.costs import Costs
 
     store = options.open_store()
     stages = {stage.key: stage for graph in built for stage in graph.stages}
     shared = {key: sum(any(s.key == key for s in graph.stages) for graph in built) for key in stages}
     done = {key for key in stages if store.find(key)}
     records = {found.key: found.record for found in map(store.find, store.keys()) if found}
-    seconds, _, unknown = estimate([stage for key, stage in stages.items() if key not in done], records)
+    cost = Costs(records).estimate(stages.values(), made=done)
+    seconds, low, high = (None if cost.unknown else round(each, 1) for each in (cost.seconds, cost.low, cost.high))
     rows = [
         {"stage": stage.name, "key": key, "state": "done" if key in done else "run", "shared_by": shared[key]}
         for key, stage in stages.items()
     ]
     return {
         "stages": rows,
-        "estimate": {"seconds": None if unknown else round(seconds, 1), "bytes": _bytes(rows, list(records.values()))},
+        "estimate": {"seconds": seconds, "low": low, "high": high, "bytes": _bytes(rows, list(records.values()))},
     }
 
 
@@ -161,8 +162,7 @@ def _text(answer: Mapping[str, Any], notes: list[str]) -> str:
 
     rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
     missing = sum(row["state"] == "run" for row in answer["stages"])
-    seconds = answer["estimate"]["seconds"]
-    cost = "unknown until one of each stage has run here" if seconds is None else f"about {seconds:.0f} s on one core"
+    cost = _cost(answer["estimate"])
     count = "endlessly many" if answer["pairs"] is None else str(answer["pairs"])
     lines = [
         table(["stage", "key", "state", "shared by"], rows),
@@ -189,3 +189,13 @@ def _rehearsed(found: Mapping[str, Any] | None) -> list[str]:
         f"{found['nodes']} nodes see the store and have the same versions. The largest pair takes about "
         f"{found['pair_bytes'] / 2**20:.0f} MB of disk, {found['free_bytes'] / 2**20:.0f} MB are free.",
     ]
+
+
+def _cost(estimate: Mapping[str, Any]) -> str:
+    """What the missing stages take one after the other, in words."""
+    from ktray.drivers.status import span
+
+    if estimate["seconds"] is None:
+        return "unknown until one of each stage has run here"
+    between = f" ({span(estimate['low'])} to {span(estimate['high'])})" if estimate["seconds"] else ""
+    return f"about {span(estimate['seconds'])}{between} if one runs after the other"

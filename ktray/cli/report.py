@@ -36,7 +36,7 @@ def write_report(name: str, home: Path, store: Store, path: Path) -> Path:
     from ktray.errors import UserError
     from ktray.pipeline.references import labels_used
     from ktray.report import render
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     study = read(home, name)
     used = labels_used([trial.keys for trial in study.trials if trial.state == "completed"], store)

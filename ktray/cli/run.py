@@ -98,13 +98,14 @@ def run_on_ray(
     graphs = _graphs(pairs, options)
     stopping = stopping or Stopping()
     stopping.orderly = True
-    session = runtime.start(options.home, address, runtime.load_runtime(options.runtime))
+    given = runtime.load_runtime(options.runtime)
+    session = runtime.start(options.home, address, given)
     hear_again()
     for warning in session.warnings:
         options.tell(f"ktray: {warning}")
     options.tell(f"ktray: Ray's own messages go to {session.log}")
     try:
-        preflight(options.open_store())
+        preflight(options.open_store(), given)
         crew = client.connect(session, options.store_url, execute)
         return _together(graphs, concurrent, crew, options, stopping)
     finally:

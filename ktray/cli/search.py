@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default=None, help="the study's name; the same name resumes (default: the space's)")
     parser.add_argument("--trials", default=None, metavar="50|+50", help="target, or how many more once it is met")
     parser.add_argument("--concurrent", type=count, default=None, metavar="C", help="trials at the same time")
+    parser.add_argument("--warm-start", default=None, metavar="STUDY", help="learn from another study of this home first")
     parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
     parser.add_argument("--share-images", action="store_true", help="send cluster sheets to a remote tracker too")
 
@@ -65,7 +66,8 @@ def search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> t
     tracker = tracking.Tracker(uri, options.home, name, share_images=args.share_images, version_tags=tags)
     place = driver.Place(options.home, options.open_store(), args.address, options.runtime)
     with screen(options, space, name) as shown:
-        outcome = driver.search(space, place, tracker, stopping, shown, name=name, trials=args.trials)
+        wishes = {"name": name, "trials": args.trials, "warm_start": args.warm_start}
+        outcome = driver.search(space, place, tracker, stopping, shown, **wishes)
     return outcome, uri
 
 
@@ -115,7 +117,7 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     from ktray.cli.leaderboard import count_states, leaderboard
     from ktray.errors import StageFailed, StoppedEarly
     from ktray.pipeline.judge import left_out
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     study = read(options.home, outcome.study)
     answer = _answer(outcome, study, uri, options)

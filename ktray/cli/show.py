@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from ktray.artifact import Artifact
-    from ktray.search.study import History
+    from ktray.search.history import History
     from ktray.search.trial import Trial
     from ktray.stores import Store
 
@@ -114,9 +115,9 @@ def _against(args: argparse.Namespace, options: Settings) -> int:
 
 
 def _differences(wanted: dict[str, Any], record: Any) -> list[list[str]]:
-    from ktray.fingerprint import flat
+    from ktray.fingerprint import canonical, flat
 
-    ours, theirs = flat(wanted), flat({name: record[name] for name in wanted})
+    ours, theirs = flat(json.loads(canonical(wanted))), flat({name: record[name] for name in wanted})
     return [
         [path, str(theirs.get(path, "absent")), str(ours.get(path, "absent"))]
         for path in sorted(ours.keys() | theirs.keys())
@@ -128,7 +129,7 @@ def _study(name: str, options: Settings) -> int:
     from ktray.cli.leaderboard import leaderboard, trial_answer
     from ktray.cli.tables import table
     from ktray.pipeline.naming import pair_name
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     ledger = read(options.home, name)
     answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in ledger.trials]}
@@ -147,6 +148,8 @@ def _outcome(trial: Trial, study: History) -> str:
     if trial.objectives:
         return ", ".join(f"{metric} {value:.4g}" for metric, value in trial.objectives.items())
     stop = study.space.early_stop
+    if stop and not trial.scores and trial.teacher_score is not None:
+        return f"{stop.judged_by(0)} {trial.teacher_score:.4g} of its teacher"
     return ", ".join(
         f"{stop.metric if stop else 'score'} {score:.4g} at epoch {epoch}" for epoch, score in trial.scores.items()
     )
@@ -158,7 +161,7 @@ def _trial(name: str, number: str, options: Settings) -> int:
     from ktray.cli.leaderboard import trial_answer
     from ktray.errors import UserError
     from ktray.pipeline.naming import lineage
-    from ktray.search.study import read
+    from ktray.search.history import read
 
     ledger = read(options.home, name)
     found = [trial for trial in ledger.trials if str(trial.number) == (number.lstrip("0") or "0")]
@@ -169,6 +172,7 @@ def _trial(name: str, number: str, options: Settings) -> int:
         **trial_answer(trial),
         "state": trial.state,
         "scores": {str(epoch): score for epoch, score in trial.scores.items()},
+        "teacher_score": trial.teacher_score,
         "cause": trial.cause,
         "lineage": lineage(trial.pair) if trial.pair else None,
         "pair": dict(trial.pair),

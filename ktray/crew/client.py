@@ -109,19 +109,23 @@ class Crew:
         """Tells that the driver lives; the thread of `connect` does so every few seconds.
 
         Args:
-            over: nobody waits for the answer once this is set. With it a broker that does not answer is replaced: it may stand
-                still, and Ray restarts only one that is dead.
+            over: nobody waits for the answer once this is set.
         """
         with _said_if_over():
             answer = self._broker().lease.remote(self.session, self._processes)
-            seconds = 0
-            while over is not None and not ray.wait([answer], timeout=1.0)[0]:
-                seconds += 1
-                if over.is_set():
-                    return
-                if seconds == (FROZEN if self._is_near() else LONG_FROZEN):
-                    self._replace_broker()
-            self._its_process, self._processes = ray.get(answer)
+            if self._await(answer, over):
+                self._its_process, self._processes = ray.get(answer)
+
+    def _await(self, answer: Any, over: threading.Event | None = None) -> bool:
+        """Wait for a broker that may stand still: Ray restarts only a dead one, so it is ended. False once `over` is set."""
+        seconds = 0
+        while not ray.wait([answer], timeout=1.0)[0]:  # in steps: if this process itself stood still, that counts as one
+            seconds += 1
+            if over is not None and over.is_set():
+                return False
+            if seconds == (FROZEN if self._is_near() else LONG_FROZEN):
+                self._replace_broker()
+        return True
 
     def _is_near(self) -> bool:
         """Whether the broker has answered before, and from this machine: then only that process can be meant."""
@@ -138,7 +142,11 @@ class Crew:
     def leave(self) -> None:
         """The driver goes: ends the crew, unless another driver still uses it."""
         with suppress(StoppedEarly):
-            if self._ask("leave", self.session):
+            with _said_if_over():
+                answer = self._broker().leave.remote(self.session)
+                self._await(answer)
+                last = ray.get(answer)
+            if last:
                 self.end()
 
     def _ask(self, method: str, *arguments: Any) -> Any:

@@ -66,6 +66,7 @@ class Ledger:
     ) -> bool:
         """A heartbeat; False if this worker must die because its attempt was fenced or another one runs."""
         worker.beat, self._stillborn = now, 0
+        self.roster.silent.discard(worker.node)
         self._expected.discard(worker.name)
         if not attempt:
             return True
@@ -192,6 +193,7 @@ class Ledger:
         for worker in list(self.roster.workers.values()):
             if worker.beat is not None and now - worker.beat > self.dead_after:
                 self.outbox.append(Kill(worker))
+                self.roster.silent.add(worker.node)
                 self.gone(worker.name, "fenced", f"no heartbeat for {self.dead_after:g} s", now)
             elif worker.beat is None and now - self._hired.setdefault(worker.name, now) > LATE:
                 self.outbox.append(Kill(worker))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 import traceback
@@ -12,7 +11,7 @@ from typing import Any
 
 from ktray.artifact import Artifact, Stage
 from ktray.crew.locks import alone_on_store, hold_store
-from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.errors import StageFailed, StoppedEarly, UserError, disk_is_full
 from ktray.pool import Means
 from ktray.stores import Store
 
@@ -61,7 +60,7 @@ class LocalCrew:
         except Exception as error:
             # A process boundary: whatever a stage raises becomes the named failure of that stage; so does an absent input,
             # as a loaded teacher names an artifact that no stage of its pair makes.
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if disk_is_full(error, self.store.url):
                 raise StoppedEarly(f"the disk is full: {error}") from error
             cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             with suppress(OSError):  # a store that cannot be written is one of the causes

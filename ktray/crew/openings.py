@@ -88,10 +88,11 @@ class Openings:
     def _roomiest(self, shape: Shape) -> str | None:
         if sum(held.cpus for held in self._held.values()) + shape.cpus > self.roster.cpus:
             return None
-        found, most = None, (-1.0, -1.0)
+        found, most = None, (False, -1.0, -1.0)
         for name, node in self.roster.nodes.items():
             cpus, gpus = node.cpus - self._held[name].cpus, node.gpus - self._held[name].gpus
-            room = (gpus if shape.gpus else 0.0, cpus)
+            # A silent node comes last: Ray takes a minute to notice that one is gone.
+            room = (name not in self.roster.silent, gpus if shape.gpus else 0.0, cpus)
             if cpus >= shape.cpus and gpus >= shape.gpus - 1e-6 and room > most:
                 found, most = name, room
         return found

@@ -68,6 +68,7 @@ class Roster:
     cpus: float = float("inf")
     stale: float = 3.0
     workers: dict[str, Worker] = field(default_factory=dict)
+    silent: set[str] = field(default_factory=set)  # nodes where a worker fell silent and none was heard of since
     _hired: int = 0
 
     def fits(self, needs: Needs) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -18,7 +17,7 @@ from ktray.crew.charter import BROKER, Charter
 from ktray.crew.locks import hold_store
 from ktray.crew.ray_pool import RayPool
 from ktray.crew.roster import Shape
-from ktray.errors import MissingInput, UserError
+from ktray.errors import MissingInput, UserError, disk_is_full
 from ktray.pool import Means
 from ktray.stores import open_store
 
@@ -92,7 +91,8 @@ class WorkerActor:
             except MissingInput as error:
                 report |= {"kind": "failed", "missing": error.key, "cause": f"MissingInput: {error}", "traceback": ""}
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
-                report |= {"kind": _kind(error), "cause": _line(error), "traceback": traceback.format_exc()}
+                kind = "disk full" if disk_is_full(error, self._store.url) else "failed"
+                report |= {"kind": kind, "cause": _line(error), "traceback": traceback.format_exc()}
             finally:
                 self._stage, self._attempt, self._lent = None, "", []
         return report | {"seconds": time.monotonic() - began}
@@ -130,15 +130,6 @@ def _to_the_end(body: Callable[[], None]) -> None:
     except BaseException:  # noqa: BLE001 - the last frame of a thread; the log keeps it
         traceback.print_exc()
     os._exit(0)
-
-
-def _kind(error: BaseException) -> str:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno == errno.ENOSPC:
-            return "disk full"
-        seen = seen.__cause__ or seen.__context__
-    return "failed"
 
 
 def _line(error: BaseException) -> str:

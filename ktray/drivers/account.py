@@ -46,7 +46,7 @@ class Account:
             prefixes: key -> name of the stage.
             computed: keys that the trial caused to be computed.
         """
-        if trial.epoch == 0:  # at later rungs what it computed itself is there before, too
+        if trial.furthest is None:  # at later rungs what it computed itself is there before, too
             self._reused[trial.number] = ", ".join(name for key, name in prefixes.items() if key not in computed)
 
     def judged(self, trial: Trial, keys: Mapping[str, Any], metrics: Mapping[str, float], epoch: int) -> None:
@@ -100,9 +100,10 @@ def result(trial: Trial, space: Space) -> str:
         return trial.cause
     if trial.objectives:
         return ", ".join(f"{name} {value:.4f}" for name, value in trial.objectives.items())
-    if trial.scores and space.early_stop:
-        epoch = max(trial.scores)
-        return f"{space.early_stop.metric} {trial.scores[epoch]:.4f} at epoch {epoch}"
+    if trial.furthest and space.early_stop:
+        epoch, score = trial.furthest
+        where = f"at epoch {epoch}" if epoch else "of its teacher"
+        return f"{space.early_stop.judged_by(epoch)} {score:.4f} {where}"
     return ""
 
 

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ktray.drivers.account import Account
+from ktray.drivers.prices import Prices
 from ktray.errors import StoppedEarly
 from ktray.pipeline import graph as graphs
 from ktray.pipeline import judge
 from ktray.pipeline.graph import Graph, Identity
+from ktray.search import rungs
+from ktray.search.costs import Costs
 from ktray.search.space import Space
 from ktray.search.study import Assignment, Study
+from ktray.search.tree import Params
 from ktray.search.trial import Trial
 from ktray.spec import PairSpec
 from ktray.stores import Store
@@ -38,10 +42,22 @@ class Conductor:
 
     Args:
         tell: called with what a person wants to read.
+        costs: what stages are expected to cost; None: only what this search's own stages will teach.
     """
 
-    def __init__(self, space: Space, study: Study, store: Store, identity: Identity, tracker: Tracker, tell: Tell) -> None:
+    def __init__(
+        self,
+        space: Space,
+        study: Study,
+        store: Store,
+        identity: Identity,
+        tracker: Tracker,
+        tell: Tell,
+        costs: Costs | None = None,
+    ) -> None:
         self.space, self.study, self.store, self.identity = space, study, store, identity
+        self.prices = Prices(costs or Costs(), store, study.purse)
+        study.ask_prices(self.prices.quote(self._first_segment))
         self.account, self.tracker, self.tell = Account(tracker, space), tracker, tell
         self.demanded: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -70,6 +86,7 @@ class Conductor:
                 self.fail(segment, self._failed[known], known)
                 continue
             if judge.finished(segment.graph, self.store) is None:
+                self.study.charge(segment.trial.number, self.prices.charges(segment.graph))
                 return segment
             self.settle(segment, computed=[])
 
@@ -83,7 +100,9 @@ class Conductor:
                     self.account.refused(trial)
 
     def _segment(self, trial: Trial, epoch: int, final: bool) -> Segment:
-        graph = self.graph(trial, epoch, None if final else [self._judge()])
+        graph = self.graph(trial, epoch, None if final else [self._judge(epoch)])
+        if epoch == 0:
+            graph = graph.up_to(self._judge(epoch))
         self.account.begin(trial, graph.keys)
         return Segment(trial, epoch, final, graph)
 
@@ -95,10 +114,17 @@ class Conductor:
         self.demanded |= {stage.key for stage in graph.stages}
         return graph
 
-    def _judge(self) -> str:
-        """Name of the evaluation that rungs are judged by."""
+    def _first_segment(self, params: Params) -> Graph:
+        pair = self.space.pair(params)
+        until = rungs.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]
+        wanted = None if until == pair.student.schedule.epochs else [self._judge(until)]
+        milestones = self._milestones.get(str(params.get("teacher", "")), {})
+        return graphs.build(pair, self.identity, epoch=until, evaluations=wanted, milestones=milestones)
+
+    def _judge(self, epoch: int) -> str:
+        """Name of the evaluation that a rung is judged by."""
         assert self.space.early_stop is not None
-        return str(self.space.early_stop.metric.split("/")[0])
+        return str(self.space.early_stop.judged_by(epoch).split("/")[0])
 
     def settle(self, segment: Segment, computed: list[str]) -> None:
         """Tell the study and the tracker what the segment's artifacts say.
@@ -110,6 +136,7 @@ class Conductor:
         if artifacts is None:
             self.fail(segment, "an artifact vanished from the store before the trial could read it")
             return
+        self._pay(segment)
         added = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
         marginal = segment.trial.cost.get("marginal_seconds", 0.0) + added
         metrics = judge.metrics(segment.graph, artifacts)
@@ -122,10 +149,11 @@ class Conductor:
 
     def _pause(self, segment: Segment, metrics: Mapping[str, float], marginal: float) -> None:
         assert self.space.early_stop is not None
-        name = self.space.early_stop.metric
+        name = self.space.early_stop.judged_by(segment.epoch)
         cost = {"marginal_seconds": marginal}
         trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
-        self._tell_end(trial, f"{name} {metrics[name]:.4f} at epoch {segment.epoch}")
+        where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"
+        self._tell_end(trial, f"{name} {metrics[name]:.4f} {where}")
         self.tracker.metrics(trial.number, {name: metrics[name]}, segment.epoch)
         self.account.ended(trial, segment.graph.keys, {})
 
@@ -147,16 +175,22 @@ class Conductor:
         Args:
             stage: key of the stage that raised. Its cause is told once, and what needs it fails without asking again.
         """
+        self._pay(segment)
         trial = self.study.fail(segment.trial.number, cause)
         self.tell("failed", trial, f"needs {stage}, too" if stage in self._failed else cause)
         self.account.ended(trial, segment.graph.keys, {})
         if stage:
             self._failed[stage] = cause
 
+    def _pay(self, segment: Segment) -> None:
+        """What the trial was charged becomes what was recorded, before the study is told what became of it."""
+        charged = {key for stages in self.study.charged(segment.trial.number).values() for key in stages}
+        self.study.paid(segment.trial.number, self.prices.paid(segment.graph, sorted(charged)))
+
     def prune(self) -> None:
         """The study has met its target: what is still paused becomes pruned. It stays ours, for what is yet to compute."""
         for trial in self.study.prune():
-            self.tell("pruned", trial, "")
+            self.tell("pruned", trial, trial.cause or "")
             self.account.ended(trial, trial.keys, {})
 
     def leave(self) -> None:
@@ -167,7 +201,7 @@ class Conductor:
 
 
 def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:
-    rows = judge.curve(artifacts[graph.keys["student"]])
+    rows = judge.curve(artifacts[graph.keys["student"]]) if "student" in graph.keys else []
     return [
         {"epoch": row["epoch"], **{f"student/{name}": value for name, value in row.items() if name != "epoch"}} for row in rows
     ]

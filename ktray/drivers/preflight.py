@@ -1,4 +1,4 @@
-"""Look before anything expensive starts: room on the disk, a store that every node can read and write, one Python for all."""
+"""Look before anything expensive starts: room on the disk, nodes that can carry every stage and see the store, one Python."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ktray.crew import cluster
+from ktray.crew.needs import STAGES, Runtime
+from ktray.crew.roster import Node, Roster
 from ktray.errors import PreflightFailed
 from ktray.stores import Store
 
@@ -22,14 +25,19 @@ PATIENCE = 60.0
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "faiss-cpu", "pillow", "timm")  # as records name them
 
 
-def preflight(store: Store) -> None:
+def preflight(store: Store, runtime: Runtime | None = None) -> None:
     """Check the cluster that is connected and the store of this search.
+
+    Args:
+        runtime: what the stages need; None: what they need without a runtime file.
 
     Raises:
         PreflightFailed: one paragraph with everything that is wrong.
     """
     root = Path(store.url.removeprefix("file://"))
-    problems = [*_disk(root), *_nodes(root)]
+    runtime = runtime or Runtime()
+    roster = Roster(cluster.nodes(), float("inf") if runtime.cpus is None else runtime.cpus)
+    problems = [*_disk(root), *_needs(runtime, roster), *_nodes(root)]
     if problems:
         raise PreflightFailed(" ".join(problems))
 
@@ -39,6 +47,16 @@ def _disk(root: Path) -> list[str]:
     if free >= LEAST_FREE:
         return []
     return [f"The store {root} has {free >> 20} MB left; make room for at least {LEAST_FREE >> 20} MB."]
+
+
+def _needs(runtime: Runtime, roster: Roster) -> list[str]:
+    """Stages that no node could ever run: they would wait for it, or fail one trial after the other."""
+    poor = [stage for stage in STAGES if not roster.fits(runtime.of(stage))]
+    if not poor:
+        return []
+    best = max(roster.nodes.values(), key=lambda node: (node.gpus, node.cpus), default=Node(0))
+    held = f"{best.cpus:g} CPU, {best.gpus:g} GPU and {best.memory / 2**30:.1f} GiB"
+    return [f"No node can run {', '.join(poor)} as the runtime file asks; the largest one has {held}. Ask for less."]
 
 
 def _nodes(root: Path) -> list[str]:

@@ -84,7 +84,7 @@ def rehearse_on(
     try:
         for warning in session.warnings:
             say(warning)
-        preflight(store)
+        preflight(store, runtime)
         nodes = sum(node["Alive"] for node in ray.nodes())
         with rehearsal_store(store) as own:
             try:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor
+from ktray.drivers.prices import learned
 from ktray.drivers.stage_runs import track_missed
 from ktray.drivers.status import naming_stuck, noting
 from ktray.drivers.stopping import Stopping, hear_again
@@ -107,7 +108,7 @@ class _Crew:
             self.say(f"Ray's own messages go to {self._session.log}")
             for warning in self._session.warnings:
                 self.say(warning)
-            preflight(self.place.store)
+            preflight(self.place.store, given)
             self._crew = client.connect(self._session, self.place.store.url, execute)
             self._watch = Watch(self._crew, self.place.store, self.tracker, self.show)
         return self._crew
@@ -148,12 +149,14 @@ def search(
     *,
     name: str,
     trials: str | None,
+    warm_start: str | None = None,
 ) -> Outcome:
     """Run the study `name` to its target, or go on with it.
 
     Args:
         stopping: its wish ends the search within seconds; the same call goes on later.
         trials: the target, absolute or ``+N``; None for the space's budget.
+        warm_start: another study of the home, whose results the sampler learns from.
 
     Raises:
         UserError: another driver has this study or home, or the study was begun with another space.
@@ -161,13 +164,11 @@ def search(
     """
     began = time.monotonic()
     outcome = Outcome(name)
-    with Study.open(place.home, space, name, trials=trials) as study:
-        before = set(place.store.keys())
+    with Study.open(place.home, space, name, trials=trials, warm_start=warm_start) as study:
+        before, done = set(place.store.keys()), False
         tracker.start()
         screen.begin(study)
-        crew = _Crew(place, tracker, stopping, screen, name)
-        conductor = Conductor(study.space, study, place.store, data_identity(place.home / "cache"), tracker, screen.trial)
-        done = False
+        crew, conductor = _Crew(place, tracker, stopping, screen, name), _conductor(study, place, tracker, screen)
         try:
             outcome.stopped = _trials(conductor, crew, place, stopping)
             if not outcome.stopped and not stopping.is_set():
@@ -189,6 +190,11 @@ def search(
     outcome.reused = rests_on - outcome.published
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _conductor(study: Study, place: Place, tracker: Tracker, screen: Screen) -> Conductor:
+    identity, costs = data_identity(place.home / "cache"), learned(place.store)
+    return Conductor(study.space, study, place.store, identity, tracker, screen.trial, costs)
 
 
 def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> StoppedEarly | None:

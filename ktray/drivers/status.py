@@ -17,8 +17,10 @@ import psutil
 
 from ktray.crew.needs import STAGES
 from ktray.pipeline.naming import pair_name
-from ktray.search import ledger, ranking
-from ktray.search.study import History, read
+from ktray.search import journal, ranking
+from ktray.search.history import History, read
+from ktray.search.outlook import outlook
+from ktray.search.purse import Purse
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 
@@ -52,7 +54,7 @@ def naming_stuck(show: Show, say: Callable[[str], None]) -> Show:
                 last = _progress(run)
                 say(
                     f"{run['key']} on {run['worker']}, node {run['node'][:8]}, has made no progress for "
-                    f"{_span(run['silent_seconds'])}{f' (its last: {last})' if last else ''}"
+                    f"{span(run['silent_seconds'])}{f' (its last: {last})' if last else ''}"
                 )
         show(events, status)
 
@@ -80,15 +82,17 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     """What a study is doing, as plain data and as text.
 
     The data: `study`, `running` (whether a search of it runs now), `by` (which process), `trials` (state -> number), `target`,
-    `spent_seconds`, `eta_seconds` (None while unknown), `stages` (artifacts that the trials rest on: how often `asked`, how
+    `spent_seconds`, `spent_stage_seconds` (added up over workers, before the student and from it on), `eta_seconds` and
+    `eta_between` (nine times of ten; None while unknown), `stages` (artifacts that the trials rest on: how often `asked`, how
     many are `made`), `now` (what the crew does; None if no search runs or it has not begun to compute) and `best`.
 
     Raises:
         UserError: there is no such study.
     """
     study = read(home, name)
-    by = _driver(ledger.folder(home, name))
-    now = _noted(ledger.folder(home, name), by[0]) if by else None
+    by = _driver(journal.folder(home, name))
+    now = _noted(journal.folder(home, name), by[0]) if by else None
+    left = outlook(study, lambda key: store.find(key) is not None) if by else None
     answer: dict[str, Any] = {
         "study": name,
         "running": by is not None,
@@ -96,7 +100,9 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         "trials": {state: sum(trial.state == state for trial in study.trials) for state in STATES},
         "target": study.target,
         "spent_seconds": round(study.spent, 1),
-        "eta_seconds": _remaining(study) if by else None,
+        "spent_stage_seconds": {part: round(seconds, 1) for part, seconds in Purse(study.trials).spent._asdict().items()},
+        "eta_seconds": left.seconds if left else None,
+        "eta_between": [left.low, left.high] if left else None,
         "stages": _stages(study.trials, store),
         "now": now,
         "best": _best(study),
@@ -164,18 +170,11 @@ def _noted(folder: Path, pid: int) -> dict[str, Any] | None:
 
 def _place(run: Mapping[str, Any]) -> str:
     where = f"runs on {run['worker']}, node {run['node'][:8]}"
-    return f"{where}, without progress for {_span(run['silent_seconds'])}" if run["stuck"] else where
+    return f"{where}, without progress for {span(run['silent_seconds'])}" if run["stuck"] else where
 
 
 def _progress(run: Mapping[str, Any]) -> str:
     return " ".join(f"{name} {value:.4g}" for name, value in run["progress"].items())
-
-
-def _remaining(study: History) -> float | None:
-    """Seconds until the target, at the pace of the trials so far; None before two of them have come to their end."""
-    ended = sum(trial.state in ("completed", "pruned", "failed", "paused") for trial in study.trials)
-    left = max(0, study.target - ended)
-    return round(study.spent / ended * left, 1) if ended >= 2 else None
 
 
 def _stages(trials: Sequence[Trial], store: Store) -> dict[str, dict[str, int]]:
@@ -202,13 +201,12 @@ def _best(study: History) -> dict[str, Any] | None:
 def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in answer["trials"].items() if count) or "no trial yet"
     drawn = sum(count for state, count in answer["trials"].items() if state != "duplicate")
-    lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {_span(answer['spent_seconds'])} so far"]
+    lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {span(answer['spent_seconds'])} so far"]
     if not answer["running"]:
         over = drawn >= answer["target"] and not answer["trials"]["running"] and not answer["trials"]["paused"]
         lines.append("no search of it runs now" + ("" if over else "; the same ktray search goes on from here"))
     else:
-        left = f"about {_span(answer['eta_seconds'])} left" if answer["eta_seconds"] is not None else "too early to say when"
-        lines.append(f"a search runs now ({answer['by']}), {left}")
+        lines.append(f"a search runs now ({answer['by']}), {_left(answer)}")
         lines += _now(answer["now"], trials) if answer["now"] else ["it is starting, or all that it needs is in the store"]
     if answer["best"]:
         values = ", ".join(f"{metric} {value:.4g}" for metric, value in answer["best"]["objectives"].items())
@@ -217,24 +215,31 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     return "\n".join([*lines, *([f"artifacts made: {', '.join(shared)}"] if shared else [])])
 
 
+def _left(answer: Mapping[str, Any]) -> str:
+    if answer["eta_seconds"] is None:
+        return "too early to say when"
+    low, high = answer["eta_between"]
+    return f"about {span(answer['eta_seconds'])} left ({span(low)} to {span(high)})"
+
+
 def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
     lines = []
     if now["age_seconds"] > FRESH:
-        lines.append(f"it has said nothing for {_span(now['age_seconds'])}")
+        lines.append(f"it has said nothing for {span(now['age_seconds'])}")
     for run in now["stages"]:
         helpers = f" and {len(run['helpers'])} more" if run["helpers"] else ""
-        line = f"  {run['key']}  {_span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {_progress(run)}"
+        line = f"  {run['key']}  {span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {_progress(run)}"
         if run["stuck"]:
-            line += f"  NO PROGRESS for {_span(run['silent_seconds'])}"
+            line += f"  NO PROGRESS for {span(run['silent_seconds'])}"
         lines.append(line.rstrip())
     for wait in now["waiting"]:
         number = wait["waiter"].removeprefix("trial ")
         pair = f" ({pair_name(trials[int(number)].pair)})" if number.isdecimal() and int(number) in trials else ""
-        lines.append(f"  {wait['waiter']}{pair} waits for {wait['key']} since {_span(wait['seconds'])}: {wait['state']}")
+        lines.append(f"  {wait['waiter']}{pair} waits for {wait['key']} since {span(wait['seconds'])}: {wait['state']}")
     return [*lines, f"  {now['workers']} workers, {now['queued']} stages queued"]
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """``45 s``, ``12 min``, ``3.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -89,19 +89,29 @@ def train_count(splits: Splits, spec: Any) -> int:
 
 
 def _clusters(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
+    """Whether there are images enough for what the transfer makes of them."""
     smallest = getattr(pair.transfer, "min_size", 1)
-    most = train_count(transfer, pair.data.transfer) if smallest > 1 else 1
-    if smallest > most:
+    of_transfer = train_count(transfer, pair.data.transfer)
+    if smallest > max(1, of_transfer):
         raise UserError(
-            f"no cluster of {most} images has min_size={smallest}: nothing is left to learn from",
+            f"no cluster of {of_transfer} images has min_size={smallest}: nothing is left to learn from",
             where="transfer.min_size",
             instead="Use a few images, such as 2.",
         )
-    k = getattr(pair.transfer, "k", None)
-    count = train_count(cluster, pair.data.cluster) if k else 0
-    if k and k > count:
+    anchors = getattr(pair.transfer, "anchors", 0)
+    if anchors > of_transfer:
         raise UserError(
-            f"k={k} clusters cannot be made of {count} images",
+            f"{anchors} anchors cannot be chosen from {of_transfer} images",
+            where="transfer.anchors",
+            instead=f"Use at most {of_transfer}.",
+        )
+    k = getattr(pair.transfer, "k", None) or 0
+    largest = max(k) if isinstance(k, list | tuple) else k
+    clustered = "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS
+    count = train_count(cluster, pair.data.cluster) if clustered else of_transfer
+    if largest > count:
+        raise UserError(
+            f"k={largest} clusters cannot be made of {count} images",
             where="transfer.k",
             instead=f"Use at most {count}, better a hundredth of it.",
         )

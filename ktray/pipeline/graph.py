@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ktray import augment, checkpoint, features, images, kmeans, plugins, projection, pseudo_labels, ready_features, train
-from ktray.artifact import Stage
+from ktray.artifact import Stage, numbered
 from ktray.fingerprint import canonical
 from ktray.pipeline.identity import checkpoint_sha256, features_identity
 from ktray.pipeline.naming import lineage
@@ -22,6 +22,7 @@ Identity = Callable[[Spec], str]
 MOST_STARTS = 400
 MOST_CHAINS = 300
 _chains: dict[tuple[str, str], list[Stage]] = {}
+_PLAIN_LABELS = {"min_size": 1, "small": "drop", "neighbours": 0}  # of a transfer that has no such field
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,22 @@ class Graph:
 
     Attributes:
         stages: every stage once, inputs before those who read them.
-        keys: ``{"teacher": key, ..., "evaluation": {name: key}}``; stages that the pair lacks are absent.
+        keys: ``{"teacher": key, ..., "evaluation": {name: key}}``; stages that the pair lacks are absent. Of several
+            clusterings the first has ``clusters`` and ``pseudo_labels``, the next ``clusters_2`` and ``pseudo_labels_2``, ...
     """
 
     stages: tuple[Stage, ...]
     keys: Mapping[str, Any]
+
+    def up_to(self, evaluation: str) -> Graph:
+        """The part of it that one evaluation rests on: of one that judges the teacher neither clusters nor a student."""
+        key = self.keys["evaluation"][evaluation]
+        kept = {key}
+        for stage in reversed(self.stages):
+            if stage.key in kept:
+                kept |= {*stage.inputs.values(), *stage.starts}
+        named = {name: own for name, own in self.keys.items() if isinstance(own, str) and own in kept}
+        return Graph(tuple(s for s in self.stages if s.key in kept), {**named, "evaluation": {evaluation: key}})
 
     def metric_prefixes(self) -> dict[str, str]:
         """Key -> prefix of its metrics in the pair: the stage's name, or the evaluation's."""
@@ -95,8 +107,10 @@ def _taught(builder: _Builder, epoch: int | None) -> None:
     transfer = plugins.module_of("transfer", pair.transfer)
     if pair.teacher is not None:
         _teacher(builder, pair.teacher)
-    if "features" in transfer.NEEDS:
+    if "clusters" in transfer.NEEDS:
         _pseudo_labels(builder, transfer.NEEDS)
+    elif "features" in transfer.NEEDS:
+        builder.keys["features"] = _features(builder, "transfer")
     _student(builder, transfer, epoch)
 
 
@@ -239,30 +253,31 @@ def _located(teacher: Spec) -> dict[str, Any]:
 
 
 def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:
+    """Clusters and pseudo-labels of each k: stages of their own, which another transfer with that k shares."""
     transfer, keys = builder.pair.transfer.model_dump(), builder.keys
     keys["features"] = _features(builder, "cluster")
-    if "clusters" not in needs:
-        return
-    what = {name: transfer[name] for name in needs["clusters"]}
-    revisions = _revisions(kmeans, projection)
-    keys["clusters"] = builder.add(Stage("clusters", what, revisions, {"features": keys["features"]}))
-    inputs = {
-        "features": _features(builder, "transfer"),
-        "clusters": keys["clusters"],
-        "images.transfer": builder.images("transfer"),
-    }
-    what = {name: transfer[name] for name in needs["pseudo_labels"]}
-    revisions = _revisions(kmeans, projection, pseudo_labels)
-    local = {"data": builder.data("transfer")}
-    keys["pseudo_labels"] = builder.add(Stage("pseudo_labels", what, revisions, inputs, local=local))
+    k = transfer["k"]
+    for place, clusters in enumerate(k if isinstance(k, list | tuple) else (k,)):
+        what = {name: transfer[name] for name in needs["clusters"]} | {"k": clusters}
+        made = builder.add(Stage("clusters", what, _revisions(kmeans, projection), {"features": keys["features"]}))
+        inputs = {
+            "features": _features(builder, "transfer"),
+            "clusters": made,
+            "images.transfer": builder.images("transfer"),
+        }
+        what = _PLAIN_LABELS | {name: transfer[name] for name in needs["pseudo_labels"]}
+        revisions = _revisions(kmeans, projection, pseudo_labels)
+        stage = Stage("pseudo_labels", what, revisions, inputs, local={"data": builder.data("transfer")})
+        keys[numbered("clusters", place)] = made
+        keys[numbered("pseudo_labels", place)] = builder.add(stage)
 
 
 def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
     pair, student = builder.pair, builder.pair.student
     inputs = {"images.transfer": builder.images("transfer")}
-    for name in ("clusters", "pseudo_labels"):
-        if name in builder.keys:
-            inputs[name] = builder.keys[name]
+    inputs |= {name: key for name, key in builder.keys.items() if name.startswith(("clusters", "pseudo_labels"))}
+    if "features" in transfer.NEEDS:
+        inputs["features"] = _features(builder, "transfer")
     elsewhere = {name for fields in transfer.NEEDS.values() for name in fields}
     what = {
         "backbone": student.backbone.model_dump(),

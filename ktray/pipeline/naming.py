@@ -54,12 +54,13 @@ def _how(pair: Pair) -> str:
 
 
 def transfer_name(pair: Pair) -> str:
-    """``k=50`` for clusters, else the kind of the transfer, with its k where it has one."""
+    """``k=50`` or ``k=50+200`` for clusters, else the kind of the transfer, with its k where it has one."""
     transfer = pair["transfer"]
     kind = _kind(transfer)
     k = transfer.get("k") if isinstance(transfer, Mapping) else None
     if k is None:
         return kind
+    k = "+".join(map(str, k)) if isinstance(k, list | tuple) else k
     return f"k={k}" if kind == "clusters" else f"{kind} k={k}"
 
 

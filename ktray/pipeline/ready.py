@@ -34,9 +34,10 @@ def check_ready(pair: PairSpec, load: Callable[[Spec], Splits]) -> None:
 
 def _asked(pair: PairSpec, load: Callable[[Spec], Splits]) -> Iterator[tuple[str, str, list[str]]]:
     """(role, split, paths) of the images whose features the pair reads."""
-    wanted = []
-    if "features" in plugins.module_of("transfer", pair.transfer).NEEDS:
-        wanted += [("cluster", "train"), ("transfer", "train")]
+    needs = plugins.module_of("transfer", pair.transfer).NEEDS
+    wanted = [("cluster", "train")] if "clusters" in needs else []
+    if {"clusters", "features"} & needs.keys():
+        wanted += [("transfer", "train")]
     for entry in pair.evals:
         judge: Any = entry
         if judge.of == "teacher" and not getattr(plugins.module_of("evaluation", judge), "READS_PSEUDO_LABELS", False):

@@ -82,7 +82,9 @@ def statistics(best: Trial, find: Find) -> dict[str, Any] | None:
 
 
 def _clusters(best: Trial) -> int:
-    return int(best.pair["transfer"].get("k") or 0)
+    """The number of clusters; of several, the first, whose pseudo-labels are shown."""
+    k = best.pair["transfer"].get("k") or 0
+    return int(k[0] if isinstance(k, list | tuple) else k)
 
 
 def reproduction(best: Trial, find: Find) -> dict[str, Any]:

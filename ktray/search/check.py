@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ktray import plugins
 from ktray.search import problems, tree
-from ktray.search.document import EarlyStop
+from ktray.search.document import EarlyStop, TeacherStop
 from ktray.search.problems import Problem, nearest
 from ktray.spec import PairSpec
 
@@ -37,7 +37,8 @@ def checked(space: Space) -> Space:
     )
     stop = space.early_stop
     if stop is not None:
-        stop = stop.model_copy(update={"mode": modes[stop.metric]})
+        judge = stop.teacher and stop.teacher.model_copy(update={"mode": modes[stop.teacher.metric]})
+        stop = stop.model_copy(update={"mode": modes[stop.metric], "teacher": judge})
     return replace(space, document=space.document.model_copy(update={"objectives": objectives, "early_stop": stop}))
 
 
@@ -119,6 +120,24 @@ def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[Problem
     if stop.mode and stop.mode != mode:
         yield Problem("early_stop.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
     yield from _rungs(stop, pairs)
+    if stop.teacher is not None:
+        yield from _teacher_stop(stop.teacher, pairs)
+
+
+def _teacher_stop(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[Problem]:
+    missing = _missing(stop.metric, pairs, "early_stop.teacher.metric")
+    right = "Add an evaluation such as {kind: knn, of: teacher, name: teacher_knn}."
+    if missing or stop.metric in KNOWN:
+        yield missing or Problem("early_stop.teacher.metric", f"{stop.metric} judges no teacher", right)
+        return
+    student = next((e for p in pairs.values() for e in p.evals if _of(e, stop.metric) not in (None, "teacher")), None)
+    if student is not None:
+        yield Problem(
+            "early_stop.teacher.metric", f"{stop.metric} judges the {student.of}, and a teacher is to be judged", right
+        )
+    mode = metrics(next(iter(pairs.values())))[stop.metric]
+    if stop.mode and stop.mode != mode:
+        yield Problem("early_stop.teacher.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
 
 
 def _of(entry: Any, metric: str) -> str | None:

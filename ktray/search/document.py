@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from ktray.errors import UserError
 from ktray.search import problems
@@ -40,6 +40,27 @@ class Budget(Spec):
     trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
     concurrent: int = Field(default=4, ge=1)
     stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
+    hours: float | None = Field(default=None, gt=0, description="of stages, added up over all workers and resumes")
+
+
+class TeacherStop(Spec):
+    """Which teachers get students: the best of those that were judged, by an evaluation `of: teacher`."""
+
+    metric: str
+    reduction: int | None = Field(default=None, ge=2, description="the best 1/reduction of the teachers")
+    keep: float | None = Field(default=None, gt=0, le=1, description="or their best share")
+    mode: Literal["max", "min"] | None = None
+
+    @model_validator(mode="after")
+    def _one_share(self) -> TeacherStop:
+        if (self.reduction is None) == (self.keep is None):
+            raise ValueError("how many teachers get students is said by 'reduction' (3: the best third) or by 'keep' (0.3)")
+        return self
+
+    @property
+    def share(self) -> float:
+        """The part of the teachers that get students, in (0, 1]."""
+        return self.keep if self.keep is not None else 1 / (self.reduction or 1)
 
 
 class EarlyStop(Spec):
@@ -49,6 +70,11 @@ class EarlyStop(Spec):
     rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     reduction: int = Field(default=3, ge=2)
     mode: Literal["max", "min"] | None = None
+    teacher: TeacherStop | None = Field(default=None, description="judge teachers before any student of theirs is trained")
+
+    def judged_by(self, epoch: int) -> str:
+        """The metric at a rung; at epoch 0 that of teachers."""
+        return self.teacher.metric if epoch == 0 and self.teacher else self.metric
 
     @field_validator("rungs")
     @classmethod
@@ -65,6 +91,7 @@ class Document(Spec):
     objectives: tuple[Objective, ...] = Field(min_length=1)
     budget: Budget = Budget()
     early_stop: EarlyStop | None = None
+    sampler: Literal["balanced", "tpe", "random"] = "balanced"
     seed: Seed = 0
     pair: Mapping[str, Any]
     start_with: tuple[Mapping[str, Any], ...] = ()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical, fingerprint, seed_of
-from ktray.search import sampler
+from ktray.search.sampler import Quote, Sampler, Spend, at_random
 from ktray.search.space import Space
 from ktray.search.tree import Params, Scalar
 from ktray.search.trial import State, Trial
@@ -17,53 +19,77 @@ LISTED = 20_000  # finite spaces up to this size are listed for it
 TRIES = 1_000  # random draws that may all be known before a larger space counts as exhausted
 
 
+class Source(Protocol):
+    """Where new trials come from."""
+
+    def told(self, trial: Trial) -> None:
+        """A trial is new or has changed; one of another study has a number below 0."""
+
+    def ask_prices(self, quote: Quote) -> None:
+        """From now on `quote` tells what a draw would cost."""
+
+    def following(self, spent: Spend) -> Trial | None:
+        """The next trial after those told: to run, or settled already; None if there is no other."""
+
+
 class Draws:
-    """The draws of a space, one after the other; what was drawn is read from the trials that the caller has."""
+    """The draws of a space, one after the other; what was drawn is known from the trials that it is told of."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, quote: Quote | None = None) -> None:
         self.space = space
-        self._identities: dict[int, str] = {}
+        self.sampler = Sampler(space, quote)
+        self._numbers: dict[str, int] = {}  # identity of a pair -> number of the trial that drew it first
+        self._count = self._planned = 0
+        self._last: deque[State] = deque(maxlen=REPEATS)
 
-    def following(self, trials: Sequence[Trial]) -> Trial | None:
+    def told(self, trial: Trial) -> None:
+        """A trial is new or has changed."""
+        self.sampler.told(trial)
+        if trial.number >= self._count:
+            self._count = trial.number + 1
+            self._planned += trial.planned is not None
+            self._last.append(trial.state)
+            if trial.state != "duplicate":
+                self._numbers.setdefault(fingerprint(trial.pair), trial.number)
+
+    def ask_prices(self, quote: Quote) -> None:
+        """From now on `quote` tells the sampler what a draw would cost."""
+        self.sampler.quote = quote
+
+    def following(self, spent: Spend) -> Trial | None:
         """The next trial: to run, or already a duplicate, or failed as no valid pair; None if the space is exhausted.
 
         Args:
-            trials: all trials so far, in the order of their numbers.
+            spent: what the trials so far cost.
         """
-        seen = self._seen(trials)
-        planned = sum(trial.planned is not None for trial in trials)
-        if planned < len(self.space.start_with):
-            params = sampler.propose(self.space, trials, self.space.start_with[planned])
-            return self._trial(params, len(trials), seen, planned)
-        if len(trials) >= REPEATS and all(trial.state == "duplicate" for trial in trials[-REPEATS:]):
-            unseen = self._unseen(trials, seen)
-            return None if unseen is None else self._trial(unseen, len(trials), seen)
-        return self._trial(sampler.propose(self.space, trials), len(trials), seen)
+        if self._planned < len(self.space.start_with):
+            params = self.sampler.propose(self._count, spent, self.space.start_with[self._planned])
+            return self._trial(params, self._planned)
+        if len(self._last) == REPEATS and set(self._last) == {"duplicate"}:
+            unseen = self._unseen()
+            return None if unseen is None else self._trial(unseen)
+        return self._trial(self.sampler.propose(self._count, spent))
 
-    def _seen(self, trials: Sequence[Trial]) -> dict[str, int]:
-        for trial in trials:
-            if trial.state != "duplicate" and trial.number not in self._identities:
-                self._identities[trial.number] = fingerprint(trial.pair)
-        return {identity: number for number, identity in self._identities.items()}
-
-    def _trial(self, params: Params, number: int, seen: Mapping[str, int], planned: int | None = None) -> Trial:
+    def _trial(self, params: Params, planned: int | None = None) -> Trial:
         try:
             pair = self.space.pair(params).model_dump(mode="json")
         except UserError as error:
-            return Trial(number, params, self.space.plain(params), "failed", cause=str(error), planned=planned)
-        earlier = seen.get(fingerprint(pair))
+            plain = self.space.plain(params)
+            return Trial(self._count, params, plain, "failed", cause=str(error), planned=planned)
+        earlier = self._numbers.get(fingerprint(pair))
         state: State = "running" if earlier is None else "duplicate"
-        return Trial(number, params, pair, state, duplicate_of=earlier, planned=planned)
+        return Trial(self._count, params, pair, state, duplicate_of=earlier, planned=planned)
 
-    def _unseen(self, trials: Sequence[Trial], seen: Mapping[str, int]) -> Params | None:
-        known = {canonical(dict(trial.params)) for trial in trials}
-        for params in self._candidates(len(trials)):
-            if canonical(params) not in known and self._identity(params) not in {None, *seen}:
-                return params
+    def _unseen(self) -> Params | None:
+        for params in self._candidates():
+            if canonical(params) not in self.sampler.made:
+                identity = self._identity(params)
+                if identity is not None and identity not in self._numbers:
+                    return params
         return None
 
-    def _candidates(self, count: int) -> Iterator[Params]:
-        seed = seed_of(self.space.seed, "unseen", count)
+    def _candidates(self) -> Iterator[Params]:
+        seed = seed_of(self.space.seed, "unseen", self._count)
         size = self.space.size()
         if size is not None and size <= LISTED:
             listed = list(self.space.draws())
@@ -71,7 +97,7 @@ class Draws:
             yield from listed
         else:
             for number in range(TRIES):
-                yield sampler.at_random(self.space, seed_of(seed, number))
+                yield at_random(self.space, seed_of(seed, number))
 
     def _identity(self, params: Mapping[str, Scalar]) -> str | None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from ktray.fingerprint import fingerprint, seed_of
-from ktray.search import sampler
+from ktray.search.sampler import Quote, Spend, at_random
 from ktray.search.space import Space
 from ktray.search.tree import Scalar
 from ktray.search.trial import State, Trial
@@ -23,17 +23,20 @@ class Listed:
     def __init__(self, space: Space, draw: Callable[[int], Params | None]) -> None:
         self.space, self.draw = space, draw
         self._seen: dict[str, int] = {}
-        self._read = 0
+        self._count = 0
 
-    def following(self, trials: Sequence[Trial]) -> Trial | None:
-        """The next trial after these: to run, or a duplicate; None at the end of the list.
-
-        Args:
-            trials: all trials so far, in the order of their numbers.
-        """
-        for trial in trials[self._read :]:
+    def told(self, trial: Trial) -> None:
+        """A trial is new or has changed; only the new ones of this study matter."""
+        if trial.number >= self._count:
+            self._count = trial.number + 1
             self._seen.setdefault(fingerprint(trial.pair), trial.number)
-        self._read = number = len(trials)
+
+    def ask_prices(self, quote: Quote) -> None:
+        """Nothing: a list is followed whatever it costs."""
+
+    def following(self, spent: Spend) -> Trial | None:
+        """The next trial: to run, or a duplicate; None at the end of the list."""
+        number = self._count
         params = self.draw(number)
         if params is None:
             return None
@@ -50,4 +53,4 @@ def fixed(space: Space, entries: Sequence[Params]) -> Listed:
 
 def chance(space: Space) -> Listed:
     """Independent random draws, by the seed of the space: what knows nothing of results."""
-    return Listed(space, lambda number: sampler.at_random(space, seed_of(space.seed, "chance", number)))
+    return Listed(space, lambda number: at_random(space, seed_of(space.seed, "chance", number)))

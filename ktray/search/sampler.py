@@ -1,65 +1,185 @@
-"""What to draw next: TPE over what the trials so far have shown.
+"""What to draw next, over what the trials so far have shown: at random, by TPE, or by TPE with spending in balance.
 
-The sampler keeps nothing between draws. Each time it sees the ledger through a study in memory, for three reasons: a paused
-trial is RUNNING in the ledger, and TPE would take it for a bad one although its rung has a score; duplicates and failures would
-count as evidence; and proposing must not leave a trial behind.
-
-Source: Watanabe, "Tree-Structured Parzen Estimator" (2023), arXiv:2304.11127; for several objectives Ozaki et al.,
-"Multiobjective Tree-Structured Parzen Estimator" (JAIR 2022); both as in Optuna.
+A pair costs little if what comes before its student is there already, so how often a new teacher is worth its price decides
+what a search can afford. The balanced sampler lets teachers cost as much as students do: while prefixes (all before the
+student) have cost no more than suffixes, it takes TPE's own proposal. Else it takes the best of many draws that pay for
+themselves: on a prefix that exists, or on one whose missing stages cost no more than its own student. A weight on gain per
+cost instead, as in the literature on cost-aware search, locks itself into the first teachers.
 """
 
 from __future__ import annotations
 
 import random
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import TPESampler
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ktray.fingerprint import seed_of
-from ktray.search import rungs
+from ktray.fingerprint import canonical, seed_of
+from ktray.search.evidence import Evidence
 from ktray.search.space import Space
-from ktray.search.tree import Choice, Parameter, Params, Scalar, all_values, parameters
+from ktray.search.tpe import Densities, Parzen
+from ktray.search.tree import Choice, Parameter, Params, Scalar, all_values
 from ktray.search.trial import Trial
+
+STARTUP = 10  # trials with a result before TPE has anything to say, as in Optuna
+TEACHERS = 3  # that exist before spending is balanced
+DRAWS = 48  # that are compared when a new teacher is too dear
+QUOTED = 6  # of them, the most promising, whose price is asked for
+
+HOLDS = frozenset({"running", "paused", "completed", "pruned"})  # states of trials whose prefix is there or on its way
+NO_TEACHER = canonical(None)
+
+
+class Spend(NamedTuple):
+    """Seconds of stages before the student, and of the student and what judges it."""
+
+    prefix: float = 0.0
+    suffix: float = 0.0
+
+
+Quote = Callable[[Params], Spend | None]
+"""What a draw would add to what is spent; None if it is no valid pair."""
+
+
+def of_student(name: str) -> bool:
+    """Whether a parameter is read by the student or its evaluations alone; all others decide what comes before."""
+    return name.split(".")[0] in ("student", "evals")
+
+
+def prefix(params: Mapping[str, Scalar]) -> Params:
+    """The parameters of a draw that decide what comes before its student."""
+    return {name: value for name, value in params.items() if not of_student(name)}
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Everything before a student, as parameters; `holders` are the trials that have it, unless they failed or it is poor."""
+
+    params: Params
+    teacher: str
+    holders: set[int] = field(default_factory=set)
+
+
+def _trained(trial: Trial) -> str:
+    """What a teacher is before a layer of it is read, so that two layers are one teacher."""
+    teacher = trial.pair.get("teacher")
+    return canonical(teacher and {name: value for name, value in teacher.items() if name not in ("layer", "pool", "dtype")})
+
+
+class Sampler:
+    """Proposes draws; knows the trials that it was told of.
+
+    Args:
+        quote: the price of a draw; None: only what exists already is known to be cheap.
+    """
+
+    def __init__(self, space: Space, quote: Quote | None = None) -> None:
+        self.space, self.quote = space, quote
+        self.evidence = Evidence(space)
+        self._parzen = Parzen(space)
+        self.made: set[str] = set()  # canonical text of the params of all draws
+        self._prefixes: dict[str, _Prefix] = {}
+        self._prefix_of: dict[int, str] = {}
+
+    def told(self, trial: Trial) -> None:
+        """A trial is new or has changed."""
+        self.evidence.update(trial)
+        if trial.number < 0:  # another study's: evidence, but none of its draws is one of ours
+            return
+        if trial.number not in self._prefix_of:
+            self.made.add(canonical(dict(trial.params)))
+            params = prefix(trial.params)
+            self._prefix_of[trial.number] = name = canonical(params)
+            self._prefixes.setdefault(name, _Prefix(params, _trained(trial)))
+        holders = self._prefixes[self._prefix_of[trial.number]].holders
+        holds = trial.state in HOLDS and not trial.waits_for_teacher
+        (holders.add if holds else holders.discard)(trial.number)
+
+    def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None) -> Params:
+        """The next draw.
+
+        The seed is the space's together with the number of trials: the same ledger gives the same draw, and a search that is
+        resumed does not repeat its own.
+
+        Args:
+            count: trials so far, duplicates and failures included.
+            spent: what they have cost and will cost.
+            planned: values that are settled beforehand; the others are drawn.
+        """
+        seed = seed_of(self.space.seed, "sampler", count)
+        how = self.space.sampler
+        if how == "random":
+            return at_random(self.space, seed, planned)
+        densities = None
+        if len(self.evidence) >= STARTUP:
+            densities = self._parzen.densities(*self.evidence.split(), seed)
+        if how == "balanced" and not planned and self._in_debt(spent):
+            found = self._thrifty(densities, seed)
+            if found is not None:
+                return found
+        return at_random(self.space, seed, planned) if densities is None else densities.best(planned or {})
+
+    def _in_debt(self, spent: Spend) -> bool:
+        """Whether teachers have cost more than their share."""
+        teachers = {each.teacher for each in self._prefixes.values() if each.holders} - {NO_TEACHER}
+        return len(teachers) >= TEACHERS and spent.prefix > spent.suffix
+
+    def _thrifty(self, densities: Densities | None, seed: int) -> Params | None:
+        """The best of many new draws that pay for themselves; None if none does."""
+        generator = random.Random(seed)
+        if densities is None:
+            fresh = [at_random(self.space, seed_of(seed, index)) for index in range(DRAWS)]
+        else:
+            fresh = densities.draws(DRAWS)
+        draws = self._candidates(fresh, generator)
+        scores = [0.0] * len(draws) if densities is None else densities.scores(draws).tolist()
+        asked = 0
+        for index in sorted(range(len(draws)), key=lambda index: -scores[index]):
+            draw = draws[index]
+            if self._exists(draw):
+                return draw
+            if self.quote is not None and asked < QUOTED:
+                asked += 1
+                price = self.quote(draw)
+                if price is not None and price.prefix <= price.suffix:
+                    return draw
+        return None
+
+    def _candidates(self, fresh: Sequence[Params], generator: random.Random) -> list[Params]:
+        """Each draw as it is, on a prefix that exists, and on one that differs from that in one parameter; none made before."""
+        existing = sorted(name for name, each in self._prefixes.items() if each.holders)
+        found: dict[str, Params] = {}
+        for draw in fresh:
+            old = self._prefixes[generator.choice(existing)].params
+            both = sorted(old.keys() & draw.keys())
+            changed = {name: draw[name] for name in [generator.choice(both)]} if both else {}
+            for params in ({**draw, **old, **changed}, {**draw, **old}, draw):
+                whole = self.space.complete(params)
+                found.setdefault(canonical(whole), whole)
+        return [draw for name, draw in found.items() if name not in self.made]
+
+    def _exists(self, draw: Params) -> bool:
+        known = self._prefixes.get(canonical(prefix(draw)))
+        return known is not None and bool(known.holders)
 
 
 def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar] | None = None) -> Params:
-    """The next draw.
-
-    The seed is the space's together with the number of trials: the same ledger gives the same draw, and a search that is
-    resumed does not repeat its own.
-
-    Args:
-        planned: values that are settled beforehand; the others are drawn.
-    """
-    study = _seen(space, trials)
-    if planned:
-        study.enqueue_trial(dict(planned))
-    trial = study.ask()
-
-    def ask(parameter: Parameter) -> Scalar:
-        value: Scalar
-        if isinstance(parameter, Choice):
-            value = trial.suggest_categorical(parameter.name, parameter.labels)
-        elif parameter.whole:
-            value = trial.suggest_int(parameter.name, int(parameter.low), int(parameter.high), log=parameter.log)
-        else:
-            value = trial.suggest_float(parameter.name, parameter.low, parameter.high, log=parameter.log)
-        return value
-
-    return space.suggest(ask)
+    """The draw that follows these trials if nothing has a price."""
+    sampler = Sampler(space)
+    for trial in trials:
+        sampler.told(trial)
+    return sampler.propose(len(trials), Spend(), planned)
 
 
-def at_random(space: Space, seed: int) -> Params:
+def at_random(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:
     """A draw that ignores what is known; each parameter uniform, or log-uniform where the space says so."""
     generator = random.Random(seed)
 
     def ask(parameter: Parameter) -> Scalar:
+        if planned and parameter.name in planned:
+            return planned[parameter.name]
         values = all_values(parameter)
         if values is not None:
             return generator.choice(values)
@@ -70,58 +190,6 @@ def at_random(space: Space, seed: int) -> Params:
     return space.suggest(ask)
 
 
-def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Optuna's name for what each parameter of a space is drawn from."""
-    return {parameter.name: _distribution(parameter) for parameter, _ in parameters(space.root)}
-
-
 def directions(space: Space) -> list[StudyDirection | Literal["minimize", "maximize"]]:
     """Optuna's name for which way each objective is better."""
     return ["minimize" if objective.mode == "min" else "maximize" for objective in space.objectives]
-
-
-def _distribution(parameter: Parameter) -> BaseDistribution:
-    if isinstance(parameter, Choice):
-        return CategoricalDistribution(parameter.labels)
-    if parameter.whole:
-        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
-    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
-
-
-def _seen(space: Space, trials: Sequence[Trial]) -> optuna.Study:
-    seed = seed_of(space.seed, "sampler", len(trials)) % 2**32
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # `group`: the only way to draw branches jointly
-        sampler = TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.create_study(sampler=sampler, directions=directions(space))
-    finally:
-        optuna.logging.set_verbosity(level)
-    known = distributions(space)
-    study.add_trials([_evidence(space, trial, known) for trial in in_order(space, trials)])
-    return study
-
-
-def in_order(space: Space, trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that say something: completed; then those with a score at a rung, furthest and best first; then the unknown.
-
-    TPE fills its good part with completed trials and then with pruned ones. It would rank these by a value of the (single)
-    objective; without one it takes them in this order, which also serves several objectives and a rung metric that is none.
-    """
-    completed = [trial for trial in trials if trial.state == "completed"]
-    judged = [trial for trial in trials if trial.state in ("running", "paused", "pruned") and trial.scores]
-    ranked: list[Trial] = []
-    for rung in sorted({max(trial.scores) for trial in judged}, reverse=True):
-        ranked += rungs.best_first(space.early_stop, [trial for trial in judged if max(trial.scores) == rung], rung)
-    unknown = [trial for trial in trials if trial.state == "running" and not trial.scores]
-    return [*completed, *ranked, *unknown]
-
-
-def _evidence(space: Space, trial: Trial, known: Mapping[str, BaseDistribution]) -> FrozenTrial:
-    state, values = (TrialState.PRUNED if trial.scores else TrialState.RUNNING), None
-    if trial.state == "completed":
-        state, values = TrialState.COMPLETE, [trial.objectives[o.metric] for o in space.objectives]
-    drawn_from = {name: known[name] for name in trial.params}
-    return create_trial(state=state, values=values, params=dict(trial.params), distributions=drawn_from)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
+from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint, flat
 from ktray.search import check as checks
@@ -25,7 +26,8 @@ from ktray.search.tree import Ask, Params, Scalar
 from ktray.spec import PairSpec
 
 MANY = 10  # values of an integer parameter before the student: with more, hardly any draw shares its prefix
-SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "start_with"})  # fields that no pair has
+SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # fields that no pair has
+ABSENT = "absent"
 BRANCHINGS = 512  # combinations of branches that are checked
 
 
@@ -74,6 +76,11 @@ class Space:
     @property
     def early_stop(self) -> EarlyStop | None:
         return self.document.early_stop
+
+    @property
+    def sampler(self) -> Literal["balanced", "tpe", "random"]:
+        """How draws are proposed."""
+        return self.document.sampler
 
     @property
     def seed(self) -> int:
@@ -175,18 +182,38 @@ class Space:
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant: a prefix that never repeats."""
         found = []
-        for parameter, _ in tree.parameters(self.root):
+        for parameter, under in tree.parameters(self.root):
             part = parameter.name.split(".")[0]
             values = tree.all_values(parameter)
-            if isinstance(parameter, tree.Range) and part not in ("student", "evals") and (not values or len(values) > MANY):
+            many = isinstance(parameter, tree.Range) and (not values or len(values) > MANY)
+            if many and self._before_the_student(parameter.name, under):
                 what = {"teacher": "teacher", "transfer": "clustering", "data": "data set"}.get(part, part)
                 shape = "continuous" if values is None else f"one of {len(values)} values"
                 found.append(f"pair.{parameter.name} is {shape}: every draw is a new {what}; use choice so that draws share it")
         return found
 
+    def _before_the_student(self, name: str, under: Params) -> bool:
+        """Whether a parameter determines a stage that students share; a temperature of the transfer, say, does not."""
+        part, *_, field = name.split(".")
+        if part != "transfer":
+            return part not in ("student", "evals")
+        transfer = self.plain(self.complete(under))["transfer"]
+        kind = str(transfer["kind"]) if isinstance(transfer, Mapping) else str(transfer)
+        return any(field in fields for fields in plugins.module("transfer", kind).NEEDS.values())
+
     def identity(self) -> dict[str, Any]:
-        """What makes this space the same search: all of it but the study's name and the budget."""
-        return self.document.model_dump(mode="json", exclude={"study", "budget"})
+        """What makes this space the same search: all of it but the study's name, the budget and the sampler.
+
+        Like the budget, the sampler only decides which pairs are looked at next. What the trials so far have shown stays true
+        and counts for whichever sampler goes on, so that changing it is no other search.
+        """
+        return self.document.model_dump(mode="json", exclude={"study", "budget", "sampler"})
+
+    def difference(self, noted: Mapping[str, Any]) -> list[str]:
+        """Where a space that was noted earlier was another one: ``pair.transfer.k.choice was [5, 10], is [5]``."""
+        before, now = flat(Space.of(noted, self.source).identity()), flat(self.identity())
+        changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
+        return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
 
     def fingerprint(self) -> str:
         """sha256 of `identity`."""
@@ -244,26 +271,3 @@ def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")
     return space.pair({})
-
-
-def check_unchanged(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
-    """Refuse to go on with a study in another space than it was begun with.
-
-    Args:
-        noted: the document of the space that it was begun with; None for a new study.
-
-    Raises:
-        UserError: names what is different.
-    """
-    if noted is None:
-        return
-    before, now = flat(Space.of(noted, name).identity()), flat(space.identity())
-    changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, "absent") != now.get(path, "absent")]
-    if changed:
-        shown = "; ".join(f"{path} was {before.get(path, 'absent')!r}, is {now.get(path, 'absent')!r}" for path in changed[:5])
-        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(
-            f"the study {name!r} was begun with another space: {shown}{more}",
-            space.source,
-            "Give this search another --name, or undo the change.",
-        )

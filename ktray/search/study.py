@@ -10,28 +10,21 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 from ktray.errors import StoppedEarly, UserError
-from ktray.search import document, ranking, rungs, target
-from ktray.search.draws import Draws
-from ktray.search.ledger import Ledger, held
-from ktray.search.ledger import names as studies
-from ktray.search.ledger import read as read_ledger
-from ktray.search.space import Goal, Space, check_unchanged
-from ktray.search.trial import State, Trial
+from ktray.search import document, ranking, rungs, target, warm
+from ktray.search.draws import Draws, Source
+from ktray.search.journal import Journal, held
+from ktray.search.purse import Charges, Purse, used_up
+from ktray.search.sampler import Quote
+from ktray.search.space import Space
+from ktray.search.stopwatch import Stopwatch
+from ktray.search.trial import Parts, State, Trial
 
 FAILURES = 10  # so many in a row stop a search
-NOTE_EVERY = 30.0  # seconds that a kill -9 may take from `stop_after`
-
-
-class Source(Protocol):
-    """Where new trials come from."""
-
-    def following(self, trials: Sequence[Trial]) -> Trial | None:
-        """The next trial after these: to run, or settled already; None if there is no other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,60 +36,30 @@ class Assignment:
     final: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class History:
-    """What a study holds, for those who only read."""
-
-    name: str
-    space: Space
-    trials: list[Trial]
-    target: int
-    spent: float
-
-    @property
-    def objectives(self) -> tuple[Goal, ...]:
-        return self.space.objectives
-
-
-def read(home: Path, name: str) -> History:
-    """A study as it is now, also while a search runs it.
-
-    Raises:
-        UserError: there is no such study, or it was never begun.
-    """
-    notes, trials = read_ledger(home, name)
-    if "space" not in notes or "target" not in notes:  # a driver that was killed in its first moment
-        raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
-    space = Space.of(notes["space"], name)
-    return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
-
-
-def keys_in_use(home: Path) -> set[str]:
-    """Keys that the trials of all studies of a home rest on, paused ones included."""
-    return {key for name in studies(home) for trial in read_ledger(home, name)[1] for key in trial.artifacts}
-
-
 class Study:
     """The one driver of a study; see `open`.
 
     Attributes:
+        purse: what its stages have cost.
         reason: why `next` said "done", in a few words; None before.
         target: draws that this session makes in all, duplicates not counted.
     """
 
     def __init__(
-        self, ledger: Ledger, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
+        self, ledger: Journal, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
     ) -> None:
         self.space = space
         self.reason: str | None = None
-        self._ledger, self._clock, self._began = ledger, clock, clock()
+        self._ledger, self._clock, self._draws = ledger, clock, draws
+        notes = ledger.notes()
+        self._watch = Stopwatch(clock, float(notes.get("spent", 0.0)), lambda seconds: ledger.note("spent", seconds))
+        self._parts, self.purse = Parts(), Purse()
         self._trials: dict[int, Trial] = {}  # in the order of their numbers
         self._standings, self._counted = rungs.Standings(space.early_stop), 0
+        for trial in warm.evidence(notes.get(warm.NOTE, {})):
+            draws.told(trial)
         for trial in ledger.trials():
-            self._enter(trial)
-        notes = ledger.notes()
-        self._spent_before = self._spent_noted = float(notes.get("spent", 0.0))
-        self._draws = draws
+            self._enter(self._parts.share(trial))
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
         self._failures, self._concurrent = 0, space.budget.concurrent
@@ -117,8 +80,8 @@ class Study:
         name: str | None = None,
         clock: Callable[[], float] = time.time,
         trials: str | int | None = None,
-        concurrent: int | None = None,
         draws: Source | None = None,
+        warm_start: str | None = None,
     ) -> Study:
         """Begins a study or goes on with it. Trials that a killed driver left running come first out of `next`.
 
@@ -126,8 +89,8 @@ class Study:
             name: the study's name, if not the space's.
             clock: seconds.
             trials: how many draws in all, or ``+50`` more than the last target, once that is met; None: the space's budget.
-            concurrent: how many trials run at once; None: the space's budget.
             draws: where new trials come from, if not from the sampler.
+            warm_start: another study of this home, whose results the sampler learns from; noted, and not to be named again.
 
         Raises:
             UserError: another driver has the study, it was begun with another space, or the name or `trials` is no such thing.
@@ -140,10 +103,12 @@ class Study:
         target.checked(trials)
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
-            ledger = Ledger(home, name, space)
-            check_unchanged(ledger.notes().get("space"), space, name)
+            ledger = Journal(home, name, space)
+            target.same_space(ledger.notes().get("space"), space, name)
+            if warm_start:
+                ledger.note(warm.NOTE, warm.added(ledger.notes().get(warm.NOTE, {}), home, space, name, warm_start))
             study = cls(ledger, space, clock, trials, draws or Draws(space))
-            study._unlock, study._concurrent = unlock.pop_all(), concurrent or space.budget.concurrent
+            study._unlock = unlock.pop_all()
         return study
 
     def __enter__(self) -> Self:
@@ -156,6 +121,10 @@ class Study:
         """All trials in the order of their draws."""
         return list(self._trials.values())
 
+    def ask_prices(self, quote: Quote) -> None:
+        """From now on `quote` tells what a draw would cost."""
+        self._draws.ask_prices(quote)
+
     @property
     def drawn(self) -> int:
         """Draws that count: all but duplicates."""
@@ -164,7 +133,7 @@ class Study:
     @property
     def spent(self) -> float:
         """Seconds that searches of this study ran, over all resumes."""
-        return self._spent_before + self._clock() - self._began
+        return self._watch.seconds
 
     def best(self, pareto: bool = False) -> list[Trial]:
         """Completed trials, best first; with `pareto` those that no other beats in every objective."""
@@ -182,18 +151,18 @@ class Study:
         self._stop_if_all_fails()
         if len(self._live) >= self._concurrent:
             return "wait"
-        limit = self.space.budget.stop_after
-        in_time = limit is None or self.spent < limit
-        trial = self._coming() if in_time else None
+        limit = used_up(self.space.budget, self.spent, self.purse.spent)
+        trial = self._coming() if limit is None else None
         if trial is None and self._live:
             return "wait"
-        if trial is None and in_time:
-            trial = rungs.last_hope(self.space.early_stop, self.trials())
+        if trial is None and limit is None:
+            hope = self._standings.last_hope()
+            trial = None if hope is None else self._trials[hope]
         if trial is not None:
             return self._assign(trial)
-        self._over = in_time
+        self._over = limit is None
         settled = "the space is exhausted" if self._exhausted else f"all {self.target} trials are drawn and judged"
-        self.reason = settled if in_time else f"stop_after ({limit:g} s) is used up"
+        self.reason = limit or settled
         return "done"
 
     def _coming(self) -> Trial | None:
@@ -203,10 +172,11 @@ class Study:
         due = None if promoted is None else self._trials[promoted]
         while due is None and self.drawn < self.target and not self._exhausted:
             self._stop_if_all_fails()
-            new = self._draws.following(self.trials())
+            new = self._draws.following(self.purse.spent)
             if new is None:
                 self._exhausted = True
                 break
+            new = self._parts.share(new)
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
             self._ledger.add(trial)
             self._enter(trial)
@@ -221,6 +191,33 @@ class Study:
         until = rungs.next_rung(self.space.early_stop, trial)
         return Assignment(trial, until, until == trial.epochs)
 
+    def charge(self, number: int, charges: Charges) -> Trial:
+        """What a trial is the first to need, before it is there; it counts as spent from now on.
+
+        Raises:
+            KeyError: the trial does not run.
+        """
+        trial = self._live[number]
+        if not any(charges.values()):
+            return trial
+        merged = {part: {**trial.charges.get(part, {}), **stages} for part, stages in charges.items()}
+        self._live[number] = trial = self._write(trial, charges=merged)
+        return trial
+
+    def charged(self, number: int) -> Charges:
+        """What a trial is charged so far."""
+        return self._trials[number].charges
+
+    def paid(self, number: int, seconds: Mapping[str, float]) -> None:
+        """What stages of a trial took, to be told before what became of it; what has no record was not paid for.
+
+        Raises:
+            KeyError: the trial does not run.
+        """
+        trial = self._live[number]
+        charges = {part: {key: seconds[key] for key in keys if key in seconds} for part, keys in trial.charges.items()}
+        self._live[number] = dataclasses.replace(trial, charges=charges)
+
     def report(
         self,
         number: int,
@@ -229,7 +226,7 @@ class Study:
         keys: Mapping[str, Any] | None = None,
         cost: Mapping[str, float] | None = None,
     ) -> Trial:
-        """The score of a trial at its rung, where it pauses; not finite, it fails.
+        """The score of a trial at its rung, where it pauses; not finite, it fails. At epoch 0 it is that of its teacher.
 
         Args:
             keys: stage -> key of what the trial rests on so far, so that `keys_in_use` keeps it.
@@ -244,9 +241,11 @@ class Study:
         if epoch != until or epoch == trial.epochs:
             raise ValueError(f"trial {number} runs to epoch {until} of {trial.epochs} and reports epoch {epoch}")
         if not math.isfinite(score):
-            return self.fail(number, f"{self._rung_metric()} is {score} at epoch {epoch}")
+            return self.fail(number, f"{self._rung_metric(epoch)} is {score} at epoch {epoch}")
         self._failures = 0
-        kept = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
+        kept: dict[str, Any] = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
+        if epoch == 0:
+            return self._settle(trial, state="paused", teacher_score=float(score), **kept)
         return self._settle(trial, state="paused", epoch=epoch, scores={**trial.scores, epoch: float(score)}, **kept)
 
     def finish(
@@ -297,7 +296,8 @@ class Study:
     def prune(self) -> list[Trial]:
         """If `next` said "done" and time is left, what is paused is pruned (and returned); else it stays."""
         paused = [trial for trial in self.trials() if trial.state == "paused"] if self._over else []
-        return [self._write(trial, state="pruned", ended=self._clock()) for trial in paused]
+        cause = self._standings.teachers.cause
+        return [self._write(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
 
     def close(self) -> list[Trial]:
         """Prunes as `prune` does and ends the session: another driver may open the study now.
@@ -306,23 +306,18 @@ class Study:
         """
         with self._unlock:
             pruned = self.prune()
-            self._note_spent()
+            self._watch.note()
         return pruned
 
     def tick(self) -> None:
         """Notes how long the search has run, at most every 30 s; from the thread that calls `next`."""
-        if self.spent - self._spent_noted >= NOTE_EVERY:
-            self._note_spent()
-
-    def _note_spent(self) -> None:
-        self._spent_noted = self.spent
-        self._ledger.note("spent", self._spent_noted)
+        self._watch.tick()
 
     def _open(self) -> bool:
         return any(trial.state in ("running", "paused") for trial in self._trials.values())
 
-    def _rung_metric(self) -> str:
-        return self.space.early_stop.metric if self.space.early_stop else ""
+    def _rung_metric(self, epoch: int = 1) -> str:
+        return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
 
     def _stop_if_all_fails(self) -> None:
         if self._failures >= FAILURES:
@@ -334,7 +329,7 @@ class Study:
         del self._live[trial.number]
         ended = None if state == "paused" else self._clock()
         settled = self._write(trial, state=state, ended=ended, **changes)
-        self._note_spent()
+        self._watch.note()
         return settled
 
     def _write(self, trial: Trial, **changes: Any) -> Trial:
@@ -344,7 +339,10 @@ class Study:
         return changed
 
     def _enter(self, trial: Trial) -> None:
+        """All who keep count hear of a trial that is new or has changed."""
         old = self._trials.get(trial.number)
         self._counted += (trial.state != "duplicate") - (old is not None and old.state != "duplicate")
         self._standings.tell(old, trial)
         self._trials[trial.number] = trial
+        self._draws.told(trial)
+        self.purse.update(trial)

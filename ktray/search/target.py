@@ -1,4 +1,4 @@
-"""How many draws a search makes: `--trials 50`, `--trials +50`, or the space's budget."""
+"""What a session of a study is asked for: how many draws, and in the study's own space."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ktray.errors import UserError
+from ktray.search.space import Space
 
 
 def checked(asked: str | int | None) -> str:
@@ -45,3 +46,24 @@ def settled(asked: str | int | None, budget: int, noted: Mapping[str, Any] | Non
     if noted is None:
         return {"trials": int(text[1:]), "budget": budget}
     return {"trials": noted["trials"] + (int(text[1:]) if met else 0), "budget": budget}
+
+
+def same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
+    """Refuse to go on with a study in another space than it was begun with.
+
+    Args:
+        noted: the space's document as the study keeps it; None for a new study.
+
+    Raises:
+        UserError: it names up to five differences.
+    """
+    if noted is None:
+        return
+    changed = space.difference(noted)
+    if changed:
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"the study {name!r} was begun with another space: {'; '.join(changed[:5])}{more}",
+            space.source,
+            "Give this search another --name, or undo the change.",
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -22,9 +24,12 @@ class Trial:
         state: `paused` waits at a rung, `pruned` waited there when the study ended, `duplicate` equals an earlier trial.
         epoch: student epochs that are done and judged.
         scores: epoch of a rung -> value of the early-stop metric there.
+        teacher_score: value of the early-stop metric of teachers, judged before the student; None if it was not.
         metrics: all metrics of the finished pair.
         objectives: metric -> value of what the study optimises.
         keys: stage -> key of its artifact (evaluation -> name -> key), up to where the trial is.
+        charges: ``{"prefix": {key: seconds}, "suffix": {...}}`` of the stages that it was the first to need: what they are
+            expected to take, and once they are there what they took. The prefix is all before the student.
         cost: `seconds` as if it had run alone, `marginal_seconds` that it added; before its end only the latter, so far.
         cause: one line, why it failed.
         duplicate_of: number of the earlier trial with the same pair.
@@ -39,15 +44,30 @@ class Trial:
     state: State = "running"
     epoch: int = 0
     scores: Mapping[int, float] = field(default_factory=dict)
+    teacher_score: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     objectives: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
+    charges: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     cause: str | None = None
     duplicate_of: int | None = None
     started: float | None = None
     ended: float | None = None
     planned: int | None = None
+
+    @property
+    def furthest(self) -> tuple[int, float] | None:
+        """The last rung where it was judged and its score there; rung 0 judges its teacher. None before."""
+        if self.scores:
+            epoch = max(self.scores)
+            return epoch, self.scores[epoch]
+        return None if self.teacher_score is None else (0, self.teacher_score)
+
+    @property
+    def waits_for_teacher(self) -> bool:
+        """Whether its teacher was judged and has earned it no student so far."""
+        return self.state in ("paused", "pruned") and self.teacher_score is not None and not self.scores
 
     @property
     def epochs(self) -> int:
@@ -59,3 +79,15 @@ class Trial:
         """All of its `keys` in one set."""
         nested = (value.values() if isinstance(value, Mapping) else [value] for value in self.keys.values())
         return {key for values in nested for key in values}
+
+
+class Parts:
+    """Parts that pairs have in common, such as their data: a thousand trials then hold each of them once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+
+    def share(self, trial: Trial) -> Trial:
+        """The same trial, its pair made of known parts."""
+        parts = {name: self._known.setdefault(json.dumps(part), part) for name, part in trial.pair.items()}
+        return dataclasses.replace(trial, pair=parts)

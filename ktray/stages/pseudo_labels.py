@@ -17,6 +17,9 @@ from ktray.stages.images import open_images
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write `labels.npy` (N,) int64 with -1 for images left out, and a sheet of images per cluster.
 
+    Where the spec has `neighbours` m, also `nearest.npy` (N, m) int32, the nearest clusters, the nearest first, and
+    `squared.npy` (N, m) float32, the squared distances to them in the projected space.
+
     Raises:
         ValueError: no image is left.
     """
@@ -24,13 +27,19 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
     centroids = np.load(clusters / "centroids.npy", allow_pickle=False)
     with np.load(clusters / "projection.npz", allow_pickle=False) as file:
         projection = dict(file)
-    labels = tools.assign(features.shards(inputs["features"].directory), centroids, projection, means.pool)
-    labels = tools.drop_small(labels, len(centroids), stage.spec["min_size"])
+    shards, spec = features.shards(inputs["features"].directory), stage.spec
+    labels = tools.assign(shards, centroids, projection, means.pool)
+    if spec["small"] == "merge":
+        labels = tools.merge_small(labels, centroids, spec["min_size"])
+    else:
+        labels = tools.drop_small(labels, len(centroids), spec["min_size"])
     if not (labels >= 0).any():
-        raise ValueError(
-            f"every cluster has fewer than min_size={stage.spec['min_size']} images: nothing is left to learn from"
-        )
+        raise ValueError(f"every cluster has fewer than min_size={spec['min_size']} images: nothing is left to learn from")
     np.save(out / "labels.npy", labels)
+    if spec["neighbours"]:
+        nearest, squared = tools.nearest(shards, centroids, projection, spec["neighbours"], means.pool)
+        np.save(out / "nearest.npy", nearest)
+        np.save(out / "squared.npy", squared)
     images = open_images(stage, "transfer", inputs, "train")
     tools.sheet(images, labels, out / "clusters.png")
     metrics = {"entropy": tools.entropy(labels), "kept": tools.kept(labels)}

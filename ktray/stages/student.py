@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import plugins, train
-from ktray.artifact import Artifact, Stage
+from ktray import features, plugins, train
+from ktray.artifact import Artifact, Stage, numbered
 from ktray.images import Images
 from ktray.pool import Means
 from ktray.spec import Augment
 from ktray.stages.images import open_images
 from ktray.stages.training import run_training
+from ktray.targets import Features, Labels, Targets
 
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
@@ -24,8 +27,8 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
     if not hasattr(module, "task"):
         return _as_drawn(stage, out)
     images = open_images(stage, "transfer", inputs, "train")
-    targets, classes = _targets(inputs, images)
-    task = module.task(transfer, targets, classes, Augment.model_validate(stage.spec["augment"]))
+    targets = _targets(inputs, images, "labels" in module.NEEDS)
+    task = module.task(transfer, targets, Augment.model_validate(stage.spec["augment"]))
     return run_training(stage, task, images, out, means, start)
 
 
@@ -35,12 +38,36 @@ def _as_drawn(stage: Stage, out: Path) -> dict[str, float]:
     return {"epoch": 0.0, "parameters": float(sum(p.numel() for p in backbone.parameters()))}
 
 
-def _targets(inputs: Mapping[str, Artifact], images: Images) -> tuple[NDArray[np.int64], int]:
-    """(N,) targets and the number of classes: pseudo-labels where the pair has them, else the images' own labels."""
-    if "pseudo_labels" in inputs:
-        labels = np.load(inputs["pseudo_labels"].directory / "labels.npy", allow_pickle=False)
-        centroids = np.load(inputs["clusters"].directory / "centroids.npy", mmap_mode="r", allow_pickle=False)
-        return labels, len(centroids)
+def _targets(inputs: Mapping[str, Artifact], images: Images, own_labels: bool) -> Targets:
+    """What the transfer asked for, opened; large arrays stay in their files."""
+    heads = tuple(_own(images) for _ in range(own_labels)) or tuple(_pseudo_labels(inputs))
+    found = Targets(len(images), heads, _features(inputs["features"]) if "features" in inputs else None)
+    lengths = {*(len(head.of_image) for head in heads), *([len(found.features)] if found.features else [])}
+    if lengths - {len(images)}:
+        raise ValueError(f"there are {len(images)} images, and targets for {sorted(lengths)}")
+    return found
+
+
+def _pseudo_labels(inputs: Mapping[str, Artifact]) -> Iterator[Labels]:
+    for place in count():
+        if numbered("pseudo_labels", place) not in inputs:
+            return
+        made, clusters = (inputs[numbered(name, place)].directory for name in ("pseudo_labels", "clusters"))
+        labels = np.load(made / "labels.npy", allow_pickle=False)
+        centroids = np.load(clusters / "centroids.npy", mmap_mode="r", allow_pickle=False)
+        yield Labels(labels, len(centroids), _optional(made / "nearest.npy"), _optional(made / "squared.npy"))
+
+
+def _optional(path: Path) -> NDArray[Any] | None:
+    return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+
+
+def _features(made: Artifact) -> Features:
+    shards = features.shards(made.directory)
+    return Features(tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in shards))
+
+
+def _own(images: Images) -> Labels:
     if images.labels is None:
         raise ValueError("the transfer 'labels' needs labelled images, and this data has no labels")
-    return images.labels, len(images.classes) or int(images.labels.max()) + 1
+    return Labels(images.labels, len(images.classes) or int(images.labels.max()) + 1)

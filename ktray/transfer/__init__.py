@@ -1,1 +1,7 @@
-"""Ways to transfer: one file each, `Spec`, `REVISION`, `NEEDS`, `task(spec, targets) -> Task`."""
+"""Ways to transfer: one file each, `Spec`, `REVISION`, `NEEDS`, `task(spec, targets, augment) -> Task`.
+
+NEEDS says what the student reads, and which fields of the Spec determine it; all other fields belong to the student's stage:
+"clusters" and "pseudo_labels" (together; several, where the field `k` is a list), "features" (the teacher's, of the images
+that the student is trained on), "labels" (the images' own). The first three need a teacher, and the stages before them follow.
+A transfer without `task` trains nothing.
+"""

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ktray import classification
 from ktray.spec import Augment
 from ktray.spec import Spec as SpecBase
+from ktray.targets import Targets
 from ktray.task import Task
 
 REVISION = 1
@@ -27,14 +25,10 @@ class Spec(SpecBase):
     kind: Literal["labels"] = "labels"
 
 
-def task(spec: Spec, targets: NDArray[np.int64], classes: int, augment: Augment) -> Task:
+def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     """Classification of labels by a linear head.
 
-    Args:
-        targets: (N,) int64 in [-1, classes), -1 = no label.
-        classes: K.
-
     Raises:
-        ValueError: a target is outside of [-1, classes).
+        ValueError: a label is outside of [-1, K); -1 = no label.
     """
-    return classification.task(targets, classes, augment)
+    return classification.joint_task(targets.heads, augment)

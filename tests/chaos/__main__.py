@@ -50,6 +50,8 @@ def one(name: str, place: Path, folder: Path, faults: int, mean: float, size: in
     trials = int(yaml.safe_load(space.read_text())["budget"]["trials"])
     told = disturbed(space, Home(place / "home"), faults=faults, mean=mean, seed=seed, cluster=where == "cluster", say=_say)
     found = verdict.broken(told, trials)
+    if told.ends[-1].code != 0:
+        return told, found
     if kind == "fixed":
         quiet = Home(folder / "calm" / "home")
         if not quiet.path.exists():

@@ -23,6 +23,8 @@ def broken(told: Round, trials: int) -> list[str]:
     found = [f"the commands ended with {codes}"] if codes[-1] != 0 or set(codes) - {0, -9, 5} else []
     found += [f"the command said: {end.err[-600:]}" for end in told.ends if end.code not in (0, -9)]
     found += [line for end in told.ends for line in end.err.splitlines() if "Traceback" in line]
+    if codes[-1] != 0:
+        return found
     states = told.home.states()
     counted = sum(state != "duplicate" for state in states)
     if set(states) - {"completed", "pruned", "duplicate"} or counted != trials:

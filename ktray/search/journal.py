@@ -20,11 +20,11 @@ from typing import Any
 import optuna
 from optuna.samplers import RandomSampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ktray.errors import StoppedEarly, UserError
-from ktray.search import sampler
+from ktray.search import sampler, tpe
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 
@@ -63,13 +63,14 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
     return dict(study.user_attrs), [_trial(frozen) for frozen in study.get_trials(deepcopy=False)]
 
 
-class Ledger:
+class Journal:
     """The trials and notes of one study, for the one process that writes them (`held`)."""
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._storage = space, _storage(home, name)
-        self._known = sampler.distributions(space)
+        self._space, self._journal = space, _Journal(folder(home, name) / "journal.log")
+        self._storage = JournalStorage(self._journal)
+        self._known = tpe.distributions(space)
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -84,7 +85,8 @@ class Ledger:
 
     def note(self, name: str, value: Any) -> None:
         """Writes one note (JSON)."""
-        self._study.set_user_attr(name, value)
+        with self._journal.together():
+            self._study.set_user_attr(name, value)
 
     def trials(self) -> list[Trial]:
         """All trials in the order of their numbers; what a killed driver had decided but not yet told Optuna is told first."""
@@ -98,18 +100,29 @@ class Ledger:
 
     def add(self, trial: Trial) -> None:
         """Writes a new trial, at once and whole; its number must be the next."""
-        self._study.add_trial(
-            create_trial(
-                state=_FINAL.get(trial.state, TrialState.RUNNING),
-                params=dict(trial.params),
-                distributions={name: self._known[name] for name in trial.params},
-                user_attrs={"pair": trial.pair, "started": trial.started, "planned": trial.planned, **_attributes(trial)},
-            )
+        with self._journal.together():
+            self._study.add_trial(self._frozen(trial))
+
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return create_trial(
+            state=_FINAL.get(trial.state, TrialState.RUNNING),
+            params=dict(trial.params),
+            distributions={name: self._known[name] for name in trial.params},
+            user_attrs={
+                "pair": json.dumps(trial.pair),
+                "started": trial.started,
+                "planned": trial.planned,
+                **_attributes(trial),
+            },
         )
 
     def save(self, trial: Trial) -> None:
         """Writes what has changed of a trial; its state comes last, so that a killed driver leaves nothing half-told."""
-        frozen = self._frozen(trial.number)
+        with self._journal.together():
+            self._save(trial)
+
+    def _save(self, trial: Trial) -> None:
+        frozen = self._stored(trial.number)
         single = len(self._space.objectives) == 1
         if single:  # of several objectives Optuna keeps no intermediate values
             for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
@@ -120,10 +133,10 @@ class Ledger:
         if trial.state in _FINAL:
             values = [trial.objectives[o.metric] for o in self._space.objectives] if trial.state == "completed" else None
             if trial.state == "pruned" and single:
-                values = [trial.scores[trial.epoch]]
+                values = [trial.scores[trial.epoch]] if trial.scores else None
             self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
 
-    def _frozen(self, number: int) -> FrozenTrial:
+    def _stored(self, number: int) -> FrozenTrial:
         study = self._study._study_id  # one trial, where the study itself would list all of them
         return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study, number))
 
@@ -133,37 +146,62 @@ def _storage(home: Path, name: str) -> JournalStorage:
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file; what does not fit on the disk is not there in part: the next line would be lost with it."""
+    """Optuna's journal file, of which a full disk takes no line, and which is forced to the disk once per change of a trial.
+
+    Optuna forces each of the ten lines that tell of a trial, which costs 50 ms. They are in the file at once all the same:
+    only a crash of the machine can take the last ones, in the order in which they were written.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self._path = path
+        self._path, self._alone = path, JournalFileSymlinkLock(str(path))
+        super().__init__(str(path), self._alone)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Adds lines, all or none.
+        """Adds lines, all or none: of a part the next line would be lost with it.
 
         Raises:
             StoppedEarly: the disk is full.
         """
-        size = self._path.stat().st_size
+        lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
+        self._alone.acquire()
         try:
-            super().append_logs(logs)
+            with open(self._path, "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(lines) != len(lines):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                except OSError as error:
+                    file.truncate(size)
+                    raise _said(error, self._path) from error
+        finally:
+            self._alone.release()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is written in a `with` is on the disk after it."""
+        yield
+        try:
+            with open(self._path, "rb") as file:
+                os.fsync(file.fileno())
         except OSError as error:
-            os.truncate(self._path, size)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoppedEarly(f"the disk is full: {self._path} cannot be written") from error
-            raise
+            raise _said(error, self._path) from error
+
+
+def _said(error: OSError, path: Path) -> Exception:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return StoppedEarly(f"the disk is full: {path} cannot be written") if full else error
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
     found |= {"cost": dict(trial.cost)} if trial.cost else {}
+    found |= {"charges": {part: dict(stages) for part, stages in trial.charges.items()}} if trial.charges else {}
     if trial.state == "completed":
         found |= {"metrics": dict(trial.metrics), "objectives": dict(trial.objectives)}
     if trial.state in _FINAL:
         found |= {"ended": trial.ended, "cause": trial.cause, "duplicate_of": trial.duplicate_of}
     scores = {str(epoch): score for epoch, score in trial.scores.items()}
-    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores}}
+    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores, "teacher": trial.teacher_score}}
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
@@ -172,13 +210,16 @@ def _trial(frozen: FrozenTrial) -> Trial:
     return Trial(
         number=frozen.number,
         params=frozen.params,
-        pair=noted["pair"],
+        # Text: Optuna keeps it for every trial, and a mapping takes eight times the memory. Earlier studies have mappings.
+        pair=json.loads(noted["pair"]) if isinstance(noted["pair"], str) else noted["pair"],
         state=progress["state"],
         epoch=progress["epoch"],
         scores={int(epoch): score for epoch, score in progress["scores"].items()},
+        teacher_score=progress.get("teacher"),
         metrics=noted.get("metrics", {}),
         objectives=noted.get("objectives", {}),
         keys=noted.get("keys", {}),
+        charges=noted.get("charges", {}),
         cost=noted.get("cost", {}),
         cause=noted.get("cause"),
         duplicate_of=noted.get("duplicate_of"),

@@ -1,0 +1,64 @@
+"""What a search has spent on stages, and when that is enough."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from ktray.search.document import Budget
+from ktray.search.sampler import Spend
+from ktray.search.trial import Trial
+
+HOUR = 3600.0
+Charges = Mapping[str, Mapping[str, float]]
+"""``{"prefix": {key: seconds}, "suffix": {key: seconds}}``."""
+
+
+class Purse:
+    """Adds up what trials are charged; a stage is charged once, to the trial that needed it first."""
+
+    def __init__(self, trials: Iterable[Trial] = ()) -> None:
+        self._of: dict[int, Charges] = {}
+        self._keys: Counter[str] = Counter()
+        self._spent = Spend()
+        for trial in trials:
+            self.update(trial)
+
+    def update(self, trial: Trial) -> None:
+        """A trial is new or has changed."""
+        before = self._of.get(trial.number, {})
+        if trial.charges == before:
+            return
+        self._add(before, -1)
+        self._add(trial.charges, 1)
+        self._of[trial.number] = trial.charges
+
+    def _add(self, charges: Charges, sign: int) -> None:
+        for stages in charges.values():
+            for key in stages:
+                self._keys[key] += sign
+        prefix, suffix = (sign * sum(charges.get(part, {}).values()) for part in Spend._fields)
+        self._spent = Spend(self._spent.prefix + prefix, self._spent.suffix + suffix)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a stage is charged to a trial already."""
+        return self._keys[key] > 0
+
+    @property
+    def spent(self) -> Spend:
+        """Seconds of all stages: recorded, or expected where they are still to come."""
+        return self._spent
+
+
+def used_up(budget: Budget, seconds: float, spent: Spend) -> str | None:
+    """Which limit of a budget is reached, in words; None if none is.
+
+    Args:
+        seconds: that the search has run, over all resumes.
+        spent: on stages, over all resumes.
+    """
+    if budget.stop_after is not None and seconds >= budget.stop_after:
+        return f"stop_after ({budget.stop_after:g} s) is used up"
+    if budget.hours is not None and sum(spent) >= budget.hours * HOUR:
+        return f"{sum(spent) / HOUR:.3g} of {budget.hours:g} stage hours are spent"
+    return None

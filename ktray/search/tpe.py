@@ -1,0 +1,139 @@
+"""Where good trials lie and where the rest lie: Optuna's tree-structured Parzen estimators, and draws scored by both.
+
+Optuna can only propose a draw, and a sampler that minds what a draw costs has to compare draws of its own. So this file, and no
+other, uses what Optuna keeps private: the estimator that its `TPESampler` builds from trials. `pyproject.toml` holds Optuna
+below its next major version for that reason, and a test compares our scores with Optuna's own.
+
+Source: Watanabe, "Tree-Structured Parzen Estimator" (2023), arXiv:2304.11127; for several objectives Ozaki et al.,
+"Multiobjective Tree-Structured Parzen Estimator" (JAIR 2022); both as in Optuna, with parameters of a branch drawn together.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import TPESampler
+
+from ktray.search.space import Space
+from ktray.search.tree import Choice, Parameter, Params, Scalar, parameters
+from ktray.search.trial import Trial
+
+CANDIDATES = 24  # of which the best is proposed, as in Optuna
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """Optuna's name for what each parameter of a space is drawn from."""
+    return {parameter.name: _distribution(parameter) for parameter, _ in parameters(space.root)}
+
+
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if isinstance(parameter, Choice):
+        return CategoricalDistribution(parameter.labels)
+    if parameter.whole:
+        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+
+
+def _groups(space: Space) -> list[dict[str, BaseDistribution]]:
+    """Parameters that are always drawn together, because the same branches ask for them; a single value is not drawn."""
+    known, found = distributions(space), {}  # type: ignore[var-annotated]
+    for parameter, under in parameters(space.root):
+        if not known[parameter.name].single():
+            found.setdefault(tuple(sorted(under.items())), {})[parameter.name] = known[parameter.name]
+    return [dict(sorted(group.items())) for group in found.values()]
+
+
+class Parzen:
+    """Builds densities for one space; keeps each trial's parameters in the numbers that Optuna's estimators take."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self._groups = _groups(space)
+        self._rows: list[dict[int, list[float]]] = [{} for _ in self._groups]
+        self._seen: set[int] = set()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._optuna: Any = TPESampler(multivariate=True, group=True)
+
+    def densities(self, good: Sequence[Trial], rest: Sequence[Trial], seed: int) -> Densities:
+        """The densities of these trials, of which the later ones count more if they are many.
+
+        Args:
+            seed: of the draws.
+        """
+        for trial in (*good, *rest):
+            self._read(trial)
+        groups = [(group, *(self._estimator(index, some) for some in (good, rest))) for index, group in enumerate(self._groups)]
+        return Densities(self.space, groups, seed)
+
+    def _estimator(self, index: int, trials: Sequence[Trial]) -> Any:
+        """Optuna's estimator of one group of parameters, from the trials that have all of them."""
+        group, rows = self._groups[index], self._rows[index]
+        found = [rows[trial.number] for trial in trials if trial.number in rows]
+        columns = np.array(found).reshape(len(found), len(group)).T
+        observed = dict(zip(group, columns, strict=True))
+        return self._optuna._parzen_estimator_cls(observed, group, self._optuna._parzen_estimator_parameters)
+
+    def _read(self, trial: Trial) -> None:
+        """Keeps a trial's values of every group that it has all of."""
+        if trial.number in self._seen:
+            return
+        self._seen.add(trial.number)
+        for group, rows in zip(self._groups, self._rows, strict=True):
+            if group.keys() <= trial.params.keys():
+                rows[trial.number] = [known.to_internal_repr(trial.params[name]) for name, known in group.items()]
+
+
+class Densities:
+    """Of each group of parameters its distributions and two estimators, of the good trials and of the rest."""
+
+    def __init__(self, space: Space, groups: Sequence[tuple[dict[str, BaseDistribution], Any, Any]], seed: int) -> None:
+        self._space, self._groups = space, groups
+        self._random = np.random.RandomState(seed % 2**32)
+
+    def best(self, planned: Mapping[str, Scalar]) -> Params:
+        """What Optuna would propose: of each group the best of some draws from where the good trials lie.
+
+        Args:
+            planned: values that are settled; the others are drawn.
+        """
+        values: dict[str, Scalar] = {}
+        for group, good, rest in self._groups:
+            rows = good.sample(self._random, CANDIDATES)
+            for name in planned.keys() & group.keys():
+                rows[name] = np.full(CANDIDATES, group[name].to_internal_repr(planned[name]))
+            winner = int(np.argmax(good.log_pdf(rows) - rest.log_pdf(rows)))
+            values |= {name: group[name].to_external_repr(rows[name][winner].item()) for name in group}
+        return self._space.suggest(lambda parameter: {**values, **planned}.get(parameter.name, _only(parameter)))
+
+    def draws(self, count: int) -> list[Params]:
+        """So many draws from where the good trials lie."""
+        columns: dict[str, list[Scalar]] = {}
+        for group, good, _ in self._groups:
+            rows = good.sample(self._random, count)
+            columns |= {name: [group[name].to_external_repr(value) for value in rows[name].tolist()] for name in group}
+
+        def drawn(index: int) -> Params:
+            return self._space.suggest(lambda p: columns[p.name][index] if p.name in columns else _only(p))
+
+        return [drawn(index) for index in range(count)]
+
+    def scores(self, draws: Sequence[Params]) -> NDArray[np.float64]:
+        """For each draw, log of how much more likely it is among the good trials than among the rest."""
+        found = np.zeros(len(draws))
+        for group, good, rest in self._groups:
+            ours = [index for index, draw in enumerate(draws) if group.keys() <= draw.keys()]
+            if ours:
+                rows = {name: np.array([group[name].to_internal_repr(draws[index][name]) for index in ours]) for name in group}
+                found[ours] += good.log_pdf(rows) - rest.log_pdf(rows)
+        return found
+
+
+def _only(parameter: Parameter) -> Scalar:
+    return parameter.labels[0] if isinstance(parameter, Choice) else parameter.low

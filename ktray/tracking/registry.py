@@ -1,0 +1,104 @@
+"""Winners in MLflow's model registry: versions of `ktray-STUDY`, the best student as `champion`, another as `challenger`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktray.errors import UserError
+from ktray.tracking.connection import checked, connect, environment
+from ktray.tracking.rules import quoted, text_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FOLDER = "student"
+
+
+def register(
+    uri: str, home: Path, study: str, trial: int, network: nn.Module, size: int, best: bool, tags: Mapping[str, str]
+) -> tuple[str, int]:
+    """Log a student under its trial's run and register it as a new version of `ktray-STUDY`; (model name, version).
+
+    The model is stored as torch.export's pt2: loading it runs no pickle. Any batch goes.
+
+    Args:
+        uri: of the tracker.
+        network: (B, 3, size, size) float32 -> (B, D) float32; put into eval mode.
+        best: the version gets the alias `champion`, else `challenger`; an alias moves from the version that had it.
+        tags: of the version.
+
+    Raises:
+        UserError: the tracker cannot be reached, or has no run of this trial.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = f"ktray-{study}"
+    with environment():
+        try:
+            client = connect(checked(uri), home, study, {}).client
+            run = _run_of(client, study, trial)
+            with tempfile.TemporaryDirectory() as folder:
+                _save(network, size, Path(folder) / FOLDER)
+                client.log_artifacts(run, str(Path(folder) / FOLDER), FOLDER)
+            with contextlib.suppress(MlflowException):  # it is there from an earlier version
+                client.create_registered_model(name, description=f"Students of the study {text_of(study)}.")
+            version = client.create_model_version(name, f"runs:/{run}/{FOLDER}", run, tags=dict(tags)).version
+            client.set_registered_model_alias(name, "champion" if best else "challenger", version)
+        except MlflowException as error:
+            problem = f"the tracker does not take the model: {' '.join(str(error).split())[:300]}"
+            raise UserError(problem, "--register", "Try again once it answers.") from error
+    return name, int(version)
+
+
+def _run_of(client: Any, study: str, trial: int) -> str:
+    experiment = client.get_experiment_by_name(study)
+    asked = f"tags.`ktray.role` = 'trial' and tags.`ktray.trial` = {quoted(str(trial))}"
+    found = client.search_runs([experiment.experiment_id], asked, order_by=["attribute.start_time DESC"], max_results=1)
+    if not found:
+        raise UserError(
+            f"the tracker has no run of trial {trial} of {study!r}",
+            "--register",
+            "Give the tracker that the search wrote to, with --tracking.",
+        )
+    return str(found[0].info.run_id)
+
+
+def _save(network: nn.Module, size: int, folder: Path) -> None:
+    import torch
+    from mlflow import pytorch
+    from mlflow.models import infer_signature
+
+    example = torch.zeros(2, 3, size, size).numpy()  # two: a batch of one would be exported as a constant
+    with torch.no_grad(), _in_silence():
+        features = network.eval()(torch.from_numpy(example)).numpy()
+        pytorch.save_model(
+            network,
+            str(folder),
+            signature=infer_signature(example, features),
+            input_example=example,
+            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+        )
+
+
+@contextlib.contextmanager
+def _in_silence() -> Iterator[None]:
+    """MLflow and torch warn of their own internals while they export."""
+    import logging
+    import warnings
+
+    loggers = [logging.getLogger(name) for name in ("mlflow", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,93 @@
+"""Similarity: the student learns how alike the teacher finds an image and each of a fixed set of other images, the anchors.
+
+Both compare with the teacher's features of the anchors ("1q" of CompRess, and SEED); the student through a head that maps its
+features into the teacher's space. In the sources the anchors are a queue of the images seen last. Here they are drawn once,
+from the seed: a queue would be one more state to carry over every cut of a training, and the same features serve.
+
+Source: Abbasi Koohpayegani, Tejankar, Pirsiavash, "CompRess: Self-Supervised Learning by Compressing Representations",
+NeurIPS 2020, arXiv:2010.14713, section 3; Fang, Wang, Wang, Zhang, Yang, Liu, "SEED: Self-supervised Distillation for Visual
+Representation", ICLR 2021, arXiv:2101.04731, section 3.2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from ktray import distillation
+from ktray.fingerprint import seed_of
+from ktray.spec import Augment, Seed
+from ktray.spec import Spec as SpecBase
+from ktray.targets import Targets
+from ktray.task import Task
+
+REVISION = 1
+TOOLS = (distillation,)
+
+NEEDS: dict[str, tuple[str, ...]] = {"features": ()}
+
+
+class Spec(SpecBase):
+    """Cosine similarities to the anchors as a softmax; the student's should be the teacher's."""
+
+    kind: Literal["similarity"] = "similarity"
+    anchors: int = Field(default=4096, ge=2, le=131072, description="images compared with; at most those of the transfer data")
+    temperature: float = Field(default=0.04, gt=0, le=10, description="of the student's similarities")
+    teacher_temperature: float | None = Field(default=None, gt=0, le=10, description="null: the student's")
+    hidden: tuple[Annotated[int, Field(ge=8, le=16384)], ...] = Field(
+        default=(512,), max_length=8, description="widths of the head's hidden layers; []: a linear head"
+    )
+    seed: Seed = 0
+
+
+def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
+    """A head as wide as the teacher's features; "nearest": how often the teacher's most similar anchor is the student's.
+
+    Raises:
+        ValueError: there are no features, or fewer images than anchors.
+    """
+    features = targets.require_features()
+    rows = torch.from_numpy(features.read(chosen(len(features), spec.anchors, spec.seed)))
+    anchors = nn.functional.normalize(rows, dim=1)
+    on = functools.cache(lambda device: anchors.to(device))
+
+    def loss(outputs: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        compared = on(outputs.device)
+        teacher = wanted @ compared.T / (spec.teacher_temperature or spec.temperature)
+        return divergence(nn.functional.normalize(outputs, dim=1) @ compared.T / spec.temperature, teacher)
+
+    return Task(
+        head=lambda width: distillation.head(width, spec.hidden, features.width),
+        batch=distillation.batch(features, augment, functools.partial(nn.functional.normalize, dim=1)),
+        loss=loss,
+    )
+
+
+def chosen(count: int, anchors: int, seed: int) -> NDArray[np.int64]:
+    """The images that are anchors, (anchors,) int64, ascending: a function of the arguments alone.
+
+    Raises:
+        ValueError: there are fewer images.
+    """
+    if anchors > count:
+        raise ValueError(f"anchors={anchors} cannot be chosen from {count} images")
+    drawn = np.random.default_rng(seed_of(seed, "anchors", count)).choice(count, anchors, replace=False)
+    return np.sort(drawn)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean Kullback-Leibler divergence of softmax(student) from softmax(teacher), in nats, and {"nearest"} in [0, 1].
+
+    Args:
+        student, teacher: (B, A) float logits.
+    """
+    wanted = nn.functional.log_softmax(teacher, dim=1)
+    found = nn.functional.log_softmax(student, dim=1)
+    same = student.detach().max(1).indices == teacher.max(1).indices
+    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True), {"nearest": same.float().mean()}

@@ -1,0 +1,47 @@
+"""How an evaluation is asked in tests: images that are only names for arrays of features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import plugins
+from ktray.images import Images
+
+
+def images(count: int, labels: NDArray[np.int64] | None = None, classes: tuple[str, ...] = ()) -> Images:
+    """Images whose pixels nobody may look at: evaluations see features."""
+
+    def read(_: NDArray[np.int64]) -> NDArray[np.uint8]:
+        raise AssertionError("an evaluation read pixels")
+
+    return Images(count=count, size=8, read=read, labels=labels, classes=classes)
+
+
+def blobs(count: int, seed: int = 0, classes: int = 4, width: int = 12, spread: float = 2.0):
+    """(features (N, D) float32, labels (N,)) of overlapping classes, with features of very different scales."""
+    centres = np.random.default_rng(99).normal(size=(classes, width))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    rows = (centres[labels] + spread * rng.normal(size=(count, width))) * 10.0 ** np.linspace(-2, 2, width) + 3
+    return rows.astype(np.float32), labels.astype(np.int64)
+
+
+def judge(
+    kind: str, tmp_path: Path, train, judged, train_labels=None, judged_labels=None, pseudo_labels=None, device="cpu", **fields
+):
+    """The metrics of an evaluation whose features are the given arrays."""
+    module = plugins.module("evaluation", kind)
+    of_train, of_judged = images(len(train), train_labels), images(len(judged), judged_labels)
+    by_images = {id(of_train): train, id(of_judged): judged}
+    return module.evaluate(
+        module.Spec(**fields),
+        features=lambda given: by_images[id(given)],
+        train=of_train,
+        judged=of_judged,
+        pseudo_labels=pseudo_labels,
+        out=tmp_path,
+        device=device,
+    )

@@ -1,0 +1,204 @@
+"""What a search spends on: teachers no more than students, and what exists already before what is dear."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.samplers import TPESampler
+
+from ktray.errors import UserError
+from ktray.fingerprint import canonical
+from ktray.search import sampler, tpe
+from ktray.search.purse import Purse
+from ktray.search.sampler import Sampler, Spend, prefix
+from ktray.search.space import Space
+from ktray.search.study import Study
+from ktray.search.tree import Params
+from ktray.search.trial import Trial
+from tests.toy_space import drive, given, score, tell, toy_space
+
+IN_DEBT = Spend(prefix=100.0, suffix=99.0)
+
+
+def teacher(params: Params) -> str:
+    """What decides the teacher: all of the prefix but the layer and k."""
+    return canonical({name: value for name, value in prefix(params).items() if not name.endswith(("layer", ".k"))})
+
+
+def history(space: Space, count: int, judge: Callable[[Trial], float] = score) -> list[Trial]:
+    trials = []
+    for number in range(count):
+        params = sampler.at_random(space, number)
+        trial = Trial(number, params, space.pair(params).model_dump(mode="json"), "completed")
+        trials.append(dataclasses.replace(trial, objectives={"linear_probe/top1": judge(trial)}))
+    return trials
+
+
+def told(space: Space, trials: list[Trial], quote: sampler.Quote | None = None) -> Sampler:
+    found = Sampler(space, quote)
+    for trial in trials:
+        found.told(trial)
+    return found
+
+
+def dear(seconds: dict[str, float]) -> sampler.Quote:
+    """Anything new costs what its teacher's branch costs, and its student 10 s."""
+    return lambda params: Spend(seconds[str(params["teacher"])], 10.0)
+
+
+def wide(folder: Path, **fields: Any) -> Space:
+    """A space with many teachers, of which a short history meets a few."""
+    rotation = {
+        "pretext": {"kind": "rotation"},
+        "backbone": {"kind": "alexnet", "width": 0.125},
+        "layer": {"choice": ["conv3", "conv4", "conv5"]},
+        "schedule": {"epochs": {"choice": [2, 4, 8, 16]}, "lr": {"choice": [0.01, 0.02, 0.05, 0.1]}},
+    }
+    hog = {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}}
+    return toy_space(folder, {"teacher": {"one_of": {"hog": hog, "rotation": rotation}}}, **fields)
+
+
+@pytest.mark.parametrize("count", [6, 30])
+def test_in_debt_only_what_exists_is_drawn_if_the_rest_is_dear(tmp_path: Path, count: int) -> None:
+    space = wide(tmp_path)
+    trials = history(space, count)
+    ours = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0}))
+    existing = {canonical(prefix(trial.params)) for trial in trials}
+    draws = [ours.propose(count + index, IN_DEBT) for index in range(20)]
+    assert {canonical(prefix(draw)) for draw in draws} <= existing
+    assert len({draw["student.schedule.lr"] for draw in draws}) == 20
+
+
+def test_in_debt_a_cheap_prefix_is_still_drawn(tmp_path: Path) -> None:
+    space = wide(tmp_path)
+    trained = [trial for trial in history(space, 60) if trial.params["teacher"] == "rotation"][:8]
+    trials = [dataclasses.replace(trial, number=number) for number, trial in enumerate(trained)]
+    cheap, dearest = (told(space, trials, dear({"hog": hog, "rotation": 1000.0})) for hog in (1.0, 1000.0))
+    assert "hog" in {cheap.propose(20 + index, IN_DEBT)["teacher"] for index in range(20)}
+    assert {dearest.propose(20 + index, IN_DEBT)["teacher"] for index in range(20)} == {"rotation"}
+
+
+def test_without_debt_tpe_proposes_alone(tmp_path: Path) -> None:
+    balanced, plain = wide(tmp_path), wide(tmp_path, sampler="tpe")
+    trials = history(balanced, 30)
+    even = Spend(50.0, 50.0)
+    for count in range(30, 36):
+        proposed = told(balanced, trials).propose(count, even)
+        assert proposed == told(plain, trials).propose(count, even) == told(plain, trials).propose(count, IN_DEBT)
+
+
+def test_new_teachers_come_freely_until_there_are_three(tmp_path: Path) -> None:
+    space = wide(tmp_path)
+    trials = history(space, 30)
+    same = [dataclasses.replace(trials[0], number=number) for number in range(12)]
+    ours = told(space, same, dear({"hog": 1000.0, "rotation": 1000.0}))
+    assert len({teacher(ours.propose(12 + index, IN_DEBT)) for index in range(10)}) > 3
+
+
+def test_what_failed_is_no_prefix_to_build_on(tmp_path: Path) -> None:
+    space = wide(tmp_path)
+    trials = history(space, 12)
+    failed = [dataclasses.replace(trial, state="failed") for trial in trials[6:]]
+    ours = told(space, [*trials[:6], *failed], dear({"hog": 1000.0, "rotation": 1000.0}))
+    existing = {canonical(prefix(trial.params)) for trial in trials[:6]}
+    assert {canonical(prefix(ours.propose(12 + index, IN_DEBT))) for index in range(20)} <= existing
+
+
+def test_among_existing_teachers_the_good_ones_are_preferred(tmp_path: Path) -> None:
+    space = wide(tmp_path)
+    trials = history(space, 60, lambda trial: 0.9 if trial.params["transfer.k"] == 20 else 0.1)
+    ours = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0}))
+    assert sum(ours.propose(60 + index, IN_DEBT)["transfer.k"] == 20 for index in range(20)) >= 17
+
+
+def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> None:
+    space = wide(tmp_path)
+    trials = history(space, 20)
+    ours = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0}))
+    made = {canonical(dict(trial.params)) for trial in trials}
+    assert not made & {canonical(ours.propose(20 + index, IN_DEBT)) for index in range(20)}
+
+
+def test_random_draws_mind_nothing(tmp_path: Path) -> None:
+    space = wide(tmp_path, sampler="random")
+    assert told(space, history(space, 40)).propose(40, IN_DEBT) == told(space, []).propose(40, Spend())
+
+
+def test_another_sampler_is_no_other_space(tmp_path: Path) -> None:
+    Study.open(tmp_path, toy_space(tmp_path)).close()
+    Study.open(tmp_path, toy_space(tmp_path, sampler="random")).close()
+    with pytest.raises(UserError, match=r"sampler cannot be 'cheapest'. It is one of balanced, tpe, random"):
+        toy_space(tmp_path, sampler="cheapest")
+
+
+def test_scores_are_the_ratio_of_densities_that_optuna_computes(tmp_path: Path) -> None:
+    """Of a space without branches, against Optuna's own estimators built by its own sampler from its own study."""
+    space = toy_space(tmp_path, {"teacher": {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}}})
+    trials = history(space, 24, lambda trial: float(trial.params["student.schedule.lr"]))
+    study = optuna.create_study(direction="maximize", sampler=TPESampler(multivariate=True, seed=0))
+    known = tpe.distributions(space)
+    for trial in trials:
+        value = trial.objectives["linear_probe/top1"]
+        study.add_trial(optuna.trial.create_trial(params=dict(trial.params), distributions=known, value=value))
+    builder: Any = study.sampler
+    below, above = optuna.samplers._tpe.sampler._split_trials(study, study.trials, 3)
+    densities = [
+        builder._build_parzen_estimator(study, dict(sorted(known.items())), some, handle_below=False) for some in (below, above)
+    ]
+    draws = [sampler.at_random(space, seed) for seed in range(1000, 1040)]
+    rows = {name: np.array([known[name].to_internal_repr(draw[name]) for draw in draws]) for name in known}
+    ours = tpe.Parzen(space).densities(*told(space, trials).evidence.split(), seed=0)
+    np.testing.assert_allclose(ours.scores(draws), densities[0].log_pdf(rows) - densities[1].log_pdf(rows))
+
+
+def test_a_stage_is_charged_to_the_trial_that_needs_it_first(tmp_path: Path) -> None:
+    study = Study.open(tmp_path, toy_space(tmp_path))
+    first = given(study).trial.number
+    study.charge(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
+    assert "teacher-1" in study.purse
+    assert study.purse.spent == Spend(100.0, 10.0)
+
+
+def test_what_was_recorded_replaces_what_was_expected_and_survives_a_resume(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    with Study.open(tmp_path, space) as study:
+        first, second = given(study), given(study)
+        study.charge(first.trial.number, {"prefix": {"teacher-1": 100.0, "features-1": 5.0}, "suffix": {"student-1": 10.0}})
+        study.charge(second.trial.number, {"prefix": {}, "suffix": {"student-2": 20.0}})
+        study.paid(first.trial.number, {"teacher-1": 130.0, "features-1": 1.0, "student-1": 9.0})
+        tell(study, first)
+        study.paid(second.trial.number, {})  # its student failed: no record, no charge
+        study.fail(second.trial.number, "out of luck")
+        assert study.purse.spent == Spend(131.0, 9.0)
+    assert Study.open(tmp_path, space).purse.spent == Spend(131.0, 9.0)
+
+
+def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_with_more(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 1.5})
+    with Study.open(tmp_path, space) as study:
+        for _ in range(2):
+            one = given(study)
+            study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": 3000.0}, "suffix": {}})
+            tell(study, one)
+        assert study.next() == "done"
+        assert study.reason == "1.67 of 1.5 stage hours are spent"
+        assert study.close() == []
+    with Study.open(tmp_path, space) as study:
+        assert study.next() == "done"
+    with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 2})) as study:
+        drive(study)
+        assert study.drawn == 9
+
+
+def test_a_purse_counts_a_changed_trial_once() -> None:
+    trial = Trial(0, {}, {}, charges={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
+    purse = Purse([trial, trial])
+    purse.update(dataclasses.replace(trial, charges={"prefix": {"a": 5.0}, "suffix": {}}))
+    assert purse.spent == Spend(5.0, 0.0)
+    assert ("a" in purse, "b" in purse) == (True, False)

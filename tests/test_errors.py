@@ -1,0 +1,47 @@
+"""A full disk is told from a stage that fails, whatever library met it; a real one is in `test_disk_full`."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ktray.errors import disk_is_full
+
+SAFETENSORS = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+def hidden() -> ValueError:
+    """An error that names no disk, raised from one that does."""
+    error = ValueError("it cannot be saved")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError(SAFETENSORS),
+        hidden(),
+    ],
+    ids=["errno", "quota", "words", "cause"],
+)
+def test_a_full_disk_is_found_in_numbers_words_and_causes(error: Exception, tmp_path: Path) -> None:
+    assert disk_is_full(error, f"file://{tmp_path}")
+
+
+def test_whatever_fails_while_the_disk_is_full_fails_for_that_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy_says = OSError("2048 requested and 0 written")
+    assert not disk_is_full(numpy_says, f"file://{tmp_path}")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("ktray.errors.shutil.disk_usage", lambda place: usage._replace(free=4096))
+    assert disk_is_full(numpy_says, f"file://{tmp_path}")
+
+
+def test_other_errors_with_room_on_the_disk_are_failures(tmp_path: Path) -> None:
+    assert not disk_is_full(ValueError("12 features are NaN"), f"file://{tmp_path}")
+    assert not disk_is_full(OSError(errno.ENOENT, "No such file or directory"), f"file://{tmp_path / 'absent'}")

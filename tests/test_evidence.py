@@ -1,0 +1,86 @@
+"""What the sampler is shown: the good apart from the rest, whoever told it in which order, and never too many."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from optuna.study._multi_objective import _fast_non_domination_rank
+
+from ktray.search.evidence import SHOWN, Evidence, _by_front
+from ktray.search.trial import Trial
+from tests.toy_space import toy_space
+
+TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
+
+
+def trials(count: int, seed: int = 0) -> list[Trial]:
+    rng = random.Random(seed)
+    found = []
+    for number in range(count):
+        trial = Trial(number, {}, {}, rng.choice(["running", "paused", "completed", "failed", "duplicate", "pruned"]))  # type: ignore[arg-type]
+        scores = {rung: rng.random() for rung in (1, 3)[: rng.randrange(1, 3)]} if trial.state != "running" else {}
+        objectives = {"linear_probe/top1": rng.random(), "cost/seconds": rng.random()}
+        found.append(dataclasses.replace(trial, scores=scores, objectives=objectives if trial.state == "completed" else {}))
+    return found
+
+
+@pytest.mark.parametrize("objectives", [TWO[:1], TWO])
+def test_the_order_of_telling_and_what_trials_were_before_change_nothing(
+    tmp_path: Path, objectives: list[dict[str, str]]
+) -> None:
+    space, final = toy_space(tmp_path, objectives=objectives), trials(500)
+    straight, shuffled = Evidence(space, final), Evidence(space)
+    for trial in final:
+        shuffled.update(dataclasses.replace(trial, state="running", scores={}, objectives={}))
+    rng = random.Random(1)
+    rng.shuffle(final)
+    for trial in final:
+        if trial.scores and trial.state not in ("failed", "duplicate"):
+            shuffled.update(dataclasses.replace(trial, state="paused", scores={1: trial.scores[1]}, objectives={}))
+        shuffled.update(trial)
+    assert straight.in_order() == shuffled.in_order()
+    assert straight.split() == shuffled.split()
+
+
+def test_a_tenth_is_good_and_at_most_twenty_five(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    for count, good in ((10, 1), (95, 10), (600, 25)):
+        shown = Evidence(space, [completed(number, number / count) for number in range(count)]).split()
+        assert [trial.number for trial in shown[0]] == list(range(count - good, count))
+
+
+def completed(number: int, value: float, seconds: float = 1.0) -> Trial:
+    return Trial(number, {}, {}, "completed", objectives={"linear_probe/top1": value, "cost/seconds": seconds})
+
+
+def test_of_very_many_the_good_and_the_newest_are_shown(tmp_path: Path) -> None:
+    best = [completed(number, 2 + number) for number in range(25)]
+    good, rest = Evidence(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
+    assert [trial.number for trial in good] == list(range(25))
+    assert [trial.number for trial in rest] == list(range(2000 - SHOWN + 25, 2000))
+
+
+def test_an_old_pareto_point_stays_good(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    many = [completed(number, rng.random(), 1 + rng.random()) for number in range(1, 1000)]
+    good, _ = Evidence(toy_space(tmp_path, objectives=TWO), [completed(0, 0.99, 0.5), *many]).split()
+    assert good[0].number == 0
+
+
+@pytest.mark.parametrize("count", [3, 20, 60])
+def test_fronts_come_in_the_order_that_optuna_ranks_them(count: int) -> None:
+    import numpy as np
+
+    losses = np.random.default_rng(count).integers(0, 8, size=(60, 2)).astype(float)
+    ranks = _fast_non_domination_rank(losses)
+    assert sorted(ranks[_by_front(losses, count)]) == sorted(ranks)[:count]
+
+
+def test_a_trial_that_runs_counts_among_the_rest(tmp_path: Path) -> None:
+    unknown: Callable[[int], Trial] = lambda number: Trial(number, {}, {})  # noqa: E731
+    good, rest = Evidence(toy_space(tmp_path), [*(completed(n, n) for n in range(10)), unknown(10)]).split()
+    assert ([trial.number for trial in good], rest[-1].number) == ([9], 10)
