@@ -111,7 +111,7 @@ class Conductor:
         try:
             return self.study.next()
         finally:
-            for trial in self.study.trials()[self._drawn :]:
+            for trial in self.study.trials(self._drawn):
                 self._drawn += 1
                 if trial.state != "running":  # the study has settled it by itself
                     self.account.refused(trial)

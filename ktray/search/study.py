@@ -117,9 +117,9 @@ class Study:
     def __exit__(self, *_: object) -> None:
         self._unlock.close()
 
-    def trials(self) -> list[Trial]:
-        """All trials in the order of their draws."""
-        return list(self._trials.values())
+    def trials(self, since: int = 0) -> list[Trial]:
+        """All trials from number `since` on, in the order of their draws."""
+        return [self._trials[number] for number in range(since, len(self._trials))]
 
     def ask_prices(self, quote: Quote) -> None:
         """From now on `quote` tells what a draw would cost."""
