@@ -17,8 +17,10 @@ def test_a_fixed_list_costs_its_distinct_stages_and_ends_near_its_bound(model):
     timeline, _ = simulated.run(costs, Site(gpus), len(entries), entries)
     assert [trial.state for trial in timeline.trials] == ["completed"] * len(entries)
     assert timeline.alone == pytest.approx(ideal.naive)
-    assert timeline.busy == pytest.approx(ideal.shared)
-    assert ideal.bound <= timeline.makespan * 1.000001
+    made = {key for _, key in timeline.computed if key.startswith("features-")}
+    assert timeline.busy <= ideal.shared * 1.000001  # less: layers of one network may come out of one pass
+    assert timeline.busy >= ideal.shared - simulated.HOUR * costs.features * len(made)
+    assert max(ideal.path, timeline.busy / gpus) <= timeline.makespan * 1.000001
     assert timeline.makespan <= 1.3 * max(ideal.path, ideal.shared / gpus)
 
 
@@ -36,7 +38,7 @@ def test_a_stated_share_of_the_stages_dies_once_and_costs_half_of_its_work_on_av
     calm, _ = simulated.run(costs, Site(8), 120, entries)
     died, _ = simulated.run(costs, Site(8, dies=simulated.deaths(0.2)), 120, entries)
     assert [trial.state for trial in died.trials] == ["completed"] * 120
-    assert died.busy == pytest.approx(calm.busy + died.lost)
+    assert died.busy == pytest.approx(calm.busy + died.lost, rel=0.01)  # another set of layers may share a pass
     assert 0.05 < died.lost / calm.busy < 0.16
 
 

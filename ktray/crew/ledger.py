@@ -56,10 +56,9 @@ class Ledger:
         self._apart, self._alone = set[str](), set[str]()
         self.hiring = Hiring(roster, self.outbox)
         self._attempts: dict[str, list[str]] = {}
-        self._deaths: Counter[str] = Counter()
+        self._deaths, self._missed = Counter[str](), Counter[str]()
         self._furthest: dict[str, float] = {}
         self._hired: dict[str, float] = {}
-        self._missed: Counter[str] = Counter()
         self._expected: set[str] = set()
         self._quiet_until = 0.0
 
