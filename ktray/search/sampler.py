@@ -169,7 +169,8 @@ class Sampler:
             for params in ({**draw, **old, **changed}, {**draw, **old}, draw):
                 whole = self.space.complete(params)
                 found.setdefault(canonical(whole), whole)
-        return [draw for name, draw in found.items() if name not in self.made and not self._waiting.get(_judged(draw))]
+        poor = {name for name, waiting in self._waiting.items() if waiting}
+        return [draw for name, draw in found.items() if name not in self.made and not (poor and _judged(draw) in poor)]
 
     def _exists(self, draw: Params) -> bool:
         known = self._prefixes.get(canonical(prefix(draw)))

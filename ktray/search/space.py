@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -95,8 +96,13 @@ class Space:
     def suggest(self, ask: Ask) -> Params:
         """One draw, define-by-run: asks for each parameter in the order of the file, and never for those of other branches."""
         params: Params = {}
-        tree.draw(self.root, ask, params)
+        tree.draw(self._drawn, ask, params)
         return params
+
+    @cached_property
+    def _drawn(self) -> Any:
+        """As much of the tree as is drawn: a sampler compares many draws, and most of a pair is the same in all."""
+        return tree.bare(self.root)
 
     def complete(self, params: Mapping[str, Scalar]) -> Params:
         """`params` with the first option, or the lower end, of each parameter that is left out."""

@@ -205,6 +205,16 @@ def draw(node: Any, ask: Ask, params: Params) -> None:
         draw(child, ask, params)
 
 
+def bare(node: Any) -> Any:
+    """The same tree without what draws nothing, for `draw` alone: that asks the same in the same order; None if empty."""
+    if isinstance(node, OneOf):
+        return OneOf(node.choice, {branch: bare(body) for branch, body in node.branches.items()})
+    if isinstance(node, Choice | Range):
+        return node
+    left = [found for child in _children(node) if (found := bare(child)) is not None]
+    return left or None
+
+
 def resolve(node: Any, params: Mapping[str, Scalar]) -> Any:
     """The plain value that `params` make of a tree.
 
