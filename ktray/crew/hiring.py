@@ -39,11 +39,11 @@ class Hiring:
             self.outbox.append(Hire(worker))
         return worker is not None
 
-    def hire(self, want: Want, shape: Shape, alone: bool, now: float) -> None:
-        """A worker for a stage that has none, or room for one."""
+    def hire(self, want: Want, shape: Shape, alone: bool, now: float) -> bool:
+        """A worker for a stage that has none, or room for one; whether a worker comes."""
         self.coming[shape] += 1
         if self.roster.starting(shape) >= self.coming[shape] or self._hired(shape):
-            return
+            return True
         want.blocked = now if want.blocked is None else want.blocked
         leaving = self.roster.give_up(shape, now)
         # Small stages that follow each other would keep a large one waiting for ever: it never finds all its room at once.
@@ -51,6 +51,7 @@ class Hiring:
         if not leaving and urgent and all(worker.shape != shape for worker in self.roster.workers.values()):
             leaving = self.roster.make_room(shape, now)
         self.outbox += [Dismiss(each.name) for each in leaving]
+        return False
 
     def lend(self, attempt: str, shape: Shape, helpers: int, now: float) -> None:
         """Idle workers, also new ones, of the shape of who leads, for an attempt that may borrow so many."""

@@ -260,18 +260,20 @@ class Ledger:
             if run.key in self._alone and not self._needs(run.stage).gpus and run.worker in self.roster.workers:
                 self.roster.keep(self.roster.workers[run.worker].node)
         self.hiring.coming.clear()
-        queue = self.demand.queue()
+        queue, hopeless = self.demand.queue(), set[tuple[Needs, bool]]()
         for want in sorted(queue, key=lambda want: want.stage.key not in self._alone):
             if want.stage.key not in self.demand.wants or want.stage.key in self.runs:
                 continue  # failed, or begun, with another one just now
-            needs = self._needs(want.stage)
+            needs, alone = self._needs(want.stage), want.stage.key in self._alone
+            if (needs, alone) in hopeless:
+                continue
             worker = self._worker(want, needs, now)
             if worker is not None:
                 self._give(worker, self._together(want, queue), now)
             elif not self.roster.fits(needs):
                 self._give_up(want.stage.key, "failed", f"it needs {_said(needs)}, more than any node of the cluster has")
-            else:
-                self.hiring.hire(want, shape_of(needs), want.stage.key in self._alone, now)
+            elif not self.hiring.hire(want, shape_of(needs), alone, now):
+                hopeless.add((needs, alone))  # whoever comes after it finds nothing either
         self._lend(now)
 
     def _worker(self, want: Want, needs: Needs, now: float) -> Worker | None:
@@ -302,9 +304,9 @@ class Ledger:
 
     def _lend(self, now: float) -> None:
         for run in sorted(self.runs.values(), key=lambda run: run.since):
-            leader = self.roster.workers.get(run.worker)
-            if run.key == run.leader and leader is not None:
-                self.hiring.lend(run.attempt, leader.shape, self._needs(run.stage).helpers, now)
+            leader, helpers = self.roster.workers.get(run.worker), self._needs(run.stage).helpers
+            if helpers and run.key == run.leader and leader is not None:
+                self.hiring.lend(run.attempt, leader.shape, helpers, now)
 
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""

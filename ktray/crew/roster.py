@@ -105,11 +105,11 @@ class Roster:
         free = [
             worker
             for worker in self.workers.values()
-            if worker.shape == shape
-            and self.available(worker, now)
-            and not self.is_kept(worker)
-            and self._memory_left(worker.node) >= needs.memory_bytes
+            if self.available(worker, now) and worker.shape == shape and not self.is_kept(worker)
         ]
+        if needs.memory_bytes:
+            rooms = {name for name in {worker.node for worker in free} if self._memory_left(name) >= needs.memory_bytes}
+            free = [worker for worker in free if worker.node in rooms]
         return min(free, key=lambda worker: (worker.lent_to is not None, self._wastes_gpus(worker.node, shape)), default=None)
 
     def _wastes_gpus(self, name: str, shape: Shape) -> bool:
@@ -118,8 +118,9 @@ class Roster:
 
     def available(self, worker: Worker, now: float) -> bool:
         """Whether a worker waits for work and was heard of lately."""
-        fresh = worker.beat is not None and now - worker.beat <= self.stale and worker.node in self.nodes
-        return worker.polling and fresh and worker.leads is None and not worker.leaving
+        if not worker.polling or worker.leads is not None or worker.leaving:
+            return False
+        return worker.beat is not None and now - worker.beat <= self.stale and worker.node in self.nodes
 
     def starting(self, shape: Shape) -> int:
         """How many workers of this shape were hired and have not come yet."""
