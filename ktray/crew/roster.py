@@ -105,8 +105,9 @@ class Roster:
 
     def available(self, worker: Worker, now: float) -> bool:
         """Whether a worker waits for work and was heard of lately."""
-        fresh = worker.beat is not None and now - worker.beat <= self.stale and worker.node in self.nodes
-        return worker.polling and fresh and worker.leads is None and not worker.leaving
+        if not worker.polling or worker.leads is not None or worker.leaving:
+            return False
+        return worker.beat is not None and now - worker.beat <= self.stale and worker.node in self.nodes
 
     def hire(self, shape: Shape, node: str) -> Worker:
         """Enter a worker that is yet to start."""
