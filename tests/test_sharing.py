@@ -55,4 +55,4 @@ def test_cpu_time_of_a_process_and_of_its_children_is_counted_and_waiting_is_not
     spent, wall, said = naive_tune.cpu_seconds([sys.executable, "-c", child], {})
     assert said == "done"
     assert wall > 2.0
-    assert 1.0 < spent < 2.0
+    assert 1.0 < sum(spent.values()) < 2.0
