@@ -23,6 +23,8 @@ class Stage:
         starts: keys of earlier snapshots of the same training, latest first. Training is bitwise the same wherever it is cut,
             so a run begins at the first of these that it finds; they are no part of the identity.
         local: where things are (data paths, devices); no part of the identity.
+        varies: fields of the spec in which stages of one family differ; one run can make a whole family. Not hashed.
+        beside: others of the family that the same run publishes; each keeps its own spec and key. Not hashed.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)
     starts: tuple[str, ...] = ()
     local: Mapping[str, Any] = field(default_factory=dict)
+    varies: tuple[str, ...] = ()
+    beside: tuple[Stage, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
@@ -42,6 +46,14 @@ class Stage:
     def key(self) -> str:
         """Readable head and 12 hex digits, such as ``clusters-3f9a1c0b2d44``; also the artifact's directory name."""
         return f"{self.name}-{self.sha256[:12]}"
+
+    @cached_property
+    def family(self) -> str:
+        """What stages have in common that one run can make together; empty for those that are made alone."""
+        if not self.varies:
+            return ""
+        common = {name: value for name, value in self.spec.items() if name not in self.varies}
+        return fingerprint({"stage": self.name, "revisions": self.revisions, "spec": common, "inputs": self.inputs})
 
 
 def numbered(name: str, place: int) -> str:

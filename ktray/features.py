@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ktray import augment, fingerprint, plugins, train
-from ktray.errors import UserError
 from ktray.images import Images, open_split
 from ktray.pool import Pool
 from ktray.spec import (
@@ -33,6 +32,7 @@ from ktray.spec import (
     TeacherSpec,
     TrainedTeacher,
 )
+from ktray.taps import of_module, of_views
 
 REVISION = 1
 TOOLS = (augment,)
@@ -41,6 +41,8 @@ BATCH = 256
 SHARD_ROWS = 4096  # a multiple of BATCH, so that `all_of` and `write` see the same batches
 
 Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Views = Callable[[NDArray[np.uint8]], list[tuple[NDArray[np.float32], float]]]
+"""An extractor of several views at once: for each its rows, and the seconds that it alone would have taken."""
 
 
 def of_network(
@@ -64,13 +66,18 @@ def of_network(
         UserError: the backbone has no such layer; at the first batch, the grid is finer than the maps.
         ValueError: `weights` is None; an untrained network is the descriptor `random_network`.
     """
+    network = _trained(backbone, weights)
+    return _on_arrays(of_module(network, layer, pool, normalize), device, network)
+
+
+def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
     if weights is None:
         raise ValueError(
             f"the {backbone.kind} has no weights; features of an untrained network are the descriptor random_network"
         )
-    network = plugins.module_of("backbone", backbone).build(backbone)
+    network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
     train.load(network, weights)
-    return _on_arrays(of_module(network, layer, pool, normalize), device, network)
+    return network
 
 
 def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
@@ -84,8 +91,7 @@ def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, d
         UserError, ValueError: as `of_network`; a fitted descriptor without `state`.
     """
     if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
-        normalize: Normalization = teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
-        return of_network(teacher.backbone, teacher.layer, teacher.pool, weights, device, normalize)
+        return of_network(teacher.backbone, teacher.layer, teacher.pool, weights, device, _normalization(teacher))
     if not isinstance(teacher, HandcraftedTeacher):
         raise TypeError(f"a {type(teacher).__name__} is no teacher")
     descriptor = plugins.module_of("descriptor", teacher.descriptor)
@@ -98,62 +104,8 @@ def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, d
     return _on_arrays(lambda images: descriptor.describe(teacher.descriptor, fitted, images), device)
 
 
-def of_module(
-    network: nn.Module, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
-) -> Callable[[Tensor], Tensor]:
-    """Features of a ready backbone: (B, H, W, 3) uint8 -> (B, D) float32, both on the network's device.
-
-    The network is put into eval mode. Its layers after `layer` are not run.
-
-    Raises:
-        UserError: the backbone has no such layer; at the first batch, the grid is finer than the maps.
-    """
-    network.eval()
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if layer is None:
-        return torch.inference_mode()(lambda images: _pooled(network(augment.normalize(images, normalize)), pool))
-    layers: tuple[str, ...] = network.layers  # type: ignore[assignment]
-    if layer not in layers:
-        raise UserError(f"the backbone has no layer {layer!r}", "layer", f"One of: {', '.join(layers)}.")
-    tapped = network.get_submodule(layer)
-
-    def stop(_: nn.Module, __: Any, output: Tensor) -> None:
-        raise _Reached(output)
-
-    @torch.inference_mode()
-    def extract(images: Tensor) -> Tensor:
-        handle = tapped.register_forward_hook(stop)
-        try:
-            network(augment.normalize(images, normalize))
-        except _Reached as reached:
-            return _pooled(reached.output, pool)
-        finally:
-            handle.remove()
-        raise ValueError(f"the forward pass never runs the layer {layer!r}")
-
-    return extract
-
-
-class _Reached(Exception):
-    """The forward pass has come to the tapped layer; what follows would be computed in vain."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
-        super().__init__()
-
-
-def _pooled(output: Tensor, pool: Pooling) -> Tensor:
-    places = min(output.shape[2:]) if output.ndim == 4 else 1
-    if pool.grid > places:
-        raise UserError(
-            f"a grid of {pool.grid} is finer than the features, {tuple(output.shape[1:])}",
-            "pool.grid",
-            f"At most {places} here.",
-        )
-    if output.ndim == 4:
-        function = nn.functional.adaptive_avg_pool2d if pool.kind == "avg" else nn.functional.adaptive_max_pool2d
-        output = function(output, pool.grid)
-    return output.flatten(1).float()
+def _normalization(teacher: TeacherSpec) -> Normalization:
+    return teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
 
 
 def _on_arrays(describe: Callable[[Tensor], Tensor], device: str, network: nn.Module | None = None) -> Extractor:
@@ -203,7 +155,8 @@ def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
 
     Args:
         source: plain data: "teacher" (dump of a TeacherSpec), "weights" and "state" (directories or None), "images"
-            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device".
+            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "most", if it is
+            there, is how many images the device holds at once.
         out: an existing directory that every worker sees.
 
     Returns:
@@ -212,33 +165,108 @@ def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
     Raises:
         ValueError: a feature is not finite or, in float16, too large; the message names the first image.
     """
+    return write_views([source], [out], pool)[0][0]
+
+
+def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: Pool) -> list[tuple[dict[str, float], float]]:
+    """As `write`, for several sources that differ only in their teacher's layer and pooling, by one forward pass.
+
+    Returns:
+        For each source the metrics of `write`, and the seconds of work, of all workers together, that it alone would have cost.
+
+    Raises:
+        ValueError: as `write`.
+    """
     began = time.perf_counter()
-    count = len(_opened(source))
+    count = len(_opened(sources[0]))
     items = [(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
-    widths = pool.map(_write_shard, items, (fingerprint.canonical(source), str(out)))
-    if not widths:
-        raise ValueError(f"the split {source['split']!r} has no images")
-    return {"count": float(count), "dim": float(widths[0]), "images_per_s": count / (time.perf_counter() - began)}
+    written = pool.map(_write_shards, items, (fingerprint.canonical(list(sources)), [str(out) for out in outs]))
+    if not written:
+        raise ValueError(f"the split {sources[0]['split']!r} has no images")
+    speed = count / (time.perf_counter() - began)
+    return [
+        (
+            {"count": float(count), "dim": float(written[0][index][0]), "images_per_s": speed},
+            sum(shard[index][1] for shard in written),
+        )
+        for index in range(len(sources))
+    ]
 
 
-def _write_shard(item: tuple[int, int], shared: tuple[str, str]) -> int:
+def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[tuple[int, float]]:
+    """One shard of every view; its width, and the seconds that it alone would have taken."""
     start, stop = item
-    extractor, images, dtype = _source(shared[0])
-    rows = _rows(extractor, images, start, stop)
-    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused with its image's name
-        stored = rows.astype(dtype)
-    require_finite(stored, images, start)
-    np.save(Path(shared[1]) / f"features-{start // SHARD_ROWS:05d}.npy", stored)
-    return rows.shape[1]
+    extract, images, dtypes = _source(shared[0])
+    kept: list[list[NDArray[np.float32]]] = [[] for _ in dtypes]
+    seconds = [0.0 for _ in dtypes]
+    for at in range(start, stop, BATCH):
+        began = time.perf_counter()
+        batch = images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))
+        read = time.perf_counter() - began
+        for index, (rows, passed) in enumerate(extract(batch)):
+            kept[index].append(rows)
+            seconds[index] += read + passed
+    done = []
+    for index, dtype in enumerate(dtypes):
+        began = time.perf_counter()
+        rows = np.concatenate(kept[index])
+        kept[index] = []
+        require_finite(rows, images, start)
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused with its image's name
+            stored = rows.astype(dtype)
+        require_finite(stored, images, start)
+        np.save(Path(shared[1][index]) / f"features-{start // SHARD_ROWS:05d}.npy", stored)
+        done.append((rows.shape[1], seconds[index] + time.perf_counter() - began))
+    return done
 
 
 @lru_cache(maxsize=2)  # a worker writes many shards of one source; two at most, since networks hold device memory
-def _source(canonical: str) -> tuple[Extractor, Images, str]:
-    """What a worker needs to write shards, from the canonical JSON of `write`'s source."""
-    source = json.loads(canonical)
-    teacher = TypeAdapter(TeacherSpec).validate_python(source["teacher"])
-    weights, state = (Path(source[name]) if source[name] else None for name in ("weights", "state"))
-    return of_teacher(teacher, weights, state, source["device"]), _opened(source), source["dtype"]
+def _source(canonical: str) -> tuple[Views, Images, list[str]]:
+    """What a worker needs to write shards, from the canonical JSON of `write_views`' sources."""
+    sources = json.loads(canonical)
+    first = sources[0]
+    teachers = [TypeAdapter(TeacherSpec).validate_python(source["teacher"]) for source in sources]
+    weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
+    extract = _views_of_teachers(teachers, weights, state, first["device"], first.get("most"))
+    return extract, _opened(first), [source["dtype"] for source in sources]
+
+
+def _views_of_teachers(
+    teachers: list[TeacherSpec], weights: Path | None, state: Path | None, device: str, most: int | None
+) -> Views:
+    if len(teachers) == 1:
+        extractor = in_pieces(of_teacher(teachers[0], weights, state, device), most)
+
+        def alone(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+            began = time.perf_counter()
+            rows = extractor(images)
+            return [(rows, time.perf_counter() - began)]
+
+        return alone
+    networks = [teacher for teacher in teachers if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher)]
+    network = _trained(networks[0].backbone, weights).to(device)
+    extract = of_views(network, [(teacher.layer, teacher.pool) for teacher in networks], _normalization(networks[0]))
+
+    def together(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+        pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, most)]
+        return [
+            (np.concatenate([rows.float().cpu().numpy() for rows, _ in view]), sum(seconds for _, seconds in view))
+            for view in zip(*pieces, strict=True)
+        ]
+
+    return together
+
+
+def in_pieces(extractor: Extractor, most: int | None) -> Extractor:
+    """The same extractor for a device that has no memory for more than `most` images at once; None for one that has."""
+    if most is None:
+        return extractor
+    return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, most)])
+
+
+def _pieces(images: NDArray[np.uint8], most: int | None) -> list[NDArray[np.uint8]]:
+    size = most or max(1, len(images))
+    return [images[at : at + size] for at in range(0, len(images), size)]
 
 
 def _opened(source: dict[str, Any]) -> Images:

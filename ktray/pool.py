@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+FEW_IMAGES = 32  # what a device holds at once where a usual batch was too much
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -48,6 +50,9 @@ class Means:
         progress: call it with a few numbers (``{"epoch": 3, "of": 8}``) whenever work has moved.
         checkpoint_seconds: how much work a killed stage may lose.
         memmap_bytes: pixels above this are streamed from their files instead of written to a memmap.
+        alone: memory ran out in an earlier attempt, so this one has its machine or GPU for itself.
+        most_images: how many images the device may hold at once where a network only looks; None for a usual batch. Smaller
+            pieces may change the last bit, so only a stage that ran out of memory gets them, and its record says so.
     """
 
     pool: Pool = field(default_factory=LocalPool)
@@ -55,3 +60,5 @@ class Means:
     progress: Callable[[Mapping[str, float]], None] = _silent
     checkpoint_seconds: float = 20.0
     memmap_bytes: int = 20 << 30
+    alone: bool = False
+    most_images: int | None = None

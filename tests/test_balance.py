@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,21 @@ def test_what_failed_is_no_prefix_to_build_on(tmp_path: Path) -> None:
     ours = told(space, [*trials[:6], *failed], dear({"hog": 1000.0, "rotation": 1000.0}))
     existing = {canonical(prefix(trial.params)) for trial in trials[:6]}
     assert {canonical(prefix(ours.propose(12 + index, IN_DEBT))) for index in range(20)} <= existing
+
+
+def test_a_teacher_that_was_judged_poor_is_not_drawn_again_with_another_k(tmp_path: Path) -> None:
+    space = wide(tmp_path)
+
+    def is_poor(draw: Mapping[str, Any]) -> bool:
+        return draw.get("teacher.hog.descriptor.cell") == 4
+
+    trials = history(space, 30, lambda trial: 0.9 if is_poor(trial.params) else 0.1)
+    waits: dict[str, Any] = {"state": "paused", "teacher_score": 0.9, "objectives": {}}
+    judged = [dataclasses.replace(trial, **waits) if is_poor(trial.params) else trial for trial in trials]
+    free = lambda params: Spend(0.0, 1.0)  # noqa: E731
+    before, after = ([told(space, some, free).propose(30 + n, IN_DEBT) for n in range(20)] for some in (trials, judged))
+    assert any(map(is_poor, before))
+    assert not any(map(is_poor, after))
 
 
 def test_among_existing_teachers_the_good_ones_are_preferred(tmp_path: Path) -> None:

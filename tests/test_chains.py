@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from ktray import features, train
 from ktray.cli import main
+from ktray.drivers.conductor import Conductor
 from ktray.drivers.prices import of_student
-from ktray.drivers.simulate import VirtualClock, simulate
+from ktray.drivers.simulate import VirtualClock, _Mute, _VirtualStore, simulate
 from ktray.errors import UserError
 from ktray.pipeline.check import check_pair, data_loader
 from ktray.pipeline.graph import build, generations
@@ -202,6 +203,20 @@ def test_a_search_of_a_chain_and_of_the_pair_that_begins_it_computes_that_pair_o
     taught = {trial.keys["teacher"] for trial in done if trial.params["teacher"] == "chain"}
     assert taught < students, "what the chain learns from was drawn as a pair, too"
     assert len([key for key in keys if key.startswith("student-")]) == len(students) == 10
+
+
+def test_of_a_planned_chain_also_what_makes_the_student_that_teaches_is_certain(tmp_path: Path) -> None:
+    start = {"teacher": "chain", "teacher.chain.pair.transfer.k": 7, "teacher.chain.layer": "conv3"}
+    mute: Any = _Mute()
+    store: Any = _VirtualStore()
+    with Study.open(tmp_path, space := chained_space(start_with=[start])) as study:
+        stages = Conductor(space, study, store, lambda spec: "content", mute, lambda *said: None).certain()
+    known: set[str] = set()
+    for stage in stages:
+        assert known >= set(stage.inputs.values()), "nothing is asked for before what it reads"
+        known.add(stage.key)
+    names = [stage.name for stage in stages]
+    assert [names.count(name) for name in ("teacher", "pseudo_labels", "student", "evaluation")] == [1, 1, 1, 0]
 
 
 # --- what is told

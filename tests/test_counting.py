@@ -69,17 +69,27 @@ def test_to_count_nothing_costs_the_margin_and_is_no_hit():
     assert float(metrics["top1"]) == 0
 
 
-def test_a_network_learns_to_count(tmp_path):
+@pytest.mark.parametrize("scale", [0.01, 1, 100])
+@pytest.mark.parametrize("counts", [10, 1000])
+def test_a_network_begins_near_the_margin_whatever_its_features(scale, counts):
+    torch.manual_seed(0)
+    head = counting.task(counting.Spec(counts=counts), 32).head(512)
+    loss, _ = counting.contrast(head(scale * torch.rand(160, 512)), 10.0)
+    assert 8 < float(loss.detach()) < 20
+
+
+@pytest.mark.parametrize("backbone", [{"kind": "alexnet", "width": 0.125}, {"kind": "resnet", "width": 0.125}])
+def test_a_network_learns_to_count(backbone, tmp_path):
     metrics = []
     train.fit(
-        train.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
-        counting.task(counting.Spec(counts=64), 28),
-        toy_images(64),
-        Schedule(epochs=8, lr=0.005, batch_size=16),
+        train.fresh(plugins.parse("backbone", backbone), 0),
+        counting.task(counting.Spec(), 28),
+        toy_images(96),
+        Schedule(epochs=8, lr=0.001, batch_size=16),
         0,
         out=tmp_path,
         until=8,
         on_epoch=lambda epoch, found, write: metrics.append(found),
     )
-    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
-    assert metrics[-1]["top1"] > 0.8
+    assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
+    assert metrics[-1]["top1"] > 0.7

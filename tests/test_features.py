@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from ktray import augment, features, images, plugins, spec, train
+from ktray import augment, features, images, plugins, spec, taps, train
 from ktray.errors import UserError
 from ktray.pool import LocalPool
 from tests.pools import ShuffledPool
@@ -163,6 +163,65 @@ def test_features_too_large_for_float16_are_refused_rather_than_infinite(tmp_pat
     written(tmp_path, "full", source(tmp_path, tmp_path / "large"))
     with pytest.raises(ValueError, match="float16 that are not finite"):
         written(tmp_path, "half", source(tmp_path, tmp_path / "large", dtype="float16"))
+
+
+RESNET = plugins.parse("backbone", {"kind": "resnet", "depth": 18, "width": 0.125})
+VIEWS = {
+    "alexnet": (ALEXNET, [("conv5", 2), ("conv2", 3), (None, 1), ("conv2", 1)]),
+    "resnet": (RESNET, [("layer1", 1), ("layer3", 2), ("layer4", 1)]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("network", VIEWS)
+def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tmp_path: Path, network: str, dtype: str) -> None:
+    backbone, views = VIEWS[network]
+    train.write_untrained(train.fresh(backbone, 0), tmp_path / "network")
+    base = source(tmp_path, tmp_path / "network", dtype=dtype)
+    sources = [
+        {**base, "teacher": {**base["teacher"], "backbone": backbone.model_dump(), "layer": layer, "pool": {"grid": grid}}}
+        for layer, grid in views
+    ]
+    outs = [tmp_path / f"together-{number}" for number in range(len(sources))]
+    for out in outs:
+        out.mkdir()
+    together = features.write_views(sources, outs, ShuffledPool(2))
+    for number, each in enumerate(sources):
+        alone, metrics = written(tmp_path, f"alone-{number}", each)
+        assert {path.name: path.read_bytes() for path in features.shards(outs[number])} == {
+            path.name: path.read_bytes() for path in features.shards(alone)
+        }
+        assert (together[number][0]["dim"], together[number][0]["count"]) == (metrics["dim"], metrics["count"])
+
+
+def test_a_tapped_output_is_kept_from_what_later_layers_do_to_it_in_place() -> None:
+    class InPlace(torch.nn.Module):
+        layers = ("first", "second")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Flatten(), torch.nn.ReLU(inplace=True)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(images - 1))
+
+    pictures = torch.from_numpy(toy_images(3).read(np.arange(3)))
+    (first, _), (second, _) = taps.of_views(InPlace(), [("first", spec.Pooling()), ("second", spec.Pooling())])(pictures)
+    assert (first < 0).any()
+    assert (second == first.clamp(min=0)).all()
+
+
+def test_a_view_alone_would_cost_less_the_earlier_its_layer_is(weights: Path) -> None:
+    views = [("conv5", spec.Pooling()), ("conv1", spec.Pooling())]
+    network = train.fresh(ALEXNET, 0)
+    (_, deep), (_, shallow) = taps.of_views(network, views)(torch.from_numpy(toy_images(64).read(np.arange(64))))
+    assert 0 < shallow < deep
+
+
+def test_small_pieces_for_a_small_device_give_the_same_features(tmp_path: Path, weights: Path) -> None:
+    whole, _ = written(tmp_path, "whole", source(tmp_path, weights))
+    pieces, _ = written(tmp_path, "pieces", source(tmp_path, weights, most=3))
+    np.testing.assert_allclose(features.load(pieces), features.load(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_a_directory_without_shards_is_no_empty_array(tmp_path: Path) -> None:

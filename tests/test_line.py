@@ -31,9 +31,10 @@ def looked_up(demand: Demand, running: set[str]) -> list[str]:
         if key not in running and not {*want.stage.starts, *want.stage.inputs.values()} & demand.wants.keys()
     ]
 
-    def rank(want: Any) -> tuple[float, int, int]:
-        priorities = [demand.requests[name].priority for name in want.requests]
-        return -max(priorities, default=0), -len(want.requests), want.order
+    def rank(want: Any) -> tuple[float, float, float, int]:
+        requests = [demand.requests[name] for name in want.requests]
+        trials = [each for each in requests if each.waiter] or requests
+        return -max([each.priority for each in requests], default=0), -len(trials), -want.path, want.order
 
     return [want.stage.key for want in sorted(ready, key=rank)]
 
@@ -47,7 +48,7 @@ def test_the_line_is_what_a_look_at_all_wants_would_give_whatever_happened_befor
     def find(key: str) -> Artifact | None:
         return Artifact(key, Path(key), {}, {}) if key in store else None
 
-    demand, longest = Demand(find, running, outbox), 0
+    demand, longest = Demand(find, running, outbox, lambda stage: {"teacher": 60.0, "student": 30.0}[stage.name]), 0
     for number in range(300):
         what = chance.random()
         line = [want.stage.key for want in demand.queue()]

@@ -14,6 +14,7 @@ from ktray.crew.local import LocalCrew
 from ktray.errors import StageFailed
 from ktray.pipeline import execute as execution
 from ktray.pipeline import judge
+from ktray.pipeline import record as recording
 from ktray.pipeline.execute import execute
 from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
@@ -158,13 +159,13 @@ def test_the_commit_is_that_of_our_own_tree_and_says_whether_it_was_modified(tmp
     git("init")
     git("add", ".")
     git("commit", "-m", "Begin")
-    monkeypatch.setattr(execution, "_PACKAGE", tmp_path / "ktray")
+    monkeypatch.setattr(recording, "_PACKAGE", tmp_path / "ktray")
     (tmp_path / "notes.txt").touch()
-    assert execution._commit() == git("rev-parse", "HEAD")
+    assert recording._commit() == git("rev-parse", "HEAD")
     (tmp_path / "ktray" / "module.py").write_text("A = 2")
-    assert execution._commit() == git("rev-parse", "HEAD") + "-dirty"
-    monkeypatch.setattr(execution, "_PACKAGE", tmp_path / "venv" / "ktray")
-    assert execution._commit() is None
+    assert recording._commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(recording, "_PACKAGE", tmp_path / "venv" / "ktray")
+    assert recording._commit() is None
 
 
 def _stop_at_epoch_two(values):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ktray.crew import client, environment
-from ktray.crew.needs import STAGES, Needs, Runtime, load_runtime
+from ktray.crew.needs import Needs, Runtime, load_runtime
 from ktray.crew.runtime import _remove_leftovers
 from ktray.errors import UserError
 
@@ -56,11 +56,9 @@ def test_the_broker_and_its_clients_never_import_torch() -> None:
     assert said.stdout.strip() == "[]"
 
 
-def test_on_a_cluster_with_gpus_whatever_runs_a_network_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
-    silent = client._with_gpus(Runtime())
-    assert [name for name in STAGES if silent.of(name).gpus] == ["teacher", "features", "student", "evaluation"]
-    assert client._with_gpus(Runtime(stages={"evaluation": Needs(cpus=2)})).of("evaluation") == Needs(cpus=2)
+def test_what_runs_a_network_takes_its_share_of_a_gpu_from_the_cluster_unless_the_file_says() -> None:
+    assert set(client._without_share(Runtime())) == {"teacher", "features", "student", "evaluation"}
+    assert "evaluation" not in client._without_share(Runtime(stages={"evaluation": Needs(cpus=2)}))
 
 
 @pytest.fixture

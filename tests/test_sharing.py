@@ -1,58 +1,97 @@
-"""What the two experiments about sharing rest on: their arithmetic, their lists of pairs, and how CPU time is counted."""
+"""What `plan` says of sharing is what all draws of a space, built one by one, really have in common."""
 
-import sys
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from experiments import simulate_search as simulated
-from experiments.bench import naive_tune
-from ktray.drivers.simulate import Site
-from ktray.pipeline import graph
+from ktray.cli import main
+from ktray.errors import UserError
+from ktray.pipeline.graph import build
+from ktray.search.sharing import sharing
+from ktray.search.space import Space
+from tests.toy_space import FINITE, PAIR, content, toy_space, write
+from tests.toys import DATA
 
-
-@pytest.mark.parametrize("model", simulated.MODELS)
-def test_a_fixed_list_costs_its_distinct_stages_and_ends_near_its_bound(model):
-    costs, entries, gpus = simulated.MODELS[model], simulated.pairs_of(40), 6
-    ideal = simulated.Ideal.of(entries, costs, gpus)
-    timeline, _ = simulated.run(costs, Site(gpus), len(entries), entries)
-    assert [trial.state for trial in timeline.trials] == ["completed"] * len(entries)
-    assert timeline.alone == pytest.approx(ideal.naive)
-    assert timeline.busy == pytest.approx(ideal.shared)
-    assert ideal.bound <= timeline.makespan * 1.000001
-    assert timeline.makespan <= 1.3 * max(ideal.path, ideal.shared / gpus)
+NESTED = {
+    **FINITE,
+    "data": {**DATA, "seed": {"choice": [0, 1]}},
+    "transfer": {"kind": "clusters", "k": {"choice": [5, 10, 20]}, "l2": {"choice": [True, False]}},
+}
 
 
-def test_the_ideal_of_three_pairs_by_hand():
-    costs = simulated.Costs(teacher=20.0, features=1.0, clusters=(2.0, 2.0), student=8.0)
-    entry = dict(zip(simulated.pairs_of(1)[0], (0, "conv3", 50, 1.0, 0), strict=True))
-    entries = [entry, {**entry, "student.seed": 1}, {**entry, "transfer.k": 100}]
-    ideal = simulated.Ideal.of(entries, costs, gpus=2)
-    hours = [each / simulated.HOUR for each in (ideal.naive, ideal.shared, ideal.path, ideal.bound)]
-    assert hours == pytest.approx([93.0, 20 + 1 + 2 * 2 + 3 * 8, 31.0, 23 + 24 / 2])
+def keys_of(space: Space) -> Any:
+    def keys(params: Any) -> list[tuple[str, str]]:
+        try:
+            pair = space.pair(params)
+        except UserError:
+            return []
+        return [(stage.name, stage.key) for stage in build(pair, lambda spec: f"content {getattr(spec, 'seed', 0)}").stages]
+
+    return keys
 
 
-def test_a_stated_share_of_the_stages_dies_once_and_costs_half_of_its_work_on_average():
-    costs, entries = simulated.MODELS["teacher 20 h, student 8 h"], simulated.pairs_of(120)
-    calm, _ = simulated.run(costs, Site(8), 120, entries)
-    died, _ = simulated.run(costs, Site(8, dies=simulated.deaths(0.2)), 120, entries)
-    assert [trial.state for trial in died.trials] == ["completed"] * 120
-    assert died.busy == pytest.approx(calm.busy + died.lost)
-    assert 0.05 < died.lost / calm.busy < 0.16
+def distinct(draws: list[Any], keys: Any) -> dict[str, int]:
+    found: dict[str, set[str]] = defaultdict(set)
+    for params in draws:
+        for name, key in keys(params):
+            found[name].add(key)
+    return {name: len(each) for name, each in found.items()}
 
 
-def test_the_list_of_the_bench_is_32_pairs_over_4_teachers():
-    pairs = naive_tune.pairs().values()
-    keys = [graph.build(pair, lambda spec: "content").keys for pair in pairs]
-    distinct = {name: len({each[name] for each in keys}) for name in ("teacher", "features", "clusters", "student")}
-    assert distinct == {"teacher": 4, "features": 8, "clusters": 16, "student": 32}
+@pytest.mark.parametrize("pair", [FINITE, NESTED], ids=["branches", "data-and-projection"])
+def test_what_is_possible_is_what_building_every_draw_finds(tmp_path: Path, pair: dict[str, Any]) -> None:
+    space = toy_space(tmp_path, pair)
+    keys = keys_of(space)
+    everything = distinct(list(space.draws()), keys)
+    assert {row.stage: row.possible for row in sharing(space, keys, 10)} == everything
 
 
-def test_cpu_time_of_a_process_and_of_its_children_is_counted_and_waiting_is_not():
-    burn = "import time\nend = time.process_time() + 0.7\nwhile time.process_time() < end: pass\n"
-    child = (
-        f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {burn!r}])\ntime.sleep(1)\n{burn}print('done')"
-    )
-    spent, wall, said = naive_tune.cpu_seconds([sys.executable, "-c", child], {})
-    assert said == "done"
-    assert wall > 2.0
-    assert 1.0 < sum(spent.values()) < 2.0
+@pytest.mark.parametrize("draws", [5, 40])
+def test_what_is_expected_is_what_random_draws_need_on_average(tmp_path: Path, draws: int) -> None:
+    space = toy_space(tmp_path, FINITE)
+    keys, rng = keys_of(space), random.Random(0)
+    known = list(space.draws())
+    by_branch = [[each for each in known if each["teacher"] == branch] for branch in ("hog", "rotation")]
+    made = {json.dumps(params): keys(params) for params in known}
+    totals: dict[str, float] = defaultdict(float)
+    for _ in range(300):
+        drawn = [rng.choice(rng.choice(by_branch)) for _ in range(draws)]
+        for name, count in distinct(drawn, lambda params: made[json.dumps(params)]).items():
+            totals[name] += count / 300
+    for row in sharing(space, keys, draws):
+        assert row.expected == pytest.approx(totals[row.stage], rel=0.12), row
+
+
+def test_a_continuous_field_of_the_teacher_makes_every_draw_a_teacher(tmp_path: Path) -> None:
+    teacher = {**PAIR["teacher"]["one_of"]["rotation"], "schedule": {"epochs": 2, "lr": {"log_float": [0.01, 0.1]}}}
+    space = toy_space(tmp_path, {"teacher": teacher})
+    rows = {row.stage: row for row in sharing(space, keys_of(space), 30)}
+    assert (rows["teacher"].possible, rows["teacher"].expected) == (None, 30.0)
+    assert (rows["images"].possible, rows["images"].expected) == (1, 1.0)
+
+
+def test_plan_says_it_and_warns_with_the_number_of_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = {**PAIR["teacher"]["one_of"]["rotation"], "schedule": {"epochs": 2, "lr": {"log_float": [0.01, 0.1]}}}
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(content({"teacher": teacher}, budget={"trials": 40, "concurrent": 2})))
+    assert main(["plan", str(path), "--home", str(tmp_path / "home")]) == 0
+    said = capsys.readouterr().out
+    assert "40 random draws would share artifacts" in said
+    assert "images 1 of 1, teacher 40 of no end" in said
+    assert "note: pair.teacher.schedule.lr is continuous: every draw is a new teacher" in said
+    assert "note: expect about 40 different teachers in 40 random draws" in said
+
+
+def test_plan_of_a_space_that_shares_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(write(tmp_path, FINITE)), "--json", "--home", str(tmp_path / "home")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["notes"] == []
+    assert answer["sharing"]["draws"] == 6
+    assert [row["stage"] for row in answer["sharing"]["stages"]][:3] == ["images", "teacher", "features"]

@@ -32,20 +32,26 @@ def run(args: argparse.Namespace) -> int:
 
     options = settings(args)
     notes: list[str] = []
+    shared: list[dict[str, Any]] = []
+    draws = 0
     load = data_loader()
     if is_space(args.source):
         space = load_space(args.source, args.overrides)
         check_space(space, load, str(args.source))
         pairs, count = dict(_draws_to_show(space)), space.size()
-        notes, rehearsed = space.warnings(), {label: space.pair(params) for label, params in space.corners()}
+        draws = min(space.budget.trials, count or space.budget.trials)
+        shared = _shared(space, draws, options)
+        notes = _notes(space.warnings(), shared, draws)
+        rehearsed = {label: space.pair(params) for label, params in space.corners()}
     else:
         pairs = dict(load_pairs(args.source, args.overrides))
         check_pairs(pairs, load, args.source)
         count, rehearsed = len(pairs), pairs
-    answer = _plan(pairs, count, options)
+    answer = _plan(pairs, count, options) | {"sharing": {"draws": draws, "stages": shared}}
     if args.preflight:
         answer["preflight"], more = _preflight(rehearsed, load, args.address, options)
         notes += more
+    answer["notes"] = notes
     options.answer(answer, _text(answer, notes))
     return 0
 
@@ -119,6 +125,38 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
         yield f"start_with[{index}]", space.pair(space.complete(start))
 
 
+def _shared(space: Space, draws: int, options: Settings) -> list[dict[str, Any]]:
+    """Per kind of stage, how many different artifacts the draws can need, and are expected to."""
+    from ktray.crew.needs import STAGES
+    from ktray.errors import UserError
+    from ktray.pipeline import graph as graphs
+    from ktray.pipeline.identity import data_identity
+    from ktray.search.sharing import sharing
+    from ktray.search.tree import Params
+
+    identity = data_identity(options.cache)
+
+    def keys(params: Params) -> list[tuple[str, str]]:
+        try:
+            return [(stage.name, stage.key) for stage in graphs.build(space.pair(params), identity).stages]
+        except UserError:
+            return []  # two values that do not go together: such a draw computes nothing
+
+    return [
+        {"stage": row.stage, "possible": row.possible, "expected": round(row.expected, 1)}
+        for row in sorted(sharing(space, keys, draws), key=lambda row: STAGES.index(row.stage))
+    ]
+
+
+def _notes(warnings: list[str], shared: list[dict[str, Any]], draws: int) -> list[str]:
+    """Warnings of the space, with what those about teachers would cost."""
+    expected = next((row["expected"] for row in shared if row["stage"] == "teacher"), 0.0)
+    about = any(warning.startswith(("pair.teacher", "pair.data")) for warning in warnings)
+    if not (about and expected):
+        return warnings
+    return [*warnings, f"expect about {expected:.0f} different teachers in {draws} random draws"]
+
+
 def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -> dict[str, Any]:
     from ktray.pipeline import graph as graphs
     from ktray.pipeline.identity import data_identity
@@ -169,6 +207,7 @@ def _text(answer: Mapping[str, Any], notes: list[str]) -> str:
         *_rehearsed(answer.get("preflight")),
         "",
         f"valid; {count} pairs. Of the {len(rows)} stages above {missing} would run: {cost}.",
+        *_shared_text(answer["sharing"]),
         *(f"note: {note}" for note in notes),
     ]
     return "\n".join(lines)
@@ -199,3 +238,14 @@ def _cost(estimate: Mapping[str, Any]) -> str:
         return "unknown until one of each stage has run here"
     between = f" ({span(estimate['low'])} to {span(estimate['high'])})" if estimate["seconds"] else ""
     return f"about {span(estimate['seconds'])}{between} if one runs after the other"
+
+
+def _shared_text(sharing: Mapping[str, Any]) -> list[str]:
+    """How many different artifacts a search makes for all its draws."""
+    if not sharing["stages"]:
+        return []
+    parts = []
+    for row in sharing["stages"]:
+        most = "no end" if row["possible"] is None else str(row["possible"])
+        parts.append(f"{row['stage']} {row['expected']:.0f} of {most}")
+    return [f"{sharing['draws']} random draws would share artifacts; to expect, of all that there can be: {', '.join(parts)}."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,12 @@ from ktray.crew.roster import Worker
 
 @dataclass(frozen=True)
 class Give:
-    """Have `worker` run `stage`."""
+    """Have `worker` run `stage`, and with it what is beside it; `alone` if it ran out of memory before."""
 
     worker: str
     stage: Stage
     attempt: str
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,19 +90,32 @@ class Request:
 
 @dataclass
 class Want:
-    """A stage that somebody wants and that is not in the store; `priority` is the highest of its requests, 0 without any."""
+    """A stage that somebody wants and that is not in the store.
+
+    Attributes:
+        trials: how many of its requests are of trials that wait.
+        priorities: how many of its requests have which priority.
+        seconds: how long it is thought to run.
+        path: how long it and the longest chain of wants that wait for it are thought to run.
+    """
 
     stage: Stage
     order: int
     since: float
     owner: str = ""
     requests: set[str] = field(default_factory=set)
-    priority: int = 0
+    trials: int = 0
+    priorities: Counter[int] = field(default_factory=Counter)
+    seconds: float = 0.0
+    path: float = 0.0
 
 
 @dataclass
 class Run:
-    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it, `moves` times its work moved."""
+    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it, `moves` times its work moved.
+
+    A family that one worker makes has a run per key, all under one attempt; `leader` is the key that the worker knows it by.
+    """
 
     key: str
     stage: Stage
@@ -111,3 +126,4 @@ class Run:
     progress: Mapping[str, float] = field(default_factory=dict)
     seen: bool = False
     moves: int = 0
+    leader: str = ""

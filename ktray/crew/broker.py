@@ -13,16 +13,17 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ktray.artifact import Stage
+from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Attendance, Process
 from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import cause_of, end_process_on, nodes, this_process, workers_of
+from ktray.crew.cluster import cause_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
+from ktray.crew.lengths import Lengths
 from ktray.crew.roster import Roster, Worker
-from ktray.crew.worker import WorkerActor
+from ktray.crew.shares import Shares
+from ktray.crew.worker import start
 from ktray.stores import open_store
 
 POLL_SECONDS = 5.0
@@ -43,7 +44,9 @@ class Broker:
         runtime, now = charter.runtime, time.time()
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
-        self._ledger = Ledger(self._store.find, runtime.of, self._roster, attempts, runtime.dead_after)
+        self._lengths = Lengths()
+        self._shares = Shares(runtime.of, charter.learned, lambda: any(node.gpus for node in self._roster.known()))
+        self._ledger = Ledger(self._find, self._shares, self._roster, attempts, runtime.dead_after, self._lengths)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._attendance = Attendance(runtime.dead_after)
@@ -55,9 +58,19 @@ class Broker:
         self._number = int(now * 1000)  # numbers go on rising over restarts
         self._ticking: asyncio.Task[None] | None = None
         self._watches: set[asyncio.Task[None]] = set()
-        self._survivors = workers_of(charter.namespace) if ray.get_runtime_context().was_current_actor_reconstructed else []
+        # Those of an earlier crew go, and only here nobody can meet new ones; Ray gives their names free only some time after.
+        reborn = ray.get_runtime_context().was_current_actor_reconstructed
+        self._roster.skip([] if reborn else end_workers(charter.namespace))
+        self._survivors = workers_of(charter.namespace) if reborn else []
         self._ledger.expect(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._end_if_never_called).start()
+
+    def _find(self, key: str) -> Artifact | None:
+        artifact = self._store.find(key)
+        if artifact is not None:
+            self._lengths.note(artifact)
+            self._shares.note(artifact)
+        return artifact
 
     # ---- drivers and trials
 
@@ -144,9 +157,9 @@ class Broker:
 
     async def end(self) -> None:
         """End all workers, then this process."""
-        for name in {*self._handles, *workers_of(self._charter.namespace)}:
-            with suppress(ValueError):
-                ray.kill(self._handles.get(name) or ray.get_actor(name, namespace=self._charter.namespace))
+        for handle in self._handles.values():
+            ray.kill(handle)
+        end_workers(self._charter.namespace)
         self._end_self()
 
     # ---- workers
@@ -189,13 +202,14 @@ class Broker:
         if name in self._gone:
             return None
         worker = self._roster.workers.get(name) or self._roster.add(name, who["shape"], who["node"])
-        worker.pid, worker.node = who["pid"], who["node"]
+        worker.pid, worker.node, worker.cards = who["pid"], who["node"], who["cards"]
         return worker
 
     def _note(self, report: Mapping[str, Any], now: float) -> None:
         key, attempt, kind = report["key"], report["attempt"], report["kind"]
         if not kind:
-            self._ledger.published(key, attempt, report["computed"], report["seconds"], now)
+            for published, computed in [(key, report["computed"]), *report["beside"]]:
+                self._ledger.published(published, attempt, computed, report["seconds"], now)
         elif self._ledger.failed(key, attempt, kind, report["cause"], report.get("missing", ""), now):
             failure = {"cause": report["cause"], "traceback": report["traceback"], "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures
@@ -223,7 +237,8 @@ class Broker:
             last = now
             if now > refresh:
                 refresh = now + 5.0
-                self._roster.nodes = await asyncio.to_thread(nodes)
+                with suppress(ray.exceptions.RayError):
+                    self._roster.see(await asyncio.to_thread(nodes), now)
             self._ledger.silent(now)
             for process in self._attendance.silent(now):
                 end_process_on(process.node, process.pid, process.born)
@@ -233,7 +248,7 @@ class Broker:
             if now - self._leased > self._charter.runtime.idle_exit_seconds:
                 await self.end()
             cpus = min(self._roster.cpus, sum(node.cpus for node in self._roster.nodes.values()))
-            self._ledger.warm(int(min(cpus, WARM)))
+            self._ledger.hiring.warm(int(min(cpus, WARM)))
             self._turn()
 
     def _excuse(self, seconds: float) -> None:
@@ -252,10 +267,9 @@ class Broker:
         self._ledger.outbox.clear()
         for action in outbox:
             match action:
-                case Give(worker, stage, attempt):
-                    self._reply(
-                        worker, {"do": "stage", "stage": stage, "attempt": attempt, "helpers": self._ledger.helpers(attempt)}
-                    )
+                case Give(worker, stage, attempt, alone):
+                    given = {"do": "stage", "stage": stage, "attempt": attempt, "alone": alone}
+                    self._reply(worker, given | {"helpers": self._ledger.helpers(attempt)})
                 case Hire(worker):
                     self._hire(worker)
                 case Dismiss(worker):
@@ -283,23 +297,7 @@ class Broker:
             poll.set_result(order)
 
     def _hire(self, worker: Worker) -> None:
-        charter, shape = self._charter, worker.shape
-        handle = (
-            ray.remote(WorkerActor)
-            .options(
-                name=worker.name,
-                namespace=charter.namespace,
-                lifetime="detached",
-                num_cpus=shape.cpus,
-                num_gpus=shape.gpus,
-                max_restarts=0,
-                max_concurrency=8,
-                runtime_env={"env_vars": dict(charter.environment)},
-                scheduling_strategy=NodeAffinitySchedulingStrategy(worker.node, soft=True),
-            )
-            .remote(charter, worker.name, shape)
-        )
-        self._watch(worker.name, handle)
+        self._watch(worker.name, start(self._charter, worker.name, worker.shape, worker.node))
 
     def _watch(self, name: str, handle: Any) -> None:
         self._handles[name] = handle

@@ -20,6 +20,7 @@ class Charter:
         store_url: where artifacts are.
         work: cloudpickled function (stage, store, attempt, means) -> (artifact, computed); only workers open it.
         environment: environment variables of its processes.
+        learned: names of the stages whose share of a GPU follows their recorded peaks, because the runtime file says nothing.
     """
 
     namespace: str
@@ -27,3 +28,4 @@ class Charter:
     work: bytes
     runtime: Runtime
     environment: Mapping[str, str]
+    learned: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -18,11 +18,12 @@ from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Process
 from ktray.crew.broker import Broker
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import end_process, this_process, workers_of
+from ktray.crew.cluster import end_process, this_process
 from ktray.crew.environment import environment, identity
 from ktray.crew.locks import alone_on_store
 from ktray.crew.needs import Runtime
 from ktray.crew.runtime import Session
+from ktray.crew.shares import ON_GPU
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.pool import Means
@@ -32,7 +33,6 @@ Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
 LEASE_EVERY = 2.0
 FROZEN = 20  # seconds without an answer after which a broker stands still; it answers within milliseconds
 LONG_FROZEN = 120  # the same for one that may just be starting
-ON_GPU = ("teacher", "student", "features", "evaluation")
 
 
 class Released(Exception):
@@ -180,9 +180,10 @@ class Lease:
         self._thread.start()
 
     def _renew(self) -> None:
-        with suppress(StoppedEarly, ray.exceptions.RayError):
+        with suppress(StoppedEarly):
             while not self._over.wait(LEASE_EVERY):
-                self._crew.lease(self._over)
+                with suppress(ray.exceptions.RayError):  # one call without an answer: a lease lasts several
+                    self._crew.lease(self._over)
 
     def cancel(self) -> None:
         """Stops renewing."""
@@ -202,9 +203,8 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
     namespace = f"ktray-{fingerprint([identity(), asdict(session.runtime), store_url, packed.hex()])[:12]}"
     crew = Crew(namespace, session.name)
     if not _lives(namespace):
-        _remove_workers(namespace)
         _sweep(store_url)
-    charter = Charter(namespace, store_url, packed, _with_gpus(session.runtime), environment())
+    charter = Charter(namespace, store_url, packed, session.runtime, environment(), _without_share(session.runtime))
     ray.remote(Broker).options(
         name=BROKER,
         namespace=namespace,
@@ -248,12 +248,6 @@ def _until_absent(namespace: str) -> None:
         time.sleep(0.1)
 
 
-def _remove_workers(namespace: str) -> None:
-    for name in workers_of(namespace):
-        with suppress(ValueError):
-            ray.kill(ray.get_actor(name, namespace=namespace))
-
-
 def _sweep(store_url: str) -> None:
     lock = alone_on_store(store_url)
     if lock is not None:
@@ -263,9 +257,6 @@ def _sweep(store_url: str) -> None:
             lock.release()
 
 
-def _with_gpus(runtime: Runtime) -> Runtime:
-    """Where the cluster has GPUs and the runtime file says nothing, what trains or extracts gets one."""
-    if not ray.cluster_resources().get("GPU"):
-        return runtime
-    silent = {name: runtime.of(name) for name in ON_GPU if name not in runtime.stages or runtime.of(name) == Runtime().of(name)}
-    return replace(runtime, stages={**runtime.stages, **{name: replace(needs, gpus=1.0) for name, needs in silent.items()}})
+def _without_share(runtime: Runtime) -> tuple[str, ...]:
+    """The stages that run networks and of which the runtime file says nothing: where there are GPUs, each gets a share."""
+    return tuple(name for name in ON_GPU if name not in runtime.stages or runtime.of(name) == Runtime().of(name))

@@ -53,6 +53,15 @@ def workers_of(namespace: str) -> list[str]:
     return [each["name"] for each in named if each["namespace"] == namespace and each["name"].startswith(WORKER)]
 
 
+def end_workers(namespace: str) -> list[str]:
+    """End the workers of a crew; their names."""
+    names = workers_of(namespace)
+    for name in names:
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=namespace))
+    return names
+
+
 def cause_of(error: Exception) -> str:
     """The one line of Ray's account of a death that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

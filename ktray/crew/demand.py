@@ -18,15 +18,23 @@ class Demand:
         find: key -> artifact if it is in the store.
         running: keys of the stages that run now, kept by the ledger.
         outbox: where answers are left.
+        seconds: how long a stage is thought to run; asked when it is first wanted.
     """
 
-    def __init__(self, find: Callable[[str], Artifact | None], running: Collection[str], outbox: list[Any]) -> None:
-        self.find, self.running, self.outbox = find, running, outbox
+    def __init__(
+        self,
+        find: Callable[[str], Artifact | None],
+        running: Collection[str],
+        outbox: list[Any],
+        seconds: Callable[[Stage], float] = lambda stage: 0.0,
+    ) -> None:
+        self.find, self.running, self.outbox, self.seconds = find, running, outbox, seconds
         self.wants: dict[str, Want] = {}
         self.requests: dict[str, Request] = {}
         self.known: dict[str, Stage] = {}
         self.reused: Counter[str] = Counter()
         self.line = Line()
+        self._families: dict[str, set[str]] = {}
         self._present: set[str] = set()
         self._unclaimed: set[str] = set()
         self._orders = 0
@@ -53,14 +61,24 @@ class Demand:
                 return
             want = self.add(stage, now)
         request.pending.add(key)
-        want.priority = max(want.priority, request.priority) if want.requests else request.priority
-        want.requests.add(request.name)
-        self.line.rank(key, self._rank(want))
+        self._count(want, request)
         if request.waiter and not want.owner:
             want.owner = request.name
         for absent in self._absent(stage):
             if absent in self.known:
                 self.enter(self.known[absent], request, now)
+
+    def _count(self, want: Want, request: Request, here: bool = True) -> None:
+        """Note that a request wants it, or no more; counted, since thousands may share a stage."""
+        if (request.name in want.requests) == here:
+            return
+        step = 1 if here else -1
+        want.requests ^= {request.name}
+        want.trials += step * bool(request.waiter)
+        want.priorities[request.priority] += step
+        if not want.priorities[request.priority]:
+            del want.priorities[request.priority]
+        self.line.rank(want.stage.key, self._rank(want))
 
     def _note_present(self, artifact: Artifact, request: Request) -> None:
         self._present.add(artifact.key)
@@ -81,15 +99,38 @@ class Demand:
             self._orders += 1
             self.known[stage.key] = stage
             self._present.discard(stage.key)
-            want = self.wants[stage.key] = Want(stage, self._orders, now)
+            want = self.wants[stage.key] = Want(stage, self._orders, now, seconds=self.seconds(stage))
+            want.path = want.seconds + max((self.wants[each].path for each in self.line.readers(stage.key)), default=0.0)
             self.line.enter(stage.key, (*stage.starts, *stage.inputs.values()), self._rank(want))
+            self._lengthen(want)
+            if stage.family:
+                self._families.setdefault(stage.family, set()).add(stage.key)
         return self.wants[stage.key]
+
+    def _lengthen(self, want: Want) -> None:
+        """Tell all that this want waits for how long the path through it is."""
+        longer = [want]
+        while longer:
+            last = longer.pop()
+            for key in self.line.behind(last.stage.key):
+                before = self.wants[key]
+                if before.path < before.seconds + last.path:
+                    before.path = before.seconds + last.path
+                    self.line.rank(key, self._rank(before))
+                    longer.append(before)
 
     def _forget(self, key: str) -> Want | None:
         """The want of this key, which is none any more."""
-        if key in self.wants:
-            self.line.leave(key)
-        return self.wants.pop(key, None)
+        want = self.wants.pop(key, None)
+        if want is None:
+            return None
+        self.line.leave(key)
+        family = want.stage.family
+        if family:
+            self._families[family].discard(key)
+            if not self._families[family]:
+                del self._families[family]
+        return want
 
     def is_present(self, key: str) -> bool:
         """Whether the store has it, as far as was seen."""
@@ -110,12 +151,9 @@ class Demand:
             want = self.wants.get(key)
             if want is None:
                 continue
-            want.requests.discard(request.name)
+            self._count(want, request, here=False)
             if want.owner == request.name:
                 want.owner = min((name for name in want.requests if self.requests[name].waiter), default="")
-            if want.priority == request.priority:
-                want.priority = max((self.requests[name].priority for name in want.requests), default=0)
-            self.line.rank(key, self._rank(want))
             if not want.requests and key not in self.running:
                 self._forget(key)
 
@@ -154,12 +192,14 @@ class Demand:
 
     def fail(self, key: str, kind: str, cause: str) -> None:
         """Give up a wanted stage and all that reads it: each request that waits for them ends once, with this cause."""
+        readers = sorted(self.line.readers(key))
         want = self._forget(key)
         for name in sorted(want.requests) if want else ():
             self._drop(self.requests[name])
             self.outbox.append(Answer(name, failed=key, cause=cause, kind=kind))
-        for other, each in list(self.wants.items()):
-            if key in each.stage.inputs.values() and other not in self.running and other in self.wants:
+        for other in readers:
+            each = self.wants.get(other)
+            if each is not None and key in each.stage.inputs.values() and other not in self.running:
                 self.fail(other, kind, f"it reads {key}, which failed: {cause}")
 
     def miss(self, key: str, missing: str, now: float) -> bool:
@@ -177,11 +217,21 @@ class Demand:
             self._forget(key)
 
     def queue(self) -> Iterator[Want]:
-        """Wants that do not run and whose inputs are there: higher priority first, then more waiters, then older.
+        """Wants that do not run and whose inputs are there, in the order in which they should begin.
 
+        Higher priority first, then what more trials wait for, then the longer path of what waits for it, then the older.
         A stage also waits while a shorter training that it would continue is on its way.
         """
         return (self.wants[key] for key in self.line if key in self.wants)
 
-    def _rank(self, want: Want) -> tuple[float, float, int]:
-        return (-want.priority, -len(want.requests), want.order)
+    def among(self, keys: Collection[str]) -> list[Want]:
+        """Those of `keys` that `queue` would give, in its order."""
+        return [self.wants[key] for key in self.line.of(keys)]
+
+    def relatives(self, stage: Stage) -> list[Stage]:
+        """Others of its family that could begin now, too, as `queue` would give them."""
+        return [want.stage for want in self.among(self._families.get(stage.family, set()) - {stage.key})]
+
+    def _rank(self, want: Want) -> tuple[float, float, float, int]:
+        waiting = want.trials or len(want.requests)  # trials, or what will become some
+        return (-max(want.priorities, default=0), -waiting, -want.path, want.order)

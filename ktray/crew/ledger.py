@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Dismiss, Event, Fence, Give, Hire, Kill, Run
+from ktray.crew.books import Event, Fence, Give, Kill, Run, Want
+from ktray.crew.causes import FAILED, OUT_OF_MEMORY, also_alone
 from ktray.crew.demand import Demand
+from ktray.crew.hiring import Hiring
 from ktray.crew.needs import Needs
 from ktray.crew.openings import Openings
-from ktray.crew.roster import Roster, Shape, Worker, shape_of
+from ktray.crew.room import quiet
+from ktray.crew.roster import Roster, Worker, shape_of
 
 DEATHS = 3
 LATE = 120.0  # seconds after which another worker is hired in place of one that froze while it started
+FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
 
 
 class Ledger:
@@ -26,6 +32,7 @@ class Ledger:
         roster: the workers.
         attempts: names a new attempt.
         dead_after: seconds without a heartbeat after which a worker is taken for dead.
+        seconds: how long a stage is thought to run.
 
     Every method that is told of an event leaves what follows from it in `outbox`.
     """
@@ -37,19 +44,21 @@ class Ledger:
         roster: Roster,
         attempts: Callable[[], str],
         dead_after: float = 15.0,
+        seconds: Callable[[Stage], float] = lambda stage: 0.0,
     ) -> None:
         self.find, self.needs, self.roster, self.attempts, self.dead_after = find, needs, roster, attempts, dead_after
         self.outbox: list[Any] = []
         self.runs: dict[str, Run] = {}
-        self.demand = Demand(find, self.runs.keys(), self.outbox)
+        self.demand = Demand(find, self.runs.keys(), self.outbox, seconds)
         self.computed: Counter[str] = Counter()
         self._fenced: set[str] = set()
-        self._closed: set[str] = set()
-        self._stillborn = 0
-        self._deaths: Counter[str] = Counter()
+        self._closed: set[tuple[str, str]] = set()
+        self._apart, self._alone = set[str](), set[str]()
+        self.hiring = Hiring(roster, self.outbox)
+        self._attempts: dict[str, list[str]] = {}
+        self._deaths, self._missed = Counter[str](), Counter[str]()
         self._furthest: dict[str, float] = {}
         self._hired: dict[str, float] = {}
-        self._missed: Counter[str] = Counter()
         self._expected: set[str] = set()
         self._quiet_until = 0.0
 
@@ -65,7 +74,7 @@ class Ledger:
         self, worker: Worker, key: str, stage: Stage | None, attempt: str, progress: Mapping[str, float], now: float
     ) -> bool:
         """A heartbeat; False if this worker must die because its attempt was fenced or another one runs."""
-        worker.beat, self._stillborn = now, 0
+        worker.beat, self.hiring.stillborn = now, 0
         self.roster.silent.discard(worker.node)
         self._expected.discard(worker.name)
         if not attempt:
@@ -74,33 +83,46 @@ class Ledger:
         if attempt in self._fenced or (run is not None and run.attempt != attempt):
             return False
         if run is None:
-            if stage is None or worker.leads is not None or attempt in self._closed:
+            if stage is None or worker.leads is not None or (key, attempt) in self._closed:
                 return True  # a late beat: its report was faster
             run = self._adopt(worker, stage, attempt, now)
-        run.seen = True
-        if progress != run.progress:
-            run.progress, run.moved, run.moves = progress, now, run.moves + 1
+        for each in self._family(attempt):
+            each.seen = True
+            if progress != each.progress:
+                each.progress, each.moved, each.moves = progress, now, each.moves + 1
         return True
 
-    def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
-        self.demand.add(stage, now)
-        return self._start(worker, stage, attempt, now)
+    def _family(self, attempt: str) -> list[Run]:
+        """The runs of one attempt; more than one where a worker makes several stages at once."""
+        return [self.runs[key] for key in self._attempts.get(attempt, ())]
 
-    def _start(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
-        worker.leads, worker.lent_to, worker.polling = attempt, None, False
-        worker.memory = self.needs(stage.name).memory_bytes
-        self.runs[stage.key] = Run(stage.key, stage, attempt, worker.name, now, now)
-        self.demand.line.start(stage.key)
-        return self.runs[stage.key]
+    def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> Run:
+        family = [each for each in (replace(stage, beside=()), *stage.beside) if each.key not in self.runs]
+        for each in family:
+            self.demand.add(each, now)
+        return self._start(worker, family, attempt, now)
+
+    def _start(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> Run:
+        leader, worker.leads, worker.lent_to, worker.polling = stages[0], attempt, None, False
+        worker.memory = self._needs(leader).memory_bytes
+        self._attempts[attempt] = [stage.key for stage in stages]
+        for stage in stages:
+            self.runs[stage.key] = Run(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
+            self.demand.line.start(stage.key)
+        return self.runs[leader.key]
 
     def ended(self, key: str, attempt: str) -> Run | None:
-        """Close the books of an attempt; None if it is not the one that counts."""
+        """Close the books of an attempt at one key; None if it is not the one that counts."""
         run = self.runs.get(key)
         if run is None or run.attempt != attempt:
             return None
         del self.runs[key]
         self.demand.line.stop(key)
-        self._closed.add(attempt)
+        self._closed.add((key, attempt))
+        self._attempts[attempt].remove(key)
+        if self._attempts[attempt]:
+            return run
+        del self._attempts[attempt]
         for worker in self.roster.workers.values():
             if worker.leads == attempt:
                 worker.leads, worker.memory = None, 0
@@ -110,27 +132,45 @@ class Ledger:
 
     def published(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
         """An attempt ended well; the store has the last word."""
-        known = attempt in self._closed
+        known = (key, attempt) in self._closed
         run = self.ended(key, attempt)
         artifact = self.find(key)
         if artifact is None:
             if run is not None:
-                self._give_up(key, "failed", "FileNotFoundError: it ended, but its artifact is not in the store")
+                self._give_up(key, FAILED, "FileNotFoundError: it ended, but its artifact is not in the store")
             return
-        for counts in (self._deaths, self._missed, self._furthest):
-            counts.pop(key, None)
+        self._forget(key)
+        self._apart.discard(key)
         if computed and not known:  # also one that ended while the broker was down
             name = key.rpartition("-")[0]
             self.computed[name] += 1
-            self._closed.add(attempt)
-            self.outbox.append(Event("published", key, name, run.worker if run else "", seconds))
+            self._closed.add((key, attempt))
+            spent = float(artifact.record["seconds"]) if artifact.record.get("together") else seconds
+            self.outbox.append(Event("published", key, name, run.worker if run else "", spent))
         self.demand.publish(artifact, computed)
 
     def failed(self, key: str, attempt: str, kind: str, cause: str, missing: str, now: float) -> bool:
-        """An attempt raised; False if it is not the one that counts. A missing input is computed again first."""
+        """An attempt raised; False if it is not the one that counts, or not the last word on its stage.
+
+        A missing input is computed again first. Of a family it is unknown who is to blame, so its stages are made apart next.
+        What ran out of memory runs once more with nothing beside it.
+        """
+        beside = [each for each in self._family(attempt) if each.key != key]
         run = self.ended(key, attempt)
         if run is None:
             return False
+        for each in beside:
+            self.ended(each.key, attempt)
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (beside or self._again_alone(key, kind)):
+            event = "apart" if beside else OUT_OF_MEMORY
+            self.outbox.append(Event(event, key, run.stage.name, run.worker, now - run.since, cause))
+            self._part([run, *beside])
+            return False
+        if kind == OUT_OF_MEMORY:
+            kind, cause = FAILED, also_alone(cause)
+        if kind != FAILED:
+            for each in beside:
+                self._give_up(each.key, kind, cause)
         self._missed[key] += bool(missing)
         if missing and self._missed[key] < DEATHS and self.demand.miss(key, missing, now):
             return True
@@ -138,15 +178,36 @@ class Ledger:
         self._give_up(key, kind, cause)
         return True
 
+    def _part(self, family: Sequence[Run]) -> None:
+        self._apart.update(run.key for run in family if len(family) > 1)
+        for run in family:
+            self.demand.forsake(run.key)
+
+    def _again_alone(self, key: str, kind: str) -> bool:
+        if kind != OUT_OF_MEMORY or key in self._alone:
+            return False
+        self._alone.add(key)
+        return True
+
+    def _needs(self, stage: Stage) -> Needs:
+        needs = self.needs(stage.name)
+        if stage.key not in self._alone:
+            return needs
+        return replace(needs, gpus=float(math.ceil(needs.gpus)), helpers=0)
+
     def _give_up(self, key: str, kind: str, cause: str) -> None:
+        self._forget(key)
+        self.demand.fail(key, kind, cause)
+
+    def _forget(self, key: str) -> None:
+        """What went wrong with a stage before counts no more."""
         for counts in (self._deaths, self._missed, self._furthest):
             counts.pop(key, None)
-        self.demand.fail(key, kind, cause)
+        self._alone.discard(key)
 
     def lost(self, worker: Worker) -> None:
         """A worker asks for work without ever having received what it was given."""
-        run = next((each for each in self.runs.values() if each.attempt == worker.leads), None)
-        if run is not None:
+        for run in self._family(worker.leads or ""):
             self.ended(run.key, run.attempt)
         worker.leads = None
 
@@ -159,29 +220,32 @@ class Ledger:
             return
         if worker.beat is None and event != "late":  # a cluster that is full lets wait as long as it likes
             self._bear_no_more(why)
-        run = next((each for each in self.runs.values() if each.worker == name), None)
-        if run is None:
+        family = self._family(worker.leads or "")
+        if not family:
             if not worker.leaving:
                 self.outbox.append(Event(event, worker=name, cause=why))
             return
-        self._fenced.add(run.attempt)
-        self.outbox += [Fence(run.key, run.attempt), Event(event, run.key, run.stage.name, name, now - run.since, why)]
-        self.ended(run.key, run.attempt)
-        if run.progress.get("epoch", 0) > self._furthest.get(run.key, 0):
-            self._furthest[run.key] = run.progress["epoch"]
-            self._deaths[run.key] = 0  # a stage that gets further each time does not kill its workers
-        # A worker that froze before it heard of the stage says nothing about the stage.
-        self._deaths[run.key] += run.seen or event != "fenced"
-        if self._deaths[run.key] >= DEATHS:
-            self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
-        else:
-            self.demand.forsake(run.key)
+        lead = next((each for each in family if each.key == each.leader), family[0])
+        self._fenced.add(lead.attempt)
+        self.outbox.append(Event(event, lead.key, lead.stage.name, name, now - lead.since, why))
+        for run in family:
+            self.outbox.append(Fence(run.key, run.attempt))
+            self.ended(run.key, run.attempt)
+        self._part(family)
+        for run in family:
+            if run.progress.get("epoch", 0) > self._furthest.get(run.key, 0):
+                self._furthest[run.key] = run.progress["epoch"]
+                self._deaths[run.key] = 0  # a stage that gets further each time does not kill its workers
+            # A worker that froze before it heard of the stage says nothing about the stage.
+            self._deaths[run.key] += run.seen or event != "fenced"
+            if self._deaths[run.key] >= DEATHS:
+                self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
 
     def _bear_no_more(self, why: str) -> None:
-        self._stillborn += 1
-        if self._stillborn < DEATHS:
+        self.hiring.stillborn += 1
+        if self.hiring.stillborn < DEATHS:
             return
-        self._stillborn = 0
+        self.hiring.stillborn = 0
         for key in [each for each in self.demand.wants if each not in self.runs]:
             if key in self.demand.wants:
                 self._give_up(key, "failed", f"WorkerDied: workers die before their first heartbeat: {why}")
@@ -211,60 +275,73 @@ class Ledger:
         """Start what can start, borrow idle workers for what can be split, hire where stages wait."""
         if self._expected and now < self._quiet_until:
             return
-        openings, coming, full = Openings(self.roster, now), Counter[Shape](), set[str]()
+        self._keep_alone()
+        openings = Openings(self.roster, now)
+        for want in self.demand.among(self._alone):
+            if want.stage.key in self.demand.wants:
+                self._provide(want, openings)
+        full: set[str] = set()
         for want in self.demand.queue():
             name = want.stage.name
-            if name in full:
-                continue
-            needs = self.needs(name)
-            worker = openings.take(needs)
-            if worker is not None:
-                run = self._start(worker, want.stage, self.attempts(), now)
-                self.outbox += [Give(worker.name, want.stage, run.attempt), Event("started", run.key, name, worker.name)]
-            elif not self.roster.fits(needs):
-                self._give_up(want.stage.key, "failed", f"it needs {_said(needs)}, more than any node of the cluster has")
-            elif not self._hire(shape_of(needs), coming, openings):
+            if name in full or want.stage.key in self.runs or want.stage.key in self._alone:
+                continue  # no room for it, or begun with another one just now, or looked after above
+            if not self._provide(want, openings):
                 full.add(name)  # whoever else needs the same would find nothing either
                 if full >= self.demand.line.names.keys():
                     break
+        self.hiring.rest(openings)
         self._lend(openings)
 
-    def warm(self, workers: int) -> None:
-        """Hire usual workers before the first stage comes."""
-        openings = Openings(self.roster, 0.0)
-        for _ in range(0 if self._stillborn else workers - len(self.roster.workers)):
-            worker = openings.hire(Shape())
-            if worker is not None:
-                self.outbox.append(Hire(worker))
+    def _keep_alone(self) -> None:
+        """Let nothing begin beside what must be alone on its machine."""
+        self.roster.kept.clear()
+        for run in [self.runs[key] for key in self._alone if key in self.runs]:
+            if not self._needs(run.stage).gpus and run.worker in self.roster.workers:
+                self.roster.keep(self.roster.workers[run.worker].node)
 
-    def _hire(self, shape: Shape, coming: Counter[Shape], openings: Openings) -> bool:
-        """See to one more worker of this shape; False if there is no room for one."""
-        coming[shape] += 1
-        if openings.starting[shape] >= coming[shape]:
-            return True
-        worker = openings.hire(shape)
+    def _provide(self, want: Want, openings: Openings) -> bool:
+        """Start a stage, or see to a worker for it; False if it must wait for room."""
+        needs, alone = self._needs(want.stage), want.stage.key in self._alone
+        worker = self._worker(needs, alone, openings)
         if worker is not None:
-            self.outbox.append(Hire(worker))
+            self._give(worker, want.stage, openings.now)
+        elif not self.roster.fits(needs):
+            self._give_up(want.stage.key, FAILED, f"it needs {_said(needs)}, more than any node of the cluster has")
         else:
-            self.outbox += [Dismiss(each.name) for each in openings.give_up(shape)]
-        return worker is not None
+            return self.hiring.hire(shape_of(needs), alone, openings)
+        return True
+
+    def _worker(self, needs: Needs, alone: bool, openings: Openings) -> Worker | None:
+        if alone and not needs.gpus and any(each.shape == shape_of(needs) for each in self.roster.workers.values()):
+            return quiet(openings, needs)
+        return openings.take(needs)
+
+    def _give(self, worker: Worker, stage: Stage, now: float) -> None:
+        family = self._together(stage)
+        run = self._start(worker, family, self.attempts(), now)
+        given = replace(stage, beside=tuple(family[1:])) if len(family) > 1 else stage
+        self.outbox.append(Give(worker.name, given, run.attempt, stage.key in self._alone))
+        self.outbox += [Event("started", each.key, each.name, worker.name) for each in family]
+
+    def _together(self, stage: Stage) -> list[Stage]:
+        """The stage and, after it, those of its family that could start now, too."""
+        apart = self._apart | self._alone
+        if not stage.family or stage.key in apart:
+            return [stage]
+        others = [each for each in self.demand.relatives(stage) if each.key not in apart]
+        return [stage, *others[: FAMILY - 1]]
 
     def _lend(self, openings: Openings) -> None:
-        borrowing = [run for run in self.runs.values() if self.needs(run.stage.name).helpers]
+        names = {name for name in {run.stage.name for run in self.runs.values()} if self.needs(name).helpers}
+        borrowing = [run for run in self.runs.values() if run.stage.name in names and run.key == run.leader]
         for run in sorted(borrowing, key=lambda run: run.since):
-            needs = self.needs(run.stage.name)
-            missing, shape = needs.helpers - openings.lent[run.attempt], shape_of(needs)
-            for worker in openings.lendable(shape)[: max(0, missing)]:
-                worker.lent_to, missing = run.attempt, missing - 1
-            for _ in range(missing - openings.starting[shape]):
-                hired = None if self._stillborn else openings.hire(shape)
-                if hired is None:
-                    break
-                self.outbox.append(Hire(hired))
+            if run.worker in self.roster.workers:
+                shape = self.roster.workers[run.worker].shape
+                self.hiring.lend(run.attempt, shape, self._needs(run.stage).helpers, openings)
 
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
-        return [worker.name for worker in self.roster.workers.values() if worker.lent_to == attempt]
+        return self.hiring.helpers(attempt)
 
 
 def _said(needs: Needs) -> str:

@@ -29,6 +29,21 @@ class Line:
         """Keys as they stand in line now, whatever happens to the line meanwhile."""
         return iter([key for _, key in self._line])
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._ranks and key not in self._running and not self._missing[key]
+
+    def of(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that stand in line, as they stand there."""
+        return [key for _, key in sorted((self._ranks[key], key) for key in keys if key in self)]
+
+    def behind(self, key: str) -> set[str]:
+        """The wanted keys that a wanted one waits for."""
+        return {each for each in self._waits[key] if each in self._ranks}
+
+    def readers(self, key: str) -> set[str]:
+        """The wanted keys that wait for this one, or would if it were wanted."""
+        return self._readers.get(key, set()).copy()
+
     def enter(self, key: str, waits: Iterable[str], rank: Rank) -> None:
         """A stage is wanted, which waits while any of `waits` is wanted."""
         self._waits[key] = frozenset(waits)
@@ -71,7 +86,7 @@ class Line:
         self._stand(key, True)
 
     def _stand(self, key: str, here: bool) -> None:
-        if key not in self._ranks or key in self._running or self._missing[key]:
+        if key not in self:
             return
         entry, name = (self._ranks[key], key), key.rpartition("-")[0]
         if here:

@@ -7,12 +7,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
+from ktray.crew.causes import DISK_FULL, OUT_OF_MEMORY, also_alone, kind_of
 from ktray.crew.locks import alone_on_store, hold_store
-from ktray.errors import StageFailed, StoppedEarly, UserError, disk_is_full
-from ktray.pool import Means
+from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.pool import FEW_IMAGES, Means
 from ktray.stores import Store
 
 Work = Callable[[Stage, Store, str, Means], tuple[Artifact, bool]]
@@ -56,13 +58,15 @@ class LocalCrew:
         began = time.perf_counter()
         attempt = f"{os.getpid()}-{time.time_ns():x}"
         try:
-            artifact, published = self.work(stage, self.store, attempt, self.means)
+            artifact, published = self._work(stage, attempt)
         except Exception as error:
             # A process boundary: whatever a stage raises becomes the named failure of that stage; so does an absent input,
             # as a loaded teacher names an artifact that no stage of its pair makes.
-            if disk_is_full(error, self.store.url):
+            kind = kind_of(error, self.store.url)
+            if kind == DISK_FULL:
                 raise StoppedEarly(f"the disk is full: {error}") from error
             cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            cause = also_alone(cause) if kind == OUT_OF_MEMORY else cause
             with suppress(OSError):  # a store that cannot be written is one of the causes
                 self.store.fail(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
             raise StageFailed(stage.key, cause) from error
@@ -70,3 +74,13 @@ class LocalCrew:
         seconds = time.perf_counter() - began
         self.tell({"event": "published" if published else "found", "key": stage.key, "stage": stage.name, "seconds": seconds})
         return {"key": stage.key, "state": state, "seconds": seconds, "metrics": dict(artifact.metrics)}
+
+    def _work(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
+        try:
+            return self.work(stage, self.store, attempt, self.means)
+        except Exception as error:
+            if kind_of(error, self.store.url) != OUT_OF_MEMORY:
+                raise
+            self.tell({"event": OUT_OF_MEMORY, "key": stage.key, "stage": stage.name})
+        # Beyond the handler, whose error holds the tensors of all its frames.
+        return self.work(stage, self.store, f"{attempt}-again", replace(self.means, alone=True, most_images=FEW_IMAGES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cached_property
 
+from ktray.crew.cards import SLACK, free_shares, has_room
 from ktray.crew.needs import Needs
 from ktray.crew.roster import Roster, Shape, Worker, shape_of
 
@@ -14,12 +15,14 @@ class Openings:
 
     Attributes:
         starting: shape -> workers that were hired and have not come yet.
+        coming: shape -> stages that have no worker in this turn.
         lent: attempt -> workers that are lent to it.
     """
 
     def __init__(self, roster: Roster, now: float) -> None:
-        self.roster = roster
+        self.roster, self.now = roster, now
         self.starting: Counter[Shape] = Counter()
+        self.coming: Counter[Shape] = Counter()
         self.lent: Counter[str] = Counter()
         self._idle: dict[Shape, list[Worker]] = {}
         self._full: set[Shape] = set()
@@ -33,14 +36,25 @@ class Openings:
                 borrowed.append(worker)
             elif worker.leads is None:
                 unborrowed.append(worker)
-        for worker in reversed(borrowed):  # taken from the end: those that are lent come last
-            self._offer(worker, now)
-        for worker in reversed(unborrowed):
-            self._offer(worker, now)
+        for group in (borrowed, unborrowed):  # taken from the end: those that are lent come last
+            for worker in sorted(
+                reversed(group), key=lambda worker: self._wastes_gpus(worker.node, worker.shape), reverse=True
+            ):
+                if roster.available(worker, now):
+                    self._idle.setdefault(worker.shape, []).append(worker)
 
-    def _offer(self, worker: Worker, now: float) -> None:
-        if self.roster.available(worker, now):
-            self._idle.setdefault(worker.shape, []).append(worker)
+    def _wastes_gpus(self, name: str, shape: Shape) -> bool:
+        """Whether it were better to do this elsewhere: who trains on a GPU needs the CPUs beside it."""
+        node = self.roster.nodes.get(name)
+        return node is not None and node.gpus > 0 and not shape.gpus
+
+    @cached_property
+    def staff(self) -> dict[str, list[Worker]]:
+        """Node -> its workers, those who are leaving included."""
+        found: dict[str, list[Worker]] = {name: [] for name in self.roster.nodes}
+        for worker in self.roster.workers.values():
+            found.setdefault(worker.node, []).append(worker)
+        return found
 
     @cached_property
     def _held(self) -> dict[str, Shape]:
@@ -59,28 +73,40 @@ class Openings:
             left[worker.node] = left.get(worker.node, 0.0) - worker.memory
         return left
 
-    def take(self, needs: Needs) -> Worker | None:
-        """A worker that can run a stage at once: one that nobody borrowed, else one that is lent."""
+    def idle(self) -> list[Worker]:
+        """All who wait for work, of any shape, also where room is being kept."""
+        return [worker for idle in self._idle.values() for worker in idle if not worker.leaving]
+
+    def take(self, needs: Needs, place: str | None = None) -> Worker | None:
+        """A worker that can run a stage at once: one that nobody borrowed, else one that is lent; only on `place` if given.
+
+        Of several one on a node without a GPU, if the stage needs none.
+        """
         idle = self._idle.get(shape_of(needs), [])
         for index in reversed(range(len(idle))):
             worker = idle[index]
-            if not worker.leaving and self._memory[worker.node] >= needs.memory_bytes:
+            if worker.leaving or worker.node != (place or worker.node) or self.roster.is_kept(worker):
+                continue
+            if self._memory[worker.node] >= needs.memory_bytes:
                 del idle[index]
                 self._memory[worker.node] -= needs.memory_bytes
                 return worker
         return None
 
     def lendable(self, shape: Shape) -> list[Worker]:
-        """Idle workers that nobody borrowed, in the order of the roster."""
-        return [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.leaving]
+        """Idle workers that nobody borrowed, in the order in which they would be taken."""
+        free = [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.leaving]
+        return [worker for worker in free if not self.roster.is_kept(worker)] if self.roster.kept else free
 
     def hire(self, shape: Shape) -> Worker | None:
-        """A new worker on the node with most room, or None where there is none."""
+        """A new worker on the node with most room, or None where there is none; without need of a GPU rather beside none."""
         place = None if shape in self._full else self._roomiest(shape)
         if place is None:
             self._full.add(shape)
             return None
-        held, worker = self._held[place], self.roster.hire(shape, place)
+        held, beside = self._held[place], self.staff[place]
+        worker = self.roster.hire(shape, place)
+        beside.append(worker)
         self._held[place] = Shape(held.cpus + shape.cpus, held.gpus + shape.gpus)
         self.starting[shape] += 1
         return worker
@@ -88,43 +114,19 @@ class Openings:
     def _roomiest(self, shape: Shape) -> str | None:
         if sum(held.cpus for held in self._held.values()) + shape.cpus > self.roster.cpus:
             return None
-        found, most = None, (False, -1.0, -1.0)
+        found, most = None, (False, -2.0, -2.0)
         for name, node in self.roster.nodes.items():
             cpus, gpus = node.cpus - self._held[name].cpus, node.gpus - self._held[name].gpus
             # A silent node comes last: Ray takes a minute to notice that one is gone.
-            room = (name not in self.roster.silent, gpus if shape.gpus else 0.0, cpus)
-            if cpus >= shape.cpus and gpus >= shape.gpus - 1e-6 and room > most:
+            heard = name not in self.roster.silent
+            room = (heard, gpus if shape.gpus else -float(self._wastes_gpus(name, shape)), cpus)
+            if cpus < shape.cpus or gpus < shape.gpus - SLACK or room <= most or name in self.roster.kept:
+                continue
+            if not shape.gpus or has_room(self.cards(name), shape.gpus):
                 found, most = name, room
         return found
 
-    def give_up(self, shape: Shape) -> list[Worker]:
-        """Idle workers of other shapes that must go so that one of `shape` gets room; none if room is on its way."""
-        others = {worker.name for each, idle in self._idle.items() if each != shape for worker in idle if not worker.leaving}
-        if not others:
-            return []
-        staff: dict[str, list[Worker]] = {name: [] for name in self.roster.nodes}
-        for worker in self.roster.workers.values():
-            staff.setdefault(worker.node, []).append(worker)
-        if any(self._will_have_room(place, shape, staff) for place in self.roster.nodes):
-            return []
-        for place in self.roster.nodes:
-            chosen: list[Worker] = []
-            for worker in staff[place]:
-                if worker.name in others:
-                    worker.leaving = True
-                    chosen.append(worker)
-                    if self._will_have_room(place, shape, staff):
-                        return chosen
-            for worker in chosen:
-                worker.leaving = False
-        return []
-
-    def _will_have_room(self, place: str, shape: Shape, staff: dict[str, list[Worker]]) -> bool:
-        """Whether a node has room once those who are leaving are gone."""
-        node, stay = self.roster.nodes[place], [worker for worker in staff[place] if not worker.leaving]
-        cpus = node.cpus - sum(worker.shape.cpus for worker in stay)
-        gpus = node.gpus - sum(worker.shape.gpus for worker in stay)
-        if cpus < shape.cpus or gpus < shape.gpus - 1e-6:
-            return False
-        held = sum(worker.shape.cpus for worker in self.roster.workers.values() if not worker.leaving)
-        return held + shape.cpus <= self.roster.cpus
+    def cards(self, place: str, leaving: bool = True) -> dict[str, float]:
+        """Card -> share that is free on a node; without `leaving`, as it will be once those who are leaving are gone."""
+        held = [(each.shape.gpus, each.cards) for each in self.staff[place] if leaving or not each.leaving]
+        return free_shares(self.roster.nodes[place].gpus, held)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from ktray.crew.needs import Needs
 
+RETURN = 600.0  # seconds in which a node that left may come back before its resources are given up
+WHOLE, CPUS = "", "cpus"  # parts of a node that may be kept free, beside the names of its cards
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -40,6 +43,7 @@ class Worker:
         leads: attempt of the stage that it runs.
         lent_to: attempt of the stage that it helps.
         leaving: it will be told to go.
+        cards: names of the GPUs that it has, as it tells; empty until it does.
     """
 
     name: str
@@ -52,6 +56,11 @@ class Worker:
     lent_to: str | None = None
     memory: int = 0
     leaving: bool = False
+    cards: tuple[str, ...] = ()
+
+    def lies_in(self, part: str) -> bool:
+        """Whether it holds something of a part of its node: `WHOLE`, `CPUS` or a card."""
+        return part == WHOLE or (self.shape.cpus > 0 if part == CPUS else part in self.cards)
 
 
 @dataclass
@@ -62,6 +71,10 @@ class Roster:
         nodes: node id -> resources.
         cpus: at most so many CPUs for workers, over all nodes.
         stale: a worker without heartbeat for so many seconds gets no new work.
+
+    Attributes:
+        kept: node -> card, `CPUS` or `WHOLE`: where room is being made for a stage that has waited, or where one must be alone,
+            and where nothing else begins. Whoever dispatches clears it first.
     """
 
     nodes: Mapping[str, Node]
@@ -69,19 +82,30 @@ class Roster:
     stale: float = 3.0
     workers: dict[str, Worker] = field(default_factory=dict)
     silent: set[str] = field(default_factory=set)  # nodes where a worker fell silent and none was heard of since
+    kept: dict[str, str] = field(default_factory=dict)
+    _left: dict[str, tuple[Node, float]] = field(default_factory=dict)
     _hired: int = 0
+
+    def see(self, nodes: Mapping[str, Node], now: float) -> None:
+        """Take note of the nodes that are there now."""
+        self._left |= {name: (node, now) for name, node in self.nodes.items() if name not in nodes}
+        self._left = {name: left for name, left in self._left.items() if name not in nodes and now - left[1] < RETURN}
+        self.nodes = nodes
+
+    def known(self) -> list[Node]:
+        """The nodes that are there, and those that left a short while ago and may come back."""
+        return [*self.nodes.values(), *(node for node, _ in self._left.values())]
 
     def fits(self, needs: Needs) -> bool:
         """Whether some node could ever run a stage with these needs."""
         shape = shape_of(needs)
         return shape.cpus <= self.cpus and any(
-            node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= needs.memory_bytes
-            for node in self.nodes.values()
+            node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= needs.memory_bytes for node in self.known()
         )
 
     def available(self, worker: Worker, now: float) -> bool:
         """Whether a worker waits for work and was heard of lately."""
-        fresh = worker.beat is not None and now - worker.beat <= self.stale
+        fresh = worker.beat is not None and now - worker.beat <= self.stale and worker.node in self.nodes
         return worker.polling and fresh and worker.leads is None and not worker.leaving
 
     def hire(self, shape: Shape, node: str) -> Worker:
@@ -94,6 +118,14 @@ class Roster:
         self.skip([name])
         self.workers[name] = Worker(name, shape, node)
         return self.workers[name]
+
+    def keep(self, name: str, part: str = WHOLE) -> None:
+        """Let nothing begin on this node, or this part of it, until the next dispatch."""
+        self.kept[name] = part
+
+    def is_kept(self, worker: Worker) -> bool:
+        """Whether a worker must stay idle, because room is being made where it is."""
+        return worker.node in self.kept and worker.lies_in(self.kept[worker.node])
 
     def skip(self, names: Iterable[str]) -> None:
         """Never hire under these names."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import traceback
@@ -11,14 +12,16 @@ from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.artifact import Stage
+from ktray.crew.causes import kind_of, line_of
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.locks import hold_store
 from ktray.crew.ray_pool import RayPool
 from ktray.crew.roster import Shape
-from ktray.errors import MissingInput, UserError, disk_is_full
-from ktray.pool import Means
+from ktray.errors import MissingInput
+from ktray.pool import FEW_IMAGES, Means
 from ktray.stores import open_store
 
 
@@ -31,7 +34,9 @@ class WorkerActor:
         self._store = open_store(charter.store_url)
         self._lock = hold_store(charter.store_url)
         self._broker = ray.get_actor(BROKER, namespace=charter.namespace)
-        self._who = {"name": name, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid(), "shape": shape}
+        cards = tuple(map(str, ray.get_gpu_ids())) if shape.gpus else ()
+        self._who = {"name": name, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        self._who |= {"shape": shape, "cards": cards}
         self._stage: Stage | None = None
         self._attempt = ""
         self._progress: Mapping[str, float] = {}
@@ -70,9 +75,9 @@ class WorkerActor:
             if order["do"] == "go":
                 return
             if order["do"] == "stage":
-                report = self._run(order["stage"], order["attempt"], order["helpers"])
+                report = self._run(order["stage"], order["attempt"], order["helpers"], order["alone"])
 
-    def _run(self, stage: Stage, attempt: str, lent: list[str]) -> dict[str, Any]:
+    def _run(self, stage: Stage, attempt: str, lent: list[str], alone: bool) -> dict[str, Any]:
         self._progress, self._lent, self._stage, self._attempt = {}, lent, stage, attempt
         runtime = self._charter.runtime
         means = Means(
@@ -81,6 +86,8 @@ class WorkerActor:
             progress=self._tell,
             checkpoint_seconds=runtime.checkpoint_seconds,
             memmap_bytes=runtime.memmap_bytes,
+            alone=alone,
+            most_images=FEW_IMAGES if alone else None,
         )
         report: dict[str, Any] = {"key": stage.key, "attempt": attempt, "kind": ""}
         began = time.monotonic()
@@ -88,14 +95,27 @@ class WorkerActor:
             self._box = ("", None)
             try:
                 report["computed"] = self._work(stage, self._store, attempt, means)[1]
+                report["beside"] = [(each.key, self._made(each.key, attempt)) for each in stage.beside]
             except MissingInput as error:
                 report |= {"kind": "failed", "missing": error.key, "cause": f"MissingInput: {error}", "traceback": ""}
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
-                kind = "disk full" if disk_is_full(error, self._store.url) else "failed"
-                report |= {"kind": kind, "cause": _line(error), "traceback": traceback.format_exc()}
+                kind = kind_of(error, self._store.url)
+                report |= {"kind": kind, "cause": line_of(error), "traceback": traceback.format_exc()}
             finally:
                 self._stage, self._attempt, self._lent = None, "", []
+        self._give_memory_back()
         return report | {"seconds": time.monotonic() - began}
+
+    def _give_memory_back(self) -> None:
+        """To others on the same GPU; here, where an error that held tensors is gone."""
+        torch = sys.modules.get("torch")
+        if torch is not None and self._shape.gpus:
+            torch.cuda.empty_cache()
+
+    def _made(self, key: str, attempt: str) -> bool:
+        """Whether this attempt published a stage beside the one that it was given."""
+        artifact = self._store.find(key)
+        return artifact is not None and artifact.record.get("attempt") == attempt
 
     def _tell(self, values: Mapping[str, float]) -> None:
         self._progress = dict(values)
@@ -121,6 +141,22 @@ class WorkerActor:
             time.sleep(self._charter.runtime.heartbeat_seconds)
 
 
+def start(charter: Charter, name: str, shape: Shape, node: str) -> Any:
+    """A worker that is about to live on `node`, or elsewhere if it is gone: the handle of its actor."""
+    actor = ray.remote(WorkerActor).options(
+        name=name,
+        namespace=charter.namespace,
+        lifetime="detached",
+        num_cpus=shape.cpus,
+        num_gpus=shape.gpus,
+        max_restarts=0,
+        max_concurrency=8,
+        runtime_env={"env_vars": dict(charter.environment)},
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
+    )
+    return actor.remote(charter, name, shape)
+
+
 def _to_the_end(body: Callable[[], None]) -> None:
     """Run one of the two threads; without either of them this process is of no use, however the other one is doing."""
     try:
@@ -132,17 +168,10 @@ def _to_the_end(body: Callable[[], None]) -> None:
     os._exit(0)
 
 
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text[:500]
-    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
-
-
 def _packed(error: Exception) -> bytes:
     try:
         packed = bytes(cloudpickle.dumps((False, error)))
         cloudpickle.loads(packed)
     except Exception:  # noqa: BLE001 - an error may be of any class; one that does not travel goes as its text
-        return bytes(cloudpickle.dumps((False, RuntimeError(_line(error)))))
+        return bytes(cloudpickle.dumps((False, RuntimeError(line_of(error)))))
     return packed

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ktray.artifact import Stage
 from ktray.drivers.account import Account
 from ktray.drivers.prices import Prices
-from ktray.errors import StoppedEarly
+from ktray.errors import StoppedEarly, UserError
 from ktray.pipeline import graph as graphs
 from ktray.pipeline import judge
 from ktray.pipeline.graph import Graph, Identity
@@ -74,6 +76,21 @@ class Conductor:
             return ahead, stop
         return ahead, None
 
+    def certain(self) -> list[Stage]:
+        """Stages up to the features of planned draws that are yet to be made, unless the sampler still has a choice there."""
+        found: dict[str, Stage] = {}
+        drawn = sum(trial.planned is not None for trial in self.study.trials())
+        for start in self.space.start_with[drawn : self.study.target]:
+            params = self.space.complete(start)
+            if any(name.split(".")[0] in ("data", "teacher") for name in params.keys() - start.keys()):
+                continue
+            with suppress(UserError):  # no valid pair: its trial will say so
+                pair = self.space.pair(params)
+                graph = self._graph(pair, str(params.get("teacher", "")))
+                found |= {stage.key: stage for stage in _up_to_features(graph)}
+        self.demanded |= found.keys()
+        return list(found.values())
+
     def next(self) -> Segment | Literal["wait", "done"]:
         """The next segment that has something to compute; what the store answers whole is settled on the way."""
         while True:
@@ -108,9 +125,8 @@ class Conductor:
 
     def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
         """The stages of a trial up to `epoch` of its student, its last by default, and of these evaluations, or of all."""
-        milestones = self._milestones.get(str(trial.params.get("teacher", "")), {})
         pair = PairSpec.model_validate(dict(trial.pair))
-        graph = graphs.build(pair, self.identity, epoch=epoch, evaluations=evaluations, milestones=milestones)
+        graph = self._graph(pair, str(trial.params.get("teacher", "")), epoch, evaluations)
         self.demanded |= {stage.key for stage in graph.stages}
         return graph
 
@@ -118,8 +134,11 @@ class Conductor:
         pair = self.space.pair(params)
         until = rungs.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]
         wanted = None if until == pair.student.schedule.epochs else [self._judge(until)]
-        milestones = self._milestones.get(str(params.get("teacher", "")), {})
-        return graphs.build(pair, self.identity, epoch=until, evaluations=wanted, milestones=milestones)
+        return self._graph(pair, str(params.get("teacher", "")), until, wanted)
+
+    def _graph(self, pair: PairSpec, branch: str, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
+        milestones = self._milestones.get(branch, {})
+        return graphs.build(pair, self.identity, epoch=epoch, evaluations=evaluations, milestones=milestones)
 
     def _judge(self, epoch: int) -> str:
         """Name of the evaluation that a rung is judged by."""
@@ -198,6 +217,15 @@ class Conductor:
         for trial in self.study.trials():
             if trial.state == "running":
                 self.account.ended(trial, trial.keys, {})
+
+
+def _up_to_features(graph: Graph) -> list[Stage]:
+    """Images, teachers and features with all that they read: where a student teaches, also what made that student."""
+    kept: set[str] = set()
+    for stage in reversed(graph.stages):
+        if stage.name in ("images", "teacher", "features") or stage.key in kept:
+            kept |= {stage.key, *stage.inputs.values()}
+    return [stage for stage in graph.stages if stage.key in kept]
 
 
 def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:

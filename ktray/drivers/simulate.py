@@ -143,14 +143,17 @@ class _Simulation:
         self.conductor = Conductor(space, study, store, identity, mute, lambda event, trial, text: None)
         roster = Roster(site.nodes(), stale=FOREVER)
         attempts = itertools.count()
-        self.ledger = Ledger(self.store.find, lambda name: Needs(), roster, lambda: f"a{next(attempts)}", FOREVER)
-        self.ledger.warm(site.workers)
+        self.ledger = Ledger(self.store.find, lambda name: Needs(), roster, lambda: f"a{next(attempts)}", FOREVER, self._length)
+        self.ledger.hiring.warm(site.workers)
         self.live: dict[str, Segment] = {}
         self.ahead: list[tuple[float, int, _Attempt | Worker]] = []
         self.order = itertools.count()
         self.attempts: Counter[str] = Counter()
         self.kept: dict[str, float] = {}
         self.timeline = Timeline()
+
+    def _length(self, stage: Stage) -> float:
+        return self.seconds(stage, int(stage.spec.get("epoch", 0)))
 
     def run(self) -> Timeline:
         while True:
@@ -201,15 +204,19 @@ class _Simulation:
 
     def _begin(self, give: Give) -> None:
         stage = give.stage
-        rest = self._work(stage) - self.kept.get(stage.key, 0.0)
+        rest = self._work_of(give) - self.kept.get(stage.key, 0.0)
         share = self.site.dies(stage.key, self.attempts[stage.key])
-        self.attempts[stage.key] += 1
+        self.attempts.update(each.key for each in _family(give))
         worked = rest * (1.0 if share is None else share)
         self._at(worked + self.site.overhead_seconds, _Attempt(give, worked, share is not None))
 
     def _work(self, stage: Stage) -> float:
         epochs = max(0, int(stage.spec.get("epoch", 0)) - self.store.epoch_reached(stage))
         return self.seconds(stage, epochs)
+
+    def _work_of(self, give: Give) -> float:
+        """One pass for a whole family takes as long as for the dearest of it."""
+        return max(self._work(stage) for stage in _family(give))
 
     def _pass(self) -> None:
         """To the next thing that happens."""
@@ -229,21 +236,27 @@ class _Simulation:
         if attempt.give.stage.name in ("teacher", "student") and every < FOREVER:
             self.kept[key] = done - done % every
         self.timeline.lost += done - self.kept.get(key, 0.0) + self.site.overhead_seconds
-        self.ledger.runs[key].seen = True
+        for each in _family(attempt.give):
+            self.ledger.runs[each.key].seen = True
         self.ledger.gone(attempt.give.worker, "worker died", "the simulation killed it", self.clock.now)
 
     def _publish(self, give: Give) -> None:
-        stage, seconds = give.stage, self._work(give.stage)
-        record = {
-            "seconds": seconds,
-            "seconds_alone": seconds + self.store.seconds_before(stage),
-            "epoch": stage.spec.get("epoch", 0),
-        }
-        self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
-        self.timeline.computed.append((self.clock.now, stage.key))
+        family, seconds = _family(give), self._work_of(give)
         self.timeline.makespan = self.clock.now
         self.ledger.roster.workers[give.worker].polling = True
-        self.ledger.published(stage.key, give.attempt, True, seconds, self.clock.now)
+        for stage in family:
+            record = {
+                "seconds": seconds / len(family),
+                "seconds_alone": seconds + self.store.seconds_before(stage),
+                "epoch": stage.spec.get("epoch", 0),
+            }
+            self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
+            self.timeline.computed.append((self.clock.now, stage.key))
+            self.ledger.published(stage.key, give.attempt, True, seconds / len(family), self.clock.now)
+
+
+def _family(give: Give) -> tuple[Stage, ...]:
+    return (give.stage, *give.stage.beside)
 
 
 def simulate(space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, site: int | Site) -> Timeline:

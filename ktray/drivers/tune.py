@@ -155,6 +155,7 @@ def run_search(
     concurrent = conductor.space.budget.concurrent
     for segment in ahead:
         crew.prefetch(list(segment.graph.stages))
+    crew.prefetch(conductor.certain())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     searcher = StudySearcher(conductor, crew, stopping, ahead)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import platform
-import resource
-import subprocess
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ktray import snapshot
 from ktray.artifact import Artifact, Stage
 from ktray.errors import MissingInput
+from ktray.pipeline import memory
+from ktray.pipeline.record import record_of
 from ktray.pool import Means
-from ktray.stages import WORK
+from ktray.stages import FAMILY_WORK, WORK
 from ktray.stores import Store
-
-_PACKAGE = Path(__file__).parent.parent
 
 
 def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
-    """The artifact of `stage`, and whether this call published it.
+    """The artifact of `stage`, and whether this call published it; the stages beside it are published, too.
 
     Args:
         attempt: name of this attempt, unique per key.
@@ -38,23 +30,58 @@ def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Art
         FileNotFoundError: this attempt was fenced.
         Exception: whatever the stage raises.
     """
-    found = store.find(stage.key)
-    if found:
-        return found, False
-    inputs = {role: _input(store, key) for role, key in stage.inputs.items()}
-    torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
+    wanted = [each for each in (stage, *stage.beside) if store.find(each.key) is None]
+    published: dict[str, tuple[Artifact, bool]] = {}
+    if wanted:
+        inputs = {role: _input(store, key) for role, key in stage.inputs.items()}
+        torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
+        memory.reset_peaks(means.device)
+        try:
+            if len(wanted) > 1:
+                published = _compute_family(wanted, inputs, store, attempt, means)
+            else:
+                published = {wanted[0].key: _compute(wanted[0], inputs, store, attempt, means)}
+        finally:
+            memory.give_back(means.device)
+    if stage.key not in published:
+        return _input(store, stage.key), False
+    return published[stage.key]
+
+
+def _compute(stage: Stage, inputs: Mapping[str, Artifact], store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
     scratch = store.scratch(stage.key, attempt)
     start = _latest_snapshot(stage, store)
-    _reset_peak()
     began = time.perf_counter()
     metrics = WORK[stage.name](stage, inputs, scratch, means, start)
     seconds = time.perf_counter() - began
-    record = _record(stage, metrics, seconds, inputs, means)
+    record = record_of(stage, metrics, seconds, inputs, means)
     record |= {"attempt": attempt, "started_from": start.name if start else None}
     if "lineage" in stage.local:
         record["lineage"] = stage.local["lineage"]
     record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start), 3)
     return store.publish(scratch, stage.key, record)
+
+
+def _compute_family(
+    stages: list[Stage], inputs: Mapping[str, Artifact], store: Store, attempt: str, means: Means
+) -> dict[str, tuple[Artifact, bool]]:
+    """One run for several stages. Each is charged its share of the seconds, so that they sum to what was spent.
+
+    A share is in proportion to what the stage would have cost alone; the dearest of them would have cost the whole run.
+    """
+    scratches = [store.scratch(stage.key, attempt) for stage in stages]
+    began = time.perf_counter()
+    made = FAMILY_WORK[stages[0].name](stages, inputs, scratches, means)
+    seconds = time.perf_counter() - began
+    work = [alone for _, alone in made]
+    together = sorted(stage.key for stage in stages)
+    published = {}
+    for stage, scratch, (metrics, alone) in zip(stages, scratches, made, strict=True):
+        record = record_of(stage, metrics, seconds * alone / sum(work), inputs, means)
+        record |= {"attempt": attempt, "started_from": None, "together": together}
+        record["seconds_alone"] = round(seconds * alone / max(work), 3)
+        published[stage.key] = store.publish(scratch, stage.key, record)
+    return published
 
 
 def _input(store: Store, key: str) -> Artifact:
@@ -90,68 +117,3 @@ def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | Non
         return seconds + float(earlier.record["seconds_alone"])
     until, begun = stage.spec["epoch"], snapshot.epoch_of(start)  # a dead attempt's checkpoint: its epochs cost what ours did
     return seconds * until / max(1, until - begun)
-
-
-def _record(
-    stage: Stage, metrics: Mapping[str, float], seconds: float, inputs: Mapping[str, Artifact], means: Means
-) -> dict[str, Any]:
-    return {
-        "key": stage.key,
-        "sha256": stage.sha256,
-        "stage": stage.name,
-        "spec": dict(stage.spec),
-        "revisions": dict(stage.revisions),
-        "inputs": {role: artifact.key for role, artifact in inputs.items()},
-        "metrics": {name: float(value) for name, value in metrics.items()},
-        "seconds": round(seconds, 3),
-        "peak_bytes": _peak() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "device": _device(means.device),
-        "workers": means.pool.workers,
-        "published": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_environment(),
-    }
-
-
-def _device(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {platform.machine()}"
-
-
-@lru_cache
-def _environment() -> Mapping[str, Any]:
-    versions = {"python": platform.python_version()}
-    for package in ("ktray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "faiss-cpu", "pillow", "timm"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return {"versions": versions, "commit": _commit()}
-
-
-def _commit() -> str | None:
-    """The commit of ktray's working tree, "-dirty" if the package differs from it; None if ktray was installed.
-
-    An installed ktray may lie inside the user's repository, as `.venv` often does, whose commit says nothing about ktray.
-    """
-    try:
-        if not _PACKAGE.parent.samefile(_git("rev-parse", "--show-toplevel")):
-            return None
-        modified = _git("status", "--porcelain", "--", _PACKAGE.name)
-        return _git("rev-parse", "HEAD") + ("-dirty" if modified else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(_PACKAGE.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-
-
-def _reset_peak() -> None:
-    """Let the kernel count peak memory from here: a warm worker ran other stages before."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-    return 0

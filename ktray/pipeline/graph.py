@@ -235,7 +235,9 @@ def _features(builder: _Builder, role: str) -> str:
         inputs["teacher"] = builder.keys["teacher"]
     what = {**_teacher_view(teacher), "dtype": teacher.dtype}
     local = {"teacher": _located(teacher), "data": builder.data(role)[role]}
-    return builder.add(Stage("features", what, _revisions(_method(teacher), features, augment), inputs, local=local))
+    varies = ("layer", "pool") if "layer" in what else ()  # a forward pass brings every layer
+    revisions = _revisions(_method(teacher), features, augment)
+    return builder.add(Stage("features", what, revisions, inputs, local=local, varies=varies))
 
 
 def _method(teacher: Any) -> Spec | ModuleType:

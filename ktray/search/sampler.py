@@ -62,6 +62,11 @@ class _Prefix:
     holders: set[int] = field(default_factory=set)
 
 
+def _judged(params: Mapping[str, Scalar]) -> str:
+    """Which teacher a draw has, by its parameters: what a teacher is judged by has no part in how it is transferred."""
+    return canonical({name: value for name, value in params.items() if name.split(".")[0] in ("data", "teacher")})
+
+
 def _trained(trial: Trial) -> str:
     """What a teacher is before a layer of it is read, so that two layers are one teacher."""
     teacher = trial.pair.get("teacher")
@@ -82,6 +87,7 @@ class Sampler:
         self.made: set[str] = set()  # canonical text of the params of all draws
         self._prefixes: dict[str, _Prefix] = {}
         self._prefix_of: dict[int, str] = {}
+        self._waiting: dict[str, set[int]] = {}  # teacher -> trials that it has earned no student so far
 
     def told(self, trial: Trial) -> None:
         """A trial is new or has changed."""
@@ -96,6 +102,8 @@ class Sampler:
         holders = self._prefixes[self._prefix_of[trial.number]].holders
         holds = trial.state in HOLDS and not trial.waits_for_teacher
         (holders.add if holds else holders.discard)(trial.number)
+        waiting = self._waiting.setdefault(_judged(trial.params), set())
+        (waiting.add if trial.waits_for_teacher else waiting.discard)(trial.number)
 
     def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None) -> Params:
         """The next draw.
@@ -148,7 +156,10 @@ class Sampler:
         return None
 
     def _candidates(self, fresh: Sequence[Params], generator: random.Random) -> list[Params]:
-        """Each draw as it is, on a prefix that exists, and on one that differs from that in one parameter; none made before."""
+        """Each draw as it is, on a prefix that exists, and on one that differs from that in one parameter; none made before.
+
+        A teacher that waits for others to be poorer than itself would get no student, so it is left out.
+        """
         existing = sorted(name for name, each in self._prefixes.items() if each.holders)
         found: dict[str, Params] = {}
         for draw in fresh:
@@ -158,7 +169,7 @@ class Sampler:
             for params in ({**draw, **old, **changed}, {**draw, **old}, draw):
                 whole = self.space.complete(params)
                 found.setdefault(canonical(whole), whole)
-        return [draw for name, draw in found.items() if name not in self.made]
+        return [draw for name, draw in found.items() if name not in self.made and not self._waiting.get(_judged(draw))]
 
     def _exists(self, draw: Params) -> bool:
         known = self._prefixes.get(canonical(prefix(draw)))

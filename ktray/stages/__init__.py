@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ktray.artifact import Artifact, Stage
@@ -21,3 +21,11 @@ WORK: Mapping[str, Run] = {
     "student": student.run,
     "evaluation": evaluation.run,
 }
+
+FamilyRun = Callable[
+    [Sequence[Stage], Mapping[str, Artifact], Sequence[Path], Means], Sequence[tuple[Mapping[str, float], float]]
+]
+"""(stages, role -> input artifact, scratch directories, means) -> for each its metrics and the seconds it would cost alone."""
+
+FAMILY_WORK: Mapping[str, FamilyRun] = {"features": features.run_family}
+"""How stages of one family (`Stage.family`) are made in one run."""

@@ -29,7 +29,7 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
         role = "transfer"
     train_images = open_images(stage, role, inputs, "train")
     judged = open_images(stage, "target", inputs, spec.split)
-    features_of = _features_of(stage, inputs, spec, means.device)
+    features_of = _features_of(stage, inputs, spec, means)
     metrics = plugins.module_of("evaluation", spec).evaluate(
         spec,
         features=features_of,
@@ -44,7 +44,7 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
 
 
 def _features_of(
-    stage: Stage, inputs: Mapping[str, Artifact], spec: object, device: str
+    stage: Stage, inputs: Mapping[str, Artifact], spec: object, means: Means
 ) -> Callable[[Images], NDArray[np.float32]]:
     """Images -> features (N, D) of what is judged; nothing is loaded before the evaluation asks."""
 
@@ -55,9 +55,10 @@ def _features_of(
             directory = made.directory if made else None
             weights = directory if directory and (directory / "weights.safetensors").exists() else None
             state = directory if directory and (directory / "state.npz").exists() else None
-            return features.of_teacher(teacher, weights, state, device)
+            return features.of_teacher(teacher, weights, state, means.device)
         backbone = plugins.parse("backbone", stage.spec["backbone"])
-        return features.of_network(backbone, spec.layer, spec.pool, inputs["student"].directory, device)  # type: ignore[attr-defined]
+        weights = inputs["student"].directory
+        return features.of_network(backbone, spec.layer, spec.pool, weights, means.device)  # type: ignore[attr-defined]
 
     def read(images: Images) -> NDArray[np.float32]:
         data = plugins.parse("dataset", stage.local["data"]["target"])
@@ -65,4 +66,4 @@ def _features_of(
             return ready_features.all_of(reader, images)
 
     ready = "features" in stage.spec.get("teacher", {})
-    return read if ready else lambda images: features.all_of(build(), images)
+    return read if ready else lambda images: features.all_of(features.in_pieces(build(), means.most_images), images)

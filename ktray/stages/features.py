@@ -1,8 +1,8 @@
-"""Turn the images of one role into features, in shards."""
+"""Turn the images of one role into features, in shards; several layers of one teacher by one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,19 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
     """Write ``features-00000.npy`` and so on, (n, D) each; metrics `dim` and `images_per_s`."""
     if "features" in stage.spec:
         return _taken(stage, inputs, out)
+    return tools.write(_source(stage, inputs, means), out, means.pool)
+
+
+def run_family(
+    stages: Sequence[Stage], inputs: Mapping[str, Artifact], outs: Sequence[Path], means: Means
+) -> list[tuple[dict[str, float], float]]:
+    """`run` for stages that differ in layer and pooling; metrics of each, and the seconds of work that it alone would cost."""
+    return tools.write_views([_source(stage, inputs, means) for stage in stages], outs, means.pool)
+
+
+def _source(stage: Stage, inputs: Mapping[str, Artifact], means: Means) -> dict[str, Any]:
     teacher = inputs.get("teacher")
-    source = {
+    return {
         "teacher": stage.local["teacher"],
         "weights": str(teacher.directory) if teacher and (teacher.directory / "weights.safetensors").exists() else None,
         "state": str(teacher.directory) if teacher and (teacher.directory / "state.npz").exists() else None,
@@ -30,8 +41,8 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
         "split": "train",
         "dtype": stage.spec["dtype"],
         "device": means.device,
+        "most": means.most_images,
     }
-    return tools.write(source, out, means.pool)
 
 
 def _taken(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> Mapping[str, float]:

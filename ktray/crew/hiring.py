@@ -1,0 +1,74 @@
+"""Which workers are hired, lent and told to go, so that what waits finds one of its shape. Pure, a part of the ledger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ktray.crew import room
+from ktray.crew.books import Dismiss, Hire
+from ktray.crew.openings import Openings
+from ktray.crew.roster import Roster, Shape
+
+PATIENCE = 30.0  # seconds that a stage waits for a worker of its shape before others are held back for it
+
+
+class Hiring:
+    """Changes to the roster.
+
+    Args:
+        roster: the workers.
+        outbox: where actions are left.
+
+    Attributes:
+        stillborn: workers in a row that died before their first heartbeat.
+    """
+
+    def __init__(self, roster: Roster, outbox: list[Any]) -> None:
+        self.roster, self.outbox = roster, outbox
+        self.stillborn = 0
+        self._blocked: dict[Shape, float] = {}
+
+    def warm(self, workers: int) -> None:
+        """Hire usual workers before the first stage comes."""
+        openings = Openings(self.roster, 0.0)
+        for _ in range(0 if self.stillborn else workers - len(self.roster.workers)):
+            self._hired(Shape(), openings)
+
+    def _hired(self, shape: Shape, openings: Openings) -> bool:
+        worker = openings.hire(shape)
+        if worker is not None:
+            self.outbox.append(Hire(worker))
+        return worker is not None
+
+    def hire(self, shape: Shape, alone: bool, openings: Openings) -> bool:
+        """A worker for a stage that has none, or room for one; False if it must wait for that room."""
+        openings.coming[shape] += 1
+        if openings.starting[shape] >= openings.coming[shape] or self._hired(shape, openings):
+            return True
+        leaving = room.give_up(openings, shape)
+        if any(worker.shape == shape for worker in self.roster.workers.values()):
+            self._blocked.pop(shape, None)
+        else:
+            # Small stages that follow each other would keep a large one waiting for ever: it never finds all its room at once.
+            since = self._blocked.setdefault(shape, openings.now)
+            if not leaving and (alone or openings.now - since >= PATIENCE):
+                leaving = room.make(openings, shape)
+        self.outbox += [Dismiss(each.name) for each in leaving]
+        return False
+
+    def rest(self, openings: Openings) -> None:
+        """Forget since when stages of a shape wait for room where none waits any more; `openings` have seen all that wait."""
+        self._blocked = {shape: since for shape, since in self._blocked.items() if openings.coming[shape]}
+
+    def lend(self, attempt: str, shape: Shape, helpers: int, openings: Openings) -> None:
+        """Idle workers, also new ones, of the shape of who leads, for an attempt that may borrow so many."""
+        missing = helpers - openings.lent[attempt]
+        for worker in openings.lendable(shape)[: max(0, missing)]:
+            worker.lent_to, missing = attempt, missing - 1
+        for _ in range(missing - openings.starting[shape]):
+            if self.stillborn or not self._hired(shape, openings):
+                break
+
+    def helpers(self, attempt: str) -> list[str]:
+        """Names of the workers that are lent to an attempt."""
+        return [worker.name for worker in self.roster.workers.values() if worker.lent_to == attempt]

@@ -1,0 +1,90 @@
+"""Who must go, or stay idle, so that a stage finds the room that it needs. Pure, a part of what the ledger decides."""
+
+from __future__ import annotations
+
+from ktray.crew.cards import SLACK, has_room
+from ktray.crew.needs import Needs
+from ktray.crew.openings import Openings
+from ktray.crew.roster import CPUS, WHOLE, Shape, Worker, shape_of
+
+
+def give_up(openings: Openings, shape: Shape) -> list[Worker]:
+    """Idle workers of other shapes that must go so that one of `shape` gets room; none if room is on its way."""
+    idle = [worker for worker in openings.idle() if worker.shape != shape]
+    if not idle or _is_on_its_way(openings, shape):
+        return []
+    others, places = {worker.name for worker in idle}, {worker.node for worker in idle}
+    one_card = 0 < shape.gpus <= 1
+    for place in [name for name in openings.roster.nodes if name in places]:
+        for part in [*openings.cards(place), WHOLE] if one_card else [WHOLE]:
+            chosen: list[Worker] = []
+            for worker in [each for each in openings.staff[place] if each.name in others and each.lies_in(part)]:
+                worker.leaving = True
+                chosen.append(worker)
+                if _will_have_room(openings, place, shape):
+                    return chosen
+            for worker in chosen:
+                worker.leaving = False
+    return []
+
+
+def make(openings: Openings, shape: Shape) -> list[Worker]:
+    """Idle workers that must go for one of `shape`, although more have to end their work first.
+
+    Meanwhile nothing else begins on the node, or on the card, where most of the room is.
+    """
+    roster = openings.roster
+    places = [(name, card) for name in roster.nodes for card in (openings.cards(name) if shape.gpus else [CPUS])]
+    if not places or _is_on_its_way(openings, shape):
+        return []
+
+    def progress(place: tuple[str, str]) -> tuple[float, str, str]:
+        busy = [each for each in _at(openings, *place) if not (each.leaving or roster.available(each, openings.now))]
+        return (-sum(each.shape.gpus if shape.gpus else each.shape.cpus for each in busy), *place)
+
+    name, card = max(places, key=progress)
+    roster.keep(name, card)
+    chosen = [each for each in _at(openings, name, card) if each.shape != shape and roster.available(each, openings.now)]
+    for worker in chosen:
+        worker.leaving = True
+    return chosen
+
+
+def quiet(openings: Openings, needs: Needs) -> Worker | None:
+    """A worker for a stage that must be alone on its node; else None, and nothing begins where it will be alone soonest."""
+    roster, shape = openings.roster, shape_of(needs)
+    able = [name for name, node in roster.nodes.items() if node.cpus >= shape.cpus and node.memory >= needs.memory_bytes]
+    busy = {name: sum(each.leads is not None for each in openings.staff[name]) for name in able}
+    soonest = sorted(able, key=lambda name: (busy[name], -roster.nodes[name].memory, name))
+    for name in soonest:
+        worker = openings.take(needs, name) if not busy[name] and name not in roster.kept else None
+        if worker is not None:
+            roster.keep(name)
+            return worker
+    if soonest:
+        roster.keep(soonest[0])
+    return None
+
+
+def _at(openings: Openings, place: str, part: str) -> list[Worker]:
+    return [each for each in openings.staff[place] if each.lies_in(part)]
+
+
+def _is_on_its_way(openings: Openings, shape: Shape) -> bool:
+    """Whether there will be room without anybody else's going; for a shape of which nobody could be hired now."""
+    if not openings.roster.kept and not any(worker.leaving for worker in openings.roster.workers.values()):
+        return False
+    return any(_will_have_room(openings, place, shape) for place in openings.roster.nodes)
+
+
+def _will_have_room(openings: Openings, place: str, shape: Shape) -> bool:
+    """Whether a node has room once those who are leaving are gone."""
+    node, stay = openings.roster.nodes[place], [worker for worker in openings.staff[place] if not worker.leaving]
+    cpus = node.cpus - sum(worker.shape.cpus for worker in stay)
+    gpus = node.gpus - sum(worker.shape.gpus for worker in stay)
+    if cpus < shape.cpus or gpus < shape.gpus - SLACK:
+        return False
+    held = sum(worker.shape.cpus for worker in openings.roster.workers.values() if not worker.leaving)
+    if held + shape.cpus > openings.roster.cpus:
+        return False
+    return not shape.gpus or has_room(openings.cards(place, leaving=False), shape.gpus)

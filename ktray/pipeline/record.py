@@ -1,0 +1,82 @@
+"""What the record of an artifact says: what was computed, from what, where, by which code, and what it took."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktray.artifact import Artifact, Stage
+from ktray.pipeline import memory
+from ktray.pool import Means
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def record_of(
+    stage: Stage, metrics: Mapping[str, float], seconds: float, inputs: Mapping[str, Artifact], means: Means
+) -> dict[str, Any]:
+    """All that a record holds of a run, but for the attempt, what it started from and what it would have cost alone.
+
+    Args:
+        seconds: what is charged to this stage; of a run that makes several, its share.
+    """
+    return {
+        "key": stage.key,
+        "sha256": stage.sha256,
+        "stage": stage.name,
+        "spec": dict(stage.spec),
+        "revisions": dict(stage.revisions),
+        "inputs": {role: artifact.key for role, artifact in inputs.items()},
+        "metrics": {name: float(value) for name, value in metrics.items()},
+        "seconds": round(seconds, 3),
+        "together": [],
+        "peak_bytes": memory.peak(),
+        "device_peak_bytes": memory.device_peak(means.device),
+        "device_bytes": memory.device_bytes(means.device),
+        "after_out_of_memory": means.alone,
+        "device": _device(means.device),
+        "workers": means.pool.workers,
+        "published": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_environment(),
+    }
+
+
+def _device(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {platform.machine()}"
+
+
+@lru_cache
+def _environment() -> Mapping[str, Any]:
+    versions = {"python": platform.python_version()}
+    for package in ("ktray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "faiss-cpu", "pillow", "timm"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {"versions": versions, "commit": _commit()}
+
+
+def _commit() -> str | None:
+    """The commit of ktray's working tree, "-dirty" if the package differs from it; None if ktray was installed.
+
+    An installed ktray may lie inside the user's repository, as `.venv` often does, whose commit says nothing about ktray.
+    """
+    try:
+        if not _PACKAGE.parent.samefile(_git("rev-parse", "--show-toplevel")):
+            return None
+        modified = _git("status", "--porcelain", "--", _PACKAGE.name)
+        return _git("rev-parse", "HEAD") + ("-dirty" if modified else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_PACKAGE.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()

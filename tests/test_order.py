@@ -1,0 +1,184 @@
+"""What begins first: what most trials wait for, then what the longest work waits for."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_ledger import House, given, stage
+
+from ktray.artifact import Artifact, Stage
+from ktray.crew.demand import Demand
+from ktray.crew.lengths import Lengths
+from ktray.drivers.conductor import Conductor
+from ktray.drivers.simulate import _Mute, _VirtualStore
+from ktray.fingerprint import fingerprint
+from ktray.search.study import Study
+from tests.toy_space import toy_space
+
+SECONDS = {"images": 5.0, "teacher": 60.0, "descriptor": 2.0, "features": 8.0, "student": 30.0, "quick": 1.0}
+
+
+def demand(present: set[str] | None = None) -> Demand:
+    found = {key: Artifact(key, Path(key), {}, {}) for key in present or set()}
+    return Demand(found.get, set(), [], lambda each: SECONDS.get(each.name, 1.0))
+
+
+def ask(queue: Demand, name: str, *stages: Stage, waiter: str | None = None, priority: int = 0) -> None:
+    queue.request(name, name if waiter is None else waiter, "driver", stages, priority, 0.0)
+
+
+def order(queue: Demand) -> list[str]:
+    return [want.stage.name for want in queue.queue()]
+
+
+def test_the_stage_that_the_longest_work_waits_for_begins_first() -> None:
+    queue = demand()
+    short, long = stage("quick"), stage("features")
+    ask(queue, "a", short)
+    ask(queue, "b", long, stage("student", long))
+    assert order(queue) == ["features", "quick"]
+    ask(queue, "c", stage("teacher"))
+    assert order(queue) == ["teacher", "features", "quick"]
+
+
+def test_more_waiting_trials_go_before_a_longer_path_and_priority_before_both() -> None:
+    queue = demand()
+    ask(queue, "a", stage("teacher"))
+    ask(queue, "b", stage("quick"))
+    ask(queue, "c", stage("quick"))
+    assert order(queue) == ["quick", "teacher"]
+    ask(queue, "d", stage("descriptor"), priority=1)
+    assert order(queue) == ["descriptor", "quick", "teacher"]
+
+
+def test_a_trial_that_waits_counts_before_any_number_of_prefetches() -> None:
+    queue = demand()
+    for number in range(3):
+        ask(queue, f"p{number}", stage("teacher"), waiter="", priority=-1)
+    ask(queue, "a", stage("quick"))
+    assert order(queue) == ["quick", "teacher"]
+
+
+def test_of_what_is_prefetched_that_goes_first_which_most_trials_will_need() -> None:
+    queue = demand()
+    ask(queue, "p1", stage("teacher"), waiter="", priority=-1)
+    for number in range(2):
+        ask(queue, f"q{number}", stage("quick"), waiter="", priority=-1)
+    assert order(queue) == ["quick", "teacher"]
+
+
+def test_a_path_grows_with_readers_that_come_later_also_through_shorter_trainings() -> None:
+    queue, images = demand(), stage("images")
+    ask(queue, "a", images)
+    assert queue.wants[images.key].path == 5
+    short = stage("teacher", images, number=1)
+    long = stage("teacher", images, number=2, starts=(short,))
+    ask(queue, "b", images, long)
+    assert queue.wants[images.key].path == 65
+    ask(queue, "c", images, short)
+    assert queue.wants[short.key].path == 120
+    assert queue.wants[images.key].path == 125
+    assert queue.line.behind(long.key) == {images.key, short.key}
+
+
+def random_stages(rng: random.Random) -> list[Stage]:
+    made: list[Stage] = []
+    for number in range(rng.randint(3, 12)):
+        inputs = rng.sample(made, rng.randint(0, min(2, len(made))))
+        starts = rng.sample(made, rng.randint(0, min(2, len(made))))
+        made.append(stage(rng.choice(list(SECONDS)), *inputs, number=number, starts=tuple(starts)))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_paths_and_what_waits_equal_those_of_a_search_through_all_wants(seed: int) -> None:
+    rng = random.Random(seed)
+    made, queue = random_stages(rng), demand()
+    for number in range(8):
+        ask(queue, f"r{number}", *rng.sample(made, rng.randint(1, len(made))))
+
+    def before(each: Stage) -> set[str]:
+        return {key for key in (*each.inputs.values(), *each.starts) if key in queue.wants}
+
+    def path(key: str) -> float:
+        readers = [other for other, want in queue.wants.items() if key in before(want.stage)]
+        return SECONDS[queue.wants[key].stage.name] + max(map(path, readers), default=0.0)
+
+    for key, want in queue.wants.items():
+        assert queue.line.behind(key) == before(want.stage)
+        assert want.path == path(key)
+    while ready := list(queue.queue()):
+        chosen = rng.choice(ready)
+        assert not before(chosen.stage)
+        if rng.random() < 0.8:
+            queue.publish(Artifact(chosen.stage.key, Path(), {}, {"seconds": 1.0}), computed=True)
+        else:
+            queue.fail(chosen.stage.key, "failed", "no")
+        assert all(queue.line.behind(key) == before(want.stage) for key, want in queue.wants.items())
+    assert not queue.wants
+    assert not queue.line._readers
+
+
+def test_a_ledger_gives_out_stages_in_that_order() -> None:
+    house = House(0)
+    house.ledger.demand.seconds = lambda each: SECONDS.get(each.name, 1.0)
+    stages = [stage("quick"), stage("student"), stage("teacher")]
+    house.want("a", *stages)
+    for number in range(3):
+        house.arrive(f"worker-{number + 1}")
+    assert given(house.turn()) == [each.key for each in reversed(stages)]
+
+
+def record(name: str, seconds: float, **spec: Any) -> Artifact:
+    return Artifact(f"{name}-{fingerprint([name, seconds])[:12]}", Path(), {}, {"seconds_alone": seconds, "spec": spec})
+
+
+def test_lengths_are_means_of_what_was_recorded_per_epoch_for_trainings() -> None:
+    lengths = Lengths()
+    assert lengths(stage("clusters")) == 1.0
+    for artifact in (record("clusters", 4.0), record("clusters", 8.0), record("teacher", 30.0, epoch=10)):
+        lengths.note(artifact)
+        lengths.note(artifact)
+    assert lengths(stage("clusters")) == 6.0
+    assert lengths(Stage("teacher", {"epoch": 40}, {})) == 120.0
+
+
+# ---- what a search will need for certain
+
+
+ROTATION = {"teacher": "rotation", "teacher.rotation.layer": "conv3", "teacher.rotation.schedule.epochs": 2}
+
+
+def certain(tmp_path: Path, *starts: dict[str, Any], trials: int = 9) -> list[list[str]]:
+    """Names of stages that are known before any draw, and after each planned one."""
+    tmp_path.mkdir(exist_ok=True)
+    space = toy_space(tmp_path, start_with=list(starts), budget={"trials": trials, "concurrent": 9})
+    store: Any = _VirtualStore()
+    mute: Any = _Mute()
+    identity = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
+    with Study.open(tmp_path, space) as study:
+        conductor = Conductor(space, study, store, identity, mute, lambda *said: None)
+        known = [[each.name for each in conductor.certain()]]
+        for _ in starts:
+            conductor.next()
+            known.append([each.name for each in conductor.certain()])
+    return known
+
+
+def test_teachers_of_planned_draws_are_certain_until_those_are_drawn(tmp_path: Path) -> None:
+    hog = {"teacher": "hog", "teacher.hog.descriptor.cell": 7}
+    known = certain(tmp_path, ROTATION, hog)
+    assert known == [["images", "teacher", "features", "features"], ["images", "features"], []]
+
+
+def test_a_teacher_that_the_sampler_completes_is_not_certain_nor_one_beyond_the_target(tmp_path: Path) -> None:
+    open_layer = {name: value for name, value in ROTATION.items() if "layer" not in name}
+    assert certain(tmp_path / "open", open_layer)[0] == []
+    assert certain(tmp_path / "few", {**ROTATION, "transfer.k": 5}, {**ROTATION, "transfer.k": 10}, trials=1)[0] == [
+        "images",
+        "teacher",
+        "features",
+    ]

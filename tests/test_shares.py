@@ -1,0 +1,91 @@
+"""Stages share a GPU by what they need of its memory, card by card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_ledger import NEEDS, House, given, stage
+
+from ktray.artifact import Artifact
+from ktray.crew.cards import free_shares, has_room
+from ktray.crew.needs import Needs
+from ktray.crew.openings import Openings
+from ktray.crew.room import give_up
+from ktray.crew.roster import Node, Roster, Shape
+from ktray.crew.shares import Shares, share_of
+
+GIB = 1 << 30
+QUARTER = Shape(0.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("peak", "share"), [(1 * GIB, 0.25), (15 * GIB, 0.25), (20 * GIB, 0.5), (40 * GIB, 1.0), (79 * GIB, 1.0)]
+)
+def test_the_share_holds_the_recorded_peak_and_what_comes_with_it(peak: int, share: float) -> None:
+    assert share_of(peak, 80 * GIB) == share
+    assert peak < share * 80 * GIB
+
+
+def shares(has_gpus: bool = True) -> Shares:
+    given = {"teacher": Needs(gpus=0.25), "student": Needs(cpus=2.0)}
+    return Shares(lambda name: given.get(name, Needs()), ["student", "features"], lambda: has_gpus)
+
+
+def peaked(name: str, peak: int, whole: int = 80 * GIB) -> Artifact:
+    return Artifact(f"{name}-{peak:012x}", Path(), {}, {"device_peak_bytes": peak, "device_bytes": whole})
+
+
+def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never_shrinks() -> None:
+    found = shares()
+    assert found("student").gpus == 0.25
+    for peak in (30 * GIB, 1 * GIB):
+        for name in ("student", "teacher"):
+            found.note(peaked(name, peak))
+        assert found("student").gpus == 0.5
+        assert found("teacher").gpus == 0.25, "its share stands in the runtime file"
+    assert found("clusters").gpus == 0.0
+
+
+def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs_one() -> None:
+    found = shares()
+    found.note(peaked("student", 0, 0))
+    assert found("student").gpus == 0.25
+    assert shares(has_gpus=False)("student") == Needs(cpus=2.0)
+
+
+def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NEEDS, "student", Needs(gpus=0.25))
+    house = House(0, Node(8.0, 1.0))
+    hired = [each.worker for each in house.want("a", *(stage("student", number=number) for number in range(6)))]
+    assert [worker.shape for worker in hired] == 4 * [QUARTER]
+    for worker in hired:
+        house.arrive(worker.name)
+    assert len(given(house.turn())) == 4
+
+
+# ---- which card
+
+
+def test_halves_of_two_cards_are_no_whole_one() -> None:
+    free = free_shares(2.0, [(0.5, ("0",)), (0.5, ("1",))])
+    assert free == {"0": 0.5, "1": 0.5}
+    assert has_room(free, 0.5)
+    assert not has_room(free, 1.0)
+
+
+def test_a_worker_that_is_still_starting_is_thought_on_the_fullest_card_with_room() -> None:
+    free = free_shares(3.0, [(0.5, ("a",)), (0.25, ("b",)), (0.5, ())])
+    assert sorted(free.values()) == [0.0, 0.75, 1.0]
+    assert free["a"] == 0.0
+    assert sorted(free_shares(3.0, [(2.0, ()), (0.25, ("b",))]).values()) == [0.0, 0.0, 0.75]
+
+
+def test_room_for_a_whole_gpu_is_made_on_one_card() -> None:
+    roster = Roster({"node": Node(8.0, 2.0)})
+    for number, card in enumerate("0101"):
+        worker = roster.add(f"worker-{number + 1}", Shape(0.0, 0.5), "node")
+        worker.cards, worker.beat, worker.polling = (card,), 0.0, True
+    openings = Openings(roster, 0.0)
+    assert openings.hire(Shape(0.0, 1.0)) is None
+    assert [worker.cards for worker in give_up(openings, Shape(0.0, 1.0))] == [("0",), ("0",)]
