@@ -110,7 +110,7 @@ class Ideal:
 
     Attributes:
         naive: every pair on its own.
-        shared: every distinct stage once.
+        shared: every distinct stage once, features of all layers of a teacher in one pass.
         path: the longest chain of stages.
         bound: no order of stages on `gpus` ends earlier: a level of stages begins when the first chain reaches it.
     """
@@ -128,7 +128,7 @@ class Ideal:
         for entry in entries:
             t, layer, k, width, seed = entry.values()
             chain = (costs.teacher, costs.features, costs.clustering(k), costs.student * PACE[width])
-            names = ((t,), (t, layer), (t, layer, k), (t, layer, k, width, seed))
+            names = ((t,), (t,), (t, layer, k), (t, layer, k, width, seed))  # all layers of a teacher come out of one pass
             for level, (name, cost) in enumerate(zip(names, chain, strict=True)):
                 levels[level][name] = cost
                 heads[level].append(sum(chain[:level]))
@@ -157,9 +157,9 @@ def run(costs: Costs, site: Site, trials: int, entries: Sequence[Params] | None,
     """A list of pairs without early stopping, or random draws with it; and the seconds that this process was busy.
 
     Args:
-        live: trials at once; 0: twice the GPUs, and at least 64.
+        live: trials at once; 0: all, but no more than 2,000.
     """
-    searched = space(trials, live or max(64, 2 * site.workers), early_stop=entries is None)
+    searched = space(trials, live or min(trials, 2000), early_stop=entries is None)
     draws = listed.chance(searched) if entries is None else listed.fixed(searched, entries)
     clock, began = VirtualClock(), time.process_time()
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the study is a file that is synced a dozen times a trial
@@ -178,7 +178,7 @@ def decisions(timeline: Timeline) -> str:
     return ", ".join(said)
 
 
-def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str]) -> None:
+def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str], live: int = 0) -> None:
     """Sharing and makespan of fixed lists."""
     print(
         "model | pairs | GPUs | naive/ideal | of the ideal | makespan h | / max(path, work/GPUs) | / bound | s | decisions ms"
@@ -188,7 +188,7 @@ def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str
             entries = pairs_of(count)
             for gpus in machines:
                 ideal = Ideal.of(entries, MODELS[name], gpus)
-                timeline, spent = run(MODELS[name], Site(gpus, hire_seconds=10, overhead_seconds=0.05), count, entries)
+                timeline, spent = run(MODELS[name], Site(gpus, hire_seconds=10, overhead_seconds=0.05), count, entries, live)
                 assert sum(trial.state == "completed" for trial in timeline.trials) == count
                 target = max(ideal.path, ideal.shared / gpus)
                 print(
@@ -233,10 +233,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 64, 1000])
     parser.add_argument("--models", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--live", type=int, default=0, help="trials at once; 0: all of a list up to 2,000")
     arguments = parser.parse_args()
     names = [list(MODELS)[number] for number in arguments.models]
     if arguments.what == "lists":
-        of_lists(arguments.pairs, arguments.gpus, names)
+        of_lists(arguments.pairs, arguments.gpus, names, arguments.live)
     for name in names if arguments.what == "failures" else ():
         of_failures(arguments.pairs[0], arguments.gpus[0], name)
     for name in names if arguments.what == "search" else ():

@@ -17,17 +17,15 @@ def test_a_fixed_list_costs_its_distinct_stages_and_ends_near_its_bound(model):
     timeline, _ = simulated.run(costs, Site(gpus), len(entries), entries)
     assert [trial.state for trial in timeline.trials] == ["completed"] * len(entries)
     assert timeline.alone == pytest.approx(ideal.naive)
-    made = {key for _, key in timeline.computed if key.startswith("features-")}
-    assert timeline.busy <= ideal.shared * 1.000001  # less: layers of one network may come out of one pass
-    assert timeline.busy >= ideal.shared - simulated.HOUR * costs.features * len(made)
-    assert max(ideal.path, timeline.busy / gpus) <= timeline.makespan * 1.000001
+    assert 0.85 * timeline.busy <= ideal.shared <= timeline.busy * 1.000001
+    assert ideal.bound <= timeline.makespan * 1.000001
     assert timeline.makespan <= 1.3 * max(ideal.path, ideal.shared / gpus)
 
 
 def test_the_ideal_of_three_pairs_by_hand():
     costs = simulated.Costs(teacher=20.0, features=1.0, clusters=(2.0, 2.0), student=8.0)
     entry = dict(zip(simulated.pairs_of(1)[0], (0, "conv3", 50, 1.0, 0), strict=True))
-    entries = [entry, {**entry, "student.seed": 1}, {**entry, "transfer.k": 100}]
+    entries = [entry, {**entry, "student.seed": 1}, {**entry, "teacher.layer": "conv4", "transfer.k": 100}]
     ideal = simulated.Ideal.of(entries, costs, gpus=2)
     hours = [each / simulated.HOUR for each in (ideal.naive, ideal.shared, ideal.path, ideal.bound)]
     assert hours == pytest.approx([93.0, 20 + 1 + 2 * 2 + 3 * 8, 31.0, 23 + 24 / 2])
@@ -57,4 +55,4 @@ def test_cpu_time_of_a_process_and_of_its_children_is_counted_and_waiting_is_not
     spent, wall, said = naive_tune.cpu_seconds([sys.executable, "-c", child], {})
     assert said == "done"
     assert wall > 2.0
-    assert 1.0 < spent < 2.0
+    assert 1.0 < sum(spent.values()) < 2.0

@@ -209,28 +209,31 @@ def tune_search(folder: Path, file: Path, trials: int) -> None:
 # ---- measuring
 
 
-def cpu_seconds(command: list[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
-    """CPU seconds of a command and all processes that descend from it, its wall seconds, and the last line that it printed.
+def cpu_seconds(command: list[str], environment: Mapping[str, str]) -> tuple[dict[str, float], float, str]:
+    """CPU seconds of a command and all processes that descend from it, by name of the process; its wall seconds; its last line.
 
     What a process spends between the last look at it and its end, a quarter of a second at most, is not seen.
     """
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         root = subprocess.Popen(command, env={**os.environ, **environment}, stdout=said)
-        spent: dict[tuple[int, float], float] = {}
+        spent: dict[tuple[int, float], tuple[str, float]] = {}
         while root.poll() is None:
-            for identity, seconds in _family(root.pid, {pid for pid, _ in spent}):
-                spent[identity] = seconds
+            for process, name, seconds in _family(root.pid, {pid for pid, _ in spent}):
+                spent[process] = (name, seconds)
             time.sleep(POLL_SECONDS)
         assert root.returncode == 0, root.returncode
         said.seek(0)
         lines = said.read().strip().splitlines()
-    return sum(spent.values()), time.monotonic() - began, lines[-1] if lines else ""
+    by_name: dict[str, float] = {}
+    for name, seconds in spent.values():
+        by_name[name] = by_name.get(name, 0.0) + seconds
+    return by_name, time.monotonic() - began, lines[-1] if lines else ""
 
 
-def _family(root: int, known: set[int]) -> Iterator[tuple[tuple[int, float], float]]:
-    """(pid, creation time) and CPU seconds of `root`, of its descendants, and of `known` ones whose parent is gone."""
-    table = {process.pid: process.info for process in psutil.process_iter(["ppid", "create_time", "cpu_times"])}
+def _family(root: int, known: set[int]) -> Iterator[tuple[tuple[int, float], str, float]]:
+    """(pid, creation time), name and CPU seconds of `root`, of its descendants, and of `known` ones whose parent is gone."""
+    table = {each.pid: each.info for each in psutil.process_iter(["ppid", "name", "create_time", "cpu_times"])}
     children: dict[int, list[int]] = {}
     for pid, info in table.items():
         children.setdefault(info["ppid"], []).append(pid)
@@ -241,32 +244,34 @@ def _family(root: int, known: set[int]) -> Iterator[tuple[tuple[int, float], flo
             continue
         seen.add(pid)
         waiting += children.get(pid, [])
-        if table[pid]["cpu_times"] is not None:
-            times = table[pid]["cpu_times"]
-            yield (pid, table[pid]["create_time"]), times.user + times.system
+        times = table[pid]["cpu_times"]
+        if times is not None:
+            yield (pid, table[pid]["create_time"]), table[pid]["name"], times.user + times.system
 
 
-def side(name: str, folder: Path, *more: str) -> tuple[float, float, str, list[dict[str, Any]]]:
-    """Run one side; CPU seconds, wall seconds, what it said last, and the lines of its stages."""
+def side(name: str, folder: Path, *more: str) -> tuple[float, str, list[dict[str, Any]]]:
+    """Run one side; CPU seconds, what it said last, and the lines of its stages."""
     log = folder / f"{name}.jsonl"
     command = [sys.executable, __file__, name, "--folder", str(folder / name), *more]
-    spent, wall, said = cpu_seconds(command, {LOG: str(log), "KTRAY_HOME": str(folder / name / "home")})
+    by_name, wall, said = cpu_seconds(command, {LOG: str(log), "KTRAY_HOME": str(folder / name / "home")})
     stages = [json.loads(line) for line in log.read_text().splitlines()]
     by_stage: dict[str, float] = {}
     for stage in stages:
         by_stage[stage["stage"]] = by_stage.get(stage["stage"], 0.0) + stage["cpu"]
-    shown = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in by_stage.items())
-    print(
-        f"{name}: {spent:.1f} CPU s, {wall:.1f} s; {len(stages)} stages, {sum(by_stage.values()):.1f} CPU s ({shown})",
-        flush=True,
-    )
-    return spent, wall, said, stages
+    spent = sum(by_name.values())
+    print(f"{name}: {spent:.1f} CPU s, {wall:.1f} s; {len(stages)} stages of {sum(by_stage.values()):.1f} CPU s")
+    print(f"  stages: {_said(by_stage)}\n  processes: {_said(by_name)}", flush=True)
+    return spent, said, stages
+
+
+def _said(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {spent:.1f}" for name, spent in sorted(seconds.items(), key=lambda each: -each[1]))
 
 
 def compare_lists(folder: Path, count: int) -> None:
     """Part one: the fixed list."""
-    spent, _, _, stages = side("ktray-list", folder, "--count", str(count))
-    naive, _, _, opaque = side("naive-list", folder, "--count", str(count))
+    spent, _, stages = side("ktray-list", folder, "--count", str(count))
+    naive, _, opaque = side("naive-list", folder, "--count", str(count))
     ideal = sum(stage["cpu"] for stage in stages)
     alone = sum(stage["cpu"] for stage in opaque)
     assert len({stage["key"] for stage in stages}) == len(stages)
@@ -277,8 +282,8 @@ def compare_lists(folder: Path, count: int) -> None:
 def compare_searches(folder: Path, file: Path, trials: int) -> None:
     """Part two: the space whole."""
     more = ["--trials", str(trials), "--space", str(file.absolute())]
-    spent, _, said, _ = side("ktray-search", folder, *more)
-    naive, _, told, _ = side("naive-search", folder, *more)
+    spent, said, _ = side("ktray-search", folder, *more)
+    naive, told, _ = side("naive-search", folder, *more)
     print(f"ktray {said}; naive {told}; naive / ktray = {naive / spent:.2f}")
 
 
