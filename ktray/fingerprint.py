@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from ktray.errors import UserError
 
 _TEXT = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+TICK_NS = 2_000_000_000
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
@@ -78,6 +80,14 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 def fingerprint(value: Any) -> str:
     """sha256 (64 hex digits) of the canonical form of `value`."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def settled(mtime_ns: int) -> bool:
+    """Whether a file that was last changed then would show the next change by another time.
+
+    A clock of files ticks in milliseconds, on some network drives in seconds: within a tick, size and time may stay the same.
+    """
+    return time.time_ns() - mtime_ns > TICK_NS
 
 
 def file_sha256(path: Path) -> str:

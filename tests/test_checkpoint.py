@@ -192,12 +192,22 @@ def test_a_checkpoint_is_hashed_again_only_after_it_changed(weights, tmp_path, m
     monkeypatch.setattr(identity, "file_sha256", lambda path: hashed.append(path) or file_sha256(path))
     file = tmp_path / "teacher.safetensors"
     save_file(weights, file)
+    before = file.stat().st_mtime_ns - 60_000_000_000
+    os.utime(file, ns=(before, before))
     assert identity.checkpoint_sha256(str(file)) == identity.checkpoint_sha256(str(file))
     assert len(hashed) == 1
-    before = file.stat().st_mtime_ns
     os.utime(file, ns=(before, before + 1))
     identity.checkpoint_sha256(str(file))
     assert len(hashed) == 2
+
+
+def test_a_checkpoint_that_is_replaced_within_the_same_tick_of_the_clock_is_another_one(weights, tmp_path):
+    file = tmp_path / "teacher.safetensors"
+    save_file(weights, file)
+    state, before = file.stat(), identity.checkpoint_sha256(str(file))
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, file)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert identity.checkpoint_sha256(str(file)) != before
 
 
 def test_only_a_key_is_taken_for_a_key():

@@ -21,6 +21,8 @@ from tests.searches import Home
 from tests.toy_space import toy_space
 from tests.trackers import client, history, runs_of, session
 
+pytestmark = pytest.mark.slow  # three real commands
+
 
 @dataclass(frozen=True)
 class Searched:

@@ -122,6 +122,7 @@ def test_without_json_stdout_has_the_leaderboard_with_its_reference_lines(second
     assert second[0].err == ""
 
 
+@pytest.mark.slow
 def test_a_killed_plus_two_that_is_repeated_draws_two_more_and_computes_nothing_twice(
     home: Home, space: Path, second: Any
 ) -> None:

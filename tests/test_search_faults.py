@@ -61,6 +61,7 @@ def trains(home: Home) -> bool:
 # ---- Ctrl-C
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_stages_ends_within_ten_seconds_leaves_no_process_and_the_same_command_goes_on(
     home: Home, slow_space: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_sigterm_during_stages_is_like_ctrl_c(home: Home, slow_space: Path) -> N
 # ---- kill -9
 
 
+@pytest.mark.slow
 def test_kills_of_a_worker_of_the_broker_and_of_a_trial_cost_no_trial(home: Home, slow_space: Path) -> None:
     with home.start("search", slow_space, "--json") as running:
         running.until(lambda: trains(home))
@@ -198,6 +200,7 @@ def test_a_training_that_was_killed_goes_on_from_its_last_checkpoint(home: Home,
 # ---- stages that fail
 
 
+@pytest.mark.slow
 def test_a_stage_that_raises_fails_the_trials_that_need_it_names_the_cause_once_and_the_search_goes_on(
     home: Home, tmp_path: Path
 ) -> None:

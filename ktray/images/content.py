@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from ktray import plugins
-from ktray.fingerprint import file_sha256, fingerprint
+from ktray.fingerprint import file_sha256, fingerprint, settled
 from ktray.images.source import Source
 
 _THREADS = 8
 _RUN = 64  # files that a thread takes at a time
-_SETTLED_NS = 2_000_000_000  # a file changed less than this before it was hashed may change again within one clock tick
 
 
 def identity(spec: Any, cache: Path | None = None) -> str:
@@ -64,8 +62,7 @@ def _manifest(files: tuple[tuple[str, Path], ...], book: Path | None) -> list[li
     with ThreadPoolExecutor(_THREADS) as threads:
         entries = [entry for of_run in threads.map(lambda run: [_entry(path, known) for path in run], runs) for entry in of_run]
     if book is not None:
-        settled = time.time_ns() - _SETTLED_NS
-        lines = {path: entry for path, entry in zip(paths, entries, strict=True) if 0 <= entry[1] < settled}
+        lines = {path: entry for path, entry in zip(paths, entries, strict=True) if entry[1] >= 0 and settled(entry[1])}
         if lines != known:
             book.parent.mkdir(parents=True, exist_ok=True)
             scratch = book.with_suffix(f".{os.getpid()}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ktray import checkpoint, images, plugins, ready_features
-from ktray.fingerprint import canonical, file_sha256
+from ktray.fingerprint import canonical, file_sha256, settled
 from ktray.spec import Columns, ReadyTeacher, Spec
 
 
@@ -39,8 +40,7 @@ def checkpoint_sha256(path: str) -> str:
         UserError: there is no such file or folder.
     """
     file = checkpoint.weights_file(Path(path)).absolute()
-    found = file.stat()
-    return _sha256_as_of(file, found.st_size, found.st_mtime_ns)
+    return _sha256(file, file.stat())
 
 
 def features_identity(teacher: ReadyTeacher) -> dict[str, Any]:
@@ -50,9 +50,15 @@ def features_identity(teacher: ReadyTeacher) -> dict[str, Any]:
         UserError: there is no such file.
     """
     found = {field: (path, path.stat()) for field, path in ready_features.files(teacher).items()}
-    hashes = {field: _sha256_as_of(path, state.st_size, state.st_mtime_ns) for field, (path, state) in found.items()}
+    hashes = {field: _sha256(path, state) for field, (path, state) in found.items()}
     columns = (teacher.columns or Columns()).model_dump() if teacher.features.endswith(".parquet") else None
     return {"file": hashes["features"], "names": hashes.get("names"), "columns": columns}
+
+
+def _sha256(file: Path, found: os.stat_result) -> str:
+    if not settled(found.st_mtime_ns):
+        return file_sha256(file)
+    return _sha256_as_of(file, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
