@@ -51,7 +51,8 @@ def test_a_plan_for_a_changed_space_knows_what_it_would_cost(home: Home, tmp_pat
 
 def test_a_changed_space_begins_with_the_old_results_and_the_old_teachers(home: Home, tmp_path: Path) -> None:
     changes = {"pair__evals": EVALS, "pair__transfer__k": {"choice": [5, 10, 20]}, "start_with": []}
-    changed = toy_space(tmp_path, **changes, budget={"trials": 3, "concurrent": 3})
+    stop = {**SPACE["early_stop"], "teacher": TEACHER}
+    changed = toy_space(tmp_path, **changes, early_stop=stop, budget={"trials": 3, "concurrent": 3})
     refused = home.run("search", changed, "--warm-start", "toy")
     assert refused.code == 2
     assert "pair.transfer.k.choice was [5, 10], is [5, 10, 20]" in refused.err
