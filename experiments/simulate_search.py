@@ -2,10 +2,21 @@
 
 Question: for five models of what stages cost, how near is a search to the ideal of every distinct stage once, how near is its
 makespan to the larger of critical path and work over GPUs, what does a decision cost the driver, and what do deaths cost?
-Command:  python experiments/simulate_search.py lists --pairs 256 --gpus 64
-Result:   not run at full size (10,000 pairs on 1,000 GPUs) on this code yet. tests/test_bench_of_sharing.py holds for lists of
-40 pairs on 6 GPUs, in every model, that the work is at most every distinct stage once and that the makespan is at most 1.3
-times the larger of critical path and work over GPUs.
+Command:  python experiments/simulate_search.py lists --pairs 256
+Result:   fixed lists of 256 pairs, commit b44fbf7, 2 busy cores of an EPYC Milan, n = 1. All draws of a list share at least 0.9998
+of the ideal. Makespan is given over max(critical path, work / GPUs) and, in brackets, over a bound that also knows that students
+wait for teachers: no order of stages ends earlier.
+
+    model                              naive / ideal   8 GPUs        64 GPUs       1,000 GPUs
+    teacher given, student 8 h         1.02            1.00 (1.00)   1.04 (1.04)   1.00 (1.00)
+    teacher 20 h, student 8 h          3.27            1.02 (1.00)   1.56 (1.02)   1.00 (1.00)
+    teacher 20 h, student 1 h          14.03           1.10 (1.00)   1.12 (1.01)   1.00 (1.00)
+    CPU: features 20 min, student 10   2.99            1.02 (1.01)   1.36 (1.05)   1.00 (1.00)
+    CPU: the same, teacher 60 min      6.79            1.05 (1.01)   1.17 (1.03)   1.00 (1.00)
+
+So two of fifteen are above 1.3 of the simple bound, where all wait for few teachers, and none is above 1.05 of the other one.
+A draw took 1.8 to 7.6 ms of the driver (medians of runs mostly 2), a dispatch 0.05 to 1.2 ms, a settlement 0.9 to 2 ms. An
+earlier state took 166 to 178 s for 10,000 pairs on 1,000 GPUs, at 5 to 11 ms per trial for all three together; not repeated.
 """
 
 from __future__ import annotations
