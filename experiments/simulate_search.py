@@ -3,9 +3,9 @@
 Question: for five models of what stages cost, how near is a search to the ideal of every distinct stage once, how near is its
 makespan to the larger of critical path and work over GPUs, what does a decision cost the driver, and what do deaths cost?
 Command:  python experiments/simulate_search.py lists --pairs 256
-Result:   fixed lists of 256 pairs, commit b44fbf7, 2 busy cores of an EPYC Milan, n = 1. All draws of a list share at least 0.9998
-of the ideal. Makespan is given over max(critical path, work / GPUs) and, in brackets, over a bound that also knows that students
-wait for teachers: no order of stages ends earlier.
+Result:   fixed lists of 256 pairs, commit b44fbf7, 2 busy cores of an EPYC Milan, n = 1. Every list shares at least 0.9998 of
+the ideal. Makespan is given over max(critical path, work / GPUs) and, in brackets, over a bound that also knows that
+students wait for teachers: no order of stages ends earlier.
 
     model                              naive / ideal   8 GPUs        64 GPUs       1,000 GPUs
     teacher given, student 8 h         1.02            1.00 (1.00)   1.04 (1.04)   1.00 (1.00)
