@@ -3,8 +3,8 @@
 Command:  python experiments/bench/naive_tune.py list     32 distinct pairs over 4 teachers, no early stopping on either side
           python experiments/bench/naive_tune.py search   whole searches: sampler, rungs and duplicates against Optuna and ASHA
 Result:   list, n = 1, 2 busy cores of an EPYC Milan (CPU time, so load counts little): ktray 206.7 CPU s, of which stages
-178.0; naive 544.3 CPU s, of which stages 513.3. ktray / ideal = 1.16 (wanted: at most 1.18), naive / ktray = 2.63. In this cost model
-the four teachers are 46 s, the 32 students 106 s. `search` was not measured to its end.
+178.0; naive 544.3 CPU s, of which stages 513.3. ktray / ideal = 1.16 (wanted: at most 1.18), naive / ktray = 2.63. Here the
+four teachers are 46 s and the 32 students 106 s. `search` was not measured to its end.
 """
 
 from __future__ import annotations
