@@ -150,7 +150,7 @@ from ktray.crew.runtime import Runtime, start, stop
 from toy_work import toy, work
 home = Path(sys.argv[1])
 stages = {"student": Needs(gpus=0.25)}
-session = start(home, cluster.address, Runtime(stages=stages, dead_after=5, heartbeat_seconds=0.2))
+session = start(home, cluster.address, Runtime(stages=stages, dead_after=10, heartbeat_seconds=0.2))
 crew = connect(session, f"file://{home}/store", work)
 said = {}
 
@@ -165,16 +165,17 @@ def where(key):
     return {run["key"]: run["node"] for run in crew.status()["running"]}.get(key)
 
 def obtain(name, *stages):
-    thread = threading.Thread(target=lambda: said.update({name: [e["state"] for e in crew.obtain(list(stages), name)]}))
+    tell = lambda: said.update({name: [outcome["state"] for outcome in crew.obtain(list(stages), name)]})
+    thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     return thread
 
-slow = [toy("clusters", {"steps": 150, "number": number}) for number in range(2)]
+slow = [toy("clusters", {"steps": 300, "number": number}) for number in range(2)]
 threads = [obtain(f"trial {number}", each) for number, each in enumerate(slow)]
 until(lambda: len(crew.status()["running"]) == 1, 60)
 joined = cluster.add_node(num_cpus=1, num_gpus=1, **options)
 said["used_after"] = until(lambda: len({where(each.key) for each in slow} - {None}) == 2, 60)
-student = toy("student", {"steps": 3})
+student = toy("student", {"steps": 40})
 threads.append(obtain("trial 2", student))
 until(lambda: where(student.key), 60)
 said["student_on_gpu_node"] = where(student.key) == joined.node_id
