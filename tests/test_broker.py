@@ -257,7 +257,8 @@ def test_an_empty_stage_costs_little(crew: Crew) -> None:
 
 
 ALONE = """
-import os, sys
+import os, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from ktray.crew.client import connect
 from ktray.crew.runtime import Runtime, start, stop
@@ -268,7 +269,9 @@ try:
     crew = connect(session, f"file://{home}/store", work)
     crew.obtain([toy("images", {"pid": os.getpid()})], "me")
     print("RUNNING", crew.status()["pid"], crew.status()["workers"][0]["pid"], session.temporary, flush=True)
-    crew.obtain([toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
+    slow = ThreadPoolExecutor(1).submit(crew.obtain, [toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
+    while not slow.done():  # here and not in Ray, which may swallow what the signal raises
+        time.sleep(0.1)
 except KeyboardInterrupt:
     stop(session)
     print("STOPPED", flush=True)

@@ -180,10 +180,13 @@ class Lease:
         self._thread.start()
 
     def _renew(self) -> None:
-        with suppress(StoppedEarly):
-            while not self._over.wait(LEASE_EVERY):
-                with suppress(ray.exceptions.RayError):  # one call without an answer: a lease lasts several
-                    self._crew.lease(self._over)
+        while not self._over.wait(LEASE_EVERY):
+            try:
+                self._crew.lease(self._over)
+            except StoppedEarly:
+                return
+            except Exception:  # noqa: BLE001 - one call without an answer, which Ray says in several ways, a bare
+                continue  # Exception among them: a lease lasts several calls
 
     def cancel(self) -> None:
         """Stops renewing."""

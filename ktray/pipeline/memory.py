@@ -14,6 +14,7 @@ def reset_peaks(device: str) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.startswith("cuda"):
+        torch.cuda.init()  # in a process that has not touched CUDA yet, the next line says "Invalid device argument"
         torch.cuda.reset_peak_memory_stats(device)
 
 
