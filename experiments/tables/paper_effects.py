@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas
 from scipy import stats
 
@@ -43,17 +42,18 @@ def collect(home: Path, out: Path) -> None:
     print(f"{len(rows)} of {len(pairs())} pairs in {out}")
 
 
-def differences(table: pandas.DataFrame, effect: Effect) -> np.ndarray[Any, Any]:
-    """Paired differences in points (n,): metric of the cell minus that of its rival with the same two seeds."""
-    keyed = table.set_index(["cell", "teacher_seed", "seed"])
-    runs = [run for run in keyed.loc[effect.cell].index if (effect.rival, *run) in keyed.index]
-    own = np.array([keyed.at[(effect.cell, *run), effect.metric] for run in runs])
-    other = np.array([keyed.at[(effect.rival, *run), effect.against or effect.metric] for run in runs])
-    return 100 * (own - other)
+def differences(table: pandas.DataFrame, effect: Effect) -> pandas.Series[float]:
+    """Paired differences in points by (teacher_seed, seed): metric of the cell minus that of its rival with these seeds."""
+    keyed = table.set_index(["cell", "teacher_seed", "seed"]).sort_index()
+    own, other = keyed.loc[effect.cell, effect.metric], keyed.loc[effect.rival, effect.against or effect.metric]
+    return 100 * (own - other).dropna()
 
 
-def interval(values: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """A 95 % t-interval of the mean. It takes students of one teacher as independent, which they are not quite."""
+def interval(values: pandas.Series[float]) -> tuple[float, float]:
+    """A 95 % t-interval of the mean.
+
+    It takes students of one teacher as independent, which they are not quite: `judged` shows each teacher's mean beside it.
+    """
     if len(values) < 2:
         return -math.inf, math.inf
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
@@ -69,17 +69,18 @@ def verdict(low: float, high: float, holds: tuple[float | None, float | None]) -
 
 
 def judged(table: pandas.DataFrame) -> list[str]:
-    """One line per statement: difference in points, its interval, n, and the verdict."""
+    """Two lines per statement: it and the verdict; difference in points, its interval, n, and the mean with each teacher."""
     lines = []
     for effect in EFFECTS:
         known = {effect.cell, effect.rival} <= set(table["cell"])
-        values = differences(table, effect) if known else np.empty(0)
+        values = differences(table, effect) if known else pandas.Series(dtype=float)
         if not len(values):
             lines.append(f"not run    {effect.statement}")
             continue
         low, high = interval(values)
-        number = f"{values.mean():+5.1f} ({low:+.1f} to {high:+.1f}), n = {len(values)}"
-        lines.append(f"{verdict(low, high, effect.holds):10} {number:32} {effect.statement}")
+        by_teacher = " and ".join(f"{mean:+.1f}" for mean in values.groupby("teacher_seed").mean())
+        lines.append(f"{verdict(low, high, effect.holds):10} {effect.statement}:")
+        lines.append(f"{'':10} {values.mean():+.1f} ({low:+.1f} to {high:+.1f}), n = {len(values)}; by teacher {by_teacher}")
     return lines
 
 
