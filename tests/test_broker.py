@@ -257,21 +257,19 @@ def test_an_empty_stage_costs_little(crew: Crew) -> None:
 
 
 ALONE = """
-import os, sys, time
-from concurrent.futures import ThreadPoolExecutor
+import os, signal, sys
 from pathlib import Path
 from ktray.crew.client import connect
 from ktray.crew.runtime import Runtime, start, stop
 from toy_work import toy, work
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background is born deaf to it
 home = Path(sys.argv[1])
 session = start(home, None, Runtime(cpus=1))
 try:
     crew = connect(session, f"file://{home}/store", work)
     crew.obtain([toy("images", {"pid": os.getpid()})], "me")
     print("RUNNING", crew.status()["pid"], crew.status()["workers"][0]["pid"], session.temporary, flush=True)
-    slow = ThreadPoolExecutor(1).submit(crew.obtain, [toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
-    while not slow.done():  # here and not in Ray, which may swallow what the signal raises
-        time.sleep(0.1)
+    crew.obtain([toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
 except KeyboardInterrupt:
     stop(session)
     print("STOPPED", flush=True)

@@ -138,6 +138,7 @@ def test_a_fenced_attempt_changes_nothing_of_what_its_successor_has_published(pl
     assert [list((store.root / place).iterdir()) for place in (".scratch", ".fenced")] == [[], []]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_frozen_and_fenced_is_continued_by_another_and_dies_when_it_wakes(tmp_path: Path) -> None:
     store, stage = FileStore(tmp_path / "store"), teacher_stage(tmp_path)
     scratch = store.root / ".scratch" / f"{stage.key}.late"

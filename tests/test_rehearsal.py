@@ -24,7 +24,10 @@ from ktray.stores.file import FileStore
 from tests.searches import Home, toy_space
 from tests.toys import ROTATION, toy_pair
 
-SPACES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+SPACES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "cifar10_full" else [])
+    for path in sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+]
 
 
 def identity(spec: object) -> str:
@@ -52,7 +55,7 @@ def pairs() -> dict[str, PairSpec]:
     return {"hog": toy_pair(), "rotation": toy_pair(teacher=rotation, transfer=transfer)}
 
 
-@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SPACES)
 def test_every_draw_of_a_space_has_a_small_form_and_none_of_its_keys_is_a_real_one(path: Path) -> None:
     space = load_space(path, [])
     for _, params in space.corners():
