@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -139,6 +140,19 @@ def stopped_pair(config: Mapping[str, Any]) -> None:
         shutil.rmtree(folder)
 
 
+def drawn(file: str, trial: Any) -> dict[str, Any]:
+    """One draw of a space by Optuna. Ray saves its searcher with pickle, so this is a function of the module."""
+    from ktray.search import space, tree
+
+    def ask(parameter: tree.Parameter) -> Any:
+        if isinstance(parameter, tree.Choice):
+            return trial.suggest_categorical(parameter.name, parameter.labels)
+        return trial.suggest_float(parameter.name, parameter.low, parameter.high, log=parameter.log)
+
+    space.load(Path(file), []).suggest(ask)
+    return {"space": file}
+
+
 def start_ray() -> None:
     """Ray as a user starts it, without its dashboard."""
     import ray
@@ -178,19 +192,9 @@ def tune_search(folder: Path, file: Path, trials: int) -> None:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from ktray.search import space, tree
+    from ktray.search import space
 
     searched = space.load(file, [])
-
-    def draw(trial: Any) -> dict[str, Any]:
-        def ask(parameter: tree.Parameter) -> Any:
-            if isinstance(parameter, tree.Choice):
-                return trial.suggest_categorical(parameter.name, parameter.labels)
-            return trial.suggest_float(parameter.name, parameter.low, parameter.high, log=parameter.log)
-
-        searched.suggest(ask)
-        return {"space": str(file)}
-
     start_ray()
     stop = searched.early_stop
     results = tune.Tuner(
@@ -198,7 +202,7 @@ def tune_search(folder: Path, file: Path, trials: int) -> None:
         tune_config=tune.TuneConfig(
             num_samples=trials,
             max_concurrent_trials=CONCURRENT,
-            search_alg=OptunaSearch(space=draw, metric="top1", mode="max", seed=0),
+            search_alg=OptunaSearch(space=functools.partial(drawn, str(file)), metric="top1", mode="max", seed=0),
             scheduler=ASHAScheduler(
                 "epoch", "top1", "max", max_t=stop.rungs[-1], grace_period=stop.rungs[0], reduction_factor=2
             ),
