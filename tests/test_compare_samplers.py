@@ -1,0 +1,67 @@
+"""The comparison of samplers pays for stages as the table of real pairs says, counted here from the table alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas
+import pytest
+
+from experiments.compare_samplers import METHODS, TABLE, area, cost_to_near, ratios, searched
+
+ROWS = pandas.read_parquet(TABLE).query("seed == 0")
+PARTS = ("teacher", "features", "clusters", "pseudo_labels")
+
+
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches of 24 pairs."""
+    for name, method in METHODS.items():
+        monkeypatch.setitem(METHODS, name, dataclasses.replace(method, trials=24))
+
+
+def shares(search: pandas.DataFrame) -> tuple[float, float]:
+    return float(search["shared"].iloc[-1]), float(search["alone"].iloc[-1])
+
+
+def test_without_rungs_a_search_pays_for_each_stage_once_or_alone_for_all() -> None:
+    search = searched(("as measured", "random", 0))
+    regrets = 100 * (ROWS["linear_probe"].max() - ROWS["linear_probe"])
+    own = ["s_student_9", "s_evaluation_9", "s_linear_probe"]
+    whole = sum(ROWS.groupby(f"key_{part}")[f"s_{part}"].first().sum() for part in PARTS) + ROWS[own].to_numpy().sum()
+    alone = ROWS[[f"s_{part}" for part in PARTS] + own].sum(axis=1)
+    shared_share, alone_share = shares(search)
+    assert len(search) == 24
+    assert 24 * alone.min() < alone_share * whole < 24 * alone.max()
+    assert shared_share < alone_share
+    assert np.isclose(regrets.to_numpy()[:, None], search["regret"].to_numpy()).any(axis=0).all()
+    assert (search["regret"].diff().dropna() <= 0).all()
+
+
+def test_all_pairs_together_cost_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "random", dataclasses.replace(METHODS["random"], trials=len(ROWS)))
+    search = searched(("as measured", "random", 1))
+    alone = ROWS[[f"s_{part}" for part in PARTS] + ["s_student_9", "s_evaluation_9", "s_linear_probe"]].to_numpy().sum()
+    once = sum(ROWS.groupby(f"key_{part}")[f"s_{part}"].first().sum() for part in PARTS)
+    whole = once + ROWS[["s_student_9", "s_evaluation_9", "s_linear_probe"]].to_numpy().sum()
+    assert len(search) == len(ROWS)
+    assert shares(search) == (pytest.approx(1.0, rel=0.01), pytest.approx(alone / whole, rel=0.01))
+    assert search["regret"].iloc[-1] == 0.0
+
+
+def test_early_stopping_saves_money_and_a_search_is_the_same_again() -> None:
+    again = [searched(("as measured", "balanced", 3)) for _ in range(2)]
+    pandas.testing.assert_frame_equal(*again)
+    assert shares(again[0])[0] < shares(searched(("as measured", "random", 3)))[0]
+
+
+def test_measures_of_a_search_are_those_of_its_curve() -> None:
+    search = pandas.DataFrame({"shared": [0.04, 0.5], "alone": [0.2, 3.5], "regret": [3.0, 1.0]})
+    assert cost_to_near(search, "shared") == 0.5
+    assert cost_to_near(search[:1], "shared") == np.inf
+    assert area(search, "shared") == pytest.approx((9 * 3.0 + 11 * 1.0) / 20)
+    own, low, high = ratios([0.1, 0.1], [0.2, np.inf])
+    assert own == pytest.approx((2 * 30) ** 0.5)
+    assert low == pytest.approx(2.0)
+    assert high == pytest.approx(30.0)
