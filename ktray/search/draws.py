@@ -41,6 +41,7 @@ class Draws:
         self._numbers: dict[str, int] = {}  # identity of a pair -> number of the trial that drew it first
         self._count = self._planned = 0
         self._last: deque[State] = deque(maxlen=REPEATS)
+        self._listed: Iterator[Params] | None = None  # what `_unseen` has yet to look at
 
     def told(self, trial: Trial) -> None:
         """A trial is new or has changed."""
@@ -89,13 +90,16 @@ class Draws:
         return None
 
     def _candidates(self) -> Iterator[Params]:
-        seed = seed_of(self.space.seed, "unseen", self._count)
+        """Of a finite space all draws in a random order that never changes, so that what was passed over once stays behind."""
         size = self.space.size()
         if size is not None and size <= LISTED:
-            listed = list(self.space.draws())
-            random.Random(seed).shuffle(listed)
-            yield from listed
+            if self._listed is None:
+                listed = list(self.space.draws())
+                random.Random(seed_of(self.space.seed, "unseen")).shuffle(listed)
+                self._listed = iter(listed)
+            yield from self._listed
         else:
+            seed = seed_of(self.space.seed, "unseen", self._count)
             for number in range(TRIES):
                 yield at_random(self.space, seed_of(seed, number))
 
