@@ -15,6 +15,8 @@ from ktray.images import open_split
 from ktray.pool import Means
 from ktray.spec import ReadyTeacher
 
+REVISION = 1
+
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write ``features-00000.npy`` and so on, (n, D) each; metrics `dim` and `images_per_s`."""
