@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from ktray import plugins
@@ -11,7 +13,7 @@ from tests.toys import toy_pair
 
 EVALUATION = """
 from ktray.spec import Spec as SpecBase
-NEEDS_LABELS, DIRECTION, evaluate = False, {}, dict
+REVISION, NEEDS_LABELS, DIRECTION, evaluate = 1, False, {}, dict
 class Spec(SpecBase):
     kind: str = "my_other_lab.poor"
     of: str = "student"
@@ -58,3 +60,15 @@ def test_a_descriptor_from_outside_refuses_in_a_plan_what_only_it_knows_and_is_t
     said = r"teacher\.descriptor\.modes: 1000 modes cannot be made of 216 images of 28 px"
     with pytest.raises(UserError, match=said):
         check_pair(toy_pair(teacher={"descriptor": {"kind": "my_other_lab.modes", "modes": 1000}}), data_loader())
+
+
+@pytest.mark.usefixtures("lab")
+@pytest.mark.parametrize("room", plugins.ROOMS)
+def test_a_plugin_without_a_revision_is_refused(room, tmp_path, monkeypatch):
+    other = "Spec = LOCATION = load = build = task = describe = NEEDS = NEEDS_LABELS = DIRECTION = evaluate = None\n"
+    (tmp_path / "my_other_lab" / "young.py").write_text(other)
+    monkeypatch.delitem(sys.modules, "my_other_lab.young", raising=False)
+    with pytest.raises(
+        UserError, match=rf"young\.py: the {room} kind 'my_other_lab\.young' defines no REVISION\. A {room} defines"
+    ):
+        plugins.module(room, "my_other_lab.young")

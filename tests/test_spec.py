@@ -159,7 +159,7 @@ def test_a_kind_from_outside_loads_only_after_it_was_allowed(tmp_path, monkeypat
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab/__init__.py").write_text("")
     (tmp_path / "my_lab/colour.py").write_text(
-        "from typing import Literal\nfrom ktray import spec as specs\n"
+        "from typing import Literal\nfrom ktray import spec as specs\nREVISION = 1\n"
         "class Spec(specs.Spec):\n    kind: Literal['my_lab.colour'] = 'my_lab.colour'\n    bins: int = 8\n"
         "def describe(spec, state, images):\n    return images.float().flatten(1)\n"
     )
@@ -175,7 +175,7 @@ def test_a_kind_from_outside_loads_only_after_it_was_allowed(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("bare", "import math\n", r"bare\.py: .* defines no Spec and no describe"),
+        ("bare", "import math\n", r"bare\.py: .* defines no Spec and no REVISION and no describe"),
         ("slip", "x = 1\ndef describe(:\n", r"slip\.py, line 2: .*SyntaxError"),
         ("needy", "x = 1\nimport no_such_library\n", r"needy\.py, line 2: .*no_such_library"),
         ("broken", "\n1 / 0\n", r"broken\.py, line 2: .*ZeroDivisionError"),
