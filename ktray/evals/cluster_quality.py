@@ -23,7 +23,8 @@ from ktray.images import Images
 
 REVISION = 1
 TOOLS = (tools,)
-NEEDS_LABELS = False  # but `nmi` and `purity` come only with labels
+NEEDS_LABELS = False
+MAY_READ_LABELS = ("train",)  # `nmi` and `purity` come only with them
 READS_PSEUDO_LABELS = True  # and no features, so its stage depends on no student
 DIRECTION: dict[str, Literal["max", "min"]] = {
     "nmi": "max",
