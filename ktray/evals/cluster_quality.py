@@ -68,6 +68,12 @@ def evaluate(
     is normalised by the mean of both entropies. `purity` in [0, 1] is the share of images in the majority class of their
     cluster; splitting a cluster never lowers it, so compare it at equal k. With no image kept, everything is 0.
 
+    Args:
+        features, judged, device: not read.
+        train: the N images of the transfer data, labels (N,) int64 >= 0 or None.
+        pseudo_labels: (N,) int64 >= -1, -1 = left out; None if the transfer makes none.
+        out: nothing is written there.
+
     Raises:
         UserError: the pair's transfer makes no pseudo-labels.
         ValueError: there is not one pseudo-label per image of `train`.

@@ -43,7 +43,7 @@ def _source(stage: Stage, inputs: Mapping[str, Artifact], means: Means) -> dict[
         "split": "train",
         "dtype": stage.spec["dtype"],
         "device": means.device,
-        "most": means.most_images,
+        "most_images": means.most_images,
     }
 
 
