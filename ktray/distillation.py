@@ -37,6 +37,14 @@ def batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tens
     """The `batch` of a Task: a random view of each image, and what `prepare` makes of the teacher's features of the image.
 
     The teacher saw the image as it is; the student sees a random view of it.
+
+    Args:
+        features: (N, D) of the images that the student is trained on.
+        prepare: (B, D) float32 on the device of the images -> (B, D') float32, what the head is to predict.
+
+    Returns:
+        A function of images (B, H, W, 3) uint8, their indices (B,) int64 in [0, N) and a generator, which draws the views ->
+        (B, 3, H, W) float32 and (B, D') float32.
     """
 
     def of(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

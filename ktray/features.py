@@ -155,8 +155,8 @@ def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
 
     Args:
         source: plain data: "teacher" (dump of a TeacherSpec), "weights" and "state" (directories or None), "images"
-            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "most", if it is
-            there, is how many images the device holds at once.
+            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "most_images", if
+            it is there, is how many images the device holds at once.
         out: an existing directory that every worker sees.
 
     Returns:
@@ -227,15 +227,15 @@ def _source(canonical: str) -> tuple[Views, Images, list[str]]:
     first = sources[0]
     teachers = [TypeAdapter(TeacherSpec).validate_python(source["teacher"]) for source in sources]
     weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
-    extract = _views_of_teachers(teachers, weights, state, first["device"], first.get("most"))
+    extract = _views_of_teachers(teachers, weights, state, first["device"], first.get("most_images"))
     return extract, _opened(first), [source["dtype"] for source in sources]
 
 
 def _views_of_teachers(
-    teachers: list[TeacherSpec], weights: Path | None, state: Path | None, device: str, most: int | None
+    teachers: list[TeacherSpec], weights: Path | None, state: Path | None, device: str, most_images: int | None
 ) -> Views:
     if len(teachers) == 1:
-        extractor = in_pieces(of_teacher(teachers[0], weights, state, device), most)
+        extractor = in_pieces(of_teacher(teachers[0], weights, state, device), most_images)
 
         def alone(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
             began = time.perf_counter()
@@ -248,7 +248,7 @@ def _views_of_teachers(
     extract = of_views(network, [(teacher.layer, teacher.pool) for teacher in networks], _normalization(networks[0]))
 
     def together(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
-        pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, most)]
+        pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, most_images)]
         return [
             (np.concatenate([rows.float().cpu().numpy() for rows, _ in view]), sum(seconds for _, seconds in view))
             for view in zip(*pieces, strict=True)
@@ -257,15 +257,15 @@ def _views_of_teachers(
     return together
 
 
-def in_pieces(extractor: Extractor, most: int | None) -> Extractor:
-    """The same extractor for a device that has no memory for more than `most` images at once; None for one that has."""
-    if most is None:
+def in_pieces(extractor: Extractor, most_images: int | None) -> Extractor:
+    """The same extractor for a device that has no memory for more than `most_images` at once; None for one that has."""
+    if most_images is None:
         return extractor
-    return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, most)])
+    return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, most_images)])
 
 
-def _pieces(images: NDArray[np.uint8], most: int | None) -> list[NDArray[np.uint8]]:
-    size = most or max(1, len(images))
+def _pieces(images: NDArray[np.uint8], most_images: int | None) -> list[NDArray[np.uint8]]:
+    size = most_images or max(1, len(images))
     return [images[at : at + size] for at in range(0, len(images), size)]
 
 

@@ -31,12 +31,12 @@ _FIELDS = {  # what the house reads of every spec of a room, whatever its kind
     "evaluation": ("name", "of", "layer", "pool", "split"),
 }
 _DEFINES = {  # what the house looks for in a plugin of each room
-    "dataset": ("Spec", "LOCATION", "load"),
-    "backbone": ("Spec", "build"),
-    "pretext": ("Spec", "task"),
-    "descriptor": ("Spec", "describe"),
-    "transfer": ("Spec", "NEEDS"),
-    "evaluation": ("Spec", "NEEDS_LABELS", "DIRECTION", "evaluate"),
+    "dataset": ("Spec", "REVISION", "LOCATION", "load"),
+    "backbone": ("Spec", "REVISION", "build"),
+    "pretext": ("Spec", "REVISION", "task"),
+    "descriptor": ("Spec", "REVISION", "describe"),
+    "transfer": ("Spec", "REVISION", "NEEDS"),
+    "evaluation": ("Spec", "REVISION", "NEEDS_LABELS", "DIRECTION", "evaluate"),
 }
 _loaded: dict[tuple[str, str], ModuleType] = {}  # a search asks for the same few modules hundreds of thousands of times
 _ALLOWED = "KTRAY_ALLOW_PLUGINS"  # an environment variable, so that Ray's workers inherit it

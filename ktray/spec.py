@@ -115,6 +115,18 @@ class Schedule(Spec):
             raise ValueError("momentum belongs to sgd; adamw has none, so leave 'momentum' out")
         return self
 
+    @model_validator(mode="after")
+    def _the_warmup_reaches_the_learning_rate(self) -> Schedule:
+        # Warming up to the very end is how a longer training begins, and that snapshot is shared; a cosine reads its total.
+        most = self.epochs - self.epochs * self.decay
+        if self.warmup > most + 1e-9 or (self.kind == "cosine" and self.warmup >= self.epochs):
+            what = "decay begins" if self.decay else "training ends"
+            raise ValueError(
+                f"warmup={self.warmup:g} epochs do not end before the {what}, after {most:g} of {self.epochs}, so "
+                f"lr={self.lr:g} is never reached; warm up for less or train for more"
+            )
+        return self
+
 
 class Pooling(Spec):
     """How the feature maps of a layer become one vector: pooled to a grid x grid x C, then flattened."""

@@ -14,8 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ktray.errors import UserError
+
 # Up to here all features are held on the device; beyond, and on the CPU, each batch reads its rows from the files.
 RESIDENT_BYTES = {"cuda": 4 << 30}
+
+
+def require_images(k: int, count: int) -> None:
+    """Refuse more clusters, or other classes, than there are images to make them of.
+
+    Raises:
+        UserError: `k` is larger than `count`.
+    """
+    if k > count:
+        raise UserError(
+            f"k={k} clusters cannot be made of {count} images", "k", f"Use at most {count}, better a hundredth of it."
+        )
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def learning_rate(schedule: Schedule, position: float) -> float:
         rate *= max(0.0, schedule.epochs - position) / (schedule.epochs * schedule.decay)
     if schedule.kind == "cosine" and position >= schedule.warmup:
         length = schedule.epochs - schedule.warmup
-        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, (position - schedule.warmup) / length))) if length > 0 else 1.0
+        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, (position - schedule.warmup) / length)))
     return rate
 
 

@@ -1,5 +1,6 @@
 """A pair runs through the real stages, once."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ktray import plugins
 from ktray.crew.local import LocalCrew
 from ktray.errors import StageFailed
 from ktray.pipeline import execute as execution
-from ktray.pipeline import judge
+from ktray.pipeline import judge, memory
 from ktray.pipeline import record as recording
 from ktray.pipeline.execute import execute
 from ktray.pipeline.graph import build
@@ -92,6 +94,21 @@ def test_a_stage_that_raises_is_named_once_and_leaves_no_artifact(store):
     key = build(pair, data_identity()).keys["pseudo_labels"]
     assert store.find(key) is None
     assert "min_size" in store.failure(key)["cause"]
+
+
+@pytest.mark.parametrize("min_size", [1, 10_000], ids=["that ends", "that raises"])
+def test_a_stage_uses_one_thread_and_leaves_the_process_as_many_as_it_had(min_size, store, monkeypatch):
+    before = torch.get_num_threads()
+    inside = []
+    monkeypatch.setattr(memory, "reset_peaks", lambda device: inside.append(torch.get_num_threads()))
+    torch.set_num_threads(3)
+    try:
+        with contextlib.suppress(StageFailed):
+            run(toy_pair(transfer={"kind": "clusters", "k": 5, "min_size": min_size}, evals=[]), store)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(inside) == {1}
 
 
 def test_random_student_and_supervised_ceiling_are_pairs_like_any_other(store):

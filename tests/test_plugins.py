@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from ktray import plugins
@@ -11,7 +13,7 @@ from tests.toys import toy_pair
 
 EVALUATION = """
 from ktray.spec import Spec as SpecBase
-NEEDS_LABELS, DIRECTION, evaluate = False, {}, dict
+REVISION, NEEDS_LABELS, DIRECTION, evaluate = 1, False, {}, dict
 class Spec(SpecBase):
     kind: str = "my_other_lab.poor"
     of: str = "student"
@@ -34,6 +36,23 @@ def fit(spec, images):
 def describe(spec, state, images):
     return images.float().flatten(1)[:, : spec.modes]
 """
+TRANSFER = """
+from ktray.errors import UserError
+from ktray.spec import Spec as SpecBase
+REVISION = 1
+NEEDS = {}
+class Spec(SpecBase):
+    kind: str = "my_other_lab.pairs"
+    partners: int = 10
+    fails: bool = False
+def check(spec, count, clustered):
+    if spec.fails:
+        raise ZeroDivisionError("no partners")
+    if spec.partners > count:
+        raise UserError(f"{spec.partners} partners of {count} images, {clustered} of them clustered", "partners", "Fewer.")
+def task(spec, targets, augment):
+    raise NotImplementedError
+"""
 
 
 @pytest.fixture
@@ -41,6 +60,7 @@ def lab(tmp_path, monkeypatch):
     """The package `my_other_lab`, which this command trusts."""
     (tmp_path / "my_other_lab").mkdir()
     (tmp_path / "my_other_lab" / "poor.py").write_text(EVALUATION)
+    (tmp_path / "my_other_lab" / "pairs.py").write_text(TRANSFER)
     (tmp_path / "my_other_lab" / "modes.py").write_text(DESCRIPTOR)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "my_other_lab")
@@ -58,3 +78,27 @@ def test_a_descriptor_from_outside_refuses_in_a_plan_what_only_it_knows_and_is_t
     said = r"teacher\.descriptor\.modes: 1000 modes cannot be made of 216 images of 28 px"
     with pytest.raises(UserError, match=said):
         check_pair(toy_pair(teacher={"descriptor": {"kind": "my_other_lab.modes", "modes": 1000}}), data_loader())
+
+
+@pytest.mark.usefixtures("lab")
+@pytest.mark.parametrize("room", plugins.ROOMS)
+def test_a_plugin_without_a_revision_is_refused(room, tmp_path, monkeypatch):
+    other = "Spec = LOCATION = load = build = task = describe = NEEDS = NEEDS_LABELS = DIRECTION = evaluate = None\n"
+    (tmp_path / "my_other_lab" / "young.py").write_text(other)
+    monkeypatch.delitem(sys.modules, "my_other_lab.young", raising=False)
+    with pytest.raises(
+        UserError, match=rf"young\.py: the {room} kind 'my_other_lab\.young' defines no REVISION\. A {room} defines"
+    ):
+        plugins.module(room, "my_other_lab.young")
+
+
+@pytest.mark.usefixtures("lab")
+def test_a_transfer_from_outside_refuses_in_a_plan_what_only_it_knows():
+    def planned(**fields):
+        check_pair(toy_pair(teacher=None, transfer={"kind": "my_other_lab.pairs", **fields}), data_loader())
+
+    planned()
+    with pytest.raises(UserError, match=r"^transfer\.partners: 217 partners of 216 images, 0 of them clustered\. Fewer"):
+        planned(partners=217)
+    with pytest.raises(UserError, match=r"^transfer: the transfer my_other_lab\.pairs cannot be made: no partners"):
+        planned(fails=True)

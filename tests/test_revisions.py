@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-from ktray import plugins
+from ktray import plugins, stages
 from ktray.pipeline import graph
 from tests.source import PACKAGE, house_imports
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
@@ -67,7 +67,7 @@ def test_a_tool_names_the_tools_that_it_is_made_of():
     assert len(names) > 5
     for name in names:
         imported = {tool.__name__.removeprefix("ktray.") for tool in tools_of(name)}
-        assert imported - IN_EVERY_KEY <= graph._revisions(import_module(name)).keys(), name
+        assert imported - IN_EVERY_KEY <= graph._revisions_of(import_module(name)).keys(), name
 
 
 @pytest.mark.parametrize("of", ["student", "teacher"])
@@ -75,3 +75,25 @@ def test_features_and_what_is_judged_by_them_depend_on_how_pixels_become_numbers
     built = graph.build(toy_pair(evals=[{"kind": "knn", "of": of}]), lambda data: "content")
     revisions = {stage.name: stage.revisions.keys() for stage in built.stages}
     assert {"features", "augment"} <= revisions["features"] & revisions["evaluation"]
+
+
+@pytest.mark.parametrize("stage", sorted(stages.WORK))
+def test_the_revision_of_a_stage_is_in_its_key_and_not_in_those_of_the_stages_before_it(stage, monkeypatch):
+    order = [*stages.WORK]
+    before = graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
+    monkeypatch.setattr(f"ktray.stages.{stage}.REVISION", 2)
+    after = graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
+    changed = {old.name for old, new in zip(before, after, strict=True) if old.key != new.key}
+    assert changed == set(order[order.index(stage) :])
+
+
+def test_what_teacher_and_student_share_in_training_is_in_the_keys_of_both(monkeypatch):
+    monkeypatch.setattr("ktray.stages.training.REVISION", 2)
+    built = graph.build(toy_pair(teacher=ROTATION), lambda data: "content")
+    assert {stage.name for stage in built.stages if stage.revisions.get("stages.training") == 2} == {"teacher", "student"}
+
+
+def test_every_module_of_the_stages_has_a_revision():
+    modules = [module.name for module in PACKAGE if module.part == "stages" and module.name != "ktray.stages"]
+    assert len(modules) == len(stages.WORK) + 1  # and the training that two of them share
+    assert all(isinstance(import_module(name).REVISION, int) for name in modules)

@@ -12,7 +12,7 @@ from ktray import plugins, spec
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search.document import EarlyStop
-from ktray.spec import DataRoles, DataSpec, HandcraftedTeacher, LoadedTeacher, PairSpec, Schedule, TeacherSpec, TrainedTeacher
+from ktray.spec import DataRoles, DataSpec, HandcraftedTeacher, LoadedTeacher, PairSpec, TeacherSpec, TrainedTeacher
 
 RESNET = {"kind": "resnet", "depth": 18}
 TRAINED = {"pretext": "rotation", "backbone": RESNET, "schedule": {"epochs": 2}}
@@ -159,7 +159,7 @@ def test_a_kind_from_outside_loads_only_after_it_was_allowed(tmp_path, monkeypat
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab/__init__.py").write_text("")
     (tmp_path / "my_lab/colour.py").write_text(
-        "from typing import Literal\nfrom ktray import spec as specs\n"
+        "from typing import Literal\nfrom ktray import spec as specs\nREVISION = 1\n"
         "class Spec(specs.Spec):\n    kind: Literal['my_lab.colour'] = 'my_lab.colour'\n    bins: int = 8\n"
         "def describe(spec, state, images):\n    return images.float().flatten(1)\n"
     )
@@ -175,7 +175,7 @@ def test_a_kind_from_outside_loads_only_after_it_was_allowed(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("bare", "import math\n", r"bare\.py: .* defines no Spec and no describe"),
+        ("bare", "import math\n", r"bare\.py: .* defines no Spec and no REVISION and no describe"),
         ("slip", "x = 1\ndef describe(:\n", r"slip\.py, line 2: .*SyntaxError"),
         ("needy", "x = 1\nimport no_such_library\n", r"needy\.py, line 2: .*no_such_library"),
         ("broken", "\n1 / 0\n", r"broken\.py, line 2: .*ZeroDivisionError"),
@@ -329,20 +329,3 @@ def test_two_evaluations_of_one_name_need_names():
     with pytest.raises(ValidationError, match="two evals are called 'knn'"):
         pair(evals=["knn", {"kind": "knn", "k": 1}])
     assert len(pair(evals=["knn", {"kind": "knn", "k": 1, "name": "nearest"}]).evals) == 2
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"kind": "cosine", "decay": 0.2}, "decay belongs to warmup_stable"),
-        ({"kind": "constant", "warmup": 1}, "no warmup"),
-        ({"kind": "linear"}, "warmup_stable"),
-        ({"optimizer": "adamw", "momentum": 0.5}, "momentum belongs to sgd"),
-        ({"lr": 0}, "greater than 0"),
-        ({"lr": float("nan")}, "finite"),
-        ({"weight_decay": float("inf")}, "finite"),
-    ],
-)
-def test_a_schedule_has_only_what_its_kind_reads(fields, words):
-    with pytest.raises(ValidationError, match=words):
-        Schedule(epochs=5, **fields)

@@ -268,6 +268,7 @@ def test_a_transfer_from_a_teacher_is_refused_without_one(kind):
 TOO_MUCH = {
     "anchors": ({"kind": "similarity", "anchors": 217}, HOG, "transfer.anchors", "Use at most 216"),
     "random classes": ({"kind": "random_clusters", "k": 217}, None, "transfer.k", "Use at most 216"),
+    "clusters shared by degrees": ({"kind": "soft_clusters", "k": 217}, HOG, "transfer.k", "Use at most 216"),
     "one of several k": ({"kind": "clusters", "k": [5, 217]}, HOG, "transfer.k", "Use at most 216"),
 }
 

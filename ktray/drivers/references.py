@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ktray.artifact import Stage
 from ktray.images import Splits
 from ktray.pipeline import graph as graphs
 from ktray.pipeline import judge
@@ -17,13 +16,6 @@ from ktray.search.trial import Trial
 from ktray.stores import Store
 
 FILE = "references.json"
-
-
-class Obtains(Protocol):
-    """Any crew."""
-
-    def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
-        """Every stage published, in order."""
 
 
 def reference_graphs(best: Trial, data: Splits, identity: Identity) -> dict[str, Graph]:

@@ -23,7 +23,8 @@ from ktray.images import Images
 
 REVISION = 1
 TOOLS = (tools,)
-NEEDS_LABELS = False  # but `nmi` and `purity` come only with labels
+NEEDS_LABELS = False
+MAY_READ_LABELS = ("train",)  # `nmi` and `purity` come only with them
 READS_PSEUDO_LABELS = True  # and no features, so its stage depends on no student
 DIRECTION: dict[str, Literal["max", "min"]] = {
     "nmi": "max",
@@ -66,6 +67,12 @@ def evaluate(
     `clusters` counts those that are not empty; `largest_share` in [0, 1] and `smallest` (images) are of those. `nmi` in [0, 1]
     is normalised by the mean of both entropies. `purity` in [0, 1] is the share of images in the majority class of their
     cluster; splitting a cluster never lowers it, so compare it at equal k. With no image kept, everything is 0.
+
+    Args:
+        features, judged, device: not read.
+        train: the N images of the transfer data, labels (N,) int64 >= 0 or None.
+        pseudo_labels: (N,) int64 >= -1, -1 = left out; None if the transfer makes none.
+        out: nothing is written there.
 
     Raises:
         UserError: the pair's transfer makes no pseudo-labels.

@@ -53,6 +53,14 @@ def evaluate(
 ) -> dict[str, float]:
     """`top1` in [0, 1]: the share of `judged` whose class the neighbours in `train` name.
 
+    Args:
+        features: images -> (N, D) float32, one row per image in their order.
+        train: the images that vote, labels (N,) int64 in [0, classes).
+        judged: the images that are classified, labels (M,) int64 in [0, classes).
+        pseudo_labels: not read.
+        out: nothing is written there.
+        device: torch device that holds the features and up to `SIMILARITIES` similarities, such as ``cuda:0``.
+
     Raises:
         ValueError: labels are missing, no image is judged, or features are not finite.
     """

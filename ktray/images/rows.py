@@ -16,7 +16,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 def row_reader(paths: tuple[Path, ...], counts: tuple[int, ...], column: str) -> Callable[[int], bytes]:
-    """A function row -> bytes of a column, over all files in their order; raises Unreadable.
+    """A function row -> bytes of a column, over all files in their order.
 
     Ascending rows cost one pass; a step back costs the row group's beginning again. Every thread has its own place, so memory
     is a few dozen rows per thread, whatever the size of a row group.
@@ -25,6 +25,10 @@ def row_reader(paths: tuple[Path, ...], counts: tuple[int, ...], column: str) ->
         paths: parquet files.
         counts: number of rows of each file.
         column: dotted name of a binary column, such as ``image.bytes``.
+
+    Raises:
+        Unreadable: by the function, not here: the row holds no bytes (null, or another type), or its page is damaged.
+        FileNotFoundError: by the function: a file is gone.
     """
     starts = np.cumsum([0, *counts])
     places = threading.local()

@@ -20,7 +20,7 @@ from ktray.images import Source, Splits, Unreadable, parts
 from ktray.pipeline.graph import generations
 from ktray.pipeline.identity import checkpoint_sha256, origin
 from ktray.pipeline.ready import check_ready
-from ktray.pipeline.trial_run import try_networks
+from ktray.pipeline.trial_run import ask_plugin, try_networks
 from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, Spec, StudentTeacher, TrainedTeacher
 
 Load = Callable[[Spec], Splits]
@@ -51,7 +51,7 @@ def check_pair(pair: PairSpec, load: Load) -> None:
         with _inside("teacher.pair"):
             check_pair(pair.teacher.pair, load)
     found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
-    _clusters(pair, found["cluster"], found["transfer"])
+    _transfer(pair, found["cluster"], found["transfer"])
     _pretext(pair, found["pretext"])
     _labels(pair, found["transfer"], found["target"])
     _judged_labels_stay_unseen(pair, found["target"], load)
@@ -88,33 +88,11 @@ def train_count(splits: Splits, spec: Any) -> int:
     return len(parts(splits, spec.split)["train"][1])
 
 
-def _clusters(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
+def _transfer(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
     """Whether there are images enough for what the transfer makes of them."""
-    smallest = getattr(pair.transfer, "min_size", 1)
-    of_transfer = train_count(transfer, pair.data.transfer)
-    if smallest > max(1, of_transfer):
-        raise UserError(
-            f"no cluster of {of_transfer} images has min_size={smallest}: nothing is left to learn from",
-            where="transfer.min_size",
-            instead="Use a few images, such as 2.",
-        )
-    anchors = getattr(pair.transfer, "anchors", 0)
-    if anchors > of_transfer:
-        raise UserError(
-            f"{anchors} anchors cannot be chosen from {of_transfer} images",
-            where="transfer.anchors",
-            instead=f"Use at most {of_transfer}.",
-        )
-    k = getattr(pair.transfer, "k", None) or 0
-    largest = max(k) if isinstance(k, list | tuple) else k
+    count = train_count(transfer, pair.data.transfer)
     clustered = "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS
-    count = train_count(cluster, pair.data.cluster) if clustered else of_transfer
-    if largest > count:
-        raise UserError(
-            f"k={largest} clusters cannot be made of {count} images",
-            where="transfer.k",
-            instead=f"Use at most {count}, better a hundredth of it.",
-        )
+    ask_plugin("transfer", "transfer", pair.transfer, count, train_count(cluster, pair.data.cluster) if clustered else 0)
 
 
 def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:

@@ -34,14 +34,16 @@ def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Art
     published: dict[str, tuple[Artifact, bool]] = {}
     if wanted:
         inputs = {role: _input(store, key) for role, key in stage.inputs.items()}
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
-        memory.reset_peaks(means.device)
         try:
+            memory.reset_peaks(means.device)
             if len(wanted) > 1:
                 published = _compute_family(wanted, inputs, store, attempt, means)
             else:
                 published = {wanted[0].key: _compute(wanted[0], inputs, store, attempt, means)}
         finally:
+            torch.set_num_threads(threads)  # in a notebook, what runs after this is not ours
             memory.give_back(means.device)
     if stage.key not in published:
         return _input(store, stage.key), False

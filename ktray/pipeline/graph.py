@@ -16,6 +16,7 @@ from ktray.fingerprint import canonical
 from ktray.pipeline.identity import checkpoint_sha256, features_identity
 from ktray.pipeline.naming import lineage
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, PairSpec, ReadyTeacher, Schedule, Spec, StudentTeacher, TrainedTeacher
+from ktray.stages import MODULES
 
 Identity = Callable[[Spec], str]
 """Data spec -> sha256 of the data's content."""
@@ -118,7 +119,7 @@ def images_stage(spec: Spec, identity: Identity) -> Stage:
     """The stage that decodes a data set; where the data lies is no part of its identity, its content is."""
     module = plugins.module_of("dataset", spec)
     what = spec.model_dump(exclude=set(module.LOCATION)) | {"content": identity(spec)}
-    return Stage("images", what, _revisions(spec, images), local={"data": images.located(spec).model_dump()})
+    return Stage("images", what, _revisions("images", spec, images), local={"data": images.located(spec).model_dump()})
 
 
 def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
@@ -138,17 +139,22 @@ def final_epoch(pair: PairSpec) -> int:
     return pair.student.schedule.epochs if trains else 0
 
 
-def _revisions(*sources: Spec | ModuleType) -> dict[str, int]:
+def _revisions(stage: str, *methods: Spec | ModuleType) -> dict[str, int]:
+    """Revisions of the module that does the stage of this name, and of the methods that it is given."""
+    return _revisions_of(MODULES[stage], *methods)
+
+
+def _revisions_of(*sources: Spec | ModuleType) -> dict[str, int]:
     """Revisions of the given tools, of every plugin in the specs, however deep, and of the `TOOLS` that any of them names."""
     found: dict[str, int] = {}
     for source in sources:
         module = source if isinstance(source, ModuleType) else sys.modules[type(source).__module__]
         if hasattr(module, "REVISION"):
             found[module.__name__.removeprefix("ktray.")] = module.REVISION
-        found |= _revisions(*getattr(module, "TOOLS", ()))
+        found |= _revisions_of(*getattr(module, "TOOLS", ()))
         if isinstance(source, Spec):
             fields = (getattr(source, name) for name in type(source).model_fields)
-            found |= _revisions(*(value for value in fields if isinstance(value, Spec)))
+            found |= _revisions_of(*(value for value in fields if isinstance(value, Spec)))
     return found
 
 
@@ -183,7 +189,7 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
     if isinstance(teacher, TrainedTeacher):
         inputs = {"images.pretext": builder.images("pretext")}
         what = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
-        revisions = _revisions(teacher.pretext, teacher.backbone, train, augment)
+        revisions = _revisions("teacher", teacher.pretext, teacher.backbone, train, augment)
         local = {"data": builder.data("pretext"), "schedule": teacher.schedule.model_dump()}
 
         def at(epoch: int) -> Stage:
@@ -201,7 +207,7 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
         inputs = {"images.cluster": builder.images("cluster")}
         what = {"descriptor": teacher.descriptor.model_dump()}
-        revisions = _revisions(teacher.descriptor)
+        revisions = _revisions("teacher", teacher.descriptor)
         builder.keys["teacher"] = builder.add(
             Stage("teacher", what, revisions, inputs, local={"data": builder.data("cluster")})
         )
@@ -209,7 +215,7 @@ def _teacher(builder: _Builder, teacher: Spec) -> None:
 
 def _loaded(teacher: LoadedTeacher) -> Stage:
     """Weights from a file or folder, identified by their content, or from an artifact, which this graph does not make."""
-    backbone, revisions = teacher.backbone.model_dump(), _revisions(teacher.backbone, train)
+    backbone, revisions = teacher.backbone.model_dump(), _revisions("teacher", teacher.backbone, train)
     if checkpoint.ARTIFACT.fullmatch(teacher.checkpoint):
         inputs = {"snapshot": teacher.checkpoint}
         return Stage("teacher", {"checkpoint": teacher.checkpoint, "backbone": backbone}, revisions, inputs)
@@ -236,7 +242,7 @@ def _features(builder: _Builder, role: str) -> str:
     what = {**_teacher_view(teacher), "dtype": teacher.dtype}
     local = {"teacher": _located(teacher), "data": builder.data(role)[role]}
     varies = ("layer", "pool") if "layer" in what else ()  # a forward pass brings every layer
-    revisions = _revisions(_method(teacher), features, augment)
+    revisions = _revisions("features", _method(teacher), features, augment)
     return builder.add(Stage("features", what, revisions, inputs, local=local, varies=varies))
 
 
@@ -261,14 +267,15 @@ def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> N
     k = transfer["k"]
     for place, clusters in enumerate(k if isinstance(k, list | tuple) else (k,)):
         what = {name: transfer[name] for name in needs["clusters"]} | {"k": clusters}
-        made = builder.add(Stage("clusters", what, _revisions(kmeans, projection), {"features": keys["features"]}))
+        revisions = _revisions("clusters", kmeans, projection)
+        made = builder.add(Stage("clusters", what, revisions, {"features": keys["features"]}))
         inputs = {
             "features": _features(builder, "transfer"),
             "clusters": made,
             "images.transfer": builder.images("transfer"),
         }
         what = _PLAIN_LABELS | {name: transfer[name] for name in needs["pseudo_labels"]}
-        revisions = _revisions(kmeans, projection, pseudo_labels)
+        revisions = _revisions("pseudo_labels", kmeans, projection, pseudo_labels)
         stage = Stage("pseudo_labels", what, revisions, inputs, local={"data": builder.data("transfer")})
         keys[numbered("clusters", place)] = made
         keys[numbered("pseudo_labels", place)] = builder.add(stage)
@@ -287,7 +294,7 @@ def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
         "seed": student.seed,
         "transfer": pair.transfer.model_dump(exclude=elsewhere),
     }
-    revisions = _revisions(pair.transfer, student.backbone, train, augment)
+    revisions = _revisions("student", pair.transfer, student.backbone, train, augment)
     schedule = student.schedule
     local = {
         "data": builder.data("transfer"),
@@ -305,7 +312,7 @@ def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
     if last == 0:
         # A student as drawn is the same whatever the schedule and the augmentation would have been.
         drawn = {"backbone": what["backbone"], "seed": student.seed, "epoch": 0}
-        stage = Stage("student", drawn, _revisions(student.backbone, train), local=local)
+        stage = Stage("student", drawn, _revisions("student", student.backbone, train), local=local)
         builder.keys["student"] = builder.add(stage)
     else:
         builder.keys["student"] = _training(builder, "student", at, schedule, last)
@@ -339,4 +346,5 @@ def _evaluation(builder: _Builder, spec: Any) -> str:
         what["backbone"] = pair.student.backbone.model_dump()
         methods.append(pair.student.backbone)
     local["data"] = builder.data(*roles)
-    return builder.add(Stage("evaluation", what, _revisions(*methods, features, augment), inputs, local=local))
+    revisions = _revisions("evaluation", *methods, features, augment)
+    return builder.add(Stage("evaluation", what, revisions, inputs, local=local))

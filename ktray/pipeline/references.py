@@ -10,6 +10,7 @@ import numpy as np
 from ktray import plugins
 from ktray.artifact import Artifact
 from ktray.errors import UserError
+from ktray.fingerprint import canonical
 from ktray.images import Splits
 from ktray.spec import PairSpec
 from ktray.stores import Store
@@ -49,6 +50,8 @@ def on_test(pair: Mapping[str, Any]) -> PairSpec:
 def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, int]:
     """Split -> number of labels that the judges of finished trials read; empty if they read none.
 
+    Labels of one data set count once, whoever read them and at whatever size of the images; those of several are summed.
+
     Args:
         keys: of each trial: stage -> key, evaluation -> name -> key.
 
@@ -56,23 +59,30 @@ def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, in
         UserError: the images are no longer in the store.
     """
     judges = dict.fromkeys(key for each in keys for key in each.get("evaluation", {}).values())
-    for artifact in filter(None, map(store.find, judges)):
-        if _reads_labels(artifact):
-            return _label_counts(artifact.record["inputs"]["images.target"], store)
-    return {}
+    read = dict.fromkeys(place for judge in filter(None, map(store.find, judges)) for place in _read_by(judge))
+    counts: dict[tuple[str, str], int] = {}
+    for key, split in read:
+        images = store.find(key)
+        if images is None:
+            raise UserError(f"{key} is no longer in the store, and it says how many labels were read", instead="Search again.")
+        file = images.directory / f"{split}-labels.npy"
+        if file.exists():
+            same = canonical({name: value for name, value in images.record["spec"].items() if name != "size"})
+            counts[split, same] = len(np.load(file, mmap_mode="r", allow_pickle=False))
+    splits = dict.fromkeys(split for split, _ in counts)
+    return {split: sum(count for (of, _), count in counts.items() if of == split) for split in splits}
 
 
-def _reads_labels(judge: Artifact) -> bool:
+def _read_by(judge: Artifact) -> list[tuple[str, str]]:
+    """Key of the images and split of all labels that a judge reads, where there are any."""
+    spec, inputs = judge.record["spec"], judge.record["inputs"]
+    places = {
+        "train": (inputs["images.transfer" if "pseudo_labels" in inputs else "images.target"], "train"),
+        "judged": (inputs["images.target"], spec["split"]),
+    }
     try:
-        needs = bool(plugins.module("evaluation", judge.record["spec"]["kind"]).NEEDS_LABELS)
+        module = plugins.module("evaluation", spec["kind"])
     except UserError:  # a plugin that this command was not told to trust: rather one label too many than one concealed
-        return True
-    return needs or bool({"nmi", "purity"} & judge.metrics.keys())
-
-
-def _label_counts(key: str, store: Store) -> dict[str, int]:
-    images = store.find(key)
-    if images is None:
-        raise UserError(f"{key} is no longer in the store, and it says how many labels were read", instead="Search again.")
-    files = {split: images.directory / f"{split}-labels.npy" for split in ("train", "val")}
-    return {split: len(np.load(file, allow_pickle=False)) for split, file in files.items() if file.exists()}
+        return [*places.values()]
+    read = places if module.NEEDS_LABELS else getattr(module, "MAY_READ_LABELS", ())
+    return [places[name] for name in read]

@@ -74,7 +74,7 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
 def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
     kind, size = teacher.backbone.kind, sizes["pretext"]
     if isinstance(teacher, TrainedTeacher):
-        _check("pretext", teacher.pretext)
+        ask_plugin("teacher.pretext", "pretext", teacher.pretext)
         with _at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
             _learn(teacher.pretext, teacher.backbone, size)
     for role in ("cluster", "transfer"):
@@ -103,20 +103,28 @@ def _try_descriptor(descriptor: Any, sizes: dict[str, int], count: int) -> None:
     for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
         with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
             _describe(descriptor, size)
-    _check("descriptor", descriptor, sizes["cluster"], count)
+    ask_plugin("teacher.descriptor", "descriptor", descriptor, sizes["cluster"], count)
 
 
-def _check(room: str, spec: Any, *data: int) -> None:
-    """What a plugin says of its spec, if anything; `data` are the side and the number of images that it is made from."""
+def ask_plugin(place: str, room: str, spec: Any, *data: int) -> None:
+    """What a plugin's `check` says of its spec, if it has one.
+
+    Args:
+        place: dotted path of the spec in the pair.
+        data: what `check` asks of the images besides, as the room's `__init__` says.
+
+    Raises:
+        UserError: the plugin refuses its spec.
+    """
     check = getattr(plugins.module_of(room, spec), "check", None)
     if check:
-        with _at(f"teacher.{room}", f"the {room} {spec.kind} cannot be made", spec):
+        with _at(place, f"the {room} {spec.kind} cannot be made", spec):
             check(spec, *data)
 
 
 @contextmanager
 def _at(place: str, failed: str, spec: Spec | None = None) -> Iterator[None]:
-    """Say what was raised with its dotted path; `spec` is the descriptor that raised."""
+    """Say what was raised with its dotted path; `spec` is that of the plugin that raised."""
     try:
         yield
     except UserError as error:
@@ -126,7 +134,9 @@ def _at(place: str, failed: str, spec: Spec | None = None) -> Iterator[None]:
         raise UserError(error.problem, whole, error.instead) from error
     except Exception as error:  # a boundary: torch and plugins raise anything, and it is the pair that does not fit
         said = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{failed}: {said}", place, "Use larger images (data.size) or another form.") from error
+        raise UserError(
+            f"{failed}: {said}", place, "Use other images, such as larger ones (data.size), or another form."
+        ) from error
 
 
 def _above(spec: Spec, field: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from ktray.artifact import Artifact, Stage
 from ktray.pool import Means
@@ -21,6 +23,8 @@ WORK: Mapping[str, Run] = {
     "student": student.run,
     "evaluation": evaluation.run,
 }
+MODULES: Mapping[str, ModuleType] = {name: sys.modules[run.__module__] for name, run in WORK.items()}
+"""Whose `REVISION` is part of the key of each stage."""
 
 FamilyRun = Callable[
     [Sequence[Stage], Mapping[str, Artifact], Sequence[Path], Means], Sequence[tuple[Mapping[str, float], float]]

@@ -12,6 +12,8 @@ from ktray import features, kmeans, projection
 from ktray.artifact import Artifact, Stage
 from ktray.pool import Means
 
+REVISION = 1
+
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write `centroids.npy` (K, D), `projection.npz` and `iterations.json`; inertia is the mean squared distance."""

@@ -18,6 +18,8 @@ from ktray.spec import TeacherSpec
 from ktray.stages.features import reading
 from ktray.stages.images import open_images
 
+REVISION = 1
+
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write `metrics.json` and the plots of the evaluation; metric names without prefix."""

@@ -15,6 +15,8 @@ from ktray.images import open_split
 from ktray.pool import Means
 from ktray.spec import ReadyTeacher
 
+REVISION = 1
+
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write ``features-00000.npy`` and so on, (n, D) each; metrics `dim` and `images_per_s`."""
@@ -41,7 +43,7 @@ def _source(stage: Stage, inputs: Mapping[str, Artifact], means: Means) -> dict[
         "split": "train",
         "dtype": stage.spec["dtype"],
         "device": means.device,
-        "most": means.most_images,
+        "most_images": means.most_images,
     }
 
 

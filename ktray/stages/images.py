@@ -11,6 +11,8 @@ from ktray.artifact import Artifact, Stage
 from ktray.images import Images
 from ktray.pool import Means
 
+REVISION = 1
+
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write the images of ``stage.local["data"]``, or ``stage.local["sample"]`` of them; metrics `count` and `unreadable`."""

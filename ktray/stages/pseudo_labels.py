@@ -13,6 +13,8 @@ from ktray.artifact import Artifact, Stage
 from ktray.pool import Means
 from ktray.stages.images import open_images
 
+REVISION = 1
+
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
     """Write `labels.npy` (N,) int64 with -1 for images left out, and a sheet of images per cluster.

@@ -15,9 +15,12 @@ from ktray.artifact import Artifact, Stage, numbered
 from ktray.images import Images
 from ktray.pool import Means
 from ktray.spec import Augment
+from ktray.stages import training
 from ktray.stages.images import open_images
-from ktray.stages.training import run_training
 from ktray.targets import Features, Labels, Targets
+
+REVISION = 1
+TOOLS = (training,)
 
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
@@ -29,7 +32,7 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
     images = open_images(stage, "transfer", inputs, "train")
     targets = _targets(inputs, images, "labels" in module.NEEDS)
     task = module.task(transfer, targets, Augment.model_validate(stage.spec["augment"]))
-    return run_training(stage, task, images, out, means, start)
+    return training.run_training(stage, task, images, out, means, start)
 
 
 def _as_drawn(stage: Stage, out: Path) -> dict[str, float]:

@@ -12,8 +12,11 @@ from ktray import plugins, train
 from ktray.artifact import Artifact, Stage
 from ktray.fingerprint import require_sha256
 from ktray.pool import Means
+from ktray.stages import training
 from ktray.stages.images import open_images
-from ktray.stages.training import run_training
+
+REVISION = 1
+TOOLS = (training,)
 
 
 def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, start: Path | None) -> Mapping[str, float]:
@@ -23,7 +26,7 @@ def run(stage: Stage, inputs: Mapping[str, Artifact], out: Path, means: Means, s
         pretext = plugins.parse("pretext", stage.spec["pretext"])
         module = plugins.module_of("pretext", pretext)
         task = module.task(pretext, images.size, images) if hasattr(module, "NEEDS") else module.task(pretext, images.size)
-        return run_training(stage, task, images, out, means, start)
+        return training.run_training(stage, task, images, out, means, start)
     if "checkpoint" in stage.spec:
         return {"parameters": float(_adopt(stage, inputs, out))}
     descriptor = plugins.parse("descriptor", stage.spec["descriptor"])

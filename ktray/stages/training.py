@@ -15,6 +15,8 @@ from ktray.pool import Means
 from ktray.spec import Schedule
 from ktray.task import Task
 
+REVISION = 1
+
 
 def run_training(stage: Stage, task: Task, images: Images, out: Path, means: Means, start: Path | None) -> dict[str, float]:
     """Train the backbone of ``stage.spec`` to ``stage.spec["epoch"]``; metrics of the last epoch and `parameters`."""

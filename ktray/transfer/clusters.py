@@ -16,9 +16,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ktray import classification, sampling
+from ktray.errors import UserError
 from ktray.spec import Augment, Seed
 from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets
+from ktray.targets import Targets, require_images
 from ktray.task import Task
 
 REVISION = 2
@@ -69,6 +70,25 @@ class Spec(SpecBase):
         if self.small == "merge" and self.min_size == 1:
             raise ValueError("no cluster has fewer than min_size=1 images, so small=merge merges nothing; raise min_size")
         return self
+
+
+def check(spec: Spec, count: int, clustered: int) -> None:
+    """Refuse a cluster size that no cluster can have, and more clusters than images.
+
+    Args:
+        count: number of images that the student is trained on.
+        clustered: number of images whose features are clustered.
+
+    Raises:
+        UserError: there are too few images.
+    """
+    if spec.min_size > max(1, count):
+        raise UserError(
+            f"no cluster of {count} images has min_size={spec.min_size}: nothing is left to learn from",
+            "min_size",
+            "Use a few images, such as 2.",
+        )
+    require_images(max(spec.k) if isinstance(spec.k, tuple) else spec.k, clustered)
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:

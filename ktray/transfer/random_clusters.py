@@ -19,7 +19,7 @@ from ktray import classification
 from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
 from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets
+from ktray.targets import Targets, require_images
 from ktray.task import Task
 
 REVISION = 1
@@ -34,6 +34,19 @@ class Spec(SpecBase):
     kind: Literal["random_clusters"] = "random_clusters"
     k: int = Field(default=500, ge=2, description="classes")
     seed: Seed = 0
+
+
+def check(spec: Spec, count: int, clustered: int) -> None:
+    """Refuse more classes than images.
+
+    Args:
+        count: number of images that the student is trained on.
+        clustered: number of images whose features are clustered; none here.
+
+    Raises:
+        UserError: there are too few images.
+    """
+    require_images(spec.k, count)
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray import distillation
+from ktray.errors import UserError
 from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
 from ktray.spec import Spec as SpecBase
@@ -44,6 +45,20 @@ class Spec(SpecBase):
         default=(512,), max_length=8, description="widths of the head's hidden layers; []: a linear head"
     )
     seed: Seed = 0
+
+
+def check(spec: Spec, count: int, clustered: int) -> None:
+    """Refuse more anchors than images.
+
+    Args:
+        count: number of images that the student is trained on.
+        clustered: number of images whose features are clustered; none here.
+
+    Raises:
+        UserError: there are too few images.
+    """
+    if spec.anchors > count:
+        raise UserError(f"{spec.anchors} anchors cannot be chosen from {count} images", "anchors", f"Use at most {count}.")
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:

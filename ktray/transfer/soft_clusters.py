@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ktray import augment as views_of
 from ktray.spec import Augment, Seed
 from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets
+from ktray.targets import Targets, require_images
 from ktray.task import Task
 
 REVISION = 1
@@ -53,6 +53,19 @@ class Spec(SpecBase):
         if self.neighbours > self.k:
             raise ValueError(f"there are k={self.k} clusters, and neighbours={self.neighbours} of them; use at most {self.k}")
         return self
+
+
+def check(spec: Spec, count: int, clustered: int) -> None:
+    """Refuse more clusters than images.
+
+    Args:
+        count: number of images that the student is trained on.
+        clustered: number of images whose features are clustered.
+
+    Raises:
+        UserError: there are too few images.
+    """
+    require_images(spec.k, clustered)
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:

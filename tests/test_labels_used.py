@@ -1,0 +1,114 @@
+"""How many labels the judges of a search read: a report says so, and must not conceal one."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from ktray.errors import UserError
+from ktray.pipeline.execute import execute
+from ktray.pipeline.graph import build
+from ktray.pipeline.identity import data_identity
+from ktray.pipeline.references import labels_used
+from ktray.pool import Means
+from ktray.stores.file import FileStore
+from tests.toys import DATA, toy_pair
+
+AGREEMENT = """
+from ktray import spec as specs
+REVISION = 1
+NEEDS_LABELS, READS_PSEUDO_LABELS, DIRECTION = False, True, {"rand_index": "max"}
+class Spec(specs.Spec):
+    kind: str = "lab_of_labels.agreement"
+    name: str | None = None
+    of: str = "student"
+    layer: None = None
+    pool: specs.Pooling = specs.Pooling()
+    split: str = "val"
+def evaluate(spec, *, features, train, judged, pseudo_labels, out, device):
+    raise NotImplementedError
+"""
+OTHER = {**DATA, "count": 120}  # 108 training images and 12 of val, where DATA has 216 and 24
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FileStore(tmp_path / "store")
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A function that writes the evaluation `lab_of_labels.agreement`, which declares what it is given."""
+
+    def write(declared=""):
+        (tmp_path / "lab_of_labels").mkdir()
+        (tmp_path / "lab_of_labels" / "agreement.py").write_text(AGREEMENT + declared)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_labels")
+        for name in [name for name in sys.modules if name.split(".")[0] == "lab_of_labels"]:
+            monkeypatch.delitem(sys.modules, name)
+
+    return write
+
+
+def finished(store, **changes):
+    """The keys of a trial of which the images and the judgements are in the store; nothing was trained for them."""
+    graph = build(toy_pair(**changes), data_identity())
+    for stage in graph.stages:
+        if stage.name == "images":
+            execute(stage, store, "a", Means())
+        elif stage.name == "evaluation":
+            record = {"metrics": {"rand_index": 0.5}, "spec": stage.spec, "inputs": dict(stage.inputs)}
+            store.publish(store.scratch(stage.key, "a"), stage.key, record)
+    return graph.keys
+
+
+def test_a_judge_that_needs_labels_reads_those_of_training_images_and_of_the_split_it_judges(store):
+    assert labels_used([finished(store)], store) == {"train": 216, "val": 24}
+    assert labels_used([finished(store, evals=[{"kind": "knn", "split": "test"}])], store).keys() == {"train", "test"}
+
+
+def test_no_judge_that_reads_labels_means_no_labels(store):
+    assert labels_used([finished(store, evals=[{"kind": "effective_rank"}])], store) == {}
+    assert labels_used([], store) == {}
+
+
+def test_labels_of_one_data_set_count_once_and_those_of_every_further_target_are_added(store):
+    trials = [finished(store), finished(store, evals=[{"kind": "knn", "k": 1}])]
+    assert labels_used(trials, store) == {"train": 216, "val": 24}
+    trials.append(finished(store, data={**dict.fromkeys(("pretext", "cluster", "transfer"), DATA), "target": OTHER}))
+    assert labels_used(trials, store) == {"train": 216 + 108, "val": 24 + 12}
+
+
+def test_pseudo_labels_are_judged_by_the_labels_of_the_transfer_data(store):
+    data = {**dict.fromkeys(("pretext", "cluster", "target"), DATA), "transfer": OTHER}
+    assert labels_used([finished(store, data=data, evals=[{"kind": "cluster_quality"}])], store) == {"train": 108}
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        ("", {}),
+        ('MAY_READ_LABELS = ("train",)', {"train": 216}),
+        ('MAY_READ_LABELS = ("train", "judged")', {"train": 216, "val": 24}),
+    ],
+)
+def test_an_evaluation_from_outside_declares_which_labels_it_reads_where_there_are_any(declared, expected, store, lab):
+    lab(declared)
+    assert labels_used([finished(store, evals=[{"kind": "lab_of_labels.agreement"}])], store) == expected
+
+
+def test_an_evaluation_that_is_not_trusted_may_have_read_all_labels(store, lab, monkeypatch):
+    lab()
+    trial = finished(store, evals=[{"kind": "lab_of_labels.agreement"}])
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
+    assert labels_used([trial], store) == {"train": 216, "val": 24}
+
+
+def test_labels_that_can_be_counted_no_more_are_not_passed_over(store):
+    trial = finished(store)
+    (images,) = store.root.glob("images-*")
+    images.rename(images.with_name("gone"))
+    with pytest.raises(UserError, match="says how many labels were read"):
+        labels_used([trial], store)
