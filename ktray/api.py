@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ktray.cli.settings import Settings, open_home
+from ktray.cli.settings import Settings, counted, open_home
 from ktray.errors import StageFailed
 from ktray.export import load_student as load_student
 from ktray.spec import PairSpec
@@ -139,6 +139,8 @@ def search(
         StoppedEarly: a full disk, or ten failures in a row; the same call goes on.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
+    if concurrent is not None:
+        counted(concurrent, "concurrent")
     args = argparse.Namespace(
         space=Path(space),
         overrides=list(overrides),
@@ -202,6 +204,7 @@ def run(
     from ktray.pipeline.check import data_loader
     from ktray.search.space import pair_of
 
+    counted(concurrent, "concurrent")
     options = _settings(home, talk, store, None, runtime)
     pairs: Mapping[str, PairSpec]
     if isinstance(pair, str | Path):

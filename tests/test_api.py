@@ -12,6 +12,7 @@ import torch
 import yaml
 
 import ktray
+from ktray.drivers.search import with_concurrent
 from ktray.errors import StageFailed, UserError
 from ktray.search.study import Study as Ledger
 from tests.searches import Home
@@ -74,6 +75,25 @@ def test_what_is_wrong_with_a_pair_is_raised(tmp_path: Path) -> None:
         ktray.run(toy_spec(transfer={"kind": "clusters", "k": 10_000}), home=tmp_path, local=True)
     with pytest.raises(StageFailed, match="fewer than min_size"):
         ktray.run(toy_spec(transfer={"kind": "clusters", "k": 5, "min_size": 200}), home=tmp_path, local=True, talk=0)
+
+
+@pytest.mark.parametrize("concurrent", [0, -1, 1.5, True, "4"])
+def test_a_call_in_which_nothing_could_run_at_a_time_is_refused_in_one_sentence(tmp_path: Path, concurrent: Any) -> None:
+    said = rf"^concurrent={concurrent!r} is no whole number from 1\.?$"
+    with pytest.raises(UserError, match=said):
+        ktray.search(search_space(tmp_path), home=tmp_path / "home", concurrent=concurrent, talk=0)
+    for local in (False, True):
+        with pytest.raises(UserError, match=said):
+            ktray.run(toy_pair(), home=tmp_path / "home", concurrent=concurrent, local=local, talk=0)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_space_never_gets_a_number_of_trials_at_a_time_that_its_file_could_not_have(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    assert with_concurrent(space, 3).budget == space.budget.model_copy(update={"concurrent": 3})
+    assert with_concurrent(space, None) is space
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        with_concurrent(space, 0)
 
 
 def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) -> None:

@@ -253,8 +253,12 @@ def _reference_lines(conductor: Conductor, crew: _Crew, place: Place, folder: Pa
 
 
 def with_concurrent(space: Space, concurrent: int | None) -> Space:
-    """The same space with another number of trials at a time; the budget is no part of its identity."""
+    """The same space with another number of trials at a time; the budget is no part of its identity.
+
+    Raises:
+        ValueError: no trial could run.
+    """
     if concurrent is None:
         return space
-    budget = space.budget.model_copy(update={"concurrent": concurrent})
+    budget = type(space.budget).model_validate({**space.budget.model_dump(), "concurrent": concurrent})
     return replace(space, document=space.document.model_copy(update={"budget": budget}))
