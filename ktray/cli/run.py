@@ -33,7 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+    """Do it; the exit code.
+
+    Raises:
+        UserError: the source, an argument or the data are wrong; no pair of `--only` may be missing.
+        PreflightFailed: Ray does not start, or its nodes do not see the store.
+        StoppedEarly: the disk is full, or the crew has ended; the same command goes on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
+    """
     from ktray.cli.plan import check_pairs
     from ktray.cli.search import stop_on_signals
     from ktray.cli.source import load_pairs

@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+    """Do it; the exit code.
+
+    Raises:
+        UserError: there is no such study, trial or artifact, or `--against` names no pair, or one without such a stage.
+    """
     from ktray.errors import UserError
 
     options = settings(args)
