@@ -81,6 +81,41 @@ def test_a_mistake_gets_one_paragraph_and_exit_2(home, tmp_path, capsys, changes
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("spec", ["absent", "a wrong pair", "a wrong space", "broken YAML"])
+def test_plan_in_json_says_of_what_is_not_valid_why_with_all_that_is_known_of_others(home, tmp_path, capsys, spec):
+    good = write(tmp_path / "good.yaml", toy_spec())
+    assert main(["plan", good, "--json"]) == 0
+    valid = json.loads(capsys.readouterr().out)
+    assert valid["valid"] is True
+    assert valid["problem"] is None
+    source = tmp_path / "it.yaml"
+    if spec == "a wrong pair":
+        write(source, toy_spec(teacher={"descriptor": "hogg"}))
+    elif spec == "a wrong space":
+        write(source, {"study": "toy", "pair": toy_spec(teacher={"descriptor": "hogg"})})
+    elif spec == "broken YAML":
+        source.write_text("teacher: [\n")
+    assert main(["plan", str(source), "--json"]) == 2
+    said = capsys.readouterr()
+    answer = json.loads(said.out)
+    assert answer["valid"] is False
+    assert said.err == f"ktray: {answer['problem']}\n"
+    assert answer.keys() == valid.keys()
+    assert answer["estimate"].keys() == valid["estimate"].keys()
+    assert answer["sharing"].keys() == valid["sharing"].keys()
+    assert not any(answer["stages"] + answer["notes"] + [answer["pairs"]] + list(answer["estimate"].values()))
+    assert main(["plan", str(source)]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_store_that_is_none_says_nothing_about_the_input(home, tmp_path, capsys):
+    pair = write(tmp_path / "pair.yaml", toy_spec())
+    assert main(["plan", pair, "--json", "--store", "s3://bucket"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "s3://bucket" in said.err
+
+
 def test_broken_yaml_is_named_with_its_line(home, tmp_path, capsys):
     path = tmp_path / "pair.yaml"
     path.write_text("teacher: {descriptor: {kind: hog}\ndata: [")
