@@ -68,8 +68,8 @@ class Outcome:
     Attributes:
         reason: why it ended, in a few words.
         stopped: set if it ended before its target.
-        published: keys of the artifacts that were computed during this call.
-        reused: keys of the artifacts that its trials rest on and that were there before.
+        published: keys of the artifacts that were computed by the crew of this call.
+        reused: keys of the other artifacts that its trials rest on; another search may have published them meanwhile.
     """
 
     study: str
@@ -184,9 +184,8 @@ def search(
             outcome.interrupted = True
         finally:
             outcome.stopped = _end(conductor, crew, before, place.home / "studies" / name, done) or outcome.stopped
-        after = set(place.store.keys())
-        rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & after
-    outcome.published = rests_on & (crew.published | (after - before))
+        rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & set(place.store.keys())
+    outcome.published = rests_on & crew.published
     outcome.reused = rests_on - outcome.published
     outcome.seconds = time.monotonic() - began
     return outcome
