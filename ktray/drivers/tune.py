@@ -26,7 +26,12 @@ DEATHS = 10  # of one trial's processes, with no result of any trial in between:
 
 
 class StudySearcher(Searcher):
-    """Hands segments of the study to Tune and settles what comes back; `reason` says why the search stopped early."""
+    """Hands segments of the study to Tune and settles what comes back; `reason` says why the search stopped early.
+
+    Args:
+        stopping: set it to end the search within seconds; waiting trials stay resumable.
+        ahead: segments that are already drawn; workers begin with them while Tune is still starting.
+    """
 
     def __init__(self, conductor: Conductor, crew: Crew, stopping: Stopping, ahead: deque[Segment]) -> None:
         super().__init__()
@@ -142,22 +147,18 @@ class _Tick(tune.Callback):  # type: ignore[misc]
             self.searcher.reason = stop
 
 
-def run_search(
-    conductor: Conductor, crew: Crew, ahead: deque[Segment], scratch: Path, stopping: Stopping
-) -> StoppedEarly | None:
-    """Run the study to its target on the Ray that is connected; why it stopped early, or None.
+def run_search(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
+    """Run the searcher's study to its target on the Ray that is connected; why it stopped early, or None.
 
     Args:
-        ahead: segments that are already drawn; workers begin with them while Tune is still starting.
         scratch: folder for Tune's own state, which nobody reads.
-        stopping: set it to end the search within seconds; waiting trials stay resumable.
     """
+    conductor, crew = searcher.conductor, searcher.crew
     concurrent = conductor.space.budget.concurrent
-    for segment in ahead:
+    for segment in searcher.ahead:
         crew.prefetch(list(segment.graph.stages))
     crew.prefetch(conductor.certain())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
-    searcher = StudySearcher(conductor, crew, stopping, ahead)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
         tune.with_resources(WaitForStages, resources),
