@@ -10,7 +10,10 @@ import yaml
 
 from ktray import plugins
 from ktray.cli import main
+from ktray.crew.locks import hold_store
 from tests.toys import toy_spec
+
+DAMAGE = "centroids.npy has another sha256 than its record"
 
 
 @pytest.fixture
@@ -147,8 +150,25 @@ def test_the_cache_lists_and_verifies_what_a_run_left(home, tmp_path, capsys):
     key = next(row["key"] for row in rows if row["stage"] == "clusters")
     path = home / "store" / key / "centroids.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
+    running = hold_store(f"file://{home / 'store'}")
     main(["cache", "verify", "--json"])
-    assert list(json.loads(capsys.readouterr().out)["damaged"]) == [key]
+    assert json.loads(capsys.readouterr().out) == {"damaged": {key: DAMAGE}, "moved_aside": []}
+    main(["cache", "verify"])
+    said = capsys.readouterr().out
+    assert f"{key}: {DAMAGE}; left where it is: a search or a run uses the store" in said
+    assert "Verify again when it has ended." in said
+    assert path.is_file()
+    running.release()
+    main(["cache", "verify", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"damaged": {key: DAMAGE}, "moved_aside": [key]}
+    assert not path.exists()
+    assert [kept.name.rpartition(".")[0] for kept in (home / "store/.damaged").iterdir()] == [key]
+    main(["cache", "verify"])
+    assert capsys.readouterr().out == "0 damaged artifacts\n"
+    main(["run", pair, "--local", "-q"])
+    assert path.is_file()
+    main(["cache", "prune", "--yes"])
+    assert not (home / "store/.damaged").exists()
 
 
 def test_kinds_are_listed_with_one_line_and_their_source_each(home, capsys):
