@@ -41,7 +41,7 @@ class StudySearcher(Searcher):
         self.reason: StoppedEarly | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study is the ledger."""
+        """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study has its journal."""
         return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -118,7 +118,7 @@ class StudySearcher(Searcher):
         return self.stopping.is_set() or self.reason is not None
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing to save: the study is the ledger."""
+        """Nothing to save: the study has its journal."""
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Nothing to restore."""
