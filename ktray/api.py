@@ -31,8 +31,8 @@ Talk = Literal[0, 1, 2]
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study on disk, whether a search of it runs now or not; what is asked is read anew each time.
+class SearchResult:
+    """What a study on disk has found, whether a search of it runs now or not; what is asked is read anew each time.
 
     Attributes:
         home: absolute path of the home that holds it.
@@ -148,7 +148,7 @@ def search(
     tracking: str | None = None,
     runtime: str | Path | None = None,
     talk: Talk = 1,
-) -> Study:
+) -> SearchResult:
     """Run a search to its target, or go on with it, as `ktray search` does.
 
     Args:
@@ -178,7 +178,7 @@ def search(
     options = _settings(home, talk, store, tracking, runtime, allow_plugins)
     wishes = (overrides, name, trials, concurrent, warm_start, address, share_images)  # in the order of `searched`
     outcome = _ended(lambda stopping: searched(Path(space), options, stopping, *wishes)[0], options)
-    return Study(options.home, outcome.study, store, tracking)
+    return SearchResult(options.home, outcome.study, store, tracking)
 
 
 def _ended(begin: Callable[[Stopping], Outcome], options: Settings) -> Outcome:

@@ -17,7 +17,7 @@ import ktray
 from ktray.cli import best, export, main
 from ktray.drivers import search as driver
 from ktray.errors import StageFailed, UserError
-from ktray.search.study import Study as Ledger
+from ktray.search.study import Study
 from tests.searches import Home
 from tests.searches import toy_space as search_space
 from tests.toy_space import drive, toy_space
@@ -38,7 +38,7 @@ def test_importing_ktray_loads_nothing() -> None:
 def test_a_name_that_ktray_lacks_is_an_attribute_error_and_its_verbs_are_listed() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'sarch'"):
         ktray.sarch  # noqa: B018
-    assert {"run", "search", "load_student", "Study"} <= set(dir(ktray))
+    assert {"run", "search", "load_student", "SearchResult"} <= set(dir(ktray))
 
 
 def test_search_is_a_verb_whether_its_package_was_imported_before_or_not(tmp_path: Path) -> None:
@@ -100,10 +100,10 @@ def test_a_space_never_gets_a_number_of_trials_at_a_time_that_its_file_could_not
 
 
 def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, toy_space(tmp_path)) as ledger:
-        drive(ledger)
-        ledger.close()
-    study = ktray.Study(tmp_path, "toy")
+    with Study.open(tmp_path, toy_space(tmp_path)) as begun:
+        drive(begun)
+        begun.close()
+    study = ktray.SearchResult(tmp_path, "toy")
     frame = study.to_frame()
     assert set(frame["state"]) == {"completed", "pruned"}
     assert len(frame) == len(study.history().trials)
@@ -113,15 +113,15 @@ def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) 
     assert study.report(tmp_path / "toy.html").read_text().startswith("<!doctype html>")
     assert study.best(1) == best[:1]
     with pytest.raises(UserError, match="no study 'tui'"):
-        ktray.Study(tmp_path, "tui").best()
+        ktray.SearchResult(tmp_path, "tui").best()
 
 
-def driven(home: Path, pair: dict[str, Any] | None = None, **fields: Any) -> ktray.Study:
+def driven(home: Path, pair: dict[str, Any] | None = None, **fields: Any) -> ktray.SearchResult:
     """A study whose trials were told and not computed."""
-    with Ledger.open(home, toy_space(home, pair, **fields)) as ledger:
-        drive(ledger)
-        ledger.close()
-    return ktray.Study(home, "toy")
+    with Study.open(home, toy_space(home, pair, **fields)) as begun:
+        drive(begun)
+        begun.close()
+    return ktray.SearchResult(home, "toy")
 
 
 def test_the_best_of_a_study_are_those_of_the_command(tmp_path: Path, capsys: Any) -> None:
@@ -160,7 +160,7 @@ def test_an_export_takes_format_head_and_registry_as_the_command_does(tmp_path: 
     heard: list[Any] = []
     monkeypatch.setattr(export, "write_student", lambda *given: heard.append(given) or [tmp_path / "card"])
     monkeypatch.setattr(export, "register", lambda options, *given: heard.append((options.tracking, *given)))
-    study = ktray.Study(tmp_path, "toy", tracking="sqlite:///mine.db")
+    study = ktray.SearchResult(tmp_path, "toy", tracking="sqlite:///mine.db")
     assert study.export(tmp_path / "out") == [tmp_path / "card"]
     study.export(tmp_path / "out", 0, format="onnx", head="classifier", register=True)
     assert [given[2:] for given in heard[:2]] == [
@@ -198,7 +198,7 @@ def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monke
     assert heard["space"].document.pair["transfer"]["iterations"] == 7
     assert heard["tracker"]._share_images is True
     assert os.environ["KTRAY_ALLOW_PLUGINS"] == "my_lab"
-    assert study == ktray.Study(tmp_path / "home", "other", tracking="sqlite:///mine.db")
+    assert study == ktray.SearchResult(tmp_path / "home", "other", tracking="sqlite:///mine.db")
 
 
 def test_only_the_named_pairs_of_an_experiment_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
