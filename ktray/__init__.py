@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktray.api import Study as Study
+    from ktray.api import SearchResult as SearchResult
     from ktray.api import load_student as load_student
     from ktray.api import run as run
     from ktray.api import search as search
 
 __version__ = "0.1.0"
-_VERBS = ("Study", "load_student", "run", "search")
+_VERBS = ("SearchResult", "load_student", "run", "search")
 
 
 def __getattr__(name: str) -> Any:

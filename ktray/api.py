@@ -5,15 +5,15 @@ They do what the commands do, on the same homes: a search begun here goes on the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ktray.cli.settings import Settings, open_home
+from ktray import plugins
+from ktray.cli.settings import Settings, counted, open_home
 from ktray.errors import StageFailed
 from ktray.export import load_student as load_student
 from ktray.spec import PairSpec
@@ -21,26 +21,30 @@ from ktray.spec import PairSpec
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from ktray.cli.best import Per
     from ktray.drivers.search import Outcome
+    from ktray.drivers.stopping import Stopping
+    from ktray.export import Form, Head
     from ktray.search.history import History
-    from ktray.stores import Store
 
 Talk = Literal[0, 1, 2]
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study on disk, whether a search of it runs now or not; what is asked is read anew each time.
+class SearchResult:
+    """What a study on disk has found, whether a search of it runs now or not; what is asked is read anew each time.
 
     Attributes:
         home: absolute path of the home that holds it.
         name: the study's name.
         store: where its artifacts are, such as ``file:///mnt/shared/store``; None for the home's own.
+        tracking: MLflow URI; None means MLFLOW_TRACKING_URI, or the home's own database where that is not set.
     """
 
     home: Path
     name: str
     store: str | None = None
+    tracking: str | None = None
 
     def history(self) -> History:
         """Space, objectives and trials.
@@ -52,13 +56,25 @@ class Study:
 
         return read(self.home, self.name)
 
-    def best(self, top: int = 10) -> list[dict[str, Any]]:
-        """The best completed trials, best first, in the form of ``ktray best NAME --json``."""
-        from ktray.cli.leaderboard import trial_answer
-        from ktray.search import ranking
+    def best(
+        self, top: int | None = None, *, pareto: bool = False, per: Per | None = None, test: bool = False
+    ) -> list[dict[str, Any]]:
+        """The best completed trials, best first, in the form of ``ktray best NAME --json``.
 
-        study = self.history()
-        return [trial_answer(trial) for trial in ranking.ranked(study.trials, study.objectives)[:top]]
+        Args:
+            top: at most so many; None means 10, and one where `test` is asked for.
+            pareto: only those that no other beats in every objective.
+            per: only the best one of each "teacher" or "student".
+            test: judge them on the test split, too, and keep what it says: each look at it makes it worth less.
+
+        Raises:
+            UserError: there is no such study, or `top` is no whole number from 1.
+            StageFailed: an evaluation on the test split failed.
+        """
+        from ktray.cli.best import judged, shown, winners
+
+        count = shown(None if top is None else counted(top, "top"), test)
+        return judged(winners(self.history(), pareto, per)[:count], self.name, self._options(), test)
 
     def to_frame(self) -> DataFrame:
         """One row per trial, indexed by its number: `state`, `epoch`, `cause`, then ``params.*``, metrics and ``cost/*``."""
@@ -81,25 +97,39 @@ class Study:
         """
         from ktray.cli.report import write_report
 
-        return write_report(self.name, self.home, self._opened(), Path(path))
+        return write_report(self.name, self.home, self._options().open_store(), Path(path))
 
     def export(
-        self, directory: str | Path, trial: int | None = None, form: Literal["safetensors", "pt2", "onnx"] = "safetensors"
+        self,
+        directory: str | Path,
+        trial: int | None = None,
+        *,
+        format: Form = "safetensors",
+        head: Head = "none",
+        register: bool = False,
     ) -> list[Path]:
-        """Write a trial's student (None: that of the best one) into a new folder; `load_student` reads it.
+        """Write a trial's student into a new folder, which `load_student` reads; the files.
 
-        "pt2" and "onnx" add the same network as a program.
+        Args:
+            trial: its number; None for the study's best.
+            format: "pt2" and "onnx" add the same network as a program.
+            head: "classifier" keeps that of the pseudo-labels.
+            register: also as a model in MLflow's registry: ktray-STUDY.
 
         Raises:
-            UserError: no such study or completed trial, or the folder is occupied.
+            UserError: no such study or completed trial, the folder is occupied, or the tracker cannot register it.
         """
+        from ktray.cli.export import register as registered
         from ktray.cli.export import write_student
 
-        number = "" if trial is None else str(trial)
-        return write_student(self.home, self._opened(), self.name, number, Path(directory), "none", form)
+        number, options, folder = "" if trial is None else str(trial), self._options(), Path(directory)
+        files = write_student(self.home, options.open_store(), self.name, number, folder, head, format)
+        if register:
+            registered(options, self.name, number, folder)
+        return files
 
-    def _opened(self) -> Store:
-        return _settings(self.home, 0, store=self.store).open_store()
+    def _options(self) -> Settings:
+        return _settings(self.home, 0, self.store, self.tracking)
 
 
 def search(
@@ -111,12 +141,14 @@ def search(
     concurrent: int | None = None,
     warm_start: str | None = None,
     address: str | None = None,
+    share_images: bool = False,
     overrides: Sequence[str] = (),
+    allow_plugins: Sequence[str] = (),
     store: str | None = None,
     tracking: str | None = None,
     runtime: str | Path | None = None,
     talk: Talk = 1,
-) -> Study:
+) -> SearchResult:
     """Run a search to its target, or go on with it, as `ktray search` does.
 
     Args:
@@ -127,9 +159,11 @@ def search(
         concurrent: trials at the same time; None for the space's budget.
         warm_start: another study of this home, whose results the sampler learns from.
         address: of a running Ray cluster; None starts Ray on this machine.
+        share_images: send cluster sheets to a remote tracker, too.
         overrides: such as ``["transfer.k=500"]``.
+        allow_plugins: packages whose kinds may load, such as ``["my_lab"]``; they stay allowed in this process.
         store: where artifacts live, such as ``file:///mnt/shared/store``; None for the home's own.
-        tracking: MLflow URI; None for the home's own.
+        tracking: MLflow URI; None means MLFLOW_TRACKING_URI, or the home's own database where that is not set.
         runtime: file with resources per stage kind.
         talk: 0 errors only, 1 news of trials, 2 stages as well; on stderr.
 
@@ -139,29 +173,28 @@ def search(
         StoppedEarly: a full disk, or ten failures in a row; the same call goes on.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    args = argparse.Namespace(
-        space=Path(space),
-        overrides=list(overrides),
-        name=name,
-        trials=None if trials is None else str(trials),
-        concurrent=concurrent,
-        warm_start=warm_start,
-        address=address,
-        share_images=False,
-    )
-    options = _settings(home, talk, store, tracking, runtime)
-    return Study(options.home, _searched(args, options).study, store)
-
-
-def _searched(args: argparse.Namespace, options: Settings) -> Outcome:
     from ktray.cli.search import search as searched
+
+    options = _settings(home, talk, store, tracking, runtime, allow_plugins)
+    wishes = (overrides, name, trials, concurrent, warm_start, address, share_images)  # in the order of `searched`
+    outcome = _ended(lambda stopping: searched(Path(space), options, stopping, *wishes)[0], options)
+    return SearchResult(options.home, outcome.study, store, tracking)
+
+
+def _ended(begin: Callable[[Stopping], Outcome], options: Settings) -> Outcome:
+    """What a search did that came to its end; Ctrl-C is heard while it runs.
+
+    Raises:
+        StoppedEarly: it did not come to its end.
+        KeyboardInterrupt: Ctrl-C.
+    """
     from ktray.cli.search import stop_on_signals
     from ktray.drivers.stopping import Stopping
 
     stopping = Stopping()
     in_main = threading.current_thread() is threading.main_thread()  # nobody else may handle signals
     with stop_on_signals(stopping, options) if in_main else contextlib.nullcontext():
-        outcome, _ = searched(args, options, stopping)
+        outcome = begin(stopping)
     if outcome.stopped:
         raise outcome.stopped
     if outcome.interrupted:
@@ -173,10 +206,12 @@ def run(
     pair: PairSpec | Mapping[str, Any] | str | Path,
     *,
     home: str | Path | None = None,
+    only: Sequence[str] = (),
     local: bool = False,
     address: str | None = None,
     concurrent: int = 4,
     overrides: Sequence[str] = (),
+    allow_plugins: Sequence[str] = (),
     store: str | None = None,
     runtime: str | Path | None = None,
     talk: Talk = 1,
@@ -185,9 +220,10 @@ def run(
 
     Args:
         pair: a spec, a pair as plain data, or the file of a pair (YAML) or an experiment (Python).
+        only: names of the pairs of an experiment that are wanted; none means all.
         local: in this process, without Ray.
         concurrent: pairs at the same time, on Ray.
-        home, address, overrides, store, runtime, talk: as for `search`.
+        home, address, overrides, allow_plugins, store, runtime, talk: as for `search`.
 
     Returns:
         ``{"name", "keys", "metrics", "computed", "reused", "seconds"}`` per pair, as ``ktray run --json`` prints it.
@@ -198,16 +234,18 @@ def run(
     """
     from ktray.cli.plan import check_pairs
     from ktray.cli.run import run_here, run_on_ray
-    from ktray.cli.source import load_pairs
+    from ktray.cli.source import chosen, load_pairs
     from ktray.pipeline.check import data_loader
     from ktray.search.space import pair_of
 
-    options = _settings(home, talk, store, None, runtime)
+    counted(concurrent, "concurrent")
+    options = _settings(home, talk, store, None, runtime, allow_plugins)
     pairs: Mapping[str, PairSpec]
     if isinstance(pair, str | Path):
         source, pairs = Path(pair), load_pairs(Path(pair), list(overrides))
     else:
         source, pairs = Path("pair"), {"pair": pair if isinstance(pair, PairSpec) else pair_of(pair, "pair")}
+    pairs = chosen(pairs, only)
     check_pairs(pairs, data_loader(), source)
     results = run_here(pairs, options) if local else run_on_ray(pairs, address, concurrent, options)
     for result in results:
@@ -222,7 +260,9 @@ def _settings(
     store: str | None = None,
     tracking: str | None = None,
     runtime: str | Path | None = None,
+    allow_plugins: Sequence[str] = (),
 ) -> Settings:
+    plugins.allow(list(allow_plugins))
     place = open_home(home)
     url = store or f"file://{place / 'store'}"
     return Settings(place, url, tracking, Path(runtime) if runtime else None, json=False, talks=talk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from pathlib import Path
 
 FULL = 1 << 20  # bytes that are free where nothing can be done any more
 
@@ -76,14 +77,14 @@ class MissingInput(Exception):
         return f"the artifact {self.key} is absent"
 
 
-def disk_is_full(error: BaseException, store: str) -> bool:
+def disk_is_full(error: BaseException, store: Path) -> bool:
     """Whether something failed because nothing more could be written.
 
     Libraries hide the errno (safetensors says "os error 28", numpy how many bytes it could not write), so what fails while the
     disk of the store is full counts, too.
 
     Args:
-        store: URL of the store.
+        store: directory of the store.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -93,6 +94,6 @@ def disk_is_full(error: BaseException, store: str) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     try:
-        return shutil.disk_usage(store.removeprefix("file://")).free < FULL
+        return shutil.disk_usage(store).free < FULL
     except OSError:
         return False

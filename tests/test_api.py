@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ import torch
 import yaml
 
 import ktray
+from ktray.cli import best, export, main
+from ktray.drivers import search as driver
 from ktray.errors import StageFailed, UserError
-from ktray.search.study import Study as Ledger
+from ktray.search.study import Study
 from tests.searches import Home
 from tests.searches import toy_space as search_space
 from tests.toy_space import drive, toy_space
@@ -34,7 +38,7 @@ def test_importing_ktray_loads_nothing() -> None:
 def test_a_name_that_ktray_lacks_is_an_attribute_error_and_its_verbs_are_listed() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'sarch'"):
         ktray.sarch  # noqa: B018
-    assert {"run", "search", "load_student", "Study"} <= set(dir(ktray))
+    assert {"run", "search", "load_student", "SearchResult"} <= set(dir(ktray))
 
 
 def test_search_is_a_verb_whether_its_package_was_imported_before_or_not(tmp_path: Path) -> None:
@@ -76,11 +80,30 @@ def test_what_is_wrong_with_a_pair_is_raised(tmp_path: Path) -> None:
         ktray.run(toy_spec(transfer={"kind": "clusters", "k": 5, "min_size": 200}), home=tmp_path, local=True, talk=0)
 
 
+@pytest.mark.parametrize("concurrent", [0, -1, 1.5, True, "4"])
+def test_a_call_in_which_nothing_could_run_at_a_time_is_refused_in_one_sentence(tmp_path: Path, concurrent: Any) -> None:
+    said = rf"^concurrent={concurrent!r} is no whole number from 1\.?$"
+    with pytest.raises(UserError, match=said):
+        ktray.search(search_space(tmp_path), home=tmp_path / "home", concurrent=concurrent, talk=0)
+    for local in (False, True):
+        with pytest.raises(UserError, match=said):
+            ktray.run(toy_pair(), home=tmp_path / "home", concurrent=concurrent, local=local, talk=0)
+    assert not list((tmp_path / "home").rglob("*.log"))
+
+
+def test_a_space_never_gets_a_number_of_trials_at_a_time_that_its_file_could_not_have(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    assert driver.with_concurrent(space, 3).budget == space.budget.model_copy(update={"concurrent": 3})
+    assert driver.with_concurrent(space, None) is space
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        driver.with_concurrent(space, 0)
+
+
 def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) -> None:
-    with Ledger.open(tmp_path, toy_space(tmp_path)) as ledger:
-        drive(ledger)
-        ledger.close()
-    study = ktray.Study(tmp_path, "toy")
+    with Study.open(tmp_path, toy_space(tmp_path)) as begun:
+        drive(begun)
+        begun.close()
+    study = ktray.SearchResult(tmp_path, "toy")
     frame = study.to_frame()
     assert set(frame["state"]) == {"completed", "pruned"}
     assert len(frame) == len(study.history().trials)
@@ -90,7 +113,105 @@ def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) 
     assert study.report(tmp_path / "toy.html").read_text().startswith("<!doctype html>")
     assert study.best(1) == best[:1]
     with pytest.raises(UserError, match="no study 'tui'"):
-        ktray.Study(tmp_path, "tui").best()
+        ktray.SearchResult(tmp_path, "tui").best()
+
+
+def driven(home: Path, pair: dict[str, Any] | None = None, **fields: Any) -> ktray.SearchResult:
+    """A study whose trials were told and not computed."""
+    with Study.open(home, toy_space(home, pair, **fields)) as begun:
+        drive(begun)
+        begun.close()
+    return ktray.SearchResult(home, "toy")
+
+
+def test_the_best_of_a_study_are_those_of_the_command(tmp_path: Path, capsys: Any) -> None:
+    goals = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
+    study = driven(tmp_path, objectives=goals, early_stop=None, budget={"trials": 12, "concurrent": 2})
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("", {}),
+        ("--top 2", {"top": 2}),
+        ("--pareto", {"pareto": True}),
+        ("--per teacher", {"per": "teacher"}),
+        ("--per student --pareto --top 3", {"per": "student", "pareto": True, "top": 3}),
+    ]
+    for words, named in asked:
+        assert main(["best", "toy", "--home", str(tmp_path), "--json", *words.split()]) == 0
+        assert study.best(**named) == json.loads(capsys.readouterr().out)
+    assert len(study.best()) == 10
+    assert 1 < len(study.best(per="teacher")) < 10
+    assert 0 < len(study.best(pareto=True)) < 10
+    with pytest.raises(UserError, match="top=0 is no whole number"):
+        study.best(0)
+
+
+def test_winners_are_judged_on_test_one_unless_more_are_asked_for_and_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(best, "_judge_on_test", lambda trial, name, options: {"knn/top1": trial.number / 100})
+    study = driven(tmp_path, early_stop=None)
+    (only,) = study.best(test=True)
+    assert only["test"] == {"knn/top1": only["trial"] / 100}
+    assert only["trial"] == study.best()[0]["trial"]
+    assert list(json.loads((tmp_path / "studies/toy" / best.FILE).read_text())) == [str(only["trial"])]
+    assert len(study.best(2, test=True)) == 2
+
+
+def test_an_export_takes_format_head_and_registry_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+    monkeypatch.setattr(export, "write_student", lambda *given: heard.append(given) or [tmp_path / "card"])
+    monkeypatch.setattr(export, "register", lambda options, *given: heard.append((options.tracking, *given)))
+    study = ktray.SearchResult(tmp_path, "toy", tracking="sqlite:///mine.db")
+    assert study.export(tmp_path / "out") == [tmp_path / "card"]
+    study.export(tmp_path / "out", 0, format="onnx", head="classifier", register=True)
+    assert [given[2:] for given in heard[:2]] == [
+        ("toy", "", tmp_path / "out", "none", "safetensors"),
+        ("toy", "0", tmp_path / "out", "classifier", "onnx"),
+    ]
+    assert heard[2:] == [("sqlite:///mine.db", "toy", "0", tmp_path / "out")]
+
+
+def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: dict[str, Any] = {}
+
+    def searched(space: Any, place: Any, tracker: Any, stopping: Any, screen: Any, **wishes: Any) -> driver.Outcome:
+        heard.update(wishes, space=space, place=place, tracker=tracker)
+        return driver.Outcome(wishes["name"])
+
+    monkeypatch.setattr(driver, "search", searched)
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
+    study = ktray.search(
+        search_space(tmp_path),
+        home=tmp_path / "home",
+        name="other",
+        trials="+3",
+        concurrent=2,
+        warm_start="old",
+        address="auto",
+        share_images=True,
+        overrides=["transfer.iterations=7"],
+        allow_plugins=["my_lab"],
+        tracking="sqlite:///mine.db",
+        talk=0,
+    )
+    assert (heard["name"], heard["trials"], heard["warm_start"], heard["place"].address) == ("other", "+3", "old", "auto")
+    assert heard["space"].budget.concurrent == 2
+    assert heard["space"].document.pair["transfer"]["iterations"] == 7
+    assert heard["tracker"]._share_images is True
+    assert os.environ["KTRAY_ALLOW_PLUGINS"] == "my_lab"
+    assert study == ktray.SearchResult(tmp_path / "home", "other", tracking="sqlite:///mine.db")
+
+
+def test_only_the_named_pairs_of_an_experiment_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
+    path = tmp_path / "two.py"
+    spec = toy_spec(teacher=None, transfer="none")
+    body = "{name: pair_of(SPEC, name) for name in ('one', 'two')}"
+    path.write_text(f"from ktray.search.space import pair_of\n\nSPEC = {spec!r}\n\ndef pairs():\n    return {body}\n")
+    (result,) = ktray.run(path, home=tmp_path, only=["two"], allow_plugins=["my_lab"], local=True, talk=0)
+    assert result["name"] == "two"
+    assert os.environ["KTRAY_ALLOW_PLUGINS"] == "my_lab"
+    with pytest.raises(UserError, match=r"there is no pair 'three'\. Known: one, two"):
+        ktray.run(path, home=tmp_path, only=["three"], local=True, talk=0)
 
 
 @pytest.mark.slow

@@ -25,6 +25,6 @@ def test_a_verdict_of_the_test_split_is_kept_with_its_first_date(tmp_path: Path)
 def test_only_the_best_pair_is_judged_on_test_unless_more_are_asked_for() -> None:
     parser = argparse.ArgumentParser()
     best.add_arguments(parser)
-    assert best.shown(parser.parse_args(["toy"])) == 10
-    assert best.shown(parser.parse_args(["toy", "--test"])) == 1
-    assert best.shown(parser.parse_args(["toy", "--test", "--top", "3"])) == 3
+    for words, count in {"toy": 10, "toy --test": 1, "toy --test --top 3": 3, "toy --top 2": 2}.items():
+        asked = parser.parse_args(words.split())
+        assert best.shown(asked.top, asked.test) == count

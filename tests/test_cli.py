@@ -10,7 +10,10 @@ import yaml
 
 from ktray import plugins
 from ktray.cli import main
+from ktray.crew.locks import hold_store
 from tests.toys import toy_spec
+
+DAMAGE = "centroids.npy has another sha256 than its record"
 
 
 @pytest.fixture
@@ -81,6 +84,41 @@ def test_a_mistake_gets_one_paragraph_and_exit_2(home, tmp_path, capsys, changes
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("spec", ["absent", "a wrong pair", "a wrong space", "broken YAML"])
+def test_plan_in_json_says_of_what_is_not_valid_why_with_all_that_is_known_of_others(home, tmp_path, capsys, spec):
+    good = write(tmp_path / "good.yaml", toy_spec())
+    assert main(["plan", good, "--json"]) == 0
+    valid = json.loads(capsys.readouterr().out)
+    assert valid["valid"] is True
+    assert valid["problem"] is None
+    source = tmp_path / "it.yaml"
+    if spec == "a wrong pair":
+        write(source, toy_spec(teacher={"descriptor": "hogg"}))
+    elif spec == "a wrong space":
+        write(source, {"study": "toy", "pair": toy_spec(teacher={"descriptor": "hogg"})})
+    elif spec == "broken YAML":
+        source.write_text("teacher: [\n")
+    assert main(["plan", str(source), "--json"]) == 2
+    said = capsys.readouterr()
+    answer = json.loads(said.out)
+    assert answer["valid"] is False
+    assert said.err == f"ktray: {answer['problem']}\n"
+    assert answer.keys() == valid.keys()
+    assert answer["estimate"].keys() == valid["estimate"].keys()
+    assert answer["sharing"].keys() == valid["sharing"].keys()
+    assert not any(answer["stages"] + answer["notes"] + [answer["pairs"]] + list(answer["estimate"].values()))
+    assert main(["plan", str(source)]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_store_that_is_none_says_nothing_about_the_input(home, tmp_path, capsys):
+    pair = write(tmp_path / "pair.yaml", toy_spec())
+    assert main(["plan", pair, "--json", "--store", "s3://bucket"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "s3://bucket" in said.err
+
+
 def test_broken_yaml_is_named_with_its_line(home, tmp_path, capsys):
     path = tmp_path / "pair.yaml"
     path.write_text("teacher: {descriptor: {kind: hog}\ndata: [")
@@ -112,8 +150,25 @@ def test_the_cache_lists_and_verifies_what_a_run_left(home, tmp_path, capsys):
     key = next(row["key"] for row in rows if row["stage"] == "clusters")
     path = home / "store" / key / "centroids.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
+    running = hold_store(f"file://{home / 'store'}")
     main(["cache", "verify", "--json"])
-    assert list(json.loads(capsys.readouterr().out)["damaged"]) == [key]
+    assert json.loads(capsys.readouterr().out) == {"damaged": {key: DAMAGE}, "moved_aside": []}
+    main(["cache", "verify"])
+    said = capsys.readouterr().out
+    assert f"{key}: {DAMAGE}; left where it is: a search or a run uses the store" in said
+    assert "Verify again when it has ended." in said
+    assert path.is_file()
+    running.release()
+    main(["cache", "verify", "--json"])
+    assert json.loads(capsys.readouterr().out) == {"damaged": {key: DAMAGE}, "moved_aside": [key]}
+    assert not path.exists()
+    assert [kept.name.rpartition(".")[0] for kept in (home / "store/.damaged").iterdir()] == [key]
+    main(["cache", "verify"])
+    assert capsys.readouterr().out == "0 damaged artifacts\n"
+    main(["run", pair, "--local", "-q"])
+    assert path.is_file()
+    main(["cache", "prune", "--yes"])
+    assert not (home / "store/.damaged").exists()
 
 
 def test_kinds_are_listed_with_one_line_and_their_source_each(home, capsys):

@@ -46,7 +46,7 @@ def fill(folder: Path) -> Path:
 
 
 def assert_readable(home: Home) -> None:
-    """The ledger, the database and the spool are whole."""
+    """The journal, the database and the spool are whole."""
     for line in (home.path / "studies/toy/journal.log").read_text().splitlines():
         json.loads(line)
     database = sqlite3.connect(home.path / "mlflow.db")

@@ -31,17 +31,17 @@ def hidden() -> ValueError:
     ids=["errno", "quota", "words", "cause"],
 )
 def test_a_full_disk_is_found_in_numbers_words_and_causes(error: Exception, tmp_path: Path) -> None:
-    assert disk_is_full(error, f"file://{tmp_path}")
+    assert disk_is_full(error, tmp_path)
 
 
 def test_whatever_fails_while_the_disk_is_full_fails_for_that_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numpy_says = OSError("2048 requested and 0 written")
-    assert not disk_is_full(numpy_says, f"file://{tmp_path}")
+    assert not disk_is_full(numpy_says, tmp_path)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("ktray.errors.shutil.disk_usage", lambda place: usage._replace(free=4096))
-    assert disk_is_full(numpy_says, f"file://{tmp_path}")
+    assert disk_is_full(numpy_says, tmp_path)
 
 
 def test_other_errors_with_room_on_the_disk_are_failures(tmp_path: Path) -> None:
-    assert not disk_is_full(ValueError("12 features are NaN"), f"file://{tmp_path}")
-    assert not disk_is_full(OSError(errno.ENOENT, "No such file or directory"), f"file://{tmp_path / 'absent'}")
+    assert not disk_is_full(ValueError("12 features are NaN"), tmp_path)
+    assert not disk_is_full(OSError(errno.ENOENT, "No such file or directory"), tmp_path / "absent")

@@ -52,16 +52,16 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_an_error_is_told_by_what_it_is_also_below_another_one(error: Exception, kind: str, tmp_path: Path) -> None:
-    assert kind_of(error, str(tmp_path)) == kind
+    assert kind_of(error, tmp_path) == kind
     above = ValueError("stage failed")
     above.__cause__ = error
-    assert kind_of(above, str(tmp_path)) == kind
+    assert kind_of(above, tmp_path) == kind
 
 
 def test_what_torch_raises_for_the_hosts_memory_is_one_of_them(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60)
-    assert kind_of(raised.value, str(tmp_path)) == OUT_OF_MEMORY
+    assert kind_of(raised.value, tmp_path) == OUT_OF_MEMORY
 
 
 # ---- the ledger: once more, alone

@@ -1,4 +1,4 @@
-"""What is proposed: from the ledger alone, the same for the same ledger, and drawn to what scored well."""
+"""What is proposed: from the journal alone, the same for the same journal, and drawn to what scored well."""
 
 from __future__ import annotations
 

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pytest
+
+from ktray.drivers import search as driver
+from ktray.drivers.conductor import Conductor
+from ktray.drivers.simulate import _Mute
 from ktray.drivers.stage_runs import track_missed
+from ktray.drivers.stopping import Stopping
+from ktray.drivers.watch import Watch
+from ktray.errors import StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.stores.file import FileStore
 from ktray.tracking import Tracker, _told_stages, default_uri
 from ktray.tracking.spool import Position, Spool
+from tests.toy_space import toy_space
 
 BEGAN = 1_700_000_000.0
 
 
-def publish(store: FileStore, key: str, at: float) -> str:
+def publish(store: FileStore, key: str, at: float, attempt: str = "a") -> str:
     published = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
     record = {"metrics": {"count": 1.0}, "stage": "images", "spec": {"kind": "synthetic"}, "inputs": {}, "seconds": 1.0}
     record |= {"peak_bytes": 1, "device": "cpu", "commit": None, "started_from": None, "published": published}
+    record["attempt"] = attempt
     store.publish(store.scratch(key, "a"), key, record)
     return key
 
@@ -46,3 +56,50 @@ def test_stages_that_were_applied_or_that_wait_are_known_and_those_of_another_tr
     spool.append({"do": "stage", "key": "images-2"})
     assert _told_stages(spool, uri) == {"images-0", "images-2"}
     assert _told_stages(spool, "another") == {"images-1", "images-2"}
+
+
+class _Crew:
+    """A crew that tells of what it published, unless the broker that knew of it has died."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def status(self) -> dict[str, Any]:
+        return {"name": "ours"}
+
+    def events(self, since: int) -> list[dict[str, Any]]:
+        told = [{"n": 1, "event": "published", "key": "images-before"}]
+        told += [{"n": n, "event": "published", "key": key} for n, key in enumerate(self.told, 2)]
+        return [event for event in told if event["n"] > since]
+
+
+def test_of_a_shared_store_a_watch_counts_what_its_own_crew_has_published_and_no_more(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    by = {"before": "ours-0", "told": "ours-1", "untold": "ours-2", "theirs": "oursel-1", "here": "4711-18c"}
+    for name, attempt in by.items():
+        publish(store, f"images-{name}", BEGAN, attempt)
+    crew: Any = _Crew([])
+    watch = Watch(crew, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
+    crew.told = ["images-told"]
+    watch.close([f"images-{name}" for name in ("told", "untold", "theirs", "here", "absent")])
+    assert watch.published == {"images-told", "images-untold"}
+
+
+def test_what_another_search_publishes_on_the_store_meanwhile_is_not_computed_by_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, store, mute = toy_space(tmp_path), FileStore(tmp_path / "store"), _Mute()
+    published: list[str] = []
+
+    def meanwhile(conductor: Conductor, *rest: Any) -> StoppedEarly:
+        ahead, _ = conductor.first(1)
+        published.extend(publish(store, stage.key, BEGAN, "theirs-1") for stage in ahead[0].graph.stages)
+        return StoppedEarly("it is enough")
+
+    monkeypatch.setattr(driver, "_trials", meanwhile)
+    place = driver.Place(tmp_path, store, None, None)
+    tracker, screen = Tracker("http://127.0.0.1:9", tmp_path, "toy"), cast(Any, mute)
+    outcome = driver.search(space, place, tracker, Stopping(), screen, name="toy", trials="1")
+    assert published
+    assert outcome.published == set()
+    assert outcome.reused == set(published)

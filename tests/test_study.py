@@ -1,4 +1,4 @@
-"""The ledger of a search: what runs next, what a killed driver leaves, and what is never done twice."""
+"""A study: what runs next, what a killed driver leaves, and what is never done twice."""
 
 from __future__ import annotations
 

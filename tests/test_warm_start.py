@@ -97,7 +97,7 @@ def test_the_first_draws_go_where_the_other_study_was_good_and_a_resume_draws_th
     with Study.open(old, space, "new", warm_start="toy") as study:
         draws = [given(study).trial.params for _ in range(2)]
         assert study.drawn == 2
-        assert "toy" in study._ledger.notes()["warm_start"]
+        assert "toy" in study._journal.notes()["warm_start"]
     cold = Study.open(old, space, "cold")
     assert [given(cold).trial.params for _ in range(2)] != draws
     again = Study.open(old, space, "again", warm_start="toy")
@@ -110,11 +110,11 @@ def test_the_first_draws_go_where_the_other_study_was_good_and_a_resume_draws_th
 
 def test_naming_it_again_changes_nothing_although_the_other_study_went_on(old: Path) -> None:
     Study.open(old, toy_space(old), "new", warm_start="toy").close()
-    first = Study.open(old, toy_space(old), "new")._ledger.notes()
+    first = Study.open(old, toy_space(old), "new")._journal.notes()
     with Study.open(old, toy_space(old), trials="+5") as study:
         drive(study)
     with Study.open(old, toy_space(old), "new", warm_start="toy") as study:
-        assert study._ledger.notes()["warm_start"] == first["warm_start"]
+        assert study._journal.notes()["warm_start"] == first["warm_start"]
 
 
 def test_a_study_that_is_not_there_or_is_itself_is_refused(old: Path) -> None:

@@ -6,9 +6,17 @@ import argparse
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ktray.cli.settings import Settings, count, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ktray.search.history import History
+    from ktray.search.trial import Trial
+
+Per = Literal["teacher", "student"]
 
 HELP = "the best pairs, judged on test if asked"
 FILE = "test.json"
@@ -23,35 +31,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", action="store_true", help="judge the winner on the test split, and keep the result")
 
 
-def shown(args: argparse.Namespace) -> int:
+def shown(top: int | None, test: bool) -> int:
     """How many pairs; on test one, unless more are asked for: each further one makes the split worth less."""
-    return int(args.top or (1 if args.test else 10))
+    return top or (1 if test else 10)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
-    from ktray.cli.leaderboard import leaderboard, study_folder, trial_answer
-    from ktray.pipeline import naming
-    from ktray.search import ranking
+    """Do it; the exit code.
+
+    Raises:
+        UserError: there is no such study.
+        StageFailed: with --test: an evaluation, or what it needs again, failed.
+    """
+    from ktray.cli.leaderboard import leaderboard
     from ktray.search.history import read
 
     options = settings(args)
-    study = read(options.home, args.name)
-    trials = (ranking.front if args.pareto else ranking.ranked)(study.trials, study.objectives)
-    if args.per:
-        name_of = {"teacher": naming.teacher_name, "student": naming.student_name}[args.per]
-        trials = list({name_of(trial.pair): trial for trial in reversed(trials)}.values())[::-1]
-        trials = [trial for trial in ranking.ranked(study.trials, study.objectives) if trial in trials]
-    trials = trials[: shown(args)]
-    answers = [trial_answer(trial) for trial in trials]
-    text = leaderboard(study, options.home, shown(args), trials)
-    if args.test:
-        for answer, trial in zip(answers, trials, strict=True):
-            answer["test"] = _judge_on_test(trial, args.name, options)
-        _keep(study_folder(options.home, args.name) / FILE, answers)
-        text += "\n\n" + _test_table(answers)
-    options.answer(answers, text)
+    study, count = read(options.home, args.name), shown(args.top, args.test)
+    trials = winners(study, args.pareto, args.per)[:count]
+    answers = judged(trials, args.name, options, args.test)
+    text = leaderboard(study, options.home, count, trials)
+    options.answer(answers, f"{text}\n\n{_test_table(answers)}" if args.test else text)
     return 0
+
+
+def winners(study: History, pareto: bool, per: Per | None) -> list[Trial]:
+    """Completed trials, best first.
+
+    Args:
+        pareto: only those that no other beats in every objective.
+        per: only the best one of each teacher or student.
+    """
+    from ktray.pipeline import naming
+    from ktray.search import ranking
+
+    trials = (ranking.front if pareto else ranking.ranked)(study.trials, study.objectives)
+    if per is None:
+        return trials
+    name_of = {"teacher": naming.teacher_name, "student": naming.student_name}[per]
+    first = list({name_of(trial.pair): trial for trial in reversed(trials)}.values())
+    return [trial for trial in ranking.ranked(study.trials, study.objectives) if trial in first]
+
+
+def judged(trials: Sequence[Trial], name: str, options: Settings, test: bool) -> list[dict[str, Any]]:
+    """The answers about these trials of the study `name`; with `test` each is judged on that split, which is kept.
+
+    Raises:
+        StageFailed: an evaluation, or what it needs again, failed.
+    """
+    from ktray.cli.leaderboard import study_folder, trial_answer
+
+    answers = [trial_answer(trial) for trial in trials]
+    if test:
+        for answer, trial in zip(answers, trials, strict=True):
+            answer["test"] = _judge_on_test(trial, name, options)
+        _keep(study_folder(options.home, name) / FILE, answers)
+    return answers
 
 
 def _keep(path: Path, answers: list[dict[str, Any]]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ktray.cli.settings import Settings, settings
+from ktray.stores import Store
 
 HELP = "list, verify or prune artifacts"
 
@@ -44,15 +44,34 @@ def _list(args: argparse.Namespace, options: Settings) -> int:
 
 
 def _verify(args: argparse.Namespace, options: Settings) -> int:
-    """Compare every file with the sha256 of its record; damaged artifacts are moved aside, to be computed again."""
+    """Compare every file with the sha256 of its record; damaged artifacts are moved aside, to be computed again.
+
+    Where a search runs, they stay: its stages may read them now. What has lost bytes, any reader moves aside at any time.
+    """
+    from ktray.errors import UserError
+
     store = options.open_store()
     damaged = {key: problem for key in list(store.keys()) if (problem := store.verify(key))}
-    for key in damaged:
-        if store.find(key):
-            store.remove(key)
-    lines = [f"{key}: {problem}; removed, it will be computed again" for key, problem in damaged.items()]
-    options.answer({"damaged": damaged}, "\n".join([*lines, f"{len(damaged)} damaged artifacts"]))
+    left = "made anew by now"
+    if any(map(store.find, damaged)):
+        try:
+            with _alone(store, "Verify again when it has ended."):
+                _set_aside(store, damaged)
+        except UserError as busy:
+            left = f"left where it is: {busy}"
+    gone = {key: store.find(key) is None for key in damaged}
+    became = {True: "moved aside, to be computed again", False: left}
+    lines = [f"{key}: {problem}; {became[gone[key]]}" for key, problem in damaged.items()]
+    answer = {"damaged": damaged, "moved_aside": [key for key in damaged if gone[key]]}
+    options.answer(answer, "\n".join([*lines, f"{len(damaged)} damaged artifacts"]))
     return 0
+
+
+def _set_aside(store: Store, damaged: Iterable[str]) -> None:
+    for key in damaged:
+        problem = store.verify(key) if store.find(key) else ""  # since, another may have moved it and made it anew
+        if problem:
+            store.set_aside(key, problem)
 
 
 def _prune(args: argparse.Namespace, options: Settings) -> int:
@@ -62,11 +81,11 @@ def _prune(args: argparse.Namespace, options: Settings) -> int:
     idle = [found for found in filter(None, map(store.find, store.keys())) if found.key not in needed]
     freed = sum(_size(found.record) for found in idle)
     if args.yes:
-        with _alone(store):
+        with _alone(store, "Prune when it has ended."):
             for found in idle:
                 store.remove(found.key)
             store.sweep()
-            shutil.rmtree(Path(store.url.removeprefix("file://")) / ".damaged", ignore_errors=True)
+            store.discard_damaged()
     verb = "removed" if args.yes else "would remove (add --yes)"
     options.answer(
         {"keys": [found.key for found in idle], "bytes": freed, "removed": args.yes},
@@ -76,21 +95,25 @@ def _prune(args: argparse.Namespace, options: Settings) -> int:
 
 
 @contextmanager
-def _alone(store: Any) -> Iterator[None]:
-    """Nothing may run meanwhile: what a trial in flight has just had computed is not in its study yet."""
+def _alone(store: Store, instead: str) -> Iterator[None]:
+    """Nothing may run meanwhile: what a trial in flight has just had computed is not in its study yet.
+
+    Raises:
+        UserError: something does; `instead` says what to do then.
+    """
     from ktray.crew.locks import alone_on_store
     from ktray.errors import UserError
 
     lock = alone_on_store(store.url)
     if lock is None:
-        raise UserError(f"a search or a run uses the store {store.url} now", instead="Prune when it has ended.")
+        raise UserError(f"a search or a run uses the store {store.url} now", instead=instead)
     try:
         yield
     finally:
         lock.release()
 
 
-def _needed(store: Any, home: Path) -> set[str]:
+def _needed(store: Store, home: Path) -> set[str]:
     """What trials and reference lines of all studies rest on, and what was judged of it, as on test: that is small."""
     from ktray.cli.leaderboard import study_folder
     from ktray.drivers import references
@@ -107,7 +130,7 @@ def _needed(store: Any, home: Path) -> set[str]:
     return needed | {found.key for found in judged if set(found.record["inputs"].values()) <= needed}
 
 
-def _with_inputs(store: Any, keys: set[str]) -> set[str]:
+def _with_inputs(store: Store, keys: set[str]) -> set[str]:
     """`keys` and everything they were made from."""
     needed: set[str] = set()
     waiting = list(keys)

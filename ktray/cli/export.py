@@ -26,27 +26,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+    """Do it; the exit code.
+
+    Raises:
+        UserError: no such study or completed trial, the folder is occupied, or the tracker cannot register it.
+    """
     options = settings(args)
     name, _, number = args.name.partition("/")
     files = write_student(options.home, options.open_store(), name, number, args.directory, args.head, args.format)
     said = [f"wrote {path}" for path in files]
     if args.register:
-        said.append(_register(options, name, number, args.directory))
+        said.append(register(options, name, number, args.directory))
     options.answer([str(path) for path in files], "\n".join(said))
     return 0
 
 
-def _register(options: Settings, name: str, number: str, directory: Path) -> str:
-    """Put the exported student into MLflow's registry; a sentence about it."""
+def register(options: Settings, name: str, number: str, directory: Path) -> str:
+    """Put the exported student into MLflow's registry; a sentence about it.
+
+    Raises:
+        UserError: the tracker does not know the trial, or has no registry.
+    """
+    from ktray import tracking
     from ktray.export import CARD, load_student
-    from ktray.tracking import default_uri
-    from ktray.tracking.registry import register
+    from ktray.tracking import registry
 
     trial, best = _trial(options.home, name, number), _trial(options.home, name, "")
     card = json.loads((directory / CARD).read_text())
-    model, version = register(
-        options.tracking or default_uri(options.home),
+    model, version = registry.register(
+        options.tracking or tracking.default_uri(options.home),
         options.home,
         name,
         trial.number,

@@ -27,7 +27,7 @@ def trial_answer(trial: Trial) -> dict[str, Any]:
 
 
 def study_folder(home: Path, name: str) -> Path:
-    """Where a study keeps its ledger and its reference lines."""
+    """Where a study keeps its journal and its reference lines."""
     return home / "studies" / name
 
 

@@ -26,15 +26,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
-    from ktray.cli.source import is_space, load_pairs, load_space
+    """Do it; the exit code.
+
+    Raises:
+        UserError: the input is not valid, which --json also says on stdout; or an argument is wrong.
+        PreflightFailed: with --preflight: one paragraph with everything that is wrong.
+    """
+    from ktray.errors import UserError
     from ktray.pipeline.check import data_loader
 
     options = settings(args)
+    options.open_store()  # where that is no store, the input may still be valid
+    load = data_loader()
+    try:
+        answer, rehearsed = _checked(args, load, options)
+    except UserError as error:
+        if options.json:
+            options.answer(_invalid(str(error)), "")
+        raise
+    if args.preflight:
+        answer["preflight"], more = _preflight(rehearsed, load, args.address, options)
+        answer["notes"] += more
+    options.answer(answer, _text(answer))
+    return 0
+
+
+def _checked(args: argparse.Namespace, load: Any, options: Settings) -> tuple[dict[str, Any], Mapping[str, PairSpec]]:
+    """The answer about a valid input, and the pairs that a rehearsal runs.
+
+    Raises:
+        UserError: it is not valid.
+    """
+    from ktray.cli.source import is_space, load_pairs, load_space
+
     notes: list[str] = []
     shared: list[dict[str, Any]] = []
     draws = 0
-    load = data_loader()
     if is_space(args.source):
         space = load_space(args.source, args.overrides)
         check_space(space, load, str(args.source))
@@ -47,13 +74,21 @@ def run(args: argparse.Namespace) -> int:
         pairs = dict(load_pairs(args.source, args.overrides))
         check_pairs(pairs, load, args.source)
         count, rehearsed = len(pairs), pairs
-    answer = _plan(pairs, count, options) | {"sharing": {"draws": draws, "stages": shared}}
-    if args.preflight:
-        answer["preflight"], more = _preflight(rehearsed, load, args.address, options)
-        notes += more
-    answer["notes"] = notes
-    options.answer(answer, _text(answer, notes))
-    return 0
+    sharing = {"draws": draws, "stages": shared}
+    return {**_plan(pairs, count, options), "sharing": sharing, "notes": notes}, rehearsed
+
+
+def _invalid(problem: str) -> dict[str, Any]:
+    """The answer about an input that is not valid: all that another one has, and nothing in it."""
+    return {
+        "valid": False,
+        "problem": problem,
+        "pairs": None,
+        "stages": [],
+        "estimate": dict.fromkeys(("seconds", "low", "high", "bytes")),
+        "sharing": {"draws": 0, "stages": []},
+        "notes": [],
+    }
 
 
 def _preflight(
@@ -163,7 +198,7 @@ def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -
 
     identity = data_identity(options.cache)
     built = [graphs.build(pair, identity) for pair in pairs.values()]
-    return {"valid": True, "pairs": count, **_stages(built, options)}
+    return {"valid": True, "problem": None, "pairs": count, **_stages(built, options)}
 
 
 def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:
@@ -195,7 +230,7 @@ def _bytes(rows: list[dict[str, Any]], records: list[Mapping[str, Any]]) -> int:
     return sum(known.get(row["stage"], 0) for row in rows if row["state"] == "run")
 
 
-def _text(answer: Mapping[str, Any], notes: list[str]) -> str:
+def _text(answer: Mapping[str, Any]) -> str:
     from ktray.cli.tables import table
 
     rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
@@ -208,7 +243,7 @@ def _text(answer: Mapping[str, Any], notes: list[str]) -> str:
         "",
         f"valid; {count} pairs. Of the {len(rows)} stages above {missing} would run: {cost}.",
         *_shared_text(answer["sharing"]),
-        *(f"note: {note}" for note in notes),
+        *(f"note: {note}" for note in answer["notes"]),
     ]
     return "\n".join(lines)
 

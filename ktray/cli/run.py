@@ -33,22 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+    """Do it; the exit code.
+
+    Raises:
+        UserError: the source, an argument or the data are wrong, or `--only` names no pair of it.
+        PreflightFailed: Ray does not start, or its nodes do not see the store.
+        StoppedEarly: the disk is full, or the crew has ended; the same command goes on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
+    """
     from ktray.cli.plan import check_pairs
     from ktray.cli.search import stop_on_signals
-    from ktray.cli.source import load_pairs
+    from ktray.cli.source import chosen, load_pairs
     from ktray.drivers.stopping import Stopping
-    from ktray.errors import StageFailed, UserError
+    from ktray.errors import StageFailed
     from ktray.pipeline.check import data_loader
     from ktray.pipeline.judge import left_out
 
     options = settings(args)
-    pairs = load_pairs(args.source, args.overrides)
-    if args.only:
-        unknown = set(args.only) - set(pairs)
-        if unknown:
-            raise UserError(f"there is no pair {sorted(unknown)[0]!r}", instead=f"Known: {', '.join(pairs)}.")
-        pairs = {name: pairs[name] for name in args.only}
+    pairs = chosen(load_pairs(args.source, args.overrides), args.only)
     check_pairs(pairs, data_loader(), args.source)
     stopping = Stopping()
     with stop_on_signals(stopping, options):

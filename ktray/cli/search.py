@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.settings import Settings, count, settings
+from ktray.cli.settings import Settings, count, counted, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ktray.drivers.search import Outcome
     from ktray.drivers.stopping import Stopping
@@ -43,12 +43,44 @@ def run(args: argparse.Namespace) -> int:
     options = settings(args)
     stopping = Stopping()
     with stop_on_signals(stopping, options, lambda: _end_at_once(args, options)):
-        outcome, uri = search(args, options, stopping)
+        outcome, uri = search(
+            args.space,
+            options,
+            stopping,
+            overrides=args.overrides,
+            name=args.name,
+            trials=args.trials,
+            concurrent=args.concurrent,
+            warm_start=args.warm_start,
+            address=args.address,
+            share_images=args.share_images,
+        )
         return _finish(outcome, uri, args, options)
 
 
-def search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> tuple[Outcome, str]:
-    """What the search did, and where it is tracked; `args` as from `add_arguments`."""
+def search(
+    file: Path,
+    options: Settings,
+    stopping: Stopping,
+    overrides: Sequence[str],
+    name: str | None,
+    trials: int | str | None,
+    concurrent: int | None,
+    warm_start: str | None,
+    address: str | None,
+    share_images: bool,
+) -> tuple[Outcome, str]:
+    """What the search did, and where it is tracked.
+
+    Args:
+        file: the space.
+        stopping: its wish ends the search within seconds; the same call goes on later.
+        overrides, name, trials, concurrent, warm_start, address, share_images: as `add_arguments` describes them.
+
+    Raises:
+        UserError: the space, an argument or the data are wrong.
+        PreflightFailed: Ray, the store or the disk cannot carry the search.
+    """
     from ktray import __version__, tracking
     from ktray.cli.plan import check_space
     from ktray.cli.screen import screen
@@ -56,18 +88,19 @@ def search(args: argparse.Namespace, options: Settings, stopping: Stopping) -> t
     from ktray.drivers import search as driver
     from ktray.pipeline.check import data_loader
 
-    space = driver.with_concurrent(load_space(args.space, args.overrides), args.concurrent)
-    check_space(space, data_loader(), str(args.space))
-    name = args.name or space.name
+    if concurrent is not None:
+        counted(concurrent, "concurrent")
+    space = driver.with_concurrent(load_space(file, list(overrides)), concurrent)
+    check_space(space, data_loader(), str(file))
+    study, target = name or space.name, None if trials is None else str(trials)
     for warning in space.warnings():
         options.tell(f"ktray: {warning}")
     uri = options.tracking or tracking.default_uri(options.home)
     tags = {"ktray.version": __version__}
-    tracker = tracking.Tracker(uri, options.home, name, share_images=args.share_images, version_tags=tags)
-    place = driver.Place(options.home, options.open_store(), args.address, options.runtime)
-    with screen(options, space, name) as shown:
-        wishes = {"name": name, "trials": args.trials, "warm_start": args.warm_start}
-        outcome = driver.search(space, place, tracker, stopping, shown, **wishes)
+    tracker = tracking.Tracker(uri, options.home, study, share_images=share_images, version_tags=tags)
+    place = driver.Place(options.home, options.open_store(), address, options.runtime)
+    with screen(options, space, study) as shown:
+        outcome = driver.search(space, place, tracker, stopping, shown, name=study, trials=target, warm_start=warm_start)
     return outcome, uri
 
 

@@ -66,6 +66,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def counted(number: object, name: str) -> int:
+    """The same for an argument of a Python call.
+
+    Raises:
+        UserError: it is no whole number from 1.
+    """
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise UserError(f"{name}={number!r} is no whole number from 1")
+    return number
+
+
 def open_home(home: str | Path | None) -> Path:
     """The absolute path of a home, created if missing; None means KTRAY_HOME, or `./.ktray`.
 

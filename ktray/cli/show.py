@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+    """Do it; the exit code.
+
+    Raises:
+        UserError: there is no such study, trial or artifact, or `--against` names no pair, or one without such a stage.
+    """
     from ktray.errors import UserError
 
     options = settings(args)
@@ -131,10 +135,10 @@ def _study(name: str, options: Settings) -> int:
     from ktray.pipeline.naming import pair_name
     from ktray.search.history import read
 
-    ledger = read(options.home, name)
-    answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in ledger.trials]}
-    rows = [[str(trial.number), trial.state, pair_name(trial.pair), _outcome(trial, ledger)] for trial in ledger.trials]
-    text = f"{leaderboard(ledger, options.home, top=10)}\n\n{table(['trial', 'state', 'pair', 'outcome'], rows)}"
+    study = read(options.home, name)
+    answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in study.trials]}
+    rows = [[str(trial.number), trial.state, pair_name(trial.pair), _outcome(trial, study)] for trial in study.trials]
+    text = f"{leaderboard(study, options.home, top=10)}\n\n{table(['trial', 'state', 'pair', 'outcome'], rows)}"
     options.answer(answer, text if rows else f"{name}: no trial yet")
     return 0
 
@@ -163,10 +167,10 @@ def _trial(name: str, number: str, options: Settings) -> int:
     from ktray.pipeline.naming import lineage
     from ktray.search.history import read
 
-    ledger = read(options.home, name)
-    found = [trial for trial in ledger.trials if str(trial.number) == (number.lstrip("0") or "0")]
+    study = read(options.home, name)
+    found = [trial for trial in study.trials if str(trial.number) == (number.lstrip("0") or "0")]
     if not found:
-        raise UserError(f"the study {name!r} has no trial {number!r}", instead=f"It has {len(ledger.trials)}, from 0.")
+        raise UserError(f"the study {name!r} has no trial {number!r}", instead=f"It has {len(study.trials)}, from 0.")
     trial = found[0]
     answer = {
         **trial_answer(trial),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,18 @@ def load_pairs(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
     from ktray.search import space
 
     return space.load_pair(path, overrides)
+
+
+def chosen(pairs: Mapping[str, PairSpec], only: Sequence[str]) -> Mapping[str, PairSpec]:
+    """The pairs of these names, in this order; all where none is named.
+
+    Raises:
+        UserError: there is no pair of such a name.
+    """
+    unknown = sorted(set(only) - set(pairs))
+    if unknown:
+        raise UserError(f"there is no pair {unknown[0]!r}", instead=f"Known: {', '.join(pairs)}.")
+    return {name: pairs[name] for name in only} if only else pairs
 
 
 def load_space(path: Path, overrides: list[str]) -> Space:

@@ -43,7 +43,7 @@ class Broker:
         self._charter, self._store = charter, open_store(charter.store_url)
         runtime, now = charter.runtime, time.time()
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
-        attempts = lambda: uuid.uuid4().hex[:8]  # noqa: E731
+        attempts = lambda: f"{charter.name}-{uuid.uuid4().hex[:8]}"  # noqa: E731
         self._lengths = Lengths()
         self._shares = Shares(runtime.of, charter.learned, lambda: any(node.gpus for node in self._roster.known()))
         self._ledger = Ledger(self._find, self._shares, self._roster, attempts, runtime.dead_after, self._lengths)
@@ -127,9 +127,10 @@ class Broker:
         return [event for event in self._events if event["n"] > since]
 
     async def status(self) -> dict[str, Any]:
-        """What works, waits and is queued, and what was computed and reused so far."""
+        """The crew's name, what works, waits and is queued, and what was computed and reused so far."""
         ledger, now = self._ledger, time.time()
         return {
+            "name": self._charter.name,
             "workers": [
                 {"name": each.name, "node": each.node, "pid": each.pid, "cpus": each.shape.cpus, "gpus": each.shape.gpus}
                 | {"state": "stage" if each.leads else "helping" if each.lent_to else "idle" if each.polling else "starting"}

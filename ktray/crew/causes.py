@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ktray.errors import UserError, disk_is_full
 
@@ -12,11 +13,11 @@ FAILED = "failed"
 _SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
-def kind_of(error: BaseException, store: str) -> str:
+def kind_of(error: BaseException, store: Path) -> str:
     """`OUT_OF_MEMORY`, `DISK_FULL` or `FAILED`, by the error or by what it came from.
 
     Args:
-        store: URL of the store, whose disk may be the full one.
+        store: directory of the store, whose disk may be the full one.
     """
     for each in _chain(error):
         # By name and text: torch is not imported here, and it tells of the host's memory by a plain RuntimeError.

@@ -83,7 +83,7 @@ class Crew:
         self._ask("prefetch", self.session, list(stages))
 
     def status(self) -> dict[str, Any]:
-        """Workers, what runs where and since when, who of this driver waits for what, what is queued, counts per stage name."""
+        """Its name and workers, what runs where and since when, who of this driver waits for what, what is queued, counts."""
         status: dict[str, Any] = self._ask("status")
         return {**status, "waiting": [wait for wait in status["waiting"] if wait["session"] == self.session]}
 
@@ -207,7 +207,8 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
     crew = Crew(namespace, session.name)
     if not _lives(namespace):
         _sweep(store_url)
-    charter = Charter(namespace, store_url, packed, session.runtime, environment(), _without_share(session.runtime))
+    name, unsaid = uuid.uuid4().hex[:8], _without_share(session.runtime)
+    charter = Charter(namespace, store_url, packed, session.runtime, environment(), name, unsaid)
     ray.remote(Broker).options(
         name=BROKER,
         namespace=namespace,

@@ -62,7 +62,7 @@ class LocalCrew:
         except Exception as error:
             # A process boundary: whatever a stage raises becomes the named failure of that stage; so does an absent input,
             # as a loaded teacher names an artifact that no stage of its pair makes.
-            kind = kind_of(error, self.store.url)
+            kind = kind_of(error, self.store.root)
             if kind == DISK_FULL:
                 raise StoppedEarly(f"the disk is full: {error}") from error
             cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -79,7 +79,7 @@ class LocalCrew:
         try:
             return self.work(stage, self.store, attempt, self.means)
         except Exception as error:
-            if kind_of(error, self.store.url) != OUT_OF_MEMORY:
+            if kind_of(error, self.store.root) != OUT_OF_MEMORY:
                 raise
             self.tell({"event": OUT_OF_MEMORY, "key": stage.key, "stage": stage.name})
         # Beyond the handler, whose error holds the tensors of all its frames.

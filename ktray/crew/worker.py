@@ -99,7 +99,7 @@ class WorkerActor:
             except MissingInput as error:
                 report |= {"kind": "failed", "missing": error.key, "cause": f"MissingInput: {error}", "traceback": ""}
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
-                kind = kind_of(error, self._store.url)
+                kind = kind_of(error, self._store.root)
                 report |= {"kind": kind, "cause": line_of(error), "traceback": traceback.format_exc()}
             finally:
                 self._stage, self._attempt, self._lent = None, "", []

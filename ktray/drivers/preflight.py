@@ -34,10 +34,9 @@ def preflight(store: Store, runtime: Runtime | None = None) -> None:
     Raises:
         PreflightFailed: one paragraph with everything that is wrong.
     """
-    root = Path(store.url.removeprefix("file://"))
     runtime = runtime or Runtime()
     roster = Roster(cluster.nodes(), float("inf") if runtime.cpus is None else runtime.cpus)
-    problems = [*_disk(root), *_needs(runtime, roster), *_nodes(root)]
+    problems = [*_disk(store.root), *_needs(runtime, roster), *_nodes(store.root)]
     if problems:
         raise PreflightFailed(" ".join(problems))
 

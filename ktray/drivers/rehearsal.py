@@ -96,7 +96,7 @@ def rehearse_on(
     finally:
         stop(session)
         hear_again()
-    free = shutil.disk_usage(Path(store.url.removeprefix("file://"))).free
+    free = shutil.disk_usage(store.root).free
     if largest > free:
         problems.append(f"One pair would take about {largest >> 20} MB of disk, and {free >> 20} MB are free.")
     if problems:
@@ -107,10 +107,9 @@ def rehearse_on(
 @contextmanager
 def rehearsal_store(store: Store) -> Iterator[Store]:
     """A store inside `store`, for the time of a `with`; what an earlier one left there is removed, too."""
-    root = Path(store.url.removeprefix("file://"))
-    for left in root.glob(f"{FOLDER}*"):
+    for left in store.root.glob(f"{FOLDER}*"):
         shutil.rmtree(left, ignore_errors=True)
-    folder = root / f"{FOLDER}{uuid.uuid4().hex[:8]}"
+    folder = store.root / f"{FOLDER}{uuid.uuid4().hex[:8]}"
     try:
         yield open_store(f"file://{folder}")
     finally:
@@ -146,7 +145,7 @@ def _lend(draws: Mapping[str, list[Stage]], store: Store, real: Store) -> None:
     for key in {key for stages in draws.values() for stage in stages for key in stage.inputs.values()} - made:
         found = real.find(key)
         if found is not None:
-            (Path(store.url.removeprefix("file://")) / key).symlink_to(found.directory)
+            (store.root / key).symlink_to(found.directory)
 
 
 def measured(draws: Mapping[str, list[Stage]], store: Store, runtime: Runtime) -> tuple[dict[str, dict[str, Any]], list[str]]:

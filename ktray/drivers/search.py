@@ -68,8 +68,8 @@ class Outcome:
     Attributes:
         reason: why it ended, in a few words.
         stopped: set if it ended before its target.
-        published: keys of the artifacts that were computed during this call.
-        reused: keys of the artifacts that its trials rest on and that were there before.
+        published: keys of the artifacts that were computed by the crew of this call.
+        reused: keys of the other artifacts that its trials rest on; another search may have published them meanwhile.
     """
 
     study: str
@@ -170,10 +170,10 @@ def search(
         screen.begin(study)
         crew, conductor = _Crew(place, tracker, stopping, screen, name), _conductor(study, place, tracker, screen)
         try:
-            outcome.stopped = _trials(conductor, crew, place, stopping)
+            outcome.stopped = _trials(conductor, crew)
             if not outcome.stopped and not stopping.is_set():
                 conductor.prune()
-                _reference_lines(conductor, crew, place, place.home / "studies" / name)
+                _reference_lines(conductor, crew)
             outcome.reason, outcome.interrupted = study.reason or "", stopping.is_set()
             done = not outcome.interrupted and not outcome.stopped
         except StoppedEarly as stop:
@@ -183,10 +183,9 @@ def search(
                 raise
             outcome.interrupted = True
         finally:
-            outcome.stopped = _end(conductor, crew, before, place.home / "studies" / name, done) or outcome.stopped
-        after = set(place.store.keys())
-        rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & after
-    outcome.published = rests_on & (crew.published | (after - before))
+            outcome.stopped = _end(conductor, crew, before, done) or outcome.stopped
+        rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & set(place.store.keys())
+    outcome.published = rests_on & crew.published
     outcome.reused = rests_on - outcome.published
     outcome.seconds = time.monotonic() - began
     return outcome
@@ -197,7 +196,7 @@ def _conductor(study: Study, place: Place, tracker: Tracker, screen: Screen) -> 
     return Conductor(study.space, study, place.store, identity, tracker, screen.trial, costs)
 
 
-def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done: bool) -> StoppedEarly | None:
+def _end(conductor: Conductor, crew: _Crew, before: set[str], done: bool) -> StoppedEarly | None:
     """Stop what runs, in the order in which one tells another, and say in the tracker what came of it all."""
     if not done:
         conductor.leave()
@@ -205,7 +204,7 @@ def _end(conductor: Conductor, crew: _Crew, before: set[str], folder: Path, done
     began = min((trial.started for trial in conductor.study.trials() if trial.started is not None), default=float("inf"))
     track_missed(conductor.tracker, conductor.store, conductor.demanded, began)
     stopped = _close(conductor.study)
-    conductor.account.summary(conductor.study.trials(), references.read(folder))
+    conductor.account.summary(conductor.study.trials(), references.read(crew.folder))
     conductor.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
     return stopped
 
@@ -218,28 +217,28 @@ def _close(study: Study) -> StoppedEarly | None:
     return None
 
 
-def _trials(conductor: Conductor, crew: _Crew, place: Place, stopping: Stopping) -> StoppedEarly | None:
+def _trials(conductor: Conductor, crew: _Crew) -> StoppedEarly | None:
     """Run what is to run, then have computed again what finished trials have lost."""
     ahead, stopped = conductor.first(conductor.space.budget.concurrent)
     if ahead and not stopped:
-        from ktray.drivers.tune import run_search
+        from ktray.drivers.tune import StudySearcher, run_search
 
-        stopped = run_search(conductor, crew.start(), ahead, crew.folder / "tune", stopping)
-    lost = {} if stopped or stopping.is_set() else _lost(conductor, place.store)
+        stopped = run_search(StudySearcher(conductor, crew.start(), crew.stopping, ahead), crew.folder / "tune")
+    lost = {} if stopped or crew.stopping.is_set() else _lost(conductor)
     if lost:
         crew.say(f"the store has lost artifacts of {', '.join(lost)}; they are computed again")
         crew.obtain(lost)
     return stopped
 
 
-def _lost(conductor: Conductor, store: Store) -> dict[str, Graph]:
+def _lost(conductor: Conductor) -> dict[str, Graph]:
     """Name -> stages of completed trials with an artifact that is damaged or gone."""
     completed = [trial for trial in conductor.study.trials() if trial.state == "completed"]
-    poor = [trial for trial in completed if not all(store.find(key) for key in trial.artifacts)]
+    poor = [trial for trial in completed if not all(conductor.store.find(key) for key in trial.artifacts)]
     return {f"trial {trial.number}": conductor.graph(trial) for trial in poor}
 
 
-def _reference_lines(conductor: Conductor, crew: _Crew, place: Place, folder: Path) -> None:
+def _reference_lines(conductor: Conductor, crew: _Crew) -> None:
     """Compute what is missing of the reference lines."""
     best = conductor.study.best()
     if not best:
@@ -247,14 +246,18 @@ def _reference_lines(conductor: Conductor, crew: _Crew, place: Place, folder: Pa
     data = data_loader()(PairSpec.model_validate(dict(best[0].pair)).data.transfer)
     wanted = references.reference_graphs(best[0], data, conductor.identity)
     conductor.demanded |= {stage.key for graph in wanted.values() for stage in graph.stages}
-    if references.settle(wanted, place.store, folder) is None:
+    if references.settle(wanted, conductor.store, crew.folder) is None:
         crew.obtain({f"the reference line {line!r}": graph for line, graph in wanted.items()})
-        references.settle(wanted, place.store, folder)
+        references.settle(wanted, conductor.store, crew.folder)
 
 
 def with_concurrent(space: Space, concurrent: int | None) -> Space:
-    """The same space with another number of trials at a time; the budget is no part of its identity."""
+    """The same space with another number of trials at a time; the budget is no part of its identity.
+
+    Raises:
+        ValueError: no trial could run.
+    """
     if concurrent is None:
         return space
-    budget = space.budget.model_copy(update={"concurrent": concurrent})
+    budget = type(space.budget).model_validate({**space.budget.model_dump(), "concurrent": concurrent})
     return replace(space, document=space.document.model_copy(update={"budget": budget}))

@@ -1,4 +1,4 @@
-"""How far a study is and what it does now: its ledger, and what the running search notes beside it every few seconds."""
+"""How far a study is and what it does now: its journal, and what the running search notes beside it every few seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search on Ray Tune: one Tune trial is one segment of one study trial, a light driver that waits for its stages.
+"""The search on Ray Tune: one Tune trial is one step of one study trial, a light driver that waits for its stages.
 
 Ray's own OptunaSearch mixes budgets and loses its place when killed, so the study is ours and this searcher only hands it over.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.crew.client import Crew
-from ktray.drivers.conductor import Conductor, Segment
+from ktray.drivers.conductor import Conductor, Step
 from ktray.drivers.stopping import Stopping, released
 from ktray.drivers.waiting import RELEASED, STOPPED, WaitForStages  # before Tune, whose settings it makes
 from ktray.errors import StoppedEarly
@@ -26,17 +26,22 @@ DEATHS = 10  # of one trial's processes, with no result of any trial in between:
 
 
 class StudySearcher(Searcher):
-    """Hands segments of the study to Tune and settles what comes back; `reason` says why the search stopped early."""
+    """Hands steps of the study to Tune and settles what comes back; `reason` says why the search stopped early.
 
-    def __init__(self, conductor: Conductor, crew: Crew, stopping: Stopping, ahead: deque[Segment]) -> None:
+    Args:
+        stopping: set it to end the search within seconds; waiting trials stay resumable.
+        ahead: steps that are already drawn; workers begin with them while Tune is still starting.
+    """
+
+    def __init__(self, conductor: Conductor, crew: Crew, stopping: Stopping, ahead: deque[Step]) -> None:
         super().__init__()
         self.conductor, self.crew, self.stopping, self.ahead = conductor, crew, stopping, ahead
-        self.live: dict[str, Segment] = {}
+        self.live: dict[str, Step] = {}
         self.deaths: Counter[int] = Counter()
         self.reason: StoppedEarly | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study is the ledger."""
+        """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study has its journal."""
         return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -45,75 +50,75 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         if self.has_ended():
             return str(Searcher.FINISHED)
-        segment = self._next()
-        if segment is None:
+        step = self._next()
+        if step is None:
             return None
-        if segment == "done":
-            # While segments run, their results may make promotions due.
+        if step == "done":
+            # While steps run, their results may make promotions due.
             return None if self.live else str(Searcher.FINISHED)
-        assert isinstance(segment, Segment)
-        self.live[trial_id] = segment
-        return {"job": self._job(segment)}
+        assert isinstance(step, Step)
+        self.live[trial_id] = step
+        return {"job": self._job(step)}
 
-    def _next(self) -> Segment | str | None:
+    def _next(self) -> Step | str | None:
         if self.ahead:
             return self.ahead.popleft()
         try:
-            segment = self.conductor.next()
+            step = self.conductor.next()
         except StoppedEarly as stop:
             self.reason = stop
             return "done"
-        return None if segment == "wait" else segment
+        return None if step == "wait" else step
 
-    def _job(self, segment: Segment) -> dict[str, Any]:
+    def _job(self, step: Step) -> dict[str, Any]:
         return {
             "crew": self.crew,
-            "stages": list(segment.graph.stages),
-            "waiter": _waiter(segment),
-            "priority": 1 if segment.final else 0,
+            "stages": list(step.graph.stages),
+            "waiter": _waiter(step),
+            "priority": 1 if step.final else 0,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Segments report once, at their end."""
+        """Steps report once, at their end."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        segment = self.live.pop(trial_id, None)
-        if segment is None or self.stopping.is_set():
+        step = self.live.pop(trial_id, None)
+        if step is None or self.stopping.is_set():
             return
         try:
             if error or result is None:
-                self._bury(segment)
+                self._bury(step)
             elif result["cause"] == STOPPED:
                 self.reason = StoppedEarly(result["text"])
             elif result["cause"] == RELEASED:
                 # Nobody wished to stop: the crew took us for dead because this process stalled. The trial waits anew.
-                self.ahead.append(segment)
+                self.ahead.append(step)
             elif result["cause"]:
-                self.conductor.fail(segment, result["cause"], result.get("failed", ""))
+                self.conductor.fail(step, result["cause"], result.get("failed", ""))
             else:
                 self.deaths.clear()
-                self.conductor.settle(segment, json.loads(result["computed"]))
+                self.conductor.settle(step, json.loads(result["computed"]))
         except StoppedEarly as stop:
             self.reason = stop
 
-    def _bury(self, segment: Segment) -> None:
-        """The process that waited for a segment is dead; whoever comes next waits for it."""
-        self.deaths[segment.trial.number] += 1
-        if self.deaths[segment.trial.number] < DEATHS:
-            self.ahead.append(segment)
+    def _bury(self, step: Step) -> None:
+        """The process that waited for a step is dead; whoever comes next waits for it."""
+        self.deaths[step.trial.number] += 1
+        if self.deaths[step.trial.number] < DEATHS:
+            self.ahead.append(step)
         else:
-            self.conductor.fail(segment, f"the process that waited for its stages died {DEATHS} times")
+            self.conductor.fail(step, f"the process that waited for its stages died {DEATHS} times")
 
     def waiters(self) -> list[str]:
         """Who waits for stages now."""
-        return [_waiter(segment) for segment in list(self.live.values())]
+        return [_waiter(step) for step in list(self.live.values())]
 
     def has_ended(self) -> bool:
         """Whether nothing of what still runs will be used by this call."""
         return self.stopping.is_set() or self.reason is not None
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing to save: the study is the ledger."""
+        """Nothing to save: the study has its journal."""
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Nothing to restore."""
@@ -142,22 +147,18 @@ class _Tick(tune.Callback):  # type: ignore[misc]
             self.searcher.reason = stop
 
 
-def run_search(
-    conductor: Conductor, crew: Crew, ahead: deque[Segment], scratch: Path, stopping: Stopping
-) -> StoppedEarly | None:
-    """Run the study to its target on the Ray that is connected; why it stopped early, or None.
+def run_search(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
+    """Run the searcher's study to its target on the Ray that is connected; why it stopped early, or None.
 
     Args:
-        ahead: segments that are already drawn; workers begin with them while Tune is still starting.
         scratch: folder for Tune's own state, which nobody reads.
-        stopping: set it to end the search within seconds; waiting trials stay resumable.
     """
+    conductor, crew = searcher.conductor, searcher.crew
     concurrent = conductor.space.budget.concurrent
-    for segment in ahead:
-        crew.prefetch(list(segment.graph.stages))
+    for step in searcher.ahead:
+        crew.prefetch(list(step.graph.stages))
     crew.prefetch(conductor.certain())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
-    searcher = StudySearcher(conductor, crew, stopping, ahead)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
         tune.with_resources(WaitForStages, resources),
@@ -187,8 +188,8 @@ def run_search(
 
 def _short_name(trial: Any) -> str:
     """Tune would put the whole config into names of folders."""
-    return f"segment-{trial.trial_id}"
+    return f"step-{trial.trial_id}"
 
 
-def _waiter(segment: Segment) -> str:
-    return f"trial {segment.trial.number}"
+def _waiter(step: Step) -> str:
+    return f"trial {step.trial.number}"

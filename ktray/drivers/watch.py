@@ -25,7 +25,7 @@ class Watch:
         tell: called with every event and with the crew's status: ``tell(events, status)``.
 
     Attributes:
-        published: keys of the artifacts that the crew has published since the watch began.
+        published: keys of the artifacts that the crew has published since the watch began; others may publish beside it.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Watch:
     ) -> None:
         self.crew, self.store, self.tracker, self.tell = crew, store, tracker, tell
         self.published: set[str] = set()
+        self._name = str(crew.status()["name"])
         past = crew.events(0)
         self._last = past[-1]["n"] if past else 0
         self._over = threading.Event()
@@ -65,11 +66,14 @@ class Watch:
         """Read what is left, then stop.
 
         Args:
-            new: keys that may have been published meanwhile: the events of a broker that died are lost.
+            new: keys that may have been published meanwhile: the events of a broker that died are lost, and their records
+                say whether it was this crew, or another one on the same store.
         """
         self._over.set()
         self._thread.join(timeout=10)
         with suppress(StoppedEarly, ray.exceptions.RayError):
             self._read()
         for key in new:
-            self._track(key)
+            artifact = self.store.find(key)
+            if artifact is not None and artifact.record["attempt"].startswith(f"{self._name}-"):
+                self._track(key)

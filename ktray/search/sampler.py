@@ -108,7 +108,7 @@ class Sampler:
     def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None) -> Params:
         """The next draw.
 
-        The seed is the space's together with the number of trials: the same ledger gives the same draw, and a search that is
+        The seed is the space's together with the number of trials: the same journal gives the same draw, and a search that is
         resumed does not repeat its own.
 
         Args:

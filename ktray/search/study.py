@@ -1,6 +1,6 @@
-"""A study: which trial runs next, and what became of each. All of it is in the ledger, so that a killed search goes on.
+"""A study: which trial runs next, and what became of each. All of it is in the journal, so that a killed search goes on.
 
-One driver asks `next`, runs what it is told (a segment of a trial: from where it paused to its next rung) and tells the outcome
+One driver asks `next`, runs what it is told (a step of a trial: from where it paused to its next rung) and tells the outcome
 by `report`, `finish` or `fail`, from one thread.
 """
 
@@ -29,7 +29,7 @@ FAILURES = 10  # so many in a row stop a search
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A segment to run: the trial's student up to the end of epoch `until`; `final` if that is its full training."""
+    """A step to run: the trial's student up to the end of epoch `until`; `final` if that is its full training."""
 
     trial: Trial
     until: int
@@ -46,19 +46,19 @@ class Study:
     """
 
     def __init__(
-        self, ledger: Journal, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
+        self, journal: Journal, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
     ) -> None:
         self.space = space
         self.reason: str | None = None
-        self._ledger, self._clock, self._draws = ledger, clock, draws
-        notes = ledger.notes()
-        self._watch = Stopwatch(clock, float(notes.get("spent", 0.0)), lambda seconds: ledger.note("spent", seconds))
+        self._journal, self._clock, self._draws = journal, clock, draws
+        notes = journal.notes()
+        self._watch = Stopwatch(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
         self._parts, self.purse = Parts(), Purse()
         self._trials: dict[int, Trial] = {}  # in the order of their numbers
         self._standings, self._counted = rungs.Standings(space.early_stop), 0
         for trial in warm.evidence(notes.get(warm.NOTE, {})):
             draws.told(trial)
-        for trial in ledger.trials():
+        for trial in journal.trials():
             self._enter(self._parts.share(trial))
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
@@ -70,7 +70,7 @@ class Study:
         self.target = noted["trials"]
         for name, value in {"space": space.document.model_dump(mode="json"), "target": noted}.items():
             if notes.get(name) != value:
-                ledger.note(name, value)
+                journal.note(name, value)
 
     @classmethod
     def open(
@@ -103,11 +103,11 @@ class Study:
         target.checked(trials)
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
-            ledger = Journal(home, name, space)
-            target.same_space(ledger.notes().get("space"), space, name)
+            journal = Journal(home, name, space)
+            target.same_space(journal.notes().get("space"), space, name)
             if warm_start:
-                ledger.note(warm.NOTE, warm.added(ledger.notes().get(warm.NOTE, {}), home, space, name, warm_start))
-            study = cls(ledger, space, clock, trials, draws or Draws(space))
+                journal.note(warm.NOTE, warm.added(journal.notes().get(warm.NOTE, {}), home, space, name, warm_start))
+            study = cls(journal, space, clock, trials, draws or Draws(space))
             study._unlock = unlock.pop_all()
         return study
 
@@ -178,7 +178,7 @@ class Study:
                 break
             new = self._parts.share(new)
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
-            self._ledger.add(trial)
+            self._journal.add(trial)
             self._enter(trial)
             self._failures += trial.state == "failed"
             due = trial if trial.state == "running" else None
@@ -334,7 +334,7 @@ class Study:
 
     def _write(self, trial: Trial, **changes: Any) -> Trial:
         changed = dataclasses.replace(trial, **changes)
-        self._ledger.save(changed)
+        self._journal.save(changed)
         self._enter(changed)
         return changed
 

@@ -21,6 +21,10 @@ class Store(Protocol):
     def url(self) -> str:
         """What `open_store` takes to open the same store elsewhere."""
 
+    @property
+    def root(self) -> Path:
+        """The directory that holds it, for who measures its disk or asks whether all nodes see it."""
+
     def find(self, key: str) -> Artifact | None:
         """The artifact, or None if absent; a damaged one is moved aside with a warning and counts as absent."""
 
@@ -50,6 +54,12 @@ class Store(Protocol):
 
     def verify(self, key: str) -> str:
         """The first difference between an artifact's files and the sha256 in its record; empty if there is none."""
+
+    def set_aside(self, key: str, problem: str) -> None:
+        """Move a damaged artifact aside with a warning, as `find` does with what it sees; nothing if it is gone already."""
+
+    def discard_damaged(self) -> None:
+        """Delete what was moved aside."""
 
     def sweep(self) -> int:
         """Remove what dead attempts left behind; how many directories. Only while nothing runs on this store."""

@@ -51,15 +51,18 @@ class FileStore:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             record, problem = {}, f"its record is unreadable ({error})"
         if problem:
-            self._set_aside(directory, problem)
+            self.set_aside(key, problem)
             return None
         return Artifact(key, directory, record["metrics"], record)
 
-    def _set_aside(self, directory: Path, problem: str) -> None:
-        log.warning("%s is damaged (%s): moved to .damaged, it will be computed again", directory.name, problem)
-        target = self._hidden(".damaged") / f"{directory.name}.{uuid.uuid4().hex[:8]}"
+    def set_aside(self, key: str, problem: str) -> None:
+        log.warning("%s is damaged (%s): moved to .damaged, it will be computed again", key, problem)
+        target = self._hidden(".damaged") / f"{key}.{uuid.uuid4().hex[:8]}"
         with contextlib.suppress(FileNotFoundError):  # another process saw the same damage first
-            directory.rename(target)
+            (self.root / key).rename(target)
+
+    def discard_damaged(self) -> None:
+        shutil.rmtree(self.root / ".damaged", ignore_errors=True)
 
     def scratch(self, key: str, attempt: str) -> Path:
         directory = self._hidden(".scratch") / f"{key}.{attempt}"
