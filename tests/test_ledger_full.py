@@ -34,7 +34,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whole(tmp_path: Path, full: Any) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, early_stop=None))
-    drive(study, steps=3)
+    drive(study, legs=3)
     trials = len(study.trials())
     before = (tmp_path / "studies/toy/journal.log").read_bytes()
     full()

@@ -36,13 +36,13 @@ def drawn(live: _Live) -> list[str]:
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
-def shown(folder: Path, steps: int, width: int, height: int, status: dict[str, Any]) -> list[str]:
-    """The table after so many steps of a toy study, on a terminal of this size."""
+def shown(folder: Path, legs: int, width: int, height: int, status: dict[str, Any]) -> list[str]:
+    """The table after so many legs of a toy study, on a terminal of this size."""
     space = toy_space(folder)
     live = _Live(space, "toy", Console(file=io.StringIO(), width=width, height=height, color_system=None))
     with Study.open(folder, space) as study:
         live.begin(study)
-        drive(study, steps=steps)
+        drive(study, legs=legs)
         live.work([], status)
         return drawn(live)
 

@@ -29,7 +29,7 @@ def _conductor(space: Space, study: Study) -> Conductor:
 
 @pytest.fixture
 def searcher(tmp_path: Path) -> StudySearcher:
-    """A searcher with the first steps of a toy study."""
+    """A searcher with the first legs of a toy study."""
     space = toy_space(tmp_path)
     crew: Any = _Mute()
     conductor = _conductor(space, Study.open(tmp_path, space))
@@ -61,15 +61,15 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
     while True:
         with Study.open(tmp_path, space) as study:
             conductor = _conductor(space, study)
-            step = conductor.next()
-            if isinstance(step, str):
+            leg = conductor.next()
+            if isinstance(leg, str):
                 break
             sessions += 1
             store: Any = conductor.store
-            for stage in step.graph.stages:
+            for stage in leg.graph.stages:
                 record = {"seconds": 2.0, "seconds_alone": 2.0, "epoch": stage.spec.get("epoch", 0)}
                 store.found[stage.key] = Artifact(stage.key, tmp_path, {"top1": 0.5}, record)
-            conductor.settle(step, [step.graph.stages[-1].key])
+            conductor.settle(leg, [leg.graph.stages[-1].key])
     assert sessions == 2
     assert study.trials()[0].cost["marginal_seconds"] == 4.0
     assert study.trials()[0].metrics["cost/marginal_seconds"] == 4.0

@@ -118,7 +118,7 @@ def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) 
         drive(study)
         study.close()
     with Study.open(tmp_path, space, trials="+4") as study:
-        drive(study, steps=1)  # killed
+        drive(study, legs=1)  # killed
     with Study.open(tmp_path, space, trials="+4") as study:
         assert study.target == 7
         drive(study)

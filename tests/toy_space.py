@@ -66,7 +66,7 @@ def score(trial: Trial, epoch: int = 9) -> float:
 
 
 def tell(study: Study, given: Assignment, judge: Callable[[Trial, int], float] = score) -> Trial:
-    """Settles one step as if it had been computed."""
+    """Settles one leg as if it had been computed."""
     value = judge(given.trial, given.until)
     if not given.final:
         return study.report(given.trial.number, given.until, value)
@@ -76,11 +76,11 @@ def tell(study: Study, given: Assignment, judge: Callable[[Trial, int], float] =
     )
 
 
-def drive(study: Study, judge: Callable[[Trial, int], float] = score, steps: int = 10_000) -> list[Assignment]:
-    """Runs a study, the oldest step first, until it is done or so many steps were told."""
+def drive(study: Study, judge: Callable[[Trial, int], float] = score, legs: int = 10_000) -> list[Assignment]:
+    """Runs a study, the oldest leg first, until it is done or so many legs were told."""
     given: list[Assignment] = []
     live: list[Assignment] = []
-    while steps:
+    while legs:
         answer = study.next()
         if answer == "done":
             break
@@ -89,7 +89,7 @@ def drive(study: Study, judge: Callable[[Trial, int], float] = score, steps: int
             live.append(answer)
         else:
             tell(study, live.pop(0), judge)
-            steps -= 1
+            legs -= 1
     return given
 
 

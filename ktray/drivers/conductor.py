@@ -30,7 +30,7 @@ Tell = Callable[[str, Trial, str], None]
 
 
 @dataclass(frozen=True)
-class Step:
+class Leg:
     """What one trial needs next: stages up to an epoch of its student, and how it is judged there."""
 
     trial: Trial
@@ -59,19 +59,19 @@ class Conductor:
     ) -> None:
         self.space, self.study, self.store, self.identity = space, study, store, identity
         self.prices = Prices(costs or Costs(), store, study.purse)
-        study.ask_prices(self.prices.quote(self._first_step))
+        study.ask_prices(self.prices.quote(self._first_leg))
         self.account, self.tracker, self.tell = Account(tracker, space), tracker, tell
         self.demanded: set[str] = set()
         self._failed: dict[str, str] = {}
         self._milestones = _milestones(space)
         self._drawn = len(study.trials())
 
-    def first(self, count: int) -> tuple[deque[Step], StoppedEarly | None]:
-        """Up to `count` steps to begin with, and why there will be no more if that is known already."""
-        ahead: deque[Step] = deque()
+    def first(self, count: int) -> tuple[deque[Leg], StoppedEarly | None]:
+        """Up to `count` legs to begin with, and why there will be no more if that is known already."""
+        ahead: deque[Leg] = deque()
         try:
-            while len(ahead) < count and not isinstance(step := self.next(), str):
-                ahead.append(step)
+            while len(ahead) < count and not isinstance(leg := self.next(), str):
+                ahead.append(leg)
         except StoppedEarly as stop:
             return ahead, stop
         return ahead, None
@@ -91,21 +91,21 @@ class Conductor:
         self.demanded |= found.keys()
         return list(found.values())
 
-    def next(self) -> Step | Literal["wait", "done"]:
-        """The next step that has something to compute; what the store answers whole is settled on the way."""
+    def next(self) -> Leg | Literal["wait", "done"]:
+        """The next leg that has something to compute; what the store answers whole is settled on the way."""
         while True:
             assignment = self._assignment()
             if isinstance(assignment, str):
                 return assignment
-            step = self._step(assignment.trial, assignment.until, assignment.final)
-            known = next((stage.key for stage in step.graph.stages if stage.key in self._failed), None)
+            leg = self._leg(assignment.trial, assignment.until, assignment.final)
+            known = next((stage.key for stage in leg.graph.stages if stage.key in self._failed), None)
             if known:  # it would raise again: a resume tries it once more
-                self.fail(step, self._failed[known], known)
+                self.fail(leg, self._failed[known], known)
                 continue
-            if judge.finished(step.graph, self.store) is None:
-                self.study.charge(step.trial.number, self.prices.charges(step.graph))
-                return step
-            self.settle(step, computed=[])
+            if judge.finished(leg.graph, self.store) is None:
+                self.study.charge(leg.trial.number, self.prices.charges(leg.graph))
+                return leg
+            self.settle(leg, computed=[])
 
     def _assignment(self) -> Assignment | Literal["wait", "done"]:
         try:
@@ -116,12 +116,12 @@ class Conductor:
                 if trial.state != "running":  # the study has settled it by itself
                     self.account.refused(trial)
 
-    def _step(self, trial: Trial, epoch: int, final: bool) -> Step:
+    def _leg(self, trial: Trial, epoch: int, final: bool) -> Leg:
         graph = self.graph(trial, epoch, None if final else [self._judge(epoch)])
         if epoch == 0:
             graph = graph.up_to(self._judge(epoch))
         self.account.begin(trial, graph.keys)
-        return Step(trial, epoch, final, graph)
+        return Leg(trial, epoch, final, graph)
 
     def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
         """The stages of a trial up to `epoch` of its student, its last by default, and of these evaluations, or of all."""
@@ -130,7 +130,7 @@ class Conductor:
         self.demanded |= {stage.key for stage in graph.stages}
         return graph
 
-    def _first_step(self, params: Params) -> Graph:
+    def _first_leg(self, params: Params) -> Graph:
         pair = self.space.pair(params)
         until = rungs.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]
         wanted = None if until == pair.student.schedule.epochs else [self._judge(until)]
@@ -145,66 +145,66 @@ class Conductor:
         assert self.space.early_stop is not None
         return str(self.space.early_stop.judged_by(epoch).split("/")[0])
 
-    def settle(self, step: Step, computed: list[str]) -> None:
-        """Tell the study and the tracker what the step's artifacts say.
+    def settle(self, leg: Leg, computed: list[str]) -> None:
+        """Tell the study and the tracker what the leg's artifacts say.
 
         Args:
             computed: keys that this trial caused to be computed; what it added to the cost.
         """
-        artifacts = judge.finished(step.graph, self.store)
+        artifacts = judge.finished(leg.graph, self.store)
         if artifacts is None:
-            self.fail(step, "an artifact vanished from the store before the trial could read it")
+            self.fail(leg, "an artifact vanished from the store before the trial could read it")
             return
-        self._pay(step)
+        self._pay(leg)
         added = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
-        marginal = step.trial.cost.get("marginal_seconds", 0.0) + added
-        metrics = judge.metrics(step.graph, artifacts)
-        self.account.reused(step.trial, step.graph.metric_prefixes(), set(computed))
-        self.tracker.curve(step.trial.number, _student_curve(step.graph, artifacts))
-        if step.final:
-            self._finish(step, {**metrics, "cost/marginal_seconds": marginal})
+        marginal = leg.trial.cost.get("marginal_seconds", 0.0) + added
+        metrics = judge.metrics(leg.graph, artifacts)
+        self.account.reused(leg.trial, leg.graph.metric_prefixes(), set(computed))
+        self.tracker.curve(leg.trial.number, _student_curve(leg.graph, artifacts))
+        if leg.final:
+            self._finish(leg, {**metrics, "cost/marginal_seconds": marginal})
         else:
-            self._pause(step, metrics, marginal)
+            self._pause(leg, metrics, marginal)
 
-    def _pause(self, step: Step, metrics: Mapping[str, float], marginal: float) -> None:
+    def _pause(self, leg: Leg, metrics: Mapping[str, float], marginal: float) -> None:
         assert self.space.early_stop is not None
-        name = self.space.early_stop.judged_by(step.epoch)
+        name = self.space.early_stop.judged_by(leg.epoch)
         cost = {"marginal_seconds": marginal}
-        trial = self.study.report(step.trial.number, step.epoch, metrics[name], step.graph.keys, cost)
-        where = f"at epoch {step.epoch}" if step.epoch else "of its teacher"
+        trial = self.study.report(leg.trial.number, leg.epoch, metrics[name], leg.graph.keys, cost)
+        where = f"at epoch {leg.epoch}" if leg.epoch else "of its teacher"
         self._tell_end(trial, f"{name} {metrics[name]:.4f} {where}")
-        self.tracker.metrics(trial.number, {name: metrics[name]}, step.epoch)
-        self.account.ended(trial, step.graph.keys, {})
+        self.tracker.metrics(trial.number, {name: metrics[name]}, leg.epoch)
+        self.account.ended(trial, leg.graph.keys, {})
 
-    def _finish(self, step: Step, metrics: dict[str, float]) -> None:
-        number = step.trial.number
+    def _finish(self, leg: Leg, metrics: dict[str, float]) -> None:
+        number = leg.trial.number
         objectives = {name: metrics[name] for name, _ in self.space.objectives}
         cost = {"seconds": metrics["cost/seconds"], "marginal_seconds": metrics["cost/marginal_seconds"]}
-        trial = self.study.finish(number, metrics, objectives, dict(step.graph.keys), cost)
+        trial = self.study.finish(number, metrics, objectives, dict(leg.graph.keys), cost)
         self._tell_end(trial, " ".join(f"{name} {value:.4f}" for name, value in objectives.items()))
-        self.account.judged(trial, step.graph.keys, metrics, step.epoch)
+        self.account.judged(trial, leg.graph.keys, metrics, leg.epoch)
 
     def _tell_end(self, trial: Trial, text: str) -> None:
-        """What became of a step whose stages are all there; a score that is not finite has failed its trial."""
+        """What became of a leg whose stages are all there; a score that is not finite has failed its trial."""
         self.tell(trial.state, trial, (trial.cause or "") if trial.state == "failed" else text)
 
-    def fail(self, step: Step, cause: str, stage: str = "") -> None:
-        """The step could not be computed; may raise StoppedEarly after too many failures in a row.
+    def fail(self, leg: Leg, cause: str, stage: str = "") -> None:
+        """The leg could not be computed; may raise StoppedEarly after too many failures in a row.
 
         Args:
             stage: key of the stage that raised. Its cause is told once, and what needs it fails without asking again.
         """
-        self._pay(step)
-        trial = self.study.fail(step.trial.number, cause)
+        self._pay(leg)
+        trial = self.study.fail(leg.trial.number, cause)
         self.tell("failed", trial, f"needs {stage}, too" if stage in self._failed else cause)
-        self.account.ended(trial, step.graph.keys, {})
+        self.account.ended(trial, leg.graph.keys, {})
         if stage:
             self._failed[stage] = cause
 
-    def _pay(self, step: Step) -> None:
+    def _pay(self, leg: Leg) -> None:
         """What the trial was charged becomes what was recorded, before the study is told what became of it."""
-        charged = {key for stages in self.study.charged(step.trial.number).values() for key in stages}
-        self.study.paid(step.trial.number, self.prices.paid(step.graph, sorted(charged)))
+        charged = {key for stages in self.study.charged(leg.trial.number).values() for key in stages}
+        self.study.paid(leg.trial.number, self.prices.paid(leg.graph, sorted(charged)))
 
     def prune(self) -> None:
         """The study has met its target: what is still paused becomes pruned. It stays ours, for what is yet to compute."""

@@ -1,4 +1,4 @@
-"""What draws and steps cost: stages that nobody has made or ordered yet, at the seconds that the records make expect."""
+"""What draws and legs cost: stages that nobody has made or ordered yet, at the seconds that the records make expect."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Prices:
         }
 
     def quote(self, build: Callable[[Params], Graph]) -> Callable[[Params], Spend | None]:
-        """A function that says what a draw would add; `build` makes its first step, or raises UserError for no pair."""
+        """A function that says what a draw would add; `build` makes its first leg, or raises UserError for no pair."""
 
         def price(params: Params) -> Spend | None:
             try:

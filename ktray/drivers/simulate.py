@@ -17,7 +17,7 @@ from ktray.crew.books import Answer, Give, Hire
 from ktray.crew.ledger import Ledger
 from ktray.crew.needs import Needs
 from ktray.crew.roster import Node, Roster, Worker
-from ktray.drivers.conductor import Conductor, Step
+from ktray.drivers.conductor import Conductor, Leg
 from ktray.fingerprint import fingerprint
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -145,7 +145,7 @@ class _Simulation:
         attempts = itertools.count()
         self.ledger = Ledger(self.store.find, lambda name: Needs(), roster, lambda: f"a{next(attempts)}", FOREVER, self._length)
         self.ledger.hiring.warm(site.workers)
-        self.live: dict[str, Step] = {}
+        self.live: dict[str, Leg] = {}
         self.ahead: list[tuple[float, int, _Attempt | Worker]] = []
         self.order = itertools.count()
         self.attempts: Counter[str] = Counter()
@@ -167,16 +167,16 @@ class _Simulation:
     def _draw(self) -> None:
         while True:
             with self.timeline.deciding("draw"):
-                step = self.conductor.next()
-                if isinstance(step, str):
+                leg = self.conductor.next()
+                if isinstance(leg, str):
                     break
-                name = f"{step.trial.number}@{step.epoch}"
-                self.live[name] = step
-                self.ledger.demand.request(name, name, "simulation", step.graph.stages, 0, self.clock.now)
+                name = f"{leg.trial.number}@{leg.epoch}"
+                self.live[name] = leg
+                self.ledger.demand.request(name, name, "simulation", leg.graph.stages, 0, self.clock.now)
         self.timeline.decisions["draw"].pop()  # there was nothing to draw
 
     def _act(self) -> bool:
-        """Do what the ledger wants; whether a step ended."""
+        """Do what the ledger wants; whether a leg ended."""
         with self.timeline.deciding("dispatch"):
             self.ledger.dispatch(self.clock.now)
         outbox = self.ledger.outbox[:]
@@ -193,11 +193,11 @@ class _Simulation:
         return bool(answers)
 
     def _settle(self, answer: Answer) -> None:
-        step = self.live.pop(answer.request)
+        leg = self.live.pop(answer.request)
         if answer.failed:
-            self.conductor.fail(step, answer.cause, answer.failed)
+            self.conductor.fail(leg, answer.cause, answer.failed)
         else:
-            self.conductor.settle(step, [each["key"] for each in answer.outcomes if each["state"] == "computed"])
+            self.conductor.settle(leg, [each["key"] for each in answer.outcomes if each["state"] == "computed"])
 
     def _at(self, seconds: float, what: _Attempt | Worker) -> None:
         heapq.heappush(self.ahead, (self.clock.now + seconds, next(self.order), what))

@@ -1,4 +1,4 @@
-"""The search on Ray Tune: one Tune trial is one step of one study trial, a light driver that waits for its stages.
+"""The search on Ray Tune: one Tune trial is one leg of one study trial, a light driver that waits for its stages.
 
 Ray's own OptunaSearch mixes budgets and loses its place when killed, so the study is ours and this searcher only hands it over.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.crew.client import Crew
-from ktray.drivers.conductor import Conductor, Step
+from ktray.drivers.conductor import Conductor, Leg
 from ktray.drivers.stopping import Stopping, released
 from ktray.drivers.waiting import RELEASED, STOPPED, WaitForStages  # before Tune, whose settings it makes
 from ktray.errors import StoppedEarly
@@ -26,17 +26,17 @@ DEATHS = 10  # of one trial's processes, with no result of any trial in between:
 
 
 class StudySearcher(Searcher):
-    """Hands steps of the study to Tune and settles what comes back; `reason` says why the search stopped early.
+    """Hands legs of the study to Tune and settles what comes back; `reason` says why the search stopped early.
 
     Args:
         stopping: set it to end the search within seconds; waiting trials stay resumable.
-        ahead: steps that are already drawn; workers begin with them while Tune is still starting.
+        ahead: legs that are already drawn; workers begin with them while Tune is still starting.
     """
 
-    def __init__(self, conductor: Conductor, crew: Crew, stopping: Stopping, ahead: deque[Step]) -> None:
+    def __init__(self, conductor: Conductor, crew: Crew, stopping: Stopping, ahead: deque[Leg]) -> None:
         super().__init__()
         self.conductor, self.crew, self.stopping, self.ahead = conductor, crew, stopping, ahead
-        self.live: dict[str, Step] = {}
+        self.live: dict[str, Leg] = {}
         self.deaths: Counter[int] = Counter()
         self.reason: StoppedEarly | None = None
 
@@ -50,68 +50,68 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         if self.has_ended():
             return str(Searcher.FINISHED)
-        step = self._next()
-        if step is None:
+        leg = self._next()
+        if leg is None:
             return None
-        if step == "done":
-            # While steps run, their results may make promotions due.
+        if leg == "done":
+            # While legs run, their results may make promotions due.
             return None if self.live else str(Searcher.FINISHED)
-        assert isinstance(step, Step)
-        self.live[trial_id] = step
-        return {"job": self._job(step)}
+        assert isinstance(leg, Leg)
+        self.live[trial_id] = leg
+        return {"job": self._job(leg)}
 
-    def _next(self) -> Step | str | None:
+    def _next(self) -> Leg | str | None:
         if self.ahead:
             return self.ahead.popleft()
         try:
-            step = self.conductor.next()
+            leg = self.conductor.next()
         except StoppedEarly as stop:
             self.reason = stop
             return "done"
-        return None if step == "wait" else step
+        return None if leg == "wait" else leg
 
-    def _job(self, step: Step) -> dict[str, Any]:
+    def _job(self, leg: Leg) -> dict[str, Any]:
         return {
             "crew": self.crew,
-            "stages": list(step.graph.stages),
-            "waiter": _waiter(step),
-            "priority": 1 if step.final else 0,
+            "stages": list(leg.graph.stages),
+            "waiter": _waiter(leg),
+            "priority": 1 if leg.final else 0,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Steps report once, at their end."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        step = self.live.pop(trial_id, None)
-        if step is None or self.stopping.is_set():
+        leg = self.live.pop(trial_id, None)
+        if leg is None or self.stopping.is_set():
             return
         try:
             if error or result is None:
-                self._bury(step)
+                self._bury(leg)
             elif result["cause"] == STOPPED:
                 self.reason = StoppedEarly(result["text"])
             elif result["cause"] == RELEASED:
                 # Nobody wished to stop: the crew took us for dead because this process stalled. The trial waits anew.
-                self.ahead.append(step)
+                self.ahead.append(leg)
             elif result["cause"]:
-                self.conductor.fail(step, result["cause"], result.get("failed", ""))
+                self.conductor.fail(leg, result["cause"], result.get("failed", ""))
             else:
                 self.deaths.clear()
-                self.conductor.settle(step, json.loads(result["computed"]))
+                self.conductor.settle(leg, json.loads(result["computed"]))
         except StoppedEarly as stop:
             self.reason = stop
 
-    def _bury(self, step: Step) -> None:
-        """The process that waited for a step is dead; whoever comes next waits for it."""
-        self.deaths[step.trial.number] += 1
-        if self.deaths[step.trial.number] < DEATHS:
-            self.ahead.append(step)
+    def _bury(self, leg: Leg) -> None:
+        """The process that waited for a leg is dead; whoever comes next waits for it."""
+        self.deaths[leg.trial.number] += 1
+        if self.deaths[leg.trial.number] < DEATHS:
+            self.ahead.append(leg)
         else:
-            self.conductor.fail(step, f"the process that waited for its stages died {DEATHS} times")
+            self.conductor.fail(leg, f"the process that waited for its stages died {DEATHS} times")
 
     def waiters(self) -> list[str]:
         """Who waits for stages now."""
-        return [_waiter(step) for step in list(self.live.values())]
+        return [_waiter(leg) for leg in list(self.live.values())]
 
     def has_ended(self) -> bool:
         """Whether nothing of what still runs will be used by this call."""
@@ -155,8 +155,8 @@ def run_search(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
     """
     conductor, crew = searcher.conductor, searcher.crew
     concurrent = conductor.space.budget.concurrent
-    for step in searcher.ahead:
-        crew.prefetch(list(step.graph.stages))
+    for leg in searcher.ahead:
+        crew.prefetch(list(leg.graph.stages))
     crew.prefetch(conductor.certain())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
@@ -188,8 +188,8 @@ def run_search(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
 
 def _short_name(trial: Any) -> str:
     """Tune would put the whole config into names of folders."""
-    return f"step-{trial.trial_id}"
+    return f"leg-{trial.trial_id}"
 
 
-def _waiter(step: Step) -> str:
-    return f"trial {step.trial.number}"
+def _waiter(leg: Leg) -> str:
+    return f"trial {leg.trial.number}"

@@ -1,4 +1,4 @@
-"""One Tune trial: a light driver that waits for the stages of one step. Its process imports neither torch nor optuna."""
+"""One Tune trial: a light driver that waits for the stages of one leg. Its process imports neither torch nor optuna."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RELEASED = "released"
 
 
 class WaitForStages(tune.Trainable):  # type: ignore[misc]
-    """A light driver: asks the crew for the stages of one step, computes nothing, imports no torch."""
+    """A light driver: asks the crew for the stages of one leg, computes nothing, imports no torch."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.job = config["job"]

@@ -1,6 +1,6 @@
 """A study: which trial runs next, and what became of each. All of it is in the journal, so that a killed search goes on.
 
-One driver asks `next`, runs what it is told (a step of a trial: from where it paused to its next rung) and tells the outcome
+One driver asks `next`, runs what it is told (a leg of a trial: from where it paused to its next rung) and tells the outcome
 by `report`, `finish` or `fail`, from one thread.
 """
 
@@ -29,7 +29,7 @@ FAILURES = 10  # so many in a row stop a search
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A step to run: the trial's student up to the end of epoch `until`; `final` if that is its full training."""
+    """A leg to run: the trial's student up to the end of epoch `until`; `final` if that is its full training."""
 
     trial: Trial
     until: int

@@ -145,7 +145,7 @@ class Tracker:
 
     @_quiet
     def finish(self, number: int, status: Status, tags: dict[str, str], metrics: dict[str, float], note: str = "") -> None:
-        """Ends a trial, or a step of one that may be continued. A trial that has ended keeps the time when it did.
+        """Ends a trial, or a leg of one that may be continued. A trial that has ended keeps the time when it did.
 
         Args:
             metrics: without a step; MLflow compares them as bars.

@@ -126,7 +126,7 @@ def main() -> None:
     """Make up the store, replay, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--stop-early", action="store_true", help="with rungs: up to three steps per trial")
+    parser.add_argument("--stop-early", action="store_true", help="with rungs: up to three legs per trial")
     parser.add_argument("--random", action="store_true", help="draw at random: what all but the sampler costs")
     parser.add_argument("--untracked", action="store_true", help="a tracker that is down: what all but MLflow's thread costs")
     parser.add_argument("--folder", type=Path, default=None, help="keep everything here")
