@@ -48,11 +48,12 @@ def test_the_list_of_the_bench_is_32_pairs_over_4_teachers():
 
 
 def test_cpu_time_of_a_process_and_of_its_children_is_counted_and_waiting_is_not():
-    burn = "import time\nend = time.process_time() + 0.7\nwhile time.process_time() < end: pass\n"
+    # Each stays a while after it has burned: what a process spends after the last look at it is not seen.
+    burn = "import time\nend = time.process_time() + 0.7\nwhile time.process_time() < end: pass\ntime.sleep(1)\n"
     child = (
         f"import subprocess, sys, time\nsubprocess.run([sys.executable, '-c', {burn!r}])\ntime.sleep(1)\n{burn}print('done')"
     )
     spent, wall, said = naive_tune.cpu_seconds([sys.executable, "-c", child], {})
     assert said == "done"
-    assert wall > 2.0
-    assert 1.0 < sum(spent.values()) < 2.0
+    assert wall > 3.0
+    assert 1.3 < sum(spent.values()) < 2.5

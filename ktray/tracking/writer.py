@@ -62,7 +62,10 @@ class Writer:
 
     def _run(self) -> None:
         with connection.environment():
-            while not (self._turn() and self._stopping.is_set()):
+            while True:
+                last = self._stopping.is_set()  # before the turn: after it, there may be events that it has not seen
+                if self._turn() and last:
+                    break
                 if self._stopping.is_set():
                     time.sleep(min(self._pause, 0.2))
                 else:
