@@ -47,6 +47,7 @@ def test_the_list_of_the_bench_is_32_pairs_over_4_teachers():
     assert distinct == {"teacher": 4, "features": 8, "clusters": 16, "student": 32}
 
 
+@pytest.mark.slow
 def test_cpu_time_of_a_process_and_of_its_children_is_counted_and_waiting_is_not():
     # Each stays a while after it has burned: what a process spends after the last look at it is not seen.
     burn = "import time\nend = time.process_time() + 0.7\nwhile time.process_time() < end: pass\ntime.sleep(1)\n"

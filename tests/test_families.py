@@ -234,6 +234,7 @@ def test_a_fenced_family_publishes_nothing(pairs: Any, monkeypatch: pytest.Monke
     assert [store.find(each.key) for each in stages] == [None, None]
 
 
+@pytest.mark.slow
 def test_two_trials_on_two_layers_cost_one_pass_on_ray(found_crew: Any, tmp_path: Path) -> None:
     crew = found_crew(tmp_path / "store", work=execute)
     graphs = [build(toy_pair(teacher={**ROTATION, "layer": name}), data_identity()) for name in ("conv2", "conv4")]
