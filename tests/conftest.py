@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ import pytest
 from ktray.crew.needs import Needs, Runtime
 
 TOY_NEEDS = {"images": Needs(helpers=3), "clusters": Needs(helpers=3)}
+
+
+def pytest_configure() -> None:
+    """Processes that tests start hear Ctrl-C, even if pytest itself is a shell's background job, which is born deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -257,12 +257,11 @@ def test_an_empty_stage_costs_little(crew: Crew) -> None:
 
 
 ALONE = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 from ktray.crew.client import connect
 from ktray.crew.runtime import Runtime, start, stop
 from toy_work import toy, work
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background is born deaf to it
 home = Path(sys.argv[1])
 session = start(home, None, Runtime(cpus=1))
 try:
