@@ -142,6 +142,7 @@ def search(
     warm_start: str | None = None,
     address: str | None = None,
     share_images: bool = False,
+    retry: bool = False,
     overrides: Sequence[str] = (),
     allow_plugins: Sequence[str] = (),
     store: str | None = None,
@@ -160,6 +161,7 @@ def search(
         warm_start: another study of this home, whose results the sampler learns from.
         address: of a running Ray cluster; None starts Ray on this machine.
         share_images: send cluster sheets to a remote tracker, too.
+        retry: draw the pairs of failed trials again, as new trials.
         overrides: such as ``["transfer.k=500"]``.
         allow_plugins: packages whose kinds may load, such as ``["my_lab"]``; they stay allowed in this process.
         store: where artifacts live, such as ``file:///mnt/shared/store``; None for the home's own.
@@ -176,7 +178,7 @@ def search(
     from ktray.cli.search import search as searched
 
     options = _settings(home, talk, store, tracking, runtime, allow_plugins)
-    wishes = (overrides, name, trials, concurrent, warm_start, address, share_images)  # in the order of `searched`
+    wishes = (overrides, name, trials, concurrent, warm_start, address, share_images, retry)  # in the order of `searched`
     outcome = _ended(lambda stopping: searched(Path(space), options, stopping, *wishes)[0], options)
     return SearchResult(options.home, outcome.study, store, tracking)
 

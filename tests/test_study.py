@@ -253,3 +253,37 @@ def test_with_several_objectives_rungs_stop_on_their_own_metric_and_all_objectiv
     assert {trial.number for trial in study.best()} == {4, 5, 6, 7}
     assert [trial.number for trial in study.best()] == [4, 5, 6, 7]  # by the first objective
     assert {trial.number for trial in study.best(pareto=True)} == {4, 5, 6, 7}  # each is best in some trade
+
+
+def test_the_pairs_of_failed_trials_are_drawn_again_if_one_asks_for_it(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"trials": 4, "concurrent": 1}, **NO_STOP)
+    with Study.open(tmp_path, space) as study:
+        while not isinstance(assignment := study.next(), str):
+            study.fail(assignment.trial.number, "the images are gone")
+    failed = [trial.params for trial in study.trials()]
+    assert len(failed) == 4
+    with Study.open(tmp_path, space) as study:
+        assert study.next() == "done"
+    with Study.open(tmp_path, space, retry=True) as study:
+        assert study.target == 8
+        drive(study, lambda trial, epoch: 0.5)
+    assert [(trial.params, trial.state) for trial in study.trials()[4:]] == [(params, "completed") for params in failed]
+    with Study.open(tmp_path, space, retry=True) as study:  # nothing is left to try again
+        assert (study.target, study.next()) == (8, "done")
+    with Study.open(tmp_path, space, trials="+1") as study:
+        drive(study, lambda trial, epoch: 0.5)
+        assert len([trial for trial in study.trials() if trial.state != "duplicate"]) == 9
+
+
+def test_a_retry_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"trials": 3, "concurrent": 1}, **NO_STOP)
+    with Study.open(tmp_path, space) as study:
+        while not isinstance(assignment := study.next(), str):
+            study.fail(assignment.trial.number, "the images are gone")
+    failed = [trial.params for trial in study.trials()]
+    with Study.open(tmp_path, space, retry=True) as study:
+        study.next()  # killed while it runs
+    with Study.open(tmp_path, space, retry=True) as study:
+        assert study.target == 6
+        drive(study, lambda trial, epoch: 0.5)
+    assert {repr(trial.params) for trial in study.trials() if trial.state == "completed"} >= {repr(params) for params in failed}

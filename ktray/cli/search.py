@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", default=None, metavar="50|+50", help="target, or how many more once it is met")
     parser.add_argument("--concurrent", type=count, default=None, metavar="C", help="trials at the same time")
     parser.add_argument("--warm-start", default=None, metavar="STUDY", help="learn from another study of this home first")
+    parser.add_argument("--retry", action="store_true", help="draw the pairs of failed trials again, as new trials")
     parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
     parser.add_argument("--share-images", action="store_true", help="send cluster sheets to a remote tracker too")
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             warm_start=args.warm_start,
             address=args.address,
             share_images=args.share_images,
+            retry=args.retry,
         )
         return _finish(outcome, uri, args, options)
 
@@ -69,13 +71,14 @@ def search(
     warm_start: str | None,
     address: str | None,
     share_images: bool,
+    retry: bool,
 ) -> tuple[Outcome, str]:
     """What the search did, and where it is tracked.
 
     Args:
         file: the space.
         stopping: its wish ends the search within seconds; the same call goes on later.
-        overrides, name, trials, concurrent, warm_start, address, share_images: as `add_arguments` describes them.
+        overrides, name, trials, concurrent, warm_start, address, share_images, retry: as `add_arguments` describes them.
 
     Raises:
         UserError: the space, an argument or the data are wrong.
@@ -100,7 +103,9 @@ def search(
     tracker = tracking.Tracker(uri, options.home, study, share_images=share_images, version_tags=tags)
     place = driver.Place(options.home, options.open_store(), address, options.runtime)
     with screen(options, space, study) as shown:
-        outcome = driver.search(space, place, tracker, stopping, shown, name=study, trials=target, warm_start=warm_start)
+        outcome = driver.search(
+            space, place, tracker, stopping, shown, name=study, trials=target, warm_start=warm_start, retry=retry
+        )
     return outcome, uri
 
 
@@ -157,7 +162,7 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     for line in left_out(outcome.published | outcome.reused, options.open_store()):
         options.tell(f"ktray: {line}")
     place = f" --home {shlex.quote(str(args.home))}" if args.home else ""
-    options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome, place)}")
+    options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome, place, args.command)}")
     if outcome.stopped:
         why = str(outcome.stopped).rstrip(".")
         options.blame(f"ktray: stopped early: {why}. Nothing is lost; the same command goes on from here.")
@@ -189,7 +194,7 @@ def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[s
     }
 
 
-def _footer(answer: dict[str, Any], outcome: Outcome, place: str) -> str:
+def _footer(answer: dict[str, Any], outcome: Outcome, place: str, again: str) -> str:
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
     hints = {f"ktray ui{place}": f"every trial in MLflow ({answer['tracking_uri']})"}
     if answer["best"]:
@@ -197,6 +202,8 @@ def _footer(answer: dict[str, Any], outcome: Outcome, place: str) -> str:
         hints[f"ktray best {outcome.study} --test{place}"] = "judge the winners on the test split"
     else:
         hints[f"ktray show {outcome.study}{place}"] = "what became of each trial"
+    if answer["trials"]["failed"]:
+        hints[f"{again.replace(' --retry', '')} --retry"] = "draw what failed again, once the cause is gone"
     width = max(map(len, hints))
     return "\n".join(
         [

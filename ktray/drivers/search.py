@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ktray.drivers import references
 from ktray.drivers.conductor import Conductor
 from ktray.drivers.prices import learned
+from ktray.drivers.same_data import same_data
 from ktray.drivers.stage_runs import track_missed
 from ktray.drivers.status import naming_stuck, noting
 from ktray.drivers.stopping import Stopping, hear_again
@@ -150,21 +151,22 @@ def search(
     name: str,
     trials: str | None,
     warm_start: str | None = None,
+    retry: bool = False,
 ) -> Outcome:
     """Run the study `name` to its target, or go on with it.
 
     Args:
         stopping: its wish ends the search within seconds; the same call goes on later.
-        trials: the target, absolute or ``+N``; None for the space's budget.
-        warm_start: another study of the home, whose results the sampler learns from.
+        name, trials, warm_start, retry: as `Study.open` reads them.
 
     Raises:
-        UserError: another driver has this study or home, or the study was begun with another space.
+        UserError: another driver has this study or home, or the study was begun with another space or other images.
         PreflightFailed: Ray does not start.
     """
     began = time.monotonic()
     outcome = Outcome(name)
-    with Study.open(place.home, space, name, trials=trials, warm_start=warm_start) as study:
+    with Study.open(place.home, space, name, trials=trials, warm_start=warm_start, retry=retry) as study:
+        same_data(space, data_identity(place.home / "cache"), place.home / "studies" / name)
         before, done = set(place.store.keys()), False
         tracker.start()
         screen.begin(study)

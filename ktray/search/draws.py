@@ -28,6 +28,9 @@ class Source(Protocol):
     def ask_prices(self, quote: Quote) -> None:
         """From now on `quote` tells what a draw would cost."""
 
+    def retry(self) -> int:
+        """Draw the pairs of failed trials again before any other; how many there are."""
+
     def following(self, spent: Spend) -> Trial | None:
         """The next trial after those told: to run, or settled already; None if there is no other."""
 
@@ -41,6 +44,8 @@ class Draws:
         self._numbers: dict[str, int] = {}  # identity of a pair -> number of the trial that drew it first
         self._count = self._planned = 0
         self._last: deque[State] = deque(maxlen=REPEATS)
+        self._failed: dict[str, Params] = {}  # identity of a pair -> what drew it, if its last trial failed
+        self._again: deque[Params] = deque()
         self._listed: Iterator[Params] | None = None  # what `_unseen` has yet to look at
 
     def told(self, trial: Trial) -> None:
@@ -52,10 +57,22 @@ class Draws:
             self._last.append(trial.state)
             if trial.state != "duplicate":
                 self._numbers.setdefault(fingerprint(trial.pair), trial.number)
+        if trial.number >= 0 and trial.state == "failed":
+            self._failed[fingerprint(trial.pair)] = dict(trial.params)
+        elif self._failed and trial.state != "duplicate":
+            self._failed.pop(fingerprint(trial.pair), None)
 
     def ask_prices(self, quote: Quote) -> None:
         """From now on `quote` tells the sampler what a draw would cost."""
         self.sampler.quote = quote
+
+    def retry(self) -> int:
+        """Draw the pairs of failed trials again before any other, unless they are no valid pairs; how many there are."""
+        for identity, params in self._failed.items():
+            if self._identity(params) == identity:
+                self._numbers.pop(identity, None)
+                self._again.append(params)
+        return len(self._again)
 
     def following(self, spent: Spend) -> Trial | None:
         """The next trial: to run, or already a duplicate, or failed as no valid pair; None if the space is exhausted.
@@ -63,6 +80,8 @@ class Draws:
         Args:
             spent: what the trials so far cost.
         """
+        if self._again:
+            return self._trial(self._again.popleft())
         if self._planned < len(self.space.start_with):
             params = self.sampler.propose(self._count, spent, self.space.start_with[self._planned])
             return self._trial(params, self._planned)

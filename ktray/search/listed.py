@@ -34,6 +34,10 @@ class Listed:
     def ask_prices(self, quote: Quote) -> None:
         """Nothing: a list is followed whatever it costs."""
 
+    def retry(self) -> int:
+        """None: a list is drawn once."""
+        return 0
+
     def following(self, spent: Spend) -> Trial | None:
         """The next trial: to run, or a duplicate; None at the end of the list."""
         number = self._count

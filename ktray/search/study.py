@@ -65,12 +65,7 @@ class Study:
         self._failures, self._concurrent = 0, space.budget.concurrent
         self._exhausted = self._over = False
         self._unlock = contextlib.ExitStack()
-        met = "target" in notes and self.drawn >= notes["target"]["trials"] and not self._open()
-        noted = target.settled(trials, space.budget.trials, notes.get("target"), met)
-        self.target = noted["trials"]
-        for name, value in {"space": space.document.model_dump(mode="json"), "target": noted}.items():
-            if notes.get(name) != value:
-                journal.note(name, value)
+        self.target = target.agreed(journal, space, trials, self.drawn, self._open())
 
     @classmethod
     def open(
@@ -82,6 +77,7 @@ class Study:
         trials: str | int | None = None,
         draws: Source | None = None,
         warm_start: str | None = None,
+        retry: bool = False,
     ) -> Study:
         """Begins a study or goes on with it. Trials that a killed driver left running come first out of `next`.
 
@@ -91,6 +87,7 @@ class Study:
             trials: how many draws in all, or ``+50`` more than the last target, once that is met; None: the space's budget.
             draws: where new trials come from, if not from the sampler.
             warm_start: another study of this home, whose results the sampler learns from; noted, and not to be named again.
+            retry: draw the pairs of failed trials again, as new trials, before all others.
 
         Raises:
             UserError: another driver has the study, it was begun with another space, or the name or `trials` is no such thing.
@@ -108,6 +105,8 @@ class Study:
             if warm_start:
                 journal.note(warm.NOTE, warm.added(journal.notes().get(warm.NOTE, {}), home, space, name, warm_start))
             study = cls(journal, space, clock, trials, draws or Draws(space))
+            if retry:
+                study.target = target.raised(journal, max(study.target, study.drawn + study._draws.retry()))
             study._unlock = unlock.pop_all()
         return study
 

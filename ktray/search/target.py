@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ktray.errors import UserError
+from ktray.search.journal import Journal
 from ktray.search.space import Space
 
 
@@ -46,6 +47,28 @@ def settled(asked: str | int | None, budget: int, noted: Mapping[str, Any] | Non
     if noted is None:
         return {"trials": int(text[1:]), "budget": budget}
     return {"trials": noted["trials"] + (int(text[1:]) if met else 0), "budget": budget}
+
+
+def agreed(journal: Journal, space: Space, asked: str | int | None, drawn: int, unfinished: bool) -> int:
+    """The target of this session; the journal notes it and the space.
+
+    Args:
+        drawn: trials so far, duplicates not counted.
+        unfinished: whether some of them have not come to their end.
+    """
+    notes = journal.notes()
+    met = "target" in notes and drawn >= notes["target"]["trials"] and not unfinished
+    target = settled(asked, space.budget.trials, notes.get("target"), met)
+    for name, value in {"space": space.document.model_dump(mode="json"), "target": target}.items():
+        if notes.get(name) != value:
+            journal.note(name, value)
+    return target["trials"]
+
+
+def raised(journal: Journal, trials: int) -> int:
+    """The target of this session from now on."""
+    journal.note("target", {**journal.notes()["target"], "trials": trials})
+    return trials
 
 
 def same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:

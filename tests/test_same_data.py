@@ -1,0 +1,48 @@
+"""A study goes on only with the images that it was begun with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktray.drivers.same_data import FILE, same_data
+from ktray.errors import UserError
+from ktray.pipeline.identity import data_identity
+from tests.pictures import noise, png
+from tests.toy_space import toy_space
+
+
+def images(folder: Path, count: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(png(noise(32, 32, seed=number)))
+    return folder
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Any:
+    data = {"kind": "folder", "path": str(images(tmp_path / "photos", 12)), "size": 28}
+    pair = {"data": data, "evals": [{"kind": "effective_rank"}]}
+    return toy_space(tmp_path, pair, objectives=[{"metric": "effective_rank/rank"}], early_stop=None)
+
+
+def test_images_that_are_gone_stop_the_study_and_their_return_lets_it_go_on(space: Any, tmp_path: Path) -> None:
+    study, photo = tmp_path / "studies" / "photos", tmp_path / "photos" / "3.png"
+    study.mkdir(parents=True)
+    same_data(space, data_identity(tmp_path / "cache"), study)
+    kept = photo.read_bytes()
+    photo.unlink()
+    with pytest.raises(UserError, match=r"no longer those that the study 'photos' was begun with.*--name"):
+        same_data(space, data_identity(tmp_path / "cache"), study)
+    photo.write_bytes(kept)
+    same_data(space, data_identity(tmp_path / "cache"), study)
+    assert len((study / FILE).read_text().splitlines()) == 3
+
+
+def test_another_study_may_have_the_new_images(space: Any, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "3.png").unlink()
+    other = tmp_path / "studies" / "other"
+    other.mkdir(parents=True)
+    same_data(space, data_identity(tmp_path / "cache"), other)
