@@ -5,10 +5,10 @@ Command:  python experiments/bench/naive_tune.py list     32 distinct pairs over
 Result:   list, n = 1, 2 busy cores of an EPYC Milan (CPU time, so load counts little): ktray 206.7 CPU s, of which stages
 178.0; naive 544.3 CPU s, of which stages 513.3. ktray / ideal = 1.16 (wanted: at most 1.18), naive / ktray = 2.63. Here the
 four teachers are 46 s and the 32 students 106 s.
-    search --trials 24 of `teachers.yaml`, n = 1, commit 2075deb, the same cores, busy: ktray 405 CPU s (stages 335: students 212,
-teachers 73, evaluations 45; both reference lines are in it), naive 1,366 (stages 1,223: teachers 876, students 240, evaluations
-59). naive / ktray = 3.37 (wanted: 4), best linear probe 0.815 and 0.823 (600 images: within one standard error, 0.016). ktray's
-teachers are paid for once, so the ratio grows with the number of trials; it was not measured beyond 24.
+`search --trials 24` of teachers.yaml, n = 1, commit 2075deb, the same cores, busy: ktray 405 CPU s (stages 335: students 212,
+teachers 73, evaluations 45; both reference lines are in it), naive 1,366 (stages 1,223: teachers 876, students 240,
+evaluations 59). naive / ktray = 3.37 (wanted: 4), best linear probe 0.815 and 0.823 (600 images: within one standard error,
+0.016). ktray's teachers are paid for once, so the ratio grows with the number of trials; it was not measured beyond 24.
 """
 
 from __future__ import annotations
