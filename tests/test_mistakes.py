@@ -163,6 +163,8 @@ ARGUMENTS = {
     "a remote store": (["--store", "s3://bucket"], "Use file:///path"),
     "a home that is a file": (["--home", "FILE"], "a file is in its place"),
     "a home below a file": (["--home", "FILE/home"], "a file is in its place"),
+    "a store that is a file": (["--store", "FILE"], "cannot be created: a file is in its place. Choose another with --store."),
+    "a store where none can be": (["--store", "file:///proc/store"], "the store file:///proc/store cannot be created: "),
 }
 
 
