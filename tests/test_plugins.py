@@ -102,12 +102,12 @@ def test_a_plugin_from_outside_that_calls_itself_without_its_package_is_told_wha
 
 def test_a_package_that_python_does_not_find_is_to_be_installed_or_put_in_its_path(tmp_path, monkeypatch):
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_nobody,lab_with_needs")
-    with pytest.raises(UserError, match="Install the package 'lab_of_nobody', or .* PYTHONPATH"):
+    with pytest.raises(UserError, match=r"Install the package 'lab_of_nobody', or .* PYTHONPATH"):
         plugins.module("pretext", "lab_of_nobody.mirror")
     (tmp_path / "lab_with_needs").mkdir()
     (tmp_path / "lab_with_needs" / "mirror.py").write_text("import a_module_of_nobody")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match="No module named 'a_module_of_nobody'$"):
+    with pytest.raises(UserError, match=r"No module named 'a_module_of_nobody'$"):
         plugins.module("pretext", "lab_with_needs.mirror")
 
 
