@@ -219,7 +219,7 @@ def test_a_space_may_be_plain_data_and_is_the_same_as_its_file(tmp_path: Path, m
     with pytest.raises(UserError, match=r"^space: this is a pair, .* Use ktray run space\.$"):
         ktray.search(content["pair"], home=tmp_path / "home", talk=0)
     for wrong in (file.open, {"pair": tmp_path}):
-        with pytest.raises(UserError, match="no plain data .* Give a YAML file's name"):
+        with pytest.raises(UserError, match=r"no plain data .* Give a YAML file's name"):
             ktray.search(wrong, home=tmp_path / "home", talk=0)  # type: ignore[arg-type]
 
 
