@@ -55,6 +55,7 @@ SPACES = {
     "an unknown folder": (put("pair.data", "folder:/no/such"), "pair.data.path", "Give the folder of the images"),
     "an unknown file": (put("pair.data", "parquet:/no/such?label=y"), "pair.data.path", "Give a file"),
     "a misspelt data set": (put("pair.data", "cifar_10"), "pair.data", "Did you mean 'cifar10'?"),
+    "a misspelt field of the data": (put("pair.data.sizee", 28), "pair.data.sizee", "Did you mean 'size'?"),
     "no data": (put("pair.data", []), "pair.data", "a kind's name"),
     "an unknown top-level field": (put("buget", {"trials": 3}), "buget", "Did you mean 'budget'?"),
     "an unknown metric": (put("objectives", [{"metric": "knn/top5"}]), "objectives.0", "Did you mean 'knn/top1'?"),
