@@ -190,12 +190,10 @@ def test_a_wrong_argument_is_told_before_anything_runs(
 def test_a_search_with_a_wrong_argument_begins_no_study(words: list[str], home: Path, tmp_path: Path, capsys: Any) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump(content()))
-    try:
-        code = main(["search", str(space), *words])
-    except SystemExit as refused:  # argparse
-        code = refused.code  # type: ignore[assignment]
-    assert code == 2
-    assert words[1] in capsys.readouterr().err
+    assert main(["search", str(space), *words]) == 2
+    err = capsys.readouterr().err
+    assert is_one_paragraph(err), err
+    assert words[1] in err
     assert not list(home.glob("studies/*/journal.log"))
 
 
