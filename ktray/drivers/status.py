@@ -112,7 +112,7 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
 
 
 def _driver(folder: Path) -> tuple[int, str, float] | None:
-    """The process that searches, what it calls itself, and since when; its lock is not tried, because trying would be in its way."""
+    """The process that searches, what it calls itself, and since when; its lock is not tried: that would be in its way."""
     lock = folder / "driver.lock"
     try:
         said, since = lock.read_text().strip(), lock.stat().st_mtime
