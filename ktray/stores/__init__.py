@@ -70,7 +70,8 @@ def open_store(url: str) -> Store:
     """The store at `url`: ``file:///path`` or a plain path.
 
     Raises:
-        UserError: another scheme, or a directory that cannot be created.
+        UserError: another scheme, or a place where no directory can be.
+        OSError: the disk is full, or the directory may not be created.
     """
     from ktray.stores.file import FileStore
 
@@ -80,7 +81,7 @@ def open_store(url: str) -> Store:
     try:
         return FileStore(Path(rest if separator else url))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # no mistake in the URL: the same command goes on once there is room
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # no mistake in the URL: the same command goes on once there is room, or once its rights were changed
         why = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise UserError(f"the store {url} cannot be created: {why}", instead="Choose another with --store.") from error
