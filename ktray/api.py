@@ -6,15 +6,17 @@ They do what the commands do, on the same homes: a search begun here goes on the
 from __future__ import annotations
 
 import contextlib
+import json
+import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktray import plugins
 from ktray.cli.settings import Settings, counted, open_home
-from ktray.errors import StageFailed
+from ktray.errors import StageFailed, UserError
 from ktray.export import load_student as load_student
 from ktray.spec import PairSpec
 
@@ -133,7 +135,7 @@ class SearchResult:
 
 
 def search(
-    space: str | Path,
+    space: Mapping[str, Any] | str | Path,
     *,
     home: str | Path | None = None,
     name: str | None = None,
@@ -153,7 +155,7 @@ def search(
     """Run a search to its target, or go on with it, as `ktray search` does.
 
     Args:
-        space: YAML file.
+        space: as plain data, or its YAML file.
         home: None means KTRAY_HOME, or `./.ktray`.
         name: of the study; None for the space's. The same name goes on.
         trials: target, such as 50 or ``"+50"``; None for the space's budget.
@@ -179,8 +181,33 @@ def search(
 
     options = _settings(home, talk, store, tracking, runtime, allow_plugins)
     wishes = (overrides, name, trials, concurrent, warm_start, address, share_images, retry)  # in the order of `searched`
-    outcome = _ended(lambda stopping: searched(Path(space), options, stopping, *wishes)[0], options)
+    with _as_file(space) as file:
+        outcome = _ended(lambda stopping: searched(file, options, stopping, *wishes)[0], options)
     return SearchResult(options.home, outcome.study, store, tracking)
+
+
+@contextlib.contextmanager
+def _as_file(space: Mapping[str, Any] | str | Path) -> Iterator[Path]:
+    """The file of a space; plain data are written into one for as long, and what is wrong with them names no file.
+
+    Raises:
+        UserError: it is neither a file's name nor plain data.
+    """
+    if isinstance(space, str | Path):
+        yield Path(space)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "space"
+        try:
+            file.write_text(json.dumps(space, allow_nan=False, ensure_ascii=False), encoding="utf-8")  # JSON is YAML
+        except (TypeError, ValueError) as error:
+            right = "Give a YAML file's name, or what it would hold: dicts, lists, texts and numbers."
+            raise UserError(f"the space is no plain data ({error})", instead=right) from error
+        try:
+            yield file
+        except UserError as error:
+            said = (text.replace(str(file), "space") for text in (error.problem, error.where, error.instead))
+            raise UserError(*said) from error
 
 
 def _ended(begin: Callable[[Stopping], Outcome], options: Settings) -> Outcome:

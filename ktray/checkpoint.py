@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,15 @@ def adopt(backbone_spec: Any, checkpoint: Path, directory: Path) -> int:
     return sum(parameter.numel() for parameter in backbone.parameters())
 
 
+def refuse_other(checkpoint: Path) -> None:
+    """Refuse in a plan what `adopt` could not read; tensors are not loaded where the format allows it.
+
+    Raises:
+        UserError: no such file, or not such a file.
+    """
+    _tensors(checkpoint, mapped=True)
+
+
 def _bare(name: str) -> str:
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
@@ -118,7 +128,8 @@ def _architecture(checkpoint: Path) -> str:
         return ""
 
 
-def _tensors(checkpoint: Path) -> dict[str, Tensor]:
+def _tensors(checkpoint: Path, mapped: bool = False) -> dict[str, Tensor]:
+    """Name -> tensor on the CPU; `mapped` ones are read from the file when they are used, unless torch wrote it before 1.6."""
     from pickle import UnpicklingError  # what torch.load raises at the first object that is not a tensor; nothing is unpickled
 
     from safetensors import SafetensorError
@@ -130,7 +141,7 @@ def _tensors(checkpoint: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on old pickle protocols, beside our own refusal
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except (UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
         raise UserError(f"{path.name} holds more or other than tensors", WHERE, _INSTEAD) from error
     state: Any = content

@@ -74,7 +74,10 @@ class MissingInput(Exception):
         super().__init__(key)
 
     def __str__(self) -> str:
-        return f"the artifact {self.key} is absent"
+        return (
+            f"the artifact {self.key} is absent from the store: run the pair that makes it first, "
+            "or name the store that has it with --store"
+        )
 
 
 def disk_is_full(error: BaseException, store: Path) -> bool:

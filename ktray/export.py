@@ -192,6 +192,8 @@ def _write(out: Path, tensors: dict[str, Tensor], card: dict[str, Any], program:
         files = [scratch / WEIGHTS, *([program(scratch)] if program else [])]
         card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
         (scratch / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        for path in files:
+            path.chmod((scratch / CARD).stat().st_mode)  # safetensors writes for its owner alone, and a student is handed over
         try:
             scratch.rename(out)  # onto an empty folder it succeeds, onto one that was filled meanwhile it fails
         except OSError:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from ktray.errors import UserError
 
@@ -64,7 +64,7 @@ def module(room: str, kind: str) -> ModuleType:
 
     Raises:
         UserError: no such kind (with the nearest names), a dotted one whose package was not allowed, or a file that cannot be
-            imported or lacks what every plugin of its room defines.
+            imported, lacks what every plugin of its room defines, or gives itself another kind.
     """
     if (room, kind) in _loaded:
         return _loaded[room, kind]
@@ -88,7 +88,8 @@ def _imported(room: str, kind: str, name: str) -> ModuleType:
     try:
         found = import_module(name)
     except Exception as error:  # a boundary: the module is the user's, and whatever it raises is the user's to mend
-        raise UserError(f"the {room} kind {kind!r} cannot be imported: {_said(error)}", _place(name, error)) from error
+        said = f"the {room} kind {kind!r} cannot be imported: {_said(error)}"
+        raise UserError(said, _place(name, error), _findable(name, error)) from error
     missing = [each for each in _DEFINES[room] if not hasattr(found, each)]
     if missing:
         raise UserError(
@@ -103,7 +104,21 @@ def _imported(room: str, kind: str, name: str) -> ModuleType:
             found.__file__ or name,
             f"Every {room} has {', '.join(_FIELDS[room])}; see {ROOMS[room]}/{kinds(room)[0]}.py.",
         )
+    literal = found.Spec.model_fields["kind"].annotation if "kind" in getattr(found.Spec, "model_fields", ()) else None
+    if get_origin(literal) is Literal and kind not in get_args(literal):
+        raise UserError(
+            f"the Spec of the {room} kind {kind!r} calls itself {get_args(literal)[0]!r}",
+            found.__file__ or name,
+            f'Write kind: Literal["{kind}"] = "{kind}": outside of ktray the kind is the dotted name of its module.',
+        )
     return found
+
+
+def _findable(name: str, error: Exception) -> str:
+    """How Python finds the plugin's own package; nothing where that was found and something that it needs was not."""
+    if not isinstance(error, ModuleNotFoundError) or not f"{name}.".startswith(f"{error.name}."):
+        return ""
+    return f"Install the package {name.split('.')[0]!r}, or name the folder that holds it in PYTHONPATH."
 
 
 def _said(error: Exception) -> str:

@@ -201,6 +201,28 @@ def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monke
     assert study == ktray.SearchResult(tmp_path / "home", "other", tracking="sqlite:///mine.db")
 
 
+def test_a_space_may_be_plain_data_and_is_the_same_as_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+
+    def searched(space: Any, *others: Any, **wishes: Any) -> driver.Outcome:
+        heard.append(space)
+        return driver.Outcome(wishes["name"])
+
+    monkeypatch.setattr(driver, "search", searched)
+    file = search_space(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    for each in (file, content):
+        assert ktray.search(each, home=tmp_path / "home", talk=0).name == "toy"
+    assert heard[0].document == heard[1].document
+    with pytest.raises(UserError, match=r"^space: pair\.tranfer: there is no field 'tranfer'"):
+        ktray.search({**content, "pair": {**content["pair"], "tranfer": 1}}, home=tmp_path / "home", talk=0)
+    with pytest.raises(UserError, match=r"^space: this is a pair, .* Use ktray run space\.$"):
+        ktray.search(content["pair"], home=tmp_path / "home", talk=0)
+    for wrong in (file.open, {"pair": tmp_path}):
+        with pytest.raises(UserError, match=r"no plain data .* Give a YAML file's name"):
+            ktray.search(wrong, home=tmp_path / "home", talk=0)  # type: ignore[arg-type]
+
+
 def test_only_the_named_pairs_of_an_experiment_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
     path = tmp_path / "two.py"

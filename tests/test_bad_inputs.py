@@ -86,23 +86,16 @@ def roles(at: Path, **changed: dict[str, Any]) -> dict[str, Any]:
 
 
 FAILS: dict[str, tuple[Changes, str, str]] = {  # what is wrong -> (changes of the pair, the stage, what is said)
-    "a pickled network": (lambda at: pickled(at, models.resnet18()), "teacher", "weights.pth holds more or other than tensors"),
-    "a trap for who unpickles": (
-        lambda at: pickled(at, {"conv": Trap(at / "sprung")}),
-        "teacher",
-        "more or other than tensors",
-    ),
     "weights of another architecture": (
         of_another_architecture,
         "teacher",
         "resnet18.pth is of another architecture: it has",
     ),
     "weights of another depth": (of_another_depth, "teacher", "deep.safetensors is of another architecture: it has layer1.2"),
-    "half a checkpoint": (cut_off, "teacher", "cut.safetensors holds more or other than tensors"),
     "an artifact that is not there": (
         lambda at: {"teacher": loaded(Path("student-0123456789ab"))},
         "teacher",
-        "the artifact student-0123456789ab is absent",
+        "the artifact student-0123456789ab is absent from the store: run the pair that makes it first",
     ),
     "features with NaN": (features_with_nan, "features", "images have features of type float32 that are not finite"),
     "one colour": (lambda at: {"data": folder(at / "grey", colour=9)}, "clusters", "all 36 rows of the features are equal"),
@@ -146,13 +139,21 @@ def test_what_only_a_run_can_see_fails_its_stage_by_name_and_publishes_nothing_o
     assert said in err
     published = {path.name.partition("-")[0] for path in home.glob("store/*-*")}
     assert published <= set(ORDER[: ORDER.index(stage)]), "neither the stage nor what reads it"
-    assert not (tmp_path / "sprung").exists()
     key = err.removeprefix("ktray: ").partition(" ")[0]
     assert main(["show", key]) == 0
     assert "state: failed" in capsys.readouterr().out
 
 
 REFUSED: dict[str, tuple[Changes, str]] = {  # what is wrong -> (changes of the pair, what is said)
+    "a pickled network": (
+        lambda at: pickled(at, models.resnet18()),
+        "teacher.checkpoint: weights.pth holds more or other than tensors",
+    ),
+    "a trap for who unpickles": (
+        lambda at: pickled(at, {"conv": Trap(at / "sprung")}),
+        "teacher.checkpoint: weights.pth holds more or other than tensors",
+    ),
+    "half a checkpoint": (cut_off, "teacher.checkpoint: cut.safetensors holds more or other than tensors"),
     "features with the wrong N": (
         lambda at: {"teacher": npy(at / "ready", numbers(COUNT - 1), None)},
         "teacher.features: clip.npy has 39 rows, and the data set has 40 training images",
@@ -181,6 +182,14 @@ def test_what_can_be_seen_before_a_run_is_refused_with_its_field(
     assert code == 2
     assert f"pair.yaml: {said}" in err
     assert not list(home.glob("store/*-*"))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_plan_refuses_a_teacher_that_is_not_in_the_store(home: Path, tmp_path: Path, capsys: Any) -> None:
+    code, err = told(tmp_path, {"teacher": loaded(Path("student-0123456789ab"))}, capsys, "plan")
+    assert code == 2
+    assert "pair.yaml: teacher.checkpoint: the artifact student-0123456789ab is not in the store" in err
+    assert "Run the pair that makes it first" in err
 
 
 def test_images_of_different_sizes_in_one_folder_are_no_mistake(home: Path, tmp_path: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -157,6 +158,19 @@ def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / "student").mkdir()
     directory, _, _ = exported(tmp_path)
     assert sorted(path.name for path in directory.iterdir()) == ["model.safetensors", "student.json"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_may_be_read_by_whom_the_umask_lets(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        directory, _, _ = exported(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == {
+        "model.safetensors": mode,
+        "student.json": mode,
+    }
 
 
 def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):

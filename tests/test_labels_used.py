@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from ktray.cli.search import _footer
 from ktray.errors import UserError
 from ktray.pipeline.execute import execute
 from ktray.pipeline.graph import build
@@ -13,6 +15,7 @@ from ktray.pipeline.identity import data_identity
 from ktray.pipeline.references import labels_used
 from ktray.pool import Means
 from ktray.stores.file import FileStore
+from tests.pictures import picture
 from tests.toys import DATA, toy_pair
 
 AGREEMENT = """
@@ -112,3 +115,22 @@ def test_labels_that_can_be_counted_no_more_are_not_passed_over(store):
     images.rename(images.with_name("gone"))
     with pytest.raises(UserError, match="says how many labels were read"):
         labels_used([trial], store)
+
+
+def test_the_end_of_a_search_advises_the_test_split_only_where_the_data_have_one(store, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for place in range(40):
+        picture(place).save(photos / f"{place}.png")
+    outcome = SimpleNamespace(study="toy", reason="done")
+    options = SimpleNamespace(open_store=lambda: store)
+
+    def said(**changes):
+        best = {"keys": finished(store, **changes)}
+        answer = {"stages": {"computed": {}, "reused": {}}, "tracking_uri": "", "best": best, "seconds": 1.0}
+        return _footer(answer, outcome, "", options)
+
+    assert "ktray best toy --test" in said()
+    without = said(data={"kind": "folder", "path": str(photos), "size": 28}, evals=[{"kind": "effective_rank"}])
+    assert "ktray report toy" in without
+    assert "--test" not in without

@@ -55,6 +55,7 @@ SPACES = {
     "an unknown folder": (put("pair.data", "folder:/no/such"), "pair.data.path", "Give the folder of the images"),
     "an unknown file": (put("pair.data", "parquet:/no/such?label=y"), "pair.data.path", "Give a file"),
     "a misspelt data set": (put("pair.data", "cifar_10"), "pair.data", "Did you mean 'cifar10'?"),
+    "a misspelt field of the data": (put("pair.data.sizee", 28), "pair.data.sizee", "Did you mean 'size'?"),
     "no data": (put("pair.data", []), "pair.data", "a kind's name"),
     "an unknown top-level field": (put("buget", {"trials": 3}), "buget", "Did you mean 'budget'?"),
     "an unknown metric": (put("objectives", [{"metric": "knn/top5"}]), "objectives.0", "Did you mean 'knn/top1'?"),
@@ -163,6 +164,8 @@ ARGUMENTS = {
     "a remote store": (["--store", "s3://bucket"], "Use file:///path"),
     "a home that is a file": (["--home", "FILE"], "a file is in its place"),
     "a home below a file": (["--home", "FILE/home"], "a file is in its place"),
+    "a store that is a file": (["--store", "FILE"], "cannot be created: a file is in its place. Choose another with --store."),
+    "a store where none can be": (["--store", "file:///proc/store"], "the store file:///proc/store cannot be created: "),
 }
 
 
@@ -187,12 +190,10 @@ def test_a_wrong_argument_is_told_before_anything_runs(
 def test_a_search_with_a_wrong_argument_begins_no_study(words: list[str], home: Path, tmp_path: Path, capsys: Any) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump(content()))
-    try:
-        code = main(["search", str(space), *words])
-    except SystemExit as refused:  # argparse
-        code = refused.code  # type: ignore[assignment]
-    assert code == 2
-    assert words[1] in capsys.readouterr().err
+    assert main(["search", str(space), *words]) == 2
+    err = capsys.readouterr().err
+    assert is_one_paragraph(err), err
+    assert words[1] in err
     assert not list(home.glob("studies/*/journal.log"))
 
 

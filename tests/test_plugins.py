@@ -93,6 +93,25 @@ def test_a_plugin_without_a_revision_is_refused(room, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("lab")
+def test_a_plugin_from_outside_that_calls_itself_without_its_package_is_told_what_to_write(tmp_path):
+    plain = DESCRIPTOR.replace('kind: str = "my_other_lab.modes"', 'kind: Literal["plain"] = "plain"')
+    (tmp_path / "my_other_lab" / "plain.py").write_text(f"from typing import Literal\n{plain}")
+    with pytest.raises(UserError, match=r'plain\.py: .* calls itself \'plain\'.* Literal\["my_other_lab\.plain"\]'):
+        plugins.module("descriptor", "my_other_lab.plain")
+
+
+def test_a_package_that_python_does_not_find_is_to_be_installed_or_put_in_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_nobody,lab_with_needs")
+    with pytest.raises(UserError, match=r"Install the package 'lab_of_nobody', or .* PYTHONPATH"):
+        plugins.module("pretext", "lab_of_nobody.mirror")
+    (tmp_path / "lab_with_needs").mkdir()
+    (tmp_path / "lab_with_needs" / "mirror.py").write_text("import a_module_of_nobody")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"No module named 'a_module_of_nobody'$"):
+        plugins.module("pretext", "lab_with_needs.mirror")
+
+
+@pytest.mark.usefixtures("lab")
 def test_a_transfer_from_outside_refuses_in_a_plan_what_only_it_knows():
     def planned(**fields):
         check_pair(toy_pair(teacher=None, transfer={"kind": "my_other_lab.pairs", **fields}), data_loader())

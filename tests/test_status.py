@@ -7,10 +7,12 @@ import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import ktray.drivers.status
 from ktray.drivers.status import FILE, is_stuck, naming_stuck, noting, status
 from ktray.errors import UserError
 from ktray.search.study import Study
@@ -65,6 +67,17 @@ def test_a_study_that_nobody_searches_says_so_and_how_far_it_came(study: Study, 
     assert answer["trials"]["completed"] == 3
     assert answer["best"]["objectives"]["linear_probe/top1"] > 0
     assert "no search of it runs now; the same ktray search goes on from here" in text
+
+
+def test_time_passes_between_two_notes_of_a_running_search(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study.next()
+    later = SimpleNamespace(time=lambda: time.time() + 20, monotonic=time.monotonic)  # less than until its next note
+    monkeypatch.setattr(ktray.drivers.status, "time", later)
+    answer, text = asked(tmp_path)
+    assert 20 <= answer["spent_seconds"] < 30
+    assert f"{answer['spent_seconds']:.0f} s so far" in text
 
 
 def test_a_finished_study_is_not_to_go_on(study: Study, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from ktray import __version__
 from ktray.cli import best, cache, data, export, plan, report, run, search, show, status, ui
@@ -21,7 +22,11 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code (0 ok, 2 the user's spec or arguments, 3 failed trials, 4 preflight, 5 resumable)."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except UserError as error:
+        print(f"ktray: {error}", file=sys.stderr)
+        return error.exit_code
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
         return UserError.exit_code
@@ -62,8 +67,15 @@ def _said(error: OSError, code: int) -> str:
     return f"{where}{error.strerror}. Change its rights, or choose another place with --home or --store."
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument as with everything else: in one paragraph, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, instead=f"See {self.prog} --help.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ktray",
         description="Find the best teacher-student pair for learning without labels.",
         epilog="Start with: ktray search search_spaces/quickstart.yaml",

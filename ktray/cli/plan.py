@@ -75,7 +75,7 @@ def _checked(args: argparse.Namespace, load: Any, options: Settings) -> tuple[di
         check_pairs(pairs, load, args.source)
         count, rehearsed = len(pairs), pairs
     sharing = {"draws": draws, "stages": shared}
-    return {**_plan(pairs, count, options), "sharing": sharing, "notes": notes}, rehearsed
+    return {**_plan(pairs, count, options, args.source), "sharing": sharing, "notes": notes}, rehearsed
 
 
 def _invalid(problem: str) -> dict[str, Any]:
@@ -192,13 +192,29 @@ def _notes(warnings: list[str], shared: list[dict[str, Any]], draws: int) -> lis
     return [*warnings, f"expect about {expected:.0f} different teachers in {draws} random draws"]
 
 
-def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings) -> dict[str, Any]:
+def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings, source: Path) -> dict[str, Any]:
     from ktray.pipeline import graph as graphs
     from ktray.pipeline.identity import data_identity
 
     identity = data_identity(options.cache)
     built = [graphs.build(pair, identity) for pair in pairs.values()]
+    _refuse_absent(dict(zip(pairs, built, strict=True)), options, source)
     return {"valid": True, "problem": None, "pairs": count, **_stages(built, options)}
+
+
+def _refuse_absent(built: Mapping[str, Graph], options: Settings, source: Path) -> None:
+    """Refuse a loaded teacher whose artifact is neither in the store nor made by any of these pairs."""
+    from ktray.errors import UserError
+
+    store, made = options.open_store(), {stage.key for graph in built.values() for stage in graph.stages}
+    for name, graph in built.items():
+        absent = [key for stage in graph.stages for key in stage.inputs.values() if key not in made and not store.find(key)]
+        if absent:
+            raise UserError(
+                f"the artifact {absent[0]} is not in the store {store.url}",
+                f"{source}: {f'{name}: ' if len(built) > 1 else ''}teacher.checkpoint",
+                "Run the pair that makes it first, or name the store that has it with --store.",
+            )
 
 
 def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     for line in left_out(outcome.published | outcome.reused, options.open_store()):
         options.tell(f"ktray: {line}")
     place = f" --home {shlex.quote(str(args.home))}" if args.home else ""
-    options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{_footer(answer, outcome, place, args.command)}")
+    footer = _footer(answer, outcome, place, args.command, options)
+    options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{footer}")
     if outcome.stopped:
         why = str(outcome.stopped).rstrip(".")
         options.blame(f"ktray: stopped early: {why}. Nothing is lost; the same command goes on from here.")
@@ -194,12 +195,15 @@ def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[s
     }
 
 
-def _footer(answer: dict[str, Any], outcome: Outcome, place: str, again: str) -> str:
+def _footer(answer: dict[str, Any], outcome: Outcome, place: str, again: str, options: Settings) -> str:
+    from ktray.pipeline.references import may_be_judged_on_test
+
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
     hints = {f"ktray ui{place}": f"every trial in MLflow ({answer['tracking_uri']})"}
     if answer["best"]:
         hints[f"ktray report {outcome.study}{place}"] = "one HTML file"
-        hints[f"ktray best {outcome.study} --test{place}"] = "judge the winners on the test split"
+        if may_be_judged_on_test(answer["best"]["keys"], options.open_store()):
+            hints[f"ktray best {outcome.study} --test{place}"] = "judge the winners on the test split"
     else:
         hints[f"ktray show {outcome.study}{place}"] = "what became of each trial"
     if answer["trials"]["failed"]:

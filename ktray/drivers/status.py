@@ -99,7 +99,8 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         "by": by[1] if by else None,
         "trials": {state: sum(trial.state == state for trial in study.trials) for state in STATES},
         "target": study.target,
-        "spent_seconds": round(study.spent, 1),
+        # A search notes it twice a minute, so of the first one its begin tells more.
+        "spent_seconds": round(max(study.spent, time.time() - by[2]) if by else study.spent, 1),
         "spent_stage_seconds": {part: round(seconds, 1) for part, seconds in Purse(study.trials).spent._asdict().items()},
         "eta_seconds": left.seconds if left else None,
         "eta_between": [left.low, left.high] if left else None,
@@ -110,8 +111,8 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     return answer, _text(answer, {trial.number: trial for trial in study.trials})
 
 
-def _driver(folder: Path) -> tuple[int, str] | None:
-    """The process that searches, and what it calls itself; its lock is not tried, because trying would be in its way."""
+def _driver(folder: Path) -> tuple[int, str, float] | None:
+    """The process that searches, what it calls itself, and since when; its lock is not tried: that would be in its way."""
     lock = folder / "driver.lock"
     try:
         said, since = lock.read_text().strip(), lock.stat().st_mtime
@@ -122,11 +123,11 @@ def _driver(folder: Path) -> tuple[int, str] | None:
         return None
     if match[2] != socket.gethostname():
         fresh = _age(folder) < FRESH  # a home on a shared disk: of another machine only what it notes is known
-        return (int(match[1]), said) if fresh else None
+        return (int(match[1]), said, since) if fresh else None
     with suppress(psutil.Error):
         process = psutil.Process(int(match[1]))
         if process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1:
-            return int(match[1]), said
+            return int(match[1]), said, since
     return None
 
 

@@ -71,18 +71,20 @@ def write(spec: Any, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dic
             _close_gaps(out / f"{name}.npy", kept)
         splits += [name] if len(kept) else []
         describe(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
-    _refuse_many(left_out, total, 0.0 if "train" not in splits else spec.max_unreadable)
+    _refuse_many(left_out, total, spec.max_unreadable if "train" in splits else None)
     summary = {"size": spec.size, "streamed": streamed, "splits": splits, "unreadable": left_out}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
     return {"count": float(total - len(left_out)), "unreadable": float(len(left_out))}
 
 
-def _refuse_many(left_out: list[dict[str, str]], total: int, limit: float) -> None:
-    if len(left_out) <= limit * total:
+def _refuse_many(left_out: list[dict[str, str]], total: int, limit: float | None) -> None:
+    """Refuse more than the share `limit` of all images; any at all where it is None: no training image is left."""
+    if len(left_out) <= (limit or 0.0) * total:
         return
     first = "; ".join(f"{entry['name']} ({entry['why']})" for entry in left_out[:3])
-    allowed = f"more than max_unreadable={limit:g} allows" if limit else "and no training image may be left out or none is left"
-    raise ValueError(f"{len(left_out)} of {total} images are unreadable, {allowed}: {first}")
+    allowed = "and no training image is left" if limit is None else f"more than max_unreadable={limit:g} allows"
+    instead = "Mend or remove these files" + ("" if limit is None else ", or set max_unreadable of the data set higher")
+    raise ValueError(f"{len(left_out)} of {total} images are unreadable, {allowed}: {first}. {instead}.")
 
 
 def _blocks(found: dict[str, Part], size: int) -> list[Block]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ktray import plugins, train
-from ktray.checkpoint import ARTIFACT
+from ktray.checkpoint import ARTIFACT, refuse_other
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, parts
@@ -56,11 +57,17 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     _labels(pair, found["transfer"], found["target"])
     _judged_labels_stay_unseen(pair, found["target"], load)
     if isinstance(pair.teacher, LoadedTeacher) and not ARTIFACT.fullmatch(pair.teacher.checkpoint):
-        checkpoint_sha256(pair.teacher.checkpoint)
+        _readable(pair.teacher.checkpoint, checkpoint_sha256(pair.teacher.checkpoint))
     check_ready(pair, load)
     _evaluations(pair)
     _layers(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
+
+
+@lru_cache(maxsize=256)
+def _readable(checkpoint: str, sha256: str) -> None:
+    """Refuse weights that no stage could read; those of one content are looked at once, however many draws load them."""
+    refuse_other(Path(checkpoint))
 
 
 @contextlib.contextmanager

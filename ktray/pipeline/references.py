@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -45,6 +46,17 @@ def on_test(pair: Mapping[str, Any]) -> PairSpec:
     whole = PairSpec.model_validate(dict(pair))
     evals = [spec.model_copy(update={"split": "test"}).model_dump() for spec in whole.evals]
     return PairSpec.model_validate({**pair, "evals": evals})
+
+
+def may_be_judged_on_test(keys: Mapping[str, Any], store: Store) -> bool:
+    """Whether the data that judged a trial have a test split, as far as they are still in the store.
+
+    Args:
+        keys: of the trial: evaluation -> name -> key, beside those of its stages.
+    """
+    judges = filter(None, map(store.find, keys.get("evaluation", {}).values()))
+    images = filter(None, (store.find(judge.record["inputs"]["images.target"]) for judge in judges))
+    return all("test" in json.loads((each.directory / "splits.json").read_text())["splits"] for each in images)
 
 
 def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, int]:

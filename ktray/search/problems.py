@@ -200,7 +200,8 @@ def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[ty
     for step in path:
         value = _part(value, step)
         field = model.model_fields.get(str(step)) if model and isinstance(step, str) else None
-        room = _ROOMS.get(str(step), room)
+        if room != "dataset":  # below `data` even the roles "pretext" and "transfer" name data sets
+            room = _ROOMS.get(str(step), room)
         annotation = field.annotation if field else None
         if step == "teacher" and isinstance(value, Mapping):
             model, title = next((found for key, found in _TEACHERS.items() if key in value), (None, ""))

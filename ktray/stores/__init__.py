@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,11 +70,18 @@ def open_store(url: str) -> Store:
     """The store at `url`: ``file:///path`` or a plain path.
 
     Raises:
-        UserError: another scheme.
+        UserError: another scheme, or a place where no directory can be.
+        OSError: the disk is full, or the directory may not be created.
     """
     from ktray.stores.file import FileStore
 
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "file":
         raise UserError(f"the store {url!r} is not supported", instead="Use file:///path, local or on a shared file system.")
-    return FileStore(Path(rest if separator else url))
+    try:
+        return FileStore(Path(rest if separator else url))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise  # no mistake in the URL: the same command goes on once there is room, or once its rights were changed
+        why = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise UserError(f"the store {url} cannot be created: {why}", instead="Choose another with --store.") from error
