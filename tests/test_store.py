@@ -35,6 +35,16 @@ def test_a_published_artifact_is_found_with_its_metrics_and_files(store):
     assert list(store.keys()) == [artifact.key]
 
 
+def test_whoever_may_read_the_record_may_read_every_file(store):
+    scratch = store.scratch("features-000000000000", "a")
+    (scratch / "images").mkdir()
+    for file in (scratch / "weights.safetensors", scratch / "images" / "sheet.png"):
+        file.touch(mode=0o600)
+    artifact, _ = store.publish(scratch, "features-000000000000", {"stage": "features", "metrics": {}, "inputs": {}})
+    modes = {file.stat().st_mode & 0o777 for file in artifact.directory.rglob("*") if file.is_file()}
+    assert modes == {(artifact.directory / "record.json").stat().st_mode & 0o777}
+
+
 def test_the_second_attempt_at_a_published_key_is_discarded(store):
     publish(store, content=b"first", attempt="a")
     second, published = publish(store, content=b"second", attempt="b")

@@ -78,6 +78,8 @@ class FileStore:
             shutil.rmtree(leftover)
         full = {**record, "files": _inventory(scratch)}
         _write_durably(scratch / RECORD, json.dumps(full, indent=1, sort_keys=True))
+        for file in full["files"]:  # safetensors writes for its owner alone, but a store may be shared
+            (scratch / file).chmod((scratch / RECORD).stat().st_mode & 0o777)
         try:
             # rename(2) onto a directory that holds files fails: that is publish-once, without a lock.
             scratch.rename(self.root / key)
