@@ -13,8 +13,12 @@ from ktray.artifact import Artifact, Stage
 from ktray.crew.demand import Demand
 from ktray.crew.lengths import Lengths
 from ktray.drivers.conductor import Conductor
+from ktray.drivers.prices import Prices
 from ktray.drivers.simulate import _Mute, _VirtualStore
 from ktray.fingerprint import fingerprint
+from ktray.pipeline.graph import Graph
+from ktray.search.costs import Costs
+from ktray.search.purse import Purse
 from ktray.search.study import Study
 from tests.toy_space import toy_space
 
@@ -182,3 +186,14 @@ def test_a_teacher_that_the_sampler_completes_is_not_certain_nor_one_beyond_the_
         "teacher",
         "features",
     ]
+
+
+def test_what_was_made_ahead_is_charged_to_the_first_trial_that_needs_it_and_what_was_there_before_is_free() -> None:
+    store: Any = _VirtualStore()
+    there, ahead, other = stage("images"), stage("features"), stage("clusters")
+    store.found[there.key] = record("images", 1.0)
+    prices = Prices(Costs(), store, Purse())
+    prices.order_ahead([there.key, ahead.key])
+    store.found |= {each.key: record(each.name, 2.0) for each in (ahead, other)}
+    charged = prices.charges(Graph((there, ahead, other), {}))
+    assert {key for part in charged.values() for key in part} == {ahead.key}

@@ -89,6 +89,7 @@ class Conductor:
                 graph = self._graph(pair, str(params.get("teacher", "")))
                 found |= {stage.key: stage for stage in _up_to_features(graph)}
         self.demanded |= found.keys()
+        self.prices.order_ahead(found)
         return list(found.values())
 
     def next(self) -> Leg | Literal["wait", "done"]:

@@ -37,10 +37,15 @@ class Prices:
     def __init__(self, costs: Costs, store: Store, purse: Purse) -> None:
         self._costs, self._store, self._purse = costs, store, purse
         self._made: set[str] = set()
+        self._ahead: set[str] = set()
+
+    def order_ahead(self, keys: Iterable[str]) -> None:
+        """These are made before any trial asks for them; whoever does first is charged, unless they were there before."""
+        self._ahead |= {key for key in keys if not self._is_made(key)}
 
     def charges(self, graph: Graph) -> Charges:
         """Expected seconds of stages that are missing and that no trial is charged with yet, before and from the student on."""
-        free = {stage.key for stage in graph.stages if stage.key in self._purse or self._is_made(stage.key)}
+        free = {stage.key for stage in graph.stages if stage.key in self._purse or self._is_free(stage.key)}
         seconds = self._costs.each(graph.stages, made=free)
         late = of_student(graph)
         return {
@@ -67,6 +72,9 @@ class Prices:
         for key, artifact in found.items():
             self._costs.add(key, _described(artifact, stages.get(key)))
         return {key: float(artifact.record["seconds"]) for key, artifact in found.items()}
+
+    def _is_free(self, key: str) -> bool:
+        return key not in self._ahead and self._is_made(key)
 
     def _is_made(self, key: str) -> bool:
         if key not in self._made and self._store.find(key) is not None:
