@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 import pytest
 
+from ktray.cli.leaderboard import still_failed
 from ktray.errors import StoppedEarly
 from ktray.search import history as studies
 from ktray.search.journal import folder
@@ -264,9 +265,11 @@ def test_the_pairs_of_failed_trials_are_drawn_again_if_one_asks_for_it(tmp_path:
     assert len(failed) == 4
     with Study.open(tmp_path, space) as study:
         assert study.next() == "done"
+    assert still_failed(study.trials())
     with Study.open(tmp_path, space, retry=True) as study:
         assert study.target == 8
         drive(study, lambda trial, epoch: 0.5)
+    assert not still_failed(study.trials())
     assert [(trial.params, trial.state) for trial in study.trials()[4:]] == [(params, "completed") for params in failed]
     with Study.open(tmp_path, space, retry=True) as study:  # nothing is left to try again
         assert (study.target, study.next()) == (8, "done")

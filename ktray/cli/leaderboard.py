@@ -8,6 +8,7 @@ from typing import Any
 
 from ktray.cli.tables import table
 from ktray.drivers import references
+from ktray.fingerprint import fingerprint
 from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search import ranking
 from ktray.search.history import History
@@ -58,6 +59,12 @@ def tally(study: History) -> str:
 def count_states(trials: Sequence[Trial]) -> dict[str, int]:
     """State -> number of trials, in the order in which a reader asks."""
     return {state: sum(trial.state == state for trial in trials) for state in STATES}
+
+
+def still_failed(trials: Sequence[Trial]) -> bool:
+    """Whether a pair failed in the last trial that drew it."""
+    last = {fingerprint(trial.pair): trial.state for trial in trials if trial.state != "duplicate"}
+    return "failed" in last.values()
 
 
 def _row(trial: Trial, goals: Sequence[Any]) -> tuple[float, list[str]]:

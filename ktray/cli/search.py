@@ -152,7 +152,7 @@ def _end_at_once(args: argparse.Namespace, options: Settings) -> None:
 
 def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Settings) -> int:
     from ktray.cli import INTERRUPTED
-    from ktray.cli.leaderboard import count_states, leaderboard
+    from ktray.cli.leaderboard import leaderboard, still_failed
     from ktray.errors import StageFailed, StoppedEarly
     from ktray.pipeline.judge import left_out
     from ktray.search.history import read
@@ -162,7 +162,8 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     for line in left_out(outcome.published | outcome.reused, options.open_store()):
         options.tell(f"ktray: {line}")
     place = f" --home {shlex.quote(str(args.home))}" if args.home else ""
-    footer = _footer(answer, outcome, place, args.command, options)
+    failed = still_failed(study.trials)
+    footer = _footer(answer, outcome, place, args.command if failed else "", options)
     options.answer(answer, f"\n{leaderboard(study, options.home, top=10)}\n{footer}")
     if outcome.stopped:
         why = str(outcome.stopped).rstrip(".")
@@ -171,7 +172,7 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     if outcome.interrupted:
         options.blame(f"ktray: interrupted; resume with: {args.command}")
         return INTERRUPTED
-    return StageFailed.exit_code if count_states(study.trials)["failed"] else 0
+    return StageFailed.exit_code if failed else 0
 
 
 def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _footer(answer: dict[str, Any], outcome: Outcome, place: str, again: str, op
             hints[f"ktray best {outcome.study} --test{place}"] = "judge the winners on the test split"
     else:
         hints[f"ktray show {outcome.study}{place}"] = "what became of each trial"
-    if answer["trials"]["failed"]:
+    if again:
         hints[f"{again.replace(' --retry', '')} --retry"] = "draw what failed again, once the cause is gone"
     width = max(map(len, hints))
     return "\n".join(

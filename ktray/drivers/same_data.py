@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.pipeline.graph import Identity, generations
 from ktray.search.space import Space
+from ktray.search.trial import Trial
 from ktray.spec import DataRoles, Spec
 
 FILE = "data.json"
 
 
-def same_data(space: Space, identity: Identity, folder: Path) -> None:
+def same_data(space: Space, trials: Iterable[Trial], identity: Identity, folder: Path) -> None:
     """Note what the data of a space hold when its study begins, and refuse to go on with other data under the same spec.
 
     Args:
+        trials: the study's. Before any of them has come to something, the data may still be put right.
         folder: the study's.
 
     Raises:
         UserError: it names the data that have changed.
     """
-    found = {canonical(spec.model_dump(mode="json")): identity(spec) for spec in _data(space)}
+    specs = {canonical(spec.model_dump(mode="json")): spec for spec in _data(space)}
+    found = {name: identity(spec) for name, spec in specs.items()}
     file = folder / FILE
-    noted = json.loads(file.read_text()) if file.exists() else {}
-    changed = [spec for spec, content in found.items() if noted.get(spec, content) != content]
+    judged = any(trial.state not in ("failed", "duplicate") for trial in trials)
+    noted = json.loads(file.read_text()) if file.exists() and judged else {}
+    changed = [name for name, content in found.items() if noted.get(name, content) != content]
     if changed:
+        spec: Any = specs[changed[0]]
+        place = f" in {spec.path}" if getattr(spec, "path", None) else f" of {spec.kind}"
         raise UserError(
-            f"the images of {changed[0]} are no longer those that the study {folder.name!r} was begun with, so what its trials "
-            "are worth cannot be compared with what new ones would be",
+            f"the images{place} are no longer those that the study {folder.name!r} was begun with, so that new trials "
+            "could not be compared with its own",
             space.source,
             "Give this search another --name, or put the old images back.",
         )
     if found != noted:
         scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(noted | found, indent=1, sort_keys=True))
+        scratch.write_text(json.dumps(found, indent=1, sort_keys=True))
         scratch.replace(file)
 
 

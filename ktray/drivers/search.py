@@ -166,7 +166,7 @@ def search(
     began = time.monotonic()
     outcome = Outcome(name)
     with Study.open(place.home, space, name, trials=trials, warm_start=warm_start, retry=retry) as study:
-        same_data(space, data_identity(place.home / "cache"), place.home / "studies" / name)
+        same_data(space, study.trials(), data_identity(place.home / "cache"), place.home / "studies" / name)
         before, done = set(place.store.keys()), False
         tracker.start()
         screen.begin(study)

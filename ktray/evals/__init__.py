@@ -1,4 +1,4 @@
-"""Evaluations: one file each, `Spec`, `REVISION`, `evaluate(...) -> dict[str, float]`.
+"""Evaluations: one file each, `Spec`, `REVISION`, `NEEDS_LABELS`, `DIRECTION`, `evaluate(...) -> dict[str, float]`.
 
 `Spec` has `name`, `of` ("student" or "teacher"), `layer`, `pool` and `split` ("val" or "test") beside its own fields.
 ``NEEDS_LABELS`` says whether the target data must have labels; one that needs none but reads those that there are says whose,
