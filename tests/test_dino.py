@@ -8,18 +8,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
-from ktray import plugins, train
+from ktray import train
 from ktray.colour import Jitter
 from ktray.distortions import Distortions
 from ktray.pretext import dino
 from ktray.spec import Schedule
+from tests.networks import BACKBONE, model_of
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
 
-BACKBONE = plugins.parse("backbone", {"kind": "alexnet", "width": 0.125})
 SMALL = {"answers": 32, "hidden": 16, "bottleneck": 8, "local": 2}
 
 
@@ -37,14 +36,6 @@ def run(out, until, start=None, count=48, lr=2e-3, **fields):
         on_epoch=lambda epoch, found, write: metrics.append(found),
     )
     return metrics
-
-
-def model_of(task):
-    torch.manual_seed(0)
-    backbone = train.fresh(BACKBONE, 0)
-    model = nn.ModuleDict({"backbone": backbone, "head": task.head(backbone.feature_dim)})
-    task.prepare(model)
-    return model
 
 
 def test_the_loss_is_that_of_its_formula():

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -15,15 +14,9 @@ from ktray.errors import UserError
 from ktray.evals import cluster_quality, effective_rank, knn
 from tests.judging import blobs, judge
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = plugins.kinds("evaluation")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])

@@ -13,13 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from ktray.evals import linear_probe
 from tests.judging import blobs, images, judge
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float64", 2e-4), ("float32", 5e-3)])

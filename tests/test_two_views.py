@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ktray import plugins, train
+from ktray import train
 from ktray.pretext import byol, simclr
 from ktray.spec import Schedule
+from tests.networks import BACKBONE, model_of
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
 
-BACKBONE = plugins.parse("backbone", {"kind": "alexnet", "width": 0.125})
 SMALL = {"hidden": 16, "width": 8}
 
 
@@ -82,14 +82,6 @@ def test_spread_tells_a_collapse_from_a_full_sphere():
     predictions = torch.zeros(400, 16)
     assert byol.regression(predictions, torch.ones(400, 16))[1]["spread"] == 0
     assert float(byol.regression(predictions, torch.randn(400, 16))[1]["spread"]) == pytest.approx(1, abs=0.05)
-
-
-def model_of(task):
-    torch.manual_seed(0)
-    backbone = train.fresh(BACKBONE, 0)
-    model = nn.ModuleDict({"backbone": backbone, "head": task.head(backbone.feature_dim)})
-    task.prepare(model)
-    return model
 
 
 def test_the_target_begins_as_the_network_and_follows_it_by_a_share_of_every_step():
