@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from ktray.drivers.stopping import Stopping
     from ktray.export import Form, Head
     from ktray.search.history import History
+    from ktray.search.space import Space
 
 Talk = Literal[0, 1, 2]
 
@@ -180,34 +180,29 @@ def search(
     from ktray.cli.search import search as searched
 
     options = _settings(home, talk, store, tracking, runtime, allow_plugins)
-    wishes = (overrides, name, trials, concurrent, warm_start, address, share_images, retry)  # in the order of `searched`
-    with _as_file(space) as file:
-        outcome = _ended(lambda stopping: searched(file, options, stopping, *wishes)[0], options)
+    found, source = _space(space, list(overrides))
+    wishes = (name, trials, concurrent, warm_start, address, share_images, retry)  # in the order of `searched`
+    outcome = _ended(lambda stopping: searched(found, source, options, stopping, *wishes)[0], options)
     return SearchResult(options.home, outcome.study, store, tracking)
 
 
-@contextlib.contextmanager
-def _as_file(space: Mapping[str, Any] | str | Path) -> Iterator[Path]:
-    """The file of a space; plain data are written into one for as long, and what is wrong with them names no file.
+def _space(space: Mapping[str, Any] | str | Path, overrides: list[str]) -> tuple[Space, str]:
+    """A space and what errors call it: its file, or "space" for plain data.
 
     Raises:
-        UserError: it is neither a file's name nor plain data.
+        UserError: it is neither a file's name nor plain data, or no space.
     """
+    from ktray.cli.source import load_space
+    from ktray.search.space import parse
+
     if isinstance(space, str | Path):
-        yield Path(space)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "space"
-        try:
-            file.write_text(json.dumps(space, allow_nan=False, ensure_ascii=False), encoding="utf-8")  # JSON is YAML
-        except (TypeError, ValueError) as error:
-            right = "Give a YAML file's name, or what it would hold: dicts, lists, texts and numbers."
-            raise UserError(f"the space is no plain data ({error})", instead=right) from error
-        try:
-            yield file
-        except UserError as error:
-            said = (text.replace(str(file), "space") for text in (error.problem, error.where, error.instead))
-            raise UserError(*said) from error
+        return load_space(Path(space), overrides), str(space)
+    try:
+        text = json.dumps(space, allow_nan=False, ensure_ascii=False)  # JSON is YAML
+    except (TypeError, ValueError) as error:
+        right = "Give a YAML file's name, or what it would hold: dicts, lists, texts and numbers."
+        raise UserError(f"the space is no plain data ({error})", instead=right) from error
+    return parse(text, overrides, "space"), "space"
 
 
 def _ended(begin: Callable[[Stopping], Outcome], options: Settings) -> Outcome:

@@ -188,12 +188,14 @@ def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monke
         warm_start="old",
         address="auto",
         share_images=True,
+        retry=True,
         overrides=["transfer.iterations=7"],
         allow_plugins=["my_lab"],
         tracking="sqlite:///mine.db",
         talk=0,
     )
     assert (heard["name"], heard["trials"], heard["warm_start"], heard["place"].address) == ("other", "+3", "old", "auto")
+    assert heard["retry"] is True
     assert heard["space"].budget.concurrent == 2
     assert heard["space"].document.pair["transfer"]["iterations"] == 7
     assert heard["tracker"]._share_images is True

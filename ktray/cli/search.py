@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, count, counted, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from ktray.drivers.search import Outcome
     from ktray.drivers.stopping import Stopping
+    from ktray.search.space import Space
 
 LONGEST_END = 8.0  # seconds from Ctrl-C to the end
 HELP = "search a space; the same command resumes"
@@ -39,16 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
+    from ktray.cli.source import load_space
     from ktray.drivers.stopping import Stopping
 
     options = settings(args)
     stopping = Stopping()
     with stop_on_signals(stopping, options, lambda: _end_at_once(args, options)):
         outcome, uri = search(
-            args.space,
+            load_space(args.space, args.overrides),
+            str(args.space),
             options,
             stopping,
-            overrides=args.overrides,
             name=args.name,
             trials=args.trials,
             concurrent=args.concurrent,
@@ -61,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def search(
-    file: Path,
+    space: Space,
+    source: str,
     options: Settings,
     stopping: Stopping,
-    overrides: Sequence[str],
     name: str | None,
     trials: int | str | None,
     concurrent: int | None,
@@ -76,9 +78,9 @@ def search(
     """What the search did, and where it is tracked.
 
     Args:
-        file: the space.
+        source: what errors call the space, such as its file.
         stopping: its wish ends the search within seconds; the same call goes on later.
-        overrides, name, trials, concurrent, warm_start, address, share_images, retry: as `add_arguments` describes them.
+        name, trials, concurrent, warm_start, address, share_images, retry: as `add_arguments` describes them.
 
     Raises:
         UserError: the space, an argument or the data are wrong.
@@ -87,14 +89,13 @@ def search(
     from ktray import __version__, tracking
     from ktray.cli.plan import check_space
     from ktray.cli.screen import screen
-    from ktray.cli.source import load_space
     from ktray.drivers import search as driver
     from ktray.pipeline.check import data_loader
 
     if concurrent is not None:
         counted(concurrent, "concurrent")
-    space = driver.with_concurrent(load_space(file, list(overrides)), concurrent)
-    check_space(space, data_loader(), str(file))
+    space = driver.with_concurrent(space, concurrent)
+    check_space(space, data_loader(), source)
     study, target = name or space.name, None if trials is None else str(trials)
     for warning in space.warnings():
         options.tell(f"ktray: {warning}")

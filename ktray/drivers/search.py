@@ -19,6 +19,7 @@ from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.pipeline.check import data_loader
 from ktray.pipeline.graph import Graph
 from ktray.pipeline.identity import data_identity
+from ktray.search.journal import folder
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -87,7 +88,7 @@ class _Crew:
 
     def __init__(self, place: Place, tracker: Tracker, stopping: Stopping, screen: Screen, name: str) -> None:
         self.place, self.tracker, self.stopping, self.say = place, tracker, stopping, screen.say
-        self.folder = place.home / "studies" / name
+        self.folder = folder(place.home, name)
         self.show = naming_stuck(noting(self.folder, screen.work), screen.say)
         self._session: Any = None
         self._crew: Any = None
@@ -166,11 +167,11 @@ def search(
     began = time.monotonic()
     outcome = Outcome(name)
     with Study.open(place.home, space, name, trials=trials, warm_start=warm_start, retry=retry) as study:
-        same_data(space, study.trials(), data_identity(place.home / "cache"), place.home / "studies" / name)
+        crew, conductor = _Crew(place, tracker, stopping, screen, name), _conductor(study, place, tracker, screen)
+        same_data(space, study.trials(), conductor.identity, folder(place.home, name))
         before, done = set(place.store.keys()), False
         tracker.start()
         screen.begin(study)
-        crew, conductor = _Crew(place, tracker, stopping, screen, name), _conductor(study, place, tracker, screen)
         try:
             outcome.stopped = _trials(conductor, crew)
             if not outcome.stopped and not stopping.is_set():

@@ -175,10 +175,19 @@ def read(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise UserError(f"the file cannot be read: {error.strerror}", str(path)) from error
     except UnicodeDecodeError as error:
         raise UserError("the file is no text in UTF-8", str(path), "Give a YAML file.") from error
-    content = _parse(text, str(path))
+    return parsed(text, overrides, str(path))
+
+
+def parsed(text: str, overrides: list[str], source: str) -> dict[str, Any]:
+    """The same of a file's text.
+
+    Raises:
+        UserError: no YAML, not a mapping, or an override that names no place in it.
+    """
+    content = _parse(text, source)
     if not isinstance(content, dict):
         what = "the file is empty" if content is None else "the file holds no fields (name: value)"
-        raise UserError(what, str(path), "See search_spaces/quickstart.yaml.")
+        raise UserError(what, source, "See search_spaces/quickstart.yaml.")
     for override in overrides:
         name, equals, value = override.partition("=")
         if not equals or not name:

@@ -235,10 +235,22 @@ def load(path: Path, overrides: list[str]) -> Space:
     Raises:
         UserError: names file, dotted path, what is wrong and what would be right; up to five things at once.
     """
-    content = documents.read(path, overrides)
+    return _searched(documents.read(path, overrides), str(path), path.name)
+
+
+def parse(text: str, overrides: list[str], source: str) -> Space:
+    """The search space of a file's text, checked in the same way; `source` is what errors call it.
+
+    Raises:
+        UserError: as for `load`.
+    """
+    return _searched(documents.parsed(text, overrides, source), source, source)
+
+
+def _searched(content: Mapping[str, Any], place: str, source: str) -> Space:
     if not SEARCHES & content.keys():
-        raise UserError("this is a pair, and a search space is wanted", str(path), f"Use ktray run {path}.")
-    return checks.checked(Space.of(content, path.name))
+        raise UserError("this is a pair, and a search space is wanted", place, f"Use ktray run {place}.")
+    return checks.checked(Space.of(content, source))
 
 
 def is_space(path: Path) -> bool:
