@@ -33,7 +33,9 @@ completed so far, in points.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -52,10 +54,10 @@ from ktray.pipeline import graph
 from ktray.search import listed
 from ktray.search.check import checked
 from ktray.search.draws import Draws, Source
-from ktray.search.sampler import STARTUP, Sampler, Spend, at_random
+from ktray.search.sampler import SHOWN, Quote, Sampler, Spend
 from ktray.search.space import Space
 from ktray.search.study import Study
-from ktray.search.tree import Params, Scalar
+from ktray.search.tree import Params
 
 TABLE = Path(__file__).parent / "tables" / "cifar10_pairs.parquet"
 SEEDS = range(50)
@@ -63,6 +65,7 @@ BUDGETS = np.arange(0.05, 1.001, 0.05)  # shares of what the whole table costs
 NEAR = 1.0  # points
 CAP = 3.0  # a search that is not near by so many costs of the table counts as that
 LAST = RUNGS[-1]
+MEASURED = [*(f"knn_{epoch}" for epoch in RUNGS), "linear_probe"]
 Price = Callable[[str, float], float]
 """(stage, measured seconds of it whole) -> seconds."""
 PRICES: dict[str, Price] = {
@@ -70,19 +73,20 @@ PRICES: dict[str, Price] = {
     "teachers x 20": lambda stage, seconds: 20 * seconds if stage == "teacher" else seconds,
     "all the same": lambda stage, seconds: 1.0,
 }
+SHUFFLED = ", shuffled"
+SORTS = (*PRICES, *(f"{name}{SHUFFLED}" for name in list(PRICES)[:2]))
 
 
 class PerCost(Sampler):
-    """The literature's way: the best of eight draws by log gain less half the log of what it would add to the cost."""
+    """The literature's way: of all draws that the sampler compares the one that promises most for each second it would add."""
 
-    def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None) -> Params:
-        """The next draw; only what these experiments need of it."""
-        if len(self.evidence) < STARTUP or self.quote is None:
-            return at_random(self.space, count + 1_000 * self.space.seed)
-        densities = self._parzen.densities(*self.evidence.split(), count + 1_000 * self.space.seed)
-        draws = densities.draws(8)
-        prices = [sum(self.quote(draw) or Spend()) for draw in draws]
-        return draws[int(np.argmax(densities.scores(draws) - 0.5 * np.log(np.maximum(prices, 1e-3))))]
+    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote) -> Params:
+        ranked, unknown = self.evidence.ranked(SHOWN)
+        if not ranked:
+            return draws[0]
+        gains = self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws)
+        prices = np.array([sum(quote(draw) or Spend()) for draw in draws])
+        return draws[int(np.argmax(gains / np.maximum(prices, 1e-3)))]
 
 
 def per_cost(space: Space) -> Source:
@@ -104,8 +108,9 @@ class Method:
 
 METHODS = {
     "balanced": Method("balanced"),
+    "balanced, whole": Method("balanced", rungs=False),
     "tpe": Method("tpe"),
-    "gain per cost": Method("tpe", draws=per_cost),
+    "gain per cost": Method("balanced", draws=per_cost),
     "random, rungs": Method("random", draws=listed.chance),
     "random": Method("random", rungs=False, draws=listed.chance, trials=207),
 }
@@ -195,17 +200,26 @@ class World:
         return paid
 
 
-def world(searched: Space, price: Price) -> World:
-    """All stages of all pairs of a space, looked up in the table."""
+def world(searched: Space, price: Price, shuffled: bool = False) -> World:
+    """All stages of all pairs of a space, looked up in the table.
+
+    Args:
+        shuffled: each teacher's students measure what those of another one did, by the seed of the space; costs stay.
+    """
     table = pandas.read_parquet(TABLE)
     table = table[table["seed"] == 0].set_index(["teacher", "k", "student"]).sort_index()
     teachers = {fingerprint(spec): name for name, spec in features().items()}
     students = {fingerprint(spec): name for name, spec in STUDENTS.items()}
+    names = list(features())
+    others = random.Random(searched.seed).sample(names, len(names)) if shuffled else names
+    instead = dict(zip(names, others, strict=True))
     found, once = World(), {}  # type: ignore[var-annotated]
     for draw in searched.draws():
         plain, pair = searched.plain(draw), searched.pair(draw)
         teacher, student = teachers[fingerprint(plain["teacher"])], students[fingerprint(plain["student"]["backbone"])]
-        row = table.loc[(teacher, plain["transfer"]["k"], student)]
+        k = plain["transfer"]["k"]
+        row = table.loc[(teacher, k, student)].copy()
+        row[MEASURED] = table.loc[(instead[teacher], k, student), MEASURED]
         name = fingerprint(pair.model_dump(mode="json"))
         found.values[name] = float(row["linear_probe"])
         for epoch in RUNGS:
@@ -250,33 +264,41 @@ def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:
 
 def searched(task: tuple[str, str, int]) -> pandas.DataFrame:
     """One search: (sort of prices, method, seed)."""
-    prices, name, seed = task
-    drawn = space(METHODS[name], seed)
-    known = _worlds.setdefault((prices, METHODS[name].rungs), None) or world(drawn, PRICES[prices])
-    _worlds[prices, METHODS[name].rungs] = known
+    sort, name, seed = task
+    drawn, shuffled = space(METHODS[name], seed), sort.endswith(SHUFFLED)
+    known = _world(sort.removesuffix(SHUFFLED), METHODS[name].rungs, seed if shuffled else None)
     clock, draws = VirtualClock(), METHODS[name].draws
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as home:
         study = Study.open(Path(home), drawn, clock=clock, draws=draws(drawn) if draws else None)
         timeline = simulate(drawn, study, clock, known.seconds, known.metrics, Site(1))
-    return incumbents(timeline, known).assign(prices=prices, method=name, seed=seed)
+    return incumbents(timeline, known).assign(prices=sort, method=name, seed=seed)
 
 
-_worlds: dict[tuple[str, bool], World | None] = {}  # of this process; the keys of a world hang on its rungs
+@functools.lru_cache(20)
+def _world(prices: str, rungs: bool, shuffled: int | None) -> World:
+    """The world that a process searched last; its keys hang on the rungs."""
+    like = next(method for method in METHODS.values() if method.rungs == rungs)
+    return world(space(like, shuffled or 0), PRICES[prices], shuffled is not None)
 
 
-def run(out: Path, processes: int) -> None:
-    """All searches."""
-    tasks = [(prices, name, seed) for prices in PRICES for name in METHODS for seed in SEEDS]
+def run(out: Path, processes: int, sorts: Sequence[str]) -> None:
+    """All searches of these sorts of prices; the others of the file stay."""
+    tasks = [(sort, name, seed) for sort in sorts for seed in SEEDS for name in METHODS]
     with ProcessPoolExecutor(processes) as workers:
-        found = list(workers.map(searched, tasks, chunksize=5))
+        found = list(workers.map(searched, tasks, chunksize=len(METHODS)))
+    if out.exists():
+        before = pandas.read_parquet(out)
+        found.append(before[~before["prices"].isin(sorts)])
     pandas.concat(found).to_parquet(out, compression="zstd")
 
 
 COMPARED = {
+    "balanced, whole": ("balanced, whole", "shared"),
     "tpe": ("tpe", "shared"),
     "gain per cost": ("gain per cost", "shared"),
     "random, rungs": ("random, rungs", "shared"),
+    "random": ("random", "shared"),
     "tpe, alone": ("tpe", "alone"),
     "random, alone": ("random", "alone"),
 }
@@ -306,7 +328,7 @@ def ratios(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, 
 
 def say(table: pandas.DataFrame) -> None:
     """Per sort of prices and rival: cost to within a point, how often it got there, area, and how much dearer it is."""
-    for prices in PRICES:
+    for prices in table["prices"].unique():
         print(f"\n{prices}: n = {table['seed'].nunique()} paired seeds")
         found = {name: measured(table, prices, *how) for name, how in {"balanced": ("balanced", "shared"), **COMPARED}.items()}
         for name, (costs, areas) in found.items():
@@ -331,9 +353,10 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "say"])
     parser.add_argument("table", type=Path)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--prices", choices=SORTS, nargs="+", default=SORTS)
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.table, arguments.processes)
+        run(arguments.table, arguments.processes, arguments.prices)
     found = pandas.read_parquet(arguments.table)
     say(found)
     print("\nthe second half of the seeds, which nothing was ever tuned on:")

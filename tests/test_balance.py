@@ -77,28 +77,44 @@ def test_in_debt_only_what_exists_is_drawn_if_the_rest_is_dear(tmp_path: Path, c
 
 def test_in_debt_a_cheap_prefix_is_still_drawn(tmp_path: Path) -> None:
     space = wide(tmp_path)
-    trained = [trial for trial in history(space, 60) if trial.params["teacher"] == "rotation"][:8]
+    trained = [trial for trial in history(space, 60, lambda trial: 0.5) if trial.params["teacher"] == "rotation"][:4]
     trials = [dataclasses.replace(trial, number=number) for number, trial in enumerate(trained)]
     cheap, dearest = (told(space, trials, dear({"hog": hog, "rotation": 1000.0})) for hog in (1.0, 1000.0))
     assert "hog" in {cheap.propose(20 + index, IN_DEBT)["teacher"] for index in range(20)}
     assert {dearest.propose(20 + index, IN_DEBT)["teacher"] for index in range(20)} == {"rotation"}
 
 
-def test_without_debt_tpe_proposes_alone(tmp_path: Path) -> None:
-    balanced, plain = wide(tmp_path), wide(tmp_path, sampler="tpe")
-    trials = history(balanced, 30)
-    even = Spend(50.0, 50.0)
-    for count in range(30, 36):
-        proposed = told(balanced, trials).propose(count, even)
-        assert proposed == told(plain, trials).propose(count, even) == told(plain, trials).propose(count, IN_DEBT)
-
-
-def test_new_teachers_come_freely_until_there_are_three(tmp_path: Path) -> None:
+def test_prices_change_nothing_while_everything_can_be_afforded(tmp_path: Path) -> None:
     space = wide(tmp_path)
     trials = history(space, 30)
-    same = [dataclasses.replace(trials[0], number=number) for number in range(12)]
-    ours = told(space, same, dear({"hog": 1000.0, "rotation": 1000.0}))
-    assert len({teacher(ours.propose(12 + index, IN_DEBT)) for index in range(10)}) > 3
+    rich, priceless = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0})), told(space, trials)
+    for count in range(30, 36):
+        assert rich.propose(count, Spend(0.0, 2000.0)) == priceless.propose(count, IN_DEBT)
+
+
+def test_a_new_teacher_comes_once_students_have_cost_as_much_as_all_teachers_with_it(tmp_path: Path) -> None:
+    space = wide(tmp_path)
+    trials = history(space, 3, lambda trial: 0.5)
+    ours, known = told(space, trials, dear({"hog": 100.0, "rotation": 100.0})), {teacher(trial.params) for trial in trials}
+    for spent, new in ((Spend(300.0, 389.0), False), (Spend(300.0, 391.0), True)):  # its student costs 10
+        assert any(teacher(ours.propose(3 + index, spent)) not in known for index in range(10)) is new
+
+
+def test_the_first_draw_is_a_cheap_one(tmp_path: Path) -> None:
+    for seed in range(5):
+        space = wide(tmp_path, seed=seed)
+        assert told(space, [], dear({"hog": 50.0, "rotation": 1000.0})).propose(0, Spend())["teacher"] == "hog"
+
+
+def test_if_nothing_can_be_afforded_the_most_promising_is_drawn(tmp_path: Path) -> None:
+    """Of a space whose only teacher so far has no other student left."""
+    hogs = {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7, 14]}}}
+    student = {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": {"epochs": 9}}
+    space = toy_space(tmp_path, {"teacher": hogs, "transfer": {"kind": "clusters", "k": 5}, "student": student})
+    params: Params = {"teacher.descriptor.cell": 4}
+    trial = Trial(0, params, space.pair(params).model_dump(mode="json"), "completed", objectives={"linear_probe/top1": 0.5})
+    ours = told(space, [trial], lambda params: Spend(100.0, 1.0))
+    assert ours.propose(1, IN_DEBT)["teacher.descriptor.cell"] in (7, 14)
 
 
 def test_what_failed_is_no_prefix_to_build_on(tmp_path: Path) -> None:
@@ -152,9 +168,10 @@ def test_another_sampler_is_no_other_space(tmp_path: Path) -> None:
         toy_space(tmp_path, sampler="cheapest")
 
 
-def test_scores_are_the_ratio_of_densities_that_optuna_computes(tmp_path: Path) -> None:
-    """Of a space without branches, against Optuna's own estimators built by its own sampler from its own study."""
-    space = toy_space(tmp_path, {"teacher": {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}}})
+def test_tpe_draws_what_optunas_own_estimators_find_best(tmp_path: Path) -> None:
+    """Of a space without branches, against estimators that Optuna's sampler builds from its own study."""
+    hog = {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}}
+    space = toy_space(tmp_path, {"teacher": hog}, sampler="tpe")
     trials = history(space, 24, lambda trial: float(trial.params["student.schedule.lr"]))
     study = optuna.create_study(direction="maximize", sampler=TPESampler(multivariate=True, seed=0))
     known = tpe.distributions(space)
@@ -162,14 +179,14 @@ def test_scores_are_the_ratio_of_densities_that_optuna_computes(tmp_path: Path) 
         value = trial.objectives["linear_probe/top1"]
         study.add_trial(optuna.trial.create_trial(params=dict(trial.params), distributions=known, value=value))
     builder: Any = study.sampler
-    below, above = optuna.samplers._tpe.sampler._split_trials(study, study.trials, 3)
-    densities = [
-        builder._build_parzen_estimator(study, dict(sorted(known.items())), some, handle_below=False) for some in (below, above)
-    ]
-    draws = [sampler.at_random(space, seed) for seed in range(1000, 1040)]
-    rows = {name: np.array([known[name].to_internal_repr(draw[name]) for draw in draws]) for name in known}
-    ours = tpe.Parzen(space).densities(*told(space, trials).evidence.split(), seed=0)
-    np.testing.assert_allclose(ours.scores(draws), densities[0].log_pdf(rows) - densities[1].log_pdf(rows))
+    split = optuna.samplers._tpe.sampler._split_trials(study, study.trials, 3)
+    good, rest = (
+        builder._build_parzen_estimator(study, dict(sorted(known.items())), some, handle_below=False) for some in split
+    )
+    rows = good.sample(np.random.RandomState(7), tpe.CANDIDATES)
+    winner = int(np.argmax(good.log_pdf(rows) - rest.log_pdf(rows)))
+    best = {name: known[name].to_external_repr(values[winner].item()) for name, values in rows.items()}
+    assert tpe.Parzen(space).densities(*told(space, trials).evidence.split(), seed=7).best({}) == best
 
 
 def test_a_stage_is_charged_to_the_trial_that_needs_it_first(tmp_path: Path) -> None:
@@ -195,7 +212,7 @@ def test_what_was_recorded_replaces_what_was_expected_and_survives_a_resume(tmp_
 
 
 def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_with_more(tmp_path: Path) -> None:
-    space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 1.5})
+    space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 1.5}, early_stop=None)
     with Study.open(tmp_path, space) as study:
         for _ in range(2):
             one = given(study)
@@ -206,7 +223,7 @@ def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_wit
         assert study.close() == []
     with Study.open(tmp_path, space) as study:
         assert study.next() == "done"
-    with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 2})) as study:
+    with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 2}, early_stop=None)) as study:
         drive(study)
         assert study.drawn == 9
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 import pytest
 
-from experiments.compare_samplers import METHODS, TABLE, area, cost_to_near, ratios, searched
+from experiments.compare_samplers import METHODS, PRICES, TABLE, area, cost_to_near, ratios, searched, space, world
 
 ROWS = pandas.read_parquet(TABLE).query("seed == 0")
 PARTS = ("teacher", "features", "clusters", "pseudo_labels")
@@ -54,6 +54,13 @@ def test_early_stopping_saves_money_and_a_search_is_the_same_again() -> None:
     again = [searched(("as measured", "balanced", 3)) for _ in range(2)]
     pandas.testing.assert_frame_equal(*again)
     assert shares(again[0])[0] < shares(searched(("as measured", "random", 3)))[0]
+
+
+def test_shuffled_teachers_keep_their_prices_and_change_their_worth() -> None:
+    plain, moved = (world(space(METHODS["random"], 5), PRICES["as measured"], shuffled) for shuffled in (False, True))
+    assert sorted(plain.values.values()) == sorted(moved.values.values())
+    assert plain.values != moved.values
+    assert plain.whole == moved.whole
 
 
 def test_measures_of_a_search_are_those_of_its_curve() -> None:

@@ -42,7 +42,7 @@ def test_the_order_of_telling_and_what_trials_were_before_change_nothing(
         if trial.scores and trial.state not in ("failed", "duplicate"):
             shuffled.update(dataclasses.replace(trial, state="paused", scores={1: trial.scores[1]}, objectives={}))
         shuffled.update(trial)
-    assert straight.in_order() == shuffled.in_order()
+    assert straight.ranked(200) == shuffled.ranked(200)
     assert straight.split() == shuffled.split()
 
 
@@ -62,6 +62,13 @@ def test_of_very_many_the_good_and_the_newest_are_shown(tmp_path: Path) -> None:
     good, rest = Evidence(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
     assert [trial.number for trial in good] == list(range(25))
     assert [trial.number for trial in rest] == list(range(2000 - SHOWN + 25, 2000))
+
+
+def test_of_very_many_the_best_half_and_the_newest_are_ranked(tmp_path: Path) -> None:
+    best = [completed(number, 2 - number / 100) for number in range(25)]
+    many = [*best, *(completed(number, number / 10_000) for number in range(25, 2000))]
+    ranked, _ = Evidence(toy_space(tmp_path), many).ranked(50)
+    assert [trial.number for trial in ranked] == [*range(25), *range(1999, 1974, -1)]
 
 
 def test_an_old_pareto_point_stays_good(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import State, Trial
 from tests.test_simulate import seconds
-from tests.toy_space import given, toy_space
+from tests.toy_space import given, order, toy_space
 
 EVALS = [{"kind": "knn"}, {"kind": "linear_probe"}, {"kind": "knn", "name": "teacher_knn", "of": "teacher"}]
 JUDGED = {"metric": "knn/top1", "rungs": [1, 3, 9], "reduction": 3, "teacher": {"metric": "teacher_knn/top1", "keep": 0.5}}
@@ -96,7 +96,7 @@ def test_with_no_trial_completed_the_best_teacher_is_the_last_hope() -> None:
 def test_what_only_its_teacher_was_judged_by_comes_behind_what_a_student_was(tmp_path: Path) -> None:
     space = judging(tmp_path)
     shown = [trial(0, "a", 0.9), trial(1, "b", 0.2, scores={1: 0.1}), trial(2, "c", 0.95), trial(3, "d", None, "running")]
-    assert Evidence(space, shown).in_order() == [1, 2, 0, 3]
+    assert order(Evidence(space, shown)) == [1, 2, 0, 3]
 
 
 def top1(stage: Any) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ktray.search import space
+from ktray.search.evidence import Evidence
 from ktray.search.space import Space
 from ktray.search.study import Assignment, Study
 from ktray.search.trial import Trial
@@ -101,3 +102,8 @@ def given(study: Study) -> Assignment:
     answer = study.next()
     assert isinstance(answer, Assignment)
     return answer
+
+
+def order(evidence: Evidence) -> list[int]:
+    """Numbers of all trials that are shown: those with a result best first, then those that run."""
+    return [trial.number for part in evidence.ranked(1_000) for trial in part]

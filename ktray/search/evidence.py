@@ -20,7 +20,7 @@ from ktray.search.space import Space
 from ktray.search.trial import Trial
 
 GOOD = 25  # at most so many trials are good, and at most a tenth of all: as in Optuna
-SHOWN = 300  # trials that are shown; of more, the good and the newest: an older bad one says hardly anything more
+SHOWN = 300  # trials that TPE is shown; of more, the good and the newest: an older bad one says hardly anything more
 Place = tuple[float, int]
 """(loss, number): smaller is better, the earlier draw first where losses are equal."""
 
@@ -94,9 +94,28 @@ class Evidence:
         rest = [*newest[-(SHOWN - len(good)) :], *self._unknown]
         return [self._trials[number] for number in sorted(good)], [self._trials[number] for number in sorted(rest)]
 
-    def in_order(self) -> list[int]:
-        """Numbers of all: the completed, best first; then by how far they came and how well they did there; the unknown."""
-        return [*self._best(len(self)), *sorted(self._unknown)]
+    def ranked(self, most: int) -> tuple[list[Trial], list[Trial]]:
+        """The trials with a result, best first, and those that run and have none yet.
+
+        The completed come before all others, and those before them that came less far. Of more than `most` the best half is
+        shown, and of the others the newest.
+        """
+        best = self._best(len(self) if len(self) <= most else most // 2)
+        chosen = set(best)
+        others = [number for number in self._told[-most:] if number not in chosen]
+        shown = [*best, *self._in_order(others[max(0, len(best) + len(others) - most) :])]
+        return [self._trials[number] for number in shown], [self._trials[number] for number in sorted(self._unknown)]
+
+    def _in_order(self, numbers: Iterable[int]) -> list[int]:
+        """Some of the trials, best first, as far as their first objective says."""
+
+        def place(number: int) -> tuple[int, int, float, int]:
+            trial = self._trials[number]
+            if trial.state == "completed":
+                return 0, 0, self._losses(trial)[0], number
+            return 1, -(trial.furthest or (0, 0.0))[0], *self._at_rung(trial)
+
+        return sorted(numbers, key=place)
 
     def _best(self, count: int) -> list[int]:
         """The first `count` of the completed and then of the judged, the furthest and best first."""

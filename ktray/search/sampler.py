@@ -1,35 +1,42 @@
-"""What to draw next, over what the trials so far have shown: at random, by TPE, or by TPE with spending in balance.
+"""What to draw next, over what the trials so far have shown: at random, by Optuna's TPE, or with spending in balance.
 
 A pair costs little if what comes before its student is there already, so how often a new teacher is worth its price decides
-what a search can afford. The balanced sampler lets teachers cost as much as students do: while prefixes (all before the
-student) have cost no more than suffixes, it takes TPE's own proposal. Else it takes the best of many draws that pay for
-themselves: on a prefix that exists, or on one whose missing stages cost no more than its own student. A weight on gain per
-cost instead, as in the literature on cost-aware search, locks itself into the first teachers.
+what a search can afford. The balanced sampler asks what a surrogate expects of many draws and takes the best of those that it
+can afford: all before the student (the prefix) costs no more than the student and its judges (the suffix), or whatever has been
+spent on prefixes stays below what has been spent on suffixes. So cheap teachers come first, a dear one when students have cost
+as much, and a poor choice wastes at most half of what was spent. If nothing is affordable it takes the best that there is.
+A weight on gain per cost instead, as in the literature on cost-aware search, locks itself into the first teachers.
+`experiments/compare_samplers.py` measures all of them on real pairs.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
 from optuna.study import StudyDirection
 
 from ktray.fingerprint import canonical, seed_of
 from ktray.search.evidence import Evidence
 from ktray.search.space import Space
-from ktray.search.tpe import Densities, Parzen
+from ktray.search.surrogate import Surrogate
+from ktray.search.tpe import Parzen
 from ktray.search.tree import Choice, Parameter, Params, Scalar, all_values
 from ktray.search.trial import Trial
 
 STARTUP = 10  # trials with a result before TPE has anything to say, as in Optuna
-TEACHERS = 3  # that exist before spending is balanced
-DRAWS = 48  # that are compared when a new teacher is too dear
-QUOTED = 6  # of them, the most promising, whose price is asked for
+FRESH = 64  # random draws that are compared,
+NEARBY = 64  # draws that differ from a good trial in one part,
+BUILDING = 32  # and random students on prefixes that exist
+SHOWN = 128  # trials that the surrogate is shown
+TRUST = 0.6  # a trial is varied so often as often as the next better one
+QUOTED = 16  # draws whose price is asked for, the most promising ones
 
 HOLDS = frozenset({"running", "paused", "completed", "pruned"})  # states of trials whose prefix is there or on its way
-NO_TEACHER = canonical(None)
 
 
 class Spend(NamedTuple):
@@ -58,7 +65,6 @@ class _Prefix:
     """Everything before a student, as parameters; `holders` are the trials that have it, unless they failed or it is poor."""
 
     params: Params
-    teacher: str
     holders: set[int] = field(default_factory=set)
 
 
@@ -67,23 +73,17 @@ def _judged(params: Mapping[str, Scalar]) -> str:
     return canonical({name: value for name, value in params.items() if name.split(".")[0] in ("data", "teacher")})
 
 
-def _trained(trial: Trial) -> str:
-    """What a teacher is before a layer of it is read, so that two layers are one teacher."""
-    teacher = trial.pair.get("teacher")
-    return canonical(teacher and {name: value for name, value in teacher.items() if name not in ("layer", "pool", "dtype")})
-
-
 class Sampler:
     """Proposes draws; knows the trials that it was told of.
 
     Args:
-        quote: the price of a draw; None: only what exists already is known to be cheap.
+        quote: the price of a draw; None: nothing is too dear.
     """
 
     def __init__(self, space: Space, quote: Quote | None = None) -> None:
         self.space, self.quote = space, quote
         self.evidence = Evidence(space)
-        self._parzen = Parzen(space)
+        self._parzen, self._surrogate = Parzen(space), Surrogate(space)
         self.made: set[str] = set()  # canonical text of the params of all draws
         self._prefixes: dict[str, _Prefix] = {}
         self._prefix_of: dict[int, str] = {}
@@ -98,7 +98,7 @@ class Sampler:
             self.made.add(canonical(dict(trial.params)))
             params = prefix(trial.params)
             self._prefix_of[trial.number] = name = canonical(params)
-            self._prefixes.setdefault(name, _Prefix(params, _trained(trial)))
+            self._prefixes.setdefault(name, _Prefix(params))
         holders = self._prefixes[self._prefix_of[trial.number]].holders
         holds = trial.state in HOLDS and not trial.waits_for_teacher
         (holders.add if holds else holders.discard)(trial.number)
@@ -118,63 +118,64 @@ class Sampler:
         """
         seed = seed_of(self.space.seed, "sampler", count)
         how = self.space.sampler
-        if how == "random":
+        if how == "balanced":
+            return self._balanced(random.Random(seed), spent, planned or {})
+        if how == "random" or len(self.evidence) < STARTUP:
             return at_random(self.space, seed, planned)
-        densities = None
-        if len(self.evidence) >= STARTUP:
-            densities = self._parzen.densities(*self.evidence.split(), seed)
-        if how == "balanced" and not planned and self._in_debt(spent):
-            found = self._thrifty(densities, seed)
-            if found is not None:
-                return found
-        return at_random(self.space, seed, planned) if densities is None else densities.best(planned or {})
+        return self._parzen.densities(*self.evidence.split(), seed).best(planned or {})
 
-    def _in_debt(self, spent: Spend) -> bool:
-        """Whether teachers have cost more than their share."""
-        teachers = {each.teacher for each in self._prefixes.values() if each.holders} - {NO_TEACHER}
-        return len(teachers) >= TEACHERS and spent.prefix > spent.suffix
+    def _balanced(self, generator: random.Random, spent: Spend, planned: Mapping[str, Scalar]) -> Params:
+        ranked, unknown = self.evidence.ranked(SHOWN)
+        draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
+        if not draws:  # all that is likely was made: whoever asked knows how to look for the rest
+            return at_random(self.space, generator.getrandbits(32), planned)
+        if ranked:
+            gains = self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws)
+            draws = [draws[index] for index in np.argsort(-gains, kind="stable")]
+        return draws[0] if planned or self.quote is None else self._affordable(draws, spent, self.quote)
 
-    def _thrifty(self, densities: Densities | None, seed: int) -> Params | None:
-        """The best of many new draws that pay for themselves; None if none does."""
-        generator = random.Random(seed)
-        if densities is None:
-            fresh = [at_random(self.space, seed_of(seed, index)) for index in range(DRAWS)]
-        else:
-            fresh = densities.draws(DRAWS)
-        draws = self._candidates(fresh, generator)
-        scores = [0.0] * len(draws) if densities is None else densities.scores(draws).tolist()
-        asked = 0
-        for index in sorted(range(len(draws)), key=lambda index: -scores[index]):
-            draw = draws[index]
+    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote) -> Params:
+        """The first that can be afforded; else the first of all, or the cheapest where nothing was bought yet."""
+        asked: list[tuple[float, Params]] = []
+        for draw in draws:
             if self._exists(draw):
                 return draw
-            if self.quote is not None and asked < QUOTED:
-                asked += 1
-                price = self.quote(draw)
-                if price is not None and price.prefix <= price.suffix:
+            if len(asked) < QUOTED and (price := quote(draw)) is not None:
+                asked.append((price.prefix, draw))
+                if price.prefix <= price.suffix or spent.prefix + price.prefix <= spent.suffix + price.suffix:
                     return draw
-        return None
+        nothing = not any(each.holders for each in self._prefixes.values())
+        return min(asked, key=lambda each: each[0])[1] if nothing and asked else draws[0]
 
-    def _candidates(self, fresh: Sequence[Params], generator: random.Random) -> list[Params]:
-        """Each draw as it is, on a prefix that exists, and on one that differs from that in one parameter; none made before.
+    def _candidates(self, ranked: Sequence[Params], generator: random.Random, planned: Mapping[str, Scalar]) -> list[Params]:
+        """Draws that were never made: random ones, variations of good trials, and random students on prefixes that exist.
 
         A teacher that waits for others to be poorer than itself would get no student, so it is left out.
         """
-        existing = sorted(name for name, each in self._prefixes.items() if each.holders)
-        found: dict[str, Params] = {}
-        for draw in fresh:
-            old = self._prefixes[generator.choice(existing)].params
-            both = sorted(old.keys() & draw.keys())
-            changed = {name: draw[name] for name in [generator.choice(both)]} if both else {}
-            for params in ({**draw, **old, **changed}, {**draw, **old}, draw):
-                whole = self.space.complete(params)
-                found.setdefault(canonical(whole), whole)
+        drawn = lambda given: at_random(self.space, generator.getrandbits(32), {**given, **planned})  # noqa: E731
+        found = [drawn({}) for _ in range(FRESH)]
+        if ranked:
+            found += [self._varied(_often_the_first(ranked, generator), generator, drawn) for _ in range(NEARBY)]
+        existing = [each.params for each in self._prefixes.values() if each.holders]
+        if existing:
+            found += [drawn(generator.choice(existing)) for _ in range(BUILDING)]
         poor = {name for name, waiting in self._waiting.items() if waiting}
-        return [draw for name, draw in found.items() if name not in self.made and not (poor and _judged(draw) in poor)]
+        new = {canonical(draw): draw for draw in found}
+        return [draw for name, draw in new.items() if name not in self.made and not (poor and _judged(draw) in poor)]
+
+    def _varied(self, draw: Params, generator: random.Random, drawn: Callable[[Params], Params]) -> Params:
+        """The same with one parameter drawn again, and with whatever another branch asks for."""
+        again = generator.choice(sorted(draw))
+        return drawn({name: value for name, value in draw.items() if name != again})
 
     def _exists(self, draw: Params) -> bool:
         known = self._prefixes.get(canonical(prefix(draw)))
         return known is not None and bool(known.holders)
+
+
+def _often_the_first(ranked: Sequence[Params], generator: random.Random) -> Params:
+    """One of the trials; each `TRUST` times as often as the one before it."""
+    return ranked[min(len(ranked) - 1, int(generator.expovariate(-math.log(TRUST))))]
 
 
 def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar] | None = None) -> Params:

@@ -1,8 +1,8 @@
-"""Where good trials lie and where the rest lie: Optuna's tree-structured Parzen estimators, and draws scored by both.
+"""Where good trials lie and where the rest lie: Optuna's tree-structured Parzen estimators, over the branches of a space.
 
-Optuna can only propose a draw, and a sampler that minds what a draw costs has to compare draws of its own. So this file, and no
-other, uses what Optuna keeps private: the estimator that its `TPESampler` builds from trials. `pyproject.toml` holds Optuna
-below its next major version for that reason, and a test compares our scores with Optuna's own.
+Optuna's own sampler looks at a whole study for each draw and knows neither rungs nor failures as ktray does. So this file, and
+no other, uses what Optuna keeps private: the estimator that its `TPESampler` builds from trials. `pyproject.toml` holds Optuna
+below its next major version for that reason, and a test compares our draws with those of Optuna's estimators.
 
 Source: Watanabe, "Tree-Structured Parzen Estimator" (2023), arXiv:2304.11127; for several objectives Ozaki et al.,
 "Multiobjective Tree-Structured Parzen Estimator" (JAIR 2022); both as in Optuna, with parameters of a branch drawn together.
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import TPESampler
 
@@ -111,28 +110,6 @@ class Densities:
             winner = int(np.argmax(good.log_pdf(rows) - rest.log_pdf(rows)))
             values |= {name: group[name].to_external_repr(rows[name][winner].item()) for name in group}
         return self._space.suggest(lambda parameter: {**values, **planned}.get(parameter.name, _only(parameter)))
-
-    def draws(self, count: int) -> list[Params]:
-        """So many draws from where the good trials lie."""
-        columns: dict[str, list[Scalar]] = {}
-        for group, good, _ in self._groups:
-            rows = good.sample(self._random, count)
-            columns |= {name: [group[name].to_external_repr(value) for value in rows[name].tolist()] for name in group}
-
-        def drawn(index: int) -> Params:
-            return self._space.suggest(lambda p: columns[p.name][index] if p.name in columns else _only(p))
-
-        return [drawn(index) for index in range(count)]
-
-    def scores(self, draws: Sequence[Params]) -> NDArray[np.float64]:
-        """For each draw, log of how much more likely it is among the good trials than among the rest."""
-        found = np.zeros(len(draws))
-        for group, good, rest in self._groups:
-            ours = [index for index, draw in enumerate(draws) if group.keys() <= draw.keys()]
-            if ours:
-                rows = {name: np.array([group[name].to_internal_repr(draws[index][name]) for index in ours]) for name in group}
-                found[ours] += good.log_pdf(rows) - rest.log_pdf(rows)
-        return found
 
 
 def _only(parameter: Parameter) -> Scalar:

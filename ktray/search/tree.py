@@ -187,7 +187,8 @@ def _one_of(operand: Any, path: tuple[str, ...], problems: list[Problem]) -> One
     return OneOf(Choice(_name(path), names, names, branches=True), branches)
 
 
-def _children(node: Any) -> Sequence[Any]:
+def children(node: Any) -> Sequence[Any]:
+    """The values of a mapping or a list of the tree; of anything else none."""
     if isinstance(node, dict):
         return list(node.values())
     return node if isinstance(node, list) else []
@@ -201,7 +202,7 @@ def draw(node: Any, ask: Ask, params: Params) -> None:
         draw(node.branches[branch], ask, params)
     elif isinstance(node, Choice | Range):
         params[node.name] = ask(node)
-    for child in _children(node):
+    for child in children(node):
         draw(child, ask, params)
 
 
@@ -211,7 +212,7 @@ def bare(node: Any) -> Any:
         return OneOf(node.choice, {branch: bare(body) for branch, body in node.branches.items()})
     if isinstance(node, Choice | Range):
         return node
-    left = [found for child in _children(node) if (found := bare(child)) is not None]
+    left = [found for child in children(node) if (found := bare(child)) is not None]
     return left or None
 
 
@@ -242,7 +243,7 @@ def points(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> Iterat
         for value in values(node):
             yield {node.name: value}
     else:
-        yield from _product(_children(node), values)
+        yield from _product(children(node), values)
 
 
 def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
@@ -263,7 +264,7 @@ def size(node: Any) -> int | None:
         found = all_values(node)
         return None if found is None else len(found)
     total = 1
-    for child in _children(node):
+    for child in children(node):
         factor = size(child)
         if factor is None:
             return None
@@ -289,7 +290,7 @@ def parameters(node: Any) -> Iterator[tuple[Parameter, Params]]:
                 yield parameter, {node.choice.name: branch, **under}
     elif isinstance(node, Choice | Range):
         yield node, {}
-    for child in _children(node):
+    for child in children(node):
         yield from parameters(child)
 
 

@@ -1,0 +1,159 @@
+"""What a draw is worth before it is tried: a Gaussian process over the draws of a space, and what it makes expect.
+
+Two draws are alike part by part, along the tree of the space: what differs in one part is still alike in the others, so a
+student that did well behind one teacher is expected to do well behind the next. Parts of different branches are not compared.
+Only the order of the trials counts: a rank does not care whether scores are shares or losses, one objective or several. What
+runs and has no result yet is believed to become what is expected of it, so that no two workers try the same.
+
+Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), algorithm 2.1. Expected improvement: Jones,
+Schonlau and Welch, "Efficient Global Optimization of Expensive Black-Box Functions" (1998), equation 15. Belief in what runs:
+Ginsbourger, Le Riche and Carraro, "Kriging Is Well-Suited to Parallelize Optimization" (2010), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.special import ndtri
+from scipy.stats import norm
+
+from ktray.search.space import Space
+from ktray.search.tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters
+
+FAR = math.exp(-0.5)  # how alike draws are that differ in one part and in nothing else
+NEAR = 0.5  # of a number's range: at this distance two values are still rather alike
+COMMON = 1.0  # variance of what all draws share, in units of what sets them apart
+NOISE = 0.05  # variance of a result: another seed would rank otherwise
+
+Rows = NDArray[np.float64]
+"""(draws, columns): per parameter the place of its value, from 0 to 1 for numbers and 0, 1, ... for names; NaN if not drawn."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One parameter, or a choice of branches with the parts of each by the place of its name."""
+
+    column: int
+    ordered: bool
+    branches: Mapping[int, tuple[_Part, ...]]
+
+    def alike(self, one: Rows, other: Rows) -> NDArray[np.float64]:
+        """(n, m) float64 from 0 to 1, of n draws with m others."""
+        ours, theirs = one[:, self.column, None], other[None, :, self.column]
+        if self.ordered:
+            found = np.exp(-0.5 * ((ours - theirs) / NEAR) ** 2)
+            return np.nan_to_num(found, copy=False)
+        found = (ours == theirs).astype(np.float64)
+        for place, parts in self.branches.items():
+            here, there = np.flatnonzero(one[:, self.column] == place), np.flatnonzero(other[:, self.column] == place)
+            if parts and len(here) and len(there):
+                found[np.ix_(here, there)] = _together(parts, one[here], other[there])
+        return found
+
+
+def _together(parts: Sequence[_Part], one: Rows, other: Rows) -> NDArray[np.float64]:
+    found = np.ones((len(one), len(other)))
+    for part in parts:
+        found *= FAR + (1 - FAR) * part.alike(one, other)
+    return found
+
+
+class Surrogate:
+    """Expects of draws what trials that are like them have shown.
+
+    Args:
+        space: whose tree says what is compared with what.
+    """
+
+    def __init__(self, space: Space) -> None:
+        listed = [parameter for parameter, _ in parameters(space.root)]
+        self._places = {parameter.name: _places(parameter) for parameter in listed}
+        self._columns = {parameter.name: column for column, parameter in enumerate(listed)}
+        self._parameters = {parameter.name: parameter for parameter in listed}
+        self._parts = tuple(self._grow(space.root))
+
+    def _grow(self, node: Any) -> list[_Part]:
+        if isinstance(node, OneOf):
+            branches = {place: tuple(self._grow(body)) for place, body in enumerate(node.branches.values())}
+            return [_Part(self._columns[node.choice.name], False, branches)]
+        if isinstance(node, Choice | Range):
+            single = len(all_values(node) or (0, 0)) == 1
+            return [] if single else [_Part(self._columns[node.name], isinstance(node, Range) or _numbers(node), {})]
+        return [part for child in children(node) for part in self._grow(child)]
+
+    def rows(self, draws: Sequence[Mapping[str, Scalar]]) -> Rows:
+        """Draws as numbers; what a draw lacks, as one of a study with other parameters may, is like nothing."""
+        found = np.full((len(draws), len(self._columns)), np.nan)
+        for row, draw in zip(found, draws, strict=True):
+            for name, value in draw.items():
+                column = self._columns.get(name)
+                if column is not None:
+                    row[column] = self._place(name, value)
+        return found
+
+    def _place(self, name: str, value: Scalar) -> float:
+        places = self._places[name]
+        return _along(self._parameters[name], value) if places is None else places[value]
+
+    def gain(
+        self,
+        ranked: Sequence[Mapping[str, Scalar]],
+        unknown: Sequence[Mapping[str, Scalar]],
+        draws: Sequence[Mapping[str, Scalar]],
+    ) -> NDArray[np.float64]:
+        """For each draw, by how much it is expected to beat what is expected of the best trial.
+
+        Args:
+            ranked: draws of trials with a result, at least one, the best first.
+            unknown: draws of trials that run.
+
+        Returns:
+            (len(draws),) float64, in standard deviations of a rank turned into a normal score.
+        """
+        tried, asked = self.rows([*ranked, *unknown]), self.rows(draws)
+        count = len(ranked)
+        scores = ndtri(1 - (np.arange(count) + 0.5) / count)
+        alike = self._covariance(tried, tried)
+        known = alike[:count, :count]
+        weights = cho_solve(cho_factor(known + NOISE * np.eye(count), lower=True), scores)
+        across = self._covariance(tried, asked)
+        mean = across[:count].T @ weights
+        factor, _ = cho_factor(alike + NOISE * np.eye(len(tried)), lower=True)
+        explained = (solve_triangular(factor, across, lower=True) ** 2).sum(0)
+        deviation = np.sqrt(np.maximum(COMMON + 1 - explained, 1e-9))
+        above = (mean - (known @ weights).max()) / deviation
+        found: NDArray[np.float64] = deviation * (above * norm.cdf(above) + norm.pdf(above))
+        return found
+
+    def _covariance(self, one: Rows, other: Rows) -> NDArray[np.float64]:
+        return COMMON + _together(self._parts, one, other)
+
+
+def _numbers(choice: Choice) -> bool:
+    """Whether the options are numbers, so that neighbours are alike."""
+    return not choice.branches and all(isinstance(each, int | float) and not isinstance(each, bool) for each in choice.labels)
+
+
+def _places(parameter: Parameter) -> dict[Scalar, float] | None:
+    """Value -> its place; None for a range."""
+    if not isinstance(parameter, Choice):
+        return None
+    if not _numbers(parameter):
+        return {label: float(place) for place, label in enumerate(parameter.labels)}
+    steps = max(1, len(parameter.labels) - 1)  # options are steps that whoever wrote them takes for even
+    return {label: place / steps for place, label in enumerate(sorted(parameter.labels, key=lambda label: float(str(label))))}
+
+
+def _along(parameter: Parameter, value: Scalar) -> float:
+    """How far a value is along its range, from 0 to 1."""
+    assert not isinstance(parameter, Choice)
+    low, high, at = float(parameter.low), float(parameter.high), float(str(value))
+    if parameter.log:
+        low, high, at = math.log(low), math.log(high), math.log(at)
+    return (at - low) / (high - low) if high > low else 0.0

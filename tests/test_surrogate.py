@@ -1,0 +1,145 @@
+"""What a draw is expected to gain: against scikit-learn's Gaussian process, and over the branches of a space."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import norm, rankdata
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+
+from ktray.search import sampler
+from ktray.search.evidence import Evidence
+from ktray.search.space import Space
+from ktray.search.surrogate import COMMON, FAR, NEAR, NOISE, Surrogate
+from ktray.search.trial import Trial
+from tests.toy_space import toy_space
+
+HOG = {"descriptor": {"kind": "hog"}}
+
+
+def one_rate(folder: Path) -> Space:
+    """A space whose only parameter is a learning rate from 0.01 to 0.1, even on a logarithmic scale."""
+    return toy_space(folder, {"teacher": HOG, "transfer": {"kind": "clusters", "k": 5}})
+
+
+def rates(*exponents: float) -> list[dict[str, Any]]:
+    """Draws so far along the range."""
+    return [{"student.schedule.lr": 0.01 * 10**exponent} for exponent in exponents]
+
+
+def test_gains_are_those_of_a_gaussian_process_of_scikit_learn(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    seen, asked = rng.random(12), rng.random(30)
+    kernel = ConstantKernel(COMMON + FAR) + ConstantKernel(1 - FAR) * RBF(NEAR)
+    process = GaussianProcessRegressor(kernel, alpha=NOISE, optimizer=None)
+    scores = norm.ppf(1 - (rankdata(np.arange(12)) - 0.5) / 12)
+    process.fit(seen[:, None], scores)
+    mean, deviation = process.predict(asked[:, None], return_std=True)
+    above = (mean - process.predict(seen[:, None]).max()) / deviation
+    expected = deviation * (above * norm.cdf(above) + norm.pdf(above))
+    found = Surrogate(one_rate(tmp_path)).gain(rates(*seen), [], rates(*asked))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: Path) -> None:
+    surrogate = Surrogate(one_rate(tmp_path))
+    seen, asked = rates(0.0, 0.1), rates(0.6, 1.0)
+    alone, beside = surrogate.gain(seen, [], asked), surrogate.gain(seen, rates(1.0), asked)
+    assert beside[1] < 0.6 * alone[1]
+    assert beside[0] < alone[0]
+
+
+def test_what_a_student_showed_behind_one_teacher_is_believed_of_it_behind_another(tmp_path: Path) -> None:
+    student = {"backbone": {"kind": "alexnet", "width": {"choice": [0.125, 0.25]}}, "schedule": {"epochs": 9}}
+    space = toy_space(tmp_path, {"student": student})
+
+    def draw(width: float, seed: int, **fixed: Any) -> dict[str, Any]:
+        return sampler.at_random(space, seed, {**fixed, "student.backbone.width": width})
+
+    hogs = [draw(0.25, seed, teacher="hog") for seed in range(4)] + [draw(0.125, seed, teacher="hog") for seed in range(4)]
+    asked = [draw(width, 9, teacher="rotation") for width in (0.25, 0.125)]
+    wide, narrow = Surrogate(space).gain(hogs, [], asked)
+    assert wide > 1.5 * narrow
+
+
+def test_the_layers_of_one_teacher_are_more_alike_than_two_teachers(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    base = sampler.at_random(space, 0, {"teacher": "rotation", "teacher.rotation.layer": "conv3"})
+    layer = {**base, "teacher.rotation.layer": "conv4"}
+    other = sampler.at_random(space, 0, {**base, "teacher": "hog"})
+    bad = [{**base, "transfer.k": k} for k in (5, 10, 20)]
+    good = [sampler.at_random(space, 0, {**other, "transfer.k": k, "teacher.hog.descriptor.cell": 4}) for k in (5, 10, 20)]
+    rows = Surrogate(space)
+    ours = rows._covariance(rows.rows([base]), rows.rows([layer, other]))[0]
+    assert ours[0] > ours[1]
+    gains = rows.gain([*good, *bad], [], [layer, {**other, "teacher.hog.descriptor.cell": 7}])
+    assert gains[1] > gains[0]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -> None:
+    space = toy_space(tmp_path)
+    draws = [sampler.at_random(space, seed) for seed in range(80)]
+    if partial:  # as the results of another study are, which lacks some of the parameters
+        rng = np.random.default_rng(0)
+        draws = [{name: value for name, value in draw.items() if rng.random() < 0.7} for draw in draws]
+    surrogate = Surrogate(space)
+    covariance = surrogate._covariance(surrogate.rows(draws), surrogate.rows(draws))
+    assert np.linalg.eigvalsh(covariance).min() > -1e-9
+    assert np.isfinite(surrogate.gain(draws[:40], draws[40:44], draws[44:])).all()
+    if not partial:
+        np.testing.assert_allclose(np.diag(covariance), COMMON + 1)
+
+
+def test_numbers_of_a_choice_are_steps_and_names_are_not(tmp_path: Path) -> None:
+    space = toy_space(
+        tmp_path, {"teacher": HOG, "student": {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": {"epochs": 9}}}
+    )
+    surrogate = Surrogate(space)
+    rows = surrogate.rows([{"transfer.k": k} for k in (5, 10, 20)])
+    near, far = surrogate._covariance(rows[:1], rows)[0, 1:]
+    assert near > far
+
+
+def test_a_search_by_the_surrogate_beats_chance_on_a_space_with_branches(tmp_path: Path) -> None:
+    """How good the best of 20 draws is, of a score that has its top in one branch; mean over ten seeds."""
+
+    def value(params: dict[str, Any]) -> float:
+        bonus = 0.5 if params.get("teacher.rotation.layer") == "conv4" else 0.0
+        return bonus - abs(np.log10(params["student.schedule.lr"]) + 1.5) + params["transfer.k"] / 40
+
+    def best(how: str, seed: int) -> float:
+        space = toy_space(tmp_path, sampler=how, seed=seed, early_stop=None)
+        proposing, values = sampler.Sampler(space), []
+        for number in range(20):
+            params = proposing.propose(number, sampler.Spend())
+            values.append(value(params))
+            trial = Trial(number, params, {}, "completed", objectives={"linear_probe/top1": values[-1]})
+            proposing.told(trial)
+        return max(values)
+
+    ours, chance = (np.mean([best(how, seed) for seed in range(10)]) for how in ("balanced", "random"))
+    top = 0.5 + 20 / 40
+    assert top - ours < 0.5 * (top - chance)
+
+
+def test_only_the_order_of_results_counts(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    found = []
+    for stretch in (1.0, 1000.0):
+        trials = []
+        for number in range(12):
+            params = sampler.at_random(space, number)
+            trial = Trial(number, params, {}, "completed")
+            trials.append(dataclasses.replace(trial, objectives={"linear_probe/top1": stretch * np.exp(number % 5)}))
+        proposing = sampler.Sampler(space)
+        for trial in trials:
+            proposing.told(trial)
+        assert Evidence(space, trials).ranked(3)[0][0].number == 4
+        found.append(proposing.propose(12, sampler.Spend()))
+    assert found[0] == found[1]
