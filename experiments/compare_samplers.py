@@ -1,45 +1,38 @@
 """Which way of spending finds a good pair for the least money? Searches over 207 real pairs, on a virtual clock.
 
-Question: what do sharing, balanced spending and rungs save on `experiments/tables/cifar10_pairs.parquet`?
-Command:  python experiments/compare_samplers.py run OUT.parquet, then: python experiments/compare_samplers.py say OUT.parquet
-Cost:     20 minutes of two cores.
-Result:   n = 50 paired seeds, commit 1fdc7e8; the samplers are unchanged since. "Near" is the median cost, in % of what
-the whole table costs, until the best completed pair is within 1.0 point of the best of all (in brackets: how many seeds got
-there); "dearer" is the geometric mean of that cost over balanced spending's, with a 95 % bootstrap interval, both censored at
-three tables.
+Question: what do sharing, the sampler and rungs save on `experiments/tables/cifar10_pairs.parquet`?
+Command:  python -m experiments.compare_samplers run OUT.parquet; python -m experiments.compare_samplers say OUT.parquet
+Cost:     9 minutes of 16 cores, an hour of two.
+Result:   n = 50 paired seeds, commit dde67f9; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
+% of what the whole table costs, until the best completed pair is within 1.0 point of the best of all; "dearer" is the geometric
+mean of that cost over balanced spending's, with a 95 % bootstrap interval.
 
-                     as measured                      teachers x 20                     all the same
-    method           near       area  dearer          near        area  dearer          near       area  dearer
-    balanced         11 (94 %)  0.66                  16 (100 %)  1.77                  15 (96 %)  0.96
-    tpe              12 (88 %)  0.82  1.4 (0.9-2.2)   52 (88 %)   3.80  3.3 (2.5-4.5)   20 (88 %)  1.30  1.4 (0.9-2.1)
-    gain per cost    14 (82 %)  0.95  1.8 (1.1-2.8)   53 (84 %)   3.74  3.5 (2.7-4.7)   23 (88 %)  1.36  1.5 (1.0-2.3)
-    random, rungs    12 (98 %)  0.84  1.1 (0.8-1.6)   52 (98 %)   4.33  3.1 (2.5-3.9)   19 (98 %)  1.43  1.2 (0.9-1.6)
-    tpe, alone       20 (88 %)  1.12  2.1 (1.4-3.4)   132 (88 %)  5.43  7.3 (5.2-10.2)  25 (88 %)  1.52  1.7 (1.2-2.6)
-    random, alone    19 (100%)  1.00  1.4 (0.8-2.3)   90 (100 %)  4.27  3.6 (2.1-5.8)   19 (100%)  0.98  0.9 (0.6-1.3)
-
-Nothing was tuned on this table, so all seeds are held out; of the second 25 alone, balanced against tpe: 2.01 (0.90 to 4.35),
-4.33 (2.67 to 7.22), 2.43 (1.39 to 4.35). So balanced spending is three times cheaper than TPE where teachers are dear, and not
-dearer where they are not. Random search that shares nothing is hard to beat on a space of 207 pairs of which four are near the
-best: it trains everything to the end and misses none, while kNN at a rung may stop a good pair; 1.4 to 3.6 times is all that
-was saved there, and nothing where all stages cost the same.
+                     as measured             teachers x 20            all the same
+    method           near   dearer           near   dearer            near   dearer
+    balanced           4                       5                        5
+    balanced, whole    4    1.0 (0.8-1.3)      4    0.9 (0.7-1.1)       4    0.6 (0.5-0.8)
+    gain per cost      3    0.8 (0.6-1.2)      5    1.0 (0.6-1.5)       6    1.2 (0.9-1.6)
+    tpe               12    2.8 (1.8-4.4)     53    9.1 (6.0-13)       19    3.5 (2.4-5.1)
+    tpe, alone        18    4.2 (2.6-6.6)     99    19 (12-30)         23    4.2 (2.9-6.2)
+    random, alone     19    3.3 (2.1-5.0)     90    12 (6.9-21)        19    2.7 (1.9-3.9)
 
 Every search is ktray's own (space, study, sampler, rungs 1, 3 and 9 by kNN, sharing) with one worker; a stage takes what it
 took on the H100 and measures what it measured there. `PRICES` says three sorts of prices: as measured, where students cost more
-than teachers; teachers twenty times as dear; every whole stage the same. "Alone" is the same search with every stage paid for
-by each trial that needs it. Regret is the best linear probe of the table less that of the best pair
-completed so far, in points.
+than teachers; teachers twenty times as dear; every whole stage the same. "Whole" trains all students to their end. "Alone" is the
+same search with every stage paid for by each trial that needs it. Regret is the best linear probe of the table less that of the
+best pair completed so far, in points, and area its mean over budgets of 5 to 100 % of the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
-import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +40,21 @@ import numpy as np
 import pandas
 
 from experiments.pair_table import CLUSTERS, RUNGS, SCHEDULE, STUDENTS, features
-from ktray.artifact import Stage
+from experiments.table_world import LAST, PRICES, TABLE, World, world
 from ktray.drivers.simulate import Site, Timeline, VirtualClock, simulate
-from ktray.fingerprint import fingerprint
-from ktray.pipeline import graph
+from ktray.fingerprint import canonical, fingerprint, seed_of
 from ktray.search import listed
 from ktray.search.check import checked
 from ktray.search.draws import Draws, Source
-from ktray.search.sampler import SHOWN, Quote, Sampler, Spend
+from ktray.search.sampler import SHOWN, Quote, Sampler, Spend, at_random
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.tree import Params
 
-TABLE = Path(__file__).parent / "tables" / "cifar10_pairs.parquet"
 SEEDS = range(50)
 BUDGETS = np.arange(0.05, 1.001, 0.05)  # shares of what the whole table costs
 NEAR = 1.0  # points
 CAP = 3.0  # a search that is not near by so many costs of the table counts as that
-LAST = RUNGS[-1]
-MEASURED = [*(f"knn_{epoch}" for epoch in RUNGS), "linear_probe"]
-Price = Callable[[str, float], float]
-"""(stage, measured seconds of it whole) -> seconds."""
-PRICES: dict[str, Price] = {
-    "as measured": lambda stage, seconds: seconds,
-    "teachers x 20": lambda stage, seconds: 20 * seconds if stage == "teacher" else seconds,
-    "all the same": lambda stage, seconds: 1.0,
-}
 SHUFFLED = ", shuffled"
 SORTS = (*PRICES, *(f"{name}{SHUFFLED}" for name in list(PRICES)[:2]))
 
@@ -89,11 +71,34 @@ class PerCost(Sampler):
         return draws[int(np.argmax(gains / np.maximum(prices, 1e-3)))]
 
 
-def per_cost(space: Space) -> Source:
+def per_cost(space: Space, known: World) -> Source:
     """Draws by `PerCost`."""
     draws = Draws(space)
     draws.sampler = PerCost(space)
     return draws
+
+
+def by_chance(space: Space, known: World) -> Source:
+    """Draws that mind nothing."""
+    return listed.chance(space)
+
+
+def told(space: Space, known: World) -> Source:
+    """Who knows for every layer of every teacher its best k and student, and nothing of the teachers: no sampler can be."""
+    best: dict[str, tuple[float, Params]] = {}
+    for draw in space.draws():
+        value = known.values[fingerprint(space.pair(draw).model_dump(mode="json"))]
+        best[_features(draw)] = max(best.get(_features(draw), (0.0, draw)), (value, draw), key=lambda each: each[0])
+    order: dict[str, Params] = {}
+    for number in itertools.count():
+        if len(order) == len(best):
+            return listed.fixed(space, list(order.values()))
+        met = _features(at_random(space, seed_of(space.seed, "told", number)))
+        order[met] = best[met][1]
+
+
+def _features(draw: Mapping[str, Any]) -> str:
+    return canonical({name: value for name, value in draw.items() if name.startswith("teacher")})
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Method:
 
     sampler: str
     rungs: bool = True
-    draws: Callable[[Space], Source] | None = None
+    draws: Callable[[Space, World], Source] | None = None
     trials: int = 120
 
 
@@ -111,10 +116,11 @@ METHODS = {
     "balanced, whole": Method("balanced", rungs=False),
     "tpe": Method("tpe"),
     "gain per cost": Method("balanced", draws=per_cost),
-    "random, rungs": Method("random", draws=listed.chance),
-    "random": Method("random", rungs=False, draws=listed.chance, trials=207),
+    "random, rungs": Method("random", draws=by_chance),
+    "random": Method("random", rungs=False, draws=by_chance, trials=207),
+    "told": Method("random", rungs=False, draws=told, trials=207),
 }
-"""Name -> method; the last one is plain random search."""
+"""Name -> method."""
 
 
 def space(method: Method, seed: int) -> Space:
@@ -147,105 +153,6 @@ def space(method: Method, seed: int) -> Space:
     return checked(Space.of(content, "compare_samplers.py"))
 
 
-@dataclass(frozen=True)
-class Known:
-    """What the table says of one stage.
-
-    Attributes:
-        seconds: of the whole stage, at these prices.
-        epochs: that its seconds are for, if it is a snapshot of a student; else 0.
-    """
-
-    seconds: float
-    epochs: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class World:
-    """Every stage of the table at one sort of prices, by its key.
-
-    Attributes:
-        whole: seconds of everything that all pairs need, each stage once, without rungs.
-        rungs: key of the evaluation that ends a segment -> (identity of its pair, epoch).
-        pairs: identity of a pair -> its stages at its last epoch.
-        values: identity of a pair -> linear probe.
-    """
-
-    stages: dict[str, Known] = field(default_factory=dict)
-    whole: float = 0.0
-    rungs: dict[str, tuple[str, int]] = field(default_factory=dict)
-    pairs: dict[str, list[Known]] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
-
-    def seconds(self, stage: Stage, epochs: int) -> float:
-        """What a stage takes; nothing for images, which the table does not know."""
-        known = self.stages.get(stage.key, Known(0.0))
-        return known.seconds * epochs / known.epochs if known.epochs else known.seconds
-
-    def metrics(self, stage: Stage) -> Mapping[str, float]:
-        """What a stage measured."""
-        return self.stages.get(stage.key, Known(0.0)).metrics
-
-    def bill(self, pair: str, before: int, epoch: int) -> float:
-        """Seconds that a pair pays alone from one rung to another; all that comes before the student with its first segment."""
-        paid = 0.0
-        for known in self.pairs[pair]:
-            if known.epochs:
-                paid += known.seconds * (epoch - before) / known.epochs
-            elif not known.metrics:
-                paid += known.seconds if before == 0 else 0.0
-            elif "linear" not in known.metrics or epoch == LAST:
-                paid += known.seconds
-        return paid
-
-
-def world(searched: Space, price: Price, shuffled: bool = False) -> World:
-    """All stages of all pairs of a space, looked up in the table.
-
-    Args:
-        shuffled: each teacher's students measure what those of another one did, by the seed of the space; costs stay.
-    """
-    table = pandas.read_parquet(TABLE)
-    table = table[table["seed"] == 0].set_index(["teacher", "k", "student"]).sort_index()
-    teachers = {fingerprint(spec): name for name, spec in features().items()}
-    students = {fingerprint(spec): name for name, spec in STUDENTS.items()}
-    names = list(features())
-    others = random.Random(searched.seed).sample(names, len(names)) if shuffled else names
-    instead = dict(zip(names, others, strict=True))
-    found, once = World(), {}  # type: ignore[var-annotated]
-    for draw in searched.draws():
-        plain, pair = searched.plain(draw), searched.pair(draw)
-        teacher, student = teachers[fingerprint(plain["teacher"])], students[fingerprint(plain["student"]["backbone"])]
-        k = plain["transfer"]["k"]
-        row = table.loc[(teacher, k, student)].copy()
-        row[MEASURED] = table.loc[(instead[teacher], k, student), MEASURED]
-        name = fingerprint(pair.model_dump(mode="json"))
-        found.values[name] = float(row["linear_probe"])
-        for epoch in RUNGS:
-            stages = graph.build(pair, lambda spec: fingerprint(spec.model_dump()), epoch=epoch)
-            known = {stage.key: _known(stage, stages, row, epoch, price) for stage in stages.stages}
-            found.stages |= known
-            ends = "linear_probe" if epoch == LAST else "knn"
-            found.rungs[stages.keys["evaluation"][ends]] = name, epoch
-        found.pairs[name] = list(known.values())
-        once |= known
-    found.whole = sum(known.seconds for known in once.values())
-    return found
-
-
-def _known(stage: Stage, stages: graph.Graph, row: Any, epoch: int, price: Price) -> Known:
-    if stage.name == "images":
-        return Known(0.0)
-    if stage.name == "student":
-        return Known(price("student", row[f"s_student_{LAST}"]) * epoch / LAST, epoch)
-    if stage.name != "evaluation":
-        return Known(price(stage.name, row[f"s_{stage.name}"]))
-    if stage.key == stages.keys["evaluation"]["linear_probe"]:
-        return Known(price("evaluation", row["s_linear_probe"]), metrics={"top1": row["linear_probe"], "linear": 1.0})
-    return Known(price("evaluation", row[f"s_evaluation_{epoch}"]), metrics={"top1": row[f"knn_{epoch}"]})
-
-
 def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:
     """After each completed pair: what was spent with sharing and alone, as shares of the whole table, and regret in points."""
     best, alone, reached = max(known.values.values()), 0.0, {}  # type: ignore[var-annotated]
@@ -270,7 +177,7 @@ def searched(task: tuple[str, str, int]) -> pandas.DataFrame:
     clock, draws = VirtualClock(), METHODS[name].draws
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as home:
-        study = Study.open(Path(home), drawn, clock=clock, draws=draws(drawn) if draws else None)
+        study = Study.open(Path(home), drawn, clock=clock, draws=draws(drawn, known) if draws else None)
         timeline = simulate(drawn, study, clock, known.seconds, known.metrics, Site(1))
     return incumbents(timeline, known).assign(prices=sort, method=name, seed=seed)
 
@@ -282,14 +189,14 @@ def _world(prices: str, rungs: bool, shuffled: int | None) -> World:
     return world(space(like, shuffled or 0), PRICES[prices], shuffled is not None)
 
 
-def run(out: Path, processes: int, sorts: Sequence[str]) -> None:
-    """All searches of these sorts of prices; the others of the file stay."""
-    tasks = [(sort, name, seed) for sort in sorts for seed in SEEDS for name in METHODS]
+def run(out: Path, processes: int, sorts: Sequence[str], methods: Sequence[str]) -> None:
+    """All searches by these methods at these sorts of prices; whatever else is in the file stays there."""
+    tasks = [(sort, name, seed) for sort in sorts for seed in SEEDS for name in methods]
     with ProcessPoolExecutor(processes) as workers:
-        found = list(workers.map(searched, tasks, chunksize=len(METHODS)))
+        found = list(workers.map(searched, tasks, chunksize=len(methods)))
     if out.exists():
         before = pandas.read_parquet(out)
-        found.append(before[~before["prices"].isin(sorts)])
+        found.append(before[~(before["prices"].isin(sorts) & before["method"].isin(methods))])
     pandas.concat(found).to_parquet(out, compression="zstd")
 
 
@@ -301,6 +208,7 @@ COMPARED = {
     "random": ("random", "shared"),
     "tpe, alone": ("tpe", "alone"),
     "random, alone": ("random", "alone"),
+    "told": ("told", "shared"),
 }
 """Rival of balanced spending -> (method, how its stages are paid for)."""
 
@@ -354,9 +262,10 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--prices", choices=SORTS, nargs="+", default=SORTS)
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.table, arguments.processes, arguments.prices)
+        run(arguments.table, arguments.processes, arguments.prices, arguments.methods)
     found = pandas.read_parquet(arguments.table)
     say(found)
     print("\nthe second half of the seeds, which nothing was ever tuned on:")

@@ -8,7 +8,8 @@ import numpy as np
 import pandas
 import pytest
 
-from experiments.compare_samplers import METHODS, PRICES, TABLE, area, cost_to_near, ratios, searched, space, world
+from experiments.compare_samplers import METHODS, area, cost_to_near, ratios, searched, space
+from experiments.table_world import PRICES, TABLE, world
 
 ROWS = pandas.read_parquet(TABLE).query("seed == 0")
 PARTS = ("teacher", "features", "clusters", "pseudo_labels")
