@@ -18,9 +18,9 @@ mean of that cost over balanced spending's, with a 95 % bootstrap interval.
 
 Every search is ktray's own (space, study, sampler, rungs 1, 3 and 9 by kNN, sharing) with one worker; a stage takes what it
 took on the H100 and measures what it measured there. `PRICES` says three sorts of prices: as measured, where students cost more
-than teachers; teachers twenty times as dear; every whole stage the same. "Whole" trains all students to their end. "Alone" is the
-same search with every stage paid for by each trial that needs it. Regret is the best linear probe of the table less that of the
-best pair completed so far, in points, and area its mean over budgets of 5 to 100 % of the table.
+than teachers; teachers twenty times as dear; every whole stage the same. "Whole" trains all students to their end. "Alone" is
+the same search with every stage paid for by each trial that needs it. Regret is the best linear probe of the table less that of
+the best pair completed so far, in points, and area its mean over budgets of 5 to 100 % of the table.
 """
 
 from __future__ import annotations
