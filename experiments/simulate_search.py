@@ -170,13 +170,13 @@ def deaths(share: float) -> Any:
 
 
 def run(costs: Costs, site: Site, trials: int, entries: Sequence[Params] | None, live: int = 0) -> tuple[Timeline, float]:
-    """A list of pairs without early stopping, or random draws with it; and the seconds that this process was busy.
+    """A list of pairs without early stopping, or a search with it; and the seconds that this process was busy.
 
     Args:
         live: trials at once; 0: all, but no more than 2,000.
     """
     searched = space(trials, live or min(trials, 2000), early_stop=entries is None)
-    draws = listed.chance(searched) if entries is None else listed.fixed(searched, entries)
+    draws = None if entries is None else listed.fixed(searched, entries)
     clock, began = VirtualClock(), time.process_time()
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the study is a file that is synced a dozen times a trial
     with tempfile.TemporaryDirectory(dir=memory) as home:
@@ -231,7 +231,7 @@ def of_failures(count: int, gpus: int, name: str) -> None:
 
 
 def of_searches(trials: int, gpus: int, name: str) -> None:
-    """Random draws with rungs: 10,800 pairs, of which many are drawn twice."""
+    """A whole search of a space of 10,800 pairs, with its sampler and its rungs."""
     timeline, spent = run(MODELS[name], Site(gpus, hire_seconds=10, overhead_seconds=0.05), trials, None)
     states = [trial.state for trial in timeline.trials]
     counts = {state: states.count(state) for state in sorted(set(states))}

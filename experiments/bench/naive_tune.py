@@ -84,13 +84,15 @@ def measured(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Ar
     return artifact, published
 
 
-def ktray_runs(arguments: list[str]) -> None:
-    """A command of ktray whose stages are measured."""
+def ktray_runs(folder: Path, arguments: list[str]) -> None:
+    """A command of ktray whose stages are measured, with as many CPUs as the other side has."""
     from ktray.cli import main
     from ktray.pipeline import execute
 
     execute.execute = measured  # only here: workers get `measured` by value, and it calls theirs
-    code = main(arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runtime.yaml").write_text(f"cpus: {CONCURRENT}\n")
+    code = main([*arguments, "--runtime", str(folder / "runtime.yaml")])
     assert code == 0, code
 
 
@@ -328,13 +330,13 @@ def main() -> None:
 
 def _ktray_list(given: argparse.Namespace) -> None:
     only = [f"--only={name}" for name in list(pairs())[: given.count]]
-    ktray_runs(["run", __file__, "--concurrent", str(CONCURRENT), *only])
+    ktray_runs(given.folder, ["run", __file__, "--concurrent", str(CONCURRENT), *only])
 
 
 def _ktray_search(given: argparse.Namespace) -> None:
     from ktray.cli import main as command
 
-    ktray_runs(["search", str(given.space), "--name", "bench", "--trials", str(given.trials)])
+    ktray_runs(given.folder, ["search", str(given.space), "--name", "bench", "--trials", str(given.trials)])
     with contextlib.redirect_stdout(io.StringIO()) as said:
         command(["best", "bench", "--json"])
     best = json.loads(said.getvalue())

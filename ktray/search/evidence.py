@@ -97,14 +97,15 @@ class Evidence:
     def ranked(self, most: int) -> tuple[list[Trial], list[Trial]]:
         """The trials with a result, best first, and those that run and have none yet.
 
-        The completed come before all others, and those before them that came less far. Of more than `most` the best half is
-        shown, and of the others the newest.
+        The completed come before all others, and of these those that came further. Of more than `most` the best half is shown,
+        and of the others the newest; of those that run the newest half as many.
         """
         best = self._best(len(self) if len(self) <= most else most // 2)
         chosen = set(best)
         others = [number for number in self._told[-most:] if number not in chosen]
         shown = [*best, *self._in_order(others[max(0, len(best) + len(others) - most) :])]
-        return [self._trials[number] for number in shown], [self._trials[number] for number in sorted(self._unknown)]
+        running = sorted(self._unknown)[-(most // 2) :]
+        return [self._trials[number] for number in shown], [self._trials[number] for number in running]
 
     def _in_order(self, numbers: Iterable[int]) -> list[int]:
         """Some of the trials, best first, as far as their first objective says."""
