@@ -9,13 +9,14 @@ from typing import Any, cast
 import pytest
 
 from ktray.drivers import search as driver
-from ktray.drivers.conductor import Conductor
+from ktray.drivers.conductor import Conductor, Leg
 from ktray.drivers.simulate import _Mute
 from ktray.drivers.stage_runs import track_missed
 from ktray.drivers.stopping import Stopping
 from ktray.drivers.watch import Watch
 from ktray.errors import StoppedEarly
 from ktray.fingerprint import fingerprint
+from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from ktray.tracking import Tracker, _told_stages, default_uri
 from ktray.tracking.spool import Position, Spool
@@ -103,3 +104,29 @@ def test_what_another_search_publishes_on_the_store_meanwhile_is_not_computed_by
     assert published
     assert outcome.published == set()
     assert outcome.reused == set(published)
+
+
+def test_what_a_killed_session_settled_and_told_nobody_is_found_at_every_rung(tmp_path: Path) -> None:
+    space, store = toy_space(tmp_path, budget={"trials": 1, "concurrent": 1}), FileStore(tmp_path / "store")
+
+    def conductor(study: Study) -> Conductor:
+        return Conductor(space, study, store, lambda spec: fingerprint(spec.model_dump()), cast(Any, _Mute()), lambda *_: None)
+
+    stages: set[str] = set()
+    with Study.open(tmp_path, space) as study:
+        killed = conductor(study)
+        for _ in space.early_stop.rungs if space.early_stop else ():
+            leg = killed.next()
+            assert isinstance(leg, Leg)
+            stages |= {stage.key for stage in leg.graph.stages}
+            if leg.final:
+                study.finish(0, {}, {"linear_probe/top1": 0.5}, leg.graph.keys, {})
+            else:
+                study.report(0, leg.epoch, 0.5, leg.graph.keys)
+    with Study.open(tmp_path, space) as study:
+        again = conductor(study)
+        assert again.next() == "done"
+        assert again.untold() == stages
+        assert not again.demanded
+        cast(Any, again.tracker).knows_stage = lambda key: True
+        assert again.untold() == set()

@@ -131,6 +131,22 @@ class Conductor:
         self.demanded |= {stage.key for stage in graph.stages}
         return graph
 
+    def untold(self) -> set[str]:
+        """Keys of all stages, at every rung that it reached, of each trial that the tracker does not know whole.
+
+        An earlier session that was killed may have settled a trial and told nobody what it had computed for it.
+        """
+        found: set[str] = set()
+        for trial in self.study.trials():
+            if all(map(self.tracker.knows_stage, trial.artifacts)):
+                continue
+            pair, branch = PairSpec.model_validate(dict(trial.pair)), str(trial.params.get("teacher", ""))
+            rungs_reached = [*trial.scores, *([0] if trial.teacher_score is not None else [])]
+            for epoch in {*rungs_reached, *([trial.epochs] if trial.state == "completed" else [])}:
+                wanted = None if epoch == trial.epochs else [self._judge(epoch)]
+                found |= {stage.key for stage in self._graph(pair, branch, epoch, wanted).stages}
+        return found
+
     def _first_leg(self, params: Params) -> Graph:
         pair = self.space.pair(params)
         until = rungs.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]

@@ -205,7 +205,7 @@ def _end(conductor: Conductor, crew: _Crew, before: set[str], done: bool) -> Sto
         conductor.leave()
     crew.stop(conductor.demanded - before)
     began = min((trial.started for trial in conductor.study.trials() if trial.started is not None), default=float("inf"))
-    track_missed(conductor.tracker, conductor.store, conductor.demanded, began)
+    track_missed(conductor.tracker, conductor.store, sorted(conductor.demanded | conductor.untold()), began)
     stopped = _close(conductor.study)
     conductor.account.summary(conductor.study.trials(), references.read(crew.folder))
     conductor.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
