@@ -84,7 +84,7 @@ def by_chance(space: Space, known: World) -> Source:
 
 
 def told(space: Space, known: World) -> Source:
-    """Who knows for every layer of every teacher its best k and student, and nothing of the teachers: no sampler can be."""
+    """Who knows the best k and student of every layer, and meets the teachers by chance: a measure, no bound."""
     best: dict[str, tuple[float, Params]] = {}
     for draw in space.draws():
         value = known.values[fingerprint(space.pair(draw).model_dump(mode="json"))]

@@ -126,8 +126,7 @@ class Conductor:
 
     def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
         """The stages of a trial up to `epoch` of its student, its last by default, and of these evaluations, or of all."""
-        pair = PairSpec.model_validate(dict(trial.pair))
-        graph = self._graph(pair, str(trial.params.get("teacher", "")), epoch, evaluations)
+        graph = self._graph_of(trial, epoch, evaluations)
         self.demanded |= {stage.key for stage in graph.stages}
         return graph
 
@@ -140,12 +139,15 @@ class Conductor:
         for trial in self.study.trials():
             if all(map(self.tracker.knows_stage, trial.artifacts)):
                 continue
-            pair, branch = PairSpec.model_validate(dict(trial.pair)), str(trial.params.get("teacher", ""))
             rungs_reached = [*trial.scores, *([0] if trial.teacher_score is not None else [])]
             for epoch in {*rungs_reached, *([trial.epochs] if trial.state == "completed" else [])}:
                 wanted = None if epoch == trial.epochs else [self._judge(epoch)]
-                found |= {stage.key for stage in self._graph(pair, branch, epoch, wanted).stages}
+                found |= {stage.key for stage in self._graph_of(trial, epoch, wanted).stages}
         return found
+
+    def _graph_of(self, trial: Trial, epoch: int | None, evaluations: list[str] | None) -> Graph:
+        pair = PairSpec.model_validate(dict(trial.pair))
+        return self._graph(pair, str(trial.params.get("teacher", "")), epoch, evaluations)
 
     def _first_leg(self, params: Params) -> Graph:
         pair = self.space.pair(params)
