@@ -19,6 +19,11 @@ def promotion(stop: EarlyStop | None, trials: list[Trial]) -> Trial | None:
     return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
+def last_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    number = Standings(stop, trials).last_hope()
+    return None if number is None else next(trial for trial in trials if trial.number == number)
+
+
 def trial(number: int, scores: dict[int, float], state: State = "paused", epochs: int = 9) -> Trial:
     pair = {"student": {"schedule": {"epochs": epochs}}}
     return Trial(number, {}, pair, state, epoch=max(scores, default=0), scores=scores)
@@ -44,11 +49,8 @@ def test_a_trial_goes_to_its_next_rung() -> None:
         next_rung(STOP, trial(0, {9: 0.1}))
 
 
-def test_the_first_goes_on_at_once_and_who_comes_later_must_be_better() -> None:
-    assert promotion(STOP, at_first_rung(0.9)) is not None
-    first = trial(0, {1: 0.5}, "running")
-    assert promotion(STOP, [first, trial(1, {1: 0.4})]) is None
-    assert promotion(STOP, [first, trial(1, {1: 0.6})]) is not None
+def test_nobody_goes_on_before_enough_have_come() -> None:
+    assert promotion(STOP, at_first_rung(0.9, 0.8)) is None
 
 
 def test_the_best_third_goes_on() -> None:
@@ -70,11 +72,11 @@ def test_a_trial_is_promoted_once() -> None:
 
 
 def test_a_late_better_trial_opens_a_place_although_another_went_on_before() -> None:
-    trials = [*at_first_rung(0.1, 0.9, 0.5), trial(3, {1: 0.95})]
-    trials[1] = trial(1, {1: 0.9, 3: 0.91}, "running")
+    trials = [*at_first_rung(0.1, 0.9, 0.5, 0.4, 0.3), trial(5, {1: 0.95})]
+    trials[1] = trial(1, {1: 0.9, 3: 0.91})
     found = promotion(STOP, trials)
     assert found is not None
-    assert found.number == 3
+    assert found.number == 5
 
 
 def test_of_equal_scores_the_earlier_draw_goes_on() -> None:
@@ -109,8 +111,16 @@ def test_without_early_stop_nobody_is_promoted() -> None:
     assert promotion(None, at_first_rung(0.1, 0.9, 0.5)) is None
 
 
-def test_without_rungs_of_teachers_nothing_but_a_promotion_is_hoped_for() -> None:
-    assert Standings(STOP, at_first_rung(0.9, 0.1)).last_hope() is None
+def test_the_last_hope_is_the_furthest_and_then_the_best() -> None:
+    trials = [*at_first_rung(0.9, 0.1), trial(2, {1: 0.2, 3: 0.3}), trial(3, {1: 0.2, 3: 0.4})]
+    found = last_hope(STOP, trials)
+    assert found is not None
+    assert found.number == 3
+
+
+def test_there_is_no_last_hope_once_something_is_complete() -> None:
+    assert last_hope(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
+    assert last_hope(STOP, []) is None
 
 
 def plainly_promoted(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
@@ -118,11 +128,19 @@ def plainly_promoted(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
     for rung in reversed(stop.rungs):
         reached = [each for each in trials if rung in each.scores]
         ranked = best_first(stop, [each for each in reached if each.state != "failed"], rung)
-        places = ranked[: -(-len(reached) // stop.reduction)]
+        places = ranked[: len(reached) // stop.reduction]
         due = [each for each in places if each.state == "paused" and each.epoch == rung]
         if due:
             return due[0]
     return None
+
+
+def plain_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    paused = [each for each in trials if each.state == "paused"]
+    if not paused or any(each.state == "completed" for each in trials):
+        return None
+    furthest = max(each.epoch for each in paused)
+    return best_first(stop, [each for each in paused if each.epoch == furthest], furthest)[0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -138,10 +156,9 @@ def test_standings_promote_whom_all_scores_would_whatever_happened_before(seed: 
 
     promoted = 0
     for _ in range(200):
-        due = plainly_promoted(stop, trials)
+        due, hope = plainly_promoted(stop, trials), plain_hope(stop, trials)
         assert standings.promotion() == (None if due is None else due.number)
-        idle = all(each.state in ("paused", "failed") for each in trials)
-        assert due or not idle or not any(each.state == "paused" for each in trials), "nothing runs, and nobody goes on"
+        assert standings.last_hope() == (None if hope is None else hope.number)
         if due is not None and chance.random() < 0.7:
             promoted += 1
             tell(dataclasses.replace(due, state="running"))

@@ -76,7 +76,8 @@ def test_trials_that_an_interrupted_driver_left_running_come_first_under_their_n
 def test_a_promoted_trial_is_adopted_from_its_last_rung(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
-        tell(study, given(study))
+        for _ in range(3):
+            tell(study, given(study))
         promoted = given(study)
     adopted = given(Study.open(tmp_path, space))
     assert (adopted.trial.number, adopted.trial.epoch, adopted.until) == (promoted.trial.number, 1, 3)

@@ -1,9 +1,8 @@
 """Asynchronous successive halving by promotion: which paused trial goes on, decided from scores alone.
 
 At a rung (student epochs) a trial pauses. Whenever somebody asks, the best 1/reduction of those that reached a rung may go on
-to the next, highest rung first. Nothing is stopped and nobody waits for a full bracket. The share is rounded up, not down as in
-the source: the first trial goes on at once, so that a search has a result early, and whoever comes later must be better. Before
-the first rung teachers may be judged: below the best share of those that were, no student is trained.
+to the next, highest rung first. Nothing is stopped and nobody waits for a full bracket. Before the first of them teachers may
+be judged: below the best share of those that were, no student is trained.
 
 Source: Li, Jamieson, Rostamizadeh, Gonina, Ben-tzur, Hardt, Recht, Talwalkar, "A System for Massively Parallel Hyperparameter
 Tuning" (MLSys 2020), algorithm 2 (get_job).
@@ -133,17 +132,17 @@ class Standings:
         """
         for rung, paused in self._paused.items():
             # Who is not paused there any more keeps its place, so the best that waits is due if any of them is.
-            places = math.ceil(self._reached[rung] / self.stop.reduction) if self.stop else 0
+            places = self._reached[rung] // self.stop.reduction if self.stop else 0
             if paused and bisect_left(self._ranked[rung], paused[0]) < places:
                 return paused[0][1]
         return self.teachers.promotion()
 
     def last_hope(self) -> int | None:
-        """The trial that goes on when nothing is due and none was completed: so that every search ends with a result.
-
-        At a rung somebody always is due; but the best of all teachers may have failed with its students.
-        """
-        return None if self._completed else self.teachers.hope()
+        """The paused trial that goes on when nothing is due and none was completed: so that every search ends with a result."""
+        if self._completed:
+            return None
+        furthest = next((paused for paused in self._paused.values() if paused), None)
+        return furthest[0][1] if furthest else self.teachers.hope()
 
     def _place(self, trial: Trial | None, rung: int) -> Place | None:
         if trial is None or rung not in trial.scores or trial.state == "failed":
