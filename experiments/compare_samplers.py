@@ -3,24 +3,26 @@
 Question: what do sharing, the sampler and rungs save on `experiments/tables/cifar10_pairs.parquet`?
 Command:  python -m experiments.compare_samplers run OUT.parquet; python -m experiments.compare_samplers say OUT.parquet
 Cost:     9 minutes of 16 cores, an hour of two.
-Result:   n = 50 paired seeds, commit dde67f9; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
+Result:   n = 50 paired seeds, commit 7567047; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
 % of what the whole table costs, until the best completed pair is within 1.0 point of the best of all; "dearer" is the geometric
 mean of that cost over balanced spending's, with a 95 % bootstrap interval.
 
                      as measured             teachers x 20            all the same
     method           near   dearer           near   dearer            near   dearer
-    balanced           4                       5                        5
-    balanced, whole    4    1.0 (0.8-1.3)      4    0.9 (0.7-1.1)       4    0.6 (0.5-0.8)
-    gain per cost      3    0.8 (0.6-1.2)      5    1.0 (0.6-1.5)       6    1.2 (0.9-1.6)
-    tpe               12    2.8 (1.8-4.4)     53    9.1 (6.0-13)       19    3.5 (2.4-5.1)
-    tpe, alone        18    4.2 (2.6-6.6)     99    19 (12-30)         23    4.2 (2.9-6.2)
-    random, alone     19    3.3 (2.1-5.0)     90    12 (6.9-21)        19    2.7 (1.9-3.9)
+    balanced           2                       2                        3
+    balanced, whole    4    2.2 (1.6-3.0)      5    2.3 (1.6-3.3)       4    1.0 (0.8-1.3)
+    balanced, 1 3 9    6    3.1 (2.3-4.2)      3    3.1 (2.0-4.7)      11    3.5 (2.6-4.7)
+    gain per cost      3    1.4 (1.1-1.8)      4    2.0 (1.4-2.9)       5    1.4 (1.1-1.7)
+    tpe                8    3.8 (2.7-5.2)     39    18 (12-27)         11    3.2 (2.4-4.2)
+    tpe, alone        11    5.0 (3.5-7.2)     62    31 (20-49)         13    3.8 (2.8-5.0)
+    random, alone     19    7.1 (4.8-11)      90    32 (18-56)         19    4.4 (3.0-6.1)
 
-Every search is ktray's own (space, study, sampler, rungs 1, 3 and 9 by kNN, sharing) with one worker; a stage takes what it
-took on the H100 and measures what it measured there. `PRICES` says three sorts of prices: as measured, where students cost more
-than teachers; teachers twenty times as dear; every whole stage the same. "Whole" trains all students to their end. "Alone" is
-the same search with every stage paid for by each trial that needs it. Regret is the best linear probe of the table less that of
-the best pair completed so far, in points, and area its mean over budgets of 5 to 100 % of the table.
+Every search is ktray's own (space, study, sampler, sharing, and a rung after 1 of 9 epochs, where kNN chooses the best third)
+with one worker; a stage takes what it took on the H100 and measures what it measured there. `PRICES` says three sorts of
+prices: as measured, where students cost more than teachers; teachers twenty times as dear; every whole stage the same. "Whole"
+trains all students to their end, "1 3 9" has a second rung, "alone" pays for every stage in each trial that needs it. Regret is
+the best linear probe of the table less that of the best pair completed so far, in points, and area its mean over budgets of 5
+to 100 % of the table.
 """
 
 from __future__ import annotations
@@ -106,19 +108,20 @@ class Method:
     """How a search draws, and whether it stops students early."""
 
     sampler: str
-    rungs: bool = True
+    rungs: tuple[int, ...] = (1, LAST)
     draws: Callable[[Space, World], Source] | None = None
     trials: int = 120
 
 
 METHODS = {
     "balanced": Method("balanced"),
-    "balanced, whole": Method("balanced", rungs=False),
+    "balanced, whole": Method("balanced", rungs=()),
+    "balanced, 1 3 9": Method("balanced", rungs=RUNGS),
     "tpe": Method("tpe"),
     "gain per cost": Method("balanced", draws=per_cost),
     "random, rungs": Method("random", draws=by_chance),
-    "random": Method("random", rungs=False, draws=by_chance, trials=207),
-    "told": Method("random", rungs=False, draws=told, trials=207),
+    "random": Method("random", rungs=(), draws=by_chance, trials=207),
+    "told": Method("random", rungs=(), draws=told, trials=207),
 }
 """Name -> method."""
 
@@ -136,7 +139,7 @@ def space(method: Method, seed: int) -> Space:
         "seed": seed,
         "objectives": [{"metric": "linear_probe/top1"}],
         "budget": {"trials": method.trials, "concurrent": 1},
-        "early_stop": {"metric": "knn/top1", "rungs": list(RUNGS), "reduction": 3} if method.rungs else None,
+        "early_stop": {"metric": "knn/top1", "rungs": list(method.rungs), "reduction": 3} if method.rungs else None,
         "sampler": method.sampler,
         "pair": {
             "data": "cifar10",
@@ -183,7 +186,7 @@ def searched(task: tuple[str, str, int]) -> pandas.DataFrame:
 
 
 @functools.lru_cache(20)
-def _world(prices: str, rungs: bool, shuffled: int | None) -> World:
+def _world(prices: str, rungs: tuple[int, ...], shuffled: int | None) -> World:
     """The world that a process searched last; its keys hang on the rungs."""
     like = next(method for method in METHODS.values() if method.rungs == rungs)
     return world(space(like, shuffled or 0), PRICES[prices], shuffled is not None)
@@ -202,6 +205,7 @@ def run(out: Path, processes: int, sorts: Sequence[str], methods: Sequence[str])
 
 COMPARED = {
     "balanced, whole": ("balanced, whole", "shared"),
+    "balanced, 1 3 9": ("balanced, 1 3 9", "shared"),
     "tpe": ("tpe", "shared"),
     "gain per cost": ("gain per cost", "shared"),
     "random, rungs": ("random, rungs", "shared"),
