@@ -72,6 +72,8 @@ def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
     """
     of_image = torch.from_numpy(np.stack([_checked(entry) for entry in heads], axis=1))
     widths = [entry.classes for entry in heads]
+    known = of_image >= 0
+    kept = known.any(dim=1)
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         seen = views_of.to_float(views_of.views(images, augment, generator))
@@ -81,7 +83,8 @@ def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
         head=lambda width: nn.Linear(width, sum(widths)),
         batch=batch,
         loss=cross_entropy if len(heads) == 1 else functools.partial(joint_cross_entropy, widths=widths),
-        keep=torch.nonzero((of_image >= 0).any(dim=1)).flatten(),
+        keep=torch.nonzero(kept).flatten(),
+        mean_over_images=bool(known[kept].all()),  # or a head's mean is over those images of the batch that it knows
     )
 
 

@@ -51,8 +51,9 @@ class Means:
         checkpoint_seconds: how much work a killed stage may lose.
         memmap_bytes: pixels above this are streamed from their files instead of written to a memmap.
         alone: memory ran out in an earlier attempt, so this one has its machine or GPU for itself.
-        most_images: how many images the device may hold at once where a network only looks; None for a usual batch. Smaller
-            pieces may change the last bit, so only a stage that ran out of memory gets them, and its record says so.
+        most_images: how many images may go through a network at once; None for a usual batch. Smaller pieces change the last
+            bit, and in training what batch norm sees, so only a stage that ran out of memory gets them, and its record says so.
+            A training whose task is no mean over images (`Task.mean_over_images`) has whole batches all the same.
     """
 
     pool: Pool = field(default_factory=LocalPool)

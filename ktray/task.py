@@ -29,6 +29,11 @@ class Task:
         prepare: called once with the model as drawn, before a snapshot is loaded; it may add what is saved with the model and
             never trained, such as a moving average of the backbone.
         forward: (model, inputs) -> what `loss` takes; None for ``head(backbone(inputs))``.
+        mean_over_images: whether `loss` is a mean of one term per image, from that image's inputs and targets alone, and the
+            rows of `inputs` stand image by image. Then a batch that is too large for the memory may go through the network in
+            parts, see `train.fit`. False for a loss that compares images with each other, and for a `forward` that keeps what
+            it saw of the batch for `after_step`: parts would train something else. False is safe, as a batch that does not fit
+            then fails and says so.
     """
 
     head: Callable[[int], nn.Module]
@@ -39,3 +44,4 @@ class Task:
     after_step: Callable[[nn.ModuleDict], None] | None = None
     prepare: Callable[[nn.ModuleDict], None] | None = None
     forward: Callable[[nn.ModuleDict, Tensor], Tensor] | None = None
+    mean_over_images: bool = False

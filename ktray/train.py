@@ -84,6 +84,7 @@ def fit(
     until: int,
     start: Path | None = None,
     device: str = "cpu",
+    most_images: int | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> dict[str, float]:
     """Train to the end of epoch `until`, write that snapshot into `out`, and return the last epoch's metrics.
@@ -98,6 +99,7 @@ def fit(
             lr of the last step, metrics of the task; means over images; all epochs from 1) and state.json, written last.
         until: last epoch, at most `schedule.epochs`; 0 writes the initial weights, and the metrics are empty.
         start: snapshot of any earlier epoch of the same training; None trains from scratch.
+        most_images: so many images at most, and a quarter of a batch, go through the network at once (`_Batches.parts`).
         on_epoch: called with (epoch, its metrics, a function that writes this epoch's snapshot into a directory).
 
     Raises:
@@ -112,7 +114,7 @@ def fit(
         history = snapshot.resume(start, model, optimizer) if start else []
         if not len(history) <= until <= schedule.epochs:
             raise ValueError(f"epoch {until} is not between the start, {len(history)}, and the total, {schedule.epochs}")
-        batches = _Batches(images, task, schedule.batch_size, seed, device)
+        batches = _Batches(images, task, schedule.batch_size, seed, device, most_images)
         for epoch in range(len(history) + 1, until + 1):
             torch.manual_seed(seed_of(seed, "epoch", epoch))
             metrics = _train_epoch(epoch, model, task, optimizer, schedule, batches)
@@ -143,16 +145,20 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = task.batch(pixels, indices, generator)
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
-            outputs = task.forward(model, inputs) if task.forward else head(backbone(inputs))
-            loss, metrics = task.loss(outputs, targets)
-        optimizer.zero_grad()
-        loss.backward()
+        found: list[tuple[str, Tensor, float]] = []
+        for share, some, wanted in batches.parts(inputs, targets):
+            with torch.autocast(pixels.device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
+                outputs = task.forward(model, some) if task.forward else head(backbone(some))
+                loss, metrics = task.loss(outputs, wanted)
+            if not found:
+                optimizer.zero_grad()
+            loss.backward(torch.full_like(loss, share))  # of a whole batch 1, as backward() has it; of parts the sum is its
+            found += [(name, value.detach(), share * len(indices)) for name, value in {"loss": loss, **metrics}.items()]
         optimizer.step()
         if task.after_step:
             task.after_step(model)
-        for name, value in {"loss": loss, **metrics}.items():  # summed on the device: asking for a number would wait for it
-            part = value.detach().double() * len(indices)
+        for name, value, count in found:  # summed on the device: asking for a number would wait for it
+            part = value.double() * count
             sums[name] = sums[name] + part if name in sums else part
         seen += len(indices)
     means = {name: float(total) / seen for name, total in sums.items()}
@@ -164,9 +170,12 @@ def _train_epoch(
 class _Batches:
     """Shuffled batches of the kept images: (pixels on the device, indices, generator of the batch) per step of an epoch."""
 
-    def __init__(self, images: Images, task: Task, size: int, seed: int, device: str) -> None:
+    def __init__(self, images: Images, task: Task, size: int, seed: int, device: str, most_images: int | None) -> None:
         self.images, self.size, self.seed, self.device = images, size, seed, device
         self.order = task.order
+        self.most = None
+        if most_images is not None and task.mean_over_images:
+            self.most = max(2, min(most_images, size // 4))  # a small batch did not fit either
         self.kept = torch.arange(len(images)) if task.keep is None else task.keep
         if len(self.kept) < 2:
             raise ValueError(f"training needs two images or more, and {len(self.kept)} of {len(images)} are kept")
@@ -183,6 +192,22 @@ class _Batches:
         generator = torch.Generator()
         for step, (pixels, places) in enumerate(zip(self._pixels(parts), parts, strict=True)):
             yield pixels, self.kept[places], generator.manual_seed(seed_of(self.seed, "batch", epoch, step))
+
+    def parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[float, Tensor, Tensor]]:
+        """(share of the batch, inputs, targets) of each part of a batch: of the whole one, or of few images each.
+
+        A batch is made whole, so each image looks as it would without parts, and only then cut. Where the task's loss is a mean
+        over images, the parts' gradients, each times its share, sum to the batch's, up to rounding. What the network itself
+        takes from a batch is the part's: batch norm's statistics, which then also move once per part, and dropout's draws. No
+        part is a single image, which batch norm cannot use.
+        """
+        if self.most is None or len(targets) <= self.most:
+            return [(1.0, inputs, targets)]
+        number = min(-(-len(targets) // self.most), len(targets) // 2)
+        wanted = targets.tensor_split(number)
+        rows = len(inputs) // len(targets)
+        some = inputs.split([rows * len(part) for part in wanted])
+        return [(len(part) / len(targets), each, part) for each, part in zip(some, wanted, strict=True)]
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """Places in `kept` of one epoch's images."""

@@ -47,6 +47,20 @@ def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never
     assert found("clusters").gpus == 0.0
 
 
+def test_what_ran_out_of_memory_asks_for_a_larger_share_although_its_record_shows_small_pieces() -> None:
+    found = shares()
+    for _ in range(3):  # of neighbours on one GPU, which fail together
+        found.ran_out("student", 0.25)
+        found.note(peaked("student", 1 * GIB))
+    assert found("student").gpus == 0.5
+    found.ran_out("student", 0.5)
+    assert found("student").gpus == 1.0
+    found.ran_out("student", 1.0)
+    assert found("student").gpus == 1.0
+    found.ran_out("features", 0.0)
+    assert found("features").gpus == 0.25, "on a CPU"
+
+
 def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs_one() -> None:
     found = shares()
     found.note(peaked("student", 0, 0))

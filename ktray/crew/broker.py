@@ -17,6 +17,7 @@ import ray
 from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Attendance, Process
 from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
+from ktray.crew.causes import OUT_OF_MEMORY
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import cause_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
@@ -173,7 +174,7 @@ class Broker:
         now = time.time()
         self._ledger.beat(worker, "", None, "", {}, now)
         if report is not None:
-            self._note(report, now)
+            self._note(report, worker, now)
         if worker.leads is not None:
             self._ledger.lost(worker)
         if worker.leaving:
@@ -206,8 +207,10 @@ class Broker:
         worker.pid, worker.node, worker.cards = who["pid"], who["node"], who["cards"]
         return worker
 
-    def _note(self, report: Mapping[str, Any], now: float) -> None:
+    def _note(self, report: Mapping[str, Any], worker: Worker, now: float) -> None:
         key, attempt, kind = report["key"], report["attempt"], report["kind"]
+        if kind == OUT_OF_MEMORY:
+            self._shares.ran_out(key.rpartition("-")[0], worker.shape.gpus)
         if not kind:
             for published, computed in [(key, report["computed"]), *report["beside"]]:
                 self._ledger.published(published, attempt, computed, report["seconds"], now)

@@ -35,6 +35,15 @@ class Shares:
             return needs
         return replace(needs, gpus=self._least.get(stage, USUAL))
 
+    def ran_out(self, stage: str, had: float) -> None:
+        """Learn from a stage that ran out of memory with the share `had`: the next of its name get the next larger one.
+
+        The record of its second attempt may not tell, which holds few images at a time.
+        """
+        if had:
+            larger = next((share for share in SHARES if share > had), 1.0)
+            self._least[stage] = max(self._least.get(stage, USUAL), larger)
+
     def note(self, artifact: Artifact) -> None:
         """Learn from a record of a stage that ran on a GPU."""
         record = artifact.record

@@ -70,6 +70,7 @@ def task(spec: Spec, size: int) -> Task:
         after_step=lambda model: moving_average.follow(model, spec.decay),
         prepare=moving_average.prepare,
         forward=forward,
+        mean_over_images=True,
     )
 
 

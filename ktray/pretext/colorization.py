@@ -77,7 +77,7 @@ def task(spec: Spec, size: int, images: Images) -> Task:
         each = nn.functional.cross_entropy(logits, targets, reduction="none") * weights.to(logits.device)[likeliest]
         return each.mean(), {"top1": (logits.detach().max(1).indices == likeliest).float().mean()}
 
-    return Task(head=head, batch=batch, loss=loss)
+    return Task(head=head, batch=batch, loss=loss, mean_over_images=True)
 
 
 def soft(ab: Tensor, colours: Tensor, sigma: float) -> Tensor:

@@ -84,7 +84,12 @@ def task(spec: Spec, size: int) -> Task:
             cut = torch.einsum("nchw,dc->ndhw", cut, torch.tensor(PROJECTION, device=cut.device))
         return patches.normalised(cut), targets.to(images.device)
 
-    return Task(head=lambda width: Head(width, spec.hidden, 9 if spec.pairs == "all" else 2), batch=batch, loss=cross_entropy)
+    return Task(
+        head=lambda width: Head(width, spec.hidden, 9 if spec.pairs == "all" else 2),
+        batch=batch,
+        loss=cross_entropy,
+        mean_over_images=True,
+    )
 
 
 def corners(places: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:

@@ -68,7 +68,7 @@ def task(spec: Spec, size: int) -> Task:
             nn.Unflatten(1, (3, spec.grid, spec.grid)),
         )
 
-    return Task(head=head, batch=batch, loss=reconstruction)
+    return Task(head=head, batch=batch, loss=reconstruction, mean_over_images=True)
 
 
 def holes(count: int, grid: int, anywhere: bool, generator: torch.Generator) -> Tensor:

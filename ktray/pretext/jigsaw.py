@@ -95,7 +95,7 @@ def task(spec: Spec, size: int) -> Task:
             nn.Linear(4 * spec.hidden, spec.permutations),
         )
 
-    return Task(head=head, batch=batch, loss=cross_entropy)
+    return Task(head=head, batch=batch, loss=cross_entropy, mean_over_images=True)
 
 
 def check(spec: Spec) -> None:

@@ -48,4 +48,4 @@ def task(spec: Spec, size: int) -> Task:
             turned = turned.take_along_dim(targets[:, :, None, None, None], dim=1)
         return augment.to_float(turned.flatten(0, 1)), targets
 
-    return Task(head=lambda width: nn.Linear(width, 4), batch=batch, loss=cross_entropy)
+    return Task(head=lambda width: nn.Linear(width, 4), batch=batch, loss=cross_entropy, mean_over_images=True)

@@ -83,6 +83,7 @@ def task(spec: Spec, size: int, images: Images) -> Task:
         head=lambda width: Head(width, spec.hidden, spec.grid, len(colours), spec.levels),
         batch=batch,
         loss=loss,
+        mean_over_images=True,
     )
 
 

@@ -34,6 +34,7 @@ def run_training(stage: Stage, task: Task, images: Images, out: Path, means: Mea
         until=until,
         start=start,
         device=means.device,
+        most_images=means.most_images,
         on_epoch=_checkpointing(out, until, means),
     )
     return {**metrics, "epoch": float(until), "parameters": float(sum(p.numel() for p in backbone.parameters()))}

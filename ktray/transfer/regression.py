@@ -60,6 +60,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
         head=lambda width: distillation.head(width, spec.hidden, features.width),
         batch=distillation.batch(features, augment, prepare),
         loss=cosine if spec.loss == "cosine" else l2,
+        mean_over_images=True,
     )
 
 

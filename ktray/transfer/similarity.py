@@ -81,6 +81,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
         head=lambda width: distillation.head(width, spec.hidden, features.width),
         batch=distillation.batch(features, augment, functools.partial(nn.functional.normalize, dim=1)),
         loss=loss,
+        mean_over_images=True,
     )
 
 

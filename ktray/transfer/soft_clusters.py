@@ -85,7 +85,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
         soft = torch.zeros(len(indices), head.classes).scatter_(1, nearest[indices], shares[indices])
         return seen, soft.to(images.device)
 
-    return Task(head=lambda width: nn.Linear(width, head.classes), batch=batch, loss=cross_entropy)
+    return Task(head=lambda width: nn.Linear(width, head.classes), batch=batch, loss=cross_entropy, mean_over_images=True)
 
 
 def shared(squared: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
