@@ -230,7 +230,8 @@ def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> 
     )
     assert said.stdout.strip() == (
         f"the home {ray_home.home} is in use by the process {os.getpid()}. "
-        "Wait for it, stop it, or give another home with --home."
+        "Wait for it, stop it, or give another home with --home. Several searches at once share one Ray and "
+        "compute nothing twice: `ray start --head`, and --address auto for each of them."
     )
 
 

@@ -46,7 +46,8 @@ def hold_home(home: Path) -> Lock:
         pid = path.read_text().strip() or "unknown"
         raise UserError(
             f"the home {home} is in use by the process {pid}",
-            instead="Wait for it, stop it, or give another home with --home.",
+            instead="Wait for it, stop it, or give another home with --home. Several searches at once share one Ray and "
+            "compute nothing twice: `ray start --head`, and --address auto for each of them.",
         )
     path.write_text(f"{os.getpid()}\n")
     return lock
