@@ -52,6 +52,19 @@ def test_the_second_attempt_at_a_published_key_is_discarded(store):
     assert (second.directory / "data.bin").read_bytes() == b"first"
 
 
+def test_of_two_attempts_that_overlap_the_slower_one_gets_what_the_faster_one_published(store):
+    key = "features-000000000000"
+    faster, slower = (store.scratch(key, attempt) for attempt in "ab")
+    for scratch in (faster, slower):
+        (scratch / "data.bin").write_bytes(scratch.name.encode())
+    assert store.publish(faster, key, {"metrics": {}})[1]
+    found, published = store.publish(slower, key, {"metrics": {}})
+    assert not published
+    assert (found.directory / "data.bin").read_bytes() == faster.name.encode()
+    assert store.verify(key) == ""
+    assert not list((store.root / ".scratch").iterdir())
+
+
 def test_a_truncated_file_is_never_used_and_said_so(store, caplog):
     artifact, _ = publish(store)
     (artifact.directory / "data.bin").write_bytes(b"12")

@@ -15,10 +15,10 @@ from ktray.crew.demand import Demand
 from ktray.crew.hiring import Hiring
 from ktray.crew.needs import Needs
 from ktray.crew.openings import Openings
+from ktray.crew.patience import DEATHS, Patience
 from ktray.crew.room import quiet
-from ktray.crew.roster import Roster, Worker, shape_of
+from ktray.crew.roster import Roster, Worker, said, shape_of
 
-DEATHS = 3
 LATE = 120.0  # seconds after which another worker is hired in place of one that froze while it started
 FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
 
@@ -56,8 +56,7 @@ class Ledger:
         self._apart, self._alone = set[str](), set[str]()
         self.hiring = Hiring(roster, self.outbox)
         self._attempts: dict[str, list[str]] = {}
-        self._deaths, self._missed = Counter[str](), Counter[str]()
-        self._furthest: dict[str, float] = {}
+        self._patience = Patience()
         self._hired: dict[str, float] = {}
         self._expected: set[str] = set()
         self._quiet_until = 0.0
@@ -161,6 +160,10 @@ class Ledger:
             return False
         for each in beside:
             self.ended(each.key, attempt)
+        if kind == FAILED and not beside and self.find(key) is not None:
+            # Another crew on this store was faster, which takes away what others are writing at the key.
+            self.published(key, attempt, False, 0.0, now)
+            return False
         if not missing and kind in (FAILED, OUT_OF_MEMORY) and (beside or self._again_alone(key, kind)):
             event = "apart" if beside else OUT_OF_MEMORY
             self.outbox.append(Event(event, key, run.stage.name, run.worker, now - run.since, cause))
@@ -171,8 +174,7 @@ class Ledger:
         if kind != FAILED:
             for each in beside:
                 self._give_up(each.key, kind, cause)
-        self._missed[key] += bool(missing)
-        if missing and self._missed[key] < DEATHS and self.demand.miss(key, missing, now):
+        if missing and self._patience.miss(key) and self.demand.miss(key, missing, now):
             return True
         self.outbox.append(Event("failed", key, run.stage.name, run.worker, now - run.since, cause))
         self._give_up(key, kind, cause)
@@ -201,8 +203,7 @@ class Ledger:
 
     def _forget(self, key: str) -> None:
         """What went wrong with a stage before counts no more."""
-        for counts in (self._deaths, self._missed, self._furthest):
-            counts.pop(key, None)
+        self._patience.forget(key)
         self._alone.discard(key)
 
     def lost(self, worker: Worker) -> None:
@@ -233,13 +234,9 @@ class Ledger:
             self.ended(run.key, run.attempt)
         self._part(family)
         for run in family:
-            if run.progress.get("epoch", 0) > self._furthest.get(run.key, 0):
-                self._furthest[run.key] = run.progress["epoch"]
-                self._deaths[run.key] = 0  # a stage that gets further each time does not kill its workers
             # A worker that froze before it heard of the stage says nothing about the stage.
-            self._deaths[run.key] += run.seen or event != "fenced"
-            if self._deaths[run.key] >= DEATHS:
-                self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
+            if not self._patience.bear(run, run.seen or event != "fenced"):
+                self._give_up(run.key, FAILED, f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
 
     def _bear_no_more(self, why: str) -> None:
         self.hiring.stillborn += 1
@@ -306,7 +303,7 @@ class Ledger:
         if worker is not None:
             self._give(worker, want.stage, openings.now)
         elif not self.roster.fits(needs):
-            self._give_up(want.stage.key, FAILED, f"it needs {_said(needs)}, more than any node of the cluster has")
+            self._give_up(want.stage.key, FAILED, f"it needs {said(needs)}, more than any node of the cluster has")
         else:
             return self.hiring.hire(shape_of(needs), alone, openings)
         return True
@@ -342,9 +339,3 @@ class Ledger:
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
         return self.hiring.helpers(attempt)
-
-
-def _said(needs: Needs) -> str:
-    shape = shape_of(needs)
-    what = f"{shape.gpus:g} GPU" if shape.gpus else f"{shape.cpus:g} CPU"
-    return f"{what} and {needs.memory_bytes / 2**30:.1f} GiB" if needs.memory_bytes else what

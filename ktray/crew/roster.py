@@ -24,6 +24,13 @@ def shape_of(needs: Needs) -> Shape:
     return Shape(0.0, needs.gpus) if needs.gpus else Shape(max(needs.cpus, 0.01), 0.0)
 
 
+def said(needs: Needs) -> str:
+    """Needs in words, such as ``1 CPU and 2.0 GiB``."""
+    shape = shape_of(needs)
+    what = f"{shape.gpus:g} GPU" if shape.gpus else f"{shape.cpus:g} CPU"
+    return f"{what} and {needs.memory_bytes / 2**30:.1f} GiB" if needs.memory_bytes else what
+
+
 @dataclass(frozen=True)
 class Node:
     """Resources of one machine; memory in bytes."""
