@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from test_ledger import House, answers, given, stage
 
 from ktray.crew.books import Hire, Kill
@@ -42,6 +43,37 @@ def test_another_worker_is_hired_for_one_that_does_not_come_and_a_full_cluster_f
         assert answers(actions) == {}
     house.arrive(next(action for action in actions if isinstance(action, Hire)).worker.name)
     assert given(house.turn()) == [one.key]
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_node_that_dies_while_many_workers_start_on_it_fails_nothing(noticed: bool) -> None:
+    house = House(2, Node(2.0, 0.0, 100.0))
+    stages = [stage("one", number=number) for number in range(8)]
+    house.want("a", *stages[:2])
+    nodes = house.roster.nodes
+    house.roster.see({**nodes, "spot": Node(4.0, 0.0, 100.0)}, house.now)
+    starting = [action.worker.name for action in house.want("b", *stages[2:]) if isinstance(action, Hire)]
+    assert len(starting) == 4
+    if noticed:
+        house.roster.see(nodes, house.now)
+    for name in starting:
+        house.ledger.gone(name, "worker died", "its node died", house.now)
+    assert answers(house.turn()) == {}
+    house.roster.see(nodes, house.now)
+    for each in stages[:-1]:
+        house.publish(each)
+    assert answers(house.publish(stages[-1])) == {"b": ["computed"] * 6}
+
+
+def test_workers_that_never_come_fail_what_waits_after_the_third_generation() -> None:
+    house = House(0, Node(4.0, 0.0, 100.0))
+    actions = house.want("a", *(stage("one", number=number) for number in range(6)))
+    for _ in range(3):
+        assert answers(actions) == {}
+        for worker in [action.worker for action in actions if isinstance(action, Hire)]:
+            house.ledger.gone(worker.name, "worker died", "no torch", house.now)
+        actions = house.turn()
+    assert answers(actions) == {"a": "WorkerDied: workers die before their first heartbeat: no torch"}
 
 
 def test_a_replacement_is_hired_on_a_node_that_is_heard_of_while_there_is_one() -> None:

@@ -219,7 +219,8 @@ class Ledger:
         self._hired.pop(name, None)
         if worker is None:
             return
-        if worker.beat is None and event != "late":  # a cluster that is full lets wait as long as it likes
+        # A cluster that is full lets wait as long as it likes.
+        if worker.beat is None and event != "late" and self.hiring.is_hopeless_after(worker):
             self._bear_no_more(why)
         family = self._family(worker.leads or "")
         if not family:
@@ -239,10 +240,6 @@ class Ledger:
                 self._give_up(run.key, FAILED, f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
 
     def _bear_no_more(self, why: str) -> None:
-        self.hiring.stillborn += 1
-        if self.hiring.stillborn < DEATHS:
-            return
-        self.hiring.stillborn = 0
         for key in [each for each in self.demand.wants if each not in self.runs]:
             if key in self.demand.wants:
                 self._give_up(key, "failed", f"WorkerDied: workers die before their first heartbeat: {why}")
