@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_ledger import House, answers, given, stage
 
-from ktray.crew.books import Hire, Kill
+from ktray.crew.books import Event, FenceLost, Give, Hire, Kill
 from ktray.crew.ledger import LATE
 from ktray.crew.openings import Openings
 from ktray.crew.roster import Node, Shape
@@ -101,3 +101,21 @@ def test_the_pace_of_a_stage_is_counted_in_moves_of_its_progress() -> None:
         house.ledger.beat(house.roster.workers[give.worker], one.key, one, give.attempt, {"epoch": epoch}, house.now)
     run = house.ledger.runs[one.key]
     assert (run.moves, run.moved - run.since) == (2, 9)
+
+
+def test_after_a_restart_a_worker_that_stays_silent_is_ended_and_fenced_before_its_stage_starts_again() -> None:
+    house, one = House(0), stage("one")
+    house.ledger.expect(["worker-1", "worker-7"], house.now)
+    house.arrive("worker-1")
+    house.want("a", one)
+    house.now += 14
+    house.arrive("worker-1")
+    assert house.turn() == []
+    house.now += 2
+    house.ledger.dispatch(house.now)
+    told, house.ledger.outbox[:] = house.ledger.outbox[:], []
+    assert [type(action) for action in told] == [Kill, Event, FenceLost, Give, Event]
+    assert told[0].worker.name == "worker-7"
+    assert (told[1].event, told[1].worker) == ("fenced", "worker-7")
+    house.ledger.gone("worker-7", "worker died", "killed", house.now)
+    assert house.turn(16) == [], "it is told once"

@@ -103,6 +103,13 @@ def test_a_fenced_attempt_can_neither_write_nor_publish(store):
     assert not store.fence("student-000000000000", "late")
 
 
+def test_attempts_that_write_are_told_by_the_beginning_of_their_names(store):
+    for key, attempt in (("student-1", "ours-a"), ("student-2", "ours-b"), ("student-1", "theirs-a"), ("student-3", "ours-c")):
+        store.scratch(key, attempt)
+    store.fence("student-3", "ours-c")
+    assert sorted(store.attempts("ours-")) == [("student-1", "ours-a"), ("student-2", "ours-b")]
+
+
 def test_checkpoints_of_dead_attempts_are_found_newest_first_and_half_written_ones_are_not(store):
     key = "student-000000000000"
     for attempt, epoch in (("a", 3), ("b", 12)):

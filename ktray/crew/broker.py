@@ -16,7 +16,7 @@ import ray
 
 from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Attendance, Process
-from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
+from ktray.crew.books import Answer, Dismiss, Event, Fence, FenceLost, Give, Hire, Kill
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import cause_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
@@ -138,7 +138,7 @@ class Broker:
                 for each in self._roster.workers.values()
             ],
             "running": [
-                {"key": run.key, "stage": run.stage.name, "worker": run.worker, "node": self._place(run.worker)}
+                {"key": run.key, "stage": run.stage.name, "worker": run.worker, "node": self._roster.node_of(run.worker)}
                 | {"since": run.since, "progress": dict(run.progress), "silent_seconds": round(now - run.moved, 3)}
                 | {"attempt": run.attempt, "pace_seconds": (run.moved - run.since) / run.moves if run.moves else None}
                 | {"helpers": ledger.helpers(run.attempt)}
@@ -278,6 +278,9 @@ class Broker:
                 case Fence(key, attempt):
                     with suppress(OSError):  # a store that is away for a moment must not end the broker's own task
                         self._store.fence(key, attempt)
+                case FenceLost():
+                    with suppress(OSError):
+                        self._fence_lost()
                 case Kill(worker):
                     self._kill(worker)
                 case Answer(request):
@@ -286,6 +289,12 @@ class Broker:
                         future.set_result(action)
                 case Event():
                     self._publish(action)
+
+    def _fence_lost(self) -> None:
+        owned = {run.attempt for run in self._ledger.runs.values()}
+        for key, attempt in self._store.attempts(f"{self._charter.name}-"):
+            if attempt not in owned:
+                self._store.fence(key, attempt)
 
     def _publish(self, event: Event) -> None:
         self._number += 1
@@ -328,10 +337,6 @@ class Broker:
         handle = self._handles.pop(worker.name, None)
         if handle is not None:
             ray.kill(handle)
-
-    def _place(self, name: str) -> str:
-        worker = self._roster.workers.get(name)
-        return worker.node if worker else ""
 
     def _end_if_never_called(self) -> None:
         if self._ticking is None:

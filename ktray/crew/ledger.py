@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Event, Fence, Give, Kill, Run, Want
+from ktray.crew.books import Event, Fence, FenceLost, Give, Kill, Run, Want
 from ktray.crew.causes import FAILED, OUT_OF_MEMORY, also_alone
 from ktray.crew.demand import Demand
 from ktray.crew.hiring import Hiring
@@ -17,7 +17,7 @@ from ktray.crew.needs import Needs
 from ktray.crew.openings import Openings
 from ktray.crew.patience import DEATHS, Patience
 from ktray.crew.room import quiet
-from ktray.crew.roster import Roster, Worker, said, shape_of
+from ktray.crew.roster import Roster, Shape, Worker, said, shape_of
 
 LATE = 120.0  # seconds after which another worker is hired in place of one that froze while it started
 FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
@@ -64,7 +64,7 @@ class Ledger:
     # ---- what workers tell
 
     def expect(self, names: Iterable[str], now: float) -> None:
-        """After a restart: dispatch nothing until these workers were heard of, or are given up."""
+        """After a restart: dispatch nothing until these workers were heard of, or have been silent for too long."""
         self._expected = set(names)
         self.roster.skip(self._expected)
         self._quiet_until = now + self.dead_after
@@ -267,8 +267,10 @@ class Ledger:
 
     def dispatch(self, now: float) -> None:
         """Start what can start, borrow idle workers for what can be split, hire where stages wait."""
-        if self._expected and now < self._quiet_until:
-            return
+        if self._expected:
+            if now < self._quiet_until:
+                return
+            self._expect_no_more()
         self._keep_alone()
         openings = Openings(self.roster, now)
         for want in self.demand.among(self._alone):
@@ -285,6 +287,14 @@ class Ledger:
                     break
         self.hiring.rest(openings)
         self._lend(openings)
+
+    def _expect_no_more(self) -> None:
+        """End the workers that nobody has heard of since a restart; what they were writing only their directories tell."""
+        for name in sorted(self._expected):
+            self.outbox.append(Kill(Worker(name, Shape(), "")))
+            self.outbox.append(Event("fenced", worker=name, cause=f"no heartbeat for {self.dead_after:g} s after a restart"))
+        self.outbox.append(FenceLost())
+        self._expected.clear()
 
     def _keep_alone(self) -> None:
         """Let nothing begin beside what must be alone on its machine."""

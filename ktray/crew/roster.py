@@ -127,6 +127,10 @@ class Roster:
         self.workers[name] = Worker(name, shape, node)
         return self.workers[name]
 
+    def node_of(self, name: str) -> str:
+        """Where a worker is; empty if it is no more."""
+        return self.workers[name].node if name in self.workers else ""
+
     def keep(self, name: str, part: str = WHOLE) -> None:
         """Let nothing begin on this node, or this part of it, until the next dispatch."""
         self.kept[name] = part

@@ -41,6 +41,9 @@ class Store(Protocol):
     def fence(self, key: str, attempt: str) -> bool:
         """Take the scratch directory away from an attempt, so that it can neither write nor publish; False if it was gone."""
 
+    def attempts(self, beginning: str) -> list[tuple[str, str]]:
+        """(key, attempt) of all that have a scratch directory and whose name begins like this."""
+
     def checkpoints(self, key: str) -> list[Path]:
         """Complete checkpoints that unfinished attempts at `key` left, newest first."""
 

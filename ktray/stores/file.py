@@ -122,6 +122,10 @@ class FileStore:
             return False
         return True
 
+    def attempts(self, beginning: str) -> list[tuple[str, str]]:
+        found = (path.name.rpartition(".") for path in self._hidden(".scratch").iterdir())
+        return [(key, attempt) for key, _, attempt in found if attempt.startswith(beginning)]
+
     def checkpoints(self, key: str) -> list[Path]:
         found: list[tuple[int, Path]] = []
         for place in (".scratch", ".fenced"):
