@@ -29,7 +29,7 @@ def test_the_share_holds_the_recorded_peak_and_what_comes_with_it(peak: int, sha
 
 def shares(has_gpus: bool = True) -> Shares:
     given = {"teacher": Needs(gpus=0.25), "student": Needs(cpus=2.0)}
-    return Shares(lambda name: given.get(name, Needs()), ["student", "features"], lambda: has_gpus)
+    return Shares(lambda name: given.get(name, Needs()), lambda: has_gpus)
 
 
 def peaked(name: str, peak: int, whole: int = 80 * GIB) -> Artifact:
@@ -51,7 +51,7 @@ def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs
     found = shares()
     found.note(peaked("student", 0, 0))
     assert found("student").gpus == 0.25
-    assert shares(has_gpus=False)("student") == Needs(cpus=2.0)
+    assert shares(has_gpus=False)("student") == Needs(cpus=2.0, gpus=0.0)
 
 
 def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

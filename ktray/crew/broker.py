@@ -45,7 +45,7 @@ class Broker:
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: f"{charter.name}-{uuid.uuid4().hex[:8]}"  # noqa: E731
         self._lengths = Lengths()
-        self._shares = Shares(runtime.of, charter.learned, lambda: any(node.gpus for node in self._roster.known()))
+        self._shares = Shares(runtime.of, lambda: any(node.gpus for node in self._roster.known()))
         self._ledger = Ledger(self._find, self._shares, self._roster, attempts, runtime.dead_after, self._lengths)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}

@@ -195,7 +195,7 @@ class Ledger:
         needs = self.needs(stage.name)
         if stage.key not in self._alone:
             return needs
-        return replace(needs, gpus=float(math.ceil(needs.gpus)), helpers=0)
+        return replace(needs, gpus=float(math.ceil(needs.gpus or 0)), helpers=0)
 
     def _give_up(self, key: str, kind: str, cause: str) -> None:
         self._forget(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 
 from ktray.artifact import Artifact
@@ -19,21 +19,21 @@ class Shares:
     """Needs of stages, with shares of a GPU that grow with what was recorded; they never shrink, so workers keep their shape.
 
     Args:
-        needs: stage name -> needs by the runtime file and its defaults.
-        learned: names of the stages whose share of a GPU is not given; while the cluster has none, they need none.
+        needs: stage name -> needs by the runtime file and its defaults; where they do not say `gpus`, what runs a network gets
+            a share while the cluster has GPUs, and all else none.
         has_gpus: whether the cluster has GPUs now.
     """
 
-    def __init__(self, needs: Callable[[str], Needs], learned: Collection[str], has_gpus: Callable[[], bool]) -> None:
-        self._needs, self._learned, self._has_gpus = needs, frozenset(learned), has_gpus
+    def __init__(self, needs: Callable[[str], Needs], has_gpus: Callable[[], bool]) -> None:
+        self._needs, self._has_gpus = needs, has_gpus
         self._least: dict[str, float] = {}
 
     def __call__(self, stage: str) -> Needs:
-        """What the stage of this name needs."""
+        """What the stage of this name needs; its `gpus` are a number."""
         needs = self._needs(stage)
-        if stage not in self._learned or not self._has_gpus():
+        if needs.gpus is not None:
             return needs
-        return replace(needs, gpus=self._least.get(stage, USUAL))
+        return replace(needs, gpus=self._least.get(stage, USUAL) if stage in ON_GPU and self._has_gpus() else 0.0)
 
     def note(self, artifact: Artifact) -> None:
         """Learn from a record of a stage that ran on a GPU."""
