@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,27 @@ def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never
         assert found("student").gpus == 0.5
         assert found("teacher").gpus == 0.25, "its share stands in the runtime file"
     assert found("clusters").gpus == 0.0
+
+
+def test_what_ran_out_of_memory_teaches_a_larger_share_than_it_had_although_its_second_peak_was_small() -> None:
+    found = shares()
+    tagged = peaked("student", 1 * GIB)
+    tagged.record["after_out_of_memory"] = True  # type: ignore[index]
+    for _ in range(2):  # the store is asked again and again
+        found.note(tagged)
+        assert found("student").gpus == 0.5
+    for share, then in ((0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        found.ran_out("student", share)
+        assert found("student").gpus == then
+    large = shares()
+    large.note(replace(tagged, record=tagged.record | peaked("student", 20 * GIB).record))  # type: ignore[operator]
+    assert large("student").gpus == 0.5, "its peak says so, and no more is needed"
+
+
+def test_what_ran_out_of_memory_on_a_cpu_teaches_no_share() -> None:
+    found = shares()
+    found.ran_out("student", 0.0)
+    assert found("student").gpus == 0.25
 
 
 def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs_one() -> None:

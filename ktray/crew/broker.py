@@ -17,6 +17,7 @@ import ray
 from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Attendance, Process
 from ktray.crew.books import Answer, Dismiss, Event, Fence, FenceLost, Give, Hire, Kill
+from ktray.crew.causes import OUT_OF_MEMORY
 from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import cause_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
@@ -50,8 +51,7 @@ class Broker:
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._attendance = Attendance(runtime.dead_after)
-        self._handles: dict[str, Any] = {}
-        self._gone: set[str] = set()
+        self._handles, self._gone = dict[str, Any](), set[str]()
         self._leases: dict[str, float] = {}
         self._leased = now
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
@@ -215,6 +215,7 @@ class Broker:
             failure = {"cause": report["cause"], "traceback": report["traceback"], "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures
                 self._store.fail(key, failure)
+        self._act()
 
     # ---- the broker itself
 
@@ -297,6 +298,8 @@ class Broker:
                 self._store.fence(key, attempt)
 
     def _publish(self, event: Event) -> None:
+        if event.event == OUT_OF_MEMORY and event.worker in self._roster.workers:
+            self._shares.ran_out(event.stage, self._roster.workers[event.worker].shape.gpus)
         self._number += 1
         self._events.append({"n": self._number, "time": time.time(), **vars(event)})
 

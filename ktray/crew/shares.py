@@ -42,7 +42,17 @@ class Shares:
         if not peak or not whole:
             return
         name = artifact.key.rpartition("-")[0]
-        self._least[name] = max(self._least.get(name, USUAL), share_of(peak, whole))
+        self._widen(name, share_of(peak, whole))
+        if record.get("after_out_of_memory"):  # its peak is that of a second run, which takes smaller pieces
+            self.ran_out(name, USUAL)
+
+    def ran_out(self, stage: str, share: float) -> None:
+        """A stage of this name ran out of memory where it had this share: the next ones get more, whatever their peaks say."""
+        if share:
+            self._widen(stage, next((each for each in SHARES if each > share), 1.0))
+
+    def _widen(self, stage: str, share: float) -> None:
+        self._least[stage] = max(self._least.get(stage, USUAL), share)
 
 
 def share_of(peak: int, whole: int) -> float:
