@@ -17,9 +17,9 @@ import ray
 from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Attendance, Process
 from ktray.crew.books import Answer, Dismiss, Event, Fence, FenceLost, Give, Hire, Kill
-from ktray.crew.causes import OUT_OF_MEMORY
+from ktray.crew.causes import DIED, OUT_OF_MEMORY
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import cause_of, end_process_on, end_workers, nodes, this_process, workers_of
+from ktray.crew.cluster import death_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
 from ktray.crew.lengths import Lengths
 from ktray.crew.roster import Roster, Worker
@@ -226,7 +226,7 @@ class Broker:
                 try:
                     self._watch(name, ray.get_actor(name, namespace=self._charter.namespace))
                 except ValueError:
-                    self._lose(name, "it died while the broker was down")
+                    self._lose(name, DIED, "it died while the broker was down")
 
     async def _tick(self) -> None:
         pause = min(0.5, self._charter.runtime.heartbeat_seconds)
@@ -322,15 +322,15 @@ class Broker:
         try:
             await handle.forever.remote()
         except ray.exceptions.RayError as error:
-            self._lose(name, cause_of(error))
+            self._lose(name, *death_of(error))
 
-    def _lose(self, name: str, why: str) -> None:
+    def _lose(self, name: str, event: str, why: str) -> None:
         self._gone.add(name)
         self._handles.pop(name, None)
         poll = self._polls.pop(name, None)
         if poll is not None:
             poll.cancel()
-        self._ledger.gone(name, "worker died", why, time.time())
+        self._ledger.gone(name, event, why, time.time())
         self._turn()
 
     def _kill(self, worker: Worker) -> None:

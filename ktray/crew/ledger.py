@@ -234,6 +234,8 @@ class Ledger:
             self.outbox.append(Fence(run.key, run.attempt))
             self.ended(run.key, run.attempt)
         self._part(family)
+        if len(family) == 1:
+            self._again_alone(lead.key, event)
         for run in family:
             # A worker that froze before it heard of the stage says nothing about the stage.
             if not self._patience.bear(run, run.seen or event != "fenced"):
