@@ -194,6 +194,26 @@ def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(found
     assert not list((tmp_path / "store" / ".scratch").iterdir())
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_frozen_while_its_broker_dies_is_ended_and_fenced_by_the_next_one(
+    found_crew: Founder, tmp_path: Path
+) -> None:
+    crew = found_crew(tmp_path / "store", dead_after=4.0, heartbeat_seconds=0.2)
+    stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
+    with callers(1) as pool:
+        future = pool.submit(crew.obtain, [stage], "trial 1")
+        until(lambda: at_step(crew, stage, 4))
+        frozen, broker = starts(tmp_path / "log", stage)[0], crew.status()["pid"]
+        os.kill(frozen, signal.SIGSTOP)
+        os.kill(broker, signal.SIGKILL)
+        assert future.result()[0]["state"] == "computed"
+    assert [event["event"] for event in crew.events() if event["worker"]][:1] == ["fenced"]
+    until(lambda: not psutil.pid_exists(frozen) or psutil.Process(frozen).status() == psutil.STATUS_ZOMBIE)
+    assert len(starts(tmp_path / "log", stage)) == 2
+    assert (tmp_path / "log").read_text().count("step 2\n") == 1, "the second attempt began anew"
+    assert not list((tmp_path / "store" / ".scratch").iterdir())
+
+
 def test_two_drivers_on_one_store_share_their_computations(ray_home: Any, crew: Crew, toy_store: Path, tmp_path: Path) -> None:
     stage = toy("slow", {"steps": 8, "log": str(tmp_path / "log")})
     runtime = Runtime(cpus=2, stages=TOY_NEEDS)

@@ -30,7 +30,7 @@ def mixed() -> Roster:
 
 
 def needs_on(roster: Roster) -> Shares:
-    return Shares(Runtime().of, ON_GPU, lambda: any(node.gpus for node in roster.known()))
+    return Shares(Runtime().of, lambda: any(node.gpus for node in roster.known()))
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from test_ledger import House, answers, given, stage
 
-from ktray.crew.books import Hire, Kill
+from ktray.crew.books import Event, FenceLost, Give, Hire, Kill
 from ktray.crew.ledger import LATE
 from ktray.crew.openings import Openings
 from ktray.crew.roster import Node, Shape
@@ -44,6 +45,37 @@ def test_another_worker_is_hired_for_one_that_does_not_come_and_a_full_cluster_f
     assert given(house.turn()) == [one.key]
 
 
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_node_that_dies_while_many_workers_start_on_it_fails_nothing(noticed: bool) -> None:
+    house = House(2, Node(2.0, 0.0, 100.0))
+    stages = [stage("one", number=number) for number in range(8)]
+    house.want("a", *stages[:2])
+    nodes = house.roster.nodes
+    house.roster.see({**nodes, "spot": Node(4.0, 0.0, 100.0)}, house.now)
+    starting = [action.worker.name for action in house.want("b", *stages[2:]) if isinstance(action, Hire)]
+    assert len(starting) == 4
+    if noticed:
+        house.roster.see(nodes, house.now)
+    for name in starting:
+        house.ledger.gone(name, "worker died", "its node died", house.now)
+    assert answers(house.turn()) == {}
+    house.roster.see(nodes, house.now)
+    for each in stages[:-1]:
+        house.publish(each)
+    assert answers(house.publish(stages[-1])) == {"b": ["computed"] * 6}
+
+
+def test_workers_that_never_come_fail_what_waits_after_the_third_generation() -> None:
+    house = House(0, Node(4.0, 0.0, 100.0))
+    actions = house.want("a", *(stage("one", number=number) for number in range(6)))
+    for _ in range(3):
+        assert answers(actions) == {}
+        for worker in [action.worker for action in actions if isinstance(action, Hire)]:
+            house.ledger.gone(worker.name, "worker died", "no torch", house.now)
+        actions = house.turn()
+    assert answers(actions) == {"a": "WorkerDied: workers die before their first heartbeat: no torch"}
+
+
 def test_a_replacement_is_hired_on_a_node_that_is_heard_of_while_there_is_one() -> None:
     house, one = House(0), stage("one")
     house.roster.nodes = {"node": Node(4.0), "other": Node(2.0)}
@@ -69,3 +101,21 @@ def test_the_pace_of_a_stage_is_counted_in_moves_of_its_progress() -> None:
         house.ledger.beat(house.roster.workers[give.worker], one.key, one, give.attempt, {"epoch": epoch}, house.now)
     run = house.ledger.runs[one.key]
     assert (run.moves, run.moved - run.since) == (2, 9)
+
+
+def test_after_a_restart_a_worker_that_stays_silent_is_ended_and_fenced_before_its_stage_starts_again() -> None:
+    house, one = House(0), stage("one")
+    house.ledger.expect(["worker-1", "worker-7"], house.now)
+    house.arrive("worker-1")
+    house.want("a", one)
+    house.now += 14
+    house.arrive("worker-1")
+    assert house.turn() == []
+    house.now += 2
+    house.ledger.dispatch(house.now)
+    told, house.ledger.outbox[:] = house.ledger.outbox[:], []
+    assert [type(action) for action in told] == [Kill, Event, FenceLost, Give, Event]
+    assert told[0].worker.name == "worker-7"
+    assert (told[1].event, told[1].worker) == ("fenced", "worker-7")
+    house.ledger.gone("worker-7", "worker died", "killed", house.now)
+    assert house.turn(16) == [], "it is told once"

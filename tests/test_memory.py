@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from test_families import begun, family, layer
 from test_ledger import NEEDS, House, answers, given, stage
@@ -15,6 +16,7 @@ from toy_work import toy
 
 from ktray.crew.books import Dismiss, Event, Give, Hire
 from ktray.crew.causes import DISK_FULL, FAILED, OUT_OF_MEMORY, kind_of
+from ktray.crew.cluster import death_of
 from ktray.crew.local import LocalCrew
 from ktray.crew.needs import Needs
 from ktray.crew.roster import Node, Shape
@@ -149,6 +151,27 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
     actions = house.want("b", big)
     assert given(actions) == [big.key]
     assert alone(actions) == [], "who asks anew begins as usual"
+
+
+def test_a_stage_whose_worker_is_ended_for_the_memory_of_its_node_runs_alone_next() -> None:
+    house, big, other = House(2), stage("big"), stage("one")
+    house.want("a", big)
+    house.want("b", other)
+    house.ledger.gone(house.ledger.runs[big.key].worker, *death_of(ray.exceptions.OutOfMemoryError("1 worker")), house.now)
+    assert given(house.turn()) == []
+    assert alone(house.publish(other)) == [big.key]
+    assert answers(house.publish(big)) == {"a": ["computed"]}
+
+
+def test_a_worker_that_dies_otherwise_is_no_matter_of_memory() -> None:
+    event, why = death_of(ray.exceptions.ActorDiedError())
+    house, big, other = House(3), stage("big"), stage("one")
+    house.want("a", big)
+    house.want("b", other)
+    house.ledger.gone(house.ledger.runs[big.key].worker, event, why, house.now)
+    actions = house.turn()
+    assert given(actions) == [big.key]
+    assert alone(actions) == []
 
 
 def test_a_family_that_runs_out_of_memory_is_made_apart_before_anything_is_alone() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ktray.crew import client, environment
+from ktray.crew import environment
 from ktray.crew.needs import Needs, Runtime, load_runtime
+from ktray.crew.roster import Shape, shape_of
 from ktray.crew.runtime import _remove_leftovers
+from ktray.crew.shares import Shares
 from ktray.errors import UserError
 
 
@@ -56,9 +58,30 @@ def test_the_broker_and_its_clients_never_import_torch() -> None:
     assert said.stdout.strip() == "[]"
 
 
-def test_what_runs_a_network_takes_its_share_of_a_gpu_from_the_cluster_unless_the_file_says() -> None:
-    assert set(client._without_share(Runtime())) == {"teacher", "features", "student", "evaluation"}
-    assert "evaluation" not in client._without_share(Runtime(stages={"evaluation": Needs(cpus=2)}))
+@pytest.mark.parametrize(
+    ("text", "stage", "shape"),
+    [
+        ("", "student", Shape(0.0, 0.25)),
+        ("cpus: 4", "student", Shape(0.0, 0.25)),
+        ("stages: {student: {gpus: 0}}", "student", Shape(1.0)),
+        ("stages: {student: {gpus: 0, cpus: 2}}", "student", Shape(2.0)),
+        ("stages: {student: {gpus: 1}}", "student", Shape(0.0, 1.0)),
+        ("stages: {student: {gpus: null}}", "student", Shape(0.0, 0.25)),
+        ("stages: {student: {gpus: 0}}", "teacher", Shape(0.0, 0.25)),
+        ("stages: {student: {cpus: 2}}", "student", Shape(0.0, 0.25)),
+        ("stages: {student: {memory_bytes: 8000000000}}", "student", Shape(0.0, 0.25)),
+        ("stages: {features: {helpers: 3}}", "features", Shape(0.0, 0.25)),
+        ("stages: {clusters: {cpus: 2}}", "clusters", Shape(2.0)),
+    ],
+)
+def test_what_runs_a_network_has_a_share_of_a_gpu_unless_the_file_says_how_much_of_one(
+    tmp_path: Path, text: str, stage: str, shape: Shape
+) -> None:
+    path = tmp_path / "runtime.yaml"
+    path.write_text(text)
+    assert shape_of(Shares(load_runtime(path).of, lambda: True)(stage)) == shape
+    without = shape_of(Shares(load_runtime(path).of, lambda: False)(stage))
+    assert without.gpus == (1.0 if "gpus: 1" in text else 0.0)
 
 
 @pytest.fixture

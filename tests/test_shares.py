@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_the_share_holds_the_recorded_peak_and_what_comes_with_it(peak: int, sha
 
 def shares(has_gpus: bool = True) -> Shares:
     given = {"teacher": Needs(gpus=0.25), "student": Needs(cpus=2.0)}
-    return Shares(lambda name: given.get(name, Needs()), ["student", "features"], lambda: has_gpus)
+    return Shares(lambda name: given.get(name, Needs()), lambda: has_gpus)
 
 
 def peaked(name: str, peak: int, whole: int = 80 * GIB) -> Artifact:
@@ -47,25 +48,32 @@ def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never
     assert found("clusters").gpus == 0.0
 
 
-def test_what_ran_out_of_memory_asks_for_a_larger_share_although_its_record_shows_small_pieces() -> None:
+def test_what_ran_out_of_memory_teaches_a_larger_share_than_it_had_although_its_second_peak_was_small() -> None:
     found = shares()
-    for _ in range(3):  # of neighbours on one GPU, which fail together
-        found.ran_out("student", 0.25)
-        found.note(peaked("student", 1 * GIB))
-    assert found("student").gpus == 0.5
-    found.ran_out("student", 0.5)
-    assert found("student").gpus == 1.0
-    found.ran_out("student", 1.0)
-    assert found("student").gpus == 1.0
-    found.ran_out("features", 0.0)
-    assert found("features").gpus == 0.25, "on a CPU"
+    tagged = peaked("student", 1 * GIB)
+    tagged.record["after_out_of_memory"] = True  # type: ignore[index]
+    for _ in range(2):  # the store is asked again and again
+        found.note(tagged)
+        assert found("student").gpus == 0.5
+    for share, then in ((0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        found.ran_out("student", share)
+        assert found("student").gpus == then
+    large = shares()
+    large.note(replace(tagged, record=tagged.record | peaked("student", 20 * GIB).record))  # type: ignore[operator]
+    assert large("student").gpus == 0.5, "its peak says so, and no more is needed"
+
+
+def test_what_ran_out_of_memory_on_a_cpu_teaches_no_share() -> None:
+    found = shares()
+    found.ran_out("student", 0.0)
+    assert found("student").gpus == 0.25
 
 
 def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs_one() -> None:
     found = shares()
     found.note(peaked("student", 0, 0))
     assert found("student").gpus == 0.25
-    assert shares(has_gpus=False)("student") == Needs(cpus=2.0)
+    assert shares(has_gpus=False)("student") == Needs(cpus=2.0, gpus=0.0)
 
 
 def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

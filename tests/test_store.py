@@ -52,6 +52,19 @@ def test_the_second_attempt_at_a_published_key_is_discarded(store):
     assert (second.directory / "data.bin").read_bytes() == b"first"
 
 
+def test_of_two_attempts_that_overlap_the_slower_one_gets_what_the_faster_one_published(store):
+    key = "features-000000000000"
+    faster, slower = (store.scratch(key, attempt) for attempt in "ab")
+    for scratch in (faster, slower):
+        (scratch / "data.bin").write_bytes(scratch.name.encode())
+    assert store.publish(faster, key, {"metrics": {}})[1]
+    found, published = store.publish(slower, key, {"metrics": {}})
+    assert not published
+    assert (found.directory / "data.bin").read_bytes() == faster.name.encode()
+    assert store.verify(key) == ""
+    assert not list((store.root / ".scratch").iterdir())
+
+
 def test_a_truncated_file_is_never_used_and_said_so(store, caplog):
     artifact, _ = publish(store)
     (artifact.directory / "data.bin").write_bytes(b"12")
@@ -88,6 +101,13 @@ def test_a_fenced_attempt_can_neither_write_nor_publish(store):
         store.publish(scratch, "student-000000000000", {"metrics": {}})
     assert store.find("student-000000000000") is None
     assert not store.fence("student-000000000000", "late")
+
+
+def test_attempts_that_write_are_told_by_the_beginning_of_their_names(store):
+    for key, attempt in (("student-1", "ours-a"), ("student-2", "ours-b"), ("student-1", "theirs-a"), ("student-3", "ours-c")):
+        store.scratch(key, attempt)
+    store.fence("student-3", "ours-c")
+    assert sorted(store.attempts("ours-")) == [("student-1", "ours-a"), ("student-2", "ours-b")]
 
 
 def test_checkpoints_of_dead_attempts_are_found_newest_first_and_half_written_ones_are_not(store):

@@ -44,6 +44,11 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class FenceLost:
+    """Take the scratch directories away from all attempts of this crew that no run owns."""
+
+
+@dataclass(frozen=True)
 class Kill:
     """End a process that no longer answers."""
 

@@ -16,10 +16,10 @@ import ray
 
 from ktray.artifact import Artifact, Stage
 from ktray.crew.attendance import Attendance, Process
-from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
-from ktray.crew.causes import OUT_OF_MEMORY
+from ktray.crew.books import Answer, Dismiss, Event, Fence, FenceLost, Give, Hire, Kill
+from ktray.crew.causes import DIED, OUT_OF_MEMORY
 from ktray.crew.charter import BROKER, Charter
-from ktray.crew.cluster import cause_of, end_process_on, end_workers, nodes, this_process, workers_of
+from ktray.crew.cluster import death_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
 from ktray.crew.lengths import Lengths
 from ktray.crew.roster import Roster, Worker
@@ -46,13 +46,12 @@ class Broker:
         self._roster = Roster(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
         attempts = lambda: f"{charter.name}-{uuid.uuid4().hex[:8]}"  # noqa: E731
         self._lengths = Lengths()
-        self._shares = Shares(runtime.of, charter.learned, lambda: any(node.gpus for node in self._roster.known()))
+        self._shares = Shares(runtime.of, lambda: any(node.gpus for node in self._roster.known()))
         self._ledger = Ledger(self._find, self._shares, self._roster, attempts, runtime.dead_after, self._lengths)
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._attendance = Attendance(runtime.dead_after)
-        self._handles: dict[str, Any] = {}
-        self._gone: set[str] = set()
+        self._handles, self._gone = dict[str, Any](), set[str]()
         self._leases: dict[str, float] = {}
         self._leased = now
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
@@ -139,7 +138,7 @@ class Broker:
                 for each in self._roster.workers.values()
             ],
             "running": [
-                {"key": run.key, "stage": run.stage.name, "worker": run.worker, "node": self._place(run.worker)}
+                {"key": run.key, "stage": run.stage.name, "worker": run.worker, "node": self._roster.node_of(run.worker)}
                 | {"since": run.since, "progress": dict(run.progress), "silent_seconds": round(now - run.moved, 3)}
                 | {"attempt": run.attempt, "pace_seconds": (run.moved - run.since) / run.moves if run.moves else None}
                 | {"helpers": ledger.helpers(run.attempt)}
@@ -174,7 +173,7 @@ class Broker:
         now = time.time()
         self._ledger.beat(worker, "", None, "", {}, now)
         if report is not None:
-            self._note(report, worker, now)
+            self._note(report, now)
         if worker.leads is not None:
             self._ledger.lost(worker)
         if worker.leaving:
@@ -207,10 +206,8 @@ class Broker:
         worker.pid, worker.node, worker.cards = who["pid"], who["node"], who["cards"]
         return worker
 
-    def _note(self, report: Mapping[str, Any], worker: Worker, now: float) -> None:
+    def _note(self, report: Mapping[str, Any], now: float) -> None:
         key, attempt, kind = report["key"], report["attempt"], report["kind"]
-        if kind == OUT_OF_MEMORY:
-            self._shares.ran_out(key.rpartition("-")[0], worker.shape.gpus)
         if not kind:
             for published, computed in [(key, report["computed"]), *report["beside"]]:
                 self._ledger.published(published, attempt, computed, report["seconds"], now)
@@ -218,6 +215,7 @@ class Broker:
             failure = {"cause": report["cause"], "traceback": report["traceback"], "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures
                 self._store.fail(key, failure)
+        self._act()
 
     # ---- the broker itself
 
@@ -228,7 +226,7 @@ class Broker:
                 try:
                     self._watch(name, ray.get_actor(name, namespace=self._charter.namespace))
                 except ValueError:
-                    self._lose(name, "it died while the broker was down")
+                    self._lose(name, DIED, "it died while the broker was down")
 
     async def _tick(self) -> None:
         pause = min(0.5, self._charter.runtime.heartbeat_seconds)
@@ -281,6 +279,9 @@ class Broker:
                 case Fence(key, attempt):
                     with suppress(OSError):  # a store that is away for a moment must not end the broker's own task
                         self._store.fence(key, attempt)
+                case FenceLost():
+                    with suppress(OSError):
+                        self._fence_lost()
                 case Kill(worker):
                     self._kill(worker)
                 case Answer(request):
@@ -290,7 +291,15 @@ class Broker:
                 case Event():
                     self._publish(action)
 
+    def _fence_lost(self) -> None:
+        owned = {run.attempt for run in self._ledger.runs.values()}
+        for key, attempt in self._store.attempts(f"{self._charter.name}-"):
+            if attempt not in owned:
+                self._store.fence(key, attempt)
+
     def _publish(self, event: Event) -> None:
+        if event.event == OUT_OF_MEMORY and event.worker in self._roster.workers:
+            self._shares.ran_out(event.stage, self._roster.workers[event.worker].shape.gpus)
         self._number += 1
         self._events.append({"n": self._number, "time": time.time(), **vars(event)})
 
@@ -313,15 +322,15 @@ class Broker:
         try:
             await handle.forever.remote()
         except ray.exceptions.RayError as error:
-            self._lose(name, cause_of(error))
+            self._lose(name, *death_of(error))
 
-    def _lose(self, name: str, why: str) -> None:
+    def _lose(self, name: str, event: str, why: str) -> None:
         self._gone.add(name)
         self._handles.pop(name, None)
         poll = self._polls.pop(name, None)
         if poll is not None:
             poll.cancel()
-        self._ledger.gone(name, "worker died", why, time.time())
+        self._ledger.gone(name, event, why, time.time())
         self._turn()
 
     def _kill(self, worker: Worker) -> None:
@@ -331,10 +340,6 @@ class Broker:
         handle = self._handles.pop(worker.name, None)
         if handle is not None:
             ray.kill(handle)
-
-    def _place(self, name: str) -> str:
-        worker = self._roster.workers.get(name)
-        return worker.node if worker else ""
 
     def _end_if_never_called(self) -> None:
         if self._ticking is None:

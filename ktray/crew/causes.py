@@ -10,6 +10,7 @@ from ktray.errors import UserError, disk_is_full
 OUT_OF_MEMORY = "out of memory"
 DISK_FULL = "disk full"
 FAILED = "failed"
+DIED = "worker died"
 _SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 

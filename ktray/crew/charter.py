@@ -21,7 +21,6 @@ class Charter:
         work: cloudpickled function (stage, store, attempt, means) -> (artifact, computed); only workers open it.
         environment: environment variables of its processes.
         name: of this crew alone; its attempts begin with it, so that a record says whose it is where several publish.
-        learned: names of the stages whose share of a GPU follows their recorded peaks, because the runtime file says nothing.
     """
 
     namespace: str
@@ -30,4 +29,3 @@ class Charter:
     runtime: Runtime
     environment: Mapping[str, str]
     name: str = "crew"
-    learned: tuple[str, ...] = ()

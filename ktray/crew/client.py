@@ -21,9 +21,7 @@ from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import end_process, this_process
 from ktray.crew.environment import environment, identity
 from ktray.crew.locks import alone_on_store
-from ktray.crew.needs import Runtime
 from ktray.crew.runtime import Session
-from ktray.crew.shares import ON_GPU
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.pool import Means
@@ -207,8 +205,7 @@ def connect(session: Session, store_url: str, work: Work) -> Crew:
     crew = Crew(namespace, session.name)
     if not _lives(namespace):
         _sweep(store_url)
-    name, unsaid = uuid.uuid4().hex[:8], _without_share(session.runtime)
-    charter = Charter(namespace, store_url, packed, session.runtime, environment(), name, unsaid)
+    charter = Charter(namespace, store_url, packed, session.runtime, environment(), uuid.uuid4().hex[:8])
     ray.remote(Broker).options(
         name=BROKER,
         namespace=namespace,
@@ -259,8 +256,3 @@ def _sweep(store_url: str) -> None:
             open_store(store_url).sweep()
         finally:
             lock.release()
-
-
-def _without_share(runtime: Runtime) -> tuple[str, ...]:
-    """The stages that run networks and of which the runtime file says nothing: where there are GPUs, each gets a share."""
-    return tuple(name for name in ON_GPU if name not in runtime.stages or runtime.of(name) == Runtime().of(name))

@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.crew.attendance import Process
+from ktray.crew.causes import DIED, OUT_OF_MEMORY
 from ktray.crew.charter import WORKER
 from ktray.crew.roster import Node
 
@@ -62,8 +63,10 @@ def end_workers(namespace: str) -> list[str]:
     return names
 
 
-def cause_of(error: Exception) -> str:
-    """The one line of Ray's account of a death that says something."""
+def death_of(error: Exception) -> tuple[str, str]:
+    """What Ray's account of a worker's death makes of it: the event, and the one line that says something."""
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return OUT_OF_MEMORY, "Ray ended it, since its node had hardly any memory left"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     said = next((line for line in lines if "Worker exit detail:" in line), lines[-1])
-    return said.partition("Worker exit detail:")[2].strip()[:200] if "Worker exit detail:" in said else said[:300]
+    return DIED, said.partition("Worker exit detail:")[2].strip()[:200] if "Worker exit detail:" in said else said[:300]

@@ -7,7 +7,8 @@ from typing import Any
 from ktray.crew import room
 from ktray.crew.books import Dismiss, Hire
 from ktray.crew.openings import Openings
-from ktray.crew.roster import Roster, Shape
+from ktray.crew.patience import DEATHS
+from ktray.crew.roster import Roster, Shape, Worker
 
 PATIENCE = 30.0  # seconds that a stage waits for a worker of its shape before others are held back for it
 
@@ -20,12 +21,13 @@ class Hiring:
         outbox: where actions are left.
 
     Attributes:
-        stillborn: workers in a row that died before their first heartbeat.
+        stillborn: workers in a row that died before their first heartbeat, each hired after the one before had died.
     """
 
     def __init__(self, roster: Roster, outbox: list[Any]) -> None:
         self.roster, self.outbox = roster, outbox
         self.stillborn = 0
+        self._together = set[str]()
         self._blocked: dict[Shape, float] = {}
 
     def warm(self, workers: int) -> None:
@@ -39,6 +41,18 @@ class Hiring:
         if worker is not None:
             self.outbox.append(Hire(worker))
         return worker is not None
+
+    def is_hopeless_after(self, worker: Worker) -> bool:
+        """A worker has died before its first heartbeat; whether to hire no more, since so many in a row did.
+
+        One that goes with its node counts for nothing, and of those that were starting at once only one counts: a node may
+        take all of them along before anybody hears that it is gone.
+        """
+        if worker.node not in self.roster.nodes or worker.name in self._together:
+            return False
+        self._together = {each.name for each in self.roster.workers.values() if each.beat is None}
+        self.stillborn = (self.stillborn + 1) % DEATHS
+        return not self.stillborn
 
     def hire(self, shape: Shape, alone: bool, openings: Openings) -> bool:
         """A worker for a stage that has none, or room for one; False if it must wait for that room."""

@@ -9,16 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Event, Fence, Give, Kill, Run, Want
+from ktray.crew.books import Event, Fence, FenceLost, Give, Kill, Run, Want
 from ktray.crew.causes import FAILED, OUT_OF_MEMORY, also_alone
 from ktray.crew.demand import Demand
 from ktray.crew.hiring import Hiring
 from ktray.crew.needs import Needs
 from ktray.crew.openings import Openings
+from ktray.crew.patience import DEATHS, Patience
 from ktray.crew.room import quiet
-from ktray.crew.roster import Roster, Worker, shape_of
+from ktray.crew.roster import Roster, Shape, Worker, said, shape_of
 
-DEATHS = 3
 LATE = 120.0  # seconds after which another worker is hired in place of one that froze while it started
 FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
 
@@ -56,8 +56,7 @@ class Ledger:
         self._apart, self._alone = set[str](), set[str]()
         self.hiring = Hiring(roster, self.outbox)
         self._attempts: dict[str, list[str]] = {}
-        self._deaths, self._missed = Counter[str](), Counter[str]()
-        self._furthest: dict[str, float] = {}
+        self._patience = Patience()
         self._hired: dict[str, float] = {}
         self._expected: set[str] = set()
         self._quiet_until = 0.0
@@ -65,7 +64,7 @@ class Ledger:
     # ---- what workers tell
 
     def expect(self, names: Iterable[str], now: float) -> None:
-        """After a restart: dispatch nothing until these workers were heard of, or are given up."""
+        """After a restart: dispatch nothing until these workers were heard of, or have been silent for too long."""
         self._expected = set(names)
         self.roster.skip(self._expected)
         self._quiet_until = now + self.dead_after
@@ -161,6 +160,10 @@ class Ledger:
             return False
         for each in beside:
             self.ended(each.key, attempt)
+        if kind == FAILED and not beside and self.find(key) is not None:
+            # Another crew on this store was faster, which takes away what others are writing at the key.
+            self.published(key, attempt, False, 0.0, now)
+            return False
         if not missing and kind in (FAILED, OUT_OF_MEMORY) and (beside or self._again_alone(key, kind)):
             event = "apart" if beside else OUT_OF_MEMORY
             self.outbox.append(Event(event, key, run.stage.name, run.worker, now - run.since, cause))
@@ -171,8 +174,7 @@ class Ledger:
         if kind != FAILED:
             for each in beside:
                 self._give_up(each.key, kind, cause)
-        self._missed[key] += bool(missing)
-        if missing and self._missed[key] < DEATHS and self.demand.miss(key, missing, now):
+        if missing and self._patience.miss(key) and self.demand.miss(key, missing, now):
             return True
         self.outbox.append(Event("failed", key, run.stage.name, run.worker, now - run.since, cause))
         self._give_up(key, kind, cause)
@@ -193,7 +195,7 @@ class Ledger:
         needs = self.needs(stage.name)
         if stage.key not in self._alone:
             return needs
-        return replace(needs, gpus=float(math.ceil(needs.gpus)), helpers=0)
+        return replace(needs, gpus=float(math.ceil(needs.gpus or 0)), helpers=0)
 
     def _give_up(self, key: str, kind: str, cause: str) -> None:
         self._forget(key)
@@ -201,8 +203,7 @@ class Ledger:
 
     def _forget(self, key: str) -> None:
         """What went wrong with a stage before counts no more."""
-        for counts in (self._deaths, self._missed, self._furthest):
-            counts.pop(key, None)
+        self._patience.forget(key)
         self._alone.discard(key)
 
     def lost(self, worker: Worker) -> None:
@@ -218,7 +219,8 @@ class Ledger:
         self._hired.pop(name, None)
         if worker is None:
             return
-        if worker.beat is None and event != "late":  # a cluster that is full lets wait as long as it likes
+        # A cluster that is full lets wait as long as it likes.
+        if worker.beat is None and event != "late" and self.hiring.is_hopeless_after(worker):
             self._bear_no_more(why)
         family = self._family(worker.leads or "")
         if not family:
@@ -232,20 +234,14 @@ class Ledger:
             self.outbox.append(Fence(run.key, run.attempt))
             self.ended(run.key, run.attempt)
         self._part(family)
+        if len(family) == 1:
+            self._again_alone(lead.key, event)
         for run in family:
-            if run.progress.get("epoch", 0) > self._furthest.get(run.key, 0):
-                self._furthest[run.key] = run.progress["epoch"]
-                self._deaths[run.key] = 0  # a stage that gets further each time does not kill its workers
             # A worker that froze before it heard of the stage says nothing about the stage.
-            self._deaths[run.key] += run.seen or event != "fenced"
-            if self._deaths[run.key] >= DEATHS:
-                self._give_up(run.key, "failed", f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
+            if not self._patience.bear(run, run.seen or event != "fenced"):
+                self._give_up(run.key, FAILED, f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
 
     def _bear_no_more(self, why: str) -> None:
-        self.hiring.stillborn += 1
-        if self.hiring.stillborn < DEATHS:
-            return
-        self.hiring.stillborn = 0
         for key in [each for each in self.demand.wants if each not in self.runs]:
             if key in self.demand.wants:
                 self._give_up(key, "failed", f"WorkerDied: workers die before their first heartbeat: {why}")
@@ -273,8 +269,10 @@ class Ledger:
 
     def dispatch(self, now: float) -> None:
         """Start what can start, borrow idle workers for what can be split, hire where stages wait."""
-        if self._expected and now < self._quiet_until:
-            return
+        if self._expected:
+            if now < self._quiet_until:
+                return
+            self._expect_no_more()
         self._keep_alone()
         openings = Openings(self.roster, now)
         for want in self.demand.among(self._alone):
@@ -292,6 +290,14 @@ class Ledger:
         self.hiring.rest(openings)
         self._lend(openings)
 
+    def _expect_no_more(self) -> None:
+        """End the workers that nobody has heard of since a restart; what they were writing only their directories tell."""
+        for name in sorted(self._expected):
+            self.outbox.append(Kill(Worker(name, Shape(), "")))
+            self.outbox.append(Event("fenced", worker=name, cause=f"no heartbeat for {self.dead_after:g} s after a restart"))
+        self.outbox.append(FenceLost())
+        self._expected.clear()
+
     def _keep_alone(self) -> None:
         """Let nothing begin beside what must be alone on its machine."""
         self.roster.kept.clear()
@@ -306,7 +312,7 @@ class Ledger:
         if worker is not None:
             self._give(worker, want.stage, openings.now)
         elif not self.roster.fits(needs):
-            self._give_up(want.stage.key, FAILED, f"it needs {_said(needs)}, more than any node of the cluster has")
+            self._give_up(want.stage.key, FAILED, f"it needs {said(needs)}, more than any node of the cluster has")
         else:
             return self.hiring.hire(shape_of(needs), alone, openings)
         return True
@@ -342,9 +348,3 @@ class Ledger:
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
         return self.hiring.helpers(attempt)
-
-
-def _said(needs: Needs) -> str:
-    shape = shape_of(needs)
-    what = f"{shape.gpus:g} GPU" if shape.gpus else f"{shape.cpus:g} CPU"
-    return f"{what} and {needs.memory_bytes / 2**30:.1f} GiB" if needs.memory_bytes else what

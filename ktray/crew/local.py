@@ -62,18 +62,24 @@ class LocalCrew:
         except Exception as error:
             # A process boundary: whatever a stage raises becomes the named failure of that stage; so does an absent input,
             # as a loaded teacher names an artifact that no stage of its pair makes.
-            kind = kind_of(error, self.store.root)
-            if kind == DISK_FULL:
-                raise StoppedEarly(f"the disk is full: {error}") from error
-            cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            cause = also_alone(cause) if kind == OUT_OF_MEMORY else cause
-            with suppress(OSError):  # a store that cannot be written is one of the causes
-                self.store.fail(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
-            raise StageFailed(stage.key, cause) from error
+            found = self.store.find(stage.key)
+            if found is None:
+                raise self._failure(stage, error) from error
+            artifact, published = found, False  # a crew on this store was faster: that takes away what others write at the key
         state = "computed" if published else "reused"
         seconds = time.perf_counter() - began
         self.tell({"event": "published" if published else "found", "key": stage.key, "stage": stage.name, "seconds": seconds})
         return {"key": stage.key, "state": state, "seconds": seconds, "metrics": dict(artifact.metrics)}
+
+    def _failure(self, stage: Stage, error: Exception) -> StoppedEarly | StageFailed:
+        kind = kind_of(error, self.store.root)
+        if kind == DISK_FULL:
+            return StoppedEarly(f"the disk is full: {error}")
+        cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        cause = also_alone(cause) if kind == OUT_OF_MEMORY else cause
+        with suppress(OSError):  # a store that cannot be written is one of the causes
+            self.store.fail(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
+        return StageFailed(stage.key, cause)
 
     def _work(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
         try:

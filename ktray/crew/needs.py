@@ -20,13 +20,14 @@ class Needs:
 
     Attributes:
         cpus: CPUs of the worker that runs it; the usual worker holds one.
-        gpus: share of a GPU, such as 0.5, or a number of GPUs; such a worker holds no CPU in Ray's books.
+        gpus: share of a GPU, such as 0.5, or a number of GPUs; such a worker holds no CPU in Ray's books. None leaves it to
+            `shares.Shares`, 0 says that it runs on CPUs also where there are GPUs.
         memory_bytes: host memory that admission reserves on the node; 0 reserves nothing.
         helpers: how many more workers of the same shape it may borrow while they are idle.
     """
 
     cpus: float = 1.0
-    gpus: float = 0.0
+    gpus: float | None = None
     memory_bytes: int = 0
     helpers: int = 0
 

@@ -24,6 +24,13 @@ def shape_of(needs: Needs) -> Shape:
     return Shape(0.0, needs.gpus) if needs.gpus else Shape(max(needs.cpus, 0.01), 0.0)
 
 
+def said(needs: Needs) -> str:
+    """Needs in words, such as ``1 CPU and 2.0 GiB``."""
+    shape = shape_of(needs)
+    what = f"{shape.gpus:g} GPU" if shape.gpus else f"{shape.cpus:g} CPU"
+    return f"{what} and {needs.memory_bytes / 2**30:.1f} GiB" if needs.memory_bytes else what
+
+
 @dataclass(frozen=True)
 class Node:
     """Resources of one machine; memory in bytes."""
@@ -119,6 +126,10 @@ class Roster:
         self.skip([name])
         self.workers[name] = Worker(name, shape, node)
         return self.workers[name]
+
+    def node_of(self, name: str) -> str:
+        """Where a worker is; empty if it is no more."""
+        return self.workers[name].node if name in self.workers else ""
 
     def keep(self, name: str, part: str = WHOLE) -> None:
         """Let nothing begin on this node, or this part of it, until the next dispatch."""

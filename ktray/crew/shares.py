@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 
 from ktray.artifact import Artifact
@@ -19,30 +19,21 @@ class Shares:
     """Needs of stages, with shares of a GPU that grow with what was recorded; they never shrink, so workers keep their shape.
 
     Args:
-        needs: stage name -> needs by the runtime file and its defaults.
-        learned: names of the stages whose share of a GPU is not given; while the cluster has none, they need none.
+        needs: stage name -> needs by the runtime file and its defaults; where they do not say `gpus`, what runs a network gets
+            a share while the cluster has GPUs, and all else none.
         has_gpus: whether the cluster has GPUs now.
     """
 
-    def __init__(self, needs: Callable[[str], Needs], learned: Collection[str], has_gpus: Callable[[], bool]) -> None:
-        self._needs, self._learned, self._has_gpus = needs, frozenset(learned), has_gpus
+    def __init__(self, needs: Callable[[str], Needs], has_gpus: Callable[[], bool]) -> None:
+        self._needs, self._has_gpus = needs, has_gpus
         self._least: dict[str, float] = {}
 
     def __call__(self, stage: str) -> Needs:
-        """What the stage of this name needs."""
+        """What the stage of this name needs; its `gpus` are a number."""
         needs = self._needs(stage)
-        if stage not in self._learned or not self._has_gpus():
+        if needs.gpus is not None:
             return needs
-        return replace(needs, gpus=self._least.get(stage, USUAL))
-
-    def ran_out(self, stage: str, had: float) -> None:
-        """Learn from a stage that ran out of memory with the share `had`: the next of its name get the next larger one.
-
-        The record of its second attempt may not tell, which holds few images at a time.
-        """
-        if had:
-            larger = next((share for share in SHARES if share > had), 1.0)
-            self._least[stage] = max(self._least.get(stage, USUAL), larger)
+        return replace(needs, gpus=self._least.get(stage, USUAL) if stage in ON_GPU and self._has_gpus() else 0.0)
 
     def note(self, artifact: Artifact) -> None:
         """Learn from a record of a stage that ran on a GPU."""
@@ -51,7 +42,17 @@ class Shares:
         if not peak or not whole:
             return
         name = artifact.key.rpartition("-")[0]
-        self._least[name] = max(self._least.get(name, USUAL), share_of(peak, whole))
+        self._widen(name, share_of(peak, whole))
+        if record.get("after_out_of_memory"):  # its peak is that of a second run, which takes smaller pieces
+            self.ran_out(name, USUAL)
+
+    def ran_out(self, stage: str, share: float) -> None:
+        """A stage of this name ran out of memory where it had this share: the next ones get more, whatever their peaks say."""
+        if share:
+            self._widen(stage, next((each for each in SHARES if each > share), 1.0))
+
+    def _widen(self, stage: str, share: float) -> None:
+        self._least[stage] = max(self._least.get(stage, USUAL), share)
 
 
 def share_of(peak: int, whole: int) -> float:

@@ -99,7 +99,7 @@ class Conductor:
             if isinstance(assignment, str):
                 return assignment
             leg = self._leg(assignment.trial, assignment.until, assignment.final)
-            known = next((stage.key for stage in leg.graph.stages if stage.key in self._failed), None)
+            known = self._known_to_fail(leg)
             if known:  # it would raise again: a resume tries it once more
                 self.fail(leg, self._failed[known], known)
                 continue
@@ -107,6 +107,14 @@ class Conductor:
                 self.study.charge(leg.trial.number, self.prices.charges(leg.graph))
                 return leg
             self.settle(leg, computed=[])
+
+    def _known_to_fail(self, leg: Leg) -> str | None:
+        """Key of a stage of this leg that failed in this search; another search on the store may have made it since."""
+        for key in [stage.key for stage in leg.graph.stages if stage.key in self._failed]:
+            if self.store.find(key) is None:
+                return key
+            del self._failed[key]
+        return None
 
     def _assignment(self) -> Assignment | Literal["wait", "done"]:
         try:

@@ -33,10 +33,16 @@ class Store(Protocol):
         """A fresh empty directory for one attempt at `key`. FileNotFoundError if the attempt is fenced."""
 
     def publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> tuple[Artifact, bool]:
-        """Write `record` last and publish; (artifact, whether this call published it). FileNotFoundError if fenced."""
+        """Write `record` last and publish; (artifact, whether this call published it). Other attempts at `key` end with it.
+
+        FileNotFoundError if this one was fenced, and nobody else has published `key`.
+        """
 
     def fence(self, key: str, attempt: str) -> bool:
         """Take the scratch directory away from an attempt, so that it can neither write nor publish; False if it was gone."""
+
+    def attempts(self, beginning: str) -> list[tuple[str, str]]:
+        """(key, attempt) of all that have a scratch directory and whose name begins like this."""
 
     def checkpoints(self, key: str) -> list[Path]:
         """Complete checkpoints that unfinished attempts at `key` left, newest first."""

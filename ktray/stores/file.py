@@ -74,6 +74,19 @@ class FileStore:
         return directory
 
     def publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> tuple[Artifact, bool]:
+        try:
+            published = self._publish(scratch, key, record)
+        except FileNotFoundError:
+            if self.find(key) is None:
+                raise  # fenced
+            published = False  # whoever was faster has taken our directory away
+        self._forget_attempts(key)
+        artifact = self.find(key)
+        if artifact is None:
+            raise FileNotFoundError(f"{key} vanished right after it was published")
+        return artifact, published
+
+    def _publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> bool:
         for leftover in scratch.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(leftover)
         full = {**record, "files": _inventory(scratch)}
@@ -83,17 +96,12 @@ class FileStore:
         try:
             # rename(2) onto a directory that holds files fails: that is publish-once, without a lock.
             scratch.rename(self.root / key)
-            published = True
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             shutil.rmtree(scratch, ignore_errors=True)
-            published = False
-        self._forget_attempts(key)
-        artifact = self.find(key)
-        if artifact is None:
-            raise FileNotFoundError(f"{key} vanished right after it was published")
-        return artifact, published
+            return False
+        return True
 
     def _forget_attempts(self, key: str) -> None:
         (self._hidden(".failures") / f"{key}.json").unlink(missing_ok=True)
@@ -113,6 +121,10 @@ class FileStore:
                 raise
             return False
         return True
+
+    def attempts(self, beginning: str) -> list[tuple[str, str]]:
+        found = (path.name.rpartition(".") for path in self._hidden(".scratch").iterdir())
+        return [(key, attempt) for key, _, attempt in found if attempt.startswith(beginning)]
 
     def checkpoints(self, key: str) -> list[Path]:
         found: list[tuple[int, Path]] = []
