@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, settings
 
 if TYPE_CHECKING:
+    from ktray.drivers.forecast import Wanted
     from ktray.pipeline.graph import Graph
     from ktray.search.space import Space
     from ktray.spec import PairSpec
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
             options.answer(_invalid(str(error)), "")
         raise
     if args.preflight:
-        answer["preflight"], more = _preflight(rehearsed, load, args.address, options)
+        expected = {row["stage"]: row["expected"] for row in answer["sharing"]["stages"]}
+        answer["preflight"], more = _preflight(rehearsed, load, args.address, options, expected)
         answer["notes"] += more
     options.answer(answer, _text(answer))
     return 0
@@ -92,29 +94,48 @@ def _invalid(problem: str) -> dict[str, Any]:
 
 
 def _preflight(
-    pairs: Mapping[str, PairSpec], load: Any, address: str | None, options: Settings
+    pairs: Mapping[str, PairSpec], load: Any, address: str | None, options: Settings, expected: Mapping[str, float]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Rehearse these pairs on the real cluster: what was measured, and notes on it.
+    """Rehearse these pairs on the real cluster: what was measured and what is to be expected, and notes on it.
+
+    Args:
+        expected: name of a stage -> how many artifacts of it a search needs; {} for all of these pairs.
 
     Raises:
         PreflightFailed: one paragraph with everything that is wrong.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     from dataclasses import asdict
 
+    from ktray.cli.search import stop_on_signals
     from ktray.crew.needs import load_runtime
     from ktray.drivers.rehearsal import rehearse_on
-    from ktray.images import parts
+    from ktray.drivers.stopping import Stopping
     from ktray.pipeline.identity import data_identity
     from ktray.pipeline.sample import sample_stages
 
-    identity, runtime = data_identity(options.cache), load_runtime(options.runtime)
+    identity, runtime, stopping = data_identity(options.cache), load_runtime(options.runtime), Stopping()
     draws = {name: sample_stages(pair, identity) for name, pair in pairs.items()}
-    specs: list[Any] = [getattr(pair.data, role) for pair in pairs.values() for role in type(pair.data).model_fields]
-    images = max(sum(len(rows) for _, rows in parts(load(spec), spec.split).values()) for spec in specs)
+    wanted = _wanted(pairs, load, identity, expected)
     options.tell(f"ktray: rehearsing {len(draws)} draws, {len({s.key for stages in draws.values() for s in stages})} stages")
     say = lambda text: options.tell(f"ktray: {text}")  # noqa: E731
-    found = asdict(rehearse_on(options.home, options.open_store(), address, runtime, draws, images, say))
+    with stop_on_signals(stopping, options):
+        found = asdict(rehearse_on(options.home, options.open_store(), address, runtime, draws, wanted, say, stopping))
     return found, found.pop("notes")
+
+
+def _wanted(pairs: Mapping[str, PairSpec], load: Any, identity: Any, expected: Mapping[str, float]) -> Wanted:
+    """The pairs at full size, and how many images their data sets have."""
+    from ktray.drivers.forecast import Wanted
+    from ktray.images import parts
+    from ktray.pipeline import graph as graphs
+
+    images = {}
+    for each in (each for pair in pairs.values() for each in graphs.generations(pair)):
+        for spec in (getattr(each.data, role) for role in type(each.data).model_fields):
+            found = {split: len(rows) for split, (_, rows) in parts(load(spec), spec.split).items()}
+            images[graphs.images_stage(spec, identity).key] = (found["train"], sum(found.values()))
+    return Wanted({name: graphs.build(pair, identity).stages for name, pair in pairs.items()}, images, expected)
 
 
 def check_pairs(pairs: Mapping[str, PairSpec], load: Any, source: Path) -> None:
@@ -251,7 +272,7 @@ def _text(answer: Mapping[str, Any]) -> str:
 
     rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
     missing = sum(row["state"] == "run" for row in answer["stages"])
-    cost = _cost(answer["estimate"])
+    cost = _cost(answer["estimate"], "preflight" in answer)
     count = "endlessly many" if answer["pairs"] is None else str(answer["pairs"])
     lines = [
         table(["stage", "key", "state", "shared by"], rows),
@@ -266,27 +287,34 @@ def _text(answer: Mapping[str, Any]) -> str:
 
 def _rehearsed(found: Mapping[str, Any] | None) -> list[str]:
     from ktray.cli.tables import table
+    from ktray.drivers.status import span
 
     if found is None:
         return []
     rows = [
-        [stage, str(entry["runs"]), f"{entry['seconds']:.2f}", f"{entry['peak_bytes'] / 2**20:.0f}"]
+        [
+            *(stage, str(entry["runs"]), f"{entry['seconds']:.2f}"),
+            *(f"{entry[peak] / 2**20:.0f}" if entry[peak] else "" for peak in ("peak_bytes", "device_peak_bytes")),
+            *(f"{entry['expected']:.0f}", span(entry["whole_seconds"]), f"{entry['whole_bytes'] / 2**20:.1f}"),
+        ]
         for stage, entry in found["stages"].items()
     ]
     return [
         "",
-        table(["rehearsed", "runs", "longest s", "peak MB"], rows),
+        table(["rehearsed", "runs", "longest s", "peak MB", "GPU MB", "to expect", "a whole one", "on disk MB"], rows),
         f"{found['nodes']} nodes see the store and have the same versions. The largest pair takes about "
         f"{found['pair_bytes'] / 2**20:.0f} MB of disk, {found['free_bytes'] / 2**20:.0f} MB are free.",
+        f"All of it takes roughly {span(found['seconds'])} of work, one stage after the other and each training to its end, "
+        f"and {found['bytes'] / 2**30:.1f} GB of disk: scaled from one batch, so rather less.",
     ]
 
 
-def _cost(estimate: Mapping[str, Any]) -> str:
+def _cost(estimate: Mapping[str, Any], rehearsed: bool) -> str:
     """What the missing stages take one after the other, in words."""
     from ktray.drivers.status import span
 
     if estimate["seconds"] is None:
-        return "unknown until one of each stage has run here"
+        return "roughly as forecast above" if rehearsed else "unknown until one of each stage has run here"
     between = f" ({span(estimate['low'])} to {span(estimate['high'])})" if estimate["seconds"] else ""
     return f"about {span(estimate['seconds'])}{between} if one runs after the other"
 
