@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ktray.search.space import Space
     from ktray.spec import PairSpec
 
+TEACHERS = "different teachers"  # counted like a kind of stage, which not every teacher has
 HELP = "valid? what is done, what would run, what it costs"
 
 
@@ -69,8 +70,8 @@ def _checked(args: argparse.Namespace, load: Any, options: Settings) -> tuple[di
         check_space(space, load, str(args.source))
         pairs, count = dict(_draws_to_show(space)), space.size()
         draws = min(space.budget.trials, count or space.budget.trials)
-        shared = _shared(space, draws, options)
-        notes = _notes(space.warnings(), shared, draws)
+        shared, teachers = _shared(space, draws, options)
+        notes = _notes(space.warnings(), teachers, draws)
         rehearsed = {label: space.pair(params) for label, params in space.corners()}
     else:
         pairs = dict(load_pairs(args.source, args.overrides))
@@ -181,8 +182,8 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
         yield f"start_with[{index}]", space.pair(space.complete(start))
 
 
-def _shared(space: Space, draws: int, options: Settings) -> list[dict[str, Any]]:
-    """Per kind of stage, how many different artifacts the draws can need, and are expected to."""
+def _shared(space: Space, draws: int, options: Settings) -> tuple[list[dict[str, Any]], float]:
+    """Per kind of stage, how many different artifacts the draws can need, and are expected to; and how many teachers."""
     from ktray.crew.needs import STAGES
     from ktray.errors import UserError
     from ktray.pipeline import graph as graphs
@@ -194,23 +195,34 @@ def _shared(space: Space, draws: int, options: Settings) -> list[dict[str, Any]]
 
     def keys(params: Params) -> list[tuple[str, str]]:
         try:
-            return [(stage.name, stage.key) for stage in graphs.build(space.pair(params), identity).stages]
+            pair = space.pair(params)
+            graph = graphs.build(pair, identity)
         except UserError:
             return []  # two values that do not go together: such a draw computes nothing
+        teacher = [(TEACHERS, _teacher(pair, graph))] if pair.teacher is not None else []
+        return [*teacher, *((stage.name, stage.key) for stage in graph.stages)]
 
+    rows = {row.stage: row for row in sharing(space, keys, draws)}
+    teachers = rows.pop(TEACHERS, None)
     return [
         {"stage": row.stage, "possible": row.possible, "expected": round(row.expected, 1)}
-        for row in sorted(sharing(space, keys, draws), key=lambda row: STAGES.index(row.stage))
-    ]
+        for row in sorted(rows.values(), key=lambda row: STAGES.index(row.stage))
+    ], teachers.expected if teachers else 0.0
 
 
-def _notes(warnings: list[str], shared: list[dict[str, Any]], draws: int) -> list[str]:
+def _teacher(pair: PairSpec, graph: Graph) -> str:
+    """What makes a teacher another one: in a chain a student's artifact, and where no stage makes it, its spec on its data."""
+    from ktray.fingerprint import fingerprint
+
+    return str(graph.keys.get("teacher") or fingerprint([pair.data.model_dump(), pair.teacher and pair.teacher.model_dump()]))
+
+
+def _notes(warnings: list[str], teachers: float, draws: int) -> list[str]:
     """Warnings of the space, with what those about teachers would cost."""
-    expected = next((row["expected"] for row in shared if row["stage"] == "teacher"), 0.0)
     about = any(warning.startswith(("pair.teacher", "pair.data")) for warning in warnings)
-    if not (about and expected):
+    if not (about and teachers):
         return warnings
-    return [*warnings, f"expect about {expected:.0f} different teachers in {draws} random draws"]
+    return [*warnings, f"expect about {teachers:.0f} different teachers in {draws} random draws"]
 
 
 def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings, source: Path) -> dict[str, Any]:
