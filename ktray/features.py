@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from ktray import augment, fingerprint, plugins, train
+from ktray import augment, fingerprint, plugins, progress, train
 from ktray.images import Images, open_split
 from ktray.pool import Pool
 from ktray.spec import (
@@ -128,7 +128,10 @@ def all_of(extractor: Extractor, images: Images) -> NDArray[np.float32]:
 
 
 def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArray[np.float32]:
-    batches = [extractor(images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))) for at in range(start, stop, BATCH)]
+    batches = []
+    for at in range(start, stop, BATCH):
+        batches.append(extractor(images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))))
+        progress.moved("images", len(batches[-1]))
     rows = np.concatenate(batches)
     require_finite(rows, images, start)
     return rows
@@ -206,6 +209,7 @@ def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[
         for index, (rows, passed) in enumerate(extract(batch)):
             kept[index].append(rows)
             seconds[index] += read + passed
+        progress.moved("images", len(batch))
     done = []
     for index, dtype in enumerate(dtypes):
         began = time.perf_counter()

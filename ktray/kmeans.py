@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import fingerprint, lloyd, projection
+from ktray import fingerprint, lloyd, progress, projection
 from ktray.lloyd import Centroids, Change, Frame
 from ktray.pool import Pool
 from ktray.projection import apply, finite_rows
@@ -180,6 +180,7 @@ def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool
 def _surveyed(
     shard: Path, projection: Mapping[str, NDArray[Any]]
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float32], NDArray[np.float32]]:
+    progress.moved("shards")
     rows = apply(projection, finite_rows(shard))
     return len(rows), rows.sum(axis=0, dtype=np.float64), rows.min(axis=0), rows.max(axis=0)
 

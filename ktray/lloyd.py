@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import blas
+from ktray import blas, progress
 from ktray.projection import apply, finite_rows
 
 CACHE_BYTES = 8 << 30  # of projected rows that one worker keeps between iterations; more rows are projected again each time
@@ -127,6 +127,7 @@ def change(group: list[Path], shared: tuple[Frame, Centroids, Centroids | None])
         old = labels_before(shard, rows) if labels_before else None
         labels = labels_of(shard, rows)
         moved += _add(total, rows, labels, old)
+        progress.moved("shards")
         total.squares.append(square)
     return Change(total.sums, total.counts, total.squares, moved)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import kmeans
+from ktray import kmeans, progress
 from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.pool import Pool
@@ -44,6 +44,7 @@ def _assigned(shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArr
 
 
 def _projected(shard: Path, centroids: NDArray[np.float32], projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    progress.moved("shards")
     rows = finite_rows(shard)
     width = projection["components"].shape[1] if "components" in projection else centroids.shape[1]
     if rows.shape[1] != width:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import features
+from ktray import features, progress
 from ktray.errors import UserError
 from ktray.images import Images
 from ktray.spec import Columns, ReadyTeacher
@@ -130,6 +130,7 @@ def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]
         features.require_finite(stored, images, start)
         np.save(out / f"features-{start // features.SHARD_ROWS:05d}.npy", stored)
         width = rows.shape[1]
+        progress.moved("images", len(rows))
     seconds = time.perf_counter() - began
     return {"count": float(len(images)), "dim": float(width), "images_per_s": len(images) / seconds}
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktray import plugins, snapshot
+from ktray import plugins, progress, snapshot
 from ktray.checkpoint import adopt as adopt
 from ktray.fingerprint import seed_of
 from ktray.images import Images
@@ -161,6 +161,7 @@ def _train_epoch(
             part = value.double() * count
             sums[name] = sums[name] + part if name in sums else part
         seen += len(indices)
+        progress.moved("step")
     means = {name: float(total) / seen for name, total in sums.items()}
     if not math.isfinite(means["loss"]):
         raise ValueError(f"the loss of epoch {epoch} is {means['loss']}; a lower learning rate than {schedule.lr} may help")

@@ -1,5 +1,6 @@
 """What would fail after hours is said before the first stage."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_a_disk_without_room_is_refused_with_its_number_and_exit_code_4(ray_home
     with pytest.raises(PreflightFailed, match="MB left") as raised:
         preflight.preflight(FileStore(tmp_path))
     assert raised.value.exit_code == 4
+
+
+def test_on_a_full_disk_no_node_is_asked_because_not_even_the_question_could_be_written(ray_home, tmp_path, monkeypatch):
+    def full(root):
+        raise OSError(errno.ENOSPC, "No space left on device", str(root))
+
+    monkeypatch.setattr(preflight, "_nodes", full)
+    monkeypatch.setattr(preflight, "LEAST_FREE", 1 << 60)
+    with pytest.raises(PreflightFailed, match="MB left"):
+        preflight.preflight(FileStore(tmp_path))
 
 
 def test_a_node_answers_with_what_it_sees_and_leaves_a_file_beside_it(tmp_path):

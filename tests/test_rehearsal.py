@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ import pytest
 
 from ktray.artifact import Stage
 from ktray.cli.source import load_space
+from ktray.crew.client import Released
 from ktray.crew.needs import Needs, Runtime
 from ktray.drivers.rehearsal import measured, rehearsal_store, rehearse
+from ktray.drivers.stopping import Stopping
 from ktray.errors import StageFailed
 from ktray.images import open_split, write, write_sample
 from ktray.pipeline import graph
@@ -22,7 +26,8 @@ from ktray.pool import LocalPool, Means
 from ktray.spec import PairSpec
 from ktray.stores.file import FileStore
 from tests.searches import Home, toy_space
-from tests.toys import ROTATION, toy_pair
+from tests.test_forecast import publish
+from tests.toys import HOG, ROTATION, STUDENT, toy_pair
 
 SPACES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "cifar10_full" else [])
@@ -47,6 +52,23 @@ class Here:
             with self.alone:  # one computation per key
                 execute(stage, self.store, waiter.replace(" ", "-"), Means())
         return []
+
+    def release(self, waiter: str) -> None:
+        """Nothing here waits for anybody else."""
+
+
+class Standing:
+    """A crew whose stages never end, until who waits for them is released."""
+
+    def __init__(self) -> None:
+        self.waits: dict[str, threading.Event] = defaultdict(threading.Event)
+
+    def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, object]]:
+        assert self.waits[waiter].wait(20)
+        raise Released(waiter)
+
+    def release(self, waiter: str) -> None:
+        self.waits[waiter].set()
 
 
 def pairs() -> dict[str, PairSpec]:
@@ -88,7 +110,7 @@ def test_a_rehearsal_runs_every_stage_of_every_draw_leaves_nothing_and_measures(
     real = FileStore(tmp_path / "store")
     draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
     with rehearsal_store(real) as store:
-        assert rehearse(Here(store), draws, store, real) == []  # type: ignore[arg-type]
+        assert rehearse(Here(store), draws, store, real) == []
         found, notes = measured(draws, store, Runtime(stages={"student": Needs(memory_bytes=1 << 20)}))
         assert list(real.keys()) == []
     assert set(found) == {"images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation"}
@@ -102,10 +124,87 @@ def test_what_fails_is_said_once_with_the_draw_that_showed_it(tmp_path: Path) ->
     real = FileStore(tmp_path / "store")
     draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
     with rehearsal_store(real) as store:
-        said = rehearse(Here(store, broken="clusters"), draws, store, real)  # type: ignore[arg-type]
+        said = rehearse(Here(store, broken="clusters"), draws, store, real)
     assert len(said) == 1
     assert said[0].endswith("the stage clusters fails: OutOfMemoryError: no room.")
     assert list(real.root.iterdir()) == []
+
+
+def test_a_rehearsal_that_is_interrupted_while_it_waits_ends_at_once_with_every_wait(tmp_path: Path) -> None:
+    real, crew, stopping = FileStore(tmp_path / "store"), Standing(), Stopping()
+    stopping.orderly = True
+    draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
+    threading.Timer(0.3, stopping.wish).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), rehearsal_store(real) as store:
+        rehearse(crew, draws, store, real, stopping)
+    assert time.monotonic() - began < 2.5
+    assert [waiter for waiter, wait in crew.waits.items() if not wait.is_set()] == []
+    assert list(real.root.iterdir()) == []
+
+
+def test_a_rehearsal_removes_what_a_dead_one_left_and_nothing_of_one_that_runs(tmp_path: Path) -> None:
+    real = FileStore(tmp_path / "store")
+    dead = real.root / ".rehearsal-dead"
+    (dead / "images-1").mkdir(parents=True)
+    with rehearsal_store(real) as one:
+        assert not dead.exists()
+        with rehearsal_store(real) as other:
+            assert one.root.is_dir()
+            assert other.root != one.root
+        assert one.root.is_dir()
+    assert list(real.root.iterdir()) == []
+
+
+def recorded(tmp_path: Path, **record: object) -> tuple[dict[str, list[Stage]], FileStore]:
+    """One rehearsed stage with this record."""
+    (stage,) = [each for each in sample_stages(pairs()["rotation"], identity) if each.name == "teacher"]
+    store = FileStore(tmp_path / "store")
+    publish(store, stage, **record)
+    return {"rotation": [stage]}, store
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (0.0, "and gets a share of 0.25 until the crew has learned better; stages.teacher.gpus: 0.5 says so"),
+        (0.25, "which takes a share of 0.5, and stages.teacher.gpus gives it 0.25"),
+        (0.5, None),
+        (1.0, None),
+    ],
+)
+def test_gpu_memory_beyond_a_stage_s_share_of_the_card_is_named(tmp_path: Path, given: float, said: str | None) -> None:
+    draws, store = recorded(tmp_path, peak_bytes=3 << 30, device_peak_bytes=30 << 30, device_bytes=80 << 30)
+    found, notes = measured(draws, store, Runtime(stages={"teacher": Needs(gpus=given)} if given else {}))
+    assert found["teacher"]["device_peak_bytes"] == 30 << 30
+    assert found["teacher"]["peak_bytes"] == 3 << 30
+    assert [note.startswith("teacher used 30.0 of the 80.0 GiB of its GPU, ") for note in notes] == [True] * bool(said)
+    assert said is None or notes[0].endswith(said)
+
+
+def test_host_memory_beyond_what_is_reserved_is_named_of_a_stage_on_a_gpu_too(tmp_path: Path) -> None:
+    draws, store = recorded(tmp_path, peak_bytes=3 << 30, device_peak_bytes=1 << 30, device_bytes=80 << 30)
+    _, notes = measured(draws, store, Runtime(stages={"teacher": Needs(gpus=0.5, memory_bytes=1 << 30)}))
+    assert notes == ["teacher used 3.0 GiB on a few images, and stages.teacher.memory_bytes reserves 1.0"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"transfer": {"kind": "clusters", "k": [1000, 500, 63], "iterations": 3}},
+        {"transfer": {"kind": "soft_clusters", "k": 500, "neighbours": 100}},
+        {"transfer": {"kind": "similarity", "anchors": 4096}},
+        {"teacher": {"pair": {"teacher": HOG, "transfer": {"kind": "clusters", "k": 1000}, "student": STUDENT}}},
+    ],
+    ids=["several-k", "neighbours", "anchors", "chain"],
+)
+def test_a_sample_has_images_for_whatever_a_pair_asks_of_them(tmp_path: Path, changes: dict[str, object]) -> None:
+    pair, real = toy_pair(**changes), FileStore(tmp_path / "store")
+    small = sample_stages(pair, identity)
+    assert [stage.name for stage in small] == [stage.name for stage in graph.build(pair, identity).stages]
+    assert {stage.spec["epoch"] for stage in small if stage.name == "student"} == {1}
+    with rehearsal_store(real) as store:
+        assert rehearse(Here(store), {"pair": small}, store, real) == []
 
 
 def test_a_sample_is_as_large_as_a_batch_and_as_its_pca_needs() -> None:
@@ -124,7 +223,9 @@ def test_plan_preflight_rehearses_on_ray_publishes_nothing_and_the_search_goes_o
     assert found["nodes"] == 1
     assert set(found["stages"]) >= {"images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation"}
     assert all(entry["peak_bytes"] > 100 << 20 for entry in found["stages"].values())
-    assert 0 < found["pair_bytes"] < found["free_bytes"]
+    assert 0 < found["pair_bytes"] < found["bytes"] < found["free_bytes"]
+    assert found["seconds"] == pytest.approx(sum(e["expected"] * e["whole_seconds"] for e in found["stages"].values()), abs=0.1)
+    assert found["seconds"] > found["stages"]["student"]["seconds"]
     assert home.artifacts() == {}
     assert list(home.store.iterdir()) == []
     assert json.loads(home.run("plan", toy_space(tmp_path), "--json").out)["stages"][0]["state"] == "run"

@@ -45,7 +45,24 @@ def distinct(draws: list[Any], keys: Any) -> dict[str, int]:
     return {name: len(each) for name, each in found.items()}
 
 
-@pytest.mark.parametrize("pair", [FINITE, NESTED], ids=["branches", "data-and-projection"])
+ROTATION = PAIR["teacher"]["one_of"]["rotation"]
+STUDENT = FINITE["student"]
+
+
+def chain(**student: Any) -> dict[str, Any]:
+    """A pair whose teacher is the student of another one, with these fields of that student's schedule."""
+    first = {
+        "teacher": {**ROTATION, "layer": "conv3", "schedule": {"epochs": 2}},
+        "transfer": {"kind": "clusters", "k": 5},
+        "student": {**STUDENT, "schedule": {"epochs": 2, **student}},
+    }
+    return {**FINITE, "teacher": {"pair": first, "layer": "conv3"}}
+
+
+CHAIN = chain(lr={"choice": [0.01, 0.02, 0.04]})
+
+
+@pytest.mark.parametrize("pair", [FINITE, NESTED, CHAIN], ids=["branches", "data-and-projection", "chain"])
 def test_what_is_possible_is_what_building_every_draw_finds(tmp_path: Path, pair: dict[str, Any]) -> None:
     space = toy_space(tmp_path, pair)
     keys = keys_of(space)
@@ -87,6 +104,25 @@ def test_plan_says_it_and_warns_with_the_number_of_teachers(tmp_path: Path, caps
     assert "images 1 of 1, teacher 40 of no end" in said
     assert "note: pair.teacher.schedule.lr is continuous: every draw is a new teacher" in said
     assert "note: expect about 40 different teachers in 40 random draws" in said
+
+
+@pytest.mark.parametrize(
+    ("pair", "teachers"),
+    [
+        (chain(lr={"log_float": [0.01, 0.1]}), 40),  # its teacher is a student, and the stage `teacher` is always the same
+        ({"teacher": {"descriptor": {"kind": "hog", "cell": {"int": [2, 14]}}}}, 12),  # no stage makes it
+        ({"teacher": {"descriptor": {"kind": "bag_of_hog", "words": {"int": [2, 200]}}}}, 36),  # a stage does
+    ],
+    ids=["chain", "descriptor", "fitted-descriptor"],
+)
+def test_plan_counts_teachers_whatever_stage_makes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: dict[str, Any], teachers: int
+) -> None:
+    path = write(tmp_path, pair, budget={"trials": 40, "concurrent": 2})
+    assert main(["plan", str(path), "--json", "--home", str(tmp_path / "home")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "every draw is a new teacher" in answer["notes"][0]
+    assert answer["notes"][1:] == [f"expect about {teachers} different teachers in 40 random draws"]
 
 
 def test_plan_of_a_space_that_shares_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,7 @@ def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path
         (190, None, True),
         (29, 0.1, False),  # a worker that stands still is replaced sooner than that
         (31, 0.1, True),
+        (90, 10.0, False),  # what loops say every ten seconds: between two phases of a stage there may be a minute
         (290, 30.0, False),  # epochs of half a minute
         (310, 30.0, True),
     ],

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, settings
 
 if TYPE_CHECKING:
+    from ktray.drivers.forecast import Wanted
     from ktray.pipeline.graph import Graph
     from ktray.search.space import Space
     from ktray.spec import PairSpec
 
+TEACHERS = "different teachers"  # counted like a kind of stage, which not every teacher has
 HELP = "valid? what is done, what would run, what it costs"
 
 
@@ -45,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
             options.answer(_invalid(str(error)), "")
         raise
     if args.preflight:
-        answer["preflight"], more = _preflight(rehearsed, load, args.address, options)
+        expected = {row["stage"]: row["expected"] for row in answer["sharing"]["stages"]}
+        answer["preflight"], more = _preflight(rehearsed, load, args.address, options, expected)
         answer["notes"] += more
     options.answer(answer, _text(answer))
     return 0
@@ -67,8 +70,8 @@ def _checked(args: argparse.Namespace, load: Any, options: Settings) -> tuple[di
         check_space(space, load, str(args.source))
         pairs, count = dict(_draws_to_show(space)), space.size()
         draws = min(space.budget.trials, count or space.budget.trials)
-        shared = _shared(space, draws, options)
-        notes = _notes(space.warnings(), shared, draws)
+        shared, teachers = _shared(space, draws, options)
+        notes = _notes(space.warnings(), teachers, draws)
         rehearsed = {label: space.pair(params) for label, params in space.corners()}
     else:
         pairs = dict(load_pairs(args.source, args.overrides))
@@ -92,29 +95,48 @@ def _invalid(problem: str) -> dict[str, Any]:
 
 
 def _preflight(
-    pairs: Mapping[str, PairSpec], load: Any, address: str | None, options: Settings
+    pairs: Mapping[str, PairSpec], load: Any, address: str | None, options: Settings, expected: Mapping[str, float]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Rehearse these pairs on the real cluster: what was measured, and notes on it.
+    """Rehearse these pairs on the real cluster: what was measured and what is to be expected, and notes on it.
+
+    Args:
+        expected: name of a stage -> how many artifacts of it a search needs; {} for all of these pairs.
 
     Raises:
         PreflightFailed: one paragraph with everything that is wrong.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     from dataclasses import asdict
 
+    from ktray.cli.search import stop_on_signals
     from ktray.crew.needs import load_runtime
     from ktray.drivers.rehearsal import rehearse_on
-    from ktray.images import parts
+    from ktray.drivers.stopping import Stopping
     from ktray.pipeline.identity import data_identity
     from ktray.pipeline.sample import sample_stages
 
-    identity, runtime = data_identity(options.cache), load_runtime(options.runtime)
+    identity, runtime, stopping = data_identity(options.cache), load_runtime(options.runtime), Stopping()
     draws = {name: sample_stages(pair, identity) for name, pair in pairs.items()}
-    specs: list[Any] = [getattr(pair.data, role) for pair in pairs.values() for role in type(pair.data).model_fields]
-    images = max(sum(len(rows) for _, rows in parts(load(spec), spec.split).values()) for spec in specs)
+    wanted = _wanted(pairs, load, identity, expected)
     options.tell(f"ktray: rehearsing {len(draws)} draws, {len({s.key for stages in draws.values() for s in stages})} stages")
     say = lambda text: options.tell(f"ktray: {text}")  # noqa: E731
-    found = asdict(rehearse_on(options.home, options.open_store(), address, runtime, draws, images, say))
+    with stop_on_signals(stopping, options):
+        found = asdict(rehearse_on(options.home, options.open_store(), address, runtime, draws, wanted, say, stopping))
     return found, found.pop("notes")
+
+
+def _wanted(pairs: Mapping[str, PairSpec], load: Any, identity: Any, expected: Mapping[str, float]) -> Wanted:
+    """The pairs at full size, and how many images their data sets have."""
+    from ktray.drivers.forecast import Wanted
+    from ktray.images import parts
+    from ktray.pipeline import graph as graphs
+
+    images = {}
+    for each in (each for pair in pairs.values() for each in graphs.generations(pair)):
+        for spec in (getattr(each.data, role) for role in type(each.data).model_fields):
+            found = {split: len(rows) for split, (_, rows) in parts(load(spec), spec.split).items()}
+            images[graphs.images_stage(spec, identity).key] = (found["train"], sum(found.values()))
+    return Wanted({name: graphs.build(pair, identity).stages for name, pair in pairs.items()}, images, expected)
 
 
 def check_pairs(pairs: Mapping[str, PairSpec], load: Any, source: Path) -> None:
@@ -160,8 +182,8 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
         yield f"start_with[{index}]", space.pair(space.complete(start))
 
 
-def _shared(space: Space, draws: int, options: Settings) -> list[dict[str, Any]]:
-    """Per kind of stage, how many different artifacts the draws can need, and are expected to."""
+def _shared(space: Space, draws: int, options: Settings) -> tuple[list[dict[str, Any]], float]:
+    """Per kind of stage, how many different artifacts the draws can need, and are expected to; and how many teachers."""
     from ktray.crew.needs import STAGES
     from ktray.errors import UserError
     from ktray.pipeline import graph as graphs
@@ -173,23 +195,34 @@ def _shared(space: Space, draws: int, options: Settings) -> list[dict[str, Any]]
 
     def keys(params: Params) -> list[tuple[str, str]]:
         try:
-            return [(stage.name, stage.key) for stage in graphs.build(space.pair(params), identity).stages]
+            pair = space.pair(params)
+            graph = graphs.build(pair, identity)
         except UserError:
             return []  # two values that do not go together: such a draw computes nothing
+        teacher = [(TEACHERS, _teacher(pair, graph))] if pair.teacher is not None else []
+        return [*teacher, *((stage.name, stage.key) for stage in graph.stages)]
 
+    rows = {row.stage: row for row in sharing(space, keys, draws)}
+    teachers = rows.pop(TEACHERS, None)
     return [
         {"stage": row.stage, "possible": row.possible, "expected": round(row.expected, 1)}
-        for row in sorted(sharing(space, keys, draws), key=lambda row: STAGES.index(row.stage))
-    ]
+        for row in sorted(rows.values(), key=lambda row: STAGES.index(row.stage))
+    ], teachers.expected if teachers else 0.0
 
 
-def _notes(warnings: list[str], shared: list[dict[str, Any]], draws: int) -> list[str]:
+def _teacher(pair: PairSpec, graph: Graph) -> str:
+    """What makes a teacher another one: in a chain a student's artifact, and where no stage makes it, its spec on its data."""
+    from ktray.fingerprint import fingerprint
+
+    return str(graph.keys.get("teacher") or fingerprint([pair.data.model_dump(), pair.teacher and pair.teacher.model_dump()]))
+
+
+def _notes(warnings: list[str], teachers: float, draws: int) -> list[str]:
     """Warnings of the space, with what those about teachers would cost."""
-    expected = next((row["expected"] for row in shared if row["stage"] == "teacher"), 0.0)
     about = any(warning.startswith(("pair.teacher", "pair.data")) for warning in warnings)
-    if not (about and expected):
+    if not (about and teachers):
         return warnings
-    return [*warnings, f"expect about {expected:.0f} different teachers in {draws} random draws"]
+    return [*warnings, f"expect about {teachers:.0f} different teachers in {draws} random draws"]
 
 
 def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings, source: Path) -> dict[str, Any]:
@@ -251,7 +284,7 @@ def _text(answer: Mapping[str, Any]) -> str:
 
     rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
     missing = sum(row["state"] == "run" for row in answer["stages"])
-    cost = _cost(answer["estimate"])
+    cost = _cost(answer["estimate"], "preflight" in answer)
     count = "endlessly many" if answer["pairs"] is None else str(answer["pairs"])
     lines = [
         table(["stage", "key", "state", "shared by"], rows),
@@ -266,27 +299,34 @@ def _text(answer: Mapping[str, Any]) -> str:
 
 def _rehearsed(found: Mapping[str, Any] | None) -> list[str]:
     from ktray.cli.tables import table
+    from ktray.drivers.status import span
 
     if found is None:
         return []
     rows = [
-        [stage, str(entry["runs"]), f"{entry['seconds']:.2f}", f"{entry['peak_bytes'] / 2**20:.0f}"]
+        [
+            *(stage, str(entry["runs"]), f"{entry['seconds']:.2f}"),
+            *(f"{entry[peak] / 2**20:.0f}" if entry[peak] else "" for peak in ("peak_bytes", "device_peak_bytes")),
+            *(f"{entry['expected']:.0f}", span(entry["whole_seconds"]), f"{entry['whole_bytes'] / 2**20:.1f}"),
+        ]
         for stage, entry in found["stages"].items()
     ]
     return [
         "",
-        table(["rehearsed", "runs", "longest s", "peak MB"], rows),
+        table(["rehearsed", "runs", "longest s", "peak MB", "GPU MB", "to expect", "a whole one", "on disk MB"], rows),
         f"{found['nodes']} nodes see the store and have the same versions. The largest pair takes about "
         f"{found['pair_bytes'] / 2**20:.0f} MB of disk, {found['free_bytes'] / 2**20:.0f} MB are free.",
+        f"All of it takes roughly {span(found['seconds'])} of work, one stage after the other and each training to its end, "
+        f"and {found['bytes'] / 2**30:.1f} GB of disk: scaled from one batch, so rather less.",
     ]
 
 
-def _cost(estimate: Mapping[str, Any]) -> str:
+def _cost(estimate: Mapping[str, Any], rehearsed: bool) -> str:
     """What the missing stages take one after the other, in words."""
     from ktray.drivers.status import span
 
     if estimate["seconds"] is None:
-        return "unknown until one of each stage has run here"
+        return "roughly as forecast above" if rehearsed else "unknown until one of each stage has run here"
     between = f" ({span(estimate['low'])} to {span(estimate['high'])})" if estimate["seconds"] else ""
     return f"about {span(estimate['seconds'])}{between} if one runs after the other"
 

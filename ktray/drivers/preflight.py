@@ -36,7 +36,9 @@ def preflight(store: Store, runtime: Runtime | None = None) -> None:
     """
     runtime = runtime or Runtime()
     roster = Roster(cluster.nodes(), float("inf") if runtime.cpus is None else runtime.cpus)
-    problems = [*_disk(store.root), *_needs(runtime, roster), *_nodes(store.root)]
+    full = _disk(store.root)
+    # On a full disk no node could write what the others look for, nor could we.
+    problems = [*full, *_needs(runtime, roster), *([] if full else _nodes(store.root))]
     if problems:
         raise PreflightFailed(" ".join(problems))
 

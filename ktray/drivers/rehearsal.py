@@ -6,24 +6,30 @@ Everything is written to a store of its own inside the real one, so that it lies
 from __future__ import annotations
 
 import shutil
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from ktray.artifact import Artifact, Stage
+from ktray.crew.locks import alone_on_store, hold_store
 from ktray.crew.needs import Runtime
+from ktray.crew.shares import ON_GPU, USUAL, share_of
+from ktray.drivers.forecast import Forecast, Wanted, forecast
+from ktray.drivers.preflight import preflight
+from ktray.drivers.stopping import EVERY, Stopping, hear_again, released
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
-from ktray.pipeline.sample import MARK
 from ktray.stores import Store, open_store
 
 FOLDER = ".rehearsal-"
 AT_ONCE = 8
-PER_IMAGE = ("images", "features", "pseudo_labels")  # stages whose artifacts grow with the number of images
+TIDY_SECONDS = 3.0  # for threads that wait to hear of an interruption
 SHOWN = 3
+PEAKS = ("peak_bytes", "device_peak_bytes", "device_bytes")
 
 
 class Obtains(Protocol):
@@ -32,6 +38,9 @@ class Obtains(Protocol):
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
         """Every stage published, in order."""
 
+    def release(self, waiter: str) -> None:
+        """End every `obtain` of this waiter at once."""
+
 
 @dataclass(frozen=True)
 class Rehearsed:
@@ -39,7 +48,9 @@ class Rehearsed:
 
     Attributes:
         nodes: how many nodes of the cluster live.
-        stages: stage name -> `runs`, `seconds` of the longest, `peak_bytes` of the largest.
+        stages: as of `measured`, and `expected`, `whole_seconds` and `whole_bytes` as of a forecast.
+        seconds: forecast of all stages at full size, one after the other.
+        bytes: forecast of the disk that they take.
         pair_bytes: disk that the largest of the draws would take alone.
         free_bytes: disk that is free where the store is.
         notes: what to think about, in sentences.
@@ -47,6 +58,8 @@ class Rehearsed:
 
     nodes: int
     stages: dict[str, dict[str, Any]]
+    seconds: float
+    bytes: int
     pair_bytes: int
     free_bytes: int
     notes: list[str]
@@ -58,27 +71,28 @@ def rehearse_on(
     address: str | None,
     runtime: Runtime,
     draws: Mapping[str, list[Stage]],
-    images: int,
+    wanted: Wanted,
     say: Callable[[str], None],
+    stopping: Stopping,
 ) -> Rehearsed:
     """Start Ray, or connect to it, look at every node, and rehearse.
 
     Args:
         draws: name of a draw, such as ``teacher=rotation: transfer.k=500`` -> its stages in small.
-        images: number of images of the largest data set, for the estimate of what a whole pair takes.
+        wanted: the same at full size, for a forecast of what that takes.
 
     Raises:
         PreflightFailed: one paragraph with everything that is wrong.
         UserError: the home is in use, or there is no such cluster.
+        KeyboardInterrupt: `stopping` was wished; nothing of it runs or is left any more.
     """
     import ray
 
     from ktray.crew import client
     from ktray.crew.runtime import start, stop
-    from ktray.drivers.preflight import preflight
-    from ktray.drivers.stopping import hear_again
     from ktray.pipeline.execute import execute
 
+    stopping.orderly = True
     session = start(home, address, runtime)
     hear_again()
     try:
@@ -88,55 +102,102 @@ def rehearse_on(
         nodes = sum(node["Alive"] for node in ray.nodes())
         with rehearsal_store(store) as own:
             try:
-                problems = rehearse(client.connect(session, own.url, execute), draws, own, store)
+                problems = rehearse(client.connect(session, own.url, execute), draws, own, store, stopping)
             except StoppedEarly as stop_early:
                 problems = [f"{stop_early}."]
             stages, notes = measured(draws, own, runtime)
-            largest = max((bytes_of_pair(each, own, images) for each in draws.values()), default=0)
+            coming = forecast(draws, wanted, own, store)
     finally:
         stop(session)
         hear_again()
     free = shutil.disk_usage(store.root).free
-    if largest > free:
-        problems.append(f"One pair would take about {largest >> 20} MB of disk, and {free >> 20} MB are free.")
+    problems += _no_room(coming.pair_bytes, free)
     if problems:
         raise PreflightFailed(" ".join(problems))
-    return Rehearsed(nodes, stages, largest, free, notes)
+    return _summed(nodes, stages, coming, free, notes)
+
+
+def _no_room(pair: int, free: int) -> list[str]:
+    return [f"One pair would take about {pair >> 20} MB of disk, and {free >> 20} MB are free."] if pair > free else []
+
+
+def _summed(nodes: int, stages: dict[str, dict[str, Any]], coming: Forecast, free: int, notes: list[str]) -> Rehearsed:
+    """All of it together; a disk that is too small for all draws is worth a note and no refusal, because that is rough."""
+    if coming.bytes > free:
+        needed = f"all of it would take roughly {coming.bytes / 2**30:.1f} GB of disk, and {free / 2**30:.1f} GB are free"
+        notes = [*notes, f"{needed}; make room before, or it stops early and goes on once there is room"]
+    for name, entry in stages.items():
+        entry |= coming.stages.get(name, {"expected": 0.0, "whole_seconds": 0.0, "whole_bytes": 0})
+    return Rehearsed(nodes, stages, coming.seconds, coming.bytes, coming.pair_bytes, free, notes)
 
 
 @contextmanager
 def rehearsal_store(store: Store) -> Iterator[Store]:
-    """A store inside `store`, for the time of a `with`; what an earlier one left there is removed, too."""
+    """A store inside `store`, for the time of a `with`; what a dead one left there is removed, too."""
     for left in store.root.glob(f"{FOLDER}*"):
-        shutil.rmtree(left, ignore_errors=True)
+        alone = alone_on_store(f"file://{left}")
+        if alone is not None:  # else somebody rehearses there, or a worker that is about to end still does
+            shutil.rmtree(left, ignore_errors=True)
+            alone.release()
     folder = store.root / f"{FOLDER}{uuid.uuid4().hex[:8]}"
+    held = hold_store(f"file://{folder}")
+    while not folder.exists():  # another rehearsal began in the very moment between the folder and its lock
+        held = hold_store(f"file://{folder}")
     try:
         yield open_store(f"file://{folder}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            held.release()
 
 
-def rehearse(crew: Obtains, draws: Mapping[str, list[Stage]], store: Store, real: Store) -> list[str]:
+def rehearse(
+    crew: Obtains, draws: Mapping[str, list[Stage]], store: Store, real: Store, stopping: Stopping | None = None
+) -> list[str]:
     """Run the stages of each draw; one sentence per stage that failed.
 
     Args:
         draws: name of a draw, such as ``teacher=rotation: transfer.k=500`` -> its stages in small.
         store: where the crew of the rehearsal publishes.
         real: where artifacts lie that a loaded teacher names.
+
+    Raises:
+        KeyboardInterrupt: `stopping` was wished; no thread goes on.
+        StoppedEarly: the disk is full, or the crew has ended.
     """
     _lend(draws, store, real)
     failed: dict[str, str] = {}
 
     def one(name: str) -> None:
         try:
-            crew.obtain(draws[name], f"rehearsal of {name}")
+            crew.obtain(draws[name], _waiter(name))
         except StageFailed as failure:
             failed.setdefault(f"{failure.stage.rpartition('-')[0]} fails: {failure.cause}", name)
 
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        list(threads.map(one, draws))
+    _together(crew, draws, one, stopping or Stopping())
     said = [f"With {name} the stage {what.rstrip('.')}." for what, name in failed.items()]
     return said[:SHOWN] + ([f"{len(said) - SHOWN} more stages fail."] if len(said) > SHOWN else [])
+
+
+def _together(crew: Obtains, draws: Mapping[str, Any], one: Callable[[str], None], stopping: Stopping) -> None:
+    """Call `one` with the name of each draw, a few at a time, until all are done or somebody interrupts."""
+    over = threading.Event()
+    threads = ThreadPoolExecutor(AT_ONCE)
+    with released(crew, lambda: map(_waiter, draws), over.is_set):
+        futures = [threads.submit(one, name) for name in draws]
+        try:
+            while wait(futures, timeout=EVERY).not_done:
+                stopping.heed()
+            for future in futures:
+                future.result()
+        finally:
+            over.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            wait([future for future in futures if not future.cancelled()], timeout=TIDY_SECONDS)
+
+
+def _waiter(name: str) -> str:
+    return f"rehearsal of {name}"
 
 
 def _lend(draws: Mapping[str, list[Stage]], store: Store, real: Store) -> None:
@@ -149,24 +210,36 @@ def _lend(draws: Mapping[str, list[Stage]], store: Store, real: Store) -> None:
 
 
 def measured(draws: Mapping[str, list[Stage]], store: Store, runtime: Runtime) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Stage name -> `runs`, `seconds` of the longest and `peak_bytes` of the largest; and a word on needs that are too small.
+    """What stages took, by their names, and a word on needs that are too small.
 
-    Peaks are the GPU's where a stage had one, else those of its process.
+    Of each stage: `runs`; `seconds` of the longest; `peak_bytes` of memory of its process and `device_peak_bytes` of its
+    tensors on a GPU, of the largest; `device_bytes` that this GPU has; the last two are 0 where no stage had one.
     """
     found: dict[str, dict[str, Any]] = {}
     for artifact in _artifacts(draws, store):
         record = artifact.record
-        entry = found.setdefault(record["stage"], {"runs": 0, "seconds": 0.0, "peak_bytes": 0})
+        entry = found.setdefault(record["stage"], {"runs": 0, "seconds": 0.0, **dict.fromkeys(PEAKS, 0)})
         entry["runs"] += 1
-        entry["seconds"] = max(entry["seconds"], record["seconds"])
-        entry["peak_bytes"] = max(entry["peak_bytes"], record["peak_bytes"])
-    notes = []
-    for name, entry in sorted(found.items()):
-        needs = runtime.of(name)
-        if needs.memory_bytes and not needs.gpus and entry["peak_bytes"] > needs.memory_bytes:
-            wanted, given = entry["peak_bytes"] / 2**30, needs.memory_bytes / 2**30
-            notes.append(f"{name} used {wanted:.1f} GiB on a few images, and stages.{name}.memory_bytes reserves {given:.1f}")
-    return found, notes
+        if record["device_peak_bytes"] > entry["device_peak_bytes"]:
+            entry["device_bytes"] = record["device_bytes"]
+        for measure in ("seconds", "peak_bytes", "device_peak_bytes"):
+            entry[measure] = max(entry[measure], record[measure])
+    return found, [note for name, entry in sorted(found.items()) for note in _too_small(name, entry, runtime)]
+
+
+def _too_small(name: str, entry: Mapping[str, Any], runtime: Runtime) -> Iterator[str]:
+    needs = runtime.of(name)
+    if 0 < needs.memory_bytes < entry["peak_bytes"]:
+        wanted, given = entry["peak_bytes"] / 2**30, needs.memory_bytes / 2**30
+        yield f"{name} used {wanted:.1f} GiB on a few images, and stages.{name}.memory_bytes reserves {given:.1f}"
+    peak, whole = entry["device_peak_bytes"], entry["device_bytes"]
+    if not peak or not whole:
+        return
+    used, right = f"{name} used {peak / 2**30:.1f} of the {whole / 2**30:.1f} GiB of its GPU", share_of(peak, whole)
+    if 0 < needs.gpus < right:
+        yield f"{used}, which takes a share of {right:g}, and stages.{name}.gpus gives it {needs.gpus:g}"
+    elif not needs.gpus and name in ON_GPU and right > USUAL:
+        yield f"{used}, and gets a share of {USUAL:g} until the crew has learned better; stages.{name}.gpus: {right:g} says so"
 
 
 def _artifacts(draws: Mapping[str, list[Stage]], store: Store) -> Iterator[Artifact]:
@@ -174,17 +247,3 @@ def _artifacts(draws: Mapping[str, list[Stage]], store: Store) -> Iterator[Artif
         artifact = store.find(key)
         if artifact is not None:
             yield artifact
-
-
-def bytes_of_pair(stages: list[Stage], store: Store, images: int) -> int:
-    """Disk that a whole pair would take, from what it took in small.
-
-    Args:
-        images: the number of images that its largest data set has.
-    """
-    total = 0.0
-    for artifact in filter(None, (store.find(stage.key) for stage in stages)):
-        size = sum(entry["size"] for entry in artifact.record["files"].values())
-        growth = images / artifact.record["spec"][MARK] if artifact.record["stage"] in PER_IMAGE else 1.0
-        total += size * max(1.0, growth)
-    return int(total)

@@ -6,14 +6,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ktray.errors import StoppedEarly
 
-if TYPE_CHECKING:
-    from ktray.crew.client import Crew
-
 EVERY = 0.2
+
+
+class Releases(Protocol):
+    """Any crew on which somebody waits."""
+
+    def release(self, waiter: str) -> None:
+        """End every wait of this waiter at once."""
 
 
 class Stopping:
@@ -66,7 +70,7 @@ def hear_again() -> None:
 
 
 @contextmanager
-def released(crew: Crew, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]) -> Iterator[None]:
+def released(crew: Releases, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]) -> Iterator[None]:
     """End every wait once `ended` says so; again and again, because waiters may just be beginning to wait."""
     over = threading.Event()
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from ktray import progress
 from ktray import spec as specs
 from ktray.images import Images
 
@@ -98,6 +99,7 @@ def predict(
         else:  # relative to the nearest, because exp(1 / temperature) overflows for small temperatures
             weights = ((nearest - nearest[:, :1]).double() / temperature).exp()
         votes = torch.zeros(len(nearest), classes, dtype=torch.float64, device=device).scatter_add_(1, owners[index], weights)
+        progress.moved("judged", len(votes))
         predicted.append(votes.cpu().numpy().argmax(1))  # numpy's argmax is the first maximum, torch's any
     return np.concatenate(predicted)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from ktray import fingerprint
+from ktray import fingerprint, progress
 from ktray import spec as specs
 from ktray.images import Images
 
@@ -156,6 +156,7 @@ def _loss_and_gradient(
         error.scatter_add_(1, truth, torch.full_like(truth, -1, dtype=error.dtype))
         gradient[:-1] += block.T @ error
         gradient[-1] += error.sum(0)
+        progress.moved("blocks")
     gradient /= len(rows)
     gradient[:-1] += l2 * exact[:-1]
     return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.cpu().numpy().ravel()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import plugins
+from ktray import plugins, progress
 from ktray.errors import UserError
 from ktray.images.decoding import decode, fit
 from ktray.images.listing import located
@@ -114,6 +114,7 @@ def _together(
         with ThreadPoolExecutor(_THREADS) as threads:
             for place, pixels in enumerate(threads.map(square, indices)):
                 squares[place] = pixels
+                progress.moved("read")
         return squares
 
     return read_all

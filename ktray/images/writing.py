@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import plugins
+from ktray import plugins, progress
 from ktray.fingerprint import fingerprint
 from ktray.images.decoding import decode, fit, fit_boxes
 from ktray.images.listing import located
@@ -125,6 +125,7 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
     unreadable, boxes = [], []
     with keep(Path(shared["out"]), block, source, size) as place:
         for offset in range(start, stop):
+            progress.moved("images")
             row = int(rows[offset])
             try:
                 height, width = place(offset, row).shape[:2]

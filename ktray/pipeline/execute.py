@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ktray import snapshot
+from ktray import progress, snapshot
 from ktray.artifact import Artifact, Stage
 from ktray.errors import MissingInput
 from ktray.pipeline import memory
@@ -38,10 +39,12 @@ def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Art
         torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
         try:
             memory.reset_peaks(means.device)
-            if len(wanted) > 1:
-                published = _compute_family(wanted, inputs, store, attempt, means)
-            else:
-                published = {wanted[0].key: _compute(wanted[0], inputs, store, attempt, means)}
+            with progress.heard(means.progress) as tell:
+                heard = replace(means, progress=tell)
+                if len(wanted) > 1:
+                    published = _compute_family(wanted, inputs, store, attempt, heard)
+                else:
+                    published = {wanted[0].key: _compute(wanted[0], inputs, store, attempt, heard)}
         finally:
             torch.set_num_threads(threads)  # in a notebook, what runs after this is not ours
             memory.give_back(means.device)

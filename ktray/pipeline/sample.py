@@ -14,27 +14,47 @@ MARK = "rehearsal"
 
 
 def sample_size(pair: PairSpec) -> int:
-    """How many images of each split a rehearsal takes: a batch of either training, and enough for its PCA."""
-    spec: Any = pair
-    batches = [spec.student.schedule.batch_size]
-    if hasattr(spec.teacher, "schedule"):
-        batches.append(spec.teacher.schedule.batch_size)
-    return int(max(LEAST, *batches, 2 * (getattr(spec.transfer, "pca", None) or 0)))
+    """How many images of each split a rehearsal takes: a batch of every training, and enough for its PCA."""
+    wanted = [LEAST]
+    for each in graphs.generations(pair):
+        spec: Any = each
+        wanted += [spec.student.schedule.batch_size, 2 * (getattr(spec.transfer, "pca", None) or 0)]
+        if hasattr(spec.teacher, "schedule"):
+            wanted.append(spec.teacher.schedule.batch_size)
+    return int(max(wanted))
 
 
 def in_small(pair: PairSpec, count: int) -> PairSpec:
     """The same networks and methods: one epoch of each training, and no more clusters than a quarter of the images."""
-    plain = pair.model_dump(mode="json")
+    return PairSpec.model_validate(_shrunk(pair.model_dump(mode="json"), max(2, count // 4)))
+
+
+def _shrunk(plain: dict[str, Any], most: int) -> dict[str, Any]:
+    """A pair as plain data, and the pair whose student teaches it, with at most so many clusters or anchors."""
     for part in ("teacher", "student"):
         schedule = (plain[part] or {}).get("schedule")
         if schedule:
             schedule |= {"epochs": 1, "warmup": 0.0}
+    if "pair" in (plain["teacher"] or {}):
+        plain["teacher"]["pair"] = _shrunk(plain["teacher"]["pair"], most)
     transfer = plain["transfer"]
-    if "k" in transfer:
-        transfer["k"] = max(2, min(transfer["k"], count // 4))
-    if "min_size" in transfer:
-        transfer["min_size"] = min(transfer["min_size"], 2)
-    return PairSpec.model_validate(plain)
+    if isinstance(transfer.get("k"), list):
+        transfer["k"] = _apart(transfer["k"], most)
+    most_of = {"k": most, "anchors": most, "min_size": 2}
+    for field in most_of.keys() & transfer.keys():
+        if not isinstance(transfer[field], list):
+            transfer[field] = min(transfer[field], most_of[field])
+    if "neighbours" in transfer:
+        transfer["neighbours"] = min(transfer["neighbours"], transfer["k"])
+    return plain
+
+
+def _apart(numbers: list[int], most: int) -> list[int]:
+    """The numbers, none above `most` and no two the same, because each is a head of its own."""
+    found: list[int] = []
+    for number in numbers:
+        found.append(next(each for each in range(min(number, most), 1, -1) if each not in found))
+    return found
 
 
 def sample_stages(pair: PairSpec, identity: Identity) -> list[Stage]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,10 @@ from ktray.search.space import BRANCHINGS, Space
 from ktray.search.tree import Parameter, Params
 
 Keys = Callable[[Params], Iterable[tuple[str, str]]]
-"""The stages that a draw needs: (name, key) of each; none if its values do not go together."""
+"""The stages that a draw needs: (name, key) of each, in the order in which they run; none if its values do not go together."""
+
+Place = tuple[str, int]
+"""The name of a stage, and how many of this name run before it: in a chain each generation has features of its own."""
 
 
 @dataclass(frozen=True)
@@ -41,48 +45,48 @@ def sharing(space: Space, keys: Keys, draws: int) -> list[Shared]:
     """
     branches = list(itertools.islice(tree.points(space.root, lambda parameter: tree.ends(parameter)[:1]), BRANCHINGS))
     listed = {parameter.name: parameter for parameter, _ in tree.parameters(space.root)}
-    groups: dict[tuple[str, frozenset[str], frozenset[str]], float] = {}
+    groups: dict[tuple[str, str, frozenset[str]], float] = {}
     for base in branches:
         own, movers = _movers(base, listed, keys)
-        for name, found in own.items():
-            group = (name, frozenset(found), frozenset(movers[name]))
+        for place, key in own.items():
+            group = (place[0], key, frozenset(movers[place]))
             groups[group] = groups.get(group, 0.0) + draws / len(branches)
     return _summed(groups, listed)
 
 
-def _movers(base: Params, listed: Mapping[str, Parameter], keys: Keys) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """Stage -> its keys in the draw `base`; stage -> parameters that change them."""
-    own = _by_name(keys(base))
-    movers: dict[str, set[str]] = {name: set() for name in own}
+def _movers(base: Params, listed: Mapping[str, Parameter], keys: Keys) -> tuple[dict[Place, str], dict[Place, set[str]]]:
+    """Stage -> its key in the draw `base`; stage -> parameters that change it."""
+    own = _placed(keys(base))
+    movers: dict[Place, set[str]] = {place: set() for place in own}
     for name in (name for name in base if not tree.branching(listed[name])):
         for value in tree.ends(listed[name])[1:]:
-            changed = _by_name(keys({**base, name: value}))
+            changed = _placed(keys({**base, name: value}))
             for stage in own if changed else ():
                 if changed.get(stage) != own[stage]:
                     movers[stage].add(name)
     return own, movers
 
 
-def _by_name(stages: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
+def _placed(stages: Iterable[tuple[str, str]]) -> dict[Place, str]:
+    seen: Counter[str] = Counter()
+    found: dict[Place, str] = {}
     for name, key in stages:
-        found.setdefault(name, set()).add(key)
+        found[name, seen[name]] = key
+        seen[name] += 1
     return found
 
 
-def _summed(
-    groups: Mapping[tuple[str, frozenset[str], frozenset[str]], float], listed: Mapping[str, Parameter]
-) -> list[Shared]:
+def _summed(groups: Mapping[tuple[str, str, frozenset[str]], float], listed: Mapping[str, Parameter]) -> list[Shared]:
     rows: dict[str, Shared] = {}
-    for (name, keys, movers), draws in groups.items():
+    for (name, _, movers), draws in groups.items():
         values = [tree.all_values(listed[each]) for each in movers]
         sizes = [len(each) for each in values if each is not None]
         endless = len(sizes) < len(values)
         combinations = math.prod(sizes)
         expected = draws if endless else _distinct(combinations, draws)
         before = rows.get(name, Shared(name, 0, 0.0))
-        possible = None if endless or before.possible is None else before.possible + combinations * len(keys)
-        rows[name] = Shared(name, possible, before.expected + min(expected, draws) * len(keys))
+        possible = None if endless or before.possible is None else before.possible + combinations
+        rows[name] = Shared(name, possible, before.expected + min(expected, draws))
     return list(rows.values())
 
 
