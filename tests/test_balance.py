@@ -21,7 +21,7 @@ from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.tree import Params
 from ktray.search.trial import Trial
-from tests.toy_space import drive, given, score, tell, toy_space
+from tests.toy_space import drive, given, score, states, tell, toy_space
 
 IN_DEBT = Spend(prefix=100.0, suffix=99.0)
 
@@ -226,6 +226,28 @@ def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_wit
     with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 2}, early_stop=None)) as study:
         drive(study)
         assert study.drawn == 9
+
+
+def test_trials_that_a_killed_driver_left_go_on_though_what_they_are_charged_fills_the_budget(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None)
+    with Study.open(tmp_path, space) as study:
+        for one in (given(study), given(study)):
+            study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": 2400.0}, "suffix": {}})
+    with Study.open(tmp_path, space) as study:
+        drive(study)
+        assert states(study) == {"completed": 2}
+        assert study.reason == "1.33 of 1 stage hours are spent"
+
+
+def test_trials_that_a_killed_driver_left_wait_for_more_time(tmp_path: Path) -> None:
+    now = [0.0]
+    space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 2, "hours": 1, "stop_after": "10s"}, early_stop=None)
+    with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
+        given(study)
+        now[0] = 11
+        study.close()
+    with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
+        assert (study.next(), study.reason) == ("done", "stop_after (10 s) is used up")
 
 
 def test_a_purse_counts_a_changed_trial_once() -> None:

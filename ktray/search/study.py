@@ -19,7 +19,7 @@ from ktray.search import document, ranking, rungs, target, warm
 from ktray.search.draws import Draws, Source
 from ktray.search.journal import Journal, held
 from ktray.search.purse import Charges, Purse, used_up
-from ktray.search.sampler import Quote
+from ktray.search.sampler import Quote, Spend
 from ktray.search.space import Space
 from ktray.search.stopwatch import Stopwatch
 from ktray.search.trial import Parts, State, Trial
@@ -150,7 +150,9 @@ class Study:
         self._stop_if_all_fails()
         if len(self._live) >= self._concurrent:
             return "wait"
-        limit = used_up(self.space.budget, self.spent, self.purse.spent)
+        # Those that a killed driver left were admitted when they were charged: their own reservation does not bar them.
+        spent = Spend() if self._orphans else self.purse.spent
+        limit = used_up(self.space.budget, self.spent, spent)
         trial = self._coming() if limit is None else None
         if trial is None and self._live:
             return "wait"
