@@ -86,7 +86,7 @@ class Conductor:
                 continue
             with suppress(UserError):  # no valid pair: its trial will say so
                 pair = self.space.pair(params)
-                graph = self._graph(pair, str(params.get("teacher", "")))
+                graph = self._without_passed(self._graph(pair, str(params.get("teacher", ""))))
                 found |= {stage.key: stage for stage in _up_to_features(graph)}
         self.demanded |= found.keys()
         self.prices.order_ahead(found)
@@ -126,7 +126,7 @@ class Conductor:
 
     def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
         """The stages of a trial up to `epoch` of its student, its last by default, and of these evaluations, or of all."""
-        graph = self._graph_of(trial, epoch, evaluations)
+        graph = self._without_passed(self._graph_of(trial, epoch, evaluations))
         self.demanded |= {stage.key for stage in graph.stages}
         return graph
 
@@ -153,11 +153,19 @@ class Conductor:
         pair = self.space.pair(params)
         until = rungs.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]
         wanted = None if until == pair.student.schedule.epochs else [self._judge(until)]
-        return self._graph(pair, str(params.get("teacher", "")), until, wanted)
+        return self._without_passed(self._graph(pair, str(params.get("teacher", "")), until, wanted))
 
     def _graph(self, pair: PairSpec, branch: str, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
         milestones = self._milestones.get(branch, {})
         return graphs.build(pair, self.identity, epoch=epoch, evaluations=evaluations, milestones=milestones)
+
+    def _without_passed(self, graph: Graph) -> Graph:
+        """The graph less the segments that only led to a snapshot which is there, made where nothing cut its training."""
+        wanted = {key for stage in graph.stages for key in stage.inputs.values()} | set(graph.metric_prefixes())
+        cuts = {stage.key for stage in graph.stages} - wanted
+        later = [stage for stage in graph.stages if not cuts.isdisjoint(stage.starts)]
+        passed = cuts & {start for stage in later if self.prices.is_made(stage.key) for start in stage.starts}
+        return Graph(tuple(stage for stage in graph.stages if stage.key not in passed), graph.keys)
 
     def _judge(self, epoch: int) -> str:
         """Name of the evaluation that a rung is judged by."""
