@@ -14,6 +14,7 @@ from ktray.drivers.simulate import _Mute, _VirtualStore
 from ktray.drivers.stopping import Stopping
 from ktray.drivers.tune import StudySearcher, _Tick
 from ktray.drivers.waiting import RELEASED
+from ktray.errors import StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.search.history import read
 from ktray.search.space import Space
@@ -124,3 +125,31 @@ def test_segments_that_lead_to_a_missing_snapshot_and_those_that_a_trial_reads_s
     assert trained[0] == [("teacher", 1), ("teacher", 2), ("teacher", 4), ("student", 1)]
     assert trained[1] == [("teacher", 4), ("student", 1), ("student", 3)]
     assert trained[2] == [("teacher", 4), ("student", 3), ("student", 9)]
+
+
+def test_a_stage_that_all_draws_need_and_that_failed_stops_the_search_though_another_trial_runs(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, _rotation(4), budget={"trials": 30, "concurrent": 4})
+    with Study.open(tmp_path, space) as study:
+        conductor = _conductor(space, study)
+        legs, _ = conductor.first(4)
+        teacher = legs[0].graph.keys["teacher"]
+        for leg in list(legs)[:3]:
+            conductor.fail(leg, "it cannot be trained", teacher)
+        with pytest.raises(StoppedEarly, match=r"10 trials failed one after the other; .* it cannot be trained"):
+            conductor.next()
+        assert study.drawn == 14
+
+
+def test_a_failed_teacher_that_half_of_the_draws_need_lets_the_others_go_on(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"trials": 60, "concurrent": 16}, sampler="random")
+    with Study.open(tmp_path, space) as study:
+        conductor = _conductor(space, study)
+        legs, _ = conductor.first(16)
+        for leg in legs:
+            if "teacher" in leg.graph.keys:
+                conductor.fail(leg, "it cannot be trained", leg.graph.keys["teacher"])
+        while isinstance(conductor.next(), Leg):
+            pass
+        running = [trial for trial in study.trials() if trial.state == "running"]
+        assert len(running) == 16
+        assert sum(trial.state == "failed" for trial in study.trials()) > 10

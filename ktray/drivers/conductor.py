@@ -17,6 +17,7 @@ from ktray.pipeline import judge
 from ktray.pipeline.graph import Graph, Identity
 from ktray.search import rungs
 from ktray.search.costs import Costs
+from ktray.search.failures import FAILURES, in_a_row
 from ktray.search.space import Space
 from ktray.search.study import Assignment, Study
 from ktray.search.tree import Params
@@ -93,7 +94,12 @@ class Conductor:
         return list(found.values())
 
     def next(self) -> Leg | Literal["wait", "done"]:
-        """The next leg that has something to compute; what the store answers whole is settled on the way."""
+        """The next leg that has something to compute; what the store answers whole is settled on the way.
+
+        Raises:
+            StoppedEarly: ten draws in a row need what has failed before, or the study says so.
+        """
+        vain: list[Trial] = []
         while True:
             assignment = self._assignment()
             if isinstance(assignment, str):
@@ -101,12 +107,15 @@ class Conductor:
             leg = self._leg(assignment.trial, assignment.until, assignment.final)
             known = next((stage.key for stage in leg.graph.stages if stage.key in self._failed), None)
             if known:  # it would raise again: a resume tries it once more
-                self.fail(leg, self._failed[known], known)
+                vain.append(self.fail(leg, self._failed[known], known))
+                if len(vain) >= FAILURES:
+                    raise in_a_row(vain)
                 continue
             if judge.finished(leg.graph, self.store) is None:
                 self.study.charge(leg.trial.number, self.prices.charges(leg.graph))
                 return leg
             self.settle(leg, computed=[])
+            vain.clear()
 
     def _assignment(self) -> Assignment | Literal["wait", "done"]:
         try:
@@ -215,18 +224,19 @@ class Conductor:
         """What became of a leg whose stages are all there; a score that is not finite has failed its trial."""
         self.tell(trial.state, trial, (trial.cause or "") if trial.state == "failed" else text)
 
-    def fail(self, leg: Leg, cause: str, stage: str = "") -> None:
-        """The leg could not be computed; may raise StoppedEarly after too many failures in a row.
+    def fail(self, leg: Leg, cause: str, stage: str = "") -> Trial:
+        """The leg could not be computed.
 
         Args:
             stage: key of the stage that raised. Its cause is told once, and what needs it fails without asking again.
         """
         self._pay(leg)
-        trial = self.study.fail(leg.trial.number, cause)
+        trial = self.study.fail(leg.trial.number, cause, stage)
         self.tell("failed", trial, f"needs {stage}, too" if stage in self._failed else cause)
         self.account.ended(trial, leg.graph.keys, {})
         if stage:
             self._failed[stage] = cause
+        return trial
 
     def _pay(self, leg: Leg) -> None:
         """What the trial was charged becomes what was recorded, before the study is told what became of it."""

@@ -14,17 +14,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ktray.errors import StoppedEarly, UserError
+from ktray.errors import UserError
 from ktray.search import document, ranking, rungs, target, warm
 from ktray.search.draws import Draws, Source
+from ktray.search.failures import Failures
 from ktray.search.journal import Journal, held
 from ktray.search.purse import Charges, Purse, used_up
 from ktray.search.sampler import Quote, Spend
 from ktray.search.space import Space
 from ktray.search.stopwatch import Stopwatch
 from ktray.search.trial import Parts, State, Trial
-
-FAILURES = 10  # so many in a row stop a search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Study:
             self._enter(self._parts.share(trial))
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
-        self._failures, self._concurrent = 0, space.budget.concurrent
+        self._failures, self._concurrent = Failures(self.trials()), space.budget.concurrent
         self._exhausted = self._over = False
         self._unlock = contextlib.ExitStack()
         self.target = target.agreed(journal, space, trials, self.drawn, self._open())
@@ -145,9 +144,9 @@ class Study:
         A trial that is due for promotion goes before a new draw. A draw that equals an earlier trial is recorded and skipped.
 
         Raises:
-            StoppedEarly: ten trials in a row failed.
+            StoppedEarly: ten trials in a row failed, or the disk is full.
         """
-        self._stop_if_all_fails()
+        self._failures.heed()
         if len(self._live) >= self._concurrent:
             return "wait"
         # Those that a killed driver left were admitted when they were charged: their own reservation does not bar them.
@@ -172,7 +171,7 @@ class Study:
         promoted = self._standings.promotion()
         due = None if promoted is None else self._trials[promoted]
         while due is None and self.drawn < self.target and not self._exhausted:
-            self._stop_if_all_fails()
+            self._failures.heed()
             new = self._draws.following(self.purse.spent)
             if new is None:
                 self._exhausted = True
@@ -181,7 +180,7 @@ class Study:
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
             self._journal.add(trial)
             self._enter(trial)
-            self._failures += trial.state == "failed"
+            self._failures.drawn(trial)
             due = trial if trial.state == "running" else None
         return due
 
@@ -243,7 +242,7 @@ class Study:
             raise ValueError(f"trial {number} runs to epoch {until} of {trial.epochs} and reports epoch {epoch}")
         if not math.isfinite(score):
             return self.fail(number, f"{self._rung_metric(epoch)} is {score} at epoch {epoch}")
-        self._failures = 0
+        self._failures.over()
         kept: dict[str, Any] = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
         if epoch == 0:
             return self._settle(trial, state="paused", teacher_score=float(score), **kept)
@@ -272,7 +271,7 @@ class Study:
         for metric, _ in self.space.objectives:
             if not math.isfinite(objectives.get(metric, math.nan)):
                 return self.fail(number, f"the objective {metric} is {objectives.get(metric, 'missing')}")
-        self._failures = 0
+        self._failures.over()
         last = metrics.get(self._rung_metric(), math.nan)
         return self._settle(
             trial,
@@ -285,14 +284,18 @@ class Study:
             cost={name: float(value) for name, value in cost.items()},
         )
 
-    def fail(self, number: int, cause: str) -> Trial:
+    def fail(self, number: int, cause: str, stage: str = "") -> Trial:
         """A trial that cannot go on.
+
+        Args:
+            stage: key of the stage that raised, if one did.
 
         Raises:
             KeyError: the trial does not run.
         """
-        self._failures += 1
-        return self._settle(self._live[number], state="failed", cause=cause)
+        failed = self._settle(self._live[number], state="failed", cause=cause)
+        self._failures.failed(failed, stage)
+        return failed
 
     def prune(self) -> list[Trial]:
         """If `next` said "done" and time is left, what is paused is pruned (and returned); else it stays."""
@@ -319,12 +322,6 @@ class Study:
 
     def _rung_metric(self, epoch: int = 1) -> str:
         return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
-
-    def _stop_if_all_fails(self) -> None:
-        if self._failures >= FAILURES:
-            failed = [trial for trial in self._trials.values() if trial.state == "failed"]
-            last = max(failed, key=lambda trial: (trial.ended or 0.0, trial.number))
-            raise StoppedEarly(f"{self._failures} trials failed one after the other; the last one, {last.number}: {last.cause}")
 
     def _settle(self, trial: Trial, *, state: State, **changes: Any) -> Trial:
         del self._live[trial.number]
