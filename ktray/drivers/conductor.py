@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -78,7 +78,10 @@ class Conductor:
         return ahead, None
 
     def certain(self) -> list[Stage]:
-        """Stages up to the features of planned draws that are yet to be made, unless the sampler still has a choice there."""
+        """Stages that planned draws yet to be made begin with, unless the sampler still has a choice there.
+
+        Up to their features; where teachers are judged first, up to that.
+        """
         found: dict[str, Stage] = {}
         drawn = sum(trial.planned is not None for trial in self.study.trials())
         for start in self.space.start_with[drawn : self.study.target]:
@@ -88,10 +91,14 @@ class Conductor:
             with suppress(UserError):  # no valid pair: its trial will say so
                 pair = self.space.pair(params)
                 graph = self._without_passed(self._graph(pair, str(params.get("teacher", ""))))
-                found |= {stage.key: stage for stage in _up_to_features(graph)}
+                found |= {stage.key: stage for stage in self._beginning(pair, graph)}
         self.demanded |= found.keys()
         self.prices.order_ahead(found)
         return list(found.values())
+
+    def _beginning(self, pair: PairSpec, graph: Graph) -> Iterable[Stage]:
+        stop = self.space.early_stop
+        return graph.up_to(self._judge(0)).stages if stop and stop.teacher and pair.teacher else _up_to_features(graph)
 
     def next(self) -> Leg | Literal["wait", "done"]:
         """The next leg that has something to compute; what the store answers whole is settled on the way.
