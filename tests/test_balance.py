@@ -21,7 +21,7 @@ from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.tree import Params
 from ktray.search.trial import Trial
-from tests.toy_space import drive, given, score, states, tell, toy_space
+from tests.toy_space import FINITE, drive, given, score, states, tell, toy_space
 
 IN_DEBT = Spend(prefix=100.0, suffix=99.0)
 
@@ -141,11 +141,17 @@ def test_a_teacher_that_was_judged_poor_is_not_drawn_again_with_another_k(tmp_pa
     assert not any(map(is_poor, after))
 
 
-def test_among_existing_teachers_the_good_ones_are_preferred(tmp_path: Path) -> None:
-    space = wide(tmp_path)
-    trials = history(space, 60, lambda trial: 0.9 if trial.params["transfer.k"] == 20 else 0.1)
-    ours = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0}))
-    assert sum(ours.propose(60 + index, IN_DEBT)["transfer.k"] == 20 for index in range(20)) >= 17
+def test_a_teacher_that_was_given_up_is_drawn_again_when_more_trials_are_asked_for(tmp_path: Path) -> None:
+    """Judged among more teachers it may be one of the best; here nothing else is left to draw."""
+    hogs = {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}}
+    space = toy_space(tmp_path, {**FINITE, "teacher": hogs})
+    pairs = [(4, 5), (4, 10), (4, 20), (7, 5)]
+    draws: list[Params] = [{"teacher.descriptor.cell": cell, "transfer.k": k} for cell, k in pairs]
+    *good, poor = [Trial(n, draw, space.pair(draw).model_dump(mode="json"), teacher_score=0.9) for n, draw in enumerate(draws)]
+    good = [dataclasses.replace(trial, state="completed", objectives={"linear_probe/top1": 0.5}) for trial in good]
+    ours = told(space, [*good, dataclasses.replace(poor, state="pruned", teacher_score=0.8)])
+    left = [{"teacher.descriptor.cell": 7, "transfer.k": k} for k in (10, 20)]
+    assert all(ours.propose(4 + n, Spend()) in left for n in range(20))
 
 
 def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ class Sampler:
         holds = trial.state in HOLDS and not trial.waits_for_teacher
         (holders.add if holds else holders.discard)(trial.number)
         waiting = self._waiting.setdefault(_judged(trial.params), set())
-        (waiting.add if trial.waits_for_teacher else waiting.discard)(trial.number)
+        waits = trial.waits_for_teacher and trial.state == "paused"  # who was pruned does not wait: its teacher may have risen
+        (waiting.add if waits else waiting.discard)(trial.number)
 
     def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None) -> Params:
         """The next draw.
