@@ -324,9 +324,9 @@ class Study:
         return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
 
     def _settle(self, trial: Trial, *, state: State, **changes: Any) -> Trial:
-        del self._live[trial.number]
         ended = None if state == "paused" else self._clock()
         settled = self._write(trial, state=state, ended=ended, **changes)
+        del self._live[trial.number]
         self._watch.note()
         return settled
 
