@@ -16,8 +16,11 @@ import yaml
 import ktray
 from ktray.cli import best, export, main
 from ktray.drivers import search as driver
-from ktray.errors import StageFailed, UserError
+from ktray.drivers.simulate import _Mute
+from ktray.drivers.stopping import Stopping
+from ktray.errors import StageFailed, StoppedEarly, UserError
 from ktray.search.study import Study
+from ktray.stores.file import FileStore
 from tests.searches import Home
 from tests.searches import toy_space as search_space
 from tests.toy_space import drive, toy_space
@@ -97,6 +100,24 @@ def test_a_space_never_gets_a_number_of_trials_at_a_time_that_its_file_could_not
     assert driver.with_concurrent(space, None) is space
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         driver.with_concurrent(space, 0)
+
+
+def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def only_draw(conductor: Any, crew: Any) -> StoppedEarly:
+        drawn.append(len(conductor.first(conductor.space.budget.concurrent)[0]))
+        return StoppedEarly("it is enough")
+
+    monkeypatch.setattr(driver, "_trials", only_draw)
+    space = toy_space(tmp_path, budget={"trials": 70, "concurrent": 500}, sampler="random", early_stop=None)
+    place = driver.Place(tmp_path, FileStore(tmp_path / "store"), None, None)
+    said: list[str] = []
+    screen: Any = type("Heard", (_Mute,), {"say": staticmethod(said.append)})()
+    tracker: Any = type("Deaf", (_Mute,), {"close": lambda self, how, timeout: None})()
+    driver.search(space, place, tracker, Stopping(), screen, name="toy", trials=None)
+    assert drawn == [64]
+    assert said == ["64 trials run at a time, not 500: each waits in a process on this machine"]
 
 
 def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.tree import Params
 from ktray.search.trial import Trial
-from tests.toy_space import drive, given, score, tell, toy_space
+from tests.toy_space import FINITE, drive, given, score, states, tell, toy_space
 
 IN_DEBT = Spend(prefix=100.0, suffix=99.0)
 
@@ -141,11 +141,17 @@ def test_a_teacher_that_was_judged_poor_is_not_drawn_again_with_another_k(tmp_pa
     assert not any(map(is_poor, after))
 
 
-def test_among_existing_teachers_the_good_ones_are_preferred(tmp_path: Path) -> None:
-    space = wide(tmp_path)
-    trials = history(space, 60, lambda trial: 0.9 if trial.params["transfer.k"] == 20 else 0.1)
-    ours = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0}))
-    assert sum(ours.propose(60 + index, IN_DEBT)["transfer.k"] == 20 for index in range(20)) >= 17
+def test_a_teacher_that_was_given_up_is_drawn_again_when_more_trials_are_asked_for(tmp_path: Path) -> None:
+    """Judged among more teachers it may be one of the best; here nothing else is left to draw."""
+    hogs = {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}}
+    space = toy_space(tmp_path, {**FINITE, "teacher": hogs})
+    pairs = [(4, 5), (4, 10), (4, 20), (7, 5)]
+    draws: list[Params] = [{"teacher.descriptor.cell": cell, "transfer.k": k} for cell, k in pairs]
+    *good, poor = [Trial(n, draw, space.pair(draw).model_dump(mode="json"), teacher_score=0.9) for n, draw in enumerate(draws)]
+    good = [dataclasses.replace(trial, state="completed", objectives={"linear_probe/top1": 0.5}) for trial in good]
+    ours = told(space, [*good, dataclasses.replace(poor, state="pruned", teacher_score=0.8)])
+    left = [{"teacher.descriptor.cell": 7, "transfer.k": k} for k in (10, 20)]
+    assert all(ours.propose(4 + n, Spend()) in left for n in range(20))
 
 
 def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> None:
@@ -226,6 +232,76 @@ def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_wit
     with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 2}, early_stop=None)) as study:
         drive(study)
         assert study.drawn == 9
+
+
+def test_trials_that_a_killed_driver_left_go_on_though_what_they_are_charged_fills_the_budget(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None)
+    with Study.open(tmp_path, space) as study:
+        for one in (given(study), given(study)):
+            study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": 2400.0}, "suffix": {}})
+    with Study.open(tmp_path, space) as study:
+        drive(study)
+        assert states(study) == {"completed": 2}
+        assert study.reason == "1.33 of 1 stage hours are spent"
+
+
+def test_trials_that_a_killed_driver_left_wait_for_more_time(tmp_path: Path) -> None:
+    now = [0.0]
+    space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 2, "hours": 1, "stop_after": "10s"}, early_stop=None)
+    with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
+        given(study)
+        now[0] = 11
+        study.close()
+    with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
+        assert (study.next(), study.reason) == ("done", "stop_after (10 s) is used up")
+
+
+def costing(folder: Path, quote: sampler.Quote, **fields: Any) -> Study:
+    """A study with a budget of one hour whose draws have prices."""
+    space = wide(folder, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None, **fields)
+    study = Study.open(folder, space)
+    study.ask_prices(quote)
+    return study
+
+
+def spend(study: Study, seconds: float) -> None:
+    """Runs one trial, whose teacher takes so long."""
+    one = given(study)
+    study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": seconds}, "suffix": {}})
+    tell(study, one)
+
+
+@pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
+def test_the_first_draw_is_made_at_any_price_and_no_other_that_the_hours_do_not_pay_for(tmp_path: Path, how: str) -> None:
+    with costing(tmp_path, lambda params: Spend(360_000.0, 10.0), sampler=how) as study:
+        spend(study, 3240.0)
+        assert study.next() == "done"
+        assert study.reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
+        assert study.drawn == 1
+    with Study.open(tmp_path, study.space) as again:
+        again.ask_prices(lambda params: Spend(300.0, 10.0))
+        given(again)
+
+
+def test_what_is_left_of_the_hours_goes_to_draws_that_fit(tmp_path: Path) -> None:
+    seconds = {"hog": 20.0, "rotation": 360_000.0}
+    with costing(tmp_path, lambda params: Spend(seconds[str(params["teacher"])], 10.0)) as study:
+        spend(study, 3400.0)
+        drive(study)
+        assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}
+        assert study.drawn == 9
+
+
+def test_a_planned_draw_that_is_too_dear_waits_until_what_runs_has_cost_less_than_expected(tmp_path: Path) -> None:
+    with costing(
+        tmp_path, lambda params: Spend(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
+    ) as study:
+        one = given(study)
+        study.charge(one.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
+        assert study.next() == "wait"
+        study.paid(one.trial.number, {"teacher-1": 100.0})
+        tell(study, one)
+        assert given(study).trial.params["teacher"] == "rotation"
 
 
 def test_a_purse_counts_a_changed_trial_once() -> None:

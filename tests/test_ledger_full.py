@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ktray.errors import StoppedEarly
 from ktray.search import journal
 from ktray.search.history import read
 from ktray.search.study import Study
-from tests.toy_space import drive, toy_space
+from tests.toy_space import drive, given, tell, toy_space
 
 
 class Full(io.FileIO):
@@ -48,3 +50,17 @@ def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whol
         assert len(again.trials()) == trials
         drive(again)
     assert {trial.state for trial in read(tmp_path, "toy").trials} <= {"completed", "duplicate"}
+
+
+def test_a_lock_that_finds_no_room_stops_the_search_and_loses_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*names: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None, budget={"trials": 1})) as study:
+        one = given(study)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "symlink", no_room)
+            with pytest.raises(StoppedEarly, match=r"the disk is full: .*journal\.log"):
+                study.fail(one.trial.number, "unlucky")
+        assert tell(study, one).state == "completed"
+        assert study.next() == "done"

@@ -156,10 +156,10 @@ def test_lengths_are_means_of_what_was_recorded_per_epoch_for_trainings() -> Non
 ROTATION = {"teacher": "rotation", "teacher.rotation.layer": "conv3", "teacher.rotation.schedule.epochs": 2}
 
 
-def certain(tmp_path: Path, *starts: dict[str, Any], trials: int = 9) -> list[list[str]]:
+def certain(tmp_path: Path, *starts: dict[str, Any], trials: int = 9, **fields: Any) -> list[list[str]]:
     """Names of stages that are known before any draw, and after each planned one."""
     tmp_path.mkdir(exist_ok=True)
-    space = toy_space(tmp_path, start_with=list(starts), budget={"trials": trials, "concurrent": 9})
+    space = toy_space(tmp_path, start_with=list(starts), budget={"trials": trials, "concurrent": 9}, **fields)
     store: Any = _VirtualStore()
     mute: Any = _Mute()
     identity = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
@@ -176,6 +176,13 @@ def test_teachers_of_planned_draws_are_certain_until_those_are_drawn(tmp_path: P
     hog = {"teacher": "hog", "teacher.hog.descriptor.cell": 7}
     known = certain(tmp_path, ROTATION, hog)
     assert known == [["images", "teacher", "features", "features"], ["images", "features"], []]
+
+
+def test_features_of_a_planned_draw_are_not_certain_before_its_teacher_is_judged(tmp_path: Path) -> None:
+    evals = [{"kind": "knn"}, {"kind": "linear_probe"}, {"kind": "knn", "name": "teacher_knn", "of": "teacher"}]
+    stop = {"metric": "knn/top1", "rungs": [3, 9], "reduction": 3, "teacher": {"metric": "teacher_knn/top1", "keep": 0.5}}
+    known = certain(tmp_path, ROTATION, pair={"evals": evals}, early_stop=stop)
+    assert known == [["images", "teacher", "evaluation"], []]
 
 
 def test_a_teacher_that_the_sampler_completes_is_not_certain_nor_one_beyond_the_target(tmp_path: Path) -> None:

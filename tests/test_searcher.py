@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ktray.artifact import Artifact
-from ktray.drivers.conductor import Conductor
+from ktray.artifact import Artifact, Stage
+from ktray.drivers.conductor import Conductor, Leg
 from ktray.drivers.simulate import _Mute, _VirtualStore
 from ktray.drivers.stopping import Stopping
 from ktray.drivers.tune import StudySearcher, _Tick
 from ktray.drivers.waiting import RELEASED
+from ktray.errors import StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.search.history import read
 from ktray.search.space import Space
 from ktray.search.study import Study
-from tests.toy_space import toy_space
+from tests.toy_space import PAIR, toy_space
 
 
-def _conductor(space: Space, study: Study) -> Conductor:
+def _conductor(space: Space, study: Study, store: Any = None) -> Conductor:
     """One that knows a store without files and tells nobody."""
-    store: Any = _VirtualStore()
+    store = _VirtualStore() if store is None else store
     mute: Any = _Mute()
     return Conductor(space, study, store, lambda spec: fingerprint(spec.model_dump()), mute, lambda *said: None)
+
+
+def _publish(store: Any, stages: Iterable[Stage]) -> None:
+    """Puts what stages would make into the store without files."""
+    for stage in stages:
+        record = {"seconds": 2.0, "seconds_alone": 2.0, "epoch": stage.spec.get("epoch", 0)}
+        store.found[stage.key] = Artifact(stage.key, Path(), {"top1": 0.5}, record)
 
 
 @pytest.fixture
@@ -65,10 +74,7 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
             if isinstance(leg, str):
                 break
             sessions += 1
-            store: Any = conductor.store
-            for stage in leg.graph.stages:
-                record = {"seconds": 2.0, "seconds_alone": 2.0, "epoch": stage.spec.get("epoch", 0)}
-                store.found[stage.key] = Artifact(stage.key, tmp_path, {"top1": 0.5}, record)
+            _publish(conductor.store, leg.graph.stages)
             conductor.settle(leg, [leg.graph.stages[-1].key])
     assert sessions == 2
     assert study.trials()[0].cost["marginal_seconds"] == 4.0
@@ -80,3 +86,70 @@ def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp
     study._watch._began -= 40
     _Tick(searcher).on_step_end(1, [])
     assert 40 <= read(tmp_path, "toy").spent < 60
+
+
+def _rotation(epochs: Any) -> dict[str, Any]:
+    branch = PAIR["teacher"]["one_of"]["rotation"]
+    return {"teacher": {"one_of": {"rotation": {**branch, "layer": "conv3", "schedule": {"epochs": epochs}}}}}
+
+
+def test_a_teacher_of_an_earlier_space_is_not_trained_again_to_cut_it_where_the_new_one_may(tmp_path: Path) -> None:
+    store, start = _VirtualStore(), {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}
+    earlier = toy_space(tmp_path, _rotation(4), start_with=[{"transfer.k": 5}])
+    with Study.open(tmp_path, earlier, "earlier") as study:
+        leg = _conductor(earlier, study, store).next()
+        assert isinstance(leg, Leg)
+        _publish(store, (stage for stage in leg.graph.stages if stage.name != "student"))
+    space = toy_space(tmp_path, _rotation({"choice": [2, 4]}), start_with=[start])
+    with Study.open(tmp_path, space, "changed") as study:
+        conductor = _conductor(space, study, store)
+        assert [stage.spec["epoch"] for stage in conductor.certain() if stage.name == "teacher"] == [4]
+        leg = conductor.next()
+        assert isinstance(leg, Leg)
+        assert [stage.name for stage in leg.graph.stages if stage.key not in store.found] == ["student", "evaluation"]
+        charged = study.charged(leg.trial.number)
+        assert not charged["prefix"]
+        assert {key.split("-")[0] for key in charged["suffix"]} == {"student", "evaluation"}
+
+
+def test_segments_that_lead_to_a_missing_snapshot_and_those_that_a_trial_reads_stay(tmp_path: Path) -> None:
+    store = _VirtualStore()
+    start = {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}
+    space = toy_space(tmp_path, _rotation({"choice": [1, 2, 4]}), start_with=[start], budget={"trials": 1})
+    with Study.open(tmp_path, space) as study:
+        conductor, trained = _conductor(space, study, store), []
+        while isinstance(leg := conductor.next(), Leg):
+            trained.append([(s.name, s.spec["epoch"]) for s in leg.graph.stages if "epoch" in s.spec])
+            _publish(store, leg.graph.stages)
+            conductor.settle(leg, [])
+    assert trained[0] == [("teacher", 1), ("teacher", 2), ("teacher", 4), ("student", 1)]
+    assert trained[1] == [("teacher", 4), ("student", 1), ("student", 3)]
+    assert trained[2] == [("teacher", 4), ("student", 3), ("student", 9)]
+
+
+def test_a_stage_that_all_draws_need_and_that_failed_stops_the_search_though_another_trial_runs(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, _rotation(4), budget={"trials": 30, "concurrent": 4})
+    with Study.open(tmp_path, space) as study:
+        conductor = _conductor(space, study)
+        legs, _ = conductor.first(4)
+        teacher = legs[0].graph.keys["teacher"]
+        for leg in list(legs)[:3]:
+            conductor.fail(leg, "it cannot be trained", teacher)
+        with pytest.raises(StoppedEarly, match=r"10 trials failed one after the other; .* it cannot be trained"):
+            conductor.next()
+        assert study.drawn == 14
+
+
+def test_a_failed_teacher_that_half_of_the_draws_need_lets_the_others_go_on(tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"trials": 60, "concurrent": 16}, sampler="random")
+    with Study.open(tmp_path, space) as study:
+        conductor = _conductor(space, study)
+        legs, _ = conductor.first(16)
+        for leg in legs:
+            if "teacher" in leg.graph.keys:
+                conductor.fail(leg, "it cannot be trained", leg.graph.keys["teacher"])
+        while isinstance(conductor.next(), Leg):
+            pass
+        running = [trial for trial in study.trials() if trial.state == "running"]
+        assert len(running) == 16
+        assert sum(trial.state == "failed" for trial in study.trials()) > 10

@@ -11,8 +11,11 @@ import pytest
 from ktray.cli.leaderboard import still_failed
 from ktray.errors import StoppedEarly
 from ktray.search import history as studies
+from ktray.search.draws import Draws
 from ktray.search.journal import folder
 from ktray.search.study import Assignment, Study
+from ktray.search.tree import Params
+from ktray.search.trial import Trial
 from tests.toy_space import FINITE, drive, given, states, tell, toy_space
 
 NO_STOP = {"early_stop": None}
@@ -148,6 +151,20 @@ def test_ten_failures_in_a_row_stop_the_search_and_it_can_go_on(tmp_path: Path) 
         assert states(study) == {"failed": 10, "paused": 1}
 
 
+def test_trials_that_fail_with_one_stage_are_one_failure(tmp_path: Path) -> None:
+    study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 40, "concurrent": 16}))
+    running = [given(study).trial.number for _ in range(16)]
+    for number in running[:10]:
+        study.fail(number, "the teacher cannot be trained", "teacher-1")
+    for number in running[10:14]:
+        study.fail(number, f"a student of its own, {number}", f"student-{number}")
+    given(study)
+    for _ in range(5):
+        study.fail(given(study).trial.number, "unlucky")
+    with pytest.raises(StoppedEarly, match=r"19 trials failed one after the other; .* unlucky"):
+        study.next()
+
+
 def test_a_success_between_failures_lets_a_search_go_on(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 30, "concurrent": 1}))
     for _ in range(3):
@@ -167,6 +184,38 @@ def test_a_combination_that_is_no_pair_fails_without_running(tmp_path: Path) -> 
     assert failed
     assert "a constant schedule has no warmup" in str(failed[0].cause)
     assert study.drawn == 12
+
+
+OFTEN_NO_PAIR = {"epochs": 9, "kind": {"choice": ["warmup_stable", "constant"]}, "warmup": {"choice": [0.0, 1.0, 2.0, 3.0]}}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_draws_that_are_no_pair_stop_no_search_that_has_others(tmp_path: Path, seed: int) -> None:
+    student = {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": OFTEN_NO_PAIR}
+    budget = {"trials": 60, "concurrent": 32}
+    study = Study.open(tmp_path, toy_space(tmp_path, {"student": student}, budget=budget, seed=seed, sampler="random"))
+    running = []
+    while isinstance(answer := study.next(), Assignment):
+        running.append(answer)
+    assert len(running) > 20
+    assert states(study)["failed"] > 10
+
+
+class Barren(Draws):
+    """As drawn, but never with a warmup that its schedule can have."""
+
+    def _trial(self, params: Params, planned: int | None = None) -> Trial:
+        return super()._trial({**params, "student.schedule.kind": "constant", "student.schedule.warmup": 1.0}, planned)
+
+
+def test_a_search_that_finds_no_pair_at_all_stops_after_ten_draws(tmp_path: Path) -> None:
+    student = {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": OFTEN_NO_PAIR}
+    space = toy_space(tmp_path, {"student": student}, budget={"trials": 60, "concurrent": 4})
+    for drawn in (10, 20):
+        with Study.open(tmp_path, space, draws=Barren(space)) as study:
+            with pytest.raises(StoppedEarly, match=r"10 trials failed .* a constant schedule has no warmup"):
+                study.next()
+            assert states(study) == {"failed": drawn}
 
 
 def test_time_counts_over_resumes_and_what_is_paused_waits_for_more(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from ktray.pipeline import judge
 from ktray.pipeline.graph import Graph, Identity
 from ktray.search import rungs
 from ktray.search.costs import Costs
+from ktray.search.failures import FAILURES, in_a_row
 from ktray.search.space import Space
 from ktray.search.study import Assignment, Study
 from ktray.search.tree import Params
@@ -77,7 +78,10 @@ class Conductor:
         return ahead, None
 
     def certain(self) -> list[Stage]:
-        """Stages up to the features of planned draws that are yet to be made, unless the sampler still has a choice there."""
+        """Stages that planned draws yet to be made begin with, unless the sampler still has a choice there.
+
+        Up to their features; where teachers are judged first, up to that.
+        """
         found: dict[str, Stage] = {}
         drawn = sum(trial.planned is not None for trial in self.study.trials())
         for start in self.space.start_with[drawn : self.study.target]:
@@ -86,14 +90,23 @@ class Conductor:
                 continue
             with suppress(UserError):  # no valid pair: its trial will say so
                 pair = self.space.pair(params)
-                graph = self._graph(pair, str(params.get("teacher", "")))
-                found |= {stage.key: stage for stage in _up_to_features(graph)}
+                graph = self._without_passed(self._graph(pair, str(params.get("teacher", ""))))
+                found |= {stage.key: stage for stage in self._beginning(pair, graph)}
         self.demanded |= found.keys()
         self.prices.order_ahead(found)
         return list(found.values())
 
+    def _beginning(self, pair: PairSpec, graph: Graph) -> Iterable[Stage]:
+        stop = self.space.early_stop
+        return graph.up_to(self._judge(0)).stages if stop and stop.teacher and pair.teacher else _up_to_features(graph)
+
     def next(self) -> Leg | Literal["wait", "done"]:
-        """The next leg that has something to compute; what the store answers whole is settled on the way."""
+        """The next leg that has something to compute; what the store answers whole is settled on the way.
+
+        Raises:
+            StoppedEarly: ten draws in a row need what has failed before, or the study says so.
+        """
+        vain: list[Trial] = []
         while True:
             assignment = self._assignment()
             if isinstance(assignment, str):
@@ -101,12 +114,15 @@ class Conductor:
             leg = self._leg(assignment.trial, assignment.until, assignment.final)
             known = self._known_to_fail(leg)
             if known:  # it would raise again: a resume tries it once more
-                self.fail(leg, self._failed[known], known)
+                vain.append(self.fail(leg, self._failed[known], known))
+                if len(vain) >= FAILURES:
+                    raise in_a_row(vain)
                 continue
             if judge.finished(leg.graph, self.store) is None:
                 self.study.charge(leg.trial.number, self.prices.charges(leg.graph))
                 return leg
             self.settle(leg, computed=[])
+            vain.clear()
 
     def _known_to_fail(self, leg: Leg) -> str | None:
         """Key of a stage of this leg that failed in this search; another search on the store may have made it since."""
@@ -134,7 +150,7 @@ class Conductor:
 
     def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
         """The stages of a trial up to `epoch` of its student, its last by default, and of these evaluations, or of all."""
-        graph = self._graph_of(trial, epoch, evaluations)
+        graph = self._without_passed(self._graph_of(trial, epoch, evaluations))
         self.demanded |= {stage.key for stage in graph.stages}
         return graph
 
@@ -161,11 +177,19 @@ class Conductor:
         pair = self.space.pair(params)
         until = rungs.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]
         wanted = None if until == pair.student.schedule.epochs else [self._judge(until)]
-        return self._graph(pair, str(params.get("teacher", "")), until, wanted)
+        return self._without_passed(self._graph(pair, str(params.get("teacher", "")), until, wanted))
 
     def _graph(self, pair: PairSpec, branch: str, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
         milestones = self._milestones.get(branch, {})
         return graphs.build(pair, self.identity, epoch=epoch, evaluations=evaluations, milestones=milestones)
+
+    def _without_passed(self, graph: Graph) -> Graph:
+        """The graph less the segments that only led to a snapshot which is there, made where nothing cut its training."""
+        wanted = {key for stage in graph.stages for key in stage.inputs.values()} | set(graph.metric_prefixes())
+        cuts = {stage.key for stage in graph.stages} - wanted
+        later = [stage for stage in graph.stages if not cuts.isdisjoint(stage.starts)]
+        passed = cuts & {start for stage in later if self.prices.is_made(stage.key) for start in stage.starts}
+        return Graph(tuple(stage for stage in graph.stages if stage.key not in passed), graph.keys)
 
     def _judge(self, epoch: int) -> str:
         """Name of the evaluation that a rung is judged by."""
@@ -215,18 +239,19 @@ class Conductor:
         """What became of a leg whose stages are all there; a score that is not finite has failed its trial."""
         self.tell(trial.state, trial, (trial.cause or "") if trial.state == "failed" else text)
 
-    def fail(self, leg: Leg, cause: str, stage: str = "") -> None:
-        """The leg could not be computed; may raise StoppedEarly after too many failures in a row.
+    def fail(self, leg: Leg, cause: str, stage: str = "") -> Trial:
+        """The leg could not be computed.
 
         Args:
             stage: key of the stage that raised. Its cause is told once, and what needs it fails without asking again.
         """
         self._pay(leg)
-        trial = self.study.fail(leg.trial.number, cause)
+        trial = self.study.fail(leg.trial.number, cause, stage)
         self.tell("failed", trial, f"needs {stage}, too" if stage in self._failed else cause)
         self.account.ended(trial, leg.graph.keys, {})
         if stage:
             self._failed[stage] = cause
+        return trial
 
     def _pay(self, leg: Leg) -> None:
         """What the trial was charged becomes what was recorded, before the study is told what became of it."""

@@ -41,7 +41,7 @@ class Prices:
 
     def order_ahead(self, keys: Iterable[str]) -> None:
         """These are made before any trial asks for them; whoever does first is charged, unless they were there before."""
-        self._ahead |= {key for key in keys if not self._is_made(key)}
+        self._ahead |= {key for key in keys if not self.is_made(key)}
 
     def charges(self, graph: Graph) -> Charges:
         """Expected seconds of stages that are missing and that no trial is charged with yet, before and from the student on."""
@@ -74,9 +74,10 @@ class Prices:
         return {key: float(artifact.record["seconds"]) for key, artifact in found.items()}
 
     def _is_free(self, key: str) -> bool:
-        return key not in self._ahead and self._is_made(key)
+        return key not in self._ahead and self.is_made(key)
 
-    def _is_made(self, key: str) -> bool:
+    def is_made(self, key: str) -> bool:
+        """Whether the store has had an artifact since the search began."""
         if key not in self._made and self._store.find(key) is not None:
             self._made.add(key)
         return key in self._made

@@ -27,6 +27,7 @@ from ktray.spec import PairSpec
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
+MOST_AT_A_TIME = 64  # trials: each waits in a process of its own on the machine that draws, however many workers there are
 TRACKER_SECONDS = {True: 20.0, False: 3.0}  # who interrupts does not wait for a slow tracker: its spool keeps what is left
 
 
@@ -165,7 +166,7 @@ def search(
         PreflightFailed: Ray does not start.
     """
     began = time.monotonic()
-    outcome = Outcome(name)
+    outcome, space = Outcome(name), _within_reach(space, screen)
     with Study.open(place.home, space, name, trials=trials, warm_start=warm_start, retry=retry) as study:
         crew, conductor = _Crew(place, tracker, stopping, screen, name), _conductor(study, place, tracker, screen)
         same_data(space, study.trials(), conductor.identity, folder(place.home, name))
@@ -192,6 +193,13 @@ def search(
     outcome.reused = rests_on - outcome.published
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _within_reach(space: Space, screen: Screen) -> Space:
+    if space.budget.concurrent <= MOST_AT_A_TIME:
+        return space
+    screen.say(f"{MOST_AT_A_TIME} trials run at a time, not {space.budget.concurrent}: each waits in a process on this machine")
+    return with_concurrent(space, MOST_AT_A_TIME)
 
 
 def _conductor(study: Study, place: Place, tracker: Tracker, screen: Screen) -> Conductor:

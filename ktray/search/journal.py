@@ -163,7 +163,10 @@ class _Journal(JournalFileBackend):
             StoppedEarly: the disk is full.
         """
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
-        self._alone.acquire()
+        try:
+            self._alone.acquire()  # a link: a file, too
+        except OSError as error:
+            raise _said(error, self._path) from error
         try:
             with open(self._path, "ab", buffering=0) as file:
                 size = file.tell()

@@ -14,17 +14,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ktray.errors import StoppedEarly, UserError
+from ktray.errors import UserError
 from ktray.search import document, ranking, rungs, target, warm
 from ktray.search.draws import Draws, Source
+from ktray.search.failures import Failures
 from ktray.search.journal import Journal, held
-from ktray.search.purse import Charges, Purse, used_up
-from ktray.search.sampler import Quote
+from ktray.search.purse import Charges, Purse, left, too_little, used_up
+from ktray.search.sampler import Quote, Spend
 from ktray.search.space import Space
 from ktray.search.stopwatch import Stopwatch
 from ktray.search.trial import Parts, State, Trial
-
-FAILURES = 10  # so many in a row stop a search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +61,9 @@ class Study:
             self._enter(self._parts.share(trial))
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
-        self._failures, self._concurrent = 0, space.budget.concurrent
+        self._failures, self._concurrent = Failures(self.trials()), space.budget.concurrent
         self._exhausted = self._over = False
+        self._dear: Spend | None = None  # what was spent when no draw could be paid any more
         self._unlock = contextlib.ExitStack()
         self.target = target.agreed(journal, space, trials, self.drawn, self._open())
 
@@ -145,12 +145,14 @@ class Study:
         A trial that is due for promotion goes before a new draw. A draw that equals an earlier trial is recorded and skipped.
 
         Raises:
-            StoppedEarly: ten trials in a row failed.
+            StoppedEarly: ten trials in a row failed, or the disk is full.
         """
-        self._stop_if_all_fails()
+        self._failures.heed()
         if len(self._live) >= self._concurrent:
             return "wait"
-        limit = used_up(self.space.budget, self.spent, self.purse.spent)
+        # Those that a killed driver left were admitted when they were charged: their own reservation does not bar them.
+        spent = Spend() if self._orphans else self.purse.spent
+        limit = used_up(self.space.budget, self.spent, spent)
         trial = self._coming() if limit is None else None
         if trial is None and self._live:
             return "wait"
@@ -159,6 +161,8 @@ class Study:
             trial = None if hope is None else self._trials[hope]
         if trial is not None:
             return self._assign(trial)
+        if limit is None and self._dear == self.purse.spent:
+            limit = too_little(self.space.budget, self.purse.spent)
         self._over = limit is None
         settled = "the space is exhausted" if self._exhausted else f"all {self.target} trials are drawn and judged"
         self.reason = limit or settled
@@ -169,17 +173,18 @@ class Study:
             return self._trials[self._orphans.pop(0)]
         promoted = self._standings.promotion()
         due = None if promoted is None else self._trials[promoted]
-        while due is None and self.drawn < self.target and not self._exhausted:
-            self._stop_if_all_fails()
-            new = self._draws.following(self.purse.spent)
-            if new is None:
-                self._exhausted = True
+        while due is None and self.drawn < self.target and not self._exhausted and self._dear != self.purse.spent:
+            self._failures.heed()
+            spent = self.purse.spent
+            new = self._draws.following(spent, left(self.space.budget, spent, self._trials.values()))
+            if new is None or new == "dear":
+                self._exhausted, self._dear = new is None, spent if new else None
                 break
             new = self._parts.share(new)
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
             self._journal.add(trial)
             self._enter(trial)
-            self._failures += trial.state == "failed"
+            self._failures.drawn(trial)
             due = trial if trial.state == "running" else None
         return due
 
@@ -241,7 +246,7 @@ class Study:
             raise ValueError(f"trial {number} runs to epoch {until} of {trial.epochs} and reports epoch {epoch}")
         if not math.isfinite(score):
             return self.fail(number, f"{self._rung_metric(epoch)} is {score} at epoch {epoch}")
-        self._failures = 0
+        self._failures.over()
         kept: dict[str, Any] = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
         if epoch == 0:
             return self._settle(trial, state="paused", teacher_score=float(score), **kept)
@@ -270,7 +275,7 @@ class Study:
         for metric, _ in self.space.objectives:
             if not math.isfinite(objectives.get(metric, math.nan)):
                 return self.fail(number, f"the objective {metric} is {objectives.get(metric, 'missing')}")
-        self._failures = 0
+        self._failures.over()
         last = metrics.get(self._rung_metric(), math.nan)
         return self._settle(
             trial,
@@ -283,14 +288,15 @@ class Study:
             cost={name: float(value) for name, value in cost.items()},
         )
 
-    def fail(self, number: int, cause: str) -> Trial:
-        """A trial that cannot go on.
+    def fail(self, number: int, cause: str, stage: str = "") -> Trial:
+        """A trial that cannot go on; `stage` is the key of the stage that raised, if one did.
 
         Raises:
             KeyError: the trial does not run.
         """
-        self._failures += 1
-        return self._settle(self._live[number], state="failed", cause=cause)
+        failed = self._settle(self._live[number], state="failed", cause=cause)
+        self._failures.failed(failed, stage)
+        return failed
 
     def prune(self) -> list[Trial]:
         """If `next` said "done" and time is left, what is paused is pruned (and returned); else it stays."""
@@ -318,16 +324,10 @@ class Study:
     def _rung_metric(self, epoch: int = 1) -> str:
         return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
 
-    def _stop_if_all_fails(self) -> None:
-        if self._failures >= FAILURES:
-            failed = [trial for trial in self._trials.values() if trial.state == "failed"]
-            last = max(failed, key=lambda trial: (trial.ended or 0.0, trial.number))
-            raise StoppedEarly(f"{self._failures} trials failed one after the other; the last one, {last.number}: {last.cause}")
-
     def _settle(self, trial: Trial, *, state: State, **changes: Any) -> Trial:
-        del self._live[trial.number]
         ended = None if state == "paused" else self._clock()
         settled = self._write(trial, state=state, ended=ended, **changes)
+        del self._live[trial.number]
         self._watch.note()
         return settled
 
