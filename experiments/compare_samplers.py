@@ -64,7 +64,7 @@ SORTS = (*PRICES, *(f"{name}{SHUFFLED}" for name in list(PRICES)[:2]))
 class PerCost(Sampler):
     """The literature's way: of all draws that the sampler compares the one that promises most for each second it would add."""
 
-    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote) -> Params:
+    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote, left: float) -> Params:
         ranked, unknown = self.evidence.ranked(SHOWN)
         if not ranked:
             return draws[0]
