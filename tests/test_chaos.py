@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.chaos import spaces, supervisor, verdict
 from tests.chaos.__main__ import figures, one
+from tests.chaos.faults import TARGETS, Faults
 from tests.chaos.watching import Attempt, Waste, waste
+from tests.searches import Home
 
 
 @pytest.mark.slow
@@ -17,6 +26,45 @@ def test_a_short_round_of_chaos_breaks_nothing(name: str, tmp_path: Path) -> Non
     told, wrong = one(name, tmp_path / name, tmp_path, faults=6, mean=8.0, size=1, seed=1)
     assert not wrong, "\n".join([str(figures([told])), *map(str, told.faults), *wrong])
     assert told.faults
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """An undisturbed search of the list."""
+    folder = tmp_path_factory.mktemp("calm")
+    quiet = supervisor.calm(spaces.fixed(folder, size=1), Home(folder / "home"))
+    assert quiet.ends[-1].code == 0
+    return quiet.home
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_helper_that_dies_or_stands_still_costs_a_search_nothing(number: int, calm: Home, tmp_path: Path) -> None:
+    listed, home = spaces.fixed(tmp_path, size=1), Home(tmp_path / "home")
+    with home.start("search", listed) as running:
+        status = home.path / "studies" / spaces.STUDY / "status.json"
+        faults = Faults(random.Random(0), running.family, lambda: running.process.pid, status)
+        (victim,) = running.until(lambda: faults._victims("helper")[0])
+        os.kill(victim, number)
+        ended = running.wait()
+        assert victim not in running.family()
+    assert ended.code == 0, ended.err
+    assert not verdict.different_from_calm(supervisor.Round(home), calm)
+
+
+def test_a_worker_that_helps_a_stage_may_be_hit_too_and_no_stage_is_said_to_stand_still(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
+        workers = [{"name": "w1", "pid": os.getpid(), "state": "stage"}, {"name": "w2", "pid": victim.pid, "state": "helping"}]
+        crew = {"workers": workers, "running": [{"key": "images-1", "worker": "w1", "helpers": ["w2"]}]}
+        status = tmp_path / "status.json"
+        status.write_text(json.dumps({"pid": 1, "crew": crew}))
+        faults = Faults(random.Random(0), lambda: {victim.pid: "ray::Worker"}, lambda: 1, status, targets=("helper",))
+        assert "helper" in TARGETS
+        fault = faults.strike()
+        assert fault is not None
+        assert (fault.target, fault.pids, fault.key) == ("helper", [victim.pid], "")
+        victim.kill()
 
 
 def record(attempt: str, seconds: float, started_from: str | None = None) -> dict[str, object]:

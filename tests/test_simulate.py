@@ -192,3 +192,42 @@ def test_stages_that_are_ordered_count_before_they_are_computed(tmp_path):
     assert ordered.prefix > 0
     conductor.next()  # the same teacher: it is charged once
     assert study.purse.spent.prefix - ordered.prefix < ordered.prefix
+
+
+def test_what_was_promoted_to_the_end_goes_before_any_longer_work_that_waits(tmp_path):
+    """On one worker, so that the order of publication is that of the rule; an epoch is cheap, so that its path is short."""
+    clock, searched = VirtualClock(), space(trials=24)
+    study = Study.open(tmp_path, searched, clock=clock)
+    cost = {**COST, "student": 0.5}
+    simulation = _Simulation(searched, study, clock, lambda stage, epochs: cost[stage.name] * (epochs or 1), metrics, Site(1))
+    given, overtaken = [], 0
+    begin = simulation._begin
+
+    def watched(give):
+        nonlocal overtaken
+        final = {stage.key for leg in simulation.live.values() if leg.final for stage in leg.graph.stages}
+        begun = {key for _, key in simulation.timeline.computed} | set(given)
+        others = [leg for leg in simulation.live.values() if not leg.final]
+        if final - begun:
+            assert give.stage.key in final
+            overtaken += bool(others)
+        given.append(give.stage.key)
+        begin(give)
+
+    simulation._begin = watched
+    simulation.run()
+    assert overtaken > 2
+    study.close()
+
+
+def test_idle_workers_prepare_what_planned_draws_will_need(tmp_path):
+    content = space(trials=2).document.model_dump(mode="json", exclude_unset=True)
+    content["budget"] = {"trials": 2, "concurrent": 1}
+    content["pair"]["teacher"]["seed"] = {"choice": [0, 1]}
+    content["start_with"] = [{"teacher.seed": seed, "teacher.layer": "conv3"} for seed in (0, 1)]
+    searched, clock = checked(Space.of({**content, "early_stop": None}, "simulated.yaml")), VirtualClock()
+    timeline = simulate(searched, Study.open(tmp_path, searched, clock=clock), clock, seconds, metrics, 2)
+    made = {key: at for at, key in timeline.computed}
+    first, second = (trial.keys["teacher"] for trial in timeline.trials)
+    assert made[first] == made[second] == 5 + 2 * 30
+    assert timeline.makespan == 5 + 2 * 30 + 8 + 2 * (4 + 1 + 8 * 6 + 2)

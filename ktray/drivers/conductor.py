@@ -39,6 +39,11 @@ class Leg:
     final: bool
     graph: Graph
 
+    @property
+    def priority(self) -> int:
+        """Of its stages: what is promoted to the end goes first, since its result is the nearest."""
+        return 1 if self.final else 0
+
 
 class Conductor:
     """Draws from the study, builds the stages, and settles what came out; knows neither Ray nor a clock.

@@ -156,6 +156,9 @@ class _Simulation:
         return self.seconds(stage, int(stage.spec.get("epoch", 0)))
 
     def run(self) -> Timeline:
+        self._draw()
+        if self.live:
+            self._prefetch()
         while True:
             self._draw()
             if self._act():
@@ -172,8 +175,12 @@ class _Simulation:
                     break
                 name = f"{leg.trial.number}@{leg.epoch}"
                 self.live[name] = leg
-                self.ledger.demand.request(name, name, "simulation", leg.graph.stages, 0, self.clock.now)
+                self.ledger.demand.request(name, name, "simulation", leg.graph.stages, leg.priority, self.clock.now)
         self.timeline.decisions["draw"].pop()  # there was nothing to draw
+
+    def _prefetch(self) -> None:
+        """What planned draws will need, for workers that have nothing else to do."""
+        self.ledger.demand.request("prefetch", "", "simulation", self.conductor.certain(), -1, self.clock.now)
 
     def _act(self) -> bool:
         """Do what the ledger wants; whether a leg ended."""
@@ -186,7 +193,7 @@ class _Simulation:
                 self._at(self.site.hire_seconds, action.worker)
             elif isinstance(action, Give):
                 self._begin(action)
-        answers = [action for action in outbox if isinstance(action, Answer)]
+        answers = [action for action in outbox if isinstance(action, Answer) and action.request in self.live]
         for answer in answers:
             with self.timeline.deciding("settle"):
                 self._settle(answer)

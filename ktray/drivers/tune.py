@@ -75,7 +75,7 @@ class StudySearcher(Searcher):
             "crew": self.crew,
             "stages": list(leg.graph.stages),
             "waiter": _waiter(leg),
-            "priority": 1 if leg.final else 0,
+            "priority": leg.priority,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 
-TARGETS = ("driver", "broker", "worker in a stage", "idle worker", "trial")
+WORKERS = {"worker in a stage": "stage", "helper": "helping", "idle worker": "idle"}  # target -> what the crew says it does
+TARGETS = ("driver", "broker", *WORKERS, "trial")
 LONGEST_FREEZE = 40.0
 EARLY = 0.02  # how often a search that is still starting is hit: only its driver is there, and it starts for long
 
@@ -26,7 +27,7 @@ class Fault:
 
     Attributes:
         seconds: how long it stands still; 0 if it was killed.
-        key: the stage that a worker ran.
+        key: the stage that a worker ran; empty for one that only helped, since the stage goes on without it.
     """
 
     target: str
@@ -49,6 +50,7 @@ class Faults:
         driver: process id of the `ktray search` that runs.
         status: the file in which the search notes what its crew does.
         nodes: process ids of each node that may be hit.
+        targets: what may be hit beside them.
     """
 
     dice: random.Random
@@ -56,13 +58,14 @@ class Faults:
     driver: Callable[[], int]
     status: Path
     nodes: Callable[[], list[list[int]]] | None = None
+    targets: Sequence[str] = TARGETS
     frozen: list[tuple[float, int]] = field(default_factory=list)
 
     def strike(self) -> Fault | None:
         """Hit something; None if nothing of the kind that was chosen is there."""
         if not self._crew() and self.dice.random() > EARLY:
             return None
-        targets = [*TARGETS, "node"] if self.nodes else [*TARGETS]
+        targets = [*self.targets, "node"] if self.nodes else [*self.targets]
         target = self.dice.choice(targets)
         pids, key = self._victims(target)
         if not pids:
@@ -93,14 +96,13 @@ class Faults:
             return (self.dice.choice(found), "") if found else ([], "")
         if target in ("broker", "trial"):
             return self._one(titled(self.family(), "Broker" if target == "broker" else "ResourceTrainable")), ""
-        wanted = "stage" if target == "worker in a stage" else "idle"
-        crew = self._crew()
+        wanted, crew = WORKERS[target], self._crew()
         alive = set(titled(self.family(), "Worker"))
         pids = [each["pid"] for each in crew.get("workers", ()) if each["state"] == wanted and each["pid"] in alive]
         chosen = self._one(pids)
         names = {each["name"] for each in crew.get("workers", ()) if each["pid"] in chosen}
         keys = [run["key"] for run in crew.get("running", ()) if run["worker"] in names]
-        return chosen, (keys or [""])[0] if wanted == "stage" else ""
+        return chosen, (keys or [""])[0]
 
     def _one(self, pids: Iterable[int]) -> list[int]:
         listed = sorted(pids)
