@@ -256,6 +256,54 @@ def test_trials_that_a_killed_driver_left_wait_for_more_time(tmp_path: Path) -> 
         assert (study.next(), study.reason) == ("done", "stop_after (10 s) is used up")
 
 
+def costing(folder: Path, quote: sampler.Quote, **fields: Any) -> Study:
+    """A study with a budget of one hour whose draws have prices."""
+    space = wide(folder, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None, **fields)
+    study = Study.open(folder, space)
+    study.ask_prices(quote)
+    return study
+
+
+def spend(study: Study, seconds: float) -> None:
+    """Runs one trial, whose teacher takes so long."""
+    one = given(study)
+    study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": seconds}, "suffix": {}})
+    tell(study, one)
+
+
+@pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
+def test_the_first_draw_is_made_at_any_price_and_no_other_that_the_hours_do_not_pay_for(tmp_path: Path, how: str) -> None:
+    with costing(tmp_path, lambda params: Spend(360_000.0, 10.0), sampler=how) as study:
+        spend(study, 3240.0)
+        assert study.next() == "done"
+        assert study.reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
+        assert study.drawn == 1
+    with Study.open(tmp_path, study.space) as again:
+        again.ask_prices(lambda params: Spend(300.0, 10.0))
+        given(again)
+
+
+def test_what_is_left_of_the_hours_goes_to_draws_that_fit(tmp_path: Path) -> None:
+    dear_students = {"hog": 10.0, "rotation": 360_000.0}
+    with costing(tmp_path, lambda params: Spend(5.0, dear_students[str(params["teacher"])])) as study:
+        spend(study, 3400.0)
+        drive(study)
+        assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}
+        assert study.drawn == 9
+
+
+def test_a_planned_draw_that_is_too_dear_waits_until_what_runs_has_cost_less_than_expected(tmp_path: Path) -> None:
+    with costing(
+        tmp_path, lambda params: Spend(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
+    ) as study:
+        one = given(study)
+        study.charge(one.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
+        assert study.next() == "wait"
+        study.paid(one.trial.number, {"teacher-1": 100.0})
+        tell(study, one)
+        assert given(study).trial.params["teacher"] == "rotation"
+
+
 def test_a_purse_counts_a_changed_trial_once() -> None:
     trial = Trial(0, {}, {}, charges={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
     purse = Purse([trial, trial])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical, fingerprint, seed_of
@@ -31,8 +32,8 @@ class Source(Protocol):
     def retry(self) -> int:
         """Draw the pairs of failed trials again before any other; how many there are."""
 
-    def following(self, spent: Spend) -> Trial | None:
-        """The next trial after those told: to run, or settled already; None if there is no other."""
+    def following(self, spent: Spend, left: float = math.inf) -> Trial | Literal["dear"] | None:
+        """The next trial: to run, or settled already; None: there is no other, "dear": none for as little as `left`."""
 
 
 class Draws:
@@ -74,21 +75,33 @@ class Draws:
                 self._again.append(params)
         return len(self._again)
 
-    def following(self, spent: Spend) -> Trial | None:
+    def following(self, spent: Spend, left: float = math.inf) -> Trial | Literal["dear"] | None:
         """The next trial: to run, or already a duplicate, or failed as no valid pair; None if the space is exhausted.
 
         Args:
             spent: what the trials so far cost.
+            left: seconds that it may cost up to its first rung; else "dear". Only the balanced sampler looks for one that fits.
         """
         if self._again:
-            return self._trial(self._again.popleft())
+            found = self._paid(self._trial(self._again[0]), left)
+            if found != "dear":
+                self._again.popleft()
+            return found
         if self._planned < len(self.space.start_with):
             params = self.sampler.propose(self._count, spent, self.space.start_with[self._planned])
-            return self._trial(params, self._planned)
+            return self._paid(self._trial(params, self._planned), left)
         if len(self._last) == REPEATS and set(self._last) == {"duplicate"}:
             unseen = self._unseen()
-            return None if unseen is None else self._trial(unseen)
-        return self._trial(self.sampler.propose(self._count, spent))
+            if unseen is None:
+                return None
+            self._again.append(unseen)  # it is found only once, and may have to wait
+            return self.following(spent, left)
+        return self._paid(self._trial(self.sampler.propose(self._count, spent, left=left)), left)
+
+    def _paid(self, trial: Trial, left: float) -> Trial | Literal["dear"]:
+        asked = self.sampler.quote if left < math.inf and trial.state == "running" else None
+        price = asked(dict(trial.params)) if asked else None
+        return trial if price is None or sum(price) <= left else "dear"
 
     def _trial(self, params: Params, planned: int | None = None) -> Trial:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from ktray.fingerprint import fingerprint, seed_of
@@ -38,7 +39,7 @@ class Listed:
         """None: a list is drawn once."""
         return 0
 
-    def following(self, spent: Spend) -> Trial | None:
+    def following(self, spent: Spend, left: float = math.inf) -> Trial | None:
         """The next trial: to run, or a duplicate; None at the end of the list."""
         number = self._count
         params = self.draw(number)

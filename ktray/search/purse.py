@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ktray.search.document import Budget
-from ktray.search.sampler import Spend
+from ktray.search.sampler import HOLDS, Spend
 from ktray.search.trial import Trial
 
 HOUR = 3600.0
@@ -48,6 +49,18 @@ class Purse:
     def spent(self) -> Spend:
         """Seconds of all stages: recorded, or expected where they are still to come."""
         return self._spent
+
+
+def left(budget: Budget, spent: Spend, trials: Iterable[Trial]) -> float:
+    """Seconds that the next draw may cost; the first that does not fail is made at any price."""
+    begun = any(trial.state in HOLDS for trial in trials)
+    return math.inf if budget.hours is None or not begun else budget.hours * HOUR - sum(spent)
+
+
+def too_little(budget: Budget, spent: Spend) -> str:
+    """Why a search ends whose budget pays for no other draw."""
+    hours = budget.hours or 0.0
+    return f"the {hours - sum(spent) / HOUR:.3g} of {hours:g} stage hours that are left pay for no other draw"
 
 
 def used_up(budget: Budget, seconds: float, spent: Spend) -> str | None:

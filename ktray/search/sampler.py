@@ -106,7 +106,7 @@ class Sampler:
         waits = trial.waits_for_teacher and trial.state == "paused"  # who was pruned does not wait: its teacher may have risen
         (waiting.add if waits else waiting.discard)(trial.number)
 
-    def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None) -> Params:
+    def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None, left: float = math.inf) -> Params:
         """The next draw.
 
         The seed is the space's together with the number of trials: the same journal gives the same draw, and a search that is
@@ -116,16 +116,17 @@ class Sampler:
             count: trials so far, duplicates and failures included.
             spent: what they have cost and will cost.
             planned: values that are settled beforehand; the others are drawn.
+            left: seconds; of the draws that are asked for their price those that cost more come last.
         """
         seed = seed_of(self.space.seed, "sampler", count)
         how = self.space.sampler
         if how == "balanced":
-            return self._balanced(random.Random(seed), spent, planned or {})
+            return self._balanced(random.Random(seed), spent, planned or {}, left)
         if how == "random" or len(self.evidence) < STARTUP:
             return at_random(self.space, seed, planned)
         return self._parzen.densities(*self.evidence.split(), seed).best(planned or {})
 
-    def _balanced(self, generator: random.Random, spent: Spend, planned: Mapping[str, Scalar]) -> Params:
+    def _balanced(self, generator: random.Random, spent: Spend, planned: Mapping[str, Scalar], left: float) -> Params:
         ranked, unknown = self.evidence.ranked(SHOWN)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
         if not draws:  # all that is likely was made: whoever asked knows how to look for the rest
@@ -133,20 +134,24 @@ class Sampler:
         if ranked:
             gains = self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws)
             draws = [draws[index] for index in np.argsort(-gains, kind="stable")]
-        return draws[0] if planned or self.quote is None else self._affordable(draws, spent, self.quote)
+        return draws[0] if planned or self.quote is None else self._affordable(draws, spent, self.quote, left)
 
-    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote) -> Params:
+    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote, left: float) -> Params:
         """The first that can be afforded; else the first of all, or the cheapest where nothing was bought yet."""
         asked: list[tuple[float, Params]] = []
         for draw in draws:
-            if self._exists(draw):
+            exists = self._exists(draw)
+            if exists and left == math.inf:
                 return draw
-            if len(asked) < QUOTED and (price := quote(draw)) is not None:
+            if (exists or len(asked) < QUOTED) and (price := quote(draw)) is not None and sum(price) <= left:
                 asked.append((price.prefix, draw))
-                if price.prefix <= price.suffix or spent.prefix + price.prefix <= spent.suffix + price.suffix:
+                balanced = price.prefix <= price.suffix or spent.prefix + price.prefix <= spent.suffix + price.suffix
+                if exists or balanced:
                     return draw
         nothing = not any(each.holders for each in self._prefixes.values())
-        return min(asked, key=lambda each: each[0])[1] if nothing and asked else draws[0]
+        if nothing and asked:
+            return min(asked, key=lambda each: each[0])[1]
+        return asked[0][1] if asked and left < math.inf else draws[0]
 
     def _candidates(self, ranked: Sequence[Params], generator: random.Random, planned: Mapping[str, Scalar]) -> list[Params]:
         """Draws that were never made: random ones, variations of good trials, and random students on prefixes that exist.

@@ -19,7 +19,7 @@ from ktray.search import document, ranking, rungs, target, warm
 from ktray.search.draws import Draws, Source
 from ktray.search.failures import Failures
 from ktray.search.journal import Journal, held
-from ktray.search.purse import Charges, Purse, used_up
+from ktray.search.purse import Charges, Purse, left, too_little, used_up
 from ktray.search.sampler import Quote, Spend
 from ktray.search.space import Space
 from ktray.search.stopwatch import Stopwatch
@@ -63,6 +63,7 @@ class Study:
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
         self._failures, self._concurrent = Failures(self.trials()), space.budget.concurrent
         self._exhausted = self._over = False
+        self._dear: Spend | None = None  # what was spent when no draw could be paid any more
         self._unlock = contextlib.ExitStack()
         self.target = target.agreed(journal, space, trials, self.drawn, self._open())
 
@@ -160,6 +161,8 @@ class Study:
             trial = None if hope is None else self._trials[hope]
         if trial is not None:
             return self._assign(trial)
+        if limit is None and self._dear == self.purse.spent:
+            limit = too_little(self.space.budget, self.purse.spent)
         self._over = limit is None
         settled = "the space is exhausted" if self._exhausted else f"all {self.target} trials are drawn and judged"
         self.reason = limit or settled
@@ -170,11 +173,12 @@ class Study:
             return self._trials[self._orphans.pop(0)]
         promoted = self._standings.promotion()
         due = None if promoted is None else self._trials[promoted]
-        while due is None and self.drawn < self.target and not self._exhausted:
+        while due is None and self.drawn < self.target and not self._exhausted and self._dear != self.purse.spent:
             self._failures.heed()
-            new = self._draws.following(self.purse.spent)
-            if new is None:
-                self._exhausted = True
+            spent = self.purse.spent
+            new = self._draws.following(spent, left(self.space.budget, spent, self._trials.values()))
+            if new is None or new == "dear":
+                self._exhausted, self._dear = new is None, spent if new else None
                 break
             new = self._parts.share(new)
             trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
@@ -285,10 +289,7 @@ class Study:
         )
 
     def fail(self, number: int, cause: str, stage: str = "") -> Trial:
-        """A trial that cannot go on.
-
-        Args:
-            stage: key of the stage that raised, if one did.
+        """A trial that cannot go on; `stage` is the key of the stage that raised, if one did.
 
         Raises:
             KeyError: the trial does not run.
