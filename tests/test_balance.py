@@ -284,8 +284,8 @@ def test_the_first_draw_is_made_at_any_price_and_no_other_that_the_hours_do_not_
 
 
 def test_what_is_left_of_the_hours_goes_to_draws_that_fit(tmp_path: Path) -> None:
-    seconds = {"hog": 20.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: Spend(seconds[str(params["teacher"])], 10.0)) as study:
+    dear_students = {"hog": 10.0, "rotation": 360_000.0}
+    with costing(tmp_path, lambda params: Spend(5.0, dear_students[str(params["teacher"])])) as study:
         spend(study, 3400.0)
         drive(study)
         assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}

@@ -33,7 +33,7 @@ class Source(Protocol):
         """Draw the pairs of failed trials again before any other; how many there are."""
 
     def following(self, spent: Spend, left: float = math.inf) -> Trial | Literal["dear"] | None:
-        """The next trial after those told: to run, or settled already; None if there is no other, "dear" if none fits."""
+        """The next trial: to run, or settled already; None: there is no other, "dear": none for as little as `left`."""
 
 
 class Draws:
