@@ -11,8 +11,10 @@ import gc
 import json
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,34 @@ from ktray.stores.file import FileStore
 from tests.searches import toy_space
 from tests.toys import HOG, ROTATION
 
-EVERY = 100
+TIMES = 10
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What trials of which everything is in the store cost the driver.
+
+    Attributes:
+        ms_per_trial: of the whole search, by the clock; `cpu_ms_per_trial` of all threads of this process.
+        driver_kB_per_trial: by which its memory grew after the first fifth of the trials.
+        journal_kB_per_trial: size of the study's file.
+    """
+
+    trials: int
+    seconds: float
+    ms_per_trial: float
+    cpu_ms_per_trial: float
+    ms_per_trial_by_tenth: tuple[float, ...]
+    driver_kB_per_trial: float
+    journal_kB_per_trial: float
+    reason: str
 
 
 class Screen:
-    """Counts, and looks at the clock and at the memory of this process every `EVERY` trials."""
+    """Counts, and looks at the clock and at the memory of this process every so many trials."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.ended: set[int] = set()
         self.rows: list[tuple[int, float, float]] = []
         self.process, self.began = psutil.Process(), time.perf_counter()
@@ -50,12 +73,16 @@ class Screen:
 
     def trial(self, event: str, trial: Trial, text: str) -> None:
         self.ended.add(trial.number)
-        if len(self.ended) % EVERY == 0 and len(self.ended) > self.rows[-1][0]:
+        if len(self.ended) % self.every == 0 and len(self.ended) > self.rows[-1][0]:
             self.look()
 
     def look(self) -> None:
         gc.collect()
-        self.rows.append((len(self.ended), time.perf_counter() - self.began, self.process.memory_full_info().uss))
+        self.rows.append((len(self.ended), time.perf_counter() - self.began, self.memory()))
+
+    def memory(self) -> int:
+        """Bytes: what Python holds if it is traced, which chance does not move; else all that the process alone holds."""
+        return tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else self.process.memory_full_info().uss
 
     def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
         raise AssertionError("nothing is to be computed")
@@ -130,23 +157,20 @@ def wake_mlflow(folder: Path) -> None:
     client.log_metric(client.create_run(client.create_experiment("warm")).info.run_id, "warm", 1.0)
 
 
-def main() -> None:
-    """Make up the store, replay, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=1000)
-    parser.add_argument("--stop-early", action="store_true", help="with rungs: up to three legs per trial")
-    parser.add_argument("--random", action="store_true", help="draw at random: what all but the sampler costs")
-    parser.add_argument("--untracked", action="store_true", help="a tracker that is down: what all but MLflow's thread costs")
-    parser.add_argument("--folder", type=Path, default=None, help="keep everything here")
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="replay-"))
+def replay(folder: Path, trials: int, *, stop_early: bool = False, sampler: str = "balanced", tracked: bool = True) -> Costs:
+    """Make up the store in `folder`, run the study, and say what it cost.
+
+    Args:
+        stop_early: with rungs: up to three legs per trial.
+        tracked: False: by a tracker that is down.
+    """
     home = folder / "home"
-    space = space_of(folder, options.trials, options.stop_early, "random" if options.random else "balanced")
+    space = space_of(folder, trials, stop_early, sampler)
     store = FileStore(home / "store")
     history = folder / "history.parquet"
     parquet.write_table(pa.table({"epoch": [1.0, 2.0, 3.0, 4.0], "loss": [1.0] * 4, "top1": [0.5] * 4}), history)
-    screen = Screen()
-    tracker = tracking.Tracker("http://127.0.0.1:9" if options.untracked else tracking.default_uri(home), home, "toy")
+    screen = Screen(every=max(1, trials // TIMES))
+    tracker = tracking.Tracker(tracking.default_uri(home) if tracked else "http://127.0.0.1:9", home, "toy")
     place = search.Place(home, store, None, None)
     wake_mlflow(folder)
     with made_up(store, history) as took:
@@ -156,20 +180,35 @@ def main() -> None:
         cpu = time.process_time() - cpu - took[0]
     screen.look()
     journal = (home / "studies/toy/journal.log").stat().st_size
-    (early, _, memory), (late, _, later) = screen.rows[min(2, len(screen.rows) - 2)], screen.rows[-2]
-    found = {
-        "trials": options.trials,
-        "seconds": round(seconds, 1),
-        "ms_per_trial": round(1000 * seconds / options.trials, 1),
-        "cpu_ms_per_trial": round(1000 * cpu / options.trials, 1),
-        "ms_per_trial_by_hundred": [
+    settled = screen.rows[2:-1]  # what is taken once is taken by then
+    (early, _, memory), (late, _, later) = settled[0], settled[-1]
+    return Costs(
+        trials=trials,
+        seconds=round(seconds, 1),
+        ms_per_trial=round(1000 * seconds / trials, 1),
+        cpu_ms_per_trial=round(1000 * cpu / trials, 1),
+        ms_per_trial_by_tenth=tuple(
             round(1000 * (b[1] - a[1]) / max(1, b[0] - a[0]), 1) for a, b in zip(screen.rows, screen.rows[1:], strict=False)
-        ],
-        "driver_kB_per_trial": round((later - memory) / 1000 / max(1, late - early), 2),
-        "journal_kB_per_trial": round(journal / 1000 / options.trials, 2),
-        "reason": outcome.reason,
-    }
-    print(json.dumps(found, indent=1))
+        ),
+        driver_kB_per_trial=round((later - memory) / 1000 / (late - early), 2),
+        journal_kB_per_trial=round(journal / 1000 / trials, 2),
+        reason=outcome.reason,
+    )
+
+
+def main() -> None:
+    """Replay, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--stop-early", action="store_true", help="with rungs: up to three legs per trial")
+    parser.add_argument("--random", action="store_true", help="draw at random: what all but the sampler costs")
+    parser.add_argument("--untracked", action="store_true", help="a tracker that is down: what all but MLflow's thread costs")
+    parser.add_argument("--folder", type=Path, default=None, help="keep everything here")
+    options = parser.parse_args()
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="replay-"))
+    sampler, tracked = "random" if options.random else "balanced", not options.untracked
+    found = replay(folder, options.trials, stop_early=options.stop_early, sampler=sampler, tracked=tracked)
+    print(json.dumps(asdict(found), indent=1))
 
 
 if __name__ == "__main__":
