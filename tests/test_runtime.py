@@ -137,3 +137,21 @@ def test_a_folder_of_another_user_is_no_leftover_of_ours(tmp_path: Path, monkeyp
     monkeypatch.setattr("os.getuid", lambda: (tmp_path / "ktray-1").stat().st_uid + 1)
     _remove_leftovers(tmp_path)
     assert (tmp_path / "ktray-1").is_dir()
+
+
+def test_a_leftover_that_fills_again_while_it_is_removed_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stays, goes = tmp_path / "ktray-1", tmp_path / "ktray-2"
+    for folder in (stays, goes):
+        folder.mkdir()
+    (tmp_path / "ray").write_text(f"{stays}\n{goes}\n")
+
+    def refilled(folder: Path, ignore_errors: bool) -> None:  # as by a process of Ray that outlives its killed driver
+        if folder == goes:
+            folder.rmdir()
+
+    with monkeypatch.context() as raced:
+        raced.setattr("shutil.rmtree", refilled)
+        assert _remove_leftovers(tmp_path) == [stays]
+    assert _remove_leftovers(tmp_path) == []
+    assert not stays.exists()

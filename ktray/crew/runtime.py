@@ -118,6 +118,7 @@ def stop(session: Session) -> None:
     if session.temporary is not None:
         _keep_errors(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
+        _remove_leftovers(session.home)
     if session.lock is not None:
         session.lock.release()
 
@@ -127,11 +128,12 @@ def _start_own(session: Session) -> None:
     from ray._private import ray_constants
 
     _claim_connection(session)
-    _remove_leftovers(session.home)
     # Unix sockets live below this folder and their paths may have 107 bytes.
-    root = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
-    session.temporary = Path(tempfile.mkdtemp(prefix="ktray-", dir=root))
-    (session.home / "ray").write_text(str(session.temporary))
+    root = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
+    session.temporary = root / f"ktray-{secrets.token_hex(4)}"
+    kept = [*_remove_leftovers(session.home), session.temporary]
+    (session.home / "ray").write_text("".join(f"{folder}\n" for folder in kept))  # before it is there: a kill may come now
+    session.temporary.mkdir(mode=0o700)
     token = session.home / "token"
     if not token.exists():
         _write_private(token, secrets.token_hex(32))
@@ -298,12 +300,20 @@ def _keep_errors(temporary: Path, log: Path) -> None:
             kept.writelines(f"({path.stem[:40]}) {line}\n" for line in lines)
 
 
-def _remove_leftovers(home: Path) -> None:
-    """The folder of an earlier session that was killed; under the lock, so nobody uses it."""
-    with suppress(FileNotFoundError):
-        leftover = Path((home / "ray").read_text().strip())
-        if _is_ours(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _remove_leftovers(home: Path) -> list[Path]:
+    """Remove the folders of earlier sessions that were killed; under the lock, so nobody uses them.
+
+    Returns:
+        Those that are still there: Ray's processes outlive a killed driver by seconds, and write into them.
+    """
+    try:
+        listed = [Path(line) for line in (home / "ray").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    ours = [folder for folder in listed if folder.exists() and _is_ours(folder)]
+    for folder in ours:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder for folder in ours if folder.exists()]
 
 
 def _is_ours(folder: Path) -> bool:

@@ -236,9 +236,9 @@ def _too_small(name: str, entry: Mapping[str, Any], runtime: Runtime) -> Iterato
     if not peak or not whole:
         return
     used, right = f"{name} used {peak / 2**30:.1f} of the {whole / 2**30:.1f} GiB of its GPU", share_of(peak, whole)
-    if 0 < needs.gpus < right:
+    if needs.gpus is not None and 0 < needs.gpus < right:
         yield f"{used}, which takes a share of {right:g}, and stages.{name}.gpus gives it {needs.gpus:g}"
-    elif not needs.gpus and name in ON_GPU and right > USUAL:
+    elif needs.gpus is None and name in ON_GPU and right > USUAL:
         yield f"{used}, and gets a share of {USUAL:g} until the crew has learned better; stages.{name}.gpus: {right:g} says so"
 
 
