@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve, solve_triangular
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.special import ndtri
 from scipy.stats import norm
 
+from ktray import blas
 from ktray.search.space import Space
 from ktray.search.tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters
 
@@ -116,18 +117,17 @@ class Surrogate:
         Returns:
             (len(draws),) float64, in standard deviations of a rank turned into a normal score.
         """
-        tried, asked = self.rows([*ranked, *unknown]), self.rows(draws)
-        count = len(ranked)
+        tried, asked, count = self.rows([*ranked, *unknown]), self.rows(draws), len(ranked)
         scores = ndtri(1 - (np.arange(count) + 0.5) / count)
-        alike = self._covariance(tried, tried)
-        known = alike[:count, :count]
-        weights = cho_solve(cho_factor(known + NOISE * np.eye(count), lower=True), scores)
-        across = self._covariance(tried, asked)
-        mean = across[:count].T @ weights
-        factor, _ = cho_factor(alike + NOISE * np.eye(len(tried)), lower=True)
-        explained = (solve_triangular(factor, across, lower=True) ** 2).sum(0)
+        with blas.one_thread():  # the same draw on any number of cores, and more of them are slower for so small matrices
+            alike, across = self._covariance(tried, tried), self._covariance(tried, asked)
+            factor = cholesky(alike + NOISE * np.eye(len(tried)), lower=True)
+            known = factor[:count, :count]  # the factor of what has a result, as that comes first
+            weights = cho_solve((known, True), scores)
+            mean, best = across[:count].T @ weights, (alike[:count, :count] @ weights).max()
+            explained = (solve_triangular(factor, across, lower=True) ** 2).sum(0)
         deviation = np.sqrt(np.maximum(COMMON + 1 - explained, 1e-9))
-        above = (mean - (known @ weights).max()) / deviation
+        above = (mean - best) / deviation
         found: NDArray[np.float64] = deviation * (above * norm.cdf(above) + norm.pdf(above))
         return found
 
