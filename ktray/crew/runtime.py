@@ -29,6 +29,7 @@ from ktray.errors import PreflightFailed, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
 KNOCK_SECONDS = 5.0
+TIDY_TRIES = 30  # to remove a folder that a process of Ray, in its last moments, writes into; a tenth of a second between two
 KEPT_BYTES = 20_000
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -118,7 +119,10 @@ def stop(session: Session) -> None:
     if session.temporary is not None:
         _keep_errors(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
-        _remove_leftovers(session.home)
+        for _ in range(TIDY_TRIES):
+            if not _remove_leftovers(session.home):
+                break
+            time.sleep(0.1)
     if session.lock is not None:
         session.lock.release()
 

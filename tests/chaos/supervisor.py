@@ -125,7 +125,7 @@ def _left(told: Round, place: Nodes | None) -> list[str]:
         time.sleep(1.0)
     hidden = [path for place in (".scratch", ".fenced") for path in (told.home.store / place).glob("*")]
     pointer = told.home.path / "ray"
-    folders = [Path(pointer.read_text())] if pointer.exists() else []
+    folders = map(Path, pointer.read_text().splitlines()) if pointer.exists() else []
     return [*left, *map(str, hidden), *(str(folder) for folder in folders if folder.exists())]
 
 
