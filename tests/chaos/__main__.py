@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -39,6 +40,8 @@ def main() -> int:
         _say(f"{name} is done after {told.seconds:.0f} s: {json.dumps(figures([told]))}")
         for problem in found:
             _say(f"  WRONG: {problem}")
+    share = figures(rounds)["lost_share"]
+    problems += [f"{share:.0%} of all worker-seconds were lost"] if share > verdict.MOST_LOST else []
     print(json.dumps({**figures(rounds), "seconds": round(time.monotonic() - began), "wrong": problems}, indent=1))
     return 1 if problems else 0
 
@@ -60,7 +63,7 @@ def one(name: str, place: Path, folder: Path, faults: int, mean: float, size: in
     return told, found + verdict.different_from_alone(told, place)
 
 
-def figures(rounds: list[Round]) -> dict[str, object]:
+def figures(rounds: list[Round]) -> dict[str, Any]:
     """What rounds came to, as plain data."""
     wastes = [told.watching.waste() for told in rounds]
     total = sum(waste.total for waste in wastes)

@@ -11,8 +11,7 @@ from tests.chaos.supervisor import Round
 from tests.searches import Home
 
 MOST_LOST = 0.15
-SHORT = 200.0  # worker-seconds: below, a share says little, and what counts is what each fault may cost
-PER_FAULT = 2 * 4.0  # two workers, each its last checkpoint of 2 s and the epoch that it was in
+PER_FAULT = 2 * 4.0  # worker-seconds: two workers, each its last checkpoint of 2 s and the epoch that it was in
 LONGEST_GAP = 30.0
 UNSETTLING = ("driver", "broker", "node")
 
@@ -32,7 +31,7 @@ def broken(told: Round, trials: int) -> list[str]:
     found += [f"{key} was published {len(made)} times" for key, made in told.watching.published.items() if len(made) > 1]
     found += [f"left behind: {each}" for each in told.left]
     lost = told.watching.waste()
-    if lost.lost > max(MOST_LOST * lost.total, PER_FAULT * len(told.faults) if lost.total < SHORT else 0):
+    if lost.lost > max(MOST_LOST * lost.total, PER_FAULT * len(told.faults)):  # of one round a share says little
         found.append(f"{lost.share:.0%} of {lost.total:.0f} worker-seconds were lost")
     found += [f"{fault} was replaced only after {gap:.0f} s" for fault, gap in gaps(told) if gap > LONGEST_GAP]
     return [*found, *_untracked(told.home)]
