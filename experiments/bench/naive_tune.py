@@ -2,9 +2,9 @@
 
 Command:  python experiments/bench/naive_tune.py list     32 distinct pairs over 4 teachers, no early stopping on either side
           python experiments/bench/naive_tune.py search   whole searches: sampler, rungs and duplicates against Optuna and ASHA
-Result:   list, n = 1, 2 busy cores of an EPYC Milan (CPU time, so load counts little): ktray 206.7 CPU s, of which stages
-178.0; naive 544.3 CPU s, of which stages 513.3. ktray / ideal = 1.16 (wanted: at most 1.18), naive / ktray = 2.63. Here the
-four teachers are 46 s and the 32 students 106 s.
+Result:   list, n = 1, 2 quiet cores of an EPYC Milan, commit b703a29: ktray 196.9 CPU s, of which stages 173.7; naive 490.7
+CPU s, of which stages 467.1. ktray / ideal = 1.13 (wanted: at most 1.18; 1.16 on busy cores before), naive / ktray = 2.49. Here
+the four teachers are 45 s and the 32 students 102 s.
 `search` of teachers.yaml, n = 1 each, the same cores, quiet but for a process of the lowest priority beside the 48: naive /
 ktray is 3.37 after 24 trials (commit 2075deb, another sampler), 3.70 after 48 (dde67f9) and 4.06 after 72 (df81abf; wanted:
 4). Of these 72: ktray 792 CPU s, of which stages 704 (students 535, evaluations 105, teachers 59; both reference lines are in
