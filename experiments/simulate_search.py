@@ -16,11 +16,11 @@ students wait for teachers: no order of stages ends earlier.
 
 So two of fifteen are above 1.3 of the simple bound, where all wait for few teachers, and none is above 1.05 of the other one.
 
-10,000 pairs on 1,000 GPUs, commit af77736, one Xeon core, n = 1: 67 to 76 s of the driver for a list; it shares at least 0.9998
+10,000 pairs on 1,000 GPUs, commit a09e2dd, one Xeon core, n = 1: 73 to 78 s of the driver for a list; it shares at least 0.9998
 of the ideal; makespan over the simple bound 1.10, 1.35, 1.43, 1.31 and 1.67, over the other one at most 1.10: nearly all GPUs
-wait while six teachers train. Of the last tenth of the decisions (mean, in brackets the 99th percentile) a draw took 3.1 ms
-(5.9), a dispatch 0.6 (1.7), a settlement 0.9 (1.4). A search of 10,000 trials by the balanced sampler with rungs, 2,000 at
-once, took 178 s on a busy core of an EPYC Milan: a draw 4.6 ms (11.6), a dispatch 0.6 (1.1), a settlement 1.0 (1.5).
+wait while six teachers train. Of the last tenth of the decisions (mean, in brackets the 99th percentile) a draw took 3.8 to 4.5
+ms (6.3), a dispatch 0.7 (1.8), a settlement 1.0 (1.5). A search of 10,000 trials by the balanced sampler with rungs, 2,000 at
+once, took 143 s: a draw 4.1 ms (8.2), a dispatch 0.6 (1.2), a settlement 0.8 (1.5).
 """
 
 from __future__ import annotations
