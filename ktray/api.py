@@ -159,7 +159,7 @@ def search(
         home: None means KTRAY_HOME, or `./.ktray`.
         name: of the study; None for the space's. The same name goes on.
         trials: target, such as 50 or ``"+50"``; None for the space's budget.
-        concurrent: trials at the same time; None for the space's budget.
+        concurrent: trials at the same time, 64 at most; None for the space's budget.
         warm_start: another study of this home, whose results the sampler learns from.
         address: of a running Ray cluster; None starts Ray on this machine.
         share_images: send cluster sheets to a remote tracker, too.

@@ -283,9 +283,10 @@ def test_the_first_draw_is_made_at_any_price_and_no_other_that_the_hours_do_not_
         given(again)
 
 
-def test_what_is_left_of_the_hours_goes_to_draws_that_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
+def test_what_is_left_of_the_hours_goes_to_draws_that_fit(tmp_path: Path, how: str) -> None:
     dear_students = {"hog": 10.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: Spend(5.0, dear_students[str(params["teacher"])])) as study:
+    with costing(tmp_path, lambda params: Spend(5.0, dear_students[str(params["teacher"])]), sampler=how) as study:
         spend(study, 3400.0)
         drive(study)
         assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}
@@ -302,6 +303,29 @@ def test_a_planned_draw_that_is_too_dear_waits_until_what_runs_has_cost_less_tha
         study.paid(one.trial.number, {"teacher-1": 100.0})
         tell(study, one)
         assert given(study).trial.params["teacher"] == "rotation"
+
+
+def test_a_planned_draw_that_is_too_dear_keeps_no_other_waiting(tmp_path: Path) -> None:
+    start = [{"teacher": "hog", "teacher.hog.descriptor.cell": 4}, {"teacher": "rotation"}, {"teacher": "hog"}]
+    prices = {"hog": 15.0, "rotation": 360_000.0}
+    with costing(tmp_path, lambda params: Spend(prices[str(params["teacher"])], 1.0), start_with=start) as study:
+        drive(study)
+        assert study.drawn == 9
+        assert [trial.planned for trial in study.trials()][:3] == [0, 2, None]
+    with Study.open(tmp_path, study.space, trials="+1") as again:
+        again.ask_prices(lambda params: Spend(15.0, 1.0))
+        assert given(again).trial.planned == 1
+
+
+def test_hours_that_are_spent_before_any_result_still_give_one(tmp_path: Path) -> None:
+    space = wide(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 1})
+    with Study.open(tmp_path, space) as study:
+        for _ in range(2):
+            spend(study, 1900.0)
+        assert states(study) == {"paused": 2}
+        drive(study)
+        assert states(study) == {"completed": 1, "paused": 1}
+        assert study.reason == "1.06 of 1 stage hours are spent"
 
 
 def test_a_purse_counts_a_changed_trial_once() -> None:

@@ -112,6 +112,20 @@ def test_a_teacher_of_an_earlier_space_is_not_trained_again_to_cut_it_where_the_
         assert {key.split("-")[0] for key in charged["suffix"]} == {"student", "evaluation"}
 
 
+def test_segments_that_were_trained_ahead_are_charged_to_the_planned_draw_that_needed_them(tmp_path: Path) -> None:
+    store = _VirtualStore()
+    start = {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}
+    space = toy_space(tmp_path, _rotation({"choice": [1, 2, 4]}), start_with=[start])
+    with Study.open(tmp_path, space) as study:
+        conductor = _conductor(space, study, store)
+        ahead = conductor.certain()
+        _publish(store, ahead)
+        leg = conductor.next()
+        assert isinstance(leg, Leg)
+        assert {stage.key for stage in ahead if stage.name == "teacher"} <= study.charged(leg.trial.number)["prefix"].keys()
+        assert [stage.spec["epoch"] for stage in ahead if stage.name == "teacher"] == [1, 2, 4]
+
+
 def test_segments_that_lead_to_a_missing_snapshot_and_those_that_a_trial_reads_stay(tmp_path: Path) -> None:
     store = _VirtualStore()
     start = {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}

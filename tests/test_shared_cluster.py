@@ -132,7 +132,9 @@ def test_two_searches_at_once_share_the_stages_that_both_need(tmp_path: Path) ->
             done = [first.wait(), second.wait()]
         assert [each.code for each in done] == [0, 0], done
         until(lambda: left_on(address) == ["3", "0", "0.0"], 60)
-    assert tries.of_key == dict.fromkeys(home.artifacts(), 1)
+    assert set(tries.of_key.values()) == {1}
+    assert tries.of_key.keys() <= set(home.artifacts()), "it may miss what takes no time, and sees all that does"
+    assert "teacher" in {key.rpartition("-")[0] for key in tries.of_key}
     assert apart.run("search", spaces["alone"]).code == 0
     expected = ended_alike(apart, "alone")
     assert len(expected) == 3

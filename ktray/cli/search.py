@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the space")
     parser.add_argument("--name", default=None, help="the study's name; the same name resumes (default: the space's)")
     parser.add_argument("--trials", default=None, metavar="50|+50", help="target, or how many more once it is met")
-    parser.add_argument("--concurrent", type=count, default=None, metavar="C", help="trials at the same time")
+    parser.add_argument("--concurrent", type=count, default=None, metavar="C", help="trials at the same time, 64 at most")
     parser.add_argument("--warm-start", default=None, metavar="STUDY", help="learn from another study of this home first")
     parser.add_argument("--retry", action="store_true", help="draw the pairs of failed trials again, as new trials")
     parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")

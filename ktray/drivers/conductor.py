@@ -88,9 +88,11 @@ class Conductor:
         Up to their features; where teachers are judged first, up to that.
         """
         found: dict[str, Stage] = {}
-        drawn = sum(trial.planned is not None for trial in self.study.trials())
-        for start in self.space.start_with[drawn : self.study.target]:
+        drawn = {trial.planned for trial in self.study.trials()}
+        for index, start in enumerate(self.space.start_with[: self.study.target]):
             params = self.space.complete(start)
+            if index in drawn:
+                continue
             if any(name.split(".")[0] in ("data", "teacher") for name in params.keys() - start.keys()):
                 continue
             with suppress(UserError):  # no valid pair: its trial will say so
@@ -191,7 +193,7 @@ class Conductor:
     def _without_passed(self, graph: Graph) -> Graph:
         """The graph less the segments that only led to a snapshot which is there, made where nothing cut its training."""
         wanted = {key for stage in graph.stages for key in stage.inputs.values()} | set(graph.metric_prefixes())
-        cuts = {stage.key for stage in graph.stages} - wanted
+        cuts = {stage.key for stage in graph.stages if not self.prices.is_ordered(stage.key)} - wanted
         later = [stage for stage in graph.stages if not cuts.isdisjoint(stage.starts)]
         passed = cuts & {start for stage in later if self.prices.is_made(stage.key) for start in stage.starts}
         return Graph(tuple(stage for stage in graph.stages if stage.key not in passed), graph.keys)

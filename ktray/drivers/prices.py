@@ -73,8 +73,12 @@ class Prices:
             self._costs.add(key, _described(artifact, stages.get(key)))
         return {key: float(artifact.record["seconds"]) for key, artifact in found.items()}
 
+    def is_ordered(self, key: str) -> bool:
+        """Whether it was to be made before any trial asked for it; whoever does first is charged for it."""
+        return key in self._ahead
+
     def _is_free(self, key: str) -> bool:
-        return key not in self._ahead and self.is_made(key)
+        return not self.is_ordered(key) and self.is_made(key)
 
     def is_made(self, key: str) -> bool:
         """Whether the store has had an artifact since the search began."""

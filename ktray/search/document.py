@@ -38,7 +38,7 @@ class Budget(Spec):
     """How much a search may spend; not part of the space's identity."""
 
     trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
-    concurrent: int = Field(default=4, ge=1)
+    concurrent: int = Field(default=4, ge=1, description="trials at a time, of which a search runs 64 at most")
     stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
     hours: float | None = Field(default=None, gt=0, description="of stages, added up over all workers and resumes")
 

@@ -17,6 +17,7 @@ from ktray.search.trial import State, Trial
 
 REPEATS = 3  # proposals in a row that equal an earlier trial before an unseen draw is looked for
 LISTED = 20_000  # finite spaces up to this size are listed for it
+ATTEMPTS = 16  # proposals in a row that may all be too dear
 TRIES = 1_000  # random draws that may all be known before a larger space counts as exhausted
 
 
@@ -43,7 +44,8 @@ class Draws:
         self.space = space
         self.sampler = Sampler(space, quote)
         self._numbers: dict[str, int] = {}  # identity of a pair -> number of the trial that drew it first
-        self._count = self._planned = 0
+        self._count = 0
+        self._planned: set[int] = set()  # which of `start_with` were drawn
         self._last: deque[State] = deque(maxlen=REPEATS)
         self._failed: dict[str, Params] = {}  # identity of a pair -> what drew it, if its last trial failed
         self._again: deque[Params] = deque()
@@ -54,7 +56,8 @@ class Draws:
         self.sampler.told(trial)
         if trial.number >= self._count:
             self._count = trial.number + 1
-            self._planned += trial.planned is not None
+            if trial.planned is not None:
+                self._planned.add(trial.planned)
             self._last.append(trial.state)
             if trial.state != "duplicate":
                 self._numbers.setdefault(fingerprint(trial.pair), trial.number)
@@ -80,23 +83,29 @@ class Draws:
 
         Args:
             spent: what the trials so far cost.
-            left: seconds that it may cost up to its first rung; else "dear". Only the balanced sampler looks for one that fits.
+            left: seconds that it may cost up to its first rung. What costs more is passed over, and waits if it was planned.
         """
-        if self._again:
-            found = self._paid(self._trial(self._again[0]), left)
-            if found != "dear":
+        for _ in range(len(self._again)):
+            if (again := self._paid(self._trial(self._again[0]), left)) != "dear":
                 self._again.popleft()
-            return found
-        if self._planned < len(self.space.start_with):
-            params = self.sampler.propose(self._count, spent, self.space.start_with[self._planned])
-            return self._paid(self._trial(params, self._planned), left)
+                return again
+            self._again.rotate(-1)
+        for index, start in enumerate(self.space.start_with):
+            if index not in self._planned:
+                planned = self._trial(self.sampler.propose(self._count, spent, start), index)
+                if self._paid(planned, left) != "dear":
+                    return planned
         if len(self._last) == REPEATS and set(self._last) == {"duplicate"}:
             unseen = self._unseen()
             if unseen is None:
-                return None
+                return "dear" if self._again else None
             self._again.append(unseen)  # it is found only once, and may have to wait
             return self.following(spent, left)
-        return self._paid(self._trial(self.sampler.propose(self._count, spent, left=left)), left)
+        for attempt in range(ATTEMPTS):
+            found = self._paid(self._trial(self.sampler.propose(self._count, spent, left=left, attempt=attempt)), left)
+            if found != "dear":
+                return found
+        return "dear"
 
     def _paid(self, trial: Trial, left: float) -> Trial | Literal["dear"]:
         asked = self.sampler.quote if left < math.inf and trial.state == "running" else None

@@ -1,4 +1,8 @@
-"""When failures end a search: after ten in a row, each for a reason of its own."""
+"""When failures end a search: after ten in a row, each for a reason of its own.
+
+Beside that a driver gives up when ten draws in a row need what has failed already: nothing is computed for them, so they would
+use up a budget in no time.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Purse:
         return self._spent
 
 
-def left(budget: Budget, spent: Spend, trials: Iterable[Trial]) -> float:
+def affordable_seconds(budget: Budget, spent: Spend, trials: Iterable[Trial]) -> float:
     """Seconds that the next draw may cost; the first that does not fail is made at any price."""
     begun = any(trial.state in HOLDS for trial in trials)
     return math.inf if budget.hours is None or not begun else budget.hours * HOUR - sum(spent)

@@ -34,7 +34,7 @@ NEARBY = 64  # draws that differ from a good trial in one part,
 BUILDING = 32  # and random students on prefixes that exist
 SHOWN = 128  # trials that the surrogate is shown
 TRUST = 0.6  # a trial is varied so often as often as the next better one
-QUOTED = 16  # draws whose price is asked for, the most promising ones
+QUOTED = 16  # draws of a new prefix whose price is asked for, the most promising ones
 
 HOLDS = frozenset({"running", "paused", "completed", "pruned"})  # states of trials whose prefix is there or on its way
 
@@ -106,7 +106,14 @@ class Sampler:
         waits = trial.waits_for_teacher and trial.state == "paused"  # who was pruned does not wait: its teacher may have risen
         (waiting.add if waits else waiting.discard)(trial.number)
 
-    def propose(self, count: int, spent: Spend, planned: Mapping[str, Scalar] | None = None, left: float = math.inf) -> Params:
+    def propose(
+        self,
+        count: int,
+        spent: Spend,
+        planned: Mapping[str, Scalar] | None = None,
+        left: float = math.inf,
+        attempt: int = 0,
+    ) -> Params:
         """The next draw.
 
         The seed is the space's together with the number of trials: the same journal gives the same draw, and a search that is
@@ -117,8 +124,9 @@ class Sampler:
             spent: what they have cost and will cost.
             planned: values that are settled beforehand; the others are drawn.
             left: seconds; of the draws that are asked for their price those that cost more come last.
+            attempt: how many proposals after as many trials were refused.
         """
-        seed = seed_of(self.space.seed, "sampler", count)
+        seed = seed_of(self.space.seed, "sampler", count, *([attempt] if attempt else []))
         how = self.space.sampler
         if how == "balanced":
             return self._balanced(random.Random(seed), spent, planned or {}, left)
@@ -137,13 +145,15 @@ class Sampler:
         return draws[0] if planned or self.quote is None else self._affordable(draws, spent, self.quote, left)
 
     def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote, left: float) -> Params:
-        """The first that can be afforded; else the first of all, or the cheapest where nothing was bought yet."""
+        """The first that can be afforded; else the first that `left` pays for, or the cheapest where nothing was bought yet."""
         asked: list[tuple[float, Params]] = []
+        new = 0
         for draw in draws:
             exists = self._exists(draw)
             if exists and left == math.inf:
                 return draw
-            if (exists or len(asked) < QUOTED) and (price := quote(draw)) is not None and sum(price) <= left:
+            new += not exists
+            if (exists or new <= QUOTED) and (price := quote(draw)) is not None and sum(price) <= left:
                 asked.append((price.prefix, draw))
                 balanced = price.prefix <= price.suffix or spent.prefix + price.prefix <= spent.suffix + price.suffix
                 if exists or balanced:

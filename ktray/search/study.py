@@ -19,7 +19,7 @@ from ktray.search import document, ranking, rungs, target, warm
 from ktray.search.draws import Draws, Source
 from ktray.search.failures import Failures
 from ktray.search.journal import Journal, held
-from ktray.search.purse import Charges, Purse, left, too_little, used_up
+from ktray.search.purse import Charges, Purse, affordable_seconds, too_little, used_up
 from ktray.search.sampler import Quote, Spend
 from ktray.search.space import Space
 from ktray.search.stopwatch import Stopwatch
@@ -156,7 +156,7 @@ class Study:
         trial = self._coming() if limit is None else None
         if trial is None and self._live:
             return "wait"
-        if trial is None and limit is None:
+        if trial is None and used_up(self.space.budget, self.spent, Spend()) is None:  # no hours are too few for one result
             hope = self._standings.last_hope()
             trial = None if hope is None else self._trials[hope]
         if trial is not None:
@@ -176,7 +176,7 @@ class Study:
         while due is None and self.drawn < self.target and not self._exhausted and self._dear != self.purse.spent:
             self._failures.heed()
             spent = self.purse.spent
-            new = self._draws.following(spent, left(self.space.budget, spent, self._trials.values()))
+            new = self._draws.following(spent, affordable_seconds(self.space.budget, spent, self._trials.values()))
             if new is None or new == "dear":
                 self._exhausted, self._dear = new is None, spent if new else None
                 break
