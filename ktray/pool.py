@@ -50,7 +50,6 @@ class Means:
         progress: call it with a few numbers (``{"epoch": 3, "of": 8}``) whenever work has moved.
         checkpoint_seconds: how much work a killed stage may lose.
         memmap_bytes: pixels above this are streamed from their files instead of written to a memmap.
-        alone: memory ran out in an earlier attempt, so this one has its machine or GPU for itself.
         most_images: how many images may go through a network at once; None for a usual batch. Smaller pieces change the last
             bit, and in training what batch norm sees, so only a stage that ran out of memory gets them, and its record says so.
             A training whose task is no mean over images (`Task.mean_over_images`) has whole batches all the same.
@@ -61,5 +60,4 @@ class Means:
     progress: Callable[[Mapping[str, float]], None] = _silent
     checkpoint_seconds: float = 20.0
     memmap_bytes: int = 20 << 30
-    alone: bool = False
     most_images: int | None = None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ktray.artifact import Stage
-from ktray.cli.plan import _rehearsed
+from ktray.artifact import Artifact, Stage
+from ktray.cli.plan import _rehearsed, _stages
 from ktray.drivers.forecast import Forecast, Wanted, forecast
 from ktray.drivers.rehearsal import _summed
 from ktray.pipeline import graph
@@ -93,6 +95,34 @@ def test_records_of_the_store_know_better_and_what_is_there_takes_nothing(tmp_pa
     assert found.stages["teacher"]["whole_seconds"] == pytest.approx(7.0, rel=0.01)
     assert found.stages["student"] == before.stages["student"]
     assert found.pair_bytes == before.pair_bytes
+
+
+class Counting(FileStore):
+    """A store that counts how often each artifact is looked at."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.looked: Counter[str] = Counter()
+
+    def find(self, key: str) -> Artifact | None:
+        self.looked[key] += 1
+        return super().find(key)
+
+
+def test_of_a_large_store_only_as_many_records_are_read_as_are_learned_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, real, _ = rehearsed(tmp_path, {})
+    full = {stage.name: stage for stage in graph.build(PAIR, identity).stages}
+    for seed in range(100, 108):
+        publish(real, Stage("teacher", {**full["teacher"].spec, "seed": seed}, {}, full["teacher"].inputs))
+    monkeypatch.setattr("ktray.drivers.prices.MOST", 3)
+    store = Counting(real.root)
+    forecast({}, Wanted({}, {}, {}), FileStore(tmp_path / "small"), store)
+    assert store.looked.total() == 3
+    planned = _stages([], SimpleNamespace(open_store=lambda: store))  # type: ignore[arg-type]
+    assert planned["estimate"]["bytes"] == 0
+    assert store.looked.total() == 6
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
 
 def test_after_a_restart_nothing_starts_until_known_workers_were_heard_of_and_their_runs_are_adopted() -> None:
     house, one, two = House(0), stage("one"), stage("two")
-    house.ledger.expect(["worker-1", "worker-2"], house.now)
+    house.ledger.expected.restart(["worker-1", "worker-2"], house.now)
     house.want("a", one, two)
     worker = house.roster.add("worker-1", Shape(), "node")
     house.ledger.beat(worker, one.key, one, "old", {"epoch": 3.0}, house.now)
@@ -261,7 +261,7 @@ def test_after_a_restart_nothing_starts_until_known_workers_were_heard_of_and_th
 
 def test_after_a_restart_a_worker_that_stays_away_is_waited_for_only_so_long() -> None:
     house, one = House(1), stage("one")
-    house.ledger.expect(["worker-7"], house.now)
+    house.ledger.expected.restart(["worker-7"], house.now)
     assert house.want("a", one) == []
     house.turn(16)
     house.arrive("worker-1")

@@ -6,7 +6,7 @@ import pytest
 from test_ledger import House, answers, given, stage
 
 from ktray.crew.books import Event, FenceLost, Give, Hire, Kill
-from ktray.crew.ledger import LATE
+from ktray.crew.expected import LATE
 from ktray.crew.openings import Openings
 from ktray.crew.roster import Node, Shape
 
@@ -103,9 +103,9 @@ def test_the_pace_of_a_stage_is_counted_in_moves_of_its_progress() -> None:
     assert (run.moves, run.moved - run.since) == (2, 9)
 
 
-def test_after_a_restart_a_worker_that_stays_silent_is_ended_and_fenced_before_its_stage_starts_again() -> None:
+def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_starts_again() -> None:
     house, one = House(0), stage("one")
-    house.ledger.expect(["worker-1", "worker-7"], house.now)
+    house.ledger.expected.restart(["worker-1", "worker-7"], house.now)
     house.arrive("worker-1")
     house.want("a", one)
     house.now += 14
@@ -114,8 +114,32 @@ def test_after_a_restart_a_worker_that_stays_silent_is_ended_and_fenced_before_i
     house.now += 2
     house.ledger.dispatch(house.now)
     told, house.ledger.outbox[:] = house.ledger.outbox[:], []
-    assert [type(action) for action in told] == [Kill, Event, FenceLost, Give, Event]
-    assert told[0].worker.name == "worker-7"
-    assert (told[1].event, told[1].worker) == ("fenced", "worker-7")
-    house.ledger.gone("worker-7", "worker died", "killed", house.now)
-    assert house.turn(16) == [], "it is told once"
+    assert [type(action) for action in told] == [FenceLost, Give, Event]
+    silent = house.roster.add("worker-7", Shape(), "node")
+    assert not house.ledger.beat(silent, "two-1", stage("two"), "old", {}, house.now), "its directory is no more"
+    assert list(house.ledger.runs) == [one.key]
+
+
+def test_after_a_restart_workers_that_were_only_starting_have_as_long_to_come_as_any_other() -> None:
+    house, one, two = House(0), stage("one"), stage("two")
+    house.ledger.expected.restart(["worker-1", "worker-2", "worker-7"], house.now)
+    house.want("a", one)
+    for seconds, name in ((16, "worker-1"), (LATE - 17, "worker-2")):
+        house.now += seconds
+        for worker in house.roster.workers.values():
+            house.ledger.beat(worker, "", None, "", {}, house.now)
+        house.ledger.silent(house.now)
+        house.arrive(name)
+        assert not [action for action in house.turn() if isinstance(action, Kill)]
+    assert house.ledger.runs[one.key].worker == "worker-1"
+    assert given(house.want("b", two)) == [two.key]
+    assert house.ledger.runs[two.key].worker == "worker-2"
+    house.ledger.outbox.clear()
+    for _ in range(2):
+        house.now += 2
+        for name in ("worker-1", "worker-2"):
+            house.ledger.beat(house.roster.workers[name], "", None, "", {}, house.now)
+        house.ledger.silent(house.now)
+    kill, event = house.ledger.outbox
+    assert kill.worker.name == event.worker == "worker-7", "it is told once"
+    assert (event.event, event.cause) == ("fenced", "no heartbeat for 120 s after a restart")

@@ -76,8 +76,8 @@ def run_out(house: House, each: Any) -> list[Any]:
     return house.turn()
 
 
-def alone(actions: list[Any]) -> list[str]:
-    return [action.stage.key for action in actions if isinstance(action, Give) and action.alone]
+def with_few(actions: list[Any]) -> list[str]:
+    return [action.stage.key for action in actions if isinstance(action, Give) and action.few]
 
 
 def test_on_a_cpu_it_waits_until_its_node_is_quiet_and_nothing_begins_beside_it() -> None:
@@ -88,13 +88,13 @@ def test_on_a_cpu_it_waits_until_its_node_is_quiet_and_nothing_begins_beside_it(
     began = [each for each in others if each.key in house.ledger.runs]
     assert run_out(house, big) == []
     assert house.publish(began[0]) == []
-    assert alone(house.publish(began[1])) == [big.key]
+    assert with_few(house.publish(began[1])) == [big.key]
     assert list(house.ledger.runs) == [big.key]
     assert house.turn(1.0) == []
     later = house.publish(big)
     assert answers(later) == {"a": ["computed"]}
     assert len(given(later)) == 2
-    assert alone(later) == []
+    assert with_few(later) == []
 
 
 def test_other_nodes_go_on_meanwhile() -> None:
@@ -104,7 +104,7 @@ def test_other_nodes_go_on_meanwhile() -> None:
     one, two = stage("one"), stage("two")
     house.want("a", big)
     house.want("b", one)
-    assert alone(run_out(house, big)) == [big.key]
+    assert with_few(run_out(house, big)) == [big.key]
     assert given(house.publish(one)) == []
     house.want("c", two)
     assert house.ledger.runs[two.key].worker == "worker-2"
@@ -133,7 +133,7 @@ def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(
     (hire,) = [action for action in house.turn() if isinstance(action, Hire)]
     assert hire.worker.shape == Shape(0.0, 1.0)
     house.arrive(hire.worker.name)
-    assert alone(house.turn()) == [big.key]
+    assert with_few(house.turn()) == [big.key]
     assert answers(house.publish(big)) == {"trial 0": ["computed"]}
     assert house.roster.workers[hire.worker.name].leaving, "it makes room for small ones again"
 
@@ -141,7 +141,7 @@ def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(
 def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
     house, big = House(1), stage("big")
     house.want("a", big)
-    assert alone(run_out(house, big)) == [big.key]
+    assert with_few(run_out(house, big)) == [big.key]
     run = house.ledger.runs[big.key]
     assert house.ledger.failed(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", house.now)
     house.roster.workers["worker-1"].polling = True
@@ -150,17 +150,7 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
     assert "batch_size" in said
     actions = house.want("b", big)
     assert given(actions) == [big.key]
-    assert alone(actions) == [], "who asks anew begins as usual"
-
-
-def test_a_stage_whose_worker_is_ended_for_the_memory_of_its_node_runs_alone_next() -> None:
-    house, big, other = House(2), stage("big"), stage("one")
-    house.want("a", big)
-    house.want("b", other)
-    house.ledger.gone(house.ledger.runs[big.key].worker, *death_of(ray.exceptions.OutOfMemoryError("1 worker")), house.now)
-    assert given(house.turn()) == []
-    assert alone(house.publish(other)) == [big.key]
-    assert answers(house.publish(big)) == {"a": ["computed"]}
+    assert with_few(actions) == [], "who asks anew begins as usual"
 
 
 def test_a_worker_that_dies_otherwise_is_no_matter_of_memory() -> None:
@@ -171,7 +161,7 @@ def test_a_worker_that_dies_otherwise_is_no_matter_of_memory() -> None:
     house.ledger.gone(house.ledger.runs[big.key].worker, event, why, house.now)
     actions = house.turn()
     assert given(actions) == [big.key]
-    assert alone(actions) == []
+    assert with_few(actions) == []
 
 
 def test_a_family_that_runs_out_of_memory_is_made_apart_before_anything_is_alone() -> None:
@@ -179,7 +169,7 @@ def test_a_family_that_runs_out_of_memory_is_made_apart_before_anything_is_alone
     layers = begun(house, 2)
     actions = run_out(house, layers[0])
     assert given(actions) == [layers[0].key]
-    assert alone(actions) == []
+    assert with_few(actions) == []
     events = [action.event for action in house.ledger.outbox if isinstance(action, Event)]
     assert OUT_OF_MEMORY not in events
 
@@ -189,7 +179,7 @@ def test_what_is_alone_takes_none_of_its_family_along() -> None:
     house.want("a", one)
     house.want("b", two)
     actions = run_out(house, one)
-    assert alone(actions) == family(actions) == [one.key]
+    assert with_few(actions) == family(actions) == [one.key]
 
 
 def test_a_large_share_is_not_kept_waiting_for_ever_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +276,7 @@ def test_on_a_gpu_the_peak_is_recorded_and_a_provoked_shortage_is_overcome(tmp_p
     real = WORK["features"]
 
     def beside_a_neighbour(*given: Any) -> Any:
-        if not given[3].alone:
+        if not given[3].most_images:
             held[0] = torch.empty(2 * whole, dtype=torch.uint8, device="cuda:0")  # more than there is: a real shortage
         return real(*given)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from ktray.artifact import Stage
 from ktray.cli.source import load_space
 from ktray.crew.client import Released
 from ktray.crew.needs import Needs, Runtime
-from ktray.drivers.rehearsal import measured, rehearsal_store, rehearse
+from ktray.drivers.forecast import Wanted
+from ktray.drivers.rehearsal import measured, rehearsal_store, rehearse, rehearse_on
 from ktray.drivers.stopping import Stopping
 from ktray.errors import StageFailed
 from ktray.images import open_split, write, write_sample
@@ -140,6 +142,33 @@ def test_a_rehearsal_that_is_interrupted_while_it_waits_ends_at_once_with_every_
         rehearse(crew, draws, store, real, stopping)
     assert time.monotonic() - began < 2.5
     assert [waiter for waiter, wait in crew.waits.items() if not wait.is_set()] == []
+    assert list(real.root.iterdir()) == []
+
+
+def test_the_crew_of_an_interrupted_rehearsal_ends_before_its_store_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, stopping, ended = FileStore(tmp_path / "store"), Stopping(), []
+
+    def connect(session: SimpleNamespace, url: str, work: object) -> Standing:
+        session.crews.append(FileStore(Path(url.removeprefix("file://"))))
+        threading.Timer(0.1, stopping.wish).start()
+        return Standing()
+
+    def stop(session: SimpleNamespace) -> None:
+        for store in session.crews:  # a stage that runs to the end of its crew may fail, which the broker writes down
+            store.fail("images-1", {"cause": "FileNotFoundError: its folder"})
+        ended.append(session)
+
+    monkeypatch.setattr("ktray.crew.runtime.start", lambda *given: SimpleNamespace(warnings=[], crews=[]))
+    monkeypatch.setattr("ktray.crew.runtime.stop", stop)
+    monkeypatch.setattr("ktray.crew.client.connect", connect)
+    monkeypatch.setattr("ktray.drivers.rehearsal.preflight", lambda *given: None)
+    monkeypatch.setattr("ray.nodes", list)
+    draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
+    with pytest.raises(KeyboardInterrupt):
+        rehearse_on(tmp_path, real, None, Runtime(), draws, Wanted({}, {}, {}), lambda text: None, stopping)
+    assert len(ended) == 1
     assert list(real.root.iterdir()) == []
 
 

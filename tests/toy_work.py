@@ -45,7 +45,7 @@ def work(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifa
         means.progress({"step": step + 1, "of": spec["steps"]})
     if spec.get("error") == "disk full":
         raise OSError(errno.ENOSPC, "No space left on device")
-    if spec.get("error") == "memory" and not means.alone:
+    if spec.get("error") == "memory" and means.most_images is None:
         raise MemoryError("no room for 9 GB")
     if spec.get("error") == "die":
         os._exit(1)
@@ -56,7 +56,7 @@ def work(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifa
         sums = means.pool.map(block_sum, list(range(spec["map"])), {"scale": np.float64(0.1), "sleep": spec.get("sleep", 0.0)})
         np.save(scratch / "sums.npy", np.stack([total for total, _ in sums]))
         metrics["toy/processes"] = float(len({pid for _, pid in sums}))
-    record: dict[str, Any] = {"after_out_of_memory": means.alone, "metrics": metrics}
+    record: dict[str, Any] = {"after_out_of_memory": means.most_images is not None, "metrics": metrics}
     record |= {"seconds": time.perf_counter() - began}
     return store.publish(scratch, stage.key, record)
 

@@ -251,13 +251,14 @@ def _refuse_absent(built: Mapping[str, Graph], options: Settings, source: Path) 
 
 
 def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:
+    from ktray.drivers.prices import sample
     from ktray.search.costs import Costs
 
     store = options.open_store()
     stages = {stage.key: stage for graph in built for stage in graph.stages}
     shared = {key: sum(any(s.key == key for s in graph.stages) for graph in built) for key in stages}
     done = {key for key in stages if store.find(key)}
-    records = {found.key: found.record for found in map(store.find, store.keys()) if found}
+    records = sample(store)
     cost = Costs(records).estimate(stages.values(), made=done)
     seconds, low, high = (None if cost.unknown else round(each, 1) for each in (cost.seconds, cost.low, cost.high))
     rows = [

@@ -13,12 +13,12 @@ from ktray.crew.roster import Worker
 
 @dataclass(frozen=True)
 class Give:
-    """Have `worker` run `stage`, and with it what is beside it; `alone` if it ran out of memory before."""
+    """Have `worker` run `stage`, and with it what is beside it; with `few` images at once if it ran out of memory before."""
 
     worker: str
     stage: Stage
     attempt: str
-    alone: bool = False
+    few: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ktray.crew.charter import BROKER, Charter
 from ktray.crew.cluster import death_of, end_process_on, end_workers, nodes, this_process, workers_of
 from ktray.crew.ledger import Ledger
 from ktray.crew.lengths import Lengths
+from ktray.crew.overview import overview
 from ktray.crew.roster import Roster, Worker
 from ktray.crew.shares import Shares
 from ktray.crew.worker import start
@@ -51,7 +52,8 @@ class Broker:
         self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._attendance = Attendance(runtime.dead_after)
-        self._handles, self._gone = dict[str, Any](), set[str]()
+        self._handles: dict[str, Any] = {}
+        self._gone: set[str] = set()
         self._leases: dict[str, float] = {}
         self._leased = now
         self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
@@ -62,7 +64,7 @@ class Broker:
         reborn = ray.get_runtime_context().was_current_actor_reconstructed
         self._roster.skip([] if reborn else end_workers(charter.namespace))
         self._survivors = workers_of(charter.namespace) if reborn else []
-        self._ledger.expect(self._survivors, now)
+        self._ledger.expected.restart(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._end_if_never_called).start()
 
     def _find(self, key: str) -> Artifact | None:
@@ -128,33 +130,7 @@ class Broker:
 
     async def status(self) -> dict[str, Any]:
         """The crew's name, what works, waits and is queued, and what was computed and reused so far."""
-        ledger, now = self._ledger, time.time()
-        return {
-            "name": self._charter.name,
-            "workers": [
-                {"name": each.name, "node": each.node, "pid": each.pid, "cpus": each.shape.cpus, "gpus": each.shape.gpus}
-                | {"state": "stage" if each.leads else "helping" if each.lent_to else "idle" if each.polling else "starting"}
-                | {"silent_seconds": round(now - each.beat, 3) if each.beat else None}
-                for each in self._roster.workers.values()
-            ],
-            "running": [
-                {"key": run.key, "stage": run.stage.name, "worker": run.worker, "node": self._roster.node_of(run.worker)}
-                | {"since": run.since, "progress": dict(run.progress), "silent_seconds": round(now - run.moved, 3)}
-                | {"attempt": run.attempt, "pace_seconds": (run.moved - run.since) / run.moves if run.moves else None}
-                | {"helpers": ledger.helpers(run.attempt)}
-                for run in ledger.runs.values()
-            ],
-            "waiting": [
-                {"waiter": request.waiter, "session": request.session, "key": key, "since": request.since}
-                for request in ledger.demand.requests.values()
-                if request.waiter
-                for key in sorted(request.pending, key=lambda key: ledger.demand.wants[key].order)[:1]
-            ],
-            "queued": [key for key in ledger.demand.wants if key not in ledger.runs],
-            "computed": dict(ledger.computed),
-            "reused": dict(ledger.demand.reused),
-            "pid": os.getpid(),
-        }
+        return {"name": self._charter.name, "pid": os.getpid(), **overview(self._ledger, time.time())}
 
     async def end(self) -> None:
         """End all workers, then this process."""
@@ -269,8 +245,8 @@ class Broker:
         self._ledger.outbox.clear()
         for action in outbox:
             match action:
-                case Give(worker, stage, attempt, alone):
-                    given = {"do": "stage", "stage": stage, "attempt": attempt, "alone": alone}
+                case Give(worker, stage, attempt, few):
+                    given = {"do": "stage", "stage": stage, "attempt": attempt, "few": few}
                     self._reply(worker, given | {"helpers": self._ledger.helpers(attempt)})
                 case Hire(worker):
                     self._hire(worker)

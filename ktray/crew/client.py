@@ -90,7 +90,11 @@ class Crew:
         self._ask("release", waiter, self.session)
 
     def events(self, since: int = 0) -> list[dict[str, Any]]:
-        """Numbered events after `since`, oldest first: started, published, failed, fenced, worker died."""
+        """Numbered events after `since`, oldest first.
+
+        Each is ``started``, ``published``, ``failed``, ``out of memory`` (the stage runs again, alone), ``apart`` (a family's
+        stages do, one by one), ``fenced`` (a worker was silent), ``late`` (one has not come) or ``worker died``.
+        """
         events: list[dict[str, Any]] = self._ask("events", since)
         return events
 

@@ -42,7 +42,7 @@ class Hiring:
             self.outbox.append(Hire(worker))
         return worker is not None
 
-    def is_hopeless_after(self, worker: Worker) -> bool:
+    def count_stillborn(self, worker: Worker) -> bool:
         """A worker has died before its first heartbeat; whether to hire no more, since so many in a row did.
 
         One that goes with its node counts for nothing, and of those that were starting at once only one counts: a node may

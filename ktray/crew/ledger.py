@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Event, Fence, FenceLost, Give, Kill, Run, Want
+from ktray.crew.alone import Alone
+from ktray.crew.books import Event, Fence, Give, Kill, Run, Want
 from ktray.crew.causes import FAILED, OUT_OF_MEMORY, also_alone
 from ktray.crew.demand import Demand
+from ktray.crew.expected import LATE, Expected
 from ktray.crew.hiring import Hiring
 from ktray.crew.needs import Needs
 from ktray.crew.openings import Openings
 from ktray.crew.patience import DEATHS, Patience
-from ktray.crew.room import quiet
-from ktray.crew.roster import Roster, Shape, Worker, said, shape_of
+from ktray.crew.roster import Roster, Worker, said, shape_of
 
-LATE = 120.0  # seconds after which another worker is hired in place of one that froze while it started
 FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
 
 
@@ -53,21 +52,14 @@ class Ledger:
         self.computed: Counter[str] = Counter()
         self._fenced: set[str] = set()
         self._closed: set[tuple[str, str]] = set()
-        self._apart, self._alone = set[str](), set[str]()
+        self._apart: set[str] = set()
+        self._alone = Alone(roster)
         self.hiring = Hiring(roster, self.outbox)
+        self.expected = Expected(roster, self.outbox, dead_after)
         self._attempts: dict[str, list[str]] = {}
         self._patience = Patience()
-        self._hired: dict[str, float] = {}
-        self._expected: set[str] = set()
-        self._quiet_until = 0.0
 
     # ---- what workers tell
-
-    def expect(self, names: Iterable[str], now: float) -> None:
-        """After a restart: dispatch nothing until these workers were heard of, or have been silent for too long."""
-        self._expected = set(names)
-        self.roster.skip(self._expected)
-        self._quiet_until = now + self.dead_after
 
     def beat(
         self, worker: Worker, key: str, stage: Stage | None, attempt: str, progress: Mapping[str, float], now: float
@@ -75,7 +67,7 @@ class Ledger:
         """A heartbeat; False if this worker must die because its attempt was fenced or another one runs."""
         worker.beat, self.hiring.stillborn = now, 0
         self.roster.silent.discard(worker.node)
-        self._expected.discard(worker.name)
+        self.expected.came(worker.name)
         if not attempt:
             return True
         run = self.runs.get(key)
@@ -84,6 +76,8 @@ class Ledger:
         if run is None:
             if stage is None or worker.leads is not None or (key, attempt) in self._closed:
                 return True  # a late beat: its report was faster
+            if self.expected.is_cut_off(worker.name):
+                return False
             run = self._adopt(worker, stage, attempt, now)
         for each in self._family(attempt):
             each.seen = True
@@ -164,7 +158,7 @@ class Ledger:
             # Another crew on this store was faster, which takes away what others are writing at the key.
             self.published(key, attempt, False, 0.0, now)
             return False
-        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (beside or self._again_alone(key, kind)):
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (beside or self._alone.after_error(key, kind)):
             event = "apart" if beside else OUT_OF_MEMORY
             self.outbox.append(Event(event, key, run.stage.name, run.worker, now - run.since, cause))
             self._part([run, *beside])
@@ -185,17 +179,8 @@ class Ledger:
         for run in family:
             self.demand.forsake(run.key)
 
-    def _again_alone(self, key: str, kind: str) -> bool:
-        if kind != OUT_OF_MEMORY or key in self._alone:
-            return False
-        self._alone.add(key)
-        return True
-
     def _needs(self, stage: Stage) -> Needs:
-        needs = self.needs(stage.name)
-        if stage.key not in self._alone:
-            return needs
-        return replace(needs, gpus=float(math.ceil(needs.gpus or 0)), helpers=0)
+        return self._alone.needs(stage.key, self.needs(stage.name))
 
     def _give_up(self, key: str, kind: str, cause: str) -> None:
         self._forget(key)
@@ -204,7 +189,7 @@ class Ledger:
     def _forget(self, key: str) -> None:
         """What went wrong with a stage before counts no more."""
         self._patience.forget(key)
-        self._alone.discard(key)
+        self._alone.forget(key)
 
     def lost(self, worker: Worker) -> None:
         """A worker asks for work without ever having received what it was given."""
@@ -215,12 +200,11 @@ class Ledger:
     def gone(self, name: str, event: str, why: str, now: float) -> None:
         """A worker is no more: its attempt is fenced and its stage starts again, at most `DEATHS` times."""
         worker = self.roster.workers.pop(name, None)
-        self._expected.discard(name)
-        self._hired.pop(name, None)
+        self.expected.gone(name)
         if worker is None:
             return
         # A cluster that is full lets wait as long as it likes.
-        if worker.beat is None and event != "late" and self.hiring.is_hopeless_after(worker):
+        if worker.beat is None and event != "late" and self.hiring.count_stillborn(worker):
             self._bear_no_more(why)
         family = self._family(worker.leads or "")
         if not family:
@@ -235,7 +219,7 @@ class Ledger:
             self.ended(run.key, run.attempt)
         self._part(family)
         if len(family) == 1:
-            self._again_alone(lead.key, event)
+            self._alone.after_death(lead.key, event)
         for run in family:
             # A worker that froze before it heard of the stage says nothing about the stage.
             if not self._patience.bear(run, run.seen or event != "fenced"):
@@ -255,27 +239,26 @@ class Ledger:
                 self.outbox.append(Kill(worker))
                 self.roster.silent.add(worker.node)
                 self.gone(worker.name, "fenced", f"no heartbeat for {self.dead_after:g} s", now)
-            elif worker.beat is None and now - self._hired.setdefault(worker.name, now) > LATE:
+            elif worker.beat is None and self.expected.is_late(worker, now):
                 self.outbox.append(Kill(worker))
                 self.gone(worker.name, "late", f"it has not come within {LATE:g} s", now)
+        self.expected.silent(now)
 
     def forgive(self, seconds: float) -> None:
         """The broker itself slept: silence in that time proves nothing."""
         for worker in self.roster.workers.values():
             if worker.beat is not None:
                 worker.beat += seconds
-        self._hired = {name: since + seconds for name, since in self._hired.items()}
-        self._quiet_until += seconds
+        self.expected.forgive(seconds)
 
     def dispatch(self, now: float) -> None:
         """Start what can start, borrow idle workers for what can be split, hire where stages wait."""
-        if self._expected:
-            if now < self._quiet_until:
-                return
-            self._expect_no_more()
-        self._keep_alone()
+        if self.expected.must_wait(now):
+            return
+        running = [self.runs[key] for key in self._alone.keys() & self.runs.keys()]
+        self._alone.keep((run, self._needs(run.stage)) for run in running)
         openings = Openings(self.roster, now)
-        for want in self.demand.among(self._alone):
+        for want in self.demand.among(self._alone.keys()):
             if want.stage.key in self.demand.wants:
                 self._provide(want, openings)
         full: set[str] = set()
@@ -290,25 +273,10 @@ class Ledger:
         self.hiring.rest(openings)
         self._lend(openings)
 
-    def _expect_no_more(self) -> None:
-        """End the workers that nobody has heard of since a restart; what they were writing only their directories tell."""
-        for name in sorted(self._expected):
-            self.outbox.append(Kill(Worker(name, Shape(), "")))
-            self.outbox.append(Event("fenced", worker=name, cause=f"no heartbeat for {self.dead_after:g} s after a restart"))
-        self.outbox.append(FenceLost())
-        self._expected.clear()
-
-    def _keep_alone(self) -> None:
-        """Let nothing begin beside what must be alone on its machine."""
-        self.roster.kept.clear()
-        for run in [self.runs[key] for key in self._alone if key in self.runs]:
-            if not self._needs(run.stage).gpus and run.worker in self.roster.workers:
-                self.roster.keep(self.roster.workers[run.worker].node)
-
     def _provide(self, want: Want, openings: Openings) -> bool:
         """Start a stage, or see to a worker for it; False if it must wait for room."""
         needs, alone = self._needs(want.stage), want.stage.key in self._alone
-        worker = self._worker(needs, alone, openings)
+        worker = self._alone.worker(want.stage.key, needs, openings)
         if worker is not None:
             self._give(worker, want.stage, openings.now)
         elif not self.roster.fits(needs):
@@ -317,21 +285,16 @@ class Ledger:
             return self.hiring.hire(shape_of(needs), alone, openings)
         return True
 
-    def _worker(self, needs: Needs, alone: bool, openings: Openings) -> Worker | None:
-        if alone and not needs.gpus and any(each.shape == shape_of(needs) for each in self.roster.workers.values()):
-            return quiet(openings, needs)
-        return openings.take(needs)
-
     def _give(self, worker: Worker, stage: Stage, now: float) -> None:
         family = self._together(stage)
         run = self._start(worker, family, self.attempts(), now)
         given = replace(stage, beside=tuple(family[1:])) if len(family) > 1 else stage
-        self.outbox.append(Give(worker.name, given, run.attempt, stage.key in self._alone))
+        self.outbox.append(Give(worker.name, given, run.attempt, self._alone.takes_few(stage.key)))
         self.outbox += [Event("started", each.key, each.name, worker.name) for each in family]
 
     def _together(self, stage: Stage) -> list[Stage]:
         """The stage and, after it, those of its family that could start now, too."""
-        apart = self._apart | self._alone
+        apart = self._apart | self._alone.keys()
         if not stage.family or stage.key in apart:
             return [stage]
         others = [each for each in self.demand.relatives(stage) if each.key not in apart]

@@ -89,4 +89,4 @@ class LocalCrew:
                 raise
             self.tell({"event": OUT_OF_MEMORY, "key": stage.key, "stage": stage.name})
         # Beyond the handler, whose error holds the tensors of all its frames.
-        return self.work(stage, self.store, f"{attempt}-again", replace(self.means, alone=True, most_images=FEW_IMAGES))
+        return self.work(stage, self.store, f"{attempt}-again", replace(self.means, most_images=FEW_IMAGES))

@@ -42,7 +42,8 @@ class Runtime:
 
     Attributes:
         cpus: CPUs for workers, None for all that the cluster has.
-        stages: stage name -> needs; a stage that is not named needs one CPU.
+        stages: stage name -> needs; a stage that is not named needs one CPU, or, if it runs a network and the cluster has GPUs,
+            a share of one of these and no CPU.
         heartbeat_seconds: how often a worker tells that it lives.
         dead_after: seconds without a heartbeat after which a worker is killed and its stage starts elsewhere.
         idle_exit_seconds: how long a crew without a driver lives on.

@@ -53,7 +53,9 @@ def make(openings: Openings, shape: Shape) -> list[Worker]:
 def quiet(openings: Openings, needs: Needs) -> Worker | None:
     """A worker for a stage that must be alone on its node; else None, and nothing begins where it will be alone soonest."""
     roster, shape = openings.roster, shape_of(needs)
-    able = [name for name, node in roster.nodes.items() if node.cpus >= shape.cpus and node.memory >= needs.memory_bytes]
+    # Where somebody of its shape is: nobody is hired where a node is kept, so elsewhere it would wait for ever.
+    staffed = {each.node for each in roster.workers.values() if each.shape == shape and not each.leaving}
+    able = [name for name, node in roster.nodes.items() if name in staffed and node.memory >= needs.memory_bytes]
     busy = {name: sum(each.leads is not None for each in openings.staff[name]) for name in able}
     soonest = sorted(able, key=lambda name: (busy[name], -roster.nodes[name].memory, name))
     for name in soonest:

@@ -75,9 +75,9 @@ class WorkerActor:
             if order["do"] == "go":
                 return
             if order["do"] == "stage":
-                report = self._run(order["stage"], order["attempt"], order["helpers"], order["alone"])
+                report = self._run(order["stage"], order["attempt"], order["helpers"], order["few"])
 
-    def _run(self, stage: Stage, attempt: str, lent: list[str], alone: bool) -> dict[str, Any]:
+    def _run(self, stage: Stage, attempt: str, lent: list[str], few: bool) -> dict[str, Any]:
         self._progress, self._lent, self._stage, self._attempt = {}, lent, stage, attempt
         runtime = self._charter.runtime
         means = Means(
@@ -86,8 +86,7 @@ class WorkerActor:
             progress=self._tell,
             checkpoint_seconds=runtime.checkpoint_seconds,
             memmap_bytes=runtime.memmap_bytes,
-            alone=alone,
-            most_images=FEW_IMAGES if alone else None,
+            most_images=FEW_IMAGES if few else None,
         )
         report: dict[str, Any] = {"key": stage.key, "attempt": attempt, "kind": ""}
         began = time.monotonic()

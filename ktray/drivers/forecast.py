@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
+from ktray.drivers.prices import learned
 from ktray.pipeline.sample import MARK
-from ktray.search.costs import Costs
 from ktray.stores import Store
 
 PER_IMAGE = ("images", "features", "pseudo_labels")  # stages whose files grow with the number of images
@@ -62,12 +62,12 @@ def forecast(small: Mapping[str, Sequence[Stage]], wanted: Wanted, store: Store,
     """
     whole = {name: dict(_scaled(stages, wanted, name, store)) for name, stages in small.items()}
     scaled = {key: sizes for of_draw in whole.values() for key, sizes in of_draw.items()}
-    costs = Costs({found.key: found.record for found in map(real.find, real.keys()) if found})
-    learned = {key: sec for stages in wanted.draws.values() for key, sec in costs.each(stages).items()}
+    costs = learned(real)
+    known = {key: sec for stages in wanted.draws.values() for key, sec in costs.each(stages).items()}
     taken: dict[str, dict[str, tuple[float, float]]] = {}
     for stage in (each for stages in wanted.draws.values() for each in stages if each.key in scaled):
         seconds, size = scaled[stage.key]
-        seconds = seconds if costs.learned(stage.name) is None else learned[stage.key]
+        seconds = seconds if costs.learned(stage.name) is None else known[stage.key]
         taken.setdefault(stage.name, {})[stage.key] = (0.0, 0.0) if real.find(stage.key) else (seconds, size)
     rows = {
         name: {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ktray.artifact import Artifact, Stage
 from ktray.errors import UserError
@@ -14,16 +15,21 @@ from ktray.search.tree import Params
 from ktray.stores import Store
 
 
-def learned(store: Store) -> Costs:
-    """What the records of a store teach; of each kind of stage at most as many as the model learns from."""
+def sample(store: Store) -> dict[str, Mapping[str, Any]]:
+    """Key -> record in a store; of each kind of stage at most as many as the model learns from: each is a file to read."""
     counts: dict[str, int] = {}
-    costs = Costs()
+    records: dict[str, Mapping[str, Any]] = {}
     for key in store.keys():  # noqa: SIM118 - a store is no dict
         counts[kind(key)] = counts.get(kind(key), 0) + 1
         found = store.find(key) if counts[kind(key)] <= MOST else None
         if found:
-            costs.add(key, found.record)
-    return costs
+            records[key] = found.record
+    return records
+
+
+def learned(store: Store) -> Costs:
+    """What the records of a store teach."""
+    return Costs(sample(store))
 
 
 class Prices:

@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,21 +95,21 @@ def rehearse_on(
     stopping.orderly = True
     session = start(home, address, runtime)
     hear_again()
-    try:
+    with ExitStack() as ending:
+        ending.callback(hear_again)
+        ending.callback(stop, session)
         for warning in session.warnings:
             say(warning)
         preflight(store, runtime)
         nodes = sum(node["Alive"] for node in ray.nodes())
-        with rehearsal_store(store) as own:
+        # The crew ends before its store goes: what then failed in there would make the folder again.
+        with rehearsal_store(store) as own, ending.pop_all():
             try:
                 problems = rehearse(client.connect(session, own.url, execute), draws, own, store, stopping)
             except StoppedEarly as stop_early:
                 problems = [f"{stop_early}."]
             stages, notes = measured(draws, own, runtime)
             coming = forecast(draws, wanted, own, store)
-    finally:
-        stop(session)
-        hear_again()
     free = shutil.disk_usage(store.root).free
     problems += _no_room(coming.pair_bytes, free)
     if problems:

@@ -28,7 +28,7 @@ FILE = "status.json"
 EVERY = 2.0
 FRESH = 10.0  # seconds; what was noted longer ago says nothing about now
 SILENT = 180.0  # seconds without progress that are worth a word, of a stage that has not reported any yet
-PATIENCE = 10  # times the usual pace of a stage's epochs
+PATIENCE = 10  # times the usual pace of a stage's reports: after each epoch, and in its longer loops
 LEAST = 30.0  # seconds, of a stage with short epochs: its worker is replaced after half of that if it stands still
 Show = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
 

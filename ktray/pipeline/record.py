@@ -42,7 +42,7 @@ def record_of(
         "peak_bytes": memory.peak(),
         "device_peak_bytes": memory.device_peak(means.device),
         "device_bytes": memory.device_bytes(means.device),
-        "after_out_of_memory": means.alone,
+        "after_out_of_memory": means.most_images is not None,
         "device": _device(means.device),
         "workers": means.pool.workers,
         "published": datetime.now(UTC).isoformat(timespec="seconds"),
