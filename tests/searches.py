@@ -227,10 +227,16 @@ class Home:
         except Exception:  # noqa: BLE001 - a journal that is just being begun: of no interest here
             return []
 
+    def experiment(self, name: str = "toy") -> Any:
+        """The study's experiment in MLflow."""
+        return self._mlflow().get_experiment_by_name(name)
+
     def runs(self, name: str = "toy") -> list[Any]:
         """The study's runs in MLflow."""
+        found: list[Any] = self._mlflow().search_runs([self.experiment(name).experiment_id], max_results=1000)
+        return found
+
+    def _mlflow(self) -> Any:
         from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(f"sqlite:///{self.path / 'mlflow.db'}")
-        found: list[Any] = client.search_runs([client.get_experiment_by_name(name).experiment_id], max_results=1000)
-        return found
+        return MlflowClient(f"sqlite:///{self.path / 'mlflow.db'}")

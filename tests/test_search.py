@@ -93,6 +93,12 @@ def test_stderr_has_lines_of_ours_only(first: tuple[Ended, dict[str, int]]) -> N
     assert [line for line in lines if not re.match(r"\[ *\d+ s\] ", line)] == []
 
 
+def test_the_pages_of_mlflow_open_on_the_trials(home: Home, first: Any) -> None:
+    tags = home.experiment().tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    assert "metrics.`objective/" in tags["mlflow.sharedViewState.ktray"]
+
+
 def test_every_run_in_mlflow_has_ended_well(home: Home, first: Any) -> None:
     runs = home.runs()
     assert {run.info.status for run in runs} == {"FINISHED"}

@@ -21,18 +21,20 @@ class Account:
     """Keeps the tracker informed; knows the study's words, not its decisions.
 
     Args:
-        tracker: started.
+        tracker: started before anything is told.
         space: its objectives and parameters become the columns of the table of trials.
     """
 
     def __init__(self, tracker: Tracker, space: Space) -> None:
         self.tracker, self.space = tracker, space
         self._reused: dict[int, str] = {}
-        early = space.early_stop
+
+    def open(self) -> None:
+        """What the study is about, before its first trial: MLflow's pages then open on its trials."""
+        space, early = self.space, self.space.early_stop
         wanted = [early.metric] if early and early.metric not in dict(space.objectives) else []
-        goals = " and ".join(metric for metric, _ in space.objectives)
-        about = ABOUT.format(goals=goals)
-        tracker.describe(list(space.objectives), [*wanted, "cost/seconds"], _params(space)[:COLUMNS], about)
+        about = ABOUT.format(goals=" and ".join(metric for metric, _ in space.objectives))
+        self.tracker.describe(list(space.objectives), [*wanted, "cost/seconds"], _params(space)[:COLUMNS], about)
 
     def begin(self, trial: Trial, keys: Mapping[str, Any]) -> None:
         """A trial runs, from its beginning or from the rung where it paused, on the stages `keys`."""

@@ -172,6 +172,7 @@ def search(
         same_data(space, study.trials(), conductor.identity, folder(place.home, name))
         before, done = set(place.store.keys()), False
         tracker.start()
+        conductor.account.open()
         screen.begin(study)
         try:
             outcome.stopped = _trials(conductor, crew)
