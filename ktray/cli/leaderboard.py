@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search import ranking
 from ktray.search.history import History
 from ktray.search.trial import STATES, Trial
+
+MOST_SAID = 4  # parameters of a row: `show STUDY/NUMBER` has them all
 
 
 def trial_answer(trial: Trial) -> dict[str, Any]:
@@ -40,11 +43,14 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     """
     goals = study.objectives
     shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
-    lines = [_row(trial, goals) for trial in shown]
+    apart = _told_apart(shown)
+    lines = [_row(trial, goals, [apart[trial.number]] if any(apart.values()) else []) for trial in shown]
     marks = [_reference_row(name, line, goals) for name, line in references.read(study_folder(home, study.name)).items()]
     sign = -1 if goals[0].mode == "max" else 1
     body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
     head = ["trial", "teacher", "transfer", "student", *(goal.metric for goal in goals), "seconds", "added"]
+    head += ["differs in"] if any(apart.values()) else []
+    body = [cells + [""] * (len(head) - len(cells)) for cells in body]
     return f"{table(head, body)}\n{tally(study)}" if shown else f"no completed trial yet\n{tally(study)}"
 
 
@@ -67,11 +73,40 @@ def still_failed(trials: Sequence[Trial]) -> bool:
     return "failed" in last.values()
 
 
-def _row(trial: Trial, goals: Sequence[Any]) -> tuple[float, list[str]]:
+def _names(trial: Trial) -> tuple[str, str, str]:
+    return teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)
+
+
+def _told_apart(trials: Sequence[Trial]) -> dict[int, str]:
+    """Number of a trial -> the parameters that tell it from others of the same names, such as ``cell 4, lr 0.052``."""
+    alike: dict[tuple[str, str, str], list[Trial]] = {}
+    for trial in trials:
+        alike.setdefault(_names(trial), []).append(trial)
+    differing = {
+        name
+        for group in alike.values()
+        for name in {name for trial in group for name in trial.params}
+        if len({str(trial.params.get(name)) for trial in group}) > 1
+    }
+    ends = Counter(name.rpartition(".")[2] for name in differing)
+    short = {name: end if ends[end := name.rpartition(".")[2]] == 1 else f"{name.split('.')[0]} {end}" for name in differing}
+    texts = {}
+    for group in alike.values():
+        for trial in group:
+            said = [
+                f"{short[name]} {value:.3g}" if isinstance(value, float) else f"{short[name]} {value}"
+                for name, value in trial.params.items()
+                if name in differing and len(group) > 1
+            ]
+            texts[trial.number] = ", ".join(said[:MOST_SAID])
+    return texts
+
+
+def _row(trial: Trial, goals: Sequence[Any], more: list[str]) -> tuple[float, list[str]]:
     values = [trial.objectives[goal.metric] for goal in goals]
-    cells = [str(trial.number), teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)]
+    cells = [str(trial.number), *_names(trial)]
     cost = [f"{trial.cost.get('seconds', 0):.1f}", f"{trial.cost.get('marginal_seconds', 0):.1f}"]
-    return values[0], [*cells, *(f"{value:.4g}" for value in values), *cost]
+    return values[0], [*cells, *(f"{value:.4g}" for value in values), *cost, *more]
 
 
 def _reference_row(name: str, line: Mapping[str, Any], goals: Sequence[Any]) -> tuple[float, list[str]]:

@@ -1,0 +1,33 @@
+"""The leaderboard names each pair, and says what tells two of the same name apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ktray.cli.leaderboard import leaderboard
+from ktray.search import history
+from ktray.search.study import Study
+from tests.toy_space import given, tell, toy_space
+
+HOG = {"teacher": "hog", "transfer.k": 5, "teacher.hog.descriptor.cell": 4}
+
+
+def shown(folder: Path, *starts: dict[str, Any]) -> list[str]:
+    """Lines of the leaderboard after these draws, each judged by its number."""
+    space = toy_space(folder, start_with=list(starts), early_stop=None, budget={"trials": 9, "concurrent": 1})
+    with Study.open(folder, space) as study:
+        for _ in starts:
+            tell(study, given(study), lambda trial, until: trial.number / 10)
+    return leaderboard(history.read(folder, space.name), folder, 9).splitlines()
+
+
+def test_pairs_of_one_name_are_told_apart_by_what_they_differ_in(tmp_path: Path) -> None:
+    found = shown(tmp_path, {**HOG, "student.schedule.lr": 0.05}, {**HOG, "student.schedule.lr": 0.0123456})
+    assert found[0].endswith("differs in")
+    assert [line.rpartition("  ")[2] for line in found[2:4]] == ["lr 0.0123", "lr 0.05"]
+
+
+def test_where_every_name_is_another_there_is_no_such_column(tmp_path: Path) -> None:
+    found = shown(tmp_path, {**HOG, "student.schedule.lr": 0.05}, {**HOG, "transfer.k": 10})
+    assert found[0].endswith("added")
