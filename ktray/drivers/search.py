@@ -190,8 +190,7 @@ def search(
         finally:
             outcome.stopped = _end(conductor, crew, before, done) or outcome.stopped
         rests_on = conductor.demanded.union(*(trial.artifacts for trial in study.trials())) & set(place.store.keys())
-    outcome.published = rests_on & crew.published
-    outcome.reused = rests_on - outcome.published
+    outcome.published, outcome.reused = rests_on & crew.published, rests_on - crew.published
     outcome.seconds = time.monotonic() - began
     return outcome
 
