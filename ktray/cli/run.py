@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from ktray.pool import Means
     from ktray.spec import PairSpec
 
-TIDY_SECONDS = 3.0
 HELP = "run a pair or an experiment"
 
 
@@ -94,7 +91,7 @@ def run_on_ray(
     """
     from ktray.crew import client, runtime
     from ktray.drivers.preflight import preflight
-    from ktray.drivers.stopping import Stopping, hear_again
+    from ktray.drivers.stopping import Stopping, hear_again, together
     from ktray.pipeline.execute import execute
 
     graphs = _graphs(pairs, options)
@@ -109,29 +106,10 @@ def run_on_ray(
     try:
         preflight(options.open_store(), given)
         crew = client.connect(session, options.store_url, execute)
-        return _together(graphs, concurrent, crew, options, stopping)
+        return together(crew, graphs, lambda name: _run_pair(name, graphs[name], crew, options), _waiter, concurrent, stopping)
     finally:
         runtime.stop(session)
         hear_again()
-
-
-def _together(graphs: Mapping[str, Graph], concurrent: int, crew: Any, options: Settings, stopping: Stopping) -> list[Any]:
-    """The results of all pairs, `concurrent` at a time; no thread goes on after an interruption."""
-    from ktray.drivers.stopping import EVERY, released
-
-    over = threading.Event()
-    threads = ThreadPoolExecutor(max_workers=concurrent)
-    with released(crew, lambda: map(_waiter, graphs), over.is_set):  # in a thread: a broker that is dying may never answer
-        futures = [threads.submit(_run_pair, name, graph, crew, options) for name, graph in graphs.items()]
-        try:
-            while wait(futures, timeout=EVERY).not_done:
-                if stopping.is_set():
-                    raise KeyboardInterrupt
-            return [future.result() for future in futures]
-        finally:
-            over.set()
-            threads.shutdown(wait=False, cancel_futures=True)
-            wait([future for future in futures if not future.cancelled()], timeout=TIDY_SECONDS)
 
 
 def _waiter(name: str) -> str:

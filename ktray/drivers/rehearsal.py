@@ -6,10 +6,8 @@ Everything is written to a store of its own inside the real one, so that it lies
 from __future__ import annotations
 
 import shutil
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,12 @@ from ktray.crew.needs import Runtime
 from ktray.crew.shares import ON_GPU, USUAL, share_of
 from ktray.drivers.forecast import Forecast, Wanted, forecast
 from ktray.drivers.preflight import preflight
-from ktray.drivers.stopping import EVERY, Stopping, hear_again, released
+from ktray.drivers.stopping import Stopping, hear_again, together
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.stores import Store, open_store
 
 FOLDER = ".rehearsal-"
 AT_ONCE = 8
-TIDY_SECONDS = 3.0  # for threads that wait to hear of an interruption
 SHOWN = 3
 PEAKS = ("peak_bytes", "device_peak_bytes", "device_bytes")
 
@@ -174,26 +171,9 @@ def rehearse(
         except StageFailed as failure:
             failed.setdefault(f"{failure.stage.rpartition('-')[0]} fails: {failure.cause}", name)
 
-    _together(crew, draws, one, stopping or Stopping())
+    together(crew, draws, one, _waiter, AT_ONCE, stopping or Stopping())
     said = [f"With {name} the stage {what.rstrip('.')}." for what, name in failed.items()]
     return said[:SHOWN] + ([f"{len(said) - SHOWN} more stages fail."] if len(said) > SHOWN else [])
-
-
-def _together(crew: Obtains, draws: Mapping[str, Any], one: Callable[[str], None], stopping: Stopping) -> None:
-    """Call `one` with the name of each draw, a few at a time, until all are done or somebody interrupts."""
-    over = threading.Event()
-    threads = ThreadPoolExecutor(AT_ONCE)
-    with released(crew, lambda: map(_waiter, draws), over.is_set):
-        futures = [threads.submit(one, name) for name in draws]
-        try:
-            while wait(futures, timeout=EVERY).not_done:
-                stopping.heed()
-            for future in futures:
-                future.result()
-        finally:
-            over.set()
-            threads.shutdown(wait=False, cancel_futures=True)
-            wait([future for future in futures if not future.cancelled()], timeout=TIDY_SECONDS)
 
 
 def _waiter(name: str) -> str:

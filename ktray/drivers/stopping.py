@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ktray.errors import StoppedEarly
 
 EVERY = 0.2
+TIDY_SECONDS = 3.0  # for threads that wait to hear of an interruption
+Result = TypeVar("Result")
 
 
 class Releases(Protocol):
@@ -87,3 +90,33 @@ def released(crew: Releases, waiters: Callable[[], Iterable[str]], ended: Callab
     finally:
         over.set()
         thread.join(timeout=2)
+
+
+def together(
+    crew: Releases,
+    names: Collection[str],
+    one: Callable[[str], Result],
+    waiter: Callable[[str], str],
+    at_once: int,
+    stopping: Stopping,
+) -> list[Result]:
+    """What `one` returns for each name, so many at a time.
+
+    Args:
+        one: waits on the crew as ``waiter(name)``.
+
+    Raises:
+        KeyboardInterrupt: `stopping` was wished; no thread goes on.
+    """
+    over = threading.Event()
+    threads = ThreadPoolExecutor(at_once)
+    with released(crew, lambda: map(waiter, names), over.is_set):  # in a thread: a broker that is dying may never answer
+        futures = [threads.submit(one, name) for name in names]
+        try:
+            while wait(futures, timeout=EVERY).not_done:
+                stopping.heed()
+            return [future.result() for future in futures]
+        finally:
+            over.set()
+            threads.shutdown(wait=False, cancel_futures=True)
+            wait([future for future in futures if not future.cancelled()], timeout=TIDY_SECONDS)
