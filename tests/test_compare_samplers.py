@@ -8,8 +8,11 @@ import numpy as np
 import pandas
 import pytest
 
-from experiments.compare_samplers import METHODS, area, cost_to_near, ratios, searched, space
+from experiments.compare_samplers import METHODS, area, by_chance, cost_to_near, ratios, searched, space
 from experiments.table_world import PRICES, TABLE, world
+from ktray.fingerprint import fingerprint
+from ktray.search.sampler import Spend
+from ktray.search.trial import Trial
 
 ROWS = pandas.read_parquet(TABLE).query("seed == 0")
 PARTS = ("teacher", "features", "clusters", "pseudo_labels")
@@ -23,7 +26,7 @@ def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shares(search: pandas.DataFrame) -> tuple[float, float]:
-    return float(search["shared"].iloc[-1]), float(search["alone"].iloc[-1])
+    return float(search["shared"].iloc[-1]), float(search["distinct"].iloc[-1])
 
 
 def test_without_rungs_a_search_pays_for_each_stage_once_or_alone_for_all() -> None:
@@ -49,6 +52,20 @@ def test_all_pairs_together_cost_the_whole_table(monkeypatch: pytest.MonkeyPatch
     assert len(search) == len(ROWS)
     assert shares(search) == (pytest.approx(1.0, rel=0.01), pytest.approx(alone / whole, rel=0.01))
     assert search["regret"].iloc[-1] == 0.0
+
+
+def test_who_shares_nothing_pays_again_for_a_pair_that_is_drawn_again() -> None:
+    drawn, known = space(METHODS["random"], 2), world(space(METHODS["random"], 2), PRICES["as measured"])
+    chance, seen, paid = by_chance(drawn, known), set[str](), 0.0
+    while len(seen) < 24:
+        trial = chance.following(Spend())
+        assert isinstance(trial, Trial)
+        chance.told(trial)
+        name = fingerprint(trial.pair)
+        paid, seen = paid + known.bill(name, 0, 9), seen | {name}
+    search = searched(("as measured", "random", 2))
+    assert search["alone"].iloc[-1] * known.whole == pytest.approx(paid)
+    assert search["alone"].iloc[-1] > search["distinct"].iloc[-1]
 
 
 def test_early_stopping_saves_money_and_a_search_is_the_same_again() -> None:

@@ -1,7 +1,11 @@
 """What would fail after hours is said before the first stage."""
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +64,46 @@ def test_each_thing_that_is_wrong_with_a_node_is_said(changes, said):
     found = preflight._wrong("abcdef0123", {**GOOD, **changes}, Path("/store/.probe"))
     assert said in " ".join(found)
     assert preflight._wrong("abcdef0123", GOOD, Path("/store/.probe")) == []
+
+
+def test_a_node_that_has_died_is_no_problem_and_one_that_only_stays_mute_is(tmp_path, monkeypatch):
+    members = [{"dies", "slow", "mute", "well"}, {"slow", "mute", "well"}]
+    answers = {"dies": [None], "slow": [None, GOOD], "mute": [None, None], "well": [GOOD]}
+    clock = iter([0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, preflight.PATIENCE + 1])
+    monkeypatch.setattr(preflight, "_members", lambda: members.pop(0) if len(members) > 1 else members[0])
+    monkeypatch.setattr(preflight, "_ask", lambda node, probe: answers[node].pop(0))
+    monkeypatch.setattr(preflight, "_answer", lambda answer, patience: answer or {"error": "it is dead"})
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    assert preflight._answers(tmp_path) == {"slow": GOOD, "well": GOOD, "mute": {"error": "it is dead"}}
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import psutil, ray
+from ray.cluster_utils import Cluster
+from ktray.drivers import preflight
+from ktray.stores.file import FileStore
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+cluster.wait_for_nodes()
+ray.init(address=cluster.address, log_to_driver=False)
+for node in nodes:
+    for info in node.all_processes["raylet"]:
+        psutil.Process(info.process.pid).kill()
+print(len(preflight._members()), flush=True)
+preflight.preflight(FileStore(Path(sys.argv[1])))
+print(len(preflight._members()), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_nodes_that_died_a_moment_ago_do_not_stop_a_search_that_begins(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    members = [line for line in done.stdout.splitlines() if line.isdigit()]  # Ray writes there, too
+    assert members == ["3", "1"], "Ray still counted them when the preflight began"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The runtime file, and what the light processes of the crew import."""
+"""The runtime file, what the light processes of the crew import, and what killed sessions leave."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ktray.crew import environment
+from ktray.crew import environment, leftovers
+from ktray.crew.locks import hold_home
 from ktray.crew.needs import Needs, Runtime, load_runtime
 from ktray.crew.roster import Shape, shape_of
-from ktray.crew.runtime import _remove_leftovers
 from ktray.crew.shares import Shares
 from ktray.errors import UserError
 
@@ -123,7 +123,7 @@ def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, mon
     link.symlink_to(elsewhere)
     for named in (ours, link, other, elsewhere, places / "x" / ".." / ".." / "elsewhere" / "ktray-results", places / "ktray-3"):
         (tmp_path / "ray").write_text(str(named))
-        _remove_leftovers(tmp_path)
+        leftovers.remove(tmp_path)
     assert not ours.exists()
     assert elsewhere.is_dir()
     assert other.is_dir()
@@ -135,7 +135,7 @@ def test_a_folder_of_another_user_is_no_leftover_of_ours(tmp_path: Path, monkeyp
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(str(tmp_path / "ktray-1"))
     monkeypatch.setattr("os.getuid", lambda: (tmp_path / "ktray-1").stat().st_uid + 1)
-    _remove_leftovers(tmp_path)
+    leftovers.remove(tmp_path)
     assert (tmp_path / "ktray-1").is_dir()
 
 
@@ -152,6 +152,23 @@ def test_a_leftover_that_fills_again_while_it_is_removed_is_remembered(tmp_path:
 
     with monkeypatch.context() as raced:
         raced.setattr("shutil.rmtree", refilled)
-        assert _remove_leftovers(tmp_path) == [stays]
-    assert _remove_leftovers(tmp_path) == []
+        assert leftovers.remove(tmp_path) == [stays]
+    assert leftovers.remove(tmp_path) == []
     assert not stays.exists()
+
+
+def test_who_needs_no_ray_removes_what_a_killed_session_left_unless_another_one_uses_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    leftovers.tidy(tmp_path)
+    assert not (tmp_path / "lock").exists()
+    (tmp_path / "ktray-1").mkdir()
+    (tmp_path / "ray").write_text(f"{tmp_path / 'ktray-1'}\n")
+    other = hold_home(tmp_path)
+    leftovers.tidy(tmp_path)
+    assert (tmp_path / "ktray-1").exists()
+    other.release()
+    leftovers.tidy(tmp_path)
+    assert not (tmp_path / "ktray-1").exists()
+    hold_home(tmp_path).release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def first(home: Home, space: Path) -> tuple[Ended, dict[str, int]]:
 
 @pytest.fixture(scope="module")
 def second(home: Home, space: Path, first: Any) -> tuple[Ended, list[Path], list[Path]]:
-    """The same command again, with Ray's logs before and after."""
+    """The same command again after a driver was killed when all was done, with Ray's logs before and after."""
+    with open(home.path / "ray", "a") as pointer:
+        pointer.write(f"{tempfile.mkdtemp(prefix='ktray-')}\n")
     logs = sorted((home.path / "logs").glob("*"))
     ended = home.run("search", space)
     return ended, logs, sorted((home.path / "logs").glob("*"))
@@ -117,6 +120,9 @@ def test_the_same_command_again_computes_nothing_and_starts_no_ray(
     assert home.artifacts() == first[1]
     assert len([state for state in home.states() if state != "duplicate"]) == 6
     assert re.search(r"; 0 stages computed, [1-9]\d* reused, ", ended.out)
+    folders = [Path(line) for line in (home.path / "ray").read_text().splitlines()]
+    assert folders
+    assert not any(folder.exists() for folder in folders), "what the killed driver's Ray left is removed without Ray, too"
 
 
 def test_without_json_stdout_has_the_leaderboard_with_its_reference_lines(second: tuple[Ended, list[Path], list[Path]]) -> None:

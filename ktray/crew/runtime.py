@@ -9,7 +9,6 @@ import secrets
 import shutil
 import signal
 import socket
-import stat
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from ktray.crew import leftovers
 from ktray.crew.environment import environment, plugin_places
 from ktray.crew.locks import Lock, hold_home
 from ktray.crew.needs import Needs, Runtime, load_runtime
@@ -29,7 +29,6 @@ from ktray.errors import PreflightFailed, UserError
 
 OBJECT_STORE_BYTES = 1 << 30
 KNOCK_SECONDS = 5.0
-TIDY_TRIES = 30  # to remove a folder that a process of Ray, in its last moments, writes into; a tenth of a second between two
 KEPT_BYTES = 20_000
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -119,10 +118,7 @@ def stop(session: Session) -> None:
     if session.temporary is not None:
         _keep_errors(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
-        for _ in range(TIDY_TRIES):
-            if not _remove_leftovers(session.home):
-                break
-            time.sleep(0.1)
+        leftovers.remove_all(session.home)
     if session.lock is not None:
         session.lock.release()
 
@@ -135,7 +131,7 @@ def _start_own(session: Session) -> None:
     # Unix sockets live below this folder and their paths may have 107 bytes.
     root = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
     session.temporary = root / f"ktray-{secrets.token_hex(4)}"
-    kept = [*_remove_leftovers(session.home), session.temporary]
+    kept = [*leftovers.remove(session.home), session.temporary]
     (session.home / "ray").write_text("".join(f"{folder}\n" for folder in kept))  # before it is there: a kill may come now
     session.temporary.mkdir(mode=0o700)
     token = session.home / "token"
@@ -302,31 +298,6 @@ def _keep_errors(temporary: Path, log: Path) -> None:
             file.seek(max(0, path.stat().st_size - KEPT_BYTES))
             lines = [line for line in file.read().decode(errors="replace").splitlines() if not line.startswith(":")]
             kept.writelines(f"({path.stem[:40]}) {line}\n" for line in lines)
-
-
-def _remove_leftovers(home: Path) -> list[Path]:
-    """Remove the folders of earlier sessions that were killed; under the lock, so nobody uses them.
-
-    Returns:
-        Those that are still there: Ray's processes outlive a killed driver by seconds, and write into them.
-    """
-    try:
-        listed = [Path(line) for line in (home / "ray").read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    ours = [folder for folder in listed if folder.exists() and _is_ours(folder)]
-    for folder in ours:
-        shutil.rmtree(folder, ignore_errors=True)
-    return [folder for folder in ours if folder.exists()]
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether we may have made this folder: who may write HOME/ray must not choose what we remove."""
-    places = {Path("/tmp"), Path(tempfile.gettempdir())}
-    if not folder.name.startswith("ktray-") or folder.parent not in places:
-        return False
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def _write_private(path: Path, text: str) -> None:

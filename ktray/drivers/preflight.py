@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -62,24 +63,43 @@ def _needs(runtime: Runtime, roster: Roster) -> list[str]:
 
 def _nodes(root: Path) -> list[str]:
     """Every node must read what we write to the store, and write where we read."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
+    if len(_members()) < 2:
         return []
     probe = root / f".probe-{uuid.uuid4().hex[:8]}"
     probe.write_text("ktray")
-    look = ray.remote(num_cpus=0)(_look)
     try:
-        asked = {
-            node["NodeID"]: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                str(probe)
-            )
-            for node in nodes
-        }
-        answers = {node: _answer(reference) for node, reference in asked.items()}
-        return [problem for node, answer in answers.items() for problem in _wrong(node, answer, probe)]
+        return [problem for node, answer in _answers(probe).items() for problem in _wrong(node, answer, probe)]
     finally:
         for path in root.glob(f"{probe.name}*"):
             path.unlink(missing_ok=True)
+
+
+def _members() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _answers(probe: Path) -> dict[str, Mapping[str, str]]:
+    """Node -> what it says, or the error with which it does not.
+
+    A node that dies is a member for a quarter of a minute more. One that does not answer is therefore asked again for as long
+    as it is a member, and is no problem once it is none: nodes that leave are survived later, too.
+    """
+    end, answers, mute = time.monotonic() + PATIENCE, dict[str, Mapping[str, str]](), _members()
+    while True:
+        asked = {node: _ask(node, probe) for node in mute}
+        answers |= {node: _answer(reference, max(1.0, end - time.monotonic())) for node, reference in asked.items()}
+        mute = {node for node, answer in answers.items() if "error" in answer}
+        for gone in mute - _members():
+            del answers[gone]
+        mute &= answers.keys()
+        if not mute or time.monotonic() > end:
+            return answers
+        time.sleep(1.0)
+
+
+def _ask(node: str, probe: Path) -> Any:
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(_look).options(scheduling_strategy=there).remote(str(probe))
 
 
 def _look(probe: str) -> dict[str, str]:
@@ -106,9 +126,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _answer(reference: Any) -> Mapping[str, str]:
+def _answer(reference: Any, patience: float) -> Mapping[str, str]:
     try:
-        found: Mapping[str, str] = ray.get(reference, timeout=PATIENCE)
+        found: Mapping[str, str] = ray.get(reference, timeout=patience)
     except (ray.exceptions.RayError, TimeoutError) as error:
         return {"error": " ".join(str(error).split())[:200]}
     return found

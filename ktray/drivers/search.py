@@ -133,12 +133,14 @@ class _Crew:
 
     def stop(self, new: set[str]) -> None:
         """End what was started; `new` are the keys that this search asked for and that were not in the store before."""
-        from ktray.crew import runtime
+        from ktray.crew import leftovers, runtime
 
         if self._watch is not None:
             self._watch.close(new)
             self.published = self._watch.published
-        if self._session is not None:
+        if self._session is None:
+            leftovers.tidy(self.place.home)  # the driver before may have been killed when there was nothing left to compute
+        else:
             runtime.stop(self._session)
             hear_again()
 
