@@ -3,7 +3,7 @@
 Question: what do sharing, the sampler and rungs save on `experiments/tables/cifar10_pairs.parquet`?
 Command:  python -m experiments.compare_samplers run OUT.parquet; python -m experiments.compare_samplers say OUT.parquet
 Cost:     9 minutes of 16 cores, an hour of two.
-Result:   n = 50 paired seeds, commit 7567047; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
+Result:   n = 50 paired seeds, commit ad38c35; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
 % of what the whole table costs, until the best completed pair is within 1.0 point of the best of all; "dearer" is the geometric
 mean of that cost over balanced spending's, with a 95 % bootstrap interval.
 
@@ -14,15 +14,16 @@ mean of that cost over balanced spending's, with a 95 % bootstrap interval.
     balanced, 1 3 9    6    3.1 (2.3-4.2)      3    3.1 (2.0-4.7)      11    3.5 (2.6-4.7)
     gain per cost      3    1.4 (1.1-1.8)      4    2.0 (1.4-2.9)       5    1.4 (1.1-1.7)
     tpe                8    3.8 (2.7-5.2)     39    18 (12-27)         11    3.2 (2.4-4.2)
-    tpe, alone        11    5.0 (3.5-7.2)     62    31 (20-49)         13    3.8 (2.8-5.0)
-    random, alone     19    7.1 (4.8-11)      90    32 (18-56)         19    4.4 (3.0-6.1)
+    tpe, alone        19    8.5 (5.4-13)      94    42 (26-67)         21    6.2 (4.3-9.1)
+    random, alone     20    7.6 (5.0-11)      93    34 (19-60)         20    4.6 (3.2-6.6)
+With 300 other seeds (`--seeds 5000 5300`), random search alone is 7.3 (6.2-8.6), 32 (26-40) and 5.5 (4.7-6.5) times as dear.
 
 Every search is ktray's own (space, study, sampler, sharing, and a rung after 1 of 9 epochs, where kNN chooses the best third)
 with one worker; a stage takes what it took on the H100 and measures what it measured there. `PRICES` says three sorts of
 prices: as measured, where students cost more than teachers; teachers twenty times as dear; every whole stage the same. "Whole"
-trains all students to their end, "1 3 9" has a second rung, "alone" pays for every stage in each trial that needs it. Regret is
-the best linear probe of the table less that of the best pair completed so far, in points, and area its mean over budgets of 5
-to 100 % of the table.
+trains all students to their end, "1 3 9" has a second rung, "alone" shares nothing and so pays for every draw whole, even for
+one that equals an earlier draw; "distinct" pays for no pair twice. Regret is the best linear probe of the table less that of
+the best pair completed so far, in points, and area its mean over budgets of 5 to 100 % of the table.
 """
 
 from __future__ import annotations
