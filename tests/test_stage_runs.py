@@ -128,5 +128,9 @@ def test_what_a_killed_session_settled_and_told_nobody_is_found_at_every_rung(tm
         assert again.next() == "done"
         assert again.untold() == stages
         assert not again.demanded
+        told = study.trials()[0].artifacts  # by a session that computed the rest and was killed, too
+        cast(Any, again.tracker).knows_stage = told.__contains__
+        assert again.untold() == stages - told
+        assert stages - told
         cast(Any, again.tracker).knows_stage = lambda key: True
         assert again.untold() == set()

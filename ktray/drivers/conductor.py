@@ -162,11 +162,13 @@ class Conductor:
         return graph
 
     def untold(self) -> set[str]:
-        """Keys of all stages, at every rung that it reached, of each trial that the tracker does not know whole.
+        """Keys that the tracker does not know of what trials were charged with or, if it does not know them whole, rest on.
 
-        An earlier session that was killed may have settled a trial and told nobody what it had computed for it.
+        An earlier session that was killed may have settled a trial, or a leg of it, and told nobody what it had computed. A
+        later one that was killed, too, may have told of the rest.
         """
-        found: set[str] = set()
+        charged = [trial.charges.values() for trial in self.study.trials()]
+        found = {key for charges in charged for part in charges for key in part}
         for trial in self.study.trials():
             if all(map(self.tracker.knows_stage, trial.artifacts)):
                 continue
@@ -174,7 +176,7 @@ class Conductor:
             for epoch in {*rungs_reached, *([trial.epochs] if trial.state == "completed" else [])}:
                 wanted = None if epoch == trial.epochs else [self._judge(epoch)]
                 found |= {stage.key for stage in self._graph_of(trial, epoch, wanted).stages}
-        return found
+        return {key for key in found if not self.tracker.knows_stage(key)}
 
     def _graph_of(self, trial: Trial, epoch: int | None, evaluations: list[str] | None) -> Graph:
         pair = PairSpec.model_validate(dict(trial.pair))
