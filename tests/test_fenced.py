@@ -138,6 +138,43 @@ def test_a_fenced_attempt_changes_nothing_of_what_its_successor_has_published(pl
     assert [list((store.root / place).iterdir()) for place in (".scratch", ".fenced")] == [[], []]
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_an_attempt_that_is_fenced_after_its_successor_has_published_leaves_nothing(place: str, tmp_path: Path) -> None:
+    from toy_work import toy, work
+
+    store, stage = FileStore(tmp_path / "store"), toy("slow", {"steps": 2, "sleep": 0.01, "test": "fenced"})
+    with frozen(TOY, place, store.root) as process:
+        assert work(stage, store, "second", Means())[1]
+        before = contents(store)
+        store.fence(stage.key, "late")
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=60)
+    assert contents(store) == before
+    assert [list((store.root / place).iterdir()) for place in (".scratch", ".fenced")] == [[], []]
+
+
+def test_what_a_worker_left_that_died_right_after_it_had_published_goes_when_it_is_fenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toy_work import toy, work
+
+    store, stage = FileStore(tmp_path / "store"), toy("slow", {"steps": 2, "sleep": 0.01, "test": "fenced"})
+    (store.scratch(stage.key, "earlier") / "checkpoint-1").mkdir()
+    store.fence(stage.key, "earlier")
+
+    def dies(key: str) -> None:
+        raise InterruptedError(key)
+
+    with monkeypatch.context() as last_moment:
+        last_moment.setattr(store, "_forget_attempts", dies)
+        with pytest.raises(InterruptedError):
+            work(stage, store, "second", Means())
+    assert list((store.root / ".fenced").iterdir())
+    store.fence(stage.key, "second")
+    assert store.find(stage.key) is not None
+    assert [list((store.root / place).iterdir()) for place in (".scratch", ".fenced")] == [[], []]
+
+
 @pytest.mark.slow
 def test_a_training_that_is_frozen_and_fenced_is_continued_by_another_and_dies_when_it_wakes(tmp_path: Path) -> None:
     store, stage = FileStore(tmp_path / "store"), teacher_stage(tmp_path)

@@ -114,6 +114,12 @@ class FileStore:
         mark = self._hidden(".fenced") / name
         with contextlib.suppress(OSError):  # it is there, or the disk is full: what has a directory is fenced all the same
             mark.mkdir()
+        taken = self._taken_away(name, mark)
+        if (self.root / key / RECORD).exists():  # whoever published it forgot all attempts before this one, or died first
+            self._forget_attempts(key)
+        return taken
+
+    def _taken_away(self, name: str, mark: Path) -> bool:
         try:
             (self._hidden(".scratch") / name).rename(mark)  # onto the empty mark, in one step
         except OSError as error:
