@@ -169,8 +169,10 @@ def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:
         pair, epoch = known.rungs[key]
         while pair not in reached:  # what was drawn before it and is no new pair is paid for again, as far as that had come
             name, repeats = drawn.popleft()
-            again += known.bill(name, 0, reached[name]) if repeats else 0.0
-            reached |= {} if repeats else {name: 0}
+            if repeats:
+                again += known.bill(name, 0, reached[name])
+            else:
+                reached[name] = 0
         distinct += known.bill(pair, reached[pair], epoch)
         reached[pair] = epoch
         if epoch == LAST:

@@ -165,7 +165,7 @@ class Conductor:
         """Keys that the tracker does not know of what trials were charged with or, if it does not know them whole, rest on.
 
         An earlier session that was killed may have settled a trial, or a leg of it, and told nobody what it had computed. A
-        later one that was killed, too, may have told of the rest.
+        later one that was killed, too, may have told of the rest. What was made ahead of all trials is charged to none.
         """
         charged = [trial.charges.values() for trial in self.study.trials()]
         found = {key for charges in charged for part in charges for key in part}

@@ -88,10 +88,9 @@ def _answers(probe: Path) -> dict[str, Mapping[str, str]]:
     while True:
         asked = {node: _ask(node, probe) for node in mute}
         answers |= {node: _answer(reference, max(1.0, end - time.monotonic())) for node, reference in asked.items()}
+        members = _members()
+        answers = {node: answer for node, answer in answers.items() if "error" not in answer or node in members}
         mute = {node for node, answer in answers.items() if "error" in answer}
-        for gone in mute - _members():
-            del answers[gone]
-        mute &= answers.keys()
         if not mute or time.monotonic() > end:
             return answers
         time.sleep(1.0)
@@ -99,7 +98,7 @@ def _answers(probe: Path) -> dict[str, Mapping[str, str]]:
 
 def _ask(node: str, probe: Path) -> Any:
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0)(_look).options(scheduling_strategy=there).remote(str(probe))
+    return _LOOK.options(scheduling_strategy=there).remote(str(probe))
 
 
 def _look(probe: str) -> dict[str, str]:
@@ -113,6 +112,9 @@ def _look(probe: str) -> dict[str, str]:
         except OSError as error:
             refused = str(error.strerror)
     return {"seen": seen, "refused": refused, "host": platform.node(), **_versions()}
+
+
+_LOOK = ray.remote(num_cpus=0, max_retries=0)(_look)  # made once: Ray sends each one that is made to the cluster
 
 
 def _versions() -> dict[str, str]:
