@@ -70,7 +70,7 @@ class PerCost(Sampler):
         ranked, unknown = self.evidence.ranked(SHOWN)
         if not ranked:
             return draws[0]
-        gains = self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws)
+        gains = self.gains(ranked, unknown, draws)
         prices = np.array([sum(quote(draw) or Spend()) for draw in draws])
         return draws[int(np.argmax(gains / np.maximum(prices, 1e-3)))]
 

@@ -71,6 +71,16 @@ def test_of_very_many_the_best_half_and_the_newest_are_ranked(tmp_path: Path) ->
     assert [trial.number for trial in ranked] == [*range(25), *range(1999, 1974, -1)]
 
 
+def test_what_is_left_are_the_rungs_up_to_the_end_of_the_student(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)  # rungs after 1, 3 and 9 epochs
+    evidence = Evidence(space)
+    pair = {"student": {"schedule": {"epochs": 9}}}
+    waits = [Trial(0, {}, pair, "pruned", scores=scores) for scores in ({1: 0.5}, {1: 0.5, 3: 0.6})]
+    assert [evidence.left(trial) for trial in (*waits, completed(1, 0.7))] == [2, 1, 0]
+    assert evidence.left(Trial(2, {}, pair, "pruned", teacher_score=0.4)) == 3
+    assert evidence.left(Trial(3, {}, {"student": {"schedule": {"epochs": 3}}}, "paused", scores={1: 0.5})) == 1
+
+
 def test_an_old_pareto_point_stays_good(tmp_path: Path) -> None:
     rng = random.Random(0)
     many = [completed(number, rng.random(), 1 + rng.random()) for number in range(1, 1000)]

@@ -15,7 +15,7 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 from ktray.search import sampler
 from ktray.search.evidence import Evidence
 from ktray.search.space import Space
-from ktray.search.surrogate import COMMON, FAR, NEAR, NOISE, Surrogate
+from ktray.search.surrogate import COMMON, FAR, NEAR, NOISE, Surrogate, _covariance
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space
 
@@ -75,10 +75,26 @@ def test_the_layers_of_one_teacher_are_more_alike_than_two_teachers(tmp_path: Pa
     bad = [{**base, "transfer.k": k} for k in (5, 10, 20)]
     good = [sampler.at_random(space, 0, {**other, "transfer.k": k, "teacher.hog.descriptor.cell": 4}) for k in (5, 10, 20)]
     rows = Surrogate(space)
-    ours = rows._covariance(rows.rows([base]), rows.rows([layer, other]))[0]
+    ours = rows._alike(rows.rows([base]), rows.rows([layer, other]))[0]
     assert ours[0] > ours[1]
     gains = rows.gain([*good, *bad], [], [layer, {**other, "teacher.hog.descriptor.cell": 7}])
     assert gains[1] > gains[0]
+
+
+def test_who_is_stopped_at_a_rung_does_not_hold_back_a_layer_whose_others_end_best(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+
+    def draw(layer: str, number: int) -> dict[str, Any]:
+        return sampler.at_random(space, number, {"teacher": "rotation", "teacher.rotation.layer": layer})
+
+    ended = [draw("conv4", number) for number in range(3)] + [draw("conv3", number) for number in range(9)]
+    stopped = [draw("conv3", number) for number in range(9, 12)] + [draw("conv4", number) for number in range(3, 12)]
+    ranked, asked = [*ended, *stopped], [draw("conv4", 99), draw("conv3", 99)]
+    left = [0] * len(ended) + [2] * len(stopped)
+    best, often = Surrogate(space).gain(ranked, [], asked, left)
+    assert best > 2 * often
+    best, often = Surrogate(space).gain(ranked, [], asked)  # as if all of them had come to their end
+    assert best < often
 
 
 @pytest.mark.parametrize("partial", [False, True])
@@ -89,7 +105,8 @@ def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -
         rng = np.random.default_rng(0)
         draws = [{name: value for name, value in draw.items() if rng.random() < 0.7} for draw in draws]
     surrogate = Surrogate(space)
-    covariance = surrogate._covariance(surrogate.rows(draws), surrogate.rows(draws))
+    ahead = np.arange(len(draws)) % 4.0  # rungs
+    covariance = _covariance(surrogate._alike(surrogate.rows(draws), surrogate.rows(draws)), ahead, ahead)
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
     assert np.isfinite(surrogate.gain(draws[:40], draws[40:44], draws[44:])).all()
     if not partial:
@@ -102,7 +119,7 @@ def test_numbers_of_a_choice_are_steps_and_names_are_not(tmp_path: Path) -> None
     )
     surrogate = Surrogate(space)
     rows = surrogate.rows([{"transfer.k": k} for k in (5, 10, 20)])
-    near, far = surrogate._covariance(rows[:1], rows)[0, 1:]
+    near, far = surrogate._alike(rows[:1], rows)[0, 1:]
     assert near > far
 
 

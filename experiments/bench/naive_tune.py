@@ -211,7 +211,7 @@ def tune_search(folder: Path, file: Path, trials: int) -> None:
         tune_config=tune.TuneConfig(
             num_samples=trials,
             max_concurrent_trials=CONCURRENT,
-            search_alg=OptunaSearch(space=functools.partial(drawn, str(file)), metric="top1", mode="max", seed=0),
+            search_alg=OptunaSearch(space=functools.partial(drawn, str(file)), metric="top1", mode="max", seed=searched.seed),
             scheduler=ASHAScheduler(
                 "epoch", "top1", "max", max_t=stop.rungs[-1], grace_period=stop.rungs[0], reduction_factor=2
             ),

@@ -16,6 +16,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from ktray.search.rungs import ladder
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 
@@ -36,6 +37,7 @@ class Evidence:
         self._modes = [-1 if objective.mode == "max" else 1 for objective in space.objectives]
         self._metrics = [objective.metric for objective in space.objectives]
         stop = space.early_stop
+        self._stop = stop
         self._rung_mode = 1 if stop and stop.mode == "min" else -1
         self._teacher_mode = 1 if stop and stop.teacher and stop.teacher.mode == "min" else -1
         self._trials: dict[int, Trial] = {}
@@ -106,6 +108,13 @@ class Evidence:
         shown = [*best, *self._in_order(others[max(0, len(best) + len(others) - most) :])]
         running = sorted(self._unknown)[-(most // 2) :]
         return [self._trials[number] for number in shown], [self._trials[number] for number in running]
+
+    def left(self, trial: Trial) -> int:
+        """Rungs that a trial with a result had still ahead when it was judged; none if it is completed."""
+        if trial.state == "completed":
+            return 0
+        reached, _ = trial.furthest or (0, 0.0)
+        return sum(rung > reached for rung in ladder(self._stop, trial.epochs))
 
     def _in_order(self, numbers: Iterable[int]) -> list[int]:
         """Some of the trials, best first, as far as their first objective says."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.study import StudyDirection
 
 from ktray.fingerprint import canonical, seed_of
@@ -140,9 +141,14 @@ class Sampler:
         if not draws:  # all that is likely was made: whoever asked knows how to look for the rest
             return at_random(self.space, generator.getrandbits(32), planned)
         if ranked:
-            gains = self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws)
+            gains = self.gains(ranked, unknown, draws)
             draws = [draws[index] for index in np.argsort(-gains, kind="stable")]
         return draws[0] if planned or self.quote is None else self._affordable(draws, spent, self.quote, left)
+
+    def gains(self, ranked: Sequence[Trial], unknown: Sequence[Trial], draws: Sequence[Params]) -> NDArray[np.float64]:
+        """What the surrogate expects of each draw, as `Surrogate.gain` says; trials as `Evidence.ranked` gives them."""
+        left = [self.evidence.left(trial) for trial in ranked]
+        return self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws, left)
 
     def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote, left: float) -> Params:
         """The first that can be afforded; else the first that `left` pays for, or the cheapest where nothing was bought yet."""

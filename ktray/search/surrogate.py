@@ -2,12 +2,16 @@
 
 Two draws are alike part by part, along the tree of the space: what differs in one part is still alike in the others, so a
 student that did well behind one teacher is expected to do well behind the next. Parts of different branches are not compared.
+What was judged early says less of the end: a layer that is ahead after two epochs may fall behind, which trials that were
+stopped there cannot show. So draws are less alike the more rungs lie between what they were judged at.
 Only the order of the trials counts: a rank does not care whether scores are shares or losses, one objective or several. What
 runs and has no result yet is believed to become what is expected of it, so that no two workers try the same.
 
-Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), algorithm 2.1. Expected improvement: Jones,
-Schonlau and Welch, "Efficient Global Optimization of Expensive Black-Box Functions" (1998), equation 15. Belief in what runs:
-Ginsbourger, Le Riche and Carraro, "Kriging Is Well-Suited to Parallelize Optimization" (2010), section 4.
+Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), algorithm 2.1. From rung to rung: Kennedy and
+O'Hagan, "Predicting the Output from a Complex Computer Code When Fast Approximations Are Available" (2000), equation 1, with
+one variance for all rungs. Expected improvement: Jones, Schonlau and Welch, "Efficient Global Optimization of Expensive
+Black-Box Functions" (1998), equation 15. Belief in what runs: Ginsbourger, Le Riche and Carraro, "Kriging Is Well-Suited to
+Parallelize Optimization" (2010), section 4.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from ktray.search.tree import Choice, OneOf, Parameter, Range, Scalar, all_value
 
 FAR = math.exp(-0.5)  # how alike draws are that differ in one part and in nothing else
 NEAR = 0.5  # of a number's range: at this distance two values are still rather alike
+STEP = 0.8  # how alike the same draw is to itself one rung further on
 COMMON = 1.0  # variance of what all draws share, in units of what sets them apart
 NOISE = 0.05  # variance of a result: another seed would rank otherwise
 
@@ -107,32 +112,46 @@ class Surrogate:
         ranked: Sequence[Mapping[str, Scalar]],
         unknown: Sequence[Mapping[str, Scalar]],
         draws: Sequence[Mapping[str, Scalar]],
+        left: Sequence[int] = (),
     ) -> NDArray[np.float64]:
-        """For each draw, by how much it is expected to beat what is expected of the best trial.
+        """For each draw, by how much it is expected to beat in the end what is expected of the best trial.
 
         Args:
             ranked: draws of trials with a result, at least one, the best first.
             unknown: draws of trials that run.
+            left: rungs that each of `ranked` had still ahead when it was judged; empty: all were judged at their end.
 
         Returns:
             (len(draws),) float64, in standard deviations of a rank turned into a normal score.
         """
         tried, asked, count = self.rows([*ranked, *unknown]), self.rows(draws), len(ranked)
+        ahead = np.zeros(len(tried))  # what runs is believed to become what is expected of its end
+        ahead[: len(left)] = left
         scores = ndtri(1 - (np.arange(count) + 0.5) / count)
         with blas.one_thread():  # the same draw on any number of cores, and more of them are slower for so small matrices
-            alike, across = self._covariance(tried, tried), self._covariance(tried, asked)
-            factor = cholesky(alike + NOISE * np.eye(len(tried)), lower=True)
+            alike, across = self._alike(tried, tried), _covariance(self._alike(tried, asked), ahead, 0.0)
+            factor = cholesky(_covariance(alike, ahead, ahead) + NOISE * np.eye(len(tried)), lower=True)
             known = factor[:count, :count]  # the factor of what has a result, as that comes first
             weights = cho_solve((known, True), scores)
-            mean, best = across[:count].T @ weights, (alike[:count, :count] @ weights).max()
+            ended = _covariance(alike[:count, :count], ahead[:count], 0.0)
+            mean, best = across[:count].T @ weights, (ended.T @ weights).max()
             explained = (solve_triangular(factor, across, lower=True) ** 2).sum(0)
         deviation = np.sqrt(np.maximum(COMMON + 1 - explained, 1e-9))
         above = (mean - best) / deviation
         found: NDArray[np.float64] = deviation * (above * norm.cdf(above) + norm.pdf(above))
         return found
 
-    def _covariance(self, one: Rows, other: Rows) -> NDArray[np.float64]:
-        return COMMON + _together(self._parts, one, other)
+    def _alike(self, one: Rows, other: Rows) -> NDArray[np.float64]:
+        return _together(self._parts, one, other)
+
+
+def _covariance(
+    alike: NDArray[np.float64], ahead: NDArray[np.float64], others: NDArray[np.float64] | float
+) -> NDArray[np.float64]:
+    """(n, m) of draws that are so alike, with so many rungs still ahead of each when it was judged."""
+    apart = np.abs(ahead[:, None] - others)
+    found: NDArray[np.float64] = COMMON + np.exp(math.log(STEP) * apart) * alike
+    return found
 
 
 def _numbers(choice: Choice) -> bool:

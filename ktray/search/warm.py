@@ -82,7 +82,7 @@ def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None
         judged = trial.teacher_score
     if not scores and judged is None:
         return None
-    return {"state": "paused", "params": params, "scores": scores, "teacher_score": judged}
+    return {"state": "paused", "params": params, "scores": scores, "teacher_score": judged, "epochs": epochs}
 
 
 def _fitting(space: Space, params: Mapping[str, Any]) -> Params:
@@ -110,7 +110,7 @@ def _trial(result: Mapping[str, Any], number: int) -> Trial:
     return Trial(
         number,
         dict(result["params"]),
-        {},
+        {"student": {"schedule": {"epochs": result.get("epochs", 0)}}},  # all that is asked of what the pair would be here
         result["state"],
         scores={int(epoch): float(score) for epoch, score in result.get("scores", {}).items()},
         objectives=result.get("objectives", {}),
