@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
 from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
 
 from ktray.search import sampler
 from ktray.search.evidence import Evidence
 from ktray.search.space import Space
-from ktray.search.surrogate import COMMON, FAR, NEAR, NOISE, Surrogate, _covariance
+from ktray.search.surrogate import COMMON, FAR, NEAR, NOISES, STEPS, Surrogate, _covariance, _fitted
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space
 
+Columns = NDArray[np.float64]
+NEVER = 1e9  # a distance at which nothing is less alike
 HOG = {"descriptor": {"kind": "hog"}}
 
 
@@ -32,25 +35,52 @@ def rates(*exponents: float) -> list[dict[str, Any]]:
     return [{"student.schedule.lr": 0.01 * 10**exponent} for exponent in exponents]
 
 
-def test_gains_are_those_of_a_gaussian_process_of_scikit_learn(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    seen, asked = rng.random(12), rng.random(30)
-    kernel = ConstantKernel(COMMON + FAR) + ConstantKernel(1 - FAR) * RBF(NEAR)
-    process = GaussianProcessRegressor(kernel, alpha=NOISE, optimizer=None)
-    scores = norm.ppf(1 - (rankdata(np.arange(12)) - 0.5) / 12)
-    process.fit(seen[:, None], scores)
-    mean, deviation = process.predict(asked[:, None], return_std=True)
-    above = (mean - process.predict(seen[:, None]).max()) / deviation
+def judged_process(seen: Columns, scores: Columns, step: float, noise: float) -> GaussianProcessRegressor:
+    """Of (n, 2) rates and rungs ahead: what is alike along the rate is so less, the more rungs lie between."""
+    rate = ConstantKernel(FAR) + ConstantKernel(1 - FAR) * RBF([NEAR, NEVER])
+    rungs = Matern([NEVER, -1 / np.log(step) if step < 1 else NEVER], nu=0.5)
+    process = GaussianProcessRegressor(ConstantKernel(COMMON) + rate * rungs, alpha=noise, optimizer=None)
+    return process.fit(seen, scores)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gains_are_those_of_the_likeliest_gaussian_process_of_scikit_learn(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    seen, asked = np.stack([rng.random(24), np.sort(rng.integers(0, 3, 24))], 1), np.stack([rng.random(30), np.zeros(30)], 1)
+    if seed % 2:  # the end mirrors what a rung shows: then it says little
+        first, last = seen[:, 1] > 0, seen[:, 1] == 0
+        seen[first, 0], seen[last, 0] = np.sort(seen[first, 0]), np.sort(seen[last, 0])[::-1]
+    scores = norm.ppf(1 - (rankdata(np.arange(24)) - 0.5) / 24)
+    processes = [judged_process(seen, scores, step, noise) for step in STEPS for noise in NOISES]
+    process = max(processes, key=lambda each: each.log_marginal_likelihood_value_)
+    mean, deviation = process.predict(asked, return_std=True)
+    above = (mean - process.predict(seen * [1, 0]).max()) / deviation
     expected = deviation * (above * norm.cdf(above) + norm.pdf(above))
-    found = Surrogate(one_rate(tmp_path)).gain(rates(*seen), [], rates(*asked))
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    found = Surrogate(one_rate(tmp_path)).gain(rates(*seen[:, 0]), [], rates(*asked[:, 0]), seen[:, 1].astype(int).tolist())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layers, space = ("conv3", "conv4", "conv5"), toy_space(tmp_path)
+    layer, ahead = np.arange(30) % 3, np.repeat([0.0, 2.0], 15)
+    draws = [sampler.at_random(space, n, {"teacher": "rotation", "teacher.rotation.layer": layers[n % 3]}) for n in range(30)]
+    surrogate = Surrogate(space)
+    alike = surrogate._alike(surrogate.rows(draws), surrogate.rows(draws))
+
+    def fitted(worth_at_end: list[float], noise: float) -> tuple[float, float]:
+        worth = np.where(ahead == 0, np.array(worth_at_end)[layer], np.array([1.2, 0.0, -1.2])[layer])
+        return _fitted(alike, ahead, worth + noise * rng.normal(size=30))
+
+    assert fitted([1.2, 0.0, -1.2], 0.2)[0] > 0.8 > fitted([-1.2, 0.0, 1.2], 0.2)[0]
+    assert fitted([1.2, 0.0, -1.2], 0.2)[1] < fitted([1.2, 0.0, -1.2], 0.8)[1]
 
 
 def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: Path) -> None:
     surrogate = Surrogate(one_rate(tmp_path))
     seen, asked = rates(0.0, 0.1), rates(0.6, 1.0)
     alone, beside = surrogate.gain(seen, [], asked), surrogate.gain(seen, rates(1.0), asked)
-    assert beside[1] < 0.6 * alone[1]
+    assert beside[1] < 0.75 * alone[1]
     assert beside[0] < alone[0]
 
 
@@ -106,7 +136,7 @@ def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -
         draws = [{name: value for name, value in draw.items() if rng.random() < 0.7} for draw in draws]
     surrogate = Surrogate(space)
     ahead = np.arange(len(draws)) % 4.0  # rungs
-    covariance = _covariance(surrogate._alike(surrogate.rows(draws), surrogate.rows(draws)), ahead, ahead)
+    covariance = _covariance(surrogate._alike(surrogate.rows(draws), surrogate.rows(draws)), ahead, ahead, 0.6)
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
     assert np.isfinite(surrogate.gain(draws[:40], draws[40:44], draws[44:])).all()
     if not partial:

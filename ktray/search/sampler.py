@@ -33,7 +33,7 @@ STARTUP = 10  # trials with a result before TPE has anything to say, as in Optun
 FRESH = 64  # random draws that are compared,
 NEARBY = 64  # draws that differ from a good trial in one part,
 BUILDING = 32  # and random students on prefixes that exist
-SHOWN = 128  # trials that the surrogate is shown
+SHOWN = 96  # trials that the surrogate is shown
 TRUST = 0.6  # a trial is varied so often as often as the next better one
 QUOTED = 16  # draws of a new prefix whose price is asked for, the most promising ones
 

@@ -3,15 +3,16 @@
 Two draws are alike part by part, along the tree of the space: what differs in one part is still alike in the others, so a
 student that did well behind one teacher is expected to do well behind the next. Parts of different branches are not compared.
 What was judged early says less of the end: a layer that is ahead after two epochs may fall behind, which trials that were
-stopped there cannot show. So draws are less alike the more rungs lie between what they were judged at.
+stopped there cannot show. So draws are less alike the more rungs lie between what they were judged at. By how much, and how
+much of a result is chance, differs from space to space: of a few values those are taken that explain the trials best.
 Only the order of the trials counts: a rank does not care whether scores are shares or losses, one objective or several. What
 runs and has no result yet is believed to become what is expected of it, so that no two workers try the same.
 
-Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), algorithm 2.1. From rung to rung: Kennedy and
-O'Hagan, "Predicting the Output from a Complex Computer Code When Fast Approximations Are Available" (2000), equation 1, with
-one variance for all rungs. Expected improvement: Jones, Schonlau and Welch, "Efficient Global Optimization of Expensive
-Black-Box Functions" (1998), equation 15. Belief in what runs: Ginsbourger, Le Riche and Carraro, "Kriging Is Well-Suited to
-Parallelize Optimization" (2010), section 4.
+Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), algorithm 2.1 and equation 5.8. From rung to
+rung: Kennedy and O'Hagan, "Predicting the Output from a Complex Computer Code When Fast Approximations Are Available" (2000),
+equation 1, with one variance for all rungs. Expected improvement: Jones, Schonlau and Welch, "Efficient Global Optimization of
+Expensive Black-Box Functions" (1998), equation 15. Belief in what runs: Ginsbourger, Le Riche and Carraro, "Kriging Is
+Well-Suited to Parallelize Optimization" (2010), section 4.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
-from scipy.special import ndtri
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from ktray import blas
 from ktray.search.space import Space
@@ -33,11 +33,13 @@ from ktray.search.tree import Choice, OneOf, Parameter, Range, Scalar, all_value
 
 FAR = math.exp(-0.5)  # how alike draws are that differ in one part and in nothing else
 NEAR = 0.5  # of a number's range: at this distance two values are still rather alike
-STEP = 0.8  # how alike the same draw is to itself one rung further on
 COMMON = 1.0  # variance of what all draws share, in units of what sets them apart
-NOISE = 0.05  # variance of a result: another seed would rank otherwise
+STEPS = (1.0, 0.9, 0.8, 0.6, 0.4)  # how alike the same draw may be to itself one rung further on
+NOISES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # what the variance of a result may be: another seed would rank otherwise
+FITTED = 32  # trials that these two are chosen by
 
-Rows = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+Rows = Matrix
 """(draws, columns): per parameter the place of its value, from 0 to 1 for numbers and 0, 1, ... for names; NaN if not drawn."""
 
 
@@ -49,7 +51,7 @@ class _Part:
     ordered: bool
     branches: Mapping[int, tuple[_Part, ...]]
 
-    def alike(self, one: Rows, other: Rows) -> NDArray[np.float64]:
+    def alike(self, one: Rows, other: Rows) -> Matrix:
         """(n, m) float64 from 0 to 1, of n draws with m others."""
         ours, theirs = one[:, self.column, None], other[None, :, self.column]
         if self.ordered:
@@ -63,7 +65,7 @@ class _Part:
         return found
 
 
-def _together(parts: Sequence[_Part], one: Rows, other: Rows) -> NDArray[np.float64]:
+def _together(parts: Sequence[_Part], one: Rows, other: Rows) -> Matrix:
     found = np.ones((len(one), len(other)))
     for part in parts:
         found *= FAR + (1 - FAR) * part.alike(one, other)
@@ -113,7 +115,7 @@ class Surrogate:
         unknown: Sequence[Mapping[str, Scalar]],
         draws: Sequence[Mapping[str, Scalar]],
         left: Sequence[int] = (),
-    ) -> NDArray[np.float64]:
+    ) -> Matrix:
         """For each draw, by how much it is expected to beat in the end what is expected of the best trial.
 
         Args:
@@ -129,29 +131,41 @@ class Surrogate:
         ahead[: len(left)] = left
         scores = ndtri(1 - (np.arange(count) + 0.5) / count)
         with blas.one_thread():  # the same draw on any number of cores, and more of them are slower for so small matrices
-            alike, across = self._alike(tried, tried), _covariance(self._alike(tried, asked), ahead, 0.0)
-            factor = cholesky(_covariance(alike, ahead, ahead) + NOISE * np.eye(len(tried)), lower=True)
+            alike = self._alike(tried, tried)
+            step, noise = _fitted(alike[:count, :count], ahead[:count], scores)
+            across = _covariance(self._alike(tried, asked), ahead, 0.0, step)
+            factor = cholesky(_covariance(alike, ahead, ahead, step) + noise * np.eye(len(tried)), lower=True)
             known = factor[:count, :count]  # the factor of what has a result, as that comes first
             weights = cho_solve((known, True), scores)
-            ended = _covariance(alike[:count, :count], ahead[:count], 0.0)
+            ended = _covariance(alike[:count, :count], ahead[:count], 0.0, step)
             mean, best = across[:count].T @ weights, (ended.T @ weights).max()
             explained = (solve_triangular(factor, across, lower=True) ** 2).sum(0)
         deviation = np.sqrt(np.maximum(COMMON + 1 - explained, 1e-9))
         above = (mean - best) / deviation
-        found: NDArray[np.float64] = deviation * (above * norm.cdf(above) + norm.pdf(above))
+        found: Matrix = deviation * (above * ndtr(above) + np.exp(-(above**2) / 2) / math.sqrt(2 * math.pi))
         return found
 
-    def _alike(self, one: Rows, other: Rows) -> NDArray[np.float64]:
+    def _alike(self, one: Rows, other: Rows) -> Matrix:
         return _together(self._parts, one, other)
 
 
-def _covariance(
-    alike: NDArray[np.float64], ahead: NDArray[np.float64], others: NDArray[np.float64] | float
-) -> NDArray[np.float64]:
+def _covariance(alike: Matrix, ahead: Matrix, others: Matrix | float, step: float) -> Matrix:
     """(n, m) of draws that are so alike, with so many rungs still ahead of each when it was judged."""
-    apart = np.abs(ahead[:, None] - others)
-    found: NDArray[np.float64] = COMMON + np.exp(math.log(STEP) * apart) * alike
+    found: Matrix = COMMON + np.exp(math.log(step) * np.abs(ahead[:, None] - others)) * alike
     return found
+
+
+def _fitted(alike: Matrix, ahead: Matrix, scores: Matrix) -> tuple[float, float]:
+    """How alike a draw is to itself one rung further on, and the variance of a result, by their marginal likelihood."""
+    some = slice(None, None, math.ceil(len(scores) / FITTED))  # from the best to the worst
+    alike, ahead, scores = alike[some, some], ahead[some], scores[some]
+    likely = []
+    for step in STEPS:
+        values, vectors = np.linalg.eigh(_covariance(alike, ahead, ahead, step))
+        variances = values[:, None] + NOISES
+        likely.append(-((vectors.T @ scores) ** 2 @ (1 / variances)) - np.log(variances).sum(0))
+    best, noise = np.unravel_index(np.argmax(likely), (len(STEPS), len(NOISES)))
+    return STEPS[best], float(NOISES[noise])
 
 
 def _numbers(choice: Choice) -> bool:
