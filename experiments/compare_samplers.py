@@ -3,20 +3,19 @@
 Question: what do sharing, the sampler and rungs save on `experiments/tables/cifar10_pairs.parquet`?
 Command:  python -m experiments.compare_samplers run OUT.parquet; python -m experiments.compare_samplers say OUT.parquet
 Cost:     9 minutes of 16 cores, an hour of two.
-Result:   n = 50 paired seeds, commit ad38c35; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
+Result:   n = 50 paired seeds, commit a9bfb36; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
 % of what the whole table costs, until the best completed pair is within 1.0 point of the best of all; "dearer" is the geometric
 mean of that cost over balanced spending's, with a 95 % bootstrap interval.
 
                      as measured             teachers x 20            all the same
     method           near   dearer           near   dearer            near   dearer
-    balanced           2                       2                        3
-    balanced, whole    4    2.2 (1.6-3.0)      5    2.3 (1.6-3.3)       4    1.0 (0.8-1.3)
-    balanced, 1 3 9    6    3.1 (2.3-4.2)      3    3.1 (2.0-4.7)      11    3.5 (2.6-4.7)
-    gain per cost      3    1.4 (1.1-1.8)      4    2.0 (1.4-2.9)       5    1.4 (1.1-1.7)
-    tpe                8    3.8 (2.7-5.2)     39    18 (12-27)         11    3.2 (2.4-4.2)
-    tpe, alone        19    8.5 (5.4-13)      94    42 (26-67)         21    6.2 (4.3-9.1)
-    random, alone     20    7.6 (5.0-11)      93    34 (19-60)         20    4.6 (3.2-6.6)
-With 300 other seeds (`--seeds 5000 5300`), random search alone is 7.3 (6.2-8.6), 32 (26-40) and 5.5 (4.7-6.5) times as dear.
+    balanced           2                       1                        3
+    balanced, whole    5    2.6 (2.0-3.6)      5    2.4 (1.6-3.5)       4    1.1 (0.9-1.4)
+    balanced, 1 3 9    7    3.7 (2.8-4.8)      5    3.5 (2.4-5.2)       8    2.6 (1.9-3.6)
+    gain per cost      3    1.6 (1.3-2.0)      5    2.1 (1.4-3.1)       5    1.5 (1.2-1.9)
+    tpe                8    4.2 (3.3-5.5)     39    18 (12-27)         11    3.3 (2.5-4.4)
+    tpe, alone        18    9.5 (6.4-14)      94    42 (26-67)         21    6.5 (4.4-9.6)
+    random, alone     20    8.5 (5.8-12)      92    34 (18-61)         20    4.8 (3.4-6.7)
 
 Every search is ktray's own (space, study, sampler, sharing, and a rung after 1 of 9 epochs, where kNN chooses the best third)
 with one worker; a stage takes what it took on the H100 and measures what it measured there. `PRICES` says three sorts of

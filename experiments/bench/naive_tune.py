@@ -8,10 +8,10 @@ the four teachers are 45 s and the 32 students 102 s.
 `search` of teachers.yaml, 72 trials, n = 1, the same quiet cores, commit ad38c35: naive / ktray = 4.78 (wanted: 4). ktray
 721.6 CPU s, of which stages 644 (students 483, evaluations 93, teachers 62; both reference lines are in it), naive 3,449, of
 which stages 3,102 (teachers 2,290, students 555, evaluations 126). ktray pays for each teacher once, so the ratio grows with
-the number of trials: earlier commits had 3.37 after 24, 3.70 after 48 and 4.06 after 72. Best linear probe 0.830 and 0.838
-(600 images, one standard error is 0.015), but the best of 72 is also the luckiest: trained again with six student seeds,
-ktray's pair has 0.816 (sd 0.007), the other side's 0.812 (0.016). ktray's side alone twice more: 690.6 CPU s and 0.840 at
-3431d78; 720.1 and 0.815 at 41a370b, whose pair has 0.804 (0.011) over six seeds: there chance led it to the other width.
+the number of trials: earlier commits had 3.37 after 24 and 3.70 after 48. Best linear probe 0.830 and 0.838 (600 images, one
+standard error is 0.015); trained again with six student seeds ktray's pair has 0.816 (sd 0.007), the other's 0.812 (0.016).
+Again at 41a370b: 720.1 CPU s and 0.815, over six seeds 0.804 (0.011): the sampler believed the rungs too much. Since it asks
+how much they say: both sides at 5ba00db 4.44 (717.5 and 3,184 CPU s; 0.830 and 0.838), ktray's at a9bfb36 695.7 and 0.833.
 """
 
 from __future__ import annotations
