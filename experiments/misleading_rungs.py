@@ -117,9 +117,9 @@ class World:
 
     def _learn(self, trial: Trial) -> None:
         generator, means = random.Random(f"{self._space.seed} {fingerprint(trial.pair)}"), expected(trial)
-        shared = generator.gauss(0, 1)
+        shared, pair = generator.gauss(0, 1), self._space.pair(trial.params)
         for epoch, mean in zip((2, 4, 8), means[:3], strict=True):
-            keys = graph.build(self._space.pair(trial.params), _identity, epoch=epoch).keys["evaluation"]
+            keys = graph.build(pair, _identity, epoch=epoch).keys["evaluation"]
             self._known[keys["knn"]] = mean + SHARED * shared + OWN * generator.gauss(0, 1)
             if epoch == 8:
                 self._known[keys["linear_probe"]] = means.probe + SHARED / 2 * shared + OWN * generator.gauss(0, 1)

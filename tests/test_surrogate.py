@@ -57,7 +57,7 @@ def test_gains_are_those_of_the_likeliest_gaussian_process_of_scikit_learn(tmp_p
     above = (mean - process.predict(seen * [1, 0]).max()) / deviation
     expected = deviation * (above * norm.cdf(above) + norm.pdf(above))
     found = Surrogate(one_rate(tmp_path)).gain(rates(*seen[:, 0]), [], rates(*asked[:, 0]), seen[:, 1].astype(int).tolist())
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tmp_path: Path) -> None:
@@ -76,11 +76,12 @@ def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tm
     assert fitted([1.2, 0.0, -1.2], 0.2)[1] < fitted([1.2, 0.0, -1.2], 0.8)[1]
 
 
-def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: Path) -> None:
+def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktray.search.surrogate.NOISES", NOISES[:1])  # two trials say nothing of how much is chance
     surrogate = Surrogate(one_rate(tmp_path))
     seen, asked = rates(0.0, 0.1), rates(0.6, 1.0)
     alone, beside = surrogate.gain(seen, [], asked), surrogate.gain(seen, rates(1.0), asked)
-    assert beside[1] < 0.75 * alone[1]
+    assert beside[1] < 0.6 * alone[1]
     assert beside[0] < alone[0]
 
 
