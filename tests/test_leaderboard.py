@@ -8,6 +8,8 @@ from typing import Any
 from ktray.cli.leaderboard import leaderboard
 from ktray.search import history
 from ktray.search.study import Study
+from ktray.stores.file import FileStore
+from tests.reports import HOME, page_of, trial
 from tests.toy_space import given, tell, toy_space
 
 HOG = {"teacher": "hog", "transfer.k": 5, "teacher.hog.descriptor.cell": 4}
@@ -31,3 +33,14 @@ def test_pairs_of_one_name_are_told_apart_by_what_they_differ_in(tmp_path: Path)
 def test_where_every_name_is_another_there_is_no_such_column(tmp_path: Path) -> None:
     found = shown(tmp_path, {**HOG, "student.schedule.lr": 0.05}, {**HOG, "transfer.k": 10})
     assert found[0].endswith("added")
+
+
+def test_the_report_tells_them_apart_too_and_shows_no_path(tmp_path: Path) -> None:
+    files = [f"{HOME}/secret/{name}.pth" for name in ("a", "b")]
+    drawn = [{"student.schedule.lr": lr, "teacher.checkpoint": file} for lr, file in zip((0.05, 0.1), files, strict=True)]
+    store = FileStore(tmp_path / "store")
+    page = page_of([trial(number, 0.5, params=params) for number, params in enumerate(drawn)], store)
+    head, *rows = page.rows["leaderboard"]
+    assert head[4] == "differs in"
+    assert [row[4] for row in rows if len(row) == len(head)] == ["lr 0.05, checkpoint …/a.pth", "lr 0.1, checkpoint …/b.pth"]
+    assert "differs in" not in page_of([trial(0, 0.5)], store).rows["leaderboard"][0]

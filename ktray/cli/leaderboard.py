@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 from ktray.cli.tables import table
 from ktray.drivers import references
 from ktray.fingerprint import fingerprint
-from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search import ranking
+from ktray.search.apart import names, told_apart
 from ktray.search.history import History
 from ktray.search.trial import STATES, Trial
-
-MOST_SAID = 4  # parameters of a row: `show STUDY/NUMBER` has them all
 
 
 def trial_answer(trial: Trial) -> dict[str, Any]:
@@ -43,7 +40,7 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     """
     goals = study.objectives
     shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
-    apart = _told_apart(shown)
+    apart = told_apart(shown)
     lines = [_row(trial, goals, [apart[trial.number]] if any(apart.values()) else []) for trial in shown]
     marks = [_reference_row(name, line, goals) for name, line in references.read(study_folder(home, study.name)).items()]
     sign = -1 if goals[0].mode == "max" else 1
@@ -73,38 +70,9 @@ def still_failed(trials: Sequence[Trial]) -> bool:
     return "failed" in last.values()
 
 
-def _names(trial: Trial) -> tuple[str, str, str]:
-    return teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)
-
-
-def _told_apart(trials: Sequence[Trial]) -> dict[int, str]:
-    """Number of a trial -> the parameters that tell it from others of the same names, such as ``cell 4, lr 0.052``."""
-    alike: dict[tuple[str, str, str], list[Trial]] = {}
-    for trial in trials:
-        alike.setdefault(_names(trial), []).append(trial)
-    differing = {
-        name
-        for group in alike.values()
-        for name in {name for trial in group for name in trial.params}
-        if len({str(trial.params.get(name)) for trial in group}) > 1
-    }
-    ends = Counter(name.rpartition(".")[2] for name in differing)
-    short = {name: end if ends[end := name.rpartition(".")[2]] == 1 else f"{name.split('.')[0]} {end}" for name in differing}
-    texts = {}
-    for group in alike.values():
-        for trial in group:
-            said = [
-                f"{short[name]} {value:.3g}" if isinstance(value, float) else f"{short[name]} {value}"
-                for name, value in trial.params.items()
-                if name in differing and len(group) > 1
-            ]
-            texts[trial.number] = ", ".join(said[:MOST_SAID])
-    return texts
-
-
 def _row(trial: Trial, goals: Sequence[Any], more: list[str]) -> tuple[float, list[str]]:
     values = [trial.objectives[goal.metric] for goal in goals]
-    cells = [str(trial.number), *_names(trial)]
+    cells = [str(trial.number), *names(trial)]
     cost = [f"{trial.cost.get('seconds', 0):.1f}", f"{trial.cost.get('marginal_seconds', 0):.1f}"]
     return values[0], [*cells, *(f"{value:.4g}" for value in values), *cost, *more]
 

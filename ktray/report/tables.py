@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ktray.pipeline.naming import student_name, teacher_name, transfer_name
+from ktray.pipeline.naming import student_name, teacher_name
 from ktray.report.ranking import Objective, losses, value_of
 from ktray.report.words import duration, kind_of_cause, measure, without_places
+from ktray.search.apart import names, told_apart
 from ktray.search.ranking import ranked
 
 if TYPE_CHECKING:
@@ -26,16 +27,19 @@ def leaderboard(
     completed = ranked(trials, objectives)
     if not completed:
         return None
-    rows = [(value_of(trial, metric), _trial_row(trial, objectives)) for trial in completed[:SHOWN]]
+    apart = told_apart(completed[:SHOWN])
+    more = {number: [without_places(text)] for number, text in apart.items()} if any(apart.values()) else {}
+    rows = [(value_of(trial, metric), _trial_row(trial, objectives, more.get(trial.number, []))) for trial in completed[:SHOWN]]
     loss = losses(mode)
     for name, reference in references.items():
         value = reference["metrics"].get(metric)
         better = [index for index, (other, _) in enumerate(rows) if value is None or other is None or loss(other) > loss(value)]
         place = len(rows) if value is None or not better else better[0]
         rows.insert(place, (value, _reference_row(name, reference["metrics"], objectives)))
+    words = ["teacher", "transfer", "student", *(["differs in"] if more else [])]
     return {
-        "head": ["teacher", "transfer", "student", *(name for name, _ in objectives), *_cost_head(objectives)],
-        "words": 3,
+        "head": [*words, *(name for name, _ in objectives), *_cost_head(objectives)],
+        "words": len(words),
         "rows": [row for _, row in rows],
         "more": max(0, len(completed) - SHOWN),
     }
@@ -46,11 +50,11 @@ def _cost_head(objectives: Sequence[Objective]) -> list[str]:
     return [name for name in ("cost/seconds", "cost/marginal_seconds") if name not in known]
 
 
-def _trial_row(trial: Trial, objectives: Sequence[Objective]) -> dict[str, Any]:
-    pair = trial.pair
+def _trial_row(trial: Trial, objectives: Sequence[Objective], more: list[str]) -> dict[str, Any]:
     costs = [duration(trial.cost.get(name.removeprefix("cost/"))) for name in _cost_head(objectives)]
     values = [measure(metric, value_of(trial, metric)) for metric, _ in objectives]
-    words = [without_places(teacher_name(pair)) or "–", transfer_name(pair), student_name(pair)]
+    teacher, transfer, student = names(trial)
+    words = [without_places(teacher) or "–", transfer, student, *more]
     return {"name": f"{trial.number}", "words": words, "numbers": [*values, *costs], "reference": False}
 
 
