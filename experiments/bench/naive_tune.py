@@ -2,16 +2,16 @@
 
 Command:  python experiments/bench/naive_tune.py list     32 distinct pairs over 4 teachers, no early stopping on either side
           python experiments/bench/naive_tune.py search   whole searches: sampler, rungs and duplicates against Optuna and ASHA
-Result:   list, n = 1, 2 quiet cores of an EPYC Milan, commit b703a29: ktray 196.9 CPU s (stages 173.7, of which teachers 45 and
-students 102), naive 490.7 (stages 467.1). ktray / ideal = 1.13 (wanted: at most 1.18), naive / ktray = 2.49.
-`search` of teachers.yaml, 72 trials, n = 1, the same quiet cores, commit ad38c35: naive / ktray = 4.78 (wanted: 4). ktray
-721.6 CPU s, of which stages 644 (students 483, evaluations 93, teachers 62; both reference lines are in it), naive 3,449, of
-which stages 3,102 (teachers 2,290, students 555, evaluations 126). ktray pays for each teacher once, so the ratio grows with
-the number of trials: earlier commits had 3.37 after 24 and 3.70 after 48. Again at 5ba00db: 4.44 (717.5 and 3,184 CPU s). Best
-linear probe with `seed:` 0 to 4: ktray 0.833, 0.837, 0.832, 0.840, 0.837, naive 0.838, 0.837, 0.832, 0.837, 0.835, both 0.836
-on average (one standard error of one is 0.015; ktray at a9bfb36 and 37fadf7; seeds 1 to 4 on 16 Xeon cores, where the other
-side shared a store to save time). Of 72 the luckiest wins: with eight more student seeds each, the pairs of seeds 1 to 4 have
-0.818 (ktray) and 0.822 (standard error of the difference 0.003).
+Result:   n = 1 each, 2 quiet cores of an EPYC Milan, commit 960b177. list: ktray 171.9 CPU s (stages 152.5, of which teachers
+39 and students 91), naive 447.4 (stages 427.9); ktray / ideal = 1.13 (wanted: at most 1.18), naive / ktray = 2.60.
+search of teachers.yaml, 72 trials: naive / ktray = 4.95 (wanted: 4; at earlier commits 4.78 and 4.44). ktray 653 CPU s, of
+which stages 584 (students 437, evaluations 83, teachers 59; both reference lines are in it), naive 3,235, of which stages 2,920
+(teachers 2,156, students 521, evaluations 121). ktray pays for each teacher once, so the ratio grows with the number of trials:
+earlier commits had 3.37 after 24 and 3.70 after 48.
+Best linear probe with `seed:` 0 to 4: ktray 0.833 and 0.837 (two runs), 0.837, 0.832, 0.840, 0.837, naive 0.838, 0.837, 0.832,
+0.837, 0.835, both 0.836 on average (600 images: one standard error of one is 0.015; seeds 1 to 4 on 16 Xeon cores, where the
+other side shared a store to save time). Of 72 the luckiest wins: with eight more student seeds each, the pairs of seeds 1 to 4
+have 0.818 (ktray) and 0.822 (standard error of the difference 0.003).
 """
 
 from __future__ import annotations
