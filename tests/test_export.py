@@ -13,7 +13,7 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ktray import export, plugins
+from ktray import augment, export, plugins
 from ktray.errors import UserError
 from ktray.spec import Student
 
@@ -129,7 +129,6 @@ def test_the_card_says_how_to_feed_the_student(tmp_path):
 
 
 def test_the_exported_normalisation_is_that_of_training(tmp_path):
-    augment = pytest.importorskip("ktray.augment")
     directory, _, _ = exported(tmp_path)
     about = card(directory)["input"]
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
