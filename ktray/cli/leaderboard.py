@@ -41,12 +41,12 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     goals = study.objectives
     shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
     apart = told_apart(shown)
-    lines = [_row(trial, goals, [apart[trial.number]] if any(apart.values()) else []) for trial in shown]
+    lines = [_row(trial, goals, [apart[trial.number]] if apart else []) for trial in shown]
     marks = [_reference_row(name, line, goals) for name, line in references.read(study_folder(home, study.name)).items()]
     sign = -1 if goals[0].mode == "max" else 1
     body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
     head = ["trial", "teacher", "transfer", "student", *(goal.metric for goal in goals), "seconds", "added"]
-    head += ["differs in"] if any(apart.values()) else []
+    head += ["differs in"] if apart else []
     body = [cells + [""] * (len(head) - len(cells)) for cells in body]
     return f"{table(head, body)}\n{tally(study)}" if shown else f"no completed trial yet\n{tally(study)}"
 

@@ -27,16 +27,16 @@ def leaderboard(
     completed = ranked(trials, objectives)
     if not completed:
         return None
-    apart = told_apart(completed[:SHOWN])
-    more = {number: [without_places(text)] for number, text in apart.items()} if any(apart.values()) else {}
-    rows = [(value_of(trial, metric), _trial_row(trial, objectives, more.get(trial.number, []))) for trial in completed[:SHOWN]]
+    shown = completed[:SHOWN]
+    apart = told_apart(shown)
+    rows = [(value_of(each, metric), _trial_row(each, objectives, [apart[each.number]] if apart else [])) for each in shown]
     loss = losses(mode)
     for name, reference in references.items():
         value = reference["metrics"].get(metric)
         better = [index for index, (other, _) in enumerate(rows) if value is None or other is None or loss(other) > loss(value)]
         place = len(rows) if value is None or not better else better[0]
         rows.insert(place, (value, _reference_row(name, reference["metrics"], objectives)))
-    words = ["teacher", "transfer", "student", *(["differs in"] if more else [])]
+    words = ["teacher", "transfer", "student", *(["differs in"] if apart else [])]
     return {
         "head": [*words, *(name for name, _ in objectives), *_cost_head(objectives)],
         "words": len(words),
@@ -54,7 +54,7 @@ def _trial_row(trial: Trial, objectives: Sequence[Objective], more: list[str]) -
     costs = [duration(trial.cost.get(name.removeprefix("cost/"))) for name in _cost_head(objectives)]
     values = [measure(metric, value_of(trial, metric)) for metric, _ in objectives]
     teacher, transfer, student = names(trial)
-    words = [without_places(teacher) or "–", transfer, student, *more]
+    words = [without_places(teacher) or "–", transfer, student, *map(without_places, more)]
     return {"name": f"{trial.number}", "words": words, "numbers": [*values, *costs], "reference": False}
 
 

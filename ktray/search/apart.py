@@ -17,7 +17,10 @@ def names(trial: Trial) -> tuple[str, str, str]:
 
 
 def told_apart(trials: Sequence[Trial]) -> dict[int, str]:
-    """Number of a trial -> the parameters that tell it from others of the same names, such as ``cell 4, lr 0.052``."""
+    """Number of a trial -> the parameters that tell it from others of the same names, such as ``cell 4, lr 0.052``.
+
+    Empty if no two of the same names differ.
+    """
     alike: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:
         alike.setdefault(names(trial), []).append(trial)
@@ -38,4 +41,4 @@ def told_apart(trials: Sequence[Trial]) -> dict[int, str]:
                 if name in differing and len(group) > 1
             ]
             texts[trial.number] = ", ".join(said[:MOST_SAID])
-    return texts
+    return texts if differing else {}
