@@ -45,15 +45,15 @@ import pandas
 
 from experiments.pair_table import CLUSTERS, RUNGS, SCHEDULE, STUDENTS, features
 from experiments.table_world import LAST, PRICES, TABLE, World, world
-from ktray.drivers.simulate import Site, Timeline, VirtualClock, simulate
 from ktray.fingerprint import canonical, fingerprint, seed_of
-from ktray.search import listed
-from ktray.search.check import checked
-from ktray.search.draws import Draws, Source
-from ktray.search.sampler import SHOWN, Quote, Sampler, Spend, at_random
+from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
+from ktray.search import fixed_draws
+from ktray.search.draws import DrawSource, SampledDraws
+from ktray.search.sampler import SHOWN, DrawCost, Quote, Sampler, at_random
 from ktray.search.space import Space
+from ktray.search.space_check import checked
+from ktray.search.space_tree import Params
 from ktray.search.study import Study
-from ktray.search.tree import Params
 
 SEEDS = (0, 50)  # the first, and the first no more
 BUDGETS = np.arange(0.05, 1.001, 0.05)  # shares of what the whole table costs
@@ -66,28 +66,28 @@ SORTS = (*PRICES, *(f"{name}{SHUFFLED}" for name in list(PRICES)[:2]))
 class PerCost(Sampler):
     """The literature's way: of all draws that the sampler compares the one that promises most for each second it would add."""
 
-    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote, left: float) -> Params:
+    def _affordable(self, draws: Sequence[Params], spent: DrawCost, quote: Quote, left: float) -> Params:
         ranked, unknown = self.evidence.ranked(SHOWN)
         if not ranked:
             return draws[0]
         gains = self.gains(ranked, unknown, draws)
-        prices = np.array([sum(quote(draw) or Spend()) for draw in draws])
+        prices = np.array([sum(quote(draw) or DrawCost()) for draw in draws])
         return draws[int(np.argmax(gains / np.maximum(prices, 1e-3)))]
 
 
-def per_cost(space: Space, known: World) -> Source:
+def per_cost(space: Space, known: World) -> DrawSource:
     """Draws by `PerCost`."""
-    draws = Draws(space)
+    draws = SampledDraws(space)
     draws.sampler = PerCost(space)
     return draws
 
 
-def by_chance(space: Space, known: World) -> Source:
+def by_chance(space: Space, known: World) -> DrawSource:
     """Draws that mind nothing."""
-    return listed.chance(space)
+    return fixed_draws.random_draws(space)
 
 
-def told(space: Space, known: World) -> Source:
+def told(space: Space, known: World) -> DrawSource:
     """Who knows the best k and student of every layer, and meets the teachers by chance: a measure, no bound."""
     best: dict[str, tuple[float, Params]] = {}
     for draw in space.draws():
@@ -96,7 +96,7 @@ def told(space: Space, known: World) -> Source:
     order: dict[str, Params] = {}
     for number in itertools.count():
         if len(order) == len(best):
-            return listed.fixed(space, list(order.values()))
+            return fixed_draws.fixed_draws(space, list(order.values()))
         met = _features(at_random(space, seed_of(space.seed, "told", number)))
         order[met] = best[met][1]
 
@@ -111,7 +111,7 @@ class Method:
 
     sampler: str
     rungs: tuple[int, ...] = (1, LAST)
-    draws: Callable[[Space, World], Source] | None = None
+    draws: Callable[[Space, World], DrawSource] | None = None
     trials: int = 120
 
 
@@ -190,7 +190,7 @@ def searched(task: tuple[str, str, int]) -> pandas.DataFrame:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as home:
         study = Study.open(Path(home), drawn, clock=clock, draws=draws(drawn, known) if draws else None)
-        timeline = simulate(drawn, study, clock, known.seconds, known.metrics, Site(1))
+        timeline = simulate(drawn, study, clock, known.seconds, known.metrics, SimulatedCluster(1))
     return incumbents(timeline, known).assign(prices=sort, method=name, seed=seed)
 
 

@@ -34,12 +34,12 @@ import numpy as np
 import yaml
 
 from ktray.artifact import Stage
-from ktray.drivers.simulate import Site, VirtualClock, simulate
 from ktray.fingerprint import fingerprint
-from ktray.pipeline import graph
+from ktray.pipeline import pair_graph
+from ktray.runs.simulation import SimulatedCluster, VirtualClock, simulate
 from ktray.search import surrogate
-from ktray.search.check import checked
 from ktray.search.space import Space
+from ktray.search.space_check import checked
 from ktray.search.study import Study
 from ktray.search.trial import Trial
 
@@ -119,7 +119,7 @@ class World:
         generator, means = random.Random(f"{self._space.seed} {fingerprint(trial.pair)}"), expected(trial)
         shared, pair = generator.gauss(0, 1), self._space.pair(trial.params)
         for epoch, mean in zip((2, 4, 8), means[:3], strict=True):
-            keys = graph.build(pair, _identity, epoch=epoch).keys["evaluation"]
+            keys = pair_graph.build(pair, _identity, epoch=epoch).keys["evaluation"]
             self._known[keys["knn"]] = mean + SHARED * shared + OWN * generator.gauss(0, 1)
             if epoch == 8:
                 self._known[keys["linear_probe"]] = means.probe + SHARED / 2 * shared + OWN * generator.gauss(0, 1)
@@ -147,7 +147,7 @@ def searched(method: str, seed: int) -> Found:
     clock = VirtualClock()
     with tempfile.TemporaryDirectory() as home:
         study = Study.open(Path(home), space, clock=clock)
-        simulate(space, study, clock, _seconds, World(space, study).metrics, Site(2))
+        simulate(space, study, clock, _seconds, World(space, study).metrics, SimulatedCluster(2))
         trials = study.trials()
     best = max((each for each in trials if each.state == "completed"), key=lambda each: each.objectives["linear_probe/top1"])
     share = np.mean([combination(each) == BEST for each in trials])

@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Any
 
 from ktray.artifact import Stage
-from ktray.drivers.simulate import Site, Timeline, VirtualClock, simulate
 from ktray.fingerprint import seed_of
-from ktray.search import listed
-from ktray.search.check import checked
+from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
+from ktray.search import fixed_draws
 from ktray.search.space import Space
+from ktray.search.space_check import checked
 from ktray.search.study import Study
 
 HOUR = 3600.0
@@ -173,14 +173,16 @@ def deaths(share: float) -> Any:
     return dies
 
 
-def run(costs: Costs, site: Site, trials: int, entries: Sequence[Params] | None, live: int = 0) -> tuple[Timeline, float]:
+def run(
+    costs: Costs, site: SimulatedCluster, trials: int, entries: Sequence[Params] | None, live: int = 0
+) -> tuple[Timeline, float]:
     """A list of pairs without early stopping, or a search with it; and the seconds that this process was busy.
 
     Args:
         live: trials at once; 0: all, but no more than 2,000.
     """
     searched = space(trials, live or min(trials, 2000), early_stop=entries is None)
-    draws = None if entries is None else listed.fixed(searched, entries)
+    draws = None if entries is None else fixed_draws.fixed_draws(searched, entries)
     clock, began = VirtualClock(), time.process_time()
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the study is a file that is synced a dozen times a trial
     with tempfile.TemporaryDirectory(dir=memory) as home:
@@ -208,7 +210,9 @@ def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str
             entries = pairs_of(count)
             for gpus in machines:
                 ideal = Ideal.of(entries, MODELS[name], gpus)
-                timeline, spent = run(MODELS[name], Site(gpus, hire_seconds=10, overhead_seconds=0.05), count, entries, live)
+                timeline, spent = run(
+                    MODELS[name], SimulatedCluster(gpus, hire_seconds=10, overhead_seconds=0.05), count, entries, live
+                )
                 assert sum(trial.state == "completed" for trial in timeline.trials) == count
                 target = max(ideal.path, ideal.shared / gpus)
                 print(
@@ -224,7 +228,7 @@ def of_failures(count: int, gpus: int, name: str) -> None:
     entries = pairs_of(count)
     print("deaths | checkpoints | work | lost | makespan h")
     for share, every in ((0.0, float("inf")), (0.05, 600.0), (0.2, 600.0), (0.05, float("inf")), (0.2, float("inf"))):
-        site = Site(gpus, 8, 10.0, 0.05, deaths(share) if share else Site(1).dies, every)
+        site = SimulatedCluster(gpus, 8, 10.0, 0.05, deaths(share) if share else SimulatedCluster(1).dies, every)
         timeline, _ = run(MODELS[name], site, count, entries)
         assert sum(trial.state == "completed" for trial in timeline.trials) == count
         print(
@@ -236,7 +240,7 @@ def of_failures(count: int, gpus: int, name: str) -> None:
 
 def of_searches(trials: int, gpus: int, name: str) -> None:
     """A whole search of a space of 10,800 pairs, with its sampler and its rungs."""
-    timeline, spent = run(MODELS[name], Site(gpus, hire_seconds=10, overhead_seconds=0.05), trials, None)
+    timeline, spent = run(MODELS[name], SimulatedCluster(gpus, hire_seconds=10, overhead_seconds=0.05), trials, None)
     states = [trial.state for trial in timeline.trials]
     counts = {state: states.count(state) for state in sorted(set(states))}
     print(

@@ -13,7 +13,7 @@ import pandas
 from experiments.pair_table import RUNGS, STUDENTS, features
 from ktray.artifact import Stage
 from ktray.fingerprint import fingerprint
-from ktray.pipeline import graph
+from ktray.pipeline import pair_graph
 from ktray.search.space import Space
 
 TABLE = Path(__file__).parent / "tables" / "cifar10_pairs.parquet"
@@ -104,7 +104,7 @@ def world(searched: Space, price: Price, shuffled: bool = False) -> World:
         name = fingerprint(pair.model_dump(mode="json"))
         found.values[name] = float(row["linear_probe"])
         for epoch in RUNGS:
-            stages = graph.build(pair, lambda spec: fingerprint(spec.model_dump()), epoch=epoch)
+            stages = pair_graph.build(pair, lambda spec: fingerprint(spec.model_dump()), epoch=epoch)
             known = {stage.key: _known(stage, stages, row, epoch, price) for stage in stages.stages}
             found.stages |= known
             ends = "linear_probe" if epoch == LAST else "knn"
@@ -115,7 +115,7 @@ def world(searched: Space, price: Price, shuffled: bool = False) -> World:
     return found
 
 
-def _known(stage: Stage, stages: graph.Graph, row: Any, epoch: int, price: Price) -> Known:
+def _known(stage: Stage, stages: pair_graph.Graph, row: Any, epoch: int, price: Price) -> Known:
     if stage.name == "images":
         return Known(0.0)
     if stage.name == "student":

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from ktray import plugins
 from ktray.cli.settings import Settings, counted, open_home
 from ktray.errors import StageFailed, UserError
-from ktray.export import load_student as load_student
+from ktray.export.student_files import load_student as load_student
 from ktray.spec import PairSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from ktray.cli.best import Per
-    from ktray.drivers.search import Outcome
-    from ktray.drivers.stopping import Stopping
-    from ktray.export import Form, Head
+    from ktray.export.student_files import Form, Head
+    from ktray.runs.interruption import Interruption
+    from ktray.runs.search_run import SearchOutcome
     from ktray.search.history import History
     from ktray.search.space import Space
 
@@ -192,7 +192,7 @@ def _space(space: Mapping[str, Any] | str | Path, overrides: list[str]) -> tuple
     Raises:
         UserError: it is neither a file's name nor plain data, or no space.
     """
-    from ktray.cli.source import load_space
+    from ktray.cli.spec_files import load_space
     from ktray.search.space import parse
 
     if isinstance(space, str | Path):
@@ -205,7 +205,7 @@ def _space(space: Mapping[str, Any] | str | Path, overrides: list[str]) -> tuple
     return parse(text, overrides, "space"), "space"
 
 
-def _ended(begin: Callable[[Stopping], Outcome], options: Settings) -> Outcome:
+def _ended(begin: Callable[[Interruption], SearchOutcome], options: Settings) -> SearchOutcome:
     """What a search did that came to its end; Ctrl-C is heard while it runs.
 
     Raises:
@@ -213,9 +213,9 @@ def _ended(begin: Callable[[Stopping], Outcome], options: Settings) -> Outcome:
         KeyboardInterrupt: Ctrl-C.
     """
     from ktray.cli.search import stop_on_signals
-    from ktray.drivers.stopping import Stopping
+    from ktray.runs.interruption import Interruption
 
-    stopping = Stopping()
+    stopping = Interruption()
     in_main = threading.current_thread() is threading.main_thread()  # nobody else may handle signals
     with stop_on_signals(stopping, options) if in_main else contextlib.nullcontext():
         outcome = begin(stopping)
@@ -258,8 +258,8 @@ def run(
     """
     from ktray.cli.plan import check_pairs
     from ktray.cli.run import run_here, run_on_ray
-    from ktray.cli.source import chosen, load_pairs
-    from ktray.pipeline.check import data_loader
+    from ktray.cli.spec_files import chosen, load_pairs
+    from ktray.pipeline.pair_check import data_loader
     from ktray.search.space import pair_of
 
     counted(concurrent, "concurrent")

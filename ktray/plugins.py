@@ -134,6 +134,16 @@ def _place(name: str, error: Exception) -> str:
     return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else name
 
 
+def identity_name(module: ModuleType) -> str:
+    """The fixed name by which keys refer to a module with a REVISION, such as ``kmeans`` or ``pretext.rotation``.
+
+    A tool states it as IDENTITY, so that moving its file changes no key. A plugin that ships with ktray is named after its
+    room and kind, one from outside after its dotted kind.
+    """
+    stated = getattr(module, "IDENTITY", None)
+    return str(stated) if stated else module.__name__.removeprefix("ktray.")
+
+
 def parse(room: str, value: Any) -> Any:
     """`value` (a kind's name, a mapping with `kind`, or a ready Spec) as the Spec of its kind.
 

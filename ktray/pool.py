@@ -1,4 +1,4 @@
-"""How one function is called on many workers: `LocalPool` here, `RayPool` in the crew. No result depends on which."""
+"""How one function is called on many workers: `LocalPool` here, `RayPool` in the scheduler. No result depends on which."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _silent(values: Mapping[str, float]) -> None:
 
 
 @dataclass(frozen=True)
-class Means:
+class StageContext:
     """What a stage is given to work with; none of it may change a result.
 
     Attributes:

@@ -18,8 +18,7 @@ from pydantic import (
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.strict import Spec as Spec
-from ktray.strict import plain_types
+from ktray.strict import StrictSpec, plain_types
 
 
 def _parse(room: str, value: Any) -> Any:
@@ -27,7 +26,7 @@ def _parse(room: str, value: Any) -> Any:
         found = plugins.parse(room, value)
     except UserError as error:  # as a ValueError it leaves pydantic with the path of the field
         raise ValueError(str(error)) from error
-    if not isinstance(found, Spec):
+    if not isinstance(found, StrictSpec):
         raise ValueError(f"a {room} is a kind's name or a mapping with 'kind', and this is {value!r}")
     return found
 
@@ -60,7 +59,7 @@ def _from_text(kind: str, name: str, text: str) -> Any:
         return text
 
 
-DataSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_data)]
+DataSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_data)]
 BackboneSpec = Annotated[Any, BeforeValidator(partial(_parse, "backbone"))]
 PretextSpec = Annotated[Any, BeforeValidator(partial(_parse, "pretext"))]
 DescriptorSpec = Annotated[Any, BeforeValidator(partial(_parse, "descriptor"))]
@@ -69,14 +68,14 @@ EvaluationSpec = Annotated[Any, BeforeValidator(partial(_parse, "evaluation"))]
 Seed = Annotated[int, Field(ge=0)]
 
 
-class Split(Spec):
+class Split(StrictSpec):
     """How images for judging are taken from a data set that brings none: a seeded part, stratified where there are labels."""
 
     val: float = Field(default=0.1, ge=0, lt=1, description="share of the training images; 0: no val split")
     seed: Seed = 0
 
 
-class DataRoles(Spec):
+class DataRoles(StrictSpec):
     """Which data set plays which part; the paper's Table 2 lets them differ."""
 
     pretext: DataSpec
@@ -85,7 +84,7 @@ class DataRoles(Spec):
     target: DataSpec
 
 
-class Schedule(Spec):
+class Schedule(StrictSpec):
     """How a network is trained: learning rate over time, and the optimiser's settings.
 
     `warmup_stable` warms up linearly, stays, and decays linearly to zero over the last `decay` share of the epochs. Its trunk
@@ -128,14 +127,14 @@ class Schedule(Spec):
         return self
 
 
-class Pooling(Spec):
+class Pooling(StrictSpec):
     """How the feature maps of a layer become one vector: pooled to a grid x grid x C, then flattened."""
 
     kind: Literal["avg", "max"] = "avg"
     grid: int = Field(default=1, ge=1, le=64)
 
 
-class TrainedTeacher(Spec):
+class TrainedTeacher(StrictSpec):
     """A backbone trained on a pretext task; its features are those of one named layer, float32 unless `dtype` says less."""
 
     pretext: PretextSpec
@@ -147,7 +146,7 @@ class TrainedTeacher(Spec):
     dtype: Literal["float32", "float16"] = "float32"
 
 
-class HandcraftedTeacher(Spec):
+class HandcraftedTeacher(StrictSpec):
     """A descriptor: no training, no seed, no schedule."""
 
     descriptor: DescriptorSpec
@@ -157,7 +156,7 @@ class HandcraftedTeacher(Spec):
 Normalization = Literal["ktray", "imagenet", "half"]  # how pixels become a network's inputs; see `augment.normalize`
 
 
-class LoadedTeacher(Spec):
+class LoadedTeacher(StrictSpec):
     """A backbone with weights made elsewhere.
 
     `checkpoint` is a file (safetensors, or a state_dict that loads with weights_only), the folder of an exported student, or
@@ -172,14 +171,14 @@ class LoadedTeacher(Spec):
     dtype: Literal["float32", "float16"] = "float32"
 
 
-class Columns(Spec):
+class Columns(StrictSpec):
     """Where a parquet file keeps an image's path and its features (a list of floats)."""
 
     path: str = "path"
     features: str = "features"
 
 
-class ReadyTeacher(Spec):
+class PrecomputedTeacher(StrictSpec):
     """Ready-made features in a file: a .npy (N, D) or a .parquet, by image path as the data set has it, such as ``cats/1.png``.
 
     `names` of a .npy is a text file with one path per line, or a .npy of texts. Without it row i is the i-th training image
@@ -192,7 +191,7 @@ class ReadyTeacher(Spec):
     dtype: Literal["float32", "float16"] = "float32"
 
     @model_validator(mode="after")
-    def _only_what_the_file_has(self) -> ReadyTeacher:
+    def _only_what_the_file_has(self) -> PrecomputedTeacher:
         parquet = self.features.endswith(".parquet")
         if not parquet and not self.features.endswith(".npy"):
             raise ValueError(f"ready-made features are a .npy or a .parquet file, and this is {self.features!r}")
@@ -205,11 +204,11 @@ def _teacher(value: Any) -> Any:
     """The teacher type by the field that only it has, so that errors speak of one type and not of all."""
     if not isinstance(value, Mapping):
         return value
-    by_field: dict[str, tuple[type[Spec], str]] = {
+    by_field: dict[str, tuple[type[StrictSpec], str]] = {
         "pretext": (TrainedTeacher, "trained"),
         "descriptor": (HandcraftedTeacher, "handcrafted"),
         "checkpoint": (LoadedTeacher, "loaded"),
-        "features": (ReadyTeacher, "ready-made"),
+        "features": (PrecomputedTeacher, "ready-made"),
         "pair": (StudentTeacher, "the student of another pair"),
     }
     present = [field for field in by_field if field in value]
@@ -222,17 +221,17 @@ def _teacher(value: Any) -> Any:
     return by_field[present[0]][0].model_validate(dict(value))
 
 
-TeacherSpec = Annotated[SerializeAsAny[Spec], BeforeValidator(_teacher)]
+TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher)]
 
 
-class Augment(Spec):
+class Augment(StrictSpec):
     """Random views of the student's training images."""
 
     crop: int = Field(default=2, ge=0, description="pixels of padding before a random crop")
     flip: bool = False
 
 
-class Student(Spec):
+class Student(StrictSpec):
     """A fresh network that learns to predict what the transfer asks of it."""
 
     backbone: BackboneSpec
@@ -241,7 +240,7 @@ class Student(Spec):
     seed: Seed = 0
 
 
-class PairSpec(Spec):
+class PairSpec(StrictSpec):
     """One complete transfer: a teacher, a way to transfer, a student, and how they are judged."""
 
     data: DataRoles
@@ -296,7 +295,7 @@ class PairSpec(Spec):
         return any(getattr(entry, "of", "student") == "teacher" for entry in self.evals)
 
 
-class StudentTeacher(Spec):
+class StudentTeacher(StrictSpec):
     """The student of another pair, trained to its end: a chain of generations, each taught by the student of the one before.
 
     The stages of that pair are those that it has alone, so a search that ran it has computed them.

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 from pydantic_core import PydanticCustomError
 
 
-class Spec(BaseModel):
+class StrictSpec(BaseModel):
     """Frozen and strict: an unknown field is an error, never ignored, and true is no 1, "5" no 5, "on" no true."""
 
     # Not pydantic's strict=True, which also refuses a list for a tuple and a mapping for a spec.

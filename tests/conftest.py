@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ktray.crew.needs import Needs, Runtime
+from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
 
-TOY_NEEDS = {"images": Needs(helpers=3), "clusters": Needs(helpers=3)}
+TOY_NEEDS = {"images": ResourceRequest(helpers=3), "clusters": ResourceRequest(helpers=3)}
 
 
 def pytest_configure() -> None:
@@ -34,31 +34,31 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A session on a Ray of its own, with room for several small crews (`ktray.crew.runtime.Session`)."""
-    from ktray.crew.runtime import start, stop
+    """A session on a Ray of its own, with room for several small schedulers (`ktray.scheduler.ray_session.RaySession`)."""
+    from ktray.scheduler.ray_session import start, stop
 
-    session = start(tmp_path_factory.mktemp("home"), None, Runtime(cpus=16))
+    session = start(tmp_path_factory.mktemp("home"), None, RuntimeSettings(cpus=16))
     yield session
     stop(session)
 
 
 class Founder:
-    """Founds crews and ends them."""
+    """Founds schedulers and ends them."""
 
     def __init__(self, session: Any) -> None:
         self.session, self.ends = session, []  # type: ignore[var-annotated]
 
     def __call__(self, store: Path, work: Callable[..., Any] | None = None, **settings: Any) -> Any:
-        """A crew of two workers on this store, for the toy work or another one; `settings` are fields of Runtime."""
+        """A scheduler with two workers on this store, for the toy work by default; `settings` are fields of RuntimeSettings."""
         import toy_work
 
-        from ktray.crew.client import connect
+        from ktray.scheduler.client import connect
 
-        runtime = Runtime(**{"cpus": 2, "stages": TOY_NEEDS, **settings})
-        session = dataclasses.replace(self.session, runtime=runtime, crews=self.ends)
-        crew = connect(session, f"file://{store}", work or toy_work.work)
-        self.ends.append(crew.end)
-        return crew
+        runtime = RuntimeSettings(**{"cpus": 2, "stages": TOY_NEEDS, **settings})
+        session = dataclasses.replace(self.session, runtime=runtime, schedulers=self.ends)
+        scheduler = connect(session, f"file://{store}", work or toy_work.work)
+        self.ends.append(scheduler.end)
+        return scheduler
 
     def end(self) -> None:
         for end in self.ends:
@@ -66,8 +66,8 @@ class Founder:
 
 
 @pytest.fixture
-def found_crew(ray_home: Any) -> Iterator[Founder]:
-    """Founds crews that end with the test."""
+def start_scheduler(ray_home: Any) -> Iterator[Founder]:
+    """Founds schedulers that end with the test."""
     founder = Founder(ray_home)
     yield founder
     founder.end()
@@ -75,13 +75,13 @@ def found_crew(ray_home: Any) -> Iterator[Founder]:
 
 @pytest.fixture(scope="session")
 def toy_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where `crew` publishes."""
+    """Where `scheduler` publishes."""
     return tmp_path_factory.mktemp("toys") / "store"
 
 
 @pytest.fixture(scope="session")
-def crew(ray_home: Any, toy_store: Path) -> Iterator[Any]:
-    """A crew of two workers for the toy work, shared by all tests."""
+def scheduler(ray_home: Any, toy_store: Path) -> Iterator[Any]:
+    """A scheduler of two workers for the toy work, shared by all tests."""
     founder = Founder(ray_home)
     yield founder(toy_store)
     founder.end()

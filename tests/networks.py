@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ktray import plugins, train
-from ktray.task import Task
+from ktray import plugins
+from ktray.training import loop
+from ktray.training.task import Task
 
 BACKBONE = plugins.parse("backbone", {"kind": "alexnet", "width": 0.125})
 
@@ -14,7 +15,7 @@ BACKBONE = plugins.parse("backbone", {"kind": "alexnet", "width": 0.125})
 def model_of(task: Task) -> nn.ModuleDict:
     """What `train.fit` trains of a task, ready for its first step."""
     torch.manual_seed(0)
-    backbone = train.fresh(BACKBONE, 0)
+    backbone = loop.fresh(BACKBONE, 0)
     model = nn.ModuleDict({"backbone": backbone, "head": task.head(backbone.feature_dim)})
     task.prepare(model)
     return model

@@ -15,10 +15,10 @@ import yaml
 
 import ktray
 from ktray.cli import best, export, main
-from ktray.drivers import search as driver
-from ktray.drivers.simulate import _Mute
-from ktray.drivers.stopping import Stopping
 from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.runs import search_run
+from ktray.runs.interruption import Interruption
+from ktray.runs.simulation import _NoTracker
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from tests.searches import Home
@@ -96,26 +96,26 @@ def test_a_call_in_which_nothing_could_run_at_a_time_is_refused_in_one_sentence(
 
 def test_a_space_never_gets_a_number_of_trials_at_a_time_that_its_file_could_not_have(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
-    assert driver.with_concurrent(space, 3).budget == space.budget.model_copy(update={"concurrent": 3})
-    assert driver.with_concurrent(space, None) is space
+    assert search_run.with_concurrent(space, 3).budget == space.budget.model_copy(update={"concurrent": 3})
+    assert search_run.with_concurrent(space, None) is space
     with pytest.raises(ValueError, match="greater than or equal to 1"):
-        driver.with_concurrent(space, 0)
+        search_run.with_concurrent(space, 0)
 
 
 def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
 
-    def only_draw(conductor: Any, crew: Any) -> StoppedEarly:
-        drawn.append(len(conductor.first(conductor.space.budget.concurrent)[0]))
+    def only_draw(coordinator: Any, scheduler: Any) -> StoppedEarly:
+        drawn.append(len(coordinator.first(coordinator.space.budget.concurrent)[0]))
         return StoppedEarly("it is enough")
 
-    monkeypatch.setattr(driver, "_trials", only_draw)
+    monkeypatch.setattr(search_run, "_trials", only_draw)
     space = toy_space(tmp_path, budget={"trials": 70, "concurrent": 500}, sampler="random", early_stop=None)
-    place = driver.Place(tmp_path, FileStore(tmp_path / "store"), None, None)
+    place = search_run.SearchSettings(tmp_path, FileStore(tmp_path / "store"), None, None)
     said: list[str] = []
-    screen: Any = type("Heard", (_Mute,), {"say": staticmethod(said.append)})()
-    tracker: Any = type("Deaf", (_Mute,), {"close": lambda self, how, timeout: None})()
-    driver.search(space, place, tracker, Stopping(), screen, name="toy", trials=None)
+    screen: Any = type("Heard", (_NoTracker,), {"say": staticmethod(said.append)})()
+    tracker: Any = type("Deaf", (_NoTracker,), {"close": lambda self, how, timeout: None})()
+    search_run.search(space, place, tracker, Interruption(), screen, name="toy", trials=None)
     assert drawn == [64]
     assert said == ["64 trials run at a time, not 500: each waits in a process on this machine"]
 
@@ -194,11 +194,11 @@ def test_an_export_takes_format_head_and_registry_as_the_command_does(tmp_path: 
 def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: dict[str, Any] = {}
 
-    def searched(space: Any, place: Any, tracker: Any, stopping: Any, screen: Any, **wishes: Any) -> driver.Outcome:
+    def searched(space: Any, place: Any, tracker: Any, stopping: Any, screen: Any, **wishes: Any) -> search_run.SearchOutcome:
         heard.update(wishes, space=space, place=place, tracker=tracker)
-        return driver.Outcome(wishes["name"])
+        return search_run.SearchOutcome(wishes["name"])
 
-    monkeypatch.setattr(driver, "search", searched)
+    monkeypatch.setattr(search_run, "search", searched)
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
     study = ktray.search(
         search_space(tmp_path),
@@ -227,11 +227,11 @@ def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monke
 def test_a_space_may_be_plain_data_and_is_the_same_as_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[Any] = []
 
-    def searched(space: Any, *others: Any, **wishes: Any) -> driver.Outcome:
+    def searched(space: Any, *others: Any, **wishes: Any) -> search_run.SearchOutcome:
         heard.append(space)
-        return driver.Outcome(wishes["name"])
+        return search_run.SearchOutcome(wishes["name"])
 
-    monkeypatch.setattr(driver, "search", searched)
+    monkeypatch.setattr(search_run, "search", searched)
     file = search_space(tmp_path)
     content = yaml.safe_load(file.read_text())
     for each in (file, content):

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from ktray import train
 from ktray.cli import main
 from ktray.plugins import parse
+from ktray.training import loop
 from tests.pictures import noise
 from tests.ready_files import npy, numbers, paths
 from tests.toys import HOG, ROTATION, STUDENT, toy_spec
@@ -62,13 +62,13 @@ def of_another_architecture(at: Path) -> dict[str, Any]:
 
 
 def of_another_depth(at: Path) -> dict[str, Any]:
-    network = train.fresh(parse("backbone", {"kind": "resnet", "depth": 34, "width": 0.125}), 0)
+    network = loop.fresh(parse("backbone", {"kind": "resnet", "depth": 34, "width": 0.125}), 0)
     save_file(network.state_dict(), at / "deep.safetensors")
     return {"teacher": loaded(at / "deep.safetensors", {"kind": "resnet", "depth": 18, "width": 0.125})}
 
 
 def cut_off(at: Path) -> dict[str, Any]:
-    save_file(train.fresh(parse("backbone", ALEXNET), 0).state_dict(), at / "cut.safetensors")
+    save_file(loop.fresh(parse("backbone", ALEXNET), 0).state_dict(), at / "cut.safetensors")
     content = (at / "cut.safetensors").read_bytes()
     (at / "cut.safetensors").write_bytes(content[: len(content) // 2])
     return {"teacher": loaded(at / "cut.safetensors")}

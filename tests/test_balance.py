@@ -15,15 +15,15 @@ from optuna.samplers import TPESampler
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search import sampler, tpe
-from ktray.search.purse import Purse
-from ktray.search.sampler import Sampler, Spend, prefix
+from ktray.search.budget import Spending
+from ktray.search.sampler import DrawCost, Sampler, prefix
 from ktray.search.space import Space
+from ktray.search.space_tree import Params
 from ktray.search.study import Study
-from ktray.search.tree import Params
 from ktray.search.trial import Trial
 from tests.toy_space import FINITE, drive, given, score, states, tell, toy_space
 
-IN_DEBT = Spend(prefix=100.0, suffix=99.0)
+IN_DEBT = DrawCost(prefix=100.0, suffix=99.0)
 
 
 def teacher(params: Params) -> str:
@@ -49,7 +49,7 @@ def told(space: Space, trials: list[Trial], quote: sampler.Quote | None = None) 
 
 def dear(seconds: dict[str, float]) -> sampler.Quote:
     """Anything new costs what its teacher's branch costs, and its student 10 s."""
-    return lambda params: Spend(seconds[str(params["teacher"])], 10.0)
+    return lambda params: DrawCost(seconds[str(params["teacher"])], 10.0)
 
 
 def wide(folder: Path, **fields: Any) -> Space:
@@ -89,21 +89,21 @@ def test_prices_change_nothing_while_everything_can_be_afforded(tmp_path: Path) 
     trials = history(space, 30)
     rich, priceless = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0})), told(space, trials)
     for count in range(30, 36):
-        assert rich.propose(count, Spend(0.0, 2000.0)) == priceless.propose(count, IN_DEBT)
+        assert rich.propose(count, DrawCost(0.0, 2000.0)) == priceless.propose(count, IN_DEBT)
 
 
 def test_a_new_teacher_comes_once_students_have_cost_as_much_as_all_teachers_with_it(tmp_path: Path) -> None:
     space = wide(tmp_path)
     trials = history(space, 3, lambda trial: 0.5)
     ours, known = told(space, trials, dear({"hog": 100.0, "rotation": 100.0})), {teacher(trial.params) for trial in trials}
-    for spent, new in ((Spend(300.0, 389.0), False), (Spend(300.0, 391.0), True)):  # its student costs 10
+    for spent, new in ((DrawCost(300.0, 389.0), False), (DrawCost(300.0, 391.0), True)):  # its student costs 10
         assert any(teacher(ours.propose(3 + index, spent)) not in known for index in range(10)) is new
 
 
 def test_the_first_draw_is_a_cheap_one(tmp_path: Path) -> None:
     for seed in range(5):
         space = wide(tmp_path, seed=seed)
-        assert told(space, [], dear({"hog": 50.0, "rotation": 1000.0})).propose(0, Spend())["teacher"] == "hog"
+        assert told(space, [], dear({"hog": 50.0, "rotation": 1000.0})).propose(0, DrawCost())["teacher"] == "hog"
 
 
 def test_if_nothing_can_be_afforded_the_most_promising_is_drawn(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_if_nothing_can_be_afforded_the_most_promising_is_drawn(tmp_path: Path) 
     space = toy_space(tmp_path, {"teacher": hogs, "transfer": {"kind": "clusters", "k": 5}, "student": student})
     params: Params = {"teacher.descriptor.cell": 4}
     trial = Trial(0, params, space.pair(params).model_dump(mode="json"), "completed", objectives={"linear_probe/top1": 0.5})
-    ours = told(space, [trial], lambda params: Spend(100.0, 1.0))
+    ours = told(space, [trial], lambda params: DrawCost(100.0, 1.0))
     assert ours.propose(1, IN_DEBT)["teacher.descriptor.cell"] in (7, 14)
 
 
@@ -135,7 +135,7 @@ def test_a_teacher_that_was_judged_poor_is_not_drawn_again_with_another_k(tmp_pa
     trials = history(space, 30, lambda trial: 0.9 if is_poor(trial.params) else 0.1)
     waits: dict[str, Any] = {"state": "paused", "teacher_score": 0.9, "objectives": {}}
     judged = [dataclasses.replace(trial, **waits) if is_poor(trial.params) else trial for trial in trials]
-    free = lambda params: Spend(0.0, 1.0)  # noqa: E731
+    free = lambda params: DrawCost(0.0, 1.0)  # noqa: E731
     before, after = ([told(space, some, free).propose(30 + n, IN_DEBT) for n in range(20)] for some in (trials, judged))
     assert any(map(is_poor, before))
     assert not any(map(is_poor, after))
@@ -151,7 +151,7 @@ def test_a_teacher_that_was_given_up_is_drawn_again_when_more_trials_are_asked_f
     good = [dataclasses.replace(trial, state="completed", objectives={"linear_probe/top1": 0.5}) for trial in good]
     ours = told(space, [*good, dataclasses.replace(poor, state="pruned", teacher_score=0.8)])
     left = [{"teacher.descriptor.cell": 7, "transfer.k": k} for k in (10, 20)]
-    assert all(ours.propose(4 + n, Spend()) in left for n in range(20))
+    assert all(ours.propose(4 + n, DrawCost()) in left for n in range(20))
 
 
 def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> Non
 
 def test_random_draws_mind_nothing(tmp_path: Path) -> None:
     space = wide(tmp_path, sampler="random")
-    assert told(space, history(space, 40)).propose(40, IN_DEBT) == told(space, []).propose(40, Spend())
+    assert told(space, history(space, 40)).propose(40, IN_DEBT) == told(space, []).propose(40, DrawCost())
 
 
 def test_another_sampler_is_no_other_space(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_stage_is_charged_to_the_trial_that_needs_it_first(tmp_path: Path) -> 
     first = given(study).trial.number
     study.charge(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
     assert "teacher-1" in study.purse
-    assert study.purse.spent == Spend(100.0, 10.0)
+    assert study.purse.spent == DrawCost(100.0, 10.0)
 
 
 def test_what_was_recorded_replaces_what_was_expected_and_survives_a_resume(tmp_path: Path) -> None:
@@ -213,8 +213,8 @@ def test_what_was_recorded_replaces_what_was_expected_and_survives_a_resume(tmp_
         tell(study, first)
         study.paid(second.trial.number, {})  # its student failed: no record, no charge
         study.fail(second.trial.number, "out of luck")
-        assert study.purse.spent == Spend(131.0, 9.0)
-    assert Study.open(tmp_path, space).purse.spent == Spend(131.0, 9.0)
+        assert study.purse.spent == DrawCost(131.0, 9.0)
+    assert Study.open(tmp_path, space).purse.spent == DrawCost(131.0, 9.0)
 
 
 def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_with_more(tmp_path: Path) -> None:
@@ -273,20 +273,20 @@ def spend(study: Study, seconds: float) -> None:
 
 @pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
 def test_the_first_draw_is_made_at_any_price_and_no_other_that_the_hours_do_not_pay_for(tmp_path: Path, how: str) -> None:
-    with costing(tmp_path, lambda params: Spend(360_000.0, 10.0), sampler=how) as study:
+    with costing(tmp_path, lambda params: DrawCost(360_000.0, 10.0), sampler=how) as study:
         spend(study, 3240.0)
         assert study.next() == "done"
         assert study.reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
         assert study.drawn == 1
     with Study.open(tmp_path, study.space) as again:
-        again.ask_prices(lambda params: Spend(300.0, 10.0))
+        again.ask_prices(lambda params: DrawCost(300.0, 10.0))
         given(again)
 
 
 @pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
 def test_what_is_left_of_the_hours_goes_to_draws_that_fit(tmp_path: Path, how: str) -> None:
     dear_students = {"hog": 10.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: Spend(5.0, dear_students[str(params["teacher"])]), sampler=how) as study:
+    with costing(tmp_path, lambda params: DrawCost(5.0, dear_students[str(params["teacher"])]), sampler=how) as study:
         spend(study, 3400.0)
         drive(study)
         assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}
@@ -295,7 +295,7 @@ def test_what_is_left_of_the_hours_goes_to_draws_that_fit(tmp_path: Path, how: s
 
 def test_a_planned_draw_that_is_too_dear_waits_until_what_runs_has_cost_less_than_expected(tmp_path: Path) -> None:
     with costing(
-        tmp_path, lambda params: Spend(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
+        tmp_path, lambda params: DrawCost(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
     ) as study:
         one = given(study)
         study.charge(one.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
@@ -308,12 +308,12 @@ def test_a_planned_draw_that_is_too_dear_waits_until_what_runs_has_cost_less_tha
 def test_a_planned_draw_that_is_too_dear_keeps_no_other_waiting(tmp_path: Path) -> None:
     start = [{"teacher": "hog", "teacher.hog.descriptor.cell": 4}, {"teacher": "rotation"}, {"teacher": "hog"}]
     prices = {"hog": 15.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: Spend(prices[str(params["teacher"])], 1.0), start_with=start) as study:
+    with costing(tmp_path, lambda params: DrawCost(prices[str(params["teacher"])], 1.0), start_with=start) as study:
         drive(study)
         assert study.drawn == 9
         assert [trial.planned for trial in study.trials()][:3] == [0, 2, None]
     with Study.open(tmp_path, study.space, trials="+1") as again:
-        again.ask_prices(lambda params: Spend(15.0, 1.0))
+        again.ask_prices(lambda params: DrawCost(15.0, 1.0))
         assert given(again).trial.planned == 1
 
 
@@ -330,7 +330,7 @@ def test_hours_that_are_spent_before_any_result_still_give_one(tmp_path: Path) -
 
 def test_a_purse_counts_a_changed_trial_once() -> None:
     trial = Trial(0, {}, {}, charges={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
-    purse = Purse([trial, trial])
+    purse = Spending([trial, trial])
     purse.update(dataclasses.replace(trial, charges={"prefix": {"a": 5.0}, "suffix": {}}))
-    assert purse.spent == Spend(5.0, 0.0)
+    assert purse.spent == DrawCost(5.0, 0.0)
     assert ("a" in purse, "b" in purse) == (True, False)

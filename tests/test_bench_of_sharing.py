@@ -6,15 +6,15 @@ import pytest
 
 from experiments import simulate_search as simulated
 from experiments.bench import naive_tune
-from ktray.drivers.simulate import Site
-from ktray.pipeline import graph
+from ktray.pipeline import pair_graph
+from ktray.runs.simulation import SimulatedCluster
 
 
 @pytest.mark.parametrize("model", simulated.MODELS)
 def test_a_fixed_list_costs_its_distinct_stages_and_ends_near_its_bound(model):
     costs, entries, gpus = simulated.MODELS[model], simulated.pairs_of(40), 6
     ideal = simulated.Ideal.of(entries, costs, gpus)
-    timeline, _ = simulated.run(costs, Site(gpus), len(entries), entries)
+    timeline, _ = simulated.run(costs, SimulatedCluster(gpus), len(entries), entries)
     assert [trial.state for trial in timeline.trials] == ["completed"] * len(entries)
     assert timeline.alone == pytest.approx(ideal.naive)
     assert 0.85 * timeline.busy <= ideal.shared <= timeline.busy * 1.000001
@@ -33,8 +33,8 @@ def test_the_ideal_of_three_pairs_by_hand():
 
 def test_a_stated_share_of_the_stages_dies_once_and_costs_half_of_its_work_on_average():
     costs, entries = simulated.MODELS["teacher 20 h, student 8 h"], simulated.pairs_of(120)
-    calm, _ = simulated.run(costs, Site(8), 120, entries)
-    died, _ = simulated.run(costs, Site(8, dies=simulated.deaths(0.2)), 120, entries)
+    calm, _ = simulated.run(costs, SimulatedCluster(8), 120, entries)
+    died, _ = simulated.run(costs, SimulatedCluster(8, dies=simulated.deaths(0.2)), 120, entries)
     assert [trial.state for trial in died.trials] == ["completed"] * 120
     assert died.busy == pytest.approx(calm.busy + died.lost, rel=0.01)  # another set of layers may share a pass
     assert 0.05 < died.lost / calm.busy < 0.16
@@ -42,7 +42,7 @@ def test_a_stated_share_of_the_stages_dies_once_and_costs_half_of_its_work_on_av
 
 def test_the_list_of_the_bench_is_32_pairs_over_4_teachers():
     pairs = naive_tune.pairs().values()
-    keys = [graph.build(pair, lambda spec: "content").keys for pair in pairs]
+    keys = [pair_graph.build(pair, lambda spec: "content").keys for pair in pairs]
     distinct = {name: len({each[name] for each in keys}) for name in ("teacher", "features", "clusters", "student")}
     assert distinct == {"teacher": 4, "features": 8, "clusters": 16, "student": 32}
 

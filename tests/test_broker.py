@@ -1,4 +1,4 @@
-"""The crew on a real Ray: processes are killed and frozen, and nothing is lost or done twice."""
+"""The scheduler on a real Ray: processes are killed and frozen, and nothing is lost or done twice."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import pytest
 from conftest import TOY_NEEDS, Founder
 from toy_work import toy, work
 
-from ktray.crew.client import Crew, Released, connect
-from ktray.crew.needs import Runtime
-from ktray.crew.runtime import start
 from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.scheduler.client import SchedulerClient, WaitCancelled, connect
+from ktray.scheduler.ray_session import start
+from ktray.scheduler.resources import RuntimeSettings
 from ktray.stores.file import FileStore
 
 
@@ -47,61 +47,61 @@ def starts(log: Path, stage: Any) -> list[int]:
     return [int(line.split()[2]) for line in lines if line.startswith(stage.key + " ")]
 
 
-def told(crew: Crew, *stages: Any) -> list[tuple[str, str]]:
+def told(scheduler: SchedulerClient, *stages: Any) -> list[tuple[str, str]]:
     keys = {stage.key for stage in stages}
-    return [(event["event"], event["key"]) for event in crew.events() if event["key"] in keys]
+    return [(event["event"], event["key"]) for event in scheduler.events() if event["key"] in keys]
 
 
-def at_step(crew: Crew, stage: Any, step: int) -> Any:
-    running = {run["key"]: run for run in crew.status()["running"]}
+def at_step(scheduler: SchedulerClient, stage: Any, step: int) -> Any:
+    running = {run["key"]: run for run in scheduler.status()["running"]}
     run = running.get(stage.key)
     return run if run and run["progress"].get("step", 0) >= step else None
 
 
-def test_eight_callers_of_one_stage_cause_one_computation(crew: Crew, tmp_path: Path) -> None:
+def test_eight_callers_of_one_stage_cause_one_computation(scheduler: SchedulerClient, tmp_path: Path) -> None:
     stage = toy("slow", {"steps": 3, "log": str(tmp_path / "log")})
     with callers(8) as pool:
-        outcomes = list(pool.map(lambda name: crew.obtain([stage], name)[0], [f"trial {number}" for number in range(8)]))
+        outcomes = list(pool.map(lambda name: scheduler.obtain([stage], name)[0], [f"trial {number}" for number in range(8)]))
     assert sorted(outcome["state"] for outcome in outcomes) == ["computed"] + 7 * ["joined"]
     assert len(starts(tmp_path / "log", stage)) == 1
-    assert crew.obtain([stage], "late")[0]["state"] == "reused"
+    assert scheduler.obtain([stage], "late")[0]["state"] == "reused"
     assert {outcome["metrics"]["toy/steps"] for outcome in outcomes} == {3.0}
 
 
-def test_a_request_computes_inputs_before_those_that_read_them(crew: Crew, tmp_path: Path) -> None:
+def test_a_request_computes_inputs_before_those_that_read_them(scheduler: SchedulerClient, tmp_path: Path) -> None:
     images = toy("images")
     teacher = toy("teacher", {"steps": 1}, (images,))
     features = toy("features", {}, (images, teacher))
-    outcomes = crew.obtain([images, teacher, features], "trial 1")
+    outcomes = scheduler.obtain([images, teacher, features], "trial 1")
     assert [outcome["key"] for outcome in outcomes] == [images.key, teacher.key, features.key]
-    started = [key for event, key in told(crew, images, teacher, features) if event == "started"]
+    started = [key for event, key in told(scheduler, images, teacher, features) if event == "started"]
     assert started == [images.key, teacher.key, features.key]
 
 
-def test_a_longer_training_waits_for_the_shorter_one_that_it_continues(crew: Crew) -> None:
+def test_a_longer_training_waits_for_the_shorter_one_that_it_continues(scheduler: SchedulerClient) -> None:
     short = toy("student", {"steps": 2})
     long = toy("student", {"steps": 4}, starts=(short,))
     with callers(2) as pool:
-        first = pool.submit(crew.obtain, [short], "trial 1")
-        until(lambda: at_step(crew, short, 0))
-        pool.submit(crew.obtain, [long], "trial 2").result()
+        first = pool.submit(scheduler.obtain, [short], "trial 1")
+        until(lambda: at_step(scheduler, short, 0))
+        pool.submit(scheduler.obtain, [long], "trial 2").result()
         first.result()
-    events = told(crew, short, long)
+    events = told(scheduler, short, long)
     assert events.index(("published", short.key)) < events.index(("started", long.key))
 
 
-def test_a_handle_travels_by_pickle(crew: Crew) -> None:
-    copy = pickle.loads(pickle.dumps(crew))
+def test_a_handle_travels_by_pickle(scheduler: SchedulerClient) -> None:
+    copy = pickle.loads(pickle.dumps(scheduler))
     assert copy.obtain([toy("images")], "trial 1")[0]["state"] == "computed"
 
 
 def test_a_failure_reaches_every_waiter_once_and_the_next_request_tries_again(
-    crew: Crew, toy_store: Path, tmp_path: Path
+    scheduler: SchedulerClient, toy_store: Path, tmp_path: Path
 ) -> None:
     broken = toy("broken", {"steps": 2, "error": "12 features are NaN", "log": str(tmp_path / "log")})
     reader = toy("reader", {}, (broken,))
     with callers(3) as pool:
-        futures = [pool.submit(crew.obtain, stages, "trial") for stages in ([broken], [broken, reader], [broken])]
+        futures = [pool.submit(scheduler.obtain, stages, "trial") for stages in ([broken], [broken, reader], [broken])]
         errors = [future.exception() for future in futures]
     assert all(isinstance(error, StageFailed) for error in errors)
     assert {str(error) for error in errors} == {f"{broken.key} failed: ValueError: 12 features are NaN"}
@@ -110,100 +110,102 @@ def test_a_failure_reaches_every_waiter_once_and_the_next_request_tries_again(
     assert failure is not None
     assert "raise ValueError" in failure["traceback"]
     with pytest.raises(StageFailed):
-        crew.obtain([broken], "again")
+        scheduler.obtain([broken], "again")
     assert len(starts(tmp_path / "log", broken)) == 2
 
 
-def test_a_full_disk_is_told_from_a_failed_stage(crew: Crew) -> None:
+def test_a_full_disk_is_told_from_a_failed_stage(scheduler: SchedulerClient) -> None:
     with pytest.raises(StoppedEarly, match="disk is full"):
-        crew.obtain([toy("broken", {"error": "disk full"})], "trial 1")
+        scheduler.obtain([toy("broken", {"error": "disk full"})], "trial 1")
 
 
-def test_a_damaged_input_is_computed_again_before_its_reader(crew: Crew, toy_store: Path) -> None:
+def test_a_damaged_input_is_computed_again_before_its_reader(scheduler: SchedulerClient, toy_store: Path) -> None:
     images = toy("images")
-    crew.obtain([images], "trial 1")
+    scheduler.obtain([images], "trial 1")
     FileStore(toy_store).remove(images.key)
     reader = toy("reader", {}, (images,))
-    assert crew.obtain([reader], "trial 2")[0]["state"] == "computed"
+    assert scheduler.obtain([reader], "trial 2")[0]["state"] == "computed"
     assert FileStore(toy_store).find(images.key) is not None
 
 
-def test_release_ends_one_wait_and_disturbs_nobody_else(crew: Crew) -> None:
+def test_release_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerClient) -> None:
     stage = toy("slow", {"steps": 15})
     with callers(2) as pool:
-        leaving, staying = pool.submit(crew.obtain, [stage], "trial 1"), pool.submit(crew.obtain, [stage], "trial 2")
-        until(lambda: len(crew.status()["waiting"]) == 2)
-        crew.release("trial 1")
-        with pytest.raises(Released):
+        leaving, staying = pool.submit(scheduler.obtain, [stage], "trial 1"), pool.submit(scheduler.obtain, [stage], "trial 2")
+        until(lambda: len(scheduler.status()["waiting"]) == 2)
+        scheduler.release("trial 1")
+        with pytest.raises(WaitCancelled):
             leaving.result(timeout=1)
         assert not staying.done()
         assert staying.result()[0]["key"] == stage.key
 
 
-def test_who_obtains_a_prefetched_stage_first_counts_as_its_cause(crew: Crew) -> None:
+def test_who_obtains_a_prefetched_stage_first_counts_as_its_cause(scheduler: SchedulerClient) -> None:
     stage = toy("images")
-    crew.prefetch([stage])
-    until(lambda: ("published", stage.key) in told(crew, stage))
-    assert [crew.obtain([stage], "trial")[0]["state"] for _ in range(2)] == ["computed", "reused"]
+    scheduler.prefetch([stage])
+    until(lambda: ("published", stage.key) in told(scheduler, stage))
+    assert [scheduler.obtain([stage], "trial")[0]["state"] for _ in range(2)] == ["computed", "reused"]
 
 
-def test_a_killed_worker_is_replaced_and_its_stage_goes_on_from_the_checkpoint(crew: Crew, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_its_stage_goes_on_from_the_checkpoint(
+    scheduler: SchedulerClient, tmp_path: Path
+) -> None:
     stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
     with callers(1) as pool:
-        future = pool.submit(crew.obtain, [stage], "trial 1")
-        until(lambda: at_step(crew, stage, 4))
+        future = pool.submit(scheduler.obtain, [stage], "trial 1")
+        until(lambda: at_step(scheduler, stage, 4))
         os.kill(starts(tmp_path / "log", stage)[0], signal.SIGKILL)
         assert future.result()[0]["state"] == "computed"
     assert len(starts(tmp_path / "log", stage)) == 2
     assert (tmp_path / "log").read_text().count("step 2\n") == 1, "the second attempt began anew"
-    assert told(crew, stage) == [(event, stage.key) for event in ("started", "worker died", "started", "published")]
-    until(lambda: len(crew.status()["workers"]) == 2)
+    assert told(scheduler, stage) == [(event, stage.key) for event in ("started", "worker died", "started", "published")]
+    until(lambda: len(scheduler.status()["workers"]) == 2)
 
 
-def test_a_stage_that_kills_its_workers_fails_after_the_third(crew: Crew, tmp_path: Path) -> None:
+def test_a_stage_that_kills_its_workers_fails_after_the_third(scheduler: SchedulerClient, tmp_path: Path) -> None:
     stage = toy("deadly", {"error": "die", "log": str(tmp_path / "log")})
     with pytest.raises(StageFailed, match=f"{stage.key} failed: WorkerDied: its worker died 3 times"):
-        crew.obtain([stage], "trial 1")
+        scheduler.obtain([stage], "trial 1")
     assert len(starts(tmp_path / "log", stage)) == 3
 
 
-def test_a_killed_broker_comes_back_and_no_stage_runs_twice(crew: Crew, tmp_path: Path) -> None:
+def test_a_killed_broker_comes_back_and_no_stage_runs_twice(scheduler: SchedulerClient, tmp_path: Path) -> None:
     log = tmp_path / "log"
     stages = [toy("slow", {"steps": 20, "log": str(log), "number": number}) for number in range(3)]
     with callers(6) as pool:
-        futures = [pool.submit(crew.obtain, [stages[number % 3]], f"trial {number}") for number in range(6)]
-        until(lambda: len(crew.status()["running"]) == 2)
+        futures = [pool.submit(scheduler.obtain, [stages[number % 3]], f"trial {number}") for number in range(6)]
+        until(lambda: len(scheduler.status()["running"]) == 2)
         until(lambda: log.exists())
-        os.kill(crew.status()["pid"], signal.SIGKILL)
+        os.kill(scheduler.status()["pid"], signal.SIGKILL)
         assert {future.result()[0]["key"] for future in futures} == {stage.key for stage in stages}
     assert [len(starts(log, stage)) for stage in stages] == [1, 1, 1]
 
 
-def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(found_crew: Founder, tmp_path: Path) -> None:
-    crew = found_crew(tmp_path / "store", dead_after=2.0, heartbeat_seconds=0.2)
+def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(start_scheduler: Founder, tmp_path: Path) -> None:
+    scheduler = start_scheduler(tmp_path / "store", dead_after=2.0, heartbeat_seconds=0.2)
     stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
     with callers(1) as pool:
-        future = pool.submit(crew.obtain, [stage], "trial 1")
-        until(lambda: at_step(crew, stage, 4))
+        future = pool.submit(scheduler.obtain, [stage], "trial 1")
+        until(lambda: at_step(scheduler, stage, 4))
         frozen = starts(tmp_path / "log", stage)[0]
         os.kill(frozen, signal.SIGSTOP)
         assert future.result()[0]["state"] == "computed"
     assert not psutil.pid_exists(frozen) or psutil.Process(frozen).status() == psutil.STATUS_ZOMBIE
-    assert told(crew, stage) == [(event, stage.key) for event in ("started", "fenced", "started", "published")]
+    assert told(scheduler, stage) == [(event, stage.key) for event in ("started", "fenced", "started", "published")]
     assert len(starts(tmp_path / "log", stage)) == 2
     assert not list((tmp_path / "store" / ".scratch").iterdir())
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_frozen_while_its_broker_dies_is_fenced_by_the_next_one_and_ends_when_it_wakes(
-    found_crew: Founder, tmp_path: Path
+    start_scheduler: Founder, tmp_path: Path
 ) -> None:
-    crew = found_crew(tmp_path / "store", dead_after=4.0, heartbeat_seconds=0.2)
+    scheduler = start_scheduler(tmp_path / "store", dead_after=4.0, heartbeat_seconds=0.2)
     stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
     with callers(1) as pool:
-        future = pool.submit(crew.obtain, [stage], "trial 1")
-        until(lambda: at_step(crew, stage, 4))
-        frozen, broker = starts(tmp_path / "log", stage)[0], crew.status()["pid"]
+        future = pool.submit(scheduler.obtain, [stage], "trial 1")
+        until(lambda: at_step(scheduler, stage, 4))
+        frozen, broker = starts(tmp_path / "log", stage)[0], scheduler.status()["pid"]
         os.kill(frozen, signal.SIGSTOP)
         os.kill(broker, signal.SIGKILL)
         assert future.result()[0]["state"] == "computed"
@@ -215,34 +217,38 @@ def test_a_worker_that_is_frozen_while_its_broker_dies_is_fenced_by_the_next_one
     assert not list((tmp_path / "store" / ".scratch").iterdir())
 
 
-def test_two_drivers_on_one_store_share_their_computations(ray_home: Any, crew: Crew, toy_store: Path, tmp_path: Path) -> None:
+def test_two_drivers_on_one_store_share_their_computations(
+    ray_home: Any, scheduler: SchedulerClient, toy_store: Path, tmp_path: Path
+) -> None:
     stage = toy("slow", {"steps": 8, "log": str(tmp_path / "log")})
-    runtime = Runtime(cpus=2, stages=TOY_NEEDS)
-    other = connect(dataclasses.replace(ray_home, name="other", runtime=runtime, crews=[]), f"file://{toy_store}", work)
-    assert other.namespace == crew.namespace
+    runtime = RuntimeSettings(cpus=2, stages=TOY_NEEDS)
+    other = connect(dataclasses.replace(ray_home, name="other", runtime=runtime, schedulers=[]), f"file://{toy_store}", work)
+    assert other.namespace == scheduler.namespace
     with callers(2) as pool:
-        first: Future[Any] = pool.submit(crew.obtain, [stage], "driver 1")
+        first: Future[Any] = pool.submit(scheduler.obtain, [stage], "driver 1")
         second = pool.submit(other.obtain, [stage], "driver 2")
         assert {first.result()[0]["state"], second.result()[0]["state"]} == {"computed", "joined"}
     assert len(starts(tmp_path / "log", stage)) == 1
 
 
-def test_a_driver_with_another_runtime_gets_a_crew_of_its_own(crew: Crew, found_crew: Founder, toy_store: Path) -> None:
-    assert found_crew(toy_store, checkpoint_seconds=5.0).namespace != crew.namespace
+def test_a_driver_with_another_runtime_gets_a_scheduler_of_its_own(
+    scheduler: SchedulerClient, start_scheduler: Founder, toy_store: Path
+) -> None:
+    assert start_scheduler(toy_store, checkpoint_seconds=5.0).namespace != scheduler.namespace
 
 
-def test_a_crew_without_driver_ends_itself(found_crew: Founder, tmp_path: Path) -> None:
-    crew = found_crew(tmp_path / "store", idle_exit_seconds=3.0)
-    pids = [crew.status()["pid"], *until(lambda: [each["pid"] for each in crew.status()["workers"] if each["pid"]])]
-    found_crew.ends[0]()  # its lease is renewed no more
+def test_a_scheduler_without_driver_ends_itself(start_scheduler: Founder, tmp_path: Path) -> None:
+    scheduler = start_scheduler(tmp_path / "store", idle_exit_seconds=3.0)
+    pids = [scheduler.status()["pid"], *until(lambda: [each["pid"] for each in scheduler.status()["workers"] if each["pid"]])]
+    start_scheduler.ends[0]()  # its lease is renewed no more
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
 def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> None:
     script = (
-        "import sys, pathlib\nfrom ktray.crew.runtime import Runtime, start\n"
+        "import sys, pathlib\nfrom ktray.scheduler.ray_session import RuntimeSettings, start\n"
         "from ktray.errors import UserError\n"
-        "try:\n    start(pathlib.Path(sys.argv[1]), None, Runtime())\n"
+        "try:\n    start(pathlib.Path(sys.argv[1]), None, RuntimeSettings())\n"
         "except UserError as error:\n    print(error)\n"
     )
     root = Path(__file__).parent.parent
@@ -260,19 +266,21 @@ def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> 
     ("address", "said"), [(None, "connected to Ray already"), ("127.0.0.1:1", "nothing answers at 127.0.0.1:1")]
 )
 def test_a_session_that_cannot_begin_leaves_the_one_that_runs_alone(
-    crew: Crew, tmp_path: Path, address: str | None, said: str
+    scheduler: SchedulerClient, tmp_path: Path, address: str | None, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        start(tmp_path, address, Runtime())
-    assert [outcome["state"] for outcome in crew.obtain([toy("after", {"address": str(address)})], "trial")] == ["computed"]
+        start(tmp_path, address, RuntimeSettings())
+    assert [outcome["state"] for outcome in scheduler.obtain([toy("after", {"address": str(address)})], "trial")] == [
+        "computed"
+    ]
 
 
-def test_an_empty_stage_costs_little(crew: Crew) -> None:
-    crew.obtain([toy("empty")], "first")
+def test_an_empty_stage_costs_little(scheduler: SchedulerClient) -> None:
+    scheduler.obtain([toy("empty")], "first")
     times = []
     for number in range(20):
         began = time.perf_counter()
-        crew.obtain([toy("empty", {"number": number})], "trial")
+        scheduler.obtain([toy("empty", {"number": number})], "trial")
         times.append(time.perf_counter() - began)
     print(f"an empty stage costs {1000 * sorted(times)[10]:.1f} ms")
     assert sorted(times)[10] < 0.5
@@ -281,16 +289,16 @@ def test_an_empty_stage_costs_little(crew: Crew) -> None:
 ALONE = """
 import os, sys
 from pathlib import Path
-from ktray.crew.client import connect
-from ktray.crew.runtime import Runtime, start, stop
+from ktray.scheduler.client import connect
+from ktray.scheduler.ray_session import RuntimeSettings, start, stop
 from toy_work import toy, work
 home = Path(sys.argv[1])
-session = start(home, None, Runtime(cpus=1))
+session = start(home, None, RuntimeSettings(cpus=1))
 try:
-    crew = connect(session, f"file://{home}/store", work)
-    crew.obtain([toy("images", {"pid": os.getpid()})], "me")
-    print("RUNNING", crew.status()["pid"], crew.status()["workers"][0]["pid"], session.temporary, flush=True)
-    crew.obtain([toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
+    scheduler = connect(session, f"file://{home}/store", work)
+    scheduler.obtain([toy("images", {"pid": os.getpid()})], "me")
+    print("RUNNING", scheduler.status()["pid"], scheduler.status()["workers"][0]["pid"], session.temporary, flush=True)
+    scheduler.obtain([toy("slow", {"steps": 300, "pid": os.getpid()})], "me")
 except KeyboardInterrupt:
     stop(session)
     print("STOPPED", flush=True)

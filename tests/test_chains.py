@@ -13,20 +13,21 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from ktray import features, train
 from ktray.cli import main
-from ktray.drivers.conductor import Conductor
-from ktray.drivers.prices import of_student
-from ktray.drivers.simulate import VirtualClock, _Mute, _VirtualStore, simulate
 from ktray.errors import UserError
-from ktray.pipeline.check import check_pair, data_loader
-from ktray.pipeline.graph import build, generations
+from ktray.features import extraction
 from ktray.pipeline.naming import lineage, pair_name
-from ktray.search.check import checked
+from ktray.pipeline.pair_check import check_pair, data_loader
+from ktray.pipeline.pair_graph import build, generations
+from ktray.runs.coordinator import TrialCoordinator
+from ktray.runs.draw_costs import of_student
+from ktray.runs.simulation import VirtualClock, _NoTracker, _VirtualStore, simulate
 from ktray.search.space import Space, pair_of
+from ktray.search.space_check import checked
 from ktray.search.study import Study
 from ktray.spec import PairSpec, StudentTeacher
 from ktray.stores.file import FileStore
+from ktray.training import loop
 from tests import reports
 from tests.searches import Home, toy_space
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair, toy_spec
@@ -207,10 +208,10 @@ def test_a_search_of_a_chain_and_of_the_pair_that_begins_it_computes_that_pair_o
 
 def test_of_a_planned_chain_also_what_makes_the_student_that_teaches_is_certain(tmp_path: Path) -> None:
     start = {"teacher": "chain", "teacher.chain.pair.transfer.k": 7, "teacher.chain.layer": "conv3"}
-    mute: Any = _Mute()
+    mute: Any = _NoTracker()
     store: Any = _VirtualStore()
     with Study.open(tmp_path, space := chained_space(start_with=[start])) as study:
-        stages = Conductor(space, study, store, lambda spec: "content", mute, lambda *said: None).certain()
+        stages = TrialCoordinator(space, study, store, lambda spec: "content", mute, lambda *said: None).certain()
     known: set[str] = set()
     for stage in stages:
         assert known >= set(stage.inputs.values()), "nothing is asked for before what it reads"
@@ -273,11 +274,11 @@ def test_three_generations_run_and_reuse_what_the_first_two_left(tmp_path: Path,
 
     directory = tmp_path / "home" / "store"
     pair = PairSpec.model_validate(third)
-    teacher = train.fresh(pair.teacher.backbone, 0)  # type: ignore[union-attr]
-    train.load(teacher, directory / two["keys"]["student"])
+    teacher = loop.fresh(pair.teacher.backbone, 0)  # type: ignore[union-attr]
+    loop.load(teacher, directory / two["keys"]["student"])
     images = np.load(next(directory.glob("images-*")) / "train.npy", allow_pickle=False)[:8]
-    expected = features.of_module(teacher, "conv4", pair.teacher.pool)  # type: ignore[union-attr]
-    found = features.load(directory / three["keys"]["features"])[:8]
+    expected = extraction.of_module(teacher, "conv4", pair.teacher.pool)  # type: ignore[union-attr]
+    found = extraction.load(directory / three["keys"]["features"])[:8]
     np.testing.assert_allclose(found, expected(torch.from_numpy(images)).numpy(), rtol=1e-5, atol=1e-6)
 
     told = "alexnet w0.125 (k=5), taught by alexnet w0.125/conv4 (k=6), taught by alexnet w0.125/conv3 (k=5), taught by hog"

@@ -56,9 +56,9 @@ def test_a_helper_that_dies_or_stands_still_costs_a_search_nothing(number: int, 
 def test_a_worker_that_helps_a_stage_may_be_hit_too_and_no_stage_is_said_to_stand_still(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
         workers = [{"name": "w1", "pid": os.getpid(), "state": "stage"}, {"name": "w2", "pid": victim.pid, "state": "helping"}]
-        crew = {"workers": workers, "running": [{"key": "images-1", "worker": "w1", "helpers": ["w2"]}]}
+        scheduler = {"workers": workers, "running": [{"key": "images-1", "worker": "w1", "helpers": ["w2"]}]}
         status = tmp_path / "status.json"
-        status.write_text(json.dumps({"pid": 1, "crew": crew}))
+        status.write_text(json.dumps({"pid": 1, "scheduler": scheduler}))
         faults = Faults(random.Random(0), lambda: {victim.pid: "ray::Worker"}, lambda: 1, status, targets=("helper",))
         assert "helper" in TARGETS
         fault = faults.strike()

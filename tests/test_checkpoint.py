@@ -11,17 +11,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ktray import checkpoint, export, features, plugins, train
-from ktray.crew.local import LocalCrew
+from ktray import plugins
 from ktray.errors import StageFailed, UserError
+from ktray.export import student_files
+from ktray.features import extraction
 from ktray.fingerprint import file_sha256
 from ktray.pipeline import identity
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
-from ktray.pool import Means
+from ktray.pipeline.pair_graph import build
+from ktray.pool import StageContext
+from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.spec import Student
 from ktray.stores.file import FileStore
+from ktray.training import loop, pretrained
 from tests.toys import ROTATION, STUDENT, toy_pair
 
 torch.set_num_threads(1)
@@ -33,25 +36,25 @@ IDENTITY = data_identity()
 @pytest.fixture
 def weights() -> dict[str, torch.Tensor]:
     """The weights of a small alexnet."""
-    return train.fresh(ALEXNET, 3).state_dict()
+    return loop.fresh(ALEXNET, 3).state_dict()
 
 
 def adopted(tensors: dict[str, torch.Tensor], folder: Path, backbone=ALEXNET) -> dict[str, torch.Tensor]:
     """What a snapshot holds that was made of these tensors."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "weights.safetensors")
-    train.adopt(backbone, folder / "weights.safetensors", folder / "out")
+    loop.adopt(backbone, folder / "weights.safetensors", folder / "out")
     return load_file(folder / "out" / "weights.safetensors")
 
 
 def exported(folder: Path, spec=ALEXNET) -> Path:
     """The folder of an exported student with a classifier."""
-    network = train.fresh(spec, 3)
+    network = loop.fresh(spec, 3)
     (folder / "snapshot").mkdir()
     named = {f"backbone.{n}": t for n, t in network.state_dict().items()}
     head = {"head.weight": torch.zeros(2, network.feature_dim), "head.bias": torch.zeros(2)}
     save_file(named | head, folder / "snapshot" / "weights.safetensors")
     student = Student.model_validate({**STUDENT, "backbone": spec.model_dump()})
-    export.export_student(folder / "snapshot", student, 32, {}, {}, folder / "student", 2, head="classifier")
+    student_files.export_student(folder / "snapshot", student, 32, {}, {}, folder / "student", 2, head="classifier")
     return folder / "student"
 
 
@@ -76,14 +79,14 @@ def test_tensors_that_the_backbone_has_no_place_for_are_named(weights, tmp_path)
 
 
 def test_weights_of_another_architecture_are_refused_with_the_first_names_of_both(tmp_path):
-    other = train.fresh(plugins.parse("backbone", {"kind": "vgg", "depth": 11, "width": 0.125}), 0)
+    other = loop.fresh(plugins.parse("backbone", {"kind": "vgg", "depth": 11, "width": 0.125}), 0)
     with pytest.raises(
         UserError, match=r"another architecture: it has no conv1\.0\.weight .*but has features\..*\(8, 3, 3, 3\)"
     ):
         adopted(other.state_dict(), tmp_path)
     wide = plugins.parse("backbone", {"kind": "alexnet", "width": 0.25})
     with pytest.raises(UserError, match=r"has no conv1\.0\.weight of shape \(16, 3, 3, 3\).* but has .*\(8, 3, 3, 3\)"):
-        adopted(train.fresh(ALEXNET, 0).state_dict(), tmp_path, wide)
+        adopted(loop.fresh(ALEXNET, 0).state_dict(), tmp_path, wide)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -96,25 +99,25 @@ def test_weights_that_are_not_finite_are_refused(value, weights, tmp_path):
 def test_a_file_without_named_tensors_is_refused(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no named tensors"):
-        train.adopt(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
+        loop.adopt(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"neither model\.safetensors nor weights\.safetensors"):
-        train.adopt(ALEXNET, tmp_path / "empty", tmp_path / "out")
+        loop.adopt(ALEXNET, tmp_path / "empty", tmp_path / "out")
 
 
 def test_an_exported_student_is_a_checkpoint_by_its_folder(tmp_path):
     folder = exported(tmp_path)
-    train.adopt(ALEXNET, folder, tmp_path / "out")
-    loaded = train.fresh(ALEXNET, 0)
-    train.load(loaded, tmp_path / "out")
-    expected = export.load_student(folder).state_dict()
+    loop.adopt(ALEXNET, folder, tmp_path / "out")
+    loaded = loop.fresh(ALEXNET, 0)
+    loop.load(loaded, tmp_path / "out")
+    expected = student_files.load_student(folder).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in loaded.state_dict().items())
 
 
 def test_an_exported_student_of_another_architecture_says_what_it_is(tmp_path):
     folder = exported(tmp_path, plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}))
     with pytest.raises(UserError, match=r"'kind': 'alexnet'.*'width': 0\.25"):
-        train.adopt(ALEXNET, folder, tmp_path / "out")
+        loop.adopt(ALEXNET, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "student.json"])
@@ -124,7 +127,7 @@ def test_a_damaged_student_is_never_a_teacher(file, tmp_path):
     content[-3] ^= 1
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=f"damaged: {file}"):
-        train.adopt(ALEXNET, folder, tmp_path / "out")
+        loop.adopt(ALEXNET, folder, tmp_path / "out")
 
 
 def test_a_folder_and_the_file_in_it_are_the_same_teacher(tmp_path):
@@ -143,7 +146,7 @@ def loaded(place: object, **fields: object) -> dict[str, object]:
 
 def run(pair, store):
     graph = build(pair, IDENTITY)
-    LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(list(graph.stages), "test")
     return graph.keys
 
 
@@ -154,9 +157,9 @@ def test_the_teacher_of_one_pair_teaches_another_by_its_key_or_folder(source, tm
     place = first["teacher"] if source == "key" else store.find(first["teacher"]).directory
     second = run(toy_pair(teacher=loaded(place), evals=[{"kind": "knn", "of": "teacher"}]), store)
     assert second["teacher"] != first["teacher"]
-    one, two = (features.load(store.find(keys["features"]).directory) for keys in (first, second))
+    one, two = (extraction.load(store.find(keys["features"]).directory) for keys in (first, second))
     np.testing.assert_array_equal(one, two)
-    assert store.find(second["teacher"]).metrics["parameters"] == sum(p.numel() for p in train.fresh(ALEXNET, 0).parameters())
+    assert store.find(second["teacher"]).metrics["parameters"] == sum(p.numel() for p in loop.fresh(ALEXNET, 0).parameters())
 
 
 def test_an_artifact_that_is_not_there_fails_the_stage_by_name(tmp_path):
@@ -169,7 +172,7 @@ def test_an_artifact_that_is_not_there_fails_the_stage_by_name(tmp_path):
 def test_a_checkpoint_of_another_architecture_fails_its_stage_and_publishes_nothing(tmp_path):
     store = FileStore(tmp_path / "store")
     save_file(
-        train.fresh(plugins.parse("backbone", {"kind": "vgg", "width": 0.125}), 0).state_dict(), tmp_path / "vgg.safetensors"
+        loop.fresh(plugins.parse("backbone", {"kind": "vgg", "width": 0.125}), 0).state_dict(), tmp_path / "vgg.safetensors"
     )
     with pytest.raises(StageFailed, match=r"teacher-\w+ failed: .*another architecture"):
         run(toy_pair(teacher=loaded(tmp_path / "vgg.safetensors")), store)
@@ -182,7 +185,7 @@ def test_a_checkpoint_that_was_replaced_after_planning_is_not_published_under_th
     graph = build(toy_pair(teacher=loaded(file)), IDENTITY)
     save_file({name: tensor * 2 for name, tensor in weights.items()}, file)
     with pytest.raises(StageFailed, match=r"teacher.safetensors changed after the run was planned"):
-        LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+        LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(list(graph.stages), "test")
     assert store.find(graph.keys["teacher"]) is None
     assert build(toy_pair(teacher=loaded(file)), IDENTITY).keys["teacher"] != graph.keys["teacher"]
 
@@ -212,11 +215,11 @@ def test_a_checkpoint_that_is_replaced_within_the_same_tick_of_the_clock_is_anot
 
 def test_only_a_key_is_taken_for_a_key():
     for text in ("teacher-3f9a1c0b2d44", "student-000000000000"):
-        assert checkpoint.ARTIFACT.fullmatch(text)
+        assert pretrained.ARTIFACT.fullmatch(text)
     for text in ("./teacher-3f9a1c0b2d44", "teacher-3f9a1c0b2d44.pth", "features-3f9a1c0b2d44", "teacher-final"):
-        assert not checkpoint.ARTIFACT.fullmatch(text)
+        assert not pretrained.ARTIFACT.fullmatch(text)
 
 
 def test_the_file_of_an_exported_student_is_the_one_that_its_card_names(tmp_path):
     folder = exported(tmp_path)
-    assert checkpoint.weights_file(folder).name in json.loads((folder / "student.json").read_text())["files"]
+    assert pretrained.weights_file(folder).name in json.loads((folder / "student.json").read_text())["files"]

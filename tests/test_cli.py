@@ -10,7 +10,7 @@ import yaml
 
 from ktray import plugins
 from ktray.cli import main
-from ktray.crew.locks import hold_store
+from ktray.scheduler.locks import hold_store
 from tests.toys import toy_spec
 
 DAMAGE = "centroids.npy has another sha256 than its record"

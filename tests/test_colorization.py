@@ -8,9 +8,11 @@ import torch
 from skimage.color import rgb2lab
 from sklearn.neighbors import NearestNeighbors
 
-from ktray import colour, gamut, plugins, train
+from ktray import plugins
+from ktray.ops import colour, gamut
 from ktray.pretext import colorization
 from ktray.spec import Augment, Schedule
+from ktray.training import loop
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -90,8 +92,8 @@ def test_the_loss_is_a_weighted_cross_entropy_per_cell():
 
 def test_a_network_learns_colours(tmp_path):
     images, metrics = toy_images(48), []
-    train.fit(
-        train.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+    loop.fit(
+        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         colorization.task(colorization.Spec(grid=4), 28, images),
         images,
         Schedule(epochs=12, lr=0.05, batch_size=16),

@@ -9,9 +9,9 @@ from skimage import data
 from skimage.color import rgb2lab
 from torchvision.transforms import functional as oracle
 
-from ktray import colour, distortions
-from ktray.colour import Jitter
-from ktray.distortions import Distortions
+from ktray.ops import colour, distortions
+from ktray.ops.colour import Jitter
+from ktray.ops.distortions import Distortions
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ktray import plugins, train
+from ktray import plugins
 from ktray.pretext import context
 from ktray.spec import Schedule
+from ktray.training import loop
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -96,8 +97,8 @@ def test_the_head_lays_each_neighbour_beside_the_centre_of_its_own_image():
 
 def test_a_network_learns_where_neighbours_are(tmp_path):
     metrics = []
-    train.fit(
-        train.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+    loop.fit(
+        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         context.task(context.Spec(colours="project"), 48),
         toy_images(64, size=48),
         Schedule(epochs=6, lr=0.05, batch_size=16),

@@ -11,8 +11,8 @@ import pytest
 from sklearn.linear_model import BayesianRidge
 
 from ktray.artifact import Stage
-from ktray.search import regression
-from ktray.search.costs import FIRST, Costs, kind
+from ktray.cost_model import regression
+from ktray.cost_model.stage_costs import FIRST, CostModel, kind
 
 IMAGES = Stage("images", {"kind": "synthetic", "size": 28, "count": 1000}, {})
 
@@ -53,18 +53,18 @@ def noisy(count: int, seed: int = 0, sigma: float = 0.15) -> dict[str, dict[str,
 
 
 def test_one_record_tells_of_a_longer_training_in_proportion_to_its_epochs() -> None:
-    costs = Costs(records((student(10), 20.0)))
+    costs = CostModel(records((student(10), 20.0)))
     assert costs.estimate([student(40)]).seconds == pytest.approx(80, rel=0.01)
 
 
 def test_without_anything_to_tell_stages_apart_the_middle_of_the_kind_is_taken() -> None:
     seconds = (1.0, 1.1, 1.2, 1.3, 90.0)  # the last one was run on a machine that slept
-    costs = Costs(records(*((student(10, seed=seed), each) for seed, each in enumerate(seconds))))
+    costs = CostModel(records(*((student(10, seed=seed), each) for seed, each in enumerate(seconds))))
     assert costs.estimate([student(10, seed=99)]).seconds == pytest.approx(1.2, rel=0.15)
 
 
 def test_growth_is_learned_from_records_and_not_only_believed() -> None:
-    costs = Costs(noisy(200))
+    costs = CostModel(noisy(200))
     wide, narrow = (costs.estimate([student(10, width)]).seconds for width in (1.0, 0.125))
     assert wide / narrow == pytest.approx(8**0.6, rel=0.1)
     assert costs.estimate([student(20, 0.5)]).seconds == pytest.approx(truth(student(20, 0.5)), rel=0.08)
@@ -74,7 +74,7 @@ def test_growth_is_learned_from_records_and_not_only_believed() -> None:
 def test_nine_of_ten_stages_take_what_the_interval_says(count: int) -> None:
     inside = []
     for seed in range(30):
-        costs = Costs(noisy(count, seed))
+        costs = CostModel(noisy(count, seed))
         for stage, found in ((student(e, w, 777), noisy(1, seed + 1000)) for e, w in ((5, 0.125), (10, 0.25), (40, 1.0))):
             noise = next(iter(found.values()))
             factor = noise["seconds"] / truth(student(noise["spec"]["epoch"], noise["spec"]["backbone"]["width"]))
@@ -84,17 +84,17 @@ def test_nine_of_ten_stages_take_what_the_interval_says(count: int) -> None:
 
 
 def test_more_records_make_it_surer_and_a_network_never_seen_less() -> None:
-    def width(costs: Costs, stage: Stage) -> float:
+    def width(costs: CostModel, stage: Stage) -> float:
         found = costs.estimate([stage])
         return math.log(found.high / found.low)
 
-    few, many = Costs(noisy(3)), Costs(noisy(100))
+    few, many = CostModel(noisy(3)), CostModel(noisy(100))
     assert width(many, student(10)) < 0.8 * width(few, student(10))
     assert width(many, student(10, form="vit")) > 2 * width(many, student(10))
 
 
 def test_what_is_wrong_of_a_kind_is_wrong_for_all_of_its_stages() -> None:
-    costs = Costs(records((student(10), 20.0)))
+    costs = CostModel(records((student(10), 20.0)))
     one, ten = costs.estimate([student(10)]), costs.estimate([student(10, seed=seed) for seed in range(10)])
     assert ten.seconds == pytest.approx(10 * one.seconds)
     assert math.log(ten.high / ten.low) > 0.3 * math.log(one.high / one.low)  # it would be 1/sqrt(10) if they were independent
@@ -103,34 +103,34 @@ def test_what_is_wrong_of_a_kind_is_wrong_for_all_of_its_stages() -> None:
 def test_a_training_costs_only_what_is_beyond_a_snapshot_that_is_there_or_planned() -> None:
     five, ten = student(5), student(10)
     forty = student(40, starts=(ten.key, five.key))
-    costs = Costs(records((ten, 10.0)))
+    costs = CostModel(records((ten, 10.0)))
     assert costs.estimate([forty], made=[ten.key]).seconds == pytest.approx(30, rel=0.01)
     chain = [five, student(10, starts=(five.key,)), forty]
     assert costs.estimate(chain).seconds == pytest.approx(costs.estimate([student(40)]).seconds, rel=0.01)
 
 
 def test_a_stage_counts_once_and_not_if_it_is_made() -> None:
-    costs = Costs(records((student(10), 20.0)))
+    costs = CostModel(records((student(10), 20.0)))
     assert costs.estimate([student(10, seed=1)] * 3).known == 1
     assert costs.estimate([student(10)], made={student(10).key}).seconds == 0
 
 
 def test_stages_of_a_kind_without_a_past_are_counted_and_left_out() -> None:
     labels = Stage("pseudo_labels", {}, {})
-    found = Costs(records((student(10), 20.0))).estimate([labels, student(10, seed=1)])
+    found = CostModel(records((student(10), 20.0))).estimate([labels, student(10, seed=1)])
     assert (found.known, found.unknown) == (1, 1)
     assert found.seconds == pytest.approx(20, rel=0.01)
 
 
 def test_single_stages_have_a_price_even_before_the_first_record() -> None:
-    assert Costs().each([student(7)]) == {student(7).key: 7 * FIRST["student"]}
+    assert CostModel().each([student(7)]) == {student(7).key: 7 * FIRST["student"]}
 
 
 def test_the_device_that_a_kind_was_last_run_on_is_the_one_that_counts() -> None:
     on_cpu = {stage.key: record(stage, 100.0) for stage in (student(10, seed=seed) for seed in range(5))}
     on_gpu = {s.key: record(s, 1.0, "H100", "2026-02-02") for s in (student(10, seed=seed) for seed in range(5, 10))}
-    assert Costs(on_cpu | on_gpu).estimate([student(10, seed=99)]).seconds == pytest.approx(1, rel=0.5)
-    assert Costs(on_cpu).estimate([student(10, seed=99)]).seconds == pytest.approx(100, rel=0.01)
+    assert CostModel(on_cpu | on_gpu).estimate([student(10, seed=99)]).seconds == pytest.approx(1, rel=0.5)
+    assert CostModel(on_cpu).estimate([student(10, seed=99)]).seconds == pytest.approx(100, rel=0.01)
 
 
 def test_clustering_of_features_that_are_not_there_yet_knows_their_width_from_another_teacher() -> None:
@@ -144,7 +144,7 @@ def test_clustering_of_features_that_are_not_there_yet_knows_their_width_from_an
     for layer, (dim, seconds) in known.items():
         made[features("a", layer).key] = record(features("a", layer), 1.0, dim=dim)
         made[clusters(features("a", layer)).key] = record(clusters(features("a", layer)), seconds)
-    costs = Costs(made)
+    costs = CostModel(made)
     thin, wide = (costs.each([features("b", layer), clusters(features("b", layer))]) for layer in known)
     assert wide[clusters(features("b", "conv5")).key] > 5 * thin[clusters(features("b", "conv3")).key]
 

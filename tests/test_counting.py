@@ -7,9 +7,10 @@ import pytest
 import torch
 from skimage.transform import downscale_local_mean
 
-from ktray import plugins, train
+from ktray import plugins
 from ktray.pretext import counting
 from ktray.spec import Augment, Schedule
+from ktray.training import loop
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -81,8 +82,8 @@ def test_a_network_begins_near_the_margin_whatever_its_features(scale, counts):
 @pytest.mark.parametrize("backbone", [{"kind": "alexnet", "width": 0.125}, {"kind": "resnet", "width": 0.125}])
 def test_a_network_learns_to_count(backbone, tmp_path):
     metrics = []
-    train.fit(
-        train.fresh(plugins.parse("backbone", backbone), 0),
+    loop.fit(
+        loop.fresh(plugins.parse("backbone", backbone), 0),
         counting.task(counting.Spec(), 28),
         toy_images(96),
         Schedule(epochs=8, lr=0.001, batch_size=16),

@@ -14,7 +14,7 @@ from PIL import Image
 from ktray import plugins
 from ktray.cli import main
 from ktray.errors import UserError
-from ktray.pipeline.check import check_pair, data_loader
+from ktray.pipeline.pair_check import check_pair, data_loader
 from tests.pictures import noise
 from tests.toys import HOG, ROTATION, STUDENT, toy_pair, toy_spec
 

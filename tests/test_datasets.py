@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from ktray import images, plugins
 from ktray.errors import UserError
 from ktray.pool import LocalPool
-from ktray.spec import Spec, Split
+from ktray.spec import Split
+from ktray.strict import StrictSpec
 from tests.pictures import data_spec, listed, picture
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ KINDS = plugins.kinds("dataset")
 def test_every_kind_defines_what_a_data_set_must(kind: str) -> None:
     module = plugins.module("dataset", kind)
     fields = module.Spec.model_fields
-    assert module.Spec.__bases__ == (Spec,)
+    assert module.Spec.__bases__ == (StrictSpec,)
     assert fields["kind"].default == kind
     assert fields["split"].default == Split()
     assert fields["max_unreadable"].default == 0.01

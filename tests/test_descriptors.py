@@ -9,9 +9,11 @@ from pydantic import TypeAdapter
 from skimage import data
 from skimage.feature import hog as oracle
 
-from ktray import features, plugins, spec, train
+from ktray import plugins, spec
 from ktray.descriptors import hog, random_network, raw_pixels
 from ktray.errors import UserError
+from ktray.features import extraction
+from ktray.training import loop
 from tests.toy_images import toy_images
 
 BACKBONE = {"kind": "alexnet", "width": 0.125}
@@ -45,7 +47,7 @@ def test_a_descriptor_is_a_teacher(kind: str) -> None:
     assert module.REVISION >= 1
     teacher = TypeAdapter(spec.TeacherSpec).validate_python({"descriptor": {"kind": kind, **FIELDS.get(kind, {})}})
     if not hasattr(module, "fit"):
-        rows = features.all_of(features.of_teacher(teacher, None, None), toy_images(5))
+        rows = extraction.all_of(extraction.of_teacher(teacher, None, None), toy_images(5))
         assert (rows == describe(kind, torch.from_numpy(toy_images(5).read(np.arange(5)))).numpy()).all()
 
 
@@ -91,7 +93,7 @@ def test_a_random_network_is_the_untrained_student_of_the_same_seed() -> None:
     drawn = random_network.Spec(backbone=BACKBONE, layer="conv3", seed=7)
     torch.manual_seed(1)
     ours = random_network.describe(drawn, None, images)
-    network = train.fresh(drawn.backbone, 7)
-    assert ours.equal(features.of_module(network, "conv3", spec.Pooling())(images))
+    network = loop.fresh(drawn.backbone, 7)
+    assert ours.equal(extraction.of_module(network, "conv3", spec.Pooling())(images))
     other = random_network.describe(random_network.Spec(backbone=BACKBONE, layer="conv3", seed=8), None, images)
     assert not ours.equal(other)

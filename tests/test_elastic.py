@@ -14,73 +14,73 @@ import pytest
 import ray
 from test_ledger import NEEDS, House, answers, given, stage
 
-from ktray.crew import client
-from ktray.crew.books import Fence, Give, Hire
-from ktray.crew.needs import STAGES, Needs, Runtime
-from ktray.crew.openings import Openings
-from ktray.crew.roster import RETURN, Node, Roster, Shape
-from ktray.crew.shares import ON_GPU, Shares
 from ktray.errors import StoppedEarly
+from ktray.scheduler import client
+from ktray.scheduler.gpu_shares import ON_GPU, GpuShares
+from ktray.scheduler.messages import AssignStage, FenceAttempt, StartWorker
+from ktray.scheduler.placement import Placement
+from ktray.scheduler.resources import STAGES, ResourceRequest, RuntimeSettings
+from ktray.scheduler.worker_registry import RETURN, Node, WorkerRegistry, WorkerShape
 
 CPU_ONLY, GPU_NODE = Node(4.0, 0.0, 100.0), Node(4.0, 1.0, 100.0)
 
 
-def mixed() -> Roster:
-    return Roster({"gpu": Node(8.0, 1.0), "cpu": Node(4.0)})
+def mixed() -> WorkerRegistry:
+    return WorkerRegistry({"gpu": Node(8.0, 1.0), "cpu": Node(4.0)})
 
 
-def needs_on(roster: Roster) -> Shares:
-    return Shares(Runtime().of, lambda: any(node.gpus for node in roster.known()))
+def needs_on(registry: WorkerRegistry) -> GpuShares:
+    return GpuShares(RuntimeSettings().of, lambda: any(node.gpus for node in registry.known()))
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_networks_run_on_gpu_nodes_and_the_rest_on_nodes_without_while_they_have_room(name: str) -> None:
     house = House(0)
-    house.roster.nodes = mixed().nodes
-    house.ledger.needs = needs_on(house.roster)
-    (hire, *_) = [action for action in house.want("a", stage(name)) if isinstance(action, Hire)]
+    house.registry.nodes = mixed().nodes
+    house.core.needs = needs_on(house.registry)
+    (hire, *_) = [action for action in house.want("a", stage(name)) if isinstance(action, StartWorker)]
     assert hire.worker.node == ("gpu" if name in ON_GPU else "cpu")
-    assert hire.worker.shape == (Shape(0.0, 0.25) if name in ON_GPU else Shape(1.0))
+    assert hire.worker.shape == (WorkerShape(0.0, 0.25) if name in ON_GPU else WorkerShape(1.0))
 
 
 def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere_is_preferred() -> None:
-    roster = mixed()
-    openings = Openings(roster, 0.0)
+    registry = mixed()
+    openings = Placement(registry, 0.0)
     for _ in range(4):
-        assert openings.hire(Shape()).node == "cpu"  # type: ignore[union-attr]
-    assert openings.hire(Shape()).node == "gpu"  # type: ignore[union-attr]
-    roster.workers = dict(reversed(roster.workers.items()))
-    for worker in roster.workers.values():
+        assert openings.hire(WorkerShape()).node == "cpu"  # type: ignore[union-attr]
+    assert openings.hire(WorkerShape()).node == "gpu"  # type: ignore[union-attr]
+    registry.workers = dict(reversed(registry.workers.items()))
+    for worker in registry.workers.values():
         worker.beat, worker.polling = 0.0, True
-    assert Openings(roster, 0.0).take(Needs()).node == "cpu"  # type: ignore[union-attr]
+    assert Placement(registry, 0.0).take(ResourceRequest()).node == "cpu"  # type: ignore[union-attr]
 
 
 def test_a_node_that_joins_is_hired_on_and_its_gpu_is_used_from_then_on() -> None:
     house = House(2, Node(2.0, 0.0, 100.0))
-    house.ledger.needs = needs_on(house.roster)
+    house.core.needs = needs_on(house.registry)
     running = [stage("student", number=number) for number in range(2)]
     house.want("a", *running)
     house.want("b", stage("student", number=5), stage("clusters"))
     assert house.turn() == []
-    house.roster.see({**house.roster.nodes, "new": GPU_NODE}, house.now)
-    hired = [action.worker for action in house.turn() if isinstance(action, Hire)]
+    house.registry.see({**house.registry.nodes, "new": GPU_NODE}, house.now)
+    hired = [action.worker for action in house.turn() if isinstance(action, StartWorker)]
     assert {worker.node for worker in hired} == {"new"}
-    assert Shape(0.0, 0.25) in [worker.shape for worker in hired]
-    assert Shape(1.0) in [worker.shape for worker in hired]
-    assert len(house.ledger.runs) == 2, "what runs on a CPU goes on there"
+    assert WorkerShape(0.0, 0.25) in [worker.shape for worker in hired]
+    assert WorkerShape(1.0) in [worker.shape for worker in hired]
+    assert len(house.core.runs) == 2, "what runs on a CPU goes on there"
 
 
 def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewhere() -> None:
     house, one = House(1, CPU_ONLY), stage("one")
-    house.roster.nodes = {"node": CPU_ONLY, "other": CPU_ONLY}
+    house.registry.nodes = {"node": CPU_ONLY, "other": CPU_ONLY}
     house.want("a", one)
     house.arrive("worker-9")
-    house.roster.see({"other": CPU_ONLY}, house.now)
+    house.registry.see({"other": CPU_ONLY}, house.now)
     assert given(house.want("b", stage("two"))) == [], "the idle worker of the lost node is not asked"
-    house.ledger.gone("worker-1", "worker died", "its node died", house.now)
+    house.core.gone("worker-1", "worker died", "its node died", house.now)
     actions = house.turn()
-    assert [action.key for action in actions if isinstance(action, Fence)] == [one.key]
-    hired = [worker for worker in house.roster.workers.values() if worker.node == "other"]
+    assert [action.key for action in actions if isinstance(action, FenceAttempt)] == [one.key]
+    hired = [worker for worker in house.registry.workers.values() if worker.node == "other"]
     for worker in hired:
         worker.beat, worker.polling = house.now, True
     assert one.key in given(house.turn())
@@ -89,47 +89,49 @@ def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewher
 def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or_runs_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(NEEDS, "student", Needs(gpus=1.0))
+    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=1.0))
     house = House(0)
-    house.roster.nodes = {"node": CPU_ONLY, "gpu": GPU_NODE}
-    shares = needs_on(house.roster)
-    house.roster.see({"node": CPU_ONLY}, house.now)
+    house.registry.nodes = {"node": CPU_ONLY, "gpu": GPU_NODE}
+    shares = needs_on(house.registry)
+    house.registry.see({"node": CPU_ONLY}, house.now)
     assert answers(house.want("a", stage("student"))) == {}
     assert shares("student").gpus == 0.25
-    house.roster.see({"node": CPU_ONLY}, house.now + RETURN - 1)
-    assert house.roster.fits(Needs(gpus=1.0))
+    house.registry.see({"node": CPU_ONLY}, house.now + RETURN - 1)
+    assert house.registry.fits(ResourceRequest(gpus=1.0))
     house.now += RETURN
-    house.roster.see({"node": CPU_ONLY}, house.now)
+    house.registry.see({"node": CPU_ONLY}, house.now)
     assert answers(house.turn()) == {"a": "it needs 1 GPU, more than any node of the cluster has"}
     assert shares("student").gpus == 0.0
 
 
 def test_a_gpu_that_comes_back_in_time_takes_what_waited() -> None:
     house = House(0)
-    house.roster.nodes = {"gpu": GPU_NODE}
-    house.roster.see({}, house.now)
+    house.registry.nodes = {"gpu": GPU_NODE}
+    house.registry.see({}, house.now)
     house.want("a", stage("student"))
-    house.roster.see({"gpu again": GPU_NODE}, house.now + 100)
-    (hire,) = [action for action in house.turn() if isinstance(action, Hire)]
-    assert (hire.worker.node, hire.worker.shape) == ("gpu again", Shape(0.0, 1.0))
+    house.registry.see({"gpu again": GPU_NODE}, house.now + 100)
+    (hire,) = [action for action in house.turn() if isinstance(action, StartWorker)]
+    assert (hire.worker.node, hire.worker.shape) == ("gpu again", WorkerShape(0.0, 1.0))
     house.arrive(hire.worker.name)
-    assert [action.worker for action in house.turn() if isinstance(action, Give)] == [hire.worker.name]
+    assert [action.worker for action in house.turn() if isinstance(action, AssignStage)] == [hire.worker.name]
 
 
-def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_crew_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(client, "LEASE_EVERY", 0.01)
     answers = iter(
-        [None, ray.exceptions.RayError(), ray.exceptions.GetTimeoutError(), None, StoppedEarly("the crew has ended")]
+        [None, ray.exceptions.RayError(), ray.exceptions.GetTimeoutError(), None, StoppedEarly("the scheduler has ended")]
     )
     asked: list[object] = []
 
-    class Crew:
+    class Scheduler:
         def lease(self, over: threading.Event) -> None:
             asked.append(answer := next(answers))
             if answer is not None:
                 raise answer
 
-    lease = client.Lease(Crew())  # type: ignore[arg-type]
+    lease = client.Lease(Scheduler())  # type: ignore[arg-type]
     lease._thread.join(timeout=10)
     assert len(asked) == 5
     assert not lease._thread.is_alive()
@@ -144,35 +146,35 @@ import ray
 from ray.cluster_utils import Cluster
 options = {"object_store_memory": 100_000_000}
 cluster = Cluster(initialize_head=True, head_node_args={**options, "num_cpus": 1, "include_dashboard": False})
-from ktray.crew.client import connect
-from ktray.crew.needs import Needs
-from ktray.crew.runtime import Runtime, start, stop
+from ktray.scheduler.client import connect
+from ktray.scheduler.resources import ResourceRequest
+from ktray.scheduler.ray_session import RuntimeSettings, start, stop
 from toy_work import toy, work
 home = Path(sys.argv[1])
-stages = {"student": Needs(gpus=0.25)}
-session = start(home, cluster.address, Runtime(stages=stages, dead_after=10, heartbeat_seconds=0.2))
-crew = connect(session, f"file://{home}/store", work)
+stages = {"student": ResourceRequest(gpus=0.25)}
+session = start(home, cluster.address, RuntimeSettings(stages=stages, dead_after=10, heartbeat_seconds=0.2))
+scheduler = connect(session, f"file://{home}/store", work)
 said = {}
 
 def until(condition, seconds):
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < seconds, crew.status()
+        assert time.monotonic() - began < seconds, scheduler.status()
         time.sleep(0.2)
     return time.monotonic() - began
 
 def where(key):
-    return {run["key"]: run["node"] for run in crew.status()["running"]}.get(key)
+    return {run["key"]: run["node"] for run in scheduler.status()["running"]}.get(key)
 
 def obtain(name, *stages):
-    tell = lambda: said.update({name: [outcome["state"] for outcome in crew.obtain(list(stages), name)]})
+    tell = lambda: said.update({name: [outcome["state"] for outcome in scheduler.obtain(list(stages), name)]})
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     return thread
 
 slow = [toy("clusters", {"steps": 300, "number": number}) for number in range(2)]
 threads = [obtain(f"trial {number}", each) for number, each in enumerate(slow)]
-until(lambda: len(crew.status()["running"]) == 1, 60)
+until(lambda: len(scheduler.status()["running"]) == 1, 60)
 joined = cluster.add_node(num_cpus=1, num_gpus=1, **options)
 said["used_after"] = until(lambda: len({where(each.key) for each in slow} - {None}) == 2, 60)
 student = toy("student", {"steps": 40})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from optuna.study._multi_objective import _fast_non_domination_rank
 
-from ktray.search.evidence import SHOWN, Evidence, _by_front
+from ktray.search.observations import SHOWN, Observations, _by_front
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space
 
@@ -33,7 +33,7 @@ def test_the_order_of_telling_and_what_trials_were_before_change_nothing(
     tmp_path: Path, objectives: list[dict[str, str]]
 ) -> None:
     space, final = toy_space(tmp_path, objectives=objectives), trials(500)
-    straight, shuffled = Evidence(space, final), Evidence(space)
+    straight, shuffled = Observations(space, final), Observations(space)
     for trial in final:
         shuffled.update(dataclasses.replace(trial, state="running", scores={}, objectives={}))
     rng = random.Random(1)
@@ -49,7 +49,7 @@ def test_the_order_of_telling_and_what_trials_were_before_change_nothing(
 def test_a_tenth_is_good_and_at_most_twenty_five(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     for count, good in ((10, 1), (95, 10), (600, 25)):
-        shown = Evidence(space, [completed(number, number / count) for number in range(count)]).split()
+        shown = Observations(space, [completed(number, number / count) for number in range(count)]).split()
         assert [trial.number for trial in shown[0]] == list(range(count - good, count))
 
 
@@ -59,7 +59,7 @@ def completed(number: int, value: float, seconds: float = 1.0) -> Trial:
 
 def test_of_very_many_the_good_and_the_newest_are_shown(tmp_path: Path) -> None:
     best = [completed(number, 2 + number) for number in range(25)]
-    good, rest = Evidence(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
+    good, rest = Observations(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
     assert [trial.number for trial in good] == list(range(25))
     assert [trial.number for trial in rest] == list(range(2000 - SHOWN + 25, 2000))
 
@@ -67,13 +67,13 @@ def test_of_very_many_the_good_and_the_newest_are_shown(tmp_path: Path) -> None:
 def test_of_very_many_the_best_half_and_the_newest_are_ranked(tmp_path: Path) -> None:
     best = [completed(number, 2 - number / 100) for number in range(25)]
     many = [*best, *(completed(number, number / 10_000) for number in range(25, 2000))]
-    ranked, _ = Evidence(toy_space(tmp_path), many).ranked(50)
+    ranked, _ = Observations(toy_space(tmp_path), many).ranked(50)
     assert [trial.number for trial in ranked] == [*range(25), *range(1999, 1974, -1)]
 
 
 def test_what_is_left_are_the_rungs_up_to_the_end_of_the_student(tmp_path: Path) -> None:
     space = toy_space(tmp_path)  # rungs after 1, 3 and 9 epochs
-    evidence = Evidence(space)
+    evidence = Observations(space)
     pair = {"student": {"schedule": {"epochs": 9}}}
     waits = [Trial(0, {}, pair, "pruned", scores=scores) for scores in ({1: 0.5}, {1: 0.5, 3: 0.6})]
     assert [evidence.left(trial) for trial in (*waits, completed(1, 0.7))] == [2, 1, 0]
@@ -84,7 +84,7 @@ def test_what_is_left_are_the_rungs_up_to_the_end_of_the_student(tmp_path: Path)
 def test_an_old_pareto_point_stays_good(tmp_path: Path) -> None:
     rng = random.Random(0)
     many = [completed(number, rng.random(), 1 + rng.random()) for number in range(1, 1000)]
-    good, _ = Evidence(toy_space(tmp_path, objectives=TWO), [completed(0, 0.99, 0.5), *many]).split()
+    good, _ = Observations(toy_space(tmp_path, objectives=TWO), [completed(0, 0.99, 0.5), *many]).split()
     assert good[0].number == 0
 
 
@@ -99,5 +99,5 @@ def test_fronts_come_in_the_order_that_optuna_ranks_them(count: int) -> None:
 
 def test_a_trial_that_runs_counts_among_the_rest(tmp_path: Path) -> None:
     unknown: Callable[[int], Trial] = lambda number: Trial(number, {}, {})  # noqa: E731
-    good, rest = Evidence(toy_space(tmp_path), [*(completed(n, n) for n in range(10)), unknown(10)]).split()
+    good, rest = Observations(toy_space(tmp_path), [*(completed(n, n) for n in range(10)), unknown(10)]).split()
     assert ([trial.number for trial in good], rest[-1].number) == ([9], 10)

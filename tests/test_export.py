@@ -13,8 +13,10 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ktray import augment, export, plugins
+from ktray import plugins
 from ktray.errors import UserError
+from ktray.export import student_files
+from ktray.ops import augmentation
 from ktray.spec import Student
 
 CLASSES = 7
@@ -55,7 +57,7 @@ def exported(tmp_path: Path, backbone: dict = SMALL, **arguments) -> tuple[Path,
     built = network(backbone)
     head = nn.Linear(built.feature_dim, CLASSES)
     given = {"size": 32, "metrics": {"knn/top1": 0.5}, "lineage": {}, "out": tmp_path / "student", "classes": CLASSES}
-    export.export_student(snapshot(tmp_path / "snapshot", built, head), student(backbone), **{**given, **arguments})
+    student_files.export_student(snapshot(tmp_path / "snapshot", built, head), student(backbone), **{**given, **arguments})
     return tmp_path / "student", built, head
 
 
@@ -94,7 +96,7 @@ def test_nothing_is_promised_about_torchvision_where_the_form_is_ours(tmp_path):
 def test_an_exported_student_loads_again_with_the_same_features(backbone, head, tmp_path):
     directory, built, _ = exported(tmp_path, backbone, head=head)
     inputs = torch.randn(2, 3, 32, 32)
-    loaded = export.load_student(directory)
+    loaded = student_files.load_student(directory)
     assert not loaded.training
     with torch.inference_mode():
         assert torch.equal(loaded(inputs), built(inputs))
@@ -112,8 +114,8 @@ def test_every_backbone_can_be_exported_and_loaded(kind, tmp_path):
             raise
         pytest.skip(str(error))
     weights = snapshot(tmp_path / "snapshot", built, nn.Linear(built.feature_dim, 2))
-    export.export_student(weights, student(spec), 32, {}, {}, tmp_path / "out", 2, head="classifier")
-    loaded = export.load_student(tmp_path / "out").state_dict()
+    student_files.export_student(weights, student(spec), 32, {}, {}, tmp_path / "out", 2, head="classifier")
+    loaded = student_files.load_student(tmp_path / "out").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in built.state_dict().items())
 
 
@@ -133,7 +135,7 @@ def test_the_exported_normalisation_is_that_of_training(tmp_path):
     about = card(directory)["input"]
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
-    torch.testing.assert_close((pixels.permute(0, 3, 1, 2) / 255 - mean) / std, augment.to_float(pixels))
+    torch.testing.assert_close((pixels.permute(0, 3, 1, 2) / 255 - mean) / std, augmentation.to_float(pixels))
 
 
 def test_loading_a_student_leaves_the_random_stream_alone(tmp_path):
@@ -141,7 +143,7 @@ def test_loading_a_student_leaves_the_random_stream_alone(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    export.load_student(directory)
+    student_files.load_student(directory)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -176,7 +178,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     def broken(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", broken)
+    monkeypatch.setattr(student_files, "save_file", broken)
     with pytest.raises(OSError, match="No space left"):
         exported(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["snapshot"]
@@ -186,8 +188,8 @@ def test_a_student_without_a_classifier_exports_only_headless(tmp_path):
     built = network(SMALL)
     weights = snapshot(tmp_path / "snapshot", built, None)
     with pytest.raises(UserError, match="no linear classifier"):
-        export.export_student(weights, student(SMALL), 32, {}, {}, tmp_path / "a", None, head="classifier")
-    export.export_student(weights, student(SMALL), 32, {}, {}, tmp_path / "b", None)
+        student_files.export_student(weights, student(SMALL), 32, {}, {}, tmp_path / "a", None, head="classifier")
+    student_files.export_student(weights, student(SMALL), 32, {}, {}, tmp_path / "b", None)
     assert (tmp_path / "b/model.safetensors").exists()
     assert not (tmp_path / "a").exists()
 
@@ -195,7 +197,7 @@ def test_a_student_without_a_classifier_exports_only_headless(tmp_path):
 def test_a_snapshot_of_another_network_is_refused(tmp_path):
     weights = snapshot(tmp_path / "snapshot", network(SMALL), None)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        export.export_student(weights, student({**SMALL, "width": 0.5}), 32, {}, {}, tmp_path / "student", None)
+        student_files.export_student(weights, student({**SMALL, "width": 0.5}), 32, {}, {}, tmp_path / "student", None)
     assert not (tmp_path / "student").exists()
 
 
@@ -229,7 +231,7 @@ def test_a_folder_without_a_student_is_named_as_such(missing, tmp_path):
     directory, _, _ = exported(tmp_path)
     (directory / missing).unlink()
     with pytest.raises(UserError, match=f"{missing} is missing"):
-        export.load_student(directory)
+        student_files.load_student(directory)
 
 
 def test_damaged_weights_are_never_used(tmp_path):
@@ -238,10 +240,10 @@ def test_damaged_weights_are_never_used(tmp_path):
     content[-1] ^= 1
     (directory / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
-        export.load_student(directory)
+        student_files.load_student(directory)
     (directory / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(UserError, match="damaged"):
-        export.load_student(directory)
+        student_files.load_student(directory)
 
 
 def test_a_backbone_from_an_untrusted_package_is_not_imported(tmp_path):
@@ -250,7 +252,7 @@ def test_a_backbone_from_an_untrusted_package_is_not_imported(tmp_path):
     about["architecture"] = {"kind": "antigravity.nets"}
     (directory / "student.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match="does not trust"):
-        export.load_student(directory)
+        student_files.load_student(directory)
 
 
 @pytest.mark.parametrize("backbone", [SMALL, ALEXNET], ids=["resnet", "alexnet"])
@@ -264,7 +266,7 @@ def test_a_pt2_program_computes_what_the_student_does_for_any_batch(tmp_path, ba
             expected = linear(built(inputs)) if head == "classifier" else built(inputs)
             torch.testing.assert_close(program(inputs), expected)
     assert set(card(directory)["files"]) == {"model.safetensors", "model.pt2"}
-    assert export.load_student(directory).feature_dim == built.feature_dim
+    assert student_files.load_student(directory).feature_dim == built.feature_dim
 
 
 def test_an_onnx_program_computes_what_the_student_does_by_onnx_own_evaluator(tmp_path, capfd):

@@ -11,15 +11,15 @@ import pytest
 from test_ledger import House, answers, given, stage
 
 from ktray.artifact import Stage
-from ktray.crew.books import Event, Fence, Give
-from ktray.crew.ledger import FAMILY
-from ktray.crew.local import LocalCrew
-from ktray.crew.roster import Shape
-from ktray.pipeline import judge
+from ktray.pipeline import pair_metrics
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
-from ktray.pool import Means
+from ktray.pipeline.pair_graph import build
+from ktray.pool import StageContext
+from ktray.scheduler.core import FAMILY
+from ktray.scheduler.local_scheduler import LocalScheduler
+from ktray.scheduler.messages import AssignStage, FenceAttempt, SchedulerEvent
+from ktray.scheduler.worker_registry import WorkerShape
 from ktray.stores.file import FileStore
 from tests.toys import HOG, ROTATION, toy_pair
 
@@ -30,7 +30,7 @@ def layer(number: int, *inputs: Stage) -> Stage:
 
 def family(actions: list[Any]) -> list[str]:
     """Keys that the one worker which begins now makes together."""
-    (give,) = [action for action in actions if isinstance(action, Give)]
+    (give,) = [action for action in actions if isinstance(action, AssignStage)]
     return [give.stage.key, *(each.key for each in give.stage.beside)]
 
 
@@ -73,7 +73,7 @@ def test_what_is_beside_a_stage_changes_no_key() -> None:
     assert replace(one, beside=(other,)).key == one.key
 
 
-# ---- the ledger
+# ---- the core
 
 
 def test_a_family_that_waits_begins_on_one_worker_and_answers_each_trial() -> None:
@@ -85,23 +85,23 @@ def test_a_family_that_waits_begins_on_one_worker_and_answers_each_trial() -> No
         house.want(f"trial {number}", images, each)
     actions = house.publish(images)
     assert family(actions) == [each.key for each in layers]
-    assert sorted(house.ledger.runs) == sorted(each.key for each in layers)
-    assert sum(worker.leads is not None for worker in house.roster.workers.values()) == 1
+    assert sorted(house.core.runs) == sorted(each.key for each in layers)
+    assert sum(worker.leads is not None for worker in house.registry.workers.values()) == 1
     for number, each in enumerate(layers):
         assert answers(house.publish(each)) == {f"trial {number}": ["joined", "computed"]}
-    assert all(worker.leads is None for worker in house.roster.workers.values())
-    assert house.ledger.computed == {"images": 1, "layer": 3}
+    assert all(worker.leads is None for worker in house.registry.workers.values())
+    assert house.core.computed == {"images": 1, "layer": 3}
 
 
 def test_a_worker_is_busy_until_the_last_of_its_family_is_told() -> None:
     house = House(1)
     first, second = begun(house, 2)
-    run = house.ledger.runs[first.key]
+    run = house.core.runs[first.key]
     house.store.add(first.key)
-    house.ledger.published(first.key, run.attempt, True, 1.0, house.now)
-    assert house.roster.workers["worker-1"].leads == run.attempt
+    house.core.published(first.key, run.attempt, True, 1.0, house.now)
+    assert house.registry.workers["worker-1"].leads == run.attempt
     house.publish(second)
-    assert house.roster.workers["worker-1"].leads is None
+    assert house.registry.workers["worker-1"].leads is None
 
 
 def test_who_comes_while_a_family_runs_joins_its_keys_and_runs_others_apart() -> None:
@@ -115,7 +115,7 @@ def test_who_comes_while_a_family_runs_joins_its_keys_and_runs_others_apart() ->
 def test_one_run_makes_only_so_many_at_once() -> None:
     house = House(2)
     layers = begun(house, FAMILY + 3)
-    attempts = [house.ledger.runs[each.key].attempt for each in layers]
+    attempts = [house.core.runs[each.key].attempt for each in layers]
     assert sorted(attempts.count(attempt) for attempt in set(attempts)) == [3, FAMILY]
 
 
@@ -128,14 +128,14 @@ def test_a_failed_family_is_made_apart_so_that_only_the_culprit_fails() -> None:
     assert answers(house.fail(layers[0])) == {"trial 0": "ValueError: no"}
     for each in layers[1:]:
         assert list(answers(house.publish(each)).values()) == [["joined", "computed"]]
-    assert house.ledger.computed["layer"] == 2
+    assert house.core.computed["layer"] == 2
 
 
 def test_a_full_disk_fails_a_family_at_once() -> None:
     house = House(1)
     layers = begun(house, 2)
-    run = house.ledger.runs[layers[0].key]
-    house.ledger.failed(run.key, run.attempt, "disk full", "OSError: no space", "", house.now)
+    run = house.core.runs[layers[0].key]
+    house.core.failed(run.key, run.attempt, "disk full", "OSError: no space", "", house.now)
     assert answers(house.turn()) == dict.fromkeys(["trial 0", "trial 1"], "OSError: no space")
 
 
@@ -150,26 +150,26 @@ def test_a_family_whose_input_is_missing_waits_for_it_and_begins_again_together(
 def test_a_dead_worker_fences_all_that_it_made_and_what_is_left_runs_apart() -> None:
     house = House(2)
     layers = begun(house, 3)
-    run = house.ledger.runs[layers[0].key]
+    run = house.core.runs[layers[0].key]
     house.store.add(layers[1].key)  # published, and its worker died before it could tell
-    house.ledger.gone(run.worker, "worker died", "killed", house.now)
-    events = [action for action in house.ledger.outbox if isinstance(action, Event) and action.event == "worker died"]
+    house.core.gone(run.worker, "worker died", "killed", house.now)
+    events = [action for action in house.core.outbox if isinstance(action, SchedulerEvent) and action.event == "worker died"]
     assert [event.key for event in events] == [layers[0].key]
     actions = house.turn()
-    assert {action.key for action in actions if isinstance(action, Fence)} == {each.key for each in layers}
+    assert {action.key for action in actions if isinstance(action, FenceAttempt)} == {each.key for each in layers}
     assert family(actions) == [layers[0].key]
-    revived = house.roster.add("worker-1", Shape(), "node")
-    assert not house.ledger.beat(revived, run.key, layers[0], run.attempt, {}, house.now)
+    revived = house.registry.add("worker-1", WorkerShape(), "node")
+    assert not house.core.beat(revived, run.key, layers[0], run.attempt, {}, house.now)
 
 
 def test_a_restarted_broker_adopts_a_family_by_one_heartbeat() -> None:
     house, one, two = House(0), layer(1), layer(2)
-    worker = house.roster.add("worker-1", Shape(), "node")
-    house.ledger.beat(worker, one.key, replace(one, beside=(two,)), "old", {"epoch": 1.0}, house.now)
+    worker = house.registry.add("worker-1", WorkerShape(), "node")
+    house.core.beat(worker, one.key, replace(one, beside=(two,)), "old", {"epoch": 1.0}, house.now)
     house.want("a", one)
     house.want("b", two)
-    assert {key: run.attempt for key, run in house.ledger.runs.items()} == {one.key: "old", two.key: "old"}
-    assert house.ledger.runs[two.key].progress == {"epoch": 1.0}
+    assert {key: run.attempt for key, run in house.core.runs.items()} == {one.key: "old", two.key: "old"}
+    assert house.core.runs[two.key].progress == {"epoch": 1.0}
     assert answers(house.publish(one)) == {"a": ["computed"]}
     assert answers(house.publish(two)) == {"b": ["computed"]}
 
@@ -183,13 +183,13 @@ def pairs(tmp_path: Path) -> Any:
     store = FileStore(tmp_path / "store")
     graphs = [build(toy_pair(teacher={**ROTATION, "layer": name}), data_identity()) for name in ("conv2", "conv4")]
     before = [each for each in graphs[0].stages if each.name in ("images", "teacher")]
-    LocalCrew(store, execute, Means(), lambda event: None).obtain(before, "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(before, "test")
     return store, [next(each for each in graph.stages if each.key == graph.keys["features"]) for graph in graphs]
 
 
 def test_a_family_publishes_the_bits_of_separate_runs_and_shares_their_cost(pairs: Any, tmp_path: Path) -> None:
     store, stages = pairs
-    artifact, computed = execute(replace(stages[0], beside=(stages[1],)), store, "a1", Means())
+    artifact, computed = execute(replace(stages[0], beside=(stages[1],)), store, "a1", StageContext())
     assert computed
     made = [store.find(each.key) for each in stages]
     assert made[0].directory == artifact.directory
@@ -201,7 +201,7 @@ def test_a_family_publishes_the_bits_of_separate_runs_and_shares_their_cost(pair
     for each in made:
         store.remove(each.key)
     for each, together in zip(stages, made, strict=True):
-        alone, _ = execute(each, store, "a2", Means())
+        alone, _ = execute(each, store, "a2", StageContext())
         assert alone.record["files"] == together.record["files"]
         assert alone.record["spec"] == together.record["spec"]
         assert alone.record["together"] == []
@@ -209,8 +209,8 @@ def test_a_family_publishes_the_bits_of_separate_runs_and_shares_their_cost(pair
 
 def test_of_a_family_only_what_the_store_lacks_is_made(pairs: Any) -> None:
     store, stages = pairs
-    execute(stages[0], store, "a1", Means())
-    _, computed = execute(replace(stages[0], beside=(stages[1],)), store, "a2", Means())
+    execute(stages[0], store, "a1", StageContext())
+    _, computed = execute(replace(stages[0], beside=(stages[1],)), store, "a2", StageContext())
     assert not computed
     assert [store.find(each.key).record["attempt"] for each in stages] == ["a1", "a2"]
     assert store.find(stages[1].key).record["together"] == []
@@ -230,16 +230,16 @@ def test_a_fenced_family_publishes_nothing(pairs: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setitem(kitchen.FAMILY_WORK, "features", fenced)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
-        execute(replace(stages[0], beside=(stages[1],)), store, "a1", Means())
+        execute(replace(stages[0], beside=(stages[1],)), store, "a1", StageContext())
     assert [store.find(each.key) for each in stages] == [None, None]
 
 
 @pytest.mark.slow
-def test_two_trials_on_two_layers_cost_one_pass_on_ray(found_crew: Any, tmp_path: Path) -> None:
-    crew = found_crew(tmp_path / "store", work=execute)
+def test_two_trials_on_two_layers_cost_one_pass_on_ray(start_scheduler: Any, tmp_path: Path) -> None:
+    scheduler = start_scheduler(tmp_path / "store", work=execute)
     graphs = [build(toy_pair(teacher={**ROTATION, "layer": name}), data_identity()) for name in ("conv2", "conv4")]
     with ThreadPoolExecutor(2) as pool:
-        ended = [pool.submit(crew.obtain, list(graph.stages), f"trial {number}") for number, graph in enumerate(graphs)]
+        ended = [pool.submit(scheduler.obtain, list(graph.stages), f"trial {number}") for number, graph in enumerate(graphs)]
         states = [{outcome["key"]: outcome["state"] for outcome in each.result()} for each in ended]
     store = FileStore(tmp_path / "store")
     for graph, said in zip(graphs, states, strict=True):
@@ -247,5 +247,5 @@ def test_two_trials_on_two_layers_cost_one_pass_on_ray(found_crew: Any, tmp_path
         assert artifact is not None
         assert artifact.record["together"] == sorted(each.keys["features"] for each in graphs)
         assert said[artifact.key] == "computed"
-        assert judge.finished(graph, store) is not None
-    assert crew.status()["computed"]["features"] == 2
+        assert pair_metrics.finished(graph, store) is not None
+    assert scheduler.status()["computed"]["features"] == 2

@@ -9,9 +9,13 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from ktray import augment, features, images, plugins, spec, taps, train
+from ktray import images, plugins, spec
 from ktray.errors import UserError
+from ktray.features import extraction
+from ktray.features import layers as taps
+from ktray.ops import augmentation
 from ktray.pool import LocalPool
+from ktray.training import loop
 from tests.pools import ShuffledPool
 from tests.toy_images import toy_images
 
@@ -21,9 +25,9 @@ DATA = {"kind": "synthetic", "count": 150, "size": 28}
 
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(features, "SHARD_ROWS", 32)
-    monkeypatch.setattr(features, "BATCH", 16)
-    features._source.cache_clear()
+    monkeypatch.setattr(extraction, "SHARD_ROWS", 32)
+    monkeypatch.setattr(extraction, "BATCH", 16)
+    extraction._source.cache_clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,7 +36,7 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    train.write_untrained(train.fresh(ALEXNET, 0), tmp_path / "weights")
+    loop.write_untrained(loop.fresh(ALEXNET, 0), tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -58,7 +62,7 @@ def source(tmp_path: Path, weights: Path | None, **changes) -> dict:
 
 def written(tmp_path: Path, name: str, given: dict, pool=None) -> tuple[Path, dict[str, float]]:
     (tmp_path / name).mkdir()
-    return tmp_path / name, features.write(given, tmp_path / name, pool or LocalPool())
+    return tmp_path / name, extraction.write(given, tmp_path / name, pool or LocalPool())
 
 
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, weights: Path) -> None:
@@ -66,8 +70,8 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, weights: Pa
     alone, _ = written(tmp_path, "alone", given)
     for workers in (2, 3, 7):
         together, _ = written(tmp_path, f"by-{workers}", given, ShuffledPool(workers))
-        assert {p.name: p.read_bytes() for p in features.shards(together)} == {
-            p.name: p.read_bytes() for p in features.shards(alone)
+        assert {p.name: p.read_bytes() for p in extraction.shards(together)} == {
+            p.name: p.read_bytes() for p in extraction.shards(alone)
         }
 
 
@@ -75,10 +79,10 @@ def test_shards_hold_the_rows_that_all_of_computes(tmp_path: Path, weights: Path
     given = source(tmp_path, weights)
     out, metrics = written(tmp_path, "out", given)
     opened = images.open_split(Path(given["images"]), "train", TypeAdapter(spec.DataSpec).validate_python(DATA))
-    extractor = features.of_network(ALEXNET, "conv3", spec.Pooling(grid=2), weights)
-    rows = features.all_of(extractor, opened)
-    assert (features.load(out) == rows).all()
-    assert [len(np.load(path)) for path in features.shards(out)][:-1] == [32] * (len(rows) // 32)
+    extractor = extraction.of_network(ALEXNET, "conv3", spec.Pooling(grid=2), weights)
+    rows = extraction.all_of(extractor, opened)
+    assert (extraction.load(out) == rows).all()
+    assert [len(np.load(path)) for path in extraction.shards(out)][:-1] == [32] * (len(rows) // 32)
     assert (metrics["count"], metrics["dim"]) == rows.shape
     assert metrics["images_per_s"] > 0
 
@@ -86,38 +90,38 @@ def test_shards_hold_the_rows_that_all_of_computes(tmp_path: Path, weights: Path
 def test_float16_shards_are_the_rounded_float32_ones(tmp_path: Path, weights: Path) -> None:
     full, _ = written(tmp_path, "full", source(tmp_path, weights))
     half, _ = written(tmp_path, "half", source(tmp_path, weights, dtype="float16"))
-    assert np.load(features.shards(half)[0]).dtype == np.float16
-    assert (features.load(half) == features.load(full).astype(np.float16)).all()
+    assert np.load(extraction.shards(half)[0]).dtype == np.float16
+    assert (extraction.load(half) == extraction.load(full).astype(np.float16)).all()
 
 
 @pytest.mark.parametrize(("kind", "grid"), [("avg", 1), ("avg", 3), ("max", 2)])
 def test_a_layer_is_what_its_module_returns_pooled(weights: Path, kind: str, grid: int) -> None:
     toys = toy_images(8)
-    network = train.fresh(ALEXNET, 0).eval()
-    maps = augment.to_float(torch.from_numpy(toys.read(np.arange(8))))
+    network = loop.fresh(ALEXNET, 0).eval()
+    maps = augmentation.to_float(torch.from_numpy(toys.read(np.arange(8))))
     with torch.inference_mode():
         for name, block in network.named_children():
             maps = block(maps)
             if name == "conv2":
                 break
     pool = torch.nn.AdaptiveAvgPool2d(grid) if kind == "avg" else torch.nn.AdaptiveMaxPool2d(grid)
-    ours = features.all_of(features.of_network(ALEXNET, "conv2", spec.Pooling(kind=kind, grid=grid), weights), toys)
+    ours = extraction.all_of(extraction.of_network(ALEXNET, "conv2", spec.Pooling(kind=kind, grid=grid), weights), toys)
     np.testing.assert_allclose(ours, pool(maps).flatten(1).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_no_layer_means_the_features_of_the_backbone(weights: Path) -> None:
     toys = toy_images(8)
-    rows = features.all_of(features.of_network(ALEXNET, None, spec.Pooling(), weights), toys)
-    last = features.all_of(features.of_network(ALEXNET, "conv5", spec.Pooling(), weights), toys)
-    assert rows.shape == (8, train.fresh(ALEXNET, 0).feature_dim)
+    rows = extraction.all_of(extraction.of_network(ALEXNET, None, spec.Pooling(), weights), toys)
+    last = extraction.all_of(extraction.of_network(ALEXNET, "conv5", spec.Pooling(), weights), toys)
+    assert rows.shape == (8, loop.fresh(ALEXNET, 0).feature_dim)
     np.testing.assert_allclose(rows, last, atol=1e-6)
 
 
 def test_extraction_changes_no_statistics_and_runs_no_later_layer(weights: Path) -> None:
-    network = train.fresh(ALEXNET, 0)
+    network = loop.fresh(ALEXNET, 0)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.conv4.register_forward_hook(lambda *_: pytest.fail("conv4 ran although conv3 was asked for"))
-    extract = features.of_module(network, "conv3", spec.Pooling())
+    extract = extraction.of_module(network, "conv3", spec.Pooling())
     extract(torch.from_numpy(toy_images(4).read(np.arange(4))))
     assert all((tensor == before[name]).all() for name, tensor in network.state_dict().items())
     assert not network.conv3._forward_hooks
@@ -129,37 +133,37 @@ def test_a_teacher_of_any_type_gives_features(weights: Path) -> None:
     trained = {"pretext": {"kind": "rotation"}, "backbone": backbone, "layer": "conv3", "schedule": {"epochs": 1}}
     loaded = {"checkpoint": "x.safetensors", "backbone": backbone, "layer": "conv3"}
     parse = TypeAdapter(spec.TeacherSpec).validate_python
-    rows = [features.all_of(features.of_teacher(parse(each), weights, None), toys) for each in (trained, loaded)]
+    rows = [extraction.all_of(extraction.of_teacher(parse(each), weights, None), toys) for each in (trained, loaded)]
     assert (rows[0] == rows[1]).all()
     handcrafted = parse({"descriptor": {"kind": "hog", "cell": 7}})
-    assert features.all_of(features.of_teacher(handcrafted, None, None), toys).shape == (6, 3 * 3 * 4 * 9)
+    assert extraction.all_of(extraction.of_teacher(handcrafted, None, None), toys).shape == (6, 3 * 3 * 4 * 9)
 
 
 def test_what_the_network_does_not_have_is_refused(weights: Path) -> None:
     with pytest.raises(UserError, match=r"no layer 'conv9'.*conv1, conv2"):
-        features.of_network(ALEXNET, "conv9", spec.Pooling(), weights)
+        extraction.of_network(ALEXNET, "conv9", spec.Pooling(), weights)
     with pytest.raises(UserError, match=r"grid of 8 is finer.*At most 7"):
-        features.all_of(features.of_network(ALEXNET, "conv5", spec.Pooling(grid=8), weights), toy_images(4))
+        extraction.all_of(extraction.of_network(ALEXNET, "conv5", spec.Pooling(grid=8), weights), toy_images(4))
     with pytest.raises(UserError, match="grid of 2 is finer"):
-        features.all_of(features.of_network(ALEXNET, None, spec.Pooling(grid=2), weights), toy_images(4))
+        extraction.all_of(extraction.of_network(ALEXNET, None, spec.Pooling(grid=2), weights), toy_images(4))
     with pytest.raises(ValueError, match="no weights"):
-        features.of_network(ALEXNET, "conv3", spec.Pooling(), None)
+        extraction.of_network(ALEXNET, "conv3", spec.Pooling(), None)
 
 
 def test_features_that_are_not_finite_name_their_first_image(tmp_path: Path) -> None:
-    network = train.fresh(ALEXNET, 0)
+    network = loop.fresh(ALEXNET, 0)
     with torch.no_grad():
         network.conv3[1].bias[0] = torch.nan
-    train.write_untrained(network, tmp_path / "nan")
+    loop.write_untrained(network, tmp_path / "nan")
     with pytest.raises(ValueError, match=r"of 4 images .* not finite, the first is image 0 \(0000.png\)"):
-        features.all_of(features.of_network(ALEXNET, "conv3", spec.Pooling(), tmp_path / "nan"), toy_images(4))
+        extraction.all_of(extraction.of_network(ALEXNET, "conv3", spec.Pooling(), tmp_path / "nan"), toy_images(4))
 
 
 def test_features_too_large_for_float16_are_refused_rather_than_infinite(tmp_path: Path) -> None:
-    network = train.fresh(ALEXNET, 0)
+    network = loop.fresh(ALEXNET, 0)
     with torch.no_grad():
         network.conv3[1].bias[0] = 1e5
-    train.write_untrained(network, tmp_path / "large")
+    loop.write_untrained(network, tmp_path / "large")
     written(tmp_path, "full", source(tmp_path, tmp_path / "large"))
     with pytest.raises(ValueError, match="float16 that are not finite"):
         written(tmp_path, "half", source(tmp_path, tmp_path / "large", dtype="float16"))
@@ -176,7 +180,7 @@ VIEWS = {
 @pytest.mark.parametrize("network", VIEWS)
 def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tmp_path: Path, network: str, dtype: str) -> None:
     backbone, views = VIEWS[network]
-    train.write_untrained(train.fresh(backbone, 0), tmp_path / "network")
+    loop.write_untrained(loop.fresh(backbone, 0), tmp_path / "network")
     base = source(tmp_path, tmp_path / "network", dtype=dtype)
     sources = [
         {**base, "teacher": {**base["teacher"], "backbone": backbone.model_dump(), "layer": layer, "pool": {"grid": grid}}}
@@ -185,11 +189,11 @@ def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tm
     outs = [tmp_path / f"together-{number}" for number in range(len(sources))]
     for out in outs:
         out.mkdir()
-    together = features.write_views(sources, outs, ShuffledPool(2))
+    together = extraction.write_views(sources, outs, ShuffledPool(2))
     for number, each in enumerate(sources):
         alone, metrics = written(tmp_path, f"alone-{number}", each)
-        assert {path.name: path.read_bytes() for path in features.shards(outs[number])} == {
-            path.name: path.read_bytes() for path in features.shards(alone)
+        assert {path.name: path.read_bytes() for path in extraction.shards(outs[number])} == {
+            path.name: path.read_bytes() for path in extraction.shards(alone)
         }
         assert (together[number][0]["dim"], together[number][0]["count"]) == (metrics["dim"], metrics["count"])
 
@@ -213,7 +217,7 @@ def test_a_tapped_output_is_kept_from_what_later_layers_do_to_it_in_place() -> N
 
 def test_a_view_alone_would_cost_less_the_earlier_its_layer_is(weights: Path) -> None:
     views = [("conv5", spec.Pooling()), ("conv1", spec.Pooling())]
-    network = train.fresh(ALEXNET, 0)
+    network = loop.fresh(ALEXNET, 0)
     (_, deep), (_, shallow) = taps.of_views(network, views)(torch.from_numpy(toy_images(64).read(np.arange(64))))
     assert 0 < shallow < deep
 
@@ -221,9 +225,9 @@ def test_a_view_alone_would_cost_less_the_earlier_its_layer_is(weights: Path) ->
 def test_small_pieces_for_a_small_device_give_the_same_features(tmp_path: Path, weights: Path) -> None:
     whole, _ = written(tmp_path, "whole", source(tmp_path, weights))
     pieces, _ = written(tmp_path, "pieces", source(tmp_path, weights, most_images=3))
-    np.testing.assert_allclose(features.load(pieces), features.load(whole), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(extraction.load(pieces), extraction.load(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_a_directory_without_shards_is_no_empty_array(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no features"):
-        features.load(tmp_path)
+        extraction.load(tmp_path)

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from ktray.artifact import Stage
-from ktray.pipeline import graph
+from ktray.pipeline import pair_graph
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
-from ktray.pool import Means
+from ktray.pool import StageContext
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, toy_pair
 
@@ -27,7 +27,7 @@ from tests.toys import ROTATION, toy_pair
 TOY = """
 import os, signal, sys
 from pathlib import Path
-from ktray.pool import Means
+from ktray.pool import StageContext
 from ktray.stores.file import FileStore
 from toy_work import toy, work
 where, store = sys.argv[1], FileStore(Path(sys.argv[2]))
@@ -47,28 +47,28 @@ def renaming(self, target):
         os.kill(os.getpid(), signal.SIGSTOP)
     return rename(self, target)
 Path.rename = renaming
-work(toy("slow", {"steps": 2, "sleep": 0.01, "test": "fenced"}), store, "late", Means())
+work(toy("slow", {"steps": 2, "sleep": 0.01, "test": "fenced"}), store, "late", StageContext())
 """
 REAL = """
 import sys
 from pathlib import Path
 from ktray.pipeline.execute import execute
-from ktray.pool import Means
+from ktray.pool import StageContext
 from ktray.stores.file import FileStore
 from tests.test_fenced import teacher_stage
 store = FileStore(Path(sys.argv[1]))
-execute(teacher_stage(store.root.parent), store, "late", Means(checkpoint_seconds=0.2))
+execute(teacher_stage(store.root.parent), store, "late", StageContext(checkpoint_seconds=0.2))
 """
 
 
 def teacher_stage(folder: Path) -> Stage:
     """A training of some seconds; its images are computed where `folder` lacks them."""
     teacher = {**ROTATION, "schedule": {"epochs": 30, "lr": 0.02, "batch_size": 32}}
-    stages = graph.build(toy_pair(teacher=teacher), data_identity(folder / "cache")).stages
+    stages = pair_graph.build(toy_pair(teacher=teacher), data_identity(folder / "cache")).stages
     store = FileStore(folder / "store")
     for stage in stages:
         if stage.name == "images":
-            execute(stage, store, "images", Means())
+            execute(stage, store, "images", StageContext())
     return next(stage for stage in stages if stage.name == "teacher")
 
 
@@ -130,7 +130,7 @@ def test_a_fenced_attempt_changes_nothing_of_what_its_successor_has_published(pl
     store, stage = FileStore(tmp_path / "store"), toy("slow", {"steps": 2, "sleep": 0.01, "test": "fenced"})
     with frozen(TOY, place, store.root) as process:
         store.fence(stage.key, "late")
-        assert work(stage, store, "second", Means())[1]
+        assert work(stage, store, "second", StageContext())[1]
         before = contents(store)
         process.send_signal(signal.SIGCONT)
         process.communicate(timeout=60)
@@ -144,7 +144,7 @@ def test_an_attempt_that_is_fenced_after_its_successor_has_published_leaves_noth
 
     store, stage = FileStore(tmp_path / "store"), toy("slow", {"steps": 2, "sleep": 0.01, "test": "fenced"})
     with frozen(TOY, place, store.root) as process:
-        assert work(stage, store, "second", Means())[1]
+        assert work(stage, store, "second", StageContext())[1]
         before = contents(store)
         store.fence(stage.key, "late")
         process.send_signal(signal.SIGCONT)
@@ -168,7 +168,7 @@ def test_what_a_worker_left_that_died_right_after_it_had_published_goes_when_it_
     with monkeypatch.context() as last_moment:
         last_moment.setattr(store, "_forget_attempts", dies)
         with pytest.raises(InterruptedError):
-            work(stage, store, "second", Means())
+            work(stage, store, "second", StageContext())
     assert list((store.root / ".fenced").iterdir())
     store.fence(stage.key, "second")
     assert store.find(stage.key) is not None
@@ -181,7 +181,7 @@ def test_a_training_that_is_frozen_and_fenced_is_continued_by_another_and_dies_w
     scratch = store.root / ".scratch" / f"{stage.key}.late"
     with frozen(REAL, store.root, when=lambda: list(scratch.glob("checkpoint-0*"))) as process:
         assert store.fence(stage.key, "late")
-        artifact, published = execute(stage, store, "second", Means())
+        artifact, published = execute(stage, store, "second", StageContext())
         before = contents(store)
         assert published
         assert "FileNotFoundError" in revive(process)

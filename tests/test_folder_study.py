@@ -186,7 +186,7 @@ def test_pruning_takes_only_what_no_study_rests_on(ask: Any, home: Home, space: 
 
 
 def test_nothing_is_pruned_under_a_running_search(ask: Any, home: Home) -> None:
-    from ktray.crew.locks import hold_store
+    from ktray.scheduler.locks import hold_store
 
     lock = hold_store(f"file://{home.store}")
     assert lock

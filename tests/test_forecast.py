@@ -12,10 +12,10 @@ import pytest
 
 from ktray.artifact import Artifact, Stage
 from ktray.cli.plan import _rehearsed, _stages
-from ktray.drivers.forecast import Forecast, Wanted, forecast
-from ktray.drivers.rehearsal import _summed
-from ktray.pipeline import graph
-from ktray.pipeline.sample import sample_stages
+from ktray.cost_model.forecast import Forecast, FullSizeStages, forecast
+from ktray.pipeline import pair_graph
+from ktray.pipeline.small_pair import sample_stages
+from ktray.runs.dry_run import _summed
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, STUDENT, toy_pair
 
@@ -45,10 +45,10 @@ def publish(store: FileStore, stage: Stage, **record: Any) -> None:
 def rehearsed(folder: Path, expected: dict[str, float]) -> tuple[Forecast, FileStore, Any]:
     """The forecast from a rehearsal in which every stage took a second; the real store; and how to ask again."""
     store, real = FileStore(folder / "small"), FileStore(folder / "real")
-    small, full = sample_stages(PAIR, identity), list(graph.build(PAIR, identity).stages)
+    small, full = sample_stages(PAIR, identity), list(pair_graph.build(PAIR, identity).stages)
     for stage in small:
         publish(store, stage)
-    wanted = Wanted({"pair": full}, {stage.key: (TRAIN, ALL) for stage in full if stage.name == "images"}, expected)
+    wanted = FullSizeStages({"pair": full}, {stage.key: (TRAIN, ALL) for stage in full if stage.name == "images"}, expected)
     again = lambda: forecast({"pair": small}, wanted, store, real)  # noqa: E731
     return again(), real, again
 
@@ -86,7 +86,7 @@ def test_what_draws_share_counts_as_often_as_it_is_expected(tmp_path: Path) -> N
 
 def test_records_of_the_store_know_better_and_what_is_there_takes_nothing(tmp_path: Path) -> None:
     before, real, again = rehearsed(tmp_path, {})
-    full = {stage.name: stage for stage in graph.build(PAIR, identity).stages}
+    full = {stage.name: stage for stage in pair_graph.build(PAIR, identity).stages}
     publish(real, full["images"])
     other = Stage("teacher", {**full["teacher"].spec, "seed": 7}, {}, full["teacher"].inputs)
     publish(real, other, seconds=7.0, seconds_alone=7.0)
@@ -113,12 +113,12 @@ def test_of_a_large_store_only_as_many_records_are_read_as_are_learned_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, real, _ = rehearsed(tmp_path, {})
-    full = {stage.name: stage for stage in graph.build(PAIR, identity).stages}
+    full = {stage.name: stage for stage in pair_graph.build(PAIR, identity).stages}
     for seed in range(100, 108):
         publish(real, Stage("teacher", {**full["teacher"].spec, "seed": seed}, {}, full["teacher"].inputs))
-    monkeypatch.setattr("ktray.drivers.prices.MOST", 3)
+    monkeypatch.setattr("ktray.cost_model.stage_costs.MOST", 3)
     store = Counting(real.root)
-    forecast({}, Wanted({}, {}, {}), FileStore(tmp_path / "small"), store)
+    forecast({}, FullSizeStages({}, {}, {}), FileStore(tmp_path / "small"), store)
     assert store.looked.total() == 3
     planned = _stages([], SimpleNamespace(open_store=lambda: store))  # type: ignore[arg-type]
     assert planned["estimate"]["bytes"] == 0

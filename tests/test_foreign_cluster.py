@@ -22,15 +22,15 @@ pytestmark = pytest.mark.slow
 DRIVER = """
 import sys, time
 from pathlib import Path
-from ktray.crew.client import connect
-from ktray.crew.runtime import Runtime, start, stop
+from ktray.scheduler.client import connect
+from ktray.scheduler.ray_session import RuntimeSettings, start, stop
 from toy_work import toy, work
 home, address, stay = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-session = start(home, address, Runtime(cpus=1, idle_exit_seconds=4))
+session = start(home, address, RuntimeSettings(cpus=1, idle_exit_seconds=4))
 print("WARNED", len(session.warnings), flush=True)
-crew = connect(session, f"file://{home}/store", work)
-state = crew.obtain([toy("slow", {"steps": 8})], "me")[0]["state"]
-print("DONE", state, crew.status()["pid"], crew.status()["workers"][0]["pid"], flush=True)
+scheduler = connect(session, f"file://{home}/store", work)
+state = scheduler.obtain([toy("slow", {"steps": 8})], "me")[0]["state"]
+print("DONE", state, scheduler.status()["pid"], scheduler.status()["workers"][0]["pid"], flush=True)
 time.sleep(stay)
 stop(session)
 print("STOPPED", flush=True)
@@ -94,7 +94,7 @@ def test_our_actors_leave_a_foreign_cluster_with_the_last_driver(cluster: tuple[
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
-def test_a_killed_driver_takes_its_crew_along_after_a_while(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+def test_a_killed_driver_takes_its_scheduler_along_after_a_while(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     process = driver(tmp_path, cluster, 60)
     assert process.stdout is not None
     process.stdout.readline()
@@ -111,8 +111,8 @@ from pathlib import Path
 home, address, lab = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 sys.path.insert(0, str(lab))
 from ktray import plugins
-from ktray.crew.client import connect
-from ktray.crew.runtime import Runtime, start, stop
+from ktray.scheduler.client import connect
+from ktray.scheduler.ray_session import RuntimeSettings, start, stop
 from ktray.pipeline import graph
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
@@ -121,10 +121,10 @@ from tests.toys import toy_spec
 plugins.allow(["shipped_lab"])
 spec = toy_spec(teacher={"descriptor": {"kind": "shipped_lab.corner"}})
 stages = graph.build(PairSpec.model_validate(spec), data_identity(home / "cache")).stages
-session = start(home, address, Runtime(cpus=1, idle_exit_seconds=4))
+session = start(home, address, RuntimeSettings(cpus=1, idle_exit_seconds=4))
 (lab / "shipped_lab").rename(lab / "gone")
-crew = connect(session, f"file://{home}/store", execute)
-print(sorted({outcome["state"] for outcome in crew.obtain(list(stages), "me")}), flush=True)
+scheduler = connect(session, f"file://{home}/store", execute)
+print(sorted({outcome["state"] for outcome in scheduler.obtain(list(stages), "me")}), flush=True)
 stop(session)
 """
 

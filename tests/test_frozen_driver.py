@@ -1,4 +1,4 @@
-"""A driver that stands still for so long that its crew ends without it, as on a laptop that slept."""
+"""A driver that stands still for so long that its scheduler ends without it, as on a laptop that slept."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from tests.chaos.supervisor import Round
 from tests.searches import Home, until
 from tests.test_search_faults import assert_whole, trains
 
-STANDS_STILL = 60.0  # seconds: its lease lapses after 15, and after 30 the crew ends; chaos freezes a driver for 20 at most
+STANDS_STILL = (
+    60.0  # seconds: its lease lapses after 15, and after 30 the scheduler ends; chaos freezes a driver for 20 at most
+)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_driver_that_stands_still_until_its_crew_has_ended_says_so_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_driver_that_stands_still_until_its_scheduler_has_ended_says_so_and_the_same_command_goes_on(tmp_path: Path) -> None:
     listed = spaces.fixed(tmp_path, size=1)
     calm, frozen = Home(tmp_path / "calm" / "home"), Home(tmp_path / "frozen" / "home")
     assert calm.run("search", listed).code == 0
@@ -33,7 +35,7 @@ def test_a_driver_that_stands_still_until_its_crew_has_ended_says_so_and_the_sam
         until(lambda: not running.family(), 20)
     assert ended.code == 5, ended.err
     assert "Traceback" not in ended.err
-    assert "the crew has ended; the same command goes on from here" in ended.err.splitlines()[-1]
+    assert "the scheduler has ended; the same command goes on from here" in ended.err.splitlines()[-1]
     before = frozen.artifacts()
     again = frozen.run("search", listed)
     assert again.code == 0, again.err

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ktray.pipeline import graph
-from ktray.pipeline.graph import build, final_epoch
+from ktray.pipeline import pair_graph
+from ktray.pipeline.pair_graph import build, final_epoch
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 
 
@@ -149,9 +149,9 @@ def test_a_chain_that_was_built_before_with_other_cuts_is_built_as_if_it_were_th
     def built(milestones):
         return build(toy_pair(teacher=ROTATION), identity, milestones=milestones).stages
 
-    graph._chains.clear()
+    pair_graph._chains.clear()
     plain, cut, again = built({}), built({"teacher": [1], "student": [1]}), built({})
-    graph._chains.clear()
+    pair_graph._chains.clear()
     assert plain == again == built({})
     assert {stage.key for stage in cut} > {stage.key for stage in plain}
 

@@ -234,8 +234,8 @@ def test_the_cache_spares_reading_and_notices_a_change(mixed: Path, tmp_path: Pa
     cache = tmp_path / "cache"
     first = images.identity(spec_of(mixed), cache)
     hashed: list[Path] = []
-    real = images.content.file_sha256
-    monkeypatch.setattr("ktray.images.content.file_sha256", lambda path: hashed.append(path) or real(path))
+    real = images.content_hash.file_sha256
+    monkeypatch.setattr("ktray.images.content_hash.file_sha256", lambda path: hashed.append(path) or real(path))
     assert images.identity(spec_of(mixed), cache) == first
     assert hashed == []
     (mixed / "b/grey.png").write_bytes(png(noise(30, 30, 1, seed=5)))

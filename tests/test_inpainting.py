@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from skimage.measure import block_reduce
 from sklearn.metrics import mean_squared_error, r2_score
 
-from ktray import plugins, train
+from ktray import plugins
 from ktray.pretext import inpainting
 from ktray.spec import Augment, Schedule
+from ktray.training import loop
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -63,8 +64,8 @@ def test_an_odd_grid_is_refused():
 
 def test_a_network_learns_what_is_missing(tmp_path):
     metrics = []
-    train.fit(
-        train.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+    loop.fit(
+        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         inpainting.task(inpainting.Spec(place="random"), 32),
         toy_images(96, size=32),
         Schedule(epochs=10, lr=0.05, batch_size=16),

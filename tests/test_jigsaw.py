@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktray.permutations import far_apart, farthest
+from ktray.ops.permutations import far_apart, farthest
 from ktray.pretext import jigsaw
 from tests.toy_images import toy_images
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from ktray import kmeans, lloyd, projection
+from ktray.clustering import kmeans, lloyd, projection
 from ktray.pool import LocalPool
 from tests.pools import ShuffledPool
 

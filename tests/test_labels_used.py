@@ -10,24 +10,25 @@ import pytest
 from ktray.cli.search import _footer
 from ktray.errors import UserError
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
+from ktray.pipeline.pair_graph import build
 from ktray.pipeline.references import labels_used
-from ktray.pool import Means
+from ktray.pool import StageContext
 from ktray.stores.file import FileStore
 from tests.pictures import picture
 from tests.toys import DATA, toy_pair
 
 AGREEMENT = """
-from ktray import spec as specs
+from ktray.spec import Pooling
+from ktray.strict import StrictSpec
 REVISION = 1
 NEEDS_LABELS, READS_PSEUDO_LABELS, DIRECTION = False, True, {"rand_index": "max"}
-class Spec(specs.Spec):
+class Spec(StrictSpec):
     kind: str = "lab_of_labels.agreement"
     name: str | None = None
     of: str = "student"
     layer: None = None
-    pool: specs.Pooling = specs.Pooling()
+    pool: Pooling = Pooling()
     split: str = "val"
 def evaluate(spec, *, features, train, judged, pseudo_labels, out, device):
     raise NotImplementedError
@@ -60,7 +61,7 @@ def finished(store, **changes):
     graph = build(toy_pair(**changes), data_identity())
     for stage in graph.stages:
         if stage.name == "images":
-            execute(stage, store, "a", Means())
+            execute(stage, store, "a", StageContext())
         elif stage.name == "evaluation":
             record = {"metrics": {"rand_index": 0.5}, "spec": stage.spec, "inputs": dict(stage.inputs)}
             store.publish(store.scratch(stage.key, "a"), stage.key, record)

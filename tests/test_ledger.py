@@ -1,4 +1,4 @@
-"""The ledger's decisions, without Ray and on a clock that the test turns."""
+"""The core's decisions, without Ray and on a clock that the test turns."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.books import Answer, Dismiss, Event, Fence, Give, Hire, Kill
-from ktray.crew.ledger import Ledger
-from ktray.crew.needs import Needs
-from ktray.crew.roster import Node, Roster, Shape
+from ktray.scheduler.core import SchedulerCore
+from ktray.scheduler.messages import (
+    AssignStage,
+    FenceAttempt,
+    KillWorker,
+    RequestResult,
+    RetireWorker,
+    SchedulerEvent,
+    StartWorker,
+)
+from ktray.scheduler.resources import ResourceRequest
+from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
 
-NEEDS = {"split": Needs(helpers=2), "student": Needs(gpus=1.0), "half": Needs(gpus=0.5)}
-NEEDS |= {"large": Needs(memory_bytes=60), "impossible": Needs(gpus=8.0)}
+NEEDS = {"split": ResourceRequest(helpers=2), "student": ResourceRequest(gpus=1.0), "half": ResourceRequest(gpus=0.5)}
+NEEDS |= {"large": ResourceRequest(memory_bytes=60), "impossible": ResourceRequest(gpus=8.0)}
 
 
 class House:
-    """A ledger with a store that is a set of keys, and a clock."""
+    """A core with a store that is a set of keys, and a clock."""
 
     def __init__(self, workers: int = 2, node: Node | None = None) -> None:
         self.store: set[str] = set()
         self.now = 100.0
         numbers: Iterator[int] = iter(range(1000))
-        self.roster = Roster({"node": node or Node(4.0, 1.0, 100.0)})
-        self.ledger = Ledger(
-            self.find, lambda name: NEEDS.get(name, Needs()), self.roster, lambda: f"attempt-{next(numbers)}", 15.0
+        self.registry = WorkerRegistry({"node": node or Node(4.0, 1.0, 100.0)})
+        self.core = SchedulerCore(
+            self.find, lambda name: NEEDS.get(name, ResourceRequest()), self.registry, lambda: f"attempt-{next(numbers)}", 15.0
         )
         for number in range(workers):
             self.arrive(f"worker-{number + 1}")
@@ -33,34 +41,34 @@ class House:
     def find(self, key: str) -> Artifact | None:
         return Artifact(key, Path(key), {"m": 1.0}, {"seconds": 2.0}) if key in self.store else None
 
-    def arrive(self, name: str, shape: Shape | None = None) -> None:
-        worker = self.roster.workers.get(name) or self.roster.add(name, shape or Shape(), "node")
-        self.ledger.beat(worker, "", None, "", {}, self.now)
+    def arrive(self, name: str, shape: WorkerShape | None = None) -> None:
+        worker = self.registry.workers.get(name) or self.registry.add(name, shape or WorkerShape(), "node")
+        self.core.beat(worker, "", None, "", {}, self.now)
         worker.polling = True
 
     def want(self, name: str, *stages: Stage, priority: int = 0, waiter: str | None = None) -> list[Any]:
-        self.ledger.demand.request(name, name if waiter is None else waiter, "driver", stages, priority, self.now)
+        self.core.demand.request(name, name if waiter is None else waiter, "driver", stages, priority, self.now)
         return self.turn()
 
     def turn(self, seconds: float = 0.0) -> list[Any]:
         self.now += seconds
-        self.ledger.dispatch(self.now)
-        outbox = self.ledger.outbox[:]
-        self.ledger.outbox.clear()
-        return [action for action in outbox if not isinstance(action, Event)]
+        self.core.dispatch(self.now)
+        outbox = self.core.outbox[:]
+        self.core.outbox.clear()
+        return [action for action in outbox if not isinstance(action, SchedulerEvent)]
 
     def publish(self, stage: Stage) -> list[Any]:
-        run = self.ledger.runs[stage.key]
+        run = self.core.runs[stage.key]
         self.store.add(stage.key)
-        self.ledger.published(stage.key, run.attempt, True, 1.0, self.now)
-        if run.worker in self.roster.workers:
-            self.roster.workers[run.worker].polling = True
+        self.core.published(stage.key, run.attempt, True, 1.0, self.now)
+        if run.worker in self.registry.workers:
+            self.registry.workers[run.worker].polling = True
         return self.turn()
 
     def fail(self, stage: Stage, missing: str = "") -> list[Any]:
-        run = self.ledger.runs[stage.key]
-        self.ledger.failed(stage.key, run.attempt, "failed", "ValueError: no", missing, self.now)
-        self.roster.workers[run.worker].polling = True
+        run = self.core.runs[stage.key]
+        self.core.failed(stage.key, run.attempt, "failed", "ValueError: no", missing, self.now)
+        self.registry.workers[run.worker].polling = True
         return self.turn()
 
 
@@ -70,11 +78,11 @@ def stage(name: str, *inputs: Stage, number: int = 0, starts: tuple[Stage, ...] 
 
 
 def given(actions: list[Any]) -> list[str]:
-    return [action.stage.key for action in actions if isinstance(action, Give)]
+    return [action.stage.key for action in actions if isinstance(action, AssignStage)]
 
 
 def answers(actions: list[Any]) -> dict[str, Any]:
-    said = [action for action in actions if isinstance(action, Answer)]
+    said = [action for action in actions if isinstance(action, RequestResult)]
     return {answer.request: answer.cause or [outcome["state"] for outcome in answer.outcomes] for answer in said}
 
 
@@ -130,7 +138,7 @@ def test_a_failure_ends_all_requests_that_need_it_once_and_the_next_one_computes
     house.want("c", other, broken)
     said = answers(house.fail(broken))
     assert said == dict.fromkeys("abc", "ValueError: no")
-    assert reader.key not in house.ledger.demand.wants
+    assert reader.key not in house.core.demand.wants
     assert answers(house.publish(other)) == {}
     assert given(house.want("d", broken)) == [broken.key]
 
@@ -171,11 +179,11 @@ def test_an_input_that_is_always_missing_fails_its_reader() -> None:
 def test_a_dead_worker_is_fenced_and_its_stage_given_to_another_one() -> None:
     house, one = House(2), stage("one")
     (give,) = house.want("a", one)
-    house.ledger.gone(give.worker, "worker died", "killed", house.now)
+    house.core.gone(give.worker, "worker died", "killed", house.now)
     actions = house.turn()
-    assert Fence(one.key, give.attempt) in actions
+    assert FenceAttempt(one.key, give.attempt) in actions
     assert given(actions) == [one.key]
-    again = next(action for action in actions if isinstance(action, Give))
+    again = next(action for action in actions if isinstance(action, AssignStage))
     assert again.worker != give.worker
     assert again.attempt != give.attempt
 
@@ -184,7 +192,7 @@ def test_a_stage_fails_when_its_third_worker_died() -> None:
     house, one = House(3), stage("one")
     house.want("a", one)
     for _ in range(3):
-        house.ledger.gone(house.ledger.runs[one.key].worker, "worker died", "killed by signal 9", house.now)
+        house.core.gone(house.core.runs[one.key].worker, "worker died", "killed by signal 9", house.now)
         said = answers(house.turn())
     assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
@@ -193,8 +201,8 @@ def test_workers_that_never_come_fail_what_waits_instead_of_hiring_for_ever() ->
     house, one = House(0), stage("one")
     actions = house.want("a", one)
     for _ in range(3):
-        (hire,) = [action for action in actions if isinstance(action, Hire)]
-        house.ledger.gone(hire.worker.name, "worker died", "ModuleNotFoundError: no torch", house.now)
+        (hire,) = [action for action in actions if isinstance(action, StartWorker)]
+        house.core.gone(hire.worker.name, "worker died", "ModuleNotFoundError: no torch", house.now)
         actions = house.turn()
     assert answers(actions) == {"a": "WorkerDied: workers die before their first heartbeat: ModuleNotFoundError: no torch"}
 
@@ -202,17 +210,17 @@ def test_workers_that_never_come_fail_what_waits_instead_of_hiring_for_ever() ->
 def test_a_silent_worker_is_killed_after_its_time_and_its_late_beat_is_refused() -> None:
     house, one = House(1), stage("one")
     (give,) = house.want("a", one)
-    frozen = house.roster.workers[give.worker]
+    frozen = house.registry.workers[give.worker]
     house.now += 14
-    house.ledger.silent(house.now)
+    house.core.silent(house.now)
     assert house.turn() == []
     house.now += 2
-    house.ledger.silent(house.now)
+    house.core.silent(house.now)
     actions = house.turn()
-    assert Kill(frozen) in actions
-    assert Fence(one.key, give.attempt) in actions
-    revived = house.roster.add("worker-1", Shape(), "node")
-    assert not house.ledger.beat(revived, one.key, one, give.attempt, {}, house.now)
+    assert KillWorker(frozen) in actions
+    assert FenceAttempt(one.key, give.attempt) in actions
+    revived = house.registry.add("worker-1", WorkerShape(), "node")
+    assert not house.core.beat(revived, one.key, one, give.attempt, {}, house.now)
 
 
 def test_a_worker_that_froze_before_it_heard_of_a_stage_says_nothing_about_it() -> None:
@@ -220,7 +228,7 @@ def test_a_worker_that_froze_before_it_heard_of_a_stage_says_nothing_about_it() 
     house.want("a", one)
     for number in range(2, 6):
         house.now += 16
-        house.ledger.silent(house.now)
+        house.core.silent(house.now)
         house.arrive(f"worker-{number}")
         assert given(house.turn()) == [one.key]
     assert answers(house.publish(one)) == {"a": ["computed"]}
@@ -230,38 +238,38 @@ def test_silence_while_the_broker_slept_proves_nothing() -> None:
     house, one = House(1), stage("one")
     house.want("a", one)
     house.now += 100
-    house.ledger.forgive(100)
-    house.ledger.silent(house.now)
+    house.core.forgive(100)
+    house.core.silent(house.now)
     assert house.turn() == []
 
 
 def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
     house, one = House(2), stage("one")
     (give,) = house.want("a", one)
-    house.ledger.gone(give.worker, "fenced", "silent", house.now)
+    house.core.gone(give.worker, "fenced", "silent", house.now)
     house.turn()
-    assert not house.ledger.failed(one.key, give.attempt, "failed", "FileNotFoundError: fenced", "", house.now)
+    assert not house.core.failed(one.key, give.attempt, "failed", "FileNotFoundError: fenced", "", house.now)
     assert answers(house.publish(one)) == {"a": ["computed"]}
 
 
 def test_after_a_restart_nothing_starts_until_known_workers_were_heard_of_and_their_runs_are_adopted() -> None:
     house, one, two = House(0), stage("one"), stage("two")
-    house.ledger.expected.restart(["worker-1", "worker-2"], house.now)
+    house.core.expected.restart(["worker-1", "worker-2"], house.now)
     house.want("a", one, two)
-    worker = house.roster.add("worker-1", Shape(), "node")
-    house.ledger.beat(worker, one.key, one, "old", {"epoch": 3.0}, house.now)
+    worker = house.registry.add("worker-1", WorkerShape(), "node")
+    house.core.beat(worker, one.key, one, "old", {"epoch": 3.0}, house.now)
     assert house.turn() == []
     house.arrive("worker-2")
     assert given(house.turn()) == [two.key]
-    assert house.ledger.runs[one.key].attempt == "old"
-    assert house.ledger.runs[one.key].progress == {"epoch": 3.0}
+    assert house.core.runs[one.key].attempt == "old"
+    assert house.core.runs[one.key].progress == {"epoch": 3.0}
     house.publish(two)
     assert answers(house.publish(one)) == {"a": ["computed", "computed"]}
 
 
 def test_after_a_restart_a_worker_that_stays_away_is_waited_for_only_so_long() -> None:
     house, one = House(1), stage("one")
-    house.ledger.expected.restart(["worker-7"], house.now)
+    house.core.expected.restart(["worker-7"], house.now)
     assert house.want("a", one) == []
     house.turn(16)
     house.arrive("worker-1")
@@ -272,48 +280,48 @@ def test_a_stage_that_ended_while_the_broker_was_down_is_told_once() -> None:
     house, one = House(1), stage("one")
     house.store.add(one.key)
     for _ in range(2):
-        house.ledger.published(one.key, "old", True, 3.0, house.now)
-    assert house.ledger.outbox == [Event("published", one.key, "one", "", 3.0)]
-    assert house.ledger.computed == {"one": 1}
+        house.core.published(one.key, "old", True, 3.0, house.now)
+    assert house.core.outbox == [SchedulerEvent("published", one.key, "one", "", 3.0)]
+    assert house.core.computed == {"one": 1}
 
 
 def test_a_beat_that_comes_after_the_report_revives_nothing() -> None:
     house, one = House(1), stage("one")
     (give,) = house.want("a", one)
     house.publish(one)
-    assert house.ledger.beat(house.roster.workers[give.worker], one.key, one, give.attempt, {}, house.now)
-    assert not house.ledger.runs
+    assert house.core.beat(house.registry.workers[give.worker], one.key, one, give.attempt, {}, house.now)
+    assert not house.core.runs
 
 
 def test_release_ends_one_wait_and_what_only_it_wanted() -> None:
     house, one, two = House(1), stage("one"), stage("two")
     house.want("a", one, two)
     house.want("b", one)
-    house.ledger.demand.release("another driver", "a")
+    house.core.demand.release("another driver", "a")
     assert not house.turn()
-    house.ledger.demand.release("driver", "a")
+    house.core.demand.release("driver", "a")
     assert answers(house.turn()) == {"a": "the wait was cancelled"}
-    assert two.key not in house.ledger.demand.wants
+    assert two.key not in house.core.demand.wants
     assert answers(house.publish(one)) == {"b": ["computed"]}
 
 
 def test_idle_workers_are_lent_and_called_back_for_a_stage_of_their_own() -> None:
     house, split, one = House(3), stage("split"), stage("one")
-    (give,) = [action for action in house.want("a", split) if isinstance(action, Give)]
-    assert len(house.ledger.helpers(give.attempt)) == 2
+    (give,) = [action for action in house.want("a", split) if isinstance(action, AssignStage)]
+    assert len(house.core.helpers(give.attempt)) == 2
     assert given(house.want("b", one)) == [one.key]
-    assert len(house.ledger.helpers(give.attempt)) == 1
+    assert len(house.core.helpers(give.attempt)) == 1
     house.publish(split)
-    assert house.ledger.helpers(give.attempt) == []
+    assert house.core.helpers(give.attempt) == []
 
 
 def test_a_worker_that_becomes_idle_is_lent_to_a_running_stage() -> None:
     house, split, one = House(2), stage("split"), stage("one")
     house.want("b", one)
-    (give,) = [action for action in house.want("a", split) if isinstance(action, Give)]
-    assert house.ledger.helpers(give.attempt) == []
+    (give,) = [action for action in house.want("a", split) if isinstance(action, AssignStage)]
+    assert house.core.helpers(give.attempt) == []
     house.publish(one)
-    assert len(house.ledger.helpers(give.attempt)) == 1
+    assert len(house.core.helpers(give.attempt)) == 1
 
 
 def test_memory_admits_one_large_stage_at_a_time() -> None:
@@ -325,15 +333,15 @@ def test_memory_admits_one_large_stage_at_a_time() -> None:
 def test_gpu_shares_are_hired_on_demand_and_given_up_for_another_shape() -> None:
     house, student, half = House(0), stage("student"), stage("half")
     (hire,) = house.want("a", student)
-    assert hire.worker.shape == Shape(0.0, 1.0)
+    assert hire.worker.shape == WorkerShape(0.0, 1.0)
     house.arrive(hire.worker.name)
     assert given(house.turn()) == [student.key]
     assert house.want("b", half) == []
     house.publish(student)
-    assert Dismiss(hire.worker.name) in house.ledger.outbox or house.roster.workers[hire.worker.name].leaving
-    house.ledger.gone(hire.worker.name, "worker died", "told to go", house.now)
+    assert RetireWorker(hire.worker.name) in house.core.outbox or house.registry.workers[hire.worker.name].leaving
+    house.core.gone(hire.worker.name, "worker died", "told to go", house.now)
     (second,) = house.turn()
-    assert second.worker.shape == Shape(0.0, 0.5)
+    assert second.worker.shape == WorkerShape(0.0, 0.5)
 
 
 def test_a_stage_that_fits_no_node_fails_at_once() -> None:

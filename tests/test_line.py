@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.demand import Demand
+from ktray.scheduler.requests import RequestTable
 
 
 def stages(chance: random.Random) -> list[Stage]:
@@ -23,7 +23,7 @@ def stages(chance: random.Random) -> list[Stage]:
     return made
 
 
-def looked_up(demand: Demand, running: set[str]) -> list[str]:
+def looked_up(demand: RequestTable, running: set[str]) -> list[str]:
     """The order, from the definition alone."""
     ready = [
         want
@@ -48,7 +48,7 @@ def test_the_line_is_what_a_look_at_all_wants_would_give_whatever_happened_befor
     def find(key: str) -> Artifact | None:
         return Artifact(key, Path(key), {}, {}) if key in store else None
 
-    demand, longest = Demand(find, running, outbox, lambda stage: {"teacher": 60.0, "student": 30.0}[stage.name]), 0
+    demand, longest = RequestTable(find, running, outbox, lambda stage: {"teacher": 60.0, "student": 30.0}[stage.name]), 0
     for number in range(300):
         what = chance.random()
         line = [want.stage.key for want in demand.queue()]

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from ktray import augment, export, features
 from ktray.cli import main
-from ktray.pipeline.graph import build
+from ktray.export import student_files
+from ktray.features import extraction
+from ktray.ops import augmentation
+from ktray.pipeline.pair_graph import build
 from ktray.spec import Student
 from tests.toys import DATA, HOG, STUDENT, toy_pair, toy_spec
 
@@ -46,7 +48,7 @@ def made(home: Path, answer: dict[str, Any]) -> tuple[np.ndarray, torch.Tensor]:
     """Features (N, D) that were clustered, and the pixels (N, H, W, 3) that they were made of."""
     record = json.loads((home / "store" / answer["keys"]["features"] / "record.json").read_text())
     pixels = np.load(home / "store" / record["inputs"]["images"] / "train.npy", allow_pickle=False)
-    return features.load(home / "store" / answer["keys"]["features"]), torch.from_numpy(pixels)
+    return extraction.load(home / "store" / answer["keys"]["features"]), torch.from_numpy(pixels)
 
 
 def standardised(pixels: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
@@ -110,12 +112,14 @@ def test_the_student_of_one_pair_teaches_another_by_its_key_or_exported(
     key = json.loads(capsys.readouterr().out)[0]["keys"]["student"]
     if place == "folder":
         student = Student.model_validate(STUDENT)
-        export.export_student(home / "store" / key, student, 32, {}, {}, tmp_path / "student", 5, head="classifier")
+        student_files.export_student(home / "store" / key, student, 32, {}, {}, tmp_path / "student", 5, head="classifier")
     checkpoint = key if place == "key" else str(tmp_path / "student")
     teacher = {"checkpoint": checkpoint, "backbone": STUDENT["backbone"], "layer": "conv4"}
     found, pixels = made(home, ran(tmp_path / "second", capsys, teacher=teacher))
-    export.export_student(home / "store" / key, Student.model_validate(STUDENT), 32, {}, {}, tmp_path / "oracle", 5)
-    extract = features.of_module(export.load_student(tmp_path / "oracle"), "conv4", toy_pair(teacher=teacher).teacher.pool)  # type: ignore[union-attr]
+    student_files.export_student(home / "store" / key, Student.model_validate(STUDENT), 32, {}, {}, tmp_path / "oracle", 5)
+    extract = extraction.of_module(
+        student_files.load_student(tmp_path / "oracle"), "conv4", toy_pair(teacher=teacher).teacher.pool
+    )  # type: ignore[union-attr]
     torch.testing.assert_close(torch.from_numpy(found), extract(pixels), rtol=1e-5, atol=1e-5)
 
 
@@ -124,7 +128,7 @@ def test_the_student_of_one_pair_teaches_another_by_its_key_or_exported(
 )
 def test_pixels_become_what_the_weights_were_trained_on(by: Any, numbers: tuple[list[float], list[float]]) -> None:
     pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8)
-    torch.testing.assert_close(augment.normalize(pixels, by), standardised(pixels, *numbers), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(augmentation.normalize(pixels, by), standardised(pixels, *numbers), rtol=1e-5, atol=1e-5)
 
 
 def test_how_pixels_are_normalized_is_part_of_the_features_and_not_of_the_weights(tmp_path: Path) -> None:

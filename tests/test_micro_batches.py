@@ -12,18 +12,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ktray import classification, plugins, train
-from ktray.crew.causes import OUT_OF_MEMORY
-from ktray.crew.local import LocalCrew
+from ktray import plugins
 from ktray.errors import StageFailed
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
-from ktray.pool import FEW_IMAGES, Means
+from ktray.pipeline.pair_graph import build
+from ktray.pool import FEW_IMAGES, StageContext
+from ktray.scheduler.failure_kinds import OUT_OF_MEMORY
+from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.spec import Augment, Schedule
 from ktray.stores.file import FileStore
-from ktray.targets import Labels
-from ktray.task import Task
+from ktray.training import classification, loop
+from ktray.training.targets import Labels
+from ktray.training.task import Task
 from tests import test_pretext, test_transfer
 from tests.networks import BACKBONE
 from tests.toy_images import toy_images
@@ -48,8 +49,8 @@ def trained(out: Path, task: Task, most_images: int | None, **settings: Any) -> 
         inputs, targets = task.batch(pixels, indices, generator)
         return inputs.double(), targets
 
-    return train.fit(
-        train.fresh(settings.pop("backbone", WITHOUT_NORM), 0).double(),
+    return loop.fit(
+        loop.fresh(settings.pop("backbone", WITHOUT_NORM), 0).double(),
         replace(task, batch=batch, head=lambda width: task.head(width).double()),
         settings.pop("images", IMAGES),
         Schedule(**{"epochs": 2, "lr": 0.01, "batch_size": 23, "warmup": 1.0, **settings}),
@@ -103,7 +104,7 @@ def test_parts_are_a_quarter_of_a_batch_or_less_and_never_a_single_image(
     images: int, batch_size: int, most_images: int | None, sizes: list[int]
 ) -> None:
     task = classification.task(toy_images(images).labels, 4, Augment())  # type: ignore[arg-type]
-    batches = train._Batches(toy_images(images, size=8), task, batch_size, 0, "cpu", most_images)
+    batches = loop._Batches(toy_images(images, size=8), task, batch_size, 0, "cpu", most_images)
     found = []
     for pixels, indices, _ in batches.of_epoch(1):
         parts = batches.parts(pixels.repeat_interleave(2, dim=0), indices)
@@ -134,14 +135,14 @@ KINDS = [("pretext", kind) for kind in test_pretext.KINDS] + [("transfer", kind)
 def test_a_task_that_says_it_is_a_mean_over_images_is_one_in_loss_and_gradient(room: str, kind: str) -> None:
     task, images = task_of(room, kind), toy_images(12, size=28) if room == "pretext" else test_transfer.IMAGES
     torch.manual_seed(0)
-    backbone = train.fresh(BACKBONE, 0)
+    backbone = loop.fresh(BACKBONE, 0)
     model = nn.ModuleDict({"backbone": backbone, "head": task.head(backbone.feature_dim)})  # type: ignore[arg-type]
     if task.prepare:
         task.prepare(model)
     model.eval()  # so that batch norm is not what differs
     indices = torch.arange(12)
     inputs, targets = task.batch(torch.from_numpy(images.read(indices.numpy())), indices, torch.Generator().manual_seed(0))
-    batches = train._Batches(images, replace(task, mean_over_images=True, keep=None), 20, 0, "cpu", 5)
+    batches = loop._Batches(images, replace(task, mean_over_images=True, keep=None), 20, 0, "cpu", 5)
     cut = batches.parts(inputs, targets)
     assert len(cut) == 3
     losses, gradients = [], []
@@ -180,7 +181,7 @@ class Small:
     """Networks for a machine that holds the gradients of few inputs: a larger forward pass runs out of memory."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.real = most, train.fresh
+        self.most, self.real = most, loop.fresh
         self.seen: list[int] = []
 
     def fresh(self, spec: Any, seed: int) -> nn.Module:
@@ -198,9 +199,9 @@ def test_a_student_too_large_for_the_memory_is_trained_in_parts_and_tagged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, small, told = build(toy_pair(data={**DATA, "count": 120}), data_identity()), Small(8), []
-    monkeypatch.setattr(train, "fresh", small.fresh)
+    monkeypatch.setattr(loop, "fresh", small.fresh)
     store = FileStore(tmp_path)
-    LocalCrew(store, execute, Means(), lambda event: told.append(event["event"])).obtain(list(graph.stages), "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: told.append(event["event"])).obtain(list(graph.stages), "test")
     tags = {name: store.find(key).record["after_out_of_memory"] for name, key in graph.keys.items() if isinstance(key, str)}  # type: ignore[union-attr]
     assert tags == {name: name == "student" for name in tags}
     assert told.count(OUT_OF_MEMORY) == 1
@@ -213,10 +214,10 @@ def test_a_student_too_large_for_the_memory_is_trained_in_parts_and_tagged(
 
 def test_a_teacher_is_trained_in_parts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, small = build(toy_pair(teacher=ROTATION), data_identity()), Small(4 * 8)
-    monkeypatch.setattr(train, "fresh", small.fresh)
+    monkeypatch.setattr(loop, "fresh", small.fresh)
     store = FileStore(tmp_path)
     stages = [each for each in graph.stages if each.name in ("images", "teacher")]
-    LocalCrew(store, execute, Means(), lambda event: None).obtain(stages, "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(stages, "test")
     assert store.find(stages[-1].key).record["after_out_of_memory"]  # type: ignore[union-attr]
     assert set(small.seen[1:]) == {32}
 
@@ -226,9 +227,9 @@ def test_a_task_that_compares_images_is_never_cut_and_fails_with_a_clear_sentenc
 ) -> None:
     teacher = {**ROTATION, "pretext": {"kind": "simclr", "hidden": 16, "width": 8}}
     graph, small = build(toy_pair(teacher=teacher), data_identity()), Small(FEW_IMAGES)
-    monkeypatch.setattr(train, "fresh", small.fresh)
+    monkeypatch.setattr(loop, "fresh", small.fresh)
     with pytest.raises(StageFailed, match=r"even with the whole GPU.*use a smaller batch_size"):
-        LocalCrew(FileStore(tmp_path), execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+        LocalScheduler(FileStore(tmp_path), execute, StageContext(), lambda event: None).obtain(list(graph.stages), "test")
     assert small.seen == [64, 64], "both views of a whole batch, twice"
 
 
@@ -243,15 +244,15 @@ def test_on_a_gpu_a_batch_that_really_does_not_fit_is_trained_in_parts(precision
     graph = build(toy_pair(data={**DATA, "count": 400, "size": 64}, teacher=teacher), data_identity())
     stages = [each for each in graph.stages if each.name in ("images", "teacher")]
     store, told = FileStore(tmp_path), []
-    crew = LocalCrew(store, execute, Means(device="cuda:0"), lambda event: told.append(event["event"]))
-    crew.obtain(stages, "test")
+    scheduler = LocalScheduler(store, execute, StageContext(device="cuda:0"), lambda event: told.append(event["event"]))
+    scheduler.obtain(stages, "test")
     whole = store.find(stages[-1].key)
     assert whole is not None
     store.remove(whole.key)
     half = whole.record["device_peak_bytes"] / 2
     torch.cuda.set_per_process_memory_fraction(half / whole.record["device_bytes"], 0)
     try:
-        crew.obtain(stages, "test")
+        scheduler.obtain(stages, "test")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
     parts = store.find(whole.key)

@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from ktray import train
 from ktray.cli import main
 from ktray.plugins import parse
+from ktray.training import loop
 from tests.pictures import noise
 from tests.toy_space import content
 from tests.toys import HOG, toy_spec
@@ -199,12 +199,12 @@ def test_a_search_with_a_wrong_argument_begins_no_study(words: list[str], home: 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:10001"])
 def test_an_address_where_nothing_answers_is_told_at_once(address: str, tmp_path: Path) -> None:
-    from ktray.crew.needs import Runtime
-    from ktray.crew.runtime import start
     from ktray.errors import UserError
+    from ktray.scheduler.ray_session import start
+    from ktray.scheduler.resources import RuntimeSettings
 
     with pytest.raises(UserError, match=r"--address: .*HOST:PORT"):
-        start(tmp_path, address, Runtime())
+        start(tmp_path, address, RuntimeSettings())
 
 
 def folder(root: Path, images: int, broken: int = 0, side: int = 32, colour: int | None = None) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def folder(root: Path, images: int, broken: int = 0, side: int = 32, colour: int
 
 
 def checkpoint(path: Path, backbone: dict[str, Any], value: float) -> dict[str, Any]:
-    weights = train.fresh(parse("backbone", backbone), 0).state_dict()
+    weights = loop.fresh(parse("backbone", backbone), 0).state_dict()
     save_file({name: tensor * value if tensor.is_floating_point() else tensor for name, tensor in weights.items()}, path)
     return {"checkpoint": str(path), "backbone": ALEXNET}
 

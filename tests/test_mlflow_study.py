@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ktray.drivers.account import Account
+from ktray.runs.trial_logger import TrialLogger
 from ktray.search.history import History
 from ktray.search.study import Study
 from ktray.tracking import default_uri
@@ -173,7 +173,7 @@ def test_the_pages_open_on_the_trials_best_first_with_columns_that_exist(searche
 def test_failed_duplicate_paused_and_interrupted_trials_can_be_told_apart_and_none_stays_running(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     uri, tracker = default_uri(tmp_path), session(tmp_path, "toy")
-    account = Account(tracker, space)
+    account = TrialLogger(tracker, space)
     with Study.open(tmp_path, space) as study:
         drawn = [study.next() for _ in range(2)]
     trials = [replace(drawn[0].trial, number=number) for number in range(4)]  # type: ignore[union-attr]
@@ -200,7 +200,7 @@ def test_an_exported_winner_is_registered_as_champion_and_computes_what_the_stud
     import mlflow
     import torch
 
-    from ktray.export import load_student
+    from ktray.export.student_files import load_student
 
     ended = searched.home.run("export", "toy", tmp_path / "best", "--register")
     assert ended.code == 0, ended.err

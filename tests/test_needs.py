@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from ktray.crew.local import LocalCrew
 from ktray.errors import UserError
 from ktray.images import Source, Splits
-from ktray.pipeline.check import check_pair
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
-from ktray.pool import Means
+from ktray.pipeline.pair_check import check_pair
+from ktray.pipeline.pair_graph import build
+from ktray.pool import StageContext
 from ktray.pretext import colorization, supervised
 from ktray.report import headline
+from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.stores.file import FileStore
 from tests.toy_images import toy_images
 from tests.toys import toy_pair
@@ -69,7 +69,7 @@ def computed(pair, store, stage):
     """The artifact of the pair's stage, computed with what it reads."""
     graph = build(pair, data_identity())
     wanted = [each for each in graph.stages if each.name in ("images", stage)]
-    LocalCrew(store, execute, Means(), lambda event: None).obtain(wanted, "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(wanted, "test")
     return store.find(graph.keys[stage])
 
 

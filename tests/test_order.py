@@ -10,31 +10,31 @@ import pytest
 from test_ledger import House, given, stage
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.demand import Demand
-from ktray.crew.lengths import Lengths
-from ktray.drivers.conductor import Conductor
-from ktray.drivers.prices import Prices
-from ktray.drivers.simulate import _Mute, _VirtualStore
+from ktray.cost_model.stage_costs import CostModel
 from ktray.fingerprint import fingerprint
-from ktray.pipeline.graph import Graph
-from ktray.search.costs import Costs
-from ktray.search.purse import Purse
+from ktray.pipeline.pair_graph import Graph
+from ktray.runs.coordinator import TrialCoordinator
+from ktray.runs.draw_costs import DrawCosts
+from ktray.runs.simulation import _NoTracker, _VirtualStore
+from ktray.scheduler.lengths import StageLengths
+from ktray.scheduler.requests import RequestTable
+from ktray.search.budget import Spending
 from ktray.search.study import Study
 from tests.toy_space import toy_space
 
 SECONDS = {"images": 5.0, "teacher": 60.0, "descriptor": 2.0, "features": 8.0, "student": 30.0, "quick": 1.0}
 
 
-def demand(present: set[str] | None = None) -> Demand:
+def demand(present: set[str] | None = None) -> RequestTable:
     found = {key: Artifact(key, Path(key), {}, {}) for key in present or set()}
-    return Demand(found.get, set(), [], lambda each: SECONDS.get(each.name, 1.0))
+    return RequestTable(found.get, set(), [], lambda each: SECONDS.get(each.name, 1.0))
 
 
-def ask(queue: Demand, name: str, *stages: Stage, waiter: str | None = None, priority: int = 0) -> None:
+def ask(queue: RequestTable, name: str, *stages: Stage, waiter: str | None = None, priority: int = 0) -> None:
     queue.request(name, name if waiter is None else waiter, "driver", stages, priority, 0.0)
 
 
-def order(queue: Demand) -> list[str]:
+def order(queue: RequestTable) -> list[str]:
     return [want.stage.name for want in queue.queue()]
 
 
@@ -128,7 +128,7 @@ def test_paths_and_what_waits_equal_those_of_a_search_through_all_wants(seed: in
 
 def test_a_ledger_gives_out_stages_in_that_order() -> None:
     house = House(0)
-    house.ledger.demand.seconds = lambda each: SECONDS.get(each.name, 1.0)
+    house.core.demand.seconds = lambda each: SECONDS.get(each.name, 1.0)
     stages = [stage("quick"), stage("student"), stage("teacher")]
     house.want("a", *stages)
     for number in range(3):
@@ -141,7 +141,7 @@ def record(name: str, seconds: float, **spec: Any) -> Artifact:
 
 
 def test_lengths_are_means_of_what_was_recorded_per_epoch_for_trainings() -> None:
-    lengths = Lengths()
+    lengths = StageLengths()
     assert lengths(stage("clusters")) == 1.0
     for artifact in (record("clusters", 4.0), record("clusters", 8.0), record("teacher", 30.0, epoch=10)):
         lengths.note(artifact)
@@ -161,14 +161,14 @@ def certain(tmp_path: Path, *starts: dict[str, Any], trials: int = 9, **fields: 
     tmp_path.mkdir(exist_ok=True)
     space = toy_space(tmp_path, start_with=list(starts), budget={"trials": trials, "concurrent": 9}, **fields)
     store: Any = _VirtualStore()
-    mute: Any = _Mute()
+    mute: Any = _NoTracker()
     identity = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
     with Study.open(tmp_path, space) as study:
-        conductor = Conductor(space, study, store, identity, mute, lambda *said: None)
-        known = [[each.name for each in conductor.certain()]]
+        coordinator = TrialCoordinator(space, study, store, identity, mute, lambda *said: None)
+        known = [[each.name for each in coordinator.certain()]]
         for _ in starts:
-            conductor.next()
-            known.append([each.name for each in conductor.certain()])
+            coordinator.next()
+            known.append([each.name for each in coordinator.certain()])
     return known
 
 
@@ -199,7 +199,7 @@ def test_what_was_made_ahead_is_charged_to_the_first_trial_that_needs_it_and_wha
     store: Any = _VirtualStore()
     there, ahead, other = stage("images"), stage("features"), stage("clusters")
     store.found[there.key] = record("images", 1.0)
-    prices = Prices(Costs(), store, Purse())
+    prices = DrawCosts(CostModel(), store, Spending())
     prices.order_ahead([there.key, ahead.key])
     store.found |= {each.key: record(each.name, 2.0) for each in (ahead, other)}
     charged = prices.charges(Graph((there, ahead, other), {}))

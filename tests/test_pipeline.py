@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from ktray import plugins
-from ktray.crew.local import LocalCrew
 from ktray.errors import StageFailed
 from ktray.pipeline import execute as execution
-from ktray.pipeline import judge, memory
+from ktray.pipeline import pair_metrics, peak_memory
 from ktray.pipeline import record as recording
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
-from ktray.pool import Means
-from ktray.stages import training
+from ktray.pipeline.pair_graph import build
+from ktray.pool import StageContext
+from ktray.scheduler.local_scheduler import LocalScheduler
+from ktray.stages import training_segment
 from ktray.stores.file import FileStore
 from tests.toys import HOG, ROTATION, STUDENT, toy_pair
 
@@ -33,9 +33,9 @@ def store(tmp_path):
 
 def run(pair, store, **cuts):
     graph = build(pair, data_identity(), **cuts)
-    crew = LocalCrew(store, execute, Means(), lambda event: None)
-    outcomes = crew.obtain(list(graph.stages), "test")
-    return graph, outcomes, judge.finished(graph, store)
+    scheduler = LocalScheduler(store, execute, StageContext(), lambda event: None)
+    outcomes = scheduler.obtain(list(graph.stages), "test")
+    return graph, outcomes, pair_metrics.finished(graph, store)
 
 
 def test_the_second_run_computes_nothing(store):
@@ -44,7 +44,7 @@ def test_the_second_run_computes_nothing(store):
     assert all(outcome["state"] == "computed" for outcome in first)
     _, second, _ = run(pair, store)
     assert all(outcome["state"] == "reused" for outcome in second)
-    metrics = judge.metrics(graph, artifacts)
+    metrics = pair_metrics.metrics(graph, artifacts)
     assert 0 <= metrics["knn/top1"] <= 1
     assert metrics["cost/seconds"] > 0
     assert metrics["student/parameters"] > 0
@@ -100,7 +100,7 @@ def test_a_stage_that_raises_is_named_once_and_leaves_no_artifact(store):
 def test_a_stage_uses_one_thread_and_leaves_the_process_as_many_as_it_had(min_size, store, monkeypatch):
     before = torch.get_num_threads()
     inside = []
-    monkeypatch.setattr(memory, "reset_peaks", lambda device: inside.append(torch.get_num_threads()))
+    monkeypatch.setattr(peak_memory, "reset_peaks", lambda device: inside.append(torch.get_num_threads()))
     torch.set_num_threads(3)
     try:
         with contextlib.suppress(StageFailed):
@@ -114,15 +114,17 @@ def test_a_stage_uses_one_thread_and_leaves_the_process_as_many_as_it_had(min_si
 def test_random_student_and_supervised_ceiling_are_pairs_like_any_other(store):
     for kind in ("none", "labels"):
         graph, _, artifacts = run(toy_pair(teacher=None, transfer={"kind": kind}), store)
-        assert "knn/top1" in judge.metrics(graph, artifacts)
+        assert "knn/top1" in pair_metrics.metrics(graph, artifacts)
 
 
 def test_a_checkpoint_of_a_killed_attempt_is_continued(store):
     pair = toy_pair()
     graph = build(pair, data_identity())
-    crew = LocalCrew(store, execute, Means(checkpoint_seconds=0.0, progress=_stop_at_epoch_two), lambda event: None)
+    scheduler = LocalScheduler(
+        store, execute, StageContext(checkpoint_seconds=0.0, progress=_stop_at_epoch_two), lambda event: None
+    )
     with pytest.raises(KeyboardInterrupt):
-        crew.obtain(list(graph.stages), "test")
+        scheduler.obtain(list(graph.stages), "test")
     assert [path.name for path in store.checkpoints(graph.keys["student"])] == ["checkpoint-000001"]
     _, _, artifacts = run(pair, store)
     assert artifacts[graph.keys["student"]].record["started_from"] == "checkpoint-000001"
@@ -159,7 +161,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before_it(store, tmp_path):
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
-    on_epoch = training._checkpointing(tmp_path, 3, Means(checkpoint_seconds=0.0))
+    on_epoch = training_segment._checkpointing(tmp_path, 3, StageContext(checkpoint_seconds=0.0))
     on_epoch(1, {}, lambda directory: (directory / "weights.safetensors").write_bytes(b"0"))
     assert synced == [tmp_path / "checkpoint-partial" / "weights.safetensors", tmp_path / "checkpoint-partial"]
     assert (tmp_path / "checkpoint-000001").is_dir()
@@ -205,8 +207,8 @@ def test_every_transfer_teaches_a_student_that_is_judged_and_may_be_cut(transfer
     teacher = None if transfer["kind"] == "random_clusters" else HOG
     pair = toy_pair(transfer=transfer, teacher=teacher, evals=[{"kind": "knn"}, *quality])
     graph, _, artifacts = run(pair, store)
-    metrics = judge.metrics(graph, artifacts)
-    curve = [row["loss"] for row in judge.curve(artifacts[graph.keys["student"]])]
+    metrics = pair_metrics.metrics(graph, artifacts)
+    curve = [row["loss"] for row in pair_metrics.curve(artifacts[graph.keys["student"]])]
     assert curve[-1] < curve[0]
     assert 0 <= metrics["knn/top1"] <= 1
     if transfer["kind"] == "clusters":

@@ -8,21 +8,21 @@ import pytest
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.pipeline.check import check_pair, data_loader
+from ktray.pipeline.pair_check import check_pair, data_loader
 from tests.toys import toy_pair
 
 EVALUATION = """
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 REVISION, NEEDS_LABELS, DIRECTION, evaluate = 1, False, {}, dict
-class Spec(SpecBase):
+class Spec(StrictSpec):
     kind: str = "my_other_lab.poor"
     of: str = "student"
 """
 DESCRIPTOR = """
 from ktray.errors import UserError
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 REVISION = 1
-class Spec(SpecBase):
+class Spec(StrictSpec):
     kind: str = "my_other_lab.modes"
     modes: int = 100
 def check(spec, size, count):
@@ -38,10 +38,10 @@ def describe(spec, state, images):
 """
 TRANSFER = """
 from ktray.errors import UserError
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 REVISION = 1
 NEEDS = {}
-class Spec(SpecBase):
+class Spec(StrictSpec):
     kind: str = "my_other_lab.pairs"
     partners: int = 10
     fails: bool = False

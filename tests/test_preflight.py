@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from ktray.crew.needs import Needs, Runtime
-from ktray.crew.roster import Node, Roster
-from ktray.drivers import preflight
 from ktray.errors import PreflightFailed
+from ktray.runs import preflight
+from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
+from ktray.scheduler.worker_registry import Node, WorkerRegistry
 from ktray.stores.file import FileStore
 
 GOOD = {"seen": "ktray", "refused": "", "host": "n1", **preflight._versions()}
@@ -82,7 +82,7 @@ import sys, time
 from pathlib import Path
 import psutil, ray
 from ray.cluster_utils import Cluster
-from ktray.drivers import preflight
+from ktray.runs import preflight
 from ktray.stores.file import FileStore
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -109,14 +109,14 @@ def test_nodes_that_died_a_moment_ago_do_not_stop_a_search_that_begins(tmp_path)
 @pytest.mark.parametrize(
     ("needs", "fits"),
     [
-        (Needs(gpus=0.5), True),
-        (Needs(gpus=2.0), False),
-        (Needs(cpus=3.0), False),
-        (Needs(memory_bytes=9 << 30), False),
+        (ResourceRequest(gpus=0.5), True),
+        (ResourceRequest(gpus=2.0), False),
+        (ResourceRequest(cpus=3.0), False),
+        (ResourceRequest(memory_bytes=9 << 30), False),
     ],
 )
 def test_a_stage_that_no_node_could_ever_run_is_named_before_the_search_begins(needs, fits):
-    roster = Roster({"small": Node(2.0, memory=float(4 << 30)), "large": Node(2.0, 1.0, float(8 << 30))})
-    found = preflight._needs(Runtime(stages={"student": needs}), roster)
+    registry = WorkerRegistry({"small": Node(2.0, memory=float(4 << 30)), "large": Node(2.0, 1.0, float(8 << 30))})
+    found = preflight._needs(RuntimeSettings(stages={"student": needs}), registry)
     said = "No node can run student as the runtime file asks; the largest one has 2 CPU, 1 GPU and 8.0 GiB. Ask for less."
     assert found == ([] if fits else [said])

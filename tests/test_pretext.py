@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from ktray import plugins, train
+from ktray import plugins
 from ktray.fingerprint import seed_of
-from ktray.permutations import far_apart
+from ktray.ops.permutations import far_apart
 from ktray.pretext import jigsaw_pp, rotation
 from ktray.spec import Augment, Schedule
+from ktray.training import loop
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -31,8 +32,8 @@ def batch_of(task, images, count, seed=0):
 
 def losses_of(task, images, out, epochs, lr=0.05, batch_size=32, device="cpu"):
     losses = []
-    train.fit(
-        train.fresh(BACKBONE, 0),
+    loop.fit(
+        loop.fresh(BACKBONE, 0),
         task,
         images,
         Schedule(epochs=epochs, lr=lr, batch_size=batch_size),

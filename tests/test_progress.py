@@ -12,11 +12,11 @@ import pytest
 
 import ktray.progress
 from ktray.artifact import Artifact, Stage
-from ktray.crew.local import LocalCrew
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
-from ktray.pool import Means
+from ktray.pipeline.pair_graph import build
+from ktray.pool import StageContext
 from ktray.progress import heard, moved
+from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.stages import WORK
 from ktray.stores import Store
 from ktray.stores.file import FileStore
@@ -36,13 +36,15 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Stage -> what it told, of all stages of a pair."""
     said: dict[str, list[Mapping[str, float]]] = {}
 
-    def work(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
-        return execute(stage, store, attempt, Means(progress=said.setdefault(stage.name, []).append))
+    def work(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
+        return execute(stage, store, attempt, StageContext(progress=said.setdefault(stage.name, []).append))
 
     stages = build(PAIRS[request.param], lambda spec: "0" * 64).stages
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ktray.progress, "EVERY", 0.0)
-        LocalCrew(FileStore(tmp_path_factory.mktemp("store")), work, Means(), lambda event: None).obtain(list(stages), "test")
+        LocalScheduler(FileStore(tmp_path_factory.mktemp("store")), work, StageContext(), lambda event: None).obtain(
+            list(stages), "test"
+        )
     return said
 
 

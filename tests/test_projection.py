@@ -9,7 +9,7 @@ import pytest
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
-from ktray import projection
+from ktray.clustering import projection
 from ktray.pool import LocalPool
 from tests.pools import ShuffledPool
 

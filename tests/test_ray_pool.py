@@ -15,9 +15,9 @@ from conftest import Founder
 from test_broker import callers, starts, until
 from toy_work import block_sum, toy
 
-from ktray.crew.client import Crew
-from ktray.crew.ray_pool import RayPool
 from ktray.pool import LocalPool
+from ktray.scheduler.client import SchedulerClient
+from ktray.scheduler.ray_pool import RayPool
 from ktray.stores.file import FileStore
 
 
@@ -53,7 +53,7 @@ class Helper:
         import ray
         from ray import cloudpickle
 
-        from ktray.crew.worker import _packed
+        from ktray.scheduler.worker import _packed
 
         function, shared = cloudpickle.loads(ray.get(box[0]))
         try:
@@ -133,31 +133,31 @@ def test_items_of_a_dead_or_frozen_helper_are_done_by_others(ray_home: Any, how:
         ray.kill(helper)
 
 
-def test_a_stage_borrows_idle_workers_and_gives_them_back(crew: Crew, toy_store: Path) -> None:
-    until(lambda: [each["state"] for each in crew.status()["workers"]] == ["idle", "idle"])
+def test_a_stage_borrows_idle_workers_and_gives_them_back(scheduler: SchedulerClient, toy_store: Path) -> None:
+    until(lambda: [each["state"] for each in scheduler.status()["workers"]] == ["idle", "idle"])
     stage = toy("clusters", {"map": 40, "sleep": 0.05})
-    assert crew.obtain([stage], "trial")[0]["metrics"]["toy/processes"] == 2
+    assert scheduler.obtain([stage], "trial")[0]["metrics"]["toy/processes"] == 2
     assert np.load(toy_store / stage.key / "sums.npy").tobytes() == local(40).tobytes()
-    until(lambda: [each["state"] for each in crew.status()["workers"]] == ["idle", "idle"])
+    until(lambda: [each["state"] for each in scheduler.status()["workers"]] == ["idle", "idle"])
 
 
-def test_a_stage_of_its_own_calls_a_helper_back(crew: Crew, tmp_path: Path) -> None:
-    until(lambda: [each["state"] for each in crew.status()["workers"]] == ["idle", "idle"])
+def test_a_stage_of_its_own_calls_a_helper_back(scheduler: SchedulerClient, tmp_path: Path) -> None:
+    until(lambda: [each["state"] for each in scheduler.status()["workers"]] == ["idle", "idle"])
     split, urgent = toy("clusters", {"map": 100, "sleep": 0.05}), toy("student", {"steps": 1, "log": str(tmp_path / "log")})
     with callers(1) as pool:
-        future = pool.submit(crew.obtain, [split], "trial 1")
-        until(lambda: [run["helpers"] for run in crew.status()["running"] if run["helpers"]])
-        crew.obtain([urgent], "trial 2")
+        future = pool.submit(scheduler.obtain, [split], "trial 1")
+        until(lambda: [run["helpers"] for run in scheduler.status()["running"] if run["helpers"]])
+        scheduler.obtain([urgent], "trial 2")
         assert not future.done()
         assert future.result()[0]["metrics"]["toy/processes"] == 2
 
 
-def test_a_killed_helper_costs_nothing_but_its_item(found_crew: Founder, tmp_path: Path) -> None:
-    crew = found_crew(tmp_path / "store", toy_work.work)
+def test_a_killed_helper_costs_nothing_but_its_item(start_scheduler: Founder, tmp_path: Path) -> None:
+    scheduler = start_scheduler(tmp_path / "store", toy_work.work)
     stage = toy("clusters", {"map": 100, "sleep": 0.05, "log": str(tmp_path / "log")})
     with callers(1) as pool:
-        future = pool.submit(crew.obtain, [stage], "trial")
-        helping = until(lambda: [each["pid"] for each in crew.status()["workers"] if each["state"] == "helping"])
+        future = pool.submit(scheduler.obtain, [stage], "trial")
+        helping = until(lambda: [each["pid"] for each in scheduler.status()["workers"] if each["state"] == "helping"])
         time.sleep(0.5)
         os.kill(helping[0], signal.SIGKILL)
         assert future.result()[0]["state"] == "computed"

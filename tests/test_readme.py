@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 TREE = re.compile(r"(<!-- tree -->\n```text\n)(.*?)(```)", re.DOTALL)
 ROOMS = ["", "stores", "images", "datasets", "backbones", "pretext", "descriptors", "transfer", "evals"]
-FLOORS = [*ROOMS, "crew", "stages", "pipeline", "search", "tracking", "report", "drivers", "cli"]
+FLOORS = [*ROOMS, "scheduler", "stages", "pipeline", "search", "tracking", "report", "drivers", "cli"]
 
 
 def tree() -> str:

@@ -13,17 +13,18 @@ import pytest
 import yaml
 from pyarrow import parquet
 
-from ktray import features, plugins
+from ktray import plugins
 from ktray.cli import main
-from ktray.crew.local import LocalCrew
 from ktray.errors import StageFailed, UserError
+from ktray.features import extraction
 from ktray.images import open_split, parts
-from ktray.pipeline.check import check_pair, data_loader
 from ktray.pipeline.execute import execute
-from ktray.pipeline.graph import build
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.naming import pair_name, stage_name
-from ktray.pool import Means
+from ktray.pipeline.pair_check import check_pair, data_loader
+from ktray.pipeline.pair_graph import build
+from ktray.pool import StageContext
+from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.search.space import pair_of
 from ktray.spec import PairSpec
 from ktray.stores.file import FileStore
@@ -47,7 +48,7 @@ def ready_pair(data: dict[str, Any], teacher: dict[str, Any], **changes: Any) ->
 
 def run(pair: PairSpec, store: FileStore) -> dict[str, Any]:
     graph = build(pair, IDENTITY)
-    LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(list(graph.stages), "test")
     return dict(graph.keys)
 
 
@@ -55,12 +56,12 @@ def only_features(pair: PairSpec, store: FileStore) -> tuple[np.ndarray, list[st
     """The features that the pair clusters, and the paths of their images."""
     graph = build(pair, IDENTITY)
     made = [stage for stage in graph.stages if stage.name in ("images", "features")]
-    LocalCrew(store, execute, Means(), lambda event: None).obtain(made, "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(made, "test")
     images = store.find(next(stage.key for stage in made if stage.name == "images"))
     assert images is not None
     found = store.find(graph.keys["features"])
     assert found is not None
-    return features.load(found.directory), list(open_split(images.directory, "train", pair.data.cluster).names)
+    return extraction.load(found.directory), list(open_split(images.directory, "train", pair.data.cluster).names)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
@@ -119,7 +120,7 @@ def test_features_that_were_replaced_after_planning_are_not_published_under_the_
     graph = build(ready_pair(data, npy(tmp_path / "ready", numbers(), None)), IDENTITY)
     npy(tmp_path / "ready", numbers(seed=1), None)
     with pytest.raises(StageFailed, match=r"features-\w+ failed: .*clip\.npy changed after the run was planned"):
-        LocalCrew(store, execute, Means(), lambda event: None).obtain(list(graph.stages), "test")
+        LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(list(graph.stages), "test")
     assert not [key for key in list(store.keys()) if not key.startswith("images")]
 
 

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from ktray.artifact import Stage
-from ktray.cli.source import load_space
-from ktray.crew.client import Released
-from ktray.crew.needs import Needs, Runtime
-from ktray.drivers.forecast import Wanted
-from ktray.drivers.rehearsal import measured, rehearsal_store, rehearse, rehearse_on
-from ktray.drivers.stopping import Stopping
+from ktray.cli.spec_files import load_space
+from ktray.cost_model.forecast import FullSizeStages
 from ktray.errors import StageFailed
 from ktray.images import open_split, write, write_sample
-from ktray.pipeline import graph
+from ktray.pipeline import pair_graph
 from ktray.pipeline.execute import execute
-from ktray.pipeline.sample import sample_size, sample_stages
-from ktray.pool import LocalPool, Means
+from ktray.pipeline.small_pair import sample_size, sample_stages
+from ktray.pool import LocalPool, StageContext
+from ktray.runs.dry_run import dry_run, dry_run_on, dry_run_store, measured
+from ktray.runs.interruption import Interruption
+from ktray.scheduler.client import WaitCancelled
+from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
 from ktray.spec import PairSpec
 from ktray.stores.file import FileStore
 from tests.searches import Home, toy_space
@@ -42,7 +42,7 @@ def identity(spec: object) -> str:
 
 
 class Here:
-    """A crew of this process, for stages that all are published or raise."""
+    """A scheduler of this process, for stages that all are published or raise."""
 
     def __init__(self, store: FileStore, broken: str = "") -> None:
         self.store, self.broken, self.alone = store, broken, threading.Lock()
@@ -52,7 +52,7 @@ class Here:
             if stage.name == self.broken:
                 raise StageFailed(stage.key, "OutOfMemoryError: no room")
             with self.alone:  # one computation per key
-                execute(stage, self.store, waiter.replace(" ", "-"), Means())
+                execute(stage, self.store, waiter.replace(" ", "-"), StageContext())
         return []
 
     def release(self, waiter: str) -> None:
@@ -60,14 +60,14 @@ class Here:
 
 
 class Standing:
-    """A crew whose stages never end, until who waits for them is released."""
+    """A scheduler whose stages never end, until who waits for them is released."""
 
     def __init__(self) -> None:
         self.waits: dict[str, threading.Event] = defaultdict(threading.Event)
 
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, object]]:
         assert self.waits[waiter].wait(20)
-        raise Released(waiter)
+        raise WaitCancelled(waiter)
 
     def release(self, waiter: str) -> None:
         self.waits[waiter].set()
@@ -84,9 +84,9 @@ def test_every_draw_of_a_space_has_a_small_form_and_none_of_its_keys_is_a_real_o
     space = load_space(path, [])
     for _, params in space.corners():
         pair = space.pair(params)
-        real = {stage.key for stage in graph.build(pair, identity).stages}
+        real = {stage.key for stage in pair_graph.build(pair, identity).stages}
         small = sample_stages(pair, identity)
-        assert [stage.name for stage in small] == [stage.name for stage in graph.build(pair, identity).stages]
+        assert [stage.name for stage in small] == [stage.name for stage in pair_graph.build(pair, identity).stages]
         assert not real & {stage.key for stage in small}
         made: set[str] = set()
         for stage in small:
@@ -111,9 +111,9 @@ def test_a_sample_is_a_part_of_what_is_written_whole(tmp_path: Path) -> None:
 def test_a_rehearsal_runs_every_stage_of_every_draw_leaves_nothing_and_measures(tmp_path: Path) -> None:
     real = FileStore(tmp_path / "store")
     draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
-    with rehearsal_store(real) as store:
-        assert rehearse(Here(store), draws, store, real) == []
-        found, notes = measured(draws, store, Runtime(stages={"student": Needs(memory_bytes=1 << 20)}))
+    with dry_run_store(real) as store:
+        assert dry_run(Here(store), draws, store, real) == []
+        found, notes = measured(draws, store, RuntimeSettings(stages={"student": ResourceRequest(memory_bytes=1 << 20)}))
         assert list(real.keys()) == []
     assert set(found) == {"images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation"}
     assert all(entry["peak_bytes"] > 1 << 20 for entry in found.values())
@@ -125,49 +125,49 @@ def test_a_rehearsal_runs_every_stage_of_every_draw_leaves_nothing_and_measures(
 def test_what_fails_is_said_once_with_the_draw_that_showed_it(tmp_path: Path) -> None:
     real = FileStore(tmp_path / "store")
     draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
-    with rehearsal_store(real) as store:
-        said = rehearse(Here(store, broken="clusters"), draws, store, real)
+    with dry_run_store(real) as store:
+        said = dry_run(Here(store, broken="clusters"), draws, store, real)
     assert len(said) == 1
     assert said[0].endswith("the stage clusters fails: OutOfMemoryError: no room.")
     assert list(real.root.iterdir()) == []
 
 
 def test_a_rehearsal_that_is_interrupted_while_it_waits_ends_at_once_with_every_wait(tmp_path: Path) -> None:
-    real, crew, stopping = FileStore(tmp_path / "store"), Standing(), Stopping()
+    real, scheduler, stopping = FileStore(tmp_path / "store"), Standing(), Interruption()
     stopping.orderly = True
     draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
     threading.Timer(0.3, stopping.wish).start()
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), rehearsal_store(real) as store:
-        rehearse(crew, draws, store, real, stopping)
+    with pytest.raises(KeyboardInterrupt), dry_run_store(real) as store:
+        dry_run(scheduler, draws, store, real, stopping)
     assert time.monotonic() - began < 2.5
-    assert [waiter for waiter, wait in crew.waits.items() if not wait.is_set()] == []
+    assert [waiter for waiter, wait in scheduler.waits.items() if not wait.is_set()] == []
     assert list(real.root.iterdir()) == []
 
 
-def test_the_crew_of_an_interrupted_rehearsal_ends_before_its_store_is_removed(
+def test_the_scheduler_of_an_interrupted_rehearsal_ends_before_its_store_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, stopping, ended = FileStore(tmp_path / "store"), Stopping(), []
+    real, stopping, ended = FileStore(tmp_path / "store"), Interruption(), []
 
     def connect(session: SimpleNamespace, url: str, work: object) -> Standing:
-        session.crews.append(FileStore(Path(url.removeprefix("file://"))))
+        session.schedulers.append(FileStore(Path(url.removeprefix("file://"))))
         threading.Timer(0.1, stopping.wish).start()
         return Standing()
 
     def stop(session: SimpleNamespace) -> None:
-        for store in session.crews:  # a stage that runs to the end of its crew may fail, which the broker writes down
+        for store in session.schedulers:  # a stage that runs to the end of its scheduler may fail, which the broker writes down
             store.fail("images-1", {"cause": "FileNotFoundError: its folder"})
         ended.append(session)
 
-    monkeypatch.setattr("ktray.crew.runtime.start", lambda *given: SimpleNamespace(warnings=[], crews=[]))
-    monkeypatch.setattr("ktray.crew.runtime.stop", stop)
-    monkeypatch.setattr("ktray.crew.client.connect", connect)
-    monkeypatch.setattr("ktray.drivers.rehearsal.preflight", lambda *given: None)
+    monkeypatch.setattr("ktray.scheduler.ray_session.start", lambda *given: SimpleNamespace(warnings=[], schedulers=[]))
+    monkeypatch.setattr("ktray.scheduler.ray_session.stop", stop)
+    monkeypatch.setattr("ktray.scheduler.client.connect", connect)
+    monkeypatch.setattr("ktray.runs.dry_run.preflight", lambda *given: None)
     monkeypatch.setattr("ray.nodes", list)
     draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
     with pytest.raises(KeyboardInterrupt):
-        rehearse_on(tmp_path, real, None, Runtime(), draws, Wanted({}, {}, {}), lambda text: None, stopping)
+        dry_run_on(tmp_path, real, None, RuntimeSettings(), draws, FullSizeStages({}, {}, {}), lambda text: None, stopping)
     assert len(ended) == 1
     assert list(real.root.iterdir()) == []
 
@@ -176,9 +176,9 @@ def test_a_rehearsal_removes_what_a_dead_one_left_and_nothing_of_one_that_runs(t
     real = FileStore(tmp_path / "store")
     dead = real.root / ".rehearsal-dead"
     (dead / "images-1").mkdir(parents=True)
-    with rehearsal_store(real) as one:
+    with dry_run_store(real) as one:
         assert not dead.exists()
-        with rehearsal_store(real) as other:
+        with dry_run_store(real) as other:
             assert one.root.is_dir()
             assert other.root != one.root
         assert one.root.is_dir()
@@ -196,7 +196,7 @@ def recorded(tmp_path: Path, **record: object) -> tuple[dict[str, list[Stage]], 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (0.0, "and gets a share of 0.25 until the crew has learned better; stages.teacher.gpus: 0.5 says so"),
+        (0.0, "and gets a share of 0.25 at first; set stages.teacher.gpus: 0.5"),
         (0.25, "which takes a share of 0.5, and stages.teacher.gpus gives it 0.25"),
         (0.5, None),
         (1.0, None),
@@ -204,7 +204,7 @@ def recorded(tmp_path: Path, **record: object) -> tuple[dict[str, list[Stage]], 
 )
 def test_gpu_memory_beyond_a_stage_s_share_of_the_card_is_named(tmp_path: Path, given: float, said: str | None) -> None:
     draws, store = recorded(tmp_path, peak_bytes=3 << 30, device_peak_bytes=30 << 30, device_bytes=80 << 30)
-    found, notes = measured(draws, store, Runtime(stages={"teacher": Needs(gpus=given)} if given else {}))
+    found, notes = measured(draws, store, RuntimeSettings(stages={"teacher": ResourceRequest(gpus=given)} if given else {}))
     assert found["teacher"]["device_peak_bytes"] == 30 << 30
     assert found["teacher"]["peak_bytes"] == 3 << 30
     assert [note.startswith("teacher used 30.0 of the 80.0 GiB of its GPU, ") for note in notes] == [True] * bool(said)
@@ -213,7 +213,7 @@ def test_gpu_memory_beyond_a_stage_s_share_of_the_card_is_named(tmp_path: Path, 
 
 def test_host_memory_beyond_what_is_reserved_is_named_of_a_stage_on_a_gpu_too(tmp_path: Path) -> None:
     draws, store = recorded(tmp_path, peak_bytes=3 << 30, device_peak_bytes=1 << 30, device_bytes=80 << 30)
-    _, notes = measured(draws, store, Runtime(stages={"teacher": Needs(gpus=0.5, memory_bytes=1 << 30)}))
+    _, notes = measured(draws, store, RuntimeSettings(stages={"teacher": ResourceRequest(gpus=0.5, memory_bytes=1 << 30)}))
     assert notes == ["teacher used 3.0 GiB on a few images, and stages.teacher.memory_bytes reserves 1.0"]
 
 
@@ -230,10 +230,10 @@ def test_host_memory_beyond_what_is_reserved_is_named_of_a_stage_on_a_gpu_too(tm
 def test_a_sample_has_images_for_whatever_a_pair_asks_of_them(tmp_path: Path, changes: dict[str, object]) -> None:
     pair, real = toy_pair(**changes), FileStore(tmp_path / "store")
     small = sample_stages(pair, identity)
-    assert [stage.name for stage in small] == [stage.name for stage in graph.build(pair, identity).stages]
+    assert [stage.name for stage in small] == [stage.name for stage in pair_graph.build(pair, identity).stages]
     assert {stage.spec["epoch"] for stage in small if stage.name == "student"} == {1}
-    with rehearsal_store(real) as store:
-        assert rehearse(Here(store), {"pair": small}, store, real) == []
+    with dry_run_store(real) as store:
+        assert dry_run(Here(store), {"pair": small}, store, real) == []
 
 
 def test_a_sample_is_as_large_as_a_batch_and_as_its_pca_needs() -> None:

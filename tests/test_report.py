@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from ktray.report.axes import axis
-from ktray.report.words import duration, kind_of_cause, without_places
+from ktray.report.formatting import duration, kind_of_cause, without_places
 from ktray.search.ranking import ranked
 from ktray.stores.file import FileStore
 from tests.reports import (

@@ -6,8 +6,8 @@ from importlib import import_module
 import pytest
 
 from ktray import plugins, stages
-from ktray.pipeline import graph
-from tests.source import PACKAGE, house_imports
+from ktray.pipeline import pair_graph
+from tests.source import NAMES, PACKAGE, house_imports
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 
 KINDS = [(room, kind) for room in plugins.ROOMS for kind in plugins.kinds(room)]
@@ -15,15 +15,15 @@ NEEDED = {
     "random_network": {"backbone": STUDENT["backbone"]},
     **{kind: {"path": "/nowhere"} for kind in ("folder", "imagefolder", "parquet")},
 }
-IN_EVERY_KEY = {"images", "train"}  # through the artifacts that a tool reads, so no tool needs to name them
+TOOLS = {"ops", "training", "features", "clustering", "images"}
+IN_EVERY_KEY = {"images", "loop"}  # through the artifacts that a tool reads, so no tool needs to name them
 
 
 def tools_of(name):
     """The modules with a REVISION, plugins excepted, that the source of a module imports."""
     source = next(module for module in PACKAGE if module.name == name)
-    parts = {".".join(other.split(".")[:2]) for other in house_imports(source)} - {name}
-    modules = [import_module(part) for part in sorted(parts)]
-    return [module for module in modules if hasattr(module, "REVISION")]
+    modules = [import_module(other) for other in sorted({*house_imports(source)} - {name}) if other in NAMES]
+    return [module for module in modules if hasattr(module, "IDENTITY")]
 
 
 def taught(transfer):
@@ -47,7 +47,7 @@ def pair_with(room, spec):
 
 def keys_of(room, spec):
     """The keys that the kind is to blame for: those of its own stage, by room."""
-    keys = graph.build(pair_with(room, spec), lambda data: "content").keys
+    keys = pair_graph.build(pair_with(room, spec), lambda data: "content").keys
     stage = {"backbone": "student", "pretext": "teacher", "descriptor": "features", "transfer": "student"}.get(room)
     return keys[stage] if stage else keys["evaluation"]
 
@@ -63,34 +63,37 @@ def test_every_tool_that_a_kind_imports_is_in_the_key_of_its_stage(room, kind, m
 
 
 def test_a_tool_names_the_tools_that_it_is_made_of():
-    names = [m.name for m in PACKAGE if len(m.parts) == 2 and m.part not in IN_EVERY_KEY and "REVISION" in ast.unparse(m.tree)]
+    names = [m.name for m in PACKAGE if m.part in TOOLS and "IDENTITY" in ast.unparse(m.tree) and m.part != "images"]
     assert len(names) > 5
     for name in names:
-        imported = {tool.__name__.removeprefix("ktray.") for tool in tools_of(name)}
-        assert imported - IN_EVERY_KEY <= graph._revisions_of(import_module(name)).keys(), name
+        imported = {tool.IDENTITY for tool in tools_of(name)}
+        assert imported - IN_EVERY_KEY <= pair_graph._revisions_of(import_module(name)).keys(), name
 
 
 @pytest.mark.parametrize("of", ["student", "teacher"])
 def test_features_and_what_is_judged_by_them_depend_on_how_pixels_become_numbers(of):
-    built = graph.build(toy_pair(evals=[{"kind": "knn", "of": of}]), lambda data: "content")
+    built = pair_graph.build(toy_pair(evals=[{"kind": "knn", "of": of}]), lambda data: "content")
     revisions = {stage.name: stage.revisions.keys() for stage in built.stages}
-    assert {"features", "augment"} <= revisions["features"] & revisions["evaluation"]
+    assert {"extraction", "augmentation"} <= revisions["features"] & revisions["evaluation"]
 
 
 @pytest.mark.parametrize("stage", sorted(stages.WORK))
 def test_the_revision_of_a_stage_is_in_its_key_and_not_in_those_of_the_stages_before_it(stage, monkeypatch):
     order = [*stages.WORK]
-    before = graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
-    monkeypatch.setattr(f"ktray.stages.{stage}.REVISION", 2)
-    after = graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
+    before = pair_graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
+    monkeypatch.setattr(f"ktray.stages.{stage}_stage.REVISION", 2)
+    after = pair_graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
     changed = {old.name for old, new in zip(before, after, strict=True) if old.key != new.key}
     assert changed == set(order[order.index(stage) :])
 
 
 def test_what_teacher_and_student_share_in_training_is_in_the_keys_of_both(monkeypatch):
-    monkeypatch.setattr("ktray.stages.training.REVISION", 2)
-    built = graph.build(toy_pair(teacher=ROTATION), lambda data: "content")
-    assert {stage.name for stage in built.stages if stage.revisions.get("stages.training") == 2} == {"teacher", "student"}
+    monkeypatch.setattr("ktray.stages.training_segment.REVISION", 2)
+    built = pair_graph.build(toy_pair(teacher=ROTATION), lambda data: "content")
+    assert {stage.name for stage in built.stages if stage.revisions.get("stages.training_segment") == 2} == {
+        "teacher",
+        "student",
+    }
 
 
 def test_every_module_of_the_stages_has_a_revision():

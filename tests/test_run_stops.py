@@ -19,11 +19,11 @@ NAMED = {"a": 4, "b": 5, "c": 6}
 HEARD = """
 import os, signal, sys, time
 from pathlib import Path
-from ktray.crew.runtime import Runtime, start, stop
-from ktray.drivers.stopping import hear_again
+from ktray.scheduler.ray_session import RuntimeSettings, start, stop
+from ktray.runs.interruption import hear_again
 heard = []
 signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-session = start(Path(sys.argv[1]), None, Runtime(cpus=1))
+session = start(Path(sys.argv[1]), None, RuntimeSettings(cpus=1))
 hear_again()
 os.kill(os.getpid(), signal.SIGTERM)
 stop(session)

@@ -7,20 +7,20 @@ import random
 
 import pytest
 
-from ktray.search.document import EarlyStop
-from ktray.search.rungs import Standings, best_first, ladder, next_rung
+from ktray.search.halving import RungScores, best_first, ladder, next_rung
+from ktray.search.space_file import EarlyStop
 from ktray.search.trial import State, Trial
 
 STOP = EarlyStop(metric="knn/top1", rungs=(1, 3, 9), reduction=3, mode="max")
 
 
 def promotion(stop: EarlyStop | None, trials: list[Trial]) -> Trial | None:
-    number = Standings(stop, trials).promotion()
+    number = RungScores(stop, trials).promotion()
     return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
 def last_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
-    number = Standings(stop, trials).last_hope()
+    number = RungScores(stop, trials).last_hope()
     return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
@@ -148,7 +148,7 @@ def plain_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
 def test_standings_promote_whom_all_scores_would_whatever_happened_before(seed: int, mode: str) -> None:
     """The oracle looks at every trial each time; scores are coarse, so that many are equal."""
     chance, stop = random.Random(seed), STOP.model_copy(update={"mode": mode})
-    standings, trials = Standings(stop), list[Trial]()
+    standings, trials = RungScores(stop), list[Trial]()
 
     def tell(new: Trial) -> None:
         standings.tell(trials[new.number] if new.number < len(trials) else None, new)

@@ -1,4 +1,4 @@
-"""The runtime file, what the light processes of the crew import, and what killed sessions leave."""
+"""The runtime file, what the light processes of the scheduler import, and what killed sessions leave."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ktray.crew import environment, leftovers
-from ktray.crew.locks import hold_home
-from ktray.crew.needs import Needs, Runtime, load_runtime
-from ktray.crew.roster import Shape, shape_of
-from ktray.crew.shares import Shares
 from ktray.errors import UserError
+from ktray.scheduler import stale_sessions, worker_environment
+from ktray.scheduler.gpu_shares import GpuShares
+from ktray.scheduler.locks import hold_home
+from ktray.scheduler.resources import ResourceRequest, RuntimeSettings, load_runtime
+from ktray.scheduler.worker_registry import WorkerShape, shape_of
 
 
 def test_a_runtime_file_sets_needs_by_stage_and_keeps_other_defaults(tmp_path: Path) -> None:
@@ -22,9 +22,9 @@ def test_a_runtime_file_sets_needs_by_stage_and_keeps_other_defaults(tmp_path: P
     path.write_text("cpus: 8\ndead_after: 60\nstages: {student: {gpus: 0.5}, features: {memory_bytes: 1000}}\n")
     runtime = load_runtime(path)
     assert (runtime.cpus, runtime.dead_after, runtime.heartbeat_seconds) == (8, 60.0, 0.5)
-    assert runtime.of("student") == Needs(gpus=0.5)
-    assert runtime.of("features") == Needs(memory_bytes=1000, helpers=63)
-    assert load_runtime(None) == Runtime()
+    assert runtime.of("student") == ResourceRequest(gpus=0.5)
+    assert runtime.of("features") == ResourceRequest(memory_bytes=1000, helpers=63)
+    assert load_runtime(None) == RuntimeSettings()
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,8 @@ def test_a_wrong_runtime_file_is_named_with_its_place(tmp_path: Path, text: str,
 
 
 def test_the_broker_and_its_clients_never_import_torch() -> None:
-    modules = "ktray.crew.broker, ktray.crew.client, ktray.crew.worker, ktray.crew.runtime, ktray.crew.ray_pool"
+    names = ("broker", "client", "worker", "ray_session", "ray_pool")
+    modules = ", ".join(f"ktray.scheduler.{name}" for name in names)
     script = (
         f"import sys, {modules}\nprint([name for name in ('torch', 'ray.tune', 'optuna', 'mlflow') if name in sys.modules])"
     )
@@ -61,26 +62,26 @@ def test_the_broker_and_its_clients_never_import_torch() -> None:
 @pytest.mark.parametrize(
     ("text", "stage", "shape"),
     [
-        ("", "student", Shape(0.0, 0.25)),
-        ("cpus: 4", "student", Shape(0.0, 0.25)),
-        ("stages: {student: {gpus: 0}}", "student", Shape(1.0)),
-        ("stages: {student: {gpus: 0, cpus: 2}}", "student", Shape(2.0)),
-        ("stages: {student: {gpus: 1}}", "student", Shape(0.0, 1.0)),
-        ("stages: {student: {gpus: null}}", "student", Shape(0.0, 0.25)),
-        ("stages: {student: {gpus: 0}}", "teacher", Shape(0.0, 0.25)),
-        ("stages: {student: {cpus: 2}}", "student", Shape(0.0, 0.25)),
-        ("stages: {student: {memory_bytes: 8000000000}}", "student", Shape(0.0, 0.25)),
-        ("stages: {features: {helpers: 3}}", "features", Shape(0.0, 0.25)),
-        ("stages: {clusters: {cpus: 2}}", "clusters", Shape(2.0)),
+        ("", "student", WorkerShape(0.0, 0.25)),
+        ("cpus: 4", "student", WorkerShape(0.0, 0.25)),
+        ("stages: {student: {gpus: 0}}", "student", WorkerShape(1.0)),
+        ("stages: {student: {gpus: 0, cpus: 2}}", "student", WorkerShape(2.0)),
+        ("stages: {student: {gpus: 1}}", "student", WorkerShape(0.0, 1.0)),
+        ("stages: {student: {gpus: null}}", "student", WorkerShape(0.0, 0.25)),
+        ("stages: {student: {gpus: 0}}", "teacher", WorkerShape(0.0, 0.25)),
+        ("stages: {student: {cpus: 2}}", "student", WorkerShape(0.0, 0.25)),
+        ("stages: {student: {memory_bytes: 8000000000}}", "student", WorkerShape(0.0, 0.25)),
+        ("stages: {features: {helpers: 3}}", "features", WorkerShape(0.0, 0.25)),
+        ("stages: {clusters: {cpus: 2}}", "clusters", WorkerShape(2.0)),
     ],
 )
 def test_what_runs_a_network_has_a_share_of_a_gpu_unless_the_file_says_how_much_of_one(
-    tmp_path: Path, text: str, stage: str, shape: Shape
+    tmp_path: Path, text: str, stage: str, shape: WorkerShape
 ) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text(text)
-    assert shape_of(Shares(load_runtime(path).of, lambda: True)(stage)) == shape
-    without = shape_of(Shares(load_runtime(path).of, lambda: False)(stage))
+    assert shape_of(GpuShares(load_runtime(path).of, lambda: True)(stage)) == shape
+    without = shape_of(GpuShares(load_runtime(path).of, lambda: False)(stage))
     assert without.gpus == (1.0 if "gpus: 1" in text else 0.0)
 
 
@@ -94,22 +95,22 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "lab_of_tests" / "colour.py"
 
 
-def test_drivers_with_other_plugins_never_share_a_crew(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = environment.identity()
+def test_drivers_with_other_plugins_never_share_a_scheduler(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = worker_environment.identity()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests")
-    allowed = environment.identity()
+    allowed = worker_environment.identity()
     plugin.write_text("LEVELS = 3\n")
-    environment._source_hash.cache_clear()  # as in the next driver's process
-    assert len({without, allowed, environment.identity()}) == 3
+    worker_environment._source_hash.cache_clear()  # as in the next driver's process
+    assert len({without, allowed, worker_environment.identity()}) == 3
 
 
 def test_the_order_of_plugins_and_of_folders_does_not_part_two_drivers(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests,pictures")
     monkeypatch.setenv("PYTHONPATH", "/one:/two")
-    first = environment.identity()
+    first = worker_environment.identity()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "pictures,lab_of_tests")
     monkeypatch.setenv("PYTHONPATH", "/two:/one")
-    assert environment.identity() == first
+    assert worker_environment.identity() == first
 
 
 def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +124,7 @@ def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, mon
     link.symlink_to(elsewhere)
     for named in (ours, link, other, elsewhere, places / "x" / ".." / ".." / "elsewhere" / "ktray-results", places / "ktray-3"):
         (tmp_path / "ray").write_text(str(named))
-        leftovers.remove(tmp_path)
+        stale_sessions.remove(tmp_path)
     assert not ours.exists()
     assert elsewhere.is_dir()
     assert other.is_dir()
@@ -135,7 +136,7 @@ def test_a_folder_of_another_user_is_no_leftover_of_ours(tmp_path: Path, monkeyp
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(str(tmp_path / "ktray-1"))
     monkeypatch.setattr("os.getuid", lambda: (tmp_path / "ktray-1").stat().st_uid + 1)
-    leftovers.remove(tmp_path)
+    stale_sessions.remove(tmp_path)
     assert (tmp_path / "ktray-1").is_dir()
 
 
@@ -152,8 +153,8 @@ def test_a_leftover_that_fills_again_while_it_is_removed_is_remembered(tmp_path:
 
     with monkeypatch.context() as raced:
         raced.setattr("shutil.rmtree", refilled)
-        assert leftovers.remove(tmp_path) == [stays]
-    assert leftovers.remove(tmp_path) == []
+        assert stale_sessions.remove(tmp_path) == [stays]
+    assert stale_sessions.remove(tmp_path) == []
     assert not stays.exists()
 
 
@@ -161,14 +162,14 @@ def test_who_needs_no_ray_removes_what_a_killed_session_left_unless_another_one_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    leftovers.tidy(tmp_path)
+    stale_sessions.tidy(tmp_path)
     assert not (tmp_path / "lock").exists()
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(f"{tmp_path / 'ktray-1'}\n")
     other = hold_home(tmp_path)
-    leftovers.tidy(tmp_path)
+    stale_sessions.tidy(tmp_path)
     assert (tmp_path / "ktray-1").exists()
     other.release()
-    leftovers.tidy(tmp_path)
+    stale_sessions.tidy(tmp_path)
     assert not (tmp_path / "ktray-1").exists()
     hold_home(tmp_path).release()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ktray.drivers.same_data import FILE, same_data
 from ktray.errors import UserError
 from ktray.pipeline.identity import data_identity
+from ktray.runs.data_check import FILE, same_data
 from ktray.search.trial import Trial
 from tests.pictures import noise, png
 from tests.toy_space import toy_space

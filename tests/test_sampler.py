@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ktray.search import sampler
-from ktray.search.evidence import Evidence
+from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from tests.toy_space import order, score, toy_space
@@ -91,14 +91,14 @@ def test_evidence_is_ordered_by_how_far_and_how_well(tmp_path: Path) -> None:
         dataclasses.replace(four, state="duplicate"),
         dataclasses.replace(five, state="completed", scores={1: 0.0}, objectives={"linear_probe/top1": 0.1}),
     ]
-    assert order(Evidence(space, trials)) == [5, 2, 3, 1, 0]
+    assert order(Observations(space, trials)) == [5, 2, 3, 1, 0]
 
 
 def test_failures_and_duplicates_are_no_evidence(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     trials = history(space, 4)
-    assert order(Evidence(space, [dataclasses.replace(trial, state="failed") for trial in trials])) == []
-    assert order(Evidence(space, [dataclasses.replace(trial, state="duplicate") for trial in trials])) == []
+    assert order(Observations(space, [dataclasses.replace(trial, state="failed") for trial in trials])) == []
+    assert order(Observations(space, [dataclasses.replace(trial, state="duplicate") for trial in trials])) == []
 
 
 def test_random_draws_stay_inside_of_the_space(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from ktray.spec import Schedule
-from ktray.train import learning_rate
+from ktray.training.loop import learning_rate
 from tests.toys import STUDENT, toy_pair
 
 

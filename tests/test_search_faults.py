@@ -14,7 +14,7 @@ import pytest
 
 from ktray.cli.search import stop_on_signals
 from ktray.cli.settings import Settings
-from ktray.drivers.stopping import Stopping
+from ktray.runs.interruption import Interruption
 from tests.searches import Home, toy_space, until
 from tests.toys import HOG, ROTATION
 
@@ -101,7 +101,7 @@ def test_signals_while_it_starts_end_it_and_the_same_command_goes_on(home: Home,
 
 def test_an_orderly_end_that_takes_too_long_is_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("ktray.cli.search.LONGEST_END", 0.05)
-    stopping, forced = Stopping(), threading.Event()
+    stopping, forced = Interruption(), threading.Event()
     stopping.orderly = True
     options = Settings(tmp_path, "", None, None, json=False, talks=0)
     with stop_on_signals(stopping, options, forced.set):

@@ -12,7 +12,7 @@ import yaml
 
 import ktray
 from ktray.search import sampler, space
-from ktray.search.tree import Choice, parameters
+from ktray.search.space_tree import Choice, parameters
 from ktray.spec import PairSpec
 from tests.source import ROOT
 from tests.toys import HOG, toy_spec

@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 
 from ktray.artifact import Artifact, Stage
-from ktray.drivers.conductor import Conductor, Leg
-from ktray.drivers.simulate import _Mute, _VirtualStore
-from ktray.drivers.stopping import Stopping
-from ktray.drivers.tune import StudySearcher, _Tick
-from ktray.drivers.waiting import RELEASED
 from ktray.errors import StoppedEarly
 from ktray.fingerprint import fingerprint
+from ktray.runs.coordinator import TrialCoordinator, TrialSegment
+from ktray.runs.interruption import Interruption
+from ktray.runs.simulation import _NoTracker, _VirtualStore
+from ktray.runs.tune_search import StudySearcher, _Tick
+from ktray.runs.tune_trial import RELEASED
 from ktray.search.history import read
 from ktray.search.space import Space
 from ktray.search.study import Study
 from tests.toy_space import PAIR, toy_space
 
 
-def _conductor(space: Space, study: Study, store: Any = None) -> Conductor:
+def _coordinator(space: Space, study: Study, store: Any = None) -> TrialCoordinator:
     """One that knows a store without files and tells nobody."""
     store = _VirtualStore() if store is None else store
-    mute: Any = _Mute()
-    return Conductor(space, study, store, lambda spec: fingerprint(spec.model_dump()), mute, lambda *said: None)
+    mute: Any = _NoTracker()
+    return TrialCoordinator(space, study, store, lambda spec: fingerprint(spec.model_dump()), mute, lambda *said: None)
 
 
 def _publish(store: Any, stages: Iterable[Stage]) -> None:
@@ -40,11 +40,11 @@ def _publish(store: Any, stages: Iterable[Stage]) -> None:
 def searcher(tmp_path: Path) -> StudySearcher:
     """A searcher with the first legs of a toy study."""
     space = toy_space(tmp_path)
-    crew: Any = _Mute()
-    conductor = _conductor(space, Study.open(tmp_path, space))
-    stopping = Stopping()
+    scheduler: Any = _NoTracker()
+    coordinator = _coordinator(space, Study.open(tmp_path, space))
+    stopping = Interruption()
     stopping.orderly = True
-    return StudySearcher(conductor, crew, stopping, conductor.first(2)[0])
+    return StudySearcher(coordinator, scheduler, stopping, coordinator.first(2)[0])
 
 
 def test_a_trial_whose_wait_lapsed_though_nobody_wished_to_stop_waits_again(searcher: StudySearcher) -> None:
@@ -69,20 +69,20 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
     sessions = 0
     while True:
         with Study.open(tmp_path, space) as study:
-            conductor = _conductor(space, study)
-            leg = conductor.next()
+            coordinator = _coordinator(space, study)
+            leg = coordinator.next()
             if isinstance(leg, str):
                 break
             sessions += 1
-            _publish(conductor.store, leg.graph.stages)
-            conductor.settle(leg, [leg.graph.stages[-1].key])
+            _publish(coordinator.store, leg.graph.stages)
+            coordinator.settle(leg, [leg.graph.stages[-1].key])
     assert sessions == 2
     assert study.trials()[0].cost["marginal_seconds"] == 4.0
     assert study.trials()[0].metrics["cost/marginal_seconds"] == 4.0
 
 
 def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp_path: Path) -> None:
-    study = searcher.conductor.study
+    study = searcher.coordinator.study
     study._watch._began -= 40
     _Tick(searcher).on_step_end(1, [])
     assert 40 <= read(tmp_path, "toy").spent < 60
@@ -97,15 +97,15 @@ def test_a_teacher_of_an_earlier_space_is_not_trained_again_to_cut_it_where_the_
     store, start = _VirtualStore(), {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}
     earlier = toy_space(tmp_path, _rotation(4), start_with=[{"transfer.k": 5}])
     with Study.open(tmp_path, earlier, "earlier") as study:
-        leg = _conductor(earlier, study, store).next()
-        assert isinstance(leg, Leg)
+        leg = _coordinator(earlier, study, store).next()
+        assert isinstance(leg, TrialSegment)
         _publish(store, (stage for stage in leg.graph.stages if stage.name != "student"))
     space = toy_space(tmp_path, _rotation({"choice": [2, 4]}), start_with=[start])
     with Study.open(tmp_path, space, "changed") as study:
-        conductor = _conductor(space, study, store)
-        assert [stage.spec["epoch"] for stage in conductor.certain() if stage.name == "teacher"] == [4]
-        leg = conductor.next()
-        assert isinstance(leg, Leg)
+        coordinator = _coordinator(space, study, store)
+        assert [stage.spec["epoch"] for stage in coordinator.certain() if stage.name == "teacher"] == [4]
+        leg = coordinator.next()
+        assert isinstance(leg, TrialSegment)
         assert [stage.name for stage in leg.graph.stages if stage.key not in store.found] == ["student", "evaluation"]
         charged = study.charged(leg.trial.number)
         assert not charged["prefix"]
@@ -117,11 +117,11 @@ def test_segments_that_were_trained_ahead_are_charged_to_the_planned_draw_that_n
     start = {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}
     space = toy_space(tmp_path, _rotation({"choice": [1, 2, 4]}), start_with=[start])
     with Study.open(tmp_path, space) as study:
-        conductor = _conductor(space, study, store)
-        ahead = conductor.certain()
+        coordinator = _coordinator(space, study, store)
+        ahead = coordinator.certain()
         _publish(store, ahead)
-        leg = conductor.next()
-        assert isinstance(leg, Leg)
+        leg = coordinator.next()
+        assert isinstance(leg, TrialSegment)
         assert {stage.key for stage in ahead if stage.name == "teacher"} <= study.charged(leg.trial.number)["prefix"].keys()
         assert [stage.spec["epoch"] for stage in ahead if stage.name == "teacher"] == [1, 2, 4]
 
@@ -131,11 +131,11 @@ def test_segments_that_lead_to_a_missing_snapshot_and_those_that_a_trial_reads_s
     start = {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}
     space = toy_space(tmp_path, _rotation({"choice": [1, 2, 4]}), start_with=[start], budget={"trials": 1})
     with Study.open(tmp_path, space) as study:
-        conductor, trained = _conductor(space, study, store), []
-        while isinstance(leg := conductor.next(), Leg):
+        coordinator, trained = _coordinator(space, study, store), []
+        while isinstance(leg := coordinator.next(), TrialSegment):
             trained.append([(s.name, s.spec["epoch"]) for s in leg.graph.stages if "epoch" in s.spec])
             _publish(store, leg.graph.stages)
-            conductor.settle(leg, [])
+            coordinator.settle(leg, [])
     assert trained[0] == [("teacher", 1), ("teacher", 2), ("teacher", 4), ("student", 1)]
     assert trained[1] == [("teacher", 4), ("student", 1), ("student", 3)]
     assert trained[2] == [("teacher", 4), ("student", 3), ("student", 9)]
@@ -144,25 +144,25 @@ def test_segments_that_lead_to_a_missing_snapshot_and_those_that_a_trial_reads_s
 def test_a_stage_that_all_draws_need_and_that_failed_stops_the_search_though_another_trial_runs(tmp_path: Path) -> None:
     space = toy_space(tmp_path, _rotation(4), budget={"trials": 30, "concurrent": 4})
     with Study.open(tmp_path, space) as study:
-        conductor = _conductor(space, study)
-        legs, _ = conductor.first(4)
+        coordinator = _coordinator(space, study)
+        legs, _ = coordinator.first(4)
         teacher = legs[0].graph.keys["teacher"]
         for leg in list(legs)[:3]:
-            conductor.fail(leg, "it cannot be trained", teacher)
+            coordinator.fail(leg, "it cannot be trained", teacher)
         with pytest.raises(StoppedEarly, match=r"10 trials failed one after the other; .* it cannot be trained"):
-            conductor.next()
+            coordinator.next()
         assert study.drawn == 14
 
 
 def test_a_failed_teacher_that_half_of_the_draws_need_lets_the_others_go_on(tmp_path: Path) -> None:
     space = toy_space(tmp_path, budget={"trials": 60, "concurrent": 16}, sampler="random")
     with Study.open(tmp_path, space) as study:
-        conductor = _conductor(space, study)
-        legs, _ = conductor.first(16)
+        coordinator = _coordinator(space, study)
+        legs, _ = coordinator.first(16)
         for leg in legs:
             if "teacher" in leg.graph.keys:
-                conductor.fail(leg, "it cannot be trained", leg.graph.keys["teacher"])
-        while isinstance(conductor.next(), Leg):
+                coordinator.fail(leg, "it cannot be trained", leg.graph.keys["teacher"])
+        while isinstance(coordinator.next(), TrialSegment):
             pass
         running = [trial for trial in study.trials() if trial.state == "running"]
         assert len(running) == 16

@@ -9,15 +9,15 @@ import pytest
 from test_ledger import NEEDS, House, given, stage
 
 from ktray.artifact import Artifact
-from ktray.crew.cards import free_shares, has_room
-from ktray.crew.needs import Needs
-from ktray.crew.openings import Openings
-from ktray.crew.room import give_up
-from ktray.crew.roster import Node, Roster, Shape
-from ktray.crew.shares import Shares, share_of
+from ktray.scheduler.eviction import give_up
+from ktray.scheduler.gpu_shares import GpuShares, share_of
+from ktray.scheduler.gpu_slots import free_shares, has_room
+from ktray.scheduler.placement import Placement
+from ktray.scheduler.resources import ResourceRequest
+from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
 
 GIB = 1 << 30
-QUARTER = Shape(0.0, 0.25)
+QUARTER = WorkerShape(0.0, 0.25)
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,9 @@ def test_the_share_holds_the_recorded_peak_and_what_comes_with_it(peak: int, sha
     assert peak < share * 80 * GIB
 
 
-def shares(has_gpus: bool = True) -> Shares:
-    given = {"teacher": Needs(gpus=0.25), "student": Needs(cpus=2.0)}
-    return Shares(lambda name: given.get(name, Needs()), lambda: has_gpus)
+def shares(has_gpus: bool = True) -> GpuShares:
+    given = {"teacher": ResourceRequest(gpus=0.25), "student": ResourceRequest(cpus=2.0)}
+    return GpuShares(lambda name: given.get(name, ResourceRequest()), lambda: has_gpus)
 
 
 def peaked(name: str, peak: int, whole: int = 80 * GIB) -> Artifact:
@@ -73,11 +73,11 @@ def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs
     found = shares()
     found.note(peaked("student", 0, 0))
     assert found("student").gpus == 0.25
-    assert shares(has_gpus=False)("student") == Needs(cpus=2.0, gpus=0.0)
+    assert shares(has_gpus=False)("student") == ResourceRequest(cpus=2.0, gpus=0.0)
 
 
 def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NEEDS, "student", Needs(gpus=0.25))
+    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.25))
     house = House(0, Node(8.0, 1.0))
     hired = [each.worker for each in house.want("a", *(stage("student", number=number) for number in range(6)))]
     assert [worker.shape for worker in hired] == 4 * [QUARTER]
@@ -104,10 +104,10 @@ def test_a_worker_that_is_still_starting_is_thought_on_the_fullest_card_with_roo
 
 
 def test_room_for_a_whole_gpu_is_made_on_one_card() -> None:
-    roster = Roster({"node": Node(8.0, 2.0)})
+    registry = WorkerRegistry({"node": Node(8.0, 2.0)})
     for number, card in enumerate("0101"):
-        worker = roster.add(f"worker-{number + 1}", Shape(0.0, 0.5), "node")
+        worker = registry.add(f"worker-{number + 1}", WorkerShape(0.0, 0.5), "node")
         worker.cards, worker.beat, worker.polling = (card,), 0.0, True
-    openings = Openings(roster, 0.0)
-    assert openings.hire(Shape(0.0, 1.0)) is None
-    assert [worker.cards for worker in give_up(openings, Shape(0.0, 1.0))] == [("0",), ("0",)]
+    openings = Placement(registry, 0.0)
+    assert openings.hire(WorkerShape(0.0, 1.0)) is None
+    assert [worker.cards for worker in give_up(openings, WorkerShape(0.0, 1.0))] == [("0",), ("0",)]

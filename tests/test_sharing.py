@@ -13,7 +13,7 @@ import yaml
 
 from ktray.cli import main
 from ktray.errors import UserError
-from ktray.pipeline.graph import build
+from ktray.pipeline.pair_graph import build
 from ktray.search.sharing import sharing
 from ktray.search.space import Space
 from tests.toy_space import FINITE, PAIR, content, toy_space, write

@@ -5,12 +5,12 @@ from statistics import mean
 import pytest
 from threadpoolctl import threadpool_limits
 
-from ktray.drivers.simulate import Site, VirtualClock, _Simulation, simulate
 from ktray.errors import StoppedEarly
 from ktray.fingerprint import seed_of
-from ktray.search import listed
-from ktray.search.check import checked
+from ktray.runs.simulation import SimulatedCluster, VirtualClock, _Simulation, simulate
+from ktray.search import fixed_draws
 from ktray.search.space import Space
+from ktray.search.space_check import checked
 from ktray.search.study import Study
 from tests.toys import DATA, ROTATION
 
@@ -109,7 +109,7 @@ def test_the_same_study_simulated_twice_makes_the_same_draws(tmp_path):
 
 def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_stages(tmp_path):
     twice = [*pairs(6), *pairs(2)]
-    timeline = run(tmp_path, 2, lambda searched: listed.fixed(searched, twice), trials=20, early_stop=False)
+    timeline = run(tmp_path, 2, lambda searched: fixed_draws.fixed_draws(searched, twice), trials=20, early_stop=False)
     assert [dict(trial.params) for trial in timeline.trials] == twice
     assert [trial.state for trial in timeline.trials] == ["completed"] * 6 + ["duplicate"] * 2
     assert [trial.duplicate_of for trial in timeline.trials[6:]] == [0, 1]
@@ -118,26 +118,26 @@ def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_
 
 
 def test_chance_draws_the_same_pairs_again_and_not_the_samplers(tmp_path):
-    one, two = (run(tmp_path / name, 3, listed.chance, early_stop=False) for name in "ab")
+    one, two = (run(tmp_path / name, 3, fixed_draws.random_draws, early_stop=False) for name in "ab")
     assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
     assert [trial.params for trial in one.trials] != [trial.params for trial in run(tmp_path / "c", 3, early_stop=False).trials]
 
 
 def listed_run(home, site, count=4):
-    return run(home, site, lambda searched: listed.fixed(searched, pairs(count)), trials=count, early_stop=False)
+    return run(home, site, lambda searched: fixed_draws.fixed_draws(searched, pairs(count)), trials=count, early_stop=False)
 
 
 def test_a_stage_whose_worker_died_is_run_again_by_a_new_worker_and_costs_what_was_lost(tmp_path):
     def dies(key, attempts):
         return 0.5 if key.startswith("teacher-") and attempts == 0 else None
 
-    calm = listed_run(tmp_path / "calm", Site(2))
-    disturbed = listed_run(tmp_path / "disturbed", Site(2, hire_seconds=7.0, dies=dies))
+    calm = listed_run(tmp_path / "calm", SimulatedCluster(2))
+    disturbed = listed_run(tmp_path / "disturbed", SimulatedCluster(2, hire_seconds=7.0, dies=dies))
     assert [trial.state for trial in disturbed.trials] == ["completed"] * 4
     assert (calm.lost, disturbed.lost) == (0.0, 30.0)
     assert disturbed.busy == calm.busy + 30.0
     assert sorted(key for _, key in disturbed.computed) == sorted(key for _, key in calm.computed)
-    kept = listed_run(tmp_path / "kept", Site(2, dies=dies, checkpoint_seconds=20.0))
+    kept = listed_run(tmp_path / "kept", SimulatedCluster(2, dies=dies, checkpoint_seconds=20.0))
     assert (kept.lost, kept.busy) == (10.0, calm.busy + 10.0)
 
 
@@ -145,20 +145,23 @@ def test_a_stage_that_kills_three_workers_fails_its_trials(tmp_path):
     def dies(key, attempts):
         return 0.1 if key.startswith("student-") else None
 
-    assert [trial.state for trial in listed_run(tmp_path / "few", Site(2, dies=dies)).trials] == ["failed"] * 4
+    assert [trial.state for trial in listed_run(tmp_path / "few", SimulatedCluster(2, dies=dies)).trials] == ["failed"] * 4
     with pytest.raises(StoppedEarly, match="10 trials failed"):
-        run(tmp_path / "many", Site(2, dies=dies), trials=12, early_stop=False)
+        run(tmp_path / "many", SimulatedCluster(2, dies=dies), trials=12, early_stop=False)
 
 
 def test_hiring_and_handing_over_take_time(tmp_path):
-    quick, slow = listed_run(tmp_path / "quick", Site(1)), listed_run(tmp_path / "slow", Site(1, 1, 7.0, 0.5))
+    quick, slow = (
+        listed_run(tmp_path / "quick", SimulatedCluster(1)),
+        listed_run(tmp_path / "slow", SimulatedCluster(1, 1, 7.0, 0.5)),
+    )
     assert slow.makespan == pytest.approx(
         quick.makespan + 7.0 + 0.5 * (len(quick.computed) - 1)
     )  # two layers are handed over as one
 
 
 def test_machines_hold_all_workers_and_no_more():
-    nodes = Site(20, per_node=8).nodes()
+    nodes = SimulatedCluster(20, per_node=8).nodes()
     assert [node.cpus for node in nodes.values()] == [8, 8, 4]
 
 
@@ -188,11 +191,11 @@ def _before_the_student(timeline):
 def test_stages_that_are_ordered_count_before_they_are_computed(tmp_path):
     clock, searched = VirtualClock(), space()
     study = Study.open(tmp_path, searched, clock=clock)
-    conductor = _Simulation(searched, study, clock, seconds, metrics, Site(1)).conductor
-    conductor.next()
+    coordinator = _Simulation(searched, study, clock, seconds, metrics, SimulatedCluster(1)).coordinator
+    coordinator.next()
     ordered = study.purse.spent
     assert ordered.prefix > 0
-    conductor.next()  # the same teacher: it is charged once
+    coordinator.next()  # the same teacher: it is charged once
     assert study.purse.spent.prefix - ordered.prefix < ordered.prefix
 
 
@@ -201,7 +204,9 @@ def test_what_was_promoted_to_the_end_goes_before_any_longer_work_that_waits(tmp
     clock, searched = VirtualClock(), space(trials=24)
     study = Study.open(tmp_path, searched, clock=clock)
     cost = {**COST, "student": 0.5}
-    simulation = _Simulation(searched, study, clock, lambda stage, epochs: cost[stage.name] * (epochs or 1), metrics, Site(1))
+    simulation = _Simulation(
+        searched, study, clock, lambda stage, epochs: cost[stage.name] * (epochs or 1), metrics, SimulatedCluster(1)
+    )
     given, overtaken = [], 0
     begin = simulation._begin
 
@@ -240,7 +245,7 @@ def test_idle_workers_prepare_what_planned_draws_will_need(tmp_path):
 def test_a_decision_is_quick_and_takes_no_longer_after_a_thousand_pairs(tmp_path):
     """CPU time: 5 ms are the target, and five times that allow for a machine that is busy; growth shows on any machine."""
     with threadpool_limits(1):  # threads that wait for each other on a busy machine would count as work
-        timeline = run(tmp_path, Site(8), trials=1000)
+        timeline = run(tmp_path, SimulatedCluster(8), trials=1000)
     assert len(timeline.decisions["draw"]) > 1000
     for what, took in timeline.decisions.items():
         tenth = len(took) // 10

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ktray import plugins, spec
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.search.document import EarlyStop
+from ktray.search.space_file import EarlyStop
 from ktray.spec import DataRoles, DataSpec, HandcraftedTeacher, LoadedTeacher, PairSpec, TeacherSpec, TrainedTeacher
 
 RESNET = {"kind": "resnet", "depth": 18}
@@ -54,7 +54,7 @@ def paths(error: ValidationError) -> set[str]:
 def test_every_kind_has_a_frozen_and_strict_spec_of_its_name(kind):
     room, name = kind
     model = plugins.module(room, name).Spec
-    assert issubclass(model, spec.Spec)
+    assert issubclass(model, spec.StrictSpec)
     assert model.model_config["frozen"]
     assert model.model_config["extra"] == "forbid"
     assert model.model_fields["kind"].default == name
@@ -159,8 +159,8 @@ def test_a_kind_from_outside_loads_only_after_it_was_allowed(tmp_path, monkeypat
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab/__init__.py").write_text("")
     (tmp_path / "my_lab/colour.py").write_text(
-        "from typing import Literal\nfrom ktray import spec as specs\nREVISION = 1\n"
-        "class Spec(specs.Spec):\n    kind: Literal['my_lab.colour'] = 'my_lab.colour'\n    bins: int = 8\n"
+        "from typing import Literal\nfrom ktray.strict import StrictSpec\nREVISION = 1\n"
+        "class Spec(StrictSpec):\n    kind: Literal['my_lab.colour'] = 'my_lab.colour'\n    bins: int = 8\n"
         "def describe(spec, state, images):\n    return images.float().flatten(1)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))

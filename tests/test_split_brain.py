@@ -8,9 +8,11 @@ import torch
 from skimage import data
 from skimage.color import lab2rgb, rgb2lab
 
-from ktray import colour, gamut, plugins, train
+from ktray import plugins
+from ktray.ops import colour, gamut
 from ktray.pretext import split_brain
 from ktray.spec import Augment, Schedule
+from ktray.training import loop
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -96,8 +98,8 @@ def test_the_loss_is_the_sum_of_two_cross_entropies():
 
 def test_a_network_learns_both(tmp_path):
     images, metrics = toy_images(48), []
-    train.fit(
-        train.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+    loop.fit(
+        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         split_brain.task(split_brain.Spec(grid=4, levels=10), 28, images),
         images,
         Schedule(epochs=12, lr=0.05, batch_size=16),

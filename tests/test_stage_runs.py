@@ -8,14 +8,14 @@ from typing import Any, cast
 
 import pytest
 
-from ktray.drivers import search as driver
-from ktray.drivers.conductor import Conductor, Leg
-from ktray.drivers.simulate import _Mute
-from ktray.drivers.stage_runs import track_missed
-from ktray.drivers.stopping import Stopping
-from ktray.drivers.watch import Watch
 from ktray.errors import StoppedEarly
 from ktray.fingerprint import fingerprint
+from ktray.runs import search_run
+from ktray.runs.coordinator import TrialCoordinator, TrialSegment
+from ktray.runs.event_follower import EventFollower
+from ktray.runs.interruption import Interruption
+from ktray.runs.simulation import _NoTracker
+from ktray.runs.stage_logger import track_missed
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from ktray.tracking import Tracker, _told_stages, default_uri
@@ -59,8 +59,8 @@ def test_stages_that_were_applied_or_that_wait_are_known_and_those_of_another_tr
     assert _told_stages(spool, "another") == {"images-1", "images-2"}
 
 
-class _Crew:
-    """A crew that tells of what it published, unless the broker that knew of it has died."""
+class _Scheduler:
+    """A scheduler that tells of what it published, unless the broker that knew of it has died."""
 
     def __init__(self, told: list[str]) -> None:
         self.told = told
@@ -74,14 +74,14 @@ class _Crew:
         return [event for event in told if event["n"] > since]
 
 
-def test_of_a_shared_store_a_watch_counts_what_its_own_crew_has_published_and_no_more(tmp_path: Path) -> None:
+def test_of_a_shared_store_a_watch_counts_what_its_own_scheduler_has_published_and_no_more(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     by = {"before": "ours-0", "told": "ours-1", "untold": "ours-2", "theirs": "oursel-1", "here": "4711-18c"}
     for name, attempt in by.items():
         publish(store, f"images-{name}", BEGAN, attempt)
-    crew: Any = _Crew([])
-    watch = Watch(crew, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
-    crew.told = ["images-told"]
+    scheduler: Any = _Scheduler([])
+    watch = EventFollower(scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
+    scheduler.told = ["images-told"]
     watch.close([f"images-{name}" for name in ("told", "untold", "theirs", "here", "absent")])
     assert watch.published == {"images-told", "images-untold"}
 
@@ -89,18 +89,18 @@ def test_of_a_shared_store_a_watch_counts_what_its_own_crew_has_published_and_no
 def test_what_another_search_publishes_on_the_store_meanwhile_is_not_computed_by_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space, store, mute = toy_space(tmp_path), FileStore(tmp_path / "store"), _Mute()
+    space, store, mute = toy_space(tmp_path), FileStore(tmp_path / "store"), _NoTracker()
     published: list[str] = []
 
-    def meanwhile(conductor: Conductor, *rest: Any) -> StoppedEarly:
-        ahead, _ = conductor.first(1)
+    def meanwhile(coordinator: TrialCoordinator, *rest: Any) -> StoppedEarly:
+        ahead, _ = coordinator.first(1)
         published.extend(publish(store, stage.key, BEGAN, "theirs-1") for stage in ahead[0].graph.stages)
         return StoppedEarly("it is enough")
 
-    monkeypatch.setattr(driver, "_trials", meanwhile)
-    place = driver.Place(tmp_path, store, None, None)
+    monkeypatch.setattr(search_run, "_trials", meanwhile)
+    place = search_run.SearchSettings(tmp_path, store, None, None)
     tracker, screen = Tracker("http://127.0.0.1:9", tmp_path, "toy"), cast(Any, mute)
-    outcome = driver.search(space, place, tracker, Stopping(), screen, name="toy", trials="1")
+    outcome = search_run.search(space, place, tracker, Interruption(), screen, name="toy", trials="1")
     assert published
     assert outcome.published == set()
     assert outcome.reused == set(published)
@@ -109,22 +109,24 @@ def test_what_another_search_publishes_on_the_store_meanwhile_is_not_computed_by
 def test_what_a_killed_session_settled_and_told_nobody_is_found_at_every_rung(tmp_path: Path) -> None:
     space, store = toy_space(tmp_path, budget={"trials": 1, "concurrent": 1}), FileStore(tmp_path / "store")
 
-    def conductor(study: Study) -> Conductor:
-        return Conductor(space, study, store, lambda spec: fingerprint(spec.model_dump()), cast(Any, _Mute()), lambda *_: None)
+    def coordinator(study: Study) -> TrialCoordinator:
+        return TrialCoordinator(
+            space, study, store, lambda spec: fingerprint(spec.model_dump()), cast(Any, _NoTracker()), lambda *_: None
+        )
 
     stages: set[str] = set()
     with Study.open(tmp_path, space) as study:
-        killed = conductor(study)
+        killed = coordinator(study)
         for _ in space.early_stop.rungs if space.early_stop else ():
             leg = killed.next()
-            assert isinstance(leg, Leg)
+            assert isinstance(leg, TrialSegment)
             stages |= {stage.key for stage in leg.graph.stages}
             if leg.final:
                 study.finish(0, {}, {"linear_probe/top1": 0.5}, leg.graph.keys, {})
             else:
                 study.report(0, leg.epoch, 0.5, leg.graph.keys)
     with Study.open(tmp_path, space) as study:
-        again = conductor(study)
+        again = coordinator(study)
         assert again.next() == "done"
         assert again.untold() == stages
         assert not again.demanded

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import ktray.drivers.status
-from ktray.drivers.status import FILE, is_stuck, naming_stuck, noting, status
+import ktray.runs.study_status
 from ktray.errors import UserError
+from ktray.runs.study_status import FILE, is_stuck, naming_stuck, noting, status
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from tests.toy_space import drive, toy_space
@@ -46,7 +46,7 @@ def asked(home: Path) -> tuple[dict[str, Any], str]:
     return status(home, "toy", FileStore(home / "store"))
 
 
-def crew(silent: float = 0.5, pace: float | None = None) -> dict[str, Any]:
+def scheduler(silent: float = 0.5, pace: float | None = None) -> dict[str, Any]:
     running = {**CREW["running"][0], "since": time.time() - 30, "silent_seconds": silent, "pace_seconds": pace}
     waiting = [{**wait, "since": time.time() - 12} for wait in CREW["waiting"]]
     return {**CREW, "running": [running], "waiting": waiting}
@@ -74,7 +74,7 @@ def test_time_passes_between_two_notes_of_a_running_search(
 ) -> None:
     study.next()
     later = SimpleNamespace(time=lambda: time.time() + 20, monotonic=time.monotonic)  # less than until its next note
-    monkeypatch.setattr(ktray.drivers.status, "time", later)
+    monkeypatch.setattr(ktray.runs.study_status, "time", later)
     answer, text = asked(tmp_path)
     assert 20 <= answer["spent_seconds"] < 30
     assert f"{answer['spent_seconds']:.0f} s so far" in text
@@ -90,7 +90,7 @@ def test_a_finished_study_is_not_to_go_on(study: Study, tmp_path: Path) -> None:
 def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path: Path) -> None:
     study.next(), study.next()
     shown: list[Any] = []
-    noting(tmp_path / "studies/toy", lambda events, status: shown.append(events))([{"n": 1}], crew())
+    noting(tmp_path / "studies/toy", lambda events, status: shown.append(events))([{"n": 1}], scheduler())
     answer, text = asked(tmp_path)
     assert shown == [[{"n": 1}]]
     assert answer["running"]
@@ -105,7 +105,7 @@ def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path
 
 
 def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path) -> None:
-    noting(tmp_path / "studies/toy", lambda events, status: None)([], crew(silent=300))
+    noting(tmp_path / "studies/toy", lambda events, status: None)([], scheduler(silent=300))
     assert "NO PROGRESS for 5 min" in asked(tmp_path)[1]
 
 
@@ -122,21 +122,21 @@ def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path
     ],
 )
 def test_no_progress_is_many_times_the_usual_pace_or_minutes(silent: float, pace: float | None, stuck: bool) -> None:
-    assert is_stuck(crew(silent, pace)["running"][0]) is stuck
+    assert is_stuck(scheduler(silent, pace)["running"][0]) is stuck
 
 
 def test_a_search_says_once_per_attempt_which_stage_makes_no_progress() -> None:
     said: list[str] = []
     note = naming_stuck(lambda events, status: None, said.append)
     for silent in (10, 40, 45, 50):
-        note([], crew(silent, 1.0))
+        note([], scheduler(silent, 1.0))
     assert said == [f"{KEY} on worker-1, node ffffffff, has made no progress for 40 s (its last: epoch 3 of 9)"]
-    note([], {**crew(), "running": [{**crew(40, 1.0)["running"][0], "attempt": "a2"}]})
+    note([], {**scheduler(), "running": [{**scheduler(40, 1.0)["running"][0], "attempt": "a2"}]})
     assert len(said) == 2
 
 
 def test_what_an_earlier_search_noted_says_nothing_about_this_one(study: Study, tmp_path: Path) -> None:
-    noted = {"time": time.time(), "pid": 1, "crew": crew()}
+    noted = {"time": time.time(), "pid": 1, "scheduler": scheduler()}
     (tmp_path / "studies/toy" / FILE).write_text(json.dumps(noted))
     answer, text = asked(tmp_path)
     assert answer["now"] is None
@@ -147,22 +147,22 @@ def test_a_half_written_or_old_note_breaks_nothing(study: Study, tmp_path: Path)
     path = tmp_path / "studies/toy" / FILE
     path.write_text('{"time": 1')
     assert asked(tmp_path)[0]["now"] is None
-    path.write_text(json.dumps({"time": time.time() - 100, "pid": os.getpid(), "crew": crew()}))
+    path.write_text(json.dumps({"time": time.time() - 100, "pid": os.getpid(), "scheduler": scheduler()}))
     assert "it has said nothing for 2 min" in asked(tmp_path)[1]
 
 
 def test_notes_are_written_every_two_seconds_at_most(tmp_path: Path) -> None:
     note = noting(tmp_path, lambda events, status: None)
-    note([], crew())
+    note([], scheduler())
     first = (tmp_path / FILE).stat().st_mtime_ns
-    note([], crew())
+    note([], scheduler())
     assert (tmp_path / FILE).stat().st_mtime_ns == first
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_a_folder_that_cannot_be_written_stops_no_search(tmp_path: Path) -> None:
     shown: list[Any] = []
-    noting(tmp_path / "gone", lambda events, status: shown.append(status))([], crew())
+    noting(tmp_path / "gone", lambda events, status: shown.append(status))([], scheduler())
     assert len(shown) == 1
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from ktray.cli.leaderboard import still_failed
 from ktray.errors import StoppedEarly
-from ktray.search import history as studies
-from ktray.search.draws import Draws
+from ktray.search import history
+from ktray.search.draws import SampledDraws
 from ktray.search.journal import folder
+from ktray.search.space_tree import Params
 from ktray.search.study import Assignment, Study
-from ktray.search.tree import Params
 from ktray.search.trial import Trial
 from tests.toy_space import FINITE, drive, given, states, tell, toy_space
 
@@ -201,7 +201,7 @@ def test_draws_that_are_no_pair_stop_no_search_that_has_others(tmp_path: Path, s
     assert states(study)["failed"] > 10
 
 
-class Barren(Draws):
+class Barren(SampledDraws):
     """As drawn, but never with a warmup that its schedule can have."""
 
     def _trial(self, params: Params, planned: int | None = None) -> Trial:
@@ -261,7 +261,7 @@ def test_the_pareto_front_holds_what_nothing_beats(tmp_path: Path) -> None:
 def test_keys_of_paused_trials_are_in_use_too(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
     study.report(given(study).trial.number, 1, 0.5, {"student": "student-1", "evaluations": {"knn": "evaluation-1"}})
-    assert studies.keys_in_use(tmp_path) == {"student-1", "evaluation-1"}
+    assert history.keys_in_use(tmp_path) == {"student-1", "evaluation-1"}
 
 
 def test_optuna_reads_the_journal_as_an_ordinary_study(tmp_path: Path) -> None:

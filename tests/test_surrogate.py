@@ -14,7 +14,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
 
 from ktray.search import sampler
-from ktray.search.evidence import Evidence
+from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.surrogate import COMMON, FAR, NEAR, NOISES, STEPS, Surrogate, _covariance, _fitted
 from ktray.search.trial import Trial
@@ -165,7 +165,7 @@ def test_a_search_by_the_surrogate_beats_chance_on_a_space_with_branches(tmp_pat
         space = toy_space(tmp_path, sampler=how, seed=seed, early_stop=None)
         proposing, values = sampler.Sampler(space), []
         for number in range(20):
-            params = proposing.propose(number, sampler.Spend())
+            params = proposing.propose(number, sampler.DrawCost())
             values.append(value(params))
             trial = Trial(number, params, {}, "completed", objectives={"linear_probe/top1": values[-1]})
             proposing.told(trial)
@@ -188,6 +188,6 @@ def test_only_the_order_of_results_counts(tmp_path: Path) -> None:
         proposing = sampler.Sampler(space)
         for trial in trials:
             proposing.told(trial)
-        assert Evidence(space, trials).ranked(3)[0][0].number == 4
-        found.append(proposing.propose(12, sampler.Spend()))
+        assert Observations(space, trials).ranked(3)[0][0].number == 4
+        found.append(proposing.propose(12, sampler.DrawCost()))
     assert found[0] == found[1]

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from ktray.drivers.simulate import VirtualClock, simulate
 from ktray.errors import UserError
-from ktray.search.document import EarlyStop, TeacherStop
-from ktray.search.evidence import Evidence
+from ktray.runs.simulation import VirtualClock, simulate
+from ktray.search.halving import RungScores, next_rung
 from ktray.search.history import read
-from ktray.search.rungs import Standings, next_rung
+from ktray.search.observations import Observations
 from ktray.search.space import Space
+from ktray.search.space_file import EarlyStop, TeacherStop
 from ktray.search.study import Study
 from ktray.search.trial import State, Trial
 from tests.test_simulate import seconds
@@ -46,7 +46,9 @@ def test_a_pair_with_a_teacher_begins_at_rung_zero_and_one_without_at_its_first_
 
 
 def test_the_best_half_of_the_teachers_gets_students() -> None:
-    standings = Standings(STOP, [trial(n, name, score) for n, (name, score) in enumerate([("a", 0.1), ("b", 0.3), ("c", 0.2)])])
+    standings = RungScores(
+        STOP, [trial(n, name, score) for n, (name, score) in enumerate([("a", 0.1), ("b", 0.3), ("c", 0.2)])]
+    )
     assert standings.promotion() == 1
     standings.tell(trial(1, "b", 0.3), trial(1, "b", 0.3, "running"))
     assert standings.promotion() == 2
@@ -55,29 +57,29 @@ def test_the_best_half_of_the_teachers_gets_students() -> None:
 
 
 def test_the_first_teacher_gets_students_at_once() -> None:
-    assert Standings(STOP, [trial(0, "a", 0.1)]).promotion() == 0
+    assert RungScores(STOP, [trial(0, "a", 0.1)]).promotion() == 0
 
 
 def test_many_trials_on_one_teacher_are_one_teacher() -> None:
     """Counted by trials, the second best of two teachers would be eleventh of twenty."""
     many = [trial(n, "a", 0.9, "running") for n in range(10)]
     poor = [trial(10 + n, name, 0.1 * n) for n, name in enumerate("bcd")]
-    assert Standings(STOP, [*many, *poor]).promotion() == 12
+    assert RungScores(STOP, [*many, *poor]).promotion() == 12
 
 
 def test_a_trial_on_a_good_teacher_goes_on_whoever_was_first() -> None:
-    standings = Standings(STOP, [trial(0, "a", 0.9, "completed", {3: 0.5}), trial(1, "a", 0.9), trial(2, "b", 0.1)])
+    standings = RungScores(STOP, [trial(0, "a", 0.9, "completed", {3: 0.5}), trial(1, "a", 0.9), trial(2, "b", 0.1)])
     assert standings.promotion() == 1
 
 
 def test_students_come_before_new_students() -> None:
     students = [trial(n, "a", 0.9, scores={1: 0.1 * n}) for n in range(2)]
-    assert Standings(STOP, [*students, trial(2, "a", 0.9)]).promotion() == 1
+    assert RungScores(STOP, [*students, trial(2, "a", 0.9)]).promotion() == 1
 
 
 def test_a_better_teacher_that_failed_later_still_counts() -> None:
     judged = [trial(0, "a", 0.9, "running"), trial(1, "b", 0.1)]
-    standings = Standings(STOP, judged)
+    standings = RungScores(STOP, judged)
     assert standings.promotion() is None
     standings.tell(judged[0], dataclasses.replace(judged[0], state="failed"))
     assert standings.promotion() is None
@@ -85,18 +87,18 @@ def test_a_better_teacher_that_failed_later_still_counts() -> None:
 
 def test_a_small_rank_is_better_if_the_metric_says_so() -> None:
     down = STOP.model_copy(update={"teacher": TeacherStop(metric="t/loss", reduction=2, mode="min")})
-    assert Standings(down, [trial(0, "a", 0.1), trial(1, "b", 0.3)]).promotion() == 0
+    assert RungScores(down, [trial(0, "a", 0.1), trial(1, "b", 0.3)]).promotion() == 0
 
 
 def test_with_no_trial_completed_the_best_teacher_is_the_last_hope() -> None:
-    standings = Standings(STOP, [trial(0, "a", 0.9, "failed"), trial(1, "b", 0.1), trial(2, "c", 0.2)])
+    standings = RungScores(STOP, [trial(0, "a", 0.9, "failed"), trial(1, "b", 0.1), trial(2, "c", 0.2)])
     assert standings.last_hope() == 2
 
 
 def test_what_only_its_teacher_was_judged_by_comes_behind_what_a_student_was(tmp_path: Path) -> None:
     space = judging(tmp_path)
     shown = [trial(0, "a", 0.9), trial(1, "b", 0.2, scores={1: 0.1}), trial(2, "c", 0.95), trial(3, "d", None, "running")]
-    assert order(Evidence(space, shown)) == [1, 2, 0, 3]
+    assert order(Observations(space, shown)) == [1, 2, 0, 3]
 
 
 def top1(stage: Any) -> dict[str, float]:

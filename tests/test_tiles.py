@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from skimage.feature import match_template
 from skimage.filters import gaussian
 
-from ktray.permutations import far_apart, farthest
+from ktray.ops.permutations import far_apart, farthest
 from ktray.pretext import jigsaw, jigsaw_pp
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ktray.errors import UserError
-from ktray.tracking import default_uri, rules
+from ktray.tracking import default_uri, mlflow_names
 from tests.trackers import (
     history,
     python,
@@ -119,10 +119,10 @@ def test_values_that_mlflow_cannot_hold_are_left_out_or_cut_and_named_in_a_tag(h
 def test_every_key_is_one_that_mlflow_accepts(name: str) -> None:
     from mlflow.utils import validation
 
-    key = rules.key_of(name)
+    key = mlflow_names.key_of(name)
     validation._validate_param_name(key)
     assert len(key) <= validation.MAX_ENTITY_KEY_LENGTH
-    assert rules.key_of("teacher.rotation.schedule.lr") == "teacher.rotation.schedule.lr"
+    assert mlflow_names.key_of("teacher.rotation.schedule.lr") == "teacher.rotation.schedule.lr"
 
 
 def test_hundreds_of_params_and_thousands_of_metrics_fit_into_the_batches_of_mlflow(home: Path) -> None:
@@ -152,5 +152,5 @@ def test_the_tracker_is_the_users_or_the_homes_and_never_depends_on_the_director
 
 
 def test_tracking_is_imported_without_mlflow() -> None:
-    process = python("import sys, ktray.tracking, ktray.tracking.ui\nprint('mlflow' in sys.modules)")
+    process = python("import sys, ktray.tracking, ktray.tracking.ui_server\nprint('mlflow' in sys.modules)")
     assert process.communicate(timeout=60)[0].strip() == "False"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ktray.errors import UserError
-from ktray.tracking import default_uri, ui
+from ktray.tracking import default_uri, ui_server
 from tests.trackers import (
     answers,
     free_port,
@@ -50,7 +50,7 @@ def test_the_pages_of_mlflow_are_served_to_this_machine_and_leave_no_process_beh
     children = descendants(process.pid)
     assert 1 <= len(children) <= 3, children
     with pytest.raises(UserError, match="taken"):
-        ui.serve(uri, port)
+        ui_server.serve(uri, port)
     assert answers(pages)
     run = runs_of(uri, "pages")["stage"].info.run_id
     with urllib.request.urlopen(f"{pages}/get-artifact?path=images/sheet.png&run_uuid={run}") as reply:
@@ -79,6 +79,6 @@ def descendants(pid: int) -> list[int]:
 
 def test_pages_without_a_database_are_refused_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no runs in"):
-        ui.serve(default_uri(tmp_path), free_port())
-    assert ui.serve("https://me:secret@mlflow.lab", 1) == 0
+        ui_server.serve(default_uri(tmp_path), free_port())
+    assert ui_server.serve("https://me:secret@mlflow.lab", 1) == 0
     assert "secret" not in capsys.readouterr().err

@@ -11,9 +11,10 @@ from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ktray import classification, plugins, train
+from ktray import plugins
 from ktray.errors import UserError
 from ktray.spec import Augment, Schedule
+from ktray.training import classification, loop
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -34,8 +35,8 @@ def dropout_task():
 
 def run(out, until, start=None, *, task=None, images=IMAGES, seed=3, on_epoch=None, **schedule):
     settings = {"kind": "warmup_stable", "epochs": 8, "lr": 0.05, "batch_size": 16, **schedule}
-    backbone = train.fresh(BACKBONE, seed)
-    return train.fit(
+    backbone = loop.fresh(BACKBONE, seed)
+    return loop.fit(
         backbone,
         task or labels_task(),
         images,
@@ -84,14 +85,14 @@ def test_a_snapshot_written_on_the_way_is_the_one_that_a_shorter_training_ends_w
 
 
 def test_a_callback_that_evaluates_and_draws_does_not_disturb_the_training(tmp_path):
-    backbone = train.fresh(BACKBONE, 3)
+    backbone = loop.fresh(BACKBONE, 3)
     schedule = Schedule(epochs=3, lr=0.05, batch_size=16)
 
     def meddle(epoch, metrics, write):
         backbone.eval()
         torch.rand(17)
 
-    train.fit(backbone, dropout_task(), IMAGES, schedule, 3, out=tmp_path / "watched", until=3, on_epoch=meddle)
+    loop.fit(backbone, dropout_task(), IMAGES, schedule, 3, out=tmp_path / "watched", until=3, on_epoch=meddle)
     run(tmp_path / "alone", 3, task=dropout_task(), epochs=3)
     assert_same_snapshot(tmp_path / "watched", tmp_path / "alone")
 
@@ -101,17 +102,17 @@ def test_trunk_snapshots_of_trainings_of_different_length_are_the_same(tmp_path)
     run(tmp_path / "short", 2, **short)
     run(tmp_path / "long", 2, **long)
     assert_same_snapshot(tmp_path / "short", tmp_path / "long")
-    slices = [train.snapshot_slice(Schedule(lr=0.1, **settings), 2) for settings in (short, long)]
+    slices = [loop.snapshot_slice(Schedule(lr=0.1, **settings), 2) for settings in (short, long)]
     assert slices[0] == slices[1]
-    branch = train.snapshot_slice(Schedule(lr=0.1, **short), 3)
+    branch = loop.snapshot_slice(Schedule(lr=0.1, **short), 3)
     assert branch["epochs"] == 4
     assert branch["decay"] == 0.5
 
 
 def test_a_schedule_that_reads_its_total_has_it_in_every_slice():
     cosine = Schedule(kind="cosine", epochs=8, lr=0.1)
-    assert train.snapshot_slice(cosine, 1)["epochs"] == 8
-    constant = train.snapshot_slice(Schedule(kind="constant", epochs=8, lr=0.1), 8)
+    assert loop.snapshot_slice(cosine, 1)["epochs"] == 8
+    constant = loop.snapshot_slice(Schedule(kind="constant", epochs=8, lr=0.1), 8)
     assert "epochs" not in constant
     assert constant["lr"] == 0.1
     assert constant["kind"] == "constant"
@@ -119,7 +120,7 @@ def test_a_schedule_that_reads_its_total_has_it_in_every_slice():
 
 def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
     schedule = Schedule(epochs=10, lr=0.4, warmup=2.0, decay=0.3)
-    rates = [train.learning_rate(schedule, position) for position in (0.0, 1.0, 2.0, 7.0, 8.5, 10.0)]
+    rates = [loop.learning_rate(schedule, position) for position in (0.0, 1.0, 2.0, 7.0, 8.5, 10.0)]
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.4, 0.2, 0.0])
 
 
@@ -128,7 +129,7 @@ def test_cosine_rates_are_those_of_pytorch():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7)
     for epoch in range(8):
-        assert train.learning_rate(schedule, float(epoch)) == pytest.approx(oracle.get_last_lr()[0], abs=1e-12)
+        assert loop.learning_rate(schedule, float(epoch)) == pytest.approx(oracle.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         oracle.step()
 
@@ -147,7 +148,7 @@ def test_the_loss_falls_and_the_history_tells_all_epochs_from_the_first(tmp_path
 
 def test_epoch_zero_is_the_weights_as_drawn(tmp_path):
     assert run(tmp_path, 0) == {}
-    drawn = train.fresh(BACKBONE, 3).state_dict()
+    drawn = loop.fresh(BACKBONE, 3).state_dict()
     saved = load_file(tmp_path / "weights.safetensors")
     assert {name for name in saved if name.startswith("head.")} == {"head.weight", "head.bias"}
     for name, tensor in drawn.items():
@@ -163,7 +164,7 @@ def test_fresh_and_fit_leave_the_random_stream_of_the_caller_alone(tmp_path):
 
 
 def test_another_seed_draws_other_weights():
-    one, same, other = (train.fresh(BACKBONE, seed).state_dict()["conv1.0.weight"] for seed in (0, 0, 1))
+    one, same, other = (loop.fresh(BACKBONE, seed).state_dict()["conv1.0.weight"] for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -200,7 +201,7 @@ def test_images_too_many_for_the_device_train_to_the_same_bits(tmp_path, monkeyp
         assert len(indices) <= 16
         return IMAGES.read(indices)
 
-    monkeypatch.setitem(train.RESIDENT_BYTES, "cpu", 1000)
+    monkeypatch.setitem(loop.RESIDENT_BYTES, "cpu", 1000)
     run(tmp_path / "streamed", 2, images=replace(IMAGES, read=read))
     assert_same_snapshot(tmp_path / "resident", tmp_path / "streamed")
     assert threading.get_ident() not in readers
@@ -246,12 +247,12 @@ def test_impossible_trainings_are_refused(tmp_path):
 
 def test_load_takes_the_backbone_of_a_snapshot_and_refuses_that_of_another_network(tmp_path):
     run(tmp_path, 1)
-    backbone = train.fresh(BACKBONE, 99)
-    train.load(backbone, tmp_path)
+    backbone = loop.fresh(BACKBONE, 99)
+    loop.load(backbone, tmp_path)
     saved = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(saved[f"backbone.{name}"], tensor) for name, tensor in backbone.state_dict().items())
     with pytest.raises(RuntimeError, match="conv1"):
-        train.load(train.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}), 0), tmp_path)
+        loop.load(loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}), 0), tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
@@ -265,9 +266,9 @@ def test_weights_of_torchvision_are_adopted_without_their_classifier(tmp_path, e
     else:
         save_file(oracle.state_dict(), file)
     spec = plugins.parse("backbone", {"kind": "resnet", "form": "full"})
-    assert train.adopt(spec, file, tmp_path / "out") == sum(p.numel() for p in oracle.parameters()) - 512 * 7 - 7
-    backbone = train.fresh(spec, 0).eval()
-    train.load(backbone, tmp_path / "out")
+    assert loop.adopt(spec, file, tmp_path / "out") == sum(p.numel() for p in oracle.parameters()) - 512 * 7 - 7
+    backbone = loop.fresh(spec, 0).eval()
+    loop.load(backbone, tmp_path / "out")
     pixels = torch.randn(2, 3, 64, 64)
     assert torch.allclose(oracle.fc(backbone(pixels)), oracle(pixels), atol=1e-5)
 
@@ -275,16 +276,16 @@ def test_weights_of_torchvision_are_adopted_without_their_classifier(tmp_path, e
 def test_a_checkpoint_that_is_missing_foreign_or_executable_is_a_user_error(tmp_path):
     spec = plugins.parse("backbone", "alexnet")
     with pytest.raises(UserError, match=r"no file absent\.pth"):
-        train.adopt(spec, tmp_path / "absent.pth", tmp_path / "out")
+        loop.adopt(spec, tmp_path / "absent.pth", tmp_path / "out")
     save_file({"conv1.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.safetensors")
     with pytest.raises(UserError, match=r"has no conv1\.1\.weight of shape \(64,\)"):
-        train.adopt(spec, tmp_path / "part.safetensors", tmp_path / "out")
+        loop.adopt(spec, tmp_path / "part.safetensors", tmp_path / "out")
     torch.save({"state_dict": threading.Thread}, tmp_path / "object.pth")
     with pytest.raises(UserError, match="more or other than tensors"):
-        train.adopt(spec, tmp_path / "object.pth", tmp_path / "out")
+        loop.adopt(spec, tmp_path / "object.pth", tmp_path / "out")
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(UserError, match="more or other than tensors"):
-        train.adopt(spec, tmp_path / "text.safetensors", tmp_path / "out")
+        loop.adopt(spec, tmp_path / "text.safetensors", tmp_path / "out")
 
 
 def test_bfloat16_trains_in_segments_too_and_stays_near_float32(tmp_path):
@@ -309,9 +310,9 @@ def test_a_gpu_trains_in_segments_too_and_agrees_with_the_cpu_within_rounding(tm
     for device in ("cpu", "cuda"):
         for begin, end in ((0, 2), (2, 4)):
             start = tmp_path / f"{device}{begin}" if begin else None
-            backbone = train.fresh(BACKBONE, 0)
+            backbone = loop.fresh(BACKBONE, 0)
             out = tmp_path / f"{device}{end}"
-            train.fit(backbone, labels_task(), IMAGES, schedule, 0, out=out, until=end, start=start, device=device)
+            loop.fit(backbone, labels_task(), IMAGES, schedule, 0, out=out, until=end, start=start, device=device)
         losses[device] = parquet.read_table(tmp_path / f"{device}4" / "history.parquet")["loss"].to_pylist()
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ktray import plugins, train
-from ktray.pipeline.graph import build
+from ktray import plugins
+from ktray.pipeline.pair_graph import build
 from ktray.spec import Augment, Schedule
-from ktray.targets import Features, Labels, Targets
+from ktray.training import loop
+from ktray.training.targets import Features, Labels, Targets
 from tests.toy_images import toy_images
 from tests.toys import HOG, toy_pair
 
@@ -49,8 +50,8 @@ def task_of(kind, **changes):
 
 
 def fitted(kind, out, until, start=None, losses=None):
-    return train.fit(
-        train.fresh(BACKBONE, 0),
+    return loop.fit(
+        loop.fresh(BACKBONE, 0),
         task_of(kind),
         IMAGES,
         Schedule(epochs=40, lr=0.05, batch_size=16),

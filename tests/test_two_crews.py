@@ -1,4 +1,4 @@
-"""Two crews on one store: whoever is slower at a key takes what the faster one has published, and fails nothing."""
+"""Two schedulers on one store: whoever is slower at a key takes what the faster one has published, and fails nothing."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from test_stage_runs import publish
 from toy_work import toy, work
 
 from ktray.artifact import Artifact, Stage
-from ktray.crew.local import LocalCrew
-from ktray.drivers.conductor import Conductor, Leg
-from ktray.drivers.simulate import _Mute
 from ktray.fingerprint import fingerprint
-from ktray.pool import Means
+from ktray.pool import StageContext
+from ktray.runs.coordinator import TrialCoordinator, TrialSegment
+from ktray.runs.simulation import _NoTracker
+from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.search.study import Study
 from ktray.stores import Store
 from ktray.stores.file import FileStore
 from tests.toy_space import toy_space
 
 
-def overtaken(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
-    """Another crew publishes while this one still writes."""
+def overtaken(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
+    """Another scheduler publishes while this one still writes."""
     scratch = store.scratch(stage.key, attempt)
-    assert work(stage, store, "theirs-1", means)[1]
+    assert work(stage, store, "theirs-1", context)[1]
     (scratch / "weights").write_bytes(b"w")
     raise AssertionError("its directory is still there")
 
 
 def test_one_process_that_is_overtaken_in_the_middle_of_a_stage_reuses_what_the_other_one_made(tmp_path: Path) -> None:
     store, told = FileStore(tmp_path), list[Any]()
-    (outcome,) = LocalCrew(store, overtaken, Means(), told.append).obtain([toy("overtaken")], "test")
+    (outcome,) = LocalScheduler(store, overtaken, StageContext(), told.append).obtain([toy("overtaken")], "test")
     assert (outcome["state"], outcome["metrics"]) == ("reused", {"toy/steps": 0.0})
     assert [event["event"] for event in told] == ["started", "found"]
     assert store.failure(outcome["key"]) is None
 
 
-def test_a_stage_that_another_crew_has_published_meanwhile_has_not_failed() -> None:
+def test_a_stage_that_another_scheduler_has_published_meanwhile_has_not_failed() -> None:
     house, one = House(1), stage("one")
     reader = stage("reader", one)
     house.want("a", one, reader)
     house.store.add(one.key)
     assert given(house.fail(one)) == [reader.key]
     assert answers(house.publish(reader)) == {"a": ["reused", "computed"]}
-    assert house.ledger.computed == {"reader": 1}
+    assert house.core.computed == {"reader": 1}
 
 
 def test_what_failed_here_is_reused_once_another_search_has_made_it(tmp_path: Path) -> None:
@@ -57,19 +57,19 @@ def test_what_failed_here_is_reused_once_another_search_has_made_it(tmp_path: Pa
     space, store = toy_space(tmp_path, pair, budget={"trials": 6, "concurrent": 1}), FileStore(tmp_path / "store")
     with Study.open(tmp_path, space) as study:
         identity = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
-        conductor = Conductor(space, study, store, identity, cast(Any, _Mute()), lambda *said: None)
-        first = conductor.next()
-        assert isinstance(first, Leg)
+        coordinator = TrialCoordinator(space, study, store, identity, cast(Any, _NoTracker()), lambda *said: None)
+        first = coordinator.next()
+        assert isinstance(first, TrialSegment)
         key = first.graph.keys["features"]
-        conductor.fail(first, f"{key} failed: ValueError: no", key)
+        coordinator.fail(first, f"{key} failed: ValueError: no", key)
         publish(store, key, 0.0)
-        second = conductor.next()
-        assert isinstance(second, Leg)
+        second = coordinator.next()
+        assert isinstance(second, TrialSegment)
         assert second.graph.keys["features"] == key
         assert [trial.state for trial in study.trials()] == ["failed", "running"]
 
 
-def tardy(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
+def tardy(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
     """Writes only once somebody else has published."""
     scratch = store.scratch(stage.key, attempt)
     while store.find(stage.key) is None:
@@ -79,8 +79,8 @@ def tardy(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artif
 
 
 @pytest.mark.slow
-def test_two_crews_that_make_the_same_at_once_both_get_it(found_crew: Founder, tmp_path: Path) -> None:
-    slower, faster = found_crew(tmp_path / "store", tardy), found_crew(tmp_path / "store")
+def test_two_schedulers_that_make_the_same_at_once_both_get_it(start_scheduler: Founder, tmp_path: Path) -> None:
+    slower, faster = start_scheduler(tmp_path / "store", tardy), start_scheduler(tmp_path / "store")
     same = toy("slow", {"steps": 3})
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(slower.obtain, [same], "trial")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from ktray.errors import UserError
-from ktray.search import warm
+from ktray.search import warm_start
 from ktray.search.history import read
-from ktray.search.sampler import Sampler, Spend
+from ktray.search.sampler import DrawCost, Sampler
 from ktray.search.space import Space
 from ktray.search.study import Study
 from tests.toy_space import PAIR, drive, given, states, toy_space
@@ -29,7 +29,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def heard(home: Path, space: Space) -> list[Any]:
-    return warm.evidence({"toy": warm.results(space, read(home, "toy"))})
+    return warm_start.evidence({"toy": warm_start.results(space, read(home, "toy"))})
 
 
 def test_the_same_space_takes_all_that_was_judged_as_it_was(old: Path) -> None:
@@ -105,7 +105,7 @@ def test_the_first_draws_go_where_the_other_study_was_good_and_a_resume_draws_th
     ours = Sampler(space)
     for trial in heard(old, space):
         ours.told(trial)
-    assert [ours.propose(count, Spend())["teacher"] for count in range(20)].count("rotation") >= 15
+    assert [ours.propose(count, DrawCost())["teacher"] for count in range(20)].count("rotation") >= 15
 
 
 def test_naming_it_again_changes_nothing_although_the_other_study_went_on(old: Path) -> None:

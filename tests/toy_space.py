@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ktray.search import space
-from ktray.search.evidence import Evidence
+from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.study import Assignment, Study
 from ktray.search.trial import Trial
@@ -104,6 +104,6 @@ def given(study: Study) -> Assignment:
     return answer
 
 
-def order(evidence: Evidence) -> list[int]:
+def order(evidence: Observations) -> list[int]:
     """Numbers of all trials that are shown: those with a result best first, then those that run."""
     return [trial.number for part in evidence.ranked(1_000) for trial in part]

@@ -1,4 +1,4 @@
-"""Stages of no weight for the tests of the crew: what they do stands in their spec."""
+"""Stages of no weight for the tests of the scheduler: what they do stands in their spec."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 
 from ktray.artifact import Artifact, Stage
 from ktray.errors import MissingInput
-from ktray.pool import Means
+from ktray.pool import StageContext
 from ktray.stores import Store
 
 
 def toy(name: str, spec: dict[str, Any] | None = None, inputs: tuple[Stage, ...] = (), starts: tuple[Stage, ...] = ()) -> Stage:
     """A stage that does what `spec` says: steps, sleep, error, map, log (a file where each attempt leaves a line).
 
-    Stages of different tests differ, so that tests can share a crew and a store.
+    Stages of different tests differ, so that tests can share a scheduler and a store.
     """
     spec = {"test": os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0], **(spec or {})}
     keys = {f"input{index}": stage.key for index, stage in enumerate(inputs)}
     return Stage(name, spec, {}, inputs=keys, starts=tuple(stage.key for stage in starts))
 
 
-def work(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
+def work(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
     """Compute and publish a toy stage."""
     found = store.find(stage.key)
     if found is not None:
@@ -42,10 +42,10 @@ def work(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifa
         time.sleep(spec.get("sleep", 0.1))
         (scratch / f"checkpoint-{step + 1}").mkdir()
         _write_log(spec, f"step {step + 1}")
-        means.progress({"step": step + 1, "of": spec["steps"]})
+        context.progress({"step": step + 1, "of": spec["steps"]})
     if spec.get("error") == "disk full":
         raise OSError(errno.ENOSPC, "No space left on device")
-    if spec.get("error") == "memory" and means.most_images is None:
+    if spec.get("error") == "memory" and context.most_images is None:
         raise MemoryError("no room for 9 GB")
     if spec.get("error") == "die":
         os._exit(1)
@@ -53,10 +53,12 @@ def work(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifa
         raise ValueError(spec["error"])
     metrics = {"toy/steps": float(spec.get("steps", 0))}
     if "map" in spec:
-        sums = means.pool.map(block_sum, list(range(spec["map"])), {"scale": np.float64(0.1), "sleep": spec.get("sleep", 0.0)})
+        sums = context.pool.map(
+            block_sum, list(range(spec["map"])), {"scale": np.float64(0.1), "sleep": spec.get("sleep", 0.0)}
+        )
         np.save(scratch / "sums.npy", np.stack([total for total, _ in sums]))
         metrics["toy/processes"] = float(len({pid for _, pid in sums}))
-    record: dict[str, Any] = {"after_out_of_memory": means.most_images is not None, "metrics": metrics}
+    record: dict[str, Any] = {"after_out_of_memory": context.most_images is not None, "metrics": metrics}
     record |= {"seconds": time.perf_counter() - began}
     return store.publish(scratch, stage.key, record)
 

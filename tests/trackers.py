@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ktray.tracking import Tracker, default_uri, ui
+from ktray.tracking import Tracker, default_uri, ui_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def server(database: Path, port: int) -> Iterator[str]:
     ]
     process = subprocess.Popen(
         command,
-        env={**os.environ, **ui.ENVIRONMENT},
+        env={**os.environ, **ui_server.ENVIRONMENT},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

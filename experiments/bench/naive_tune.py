@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 
 from ktray.artifact import Artifact, Stage
-from ktray.pool import Means
+from ktray.pool import StageContext
 from ktray.spec import PairSpec
 from ktray.stores import Store, open_store
 
@@ -74,12 +74,12 @@ def pairs() -> dict[str, PairSpec]:
 # ---- the stage functions, the same on both sides
 
 
-def measured(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
+def measured(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
     """`execute`, and a line in the log about the CPU time of this process meanwhile; a worker that helped is not in it."""
     from ktray.pipeline import execute as kitchen
 
     began = time.process_time()
-    artifact, published = kitchen.execute(stage, store, attempt, means)
+    artifact, published = kitchen.execute(stage, store, attempt, context)
     line = {"key": stage.key, "stage": stage.name, "cpu": time.process_time() - began, "wall": artifact.record["seconds"]}
     if published:
         with open(os.environ[LOG], "a", encoding="utf-8") as log:
@@ -106,17 +106,17 @@ def run_stages(
     pair: PairSpec, store: Store, epoch: int | None = None, evaluations: list[str] | None = None
 ) -> dict[str, float]:
     """Metrics of a pair, computed here from what the store has."""
-    from ktray.pipeline import graph, judge
+    from ktray.pipeline import pair_graph, pair_metrics
     from ktray.pipeline.identity import data_identity
 
-    built = graph.build(
+    built = pair_graph.build(
         pair, data_identity(Path(store.url.removeprefix("file://")) / "cache"), epoch=epoch, evaluations=evaluations
     )
     for stage in built.stages:
-        measured(stage, store, "naive", Means())
-    artifacts = judge.finished(built, store)
+        measured(stage, store, "naive", StageContext())
+    artifacts = pair_metrics.finished(built, store)
     assert artifacts is not None
-    return judge.metrics(built, artifacts)
+    return pair_metrics.metrics(built, artifacts)
 
 
 def whole_pair(config: Mapping[str, Any]) -> None:
@@ -151,10 +151,10 @@ def stopped_pair(config: Mapping[str, Any]) -> None:
 
 def drawn(file: str, trial: Any) -> dict[str, Any]:
     """One draw of a space by Optuna. Ray saves its searcher with pickle, so this is a function of the module."""
-    from ktray.search import space, tree
+    from ktray.search import space, space_tree
 
-    def ask(parameter: tree.Parameter) -> Any:
-        if isinstance(parameter, tree.Choice):
+    def ask(parameter: space_tree.Parameter) -> Any:
+        if isinstance(parameter, space_tree.Choice):
             return trial.suggest_categorical(parameter.name, parameter.labels)
         return trial.suggest_float(parameter.name, parameter.low, parameter.high, log=parameter.log)
 

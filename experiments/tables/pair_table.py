@@ -27,7 +27,7 @@ import pyarrow
 from pyarrow import parquet
 
 from experiments import pair_table
-from ktray.pipeline import graph, judge
+from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.identity import data_identity
 from ktray.stores.file import FileStore
 
@@ -38,8 +38,8 @@ def main(home: Path, out: Path) -> None:
     found: dict[str, dict[int, tuple[Any, Any]]] = {}
     for name, pair in pair_table.pairs().items():
         place, _, epoch = name.rpartition(" @ ")
-        stages = graph.build(pair, identity)
-        found.setdefault(place, {})[int(epoch)] = (stages, judge.finished(stages, store))
+        stages = pair_graph.build(pair, identity)
+        found.setdefault(place, {})[int(epoch)] = (stages, pair_metrics.finished(stages, store))
     rows = [_row(place, rungs) for place, rungs in found.items() if all(artifacts for _, artifacts in rungs.values())]
     parquet.write_table(pyarrow.Table.from_pylist(rows), out, compression="zstd")
     print(f"{len(rows)} of {len(found)} pairs, {out.stat().st_size} bytes in {out}")

@@ -15,7 +15,7 @@ import pandas
 from scipy import stats
 
 from experiments.paper_effects import EFFECTS, Effect, pairs
-from ktray.pipeline import graph, judge
+from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.identity import data_identity
 from ktray.stores.file import FileStore
 
@@ -27,15 +27,15 @@ def collect(home: Path, out: Path) -> None:
     store, identity = FileStore(home / "store"), data_identity(home / "cache")
     rows: list[dict[str, Any]] = []
     for name, pair in pairs().items():
-        stages = graph.build(pair, identity)
-        artifacts = judge.finished(stages, store)
+        stages = pair_graph.build(pair, identity)
+        artifacts = pair_metrics.finished(stages, store)
         if artifacts is None:
             continue
         cell, teacher_seed, seed = name.split(" | ")
         record = artifacts[stages.keys["student"]].record
         rows.append(
             {"cell": cell, "teacher_seed": int(teacher_seed), "seed": int(seed)}
-            | judge.metrics(stages, artifacts)
+            | pair_metrics.metrics(stages, artifacts)
             | {"device": record["device"], "commit": record["commit"]}
         )
     pandas.DataFrame(rows).to_parquet(out, compression="zstd")

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 
@@ -27,7 +27,7 @@ _CHANNELS = (64, 256, 256)
 _MOMENTUM = 0.4  # in PyTorch's sense; with so few steps, slow statistics would describe weights that are long gone
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Seven convolutions, 2.0M parameters at width 1; meant for 28 to 64 px and high learning rates."""
 
     kind: Literal["airbench"] = "airbench"

@@ -22,7 +22,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 
@@ -46,7 +46,7 @@ _FORMS = {"small": _SMALL, "full": _FULL, "grouped": _FULL, "grouped_stride2": [
 _GROUPS = (1, 2, 1, 2, 2)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Five convolutions; "small" has 2.3M parameters at width 1, "full" 3.7M, the grouped forms 2.3M."""
 
     kind: Literal["alexnet"] = "alexnet"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 HEAD = "classifier.2"
@@ -21,7 +21,7 @@ HEAD = "classifier.2"
 _SIZES = {"tiny": ((96, 192, 384, 768), (3, 3, 9, 3))}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Depthwise 7x7 convolutions with layer norm; 27.8M parameters. Trains best with adamw."""
 
     kind: Literal["convnext"] = "convnext"

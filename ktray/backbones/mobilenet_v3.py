@@ -14,13 +14,13 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 HEAD = "classifier"
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Inverted residuals with squeeze-and-excitation; "small" has 0.9M parameters, "large" 3.0M, both without a classifier."""
 
     kind: Literal["mobilenet_v3"] = "mobilenet_v3"

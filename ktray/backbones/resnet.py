@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 HEAD = "fc"
@@ -26,7 +26,7 @@ _BLOCKS = {
 }
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A residual network; "full" has torchvision's 7x7 stem with max-pooling and is meant for 224 px."""
 
     kind: Literal["resnet"] = "resnet"

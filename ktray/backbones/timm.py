@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.errors import UserError
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A model's name, such as `resnet18` or `vit_small_patch16_224`, without a tag of weights."""
 
     kind: Literal["timm"] = "timm"
@@ -62,9 +62,9 @@ def build(spec: Spec) -> nn.Module:
         raise UserError(
             f"timm has no model {spec.model!r}", "backbone.model", f"Near: {near}." if near else "See timm.list_models()."
         )
-    sized = {} if spec.image is None else {"img_size": spec.image}
+    sized: dict[str, Any] = {} if spec.image is None else {"img_size": spec.image}
     try:
-        model = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized)
+        model: Any = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized)
     except TypeError as error:
         raise UserError(f"the timm model {spec.model} takes no image size", "backbone.image", "Leave it out.") from error
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):

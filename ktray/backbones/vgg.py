@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 HEAD = "classifier"
@@ -25,7 +25,7 @@ _CHANNELS = (64, 128, 256, 512, 512)
 _UNPOOLED = {"small": (3, 5), "full": ()}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """3x3 convolutions in five blocks; 14.7M parameters at depth 16."""
 
     kind: Literal["vgg"] = "vgg"

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 HEAD = "heads.head"
@@ -27,7 +27,7 @@ BLOCKS = 12
 _SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}  # width D, heads
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """12 blocks; 5.4M (tiny), 21.4M (small) or 85.3M (base) parameters. Trains best with adamw and a warm-up."""
 
     kind: Literal["vit"] = "vit"

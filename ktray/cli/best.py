@@ -107,29 +107,28 @@ def _keep(path: Path, answers: list[dict[str, Any]]) -> None:
 
 def _judge_on_test(trial: Any, name: str, options: Settings) -> dict[str, float]:
     """Metrics on the test split; the evaluations are artifacts, so a winner is judged once and for all."""
-    from ktray.cli.run import means_here
-    from ktray.crew.local import LocalCrew
-    from ktray.pipeline import graph as graphs
-    from ktray.pipeline import judge
-    from ktray.pipeline.check import check_pair, data_loader
+    from ktray.cli.run import context_here
+    from ktray.pipeline import pair_graph, pair_metrics
     from ktray.pipeline.execute import execute
     from ktray.pipeline.identity import data_identity
+    from ktray.pipeline.pair_check import check_pair, data_loader
     from ktray.pipeline.references import on_test
+    from ktray.scheduler.local_scheduler import LocalScheduler
 
     pair = on_test(trial.pair)
     check_pair(pair, data_loader())
-    graph = graphs.build(pair, data_identity(options.cache))
+    graph = pair_graph.build(pair, data_identity(options.cache))
     store = options.open_store()
-    LocalCrew(store, execute, means_here(options), lambda event: None).obtain(list(graph.stages), f"test {name}")
-    artifacts = judge.finished(graph, store)
+    LocalScheduler(store, execute, context_here(options), lambda event: None).obtain(list(graph.stages), f"test {name}")
+    artifacts = pair_metrics.finished(graph, store)
     assert artifacts is not None
-    judged = judge.metrics(graph, artifacts)
+    judged = pair_metrics.metrics(graph, artifacts)
     names = {f"{evaluation}/" for evaluation in graph.keys.get("evaluation", {})}
     return {metric: value for metric, value in judged.items() if any(metric.startswith(prefix) for prefix in names)}
 
 
 def _test_table(answers: list[dict[str, Any]]) -> str:
-    from ktray.cli.tables import table
+    from ktray.cli.text_table import table
 
     metrics = sorted({metric for answer in answers for metric in answer["test"]})
     rows = [

@@ -31,7 +31,7 @@ def _size(record: Any) -> int:
 
 
 def _list(args: argparse.Namespace, options: Settings) -> int:
-    from ktray.cli.tables import table
+    from ktray.cli.text_table import table
 
     store = options.open_store()
     rows = [
@@ -101,8 +101,8 @@ def _alone(store: Store, instead: str) -> Iterator[None]:
     Raises:
         UserError: something does; `instead` says what to do then.
     """
-    from ktray.crew.locks import alone_on_store
     from ktray.errors import UserError
+    from ktray.scheduler.locks import alone_on_store
 
     lock = alone_on_store(store.url)
     if lock is None:
@@ -116,13 +116,13 @@ def _alone(store: Store, instead: str) -> Iterator[None]:
 def _needed(store: Store, home: Path) -> set[str]:
     """What trials and reference lines of all studies rest on, and what was judged of it, as on test: that is small."""
     from ktray.cli.leaderboard import study_folder
-    from ktray.drivers import references
+    from ktray.runs import reference_lines
     from ktray.search import journal
     from ktray.search.history import keys_in_use
 
     used = keys_in_use(home)
     for name in journal.names(home):
-        for line in references.read(study_folder(home, name)).values():
+        for line in reference_lines.read(study_folder(home, name)).values():
             evaluations = line["keys"].get("evaluation", {}).values()
             used |= {*evaluations, *(key for key in line["keys"].values() if isinstance(key, str))}
     needed = _with_inputs(store, used)

@@ -43,14 +43,14 @@ def _spec(text: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
     from ktray import plugins
-    from ktray.search import problems
+    from ktray.search import spec_errors
     from ktray.spec import DataSpec
 
     kind = plugins.module("dataset", text.partition("?")[0].partition(":")[0]).Spec
     try:
         return TypeAdapter(DataSpec).validate_python(text)
     except ValidationError as error:
-        problems.refuse(problems.of_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text)
+        spec_errors.refuse(spec_errors.of_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text)
         raise AssertionError("unreachable: a validation error has problems") from error
 
 
@@ -59,13 +59,13 @@ def _labels(part: dict[str, Any]) -> str:
 
 
 def _import(spec: Any, options: Any) -> dict[str, float]:
-    from ktray.crew.local import LocalCrew
-    from ktray.pipeline import graph as graphs
+    from ktray.pipeline import pair_graph
     from ktray.pipeline.execute import execute
     from ktray.pipeline.identity import data_identity
-    from ktray.pool import Means
+    from ktray.pool import StageContext
+    from ktray.scheduler.local_scheduler import LocalScheduler
 
-    stage = graphs.images_stage(spec, data_identity(options.cache))
-    crew = LocalCrew(options.open_store(), execute, Means(), lambda event: None)
-    metrics: dict[str, float] = crew.obtain([stage], "data import")[0]["metrics"]
+    stage = pair_graph.images_stage(spec, data_identity(options.cache))
+    scheduler = LocalScheduler(options.open_store(), execute, StageContext(), lambda event: None)
+    metrics: dict[str, float] = scheduler.obtain([stage], "data import")[0]["metrics"]
     return metrics

@@ -11,7 +11,7 @@ from ktray.cli.settings import Settings, settings
 from ktray.stores import Store
 
 if TYPE_CHECKING:
-    from ktray.export import Form, Head
+    from ktray.export.student_files import Form, Head
 
 HELP = "the student as safetensors, or as a program (pt2, onnx)"
 
@@ -48,7 +48,7 @@ def register(options: Settings, name: str, number: str, directory: Path) -> str:
         UserError: the tracker does not know the trial, or has no registry.
     """
     from ktray import tracking
-    from ktray.export import CARD, load_student
+    from ktray.export.student_files import CARD, load_student
     from ktray.tracking import registry
 
     trial, best = _trial(options.home, name, number), _trial(options.home, name, "")
@@ -76,7 +76,7 @@ def write_student(home: Path, store: Store, name: str, number: str, out: Path, h
         UserError: there is no such study or completed trial, its student is gone, or `out` is occupied.
     """
     from ktray.errors import UserError
-    from ktray.export import export_student
+    from ktray.export.student_files import export_student
     from ktray.pipeline.naming import pair_name
     from ktray.spec import PairSpec
 

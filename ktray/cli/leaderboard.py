@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ktray.cli.tables import table
-from ktray.drivers import references
+from ktray.cli.text_table import table
 from ktray.fingerprint import fingerprint
+from ktray.runs import reference_lines
 from ktray.search import ranking
-from ktray.search.apart import names, told_apart
 from ktray.search.history import History
 from ktray.search.trial import STATES, Trial
+from ktray.search.trial_differences import names, told_apart
 
 
 def trial_answer(trial: Trial) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
     apart = told_apart(shown)
     lines = [_row(trial, goals, [apart[trial.number]] if apart else []) for trial in shown]
-    marks = [_reference_row(name, line, goals) for name, line in references.read(study_folder(home, study.name)).items()]
+    marks = [_reference_row(name, line, goals) for name, line in reference_lines.read(study_folder(home, study.name)).items()]
     sign = -1 if goals[0].mode == "max" else 1
     body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
     head = ["trial", "teacher", "transfer", "student", *(goal.metric for goal in goals), "seconds", "added"]

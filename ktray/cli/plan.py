@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, settings
 
 if TYPE_CHECKING:
-    from ktray.drivers.forecast import Wanted
-    from ktray.pipeline.graph import Graph
+    from ktray.cost_model.forecast import FullSizeStages
+    from ktray.pipeline.pair_graph import Graph
     from ktray.search.space import Space
     from ktray.spec import PairSpec
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         PreflightFailed: with --preflight: one paragraph with everything that is wrong.
     """
     from ktray.errors import UserError
-    from ktray.pipeline.check import data_loader
+    from ktray.pipeline.pair_check import data_loader
 
     options = settings(args)
     options.open_store()  # where that is no store, the input may still be valid
@@ -60,7 +60,7 @@ def _checked(args: argparse.Namespace, load: Any, options: Settings) -> tuple[di
     Raises:
         UserError: it is not valid.
     """
-    from ktray.cli.source import is_space, load_pairs, load_space
+    from ktray.cli.spec_files import is_space, load_pairs, load_space
 
     notes: list[str] = []
     shared: list[dict[str, Any]] = []
@@ -109,34 +109,34 @@ def _preflight(
     from dataclasses import asdict
 
     from ktray.cli.search import stop_on_signals
-    from ktray.crew.needs import load_runtime
-    from ktray.drivers.rehearsal import rehearse_on
-    from ktray.drivers.stopping import Stopping
     from ktray.pipeline.identity import data_identity
-    from ktray.pipeline.sample import sample_stages
+    from ktray.pipeline.small_pair import sample_stages
+    from ktray.runs.dry_run import dry_run_on
+    from ktray.runs.interruption import Interruption
+    from ktray.scheduler.resources import load_runtime
 
-    identity, runtime, stopping = data_identity(options.cache), load_runtime(options.runtime), Stopping()
+    identity, runtime, stopping = data_identity(options.cache), load_runtime(options.runtime), Interruption()
     draws = {name: sample_stages(pair, identity) for name, pair in pairs.items()}
     wanted = _wanted(pairs, load, identity, expected)
     options.tell(f"ktray: rehearsing {len(draws)} draws, {len({s.key for stages in draws.values() for s in stages})} stages")
     say = lambda text: options.tell(f"ktray: {text}")  # noqa: E731
     with stop_on_signals(stopping, options):
-        found = asdict(rehearse_on(options.home, options.open_store(), address, runtime, draws, wanted, say, stopping))
+        found = asdict(dry_run_on(options.home, options.open_store(), address, runtime, draws, wanted, say, stopping))
     return found, found.pop("notes")
 
 
-def _wanted(pairs: Mapping[str, PairSpec], load: Any, identity: Any, expected: Mapping[str, float]) -> Wanted:
+def _wanted(pairs: Mapping[str, PairSpec], load: Any, identity: Any, expected: Mapping[str, float]) -> FullSizeStages:
     """The pairs at full size, and how many images their data sets have."""
-    from ktray.drivers.forecast import Wanted
+    from ktray.cost_model.forecast import FullSizeStages
     from ktray.images import parts
-    from ktray.pipeline import graph as graphs
+    from ktray.pipeline import pair_graph
 
     images = {}
-    for each in (each for pair in pairs.values() for each in graphs.generations(pair)):
+    for each in (each for pair in pairs.values() for each in pair_graph.generations(pair)):
         for spec in (getattr(each.data, role) for role in type(each.data).model_fields):
             found = {split: len(rows) for split, (_, rows) in parts(load(spec), spec.split).items()}
-            images[graphs.images_stage(spec, identity).key] = (found["train"], sum(found.values()))
-    return Wanted({name: graphs.build(pair, identity).stages for name, pair in pairs.items()}, images, expected)
+            images[pair_graph.images_stage(spec, identity).key] = (found["train"], sum(found.values()))
+    return FullSizeStages({name: pair_graph.build(pair, identity).stages for name, pair in pairs.items()}, images, expected)
 
 
 def check_pairs(pairs: Mapping[str, PairSpec], load: Any, source: Path) -> None:
@@ -146,7 +146,7 @@ def check_pairs(pairs: Mapping[str, PairSpec], load: Any, source: Path) -> None:
         UserError: names the file, the pair where there are several, and the dotted path.
     """
     from ktray.errors import UserError
-    from ktray.pipeline.check import check_pair
+    from ktray.pipeline.pair_check import check_pair
 
     for name, pair in pairs.items():
         try:
@@ -163,7 +163,7 @@ def check_space(space: Space, load: Any, file: str) -> None:
         UserError: names the file, the dotted path with its branch, and the draw.
     """
     from ktray.errors import UserError
-    from ktray.pipeline.check import check_pair
+    from ktray.pipeline.pair_check import check_pair
 
     for label, params in space.corners():
         try:
@@ -184,19 +184,19 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
 
 def _shared(space: Space, draws: int, options: Settings) -> tuple[list[dict[str, Any]], float]:
     """Per kind of stage, how many different artifacts the draws can need, and are expected to; and how many teachers."""
-    from ktray.crew.needs import STAGES
     from ktray.errors import UserError
-    from ktray.pipeline import graph as graphs
+    from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
+    from ktray.scheduler.resources import STAGES
     from ktray.search.sharing import sharing
-    from ktray.search.tree import Params
+    from ktray.search.space_tree import Params
 
     identity = data_identity(options.cache)
 
     def keys(params: Params) -> list[tuple[str, str]]:
         try:
             pair = space.pair(params)
-            graph = graphs.build(pair, identity)
+            graph = pair_graph.build(pair, identity)
         except UserError:
             return []  # two values that do not go together: such a draw computes nothing
         teacher = [(TEACHERS, _teacher(pair, graph))] if pair.teacher is not None else []
@@ -226,11 +226,11 @@ def _notes(warnings: list[str], teachers: float, draws: int) -> list[str]:
 
 
 def _plan(pairs: Mapping[str, PairSpec], count: int | None, options: Settings, source: Path) -> dict[str, Any]:
-    from ktray.pipeline import graph as graphs
+    from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
 
     identity = data_identity(options.cache)
-    built = [graphs.build(pair, identity) for pair in pairs.values()]
+    built = [pair_graph.build(pair, identity) for pair in pairs.values()]
     _refuse_absent(dict(zip(pairs, built, strict=True)), options, source)
     return {"valid": True, "problem": None, "pairs": count, **_stages(built, options)}
 
@@ -251,15 +251,14 @@ def _refuse_absent(built: Mapping[str, Graph], options: Settings, source: Path) 
 
 
 def _stages(built: list[Graph], options: Settings) -> dict[str, Any]:
-    from ktray.drivers.prices import sample
-    from ktray.search.costs import Costs
+    from ktray.cost_model.stage_costs import CostModel, sample
 
     store = options.open_store()
     stages = {stage.key: stage for graph in built for stage in graph.stages}
     shared = {key: sum(any(s.key == key for s in graph.stages) for graph in built) for key in stages}
     done = {key for key in stages if store.find(key)}
     records = sample(store)
-    cost = Costs(records).estimate(stages.values(), made=done)
+    cost = CostModel(records).estimate(stages.values(), made=done)
     seconds, low, high = (None if cost.unknown else round(each, 1) for each in (cost.seconds, cost.low, cost.high))
     rows = [
         {"stage": stage.name, "key": key, "state": "done" if key in done else "run", "shared_by": shared[key]}
@@ -281,7 +280,7 @@ def _bytes(rows: list[dict[str, Any]], records: list[Mapping[str, Any]]) -> int:
 
 
 def _text(answer: Mapping[str, Any]) -> str:
-    from ktray.cli.tables import table
+    from ktray.cli.text_table import table
 
     rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
     missing = sum(row["state"] == "run" for row in answer["stages"])
@@ -299,8 +298,8 @@ def _text(answer: Mapping[str, Any]) -> str:
 
 
 def _rehearsed(found: Mapping[str, Any] | None) -> list[str]:
-    from ktray.cli.tables import table
-    from ktray.drivers.status import span
+    from ktray.cli.text_table import table
+    from ktray.runs.study_status import span
 
     if found is None:
         return []
@@ -324,7 +323,7 @@ def _rehearsed(found: Mapping[str, Any] | None) -> list[str]:
 
 def _cost(estimate: Mapping[str, Any], rehearsed: bool) -> str:
     """What the missing stages take one after the other, in words."""
-    from ktray.drivers.status import span
+    from ktray.runs.study_status import span
 
     if estimate["seconds"] is None:
         return "roughly as forecast above" if rehearsed else "unknown until one of each stage has run here"

@@ -32,15 +32,15 @@ def write_report(name: str, home: Path, store: Store, path: Path) -> Path:
         UserError: there is no such study, or the file cannot be written.
     """
     from ktray.cli.leaderboard import study_folder
-    from ktray.drivers import references
     from ktray.errors import UserError
     from ktray.pipeline.references import labels_used
     from ktray.report import render
+    from ktray.runs import reference_lines
     from ktray.search.history import read
 
     study = read(home, name)
     used = labels_used([trial.keys for trial in study.trials if trial.state == "completed"], store)
-    lines = references.read(study_folder(home, name))
+    lines = reference_lines.read(study_folder(home, name))
     goals = [(goal.metric, goal.mode) for goal in study.objectives]
     page = render(name, "", goals, study.trials, lines, store, used)
     try:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ktray.cli.settings import Settings, count, settings
 
 if TYPE_CHECKING:
-    from ktray.drivers.stopping import Stopping
-    from ktray.pipeline.graph import Graph
-    from ktray.pool import Means
+    from ktray.pipeline.pair_graph import Graph
+    from ktray.pool import StageContext
+    from ktray.runs.interruption import Interruption
     from ktray.spec import PairSpec
 
 HELP = "run a pair or an experiment"
@@ -35,21 +35,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the source, an argument or the data are wrong, or `--only` names no pair of it.
         PreflightFailed: Ray does not start, or its nodes do not see the store.
-        StoppedEarly: the disk is full, or the crew has ended; the same command goes on.
+        StoppedEarly: the disk is full, or the scheduler has ended; the same command goes on.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
     """
     from ktray.cli.plan import check_pairs
     from ktray.cli.search import stop_on_signals
-    from ktray.cli.source import chosen, load_pairs
-    from ktray.drivers.stopping import Stopping
+    from ktray.cli.spec_files import chosen, load_pairs
     from ktray.errors import StageFailed
-    from ktray.pipeline.check import data_loader
-    from ktray.pipeline.judge import left_out
+    from ktray.pipeline.pair_check import data_loader
+    from ktray.pipeline.pair_metrics import left_out
+    from ktray.runs.interruption import Interruption
 
     options = settings(args)
     pairs = chosen(load_pairs(args.source, args.overrides), args.only)
     check_pairs(pairs, data_loader(), args.source)
-    stopping = Stopping()
+    stopping = Interruption()
     with stop_on_signals(stopping, options):
         if args.local:
             results = run_here(pairs, options)
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_here(pairs: Mapping[str, PairSpec], options: Settings) -> list[Any]:
     """What each pair is worth, or the StageFailed that ended it; computed in this process."""
-    from ktray.crew.local import LocalCrew
     from ktray.pipeline.execute import execute
+    from ktray.scheduler.local_scheduler import LocalScheduler
 
     store = options.open_store()
 
@@ -76,12 +76,12 @@ def run_here(pairs: Mapping[str, PairSpec], options: Settings) -> list[Any]:
         if event["event"] == "published":
             options.tell(f"  {event['key']}  {event['seconds']:.1f} s")
 
-    crew = LocalCrew(store, execute, means_here(options), tell)
-    return [_run_pair(name, graph, crew, options) for name, graph in _graphs(pairs, options).items()]
+    scheduler = LocalScheduler(store, execute, context_here(options), tell)
+    return [_run_pair(name, graph, scheduler, options) for name, graph in _graphs(pairs, options).items()]
 
 
 def run_on_ray(
-    pairs: Mapping[str, PairSpec], address: str | None, concurrent: int, options: Settings, stopping: Stopping | None = None
+    pairs: Mapping[str, PairSpec], address: str | None, concurrent: int, options: Settings, stopping: Interruption | None = None
 ) -> list[Any]:
     """The same on Ray, `concurrent` pairs at a time; None as `address` starts one on this machine.
 
@@ -89,26 +89,28 @@ def run_on_ray(
         KeyboardInterrupt: `stopping` was wished; nothing of it runs any more.
         PreflightFailed: Ray does not start, or its nodes do not see the store.
     """
-    from ktray.crew import client, runtime
-    from ktray.drivers.preflight import preflight
-    from ktray.drivers.stopping import Stopping, hear_again, together
     from ktray.pipeline.execute import execute
+    from ktray.runs.interruption import Interruption, hear_again, together
+    from ktray.runs.preflight import preflight
+    from ktray.scheduler import client, ray_session, resources
 
     graphs = _graphs(pairs, options)
-    stopping = stopping or Stopping()
+    stopping = stopping or Interruption()
     stopping.orderly = True
-    given = runtime.load_runtime(options.runtime)
-    session = runtime.start(options.home, address, given)
+    given = resources.load_runtime(options.runtime)
+    session = ray_session.start(options.home, address, given)
     hear_again()
     for warning in session.warnings:
         options.tell(f"ktray: {warning}")
     options.tell(f"ktray: Ray's own messages go to {session.log}")
     try:
         preflight(options.open_store(), given)
-        crew = client.connect(session, options.store_url, execute)
-        return together(crew, graphs, lambda name: _run_pair(name, graphs[name], crew, options), _waiter, concurrent, stopping)
+        scheduler = client.connect(session, options.store_url, execute)
+        return together(
+            scheduler, graphs, lambda name: _run_pair(name, graphs[name], scheduler, options), _waiter, concurrent, stopping
+        )
     finally:
-        runtime.stop(session)
+        ray_session.stop(session)
         hear_again()
 
 
@@ -118,36 +120,36 @@ def _waiter(name: str) -> str:
 
 def _graphs(pairs: Mapping[str, PairSpec], options: Settings) -> dict[str, Graph]:
     """What each pair needs; the data are hashed here, where Ctrl-C is heard at once."""
-    from ktray.pipeline import graph
+    from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
 
     identity = data_identity(options.cache)
-    return {name: graph.build(pair, identity) for name, pair in pairs.items()}
+    return {name: pair_graph.build(pair, identity) for name, pair in pairs.items()}
 
 
-def means_here(options: Settings) -> Means:
+def context_here(options: Settings) -> StageContext:
     """What stages may use in this process: its GPU if there is one, and the limits of the runtime file."""
     import torch
 
-    from ktray.crew.needs import load_runtime
-    from ktray.pool import Means
+    from ktray.pool import StageContext
+    from ktray.scheduler.resources import load_runtime
 
     limits = load_runtime(options.runtime)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    return Means(device=device, checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
+    return StageContext(device=device, checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
 
 
-def _run_pair(name: str, graph: Graph, crew: Any, options: Settings) -> Any:
+def _run_pair(name: str, graph: Graph, scheduler: Any, options: Settings) -> Any:
     """One pair's result, or the StageFailed that ended it."""
     from ktray.errors import StageFailed
-    from ktray.pipeline import judge
+    from ktray.pipeline import pair_metrics
 
     began = time.perf_counter()
     try:
-        outcomes = crew.obtain(list(graph.stages), _waiter(name))
+        outcomes = scheduler.obtain(list(graph.stages), _waiter(name))
     except StageFailed as failure:
         return failure
-    artifacts = judge.finished(graph, options.open_store())
+    artifacts = pair_metrics.finished(graph, options.open_store())
     if artifacts is None:
         return StageFailed(name, "an artifact vanished while the pair ran")
     computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
@@ -155,9 +157,9 @@ def _run_pair(name: str, graph: Graph, crew: Any, options: Settings) -> Any:
     return {
         "name": name,
         "keys": graph.keys,
-        "metrics": judge.metrics(graph, artifacts),
-        "computed": judge.count_by_stage(computed),
-        "reused": judge.count_by_stage(reused),
+        "metrics": pair_metrics.metrics(graph, artifacts),
+        "computed": pair_metrics.count_by_stage(computed),
+        "reused": pair_metrics.count_by_stage(reused),
         "seconds": round(time.perf_counter() - began, 3),
     }
 
@@ -168,7 +170,7 @@ def _keys(result: Mapping[str, Any]) -> list[str]:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    from ktray.cli.tables import table
+    from ktray.cli.text_table import table
 
     shown = sorted({name for result in results for name in result["metrics"] if _is_judgement(name, result)})
     rows = [

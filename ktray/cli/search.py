@@ -17,8 +17,8 @@ from ktray.cli.settings import Settings, count, counted, settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ktray.drivers.search import Outcome
-    from ktray.drivers.stopping import Stopping
+    from ktray.runs.interruption import Interruption
+    from ktray.runs.search_run import SearchOutcome
     from ktray.search.space import Space
 
 LONGEST_END = 8.0  # seconds from Ctrl-C to the end
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from ktray.cli.source import load_space
-    from ktray.drivers.stopping import Stopping
+    from ktray.cli.spec_files import load_space
+    from ktray.runs.interruption import Interruption
 
     options = settings(args)
-    stopping = Stopping()
+    stopping = Interruption()
     with stop_on_signals(stopping, options, lambda: _end_at_once(args, options)):
         outcome, uri = search(
             load_space(args.space, args.overrides),
@@ -66,7 +66,7 @@ def search(
     space: Space,
     source: str,
     options: Settings,
-    stopping: Stopping,
+    stopping: Interruption,
     name: str | None,
     trials: int | str | None,
     concurrent: int | None,
@@ -74,7 +74,7 @@ def search(
     address: str | None,
     share_images: bool,
     retry: bool,
-) -> tuple[Outcome, str]:
+) -> tuple[SearchOutcome, str]:
     """What the search did, and where it is tracked.
 
     Args:
@@ -87,14 +87,14 @@ def search(
         PreflightFailed: Ray, the store or the disk cannot carry the search.
     """
     from ktray import __version__, tracking
+    from ktray.cli.live_display import live_display
     from ktray.cli.plan import check_space
-    from ktray.cli.screen import screen
-    from ktray.drivers import search as driver
-    from ktray.pipeline.check import data_loader
+    from ktray.pipeline.pair_check import data_loader
+    from ktray.runs import search_run
 
     if concurrent is not None:
         counted(concurrent, "concurrent")
-    space = driver.with_concurrent(space, concurrent)
+    space = search_run.with_concurrent(space, concurrent)
     check_space(space, data_loader(), source)
     study, target = name or space.name, None if trials is None else str(trials)
     for warning in space.warnings():
@@ -102,16 +102,16 @@ def search(
     uri = options.tracking or tracking.default_uri(options.home)
     tags = {"ktray.version": __version__}
     tracker = tracking.Tracker(uri, options.home, study, share_images=share_images, version_tags=tags)
-    place = driver.Place(options.home, options.open_store(), address, options.runtime)
-    with screen(options, space, study) as shown:
-        outcome = driver.search(
+    place = search_run.SearchSettings(options.home, options.open_store(), address, options.runtime)
+    with live_display(options, space, study) as shown:
+        outcome = search_run.search(
             space, place, tracker, stopping, shown, name=study, trials=target, warm_start=warm_start, retry=retry
         )
     return outcome, uri
 
 
 @contextmanager
-def stop_on_signals(stopping: Stopping, options: Settings, force: Callable[[], None] | None = None) -> Iterator[None]:
+def stop_on_signals(stopping: Interruption, options: Settings, force: Callable[[], None] | None = None) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the search: in order where processes run, the second time at once.
 
     Args:
@@ -151,11 +151,11 @@ def _end_at_once(args: argparse.Namespace, options: Settings) -> None:
     os._exit(INTERRUPTED)
 
 
-def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Settings) -> int:
+def _finish(outcome: SearchOutcome, uri: str, args: argparse.Namespace, options: Settings) -> int:
     from ktray.cli import INTERRUPTED
     from ktray.cli.leaderboard import leaderboard, still_failed
     from ktray.errors import StageFailed, StoppedEarly
-    from ktray.pipeline.judge import left_out
+    from ktray.pipeline.pair_metrics import left_out
     from ktray.search.history import read
 
     study = read(options.home, outcome.study)
@@ -176,9 +176,9 @@ def _finish(outcome: Outcome, uri: str, args: argparse.Namespace, options: Setti
     return StageFailed.exit_code if failed else 0
 
 
-def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[str, Any]:
+def _answer(outcome: SearchOutcome, study: Any, uri: str, options: Settings) -> dict[str, Any]:
     from ktray.cli.leaderboard import count_states, trial_answer
-    from ktray.pipeline.judge import count_by_stage
+    from ktray.pipeline.pair_metrics import count_by_stage
     from ktray.search import ranking
 
     counts = count_states(study.trials)
@@ -197,7 +197,7 @@ def _answer(outcome: Outcome, study: Any, uri: str, options: Settings) -> dict[s
     }
 
 
-def _footer(answer: dict[str, Any], outcome: Outcome, place: str, again: str, options: Settings) -> str:
+def _footer(answer: dict[str, Any], outcome: SearchOutcome, place: str, again: str, options: Settings) -> str:
     from ktray.pipeline.references import may_be_judged_on_test
 
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))

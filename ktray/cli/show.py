@@ -94,10 +94,10 @@ def _ancestors(found: Artifact, store: Store) -> dict[str, str]:
 
 def _against(args: argparse.Namespace, options: Settings) -> int:
     """Why a cached artifact does not serve a pair: the fields of its identity that differ."""
-    from ktray.cli.source import load_pairs
-    from ktray.cli.tables import table
+    from ktray.cli.spec_files import load_pairs
+    from ktray.cli.text_table import table
     from ktray.errors import UserError
-    from ktray.pipeline import graph as graphs
+    from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
 
     record = options.open_store().find(args.what)
@@ -105,7 +105,7 @@ def _against(args: argparse.Namespace, options: Settings) -> int:
         raise UserError(f"there is no artifact {args.what!r} to compare", instead="See ktray cache list.")
     identity, name = data_identity(options.cache), record.record["stage"]
     pairs = load_pairs(args.against, []).values()
-    stages = [stage for pair in pairs for stage in graphs.build(pair, identity).stages if stage.name == name]
+    stages = [stage for pair in pairs for stage in pair_graph.build(pair, identity).stages if stage.name == name]
     if not stages:
         raise UserError(f"the pair has no stage {name!r} to compare {args.what} with", str(args.against))
     rows: list[list[str]] = []
@@ -131,7 +131,7 @@ def _differences(wanted: dict[str, Any], record: Any) -> list[list[str]]:
 
 def _study(name: str, options: Settings) -> int:
     from ktray.cli.leaderboard import leaderboard, trial_answer
-    from ktray.cli.tables import table
+    from ktray.cli.text_table import table
     from ktray.pipeline.naming import pair_name
     from ktray.search.history import read
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    from ktray.drivers.status import status
+    from ktray.runs.study_status import status
 
     options = settings(args)
     answer, text = status(options.home, args.name, options.open_store())

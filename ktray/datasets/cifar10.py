@@ -19,8 +19,8 @@ from pydantic import Field
 
 from ktray.errors import UserError
 from ktray.images import Source, Splits, downloaded, location
-from ktray.spec import Spec as SpecBase
 from ktray.spec import Split
+from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path", "download")
@@ -29,7 +29,7 @@ _PIXELS = 3 * 32 * 32
 _LAYOUTS = {"cifar-10-batches-py": "", "cifar-10-batches-bin": ".bin"}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """`path` holds `cifar-10-batches-py/` or `-bin/`, or is that folder; null means KTRAY_DATA or ./data."""
 
     kind: Literal["cifar10"] = "cifar10"

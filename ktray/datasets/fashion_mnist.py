@@ -19,8 +19,8 @@ from pydantic import Field
 
 from ktray.errors import UserError
 from ktray.images import Source, Splits, downloaded, location
-from ktray.spec import Spec as SpecBase
 from ktray.spec import Split
+from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path", "download")
@@ -38,7 +38,7 @@ CLASSES = (
 )
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """`path` holds `FashionMNIST/raw/` or the idx files themselves; null means KTRAY_DATA or ./data."""
 
     kind: Literal["fashion_mnist"] = "fashion_mnist"

@@ -13,14 +13,14 @@ from pydantic import Field
 
 from ktray.errors import UserError
 from ktray.images import Source, Splits, decode, listed, location
-from ktray.spec import Spec as SpecBase
 from ktray.spec import Split
+from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A folder of unlabelled images; `split.val` of them are held out, there is no test split."""
 
     kind: Literal["folder"] = "folder"

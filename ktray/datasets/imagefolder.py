@@ -16,15 +16,15 @@ from pydantic import Field
 
 from ktray.errors import UserError
 from ktray.images import Source, Splits, decode, listed, location
-from ktray.spec import Spec as SpecBase
 from ktray.spec import Split
+from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
 _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Labelled images; a folder `train` makes its neighbours `val` (or `valid`, `validation`) and `test` splits too."""
 
     kind: Literal["imagefolder"] = "imagefolder"

@@ -21,9 +21,9 @@ from pydantic import Field
 
 from ktray.errors import UserError
 from ktray.images import Source, Splits, decode, location
-from ktray.images.rows import row_reader
-from ktray.spec import Spec as SpecBase
+from ktray.images.parquet_rows import row_reader
 from ktray.spec import Split
+from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
@@ -31,7 +31,7 @@ _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", 
 _SPLIT = re.compile(r"(train|validation|valid|val|test)(?![a-z])")
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """`path` is a file, a folder or a pattern (`/p/**/*.parquet`); `label: null` leaves labels unread."""
 
     kind: Literal["parquet"] = "parquet"

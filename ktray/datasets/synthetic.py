@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from ktray.fingerprint import fingerprint, seed_of
 from ktray.images import Source, Splits
 from ktray.spec import Seed, Split
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ _CORNERS: dict[str, list[tuple[float, float]]] = {
 }
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """How many images of how many classes, and how hard they are."""
 
     kind: Literal["synthetic"] = "synthetic"

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ktray import kmeans, plugins, progress
+from ktray import plugins, progress
+from ktray.clustering import kmeans
 from ktray.errors import UserError
 from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.pool import LocalPool
 from ktray.spec import DescriptorSpec, Seed
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 TOOLS = (kmeans,)
@@ -34,7 +35,7 @@ _BATCH = 256
 _DISTANCES = 1 << 24  # held at a time: 64 MiB
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Dense HOG blocks, the words that they are told by, and the cells whose words are counted apart."""
 
     kind: Literal["bag_of_hog"] = "bag_of_hog"

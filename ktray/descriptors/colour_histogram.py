@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from ktray import colour
-from ktray.spec import Spec as SpecBase
+from ktray.ops import colour
+from ktray.strict import StrictSpec
 
 REVISION = 1
 TOOLS = (colour,)
@@ -22,7 +22,7 @@ TOOLS = (colour,)
 _RANGES = {"rgb": ((0.0, 255.0),) * 3, "lab": ((0.0, 100.0), (-110.0, 110.0), (-110.0, 110.0))}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A joint histogram over three channels, all bins of a channel being equally wide."""
 
     kind: Literal["colour_histogram"] = "colour_histogram"

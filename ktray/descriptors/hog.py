@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.errors import UserError
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 
@@ -29,7 +29,7 @@ _PIXELS = 1 << 18  # computed at a time, so that 224 px do not need gigabytes
 _EPSILON = 1e-5  # scikit-image's, for pixels in [0, 255]
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Square cells with one histogram each, normalised in overlapping square blocks."""
 
     kind: Literal["hog"] = "hog"

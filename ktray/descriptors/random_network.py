@@ -14,15 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ktray import features, train
+from ktray.features import extraction
 from ktray.spec import BackboneSpec, Pooling, Seed
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
+from ktray.training import loop
 
 REVISION = 1
-TOOLS = (features, train)
+TOOLS = (extraction, loop)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A backbone with the weights it is drawn with, and the layer that is read."""
 
     kind: Literal["random_network"] = "random_network"
@@ -43,4 +44,4 @@ def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) 
 
 @lru_cache(maxsize=2)  # `describe` is called for every batch
 def _network(spec: Spec, device: str) -> Callable[[Tensor], Tensor]:
-    return features.of_module(train.fresh(spec.backbone, spec.seed).to(torch.device(device)), spec.layer, spec.pool)
+    return extraction.of_module(loop.fresh(spec.backbone, spec.seed).to(torch.device(device)), spec.layer, spec.pool)

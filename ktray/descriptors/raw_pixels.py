@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Pixels in [0, 1], all of them or averaged down to `side`."""
 
     kind: Literal["raw_pixels"] = "raw_pixels"

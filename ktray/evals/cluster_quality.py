@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from ktray import pseudo_labels as tools
-from ktray import spec as specs
+from ktray.clustering import pseudo_labelling
 from ktray.errors import UserError
 from ktray.images import Images
+from ktray.spec import Pooling
+from ktray.strict import StrictSpec
 
 REVISION = 1
-TOOLS = (tools,)
+TOOLS = (pseudo_labelling,)
 NEEDS_LABELS = False
 MAY_READ_LABELS = ("train",)  # `nmi` and `purity` come only with them
 READS_PSEUDO_LABELS = True  # and no features, so its stage depends on no student
@@ -35,19 +36,19 @@ DIRECTION: dict[str, Literal["max", "min"]] = {
 }
 
 
-class Spec(specs.Spec):
+class Spec(StrictSpec):
     """Pseudo-labels against classes; there is no network to choose a layer of."""
 
     kind: Literal["cluster_quality"] = "cluster_quality"
     name: str | None = None
     of: Literal["student", "teacher"] = "student"
     layer: None = Field(default=None, description="always null")
-    pool: specs.Pooling = specs.Pooling()
+    pool: Pooling = Pooling()
     split: Literal["val", "test"] = "val"
 
     @model_validator(mode="after")
     def _reads_no_features(self) -> Spec:
-        if self.pool != specs.Pooling():
+        if self.pool != Pooling():
             raise ValueError("cluster_quality reads pseudo-labels and no features; leave 'pool' out")
         return self
 
@@ -91,7 +92,7 @@ def evaluate(
         "smallest": float(sizes.min()) if len(names) else 0.0,
     }
     if train.labels is not None:
-        metrics["nmi"] = tools.nmi(pseudo_labels, train.labels) if len(names) else 0.0
+        metrics["nmi"] = pseudo_labelling.nmi(pseudo_labels, train.labels) if len(names) else 0.0
         metrics["purity"] = purity(assigned, train.labels[kept])
     return metrics
 

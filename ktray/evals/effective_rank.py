@@ -18,22 +18,23 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ktray import spec as specs
 from ktray.images import Images
+from ktray.spec import Pooling
+from ktray.strict import StrictSpec
 
 REVISION = 1
 NEEDS_LABELS = False
 DIRECTION: dict[str, Literal["max", "min"]] = {"rank": "max"}
 
 
-class Spec(specs.Spec):
+class Spec(StrictSpec):
     """The entropy of the singular values of a network's features."""
 
     kind: Literal["effective_rank"] = "effective_rank"
     name: str | None = None
     of: Literal["student", "teacher"] = "student"
     layer: str | None = Field(default=None, description="null: the network's own features")
-    pool: specs.Pooling = specs.Pooling()
+    pool: Pooling = Pooling()
     split: Literal["val", "test"] = "val"
     rows: int = Field(default=25_600, ge=2, description="at most so many images, evenly spaced; the paper's number")
 

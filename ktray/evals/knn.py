@@ -20,8 +20,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ktray import progress
-from ktray import spec as specs
 from ktray.images import Images
+from ktray.spec import Pooling
+from ktray.strict import StrictSpec
 
 REVISION = 1
 NEEDS_LABELS = True
@@ -29,14 +30,14 @@ DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max"}
 SIMILARITIES = 1 << 26  # how many are held at once: 256 MiB
 
 
-class Spec(specs.Spec):
+class Spec(StrictSpec):
     """A vote of the nearest training images in feature space."""
 
     kind: Literal["knn"] = "knn"
     name: str | None = None
     of: Literal["student", "teacher"] = "student"
     layer: str | None = Field(default=None, description="null: the network's own features")
-    pool: specs.Pooling = specs.Pooling()
+    pool: Pooling = Pooling()
     split: Literal["val", "test"] = "val"
     k: int = Field(default=20, ge=1, description="neighbours; all training images if there are fewer")
     temperature: float | None = Field(default=0.07, gt=0, description="null: every neighbour has one vote")

@@ -21,8 +21,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ktray import fingerprint, progress
-from ktray import spec as specs
 from ktray.images import Images
+from ktray.spec import Pooling, Seed
+from ktray.strict import StrictSpec
 
 REVISION = 1
 NEEDS_LABELS = True
@@ -31,20 +32,20 @@ BLOCK = 1 << 16  # rows at once: bounds the (rows, classes) scores, and fixes th
 log = logging.getLogger("ktray")
 
 
-class Spec(specs.Spec):
+class Spec(StrictSpec):
     """A linear classifier on one layer of one network; `l2` is per sample, so that it means the same for any N."""
 
     kind: Literal["linear_probe"] = "linear_probe"
     name: str | None = None
     of: Literal["student", "teacher"] = "student"
     layer: str | None = Field(default=None, description="null: the network's own features")
-    pool: specs.Pooling = specs.Pooling()
+    pool: Pooling = Pooling()
     split: Literal["val", "test"] = "val"
     l2: float = Field(default=1e-4, gt=0, description="penalty on the squared weights, beside the mean loss")
     iterations: int = Field(default=300, ge=1, description="L-BFGS stops here if it has not converged before")
     precision: Literal["float32", "float64"] = "float32"
     per_class: int | None = Field(default=None, ge=1, description="labels used of each class, drawn by `seed`; null: all")
-    seed: specs.Seed = 0
+    seed: Seed = 0
 
 
 def evaluate(

@@ -4,7 +4,8 @@ A data set's `load` lists what there is (`Splits` of `Source`); `identity` hashe
 `open_split` gives the finished `Images`. `decode` turns encoded bytes into pixels for every kind that has files.
 """
 
-from ktray.images.content import identity as identity
+from ktray.images.content_hash import identity as identity
+from ktray.images.decoding import IDENTITY as IDENTITY
 from ktray.images.decoding import REVISION as REVISION
 from ktray.images.decoding import decode as decode
 from ktray.images.decoding import fit as fit
@@ -14,11 +15,11 @@ from ktray.images.listing import listed as listed
 from ktray.images.listing import located as located
 from ktray.images.listing import location as location
 from ktray.images.reading import open_split as open_split
-from ktray.images.sampling import write_sample as write_sample
 from ktray.images.source import Images as Images
 from ktray.images.source import Source as Source
 from ktray.images.source import Splits as Splits
 from ktray.images.source import Unreadable as Unreadable
 from ktray.images.splitting import held_out as held_out
 from ktray.images.splitting import parts as parts
+from ktray.images.subset import write_sample as write_sample
 from ktray.images.writing import write as write

@@ -1,4 +1,4 @@
-"""Find or compute one artifact. The same function runs in the local process and on every worker of the crew."""
+"""Find or compute one artifact. The same function runs in the local process and on every worker of the scheduler."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-from ktray import progress, snapshot
+from ktray import progress
 from ktray.artifact import Artifact, Stage
 from ktray.errors import MissingInput
-from ktray.pipeline import memory
+from ktray.pipeline import peak_memory
 from ktray.pipeline.record import record_of
-from ktray.pool import Means
+from ktray.pool import StageContext
 from ktray.stages import FAMILY_WORK, WORK
 from ktray.stores import Store
+from ktray.training import snapshot
 
 
-def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
+def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
     """The artifact of `stage`, and whether this call published it; the stages beside it are published, too.
 
     Args:
@@ -38,28 +39,30 @@ def execute(stage: Stage, store: Store, attempt: str, means: Means) -> tuple[Art
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
         try:
-            memory.reset_peaks(means.device)
-            with progress.heard(means.progress) as tell:
-                heard = replace(means, progress=tell)
+            peak_memory.reset_peaks(context.device)
+            with progress.heard(context.progress) as tell:
+                heard = replace(context, progress=tell)
                 if len(wanted) > 1:
                     published = _compute_family(wanted, inputs, store, attempt, heard)
                 else:
                     published = {wanted[0].key: _compute(wanted[0], inputs, store, attempt, heard)}
         finally:
             torch.set_num_threads(threads)  # in a notebook, what runs after this is not ours
-            memory.give_back(means.device)
+            peak_memory.give_back(context.device)
     if stage.key not in published:
         return _input(store, stage.key), False
     return published[stage.key]
 
 
-def _compute(stage: Stage, inputs: Mapping[str, Artifact], store: Store, attempt: str, means: Means) -> tuple[Artifact, bool]:
+def _compute(
+    stage: Stage, inputs: Mapping[str, Artifact], store: Store, attempt: str, context: StageContext
+) -> tuple[Artifact, bool]:
     scratch = store.scratch(stage.key, attempt)
     start = _latest_snapshot(stage, store)
     began = time.perf_counter()
-    metrics = WORK[stage.name](stage, inputs, scratch, means, start)
+    metrics = WORK[stage.name](stage, inputs, scratch, context, start)
     seconds = time.perf_counter() - began
-    record = record_of(stage, metrics, seconds, inputs, means)
+    record = record_of(stage, metrics, seconds, inputs, context)
     record |= {"attempt": attempt, "started_from": start.name if start else None}
     if "lineage" in stage.local:
         record["lineage"] = stage.local["lineage"]
@@ -68,7 +71,7 @@ def _compute(stage: Stage, inputs: Mapping[str, Artifact], store: Store, attempt
 
 
 def _compute_family(
-    stages: list[Stage], inputs: Mapping[str, Artifact], store: Store, attempt: str, means: Means
+    stages: list[Stage], inputs: Mapping[str, Artifact], store: Store, attempt: str, context: StageContext
 ) -> dict[str, tuple[Artifact, bool]]:
     """One run for several stages. Each is charged its share of the seconds, so that they sum to what was spent.
 
@@ -76,13 +79,13 @@ def _compute_family(
     """
     scratches = [store.scratch(stage.key, attempt) for stage in stages]
     began = time.perf_counter()
-    made = FAMILY_WORK[stages[0].name](stages, inputs, scratches, means)
+    made = FAMILY_WORK[stages[0].name](stages, inputs, scratches, context)
     seconds = time.perf_counter() - began
     work = [alone for _, alone in made]
     together = sorted(stage.key for stage in stages)
     published = {}
     for stage, scratch, (metrics, alone) in zip(stages, scratches, made, strict=True):
-        record = record_of(stage, metrics, seconds * alone / sum(work), inputs, means)
+        record = record_of(stage, metrics, seconds * alone / sum(work), inputs, context)
         record |= {"attempt": attempt, "started_from": None, "together": together}
         record["seconds_alone"] = round(seconds * alone / max(work), 3)
         published[stage.key] = store.publish(scratch, stage.key, record)

@@ -8,16 +8,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ktray import checkpoint, images, plugins, ready_features
+from ktray import images, plugins
+from ktray.features import precomputed
 from ktray.fingerprint import canonical, file_sha256, settled
-from ktray.spec import Columns, ReadyTeacher, Spec
+from ktray.spec import Columns, PrecomputedTeacher
+from ktray.strict import StrictSpec
+from ktray.training import pretrained
 
 
-def data_identity(cache: Path | None = None) -> Callable[[Spec], str]:
+def data_identity(cache: Path | None = None) -> Callable[[StrictSpec], str]:
     """A function data spec -> sha256 of its content; every data set is read once, file hashes are kept under `cache`."""
     known: dict[str, str] = {}
 
-    def identity(spec: Spec) -> str:
+    def identity(spec: StrictSpec) -> str:
         name = canonical(spec.model_dump())
         if name not in known:
             known[name] = images.identity(spec, cache)
@@ -39,17 +42,17 @@ def checkpoint_sha256(path: str) -> str:
     Raises:
         UserError: there is no such file or folder.
     """
-    file = checkpoint.weights_file(Path(path)).absolute()
+    file = pretrained.weights_file(Path(path)).absolute()
     return _sha256(file, file.stat())
 
 
-def features_identity(teacher: ReadyTeacher) -> dict[str, Any]:
+def features_identity(teacher: PrecomputedTeacher) -> dict[str, Any]:
     """What ready-made features are: sha256 of the file, of its names or null, and its columns or null.
 
     Raises:
         UserError: there is no such file.
     """
-    found = {field: (path, path.stat()) for field, path in ready_features.files(teacher).items()}
+    found = {field: (path, path.stat()) for field, path in precomputed.files(teacher).items()}
     hashes = {field: _sha256(path, state) for field, (path, state) in found.items()}
     columns = (teacher.columns or Columns()).model_dump() if teacher.features.endswith(".parquet") else None
     return {"file": hashes["features"], "names": hashes.get("names"), "columns": columns}

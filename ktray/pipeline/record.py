@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 from ktray.artifact import Artifact, Stage
-from ktray.pipeline import memory
-from ktray.pool import Means
+from ktray.pipeline import peak_memory
+from ktray.pool import StageContext
 
 _PACKAGE = Path(__file__).parent.parent
 
 
 def record_of(
-    stage: Stage, metrics: Mapping[str, float], seconds: float, inputs: Mapping[str, Artifact], means: Means
+    stage: Stage, metrics: Mapping[str, float], seconds: float, inputs: Mapping[str, Artifact], context: StageContext
 ) -> dict[str, Any]:
     """All that a record holds of a run, but for the attempt, what it started from and what it would have cost alone.
 
@@ -39,12 +39,12 @@ def record_of(
         "metrics": {name: float(value) for name, value in metrics.items()},
         "seconds": round(seconds, 3),
         "together": [],
-        "peak_bytes": memory.peak(),
-        "device_peak_bytes": memory.device_peak(means.device),
-        "device_bytes": memory.device_bytes(means.device),
-        "after_out_of_memory": means.most_images is not None,
-        "device": _device(means.device),
-        "workers": means.pool.workers,
+        "peak_bytes": peak_memory.peak(),
+        "device_peak_bytes": peak_memory.device_peak(context.device),
+        "device_bytes": peak_memory.device_bytes(context.device),
+        "after_out_of_memory": context.most_images is not None,
+        "device": _device(context.device),
+        "workers": context.pool.workers,
         "published": datetime.now(UTC).isoformat(timespec="seconds"),
         **_environment(),
     }

@@ -14,16 +14,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import distortions, moving_average
-from ktray.distortions import Distortions, view
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.ops import distortions
+from ktray.ops.distortions import Distortions, view
+from ktray.strict import StrictSpec
+from ktray.training import moving_average
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (distortions, moving_average)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Two views per image by distortions of their own, and a target that follows the network."""
 
     kind: Literal["byol"] = "byol"

@@ -20,21 +20,21 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import augment, colour, gamut
 from ktray.images import Images
+from ktray.ops import augmentation, colour, gamut
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training.task import Task
 
 REVISION = 1
-TOOLS = (augment, colour, gamut)
+TOOLS = (augmentation, colour, gamut)
 
 NEEDS = ("colours",)
 _SAMPLE = 1024  # images that tell how frequent a colour is
 _NEAREST = 5
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """`grid` x `grid` cells, each with a distribution over colours."""
 
     kind: Literal["colorization"] = "colorization"
@@ -59,7 +59,7 @@ def task(spec: Spec, size: int, images: Images) -> Task:
     weights = rebalancing(frequencies(images, spec.grid, spec.bin), spec.uniform)
 
     def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = colour.lab(augment.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
+        seen = colour.lab(augmentation.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
         lightness = (seen[:, :1] / 100 - 0.5) / 0.25  # the range of `augment.to_float`
         return lightness.repeat(1, 3, 1, 1), soft(gamut.cells(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2)
 

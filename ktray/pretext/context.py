@@ -21,11 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import classification, colour, patches
-from ktray.classification import cross_entropy
-from ktray.colour import PROJECTION
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.ops import colour, patches
+from ktray.ops.colour import PROJECTION
+from ktray.strict import StrictSpec
+from ktray.training import classification
+from ktray.training.classification import cross_entropy
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (classification, colour, patches)
@@ -34,7 +35,7 @@ _CENTRE = 4  # of the places 0 to 8, row by row
 _NEIGHBOURS = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])  # class -> place
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """`pairs`: "all" eight of each image (nine patches each), or "one" at random (two patches)."""
 
     kind: Literal["context"] = "context"

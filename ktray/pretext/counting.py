@@ -18,18 +18,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import augment, colour, patches
+from ktray.ops import augmentation, colour, patches
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training.task import Task
 
 REVISION = 1
-TOOLS = (augment, colour, patches)
+TOOLS = (augmentation, colour, patches)
 
 _PARTS = 5  # the whole, then its quarters row by row
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Five inputs per image: the whole and its quarters. Needs a low learning rate, such as 0.001 for SGD."""
 
     kind: Literal["counting"] = "counting"
@@ -49,7 +49,7 @@ def task(spec: Spec, size: int) -> Task:
     side = max(48, size - size % 2)
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        squares = patches.square(augment.views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
+        squares = patches.square(augmentation.views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
         squares = colour.grey(squares, spec.grey, generator)
         quarters = squares.unfold(2, side // 2, side // 2).unfold(3, side // 2, side // 2)  # (B, 3, 2, 2, h, h)
         quarters = quarters.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)

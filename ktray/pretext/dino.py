@@ -19,10 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import distortions, moving_average
-from ktray.distortions import Distortions, view
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.ops import distortions
+from ktray.ops.distortions import Distortions, view
+from ktray.strict import StrictSpec
+from ktray.training import moving_average
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (distortions, moving_average)
@@ -30,7 +31,7 @@ TOOLS = (distortions, moving_average)
 _GLOBAL = 2
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Two global and `local` local views per image. Trains best with adamw.
 
     The loss of different targets cannot be compared, and it rises where the target begins to use more answers: see "entropy".

@@ -17,16 +17,16 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ktray import augment, patches
+from ktray.ops import augmentation, patches
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training.task import Task
 
 REVISION = 1
-TOOLS = (augment, patches)
+TOOLS = (augmentation, patches)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A hole of `grid` / 2 by `grid` / 2 cells; the image is cropped to a whole number of pixels per cell."""
 
     kind: Literal["inpainting"] = "inpainting"
@@ -52,7 +52,7 @@ def task(spec: Spec, size: int) -> Task:
     side = max(size - size % spec.grid, spec.grid)
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        squares = patches.square(augment.views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
+        squares = patches.square(augmentation.views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
         hole = holes(len(images), spec.grid, spec.place == "random", generator).to(images.device)
         cells = nn.functional.avg_pool2d(squares, side // spec.grid)
         pixels = hole.repeat_interleave(side // spec.grid, dim=1).repeat_interleave(side // spec.grid, dim=2)

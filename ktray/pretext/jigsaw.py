@@ -22,18 +22,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import classification, colour, patches, permutations
-from ktray.classification import cross_entropy
 from ktray.errors import UserError
-from ktray.permutations import TILES, farthest
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.ops import colour, patches, permutations
+from ktray.ops.permutations import TILES, farthest
+from ktray.strict import StrictSpec
+from ktray.training import classification
+from ktray.training.classification import cross_entropy
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (classification, colour, patches, permutations)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A puzzle of 3x3 tiles, its size, and the defences against solving it by the wrong means."""
 
     kind: Literal["jigsaw"] = "jigsaw"

@@ -23,11 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import classification, colour, patches, permutations
-from ktray.classification import cross_entropy
-from ktray.permutations import TILES, far_apart
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.ops import colour, patches, permutations
+from ktray.ops.permutations import TILES, far_apart
+from ktray.strict import StrictSpec
+from ktray.training import classification
+from ktray.training.classification import cross_entropy
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (classification, colour, patches, permutations)
@@ -39,7 +40,7 @@ _COLOURS = torch.stack([_GREY, torch.tensor(colour.PROJECTION), torch.eye(3)])
 _SHARES = {"paper": (0.7, 0.0, 0.3), "released": (0.5, 0.25, 0.25)}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """A puzzle of 3x3 tiles; `variant` says whose colours: the "paper" text's or the "released" code's."""
 
     kind: Literal["jigsaw_pp"] = "jigsaw_pp"

@@ -11,17 +11,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ktray import augment, classification
-from ktray.classification import cross_entropy
+from ktray.ops import augmentation
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training import classification
+from ktray.training.classification import cross_entropy
+from ktray.training.task import Task
 
 REVISION = 1
-TOOLS = (augment, classification)
+TOOLS = (augmentation, classification)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """`rotations`: "all" four of each image (a batch of B images trains on 4B), or "one" at random.
 
     `augment` comes before the rotation: a mirrored image is still upright.
@@ -40,12 +41,12 @@ def task(spec: Spec, size: int) -> Task:
     """
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augment.views(images, spec.augment, generator)
+        seen = augmentation.views(images, spec.augment, generator)
         turned = torch.stack([torch.rot90(seen, turns, dims=(1, 2)) for turns in range(4)], dim=1)
         targets = torch.arange(4, device=images.device).expand(len(images), 4)
         if spec.rotations == "one":
             targets = torch.randint(4, (len(images), 1), generator=generator).to(images.device)
             turned = turned.take_along_dim(targets[:, :, None, None, None], dim=1)
-        return augment.to_float(turned.flatten(0, 1)), targets
+        return augmentation.to_float(turned.flatten(0, 1)), targets
 
     return Task(head=lambda width: nn.Linear(width, 4), batch=batch, loss=cross_entropy, mean_over_images=True)

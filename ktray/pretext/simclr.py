@@ -14,16 +14,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import distortions
-from ktray.distortions import Distortions, view
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.ops import distortions
+from ktray.ops.distortions import Distortions, view
+from ktray.strict import StrictSpec
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (distortions,)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Two distorted views per image, compared after a small network that is then thrown away."""
 
     kind: Literal["simclr"] = "simclr"

@@ -20,20 +20,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import augment, colour, gamut
 from ktray.images import Images
+from ktray.ops import augmentation, colour, gamut
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training.task import Task
 
 REVISION = 1
-TOOLS = (augment, colour, gamut)
+TOOLS = (augmentation, colour, gamut)
 
 NEEDS = ("colours",)
 _MIDDLE = 50.0  # of lightness in [0, 100]
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """`grid` x `grid` cells, each with a colour and a lightness."""
 
     kind: Literal["split_brain"] = "split_brain"
@@ -66,7 +66,7 @@ def task(spec: Spec, size: int, images: Images) -> Task:
     colours = gamut.gamut(spec.bin)
 
     def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = colour.lab(augment.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
+        seen = colour.lab(augmentation.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
         means = gamut.cells(seen, spec.grid)
         level = (means[..., 0] / 100 * spec.levels).long().clamp(0, spec.levels - 1)
         targets = torch.stack([gamut.nearest(means[..., 1:], colours.to(pixels.device)), level], dim=1)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ktray import classification
 from ktray.images import Images
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training import classification
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (classification,)
@@ -19,7 +19,7 @@ TOOLS = (classification,)
 NEEDS = ("labels",)
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Random views of the images, as a student has them."""
 
     kind: Literal["supervised"] = "supervised"

@@ -58,9 +58,9 @@ def _content(
     store: Store,
     labels_used: Mapping[str, int],
 ) -> dict[str, Any]:
-    from ktray.report import best_pair, learning, tables
+    from ktray.report import best_pair, learning_curves, tables
     from ktray.report.headline import headline
-    from ktray.report.reuse import finder, reuse
+    from ktray.report.stage_reuse import finder, reuse
     from ktray.search.ranking import ranked
 
     find = finder(store)
@@ -71,8 +71,8 @@ def _content(
         "pruned": sum(trial.state == "pruned" for trial in trials),
         "heat": tables.heat_table(trials, objectives),
         "metric": objectives[0][0],
-        "scatter": learning.objectives_plot(trials, objectives, references),
-        "curves": learning.learning_curves(trials, objectives, find),
+        "scatter": learning_curves.objectives_plot(trials, objectives, references),
+        "curves": learning_curves.learning_curves(trials, objectives, find),
         "sheet": best_pair.sheet(best, find) if best else None,
         "statistics": best_pair.statistics(best, find) if best else None,
         "reuse": reuse(trials, find),

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from ktray.report.formatting import duration, number, shareable, size
 from ktray.report.plots import sizes
-from ktray.report.reuse import ORDER, Find, needed
-from ktray.report.words import duration, number, shareable, size
+from ktray.report.stage_reuse import ORDER, Find, needed
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial

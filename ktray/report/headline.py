@@ -14,9 +14,9 @@ from ktray.errors import UserError
 from ktray.pipeline.naming import lineage
 from ktray.pipeline.references import CEILING, RANDOM
 from ktray.plugins import module
+from ktray.report.formatting import counted, listed, measure, number, title_of, without_places
+from ktray.report.metric_values import Objective, losses, value_of
 from ktray.report.plots import strip
-from ktray.report.ranking import Objective, losses, value_of
-from ktray.report.words import counted, listed, measure, number, title_of, without_places
 from ktray.search.ranking import ranked
 from ktray.search.trial import STATES, Trial
 

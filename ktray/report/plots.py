@@ -9,7 +9,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from ktray.report.axes import Axis, axis, linear, tick_text
-from ktray.report.words import measure
+from ktray.report.formatting import measure
 
 WIDTH, HEIGHT = 480, 310
 LEFT, RIGHT, TOP, BOTTOM = 66, 462, 14, 264

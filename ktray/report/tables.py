@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktray.pipeline.naming import student_name, teacher_name
-from ktray.report.ranking import Objective, losses, value_of
-from ktray.report.words import duration, kind_of_cause, measure, without_places
-from ktray.search.apart import names, told_apart
+from ktray.report.formatting import duration, kind_of_cause, measure, without_places
+from ktray.report.metric_values import Objective, losses, value_of
 from ktray.search.ranking import ranked
+from ktray.search.trial_differences import names, told_apart
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial

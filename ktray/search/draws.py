@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical, fingerprint, seed_of
-from ktray.search.sampler import Quote, Sampler, Spend, at_random
+from ktray.search.sampler import DrawCost, Quote, Sampler, at_random
 from ktray.search.space import Space
-from ktray.search.tree import Params, Scalar
+from ktray.search.space_tree import Params, Scalar
 from ktray.search.trial import State, Trial
 
 REPEATS = 3  # proposals in a row that equal an earlier trial before an unseen draw is looked for
@@ -21,7 +21,7 @@ ATTEMPTS = 16  # proposals in a row that may all be too dear
 TRIES = 1_000  # random draws that may all be known before a larger space counts as exhausted
 
 
-class Source(Protocol):
+class DrawSource(Protocol):
     """Where new trials come from."""
 
     def told(self, trial: Trial) -> None:
@@ -33,11 +33,11 @@ class Source(Protocol):
     def retry(self) -> int:
         """Draw the pairs of failed trials again before any other; how many there are."""
 
-    def following(self, spent: Spend, left: float = math.inf) -> Trial | Literal["dear"] | None:
+    def following(self, spent: DrawCost, left: float = math.inf) -> Trial | Literal["dear"] | None:
         """The next trial: to run, or settled already; None: there is no other, "dear": none for as little as `left`."""
 
 
-class Draws:
+class SampledDraws:
     """The draws of a space, one after the other; what was drawn is known from the trials that it is told of."""
 
     def __init__(self, space: Space, quote: Quote | None = None) -> None:
@@ -78,7 +78,7 @@ class Draws:
                 self._again.append(params)
         return len(self._again)
 
-    def following(self, spent: Spend, left: float = math.inf) -> Trial | Literal["dear"] | None:
+    def following(self, spent: DrawCost, left: float = math.inf) -> Trial | Literal["dear"] | None:
         """The next trial: to run, or already a duplicate, or failed as no valid pair; None if the space is exhausted.
 
         Args:

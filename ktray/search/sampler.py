@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 
 from ktray.fingerprint import canonical, seed_of
-from ktray.search.evidence import Evidence
+from ktray.search.observations import Observations
 from ktray.search.space import Space
+from ktray.search.space_tree import Choice, Parameter, Params, Scalar, all_values
 from ktray.search.surrogate import Surrogate
 from ktray.search.tpe import Parzen
-from ktray.search.tree import Choice, Parameter, Params, Scalar, all_values
 from ktray.search.trial import Trial
 
 STARTUP = 10  # trials with a result before TPE has anything to say, as in Optuna
@@ -40,14 +40,14 @@ QUOTED = 16  # draws of a new prefix whose price is asked for, the most promisin
 HOLDS = frozenset({"running", "paused", "completed", "pruned"})  # states of trials whose prefix is there or on its way
 
 
-class Spend(NamedTuple):
+class DrawCost(NamedTuple):
     """Seconds of stages before the student, and of the student and what judges it."""
 
     prefix: float = 0.0
     suffix: float = 0.0
 
 
-Quote = Callable[[Params], Spend | None]
+Quote = Callable[[Params], DrawCost | None]
 """What a draw would add to what is spent; None if it is no valid pair."""
 
 
@@ -83,7 +83,7 @@ class Sampler:
 
     def __init__(self, space: Space, quote: Quote | None = None) -> None:
         self.space, self.quote = space, quote
-        self.evidence = Evidence(space)
+        self.evidence = Observations(space)
         self._parzen, self._surrogate = Parzen(space), Surrogate(space)
         self.made: set[str] = set()  # canonical text of the params of all draws
         self._prefixes: dict[str, _Prefix] = {}
@@ -110,7 +110,7 @@ class Sampler:
     def propose(
         self,
         count: int,
-        spent: Spend,
+        spent: DrawCost,
         planned: Mapping[str, Scalar] | None = None,
         left: float = math.inf,
         attempt: int = 0,
@@ -135,7 +135,7 @@ class Sampler:
             return at_random(self.space, seed, planned)
         return self._parzen.densities(*self.evidence.split(), seed).best(planned or {})
 
-    def _balanced(self, generator: random.Random, spent: Spend, planned: Mapping[str, Scalar], left: float) -> Params:
+    def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], left: float) -> Params:
         ranked, unknown = self.evidence.ranked(SHOWN)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
         if not draws:  # all that is likely was made: whoever asked knows how to look for the rest
@@ -150,7 +150,7 @@ class Sampler:
         left = [self.evidence.left(trial) for trial in ranked]
         return self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws, left)
 
-    def _affordable(self, draws: Sequence[Params], spent: Spend, quote: Quote, left: float) -> Params:
+    def _affordable(self, draws: Sequence[Params], spent: DrawCost, quote: Quote, left: float) -> Params:
         """The first that can be afforded; else the first that `left` pays for, or the cheapest where nothing was bought yet."""
         asked: list[tuple[float, Params]] = []
         new = 0
@@ -205,7 +205,7 @@ def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar]
     sampler = Sampler(space)
     for trial in trials:
         sampler.told(trial)
-    return sampler.propose(len(trials), Spend(), planned)
+    return sampler.propose(len(trials), DrawCost(), planned)
 
 
 def at_random(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:

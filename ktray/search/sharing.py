@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ktray.search import tree
+from ktray.search import space_tree
 from ktray.search.space import BRANCHINGS, Space
-from ktray.search.tree import Parameter, Params
+from ktray.search.space_tree import Parameter, Params
 
 Keys = Callable[[Params], Iterable[tuple[str, str]]]
 """The stages that a draw needs: (name, key) of each, in the order in which they run; none if its values do not go together."""
@@ -20,7 +20,7 @@ Place = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedStages:
     """One kind of stage in a space.
 
     Attributes:
@@ -34,7 +34,7 @@ class Shared:
     expected: float
 
 
-def sharing(space: Space, keys: Keys, draws: int) -> list[Shared]:
+def sharing(space: Space, keys: Keys, draws: int) -> list[SharedStages]:
     """What is shared, kind by kind, in the order in which stages run.
 
     Found by changing one parameter at a time in each branch: a kind has as many artifacts as there are combinations of the
@@ -43,8 +43,10 @@ def sharing(space: Space, keys: Keys, draws: int) -> list[Shared]:
     Args:
         draws: how many the search makes.
     """
-    branches = list(itertools.islice(tree.points(space.root, lambda parameter: tree.ends(parameter)[:1]), BRANCHINGS))
-    listed = {parameter.name: parameter for parameter, _ in tree.parameters(space.root)}
+    branches = list(
+        itertools.islice(space_tree.points(space.root, lambda parameter: space_tree.ends(parameter)[:1]), BRANCHINGS)
+    )
+    listed = {parameter.name: parameter for parameter, _ in space_tree.parameters(space.root)}
     groups: dict[tuple[str, str, frozenset[str]], float] = {}
     for base in branches:
         own, movers = _movers(base, listed, keys)
@@ -58,8 +60,8 @@ def _movers(base: Params, listed: Mapping[str, Parameter], keys: Keys) -> tuple[
     """Stage -> its key in the draw `base`; stage -> parameters that change it."""
     own = _placed(keys(base))
     movers: dict[Place, set[str]] = {place: set() for place in own}
-    for name in (name for name in base if not tree.branching(listed[name])):
-        for value in tree.ends(listed[name])[1:]:
+    for name in (name for name in base if not space_tree.branching(listed[name])):
+        for value in space_tree.ends(listed[name])[1:]:
             changed = _placed(keys({**base, name: value}))
             for stage in own if changed else ():
                 if changed.get(stage) != own[stage]:
@@ -76,17 +78,17 @@ def _placed(stages: Iterable[tuple[str, str]]) -> dict[Place, str]:
     return found
 
 
-def _summed(groups: Mapping[tuple[str, str, frozenset[str]], float], listed: Mapping[str, Parameter]) -> list[Shared]:
-    rows: dict[str, Shared] = {}
+def _summed(groups: Mapping[tuple[str, str, frozenset[str]], float], listed: Mapping[str, Parameter]) -> list[SharedStages]:
+    rows: dict[str, SharedStages] = {}
     for (name, _, movers), draws in groups.items():
-        values = [tree.all_values(listed[each]) for each in movers]
+        values = [space_tree.all_values(listed[each]) for each in movers]
         sizes = [len(each) for each in values if each is not None]
         endless = len(sizes) < len(values)
         combinations = math.prod(sizes)
         expected = draws if endless else _distinct(combinations, draws)
-        before = rows.get(name, Shared(name, 0, 0.0))
+        before = rows.get(name, SharedStages(name, 0, 0.0))
         possible = None if endless or before.possible is None else before.possible + combinations
-        rows[name] = Shared(name, possible, before.expected + min(expected, draws))
+        rows[name] = SharedStages(name, possible, before.expected + min(expected, draws))
     return list(rows.values())
 
 

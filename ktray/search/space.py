@@ -18,12 +18,10 @@ from pydantic import ValidationError
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint, flat
-from ktray.search import check as checks
-from ktray.search import document as documents
-from ktray.search import problems, tree
-from ktray.search.document import Budget, Document, EarlyStop
-from ktray.search.problems import Problem
-from ktray.search.tree import Ask, Params, Scalar
+from ktray.search import space_check, space_file, space_tree, spec_errors
+from ktray.search.space_file import Budget, EarlyStop, SpaceFile
+from ktray.search.space_tree import Ask, Params, Scalar
+from ktray.search.spec_errors import SpecError
 from ktray.spec import PairSpec
 
 MANY = 10  # values of an integer parameter before the student: with more, hardly any draw shares its prefix
@@ -43,7 +41,7 @@ class Goal(NamedTuple):
 class Space:
     """What may be drawn, and how the search goes about it."""
 
-    document: Document
+    document: SpaceFile
     root: Any
     source: str
 
@@ -54,10 +52,10 @@ class Space:
         Raises:
             UserError: fields or operators are wrong.
         """
-        document = documents.document(content, source)
-        found: list[Problem] = []
-        root = tree.grow(document.pair, (), found)
-        problems.refuse(found, source)
+        document = space_file.document(content, source)
+        found: list[SpecError] = []
+        root = space_tree.grow(document.pair, (), found)
+        spec_errors.refuse(found, source)
         return cls(document, root, source)
 
     @property
@@ -91,26 +89,28 @@ class Space:
     @property
     def start_with(self) -> tuple[Params, ...]:
         """Parameters of the first draws, as labels; those left out are the sampler's."""
-        return tuple({str(name): tree.label(value) for name, value in entry.items()} for entry in self.document.start_with)
+        return tuple(
+            {str(name): space_tree.label(value) for name, value in entry.items()} for entry in self.document.start_with
+        )
 
     def suggest(self, ask: Ask) -> Params:
         """One draw, define-by-run: asks for each parameter in the order of the file, and never for those of other branches."""
         params: Params = {}
-        tree.draw(self._drawn, ask, params)
+        space_tree.draw(self._drawn, ask, params)
         return params
 
     @cached_property
     def _drawn(self) -> Any:
         """As much of the tree as is drawn: a sampler compares many draws, and most of a pair is the same in all."""
-        return tree.bare(self.root)
+        return space_tree.bare(self.root)
 
     def complete(self, params: Mapping[str, Scalar]) -> Params:
         """`params` with the first option, or the lower end, of each parameter that is left out."""
-        return self.suggest(lambda parameter: params.get(parameter.name, tree.ends(parameter)[0]))
+        return self.suggest(lambda parameter: params.get(parameter.name, space_tree.ends(parameter)[0]))
 
     def plain(self, params: Mapping[str, Scalar]) -> dict[str, Any]:
         """The pair that `params` draw, as plain data before validation."""
-        value: dict[str, Any] = tree.resolve(self.root, params)
+        value: dict[str, Any] = space_tree.resolve(self.root, params)
         return value
 
     def pair(self, params: Mapping[str, Scalar]) -> PairSpec:
@@ -123,15 +123,15 @@ class Space:
         try:
             return PairSpec.model_validate(value)
         except ValidationError as error:
-            found = problems.of_validation(error, PairSpec, value, lambda path: self.place(path, params))
-            problems.refuse(found, self.source)
+            found = spec_errors.of_validation(error, PairSpec, value, lambda path: self.place(path, params))
+            spec_errors.refuse(found, self.source)
             raise AssertionError("unreachable: a validation error has problems") from error
 
-    def place(self, path: problems.Path, params: Mapping[str, Scalar]) -> str:
+    def place(self, path: spec_errors.Path, params: Mapping[str, Scalar]) -> str:
         """Dotted path in the file of a field of the pair that `params` draw, such as ``pair.teacher.hog.descriptor.cell``."""
         node, steps = self.root, ["pair"]
         for step in path:
-            while isinstance(node, tree.OneOf):
+            while isinstance(node, space_tree.OneOf):
                 branch = str(params[node.choice.name])
                 steps.append(branch)
                 node = node.branches[branch]
@@ -142,13 +142,13 @@ class Space:
                 node = node[step]
             else:
                 node = None
-        if isinstance(node, tree.OneOf):
+        if isinstance(node, space_tree.OneOf):
             steps.append(str(params[node.choice.name]))
         return ".".join(steps)
 
     def size(self) -> int | None:
         """Number of different draws; None if a parameter is continuous."""
-        return tree.size(self.root)
+        return space_tree.size(self.root)
 
     def draws(self) -> Iterator[Params]:
         """Every draw of a finite space, in the order of the file.
@@ -158,27 +158,27 @@ class Space:
         """
         if self.size() is None:
             raise ValueError("a continuous space has no list of its draws")
-        return tree.points(self.root, lambda parameter: tree.all_values(parameter) or ())
+        return space_tree.points(self.root, lambda parameter: space_tree.all_values(parameter) or ())
 
     def corners(self) -> Iterator[tuple[str, Params]]:
         """Draws that touch every branch, every option and both ends of every range, one at a time.
 
         Their labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
         """
-        bases = tree.points(self.root, lambda parameter: tree.ends(parameter)[:1])
-        listed = {parameter.name: parameter for parameter, _ in tree.parameters(self.root)}
+        bases = space_tree.points(self.root, lambda parameter: space_tree.ends(parameter)[:1])
+        listed = {parameter.name: parameter for parameter, _ in space_tree.parameters(self.root)}
         for base in itertools.islice(bases, BRANCHINGS):
-            branches = {name: value for name, value in base.items() if tree.branching(listed[name])}
+            branches = {name: value for name, value in base.items() if space_tree.branching(listed[name])}
             head = ", ".join(f"{name}={value}" for name, value in branches.items()) or "the pair"
             yield head, base
             for name in [name for name in base if name not in branches]:
-                for value in tree.ends(listed[name])[1:]:
+                for value in space_tree.ends(listed[name])[1:]:
                     yield f"{head}: {name}={value}", {**base, name: value}
 
     def branch_draws(self) -> Iterator[tuple[str, Params]]:
         """Those of `corners` that show a branch which none before them shows; the first one if there are no branches."""
-        branches = [parameter for parameter, _ in tree.parameters(self.root) if tree.branching(parameter)]
-        unseen = {(parameter.name, value) for parameter in branches for value in tree.ends(parameter)}
+        branches = [parameter for parameter, _ in space_tree.parameters(self.root) if space_tree.branching(parameter)]
+        unseen = {(parameter.name, value) for parameter in branches for value in space_tree.ends(parameter)}
         for number, (label, params) in enumerate(self.corners()):
             shown = unseen & set(params.items())
             if shown or number == 0:
@@ -188,10 +188,10 @@ class Space:
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant: a prefix that never repeats."""
         found = []
-        for parameter, under in tree.parameters(self.root):
+        for parameter, under in space_tree.parameters(self.root):
             part = parameter.name.split(".")[0]
-            values = tree.all_values(parameter)
-            many = isinstance(parameter, tree.Range) and (not values or len(values) > MANY)
+            values = space_tree.all_values(parameter)
+            many = isinstance(parameter, space_tree.Range) and (not values or len(values) > MANY)
             if many and self._before_the_student(parameter.name, under):
                 what = {"teacher": "teacher", "transfer": "clustering", "data": "data set"}.get(part, part)
                 shape = "continuous" if values is None else f"one of {len(values)} values"
@@ -235,7 +235,7 @@ def load(path: Path, overrides: list[str]) -> Space:
     Raises:
         UserError: names file, dotted path, what is wrong and what would be right; up to five things at once.
     """
-    return _searched(documents.read(path, overrides), str(path), path.name)
+    return _searched(space_file.read(path, overrides), str(path), path.name)
 
 
 def parse(text: str, overrides: list[str], source: str) -> Space:
@@ -244,13 +244,13 @@ def parse(text: str, overrides: list[str], source: str) -> Space:
     Raises:
         UserError: as for `load`.
     """
-    return _searched(documents.parsed(text, overrides, source), source, source)
+    return _searched(space_file.parsed(text, overrides, source), source, source)
 
 
 def _searched(content: Mapping[str, Any], place: str, source: str) -> Space:
     if not SEARCHES & content.keys():
         raise UserError("this is a pair, and a search space is wanted", place, f"Use ktray run {place}.")
-    return checks.checked(Space.of(content, source))
+    return space_check.checked(Space.of(content, source))
 
 
 def is_space(path: Path) -> bool:
@@ -259,7 +259,7 @@ def is_space(path: Path) -> bool:
     Raises:
         UserError: the file cannot be read.
     """
-    content = documents.read(path, [])
+    content = space_file.read(path, [])
     return bool(SEARCHES & content.keys())
 
 
@@ -271,7 +271,7 @@ def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:
     """
     if is_space(path):
         raise UserError("this is a search space, and a pair is wanted", str(path), f"Use ktray search {path}.")
-    content = documents.read(path, overrides)
+    content = space_file.read(path, overrides)
     return {path.stem: pair_of(content, path.name)}
 
 
@@ -285,7 +285,7 @@ def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
         others = ", ".join(repr(key) for key in content if key != "pair")
         raise UserError(f"beside 'pair' there is {others}", source, "A pair's file holds 'pair' alone.")
     space = Space.of({"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source)
-    drawn = next(tree.parameters(space.root), None)
+    drawn = next(space_tree.parameters(space.root), None)
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")
     return space.pair({})

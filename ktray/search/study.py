@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ktray.errors import UserError
-from ktray.search import document, ranking, rungs, target, warm
-from ktray.search.draws import Draws, Source
-from ktray.search.failures import Failures
+from ktray.search import halving, ranking, space_file, trial_target
+from ktray.search import warm_start as warm
+from ktray.search.budget import Charges, Spending, affordable_seconds, too_little, used_up
+from ktray.search.draws import DrawSource, SampledDraws
+from ktray.search.elapsed import ElapsedTime
+from ktray.search.failure_limit import FailureLimit
 from ktray.search.journal import Journal, held
-from ktray.search.purse import Charges, Purse, affordable_seconds, too_little, used_up
-from ktray.search.sampler import Quote, Spend
+from ktray.search.sampler import DrawCost, Quote
 from ktray.search.space import Space
-from ktray.search.stopwatch import Stopwatch
 from ktray.search.trial import Parts, State, Trial
 
 
@@ -45,27 +46,27 @@ class Study:
     """
 
     def __init__(
-        self, journal: Journal, space: Space, clock: Callable[[], float], trials: str | int | None, draws: Source
+        self, journal: Journal, space: Space, clock: Callable[[], float], trials: str | int | None, draws: DrawSource
     ) -> None:
         self.space = space
         self.reason: str | None = None
         self._journal, self._clock, self._draws = journal, clock, draws
         notes = journal.notes()
-        self._watch = Stopwatch(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
-        self._parts, self.purse = Parts(), Purse()
+        self._watch = ElapsedTime(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
+        self._parts, self.purse = Parts(), Spending()
         self._trials: dict[int, Trial] = {}  # in the order of their numbers
-        self._standings, self._counted = rungs.Standings(space.early_stop), 0
+        self._standings, self._counted = halving.RungScores(space.early_stop), 0
         for trial in warm.evidence(notes.get(warm.NOTE, {})):
             draws.told(trial)
         for trial in journal.trials():
             self._enter(self._parts.share(trial))
         self._live: dict[int, Trial] = {}
         self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
-        self._failures, self._concurrent = Failures(self.trials()), space.budget.concurrent
+        self._failures, self._concurrent = FailureLimit(self.trials()), space.budget.concurrent
         self._exhausted = self._over = False
-        self._dear: Spend | None = None  # what was spent when no draw could be paid any more
+        self._dear: DrawCost | None = None  # what was spent when no draw could be paid any more
         self._unlock = contextlib.ExitStack()
-        self.target = target.agreed(journal, space, trials, self.drawn, self._open())
+        self.target = trial_target.agreed(journal, space, trials, self.drawn, self._open())
 
     @classmethod
     def open(
@@ -75,7 +76,7 @@ class Study:
         name: str | None = None,
         clock: Callable[[], float] = time.time,
         trials: str | int | None = None,
-        draws: Source | None = None,
+        draws: DrawSource | None = None,
         warm_start: str | None = None,
         retry: bool = False,
     ) -> Study:
@@ -94,19 +95,19 @@ class Study:
         """
         name = name or space.name
         try:
-            document.check_name(name)
+            space_file.check_name(name)
         except ValueError as error:
             raise UserError(str(error), "--name") from error
-        target.checked(trials)
+        trial_target.checked(trials)
         with contextlib.ExitStack() as unlock:
             unlock.enter_context(held(home, name))
             journal = Journal(home, name, space)
-            target.same_space(journal.notes().get("space"), space, name)
+            trial_target.same_space(journal.notes().get("space"), space, name)
             if warm_start:
                 journal.note(warm.NOTE, warm.added(journal.notes().get(warm.NOTE, {}), home, space, name, warm_start))
-            study = cls(journal, space, clock, trials, draws or Draws(space))
+            study = cls(journal, space, clock, trials, draws or SampledDraws(space))
             if retry:
-                study.target = target.raised(journal, max(study.target, study.drawn + study._draws.retry()))
+                study.target = trial_target.raised(journal, max(study.target, study.drawn + study._draws.retry()))
             study._unlock = unlock.pop_all()
         return study
 
@@ -151,12 +152,12 @@ class Study:
         if len(self._live) >= self._concurrent:
             return "wait"
         # Those that a killed driver left were admitted when they were charged: their own reservation does not bar them.
-        spent = Spend() if self._orphans else self.purse.spent
+        spent = DrawCost() if self._orphans else self.purse.spent
         limit = used_up(self.space.budget, self.spent, spent)
         trial = self._coming() if limit is None else None
         if trial is None and self._live:
             return "wait"
-        if trial is None and used_up(self.space.budget, self.spent, Spend()) is None:  # no hours are too few for one result
+        if trial is None and used_up(self.space.budget, self.spent, DrawCost()) is None:  # no hours are too few for one result
             hope = self._standings.last_hope()
             trial = None if hope is None else self._trials[hope]
         if trial is not None:
@@ -192,7 +193,7 @@ class Study:
         if trial.state == "paused":
             trial = self._write(trial, state="running")
         self._live[trial.number] = trial
-        until = rungs.next_rung(self.space.early_stop, trial)
+        until = halving.next_rung(self.space.early_stop, trial)
         return Assignment(trial, until, until == trial.epochs)
 
     def charge(self, number: int, charges: Charges) -> Trial:
@@ -241,7 +242,7 @@ class Study:
             ValueError: it was to run to another epoch.
         """
         trial = self._live[number]
-        until = rungs.next_rung(self.space.early_stop, trial)
+        until = halving.next_rung(self.space.early_stop, trial)
         if epoch != until or epoch == trial.epochs:
             raise ValueError(f"trial {number} runs to epoch {until} of {trial.epochs} and reports epoch {epoch}")
         if not math.isfinite(score):

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.special import ndtr, ndtri
 
-from ktray import blas
+from ktray.ops import blas
 from ktray.search.space import Space
-from ktray.search.tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters
+from ktray.search.space_tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters
 
 FAR = math.exp(-0.5)  # how alike draws are that differ in one part and in nothing else
 NEAR = 0.5  # of a number's range: at this distance two values are still rather alike

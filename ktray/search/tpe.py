@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import TPESampler
 
 from ktray.search.space import Space
-from ktray.search.tree import Choice, Parameter, Params, Scalar, parameters
+from ktray.search.space_tree import Choice, Parameter, Params, Scalar, parameters
 from ktray.search.trial import Trial
 
 CANDIDATES = 24  # of which the best is proposed, as in Optuna

@@ -17,10 +17,10 @@ from typing import Any, Concatenate, Literal, ParamSpec
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint
 from ktray.tracking.connection import checked, default_uri
+from ktray.tracking.mlflow_names import key_of, metrics_of, params_of, run_name, tags_of
 from ktray.tracking.pages import experiment_tags
-from ktray.tracking.rules import key_of, metrics_of, params_of, run_name, tags_of
 from ktray.tracking.spool import Spool
-from ktray.tracking.ui import serve
+from ktray.tracking.ui_server import serve
 from ktray.tracking.writer import Writer
 
 __all__ = ["Tracker", "default_uri", "replay", "serve"]

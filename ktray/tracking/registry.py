@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktray.errors import UserError
 from ktray.tracking.connection import checked, connect, environment
-from ktray.tracking.rules import quoted, text_of
+from ktray.tracking.mlflow_names import quoted, text_of
 
 if TYPE_CHECKING:
     from torch import nn

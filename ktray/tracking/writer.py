@@ -12,8 +12,8 @@ from typing import Any
 from ktray.fingerprint import fingerprint
 from ktray.tracking import connection
 from ktray.tracking.events import apply
-from ktray.tracking.rules import without_password
-from ktray.tracking.runs import Runs
+from ktray.tracking.mlflow_names import without_password
+from ktray.tracking.mlflow_runs import MlflowRuns
 from ktray.tracking.spool import Position, Spool
 
 INTERVAL = 1.0  # seconds between batches
@@ -38,7 +38,7 @@ class Writer:
     def __init__(self, spool: Spool, uri: str, home: Path, study: str, identity: Mapping[str, str]) -> None:
         self._spool, self._uri, self._home, self._study, self._identity = spool, uri, home, study, dict(identity)
         self._position: Position | None = None
-        self._runs: Runs | None = None
+        self._runs: MlflowRuns | None = None
         self._pause = 0.0
         self._failures = 0  # in a row
         self._refusals = 0  # of the same batch, in a row
@@ -96,7 +96,7 @@ class Writer:
             return False
         if self._runs is None:
             opened = connection.connect(self._uri, self._home, self._study, {"ktray.study": self._study})
-            self._runs = Runs(opened, self._identity, position.runs)
+            self._runs = MlflowRuns(opened, self._identity, position.runs)
         if self._refusals >= PATIENCE:
             self._write_singly(entries, self._runs, position)
         else:
@@ -104,7 +104,7 @@ class Writer:
             self._advance(position, entries[-1][1])
         return True
 
-    def _write_singly(self, entries: list[tuple[dict[str, Any], int]], runs: Runs, position: Position) -> None:
+    def _write_singly(self, entries: list[tuple[dict[str, Any], int]], runs: MlflowRuns, position: Position) -> None:
         """One event at a time up to the one that the tracker refuses, which is put aside: it must not hold up the others."""
         for event, end in entries:
             try:

@@ -5,7 +5,7 @@ Several k at once are several heads on one student, as several granularities of 
 Source: Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385 (figure 2; k = 2000 on ImageNet, flat from 500 to
 10,000 in table 1). Its normalisation and iterations are not known; L2 and 20 iterations are common practice. Small clusters
 merged: Zhan, Xie, Liu, Ong, Loy, "Online Deep Clustering", CVPR 2020, arXiv:2006.10645.
-Uniform sampling: `ktray.sampling`.
+Uniform sampling: `ktray.training.sampling`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ktray import classification, sampling
 from ktray.errors import UserError
 from ktray.spec import Augment, Seed
-from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets, require_images
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training import classification, sampling
+from ktray.training.targets import Targets, require_images
+from ktray.training.task import Task
 
 REVISION = 2
 TOOLS = (classification, sampling)
@@ -31,7 +31,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """k-means on the teacher's features, projected in a fixed order with each step optional: L2, PCA, whiten, L2."""
 
     kind: Literal["clusters"] = "clusters"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ktray import classification
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training import classification
+from ktray.training.targets import Targets
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (classification,)
@@ -19,7 +19,7 @@ TOOLS = (classification,)
 NEEDS: dict[str, tuple[str, ...]] = {"labels": ()}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Nothing to choose."""
 
     kind: Literal["labels"] = "labels"

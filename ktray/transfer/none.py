@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ktray.spec import Spec as SpecBase
+from ktray.strict import StrictSpec
 
 REVISION = 1
 
 NEEDS: dict[str, tuple[str, ...]] = {}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Nothing to choose."""
 
     kind: Literal["none"] = "none"

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ktray import classification
 from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
-from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets, require_images
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training import classification
+from ktray.training.targets import Targets, require_images
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (classification,)
@@ -28,7 +28,7 @@ TOOLS = (classification,)
 NEEDS: dict[str, tuple[str, ...]] = {}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Every image in one of k classes, by a seeded shuffle; the sizes of the classes differ by at most one image."""
 
     kind: Literal["random_clusters"] = "random_clusters"

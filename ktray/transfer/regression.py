@@ -17,11 +17,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import distillation
 from ktray.spec import Augment
-from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training import distillation
+from ktray.training.targets import Targets
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (distillation,)
@@ -29,7 +29,7 @@ TOOLS = (distillation,)
 NEEDS: dict[str, tuple[str, ...]] = {"features": ()}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """The teacher's features to length 1, predicted by an MLP on the student."""
 
     kind: Literal["regression"] = "regression"

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
-from ktray import distillation
 from ktray.errors import UserError
 from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
-from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training import distillation
+from ktray.training.targets import Targets
+from ktray.training.task import Task
 
 REVISION = 1
 TOOLS = (distillation,)
@@ -34,7 +34,7 @@ TOOLS = (distillation,)
 NEEDS: dict[str, tuple[str, ...]] = {"features": ()}
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """Cosine similarities to the anchors as a softmax; the student's should be the teacher's."""
 
     kind: Literal["similarity"] = "similarity"

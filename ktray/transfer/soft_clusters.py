@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ktray import augment as views_of
+from ktray.ops import augmentation
 from ktray.spec import Augment, Seed
-from ktray.spec import Spec as SpecBase
-from ktray.targets import Targets, require_images
-from ktray.task import Task
+from ktray.strict import StrictSpec
+from ktray.training.targets import Targets, require_images
+from ktray.training.task import Task
 
 REVISION = 1
-TOOLS = (views_of,)
+TOOLS = (augmentation,)
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "clusters": ("k", "l2", "pca", "whiten", "l2_after", "iterations", "seed"),
@@ -34,7 +34,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """k-means as in `clusters`; every image is kept, and belongs to its nearest clusters by degrees."""
 
     kind: Literal["soft_clusters"] = "soft_clusters"
@@ -81,7 +81,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     shares = torch.from_numpy(shared(np.asarray(head.squared), spec.temperature))
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = views_of.to_float(views_of.views(images, augment, generator))
+        seen = augmentation.to_float(augmentation.views(images, augment, generator))
         soft = torch.zeros(len(indices), head.classes).scatter_(1, nearest[indices], shares[indices])
         return seen, soft.to(images.device)
 

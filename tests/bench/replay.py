@@ -24,10 +24,10 @@ import pyarrow.parquet as parquet
 
 from ktray import tracking
 from ktray.artifact import Stage
-from ktray.cli.source import load_space
-from ktray.drivers import search
-from ktray.drivers.stopping import Stopping
-from ktray.pipeline import graph as graphs
+from ktray.cli.spec_files import load_space
+from ktray.pipeline import pair_graph
+from ktray.runs import search_run
+from ktray.runs.interruption import Interruption
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -109,10 +109,10 @@ def space_of(folder: Path, trials: int, stop_early: bool, sampler: str) -> Space
 @contextmanager
 def made_up(store: FileStore, history: Path) -> Iterator[list[float]]:
     """Whatever a graph asks for is there; how many seconds that took is in the list."""
-    took, build = [0.0], graphs.build
+    took, build = [0.0], pair_graph.build
     known: set[str] = {path.name for path in store.root.iterdir()}
 
-    def building(*arguments: Any, **named: Any) -> graphs.Graph:
+    def building(*arguments: Any, **named: Any) -> pair_graph.Graph:
         graph = build(*arguments, **named)
         began = time.perf_counter()
         for stage in graph.stages:
@@ -122,11 +122,11 @@ def made_up(store: FileStore, history: Path) -> Iterator[list[float]]:
         took[0] += time.perf_counter() - began
         return graph
 
-    graphs.build = building  # type: ignore[assignment]
+    pair_graph.build = building  # type: ignore[assignment]
     try:
         yield took
     finally:
-        graphs.build = build
+        pair_graph.build = build
 
 
 def publish(store: FileStore, stage: Stage, history: Path) -> None:
@@ -171,11 +171,11 @@ def replay(folder: Path, trials: int, *, stop_early: bool = False, sampler: str 
     parquet.write_table(pa.table({"epoch": [1.0, 2.0, 3.0, 4.0], "loss": [1.0] * 4, "top1": [0.5] * 4}), history)
     screen = Screen(every=max(1, trials // TIMES))
     tracker = tracking.Tracker(tracking.default_uri(home) if tracked else "http://127.0.0.1:9", home, "toy")
-    place = search.Place(home, store, None, None)
+    place = search_run.SearchSettings(home, store, None, None)
     wake_mlflow(folder)
     with made_up(store, history) as took:
         began, cpu = time.perf_counter(), time.process_time()
-        outcome = search.search(space, place, tracker, Stopping(), screen, name="toy", trials=None)
+        outcome = search_run.search(space, place, tracker, Interruption(), screen, name="toy", trials=None)
         seconds = time.perf_counter() - began - took[0]
         cpu = time.process_time() - cpu - took[0]
     screen.look()

@@ -15,7 +15,11 @@ from typing import Any
 
 import psutil
 
-WORKERS = {"worker in a stage": "stage", "helper": "helping", "idle worker": "idle"}  # target -> what the crew says it does
+WORKERS = {
+    "worker in a stage": "stage",
+    "helper": "helping",
+    "idle worker": "idle",
+}  # target -> what the scheduler says it does
 TARGETS = ("driver", "broker", *WORKERS, "trial")
 LONGEST_FREEZE = 40.0
 EARLY = 0.02  # how often a search that is still starting is hit: only its driver is there, and it starts for long
@@ -48,7 +52,7 @@ class Faults:
     Args:
         family: process id -> command line of what the search and its cluster consist of.
         driver: process id of the `ktray search` that runs.
-        status: the file in which the search notes what its crew does.
+        status: the file in which the search notes what its scheduler does.
         nodes: process ids of each node that may be hit.
         targets: what may be hit beside them.
     """
@@ -63,7 +67,7 @@ class Faults:
 
     def strike(self) -> Fault | None:
         """Hit something; None if nothing of the kind that was chosen is there."""
-        if not self._crew() and self.dice.random() > EARLY:
+        if not self._scheduler() and self.dice.random() > EARLY:
             return None
         targets = [*self.targets, "node"] if self.nodes else [*self.targets]
         target = self.dice.choice(targets)
@@ -96,24 +100,24 @@ class Faults:
             return (self.dice.choice(found), "") if found else ([], "")
         if target in ("broker", "trial"):
             return self._one(titled(self.family(), "Broker" if target == "broker" else "ResourceTrainable")), ""
-        wanted, crew = WORKERS[target], self._crew()
+        wanted, scheduler = WORKERS[target], self._scheduler()
         alive = set(titled(self.family(), "Worker"))
-        pids = [each["pid"] for each in crew.get("workers", ()) if each["state"] == wanted and each["pid"] in alive]
+        pids = [each["pid"] for each in scheduler.get("workers", ()) if each["state"] == wanted and each["pid"] in alive]
         chosen = self._one(pids)
-        names = {each["name"] for each in crew.get("workers", ()) if each["pid"] in chosen}
-        keys = [run["key"] for run in crew.get("running", ()) if run["worker"] in names]
+        names = {each["name"] for each in scheduler.get("workers", ()) if each["pid"] in chosen}
+        keys = [run["key"] for run in scheduler.get("running", ()) if run["worker"] in names]
         return chosen, (keys or [""])[0]
 
     def _one(self, pids: Iterable[int]) -> list[int]:
         listed = sorted(pids)
         return [self.dice.choice(listed)] if listed else []
 
-    def _crew(self) -> dict[str, Any]:
+    def _scheduler(self) -> dict[str, Any]:
         try:
             noted = json.loads(self.status.read_text())
         except (OSError, ValueError):
             return {}
-        found: dict[str, Any] = noted["crew"] if noted["pid"] == self.driver() else {}
+        found: dict[str, Any] = noted["scheduler"] if noted["pid"] == self.driver() else {}
         return found
 
 

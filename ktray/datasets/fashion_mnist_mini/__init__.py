@@ -20,8 +20,8 @@ from PIL import Image
 from pydantic import Field
 
 from ktray.images import Source, Splits
-from ktray.spec import Spec as SpecBase
 from ktray.spec import Split
+from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ _HERE = Path(__file__).parent
 _FILES = ("labels.json", "test.png", "train.png")
 
 
-class Spec(SpecBase):
+class Spec(StrictSpec):
     """The embedded images; 28 keeps the pixels as they are."""
 
     kind: Literal["fashion_mnist_mini"] = "fashion_mnist_mini"

@@ -1,0 +1,247 @@
+"""The workers' side of k-means: rows kept in memory, labels, and the exact change of each cluster's sum.
+
+Nothing here is remembered that could not be computed again from the arguments; memory only saves time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import progress
+from ktray.clustering.projection import apply, finite_rows
+from ktray.ops import blas
+
+CACHE_BYTES = 8 << 30  # of projected rows that one worker keeps between iterations; more rows are projected again each time
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where rows and centroids live: projected, minus `centre`, rows rounded to multiples of `grid`; `key` names all of that.
+
+    Attributes:
+        projection: from `projection.fit`, or empty.
+        centre: (d,) float32, the mean of the projected rows: the expanded |x - c|^2 loses digits when the origin is far away.
+        grid: a power of two so coarse that any sums and differences of the rows are exact in float64.
+        key: sha256 hex of the three above.
+    """
+
+    projection: Mapping[str, NDArray[Any]]
+    centre: NDArray[np.float32]
+    grid: float
+    key: str
+
+    @classmethod
+    def of(cls, projection: Mapping[str, NDArray[Any]], centre: NDArray[np.float32], grid: float) -> Frame:
+        digest = hashlib.sha256(centre.tobytes() + np.float64(grid).tobytes())
+        for name in sorted(projection):
+            digest.update(name.encode() + np.asarray(projection[name]).tobytes())
+        return cls(projection, centre, grid, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """(K, d) float32 centroids in a space, and the digest of both by which a worker knows labels that it made with them."""
+
+    values: NDArray[np.float32]
+    digest: bytes
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32], space: Frame) -> Centroids:
+        return cls(values, hashlib.blake2b(space.key.encode() + values.tobytes(), digest_size=16).digest())
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the new centroids changed for some rows.
+
+    Attributes:
+        sums: (K, d) float64, what was added to the sum of each cluster's rows; exact.
+        counts: (K,) int64, the same for the number of rows.
+        squares: sum of |x|^2 of each shard.
+        moved: rows whose label differs from the one under the previous centroids.
+    """
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    squares: list[float]
+    moved: int
+
+
+Search = Callable[[NDArray[np.float32]], tuple[NDArray[np.int64], NDArray[np.float32]]]
+Scoring = Callable[[NDArray[np.float32]], Iterator[tuple[slice, NDArray[np.float32]]]]
+
+
+def scoring(centroids: NDArray[np.float32]) -> Scoring:
+    """A function of (n, d) float32 rows: pieces as (which rows, (rows, K) float32 |x - c|^2 - |x|^2).
+
+    The second is the same memory every time, so it is used up before the next is asked for.
+    """
+    minus_twice = np.ascontiguousarray((-2 * centroids).T)
+    norms = np.einsum("kd,kd->k", centroids, centroids, dtype=np.float64).astype(np.float32)
+    scores = np.empty((blas.CHUNK_ROWS, len(centroids)), np.float32)
+
+    def scored(rows: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        with blas.one_thread():
+            for where, piece in blas.chunks(rows):
+                np.matmul(piece, minus_twice, out=scores)
+                np.add(scores, norms, out=scores)
+                yield where, scores[: where.stop - where.start]
+
+    return scored
+
+
+def search(centroids: NDArray[np.float32]) -> Search:
+    """A function of (n, d) float32 rows: labels (n,) int64, the first where equal, and |x - c|^2 - |x|^2 (n,) float32."""
+    scored = scoring(centroids)
+
+    def nearest(rows: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        labels, lowest = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        for where, scores in scored(rows):
+            labels[where] = scores.argmin(axis=1)
+            lowest[where] = scores[np.arange(len(scores)), labels[where]]
+        return labels, lowest
+
+    return nearest
+
+
+def change(group: list[Path], shared: tuple[Frame, Centroids, Centroids | None]) -> Change:
+    """What the centroids of this iteration change for the rows of some shards.
+
+    Args:
+        shared: the space, the centroids, and those of the iteration before (None: there is none, so every row moves).
+    """
+    space, centroids, before = shared
+    labels_of = _remembering(centroids)
+    labels_before = _remembering(before) if before else None
+    total = Change(np.zeros(centroids.values.shape), np.zeros(len(centroids.values), np.int64), [], 0)
+    moved = 0
+    for shard in group:
+        rows, square = _rows(shard, space)
+        old = labels_before(shard, rows) if labels_before else None
+        labels = labels_of(shard, rows)
+        moved += _add(total, rows, labels, old)
+        progress.moved("shards")
+        total.squares.append(square)
+    return Change(total.sums, total.counts, total.squares, moved)
+
+
+def farthest(
+    group: list[Path], shared: tuple[Frame, Centroids, NDArray[np.int64], int]
+) -> list[tuple[float, int, NDArray[np.float32]]]:
+    """Per shard up to `wanted` distinct rows as (squared distance, label, row), the farthest from its centroid first.
+
+    Left out: rows that are their centroid, and the only rows of their clusters.
+    """
+    space, centroids, counts, wanted = shared
+    labels_of = _remembering(centroids)
+    found: list[tuple[float, int, NDArray[np.float32]]] = []
+    for shard in group:
+        rows, _ = _rows(shard, space)
+        labels = labels_of(shard, rows)
+        apart = rows - centroids.values[labels]
+        distances = np.einsum("nd,nd->n", apart, apart, dtype=np.float64)
+        distances[counts[labels] == 1] = 0
+        seen: set[bytes] = set()
+        for index in np.argsort(-distances, kind="stable"):
+            if len(seen) == wanted or distances[index] == 0:
+                break
+            if (content := rows[index].tobytes()) not in seen:
+                seen.add(content)
+                found.append((float(distances[index]), int(labels[index]), rows[index].copy()))
+    return found
+
+
+def pick(item: tuple[Path, NDArray[np.int64]], space: Frame) -> NDArray[np.float32]:
+    """The rows of a shard with these numbers (m,): (m, d)."""
+    shard, numbers = item
+    return _rows(shard, space)[0][numbers]
+
+
+def _add(total: Change, rows: NDArray[np.float32], labels: NDArray[np.int64], old: NDArray[np.int64] | None) -> int:
+    """Adds the moved rows to their new clusters and takes them from the old ones, in place; returns how many."""
+    from scipy.sparse import csc_matrix
+
+    k = len(total.counts)
+    np.add(total.counts, np.bincount(labels, minlength=k), out=total.counts)
+    if old is None:
+        for start in range(0, len(rows), blas.CHUNK_ROWS):
+            wide = rows[start : start + blas.CHUNK_ROWS].astype(np.float64)
+            n = len(wide)
+            signs = csc_matrix((np.ones(n), labels[start : start + n], np.arange(n + 1)), shape=(k, n))
+            np.add(total.sums, signs @ wide, out=total.sums)
+        return len(rows)
+    np.subtract(total.counts, np.bincount(old, minlength=k), out=total.counts)
+    moved = np.flatnonzero(labels != old)
+    n = len(moved)
+    if n:
+        places = np.stack([labels[moved], old[moved]], axis=1).ravel()
+        signs = csc_matrix((np.tile([1.0, -1.0], n), places, np.arange(0, 2 * n + 1, 2)), shape=(k, n))
+        np.add(total.sums, signs @ rows[moved].astype(np.float64), out=total.sums)
+    return n
+
+
+_ShardKey = tuple[str, int, int]
+_known_rows: dict[_ShardKey, tuple[NDArray[np.float32], float]] = {}
+_known_labels: dict[_ShardKey, tuple[bytes, NDArray[np.int32]]] = {}
+_known_space = ""
+_lock = threading.Lock()
+
+
+def _shard_key(shard: Path) -> _ShardKey:
+    stat = shard.stat()
+    return str(shard), stat.st_mtime_ns, stat.st_size
+
+
+def _rows(shard: Path, space: Frame) -> tuple[NDArray[np.float32], float]:
+    """The rows of a shard in `space` and their sum of squares, from memory if it has them; it holds one space at a time."""
+    global _known_space
+    key = _shard_key(shard)
+    with _lock:
+        if _known_space != space.key:
+            _known_rows.clear()
+            _known_labels.clear()
+            _known_space = space.key
+        if key in _known_rows:
+            return _known_rows[key]
+    rows = apply(space.projection, finite_rows(shard)) - space.centre
+    rows = (np.rint(rows.astype(np.float64) / space.grid) * space.grid).astype(np.float32)
+    square = float(np.einsum("nd,nd->", rows, rows, dtype=np.float64))
+    with _lock:
+        used = sum(each.nbytes for each, _ in _known_rows.values())
+        if _known_space == space.key and used + rows.nbytes <= CACHE_BYTES:
+            _known_rows[key] = rows, square
+    return rows, square
+
+
+def _remembering(centroids: Centroids) -> Callable[[Path, NDArray[np.float32]], NDArray[np.int64]]:
+    """Labels of a shard's rows under `centroids`, from memory if they were the last that were made here."""
+    nearest: Search | None = None
+
+    def labels_of(shard: Path, rows: NDArray[np.float32]) -> NDArray[np.int64]:
+        nonlocal nearest
+        key = _shard_key(shard)
+        digest, known = _known_labels.get(key, (b"", None))
+        if known is not None and digest == centroids.digest:
+            return known.astype(np.int64)
+        nearest = nearest or search(centroids.values)
+        labels, _ = nearest(rows)
+        _known_labels[key] = centroids.digest, labels.astype(np.int32)
+        return labels
+
+    return labels_of
+
+
+def forget(_: int, key: str) -> None:
+    """Frees a worker's memory; one that this call does not reach frees it when it next meets another space."""
+    with _lock:
+        if _known_space == key:
+            _known_rows.clear()
+            _known_labels.clear()

@@ -1,0 +1,141 @@
+"""What features go through before they are clustered: L2 -> PCA -> whitening -> L2, each step optional.
+
+The moments are float64 sums over fixed blocks of shards in a fixed order, so that the projection has the same bits with any
+number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import progress
+from ktray.ops import blas
+from ktray.pool import Pool
+
+IDENTITY, REVISION = "projection", 1
+
+_WHITEN_FLOOR = 1e-7  # of the largest variance; below it a direction of float32 features is rounding noise
+_EQUAL = 1e-13  # of the mean square; float64 sums of equal rows leave less, float32 rows that differ leave more
+_BLOCK_BYTES = 2 << 30  # of second moments that the caller holds at once, while 4 to 64 blocks allow it
+
+
+def fit(
+    shards: Sequence[Path], *, l2: bool, pca: int | None, whiten: bool, l2_after: bool, pool: Pool
+) -> dict[str, NDArray[Any]]:
+    """The projection that `apply` applies, as arrays that an npz file can hold.
+
+    A `pca` of at least the feature width D, and whitening without `pca`, keep all D directions: a rotation, said so in the
+    result. Whitening divides by the standard deviation, with a floor of sqrt(1e-7) times the largest one, so that empty
+    directions (dead units) stay near zero. The sign of each component makes its largest entry positive.
+
+    Args:
+        shards: files of (n, D) float32 or float16 features.
+        l2: divide each row by its length first; a row of zeros stays.
+        pca: number of principal components kept, >= 1, or None.
+        whiten: scale each component to unit variance.
+        l2_after: divide each projected row by its length.
+
+    Returns:
+        `l2`, `l2_after` bool, `rotation` bool (all directions kept); with PCA or whitening also `mean` (D,) float32,
+        `components` (d, D) float32, `scale` (d,) float32 and `explained` (d,) float64, the share of the variance.
+
+    Raises:
+        ValueError: a feature is not finite, or all rows are equal.
+    """
+    result: dict[str, NDArray[Any]] = {"l2": np.array(l2), "l2_after": np.array(l2_after), "rotation": np.array(False)}
+    if pca is None and not whiten:
+        return result
+    width = np.load(shards[0], mmap_mode="r", allow_pickle=False).shape[1]
+    kept = width if pca is None else min(pca, width)
+    mean, covariance = _moments(shards, width, l2, pool)
+    variances, components = _principal(covariance, kept)
+    total = float(np.trace(covariance))
+    if total <= _EQUAL * (total + float(mean @ mean)):
+        raise ValueError("all rows of the features are equal; there is no principal component")
+    scale = 1 / np.sqrt(np.maximum(variances, _WHITEN_FLOOR * variances[0])) if whiten else np.ones(kept)
+    return result | {
+        "rotation": np.array(kept == width),
+        "mean": mean.astype(np.float32),
+        "components": components.astype(np.float32),
+        "scale": scale.astype(np.float32),
+        "explained": np.maximum(variances, 0) / total,
+    }
+
+
+def apply(projection: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> NDArray[np.float32]:
+    """(n, D) features of any float type, projected to (n, d) float32. An empty `projection` only converts."""
+    if not projection:
+        return rows.astype(np.float32)
+    if "components" not in projection:
+        once = bool(projection["l2"]) or bool(projection["l2_after"])
+        return _unit(rows.astype(np.float32)) if once else rows.astype(np.float32)
+    mean, components = projection["mean"], np.ascontiguousarray(projection["components"].T)
+    projected = np.empty((len(rows), components.shape[1]), np.float32)
+    with blas.one_thread():
+        for where, piece in blas.chunks(rows):
+            start = _unit(piece) if projection["l2"] else piece
+            out = ((start - mean) @ components)[: where.stop - where.start] * projection["scale"]
+            projected[where] = _unit(out) if projection["l2_after"] else out
+    return projected
+
+
+def finite_rows(path: Path) -> NDArray[np.float32]:
+    """The (n, D) features of a shard as float32.
+
+    Raises:
+        ValueError: a feature is not finite; the message names the shard and the first row.
+    """
+    rows = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise ValueError(f"{path.name}: {len(bad)} rows are not finite, the first is row {bad[0]}")
+    return rows
+
+
+def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).astype(np.float32)
+    length[length == 0] = 1
+    return rows / length[:, None]
+
+
+def _moments(shards: Sequence[Path], width: int, l2: bool, pool: Pool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean (D,) and covariance (D, D) over N - 1 of all rows, both float64."""
+    wanted = min(64, max(4, _BLOCK_BYTES // (8 * width * width)))
+    blocks = [list(block) for block in np.array_split(np.array(shards, object), min(wanted, len(shards)))]
+    count, total, second = 0, np.zeros(width), np.zeros((width, width))
+    for rows, row_sum, product in pool.map(_block_moments, blocks, l2):
+        count, total = count + rows, total + row_sum
+        second += product
+    mean = total / count
+    return mean, (second - count * np.outer(mean, mean)) / max(count - 1, 1)
+
+
+def _block_moments(block: list[Path], l2: bool) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    count, total, second = 0, np.zeros(1), np.zeros((1, 1))
+    with blas.one_thread():
+        for shard in block:
+            progress.moved("shards")
+            rows = finite_rows(shard)
+            for start in range(0, len(rows), blas.CHUNK_ROWS):
+                piece = rows[start : start + blas.CHUNK_ROWS]
+                wide = (_unit(piece) if l2 else piece).astype(np.float64)
+                count, total, second = count + len(wide), total + wide.sum(axis=0), second + wide.T @ wide
+    return count, total, second
+
+
+def _principal(covariance: NDArray[np.float64], kept: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The `kept` largest variances, falling, and their directions (kept, D)."""
+    from scipy.linalg import eigh
+
+    width = len(covariance)
+    with blas.one_thread():
+        values, vectors = eigh(covariance, subset_by_index=[width - kept, width - 1])
+    directions = vectors[:, ::-1].T
+    largest = np.abs(directions).argmax(axis=1)
+    signs = np.sign(directions[np.arange(kept), largest])
+    return values[::-1], directions * signs[:, None]

@@ -1,0 +1,154 @@
+"""Pseudo-labels: the nearest cluster of each image of the transfer data, what they are worth, and how they look.
+
+Source: Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385, figure 2 (c).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import progress
+from ktray.clustering import kmeans
+from ktray.clustering.projection import apply, finite_rows
+from ktray.fingerprint import seed_of
+from ktray.images import Images
+from ktray.pool import Pool
+
+IDENTITY, REVISION = "pseudo_labelling", 1
+TOOLS = (kmeans,)
+
+
+def assign(
+    shards: Sequence[Path], centroids: NDArray[np.float32], projection: Mapping[str, NDArray[Any]], pool: Pool
+) -> NDArray[np.int64]:
+    """The nearest centroid of every row of the shards, in their order: (N,) int64 in [0, K).
+
+    Args:
+        shards: files of (n, D) features, not yet projected.
+        centroids: (K, d) float32, in the projected space.
+        projection: the one that the centroids were found with.
+
+    Raises:
+        ValueError: the features have another width than the clusters were made of, or one is not finite.
+    """
+    return np.concatenate(pool.map(_assigned, list(shards), (centroids, projection)))
+
+
+def _assigned(shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]]]) -> NDArray[np.int64]:
+    centroids, projection = shared
+    return kmeans.assign(_projected(shard, centroids, projection), centroids)[0]
+
+
+def _projected(shard: Path, centroids: NDArray[np.float32], projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    progress.moved("shards")
+    rows = finite_rows(shard)
+    width = projection["components"].shape[1] if "components" in projection else centroids.shape[1]
+    if rows.shape[1] != width:
+        raise ValueError(f"{shard.name} has {rows.shape[1]} features per image, the clusters were made of {width}")
+    return apply(projection, rows)
+
+
+def nearest(
+    shards: Sequence[Path],
+    centroids: NDArray[np.float32],
+    projection: Mapping[str, NDArray[Any]],
+    count: int,
+    pool: Pool,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The `count` nearest clusters of every row, the nearest first, and the squared distances: (N, count) each.
+
+    Args:
+        shards, centroids, projection: as of `assign`.
+        count: 1 <= count <= K.
+
+    Raises:
+        ValueError: as `assign`.
+    """
+    numbers, squared = zip(*pool.map(_nearest, list(shards), (centroids, projection, count)), strict=True)
+    return np.concatenate(numbers), np.concatenate(squared)
+
+
+def _nearest(
+    shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]], int]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    centroids, projection, count = shared
+    return kmeans.nearest(_projected(shard, centroids, projection), centroids, count)
+
+
+def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.int64]:
+    """Labels (N,) with -1 for the images of clusters that have fewer than `min_size`; the other clusters keep their number."""
+    sizes = np.bincount(labels[labels >= 0], minlength=k)
+    small = np.append(sizes < min_size, False)  # the last entry is for those that are -1 already
+    return np.where(small[labels], -1, labels)
+
+
+def merge_small(labels: NDArray[np.int64], centroids: NDArray[np.float32], min_size: int) -> NDArray[np.int64]:
+    """Labels (N,) where clusters of fewer than `min_size` images have joined the nearest that has as many, by its centroid.
+
+    Every other cluster keeps its number and its images; if none has as many, all images are left out (-1).
+
+    Args:
+        centroids: (K, d) float32.
+    """
+    sizes = np.bincount(labels[labels >= 0], minlength=len(centroids))
+    large = np.flatnonzero(sizes >= min_size)
+    if not len(large):
+        return np.full_like(labels, -1)
+    home = np.append(large[kmeans.assign(centroids, centroids[large])[0]], -1)
+    home[large] = large
+    return home[labels]
+
+
+def entropy(labels: NDArray[np.int64]) -> float:
+    """Entropy in nats of the cluster sizes of labels (N,), -1 left out: exp(entropy) clusters of equal size say as much."""
+    sizes = np.bincount(labels[labels >= 0])
+    shares = sizes[sizes > 0] / sizes.sum()
+    return max(0.0, float(-(shares * np.log(shares)).sum()))
+
+
+def kept(labels: NDArray[np.int64]) -> float:
+    """Share of the images, in [0, 1], whose label (N,) is not -1."""
+    return float((labels >= 0).mean())
+
+
+def nmi(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
+    """Normalised mutual information (arithmetic mean), in [0, 1], of labels (N,) and classes (N,), where neither is -1."""
+    from sklearn.metrics import normalized_mutual_info_score
+
+    known = (labels >= 0) & (classes >= 0)
+    return float(normalized_mutual_info_score(classes[known], labels[known]))
+
+
+def sheet(images: Images, labels: NDArray[np.int64], path: Path, rows: int = 16, columns: int = 16, pixels: int = 56) -> None:
+    """Write a PNG whose rows are clusters, from the largest to the smallest, and whose columns are images of each.
+
+    Args:
+        labels: (N,) int64, -1 = left out.
+        path: of the PNG.
+        rows: clusters shown, at even steps of their rank by size; all if there are fewer.
+        columns: images shown of each, drawn by a seed that depends on the cluster's number alone.
+        pixels: side of each image on the sheet.
+    """
+    from PIL import Image, ImageDraw
+
+    sizes = np.bincount(labels[labels >= 0])
+    ranked = np.argsort(-sizes, kind="stable")[: int((sizes > 0).sum())]
+    shown = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(rows, len(ranked))).round().astype(int))]
+    margin, gap = 96, 2
+    canvas = Image.new("RGB", (margin + columns * (pixels + gap), max(1, len(shown)) * (pixels + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, cluster in enumerate(shown):
+        top = row * (pixels + gap)
+        pen.text((4, top + pixels // 2 - 12), f"cluster {cluster}\n{sizes[cluster]} images", fill="black")
+        members = np.flatnonzero(labels == cluster)
+        draw = np.random.default_rng(seed_of("sheet", int(cluster)))
+        chosen = np.sort(draw.choice(members, min(columns, len(members)), replace=False))
+        for column, pixel_block in enumerate(images.read(chosen)):
+            tile = Image.fromarray(pixel_block).resize((pixels, pixels), Image.Resampling.BICUBIC)
+            canvas.paste(tile, (margin + column * (pixels + gap), top))
+    canvas.save(path)

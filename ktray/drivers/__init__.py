@@ -1,1 +1,0 @@
-"""Ways to run the same search logic: on Ray Tune, or on a virtual clock."""

@@ -1,0 +1,205 @@
+"""Students handed over: weights as safetensors and a `student.json` that says all that is needed to use them.
+
+No file holds a path of this machine, and nothing in the folder is code: weights load without pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ktray import __version__, plugins
+from ktray.errors import UserError
+from ktray.export import programs
+from ktray.fingerprint import file_sha256
+from ktray.spec import Student
+
+FORMAT = "ktray-student/1"
+WEIGHTS, CARD = "model.safetensors", "student.json"
+Form = Literal["safetensors", "pt2", "onnx"]
+Head = Literal["classifier", "none"]
+_INPUT = {  # what `augment.to_float` does, in the words of other libraries
+    "layout": "NCHW",
+    "channels": "RGB",
+    "dtype": "float32",
+    "range": [0.0, 1.0],
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
+
+# An absolute path up to its last part, in any string: /home/me/x -> x, parquet:/data/a.parquet -> parquet:a.parquet; not s3://b/x.
+_DIRECTORIES = re.compile(r"(?<![\w./~])(?:file://)?~?/(?!/)(?:[^/?\n]+/)*|\b[A-Za-z]:\\(?:[^\\\n]+\\)*")
+
+
+def export_student(
+    snapshot: Path,
+    student: Student,
+    size: int,
+    metrics: Mapping[str, float],
+    lineage: Mapping[str, Any],
+    out: Path,
+    classes: int | None,
+    head: Head = "none",
+    form: Form = "safetensors",
+) -> list[Path]:
+    """Write `model.safetensors` and `student.json` into the new folder `out`, the card last, and return the paths.
+
+    Tensors are named as in the backbone; the classifier of the pseudo-labels is the backbone's `HEAD`, such as `fc`. So a
+    "full" resnet of width 1 loads strictly into torchvision's class once its `fc` is a linear layer of so many classes, or
+    the identity; the card tells how. The folder appears complete or not at all.
+
+    Args:
+        snapshot: directory with `weights.safetensors` ("backbone.*", "head.*") as from `train.fit`.
+        size: side in pixels of the images that the student was trained on.
+        metrics: what the student reached; numbers that are not finite become null.
+        lineage: where it comes from, such as the keys of its stages; absolute paths are cut to their last part.
+        out: absent or empty.
+        classes: width K of the student's linear classifier, or None if its transfer has none.
+        head: "classifier" exports that classifier with the backbone, "none" the backbone alone.
+        form: "pt2" and "onnx" add the same network as a program, `model.pt2` or `model.onnx`.
+
+    Raises:
+        UserError: `out` is not empty, there is no classifier to export, or a package that writes ONNX is missing.
+        RuntimeError: the snapshot is of another network than `student` says.
+    """
+    _refuse_occupied(out)
+    saved = load_file(snapshot / "weights.safetensors")
+    architecture = student.backbone.model_dump(mode="json")  # type: ignore[attr-defined]
+    network, tensors = _empty(architecture), _part(saved, "backbone.")
+    network.load_state_dict(tensors)
+    names = _head_names(saved, architecture["kind"], classes) if head == "classifier" else {}
+    tensors |= {new: saved[old].contiguous() for old, new in names.items()}
+    card = {
+        "format": FORMAT,
+        "ktray": __version__,
+        "architecture": architecture,
+        "feature_dim": int(network.feature_dim),  # type: ignore[arg-type]
+        "head": {"classes": classes, "tensors": sorted(names.values())} if names else None,
+        "torchvision": _torchvision(student.backbone, int(network.feature_dim), classes if names else None),  # type: ignore[arg-type]
+        "input": {"size": [size, size], **_INPUT},
+        **_portable({"metrics": metrics, "lineage": lineage}),
+    }
+    program = None if form == "safetensors" else partial(programs.write, network, _head(tensors, names), size, form)
+    return _write(out, tensors, card, program)
+
+
+def load_student(directory: Path) -> nn.Module:
+    """The backbone of an exported folder, in eval mode on the CPU.
+
+    It takes (B, 3, H, W) float32, as from `augment.to_float`: (x / 255 - 0.5) / 0.25, and gives (B, feature_dim) float32.
+
+    Raises:
+        UserError: no exported student lies there, it is damaged, or its backbone's kind is unknown or not trusted here.
+    """
+    directory = Path(directory)
+    try:
+        card = json.loads((directory / CARD).read_text())
+        if card["format"] != FORMAT:
+            raise UserError(f"{directory} has the format {card['format']!r}, and this ktray reads {FORMAT}")
+        heads = set(card["head"]["tensors"]) if card["head"] else set()
+        tensors = load_file(directory / WEIGHTS)
+        intact = file_sha256(directory / WEIGHTS) == card["files"][WEIGHTS]["sha256"]
+    except FileNotFoundError as error:
+        raise UserError(f"{directory} holds no exported student: {Path(error.filename or WEIGHTS).name} is missing") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"the student in {directory} is damaged ({error})", instead="Export it again.") from error
+    if not intact:
+        raise UserError(f"the student in {directory} is damaged ({WEIGHTS} is not the one it was)", instead="Export it again.")
+    network = _empty(card["architecture"])
+    network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in heads})
+    return network.eval()
+
+
+def _empty(architecture: Mapping[str, Any]) -> nn.Module:
+    spec = plugins.parse("backbone", architecture)
+    with torch.random.fork_rng(devices=[]):  # building draws weights, and nobody's random stream should notice
+        network: nn.Module = plugins.module_of("backbone", spec).build(spec)
+    return network
+
+
+def _part(saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor.contiguous() for name, tensor in saved.items() if name.startswith(prefix)}
+
+
+def _head_names(saved: Mapping[str, Tensor], kind: str, classes: int | None) -> dict[str, str]:
+    """Name in the snapshot -> name in the export, of the classifier's weight and bias."""
+    found = {name for name in saved if name.startswith("head.")}
+    if classes is None or found != {"head.weight", "head.bias"}:
+        raise UserError("this student has no linear classifier to export", instead="Export it without a head.")
+    if len(saved["head.bias"]) != classes:
+        raise ValueError(f"the classifier has {len(saved['head.bias'])} classes, not {classes}")
+    new = getattr(plugins.module("backbone", kind), "HEAD", "head")
+    return {f"head.{tensor}": f"{new}.{tensor}" for tensor in ("weight", "bias")}
+
+
+def _head(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> nn.Linear | None:
+    """The exported classifier as a module, if there is one."""
+    if not names:
+        return None
+    weight, bias = tensors[names["head.weight"]], tensors[names["head.bias"]]
+    with torch.random.fork_rng(devices=[]):
+        linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.load_state_dict({"weight": weight, "bias": bias})
+    return linear
+
+
+def _torchvision(backbone: Any, features: int, classes: int | None) -> str | None:
+    """The torchvision model that these weights load into, as code; None if there is none."""
+    module = plugins.module_of("backbone", backbone)
+    model = module.in_torchvision(backbone) if hasattr(module, "in_torchvision") else None
+    if model is None:
+        return None
+    head = re.sub(r"\.(\d+)", r"[\1]", module.HEAD)
+    layer = "torch.nn.Identity()" if classes is None else f"torch.nn.Linear({features}, {classes})"
+    return f"torchvision.models.{model}{'; ' if ' with ' in model else ' with '}{head} = {layer}"
+
+
+def _portable(value: Any) -> Any:
+    """`value` as JSON that can be given away: absolute paths cut, numbers finite."""
+    if isinstance(value, Mapping):
+        return {str(name): _portable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    if isinstance(value, str | Path):
+        return _DIRECTORIES.sub("", str(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder", instead="Name a new folder; nothing is overwritten.")
+
+
+def _write(out: Path, tensors: dict[str, Tensor], card: dict[str, Any], program: Callable[[Path], Path] | None) -> list[Path]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
+    scratch.mkdir()
+    try:
+        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})  # readers such as transformers ask for it
+        files = [scratch / WEIGHTS, *([program(scratch)] if program else [])]
+        card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
+        (scratch / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        for path in files:
+            path.chmod((scratch / CARD).stat().st_mode)  # safetensors writes for its owner alone, and a student is handed over
+        try:
+            scratch.rename(out)  # onto an empty folder it succeeds, onto one that was filled meanwhile it fails
+        except OSError:
+            _refuse_occupied(out)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return [*(out / path.name for path in files), out / CARD]

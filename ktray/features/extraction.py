@@ -1,0 +1,296 @@
+"""Features (N, D) of images: from a layer of a network or from a descriptor, in shards of a fixed number of rows.
+
+The bits of a shard do not depend on the number of workers: each shard is made alone, in the same batches.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from ktray import fingerprint, plugins, progress
+from ktray.features.layers import of_module, of_views
+from ktray.images import Images, open_split
+from ktray.ops import augmentation
+from ktray.pool import Pool
+from ktray.spec import (
+    BackboneSpec,
+    DataSpec,
+    HandcraftedTeacher,
+    LoadedTeacher,
+    Normalization,
+    Pooling,
+    StudentTeacher,
+    TeacherSpec,
+    TrainedTeacher,
+)
+from ktray.training import loop
+
+IDENTITY, REVISION = "extraction", 1
+TOOLS = (augmentation,)
+
+BATCH = 256
+SHARD_ROWS = 4096  # a multiple of BATCH, so that `all_of` and `write` see the same batches
+
+Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+Views = Callable[[NDArray[np.uint8]], list[tuple[NDArray[np.float32], float]]]
+"""An extractor of several views at once: for each its rows, and the seconds that it alone would have taken."""
+
+
+def of_network(
+    backbone: BackboneSpec,
+    layer: str | None,
+    pool: Pooling,
+    weights: Path | None,
+    device: str = "cpu",
+    normalize: Normalization = "ktray",
+) -> Extractor:
+    """Features of a trained backbone: (B, H, W, 3) uint8 -> (B, D) float32.
+
+    Args:
+        backbone: spec of the network.
+        layer: one of its `layers`, or None for what its forward returns.
+        pool: how maps (C, h, w) become one vector of D = C * grid * grid.
+        weights: directory of a snapshot.
+        normalize: what its weights expect of pixels.
+
+    Raises:
+        UserError: the backbone has no such layer; at the first batch, the grid is finer than the maps.
+        ValueError: `weights` is None; an untrained network is the descriptor `random_network`.
+    """
+    network = _trained(backbone, weights)
+    return _on_arrays(of_module(network, layer, pool, normalize), device, network)
+
+
+def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
+    if weights is None:
+        raise ValueError(
+            f"the {backbone.kind} has no weights; features of an untrained network are the descriptor random_network"
+        )
+    network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
+    loop.load(network, weights)
+    return network
+
+
+def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
+    """Features of any teacher: (B, H, W, 3) uint8 -> (B, D) float32.
+
+    Args:
+        weights: directory of a snapshot, for teachers with a backbone.
+        state: directory of `state.npz`, for descriptors that are fitted.
+
+    Raises:
+        UserError, ValueError: as `of_network`; a fitted descriptor without `state`.
+    """
+    if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
+        return of_network(teacher.backbone, teacher.layer, teacher.pool, weights, device, _normalization(teacher))
+    if not isinstance(teacher, HandcraftedTeacher):
+        raise TypeError(f"a {type(teacher).__name__} is no teacher")
+    descriptor = plugins.module_of("descriptor", teacher.descriptor)
+    fitted: dict[str, NDArray[Any]] | None = None
+    if state is not None:
+        with np.load(state / "state.npz", allow_pickle=False) as file:
+            fitted = dict(file)
+    elif hasattr(descriptor, "fit"):
+        raise ValueError(f"the descriptor {teacher.descriptor.kind} is fitted to images first; give the directory of its state")
+    return _on_arrays(lambda images: descriptor.describe(teacher.descriptor, fitted, images), device)
+
+
+def _normalization(teacher: TeacherSpec) -> Normalization:
+    return teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
+
+
+def _on_arrays(describe: Callable[[Tensor], Tensor], device: str, network: nn.Module | None = None) -> Extractor:
+    if network is not None:
+        network.to(device)
+
+    def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return describe(torch.from_numpy(images).to(device)).float().cpu().numpy()
+
+    return extract
+
+
+def all_of(extractor: Extractor, images: Images) -> NDArray[np.float32]:
+    """Features (N, D) float32 of all images, in batches of 256.
+
+    Raises:
+        ValueError: a feature is not finite; the message names the first image.
+    """
+    return _rows(extractor, images, 0, len(images))
+
+
+def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArray[np.float32]:
+    batches = []
+    for at in range(start, stop, BATCH):
+        batches.append(extractor(images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))))
+        progress.moved("images", len(batches[-1]))
+    rows = np.concatenate(batches)
+    require_finite(rows, images, start)
+    return rows
+
+
+def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
+    """Refuse features that are not finite, of the images from `start` on.
+
+    Raises:
+        ValueError: names the first image.
+    """
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        index = start + int(bad[0])
+        name = f" ({images.names[index]})" if images.names else ""
+        raise ValueError(
+            f"{len(bad)} of {len(rows)} images have features of type {rows.dtype} that are not finite, "
+            f"the first is image {index}{name}"
+        )
+
+
+def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
+    """Write the features of one split as `features-00000.npy` and so on, of 4096 rows each (the last of what is left).
+
+    Args:
+        source: plain data: "teacher" (dump of a TeacherSpec), "weights" and "state" (directories or None), "images"
+            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "most_images", if
+            it is there, is how many images the device holds at once.
+        out: an existing directory that every worker sees.
+
+    Returns:
+        `count`, `dim` and `images_per_s` (of all workers together).
+
+    Raises:
+        ValueError: a feature is not finite or, in float16, too large; the message names the first image.
+    """
+    return write_views([source], [out], pool)[0][0]
+
+
+def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: Pool) -> list[tuple[dict[str, float], float]]:
+    """As `write`, for several sources that differ only in their teacher's layer and pooling, by one forward pass.
+
+    Returns:
+        For each source the metrics of `write`, and the seconds of work, of all workers together, that it alone would have cost.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    began = time.perf_counter()
+    count = len(_opened(sources[0]))
+    items = [(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
+    written = pool.map(_write_shards, items, (fingerprint.canonical(list(sources)), [str(out) for out in outs]))
+    if not written:
+        raise ValueError(f"the split {sources[0]['split']!r} has no images")
+    speed = count / (time.perf_counter() - began)
+    return [
+        (
+            {"count": float(count), "dim": float(written[0][index][0]), "images_per_s": speed},
+            sum(shard[index][1] for shard in written),
+        )
+        for index in range(len(sources))
+    ]
+
+
+def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[tuple[int, float]]:
+    """One shard of every view; its width, and the seconds that it alone would have taken."""
+    start, stop = item
+    extract, images, dtypes = _source(shared[0])
+    kept: list[list[NDArray[np.float32]]] = [[] for _ in dtypes]
+    seconds = [0.0 for _ in dtypes]
+    for at in range(start, stop, BATCH):
+        began = time.perf_counter()
+        batch = images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))
+        read = time.perf_counter() - began
+        for index, (rows, passed) in enumerate(extract(batch)):
+            kept[index].append(rows)
+            seconds[index] += read + passed
+        progress.moved("images", len(batch))
+    done = []
+    for index, dtype in enumerate(dtypes):
+        began = time.perf_counter()
+        rows = np.concatenate(kept[index])
+        kept[index] = []
+        require_finite(rows, images, start)
+        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused with its image's name
+            stored = rows.astype(dtype)
+        require_finite(stored, images, start)
+        np.save(Path(shared[1][index]) / f"features-{start // SHARD_ROWS:05d}.npy", stored)
+        done.append((rows.shape[1], seconds[index] + time.perf_counter() - began))
+    return done
+
+
+@lru_cache(maxsize=2)  # a worker writes many shards of one source; two at most, since networks hold device memory
+def _source(canonical: str) -> tuple[Views, Images, list[str]]:
+    """What a worker needs to write shards, from the canonical JSON of `write_views`' sources."""
+    sources = json.loads(canonical)
+    first = sources[0]
+    teachers = [TypeAdapter(TeacherSpec).validate_python(source["teacher"]) for source in sources]
+    weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
+    extract = _views_of_teachers(teachers, weights, state, first["device"], first.get("most_images"))
+    return extract, _opened(first), [source["dtype"] for source in sources]
+
+
+def _views_of_teachers(
+    teachers: list[TeacherSpec], weights: Path | None, state: Path | None, device: str, most_images: int | None
+) -> Views:
+    if len(teachers) == 1:
+        extractor = in_pieces(of_teacher(teachers[0], weights, state, device), most_images)
+
+        def alone(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+            began = time.perf_counter()
+            rows = extractor(images)
+            return [(rows, time.perf_counter() - began)]
+
+        return alone
+    networks = [teacher for teacher in teachers if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher)]
+    network = _trained(networks[0].backbone, weights).to(device)
+    extract = of_views(network, [(teacher.layer, teacher.pool) for teacher in networks], _normalization(networks[0]))
+
+    def together(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+        pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, most_images)]
+        return [
+            (np.concatenate([rows.float().cpu().numpy() for rows, _ in view]), sum(seconds for _, seconds in view))
+            for view in zip(*pieces, strict=True)
+        ]
+
+    return together
+
+
+def in_pieces(extractor: Extractor, most_images: int | None) -> Extractor:
+    """The same extractor for a device that has no memory for more than `most_images` at once; None for one that has."""
+    if most_images is None:
+        return extractor
+    return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, most_images)])
+
+
+def _pieces(images: NDArray[np.uint8], most_images: int | None) -> list[NDArray[np.uint8]]:
+    size = most_images or max(1, len(images))
+    return [images[at : at + size] for at in range(0, len(images), size)]
+
+
+def _opened(source: dict[str, Any]) -> Images:
+    return open_split(Path(source["images"]), source["split"], TypeAdapter(DataSpec).validate_python(source["data"]))
+
+
+def shards(directory: Path) -> list[Path]:
+    """The shards of `write`, in the order of their rows.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(directory.glob("features-*.npy"))
+    if not found:
+        raise FileNotFoundError(f"{directory.name} holds no features")
+    return found
+
+
+def load(directory: Path) -> NDArray[np.float32]:
+    """All features (N, D) as float32."""
+    return np.concatenate([np.load(path, allow_pickle=False) for path in shards(directory)]).astype(np.float32, copy=False)

@@ -1,0 +1,233 @@
+"""Features that were made elsewhere: rows of a .npy or .parquet file, found by the path of each image."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import progress
+from ktray.errors import UserError
+from ktray.features import extraction
+from ktray.images import Images
+from ktray.spec import Columns, PrecomputedTeacher
+
+IDENTITY, REVISION = "precomputed", 1
+TOOLS = (extraction,)
+
+WHERE = "teacher.features"
+Read = Callable[[Sequence[str]], NDArray[np.float32]]
+"""Paths of n images -> their features (n, D) float32, finite or not."""
+
+
+def files(teacher: PrecomputedTeacher) -> dict[str, Path]:
+    """Field -> absolute path of each file that the teacher consists of.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    named = {"features": teacher.features, "names": teacher.names}
+    found = {field: Path(path).expanduser().absolute() for field, path in named.items() if path is not None}
+    for field, path in found.items():
+        if not path.is_file():
+            raise UserError(f"there is no file {path.name} in {path.parent}", f"teacher.{field}")
+    return found
+
+
+def by_row(teacher: PrecomputedTeacher) -> bool:
+    """Whether rows belong to the images of one data set in its order, because no path is given."""
+    return teacher.names is None and not teacher.features.endswith(".parquet")
+
+
+def rows_of(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping[str, int]:
+    """Path of an image -> its row; reads the names, and of the features only what they are.
+
+    Args:
+        in_order: paths of all training images of the data set, for a file without paths.
+
+    Raises:
+        UserError: not (N, D) floats, another number of paths than rows, or a path that is there twice.
+    """
+    found = files(teacher)
+    path = found["features"]
+    if by_row(teacher):
+        count, names = len(_array(path)), tuple(in_order)
+        if count != len(names):
+            raise UserError(
+                f"{path.name} has {count} rows, and the data set has {len(names)} training images",
+                WHERE,
+                "Without 'names' row i is the i-th of all training images; give a row for each, or a file of names.",
+            )
+    elif path.suffix == ".parquet":
+        names = _column_of_paths(path, (teacher.columns or Columns()), *_as_of(path))
+        count = len(names)
+    else:
+        count, names = len(_array(path)), _names(found["names"], *_as_of(found["names"]))
+        if count != len(names):
+            raise UserError(f"{path.name} has {count} rows, and {found['names'].name} {len(names)} paths", "teacher.names")
+    rows = {name: row for row, name in enumerate(names)}
+    if len(rows) < len(names):
+        name, times = Counter(names).most_common(1)[0]
+        raise UserError(f"the path {name!r} is there {times} times", WHERE, "Give one row for each image.")
+    return rows
+
+
+def refuse_missing(rows: Mapping[str, int], names: Sequence[str], of: str) -> None:
+    """Refuse images without features.
+
+    Args:
+        names: paths of the images.
+        of: what they are, such as ``training images of data.cluster``.
+
+    Raises:
+        UserError: says how many, the first, and what the file has instead.
+    """
+    missing = [name for name in names if name not in rows]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(names)} {of} have no features, the first is {missing[0]!r}",
+            WHERE,
+            f"Paths are those of the data set; the file has paths such as {next(iter(rows), '')!r}.",
+        )
+
+
+def reader(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
+    """The features of images by their paths. A .npy is mapped, a .parquet is held in memory.
+
+    Raises:
+        UserError: as `rows_of`; a row of a .parquet that is null or of another length; at a call, an image without features.
+    """
+    rows = rows_of(teacher, in_order)
+    path = files(teacher)["features"]
+    column = (teacher.columns or Columns()).features
+    values = _values(path, column, len(rows)) if path.suffix == ".parquet" else _array(path)
+
+    def read(names: Sequence[str]) -> NDArray[np.float32]:
+        refuse_missing(rows, names, "images")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its image's name
+            return np.asarray(values[[rows[name] for name in names]]).astype(np.float32)
+
+    return read
+
+
+def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]:
+    """Write the features of all images in the shards of `features.write`; `count`, `dim` and `images_per_s`.
+
+    Raises:
+        UserError: an image has no features.
+        ValueError: features are not finite or, in float16, too large; the message names the first image.
+    """
+    began, width = time.perf_counter(), 0
+    for start in range(0, len(images), extraction.SHARD_ROWS):
+        rows = all_of(read, images, start, start + extraction.SHARD_ROWS)
+        with np.errstate(over="ignore"):
+            stored = rows.astype(dtype)
+        extraction.require_finite(stored, images, start)
+        np.save(out / f"features-{start // extraction.SHARD_ROWS:05d}.npy", stored)
+        width = rows.shape[1]
+        progress.moved("images", len(rows))
+    seconds = time.perf_counter() - began
+    return {"count": float(len(images)), "dim": float(width), "images_per_s": len(images) / seconds}
+
+
+def all_of(read: Read, images: Images, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+    """Features (n, D) float32 of the images from `start` to before `stop`.
+
+    Raises:
+        UserError, ValueError: as `write`.
+    """
+    rows = read(images.names[start:stop])
+    extraction.require_finite(rows, images, start)
+    return rows
+
+
+def _as_of(path: Path) -> tuple[int, int]:
+    """Size and time of change: a file that has changed is read again."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns
+
+
+def _array(path: Path) -> NDArray[Any]:
+    """(N, D) floats, mapped."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:  # objects, which only a pickle could hold, or no .npy
+        raise UserError(f"{path.name} is no .npy file of numbers", WHERE, "Write it by numpy.save.") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 2 or 0 in found.shape or found.dtype.kind != "f":
+        said = f"an array {found.shape} of {found.dtype}" if isinstance(found, np.ndarray) else "several arrays"
+        raise UserError(f"{path.name} holds {said}", WHERE, "Features are (N, D) of float16, float32 or float64.")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _names(path: Path, size: int, mtime_ns: int) -> tuple[str, ...]:
+    try:
+        if path.suffix != ".npy":
+            return tuple(line.removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines())
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path.name} is no list of paths", "teacher.names", "Write one path per line, in UTF-8.") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind != "U":
+        raise UserError(
+            f"{path.name} holds no texts (N,)", "teacher.names", "Write it by numpy.save(path, numpy.array(paths))."
+        )
+    return tuple(str(name).removeprefix("./") for name in found)
+
+
+@lru_cache(maxsize=8)
+def _column_of_paths(path: Path, columns: Columns, size: int, mtime_ns: int) -> tuple[str, ...]:
+    import pyarrow
+
+    schema = (file := _parquet(path)).schema_arrow
+    for role, column in columns.model_dump().items():
+        if column not in schema.names:
+            raise UserError(
+                f"{path.name} has no column {column!r}", f"teacher.columns.{role}", f"It has {', '.join(schema.names)}."
+            )
+    kind = schema.field(columns.features).type
+    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+    if not lists or not pyarrow.types.is_floating(kind.value_type):
+        raise UserError(
+            f"the column {columns.features!r} holds {kind}", "teacher.columns.features", "Features are lists of floats."
+        )
+    found = file.read(columns=[columns.path]).column(0).to_pylist()
+    if not found or not all(isinstance(name, str) for name in found):
+        raise UserError(f"the column {columns.path!r} holds other things than texts", "teacher.columns.path")
+    return tuple(name.removeprefix("./") for name in found)
+
+
+def _parquet(path: Path) -> Any:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except (ArrowInvalid, OSError) as error:
+        raise UserError(f"{path.name} is no parquet file", WHERE) from error
+
+
+def _values(path: Path, column: str, count: int) -> NDArray[np.float32]:
+    """(N, D) float32 of a column of lists."""
+    from pyarrow import compute
+
+    values, start = np.zeros((count, 0), np.float32), 0
+    for batch in _parquet(path).iter_batches(columns=[column], batch_size=extraction.SHARD_ROWS):
+        found = batch.column(0)
+        lengths = np.asarray(compute.fill_null(compute.list_value_length(found), 0))
+        width = values.shape[1] or int(lengths[0])
+        wrong = np.flatnonzero(lengths != width) if width else np.arange(1)
+        if len(wrong):
+            row = start + int(wrong[0])
+            raise UserError(f"row {row} of {path.name} has {lengths[wrong[0]]} numbers, and the first {width}", WHERE)
+        if not start:
+            values = np.zeros((count, width), np.float32)
+        flat = found.flatten().to_numpy(zero_copy_only=False)  # a number that is null becomes NaN
+        with np.errstate(over="ignore"):
+            values[start : start + len(found)] = flat.reshape(len(found), width)
+        start += len(found)
+    return values

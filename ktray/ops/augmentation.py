@@ -1,0 +1,94 @@
+"""Random views of uint8 images in batched tensor operations: on any device, with the draws of a CPU generator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ktray.spec import Augment, Normalization
+
+IDENTITY, REVISION = "augmentation", 1
+
+_MEAN_AND_STD = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+def to_float(images: Tensor) -> Tensor:
+    """What every network of ktray sees: ``(x / 255 - 0.5) / 0.25``, in [-2, 2], the same for every data set.
+
+    The result keeps the memory of (B, H, W, 3), which is PyTorch's channels-last and the fast layout for convolutions.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+
+    Returns:
+        (B, 3, H, W) float32.
+    """
+    return images.permute(0, 3, 1, 2).to(torch.float32).mul_(4 / 255).sub_(2)
+
+
+def normalize(images: Tensor, by: Normalization) -> Tensor:
+    """What a network of another house expects to see: ``(x / 255 - mean) / std`` per channel; "ktray" is `to_float`.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        by: "imagenet" as torchvision's weights and most of timm's, "half" (mean and std 0.5) as many transformers.
+
+    Returns:
+        (B, 3, H, W) float32.
+
+    Source: torchvision.transforms._presets.ImageClassification; timm.data.constants.
+    """
+    if by == "ktray":
+        return to_float(images)
+    mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in _MEAN_AND_STD[by])
+    return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Each image padded by black on all sides, then cropped to its size at a place of its own.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        pixels: padding, so the largest shift in either direction; 0 draws nothing.
+        generator: on the CPU.
+
+    Returns:
+        (B, H, W, 3) uint8 on the device of `images`.
+    """
+    if pixels == 0:
+        return images
+    count, height, width, _ = images.shape
+    corner = torch.randint(2 * pixels + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = corner[0] + torch.arange(height, device=images.device)
+    columns = corner[1] + torch.arange(width, device=images.device)
+    padded = nn.functional.pad(images, (0, 0, pixels, pixels, pixels, pixels))
+    which = torch.arange(count, device=images.device)[:, None, None]
+    return padded[which, rows[:, :, None], columns[:, None, :]]
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored left to right with probability one half.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        generator: on the CPU.
+    """
+    mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(2), images)
+
+
+def views(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
+    """One random view of each image: cropped, then flipped, as far as `augment` asks.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        generator: on the CPU.
+
+    Returns:
+        (B, H, W, 3) uint8.
+    """
+    cropped = crop(images, augment.crop, generator)
+    return flip(cropped, generator) if augment.flip else cropped

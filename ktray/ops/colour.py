@@ -1,0 +1,132 @@
+"""Colours of images in batched tensor operations: greys, random changes, CIE Lab.
+
+What is random takes its draws from a CPU generator, one per image, and runs on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ktray.strict import StrictSpec
+
+IDENTITY, REVISION = "colour", 1
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: shares of red, green and blue in a grey
+# Rows: what the new red, green, blue take from the old. All but the green-magenta axis [-1, 2, -1] stays.
+PROJECTION = ((5 / 6, 1 / 3, -1 / 6), (1 / 3, 1 / 3, 1 / 3), (-1 / 6, 1 / 3, 5 / 6))
+# IEC 61966-2-1 (sRGB) to CIE XYZ for D65 and 2 degrees, each row divided by the white's X, Y or Z, as in scikit-image
+_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+_WHITE = (0.95047, 1.0, 1.08883)
+
+
+class Jitter(StrictSpec):
+    """Random changes of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (turned by -x to x of 1)."""
+
+    brightness: float = Field(default=0.4, ge=0, le=1)
+    contrast: float = Field(default=0.4, ge=0, le=1)
+    saturation: float = Field(default=0.4, ge=0, le=1)
+    hue: float = Field(default=0.1, ge=0, le=0.5)
+    share: float = Field(default=0.8, ge=0, le=1, description="probability that an image is changed at all")
+
+
+def luma(images: Tensor) -> Tensor:
+    """The grey of each pixel: (B, 3, H, W) float32 -> (B, 1, H, W)."""
+    weights = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
+    return (images * weights).sum(dim=1, keepdim=True)
+
+
+def grey(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Each image grey with probability `share`, its three channels then being equal.
+
+    Args:
+        images: (B, 3, H, W) float32.
+        generator: on the CPU.
+    """
+    chosen = torch.rand(len(images), generator=generator).to(images.device) < share
+    return torch.where(chosen[:, None, None, None], luma(images), images)
+
+
+def jitter(images: Tensor, changes: Jitter, generator: torch.Generator) -> Tensor:
+    """Each image with its own brightness, contrast, saturation and hue, changed in this order and clipped after each.
+
+    torchvision's `ColorJitter` draws the order too.
+
+    Args:
+        images: (B, 3, H, W) float32 in [0, 1].
+        generator: on the CPU.
+
+    Source: A. Howard, arXiv:1312.5402; the strengths 0.4, 0.4, 0.4, 0.1 with 0.8, Chen et al., ICML 2020, appendix B.9.
+    """
+    chosen = torch.rand(len(images), generator=generator) < changes.share
+    most = torch.tensor([changes.brightness, changes.contrast, changes.saturation, changes.hue])
+    drawn = (2 * torch.rand(len(images), 4, generator=generator) - 1) * most
+    brightness, contrast, saturation, hue = drawn.to(images.device)[:, :, None, None, None].unbind(1)
+    seen = (images * (1 + brightness)).clamp(0, 1)
+    mean = luma(seen).mean(dim=(2, 3), keepdim=True)
+    seen = (mean + (seen - mean) * (1 + contrast)).clamp(0, 1)
+    plain = luma(seen)
+    seen = (plain + (seen - plain) * (1 + saturation)).clamp(0, 1)
+    if changes.hue:
+        seen = turned(seen, hue[:, :, 0])
+    return torch.where(chosen.to(images.device)[:, None, None, None], seen, images)
+
+
+def turned(images: Tensor, hue: Tensor) -> Tensor:
+    """Images with their hue turned, value and saturation (of HSV) as they were.
+
+    Args:
+        images: (B, 3, H, W) float32 in [0, 1].
+        hue: (B, 1, 1) float32, 1 being the whole circle.
+    """
+    value, low = images.amax(dim=1), images.amin(dim=1)
+    chroma = value - low
+    red, green, blue = images.unbind(1)
+    scale = chroma.clamp_min(1e-8)
+    sixth = torch.where(value == green, 2 + (blue - red) / scale, 4 + (red - green) / scale)
+    sixth = torch.where(value == red, (green - blue) / scale, sixth) + 6 * hue
+    channels = []
+    for start in (5, 3, 1):
+        place = (sixth + start) % 6
+        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def lab(images: Tensor) -> Tensor:
+    """CIE L*a*b* of sRGB images for the white D65 (2 degrees): L in [0, 100], a in [-87, 99], b in [-108, 95].
+
+    Args:
+        images: (B, H, W, 3) uint8.
+
+    Returns:
+        (B, H, W, 3) float32.
+
+    Source: CIE 15; sRGB by IEC 61966-2-1. The oracle is `skimage.color.rgb2lab`.
+    """
+    encoded = images.to(torch.float32) / 255
+    linear = torch.where(encoded > 0.04045, ((encoded + 0.055) / 1.055) ** 2.4, encoded / 12.92)
+    matrix = torch.tensor(_TO_XYZ, device=images.device) / torch.tensor(_WHITE, device=images.device)[:, None]
+    xyz = (linear[..., None, :] * matrix).sum(-1)  # not a matrix product: it may run in fewer digits on a GPU
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(-1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
+
+
+def rgb(lab: Tensor) -> Tensor:
+    """The sRGB colours of CIE L*a*b*, the inverse of `lab`; what sRGB does not have is cut off per channel.
+
+    Args:
+        lab: (B, 3, H, W) float32.
+
+    Returns:
+        (B, 3, H, W) float32 in [0, 1].
+
+    Source: as `lab`. The oracle is `skimage.color.lab2rgb`.
+    """
+    lightness, a, b = lab.unbind(1)
+    y = (lightness + 16) / 116
+    root = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], dim=1)
+    xyz = torch.where(root > 6 / 29, root**3, (root - 16 / 116) / 7.787)
+    matrix = (torch.tensor(_TO_XYZ, dtype=torch.float64) / torch.tensor(_WHITE, dtype=torch.float64)[:, None]).inverse()
+    linear = (matrix.to(xyz)[:, :, None, None] * xyz[:, None]).sum(2)
+    return torch.where(linear > 0.0031308, 1.055 * linear.clamp_min(1e-6) ** (1 / 2.4) - 0.055, 12.92 * linear).clamp(0, 1)

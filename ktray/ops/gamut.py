@@ -1,0 +1,35 @@
+"""Colours as classes: the squares of the ab plane that sRGB reaches, and the mean colours of an image's cells.
+
+Source: Zhang, Isola, Efros, ECCV 2016, arXiv:1603.08511, section 2.1.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from ktray.ops import colour
+
+IDENTITY, REVISION = "gamut", 1
+TOOLS = (colour,)
+
+
+@lru_cache(maxsize=8)
+def gamut(bin: int) -> Tensor:
+    """The centres (Q, 2) float32 of the squares of the ab plane, multiples of `bin`, into which a colour of sRGB falls."""
+    levels = torch.cat([torch.arange(0, 255, 4), torch.tensor([255])]).to(torch.uint8)
+    cube = torch.cartesian_prod(levels, levels, levels).view(1, len(levels), -1, 3)
+    places = (colour.lab(cube)[..., 1:] / bin).round().long().view(-1, 2)
+    return bin * places.unique(dim=0).float()
+
+
+def cells(maps: Tensor, grid: int) -> Tensor:
+    """Means (B, grid * grid, C) of the cells of images (B, C, H, W), row by row."""
+    return nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
+
+
+def nearest(ab: Tensor, colours: Tensor) -> Tensor:
+    """The class (..., ) int64 in [0, Q) whose centre is nearest to each colour (..., 2); `colours` (Q, 2) as from `gamut`."""
+    return (ab[..., None, :] - colours).square().sum(-1).argmin(-1)

@@ -1,0 +1,55 @@
+"""Parts of images that become inputs of their own: tiles of a puzzle, neighbours of a place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ktray.ops import augmentation
+
+IDENTITY, REVISION = "patches", 1
+TOOLS = (augmentation,)
+
+
+def square(images: Tensor, side: int) -> Tensor:
+    """Images at another side: smaller ones are enlarged (bilinear), larger ones cropped at the centre.
+
+    Args:
+        images: (B, H, W, 3) uint8 with H = W.
+
+    Returns:
+        (B, side, side, 3) float32 as from `augment.to_float`.
+    """
+    seen = augmentation.to_float(images)
+    if images.shape[1] < side:
+        seen = nn.functional.interpolate(seen, size=side, mode="bilinear", align_corners=False)
+    edge = (seen.shape[2] - side) // 2
+    return seen.permute(0, 2, 3, 1)[:, edge : edge + side, edge : edge + side]
+
+
+def cut(squares: Tensor, corner: Tensor, side: int) -> Tensor:
+    """Patches of each image at places of their own, which may differ between the colour channels.
+
+    Args:
+        squares: (B, S, S, 3) float32.
+        corner: (2, B, T, 3) or (2, B, T, 1) int64 on the CPU: first row and first column of each patch, within [0, S - side].
+
+    Returns:
+        (B, T, 3, side, side) float32.
+    """
+    along = torch.arange(side, device=squares.device)[:, None]
+    rows, columns = corner.to(squares.device)[:, :, :, None] + along  # (B, T, side, 3) each
+    which = torch.arange(len(squares), device=squares.device)[:, None, None, None, None]
+    channels = torch.arange(3, device=squares.device)
+    return squares[which, rows[:, :, :, None], columns[:, :, None], channels].permute(0, 1, 4, 2, 3)
+
+
+def normalised(patches: Tensor) -> Tensor:
+    """Each patch with a mean of 0 and, unless it is empty, a standard deviation of 1 over its pixels and channels.
+
+    Args:
+        patches: (..., 3, h, w) float32 as from `augment.to_float`.
+    """
+    spread, mean = torch.std_mean(patches, dim=(-3, -2, -1), keepdim=True, correction=0)
+    grey_level = 4 / 255  # keeps the noise of an empty patch from becoming a picture
+    return (patches - mean) / (spread + grey_level)

@@ -1,0 +1,240 @@
+"""What a pair's spec says about data and layers that only the data and the networks can confirm.
+
+Cheap: at most a few images are decoded, and two made-up ones run through each network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ktray import plugins
+from ktray.errors import UserError
+from ktray.fingerprint import canonical
+from ktray.images import Source, Splits, Unreadable, parts
+from ktray.pipeline.identity import checkpoint_sha256, origin
+from ktray.pipeline.pair_graph import generations
+from ktray.pipeline.precomputed_check import check_ready
+from ktray.pipeline.shape_check import ask_plugin, try_networks
+from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, StudentTeacher, TrainedTeacher
+from ktray.strict import StrictSpec
+from ktray.training import loop
+from ktray.training.pretrained import ARTIFACT, refuse_other
+
+Load = Callable[[StrictSpec], Splits]
+
+
+def data_loader() -> Load:
+    """A function data spec -> its Splits that lists every data set once."""
+    known: dict[str, Splits] = {}
+
+    def load(spec: StrictSpec) -> Splits:
+        name = canonical(spec.model_dump())
+        if name not in known:
+            known[name] = plugins.module_of("dataset", spec).load(spec)
+        return known[name]
+
+    return load
+
+
+def check_pair(pair: PairSpec, load: Load) -> None:
+    """Refuse what would fail later, or would judge by labels that were learned from.
+
+    That is: too many clusters, missing labels or splits, layers that a backbone lacks, images too small for a network.
+
+    Raises:
+        UserError: the first thing that is wrong, with its dotted path.
+    """
+    if isinstance(pair.teacher, StudentTeacher):
+        with _inside("teacher.pair"):
+            check_pair(pair.teacher.pair, load)
+    found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
+    _transfer(pair, found["cluster"], found["transfer"])
+    _pretext(pair, found["pretext"])
+    _labels(pair, found["transfer"], found["target"])
+    _judged_labels_stay_unseen(pair, found["target"], load)
+    if isinstance(pair.teacher, LoadedTeacher) and not ARTIFACT.fullmatch(pair.teacher.checkpoint):
+        _readable(pair.teacher.checkpoint, checkpoint_sha256(pair.teacher.checkpoint))
+    check_ready(pair, load)
+    _evaluations(pair)
+    _layers(pair)
+    try_networks(pair, train_count(found["cluster"], pair.data.cluster))
+
+
+@lru_cache(maxsize=256)
+def _readable(checkpoint: str, sha256: str) -> None:
+    """Refuse weights that no stage could read; those of one content are looked at once, however many draws load them."""
+    refuse_other(Path(checkpoint))
+
+
+@contextlib.contextmanager
+def _inside(place: str) -> Iterator[None]:
+    """Say what is wrong with a part of the pair with the path of that part."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.problem, f"{place}.{error.where}".rstrip("."), error.instead) from error
+
+
+def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
+    """The data of one role; what is wrong with it is said with the field that names it."""
+    specs = [getattr(pair.data, each) for each in DataRoles.model_fields]
+    place = "data" if all(spec == specs[0] for spec in specs) else f"data.{role}"
+    try:
+        return load(getattr(pair.data, role))
+    except UserError as error:
+        field = error.where.removeprefix("data").removeprefix(".")
+        raise UserError(error.problem, f"{place}.{field}".rstrip("."), error.instead) from error
+
+
+def train_count(splits: Splits, spec: Any) -> int:
+    """Number of training images of a data set after its validation part is taken out."""
+    return len(parts(splits, spec.split)["train"][1])
+
+
+def _transfer(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
+    """Whether there are images enough for what the transfer makes of them."""
+    count = train_count(transfer, pair.data.transfer)
+    clustered = "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS
+    ask_plugin("transfer", "transfer", pair.transfer, count, train_count(cluster, pair.data.cluster) if clustered else 0)
+
+
+def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
+    needs = plugins.module_of("transfer", pair.transfer).NEEDS
+    if "labels" in needs and transfer.train.labels is None:
+        raise UserError(
+            f"the transfer {pair.transfer.kind!r} needs labels, and its data has none",
+            where="transfer.kind",
+            instead="Use clusters, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
+        )
+    for index, spec in enumerate(pair.evals):
+        where = f"evals.{index}"  # type: ignore[arg-type]
+        module = plugins.module_of("evaluation", spec)
+        if module.NEEDS_LABELS and target.train.labels is None:
+            raise UserError(
+                f"the evaluation {spec.kind!r} needs labels, and the target data has none",  # type: ignore[attr-defined]
+                where=where,
+                instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
+            )
+        if spec.split not in parts(target, pair.data.target.split):  # type: ignore[attr-defined]
+            right = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
+            split = spec.split  # type: ignore[attr-defined]
+            raise UserError(f"the target data has no {split} split", where=where, instead=right[split])
+        if spec.of == "teacher" and pair.teacher is None:  # type: ignore[attr-defined]
+            raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
+
+
+def _judged_labels_stay_unseen(pair: PairSpec, judging: Splits, load: Load) -> None:
+    """No role that reads labels, in any generation, trains on images that the target holds out; roles without labels may."""
+    target: Any = pair.data.target
+    if judging.val is not None:  # nothing is held out of the training images
+        return
+    roles = [("teacher.pair." * place, each, role) for place, each in enumerate(generations(pair)) for role in _reading(each)]
+    for above, each, role in roles:
+        spec: Any = getattr(each.data, role)
+        if spec == target or origin(spec) != origin(target):
+            continue
+        held = _names(judging, target, "val")
+        seen = held & _names(load(spec), spec, "train")
+        if seen:
+            raise UserError(
+                f"{len(seen)} of the {len(held)} images that judge are training images of {role}, which reads their labels",
+                where=f"{above}data.{role}.split",
+                instead=f"Write the target's: {{val: {target.split.val}, seed: {target.split.seed}}}.",
+            )
+
+
+def _reading(pair: PairSpec) -> list[str]:
+    """The roles whose training images are seen together with their labels."""
+    teacher = pair.teacher
+    of_pretext = isinstance(teacher, TrainedTeacher) and "labels" in getattr(
+        plugins.module_of("pretext", teacher.pretext), "NEEDS", ()
+    )
+    of_transfer = "labels" in plugins.module_of("transfer", pair.transfer).NEEDS
+    return ["pretext"] * of_pretext + ["transfer"] * of_transfer
+
+
+def _names(splits: Splits, spec: Any, split: str) -> set[str]:
+    images, rows = parts(splits, spec.split).get(split, (splits.train, np.arange(0)))
+    return {images.names[row] for row in rows}
+
+
+def _pretext(pair: PairSpec, data: Splits) -> None:
+    """What a pretext task looks for in its data, as its module says by NEEDS."""
+    if not isinstance(pair.teacher, TrainedTeacher):
+        return
+    kind = pair.teacher.pretext.kind
+    needs = getattr(plugins.module_of("pretext", pair.teacher.pretext), "NEEDS", ())
+    if "labels" in needs and data.train.labels is None:
+        raise UserError(
+            f"the pretext task {kind!r} needs labels, and its data has none",
+            where="teacher.pretext.kind",
+            instead="Use a task that needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
+        )
+    if "colours" in needs and _grey(data.train):
+        raise UserError(
+            f"the pretext task {kind!r} needs colours, and the images of its data are grey",
+            where="teacher.pretext.kind",
+            instead="Use a task that needs none, such as rotation, or other images for data.pretext.",
+        )
+
+
+def _grey(images: Source) -> bool:
+    """Whether a few images from all over the data are grey, as far as they can be read."""
+    few = min(8, len(images.names))
+    found = []
+    for place in range(few):
+        with contextlib.suppress(Unreadable):
+            found.append(bool((np.ptp(images.read(place * len(images.names) // few), axis=-1) == 0).all()))
+    return bool(found) and all(found)
+
+
+def _evaluations(pair: PairSpec) -> None:
+    """What an evaluation reads that the pair does not make."""
+    needs = plugins.module_of("transfer", pair.transfer).NEEDS
+    for index, entry in enumerate(pair.evals):
+        spec: Any = entry
+        if getattr(plugins.module_of("evaluation", spec), "READS_PSEUDO_LABELS", False) and "pseudo_labels" not in needs:
+            raise UserError(
+                f"{spec.kind} judges pseudo-labels, and the transfer {pair.transfer.kind!r} makes none",
+                where=f"evals.{index}",
+                instead="Leave it out, or transfer by clusters.",
+            )
+        teacher: Any = pair.teacher
+        if spec.of == "teacher" and spec.layer is not None and not hasattr(teacher, "backbone"):
+            handcrafted = isinstance(teacher, HandcraftedTeacher)
+            what = f"the descriptor {teacher.descriptor.kind}" if handcrafted else "a file of features"
+            raise UserError(
+                f"the teacher is {what}, which has no layer {spec.layer!r}",
+                where=f"evals.{index}.layer",
+                instead="Leave 'layer' out.",
+            )
+
+
+def _layers(pair: PairSpec) -> None:
+    networks: list[tuple[str, Any, str | None]] = []
+    teacher: Any = pair.teacher
+    if hasattr(teacher, "backbone"):
+        networks.append(("teacher.layer", teacher.backbone, teacher.layer))
+    for index, spec in enumerate(pair.evals):
+        if spec.of == "student":  # type: ignore[attr-defined]
+            networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))  # type: ignore[attr-defined]
+        elif hasattr(teacher, "backbone"):
+            networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))  # type: ignore[attr-defined]
+    for where, backbone, layer in networks:
+        names = _layer_names(backbone)
+        if layer is not None and layer not in names:
+            raise UserError(
+                f"the backbone {backbone.kind} has no layer {layer!r}", where=where, instead=f"It has {', '.join(names)}."
+            )
+
+
+@lru_cache(maxsize=256)
+def _layer_names(backbone: Any) -> tuple[str, ...]:
+    # Not on torch's meta device: its first random draw imports torch's compiler, which takes seconds.
+    return tuple(loop.fresh(backbone, 0).layers)  # type: ignore[arg-type]

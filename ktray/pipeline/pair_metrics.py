@@ -1,0 +1,73 @@
+"""From published stages to what a pair is worth: its metrics and its cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ktray.artifact import Artifact
+from ktray.pipeline.pair_graph import Graph
+from ktray.stores import Store
+
+
+def finished(graph: Graph, store: Store) -> dict[str, Artifact] | None:
+    """Key -> artifact of every stage if all are published, else None."""
+    found: dict[str, Artifact] = {}
+    for stage in graph.stages:
+        artifact = store.find(stage.key)
+        if artifact is None:
+            return None
+        found[stage.key] = artifact
+    return found
+
+
+def metrics(graph: Graph, artifacts: Mapping[str, Artifact]) -> dict[str, float]:
+    """``{"knn/top1": ..., "clusters/inertia": ..., "cost/seconds": ...}`` of a pair whose stages are all published."""
+    merged = {
+        f"{prefix}/{name}": value
+        for key, prefix in graph.metric_prefixes().items()
+        for name, value in artifacts[key].metrics.items()
+    }
+    return merged | {"cost/seconds": cost_seconds(graph, artifacts)}
+
+
+def cost_seconds(graph: Graph, artifacts: Mapping[str, Artifact]) -> float:
+    """Recorded seconds of all stages: what the pair would have cost alone. Segments count in the snapshot they led to."""
+    passed = {key for stage in graph.stages for key in stage.starts}
+    return float(sum(artifacts[s.key].record["seconds_alone"] for s in graph.stages if s.key not in passed))
+
+
+def count_by_stage(keys: Iterable[str]) -> dict[str, int]:
+    """Stage name -> number of distinct keys."""
+    counts: dict[str, int] = {}
+    for key in sorted(set(keys)):
+        stage = key.rsplit("-", 1)[0]
+        counts[stage] = counts.get(stage, 0) + 1
+    return counts
+
+
+def left_out(keys: Iterable[str], store: Store) -> list[str]:
+    """A sentence for each data set that the artifacts `keys` read and of which images were unreadable."""
+    made = [artifact for artifact in map(store.find, sorted(set(keys))) if artifact]
+    read = {key for artifact in made for key in artifact.record["inputs"].values() if key.startswith("images-")}
+    found = []
+    for images in filter(None, map(store.find, sorted(read))):
+        count = int(images.metrics["unreadable"])
+        if count:
+            listed = json.loads((images.directory / "splits.json").read_text())["unreadable"]
+            first = ", ".join(f"{entry['name']} ({entry['why']})" for entry in listed[:3])
+            total = count + int(images.metrics["count"])
+            found.append(f"{count} of {total} images were unreadable and left out: {first}{', ...' if count > 3 else ''}")
+    return found
+
+
+def curve(artifact: Artifact) -> list[dict[str, Any]]:
+    """Rows (one per epoch) of a training artifact's learning curve; empty for other stages."""
+    path = artifact.directory / "history.parquet"
+    if not path.exists():
+        return []
+    import pyarrow.parquet as parquet
+
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows

@@ -1,0 +1,208 @@
+"""Two made-up images through every network and descriptor of a pair: what only a run can tell, told before the run.
+
+Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU. What a
+plugin knows better it says itself: `check` refuses a spec, `quick` gives one that is as quick to try as it has the same shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ktray import plugins
+from ktray.errors import UserError
+from ktray.features import extraction
+from ktray.images import Images
+from ktray.spec import HandcraftedTeacher, PairSpec, Pooling, TrainedTeacher
+from ktray.strict import StrictSpec
+
+_COUNT = 2  # the least that batch norm trains on
+
+
+def try_networks(pair: PairSpec, cluster_images: int) -> None:
+    """Run what the pair would run, on as little as possible.
+
+    Args:
+        cluster_images: number of images that a descriptor is fitted to.
+
+    Raises:
+        UserError: the first thing that fails, with its dotted path.
+    """
+    with _one_thread():
+        _try(pair, cluster_images)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Two images are too little for several: they would wait for each other, on a busy machine for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _try(pair: PairSpec, cluster_images: int) -> None:
+    data, teacher, student = pair.data, pair.teacher, pair.student
+    sizes = {role: getattr(data, role).size for role in ("pretext", "cluster", "transfer", "target")}
+    judged = sizes["target"]
+    if isinstance(teacher, HandcraftedTeacher):
+        _try_descriptor(teacher.descriptor, sizes, cluster_images)
+    elif hasattr(teacher, "backbone"):
+        _try_teacher(teacher, sizes)
+    if "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS:
+        _same_width(teacher, sizes)
+    with _at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
+        _extract(student.backbone, None, Pooling(), sizes["transfer"])
+    for index, spec in enumerate(pair.evals):
+        seen: Any = spec
+        if getattr(plugins.module_of("evaluation", seen), "READS_PSEUDO_LABELS", False):
+            continue
+        of: Any = student if seen.of == "student" else teacher
+        if not hasattr(of, "backbone"):
+            continue  # `_try_descriptor` has seen images of this size, or no network sees any
+        layered = seen if seen.of == "student" or seen.layer else of
+        with _at(f"evals.{index}", f"the {of.backbone.kind} cannot take images of {judged} px"):
+            _extract(of.backbone, layered.layer, layered.pool, judged)
+
+
+def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
+    kind, size = teacher.backbone.kind, sizes["pretext"]
+    if isinstance(teacher, TrainedTeacher):
+        ask_plugin("teacher.pretext", "pretext", teacher.pretext)
+        with _at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
+            _learn(teacher.pretext, teacher.backbone, size)
+    for role in ("cluster", "transfer"):
+        with _at("teacher", f"the {kind} cannot take images of {sizes[role]} px"):
+            _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+
+
+def _same_width(teacher: Any, sizes: dict[str, int]) -> None:
+    """Clusters of features of one width label features of the same width only."""
+    widths = {}
+    for role in ("cluster", "transfer"):
+        if isinstance(teacher, HandcraftedTeacher):
+            widths[role] = _describe(teacher.descriptor, sizes[role])
+        elif hasattr(teacher, "backbone"):
+            widths[role] = _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+    if len(set(widths.values())) > 1:
+        raise UserError(
+            f"images of {sizes['cluster']} px have {widths['cluster']} features each and those of {sizes['transfer']} px "
+            f"{widths['transfer']}, so the clusters of data.cluster are none of data.transfer",
+            "data.transfer.size",
+            f"Use {sizes['cluster']} px for both, or a teacher whose features are pooled.",
+        )
+
+
+def _try_descriptor(descriptor: Any, sizes: dict[str, int], count: int) -> None:
+    for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
+        with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
+            _describe(descriptor, size)
+    ask_plugin("teacher.descriptor", "descriptor", descriptor, sizes["cluster"], count)
+
+
+def ask_plugin(place: str, room: str, spec: Any, *data: int) -> None:
+    """What a plugin's `check` says of its spec, if it has one.
+
+    Args:
+        place: dotted path of the spec in the pair.
+        data: what `check` asks of the images besides, as the room's `__init__` says.
+
+    Raises:
+        UserError: the plugin refuses its spec.
+    """
+    check = getattr(plugins.module_of(room, spec), "check", None)
+    if check:
+        with _at(place, f"the {room} {spec.kind} cannot be made", spec):
+            check(spec, *data)
+
+
+@contextmanager
+def _at(place: str, failed: str, spec: StrictSpec | None = None) -> Iterator[None]:
+    """Say what was raised with its dotted path; `spec` is that of the plugin that raised."""
+    try:
+        yield
+    except UserError as error:
+        field = error.where.removeprefix("descriptor.")
+        above = _above(spec, field.split(".")[0]) if spec else ""
+        whole = f"{place.removesuffix('.backbone')}.{above}{field}" if field else place
+        raise UserError(error.problem, whole, error.instead) from error
+    except Exception as error:  # a boundary: torch and plugins raise anything, and it is the pair that does not fit
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{failed}: {said}", place, "Use other images, such as larger ones (data.size), or another form."
+        ) from error
+
+
+def _above(spec: StrictSpec, field: str) -> str:
+    """``hog.`` if `field` is not the descriptor's own but that of a spec in it."""
+    own = type(spec).model_fields
+    specs = ((name, getattr(spec, name)) for name in own)
+    inner = (name for name, part in specs if isinstance(part, StrictSpec) and field in type(part).model_fields)
+    return "" if field in own else "".join(f"{name}." for name in list(inner)[:1])
+
+
+def _pixels(size: int) -> Tensor:
+    """(2, size, size, 3) uint8, coloured noise."""
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (_COUNT, size, size, 3), dtype=np.uint8))
+
+
+def _images(size: int) -> Images:
+    pixels = _pixels(size).numpy()
+    return Images(_COUNT, size, lambda rows: pixels[rows % _COUNT], np.arange(_COUNT), ("0", "1"), ("0", "1"))
+
+
+@lru_cache(maxsize=1024)
+def _extract(backbone: StrictSpec, layer: str | None, pool: Pooling, size: int) -> int:
+    """Number of features of an image."""
+    return _network(backbone, layer, pool)(_pixels(size)).shape[1]
+
+
+@lru_cache(maxsize=2)  # several sizes of one network come one after the other
+def _network(backbone: StrictSpec, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
+    return extraction.of_module(_built(backbone), layer, pool)
+
+
+def _built(backbone: StrictSpec) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
+    return network
+
+
+@lru_cache(maxsize=1024)
+def _describe(descriptor: Any, size: int) -> int | None:
+    """Number of features of an image; None for a fitted descriptor, which has as many as it was fitted with."""
+    module = plugins.module_of("descriptor", descriptor)
+    state = None
+    if hasattr(module, "fit"):
+        if not hasattr(module, "quick"):
+            return None  # how many images it needs is not known
+        descriptor = module.quick(descriptor)
+        state = module.fit(descriptor, _images(size))
+    described = module.describe(descriptor, state, _pixels(size))
+    if not bool(torch.isfinite(described).all()):
+        raise ValueError("its features are not finite")
+    return None if state else int(described.shape[1])
+
+
+@lru_cache(maxsize=1024)
+def _learn(pretext: Any, backbone: StrictSpec, size: int) -> None:
+    """One forward pass of the task's model, and its loss."""
+    module = plugins.module_of("pretext", pretext)
+    pretext = module.quick(pretext) if hasattr(module, "quick") else pretext
+    task = module.task(pretext, size, _images(size)) if hasattr(module, "NEEDS") else module.task(pretext, size)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        network: Any = _built(backbone)
+        model = nn.ModuleDict({"backbone": network, "head": task.head(network.feature_dim)}).train()
+        if task.prepare:
+            task.prepare(model)
+        inputs, targets = task.batch(_pixels(size), torch.arange(_COUNT), torch.Generator().manual_seed(0))
+        outputs = task.forward(model, inputs) if task.forward else model["head"](network(inputs))
+        task.loss(outputs, targets)

@@ -1,0 +1,83 @@
+"""Follow the scheduler while it works: finished stages to the tracker, counts and progress to whoever asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import ray
+
+from ktray.errors import StoppedEarly
+from ktray.runs.stage_logger import track_stage
+from ktray.scheduler.client import SchedulerClient
+from ktray.stores import Store
+from ktray.tracking import Tracker
+
+EVERY = 1.0
+
+
+class EventFollower:
+    """A thread that reads the scheduler's events once a second.
+
+    Args:
+        tell: called with every event and with the scheduler's status: ``tell(events, status)``.
+
+    Attributes:
+        published: keys of the artifacts that the scheduler has published since the watch began; others may publish beside it.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerClient,
+        store: Store,
+        tracker: Tracker,
+        tell: Callable[[list[dict[str, Any]], Mapping[str, Any]], None],
+    ) -> None:
+        self.scheduler, self.store, self.tracker, self.tell = scheduler, store, tracker, tell
+        self.published: set[str] = set()
+        self._name = str(scheduler.status()["name"])
+        past = scheduler.events(0)
+        self._last = past[-1]["n"] if past else 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._over.wait(EVERY):
+            try:
+                with suppress(ray.exceptions.RayError):  # one question without an answer: the next second asks again
+                    self._read()
+            except StoppedEarly:
+                return  # the scheduler has ended; whoever ran the search says why
+
+    def _read(self) -> None:
+        events = self.scheduler.events(self._last)
+        for event in events:
+            self._last = max(self._last, event["n"])
+            if event["event"] == "published":
+                self._track(event["key"])
+        self.tell(events, self.scheduler.status())
+
+    def _track(self, key: str) -> None:
+        artifact = self.store.find(key) if key not in self.published else None
+        if artifact is not None:
+            self.published.add(key)
+            track_stage(self.tracker, artifact)
+
+    def close(self, new: Iterable[str]) -> None:
+        """Read what is left, then stop.
+
+        Args:
+            new: keys that may have been published meanwhile: the events of a broker that died are lost, and their records
+                say whether it was this scheduler, or another one on the same store.
+        """
+        self._over.set()
+        self._thread.join(timeout=10)
+        with suppress(StoppedEarly, ray.exceptions.RayError):
+            self._read()
+        for key in new:
+            artifact = self.store.find(key)
+            if artifact is not None and artifact.record["attempt"].startswith(f"{self._name}-"):
+                self._track(key)

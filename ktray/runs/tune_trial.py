@@ -1,0 +1,59 @@
+"""One Tune trial: a light driver that waits for the stages of one leg. Its process imports neither torch nor optuna."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from ktray.errors import StageFailed, StoppedEarly
+from ktray.scheduler.client import SchedulerClient, WaitCancelled
+
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: `stopping` ends the search in order
+
+import ray
+from ray import tune
+
+EVERY = 2.0
+STOPPED = "stopped early"
+RELEASED = "released"
+
+
+class StageWaiter(tune.Trainable):  # type: ignore[misc]
+    """A light driver: asks the scheduler for the stages of one leg, computes nothing, imports no torch."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.job = config["job"]
+        # A process that stands still would have Tune wait for ever: Ray notices only those that end.
+        threading.Thread(target=_attend, args=(self.job["scheduler"],), daemon=True).start()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.job = new_config["job"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        scheduler: SchedulerClient = self.job["scheduler"]
+        try:
+            outcomes = scheduler.obtain(self.job["stages"], self.job["waiter"], self.job["priority"])
+        except StageFailed as failure:
+            return {"done": True, "cause": str(failure), "failed": failure.stage, "computed": "[]"}
+        except StoppedEarly as stop:
+            return {"done": True, "cause": STOPPED, "text": str(stop), "computed": "[]"}
+        except WaitCancelled:
+            return {"done": True, "cause": RELEASED, "computed": "[]"}
+        computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
+        return {"done": True, "cause": "", "computed": json.dumps(computed)}
+
+
+def _attend(scheduler: SchedulerClient) -> None:
+    """Tell the scheduler that this process lives, until the scheduler is no more."""
+    with suppress(StoppedEarly, ray.exceptions.RayError):
+        while True:
+            scheduler.attend()
+            time.sleep(EVERY)

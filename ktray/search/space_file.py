@@ -1,0 +1,252 @@
+"""A space's file: YAML without its traps, the fields around the pair, and changes from the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from ktray.errors import UserError
+from ktray.search import spec_errors
+from ktray.search.space_tree import OPERATORS
+from ktray.spec import Seed
+from ktray.strict import StrictSpec
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _seconds(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
+    if not parts or "".join(number + unit for number, unit in parts) != value.replace(" ", ""):
+        raise ValueError(f"{value!r} is no duration; write 90s, 30m, 12h, 2d or 1h30m")
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+class Objective(StrictSpec):
+    """What a search optimises; `mode` is filled in from the evaluation when left out."""
+
+    metric: str
+    mode: Literal["max", "min"] | None = None
+
+
+class Budget(StrictSpec):
+    """How much a search may spend; not part of the space's identity."""
+
+    trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
+    concurrent: int = Field(default=4, ge=1, description="trials at a time, of which a search runs 64 at most")
+    stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
+    hours: float | None = Field(default=None, gt=0, description="of stages, added up over all workers and resumes")
+
+
+class TeacherStop(StrictSpec):
+    """Which teachers get students: the best of those that were judged, by an evaluation `of: teacher`."""
+
+    metric: str
+    reduction: int | None = Field(default=None, ge=2, description="the best 1/reduction of the teachers")
+    keep: float | None = Field(default=None, gt=0, le=1, description="or their best share")
+    mode: Literal["max", "min"] | None = None
+
+    @model_validator(mode="after")
+    def _one_share(self) -> TeacherStop:
+        if (self.reduction is None) == (self.keep is None):
+            raise ValueError("how many teachers get students is said by 'reduction' (3: the best third) or by 'keep' (0.3)")
+        return self
+
+    @property
+    def share(self) -> float:
+        """The part of the teachers that get students, in (0, 1]."""
+        return self.keep if self.keep is not None else 1 / (self.reduction or 1)
+
+
+class EarlyStop(StrictSpec):
+    """Successive halving: at each rung (student epochs) the best 1/`reduction` go on."""
+
+    metric: str
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    reduction: int = Field(default=3, ge=2)
+    mode: Literal["max", "min"] | None = None
+    teacher: TeacherStop | None = Field(default=None, description="judge teachers before any student of theirs is trained")
+
+    def judged_by(self, epoch: int) -> str:
+        """The metric at a rung; at epoch 0 that of teachers."""
+        return self.teacher.metric if epoch == 0 and self.teacher else self.metric
+
+    @field_validator("rungs")
+    @classmethod
+    def _rise(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+        if list(rungs) != sorted(set(rungs)):
+            raise ValueError(f"rungs rise, and these are {list(rungs)}; write {sorted(set(rungs))}")
+        return rungs
+
+
+class SpaceFile(StrictSpec):
+    """The file as typed; `pair` may hold operators."""
+
+    study: str
+    objectives: tuple[Objective, ...] = Field(min_length=1)
+    budget: Budget = Budget()
+    early_stop: EarlyStop | None = None
+    sampler: Literal["balanced", "tpe", "random"] = "balanced"
+    seed: Seed = 0
+    pair: Mapping[str, Any]
+    start_with: tuple[Mapping[str, Any], ...] = ()
+
+    @field_validator("study")
+    @classmethod
+    def _a_plain_name(cls, study: str) -> str:
+        check_name(study)
+        return study
+
+    @field_validator("objectives")
+    @classmethod
+    def _each_metric_once(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        names = [objective.metric for objective in objectives]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"the objective {twice[0]!r} is there twice")
+        return objectives
+
+
+def check_name(study: str) -> None:
+    """Refuse a study's name that is no plain file name.
+
+    Raises:
+        ValueError: it is not made of A-Z a-z 0-9 . _ -, or is too long, or starts with a dot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", study):
+        raise ValueError(f"the study name {study!r} may hold only A-Z a-z 0-9 . _ - (and not begin with a dot)")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, refusing a key that is there twice, and reading 1e-3 as the number that it is in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} {_TWICE}", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+_TWICE = "is there twice"
+_RIGHT = {  # what a parser says -> what a person does
+    "'\\t'": "Indent with spaces, not with tabs.",
+    "<stream end>": "A bracket or a quote is not closed.",
+    "',' or": "A bracket or a comma is missing, here or on the line above.",
+    "constructor for the tag": "Write plain values; what begins with ! is not read.",
+    "mapping values are not allowed": "Quote the text if its colon is meant, else check the indentation.",
+    _TWICE: "Leave one of them out.",
+}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        said = str(getattr(error, "problem", None) or error)
+        right = next((right for words, right in _RIGHT.items() if words in said), "")
+        problem = said if _TWICE in said else f"this is not valid YAML: {said}"
+        raise UserError(problem, f"{where}{line}", right) from error
+
+
+def read(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The plain content of a YAML file with ``transfer.k=500`` and the like put in.
+
+    Raises:
+        UserError: no such file, no YAML, not a mapping, or an override that names no place in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the file cannot be read: {error.strerror}", str(path)) from error
+    except UnicodeDecodeError as error:
+        raise UserError("the file is no text in UTF-8", str(path), "Give a YAML file.") from error
+    return parsed(text, overrides, str(path))
+
+
+def parsed(text: str, overrides: list[str], source: str) -> dict[str, Any]:
+    """The same of a file's text.
+
+    Raises:
+        UserError: no YAML, not a mapping, or an override that names no place in it.
+    """
+    content = _parse(text, source)
+    if not isinstance(content, dict):
+        what = "the file is empty" if content is None else "the file holds no fields (name: value)"
+        raise UserError(what, source, "See search_spaces/quickstart.yaml.")
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise UserError(f"{override!r} sets nothing", "--set", "Write --set transfer.k=500.")
+        _put(content, name, _parse(value, f"--set {override}"))
+    return content
+
+
+def _put(content: dict[str, Any], name: str, value: Any) -> None:
+    steps = name.split(".")
+    place: Any = content["pair"] if "pair" in content and steps[0] not in SpaceFile.model_fields else content
+    for index, step in enumerate(steps):
+        place, key, old = _entry(place, step, ".".join(steps[:index]), f"--set {name}")
+        if index == len(steps) - 1:
+            place[key] = _fixed(old, value, f"--set {name}")
+        else:
+            if old is None:
+                place[key] = old = {}
+            place = old
+
+
+def _entry(place: Any, step: str, above: str, where: str) -> tuple[Any, str | int, Any]:
+    """Container, key and present value (None if absent) of one step of a path, which names branches without `one_of`."""
+    operator = next((key for key in place if key in OPERATORS), None) if isinstance(place, dict) else None
+    if operator == "one_of":
+        place = place["one_of"]
+        if step not in place:
+            raise UserError(f"{above} has no branch {step!r}", where, f"Its branches are {', '.join(map(str, place))}.")
+    elif operator:
+        raise UserError(f"{above} is drawn as a whole ({operator})", where, f"Set {above} itself.")
+    if isinstance(place, list):
+        if not step.isdigit() or int(step) >= len(place):
+            raise UserError(f"{above} is a list of {len(place)} without an entry {step!r}", where, "Entries are 0, 1, ...")
+        return place, int(step), place[int(step)]
+    if not isinstance(place, dict):
+        raise UserError(f"{above} is {place!r} and has no {step!r}", where, f"Set {above} to a mapping.")
+    return place, step, place.get(step)
+
+
+def _fixed(old: Any, value: Any, where: str) -> Any:
+    """`value`; of a one_of the branch of that name alone, so that the names of its parameters stay."""
+    branches = old.get("one_of") if isinstance(old, dict) else None
+    if not isinstance(branches, dict) or not isinstance(value, str):
+        return value
+    if value not in branches:
+        raise UserError(f"there is no branch {value!r}", where, f"Branches are {', '.join(map(str, branches))}.")
+    return {"one_of": {value: branches[value]}}
+
+
+def document(content: Mapping[str, Any], source: str) -> SpaceFile:
+    """The fields of a space's file.
+
+    Raises:
+        UserError: unknown, missing or impossible fields, with what would be right.
+    """
+    try:
+        return SpaceFile.model_validate(content)
+    except ValidationError as error:
+        found = spec_errors.of_validation(error, SpaceFile, content, lambda path: ".".join(map(str, path)))
+        spec_errors.refuse(found, source)
+        raise AssertionError("unreachable: a validation error has problems") from error

@@ -1,0 +1,322 @@
+"""The operators of a space, and the tree that they make of a pair: what may be drawn, and what a draw means."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ktray.fingerprint import canonical
+from ktray.search.spec_errors import SpecError
+
+RANGES = ("int", "log_int", "float", "log_float")
+OPERATORS = ("choice", *RANGES, "one_of")
+_ELSEWHERE = {  # how other tools call them
+    "choices": "choice",
+    "values": "choice",
+    "categorical": "choice",
+    "grid_search": "choice",
+    "uniform": "float",
+    "quniform": "float",
+    "loguniform": "log_float",
+    "log_uniform": "log_float",
+    "randint": "int",
+    "lograndint": "log_int",
+    "oneof": "one_of",
+    "branches": "one_of",
+}
+
+Scalar = None | bool | int | float | str
+Params = dict[str, Scalar]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some options; their labels are what a draw holds, so that every parameter is a scalar."""
+
+    name: str
+    options: tuple[Any, ...]
+    labels: tuple[Scalar, ...]
+    branches: bool = False
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number from `low` to `high`, both included."""
+
+    name: str
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some branches, each with parameters of its own; the branch is itself a parameter."""
+
+    choice: Choice
+    branches: Mapping[str, Any]
+
+
+Parameter = Choice | Range
+Ask = Callable[[Parameter], Scalar]
+
+
+def grow(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
+    """The tree of a plain value: mappings, lists and scalars as they are, operators as `Choice`, `Range` or `OneOf`.
+
+    What is wrong is added to `problems`, and the tree is then not to be used.
+    """
+    where = ".".join(("pair", *path))
+    if isinstance(value, list | tuple):
+        return [grow(item, (*path, str(index)), problems) for index, item in enumerate(value)]
+    if not isinstance(value, Mapping):
+        return value
+    strangers = [key for key in value if not isinstance(key, str)]
+    if strangers:
+        problems.append(SpecError(where, f"the key {strangers[0]!r} is not text", f"Quote it: '{strangers[0]}'."))
+        return None
+    operators = [key for key in value if key in OPERATORS]
+    if operators and len(value) > 1:
+        others = " and ".join(repr(key) for key in value if key != operators[0])
+        problems.append(SpecError(where, f"{operators[0]!r} stands alone, and here is {others} beside it"))
+        return None
+    if operators:
+        operand = value[operators[0]]
+        if operators[0] == "one_of":
+            return _one_of(operand, path, problems)
+        found = _choice(operand, path) if operators[0] == "choice" else _range(operators[0], operand, path)
+        if isinstance(found, SpecError):
+            problems.append(found)
+        return found
+    meant = _misspelt(value)
+    if meant:
+        key = next(iter(value))
+        problems.append(
+            SpecError(where, f"there is no operator {key!r}", f"Did you mean {meant!r}? Known: {', '.join(OPERATORS)}.")
+        )
+        return None
+    return {key: grow(item, (*path, key), problems) for key, item in value.items()}
+
+
+def _misspelt(value: Mapping[str, Any]) -> str | None:
+    if len(value) != 1:
+        return None
+    ((key, operand),) = value.items()
+    if not isinstance(operand, list | Mapping):
+        return None
+    plain = key.lower().replace("-", "_")
+    near = difflib.get_close_matches(plain, OPERATORS, n=1, cutoff=0.7)
+    return _ELSEWHERE.get(plain) or (near[0] if near else None)
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return ".".join(path) or "pair"
+
+
+def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecError:
+    where = ".".join(("pair", *path))
+    if not isinstance(operand, list) or not operand:
+        return SpecError(where, f"'choice' needs a list of options, and this is {operand!r}", "Write {choice: [a, b]}.")
+    labels: list[Scalar] = []
+    for option in operand:
+        if _holds_operator(option):
+            return SpecError(where, "an option of 'choice' holds an operator", "Use one_of: its branches may.")
+        try:
+            canonical(option, where)
+            text = label(option)
+        except TypeError as error:
+            return SpecError(where, str(error).removeprefix(f"{where}: "))
+        if text in labels:
+            return SpecError(where, f"the option {option!r} is there twice")
+        labels.append(text)
+    return Choice(_name(path), tuple(operand), tuple(labels))
+
+
+def label(option: Any) -> Scalar:
+    """An option as one scalar: itself, or the JSON text of a list or mapping."""
+    text: Scalar = canonical(option) if isinstance(option, list | tuple | Mapping) else option
+    return text
+
+
+def _holds_operator(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(key in OPERATORS or _holds_operator(item) for key, item in value.items())
+    return isinstance(value, list) and any(_holds_operator(item) for item in value)
+
+
+def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecError:
+    where = ".".join(("pair", *path))
+    whole, log = operator.endswith("int"), operator.startswith("log_")
+    kinds = int if whole else (int, float)
+    right = f"Write {{{operator}: [{'1, 10' if whole else '0.01, 0.1'}]}}."
+    if not isinstance(operand, list) or len(operand) != 2:
+        return SpecError(where, f"{operator!r} needs its two ends, and this is {operand!r}", right)
+    low, high = operand
+    if not all(isinstance(end, kinds) and not isinstance(end, bool) and math.isfinite(end) for end in operand):
+        return SpecError(
+            where, f"the ends of {operator!r} are {'whole ' if whole else ''}numbers, and these are {operand!r}", right
+        )
+    if low > high:
+        return SpecError(where, f"the range [{low}, {high}] is empty", f"Write [{high}, {low}].")
+    if log and low <= 0:
+        return SpecError(
+            where, f"a logarithmic range starts above 0, and this one at {low}", f"Raise {low}, or use {operator[4:]!r}."
+        )
+    return Range(_name(path), low if whole else float(low), high if whole else float(high), log, whole)
+
+
+def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecError]) -> OneOf | None:
+    where = ".".join(("pair", *path))
+    if not isinstance(operand, Mapping) or not operand:
+        problems.append(
+            SpecError(where, "'one_of' needs a mapping of branches", "Write {one_of: {first: {...}, second: {...}}}.")
+        )
+        return None
+    wrong = [key for key in operand if not isinstance(key, str) or not key or "." in key]
+    if wrong:
+        problems.append(
+            SpecError(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; quote it.")
+        )
+        return None
+    names = tuple(operand)
+    branches = {name: grow(body, (*path, name), problems) for name, body in operand.items()}
+    return OneOf(Choice(_name(path), names, names, branches=True), branches)
+
+
+def children(node: Any) -> Sequence[Any]:
+    """The values of a mapping or a list of the tree; of anything else none."""
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []
+
+
+def draw(node: Any, ask: Ask, params: Params) -> None:
+    """Fills `params` by asking for each parameter in the order of the file; those of other branches are never asked for."""
+    if isinstance(node, OneOf):
+        branch = str(ask(node.choice))
+        params[node.choice.name] = branch
+        draw(node.branches[branch], ask, params)
+    elif isinstance(node, Choice | Range):
+        params[node.name] = ask(node)
+    for child in children(node):
+        draw(child, ask, params)
+
+
+def bare(node: Any) -> Any:
+    """The same tree without what draws nothing, for `draw` alone: that asks the same in the same order; None if empty."""
+    if isinstance(node, OneOf):
+        return OneOf(node.choice, {branch: bare(body) for branch, body in node.branches.items()})
+    if isinstance(node, Choice | Range):
+        return node
+    left = [found for child in children(node) if (found := bare(child)) is not None]
+    return left or None
+
+
+def resolve(node: Any, params: Mapping[str, Scalar]) -> Any:
+    """The plain value that `params` make of a tree.
+
+    Raises:
+        KeyError: a parameter is missing, or its value is none of the options.
+    """
+    if isinstance(node, OneOf):
+        return resolve(node.branches[str(params[node.choice.name])], params)
+    if isinstance(node, Choice):
+        return dict(zip(node.labels, node.options, strict=True))[params[node.name]]
+    if isinstance(node, Range):
+        return params[node.name]
+    if isinstance(node, dict):
+        return {key: resolve(item, params) for key, item in node.items()}
+    return [resolve(item, params) for item in node] if isinstance(node, list) else node
+
+
+def points(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
+    """Every combination of `values(parameter)` over every combination of branches, lazily."""
+    if isinstance(node, OneOf):
+        for branch, body in node.branches.items():
+            for point in points(body, values):
+                yield {node.choice.name: branch, **point}
+    elif isinstance(node, Choice | Range):
+        for value in values(node):
+            yield {node.name: value}
+    else:
+        yield from _product(children(node), values)
+
+
+def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
+    if not nodes:
+        yield {}
+        return
+    for head in points(nodes[0], values):
+        for tail in _product(nodes[1:], values):
+            yield {**head, **tail}
+
+
+def size(node: Any) -> int | None:
+    """Number of points; None if a parameter is continuous."""
+    if isinstance(node, OneOf):
+        sizes = [size(body) for body in node.branches.values()]
+        return None if None in sizes else sum(item for item in sizes if item is not None)
+    if isinstance(node, Choice | Range):
+        found = all_values(node)
+        return None if found is None else len(found)
+    total = 1
+    for child in children(node):
+        factor = size(child)
+        if factor is None:
+            return None
+        total *= factor
+    return total
+
+
+def all_values(parameter: Parameter) -> Sequence[Scalar] | None:
+    """All values of a parameter in order; None if it is continuous."""
+    if isinstance(parameter, Choice):
+        return parameter.labels
+    if parameter.whole:
+        return range(int(parameter.low), int(parameter.high) + 1)
+    return [parameter.low] if parameter.low == parameter.high else None
+
+
+def parameters(node: Any) -> Iterator[tuple[Parameter, Params]]:
+    """Every parameter of every branch, with the branches under which it is asked for."""
+    if isinstance(node, OneOf):
+        yield node.choice, {}
+        for branch, body in node.branches.items():
+            for parameter, under in parameters(body):
+                yield parameter, {node.choice.name: branch, **under}
+    elif isinstance(node, Choice | Range):
+        yield node, {}
+    for child in children(node):
+        yield from parameters(child)
+
+
+def branching(parameter: Parameter) -> bool:
+    """Whether a parameter chooses a branch of a one_of."""
+    return isinstance(parameter, Choice) and parameter.branches
+
+
+def ends(parameter: Parameter) -> Sequence[Scalar]:
+    """What is checked of a parameter: all options, or both ends of a range, and for a continuous one a value between.
+
+    Between, because the ends may be whole numbers where a field takes no others.
+    """
+    if isinstance(parameter, Choice):
+        return parameter.labels
+    between = [] if parameter.whole else [parameter.low + 0.382 * (parameter.high - parameter.low)]
+    return list(dict.fromkeys((parameter.low, parameter.high, *between)))
+
+
+def refusal(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:
+    """Why `value` cannot be drawn, and what can; None if it can."""
+    if isinstance(parameter, Choice):
+        if any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in parameter.labels):
+            return None
+        return f"{value!r} is none of the options", f"They are {', '.join(map(str, parameter.labels))}."
+    number = isinstance(value, int if parameter.whole else int | float) and not isinstance(value, bool)
+    if number and parameter.low <= value <= parameter.high:  # type: ignore[operator]
+        return None
+    return f"{value!r} is outside of the range", f"It goes from {parameter.low} to {parameter.high}."

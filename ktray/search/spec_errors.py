@@ -1,0 +1,240 @@
+"""What is wrong with a file, in one sentence each: where, what, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ktray import plugins
+from ktray.errors import UserError
+from ktray.spec import (
+    DataRoles,
+    HandcraftedTeacher,
+    LoadedTeacher,
+    PairSpec,
+    PrecomputedTeacher,
+    StudentTeacher,
+    TrainedTeacher,
+)
+
+SHOWN = 5
+Path = tuple[str | int, ...]
+_ROOMS = {
+    "backbone": "backbone",
+    "pretext": "pretext",
+    "descriptor": "descriptor",
+    "transfer": "transfer",
+    "evals": "evaluation",
+    "data": "dataset",
+}
+_TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
+    "pretext": (TrainedTeacher, "a trained teacher (one with 'pretext')"),
+    "descriptor": (HandcraftedTeacher, "a handcrafted teacher (one with 'descriptor')"),
+    "checkpoint": (LoadedTeacher, "a loaded teacher (one with 'checkpoint')"),
+    "features": (PrecomputedTeacher, "a ready-made teacher (one with 'features')"),
+    "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
+}
+_RULES = {  # pydantic's names of what is wrong, in the words of a YAML file
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a finite number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), "a mapping (name: value)"),
+    "string_type": "text",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "of at least {min_length}",
+}
+
+
+@dataclass(frozen=True)
+class SpecError:
+    """One thing that is wrong; `where` is a dotted path in the file, `instead` what would be right."""
+
+    where: str
+    problem: str
+    instead: str = ""
+
+    def __str__(self) -> str:
+        return str(UserError(self.problem, self.where, self.instead))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """``Did you mean 'k'? `` or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"Did you mean {near[0]!r}? " if near else ""
+
+
+def refuse(problems: Sequence[SpecError], source: str) -> None:
+    """Raises a UserError that names the first few of `problems`; returns if there is none."""
+    if not problems:
+        return
+    if len(problems) == 1:
+        (only,) = problems
+        raise UserError(only.problem, f"{source}: {only.where}" if only.where else source, only.instead)
+    lines = [f"\n  - {problem}" for problem in problems[:SHOWN]]
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise UserError(f"{len(problems)} things are wrong{''.join(lines)}{more}", source)
+
+
+def of_validation(error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> list[SpecError]:
+    """Pydantic's complaint about `value` as a `model`, as problems.
+
+    Args:
+        where: path of a field in `value` -> dotted path in the file, as the user wrote it.
+    """
+    value, place = _one_data_set(value, where) if model is PairSpec else (value, where)
+    items = list(_flat(error, ()))
+    # Of a list whose entries are wrong pydantic also says that it is too short.
+    meant = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
+    found = list(dict.fromkeys(_translate(item, path, model, value, place) for path, item in meant))
+    hints = {problem.instead for problem in found}  # a misspelt field is missing under its right name too: say it once
+    return [p for p in found if f"Did you mean {p.where.split('.')[-1]!r}?" not in hints or "is missing" not in p.problem]
+
+
+def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    # A plugin's spec is validated inside a validator, so its errors come nested and know only their own part of the path.
+    for item in error.errors(include_url=False):
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ValidationError):
+            yield from _flat(inner, (*above, *item["loc"]))
+        else:
+            yield (*above, *item["loc"]), item
+
+
+def _one_data_set(value: Any, where: Callable[[Path], str]) -> tuple[Any, Callable[[Path], str]]:
+    """A pair where one data set plays all roles, with the roles written out; their paths in the file name no role."""
+    return _written_out(value), lambda path: where(_as_typed(path, value))
+
+
+def _written_out(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    found = dict(value)
+    if not _has_roles(value):
+        found["data"] = dict.fromkeys(DataRoles.model_fields, value.get("data"))
+    inner = _part(value.get("teacher"), "pair")
+    if isinstance(inner, Mapping):
+        found["teacher"] = {**value["teacher"], "pair": _written_out({"data": value.get("data"), **inner})}
+    return found
+
+
+def _has_roles(value: Any) -> bool:
+    data = _part(value, "data")
+    return isinstance(data, Mapping) and "kind" not in data
+
+
+def _as_typed(path: Path, value: Any) -> Path:
+    """The path, in what a person typed, of a field of the written out pair; a pair that teaches may have the outer's data."""
+    if path[:2] == ("teacher", "pair"):
+        inner = _part(_part(value, "teacher"), "pair")
+        if path[2:3] == ("data",) and isinstance(inner, Mapping) and "data" not in inner:
+            return _as_typed(path[2:], value)
+        return ("teacher", "pair", *_as_typed(path[2:], inner))
+    return (*path[:1], *path[2:]) if path[:1] == ("data",) and not _has_roles(value) else path
+
+
+def _translate(
+    item: Mapping[str, Any], path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]
+) -> SpecError:
+    place = where(path)
+    name = str(path[-1]) if path else ""
+    if name not in place.split("."):  # a role of the one data set that plays all
+        name = place.split(".")[-1]
+    inner = item.get("ctx", {}).get("error")
+    cause = getattr(inner, "__cause__", None)
+    if isinstance(cause, UserError):
+        return SpecError(place, cause.problem, cause.instead)
+    if item["type"] == "extra_forbidden":
+        return _unknown_field(path, model, value, where)
+    if item["type"] == "missing":
+        return SpecError(place, f"{name!r} is missing")
+    if item["type"] == "value_error":
+        return SpecError(place, str(inner or item["msg"]).removeprefix("Value error, "))
+    if item["type"] == "literal_error":
+        options = _literals(item)
+        hint = nearest(item["input"], options) if isinstance(item["input"], str) else ""
+        return SpecError(place, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
+    if name.isdigit():
+        name = f"entry {name}"
+    return SpecError(place, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
+
+
+def _rule(item: Mapping[str, Any]) -> str:
+    rule = _RULES.get(item["type"])
+    if rule is None:
+        text = str(item["msg"]).removeprefix("Input should be ")
+        return text[:1].lower() + text[1:]
+    return rule.format(**item.get("ctx", {}))
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in the file; of a long one only what it is."""
+    if isinstance(value, Mapping | list | tuple):
+        return "a mapping" if isinstance(value, Mapping) else "a list"
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+
+
+def _literals(item: Mapping[str, Any]) -> list[str]:
+    text = str(item.get("ctx", {}).get("expected", ""))
+    return [word.strip().strip("'") for word in text.replace(" or ", ", ").split(",")]
+
+
+def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> SpecError:
+    name, place = str(path[-1]), where(path)
+    owner, title = _model_at(path[:-1], model, value)
+    known = [field for field in owner.model_fields if field != "kind"] if owner else []
+    near = nearest(name, known)
+    if near:
+        return SpecError(place, f"there is no field {name!r}", near.strip())
+    others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
+    if path[-2:-1] == ("teacher",) and others:
+        reason = "; it is not trained" if owner in (HandcraftedTeacher, PrecomputedTeacher) else ""
+        return SpecError(place, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
+    listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields beside its kind."
+    return SpecError(place, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
+
+
+def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[type[BaseModel] | None, str]:
+    """The spec that reads the part of `value` at `path`, and how to call it."""
+    title, room = "", ""
+    for step in path:
+        value = _part(value, step)
+        field = model.model_fields.get(str(step)) if model and isinstance(step, str) else None
+        if room != "dataset":  # below `data` even the roles "pretext" and "transfer" name data sets
+            room = _ROOMS.get(str(step), room)
+        annotation = field.annotation if field else None
+        if step == "teacher" and isinstance(value, Mapping):
+            model, title = next((found for key, found in _TEACHERS.items() if key in value), (None, ""))
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation.model_fields:
+            model, title = annotation, f"{step!r}"
+        else:
+            model, title = _plugin(room, value)
+    return model, title
+
+
+def _part(value: Any, step: str | int) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(step)
+    return value[step] if isinstance(value, list | tuple) and isinstance(step, int) else None
+
+
+def _plugin(room: str, value: Any) -> tuple[type[BaseModel] | None, str]:
+    if room == "dataset" and isinstance(value, Mapping) and "kind" not in value:
+        return DataRoles, "'data'"
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    if room == "dataset" and isinstance(kind, str):
+        kind = kind.partition("?")[0].partition(":")[0]
+    if not room or not isinstance(kind, str):
+        return None, ""
+    try:
+        return plugins.module(room, kind).Spec, f"the {room} {kind!r}"
+    except UserError:
+        return None, ""

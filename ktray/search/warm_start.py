@@ -1,0 +1,118 @@
+"""Results of another study as evidence for a new one, each at the budget that it really had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ktray.errors import UserError
+from ktray.search import space_tree
+from ktray.search.history import History, read
+from ktray.search.space import Space
+from ktray.search.space_tree import Params
+from ktray.search.trial import Trial
+
+NOTE = "warm_start"  # of a study: other study -> what its trials said when it was named first
+Noted = Mapping[str, list[dict[str, Any]]]
+
+
+def added(noted: Noted, home: Path, space: Space, name: str, other: str) -> Noted:
+    """The note with the results of one more study; named again it keeps what it said first, so that a resume draws the same.
+
+    Args:
+        name: the study that begins.
+        other: a study of the same home.
+
+    Raises:
+        UserError: there is no such study, it is the same one, or nothing of it fits.
+    """
+    if other in noted:
+        return noted
+    if other == name:
+        raise UserError(f"the study {name!r} cannot begin with its own results", "--warm-start", "The same name resumes it.")
+    found = results(space, read(home, other))
+    if not found:
+        raise UserError(
+            f"no result of the study {other!r} says anything of this space",
+            "--warm-start",
+            "They need parameters in common, and an objective or a rung judged by the same evaluation of the same data.",
+        )
+    return {**noted, other: found}
+
+
+def evidence(noted: Noted) -> list[Trial]:
+    """Trials of other studies as the sampler is told of them; their numbers are below 0, the latest -1."""
+    every = [result for found in noted.values() for result in found]
+    return [_trial(result, index - len(every)) for index, result in enumerate(every)]
+
+
+def results(space: Space, other: History) -> list[dict[str, Any]]:
+    """What trials of another study say of this space, as JSON values.
+
+    A parameter is kept if it exists here, in the same branch, with this value among its values. A completed trial counts as
+    completed if it had the epochs that a student has here; else by its scores at the epochs where it was judged. What another
+    evaluation measured, or the same one on other data, says nothing here.
+    """
+    return [result for trial in other.trials if (result := _result(space, other, trial)) is not None]
+
+
+def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None:
+    params = _fitting(space, trial.params)
+    if not params or trial.state in ("failed", "duplicate") or (trial.furthest is None and trial.state != "completed"):
+        return None
+    try:
+        pair = space.pair(space.complete(params)).model_dump(mode="json")
+    except UserError:
+        return None
+    same = _comparable(pair, trial.pair)
+    epochs = pair["student"]["schedule"]["epochs"]
+    wanted = [metric for metric, _ in space.objectives]
+    if trial.state == "completed" and trial.epochs == epochs and all(same(m) and m in trial.metrics for m in wanted):
+        return {"state": "completed", "params": params, "objectives": {metric: trial.metrics[metric] for metric in wanted}}
+    stop, theirs = space.early_stop, other.space.early_stop
+    scores: dict[str, float] = {}
+    judged = None
+    if stop and same(stop.metric):
+        at_rungs = trial.scores if theirs and theirs.metric == stop.metric else {}
+        at_end = {trial.epochs: trial.metrics[stop.metric]} if stop.metric in trial.metrics else {}
+        scores = {str(epoch): value for epoch, value in {**at_rungs, **at_end}.items() if epoch <= epochs}
+    judge, their_judge = (each.teacher if each else None for each in (stop, theirs))
+    if judge and their_judge and judge.metric == their_judge.metric and same(judge.metric):
+        judged = trial.teacher_score
+    if not scores and judged is None:
+        return None
+    return {"state": "paused", "params": params, "scores": scores, "teacher_score": judged, "epochs": epochs}
+
+
+def _fitting(space: Space, params: Mapping[str, Any]) -> Params:
+    """The parameters of a draw elsewhere that could be drawn here, in branches that could."""
+    kept: Params = {}
+    for parameter, under in space_tree.parameters(space.root):
+        here = all(kept.get(branch) == choice for branch, choice in under.items())
+        if here and parameter.name in params and space_tree.refusal(parameter, params[parameter.name]) is None:
+            kept[parameter.name] = params[parameter.name]
+    return kept
+
+
+def _comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Metric -> whether the same evaluation on the same data measured it; costs and sizes are not measured by one."""
+
+    def named(pair: Mapping[str, Any], metric: str) -> Any:
+        name = metric.split("/")[0]
+        found = [entry for entry in pair["evals"] if (entry.get("name") or entry["kind"]) == name]
+        return (found, pair["data"]["target"]) if found else None
+
+    return lambda metric: bool(named(ours, metric) == named(theirs, metric))
+
+
+def _trial(result: Mapping[str, Any], number: int) -> Trial:
+    return Trial(
+        number,
+        dict(result["params"]),
+        {"student": {"schedule": {"epochs": result.get("epochs", 0)}}},  # all that is asked of what the pair would be here
+        result["state"],
+        scores={int(epoch): float(score) for epoch, score in result.get("scores", {}).items()},
+        objectives=result.get("objectives", {}),
+        teacher_score=result.get("teacher_score"),
+    )

@@ -1,0 +1,49 @@
+"""Cluster features by k-means, after the projection that the transfer asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ktray.artifact import Artifact, Stage
+from ktray.clustering import kmeans, projection
+from ktray.features import extraction
+from ktray.pool import StageContext
+
+IDENTITY, REVISION = "stages.clusters", 1
+
+
+def run(
+    stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
+) -> Mapping[str, float]:
+    """Write `centroids.npy` (K, D), `projection.npz` and `iterations.json`; inertia is the mean squared distance."""
+    spec, shards = stage.spec, extraction.shards(inputs["features"].directory)
+    project = projection.fit(
+        shards, l2=spec["l2"], pca=spec["pca"], whiten=spec["whiten"], l2_after=spec["l2_after"], pool=context.pool
+    )
+    found = kmeans.fit(
+        shards,
+        spec["k"],
+        seed=spec["seed"],
+        iterations=spec["iterations"],
+        projection=project,
+        pool=context.pool,
+        on_iteration=lambda iteration, inertia: context.progress(
+            {"iteration": iteration, "of": spec["iterations"], "inertia": inertia}
+        ),
+    )
+    np.save(out / "centroids.npy", found.centroids)
+    np.savez(out / "projection.npz", **project)  # type: ignore[arg-type]
+    rows = [{"iteration": i, "inertia": inertia} for i, inertia in enumerate(found.inertia)]  # 0: of the seeds
+    (out / "iterations.json").write_text(json.dumps({"inertia": rows, "repaired": list(found.empty)}))
+    return {
+        "inertia": float(found.inertia[-1]),
+        "iterations": float(found.iterations),
+        "rotation": float(project["rotation"]),
+        "empty": float((found.sizes == 0).sum()),
+        "repaired": float(sum(found.empty)),
+        "largest_share": float(found.sizes.max() / found.sizes.sum()),
+    }

@@ -1,0 +1,80 @@
+"""Train a fresh student to predict what the transfer asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import plugins
+from ktray.artifact import Artifact, Stage, numbered
+from ktray.features import extraction
+from ktray.images import Images
+from ktray.pool import StageContext
+from ktray.spec import Augment
+from ktray.stages import training_segment
+from ktray.stages.images_stage import open_images
+from ktray.training import loop
+from ktray.training.targets import Features, Labels, Targets
+
+IDENTITY, REVISION = "stages.student", 1
+TOOLS = (training_segment,)
+
+
+def run(
+    stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
+) -> Mapping[str, float]:
+    """Write a snapshot of the student at ``stage.spec["epoch"]``; epoch 0 is the student as drawn."""
+    transfer = plugins.parse("transfer", stage.local["transfer"])
+    module = plugins.module_of("transfer", transfer)
+    if not hasattr(module, "task"):
+        return _as_drawn(stage, out)
+    images = open_images(stage, "transfer", inputs, "train")
+    targets = _targets(inputs, images, "labels" in module.NEEDS)
+    task = module.task(transfer, targets, Augment.model_validate(stage.spec["augment"]))
+    return training_segment.run_training(stage, task, images, out, context, start)
+
+
+def _as_drawn(stage: Stage, out: Path) -> dict[str, float]:
+    backbone = loop.fresh(plugins.parse("backbone", stage.spec["backbone"]), stage.spec["seed"])
+    loop.write_untrained(backbone, out)
+    return {"epoch": 0.0, "parameters": float(sum(p.numel() for p in backbone.parameters()))}
+
+
+def _targets(inputs: Mapping[str, Artifact], images: Images, own_labels: bool) -> Targets:
+    """What the transfer asked for, opened; large arrays stay in their files."""
+    heads = tuple(_own(images) for _ in range(own_labels)) or tuple(_pseudo_labels(inputs))
+    found = Targets(len(images), heads, _features(inputs["features"]) if "features" in inputs else None)
+    lengths = {*(len(head.of_image) for head in heads), *([len(found.features)] if found.features else [])}
+    if lengths - {len(images)}:
+        raise ValueError(f"there are {len(images)} images, and targets for {sorted(lengths)}")
+    return found
+
+
+def _pseudo_labels(inputs: Mapping[str, Artifact]) -> Iterator[Labels]:
+    for place in count():
+        if numbered("pseudo_labels", place) not in inputs:
+            return
+        made, clusters = (inputs[numbered(name, place)].directory for name in ("pseudo_labels", "clusters"))
+        labels = np.load(made / "labels.npy", allow_pickle=False)
+        centroids = np.load(clusters / "centroids.npy", mmap_mode="r", allow_pickle=False)
+        yield Labels(labels, len(centroids), _optional(made / "nearest.npy"), _optional(made / "squared.npy"))
+
+
+def _optional(path: Path) -> NDArray[Any] | None:
+    return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+
+
+def _features(made: Artifact) -> Features:
+    shards = extraction.shards(made.directory)
+    return Features(tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in shards))
+
+
+def _own(images: Images) -> Labels:
+    if images.labels is None:
+        raise ValueError("the transfer 'labels' needs labelled images, and this data has no labels")
+    return Labels(images.labels, len(images.classes) or int(images.labels.max()) + 1)

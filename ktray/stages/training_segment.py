@@ -1,0 +1,73 @@
+"""What teacher and student share: run `train.fit` up to the stage's epoch and keep checkpoints on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ktray import plugins
+from ktray.artifact import Stage
+from ktray.images import Images
+from ktray.pool import StageContext
+from ktray.spec import Schedule
+from ktray.training import loop
+from ktray.training.task import Task
+
+IDENTITY, REVISION = "stages.training_segment", 1
+
+
+def run_training(
+    stage: Stage, task: Task, images: Images, out: Path, context: StageContext, start: Path | None
+) -> dict[str, float]:
+    """Train the backbone of ``stage.spec`` to ``stage.spec["epoch"]``; metrics of the last epoch and `parameters`."""
+    backbone_spec = plugins.parse("backbone", stage.spec["backbone"])
+    seed, until = stage.spec["seed"], stage.spec["epoch"]
+    backbone = loop.fresh(backbone_spec, seed)
+    schedule = Schedule.model_validate(stage.local["schedule"])
+    metrics = loop.fit(
+        backbone,
+        task,
+        images,
+        schedule,
+        seed,
+        out=out,
+        until=until,
+        start=start,
+        device=context.device,
+        most_images=context.most_images,
+        on_epoch=_checkpointing(out, until, context),
+    )
+    return {**metrics, "epoch": float(until), "parameters": float(sum(p.numel() for p in backbone.parameters()))}
+
+
+def _checkpointing(out: Path, until: int, context: StageContext) -> loop.OnEpoch:
+    """Report every epoch, and save a checkpoint when more than `means.checkpoint_seconds` of work would be lost."""
+    saved: dict[str, Any] = {"at": time.monotonic(), "path": None}
+
+    def on_epoch(epoch: int, metrics: dict[str, float], save: loop.Save) -> None:
+        context.progress({"epoch": epoch, "of": until, **metrics})
+        if epoch >= until or time.monotonic() - saved["at"] < context.checkpoint_seconds:
+            return
+        partial = out / "checkpoint-partial"
+        partial.mkdir()
+        save(partial)
+        _to_disk(partial)  # or a crash of the machine may leave the new name with empty files
+        path = out / f"checkpoint-{epoch:06d}"
+        partial.rename(path)
+        if saved["path"]:
+            shutil.rmtree(saved["path"])
+        saved.update(at=time.monotonic(), path=path)
+
+    return on_epoch
+
+
+def _to_disk(directory: Path) -> None:
+    for path in (*directory.iterdir(), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,95 @@
+"""Classification of images by given targets, whoever gave them: clusters, people, or a pretext task."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ktray.ops import augmentation
+from ktray.spec import Augment
+from ktray.training.targets import Labels
+from ktray.training.task import Task
+
+IDENTITY, REVISION = "classification", 1
+TOOLS = (augmentation,)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean cross entropy, and {"top1"} in [0, 1].
+
+    Args:
+        logits: (M, K) float.
+        targets: int64 in [0, K), M in total, of any shape that flattens to the order of `logits`.
+    """
+    targets = targets.reshape(-1)
+    loss = nn.functional.cross_entropy(logits, targets)
+    hits = logits.detach().max(1).indices == targets  # max: argmax of the CPU is several times slower
+    return loss, {"top1": hits.float().mean()}
+
+
+def joint_cross_entropy(logits: Tensor, targets: Tensor, widths: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over heads of each head's mean cross entropy, and {"top1"}, the mean over heads of theirs.
+
+    Args:
+        logits: (B, sum of widths) float, head by head.
+        targets: (B, heads) int64, each in [-1, width of its head); -1 counts neither in that head's loss nor in its top1.
+        widths: number of classes of each head.
+    """
+    losses, tops = [], []
+    for part, wanted in zip(logits.split(list(widths), dim=1), targets.unbind(1), strict=True):
+        known = (wanted >= 0).sum().clamp(min=1)
+        losses.append(nn.functional.cross_entropy(part, wanted, ignore_index=-1, reduction="sum") / known)
+        tops.append((part.detach().max(1).indices == wanted).sum() / known)
+    return torch.stack(losses).mean(), {"top1": torch.stack(tops).mean()}
+
+
+def task(targets: NDArray[np.int64], classes: int, augment: Augment) -> Task:
+    """A linear head that predicts each image's target from a random view of it.
+
+    Args:
+        targets: (N,) int64 in [-1, classes); images with -1 are left out.
+        classes: K >= 1, width of the head.
+
+    Raises:
+        ValueError: a target is outside of [-1, classes).
+    """
+    return joint_task([Labels(targets, classes)], augment)
+
+
+def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
+    """One linear head per entry on one backbone; each predicts the image's target of its own from the same random view.
+
+    The heads are the blocks of one linear layer. An image that every entry leaves out is left out; one that some leave out
+    teaches the other heads.
+
+    Raises:
+        ValueError: a target is outside of [-1, classes) of its entry.
+    """
+    of_image = torch.from_numpy(np.stack([_checked(entry) for entry in heads], axis=1))
+    widths = [entry.classes for entry in heads]
+    known = of_image >= 0
+    kept = known.any(dim=1)
+
+    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        seen = augmentation.to_float(augmentation.views(images, augment, generator))
+        return seen, of_image[indices].squeeze(1).to(images.device)
+
+    return Task(
+        head=lambda width: nn.Linear(width, sum(widths)),
+        batch=batch,
+        loss=cross_entropy if len(heads) == 1 else functools.partial(joint_cross_entropy, widths=widths),
+        keep=torch.nonzero(kept).flatten(),
+        mean_over_images=bool(known[kept].all()),  # or a head's mean is over those images of the batch that it knows
+    )
+
+
+def _checked(entry: Labels) -> NDArray[np.int64]:
+    targets = np.asarray(entry.of_image, dtype=np.int64)
+    if targets.size and (targets.min() < -1 or targets.max() >= entry.classes):
+        raise ValueError(f"targets lie in [{targets.min()}, {targets.max()}], which are not {entry.classes} classes (or -1)")
+    return targets

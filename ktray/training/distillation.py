@@ -1,0 +1,69 @@
+"""What transfers that read the teacher's features have in common: a small network on the student, and targets by index.
+
+Source: Navaneet, Koohpayegani, Tejankar, Pirsiavash, "SimReg", BMVC 2021, arXiv:2201.05131: a multi-layer head is what makes
+regression work, and it is left behind after the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ktray.ops import augmentation
+from ktray.spec import Augment
+from ktray.training.targets import Features
+
+IDENTITY, REVISION = "distillation", 1
+TOOLS = (augmentation,)
+
+Batch = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+_ROWS = 4096  # read at once by `moments`
+
+
+def head(width: int, hidden: Sequence[int], out: int) -> nn.Sequential:
+    """(M, width) -> (M, out): linear layers with batch norm and ReLU between them; without `hidden` one linear layer."""
+    layers: list[nn.Module] = []
+    for inner in hidden:
+        layers += [nn.Linear(width, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True)]
+        width = inner
+    return nn.Sequential(*layers, nn.Linear(width, out))
+
+
+def batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tensor]) -> Batch:
+    """The `batch` of a Task: a random view of each image, and what `prepare` makes of the teacher's features of the image.
+
+    The teacher saw the image as it is; the student sees a random view of it.
+
+    Args:
+        features: (N, D) of the images that the student is trained on.
+        prepare: (B, D) float32 on the device of the images -> (B, D') float32, what the head is to predict.
+
+    Returns:
+        A function of images (B, H, W, 3) uint8, their indices (B,) int64 in [0, N) and a generator, which draws the views ->
+        (B, 3, H, W) float32 and (B, D') float32.
+    """
+
+    def of(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        seen = augmentation.to_float(augmentation.views(images, augment, generator))
+        return seen, prepare(features.on(images.device, indices))
+
+    return of
+
+
+def moments(features: Features) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and standard deviation (D,) float32 over all images, from float64 sums in a fixed order; 1 where nothing varies."""
+    count, total = len(features), np.zeros(features.width)
+    pieces = [np.arange(start, min(start + _ROWS, count), dtype=np.int64) for start in range(0, count, _ROWS)]
+    for piece in pieces:
+        total += features.read(piece).sum(axis=0, dtype=np.float64)
+    mean = total / count
+    spread = np.zeros(features.width)
+    for piece in pieces:
+        spread += np.square(features.read(piece) - mean).sum(axis=0)
+    deviation = np.sqrt(spread / count)
+    flat = deviation <= 1e-6 * np.abs(mean)  # float32's rounding of a constant
+    return mean.astype(np.float32), np.where(flat, 1, deviation).astype(np.float32)
