@@ -1,6 +1,6 @@
-"""The README says what is true: its commands parse, its examples run, its tree is the tree.
+"""README and docs say what is true: commands parse, examples run, docs/layout.md names every file.
 
-`python -m tests.test_readme` rewrites the tree.
+`python -m tests.test_docs` rewrites docs/layout.md.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from tests.test_layers import RULES, module
 from tests.toys import toy_spec
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+LAYOUT = ROOT / "docs" / "layout.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TREE = re.compile(r"(<!-- tree -->\n```text\n)(.*?)(```)", re.DOTALL)
-ROOMS = ["", "stores", "images", "datasets", "backbones", "pretext", "descriptors", "transfer", "evals"]
-FLOORS = [*ROOMS, "scheduler", "stages", "pipeline", "search", "tracking", "report", "drivers", "cli"]
+FOLDERS = [
+    *("", "stores", "ops", "images", "training", "features", "clustering", "export"),
+    *("datasets", "pretext", "descriptors", "backbones", "transfer", "evals"),
+    *("stages", "pipeline", "cost_model", "scheduler", "search", "tracking", "report", "runs", "cli"),
+]
 
 
 def tree() -> str:
     """Every module of the package with the first line of its docstring."""
     lines = []
-    for room in FLOORS:
+    for room in FOLDERS:
         folder = ROOT / "ktray" / room
         if room:
             lines.append(f"ktray/{room}/  {first_line(folder / '__init__.py')}")
@@ -50,17 +54,31 @@ def first_line(path: Path) -> str:
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    """The code blocks of this language in README and docs, page by page."""
+    pages = [page.read_text(encoding="utf-8") for page in PAGES if page.exists()]
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]
 
 
-def test_the_tree_names_every_file_with_its_own_first_line():
-    found = TREE.search(README.read_text(encoding="utf-8"))
+def test_every_folder_of_the_package_is_in_the_layout():
+    folders = {path.name for path in (ROOT / "ktray").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(FOLDERS) - {""}
+
+
+def test_the_layout_names_every_file_with_its_own_first_line():
+    found = TREE.search(LAYOUT.read_text(encoding="utf-8"))
     assert found
-    assert found.group(2) == tree(), "run: python -m tests.test_readme"
+    assert found.group(2) == tree(), "run: python -m tests.test_docs"
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ktray ")])
-def test_every_command_of_the_readme_parses(line):
+def test_every_command_in_the_docs_parses(line):
     words = shlex.split(line, comments=True)[1:]
     assert _parser().parse_args(words).run
 
@@ -75,33 +93,33 @@ def test_the_yaml_examples_are_valid_on_data_that_is_there(tmp_path, monkeypatch
         assert main(["plan", str(path), "-q"]) == 0, capsys.readouterr().err
 
 
-def test_the_pretext_task_of_the_readme_trains_as_a_plugin_from_outside(tmp_path, monkeypatch, capsys):
+def test_the_pretext_task_of_the_docs_trains_as_a_plugin_from_outside(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
-    package = tmp_path / "readme_lab"
+    package = tmp_path / "docs_lab"
     package.mkdir()
     (package / "__init__.py").touch()
-    code = blocks("python")[0].replace('"mirror"', '"readme_lab.mirror"')
+    code = blocks("python")[0].replace('"mirror"', '"docs_lab.mirror"')
     (package / "mirror.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
     teacher = {
-        "pretext": {"kind": "readme_lab.mirror"},
+        "pretext": {"kind": "docs_lab.mirror"},
         "backbone": {"kind": "alexnet", "width": 0.125},
         "schedule": {"epochs": 1, "batch_size": 32},
     }
     path = tmp_path / "pair.yaml"
     path.write_text(yaml.safe_dump(toy_spec(teacher=teacher)))
     assert main(["run", str(path), "--local"]) == 2
-    assert "--allow-plugins readme_lab" in capsys.readouterr().err
-    assert main(["run", str(path), "--local", "--allow-plugins", "readme_lab", "-q"]) == 0
+    assert "--allow-plugins docs_lab" in capsys.readouterr().err
+    assert main(["run", str(path), "--local", "--allow-plugins", "docs_lab", "-q"]) == 0
 
 
-def test_the_pretext_task_of_the_readme_keeps_the_rules_of_the_house():
+def test_the_pretext_task_of_the_docs_keeps_the_rules_of_the_package():
     plugin = module("ktray.pretext.mirror", blocks("python")[0])
     assert [offence for rule in RULES for offence in rule(plugin)] == []
 
 
 if __name__ == "__main__":
-    README.write_text(
-        TREE.sub(lambda m: m.group(1) + tree() + m.group(3), README.read_text(encoding="utf-8")), encoding="utf-8"
+    LAYOUT.write_text(
+        TREE.sub(lambda m: m.group(1) + tree() + m.group(3), LAYOUT.read_text(encoding="utf-8")), encoding="utf-8"
     )
