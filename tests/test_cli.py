@@ -10,7 +10,7 @@ import yaml
 
 from ktray import plugins
 from ktray.cli import main
-from ktray.scheduler.locks import hold_store
+from ktray.stores.locks import lock_store_shared
 from tests.toys import toy_spec
 
 DAMAGE = "centroids.npy has another sha256 than its record"
@@ -150,7 +150,7 @@ def test_the_cache_lists_and_verifies_what_a_run_left(home, tmp_path, capsys):
     key = next(row["key"] for row in rows if row["stage"] == "clusters")
     path = home / "store" / key / "centroids.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    running = hold_store(f"file://{home / 'store'}")
+    running = lock_store_shared(f"file://{home / 'store'}")
     main(["cache", "verify", "--json"])
     assert json.loads(capsys.readouterr().out) == {"damaged": {key: DAMAGE}, "moved_aside": []}
     main(["cache", "verify"])

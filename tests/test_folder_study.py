@@ -186,9 +186,9 @@ def test_pruning_takes_only_what_no_study_rests_on(ask: Any, home: Home, space: 
 
 
 def test_nothing_is_pruned_under_a_running_search(ask: Any, home: Home) -> None:
-    from ktray.scheduler.locks import hold_store
+    from ktray.stores.locks import lock_store_shared
 
-    lock = hold_store(f"file://{home.store}")
+    lock = lock_store_shared(f"file://{home.store}")
     assert lock
     code, _, err = ask("cache", "prune", "--yes")
     lock.release()

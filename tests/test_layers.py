@@ -30,7 +30,7 @@ from tests.source import (
 # From the ground up; a module of the package's top that is named nowhere is a tool. Drivers sit above the office, because they
 # run the search's logic and search must not know who runs it.
 FLOORS = (
-    ("words", {"spec", "strict", "plugins", "fingerprint", "artifact", "stores", "errors", "pool", "progress"}),
+    ("words", {"spec", "strict", "plugins", "fingerprint", "artifact", "stores", "errors", "pool", "progress", "yaml_file"}),
     ("tools", {"ops", "training", "features", "clustering", "images", "export"}),
     ("methods", set(ROOMS.values())),
     ("pipeline", {"pipeline", "stages", "cost_model"}),

@@ -12,9 +12,9 @@ import pytest
 from ktray.errors import UserError
 from ktray.scheduler import stale_sessions, worker_environment
 from ktray.scheduler.gpu_shares import GpuShares
-from ktray.scheduler.locks import hold_home
 from ktray.scheduler.resources import ResourceRequest, RuntimeSettings, load_runtime
 from ktray.scheduler.worker_registry import WorkerShape, shape_of
+from ktray.stores.locks import lock_home
 
 
 def test_a_runtime_file_sets_needs_by_stage_and_keeps_other_defaults(tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_who_needs_no_ray_removes_what_a_killed_session_left_unless_another_one_
     assert not (tmp_path / "lock").exists()
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(f"{tmp_path / 'ktray-1'}\n")
-    other = hold_home(tmp_path)
+    other = lock_home(tmp_path)
     stale_sessions.tidy(tmp_path)
     assert (tmp_path / "ktray-1").exists()
     other.release()
     stale_sessions.tidy(tmp_path)
     assert not (tmp_path / "ktray-1").exists()
-    hold_home(tmp_path).release()
+    lock_home(tmp_path).release()

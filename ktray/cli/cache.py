@@ -102,9 +102,9 @@ def _alone(store: Store, instead: str) -> Iterator[None]:
         UserError: something does; `instead` says what to do then.
     """
     from ktray.errors import UserError
-    from ktray.scheduler.locks import alone_on_store
+    from ktray.stores.locks import try_lock_store
 
-    lock = alone_on_store(store.url)
+    lock = try_lock_store(store.url)
     if lock is None:
         raise UserError(f"a search or a run uses the store {store.url} now", instead=instead)
     try:

@@ -19,9 +19,9 @@ from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.runs.interruption import Interruption, hear_again, together
 from ktray.runs.preflight import preflight
 from ktray.scheduler.gpu_shares import ON_GPU, USUAL, share_of
-from ktray.scheduler.locks import alone_on_store, hold_store
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.stores import Store, open_store
+from ktray.stores.locks import lock_store_shared, try_lock_store
 
 FOLDER = ".rehearsal-"
 AT_ONCE = 8
@@ -132,14 +132,14 @@ def _summed(nodes: int, stages: dict[str, dict[str, Any]], coming: Forecast, fre
 def dry_run_store(store: Store) -> Iterator[Store]:
     """A store inside `store`, for the time of a `with`; what a dead one left there is removed, too."""
     for left in store.root.glob(f"{FOLDER}*"):
-        alone = alone_on_store(f"file://{left}")
+        alone = try_lock_store(f"file://{left}")
         if alone is not None:  # else somebody rehearses there, or a worker that is about to end still does
             shutil.rmtree(left, ignore_errors=True)
             alone.release()
     folder = store.root / f"{FOLDER}{uuid.uuid4().hex[:8]}"
-    held = hold_store(f"file://{folder}")
+    held = lock_store_shared(f"file://{folder}")
     while not folder.exists():  # another rehearsal began in the very moment between the folder and its lock
-        held = hold_store(f"file://{folder}")
+        held = lock_store_shared(f"file://{folder}")
     try:
         yield open_store(f"file://{folder}")
     finally:

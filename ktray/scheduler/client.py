@@ -20,12 +20,12 @@ from ktray.fingerprint import fingerprint
 from ktray.pool import StageContext
 from ktray.scheduler.broker import Broker
 from ktray.scheduler.config import BROKER, SchedulerConfig
-from ktray.scheduler.locks import alone_on_store
 from ktray.scheduler.process_liveness import Process
 from ktray.scheduler.ray_cluster import end_process, this_process
 from ktray.scheduler.ray_session import RaySession
 from ktray.scheduler.worker_environment import environment, identity
 from ktray.stores import Store, open_store
+from ktray.stores.locks import try_lock_store
 
 Work = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 LEASE_EVERY = 2.0
@@ -254,7 +254,7 @@ def _until_absent(namespace: str) -> None:
 
 
 def _sweep(store_url: str) -> None:
-    lock = alone_on_store(store_url)
+    lock = try_lock_store(store_url)
     if lock is not None:
         try:
             open_store(store_url).sweep()

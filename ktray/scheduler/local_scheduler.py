@@ -14,8 +14,8 @@ from ktray.artifact import Artifact, Stage
 from ktray.errors import StageFailed, StoppedEarly, UserError
 from ktray.pool import FEW_IMAGES, StageContext
 from ktray.scheduler.failure_kinds import DISK_FULL, OUT_OF_MEMORY, also_alone, kind_of
-from ktray.scheduler.locks import alone_on_store, hold_store
 from ktray.stores import Store
+from ktray.stores.locks import lock_store_shared, try_lock_store
 
 Work = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 
@@ -23,11 +23,11 @@ Work = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 @contextmanager
 def _computing(store: Store) -> Iterator[None]:
     """Hold the store, so that nobody sweeps away what is being written; what dead attempts left goes before."""
-    alone = alone_on_store(store.url)
+    alone = try_lock_store(store.url)
     if alone is not None:
         store.sweep()
         alone.release()
-    held = hold_store(store.url)
+    held = lock_store_shared(store.url)
     try:
         yield
     finally:

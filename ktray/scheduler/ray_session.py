@@ -23,9 +23,9 @@ import psutil
 
 from ktray.errors import PreflightFailed, UserError
 from ktray.scheduler import stale_sessions
-from ktray.scheduler.locks import Lock, hold_home
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.scheduler.worker_environment import environment, plugin_places
+from ktray.stores.locks import FileLock, lock_home
 
 OBJECT_STORE_BYTES = 1 << 30
 KNOCK_SECONDS = 5.0
@@ -60,7 +60,7 @@ class RaySession:
     warnings: list[str] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     schedulers: list[Callable[[], None]] = field(default_factory=list)
-    lock: Lock | None = None
+    lock: FileLock | None = None
     temporary: Path | None = None
     connected: bool = False
 
@@ -77,7 +77,7 @@ def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySessi
     """
     home = home.absolute()
     (home / "logs").mkdir(parents=True, exist_ok=True)
-    lock = hold_home(home) if address is None else None
+    lock = lock_home(home) if address is None else None
     session = RaySession(
         home, address, runtime, home / "logs" / f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log", lock=lock
     )

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from ktray.errors import UserError
-from ktray.scheduler.locks import hold_home
+from ktray.stores.locks import lock_home
 
 TRIES = 30  # to remove a folder that a process of Ray, in its last moments, writes into; a tenth of a second between two
 
@@ -20,7 +20,7 @@ def tidy(home: Path) -> None:
     if not (home / "ray").exists():
         return
     try:
-        lock = hold_home(home)
+        lock = lock_home(home)
     except UserError:
         return
     try:

@@ -19,10 +19,10 @@ from ktray.errors import MissingInput
 from ktray.pool import FEW_IMAGES, StageContext
 from ktray.scheduler.config import BROKER, SchedulerConfig
 from ktray.scheduler.failure_kinds import kind_of, line_of
-from ktray.scheduler.locks import hold_store
 from ktray.scheduler.ray_pool import RayPool
 from ktray.scheduler.worker_registry import WorkerShape
 from ktray.stores import open_store
+from ktray.stores.locks import lock_store_shared
 
 
 class WorkerActor:
@@ -32,7 +32,7 @@ class WorkerActor:
         self._charter, self._name, self._shape = config, name, shape
         self._work: Callable[..., Any] = cloudpickle.loads(config.work)
         self._store = open_store(config.store_url)
-        self._lock = hold_store(config.store_url)
+        self._lock = lock_store_shared(config.store_url)
         self._broker = ray.get_actor(BROKER, namespace=config.namespace)
         cards = tuple(map(str, ray.get_gpu_ids())) if shape.gpus else ()
         self._who = {"name": name, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}

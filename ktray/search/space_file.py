@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from ktray.errors import UserError
@@ -15,6 +14,7 @@ from ktray.search import spec_errors
 from ktray.search.space_tree import OPERATORS
 from ktray.spec import Seed
 from ktray.strict import StrictSpec
+from ktray.yaml_file import parse_yaml
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -123,47 +123,6 @@ def check_name(study: str) -> None:
         raise ValueError(f"the study name {study!r} may hold only A-Z a-z 0-9 . _ - (and not begin with a dot)")
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, refusing a key that is there twice, and reading 1e-3 as the number that it is in YAML 1.2."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} {_TWICE}", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-_TWICE = "is there twice"
-_RIGHT = {  # what a parser says -> what a person does
-    "'\\t'": "Indent with spaces, not with tabs.",
-    "<stream end>": "A bracket or a quote is not closed.",
-    "',' or": "A bracket or a comma is missing, here or on the line above.",
-    "constructor for the tag": "Write plain values; what begins with ! is not read.",
-    "mapping values are not allowed": "Quote the text if its colon is meant, else check the indentation.",
-    _TWICE: "Leave one of them out.",
-}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        said = str(getattr(error, "problem", None) or error)
-        right = next((right for words, right in _RIGHT.items() if words in said), "")
-        problem = said if _TWICE in said else f"this is not valid YAML: {said}"
-        raise UserError(problem, f"{where}{line}", right) from error
-
-
 def read(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The plain content of a YAML file with ``transfer.k=500`` and the like put in.
 
@@ -185,7 +144,7 @@ def parsed(text: str, overrides: list[str], source: str) -> dict[str, Any]:
     Raises:
         UserError: no YAML, not a mapping, or an override that names no place in it.
     """
-    content = _parse(text, source)
+    content = parse_yaml(text, source)
     if not isinstance(content, dict):
         what = "the file is empty" if content is None else "the file holds no fields (name: value)"
         raise UserError(what, source, "See search_spaces/quickstart.yaml.")
@@ -193,7 +152,7 @@ def parsed(text: str, overrides: list[str], source: str) -> dict[str, Any]:
         name, equals, value = override.partition("=")
         if not equals or not name:
             raise UserError(f"{override!r} sets nothing", "--set", "Write --set transfer.k=500.")
-        _put(content, name, _parse(value, f"--set {override}"))
+        _put(content, name, parse_yaml(value, f"--set {override}"))
     return content
 
 
