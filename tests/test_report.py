@@ -15,8 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from ktray.report.axes import axis
-from ktray.report.formatting import duration, kind_of_cause, without_places
+from ktray.report.formatting import anonymised, cause_without_keys, duration
+from ktray.report.svg_plots import axis
 from ktray.search.ranking import ranked
 from ktray.stores.file import FileStore
 from tests.reports import (
@@ -304,8 +304,8 @@ def test_no_path_and_no_machine_is_named(store: FileStore, monkeypatch: pytest.M
 
 def test_what_is_no_path_stays() -> None:
     for text in ("knn/top1 and 1/2 of linear_probe/loss", "3 images / s", "a/b/c: ../x/y", "<b>bold</b>", "2026-11-23 07:00"):
-        assert without_places(text) == text
-    assert kind_of_cause("features-0123456789ab failed: no") == "features failed: no"
+        assert anonymised(text) == text
+    assert cause_without_keys("features-0123456789ab failed: no") == "features failed: no"
 
 
 def test_text_on_the_deepest_colour_can_be_read_in_both_schemes() -> None:

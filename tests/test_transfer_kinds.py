@@ -305,5 +305,5 @@ def test_a_continuous_field_of_the_students_stage_is_not_warned_about(tmp_path):
 def test_a_report_counts_the_clusters_of_the_first_of_several_k(tmp_path):
     np.save(tmp_path / "labels.npy", np.array([0, 0, 3, -1]))
     best = trial(0, 0.5, pair=pair(transfer={"kind": "clusters", "k": [5, 9]}), keys={"pseudo_labels": "pseudo_labels-1"})
-    found = best_pair.statistics(best, lambda key: Artifact(key, tmp_path, {}, {}))
+    found = best_pair.cluster_statistics(best, lambda key: Artifact(key, tmp_path, {}, {}))
     assert {"clusters": "5", "clusters without an image left": "3"}.items() <= dict(found["rows"]).items()

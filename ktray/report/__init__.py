@@ -1,4 +1,9 @@
-"""One study as one HTML file: no script, no network, and nothing in it about the machine that it was made on."""
+"""The report of a study: one HTML file with no scripts, no network access and no trace of the machine that made it.
+
+Start here: `render` fills ``page.html``, and `_content` names the function behind each section: `headline.py`, `tables.py`,
+`figures.py` (drawn by `svg_plots.py`), `best_pair.py` and `stage_reuse.py`. They return plain data and write values with
+`formatting.py`. The room imports `search` (trials and their ranking) and what is below it.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +30,16 @@ def render(
     store: Store,
     labels_used: Mapping[str, int],
 ) -> str:
-    """The report as HTML; a section without data is left out.
+    """Return the report as HTML. Sections without data are left out.
 
-    All text is escaped; absolute paths are cut to their last part, IP addresses and this machine's name are replaced.
+    All text is escaped. Absolute paths are cut to their last part; IP addresses and the name of this machine are replaced.
 
     Args:
-        question: what the study asks, one sentence; may be empty.
-        objectives: (metric, ``max`` or ``min``), the first one ranks.
+        question: what the study asks, in one sentence; may be empty.
+        objectives: (metric, ``max`` or ``min``); trials are ranked by the first.
         references: ``{"random student": {"metrics": {...}, "keys": {...}}, "supervised ceiling": ...}``.
-        store: where the artifacts of the trials are; those it lost are left out.
-        labels_used: split -> number of labels that the selection read.
+        store: where the artifacts of the trials are; missing ones are left out.
+        labels_used: split -> number of labels that were used to select the best pair.
 
     Raises:
         ValueError: there is no objective.
@@ -58,12 +63,12 @@ def _content(
     store: Store,
     labels_used: Mapping[str, int],
 ) -> dict[str, Any]:
-    from ktray.report import best_pair, learning_curves, tables
+    from ktray.report import best_pair, figures, tables
     from ktray.report.headline import headline
-    from ktray.report.stage_reuse import finder, reuse
+    from ktray.report.stage_reuse import cached_find, reuse_table
     from ktray.search.ranking import ranked
 
-    find = finder(store)
+    find = cached_find(store)
     best = next(iter(ranked(trials, objectives)), None)
     return {
         "headline": headline(trials, objectives, references, labels_used),
@@ -71,11 +76,11 @@ def _content(
         "pruned": sum(trial.state == "pruned" for trial in trials),
         "heat": tables.heat_table(trials, objectives),
         "metric": objectives[0][0],
-        "scatter": learning_curves.objectives_plot(trials, objectives, references),
-        "curves": learning_curves.learning_curves(trials, objectives, find),
-        "sheet": best_pair.sheet(best, find) if best else None,
-        "statistics": best_pair.statistics(best, find) if best else None,
-        "reuse": reuse(trials, find),
+        "scatter": figures.objectives_plot(trials, objectives, references),
+        "curves": figures.learning_curves(trials, objectives, find),
+        "sheet": best_pair.cluster_sheet(best, find) if best else None,
+        "statistics": best_pair.cluster_statistics(best, find) if best else None,
+        "reuse": reuse_table(trials, find),
         "failures": tables.failures(trials),
         "reproduction": best_pair.reproduction(best, find) if best else None,
     }

@@ -1,4 +1,4 @@
-"""The best pair in detail: its clusters as pictures and numbers, and what it takes to make it again."""
+"""The best pair in detail: images and statistics of its clusters, and how to reproduce it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from ktray.report.formatting import duration, number, shareable, size
-from ktray.report.plots import sizes
-from ktray.report.stage_reuse import ORDER, Find, needed
+from ktray.report.formatting import anonymised_data, duration, number, size
+from ktray.report.stage_reuse import FindArtifact, keys_of, stage_position, with_inputs
+from ktray.report.svg_plots import size_bars
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
 
-SHEET_WIDTH = 1400  # pixels; a wider one is scaled down
+SHEET_WIDTH = 1400  # pixels; a wider sheet, or one of more bytes, is scaled down and stored as JPEG
 SHEET_BYTES = 600_000
-STATISTICS = {
+CLUSTER_METRICS = {
     "clusters/inertia": ("inertia (mean squared distance)", number),
     "clusters/iterations": ("iterations", "{:,.0f}".format),
     "clusters/empty": ("empty clusters of k-means", "{:,.0f}".format),
@@ -32,8 +32,8 @@ STATISTICS = {
 }
 
 
-def sheet(best: Trial, find: Find) -> str | None:
-    """The cluster sheet as a data URL, None if the pair or the store has none."""
+def cluster_sheet(best: Trial, find: FindArtifact) -> str | None:
+    """Return the sheet of images per cluster as a data URL; None if the pair or the store has none."""
     key = best.keys.get("pseudo_labels")
     artifact = find(key) if key else None
     path = artifact.directory / "clusters.png" if artifact else None
@@ -41,7 +41,7 @@ def sheet(best: Trial, find: Find) -> str | None:
 
 
 def _data_url(path: Path) -> str:
-    """The picture itself, or a smaller one where it is large."""
+    """Return the picture as a data URL, scaled down if it is large."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -54,44 +54,50 @@ def _data_url(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def statistics(best: Trial, find: Find) -> dict[str, Any] | None:
-    """Numbers of the clustering and a plot of the sizes; None for a pair without clusters."""
-    rows = [(text, write(best.metrics[name])) for name, (text, write) in STATISTICS.items() if name in best.metrics]
+def cluster_statistics(best: Trial, find: FindArtifact) -> dict[str, Any] | None:
+    """Return statistics of the clustering as rows, and a plot of the cluster sizes; None for a pair without clusters."""
+    rows = [
+        (label, format_value(best.metrics[name]))
+        for name, (label, format_value) in CLUSTER_METRICS.items()
+        if name in best.metrics
+    ]
     key = best.keys.get("pseudo_labels")
     artifact = find(key) if key else None
     if artifact is None:
         return {"rows": rows, "plot": None} if rows else None
     labels = np.load(artifact.directory / "labels.npy", mmap_mode="r", allow_pickle=False)
     kept = labels[labels >= 0]
-    counts = np.bincount(kept, minlength=_clusters(best))
-    filled = counts[counts > 0]
-    head = [
+    counts = np.bincount(kept, minlength=_cluster_count(best))
+    nonempty = counts[counts > 0]
+    sizes = [
         ("clusters", f"{len(counts):,}"),
         ("images with a pseudo-label", f"{len(kept):,} of {len(labels):,}"),
         ("clusters without an image left", f"{(counts == 0).sum():,}"),
     ]
-    if len(filled):
-        head.append(
-            ("images per cluster", f"{filled.min():,} smallest, {number(np.median(filled))} median, {filled.max():,} largest")
+    if len(nonempty):
+        sizes.append(
+            (
+                "images per cluster",
+                f"{nonempty.min():,} smallest, {number(np.median(nonempty))} median, {nonempty.max():,} largest",
+            )
         )
     images = find(artifact.record.get("inputs", {}).get("images.transfer", ""))
     unreadable = int(images.metrics.get("unreadable", 0)) if images else 0
     if unreadable:
-        head.append(("unreadable images, left out", f"{unreadable:,}"))
-    return {"rows": head + rows, "plot": sizes(counts.tolist()) if len(filled) else None}
+        sizes.append(("unreadable images, left out", f"{unreadable:,}"))
+    return {"rows": sizes + rows, "plot": size_bars(counts.tolist()) if len(nonempty) else None}
 
 
-def _clusters(best: Trial) -> int:
-    """The number of clusters; of several, the first, whose pseudo-labels are shown."""
+def _cluster_count(best: Trial) -> int:
+    """Return the number of clusters. A transfer with several clusterings shows the pseudo-labels of the first."""
     k = best.pair["transfer"].get("k") or 0
     return int(k[0] if isinstance(k, list | tuple) else k)
 
 
-def reproduction(best: Trial, find: Find) -> dict[str, Any]:
-    """Versions, commits, devices and costs from the records of the pair's stages, its seeds, and its spec as YAML."""
-    keys = [key for value in best.keys.values() for key in (value.values() if isinstance(value, Mapping) else [value])]
-    records = [artifact.record for artifact in needed(keys, find).values()]
-    records.sort(key=lambda record: (_place(record["stage"]), record.get("published", "")))
+def reproduction(best: Trial, find: FindArtifact) -> dict[str, Any]:
+    """Return what reproducing the pair takes: versions, commits, devices, costs of its stages, seeds, and its spec as YAML."""
+    records = [artifact.record for artifact in with_inputs(keys_of(best), find).values()]
+    records.sort(key=lambda record: (stage_position(record["stage"]), record.get("published", "")))
     versions: dict[str, list[str]] = {}
     for record in records:
         for package, version in record.get("versions", {}).items():
@@ -101,7 +107,7 @@ def reproduction(best: Trial, find: Find) -> dict[str, Any]:
     facts += [("device", _distinct([record["device"] for record in records if record.get("device")]))]
     facts += [("seeds", ", ".join(f"{path} = {value}" for path, value in _seeds(best.pair)))]
     return {
-        "facts": [(name, shareable(text)) for name, text in facts if text],
+        "facts": [(name, anonymised_data(text)) for name, text in facts if text],
         "stages": [_stage_row(record) for record in records],
         "yaml": yaml.safe_dump(_spec(best.pair), sort_keys=False, allow_unicode=True, default_flow_style=False, width=100),
     }
@@ -119,16 +125,12 @@ def _stage_row(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _place(stage: str) -> int:
-    return ORDER.index(stage) if stage in ORDER else len(ORDER)
-
-
 def _distinct(values: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
 def _seeds(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted path, value) of every seed in a spec; the data's once if all roles have the same data."""
+    """Yield (dotted path, value) of every seed in a spec; if all roles have the same data, its seed comes once."""
     if isinstance(value, Mapping):
         for name, item in (_spec(value) if not path else value).items():
             where = f"{path}.{name}" if path else name
@@ -139,8 +141,8 @@ def _seeds(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _spec(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """The pair with one data set for all roles where they are equal, as a person would write it, and without places."""
-    plain: dict[str, Any] = shareable(pair)
+    """Return the pair as a person would write it: one data set if all roles have the same, and no absolute paths."""
+    plain: dict[str, Any] = anonymised_data(pair)
     roles = plain.get("data")
     if isinstance(roles, dict) and "kind" not in roles:
         sets = list(roles.values())

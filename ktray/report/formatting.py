@@ -1,15 +1,21 @@
-"""Numbers and causes as a person reads them, without naming the machine or the home they come from."""
+"""Values and texts as the report shows them, without absolute paths and without the name of this machine."""
 
 from __future__ import annotations
 
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktray.pipeline.naming import pair_name
+
+if TYPE_CHECKING:
+    from ktray.search.trial import Trial
+
+Objective = tuple[str, str]
+"""(metric, ``max`` or ``min``)."""
 
 _QUOTED_PATH = re.compile(r"""(?P<quote>['"])(?:file:/{0,2})?(?P<path>(?:~?/|[A-Za-z]:\\)[^'"\n]*)(?P=quote)""")
 _PATH = re.compile(r"(?:file:/{0,2}(?=/)|(?<![\w./\\<…]))(?P<path>(?:~?/(?!/)|[A-Za-z]:\\)[^\s'\",;:)\]>]+)")
@@ -18,8 +24,19 @@ _ADDRESS = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b")
 _KEY = re.compile(r"\b([a-z_]+)-[0-9a-f]{12}\b")
 
 
+def value_of(trial: Trial, metric: str) -> float | None:
+    """Return a trial's finite value of `metric`; None if it has none."""
+    value = trial.objectives.get(metric, trial.metrics.get(metric))
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def loss_of(mode: str) -> Callable[[float], float]:
+    """Return a function from a metric's value to a loss, so that smaller is better whatever the mode."""
+    return (lambda value: -value) if mode == "max" else (lambda value: value)
+
+
 def number(value: float | None) -> str:
-    """Four decimals up to 1 (metrics in [0, 1] line up), four digits to 10,000, then whole; a dash for None and NaN."""
+    """Format with four decimals up to 1 (so that metrics line up), four digits up to 10,000, no fraction above; NaN: dash."""
     if value is None or not math.isfinite(value):
         return "–"
     if abs(value) <= 1:
@@ -28,7 +45,7 @@ def number(value: float | None) -> str:
 
 
 def measure(metric: str, value: float | None) -> str:
-    """A metric's value: a duration if it is measured in seconds, a plain count if it is one, else a number."""
+    """Format a metric: as a duration if it is in seconds, as a count if it is a whole number above 1, else as `number` does."""
     if value is None or not math.isfinite(value):
         return "–"
     if metric.endswith("seconds"):
@@ -71,36 +88,36 @@ def listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def title_of(pair: Mapping[str, Any]) -> str:
-    """The pair's name with an arrow that no line break can cut in two."""
-    return without_places(pair_name(pair)).replace(" -> ", " → ")
+def pair_title(pair: Mapping[str, Any]) -> str:
+    """Return the pair's name with a single-character arrow, which no line break can split."""
+    return anonymised(pair_name(pair)).replace(" -> ", " → ")
 
 
-def kind_of_cause(cause: str) -> str:
-    """A cause without the keys in it, so that one cause of many trials is one."""
-    return _KEY.sub(r"\1", without_places(cause))
+def cause_without_keys(cause: str) -> str:
+    """Return a cause of failure without artifact keys, so that trials that failed for one reason have one cause."""
+    return _KEY.sub(r"\1", anonymised(cause))
 
 
-def without_places(text: str) -> str:
-    """`text` with absolute paths cut to their last part, and without this machine's name or any IP address."""
+def anonymised(text: str) -> str:
+    """Return `text` with absolute paths cut to their last part, and without IP addresses, URL hosts and this machine's name."""
     text = _HOST_OF_URL.sub(r"\1://…", text)
-    text = _QUOTED_PATH.sub(lambda found: f"{found['quote']}{_last(found['path'])}{found['quote']}", text)
-    text = _PATH.sub(lambda found: _last(found["path"]), text)
+    text = _QUOTED_PATH.sub(lambda found: f"{found['quote']}{_last_part(found['path'])}{found['quote']}", text)
+    text = _PATH.sub(lambda found: _last_part(found["path"]), text)
     text = _ADDRESS.sub("[address]", text)
     host = platform.node().split(".")[0]
     return re.sub(rf"\b{re.escape(host)}(?:\.[\w.-]+)?\b", "[host]", text) if len(host) > 3 else text
 
 
-def shareable(value: Any) -> Any:
-    """Plain data (dicts, lists, scalars) with `without_places` for whole strings that are absolute paths or hold one."""
+def anonymised_data(value: Any) -> Any:
+    """Return plain data (dicts, lists, scalars) with `anonymised` applied to every string."""
     if isinstance(value, Mapping):
-        return {str(key): shareable(item) for key, item in value.items()}
+        return {str(key): anonymised_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [shareable(item) for item in value]
+        return [anonymised_data(item) for item in value]
     if isinstance(value, str):
-        return _last(value) if re.match(r"~?/|[A-Za-z]:\\|file:", value) else without_places(value)
+        return _last_part(value) if re.match(r"~?/|[A-Za-z]:\\|file:", value) else anonymised(value)
     return value
 
 
-def _last(path: str) -> str:
+def _last_part(path: str) -> str:
     return f"…/{PurePath(path.replace(chr(92), '/').rstrip('/')).name}"

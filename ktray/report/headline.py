@@ -1,4 +1,4 @@
-"""The result in sentences: what is best, against what, and how many labels it took."""
+"""The result in sentences: the best pair, how it compares with the references, and how many labels were used."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from ktray.errors import UserError
 from ktray.pipeline.naming import lineage
 from ktray.pipeline.references import CEILING, RANDOM
 from ktray.plugins import module
-from ktray.report.formatting import counted, listed, measure, number, title_of, without_places
-from ktray.report.metric_values import Objective, losses, value_of
-from ktray.report.plots import strip
+from ktray.report.formatting import Objective, anonymised, counted, listed, loss_of, measure, number, pair_title, value_of
+from ktray.report.svg_plots import strip
 from ktray.search.ranking import ranked
 from ktray.search.trial import STATES, Trial
 
@@ -27,43 +26,43 @@ def headline(
     references: Mapping[str, Mapping[str, Any]],
     labels_used: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Sentences about the best pair and a strip of all completed ones; without a completed trial, what there is instead."""
+    """Return sentences about the best pair and a strip plot of the completed trials; without any, the state of the study."""
     metric, mode = objectives[0]
     completed = [trial for trial in ranked(trials, objectives) if value_of(trial, metric) is not None]
     counts: Counter[str] = Counter(trial.state for trial in trials)
     states = [f"{counts[state]:,} {state}" for state in STATES if counts[state]]
     facts = {
         "counts": f"{counted(len(trials), 'trial')}: {', '.join(states)}" if trials else "No trial yet",
-        "ended": _ended(trials),
+        "ended": _last_end(trials),
     }
     if not completed:
-        return {**facts, "best": None, "sentences": _nothing_yet(trials), "strip": Markup("")}
+        return {**facts, "best": None, "sentences": _no_result(trials), "strip": Markup("")}
     best, values = completed[0], [value_of(trial, metric) or 0.0 for trial in completed]
-    level = [f"{trial.number}" for trial, value in zip(completed, values, strict=True) if value == values[0]][1:]
+    ties = [f"{trial.number}" for trial, value in zip(completed, values, strict=True) if value == values[0]][1:]
     split = _split(best.pair, metric)
     known = {
         name: value for name, reference in references.items() if (value := _finite(reference["metrics"], metric)) is not None
     }
     return {
         **facts,
-        "best": {"name": title_of(best.pair), "value": measure(metric, values[0]), "number": best.number},
-        "level": listed(level) if level else "",
+        "best": {"name": pair_title(best.pair), "value": measure(metric, values[0]), "number": best.number},
+        "ties": listed(ties) if ties else "",
         "metric": metric,
         "mode": "higher is better" if mode == "max" else "lower is better",
         "of": counted(len(completed), "completed trial"),
-        "sentences": [*_lineage(best.pair), *_against(values[0], known, metric, mode)],
+        "sentences": [*_lineage(best.pair), *_comparison(values[0], known, metric, mode)],
         "labels": _labels(best.pair, labels_used),
         "chosen_of": len(completed),
         "split": split,
-        "error": _error(metric, values[0], labels_used.get(split or "", 0)),
+        "error": _standard_error(metric, values[0], labels_used.get(split or "", 0)),
         "strip": strip(values, values[0], known, metric) if len(values) + len(known) > 1 else Markup(""),
     }
 
 
-def _nothing_yet(trials: Sequence[Trial]) -> list[str]:
+def _no_result(trials: Sequence[Trial]) -> list[str]:
     waiting = sum(trial.state in ("running", "paused") for trial in trials)
-    going_on = f" {counted(waiting, 'trial')} running or waiting at a rung." if waiting else ""
-    return [f"No trial has completed, so there is no best pair.{going_on}"]
+    open_trials = f" {counted(waiting, 'trial')} running or waiting at a rung." if waiting else ""
+    return [f"No trial has completed, so there is no best pair.{open_trials}"]
 
 
 def _finite(metrics: Mapping[str, float], metric: str) -> float | None:
@@ -71,57 +70,57 @@ def _finite(metrics: Mapping[str, float], metric: str) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _against(best: float, known: Mapping[str, float], metric: str, mode: str) -> list[str]:
-    """How far the best pair is from each reference, and how much of the way from floor to ceiling it went."""
-    loss = losses(mode)
-    parts = []
+def _comparison(best: float, known: Mapping[str, float], metric: str, mode: str) -> list[str]:
+    """Compare the best pair with each reference, and place it between the random student and the supervised ceiling."""
+    loss = loss_of(mode)
+    comparisons = []
     for name, value in known.items():
         gain = loss(value) - loss(best)
-        distance = measure(metric, abs(gain))
-        verdict = "as good as" if gain == 0 else f"{distance} better than" if gain > 0 else f"{distance} worse than"
-        parts.append(f"{verdict} the {name} ({measure(metric, value)})")
-    sentences = [f"That is {listed(parts)}."] if parts else []
+        difference = measure(metric, abs(gain))
+        verdict = "as good as" if gain == 0 else f"{difference} better than" if gain > 0 else f"{difference} worse than"
+        comparisons.append(f"{verdict} the {name} ({measure(metric, value)})")
+    sentences = [f"That is {listed(comparisons)}."] if comparisons else []
     if RANDOM in known and CEILING in known:
-        way = loss(known[RANDOM]) - loss(known[CEILING])
-        if way > 0:
-            share = (loss(known[RANDOM]) - loss(best)) / way
+        distance = loss(known[RANDOM]) - loss(known[CEILING])
+        if distance > 0:
+            share = (loss(known[RANDOM]) - loss(best)) / distance
             sentences.append(f"It goes {100 * share:.0f} % of the way from the {RANDOM} to the {CEILING}.")
     return sentences
 
 
 def _lineage(pair: Mapping[str, Any]) -> list[str]:
-    """Who taught whom, if a student taught the best one."""
+    """Name the chain of pairs in which the student of one is the teacher of the next; empty for a single pair."""
     count = len(_generations(pair))
-    return [f"A chain of {count} pairs: {without_places(lineage(pair))}."] if count > 1 else []
+    return [f"A chain of {count} pairs: {anonymised(lineage(pair))}."] if count > 1 else []
 
 
 def _generations(pair: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The pair, the one whose student teaches it, and so on."""
+    """Return the pair, then the pair whose student is its teacher, and so on."""
     inner = (pair.get("teacher") or {}).get("pair")
     return [pair, *_generations(inner)] if inner else [pair]
 
 
-def _error(metric: str, value: float, count: int) -> str:
-    """What chance alone does to a share of `count` images, as text; empty for other metrics."""
+def _standard_error(metric: str, value: float, count: int) -> str:
+    """Return the standard error of a top-1 accuracy over `count` images as a sentence; empty for other metrics."""
     if not metric.endswith("/top1") or count < 2 or not 0 < value < 1:
         return ""
     return f"One standard error of a share of {count:,} images is {number(math.sqrt(value * (1 - value) / count))}."
 
 
 def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:
-    """How many labels training and selection saw."""
+    """Say how many labels were used for training and for selection."""
     used = [f"{count:,} labels of {split}" for split, count in labels_used.items() if count]
     if _learns_from_labels(pair):
         return f"Trained with the labels of its training images{', selected with ' + listed(used) if used else ''}."
     if not used:
-        return "No labels were used, neither to train nor to select." + _origin(pair)
-    return f"Trained without labels, selected with {listed(used)}." + _origin(pair)
+        return "No labels were used, neither to train nor to select." + _unknown_training(pair)
+    return f"Trained without labels, selected with {listed(used)}." + _unknown_training(pair)
 
 
-def _origin(pair: Mapping[str, Any]) -> str:
+def _unknown_training(pair: Mapping[str, Any]) -> str:
     teacher = _generations(pair)[-1].get("teacher") or {}
-    files = [what for field, what in (("checkpoint", "weights"), ("features", "features")) if field in teacher]
-    return "".join(f" The teacher's {what} come from a file; what they were trained with is not known here." for what in files)
+    loaded = [what for field, what in (("checkpoint", "weights"), ("features", "features")) if field in teacher]
+    return "".join(f" The teacher's {what} come from a file; what they were trained with is not known here." for what in loaded)
 
 
 def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
@@ -129,18 +128,18 @@ def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
     try:
         teacher = pretext is not None and "labels" in getattr(module("pretext", str(pretext["kind"])), "NEEDS", ())
         return teacher or any("labels" in module("transfer", str(p["transfer"]["kind"])).NEEDS for p in _generations(pair))
-    except UserError:  # a plugin from outside that this command was not told to trust
+    except UserError:  # an external plugin that this command does not trust
         return False
 
 
 def _split(pair: Mapping[str, Any], metric: str) -> str | None:
-    """The split that the evaluation behind `metric` judges on."""
+    """Return the split that `metric` is evaluated on; None if no evaluation of the pair has it."""
     for entry in pair.get("evals", ()):
         if metric.split("/")[0] == (entry.get("name") or entry["kind"]):
             return str(entry.get("split", "val"))
     return None
 
 
-def _ended(trials: Sequence[Trial]) -> str | None:
+def _last_end(trials: Sequence[Trial]) -> str | None:
     ends = [trial.ended for trial in trials if trial.ended is not None]
     return datetime.fromtimestamp(max(ends), UTC).strftime("%Y-%m-%d %H:%M UTC") if ends else None

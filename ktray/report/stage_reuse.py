@@ -1,4 +1,4 @@
-"""What sharing stages saved: each artifact was made once, and many trials asked for it."""
+"""What sharing artifacts saved: each was computed once, and many trials used it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from ktray.stores import Store
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
 
-ORDER = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation")
-Find = Callable[[str], Artifact | None]
+STAGE_ORDER = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation")
+FindArtifact = Callable[[str], Artifact | None]
 
 
-def finder(store: Store) -> Find:
-    """`store.find`, which looks at every file of an artifact, asked once per key."""
+def stage_position(stage: str) -> int:
+    """Return the place of a stage kind in the pipeline; unknown kinds come last."""
+    return STAGE_ORDER.index(stage) if stage in STAGE_ORDER else len(STAGE_ORDER)
+
+
+def cached_find(store: Store) -> FindArtifact:
+    """Return `store.find` with a cache: each call checks every file of an artifact."""
     return lru_cache(maxsize=None)(store.find)
 
 
 def keys_of(trial: Trial) -> list[str]:
-    """The keys that a trial names, evaluations included."""
+    """Return the keys of a trial's artifacts in the order of its stages, evaluations included."""
     found: list[str] = []
     for value in trial.keys.values():
         found += value.values() if isinstance(value, Mapping) else [value]
     return found
 
 
-def needed(keys: Iterable[str], find: Find) -> dict[str, Artifact]:
-    """Key -> artifact of `keys` and all that they read, however deep; what the store lost is absent."""
+def with_inputs(keys: Iterable[str], find: FindArtifact) -> dict[str, Artifact]:
+    """Return key -> artifact for `keys` and their direct and indirect inputs, without those that are missing from the store."""
     found: dict[str, Artifact] = {}
     waiting = list(keys)
     while waiting:
@@ -43,41 +48,41 @@ def needed(keys: Iterable[str], find: Find) -> dict[str, Artifact]:
     return found
 
 
-def reuse(trials: Sequence[Trial], find: Find) -> dict[str, Any] | None:
-    """Per stage kind, and in total: artifacts made, how often trials asked for them, and seconds spent and asked for.
+def reuse_table(trials: Sequence[Trial], find: FindArtifact) -> dict[str, Any] | None:
+    """Per stage kind and in total: artifacts computed, how often trials used them, seconds spent, and seconds without sharing.
 
-    A training that went on from an earlier snapshot counts as asked for with its whole length, and as made with its own seconds
-    and those of each snapshot before it, once. Duplicates and trials that name no artifact are left out; None if all are.
+    Seconds without sharing count a training that continued an earlier snapshot at its full length. Seconds spent count each
+    snapshot once. Duplicates and trials without artifacts are left out; None if no trial remains.
     """
-    made: dict[str, Artifact] = {}
-    asked: dict[str, list[float]] = {}
-    demands = [needed(keys_of(trial), find) for trial in trials if trial.state != "duplicate"]
-    for demand in demands:
-        made |= demand
-        for key, artifact in demand.items():
-            asked.setdefault(_stage(key), []).append(_seconds_alone(artifact))
-    if not made:
+    computed: dict[str, Artifact] = {}
+    uses: dict[str, list[float]] = {}  # stage kind -> seconds alone, per use by a trial
+    used = [with_inputs(keys_of(trial), find) for trial in trials if trial.state != "duplicate"]
+    for artifacts in used:
+        computed |= artifacts
+        for key, artifact in artifacts.items():
+            uses.setdefault(_stage(key), []).append(_seconds_alone(artifact))
+    if not computed:
         return None
     spent: dict[str, float] = {}
-    for key, artifact in _with_snapshots(made, find).items():
+    for key, artifact in _with_snapshots(computed, find).items():
         spent[_stage(key)] = spent.get(_stage(key), 0.0) + float(artifact.record["seconds"])
-    kinds = sorted(asked, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
     rows = [
-        _row(kind, sum(_stage(key) == kind for key in made), len(asked[kind]), spent[kind], sum(asked[kind])) for kind in kinds
+        _row(kind, sum(_stage(key) == kind for key in computed), len(uses[kind]), spent[kind], sum(uses[kind]))
+        for kind in sorted(uses, key=stage_position)
     ]
-    rows.append(_row("all stages", len(made), sum(map(len, demands)), sum(spent.values()), sum(map(sum, asked.values()))))
-    return {"rows": rows, "trials": counted(sum(map(bool, demands)), "trial")}
+    rows.append(_row("all stages", len(computed), sum(map(len, used)), sum(spent.values()), sum(map(sum, uses.values()))))
+    return {"rows": rows, "trials": counted(sum(map(bool, used)), "trial")}
 
 
-def _row(name: str, artifacts: int, demands: int, spent: float, alone: float) -> dict[str, Any]:
+def _row(name: str, artifacts: int, uses: int, spent: float, alone: float) -> dict[str, Any]:
     ratio = f"{alone / spent:.1f} ×" if spent > 0 else "–"
-    return {"name": name, "cells": [f"{artifacts:,}", f"{demands:,}", duration(spent), duration(alone), ratio]}
+    return {"name": name, "cells": [f"{artifacts:,}", f"{uses:,}", duration(spent), duration(alone), ratio]}
 
 
-def _with_snapshots(made: Mapping[str, Artifact], find: Find) -> dict[str, Artifact]:
-    """`made` and the earlier snapshots that its trainings went on from."""
-    found = dict(made)
-    waiting = list(made.values())
+def _with_snapshots(artifacts: Mapping[str, Artifact], find: FindArtifact) -> dict[str, Artifact]:
+    """Return `artifacts` and the earlier snapshots that their trainings continued."""
+    found = dict(artifacts)
+    waiting = list(artifacts.values())
     while waiting:
         earlier = waiting.pop().record.get("started_from")
         artifact = find(earlier) if earlier and earlier not in found and not earlier.startswith("checkpoint-") else None

@@ -1,4 +1,4 @@
-"""Leaderboard, teachers against students, failures: rows of text, ready for the page."""
+"""The leaderboard, teachers against students, and failures, as rows of text for the page."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktray.pipeline.naming import student_name, teacher_name
-from ktray.report.formatting import duration, kind_of_cause, measure, without_places
-from ktray.report.metric_values import Objective, losses, value_of
+from ktray.report.formatting import Objective, anonymised, cause_without_keys, duration, loss_of, measure, value_of
 from ktray.search.ranking import ranked
 from ktray.search.trial_differences import names, told_apart
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
 
-SHOWN = 20
-SHOWN_NUMBERS = 12
+LEADERBOARD_ROWS = 20
+FAILED_TRIALS_SHOWN = 12  # numbers of trials per cause
 
 
 def leaderboard(
     trials: Sequence[Trial], objectives: Sequence[Objective], references: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """The best completed trials, with each reference as a row where its value belongs; None without completed trials."""
+    """Return the best completed trials, and each reference as a row at its rank; None without completed trials."""
     metric, mode = objectives[0]
     completed = ranked(trials, objectives)
     if not completed:
         return None
-    shown = completed[:SHOWN]
+    shown = completed[:LEADERBOARD_ROWS]
     apart = told_apart(shown)
-    rows = [(value_of(each, metric), _trial_row(each, objectives, [apart[each.number]] if apart else [])) for each in shown]
-    loss = losses(mode)
+    rows = [(value_of(trial, metric), _trial_row(trial, objectives, [apart[trial.number]] if apart else [])) for trial in shown]
+    loss = loss_of(mode)
     for name, reference in references.items():
         value = reference["metrics"].get(metric)
         better = [index for index, (other, _) in enumerate(rows) if value is None or other is None or loss(other) > loss(value)]
@@ -38,47 +37,47 @@ def leaderboard(
         rows.insert(place, (value, _reference_row(name, reference["metrics"], objectives)))
     words = ["teacher", "transfer", "student", *(["differs in"] if apart else [])]
     return {
-        "head": [*words, *(name for name, _ in objectives), *_cost_head(objectives)],
+        "head": [*words, *(name for name, _ in objectives), *_cost_columns(objectives)],
         "words": len(words),
         "rows": [row for _, row in rows],
-        "more": max(0, len(completed) - SHOWN),
+        "more": max(0, len(completed) - LEADERBOARD_ROWS),
     }
 
 
-def _cost_head(objectives: Sequence[Objective]) -> list[str]:
-    known = {metric for metric, _ in objectives}
-    return [name for name in ("cost/seconds", "cost/marginal_seconds") if name not in known]
+def _cost_columns(objectives: Sequence[Objective]) -> list[str]:
+    shown = {metric for metric, _ in objectives}
+    return [name for name in ("cost/seconds", "cost/marginal_seconds") if name not in shown]
 
 
 def _trial_row(trial: Trial, objectives: Sequence[Objective], more: list[str]) -> dict[str, Any]:
-    costs = [duration(trial.cost.get(name.removeprefix("cost/"))) for name in _cost_head(objectives)]
+    costs = [duration(trial.cost.get(name.removeprefix("cost/"))) for name in _cost_columns(objectives)]
     values = [measure(metric, value_of(trial, metric)) for metric, _ in objectives]
     teacher, transfer, student = names(trial)
-    words = [without_places(teacher) or "–", transfer, student, *map(without_places, more)]
+    words = [anonymised(teacher) or "–", transfer, student, *map(anonymised, more)]
     return {"name": f"{trial.number}", "words": words, "numbers": [*values, *costs], "reference": False}
 
 
 def _reference_row(name: str, metrics: Mapping[str, float], objectives: Sequence[Objective]) -> dict[str, Any]:
-    columns = [*(metric for metric, _ in objectives), *_cost_head(objectives)]
+    columns = [*(metric for metric, _ in objectives), *_cost_columns(objectives)]
     values = [measure(column, metrics.get(column)) for column in columns]
     return {"name": name, "words": [], "numbers": values, "reference": True}
 
 
 def heat_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> dict[str, Any] | None:
-    """Best value per teacher (rows) and student (columns), both best first; None unless there is something to compare."""
+    """Return the best value per teacher (rows) and student (columns), best first; None with fewer than two cells to compare."""
     metric, mode = objectives[0]
     best: dict[tuple[str, str], Trial] = {}
     for trial in ranked(trials, objectives):
         if value_of(trial, metric) is not None:
             best.setdefault(_teacher_and_student(trial), trial)
     pruned = Counter(
-        place for trial in trials if trial.state == "pruned" and (place := _teacher_and_student(trial)) not in best
+        combination for trial in trials if trial.state == "pruned" and (combination := _teacher_and_student(trial)) not in best
     )
     if len(best) < 2:
         return None
     values = {cell: value_of(trial, metric) or 0.0 for cell, trial in best.items()}
     low, high = min(values.values()), max(values.values())
-    worst = max(values.values(), key=losses(mode))
+    worst = max(values.values(), key=loss_of(mode))
     students = list(dict.fromkeys(student for _, student in [*best, *pruned]))
 
     def cell(teacher: str, student: str) -> dict[str, Any] | None:
@@ -97,21 +96,21 @@ def heat_table(trials: Sequence[Trial], objectives: Sequence[Objective]) -> dict
 
 
 def _teacher_and_student(trial: Trial) -> tuple[str, str]:
-    return without_places(teacher_name(trial.pair)) or "none", student_name(trial.pair)
+    return anonymised(teacher_name(trial.pair)) or "none", student_name(trial.pair)
 
 
 def failures(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Each cause once, the most frequent first, with the numbers of its trials."""
+    """Return each cause of failure once, the most frequent first, with the numbers of the failed trials."""
     causes: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.state == "failed":
-            causes.setdefault(kind_of_cause(trial.cause or "no cause was recorded"), []).append(trial)
+            causes.setdefault(cause_without_keys(trial.cause or "no cause was recorded"), []).append(trial)
     return [
         {
             "cause": cause if len(cause) <= 400 else f"{cause[:400]}…",
             "count": len(failed),
-            "numbers": [trial.number for trial in failed[:SHOWN_NUMBERS]],
-            "more": max(0, len(failed) - SHOWN_NUMBERS),
+            "numbers": [trial.number for trial in failed[:FAILED_TRIALS_SHOWN]],
+            "more": max(0, len(failed) - FAILED_TRIALS_SHOWN),
         }
         for cause, failed in sorted(causes.items(), key=lambda entry: -len(entry[1]))
     ]
