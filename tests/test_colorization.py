@@ -34,7 +34,7 @@ def test_the_colours_are_the_squares_of_the_ab_plane_that_srgb_reaches():
 def test_a_target_is_a_gaussian_over_the_five_nearest_colours():
     colours = gamut.gamut(10)
     ab = torch.from_numpy(np.random.default_rng(0).uniform(-60, 60, (3, 4, 2))).float()
-    found = colorization.soft(ab, colours, 5.0)
+    found = colorization.soft_targets(ab, colours, 5.0)
     assert found.shape == (3, 261, 4)
     far, which = NearestNeighbors(n_neighbors=5).fit(colours.numpy()).kneighbors(ab.view(-1, 2).numpy())
     weights = np.exp(-(far**2) / (2 * 5**2))

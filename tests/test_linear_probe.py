@@ -85,12 +85,12 @@ def test_a_class_that_is_only_judged_costs_accuracy_and_no_crash(tmp_path):
 
 def test_a_probe_with_few_labels_learns_from_so_many_of_each_class_and_more_are_better(tmp_path):
     (rows, labels), (others, truth) = blobs(400, spread=2.5), blobs(400, seed=1, spread=2.5)
-    found = {n: linear_probe.few(labels, n, seed=0) for n in (1, 10, 1000)}
+    found = {n: linear_probe.subset_per_class(labels, n, seed=0) for n in (1, 10, 1000)}
     assert np.bincount(labels[found[10]]).tolist() == [10] * len(np.unique(labels))
     assert set(found[1]) < set(found[10]) < set(found[1000]) == set(range(400))
     tops = [judge("linear_probe", tmp_path, rows, others, labels, truth, per_class=n)["top1"] for n in (1, 10, None)]
     assert tops[0] < tops[1] < tops[2]
-    assert linear_probe.few(labels, 1, seed=1).tolist() != found[1].tolist()
+    assert linear_probe.subset_per_class(labels, 1, seed=1).tolist() != found[1].tolist()
 
 
 def test_the_confusion_plot_names_the_classes(tmp_path):

@@ -192,15 +192,15 @@ def test_tiles_fit_into_their_cells_at_every_size(gap):
 @pytest.mark.parametrize("occlusions", [0, 1, 2])
 def test_occluding_tiles_are_few_from_one_other_image_and_at_distinct_cells(occlusions):
     permutations = torch.from_numpy(far_apart(701, 3).copy())
-    whose, cells = jigsaw_pp.arrange(permutations, occlusions, torch.Generator().manual_seed(0))
+    sources, cells = jigsaw_pp.arrange(permutations, occlusions, torch.Generator().manual_seed(0))
     own = torch.arange(701)[:, None]
-    occluded = whose != own
+    occluded = sources != own
     assert torch.equal(cells[~occluded], permutations[~occluded])
     numbers = torch.bincount(occluded.sum(1), minlength=occlusions + 1)
     assert len(numbers) == occlusions + 1
     assert (numbers > 701 / (occlusions + 1) * 0.8).all(), "each number is equally likely"
     for row in range(701):
-        foreign = whose[row][occluded[row]]
+        foreign = sources[row][occluded[row]]
         assert len(set(foreign.tolist())) <= 1
         assert len(set(cells[row][occluded[row]].tolist())) == len(foreign)
     if occlusions:
@@ -208,7 +208,7 @@ def test_occluding_tiles_are_few_from_one_other_image_and_at_distinct_cells(occl
 
 
 def puzzle_of_cells(size=48, count=4):
-    """Images whose cells are of one colour each, that says which cell and (in blue) which image it is."""
+    """Images with cells of one colour each, which encodes the cell and (in blue) the image."""
     cell = np.arange(size) // (size // 3)
     images = np.zeros((count, size, size, 3), np.uint8)
     images[..., 0] = 20 + 80 * cell[:, None]
@@ -221,13 +221,13 @@ def test_each_place_shows_the_cell_that_the_permutation_says():
     sizes = jigsaw_pp.geometry(48, 18)
     squares = puzzle_of_cells().float().requires_grad_()
     permutations = torch.from_numpy(far_apart(4, 3).copy())
-    whose, cells = jigsaw_pp.arrange(permutations, 2, torch.Generator().manual_seed(3))
-    cut = jigsaw_pp.tiles(squares, whose, cells, sizes, torch.Generator().manual_seed(0))
+    sources, cells = jigsaw_pp.arrange(permutations, 2, torch.Generator().manual_seed(3))
+    cut = jigsaw_pp.tiles(squares, sources, cells, sizes, torch.Generator().manual_seed(0))
     assert cut.shape == (36, 3, 12, 12)
     for place in range(36):
         (touched,) = torch.autograd.grad(cut[place].square().sum() + cut[place].sum(), squares, retain_graph=True)
         pixels = touched.abs().sum(-1).nonzero()
-        image, cell = int(whose.flatten()[place]), int(cells.flatten()[place])
+        image, cell = int(sources.flatten()[place]), int(cells.flatten()[place])
         assert set(pixels[:, 0].tolist()) <= {image}
         assert set((pixels[:, 1] // 16 * 3 + pixels[:, 2] // 16).tolist()) <= {cell}
 
@@ -249,14 +249,14 @@ def test_tiles_move_within_their_cells_and_colour_channels_a_little_more():
     across = torch.arange(96, dtype=torch.float32)
     squares = across[None, None, :, None].expand(300, 96, 96, 3).contiguous()
     squares = squares + 1000 * across[None, :, None, None]
-    whose = torch.arange(300)[:, None].expand(300, 9)
+    sources = torch.arange(300)[:, None].expand(300, 9)
     cells = torch.arange(9).expand(300, 9)
     generator = torch.Generator().manual_seed(0)
     offset = torch.randint(sizes.gap + 1, (2, 300, 9, 1), generator=generator)
     extra = torch.randint(sizes.channel + 1, (2, 300, 9, 3), generator=generator)
     assert set(offset.flatten().tolist()) == set(range(8))
     assert set(extra.flatten().tolist()) == {0, 1}
-    cut = jigsaw_pp.tiles(squares, whose, cells, sizes, torch.Generator().manual_seed(0)).view(300, 9, 3, 24, 24)
+    cut = jigsaw_pp.tiles(squares, sources, cells, sizes, torch.Generator().manual_seed(0)).view(300, 9, 3, 24, 24)
     rows = (cells // 3 * 32)[..., None] + offset[0] + extra[0]
     columns = (cells % 3 * 32)[..., None] + offset[1] + extra[1]
     place = torch.arange(24)
@@ -284,10 +284,10 @@ def test_grey_is_that_of_scikit_image_up_to_its_weights_and_the_projection_is_th
     from skimage.color import rgb2gray
 
     image = np.random.default_rng(0).random((1, 5, 5, 3)).astype(np.float32)
-    grey = jigsaw_pp.coloured(torch.from_numpy(image), jigsaw_pp._COLOURS[:1])
+    grey = jigsaw_pp.mix_channels(torch.from_numpy(image), jigsaw_pp._COLOURS[:1])
     assert np.allclose(grey[0, ..., 0], grey[0, ..., 2])
     assert np.allclose(grey[0, ..., 0].numpy(), rgb2gray(image[0]), atol=0.15)
     r, g, b = np.moveaxis(image[0], -1, 0)
     released = np.stack([0.8333 * r + 0.3333 * g - 0.1667 * b, (r + g + b) / 3, -0.1667 * r + 0.3333 * g + 0.8333 * b])
-    found = jigsaw_pp.coloured(torch.from_numpy(image), jigsaw_pp._COLOURS[1:2])[0].numpy()
+    found = jigsaw_pp.mix_channels(torch.from_numpy(image), jigsaw_pp._COLOURS[1:2])[0].numpy()
     assert np.allclose(np.moveaxis(found, -1, 0), released, atol=1e-3)

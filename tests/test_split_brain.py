@@ -55,7 +55,7 @@ def test_the_first_input_is_the_lightness_and_the_second_the_colours_without_it(
 
 def test_colours_of_one_hue_look_alike_however_light_they_are():
     lab = torch.tensor([[[20.0, 12.0, -9.0], [80.0, 12.0, -9.0]]]).permute(0, 2, 1)[..., None]
-    _, colours = split_brain.halves(lab)
+    _, colours = split_brain.split_inputs(lab)
     assert torch.equal(colours[:, 0], colours[:, 1])
 
 

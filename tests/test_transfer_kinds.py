@@ -127,11 +127,11 @@ def test_a_training_with_uniform_sampling_shows_what_the_order_says_and_is_the_s
 
 def test_soft_targets_are_a_softmax_of_distances_in_units_of_the_mean_nearest_one():
     squared = np.sort(RNG.uniform(0.2, 3, (64, 4)).astype(np.float32), axis=1)
-    shares = soft_clusters.shared(squared, 0.3)
+    shares = soft_clusters.soft_assignments(squared, 0.3)
     expected = softmax(-squared / (0.3 * squared[:, 0].mean()), axis=1)
     np.testing.assert_allclose(shares, expected, atol=1e-6)
-    np.testing.assert_allclose(soft_clusters.shared(1000 * squared, 0.3), shares, atol=1e-5)
-    assert soft_clusters.shared(np.array([[0, 0.1], [0, 2]], np.float32), 0.1).tolist() == [[1, 0], [1, 0]]
+    np.testing.assert_allclose(soft_clusters.soft_assignments(1000 * squared, 0.3), shares, atol=1e-5)
+    assert soft_clusters.soft_assignments(np.array([[0, 0.1], [0, 2]], np.float32), 0.1).tolist() == [[1, 0], [1, 0]]
 
 
 def test_soft_targets_stand_at_their_clusters_and_near_temperature_0_are_hard_ones():
@@ -184,7 +184,7 @@ def test_the_loss_of_similarity_is_the_divergence_that_scipy_finds():
     task = similarity.task(spec, Targets(64, (), FEATURES), STILL)
     outputs = logits(20, 12)
     loss, metrics = task.loss(torch.from_numpy(outputs), targets_of(task, range(20)))
-    anchors = ROWS[similarity.chosen(64, 9, spec.seed)]
+    anchors = ROWS[similarity.anchor_indices(64, 9, spec.seed)]
     teacher, student = cosine_similarity(ROWS[:20], anchors), cosine_similarity(outputs, anchors)
     expected = entropy(softmax(teacher / 0.05, axis=1), softmax(student / 0.2, axis=1), axis=1).mean()
     assert float(loss) == pytest.approx(expected, rel=1e-4)
@@ -199,20 +199,20 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_similarity():
 
 
 def test_anchors_are_distinct_images_and_a_function_of_the_seed():
-    one = similarity.chosen(1000, 200, 0)
+    one = similarity.anchor_indices(1000, 200, 0)
     assert len(set(one)) == 200
-    assert np.array_equal(one, similarity.chosen(1000, 200, 0))
-    assert not np.array_equal(one, similarity.chosen(1000, 200, 1))
+    assert np.array_equal(one, similarity.anchor_indices(1000, 200, 0))
+    assert not np.array_equal(one, similarity.anchor_indices(1000, 200, 1))
 
 
 # --- random_clusters
 
 
 def test_random_clusters_are_of_equal_size_and_know_nothing_of_the_images():
-    labels = random_clusters.labels(1003, 10, 0)
+    labels = random_clusters.random_labels(1003, 10, 0)
     assert sorted(np.bincount(labels)) == [100] * 7 + [101] * 3
-    assert np.array_equal(labels, random_clusters.labels(1003, 10, 0))
-    assert 50 < (labels == random_clusters.labels(1003, 10, 1)).sum() < 150
+    assert np.array_equal(labels, random_clusters.random_labels(1003, 10, 0))
+    assert 50 < (labels == random_clusters.random_labels(1003, 10, 1)).sum() < 150
     assert abs(np.corrcoef(labels, np.arange(1003))[0, 1]) < 0.1
 
 

@@ -1,5 +1,10 @@
-"""Networks for teachers and students: one file each, `Spec`, `REVISION`, `build(spec) -> nn.Module`.
+"""Backbones for teachers and students: one file each, `Spec`, `REVISION`, `build(spec) -> nn.Module`. Start with `resnet`.
 
-A file whose network is also one of torchvision's says so to those who get an exported student: `HEAD`, the name of the linear
-classifier there ("head" if absent), and `in_torchvision(spec) -> str | None`, the model as code, up to its head.
+The network maps images (B, 3, H, W) float32 to features (B, feature_dim). It has the attributes `feature_dim` and `layers`, the
+names of the submodules whose outputs can be read as features, from the first to the last.
+
+Optional, for exported students whose weights load into a torchvision model: `HEAD`, the name of its linear classifier ("head"
+by default), and ``in_torchvision(spec) -> str | None``, the expression that builds that model.
+
+A backbone may import `ktray.spec`, `ktray.strict`, `ktray.errors` and the tools, but no other plugin.
 """

@@ -1,10 +1,12 @@
-"""A shallow convolutional network that learns CIFAR-10 in very few epochs, in the style of airbench.
+"""airbench: a shallow convolutional network that learns CIFAR-10 in very few epochs.
 
 A first layer of 2x2 filters without padding, then three blocks of two 3x3 convolutions, the first of each followed by
-max-pooling; batch norm with fast statistics, GELU, and global max-pooling. Convolutions begin as the identity as far as their
-channels go. Different from airbench: the first layer is not whitened by the training images, because a backbone sees none when
-it is built. It begins with what whitening comes close to on photographs, the 2x2 cosine basis of each opponent colour and
-its negative, and batch norm equalises their variances; biases and scales are trained like everything else.
+max-pooling; batch norm with fast statistics, GELU, and global max-pooling. Convolutions are initialised to the identity as far
+as their channels allow.
+
+Differences from the source: a backbone sees no images when it is built, so the first layer is not whitened on the training
+images. It starts with filters close to the whitening of photographs, the 2x2 cosine basis of each opponent colour and its
+negative, and batch norm equalises their variances. Biases and scales are trained like all other parameters.
 
 Source: Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU, arXiv:2404.00498, section 3; opponent colours after
 Ohta, Kanade, Sakai, Computer Graphics and Image Processing 13, 1980.
@@ -24,14 +26,16 @@ from ktray.strict import StrictSpec
 REVISION = 1
 
 _CHANNELS = (64, 256, 256)
-_MOMENTUM = 0.4  # in PyTorch's sense; with so few steps, slow statistics would describe weights that are long gone
+_MOMENTUM = 0.4  # PyTorch's convention; with so few steps, slow statistics would lag behind the weights
 
 
 class Spec(StrictSpec):
     """Seven convolutions, 2.0M parameters at width 1; meant for 28 to 64 px and high learning rates."""
 
     kind: Literal["airbench"] = "airbench"
-    width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
+    width: float = Field(
+        default=1.0, gt=0, le=8, description="factor on the number of channels, each rounded to a multiple of 8"
+    )
 
 
 class Airbench(nn.Module):
@@ -64,7 +68,7 @@ class Airbench(nn.Module):
 def _block(before: int, after: int) -> nn.Sequential:
     def half(channels: int, *pooling: nn.Module) -> list[nn.Module]:
         convolution = nn.Conv2d(channels, after, 3, padding=1, bias=False)
-        nn.init.dirac_(convolution.weight[:channels])  # the rest stays as drawn
+        nn.init.dirac_(convolution.weight[:channels])  # the other filters keep their random initialisation
         return [convolution, *pooling, nn.BatchNorm2d(after, momentum=_MOMENTUM), nn.GELU()]
 
     return nn.Sequential(*half(before, nn.MaxPool2d(2)), *half(after))
@@ -80,5 +84,5 @@ def _opponent_cosines() -> Tensor:
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator; images from 9 px."""
+    """The network with random initial weights from the global generator; images of at least 9 px."""
     return Airbench(spec.width)

@@ -1,17 +1,17 @@
-"""AlexNet's five convolutions: with batch norm for 28 to 64 px or 224 px, or grouped as in the paper, also for puzzle tiles.
+"""AlexNet's five convolutions: with batch norm, for 28 to 64 px or for 224 px, or grouped as in the paper.
 
-All forms end in global average pooling in the place of fc6 and fc7, so that the features are those of conv5.
+All forms replace fc6 and fc7 by global average pooling, so the features are those of conv5.
 
 - "small" and "full" have batch norm after each convolution, no groups and no local response normalisation. "small" also has
-  3x3 convolutions of stride 1 everywhere and no pooling after conv5: 28 px come to 7 x 7, 32 px to 8 x 8.
+  3x3 convolutions of stride 1 everywhere and no pooling after conv5: images of 28 px give maps of 7 x 7, 32 px 8 x 8.
 - "grouped" is the network of the paper and of its released code (CaffeNet): two groups in conv2, conv4 and conv5, biases, and
-  local response normalisation after the first two poolings. "grouped_stride2" is the same with stride 2 in conv1, as the
-  authors train puzzles on tiles of 64 px: the weights of either load into the other.
+  local response normalisation after the first two poolings. "grouped_stride2" has stride 2 in conv1, which the authors
+  use for puzzle tiles of 64 px. The weights of either load into the other.
 
 Source: Krizhevsky, Sutskever, Hinton, NeurIPS 2012; channels of "small" after Krizhevsky, arXiv:1404.5997; the grouped forms
-after the code of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385 (train_val_cfn_jps++.prototxt), whose
-initialisation with a fixed deviation of 0.01 is replaced by that of the other forms, and whose conv1 on 227 px without padding
-by one on 224 px with it.
+after the code of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385 (train_val_cfn_jps++.prototxt), except
+that they are initialised like the other forms instead of with a fixed deviation of 0.01, and that conv1 takes 224 px with
+padding instead of 227 px without.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ class Spec(StrictSpec):
 
     kind: Literal["alexnet"] = "alexnet"
     form: Literal["small", "full", "grouped", "grouped_stride2"] = "small"
-    width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
+    width: float = Field(
+        default=1.0, gt=0, le=8, description="factor on the number of channels, each rounded to a multiple of 8"
+    )
 
 
 class AlexNet(nn.Module):
-    """Convolutions as named blocks that end in ReLU, so that a layer's output is what comes before any pooling."""
+    """Convolutions as named blocks that end in ReLU, so that a layer's output is taken before pooling."""
 
     layers = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
@@ -81,7 +83,7 @@ class AlexNet(nn.Module):
             self.add_module(name, block)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, feature_dim) float32: conv5 (pooled but in "small"), averaged over the places."""
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: conv5 (pooled, except in "small"), averaged over positions."""
         maps = images
         for block in self.children():
             maps = block(maps)
@@ -89,8 +91,8 @@ class AlexNet(nn.Module):
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator.
+    """The network with random initial weights from the global generator.
 
-    "small" takes images from 8 px, "full" and "grouped" from 63 px, "grouped_stride2" from 35 px.
+    "small" takes images of at least 8 px, "full" and "grouped" 63 px, "grouped_stride2" 35 px.
     """
     return AlexNet(spec.form, spec.width)

@@ -1,7 +1,8 @@
-"""ConvNeXt-T, as torchvision's ("full") or with a stem of 2x2 patches for 28 to 64 px ("small").
+"""ConvNeXt-T: torchvision's ("full"), or with a stem of 2x2 patches for 28 to 64 px ("small").
 
 Parameters are named as in torchvision, without the linear classifier; the norm before it (`classifier.0`) belongs to the
-backbone. torchvision's state_dicts load into "full" at width 1. A layer is a stage: 32 px come to 16, 8, 4 and 2 in "small".
+backbone. torchvision's state_dicts load into "full" at width 1. A layer is a stage: in "small", images of 32 px give maps of
+16, 8, 4 and 2 px.
 
 Source: Liu, Mao, et al., CVPR 2022, arXiv:2201.03545, section 2 and Table 5.
 """
@@ -27,12 +28,16 @@ class Spec(StrictSpec):
     kind: Literal["convnext"] = "convnext"
     size: Literal["tiny"] = "tiny"
     form: Literal["small", "full"] = "small"
-    width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
-    drop_path: float = Field(default=0.0, ge=0, lt=1, description="share of images for which the last block is left out")
+    width: float = Field(
+        default=1.0, gt=0, le=8, description="factor on the number of channels, each rounded to a multiple of 8"
+    )
+    drop_path: float = Field(
+        default=0.0, ge=0, lt=1, description="stochastic depth: probability of skipping the last block, lower for earlier ones"
+    )
 
 
 class ConvNeXt(nn.Module):
-    """torchvision's stem, stages and downsamplings as one sequence, and an identity at the end of each stage that names it."""
+    """torchvision's stem, stages and downsamplings in sequence; an identity module at the end of each stage names the layer."""
 
     layers = ("stage1", "stage2", "stage3", "stage4")
 
@@ -45,7 +50,7 @@ class ConvNeXt(nn.Module):
         self.feature_dim = int(model.classifier[2].in_features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, feature_dim) float32: stage4 averaged over the places, then normalised."""
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: stage4 averaged over positions, then normalised."""
         maps = images
         for number, name in enumerate(self.layers):
             maps = self.get_submodule(name)(self.features[2 * number : 2 * number + 2](maps))
@@ -54,7 +59,10 @@ class ConvNeXt(nn.Module):
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator; "small" takes images from 16 px, "full" from 32 px."""
+    """The network with random initial weights from the global generator.
+
+    Images have at least 16 px in "small" and 32 px in "full".
+    """
     from torchvision.models import convnext
 
     widths, counts = _SIZES[spec.size]
@@ -73,5 +81,5 @@ def build(spec: Spec) -> nn.Module:
 
 
 def in_torchvision(spec: Spec) -> str | None:
-    """torchvision's model of the same weights and outputs up to its linear layer, None for our own forms and widths."""
+    """The torchvision model with the same weights and outputs before its head; None for forms and widths of our own."""
     return f"convnext_{spec.size}()" if (spec.form, spec.width) == ("full", 1.0) else None

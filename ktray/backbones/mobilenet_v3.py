@@ -1,8 +1,8 @@
-"""MobileNetV3-Small or -Large, as torchvision's ("full") or with two strides less for 28 to 64 px ("small").
+"""MobileNetV3-Small or -Large: torchvision's ("full"), or with two strides fewer for 28 to 64 px ("small").
 
 Parameters are named as in torchvision, without `classifier`: its state_dicts load at width 1. A layer is a stage of equal
-resolution, the last with the 1x1 convolution that widens it. "small" has stride 1 in the stem and in the first block with a
-stride: 32 px come to 4 x 4.
+resolution; the last one includes the final 1x1 convolution. "small" has stride 1 in the stem and in the first strided block:
+images of 32 px give maps of 4 x 4.
 
 Source: Howard, Sandler, et al., ICCV 2019, arXiv:1905.02244, Tables 1 and 2.
 """
@@ -26,11 +26,13 @@ class Spec(StrictSpec):
     kind: Literal["mobilenet_v3"] = "mobilenet_v3"
     size: Literal["small", "large"] = "small"
     form: Literal["small", "full"] = "small"
-    width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
+    width: float = Field(
+        default=1.0, gt=0, le=8, description="factor on the number of channels, each rounded to a multiple of 8"
+    )
 
 
 class MobileNetV3(nn.Module):
-    """torchvision's blocks as one sequence, and an identity at the end of each stage that names it.
+    """torchvision's blocks in sequence; an identity module at the end of each stage names the layer.
 
     Args:
         features: the blocks.
@@ -48,7 +50,7 @@ class MobileNetV3(nn.Module):
         self.feature_dim = [module for module in features.modules() if isinstance(module, nn.Conv2d)][-1].out_channels
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, feature_dim) float32: stage5 averaged over the places."""
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: stage5 averaged over positions."""
         maps = images
         for name, start, stop in zip(self.layers, self._starts, [*self._starts[1:], len(self.features)], strict=True):
             maps = self.get_submodule(name)(self.features[start:stop](maps))
@@ -56,7 +58,7 @@ class MobileNetV3(nn.Module):
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator; any size of image."""
+    """The network with random initial weights from the global generator; images of any size."""
     from torchvision import models
 
     make = models.mobilenet_v3_small if spec.size == "small" else models.mobilenet_v3_large
@@ -69,5 +71,5 @@ def build(spec: Spec) -> nn.Module:
 
 
 def in_torchvision(spec: Spec) -> str | None:
-    """torchvision's model of the same weights and outputs up to `classifier`, None for our own forms and widths."""
+    """The torchvision model with the same weights and outputs before `classifier`; None for forms and widths of our own."""
     return f"mobilenet_v3_{spec.size}()" if (spec.form, spec.width) == ("full", 1.0) else None

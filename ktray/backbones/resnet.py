@@ -1,6 +1,6 @@
-"""ResNet-18 to -152, as torchvision's ("full") or with a 3x3 stem for 28 to 96 px ("small").
+"""ResNet-18 to -152: torchvision's ("full"), or with a 3x3 stem for 28 to 96 px ("small").
 
-Parameters are named as in torchvision, without `fc`: its state_dicts load into "full" at width 1, and the other way round.
+Parameters are named as in torchvision, without `fc`: its state_dicts load into "full" at width 1, and vice versa.
 
 Source: He, Zhang, Ren, Sun, CVPR 2016; "small" after its section 4.2 (CIFAR) with the stages of section 3.3.
 """
@@ -32,7 +32,9 @@ class Spec(StrictSpec):
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50, 101, 152] = 18
     form: Literal["small", "full"] = "small"
-    width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
+    width: float = Field(
+        default=1.0, gt=0, le=8, description="factor on the number of channels, each rounded to a multiple of 8"
+    )
 
 
 class ResNet(nn.Module):
@@ -69,7 +71,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, feature_dim) float32: layer4 averaged over the places."""
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: layer4 averaged over positions."""
         maps = images
         for module in self.children():  # in the order of assignment, which is the order of depth
             maps = module(maps)
@@ -77,7 +79,7 @@ class ResNet(nn.Module):
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator."""
+    """The network with random initial weights from the global generator."""
     from torchvision.models import resnet
 
     name, counts = _BLOCKS[spec.depth]
@@ -85,5 +87,5 @@ def build(spec: Spec) -> nn.Module:
 
 
 def in_torchvision(spec: Spec) -> str | None:
-    """torchvision's model of the same weights and outputs up to `fc`, None for our own forms and widths."""
+    """The torchvision model with the same weights and outputs before `fc`; None for forms and widths of our own."""
     return f"resnet{spec.depth}()" if (spec.form, spec.width) == ("full", 1.0) else None

@@ -1,8 +1,8 @@
-"""Any network of the timm library by its name there, untrained; its feature levels are the layers. Needs `ktray[timm]`.
+"""Any model of the timm library by name, untrained; its feature levels are the layers. Needs `pip install 'ktray[timm]'`.
 
-Nothing is downloaded: weights come from a file through a loaded teacher, named as in timm. Layers are named as by timm's
-`features_only`, with "_" for "." (`layer3`, `blocks_5`, `stages_2`), and are maps (B, C, h, w) for transformers too. What a
-name means is timm's to say: it may change between its versions, of which the record of an artifact names one.
+Nothing is downloaded. Pretrained weights come from a file, through a loaded teacher, with timm's parameter names. Layers are
+named as by timm's `features_only`, with "_" for "." (`layer3`, `blocks_5`, `stages_2`), and are maps (B, C, h, w) for
+transformers too. timm may change what a name means between versions; an artifact's record names the version.
 
 Source: Wightman, PyTorch Image Models, doi:10.5281/zenodo.4414861.
 """
@@ -21,15 +21,15 @@ REVISION = 1
 
 
 class Spec(StrictSpec):
-    """A model's name, such as `resnet18` or `vit_small_patch16_224`, without a tag of weights."""
+    """A timm model name such as `resnet18` or `vit_small_patch16_224`, without a pretrained tag."""
 
     kind: Literal["timm"] = "timm"
     model: str = Field(default="mobilenetv3_small_050", pattern=r"^[a-z0-9_]+$")
-    image: int | None = Field(default=None, ge=8, le=1024, description="side in pixels, for models made for one size of image")
+    image: int | None = Field(default=None, ge=8, le=1024, description="side in pixels, for models with a fixed image size")
 
 
 class Timm(nn.Module):
-    """A timm model, and an identity for each of its feature levels that names it."""
+    """A timm model; an identity module for each of its feature levels names the layer."""
 
     def __init__(self, model: Any, levels: tuple[str, ...]) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Timm(nn.Module):
         self.feature_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, feature_dim) float32: what the model gives its classifier."""
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: the input of the model's classifier."""
         last, levels = self.model.forward_intermediates(images, output_fmt="NCHW")
         for name, maps in zip(self.layers, levels, strict=True):
             self.get_submodule(name)(maps)
@@ -48,10 +48,10 @@ class Timm(nn.Module):
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator.
+    """The network with random initial weights from the global generator.
 
     Raises:
-        UserError: timm is not installed, has no such model, or the model names no feature levels or takes no `image`.
+        UserError: timm is not installed or has no such model, or the model has no feature levels or no variable image size.
     """
     try:
         import timm
@@ -60,7 +60,9 @@ def build(spec: Spec) -> nn.Module:
     if not timm.is_model(spec.model):
         near = ", ".join(timm.list_models(f"*{spec.model.split('_')[0]}*")[:5])
         raise UserError(
-            f"timm has no model {spec.model!r}", "backbone.model", f"Near: {near}." if near else "See timm.list_models()."
+            f"timm has no model {spec.model!r}",
+            "backbone.model",
+            f"Similar names: {near}." if near else "See timm.list_models().",
         )
     sized: dict[str, Any] = {} if spec.image is None else {"img_size": spec.image}
     try:
@@ -68,6 +70,6 @@ def build(spec: Spec) -> nn.Module:
     except TypeError as error:
         raise UserError(f"the timm model {spec.model} takes no image size", "backbone.image", "Leave it out.") from error
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
-        raise UserError(f"the timm model {spec.model} names no feature levels", "backbone.model", "Choose another model.")
+        raise UserError(f"the timm model {spec.model} has no feature levels", "backbone.model", "Choose another model.")
     levels = tuple(str(level["module"]).replace(".", "_") for level in model.feature_info)
     return Timm(model, levels)

@@ -1,9 +1,9 @@
-"""VGG-11, -13, -16 or -19, as torchvision's ("full") or with two poolings less for 28 to 64 px ("small").
+"""VGG-11, -13, -16 or -19: torchvision's ("full"), or with two poolings fewer for 28 to 64 px ("small").
 
 Parameters are named as in torchvision, without `classifier`: its state_dicts load at width 1. A layer is a block of
-convolutions before its pooling. "small" leaves out the pooling after block3 and the one after block5, so that 32 px come to
-8 x 8 in block4, 28 px to 7 x 7, and the paper's grid of 4 x 4 x 512 in block4 exists there too. Global average pooling stands
-in the place of the fully connected layers.
+convolutions before its pooling. "small" omits the pooling after block3 and after block5: in block4, images of 32 px give maps
+of 8 x 8 and 28 px 7 x 7, enough for the 4 x 4 x 512 features of Noroozi et al. (2018). Global average pooling replaces the
+fully connected layers.
 
 Source: Simonyan, Zisserman, ICLR 2015, Table 1 (A, B, D, E); batch norm after Ioffe, Szegedy, ICML 2015.
 """
@@ -32,13 +32,15 @@ class Spec(StrictSpec):
     depth: Literal[11, 13, 16, 19] = 16
     form: Literal["small", "full"] = "small"
     batch_norm: bool = Field(
-        default=True, description="after each convolution; without it, deep forms need a low learning rate"
+        default=True, description="after each convolution; without it, deep networks need a low learning rate"
     )
-    width: float = Field(default=1.0, gt=0, le=8, description="factor of the channels, each rounded to a multiple of 8")
+    width: float = Field(
+        default=1.0, gt=0, le=8, description="factor on the number of channels, each rounded to a multiple of 8"
+    )
 
 
 class Vgg(nn.Module):
-    """The convolutions as one sequence, as torchvision numbers them, and an identity at the end of each block that names it."""
+    """The convolutions, numbered as in torchvision; an identity module at the end of each block names the layer."""
 
     layers = ("block1", "block2", "block3", "block4", "block5")
 
@@ -62,7 +64,7 @@ class Vgg(nn.Module):
         self.feature_dim = before
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, feature_dim) float32: block5 (pooled in "full"), averaged over the places."""
+        """(B, 3, H, W) float32 -> (B, feature_dim) float32: block5 (pooled in "full"), averaged over positions."""
         maps = images
         for index, module in enumerate(self.features):
             if index in self._ends:
@@ -72,12 +74,15 @@ class Vgg(nn.Module):
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator; "small" takes images from 8 px, "full" from 32 px."""
+    """The network with random initial weights from the global generator.
+
+    Images have at least 8 px in "small" and 32 px in "full".
+    """
     return Vgg(spec)
 
 
 def in_torchvision(spec: Spec) -> str | None:
-    """torchvision's model of the same weights and outputs up to `classifier`, None for our own forms and widths."""
+    """The torchvision model with the same weights and outputs before `classifier`; None for forms and widths of our own."""
     if (spec.form, spec.width) != ("full", 1.0):
         return None
     return f"vgg{spec.depth}{'_bn' if spec.batch_norm else ''}() with avgpool = torch.nn.AdaptiveAvgPool2d(1)"

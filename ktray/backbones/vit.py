@@ -1,11 +1,11 @@
-"""Vision transformers: ViT-Ti, ViT-S and ViT-B, for patches of any size; layers are maps of patches.
+"""Vision transformers ViT-Ti, ViT-S and ViT-B, with patches of any size; layers are maps of patches.
 
 Parameters are named as in torchvision, without `heads`: a state_dict of its VisionTransformer of the same patch and image size
-loads strictly (ViT-B/16: size base, patch 16, image 224, readout token). The position table is made for one image size and
-interpolated for others. Each layer is the output of a block without its class token, as a map (B, D, h, w).
+loads strictly (ViT-B/16: size base, patch 16, image 224, readout token). The position embedding is made for one image
+size and interpolated for others. A layer is the output of a block without its class token, as a map (B, D, h, w).
 
 Source: Dosovitskiy et al., ICLR 2021, arXiv:2010.11929; sizes tiny and small after Touvron et al., ICML 2021,
-arXiv:2012.12877, Table 1; readout mean after Zhai et al., CVPR 2022, arXiv:2106.04560.
+arXiv:2012.12877, Table 1; the readout "mean" after Zhai et al., CVPR 2022, arXiv:2106.04560.
 """
 
 from __future__ import annotations
@@ -32,19 +32,23 @@ class Spec(StrictSpec):
 
     kind: Literal["vit"] = "vit"
     size: Literal["tiny", "small", "base"] = "tiny"
-    patch: int = Field(default=4, ge=1, le=64, description="pixels; 4 for images of 28 to 64 px, 16 for 224 px")
-    image: int = Field(default=32, ge=1, le=1024, description="side in pixels for which the position table is made")
-    readout: Literal["mean", "token"] = Field(default="mean", description="features: mean of the patches, or the class token")
+    patch: int = Field(
+        default=4, ge=1, le=64, description="side of a patch in pixels; 4 for images of 28 to 64 px, 16 for 224 px"
+    )
+    image: int = Field(default=32, ge=1, le=1024, description="image side in pixels for which the position embedding is made")
+    readout: Literal["mean", "token"] = Field(
+        default="mean", description="features: the mean over the patches, or the class token"
+    )
 
     @model_validator(mode="after")
     def _whole_patches(self) -> Spec:
         if self.image % self.patch:
-            raise ValueError(f"an image of {self.image} px has no whole number of patches of {self.patch} px")
+            raise ValueError(f"an image of {self.image} px cannot be divided into patches of {self.patch} px")
         return self
 
 
 class VisionTransformer(nn.Module):
-    """torchvision's encoder blocks, and an identity after each that names its map of patches."""
+    """torchvision's encoder blocks; an identity module after each names its map of patches."""
 
     layers = tuple(f"block{number}" for number in range(1, BLOCKS + 1))
 
@@ -71,7 +75,7 @@ class VisionTransformer(nn.Module):
         self.feature_dim = width
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 -> (B, D) float32: the normed class token, or the mean of the normed patches."""
+        """(B, 3, H, W) float32 -> (B, D) float32: the normalised class token, or the mean over the normalised patches."""
         maps = self.conv_proj(images)
         height, width = maps.shape[2:]
         tokens = torch.cat([self.class_token.expand(len(maps), -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
@@ -92,12 +96,15 @@ class VisionTransformer(nn.Module):
 
 
 def build(spec: Spec) -> nn.Module:
-    """The network with weights drawn from the global generator; images from one patch on, what is over at the edge is cut."""
+    """The network with random initial weights from the global generator.
+
+    Images have at least one patch; what exceeds whole patches at the edge is ignored.
+    """
     return VisionTransformer(spec)
 
 
 def in_torchvision(spec: Spec) -> str | None:
-    """torchvision's model of the same weights and outputs up to its head, None for the mean of the patches."""
+    """The torchvision model with the same weights and outputs before its head; None for the readout "mean"."""
     if spec.readout != "token":
         return None
     width, heads = _SIZES[spec.size]

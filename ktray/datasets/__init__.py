@@ -1,5 +1,7 @@
-"""Data sets: one file each, `Spec`, `REVISION`, `LOCATION`, `load(spec) -> Splits`.
+"""Data sets: one file each, with `Spec`, `REVISION`, `LOCATION` and `load(spec) -> Splits`. Start with `folder`.
 
-`Spec` has `size`, `split` and `max_unreadable` beside its own fields. ``LOCATION`` names those fields that only say where the
-data lies, such as ``("path",)``: they are no part of the identity, the content is.
+`Spec` has `size`, `split` and `max_unreadable` besides its own fields. `LOCATION` names the fields that only say where the data
+is stored, such as ``("path",)``. They do not enter the identity of the data; its content does.
+
+A data set may import `ktray.images`, `ktray.spec`, `ktray.strict`, `ktray.errors` and `ktray.fingerprint`, but no other plugin.
 """

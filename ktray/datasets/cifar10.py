@@ -1,7 +1,7 @@
 """CIFAR-10: 50,000 + 10,000 colour images, 32 x 32, ten classes.
 
-Reads torchvision's folder `cifar-10-batches-py` or the binary one, `cifar-10-batches-bin`. CIFAR-10 from a data-set hub is
-usually parquet: use the kind `parquet`.
+Reads the folder `cifar-10-batches-py`, as torchvision does, or the binary version, `cifar-10-batches-bin`. CIFAR-10 from a
+data-set hub is usually stored as parquet: use the kind `parquet`.
 
 Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 """
@@ -30,21 +30,21 @@ _LAYOUTS = {"cifar-10-batches-py": "", "cifar-10-batches-bin": ".bin"}
 
 
 class Spec(StrictSpec):
-    """`path` holds `cifar-10-batches-py/` or `-bin/`, or is that folder; null means KTRAY_DATA or ./data."""
+    """`path` contains `cifar-10-batches-py/` or `-bin/`, or is that folder; null means KTRAY_DATA or ./data."""
 
     kind: Literal["cifar10"] = "cifar10"
     path: str | None = None
-    download: bool = Field(default=False, description="let torchvision fetch missing files")
-    size: int = Field(default=32, ge=8, le=2048, description="side in pixels that images are decoded to")
+    download: bool = Field(default=False, description="let torchvision download missing files")
+    size: int = Field(default=32, ge=8, le=2048, description="side in pixels to which images are resized")
     split: Split = Split()
-    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="share")
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
 
 
 def load(spec: Spec) -> Splits:
-    """Find the six batches and read them once.
+    """Find the six batches and read them.
 
     Raises:
-        UserError: the batches are not there, damaged, or could not be downloaded.
+        UserError: the batches are missing or damaged, or could not be downloaded.
     """
     root = location(spec.path)
     batches = _batches(root)
@@ -65,7 +65,7 @@ def load(spec: Spec) -> Splits:
 
 
 def _batches(root: Path) -> list[Path]:
-    """The five training batches and the test batch, or nothing where one is missing."""
+    """The five training batches and the test batch; an empty list if any is missing."""
     for layout, suffix in _LAYOUTS.items():
         for folder in (root / layout, root):
             paths = [folder / f"{name}{suffix}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
@@ -92,10 +92,10 @@ def _source(name: str, paths: list[Path]) -> Source:
 
 @lru_cache(maxsize=6)
 def _batch(path: Path, mtime_ns: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Labels (n,) and pixels (n, 3072), channels first, of one batch; kept, because a data set is listed more than once."""
+    """Labels (n,) and pixels (n, 3072), channels first, of one batch; cached, because a data set is loaded more than once."""
     try:
         content = path.read_bytes()
-        labels, pixels = _of_binary(content) if path.suffix == ".bin" else _of_opcodes(content)
+        labels, pixels = _parse_binary(content) if path.suffix == ".bin" else _parse_pickle(content)
     except (OSError, ValueError, IndexError) as error:
         raise UserError(f"{path} is damaged: {error}", instead="Remove it and fetch it again.") from error
     if len(labels) != len(pixels) or not len(labels) or labels.min() < 0 or labels.max() >= len(CLASSES):
@@ -103,16 +103,16 @@ def _batch(path: Path, mtime_ns: int) -> tuple[NDArray[np.int64], NDArray[np.uin
     return labels, pixels
 
 
-def _of_binary(content: bytes) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """A row is one byte of label and 3072 of pixels."""
+def _parse_binary(content: bytes) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Parse the binary version: each row is one byte of label and 3072 bytes of pixels."""
     rows = np.frombuffer(content, np.uint8).reshape(-1, 1 + _PIXELS)
     return rows[:, 0].astype(np.int64), rows[:, 1:]
 
 
-def _of_opcodes(content: bytes) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """A pickled batch without running it: its opcodes hold the pixels as one long string and the labels as small integers.
+def _parse_pickle(content: bytes) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Parse a pickled batch without unpickling it: the pixels are its longest string, the labels small integers.
 
-    `pickletools.genops` only disassembles, so a manipulated file can give wrong pixels but cannot run code.
+    `pickletools.genops` only disassembles, so a manipulated file can yield wrong pixels but cannot run code.
     """
     labels: list[int] = []
     longest: str | bytes | bytearray = b""

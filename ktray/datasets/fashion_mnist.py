@@ -1,7 +1,7 @@
 """Fashion-MNIST: 60,000 + 10,000 grey images of clothes, 28 x 28, ten classes.
 
-Reads torchvision's files, or the same four idx files in one folder, packed or not (Debian's `dataset-fashion-mnist` lays them
-in /usr/share/datasets/fashion-mnist).
+Reads torchvision's folder, or the same four idx files in one folder, compressed or not (Debian's package
+`dataset-fashion-mnist` installs them in /usr/share/datasets/fashion-mnist).
 
 Source: Xiao, Rasul, Vollgraf, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, 2017.
 """
@@ -39,21 +39,21 @@ CLASSES = (
 
 
 class Spec(StrictSpec):
-    """`path` holds `FashionMNIST/raw/` or the idx files themselves; null means KTRAY_DATA or ./data."""
+    """`path` contains `FashionMNIST/raw/` or the idx files themselves; null means KTRAY_DATA or ./data."""
 
     kind: Literal["fashion_mnist"] = "fashion_mnist"
     path: str | None = None
-    download: bool = Field(default=False, description="let torchvision fetch missing files")
-    size: int = Field(default=28, ge=8, le=2048, description="side in pixels that images are decoded to")
+    download: bool = Field(default=False, description="let torchvision download missing files")
+    size: int = Field(default=28, ge=8, le=2048, description="side in pixels to which images are resized")
     split: Split = Split()
-    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="share")
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
 
 
 def load(spec: Spec) -> Splits:
-    """Find the files and read the labels; pixels are unpacked when the first image is read.
+    """Find the files and read the labels; pixels are decompressed when the first image is read.
 
     Raises:
-        UserError: the files are not there, or could not be downloaded.
+        UserError: files are missing, or could not be downloaded.
     """
     root = location(spec.path)
     if _file(root, "train-images-idx3-ubyte") is None and spec.download:
@@ -64,7 +64,7 @@ def load(spec: Spec) -> Splits:
         raise UserError(
             f"Fashion-MNIST is not in {root}: {missing[0]} is missing",
             where="data.path",
-            instead="Set 'download: true', or lay the four idx files there, packed or not; on Debian: apt install "
+            instead="Set 'download: true', or put the four idx files there, compressed or not; on Debian: apt install "
             "dataset-fashion-mnist, path: /usr/share/datasets/fashion-mnist.",
         )
     present = {name: path for name, path in files.items() if path is not None}
@@ -94,7 +94,7 @@ def _source(part: str, images: Path, labels: Path) -> Source:
 
 
 def _idx(path: Path) -> NDArray[np.uint8]:
-    """The array of an idx file: two zeros, 8 for uint8, the number of axes, their lengths (big-endian int32), the bytes."""
+    """The array in an idx file: two zero bytes, 8 (uint8), the number of axes, their lengths (big-endian int32), the data."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         axes = content[3]

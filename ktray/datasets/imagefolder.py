@@ -1,6 +1,6 @@
-"""Image files in one folder per class, with or without train, val and test above them.
+"""Image files in one folder per class, optionally under folders train, val and test.
 
-The first folder names the class, whatever is nested below.
+The outermost of the other folders names the class; images may be nested deeper.
 
 Source: your own files, in the layout of `torchvision.datasets.ImageFolder`.
 """
@@ -25,27 +25,28 @@ _SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", 
 
 
 class Spec(StrictSpec):
-    """Labelled images; a folder `train` makes its neighbours `val` (or `valid`, `validation`) and `test` splits too."""
+    """Labelled images. If there is a folder `train`, then `val` (or `valid`, `validation`) and `test` are splits too."""
 
     kind: Literal["imagefolder"] = "imagefolder"
     path: str
-    size: int = Field(default=64, ge=8, le=2048, description="side in pixels that images are decoded to")
+    size: int = Field(default=64, ge=8, le=2048, description="side in pixels to which images are resized")
     split: Split = Split()
-    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="share")
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
 
 
 def load(spec: Spec) -> Splits:
     """List the folders; classes are the sorted names of the folders with training images.
 
     Raises:
-        UserError: no such folder, no images, an image outside a class folder, or a class that training lacks.
+        UserError: the folder does not exist or has no training images, an image lies outside a class folder, or a class has no
+            training images.
     """
     root = location(spec.path)
     files = listed(root)
-    divided = (root / "train").is_dir()
+    has_splits = (root / "train").is_dir()
     by_split: dict[str, list[tuple[str, str, Path]]] = defaultdict(list)
     for name, path in files:
-        split, label = _placed(name, root, divided)
+        split, label = _split_and_class(name, root, has_splits)
         by_split[split].append((label, name, path))
     if not by_split["train"]:
         raise UserError(f"there are no training images in {root}", instead="Expected are files such as CLASS/NAME.jpg.")
@@ -54,15 +55,15 @@ def load(spec: Spec) -> Splits:
     return Splits(train=sources["train"], val=sources.get("val"), test=sources.get("test"), files=files)
 
 
-def _placed(name: str, root: Path, divided: bool) -> tuple[str, str]:
-    """Split and class of the image with this relative name."""
+def _split_and_class(name: str, root: Path, has_splits: bool) -> tuple[str, str]:
+    """Split and class of the image with this relative path."""
     folders = name.split("/")[:-1]
-    if divided and (not folders or folders[0] not in _SPLITS):
+    if has_splits and (not folders or folders[0] not in _SPLITS):
         raise UserError(
-            f"{root / name} is in no split, and {root} has a folder 'train'",
-            instead=f"Beside it are known: {', '.join(_SPLITS)}.",
+            f"{root / name} belongs to no split, although {root} has a folder 'train'",
+            instead=f"The folders of splits are: {', '.join(_SPLITS)}.",
         )
-    split = _SPLITS[folders.pop(0)] if divided else "train"
+    split = _SPLITS[folders.pop(0)] if has_splits else "train"
     if not folders:
         raise UserError(
             f"{root / name} lies outside every class folder",

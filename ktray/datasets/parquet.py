@@ -1,8 +1,8 @@
-"""Encoded images in a column of parquet files, as data-set hubs deliver them.
+"""Encoded images in a column of parquet files, as published on data-set hubs.
 
-The column holds the bytes themselves or a struct with a field `bytes`. Files are train, val or test by the word that their
-name, or else their folder, begins with: `train-00000-of-00002.parquet`, `validation/0000.parquet`. Rows are streamed: a few
-dozen at a time are in memory.
+The column holds the bytes themselves or a struct with a field `bytes`. The split of a file follows from the first word of its
+name, or else of its folder: `train-00000-of-00002.parquet`, `validation/0000.parquet`. Rows are streamed, so only a few dozen
+are in memory at a time.
 
 Source: your own files, in the layout of Hugging Face's image data sets.
 """
@@ -32,41 +32,41 @@ _SPLIT = re.compile(r"(train|validation|valid|val|test)(?![a-z])")
 
 
 class Spec(StrictSpec):
-    """`path` is a file, a folder or a pattern (`/p/**/*.parquet`); `label: null` leaves labels unread."""
+    """`path` is a file, a folder or a pattern (`/p/**/*.parquet`); with `label: null`, no labels are read."""
 
     kind: Literal["parquet"] = "parquet"
     path: str
-    image: str | None = Field(default=None, description="column; null: the only one that can hold images")
-    label: str | None = Field(default=None, description="column of integers or strings")
-    size: int = Field(default=64, ge=8, le=2048, description="side in pixels that images are decoded to")
+    image: str | None = Field(default=None, description="column with the images; null: the only column that can hold images")
+    label: str | None = Field(default=None, description="column with the labels, integers or strings")
+    size: int = Field(default=64, ge=8, le=2048, description="side in pixels to which images are resized")
     split: Split = Split()
-    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="share")
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
 
 
 def load(spec: Spec) -> Splits:
-    """Find the files, read their footers and the label column.
+    """Find the files and read their footers and label columns.
 
     Raises:
-        UserError: no files, files of no known split, or a column that is missing or of the wrong type.
+        UserError: there are no files, a file belongs to no split, or a column is missing or of the wrong type.
     """
     files = _files(spec.path)
-    by_split = _divided(files)
+    by_split = _by_split(files)
     footers = {path: _footer(path) for _, path in files}
     columns = {_image_column(schema, spec.image, path) for path, (_, schema) in footers.items()}
     if len(columns) > 1:
         raise UserError(f"the files disagree about the image column: {', '.join(columns)}", where="data.image")
     column = columns.pop()
-    values = {split: _label_values([path for _, path in of_split], spec.label) for split, of_split in by_split.items()}
-    known = {value for of_split in values.values() for value in of_split or ()}
+    values = {split: _label_values([path for _, path in split_files], spec.label) for split, split_files in by_split.items()}
+    known = {value for labels in values.values() for value in labels or ()}
     classes = _classes(footers[files[0][1]][1], spec.label, known)
     numbers = {value: number for number, value in enumerate(classes)}
     sources = {}
-    for split, of_split in by_split.items():
-        counts = tuple(footers[path][0] for _, path in of_split)
-        encoded = row_reader(tuple(path for _, path in of_split), counts, column)
+    for split, split_files in by_split.items():
+        counts = tuple(footers[path][0] for _, path in split_files)
+        encoded = row_reader(tuple(path for _, path in split_files), counts, column)
         labels = values[split]
         sources[split] = Source(
-            names=tuple(f"{of_split[i][0]}#{row}" for i, count in enumerate(counts) for row in range(count)),
+            names=tuple(f"{split_files[i][0]}#{row}" for i, count in enumerate(counts) for row in range(count)),
             read=lambda index, encoded=encoded: decode(encoded(index), spec.size),  # type: ignore[misc]
             labels=None if labels is None else np.array([numbers[value] for value in labels], np.int64),
             classes=() if labels is None else tuple(classes.values()),
@@ -76,22 +76,24 @@ def load(spec: Spec) -> Splits:
 
 
 def _files(path: str) -> tuple[tuple[str, Path], ...]:
-    """(name relative to the folder that the path names, path) of each parquet file, sorted by name."""
-    place = location(path)
-    if place.is_file():
-        return ((place.name, place),)
-    pattern = place / "**" / "*.parquet" if place.is_dir() else place
+    """(relative name, path) of each parquet file, sorted by name."""
+    source = location(path)
+    if source.is_file():
+        return ((source.name, source),)
+    pattern = source / "**" / "*.parquet" if source.is_dir() else source
     found = [Path(match) for match in glob.glob(str(pattern), recursive=True) if Path(match).is_file()]
     if not found:
-        raise UserError(f"there are no parquet files at {place}", where="data.path", instead="Give a file, folder or pattern.")
-    root = place
+        raise UserError(
+            f"there are no parquet files at {source}", where="data.path", instead="Give a file, a folder or a pattern."
+        )
+    root = source
     while not root.is_dir():
         root = root.parent
     return tuple(sorted((file.relative_to(root).as_posix(), file) for file in found))
 
 
-def _divided(files: tuple[tuple[str, Path], ...]) -> dict[str, list[tuple[str, Path]]]:
-    """Files by split; where no name, or only one file, speaks of a split, all are for training."""
+def _by_split(files: tuple[tuple[str, Path], ...]) -> dict[str, list[tuple[str, Path]]]:
+    """Files by split; a single file, or files without any split in their names, are all for training."""
     splits = {name: _split_of(name) for name, _ in files}
     if len(files) == 1 or set(splits.values()) == {None}:
         return {"train": list(files)}
@@ -100,9 +102,9 @@ def _divided(files: tuple[tuple[str, Path], ...]) -> dict[str, list[tuple[str, P
         split = splits[name]
         if split is None:
             raise UserError(
-                f"{name} belongs to no split, and others do",
+                f"{name} belongs to no split, although other files do",
                 where="data.path",
-                instead="Names begin with train, val or test; a pattern in 'path' leaves files out.",
+                instead="Start its name with train, val or test, or leave it out by a pattern in 'path'.",
             )
         by_split[split].append((name, path))
     if "train" not in by_split:
@@ -123,11 +125,11 @@ def _footer(path: Path) -> tuple[int, Any]:
         with parquet.ParquetFile(path) as file:
             return file.metadata.num_rows, file.schema_arrow
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no parquet file: {error}", where="data.path", instead="Fetch it again.") from error
+        raise UserError(f"{path} is not a parquet file: {error}", where="data.path", instead="Fetch it again.") from error
 
 
 def _image_column(schema: Any, wanted: str | None, path: Path) -> str:
-    """Dotted name of the binary column, `image.bytes` for a struct."""
+    """Dotted name of the binary column; `image.bytes` for a struct."""
     from pyarrow import types
 
     def is_bytes(kind: Any) -> bool:
@@ -144,11 +146,11 @@ def _image_column(schema: Any, wanted: str | None, path: Path) -> str:
     if wanted in found:
         return found[wanted]
     problem = f"{path} has no column {wanted!r} of encoded images" if wanted else f"{path}: which column has the images?"
-    raise UserError(problem, where="data.image", instead=f"Columns that can: {', '.join(found) or 'none'}.")
+    raise UserError(problem, where="data.image", instead=f"Columns that can hold images: {', '.join(found) or 'none'}.")
 
 
 def _label_values(paths: list[Path], column: str | None) -> list[Any] | None:
-    """The labels of all rows, or None where the column is not asked for or a hub has hidden all of them (null or -1)."""
+    """The labels of all rows; None if no column is given or all labels are hidden (null or -1), as in hubs' test splits."""
     from pyarrow import parquet, types
 
     if column is None:
@@ -170,9 +172,9 @@ def _label_values(paths: list[Path], column: str | None) -> list[Any] | None:
 
 
 def _classes(schema: Any, column: str | None, known: set[Any]) -> dict[Any, str]:
-    """Label value -> name of its class, in the order of the classes: as the hub's metadata say, else the sorted values."""
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = described.get("info", {}).get("features", {}).get(column, {}).get("names")
+    """Label value -> class name, in class order: from the hub's metadata if present, else the sorted values."""
+    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    names = metadata.get("info", {}).get("features", {}).get(column, {}).get("names")
     if names and known <= set(range(len(names))):
         return dict(enumerate(names))
     return {value: str(value) for value in sorted(known)}

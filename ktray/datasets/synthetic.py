@@ -1,7 +1,7 @@
-"""Coloured shapes on noisy ground, drawn on the way: labels and boxes for free, no files.
+"""Synthetic images of coloured shapes on a noisy background, generated on the fly, with labels and boxes.
 
-An image shows one large shape, which gives the label, and up to `objects` - 1 smaller ones; all have boxes. Place, angle,
-brightness and ground are random; class c is shape c % 6 in colour c // 6. Image i is a function of (seed, split, i) alone.
+An image shows one large shape, which determines the label, and up to `objects` - 1 smaller ones; all have boxes. Position,
+angle, brightness and background are random; class c is shape c % 6 in colour c // 6. Image i depends only on (seed, split, i).
 
 Source: ktray's own.
 """
@@ -33,7 +33,7 @@ COLOURS = {
     "white": (245, 245, 245),
     "orange": (250, 140, 30),
 }
-_THIN = 0.3  # half the width of a bar and of a cross's arms, in radii
+_THIN = 0.3  # half the width of a bar or of an arm of a cross, in radii
 _LONG = math.sqrt(1 - _THIN**2)
 _HALF = math.sqrt(0.5)
 _CORNERS: dict[str, list[tuple[float, float]]] = {
@@ -45,29 +45,31 @@ _CORNERS: dict[str, list[tuple[float, float]]] = {
 
 
 class Spec(StrictSpec):
-    """How many images of how many classes, and how hard they are."""
+    """The number of images and classes, and the difficulty of the images."""
 
     kind: Literal["synthetic"] = "synthetic"
-    count: int = Field(default=1000, ge=1, description="training images, val included")
-    test: int = Field(default=200, ge=0, description="test images")
+    count: int = Field(default=1000, ge=1, description="number of training images, val included")
+    test: int = Field(default=200, ge=0, description="number of test images")
     classes: int = Field(default=6, ge=1, le=len(SHAPES) * len(COLOURS))
-    objects: int = Field(default=1, ge=1, le=8, description="most shapes in one image")
+    objects: int = Field(default=1, ge=1, le=8, description="most shapes per image")
     channels: Literal["rgb", "grey"] = "rgb"
-    noise: float = Field(default=0.1, ge=0, le=1, description="standard deviation; 1 is the range of a channel")
+    noise: float = Field(
+        default=0.1, ge=0, le=1, description="standard deviation of the noise, relative to the range of a channel"
+    )
     seed: Seed = 0
-    size: int = Field(default=32, ge=8, le=2048, description="side in pixels")
+    size: int = Field(default=32, ge=8, le=2048, description="side of the images in pixels")
     split: Split = Split()
-    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="share")
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
 
     @model_validator(mode="after")
     def _no_colours_in_grey(self) -> Spec:
         if self.channels == "grey" and self.classes > len(SHAPES):
-            raise ValueError(f"grey images tell only {len(SHAPES)} classes apart, by their shape; use channels: rgb")
+            raise ValueError(f"grey images have only {len(SHAPES)} classes, one per shape; use channels: rgb")
         return self
 
 
 def load(spec: Spec) -> Splits:
-    """The sources of train and test, with labels and boxes."""
+    """The training and test images, with labels and boxes."""
     content = spec.model_dump(mode="json", exclude={"split", "max_unreadable"})
     return Splits(
         train=_source(spec, "train", spec.count),
@@ -82,21 +84,21 @@ def _classes(spec: Spec) -> tuple[str, ...]:
 
 
 def _source(spec: Spec, split: str, count: int) -> Source:
-    scenes, shown = _scenes(spec, split, count)
+    scenes, counts = _scenes(spec, split, count)
     boxes = _boxes(scenes)
     return Source(
         names=tuple(f"{split}/{index:06d}" for index in range(count)),
-        read=lambda index: _drawn(spec, scenes[index, : shown[index]], seed_of(spec.seed, split, index)),
+        read=lambda index: _render(spec, scenes[index, : counts[index]], seed_of(spec.seed, split, index)),
         labels=scenes[:, 0, 0].astype(np.int64),
         classes=_classes(spec),
-        boxes=tuple(of_image[:number] for of_image, number in zip(boxes, shown, strict=True)),
+        boxes=tuple(boxes_of_image[:number] for boxes_of_image, number in zip(boxes, counts, strict=True)),
     )
 
 
 def _scenes(spec: Spec, split: str, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """What the images show: (count, objects, 5) [class, x, y, radius, angle] in pixels and radians, and how many of them.
+    """The shapes (count, objects, 5) [class, x, y, radius, angle] in pixels and radians, and the number (count,) shown.
 
-    One stream of uniform draws, so that image i does not depend on how many follow it. The first object is the large one.
+    All come from one stream of uniform draws, so that image i does not depend on `count`. The first shape is the large one.
     """
     draws = np.random.default_rng(seed_of(spec.seed, split)).random((count, spec.objects, 6))
     scenes = np.empty((count, spec.objects, 5))
@@ -110,7 +112,7 @@ def _scenes(spec: Spec, split: str, count: int) -> tuple[NDArray[np.float64], ND
 
 
 def _boxes(scenes: NDArray[np.float64]) -> NDArray[np.float32]:
-    """(count, objects, 5) [x0, y0, x1, y1, class]: tight around each shape, covered or not."""
+    """(count, objects, 5) [x0, y0, x1, y1, class]: tight around each shape, whether occluded or not."""
     shapes = scenes[..., 0].astype(np.int64) % len(SHAPES)
     low, high = -np.ones((*shapes.shape, 2)), np.ones((*shapes.shape, 2))
     for number, shape in enumerate(SHAPES):
@@ -125,7 +127,7 @@ def _boxes(scenes: NDArray[np.float64]) -> NDArray[np.float32]:
     return np.concatenate(corners, axis=-1).astype(np.float32)
 
 
-def _drawn(spec: Spec, scene: NDArray[np.float64], seed: int) -> NDArray[np.uint8]:
+def _render(spec: Spec, scene: NDArray[np.float64], seed: int) -> NDArray[np.uint8]:
     """The pixels (size, size, 3) of one scene (n, 5)."""
     random = np.random.default_rng(seed)
     size = spec.size

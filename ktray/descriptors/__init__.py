@@ -1,7 +1,10 @@
-"""Handcrafted teachers: one file each, `Spec`, `REVISION`, optional `fit`, `describe`.
+"""Descriptors (handcrafted teachers): one file each, with `Spec`, `REVISION`, `describe`, optionally `fit`. Start with `hog`.
 
-``describe(spec, state, images)`` makes features (B, D) float32 of images (B, H, W, 3) uint8; `state` is what
-``fit(spec, images)`` gave, a dict of arrays, or None. A plan asks two more, where there are any: ``check(spec, size, count)``
-refuses what cannot be made of `count` images of `size` px, and ``quick(spec)`` gives a spec of the same shapes that two images
-can fit.
+``describe(spec, state, images)`` returns features (B, D) float32 of images (B, H, W, 3) uint8. `state` is the dict of arrays
+that ``fit(spec, images)`` returned for the training images, or None if the descriptor has no `fit`.
+
+Optional: ``check(spec, size, count)`` raises UserError for a spec that cannot be met with `count` images of `size` px, and
+``quick(spec)`` returns a spec with the same tensor shapes that can be fitted to two images, for the preflight.
+
+A descriptor may import the tools (`ktray.ops`, `ktray.clustering`, `ktray.features`) and `ktray.spec`, but no other plugin.
 """

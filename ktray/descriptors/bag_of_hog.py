@@ -1,10 +1,10 @@
-"""Bag of words of HOG: how often each of K kinds of small edge patterns occurs, wherever it is; the teacher of CC+HOG.
+"""Bag of visual words over HOG blocks: how often each of K local edge patterns occurs in an image (the teacher of CC+HOG).
 
-Every block of the `hog` descriptor, one per cell, is a pattern. k-means on patterns of the training images makes the words;
-an image is the histogram of the words nearest to its patterns. The paper's settings are not known; these are ours.
+Each block of the `hog` descriptor is a pattern. k-means on patterns of the training images yields the K words; an image is
+described by the histogram of the words nearest to its patterns. The paper does not give its settings; the defaults are our own.
 
 Source: "bag of words of HOG" in table 3 of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385; visual words
-from Csurka et al., ECCV workshop 2004; a grid of histograms from Lazebnik, Schmid, Ponce, CVPR 2006.
+from Csurka et al., ECCV workshop 2004; the grid of histograms from Lazebnik, Schmid, Ponce, CVPR 2006.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ REVISION = 1
 TOOLS = (kmeans,)
 
 _BATCH = 256
-_DISTANCES = 1 << 24  # held at a time: 64 MiB
+_DISTANCES = 1 << 24  # most distances held at once: 64 MiB
 
 
 class Spec(StrictSpec):
-    """Dense HOG blocks, the words that they are told by, and the cells whose words are counted apart."""
+    """Dense HOG blocks, the vocabulary, and the grid of cells that get a histogram each."""
 
     kind: Literal["bag_of_hog"] = "bag_of_hog"
     hog: DescriptorSpec = Field(default={"kind": "hog", "cell": 4}, validate_default=True)
-    words: int = Field(default=256, ge=2, le=20_000, description="K; at most the distinct patterns of the training images")
-    grid: int = Field(default=1, ge=1, le=8, description="cells along each side with a histogram each; 1: place is forgotten")
-    patterns: int = Field(default=100_000, ge=100, description="most patterns that the words are made from")
-    iterations: int = Field(default=20, ge=1, le=1000, description="of k-means")
+    words: int = Field(
+        default=256, ge=2, le=20_000, description="size K of the vocabulary; at most the number of distinct training patterns"
+    )
+    grid: int = Field(
+        default=1, ge=1, le=8, description="cells per side, each with its own histogram; 1: positions are ignored"
+    )
+    patterns: int = Field(default=100_000, ge=100, description="most training patterns that are clustered")
+    iterations: int = Field(default=20, ge=1, le=1000, description="most iterations of k-means")
     seed: Seed = 0
 
     @field_validator("hog")
@@ -55,14 +59,14 @@ class Spec(StrictSpec):
 
 
 def fit(spec: Spec, images: Images) -> dict[str, NDArray[Any]]:
-    """{"words": (K, block^2 * orientations) float32}, centroids of patterns drawn from images all over the data.
+    """{"words": (K, block^2 * orientations) float32}: the k-means centroids of patterns sampled from the whole data set.
 
     Raises:
         UserError: the images are smaller than one block.
-        ValueError: fewer distinct patterns than words.
+        ValueError: there are fewer distinct patterns than words.
     """
-    each = _patterns(spec, torch.from_numpy(images.read(np.zeros(1, np.int64)))).shape[1]
-    per_image = min(each, max(1, -(-spec.patterns // len(images))))
+    blocks = _patterns(spec, torch.from_numpy(images.read(np.zeros(1, np.int64)))).shape[1]
+    per_image = min(blocks, max(1, -(-spec.patterns // len(images))))
     count = min(len(images), max(1, spec.patterns // per_image))
     chosen = np.linspace(0, len(images) - 1, count).astype(np.int64)
     draws = np.random.default_rng(seed_of(spec.seed, "patterns"))
@@ -75,16 +79,16 @@ def fit(spec: Spec, images: Images) -> dict[str, NDArray[Any]]:
     with tempfile.TemporaryDirectory() as folder:  # k-means reads shards from files
         shard = Path(folder) / "patterns.npy"
         np.save(shard, np.concatenate(found))
-        made = kmeans.fit([shard], spec.words, seed=spec.seed, iterations=spec.iterations, projection={}, pool=LocalPool())
-    return {"words": made.centroids}
+        result = kmeans.fit([shard], spec.words, seed=spec.seed, iterations=spec.iterations, projection={}, pool=LocalPool())
+    return {"words": result.centroids}
 
 
 def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, grid^2 * K) float32, shares of the patterns of each cell, row by row.
+    """(B, H, W, 3) uint8 -> (B, grid^2 * K) float32: the normalised histogram of each cell, row by row.
 
     Raises:
-        UserError: the images are smaller than one block, or the grid is finer than their blocks.
-        ValueError: no words were fitted.
+        UserError: the images are smaller than one block, or have fewer blocks per side than the grid has cells.
+        ValueError: `state` is None.
     """
     if state is None:
         raise ValueError("the descriptor bag_of_hog has no words; fit it to images first")
@@ -98,19 +102,19 @@ def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) 
         )
     cell = (torch.arange(rows) * spec.grid // rows)[:, None] * spec.grid + torch.arange(columns) * spec.grid // columns
     nearest = _nearest(_patterns(spec, images).flatten(0, 1), words).view(len(images), -1)
-    where = cell.flatten().to(images.device) * len(words) + nearest
+    bin_index = cell.flatten().to(images.device) * len(words) + nearest
     counts = torch.zeros(len(images), spec.grid**2 * len(words), device=images.device)
-    counts.scatter_add_(1, where, torch.ones_like(where, dtype=torch.float32))
+    counts.scatter_add_(1, bin_index, torch.ones_like(bin_index, dtype=torch.float32))
     counts = counts.view(len(images), spec.grid**2, len(words))
     return (counts / counts.sum(dim=2, keepdim=True)).flatten(1)
 
 
 def check(spec: Spec, size: int, count: int) -> None:
-    """Refuse more words than there are patterns: an image has as many as blocks, and at most `patterns` of all are drawn.
+    """Refuse more words than sampled patterns: an image has one pattern per block, and at most `patterns` are sampled.
 
     Args:
-        size: side of the images in pixels, which hold a block.
-        count: number of images that the words are made from.
+        size: side of the images in pixels; large enough for a block.
+        count: number of training images.
 
     Raises:
         UserError: there are fewer patterns than words.
@@ -121,17 +125,17 @@ def check(spec: Spec, size: int, count: int) -> None:
         raise UserError(
             f"{spec.words} words cannot be made of {found} patterns",
             "descriptor.words",
-            f"Use at most {found}, better a hundredth of it.",
+            f"Use at most {found}, better a hundredth of that.",
         )
 
 
 def quick(spec: Spec) -> Spec:
-    """The same patterns and grid with two words, which two images can give."""
+    """The same patterns and grid with two words, which can be fitted to two images."""
     return spec.model_copy(update={"words": 2, "patterns": 100, "iterations": 1})
 
 
 def _blocks(spec: Spec, images: Tensor) -> tuple[int, int]:
-    """Rows and columns of blocks."""
+    """Number of rows and columns of blocks."""
     height, width = images.shape[1:3]
     return height // spec.hog.cell - spec.hog.block + 1, width // spec.hog.cell - spec.hog.block + 1
 
@@ -143,7 +147,7 @@ def _patterns(spec: Spec, images: Tensor) -> Tensor:
 
 
 def _nearest(rows: Tensor, words: Tensor) -> Tensor:
-    """The word (int64) nearest to each row, the first where equal."""
+    """Index (int64) of the word nearest to each row; the first one in a tie."""
     norms = words.square().sum(dim=1)
     parts = rows.split(max(1, _DISTANCES // len(words)))
     return torch.cat([(norms - 2 * part @ words.T).min(dim=1).indices for part in parts])

@@ -1,11 +1,11 @@
-"""Histograms of oriented gradients: where edges are and which way they run.
+"""Histograms of oriented gradients (HOG): the position and orientation of edges.
 
 As in scikit-image with blocks of 2 x 2 cells and `block_norm="L2-Hys"`: at each pixel the colour channel with the largest
 gradient, unsigned orientations without interpolation, no smoothing within cells.
 
-The teacher of Noroozi et al., CVPR 2018, is a bag of words of HOG; this one is the plain descriptor of the whole image.
+This is the plain descriptor of the whole image. For the bag of words of Noroozi et al., CVPR 2018, see `bag_of_hog`.
 
-Source: Dalal and Triggs, CVPR 2005, section 6; the oracle is `skimage.feature.hog`.
+Source: Dalal and Triggs, CVPR 2005, section 6; tested against `skimage.feature.hog`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from ktray.strict import StrictSpec
 
 REVISION = 1
 
-_RANGE = 255  # the difference of two pixels is in [-255, 255]
-_PIXELS = 1 << 18  # computed at a time, so that 224 px do not need gigabytes
+_RANGE = 255  # the difference of two pixels lies in [-255, 255]
+_PIXELS = 1 << 18  # most pixels computed at once, so that images of 224 px do not need gigabytes
 _EPSILON = 1e-5  # scikit-image's, for pixels in [0, 255]
 
 
 class Spec(StrictSpec):
-    """Square cells with one histogram each, normalised in overlapping square blocks."""
+    """One orientation histogram per square cell, normalised in overlapping square blocks of cells."""
 
     kind: Literal["hog"] = "hog"
-    cell: int = Field(default=8, ge=2, description="side in pixels; what is left at the right and the bottom is ignored")
-    orientations: int = Field(default=9, ge=2, le=180)
-    block: int = Field(default=2, ge=1, description="side in cells")
+    cell: int = Field(
+        default=8, ge=2, description="side of a cell in pixels; leftover pixels at the right and the bottom are ignored"
+    )
+    orientations: int = Field(default=9, ge=2, le=180, description="bins of the orientation histogram, over 180 degrees")
+    block: int = Field(default=2, ge=1, description="side of a block in cells")
 
 
 def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) 
     height, width = images.shape[1:3]
     if min(height, width) // spec.cell < spec.block:
         raise UserError(
-            f"images of {width} x {height} px hold no block of {spec.block} x {spec.block} cells of {spec.cell} px",
+            f"images of {width} x {height} px are too small for a block of {spec.block} x {spec.block} cells of {spec.cell} px",
             "descriptor.cell",
             f"A cell of at most {min(height, width) // spec.block} px.",
         )
@@ -64,24 +66,24 @@ def _unit(blocks: Tensor) -> Tensor:
 
 
 def _histograms(spec: Spec, images: Tensor) -> Tensor:
-    """(B, orientations, rows, columns) float32: mean over each cell's pixels of the gradient magnitude per orientation."""
+    """(B, orientations, rows, columns) float32: the gradient magnitude per orientation, averaged over the pixels of a cell."""
     signed = images.permute(0, 3, 1, 2).to(torch.int32, memory_format=torch.contiguous_format)
     down, right = torch.zeros_like(signed), torch.zeros_like(signed)
     torch.sub(signed[:, :, 2:], signed[:, :, :-2], out=down[:, :, 1:-1])
     torch.sub(signed[..., 2:], signed[..., :-2], out=right[..., 1:-1])
     squared = down * down + right * right
-    strongest, place = squared[:, 0], _place(down[:, 0], right[:, 0])
+    strongest, gradient_index = squared[:, 0], _gradient_index(down[:, 0], right[:, 0])
     for channel in (1, 2):
         stronger = squared[:, channel] > strongest
         strongest = torch.where(stronger, squared[:, channel], strongest)
-        place = torch.where(stronger, _place(down[:, channel], right[:, channel]), place)
-    orientation = _bins(spec.orientations, str(images.device))[place].unsqueeze(1)
+        gradient_index = torch.where(stronger, _gradient_index(down[:, channel], right[:, channel]), gradient_index)
+    orientation = _bins(spec.orientations, str(images.device))[gradient_index].unsqueeze(1)
     layers = torch.zeros(len(images), spec.orientations, *images.shape[1:3], device=images.device)
     layers.scatter_(1, orientation, strongest.float().sqrt().unsqueeze(1))
     return nn.functional.avg_pool2d(layers, spec.cell)
 
 
-def _place(down: Tensor, right: Tensor) -> Tensor:
+def _gradient_index(down: Tensor, right: Tensor) -> Tensor:
     return (down + _RANGE) * (2 * _RANGE + 1) + (right + _RANGE)
 
 
@@ -89,8 +91,8 @@ def _place(down: Tensor, right: Tensor) -> Tensor:
 def _bins(orientations: int, device: str) -> Tensor:
     """The orientation bin (int64) of every gradient between 8-bit pixels, (511 * 511,).
 
-    Looked up rather than computed: an angle on the border of two bins, such as 45 degrees, then falls on the same side on
-    every device, and on scikit-image's side, whose borders are float32.
+    A lookup table, so that an angle on the border of two bins, such as 45 degrees, falls into the same bin on every device and
+    in scikit-image, whose borders are float32.
     """
     down, right = np.meshgrid(np.arange(-_RANGE, _RANGE + 1.0), np.arange(-_RANGE, _RANGE + 1.0), indexing="ij")
     angles = np.rad2deg(np.arctan2(down, right)) % 180

@@ -1,4 +1,4 @@
-"""A layer of an untrained network: what the architecture alone sees in images.
+"""Features of an untrained network: what the architecture alone contributes.
 
 Source: a baseline of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385; Saxe et al., On random weights and
 unsupervised feature learning, ICML 2011.
@@ -24,7 +24,7 @@ TOOLS = (extraction, loop)
 
 
 class Spec(StrictSpec):
-    """A backbone with the weights it is drawn with, and the layer that is read."""
+    """A backbone with its random initial weights, and the layer whose features are read."""
 
     kind: Literal["random_network"] = "random_network"
     backbone: BackboneSpec
@@ -34,10 +34,10 @@ class Spec(StrictSpec):
 
 
 def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, C * grid * grid) float32; batch norm has the statistics it starts with.
+    """(B, H, W, 3) uint8 -> (B, C * grid * grid) float32; batch norm keeps its initial statistics.
 
     Raises:
-        UserError: the backbone has no such layer, or the grid is finer than its maps.
+        UserError: the backbone has no such layer, or its feature maps are smaller than the pooling grid.
     """
     return _network(spec, str(images.device))(images)
 

@@ -1,9 +1,12 @@
-"""Evaluations: one file each, `Spec`, `REVISION`, `NEEDS_LABELS`, `DIRECTION`, `evaluate(...) -> dict[str, float]`.
+"""Evaluations: one file each, with `Spec`, `REVISION`, `NEEDS_LABELS`, `DIRECTION` and `evaluate(...)`. Start with `knn`.
 
-`Spec` has `name`, `of` ("student" or "teacher"), `layer`, `pool` and `split` ("val" or "test") beside its own fields.
-``NEEDS_LABELS`` says whether the target data must have labels; one that needs none but reads those that there are says whose,
-``MAY_READ_LABELS = ("train",)`` or with "judged", so that a report can count them. ``DIRECTION`` names each metric that a
-search may use, and which way it is better. `evaluate` asks ``features(images)`` for (N, D) float32 of the training and the
-judged images, and may write plots into `out`. One with ``READS_PSEUDO_LABELS = True`` gets those of the pair, with the
-transfer's images as training images, and is asked for no features. See `knn`.
+- `Spec` has `name`, `of` ("student" or "teacher"), `layer`, `pool` and `split` ("val" or "test") besides its own fields.
+- `NEEDS_LABELS` says whether the target data must have labels. An evaluation that needs none but uses them where they exist
+  declares whose it reads, ``MAY_READ_LABELS = ("train",)`` or ``("train", "judged")``, so that a report can count them.
+- `DIRECTION` maps each metric that a search may optimise to "max" or "min".
+- `evaluate` returns the metrics as dict[str, float]. It calls ``features(images)`` for the features (N, D) float32 of the
+  training and of the judged images, and may write plots into the folder `out`.
+- With ``READS_PSEUDO_LABELS = True`` it gets the pair's pseudo-labels, with the transfer's images as `train`, and no features.
+
+An evaluation may import the tools (`ktray.images`, `ktray.clustering`) and `ktray.spec`, but no other plugin.
 """

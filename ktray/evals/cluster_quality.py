@@ -1,6 +1,6 @@
-"""Cluster quality: how well the pseudo-labels agree with the classes, and how evenly they are spread.
+"""Cluster quality: how well the pseudo-labels agree with the classes, and how balanced the clusters are.
 
-Judges what the student learns from, before any student is trained. Images that the transfer left out (-1) do not count.
+It evaluates the student's targets before any student is trained. Images that the transfer left out (-1) do not count.
 
 Source: Strehl and Ghosh, "Cluster Ensembles" (2002), section 2, for normalised mutual information; Manning, Raghavan and
 Schuetze, "Introduction to Information Retrieval" (2008), section 16.3, for purity.
@@ -25,8 +25,8 @@ from ktray.strict import StrictSpec
 REVISION = 1
 TOOLS = (pseudo_labelling,)
 NEEDS_LABELS = False
-MAY_READ_LABELS = ("train",)  # `nmi` and `purity` come only with them
-READS_PSEUDO_LABELS = True  # and no features, so its stage depends on no student
+MAY_READ_LABELS = ("train",)  # `nmi` and `purity` are computed only where labels exist
+READS_PSEUDO_LABELS = True  # and no features, so its stage does not depend on the student
 DIRECTION: dict[str, Literal["max", "min"]] = {
     "nmi": "max",
     "purity": "max",
@@ -37,7 +37,7 @@ DIRECTION: dict[str, Literal["max", "min"]] = {
 
 
 class Spec(StrictSpec):
-    """Pseudo-labels against classes; there is no network to choose a layer of."""
+    """Compares pseudo-labels with classes. No network is read, so `layer` and `pool` do not apply."""
 
     kind: Literal["cluster_quality"] = "cluster_quality"
     name: str | None = None
@@ -49,7 +49,7 @@ class Spec(StrictSpec):
     @model_validator(mode="after")
     def _reads_no_features(self) -> Spec:
         if self.pool != Pooling():
-            raise ValueError("cluster_quality reads pseudo-labels and no features; leave 'pool' out")
+            raise ValueError("cluster_quality reads pseudo-labels, not features; leave 'pool' out")
         return self
 
 
@@ -65,9 +65,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Sizes of the clusters, and their agreement with the labels of `train` where it has labels.
 
-    `clusters` counts those that are not empty; `largest_share` in [0, 1] and `smallest` (images) are of those. `nmi` in [0, 1]
-    is normalised by the mean of both entropies. `purity` in [0, 1] is the share of images in the majority class of their
-    cluster; splitting a cluster never lowers it, so compare it at equal k. With no image kept, everything is 0.
+    `clusters` is the number of clusters that are not empty, `largest_share` in [0, 1] the share of images in the largest of
+    them, and `smallest` the number of images in the smallest. `nmi` in [0, 1] is normalised by the mean of both entropies.
+    `purity` in [0, 1] is the share of images that belong to the majority class of their cluster; splitting a cluster never
+    lowers it, so compare it only at equal k. All metrics are 0 if no image is kept.
 
     Args:
         features, judged, device: not read.
@@ -80,9 +81,9 @@ def evaluate(
         ValueError: there is not one pseudo-label per image of `train`.
     """
     if pseudo_labels is None:
-        raise UserError("cluster_quality judges pseudo-labels, and this transfer makes none", instead="Use transfer: clusters.")
+        raise UserError("cluster_quality needs pseudo-labels, and this transfer makes none", instead="Use transfer: clusters.")
     if len(pseudo_labels) != len(train):
-        raise ValueError(f"{len(pseudo_labels)} pseudo-labels do not belong to {len(train)} images")
+        raise ValueError(f"there are {len(pseudo_labels)} pseudo-labels for {len(train)} images")
     kept = pseudo_labels >= 0
     names, assigned = np.unique(pseudo_labels[kept], return_inverse=True)
     sizes = np.bincount(assigned, minlength=len(names))
@@ -98,7 +99,7 @@ def evaluate(
 
 
 def purity(assigned: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
-    """Share in [0, 1] of the images whose class is the most frequent one of their cluster; 0 without images.
+    """Share in [0, 1] of the images that belong to the most frequent class of their cluster; 0 without images.
 
     Args:
         assigned: (N,) clusters, >= 0.

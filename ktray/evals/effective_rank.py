@@ -1,7 +1,7 @@
-"""Effective rank (RankMe): how many directions the features really use. Needs no labels.
+"""Effective rank (RankMe): how many dimensions the features effectively use. Needs no labels.
 
-Collapsed features have rank 1, features that spread evenly over all D directions have rank D. It ranks students of one
-architecture; across feature widths it compares little.
+Collapsed features have rank 1; features spread evenly over all D dimensions have rank D. Use it to rank students of one
+architecture; it is hardly comparable across feature widths.
 
 Source: Garrido, Balestriero, Najman and LeCun, "RankMe: Assessing the Downstream Performance of Pretrained Self-Supervised
 Representations by Their Rank" (2023), equation 1 and section 3; Roy and Vetterli, "The Effective Rank" (2007), definition 1.
@@ -28,15 +28,15 @@ DIRECTION: dict[str, Literal["max", "min"]] = {"rank": "max"}
 
 
 class Spec(StrictSpec):
-    """The entropy of the singular values of a network's features."""
+    """The exponential of the entropy of the features' singular values."""
 
     kind: Literal["effective_rank"] = "effective_rank"
     name: str | None = None
     of: Literal["student", "teacher"] = "student"
-    layer: str | None = Field(default=None, description="null: the network's own features")
+    layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
     pool: Pooling = Pooling()
     split: Literal["val", "test"] = "val"
-    rows: int = Field(default=25_600, ge=2, description="at most so many images, evenly spaced; the paper's number")
+    rows: int = Field(default=25_600, ge=2, description="most images used, evenly spaced; the default is the paper's")
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
     out: Path,
     device: str,
 ) -> dict[str, float]:
-    """`rank`, in [1, min(N, D)], of the features of `judged`, or of `train` where nothing is judged; 0 for all zeros.
+    """`rank` in [1, min(N, D)] of the features of `judged`, or of `train` if `judged` is empty; 0 if all features are 0.
 
     Raises:
         ValueError: features are not finite.
@@ -61,16 +61,16 @@ def evaluate(
 
 
 def effective_rank(rows: NDArray[np.float32], device: str = "cpu") -> float:
-    """exp of the entropy of the singular values of features (N, D), which are scaled to sum 1; not centred, as in the paper.
+    """exp of the entropy of the singular values of features (N, D), normalised to sum to 1; not centred, as in the paper.
 
-    The paper adds 1e-7 to every share so that 0 log 0 is defined; here it is 0, which differs by less than 2e-6 per direction.
+    The paper adds 1e-7 to every normalised value to define 0 log 0. Here that term is 0, which differs by less than 2e-6 each.
 
     Raises:
         ValueError: features are not finite.
     """
     if not np.isfinite(rows).all():
         raise ValueError(f"{int((~np.isfinite(rows).all(1)).sum())} of {len(rows)} features are not finite")
-    # float64, because in float32 the rounding noise of many empty directions alone would count as rank.
+    # float64: in float32, the rounding noise of many empty dimensions would count as rank.
     values = torch.linalg.svdvals(torch.tensor(rows, dtype=torch.float64, device=device))
     total = values.sum()
     if not total > 0:

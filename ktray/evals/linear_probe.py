@@ -1,10 +1,10 @@
-"""Linear probe: how well a linear classifier on frozen features names the classes.
+"""Linear probe: the accuracy of a linear classifier on frozen features.
 
-Multinomial logistic regression on standardised features, solved to its optimum instead of trained: the penalised loss is
-convex, so full-batch L-BFGS leaves no learning rate, no epochs and no seed to argue about.
+Multinomial logistic regression on standardised features. The penalised loss is convex, so full-batch L-BFGS finds its optimum
+without a learning rate, a number of epochs or a random initialisation to choose.
 
 Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016); Kornblith, Shlens and Le,
-"Do Better ImageNet Models Transfer Better?" (2019), for L-BFGS with an l2 penalty on frozen features.
+"Do Better ImageNet Models Transfer Better?" (2019), on L-BFGS with an l2 penalty on frozen features.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from ktray.strict import StrictSpec
 REVISION = 1
 NEEDS_LABELS = True
 DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max", "loss": "min"}
-BLOCK = 1 << 16  # rows at once: bounds the (rows, classes) scores, and fixes the order of the sums
+BLOCK = 1 << 16  # rows per block: bounds the memory of the (rows, classes) logits and fixes the order of summation
 log = logging.getLogger("ktray")
 
 
 class Spec(StrictSpec):
-    """A linear classifier on one layer of one network; `l2` is per sample, so that it means the same for any N."""
+    """A linear classifier on one layer of a network. `l2` is relative to the mean loss, so it means the same for any N."""
 
     kind: Literal["linear_probe"] = "linear_probe"
     name: str | None = None
     of: Literal["student", "teacher"] = "student"
-    layer: str | None = Field(default=None, description="null: the network's own features")
+    layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
     pool: Pooling = Pooling()
     split: Literal["val", "test"] = "val"
-    l2: float = Field(default=1e-4, gt=0, description="penalty on the squared weights, beside the mean loss")
-    iterations: int = Field(default=300, ge=1, description="L-BFGS stops here if it has not converged before")
+    l2: float = Field(default=1e-4, gt=0, description="weight of the penalty l2 / 2 * sum of squared weights")
+    iterations: int = Field(default=300, ge=1, description="most iterations of L-BFGS")
     precision: Literal["float32", "float64"] = "float32"
-    per_class: int | None = Field(default=None, ge=1, description="labels used of each class, drawn by `seed`; null: all")
+    per_class: int | None = Field(default=None, ge=1, description="training labels used per class, drawn by `seed`; null: all")
     seed: Seed = 0
 
 
@@ -60,20 +60,20 @@ def evaluate(
 ) -> dict[str, float]:
     """`top1` in [0, 1] and `loss` (mean cross-entropy in nats, without the penalty) of the probe on `judged`.
 
-    Writes `confusion.png` into `out`: rows are the classes, columns what was predicted.
+    Writes the confusion matrix as `confusion.png` into `out`: rows are the true classes, columns the predicted ones.
 
     Raises:
-        ValueError: labels are missing, no image is judged, or features are not finite.
+        ValueError: labels are missing, `train` or `judged` is empty, or features are not finite.
     """
     if train.labels is None or judged.labels is None or not len(train) or not len(judged):
-        raise ValueError("a linear probe needs labelled images to learn from and labelled images to judge")
+        raise ValueError("a linear probe needs labelled training images and labelled images to judge")
     classes = 1 + max(int(train.labels.max()), int(judged.labels.max()), len(train.classes) - 1)
     dtype = getattr(torch, spec.precision)
     rows = features(train)
-    known = few(train.labels, spec.per_class, spec.seed)
-    mean, scale = moments(rows)  # of all images: only labels are few
-    learnt = standardise(rows[known], mean, scale, dtype).to(device)
-    weight, bias = fit(learnt, train.labels[known], classes, l2=spec.l2, iterations=spec.iterations)
+    labelled = subset_per_class(train.labels, spec.per_class, spec.seed)
+    mean, scale = moments(rows)  # over all training images: `per_class` limits labels, not images
+    train_rows = standardise(rows[labelled], mean, scale, dtype).to(device)
+    weight, bias = fit(train_rows, train.labels[labelled], classes, l2=spec.l2, iterations=spec.iterations)
     scores = (standardise(features(judged), mean, scale, dtype).to(device) @ weight + bias).cpu()
     truth = torch.from_numpy(judged.labels)
     loss = float(torch.nn.functional.cross_entropy(scores.double(), truth))
@@ -84,20 +84,20 @@ def evaluate(
     return {"top1": float((predicted == truth).double().mean()), "loss": loss}
 
 
-def few(labels: NDArray[np.int64], per_class: int | None, seed: int) -> NDArray[np.int64]:
-    """Ascending indices (n,) of `per_class` images of each class, of all images if that is None or a class has no more.
+def subset_per_class(labels: NDArray[np.int64], per_class: int | None, seed: int) -> NDArray[np.int64]:
+    """Ascending indices (n,) of up to `per_class` random images of each class; of all images if that is None.
 
-    A larger number contains the images of a smaller one.
+    With the same seed, a larger `per_class` includes the images of a smaller one.
     """
     order = np.random.default_rng(fingerprint.seed_of(seed, "labels", len(labels))).permutation(len(labels))
-    kept = [order[labels[order] == name][:per_class] for name in np.unique(labels)]
+    kept = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
     return np.sort(np.concatenate(kept))
 
 
 def moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation (D,) of features (N, D), summed in float64.
 
-    A feature that is constant up to rounding has the deviation 1: it becomes 0 and not amplified noise.
+    A feature that is constant up to rounding gets the deviation 1, so that its rounding noise is not amplified.
     """
     mean = rows.mean(0, dtype=np.float64)
     squares = np.zeros_like(mean)
@@ -109,7 +109,7 @@ def moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.
 
 
 def standardise(rows: NDArray[np.float32], mean: NDArray[np.float64], scale: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
-    """(N, D) features as (rows - mean) / scale, of type `dtype`."""
+    """Features (N, D) as (rows - mean) / scale, in `dtype`."""
     result = torch.empty(rows.shape, dtype=dtype)
     for start in range(0, len(rows), BLOCK):
         result[start : start + BLOCK] = torch.from_numpy((rows[start : start + BLOCK] - mean) / scale)
@@ -119,11 +119,11 @@ def standardise(rows: NDArray[np.float32], mean: NDArray[np.float64], scale: NDA
 def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
     """Weights (D, C) and biases (C,) that minimise mean cross-entropy + l2 / 2 * sum of squared weights.
 
-    Biases are not penalised. Starts at zero, so there is no seed. A fit that has not converged after `iterations` is used as it
-    is, with a warning.
+    Biases are not penalised. The fit starts at zero, so it needs no seed. If it has not converged after `iterations`, the last
+    iterate is used and a warning is logged.
 
     Args:
-        rows: (N, D), standardised; the products are computed in its dtype and on its device, the loss in float64.
+        rows: (N, D), standardised. Products are computed in its dtype and on its device, the loss is summed in float64.
         labels: (N,) in [0, classes).
     """
     from scipy.optimize import minimize
@@ -138,7 +138,7 @@ def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, ite
         options={"maxiter": iterations, "maxfun": 4 * iterations, "ftol": 1e-10, "gtol": 1e-6},
     )
     if answer.nit >= iterations:
-        log.warning("a linear probe used all its %d iterations before it converged", iterations)
+        log.warning("a linear probe did not converge within %d iterations", iterations)
     matrix = torch.from_numpy(answer.x).view(width + 1, classes).to(rows)
     return matrix[:-1], matrix[-1]
 
@@ -177,7 +177,7 @@ def _draw_confusion(judged: Images, predicted: NDArray[np.int64], classes: int, 
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, shrink=0.7, label="share of the class")
     axes.set(xlabel="predicted", ylabel="class", title=f"linear probe, {len(judged)} images")
-    if len(judged.classes) == classes <= 40:  # more names than that cannot be read
+    if len(judged.classes) == classes <= 40:  # more names would be illegible
         axes.set_xticks(range(classes), judged.classes, rotation=90)
         axes.set_yticks(range(classes), judged.classes)
     figure.savefig(path, dpi=100, metadata={"Software": None})

@@ -1,11 +1,14 @@
-"""Pretext tasks: one file each, `Spec`, `REVISION`, `task(spec, size) -> Task`.
+"""Pretext tasks: one file each, with `Spec`, `REVISION` and `task(spec, size) -> Task`. Start with `rotation`.
 
-A task that looks at the data first says what it looks for, ``NEEDS = ("labels",)`` or ``NEEDS = ("colours",)``. It is then
-``task(spec, size, images)``, with the training images of the pretext data; data without that is refused before anything runs.
+A task that must inspect the training data declares ``NEEDS = ("labels",)`` or ``NEEDS = ("colours",)`` and is defined as
+``task(spec, size, images)``, where `images` are the training images of the pretext data. Data that lacks what the task needs
+is refused before anything runs.
 
-Where the loss is a mean over images, the Task says so (`mean_over_images`): then a batch that does not fit into the memory can
-go through the network in parts. A loss that compares images, as SimCLR's, must not say it.
+A task whose loss is a mean over images sets `mean_over_images` in its Task. A batch that does not fit into memory can then be
+split into micro-batches. A loss that compares images within the batch, such as SimCLR's, must not set it.
 
-A plan asks two more, where there are any: ``check(spec)`` refuses what cannot be made, and ``quick(spec)`` gives a spec of the
-same shapes that takes no time to try.
+Optional: ``check(spec)`` raises UserError for a spec that cannot be built, and ``quick(spec)`` returns a spec with the same
+tensor shapes that is cheap to set up, for the preflight.
+
+A pretext task may import the tools (`ktray.ops`, `ktray.training`, `ktray.images`) and `ktray.spec`, but no other plugin.
 """

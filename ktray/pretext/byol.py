@@ -1,7 +1,7 @@
-"""BYOL: predict what a slowly moving average of the network says of another view of the image; nothing is told apart.
+"""BYOL: predict a moving-average network's projection of another view of the same image. No negative pairs.
 
-Different from the source: its decay is constant, not 1 at the end, so that a longer training continues a shorter one; default
-widths and distortions are those for small images.
+Differences from the source: the decay of the moving average is constant instead of rising to 1, so that a longer training can
+continue a shorter one; the default widths and distortions suit small images.
 
 Source: Grill et al., NeurIPS 2020, arXiv:2006.07733, section 3 and appendices B and J.
 """
@@ -25,20 +25,20 @@ TOOLS = (distortions, moving_average)
 
 
 class Spec(StrictSpec):
-    """Two views per image by distortions of their own, and a target that follows the network."""
+    """Two views per image, each with its own distortions, and a target network that is a moving average of the trained one."""
 
     kind: Literal["byol"] = "byol"
     decay: float = Field(
-        default=0.99, ge=0, lt=1, description="share of the target that a step leaves; 0.99 for 300 epochs or less"
+        default=0.99, ge=0, lt=1, description="share of the target kept at each step; the source uses 0.99 for up to 300 epochs"
     )
-    hidden: int = Field(default=512, ge=8, le=16384, description="width of the hidden layers of projector and predictor")
-    width: int = Field(default=128, ge=2, le=4096, description="width of what is predicted")
+    hidden: int = Field(default=512, ge=8, le=16384, description="hidden width of the projector and the predictor")
+    width: int = Field(default=128, ge=2, le=4096, description="width of the projection")
     first: Distortions = Distortions()
     second: Distortions = Distortions(solarise=0.2)
 
 
 class Head(nn.Module):
-    """Projector and predictor; `moving_average.prepare` adds the `target`, the average of backbone and projector."""
+    """Projector and predictor; `moving_average.prepare` adds `target`, the moving average of backbone and projector."""
 
     target: nn.ModuleDict
 
@@ -48,13 +48,15 @@ class Head(nn.Module):
         self.predictor = _perceptron(out, hidden, out)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(M, D) -> (M, 2 * out): the prediction, and the projection that it was made from."""
+        """(M, D) -> (M, 2 * out): the prediction, then the projection it was computed from."""
         projection = self.projector(features)
         return torch.cat([self.predictor(projection), projection], dim=1)
 
 
 def task(spec: Spec, size: int) -> Task:
-    """Metric "spread": deviation of the target's unit vectors over the batch; 1 if they fill the sphere, 0 after a collapse.
+    """BYOL's training problem. Metric "spread" detects a collapse: 1 if the projections cover the sphere, 0 if they all agree.
+
+    "spread" is the standard deviation of the target's unit vectors over the batch, times the square root of their width.
 
     Args:
         size: side of the images in pixels; any.
@@ -76,24 +78,26 @@ def task(spec: Spec, size: int) -> Task:
 
 
 def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
-    """(M, 3, h, w) -> (M, 2 * out): the network's predictions, and the target's projections of the same inputs."""
+    """(M, 3, h, w) -> (M, 2 * out): the network's predictions, then the target's projections of the same inputs."""
     head = cast(Head, model["head"])
     prediction, _ = head(model["backbone"](inputs)).chunk(2, dim=1)
     return torch.cat([prediction, moving_average.projected(model, inputs)], dim=1)
 
 
 def regression(predictions: Tensor, projections: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared distance of unit vectors from each view's prediction to the other's projection, both directions summed.
+    """Squared distance between each view's prediction and the other view's projection, both of length 1; and {"spread"}.
+
+    The two directions are summed, and no gradient flows into the projections.
 
     Args:
-        predictions, projections: (2B, out) float; rows 2i and 2i + 1 are of one image. No gradient flows into the projections.
+        predictions, projections: (2B, out) float; rows 2i and 2i + 1 belong to one image.
 
     Source: Grill et al., equation 2.
     """
-    wanted = nn.functional.normalize(projections.detach().float(), dim=1)
-    other = wanted.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    distance = (nn.functional.normalize(predictions.float(), dim=1) - other).square().sum(dim=1)
-    spread = wanted.std(dim=0, correction=0).mean() * wanted.shape[1] ** 0.5
+    targets = nn.functional.normalize(projections.detach().float(), dim=1)
+    swapped = targets.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    distance = (nn.functional.normalize(predictions.float(), dim=1) - swapped).square().sum(dim=1)
+    spread = targets.std(dim=0, correction=0).mean() * targets.shape[1] ** 0.5
     return 2 * distance.mean(), {"spread": spread}
 
 

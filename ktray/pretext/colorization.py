@@ -1,12 +1,12 @@
-"""Colorization: which colours an image has, told from its lightness alone, as classification of quantised ab.
+"""Colorization: predict the colours of an image from its lightness, as a classification of quantised ab values.
 
-The ab plane of CIE Lab is cut into squares of `bin`; those that an sRGB colour falls into are the classes (261 at 10; the
-authors' list, which is larger than the gamut, has 313). Targets are soft over the 5 nearest, rare colours weigh more, by their
-frequency in up to 1,024 of the training images.
+The ab plane of CIE Lab is divided into squares with sides of `bin`. Those that contain an sRGB colour are the classes (261 for
+`bin: 10`; the authors' list of 313 reaches beyond the gamut). Targets are soft over the 5 nearest classes. Rare colours weigh
+more; their frequencies are estimated from up to 1,024 training images.
 
-Different from the source: there each place of the maps of a layer predicts its colour. Here a small decoder makes a grid of
-colours from the backbone's features, a vector, so that every backbone can learn it; and the loss is the mean over cells, not
-their sum. Features for clustering are still read from colour images, the three channels of which were equal in training.
+Differences from the source: it predicts a colour at every position of a feature map. Here a small decoder predicts a grid of
+colours from the backbone's feature vector, so that any backbone can be trained, and the loss is the mean over the cells instead
+of the sum. Training images have three equal channels; the features for clustering are still extracted from colour images.
 
 Source: Zhang, Isola, Efros, ECCV 2016, arXiv:1603.08511, sections 2.1 and 2.2.
 """
@@ -30,27 +30,29 @@ REVISION = 1
 TOOLS = (augmentation, colour, gamut)
 
 NEEDS = ("colours",)
-_SAMPLE = 1024  # images that tell how frequent a colour is
+_SAMPLE = 1024  # images from which colour frequencies are estimated
 _NEAREST = 5
 
 
 class Spec(StrictSpec):
-    """`grid` x `grid` cells, each with a distribution over colours."""
+    """A distribution over quantised colours for each of `grid` x `grid` cells."""
 
     kind: Literal["colorization"] = "colorization"
-    grid: int = Field(default=8, ge=1, le=64, description="cells along each side; the source has 56 for 224 px")
-    bin: int = Field(default=10, ge=5, le=40, description="side of a class in the ab plane")
-    uniform: float = Field(default=0.5, gt=0, le=1, description="lambda of the rebalancing; 1: all colours weigh the same")
+    grid: int = Field(default=8, ge=1, le=64, description="cells per side; the source has 56 for 224 px")
+    bin: int = Field(default=10, ge=5, le=40, description="side of a colour class in the ab plane")
+    uniform: float = Field(
+        default=0.5, gt=0, le=1, description="lambda of the class rebalancing; 1: all colours have the same weight"
+    )
     hidden: int = Field(default=64, ge=8, le=1024, description="channels of the decoder")
     augment: Augment = Augment(crop=2, flip=True)
 
 
 def task(spec: Spec, size: int, images: Images) -> Task:
-    """Metric "top1": how often the likeliest colour of a cell is the nearest one.
+    """A small decoder and a rebalanced cross entropy. Metric "top1": the share of cells whose nearest colour is predicted.
 
     Args:
         size: side of the images in pixels; any.
-        images: the training images, for the frequencies of colours.
+        images: the training images, from which colour frequencies are estimated.
 
     Raises:
         ValueError: the images are grey.
@@ -60,8 +62,10 @@ def task(spec: Spec, size: int, images: Images) -> Task:
 
     def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         seen = colour.lab(augmentation.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
-        lightness = (seen[:, :1] / 100 - 0.5) / 0.25  # the range of `augment.to_float`
-        return lightness.repeat(1, 3, 1, 1), soft(gamut.cells(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2)
+        lightness = (seen[:, :1] / 100 - 0.5) / 0.25  # the range of `augmentation.to_float`
+        return lightness.repeat(1, 3, 1, 1), soft_targets(
+            gamut.cells(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2
+        )
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(
@@ -74,21 +78,21 @@ def task(spec: Spec, size: int, images: Images) -> Task:
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         likeliest = targets.max(1).indices
-        each = nn.functional.cross_entropy(logits, targets, reduction="none") * weights.to(logits.device)[likeliest]
-        return each.mean(), {"top1": (logits.detach().max(1).indices == likeliest).float().mean()}
+        per_cell = nn.functional.cross_entropy(logits, targets, reduction="none") * weights.to(logits.device)[likeliest]
+        return per_cell.mean(), {"top1": (logits.detach().max(1).indices == likeliest).float().mean()}
 
     return Task(head=head, batch=batch, loss=loss, mean_over_images=True)
 
 
-def soft(ab: Tensor, colours: Tensor, sigma: float) -> Tensor:
-    """Distributions over the 5 nearest colours, weighted by a Gaussian of their distance.
+def soft_targets(ab: Tensor, colours: Tensor, sigma: float) -> Tensor:
+    """Soft targets: distributions over the 5 nearest colours, weighted by a Gaussian of the distance.
 
     Args:
         ab: (B, cells, 2) float32.
         colours: (Q, 2) float32.
 
     Returns:
-        (B, Q, cells) float32 with sums of 1 over Q.
+        (B, Q, cells) float32 that sums to 1 over Q.
     """
     squared = (ab[:, :, None] - colours).square().sum(-1)
     near = squared.topk(min(_NEAREST, len(colours)), dim=2, largest=False)
@@ -97,10 +101,10 @@ def soft(ab: Tensor, colours: Tensor, sigma: float) -> Tensor:
 
 
 def frequencies(images: Images, grid: int, bin: int) -> Tensor:
-    """How often (Q,) float32 each colour is the nearest to a cell, smoothed by a Gaussian of half a bin; their sum is 1.
+    """Frequencies (Q,) float32 of the colours over cells, smoothed by a Gaussian of half a bin; they sum to 1.
 
     Raises:
-        ValueError: all images looked at are grey.
+        ValueError: all sampled images are grey.
     """
     colours = gamut.gamut(bin)
     counts = torch.zeros(len(colours))
@@ -118,6 +122,9 @@ def frequencies(images: Images, grid: int, bin: int) -> Tensor:
 
 
 def rebalancing(frequency: Tensor, uniform: float) -> Tensor:
-    """Weights (Q,) with a mean of 1 over the data, inverse to frequencies mixed with a share `uniform` of equal ones."""
+    """Class weights (Q,): the inverse of the frequencies mixed with a share `uniform` of the uniform distribution.
+
+    Normalised so that their mean over the data is 1.
+    """
     weights = 1 / ((1 - uniform) * frequency + uniform / len(frequency))
     return weights / (frequency * weights).sum()

@@ -1,12 +1,12 @@
-"""Context prediction: which of the eight neighbours of a patch another patch is.
+"""Context prediction: predict the position of one patch relative to another, out of eight.
 
-Geometry of the released code: patches of 96 px with gaps of 48 px in a 3x3 grid, each moved by up to 7 px. Here all of it is
-scaled so that the grid fits the image, which is enlarged to 48 px if it is smaller (28 px and 32 px: patches of 12, gaps of 5,
-moved by 1); a smaller `gap` lets the grid lie at a random place.
+Geometry of the released code: a 3x3 grid of patches of 96 px with gaps of 48 px, each patch jittered by up to 7 px. Here all
+sizes are scaled so that the grid fits the image; images below 48 px are first enlarged to 48 px (28 px and 32 px: patches of
+12 px, gaps of 5 px, jitter of 1 px). A smaller `gap` leaves room to place the grid at random.
 
-Against lens colours ("chromatic aberration") a patch keeps one colour channel and noise in the two others (drop), or loses its
-green-magenta axis (project). As in the released code each patch then has a mean of 0 and a deviation of 1. Different from it:
-no pixelated patches, which would be smaller than 10 px here, and a small head.
+Against chromatic aberration, a patch keeps one colour channel and gets noise in the two others (drop), or loses its
+green-magenta axis (project). Each patch is then normalised to mean 0 and standard deviation 1, as in the released code.
+Differences from the released code: no pixelated patches, which would be smaller than 10 px here, and a small head.
 
 Source: Doersch, Gupta, Efros, ICCV 2015, arXiv:1505.05192, section 3.1; cdoersch/deepcontext, train.py. Teachers of Noroozi et
 al., CVPR 2018: Context-ColorDrop and Context-ColorProjection.
@@ -31,24 +31,29 @@ from ktray.training.task import Task
 REVISION = 1
 TOOLS = (classification, colour, patches)
 
-_CENTRE = 4  # of the places 0 to 8, row by row
-_NEIGHBOURS = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])  # class -> place
+_CENTRE = 4  # of the positions 0 to 8, row by row
+_NEIGHBOURS = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8])  # class -> position
 
 
 class Spec(StrictSpec):
-    """`pairs`: "all" eight of each image (nine patches each), or "one" at random (two patches)."""
+    """`pairs`: "all" eight pairs of each image (nine patches), or "one" at random (two patches)."""
 
     kind: Literal["context"] = "context"
     colours: Literal["drop", "project", "keep"] = "drop"
     pairs: Literal["all", "one"] = "all"
-    gap: int = Field(default=48, ge=0, le=48, description="between patches of 96 px, scaled with them; against continued edges")
-    jitter: int = Field(default=7, ge=0, le=7, description="most that a patch is moved, likewise")
+    gap: int = Field(
+        default=48,
+        ge=0,
+        le=48,
+        description="between patches of 96 px, scaled with them; against edges that continue across patches",
+    )
+    jitter: int = Field(default=7, ge=0, le=7, description="largest shift of a patch of 96 px, scaled likewise")
     hidden: int = Field(default=128, ge=8, le=4096, description="width of the head per patch")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes in pixels: the square that the grid lies in, its patches, the gaps between them, how far a patch is moved."""
+    """Sizes in pixels: the square that holds the grid, the patches, the gaps between them, the largest shift of a patch."""
 
     side: int
     patch: int
@@ -57,15 +62,15 @@ class Geometry:
 
 
 def geometry(size: int, gap: int, jitter: int) -> Geometry:
-    """The released geometry, scaled to images of side `size`; `gap` and `jitter` as in Spec."""
+    """The released geometry scaled to images of side `size`; `gap` and `jitter` as in Spec."""
     side = max(48, size)
     scale = side / (3 * 96 + 2 * 48 + 2 * 7)
-    patch, moved = 2 * round(48 * scale), round(jitter * scale)
-    return Geometry(side, patch, min(round(gap * scale), (side - 3 * patch - 2 * moved) // 2), moved)
+    patch, shift = 2 * round(48 * scale), round(jitter * scale)
+    return Geometry(side, patch, min(round(gap * scale), (side - 3 * patch - 2 * shift) // 2), shift)
 
 
 def task(spec: Spec, size: int) -> Task:
-    """The head reads each patch by one shared layer, lays the centre beside a neighbour, and names the neighbour's place.
+    """Classification of positions: a shared layer reads each patch, then an MLP reads the centre next to a neighbour.
 
     Args:
         size: side of the images in pixels.
@@ -80,7 +85,7 @@ def task(spec: Spec, size: int) -> Task:
         corner = corners(torch.cat([centre, _NEIGHBOURS[targets]], dim=1), sizes, generator)
         cut = patches.cut(patches.square(images, sizes.side), corner, sizes.patch).flatten(0, 1)
         if spec.colours == "drop":
-            cut = dropped(cut, generator)
+            cut = drop_channels(cut, generator)
         elif spec.colours == "project":
             cut = torch.einsum("nchw,dc->ndhw", cut, torch.tensor(PROJECTION, device=cut.device))
         return patches.normalised(cut), targets.to(images.device)
@@ -93,24 +98,24 @@ def task(spec: Spec, size: int) -> Task:
     )
 
 
-def corners(places: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
-    """The first row and column of every patch.
+def corners(positions: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
+    """The top-left corner of every patch, as (row, column).
 
     Args:
-        places: (B, T) int64 in [0, 9), row by row.
+        positions: (B, T) int64 in [0, 9), row by row.
 
     Returns:
-        (2, B, T, 1) int64, such that the patch lies in the square.
+        (2, B, T, 1) int64; every patch lies inside the square.
     """
     free = sizes.side - 3 * sizes.patch - 2 * sizes.gap - 2 * sizes.jitter
-    first = sizes.jitter + torch.randint(free + 1, (2, len(places), 1), generator=generator)
-    moved = torch.randint(-sizes.jitter, sizes.jitter + 1, (2, *places.shape), generator=generator)
-    corner = first + (sizes.patch + sizes.gap) * torch.stack([places // 3, places % 3]) + moved
+    first = sizes.jitter + torch.randint(free + 1, (2, len(positions), 1), generator=generator)
+    shift = torch.randint(-sizes.jitter, sizes.jitter + 1, (2, *positions.shape), generator=generator)
+    corner = first + (sizes.patch + sizes.gap) * torch.stack([positions // 3, positions % 3]) + shift
     return corner[..., None]
 
 
-def dropped(cut: Tensor, generator: torch.Generator) -> Tensor:
-    """Each patch with one of its channels, and in the two others noise of a hundredth of that channel's deviation.
+def drop_channels(cut: Tensor, generator: torch.Generator) -> Tensor:
+    """Patches that keep one random channel; the others hold noise with a hundredth of its standard deviation.
 
     Args:
         cut: (M, 3, h, w) float32.
@@ -130,12 +135,12 @@ class Head(nn.Module):
     def __init__(self, width: int, hidden: int, patches: int) -> None:
         super().__init__()
         self.patches = patches
-        self.each = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True))
+        self.per_patch = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True))
         self.pair = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(inplace=True), nn.Linear(2 * hidden, 8))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(M, D) float32 -> (B * (patches - 1), 8) float32: each neighbour's logits, image by image."""
-        read = self.each(features).unflatten(0, (-1, self.patches))
+        """(M, D) float32 -> (B * (patches - 1), 8) float32: the logits of each neighbour, image by image."""
+        read = self.per_patch(features).unflatten(0, (-1, self.patches))
         centre = read[:, :1].expand(-1, self.patches - 1, -1)
         logits: Tensor = self.pair(torch.cat([centre, read[:, 1:]], dim=2))
         return logits.flatten(0, 1)

@@ -1,10 +1,11 @@
-"""Counting: what is counted in the four quarters of an image must sum up to what is counted in the whole.
+"""Counting: the feature counts of an image's four quarters must sum to those of the whole image.
 
-The image becomes an even square, at least 48 px large; its quarters and the whole at half the side are inputs of one size. So
-that not everything is counted as nothing, the quarters' sum has to differ from the count of another image. How the whole is
-made smaller is drawn per image (by area, bilinear or bicubic), or its blur would tell it from a quarter.
+The image is made square with an even side of at least 48 px. Its four quarters and the whole image at half the side are inputs
+of the same size. A contrastive term rules out the trivial solution of all zeros: the sum over the quarters must differ from the
+counts of another image. The filter that shrinks the whole image is drawn per image (area, bilinear or bicubic), so that its
+blur does not give it away.
 
-Different from the source: a small head with batch norm in the place of three fully connected layers, and no Lanczos filter.
+Differences from the source: a small head with batch norm instead of three fully connected layers, and no Lanczos filter.
 
 Source: Noroozi, Pirsiavash, Favaro, ICCV 2017, arXiv:1708.06734, sections 3 and 4 (equation 5, margin 10, 1,000 counts).
 """
@@ -30,18 +31,20 @@ _PARTS = 5  # the whole, then its quarters row by row
 
 
 class Spec(StrictSpec):
-    """Five inputs per image: the whole and its quarters. Needs a low learning rate, such as 0.001 for SGD."""
+    """Five inputs per image: the whole and its quarters. Needs a low learning rate, such as 0.001 with SGD."""
 
     kind: Literal["counting"] = "counting"
-    counts: int = Field(default=1000, ge=2, le=16384, description="how many things are counted")
-    margin: float = Field(default=10.0, gt=0, description="squared distance from another image's counts that is far enough")
-    grey: float = Field(default=0.5, ge=0, le=1, description="share of grey images; against lens colours")
+    counts: int = Field(default=1000, ge=2, le=16384, description="length of the count vector")
+    margin: float = Field(
+        default=10.0, gt=0, description="squared distance from another image's counts beyond which that term is 0"
+    )
+    grey: float = Field(default=0.5, ge=0, le=1, description="share of grey images; against chromatic aberration")
     hidden: int = Field(default=128, ge=8, le=4096, description="width of the head")
     augment: Augment = Augment(crop=2, flip=True)
 
 
 def task(spec: Spec, size: int) -> Task:
-    """Metric "top1": how often the quarters' sum is nearer to the own whole than to another image's.
+    """Metric "top1": the share of images whose quarters sum to counts nearer to their own image than to another.
 
     Args:
         size: side of the images in pixels.
@@ -53,12 +56,13 @@ def task(spec: Spec, size: int) -> Task:
         squares = colour.grey(squares, spec.grey, generator)
         quarters = squares.unfold(2, side // 2, side // 2).unfold(3, side // 2, side // 2)  # (B, 3, 2, 2, h, h)
         quarters = quarters.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
-        inputs = torch.cat([halved(squares, generator)[:, None], quarters], dim=1)
+        inputs = torch.cat([downsample(squares, generator)[:, None], quarters], dim=1)
         return inputs.flatten(0, 1), torch.arange(len(images), device=images.device)
 
     def head(width: int) -> nn.Module:
         last = nn.Linear(spec.hidden, spec.counts)
-        # counts as small as the margin asks: larger ones are pushed below zero within a few steps, and never come back
+        # Counts start on the scale of the margin. Larger ones would be pushed below zero within a few steps, where ReLU has no
+        # gradient to bring them back.
         nn.init.normal_(last.weight, std=math.sqrt(spec.margin / (spec.counts * spec.hidden)))
         nn.init.zeros_(last.bias)
         return nn.Sequential(
@@ -73,9 +77,9 @@ def task(spec: Spec, size: int) -> Task:
     return Task(head=head, batch=batch, loss=lambda counts, targets: contrast(counts, spec.margin))
 
 
-def halved(squares: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image at half its side by a method of its own: (B, 3, S, S) float32 -> (B, 3, S // 2, S // 2)."""
-    ways = torch.stack(
+def downsample(squares: Tensor, generator: torch.Generator) -> Tensor:
+    """Images at half the side, each with a randomly drawn filter: (B, 3, S, S) float32 -> (B, 3, S // 2, S // 2)."""
+    resized = torch.stack(
         [
             nn.functional.avg_pool2d(squares, 2),
             *(
@@ -84,15 +88,17 @@ def halved(squares: Tensor, generator: torch.Generator) -> Tensor:
             ),
         ]
     )
-    way = torch.randint(len(ways), (len(squares),), generator=generator).to(squares.device)
-    return ways[way, torch.arange(len(squares), device=squares.device)]
+    choice = torch.randint(len(resized), (len(squares),), generator=generator).to(squares.device)
+    return resized[choice, torch.arange(len(squares), device=squares.device)]
 
 
 def contrast(counts: Tensor, margin: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Squared distance of the quarters' sum from the whole, and what it lacks of `margin` from the whole of the image before.
+    """Squared distance of the quarters' sum to the whole, plus a hinge on its distance to another image; and {"top1"}.
+
+    The other image is the previous one in the batch, which is a random one because batches are shuffled.
 
     Args:
-        counts: (B, 5, C) float >= 0, the whole first. The batch is shuffled, so the image before is a random one.
+        counts: (B, 5, C) float >= 0, the whole image first.
 
     Source: Noroozi, Pirsiavash, Favaro, equation 5.
     """

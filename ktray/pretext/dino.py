@@ -1,11 +1,11 @@
-"""DINO: tell of a part of an image what a slowly moving average of the network says of most of it.
+"""DINO: self-distillation. Every view of an image must match a moving-average network's output for its global views.
 
-The average sees the global views only, and what it says is centred (against one answer for all) and sharpened (against the same
-share of every answer). The centre is a part of the head like the average, and saved with it.
+The moving-average network (the target) sees only the global views. Its outputs are centred, so that no single output dimension
+dominates, and sharpened, so that they do not become uniform. The centre is saved with the head.
 
-Different from the source: local views are enlarged to the size of the global ones, so that all are one batch; decay and the
-target's temperature are constant, so that a longer training continues a shorter one; the last layer is never held back; there
-are 1,024 answers, not 65,536.
+Differences from the source: local views are enlarged to the size of the global ones, so that all views form one batch; the
+decay and the target's temperature are constant, so that a longer training can continue a shorter one; the last layer is never
+frozen; the output dimension is 1,024 instead of 65,536.
 
 Source: Caron, Touvron, Misra, Jégou, Mairal, Bojanowski, Joulin, ICCV 2021, arXiv:2104.14294, section 3.1 and algorithm 1;
 multi-crop from Caron et al., NeurIPS 2020, arXiv:2006.09882.
@@ -34,25 +34,30 @@ _GLOBAL = 2
 class Spec(StrictSpec):
     """Two global and `local` local views per image. Trains best with adamw.
 
-    The loss of different targets cannot be compared, and it rises where the target begins to use more answers: see "entropy".
+    Losses are not comparable between trainings, and the loss rises when the target starts to use more output dimensions; watch
+    the metric "entropy" instead.
     """
 
     kind: Literal["dino"] = "dino"
-    local: int = Field(default=4, ge=0, le=16, description="local views")
-    answers: int = Field(default=1024, ge=2, le=65536, description="what network and target distribute over")
+    local: int = Field(default=4, ge=0, le=16, description="local views per image")
+    answers: int = Field(default=1024, ge=2, le=65536, description="output dimension (the source: number of prototypes)")
     hidden: int = Field(default=512, ge=8, le=16384, description="width of the head's hidden layers")
-    bottleneck: int = Field(default=128, ge=2, le=4096, description="width before the answers, where vectors have length 1")
-    batch_norm: bool = Field(default=True, description="in the head; for convolutional networks, whose images begin alike")
-    temperature: float = Field(default=0.1, gt=0, le=10, description="of the network")
-    target_temperature: float = Field(default=0.04, gt=0, le=10, description="of the target; lower is sharper")
-    decay: float = Field(default=0.99, ge=0, lt=1, description="share of the target that a step leaves")
-    centre_decay: float = Field(default=0.9, ge=0, lt=1, description="share of the centre that a step leaves")
+    bottleneck: int = Field(default=128, ge=2, le=4096, description="width before the last layer, normalised to length 1")
+    batch_norm: bool = Field(
+        default=True, description="in the head; helps convolutional networks, whose first features are alike for all images"
+    )
+    temperature: float = Field(default=0.1, gt=0, le=10, description="softmax temperature of the network")
+    target_temperature: float = Field(
+        default=0.04, gt=0, le=10, description="softmax temperature of the target; lower is sharper"
+    )
+    decay: float = Field(default=0.99, ge=0, lt=1, description="share of the target kept at each step")
+    centre_decay: float = Field(default=0.9, ge=0, lt=1, description="share of the centre kept at each step")
     whole: Distortions = Distortions(area=0.4, blur=0.5)
     part: Distortions = Distortions(area=0.1, most=0.4, blur=0.5)
 
 
 class Projector(nn.Module):
-    """Three layers to a vector of length 1, and its cosine to every answer."""
+    """A three-layer MLP to a vector of length 1, then its cosine similarity to the weights of each output dimension."""
 
     def __init__(self, width: int, spec: Spec) -> None:
         super().__init__()
@@ -70,33 +75,35 @@ class Projector(nn.Module):
 
 
 class Head(nn.Module):
-    """The projector, the centre, and, once `moving_average.prepare` has seen the model, the target."""
+    """The projector and the centre; `moving_average.prepare` adds `target`, the moving average of backbone and projector."""
 
     target: nn.ModuleDict
     centre: Tensor
-    said: Tensor
+    target_mean: Tensor
 
     def __init__(self, width: int, spec: Spec) -> None:
         super().__init__()
         self.spec, self.views = spec, _GLOBAL + spec.local
         self.projector = Projector(width, spec)
         self.register_buffer("centre", torch.zeros(spec.answers))
-        self.register_buffer("said", torch.zeros(spec.answers), persistent=False)  # the target's mean over the last batch
+        self.register_buffer("target_mean", torch.zeros(spec.answers), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B * views, D) -> as `compared`, with what the network says itself in the target's place."""
+        """(B * views, D) -> as `compared`, with the network's own outputs in place of the target's."""
         logits = self.projector(features)
         return self.compared(logits, logits.detach().unflatten(0, (-1, self.views))[:, :_GLOBAL].flatten(0, 1))
 
     def compared(self, logits: Tensor, target: Tensor) -> Tensor:
-        """(B * views, answers) and (B * 2, answers) -> (B, views + 2, answers), ready for softmax."""
+        """(B * views, answers) and (B * 2, answers) -> (B, views + 2, answers): logits of the network, then of the target."""
         own = (logits / self.spec.temperature).unflatten(0, (-1, self.views))
-        wanted = ((target - self.centre) / self.spec.target_temperature).unflatten(0, (-1, _GLOBAL))
-        return torch.cat([own, wanted], dim=1)
+        targets = ((target - self.centre) / self.spec.target_temperature).unflatten(0, (-1, _GLOBAL))
+        return torch.cat([own, targets], dim=1)
 
 
 def task(spec: Spec, size: int) -> Task:
-    """Metric "entropy": of the target's mean answer, 1 if all answers are as frequent, 0 after a collapse to one.
+    """DINO's training problem. Metric "entropy" detects a collapse: 1 if all output dimensions are used equally, 0 if only one.
+
+    "entropy" is that of the target's mean output over the batch, divided by its maximum.
 
     Args:
         size: side of the images in pixels; any.
@@ -118,31 +125,31 @@ def task(spec: Spec, size: int) -> Task:
 
 
 def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
-    """(B * views, 3, h, w) -> as `Head.compared`."""
+    """(B * views, 3, h, w) -> logits (B, views + 2, answers) as from `Head.compared`."""
     head = cast(Head, model["head"])
     target = moving_average.projected(model, inputs.unflatten(0, (-1, head.views))[:, :_GLOBAL].flatten(0, 1))
-    head.said.copy_(target.mean(dim=0))
+    head.target_mean.copy_(target.mean(dim=0))
     return head.compared(head.projector(model["backbone"](inputs)), target)
 
 
 @torch.no_grad()
 def after_step(model: nn.ModuleDict) -> None:
-    """Move the target towards the network, and the centre towards what the target said of the last batch."""
+    """Move the target towards the network, and the centre towards the target's mean output over the last batch."""
     head = cast(Head, model["head"])
     moving_average.follow(model, head.spec.decay)
-    head.centre.lerp_(head.said, 1 - head.spec.centre_decay)
+    head.centre.lerp_(head.target_mean, 1 - head.spec.centre_decay)
 
 
-def agreement(own: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The cross entropy from each target's answer to the network's on every other view, and {"entropy"}.
+def agreement(own: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross entropy between the target's output for a global view and the network's for every other view; {"entropy"}.
 
     Args:
         own: (B, views, answers) logits of the network, the global views first.
-        wanted: (B, 2, answers) logits of the target for the global views; no gradient flows into them.
+        targets: (B, 2, answers) logits of the target for the global views; no gradient flows into them.
 
     Source: Caron et al., equation 3.
     """
-    answers = wanted.detach().float().softmax(dim=2)
+    answers = targets.detach().float().softmax(dim=2)
     each = -torch.einsum("btk,bvk->btv", answers, own.float().log_softmax(dim=2)).mean(dim=0)  # (2, views)
     others = ~torch.eye(len(each), each.shape[1], dtype=torch.bool, device=each.device)
     mean = answers.mean(dim=(0, 1))

@@ -1,10 +1,10 @@
-"""Inpainting: what a network sees of an image tells what is missing from it (context encoders, without the adversary).
+"""Inpainting: predict the missing square of an image (context encoders without the adversarial loss).
 
-A square of half the image's side is replaced by the middle grey: at the centre, or anywhere. A decoder tells the mean colour
-of each missing cell of a grid from the backbone's features, a vector.
+A square with half the side of the image is replaced by mid-grey, at the centre or at a random position. A decoder predicts the
+mean colour of each missing cell of a grid from the backbone's feature vector.
 
-Different from the source: the missing part is told in cells, not pixels, by a decoder of two layers; its second variant lays
-several smaller holes; there is no adversarial loss, which the authors leave out too where they learn features.
+Differences from the source: a two-layer decoder predicts cells instead of pixels; the source's random variant removes several
+smaller regions; there is no adversarial loss, which the authors also omit when they learn features.
 
 Source: Pathak, Krähenbühl, Donahue, Darrell, Efros, CVPR 2016, arXiv:1604.07379, sections 3.2 and 3.3 (equation 1).
 """
@@ -27,11 +27,11 @@ TOOLS = (augmentation, patches)
 
 
 class Spec(StrictSpec):
-    """A hole of `grid` / 2 by `grid` / 2 cells; the image is cropped to a whole number of pixels per cell."""
+    """`grid` / 2 by `grid` / 2 cells are missing; the image is cropped to a whole number of pixels per cell."""
 
     kind: Literal["inpainting"] = "inpainting"
     place: Literal["centre", "random"] = "centre"
-    grid: int = Field(default=8, ge=2, le=64, description="cells along each side of the image; even")
+    grid: int = Field(default=8, ge=2, le=64, description="cells per side of the image; even")
     hidden: int = Field(default=256, ge=8, le=8192, description="width of the decoder")
     augment: Augment = Augment(crop=2, flip=True)
 
@@ -39,12 +39,12 @@ class Spec(StrictSpec):
     @classmethod
     def _halves(cls, value: int) -> int:
         if value % 2:
-            raise ValueError(f"a hole of half of {value} cells is no whole number of them; use an even number")
+            raise ValueError(f"half of {value} cells is not a whole number of cells; use an even number")
         return value
 
 
 def task(spec: Spec, size: int) -> Task:
-    """Metric "explained": the share of the missing cells' variance that is told, 1 at best, 0 for their mean colour.
+    """Metric "explained": the explained share of the variance of the missing cells; 1 is perfect, 0 is their mean colour.
 
     Args:
         size: side of the images in pixels.
@@ -56,7 +56,7 @@ def task(spec: Spec, size: int) -> Task:
         hole = holes(len(images), spec.grid, spec.place == "random", generator).to(images.device)
         cells = nn.functional.avg_pool2d(squares, side // spec.grid)
         pixels = hole.repeat_interleave(side // spec.grid, dim=1).repeat_interleave(side // spec.grid, dim=2)
-        seen = squares.masked_fill(pixels[:, None], 0.0)  # 0 is the middle of the range of `augment.to_float`
+        seen = squares.masked_fill(pixels[:, None], 0.0)  # 0 is mid-grey in the range of `augmentation.to_float`
         return seen.contiguous(memory_format=torch.channels_last), torch.cat([cells, hole[:, None].float()], dim=1)
 
     def head(width: int) -> nn.Module:
@@ -72,7 +72,7 @@ def task(spec: Spec, size: int) -> Task:
 
 
 def holes(count: int, grid: int, anywhere: bool, generator: torch.Generator) -> Tensor:
-    """Which cells are missing: (B, grid, grid) bool, a square of half the side in each, at the centre or anywhere."""
+    """Masks of the missing cells, (B, grid, grid) bool: a square of half the side, at the centre or `anywhere`."""
     corner = torch.full((2, count, 1), grid // 4)
     if anywhere:
         corner = torch.randint(grid // 2 + 1, (2, count, 1), generator=generator)
@@ -82,11 +82,11 @@ def holes(count: int, grid: int, anywhere: bool, generator: torch.Generator) -> 
 
 
 def reconstruction(predicted: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean squared difference over the missing cells.
+    """The mean squared error over the missing cells, and {"explained"}.
 
     Args:
         predicted: (B, 3, grid, grid) float.
-        targets: (B, 4, grid, grid) float: the cells, then 1 where they are missing.
+        targets: (B, 4, grid, grid) float: the true colours of the cells, then 1 where a cell is missing.
 
     Source: Pathak et al., equation 1.
     """

@@ -1,13 +1,13 @@
-"""Jigsaw++: which of 701 permutations shuffled the nine tiles of an image, of which up to two are another image's.
+"""Jigsaw++: predict which of 701 permutations shuffled the nine tiles of an image, up to two of them from another image.
 
-Geometry of the released code: cells of 85 px, tiles of 64 px, each at an offset of 0 to 18 px in its cell, each colour
-channel 0 to 2 px further. Here the image becomes a square of three cells by three: a centre crop to the largest multiple
-of 3, or, below 48 px, the image enlarged to 48 px (28 px and 32 px: cells of 16, tiles of 12). In a cell of c px the tile
-has 2 * round(32 c / 85) px, the channels move by up to ceil(2 c / 85) px, and the tile by up to round(`gap` c / 85) px, as
-far as the cell has room.
+Geometry of the released code: cells of 85 px, tiles of 64 px, each at an offset of 0 to 18 px in its cell, and each colour
+channel shifted by another 0 to 2 px. Here the image becomes a square of 3x3 cells: the centre crop to the largest multiple of
+3, or, below 48 px, the image enlarged to 48 px (28 px and 32 px: cells of 16 px, tiles of 12 px). In a cell of c px the tile
+has 2 * round(32 c / 85) px, its offset is at most round(`gap` c / 85) px and the shift of a channel at most ceil(2 c / 85) px,
+as far as they fit into the cell.
 
-Different from the released code: the occluding tiles come from an image of the same batch, normalised tiles are not multiplied
-by 50, and the head is small, without dropout.
+Differences from the released code: the occluding tiles come from an image of the same batch, normalised tiles are not
+multiplied by 50, and the head is small and has no dropout.
 
 Source: Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385; MehdiNoroozi/JigsawPuzzleSolver (geometry, colours,
 occlusion in data_transformer.cpp and merge_data_layer.cpp); per-tile normalisation from Noroozi & Favaro, ECCV 2016.
@@ -33,31 +33,34 @@ from ktray.training.task import Task
 REVISION = 1
 TOOLS = (classification, colour, patches, permutations)
 
-DISTANCE = 3  # of two permutations, so that two occluded places leave one answer
+DISTANCE = 3  # between permutations, so that the answer is still unique with two occluded positions
 
-_GREY = torch.tensor(colour.LUMA).expand(3, 3)  # rows: what the new red, green, blue take from the old
+_GREY = torch.tensor(colour.LUMA).expand(3, 3)  # row: weights of the old red, green and blue in a new channel
 _COLOURS = torch.stack([_GREY, torch.tensor(colour.PROJECTION), torch.eye(3)])
 _SHARES = {"paper": (0.7, 0.0, 0.3), "released": (0.5, 0.25, 0.25)}
 
 
 class Spec(StrictSpec):
-    """A puzzle of 3x3 tiles; `variant` says whose colours: the "paper" text's or the "released" code's."""
+    """A puzzle of 3x3 tiles; `variant` selects the colours of the "paper" text or of the "released" code."""
 
     kind: Literal["jigsaw_pp"] = "jigsaw_pp"
     variant: Literal["paper", "released"] = Field(
-        default="paper", description="paper: 70 % grey; released: 50 % grey, 25 % projected colours, 25 % as they are"
+        default="paper", description="paper: 70 % grey; released: 50 % grey, 25 % projected colours, 25 % unchanged"
     )
     permutations: int = Field(default=701, ge=2, le=5000, description="number of classes")
     occlusions: int = Field(
-        default=2, ge=0, le=2, description="most tiles of another image; permutations differ at 3 places, so 2 leave one answer"
+        default=2,
+        ge=0,
+        le=2,
+        description="most tiles from another image; permutations differ in 3 positions, so the answer stays unique",
     )
     gap: int = Field(default=18, ge=0, le=18, description="largest offset of a tile in its cell, in pixels of a cell of 85")
-    hidden: int = Field(default=128, ge=8, le=4096, description="width of the head per tile")
+    hidden: int = Field(default=128, ge=8, le=4096, description="width of the head's layer for each tile")
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes in pixels: the square of the puzzle, its cells, its tiles, their largest offset and that of a colour channel."""
+    """Sizes in pixels: the square, its cells and tiles, the largest offset of a tile and the largest shift of a channel."""
 
     side: int
     cell: int
@@ -67,7 +70,7 @@ class Geometry:
 
 
 def geometry(size: int, gap: int) -> Geometry:
-    """The released geometry, scaled to images of side `size`; `gap` as in Spec."""
+    """The released geometry scaled to images of side `size`; `gap` as in Spec."""
     side = max(48, size - size % 3)
     cell = side // 3
     tile = 2 * round(32 * cell / 85)
@@ -76,7 +79,7 @@ def geometry(size: int, gap: int) -> Geometry:
 
 
 def task(spec: Spec, size: int) -> Task:
-    """The head reads each tile's features by one shared layer, lays the nine side by side, and names the permutation.
+    """Classification of permutations: a shared layer reads each tile, then an MLP reads the nine results side by side.
 
     Args:
         size: side of the images in pixels.
@@ -87,10 +90,10 @@ def task(spec: Spec, size: int) -> Task:
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         targets = torch.randint(len(permutations), (len(images),), generator=generator)
-        whose, cells = arrange(permutations[targets], spec.occlusions, generator)
+        sources, cells = arrange(permutations[targets], spec.occlusions, generator)
         colours = _COLOURS[torch.multinomial(shares, len(images), replacement=True, generator=generator)]
-        squares = coloured(patches.square(images, sizes.side), colours.to(images.device))
-        return tiles(squares, whose, cells, sizes, generator), targets.to(images.device)
+        squares = mix_channels(patches.square(images, sizes.side), colours.to(images.device))
+        return tiles(squares, sources, cells, sizes, generator), targets.to(images.device)
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(
@@ -107,18 +110,18 @@ def task(spec: Spec, size: int) -> Task:
 
 
 def quick(spec: Spec) -> Spec:
-    """Two classes: the shapes before the last layer are the same."""
+    """The same task with two classes; only the last layer differs."""
     return spec.model_copy(update={"permutations": 2})
 
 
 def arrange(permutations: Tensor, occlusions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which image and which of its cells stands at each place.
+    """The image and the cell shown at each position of each puzzle.
 
-    0 to `occlusions` places (each number equally likely) show cells of one other image of the batch: distinct places, distinct
-    cells, put there after permuting.
+    After the permutation, 0 to `occlusions` positions (each number equally likely) are overwritten with distinct cells of one
+    other image of the batch.
 
     Args:
-        permutations: (B, 9) int64, the cell at each place.
+        permutations: (B, 9) int64, the cell at each position.
 
     Returns:
         Images (B, 9) int64 in [0, B), and cells (B, 9) int64 in [0, 9).
@@ -127,27 +130,27 @@ def arrange(permutations: Tensor, occlusions: int, generator: torch.Generator) -
     own = torch.arange(count)
     other = (own + torch.randint(1, max(count, 2), (count,), generator=generator)) % count
     number = torch.randint(occlusions + 1, (count, 1), generator=generator)
-    occluded = torch.rand(count, TILES, generator=generator).argsort(1) < number  # ranks: the first `number` of a random order
+    occluded = torch.rand(count, TILES, generator=generator).argsort(1) < number  # a random subset of this size
     foreign = torch.rand(count, TILES, generator=generator).argsort(1)
-    whose = torch.where(occluded, other[:, None], own[:, None])
-    return whose, torch.where(occluded, foreign, permutations)
+    sources = torch.where(occluded, other[:, None], own[:, None])
+    return sources, torch.where(occluded, foreign, permutations)
 
 
-def coloured(squares: Tensor, colours: Tensor) -> Tensor:
-    """Each image's channels mixed by its own matrix: (B, S, S, 3) float32 and (B, 3, 3) -> (B, S, S, 3)."""
+def mix_channels(squares: Tensor, colours: Tensor) -> Tensor:
+    """Images with their channels mixed by one matrix per image: (B, S, S, 3) float32 and (B, 3, 3) -> (B, S, S, 3)."""
     flat = torch.bmm(squares.reshape(len(squares), -1, 3), colours.transpose(1, 2))
     return flat.view(squares.shape)
 
 
-def tiles(squares: Tensor, whose: Tensor, cells: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
-    """The tiles of all puzzles, cut with random offsets, each with a mean of 0 and a standard deviation of 1.
+def tiles(squares: Tensor, sources: Tensor, cells: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
+    """The tiles of all puzzles, cut at random offsets and normalised to mean 0 and standard deviation 1.
 
     Args:
         squares: (B, side, side, 3) float32.
-        whose, cells: (B, 9) int64 on the CPU, as from `arrange`.
+        sources, cells: (B, 9) int64 on the CPU, as from `arrange`.
 
     Returns:
-        (9B, 3, tile, tile) float32, the nine places of a puzzle one after the other, row by row.
+        (9B, 3, tile, tile) float32, puzzle by puzzle, the nine positions row by row.
     """
     count, device = len(squares), squares.device
     offset = torch.randint(sizes.gap + 1, (2, count, TILES, 1), generator=generator)
@@ -155,5 +158,5 @@ def tiles(squares: Tensor, whose: Tensor, cells: Tensor, sizes: Geometry, genera
     corner = offset + sizes.cell * torch.stack([cells // 3, cells % 3])[..., None]
     rows, columns = corner.to(device)[:, :, :, None] + torch.arange(sizes.tile, device=device)[:, None]  # (B, 9, tile, 3) each
     channels = torch.arange(3, device=device)
-    cut = squares[whose.to(device)[:, :, None, None, None], rows[:, :, :, None], columns[:, :, None], channels]
+    cut = squares[sources.to(device)[:, :, None, None, None], rows[:, :, :, None], columns[:, :, None], channels]
     return patches.normalised(cut.flatten(0, 1).permute(0, 3, 1, 2))

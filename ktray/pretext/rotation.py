@@ -1,6 +1,6 @@
-"""Which of four rotations (0, 90, 180, 270 degrees) an image shows.
+"""Rotation: predict by which of four angles (0, 90, 180, 270 degrees) an image was rotated.
 
-Source: Gidaris, Singh, Komodakis, ICLR 2018, arXiv:1803.07728; crop, mirror and all four rotations of an image in one batch
+Source: Gidaris, Singh, Komodakis, ICLR 2018, arXiv:1803.07728; crop, flip and all four rotations of an image in one batch
 as in the authors' CIFAR-10 code (gidariss/FeatureLearningRotNet, dataloader.py).
 """
 
@@ -25,7 +25,7 @@ TOOLS = (augmentation, classification)
 class Spec(StrictSpec):
     """`rotations`: "all" four of each image (a batch of B images trains on 4B), or "one" at random.
 
-    `augment` comes before the rotation: a mirrored image is still upright.
+    `augment` is applied before the rotation.
     """
 
     kind: Literal["rotation"] = "rotation"
@@ -34,7 +34,7 @@ class Spec(StrictSpec):
 
 
 def task(spec: Spec, size: int) -> Task:
-    """A linear head that tells the rotations apart; "top1" over the rotated images.
+    """Classification of the four rotations by a linear head. Metric "top1": accuracy over the rotated images.
 
     Args:
         size: side of the images in pixels; any.

@@ -1,12 +1,12 @@
-"""Split-brain: the colours of an image told from its lightness, and the lightness from the colours.
+"""Split-brain autoencoder: predict the colours of an image from its lightness, and its lightness from its colours.
 
-Each image gives two inputs: its lightness alone, and its colours at one lightness in the middle, as far as sRGB has them. Of
-each, a grid of cells is predicted by classification: the nearest of the quantised ab colours (261 at 10; the authors' list has
-313), and one of the levels of lightness.
+Each image yields two inputs: its lightness alone, and its colours at one medium lightness, clipped to sRGB. For each input a
+grid of cells is classified: into quantised ab colours (261 classes for `bin: 10`; the authors' list has 313), or into levels of
+lightness.
 
-Different from the source: there the network is cut into halves that share nothing, one for each half of the channels. Here one
-backbone learns both, on images of three channels, so that every backbone can be a teacher and reads both halves of one image.
-A small decoder makes the cells from the backbone's features, a vector.
+Differences from the source: it splits the network into two halves without shared weights, one per half of the channels. Here
+one backbone learns both directions on three-channel images, so that any backbone can be trained. A small decoder predicts the
+cells from the backbone's feature vector.
 
 Source: Zhang, Isola, Efros, CVPR 2017, arXiv:1611.09842, section 3; quantised ab from Zhang, Isola, Efros, ECCV 2016,
 arXiv:1603.08511, section 2.1.
@@ -34,18 +34,18 @@ _MIDDLE = 50.0  # of lightness in [0, 100]
 
 
 class Spec(StrictSpec):
-    """`grid` x `grid` cells, each with a colour and a lightness."""
+    """A colour and a lightness for each of `grid` x `grid` cells."""
 
     kind: Literal["split_brain"] = "split_brain"
-    grid: int = Field(default=8, ge=1, le=64, description="cells along each side")
-    bin: int = Field(default=10, ge=5, le=40, description="side of a class in the ab plane")
+    grid: int = Field(default=8, ge=1, le=64, description="cells per side")
+    bin: int = Field(default=10, ge=5, le=40, description="side of a colour class in the ab plane")
     levels: int = Field(default=100, ge=2, le=256, description="classes of lightness")
     hidden: int = Field(default=64, ge=8, le=1024, description="channels of the decoders")
     augment: Augment = Augment(crop=2, flip=True)
 
 
 class Head(nn.Module):
-    """(2B, D) features, lightness and colours in turns -> (B, Q + levels, cells) logits of colours, then of lightness."""
+    """Two decoders: (2B, D) features, lightness and colours alternating -> (B, Q + levels, cells) logits."""
 
     def __init__(self, width: int, hidden: int, grid: int, colours: int, levels: int) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class Head(nn.Module):
         self.lightness = _decoder(width, hidden, grid, levels)
 
     def forward(self, features: Tensor) -> Tensor:
-        """What each half says of the other."""
+        """The logits of the colours (from the lightness), then of the lightness (from the colours)."""
         return torch.cat([self.colours(features[0::2]), self.lightness(features[1::2])], dim=1)
 
 
 def task(spec: Spec, size: int, images: Images) -> Task:
-    """Metrics "colour" and "lightness": how often the likeliest class of a cell is the right one; "top1": their mean.
+    """Two classifications per cell. Metrics "colour" and "lightness": the accuracy of each; "top1": their mean.
 
     Args:
         size: side of the images in pixels; any.
@@ -70,14 +70,16 @@ def task(spec: Spec, size: int, images: Images) -> Task:
         means = gamut.cells(seen, spec.grid)
         level = (means[..., 0] / 100 * spec.levels).long().clamp(0, spec.levels - 1)
         targets = torch.stack([gamut.nearest(means[..., 1:], colours.to(pixels.device)), level], dim=1)
-        return halves(seen), targets
+        return split_inputs(seen), targets
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        of_colour, of_lightness = logits.split([len(colours), spec.levels], dim=1)
-        hits = [(each.detach().max(1).indices == targets[:, place]).float().mean()
-                for place, each in enumerate((of_colour, of_lightness))]  # fmt: skip
-        total = nn.functional.cross_entropy(of_colour, targets[:, 0]) + nn.functional.cross_entropy(of_lightness, targets[:, 1])
-        return total, {"top1": (hits[0] + hits[1]) / 2, "colour": hits[0], "lightness": hits[1]}
+        colour_logits, lightness_logits = logits.split([len(colours), spec.levels], dim=1)
+        colour_top1 = (colour_logits.detach().max(1).indices == targets[:, 0]).float().mean()
+        lightness_top1 = (lightness_logits.detach().max(1).indices == targets[:, 1]).float().mean()
+        total = nn.functional.cross_entropy(colour_logits, targets[:, 0]) + nn.functional.cross_entropy(
+            lightness_logits, targets[:, 1]
+        )
+        return total, {"top1": (colour_top1 + lightness_top1) / 2, "colour": colour_top1, "lightness": lightness_top1}
 
     return Task(
         head=lambda width: Head(width, spec.hidden, spec.grid, len(colours), spec.levels),
@@ -87,14 +89,14 @@ def task(spec: Spec, size: int, images: Images) -> Task:
     )
 
 
-def halves(lab: Tensor) -> Tensor:
-    """The lightness of each image in all three channels, then its colours as an image of one lightness.
+def split_inputs(lab: Tensor) -> Tensor:
+    """Two inputs per image: its lightness in all three channels, then its colours at one medium lightness.
 
     Args:
         lab: (B, 3, H, W) float32 as from `colour.lab`.
 
     Returns:
-        (2B, 3, H, W) float32 in the range of `augment.to_float`.
+        (2B, 3, H, W) float32 in the range of `augmentation.to_float`.
     """
     lightness = (lab[:, :1] / 25 - 2).expand(-1, 3, -1, -1)
     flat = torch.cat([torch.full_like(lab[:, :1], _MIDDLE), lab[:, 1:]], dim=1)

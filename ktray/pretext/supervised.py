@@ -1,4 +1,4 @@
-"""The ceiling of teachers: classification of the images' own labels. Labels are used, and the report says so.
+"""Supervised training on the labels of the images: an upper bound for teachers. The report says that labels were used.
 
 Source: the row "Supervised" in the tables of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385.
 """
@@ -20,18 +20,18 @@ NEEDS = ("labels",)
 
 
 class Spec(StrictSpec):
-    """Random views of the images, as a student has them."""
+    """Random views of the images, augmented as for a student."""
 
     kind: Literal["supervised"] = "supervised"
     augment: Augment = Augment()
 
 
 def task(spec: Spec, size: int, images: Images) -> Task:
-    """A linear head that predicts each image's label; "top1" over the views trained on.
+    """Classification of labels by a linear head. Metric "top1": accuracy over the training views.
 
     Args:
         size: side of the images in pixels; any.
-        images: with labels in [0, K), or -1 for images to leave out.
+        images: with labels in [0, K); images with label -1 are left out.
 
     Raises:
         ValueError: the images have no labels.

@@ -1,11 +1,15 @@
-"""Ways to transfer: one file each, `Spec`, `REVISION`, `NEEDS`, `task(spec, targets, augment) -> Task`.
+"""Transfers: one file each, with `Spec`, `REVISION`, `NEEDS` and `task(spec, targets, augment) -> Task`. Start with `clusters`.
 
-NEEDS says what the student reads, and which fields of the Spec determine it; all other fields belong to the student's stage:
-"clusters" and "pseudo_labels" (together; several, where the field `k` is a list), "features" (the teacher's, of the images
-that the student is trained on), "labels" (the images' own). The first three need a teacher, and the stages before them follow.
-A transfer without `task` trains nothing. Of a Task whose loss is a mean over images, `mean_over_images`, a batch that does not
-fit into the memory can go through the network in parts.
+`NEEDS` maps each input of the student's stage to the fields of the Spec that determine it; all other fields belong to the
+student's stage. The inputs are "clusters" and "pseudo_labels" (always together; several of each where the field `k` is a list),
+"features" (the teacher's features of the images that the student is trained on) and "labels" (the images' own). The first three
+need a teacher, so the stages that produce them join the pair. A transfer without `task` trains nothing.
 
-A plan asks one more, where there is any: ``check(spec, count, clustered)`` refuses what cannot be made of `count` images that
-the student is trained on and `clustered` images whose features are clustered (0 where none are), and names the field.
+A task whose loss is a mean over images sets `mean_over_images` in its Task. A batch that does not fit into memory can then be
+split into micro-batches.
+
+Optional: ``check(spec, count, clustered)`` raises UserError, naming the field, for a spec that cannot be met with `count`
+training images of the student and `clustered` images whose features are clustered (0 if the transfer needs no clusters).
+
+A transfer may import the tools (`ktray.ops`, `ktray.training`) and `ktray.spec`, but no other plugin.
 """

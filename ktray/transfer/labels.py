@@ -1,4 +1,4 @@
-"""The ceiling: the student learns from the labels of the data, as in ordinary supervised training. No teacher.
+"""Supervised training of the student on the labels of the data: an upper bound. There is no teacher.
 
 Source: the row "Supervised" in the tables of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385.
 """
@@ -20,7 +20,7 @@ NEEDS: dict[str, tuple[str, ...]] = {"labels": ()}
 
 
 class Spec(StrictSpec):
-    """Nothing to choose."""
+    """No fields."""
 
     kind: Literal["labels"] = "labels"
 
@@ -29,6 +29,6 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     """Classification of labels by a linear head.
 
     Raises:
-        ValueError: a label is outside of [-1, K); -1 = no label.
+        ValueError: a label lies outside [-1, K); -1 means no label.
     """
     return classification.joint_task(targets.heads, augment)

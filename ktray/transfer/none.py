@@ -1,4 +1,4 @@
-"""The floor: the student stays as it was drawn, so that its evaluation shows what random weights are worth. No teacher.
+"""No training: the student keeps its random initial weights, as a lower bound for its evaluation. There is no teacher.
 
 Source: the row "Random" in the tables of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385.
 """
@@ -15,6 +15,6 @@ NEEDS: dict[str, tuple[str, ...]] = {}
 
 
 class Spec(StrictSpec):
-    """Nothing to choose."""
+    """No fields."""
 
     kind: Literal["none"] = "none"

@@ -1,10 +1,10 @@
-"""Random clusters, a control: the student learns classes that mean nothing, as many as there were clusters. No teacher.
+"""Random clusters: a control that trains the student on k random classes instead of clusters. There is no teacher.
 
-What a student gains from `clusters` beyond this comes from the teacher, and not from training against any labels at all. The
-clusters of a network with random weights, another control, are those of the descriptor `random_network`.
+Whatever `clusters` gains over this comes from the teacher, not merely from training on some labels. For another control,
+cluster the features of a network with random weights: use the descriptor `random_network` as the teacher.
 
 Source: Zhang, Bengio, Hardt, Recht, Vinyals, "Understanding deep learning requires rethinking generalization", ICLR 2017,
-arXiv:1611.03530, section 2, for training on random labels.
+arXiv:1611.03530, section 2, on training with random labels.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ NEEDS: dict[str, tuple[str, ...]] = {}
 
 
 class Spec(StrictSpec):
-    """Every image in one of k classes, by a seeded shuffle; the sizes of the classes differ by at most one image."""
+    """Assigns every image to one of k classes by a seeded shuffle; class sizes differ by at most one image."""
 
     kind: Literal["random_clusters"] = "random_clusters"
-    k: int = Field(default=500, ge=2, description="classes")
+    k: int = Field(default=500, ge=2, description="number of classes")
     seed: Seed = 0
 
 
@@ -41,7 +41,7 @@ def check(spec: Spec, count: int, clustered: int) -> None:
 
     Args:
         count: number of images that the student is trained on.
-        clustered: number of images whose features are clustered; none here.
+        clustered: number of images whose features are clustered; not used.
 
     Raises:
         UserError: there are too few images.
@@ -55,11 +55,11 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     Raises:
         ValueError: there are fewer images than classes.
     """
-    return classification.task(labels(targets.count, spec.k, spec.seed), spec.k, augment)
+    return classification.task(random_labels(targets.count, spec.k, spec.seed), spec.k, augment)
 
 
-def labels(count: int, k: int, seed: int) -> NDArray[np.int64]:
-    """(count,) int64 in [0, k): a function of the arguments alone.
+def random_labels(count: int, k: int, seed: int) -> NDArray[np.int64]:
+    """Random labels (count,) int64 in [0, k), determined by the arguments alone.
 
     Raises:
         ValueError: there are fewer images than classes.

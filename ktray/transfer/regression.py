@@ -1,12 +1,12 @@
 """Regression: the student predicts the teacher's normalised features of each image.
 
-The rival of clusters: the features themselves pass from teacher to student, not only who is like whom. A small network between
-the student's features and the teacher's is thrown away with the head.
+The alternative to `clusters`: the features themselves are transferred, not only their grouping. The MLP that maps the student's
+features to the teacher's is the head, and is discarded after training.
 
 Source: the row "[37]+vgg-Jigsaw++" of table 3 of Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385; the
-head of several layers, Navaneet, Koohpayegani, Tejankar, Pirsiavash, "SimReg", BMVC 2021, arXiv:2201.05131. `standardise` is in
-the spirit of "Reg-BN" in Abbasi Koohpayegani, Tejankar, Pirsiavash, "CompRess", NeurIPS 2020, arXiv:2010.14713, with moments
-over all images in place of those of a batch.
+MLP head: Navaneet, Koohpayegani, Tejankar, Pirsiavash, "SimReg", BMVC 2021, arXiv:2201.05131. `standardise`
+follows "Reg-BN" in Abbasi Koohpayegani, Tejankar, Pirsiavash, "CompRess", NeurIPS 2020, arXiv:2010.14713, with moments over
+all images instead of a batch.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ NEEDS: dict[str, tuple[str, ...]] = {"features": ()}
 
 
 class Spec(StrictSpec):
-    """The teacher's features to length 1, predicted by an MLP on the student."""
+    """An MLP on the student predicts the teacher's features, scaled to length 1."""
 
     kind: Literal["regression"] = "regression"
     loss: Literal["cosine", "l2"] = Field(
-        default="cosine", description="squared distance to the prediction at length 1 (2 - 2 cosine), or to it as it is"
+        default="cosine",
+        description="cosine: 2 - 2 cosine similarity; l2: squared distance, without scaling the prediction to length 1",
     )
     hidden: tuple[Annotated[int, Field(ge=8, le=16384)], ...] = Field(
         default=(512,), max_length=8, description="widths of the head's hidden layers; []: a linear head"
     )
-    standardise: bool = Field(default=False, description="each feature to mean 0 and variance 1 before the length is made 1")
+    standardise: bool = Field(default=False, description="first scale each teacher feature to mean 0 and variance 1")
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
-    """A head as wide as the teacher's features; "cosine" is that of prediction and target, in [-1, 1].
+    """Regression by a head as wide as the teacher's features. Metric "cosine": similarity to the target, in [-1, 1].
 
     Raises:
-        ValueError: there are no features.
+        ValueError: there are no teacher features.
     """
     features = targets.require_features()
     mean, deviation = torch.zeros(features.width), torch.ones(features.width)
@@ -64,23 +65,23 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     )
 
 
-def cosine(predictions: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean of 2 - 2 cosine, and {"cosine"}.
+def cosine(predictions: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean of 2 - 2 cosine similarity, and {"cosine"}.
 
     Args:
         predictions: (B, D) float.
-        wanted: (B, D) float, rows of length 1.
+        targets: (B, D) float, rows of length 1.
     """
-    likeness = nn.functional.cosine_similarity(predictions, wanted, dim=1).mean()
-    return 2 - 2 * likeness, {"cosine": likeness}
+    similarity = nn.functional.cosine_similarity(predictions, targets, dim=1).mean()
+    return 2 - 2 * similarity, {"cosine": similarity}
 
 
-def l2(predictions: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean squared distance of the predictions as they are, and {"cosine"}.
+def l2(predictions: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean squared distance between predictions (not scaled) and targets, and {"cosine"}.
 
     Args:
         predictions: (B, D) float.
-        wanted: (B, D) float, rows of length 1.
+        targets: (B, D) float, rows of length 1.
     """
-    likeness = nn.functional.cosine_similarity(predictions.detach(), wanted, dim=1).mean()
-    return (predictions - wanted).square().sum(dim=1).mean(), {"cosine": likeness}
+    similarity = nn.functional.cosine_similarity(predictions.detach(), targets, dim=1).mean()
+    return (predictions - targets).square().sum(dim=1).mean(), {"cosine": similarity}

@@ -1,8 +1,8 @@
-"""Similarity: the student learns how alike the teacher finds an image and each of a fixed set of other images, the anchors.
+"""Similarity distillation: the student learns the teacher's similarities between an image and a fixed set of anchor images.
 
-Both compare with the teacher's features of the anchors ("1q" of CompRess, and SEED); the student through a head that maps its
-features into the teacher's space. In the sources the anchors are a queue of the images seen last. Here they are drawn once,
-from the seed: a queue would be one more state to carry over every cut of a training, and the same features serve.
+Teacher and student are both compared with the teacher's features of the anchors ("1q" of CompRess, and SEED); a head maps the
+student's features into the teacher's space. In the sources the anchors are a queue of recently seen images. Here they are drawn
+once from the seed, so that a training has no extra state to save and restore between its segments.
 
 Source: Abbasi Koohpayegani, Tejankar, Pirsiavash, "CompRess: Self-Supervised Learning by Compressing Representations",
 NeurIPS 2020, arXiv:2010.14713, section 3; Fang, Wang, Wang, Zhang, Yang, Liu, "SEED: Self-supervised Distillation for Visual
@@ -35,12 +35,16 @@ NEEDS: dict[str, tuple[str, ...]] = {"features": ()}
 
 
 class Spec(StrictSpec):
-    """Cosine similarities to the anchors as a softmax; the student's should be the teacher's."""
+    """The softmax over cosine similarities to the anchors; the student's is trained to match the teacher's."""
 
     kind: Literal["similarity"] = "similarity"
-    anchors: int = Field(default=4096, ge=2, le=131072, description="images compared with; at most those of the transfer data")
-    temperature: float = Field(default=0.04, gt=0, le=10, description="of the student's similarities")
-    teacher_temperature: float | None = Field(default=None, gt=0, le=10, description="null: the student's")
+    anchors: int = Field(
+        default=4096, ge=2, le=131072, description="number of anchor images; at most the number of transfer images"
+    )
+    temperature: float = Field(default=0.04, gt=0, le=10, description="softmax temperature of the student")
+    teacher_temperature: float | None = Field(
+        default=None, gt=0, le=10, description="softmax temperature of the teacher; null: the same as the student's"
+    )
     hidden: tuple[Annotated[int, Field(ge=8, le=16384)], ...] = Field(
         default=(512,), max_length=8, description="widths of the head's hidden layers; []: a linear head"
     )
@@ -52,7 +56,7 @@ def check(spec: Spec, count: int, clustered: int) -> None:
 
     Args:
         count: number of images that the student is trained on.
-        clustered: number of images whose features are clustered; none here.
+        clustered: number of images whose features are clustered; not used.
 
     Raises:
         UserError: there are too few images.
@@ -62,20 +66,20 @@ def check(spec: Spec, count: int, clustered: int) -> None:
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
-    """A head as wide as the teacher's features; "nearest": how often the teacher's most similar anchor is the student's.
+    """Distillation by a head as wide as the teacher's features. Metric "nearest": how often both agree on the nearest anchor.
 
     Raises:
-        ValueError: there are no features, or fewer images than anchors.
+        ValueError: there are no teacher features, or fewer images than anchors.
     """
     features = targets.require_features()
-    rows = torch.from_numpy(features.read(chosen(len(features), spec.anchors, spec.seed)))
+    rows = torch.from_numpy(features.read(anchor_indices(len(features), spec.anchors, spec.seed)))
     anchors = nn.functional.normalize(rows, dim=1)
-    on = functools.cache(lambda device: anchors.to(device))
+    anchors_on = functools.cache(lambda device: anchors.to(device))
 
-    def loss(outputs: Tensor, wanted: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        compared = on(outputs.device)
-        teacher = wanted @ compared.T / (spec.teacher_temperature or spec.temperature)
-        return divergence(nn.functional.normalize(outputs, dim=1) @ compared.T / spec.temperature, teacher)
+    def loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        bank = anchors_on(outputs.device)
+        teacher = target @ bank.T / (spec.teacher_temperature or spec.temperature)
+        return divergence(nn.functional.normalize(outputs, dim=1) @ bank.T / spec.temperature, teacher)
 
     return Task(
         head=lambda width: distillation.head(width, spec.hidden, features.width),
@@ -85,11 +89,11 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     )
 
 
-def chosen(count: int, anchors: int, seed: int) -> NDArray[np.int64]:
-    """The images that are anchors, (anchors,) int64, ascending: a function of the arguments alone.
+def anchor_indices(count: int, anchors: int, seed: int) -> NDArray[np.int64]:
+    """Indices of the anchor images, (anchors,) int64, ascending, determined by the arguments alone.
 
     Raises:
-        ValueError: there are fewer images.
+        ValueError: there are fewer images than anchors.
     """
     if anchors > count:
         raise ValueError(f"anchors={anchors} cannot be chosen from {count} images")
@@ -103,7 +107,7 @@ def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tens
     Args:
         student, teacher: (B, A) float logits.
     """
-    wanted = nn.functional.log_softmax(teacher, dim=1)
-    found = nn.functional.log_softmax(student, dim=1)
+    target = nn.functional.log_softmax(teacher, dim=1)
+    predicted = nn.functional.log_softmax(student, dim=1)
     same = student.detach().max(1).indices == teacher.max(1).indices
-    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True), {"nearest": same.float().mean()}
+    return nn.functional.kl_div(predicted, target, reduction="batchmean", log_target=True), {"nearest": same.float().mean()}

@@ -1,12 +1,12 @@
-"""Soft clusters: the student learns how near each image's features are to several clusters, not only which is the nearest.
+"""Soft clusters: the student learns how near each image's features are to several clusters, not only to the nearest one.
 
-The target of an image at squared distances d_1 <= ... <= d_m of its m nearest centroids is softmax(-d / (temperature * s)) over
-these m clusters, 0 for all others, with s the mean of d_1 over the images. So a temperature means the same for every teacher,
-whatever the scale of its features; at temperature 0 it would be `clusters`.
+The target of an image whose m nearest centroids lie at squared distances d_1 <= ... <= d_m is softmax(-d / (temperature * s))
+over these m clusters and 0 for all others, where s is the mean of d_1 over all images. Dividing by s makes a temperature mean
+the same for every teacher, whatever the scale of its features. As the temperature goes to 0, this becomes `clusters`.
 
 Source: Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385, for the clusters; Hinton, Vinyals, Dean,
-"Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2, for softened targets. Their combination by
-distances is ours.
+"Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531, section 2, for softened targets. Combining the two by
+distance is our own.
 """
 
 from __future__ import annotations
@@ -35,23 +35,25 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 class Spec(StrictSpec):
-    """k-means as in `clusters`; every image is kept, and belongs to its nearest clusters by degrees."""
+    """k-means as in `clusters`; every image is kept and gets a soft assignment to its nearest clusters."""
 
     kind: Literal["soft_clusters"] = "soft_clusters"
-    k: int = Field(default=500, ge=2, description="clusters")
-    neighbours: int = Field(default=10, ge=2, le=1000, description="nearest clusters that share an image; at most k")
-    temperature: float = Field(default=0.1, gt=0, le=100, description="of the mean squared distance to the nearest centroid")
-    l2: bool = Field(default=True, description="features to length 1 first")
+    k: int = Field(default=500, ge=2, description="number of clusters")
+    neighbours: int = Field(default=10, ge=2, le=1000, description="nearest clusters in an image's target; at most k")
+    temperature: float = Field(
+        default=0.1, gt=0, le=100, description="in units of the mean squared distance to the nearest centroid"
+    )
+    l2: bool = Field(default=True, description="scale features to length 1 first")
     pca: int | None = Field(default=None, ge=1, description="components kept; null: no PCA")
-    whiten: bool = Field(default=False, description="components to unit variance")
-    l2_after: bool = Field(default=False, description="to length 1 again at the end")
-    iterations: int = Field(default=20, ge=1, le=1000)
+    whiten: bool = Field(default=False, description="scale PCA components to unit variance")
+    l2_after: bool = Field(default=False, description="scale to length 1 again at the end")
+    iterations: int = Field(default=20, ge=1, le=1000, description="most iterations of k-means")
     seed: Seed = 0
 
     @model_validator(mode="after")
     def _as_many_neighbours_as_clusters(self) -> Spec:
         if self.neighbours > self.k:
-            raise ValueError(f"there are k={self.k} clusters, and neighbours={self.neighbours} of them; use at most {self.k}")
+            raise ValueError(f"neighbours={self.neighbours} exceeds the k={self.k} clusters; use at most {self.k}")
         return self
 
 
@@ -69,42 +71,41 @@ def check(spec: Spec, count: int, clustered: int) -> None:
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
-    """A linear head; the loss is the cross entropy to the soft target, "top1" how often the nearest cluster comes first.
+    """Cross entropy to soft targets by a linear head. Metric "top1": how often the nearest cluster is predicted.
 
     Raises:
-        ValueError: the pseudo-labels say nothing of distances.
+        ValueError: the pseudo-labels carry no distances.
     """
     (head,) = targets.heads
     if head.nearest is None or head.squared is None:
-        raise ValueError("soft_clusters reads the distances to the nearest clusters, and there are none")
+        raise ValueError("soft_clusters needs the distances to the nearest clusters, and the pseudo-labels carry none")
     nearest = torch.from_numpy(np.array(head.nearest, np.int64))
-    shares = torch.from_numpy(shared(np.asarray(head.squared), spec.temperature))
+    assignments = torch.from_numpy(soft_assignments(np.asarray(head.squared), spec.temperature))
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         seen = augmentation.to_float(augmentation.views(images, augment, generator))
-        soft = torch.zeros(len(indices), head.classes).scatter_(1, nearest[indices], shares[indices])
+        soft = torch.zeros(len(indices), head.classes).scatter_(1, nearest[indices], assignments[indices])
         return seen, soft.to(images.device)
 
     return Task(head=lambda width: nn.Linear(width, head.classes), batch=batch, loss=cross_entropy, mean_over_images=True)
 
 
-def shared(squared: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
-    """Shares (N, m) float32 of each image's nearest clusters, rows that sum to 1.
+def soft_assignments(squared: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
+    """Soft assignments (N, m) float32 to each image's nearest clusters; rows sum to 1.
 
     Args:
         squared: (N, m) squared distances, ascending.
         temperature: in units of the mean of the first column.
     """
-    wide = squared.astype(np.float64)
-    scale = max(
-        temperature * float(wide[:, 0].mean()), 1e-30
-    )  # 0 if every image is a centroid: then its own cluster has it all
-    weights = np.exp(-(wide - wide[:, :1]) / scale)
+    distances = squared.astype(np.float64)
+    # If every image is a centroid, the mean is 0; the lower bound then gives each image wholly to its own cluster.
+    scale = max(temperature * float(distances[:, 0].mean()), 1e-30)
+    weights = np.exp(-(distances - distances[:, :1]) / scale)
     return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def cross_entropy(logits: Tensor, soft: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean cross entropy of soft targets, and {"top1"} in [0, 1].
+    """The mean cross entropy with soft targets, and {"top1"} in [0, 1].
 
     Args:
         logits: (B, K) float.
