@@ -1,4 +1,4 @@
-"""The project's source as syntax trees: who imports what, who calls what, who continues which class."""
+"""The project's source as syntax trees: imports, calls, functions and base classes of every module."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Module:
 
     @property
     def part(self) -> str:
-        """What of the package it belongs to, such as ``evals`` or ``train``."""
+        """The top-level part of the package that it belongs to: a subpackage such as ``evals``, or a root module."""
         return part_of(self.name)
 
 
 def part_of(name: str) -> str:
-    """What of the package a dotted name belongs to; ``__init__`` is the package's own interface."""
+    """The top-level part of ktray that a dotted name belongs to; ``__init__`` for `ktray` itself."""
     return [*name.split("."), "__init__"][1]
 
 
@@ -43,7 +43,7 @@ def parse(path: Path) -> Module:
 
 
 PACKAGE = [parse(path) for path in sorted(ROOT.glob("ktray/**/*.py"))]
-STREET = [parse(path) for folder in ("tests", "experiments") for path in sorted(ROOT.glob(f"{folder}/**/*.py"))]
+TESTS_AND_EXPERIMENTS = [parse(path) for folder in ("tests", "experiments") for path in sorted(ROOT.glob(f"{folder}/**/*.py"))]
 NAMES = {module.name for module in PACKAGE}
 
 
@@ -60,8 +60,8 @@ def imports(module: Module, tree: ast.AST | None = None) -> Iterator[tuple[str, 
             yield from ((origin, alias.name) for alias in node.names)
 
 
-def house_imports(module: Module) -> Iterator[str]:
-    """Dotted names of the ktray modules that a module imports; ``ktray`` itself where it uses the package's interface."""
+def ktray_imports(module: Module) -> Iterator[str]:
+    """Dotted names of the ktray modules that a module imports; ``ktray`` itself where it uses the public API."""
     for origin, name in imports(module):
         if origin.split(".")[0] != "ktray":
             continue
@@ -76,11 +76,11 @@ def house_imports(module: Module) -> Iterator[str]:
 
 
 def top_level(tree: ast.Module) -> Iterator[ast.stmt]:
-    """Statements that run at import, except what only type checkers read."""
-    waiting: list[ast.stmt] = list(tree.body)
-    for node in waiting:
+    """Statements that run at import, without those under ``if TYPE_CHECKING``."""
+    statements: list[ast.stmt] = list(tree.body)
+    for node in statements:
         if isinstance(node, ast.If | ast.Try) and "TYPE_CHECKING" not in ast.unparse(node).splitlines()[0]:
-            waiting += [*node.body, *node.orelse]
+            statements += [*node.body, *node.orelse]
         yield node
 
 
@@ -90,7 +90,7 @@ def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def own_functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Functions whose name is our choice: not methods of a class that continues somebody else's."""
+    """Functions whose names are our choice: not methods of classes that inherit from a library's class."""
     foreign = set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ClassDef) and not all(base.startswith("ktray.") for base in bases(module, node)):
@@ -99,7 +99,7 @@ def own_functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctio
 
 
 def bases(module: Module, node: ast.ClassDef) -> list[str]:
-    """Dotted names of a class's bases as far as imports and the module itself tell."""
+    """Dotted names of a class's bases, resolved through the module's imports and classes."""
     known = {other.name: f"{module.name}.{other.name}" for other in module.tree.body if isinstance(other, ast.ClassDef)}
     for part in ast.walk(module.tree):
         if isinstance(part, ast.ImportFrom):
@@ -115,7 +115,7 @@ def bases(module: Module, node: ast.ClassDef) -> list[str]:
 
 
 def calls(module: Module) -> Iterator[tuple[str, str, ast.Call]]:
-    """(whole text of what is called, its last name, the call)."""
+    """(source of the called expression, its last name, the call) of every call."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Call):
             text = ast.unparse(node.func)

@@ -7,7 +7,7 @@ import pytest
 
 from ktray import plugins, stages
 from ktray.pipeline import pair_graph
-from tests.source import NAMES, PACKAGE, house_imports
+from tests.source import NAMES, PACKAGE, ktray_imports
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 
 KINDS = [(room, kind) for room in plugins.ROOMS for kind in plugins.kinds(room)]
@@ -22,7 +22,7 @@ IN_EVERY_KEY = {"images", "loop"}  # through the artifacts that a tool reads, so
 def tools_of(name):
     """The modules with a REVISION, plugins excepted, that the source of a module imports."""
     source = next(module for module in PACKAGE if module.name == name)
-    modules = [import_module(other) for other in sorted({*house_imports(source)} - {name}) if other in NAMES]
+    modules = [import_module(other) for other in sorted({*ktray_imports(source)} - {name}) if other in NAMES]
     return [module for module in modules if hasattr(module, "IDENTITY")]
 
 
