@@ -18,8 +18,9 @@ from ktray.runs.simulation import _NoTracker
 from ktray.runs.stage_logger import track_missed
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
-from ktray.tracking import Tracker, _told_stages, default_uri
+from ktray.tracking import Tracker, default_uri
 from ktray.tracking.spool import Position, Spool
+from ktray.tracking.tracker import logged_stages
 from tests.toy_space import toy_space
 
 BEGAN = 1_700_000_000.0
@@ -53,10 +54,10 @@ def test_what_was_published_and_not_told_is_told_once_and_nothing_older_than_the
 def test_stages_that_were_applied_or_that_wait_are_known_and_those_of_another_tracker_are_not(tmp_path: Path) -> None:
     spool, uri = Spool(tmp_path), fingerprint(default_uri(tmp_path))
     spool.append({"do": "stage", "key": "images-1"})
-    spool.save(Position(spool.size(), uri, {"stage/images-0": ("run", 0), "trial/3": ("run", 0)}))
+    spool.save_position(Position(spool.size(), uri, {"stage/images-0": ("run", 0), "trial/3": ("run", 0)}))
     spool.append({"do": "stage", "key": "images-2"})
-    assert _told_stages(spool, uri) == {"images-0", "images-2"}
-    assert _told_stages(spool, "another") == {"images-1", "images-2"}
+    assert logged_stages(spool, uri) == {"images-0", "images-2"}
+    assert logged_stages(spool, "another") == {"images-1", "images-2"}
 
 
 class _Scheduler:
@@ -131,8 +132,8 @@ def test_what_a_killed_session_settled_and_told_nobody_is_found_at_every_rung(tm
         assert again.untold() == stages
         assert not again.demanded
         told = study.trials()[0].artifacts  # by a session that computed the rest and was killed, too
-        cast(Any, again.tracker).knows_stage = told.__contains__
+        cast(Any, again.tracker).has_stage = told.__contains__
         assert again.untold() == stages - told
         assert stages - told
-        cast(Any, again.tracker).knows_stage = lambda key: True
+        cast(Any, again.tracker).has_stage = lambda key: True
         assert again.untold() == set()

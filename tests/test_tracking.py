@@ -1,4 +1,4 @@
-"""What MLflow shows of a study, and where."""
+"""What MLflow shows of a study after it was logged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ktray.errors import UserError
-from ktray.tracking import default_uri, mlflow_names
+from ktray.tracking import StageRun, default_uri, mlflow_names
 from tests.trackers import (
     history,
     python,
@@ -18,7 +18,7 @@ from tests.trackers import (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for all tests of this file: creating one takes seconds. The name is one that URIs find hard."""
+    """Return one home for all tests of this file, as creating a database takes seconds. Its name needs quoting in URIs."""
     return tmp_path_factory.mktemp("a home%41")
 
 
@@ -31,10 +31,10 @@ def test_a_trial_is_a_named_run_under_its_search_with_dotted_params_curves_and_o
     uri = default_uri(home)
     tracker = session(home, "shown", version_tags={"ktray.version": "0.1.0"})
     name = "rotation-resnet18/layer3 k=500 -> alexnet"
-    tracker.trial(42, name, {"transfer.k": 500, "transfer.pca": None, "student.schedule.lr": 0.05}, {"state": "new"})
-    tracker.metrics(42, {"knn/top1": 0.5}, step=5)
-    tracker.curve(42, [{"epoch": epoch, "student/loss": 1 / epoch} for epoch in range(1, 6)])
-    tracker.finish(42, "FINISHED", {"ktray.state": "COMPLETE"}, {"objective/linear_probe/top1": 0.75})
+    tracker.begin_trial(42, name, {"transfer.k": 500, "transfer.pca": None, "student.schedule.lr": 0.05}, {"state": "new"})
+    tracker.log_metrics(42, {"knn/top1": 0.5}, step=5)
+    tracker.log_curve(42, [{"epoch": epoch, "student/loss": 1 / epoch} for epoch in range(1, 6)])
+    tracker.end_trial(42, "FINISHED", {"ktray.state": "COMPLETE"}, {"objective/linear_probe/top1": 0.75})
     assert tracker.close("FINISHED", timeout=60)
 
     runs = runs_of(uri, "shown")
@@ -54,10 +54,10 @@ def test_a_continued_trial_keeps_its_run_its_params_and_one_copy_of_its_curve(ho
     uri = default_uri(home)
     for last, rate in ((3, 0.1), (6, 0.2)):
         tracker = session(home, "continued")
-        tracker.trial(0, "pair", {"lr": rate, f"only.{last}": True}, {})
-        tracker.curve(0, [{"epoch": epoch, "student/loss": epoch / 7} for epoch in range(1, last + 1)])
+        tracker.begin_trial(0, "pair", {"lr": rate, f"only.{last}": True}, {})
+        tracker.log_curve(0, [{"epoch": epoch, "student/loss": epoch / 7} for epoch in range(1, last + 1)])
         if last == 6:
-            tracker.finish(0, "FINISHED", {}, {})
+            tracker.end_trial(0, "FINISHED", {}, {})
         assert tracker.close("FINISHED", timeout=60)
     run = runs_of(uri, "continued")["0000 pair"]
     assert run.info.status == "FINISHED"
@@ -73,11 +73,12 @@ def test_a_stage_is_a_run_with_its_key_and_images_and_its_trial_links_to_it(home
         (tmp_path / folder / "sheet.png").write_bytes(folder.encode())
     tracker = session(home, "stages")
     note = f"[clusters](stage/{key}) [sheet](stage/{key}/images/a.png) [teacher](stage/teacher-0) [all](view)"
-    tracker.trial(7, "pair", {}, {"ktray.stage.clusters": key}, note)  # before the stage is told
+    tracker.begin_trial(7, "pair", {}, {"ktray.stage.clusters": key}, note)  # before the stage is logged
     images = [tmp_path / "a" / "sheet.png", tmp_path / "b" / "sheet.png", tmp_path / "gone.png"]
     rows = [{"epoch": 1, "clusters/inertia": 2.0}]
     metrics = {"clusters/empty": 0.0, "clusters/inertia": 2.0}
-    tracker.stage(key, key, metrics, {"ktray.device": "cpu"}, rows, images, {"k": 50}, "", (1000.0, 1002.5))
+    tags = {"ktray.device": "cpu"}
+    tracker.log_stage(StageRun(key, key, metrics, tags, rows, images, params={"k": 50}, span=(1000.0, 1002.5)))
     assert tracker.close("FINISHED", timeout=60)
     runs = runs_of(uri, "stages")
     stage, trial = runs[key], runs["0007 pair"]
@@ -99,12 +100,12 @@ def test_a_stage_is_a_run_with_its_key_and_images_and_its_trial_links_to_it(home
 def test_values_that_mlflow_cannot_hold_are_left_out_or_cut_and_named_in_a_tag(home: Path) -> None:
     uri = default_uri(home)
     tracker = session(home, "values")
-    tracker.trial(1, "pair", {"long": "x" * 9000, "odd key?": "\ud800\0"}, {"long": "y" * 9000})
-    tracker.metrics(1, {"nan": float("nan"), "good": 1.0, "inf": float("inf"), "text": "none"}, 3)  # type: ignore[dict-item]
-    tracker.metrics(1, None, "x")  # type: ignore[arg-type]
-    tracker.curve(1, [{"epoch": float("nan")}])
-    tracker.finish(1, "FINISHED", {}, {"after": 2.0})
-    assert not tracker.close("FINISHED", timeout=60)  # two calls made no sense, and close says that something is missing
+    tracker.begin_trial(1, "pair", {"long": "x" * 9000, "odd key?": "\ud800\0"}, {"long": "y" * 9000})
+    tracker.log_metrics(1, {"nan": float("nan"), "good": 1.0, "inf": float("inf"), "text": "none"}, 3)  # type: ignore[dict-item]
+    tracker.log_metrics(1, None, "x")  # type: ignore[arg-type]
+    tracker.log_curve(1, [{"epoch": float("nan")}])
+    tracker.end_trial(1, "FINISHED", {}, {"after": 2.0})
+    assert not tracker.close("FINISHED", timeout=60)  # two calls had invalid arguments, so something is missing
     run = runs_of(uri, "values")["0001 pair"]
     assert run.data.params == {"long": "x" * 6000, "odd key_": "?"}
     assert run.data.tags["ktray.truncated"] == "long"
@@ -128,8 +129,8 @@ def test_every_key_is_one_that_mlflow_accepts(name: str) -> None:
 def test_hundreds_of_params_and_thousands_of_metrics_fit_into_the_batches_of_mlflow(home: Path) -> None:
     uri = default_uri(home)
     tracker = session(home, "many")
-    tracker.trial(0, "pair", {f"p.{index}": index for index in range(250)}, {f"t.{index}": "x" for index in range(150)})
-    tracker.curve(0, [{"epoch": epoch, "a": epoch, "b": -epoch} for epoch in range(1200)])
+    tracker.begin_trial(0, "pair", {f"p.{index}": index for index in range(250)}, {f"t.{index}": "x" for index in range(150)})
+    tracker.log_curve(0, [{"epoch": epoch, "a": epoch, "b": -epoch} for epoch in range(1200)])
     assert tracker.close("FINISHED", timeout=60)
     run = runs_of(uri, "many")["0000 pair"]
     assert len(run.data.params) == 250

@@ -1,4 +1,4 @@
-"""MLflow's own pages: served to this machine only, and gone with the command."""
+"""MLflow's web pages are served to this machine only, and the server ends with the command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ktray.errors import UserError
-from ktray.tracking import default_uri, ui_server
+from ktray.tracking import StageRun, default_uri, ui_server
 from tests.trackers import (
     answers,
     free_port,
@@ -23,7 +23,7 @@ from tests.trackers import (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for all tests of this file: creating one takes seconds. The name is one that URIs find hard."""
+    """Return one home for all tests of this file, as creating a database takes seconds. Its name needs quoting in URIs."""
     return tmp_path_factory.mktemp("a home%41")
 
 
@@ -41,9 +41,9 @@ def test_the_pages_of_mlflow_are_served_to_this_machine_and_leave_no_process_beh
     image = tmp_path / "sheet.png"
     image.write_bytes(b"sheet")
     tracker = session(home, "pages")
-    tracker.stage("key", "stage", {}, {}, [], [image])
+    tracker.log_stage(StageRun("key", "stage", images=[image]))
     assert tracker.close("FINISHED", timeout=60)
-    code = "import sys\nfrom ktray.tracking import ui\nsys.exit(ui.serve(sys.argv[1], int(sys.argv[2])))"
+    code = "import sys\nfrom ktray.tracking import ui_server\nsys.exit(ui_server.serve(sys.argv[1], int(sys.argv[2])))"
     process = python(code, uri, str(port))
     pages = f"http://127.0.0.1:{port}"
     wait_for(lambda: answers(f"{pages}/health"))
@@ -55,15 +55,17 @@ def test_the_pages_of_mlflow_are_served_to_this_machine_and_leave_no_process_beh
     run = runs_of(uri, "pages")["stage"].info.run_id
     with urllib.request.urlopen(f"{pages}/get-artifact?path=images/sheet.png&run_uuid={run}") as reply:
         assert reply.read() == b"sheet"
-    stranger = urllib.request.Request(f"{pages}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": "evil.com"})
+    foreign_host = urllib.request.Request(
+        f"{pages}/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": "evil.com"}
+    )
     with pytest.raises(urllib.error.HTTPError, match="403"):
-        urllib.request.urlopen(stranger)
-    own = urllib.request.Request(
+        urllib.request.urlopen(foreign_host)
+    same_origin = urllib.request.Request(
         f"{pages}/ajax-api/2.0/mlflow/runs/search",
         data=b'{"experiment_ids": ["0"]}',
         headers={"Content-Type": "application/json", "Origin": pages},
     )
-    with urllib.request.urlopen(own) as reply:
+    with urllib.request.urlopen(same_origin) as reply:
         assert reply.status == 200
     process.send_signal(ending)
     assert process.wait(timeout=20) == 0

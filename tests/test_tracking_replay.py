@@ -1,4 +1,4 @@
-"""No tracker, dead, slow or killed, costs a search anything, and what it missed appears once."""
+"""A tracker that is down, slow or killed costs a search nothing, and what it missed is written later, once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ktray.tracking import default_uri, replay
+from ktray.tracking import StageRun, default_uri
 from ktray.tracking.spool import Position, Spool
 from tests.trackers import (
     client,
@@ -26,7 +26,7 @@ from tests.trackers import (
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for all tests of this file: creating one takes seconds. The name is one that URIs find hard."""
+    """Return one home for all tests of this file, as creating a database takes seconds. Its name needs quoting in URIs."""
     return tmp_path_factory.mktemp("a home%41")
 
 
@@ -35,14 +35,14 @@ def _no_tracker_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-def test_what_a_killed_search_left_running_is_closed_as_killed_and_other_studies_are_not_touched(home: Path) -> None:
+def test_runs_of_a_killed_search_are_ended_as_killed_and_other_studies_are_not_touched(home: Path) -> None:
     uri = default_uri(home)
     other = session(home, "neighbour")
-    other.trial(0, "pair", {}, {})
+    other.begin_trial(0, "pair", {}, {})
     tracker = session(home, "orphans")
     for number in (0, 1):
-        tracker.trial(number, "pair", {}, {})
-    tracker.finish(1, "FINISHED", {}, {})
+        tracker.begin_trial(number, "pair", {}, {})
+    tracker.end_trial(1, "FINISHED", {}, {})
     assert tracker.close("KILLED", timeout=60)
     assert runs_of(uri, "orphans")["0000 pair"].info.status == "RUNNING"
     again = session(home, "orphans")
@@ -54,68 +54,68 @@ def test_what_a_killed_search_left_running_is_closed_as_killed_and_other_studies
     assert other.close("FINISHED")
 
 
-KILLED = """
+KILLED_SEARCH = """
 import os, pathlib, signal, sys, time
 from ktray.tracking import Tracker
 from ktray.tracking.spool import Spool
 
 uri, home, study, moment = sys.argv[1:]
-save = Spool.save
+save = Spool.save_position
 
 def die_with_a_batch_applied_and_its_position_not_saved(spool, position):
     if moment == "applied" and len(position.runs) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
     save(spool, position)
 
-Spool.save = die_with_a_batch_applied_and_its_position_not_saved
+Spool.save_position = die_with_a_batch_applied_and_its_position_not_saved
 tracker = Tracker(uri, pathlib.Path(home), study)
 tracker.start()
 for number in range(1000):
-    tracker.trial(number, "pair", {"k": number}, {})
-    tracker.metrics(number, {"knn/top1": number / 1000}, 1)
+    tracker.begin_trial(number, "pair", {"k": number}, {})
+    tracker.log_metrics(number, {"knn/top1": number / 1000}, 1)
     print(number, flush=True)
     time.sleep(0.2)
 """
 
 
 @pytest.mark.parametrize("moment", ["applied", "any"])
-def test_a_search_killed_with_kill_9_loses_nothing_that_was_told_and_repeats_nothing(home: Path, moment: str) -> None:
+def test_a_search_killed_with_kill_9_loses_nothing_that_was_logged_and_repeats_nothing(home: Path, moment: str) -> None:
     uri, study = default_uri(home), f"killed-{moment}"
-    process = python(KILLED, uri, str(home), study, moment)
+    process = python(KILLED_SEARCH, uri, str(home), study, moment)
     assert process.stdout
     position = spool_of(home, study) / "position.json"
     if moment == "any":
         wait_for(position.exists)
         time.sleep(0.5)
         process.kill()
-    told = [int(line) for line in process.stdout.read().split()]
+    logged = [int(line) for line in process.stdout.read().split()]
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     waiting = (spool_of(home, study) / "events.jsonl").read_text()
-    assert replay(uri, home, study, timeout=60)
+    assert session(home, study).close("FINISHED", timeout=60)
     runs = runs_of(uri, study)
-    assert moment == "any" or '"do":"trial"' in waiting  # though MLflow had those runs already
-    for number in told:
+    assert moment == "any" or '"do":"trial"' in waiting  # although MLflow has those runs already
+    for number in logged:
         run = runs[f"{number:04d} pair"]
         assert run.data.params == {"k": str(number)}
         assert history(uri, run, "knn/top1") == [(1, number / 1000)]
-    assert len(runs) in (len(told) + 1, len(told) + 2)  # one may have been told and not yet printed
-    position.unlink()  # not even without the map of runs is one made twice
+    assert len(runs) in (len(logged) + 1, len(logged) + 2)  # one may have been logged and not yet printed
+    position.unlink()  # even without the saved run ids, no run is created twice
     again = session(home, study)
-    again.trial(0, "pair", {"k": 0}, {})
+    again.begin_trial(0, "pair", {"k": 0}, {})
     assert again.close("FINISHED", timeout=60)
     assert runs_of(uri, study).keys() == runs.keys()
     assert runs_of(uri, study)["0001 pair"].info.status == "KILLED"
 
 
-def test_two_searches_that_start_at_once_on_a_fresh_home_both_arrive(tmp_path: Path) -> None:
+def test_two_searches_that_start_at_once_on_a_fresh_home_are_both_logged(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "from ktray.tracking import Tracker, default_uri\n"
         "home = pathlib.Path(sys.argv[1])\n"
         "trackers = [Tracker(default_uri(home), home, study) for study in sys.argv[2:4]]\n"
         "[tracker.start() for tracker in trackers]\n"
-        "[tracker.trial(int(sys.argv[4]), 'pair', {}, {}) for tracker in trackers]\n"
+        "[tracker.begin_trial(int(sys.argv[4]), 'pair', {}, {}) for tracker in trackers]\n"
         "print([tracker.close('FINISHED', timeout=90) for tracker in trackers])\n"
     )
     processes = [python(code, str(tmp_path), study, "shared", number) for study, number in (("a", "0"), ("b", "1"))]
@@ -127,10 +127,10 @@ def test_two_searches_that_start_at_once_on_a_fresh_home_both_arrive(tmp_path: P
     assert set(runs_of(uri, "shared")) == {"shared", "0000 pair", "0001 pair"}
 
 
-def test_a_dead_tracker_holds_up_neither_start_nor_close_and_the_next_session_tells_it_all(home: Path) -> None:
+def test_a_tracker_that_is_down_delays_neither_start_nor_close_and_the_next_session_writes_everything(home: Path) -> None:
     began = time.monotonic()
     tracker = session(home, "dead", f"http://someone:secret@127.0.0.1:{free_port()}")
-    tracker.trial(3, "pair", {"k": 1}, {})
+    tracker.begin_trial(3, "pair", {"k": 1}, {})
     assert time.monotonic() - began < 0.5
     assert not tracker.close("FINISHED")
     assert time.monotonic() - began < 15
@@ -141,7 +141,9 @@ def test_a_dead_tracker_holds_up_neither_start_nor_close_and_the_next_session_te
     assert runs_of(default_uri(home), "dead")["0003 pair"].data.params == {"k": "1"}
 
 
-def test_a_dead_tracker_is_mentioned_once_and_without_its_password(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_is_down_is_mentioned_once_and_without_its_password(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tracker = session(home, "quiet", f"http://someone:secret@127.0.0.1:{free_port()}")
     time.sleep(2.5)
     tracker.close("KILLED")
@@ -150,21 +152,21 @@ def test_a_dead_tracker_is_mentioned_once_and_without_its_password(home: Path, c
     assert "secret" not in caplog.text
 
 
-def test_an_event_that_the_tracker_refuses_does_not_hold_up_the_others(home: Path) -> None:
+def test_an_event_that_the_tracker_refuses_does_not_block_the_others(home: Path) -> None:
     uri = default_uri(home)
     tracker = session(home, "refused")
-    tracker.trial(0, "pair", {}, {})
+    tracker.begin_trial(0, "pair", {}, {})
     wait_for_all_written(home, "refused")
     deleted = runs_of(uri, "refused")["0000 pair"].info.run_id
-    client(uri).delete_run(deleted)  # by hand, in the pages of MLflow, while the trial runs
-    tracker.metrics(0, {"knn/top1": 0.5}, 1)
-    tracker.trial(1, "pair", {}, {})
+    client(uri).delete_run(deleted)  # as a user can in MLflow's pages while the trial runs
+    tracker.log_metrics(0, {"knn/top1": 0.5}, 1)
+    tracker.begin_trial(1, "pair", {}, {})
     assert not tracker.close("FINISHED", timeout=60)
     assert "0001 pair" in runs_of(uri, "refused")
     assert "knn/top1" in (spool_of(home, "refused") / "rejected.jsonl").read_text()
 
 
-def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
+def test_a_torn_line_loses_only_itself(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.append({"do": "a"})
     with open(tmp_path / "events.jsonl", "ab") as file:
@@ -175,40 +177,40 @@ def test_a_torn_line_costs_only_itself(tmp_path: Path) -> None:
     assert [event for event, _ in entries] == [{"do": "a"}, {}, {"do": "b"}]
     assert entries[-1][1] == spool.size()
     position = Position(offset=entries[0][1])
-    spool.shrink(position)
-    assert spool.size() == entries[-1][1]  # not while something waits
+    spool.truncate_if_applied(position)
+    assert spool.size() == entries[-1][1]  # not truncated while an event waits
     position.offset = entries[-1][1]
-    spool.shrink(position)
-    assert (spool.size(), position.offset, spool.load().offset) == (0, 0, 0)
+    spool.truncate_if_applied(position)
+    assert (spool.size(), position.offset, spool.load_position().offset) == (0, 0, 0)
 
 
-def test_only_one_at_a_time_applies_the_events_of_a_study(tmp_path: Path) -> None:
+def test_only_one_spool_at_a_time_has_the_claim_on_a_study(tmp_path: Path) -> None:
     first, second = Spool(tmp_path), Spool(tmp_path)
     assert first.claim()
     assert not second.claim()
     first.release()
     assert second.claim()
-    assert first.identity() == second.identity()
+    assert first.study_id() == second.study_id()
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_and_returns_midway_shows_everything_once_and_images_only_if_shared(tmp_path: Path) -> None:
+def test_a_server_that_is_killed_and_restarted_shows_everything_once_and_images_only_if_shared(tmp_path: Path) -> None:
     home, port = tmp_path / "home", free_port()
     image = tmp_path / "sheet.png"
     image.write_bytes(b"sheet")
     with server(tmp_path / "mlflow.db", port) as uri:
         tracker = session(home, "remote", uri)
-        tracker.trial(0, "pair", {"k": 1}, {})
-        tracker.stage("private", "private", {}, {}, [], [image])
+        tracker.begin_trial(0, "pair", {"k": 1}, {})
+        tracker.log_stage(StageRun("private", "private", images=[image]))
         wait_for_all_written(home, "remote")
     for step in range(20):
-        tracker.metrics(0, {"knn/top1": step / 20}, step)
+        tracker.log_metrics(0, {"knn/top1": step / 20}, step)
         time.sleep(0.1)
     with server(tmp_path / "mlflow.db", port) as uri:
-        tracker.finish(0, "FINISHED", {}, {"objective/knn/top1": 1.0})
+        tracker.end_trial(0, "FINISHED", {}, {"objective/knn/top1": 1.0})
         assert tracker.close("FINISHED", timeout=60)
         sharing = session(home, "remote", uri, share_images=True)
-        sharing.stage("public", "public", {}, {}, [], [image])
+        sharing.log_stage(StageRun("public", "public", images=[image]))
         assert sharing.close("FINISHED", timeout=60)
         runs = runs_of(uri, "remote")
         trial = runs["0000 pair"]

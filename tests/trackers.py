@@ -1,4 +1,4 @@
-"""Sessions of tracking, real MLflow servers, and what MLflow shows in the end."""
+"""Tracking sessions, real MLflow servers, and what MLflow has stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def client(uri: str) -> Any:
 
 
 def runs_of(uri: str, study: str) -> dict[str, Any]:
-    """Name -> run; two runs of one name fail the test."""
+    """Return name -> run. Two runs of one name fail the test."""
     experiment = client(uri).get_experiment_by_name(study)
     runs = client(uri).search_runs([experiment.experiment_id])
     names = [run.info.run_name for run in runs]
@@ -49,7 +49,7 @@ def spool_of(home: Path, study: str) -> Path:
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """A process that runs `code`; it ends with its input."""
+    """Start a process that runs `code`."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
@@ -66,9 +66,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: Any, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
 
@@ -79,14 +79,14 @@ def wait_for_all_written(home: Path, study: str) -> None:
 
 @contextmanager
 def server(database: Path, port: int) -> Iterator[str]:
-    """A real MLflow server, killed at the end without a word."""
+    """Run a real MLflow server, and kill it at the end with SIGKILL."""
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", str(database.parent / "artifacts")),
     ]
     process = subprocess.Popen(
         command,
-        env={**os.environ, **ui_server.ENVIRONMENT},
+        env={**os.environ, **ui_server.SERVER_SETTINGS},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

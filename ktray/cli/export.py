@@ -49,11 +49,11 @@ def register(options: Settings, name: str, number: str, directory: Path) -> str:
     """
     from ktray import tracking
     from ktray.export.student_files import CARD, load_student
-    from ktray.tracking import registry
+    from ktray.tracking import model_registry
 
     trial, best = _trial(options.home, name, number), _trial(options.home, name, "")
     card = json.loads((directory / CARD).read_text())
-    model, version = registry.register(
+    model, version = model_registry.register_student(
         options.tracking or tracking.default_uri(options.home),
         options.home,
         name,

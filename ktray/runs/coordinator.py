@@ -169,13 +169,13 @@ class TrialCoordinator:
         charged = [trial.charges.values() for trial in self.study.trials()]
         found = {key for charges in charged for part in charges for key in part}
         for trial in self.study.trials():
-            if all(map(self.tracker.knows_stage, trial.artifacts)):
+            if all(map(self.tracker.has_stage, trial.artifacts)):
                 continue
             rungs_reached = [*trial.scores, *([0] if trial.teacher_score is not None else [])]
             for epoch in {*rungs_reached, *([trial.epochs] if trial.state == "completed" else [])}:
                 wanted = None if epoch == trial.epochs else [self._judge(epoch)]
                 found |= {stage.key for stage in self._graph_of(trial, epoch, wanted).stages}
-        return {key for key in found if not self.tracker.knows_stage(key)}
+        return {key for key in found if not self.tracker.has_stage(key)}
 
     def _graph_of(self, trial: Trial, epoch: int | None, evaluations: list[str] | None) -> Graph:
         pair = PairSpec.model_validate(dict(trial.pair))
@@ -219,7 +219,7 @@ class TrialCoordinator:
         marginal = leg.trial.cost.get("marginal_seconds", 0.0) + added
         metrics = pair_metrics.metrics(leg.graph, artifacts)
         self.account.reused(leg.trial, leg.graph.metric_prefixes(), set(computed))
-        self.tracker.curve(leg.trial.number, _student_curve(leg.graph, artifacts))
+        self.tracker.log_curve(leg.trial.number, _student_curve(leg.graph, artifacts))
         if leg.final:
             self._finish(leg, {**metrics, "cost/marginal_seconds": marginal})
         else:
@@ -232,7 +232,7 @@ class TrialCoordinator:
         trial = self.study.report(leg.trial.number, leg.epoch, metrics[name], leg.graph.keys, cost)
         where = f"at epoch {leg.epoch}" if leg.epoch else "of its teacher"
         self._tell_end(trial, f"{name} {metrics[name]:.4f} {where}")
-        self.tracker.metrics(trial.number, {name: metrics[name]}, leg.epoch)
+        self.tracker.log_metrics(trial.number, {name: metrics[name]}, leg.epoch)
         self.account.ended(trial, leg.graph.keys, {})
 
     def _finish(self, leg: TrialSegment, metrics: dict[str, float]) -> None:

@@ -11,7 +11,7 @@ from ktray.fingerprint import flat
 from ktray.pipeline import pair_metrics
 from ktray.pipeline.naming import stage_name
 from ktray.stores import Store
-from ktray.tracking import Tracker
+from ktray.tracking import StageRun, Tracker
 
 
 def track_missed(tracker: Tracker, store: Store, keys: Iterable[str], since: float) -> None:
@@ -22,7 +22,7 @@ def track_missed(tracker: Tracker, store: Store, keys: Iterable[str], since: flo
         since: when the study began, in seconds since 1970; what is older was computed for another one.
     """
     for key in keys:
-        artifact = None if tracker.knows_stage(key) else store.find(key)
+        artifact = None if tracker.has_stage(key) else store.find(key)
         if artifact is not None and _ended(artifact) >= int(since):
             track_stage(tracker, artifact)
 
@@ -37,16 +37,18 @@ def track_stage(tracker: Tracker, artifact: Artifact) -> None:
     tags = {"ktray.stage": stage, "ktray.device": record["device"], "ktray.commit": record["commit"] or "not a checkout"}
     rows = [_prefixed(row, prefix) for row in pair_metrics.curve(artifact)]
     ended = _ended(artifact)
-    tracker.stage(
-        artifact.key,
-        f"{stage_name(stage, spec)} {artifact.key[-12:][:6]}",
-        numbers,
-        tags,
-        rows,
-        sorted(artifact.directory.glob("*.png")),
-        flat(spec),
-        _note(artifact),
-        (ended - record["seconds"], ended),
+    tracker.log_stage(
+        StageRun(
+            key=artifact.key,
+            name=f"{stage_name(stage, spec)} {artifact.key[-12:][:6]}",
+            metrics=numbers,
+            tags=tags,
+            curve=rows,
+            images=sorted(artifact.directory.glob("*.png")),
+            params=flat(spec),
+            note=_note(artifact),
+            span=(ended - record["seconds"], ended),
+        )
     )
 
 

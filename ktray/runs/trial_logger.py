@@ -34,12 +34,12 @@ class TrialLogger:
         space, early = self.space, self.space.early_stop
         wanted = [early.metric] if early and early.metric not in dict(space.objectives) else []
         about = ABOUT.format(goals=" and ".join(metric for metric, _ in space.objectives))
-        self.tracker.describe(list(space.objectives), [*wanted, "cost/seconds"], _params(space)[:COLUMNS], about)
+        self.tracker.describe_study(list(space.objectives), [*wanted, "cost/seconds"], _params(space)[:COLUMNS], about)
 
     def begin(self, trial: Trial, keys: Mapping[str, Any]) -> None:
         """A trial runs, from its beginning or from the rung where it paused, on the stages `keys`."""
         tags = {"ktray.state": "running", **_stage_tags(keys)}
-        self.tracker.trial(trial.number, pair_name(trial.pair), dict(trial.params), tags, _note(trial, "running", keys))
+        self.tracker.begin_trial(trial.number, pair_name(trial.pair), dict(trial.params), tags, _note(trial, "running", keys))
 
     def reused(self, trial: Trial, prefixes: Mapping[str, str], computed: set[str]) -> None:
         """Which of the stages that a trial began with were there before it.
@@ -54,7 +54,7 @@ class TrialLogger:
     def judged(self, trial: Trial, keys: Mapping[str, Any], metrics: Mapping[str, float], epoch: int) -> None:
         """Metrics of a trial at its last epoch: what was judged has that epoch as its step, objectives and stages have none."""
         curves = {name: value for name, value in metrics.items() if name.split("/")[0] in keys.get("evaluation", {})}
-        self.tracker.metrics(trial.number, curves, epoch)
+        self.tracker.log_metrics(trial.number, curves, epoch)
         plain = {name: value for name, value in metrics.items() if name not in curves and not _on_a_curve(name)}
         plain |= {name: round(value, 3) for name, value in plain.items() if name.startswith("cost/")}
         self.ended(trial, keys, {**plain, **{f"objective/{name}": value for name, value in trial.objectives.items()}})
@@ -70,12 +70,12 @@ class TrialLogger:
         tags |= {"ktray.cause": trial.cause or "", "ktray.reused": self._reused.pop(trial.number, "")}
         note = _note(trial, state, keys, tags["ktray.result"])
         tags = {name: text for name, text in tags.items() if text}
-        self.tracker.finish(trial.number, _STATUS.get(trial.state, "FINISHED"), tags, dict(metrics), note)
+        self.tracker.end_trial(trial.number, _STATUS.get(trial.state, "FINISHED"), tags, dict(metrics), note)
 
     def refused(self, trial: Trial) -> None:
         """A draw that was settled before it could run: a duplicate, or no valid pair."""
         name = pair_name(trial.pair) if trial.state == "duplicate" else "no valid pair"
-        self.tracker.trial(trial.number, name, dict(trial.params), {})
+        self.tracker.begin_trial(trial.number, name, dict(trial.params), {})
         self.ended(trial, {}, {})
 
     def summary(self, trials: list[Trial], references: Mapping[str, Mapping[str, Any]]) -> None:
@@ -91,7 +91,7 @@ class TrialLogger:
         if ranked:
             found[f"best/{metric}"] = ranked[0].objectives[metric]
         text = "\n".join(["**Best pairs** ([all trials](view))\n", *best, "", "To compare with\n", *lines])
-        self.tracker.summary(text if ranked else "No trial was completed yet ([all trials](view)).", found)
+        self.tracker.log_summary(text if ranked else "No trial was completed yet ([all trials](view)).", found)
 
 
 def result(trial: Trial, space: Space) -> str:

@@ -1,4 +1,4 @@
-"""Which tracker, and how to reach it: URIs, the once-only creation of the database, the experiment of a study."""
+"""Opening a tracker: its URI, the creation of a sqlite database, the experiment of a study."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from urllib.parse import unquote, urlsplit
 
 from ktray.errors import UserError
 
-# No retries and short waits inside MLflow: our spool retries without holding anyone up, and urllib3 would warn at each of
-# its own. MLflow's telemetry would call out, and its "View run at" lines go to stdout, which is data.
-ENVIRONMENT = {
+# No retries and short timeouts inside MLflow: the spool retries without blocking anyone, and urllib3 warns at each retry of its
+# own. MLflow's telemetry sends data out, and its "View run at" lines go to stdout, which is for results.
+MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -26,7 +26,13 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Connection:
-    """An open tracker: the client, the study's experiment, and whether its artifacts stay on this machine."""
+    """An open tracker.
+
+    Attributes:
+        client: an `MlflowClient`.
+        experiment: id of the study's experiment.
+        local: whether its artifacts stay on this machine.
+    """
 
     client: Any
     experiment: str
@@ -34,21 +40,21 @@ class Connection:
 
 
 def default_uri(home: Path) -> str:
-    """``MLFLOW_TRACKING_URI`` if it is set, else the sqlite database of `home`."""
-    return checked(os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(home.absolute() / "mlflow.db"))
+    """Return ``MLFLOW_TRACKING_URI`` if it is set, else the sqlite database in `home`."""
+    return validated_uri(os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(home.absolute() / "mlflow.db"))
 
 
-def checked(uri: str) -> str:
-    """`uri` with an absolute path if it is a sqlite one: a relative path means another file in another directory.
+def validated_uri(uri: str) -> str:
+    """Return `uri`, with an absolute path if it is a sqlite one: a relative path would depend on the current directory.
 
     Raises:
-        UserError: a file store, which MLflow no longer serves and which could not be written twice without duplicates.
+        UserError: it is a file store, which MLflow no longer supports and where writing twice makes duplicates.
     """
     if path := sqlite_path(uri):
         return _sqlite_uri(path)
     if urlsplit(uri).scheme in ("", "file"):
         raise UserError(
-            f"{uri!r} is an MLflow file store, which cannot be replayed safely and which MLflow itself gave up",
+            f"{uri!r} is an MLflow file store, which MLflow no longer supports and where writing twice makes duplicates",
             "--tracking or MLFLOW_TRACKING_URI",
             "Use sqlite:////absolute/mlflow.db or the URL of a server; `mlflow migrate-filestore` moves old runs.",
         )
@@ -56,14 +62,14 @@ def checked(uri: str) -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The database file of a sqlite URI, None for every other tracker."""
+    """Return the database file of a sqlite URI; None for any other tracker."""
     return Path(unquote(uri.removeprefix("sqlite:///"))).absolute() if uri.startswith("sqlite:///") else None
 
 
 @contextmanager
-def environment() -> Iterator[None]:
-    """MLflow's settings while we write; what the user has set stays."""
-    added = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+def mlflow_environment() -> Iterator[None]:
+    """Apply `MLFLOW_SETTINGS` for a while, except where the user has set something else."""
+    added = {name: value for name, value in MLFLOW_SETTINGS.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
@@ -73,13 +79,16 @@ def environment() -> Iterator[None]:
 
 
 def connect(uri: str, home: Path, study: str, tags: Mapping[str, str]) -> Connection:
-    """Opens the tracker, creating a sqlite database and the experiment `study` if they are missing.
+    """Open the tracker. Create the sqlite database and the experiment `study` if they are missing.
 
-    Slow (importing MLflow takes more than a second, a fresh database several); raises whatever MLflow raises.
+    Slow: importing MLflow takes more than a second, creating a database several. Raises whatever MLflow raises.
+
+    Args:
+        tags: of a new experiment.
     """
     from mlflow.tracking import MlflowClient
 
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback per busy database; we say it once
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs a traceback whenever the database is busy
     path = sqlite_path(uri)
     with _creation_lock(path) if path else nullcontext():
         if path and not path.exists():
@@ -97,17 +106,17 @@ def _experiment(client: Any, study: str, tags: Mapping[str, str], artifacts: str
         try:
             client.create_experiment(study, artifact_location=artifacts, tags=dict(tags))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another search of the same server was a moment earlier
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another search created it a moment ago
                 raise
         experiment = client.get_experiment_by_name(study)
-    if experiment.lifecycle_stage == "deleted":  # a study that is searched again is wanted again
+    if experiment.lifecycle_stage == "deleted":  # searching a study again restores it
         client.restore_experiment(experiment.experiment_id)
     return experiment
 
 
 @contextmanager
 def _creation_lock(database: Path) -> Iterator[None]:
-    """Two processes that create one database at once both fail, so the first creates and the others wait."""
+    """Let one process create the database while others wait: if two do it at once, MLflow fails in both."""
     database.parent.mkdir(parents=True, exist_ok=True)
     with open(database.with_name(f"{database.name}.lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -115,7 +124,7 @@ def _creation_lock(database: Path) -> Iterator[None]:
 
 
 def _create(database: Path) -> None:
-    """Let MLflow make its tables under another name: a full disk or a kill half-way would leave a database that never opens."""
+    """Let MLflow create its tables in a file of another name: a half-created database would never open again."""
     from mlflow.tracking import MlflowClient
 
     partial = database.with_name(f".{database.name}.partial")

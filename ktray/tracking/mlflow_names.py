@@ -1,4 +1,4 @@
-"""What MLflow accepts as a key, a value and a filter, and how ours become that. Pure text, no MLflow."""
+"""Names, values and filters in the form that MLflow accepts. Does not import MLflow."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 from ktray.fingerprint import fingerprint
 
-KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000  # of mlflow.utils.validation; the same since MLflow 2.10
+KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000  # characters, of mlflow.utils.validation; the same since MLflow 2.10
 EXPERIMENT_TAG_LENGTH = 5000
-PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 500  # the limit for metrics is 1000, at 1.6 s on a busy server
+PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 500  # MLflow's limit for metrics is 1000, which takes a busy server 1.6 s
 
 
 def key_of(name: str) -> str:
-    """`name` as a key: letters, digits and ``_ - . : / space``, a clean relative path, at most 250 characters.
+    """Return `name` as a key: letters, digits and ``_ - . : / space``, a normalised relative path, at most 250 characters.
 
-    Dotted spec paths and ``student/loss`` stay as they are.
+    Dotted spec paths and ``student/loss`` are unchanged.
     """
     key = posixpath.normpath(re.sub(r"[^\w.\-:/ ]", "_", name)).lstrip("/")
     key = "_" + key[1:] if key.startswith("..") or key == "." else key
@@ -27,26 +27,28 @@ def key_of(name: str) -> str:
 
 
 def text_of(value: Any) -> str:
-    """`value` as YAML and JSON write it: ``null``, ``true``, ``0.05``, ``[5,13,40]``; a string as it is."""
+    """Return `value` as JSON writes it (``null``, ``true``, ``0.05``, ``[5,13,40]``); a string is returned unquoted."""
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str, ensure_ascii=False)
     return text.encode("utf-8", "replace").decode().replace("\0", "")
 
 
 def params_of(params: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """Params for MLflow, and a tag that names those whose value had to be cut to 6000 characters."""
+    """Return params for MLflow, and a tag that lists those whose value was cut to 6000 characters."""
     texts = {key_of(name): text_of(value) for name, value in params.items()}
-    cut = sorted(key for key, text in texts.items() if len(text) > PARAM_LENGTH)
-    return {key: text[:PARAM_LENGTH] for key, text in texts.items()}, {"ktray.truncated": ", ".join(cut)} if cut else {}
+    truncated = sorted(key for key, text in texts.items() if len(text) > PARAM_LENGTH)
+    return {key: text[:PARAM_LENGTH] for key, text in texts.items()}, {
+        "ktray.truncated": ", ".join(truncated)
+    } if truncated else {}
 
 
 def tags_of(tags: Mapping[str, Any]) -> dict[str, str]:
-    """Tags for MLflow, all of them in our corner: ``ktray.*``."""
-    ours = {name if name.startswith("ktray.") else f"ktray.{name}": value for name, value in tags.items()}
-    return {key_of(name): text_of(value)[:TAG_LENGTH] for name, value in ours.items()}
+    """Return tags for MLflow, all under the prefix ``ktray.``."""
+    prefixed = {name if name.startswith("ktray.") else f"ktray.{name}": value for name, value in tags.items()}
+    return {key_of(name): text_of(value)[:TAG_LENGTH] for name, value in prefixed.items()}
 
 
 def metrics_of(values: Mapping[str, Any], step: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Finite metrics, and one tag per metric that is not: charts and comparisons in MLflow break on NaN."""
+    """Return finite metrics, and a tag for each one that is not finite: MLflow's charts and comparisons break on NaN."""
     metrics: dict[str, float] = {}
     tags: dict[str, str] = {}
     for name, value in values.items():
@@ -62,16 +64,16 @@ def metrics_of(values: Mapping[str, Any], step: int) -> tuple[dict[str, float], 
 
 
 def run_name(number: int, name: str) -> str:
-    """``0042 rotation-resnet18/layer3 k=500 -> alexnet``, whether or not `name` already begins with the number."""
+    """Return ``0042 rotation-resnet18/layer3 k=500 -> alexnet``, whether or not `name` already begins with the number."""
     head = f"{number:04d}"
     return name if name == head or name.startswith(f"{head} ") else f"{head} {name}".rstrip()
 
 
 def quoted(text: str) -> str:
-    """`text` as a string of an MLflow filter.
+    """Return `text` as a string literal of an MLflow filter.
 
     Raises:
-        ValueError: it holds both kinds of quotes; the filter language has no way to escape them.
+        ValueError: it contains both kinds of quotes, or a backslash; the filter language has no escapes.
     """
     mark = next((mark for mark in "'\"" if mark not in text), None)
     if mark is None or "\\" in text:
@@ -80,5 +82,5 @@ def quoted(text: str) -> str:
 
 
 def without_password(text: str) -> str:
-    """`text` with the user part of every URL in it hidden, for logs."""
+    """Return `text` with user and password of every URL hidden, for logs."""
     return re.sub(r"//[^/@\s'\"]+@", "//***@", text)

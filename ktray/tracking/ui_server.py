@@ -1,4 +1,4 @@
-"""MLflow's own pages on the right store: one light server on this machine, gone when its terminal says so."""
+"""`ktray ui`: MLflow's own web pages for a sqlite tracker, served on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,41 +18,47 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ktray.errors import UserError
-from ktray.tracking.connection import checked, sqlite_path
+from ktray.tracking.connection import sqlite_path, validated_uri
 from ktray.tracking.mlflow_names import without_password
-from ktray.tracking.pages import view_page
+from ktray.tracking.pages import view_link
 
-# With job execution on, `mlflow server` is ten processes and 1.7 GB, some of which outlive it.
-ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
-GRACE = 5.0  # seconds between asking the server to end and ending it
+# With job execution, `mlflow server` is ten processes with 1.7 GB, and some outlive it.
+SERVER_SETTINGS = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PYTHONWARNINGS": "ignore",
+}
+STOP_SECONDS = 5.0  # between SIGTERM and SIGKILL
 
 
 def serve(uri: str, port: int) -> int:
-    """Serves the MLflow UI of a sqlite tracker on 127.0.0.1 until Ctrl-C or SIGTERM; names the URL of any other tracker.
+    """Serve the MLflow UI of a sqlite tracker on 127.0.0.1 until Ctrl-C or SIGTERM. Of a server, print the URL.
 
     Args:
-        uri: such as `default_uri` gives.
+        uri: such as `default_uri` returns.
         port: TCP port on the loopback interface.
 
     Returns:
-        Exit code: 0 after Ctrl-C or SIGTERM, else the server's own.
+        Exit code: 0 after Ctrl-C or SIGTERM, otherwise that of the server.
 
     Raises:
-        UserError: there is no such database yet, or the port is taken.
+        UserError: the database does not exist yet, or the port is taken.
     """
-    uri = checked(uri)
+    uri = validated_uri(uri)
     database = sqlite_path(uri)
     if database is None:
         if urlsplit(uri).scheme not in ("http", "https"):
-            raise UserError(f"{without_password(uri)} has no pages of ours", "--tracking", "Use its own server's URL.")
+            raise UserError(
+                f"{without_password(uri)} cannot be served by ktray", "--tracking", "Give the URL of its own server."
+            )
         print(f"this tracker has its own pages: {without_password(uri)}", file=sys.stderr)
         return 0
     if not database.exists():
         raise UserError(f"there are no runs in {database} yet", "ktray ui", "Start a search, or name another --tracking.")
     _check_free(port)
-    with _ends_as_interrupt(), _server(_command(uri, database, port)) as server:
+    with _signals_interrupt(), _server(_command(uri, database, port)) as server:
         try:
-            if _answers(server, port):
+            if _wait_until_listening(server, port):
                 print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr)
                 for study, page in _studies(f"http://127.0.0.1:{port}"):
                     print(f"  {study}: trials, best first, on {page}", file=sys.stderr)
@@ -73,29 +79,29 @@ def _command(uri: str, database: Path, port: int) -> list[str]:
 
 @contextmanager
 def _server(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process group of its own, so that all it started ends with it."""
-    environment = {**os.environ, **ENVIRONMENT}
+    """Run the server in its own process group, so that its children end with it."""
+    environment = {**os.environ, **SERVER_SETTINGS}
     server = subprocess.Popen(
         command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
     )
     try:
         yield server
     finally:
-        _end(server)
+        _stop(server)
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + GRACE
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + STOP_SECONDS
     _signal_group(server, signal.SIGTERM)
     while time.monotonic() < deadline and _signal_group(server, 0):
-        server.poll()  # reaps the leader: a zombie would keep the group alive
+        server.poll()  # reap the leader: as a zombie it would keep the group alive
         time.sleep(0.05)
     _signal_group(server, signal.SIGKILL)
     server.wait()
 
 
 def _signal_group(server: subprocess.Popen[bytes], number: int) -> bool:
-    """Whether any process of the server's group was there to get the signal."""
+    """Send a signal to the server's process group; return whether any process received it."""
     try:
         os.killpg(server.pid, number)
     except ProcessLookupError:
@@ -104,8 +110,8 @@ def _signal_group(server: subprocess.Popen[bytes], number: int) -> bool:
 
 
 @contextmanager
-def _ends_as_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the server as Ctrl-C does, instead of leaving it behind."""
+def _signals_interrupt() -> Iterator[None]:
+    """Make SIGTERM and a closed terminal stop the server as Ctrl-C does, so that it does not outlive this process."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -124,25 +130,25 @@ def _check_free(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise UserError(f"port {port} is taken ({error.strerror})", "ktray ui", "Name another with --port.") from error
+            raise UserError(f"port {port} is taken ({error.strerror})", "ktray ui", "Choose another with --port.") from error
 
 
 def _studies(server: str) -> list[tuple[str, str]]:
-    """Name and page of the latest studies; none if the server has other ideas about being asked."""
-    question = {"filter": "tags.`ktray.study` LIKE '%'", "max_results": 5, "order_by": ["last_update_time DESC"]}
+    """Return name and page of the latest studies; nothing if the server does not answer as expected."""
+    query = {"filter": "tags.`ktray.study` LIKE '%'", "max_results": 5, "order_by": ["last_update_time DESC"]}
     request = urllib.request.Request(
-        f"{server}/api/2.0/mlflow/experiments/search", json.dumps(question).encode(), {"Content-Type": "application/json"}
+        f"{server}/api/2.0/mlflow/experiments/search", json.dumps(query).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=10) as reply:
             found = json.load(reply).get("experiments", [])
-        return [(each["name"], f"{server}/{view_page(each['experiment_id'])}") for each in found]
+        return [(study["name"], f"{server}/{view_link(study['experiment_id'])}") for study in found]
     except (OSError, ValueError, KeyError):
         return []
 
 
-def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
-    """Waits until the server accepts connections; False if it ended first."""
+def _wait_until_listening(server: subprocess.Popen[bytes], port: int) -> bool:
+    """Wait until the server accepts connections. Return False if it ended before that."""
     while server.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -1,4 +1,4 @@
-"""Winners in MLflow's model registry: versions of `ktray-STUDY`, the best student as `champion`, another as `challenger`."""
+"""Students in MLflow's model registry: versions of `ktray-STUDY`; the best has the alias `champion`, others `challenger`."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.errors import UserError
-from ktray.tracking.connection import checked, connect, environment
+from ktray.tracking.connection import connect, mlflow_environment, validated_uri
 from ktray.tracking.mlflow_names import quoted, text_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-FOLDER = "student"
+FOLDER = "student"  # of the run's artifacts
 
 
-def register(
+def register_student(
     uri: str, home: Path, study: str, trial: int, network: nn.Module, size: int, best: bool, tags: Mapping[str, str]
 ) -> tuple[str, int]:
-    """Log a student under its trial's run and register it as a new version of `ktray-STUDY`; (model name, version).
+    """Log a student in its trial's run and register it as a new version of `ktray-STUDY`.
 
-    The model is stored as torch.export's pt2: loading it runs no pickle. Any batch goes.
+    The model is stored in the pt2 format of torch.export, which is loaded without pickle and takes batches of any size.
 
     Args:
         uri: of the tracker.
         network: (B, 3, size, size) float32 -> (B, D) float32; put into eval mode.
-        best: the version gets the alias `champion`, else `challenger`; an alias moves from the version that had it.
+        best: whether the version gets the alias `champion` or `challenger`. The alias moves from the version that had it.
         tags: of the version.
+
+    Returns:
+        Name of the model, number of the version.
 
     Raises:
         UserError: the tracker cannot be reached, or has no run of this trial.
@@ -38,32 +41,32 @@ def register(
     from mlflow.exceptions import MlflowException
 
     name = f"ktray-{study}"
-    with environment():
+    with mlflow_environment():
         try:
-            client = connect(checked(uri), home, study, {}).client
-            run = _run_of(client, study, trial)
+            client = connect(validated_uri(uri), home, study, {}).client
+            run = _run_id(client, study, trial)
             with tempfile.TemporaryDirectory() as folder:
                 _save(network, size, Path(folder) / FOLDER)
                 client.log_artifacts(run, str(Path(folder) / FOLDER), FOLDER)
-            with contextlib.suppress(MlflowException):  # it is there from an earlier version
+            with contextlib.suppress(MlflowException):  # it exists since an earlier version
                 client.create_registered_model(name, description=f"Students of the study {text_of(study)}.")
             version = client.create_model_version(name, f"runs:/{run}/{FOLDER}", run, tags=dict(tags)).version
             client.set_registered_model_alias(name, "champion" if best else "challenger", version)
         except MlflowException as error:
-            problem = f"the tracker does not take the model: {' '.join(str(error).split())[:300]}"
+            problem = f"the tracker refuses the model: {' '.join(str(error).split())[:300]}"
             raise UserError(problem, "--register", "Try again once it answers.") from error
     return name, int(version)
 
 
-def _run_of(client: Any, study: str, trial: int) -> str:
+def _run_id(client: Any, study: str, trial: int) -> str:
     experiment = client.get_experiment_by_name(study)
-    asked = f"tags.`ktray.role` = 'trial' and tags.`ktray.trial` = {quoted(str(trial))}"
-    found = client.search_runs([experiment.experiment_id], asked, order_by=["attribute.start_time DESC"], max_results=1)
+    condition = f"tags.`ktray.role` = 'trial' and tags.`ktray.trial` = {quoted(str(trial))}"
+    found = client.search_runs([experiment.experiment_id], condition, order_by=["attribute.start_time DESC"], max_results=1)
     if not found:
         raise UserError(
             f"the tracker has no run of trial {trial} of {study!r}",
             "--register",
-            "Give the tracker that the search wrote to, with --tracking.",
+            "Name the tracker that the search wrote to with --tracking.",
         )
     return str(found[0].info.run_id)
 
@@ -73,8 +76,8 @@ def _save(network: nn.Module, size: int, folder: Path) -> None:
     from mlflow import pytorch
     from mlflow.models import infer_signature
 
-    example = torch.zeros(2, 3, size, size).numpy()  # two: a batch of one would be exported as a constant
-    with torch.no_grad(), _in_silence():
+    example = torch.zeros(2, 3, size, size).numpy()  # two images: a batch size of one would be exported as a constant
+    with torch.no_grad(), _without_output():
         features = network.eval()(torch.from_numpy(example)).numpy()
         pytorch.save_model(
             network,
@@ -86,8 +89,8 @@ def _save(network: nn.Module, size: int, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """MLflow and torch warn of their own internals while they export."""
+def _without_output() -> Iterator[None]:
+    """Suppress what MLflow and torch print and log about their own internals while they export."""
     import logging
     import warnings
 
