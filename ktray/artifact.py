@@ -8,7 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ktray.fingerprint import fingerprint
+from ktray.fingerprint import canonical, fingerprint
+
+KEY_FORMAT = 2
+"""What a key is made of; raised when that changes for all keys at once. 2: fixed identity names (ktray 0.2.0)."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +20,13 @@ class Stage:
 
     Attributes:
         name: what is done, such as ``features``; `stages.WORK` holds the function of that name.
-        spec: the slice of the pair's spec that determines the result (JSON values).
+        spec: all that determines the result beside the inputs, as JSON values; the function executes this and nothing else.
         revisions: revision numbers of the code that gives the spec its meaning.
         inputs: role -> key of the stages whose artifacts this one reads.
         starts: keys of earlier snapshots of the same training, latest first. Training is bitwise the same wherever it is cut,
             so a run begins at the first of these that it finds; they are no part of the identity.
-        local: where things are (data paths, devices); no part of the identity.
+        local: places alone, which the function needs to find files: data sets, a checkpoint, ready-made features. Not hashed.
+        about: what the record tells people, such as the lineage of a student. Never read by the function, not hashed.
         varies: fields of the spec in which stages of one family differ; one run can make a whole family. Not hashed.
         beside: others of the family that the same run publishes; each keeps its own spec and key. Not hashed.
     """
@@ -33,14 +37,14 @@ class Stage:
     inputs: Mapping[str, str] = field(default_factory=dict)
     starts: tuple[str, ...] = ()
     local: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
     varies: tuple[str, ...] = ()
     beside: tuple[Stage, ...] = ()
 
     @cached_property
     def sha256(self) -> str:
         """64 hex digits of everything that determines the result."""
-        parts = {"stage": self.name, "revisions": self.revisions, "spec": self.spec, "inputs": self.inputs}
-        return fingerprint(parts)
+        return fingerprint(identity_parts(self.name, self.revisions, self.spec, self.inputs))
 
     @cached_property
     def key(self) -> str:
@@ -54,6 +58,20 @@ class Stage:
             return ""
         common = {name: value for name, value in self.spec.items() if name not in self.varies}
         return fingerprint({"stage": self.name, "revisions": self.revisions, "spec": common, "inputs": self.inputs})
+
+
+def identity_parts(
+    stage: str, revisions: Mapping[str, int], spec: Mapping[str, Any], inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the key of a stage is the hash of; see docs/identity.md."""
+    return {"key_format": KEY_FORMAT, "stage": stage, "revisions": revisions, "spec": spec, "inputs": inputs}
+
+
+def identity_text(record: Mapping[str, Any]) -> str | None:
+    """The canonical JSON whose sha256 begins with the key of the artifact of this record; None for a key of an older format."""
+    if record.get("key_format") != KEY_FORMAT:
+        return None
+    return canonical(identity_parts(record["stage"], record["revisions"], record["spec"], record["inputs"]))
 
 
 def numbered(name: str, place: int) -> str:

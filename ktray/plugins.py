@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import pkgutil
+import sys
 import traceback
 from collections.abc import Mapping
 from functools import lru_cache
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 from ktray.errors import UserError
+from ktray.strict import StrictSpec
 
 ROOMS = {
     "dataset": "datasets",
@@ -26,6 +28,7 @@ ROOMS = {
     "transfer": "transfer",
     "evaluation": "evals",
 }
+_ROOM_OF_PACKAGE = {f"ktray.{folder}": room for room, folder in ROOMS.items()}
 _FIELDS = {  # what the house reads of every spec of a room, whatever its kind
     "dataset": ("size", "split", "max_unreadable"),
     "evaluation": ("name", "of", "layer", "pool", "split"),
@@ -135,13 +138,35 @@ def _place(name: str, error: Exception) -> str:
 
 
 def identity_name(module: ModuleType) -> str:
-    """The fixed name by which keys refer to a module with a REVISION, such as ``kmeans`` or ``pretext.rotation``.
+    """The fixed name by which keys refer to a module with a REVISION: no key depends on where a file lies.
 
-    A tool states it as IDENTITY, so that moving its file changes no key. A plugin that ships with ktray is named after its
-    room and kind, one from outside after its dotted kind.
+    A tool and a stage state it as IDENTITY: ``kmeans``, ``stage.clusters``. A plugin that ships with ktray has that of its room
+    and kind, ``pretext.rotation``; one from outside its dotted kind, ``my_lab.colour``.
     """
     stated = getattr(module, "IDENTITY", None)
-    return str(stated) if stated else module.__name__.removeprefix("ktray.")
+    if stated:
+        return str(stated)
+    package, _, kind = module.__name__.rpartition(".")
+    return f"{_ROOM_OF_PACKAGE[package]}.{kind}" if package in _ROOM_OF_PACKAGE else module.__name__
+
+
+def revisions(*sources: StrictSpec | ModuleType) -> dict[str, int]:
+    """Identity name -> REVISION of the code that gives a stage its meaning.
+
+    Args:
+        sources: modules, and specs of plugins, which bring the plugin's module and those of the specs inside them, however
+            deep. Each module brings those that it names in TOOLS.
+    """
+    found: dict[str, int] = {}
+    for source in sources:
+        module = source if isinstance(source, ModuleType) else sys.modules[type(source).__module__]
+        if hasattr(module, "REVISION"):
+            found[identity_name(module)] = module.REVISION
+        found |= revisions(*getattr(module, "TOOLS", ()))
+        if isinstance(source, StrictSpec):
+            fields = (getattr(source, name) for name in type(source).model_fields)
+            found |= revisions(*(value for value in fields if isinstance(value, StrictSpec)))
+    return found
 
 
 def parse(room: str, value: Any) -> Any:

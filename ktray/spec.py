@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BeforeValidator,
@@ -221,7 +221,10 @@ def _teacher(value: Any) -> Any:
     return by_field[present[0]][0].model_validate(dict(value))
 
 
-TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher)]
+if TYPE_CHECKING:
+    TeacherSpec: TypeAlias = "TrainedTeacher | HandcraftedTeacher | LoadedTeacher | PrecomputedTeacher | StudentTeacher"
+else:
+    TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher)]
 
 
 class Augment(StrictSpec):

@@ -46,9 +46,9 @@ def source(tmp_path: Path, weights: Path | None, **changes) -> dict:
     if not directory.exists():
         directory.mkdir()
         images.write(data, directory, LocalPool())
-    teacher = {"checkpoint": "x.safetensors", "backbone": ALEXNET.model_dump(), "layer": "conv3", "pool": {"grid": 2}}
+    view = extraction.network_view(ALEXNET, "conv3", spec.Pooling(grid=2))
     fields = {
-        "teacher": teacher,
+        "view": view,
         "weights": str(weights) if weights else None,
         "state": None,
         "images": str(directory),
@@ -133,10 +133,11 @@ def test_a_teacher_of_any_type_gives_features(weights: Path) -> None:
     trained = {"pretext": {"kind": "rotation"}, "backbone": backbone, "layer": "conv3", "schedule": {"epochs": 1}}
     loaded = {"checkpoint": "x.safetensors", "backbone": backbone, "layer": "conv3"}
     parse = TypeAdapter(spec.TeacherSpec).validate_python
-    rows = [extraction.all_of(extraction.of_teacher(parse(each), weights, None), toys) for each in (trained, loaded)]
+    views = [extraction.view_of(parse(each)) for each in (trained, loaded)]
+    rows = [extraction.all_of(extraction.of_view(view, weights, None), toys) for view in views]
     assert (rows[0] == rows[1]).all()
     handcrafted = parse({"descriptor": {"kind": "hog", "cell": 7}})
-    assert extraction.all_of(extraction.of_teacher(handcrafted, None, None), toys).shape == (6, 3 * 3 * 4 * 9)
+    assert extraction.all_of(extraction.of_view(extraction.view_of(handcrafted), None, None), toys).shape == (6, 3 * 3 * 4 * 9)
 
 
 def test_what_the_network_does_not_have_is_refused(weights: Path) -> None:
@@ -182,10 +183,7 @@ def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tm
     backbone, views = VIEWS[network]
     loop.write_untrained(loop.fresh(backbone, 0), tmp_path / "network")
     base = source(tmp_path, tmp_path / "network", dtype=dtype)
-    sources = [
-        {**base, "teacher": {**base["teacher"], "backbone": backbone.model_dump(), "layer": layer, "pool": {"grid": grid}}}
-        for layer, grid in views
-    ]
+    sources = [{**base, "view": extraction.network_view(backbone, layer, spec.Pooling(grid=grid))} for layer, grid in views]
     outs = [tmp_path / f"together-{number}" for number in range(len(sources))]
     for out in outs:
         out.mkdir()

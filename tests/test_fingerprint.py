@@ -40,8 +40,8 @@ def test_golden_fingerprints_never_change(value, golden):
 
 
 def test_the_golden_key_of_a_stage_never_changes():
-    assert CLUSTERS.sha256 == "37ddffb0fe058acaf5a0aab24806364154a4e68beabdeac6d5c2a86ed859c08b"
-    assert CLUSTERS.key == "clusters-37ddffb0fe05"
+    assert CLUSTERS.sha256 == "2b0cff8e98a117261eaa78d154465977f4c870cf37cc43f177447a9990a09743"
+    assert CLUSTERS.key == "clusters-2b0cff8e98a1"
 
 
 def test_a_golden_seed_never_changes():

@@ -14,7 +14,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.cli.plan import _rehearsed, _stages
 from ktray.cost_model.forecast import Forecast, FullSizeStages, forecast
 from ktray.pipeline import pair_graph
-from ktray.pipeline.small_pair import sample_stages
+from ktray.pipeline.dry_run_pair import dry_run_stages
 from ktray.runs.dry_run import _summed
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, STUDENT, toy_pair
@@ -45,7 +45,7 @@ def publish(store: FileStore, stage: Stage, **record: Any) -> None:
 def rehearsed(folder: Path, expected: dict[str, float]) -> tuple[Forecast, FileStore, Any]:
     """The forecast from a rehearsal in which every stage took a second; the real store; and how to ask again."""
     store, real = FileStore(folder / "small"), FileStore(folder / "real")
-    small, full = sample_stages(PAIR, identity), list(pair_graph.build(PAIR, identity).stages)
+    small, full = dry_run_stages(PAIR, identity), list(pair_graph.build(PAIR, identity).stages)
     for stage in small:
         publish(store, stage)
     wanted = FullSizeStages({"pair": full}, {stage.key: (TRAIN, ALL) for stage in full if stage.name == "images"}, expected)

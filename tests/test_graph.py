@@ -192,5 +192,5 @@ def test_regression_and_similarity_read_features_of_the_transfer_data_and_cluste
         assert names == ["images", "features", "student", "images", "evaluation"]
         features = next(stage for stage in graph.stages if stage.name == "features")
         assert features.inputs["images"] == graph.stages[0].key
-        assert features.local["data"]["seed"] == 2
+        assert graph.stages[0].spec["seed"] == 2
         assert graph.keys["features"] == features.key

@@ -18,8 +18,8 @@ from ktray.cost_model.forecast import FullSizeStages
 from ktray.errors import StageFailed
 from ktray.images import open_split, write, write_sample
 from ktray.pipeline import pair_graph
+from ktray.pipeline.dry_run_pair import dry_run_stages, sample_size
 from ktray.pipeline.execute import execute
-from ktray.pipeline.small_pair import sample_size, sample_stages
 from ktray.pool import LocalPool, StageContext
 from ktray.runs.dry_run import dry_run, dry_run_on, dry_run_store, measured
 from ktray.runs.interruption import Interruption
@@ -85,7 +85,7 @@ def test_every_draw_of_a_space_has_a_small_form_and_none_of_its_keys_is_a_real_o
     for _, params in space.corners():
         pair = space.pair(params)
         real = {stage.key for stage in pair_graph.build(pair, identity).stages}
-        small = sample_stages(pair, identity)
+        small = dry_run_stages(pair, identity)
         assert [stage.name for stage in small] == [stage.name for stage in pair_graph.build(pair, identity).stages]
         assert not real & {stage.key for stage in small}
         made: set[str] = set()
@@ -110,7 +110,7 @@ def test_a_sample_is_a_part_of_what_is_written_whole(tmp_path: Path) -> None:
 
 def test_a_rehearsal_runs_every_stage_of_every_draw_leaves_nothing_and_measures(tmp_path: Path) -> None:
     real = FileStore(tmp_path / "store")
-    draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
+    draws = {name: dry_run_stages(pair, identity) for name, pair in pairs().items()}
     with dry_run_store(real) as store:
         assert dry_run(Here(store), draws, store, real) == []
         found, notes = measured(draws, store, RuntimeSettings(stages={"student": ResourceRequest(memory_bytes=1 << 20)}))
@@ -124,7 +124,7 @@ def test_a_rehearsal_runs_every_stage_of_every_draw_leaves_nothing_and_measures(
 
 def test_what_fails_is_said_once_with_the_draw_that_showed_it(tmp_path: Path) -> None:
     real = FileStore(tmp_path / "store")
-    draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
+    draws = {name: dry_run_stages(pair, identity) for name, pair in pairs().items()}
     with dry_run_store(real) as store:
         said = dry_run(Here(store, broken="clusters"), draws, store, real)
     assert len(said) == 1
@@ -135,7 +135,7 @@ def test_what_fails_is_said_once_with_the_draw_that_showed_it(tmp_path: Path) ->
 def test_a_rehearsal_that_is_interrupted_while_it_waits_ends_at_once_with_every_wait(tmp_path: Path) -> None:
     real, scheduler, stopping = FileStore(tmp_path / "store"), Standing(), Interruption()
     stopping.orderly = True
-    draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
+    draws = {name: dry_run_stages(pair, identity) for name, pair in pairs().items()}
     threading.Timer(0.3, stopping.wish).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), dry_run_store(real) as store:
@@ -165,7 +165,7 @@ def test_the_scheduler_of_an_interrupted_rehearsal_ends_before_its_store_is_remo
     monkeypatch.setattr("ktray.scheduler.client.connect", connect)
     monkeypatch.setattr("ktray.runs.dry_run.preflight", lambda *given: None)
     monkeypatch.setattr("ray.nodes", list)
-    draws = {name: sample_stages(pair, identity) for name, pair in pairs().items()}
+    draws = {name: dry_run_stages(pair, identity) for name, pair in pairs().items()}
     with pytest.raises(KeyboardInterrupt):
         dry_run_on(tmp_path, real, None, RuntimeSettings(), draws, FullSizeStages({}, {}, {}), lambda text: None, stopping)
     assert len(ended) == 1
@@ -187,7 +187,7 @@ def test_a_rehearsal_removes_what_a_dead_one_left_and_nothing_of_one_that_runs(t
 
 def recorded(tmp_path: Path, **record: object) -> tuple[dict[str, list[Stage]], FileStore]:
     """One rehearsed stage with this record."""
-    (stage,) = [each for each in sample_stages(pairs()["rotation"], identity) if each.name == "teacher"]
+    (stage,) = [each for each in dry_run_stages(pairs()["rotation"], identity) if each.name == "teacher"]
     store = FileStore(tmp_path / "store")
     publish(store, stage, **record)
     return {"rotation": [stage]}, store
@@ -229,7 +229,7 @@ def test_host_memory_beyond_what_is_reserved_is_named_of_a_stage_on_a_gpu_too(tm
 )
 def test_a_sample_has_images_for_whatever_a_pair_asks_of_them(tmp_path: Path, changes: dict[str, object]) -> None:
     pair, real = toy_pair(**changes), FileStore(tmp_path / "store")
-    small = sample_stages(pair, identity)
+    small = dry_run_stages(pair, identity)
     assert [stage.name for stage in small] == [stage.name for stage in pair_graph.build(pair, identity).stages]
     assert {stage.spec["epoch"] for stage in small if stage.name == "student"} == {1}
     with dry_run_store(real) as store:

@@ -16,7 +16,7 @@ NEEDED = {
     **{kind: {"path": "/nowhere"} for kind in ("folder", "imagefolder", "parquet")},
 }
 TOOLS = {"ops", "training", "features", "clustering", "images"}
-IN_EVERY_KEY = {"images", "loop"}  # through the artifacts that a tool reads, so no tool needs to name them
+IN_EVERY_KEY = {"image_decoding", "training_loop"}  # through the artifacts that a tool reads, so no tool needs to name them
 
 
 def tools_of(name):
@@ -67,14 +67,14 @@ def test_a_tool_names_the_tools_that_it_is_made_of():
     assert len(names) > 5
     for name in names:
         imported = {tool.IDENTITY for tool in tools_of(name)}
-        assert imported - IN_EVERY_KEY <= pair_graph._revisions_of(import_module(name)).keys(), name
+        assert imported - IN_EVERY_KEY <= plugins.revisions(import_module(name)).keys(), name
 
 
 @pytest.mark.parametrize("of", ["student", "teacher"])
 def test_features_and_what_is_judged_by_them_depend_on_how_pixels_become_numbers(of):
     built = pair_graph.build(toy_pair(evals=[{"kind": "knn", "of": of}]), lambda data: "content")
     revisions = {stage.name: stage.revisions.keys() for stage in built.stages}
-    assert {"extraction", "augmentation"} <= revisions["features"] & revisions["evaluation"]
+    assert {"feature_extraction", "augmentation"} <= revisions["features"] & revisions["evaluation"]
 
 
 @pytest.mark.parametrize("stage", sorted(stages.WORK))
@@ -90,7 +90,7 @@ def test_the_revision_of_a_stage_is_in_its_key_and_not_in_those_of_the_stages_be
 def test_what_teacher_and_student_share_in_training_is_in_the_keys_of_both(monkeypatch):
     monkeypatch.setattr("ktray.stages.training_segment.REVISION", 2)
     built = pair_graph.build(toy_pair(teacher=ROTATION), lambda data: "content")
-    assert {stage.name for stage in built.stages if stage.revisions.get("stages.training_segment") == 2} == {
+    assert {stage.name for stage in built.stages if stage.revisions.get("stage.training_segment") == 2} == {
         "teacher",
         "student",
     }

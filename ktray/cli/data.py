@@ -59,13 +59,13 @@ def _labels(part: dict[str, Any]) -> str:
 
 
 def _import(spec: Any, options: Any) -> dict[str, float]:
-    from ktray.pipeline import pair_graph
     from ktray.pipeline.execute import execute
     from ktray.pipeline.identity import data_identity
     from ktray.pool import StageContext
     from ktray.scheduler.local_scheduler import LocalScheduler
+    from ktray.stages.images_stage import stage_of
 
-    stage = pair_graph.images_stage(spec, data_identity(options.cache))
+    stage = stage_of(spec, data_identity(options.cache)(spec))
     scheduler = LocalScheduler(options.open_store(), execute, StageContext(), lambda event: None)
     metrics: dict[str, float] = scheduler.obtain([stage], "data import")[0]["metrics"]
     return metrics

@@ -109,14 +109,14 @@ def _preflight(
     from dataclasses import asdict
 
     from ktray.cli.search import stop_on_signals
+    from ktray.pipeline.dry_run_pair import dry_run_stages
     from ktray.pipeline.identity import data_identity
-    from ktray.pipeline.small_pair import sample_stages
     from ktray.runs.dry_run import dry_run_on
     from ktray.runs.interruption import Interruption
     from ktray.scheduler.resources import load_runtime
 
     identity, runtime, stopping = data_identity(options.cache), load_runtime(options.runtime), Interruption()
-    draws = {name: sample_stages(pair, identity) for name, pair in pairs.items()}
+    draws = {name: dry_run_stages(pair, identity) for name, pair in pairs.items()}
     wanted = _wanted(pairs, load, identity, expected)
     options.tell(f"ktray: rehearsing {len(draws)} draws, {len({s.key for stages in draws.values() for s in stages})} stages")
     say = lambda text: options.tell(f"ktray: {text}")  # noqa: E731
@@ -130,12 +130,13 @@ def _wanted(pairs: Mapping[str, PairSpec], load: Any, identity: Any, expected: M
     from ktray.cost_model.forecast import FullSizeStages
     from ktray.images import parts
     from ktray.pipeline import pair_graph
+    from ktray.stages.images_stage import stage_of
 
     images = {}
     for each in (each for pair in pairs.values() for each in pair_graph.generations(pair)):
         for spec in (getattr(each.data, role) for role in type(each.data).model_fields):
             found = {split: len(rows) for split, (_, rows) in parts(load(spec), spec.split).items()}
-            images[pair_graph.images_stage(spec, identity).key] = (found["train"], sum(found.values()))
+            images[stage_of(spec, identity(spec)).key] = (found["train"], sum(found.values()))
     return FullSizeStages({name: pair_graph.build(pair, identity).stages for name, pair in pairs.items()}, images, expected)
 
 

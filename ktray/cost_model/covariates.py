@@ -52,7 +52,8 @@ def covariates(facts: StageFacts, look: Look, dims: Mapping[str, float], device:
     numbers: dict[str, float | None] = {"epochs": spec.get("epoch")}
     kinds: dict[str, str | None] = {"device": device, "of": spec.get("of")}
     kinds["what"] = next((name for name in map(_kind, (spec.get("pretext"), spec.get("descriptor"), spec)) if name), None)
-    backbone = spec.get("backbone") or (spec.get("descriptor") or {}).get("backbone") or {}
+    judged = (spec.get("judged") or {}) if spec.get("of") == "student" else {}
+    backbone = spec.get("backbone") or (spec.get("descriptor") or judged).get("backbone") or {}
     kinds["backbone"] = _kind(backbone)
     numbers |= {name: backbone.get(name) for name in ("width", "depth")}
     if facts.stage == "clusters":

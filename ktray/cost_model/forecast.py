@@ -12,7 +12,7 @@ from typing import Any
 
 from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import learned
-from ktray.pipeline.small_pair import MARK
+from ktray.stages.images_stage import DRY_RUN
 from ktray.stores import Store
 
 PER_IMAGE = ("images", "features", "pseudo_labels")  # stages whose files grow with the number of images
@@ -115,7 +115,7 @@ def _more_images(
         return max(1.0, counts[full.key][1] / max(1.0, artifact.metrics["count"]))
     read = [known[key] for key in full.inputs.values() if key in known]
     read += [known[key] for each in read if each.name == "features" for key in each.inputs.values() if key in known]
-    times = [counts[each.key][0] / few.spec[MARK] for each in read if each.name == "images"]
+    times = [counts[each.key][0] / few.spec[DRY_RUN] for each in read if each.name == "images"]
     return max([1.0, *times])
 
 

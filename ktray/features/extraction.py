@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from ktray.spec import (
 )
 from ktray.training import loop
 
-IDENTITY, REVISION = "extraction", 1
+IDENTITY, REVISION = "feature_extraction", 1
 TOOLS = (augmentation,)
 
 BATCH = 256
@@ -82,32 +82,53 @@ def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
     return network
 
 
-def of_teacher(teacher: TeacherSpec, weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
-    """Features of any teacher: (B, H, W, 3) uint8 -> (B, D) float32.
+def network_view(
+    backbone: BackboneSpec, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
+) -> dict[str, Any]:
+    """What features of a network depend on beside its weights, as plain data."""
+    return {"backbone": backbone.model_dump(), "layer": layer, "pool": pool.model_dump(), "normalize": normalize}
+
+
+def view_of(teacher: TeacherSpec) -> dict[str, Any]:
+    """What features of a teacher depend on beside its weights or state, as plain data: a `network_view` or a descriptor.
+
+    Raises:
+        TypeError: its features are not extracted but ready-made.
+    """
+    if isinstance(teacher, HandcraftedTeacher):
+        return {"descriptor": teacher.descriptor.model_dump()}
+    if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
+        normalize = teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
+        return network_view(teacher.backbone, teacher.layer, teacher.pool, normalize)
+    raise TypeError(f"a {type(teacher).__name__} has no features to extract")
+
+
+def of_view(view: Mapping[str, Any], weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
+    """Features as `view_of` describes them: (B, H, W, 3) uint8 -> (B, D) float32.
 
     Args:
-        weights: directory of a snapshot, for teachers with a backbone.
+        weights: directory of a snapshot, for a view of a network.
         state: directory of `state.npz`, for descriptors that are fitted.
 
     Raises:
         UserError, ValueError: as `of_network`; a fitted descriptor without `state`.
     """
-    if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
-        return of_network(teacher.backbone, teacher.layer, teacher.pool, weights, device, _normalization(teacher))
-    if not isinstance(teacher, HandcraftedTeacher):
-        raise TypeError(f"a {type(teacher).__name__} is no teacher")
-    descriptor = plugins.module_of("descriptor", teacher.descriptor)
+    if "backbone" in view:
+        backbone = plugins.parse("backbone", view["backbone"])
+        return of_network(backbone, *_layer_of(view), weights, device, view["normalize"])
+    spec = plugins.parse("descriptor", view["descriptor"])
+    descriptor = plugins.module_of("descriptor", spec)
     fitted: dict[str, NDArray[Any]] | None = None
     if state is not None:
         with np.load(state / "state.npz", allow_pickle=False) as file:
             fitted = dict(file)
     elif hasattr(descriptor, "fit"):
-        raise ValueError(f"the descriptor {teacher.descriptor.kind} is fitted to images first; give the directory of its state")
-    return _on_arrays(lambda images: descriptor.describe(teacher.descriptor, fitted, images), device)
+        raise ValueError(f"the descriptor {spec.kind} is fitted to images first; give the directory of its state")
+    return _on_arrays(lambda images: descriptor.describe(spec, fitted, images), device)
 
 
-def _normalization(teacher: TeacherSpec) -> Normalization:
-    return teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
+def _layer_of(view: Mapping[str, Any]) -> tuple[str | None, Pooling]:
+    return view["layer"], Pooling.model_validate(view["pool"])
 
 
 def _on_arrays(describe: Callable[[Tensor], Tensor], device: str, network: nn.Module | None = None) -> Extractor:
@@ -159,7 +180,7 @@ def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
     """Write the features of one split as `features-00000.npy` and so on, of 4096 rows each (the last of what is left).
 
     Args:
-        source: plain data: "teacher" (dump of a TeacherSpec), "weights" and "state" (directories or None), "images"
+        source: plain data: "view" (see `view_of`), "weights" and "state" (directories or None), "images"
             (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "most_images", if
             it is there, is how many images the device holds at once.
         out: an existing directory that every worker sees.
@@ -174,7 +195,7 @@ def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
 
 
 def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: Pool) -> list[tuple[dict[str, float], float]]:
-    """As `write`, for several sources that differ only in their teacher's layer and pooling, by one forward pass.
+    """As `write`, for several sources that differ only in the layer and the pooling of their view, by one forward pass.
 
     Returns:
         For each source the metrics of `write`, and the seconds of work, of all workers together, that it alone would have cost.
@@ -231,17 +252,16 @@ def _source(canonical: str) -> tuple[Views, Images, list[str]]:
     """What a worker needs to write shards, from the canonical JSON of `write_views`' sources."""
     sources = json.loads(canonical)
     first = sources[0]
-    teachers = [TypeAdapter(TeacherSpec).validate_python(source["teacher"]) for source in sources]
     weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
-    extract = _views_of_teachers(teachers, weights, state, first["device"], first.get("most_images"))
+    extract = _all_views([source["view"] for source in sources], weights, state, first["device"], first.get("most_images"))
     return extract, _opened(first), [source["dtype"] for source in sources]
 
 
-def _views_of_teachers(
-    teachers: list[TeacherSpec], weights: Path | None, state: Path | None, device: str, most_images: int | None
+def _all_views(
+    views: list[dict[str, Any]], weights: Path | None, state: Path | None, device: str, most_images: int | None
 ) -> Views:
-    if len(teachers) == 1:
-        extractor = in_pieces(of_teacher(teachers[0], weights, state, device), most_images)
+    if len(views) == 1:
+        extractor = in_pieces(of_view(views[0], weights, state, device), most_images)
 
         def alone(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
             began = time.perf_counter()
@@ -249,9 +269,8 @@ def _views_of_teachers(
             return [(rows, time.perf_counter() - began)]
 
         return alone
-    networks = [teacher for teacher in teachers if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher)]
-    network = _trained(networks[0].backbone, weights).to(device)
-    extract = of_views(network, [(teacher.layer, teacher.pool) for teacher in networks], _normalization(networks[0]))
+    network = _trained(plugins.parse("backbone", views[0]["backbone"]), weights).to(device)
+    extract = of_views(network, [_layer_of(view) for view in views], views[0]["normalize"])
 
     def together(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
         pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, most_images)]

@@ -18,7 +18,7 @@ from ktray.features import extraction
 from ktray.images import Images
 from ktray.spec import Columns, PrecomputedTeacher
 
-IDENTITY, REVISION = "precomputed", 1
+IDENTITY, REVISION = "precomputed_features", 1
 TOOLS = (extraction,)
 
 WHERE = "teacher.features"

@@ -14,6 +14,7 @@ from ktray.images.downloading import downloaded as downloaded
 from ktray.images.listing import listed as listed
 from ktray.images.listing import located as located
 from ktray.images.listing import location as location
+from ktray.images.listing import places as places
 from ktray.images.reading import open_split as open_split
 from ktray.images.source import Images as Images
 from ktray.images.source import Source as Source

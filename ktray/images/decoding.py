@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ktray.images.source import Unreadable
 
-IDENTITY, REVISION = "images", 1
+IDENTITY, REVISION = "image_decoding", 1
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs a program, as EPS does
 # What Pillow's parsers raise on files that are cut off or scribbled over; a MemoryError is not among them on purpose.

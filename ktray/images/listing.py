@@ -24,6 +24,12 @@ def located(spec: Any) -> Any:
     return spec.model_copy(update={"path": str(location(spec.path))})
 
 
+def places(spec: Any) -> dict[str, Any]:
+    """The fields of a data spec that say where it lies and nothing of what it is, its path made absolute."""
+    found = located(spec)
+    return {field: getattr(found, field) for field in plugins.module_of("dataset", spec).LOCATION}
+
+
 def _scanned(folder: str) -> Any:
     try:
         return os.scandir(folder)

@@ -64,8 +64,7 @@ def _compute(
     seconds = time.perf_counter() - began
     record = record_of(stage, metrics, seconds, inputs, context)
     record |= {"attempt": attempt, "started_from": start.name if start else None}
-    if "lineage" in stage.local:
-        record["lineage"] = stage.local["lineage"]
+    record |= stage.about
     record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start), 3)
     return store.publish(scratch, stage.key, record)
 

@@ -1,42 +1,45 @@
-"""The stages of a pair, in dependency order, each with the slice of the spec that determines it."""
+"""The stages of a pair, in dependency order: who reads what. What each stage is, its own file in `stages/` says."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ktray import images, plugins
 from ktray.artifact import Stage, numbered
-from ktray.clustering import kmeans, projection, pseudo_labelling
-from ktray.features import extraction, precomputed
 from ktray.fingerprint import canonical
-from ktray.ops import augmentation
 from ktray.pipeline.identity import checkpoint_sha256, features_identity
 from ktray.pipeline.naming import lineage
 from ktray.spec import (
+    EvaluationSpec,
     HandcraftedTeacher,
     LoadedTeacher,
     PairSpec,
     PrecomputedTeacher,
     Schedule,
     StudentTeacher,
+    TeacherSpec,
     TrainedTeacher,
 )
-from ktray.stages import MODULES
+from ktray.stages import (
+    clusters_stage,
+    evaluation_stage,
+    features_stage,
+    images_stage,
+    pseudo_labels_stage,
+    student_stage,
+    teacher_stage,
+)
 from ktray.strict import StrictSpec
-from ktray.training import loop, pretrained
+from ktray.training import pretrained
 
 Identity = Callable[[StrictSpec], str]
 """Data spec -> sha256 of the data's content."""
 MOST_STARTS = 400
 MOST_CHAINS = 300
 _chains: dict[tuple[str, str], list[Stage]] = {}
-_PLAIN_LABELS = {"min_size": 1, "small": "drop", "neighbours": 0}  # of a transfer that has no such field
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,15 @@ class _Builder:
         self.stages.setdefault(stage.key, stage)
         return stage.key
 
-    def data(self, *roles: str) -> dict[str, Any]:
-        return {role: images.located(getattr(self.pair.data, role)).model_dump() for role in roles}
-
     def images(self, role: str) -> str:
-        return self.add(images_stage(getattr(self.pair.data, role), self.identity))
+        data = getattr(self.pair.data, role)
+        return self.add(images_stage.stage_of(data, self.identity(data)))
+
+    def places(self, role: str) -> dict[str, Any]:
+        return images.places(getattr(self.pair.data, role))
+
+    def taught_by(self) -> dict[str, str]:
+        return {"teacher": self.keys["teacher"]} if "teacher" in self.keys else {}
 
 
 def build(
@@ -107,7 +114,7 @@ def build(
             those of the pair whose student teaches, ``pair.pair.student`` is one generation further back.
     """
     builder = _Builder(pair, identity, milestones or {})
-    _taught(builder, epoch)
+    _up_to_student(builder, epoch)
     for spec in pair.evals:
         name = evaluation_name(spec)
         if evaluations is None or name in evaluations:
@@ -115,24 +122,17 @@ def build(
     return Graph(tuple(builder.stages.values()), builder.keys)
 
 
-def _taught(builder: _Builder, epoch: int | None) -> None:
+def _up_to_student(builder: _Builder, epoch: int | None) -> None:
     """All stages up to the student."""
     pair = builder.pair
     transfer = plugins.module_of("transfer", pair.transfer)
     if pair.teacher is not None:
         _teacher(builder, pair.teacher)
     if "clusters" in transfer.NEEDS:
-        _pseudo_labels(builder, transfer.NEEDS)
+        _pseudo_labels(builder)
     elif "features" in transfer.NEEDS:
         builder.keys["features"] = _features(builder, "transfer")
-    _student(builder, transfer, epoch)
-
-
-def images_stage(spec: StrictSpec, identity: Identity) -> Stage:
-    """The stage that decodes a data set; where the data lies is no part of its identity, its content is."""
-    module = plugins.module_of("dataset", spec)
-    what = spec.model_dump(exclude=set(module.LOCATION)) | {"content": identity(spec)}
-    return Stage("images", what, _revisions("images", spec, images), local={"data": images.located(spec).model_dump()})
+    _student(builder, transfer.NEEDS, epoch)
 
 
 def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
@@ -141,7 +141,7 @@ def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
     return (pair, *generations(teacher.pair)) if isinstance(teacher, StudentTeacher) else (pair,)
 
 
-def evaluation_name(spec: Any) -> str:
+def evaluation_name(spec: EvaluationSpec) -> str:
     """The prefix of an evaluation's metrics: its `name`, or its kind."""
     return str(spec.name or spec.kind)
 
@@ -152,31 +152,14 @@ def final_epoch(pair: PairSpec) -> int:
     return pair.student.schedule.epochs if trains else 0
 
 
-def _revisions(stage: str, *methods: StrictSpec | ModuleType) -> dict[str, int]:
-    """Revisions of the module that does the stage of this name, and of the methods that it is given."""
-    return _revisions_of(MODULES[stage], *methods)
-
-
-def _revisions_of(*sources: StrictSpec | ModuleType) -> dict[str, int]:
-    """Revisions of the given tools, of every plugin in the specs, however deep, and of the `TOOLS` that any of them names."""
-    found: dict[str, int] = {}
-    for source in sources:
-        module = source if isinstance(source, ModuleType) else sys.modules[type(source).__module__]
-        if hasattr(module, "REVISION"):
-            found[plugins.identity_name(module)] = module.REVISION
-        found |= _revisions_of(*getattr(module, "TOOLS", ()))
-        if isinstance(source, StrictSpec):
-            fields = (getattr(source, name) for name in type(source).model_fields)
-            found |= _revisions_of(*(value for value in fields if isinstance(value, StrictSpec)))
-    return found
-
-
 def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], schedule: Schedule, last: int) -> str:
     """The chain of segments up to epoch `last`; only milestones before it become stages of their own."""
     milestones = builder.milestones.get(f"{builder.generation}{name}", ())
     cuts = sorted({epoch for epoch in milestones if 0 < epoch < last} | {last})
-    # Trials share teachers, and the keys of all epochs of one are most of the work of building a graph.
-    known = (stage(last).sha256, canonical([stage(last).local, schedule.model_dump(mode="json"), cuts]))
+    # Trials share teachers, and the keys of all epochs of one are most of the work of building a graph. The last stage and the
+    # schedule determine all earlier ones.
+    end = stage(last)
+    known = (end.sha256, canonical([end.local, end.about, schedule.model_dump(mode="json"), cuts]))
     if known not in _chains:
         while len(_chains) >= MOST_CHAINS:
             del _chains[next(iter(_chains))]
@@ -190,174 +173,88 @@ def _chain(stage: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
     for cut in cuts:
         stride = max(1, -(-cut // MOST_STARTS))
         earlier = sorted({*range(stride, cut, stride), *(c for c in cuts if c < cut)}, reverse=True)
-        chain.append(_with_starts(at(cut), tuple(at(epoch).key for epoch in earlier)))
+        chain.append(replace(at(cut), starts=tuple(at(epoch).key for epoch in earlier)))
     return chain
 
 
-def _with_starts(stage: Stage, starts: tuple[str, ...]) -> Stage:
-    return Stage(stage.name, stage.spec, stage.revisions, stage.inputs, starts, stage.local)
-
-
-def _teacher(builder: _Builder, teacher: StrictSpec) -> None:
+def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
     if isinstance(teacher, TrainedTeacher):
-        inputs = {"images.pretext": builder.images("pretext")}
-        what = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
-        revisions = _revisions("teacher", teacher.pretext, teacher.backbone, loop, augmentation)
-        local = {"data": builder.data("pretext"), "schedule": teacher.schedule.model_dump()}
-
-        def at(epoch: int) -> Stage:
-            sliced = {**what, "epoch": epoch, "schedule": loop.snapshot_slice(teacher.schedule, epoch)}
-            return Stage("teacher", sliced, revisions, inputs, local=local)
-
+        at = teacher_stage.trained(teacher, builder.images("pretext"), builder.places("pretext"))
         builder.keys["teacher"] = _training(builder, "teacher", at, teacher.schedule, teacher.schedule.epochs)
     elif isinstance(teacher, LoadedTeacher):
-        builder.keys["teacher"] = builder.add(_loaded(teacher))
+        in_store = pretrained.ARTIFACT.fullmatch(teacher.checkpoint)
+        sha256 = None if in_store else checkpoint_sha256(teacher.checkpoint)
+        builder.keys["teacher"] = builder.add(teacher_stage.loaded(teacher, sha256))
     elif isinstance(teacher, StudentTeacher):
         before = f"{builder.generation}pair."
         inner = _Builder(teacher.pair, builder.identity, builder.milestones, before, builder.stages)
-        _taught(inner, None)
+        _up_to_student(inner, None)
         builder.keys["teacher"] = inner.keys["student"]
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
-        inputs = {"images.cluster": builder.images("cluster")}
-        what = {"descriptor": teacher.descriptor.model_dump()}
-        revisions = _revisions("teacher", teacher.descriptor)
-        builder.keys["teacher"] = builder.add(
-            Stage("teacher", what, revisions, inputs, local={"data": builder.data("cluster")})
-        )
-
-
-def _loaded(teacher: LoadedTeacher) -> Stage:
-    """Weights from a file or folder, identified by their content, or from an artifact, which this graph does not make."""
-    backbone, revisions = teacher.backbone.model_dump(), _revisions("teacher", teacher.backbone, loop)
-    if pretrained.ARTIFACT.fullmatch(teacher.checkpoint):
-        inputs = {"snapshot": teacher.checkpoint}
-        return Stage("teacher", {"checkpoint": teacher.checkpoint, "backbone": backbone}, revisions, inputs)
-    what = {"checkpoint": checkpoint_sha256(teacher.checkpoint), "backbone": backbone}
-    return Stage("teacher", what, revisions, local={"checkpoint": str(Path(teacher.checkpoint).absolute())})
-
-
-def _teacher_view(teacher: StrictSpec) -> dict[str, Any]:
-    """The fields of a teacher that its features depend on beyond its weights."""
-    if isinstance(teacher, HandcraftedTeacher):
-        return {"descriptor": teacher.descriptor.model_dump()}
-    if isinstance(teacher, PrecomputedTeacher):
-        return {"features": features_identity(teacher)}
-    network: Any = teacher
-    normalize = {"normalize": teacher.normalize} if isinstance(teacher, LoadedTeacher) else {}
-    return {"backbone": network.backbone.model_dump(), "layer": network.layer, "pool": network.pool.model_dump(), **normalize}
+        stage = teacher_stage.fitted(teacher, builder.images("cluster"), builder.places("cluster"))
+        builder.keys["teacher"] = builder.add(stage)
 
 
 def _features(builder: _Builder, role: str) -> str:
-    teacher: Any = builder.pair.teacher
-    inputs = {"images": builder.images(role)}
-    if "teacher" in builder.keys:
-        inputs["teacher"] = builder.keys["teacher"]
-    what = {**_teacher_view(teacher), "dtype": teacher.dtype}
-    local = {"teacher": _located(teacher), "data": builder.data(role)[role]}
-    varies = ("layer", "pool") if "layer" in what else ()  # a forward pass brings every layer
-    revisions = _revisions("features", _method(teacher), extraction, augmentation)
-    return builder.add(Stage("features", what, revisions, inputs, local=local, varies=varies))
+    inputs = {"images": builder.images(role), **builder.taught_by()}
+    teacher = _teacher_of(builder.pair)
+    return builder.add(features_stage.stage_of(teacher, inputs, builder.places(role), _ready_made(teacher)))
 
 
-def _method(teacher: Any) -> StrictSpec | ModuleType:
-    """What gives the features of a teacher their meaning."""
-    if isinstance(teacher, PrecomputedTeacher):
-        return precomputed
-    method: StrictSpec = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
-    return method
+def _teacher_of(pair: PairSpec) -> TeacherSpec:
+    if pair.teacher is None:
+        raise ValueError("the pair has no teacher, and one of its stages reads a teacher's features")
+    return pair.teacher
 
 
-def _located(teacher: StrictSpec) -> dict[str, Any]:
-    """The teacher as plain data, with the files of ready-made features where any worker finds them."""
-    files = precomputed.files(teacher) if isinstance(teacher, PrecomputedTeacher) else {}
-    return teacher.model_dump() | {field: str(path) for field, path in files.items()}
+def _ready_made(teacher: TeacherSpec) -> dict[str, Any] | None:
+    return features_identity(teacher) if isinstance(teacher, PrecomputedTeacher) else None
 
 
-def _pseudo_labels(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:
+def _pseudo_labels(builder: _Builder) -> None:
     """Clusters and pseudo-labels of each k: stages of their own, which another transfer with that k shares."""
-    transfer, keys = builder.pair.transfer.model_dump(), builder.keys
+    transfer, keys = builder.pair.transfer, builder.keys
     keys["features"] = _features(builder, "cluster")
-    k = transfer["k"]
-    for place, clusters in enumerate(k if isinstance(k, list | tuple) else (k,)):
-        what = {name: transfer[name] for name in needs["clusters"]} | {"k": clusters}
-        revisions = _revisions("clusters", kmeans, projection)
-        made = builder.add(Stage("clusters", what, revisions, {"features": keys["features"]}))
+    for place, k in enumerate(transfer.k if isinstance(transfer.k, tuple) else (transfer.k,)):
+        clusters = builder.add(clusters_stage.stage_of(transfer, k, keys["features"]))
         inputs = {
             "features": _features(builder, "transfer"),
-            "clusters": made,
+            "clusters": clusters,
             "images.transfer": builder.images("transfer"),
         }
-        what = _PLAIN_LABELS | {name: transfer[name] for name in needs["pseudo_labels"]}
-        revisions = _revisions("pseudo_labels", kmeans, projection, pseudo_labelling)
-        stage = Stage("pseudo_labels", what, revisions, inputs, local={"data": builder.data("transfer")})
-        keys[numbered("clusters", place)] = made
+        keys[numbered("clusters", place)] = clusters
+        stage = pseudo_labels_stage.stage_of(transfer, inputs, builder.places("transfer"))
         keys[numbered("pseudo_labels", place)] = builder.add(stage)
 
 
-def _student(builder: _Builder, transfer: Any, epoch: int | None) -> None:
+def _student(builder: _Builder, needs: Mapping[str, tuple[str, ...]], epoch: int | None) -> None:
     pair, student = builder.pair, builder.pair.student
-    inputs = {"images.transfer": builder.images("transfer")}
-    inputs |= {name: key for name, key in builder.keys.items() if name.startswith(("clusters", "pseudo_labels"))}
-    if "features" in transfer.NEEDS:
-        inputs["features"] = _features(builder, "transfer")
-    elsewhere = {name for fields in transfer.NEEDS.values() for name in fields}
-    what = {
-        "backbone": student.backbone.model_dump(),
-        "augment": student.augment.model_dump(),
-        "seed": student.seed,
-        "transfer": pair.transfer.model_dump(exclude=elsewhere),
-    }
-    revisions = _revisions("student", pair.transfer, student.backbone, loop, augmentation)
-    schedule = student.schedule
-    local = {
-        "data": builder.data("transfer"),
-        "schedule": schedule.model_dump(),
-        "transfer": pair.transfer.model_dump(),
-    }
-
-    taught = {**local, "lineage": lineage(pair.model_dump())}
-
-    def at(epoch: int) -> Stage:
-        sliced = {**what, "epoch": epoch, "schedule": loop.snapshot_slice(schedule, epoch)}
-        return Stage("student", sliced, revisions, inputs, local=taught)
-
     last = final_epoch(pair) if epoch is None else min(epoch, final_epoch(pair))
     if last == 0:
-        # A student as drawn is the same whatever the schedule and the augmentation would have been.
-        drawn = {"backbone": what["backbone"], "seed": student.seed, "epoch": 0}
-        stage = Stage("student", drawn, _revisions("student", student.backbone, loop), local=local)
-        builder.keys["student"] = builder.add(stage)
-    else:
-        builder.keys["student"] = _training(builder, "student", at, schedule, last)
+        builder.keys["student"] = builder.add(student_stage.as_drawn(student))
+        return
+    inputs = {"images.transfer": builder.images("transfer")}
+    inputs |= {name: key for name, key in builder.keys.items() if name.startswith(("clusters", "pseudo_labels"))}
+    if "features" in needs:
+        inputs["features"] = _features(builder, "transfer")
+    at = student_stage.taught(student, pair.transfer, inputs, builder.places("transfer"), lineage(pair.model_dump()))
+    builder.keys["student"] = _training(builder, "student", at, student.schedule, last)
 
 
-def _evaluation(builder: _Builder, spec: Any) -> str:
+def _evaluation(builder: _Builder, spec: EvaluationSpec) -> str:
     pair, keys = builder.pair, builder.keys
-    module = plugins.module_of("evaluation", spec)
-    what = spec.model_dump(exclude={"name"})
-    local: dict[str, Any] = {"evaluation": spec.model_dump(), "judges": spec.of}
     inputs = {"images.target": builder.images("target")}
-    methods: list[StrictSpec | ModuleType] = [spec]
-    roles = ["target"]
-    if getattr(module, "READS_PSEUDO_LABELS", False):
+    places = {"images.target": builder.places("target")}
+    if evaluation_stage.reads_pseudo_labels(spec):
         if "pseudo_labels" in keys:
             inputs |= {"pseudo_labels": keys["pseudo_labels"], "images.transfer": builder.images("transfer")}
-            roles.append("transfer")
+            places["images.transfer"] = builder.places("transfer")
         else:
             inputs["student"] = keys["student"]
-    elif spec.of == "teacher":
-        teacher: Any = pair.teacher
-        if "teacher" in keys:
-            inputs["teacher"] = keys["teacher"]
-        seen = _located(teacher) | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
-        local["teacher"] = seen
-        view = _teacher_view(teacher)
-        what["teacher"] = view | ({"layer": spec.layer, "pool": spec.pool.model_dump()} if spec.layer else {})
-        methods.append(_method(teacher))
-    else:
-        inputs["student"] = keys["student"]
-        what["backbone"] = pair.student.backbone.model_dump()
-        methods.append(pair.student.backbone)
-    local["data"] = builder.data(*roles)
-    revisions = _revisions("evaluation", *methods, extraction, augmentation)
-    return builder.add(Stage("evaluation", what, revisions, inputs, local=local))
+        return builder.add(evaluation_stage.stage_of(spec, None, inputs, places, None))
+    if spec.of == "teacher":
+        inputs |= builder.taught_by()
+        teacher = _teacher_of(pair)
+        return builder.add(evaluation_stage.stage_of(spec, teacher, inputs, places, _ready_made(teacher)))
+    inputs["student"] = keys["student"]
+    return builder.add(evaluation_stage.stage_of(spec, pair.student, inputs, places, None))

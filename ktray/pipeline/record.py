@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ktray.artifact import Artifact, Stage
+from ktray.artifact import KEY_FORMAT, Artifact, Stage
 from ktray.pipeline import peak_memory
 from ktray.pool import StageContext
 
@@ -31,6 +31,7 @@ def record_of(
     """
     return {
         "key": stage.key,
+        "key_format": KEY_FORMAT,
         "sha256": stage.sha256,
         "stage": stage.name,
         "spec": dict(stage.spec),

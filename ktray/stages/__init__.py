@@ -1,11 +1,14 @@
-"""What each stage does: one file per stage, one function `run` each, found by the stage's name in `WORK`."""
+"""What each stage is and does, one file per stage.
+
+A function such as `stage_of` projects a pair to a `Stage`, whose spec is hashed; `run` executes that spec, the input artifacts
+and the places in `Stage.local`, and reads nothing else. Stages import tools and methods; `pipeline` wires them. Start with
+`clusters_stage`, then `features_stage`.
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from ktray.artifact import Artifact, Stage
 from ktray.pool import StageContext
@@ -20,7 +23,7 @@ from ktray.stages import (
 )
 
 Run = Callable[[Stage, Mapping[str, Artifact], Path, StageContext, Path | None], Mapping[str, float]]
-"""(stage, role -> input artifact, scratch directory, means, earlier snapshot to start from) -> metrics."""
+"""(stage, role -> input artifact, scratch directory, context, earlier snapshot to start from) -> metrics."""
 
 WORK: Mapping[str, Run] = {
     "images": images_stage.run,
@@ -31,13 +34,11 @@ WORK: Mapping[str, Run] = {
     "student": student_stage.run,
     "evaluation": evaluation_stage.run,
 }
-MODULES: Mapping[str, ModuleType] = {name: sys.modules[run.__module__] for name, run in WORK.items()}
-"""Whose `REVISION` is part of the key of each stage."""
 
 FamilyRun = Callable[
     [Sequence[Stage], Mapping[str, Artifact], Sequence[Path], StageContext], Sequence[tuple[Mapping[str, float], float]]
 ]
-"""(stages, role -> input artifact, scratch directories, means) -> for each its metrics and the seconds it would cost alone."""
+"""(stages, role -> input artifact, scratch directories, context) -> each one's metrics and the seconds it would cost alone."""
 
 FAMILY_WORK: Mapping[str, FamilyRun] = {"features": features_stage.run_family}
 """How stages of one family (`Stage.family`) are made in one run."""

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from ktray import plugins
 from ktray.artifact import Artifact, Stage
 from ktray.clustering import kmeans, projection
 from ktray.features import extraction
 from ktray.pool import StageContext
+from ktray.spec import TransferSpec
 
-IDENTITY, REVISION = "stages.clusters", 1
+IDENTITY, REVISION = "stage.clusters", 1
+TOOLS = (kmeans, projection)
+
+
+def stage_of(transfer: TransferSpec, k: int, features: str) -> Stage:
+    """The stage that makes `k` clusters for a transfer.
+
+    Args:
+        features: key of the features that are clustered.
+    """
+    fields = plugins.module_of("transfer", transfer).NEEDS["clusters"]
+    spec = {**transfer.model_dump(include=set(fields)), "k": k}
+    return Stage("clusters", spec, plugins.revisions(sys.modules[__name__]), {"features": features})
 
 
 def run(

@@ -3,43 +3,81 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
 from ktray.features import extraction, precomputed
 from ktray.images import Images
+from ktray.ops import augmentation
 from ktray.pool import StageContext
-from ktray.spec import TeacherSpec
-from ktray.stages.features_stage import reading
-from ktray.stages.images_stage import open_images
+from ktray.spec import EvaluationSpec, Student, TeacherSpec
+from ktray.stages import features_stage
+from ktray.stages.images_stage import DRY_RUN, data_of, open_images
 
-IDENTITY, REVISION = "stages.evaluation", 1
+IDENTITY, REVISION = "stage.evaluation", 1
+TOOLS = (extraction, augmentation)
+
+JUDGED = "judged"
+"""Field beside those of the evaluation: the view whose features are judged, null where pseudo-labels are."""
+
+
+def stage_of(
+    evaluation: EvaluationSpec,
+    judged: Student | TeacherSpec | None,
+    inputs: Mapping[str, str],
+    places: Mapping[str, Mapping[str, Any]],
+    ready_made: Mapping[str, Any] | None,
+) -> Stage:
+    """The stage of one evaluation; its display name is no part of it.
+
+    Args:
+        judged: whose features are judged; None where pseudo-labels are.
+        inputs: keys of ``images.target`` and of what is judged: ``student``, ``teacher``, or ``pseudo_labels`` with
+            ``images.transfer``.
+        places: input -> places of its data set (`images.places`).
+        ready_made: `identity.features_identity` if `judged` is a PrecomputedTeacher, else None.
+    """
+    view, methods, files = None, [sys.modules[__name__], evaluation], {}
+    if isinstance(judged, Student):
+        view = extraction.network_view(judged.backbone, evaluation.layer, evaluation.pool)
+        methods.append(judged.backbone)
+    elif judged is not None:
+        view = features_stage.view_of(judged, ready_made)
+        if evaluation.layer:
+            view |= {"layer": evaluation.layer, "pool": evaluation.pool.model_dump()}
+        methods.append(features_stage.method_of(judged))
+        files = features_stage.files_of(judged)
+    spec = {**evaluation.model_dump(exclude={"name"}), JUDGED: view}
+    return Stage("evaluation", spec, plugins.revisions(*methods), inputs, local={"data": places, **files})
+
+
+def reads_pseudo_labels(evaluation: EvaluationSpec) -> bool:
+    """Whether an evaluation judges the pseudo-labels of a pair, and no features."""
+    return bool(getattr(plugins.module_of("evaluation", evaluation), "READS_PSEUDO_LABELS", False))
 
 
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
     """Write `metrics.json` and the plots of the evaluation; metric names without prefix."""
-    spec = plugins.parse("evaluation", stage.local["evaluation"])
+    spec = plugins.parse("evaluation", {n: v for n, v in stage.spec.items() if n not in (JUDGED, DRY_RUN)})
     pseudo_labels = None
-    role = "target"
+    learned_from = "images.target"
     if "pseudo_labels" in inputs:
         pseudo_labels = np.load(inputs["pseudo_labels"].directory / "labels.npy", allow_pickle=False)
-        role = "transfer"
-    train_images = open_images(stage, role, inputs, "train")
-    judged = open_images(stage, "target", inputs, spec.split)
-    features_of = _features_of(stage, inputs, spec, context)
-    metrics = plugins.module_of("evaluation", spec).evaluate(
+        learned_from = "images.transfer"
+    metrics: dict[str, float] = plugins.module_of("evaluation", spec).evaluate(
         spec,
-        features=features_of,
-        train=train_images,
-        judged=judged,
+        features=_features_of(stage, inputs, context),
+        train=open_images(stage, learned_from, inputs, "train"),
+        judged=open_images(stage, "images.target", inputs, spec.split),
         pseudo_labels=pseudo_labels,
         out=out,
         device=context.device,
@@ -49,26 +87,19 @@ def run(
 
 
 def _features_of(
-    stage: Stage, inputs: Mapping[str, Artifact], spec: object, context: StageContext
+    stage: Stage, inputs: Mapping[str, Artifact], context: StageContext
 ) -> Callable[[Images], NDArray[np.float32]]:
     """Images -> features (N, D) of what is judged; nothing is loaded before the evaluation asks."""
+    judged = stage.spec[JUDGED]
 
-    def build() -> extraction.Extractor:
-        if stage.local["judges"] == "teacher":
-            teacher = TypeAdapter(TeacherSpec).validate_python(stage.local["teacher"])
-            made = inputs.get("teacher")
-            directory = made.directory if made else None
-            weights = directory if directory and (directory / "weights.safetensors").exists() else None
-            state = directory if directory and (directory / "state.npz").exists() else None
-            return extraction.of_teacher(teacher, weights, state, context.device)
-        backbone = plugins.parse("backbone", stage.spec["backbone"])
-        weights = inputs["student"].directory
-        return extraction.of_network(backbone, spec.layer, spec.pool, weights, context.device)  # type: ignore[attr-defined]
+    def extracted(images: Images) -> NDArray[np.float32]:
+        weights, state = features_stage.weights_and_state(inputs.get("teacher") or inputs.get("student"))
+        extractor = extraction.of_view(judged, weights, state, context.device)
+        return extraction.all_of(extraction.in_pieces(extractor, context.most_images), images)
 
-    def read(images: Images) -> NDArray[np.float32]:
-        data = plugins.parse("dataset", stage.local["data"]["target"])
-        with reading(stage.local["teacher"], stage.spec["teacher"]["features"], data) as reader:
-            return precomputed.all_of(reader, images)
+    def ready_made(images: Images) -> NDArray[np.float32]:
+        data = data_of(stage, "images.target", inputs)
+        with features_stage.reading(judged["features"], stage.local["files"], data) as read:
+            return precomputed.all_of(read, images)
 
-    ready = "features" in stage.spec.get("teacher", {})
-    return read if ready else lambda images: extraction.all_of(extraction.in_pieces(build(), context.most_images), images)
+    return ready_made if judged and "features" in judged else extracted

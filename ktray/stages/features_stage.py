@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
 from ktray.features import extraction, precomputed
 from ktray.fingerprint import require_sha256
-from ktray.images import open_split
+from ktray.ops import augmentation
 from ktray.pool import StageContext
-from ktray.spec import PrecomputedTeacher
+from ktray.spec import HandcraftedTeacher, PrecomputedTeacher, TeacherSpec
+from ktray.stages.images_stage import DRY_RUN, data_of, open_images
+from ktray.strict import StrictSpec
 
-IDENTITY, REVISION = "stages.features", 1
+IDENTITY, REVISION = "stage.features", 1
+TOOLS = (extraction, augmentation)
+
+
+def stage_of(
+    teacher: TeacherSpec,
+    inputs: Mapping[str, str],
+    places: Mapping[str, Any],
+    ready_made: Mapping[str, Any] | None,
+) -> Stage:
+    """The stage that turns images into a teacher's features.
+
+    Args:
+        inputs: keys of ``images`` and, for a teacher that has weights or a state, ``teacher``.
+        places: of the images' data set (`images.places`).
+        ready_made: `identity.features_identity` of a PrecomputedTeacher, else None.
+    """
+    view = view_of(teacher, ready_made)
+    revisions = plugins.revisions(sys.modules[__name__], method_of(teacher))
+    local = {"data": {"images": places}, **files_of(teacher)}
+    varies = ("layer", "pool") if "layer" in view else ()  # a forward pass brings every layer
+    return Stage("features", {**view, "dtype": teacher.dtype}, revisions, inputs, local=local, varies=varies)
+
+
+def view_of(teacher: TeacherSpec, ready_made: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a teacher's features depend on beside its weights or state, as plain data; the arguments are those of `stage_of`."""
+    return extraction.view_of(teacher) if ready_made is None else {"features": dict(ready_made)}
+
+
+def method_of(teacher: TeacherSpec) -> StrictSpec | ModuleType:
+    """What gives a teacher's features their meaning: its descriptor or backbone, or the reader of ready-made ones."""
+    if isinstance(teacher, PrecomputedTeacher):
+        return precomputed
+    method: StrictSpec = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
+    return method
+
+
+def files_of(teacher: TeacherSpec) -> dict[str, dict[str, str]]:
+    """The part of `Stage.local` that says where ready-made features lie; empty for every other teacher."""
+    if not isinstance(teacher, PrecomputedTeacher):
+        return {}
+    return {"files": {field: str(path) for field, path in precomputed.files(teacher).items()}}
 
 
 def run(
@@ -23,7 +68,7 @@ def run(
 ) -> Mapping[str, float]:
     """Write ``features-00000.npy`` and so on, (n, D) each; metrics `dim` and `images_per_s`."""
     if "features" in stage.spec:
-        return _taken(stage, inputs, out)
+        return _write_ready_made(stage, inputs, out)
     return extraction.write(_source(stage, inputs, context), out, context.pool)
 
 
@@ -35,13 +80,14 @@ def run_family(
 
 
 def _source(stage: Stage, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
-    teacher = inputs.get("teacher")
+    """The argument of `extraction.write`."""
+    weights, state = weights_and_state(inputs.get("teacher"))
     return {
-        "teacher": stage.local["teacher"],
-        "weights": str(teacher.directory) if teacher and (teacher.directory / "weights.safetensors").exists() else None,
-        "state": str(teacher.directory) if teacher and (teacher.directory / "state.npz").exists() else None,
+        "view": {name: value for name, value in stage.spec.items() if name not in ("dtype", DRY_RUN)},
+        "weights": str(weights) if weights else None,
+        "state": str(state) if state else None,
         "images": str(inputs["images"].directory),
-        "data": stage.local["data"],
+        "data": data_of(stage, "images", inputs).model_dump(),
         "split": "train",
         "dtype": stage.spec["dtype"],
         "device": context.device,
@@ -49,31 +95,40 @@ def _source(stage: Stage, inputs: Mapping[str, Artifact], context: StageContext)
     }
 
 
-def _taken(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> Mapping[str, float]:
-    data = plugins.parse("dataset", stage.local["data"])
-    images = open_split(inputs["images"].directory, "train", data)
-    with reading(stage.local["teacher"], stage.spec["features"], data) as read:
+def weights_and_state(teacher: Artifact | None) -> tuple[Path | None, Path | None]:
+    """Directory of a network's weights and of a descriptor's state: a teacher has one of them or, if it is not made, none."""
+    if teacher is None:
+        return None, None
+    weights, state = (
+        teacher.directory if (teacher.directory / file).exists() else None for file in ("weights.safetensors", "state.npz")
+    )
+    return weights, state
+
+
+def _write_ready_made(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> Mapping[str, float]:
+    images = open_images(stage, "images", inputs, "train")
+    with reading(stage.spec["features"], stage.local["files"], data_of(stage, "images", inputs)) as read:
         return precomputed.write(read, images, stage.spec["dtype"], out)
 
 
 @contextmanager
-def reading(teacher: Mapping[str, Any], expected: Mapping[str, Any], data: Any) -> Iterator[precomputed.Read]:
+def reading(expected: Mapping[str, Any], files: Mapping[str, str], data: Any) -> Iterator[precomputed.Read]:
     """Read ready-made features, if their files are what they were when the run was planned, before and after.
 
     Args:
-        teacher: dump of a ReadyTeacher.
-        expected: `identity.features_identity` of it.
+        expected: `identity.features_identity` of the teacher.
+        files: field of the teacher -> where its file lies.
         data: spec of the data set whose images are asked for.
 
     Raises:
-        UserError: a file has changed, or as `ready_features.reader`.
+        UserError: a file has changed, or as `precomputed.reader`.
     """
-    spec = PrecomputedTeacher.model_validate(teacher)
-    files = precomputed.files(spec)
+    teacher = PrecomputedTeacher.model_validate({**files, "columns": expected["columns"]})
     hashes = {"features": expected["file"], "names": expected["names"]}
-    for field, file in files.items():
-        require_sha256(file, hashes[field], f"teacher.{field}")
-    in_order = plugins.module_of("dataset", data).load(data).train.names if precomputed.by_row(spec) else ()
-    yield precomputed.reader(spec, in_order)
-    for field, file in files.items():
-        require_sha256(file, hashes[field], f"teacher.{field}")
+    paths = precomputed.files(teacher)
+    for field, path in paths.items():
+        require_sha256(path, hashes[field], f"teacher.{field}")
+    in_order = plugins.module_of("dataset", data).load(data).train.names if precomputed.by_row(teacher) else ()
+    yield precomputed.reader(teacher, in_order)
+    for field, path in paths.items():
+        require_sha256(path, hashes[field], f"teacher.{field}")

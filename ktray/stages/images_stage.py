@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ktray import images, plugins
 from ktray.artifact import Artifact, Stage
 from ktray.images import Images
 from ktray.pool import StageContext
+from ktray.spec import DataSpec
 
-IDENTITY, REVISION = "stages.images", 1
+IDENTITY, REVISION = "stage.images", 1
+TOOLS = (images,)
+
+DRY_RUN = "dry_run"
+"""Field that a dry run adds to the spec of every stage: how many images of each split are taken."""
+
+
+def stage_of(data: DataSpec, content: str) -> Stage:
+    """The stage that decodes a data set.
+
+    Args:
+        content: sha256 of its content, which is its identity together with how it is decoded and split.
+    """
+    places = images.places(data)
+    spec = {**data.model_dump(exclude=set(places)), "content": content}
+    return Stage("images", spec, plugins.revisions(sys.modules[__name__], data), local={"data": {"images": places}})
 
 
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
-    """Write the images of ``stage.local["data"]``, or ``stage.local["sample"]`` of them; metrics `count` and `unreadable`."""
-    spec = plugins.parse("dataset", stage.local["data"])
-    if "sample" in stage.local:
-        return images.write_sample(spec, out, stage.local["sample"])
-    return images.write(spec, out, context.pool, context.memmap_bytes)
+    """Write the images of the data set, in a dry run a sample of them; metrics `count` and `unreadable`."""
+    data = _data_spec(stage.spec, stage.local["data"]["images"])
+    if DRY_RUN in stage.spec:
+        return images.write_sample(data, out, stage.spec[DRY_RUN])
+    return images.write(data, out, context.pool, context.memmap_bytes)
+
+
+def data_of(stage: Stage, role: str, inputs: Mapping[str, Artifact]) -> Any:
+    """The spec of the data set whose images a stage reads as its input `role`, such as ``images.target``."""
+    return _data_spec(inputs[role].record["spec"], stage.local["data"][role])
 
 
 def open_images(stage: Stage, role: str, inputs: Mapping[str, Artifact], split: str) -> Images:
-    """The images that a stage reads in the data role `role`, such as ``target``."""
-    spec = plugins.parse("dataset", stage.local["data"][role])
-    return images.open_split(inputs[f"images.{role}"].directory, split, spec)
+    """One split of the images that a stage reads as its input `role`, such as ``images.target``."""
+    return images.open_split(inputs[role].directory, split, data_of(stage, role, inputs))
+
+
+def _data_spec(spec: Mapping[str, Any], places: Mapping[str, Any]) -> Any:
+    """The spec of a data set from that of its images stage, which lacks the places."""
+    own = {name: value for name, value in spec.items() if name not in ("content", DRY_RUN)}
+    return plugins.parse("dataset", {**own, **places})

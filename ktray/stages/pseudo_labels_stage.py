@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ktray import plugins
 from ktray.artifact import Artifact, Stage
-from ktray.clustering import pseudo_labelling
+from ktray.clustering import kmeans, projection, pseudo_labelling
 from ktray.features import extraction
 from ktray.pool import StageContext
+from ktray.spec import TransferSpec
 from ktray.stages.images_stage import open_images
 
-IDENTITY, REVISION = "stages.pseudo_labels", 1
+IDENTITY, REVISION = "stage.pseudo_labels", 1
+TOOLS = (kmeans, projection, pseudo_labelling)
+
+_WITHOUT_THE_FIELDS = {"min_size": 1, "small": "drop", "neighbours": 0}
+"""What a transfer means that lacks one of these fields: every cluster is kept, and no other near one is noted."""
+
+
+def stage_of(transfer: TransferSpec, inputs: Mapping[str, str], places: Mapping[str, Any]) -> Stage:
+    """The stage that gives images their pseudo-labels.
+
+    Args:
+        inputs: keys of ``features``, ``clusters`` and ``images.transfer``.
+        places: of the data set of the transfer (`images.places`).
+    """
+    fields = plugins.module_of("transfer", transfer).NEEDS["pseudo_labels"]
+    spec = {**_WITHOUT_THE_FIELDS, **transfer.model_dump(include=set(fields))}
+    revisions = plugins.revisions(sys.modules[__name__])
+    return Stage("pseudo_labels", spec, revisions, inputs, local={"data": {"images.transfer": places}})
 
 
 def run(
@@ -30,9 +51,9 @@ def run(
     clusters = inputs["clusters"].directory
     centroids = np.load(clusters / "centroids.npy", allow_pickle=False)
     with np.load(clusters / "projection.npz", allow_pickle=False) as file:
-        projection = dict(file)
+        project = dict(file)
     shards, spec = extraction.shards(inputs["features"].directory), stage.spec
-    labels = pseudo_labelling.assign(shards, centroids, projection, context.pool)
+    labels = pseudo_labelling.assign(shards, centroids, project, context.pool)
     if spec["small"] == "merge":
         labels = pseudo_labelling.merge_small(labels, centroids, spec["min_size"])
     else:
@@ -41,10 +62,10 @@ def run(
         raise ValueError(f"every cluster has fewer than min_size={spec['min_size']} images: nothing is left to learn from")
     np.save(out / "labels.npy", labels)
     if spec["neighbours"]:
-        nearest, squared = pseudo_labelling.nearest(shards, centroids, projection, spec["neighbours"], context.pool)
+        nearest, squared = pseudo_labelling.nearest(shards, centroids, project, spec["neighbours"], context.pool)
         np.save(out / "nearest.npy", nearest)
         np.save(out / "squared.npy", squared)
-    images = open_images(stage, "transfer", inputs, "train")
+    images = open_images(stage, "images.transfer", inputs, "train")
     pseudo_labelling.sheet(images, labels, out / "clusters.png")
     metrics = {"entropy": pseudo_labelling.entropy(labels), "kept": pseudo_labelling.kept(labels)}
     if images.labels is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,57 @@ from ktray.artifact import Artifact, Stage, numbered
 from ktray.features import extraction
 from ktray.images import Images
 from ktray.pool import StageContext
-from ktray.spec import Augment
+from ktray.spec import Augment, Student, TransferSpec
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
 from ktray.training import loop
 from ktray.training.targets import Features, Labels, Targets
 
-IDENTITY, REVISION = "stages.student", 1
+IDENTITY, REVISION = "stage.student", 1
 TOOLS = (training_segment,)
+
+
+def taught(
+    student: Student, transfer: TransferSpec, inputs: Mapping[str, str], places: Mapping[str, Any], lineage: str
+) -> Callable[[int], Stage]:
+    """A function epoch -> the stage that trains a student up to the end of that epoch.
+
+    Args:
+        inputs: keys of ``images.transfer`` and of what the transfer needs: ``clusters``, ``pseudo_labels``, ``features``.
+        places: of the data set of the transfer (`images.places`).
+        lineage: who taught it, for people (`naming.lineage`).
+    """
+    fields = {
+        "backbone": student.backbone.model_dump(),
+        "augment": student.augment.model_dump(),
+        "seed": student.seed,
+        "transfer": transfer.model_dump(),
+    }
+    revisions = plugins.revisions(sys.modules[__name__], transfer, student.backbone)
+    local, about = {"data": {"images.transfer": places}}, {"lineage": lineage}
+
+    def at(epoch: int) -> Stage:
+        spec = training_segment.spec_at(epoch, student.schedule, fields)
+        return Stage("student", spec, revisions, inputs, local=local, about=about)
+
+    return at
+
+
+def as_drawn(student: Student) -> Stage:
+    """The stage of an untrained student: the same whatever the data, schedule and augmentation would have been."""
+    spec = {"backbone": student.backbone.model_dump(), "seed": student.seed, "epoch": 0}
+    return Stage("student", spec, plugins.revisions(sys.modules[__name__], student.backbone))
 
 
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
     """Write a snapshot of the student at ``stage.spec["epoch"]``; epoch 0 is the student as drawn."""
-    transfer = plugins.parse("transfer", stage.local["transfer"])
-    module = plugins.module_of("transfer", transfer)
-    if not hasattr(module, "task"):
+    if stage.spec["epoch"] == 0:
         return _as_drawn(stage, out)
-    images = open_images(stage, "transfer", inputs, "train")
+    transfer = plugins.parse("transfer", stage.spec["transfer"])
+    module = plugins.module_of("transfer", transfer)
+    images = open_images(stage, "images.transfer", inputs, "train")
     targets = _targets(inputs, images, "labels" in module.NEEDS)
     task = module.task(transfer, targets, Augment.model_validate(stage.spec["augment"]))
     return training_segment.run_training(stage, task, images, out, context, start)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +13,55 @@ from ktray import plugins
 from ktray.artifact import Artifact, Stage
 from ktray.fingerprint import require_sha256
 from ktray.pool import StageContext
+from ktray.spec import HandcraftedTeacher, LoadedTeacher, TrainedTeacher
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
 from ktray.training import loop, pretrained
 
-IDENTITY, REVISION = "stages.teacher", 1
+IDENTITY, REVISION = "stage.teacher", 1
 TOOLS = (training_segment,)
+
+
+def trained(teacher: TrainedTeacher, images: str, places: Mapping[str, Any]) -> Callable[[int], Stage]:
+    """A function epoch -> the stage that trains a teacher on its pretext task up to the end of that epoch.
+
+    Args:
+        images: key of the images of the pretext task.
+        places: of their data set (`images.places`).
+    """
+    fields = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
+    revisions = plugins.revisions(sys.modules[__name__], teacher.pretext, teacher.backbone)
+    inputs, local = {"images.pretext": images}, {"data": {"images.pretext": places}}
+
+    def at(epoch: int) -> Stage:
+        return Stage("teacher", training_segment.spec_at(epoch, teacher.schedule, fields), revisions, inputs, local=local)
+
+    return at
+
+
+def loaded(teacher: LoadedTeacher, sha256: str | None) -> Stage:
+    """The stage that takes over weights.
+
+    Args:
+        sha256: of the weights in the file or folder ``teacher.checkpoint``; None where that is the key of an artifact.
+    """
+    spec = {"checkpoint": sha256 or teacher.checkpoint, "backbone": teacher.backbone.model_dump()}
+    revisions = plugins.revisions(sys.modules[__name__], teacher.backbone)
+    if sha256 is None:
+        return Stage("teacher", spec, revisions, {"snapshot": teacher.checkpoint})
+    return Stage("teacher", spec, revisions, local={"checkpoint": str(Path(teacher.checkpoint).absolute())})
+
+
+def fitted(teacher: HandcraftedTeacher, images: str, places: Mapping[str, Any]) -> Stage:
+    """The stage that fits a descriptor.
+
+    Args:
+        images: key of the images that it is fitted to.
+        places: of their data set (`images.places`).
+    """
+    spec = {"descriptor": teacher.descriptor.model_dump()}
+    revisions = plugins.revisions(sys.modules[__name__], teacher.descriptor)
+    return Stage("teacher", spec, revisions, {"images.cluster": images}, local={"data": {"images.cluster": places}})
 
 
 def run(
@@ -24,7 +69,7 @@ def run(
 ) -> Mapping[str, float]:
     """Write a snapshot (`weights.safetensors`, ...) or, for a descriptor that is fitted, `state.npz`."""
     if "pretext" in stage.spec:
-        images = open_images(stage, "pretext", inputs, "train")
+        images = open_images(stage, "images.pretext", inputs, "train")
         pretext = plugins.parse("pretext", stage.spec["pretext"])
         module = plugins.module_of("pretext", pretext)
         task = module.task(pretext, images.size, images) if hasattr(module, "NEEDS") else module.task(pretext, images.size)
@@ -32,7 +77,7 @@ def run(
     if "checkpoint" in stage.spec:
         return {"parameters": float(_adopt(stage, inputs, out))}
     descriptor = plugins.parse("descriptor", stage.spec["descriptor"])
-    images = open_images(stage, "cluster", inputs, "train")
+    images = open_images(stage, "images.cluster", inputs, "train")
     state = plugins.module_of("descriptor", descriptor).fit(descriptor, images)
     np.savez(out / "state.npz", **state)
     return {}

@@ -1,22 +1,36 @@
-"""What teacher and student share: run `train.fit` up to the stage's epoch and keep checkpoints on the way."""
+"""What the stages of teacher and student share: they train one segment, up to an epoch, and keep checkpoints on the way."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ktray import plugins
 from ktray.artifact import Stage
 from ktray.images import Images
+from ktray.ops import augmentation
 from ktray.pool import StageContext
 from ktray.spec import Schedule
 from ktray.training import loop
 from ktray.training.task import Task
 
-IDENTITY, REVISION = "stages.training_segment", 1
+IDENTITY, REVISION = "stage.training_segment", 1
+TOOLS = (loop, augmentation)
+
+
+def spec_at(epoch: int, schedule: Schedule, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of a snapshot at the end of `epoch`, which `run_training` executes.
+
+    It holds what of the schedule determines that snapshot, so that trainings of different lengths share their trunk.
+
+    Args:
+        fields: ``backbone``, ``seed`` and whatever else the training depends on.
+    """
+    return {**fields, "epoch": epoch, "schedule": loop.snapshot_slice(schedule, epoch)}
 
 
 def run_training(
@@ -26,7 +40,7 @@ def run_training(
     backbone_spec = plugins.parse("backbone", stage.spec["backbone"])
     seed, until = stage.spec["seed"], stage.spec["epoch"]
     backbone = loop.fresh(backbone_spec, seed)
-    schedule = Schedule.model_validate(stage.local["schedule"])
+    schedule = loop.schedule_of(stage.spec["schedule"], until)
     metrics = loop.fit(
         backbone,
         task,
@@ -44,7 +58,7 @@ def run_training(
 
 
 def _checkpointing(out: Path, until: int, context: StageContext) -> loop.OnEpoch:
-    """Report every epoch, and save a checkpoint when more than `means.checkpoint_seconds` of work would be lost."""
+    """Report every epoch, and save a checkpoint when more than `context.checkpoint_seconds` of work would be lost."""
     saved: dict[str, Any] = {"at": time.monotonic(), "path": None}
 
     def on_epoch(epoch: int, metrics: dict[str, float], save: loop.Save) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ktray.training.snapshot import load as load
 from ktray.training.snapshot import write_untrained as write_untrained
 from ktray.training.task import Task
 
-IDENTITY, REVISION = "loop", 1
+IDENTITY, REVISION = "training_loop", 1
 
 # Up to here all pixels are held as one tensor; beyond, each batch is read while the one before it trains.
 RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -72,6 +72,16 @@ def snapshot_slice(schedule: Schedule, epoch: int) -> dict[str, Any]:
     """
     trunk = schedule.kind == "constant" or (schedule.kind == "warmup_stable" and epoch <= _decay_start(schedule))
     return schedule.model_dump(mode="json", exclude={"epochs", "decay"} if trunk else None)
+
+
+def schedule_of(sliced: Mapping[str, Any], epoch: int) -> Schedule:
+    """The schedule that gives the snapshot at the end of `epoch`, from its `snapshot_slice`.
+
+    Of a trunk neither the total nor the decay is known, and neither is read up to `epoch`.
+    """
+    if "epochs" in sliced:
+        return Schedule.model_validate(dict(sliced))
+    return Schedule.model_validate({**sliced, "epochs": max(epoch, math.ceil(sliced["warmup"]))})
 
 
 def fit(
