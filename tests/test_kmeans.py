@@ -126,6 +126,35 @@ def test_labels_do_not_depend_on_the_batch() -> None:
         assert (np.concatenate([piece[1] for piece in pieces]) == distances).all()
 
 
+def test_the_nearest_centroids_do_not_depend_on_the_batch() -> None:
+    rows, centroids = mixture(3000, 37), mixture(211, 37, seed=5)
+    numbers, distances = kmeans.nearest(rows, centroids, 5)
+    for size in (1, 63, 700, 1025):
+        pieces = [kmeans.nearest(rows[at : at + size], centroids, 5) for at in range(0, len(rows), size)]
+        assert (np.concatenate([piece[0] for piece in pieces]) == numbers).all()
+        assert (np.concatenate([piece[1] for piece in pieces]) == distances).all()
+
+
+@pytest.mark.parametrize("width", [1, 6, 130])
+def test_rows_between_two_centroids_get_the_nearest_in_float64(width: int) -> None:
+    """Here float32 cannot say which is nearest: midpoints, some of them moved by the last bit of one value."""
+    rng = np.random.default_rng(width)
+    centroids = np.round(rng.normal(size=(90, width)) * 64).astype(np.float32) / 64 + 100
+    centroids[70:80] = centroids[:10]
+    centroids[80] = 1e6  # an outlier does not hide the others
+    rows = (centroids[rng.integers(0, 70, 2000)] + centroids[rng.integers(0, 70, 2000)]) / 2
+    rows[::3, 0] = np.nextafter(rows[::3, 0], np.float32(0))
+    squared = np.stack([np.square(row.astype(np.float64) - centroids).sum(axis=1) for row in rows])
+    labels, distances = kmeans.assign(rows, centroids)
+    assert (labels == squared.argmin(axis=1)).all()
+    assert (distances == squared.min(axis=1).astype(np.float32)).all()
+    order = np.argsort(squared, axis=1, kind="stable")
+    for count in (1, 4, 90):
+        numbers, distances = kmeans.nearest(rows, centroids, count)
+        assert (numbers == order[:, :count]).all()
+        assert (distances == np.take_along_axis(squared, order[:, :count], axis=1).astype(np.float32)).all()
+
+
 def test_labels_are_the_nearest_centroid_and_the_first_of_equals() -> None:
     rows, centroids = mixture(500, 6), mixture(50, 6, seed=3)
     squared = ((rows[:, None].astype(np.float64) - centroids[None]) ** 2).sum(2)

@@ -1,6 +1,6 @@
 """Lloyd's k-means over shards of features: the same bits with any number of workers, in any order of execution.
 
-Three things make that true. The label of a row depends on the row and the centroids alone (`blas.chunks`). The rows are
+Three things make that true. The label of a row depends on the row and the centroids alone (`nearest_centroids`). The rows are
 centred and rounded to multiples of a power of two, so coarse that float64 sums of all of them are exact: 2**-31 of the
 largest value for a million rows, below float32's own rounding of all but tiny values. So sums over any grouping agree, each
 worker sends one partial sum however many shards it holds, and only rows that changed their label need to be added. And the
@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import fingerprint, progress
-from ktray.clustering import lloyd, projection
+from ktray.clustering import lloyd, nearest_centroids, projection
 from ktray.clustering.lloyd import Centroids, Change, Frame
 from ktray.clustering.projection import apply, finite_rows
 from ktray.pool import Pool
 
-IDENTITY, REVISION = "kmeans", 1
-TOOLS = (projection,)
+IDENTITY, REVISION = "kmeans", 2
+TOOLS = (projection, nearest_centroids)
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,8 @@ def assign(rows: NDArray[np.float32], centroids: NDArray[np.float32]) -> tuple[N
     Returns:
         labels (n,) int64 in [0, K) and squared distances (n,) float32.
     """
-    centre = centroids.mean(axis=0, dtype=np.float64).astype(np.float32)
-    near = rows.astype(np.float32, copy=False) - centre
-    labels, lowest = lloyd.search(centroids - centre)(near)
-    return labels, np.maximum(lowest + np.einsum("nd,nd->n", near, near), 0)
+    labels = nearest_centroids.search_among(centroids)(rows)[:, 0]
+    return labels, nearest_centroids.squared_distances(rows, centroids, labels).astype(np.float32)
 
 
 def nearest(
@@ -152,16 +150,8 @@ def nearest(
     Returns:
         numbers (n, m) int32 in [0, K), and squared distances (n, m) float32.
     """
-    centre = centroids.mean(axis=0, dtype=np.float64).astype(np.float32)
-    near = rows.astype(np.float32, copy=False) - centre
-    numbers, lowest = np.empty((len(rows), count), np.int32), np.empty((len(rows), count), np.float32)
-    for where, scores in lloyd.scoring(centroids - centre)(near):
-        each = np.arange(len(scores))
-        for place in range(count):  # count is small: a pass for each is cheaper than sorting all K
-            best = scores.argmin(axis=1)
-            numbers[where, place], lowest[where, place] = best, scores[each, best]
-            scores[each, best] = np.inf
-    return numbers, np.maximum(lowest + np.einsum("nd,nd->n", near, near)[:, None], 0)
+    numbers = nearest_centroids.search_among(centroids)(rows, count)
+    return numbers.astype(np.int32), nearest_centroids.squared_distances(rows, centroids, numbers).astype(np.float32)
 
 
 def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool) -> tuple[Frame, list[int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import progress
+from ktray.clustering.nearest_centroids import Search, search_among, squared_distances
 from ktray.clustering.projection import apply, finite_rows
 from ktray.ops import blas
 
@@ -75,43 +76,6 @@ class Change:
     moved: int
 
 
-Search = Callable[[NDArray[np.float32]], tuple[NDArray[np.int64], NDArray[np.float32]]]
-Scoring = Callable[[NDArray[np.float32]], Iterator[tuple[slice, NDArray[np.float32]]]]
-
-
-def scoring(centroids: NDArray[np.float32]) -> Scoring:
-    """A function of (n, d) float32 rows: pieces as (which rows, (rows, K) float32 |x - c|^2 - |x|^2).
-
-    The second is the same memory every time, so it is used up before the next is asked for.
-    """
-    minus_twice = np.ascontiguousarray((-2 * centroids).T)
-    norms = np.einsum("kd,kd->k", centroids, centroids, dtype=np.float64).astype(np.float32)
-    scores = np.empty((blas.CHUNK_ROWS, len(centroids)), np.float32)
-
-    def scored(rows: NDArray[np.float32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        with blas.one_thread():
-            for where, piece in blas.chunks(rows):
-                np.matmul(piece, minus_twice, out=scores)
-                np.add(scores, norms, out=scores)
-                yield where, scores[: where.stop - where.start]
-
-    return scored
-
-
-def search(centroids: NDArray[np.float32]) -> Search:
-    """A function of (n, d) float32 rows: labels (n,) int64, the first where equal, and |x - c|^2 - |x|^2 (n,) float32."""
-    scored = scoring(centroids)
-
-    def nearest(rows: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        labels, lowest = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
-        for where, scores in scored(rows):
-            labels[where] = scores.argmin(axis=1)
-            lowest[where] = scores[np.arange(len(scores)), labels[where]]
-        return labels, lowest
-
-    return nearest
-
-
 def change(group: list[Path], shared: tuple[Frame, Centroids, Centroids | None]) -> Change:
     """What the centroids of this iteration change for the rows of some shards.
 
@@ -146,8 +110,7 @@ def farthest(
     for shard in group:
         rows, _ = _rows(shard, space)
         labels = labels_of(shard, rows)
-        apart = rows - centroids.values[labels]
-        distances = np.einsum("nd,nd->n", apart, apart, dtype=np.float64)
+        distances = squared_distances(rows, centroids.values, labels)
         distances[counts[labels] == 1] = 0
         seen: set[bytes] = set()
         for index in np.argsort(-distances, kind="stable"):
@@ -231,8 +194,8 @@ def _remembering(centroids: Centroids) -> Callable[[Path, NDArray[np.float32]], 
         digest, known = _known_labels.get(key, (b"", None))
         if known is not None and digest == centroids.digest:
             return known.astype(np.int64)
-        nearest = nearest or search(centroids.values)
-        labels, _ = nearest(rows)
+        nearest = nearest or search_among(centroids.values)
+        labels = nearest(rows)[:, 0]
         _known_labels[key] = centroids.digest, labels.astype(np.int32)
         return labels
 

@@ -17,7 +17,7 @@ from ktray import progress
 from ktray.ops import blas
 from ktray.pool import Pool
 
-IDENTITY, REVISION = "projection", 1
+IDENTITY, REVISION = "projection", 2
 
 _WHITEN_FLOOR = 1e-7  # of the largest variance; below it a direction of float32 features is rounding noise
 _EQUAL = 1e-13  # of the mean square; float64 sums of equal rows leave less, float32 rows that differ leave more
@@ -68,19 +68,22 @@ def fit(
 
 
 def apply(projection: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> NDArray[np.float32]:
-    """(n, D) features of any float type, projected to (n, d) float32. An empty `projection` only converts."""
+    """(n, D) features of any float type, projected to (n, d) float32: each row the same in any batch.
+
+    An empty `projection` only converts.
+    """
     if not projection:
         return rows.astype(np.float32)
     if "components" not in projection:
         once = bool(projection["l2"]) or bool(projection["l2_after"])
         return _unit(rows.astype(np.float32)) if once else rows.astype(np.float32)
-    mean, components = projection["mean"], np.ascontiguousarray(projection["components"].T)
+    mean, components = projection["mean"], projection["components"].T
     projected = np.empty((len(rows), components.shape[1]), np.float32)
-    with blas.one_thread():
-        for where, piece in blas.chunks(rows):
-            start = _unit(piece) if projection["l2"] else piece
-            out = ((start - mean) @ components)[: where.stop - where.start] * projection["scale"]
-            projected[where] = _unit(out) if projection["l2_after"] else out
+    for start in range(0, len(rows), blas.CHUNK_ROWS):
+        piece = rows[start : start + blas.CHUNK_ROWS].astype(np.float32, copy=False)
+        centred = (_unit(piece) if projection["l2"] else piece) - mean
+        out = (blas.exact_product(centred, components) * projection["scale"]).astype(np.float32)
+        projected[start : start + blas.CHUNK_ROWS] = _unit(out) if projection["l2_after"] else out
     return projected
 
 
@@ -98,7 +101,7 @@ def finite_rows(path: Path) -> NDArray[np.float32]:
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64)).astype(np.float32)
+    length = np.sqrt(blas.squared_lengths(rows)).astype(np.float32)
     length[length == 0] = 1
     return rows / length[:, None]
 

@@ -1,0 +1,94 @@
+"""What must not depend on the rows beside it, or on the number of workers, does not depend on the kernels of BLAS either."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from ktray.clustering import kmeans, projection
+from ktray.ops import blas
+from tests.source import ROOT
+
+KERNELS = ("Haswell", "SkylakeX", "Zen", "Sandybridge")
+TAKEN_AS = {"Zen": {"Zen", "Haswell"}}  # many builds of OpenBLAS serve Zen with Haswell's kernels and name those
+TESTS = [
+    "tests/test_kmeans.py::test_any_number_of_workers_gives_the_same_bits",
+    "tests/test_kmeans.py::test_a_worker_without_memory_gives_the_same_bits",
+    "tests/test_kmeans.py::test_labels_do_not_depend_on_the_batch",
+    "tests/test_kmeans.py::test_the_nearest_centroids_do_not_depend_on_the_batch",
+    "tests/test_kmeans.py::test_rows_between_two_centroids_get_the_nearest_in_float64",
+    "tests/test_projection.py::test_any_number_of_workers_gives_the_same_bits",
+    "tests/test_projection.py::test_rows_do_not_depend_on_the_batch",
+    "tests/test_pseudo_labels.py::test_labels_of_the_clustered_rows_are_those_of_the_clustering",
+    "tests/test_pseudo_labels.py::test_the_nearest_clusters_and_their_distances_are_those_of_scikit_learn",
+]
+
+
+def run_with(kernel: str | None, *arguments: str) -> str:
+    """The output of Python with these arguments, where NumPy's OpenBLAS is asked to use a processor's kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    if kernel is not None:
+        environment["OPENBLAS_CORETYPE"] = kernel
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def skip_unless_taken(kernel: str) -> None:
+    architecture = "import numpy, threadpoolctl; print(*{i.get('architecture') for i in threadpoolctl.threadpool_info()})"
+    taken = run_with(kernel, "-c", architecture)
+    if not TAKEN_AS.get(kernel, {kernel}) & {*taken.split()}:
+        pytest.skip(f"BLAS uses kernels for {taken} here")
+
+
+def digest() -> str:
+    """sha256 of labels, distances and projected rows of the same arrays on every machine."""
+    rng = np.random.default_rng(0)
+    rows, centroids, components = (rng.normal(size=shape).astype(np.float32) for shape in ((1500, 160), (211, 160), (24, 160)))
+    rows[:500] = (centroids[rng.integers(0, 211, 500)] + centroids[rng.integers(0, 211, 500)]) / 2
+    flags = {name: np.array(True) for name in ("l2", "l2_after")}
+    fitted = {**flags, "mean": rows.mean(axis=0), "components": components, "scale": np.ones(24, np.float32)}
+    found = [*kmeans.assign(rows, centroids), *kmeans.nearest(rows, centroids, 4), projection.apply(fitted, rows)]
+    return hashlib.sha256(b"".join(array.tobytes() for array in found)).hexdigest()
+
+
+@pytest.mark.parametrize("kernel", [None, *KERNELS])
+def test_rows_depend_neither_on_their_batch_nor_on_the_workers(kernel: str | None) -> None:
+    if kernel is not None:
+        skip_unless_taken(kernel)
+    assert " passed" in run_with(kernel, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", *TESTS, "-v")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_labels_distances_and_projected_rows_are_the_same_with_every_kernel(kernel: str) -> None:
+    skip_unless_taken(kernel)
+    assert run_with(kernel, "-c", "from tests import test_blas_kernels; print(test_blas_kernels.digest())") == digest()
+
+
+@pytest.mark.parametrize("width", [1, 37, 512, 9217])
+def test_the_exact_product_has_no_order_and_the_precision_of_float32(width: int) -> None:
+    rng = np.random.default_rng(width)
+    rows, matrix = (rng.normal(size=shape).astype(np.float32) for shape in ((65, width), (width, 9)))
+    rows *= np.logspace(-30, 30, 65, dtype=np.float32)[:, None]
+    rows[7] = 0
+    product = blas.exact_product(rows, matrix)
+    order = rng.permutation(width)
+    assert (blas.exact_product(np.ascontiguousarray(rows[:, order]), matrix[order]) == product).all()
+    assert (np.concatenate([blas.exact_product(rows[at : at + 1], matrix) for at in range(65)]) == product).all()
+    expected = rows.astype(np.float64) @ matrix.astype(np.float64)
+    lengths = np.sqrt(np.outer(blas.squared_lengths(rows), blas.squared_lengths(matrix.T)))
+    assert (np.abs(product - expected) <= 2.0**-21 * lengths).all()
+
+
+@pytest.mark.parametrize("width", [1, 9, 37, 1000, 9217])
+def test_squared_lengths_do_not_depend_on_the_batch(width: int) -> None:
+    rows: NDArray[np.float32] = np.tile(np.random.default_rng(0).normal(size=width), (300, 1)).astype(np.float32)
+    squared = blas.squared_lengths(rows)
+    assert (squared == blas.squared_lengths(rows[:1])).all()
+    np.testing.assert_allclose(squared[0], (rows[0].astype(np.float64) ** 2).sum(), rtol=1e-12)
