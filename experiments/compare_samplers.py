@@ -47,9 +47,9 @@ from experiments.pair_table import CLUSTERS, RUNGS, SCHEDULE, STUDENTS, features
 from experiments.table_world import LAST, PRICES, TABLE, World, world
 from ktray.fingerprint import canonical, fingerprint, seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
-from ktray.search import fixed_draws
-from ktray.search.draws import DrawSource, SampledDraws
-from ktray.search.sampler import SHOWN, DrawCost, Quote, Sampler, at_random
+from ktray.search.budget import CostEstimate, DrawCost
+from ktray.search.draws import DrawSource, SampledDraws, fixed_draws, random_draws
+from ktray.search.sampler import SHOWN, Sampler, random_draw
 from ktray.search.space import Space
 from ktray.search.space_check import checked
 from ktray.search.space_tree import Params
@@ -66,12 +66,12 @@ SORTS = (*PRICES, *(f"{name}{SHUFFLED}" for name in list(PRICES)[:2]))
 class PerCost(Sampler):
     """The literature's way: of all draws that the sampler compares the one that promises most for each second it would add."""
 
-    def _affordable(self, draws: Sequence[Params], spent: DrawCost, quote: Quote, left: float) -> Params:
-        ranked, unknown = self.evidence.ranked(SHOWN)
+    def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
+        ranked, unknown = self.observations.ranked(SHOWN)
         if not ranked:
             return draws[0]
-        gains = self.gains(ranked, unknown, draws)
-        prices = np.array([sum(quote(draw) or DrawCost()) for draw in draws])
+        gains = self.expected_improvement(ranked, unknown, draws)
+        prices = np.array([sum(cost_estimate(draw) or DrawCost()) for draw in draws])
         return draws[int(np.argmax(gains / np.maximum(prices, 1e-3)))]
 
 
@@ -84,7 +84,7 @@ def per_cost(space: Space, known: World) -> DrawSource:
 
 def by_chance(space: Space, known: World) -> DrawSource:
     """Draws that mind nothing."""
-    return fixed_draws.random_draws(space)
+    return random_draws(space)
 
 
 def told(space: Space, known: World) -> DrawSource:
@@ -96,8 +96,8 @@ def told(space: Space, known: World) -> DrawSource:
     order: dict[str, Params] = {}
     for number in itertools.count():
         if len(order) == len(best):
-            return fixed_draws.fixed_draws(space, list(order.values()))
-        met = _features(at_random(space, seed_of(space.seed, "told", number)))
+            return fixed_draws(space, list(order.values()))
+        met = _features(random_draw(space, seed_of(space.seed, "told", number)))
         order[met] = best[met][1]
 
 
@@ -155,7 +155,7 @@ def space(method: Method, seed: int) -> Space:
             "evals": [{"kind": "knn"}, {"kind": "linear_probe"}],
         },
     }
-    return checked(Space.of(content, "compare_samplers.py"))
+    return checked(Space.from_content(content, "compare_samplers.py"))
 
 
 def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:

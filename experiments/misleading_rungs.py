@@ -143,7 +143,7 @@ def searched(method: str, seed: int) -> Found:
     """One search on a virtual clock."""
     sampler, surrogate.STEPS = METHODS[method]
     content = yaml.safe_load(SPACE.read_text()) | {"seed": seed, "sampler": sampler}
-    space = checked(Space.of({**content, "budget": {"trials": TRIALS, "concurrent": 2}}, SPACE.name))
+    space = checked(Space.from_content({**content, "budget": {"trials": TRIALS, "concurrent": 2}}, SPACE.name))
     clock = VirtualClock()
     with tempfile.TemporaryDirectory() as home:
         study = Study.open(Path(home), space, clock=clock)

@@ -37,7 +37,7 @@ from typing import Any
 from ktray.artifact import Stage
 from ktray.fingerprint import seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
-from ktray.search import fixed_draws
+from ktray.search.draws import fixed_draws
 from ktray.search.space import Space
 from ktray.search.space_check import checked
 from ktray.search.study import Study
@@ -107,7 +107,7 @@ def space(trials: int, concurrent: int, early_stop: bool = False) -> Space:
             "evals": [{"kind": "knn"}],
         },
     }
-    return checked(Space.of(content, "simulate_search.py"))
+    return checked(Space.from_content(content, "simulate_search.py"))
 
 
 def pairs_of(count: int, seed: int = 0) -> list[Params]:
@@ -182,7 +182,7 @@ def run(
         live: trials at once; 0: all, but no more than 2,000.
     """
     searched = space(trials, live or min(trials, 2000), early_stop=entries is None)
-    draws = None if entries is None else fixed_draws.fixed_draws(searched, entries)
+    draws = None if entries is None else fixed_draws(searched, entries)
     clock, began = VirtualClock(), time.process_time()
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the study is a file that is synced a dozen times a trial
     with tempfile.TemporaryDirectory(dir=memory) as home:

@@ -15,8 +15,8 @@ from optuna.samplers import TPESampler
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search import sampler, tpe
-from ktray.search.budget import Spending
-from ktray.search.sampler import DrawCost, Sampler, prefix
+from ktray.search.budget import DrawCost, Spending
+from ktray.search.sampler import Sampler, prefix
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.study import Study
@@ -34,20 +34,20 @@ def teacher(params: Params) -> str:
 def history(space: Space, count: int, judge: Callable[[Trial], float] = score) -> list[Trial]:
     trials = []
     for number in range(count):
-        params = sampler.at_random(space, number)
+        params = sampler.random_draw(space, number)
         trial = Trial(number, params, space.pair(params).model_dump(mode="json"), "completed")
         trials.append(dataclasses.replace(trial, objectives={"linear_probe/top1": judge(trial)}))
     return trials
 
 
-def told(space: Space, trials: list[Trial], quote: sampler.Quote | None = None) -> Sampler:
-    found = Sampler(space, quote)
+def told(space: Space, trials: list[Trial], cost_estimate: sampler.CostEstimate | None = None) -> Sampler:
+    found = Sampler(space, cost_estimate)
     for trial in trials:
-        found.told(trial)
+        found.observe(trial)
     return found
 
 
-def dear(seconds: dict[str, float]) -> sampler.Quote:
+def dear(seconds: dict[str, float]) -> sampler.CostEstimate:
     """Anything new costs what its teacher's branch costs, and its student 10 s."""
     return lambda params: DrawCost(seconds[str(params["teacher"])], 10.0)
 
@@ -192,29 +192,31 @@ def test_tpe_draws_what_optunas_own_estimators_find_best(tmp_path: Path) -> None
     rows = good.sample(np.random.RandomState(7), tpe.CANDIDATES)
     winner = int(np.argmax(good.log_pdf(rows) - rest.log_pdf(rows)))
     best = {name: known[name].to_external_repr(values[winner].item()) for name, values in rows.items()}
-    assert tpe.Parzen(space).densities(*told(space, trials).evidence.split(), seed=7).best({}) == best
+    assert tpe.ParzenEstimators(space).densities(*told(space, trials).observations.split(), seed=7).best({}) == best
 
 
 def test_a_stage_is_charged_to_the_trial_that_needs_it_first(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
     first = given(study).trial.number
-    study.charge(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
-    assert "teacher-1" in study.purse
-    assert study.purse.spent == DrawCost(100.0, 10.0)
+    study.attribute_costs(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
+    assert "teacher-1" in study.spending
+    assert study.spending.spent == DrawCost(100.0, 10.0)
 
 
 def test_what_was_recorded_replaces_what_was_expected_and_survives_a_resume(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
         first, second = given(study), given(study)
-        study.charge(first.trial.number, {"prefix": {"teacher-1": 100.0, "features-1": 5.0}, "suffix": {"student-1": 10.0}})
-        study.charge(second.trial.number, {"prefix": {}, "suffix": {"student-2": 20.0}})
-        study.paid(first.trial.number, {"teacher-1": 130.0, "features-1": 1.0, "student-1": 9.0})
+        study.attribute_costs(
+            first.trial.number, {"prefix": {"teacher-1": 100.0, "features-1": 5.0}, "suffix": {"student-1": 10.0}}
+        )
+        study.attribute_costs(second.trial.number, {"prefix": {}, "suffix": {"student-2": 20.0}})
+        study.record_costs(first.trial.number, {"teacher-1": 130.0, "features-1": 1.0, "student-1": 9.0})
         tell(study, first)
-        study.paid(second.trial.number, {})  # its student failed: no record, no charge
+        study.record_costs(second.trial.number, {})  # its student failed: no record, no charge
         study.fail(second.trial.number, "out of luck")
-        assert study.purse.spent == DrawCost(131.0, 9.0)
-    assert Study.open(tmp_path, space).purse.spent == DrawCost(131.0, 9.0)
+        assert study.spending.spent == DrawCost(131.0, 9.0)
+    assert Study.open(tmp_path, space).spending.spent == DrawCost(131.0, 9.0)
 
 
 def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_with_more(tmp_path: Path) -> None:
@@ -222,10 +224,10 @@ def test_a_search_stops_launching_when_its_stage_hours_are_spent_and_goes_on_wit
     with Study.open(tmp_path, space) as study:
         for _ in range(2):
             one = given(study)
-            study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": 3000.0}, "suffix": {}})
+            study.attribute_costs(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": 3000.0}, "suffix": {}})
             tell(study, one)
         assert study.next() == "done"
-        assert study.reason == "1.67 of 1.5 stage hours are spent"
+        assert study.stop_reason == "1.67 of 1.5 stage hours are spent"
         assert study.close() == []
     with Study.open(tmp_path, space) as study:
         assert study.next() == "done"
@@ -238,11 +240,11 @@ def test_trials_that_a_killed_driver_left_go_on_though_what_they_are_charged_fil
     space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None)
     with Study.open(tmp_path, space) as study:
         for one in (given(study), given(study)):
-            study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": 2400.0}, "suffix": {}})
+            study.attribute_costs(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": 2400.0}, "suffix": {}})
     with Study.open(tmp_path, space) as study:
         drive(study)
         assert states(study) == {"completed": 2}
-        assert study.reason == "1.33 of 1 stage hours are spent"
+        assert study.stop_reason == "1.33 of 1 stage hours are spent"
 
 
 def test_trials_that_a_killed_driver_left_wait_for_more_time(tmp_path: Path) -> None:
@@ -253,21 +255,21 @@ def test_trials_that_a_killed_driver_left_wait_for_more_time(tmp_path: Path) -> 
         now[0] = 11
         study.close()
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
-        assert (study.next(), study.reason) == ("done", "stop_after (10 s) is used up")
+        assert (study.next(), study.stop_reason) == ("done", "stop_after (10 s) is used up")
 
 
-def costing(folder: Path, quote: sampler.Quote, **fields: Any) -> Study:
+def costing(folder: Path, cost_estimate: sampler.CostEstimate, **fields: Any) -> Study:
     """A study with a budget of one hour whose draws have prices."""
     space = wide(folder, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None, **fields)
     study = Study.open(folder, space)
-    study.ask_prices(quote)
+    study.set_cost_estimate(cost_estimate)
     return study
 
 
 def spend(study: Study, seconds: float) -> None:
     """Runs one trial, whose teacher takes so long."""
     one = given(study)
-    study.charge(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": seconds}, "suffix": {}})
+    study.attribute_costs(one.trial.number, {"prefix": {f"teacher-{one.trial.number}": seconds}, "suffix": {}})
     tell(study, one)
 
 
@@ -276,10 +278,10 @@ def test_the_first_draw_is_made_at_any_price_and_no_other_that_the_hours_do_not_
     with costing(tmp_path, lambda params: DrawCost(360_000.0, 10.0), sampler=how) as study:
         spend(study, 3240.0)
         assert study.next() == "done"
-        assert study.reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
+        assert study.stop_reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
         assert study.drawn == 1
     with Study.open(tmp_path, study.space) as again:
-        again.ask_prices(lambda params: DrawCost(300.0, 10.0))
+        again.set_cost_estimate(lambda params: DrawCost(300.0, 10.0))
         given(again)
 
 
@@ -298,9 +300,9 @@ def test_a_planned_draw_that_is_too_dear_waits_until_what_runs_has_cost_less_tha
         tmp_path, lambda params: DrawCost(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
     ) as study:
         one = given(study)
-        study.charge(one.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
+        study.attribute_costs(one.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
         assert study.next() == "wait"
-        study.paid(one.trial.number, {"teacher-1": 100.0})
+        study.record_costs(one.trial.number, {"teacher-1": 100.0})
         tell(study, one)
         assert given(study).trial.params["teacher"] == "rotation"
 
@@ -313,7 +315,7 @@ def test_a_planned_draw_that_is_too_dear_keeps_no_other_waiting(tmp_path: Path) 
         assert study.drawn == 9
         assert [trial.planned for trial in study.trials()][:3] == [0, 2, None]
     with Study.open(tmp_path, study.space, trials="+1") as again:
-        again.ask_prices(lambda params: DrawCost(15.0, 1.0))
+        again.set_cost_estimate(lambda params: DrawCost(15.0, 1.0))
         assert given(again).trial.planned == 1
 
 
@@ -325,12 +327,12 @@ def test_hours_that_are_spent_before_any_result_still_give_one(tmp_path: Path) -
         assert states(study) == {"paused": 2}
         drive(study)
         assert states(study) == {"completed": 1, "paused": 1}
-        assert study.reason == "1.06 of 1 stage hours are spent"
+        assert study.stop_reason == "1.06 of 1 stage hours are spent"
 
 
 def test_a_purse_counts_a_changed_trial_once() -> None:
-    trial = Trial(0, {}, {}, charges={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
-    purse = Spending([trial, trial])
-    purse.update(dataclasses.replace(trial, charges={"prefix": {"a": 5.0}, "suffix": {}}))
-    assert purse.spent == DrawCost(5.0, 0.0)
-    assert ("a" in purse, "b" in purse) == (True, False)
+    trial = Trial(0, {}, {}, attributed_costs={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
+    spending = Spending([trial, trial])
+    spending.update(dataclasses.replace(trial, attributed_costs={"prefix": {"a": 5.0}, "suffix": {}}))
+    assert spending.spent == DrawCost(5.0, 0.0)
+    assert ("a" in spending, "b" in spending) == (True, False)

@@ -180,7 +180,7 @@ def chained_space(**changes: Any) -> Space:
         },
         **changes,
     }
-    return checked(Space.of(content, "chained.yaml"))
+    return checked(Space.from_content(content, "chained.yaml"))
 
 
 def test_parameters_of_a_pair_that_teaches_have_dotted_paths() -> None:

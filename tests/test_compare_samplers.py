@@ -11,7 +11,7 @@ import pytest
 from experiments.compare_samplers import METHODS, area, by_chance, cost_to_near, ratios, searched, space
 from experiments.table_world import PRICES, TABLE, world
 from ktray.fingerprint import fingerprint
-from ktray.search.sampler import DrawCost
+from ktray.search.budget import DrawCost
 from ktray.search.trial import Trial
 
 ROWS = pandas.read_parquet(TABLE).query("seed == 0")
@@ -58,9 +58,9 @@ def test_who_shares_nothing_pays_again_for_a_pair_that_is_drawn_again() -> None:
     drawn, known = space(METHODS["random"], 2), world(space(METHODS["random"], 2), PRICES["as measured"])
     chance, seen, paid = by_chance(drawn, known), set[str](), 0.0
     while len(seen) < 24:
-        trial = chance.following(DrawCost())
+        trial = chance.next_draw(DrawCost())
         assert isinstance(trial, Trial)
-        chance.told(trial)
+        chance.observe(trial)
         name = fingerprint(trial.pair)
         paid, seen = paid + known.bill(name, 0, 9), seen | {name}
     search = searched(("as measured", "random", 2))

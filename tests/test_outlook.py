@@ -19,7 +19,7 @@ SETTLED = [100.0, 20.0, 20.0, 60.0]  # stage seconds of trials that are settled
 def history(folder: Path, ordered: tuple[float, ...] = (), target: int = 10, spent: float = 100.0, **budget: Any) -> History:
     charges = [*SETTLED, *ordered]
     trials = [
-        Trial(n, {}, {}, "paused" if n < len(SETTLED) else "running", charges={"suffix": {f"student-{n}": seconds}})
+        Trial(n, {}, {}, "paused" if n < len(SETTLED) else "running", attributed_costs={"suffix": {f"student-{n}": seconds}})
         for n, seconds in enumerate(charges)
     ]
     space = toy_space(folder, budget={"trials": target, "concurrent": 2, **budget})

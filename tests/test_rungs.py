@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ktray.search.halving import RungScores, best_first, ladder, next_rung
+from ktray.search.halving import RungScores, best_first, next_rung, rung_epochs
 from ktray.search.space_file import EarlyStop
 from ktray.search.trial import State, Trial
 
@@ -19,8 +19,8 @@ def promotion(stop: EarlyStop | None, trials: list[Trial]) -> Trial | None:
     return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
-def last_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
-    number = RungScores(stop, trials).last_hope()
+def best_unfinished(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    number = RungScores(stop, trials).best_unfinished()
     return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
@@ -34,11 +34,11 @@ def at_first_rung(*scores: float) -> list[Trial]:
 
 
 def test_the_last_rung_is_the_full_training_of_each_student() -> None:
-    assert ladder(STOP, 9) == (1, 3, 9)
-    assert ladder(STOP, 5) == (1, 3, 5)
-    assert ladder(STOP, 3) == (1, 3)
-    assert ladder(STOP, 1) == (1,)
-    assert ladder(None, 9) == (9,)
+    assert rung_epochs(STOP, 9) == (1, 3, 9)
+    assert rung_epochs(STOP, 5) == (1, 3, 5)
+    assert rung_epochs(STOP, 3) == (1, 3)
+    assert rung_epochs(STOP, 1) == (1,)
+    assert rung_epochs(None, 9) == (9,)
 
 
 def test_a_trial_goes_to_its_next_rung() -> None:
@@ -113,14 +113,14 @@ def test_without_early_stop_nobody_is_promoted() -> None:
 
 def test_the_last_hope_is_the_furthest_and_then_the_best() -> None:
     trials = [*at_first_rung(0.9, 0.1), trial(2, {1: 0.2, 3: 0.3}), trial(3, {1: 0.2, 3: 0.4})]
-    found = last_hope(STOP, trials)
+    found = best_unfinished(STOP, trials)
     assert found is not None
     assert found.number == 3
 
 
 def test_there_is_no_last_hope_once_something_is_complete() -> None:
-    assert last_hope(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
-    assert last_hope(STOP, []) is None
+    assert best_unfinished(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
+    assert best_unfinished(STOP, []) is None
 
 
 def plainly_promoted(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
@@ -151,14 +151,14 @@ def test_standings_promote_whom_all_scores_would_whatever_happened_before(seed: 
     standings, trials = RungScores(stop), list[Trial]()
 
     def tell(new: Trial) -> None:
-        standings.tell(trials[new.number] if new.number < len(trials) else None, new)
+        standings.update(trials[new.number] if new.number < len(trials) else None, new)
         trials[new.number : new.number + 1] = [new]
 
     promoted = 0
     for _ in range(200):
         due, hope = plainly_promoted(stop, trials), plain_hope(stop, trials)
         assert standings.promotion() == (None if due is None else due.number)
-        assert standings.last_hope() == (None if hope is None else hope.number)
+        assert standings.best_unfinished() == (None if hope is None else hope.number)
         if due is not None and chance.random() < 0.7:
             promoted += 1
             tell(dataclasses.replace(due, state="running"))

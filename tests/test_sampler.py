@@ -19,7 +19,7 @@ TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds"
 def history(space: Space, count: int) -> list[Trial]:
     trials: list[Trial] = []
     for number in range(count):
-        params = sampler.at_random(space, number)
+        params = sampler.random_draw(space, number)
         trials.append(Trial(number, params, space.pair(params).model_dump(mode="json")))
     return trials
 
@@ -103,7 +103,7 @@ def test_failures_and_duplicates_are_no_evidence(tmp_path: Path) -> None:
 
 def test_random_draws_stay_inside_of_the_space(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
-    draws = [sampler.at_random(space, seed) for seed in range(200)]
+    draws = [sampler.random_draw(space, seed) for seed in range(200)]
     rates = [float(draw["student.schedule.lr"]) for draw in draws]  # type: ignore[arg-type]
     assert min(rates) >= 0.01
     assert max(rates) <= 0.1

@@ -32,7 +32,7 @@ def test_a_shipped_space_checks_and_its_draws_share_their_prefix(path: Path) -> 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_branch_and_option_of_a_shipped_space_is_drawn(path: Path) -> None:
     found = space.load(path, [])
-    drawn = {(name, value) for seed in range(300) for name, value in sampler.at_random(found, seed).items()}
+    drawn = {(name, value) for seed in range(300) for name, value in sampler.random_draw(found, seed).items()}
     for parameter, _ in parameters(found.root):
         if isinstance(parameter, Choice):
             assert {(parameter.name, label) for label in parameter.labels} <= drawn

@@ -83,7 +83,7 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
 
 def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp_path: Path) -> None:
     study = searcher.coordinator.study
-    study._watch._began -= 40
+    study._elapsed._began -= 40
     _Tick(searcher).on_step_end(1, [])
     assert 40 <= read(tmp_path, "toy").spent < 60
 
@@ -107,7 +107,7 @@ def test_a_teacher_of_an_earlier_space_is_not_trained_again_to_cut_it_where_the_
         leg = coordinator.next()
         assert isinstance(leg, TrialSegment)
         assert [stage.name for stage in leg.graph.stages if stage.key not in store.found] == ["student", "evaluation"]
-        charged = study.charged(leg.trial.number)
+        charged = study.attributed_costs(leg.trial.number)
         assert not charged["prefix"]
         assert {key.split("-")[0] for key in charged["suffix"]} == {"student", "evaluation"}
 
@@ -122,7 +122,9 @@ def test_segments_that_were_trained_ahead_are_charged_to_the_planned_draw_that_n
         _publish(store, ahead)
         leg = coordinator.next()
         assert isinstance(leg, TrialSegment)
-        assert {stage.key for stage in ahead if stage.name == "teacher"} <= study.charged(leg.trial.number)["prefix"].keys()
+        assert {stage.key for stage in ahead if stage.name == "teacher"} <= study.attributed_costs(leg.trial.number)[
+            "prefix"
+        ].keys()
         assert [stage.spec["epoch"] for stage in ahead if stage.name == "teacher"] == [1, 2, 4]
 
 

@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_limits
 from ktray.errors import StoppedEarly
 from ktray.fingerprint import seed_of
 from ktray.runs.simulation import SimulatedCluster, VirtualClock, _Simulation, simulate
-from ktray.search import fixed_draws
+from ktray.search.draws import fixed_draws, random_draws
 from ktray.search.space import Space
 from ktray.search.space_check import checked
 from ktray.search.study import Study
@@ -50,7 +50,7 @@ def space(trials=12, early_stop=True):
             "evals": [{"kind": "knn"}],
         },
     }
-    return checked(Space.of(content, "simulated.yaml"))
+    return checked(Space.from_content(content, "simulated.yaml"))
 
 
 def run(home, workers, draws=None, **how):
@@ -109,7 +109,7 @@ def test_the_same_study_simulated_twice_makes_the_same_draws(tmp_path):
 
 def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_stages(tmp_path):
     twice = [*pairs(6), *pairs(2)]
-    timeline = run(tmp_path, 2, lambda searched: fixed_draws.fixed_draws(searched, twice), trials=20, early_stop=False)
+    timeline = run(tmp_path, 2, lambda searched: fixed_draws(searched, twice), trials=20, early_stop=False)
     assert [dict(trial.params) for trial in timeline.trials] == twice
     assert [trial.state for trial in timeline.trials] == ["completed"] * 6 + ["duplicate"] * 2
     assert [trial.duplicate_of for trial in timeline.trials[6:]] == [0, 1]
@@ -118,13 +118,13 @@ def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_
 
 
 def test_chance_draws_the_same_pairs_again_and_not_the_samplers(tmp_path):
-    one, two = (run(tmp_path / name, 3, fixed_draws.random_draws, early_stop=False) for name in "ab")
+    one, two = (run(tmp_path / name, 3, random_draws, early_stop=False) for name in "ab")
     assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
     assert [trial.params for trial in one.trials] != [trial.params for trial in run(tmp_path / "c", 3, early_stop=False).trials]
 
 
 def listed_run(home, site, count=4):
-    return run(home, site, lambda searched: fixed_draws.fixed_draws(searched, pairs(count)), trials=count, early_stop=False)
+    return run(home, site, lambda searched: fixed_draws(searched, pairs(count)), trials=count, early_stop=False)
 
 
 def test_a_stage_whose_worker_died_is_run_again_by_a_new_worker_and_costs_what_was_lost(tmp_path):
@@ -175,11 +175,11 @@ def test_what_trials_are_charged_adds_up_to_what_workers_computed(tmp_path):
     clock, searched = VirtualClock(), space()
     study = Study.open(tmp_path, searched, clock=clock)
     timeline = simulate(searched, study, clock, seconds, metrics, 3)
-    assert sum(study.purse.spent) == pytest.approx(timeline.busy)
+    assert sum(study.spending.spent) == pytest.approx(timeline.busy)
     of_student = sum(COST["evaluation"] if "evaluation" in key else 0 for _, key in timeline.computed)
-    assert study.purse.spent.suffix > of_student
-    assert study.purse.spent.prefix == pytest.approx(5 + 2 * 30 + sum(_before_the_student(timeline)))
-    assert sum(Study.open(tmp_path, searched).purse.spent) == pytest.approx(timeline.busy)
+    assert study.spending.spent.suffix > of_student
+    assert study.spending.spent.prefix == pytest.approx(5 + 2 * 30 + sum(_before_the_student(timeline)))
+    assert sum(Study.open(tmp_path, searched).spending.spent) == pytest.approx(timeline.busy)
 
 
 def _before_the_student(timeline):
@@ -193,10 +193,10 @@ def test_stages_that_are_ordered_count_before_they_are_computed(tmp_path):
     study = Study.open(tmp_path, searched, clock=clock)
     coordinator = _Simulation(searched, study, clock, seconds, metrics, SimulatedCluster(1)).coordinator
     coordinator.next()
-    ordered = study.purse.spent
+    ordered = study.spending.spent
     assert ordered.prefix > 0
     coordinator.next()  # the same teacher: it is charged once
-    assert study.purse.spent.prefix - ordered.prefix < ordered.prefix
+    assert study.spending.spent.prefix - ordered.prefix < ordered.prefix
 
 
 def test_what_was_promoted_to_the_end_goes_before_any_longer_work_that_waits(tmp_path):
@@ -232,7 +232,7 @@ def test_idle_workers_prepare_what_planned_draws_will_need(tmp_path):
     content["budget"] = {"trials": 2, "concurrent": 1}
     content["pair"]["teacher"]["seed"] = {"choice": [0, 1]}
     content["start_with"] = [{"teacher.seed": seed, "teacher.layer": "conv3"} for seed in (0, 1)]
-    searched, clock = checked(Space.of({**content, "early_stop": None}, "simulated.yaml")), VirtualClock()
+    searched, clock = checked(Space.from_content({**content, "early_stop": None}, "simulated.yaml")), VirtualClock()
     timeline = simulate(searched, Study.open(tmp_path, searched, clock=clock), clock, seconds, metrics, 2)
     made = {key: at for at, key in timeline.computed}
     first, second = (trial.keys["teacher"] for trial in timeline.trials)

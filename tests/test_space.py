@@ -61,8 +61,8 @@ def test_a_whole_number_range_counts_both_of_its_ends(tmp_path: Path) -> None:
     assert found.size() == (2 + 3 * 2) * 8
 
 
-def test_corners_touch_every_option_of_every_branch_and_both_ends_of_every_range(tmp_path: Path) -> None:
-    touched = {(name, value) for _, params in toy_space(tmp_path).corners() for name, value in params.items()}
+def test_boundary_draws_touch_every_option_of_every_branch_and_both_ends_of_every_range(tmp_path: Path) -> None:
+    touched = {(name, value) for _, params in toy_space(tmp_path).boundary_draws() for name, value in params.items()}
     assert touched >= {
         *itertools.product(["teacher"], ["hog", "rotation"]),
         *itertools.product(["teacher.hog.descriptor.cell"], [4, 7]),
@@ -73,8 +73,8 @@ def test_corners_touch_every_option_of_every_branch_and_both_ends_of_every_range
     }
 
 
-def test_corners_are_labelled_by_branch_and_what_is_varied(tmp_path: Path) -> None:
-    labels = [label for label, _ in toy_space(tmp_path).corners()]
+def test_boundary_draws_are_labelled_by_branch_and_what_is_varied(tmp_path: Path) -> None:
+    labels = [label for label, _ in toy_space(tmp_path).boundary_draws()]
     assert labels[0] == "teacher=hog"
     assert "teacher=rotation: teacher.rotation.layer=conv4" in labels
     assert len(labels) == len(set(labels))
@@ -110,7 +110,7 @@ def test_a_branch_may_leave_the_teacher_out_together_with_the_transfer_that_need
         "hog": {**PAIR, **FINITE, "teacher": {"descriptor": "hog"}, "transfer": {"kind": "clusters", "k": 5}},
     }
     path = write(tmp_path)
-    found = Space.of({**content(), "pair": {"one_of": references}}, path.name)
+    found = Space.from_content({**content(), "pair": {"one_of": references}}, path.name)
     assert [found.pair(draw).transfer.kind for draw in found.draws()] == ["none", "clusters"]
 
 
@@ -122,7 +122,7 @@ def test_overrides_reach_into_branches_and_replace_operators(tmp_path: Path) -> 
 
 def test_an_override_keeps_one_branch_and_the_names_in_it(tmp_path: Path) -> None:
     found = space.load(write(tmp_path), ["teacher=rotation"])
-    assert {draw["teacher"] for _, draw in found.corners()} == {"rotation"}
+    assert {draw["teacher"] for _, draw in found.boundary_draws()} == {"rotation"}
     assert "teacher.rotation.layer" in found.complete({})
 
 

@@ -30,7 +30,7 @@ SINGLE = {
 def test_a_search_ends_at_its_target_with_the_rest_pruned(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 12, "concurrent": 2}))
     drive(study)
-    assert study.reason == "all 12 trials are drawn and judged"
+    assert study.stop_reason == "all 12 trials are drawn and judged"
     pruned = study.close()
     assert states(study)["completed"] >= 1
     assert len(pruned) == states(study)["pruned"] == 12 - states(study)["completed"]
@@ -96,18 +96,18 @@ def test_a_draw_of_other_parameters_that_is_the_same_pair_is_a_duplicate(tmp_pat
     study = Study.open(tmp_path, toy_space(tmp_path, {**SINGLE, "transfer": spelled}, budget={"trials": 4}, **NO_STOP))
     drive(study, lambda trial, epoch: 0.5)
     assert states(study)["completed"] == 2
-    assert study.reason == "the space is exhausted"
+    assert study.stop_reason == "the space is exhausted"
 
 
 def test_an_exhausted_space_ends_the_search(tmp_path: Path) -> None:
     space = toy_space(tmp_path, SINGLE, budget={"trials": 50, "concurrent": 4}, **NO_STOP)
     study = Study.open(tmp_path, space)
     drive(study, lambda trial, epoch: 0.5)
-    assert (study.reason, states(study)["completed"]) == ("the space is exhausted", 2)
+    assert (study.stop_reason, states(study)["completed"]) == ("the space is exhausted", 2)
     study.close()
     again = Study.open(tmp_path, space, trials="+50")
     assert again.next() == "done"
-    assert again.reason == "the space is exhausted"
+    assert again.stop_reason == "the space is exhausted"
 
 
 def test_planned_draws_come_first_and_once(tmp_path: Path) -> None:
@@ -228,11 +228,11 @@ def test_time_counts_over_resumes_and_what_is_paused_waits_for_more(tmp_path: Pa
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
         last = given(study)
         now[0] = 105
-        assert study.spent == 11
+        assert study.elapsed == 11
         assert study.next() == "wait"
         tell(study, last)
         assert study.next() == "done"
-        assert study.reason == "stop_after (10 s) is used up"
+        assert study.stop_reason == "stop_after (10 s) is used up"
         assert study.close() == []
     more = toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "stop_after": "1h"})
     with Study.open(tmp_path, more, clock=lambda: now[0]) as study:

@@ -56,7 +56,9 @@ def test_gains_are_those_of_the_likeliest_gaussian_process_of_scikit_learn(tmp_p
     mean, deviation = process.predict(asked, return_std=True)
     above = (mean - process.predict(seen * [1, 0]).max()) / deviation
     expected = deviation * (above * norm.cdf(above) + norm.pdf(above))
-    found = Surrogate(one_rate(tmp_path)).gain(rates(*seen[:, 0]), [], rates(*asked[:, 0]), seen[:, 1].astype(int).tolist())
+    found = Surrogate(one_rate(tmp_path)).expected_improvement(
+        rates(*seen[:, 0]), [], rates(*asked[:, 0]), seen[:, 1].astype(int).tolist()
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -64,7 +66,7 @@ def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tm
     rng = np.random.default_rng(0)
     layers, space = ("conv3", "conv4", "conv5"), toy_space(tmp_path)
     layer, ahead = np.arange(30) % 3, np.repeat([0.0, 2.0], 15)
-    draws = [sampler.at_random(space, n, {"teacher": "rotation", "teacher.rotation.layer": layers[n % 3]}) for n in range(30)]
+    draws = [sampler.random_draw(space, n, {"teacher": "rotation", "teacher.rotation.layer": layers[n % 3]}) for n in range(30)]
     surrogate = Surrogate(space)
     alike = surrogate._alike(surrogate.rows(draws), surrogate.rows(draws))
 
@@ -80,7 +82,7 @@ def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: 
     monkeypatch.setattr("ktray.search.surrogate.NOISES", NOISES[:1])  # two trials say nothing of how much is chance
     surrogate = Surrogate(one_rate(tmp_path))
     seen, asked = rates(0.0, 0.1), rates(0.6, 1.0)
-    alone, beside = surrogate.gain(seen, [], asked), surrogate.gain(seen, rates(1.0), asked)
+    alone, beside = surrogate.expected_improvement(seen, [], asked), surrogate.expected_improvement(seen, rates(1.0), asked)
     assert beside[1] < 0.6 * alone[1]
     assert beside[0] < alone[0]
 
@@ -90,25 +92,25 @@ def test_what_a_student_showed_behind_one_teacher_is_believed_of_it_behind_anoth
     space = toy_space(tmp_path, {"student": student})
 
     def draw(width: float, seed: int, **fixed: Any) -> dict[str, Any]:
-        return sampler.at_random(space, seed, {**fixed, "student.backbone.width": width})
+        return sampler.random_draw(space, seed, {**fixed, "student.backbone.width": width})
 
     hogs = [draw(0.25, seed, teacher="hog") for seed in range(4)] + [draw(0.125, seed, teacher="hog") for seed in range(4)]
     asked = [draw(width, 9, teacher="rotation") for width in (0.25, 0.125)]
-    wide, narrow = Surrogate(space).gain(hogs, [], asked)
+    wide, narrow = Surrogate(space).expected_improvement(hogs, [], asked)
     assert wide > 1.5 * narrow
 
 
 def test_the_layers_of_one_teacher_are_more_alike_than_two_teachers(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
-    base = sampler.at_random(space, 0, {"teacher": "rotation", "teacher.rotation.layer": "conv3"})
+    base = sampler.random_draw(space, 0, {"teacher": "rotation", "teacher.rotation.layer": "conv3"})
     layer = {**base, "teacher.rotation.layer": "conv4"}
-    other = sampler.at_random(space, 0, {**base, "teacher": "hog"})
+    other = sampler.random_draw(space, 0, {**base, "teacher": "hog"})
     bad = [{**base, "transfer.k": k} for k in (5, 10, 20)]
-    good = [sampler.at_random(space, 0, {**other, "transfer.k": k, "teacher.hog.descriptor.cell": 4}) for k in (5, 10, 20)]
+    good = [sampler.random_draw(space, 0, {**other, "transfer.k": k, "teacher.hog.descriptor.cell": 4}) for k in (5, 10, 20)]
     rows = Surrogate(space)
     ours = rows._alike(rows.rows([base]), rows.rows([layer, other]))[0]
     assert ours[0] > ours[1]
-    gains = rows.gain([*good, *bad], [], [layer, {**other, "teacher.hog.descriptor.cell": 7}])
+    gains = rows.expected_improvement([*good, *bad], [], [layer, {**other, "teacher.hog.descriptor.cell": 7}])
     assert gains[1] > gains[0]
 
 
@@ -116,22 +118,22 @@ def test_who_is_stopped_at_a_rung_does_not_hold_back_a_layer_whose_others_end_be
     space = toy_space(tmp_path)
 
     def draw(layer: str, number: int) -> dict[str, Any]:
-        return sampler.at_random(space, number, {"teacher": "rotation", "teacher.rotation.layer": layer})
+        return sampler.random_draw(space, number, {"teacher": "rotation", "teacher.rotation.layer": layer})
 
     ended = [draw("conv4", number) for number in range(3)] + [draw("conv3", number) for number in range(9)]
     stopped = [draw("conv3", number) for number in range(9, 12)] + [draw("conv4", number) for number in range(3, 12)]
     ranked, asked = [*ended, *stopped], [draw("conv4", 99), draw("conv3", 99)]
     left = [0] * len(ended) + [2] * len(stopped)
-    best, often = Surrogate(space).gain(ranked, [], asked, left)
+    best, often = Surrogate(space).expected_improvement(ranked, [], asked, left)
     assert best > 2 * often
-    best, often = Surrogate(space).gain(ranked, [], asked)  # as if all of them had come to their end
+    best, often = Surrogate(space).expected_improvement(ranked, [], asked)  # as if all of them had come to their end
     assert best < often
 
 
 @pytest.mark.parametrize("partial", [False, True])
 def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -> None:
     space = toy_space(tmp_path)
-    draws = [sampler.at_random(space, seed) for seed in range(80)]
+    draws = [sampler.random_draw(space, seed) for seed in range(80)]
     if partial:  # as the results of another study are, which lacks some of the parameters
         rng = np.random.default_rng(0)
         draws = [{name: value for name, value in draw.items() if rng.random() < 0.7} for draw in draws]
@@ -139,7 +141,7 @@ def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -
     ahead = np.arange(len(draws)) % 4.0  # rungs
     covariance = _covariance(surrogate._alike(surrogate.rows(draws), surrogate.rows(draws)), ahead, ahead, 0.6)
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
-    assert np.isfinite(surrogate.gain(draws[:40], draws[40:44], draws[44:])).all()
+    assert np.isfinite(surrogate.expected_improvement(draws[:40], draws[40:44], draws[44:])).all()
     if not partial:
         np.testing.assert_allclose(np.diag(covariance), COMMON + 1)
 
@@ -168,7 +170,7 @@ def test_a_search_by_the_surrogate_beats_chance_on_a_space_with_branches(tmp_pat
             params = proposing.propose(number, sampler.DrawCost())
             values.append(value(params))
             trial = Trial(number, params, {}, "completed", objectives={"linear_probe/top1": values[-1]})
-            proposing.told(trial)
+            proposing.observe(trial)
         return max(values)
 
     ours, chance = (np.mean([best(how, seed) for seed in range(10)]) for how in ("balanced", "random"))
@@ -182,12 +184,12 @@ def test_only_the_order_of_results_counts(tmp_path: Path) -> None:
     for stretch in (1.0, 1000.0):
         trials = []
         for number in range(12):
-            params = sampler.at_random(space, number)
+            params = sampler.random_draw(space, number)
             trial = Trial(number, params, {}, "completed")
             trials.append(dataclasses.replace(trial, objectives={"linear_probe/top1": stretch * np.exp(number % 5)}))
         proposing = sampler.Sampler(space)
         for trial in trials:
-            proposing.told(trial)
+            proposing.observe(trial)
         assert Observations(space, trials).ranked(3)[0][0].number == 4
         found.append(proposing.propose(12, sampler.DrawCost()))
     assert found[0] == found[1]

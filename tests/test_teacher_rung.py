@@ -50,9 +50,9 @@ def test_the_best_half_of_the_teachers_gets_students() -> None:
         STOP, [trial(n, name, score) for n, (name, score) in enumerate([("a", 0.1), ("b", 0.3), ("c", 0.2)])]
     )
     assert standings.promotion() == 1
-    standings.tell(trial(1, "b", 0.3), trial(1, "b", 0.3, "running"))
+    standings.update(trial(1, "b", 0.3), trial(1, "b", 0.3, "running"))
     assert standings.promotion() == 2
-    standings.tell(trial(2, "c", 0.2), trial(2, "c", 0.2, "running"))
+    standings.update(trial(2, "c", 0.2), trial(2, "c", 0.2, "running"))
     assert standings.promotion() is None
 
 
@@ -81,7 +81,7 @@ def test_a_better_teacher_that_failed_later_still_counts() -> None:
     judged = [trial(0, "a", 0.9, "running"), trial(1, "b", 0.1)]
     standings = RungScores(STOP, judged)
     assert standings.promotion() is None
-    standings.tell(judged[0], dataclasses.replace(judged[0], state="failed"))
+    standings.update(judged[0], dataclasses.replace(judged[0], state="failed"))
     assert standings.promotion() is None
 
 
@@ -92,7 +92,7 @@ def test_a_small_rank_is_better_if_the_metric_says_so() -> None:
 
 def test_with_no_trial_completed_the_best_teacher_is_the_last_hope() -> None:
     standings = RungScores(STOP, [trial(0, "a", 0.9, "failed"), trial(1, "b", 0.1), trial(2, "c", 0.2)])
-    assert standings.last_hope() == 2
+    assert standings.best_unfinished() == 2
 
 
 def test_what_only_its_teacher_was_judged_by_comes_behind_what_a_student_was(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.search import warm_start
+from ktray.search.budget import DrawCost
 from ktray.search.history import read
-from ktray.search.sampler import DrawCost, Sampler
+from ktray.search.sampler import Sampler
 from ktray.search.space import Space
 from ktray.search.study import Study
 from tests.toy_space import PAIR, drive, given, states, toy_space
@@ -104,7 +105,7 @@ def test_the_first_draws_go_where_the_other_study_was_good_and_a_resume_draws_th
     assert [given(again).trial.params for _ in range(2)] == draws
     ours = Sampler(space)
     for trial in heard(old, space):
-        ours.told(trial)
+        ours.observe(trial)
     assert [ours.propose(count, DrawCost())["teacher"] for count in range(20)].count("rotation") >= 15
 
 

@@ -50,7 +50,7 @@ def _spec(text: str) -> Any:
     try:
         return TypeAdapter(DataSpec).validate_python(text)
     except ValidationError as error:
-        spec_errors.refuse(spec_errors.of_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text)
+        spec_errors.raise_if_any(spec_errors.from_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text)
         raise AssertionError("unreachable: a validation error has problems") from error
 
 

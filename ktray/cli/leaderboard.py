@@ -12,7 +12,7 @@ from ktray.runs import reference_lines
 from ktray.search import ranking
 from ktray.search.history import History
 from ktray.search.trial import STATES, Trial
-from ktray.search.trial_differences import names, told_apart
+from ktray.search.trial_differences import distinguishing_params, names
 
 
 def trial_answer(trial: Trial) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     """
     goals = study.objectives
     shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
-    apart = told_apart(shown)
+    apart = distinguishing_params(shown)
     lines = [_row(trial, goals, [apart[trial.number]] if apart else []) for trial in shown]
     marks = [_reference_row(name, line, goals) for name, line in reference_lines.read(study_folder(home, study.name)).items()]
     sign = -1 if goals[0].mode == "max" else 1

@@ -72,7 +72,7 @@ def _checked(args: argparse.Namespace, load: Any, options: Settings) -> tuple[di
         draws = min(space.budget.trials, count or space.budget.trials)
         shared, teachers = _shared(space, draws, options)
         notes = _notes(space.warnings(), teachers, draws)
-        rehearsed = {label: space.pair(params) for label, params in space.corners()}
+        rehearsed = {label: space.pair(params) for label, params in space.boundary_draws()}
     else:
         pairs = dict(load_pairs(args.source, args.overrides))
         check_pairs(pairs, load, args.source)
@@ -166,7 +166,7 @@ def check_space(space: Space, load: Any, file: str) -> None:
     from ktray.errors import UserError
     from ktray.pipeline.pair_check import check_pair
 
-    for label, params in space.corners():
+    for label, params in space.boundary_draws():
         try:
             check_pair(space.pair(params), load)
         except UserError as error:

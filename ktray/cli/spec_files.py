@@ -93,9 +93,9 @@ def _of_experiment(error: Exception, path: Path) -> UserError:
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     where = f"{path}, line {line}" if line else str(path)
     if isinstance(error, ValidationError):
-        from ktray.search.spec_errors import of_validation
+        from ktray.search.spec_errors import from_validation
 
-        found = of_validation(error, PairSpec, {}, lambda steps: ".".join(map(str, steps)))
+        found = from_validation(error, PairSpec, {}, lambda steps: ".".join(map(str, steps)))
         return UserError("; ".join(map(str, found)), where)
     said = error.msg if isinstance(error, SyntaxError) else str(error)
     return UserError(f"the experiment raised {type(error).__name__}: {said}", where)

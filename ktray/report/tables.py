@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ktray.pipeline.naming import student_name, teacher_name
 from ktray.report.formatting import Objective, anonymised, cause_without_keys, duration, loss_of, measure, value_of
 from ktray.search.ranking import ranked
-from ktray.search.trial_differences import names, told_apart
+from ktray.search.trial_differences import distinguishing_params, names
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -27,7 +27,7 @@ def leaderboard(
     if not completed:
         return None
     shown = completed[:LEADERBOARD_ROWS]
-    apart = told_apart(shown)
+    apart = distinguishing_params(shown)
     rows = [(value_of(trial, metric), _trial_row(trial, objectives, [apart[trial.number]] if apart else [])) for trial in shown]
     loss = loss_of(mode)
     for name, reference in references.items():

@@ -16,10 +16,9 @@ from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.runs.draw_costs import DrawCosts
 from ktray.runs.trial_logger import TrialLogger
 from ktray.search import halving
-from ktray.search.failure_limit import FAILURES, in_a_row
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
-from ktray.search.study import Assignment, Study
+from ktray.search.study import MAX_FAILURES, Assignment, Study, too_many_failures
 from ktray.search.trial import Trial
 from ktray.spec import PairSpec
 from ktray.stores import Store
@@ -63,8 +62,8 @@ class TrialCoordinator:
         costs: CostModel | None = None,
     ) -> None:
         self.space, self.study, self.store, self.identity = space, study, store, identity
-        self.prices = DrawCosts(costs or CostModel(), store, study.purse)
-        study.ask_prices(self.prices.quote(self._first_leg))
+        self.prices = DrawCosts(costs or CostModel(), store, study.spending)
+        study.set_cost_estimate(self.prices.quote(self._first_leg))
         self.account, self.tracker, self.tell = TrialLogger(tracker, space), tracker, tell
         self.demanded: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -121,11 +120,11 @@ class TrialCoordinator:
             known = self._known_to_fail(leg)
             if known:  # it would raise again: a resume tries it once more
                 vain.append(self.fail(leg, self._failed[known], known))
-                if len(vain) >= FAILURES:
-                    raise in_a_row(vain)
+                if len(vain) >= MAX_FAILURES:
+                    raise too_many_failures(vain)
                 continue
             if pair_metrics.finished(leg.graph, self.store) is None:
-                self.study.charge(leg.trial.number, self.prices.charges(leg.graph))
+                self.study.attribute_costs(leg.trial.number, self.prices.charges(leg.graph))
                 return leg
             self.settle(leg, computed=[])
             vain.clear()
@@ -166,7 +165,7 @@ class TrialCoordinator:
         An earlier session that was killed may have settled a trial, or a leg of it, and told nobody what it had computed. A
         later one that was killed, too, may have told of the rest. What was made ahead of all trials is charged to none.
         """
-        charged = [trial.charges.values() for trial in self.study.trials()]
+        charged = [trial.attributed_costs.values() for trial in self.study.trials()]
         found = {key for charges in charged for part in charges for key in part}
         for trial in self.study.trials():
             if all(map(self.tracker.has_stage, trial.artifacts)):
@@ -183,7 +182,7 @@ class TrialCoordinator:
 
     def _first_leg(self, params: Params) -> Graph:
         pair = self.space.pair(params)
-        until = halving.ladder(self.space.early_stop, pair.student.schedule.epochs)[0]
+        until = halving.rung_epochs(self.space.early_stop, pair.student.schedule.epochs)[0]
         wanted = None if until == pair.student.schedule.epochs else [self._judge(until)]
         return self._without_passed(self._graph(pair, str(params.get("teacher", "")), until, wanted))
 
@@ -263,8 +262,8 @@ class TrialCoordinator:
 
     def _pay(self, leg: TrialSegment) -> None:
         """What the trial was charged becomes what was recorded, before the study is told what became of it."""
-        charged = {key for stages in self.study.charged(leg.trial.number).values() for key in stages}
-        self.study.paid(leg.trial.number, self.prices.paid(leg.graph, sorted(charged)))
+        charged = {key for stages in self.study.attributed_costs(leg.trial.number).values() for key in stages}
+        self.study.record_costs(leg.trial.number, self.prices.paid(leg.graph, sorted(charged)))
 
     def prune(self) -> None:
         """The study has met its target: what is still paused becomes pruned. It stays ours, for what is yet to compute."""
@@ -299,7 +298,7 @@ def _milestones(space: Space) -> dict[str, dict[str, list[int]]]:
     """Teacher branch -> epochs where its training, and the students' of each generation, may be asked for."""
     found: dict[str, dict[str, set[int]]] = {}
     rungs = set(space.early_stop.rungs) if space.early_stop else set()
-    for _, params in space.corners():
+    for _, params in space.boundary_draws():
         entry = found.setdefault(str(params.get("teacher", "")), {"student": set(rungs)})
         for place, pair in enumerate(pair_graph.generations(space.pair(params))):
             before = "pair." * place

@@ -51,7 +51,7 @@ def same_data(space: Space, trials: Iterable[Trial], identity: Identity, folder:
 
 def _data(space: Space) -> Iterator[StrictSpec]:
     """The data of every role in every branch, of all generations of a chain."""
-    for _, params in space.corners():
+    for _, params in space.boundary_draws():
         for pair in generations(space.pair(params)):
             for role in DataRoles.model_fields:
                 yield getattr(pair.data, role)

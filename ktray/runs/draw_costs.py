@@ -8,8 +8,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import CostModel
 from ktray.errors import UserError
 from ktray.pipeline.pair_graph import Graph
-from ktray.search.budget import Charges, Spending
-from ktray.search.sampler import DrawCost
+from ktray.search.budget import AttributedCosts, DrawCost, Spending
 from ktray.search.space_tree import Params
 from ktray.stores import Store
 
@@ -19,11 +18,11 @@ class DrawCosts:
 
     Args:
         costs: learned from the past; learns on from `paid`.
-        purse: what is ordered already, by any trial.
+        spending: what is ordered already, by any trial.
     """
 
-    def __init__(self, costs: CostModel, store: Store, purse: Spending) -> None:
-        self._costs, self._store, self._purse = costs, store, purse
+    def __init__(self, costs: CostModel, store: Store, spending: Spending) -> None:
+        self._costs, self._store, self._spending = costs, store, spending
         self._made: set[str] = set()
         self._ahead: set[str] = set()
 
@@ -31,9 +30,9 @@ class DrawCosts:
         """These are made before any trial asks for them; whoever does first is charged, unless they were there before."""
         self._ahead |= {key for key in keys if not self.is_made(key)}
 
-    def charges(self, graph: Graph) -> Charges:
+    def charges(self, graph: Graph) -> AttributedCosts:
         """Expected seconds of stages that are missing and that no trial is charged with yet, before and from the student on."""
-        free = {stage.key for stage in graph.stages if stage.key in self._purse or self._is_free(stage.key)}
+        free = {stage.key for stage in graph.stages if stage.key in self._spending or self._is_free(stage.key)}
         seconds = self._costs.each(graph.stages, made=free)
         late = of_student(graph)
         return {

@@ -186,7 +186,7 @@ def search(
             if not outcome.stopped and not stopping.is_set():
                 coordinator.prune()
                 _reference_lines(coordinator, scheduler)
-            outcome.reason, outcome.interrupted = study.reason or "", stopping.is_set()
+            outcome.reason, outcome.interrupted = study.stop_reason or "", stopping.is_set()
             done = not outcome.interrupted and not outcome.stopped
         except StoppedEarly as stop:
             outcome.stopped = stop

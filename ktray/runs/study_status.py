@@ -101,7 +101,7 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         "trials": {state: sum(trial.state == state for trial in study.trials) for state in STATES},
         "target": study.target,
         # A search notes it twice a minute, so of the first one its begin tells more.
-        "spent_seconds": round(max(study.spent, time.time() - by[2]) if by else study.spent, 1),
+        "spent_seconds": round(max(study.elapsed, time.time() - by[2]) if by else study.elapsed, 1),
         "spent_stage_seconds": {part: round(seconds, 1) for part, seconds in Spending(study.trials).spent._asdict().items()},
         "eta_seconds": left.seconds if left else None,
         "eta_between": [left.low, left.high] if left else None,

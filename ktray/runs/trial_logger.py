@@ -111,7 +111,7 @@ def result(trial: Trial, space: Space) -> str:
 
 def _params(space: Space) -> list[str]:
     """Names of a space's parameters, those of single branches last."""
-    corners = [corner for _, corner in space.corners()]
+    corners = [corner for _, corner in space.boundary_draws()]
     names = dict.fromkeys(name for corner in corners for name in corner)
     return sorted(names, key=lambda name: not all(name in corner for corner in corners))
 

@@ -144,7 +144,7 @@ class _Tick(tune.Callback):  # type: ignore[misc]
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         try:
-            self.searcher.coordinator.study.tick()
+            self.searcher.coordinator.study.save_elapsed()
         except StoppedEarly as stop:
             self.searcher.reason = stop
 

@@ -1,116 +1,123 @@
-"""New trials: what is planned first, then what the sampler proposes, never the same pair twice."""
+"""Sources of new trials: planned draws first, then the sampler's, or a fixed list. The same pair never runs twice."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical, fingerprint, seed_of
-from ktray.search.sampler import DrawCost, Quote, Sampler, at_random
+from ktray.search.budget import CostEstimate, DrawCost
+from ktray.search.sampler import Sampler, random_draw
 from ktray.search.space import Space
 from ktray.search.space_tree import Params, Scalar
 from ktray.search.trial import State, Trial
 
-REPEATS = 3  # proposals in a row that equal an earlier trial before an unseen draw is looked for
-LISTED = 20_000  # finite spaces up to this size are listed for it
-ATTEMPTS = 16  # proposals in a row that may all be too dear
-TRIES = 1_000  # random draws that may all be known before a larger space counts as exhausted
+MAX_DUPLICATES = 3  # proposals in a row that equal an earlier trial, before the source looks for an unseen draw itself
+MAX_ENUMERATED = 20_000  # draws of a finite space that are enumerated for that; of a larger one random draws are tried
+MAX_TOO_EXPENSIVE = 16  # proposals in a row that the budget cannot pay for, before the source gives up
+MAX_RANDOM_TRIES = 1_000  # random draws that may all be known before a larger space counts as exhausted
+
+NoDraw = Literal["exhausted", "too_expensive"]
+"""Why there is no next trial: every draw was made, or those that are left cost more than the budget has."""
 
 
 class DrawSource(Protocol):
     """Where new trials come from."""
 
-    def told(self, trial: Trial) -> None:
-        """A trial is new or has changed; one of another study has a number below 0."""
+    def observe(self, trial: Trial) -> None:
+        """Takes in a trial that is new or has changed; one of another study has a number below 0."""
 
-    def ask_prices(self, quote: Quote) -> None:
-        """From now on `quote` tells what a draw would cost."""
+    def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
+        """From now on `cost_estimate` says what a draw would cost."""
 
-    def retry(self) -> int:
-        """Draw the pairs of failed trials again before any other; how many there are."""
+    def retry_failed(self) -> int:
+        """Draws the pairs of failed trials again before any other; returns how many there are."""
 
-    def following(self, spent: DrawCost, left: float = math.inf) -> Trial | Literal["dear"] | None:
-        """The next trial: to run, or settled already; None: there is no other, "dear": none for as little as `left`."""
+    def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
+        """The next trial, running or already final (a duplicate, or no valid pair), or why there is none."""
 
 
 class SampledDraws:
-    """The draws of a space, one after the other; what was drawn is known from the trials that it is told of."""
+    """Draws from a sampler. It knows earlier draws from the trials that it observes."""
 
-    def __init__(self, space: Space, quote: Quote | None = None) -> None:
+    def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
         self.space = space
-        self.sampler = Sampler(space, quote)
-        self._numbers: dict[str, int] = {}  # identity of a pair -> number of the trial that drew it first
+        self.sampler = Sampler(space, cost_estimate)
+        self._first_trials: dict[str, int] = {}  # fingerprint of a pair -> number of the trial that drew it first
         self._count = 0
-        self._planned: set[int] = set()  # which of `start_with` were drawn
-        self._last: deque[State] = deque(maxlen=REPEATS)
-        self._failed: dict[str, Params] = {}  # identity of a pair -> what drew it, if its last trial failed
-        self._again: deque[Params] = deque()
-        self._listed: Iterator[Params] | None = None  # what `_unseen` has yet to look at
+        self._planned: set[int] = set()  # indices in `start_with` that were drawn
+        self._last_states: deque[State] = deque(maxlen=MAX_DUPLICATES)
+        self._failed: dict[str, Params] = {}  # fingerprint of a pair -> its draw, if its last trial failed
+        self._queue: deque[Params] = deque()  # draws to make before the sampler is asked
+        self._unseen_draws: Iterator[Params] | None = None  # what `_unseen` has yet to look at
 
-    def told(self, trial: Trial) -> None:
-        """A trial is new or has changed."""
-        self.sampler.told(trial)
+    def observe(self, trial: Trial) -> None:
+        """Takes in a trial that is new or has changed."""
+        self.sampler.observe(trial)
         if trial.number >= self._count:
             self._count = trial.number + 1
             if trial.planned is not None:
                 self._planned.add(trial.planned)
-            self._last.append(trial.state)
+            self._last_states.append(trial.state)
             if trial.state != "duplicate":
-                self._numbers.setdefault(fingerprint(trial.pair), trial.number)
+                self._first_trials.setdefault(fingerprint(trial.pair), trial.number)
         if trial.number >= 0 and trial.state == "failed":
             self._failed[fingerprint(trial.pair)] = dict(trial.params)
         elif self._failed and trial.state != "duplicate":
             self._failed.pop(fingerprint(trial.pair), None)
 
-    def ask_prices(self, quote: Quote) -> None:
-        """From now on `quote` tells the sampler what a draw would cost."""
-        self.sampler.quote = quote
+    def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
+        """From now on `cost_estimate` tells the sampler what a draw would cost."""
+        self.sampler.cost_estimate = cost_estimate
 
-    def retry(self) -> int:
-        """Draw the pairs of failed trials again before any other, unless they are no valid pairs; how many there are."""
+    def retry_failed(self) -> int:
+        """Draws the pairs of failed trials again before any other, except invalid pairs; returns how many there are."""
         for identity, params in self._failed.items():
-            if self._identity(params) == identity:
-                self._numbers.pop(identity, None)
-                self._again.append(params)
-        return len(self._again)
+            if self._fingerprint(params) == identity:
+                self._first_trials.pop(identity, None)
+                self._queue.append(params)
+        return len(self._queue)
 
-    def following(self, spent: DrawCost, left: float = math.inf) -> Trial | Literal["dear"] | None:
-        """The next trial: to run, or already a duplicate, or failed as no valid pair; None if the space is exhausted.
+    def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
+        """The next trial, running or already final (a duplicate, or no valid pair), or why there is none.
 
         Args:
             spent: what the trials so far cost.
-            left: seconds that it may cost up to its first rung. What costs more is passed over, and waits if it was planned.
+            affordable: seconds that it may cost up to its first rung. Draws that cost more are skipped; planned ones wait.
         """
-        for _ in range(len(self._again)):
-            if (again := self._paid(self._trial(self._again[0]), left)) != "dear":
-                self._again.popleft()
-                return again
-            self._again.rotate(-1)
+        for _ in range(len(self._queue)):
+            queued = self._trial(self._queue[0])
+            if self._is_affordable(queued, affordable):
+                self._queue.popleft()
+                return queued
+            self._queue.rotate(-1)
         for index, start in enumerate(self.space.start_with):
             if index not in self._planned:
                 planned = self._trial(self.sampler.propose(self._count, spent, start), index)
-                if self._paid(planned, left) != "dear":
+                if self._is_affordable(planned, affordable):
                     return planned
-        if len(self._last) == REPEATS and set(self._last) == {"duplicate"}:
+        if len(self._last_states) == MAX_DUPLICATES and set(self._last_states) == {"duplicate"}:
             unseen = self._unseen()
             if unseen is None:
-                return "dear" if self._again else None
-            self._again.append(unseen)  # it is found only once, and may have to wait
-            return self.following(spent, left)
-        for attempt in range(ATTEMPTS):
-            found = self._paid(self._trial(self.sampler.propose(self._count, spent, left=left, attempt=attempt)), left)
-            if found != "dear":
-                return found
-        return "dear"
+                return "too_expensive" if self._queue else "exhausted"
+            self._queue.append(unseen)  # it is found only once, and may have to wait
+            return self.next_draw(spent, affordable)
+        for attempt in range(MAX_TOO_EXPENSIVE):
+            proposed = self._trial(self.sampler.propose(self._count, spent, affordable=affordable, attempt=attempt))
+            if self._is_affordable(proposed, affordable):
+                return proposed
+        return "too_expensive"
 
-    def _paid(self, trial: Trial, left: float) -> Trial | Literal["dear"]:
-        asked = self.sampler.quote if left < math.inf and trial.state == "running" else None
-        price = asked(dict(trial.params)) if asked else None
-        return trial if price is None or sum(price) <= left else "dear"
+    def _is_affordable(self, trial: Trial, affordable: float) -> bool:
+        estimate = self.sampler.cost_estimate
+        if affordable == math.inf or trial.state != "running" or estimate is None:
+            return True
+        cost = estimate(dict(trial.params))
+        return cost is None or sum(cost) <= affordable
 
     def _trial(self, params: Params, planned: int | None = None) -> Trial:
         try:
@@ -118,34 +125,83 @@ class SampledDraws:
         except UserError as error:
             plain = self.space.plain(params)
             return Trial(self._count, params, plain, "failed", cause=str(error), planned=planned)
-        earlier = self._numbers.get(fingerprint(pair))
+        earlier = self._first_trials.get(fingerprint(pair))
         state: State = "running" if earlier is None else "duplicate"
         return Trial(self._count, params, pair, state, duplicate_of=earlier, planned=planned)
 
     def _unseen(self) -> Params | None:
+        """A valid draw that was never made; None if none is found."""
         for params in self._candidates():
-            if canonical(params) not in self.sampler.made:
-                identity = self._identity(params)
-                if identity is not None and identity not in self._numbers:
+            if canonical(params) not in self.sampler.drawn:
+                identity = self._fingerprint(params)
+                if identity is not None and identity not in self._first_trials:
                     return params
         return None
 
     def _candidates(self) -> Iterator[Params]:
-        """Of a finite space all draws in a random order that never changes, so that what was passed over once stays behind."""
+        """All draws of a small space, in one random order that is walked through once; of a larger space random draws."""
         size = self.space.size()
-        if size is not None and size <= LISTED:
-            if self._listed is None:
-                listed = list(self.space.draws())
-                random.Random(seed_of(self.space.seed, "unseen")).shuffle(listed)
-                self._listed = iter(listed)
-            yield from self._listed
+        if size is not None and size <= MAX_ENUMERATED:
+            if self._unseen_draws is None:
+                draws = list(self.space.draws())
+                random.Random(seed_of(self.space.seed, "unseen")).shuffle(draws)
+                self._unseen_draws = iter(draws)
+            yield from self._unseen_draws
         else:
             seed = seed_of(self.space.seed, "unseen", self._count)
-            for number in range(TRIES):
-                yield at_random(self.space, seed_of(seed, number))
+            for number in range(MAX_RANDOM_TRIES):
+                yield random_draw(self.space, seed_of(seed, number))
 
-    def _identity(self, params: Mapping[str, Scalar]) -> str | None:
+    def _fingerprint(self, params: Mapping[str, Scalar]) -> str | None:
+        """Of the pair that `params` draw; None if it is no valid pair."""
         try:
             return fingerprint(self.space.pair(params).model_dump(mode="json"))
         except UserError:
             return None
+
+
+class FixedDraws:
+    """Draws that know nothing of results: a list, a grid, random search. A pair that was drawn before is a duplicate.
+
+    Args:
+        draw: number of the trial -> its parameters, each a parameter of the space; None when there are no more.
+    """
+
+    def __init__(self, space: Space, draw: Callable[[int], Mapping[str, Scalar] | None]) -> None:
+        self.space, self.draw = space, draw
+        self._first_trials: dict[str, int] = {}
+        self._count = 0
+
+    def observe(self, trial: Trial) -> None:
+        """Takes in a trial that is new or has changed; only the new ones of this study matter."""
+        if trial.number >= self._count:
+            self._count = trial.number + 1
+            self._first_trials.setdefault(fingerprint(trial.pair), trial.number)
+
+    def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
+        """Does nothing: the draws are fixed, whatever they cost."""
+
+    def retry_failed(self) -> int:
+        """Returns 0: each draw is made once."""
+        return 0
+
+    def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
+        """The next trial, to run or a duplicate; "exhausted" at the end of the list."""
+        number = self._count
+        params = self.draw(number)
+        if params is None:
+            return "exhausted"
+        pair = self.space.pair(params).model_dump(mode="json")
+        earlier = self._first_trials.get(fingerprint(pair))
+        state: State = "running" if earlier is None else "duplicate"
+        return Trial(number, dict(params), pair, state, duplicate_of=earlier)
+
+
+def fixed_draws(space: Space, entries: Sequence[Mapping[str, Scalar]]) -> FixedDraws:
+    """The draws of `entries`, in their order."""
+    return FixedDraws(space, lambda number: entries[number] if number < len(entries) else None)
+
+
+def random_draws(space: Space) -> FixedDraws:
+    """Independent random draws, seeded by the space: random search."""
+    return FixedDraws(space, lambda number: random_draw(space, seed_of(space.seed, "chance", number)))

@@ -33,14 +33,14 @@ def time_left(study: History, made: Callable[[str], bool]) -> TimeLeft | None:
     """
     drawn = [trial for trial in study.trials if trial.state != "duplicate"]
     running = [trial for trial in drawn if trial.state == "running"]
-    if len(drawn) - len(running) < LEAST or not study.spent:
+    if len(drawn) - len(running) < LEAST or not study.elapsed:
         return None
-    each = [sum(sum(part.values()) for part in trial.charges.values()) for trial in drawn]
-    ordered = [part[key] for trial in running for part in trial.charges.values() for key in part if not made(key)]
+    each = [sum(sum(part.values()) for part in trial.attributed_costs.values()) for trial in drawn]
+    ordered = [part[key] for trial in running for part in trial.attributed_costs.values() for key in part if not made(key)]
     if sum(each) <= sum(ordered):  # nothing was computed yet, or nobody charges: one trial costs as much as another
         each, ordered = [1.0] * len(drawn), [1.0] * len(running)
     paid = sum(each) - sum(ordered)
-    at_once = paid / study.spent
+    at_once = paid / study.elapsed
     left = max(0, study.target - len(drawn))
     work = sum(ordered) + left * statistics.mean(each)
     scatter = statistics.pstdev(each)
@@ -53,6 +53,6 @@ def time_left(study: History, made: Callable[[str], bool]) -> TimeLeft | None:
 def _limit(study: History, paid: float, at_once: float) -> float:
     """Seconds until the budget ends the search."""
     budget = study.space.budget
-    of_clock = math.inf if budget.stop_after is None else budget.stop_after - study.spent
+    of_clock = math.inf if budget.stop_after is None else budget.stop_after - study.elapsed
     of_stages = math.inf if budget.hours is None else (budget.hours * HOUR - paid) / at_once
     return max(0.0, min(of_clock, of_stages))

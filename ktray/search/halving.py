@@ -22,7 +22,7 @@ Place = tuple[float, int]
 """(loss, number): smaller is better, the earlier draw first where losses are equal."""
 
 
-def ladder(stop: EarlyStop | None, epochs: int) -> tuple[int, ...]:
+def rung_epochs(stop: EarlyStop | None, epochs: int) -> tuple[int, ...]:
     """Where a student of so many epochs pauses; the last entry is its full training."""
     below = stop.rungs if stop else ()
     return (*(rung for rung in below if rung < epochs), epochs)
@@ -36,7 +36,7 @@ def next_rung(stop: EarlyStop | None, trial: Trial) -> int:
     """
     if stop and stop.teacher and trial.pair.get("teacher") and trial.teacher_score is None and not trial.scores:
         return 0
-    ahead = [rung for rung in ladder(stop, trial.epochs) if rung > trial.epoch]
+    ahead = [rung for rung in rung_epochs(stop, trial.epochs) if rung > trial.epoch]
     if not ahead:
         raise ValueError(f"trial {trial.number} had all of its {trial.epochs} epochs")
     return ahead[0]
@@ -55,7 +55,7 @@ class TeacherRung:
         self._judged: list[tuple[float, str]] = []
         self._waiting: list[Place] = []
 
-    def tell(self, old: Trial | None, new: Trial) -> None:
+    def update(self, old: Trial | None, new: Trial) -> None:
         """A trial is `new`, and was `old` when it was told the last time."""
         if self._stop is None:
             return
@@ -72,7 +72,7 @@ class TeacherRung:
             return None
         return self._waiting[0][1]
 
-    def hope(self) -> int | None:
+    def best_waiting(self) -> int | None:
         """Number of the trial with the best teacher of those that wait."""
         return self._waiting[0][1] if self._waiting else None
 
@@ -84,7 +84,7 @@ class TeacherRung:
         """How many teachers get students."""
         return math.ceil(len(self._judged) * self._stop.share - 1e-9) if self._stop else 0
 
-    def cause(self, trial: Trial) -> str | None:
+    def prune_cause(self, trial: Trial) -> str | None:
         """Why a trial got no student, if its teacher is why."""
         if self._stop is None or trial.teacher_score is None or not trial.waits_for_teacher:
             return None
@@ -103,7 +103,7 @@ def _teacher(trial: Trial) -> str:
 
 
 class RungScores:
-    """Who stands where on the ladder; told trial by trial, so that asking hardly takes longer with their number."""
+    """Who stands where on the rung_epochs; told trial by trial, so that asking hardly takes longer with their number."""
 
     def __init__(self, stop: EarlyStop | None, trials: Iterable[Trial] = ()) -> None:
         self.stop = stop
@@ -113,12 +113,12 @@ class RungScores:
         self._ranked: dict[int, list[Place]] = {rung: [] for rung in self._reached}
         self._paused: dict[int, list[Place]] = {rung: [] for rung in self._reached}
         for trial in trials:
-            self.tell(None, trial)
+            self.update(None, trial)
 
-    def tell(self, old: Trial | None, new: Trial) -> None:
+    def update(self, old: Trial | None, new: Trial) -> None:
         """A trial is `new`, and was `old` when it was told the last time."""
         self._completed += (new.state == "completed") - (old is not None and old.state == "completed")
-        self.teachers.tell(old, new)
+        self.teachers.update(old, new)
         for rung, count in self._reached.items():
             self._reached[rung] = count + (rung in new.scores) - (old is not None and rung in old.scores)
             _move(self._ranked[rung], self._place(old, rung), self._place(new, rung))
@@ -137,12 +137,12 @@ class RungScores:
                 return paused[0][1]
         return self.teachers.promotion()
 
-    def last_hope(self) -> int | None:
+    def best_unfinished(self) -> int | None:
         """The paused trial that goes on when nothing is due and none was completed: so that every search ends with a result."""
         if self._completed:
             return None
         furthest = next((paused for paused in self._paused.values() if paused), None)
-        return furthest[0][1] if furthest else self.teachers.hope()
+        return furthest[0][1] if furthest else self.teachers.best_waiting()
 
     def _place(self, trial: Trial | None, rung: int) -> Place | None:
         if trial is None or rung not in trial.scores or trial.state == "failed":

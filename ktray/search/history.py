@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ktray.errors import UserError
 from ktray.search import journal
-from ktray.search.space import Goal, Space
+from ktray.search.space import ResolvedObjective, Space
 from ktray.search.trial import Trial
 
 
@@ -17,17 +17,17 @@ class History:
 
     Attributes:
         target: draws that it was last asked to make.
-        spent: seconds that searches of it ran.
+        elapsed: seconds that searches of it ran.
     """
 
     name: str
     space: Space
     trials: list[Trial]
     target: int
-    spent: float
+    elapsed: float
 
     @property
-    def objectives(self) -> tuple[Goal, ...]:
+    def objectives(self) -> tuple[ResolvedObjective, ...]:
         return self.space.objectives
 
 
@@ -40,7 +40,7 @@ def read(home: Path, name: str) -> History:
     notes, trials = journal.read(home, name)
     if "space" not in notes or "target" not in notes:  # a driver that was killed in its first moment
         raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
-    space = Space.of(notes["space"], name)
+    space = Space.from_content(notes["space"], name)
     return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
 
 

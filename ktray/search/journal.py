@@ -198,7 +198,9 @@ def _said(error: OSError, path: Path) -> Exception:
 def _attributes(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
     found |= {"cost": dict(trial.cost)} if trial.cost else {}
-    found |= {"charges": {part: dict(stages) for part, stages in trial.charges.items()}} if trial.charges else {}
+    found |= (
+        {"charges": {part: dict(stages) for part, stages in trial.attributed_costs.items()}} if trial.attributed_costs else {}
+    )
     if trial.state == "completed":
         found |= {"metrics": dict(trial.metrics), "objectives": dict(trial.objectives)}
     if trial.state in _FINAL:
@@ -222,7 +224,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
         metrics=noted.get("metrics", {}),
         objectives=noted.get("objectives", {}),
         keys=noted.get("keys", {}),
-        charges=noted.get("charges", {}),
+        attributed_costs=noted.get("charges", {}),
         cost=noted.get("cost", {}),
         cause=noted.get("cause"),
         duplicate_of=noted.get("duplicate_of"),

@@ -16,7 +16,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray.search.halving import ladder
+from ktray.search.halving import rung_epochs
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 
@@ -114,7 +114,7 @@ class Observations:
         if trial.state == "completed":
             return 0
         reached, _ = trial.furthest or (0, 0.0)
-        return sum(rung > reached for rung in ladder(self._stop, trial.epochs))
+        return sum(rung > reached for rung in rung_epochs(self._stop, trial.epochs))
 
     def _in_order(self, numbers: Iterable[int]) -> list[int]:
         """Some of the trials, best first, as far as their first objective says."""

@@ -15,19 +15,20 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.study import StudyDirection
 
 from ktray.fingerprint import canonical, seed_of
+from ktray.search.budget import CostEstimate, DrawCost
 from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.space_tree import Choice, Parameter, Params, Scalar, all_values
 from ktray.search.surrogate import Surrogate
-from ktray.search.tpe import Parzen
-from ktray.search.trial import Trial
+from ktray.search.tpe import ParzenEstimators
+from ktray.search.trial import PREFIX_STATES, Trial
 
 STARTUP = 10  # trials with a result before TPE has anything to say, as in Optuna
 FRESH = 64  # random draws that are compared,
@@ -36,19 +37,6 @@ BUILDING = 32  # and random students on prefixes that exist
 SHOWN = 96  # trials that the surrogate is shown
 TRUST = 0.6  # a trial is varied so often as often as the next better one
 QUOTED = 16  # draws of a new prefix whose price is asked for, the most promising ones
-
-HOLDS = frozenset({"running", "paused", "completed", "pruned"})  # states of trials whose prefix is there or on its way
-
-
-class DrawCost(NamedTuple):
-    """Seconds of stages before the student, and of the student and what judges it."""
-
-    prefix: float = 0.0
-    suffix: float = 0.0
-
-
-Quote = Callable[[Params], DrawCost | None]
-"""What a draw would add to what is spent; None if it is no valid pair."""
 
 
 def of_student(name: str) -> bool:
@@ -78,30 +66,30 @@ class Sampler:
     """Proposes draws; knows the trials that it was told of.
 
     Args:
-        quote: the price of a draw; None: nothing is too dear.
+        cost_estimate: the price of a draw; None: nothing is too dear.
     """
 
-    def __init__(self, space: Space, quote: Quote | None = None) -> None:
-        self.space, self.quote = space, quote
-        self.evidence = Observations(space)
-        self._parzen, self._surrogate = Parzen(space), Surrogate(space)
-        self.made: set[str] = set()  # canonical text of the params of all draws
+    def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
+        self.space, self.cost_estimate = space, cost_estimate
+        self.observations = Observations(space)
+        self._parzen, self._surrogate = ParzenEstimators(space), Surrogate(space)
+        self.drawn: set[str] = set()  # canonical text of the params of all draws
         self._prefixes: dict[str, _Prefix] = {}
         self._prefix_of: dict[int, str] = {}
         self._waiting: dict[str, set[int]] = {}  # teacher -> trials that it has earned no student so far
 
-    def told(self, trial: Trial) -> None:
+    def observe(self, trial: Trial) -> None:
         """A trial is new or has changed."""
-        self.evidence.update(trial)
+        self.observations.update(trial)
         if trial.number < 0:  # another study's: evidence, but none of its draws is one of ours
             return
         if trial.number not in self._prefix_of:
-            self.made.add(canonical(dict(trial.params)))
+            self.drawn.add(canonical(dict(trial.params)))
             params = prefix(trial.params)
             self._prefix_of[trial.number] = name = canonical(params)
             self._prefixes.setdefault(name, _Prefix(params))
         holders = self._prefixes[self._prefix_of[trial.number]].holders
-        holds = trial.state in HOLDS and not trial.waits_for_teacher
+        holds = trial.state in PREFIX_STATES and not trial.waits_for_teacher
         (holders.add if holds else holders.discard)(trial.number)
         waiting = self._waiting.setdefault(_judged(trial.params), set())
         waits = trial.waits_for_teacher and trial.state == "paused"  # who was pruned does not wait: its teacher may have risen
@@ -112,7 +100,7 @@ class Sampler:
         count: int,
         spent: DrawCost,
         planned: Mapping[str, Scalar] | None = None,
-        left: float = math.inf,
+        affordable: float = math.inf,
         attempt: int = 0,
     ) -> Params:
         """The next draw.
@@ -130,36 +118,44 @@ class Sampler:
         seed = seed_of(self.space.seed, "sampler", count, *([attempt] if attempt else []))
         how = self.space.sampler
         if how == "balanced":
-            return self._balanced(random.Random(seed), spent, planned or {}, left)
-        if how == "random" or len(self.evidence) < STARTUP:
-            return at_random(self.space, seed, planned)
-        return self._parzen.densities(*self.evidence.split(), seed).best(planned or {})
+            return self._balanced(random.Random(seed), spent, planned or {}, affordable)
+        if how == "random" or len(self.observations) < STARTUP:
+            return random_draw(self.space, seed, planned)
+        return self._parzen.densities(*self.observations.split(), seed).best(planned or {})
 
-    def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], left: float) -> Params:
-        ranked, unknown = self.evidence.ranked(SHOWN)
+    def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], affordable: float) -> Params:
+        ranked, unknown = self.observations.ranked(SHOWN)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
         if not draws:  # all that is likely was made: whoever asked knows how to look for the rest
-            return at_random(self.space, generator.getrandbits(32), planned)
+            return random_draw(self.space, generator.getrandbits(32), planned)
         if ranked:
-            gains = self.gains(ranked, unknown, draws)
+            gains = self.expected_improvement(ranked, unknown, draws)
             draws = [draws[index] for index in np.argsort(-gains, kind="stable")]
-        return draws[0] if planned or self.quote is None else self._affordable(draws, spent, self.quote, left)
+        return (
+            draws[0]
+            if planned or self.cost_estimate is None
+            else self._affordable(draws, spent, self.cost_estimate, affordable)
+        )
 
-    def gains(self, ranked: Sequence[Trial], unknown: Sequence[Trial], draws: Sequence[Params]) -> NDArray[np.float64]:
+    def expected_improvement(
+        self, ranked: Sequence[Trial], unknown: Sequence[Trial], draws: Sequence[Params]
+    ) -> NDArray[np.float64]:
         """What the surrogate expects of each draw, as `Surrogate.gain` says; trials as `Evidence.ranked` gives them."""
-        left = [self.evidence.left(trial) for trial in ranked]
-        return self._surrogate.gain([each.params for each in ranked], [each.params for each in unknown], draws, left)
+        left = [self.observations.left(trial) for trial in ranked]
+        return self._surrogate.expected_improvement(
+            [each.params for each in ranked], [each.params for each in unknown], draws, left
+        )
 
-    def _affordable(self, draws: Sequence[Params], spent: DrawCost, quote: Quote, left: float) -> Params:
+    def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
         """The first that can be afforded; else the first that `left` pays for, or the cheapest where nothing was bought yet."""
         asked: list[tuple[float, Params]] = []
         new = 0
         for draw in draws:
             exists = self._exists(draw)
-            if exists and left == math.inf:
+            if exists and affordable == math.inf:
                 return draw
             new += not exists
-            if (exists or new <= QUOTED) and (price := quote(draw)) is not None and sum(price) <= left:
+            if (exists or new <= QUOTED) and (price := cost_estimate(draw)) is not None and sum(price) <= affordable:
                 asked.append((price.prefix, draw))
                 balanced = price.prefix <= price.suffix or spent.prefix + price.prefix <= spent.suffix + price.suffix
                 if exists or balanced:
@@ -167,14 +163,14 @@ class Sampler:
         nothing = not any(each.holders for each in self._prefixes.values())
         if nothing and asked:
             return min(asked, key=lambda each: each[0])[1]
-        return asked[0][1] if asked and left < math.inf else draws[0]
+        return asked[0][1] if asked and affordable < math.inf else draws[0]
 
     def _candidates(self, ranked: Sequence[Params], generator: random.Random, planned: Mapping[str, Scalar]) -> list[Params]:
         """Draws that were never made: random ones, variations of good trials, and random students on prefixes that exist.
 
         A teacher that waits for others to be poorer than itself would get no student, so it is left out.
         """
-        drawn = lambda given: at_random(self.space, generator.getrandbits(32), {**given, **planned})  # noqa: E731
+        drawn = lambda given: random_draw(self.space, generator.getrandbits(32), {**given, **planned})  # noqa: E731
         found = [drawn({}) for _ in range(FRESH)]
         if ranked:
             found += [self._varied(_often_the_first(ranked, generator), generator, drawn) for _ in range(NEARBY)]
@@ -183,7 +179,7 @@ class Sampler:
             found += [drawn(generator.choice(existing)) for _ in range(BUILDING)]
         poor = {name for name, waiting in self._waiting.items() if waiting}
         new = {canonical(draw): draw for draw in found}
-        return [draw for name, draw in new.items() if name not in self.made and not (poor and _judged(draw) in poor)]
+        return [draw for name, draw in new.items() if name not in self.drawn and not (poor and _judged(draw) in poor)]
 
     def _varied(self, draw: Params, generator: random.Random, drawn: Callable[[Params], Params]) -> Params:
         """The same with one parameter drawn again, and with whatever another branch asks for."""
@@ -204,11 +200,11 @@ def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar]
     """The draw that follows these trials if nothing has a price."""
     sampler = Sampler(space)
     for trial in trials:
-        sampler.told(trial)
+        sampler.observe(trial)
     return sampler.propose(len(trials), DrawCost(), planned)
 
 
-def at_random(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:
+def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:
     """A draw that ignores what is known; each parameter uniform, or log-uniform where the space says so."""
     generator = random.Random(seed)
 

@@ -44,7 +44,9 @@ def sharing(space: Space, keys: Keys, draws: int) -> list[SharedStages]:
         draws: how many the search makes.
     """
     branches = list(
-        itertools.islice(space_tree.points(space.root, lambda parameter: space_tree.ends(parameter)[:1]), BRANCHINGS)
+        itertools.islice(
+            space_tree.combinations(space.root, lambda parameter: space_tree.boundary_values(parameter)[:1]), BRANCHINGS
+        )
     )
     listed = {parameter.name: parameter for parameter, _ in space_tree.parameters(space.root)}
     groups: dict[tuple[str, str, frozenset[str]], float] = {}
@@ -60,8 +62,8 @@ def _movers(base: Params, listed: Mapping[str, Parameter], keys: Keys) -> tuple[
     """Stage -> its key in the draw `base`; stage -> parameters that change it."""
     own = _placed(keys(base))
     movers: dict[Place, set[str]] = {place: set() for place in own}
-    for name in (name for name in base if not space_tree.branching(listed[name])):
-        for value in space_tree.ends(listed[name])[1:]:
+    for name in (name for name in base if not space_tree.is_branch(listed[name])):
+        for value in space_tree.boundary_values(listed[name])[1:]:
             changed = _placed(keys({**base, name: value}))
             for stage in own if changed else ():
                 if changed.get(stage) != own[stage]:

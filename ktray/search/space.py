@@ -30,7 +30,7 @@ ABSENT = "absent"
 BRANCHINGS = 512  # combinations of branches that are checked
 
 
-class Goal(NamedTuple):
+class ResolvedObjective(NamedTuple):
     """A metric and which way it is better."""
 
     metric: str
@@ -46,7 +46,7 @@ class Space:
     source: str
 
     @classmethod
-    def of(cls, content: Mapping[str, Any], source: str) -> Space:
+    def from_content(cls, content: Mapping[str, Any], source: str) -> Space:
         """The space of a file's plain content; its operators are checked, its pairs are not (`load` does both).
 
         Raises:
@@ -54,8 +54,8 @@ class Space:
         """
         document = space_file.document(content, source)
         found: list[SpecError] = []
-        root = space_tree.grow(document.pair, (), found)
-        spec_errors.refuse(found, source)
+        root = space_tree.parse(document.pair, (), found)
+        spec_errors.raise_if_any(found, source)
         return cls(document, root, source)
 
     @property
@@ -68,9 +68,9 @@ class Space:
         return self.document.budget
 
     @property
-    def objectives(self) -> tuple[Goal, ...]:
+    def objectives(self) -> tuple[ResolvedObjective, ...]:
         """What is optimised; unpacks as (metric, mode)."""
-        return tuple(Goal(objective.metric, objective.mode or "max") for objective in self.document.objectives)
+        return tuple(ResolvedObjective(objective.metric, objective.mode or "max") for objective in self.document.objectives)
 
     @property
     def early_stop(self) -> EarlyStop | None:
@@ -102,11 +102,11 @@ class Space:
     @cached_property
     def _drawn(self) -> Any:
         """As much of the tree as is drawn: a sampler compares many draws, and most of a pair is the same in all."""
-        return space_tree.bare(self.root)
+        return space_tree.parameters_only(self.root)
 
     def complete(self, params: Mapping[str, Scalar]) -> Params:
         """`params` with the first option, or the lower end, of each parameter that is left out."""
-        return self.suggest(lambda parameter: params.get(parameter.name, space_tree.ends(parameter)[0]))
+        return self.suggest(lambda parameter: params.get(parameter.name, space_tree.boundary_values(parameter)[0]))
 
     def plain(self, params: Mapping[str, Scalar]) -> dict[str, Any]:
         """The pair that `params` draw, as plain data before validation."""
@@ -123,8 +123,8 @@ class Space:
         try:
             return PairSpec.model_validate(value)
         except ValidationError as error:
-            found = spec_errors.of_validation(error, PairSpec, value, lambda path: self.place(path, params))
-            spec_errors.refuse(found, self.source)
+            found = spec_errors.from_validation(error, PairSpec, value, lambda path: self.place(path, params))
+            spec_errors.raise_if_any(found, self.source)
             raise AssertionError("unreachable: a validation error has problems") from error
 
     def place(self, path: spec_errors.Path, params: Mapping[str, Scalar]) -> str:
@@ -158,28 +158,28 @@ class Space:
         """
         if self.size() is None:
             raise ValueError("a continuous space has no list of its draws")
-        return space_tree.points(self.root, lambda parameter: space_tree.all_values(parameter) or ())
+        return space_tree.combinations(self.root, lambda parameter: space_tree.all_values(parameter) or ())
 
-    def corners(self) -> Iterator[tuple[str, Params]]:
+    def boundary_draws(self) -> Iterator[tuple[str, Params]]:
         """Draws that touch every branch, every option and both ends of every range, one at a time.
 
         Their labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
         """
-        bases = space_tree.points(self.root, lambda parameter: space_tree.ends(parameter)[:1])
+        bases = space_tree.combinations(self.root, lambda parameter: space_tree.boundary_values(parameter)[:1])
         listed = {parameter.name: parameter for parameter, _ in space_tree.parameters(self.root)}
         for base in itertools.islice(bases, BRANCHINGS):
-            branches = {name: value for name, value in base.items() if space_tree.branching(listed[name])}
+            branches = {name: value for name, value in base.items() if space_tree.is_branch(listed[name])}
             head = ", ".join(f"{name}={value}" for name, value in branches.items()) or "the pair"
             yield head, base
             for name in [name for name in base if name not in branches]:
-                for value in space_tree.ends(listed[name])[1:]:
+                for value in space_tree.boundary_values(listed[name])[1:]:
                     yield f"{head}: {name}={value}", {**base, name: value}
 
     def branch_draws(self) -> Iterator[tuple[str, Params]]:
         """Those of `corners` that show a branch which none before them shows; the first one if there are no branches."""
-        branches = [parameter for parameter, _ in space_tree.parameters(self.root) if space_tree.branching(parameter)]
-        unseen = {(parameter.name, value) for parameter in branches for value in space_tree.ends(parameter)}
-        for number, (label, params) in enumerate(self.corners()):
+        branches = [parameter for parameter, _ in space_tree.parameters(self.root) if space_tree.is_branch(parameter)]
+        unseen = {(parameter.name, value) for parameter in branches for value in space_tree.boundary_values(parameter)}
+        for number, (label, params) in enumerate(self.boundary_draws()):
             shown = unseen & set(params.items())
             if shown or number == 0:
                 unseen -= shown
@@ -215,9 +215,9 @@ class Space:
         """
         return self.document.model_dump(mode="json", exclude={"study", "budget", "sampler"})
 
-    def difference(self, noted: Mapping[str, Any]) -> list[str]:
+    def differences(self, noted: Mapping[str, Any]) -> list[str]:
         """Where a space that was noted earlier was another one: ``pair.transfer.k.choice was [5, 10], is [5]``."""
-        before, now = flat(Space.of(noted, self.source).identity()), flat(self.identity())
+        before, now = flat(Space.from_content(noted, self.source).identity()), flat(self.identity())
         changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
         return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
 
@@ -250,7 +250,7 @@ def parse(text: str, overrides: list[str], source: str) -> Space:
 def _searched(content: Mapping[str, Any], place: str, source: str) -> Space:
     if not SEARCHES & content.keys():
         raise UserError("this is a pair, and a search space is wanted", place, f"Use ktray run {place}.")
-    return space_check.checked(Space.of(content, source))
+    return space_check.checked(Space.from_content(content, source))
 
 
 def is_space(path: Path) -> bool:
@@ -284,7 +284,9 @@ def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
     if "pair" in content and len(content) > 1:
         others = ", ".join(repr(key) for key in content if key != "pair")
         raise UserError(f"beside 'pair' there is {others}", source, "A pair's file holds 'pair' alone.")
-    space = Space.of({"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source)
+    space = Space.from_content(
+        {"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source
+    )
     drawn = next(space_tree.parameters(space.root), None)
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")

@@ -30,7 +30,7 @@ def checked(space: Space) -> Space:
     found, pairs = _corners(space)
     if not found:
         found = [*_objectives(space, pairs), *_early_stop(space, pairs), *_start_with(space)]
-    spec_errors.refuse(found, space.source)
+    spec_errors.raise_if_any(found, space.source)
     modes = metrics(next(iter(pairs.values())))
     objectives = tuple(
         typed.model_copy(update={"mode": typed.mode or modes[typed.metric] or "min"}) for typed in space.document.objectives
@@ -59,13 +59,13 @@ def _corners(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
     """What is wrong with the pairs at the corners, each thing once, and the pairs that are right by their label."""
     found: dict[SpecError, None] = {}
     pairs: dict[str, PairSpec] = {}
-    for label, params in space.corners():
+    for label, params in space.boundary_draws():
         value = space.plain(params)
         try:
             pairs[label] = PairSpec.model_validate(value)
         except ValidationError as error:
             where = lambda path, params=params: space.place(path, params)  # noqa: E731 - bound to this draw
-            found.update(dict.fromkeys(spec_errors.of_validation(error, PairSpec, value, where)))
+            found.update(dict.fromkeys(spec_errors.from_validation(error, PairSpec, value, where)))
     return list(found), pairs
 
 
@@ -174,7 +174,7 @@ def _misnamed(
             yield SpecError(where, f"there is no parameter {name!r}", nearest(name, list(known)) + listed)
             continue
         parameter, under = known[name][0]
-        wrong = space_tree.refusal(parameter, value)
+        wrong = space_tree.invalid_reason(parameter, value)
         if wrong:
             yield SpecError(where, *wrong)
         elsewhere = {branch: choice for branch, choice in under.items() if entry.get(branch) != choice}
@@ -190,5 +190,5 @@ def _no_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[Spe
     try:
         PairSpec.model_validate(value)
     except ValidationError as error:
-        found = spec_errors.of_validation(error, PairSpec, value, lambda path: space.place(path, params))
+        found = spec_errors.from_validation(error, PairSpec, value, lambda path: space.place(path, params))
         yield from (SpecError(f"{where}: {each.where}", each.problem, each.instead) for each in found)

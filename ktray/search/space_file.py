@@ -206,6 +206,6 @@ def document(content: Mapping[str, Any], source: str) -> SpaceFile:
     try:
         return SpaceFile.model_validate(content)
     except ValidationError as error:
-        found = spec_errors.of_validation(error, SpaceFile, content, lambda path: ".".join(map(str, path)))
-        spec_errors.refuse(found, source)
+        found = spec_errors.from_validation(error, SpaceFile, content, lambda path: ".".join(map(str, path)))
+        spec_errors.raise_if_any(found, source)
         raise AssertionError("unreachable: a validation error has problems") from error

@@ -50,7 +50,7 @@ class Range:
     low: float
     high: float
     log: bool
-    whole: bool
+    integer: bool
 
 
 @dataclass(frozen=True)
@@ -65,19 +65,19 @@ Parameter = Choice | Range
 Ask = Callable[[Parameter], Scalar]
 
 
-def grow(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
+def parse(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
     """The tree of a plain value: mappings, lists and scalars as they are, operators as `Choice`, `Range` or `OneOf`.
 
     What is wrong is added to `problems`, and the tree is then not to be used.
     """
     where = ".".join(("pair", *path))
     if isinstance(value, list | tuple):
-        return [grow(item, (*path, str(index)), problems) for index, item in enumerate(value)]
+        return [parse(item, (*path, str(index)), problems) for index, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
     strangers = [key for key in value if not isinstance(key, str)]
     if strangers:
-        problems.append(SpecError(where, f"the key {strangers[0]!r} is not text", f"Quote it: '{strangers[0]}'."))
+        problems.append(SpecError(where, f"the key {strangers[0]!r} is not text", f"CostEstimate it: '{strangers[0]}'."))
         return None
     operators = [key for key in value if key in OPERATORS]
     if operators and len(value) > 1:
@@ -99,7 +99,7 @@ def grow(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
             SpecError(where, f"there is no operator {key!r}", f"Did you mean {meant!r}? Known: {', '.join(OPERATORS)}.")
         )
         return None
-    return {key: grow(item, (*path, key), problems) for key, item in value.items()}
+    return {key: parse(item, (*path, key), problems) for key, item in value.items()}
 
 
 def _misspelt(value: Mapping[str, Any]) -> str | None:
@@ -150,15 +150,15 @@ def _holds_operator(value: Any) -> bool:
 
 def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecError:
     where = ".".join(("pair", *path))
-    whole, log = operator.endswith("int"), operator.startswith("log_")
-    kinds = int if whole else (int, float)
-    right = f"Write {{{operator}: [{'1, 10' if whole else '0.01, 0.1'}]}}."
+    integer, log = operator.endswith("int"), operator.startswith("log_")
+    kinds = int if integer else (int, float)
+    right = f"Write {{{operator}: [{'1, 10' if integer else '0.01, 0.1'}]}}."
     if not isinstance(operand, list) or len(operand) != 2:
         return SpecError(where, f"{operator!r} needs its two ends, and this is {operand!r}", right)
     low, high = operand
     if not all(isinstance(end, kinds) and not isinstance(end, bool) and math.isfinite(end) for end in operand):
         return SpecError(
-            where, f"the ends of {operator!r} are {'whole ' if whole else ''}numbers, and these are {operand!r}", right
+            where, f"the ends of {operator!r} are {'whole ' if integer else ''}numbers, and these are {operand!r}", right
         )
     if low > high:
         return SpecError(where, f"the range [{low}, {high}] is empty", f"Write [{high}, {low}].")
@@ -166,7 +166,7 @@ def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecEr
         return SpecError(
             where, f"a logarithmic range starts above 0, and this one at {low}", f"Raise {low}, or use {operator[4:]!r}."
         )
-    return Range(_name(path), low if whole else float(low), high if whole else float(high), log, whole)
+    return Range(_name(path), low if integer else float(low), high if integer else float(high), log, integer)
 
 
 def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecError]) -> OneOf | None:
@@ -179,11 +179,11 @@ def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecError]) -> O
     wrong = [key for key in operand if not isinstance(key, str) or not key or "." in key]
     if wrong:
         problems.append(
-            SpecError(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; quote it.")
+            SpecError(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; cost_estimate it.")
         )
         return None
     names = tuple(operand)
-    branches = {name: grow(body, (*path, name), problems) for name, body in operand.items()}
+    branches = {name: parse(body, (*path, name), problems) for name, body in operand.items()}
     return OneOf(Choice(_name(path), names, names, branches=True), branches)
 
 
@@ -206,13 +206,13 @@ def draw(node: Any, ask: Ask, params: Params) -> None:
         draw(child, ask, params)
 
 
-def bare(node: Any) -> Any:
+def parameters_only(node: Any) -> Any:
     """The same tree without what draws nothing, for `draw` alone: that asks the same in the same order; None if empty."""
     if isinstance(node, OneOf):
-        return OneOf(node.choice, {branch: bare(body) for branch, body in node.branches.items()})
+        return OneOf(node.choice, {branch: parameters_only(body) for branch, body in node.branches.items()})
     if isinstance(node, Choice | Range):
         return node
-    left = [found for child in children(node) if (found := bare(child)) is not None]
+    left = [found for child in children(node) if (found := parameters_only(child)) is not None]
     return left or None
 
 
@@ -233,11 +233,11 @@ def resolve(node: Any, params: Mapping[str, Scalar]) -> Any:
     return [resolve(item, params) for item in node] if isinstance(node, list) else node
 
 
-def points(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
+def combinations(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
     """Every combination of `values(parameter)` over every combination of branches, lazily."""
     if isinstance(node, OneOf):
         for branch, body in node.branches.items():
-            for point in points(body, values):
+            for point in combinations(body, values):
                 yield {node.choice.name: branch, **point}
     elif isinstance(node, Choice | Range):
         for value in values(node):
@@ -250,7 +250,7 @@ def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar
     if not nodes:
         yield {}
         return
-    for head in points(nodes[0], values):
+    for head in combinations(nodes[0], values):
         for tail in _product(nodes[1:], values):
             yield {**head, **tail}
 
@@ -276,7 +276,7 @@ def all_values(parameter: Parameter) -> Sequence[Scalar] | None:
     """All values of a parameter in order; None if it is continuous."""
     if isinstance(parameter, Choice):
         return parameter.labels
-    if parameter.whole:
+    if parameter.integer:
         return range(int(parameter.low), int(parameter.high) + 1)
     return [parameter.low] if parameter.low == parameter.high else None
 
@@ -294,29 +294,29 @@ def parameters(node: Any) -> Iterator[tuple[Parameter, Params]]:
         yield from parameters(child)
 
 
-def branching(parameter: Parameter) -> bool:
+def is_branch(parameter: Parameter) -> bool:
     """Whether a parameter chooses a branch of a one_of."""
     return isinstance(parameter, Choice) and parameter.branches
 
 
-def ends(parameter: Parameter) -> Sequence[Scalar]:
+def boundary_values(parameter: Parameter) -> Sequence[Scalar]:
     """What is checked of a parameter: all options, or both ends of a range, and for a continuous one a value between.
 
     Between, because the ends may be whole numbers where a field takes no others.
     """
     if isinstance(parameter, Choice):
         return parameter.labels
-    between = [] if parameter.whole else [parameter.low + 0.382 * (parameter.high - parameter.low)]
+    between = [] if parameter.integer else [parameter.low + 0.382 * (parameter.high - parameter.low)]
     return list(dict.fromkeys((parameter.low, parameter.high, *between)))
 
 
-def refusal(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:
+def invalid_reason(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:
     """Why `value` cannot be drawn, and what can; None if it can."""
     if isinstance(parameter, Choice):
         if any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in parameter.labels):
             return None
         return f"{value!r} is none of the options", f"They are {', '.join(map(str, parameter.labels))}."
-    number = isinstance(value, int if parameter.whole else int | float) and not isinstance(value, bool)
+    number = isinstance(value, int if parameter.integer else int | float) and not isinstance(value, bool)
     if number and parameter.low <= value <= parameter.high:  # type: ignore[operator]
         return None
     return f"{value!r} is outside of the range", f"It goes from {parameter.low} to {parameter.high}."

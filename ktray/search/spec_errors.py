@@ -72,7 +72,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
-def refuse(problems: Sequence[SpecError], source: str) -> None:
+def raise_if_any(problems: Sequence[SpecError], source: str) -> None:
     """Raises a UserError that names the first few of `problems`; returns if there is none."""
     if not problems:
         return
@@ -84,7 +84,9 @@ def refuse(problems: Sequence[SpecError], source: str) -> None:
     raise UserError(f"{len(problems)} things are wrong{''.join(lines)}{more}", source)
 
 
-def of_validation(error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> list[SpecError]:
+def from_validation(
+    error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]
+) -> list[SpecError]:
     """Pydantic's complaint about `value` as a `model`, as problems.
 
     Args:

@@ -1,7 +1,18 @@
 """A study: which trial runs next, and what became of each. All of it is in the journal, so that a killed search goes on.
 
-One driver asks `next`, runs what it is told (a leg of a trial: from where it paused to its next rung) and tells the outcome
-by `report`, `finish` or `fail`, from one thread.
+One driver, from one thread, asks `next` for a segment of a trial (from where the trial paused to its next rung), runs it, and
+answers with `report`, `finish` or `fail`. The states of a trial:
+
+    drawn -> running -> completed                its full training is done and judged
+                     -> failed                   a stage raised, or a score is not finite
+                     -> paused                   at a rung; from there
+                          paused -> running      promoted: the rest of its training is worth it
+                          paused -> pruned       the study has met its target and nothing promotes it any more
+    drawn -> duplicate                           the same pair as an earlier trial
+    drawn -> failed                              no valid pair
+
+`next` prefers, in this order: trials that a killed driver left running, promotions, new draws. When nothing of these is left
+and no trial was completed, the best paused one is trained to its end, so that every search has a result.
 """
 
 from __future__ import annotations
@@ -9,27 +20,36 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ktray.errors import UserError
-from ktray.search import halving, ranking, space_file, trial_target
-from ktray.search import warm_start as warm
-from ktray.search.budget import Charges, Spending, affordable_seconds, too_little, used_up
+from ktray.errors import StoppedEarly, UserError
+from ktray.search import halving, ranking, space_file, warm_start
+from ktray.search.budget import (
+    AttributedCosts,
+    CostEstimate,
+    DrawCost,
+    ElapsedTime,
+    Spending,
+    affordable_seconds,
+    limit_reached,
+    nothing_affordable,
+)
 from ktray.search.draws import DrawSource, SampledDraws
-from ktray.search.elapsed import ElapsedTime
-from ktray.search.failure_limit import FailureLimit
 from ktray.search.journal import Journal, held
-from ktray.search.sampler import DrawCost, Quote
 from ktray.search.space import Space
-from ktray.search.trial import Parts, State, Trial
+from ktray.search.trial import SharedPairParts, State, Trial
+
+MAX_FAILURES = 10  # failed trials in a row that stop a search
+MOST_DIFFERENCES = 5  # between two spaces, named in an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A leg to run: the trial's student up to the end of epoch `until`; `final` if that is its full training."""
+    """A segment to run: the trial's student up to the end of epoch `until`; `final` if that is its full training."""
 
     trial: Trial
     until: int
@@ -37,11 +57,11 @@ class Assignment:
 
 
 class Study:
-    """The one driver of a study; see `open`.
+    """The driver's side of a study; see `open`.
 
     Attributes:
-        purse: what its stages have cost.
-        reason: why `next` said "done", in a few words; None before.
+        spending: what its stages have cost.
+        stop_reason: why `next` said "done", in a few words; None before.
         target: draws that this session makes in all, duplicates not counted.
     """
 
@@ -49,24 +69,27 @@ class Study:
         self, journal: Journal, space: Space, clock: Callable[[], float], trials: str | int | None, draws: DrawSource
     ) -> None:
         self.space = space
-        self.reason: str | None = None
+        self.spending = Spending()
+        self.stop_reason: str | None = None
         self._journal, self._clock, self._draws = journal, clock, draws
         notes = journal.notes()
-        self._watch = ElapsedTime(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
-        self._parts, self.purse = Parts(), Spending()
+        self._elapsed = ElapsedTime(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
         self._trials: dict[int, Trial] = {}  # in the order of their numbers
-        self._standings, self._counted = halving.RungScores(space.early_stop), 0
-        for trial in warm.evidence(notes.get(warm.NOTE, {})):
-            draws.told(trial)
+        self._drawn = 0
+        self._rungs = halving.RungScores(space.early_stop)
+        self._pair_parts = SharedPairParts()
+        for trial in warm_start.trials(notes.get(warm_start.NOTE, {})):
+            draws.observe(trial)
         for trial in journal.trials():
-            self._enter(self._parts.share(trial))
-        self._live: dict[int, Trial] = {}
-        self._orphans = [trial.number for trial in self.trials() if trial.state == "running"]
-        self._failures, self._concurrent = FailureLimit(self.trials()), space.budget.concurrent
-        self._exhausted = self._over = False
-        self._dear: DrawCost | None = None  # what was spent when no draw could be paid any more
-        self._unlock = contextlib.ExitStack()
-        self.target = trial_target.agreed(journal, space, trials, self.drawn, self._open())
+            self._enter(self._pair_parts.share(trial))
+        self._running: dict[int, Trial] = {}  # assigned in this session
+        self._interrupted = [trial.number for trial in self.trials() if trial.state == "running"]  # by the end of a driver
+        self._failures = FailureLimit(self.trials())
+        self._exhausted = False
+        self._unaffordable_at: DrawCost | None = None  # what was spent when the rest of the budget paid for no draw
+        self._target_met = False
+        self._lock = contextlib.ExitStack()
+        self.target = self._agree_on_target(trials)
 
     @classmethod
     def open(
@@ -91,137 +114,159 @@ class Study:
             retry: draw the pairs of failed trials again, as new trials, before all others.
 
         Raises:
-            UserError: another driver has the study, it was begun with another space, or the name or `trials` is no such thing.
+            UserError: another driver has the study, it was begun with another space, or the name or `trials` is invalid.
         """
         name = name or space.name
         try:
             space_file.check_name(name)
         except ValueError as error:
             raise UserError(str(error), "--name") from error
-        trial_target.checked(trials)
-        with contextlib.ExitStack() as unlock:
-            unlock.enter_context(held(home, name))
+        _check_target(trials)
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(held(home, name))
             journal = Journal(home, name, space)
-            trial_target.same_space(journal.notes().get("space"), space, name)
+            _check_same_space(journal.notes().get("space"), space, name)
             if warm_start:
-                journal.note(warm.NOTE, warm.added(journal.notes().get(warm.NOTE, {}), home, space, name, warm_start))
+                _note_warm_start(journal, home, space, name, warm_start)
             study = cls(journal, space, clock, trials, draws or SampledDraws(space))
             if retry:
-                study.target = trial_target.raised(journal, max(study.target, study.drawn + study._draws.retry()))
-            study._unlock = unlock.pop_all()
+                study._raise_target(study.drawn + study._draws.retry_failed())
+            study._lock = lock.pop_all()
         return study
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._unlock.close()
+        self._lock.close()
 
     def trials(self, since: int = 0) -> list[Trial]:
         """All trials from number `since` on, in the order of their draws."""
         return [self._trials[number] for number in range(since, len(self._trials))]
 
-    def ask_prices(self, quote: Quote) -> None:
-        """From now on `quote` tells what a draw would cost."""
-        self._draws.ask_prices(quote)
+    def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
+        """From now on `cost_estimate` says what a draw would cost."""
+        self._draws.set_cost_estimate(cost_estimate)
 
     @property
     def drawn(self) -> int:
         """Draws that count: all but duplicates."""
-        return self._counted
+        return self._drawn
 
     @property
-    def spent(self) -> float:
+    def elapsed(self) -> float:
         """Seconds that searches of this study ran, over all resumes."""
-        return self._watch.seconds
+        return self._elapsed.seconds
 
     def best(self, pareto: bool = False) -> list[Trial]:
-        """Completed trials, best first; with `pareto` those that no other beats in every objective."""
+        """Completed trials, best first; with `pareto` only those that no other dominates."""
         ranked = ranking.front if pareto else ranking.ranked
         return ranked(self.trials(), self.space.objectives)
 
-    def next(self) -> Assignment | Literal["wait", "done"]:
-        """What to run now; "wait" for results, "done" when no result can bring more.
+    # --- what runs next
 
-        A trial that is due for promotion goes before a new draw. A draw that equals an earlier trial is recorded and skipped.
+    def next(self) -> Assignment | Literal["wait", "done"]:
+        """What to run now; "wait" for results, "done" when no result can lead to more.
+
+        A draw that equals an earlier trial is recorded and skipped.
 
         Raises:
             StoppedEarly: ten trials in a row failed, or the disk is full.
         """
-        self._failures.heed()
-        if len(self._live) >= self._concurrent:
+        self._failures.check()
+        if len(self._running) >= self.space.budget.concurrent:
             return "wait"
-        # Those that a killed driver left were admitted when they were charged: their own reservation does not bar them.
-        spent = DrawCost() if self._orphans else self.purse.spent
-        limit = used_up(self.space.budget, self.spent, spent)
-        trial = self._coming() if limit is None else None
-        if trial is None and self._live:
+        limit = self._limit_reached()
+        trial = self._next_trial() if limit is None else None
+        if trial is None and self._running:
             return "wait"
-        if trial is None and used_up(self.space.budget, self.spent, DrawCost()) is None:  # no hours are too few for one result
-            hope = self._standings.last_hope()
-            trial = None if hope is None else self._trials[hope]
+        trial = trial or self._last_resort()
         if trial is not None:
             return self._assign(trial)
-        if limit is None and self._dear == self.purse.spent:
-            limit = too_little(self.space.budget, self.purse.spent)
-        self._over = limit is None
-        settled = "the space is exhausted" if self._exhausted else f"all {self.target} trials are drawn and judged"
-        self.reason = limit or settled
+        if limit is None and self._unaffordable_at == self.spending.spent:
+            limit = nothing_affordable(self.space.budget, self.spending.spent)
+        self._target_met = limit is None
+        finished = "the space is exhausted" if self._exhausted else f"all {self.target} trials are drawn and judged"
+        self.stop_reason = limit or finished
         return "done"
 
-    def _coming(self) -> Trial | None:
-        if self._orphans:
-            return self._trials[self._orphans.pop(0)]
-        promoted = self._standings.promotion()
-        due = None if promoted is None else self._trials[promoted]
-        while due is None and self.drawn < self.target and not self._exhausted and self._dear != self.purse.spent:
-            self._failures.heed()
-            spent = self.purse.spent
-            new = self._draws.following(spent, affordable_seconds(self.space.budget, spent, self._trials.values()))
-            if new is None or new == "dear":
-                self._exhausted, self._dear = new is None, spent if new else None
-                break
-            new = self._parts.share(new)
-            trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
-            self._journal.add(trial)
-            self._enter(trial)
-            self._failures.drawn(trial)
-            due = trial if trial.state == "running" else None
-        return due
+    def _limit_reached(self) -> str | None:
+        # Interrupted trials were within the budget when their costs were attributed: these costs must not stop them now.
+        spent = DrawCost() if self._interrupted else self.spending.spent
+        return limit_reached(self.space.budget, self.elapsed, spent)
+
+    def _next_trial(self) -> Trial | None:
+        if self._interrupted:
+            return self._trials[self._interrupted.pop(0)]
+        promoted = self._rungs.promotion()
+        if promoted is not None:
+            return self._trials[promoted]
+        while self.drawn < self.target and not self._exhausted and self._unaffordable_at != self.spending.spent:
+            self._failures.check()
+            new = self._draw()
+            if new is not None and new.state == "running":
+                return new
+        return None
+
+    def _draw(self) -> Trial | None:
+        """Makes and records one draw; None if there is none, which is then known."""
+        spent = self.spending.spent
+        new = self._draws.next_draw(spent, affordable_seconds(self.space.budget, spent, self._trials.values()))
+        if isinstance(new, str):
+            self._exhausted = new == "exhausted"
+            self._unaffordable_at = spent if new == "too_expensive" else None
+            return None
+        new = self._pair_parts.share(new)
+        trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
+        self._journal.add(trial)
+        self._enter(trial)
+        self._failures.observe_draw(trial)
+        return trial
+
+    def _last_resort(self) -> Trial | None:
+        """The best paused trial if none was completed, whatever it costs: only the clock's limit stops it."""
+        if limit_reached(self.space.budget, self.elapsed, DrawCost()) is not None:
+            return None
+        number = self._rungs.best_unfinished()
+        return None if number is None else self._trials[number]
 
     def _assign(self, trial: Trial) -> Assignment:
         if trial.state == "paused":
-            trial = self._write(trial, state="running")
-        self._live[trial.number] = trial
+            trial = self._update(trial, state="running")
+        self._running[trial.number] = trial
         until = halving.next_rung(self.space.early_stop, trial)
         return Assignment(trial, until, until == trial.epochs)
 
-    def charge(self, number: int, charges: Charges) -> Trial:
-        """What a trial is the first to need, before it is there; it counts as spent from now on.
+    # --- what the running trials cost
+
+    def attribute_costs(self, number: int, costs: AttributedCosts) -> Trial:
+        """Attributes to a trial the expected seconds of stages that it is the first to need; they count as spent at once.
 
         Raises:
-            KeyError: the trial does not run.
+            KeyError: the trial is not running.
         """
-        trial = self._live[number]
-        if not any(charges.values()):
+        trial = self._running[number]
+        if not any(costs.values()):
             return trial
-        merged = {part: {**trial.charges.get(part, {}), **stages} for part, stages in charges.items()}
-        self._live[number] = trial = self._write(trial, charges=merged)
+        merged = {part: {**trial.attributed_costs.get(part, {}), **stages} for part, stages in costs.items()}
+        self._running[number] = trial = self._update(trial, attributed_costs=merged)
         return trial
 
-    def charged(self, number: int) -> Charges:
-        """What a trial is charged so far."""
-        return self._trials[number].charges
+    def attributed_costs(self, number: int) -> AttributedCosts:
+        """What is attributed to a trial so far."""
+        return self._trials[number].attributed_costs
 
-    def paid(self, number: int, seconds: Mapping[str, float]) -> None:
-        """What stages of a trial took, to be told before what became of it; what has no record was not paid for.
+    def record_costs(self, number: int, seconds: Mapping[str, float]) -> None:
+        """Replaces a trial's expected seconds by recorded ones, before its segment ends; stages without a record cost nothing.
 
         Raises:
-            KeyError: the trial does not run.
+            KeyError: the trial is not running.
         """
-        trial = self._live[number]
-        charges = {part: {key: seconds[key] for key in keys if key in seconds} for part, keys in trial.charges.items()}
-        self._live[number] = dataclasses.replace(trial, charges=charges)
+        trial = self._running[number]
+        costs = {part: {key: seconds[key] for key in keys if key in seconds} for part, keys in trial.attributed_costs.items()}
+        self._running[number] = dataclasses.replace(trial, attributed_costs=costs)
+
+    # --- how a segment ended
 
     def report(
         self,
@@ -231,27 +276,28 @@ class Study:
         keys: Mapping[str, Any] | None = None,
         cost: Mapping[str, float] | None = None,
     ) -> Trial:
-        """The score of a trial at its rung, where it pauses; not finite, it fails. At epoch 0 it is that of its teacher.
+        """The score of a trial at its rung, where it pauses; it fails if the score is not finite.
 
         Args:
+            epoch: of the rung; 0: the score is that of its teacher.
             keys: stage -> key of what the trial rests on so far, so that `keys_in_use` keeps it.
             cost: `marginal_seconds` that it has added so far.
 
         Raises:
-            KeyError: the trial does not run.
+            KeyError: the trial is not running.
             ValueError: it was to run to another epoch.
         """
-        trial = self._live[number]
+        trial = self._running[number]
         until = halving.next_rung(self.space.early_stop, trial)
         if epoch != until or epoch == trial.epochs:
             raise ValueError(f"trial {number} runs to epoch {until} of {trial.epochs} and reports epoch {epoch}")
         if not math.isfinite(score):
             return self.fail(number, f"{self._rung_metric(epoch)} is {score} at epoch {epoch}")
-        self._failures.over()
+        self._failures.reset()
         kept: dict[str, Any] = {"keys": dict(keys or trial.keys), "cost": dict(cost or trial.cost)}
         if epoch == 0:
-            return self._settle(trial, state="paused", teacher_score=float(score), **kept)
-        return self._settle(trial, state="paused", epoch=epoch, scores={**trial.scores, epoch: float(score)}, **kept)
+            return self._end_segment(trial, state="paused", teacher_score=float(score), **kept)
+        return self._end_segment(trial, state="paused", epoch=epoch, scores={**trial.scores, epoch: float(score)}, **kept)
 
     def finish(
         self,
@@ -261,7 +307,7 @@ class Study:
         keys: Mapping[str, Any],
         cost: Mapping[str, float],
     ) -> Trial:
-        """A trial at its full budget. It fails if an objective is missing or not finite.
+        """A trial had its full training. It fails if an objective is missing or not finite.
 
         Args:
             metrics: all that was measured.
@@ -270,15 +316,15 @@ class Study:
             cost: `seconds` and `marginal_seconds`.
 
         Raises:
-            KeyError: the trial does not run.
+            KeyError: the trial is not running.
         """
-        trial = self._live[number]
+        trial = self._running[number]
         for metric, _ in self.space.objectives:
             if not math.isfinite(objectives.get(metric, math.nan)):
                 return self.fail(number, f"the objective {metric} is {objectives.get(metric, 'missing')}")
-        self._failures.over()
-        last = metrics.get(self._rung_metric(), math.nan)
-        return self._settle(
+        self._failures.reset()
+        last = metrics.get(self._rung_metric(trial.epochs), math.nan)
+        return self._end_segment(
             trial,
             state="completed",
             epoch=trial.epochs,
@@ -290,59 +336,182 @@ class Study:
         )
 
     def fail(self, number: int, cause: str, stage: str = "") -> Trial:
-        """A trial that cannot go on; `stage` is the key of the stage that raised, if one did.
+        """A trial cannot go on.
+
+        Args:
+            stage: key of the stage that raised, if one did.
 
         Raises:
-            KeyError: the trial does not run.
+            KeyError: the trial is not running.
         """
-        failed = self._settle(self._live[number], state="failed", cause=cause)
-        self._failures.failed(failed, stage)
+        failed = self._end_segment(self._running[number], state="failed", cause=cause)
+        self._failures.observe_failure(failed, stage)
         return failed
 
+    # --- the end of a session
+
     def prune(self) -> list[Trial]:
-        """If `next` said "done" and time is left, what is paused is pruned (and returned); else it stays."""
-        paused = [trial for trial in self.trials() if trial.state == "paused"] if self._over else []
-        cause = self._standings.teachers.cause
-        return [self._write(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
+        """Prunes and returns what is paused, if `next` said "done" because the target is met; else it stays paused."""
+        paused = [trial for trial in self.trials() if trial.state == "paused"] if self._target_met else []
+        cause = self._rungs.teachers.prune_cause
+        return [self._update(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
 
     def close(self) -> list[Trial]:
         """Prunes as `prune` does and ends the session: another driver may open the study now.
 
-        Trials that run are left running: the next `open` hands them out again.
+        Running trials stay so: the next `open` hands them out again.
         """
-        with self._unlock:
+        with self._lock:
             pruned = self.prune()
-            self._watch.note()
+            self._elapsed.save()
         return pruned
 
-    def tick(self) -> None:
-        """Notes how long the search has run, at most every 30 s; from the thread that calls `next`."""
-        self._watch.tick()
+    def save_elapsed(self) -> None:
+        """Notes how long the search has run, at most every 30 s; call it from the thread that calls `next`."""
+        self._elapsed.save_if_due()
 
-    def _open(self) -> bool:
-        return any(trial.state in ("running", "paused") for trial in self._trials.values())
+    # --- one place where a trial changes, and one where all that counts trials hears of it
 
-    def _rung_metric(self, epoch: int = 1) -> str:
-        return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
+    def _end_segment(self, trial: Trial, *, state: State, **changes: Any) -> Trial:
+        ended = self._update(trial, state=state, ended=None if state == "paused" else self._clock(), **changes)
+        del self._running[trial.number]
+        self._elapsed.save()
+        return ended
 
-    def _settle(self, trial: Trial, *, state: State, **changes: Any) -> Trial:
-        ended = None if state == "paused" else self._clock()
-        settled = self._write(trial, state=state, ended=ended, **changes)
-        del self._live[trial.number]
-        self._watch.note()
-        return settled
-
-    def _write(self, trial: Trial, **changes: Any) -> Trial:
+    def _update(self, trial: Trial, **changes: Any) -> Trial:
         changed = dataclasses.replace(trial, **changes)
         self._journal.save(changed)
         self._enter(changed)
         return changed
 
     def _enter(self, trial: Trial) -> None:
-        """All who keep count hear of a trial that is new or has changed."""
+        """Takes in a trial that is new or has changed."""
         old = self._trials.get(trial.number)
-        self._counted += (trial.state != "duplicate") - (old is not None and old.state != "duplicate")
-        self._standings.tell(old, trial)
+        self._drawn += (trial.state != "duplicate") - (old is not None and old.state != "duplicate")
+        self._rungs.update(old, trial)
         self._trials[trial.number] = trial
-        self._draws.told(trial)
-        self.purse.update(trial)
+        self._draws.observe(trial)
+        self.spending.update(trial)
+
+    def _rung_metric(self, epoch: int) -> str:
+        return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
+
+    def _agree_on_target(self, trials: str | int | None) -> int:
+        """The target of this session; the journal notes it, and the space."""
+        notes = self._journal.notes()
+        unfinished = any(trial.state in ("running", "paused") for trial in self._trials.values())
+        met = "target" in notes and self.drawn >= notes["target"]["trials"] and not unfinished
+        target = _new_target(trials, self.space.budget.trials, notes.get("target"), met)
+        for name, value in {"space": self.space.document.model_dump(mode="json"), "target": target}.items():
+            if notes.get(name) != value:
+                self._journal.note(name, value)
+        return target["trials"]
+
+    def _raise_target(self, trials: int) -> None:
+        self.target = max(self.target, trials)
+        self._journal.note("target", {**self._journal.notes()["target"], "trials": self.target})
+
+
+class FailureLimit:
+    """Counts failures since the last result: a search ends after ten in a row, each with a reason of its own.
+
+    Trials that wait for the same stage fail with it and count as one. Invalid pairs cost nothing: they count only as long as
+    no draw was valid.
+
+    Args:
+        trials: of earlier sessions.
+    """
+
+    def __init__(self, trials: Iterable[Trial]) -> None:
+        self._any_valid = any(trial.state != "failed" for trial in trials)
+        self._reasons: set[str] = set()
+        self._failed: list[Trial] = []
+
+    def observe_draw(self, trial: Trial) -> None:
+        """Takes in a new draw; if it is failed, it is no valid pair."""
+        if not self._any_valid and trial.state == "failed":
+            self.observe_failure(trial)
+        elif not self._any_valid:
+            self._any_valid = True
+            self.reset()
+
+    def observe_failure(self, trial: Trial, stage: str = "") -> None:
+        """Takes in a failed trial; `stage` is the key of the stage that raised, if one did."""
+        self._reasons.add(stage or f"trial {trial.number}")
+        self._failed.append(trial)
+
+    def reset(self) -> None:
+        """There is a result: the count starts anew."""
+        self._reasons.clear()
+        self._failed.clear()
+
+    def check(self) -> None:
+        """Raises StoppedEarly after ten failures in a row."""
+        if len(self._reasons) >= MAX_FAILURES:
+            raise too_many_failures(self._failed)
+
+
+def too_many_failures(trials: list[Trial]) -> StoppedEarly:
+    """Why a search ends after these trials failed, with the cause of the last."""
+    last = trials[-1]
+    return StoppedEarly(f"{len(trials)} trials failed one after the other; the last one, {last.number}: {last.cause}")
+
+
+def _check_target(trials: str | int | None) -> str:
+    """The number of trials asked for as text, empty for None.
+
+    Raises:
+        UserError: it is no number of trials.
+    """
+    text = "" if trials is None else str(trials)
+    if text and not re.fullmatch(r"\+?[1-9]\d*", text):
+        raise UserError(f"{text!r} is no number of trials", "--trials", "Write 50, or +50 for fifty more.")
+    return text
+
+
+def _new_target(trials: str | int | None, budget: int, noted: Mapping[str, Any] | None, met: bool) -> dict[str, int]:
+    """The target of a session and the budget that it was derived from, as the study notes them.
+
+    `+50` adds to a target that was met; before that it is the same command again, and adds nothing. If no number is asked for,
+    a study keeps its target until the space's budget changes.
+
+    Args:
+        trials: ``50``, ``"50"``, ``"+50"`` or None.
+        budget: trials in the space's file.
+        noted: what this function returned when the study was last opened; None for a new study.
+        met: whether that target was met and every trial came to its end.
+
+    Raises:
+        UserError: `trials` is no number of trials.
+    """
+    text = _check_target(trials)
+    if not text:
+        kept = noted is not None and noted["budget"] == budget
+        return {"trials": noted["trials"] if noted and kept else budget, "budget": budget}
+    if noted is None or not text.startswith("+"):
+        return {"trials": int(text), "budget": budget}
+    return {"trials": noted["trials"] + (int(text) if met else 0), "budget": budget}
+
+
+def _check_same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
+    """Refuses to go on with a study in another space than it was begun with.
+
+    Args:
+        noted: the space's document as the study keeps it; None for a new study.
+
+    Raises:
+        UserError: names up to five differences.
+    """
+    changed = [] if noted is None else space.differences(noted)
+    if changed:
+        more = f"; and {len(changed) - MOST_DIFFERENCES} more" if len(changed) > MOST_DIFFERENCES else ""
+        raise UserError(
+            f"the study {name!r} was begun with another space: {'; '.join(changed[:MOST_DIFFERENCES])}{more}",
+            space.source,
+            "Give this search another --name, or undo the change.",
+        )
+
+
+def _note_warm_start(journal: Journal, home: Path, space: Space, name: str, other: str) -> None:
+    noted = journal.notes().get(warm_start.NOTE, {})
+    journal.note(warm_start.NOTE, warm_start.with_results_of(other, noted, home, space, name))

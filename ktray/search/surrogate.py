@@ -109,7 +109,7 @@ class Surrogate:
         places = self._places[name]
         return _along(self._parameters[name], value) if places is None else places[value]
 
-    def gain(
+    def expected_improvement(
         self,
         ranked: Sequence[Mapping[str, Scalar]],
         unknown: Sequence[Mapping[str, Scalar]],

@@ -34,7 +34,7 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
 def _distribution(parameter: Parameter) -> BaseDistribution:
     if isinstance(parameter, Choice):
         return CategoricalDistribution(parameter.labels)
-    if parameter.whole:
+    if parameter.integer:
         return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
     return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
 
@@ -48,7 +48,7 @@ def _groups(space: Space) -> list[dict[str, BaseDistribution]]:
     return [dict(sorted(group.items())) for group in found.values()]
 
 
-class Parzen:
+class ParzenEstimators:
     """Builds densities for one space; keeps each trial's parameters in the numbers that Optuna's estimators take."""
 
     def __init__(self, space: Space) -> None:

@@ -10,7 +10,10 @@ from typing import Any, Literal, get_args
 
 State = Literal["completed", "pruned", "paused", "running", "failed", "duplicate"]
 STATES: tuple[State, ...] = get_args(State)
-"""All states, in the order in which a reader asks."""
+"""All states, in the order in which reports list them."""
+
+PREFIX_STATES = frozenset({"running", "paused", "completed", "pruned"})
+"""States in which the stages before the student are in the store or on their way there."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,10 @@ class Trial:
         metrics: all metrics of the finished pair.
         objectives: metric -> value of what the study optimises.
         keys: stage -> key of its artifact (evaluation -> name -> key), up to where the trial is.
-        charges: ``{"prefix": {key: seconds}, "suffix": {...}}`` of the stages that it was the first to need: what they are
-            expected to take, and once they are there what they took. The prefix is all before the student.
+        attributed_costs: ``{"prefix": {key: seconds}, "suffix": {...}}`` of the stages that it was the first to need: expected
+            seconds, and recorded ones once its segment ended. The prefix is all before the student.
         cost: `seconds` as if it had run alone, `marginal_seconds` that it added; before its end only the latter, so far.
-        cause: one line, why it failed.
+        cause: one line: why it failed or was pruned.
         duplicate_of: number of the earlier trial with the same pair.
         started: clock at the draw, in seconds.
         ended: clock when its state became final.
@@ -48,7 +51,7 @@ class Trial:
     metrics: Mapping[str, float] = field(default_factory=dict)
     objectives: Mapping[str, float] = field(default_factory=dict)
     keys: Mapping[str, Any] = field(default_factory=dict)
-    charges: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    attributed_costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     cause: str | None = None
     duplicate_of: int | None = None
@@ -81,13 +84,13 @@ class Trial:
         return {key for values in nested for key in values}
 
 
-class Parts:
-    """Parts that pairs have in common, such as their data: a thousand trials then hold each of them once."""
+class SharedPairParts:
+    """Holds each different part of pairs, such as their data, once in memory: a thousand trials then share it."""
 
     def __init__(self) -> None:
         self._known: dict[str, Any] = {}
 
     def share(self, trial: Trial) -> Trial:
-        """The same trial, its pair made of known parts."""
+        """The same trial; its pair consists of parts that earlier trials have, where they are equal."""
         parts = {name: self._known.setdefault(json.dumps(part), part) for name, part in trial.pair.items()}
         return dataclasses.replace(trial, pair=parts)

@@ -16,7 +16,7 @@ def names(trial: Trial) -> tuple[str, str, str]:
     return teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)
 
 
-def told_apart(trials: Sequence[Trial]) -> dict[int, str]:
+def distinguishing_params(trials: Sequence[Trial]) -> dict[int, str]:
     """Number of a trial -> the parameters that tell it from others of the same names, such as ``cell 4, lr 0.052``.
 
     Empty if no two of the same names differ.

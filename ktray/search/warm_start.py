@@ -17,7 +17,7 @@ NOTE = "warm_start"  # of a study: other study -> what its trials said when it w
 Noted = Mapping[str, list[dict[str, Any]]]
 
 
-def added(noted: Noted, home: Path, space: Space, name: str, other: str) -> Noted:
+def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: str) -> Noted:
     """The note with the results of one more study; named again it keeps what it said first, so that a resume draws the same.
 
     Args:
@@ -41,7 +41,7 @@ def added(noted: Noted, home: Path, space: Space, name: str, other: str) -> Note
     return {**noted, other: found}
 
 
-def evidence(noted: Noted) -> list[Trial]:
+def trials(noted: Noted) -> list[Trial]:
     """Trials of other studies as the sampler is told of them; their numbers are below 0, the latest -1."""
     every = [result for found in noted.values() for result in found]
     return [_trial(result, index - len(every)) for index, result in enumerate(every)]
@@ -90,7 +90,7 @@ def _fitting(space: Space, params: Mapping[str, Any]) -> Params:
     kept: Params = {}
     for parameter, under in space_tree.parameters(space.root):
         here = all(kept.get(branch) == choice for branch, choice in under.items())
-        if here and parameter.name in params and space_tree.refusal(parameter, params[parameter.name]) is None:
+        if here and parameter.name in params and space_tree.invalid_reason(parameter, params[parameter.name]) is None:
             kept[parameter.name] = params[parameter.name]
     return kept
 
