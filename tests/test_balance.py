@@ -15,8 +15,8 @@ from optuna.samplers import TPESampler
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search import sampler, tpe
-from ktray.search.budget import DrawCost, Spending
-from ktray.search.sampler import Sampler, prefix
+from ktray.search.budget import CostEstimate, DrawCost, Spending
+from ktray.search.sampler import Sampler
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.study import Study
@@ -26,9 +26,9 @@ from tests.toy_space import FINITE, drive, given, score, states, tell, toy_space
 IN_DEBT = DrawCost(prefix=100.0, suffix=99.0)
 
 
-def teacher(params: Params) -> str:
+def teacher(space: Space, params: Params) -> str:
     """What decides the teacher: all of the prefix but the layer and k."""
-    return canonical({name: value for name, value in prefix(params).items() if not name.endswith(("layer", ".k"))})
+    return canonical({name: value for name, value in space.prefix(params).items() if not name.endswith(("layer", ".k"))})
 
 
 def history(space: Space, count: int, judge: Callable[[Trial], float] = score) -> list[Trial]:
@@ -40,14 +40,14 @@ def history(space: Space, count: int, judge: Callable[[Trial], float] = score) -
     return trials
 
 
-def told(space: Space, trials: list[Trial], cost_estimate: sampler.CostEstimate | None = None) -> Sampler:
+def observing(space: Space, trials: list[Trial], cost_estimate: CostEstimate | None = None) -> Sampler:
     found = Sampler(space, cost_estimate)
     for trial in trials:
         found.observe(trial)
     return found
 
 
-def dear(seconds: dict[str, float]) -> sampler.CostEstimate:
+def new_costs(seconds: dict[str, float]) -> CostEstimate:
     """Anything new costs what its teacher's branch costs, and its student 10 s."""
     return lambda params: DrawCost(seconds[str(params["teacher"])], 10.0)
 
@@ -68,10 +68,10 @@ def wide(folder: Path, **fields: Any) -> Space:
 def test_in_debt_only_what_exists_is_drawn_if_the_rest_is_dear(tmp_path: Path, count: int) -> None:
     space = wide(tmp_path)
     trials = history(space, count)
-    ours = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0}))
-    existing = {canonical(prefix(trial.params)) for trial in trials}
+    ours = observing(space, trials, new_costs({"hog": 1000.0, "rotation": 1000.0}))
+    existing = {canonical(space.prefix(trial.params)) for trial in trials}
     draws = [ours.propose(count + index, IN_DEBT) for index in range(20)]
-    assert {canonical(prefix(draw)) for draw in draws} <= existing
+    assert {canonical(space.prefix(draw)) for draw in draws} <= existing
     assert len({draw["student.schedule.lr"] for draw in draws}) == 20
 
 
@@ -79,7 +79,7 @@ def test_in_debt_a_cheap_prefix_is_still_drawn(tmp_path: Path) -> None:
     space = wide(tmp_path)
     trained = [trial for trial in history(space, 60, lambda trial: 0.5) if trial.params["teacher"] == "rotation"][:4]
     trials = [dataclasses.replace(trial, number=number) for number, trial in enumerate(trained)]
-    cheap, dearest = (told(space, trials, dear({"hog": hog, "rotation": 1000.0})) for hog in (1.0, 1000.0))
+    cheap, dearest = (observing(space, trials, new_costs({"hog": hog, "rotation": 1000.0})) for hog in (1.0, 1000.0))
     assert "hog" in {cheap.propose(20 + index, IN_DEBT)["teacher"] for index in range(20)}
     assert {dearest.propose(20 + index, IN_DEBT)["teacher"] for index in range(20)} == {"rotation"}
 
@@ -87,7 +87,7 @@ def test_in_debt_a_cheap_prefix_is_still_drawn(tmp_path: Path) -> None:
 def test_prices_change_nothing_while_everything_can_be_afforded(tmp_path: Path) -> None:
     space = wide(tmp_path)
     trials = history(space, 30)
-    rich, priceless = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0})), told(space, trials)
+    rich, priceless = observing(space, trials, new_costs({"hog": 1000.0, "rotation": 1000.0})), observing(space, trials)
     for count in range(30, 36):
         assert rich.propose(count, DrawCost(0.0, 2000.0)) == priceless.propose(count, IN_DEBT)
 
@@ -95,15 +95,18 @@ def test_prices_change_nothing_while_everything_can_be_afforded(tmp_path: Path) 
 def test_a_new_teacher_comes_once_students_have_cost_as_much_as_all_teachers_with_it(tmp_path: Path) -> None:
     space = wide(tmp_path)
     trials = history(space, 3, lambda trial: 0.5)
-    ours, known = told(space, trials, dear({"hog": 100.0, "rotation": 100.0})), {teacher(trial.params) for trial in trials}
+    ours, known = (
+        observing(space, trials, new_costs({"hog": 100.0, "rotation": 100.0})),
+        {teacher(space, trial.params) for trial in trials},
+    )
     for spent, new in ((DrawCost(300.0, 389.0), False), (DrawCost(300.0, 391.0), True)):  # its student costs 10
-        assert any(teacher(ours.propose(3 + index, spent)) not in known for index in range(10)) is new
+        assert any(teacher(space, ours.propose(3 + index, spent)) not in known for index in range(10)) is new
 
 
 def test_the_first_draw_is_a_cheap_one(tmp_path: Path) -> None:
     for seed in range(5):
         space = wide(tmp_path, seed=seed)
-        assert told(space, [], dear({"hog": 50.0, "rotation": 1000.0})).propose(0, DrawCost())["teacher"] == "hog"
+        assert observing(space, [], new_costs({"hog": 50.0, "rotation": 1000.0})).propose(0, DrawCost())["teacher"] == "hog"
 
 
 def test_if_nothing_can_be_afforded_the_most_promising_is_drawn(tmp_path: Path) -> None:
@@ -113,7 +116,7 @@ def test_if_nothing_can_be_afforded_the_most_promising_is_drawn(tmp_path: Path) 
     space = toy_space(tmp_path, {"teacher": hogs, "transfer": {"kind": "clusters", "k": 5}, "student": student})
     params: Params = {"teacher.descriptor.cell": 4}
     trial = Trial(0, params, space.pair(params).model_dump(mode="json"), "completed", objectives={"linear_probe/top1": 0.5})
-    ours = told(space, [trial], lambda params: DrawCost(100.0, 1.0))
+    ours = observing(space, [trial], lambda params: DrawCost(100.0, 1.0))
     assert ours.propose(1, IN_DEBT)["teacher.descriptor.cell"] in (7, 14)
 
 
@@ -121,9 +124,9 @@ def test_what_failed_is_no_prefix_to_build_on(tmp_path: Path) -> None:
     space = wide(tmp_path)
     trials = history(space, 12)
     failed = [dataclasses.replace(trial, state="failed") for trial in trials[6:]]
-    ours = told(space, [*trials[:6], *failed], dear({"hog": 1000.0, "rotation": 1000.0}))
-    existing = {canonical(prefix(trial.params)) for trial in trials[:6]}
-    assert {canonical(prefix(ours.propose(12 + index, IN_DEBT))) for index in range(20)} <= existing
+    ours = observing(space, [*trials[:6], *failed], new_costs({"hog": 1000.0, "rotation": 1000.0}))
+    existing = {canonical(space.prefix(trial.params)) for trial in trials[:6]}
+    assert {canonical(space.prefix(ours.propose(12 + index, IN_DEBT))) for index in range(20)} <= existing
 
 
 def test_a_teacher_that_was_judged_poor_is_not_drawn_again_with_another_k(tmp_path: Path) -> None:
@@ -136,7 +139,7 @@ def test_a_teacher_that_was_judged_poor_is_not_drawn_again_with_another_k(tmp_pa
     waits: dict[str, Any] = {"state": "paused", "teacher_score": 0.9, "objectives": {}}
     judged = [dataclasses.replace(trial, **waits) if is_poor(trial.params) else trial for trial in trials]
     free = lambda params: DrawCost(0.0, 1.0)  # noqa: E731
-    before, after = ([told(space, some, free).propose(30 + n, IN_DEBT) for n in range(20)] for some in (trials, judged))
+    before, after = ([observing(space, some, free).propose(30 + n, IN_DEBT) for n in range(20)] for some in (trials, judged))
     assert any(map(is_poor, before))
     assert not any(map(is_poor, after))
 
@@ -149,7 +152,7 @@ def test_a_teacher_that_was_given_up_is_drawn_again_when_more_trials_are_asked_f
     draws: list[Params] = [{"teacher.descriptor.cell": cell, "transfer.k": k} for cell, k in pairs]
     *good, poor = [Trial(n, draw, space.pair(draw).model_dump(mode="json"), teacher_score=0.9) for n, draw in enumerate(draws)]
     good = [dataclasses.replace(trial, state="completed", objectives={"linear_probe/top1": 0.5}) for trial in good]
-    ours = told(space, [*good, dataclasses.replace(poor, state="pruned", teacher_score=0.8)])
+    ours = observing(space, [*good, dataclasses.replace(poor, state="pruned", teacher_score=0.8)])
     left = [{"teacher.descriptor.cell": 7, "transfer.k": k} for k in (10, 20)]
     assert all(ours.propose(4 + n, DrawCost()) in left for n in range(20))
 
@@ -157,14 +160,14 @@ def test_a_teacher_that_was_given_up_is_drawn_again_when_more_trials_are_asked_f
 def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> None:
     space = wide(tmp_path)
     trials = history(space, 20)
-    ours = told(space, trials, dear({"hog": 1000.0, "rotation": 1000.0}))
+    ours = observing(space, trials, new_costs({"hog": 1000.0, "rotation": 1000.0}))
     made = {canonical(dict(trial.params)) for trial in trials}
     assert not made & {canonical(ours.propose(20 + index, IN_DEBT)) for index in range(20)}
 
 
 def test_random_draws_mind_nothing(tmp_path: Path) -> None:
     space = wide(tmp_path, sampler="random")
-    assert told(space, history(space, 40)).propose(40, IN_DEBT) == told(space, []).propose(40, DrawCost())
+    assert observing(space, history(space, 40)).propose(40, IN_DEBT) == observing(space, []).propose(40, DrawCost())
 
 
 def test_another_sampler_is_no_other_space(tmp_path: Path) -> None:
@@ -192,7 +195,7 @@ def test_tpe_draws_what_optunas_own_estimators_find_best(tmp_path: Path) -> None
     rows = good.sample(np.random.RandomState(7), tpe.CANDIDATES)
     winner = int(np.argmax(good.log_pdf(rows) - rest.log_pdf(rows)))
     best = {name: known[name].to_external_repr(values[winner].item()) for name, values in rows.items()}
-    assert tpe.ParzenEstimators(space).densities(*told(space, trials).observations.split(), seed=7).best({}) == best
+    assert tpe.ParzenEstimators(space).densities(*observing(space, trials).observations.split(), seed=7).best({}) == best
 
 
 def test_a_stage_is_charged_to_the_trial_that_needs_it_first(tmp_path: Path) -> None:
@@ -258,7 +261,7 @@ def test_trials_that_a_killed_driver_left_wait_for_more_time(tmp_path: Path) -> 
         assert (study.next(), study.stop_reason) == ("done", "stop_after (10 s) is used up")
 
 
-def costing(folder: Path, cost_estimate: sampler.CostEstimate, **fields: Any) -> Study:
+def costing(folder: Path, cost_estimate: CostEstimate, **fields: Any) -> Study:
     """A study with a budget of one hour whose draws have prices."""
     space = wide(folder, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None, **fields)
     study = Study.open(folder, space)

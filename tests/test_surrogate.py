@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tm
 
 
 def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktray.search.surrogate.NOISES", NOISES[:1])  # two trials say nothing of how much is chance
+    monkeypatch.setattr(
+        sys.modules["ktray.search.surrogate"], "NOISES", NOISES[:1]
+    )  # two trials say nothing of how much is chance
     surrogate = Surrogate(one_rate(tmp_path))
     seen, asked = rates(0.0, 0.1), rates(0.6, 1.0)
     alone, beside = surrogate.expected_improvement(seen, [], asked), surrogate.expected_improvement(seen, rates(1.0), asked)

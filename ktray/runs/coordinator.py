@@ -91,7 +91,7 @@ class TrialCoordinator:
             params = self.space.complete(start)
             if index in drawn:
                 continue
-            if any(name.split(".")[0] in ("data", "teacher") for name in params.keys() - start.keys()):
+            if self.space.teacher_parameters & (params.keys() - start.keys()):
                 continue
             with suppress(UserError):  # no valid pair: its trial will say so
                 pair = self.space.pair(params)

@@ -1,21 +1,9 @@
-"""Drawing pairs, stopping early, and remembering: pure search logic without Ray. Time is a clock that the caller brings.
+"""The search: which pair to try next, when to stop one early, and a journal of all that was tried.
 
-The package is also the verb `ktray.search(...)`: Python gives `ktray` one attribute of that name, and importing this sets it.
+Pure logic: no Ray, nothing is computed, and the clock is an argument. It may import the words of the root, `ops`, `pipeline`,
+`cost_model` and plugins; of these it reads specs and names. Optuna is imported in this room only.
+
+Start with `study.py`, which has the states of a trial and asks all others. A space: `space_file.py` (the YAML), `space_tree.py`
+(its operators and parameters), `space.py`, `space_check.py`. Draws: `draws.py`, `sampler.py`, `surrogate.py`. Early stopping:
+`halving.py`. Limits: `budget.py`. On disk: `journal.py`; for readers: `history.py`.
 """
-
-import sys
-from types import ModuleType
-from typing import Any
-
-
-class _Verb(ModuleType):
-    """A package that can be called, which `ktray.api.search` then answers."""
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return sys.modules["ktray"].__getattr__("search")(*arguments, **options)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (sys.modules["ktray"], "search")
-
-
-sys.modules[__name__].__class__ = _Verb

@@ -39,27 +39,12 @@ TRUST = 0.6  # a trial is varied so often as often as the next better one
 QUOTED = 16  # draws of a new prefix whose price is asked for, the most promising ones
 
 
-def of_student(name: str) -> bool:
-    """Whether a parameter is read by the student or its evaluations alone; all others decide what comes before."""
-    return name.split(".")[0] in ("student", "evals")
-
-
-def prefix(params: Mapping[str, Scalar]) -> Params:
-    """The parameters of a draw that decide what comes before its student."""
-    return {name: value for name, value in params.items() if not of_student(name)}
-
-
 @dataclass(frozen=True)
 class _Prefix:
     """Everything before a student, as parameters; `holders` are the trials that have it, unless they failed or it is poor."""
 
     params: Params
     holders: set[int] = field(default_factory=set)
-
-
-def _judged(params: Mapping[str, Scalar]) -> str:
-    """Which teacher a draw has, by its parameters: what a teacher is judged by has no part in how it is transferred."""
-    return canonical({name: value for name, value in params.items() if name.split(".")[0] in ("data", "teacher")})
 
 
 class Sampler:
@@ -85,13 +70,13 @@ class Sampler:
             return
         if trial.number not in self._prefix_of:
             self.drawn.add(canonical(dict(trial.params)))
-            params = prefix(trial.params)
+            params = self.space.prefix(trial.params)
             self._prefix_of[trial.number] = name = canonical(params)
             self._prefixes.setdefault(name, _Prefix(params))
         holders = self._prefixes[self._prefix_of[trial.number]].holders
         holds = trial.state in PREFIX_STATES and not trial.waits_for_teacher
         (holders.add if holds else holders.discard)(trial.number)
-        waiting = self._waiting.setdefault(_judged(trial.params), set())
+        waiting = self._waiting.setdefault(self._teacher(trial.params), set())
         waits = trial.waits_for_teacher and trial.state == "paused"  # who was pruned does not wait: its teacher may have risen
         (waiting.add if waits else waiting.discard)(trial.number)
 
@@ -179,15 +164,19 @@ class Sampler:
             found += [drawn(generator.choice(existing)) for _ in range(BUILDING)]
         poor = {name for name, waiting in self._waiting.items() if waiting}
         new = {canonical(draw): draw for draw in found}
-        return [draw for name, draw in new.items() if name not in self.drawn and not (poor and _judged(draw) in poor)]
+        return [draw for name, draw in new.items() if name not in self.drawn and not (poor and self._teacher(draw) in poor)]
 
     def _varied(self, draw: Params, generator: random.Random, drawn: Callable[[Params], Params]) -> Params:
         """The same with one parameter drawn again, and with whatever another branch asks for."""
         again = generator.choice(sorted(draw))
         return drawn({name: value for name, value in draw.items() if name != again})
 
+    def _teacher(self, params: Mapping[str, Scalar]) -> str:
+        """Which teacher a draw has, as canonical text."""
+        return canonical({name: value for name, value in params.items() if name in self.space.teacher_parameters})
+
     def _exists(self, draw: Params) -> bool:
-        known = self._prefixes.get(canonical(prefix(draw)))
+        known = self._prefixes.get(canonical(self.space.prefix(draw)))
         return known is not None and bool(known.holders)
 
 

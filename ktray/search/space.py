@@ -15,10 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint, flat
-from ktray.search import space_check, space_file, space_tree, spec_errors
+from ktray.search import prefix, space_check, space_file, space_tree, spec_errors
 from ktray.search.space_file import Budget, EarlyStop, SpaceFile
 from ktray.search.space_tree import Ask, Params, Scalar
 from ktray.search.spec_errors import SpecError
@@ -104,6 +103,20 @@ class Space:
         """As much of the tree as is drawn: a sampler compares many draws, and most of a pair is the same in all."""
         return space_tree.parameters_only(self.root)
 
+    @cached_property
+    def prefix_parameters(self) -> frozenset[str]:
+        """Names of the parameters that decide what is computed before the student, which students can share."""
+        return prefix.prefix_parameters(self.root)
+
+    @cached_property
+    def teacher_parameters(self) -> frozenset[str]:
+        """Names of the parameters that decide which teacher is trained, and on what data."""
+        return prefix.teacher_parameters(self.root)
+
+    def prefix(self, params: Mapping[str, Scalar]) -> Params:
+        """Those of `params` that decide what is computed before the student."""
+        return {name: value for name, value in params.items() if name in self.prefix_parameters}
+
     def complete(self, params: Mapping[str, Scalar]) -> Params:
         """`params` with the first option, or the lower end, of each parameter that is left out."""
         return self.suggest(lambda parameter: params.get(parameter.name, space_tree.boundary_values(parameter)[0]))
@@ -188,24 +201,15 @@ class Space:
     def warnings(self) -> list[str]:
         """What is allowed and probably not meant: a prefix that never repeats."""
         found = []
-        for parameter, under in space_tree.parameters(self.root):
+        for parameter, _ in space_tree.parameters(self.root):
             part = parameter.name.split(".")[0]
             values = space_tree.all_values(parameter)
             many = isinstance(parameter, space_tree.Range) and (not values or len(values) > MANY)
-            if many and self._before_the_student(parameter.name, under):
+            if many and parameter.name in self.prefix_parameters:
                 what = {"teacher": "teacher", "transfer": "clustering", "data": "data set"}.get(part, part)
                 shape = "continuous" if values is None else f"one of {len(values)} values"
                 found.append(f"pair.{parameter.name} is {shape}: every draw is a new {what}; use choice so that draws share it")
         return found
-
-    def _before_the_student(self, name: str, under: Params) -> bool:
-        """Whether a parameter determines a stage that students share; a temperature of the transfer, say, does not."""
-        part, *_, field = name.split(".")
-        if part != "transfer":
-            return part not in ("student", "evals")
-        transfer = self.plain(self.complete(under))["transfer"]
-        kind = str(transfer["kind"]) if isinstance(transfer, Mapping) else str(transfer)
-        return any(field in fields for fields in plugins.module("transfer", kind).NEEDS.values())
 
     def identity(self) -> dict[str, Any]:
         """What makes this space the same search: all of it but the study's name, the budget and the sampler.

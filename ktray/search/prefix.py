@@ -1,0 +1,65 @@
+"""The prefix of a pair: all that is computed before its student, which students can share.
+
+A search saves most where many students share a prefix. This file is the one place that says which parameters of a space
+decide the prefix; `tests/test_prefix.py` compares it with the stages whose keys they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ktray import plugins
+from ktray.search.space_tree import Choice, OneOf, Range
+
+Path = tuple[str, ...]
+"""Fields from the pair down, without the names of branches: ``("transfer", "k")``."""
+
+
+def prefix_parameters(root: Any) -> frozenset[str]:
+    """Names of the parameters that decide what is computed before the student.
+
+    All of them but those of the student, of the evaluations, and of the transfer's fields that only the student reads, such as
+    a temperature. Which these are is said by the `NEEDS` of its kind.
+
+    Args:
+        root: the tree of a space.
+    """
+    return frozenset(name for name, path, before in _walk(root, (), frozenset()) if _decides_prefix(path, before))
+
+
+def teacher_parameters(root: Any) -> frozenset[str]:
+    """Names of the parameters that decide which teacher is trained, and on what data."""
+    return frozenset(name for name, path, _ in _walk(root, (), frozenset()) if path[:1] in (("data",), ("teacher",)))
+
+
+def _decides_prefix(path: Path, before: frozenset[str]) -> bool:
+    part, *fields = path or ("",)
+    if part in ("student", "evals"):
+        return False
+    return part != "transfer" or not fields or fields[0] == "kind" or fields[0] in before
+
+
+def _walk(node: Any, path: Path, before: frozenset[str]) -> Iterator[tuple[str, Path, frozenset[str]]]:
+    """(name, path, fields of its transfer that stages before the student read) of each parameter under a node."""
+    if isinstance(node, OneOf):
+        yield node.choice.name, path, before
+        for body in node.branches.values():
+            yield from _walk(body, path, before)
+    elif isinstance(node, Choice | Range):
+        yield node.name, path, before
+    elif isinstance(node, dict):
+        if path == ("transfer",):
+            before = _read_before_student(node)
+        for key, child in node.items():
+            yield from _walk(child, (*path, key), before)
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _walk(child, (*path, str(index)), before)
+
+
+def _read_before_student(transfer: Mapping[str, Any]) -> frozenset[str]:
+    kind = transfer.get("kind")
+    kinds: Iterable[Any] = kind.options if isinstance(kind, Choice) else [kind]
+    needs = [plugins.module("transfer", str(each)).NEEDS for each in kinds]
+    return frozenset(field for need in needs for fields in need.values() for field in fields)
