@@ -8,19 +8,14 @@ if TYPE_CHECKING:
     from ktray.api import run as run
     from ktray.api import search as search
 else:
-    # Python sets the attribute `ktray.search` to the package of that name, but only when the package is first loaded. So it is
-    # loaded here (it is only a docstring), and the function of the same name takes its place for good.
+    # Python sets `ktray.search` to the package of that name once, when it is first loaded. It is loaded here (it is only a
+    # docstring) and the attribute removed, so that `ktray.search` is always the function that `__getattr__` finds.
     from ktray import search
 
-    def search(*arguments: Any, **options: Any) -> Any:  # noqa: F811
-        """Searches a space for the best pair: see `ktray.api.search`, which this loads and calls."""
-        from ktray import api
-
-        return api.search(*arguments, **options)
-
+    del search
 
 __version__ = "0.1.0"
-_API = ("SearchResult", "load_student", "run")
+_API = ("SearchResult", "load_student", "run", "search")
 
 
 def __getattr__(name: str) -> Any:
