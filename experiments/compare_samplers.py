@@ -49,7 +49,7 @@ from ktray.fingerprint import canonical, fingerprint, seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
 from ktray.search.budget import CostEstimate, DrawCost
 from ktray.search.draws import DrawSource, SampledDraws, fixed_draws, random_draws
-from ktray.search.sampler import SHOWN, Sampler, random_draw
+from ktray.search.sampler import MAX_OBSERVATIONS, Sampler, random_draw
 from ktray.search.space import Space
 from ktray.search.space_check import checked
 from ktray.search.space_tree import Params
@@ -67,7 +67,7 @@ class PerCost(Sampler):
     """The literature's way: of all draws that the sampler compares the one that promises most for each second it would add."""
 
     def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
-        ranked, unknown = self.observations.ranked(SHOWN)
+        ranked, unknown = self.observations.ranked(MAX_OBSERVATIONS)
         if not ranked:
             return draws[0]
         gains = self.expected_improvement(ranked, unknown, draws)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from optuna.study._multi_objective import _fast_non_domination_rank
 
-from ktray.search.observations import SHOWN, Observations, _by_front
+from ktray.search.observations import MAX_SPLIT, Observations, _nondominated_order
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space
 
@@ -61,7 +61,7 @@ def test_of_very_many_the_good_and_the_newest_are_shown(tmp_path: Path) -> None:
     best = [completed(number, 2 + number) for number in range(25)]
     good, rest = Observations(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
     assert [trial.number for trial in good] == list(range(25))
-    assert [trial.number for trial in rest] == list(range(2000 - SHOWN + 25, 2000))
+    assert [trial.number for trial in rest] == list(range(2000 - MAX_SPLIT + 25, 2000))
 
 
 def test_of_very_many_the_best_half_and_the_newest_are_ranked(tmp_path: Path) -> None:
@@ -71,14 +71,14 @@ def test_of_very_many_the_best_half_and_the_newest_are_ranked(tmp_path: Path) ->
     assert [trial.number for trial in ranked] == [*range(25), *range(1999, 1974, -1)]
 
 
-def test_what_is_left_are_the_rungs_up_to_the_end_of_the_student(tmp_path: Path) -> None:
+def test_rungs_ahead_are_those_up_to_the_end_of_the_student(tmp_path: Path) -> None:
     space = toy_space(tmp_path)  # rungs after 1, 3 and 9 epochs
     evidence = Observations(space)
     pair = {"student": {"schedule": {"epochs": 9}}}
     waits = [Trial(0, {}, pair, "pruned", scores=scores) for scores in ({1: 0.5}, {1: 0.5, 3: 0.6})]
-    assert [evidence.left(trial) for trial in (*waits, completed(1, 0.7))] == [2, 1, 0]
-    assert evidence.left(Trial(2, {}, pair, "pruned", teacher_score=0.4)) == 3
-    assert evidence.left(Trial(3, {}, {"student": {"schedule": {"epochs": 3}}}, "paused", scores={1: 0.5})) == 1
+    assert [evidence.rungs_ahead(trial) for trial in (*waits, completed(1, 0.7))] == [2, 1, 0]
+    assert evidence.rungs_ahead(Trial(2, {}, pair, "pruned", teacher_score=0.4)) == 3
+    assert evidence.rungs_ahead(Trial(3, {}, {"student": {"schedule": {"epochs": 3}}}, "paused", scores={1: 0.5})) == 1
 
 
 def test_an_old_pareto_point_stays_good(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_fronts_come_in_the_order_that_optuna_ranks_them(count: int) -> None:
 
     losses = np.random.default_rng(count).integers(0, 8, size=(60, 2)).astype(float)
     ranks = _fast_non_domination_rank(losses)
-    assert sorted(ranks[_by_front(losses, count)]) == sorted(ranks)[:count]
+    assert sorted(ranks[_nondominated_order(losses, count)]) == sorted(ranks)[:count]
 
 
 def test_a_trial_that_runs_counts_among_the_rest(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_the_time_of_a_search_that_is_killed_counts_though_no_trial_was_settled(
         for now[0] in (10.0, 29.0, 45.0, 60.0):
             study.save_elapsed()
     again = Study.open(tmp_path, space, clock=lambda: now[0])
-    assert again.spent == 45
+    assert again.elapsed == 45
     now[0] += 60
     assert again.next() == "done"
 

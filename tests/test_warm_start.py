@@ -30,7 +30,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def heard(home: Path, space: Space) -> list[Any]:
-    return warm_start.evidence({"toy": warm_start.results(space, read(home, "toy"))})
+    return warm_start.trials({"toy": warm_start.results(space, read(home, "toy"))})
 
 
 def test_the_same_space_takes_all_that_was_judged_as_it_was(old: Path) -> None:

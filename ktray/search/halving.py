@@ -1,8 +1,8 @@
-"""Asynchronous successive halving by promotion: which paused trial goes on, decided from scores alone.
+"""Asynchronous successive halving: which paused trial is promoted, decided from scores alone.
 
-At a rung (student epochs) a trial pauses. Whenever somebody asks, the best 1/reduction of those that reached a rung may go on
-to the next, highest rung first. Nothing is stopped and nobody waits for a full bracket. Before the first of them teachers may
-be judged: below the best share of those that were, no student is trained.
+At each rung (student epochs) a trial pauses. Of the trials that reached a rung, the best 1/reduction are promoted to the next,
+highest rung first; no trial waits for a bracket to fill. A rung before the first may judge teachers: students are trained only
+for the best share of the teachers judged so far.
 
 Source: Li, Jamieson, Rostamizadeh, Gonina, Ben-tzur, Hardt, Recht, Talwalkar, "A System for Massively Parallel Hyperparameter
 Tuning" (MLSys 2020), algorithm 2 (get_job).
@@ -18,8 +18,8 @@ from ktray.fingerprint import fingerprint
 from ktray.search.space_file import EarlyStop, TeacherStop
 from ktray.search.trial import Trial
 
-Place = tuple[float, int]
-"""(loss, number): smaller is better, the earlier draw first where losses are equal."""
+LossAndNumber = tuple[float, int]
+"""Orders trials: the smaller loss first, and of equal losses the earlier draw."""
 
 
 def rung_epochs(stop: EarlyStop | None, epochs: int) -> tuple[int, ...]:
@@ -43,20 +43,20 @@ def next_rung(stop: EarlyStop | None, trial: Trial) -> int:
 
 
 class TeacherRung:
-    """Teachers that were judged, and trials that wait for theirs to be good enough.
+    """Teachers that were judged, and trials that are paused until their teacher is among the best.
 
-    Teachers are counted, not trials: many trials on one good teacher leave no other teacher less of a chance. The first one
-    that is judged is the best so far and gets students at once; whoever comes later must belong to the best share.
+    Teachers are counted, not trials: many trials with one good teacher do not crowd out other teachers. The first teacher that
+    is judged is the best so far, so its trials go on at once; every later one must belong to the best share.
     """
 
     def __init__(self, stop: TeacherStop | None) -> None:
         self._stop = stop
         self._sign = 1 if stop and stop.mode == "min" else -1
-        self._judged: list[tuple[float, str]] = []
-        self._waiting: list[Place] = []
+        self._judged: list[tuple[float, str]] = []  # (loss, teacher), sorted, each teacher once
+        self._paused: list[LossAndNumber] = []  # sorted
 
     def update(self, old: Trial | None, new: Trial) -> None:
-        """A trial is `new`, and was `old` when it was told the last time."""
+        """Takes in a trial that is new or has changed; `old` is how it was the last time."""
         if self._stop is None:
             return
         if new.teacher_score is not None and (old is None or old.teacher_score is None):  # once judged it stays judged
@@ -64,34 +64,34 @@ class TeacherRung:
             position = bisect_left(self._judged, judged)
             if self._judged[position : position + 1] != [judged]:
                 self._judged.insert(position, judged)
-        _move(self._waiting, self._waits(old), self._waits(new))
+        _replace(self._paused, self._paused_entry(old), self._paused_entry(new))
 
     def promotion(self) -> int | None:
-        """Number of the trial with the best teacher of those that wait, if that belongs to the best."""
-        if not self._waiting or self.rank(self._waiting[0][0]) >= self.places():
+        """Number of the paused trial with the best teacher, if that teacher is among the best share; else None."""
+        if not self._paused or self.rank(self._paused[0][0]) >= self.promotable():
             return None
-        return self._waiting[0][1]
+        return self._paused[0][1]
 
-    def best_waiting(self) -> int | None:
-        """Number of the trial with the best teacher of those that wait."""
-        return self._waiting[0][1] if self._waiting else None
+    def best_paused(self) -> int | None:
+        """Number of the paused trial with the best teacher."""
+        return self._paused[0][1] if self._paused else None
 
     def rank(self, loss: float) -> int:
         """How many teachers are better."""
         return bisect_left(self._judged, (loss, ""))
 
-    def places(self) -> int:
+    def promotable(self) -> int:
         """How many teachers get students."""
         return math.ceil(len(self._judged) * self._stop.share - 1e-9) if self._stop else 0
 
     def prune_cause(self, trial: Trial) -> str | None:
-        """Why a trial got no student, if its teacher is why."""
+        """Why a trial was pruned before its student, in words; None if it got further."""
         if self._stop is None or trial.teacher_score is None or not trial.waits_for_teacher:
             return None
-        place, many = self.rank(self._sign * trial.teacher_score) + 1, len(self._judged)
-        return f"its teacher has place {place} of {many} by {self._stop.metric} ({trial.teacher_score:.4f}): no student"
+        place, total = self.rank(self._sign * trial.teacher_score) + 1, len(self._judged)
+        return f"its teacher has place {place} of {total} by {self._stop.metric} ({trial.teacher_score:.4f}): no student"
 
-    def _waits(self, trial: Trial | None) -> Place | None:
+    def _paused_entry(self, trial: Trial | None) -> LossAndNumber | None:
         if trial is None or trial.teacher_score is None or trial.state != "paused" or not trial.waits_for_teacher:
             return None
         return self._sign * trial.teacher_score, trial.number
@@ -103,63 +103,64 @@ def _teacher(trial: Trial) -> str:
 
 
 class RungScores:
-    """Who stands where on the rung_epochs; told trial by trial, so that asking hardly takes longer with their number."""
+    """Scores at all rungs, kept sorted as trials change, so that asking takes hardly longer when they are many."""
 
     def __init__(self, stop: EarlyStop | None, trials: Iterable[Trial] = ()) -> None:
         self.stop = stop
         self.teachers = TeacherRung(stop.teacher if stop else None)
         self._completed = 0
         self._reached = dict.fromkeys(reversed(stop.rungs if stop else ()), 0)
-        self._ranked: dict[int, list[Place]] = {rung: [] for rung in self._reached}
-        self._paused: dict[int, list[Place]] = {rung: [] for rung in self._reached}
+        self._ranked: dict[int, list[LossAndNumber]] = {rung: [] for rung in self._reached}
+        self._paused: dict[int, list[LossAndNumber]] = {rung: [] for rung in self._reached}
         for trial in trials:
             self.update(None, trial)
 
     def update(self, old: Trial | None, new: Trial) -> None:
-        """A trial is `new`, and was `old` when it was told the last time."""
+        """Takes in a trial that is new or has changed; `old` is how it was the last time."""
         self._completed += (new.state == "completed") - (old is not None and old.state == "completed")
         self.teachers.update(old, new)
         for rung, count in self._reached.items():
             self._reached[rung] = count + (rung in new.scores) - (old is not None and rung in old.scores)
-            _move(self._ranked[rung], self._place(old, rung), self._place(new, rung))
-            _move(self._paused[rung], self._waits(old, rung), self._waits(new, rung))
+            _replace(self._ranked[rung], self._entry(old, rung), self._entry(new, rung))
+            _replace(self._paused[rung], self._paused_entry(old, rung), self._paused_entry(new, rung))
 
     def promotion(self) -> int | None:
-        """Number of the paused trial that goes on now, or None.
+        """Number of the paused trial to promote now, or None.
 
-        A trial that failed later keeps its part in the count of a rung but leaves its place among the best to the next one. One
-        that was given up (`pruned`) keeps its place: who comes later must beat it.
+        A trial that failed later still counts as having reached a rung, but frees its rank there for the next one. One that was
+        pruned keeps its rank: a later trial must beat it.
         """
         for rung, paused in self._paused.items():
-            # Who is not paused there any more keeps its place, so the best that waits is due if any of them is.
-            places = self._reached[rung] // self.stop.reduction if self.stop else 0
-            if paused and bisect_left(self._ranked[rung], paused[0]) < places:
+            # Promoted trials keep their ranks, so the best paused one is within the best share if any paused one is.
+            promotable = self._reached[rung] // self.stop.reduction if self.stop else 0
+            if paused and bisect_left(self._ranked[rung], paused[0]) < promotable:
                 return paused[0][1]
         return self.teachers.promotion()
 
     def best_unfinished(self) -> int | None:
-        """The paused trial that goes on when nothing is due and none was completed: so that every search ends with a result."""
+        """Number of the best paused trial at the highest rung if no trial was completed; else None."""
         if self._completed:
             return None
         furthest = next((paused for paused in self._paused.values() if paused), None)
-        return furthest[0][1] if furthest else self.teachers.best_waiting()
+        return furthest[0][1] if furthest else self.teachers.best_paused()
 
-    def _place(self, trial: Trial | None, rung: int) -> Place | None:
+    def _entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
         if trial is None or rung not in trial.scores or trial.state == "failed":
             return None
         return _order(self.stop, trial, rung)
 
-    def _waits(self, trial: Trial | None, rung: int) -> Place | None:
-        return self._place(trial, rung) if trial and trial.state == "paused" and trial.epoch == rung else None
+    def _paused_entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
+        return self._entry(trial, rung) if trial and trial.state == "paused" and trial.epoch == rung else None
 
 
-def _move(places: list[Place], old: Place | None, new: Place | None) -> None:
+def _replace(entries: list[LossAndNumber], old: LossAndNumber | None, new: LossAndNumber | None) -> None:
+    """Replaces `old` by `new` in a sorted list; None stands for no entry."""
     if old == new:
         return
     if old is not None:
-        del places[bisect_left(places, old)]
+        del entries[bisect_left(entries, old)]
     if new is not None:
-        insort(places, new)
+        insort(entries, new)
 
 
 def best_first(stop: EarlyStop | None, trials: Sequence[Trial], rung: int) -> list[Trial]:
@@ -167,6 +168,6 @@ def best_first(stop: EarlyStop | None, trials: Sequence[Trial], rung: int) -> li
     return sorted(trials, key=lambda trial: _order(stop, trial, rung))
 
 
-def _order(stop: EarlyStop | None, trial: Trial, rung: int) -> Place:
+def _order(stop: EarlyStop | None, trial: Trial, rung: int) -> LossAndNumber:
     sign = 1 if stop and stop.mode == "min" else -1
     return sign * trial.scores[rung], trial.number

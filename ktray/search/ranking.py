@@ -15,10 +15,10 @@ def ranked(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> li
 
 
 def front(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> list[Trial]:
-    """Completed trials that no other beats in every objective (the Pareto front), sorted as by `ranked`."""
+    """Completed trials that no other dominates (the Pareto front), in the order of `ranked`."""
     losses = [(trial, _losses(trial, objectives)) for trial in ranked(trials, objectives)]
     valued = [(trial, own) for trial, own in losses if math.inf not in own]
-    return [trial for trial, own in valued if not any(_beats(other, own) for _, other in valued)]
+    return [trial for trial, own in valued if not any(dominates(other, own) for _, other in valued)]
 
 
 def _losses(trial: Trial, objectives: Sequence[tuple[str, str]]) -> tuple[float, ...]:
@@ -27,5 +27,6 @@ def _losses(trial: Trial, objectives: Sequence[tuple[str, str]]) -> tuple[float,
     return tuple(value if math.isfinite(value) else math.inf for value in values)
 
 
-def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether losses are smaller in at least one objective and larger in none."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))

@@ -1,11 +1,11 @@
-"""What to draw next, over what the trials so far have shown: at random, by Optuna's TPE, or with spending in balance.
+"""What to draw next, given the trials so far: at random, by Optuna's TPE, or balanced.
 
-A pair costs little if what comes before its student is there already, so how often a new teacher is worth its price decides
-what a search can afford. The balanced sampler asks what a surrogate expects of many draws and takes the best of those that it
-can afford: all before the student (the prefix) costs no more than the student and its judges (the suffix), or whatever has been
-spent on prefixes stays below what has been spent on suffixes. So cheap teachers come first, a dear one when students have cost
-as much, and a poor choice wastes at most half of what was spent. If nothing is affordable it takes the best that there is.
-A weight on gain per cost instead, as in the literature on cost-aware search, locks itself into the first teachers.
+A pair costs little if what comes before its student exists already (its prefix), so how often a search pays for a new teacher
+decides what it can afford. The balanced sampler ranks many candidate draws by their expected improvement and takes the best
+that is affordable: one whose prefix exists, or costs no more than its student and evaluations (the suffix), or whose prefix
+leaves the total spent on prefixes below the total spent on suffixes. So cheap teachers come first, an expensive one once as
+much was spent on students, and a poor choice wastes at most half of the spending. If nothing is affordable, it takes the best.
+Weighting improvement per cost instead, as the literature on cost-aware search does, gets stuck with the first teachers.
 `experiments/compare_samplers.py` measures all of them on real pairs.
 """
 
@@ -31,27 +31,27 @@ from ktray.search.tpe import ParzenEstimators
 from ktray.search.trial import PREFIX_STATES, Trial
 
 STARTUP = 10  # trials with a result before TPE has anything to say, as in Optuna
-FRESH = 64  # random draws that are compared,
-NEARBY = 64  # draws that differ from a good trial in one part,
-BUILDING = 32  # and random students on prefixes that exist
-SHOWN = 96  # trials that the surrogate is shown
-TRUST = 0.6  # a trial is varied so often as often as the next better one
-QUOTED = 16  # draws of a new prefix whose price is asked for, the most promising ones
+RANDOM_CANDIDATES = 64  # candidates drawn at random,
+NEIGHBOURS = 64  # good trials with one parameter drawn again,
+REUSING_CANDIDATES = 32  # and random students on prefixes that exist
+MAX_OBSERVATIONS = 96  # trials that the surrogate is fitted to
+PARENT_DECAY = 0.6  # a trial is chosen as the parent of a neighbour this many times as often as the next better one
+MAX_ESTIMATES = 16  # candidates with a new prefix whose cost is estimated, the most promising ones
 
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Everything before a student, as parameters; `holders` are the trials that have it, unless they failed or it is poor."""
+    """All before a student, as parameters; `trials` are those that have it, unless they failed or their teacher is poor."""
 
     params: Params
-    holders: set[int] = field(default_factory=set)
+    trials: set[int] = field(default_factory=set)
 
 
 class Sampler:
-    """Proposes draws; knows the trials that it was told of.
+    """Proposes draws from the trials that it observed.
 
     Args:
-        cost_estimate: the price of a draw; None: nothing is too dear.
+        cost_estimate: of a draw; None: everything is affordable.
     """
 
     def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
@@ -61,24 +61,24 @@ class Sampler:
         self.drawn: set[str] = set()  # canonical text of the params of all draws
         self._prefixes: dict[str, _Prefix] = {}
         self._prefix_of: dict[int, str] = {}
-        self._waiting: dict[str, set[int]] = {}  # teacher -> trials that it has earned no student so far
+        self._paused_by_teacher: dict[str, set[int]] = {}  # teacher -> trials that wait for it to be among the best
 
     def observe(self, trial: Trial) -> None:
-        """A trial is new or has changed."""
+        """Takes in a trial that is new or has changed."""
         self.observations.update(trial)
-        if trial.number < 0:  # another study's: evidence, but none of its draws is one of ours
+        if trial.number < 0:  # another study's: an observation, but not one of our draws
             return
         if trial.number not in self._prefix_of:
             self.drawn.add(canonical(dict(trial.params)))
             params = self.space.prefix(trial.params)
             self._prefix_of[trial.number] = name = canonical(params)
             self._prefixes.setdefault(name, _Prefix(params))
-        holders = self._prefixes[self._prefix_of[trial.number]].holders
-        holds = trial.state in PREFIX_STATES and not trial.waits_for_teacher
-        (holders.add if holds else holders.discard)(trial.number)
-        waiting = self._waiting.setdefault(self._teacher(trial.params), set())
-        waits = trial.waits_for_teacher and trial.state == "paused"  # who was pruned does not wait: its teacher may have risen
-        (waiting.add if waits else waiting.discard)(trial.number)
+        trials = self._prefixes[self._prefix_of[trial.number]].trials
+        usable = trial.state in PREFIX_STATES and not trial.waits_for_teacher
+        (trials.add if usable else trials.discard)(trial.number)
+        paused = self._paused_by_teacher.setdefault(self._teacher(trial.params), set())
+        waits = trial.waits_for_teacher and trial.state == "paused"  # a pruned one does not: its teacher may have risen since
+        (paused.add if waits else paused.discard)(trial.number)
 
     def propose(
         self,
@@ -95,27 +95,27 @@ class Sampler:
 
         Args:
             count: trials so far, duplicates and failures included.
-            spent: what they have cost and will cost.
-            planned: values that are settled beforehand; the others are drawn.
-            left: seconds; of the draws that are asked for their price those that cost more come last.
-            attempt: how many proposals after as many trials were refused.
+            spent: what they cost, expected costs included.
+            planned: values that are fixed; the others are drawn.
+            affordable: seconds; candidates whose estimated cost is higher come last.
+            attempt: how many proposals were refused since the last trial.
         """
         seed = seed_of(self.space.seed, "sampler", count, *([attempt] if attempt else []))
-        how = self.space.sampler
-        if how == "balanced":
+        method = self.space.sampler
+        if method == "balanced":
             return self._balanced(random.Random(seed), spent, planned or {}, affordable)
-        if how == "random" or len(self.observations) < STARTUP:
+        if method == "random" or len(self.observations) < STARTUP:
             return random_draw(self.space, seed, planned)
         return self._parzen.densities(*self.observations.split(), seed).best(planned or {})
 
     def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], affordable: float) -> Params:
-        ranked, unknown = self.observations.ranked(SHOWN)
+        ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
-        if not draws:  # all that is likely was made: whoever asked knows how to look for the rest
+        if not draws:  # all candidates were drawn before: the caller looks for an unseen draw
             return random_draw(self.space, generator.getrandbits(32), planned)
         if ranked:
-            gains = self.expected_improvement(ranked, unknown, draws)
-            draws = [draws[index] for index in np.argsort(-gains, kind="stable")]
+            improvement = self.expected_improvement(ranked, pending, draws)
+            draws = [draws[index] for index in np.argsort(-improvement, kind="stable")]
         return (
             draws[0]
             if planned or self.cost_estimate is None
@@ -123,53 +123,55 @@ class Sampler:
         )
 
     def expected_improvement(
-        self, ranked: Sequence[Trial], unknown: Sequence[Trial], draws: Sequence[Params]
+        self, ranked: Sequence[Trial], pending: Sequence[Trial], draws: Sequence[Params]
     ) -> NDArray[np.float64]:
-        """What the surrogate expects of each draw, as `Surrogate.gain` says; trials as `Evidence.ranked` gives them."""
-        left = [self.observations.left(trial) for trial in ranked]
+        """(len(draws),) as `Surrogate.expected_improvement` says; trials as `Observations.ranked` returns them."""
+        ahead = [self.observations.rungs_ahead(trial) for trial in ranked]
         return self._surrogate.expected_improvement(
-            [each.params for each in ranked], [each.params for each in unknown], draws, left
+            [trial.params for trial in ranked], [trial.params for trial in pending], draws, ahead
         )
 
     def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
-        """The first that can be afforded; else the first that `left` pays for, or the cheapest where nothing was bought yet."""
-        asked: list[tuple[float, Params]] = []
+        """The first draw that keeps the balance; else the first within `affordable`, or the cheapest if no prefix exists."""
+        estimated: list[tuple[float, Params]] = []
         new = 0
         for draw in draws:
             exists = self._exists(draw)
             if exists and affordable == math.inf:
                 return draw
             new += not exists
-            if (exists or new <= QUOTED) and (price := cost_estimate(draw)) is not None and sum(price) <= affordable:
-                asked.append((price.prefix, draw))
-                balanced = price.prefix <= price.suffix or spent.prefix + price.prefix <= spent.suffix + price.suffix
+            if (exists or new <= MAX_ESTIMATES) and (cost := cost_estimate(draw)) is not None and sum(cost) <= affordable:
+                estimated.append((cost.prefix, draw))
+                balanced = cost.prefix <= cost.suffix or spent.prefix + cost.prefix <= spent.suffix + cost.suffix
                 if exists or balanced:
                     return draw
-        nothing = not any(each.holders for each in self._prefixes.values())
-        if nothing and asked:
-            return min(asked, key=lambda each: each[0])[1]
-        return asked[0][1] if asked and affordable < math.inf else draws[0]
+        no_prefix = not any(prefix.trials for prefix in self._prefixes.values())
+        if no_prefix and estimated:
+            return min(estimated, key=lambda entry: entry[0])[1]
+        return estimated[0][1] if estimated and affordable < math.inf else draws[0]
 
     def _candidates(self, ranked: Sequence[Params], generator: random.Random, planned: Mapping[str, Scalar]) -> list[Params]:
-        """Draws that were never made: random ones, variations of good trials, and random students on prefixes that exist.
+        """New draws: random ones, neighbours of good trials, and random students on prefixes that exist.
 
-        A teacher that waits for others to be poorer than itself would get no student, so it is left out.
+        Draws with a teacher that is not among the best are left out: they would only pause, too.
         """
-        drawn = lambda given: random_draw(self.space, generator.getrandbits(32), {**given, **planned})  # noqa: E731
-        found = [drawn({}) for _ in range(FRESH)]
+        complete = lambda given: random_draw(self.space, generator.getrandbits(32), {**given, **planned})  # noqa: E731
+        found = [complete({}) for _ in range(RANDOM_CANDIDATES)]
         if ranked:
-            found += [self._varied(_often_the_first(ranked, generator), generator, drawn) for _ in range(NEARBY)]
-        existing = [each.params for each in self._prefixes.values() if each.holders]
+            found += [self._neighbour(_parent(ranked, generator), generator, complete) for _ in range(NEIGHBOURS)]
+        existing = [prefix.params for prefix in self._prefixes.values() if prefix.trials]
         if existing:
-            found += [drawn(generator.choice(existing)) for _ in range(BUILDING)]
-        poor = {name for name, waiting in self._waiting.items() if waiting}
-        new = {canonical(draw): draw for draw in found}
-        return [draw for name, draw in new.items() if name not in self.drawn and not (poor and self._teacher(draw) in poor)]
+            found += [complete(generator.choice(existing)) for _ in range(REUSING_CANDIDATES)]
+        poor = {teacher for teacher, paused in self._paused_by_teacher.items() if paused}
+        distinct = {canonical(draw): draw for draw in found}
+        return [
+            draw for text, draw in distinct.items() if text not in self.drawn and not (poor and self._teacher(draw) in poor)
+        ]
 
-    def _varied(self, draw: Params, generator: random.Random, drawn: Callable[[Params], Params]) -> Params:
-        """The same with one parameter drawn again, and with whatever another branch asks for."""
+    def _neighbour(self, draw: Params, generator: random.Random, complete: Callable[[Params], Params]) -> Params:
+        """The same draw with one parameter drawn again, and with the parameters of its new branch if that chose one."""
         again = generator.choice(sorted(draw))
-        return drawn({name: value for name, value in draw.items() if name != again})
+        return complete({name: value for name, value in draw.items() if name != again})
 
     def _teacher(self, params: Mapping[str, Scalar]) -> str:
         """Which teacher a draw has, as canonical text."""
@@ -177,16 +179,16 @@ class Sampler:
 
     def _exists(self, draw: Params) -> bool:
         known = self._prefixes.get(canonical(self.space.prefix(draw)))
-        return known is not None and bool(known.holders)
+        return known is not None and bool(known.trials)
 
 
-def _often_the_first(ranked: Sequence[Params], generator: random.Random) -> Params:
-    """One of the trials; each `TRUST` times as often as the one before it."""
-    return ranked[min(len(ranked) - 1, int(generator.expovariate(-math.log(TRUST))))]
+def _parent(ranked: Sequence[Params], generator: random.Random) -> Params:
+    """One of the trials; each is chosen `PARENT_DECAY` times as often as the one before it."""
+    return ranked[min(len(ranked) - 1, int(generator.expovariate(-math.log(PARENT_DECAY))))]
 
 
 def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar] | None = None) -> Params:
-    """The draw that follows these trials if nothing has a price."""
+    """The draw that follows these trials if costs do not matter."""
     sampler = Sampler(space)
     for trial in trials:
         sampler.observe(trial)
@@ -194,7 +196,7 @@ def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar]
 
 
 def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:
-    """A draw that ignores what is known; each parameter uniform, or log-uniform where the space says so."""
+    """A draw that ignores all trials; each parameter uniform, or log-uniform where the space says so."""
     generator = random.Random(seed)
 
     def ask(parameter: Parameter) -> Scalar:
@@ -211,5 +213,5 @@ def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = 
 
 
 def directions(space: Space) -> list[StudyDirection | Literal["minimize", "maximize"]]:
-    """Optuna's name for which way each objective is better."""
+    """Optuna's direction of each objective."""
     return ["minimize" if objective.mode == "min" else "maximize" for objective in space.objectives]
