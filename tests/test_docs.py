@@ -59,6 +59,12 @@ def blocks(language: str) -> list[str]:
     return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]
 
 
+def example(file: str) -> str:
+    """The Python block that begins with the name of this file as a comment."""
+    (found,) = [block for block in blocks("python") if block.startswith(f"# {file}\n")]
+    return found
+
+
 def test_every_folder_of_the_package_is_in_the_layout():
     folders = {path.name for path in (ROOT / "ktray").iterdir() if (path / "__init__.py").exists()}
     assert folders == set(FOLDERS) - {""}
@@ -98,7 +104,7 @@ def test_the_pretext_task_of_the_docs_trains_as_a_plugin_from_outside(tmp_path, 
     package = tmp_path / "docs_lab"
     package.mkdir()
     (package / "__init__.py").touch()
-    code = blocks("python")[0].replace('"mirror"', '"docs_lab.mirror"')
+    code = example("mirror.py").replace('"mirror"', '"docs_lab.mirror"')
     (package / "mirror.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
@@ -114,8 +120,26 @@ def test_the_pretext_task_of_the_docs_trains_as_a_plugin_from_outside(tmp_path, 
     assert main(["run", str(path), "--local", "--allow-plugins", "docs_lab", "-q"]) == 0
 
 
-def test_the_pretext_task_of_the_docs_keeps_the_rules_of_the_package():
-    plugin = module("ktray.pretext.mirror", blocks("python")[0])
+def test_the_evaluation_of_the_docs_works_as_a_plugin_from_outside(tmp_path, monkeypatch):
+    monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
+    package = tmp_path / "docs_evals"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    code = example("centroid_accuracy.py").replace('"centroid_accuracy"', '"docs_evals.centroid_accuracy"')
+    (package / "centroid_accuracy.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
+    path = tmp_path / "pair.yaml"
+    path.write_text(yaml.safe_dump(toy_spec(evals=[{"kind": "docs_evals.centroid_accuracy", "of": "teacher"}])))
+    assert main(["run", str(path), "--local", "--allow-plugins", "docs_evals", "-q"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("ktray.pretext.mirror", "mirror.py"), ("ktray.evals.centroid_accuracy", "centroid_accuracy.py")],
+)
+def test_the_plugins_of_the_docs_keep_the_rules_of_the_package(name, file):
+    plugin = module(name, example(file))
     assert [offence for rule in RULES for offence in rule(plugin)] == []
 
 
