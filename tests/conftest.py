@@ -55,7 +55,7 @@ class Founder:
         from ktray.scheduler.client import connect
 
         runtime = RuntimeSettings(**{"cpus": 2, "stages": TOY_NEEDS, **settings})
-        session = dataclasses.replace(self.session, runtime=runtime, schedulers=self.ends)
+        session = dataclasses.replace(self.session, runtime=runtime, on_stop=self.ends)
         scheduler = connect(session, f"file://{store}", work or toy_work.work)
         self.ends.append(scheduler.end)
         return scheduler

@@ -133,7 +133,7 @@ def test_release_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerClie
     with callers(2) as pool:
         leaving, staying = pool.submit(scheduler.obtain, [stage], "trial 1"), pool.submit(scheduler.obtain, [stage], "trial 2")
         until(lambda: len(scheduler.status()["waiting"]) == 2)
-        scheduler.release("trial 1")
+        scheduler.cancel("trial 1")
         with pytest.raises(WaitCancelled):
             leaving.result(timeout=1)
         assert not staying.done()
@@ -222,7 +222,7 @@ def test_two_drivers_on_one_store_share_their_computations(
 ) -> None:
     stage = toy("slow", {"steps": 8, "log": str(tmp_path / "log")})
     runtime = RuntimeSettings(cpus=2, stages=TOY_NEEDS)
-    other = connect(dataclasses.replace(ray_home, name="other", runtime=runtime, schedulers=[]), f"file://{toy_store}", work)
+    other = connect(dataclasses.replace(ray_home, name="other", runtime=runtime, on_stop=[]), f"file://{toy_store}", work)
     assert other.namespace == scheduler.namespace
     with callers(2) as pool:
         first: Future[Any] = pool.submit(scheduler.obtain, [stage], "driver 1")

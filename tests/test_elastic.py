@@ -16,11 +16,10 @@ from test_ledger import NEEDS, House, answers, given, stage
 
 from ktray.errors import StoppedEarly
 from ktray.scheduler import client
-from ktray.scheduler.gpu_shares import ON_GPU, GpuShares
 from ktray.scheduler.messages import AssignStage, FenceAttempt, StartWorker
 from ktray.scheduler.placement import Placement
-from ktray.scheduler.resources import STAGES, ResourceRequest, RuntimeSettings
-from ktray.scheduler.worker_registry import RETURN, Node, WorkerRegistry, WorkerShape
+from ktray.scheduler.resources import GPU_STAGES, STAGES, GpuShares, ResourceRequest, RuntimeSettings
+from ktray.scheduler.workers import NODE_RETURN_SECONDS, Node, WorkerRegistry, WorkerShape
 
 CPU_ONLY, GPU_NODE = Node(4.0, 0.0, 100.0), Node(4.0, 1.0, 100.0)
 
@@ -30,44 +29,44 @@ def mixed() -> WorkerRegistry:
 
 
 def needs_on(registry: WorkerRegistry) -> GpuShares:
-    return GpuShares(RuntimeSettings().of, lambda: any(node.gpus for node in registry.known()))
+    return GpuShares(RuntimeSettings().request_of, lambda: any(node.gpus for node in registry.known_nodes()))
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_networks_run_on_gpu_nodes_and_the_rest_on_nodes_without_while_they_have_room(name: str) -> None:
     house = House(0)
     house.registry.nodes = mixed().nodes
-    house.core.needs = needs_on(house.registry)
+    house.core.request_of = needs_on(house.registry)
     (hire, *_) = [action for action in house.want("a", stage(name)) if isinstance(action, StartWorker)]
-    assert hire.worker.node == ("gpu" if name in ON_GPU else "cpu")
-    assert hire.worker.shape == (WorkerShape(0.0, 0.25) if name in ON_GPU else WorkerShape(1.0))
+    assert hire.worker.node == ("gpu" if name in GPU_STAGES else "cpu")
+    assert hire.worker.shape == (WorkerShape(0.0, 0.25) if name in GPU_STAGES else WorkerShape(1.0))
 
 
 def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere_is_preferred() -> None:
     registry = mixed()
-    openings = Placement(registry, 0.0)
+    placement = Placement(registry, 0.0)
     for _ in range(4):
-        assert openings.hire(WorkerShape()).node == "cpu"  # type: ignore[union-attr]
-    assert openings.hire(WorkerShape()).node == "gpu"  # type: ignore[union-attr]
+        assert placement.place_worker(WorkerShape()).node == "cpu"  # type: ignore[union-attr]
+    assert placement.place_worker(WorkerShape()).node == "gpu"  # type: ignore[union-attr]
     registry.workers = dict(reversed(registry.workers.items()))
     for worker in registry.workers.values():
-        worker.beat, worker.polling = 0.0, True
+        worker.last_heartbeat, worker.polling = 0.0, True
     assert Placement(registry, 0.0).take(ResourceRequest()).node == "cpu"  # type: ignore[union-attr]
 
 
 def test_a_node_that_joins_is_hired_on_and_its_gpu_is_used_from_then_on() -> None:
     house = House(2, Node(2.0, 0.0, 100.0))
-    house.core.needs = needs_on(house.registry)
+    house.core.request_of = needs_on(house.registry)
     running = [stage("student", number=number) for number in range(2)]
     house.want("a", *running)
     house.want("b", stage("student", number=5), stage("clusters"))
     assert house.turn() == []
-    house.registry.see({**house.registry.nodes, "new": GPU_NODE}, house.now)
+    house.registry.update_nodes({**house.registry.nodes, "new": GPU_NODE}, house.now)
     hired = [action.worker for action in house.turn() if isinstance(action, StartWorker)]
     assert {worker.node for worker in hired} == {"new"}
     assert WorkerShape(0.0, 0.25) in [worker.shape for worker in hired]
     assert WorkerShape(1.0) in [worker.shape for worker in hired]
-    assert len(house.core.runs) == 2, "what runs on a CPU goes on there"
+    assert len(house.core.running) == 2, "what runs on a CPU goes on there"
 
 
 def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewhere() -> None:
@@ -75,14 +74,14 @@ def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewher
     house.registry.nodes = {"node": CPU_ONLY, "other": CPU_ONLY}
     house.want("a", one)
     house.arrive("worker-9")
-    house.registry.see({"other": CPU_ONLY}, house.now)
+    house.registry.update_nodes({"other": CPU_ONLY}, house.now)
     assert given(house.want("b", stage("two"))) == [], "the idle worker of the lost node is not asked"
-    house.core.gone("worker-1", "worker died", "its node died", house.now)
+    house.core.worker_lost("worker-1", "worker died", "its node died", house.now)
     actions = house.turn()
     assert [action.key for action in actions if isinstance(action, FenceAttempt)] == [one.key]
     hired = [worker for worker in house.registry.workers.values() if worker.node == "other"]
     for worker in hired:
-        worker.beat, worker.polling = house.now, True
+        worker.last_heartbeat, worker.polling = house.now, True
     assert one.key in given(house.turn())
 
 
@@ -93,13 +92,13 @@ def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or
     house = House(0)
     house.registry.nodes = {"node": CPU_ONLY, "gpu": GPU_NODE}
     shares = needs_on(house.registry)
-    house.registry.see({"node": CPU_ONLY}, house.now)
+    house.registry.update_nodes({"node": CPU_ONLY}, house.now)
     assert answers(house.want("a", stage("student"))) == {}
     assert shares("student").gpus == 0.25
-    house.registry.see({"node": CPU_ONLY}, house.now + RETURN - 1)
+    house.registry.update_nodes({"node": CPU_ONLY}, house.now + NODE_RETURN_SECONDS - 1)
     assert house.registry.fits(ResourceRequest(gpus=1.0))
-    house.now += RETURN
-    house.registry.see({"node": CPU_ONLY}, house.now)
+    house.now += NODE_RETURN_SECONDS
+    house.registry.update_nodes({"node": CPU_ONLY}, house.now)
     assert answers(house.turn()) == {"a": "it needs 1 GPU, more than any node of the cluster has"}
     assert shares("student").gpus == 0.0
 
@@ -107,9 +106,9 @@ def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or
 def test_a_gpu_that_comes_back_in_time_takes_what_waited() -> None:
     house = House(0)
     house.registry.nodes = {"gpu": GPU_NODE}
-    house.registry.see({}, house.now)
+    house.registry.update_nodes({}, house.now)
     house.want("a", stage("student"))
-    house.registry.see({"gpu again": GPU_NODE}, house.now + 100)
+    house.registry.update_nodes({"gpu again": GPU_NODE}, house.now + 100)
     (hire,) = [action for action in house.turn() if isinstance(action, StartWorker)]
     assert (hire.worker.node, hire.worker.shape) == ("gpu again", WorkerShape(0.0, 1.0))
     house.arrive(hire.worker.name)
@@ -119,14 +118,14 @@ def test_a_gpu_that_comes_back_in_time_takes_what_waited() -> None:
 def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "LEASE_EVERY", 0.01)
+    monkeypatch.setattr(client, "RENEW_LEASE_SECONDS", 0.01)
     answers = iter(
         [None, ray.exceptions.RayError(), ray.exceptions.GetTimeoutError(), None, StoppedEarly("the scheduler has ended")]
     )
     asked: list[object] = []
 
     class Scheduler:
-        def lease(self, over: threading.Event) -> None:
+        def lease(self, cancelled: threading.Event) -> None:
             asked.append(answer := next(answers))
             if answer is not None:
                 raise answer

@@ -16,10 +16,10 @@ from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
 from ktray.pool import StageContext
-from ktray.scheduler.core import FAMILY
+from ktray.scheduler.core import MAX_FAMILY
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.scheduler.messages import AssignStage, FenceAttempt, SchedulerEvent
-from ktray.scheduler.worker_registry import WorkerShape
+from ktray.scheduler.workers import WorkerShape
 from ktray.stores.file import FileStore
 from tests.toys import HOG, ROTATION, toy_pair
 
@@ -85,23 +85,23 @@ def test_a_family_that_waits_begins_on_one_worker_and_answers_each_trial() -> No
         house.want(f"trial {number}", images, each)
     actions = house.publish(images)
     assert family(actions) == [each.key for each in layers]
-    assert sorted(house.core.runs) == sorted(each.key for each in layers)
-    assert sum(worker.leads is not None for worker in house.registry.workers.values()) == 1
+    assert sorted(house.core.running) == sorted(each.key for each in layers)
+    assert sum(worker.attempt is not None for worker in house.registry.workers.values()) == 1
     for number, each in enumerate(layers):
         assert answers(house.publish(each)) == {f"trial {number}": ["joined", "computed"]}
-    assert all(worker.leads is None for worker in house.registry.workers.values())
+    assert all(worker.attempt is None for worker in house.registry.workers.values())
     assert house.core.computed == {"images": 1, "layer": 3}
 
 
 def test_a_worker_is_busy_until_the_last_of_its_family_is_told() -> None:
     house = House(1)
     first, second = begun(house, 2)
-    run = house.core.runs[first.key]
+    run = house.core.running[first.key]
     house.store.add(first.key)
-    house.core.published(first.key, run.attempt, True, 1.0, house.now)
-    assert house.registry.workers["worker-1"].leads == run.attempt
+    house.core.attempt_succeeded(first.key, run.attempt, True, 1.0, house.now)
+    assert house.registry.workers["worker-1"].attempt == run.attempt
     house.publish(second)
-    assert house.registry.workers["worker-1"].leads is None
+    assert house.registry.workers["worker-1"].attempt is None
 
 
 def test_who_comes_while_a_family_runs_joins_its_keys_and_runs_others_apart() -> None:
@@ -114,9 +114,9 @@ def test_who_comes_while_a_family_runs_joins_its_keys_and_runs_others_apart() ->
 
 def test_one_run_makes_only_so_many_at_once() -> None:
     house = House(2)
-    layers = begun(house, FAMILY + 3)
-    attempts = [house.core.runs[each.key].attempt for each in layers]
-    assert sorted(attempts.count(attempt) for attempt in set(attempts)) == [3, FAMILY]
+    layers = begun(house, MAX_FAMILY + 3)
+    attempts = [house.core.running[each.key].attempt for each in layers]
+    assert sorted(attempts.count(attempt) for attempt in set(attempts)) == [3, MAX_FAMILY]
 
 
 def test_a_failed_family_is_made_apart_so_that_only_the_culprit_fails() -> None:
@@ -134,8 +134,8 @@ def test_a_failed_family_is_made_apart_so_that_only_the_culprit_fails() -> None:
 def test_a_full_disk_fails_a_family_at_once() -> None:
     house = House(1)
     layers = begun(house, 2)
-    run = house.core.runs[layers[0].key]
-    house.core.failed(run.key, run.attempt, "disk full", "OSError: no space", "", house.now)
+    run = house.core.running[layers[0].key]
+    house.core.attempt_failed(run.key, run.attempt, "disk full", "OSError: no space", "", house.now)
     assert answers(house.turn()) == dict.fromkeys(["trial 0", "trial 1"], "OSError: no space")
 
 
@@ -150,26 +150,26 @@ def test_a_family_whose_input_is_missing_waits_for_it_and_begins_again_together(
 def test_a_dead_worker_fences_all_that_it_made_and_what_is_left_runs_apart() -> None:
     house = House(2)
     layers = begun(house, 3)
-    run = house.core.runs[layers[0].key]
+    run = house.core.running[layers[0].key]
     house.store.add(layers[1].key)  # published, and its worker died before it could tell
-    house.core.gone(run.worker, "worker died", "killed", house.now)
+    house.core.worker_lost(run.worker, "worker died", "killed", house.now)
     events = [action for action in house.core.outbox if isinstance(action, SchedulerEvent) and action.event == "worker died"]
     assert [event.key for event in events] == [layers[0].key]
     actions = house.turn()
     assert {action.key for action in actions if isinstance(action, FenceAttempt)} == {each.key for each in layers}
     assert family(actions) == [layers[0].key]
-    revived = house.registry.add("worker-1", WorkerShape(), "node")
-    assert not house.core.beat(revived, run.key, layers[0], run.attempt, {}, house.now)
+    revived = house.registry.register("worker-1", WorkerShape(), "node")
+    assert not house.core.heartbeat(revived, run.key, layers[0], run.attempt, {}, house.now)
 
 
 def test_a_restarted_broker_adopts_a_family_by_one_heartbeat() -> None:
     house, one, two = House(0), layer(1), layer(2)
-    worker = house.registry.add("worker-1", WorkerShape(), "node")
-    house.core.beat(worker, one.key, replace(one, beside=(two,)), "old", {"epoch": 1.0}, house.now)
+    worker = house.registry.register("worker-1", WorkerShape(), "node")
+    house.core.heartbeat(worker, one.key, replace(one, beside=(two,)), "old", {"epoch": 1.0}, house.now)
     house.want("a", one)
     house.want("b", two)
-    assert {key: run.attempt for key, run in house.core.runs.items()} == {one.key: "old", two.key: "old"}
-    assert house.core.runs[two.key].progress == {"epoch": 1.0}
+    assert {key: run.attempt for key, run in house.core.running.items()} == {one.key: "old", two.key: "old"}
+    assert house.core.running[two.key].progress == {"epoch": 1.0}
     assert answers(house.publish(one)) == {"a": ["computed"]}
     assert answers(house.publish(two)) == {"b": ["computed"]}
 

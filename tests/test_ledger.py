@@ -18,7 +18,7 @@ from ktray.scheduler.messages import (
     StartWorker,
 )
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
+from ktray.scheduler.workers import Node, WorkerRegistry, WorkerShape
 
 NEEDS = {"split": ResourceRequest(helpers=2), "student": ResourceRequest(gpus=1.0), "half": ResourceRequest(gpus=0.5)}
 NEEDS |= {"large": ResourceRequest(memory_bytes=60), "impossible": ResourceRequest(gpus=8.0)}
@@ -42,12 +42,12 @@ class House:
         return Artifact(key, Path(key), {"m": 1.0}, {"seconds": 2.0}) if key in self.store else None
 
     def arrive(self, name: str, shape: WorkerShape | None = None) -> None:
-        worker = self.registry.workers.get(name) or self.registry.add(name, shape or WorkerShape(), "node")
-        self.core.beat(worker, "", None, "", {}, self.now)
+        worker = self.registry.workers.get(name) or self.registry.register(name, shape or WorkerShape(), "node")
+        self.core.heartbeat(worker, "", None, "", {}, self.now)
         worker.polling = True
 
     def want(self, name: str, *stages: Stage, priority: int = 0, waiter: str | None = None) -> list[Any]:
-        self.core.demand.request(name, name if waiter is None else waiter, "driver", stages, priority, self.now)
+        self.core.requests.add_request(name, name if waiter is None else waiter, "driver", stages, priority, self.now)
         return self.turn()
 
     def turn(self, seconds: float = 0.0) -> list[Any]:
@@ -58,16 +58,16 @@ class House:
         return [action for action in outbox if not isinstance(action, SchedulerEvent)]
 
     def publish(self, stage: Stage) -> list[Any]:
-        run = self.core.runs[stage.key]
+        run = self.core.running[stage.key]
         self.store.add(stage.key)
-        self.core.published(stage.key, run.attempt, True, 1.0, self.now)
+        self.core.attempt_succeeded(stage.key, run.attempt, True, 1.0, self.now)
         if run.worker in self.registry.workers:
             self.registry.workers[run.worker].polling = True
         return self.turn()
 
     def fail(self, stage: Stage, missing: str = "") -> list[Any]:
-        run = self.core.runs[stage.key]
-        self.core.failed(stage.key, run.attempt, "failed", "ValueError: no", missing, self.now)
+        run = self.core.running[stage.key]
+        self.core.attempt_failed(stage.key, run.attempt, "failed", "ValueError: no", missing, self.now)
         self.registry.workers[run.worker].polling = True
         return self.turn()
 
@@ -138,7 +138,7 @@ def test_a_failure_ends_all_requests_that_need_it_once_and_the_next_one_computes
     house.want("c", other, broken)
     said = answers(house.fail(broken))
     assert said == dict.fromkeys("abc", "ValueError: no")
-    assert reader.key not in house.core.demand.wants
+    assert reader.key not in house.core.requests.pending
     assert answers(house.publish(other)) == {}
     assert given(house.want("d", broken)) == [broken.key]
 
@@ -179,7 +179,7 @@ def test_an_input_that_is_always_missing_fails_its_reader() -> None:
 def test_a_dead_worker_is_fenced_and_its_stage_given_to_another_one() -> None:
     house, one = House(2), stage("one")
     (give,) = house.want("a", one)
-    house.core.gone(give.worker, "worker died", "killed", house.now)
+    house.core.worker_lost(give.worker, "worker died", "killed", house.now)
     actions = house.turn()
     assert FenceAttempt(one.key, give.attempt) in actions
     assert given(actions) == [one.key]
@@ -192,7 +192,7 @@ def test_a_stage_fails_when_its_third_worker_died() -> None:
     house, one = House(3), stage("one")
     house.want("a", one)
     for _ in range(3):
-        house.core.gone(house.core.runs[one.key].worker, "worker died", "killed by signal 9", house.now)
+        house.core.worker_lost(house.core.running[one.key].worker, "worker died", "killed by signal 9", house.now)
         said = answers(house.turn())
     assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
@@ -202,7 +202,7 @@ def test_workers_that_never_come_fail_what_waits_instead_of_hiring_for_ever() ->
     actions = house.want("a", one)
     for _ in range(3):
         (hire,) = [action for action in actions if isinstance(action, StartWorker)]
-        house.core.gone(hire.worker.name, "worker died", "ModuleNotFoundError: no torch", house.now)
+        house.core.worker_lost(hire.worker.name, "worker died", "ModuleNotFoundError: no torch", house.now)
         actions = house.turn()
     assert answers(actions) == {"a": "WorkerDied: workers die before their first heartbeat: ModuleNotFoundError: no torch"}
 
@@ -212,15 +212,15 @@ def test_a_silent_worker_is_killed_after_its_time_and_its_late_beat_is_refused()
     (give,) = house.want("a", one)
     frozen = house.registry.workers[give.worker]
     house.now += 14
-    house.core.silent(house.now)
+    house.core.check_heartbeats(house.now)
     assert house.turn() == []
     house.now += 2
-    house.core.silent(house.now)
+    house.core.check_heartbeats(house.now)
     actions = house.turn()
     assert KillWorker(frozen) in actions
     assert FenceAttempt(one.key, give.attempt) in actions
-    revived = house.registry.add("worker-1", WorkerShape(), "node")
-    assert not house.core.beat(revived, one.key, one, give.attempt, {}, house.now)
+    revived = house.registry.register("worker-1", WorkerShape(), "node")
+    assert not house.core.heartbeat(revived, one.key, one, give.attempt, {}, house.now)
 
 
 def test_a_worker_that_froze_before_it_heard_of_a_stage_says_nothing_about_it() -> None:
@@ -228,7 +228,7 @@ def test_a_worker_that_froze_before_it_heard_of_a_stage_says_nothing_about_it() 
     house.want("a", one)
     for number in range(2, 6):
         house.now += 16
-        house.core.silent(house.now)
+        house.core.check_heartbeats(house.now)
         house.arrive(f"worker-{number}")
         assert given(house.turn()) == [one.key]
     assert answers(house.publish(one)) == {"a": ["computed"]}
@@ -238,38 +238,38 @@ def test_silence_while_the_broker_slept_proves_nothing() -> None:
     house, one = House(1), stage("one")
     house.want("a", one)
     house.now += 100
-    house.core.forgive(100)
-    house.core.silent(house.now)
+    house.core.excuse_silence(100)
+    house.core.check_heartbeats(house.now)
     assert house.turn() == []
 
 
 def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
     house, one = House(2), stage("one")
     (give,) = house.want("a", one)
-    house.core.gone(give.worker, "fenced", "silent", house.now)
+    house.core.worker_lost(give.worker, "fenced", "silent", house.now)
     house.turn()
-    assert not house.core.failed(one.key, give.attempt, "failed", "FileNotFoundError: fenced", "", house.now)
+    assert not house.core.attempt_failed(one.key, give.attempt, "failed", "FileNotFoundError: fenced", "", house.now)
     assert answers(house.publish(one)) == {"a": ["computed"]}
 
 
 def test_after_a_restart_nothing_starts_until_known_workers_were_heard_of_and_their_runs_are_adopted() -> None:
     house, one, two = House(0), stage("one"), stage("two")
-    house.core.expected.restart(["worker-1", "worker-2"], house.now)
+    house.core.startup.restart(["worker-1", "worker-2"], house.now)
     house.want("a", one, two)
-    worker = house.registry.add("worker-1", WorkerShape(), "node")
-    house.core.beat(worker, one.key, one, "old", {"epoch": 3.0}, house.now)
+    worker = house.registry.register("worker-1", WorkerShape(), "node")
+    house.core.heartbeat(worker, one.key, one, "old", {"epoch": 3.0}, house.now)
     assert house.turn() == []
     house.arrive("worker-2")
     assert given(house.turn()) == [two.key]
-    assert house.core.runs[one.key].attempt == "old"
-    assert house.core.runs[one.key].progress == {"epoch": 3.0}
+    assert house.core.running[one.key].attempt == "old"
+    assert house.core.running[one.key].progress == {"epoch": 3.0}
     house.publish(two)
     assert answers(house.publish(one)) == {"a": ["computed", "computed"]}
 
 
 def test_after_a_restart_a_worker_that_stays_away_is_waited_for_only_so_long() -> None:
     house, one = House(1), stage("one")
-    house.core.expected.restart(["worker-7"], house.now)
+    house.core.startup.restart(["worker-7"], house.now)
     assert house.want("a", one) == []
     house.turn(16)
     house.arrive("worker-1")
@@ -280,7 +280,7 @@ def test_a_stage_that_ended_while_the_broker_was_down_is_told_once() -> None:
     house, one = House(1), stage("one")
     house.store.add(one.key)
     for _ in range(2):
-        house.core.published(one.key, "old", True, 3.0, house.now)
+        house.core.attempt_succeeded(one.key, "old", True, 3.0, house.now)
     assert house.core.outbox == [SchedulerEvent("published", one.key, "one", "", 3.0)]
     assert house.core.computed == {"one": 1}
 
@@ -289,19 +289,19 @@ def test_a_beat_that_comes_after_the_report_revives_nothing() -> None:
     house, one = House(1), stage("one")
     (give,) = house.want("a", one)
     house.publish(one)
-    assert house.core.beat(house.registry.workers[give.worker], one.key, one, give.attempt, {}, house.now)
-    assert not house.core.runs
+    assert house.core.heartbeat(house.registry.workers[give.worker], one.key, one, give.attempt, {}, house.now)
+    assert not house.core.running
 
 
 def test_release_ends_one_wait_and_what_only_it_wanted() -> None:
     house, one, two = House(1), stage("one"), stage("two")
     house.want("a", one, two)
     house.want("b", one)
-    house.core.demand.release("another driver", "a")
+    house.core.requests.cancel("another driver", "a")
     assert not house.turn()
-    house.core.demand.release("driver", "a")
+    house.core.requests.cancel("driver", "a")
     assert answers(house.turn()) == {"a": "the wait was cancelled"}
-    assert two.key not in house.core.demand.wants
+    assert two.key not in house.core.requests.pending
     assert answers(house.publish(one)) == {"b": ["computed"]}
 
 
@@ -338,8 +338,8 @@ def test_gpu_shares_are_hired_on_demand_and_given_up_for_another_shape() -> None
     assert given(house.turn()) == [student.key]
     assert house.want("b", half) == []
     house.publish(student)
-    assert RetireWorker(hire.worker.name) in house.core.outbox or house.registry.workers[hire.worker.name].leaving
-    house.core.gone(hire.worker.name, "worker died", "told to go", house.now)
+    assert RetireWorker(hire.worker.name) in house.core.outbox or house.registry.workers[hire.worker.name].retiring
+    house.core.worker_lost(hire.worker.name, "worker died", "told to go", house.now)
     (second,) = house.turn()
     assert second.worker.shape == WorkerShape(0.0, 0.5)
 

@@ -27,14 +27,14 @@ def looked_up(demand: RequestTable, running: set[str]) -> list[str]:
     """The order, from the definition alone."""
     ready = [
         want
-        for key, want in demand.wants.items()
-        if key not in running and not {*want.stage.starts, *want.stage.inputs.values()} & demand.wants.keys()
+        for key, want in demand.pending.items()
+        if key not in running and not {*want.stage.starts, *want.stage.inputs.values()} & demand.pending.keys()
     ]
 
     def rank(want: Any) -> tuple[float, float, float, int]:
-        requests = [demand.requests[name] for name in want.requests]
+        requests = [demand.open[name] for name in want.requests]
         trials = [each for each in requests if each.waiter] or requests
-        return -max([each.priority for each in requests], default=0), -len(trials), -want.path, want.order
+        return -max([each.priority for each in requests], default=0), -len(trials), -want.path_seconds, want.order
 
     return [want.stage.key for want in sorted(ready, key=rank)]
 
@@ -51,30 +51,30 @@ def test_the_line_is_what_a_look_at_all_wants_would_give_whatever_happened_befor
     demand, longest = RequestTable(find, running, outbox, lambda stage: {"teacher": 60.0, "student": 30.0}[stage.name]), 0
     for number in range(300):
         what = chance.random()
-        line = [want.stage.key for want in demand.queue()]
+        line = [want.stage.key for want in demand.ready()]
         assert line == looked_up(demand, running)
-        assert sum(demand.line.names.values()) == len(line)
+        assert sum(demand.queue.names.values()) == len(line)
         longest = max(longest, len(line))
         if what < 0.3:
             wanted = chance.sample(made, 4)
-            demand.request(f"r{number}", chance.choice(["", "w"]), f"s{number % 5}", wanted, chance.randrange(3), 0.0)
+            demand.add_request(f"r{number}", chance.choice(["", "w"]), f"s{number % 5}", wanted, chance.randrange(3), 0.0)
         elif what < 0.55 and line:
             running.add(line[0])
-            demand.line.start(line[0])
+            demand.queue.mark_running(line[0])
         elif what < 0.6:
-            demand.release(f"s{chance.randrange(5)}")
+            demand.cancel(f"s{chance.randrange(5)}")
         elif running:
             key = chance.choice(sorted(running))
             running.discard(key)
-            demand.line.stop(key)
+            demand.queue.mark_stopped(key)
             if what < 0.9:
                 store.add(key)
                 demand.publish(Artifact(key, Path(key), {}, {}), True)
             elif what < 0.95:
                 demand.fail(key, "failed", "no")
             else:
-                demand.forsake(key)  # its worker died
+                demand.drop_unrequested(key)  # its worker died
         if chance.random() < 0.05 and store:
             store.discard(lost := chance.choice(sorted(store)))
-            demand._present.discard(lost)
+            demand._in_store.discard(lost)
     assert longest > 5

@@ -19,12 +19,12 @@ from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
 from ktray.pool import FEW_IMAGES, StageContext
-from ktray.scheduler.failure_kinds import DISK_FULL, FAILED, OUT_OF_MEMORY, kind_of
+from ktray.scheduler.failure_kinds import DISK_FULL, FAILED, OUT_OF_MEMORY, failure_kind
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.scheduler.messages import AssignStage, RetireWorker, SchedulerEvent, StartWorker
-from ktray.scheduler.ray_cluster import death_of
+from ktray.scheduler.ray_cluster import loss_of
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Node, WorkerShape
+from ktray.scheduler.workers import Node, WorkerShape
 from ktray.stages import WORK
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, toy_pair
@@ -54,30 +54,30 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_an_error_is_told_by_what_it_is_also_below_another_one(error: Exception, kind: str, tmp_path: Path) -> None:
-    assert kind_of(error, tmp_path) == kind
+    assert failure_kind(error, tmp_path) == kind
     above = ValueError("stage failed")
     above.__cause__ = error
-    assert kind_of(above, tmp_path) == kind
+    assert failure_kind(above, tmp_path) == kind
 
 
 def test_what_torch_raises_for_the_hosts_memory_is_one_of_them(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60)
-    assert kind_of(raised.value, tmp_path) == OUT_OF_MEMORY
+    assert failure_kind(raised.value, tmp_path) == OUT_OF_MEMORY
 
 
 # ---- the core: once more, alone
 
 
 def run_out(house: House, each: Any) -> list[Any]:
-    run = house.core.runs[each.key]
-    assert not house.core.failed(each.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", house.now)
+    run = house.core.running[each.key]
+    assert not house.core.attempt_failed(each.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", house.now)
     house.registry.workers[run.worker].polling = True
     return house.turn()
 
 
 def with_few(actions: list[Any]) -> list[str]:
-    return [action.stage.key for action in actions if isinstance(action, AssignStage) and action.few]
+    return [action.stage.key for action in actions if isinstance(action, AssignStage) and action.small_batches]
 
 
 def test_on_a_cpu_it_waits_until_its_node_is_quiet_and_nothing_begins_beside_it() -> None:
@@ -85,11 +85,11 @@ def test_on_a_cpu_it_waits_until_its_node_is_quiet_and_nothing_begins_beside_it(
     others = [stage("one", number=number) for number in range(4)]
     house.want("a", big)
     house.want("b", *others)
-    began = [each for each in others if each.key in house.core.runs]
+    began = [each for each in others if each.key in house.core.running]
     assert run_out(house, big) == []
     assert house.publish(began[0]) == []
     assert with_few(house.publish(began[1])) == [big.key]
-    assert list(house.core.runs) == [big.key]
+    assert list(house.core.running) == [big.key]
     assert house.turn(1.0) == []
     later = house.publish(big)
     assert answers(later) == {"a": ["computed"]}
@@ -107,7 +107,7 @@ def test_other_nodes_go_on_meanwhile() -> None:
     assert with_few(run_out(house, big)) == [big.key]
     assert given(house.publish(one)) == []
     house.want("c", two)
-    assert house.core.runs[two.key].worker == "worker-2"
+    assert house.core.running[two.key].worker == "worker-2"
 
 
 def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(
         house.want(f"trial {number}", each)
     for number in range(4):
         house.arrive(f"worker-{number + 1}")
-        house.registry.workers[f"worker-{number + 1}"].cards = ("0",)
+        house.registry.workers[f"worker-{number + 1}"].gpu_ids = ("0",)
     house.turn()
     big = students[0]
     actions = run_out(house, big)
@@ -129,21 +129,21 @@ def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(
         dismissed += [action.worker for action in actions if isinstance(action, RetireWorker)]
     assert sorted(dismissed) == [f"worker-{number + 1}" for number in range(4)]
     for name in dismissed:
-        house.core.gone(name, "worker died", "told to go", house.now)
+        house.core.worker_lost(name, "worker died", "told to go", house.now)
     (hire,) = [action for action in house.turn() if isinstance(action, StartWorker)]
     assert hire.worker.shape == WorkerShape(0.0, 1.0)
     house.arrive(hire.worker.name)
     assert with_few(house.turn()) == [big.key]
     assert answers(house.publish(big)) == {"trial 0": ["computed"]}
-    assert house.registry.workers[hire.worker.name].leaving, "it makes room for small ones again"
+    assert house.registry.workers[hire.worker.name].retiring, "it makes room for small ones again"
 
 
 def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
     house, big = House(1), stage("big")
     house.want("a", big)
     assert with_few(run_out(house, big)) == [big.key]
-    run = house.core.runs[big.key]
-    assert house.core.failed(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", house.now)
+    run = house.core.running[big.key]
+    assert house.core.attempt_failed(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", house.now)
     house.registry.workers["worker-1"].polling = True
     said = answers(house.turn())["a"]
     assert said.startswith("its memory does not suffice even with the whole GPU, or machine, for itself (MemoryError)")
@@ -154,11 +154,11 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
 
 
 def test_a_worker_that_dies_otherwise_is_no_matter_of_memory() -> None:
-    event, why = death_of(ray.exceptions.ActorDiedError())
+    event, why = loss_of(ray.exceptions.ActorDiedError())
     house, big, other = House(3), stage("big"), stage("one")
     house.want("a", big)
     house.want("b", other)
-    house.core.gone(house.core.runs[big.key].worker, event, why, house.now)
+    house.core.worker_lost(house.core.running[big.key].worker, event, why, house.now)
     actions = house.turn()
     assert given(actions) == [big.key]
     assert with_few(actions) == []
@@ -190,18 +190,18 @@ def test_a_large_share_is_not_kept_waiting_for_ever_by_small_ones(monkeypatch: p
     house.want("a", *students)
     for number in range(2):
         house.arrive(f"worker-{number + 1}")
-        house.registry.workers[f"worker-{number + 1}"].cards = ("0",)
+        house.registry.workers[f"worker-{number + 1}"].gpu_ids = ("0",)
     house.turn()
     house.want("b", stage("teacher"), priority=1)
     for _ in range(20):
-        running = [each for each in students if each.key in house.core.runs]
+        running = [each for each in students if each.key in house.core.running]
         if not running:
             break
         house.now += 5
         for name in house.registry.workers:
-            house.core.beat(house.registry.workers[name], "", None, "", {}, house.now)
+            house.core.heartbeat(house.registry.workers[name], "", None, "", {}, house.now)
         house.publish(running[0])
-    assert all(worker.leaving for worker in house.registry.workers.values())
+    assert all(worker.retiring for worker in house.registry.workers.values())
     assert house.now < 100 + 45
 
 

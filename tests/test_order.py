@@ -31,11 +31,11 @@ def demand(present: set[str] | None = None) -> RequestTable:
 
 
 def ask(queue: RequestTable, name: str, *stages: Stage, waiter: str | None = None, priority: int = 0) -> None:
-    queue.request(name, name if waiter is None else waiter, "driver", stages, priority, 0.0)
+    queue.add_request(name, name if waiter is None else waiter, "driver", stages, priority, 0.0)
 
 
 def order(queue: RequestTable) -> list[str]:
-    return [want.stage.name for want in queue.queue()]
+    return [want.stage.name for want in queue.ready()]
 
 
 def test_the_stage_that_the_longest_work_waits_for_begins_first() -> None:
@@ -77,15 +77,15 @@ def test_of_what_is_prefetched_that_goes_first_which_most_trials_will_need() -> 
 def test_a_path_grows_with_readers_that_come_later_also_through_shorter_trainings() -> None:
     queue, images = demand(), stage("images")
     ask(queue, "a", images)
-    assert queue.wants[images.key].path == 5
+    assert queue.pending[images.key].path_seconds == 5
     short = stage("teacher", images, number=1)
     long = stage("teacher", images, number=2, starts=(short,))
     ask(queue, "b", images, long)
-    assert queue.wants[images.key].path == 65
+    assert queue.pending[images.key].path_seconds == 65
     ask(queue, "c", images, short)
-    assert queue.wants[short.key].path == 120
-    assert queue.wants[images.key].path == 125
-    assert queue.line.behind(long.key) == {images.key, short.key}
+    assert queue.pending[short.key].path_seconds == 120
+    assert queue.pending[images.key].path_seconds == 125
+    assert queue.queue.dependencies(long.key) == {images.key, short.key}
 
 
 def random_stages(rng: random.Random) -> list[Stage]:
@@ -105,30 +105,30 @@ def test_paths_and_what_waits_equal_those_of_a_search_through_all_wants(seed: in
         ask(queue, f"r{number}", *rng.sample(made, rng.randint(1, len(made))))
 
     def before(each: Stage) -> set[str]:
-        return {key for key in (*each.inputs.values(), *each.starts) if key in queue.wants}
+        return {key for key in (*each.inputs.values(), *each.starts) if key in queue.pending}
 
     def path(key: str) -> float:
-        readers = [other for other, want in queue.wants.items() if key in before(want.stage)]
-        return SECONDS[queue.wants[key].stage.name] + max(map(path, readers), default=0.0)
+        readers = [other for other, want in queue.pending.items() if key in before(want.stage)]
+        return SECONDS[queue.pending[key].stage.name] + max(map(path, readers), default=0.0)
 
-    for key, want in queue.wants.items():
-        assert queue.line.behind(key) == before(want.stage)
-        assert want.path == path(key)
-    while ready := list(queue.queue()):
+    for key, want in queue.pending.items():
+        assert queue.queue.dependencies(key) == before(want.stage)
+        assert want.path_seconds == path(key)
+    while ready := list(queue.ready()):
         chosen = rng.choice(ready)
         assert not before(chosen.stage)
         if rng.random() < 0.8:
             queue.publish(Artifact(chosen.stage.key, Path(), {}, {"seconds": 1.0}), computed=True)
         else:
             queue.fail(chosen.stage.key, "failed", "no")
-        assert all(queue.line.behind(key) == before(want.stage) for key, want in queue.wants.items())
-    assert not queue.wants
-    assert not queue.line._readers
+        assert all(queue.queue.dependencies(key) == before(want.stage) for key, want in queue.pending.items())
+    assert not queue.pending
+    assert not queue.queue._dependents
 
 
 def test_a_ledger_gives_out_stages_in_that_order() -> None:
     house = House(0)
-    house.core.demand.seconds = lambda each: SECONDS.get(each.name, 1.0)
+    house.core.requests.expected_seconds = lambda each: SECONDS.get(each.name, 1.0)
     stages = [stage("quick"), stage("student"), stage("teacher")]
     house.want("a", *stages)
     for number in range(3):

@@ -49,17 +49,17 @@ def twice_in_place(item: np.ndarray, shared: np.ndarray) -> np.ndarray:
 class Helper:
     """What a worker does for a leader, as a plain actor."""
 
-    def help(self, call: str, box: list[Any], item: bytes) -> bytes | None:
+    def run_item(self, call: str, function_ref: list[Any], item: bytes) -> bytes | None:
         import ray
         from ray import cloudpickle
 
-        from ktray.scheduler.worker import _packed
+        from ktray.scheduler.worker import pickle_error
 
-        function, shared = cloudpickle.loads(ray.get(box[0]))
+        function, shared = cloudpickle.loads(ray.get(function_ref[0]))
         try:
             return bytes(cloudpickle.dumps((True, function(cloudpickle.loads(item), shared))))
         except Exception as error:  # noqa: BLE001
-            return _packed(error)
+            return pickle_error(error)
 
     def pid(self) -> int:
         return os.getpid()

@@ -55,7 +55,7 @@ class Here:
                 execute(stage, self.store, waiter.replace(" ", "-"), StageContext())
         return []
 
-    def release(self, waiter: str) -> None:
+    def cancel(self, waiter: str) -> None:
         """Nothing here waits for anybody else."""
 
 
@@ -69,7 +69,7 @@ class Standing:
         assert self.waits[waiter].wait(20)
         raise WaitCancelled(waiter)
 
-    def release(self, waiter: str) -> None:
+    def cancel(self, waiter: str) -> None:
         self.waits[waiter].set()
 
 
@@ -151,16 +151,16 @@ def test_the_scheduler_of_an_interrupted_rehearsal_ends_before_its_store_is_remo
     real, stopping, ended = FileStore(tmp_path / "store"), Interruption(), []
 
     def connect(session: SimpleNamespace, url: str, work: object) -> Standing:
-        session.schedulers.append(FileStore(Path(url.removeprefix("file://"))))
+        session.on_stop.append(FileStore(Path(url.removeprefix("file://"))))
         threading.Timer(0.1, stopping.wish).start()
         return Standing()
 
     def stop(session: SimpleNamespace) -> None:
-        for store in session.schedulers:  # a stage that runs to the end of its scheduler may fail, which the broker writes down
+        for store in session.on_stop:  # a stage that runs to the end of its scheduler may fail, which the broker writes down
             store.fail("images-1", {"cause": "FileNotFoundError: its folder"})
         ended.append(session)
 
-    monkeypatch.setattr("ktray.scheduler.ray_session.start", lambda *given: SimpleNamespace(warnings=[], schedulers=[]))
+    monkeypatch.setattr("ktray.scheduler.ray_session.start", lambda *given: SimpleNamespace(warnings=[], on_stop=[]))
     monkeypatch.setattr("ktray.scheduler.ray_session.stop", stop)
     monkeypatch.setattr("ktray.scheduler.client.connect", connect)
     monkeypatch.setattr("ktray.runs.dry_run.preflight", lambda *given: None)

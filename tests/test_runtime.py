@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from ktray.errors import UserError
-from ktray.scheduler import stale_sessions, worker_environment
-from ktray.scheduler.gpu_shares import GpuShares
-from ktray.scheduler.resources import ResourceRequest, RuntimeSettings, load_runtime
-from ktray.scheduler.worker_registry import WorkerShape, shape_of
+from ktray.scheduler import ray_session, worker_environment
+from ktray.scheduler.resources import GpuShares, ResourceRequest, RuntimeSettings, load_runtime
+from ktray.scheduler.workers import WorkerShape, shape_of
 from ktray.stores.locks import lock_home
 
 
@@ -22,8 +21,8 @@ def test_a_runtime_file_sets_needs_by_stage_and_keeps_other_defaults(tmp_path: P
     path.write_text("cpus: 8\ndead_after: 60\nstages: {student: {gpus: 0.5}, features: {memory_bytes: 1000}}\n")
     runtime = load_runtime(path)
     assert (runtime.cpus, runtime.dead_after, runtime.heartbeat_seconds) == (8, 60.0, 0.5)
-    assert runtime.of("student") == ResourceRequest(gpus=0.5)
-    assert runtime.of("features") == ResourceRequest(memory_bytes=1000, helpers=63)
+    assert runtime.request_of("student") == ResourceRequest(gpus=0.5)
+    assert runtime.request_of("features") == ResourceRequest(memory_bytes=1000, helpers=63)
     assert load_runtime(None) == RuntimeSettings()
 
 
@@ -80,8 +79,8 @@ def test_what_runs_a_network_has_a_share_of_a_gpu_unless_the_file_says_how_much_
 ) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text(text)
-    assert shape_of(GpuShares(load_runtime(path).of, lambda: True)(stage)) == shape
-    without = shape_of(GpuShares(load_runtime(path).of, lambda: False)(stage))
+    assert shape_of(GpuShares(load_runtime(path).request_of, lambda: True)(stage)) == shape
+    without = shape_of(GpuShares(load_runtime(path).request_of, lambda: False)(stage))
     assert without.gpus == (1.0 if "gpus: 1" in text else 0.0)
 
 
@@ -96,21 +95,21 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_drivers_with_other_plugins_never_share_a_scheduler(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = worker_environment.identity()
+    without = worker_environment.environment_hash()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests")
-    allowed = worker_environment.identity()
+    allowed = worker_environment.environment_hash()
     plugin.write_text("LEVELS = 3\n")
     worker_environment._source_hash.cache_clear()  # as in the next driver's process
-    assert len({without, allowed, worker_environment.identity()}) == 3
+    assert len({without, allowed, worker_environment.environment_hash()}) == 3
 
 
 def test_the_order_of_plugins_and_of_folders_does_not_part_two_drivers(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests,pictures")
     monkeypatch.setenv("PYTHONPATH", "/one:/two")
-    first = worker_environment.identity()
+    first = worker_environment.environment_hash()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "pictures,lab_of_tests")
     monkeypatch.setenv("PYTHONPATH", "/two:/one")
-    assert worker_environment.identity() == first
+    assert worker_environment.environment_hash() == first
 
 
 def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +123,7 @@ def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, mon
     link.symlink_to(elsewhere)
     for named in (ours, link, other, elsewhere, places / "x" / ".." / ".." / "elsewhere" / "ktray-results", places / "ktray-3"):
         (tmp_path / "ray").write_text(str(named))
-        stale_sessions.remove(tmp_path)
+        ray_session.remove_leftovers(tmp_path)
     assert not ours.exists()
     assert elsewhere.is_dir()
     assert other.is_dir()
@@ -136,7 +135,7 @@ def test_a_folder_of_another_user_is_no_leftover_of_ours(tmp_path: Path, monkeyp
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(str(tmp_path / "ktray-1"))
     monkeypatch.setattr("os.getuid", lambda: (tmp_path / "ktray-1").stat().st_uid + 1)
-    stale_sessions.remove(tmp_path)
+    ray_session.remove_leftovers(tmp_path)
     assert (tmp_path / "ktray-1").is_dir()
 
 
@@ -153,8 +152,8 @@ def test_a_leftover_that_fills_again_while_it_is_removed_is_remembered(tmp_path:
 
     with monkeypatch.context() as raced:
         raced.setattr("shutil.rmtree", refilled)
-        assert stale_sessions.remove(tmp_path) == [stays]
-    assert stale_sessions.remove(tmp_path) == []
+        assert ray_session.remove_leftovers(tmp_path) == [stays]
+    assert ray_session.remove_leftovers(tmp_path) == []
     assert not stays.exists()
 
 
@@ -162,14 +161,14 @@ def test_who_needs_no_ray_removes_what_a_killed_session_left_unless_another_one_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    stale_sessions.tidy(tmp_path)
+    ray_session.tidy(tmp_path)
     assert not (tmp_path / "lock").exists()
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(f"{tmp_path / 'ktray-1'}\n")
     other = lock_home(tmp_path)
-    stale_sessions.tidy(tmp_path)
+    ray_session.tidy(tmp_path)
     assert (tmp_path / "ktray-1").exists()
     other.release()
-    stale_sessions.tidy(tmp_path)
+    ray_session.tidy(tmp_path)
     assert not (tmp_path / "ktray-1").exists()
     lock_home(tmp_path).release()

@@ -9,12 +9,9 @@ import pytest
 from test_ledger import NEEDS, House, given, stage
 
 from ktray.artifact import Artifact
-from ktray.scheduler.eviction import give_up
-from ktray.scheduler.gpu_shares import GpuShares, share_of
-from ktray.scheduler.gpu_slots import free_shares, has_room
-from ktray.scheduler.placement import Placement
-from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
+from ktray.scheduler.placement import Placement, evict_idle, free_gpu_shares, has_gpu_room
+from ktray.scheduler.resources import GpuShares, ResourceRequest, gpu_share
+from ktray.scheduler.workers import Node, WorkerRegistry, WorkerShape
 
 GIB = 1 << 30
 QUARTER = WorkerShape(0.0, 0.25)
@@ -24,7 +21,7 @@ QUARTER = WorkerShape(0.0, 0.25)
     ("peak", "share"), [(1 * GIB, 0.25), (15 * GIB, 0.25), (20 * GIB, 0.5), (40 * GIB, 1.0), (79 * GIB, 1.0)]
 )
 def test_the_share_holds_the_recorded_peak_and_what_comes_with_it(peak: int, share: float) -> None:
-    assert share_of(peak, 80 * GIB) == share
+    assert gpu_share(peak, 80 * GIB) == share
     assert peak < share * 80 * GIB
 
 
@@ -42,7 +39,7 @@ def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never
     assert found("student").gpus == 0.25
     for peak in (30 * GIB, 1 * GIB):
         for name in ("student", "teacher"):
-            found.note(peaked(name, peak))
+            found.learn(peaked(name, peak))
         assert found("student").gpus == 0.5
         assert found("teacher").gpus == 0.25, "its share stands in the runtime file"
     assert found("clusters").gpus == 0.0
@@ -53,25 +50,25 @@ def test_what_ran_out_of_memory_teaches_a_larger_share_than_it_had_although_its_
     tagged = peaked("student", 1 * GIB)
     tagged.record["after_out_of_memory"] = True  # type: ignore[index]
     for _ in range(2):  # the store is asked again and again
-        found.note(tagged)
+        found.learn(tagged)
         assert found("student").gpus == 0.5
     for share, then in ((0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
-        found.ran_out("student", share)
+        found.raise_after_out_of_memory("student", share)
         assert found("student").gpus == then
     large = shares()
-    large.note(replace(tagged, record=tagged.record | peaked("student", 20 * GIB).record))  # type: ignore[operator]
+    large.learn(replace(tagged, record=tagged.record | peaked("student", 20 * GIB).record))  # type: ignore[operator]
     assert large("student").gpus == 0.5, "its peak says so, and no more is needed"
 
 
 def test_what_ran_out_of_memory_on_a_cpu_teaches_no_share() -> None:
     found = shares()
-    found.ran_out("student", 0.0)
+    found.raise_after_out_of_memory("student", 0.0)
     assert found("student").gpus == 0.25
 
 
 def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs_one() -> None:
     found = shares()
-    found.note(peaked("student", 0, 0))
+    found.learn(peaked("student", 0, 0))
     assert found("student").gpus == 0.25
     assert shares(has_gpus=False)("student") == ResourceRequest(cpus=2.0, gpus=0.0)
 
@@ -90,24 +87,24 @@ def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPa
 
 
 def test_halves_of_two_cards_are_no_whole_one() -> None:
-    free = free_shares(2.0, [(0.5, ("0",)), (0.5, ("1",))])
+    free = free_gpu_shares(2.0, [(0.5, ("0",)), (0.5, ("1",))])
     assert free == {"0": 0.5, "1": 0.5}
-    assert has_room(free, 0.5)
-    assert not has_room(free, 1.0)
+    assert has_gpu_room(free, 0.5)
+    assert not has_gpu_room(free, 1.0)
 
 
 def test_a_worker_that_is_still_starting_is_thought_on_the_fullest_card_with_room() -> None:
-    free = free_shares(3.0, [(0.5, ("a",)), (0.25, ("b",)), (0.5, ())])
+    free = free_gpu_shares(3.0, [(0.5, ("a",)), (0.25, ("b",)), (0.5, ())])
     assert sorted(free.values()) == [0.0, 0.75, 1.0]
     assert free["a"] == 0.0
-    assert sorted(free_shares(3.0, [(2.0, ()), (0.25, ("b",))]).values()) == [0.0, 0.0, 0.75]
+    assert sorted(free_gpu_shares(3.0, [(2.0, ()), (0.25, ("b",))]).values()) == [0.0, 0.0, 0.75]
 
 
 def test_room_for_a_whole_gpu_is_made_on_one_card() -> None:
     registry = WorkerRegistry({"node": Node(8.0, 2.0)})
     for number, card in enumerate("0101"):
-        worker = registry.add(f"worker-{number + 1}", WorkerShape(0.0, 0.5), "node")
-        worker.cards, worker.beat, worker.polling = (card,), 0.0, True
-    openings = Placement(registry, 0.0)
-    assert openings.hire(WorkerShape(0.0, 1.0)) is None
-    assert [worker.cards for worker in give_up(openings, WorkerShape(0.0, 1.0))] == [("0",), ("0",)]
+        worker = registry.register(f"worker-{number + 1}", WorkerShape(0.0, 0.5), "node")
+        worker.gpu_ids, worker.last_heartbeat, worker.polling = (card,), 0.0, True
+    placement = Placement(registry, 0.0)
+    assert placement.place_worker(WorkerShape(0.0, 1.0)) is None
+    assert [worker.gpu_ids for worker in evict_idle(placement, WorkerShape(0.0, 1.0))] == [("0",), ("0",)]

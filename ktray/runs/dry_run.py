@@ -18,8 +18,7 @@ from ktray.cost_model.forecast import Forecast, FullSizeStages, forecast
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.runs.interruption import Interruption, hear_again, together
 from ktray.runs.preflight import preflight
-from ktray.scheduler.gpu_shares import ON_GPU, USUAL, share_of
-from ktray.scheduler.resources import RuntimeSettings
+from ktray.scheduler.resources import DEFAULT_GPU_SHARE, GPU_STAGES, RuntimeSettings, gpu_share
 from ktray.stores import Store, open_store
 from ktray.stores.locks import lock_store_shared, try_lock_store
 
@@ -35,7 +34,7 @@ class StageSource(Protocol):
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
         """Every stage published, in order."""
 
-    def release(self, waiter: str) -> None:
+    def cancel(self, waiter: str) -> None:
         """End every `obtain` of this waiter at once."""
 
 
@@ -210,18 +209,18 @@ def measured(
 
 
 def _too_small(name: str, entry: Mapping[str, Any], runtime: RuntimeSettings) -> Iterator[str]:
-    needs = runtime.of(name)
+    needs = runtime.request_of(name)
     if 0 < needs.memory_bytes < entry["peak_bytes"]:
         wanted, given = entry["peak_bytes"] / 2**30, needs.memory_bytes / 2**30
         yield f"{name} used {wanted:.1f} GiB on a few images, and stages.{name}.memory_bytes reserves {given:.1f}"
     peak, whole = entry["device_peak_bytes"], entry["device_bytes"]
     if not peak or not whole:
         return
-    used, right = f"{name} used {peak / 2**30:.1f} of the {whole / 2**30:.1f} GiB of its GPU", share_of(peak, whole)
+    used, right = f"{name} used {peak / 2**30:.1f} of the {whole / 2**30:.1f} GiB of its GPU", gpu_share(peak, whole)
     if needs.gpus is not None and 0 < needs.gpus < right:
         yield f"{used}, which takes a share of {right:g}, and stages.{name}.gpus gives it {needs.gpus:g}"
-    elif needs.gpus is None and name in ON_GPU and right > USUAL:
-        yield f"{used}, and gets a share of {USUAL:g} at first; set stages.{name}.gpus: {right:g}"
+    elif needs.gpus is None and name in GPU_STAGES and right > DEFAULT_GPU_SHARE:
+        yield f"{used}, and gets a share of {DEFAULT_GPU_SHARE:g} at first; set stages.{name}.gpus: {right:g}"
 
 
 def _artifacts(draws: Mapping[str, list[Stage]], store: Store) -> Iterator[Artifact]:

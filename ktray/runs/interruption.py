@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 class CancelsWaits(Protocol):
     """Any scheduler on which somebody waits."""
 
-    def release(self, waiter: str) -> None:
+    def cancel(self, waiter: str) -> None:
         """End every wait of this waiter at once."""
 
 
@@ -81,7 +81,7 @@ def released(scheduler: CancelsWaits, waiters: Callable[[], Iterable[str]], ende
         with suppress(StoppedEarly):  # the scheduler has ended, and with it every wait
             while not over.wait(EVERY):
                 for waiter in list(waiters()) if ended() else ():
-                    scheduler.release(waiter)
+                    scheduler.cancel(waiter)
 
     thread = threading.Thread(target=release, daemon=True)
     thread.start()

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ktray.errors import PreflightFailed
 from ktray.scheduler import ray_cluster
 from ktray.scheduler.resources import STAGES, RuntimeSettings
-from ktray.scheduler.worker_registry import Node, WorkerRegistry
+from ktray.scheduler.workers import Node, WorkerRegistry
 from ktray.stores import Store
 
 LEAST_FREE = 512 << 20
@@ -53,7 +53,7 @@ def _disk(root: Path) -> list[str]:
 
 def _needs(runtime: RuntimeSettings, registry: WorkerRegistry) -> list[str]:
     """Stages that no node could ever run: they would wait for it, or fail one trial after the other."""
-    poor = [stage for stage in STAGES if not registry.fits(runtime.of(stage))]
+    poor = [stage for stage in STAGES if not registry.fits(runtime.request_of(stage))]
     if not poor:
         return []
     best = max(registry.nodes.values(), key=lambda node: (node.gpus, node.cpus), default=Node(0))

@@ -133,15 +133,13 @@ class _LazyScheduler:
 
     def stop(self, new: set[str]) -> None:
         """End what was started; `new` are the keys that this search asked for and that were not in the store before."""
-        from ktray.scheduler import ray_session, stale_sessions
+        from ktray.scheduler import ray_session
 
         if self._watch is not None:
             self._watch.close(new)
             self.published = self._watch.published
         if self._session is None:
-            stale_sessions.tidy(
-                self.place.home
-            )  # the driver before may have been killed when there was nothing left to compute
+            ray_session.tidy(self.place.home)  # the driver before may have been killed when there was nothing left to compute
         else:
             ray_session.stop(self._session)
             hear_again()

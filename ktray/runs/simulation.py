@@ -16,9 +16,10 @@ from ktray.artifact import Artifact, Stage
 from ktray.fingerprint import fingerprint
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.scheduler.core import SchedulerCore
+from ktray.scheduler.failure_kinds import WORKER_DIED
 from ktray.scheduler.messages import AssignStage, RequestResult, StartWorker
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Node, Worker, WorkerRegistry
+from ktray.scheduler.workers import Node, Worker, WorkerRegistry
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -143,12 +144,12 @@ class _Simulation:
         mute: Any = _NoTracker()
         store: Any = self.store
         self.coordinator = TrialCoordinator(space, study, store, identity, mute, lambda event, trial, text: None)
-        registry = WorkerRegistry(site.nodes(), stale=FOREVER)
+        registry = WorkerRegistry(site.nodes(), stale_after=FOREVER)
         attempts = itertools.count()
         self.core = SchedulerCore(
             self.store.find, lambda name: ResourceRequest(), registry, lambda: f"a{next(attempts)}", FOREVER, self._length
         )
-        self.core.hiring.warm(site.workers)
+        self.core.scaling.prestart(site.workers)
         self.live: dict[str, TrialSegment] = {}
         self.ahead: list[tuple[float, int, _Attempt | Worker]] = []
         self.order = itertools.count()
@@ -179,12 +180,12 @@ class _Simulation:
                     break
                 name = f"{leg.trial.number}@{leg.epoch}"
                 self.live[name] = leg
-                self.core.demand.request(name, name, "simulation", leg.graph.stages, leg.priority, self.clock.now)
+                self.core.requests.add_request(name, name, "simulation", leg.graph.stages, leg.priority, self.clock.now)
         self.timeline.decisions["draw"].pop()  # there was nothing to draw
 
     def _prefetch(self) -> None:
         """What planned draws will need, for workers that have nothing else to do."""
-        self.core.demand.request("prefetch", "", "simulation", self.coordinator.certain(), -1, self.clock.now)
+        self.core.requests.add_request("prefetch", "", "simulation", self.coordinator.certain(), -1, self.clock.now)
 
     def _act(self) -> bool:
         """Do what the core wants; whether a leg ended."""
@@ -233,7 +234,7 @@ class _Simulation:
         """To the next thing that happens."""
         self.clock.now, _, event = heapq.heappop(self.ahead)
         if isinstance(event, Worker):
-            event.beat, event.polling = self.clock.now, True
+            event.last_heartbeat, event.polling = self.clock.now, True
             return
         self.timeline.busy += event.worked + self.site.overhead_seconds
         if event.dies:
@@ -248,8 +249,8 @@ class _Simulation:
             self.kept[key] = done - done % every
         self.timeline.lost += done - self.kept.get(key, 0.0) + self.site.overhead_seconds
         for each in _family(attempt.give):
-            self.core.runs[each.key].seen = True
-        self.core.gone(attempt.give.worker, "worker died", "the simulation killed it", self.clock.now)
+            self.core.running[each.key].confirmed = True
+        self.core.worker_lost(attempt.give.worker, WORKER_DIED, "the simulation killed it", self.clock.now)
 
     def _publish(self, give: AssignStage) -> None:
         family, seconds = _family(give), self._work_of(give)
@@ -263,7 +264,7 @@ class _Simulation:
             }
             self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
             self.timeline.computed.append((self.clock.now, stage.key))
-            self.core.published(stage.key, give.attempt, True, seconds / len(family), self.clock.now)
+            self.core.attempt_succeeded(stage.key, give.attempt, True, seconds / len(family), self.clock.now)
 
 
 def _family(give: AssignStage) -> tuple[Stage, ...]:

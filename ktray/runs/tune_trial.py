@@ -55,5 +55,5 @@ def _attend(scheduler: SchedulerClient) -> None:
     """Tell the scheduler that this process lives, until the scheduler is no more."""
     with suppress(StoppedEarly, ray.exceptions.RayError):
         while True:
-            scheduler.attend()
+            scheduler.trial_heartbeat()
             time.sleep(EVERY)

@@ -1,5 +1,9 @@
-"""Stages on warm Ray workers: one computation per key for all that wait for it; any process may be killed at any time.
+"""Stages on warm Ray workers: each key is computed once for all that wait for it, and any process may be killed at any time.
 
-Pure scheduling logic (`core.py` and what it uses) knows neither Ray nor a clock; `broker.py`, `client.py` and `worker.py`
-run it on Ray. May import the root's words, `stores/` and `cost_model/`. Start with `client.py`, then `broker.py`, `core.py`.
+The decisions are pure and know neither Ray nor a clock: `core.py`, with `requests.py` (what is wanted, the ready queue),
+`workers.py` (the registry), `placement.py` (GPU slots, eviction, starting workers), `liveness.py` and `retry_policy.py`. On
+Ray, `broker.py` carries them out, `worker.py` runs stages, `client.py` is what drivers and trials call, and `ray_session.py`
+starts Ray or connects to a cluster. `local_scheduler.py` does without Ray.
+
+May import the root's words, `stores/` and `cost_model/`. Start with `client.py`, then `broker.py`, then `core.py`.
 """

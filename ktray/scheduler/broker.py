@@ -1,4 +1,4 @@
-"""The broker: one light actor that keeps the core, never computes and never holds data. It may be killed at any time."""
+"""The broker: one light actor that runs the core on Ray. It computes nothing, holds no data, and may be killed at any time."""
 
 from __future__ import annotations
 
@@ -15,321 +15,389 @@ from typing import Any
 import ray
 
 from ktray.artifact import Artifact, Stage
-from ktray.scheduler.config import BROKER, SchedulerConfig
 from ktray.scheduler.core import SchedulerCore
-from ktray.scheduler.failure_kinds import DIED, OUT_OF_MEMORY
-from ktray.scheduler.gpu_shares import GpuShares
+from ktray.scheduler.failure_kinds import OUT_OF_MEMORY, WORKER_DIED, LossKind
 from ktray.scheduler.lengths import StageLengths
+from ktray.scheduler.liveness import Process, ProcessLiveness
 from ktray.scheduler.messages import (
     AssignStage,
+    AttemptFailed,
+    AttemptSucceeded,
+    Exit,
     FenceAttempt,
     FenceOrphans,
+    HeartbeatReply,
     KillWorker,
+    Order,
+    PollAgain,
+    Report,
     RequestResult,
     RetireWorker,
+    RunStage,
     SchedulerEvent,
     StartWorker,
+    WorkerIdentity,
 )
-from ktray.scheduler.overview import overview
-from ktray.scheduler.process_liveness import Process, ProcessLiveness
-from ktray.scheduler.ray_cluster import death_of, end_process_on, end_workers, nodes, this_process, workers_of
-from ktray.scheduler.worker import start
-from ktray.scheduler.worker_registry import Worker, WorkerRegistry
+from ktray.scheduler.ray_cluster import kill_process_on, kill_workers, loss_of, nodes, this_process, worker_names
+from ktray.scheduler.recent_keys import RecentKeys
+from ktray.scheduler.resources import GpuShares
+from ktray.scheduler.worker import start_worker
+from ktray.scheduler.worker_environment import BROKER_NAME, SchedulerConfig
+from ktray.scheduler.workers import Worker, WorkerRegistry
 from ktray.stores import open_store
 
 POLL_SECONDS = 5.0
 LEASE_SECONDS = 15.0
-EVENTS = 20_000
-WARM = 4
+REFRESH_NODES_SECONDS = 5.0
+MAX_EVENTS = 20_000
+MAX_PRESTARTED = 4
 
 
 class Broker:
-    """Carries the core's actions out and its answers to who waits.
+    """Carries out the core's actions, and answers drivers, trials and workers.
 
-    What it knows is rebuilt after a crash: Ray repeats the calls of waiters and workers, beats tell which attempts run, and
-    the store tells what is done.
+    What it knows is rebuilt after a crash: Ray repeats the calls of waiters and workers, heartbeats tell which attempts run,
+    and the store tells what is done.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self._charter, self._store = config, open_store(config.store_url)
+        self._config, self._store = config, open_store(config.store_url)
         runtime, now = config.runtime, time.time()
-        self._roster = WorkerRegistry(nodes(), runtime.cpus or float("inf"), stale=max(2.0, 4 * runtime.heartbeat_seconds))
-        attempts = lambda: f"{config.name}-{uuid.uuid4().hex[:8]}"  # noqa: E731
+        stale_after = max(2.0, 4 * runtime.heartbeat_seconds)
+        self._registry = WorkerRegistry(nodes(), runtime.cpus or float("inf"), stale_after)
         self._lengths = StageLengths()
-        self._shares = GpuShares(runtime.of, lambda: any(node.gpus for node in self._roster.known()))
-        self._ledger = SchedulerCore(self._find, self._shares, self._roster, attempts, runtime.dead_after, self._lengths)
-        self._polls: dict[str, asyncio.Future[dict[str, Any]]] = {}
-        self._answers: dict[str, asyncio.Future[RequestResult]] = {}
-        self._attendance = ProcessLiveness(runtime.dead_after)
+        self._shares = GpuShares(runtime.request_of, lambda: any(node.gpus for node in self._registry.known_nodes()))
+        self._core = SchedulerCore(
+            self._find,
+            self._shares,
+            self._registry,
+            lambda: f"{config.name}-{uuid.uuid4().hex[:8]}",
+            runtime.dead_after,
+            self._lengths,
+        )
+        self._polls: dict[str, asyncio.Future[Order]] = {}
+        self._results: dict[str, asyncio.Future[RequestResult]] = {}
+        self._trials = ProcessLiveness(runtime.dead_after)
         self._handles: dict[str, Any] = {}
-        self._gone: set[str] = set()
+        self._ended_workers = RecentKeys[str]()  # late calls of these are answered with an order to exit
         self._leases: dict[str, float] = {}
-        self._leased = now
-        self._events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
-        self._number = int(now * 1000)  # numbers go on rising over restarts
-        self._ticking: asyncio.Task[None] | None = None
-        self._watches: set[asyncio.Task[None]] = set()
+        self._last_lease = now
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._last_event = int(now * 1000)  # numbers go on rising over restarts
+        self._ticker: asyncio.Task[None] | None = None
+        self._watchers: set[asyncio.Task[None]] = set()
         # Workers of an earlier scheduler end here, before any new one exists; Ray frees their names only some time later.
-        reborn = ray.get_runtime_context().was_current_actor_reconstructed
-        self._roster.skip([] if reborn else end_workers(config.namespace))
-        self._survivors = workers_of(config.namespace) if reborn else []
-        self._ledger.expected.restart(self._survivors, now)
-        threading.Timer(runtime.idle_exit_seconds, self._end_if_never_called).start()
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._registry.skip_names([] if restarted else kill_workers(config.namespace))
+        self._survivors = worker_names(config.namespace) if restarted else []
+        self._core.startup.restart(self._survivors, now)
+        threading.Timer(runtime.idle_exit_seconds, self._exit_if_never_called).start()
 
     def _find(self, key: str) -> Artifact | None:
         artifact = self._store.find(key)
         if artifact is not None:
             self._lengths.note(artifact)
-            self._shares.note(artifact)
+            self._shares.learn(artifact)
         return artifact
 
-    # ---- drivers and trials
+    # ---- calls of drivers and trials
 
-    async def lease(self, session: str, known: Sequence[Process]) -> tuple[Process, list[Process]]:
-        """A driver lives; its requests are released, and in the end the scheduler, when it stops calling this.
+    async def lease(self, session: str, trials: Sequence[Process]) -> tuple[Process, list[Process]]:
+        """A driver is alive. When it stops calling this, its requests are cancelled, and without drivers the scheduler ends.
 
         Args:
-            known: the processes of trials that an earlier answer named: a broker that was killed hears of them again.
+            trials: the processes of trials that an earlier answer named: so a restarted broker hears of them again.
 
         Returns:
             The broker's own process, and those of trials.
         """
-        self._wake()
-        self._leases[session] = self._leased = time.time()
-        self._attendance.recall(known, self._leased)
-        return this_process(), self._attendance.present()
+        self._start_ticking()
+        self._leases[session] = self._last_lease = time.time()
+        self._trials.restore(trials, self._last_lease)
+        return this_process(), self._trials.alive()
 
-    async def attend(self, process: Process) -> None:
-        """The process of a trial lives; it is ended, and its trial waits anew, when it stops calling this."""
-        self._wake()
-        self._attendance.beat(process, time.time())
+    async def trial_heartbeat(self, process: Process) -> None:
+        """The process of a trial is alive. When it stops calling this, it is killed, and its trial waits anew."""
+        self._start_ticking()
+        self._trials.heartbeat(process, time.time())
 
     async def leave(self, session: str) -> bool:
-        """A driver goes; True if no other driver is here."""
+        """A driver ends; True if there is no other driver."""
         self._leases.pop(session, None)
-        self._ledger.demand.release(session)
-        self._act()
+        self._core.requests.cancel(session)
+        self._carry_out()
         return not self._leases
 
     async def obtain(self, request: str, waiter: str, session: str, stages: Sequence[Stage], priority: int) -> RequestResult:
-        """Wait until all are published, or one failed."""
-        self._wake()
-        if request not in self._answers:
-            self._answers[request] = asyncio.get_running_loop().create_future()
-            self._ledger.demand.request(request, waiter, session, stages, priority, time.time())
-            self._turn()
-        answer = await asyncio.shield(self._answers[request])
-        self._answers.pop(request, None)
-        return answer
+        """Wait until all stages are published, or one has failed."""
+        self._start_ticking()
+        result = self._results.get(request)
+        if result is None:
+            result = self._results[request] = asyncio.get_running_loop().create_future()
+            self._core.requests.add_request(request, waiter, session, stages, priority, time.time())
+            self._dispatch()
+        return await asyncio.shield(result)
 
     async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
-        """Compute these when nothing that somebody waits for comes first."""
-        self._wake()
-        self._ledger.demand.request(uuid.uuid4().hex, "", session, stages, -1, time.time())
-        self._turn()
+        """Compute these stages when nothing that somebody waits for comes first."""
+        self._start_ticking()
+        self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, -1, time.time())
+        self._dispatch()
 
-    async def release(self, waiter: str, session: str) -> None:
+    async def cancel(self, waiter: str, session: str) -> None:
         """End all requests of this waiter at once."""
-        self._ledger.demand.release(session, waiter)
-        self._turn()
+        self._core.requests.cancel(session, waiter)
+        self._dispatch()
 
     async def events(self, since: int) -> list[dict[str, Any]]:
         """Events with a higher number than `since`, oldest first."""
         return [event for event in self._events if event["n"] > since]
 
     async def status(self) -> dict[str, Any]:
-        """The scheduler's name, what works, waits and is queued, and what was computed and reused so far."""
-        return {"name": self._charter.name, "pid": os.getpid(), **overview(self._ledger, time.time())}
+        """The scheduler's name, what its workers do, what waits and is queued, and what was computed and reused so far."""
+        return {"name": self._config.name, "pid": os.getpid(), **core_status(self._core, time.time())}
 
     async def end(self) -> None:
-        """End all workers, then this process."""
+        """Kill all workers, then this process."""
         for handle in self._handles.values():
             ray.kill(handle)
-        end_workers(self._charter.namespace)
-        self._end_self()
+        kill_workers(self._config.namespace)
+        self._exit()
 
-    # ---- workers
+    # ---- calls of workers
 
-    async def next(self, who: Mapping[str, Any], report: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What the worker shall do next, after how its last stage ended; an answer comes after a few seconds at most."""
-        worker = self._meet(who)
+    async def next_order(self, identity: WorkerIdentity, report: Report | None) -> Order:
+        """What the worker is to do next, once it has reported how its last stage ended; answered within `POLL_SECONDS`."""
+        worker = self._identify(identity)
         if worker is None:
-            return {"do": "go"}
+            return Exit()
         now = time.time()
-        self._ledger.beat(worker, "", None, "", {}, now)
+        self._core.heartbeat(worker, "", None, "", {}, now)
         if report is not None:
-            self._note(report, now)
-        if worker.leads is not None:
-            self._ledger.lost(worker)
-        if worker.leaving:
-            return {"do": "go"}
-        poll: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+            self._note_report(report, now)
+        if worker.attempt is not None:
+            self._core.assignment_lost(worker)
+        if worker.retiring:
+            return Exit()
+        poll: asyncio.Future[Order] = asyncio.get_running_loop().create_future()
         self._polls[worker.name], worker.polling = poll, True
-        self._turn()
+        self._dispatch()
         await asyncio.wait({poll}, timeout=POLL_SECONDS)
         if self._polls.get(worker.name) is poll:
             del self._polls[worker.name]
             worker.polling = False
-        return poll.result() if poll.done() else {"do": "wait"}
+        return poll.result() if poll.done() else PollAgain()
 
-    async def beat(
-        self, who: Mapping[str, Any], stage: Stage | None, attempt: str, progress: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """A sign of life; the answer says whether to die, and who is lent to the attempt."""
-        worker = self._meet(who)
+    async def heartbeat(
+        self, identity: WorkerIdentity, stage: Stage | None, attempt: str, progress: Mapping[str, float]
+    ) -> HeartbeatReply:
+        """A worker is alive; the answer says whether it must exit, and who is lent to its attempt."""
+        worker = self._identify(identity)
         if worker is None:
-            return {"die": True, "helpers": []}
-        alive = self._ledger.beat(worker, stage.key if stage else "", stage, attempt, progress, time.time())
-        return {"die": not alive, "helpers": self._ledger.helpers(attempt) if attempt else []}
+            return HeartbeatReply(must_exit=True)
+        key = stage.key if stage else ""
+        counts = self._core.heartbeat(worker, key, stage, attempt, progress, time.time())
+        return HeartbeatReply(not counts, tuple(self._core.helpers(attempt)) if attempt else ())
 
-    def _meet(self, who: Mapping[str, Any]) -> Worker | None:
-        self._wake()
-        name = who["name"]
-        if name in self._gone:
+    def _identify(self, identity: WorkerIdentity) -> Worker | None:
+        """The worker that calls, entered if it is new to this broker; None if it has been given up."""
+        self._start_ticking()
+        if identity.name in self._ended_workers:
             return None
-        worker = self._roster.workers.get(name) or self._roster.add(name, who["shape"], who["node"])
-        worker.pid, worker.node, worker.cards = who["pid"], who["node"], who["cards"]
+        worker = self._registry.workers.get(identity.name)
+        worker = worker or self._registry.register(identity.name, identity.shape, identity.node)
+        worker.pid, worker.node, worker.gpu_ids = identity.pid, identity.node, identity.gpu_ids
         return worker
 
-    def _note(self, report: Mapping[str, Any], now: float) -> None:
-        key, attempt, kind = report["key"], report["attempt"], report["kind"]
-        if not kind:
-            for published, computed in [(key, report["computed"]), *report["beside"]]:
-                self._ledger.published(published, attempt, computed, report["seconds"], now)
-        elif self._ledger.failed(key, attempt, kind, report["cause"], report.get("missing", ""), now):
-            failure = {"cause": report["cause"], "traceback": report["traceback"], "kind": kind, "time": now}
-            with suppress(OSError):  # a full disk is one of the failures
-                self._store.fail(key, failure)
-        self._act()
+    def _note_report(self, report: Report, now: float) -> None:
+        match report:
+            case AttemptSucceeded():
+                for key, computed in report.published:
+                    self._core.attempt_succeeded(key, report.attempt, computed, report.seconds, now)
+            case AttemptFailed(key, attempt, kind, cause):
+                if self._core.attempt_failed(key, attempt, kind, cause, report.missing, now):
+                    failure = {"cause": cause, "traceback": report.traceback, "kind": kind, "time": now}
+                    with suppress(OSError):  # a full disk is one of the failures
+                        self._store.fail(key, failure)
+        self._carry_out()
 
-    # ---- the broker itself
+    # ---- the broker's own task
 
-    def _wake(self) -> None:
-        if self._ticking is None:
-            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+    def _start_ticking(self) -> None:
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick())
             for name in self._survivors:
                 try:
-                    self._watch(name, ray.get_actor(name, namespace=self._charter.namespace))
+                    self._watch(name, ray.get_actor(name, namespace=self._config.namespace))
                 except ValueError:
-                    self._lose(name, DIED, "it died while the broker was down")
+                    self._lose_worker(name, WORKER_DIED, "it died while the broker was down")
 
     async def _tick(self) -> None:
-        pause = min(0.5, self._charter.runtime.heartbeat_seconds)
-        last, refresh = time.time(), 0.0
+        pause = min(0.5, self._config.runtime.heartbeat_seconds)
+        last, refresh_at = time.time(), 0.0
         while True:
             await asyncio.sleep(pause)
             now = time.time()
             if not 0 <= now - last < pause + 1.0:
-                self._excuse(now - last - pause)
+                self._excuse_silence(now - last - pause)
             last = now
-            if now > refresh:
-                refresh = now + 5.0
+            if now > refresh_at:
+                refresh_at = now + REFRESH_NODES_SECONDS
                 with suppress(ray.exceptions.RayError):
-                    self._roster.see(await asyncio.to_thread(nodes), now)
-            self._ledger.silent(now)
-            for process in self._attendance.silent(now):
-                end_process_on(process.node, process.pid, process.born)
-            for session in [each for each, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
+                    self._registry.update_nodes(await asyncio.to_thread(nodes), now)
+            self._core.check_heartbeats(now)
+            for process in self._trials.remove_silent(now):
+                kill_process_on(process.node, process.pid, process.created)
+            for session in [name for name, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
                 del self._leases[session]
-                self._ledger.demand.release(session)
-            if now - self._leased > self._charter.runtime.idle_exit_seconds:
+                self._core.requests.cancel(session)
+            if now - self._last_lease > self._config.runtime.idle_exit_seconds:
                 await self.end()
-            cpus = min(self._roster.cpus, sum(node.cpus for node in self._roster.nodes.values()))
-            self._ledger.hiring.warm(int(min(cpus, WARM)))
-            self._turn()
+            cpus = min(self._registry.cpu_limit, sum(node.cpus for node in self._registry.nodes.values()))
+            self._core.scaling.prestart(int(min(cpus, MAX_PRESTARTED)))
+            self._dispatch()
 
-    def _excuse(self, seconds: float) -> None:
-        """This process or its clock stood still: whatever seems silent since then is not."""
-        self._ledger.forgive(seconds)
-        self._attendance.forgive(seconds)
-        self._leased += seconds
+    def _excuse_silence(self, seconds: float) -> None:
+        """This process, or its clock, stood still for so long: whatever seems silent since then is not."""
+        self._core.excuse_silence(seconds)
+        self._trials.excuse_silence(seconds)
+        self._last_lease += seconds
         self._leases = {session: leased + seconds for session, leased in self._leases.items()}
 
-    def _turn(self) -> None:
-        self._ledger.dispatch(time.time())
-        self._act()
+    def _dispatch(self) -> None:
+        self._core.dispatch(time.time())
+        self._carry_out()
 
-    def _act(self) -> None:
-        outbox = self._ledger.outbox[:]
-        self._ledger.outbox.clear()
-        for action in outbox:
+    def _carry_out(self) -> None:
+        """Carry out the actions that the core has left."""
+        actions = self._core.outbox[:]
+        self._core.outbox.clear()
+        for action in actions:
             match action:
-                case AssignStage(worker, stage, attempt, few):
-                    given = {"do": "stage", "stage": stage, "attempt": attempt, "few": few}
-                    self._reply(worker, given | {"helpers": self._ledger.helpers(attempt)})
+                case AssignStage(worker, stage, attempt, small_batches):
+                    self._send(worker, RunStage(stage, attempt, tuple(self._core.helpers(attempt)), small_batches))
                 case StartWorker(worker):
-                    self._hire(worker)
+                    self._watch(worker.name, start_worker(self._config, worker.name, worker.shape, worker.node))
                 case RetireWorker(worker):
-                    self._reply(worker, {"do": "go"})
+                    self._send(worker, Exit())
                 case FenceAttempt(key, attempt):
                     with suppress(OSError):  # a store that is away for a moment must not end the broker's own task
                         self._store.fence(key, attempt)
                 case FenceOrphans():
                     with suppress(OSError):
-                        self._fence_lost()
+                        self._fence_orphans()
                 case KillWorker(worker):
-                    self._kill(worker)
+                    self._kill_worker(worker)
                 case RequestResult(request):
-                    future = self._answers.get(request)
-                    if future is not None and not future.done():
-                        future.set_result(action)
+                    result = self._results.pop(request, None)
+                    if result is not None and not result.done():
+                        result.set_result(action)
                 case SchedulerEvent():
-                    self._publish(action)
+                    self._note_event(action)
 
-    def _fence_lost(self) -> None:
-        owned = {run.attempt for run in self._ledger.runs.values()}
-        for key, attempt in self._store.attempts(f"{self._charter.name}-"):
+    def _fence_orphans(self) -> None:
+        owned = {run.attempt for run in self._core.running.values()}
+        for key, attempt in self._store.attempts(f"{self._config.name}-"):
             if attempt not in owned:
                 self._store.fence(key, attempt)
 
-    def _publish(self, event: SchedulerEvent) -> None:
-        if event.event == OUT_OF_MEMORY and event.worker in self._roster.workers:
-            self._shares.ran_out(event.stage, self._roster.workers[event.worker].shape.gpus)
-        self._number += 1
-        self._events.append({"n": self._number, "time": time.time(), **vars(event)})
+    def _note_event(self, event: SchedulerEvent) -> None:
+        if event.event == OUT_OF_MEMORY and event.worker in self._registry.workers:
+            share = self._registry.workers[event.worker].shape.gpus
+            self._shares.raise_after_out_of_memory(event.stage, share)
+        self._last_event += 1
+        self._events.append({"n": self._last_event, "time": time.time(), **vars(event)})
 
-    def _reply(self, worker: str, order: dict[str, Any]) -> None:
+    def _send(self, worker: str, order: Order) -> None:
         poll = self._polls.pop(worker, None)
         if poll is not None:
-            self._roster.workers[worker].polling = False
+            self._registry.workers[worker].polling = False
             poll.set_result(order)
-
-    def _hire(self, worker: Worker) -> None:
-        self._watch(worker.name, start(self._charter, worker.name, worker.shape, worker.node))
 
     def _watch(self, name: str, handle: Any) -> None:
         self._handles[name] = handle
-        task = asyncio.get_running_loop().create_task(self._mourn(name, handle))
-        self._watches.add(task)
-        task.add_done_callback(self._watches.discard)
+        watcher = asyncio.get_running_loop().create_task(self._wait_for_exit(name, handle))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
 
-    async def _mourn(self, name: str, handle: Any) -> None:
+    async def _wait_for_exit(self, name: str, handle: Any) -> None:
         try:
-            await handle.forever.remote()
+            await handle.wait_until_exit.remote()
         except ray.exceptions.RayError as error:
-            self._lose(name, *death_of(error))
+            self._lose_worker(name, *loss_of(error))
 
-    def _lose(self, name: str, event: str, why: str) -> None:
-        self._gone.add(name)
+    def _lose_worker(self, name: str, event: LossKind, cause: str) -> None:
+        self._ended_workers.add(name)
         self._handles.pop(name, None)
         poll = self._polls.pop(name, None)
         if poll is not None:
             poll.cancel()
-        self._ledger.gone(name, event, why, time.time())
-        self._turn()
+        self._core.worker_lost(name, event, cause, time.time())
+        self._dispatch()
 
-    def _kill(self, worker: Worker) -> None:
-        self._gone.add(worker.name)
+    def _kill_worker(self, worker: Worker) -> None:
+        self._ended_workers.add(worker.name)
         if worker.pid:
-            end_process_on(worker.node, worker.pid, None)
+            kill_process_on(worker.node, worker.pid, None)
         handle = self._handles.pop(worker.name, None)
         if handle is not None:
             ray.kill(handle)
 
-    def _end_if_never_called(self) -> None:
-        if self._ticking is None:
-            self._end_self()
+    def _exit_if_never_called(self) -> None:
+        if self._ticker is None:
+            self._exit()
 
-    def _end_self(self) -> None:
-        # Without a restart, which leaving the process in any other way would bring.
-        ray.kill(ray.get_actor(BROKER, namespace=self._charter.namespace))
+    def _exit(self) -> None:
+        # ray.kill, because Ray would restart an actor that leaves its process in any other way.
+        ray.kill(ray.get_actor(BROKER_NAME, namespace=self._config.namespace))
+
+
+def core_status(core: SchedulerCore, now: float) -> dict[str, Any]:
+    """What workers do, what waits and is queued, and what was computed and reused so far, as JSON values."""
+    workers, pending = core.registry.workers.values(), core.requests.pending
+    return {
+        "workers": [
+            {
+                "name": worker.name,
+                "node": worker.node,
+                "pid": worker.pid,
+                "cpus": worker.shape.cpus,
+                "gpus": worker.shape.gpus,
+                "state": _worker_state(worker),
+                "silent_seconds": round(now - worker.last_heartbeat, 3) if worker.last_heartbeat else None,
+            }
+            for worker in workers
+        ],
+        "running": [
+            {
+                "key": run.key,
+                "stage": run.stage.name,
+                "worker": run.worker,
+                "node": core.registry.node_of(run.worker),
+                "since": run.since,
+                "progress": dict(run.progress),
+                "silent_seconds": round(now - run.last_progress, 3),
+                "attempt": run.attempt,
+                "pace_seconds": (run.last_progress - run.since) / run.progress_changes if run.progress_changes else None,
+                "helpers": core.helpers(run.attempt),
+            }
+            for run in core.running.values()
+        ],
+        "waiting": [
+            {"waiter": request.waiter, "session": request.session, "key": key, "since": request.since}
+            for request in core.requests.open.values()
+            if request.waiter
+            for key in sorted(request.pending, key=lambda key: pending[key].order)[:1]
+        ],
+        "queued": [key for key in pending if key not in core.running],
+        "computed": dict(core.computed),
+        "reused": dict(core.requests.reused),
+    }
+
+
+def _worker_state(worker: Worker) -> str:
+    if worker.attempt:
+        return "stage"
+    if worker.lent_to:
+        return "helping"
+    return "idle" if worker.polling else "starting"

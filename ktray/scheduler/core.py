@@ -1,313 +1,342 @@
-"""Which stage runs where and who waits for it: pure scheduling, told of events with their time, answering with actions."""
+"""The scheduler's decisions: which stage runs where, and who waits for it. Pure: events come in, actions go out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.scheduler.exclusive_stages import ExclusiveStages
-from ktray.scheduler.failure_kinds import FAILED, OUT_OF_MEMORY, also_alone
-from ktray.scheduler.messages import AssignStage, FenceAttempt, KillWorker, PendingStage, RunningStage, SchedulerEvent
-from ktray.scheduler.placement import Placement
-from ktray.scheduler.requests import RequestTable
+from ktray.scheduler.failure_kinds import (
+    FAILED,
+    FENCED,
+    LATE,
+    OUT_OF_MEMORY,
+    PUBLISHED,
+    SPLIT,
+    STARTED,
+    FailureKind,
+    LossKind,
+    exclusive_failure,
+)
+from ktray.scheduler.liveness import START_TIMEOUT, StartupMonitor
+from ktray.scheduler.messages import Action, AssignStage, FenceAttempt, KillWorker, SchedulerEvent
+from ktray.scheduler.placement import Placement, WorkerScaling
+from ktray.scheduler.recent_keys import REMEMBERED, RecentKeys
+from ktray.scheduler.requests import PendingStage, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.retry_policy import DEATHS, RetryPolicy
-from ktray.scheduler.worker_registry import Worker, WorkerRegistry, said, shape_of
-from ktray.scheduler.worker_scaling import WorkerScaling
-from ktray.scheduler.worker_startup import LATE, StartupMonitor
+from ktray.scheduler.retry_policy import MAX_LOSSES, ExclusiveStages, RetryPolicy
+from ktray.scheduler.workers import Worker, WorkerRegistry, describe_request, shape_of
 
-FAMILY = 8  # most stages of one run: all of its outputs are in memory at once
+MAX_FAMILY = 8  # stages that one attempt computes together: all of its outputs are in memory at once
 
 
 class SchedulerCore:
-    """The books of the broker.
+    """The state of a scheduler and the rules by which it changes.
+
+    Every method that is told of an event leaves what follows from it in `outbox`; `dispatch` decides what starts.
 
     Args:
         find: key -> artifact if it is in the store.
-        needs: stage name -> what it needs.
+        request_of: stage name -> the resources that it requests.
         registry: the workers.
-        attempts: names a new attempt.
-        dead_after: seconds without a heartbeat after which a worker is taken for dead.
-        seconds: how long a stage is thought to run.
+        new_attempt: names a new attempt.
+        dead_after: seconds without a heartbeat after which a worker counts as dead.
+        expected_seconds: how long a stage is expected to run.
+        remembered: how many ended attempts, and keys that were in trouble, are remembered.
 
-    Every method that is told of an event leaves what follows from it in `outbox`.
+    Attributes:
+        running: key -> the attempt at it that counts.
+        computed: stage name -> how many this scheduler has computed.
     """
 
     def __init__(
         self,
         find: Callable[[str], Artifact | None],
-        needs: Callable[[str], ResourceRequest],
+        request_of: Callable[[str], ResourceRequest],
         registry: WorkerRegistry,
-        attempts: Callable[[], str],
+        new_attempt: Callable[[], str],
         dead_after: float = 15.0,
-        seconds: Callable[[Stage], float] = lambda stage: 0.0,
+        expected_seconds: Callable[[Stage], float] = lambda stage: 0.0,
+        remembered: int = REMEMBERED,
     ) -> None:
-        self.find, self.needs, self.registry, self.attempts, self.dead_after = find, needs, registry, attempts, dead_after
-        self.outbox: list[Any] = []
-        self.runs: dict[str, RunningStage] = {}
-        self.demand = RequestTable(find, self.runs.keys(), self.outbox, seconds)
+        self.find, self.request_of, self.registry = find, request_of, registry
+        self.new_attempt, self.dead_after = new_attempt, dead_after
+        self.outbox: list[Action] = []
+        self.running: dict[str, RunningStage] = {}
         self.computed: Counter[str] = Counter()
-        self._fenced: set[str] = set()
-        self._closed: set[tuple[str, str]] = set()
-        self._apart: set[str] = set()
-        self._alone = ExclusiveStages(registry)
-        self.hiring = WorkerScaling(registry, self.outbox)
-        self.expected = StartupMonitor(registry, self.outbox, dead_after)
-        self._attempts: dict[str, list[str]] = {}
-        self._patience = RetryPolicy()
+        self.requests = RequestTable(find, self.running.keys(), self.outbox, expected_seconds, remembered)
+        self.scaling = WorkerScaling(registry, self.outbox)
+        self.startup = StartupMonitor(registry, self.outbox, dead_after)
+        self._retries = RetryPolicy(remembered)
+        self._exclusive = ExclusiveStages(registry, remembered)
+        self._keys_of: dict[str, list[str]] = {}
+        # What these forget costs little: a fenced attempt has no directory to publish from, a stage that failed in a family
+        # fails there again and is split again, and no report comes as late as that.
+        self._fenced = RecentKeys[str](remembered)
+        self._closed = RecentKeys[tuple[str, str]](remembered)
+        self._split = RecentKeys[str](remembered)
 
-    # ---- what workers tell
+    # ---- events: what workers report
 
-    def beat(
+    def heartbeat(
         self, worker: Worker, key: str, stage: Stage | None, attempt: str, progress: Mapping[str, float], now: float
     ) -> bool:
-        """A heartbeat; False if this worker must die because its attempt was fenced or another one runs."""
-        worker.beat, self.hiring.stillborn = now, 0
-        self.registry.silent.discard(worker.node)
-        self.expected.came(worker.name)
+        """A worker is alive and runs this attempt, or none; False if it must exit, as another attempt at the key counts."""
+        worker.last_heartbeat, self.scaling.failed_starts = now, 0
+        self.registry.silent_nodes.discard(worker.node)
+        self.startup.note_heartbeat(worker.name)
         if not attempt:
             return True
-        run = self.runs.get(key)
+        run = self.running.get(key)
         if attempt in self._fenced or (run is not None and run.attempt != attempt):
             return False
         if run is None:
-            if stage is None or worker.leads is not None or (key, attempt) in self._closed:
-                return True  # a late beat: its report was faster
-            if self.expected.is_cut_off(worker.name):
+            if stage is None or worker.attempt is not None or (key, attempt) in self._closed:
+                return True  # a late heartbeat: the report of the same attempt was faster
+            if self.startup.was_fenced(worker.name):
                 return False
-            run = self._adopt(worker, stage, attempt, now)
-        for each in self._family(attempt):
-            each.seen = True
-            if progress != each.progress:
-                each.progress, each.moved, each.moves = progress, now, each.moves + 1
+            self._adopt(worker, stage, attempt, now)
+        for member in self._runs_of(attempt):
+            member.confirmed = True
+            if progress != member.progress:
+                member.progress, member.last_progress = progress, now
+                member.progress_changes += 1
         return True
 
-    def _family(self, attempt: str) -> list[RunningStage]:
-        """The runs of one attempt; more than one where a worker makes several stages at once."""
-        return [self.runs[key] for key in self._attempts.get(attempt, ())]
+    def _runs_of(self, attempt: str) -> list[RunningStage]:
+        """The running stages of one attempt: more than one where a worker computes a family together."""
+        return [self.running[key] for key in self._keys_of.get(attempt, ())]
 
-    def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> RunningStage:
-        family = [each for each in (replace(stage, beside=()), *stage.beside) if each.key not in self.runs]
-        for each in family:
-            self.demand.add(each, now)
-        return self._start(worker, family, attempt, now)
+    def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> None:
+        """Take over an attempt that a broker before this one has started."""
+        family = [member for member in (replace(stage, beside=()), *stage.beside) if member.key not in self.running]
+        for member in family:
+            self.requests.add_pending(member, now)
+        self._open_attempt(worker, family, attempt, now)
 
-    def _start(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> RunningStage:
-        leader, worker.leads, worker.lent_to, worker.polling = stages[0], attempt, None, False
-        worker.memory = self._needs(leader).memory_bytes
-        self._attempts[attempt] = [stage.key for stage in stages]
+    def _open_attempt(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> None:
+        leader, worker.attempt, worker.lent_to, worker.polling = stages[0], attempt, None, False
+        worker.reserved_memory = self._request(leader).memory_bytes
+        self._keys_of[attempt] = [stage.key for stage in stages]
         for stage in stages:
-            self.runs[stage.key] = RunningStage(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
-            self.demand.line.start(stage.key)
-        return self.runs[leader.key]
+            self.running[stage.key] = RunningStage(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
+            self.requests.queue.mark_running(stage.key)
 
-    def ended(self, key: str, attempt: str) -> RunningStage | None:
-        """Close the books of an attempt at one key; None if it is not the one that counts."""
-        run = self.runs.get(key)
+    def _close_attempt(self, key: str, attempt: str) -> RunningStage | None:
+        """End an attempt at one key; None if it is not the one that counts."""
+        run = self.running.get(key)
         if run is None or run.attempt != attempt:
             return None
-        del self.runs[key]
-        self.demand.line.stop(key)
+        del self.running[key]
+        self.requests.queue.mark_stopped(key)
         self._closed.add((key, attempt))
-        self._attempts[attempt].remove(key)
-        if self._attempts[attempt]:
+        self._keys_of[attempt].remove(key)
+        if self._keys_of[attempt]:
             return run
-        del self._attempts[attempt]
+        del self._keys_of[attempt]
         for worker in self.registry.workers.values():
-            if worker.leads == attempt:
-                worker.leads, worker.memory = None, 0
+            if worker.attempt == attempt:
+                worker.attempt, worker.reserved_memory = None, 0
             if worker.lent_to == attempt:
                 worker.lent_to = None
         return run
 
-    def published(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
-        """An attempt ended well; the store has the last word."""
-        known = (key, attempt) in self._closed
-        run = self.ended(key, attempt)
+    def attempt_succeeded(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
+        """An attempt ended well; whether its artifact is there, the store decides.
+
+        Args:
+            computed: whether it was this attempt that published the artifact.
+        """
+        already_counted = (key, attempt) in self._closed
+        run = self._close_attempt(key, attempt)
         artifact = self.find(key)
         if artifact is None:
             if run is not None:
-                self._give_up(key, FAILED, "FileNotFoundError: it ended, but its artifact is not in the store")
+                self._fail(key, FAILED, "FileNotFoundError: it ended, but its artifact is not in the store")
             return
-        self._forget(key)
-        self._apart.discard(key)
-        if computed and not known:  # also one that ended while the broker was down
+        self._forget_troubles(key)
+        self._split.discard(key)
+        if computed and not already_counted:  # also an attempt that ended while the broker was down
             name = key.rpartition("-")[0]
             self.computed[name] += 1
             self._closed.add((key, attempt))
             spent = float(artifact.record["seconds"]) if artifact.record.get("together") else seconds
-            self.outbox.append(SchedulerEvent("published", key, name, run.worker if run else "", spent))
-        self.demand.publish(artifact, computed)
+            self.outbox.append(SchedulerEvent(PUBLISHED, key, name, run.worker if run else "", spent))
+        self.requests.publish(artifact, computed)
 
-    def failed(self, key: str, attempt: str, kind: str, cause: str, missing: str, now: float) -> bool:
-        """An attempt raised; False if it is not the one that counts, or not the last word on its stage.
+    def attempt_failed(self, key: str, attempt: str, kind: FailureKind, cause: str, missing: str, now: float) -> bool:
+        """An attempt raised; False if it is not the one that counts, or if the stage starts again.
 
-        A missing input is computed again first. Of a family it is unknown who is to blame, so its stages are made apart next.
-        What ran out of memory runs once more with nothing beside it.
+        A missing input is computed again first. In a family nobody knows which stage is to blame, so its stages run one by one
+        next. What ran out of memory runs once more, exclusively.
         """
-        beside = [each for each in self._family(attempt) if each.key != key]
-        run = self.ended(key, attempt)
+        others = [member for member in self._runs_of(attempt) if member.key != key]
+        run = self._close_attempt(key, attempt)
         if run is None:
             return False
-        for each in beside:
-            self.ended(each.key, attempt)
-        if kind == FAILED and not beside and self.find(key) is not None:
-            # Another scheduler on this store was faster, which takes away what others are writing at the key.
-            self.published(key, attempt, False, 0.0, now)
+        for other in others:
+            self._close_attempt(other.key, attempt)
+        if kind == FAILED and not others and self.find(key) is not None:
+            # Another scheduler on this store has published the key, which takes their directories away from other attempts.
+            self.attempt_succeeded(key, attempt, False, 0.0, now)
             return False
-        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (beside or self._alone.after_error(key, kind)):
-            event = "apart" if beside else OUT_OF_MEMORY
-            self.outbox.append(SchedulerEvent(event, key, run.stage.name, run.worker, now - run.since, cause))
-            self._part([run, *beside])
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusive.retry_after_error(key, kind)):
+            event = SchedulerEvent(SPLIT if others else OUT_OF_MEMORY, key, run.stage.name, run.worker, now - run.since, cause)
+            self.outbox.append(event)
+            self._restart([run, *others])
             return False
         if kind == OUT_OF_MEMORY:
-            kind, cause = FAILED, also_alone(cause)
+            kind, cause = FAILED, exclusive_failure(cause)
         if kind != FAILED:
-            for each in beside:
-                self._give_up(each.key, kind, cause)
-        if missing and self._patience.miss(key) and self.demand.miss(key, missing, now):
+            for other in others:
+                self._fail(other.key, kind, cause)
+        if missing and self._retries.retry_after_missing_input(key) and self.requests.recompute_input(key, missing, now):
             return True
-        self.outbox.append(SchedulerEvent("failed", key, run.stage.name, run.worker, now - run.since, cause))
-        self._give_up(key, kind, cause)
+        self.outbox.append(SchedulerEvent(FAILED, key, run.stage.name, run.worker, now - run.since, cause))
+        self._fail(key, kind, cause)
         return True
 
-    def _part(self, family: Sequence[RunningStage]) -> None:
-        self._apart.update(run.key for run in family if len(family) > 1)
+    def _restart(self, family: Sequence[RunningStage]) -> None:
+        """Let stages start again, one by one if they ran together; those that nobody requests are dropped."""
         for run in family:
-            self.demand.forsake(run.key)
+            if len(family) > 1:
+                self._split.add(run.key)
+            self.requests.drop_unrequested(run.key)
 
-    def _needs(self, stage: Stage) -> ResourceRequest:
-        return self._alone.needs(stage.key, self.needs(stage.name))
+    def _fail(self, key: str, kind: FailureKind, cause: str) -> None:
+        self._forget_troubles(key)
+        self.requests.fail(key, kind, cause)
 
-    def _give_up(self, key: str, kind: str, cause: str) -> None:
-        self._forget(key)
-        self.demand.fail(key, kind, cause)
+    def _forget_troubles(self, key: str) -> None:
+        self._retries.forget(key)
+        self._exclusive.forget(key)
 
-    def _forget(self, key: str) -> None:
-        """What went wrong with a stage before counts no more."""
-        self._patience.forget(key)
-        self._alone.forget(key)
+    def assignment_lost(self, worker: Worker) -> None:
+        """A worker asks for work although it was given a stage: the order has never reached it."""
+        for run in self._runs_of(worker.attempt or ""):
+            self._close_attempt(run.key, run.attempt)
+        worker.attempt = None
 
-    def lost(self, worker: Worker) -> None:
-        """A worker asks for work without ever having received what it was given."""
-        for run in self._family(worker.leads or ""):
-            self.ended(run.key, run.attempt)
-        worker.leads = None
+    # ---- events: workers come to an end
 
-    def gone(self, name: str, event: str, why: str, now: float) -> None:
-        """A worker is no more: its attempt is fenced and its stage starts again, at most `DEATHS` times."""
+    def worker_lost(self, name: str, event: LossKind, cause: str, now: float) -> None:
+        """A worker is gone: its attempt is fenced, and its stages start again, at most `MAX_LOSSES` times."""
         worker = self.registry.workers.pop(name, None)
-        self.expected.gone(name)
+        self.startup.forget(name)
         if worker is None:
             return
-        # A cluster that is full lets wait as long as it likes.
-        if worker.beat is None and event != "late" and self.hiring.count_stillborn(worker):
-            self._bear_no_more(why)
-        family = self._family(worker.leads or "")
+        # A worker that is late may only be waiting for room on a full cluster, and is no reason to give up.
+        if worker.last_heartbeat is None and event != LATE and self.scaling.note_failed_start(worker):
+            self._fail_waiting(f"WorkerDied: workers die before their first heartbeat: {cause}")
+        family = self._runs_of(worker.attempt or "")
         if not family:
-            if not worker.leaving:
-                self.outbox.append(SchedulerEvent(event, worker=name, cause=why))
+            if not worker.retiring:
+                self.outbox.append(SchedulerEvent(event, worker=name, cause=cause))
             return
-        lead = next((each for each in family if each.key == each.leader), family[0])
+        lead = next((run for run in family if run.key == run.leader), family[0])
         self._fenced.add(lead.attempt)
-        self.outbox.append(SchedulerEvent(event, lead.key, lead.stage.name, name, now - lead.since, why))
+        self.outbox.append(SchedulerEvent(event, lead.key, lead.stage.name, name, now - lead.since, cause))
         for run in family:
             self.outbox.append(FenceAttempt(run.key, run.attempt))
-            self.ended(run.key, run.attempt)
-        self._part(family)
+            self._close_attempt(run.key, run.attempt)
+        self._restart(family)
         if len(family) == 1:
-            self._alone.after_death(lead.key, event)
+            self._exclusive.note_loss(lead.key, event)
         for run in family:
             # A worker that froze before it heard of the stage says nothing about the stage.
-            if not self._patience.bear(run, run.seen or event != "fenced"):
-                self._give_up(run.key, FAILED, f"WorkerDied: its worker died {DEATHS} times, the last time: {why}")
+            if not self._retries.retry_after_loss(run, blamed=run.confirmed or event != FENCED):
+                self._fail(run.key, FAILED, f"WorkerDied: its worker died {MAX_LOSSES} times, the last time: {cause}")
 
-    def _bear_no_more(self, why: str) -> None:
-        for key in [each for each in self.demand.wants if each not in self.runs]:
-            if key in self.demand.wants:
-                self._give_up(key, "failed", f"WorkerDied: workers die before their first heartbeat: {why}")
+    def _fail_waiting(self, cause: str) -> None:
+        for key in [key for key in self.requests.pending if key not in self.running]:
+            if key in self.requests.pending:
+                self._fail(key, FAILED, cause)
 
-    # ---- what to do next
-
-    def silent(self, now: float) -> None:
-        """Give up workers that were not heard of for `dead_after` seconds, or that have not come after `LATE`."""
+    def check_heartbeats(self, now: float) -> None:
+        """Kill workers that were silent for `dead_after` seconds, and new ones that have not started within `START_TIMEOUT`."""
         for worker in list(self.registry.workers.values()):
-            if worker.beat is not None and now - worker.beat > self.dead_after:
+            if worker.last_heartbeat is not None and now - worker.last_heartbeat > self.dead_after:
                 self.outbox.append(KillWorker(worker))
-                self.registry.silent.add(worker.node)
-                self.gone(worker.name, "fenced", f"no heartbeat for {self.dead_after:g} s", now)
-            elif worker.beat is None and self.expected.is_late(worker, now):
+                self.registry.silent_nodes.add(worker.node)
+                self.worker_lost(worker.name, FENCED, f"no heartbeat for {self.dead_after:g} s", now)
+            elif worker.last_heartbeat is None and self.startup.is_late(worker, now):
                 self.outbox.append(KillWorker(worker))
-                self.gone(worker.name, "late", f"it has not come within {LATE:g} s", now)
-        self.expected.silent(now)
+                self.worker_lost(worker.name, LATE, f"it has not started within {START_TIMEOUT:g} s", now)
+        self.startup.kill_missing(now)
 
-    def forgive(self, seconds: float) -> None:
-        """The broker itself slept: silence in that time proves nothing."""
+    def excuse_silence(self, seconds: float) -> None:
+        """The broker itself stood still for so long: silence in that time proves nothing."""
         for worker in self.registry.workers.values():
-            if worker.beat is not None:
-                worker.beat += seconds
-        self.expected.forgive(seconds)
+            if worker.last_heartbeat is not None:
+                worker.last_heartbeat += seconds
+        self.startup.excuse_silence(seconds)
+
+    # ---- decisions: what starts now
 
     def dispatch(self, now: float) -> None:
-        """Start what can start, borrow idle workers for what can be split, hire where stages wait."""
-        if self.expected.must_wait(now):
+        """Start what can start, start and retire workers for what waits, lend idle workers to what can be split."""
+        if self.startup.must_wait(now):
             return
-        running = [self.runs[key] for key in self._alone.keys() & self.runs.keys()]
-        self._alone.keep((run, self._needs(run.stage)) for run in running)
-        openings = Placement(self.registry, now)
-        for want in self.demand.among(self._alone.keys()):
-            if want.stage.key in self.demand.wants:
-                self._provide(want, openings)
+        exclusive = self._exclusive.keys()
+        runs = [self.running[key] for key in exclusive & self.running.keys()]
+        self._exclusive.reserve_nodes((run, self._request(run.stage)) for run in runs)
+        placement = Placement(self.registry, now)
+        for pending in self.requests.ready_among(exclusive):
+            if pending.stage.key in self.requests.pending:
+                self._place(pending, placement)
         full: set[str] = set()
-        for want in self.demand.queue():
-            name = want.stage.name
-            if name in full or want.stage.key in self.runs or want.stage.key in self._alone:
-                continue  # no room for it, or begun with another one just now, or looked after above
-            if not self._provide(want, openings):
-                full.add(name)  # whoever else needs the same would find nothing either
-                if full >= self.demand.line.names.keys():
+        for pending in self.requests.ready():
+            name = pending.stage.name
+            if name in full or pending.stage.key in self.running or pending.stage.key in self._exclusive:
+                continue  # no room for its kind, started in a family just now, or placed above
+            if not self._place(pending, placement):
+                full.add(name)  # others that request the same would find nothing either
+                if full >= self.requests.queue.names.keys():
                     break
-        self.hiring.rest(openings)
-        self._lend(openings)
+        self.scaling.end_dispatch(placement)
+        self._lend(placement)
 
-    def _provide(self, want: PendingStage, openings: Placement) -> bool:
+    def _place(self, pending: PendingStage, placement: Placement) -> bool:
         """Start a stage, or see to a worker for it; False if it must wait for room."""
-        needs, alone = self._needs(want.stage), want.stage.key in self._alone
-        worker = self._alone.worker(want.stage.key, needs, openings)
+        stage, request = pending.stage, self._request(pending.stage)
+        worker = self._exclusive.find_worker(stage.key, request, placement)
         if worker is not None:
-            self._give(worker, want.stage, openings.now)
-        elif not self.registry.fits(needs):
-            self._give_up(want.stage.key, FAILED, f"it needs {said(needs)}, more than any node of the cluster has")
+            self._assign(worker, stage, placement.now)
+        elif not self.registry.fits(request):
+            self._fail(stage.key, FAILED, f"it needs {describe_request(request)}, more than any node of the cluster has")
         else:
-            return self.hiring.hire(shape_of(needs), alone, openings)
+            return self.scaling.provide_worker(shape_of(request), stage.key in self._exclusive, placement)
         return True
 
-    def _give(self, worker: Worker, stage: Stage, now: float) -> None:
-        family = self._together(stage)
-        run = self._start(worker, family, self.attempts(), now)
-        given = replace(stage, beside=tuple(family[1:])) if len(family) > 1 else stage
-        self.outbox.append(AssignStage(worker.name, given, run.attempt, self._alone.takes_few(stage.key)))
-        self.outbox += [SchedulerEvent("started", each.key, each.name, worker.name) for each in family]
+    def _request(self, stage: Stage) -> ResourceRequest:
+        return self._exclusive.request(stage.key, self.request_of(stage.name))
 
-    def _together(self, stage: Stage) -> list[Stage]:
-        """The stage and, after it, those of its family that could start now, too."""
-        apart = self._apart | self._alone.keys()
-        if not stage.family or stage.key in apart:
+    def _assign(self, worker: Worker, stage: Stage, now: float) -> None:
+        family, attempt = self._family_of(stage), self.new_attempt()
+        self._open_attempt(worker, family, attempt, now)
+        whole = replace(stage, beside=tuple(family[1:])) if len(family) > 1 else stage
+        self.outbox.append(AssignStage(worker.name, whole, attempt, self._exclusive.takes_small_batches(stage.key)))
+        self.outbox += [SchedulerEvent(STARTED, member.key, member.name, worker.name) for member in family]
+
+    def _family_of(self, stage: Stage) -> list[Stage]:
+        """The stage and, after it, those of its family that can start now and run together with it."""
+        if not stage.family or self._runs_by_itself(stage.key):
             return [stage]
-        others = [each for each in self.demand.relatives(stage) if each.key not in apart]
-        return [stage, *others[: FAMILY - 1]]
+        others = [other for other in self.requests.ready_family(stage) if not self._runs_by_itself(other.key)]
+        return [stage, *others[: MAX_FAMILY - 1]]
 
-    def _lend(self, openings: Placement) -> None:
-        names = {name for name in {run.stage.name for run in self.runs.values()} if self.needs(name).helpers}
-        borrowing = [run for run in self.runs.values() if run.stage.name in names and run.key == run.leader]
-        for run in sorted(borrowing, key=lambda run: run.since):
+    def _runs_by_itself(self, key: str) -> bool:
+        return key in self._split or key in self._exclusive
+
+    def _lend(self, placement: Placement) -> None:
+        names = {name for name in {run.stage.name for run in self.running.values()} if self.request_of(name).helpers}
+        leaders = [run for run in self.running.values() if run.stage.name in names and run.key == run.leader]
+        for run in sorted(leaders, key=lambda run: run.since):
             if run.worker in self.registry.workers:
                 shape = self.registry.workers[run.worker].shape
-                self.hiring.lend(run.attempt, shape, self._needs(run.stage).helpers, openings)
+                self.scaling.lend(run.attempt, shape, self._request(run.stage).helpers, placement)
 
     def helpers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
-        return self.hiring.helpers(attempt)
+        return self.scaling.helpers(attempt)

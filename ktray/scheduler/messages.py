@@ -1,24 +1,30 @@
-"""What the broker's books hold, and the actions that follow from them."""
+"""What the scheduler's parts send each other: the core's actions, the broker's orders to workers, the workers' reports."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ktray.artifact import Artifact, Stage
-from ktray.scheduler.worker_registry import Worker
+from ktray.artifact import Stage
+from ktray.scheduler.failure_kinds import EventKind, FailureKind
+from ktray.scheduler.workers import Worker, WorkerShape
+
+# ---- core -> broker: actions to carry out
 
 
 @dataclass(frozen=True)
 class AssignStage:
-    """Have `worker` run `stage`, and with it what is beside it; with `few` images at once if it ran out of memory before."""
+    """Have `worker` run `stage`, and with it the stages in its `beside`.
+
+    Attributes:
+        small_batches: the stage ran out of memory before, and now takes few images at a time.
+    """
 
     worker: str
     stage: Stage
     attempt: str
-    few: bool = False
+    small_batches: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,21 @@ class StartWorker:
 
 @dataclass(frozen=True)
 class RetireWorker:
-    """Tell an idle worker to go."""
+    """Have an idle worker exit."""
 
     worker: str
 
 
 @dataclass(frozen=True)
+class KillWorker:
+    """Kill a process that no longer answers."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True)
 class FenceAttempt:
-    """Take the scratch directory away from an attempt."""
+    """Take its scratch directory away from an attempt, so that it can neither write nor publish."""
 
     key: str
     attempt: str
@@ -45,32 +58,25 @@ class FenceAttempt:
 
 @dataclass(frozen=True)
 class FenceOrphans:
-    """Take the scratch directories away from all attempts of this scheduler that no run owns."""
-
-
-@dataclass(frozen=True)
-class KillWorker:
-    """End a process that no longer answers."""
-
-    worker: Worker
+    """Fence every attempt of this scheduler that no running stage owns."""
 
 
 @dataclass(frozen=True)
 class RequestResult:
-    """Tell a request how it ended: outcomes per key, or the key that failed, why, and which kind of failure."""
+    """How a request ended: outcomes per key, or which key failed, why, and the kind of the failure."""
 
     request: str
     outcomes: tuple[Mapping[str, Any], ...] = ()
     failed: str = ""
     cause: str = ""
-    kind: str = ""
+    kind: FailureKind | None = None
 
 
 @dataclass(frozen=True)
 class SchedulerEvent:
-    """Something that drivers count and show."""
+    """Something that drivers count and show; `seconds` is how long the attempt had run."""
 
-    event: str
+    event: EventKind
     key: str = ""
     stage: str = ""
     worker: str = ""
@@ -78,57 +84,85 @@ class SchedulerEvent:
     cause: str = ""
 
 
-@dataclass
-class Request:
-    """Stages that one waiter wants; `waiter` is empty for a prefetch."""
+Action = AssignStage | StartWorker | RetireWorker | KillWorker | FenceAttempt | FenceOrphans | RequestResult | SchedulerEvent
 
-    name: str
-    waiter: str
-    session: str
-    priority: int
-    since: float
-    keys: tuple[str, ...]
-    pending: set[str] = field(default_factory=set)
-    states: dict[str, str] = field(default_factory=dict)
-    found: dict[str, Artifact] = field(default_factory=dict)
+# ---- broker -> worker: answers to a poll and to a heartbeat
 
 
-@dataclass
-class PendingStage:
-    """A stage that somebody wants and that is not in the store.
-
-    Attributes:
-        trials: how many of its requests are of trials that wait.
-        priorities: how many of its requests have which priority.
-        seconds: how long it is thought to run.
-        path: how long it and the longest chain of wants that wait for it are thought to run.
-    """
+@dataclass(frozen=True)
+class RunStage:
+    """Run this stage; the named workers are lent to it."""
 
     stage: Stage
-    order: int
-    since: float
-    owner: str = ""
-    requests: set[str] = field(default_factory=set)
-    trials: int = 0
-    priorities: Counter[int] = field(default_factory=Counter)
-    seconds: float = 0.0
-    path: float = 0.0
+    attempt: str
+    helpers: tuple[str, ...]
+    small_batches: bool
 
 
-@dataclass
-class RunningStage:
-    """An attempt at a stage, on a worker; `seen` once a heartbeat of the worker named it, `moves` times its work moved.
+@dataclass(frozen=True)
+class PollAgain:
+    """There is nothing to do yet."""
 
-    A family that one worker makes has a run per key, all under one attempt; `leader` is the key that the worker knows it by.
+
+@dataclass(frozen=True)
+class Exit:
+    """End the process."""
+
+
+Order = RunStage | PollAgain | Exit
+
+
+@dataclass(frozen=True)
+class HeartbeatReply:
+    """Whether the worker must exit, because its attempt was fenced; else the names of the workers lent to its attempt."""
+
+    must_exit: bool
+    helpers: tuple[str, ...] = ()
+
+
+# ---- worker -> broker
+
+
+@dataclass(frozen=True)
+class WorkerIdentity:
+    """What a worker says about itself in every call."""
+
+    name: str
+    node: str
+    pid: int
+    shape: WorkerShape
+    gpu_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttemptSucceeded:
+    """An attempt ended well.
+
+    Attributes:
+        published: (key, whether this attempt published it) of the stage and of those computed beside it.
+        seconds: how long the attempt ran.
     """
 
     key: str
-    stage: Stage
     attempt: str
-    worker: str
-    since: float
-    moved: float
-    progress: Mapping[str, float] = field(default_factory=dict)
-    seen: bool = False
-    moves: int = 0
-    leader: str = ""
+    seconds: float
+    published: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class AttemptFailed:
+    """An attempt raised.
+
+    Attributes:
+        missing: the key of an input that is not in the store, if that was the cause.
+    """
+
+    key: str
+    attempt: str
+    kind: FailureKind
+    cause: str
+    traceback: str = ""
+    missing: str = ""
+
+
+Report = AttemptSucceeded | AttemptFailed

@@ -1,56 +1,100 @@
-"""What the registry offers at one moment: counted once, then kept up to date while the core gives, hires and lends."""
+"""Placement: which worker runs a stage, where new workers start, which idle ones are evicted to make room. Pure.
+
+`Placement` is the view of one dispatch. A stage takes an idle worker of its shape; without one, `WorkerScaling` starts a worker
+where there is room, evicts idle workers of other shapes, or, after a while, reserves a node until enough of it is free.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 
-from ktray.scheduler.gpu_slots import SLACK, free_shares, has_room
+from ktray.scheduler.messages import Action, RetireWorker, StartWorker
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape, shape_of
+from ktray.scheduler.workers import CPU_PART, WHOLE_NODE, Worker, WorkerRegistry, WorkerShape, shape_of
+
+RESERVE_AFTER = 30.0  # seconds that a stage waits for a worker of its shape before a node is reserved for it
+FAILED_STARTS = 3  # rounds of workers that die before their first heartbeat, until what waits fails
+SLACK = 1e-6  # shares of a GPU are sums of floats
+
+# ---- GPU slots
+
+
+def free_gpu_shares(count: float, held: Sequence[tuple[float, tuple[str, ...]]]) -> dict[str, float]:
+    """GPU -> share that is free; halves of two GPUs do not make a whole one.
+
+    Args:
+        count: GPUs of the node.
+        held: (share or number of GPUs, their ids) of each worker; without ids while it is still starting. Such a worker is
+            assumed where Ray puts it: a share on the fullest GPU that still has room, whole GPUs on free ones.
+    """
+    known = sorted({gpu for _, gpus in held for gpu in gpus})
+    free = dict.fromkeys([*known, *(f"unnamed {number}" for number in range(int(count) - len(known)))], 1.0)
+    for share, gpus in held:
+        for gpu in gpus:
+            free[gpu] -= share if share < 1 else 1.0
+    for share, gpus in held:
+        if gpus or not share:
+            continue
+        candidates = [gpu for gpu in free if free[gpu] >= min(share, 1.0) - SLACK]
+        for gpu in sorted(candidates, key=lambda gpu: (free[gpu], gpu))[: max(1, math.ceil(share))]:
+            free[gpu] -= min(share, 1.0)
+    return free
+
+
+def has_gpu_room(free: dict[str, float], gpus: float) -> bool:
+    """Whether a worker with this share, or number, of GPUs can start."""
+    if not gpus:
+        return True
+    return sum(share >= min(gpus, 1.0) - SLACK for share in free.values()) >= math.ceil(gpus)
+
+
+# ---- the view of one dispatch
 
 
 class Placement:
-    """Valid for one turn of the core, in which workers only become fewer.
+    """Which workers are idle and what each node has left: counted once per dispatch, then kept up to date.
 
     Attributes:
-        starting: shape -> workers that were hired and have not come yet.
-        coming: shape -> stages that have no worker in this turn.
+        starting: shape -> workers that were started and have sent no heartbeat yet.
+        unserved: shape -> stages that have found no worker in this dispatch.
         lent: attempt -> workers that are lent to it.
     """
 
     def __init__(self, registry: WorkerRegistry, now: float) -> None:
         self.registry, self.now = registry, now
         self.starting: Counter[WorkerShape] = Counter()
-        self.coming: Counter[WorkerShape] = Counter()
+        self.unserved: Counter[WorkerShape] = Counter()
         self.lent: Counter[str] = Counter()
         self._idle: dict[WorkerShape, list[Worker]] = {}
         self._full: set[WorkerShape] = set()
-        unborrowed: list[Worker] = []
-        borrowed: list[Worker] = []
+        free: list[Worker] = []
+        lent: list[Worker] = []
         for worker in registry.workers.values():  # nearly all of a thousand are busy: little is asked of each
-            if worker.beat is None:
+            if worker.last_heartbeat is None:
                 self.starting[worker.shape] += 1
             elif worker.lent_to is not None:
                 self.lent[worker.lent_to] += 1
-                borrowed.append(worker)
-            elif worker.leads is None:
-                unborrowed.append(worker)
-        for group in (borrowed, unborrowed):  # taken from the end: those that are lent come last
+                lent.append(worker)
+            elif worker.attempt is None:
+                free.append(worker)
+        for group in (lent, free):  # workers are taken from the end of the list, so lent ones are taken last
             for worker in sorted(
-                reversed(group), key=lambda worker: self._wastes_gpus(worker.node, worker.shape), reverse=True
+                reversed(group), key=lambda worker: self._occupies_gpu_node(worker.node, worker.shape), reverse=True
             ):
-                if registry.available(worker, now):
+                if registry.is_available(worker, now):
                     self._idle.setdefault(worker.shape, []).append(worker)
 
-    def _wastes_gpus(self, name: str, shape: WorkerShape) -> bool:
-        """Whether it were better to do this elsewhere: who trains on a GPU needs the CPUs beside it."""
+    def _occupies_gpu_node(self, name: str, shape: WorkerShape) -> bool:
+        """Whether work without a GPU would take CPUs of a node with GPUs, which feed those; another node is better."""
         node = self.registry.nodes.get(name)
         return node is not None and node.gpus > 0 and not shape.gpus
 
     @cached_property
-    def staff(self) -> dict[str, list[Worker]]:
-        """Node -> its workers, those who are leaving included."""
+    def workers_on(self) -> dict[str, list[Worker]]:
+        """Node -> its workers, retiring ones included."""
         found: dict[str, list[Worker]] = {name: [] for name in self.registry.nodes}
         for worker in self.registry.workers.values():
             found.setdefault(worker.node, []).append(worker)
@@ -58,7 +102,7 @@ class Placement:
 
     @cached_property
     def _held(self) -> dict[str, WorkerShape]:
-        """Node -> what its workers hold, those who are leaving included."""
+        """Node -> what its workers hold, retiring ones included."""
         cpus, gpus = dict.fromkeys(self.registry.nodes, 0.0), dict.fromkeys(self.registry.nodes, 0.0)
         for worker in self.registry.workers.values():
             cpus[worker.node] = cpus.get(worker.node, 0.0) + worker.shape.cpus
@@ -66,67 +110,252 @@ class Placement:
         return {name: WorkerShape(cpus[name], gpus[name]) for name in cpus}
 
     @cached_property
-    def _memory(self) -> dict[str, float]:
-        """Node -> bytes that are left."""
-        left = {name: node.memory for name, node in self.registry.nodes.items()}
+    def _free_memory(self) -> dict[str, float]:
+        """Node -> bytes that no stage reserves."""
+        free = {name: node.memory for name, node in self.registry.nodes.items()}
         for worker in self.registry.workers.values():
-            left[worker.node] = left.get(worker.node, 0.0) - worker.memory
-        return left
+            free[worker.node] = free.get(worker.node, 0.0) - worker.reserved_memory
+        return free
 
-    def idle(self) -> list[Worker]:
-        """All who wait for work, of any shape, also where room is being kept."""
-        return [worker for idle in self._idle.values() for worker in idle if not worker.leaving]
+    def idle_workers(self) -> list[Worker]:
+        """All workers that wait for a stage, of any shape, on reserved nodes, too."""
+        return [worker for workers in self._idle.values() for worker in workers if not worker.retiring]
 
-    def take(self, needs: ResourceRequest, place: str | None = None) -> Worker | None:
-        """A worker that can run a stage at once: one that nobody borrowed, else one that is lent; only on `place` if given.
+    def take(self, request: ResourceRequest, node: str | None = None) -> Worker | None:
+        """A worker that can serve the request at once: one that is not lent, else one that is; only on `node` if given.
 
-        Of several one on a node without a GPU, if the stage needs none.
+        A request without a GPU rather gets a worker on a node without one.
         """
-        idle = self._idle.get(shape_of(needs), [])
+        idle = self._idle.get(shape_of(request), [])
         for index in reversed(range(len(idle))):
             worker = idle[index]
-            if worker.leaving or worker.node != (place or worker.node) or self.registry.is_kept(worker):
+            if worker.retiring or worker.node != (node or worker.node) or self.registry.is_reserved(worker):
                 continue
-            if self._memory[worker.node] >= needs.memory_bytes:
+            if self._free_memory[worker.node] >= request.memory_bytes:
                 del idle[index]
-                self._memory[worker.node] -= needs.memory_bytes
+                self._free_memory[worker.node] -= request.memory_bytes
                 return worker
         return None
 
-    def lendable(self, shape: WorkerShape) -> list[Worker]:
-        """Idle workers that nobody borrowed, in the order in which they would be taken."""
-        free = [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.leaving]
-        return [worker for worker in free if not self.registry.is_kept(worker)] if self.registry.kept else free
+    def take_exclusive(self, request: ResourceRequest) -> Worker | None:
+        """A worker on a node where nothing else runs; else None, and the node that will be free soonest is reserved."""
+        registry, shape = self.registry, shape_of(request)
+        # Only nodes with a worker of the shape: no worker starts on a reserved node, so on any other it would wait for ever.
+        equipped = {worker.node for worker in registry.workers.values() if worker.shape == shape and not worker.retiring}
+        able = [name for name, node in registry.nodes.items() if name in equipped and node.memory >= request.memory_bytes]
+        busy = {name: sum(worker.attempt is not None for worker in self.workers_on[name]) for name in able}
+        soonest = sorted(able, key=lambda name: (busy[name], -registry.nodes[name].memory, name))
+        for name in soonest:
+            worker = self.take(request, name) if not busy[name] and name not in registry.reserved else None
+            if worker is not None:
+                registry.reserve(name)
+                return worker
+        if soonest:
+            registry.reserve(soonest[0])
+        return None
 
-    def hire(self, shape: WorkerShape) -> Worker | None:
-        """A new worker on the node with most room, or None where there is none; without need of a GPU rather beside none."""
-        place = None if shape in self._full else self._roomiest(shape)
-        if place is None:
+    def lendable(self, shape: WorkerShape) -> list[Worker]:
+        """Idle workers that are not lent, in the order in which `take` would take them."""
+        free = [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.retiring]
+        return [worker for worker in free if not self.registry.is_reserved(worker)] if self.registry.reserved else free
+
+    def place_worker(self, shape: WorkerShape) -> Worker | None:
+        """A new worker, registered on the node with most room; None if no node has room for it."""
+        node = None if shape in self._full else self._roomiest_node(shape)
+        if node is None:
             self._full.add(shape)
             return None
-        held, beside = self._held[place], self.staff[place]
-        worker = self.registry.hire(shape, place)
-        beside.append(worker)
-        self._held[place] = WorkerShape(held.cpus + shape.cpus, held.gpus + shape.gpus)
+        held, neighbours = self._held[node], self.workers_on[node]
+        worker = self.registry.register_new(shape, node)
+        neighbours.append(worker)
+        self._held[node] = WorkerShape(held.cpus + shape.cpus, held.gpus + shape.gpus)
         self.starting[shape] += 1
         return worker
 
-    def _roomiest(self, shape: WorkerShape) -> str | None:
-        if sum(held.cpus for held in self._held.values()) + shape.cpus > self.registry.cpus:
+    def _roomiest_node(self, shape: WorkerShape) -> str | None:
+        if sum(held.cpus for held in self._held.values()) + shape.cpus > self.registry.cpu_limit:
             return None
-        found, most = None, (False, -2.0, -2.0)
+        best, best_room = None, (False, -2.0, -2.0)
         for name, node in self.registry.nodes.items():
             cpus, gpus = node.cpus - self._held[name].cpus, node.gpus - self._held[name].gpus
-            # A silent node comes last: Ray takes a minute to notice that one is gone.
-            heard = name not in self.registry.silent
-            room = (heard, gpus if shape.gpus else -float(self._wastes_gpus(name, shape)), cpus)
-            if cpus < shape.cpus or gpus < shape.gpus - SLACK or room <= most or name in self.registry.kept:
+            # A silent node comes last: Ray takes a minute to notice that a node is gone.
+            responsive = name not in self.registry.silent_nodes
+            room = (responsive, gpus if shape.gpus else -float(self._occupies_gpu_node(name, shape)), cpus)
+            if cpus < shape.cpus or gpus < shape.gpus - SLACK or room <= best_room or name in self.registry.reserved:
                 continue
-            if not shape.gpus or has_room(self.cards(name), shape.gpus):
-                found, most = name, room
-        return found
+            if not shape.gpus or has_gpu_room(self.gpu_shares(name), shape.gpus):
+                best, best_room = name, room
+        return best
 
-    def cards(self, place: str, leaving: bool = True) -> dict[str, float]:
-        """Card -> share that is free on a node; without `leaving`, as it will be once those who are leaving are gone."""
-        held = [(each.shape.gpus, each.cards) for each in self.staff[place] if leaving or not each.leaving]
-        return free_shares(self.registry.nodes[place].gpus, held)
+    def gpu_shares(self, node: str) -> dict[str, float]:
+        """GPU -> share that is free now."""
+        return self._gpu_shares(node, self.workers_on[node])
+
+    def gpu_shares_later(self, node: str) -> dict[str, float]:
+        """GPU -> share that will be free once the retiring workers are gone."""
+        return self._gpu_shares(node, [worker for worker in self.workers_on[node] if not worker.retiring])
+
+    def _gpu_shares(self, node: str, workers: Sequence[Worker]) -> dict[str, float]:
+        return free_gpu_shares(self.registry.nodes[node].gpus, [(worker.shape.gpus, worker.gpu_ids) for worker in workers])
+
+
+# ---- eviction
+
+
+def evict_idle(placement: Placement, shape: WorkerShape) -> list[Worker]:
+    """Retires idle workers of other shapes until a worker of `shape` would have room; none if that room is coming anyway.
+
+    Returns:
+        The workers that retire now; empty if retiring all idle workers of a node would not suffice anywhere.
+    """
+    idle = [worker for worker in placement.idle_workers() if worker.shape != shape]
+    if not idle or _room_is_coming(placement, shape):
+        return []
+    names, nodes = {worker.name for worker in idle}, {worker.node for worker in idle}
+    on_one_gpu = 0 < shape.gpus <= 1
+    for node in [name for name in placement.registry.nodes if name in nodes]:
+        for part in [*placement.gpu_shares(node), WHOLE_NODE] if on_one_gpu else [WHOLE_NODE]:
+            evicted: list[Worker] = []
+            for worker in [each for each in placement.workers_on[node] if each.name in names and each.uses(part)]:
+                worker.retiring = True
+                evicted.append(worker)
+                if _will_have_room(placement, node, shape):
+                    return evicted
+            for worker in evicted:
+                worker.retiring = False
+    return []
+
+
+def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
+    """Reserves the node, or the GPU, where a worker of `shape` will soonest have room: no stage starts there meanwhile.
+
+    Returns:
+        The idle workers that retire there now; others must end their stages first.
+    """
+    registry = placement.registry
+    parts = [(name, gpu) for name in registry.nodes for gpu in (placement.gpu_shares(name) if shape.gpus else [CPU_PART])]
+    if not parts or _room_is_coming(placement, shape):
+        return []
+
+    def preference(part: tuple[str, str]) -> tuple[float, str, str]:
+        users = _users(placement, *part)
+        busy = [worker for worker in users if not (worker.retiring or registry.is_available(worker, placement.now))]
+        return (-sum(worker.shape.gpus if shape.gpus else worker.shape.cpus for worker in busy), *part)
+
+    node, part = max(parts, key=preference)
+    registry.reserve(node, part)
+    evicted = [
+        worker
+        for worker in _users(placement, node, part)
+        if worker.shape != shape and registry.is_available(worker, placement.now)
+    ]
+    for worker in evicted:
+        worker.retiring = True
+    return evicted
+
+
+def _users(placement: Placement, node: str, part: str) -> list[Worker]:
+    return [worker for worker in placement.workers_on[node] if worker.uses(part)]
+
+
+def _room_is_coming(placement: Placement, shape: WorkerShape) -> bool:
+    """Whether a shape that has no room now will have it without another eviction."""
+    if not placement.registry.reserved and not any(worker.retiring for worker in placement.registry.workers.values()):
+        return False
+    return any(_will_have_room(placement, node, shape) for node in placement.registry.nodes)
+
+
+def _will_have_room(placement: Placement, name: str, shape: WorkerShape) -> bool:
+    """Whether a node has room once its retiring workers are gone."""
+    node, staying = placement.registry.nodes[name], [each for each in placement.workers_on[name] if not each.retiring]
+    cpus = node.cpus - sum(worker.shape.cpus for worker in staying)
+    gpus = node.gpus - sum(worker.shape.gpus for worker in staying)
+    if cpus < shape.cpus or gpus < shape.gpus - SLACK:
+        return False
+    held = sum(worker.shape.cpus for worker in placement.registry.workers.values() if not worker.retiring)
+    if held + shape.cpus > placement.registry.cpu_limit:
+        return False
+    return not shape.gpus or has_gpu_room(placement.gpu_shares_later(name), shape.gpus)
+
+
+# ---- scaling
+
+
+class WorkerScaling:
+    """Starts, lends and retires workers, so that waiting stages find one of their shape.
+
+    Args:
+        registry: the workers.
+        outbox: where actions are left.
+
+    Attributes:
+        failed_starts: rounds in a row of workers that died before their first heartbeat; while it is not 0, workers start only
+            for stages that wait.
+    """
+
+    def __init__(self, registry: WorkerRegistry, outbox: list[Action]) -> None:
+        self.registry, self.outbox = registry, outbox
+        self.failed_starts = 0
+        self._same_round = set[str]()
+        self._waiting_since: dict[WorkerShape, float] = {}
+
+    def prestart(self, workers: int) -> None:
+        """Start workers of the usual shape before the first stage comes, until there are this many workers."""
+        placement = Placement(self.registry, 0.0)
+        for _ in range(0 if self.failed_starts else workers - len(self.registry.workers)):
+            self._start_worker(WorkerShape(), placement)
+
+    def _start_worker(self, shape: WorkerShape, placement: Placement) -> bool:
+        worker = placement.place_worker(shape)
+        if worker is not None:
+            self.outbox.append(StartWorker(worker))
+        return worker is not None
+
+    def note_failed_start(self, worker: Worker) -> bool:
+        """Count a worker that died before its first heartbeat; True every `FAILED_STARTS` rounds, when it is time to give up.
+
+        A worker that was lost with its node does not count. Of those that were starting at the same time only one counts: a
+        node may take all of them with it before anybody hears that it is gone.
+        """
+        if worker.node not in self.registry.nodes or worker.name in self._same_round:
+            return False
+        self._same_round = {each.name for each in self.registry.workers.values() if each.last_heartbeat is None}
+        self.failed_starts = (self.failed_starts + 1) % FAILED_STARTS
+        return not self.failed_starts
+
+    def provide_worker(self, shape: WorkerShape, exclusive: bool, placement: Placement) -> bool:
+        """Start a worker for a stage that has none, or begin to make room for one; False if it must wait for that room.
+
+        Args:
+            exclusive: the stage ran out of memory and gets room at once, not only after `RESERVE_AFTER`.
+        """
+        placement.unserved[shape] += 1
+        if placement.starting[shape] >= placement.unserved[shape] or self._start_worker(shape, placement):
+            return True
+        evicted = evict_idle(placement, shape)
+        if any(worker.shape == shape for worker in self.registry.workers.values()):
+            self._waiting_since.pop(shape, None)
+        else:
+            # A stream of small stages would keep a large one waiting for ever: it never finds all of its room free at once.
+            since = self._waiting_since.setdefault(shape, placement.now)
+            if not evicted and (exclusive or placement.now - since >= RESERVE_AFTER):
+                evicted = reserve_room(placement, shape)
+        self.outbox += [RetireWorker(worker.name) for worker in evicted]
+        return False
+
+    def end_dispatch(self, placement: Placement) -> None:
+        """Forget since when shapes wait for room of which no stage waits any more; every waiting stage was seen by now."""
+        self._waiting_since = {shape: since for shape, since in self._waiting_since.items() if placement.unserved[shape]}
+
+    def lend(self, attempt: str, shape: WorkerShape, helpers: int, placement: Placement) -> None:
+        """Lend idle workers to an attempt, and start some for it where there is room, until it has this many."""
+        missing = helpers - placement.lent[attempt]
+        for worker in placement.lendable(shape)[: max(0, missing)]:
+            worker.lent_to, missing = attempt, missing - 1
+        for _ in range(missing - placement.starting[shape]):
+            if self.failed_starts or not self._start_worker(shape, placement):
+                break
+
+    def helpers(self, attempt: str) -> list[str]:
+        """Names of the workers that are lent to an attempt."""
+        return [worker.name for worker in self.registry.workers.values() if worker.lent_to == attempt]

@@ -1,9 +1,10 @@
-"""What Ray says of its nodes and actors."""
+"""What Ray knows about its nodes, its actors and their processes, in the scheduler's terms."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -11,62 +12,64 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ktray.scheduler.config import WORKER
-from ktray.scheduler.failure_kinds import DIED, OUT_OF_MEMORY
-from ktray.scheduler.process_liveness import Process
-from ktray.scheduler.worker_registry import Node
+from ktray.scheduler.failure_kinds import OUT_OF_MEMORY, WORKER_DIED, LossKind
+from ktray.scheduler.liveness import Process
+from ktray.scheduler.worker_environment import WORKER_PREFIX
+from ktray.scheduler.workers import Node
 
 
 def this_process() -> Process:
-    """The one that asks."""
+    """The calling process."""
     return Process(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
 
 
-def end_process(pid: int, born: float | None = None) -> None:
-    """SIGKILL, which also ends a process that is stopped; nothing if it has ended and another one has its number."""
+def kill_process(pid: int, created: float | None = None) -> None:
+    """Send SIGKILL, which also ends a stopped process; nothing if the process has ended and another one has its id."""
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
-        if born is None or psutil.Process(pid).create_time() == born:
+        if created is None or psutil.Process(pid).create_time() == created:
             os.kill(pid, signal.SIGKILL)
 
 
-def end_process_on(node: str, pid: int, born: float | None) -> None:
-    """`end_process` on a node; returns before it is done there."""
+def kill_process_on(node: str, pid: int, created: float | None) -> None:
+    """`kill_process` on a node; on another node than this one it returns before that is done."""
     if node == ray.get_runtime_context().get_node_id():
-        end_process(pid, born)
+        kill_process(pid, created)
         return
-    place = NodeAffinitySchedulingStrategy(node, soft=False)
-    task: Any = ray.remote(end_process)
-    task.options(num_cpus=0, scheduling_strategy=place).remote(pid, born)
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    task: Any = ray.remote(kill_process)
+    task.options(num_cpus=0, scheduling_strategy=strategy).remote(pid, created)
 
 
 def nodes() -> dict[str, Node]:
-    """Node id -> resources of the nodes that live."""
+    """Node id -> resources of the nodes that are alive."""
+    list_nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
     return {
-        node["NodeID"]: Node(held.get("CPU", 0.0), held.get("GPU", 0.0), held.get("memory", float("inf")))
-        for node in ray.nodes()
-        if node["Alive"] and (held := node["Resources"]) is not None
+        node["NodeID"]: Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", float("inf")))
+        for node in list_nodes()
+        if node["Alive"] and (resources := node["Resources"]) is not None
     }
 
 
-def workers_of(namespace: str) -> list[str]:
+def worker_names(namespace: str) -> list[str]:
     """Names of the workers of a scheduler that Ray knows."""
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return [each["name"] for each in named if each["namespace"] == namespace and each["name"].startswith(WORKER)]
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == namespace and actor["name"].startswith(WORKER_PREFIX)]
 
 
-def end_workers(namespace: str) -> list[str]:
-    """End the workers of a scheduler; their names."""
-    names = workers_of(namespace)
+def kill_workers(namespace: str) -> list[str]:
+    """Kill the workers of a scheduler; returns their names."""
+    names = worker_names(namespace)
     for name in names:
         with suppress(ValueError):
             ray.kill(ray.get_actor(name, namespace=namespace))
     return names
 
 
-def death_of(error: Exception) -> tuple[str, str]:
-    """What Ray's account of a worker's death makes of it: the event, and the one line that says something."""
+def loss_of(error: Exception) -> tuple[LossKind, str]:
+    """The kind of a worker's loss and its cause in one line, from Ray's error about the actor."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return OUT_OF_MEMORY, "Ray ended it, since its node had hardly any memory left"
+        return OUT_OF_MEMORY, "Ray killed it, because its node had hardly any memory left"
+    detail = "Worker exit detail:"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = next((line for line in lines if "Worker exit detail:" in line), lines[-1])
-    return DIED, said.partition("Worker exit detail:")[2].strip()[:200] if "Worker exit detail:" in said else said[:300]
+    cause = next((line for line in lines if detail in line), lines[-1])
+    return WORKER_DIED, cause.partition(detail)[2].strip()[:200] if detail in cause else cause[:300]

@@ -1,4 +1,4 @@
-"""`Pool` over borrowed workers: the leader works too, and whatever a helper does not bring back is done by another."""
+"""`Pool` over lent workers: the leader works too, and whatever a helper does not bring back is done by another worker."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from ray import cloudpickle
 from ktray.pool import Item, Result
 
 Helpers = Callable[[], Mapping[str, Any]]
+to_bytes: Callable[[Any], bytes] = cloudpickle.dumps
 
 
 class RayPool:
     """Calls on this worker and on those that are lent to it at the moment.
 
     Args:
-        helpers: name -> actor handle of the workers lent now; asked between items, so help may come later or go.
+        helpers: name -> actor handle of the workers lent now; asked between items, so helpers may come later or go.
     """
 
     def __init__(self, helpers: Helpers) -> None:
@@ -31,104 +32,115 @@ class RayPool:
         return 1 + len(self._helpers())
 
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
-        return _Call(function, items, shared).lead(self._helpers)
+        return _MapCall(function, items, shared).run(self._helpers)
 
 
-class _Call:
-    """One `map`. Threads, one per helper, take the next index; values travel as bytes, so that all get writable copies."""
+class _MapCall:
+    """One call of `map`. The leader and a thread per helper each take the next index until none is left.
+
+    Values travel as bytes, so that all workers get copies that they may write to.
+    """
 
     def __init__(self, function: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any) -> None:
         self.function, self.items, self.shared = function, items, shared
         self.name = uuid.uuid4().hex
-        self.change = threading.Condition()
+        self.changed = threading.Condition()
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
         self.waiting = list(reversed(range(len(items))))
-        self.lent: dict[int, float] = {}
+        self.sent: dict[int, float] = {}  # index -> when a helper took it
         self.longest = 0.0
-        self.over = False
-        self.box: list[Any] = []
+        self.ended = False
+        self.function_ref: list[Any] = []
 
-    def lead(self, helpers: Helpers) -> list[Any]:
-        serving: set[str] = set()
+    def run(self, helpers: Helpers) -> list[Any]:
+        engaged: set[str] = set()
         try:
             while not self._is_done():
                 for name, handle in helpers().items() if len(self.waiting) > 1 else ():
-                    if name not in serving:
-                        serving.add(name)
+                    if name not in engaged:
+                        engaged.add(name)
                         self._engage(handle)
-                index = self._take(time.monotonic(), for_helper=False)
+                index = self._take_for_leader(time.monotonic())
                 if index is None:
-                    with self.change:
+                    with self.changed:
                         if not self._is_done():
-                            self.change.wait(0.05)
+                            self.changed.wait(0.05)
                     continue
                 began = time.monotonic()
                 try:
-                    self._settle(index, self.function(self.items[index], self.shared), began)
+                    self._note_result(index, self.function(self.items[index], self.shared), began)
                 except Exception as error:  # noqa: BLE001 - raised below, if it is the first in the order of the items
-                    self._refuse(index, error)
+                    self._note_error(index, error)
         finally:
-            self.over = True
+            self.ended = True
         if self.errors:
             raise self.errors[min(self.errors)]
         return [self.results[index] for index in range(len(self.items))]
 
     def _engage(self, handle: Any) -> None:
-        if not self.box:
-            self.box.append(ray.put(cloudpickle.dumps((self.function, self.shared))))
-        threading.Thread(target=self._serve, args=(handle,), daemon=True).start()
+        if not self.function_ref:
+            self.function_ref.append(ray.put(to_bytes((self.function, self.shared))))
+        threading.Thread(target=self._feed, args=(handle,), daemon=True).start()
 
-    def _serve(self, handle: Any) -> None:
-        while (index := self._take(began := time.monotonic(), for_helper=True)) is not None:
+    def _feed(self, handle: Any) -> None:
+        """Send one item after the other to a helper."""
+        while (index := self._take_for_helper(began := time.monotonic())) is not None:
+            item = to_bytes(self.items[index])
             try:
-                reply = ray.get(handle.help.remote(self.name, self.box, cloudpickle.dumps(self.items[index])))
+                reply = ray.get(handle.run_item.remote(self.name, self.function_ref, item))
             except ray.exceptions.RayError:
                 reply = None
-            if reply is None:  # dead, or called away to a stage of its own
-                with self.change:
-                    if index in self.lent:
-                        del self.lent[index]
+            if reply is None:  # the helper has died, or has got a stage of its own
+                with self.changed:
+                    if index in self.sent:
+                        del self.sent[index]
                         self.waiting.append(index)
-                        self.change.notify_all()
+                        self.changed.notify_all()
                 return
-            good, value = cloudpickle.loads(reply)
-            if good:
-                self._settle(index, value, began)
+            succeeded, value = cloudpickle.loads(reply)
+            if succeeded:
+                self._note_result(index, value, began)
             else:
-                self._refuse(index, value)
+                self._note_error(index, value)
 
-    def _take(self, now: float, for_helper: bool) -> int | None:
-        with self.change:
-            if self.over or self.errors:
-                # Like one loop would: nothing after the first error is begun.
-                self.waiting = [index for index in self.waiting if not self.over and index < min(self.errors)]
-            if self.waiting:
-                index = self.waiting.pop()
-                if for_helper:
-                    self.lent[index] = now
-                return index
-            if for_helper or not self.lent:
-                return None
-            index = min(self.lent, key=lambda each: self.lent[each])
-            if now - self.lent[index] < 1.0 + 3 * self.longest:
-                return None
-            del self.lent[index]  # slow to answer: done here as well, whoever comes first counts
+    def _take_for_helper(self, now: float) -> int | None:
+        with self.changed:
+            index = self._next_waiting()
+            if index is not None:
+                self.sent[index] = now
             return index
 
-    def _settle(self, index: int, value: Any, began: float) -> None:
-        with self.change:
-            self.results.setdefault(index, value)
-            self.lent.pop(index, None)
-            self.longest = max(self.longest, time.monotonic() - began)
-            self.change.notify_all()
+    def _take_for_leader(self, now: float) -> int | None:
+        with self.changed:
+            index = self._next_waiting()
+            if index is not None or not self.sent:
+                return index
+            oldest = min(self.sent, key=lambda each: self.sent[each])
+            if now - self.sent[oldest] < 1.0 + 3 * self.longest:
+                return None
+            del self.sent[oldest]  # its helper is slow to answer: the leader does it, too, and whoever is first counts
+            return oldest
 
-    def _refuse(self, index: int, error: BaseException) -> None:
-        with self.change:
-            self.lent.pop(index, None)
+    def _next_waiting(self) -> int | None:
+        if self.ended or self.errors:
+            # As in one loop, nothing after the first error begins.
+            self.waiting = [index for index in self.waiting if not self.ended and index < min(self.errors)]
+        return self.waiting.pop() if self.waiting else None
+
+    def _note_result(self, index: int, value: Any, began: float) -> None:
+        with self.changed:
+            self.results.setdefault(index, value)
+            self.sent.pop(index, None)
+            self.longest = max(self.longest, time.monotonic() - began)
+            self.changed.notify_all()
+
+    def _note_error(self, index: int, error: BaseException) -> None:
+        with self.changed:
+            self.sent.pop(index, None)
             if index not in self.results:
                 self.errors.setdefault(index, error)
-            self.change.notify_all()
+            self.changed.notify_all()
 
     def _is_done(self) -> bool:
         count = min(self.errors) if self.errors else len(self.items)

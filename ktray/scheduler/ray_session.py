@@ -1,4 +1,4 @@
-"""Ray begins and ends here: our own quiet one on this machine, or a cluster that somebody else started."""
+"""Sessions on Ray: one that we start on this machine and end again, or a connection to a cluster that somebody else started."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
+import stat
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,19 @@ from typing import Any
 import psutil
 
 from ktray.errors import PreflightFailed, UserError
-from ktray.scheduler import stale_sessions
+from ktray.scheduler.ray_internals import (
+    listen_on_loopback_only,
+    redirect_messages,
+    reload_settings,
+    sigterm_handler_kept,
+)
 from ktray.scheduler.resources import RuntimeSettings
-from ktray.scheduler.worker_environment import environment, plugin_places
+from ktray.scheduler.worker_environment import environment, plugin_paths
 from ktray.stores.locks import FileLock, lock_home
 
 OBJECT_STORE_BYTES = 1 << 30
-KNOCK_SECONDS = 5.0
-KEPT_BYTES = 20_000
+CONNECT_SECONDS = 5.0
+KEPT_LOG_BYTES = 20_000
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -49,7 +53,7 @@ class RaySession:
         address: of the cluster; None if this session started Ray itself.
         log: file with what Ray says.
         warnings: sentences for the user.
-        schedulers: `end` functions of what was founded in this session, called by `stop`.
+        on_stop: what `stop` calls first, such as the end of the schedulers that were started in this session.
         connected: whether this process's one connection to Ray is this session's, so that `stop` ends no other's.
     """
 
@@ -59,7 +63,7 @@ class RaySession:
     log: Path
     warnings: list[str] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    schedulers: list[Callable[[], None]] = field(default_factory=list)
+    on_stop: list[Callable[[], None]] = field(default_factory=list)
     lock: FileLock | None = None
     temporary: Path | None = None
     connected: bool = False
@@ -83,13 +87,13 @@ def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySessi
     )
     try:
         os.environ.update(QUIET)
-        _to_file(session.log)
-        with _sigterm_stays_ours():
+        _redirect_output(session.log)
+        with sigterm_handler_kept():
             if address is None:
                 _start_own(session)
             else:
                 _connect(session, address)
-        _to_file(session.log)
+        _redirect_output(session.log)
         atexit.register(stop, session)
     except BaseException:
         stop(session)
@@ -98,16 +102,16 @@ def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySessi
 
 
 def stop(session: RaySession) -> None:
-    """End what this session started: all of its processes on our own Ray, our actors on a foreign cluster."""
+    """End what this session started: all processes of a Ray of our own, our actors on somebody else's cluster."""
     import ray
 
-    for end in session.schedulers:
+    for end in session.on_stop:
         end()
-    session.schedulers.clear()
+    session.on_stop.clear()
     processes: list[psutil.Process] = []
     if session.connected:
         atexit.unregister(stop)
-        processes = _own_processes() if session.address is None else []
+        processes = ray_processes(session.temporary) if session.temporary is not None else []
         ray.shutdown()
         session.connected = False
     _, alive = psutil.wait_procs(processes, timeout=3)
@@ -118,31 +122,29 @@ def stop(session: RaySession) -> None:
     if session.temporary is not None:
         _keep_errors(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
-        stale_sessions.remove_all(session.home)
+        _remove_until_gone(session.home)
     if session.lock is not None:
         session.lock.release()
 
 
 def _start_own(session: RaySession) -> None:
     import ray
-    from ray._private import ray_constants
 
     _claim_connection(session)
     # Unix sockets live below this folder and their paths may have 107 bytes.
     root = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
     session.temporary = root / f"ktray-{secrets.token_hex(4)}"
-    kept = [*stale_sessions.remove(session.home), session.temporary]
-    (session.home / "ray").write_text("".join(f"{folder}\n" for folder in kept))  # before it is there: a kill may come now
+    folders = [*remove_leftovers(session.home), session.temporary]
+    (session.home / "ray").write_text("".join(f"{folder}\n" for folder in folders))  # before it exists: a kill may come now
     session.temporary.mkdir(mode=0o700)
     token = session.home / "token"
     if not token.exists():
         _write_private(token, secrets.token_hex(32))
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-    _use_token()
-    # Ray's switch for laptops: it then listens on the loopback interface only.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    ray_constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
+    _enable_token()
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's own processes read it: loopback only
+    listen_on_loopback_only()
     try:
         ray.init(
             address="local",
@@ -164,10 +166,10 @@ def _connect(session: RaySession, address: str) -> None:
     _refuse_unreachable(address)
     _claim_connection(session)
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
-        _use_token()
+        _enable_token()
     try:
         # Nodes have ktray installed, but not what the user wrote beside the space: Ray takes it there.
-        shipped = {"py_modules": places} if (places := plugin_places()) else {}
+        shipped = {"py_modules": paths} if (paths := plugin_paths()) else {}
         ray.init(address=address, runtime_env={"env_vars": environment(), **shipped}, **_quiet())
     except ray.exceptions.AuthenticationError:
         raise UserError(
@@ -179,7 +181,7 @@ def _connect(session: RaySession, address: str) -> None:
             "--address",
             "Start one with `ray start --head`.",
         ) from None
-    if not _has_token():
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         session.warnings.append(
             f"The cluster at {address} has no token authentication: everybody who reaches it can run code there. "
             "Start it with RAY_AUTH_MODE=token."
@@ -187,7 +189,7 @@ def _connect(session: RaySession, address: str) -> None:
 
 
 def _claim_connection(session: RaySession) -> None:
-    """A process has one connection to Ray; whatever Ray starts from here on, also if it fails midway, `stop` ends."""
+    """Note that this session owns the process's one connection to Ray: `stop` ends what Ray starts from here on."""
     import ray
 
     if ray.is_initialized():
@@ -199,7 +201,7 @@ def _claim_connection(session: RaySession) -> None:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Ray itself would knock for minutes, and write on the terminal meanwhile."""
+    """Try the address first: Ray itself would try for minutes, and write on the terminal meanwhile."""
     if address.startswith("ray://"):
         raise UserError(
             f"{address} is Ray Client, which a search cannot use",
@@ -210,7 +212,7 @@ def _refuse_unreachable(address: str) -> None:
     if not port.isdecimal():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(
             f"nothing answers at {address} ({getattr(error, 'strerror', None) or error})",
@@ -223,40 +225,13 @@ def _quiet() -> dict[str, Any]:
     return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
-def _use_token() -> None:
-    from ray._raylet import Config  # type: ignore[attr-defined]
-
+def _enable_token() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
-    Config.initialize("")  # Ray has read its settings when it was imported, and so do its own entry points
+    reload_settings()
 
 
-def _has_token() -> bool:
-    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
-
-    return bool(get_authentication_mode() == AuthenticationMode.TOKEN)
-
-
-@contextmanager
-def _sigterm_stays_ours() -> Iterator[None]:
-    """Who handles SIGTERM goes on doing so: Ray would take it, in Python to exit wherever we are, in C++ to print a stack."""
-    from ray._private import utils
-
-    takes, handler = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
-    ours = handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread()
-    if ours:
-        utils.set_sigterm_handler = lambda handler: None
-    try:
-        yield
-    finally:
-        utils.set_sigterm_handler = takes
-        if ours:
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _to_file(log: Path) -> None:
+def _redirect_output(log: Path) -> None:
     """Send to a file what Ray says: its loggers, and the lines that it prints whatever `log_to_driver` is."""
-    import ray._private.worker
-
     handler = logging.FileHandler(log, delay=True)
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: its lines are not worth a traceback
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
@@ -272,30 +247,24 @@ def _to_file(log: Path) -> None:
         with suppress(OSError), open(log, "a") as file:
             file.writelines(f"({data.get('pid')}) {line}\n" for line in data.get("lines", ()))
 
-    # Private, but the only place: messages about dead workers are printed by the driver itself.
-    ray._private.worker.print_to_stdstream = write
+    redirect_messages(write)
 
 
-def _own_processes() -> list[psutil.Process]:
-    """Ray's processes that this process started, and all that these started."""
-    import ray._private.worker
-
-    node = ray._private.worker._global_node
+def ray_processes(temporary: Path) -> list[psutil.Process]:
+    """The processes of the Ray that this process has started with this temporary folder, and all that these have started."""
     found: dict[int, psutil.Process] = {}
-    groups: list[list[Any]] = list(node.all_processes.values()) if node else []
-    for group in groups:
-        for info in group:
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(info.process.pid)
-                found |= {each.pid: each for each in [process, *process.children(recursive=True)]}
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if any(str(temporary) in argument for argument in child.cmdline()):
+                found |= {process.pid: process for process in [child, *child.children(recursive=True)]}
     return list(found.values())
 
 
 def _keep_errors(temporary: Path, log: Path) -> None:
-    """Append to our log what workers wrote to stderr, such as the last words of one that crashed; the end of each."""
+    """Append to our log the end of what each worker wrote to stderr, such as the reason why one crashed."""
     for path in sorted(temporary.glob("session_2*/logs/worker-*.err")):
         with suppress(OSError), open(path, "rb") as file, open(log, "a") as kept:
-            file.seek(max(0, path.stat().st_size - KEPT_BYTES))
+            file.seek(max(0, path.stat().st_size - KEPT_LOG_BYTES))
             lines = [line for line in file.read().decode(errors="replace").splitlines() if not line.startswith(":")]
             kept.writelines(f"({path.stem[:40]}) {line}\n" for line in lines)
 
@@ -303,3 +272,53 @@ def _keep_errors(temporary: Path, log: Path) -> None:
 def _write_private(path: Path, text: str) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+
+
+# ---- folders of sessions that were killed; HOME/ray lists where the Ray of this home kept its sockets and logs
+
+REMOVAL_TRIES = 30  # a tenth of a second apart: Ray's processes write into their folder until they end
+
+
+def tidy(home: Path) -> None:
+    """Remove what killed sessions left, unless a session uses this home; for commands that need no Ray."""
+    if not (home / "ray").exists():
+        return
+    try:
+        lock = lock_home(home)
+    except UserError:
+        return
+    with lock:
+        _remove_until_gone(home)
+
+
+def _remove_until_gone(home: Path) -> None:
+    """`remove_leftovers` again and again for some seconds; what is left even then, the next session removes."""
+    for _ in range(REMOVAL_TRIES):
+        if not remove_leftovers(home):
+            return
+        time.sleep(0.1)
+
+
+def remove_leftovers(home: Path) -> list[Path]:
+    """Remove the folders of sessions that were killed; under the home's lock, so nobody uses them.
+
+    Returns:
+        Those that are still there: Ray's processes outlive a killed driver by seconds, and write into them.
+    """
+    try:
+        listed = [Path(line) for line in (home / "ray").read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    ours = [folder for folder in listed if folder.exists() and _is_ours(folder)]
+    for folder in ours:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [folder for folder in ours if folder.exists()]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether we may have made this folder: whoever can write HOME/ray must not choose what we remove."""
+    parents = {Path("/tmp"), Path(tempfile.gettempdir())}
+    if not folder.name.startswith("ktray-") or folder.parent not in parents:
+        return False
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()

@@ -1,166 +1,360 @@
-"""What is wanted, by whom, and how each request ends. Pure, like the core that it is a part of."""
+"""Requests, the stages that they wait for, and the queue of those that can start. Pure: no Ray, no clock.
+
+A driver requests stages. Each stage that the store lacks becomes a `PendingStage`, once for all requests that want it, and
+stays one until it is published or has failed; while a worker has it, there is a `RunningStage` for it, too. The `ReadyQueue`
+orders the pending stages that can start. The `RequestTable` answers a request when all its stages are in the store, or one has
+failed.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ktray.artifact import Artifact, Stage
-from ktray.scheduler.messages import PendingStage, Request, RequestResult
-from ktray.scheduler.ready_queue import ReadyQueue
+from ktray.scheduler.failure_kinds import CANCELLED, FailureKind
+from ktray.scheduler.messages import Action, RequestResult
+from ktray.scheduler.recent_keys import REMEMBERED, RecentKeys
+
+Rank = tuple[float, ...]
+
+
+@dataclass
+class Request:
+    """Stages that one waiter wants; `waiter` is empty for a prefetch."""
+
+    name: str
+    waiter: str
+    session: str
+    priority: int
+    since: float
+    keys: tuple[str, ...]
+    pending: set[str] = field(default_factory=set)
+    states: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Artifact] = field(default_factory=dict)
+
+
+@dataclass
+class PendingStage:
+    """A stage that is requested and not in the store; it may be running.
+
+    Attributes:
+        order: counts the stages as they become pending.
+        owner: the request that is told that it caused the computation; empty while only prefetches want the stage.
+        requests: names of the requests that want it.
+        waiting_trials: how many of these are of trials, which wait for them.
+        priorities: priority -> how many of the requests have it.
+        seconds: how long it is expected to run.
+        path_seconds: how long it and the longest chain of pending stages that depend on it are expected to run.
+    """
+
+    stage: Stage
+    order: int
+    since: float
+    owner: str = ""
+    requests: set[str] = field(default_factory=set)
+    waiting_trials: int = 0
+    priorities: Counter[int] = field(default_factory=Counter)
+    seconds: float = 0.0
+    path_seconds: float = 0.0
+
+
+@dataclass
+class RunningStage:
+    """An attempt at a stage, on a worker.
+
+    Stages of one family may run together, under one attempt: then there is one of these for each key.
+
+    Attributes:
+        last_progress: when its progress last changed, or it started.
+        confirmed: whether a heartbeat of the worker has named it.
+        progress_changes: how many times its progress has changed.
+        leader: the key by which the worker knows the attempt.
+    """
+
+    key: str
+    stage: Stage
+    attempt: str
+    worker: str
+    since: float
+    last_progress: float
+    progress: Mapping[str, float] = field(default_factory=dict)
+    confirmed: bool = False
+    progress_changes: int = 0
+    leader: str = ""
+
+
+class ReadyQueue:
+    """The pending stages that can start, best first; kept up to date with every change, because thousands may be pending.
+
+    A stage is ready while it does not run and nothing that it depends on is pending.
+
+    Attributes:
+        names: stage name -> how many stages of that name are ready.
+    """
+
+    def __init__(self) -> None:
+        self.names: Counter[str] = Counter()
+        self._order: list[tuple[Rank, str]] = []
+        self._ranks: dict[str, Rank] = {}
+        self._dependencies: dict[str, frozenset[str]] = {}
+        self._open_dependencies: dict[str, int] = {}
+        self._dependents: dict[str, set[str]] = {}
+        self._running: set[str] = set()
+
+    def __iter__(self) -> Iterator[str]:
+        """The ready keys as they are now, whatever happens to the queue meanwhile."""
+        return iter([key for _, key in self._order])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._ranks and key not in self._running and not self._open_dependencies[key]
+
+    def ready_among(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` that are ready, best first."""
+        return [key for _, key in sorted((self._ranks[key], key) for key in keys if key in self)]
+
+    def dependencies(self, key: str) -> set[str]:
+        """The pending keys that a pending one depends on."""
+        return {dependency for dependency in self._dependencies[key] if dependency in self._ranks}
+
+    def dependents(self, key: str) -> set[str]:
+        """The pending keys that depend on this one, or would if it were pending."""
+        return self._dependents.get(key, set()).copy()
+
+    def add(self, key: str, dependencies: Iterable[str], rank: Rank) -> None:
+        """A stage becomes pending; it waits while any of `dependencies` is pending."""
+        self._dependencies[key] = frozenset(dependencies)
+        self._open_dependencies[key] = sum(dependency in self._ranks for dependency in self._dependencies[key])
+        for dependency in self._dependencies[key]:
+            self._dependents.setdefault(dependency, set()).add(key)
+        for dependent in self._dependents.get(key, ()):
+            self._take_out(dependent)
+            self._open_dependencies[dependent] += 1
+        self._ranks[key] = rank
+        self._put_in(key)
+
+    def remove(self, key: str) -> None:
+        """A stage is no longer pending; what depended on it may start."""
+        self._take_out(key)
+        del self._ranks[key], self._open_dependencies[key]
+        for dependency in self._dependencies.pop(key):
+            self._dependents[dependency].discard(key)
+            if not self._dependents[dependency]:
+                del self._dependents[dependency]
+        for dependent in self._dependents.get(key, ()):
+            self._open_dependencies[dependent] -= 1
+            self._put_in(dependent)
+
+    def set_rank(self, key: str, rank: Rank) -> None:
+        """Move a pending stage to the place that this rank gives it."""
+        if rank != self._ranks[key]:
+            self._take_out(key)
+            self._ranks[key] = rank
+            self._put_in(key)
+
+    def mark_running(self, key: str) -> None:
+        """A stage runs."""
+        self._take_out(key)
+        self._running.add(key)
+
+    def mark_stopped(self, key: str) -> None:
+        """A stage no longer runs, and can start again if it is still pending."""
+        self._running.discard(key)
+        self._put_in(key)
+
+    def _put_in(self, key: str) -> None:
+        if key in self:
+            insort(self._order, (self._ranks[key], key))
+            self.names[key.rpartition("-")[0]] += 1
+
+    def _take_out(self, key: str) -> None:
+        if key in self:
+            del self._order[bisect_left(self._order, (self._ranks[key], key))]
+            name = key.rpartition("-")[0]
+            self.names[name] -= 1
+            if not self.names[name]:
+                del self.names[name]
 
 
 class RequestTable:
-    """Requests and the stages that they want.
+    """Requests and the stages that they wait for.
 
     Args:
         find: key -> artifact if it is in the store.
         running: keys of the stages that run now, kept by the core.
-        outbox: where answers are left.
-        seconds: how long a stage is thought to run; asked when it is first wanted.
+        outbox: where results are left.
+        expected_seconds: how long a stage is expected to run; asked when it becomes pending.
+        remembered: how many stages that nobody waits for any more are remembered, in case their artifact is found missing.
+
+    Attributes:
+        open: name -> request that has no result yet.
+        pending: key -> stage.
+        reused: stage name -> how often a request found a stage in the store, or joined one on its way.
     """
 
     def __init__(
         self,
         find: Callable[[str], Artifact | None],
         running: Collection[str],
-        outbox: list[Any],
-        seconds: Callable[[Stage], float] = lambda stage: 0.0,
+        outbox: list[Action],
+        expected_seconds: Callable[[Stage], float] = lambda stage: 0.0,
+        remembered: int = REMEMBERED,
     ) -> None:
-        self.find, self.running, self.outbox, self.seconds = find, running, outbox, seconds
-        self.wants: dict[str, PendingStage] = {}
-        self.requests: dict[str, Request] = {}
-        self.known: dict[str, Stage] = {}
+        self.find, self.running, self.outbox, self.expected_seconds = find, running, outbox, expected_seconds
+        self.pending: dict[str, PendingStage] = {}
+        self.open: dict[str, Request] = {}
         self.reused: Counter[str] = Counter()
-        self.line = ReadyQueue()
+        self.queue = ReadyQueue()
+        self._remembered = remembered
+        self._prune_at = 2 * remembered
+        self._stages: dict[str, Stage] = {}
         self._families: dict[str, set[str]] = {}
-        self._present: set[str] = set()
-        self._unclaimed: set[str] = set()
-        self._orders = 0
+        self._in_store = RecentKeys[str](remembered)
+        self._prefetched = RecentKeys[str](remembered)
+        self._last_order = 0
 
-    def request(self, name: str, waiter: str, session: str, stages: Sequence[Stage], priority: int, now: float) -> None:
+    def add_request(self, name: str, waiter: str, session: str, stages: Sequence[Stage], priority: int, now: float) -> None:
         """Enter a request; a second time under the same name, as after a crash of the broker, changes nothing."""
-        if name in self.requests:
+        if name in self.open:
             return
-        self.known.update({stage.key: stage for stage in stages})
+        self._remember(stages)
         request = Request(name, waiter, session, priority, now, tuple(stage.key for stage in stages))
-        self.requests[name] = request
+        self.open[name] = request
         for stage in stages:
-            self.enter(stage, request, now)
-        self._settle(request)
+            self._want(stage, request, now)
+        self._answer_if_complete(request)
 
-    def enter(self, stage: Stage, request: Request, now: float) -> None:
-        """Have `request` want this stage, and what it reads, unless the store has it."""
-        key = stage.key
-        want = self.wants.get(key)
-        if want is None:
-            artifact = self.find(key)
+    def _remember(self, stages: Iterable[Stage]) -> None:
+        """Remember stages by key; what nobody needs any more is forgotten, oldest first."""
+        for stage in stages:
+            self._stages.pop(stage.key, None)  # so that it becomes the newest
+            self._stages[stage.key] = stage
+        if len(self._stages) > self._prune_at:
+            needed = self.pending.keys() | {key for each in self.pending.values() for key in each.stage.inputs.values()}
+            needed |= set(list(self._stages)[-self._remembered :])
+            self._stages = {key: stage for key, stage in self._stages.items() if key in needed}
+            self._prune_at = 2 * max(self._remembered, len(self._stages))
+
+    def _want(self, stage: Stage, request: Request, now: float) -> None:
+        """Have `request` wait for this stage, and for what it reads, unless the store has it."""
+        pending = self.pending.get(stage.key)
+        if pending is None:
+            artifact = self.find(stage.key)
             if artifact is not None:
-                self._note_present(artifact, request)
+                self._note_found(artifact, request)
                 return
-            want = self.add(stage, now)
-        request.pending.add(key)
-        self._count(want, request)
-        if request.waiter and not want.owner:
-            want.owner = request.name
-        for absent in self._absent(stage):
-            if absent in self.known:
-                self.enter(self.known[absent], request, now)
+            pending = self.add_pending(stage, now)
+        request.pending.add(stage.key)
+        self._link(pending, request)
+        if request.waiter and not pending.owner:
+            pending.owner = request.name
+        absent = [key for key in stage.inputs.values() if key not in self.pending and not self.is_in_store(key)]
+        for key in absent:
+            if key in self._stages:
+                self._want(self._stages[key], request, now)
 
-    def _count(self, want: PendingStage, request: Request, here: bool = True) -> None:
-        """Note that a request wants it, or no more; counted, since thousands may share a stage."""
-        if (request.name in want.requests) == here:
-            return
-        step = 1 if here else -1
-        want.requests ^= {request.name}
-        want.trials += step * bool(request.waiter)
-        want.priorities[request.priority] += step
-        if not want.priorities[request.priority]:
-            del want.priorities[request.priority]
-        self.line.rank(want.stage.key, self._rank(want))
+    def _link(self, pending: PendingStage, request: Request) -> None:
+        if request.name not in pending.requests:
+            pending.requests.add(request.name)
+            self._count(pending, request, 1)
 
-    def _note_present(self, artifact: Artifact, request: Request) -> None:
-        self._present.add(artifact.key)
+    def _unlink(self, pending: PendingStage, request: Request) -> None:
+        if request.name in pending.requests:
+            pending.requests.discard(request.name)
+            self._count(pending, request, -1)
+
+    def _count(self, pending: PendingStage, request: Request, step: int) -> None:
+        """Keep the counts behind a stage's rank; counted rather than looked up, since thousands may share a stage."""
+        pending.waiting_trials += step * bool(request.waiter)
+        pending.priorities[request.priority] += step
+        if not pending.priorities[request.priority]:
+            del pending.priorities[request.priority]
+        self.queue.set_rank(pending.stage.key, self._rank(pending))
+
+    def _note_found(self, artifact: Artifact, request: Request) -> None:
+        self._in_store.add(artifact.key)
         request.found[artifact.key] = artifact
-        claimed = request.waiter and artifact.key in self._unclaimed
-        request.states[artifact.key] = "computed" if claimed else "reused"
-        if claimed:  # a prefetch computed it for nobody in particular: who comes first has caused it
-            self._unclaimed.discard(artifact.key)
+        causes = request.waiter and artifact.key in self._prefetched
+        request.states[artifact.key] = "computed" if causes else "reused"
+        if causes:  # a prefetch computed it for nobody in particular: the first to ask counts as its cause
+            self._prefetched.discard(artifact.key)
         elif request.waiter:
             self.reused[artifact.key.rpartition("-")[0]] += 1
 
-    def _absent(self, stage: Stage) -> list[str]:
-        return [key for key in stage.inputs.values() if key not in self.wants and not self.is_present(key)]
-
-    def add(self, stage: Stage, now: float) -> PendingStage:
-        """A want of nobody yet, or the one that is there."""
-        if stage.key not in self.wants:
-            self._orders += 1
-            self.known[stage.key] = stage
-            self._present.discard(stage.key)
-            want = self.wants[stage.key] = PendingStage(stage, self._orders, now, seconds=self.seconds(stage))
-            want.path = want.seconds + max((self.wants[each].path for each in self.line.readers(stage.key)), default=0.0)
-            self.line.enter(stage.key, (*stage.starts, *stage.inputs.values()), self._rank(want))
-            self._lengthen(want)
+    def add_pending(self, stage: Stage, now: float) -> PendingStage:
+        """The pending stage of this key; a new one is wanted by no request yet."""
+        if stage.key not in self.pending:
+            self._last_order += 1
+            self._remember([stage])
+            self._in_store.discard(stage.key)
+            pending = PendingStage(stage, self._last_order, now, seconds=self.expected_seconds(stage))
+            self.pending[stage.key] = pending
+            paths = (self.pending[key].path_seconds for key in self.queue.dependents(stage.key))
+            pending.path_seconds = pending.seconds + max(paths, default=0.0)
+            self.queue.add(stage.key, (*stage.starts, *stage.inputs.values()), self._rank(pending))
+            self._lengthen_paths(pending)
             if stage.family:
                 self._families.setdefault(stage.family, set()).add(stage.key)
-        return self.wants[stage.key]
+        return self.pending[stage.key]
 
-    def _lengthen(self, want: PendingStage) -> None:
-        """Tell all that this want waits for how long the path through it is."""
-        longer = [want]
-        while longer:
-            last = longer.pop()
-            for key in self.line.behind(last.stage.key):
-                before = self.wants[key]
-                if before.path < before.seconds + last.path:
-                    before.path = before.seconds + last.path
-                    self.line.rank(key, self._rank(before))
-                    longer.append(before)
+    def _lengthen_paths(self, pending: PendingStage) -> None:
+        """Update the paths of all that this stage depends on, directly or not."""
+        lengthened = [pending]
+        while lengthened:
+            last = lengthened.pop()
+            for key in self.queue.dependencies(last.stage.key):
+                dependency = self.pending[key]
+                if dependency.path_seconds < dependency.seconds + last.path_seconds:
+                    dependency.path_seconds = dependency.seconds + last.path_seconds
+                    self.queue.set_rank(key, self._rank(dependency))
+                    lengthened.append(dependency)
 
-    def _forget(self, key: str) -> PendingStage | None:
-        """The want of this key, which is none any more."""
-        want = self.wants.pop(key, None)
-        if want is None:
+    def _remove_pending(self, key: str) -> PendingStage | None:
+        pending = self.pending.pop(key, None)
+        if pending is None:
             return None
-        self.line.leave(key)
-        family = want.stage.family
+        self.queue.remove(key)
+        family = pending.stage.family
         if family:
             self._families[family].discard(key)
             if not self._families[family]:
                 del self._families[family]
-        return want
+        return pending
 
-    def is_present(self, key: str) -> bool:
-        """Whether the store has it, as far as was seen."""
-        if key not in self._present and self.find(key) is not None:
-            self._present.add(key)
-        return key in self._present
+    def is_in_store(self, key: str) -> bool:
+        """Whether the store has this key, or had it when it was last looked for."""
+        if key not in self._in_store and self.find(key) is not None:
+            self._in_store.add(key)
+        return key in self._in_store
 
-    def release(self, session: str, waiter: str | None = None) -> None:
-        """End the requests of a session, or of one of its waiters: two searches may call theirs alike. Stages run on."""
-        for request in list(self.requests.values()):
+    def cancel(self, session: str, waiter: str | None = None) -> None:
+        """End the requests of a session, or those of one of its waiters: two searches may name theirs alike.
+
+        What runs for them runs on.
+        """
+        for request in list(self.open.values()):
             if request.session == session and waiter in (None, request.waiter):
-                self._drop(request)
-                self.outbox.append(RequestResult(request.name, kind="released", cause="the wait was cancelled"))
+                self._drop_request(request)
+                self.outbox.append(RequestResult(request.name, kind=CANCELLED, cause="the wait was cancelled"))
 
-    def _drop(self, request: Request) -> None:
-        del self.requests[request.name]
+    def _drop_request(self, request: Request) -> None:
+        del self.open[request.name]
         for key in request.pending:
-            want = self.wants.get(key)
-            if want is None:
+            pending = self.pending.get(key)
+            if pending is None:
                 continue
-            self._count(want, request, here=False)
-            if want.owner == request.name:
-                want.owner = min((name for name in want.requests if self.requests[name].waiter), default="")
-            if not want.requests and key not in self.running:
-                self._forget(key)
+            self._unlink(pending, request)
+            if pending.owner == request.name:
+                pending.owner = min((name for name in pending.requests if self.open[name].waiter), default="")
+            if not pending.requests and key not in self.running:
+                self._remove_pending(key)
 
-    def _settle(self, request: Request) -> None:
-        if request.pending or request.name not in self.requests:
+    def _answer_if_complete(self, request: Request) -> None:
+        if request.pending or request.name not in self.open:
             return
-        del self.requests[request.name]
+        del self.open[request.name]
         outcomes = tuple(
             {
                 "key": key,
@@ -173,65 +367,65 @@ class RequestTable:
         self.outbox.append(RequestResult(request.name, outcomes))
 
     def publish(self, artifact: Artifact, computed: bool) -> None:
-        """Tell all who want it that it is in the store; `computed` if this scheduler has just put it there."""
+        """Answer the requests that waited for this artifact alone; `computed` if this scheduler has just made it."""
         key, name = artifact.key, artifact.key.rpartition("-")[0]
-        self._present.add(key)
-        want = self._forget(key)
-        if want is None:
+        self._in_store.add(key)
+        pending = self._remove_pending(key)
+        if pending is None:
             return
-        if computed and not want.owner:
-            self._unclaimed.add(key)
-        for request in [self.requests[each] for each in want.requests]:
+        if computed and not pending.owner:
+            self._prefetched.add(key)
+        for request in [self.open[request_name] for request_name in pending.requests]:
             request.pending.discard(key)
             request.found[key] = artifact
-            caused = "computed" if want.owner == request.name else "joined"
-            request.states[key] = caused if computed else "reused"
+            share = "computed" if pending.owner == request.name else "joined"
+            request.states[key] = share if computed else "reused"
             if request.waiter and request.states[key] != "computed":
                 self.reused[name] += 1
-            self._settle(request)
+            self._answer_if_complete(request)
 
-    def fail(self, key: str, kind: str, cause: str) -> None:
-        """Give up a wanted stage and all that reads it: each request that waits for them ends once, with this cause."""
-        readers = sorted(self.line.readers(key))
-        want = self._forget(key)
-        for name in sorted(want.requests) if want else ():
-            self._drop(self.requests[name])
+    def fail(self, key: str, kind: FailureKind, cause: str) -> None:
+        """Fail a pending stage and all that reads it: each request that waits for any of them ends once, with this cause."""
+        dependents = sorted(self.queue.dependents(key))
+        pending = self._remove_pending(key)
+        for name in sorted(pending.requests) if pending else ():
+            self._drop_request(self.open[name])
             self.outbox.append(RequestResult(name, failed=key, cause=cause, kind=kind))
-        for other in readers:
-            each = self.wants.get(other)
-            if each is not None and key in each.stage.inputs.values() and other not in self.running:
-                self.fail(other, kind, f"it reads {key}, which failed: {cause}")
+        for dependent in dependents:
+            reader = self.pending.get(dependent)
+            if reader is not None and key in reader.stage.inputs.values() and dependent not in self.running:
+                self.fail(dependent, kind, f"it reads {key}, which failed: {cause}")
 
-    def miss(self, key: str, missing: str, now: float) -> bool:
-        """An input of a wanted stage is not in the store after all; whether it is on its way now."""
-        if missing not in self.known:
+    def recompute_input(self, key: str, missing: str, now: float) -> bool:
+        """Request an input of a pending stage that is not in the store after all; whether it is on its way now."""
+        if missing not in self._stages:
             return False
-        self._present.discard(missing)
-        for request in [self.requests[each] for each in self.wants[key].requests]:
-            self.enter(self.known[missing], request, now)
-        return missing in self.wants or self.is_present(missing)
+        self._in_store.discard(missing)
+        for request in [self.open[name] for name in self.pending[key].requests]:
+            self._want(self._stages[missing], request, now)
+        return missing in self.pending or self.is_in_store(missing)
 
-    def forsake(self, key: str) -> None:
-        """Forget a stage that no longer runs, if nobody wants it."""
-        if key in self.wants and not self.wants[key].requests:
-            self._forget(key)
+    def drop_unrequested(self, key: str) -> None:
+        """Forget a stage that no longer runs, if no request wants it."""
+        if key in self.pending and not self.pending[key].requests:
+            self._remove_pending(key)
 
-    def queue(self) -> Iterator[PendingStage]:
-        """Wants that do not run and whose inputs are there, in the order in which they should begin.
+    def ready(self) -> Iterator[PendingStage]:
+        """Pending stages that do not run and whose inputs are there, in the order in which they should start.
 
-        Higher priority first, then what more trials wait for, then the longer path of what waits for it, then the older.
-        A stage also waits while a shorter training that it would continue is on its way.
+        Higher priority first, then what more trials wait for, then the longer path of what depends on it, then the older.
+        A training also waits while a shorter one that it would continue is pending.
         """
-        return (self.wants[key] for key in self.line if key in self.wants)
+        return (self.pending[key] for key in self.queue if key in self.pending)
 
-    def among(self, keys: Collection[str]) -> list[PendingStage]:
-        """Those of `keys` that `queue` would give, in its order."""
-        return [self.wants[key] for key in self.line.of(keys)]
+    def ready_among(self, keys: Collection[str]) -> list[PendingStage]:
+        """Those of `keys` that `ready` would give, in its order."""
+        return [self.pending[key] for key in self.queue.ready_among(keys)]
 
-    def relatives(self, stage: Stage) -> list[Stage]:
-        """Others of its family that could begin now, too, as `queue` would give them."""
-        return [want.stage for want in self.among(self._families.get(stage.family, set()) - {stage.key})]
+    def ready_family(self, stage: Stage) -> list[Stage]:
+        """The other ready stages of this stage's family, in the order of `ready`."""
+        return [pending.stage for pending in self.ready_among(self._families.get(stage.family, set()) - {stage.key})]
 
-    def _rank(self, want: PendingStage) -> tuple[float, float, float, int]:
-        waiting = want.trials or len(want.requests)  # trials, or what will become some
-        return (-max(want.priorities, default=0), -waiting, -want.path, want.order)
+    def _rank(self, pending: PendingStage) -> tuple[float, float, float, int]:
+        trials = pending.waiting_trials or len(pending.requests)  # trials, or prefetches for what will become some
+        return (-max(pending.priorities, default=0), -trials, -pending.path_seconds, pending.order)

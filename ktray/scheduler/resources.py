@@ -1,126 +1,176 @@
-"""What stages may use and how the scheduler watches its workers: the runtime file. None of it is hashed or changes a result."""
+"""Resources: what each kind of stage requests, read from the runtime file, and which share of a GPU it gets by default.
+
+Nothing here is hashed, and nothing here may change a result.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import Field, ValidationError
 
+from ktray.artifact import Artifact
 from ktray.errors import UserError
+from ktray.strict import StrictSpec, plain_types
+from ktray.yaml_file import parse_yaml
+
+STAGES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation")
+_EXAMPLE = "Write {cpus: 8, stages: {student: {gpus: 0.5}}}."
 
 
-@dataclass(frozen=True)
-class ResourceRequest:
-    """What one stage needs while it runs.
+class ResourceRequest(StrictSpec):
+    """What one stage holds while it runs.
 
     Attributes:
-        cpus: CPUs of the worker that runs it; the usual worker holds one.
-        gpus: share of a GPU, such as 0.5, or a number of GPUs; such a worker holds no CPU in Ray's books. None leaves it to
-            `shares.Shares`, 0 says that it runs on CPUs also where there are GPUs.
-        memory_bytes: host memory that admission reserves on the node; 0 reserves nothing.
+        cpus: CPUs of the worker that runs it; the usual worker has one.
+        gpus: share of a GPU, such as 0.5, or a number of GPUs; such a worker holds no CPU in Ray's accounts. None leaves it to
+            `GpuShares`; 0 runs the stage on CPUs even where there are GPUs.
+        memory_bytes: host memory that placement reserves on the node; 0 reserves nothing.
         helpers: how many more workers of the same shape it may borrow while they are idle.
     """
 
-    cpus: float = 1.0
-    gpus: float | None = None
-    memory_bytes: int = 0
-    helpers: int = 0
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float | None = Field(default=None, ge=0)
+    memory_bytes: int = Field(default=0, ge=0)
+    helpers: int = Field(default=0, ge=0)
 
 
-STAGES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation")
+USUAL_REQUEST = ResourceRequest()
 SPLITTABLE = {name: ResourceRequest(helpers=63) for name in ("images", "features", "clusters", "pseudo_labels")}
 
 
-@dataclass(frozen=True)
-class RuntimeSettings:
-    """Resources, limits and patience, from the file given with ``--runtime``.
+class RuntimeSettings(StrictSpec):
+    """Resources, limits and timeouts, from the file given with ``--runtime``.
 
     Attributes:
         cpus: CPUs for workers, None for all that the cluster has.
-        stages: stage name -> needs; a stage that is not named needs one CPU, or, if it runs a network and the cluster has GPUs,
-            a share of one of these and no CPU.
-        heartbeat_seconds: how often a worker tells that it lives.
+        stages: stage name -> request; a stage that is not named requests one CPU, or, if it runs a network and the cluster has
+            GPUs, a share of one of these and no CPU.
+        heartbeat_seconds: time between two heartbeats of a worker.
         dead_after: seconds without a heartbeat after which a worker is killed and its stage starts elsewhere.
         idle_exit_seconds: how long a scheduler without a driver lives on.
         checkpoint_seconds: how much work a killed stage may lose.
         memmap_bytes: pixels above this are streamed instead of written to a memmap.
     """
 
-    cpus: int | None = None
-    stages: Mapping[str, ResourceRequest] = field(default_factory=lambda: dict(SPLITTABLE))
-    heartbeat_seconds: float = 0.5
-    dead_after: float = 15.0
-    idle_exit_seconds: float = 30.0
-    checkpoint_seconds: float = 20.0
-    memmap_bytes: int = 20 << 30
+    cpus: int | None = Field(default=None, ge=1)
+    stages: Mapping[str, ResourceRequest] = SPLITTABLE
+    heartbeat_seconds: float = Field(default=0.5, gt=0)
+    dead_after: float = Field(default=15.0, gt=0)
+    idle_exit_seconds: float = Field(default=30.0, gt=0)
+    checkpoint_seconds: float = Field(default=20.0, gt=0)
+    memmap_bytes: int = Field(default=20 << 30, ge=0)
 
-    def of(self, stage: str) -> ResourceRequest:
-        """What the stage of this name needs."""
-        return self.stages.get(stage, ResourceRequest())
+    def request_of(self, stage: str) -> ResourceRequest:
+        """The request of the stage of this name."""
+        return self.stages.get(stage, USUAL_REQUEST)
 
 
 def load_runtime(path: Path | None) -> RuntimeSettings:
-    """The runtime in a YAML file, such as ``{cpus: 8, stages: {student: {gpus: 0.5}}}``; defaults without one.
+    """The settings in a YAML file, such as ``{cpus: 8, stages: {student: {gpus: 0.5}}}``; the defaults without one.
 
     Raises:
-        UserError: the file is unreadable, or a field is unknown or has no sensible value.
+        UserError: the file is unreadable, or a field is unknown or out of range.
     """
     if path is None:
         return RuntimeSettings()
     try:
-        given = yaml.safe_load(path.read_text()) or {}
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"the runtime file cannot be read: {error.strerror}", str(path)) from None
     except UnicodeDecodeError:
         raise UserError("the runtime file is no text in UTF-8", str(path)) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"this is not valid YAML: {getattr(error, 'problem', None) or error}", str(path)) from None
-    fields = _checked(given, RuntimeSettings, str(path))
-    stages = {**SPLITTABLE}
+    fields = _mapping(parse_yaml(text, str(path)) or {}, str(path))
+    stages: dict[str, Any] = {name: request.model_dump() for name, request in SPLITTABLE.items()}
     for name, entry in _mapping(fields.get("stages") or {}, f"{path}: stages").items():
-        where = f"{path}: stages.{name}"
         if name not in STAGES:
-            close = difflib.get_close_matches(name, STAGES, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(STAGES)}."
-            raise UserError(f"there is no stage {name!r}", where, hint)
-        stages[name] = dataclasses.replace(stages.get(name, ResourceRequest()), **_checked(entry, ResourceRequest, where))
-    return dataclasses.replace(RuntimeSettings(), **{**fields, "stages": stages})
+            raise UserError(f"there is no stage {name!r}", f"{path}: stages.{name}", _suggestion(name, STAGES))
+        stages[name] = stages.get(name, {}) | _mapping(entry, f"{path}: stages.{name}")
+    try:
+        return RuntimeSettings.model_validate({**fields, "stages": stages})
+    except ValidationError as error:
+        raise _user_error(error, path) from None
 
 
-def _mapping(given: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(given, dict):
-        right = "Write {cpus: 8, stages: {student: {gpus: 0.5}}}."
-        raise UserError(f"{given!r} is not a mapping of names to values", where, right)
-    return {str(name): value for name, value in given.items()}
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{value!r} is not a mapping of names to values", where, _EXAMPLE)
+    return {str(name): entry for name, entry in value.items()}
 
 
-def _checked(given: Any, kind: type, where: str) -> dict[str, Any]:
-    defaults = {entry.name: entry for entry in dataclasses.fields(kind)}
-    checked: dict[str, Any] = {}
-    for name, value in _mapping(given, where).items():
-        if name not in defaults:
-            close = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Known are {', '.join(defaults)}."
-            raise UserError(f"the field {name!r} is unknown", where, hint)
-        checked[name] = value if name == "stages" else _number(name, value, str(defaults[name].type), where)
-    return checked
+def _suggestion(name: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}."
 
 
-def _number(name: str, value: Any, kind: str, where: str) -> float | int | None:
-    if value is None and "None" in kind:
-        return None
-    if "int" in kind:
-        least = 1 if name == "cpus" else 0
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name}: {value!r} is not a whole number from {least}", where)
-        return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    zero = name == "gpus"
-    if not number or not 0 <= value < float("inf") or (value == 0 and not zero):
-        raise UserError(f"{name}: {value!r} is not a number {'from' if zero else 'above'} 0", where)
-    return float(value)
+def _user_error(error: ValidationError, path: Path) -> UserError:
+    """The first of pydantic's complaints, as one about the runtime file."""
+    complaint = error.errors()[0]
+    *outer, name = map(str, complaint["loc"])
+    where = ": ".join([str(path), *filter(None, [".".join(outer)])])
+    model: type[StrictSpec] = ResourceRequest if outer else RuntimeSettings
+    if complaint["type"] == "extra_forbidden":
+        return UserError(f"the field {name!r} is unknown", where, _suggestion(name, tuple(model.model_fields)))
+    noun = "a whole number" if int in plain_types(model, name) else "a number"
+    bounds = [*(f"from {limit.ge}" for limit in model.model_fields[name].metadata if hasattr(limit, "ge"))]
+    bounds += [f"above {limit.gt}" for limit in model.model_fields[name].metadata if hasattr(limit, "gt")]
+    return UserError(f"{name}: {complaint['input']!r} is not {' '.join([noun, *bounds])}", where)
+
+
+# ---- default shares of a GPU
+
+GPU_STAGES = ("teacher", "student", "features", "evaluation")
+DEFAULT_GPU_SHARE = 0.25  # small networks: four at once keep a GPU busier than one, and all kinds share the same warm workers
+_SHARES = (0.25, 0.5, 1.0)
+_ALLOCATOR_FACTOR = 1.2  # torch's allocator holds more than its tensors need
+_CUDA_CONTEXT_BYTES = 600 << 20  # what CUDA takes for each process
+
+
+class GpuShares:
+    """Requests of stages, with shares of a GPU that grow with recorded peaks. They never shrink, so workers keep their shape.
+
+    Args:
+        request_of: stage name -> request by the runtime file and its defaults. Where `gpus` is None, a stage that runs a
+            network gets a share while the cluster has GPUs, and every other stage none.
+        has_gpus: whether the cluster has GPUs now.
+    """
+
+    def __init__(self, request_of: Callable[[str], ResourceRequest], has_gpus: Callable[[], bool]) -> None:
+        self._request_of, self._has_gpus = request_of, has_gpus
+        self._shares: dict[str, float] = {}
+
+    def __call__(self, stage: str) -> ResourceRequest:
+        """The request of the stage of this name, its `gpus` a number."""
+        request = self._request_of(stage)
+        if request.gpus is not None:
+            return request
+        uses_gpu = stage in GPU_STAGES and self._has_gpus()
+        return request.model_copy(update={"gpus": self._shares.get(stage, DEFAULT_GPU_SHARE) if uses_gpu else 0.0})
+
+    def learn(self, artifact: Artifact) -> None:
+        """Take note of the peak that the record of a stage on a GPU holds."""
+        record = artifact.record
+        peak, total = record.get("device_peak_bytes", 0), record.get("device_bytes", 0)
+        if not peak or not total:
+            return
+        stage = artifact.key.rpartition("-")[0]
+        self._raise_share(stage, gpu_share(peak, total))
+        if record.get("after_out_of_memory"):  # the peak is that of a second run, which took smaller batches
+            self.raise_after_out_of_memory(stage, DEFAULT_GPU_SHARE)
+
+    def raise_after_out_of_memory(self, stage: str, share: float) -> None:
+        """Give stages of this name more than `share`, with which one ran out of memory, whatever their peaks say."""
+        if share:
+            self._raise_share(stage, next((larger for larger in _SHARES if larger > share), 1.0))
+
+    def _raise_share(self, stage: str, share: float) -> None:
+        self._shares[stage] = max(self._shares.get(stage, DEFAULT_GPU_SHARE), share)
+
+
+def gpu_share(peak: int, total: int) -> float:
+    """The smallest share of a GPU with `total` bytes that holds a process whose tensors take `peak` bytes."""
+    needed = (peak * _ALLOCATOR_FACTOR + _CUDA_CONTEXT_BYTES) / total
+    return next((share for share in _SHARES if share >= needed), 1.0)

@@ -1,39 +1,135 @@
-"""How often a stage may lose its worker or its inputs before it is given up. Pure, a part of the core."""
+"""Retries: how often a stage may lose its worker or its inputs, and what runs exclusively after it ran out of memory. Pure."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from ktray.scheduler.messages import RunningStage
+from ktray.scheduler.failure_kinds import OUT_OF_MEMORY, FailureKind, LossKind
+from ktray.scheduler.placement import Placement
+from ktray.scheduler.recent_keys import REMEMBERED, RecentKeys
+from ktray.scheduler.requests import RunningStage
+from ktray.scheduler.resources import ResourceRequest
+from ktray.scheduler.workers import Worker, WorkerRegistry, shape_of
 
-DEATHS = 3
+MAX_LOSSES = 3  # of its worker, or of its inputs, until a stage fails
+
+
+@dataclass
+class _History:
+    worker_losses: int = 0
+    missing_inputs: int = 0
+    furthest_epoch: float = 0.0
 
 
 class RetryPolicy:
-    """What went wrong with each stage since it was last published or given up."""
+    """What went wrong with each stage since it was last published or failed; of the stages that were last in trouble."""
 
-    def __init__(self) -> None:
-        self._deaths, self._missed = Counter[str](), Counter[str]()
-        self._furthest: dict[str, float] = {}
+    def __init__(self, remembered: int = REMEMBERED) -> None:
+        self._remembered = remembered
+        self._histories: OrderedDict[str, _History] = OrderedDict()
 
-    def bear(self, run: RunningStage, blamed: bool) -> bool:
-        """Its worker is no more; False if that was once too often.
+    def retry_after_loss(self, run: RunningStage, blamed: bool) -> bool:
+        """Count the loss of its worker; whether the stage may start again.
 
         Args:
             blamed: whether the stage may have been the cause.
         """
-        if run.progress.get("epoch", 0) > self._furthest.get(run.key, 0):
-            self._furthest[run.key] = run.progress["epoch"]
-            self._deaths[run.key] = 0  # a stage that gets further each time does not kill its workers
-        self._deaths[run.key] += blamed
-        return self._deaths[run.key] < DEATHS
+        history = self._history(run.key)
+        epoch = run.progress.get("epoch", 0)
+        if epoch > history.furthest_epoch:
+            history.furthest_epoch = epoch
+            history.worker_losses = 0  # a stage that gets further each time does not kill its workers
+        history.worker_losses += blamed
+        return history.worker_losses < MAX_LOSSES
 
-    def miss(self, key: str) -> bool:
-        """One of its inputs was not in the store; False if that was once too often."""
-        self._missed[key] += 1
-        return self._missed[key] < DEATHS
+    def retry_after_missing_input(self, key: str) -> bool:
+        """Count that one of its inputs was not in the store; whether the stage may start again."""
+        history = self._history(key)
+        history.missing_inputs += 1
+        return history.missing_inputs < MAX_LOSSES
 
     def forget(self, key: str) -> None:
-        """What went wrong with a stage before counts no more."""
-        for counts in (self._deaths, self._missed, self._furthest):
-            counts.pop(key, None)
+        """The stage is published or has failed: the next time it starts without a history."""
+        self._histories.pop(key, None)
+
+    def __len__(self) -> int:
+        return len(self._histories)
+
+    def _history(self, key: str) -> _History:
+        history = self._histories.setdefault(key, _History())
+        self._histories.move_to_end(key)
+        if len(self._histories) > self._remembered:
+            self._histories.popitem(last=False)
+        return history
+
+
+class ExclusiveStages:
+    """Stages that run with nothing beside them, because memory ran out before.
+
+    A stage that raised out-of-memory gets the whole GPU, or without a GPU the whole node, and takes small batches. A stage
+    whose worker was killed for the memory of its node may not be to blame, and small batches change what batch norm sees: it
+    gets the node to itself and its usual batches.
+    """
+
+    def __init__(self, registry: WorkerRegistry, remembered: int = REMEMBERED) -> None:
+        self.registry = registry
+        self._raised = RecentKeys[str](remembered)
+        self._killed = RecentKeys[str](remembered)
+
+    def retry_after_error(self, key: str, kind: FailureKind) -> bool:
+        """Take note of an error; whether the stage is to run once more, exclusively."""
+        if kind != OUT_OF_MEMORY or key in self._raised:
+            return False
+        self._raised.add(key)
+        return True
+
+    def note_loss(self, key: str, kind: LossKind) -> None:
+        """Take note that the stage lost its worker."""
+        if kind == OUT_OF_MEMORY:
+            self._killed.add(key)
+
+    def forget(self, key: str) -> None:
+        """The stage is published or has failed."""
+        self._raised.discard(key)
+        self._killed.discard(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._raised or key in self._killed
+
+    def keys(self) -> set[str]:
+        """The stages that must run exclusively."""
+        return {*self._raised, *self._killed}
+
+    def takes_small_batches(self, key: str) -> bool:
+        """Whether few images at a time go through the stage's network."""
+        return key in self._raised
+
+    def request(self, key: str, usual: ResourceRequest) -> ResourceRequest:
+        """What a stage requests now that usually requests `usual`."""
+        if key not in self:
+            return usual
+        gpus = usual.gpus or 0.0
+        return usual.model_copy(update={"gpus": float(math.ceil(gpus)) if key in self._raised else gpus, "helpers": 0})
+
+    def reserve_nodes(self, runs: Iterable[tuple[RunningStage, ResourceRequest]]) -> None:
+        """Reserve, for this dispatch, the nodes that these running stages have to themselves, and no others."""
+        self.registry.reserved.clear()
+        for run, request in runs:
+            if self._gets_node(run.key, request) and run.worker in self.registry.workers:
+                self.registry.reserve(self.registry.workers[run.worker].node)
+
+    def find_worker(self, key: str, request: ResourceRequest, placement: Placement) -> Worker | None:
+        """The worker that can run the stage now, exclusively if it must."""
+        if not self._gets_node(key, request):
+            return placement.take(request)
+        shape = shape_of(request)
+        if any(worker.shape == shape for worker in self.registry.workers.values()):
+            return placement.take_exclusive(request)
+        return placement.take(request)  # no worker of its shape, so no node to reserve yet: first one is started
+
+    def _gets_node(self, key: str, request: ResourceRequest) -> bool:
+        """Whether the stage has its node to itself; one that ran out of a GPU's memory needs no more than the whole GPU."""
+        return key in self._killed or (key in self._raised and not request.gpus)

@@ -1,4 +1,4 @@
-"""A warm worker: it pulls one stage after the other, tells that it lives, and lends a hand in between."""
+"""A warm worker: it asks the broker for one stage after the other, sends heartbeats, and helps other workers in between."""
 
 from __future__ import annotations
 
@@ -17,131 +17,158 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ktray.artifact import Stage
 from ktray.errors import MissingInput
 from ktray.pool import FEW_IMAGES, StageContext
-from ktray.scheduler.config import BROKER, SchedulerConfig
-from ktray.scheduler.failure_kinds import kind_of, line_of
-from ktray.scheduler.ray_pool import RayPool
-from ktray.scheduler.worker_registry import WorkerShape
+from ktray.scheduler.failure_kinds import FAILED, failure_kind, one_line
+from ktray.scheduler.messages import (
+    AttemptFailed,
+    AttemptSucceeded,
+    HeartbeatReply,
+    Order,
+    PollAgain,
+    Report,
+    RunStage,
+    WorkerIdentity,
+)
+from ktray.scheduler.ray_pool import RayPool, to_bytes
+from ktray.scheduler.worker_environment import BROKER_NAME, SchedulerConfig
+from ktray.scheduler.workers import WorkerShape
 from ktray.stores import open_store
 from ktray.stores.locks import lock_store_shared
 
 
 class WorkerActor:
-    """One process. Its own threads do the work; the broker only ever calls `forever`, another worker only `help`."""
+    """One process. Its own two threads do the work; the broker only calls `wait_until_exit`, another worker only `run_item`."""
 
     def __init__(self, config: SchedulerConfig, name: str, shape: WorkerShape) -> None:
-        self._charter, self._name, self._shape = config, name, shape
+        self._config = config
         self._work: Callable[..., Any] = cloudpickle.loads(config.work)
         self._store = open_store(config.store_url)
-        self._lock = lock_store_shared(config.store_url)
-        self._broker = ray.get_actor(BROKER, namespace=config.namespace)
-        cards = tuple(map(str, ray.get_gpu_ids())) if shape.gpus else ()
-        self._who = {"name": name, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
-        self._who |= {"shape": shape, "cards": cards}
+        self._store_lock = lock_store_shared(config.store_url)
+        self._broker = ray.get_actor(BROKER_NAME, namespace=config.namespace)
+        gpu_ids = tuple(map(str, ray.get_gpu_ids())) if shape.gpus else ()
+        node = ray.get_runtime_context().get_node_id()
+        self._identity = WorkerIdentity(name, node, os.getpid(), shape, gpu_ids)
         self._stage: Stage | None = None
         self._attempt = ""
         self._progress: Mapping[str, float] = {}
-        self._lent: list[str] = []
-        self._handles: dict[str, Any] = {}
-        self._hands = threading.Lock()
-        self._box: tuple[str, Any] = ("", None)
-        self._watch = threading.Event()
-        for body in (self._beat, self._pull):
-            threading.Thread(target=_to_the_end, args=(body,), daemon=True).start()
+        self._lent: tuple[str, ...] = ()
+        self._helper_handles: dict[str, Any] = {}
+        self._busy = threading.Lock()
+        self._helped_call: tuple[str, Any] = ("", None)
+        self._watcher = threading.Event()
+        for target in (self._send_heartbeats, self._run_stages):
+            threading.Thread(target=_run_or_exit, args=(target,), daemon=True).start()
 
-    def forever(self) -> None:
-        """Blocks while this process lives: the caller's error is the death notice. A newer caller replaces an older one."""
-        self._watch.set()
-        self._watch = mine = threading.Event()
-        mine.wait()
+    def wait_until_exit(self) -> None:
+        """Block while this process lives; its end is the caller's RayError. A newer caller replaces an older one."""
+        self._watcher.set()
+        self._watcher = watcher = threading.Event()
+        watcher.wait()
 
-    def help(self, call: str, box: list[Any], item: bytes) -> bytes | None:
-        """One item of another worker's `map`; None if this worker has a stage of its own by now."""
-        with self._hands:
+    def run_item(self, call: str, function_ref: list[Any], item: bytes) -> bytes | None:
+        """One item of another worker's `map`; None if this worker has a stage of its own by now.
+
+        Args:
+            call: names the call of `map`.
+            function_ref: holds one reference to the pickled function and what its items share; in a list, so that Ray passes
+                the reference on instead of fetching the value for each item.
+            item: pickled.
+
+        Returns:
+            Pickled (True, result) or (False, error).
+        """
+        with self._busy:
             if self._attempt:
                 return None
-            if self._box[0] != call:
-                self._box = (call, cloudpickle.loads(ray.get(box[0])))
-            function, shared = self._box[1]
+            if self._helped_call[0] != call:
+                self._helped_call = (call, cloudpickle.loads(ray.get(function_ref[0])))
+            function, shared = self._helped_call[1]
             try:
-                return bytes(cloudpickle.dumps((True, function(cloudpickle.loads(item), shared))))
+                return to_bytes((True, function(cloudpickle.loads(item), shared)))
             except Exception as error:  # noqa: BLE001 - a process boundary: it is raised at the leader as it was
-                return _packed(error)
+                return pickle_error(error)
 
-    def _pull(self) -> None:
-        report: dict[str, Any] | None = None
+    def _run_stages(self) -> None:
+        report: Report | None = None
         while True:
-            order: Any = ray.get(self._broker.next.remote(self._who, report))
-            report = None
-            if order["do"] == "go":
-                return
-            if order["do"] == "stage":
-                report = self._run(order["stage"], order["attempt"], order["helpers"], order["few"])
+            call: Any = self._broker.next_order.remote(self._identity, report)
+            order: Order = ray.get(call)
+            match order:
+                case RunStage():
+                    report = self._run(order)
+                case PollAgain():
+                    report = None
+                case _:
+                    return
 
-    def _run(self, stage: Stage, attempt: str, lent: list[str], few: bool) -> dict[str, Any]:
-        self._progress, self._lent, self._stage, self._attempt = {}, lent, stage, attempt
-        runtime = self._charter.runtime
+    def _run(self, order: RunStage) -> Report:
+        stage, attempt = order.stage, order.attempt
+        self._progress, self._lent, self._stage, self._attempt = {}, order.helpers, stage, attempt
+        runtime = self._config.runtime
         context = StageContext(
             pool=RayPool(self._helpers),
-            device="cuda:0" if self._shape.gpus else "cpu",
-            progress=self._tell,
+            device="cuda:0" if self._identity.shape.gpus else "cpu",
+            progress=self._note_progress,
             checkpoint_seconds=runtime.checkpoint_seconds,
             memmap_bytes=runtime.memmap_bytes,
-            most_images=FEW_IMAGES if few else None,
+            most_images=FEW_IMAGES if order.small_batches else None,
         )
-        report: dict[str, Any] = {"key": stage.key, "attempt": attempt, "kind": ""}
+        report: Report
         began = time.monotonic()
-        with self._hands:  # an item for another worker may just be ending
-            self._box = ("", None)
+        with self._busy:  # an item for another worker may just be ending
+            self._helped_call = ("", None)
             try:
-                report["computed"] = self._work(stage, self._store, attempt, context)[1]
-                report["beside"] = [(each.key, self._made(each.key, attempt)) for each in stage.beside]
+                computed = self._work(stage, self._store, attempt, context)[1]
+                others = [(other.key, self._was_published_by(other.key, attempt)) for other in stage.beside]
+                seconds = time.monotonic() - began
+                report = AttemptSucceeded(stage.key, attempt, seconds, ((stage.key, computed), *others))
             except MissingInput as error:
-                report |= {"kind": "failed", "missing": error.key, "cause": f"MissingInput: {error}", "traceback": ""}
+                report = AttemptFailed(stage.key, attempt, FAILED, f"MissingInput: {error}", missing=error.key)
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
-                kind = kind_of(error, self._store.root)
-                report |= {"kind": kind, "cause": line_of(error), "traceback": traceback.format_exc()}
+                kind = failure_kind(error, self._store.root)
+                report = AttemptFailed(stage.key, attempt, kind, one_line(error), traceback.format_exc())
             finally:
-                self._stage, self._attempt, self._lent = None, "", []
-        self._give_memory_back()
-        return report | {"seconds": time.monotonic() - began}
+                self._stage, self._attempt, self._lent = None, "", ()
+        self._release_gpu_memory()
+        return report
 
-    def _give_memory_back(self) -> None:
-        """To others on the same GPU; here, where an error that held tensors is gone."""
+    def _release_gpu_memory(self) -> None:
+        """Leave it to other workers on the same GPU; called where an error that held tensors is gone."""
         torch = sys.modules.get("torch")
-        if torch is not None and self._shape.gpus:
+        if torch is not None and self._identity.shape.gpus:
             torch.cuda.empty_cache()
 
-    def _made(self, key: str, attempt: str) -> bool:
-        """Whether this attempt published a stage beside the one that it was given."""
+    def _was_published_by(self, key: str, attempt: str) -> bool:
         artifact = self._store.find(key)
         return artifact is not None and artifact.record.get("attempt") == attempt
 
-    def _tell(self, values: Mapping[str, float]) -> None:
+    def _note_progress(self, values: Mapping[str, float]) -> None:
         self._progress = dict(values)
 
     def _helpers(self) -> Mapping[str, Any]:
-        lent = list(self._lent)
-        for name in lent:
-            if name not in self._handles:
-                try:
-                    self._handles[name] = ray.get_actor(name, namespace=self._charter.namespace)
-                except ValueError:
-                    continue  # it died since
-        return {name: self._handles[name] for name in lent if name in self._handles}
+        """Name -> actor handle of the workers that are lent to this one now."""
+        handles = {}
+        for name in self._lent:
+            try:
+                handles[name] = self._helper_handles.get(name) or ray.get_actor(name, namespace=self._config.namespace)
+            except ValueError:
+                continue  # it has died since
+        self._helper_handles = handles
+        return handles
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while True:
             attempt, stage = self._attempt, self._stage
-            reply: Any = ray.get(self._broker.beat.remote(self._who, stage, attempt if stage else "", self._progress))
-            if reply["die"]:
+            call: Any = self._broker.heartbeat.remote(self._identity, stage, attempt if stage else "", self._progress)
+            reply: HeartbeatReply = ray.get(call)
+            if reply.must_exit:
                 return
             if attempt and attempt == self._attempt:
-                self._lent = reply["helpers"]
-            time.sleep(self._charter.runtime.heartbeat_seconds)
+                self._lent = reply.helpers
+            time.sleep(self._config.runtime.heartbeat_seconds)
 
 
-def start(config: SchedulerConfig, name: str, shape: WorkerShape, node: str) -> Any:
-    """A worker that is about to live on `node`, or elsewhere if it is gone: the handle of its actor."""
+def start_worker(config: SchedulerConfig, name: str, shape: WorkerShape, node: str) -> Any:
+    """The handle of a worker that is about to start on `node`, or elsewhere if that node is gone."""
     actor = ray.remote(WorkerActor).options(
         name=name,
         namespace=config.namespace,
@@ -156,21 +183,22 @@ def start(config: SchedulerConfig, name: str, shape: WorkerShape, node: str) -> 
     return actor.remote(config, name, shape)
 
 
-def _to_the_end(body: Callable[[], None]) -> None:
-    """Run one of the two threads; without either of them this process is of no use, however the other one is doing."""
+def _run_or_exit(target: Callable[[], None]) -> None:
+    """Run one of the two threads; when either ends, however it does, the process is of no use and ends."""
     try:
-        body()
+        target()
     except ray.exceptions.RayError:
-        pass  # the scheduler is no more
+        pass  # the scheduler has ended
     except BaseException:  # noqa: BLE001 - the last frame of a thread; the log keeps it
         traceback.print_exc()
     os._exit(0)
 
 
-def _packed(error: Exception) -> bytes:
+def pickle_error(error: Exception) -> bytes:
+    """Pickled (False, error); an error that cannot be unpickled goes as a RuntimeError with its text."""
     try:
-        packed = bytes(cloudpickle.dumps((False, error)))
-        cloudpickle.loads(packed)
-    except Exception:  # noqa: BLE001 - an error may be of any class; one that does not travel goes as its text
-        return bytes(cloudpickle.dumps((False, RuntimeError(line_of(error)))))
-    return packed
+        pickled = to_bytes((False, error))
+        cloudpickle.loads(pickled)
+    except Exception:  # noqa: BLE001 - an error may be of any class
+        return to_bytes((False, RuntimeError(one_line(error))))
+    return pickled

@@ -1,17 +1,42 @@
-"""What the processes of a scheduler inherit from their driver, and what tells two drivers' schedulers apart."""
+"""What the processes of a scheduler inherit from its driver, and the hash by which drivers with the same code share one."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import ktray
 from ktray.fingerprint import fingerprint
+from ktray.scheduler.resources import RuntimeSettings
+
+BROKER_NAME = "broker"
+WORKER_PREFIX = "worker-"
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What the broker of a scheduler and all of its workers are given.
+
+    Attributes:
+        namespace: Ray namespace of its actors; it carries a hash of the code, plugins included, and of all below.
+        store_url: where artifacts are.
+        work: cloudpickled function (stage, store, attempt, context) -> (artifact, computed); only workers unpickle it.
+        environment: environment variables of its processes.
+        name: unique to this scheduler; its attempts begin with it, so that a record says whose it is where several publish.
+    """
+
+    namespace: str
+    store_url: str
+    work: bytes
+    runtime: RuntimeSettings
+    environment: Mapping[str, str]
+    name: str = "scheduler"
 
 
 def environment() -> dict[str, str]:
@@ -19,14 +44,14 @@ def environment() -> dict[str, str]:
     outside = [entry or os.getcwd() for entry in sys.path if not entry.startswith((sys.prefix, sys.base_prefix))]
     parent = str(Path(ktray.__file__).parent.parent)
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    places = dict.fromkeys(os.path.abspath(place) for place in [parent, *outside, *given] if place)
+    folders = dict.fromkeys(os.path.abspath(folder) for folder in [parent, *outside, *given] if folder)
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     plugins = {name: value for name, value in os.environ.items() if name == "KTRAY_ALLOW_PLUGINS"}
-    return {"PYTHONPATH": os.pathsep.join(places), **dict.fromkeys(threads, "1"), **plugins}
+    return {"PYTHONPATH": os.pathsep.join(folders), **dict.fromkeys(threads, "1"), **plugins}
 
 
-def plugin_places() -> list[str]:
-    """Folder or file of each allowed plugin package that can be found here, to be shipped to the nodes of a cluster."""
+def plugin_paths() -> list[str]:
+    """Folder or file of each allowed plugin package that is installed here, to be shipped to the nodes of a cluster."""
     found = []
     for name in filter(None, os.environ.get("KTRAY_ALLOW_PLUGINS", "").split(",")):
         spec = find_spec(name)
@@ -37,8 +62,8 @@ def plugin_places() -> list[str]:
     return found
 
 
-def identity() -> str:
-    """Hash of the code and the environment that this driver's workers would have; the order of a list's entries is no part."""
+def environment_hash() -> str:
+    """Hash of the code and environment that this driver's workers would have, whatever the order of folders and plugins."""
     given = environment()
     lists = {"PYTHONPATH": os.pathsep, "KTRAY_ALLOW_PLUGINS": ","}
     entries = {name: sorted(filter(None, value.split(lists.get(name)))) for name, value in given.items()}
@@ -47,7 +72,7 @@ def identity() -> str:
 
 @cache
 def _source_hash(packages: tuple[str, ...]) -> str:
-    """Hash of these packages as they are when the driver first asks: another version never meets this one's broker."""
+    """Hash of these packages as they are when the driver first asks: drivers of two versions never share a broker."""
     digest = hashlib.sha256()
     for package in packages:
         for name, path in _sources(package):

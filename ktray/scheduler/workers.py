@@ -1,0 +1,159 @@
+"""The registry of workers: which there are, on which node, and what each holds of it. Pure: no Ray, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from ktray.scheduler.resources import ResourceRequest
+
+NODE_RETURN_SECONDS = 600.0  # a node that left may come back within this time; then its resources count no more
+WHOLE_NODE, CPU_PART = "", "cpus"  # parts of a node that can be reserved; the others are the ids of its GPUs
+
+
+@dataclass(frozen=True)
+class WorkerShape:
+    """What one worker holds of its node while it lives."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+def shape_of(request: ResourceRequest) -> WorkerShape:
+    """The shape of the worker that serves this request; one with a GPU holds no CPU, so that it never waits for one."""
+    return WorkerShape(0.0, request.gpus) if request.gpus else WorkerShape(max(request.cpus, 0.01), 0.0)
+
+
+def describe_request(request: ResourceRequest) -> str:
+    """The request in words, such as ``1 CPU and 2.0 GiB``."""
+    shape = shape_of(request)
+    units = f"{shape.gpus:g} GPU" if shape.gpus else f"{shape.cpus:g} CPU"
+    return f"{units} and {request.memory_bytes / 2**30:.1f} GiB" if request.memory_bytes else units
+
+
+@dataclass(frozen=True)
+class Node:
+    """Resources of one machine; memory in bytes."""
+
+    cpus: float
+    gpus: float = 0.0
+    memory: float = float("inf")
+
+
+@dataclass
+class Worker:
+    """One worker process as the broker sees it.
+
+    Attributes:
+        last_heartbeat: when it was last heard from; None until the first heartbeat.
+        polling: it asked for work and waits for the answer.
+        attempt: the attempt that it runs.
+        lent_to: the attempt that it helps.
+        reserved_memory: bytes of host memory that its stage reserves.
+        retiring: it gets no new stage and exits when it next asks for one.
+        gpu_ids: names of its GPUs as it reports them; empty until its first heartbeat.
+    """
+
+    name: str
+    shape: WorkerShape
+    node: str
+    pid: int = 0
+    last_heartbeat: float | None = None
+    polling: bool = False
+    attempt: str | None = None
+    lent_to: str | None = None
+    reserved_memory: int = 0
+    retiring: bool = False
+    gpu_ids: tuple[str, ...] = ()
+
+    def uses(self, part: str) -> bool:
+        """Whether it holds anything of a part of its node: `WHOLE_NODE`, `CPU_PART` or the id of a GPU."""
+        return part == WHOLE_NODE or (self.shape.cpus > 0 if part == CPU_PART else part in self.gpu_ids)
+
+
+@dataclass
+class WorkerRegistry:
+    """All workers of one scheduler.
+
+    Args:
+        nodes: node id -> resources.
+        cpu_limit: CPUs that all workers together may hold.
+        stale_after: a worker without a heartbeat for so many seconds gets no new stage.
+
+    Attributes:
+        silent_nodes: nodes where a worker fell silent and from which none was heard since.
+        reserved: node -> the part of it where no stage may start: room is being made there for a stage that has waited long,
+            or a stage runs there exclusively. Each dispatch clears it and decides anew.
+    """
+
+    nodes: Mapping[str, Node]
+    cpu_limit: float = float("inf")
+    stale_after: float = 3.0
+    workers: dict[str, Worker] = field(default_factory=dict)
+    silent_nodes: set[str] = field(default_factory=set)
+    reserved: dict[str, str] = field(default_factory=dict)
+    _departed: dict[str, tuple[Node, float]] = field(default_factory=dict)
+    _last_number: int = 0
+
+    def update_nodes(self, nodes: Mapping[str, Node], now: float) -> None:
+        """Replace the nodes by those that are alive now."""
+        self._departed |= {name: (node, now) for name, node in self.nodes.items() if name not in nodes}
+        self._departed = {
+            name: departure
+            for name, departure in self._departed.items()
+            if name not in nodes and now - departure[1] < NODE_RETURN_SECONDS
+        }
+        self.nodes = nodes
+        self.silent_nodes &= nodes.keys() | self._departed.keys()
+
+    def known_nodes(self) -> list[Node]:
+        """The nodes that are alive, and those that left a short while ago and may come back."""
+        return [*self.nodes.values(), *(node for node, _ in self._departed.values())]
+
+    def fits(self, request: ResourceRequest) -> bool:
+        """Whether some node could ever serve this request."""
+        shape = shape_of(request)
+        return shape.cpus <= self.cpu_limit and any(
+            node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= request.memory_bytes
+            for node in self.known_nodes()
+        )
+
+    def is_available(self, worker: Worker, now: float) -> bool:
+        """Whether a worker waits for a stage and was heard from lately."""
+        if not worker.polling or worker.attempt is not None or worker.retiring:
+            return False
+        return (
+            worker.last_heartbeat is not None and now - worker.last_heartbeat <= self.stale_after and worker.node in self.nodes
+        )
+
+    def register_new(self, shape: WorkerShape, node: str) -> Worker:
+        """Enter a worker that is yet to be started, under a new name."""
+        self._last_number += 1
+        return self.register(f"worker-{self._last_number}", shape, node)
+
+    def register(self, name: str, shape: WorkerShape, node: str) -> Worker:
+        """Enter a worker under this name."""
+        self.skip_names([name])
+        self.workers[name] = Worker(name, shape, node)
+        return self.workers[name]
+
+    def node_of(self, name: str) -> str:
+        """The node of a worker; empty if there is no such worker."""
+        return self.workers[name].node if name in self.workers else ""
+
+    def reserve(self, node: str, part: str = WHOLE_NODE) -> None:
+        """Let no stage start on this node, or this part of it, until the next dispatch."""
+        self.reserved[node] = part
+
+    def is_reserved(self, worker: Worker) -> bool:
+        """Whether a worker must stay idle because the part of the node that it holds is reserved."""
+        return worker.node in self.reserved and worker.uses(self.reserved[worker.node])
+
+    def skip_names(self, names: Iterable[str]) -> None:
+        """Give none of these names to a new worker."""
+        self._last_number = max([self._last_number, *map(_number, names)])
+
+
+def _number(name: str) -> int:
+    digits = name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else 0
