@@ -1,0 +1,56 @@
+"""The private names of Ray that ktray uses are there, are read where ktray relies on it, and are checked before use."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from packaging.requirements import Requirement
+from ray import _raylet
+from ray._private import ray_constants, services, utils, worker
+
+from ktray.errors import PreflightFailed
+from ktray.scheduler import ray_internals
+from ktray.scheduler.ray_session import ray_processes
+
+
+def test_the_installed_ray_is_one_that_pyproject_allows_and_pyproject_has_an_upper_bound() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    (pin,) = [wanted for wanted in map(Requirement, project["dependencies"]) if wanted.name == "ray"]
+    assert ray.__version__ in pin.specifier
+    assert any(bound.operator == "<" for bound in pin.specifier)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "reader"),
+    [
+        (ray_constants, "ENABLE_RAY_CLUSTER", services.get_node_ip_address),
+        (utils, "set_sigterm_handler", worker.init),
+        (worker, "print_to_stdstream", worker.listen_error_messages),
+        (_raylet, "Config", None),
+    ],
+)
+def test_ray_has_each_internal_and_reads_it_where_ktray_relies_on_it(module: ModuleType, name: str, reader: Any) -> None:
+    assert hasattr(module, name), f"Ray {ray.__version__} has no {module.__name__}.{name}: see ktray/scheduler/ray_internals.py"
+    if reader is not None:
+        assert name in inspect.getsource(inspect.unwrap(reader)), f"Ray {ray.__version__} reads {name} elsewhere now"
+
+
+def test_a_ray_without_an_internal_is_refused_with_the_name_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
+    with pytest.raises(PreflightFailed, match=r"has no ray._private.ray_constants.ENABLE_RAY_CLUSTER"):
+        ray_internals.listen_on_loopback_only()
+
+
+def test_the_processes_of_our_own_ray_are_found_by_its_folder(ray_home: Any) -> None:
+    found = {process.pid for process in ray_processes(ray_home.temporary)}
+    node = worker._global_node
+    started = {info.process.pid for group in node.all_processes.values() for info in group}  # type: ignore[union-attr]
+    assert started <= found | {pid for pid in started if not psutil.pid_exists(pid)}
+    assert ray_processes(Path("/tmp/ktray-of-nobody")) == []
