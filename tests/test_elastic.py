@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import ray
-from test_ledger import NEEDS, House, answers, given, stage
+from test_scheduler_core import NEEDS, CoreHarness, assigned, results, stage
 
 from ktray.errors import StoppedEarly
 from ktray.scheduler import client
@@ -34,10 +34,10 @@ def needs_on(registry: WorkerRegistry) -> GpuShares:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_networks_run_on_gpu_nodes_and_the_rest_on_nodes_without_while_they_have_room(name: str) -> None:
-    house = House(0)
-    house.registry.nodes = mixed().nodes
-    house.core.request_of = needs_on(house.registry)
-    (hire, *_) = [action for action in house.want("a", stage(name)) if isinstance(action, StartWorker)]
+    harness = CoreHarness(0)
+    harness.registry.nodes = mixed().nodes
+    harness.core.request_of = needs_on(harness.registry)
+    (hire, *_) = [action for action in harness.request("a", stage(name)) if isinstance(action, StartWorker)]
     assert hire.worker.node == ("gpu" if name in GPU_STAGES else "cpu")
     assert hire.worker.shape == (WorkerShape(0.0, 0.25) if name in GPU_STAGES else WorkerShape(1.0))
 
@@ -55,64 +55,64 @@ def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere
 
 
 def test_a_node_that_joins_is_hired_on_and_its_gpu_is_used_from_then_on() -> None:
-    house = House(2, Node(2.0, 0.0, 100.0))
-    house.core.request_of = needs_on(house.registry)
+    harness = CoreHarness(2, Node(2.0, 0.0, 100.0))
+    harness.core.request_of = needs_on(harness.registry)
     running = [stage("student", number=number) for number in range(2)]
-    house.want("a", *running)
-    house.want("b", stage("student", number=5), stage("clusters"))
-    assert house.turn() == []
-    house.registry.update_nodes({**house.registry.nodes, "new": GPU_NODE}, house.now)
-    hired = [action.worker for action in house.turn() if isinstance(action, StartWorker)]
+    harness.request("a", *running)
+    harness.request("b", stage("student", number=5), stage("clusters"))
+    assert harness.dispatch() == []
+    harness.registry.update_nodes({**harness.registry.nodes, "new": GPU_NODE}, harness.now)
+    hired = [action.worker for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert {worker.node for worker in hired} == {"new"}
     assert WorkerShape(0.0, 0.25) in [worker.shape for worker in hired]
     assert WorkerShape(1.0) in [worker.shape for worker in hired]
-    assert len(house.core.running) == 2, "what runs on a CPU goes on there"
+    assert len(harness.core.running) == 2, "what runs on a CPU goes on there"
 
 
 def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewhere() -> None:
-    house, one = House(1, CPU_ONLY), stage("one")
-    house.registry.nodes = {"node": CPU_ONLY, "other": CPU_ONLY}
-    house.want("a", one)
-    house.arrive("worker-9")
-    house.registry.update_nodes({"other": CPU_ONLY}, house.now)
-    assert given(house.want("b", stage("two"))) == [], "the idle worker of the lost node is not asked"
-    house.core.worker_lost("worker-1", "worker died", "its node died", house.now)
-    actions = house.turn()
+    harness, one = CoreHarness(1, CPU_ONLY), stage("one")
+    harness.registry.nodes = {"node": CPU_ONLY, "other": CPU_ONLY}
+    harness.request("a", one)
+    harness.poll("worker-9")
+    harness.registry.update_nodes({"other": CPU_ONLY}, harness.now)
+    assert assigned(harness.request("b", stage("two"))) == [], "the idle worker of the lost node is not asked"
+    harness.core.worker_lost("worker-1", "worker died", "its node died", harness.now)
+    actions = harness.dispatch()
     assert [action.key for action in actions if isinstance(action, FenceAttempt)] == [one.key]
-    hired = [worker for worker in house.registry.workers.values() if worker.node == "other"]
+    hired = [worker for worker in harness.registry.workers.values() if worker.node == "other"]
     for worker in hired:
-        worker.last_heartbeat, worker.polling = house.now, True
-    assert one.key in given(house.turn())
+        worker.last_heartbeat, worker.polling = harness.now, True
+    assert one.key in assigned(harness.dispatch())
 
 
 def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or_runs_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=1.0))
-    house = House(0)
-    house.registry.nodes = {"node": CPU_ONLY, "gpu": GPU_NODE}
-    shares = needs_on(house.registry)
-    house.registry.update_nodes({"node": CPU_ONLY}, house.now)
-    assert answers(house.want("a", stage("student"))) == {}
+    harness = CoreHarness(0)
+    harness.registry.nodes = {"node": CPU_ONLY, "gpu": GPU_NODE}
+    shares = needs_on(harness.registry)
+    harness.registry.update_nodes({"node": CPU_ONLY}, harness.now)
+    assert results(harness.request("a", stage("student"))) == {}
     assert shares("student").gpus == 0.25
-    house.registry.update_nodes({"node": CPU_ONLY}, house.now + NODE_RETURN_SECONDS - 1)
-    assert house.registry.fits(ResourceRequest(gpus=1.0))
-    house.now += NODE_RETURN_SECONDS
-    house.registry.update_nodes({"node": CPU_ONLY}, house.now)
-    assert answers(house.turn()) == {"a": "it needs 1 GPU, more than any node of the cluster has"}
+    harness.registry.update_nodes({"node": CPU_ONLY}, harness.now + NODE_RETURN_SECONDS - 1)
+    assert harness.registry.fits(ResourceRequest(gpus=1.0))
+    harness.now += NODE_RETURN_SECONDS
+    harness.registry.update_nodes({"node": CPU_ONLY}, harness.now)
+    assert results(harness.dispatch()) == {"a": "it needs 1 GPU, more than any node of the cluster has"}
     assert shares("student").gpus == 0.0
 
 
 def test_a_gpu_that_comes_back_in_time_takes_what_waited() -> None:
-    house = House(0)
-    house.registry.nodes = {"gpu": GPU_NODE}
-    house.registry.update_nodes({}, house.now)
-    house.want("a", stage("student"))
-    house.registry.update_nodes({"gpu again": GPU_NODE}, house.now + 100)
-    (hire,) = [action for action in house.turn() if isinstance(action, StartWorker)]
+    harness = CoreHarness(0)
+    harness.registry.nodes = {"gpu": GPU_NODE}
+    harness.registry.update_nodes({}, harness.now)
+    harness.request("a", stage("student"))
+    harness.registry.update_nodes({"gpu again": GPU_NODE}, harness.now + 100)
+    (hire,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert (hire.worker.node, hire.worker.shape) == ("gpu again", WorkerShape(0.0, 1.0))
-    house.arrive(hire.worker.name)
-    assert [action.worker for action in house.turn() if isinstance(action, AssignStage)] == [hire.worker.name]
+    harness.poll(hire.worker.name)
+    assert [action.worker for action in harness.dispatch() if isinstance(action, AssignStage)] == [hire.worker.name]
 
 
 def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_has_ended(

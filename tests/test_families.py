@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ledger import House, answers, given, stage
+from test_scheduler_core import CoreHarness, assigned, results, stage
 
 from ktray.artifact import Stage
 from ktray.pipeline import pair_metrics
@@ -34,14 +34,14 @@ def family(actions: list[Any]) -> list[str]:
     return [give.stage.key, *(each.key for each in give.stage.beside)]
 
 
-def begun(house: House, count: int) -> list[Stage]:
+def begun(harness: CoreHarness, count: int) -> list[Stage]:
     """Layers that one worker makes now, each wanted by a trial of its own."""
     images, layers = stage("images"), []
-    house.want("images", images)
+    harness.request("images", images)
     for number in range(count):
         layers.append(layer(number, images))
-        house.want(f"trial {number}", images, layers[-1])
-    house.publish(images)
+        harness.request(f"trial {number}", images, layers[-1])
+    harness.publish(images)
     return layers
 
 
@@ -77,101 +77,101 @@ def test_what_is_beside_a_stage_changes_no_key() -> None:
 
 
 def test_a_family_that_waits_begins_on_one_worker_and_answers_each_trial() -> None:
-    house = House(2)
+    harness = CoreHarness(2)
     images = stage("images")
-    house.want("first", images)
+    harness.request("first", images)
     layers = [layer(number, images) for number in range(3)]
     for number, each in enumerate(layers):
-        house.want(f"trial {number}", images, each)
-    actions = house.publish(images)
+        harness.request(f"trial {number}", images, each)
+    actions = harness.publish(images)
     assert family(actions) == [each.key for each in layers]
-    assert sorted(house.core.running) == sorted(each.key for each in layers)
-    assert sum(worker.attempt is not None for worker in house.registry.workers.values()) == 1
+    assert sorted(harness.core.running) == sorted(each.key for each in layers)
+    assert sum(worker.attempt is not None for worker in harness.registry.workers.values()) == 1
     for number, each in enumerate(layers):
-        assert answers(house.publish(each)) == {f"trial {number}": ["joined", "computed"]}
-    assert all(worker.attempt is None for worker in house.registry.workers.values())
-    assert house.core.computed == {"images": 1, "layer": 3}
+        assert results(harness.publish(each)) == {f"trial {number}": ["joined", "computed"]}
+    assert all(worker.attempt is None for worker in harness.registry.workers.values())
+    assert harness.core.computed == {"images": 1, "layer": 3}
 
 
 def test_a_worker_is_busy_until_the_last_of_its_family_is_told() -> None:
-    house = House(1)
-    first, second = begun(house, 2)
-    run = house.core.running[first.key]
-    house.store.add(first.key)
-    house.core.attempt_succeeded(first.key, run.attempt, True, 1.0, house.now)
-    assert house.registry.workers["worker-1"].attempt == run.attempt
-    house.publish(second)
-    assert house.registry.workers["worker-1"].attempt is None
+    harness = CoreHarness(1)
+    first, second = begun(harness, 2)
+    run = harness.core.running[first.key]
+    harness.store.add(first.key)
+    harness.core.attempt_succeeded(first.key, run.attempt, True, 1.0, harness.now)
+    assert harness.registry.workers["worker-1"].attempt == run.attempt
+    harness.publish(second)
+    assert harness.registry.workers["worker-1"].attempt is None
 
 
 def test_who_comes_while_a_family_runs_joins_its_keys_and_runs_others_apart() -> None:
-    house = House(2)
-    layers = begun(house, 2)
+    harness = CoreHarness(2)
+    layers = begun(harness, 2)
     late = layer(7, stage("images"))
-    assert given(house.want("late", layers[1])) == []
-    assert family(house.want("later", late)) == [late.key]
+    assert assigned(harness.request("late", layers[1])) == []
+    assert family(harness.request("later", late)) == [late.key]
 
 
 def test_one_run_makes_only_so_many_at_once() -> None:
-    house = House(2)
-    layers = begun(house, MAX_FAMILY + 3)
-    attempts = [house.core.running[each.key].attempt for each in layers]
+    harness = CoreHarness(2)
+    layers = begun(harness, MAX_FAMILY + 3)
+    attempts = [harness.core.running[each.key].attempt for each in layers]
     assert sorted(attempts.count(attempt) for attempt in set(attempts)) == [3, MAX_FAMILY]
 
 
 def test_a_failed_family_is_made_apart_so_that_only_the_culprit_fails() -> None:
-    house = House(1)
-    layers = begun(house, 3)
-    actions = house.fail(layers[0])
-    assert answers(actions) == {}
+    harness = CoreHarness(1)
+    layers = begun(harness, 3)
+    actions = harness.fail(layers[0])
+    assert results(actions) == {}
     assert family(actions) == [layers[0].key]
-    assert answers(house.fail(layers[0])) == {"trial 0": "ValueError: no"}
+    assert results(harness.fail(layers[0])) == {"trial 0": "ValueError: no"}
     for each in layers[1:]:
-        assert list(answers(house.publish(each)).values()) == [["joined", "computed"]]
-    assert house.core.computed["layer"] == 2
+        assert list(results(harness.publish(each)).values()) == [["joined", "computed"]]
+    assert harness.core.computed["layer"] == 2
 
 
 def test_a_full_disk_fails_a_family_at_once() -> None:
-    house = House(1)
-    layers = begun(house, 2)
-    run = house.core.running[layers[0].key]
-    house.core.attempt_failed(run.key, run.attempt, "disk full", "OSError: no space", "", house.now)
-    assert answers(house.turn()) == dict.fromkeys(["trial 0", "trial 1"], "OSError: no space")
+    harness = CoreHarness(1)
+    layers = begun(harness, 2)
+    run = harness.core.running[layers[0].key]
+    harness.core.attempt_failed(run.key, run.attempt, "disk full", "OSError: no space", "", harness.now)
+    assert results(harness.dispatch()) == dict.fromkeys(["trial 0", "trial 1"], "OSError: no space")
 
 
 def test_a_family_whose_input_is_missing_waits_for_it_and_begins_again_together() -> None:
-    house, images = House(1), stage("images")
-    layers = begun(house, 2)
-    house.store.remove(images.key)
-    assert given(house.fail(layers[0], missing=images.key)) == [images.key]
-    assert family(house.publish(images)) == [each.key for each in layers]
+    harness, images = CoreHarness(1), stage("images")
+    layers = begun(harness, 2)
+    harness.store.remove(images.key)
+    assert assigned(harness.fail(layers[0], missing=images.key)) == [images.key]
+    assert family(harness.publish(images)) == [each.key for each in layers]
 
 
 def test_a_dead_worker_fences_all_that_it_made_and_what_is_left_runs_apart() -> None:
-    house = House(2)
-    layers = begun(house, 3)
-    run = house.core.running[layers[0].key]
-    house.store.add(layers[1].key)  # published, and its worker died before it could tell
-    house.core.worker_lost(run.worker, "worker died", "killed", house.now)
-    events = [action for action in house.core.outbox if isinstance(action, SchedulerEvent) and action.event == "worker died"]
+    harness = CoreHarness(2)
+    layers = begun(harness, 3)
+    run = harness.core.running[layers[0].key]
+    harness.store.add(layers[1].key)  # published, and its worker died before it could tell
+    harness.core.worker_lost(run.worker, "worker died", "killed", harness.now)
+    events = [action for action in harness.core.outbox if isinstance(action, SchedulerEvent) and action.event == "worker died"]
     assert [event.key for event in events] == [layers[0].key]
-    actions = house.turn()
+    actions = harness.dispatch()
     assert {action.key for action in actions if isinstance(action, FenceAttempt)} == {each.key for each in layers}
     assert family(actions) == [layers[0].key]
-    revived = house.registry.register("worker-1", WorkerShape(), "node")
-    assert not house.core.heartbeat(revived, run.key, layers[0], run.attempt, {}, house.now)
+    revived = harness.registry.register("worker-1", WorkerShape(), "node")
+    assert not harness.core.heartbeat(revived, run.key, layers[0], run.attempt, {}, harness.now)
 
 
 def test_a_restarted_broker_adopts_a_family_by_one_heartbeat() -> None:
-    house, one, two = House(0), layer(1), layer(2)
-    worker = house.registry.register("worker-1", WorkerShape(), "node")
-    house.core.heartbeat(worker, one.key, replace(one, beside=(two,)), "old", {"epoch": 1.0}, house.now)
-    house.want("a", one)
-    house.want("b", two)
-    assert {key: run.attempt for key, run in house.core.running.items()} == {one.key: "old", two.key: "old"}
-    assert house.core.running[two.key].progress == {"epoch": 1.0}
-    assert answers(house.publish(one)) == {"a": ["computed"]}
-    assert answers(house.publish(two)) == {"b": ["computed"]}
+    harness, one, two = CoreHarness(0), layer(1), layer(2)
+    worker = harness.registry.register("worker-1", WorkerShape(), "node")
+    harness.core.heartbeat(worker, one.key, replace(one, beside=(two,)), "old", {"epoch": 1.0}, harness.now)
+    harness.request("a", one)
+    harness.request("b", two)
+    assert {key: run.attempt for key, run in harness.core.running.items()} == {one.key: "old", two.key: "old"}
+    assert harness.core.running[two.key].progress == {"epoch": 1.0}
+    assert results(harness.publish(one)) == {"a": ["computed"]}
+    assert results(harness.publish(two)) == {"b": ["computed"]}
 
 
 # ---- the work itself

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 from test_families import begun, family, layer
-from test_ledger import NEEDS, House, answers, given, stage
+from test_scheduler_core import NEEDS, CoreHarness, assigned, results, stage
 from toy_work import toy
 
 from ktray.errors import StageFailed
@@ -69,140 +69,140 @@ def test_what_torch_raises_for_the_hosts_memory_is_one_of_them(tmp_path: Path) -
 # ---- the core: once more, alone
 
 
-def run_out(house: House, each: Any) -> list[Any]:
-    run = house.core.running[each.key]
-    assert not house.core.attempt_failed(each.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", house.now)
-    house.registry.workers[run.worker].polling = True
-    return house.turn()
+def run_out(harness: CoreHarness, each: Any) -> list[Any]:
+    run = harness.core.running[each.key]
+    assert not harness.core.attempt_failed(each.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", harness.now)
+    harness.registry.workers[run.worker].polling = True
+    return harness.dispatch()
 
 
-def with_few(actions: list[Any]) -> list[str]:
+def with_small_batches(actions: list[Any]) -> list[str]:
     return [action.stage.key for action in actions if isinstance(action, AssignStage) and action.small_batches]
 
 
 def test_on_a_cpu_it_waits_until_its_node_is_quiet_and_nothing_begins_beside_it() -> None:
-    house, big = House(3), stage("big")
+    harness, big = CoreHarness(3), stage("big")
     others = [stage("one", number=number) for number in range(4)]
-    house.want("a", big)
-    house.want("b", *others)
-    began = [each for each in others if each.key in house.core.running]
-    assert run_out(house, big) == []
-    assert house.publish(began[0]) == []
-    assert with_few(house.publish(began[1])) == [big.key]
-    assert list(house.core.running) == [big.key]
-    assert house.turn(1.0) == []
-    later = house.publish(big)
-    assert answers(later) == {"a": ["computed"]}
-    assert len(given(later)) == 2
-    assert with_few(later) == []
+    harness.request("a", big)
+    harness.request("b", *others)
+    began = [each for each in others if each.key in harness.core.running]
+    assert run_out(harness, big) == []
+    assert harness.publish(began[0]) == []
+    assert with_small_batches(harness.publish(began[1])) == [big.key]
+    assert list(harness.core.running) == [big.key]
+    assert harness.dispatch(1.0) == []
+    later = harness.publish(big)
+    assert results(later) == {"a": ["computed"]}
+    assert len(assigned(later)) == 2
+    assert with_small_batches(later) == []
 
 
 def test_other_nodes_go_on_meanwhile() -> None:
-    house, big = House(2), stage("big")
-    house.registry.nodes = {"node": Node(4.0, 0.0, 100.0), "other": Node(4.0, 0.0, 50.0)}
-    house.registry.workers["worker-2"].node = "other"
+    harness, big = CoreHarness(2), stage("big")
+    harness.registry.nodes = {"node": Node(4.0, 0.0, 100.0), "other": Node(4.0, 0.0, 50.0)}
+    harness.registry.workers["worker-2"].node = "other"
     one, two = stage("one"), stage("two")
-    house.want("a", big)
-    house.want("b", one)
-    assert with_few(run_out(house, big)) == [big.key]
-    assert given(house.publish(one)) == []
-    house.want("c", two)
-    assert house.core.running[two.key].worker == "worker-2"
+    harness.request("a", big)
+    harness.request("b", one)
+    assert with_small_batches(run_out(harness, big)) == [big.key]
+    assert assigned(harness.publish(one)) == []
+    harness.request("c", two)
+    assert harness.core.running[two.key].worker == "worker-2"
 
 
 def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.25))
-    house = House(0, Node(8.0, 1.0))
+    harness = CoreHarness(0, Node(8.0, 1.0))
     students = [stage("student", number=number) for number in range(12)]
     for number, each in enumerate(students):
-        house.want(f"trial {number}", each)
+        harness.request(f"trial {number}", each)
     for number in range(4):
-        house.arrive(f"worker-{number + 1}")
-        house.registry.workers[f"worker-{number + 1}"].gpu_ids = ("0",)
-    house.turn()
+        harness.poll(f"worker-{number + 1}")
+        harness.registry.workers[f"worker-{number + 1}"].gpu_ids = ("0",)
+    harness.dispatch()
     big = students[0]
-    actions = run_out(house, big)
+    actions = run_out(harness, big)
     dismissed = [action.worker for action in actions if isinstance(action, RetireWorker)]
     for each in students[1:4]:
-        actions = house.publish(each)
-        assert given(actions) == [], "what would follow waits"
+        actions = harness.publish(each)
+        assert assigned(actions) == [], "what would follow waits"
         dismissed += [action.worker for action in actions if isinstance(action, RetireWorker)]
     assert sorted(dismissed) == [f"worker-{number + 1}" for number in range(4)]
     for name in dismissed:
-        house.core.worker_lost(name, "worker died", "told to go", house.now)
-    (hire,) = [action for action in house.turn() if isinstance(action, StartWorker)]
+        harness.core.worker_lost(name, "worker died", "told to go", harness.now)
+    (hire,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert hire.worker.shape == WorkerShape(0.0, 1.0)
-    house.arrive(hire.worker.name)
-    assert with_few(house.turn()) == [big.key]
-    assert answers(house.publish(big)) == {"trial 0": ["computed"]}
-    assert house.registry.workers[hire.worker.name].retiring, "it makes room for small ones again"
+    harness.poll(hire.worker.name)
+    assert with_small_batches(harness.dispatch()) == [big.key]
+    assert results(harness.publish(big)) == {"trial 0": ["computed"]}
+    assert harness.registry.workers[hire.worker.name].retiring, "it makes room for small ones again"
 
 
 def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
-    house, big = House(1), stage("big")
-    house.want("a", big)
-    assert with_few(run_out(house, big)) == [big.key]
-    run = house.core.running[big.key]
-    assert house.core.attempt_failed(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", house.now)
-    house.registry.workers["worker-1"].polling = True
-    said = answers(house.turn())["a"]
+    harness, big = CoreHarness(1), stage("big")
+    harness.request("a", big)
+    assert with_small_batches(run_out(harness, big)) == [big.key]
+    run = harness.core.running[big.key]
+    assert harness.core.attempt_failed(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", harness.now)
+    harness.registry.workers["worker-1"].polling = True
+    said = results(harness.dispatch())["a"]
     assert said.startswith("its memory does not suffice even with the whole GPU, or machine, for itself (MemoryError)")
     assert "batch_size" in said
-    actions = house.want("b", big)
-    assert given(actions) == [big.key]
-    assert with_few(actions) == [], "who asks anew begins as usual"
+    actions = harness.request("b", big)
+    assert assigned(actions) == [big.key]
+    assert with_small_batches(actions) == [], "who asks anew begins as usual"
 
 
 def test_a_worker_that_dies_otherwise_is_no_matter_of_memory() -> None:
     event, why = loss_of(ray.exceptions.ActorDiedError())
-    house, big, other = House(3), stage("big"), stage("one")
-    house.want("a", big)
-    house.want("b", other)
-    house.core.worker_lost(house.core.running[big.key].worker, event, why, house.now)
-    actions = house.turn()
-    assert given(actions) == [big.key]
-    assert with_few(actions) == []
+    harness, big, other = CoreHarness(3), stage("big"), stage("one")
+    harness.request("a", big)
+    harness.request("b", other)
+    harness.core.worker_lost(harness.core.running[big.key].worker, event, why, harness.now)
+    actions = harness.dispatch()
+    assert assigned(actions) == [big.key]
+    assert with_small_batches(actions) == []
 
 
 def test_a_family_that_runs_out_of_memory_is_made_apart_before_anything_is_alone() -> None:
-    house = House(1)
-    layers = begun(house, 2)
-    actions = run_out(house, layers[0])
-    assert given(actions) == [layers[0].key]
-    assert with_few(actions) == []
-    events = [action.event for action in house.core.outbox if isinstance(action, SchedulerEvent)]
+    harness = CoreHarness(1)
+    layers = begun(harness, 2)
+    actions = run_out(harness, layers[0])
+    assert assigned(actions) == [layers[0].key]
+    assert with_small_batches(actions) == []
+    events = [action.event for action in harness.core.outbox if isinstance(action, SchedulerEvent)]
     assert OUT_OF_MEMORY not in events
 
 
 def test_what_is_alone_takes_none_of_its_family_along() -> None:
-    house, one, two = House(1), layer(1), layer(2)
-    house.want("a", one)
-    house.want("b", two)
-    actions = run_out(house, one)
-    assert with_few(actions) == family(actions) == [one.key]
+    harness, one, two = CoreHarness(1), layer(1), layer(2)
+    harness.request("a", one)
+    harness.request("b", two)
+    actions = run_out(harness, one)
+    assert with_small_batches(actions) == family(actions) == [one.key]
 
 
 def test_a_large_share_is_not_kept_waiting_for_ever_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.5))
     monkeypatch.setitem(NEEDS, "teacher", ResourceRequest(gpus=1.0))
-    house = House(0, Node(8.0, 1.0))
+    harness = CoreHarness(0, Node(8.0, 1.0))
     students = [stage("student", number=number) for number in range(40)]
-    house.want("a", *students)
+    harness.request("a", *students)
     for number in range(2):
-        house.arrive(f"worker-{number + 1}")
-        house.registry.workers[f"worker-{number + 1}"].gpu_ids = ("0",)
-    house.turn()
-    house.want("b", stage("teacher"), priority=1)
+        harness.poll(f"worker-{number + 1}")
+        harness.registry.workers[f"worker-{number + 1}"].gpu_ids = ("0",)
+    harness.dispatch()
+    harness.request("b", stage("teacher"), priority=1)
     for _ in range(20):
-        running = [each for each in students if each.key in house.core.running]
+        running = [each for each in students if each.key in harness.core.running]
         if not running:
             break
-        house.now += 5
-        for name in house.registry.workers:
-            house.core.heartbeat(house.registry.workers[name], "", None, "", {}, house.now)
-        house.publish(running[0])
-    assert all(worker.retiring for worker in house.registry.workers.values())
-    assert house.now < 100 + 45
+        harness.now += 5
+        for name in harness.registry.workers:
+            harness.core.heartbeat(harness.registry.workers[name], "", None, "", {}, harness.now)
+        harness.publish(running[0])
+    assert all(worker.retiring for worker in harness.registry.workers.values())
+    assert harness.now < 100 + 45
 
 
 # ---- the work: a smaller piece at a time, and a record that says so

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from conftest import Founder
 from test_broker import until
-from test_ledger import House, answers, given, stage
+from test_scheduler_core import CoreHarness, assigned, results, stage
 from test_stage_runs import publish
 from toy_work import toy, work
 
@@ -43,13 +43,13 @@ def test_one_process_that_is_overtaken_in_the_middle_of_a_stage_reuses_what_the_
 
 
 def test_a_stage_that_another_scheduler_has_published_meanwhile_has_not_failed() -> None:
-    house, one = House(1), stage("one")
+    harness, one = CoreHarness(1), stage("one")
     reader = stage("reader", one)
-    house.want("a", one, reader)
-    house.store.add(one.key)
-    assert given(house.fail(one)) == [reader.key]
-    assert answers(house.publish(reader)) == {"a": ["reused", "computed"]}
-    assert house.core.computed == {"reader": 1}
+    harness.request("a", one, reader)
+    harness.store.add(one.key)
+    assert assigned(harness.fail(one)) == [reader.key]
+    assert results(harness.publish(reader)) == {"a": ["reused", "computed"]}
+    assert harness.core.computed == {"reader": 1}
 
 
 def test_what_failed_here_is_reused_once_another_search_has_made_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ledger import House, given, stage
+from test_scheduler_core import CoreHarness, assigned, stage
 
 from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import CostModel
@@ -127,13 +127,13 @@ def test_paths_and_what_waits_equal_those_of_a_search_through_all_wants(seed: in
 
 
 def test_a_ledger_gives_out_stages_in_that_order() -> None:
-    house = House(0)
-    house.core.requests.expected_seconds = lambda each: SECONDS.get(each.name, 1.0)
+    harness = CoreHarness(0)
+    harness.core.requests.expected_seconds = lambda each: SECONDS.get(each.name, 1.0)
     stages = [stage("quick"), stage("student"), stage("teacher")]
-    house.want("a", *stages)
+    harness.request("a", *stages)
     for number in range(3):
-        house.arrive(f"worker-{number + 1}")
-    assert given(house.turn()) == [each.key for each in reversed(stages)]
+        harness.poll(f"worker-{number + 1}")
+    assert assigned(harness.dispatch()) == [each.key for each in reversed(stages)]
 
 
 def record(name: str, seconds: float, **spec: Any) -> Artifact:

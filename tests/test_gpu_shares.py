@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_ledger import NEEDS, House, given, stage
+from test_scheduler_core import NEEDS, CoreHarness, assigned, stage
 
 from ktray.artifact import Artifact
 from ktray.scheduler.placement import Placement, evict_idle, free_gpu_shares, has_gpu_room
@@ -75,12 +75,12 @@ def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs
 
 def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.25))
-    house = House(0, Node(8.0, 1.0))
-    hired = [each.worker for each in house.want("a", *(stage("student", number=number) for number in range(6)))]
+    harness = CoreHarness(0, Node(8.0, 1.0))
+    hired = [each.worker for each in harness.request("a", *(stage("student", number=number) for number in range(6)))]
     assert [worker.shape for worker in hired] == 4 * [QUARTER]
     for worker in hired:
-        house.arrive(worker.name)
-    assert len(given(house.turn())) == 4
+        harness.poll(worker.name)
+    assert len(assigned(harness.dispatch())) == 4
 
 
 # ---- which card

@@ -1,0 +1,149 @@
+"""How long the core believes in a stage whose workers die, and in a worker that does not come."""
+
+from __future__ import annotations
+
+import pytest
+from test_scheduler_core import CoreHarness, assigned, results, stage
+
+from ktray.scheduler.liveness import START_TIMEOUT
+from ktray.scheduler.messages import AssignStage, FenceOrphans, KillWorker, SchedulerEvent, StartWorker
+from ktray.scheduler.placement import Placement
+from ktray.scheduler.workers import Node, WorkerShape
+
+
+def test_a_stage_that_gets_further_each_time_outlives_any_number_of_workers() -> None:
+    harness, one = CoreHarness(8), stage("one")
+    harness.request("a", one)
+    for epoch in (2, 5, 6, 9, 12):
+        run = harness.core.running[one.key]
+        harness.core.heartbeat(
+            harness.registry.workers[run.worker], one.key, one, run.attempt, {"epoch": epoch, "of": 20}, harness.now
+        )
+        harness.core.worker_lost(run.worker, "worker died", "killed by signal 9", harness.now)
+        assert assigned(harness.dispatch()) == [one.key]
+    for _ in range(2):  # now it kills its worker at the same epoch again and again
+        run = harness.core.running[one.key]
+        harness.core.heartbeat(
+            harness.registry.workers[run.worker], one.key, one, run.attempt, {"epoch": 12, "of": 20}, harness.now
+        )
+        harness.core.worker_lost(run.worker, "worker died", "killed by signal 9", harness.now)
+        said = results(harness.dispatch())
+    assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
+
+
+def test_another_worker_is_hired_for_one_that_does_not_come_and_a_full_cluster_fails_nothing() -> None:
+    harness, one = CoreHarness(0), stage("one")
+    (first,) = harness.request("a", one)
+    assert isinstance(first, StartWorker)
+    for _ in range(5):
+        harness.core.check_heartbeats(harness.now)
+        harness.dispatch(START_TIMEOUT - 1)
+        harness.core.check_heartbeats(harness.now)
+        assert harness.dispatch() == []
+        harness.now += 2
+        harness.core.check_heartbeats(harness.now)
+        actions = harness.dispatch()
+        assert [type(action) for action in actions] == [KillWorker, StartWorker]
+        assert results(actions) == {}
+    harness.poll(next(action for action in actions if isinstance(action, StartWorker)).worker.name)
+    assert assigned(harness.dispatch()) == [one.key]
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_node_that_dies_while_many_workers_start_on_it_fails_nothing(noticed: bool) -> None:
+    harness = CoreHarness(2, Node(2.0, 0.0, 100.0))
+    stages = [stage("one", number=number) for number in range(8)]
+    harness.request("a", *stages[:2])
+    nodes = harness.registry.nodes
+    harness.registry.update_nodes({**nodes, "spot": Node(4.0, 0.0, 100.0)}, harness.now)
+    starting = [action.worker.name for action in harness.request("b", *stages[2:]) if isinstance(action, StartWorker)]
+    assert len(starting) == 4
+    if noticed:
+        harness.registry.update_nodes(nodes, harness.now)
+    for name in starting:
+        harness.core.worker_lost(name, "worker died", "its node died", harness.now)
+    assert results(harness.dispatch()) == {}
+    harness.registry.update_nodes(nodes, harness.now)
+    for each in stages[:-1]:
+        harness.publish(each)
+    assert results(harness.publish(stages[-1])) == {"b": ["computed"] * 6}
+
+
+def test_workers_that_never_come_fail_what_waits_after_the_third_generation() -> None:
+    harness = CoreHarness(0, Node(4.0, 0.0, 100.0))
+    actions = harness.request("a", *(stage("one", number=number) for number in range(6)))
+    for _ in range(3):
+        assert results(actions) == {}
+        for worker in [action.worker for action in actions if isinstance(action, StartWorker)]:
+            harness.core.worker_lost(worker.name, "worker died", "no torch", harness.now)
+        actions = harness.dispatch()
+    assert results(actions) == {"a": "WorkerDied: workers die before their first heartbeat: no torch"}
+
+
+def test_a_replacement_is_hired_on_a_node_that_is_heard_of_while_there_is_one() -> None:
+    harness, one = CoreHarness(0), stage("one")
+    harness.registry.nodes = {"node": Node(4.0), "other": Node(2.0)}
+    (first,) = harness.request("a", one)
+    assert first.worker.node == "node"  # the one with most room
+    harness.poll(first.worker.name)
+    harness.dispatch()
+    harness.now += 16
+    harness.core.check_heartbeats(harness.now)
+    (second,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
+    assert second.worker.node == "other"
+    harness.poll("worker-9")  # a worker of the silent node speaks
+    third = Placement(harness.registry, harness.now).place_worker(WorkerShape())
+    assert third is not None
+    assert third.node == "node"
+
+
+def test_the_pace_of_a_stage_is_counted_in_moves_of_its_progress() -> None:
+    harness, one = CoreHarness(1), stage("one")
+    (give,) = harness.request("a", one)
+    for epoch in (1, 1, 2, 2, 2):
+        harness.now += 3
+        harness.core.heartbeat(harness.registry.workers[give.worker], one.key, one, give.attempt, {"epoch": epoch}, harness.now)
+    run = harness.core.running[one.key]
+    assert (run.progress_changes, run.last_progress - run.since) == (2, 9)
+
+
+def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_starts_again() -> None:
+    harness, one = CoreHarness(0), stage("one")
+    harness.core.startup.restart(["worker-1", "worker-7"], harness.now)
+    harness.poll("worker-1")
+    harness.request("a", one)
+    harness.now += 14
+    harness.poll("worker-1")
+    assert harness.dispatch() == []
+    harness.now += 2
+    harness.core.dispatch(harness.now)
+    told, harness.core.outbox[:] = harness.core.outbox[:], []
+    assert [type(action) for action in told] == [FenceOrphans, AssignStage, SchedulerEvent]
+    silent = harness.registry.register("worker-7", WorkerShape(), "node")
+    assert not harness.core.heartbeat(silent, "two-1", stage("two"), "old", {}, harness.now), "its directory is no more"
+    assert list(harness.core.running) == [one.key]
+
+
+def test_after_a_restart_workers_that_were_only_starting_have_as_long_to_come_as_any_other() -> None:
+    harness, one, two = CoreHarness(0), stage("one"), stage("two")
+    harness.core.startup.restart(["worker-1", "worker-2", "worker-7"], harness.now)
+    harness.request("a", one)
+    for seconds, name in ((16, "worker-1"), (START_TIMEOUT - 17, "worker-2")):
+        harness.now += seconds
+        for worker in harness.registry.workers.values():
+            harness.core.heartbeat(worker, "", None, "", {}, harness.now)
+        harness.core.check_heartbeats(harness.now)
+        harness.poll(name)
+        assert not [action for action in harness.dispatch() if isinstance(action, KillWorker)]
+    assert harness.core.running[one.key].worker == "worker-1"
+    assert assigned(harness.request("b", two)) == [two.key]
+    assert harness.core.running[two.key].worker == "worker-2"
+    harness.core.outbox.clear()
+    for _ in range(2):
+        harness.now += 2
+        for name in ("worker-1", "worker-2"):
+            harness.core.heartbeat(harness.registry.workers[name], "", None, "", {}, harness.now)
+        harness.core.check_heartbeats(harness.now)
+    kill, event = harness.core.outbox
+    assert kill.worker.name == event.worker == "worker-7", "it is told once"
+    assert (event.event, event.cause) == ("fenced", "no heartbeat for 120 s after a restart")
