@@ -174,7 +174,7 @@ def deaths(share: float) -> Any:
 
 
 def run(
-    costs: Costs, site: SimulatedCluster, trials: int, entries: Sequence[Params] | None, live: int = 0
+    costs: Costs, cluster: SimulatedCluster, trials: int, entries: Sequence[Params] | None, live: int = 0
 ) -> tuple[Timeline, float]:
     """A list of pairs without early stopping, or a search with it; and the seconds that this process was busy.
 
@@ -187,7 +187,7 @@ def run(
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the study is a file that is synced a dozen times a trial
     with tempfile.TemporaryDirectory(dir=memory) as home:
         study = Study.open(Path(home), searched, clock=clock, draws=draws)
-        timeline = simulate(searched, study, clock, costs.seconds, metrics, site)
+        timeline = simulate(searched, study, clock, costs.seconds, metrics, cluster)
     return timeline, time.process_time() - began
 
 
@@ -211,7 +211,7 @@ def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str
             for gpus in machines:
                 ideal = Ideal.of(entries, MODELS[name], gpus)
                 timeline, spent = run(
-                    MODELS[name], SimulatedCluster(gpus, hire_seconds=10, overhead_seconds=0.05), count, entries, live
+                    MODELS[name], SimulatedCluster(gpus, startup_seconds=10, overhead_seconds=0.05), count, entries, live
                 )
                 assert sum(trial.state == "completed" for trial in timeline.trials) == count
                 target = max(ideal.path, ideal.shared / gpus)
@@ -228,8 +228,8 @@ def of_failures(count: int, gpus: int, name: str) -> None:
     entries = pairs_of(count)
     print("deaths | checkpoints | work | lost | makespan h")
     for share, every in ((0.0, float("inf")), (0.05, 600.0), (0.2, 600.0), (0.05, float("inf")), (0.2, float("inf"))):
-        site = SimulatedCluster(gpus, 8, 10.0, 0.05, deaths(share) if share else SimulatedCluster(1).dies, every)
-        timeline, _ = run(MODELS[name], site, count, entries)
+        cluster = SimulatedCluster(gpus, 8, 10.0, 0.05, deaths(share) if share else SimulatedCluster(1).dies, every)
+        timeline, _ = run(MODELS[name], cluster, count, entries)
         assert sum(trial.state == "completed" for trial in timeline.trials) == count
         print(
             f"{share:.0%} | {every:g} s | {timeline.busy / HOUR:.0f} h | {timeline.lost / timeline.busy:.1%} | "
@@ -240,7 +240,7 @@ def of_failures(count: int, gpus: int, name: str) -> None:
 
 def of_searches(trials: int, gpus: int, name: str) -> None:
     """A whole search of a space of 10,800 pairs, with its sampler and its rungs."""
-    timeline, spent = run(MODELS[name], SimulatedCluster(gpus, hire_seconds=10, overhead_seconds=0.05), trials, None)
+    timeline, spent = run(MODELS[name], SimulatedCluster(gpus, startup_seconds=10, overhead_seconds=0.05), trials, None)
     states = [trial.state for trial in timeline.trials]
     counts = {state: states.count(state) for state in sorted(set(states))}
     print(

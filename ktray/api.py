@@ -1,6 +1,11 @@
 """The verbs as Python functions: `ktray.search(...)`, `ktray.run(...)`, `ktray.load_student(...)`.
 
-They do what the commands do, on the same homes: a search begun here goes on there. Talk goes to stderr, errors are raised.
+They do what the commands do, on the same homes: a search begun here goes on there. Messages go to stderr, errors are raised.
+
+    result = ktray.search("search_spaces/quickstart.yaml", trials=8)
+    result.best(top=3)
+    result.export("my_student")
+    model = ktray.load_student("my_student")
 """
 
 from __future__ import annotations
@@ -13,17 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ktray import plugins
-from ktray.cli.settings import Settings, counted, open_home
 from ktray.errors import StageFailed, UserError
 from ktray.export.student_files import load_student as load_student
+from ktray.runs.settings import Settings, make_settings, require_positive
 from ktray.spec import PairSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from ktray.cli.best import Per
     from ktray.export.student_files import Form, Head
+    from ktray.runs.best_trials import Per
     from ktray.runs.interruption import Interruption
     from ktray.runs.search_run import SearchOutcome
     from ktray.search.history import History
@@ -34,7 +38,11 @@ Talk = Literal[0, 1, 2]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a study on disk has found, whether a search of it runs now or not; what is asked is read anew each time.
+    """What a study on disk has found, whether a search of it runs now or not. Each method reads the study anew.
+
+    Example:
+        >>> result = SearchResult(Path("/data/.ktray"), "cifar10-teachers")  # doctest: +SKIP
+        >>> result.to_frame().sort_values("knn/top1").tail()  # doctest: +SKIP
 
     Attributes:
         home: absolute path of the home that holds it.
@@ -64,19 +72,27 @@ class SearchResult:
         """The best completed trials, best first, in the form of ``ktray best NAME --json``.
 
         Args:
-            top: at most so many; None means 10, and one where `test` is asked for.
+            top: how many at most; None means 10, or 1 with `test`.
             pareto: only those that no other beats in every objective.
             per: only the best one of each "teacher" or "student".
-            test: judge them on the test split, too, and keep what it says: each look at it makes it worth less.
+            test: also judge them on the test split, and keep the result: each look at that split makes it worth less.
+
+        Example:
+            >>> [row["objectives"] for row in result.best(top=3, per="teacher")]  # doctest: +SKIP
 
         Raises:
             UserError: there is no such study, or `top` is no whole number from 1.
             StageFailed: an evaluation on the test split failed.
         """
-        from ktray.cli.best import judged, shown, winners
+        from ktray.runs.best_trials import best_trials, default_top, judge_on_test, trial_as_data
 
-        count = shown(None if top is None else counted(top, "top"), test)
-        return judged(winners(self.history(), pareto, per)[:count], self.name, self._options(), test)
+        count = default_top(None if top is None else require_positive(top, "top"), test)
+        trials = best_trials(self.history(), pareto, per)[:count]
+        answers = [trial_as_data(trial) for trial in trials]
+        if test:
+            for answer, metrics in zip(answers, judge_on_test(trials, self.name, self._settings()), strict=True):
+                answer["test"] = metrics
+        return answers
 
     def to_frame(self) -> DataFrame:
         """One row per trial, indexed by its number: `state`, `epoch`, `cause`, then ``params.*``, metrics and ``cost/*``."""
@@ -97,9 +113,9 @@ class SearchResult:
         Raises:
             UserError: there is no such study, or the file cannot be written.
         """
-        from ktray.cli.report import write_report
+        from ktray.runs.study_report import write_report
 
-        return write_report(self.name, self.home, self._options().open_store(), Path(path))
+        return write_report(self.name, self._settings(), Path(path))
 
     def export(
         self,
@@ -121,17 +137,16 @@ class SearchResult:
         Raises:
             UserError: no such study or completed trial, the folder is occupied, or the tracker cannot register it.
         """
-        from ktray.cli.export import register as registered
-        from ktray.cli.export import write_student
+        from ktray.runs.student_export import export_trial, register_student
 
-        number, options, folder = "" if trial is None else str(trial), self._options(), Path(directory)
-        files = write_student(self.home, options.open_store(), self.name, number, folder, head, format)
+        number, settings, folder = "" if trial is None else str(trial), self._settings(), Path(directory)
+        files = export_trial(settings, self.name, number, folder, head, format)
         if register:
-            registered(options, self.name, number, folder)
+            register_student(settings, self.name, number, folder)
         return files
 
-    def _options(self) -> Settings:
-        return _settings(self.home, 0, self.store, self.tracking)
+    def _settings(self) -> Settings:
+        return make_settings(self.home, store=self.store, tracking=self.tracking, verbosity=0)
 
 
 def search(
@@ -154,10 +169,14 @@ def search(
 ) -> SearchResult:
     """Run a search to its target, or go on with it, as `ktray search` does.
 
+    Example:
+        >>> result = ktray.search("search_spaces/quickstart.yaml", trials=8)  # doctest: +SKIP
+        >>> result = ktray.search("search_spaces/quickstart.yaml", trials="+8")  # doctest: +SKIP
+
     Args:
         space: as plain data, or its YAML file.
         home: None means KTRAY_HOME, or `./.ktray`.
-        name: of the study; None for the space's. The same name goes on.
+        name: of the study; None for the space's. The same name resumes.
         trials: target, such as 50 or ``"+50"``; None for the space's budget.
         concurrent: trials at the same time, 64 at most; None for the space's budget.
         warm_start: another study of this home, whose results the sampler learns from.
@@ -169,7 +188,7 @@ def search(
         store: where artifacts live, such as ``file:///mnt/shared/store``; None for the home's own.
         tracking: MLflow URI; None means MLFLOW_TRACKING_URI, or the home's own database where that is not set.
         runtime: file with resources per stage kind.
-        talk: 0 errors only, 1 news of trials, 2 stages as well; on stderr.
+        talk: 0 errors only, 1 trials, 2 stages as well; on stderr.
 
     Raises:
         UserError: the space, an argument or the data are wrong.
@@ -177,22 +196,26 @@ def search(
         StoppedEarly: a full disk, or ten failures in a row; the same call goes on.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
-    from ktray.cli.search import search as searched
+    from ktray.runs.search_run import SearchOptions
+    from ktray.runs.search_run import search as run_search
 
-    options = _settings(home, talk, store, tracking, runtime, allow_plugins)
-    found, source = _space(space, list(overrides))
-    wishes = (name, trials, concurrent, warm_start, address, share_images, retry)  # in the order of `searched`
-    outcome = _ended(lambda stopping: searched(found, source, options, stopping, *wishes)[0], options)
-    return SearchResult(options.home, outcome.study, store, tracking)
+    settings = make_settings(
+        home, store=store, tracking=tracking, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk
+    )
+    parsed, source = _parse_space(space, list(overrides))
+    target = None if trials is None else str(trials)
+    options = SearchOptions(name, target, concurrent, warm_start, address, share_images, retry)
+    outcome = _until_end(lambda interruption: run_search(parsed, source, options, settings, interruption), settings)
+    return SearchResult(settings.home, outcome.study, store, tracking)
 
 
-def _space(space: Mapping[str, Any] | str | Path, overrides: list[str]) -> tuple[Space, str]:
+def _parse_space(space: Mapping[str, Any] | str | Path, overrides: list[str]) -> tuple[Space, str]:
     """A space and what errors call it: its file, or "space" for plain data.
 
     Raises:
         UserError: it is neither a file's name nor plain data, or no space.
     """
-    from ktray.cli.spec_files import load_space
+    from ktray.runs.spec_files import load_space
     from ktray.search.space import parse
 
     if isinstance(space, str | Path):
@@ -200,25 +223,24 @@ def _space(space: Mapping[str, Any] | str | Path, overrides: list[str]) -> tuple
     try:
         text = json.dumps(space, allow_nan=False, ensure_ascii=False)  # JSON is YAML
     except (TypeError, ValueError) as error:
-        right = "Give a YAML file's name, or what it would hold: dicts, lists, texts and numbers."
-        raise UserError(f"the space is no plain data ({error})", instead=right) from error
+        instead = "Give a YAML file's name, or what it would hold: dicts, lists, texts and numbers."
+        raise UserError(f"the space is no plain data ({error})", instead=instead) from error
     return parse(text, overrides, "space"), "space"
 
 
-def _ended(begin: Callable[[Interruption], SearchOutcome], options: Settings) -> SearchOutcome:
-    """What a search did that came to its end; Ctrl-C is heard while it runs.
+def _until_end(start: Callable[[Interruption], SearchOutcome], settings: Settings) -> SearchOutcome:
+    """The outcome of a search that came to its end; Ctrl-C interrupts it in order.
 
     Raises:
         StoppedEarly: it did not come to its end.
         KeyboardInterrupt: Ctrl-C.
     """
-    from ktray.cli.search import stop_on_signals
-    from ktray.runs.interruption import Interruption
+    from ktray.runs.interruption import Interruption, stop_on_signals
 
-    stopping = Interruption()
-    in_main = threading.current_thread() is threading.main_thread()  # nobody else may handle signals
-    with stop_on_signals(stopping, options) if in_main else contextlib.nullcontext():
-        outcome = begin(stopping)
+    interruption = Interruption()
+    in_main_thread = threading.current_thread() is threading.main_thread()  # signal handlers can be set only there
+    with stop_on_signals(interruption, settings.print_info) if in_main_thread else contextlib.nullcontext():
+        outcome = start(interruption)
     if outcome.stopped:
         raise outcome.stopped
     if outcome.interrupted:
@@ -242,9 +264,12 @@ def run(
 ) -> list[dict[str, Any]]:
     """Compute a pair, or all pairs of an experiment, as `ktray run` does.
 
+    Example:
+        >>> ktray.run("experiments/baselines.py", only=["random student 0"], local=True)[0]["metrics"]  # doctest: +SKIP
+
     Args:
         pair: a spec, a pair as plain data, or the file of a pair (YAML) or an experiment (Python).
-        only: names of the pairs of an experiment that are wanted; none means all.
+        only: names of pairs of an experiment; none means all.
         local: in this process, without Ray.
         concurrent: pairs at the same time, on Ray.
         home, address, overrides, allow_plugins, store, runtime, talk: as for `search`.
@@ -256,37 +281,25 @@ def run(
         UserError: the pair, an argument or the data are wrong.
         StageFailed: the first failure, after all pairs have come to their end.
     """
-    from ktray.cli.plan import check_pairs
-    from ktray.cli.run import run_here, run_on_ray
-    from ktray.cli.spec_files import chosen, load_pairs
     from ktray.pipeline.pair_check import data_loader
+    from ktray.runs.pair_run import run_here, run_on_ray
+    from ktray.runs.plan import check_pairs
+    from ktray.runs.spec_files import load_pairs, select_pairs
     from ktray.search.space import pair_of
 
-    counted(concurrent, "concurrent")
-    options = _settings(home, talk, store, None, runtime, allow_plugins)
+    require_positive(concurrent, "concurrent")
+    settings = make_settings(home, store=store, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk)
     pairs: Mapping[str, PairSpec]
     if isinstance(pair, str | Path):
         source, pairs = Path(pair), load_pairs(Path(pair), list(overrides))
     else:
         source, pairs = Path("pair"), {"pair": pair if isinstance(pair, PairSpec) else pair_of(pair, "pair")}
-    pairs = chosen(pairs, only)
+    pairs = select_pairs(pairs, only)
     check_pairs(pairs, data_loader(), source)
-    results = run_here(pairs, options) if local else run_on_ray(pairs, address, concurrent, options)
+    results = run_here(pairs, settings) if local else run_on_ray(pairs, address, concurrent, settings)
+    finished = []
     for result in results:
         if isinstance(result, StageFailed):
             raise result
-    return results
-
-
-def _settings(
-    home: str | Path | None,
-    talk: Talk,
-    store: str | None = None,
-    tracking: str | None = None,
-    runtime: str | Path | None = None,
-    allow_plugins: Sequence[str] = (),
-) -> Settings:
-    plugins.allow(list(allow_plugins))
-    place = open_home(home)
-    url = store or f"file://{place / 'store'}"
-    return Settings(place, url, tracking, Path(runtime) if runtime else None, json=False, talks=talk)
+        finished.append(result.as_data())
+    return finished

@@ -14,13 +14,13 @@ import torch
 import yaml
 
 import ktray
-from ktray.cli import best, export, main
+from ktray.cli import main
 from ktray.errors import StageFailed, StoppedEarly, UserError
-from ktray.runs import search_run
+from ktray.runs import best_trials, search_run, student_export
 from ktray.runs.interruption import Interruption
+from ktray.runs.settings import Settings
 from ktray.runs.simulation import _NoTracker
 from ktray.search.study import Study
-from ktray.stores.file import FileStore
 from tests.searches import Home
 from tests.searches import toy_space as search_space
 from tests.toy_space import drive, toy_space
@@ -106,16 +106,16 @@ def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, mon
     drawn: list[int] = []
 
     def only_draw(coordinator: Any, scheduler: Any) -> StoppedEarly:
-        drawn.append(len(coordinator.first(coordinator.space.budget.concurrent)[0]))
+        drawn.append(len(coordinator.first_segments(coordinator.space.budget.concurrent)[0]))
         return StoppedEarly("it is enough")
 
-    monkeypatch.setattr(search_run, "_trials", only_draw)
+    monkeypatch.setattr(search_run, "_run_trials", only_draw)
     space = toy_space(tmp_path, budget={"trials": 70, "concurrent": 500}, sampler="random", early_stop=None)
-    place = search_run.SearchSettings(tmp_path, FileStore(tmp_path / "store"), None, None)
+    settings = Settings(tmp_path, f"file://{tmp_path / 'store'}")
     said: list[str] = []
-    screen: Any = type("Heard", (_NoTracker,), {"say": staticmethod(said.append)})()
+    display: Any = type("Heard", (_NoTracker,), {"say": staticmethod(said.append)})()
     tracker: Any = type("Deaf", (_NoTracker,), {"close": lambda self, how, timeout: None})()
-    search_run.search(space, place, tracker, Interruption(), screen, name="toy", trials=None)
+    search_run.search_study(space, search_run.SearchOptions("toy"), settings, tracker, Interruption(), display)
     assert drawn == [64]
     assert said == ["64 trials run at a time, not 500: each waits in a process on this machine"]
 
@@ -168,37 +168,37 @@ def test_the_best_of_a_study_are_those_of_the_command(tmp_path: Path, capsys: An
 def test_winners_are_judged_on_test_one_unless_more_are_asked_for_and_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best, "_judge_on_test", lambda trial, name, options: {"knn/top1": trial.number / 100})
+    monkeypatch.setattr(best_trials, "_judge_on_test", lambda trial, study, settings: {"knn/top1": trial.number / 100})
     study = driven(tmp_path, early_stop=None)
     (only,) = study.best(test=True)
     assert only["test"] == {"knn/top1": only["trial"] / 100}
     assert only["trial"] == study.best()[0]["trial"]
-    assert list(json.loads((tmp_path / "studies/toy" / best.FILE).read_text())) == [str(only["trial"])]
+    assert list(json.loads((tmp_path / "studies/toy" / best_trials.FILE).read_text())) == [str(only["trial"])]
     assert len(study.best(2, test=True)) == 2
 
 
 def test_an_export_takes_format_head_and_registry_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[Any] = []
-    monkeypatch.setattr(export, "write_student", lambda *given: heard.append(given) or [tmp_path / "card"])
-    monkeypatch.setattr(export, "register", lambda options, *given: heard.append((options.tracking, *given)))
+    monkeypatch.setattr(student_export, "export_trial", lambda *given: heard.append(given) or [tmp_path / "card"])
+    monkeypatch.setattr(student_export, "register_student", lambda settings, *given: heard.append((settings.tracking, *given)))
     study = ktray.SearchResult(tmp_path, "toy", tracking="sqlite:///mine.db")
     assert study.export(tmp_path / "out") == [tmp_path / "card"]
     study.export(tmp_path / "out", 0, format="onnx", head="classifier", register=True)
-    assert [given[2:] for given in heard[:2]] == [
+    assert [given[1:] for given in heard[:2]] == [
         ("toy", "", tmp_path / "out", "none", "safetensors"),
         ("toy", "0", tmp_path / "out", "classifier", "onnx"),
     ]
     assert heard[2:] == [("sqlite:///mine.db", "toy", "0", tmp_path / "out")]
 
 
-def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_of_a_search_arrives_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: dict[str, Any] = {}
 
-    def searched(space: Any, place: Any, tracker: Any, stopping: Any, screen: Any, **wishes: Any) -> search_run.SearchOutcome:
-        heard.update(wishes, space=space, place=place, tracker=tracker)
-        return search_run.SearchOutcome(wishes["name"])
+    def searched(space: Any, options: Any, settings: Any, tracker: Any, *others: Any) -> search_run.SearchOutcome:
+        heard.update(vars(options), space=space, tracker=tracker)
+        return search_run.SearchOutcome(options.name)
 
-    monkeypatch.setattr(search_run, "search", searched)
+    monkeypatch.setattr(search_run, "search_study", searched)
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
     study = ktray.search(
         search_space(tmp_path),
@@ -215,7 +215,7 @@ def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monke
         tracking="sqlite:///mine.db",
         talk=0,
     )
-    assert (heard["name"], heard["trials"], heard["warm_start"], heard["place"].address) == ("other", "+3", "old", "auto")
+    assert (heard["name"], heard["trials"], heard["warm_start"], heard["address"]) == ("other", "+3", "old", "auto")
     assert heard["retry"] is True
     assert heard["space"].budget.concurrent == 2
     assert heard["space"].document.pair["transfer"]["iterations"] == 7
@@ -227,11 +227,11 @@ def test_every_wish_of_a_search_arrives_under_its_own_name(tmp_path: Path, monke
 def test_a_space_may_be_plain_data_and_is_the_same_as_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[Any] = []
 
-    def searched(space: Any, *others: Any, **wishes: Any) -> search_run.SearchOutcome:
+    def searched(space: Any, options: Any, *others: Any) -> search_run.SearchOutcome:
         heard.append(space)
-        return search_run.SearchOutcome(wishes["name"])
+        return search_run.SearchOutcome(options.name)
 
-    monkeypatch.setattr(search_run, "search", searched)
+    monkeypatch.setattr(search_run, "search_study", searched)
     file = search_space(tmp_path)
     content = yaml.safe_load(file.read_text())
     for each in (file, content):

@@ -16,7 +16,7 @@ def test_a_fixed_list_costs_its_distinct_stages_and_ends_near_its_bound(model):
     ideal = simulated.Ideal.of(entries, costs, gpus)
     timeline, _ = simulated.run(costs, SimulatedCluster(gpus), len(entries), entries)
     assert [trial.state for trial in timeline.trials] == ["completed"] * len(entries)
-    assert timeline.alone == pytest.approx(ideal.naive)
+    assert timeline.unshared == pytest.approx(ideal.naive)
     assert 0.85 * timeline.busy <= ideal.shared <= timeline.busy * 1.000001
     assert ideal.bound <= timeline.makespan * 1.000001
     assert timeline.makespan <= 1.3 * max(ideal.path, ideal.shared / gpus)

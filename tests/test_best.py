@@ -6,25 +6,26 @@ import argparse
 import json
 from pathlib import Path
 
-from ktray.cli import best
+from ktray.cli import best_command
+from ktray.runs.best_trials import FILE, default_top, keep_test_metrics
 
 
 def test_a_verdict_of_the_test_split_is_kept_with_its_first_date(tmp_path: Path) -> None:
-    path = tmp_path / best.FILE
-    best._keep(path, [{"trial": 3, "test": {"knn/top1": 0.5}}])
+    path = tmp_path / FILE
+    keep_test_metrics(path, {3: {"knn/top1": 0.5}})
     kept = json.loads(path.read_text())
     kept["3"]["when"] = "2026-01-01T00:00:00+00:00"
     path.write_text(json.dumps(kept))
-    best._keep(path, [{"trial": 3, "test": {"knn/top1": 0.5}}, {"trial": 4, "test": {"knn/top1": 0.4}}])
+    keep_test_metrics(path, {3: {"knn/top1": 0.5}, 4: {"knn/top1": 0.4}})
     again = json.loads(path.read_text())
     assert again["3"] == kept["3"]
     assert again["4"]["metrics"] == {"knn/top1": 0.4}
-    assert [each.name for each in tmp_path.iterdir()] == [best.FILE]
+    assert [file.name for file in tmp_path.iterdir()] == [FILE]
 
 
 def test_only_the_best_pair_is_judged_on_test_unless_more_are_asked_for() -> None:
     parser = argparse.ArgumentParser()
-    best.add_arguments(parser)
+    best_command.add_arguments(parser)
     for words, count in {"toy": 10, "toy --test": 1, "toy --test --top 3": 3, "toy --top 2": 2}.items():
         asked = parser.parse_args(words.split())
-        assert best.shown(asked.top, asked.test) == count
+        assert default_top(asked.top, asked.test) == count

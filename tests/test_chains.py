@@ -211,7 +211,7 @@ def test_of_a_planned_chain_also_what_makes_the_student_that_teaches_is_certain(
     mute: Any = _NoTracker()
     store: Any = _VirtualStore()
     with Study.open(tmp_path, space := chained_space(start_with=[start])) as study:
-        stages = TrialCoordinator(space, study, store, lambda spec: "content", mute, lambda *said: None).certain()
+        stages = TrialCoordinator(space, study, store, lambda spec: "content", mute, lambda *said: None).planned_stages()
     known: set[str] = set()
     for stage in stages:
         assert known >= set(stage.inputs.values()), "nothing is asked for before what it reads"

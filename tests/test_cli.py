@@ -217,7 +217,7 @@ def test_plan_of_a_space_shows_one_draw_of_every_branch_wherever_it_branches(hom
 
 
 def test_a_list_in_a_record_does_not_differ_from_the_same_list_in_a_pair():
-    from ktray.cli.show import _differences
+    from ktray.cli.show_command import _differences
 
     wanted, record = {"spec": {"hidden": (64,), "loss": "l2"}}, {"spec": {"hidden": [64], "loss": "cosine"}}
     assert _differences(wanted, record) == [["spec.loss", "cosine", "l2"]]

@@ -18,7 +18,7 @@ from tests.searches import Ended, Home
 from tests.toys import STUDENT
 
 pytestmark = pytest.mark.slow  # a real search
-NAMES = [verb.__name__.rsplit(".", 1)[-1] for verb in VERBS]
+NAMES = list(VERBS)
 
 
 def mixed_folder(root: Path, images: int, broken: int) -> Path:

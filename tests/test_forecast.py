@@ -1,4 +1,4 @@
-"""What a rehearsal says of the whole: seconds and bytes grow with images, epochs and clusters, and with what is not shared."""
+"""What a dry run says of the whole: seconds and bytes grow with images, epochs and clusters, and with what is not shared."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from ktray.artifact import Artifact, Stage
-from ktray.cli.plan import _rehearsed, _stages
+from ktray.cli.plan_command import _dry_run_text
 from ktray.cost_model.forecast import Forecast, FullSizeStages, forecast
 from ktray.pipeline import pair_graph
 from ktray.pipeline.dry_run_pair import dry_run_stages
-from ktray.runs.dry_run import _summed
+from ktray.runs.dry_run import _result
+from ktray.runs.plan import stages_and_estimate
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, STUDENT, toy_pair
 
-TRAIN, ALL = 25_600, 76_800  # a hundred times what is rehearsed
+TRAIN, ALL = 25_600, 76_800  # a hundred times what is run in small
 PAIR = toy_pair(
     teacher={**ROTATION, "schedule": {"epochs": 50, "batch_size": 32}},
     transfer={"kind": "clusters", "k": 640, "iterations": 20},
@@ -42,8 +43,8 @@ def publish(store: FileStore, stage: Stage, **record: Any) -> None:
     store.publish(scratch, stage.key, {"attempt": "a1", **known, **peaks, **record})
 
 
-def rehearsed(folder: Path, expected: dict[str, float]) -> tuple[Forecast, FileStore, Any]:
-    """The forecast from a rehearsal in which every stage took a second; the real store; and how to ask again."""
+def dry_run(folder: Path, expected: dict[str, float]) -> tuple[Forecast, FileStore, Any]:
+    """The forecast from a dry run in which every stage took a second; the real store; and how to ask again."""
     store, real = FileStore(folder / "small"), FileStore(folder / "real")
     small, full = dry_run_stages(PAIR, identity), list(pair_graph.build(PAIR, identity).stages)
     for stage in small:
@@ -54,7 +55,7 @@ def rehearsed(folder: Path, expected: dict[str, float]) -> tuple[Forecast, FileS
 
 
 def test_each_stage_grows_with_its_images_epochs_and_clusters(tmp_path: Path) -> None:
-    found, _, _ = rehearsed(tmp_path, {})
+    found, _, _ = dry_run(tmp_path, {})
     seconds = {name: row["whole_seconds"] for name, row in found.stages.items()}
     assert seconds == pytest.approx(
         {
@@ -76,16 +77,16 @@ def test_each_stage_grows_with_its_images_epochs_and_clusters(tmp_path: Path) ->
 
 
 def test_what_draws_share_counts_as_often_as_it_is_expected(tmp_path: Path) -> None:
-    one, _, _ = rehearsed(tmp_path / "one", {})
+    one, _, _ = dry_run(tmp_path / "one", {})
     expected = {name: 1.0 for name in one.stages} | {"teacher": 4.0, "student": 40.0}
-    many, _, _ = rehearsed(tmp_path / "many", expected)
+    many, _, _ = dry_run(tmp_path / "many", expected)
     assert many.seconds == pytest.approx(one.seconds + 3 * 5000 + 39 * 300)
     assert many.bytes == one.bytes + 42 * 8228
     assert many.pair_bytes == one.pair_bytes
 
 
 def test_records_of_the_store_know_better_and_what_is_there_takes_nothing(tmp_path: Path) -> None:
-    before, real, again = rehearsed(tmp_path, {})
+    before, real, again = dry_run(tmp_path, {})
     full = {stage.name: stage for stage in pair_graph.build(PAIR, identity).stages}
     publish(real, full["images"])
     other = Stage("teacher", {**full["teacher"].spec, "seed": 7}, {}, full["teacher"].inputs)
@@ -112,7 +113,7 @@ class Counting(FileStore):
 def test_of_a_large_store_only_as_many_records_are_read_as_are_learned_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, real, _ = rehearsed(tmp_path, {})
+    _, real, _ = dry_run(tmp_path, {})
     full = {stage.name: stage for stage in pair_graph.build(PAIR, identity).stages}
     for seed in range(100, 108):
         publish(real, Stage("teacher", {**full["teacher"].spec, "seed": seed}, {}, full["teacher"].inputs))
@@ -120,7 +121,7 @@ def test_of_a_large_store_only_as_many_records_are_read_as_are_learned_from(
     store = Counting(real.root)
     forecast({}, FullSizeStages({}, {}, {}), FileStore(tmp_path / "small"), store)
     assert store.looked.total() == 3
-    planned = _stages([], SimpleNamespace(open_store=lambda: store))  # type: ignore[arg-type]
+    planned = stages_and_estimate([], SimpleNamespace(open_store=lambda: store))  # type: ignore[arg-type]
     assert planned["estimate"]["bytes"] == 0
     assert store.looked.total() == 6
 
@@ -130,14 +131,14 @@ def entry(**changes: Any) -> dict[str, Any]:
 
 
 def test_hours_and_disk_are_said_and_a_disk_that_is_too_small_for_all_of_it(tmp_path: Path) -> None:
-    coming = rehearsed(tmp_path, {"student": 40.0})[0]
+    coming = dry_run(tmp_path, {"student": 40.0})[0]
     stages = {name: entry(**({"device_peak_bytes": 5 << 30} if name == "teacher" else {})) for name in coming.stages}
-    found = _summed(2, stages, coming, coming.bytes - 1, ["a note"])
+    found = _result(2, stages, coming, coming.bytes - 1, ["a note"])
     assert (found.seconds, found.bytes) == (coming.seconds, coming.bytes)
     assert found.notes[0] == "a note"
     assert found.notes[1].startswith("all of it would take roughly 0.0 GB of disk, and 0.0 GB are free; make room")
-    assert _summed(2, stages, coming, coming.bytes, []).notes == []
-    lines = _rehearsed(vars(found))
+    assert _result(2, stages, coming, coming.bytes, []).notes == []
+    lines = _dry_run_text(vars(found))
     assert "All of it takes roughly 7.9 h of work" in lines[-1]
     assert "0.0 GB of disk: scaled from one batch" in lines[-1]
     teacher, student = (

@@ -12,7 +12,7 @@ from ktray.cli import VERBS, main
 from tests.pictures import noise, png
 from tests.searches import Home
 
-NAMES = [verb.__name__.rsplit(".", 1)[-1] for verb in VERBS]
+NAMES = list(VERBS)
 
 
 def parquet_files(root: Path, train: int, test: int) -> Path:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ktray.cli.search import _footer
+from ktray.cli.search_command import _footer
 from ktray.errors import UserError
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity

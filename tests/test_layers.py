@@ -37,7 +37,8 @@ LAYERS = (
     ("scheduler", {"scheduler"}),
     ("search", {"search", "tracking", "report"}),
     ("runs", {"runs"}),
-    ("interface", {"cli", "api", "__main__", "__init__"}),
+    ("library", {"api", "__init__"}),
+    ("command line", {"cli", "__main__"}),
 )
 LEVEL = {part: level for level, (_, parts) in enumerate(LAYERS) for part in parts}
 TOOLS = 1
@@ -287,6 +288,8 @@ def module(name: str, source: str) -> Module:
         (imports_go_down, "ktray.stages.new", "from ktray import load_student"),
         (imports_go_down, "ktray.stages.new", "import ktray\nktray.load_student()"),
         (imports_go_down, "ktray.pipeline.new", "from ktray.scheduler.core import SchedulerCore"),
+        (imports_go_down, "ktray.api", "def run():\n    from ktray.cli.leaderboard import leaderboard"),
+        (imports_go_down, "ktray.runs.new", "from ktray.api import SearchResult"),
         (plugins_do_not_import_each_other, "ktray.evals.new", "from ktray.evals import knn"),
         (plugins_do_not_import_each_other, "ktray.transfer.new", "from ktray.evals.knn import predict"),
         (no_kind_is_named_outside_its_plugin, "ktray.pipeline.new", "def f(spec):\n    return spec.kind == 'hog'"),

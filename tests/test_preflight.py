@@ -25,7 +25,7 @@ def test_a_healthy_place_passes_and_no_probe_is_left(ray_home, tmp_path):
 
 
 def test_a_disk_without_room_is_refused_with_its_number_and_exit_code_4(ray_home, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "LEAST_FREE", 1 << 60)
+    monkeypatch.setattr(preflight, "MIN_FREE_BYTES", 1 << 60)
     with pytest.raises(PreflightFailed, match="MB left") as raised:
         preflight.preflight(FileStore(tmp_path))
     assert raised.value.exit_code == 4
@@ -35,8 +35,8 @@ def test_on_a_full_disk_no_node_is_asked_because_not_even_the_question_could_be_
     def full(root):
         raise OSError(errno.ENOSPC, "No space left on device", str(root))
 
-    monkeypatch.setattr(preflight, "_nodes", full)
-    monkeypatch.setattr(preflight, "LEAST_FREE", 1 << 60)
+    monkeypatch.setattr(preflight, "_node_problems", full)
+    monkeypatch.setattr(preflight, "MIN_FREE_BYTES", 1 << 60)
     with pytest.raises(PreflightFailed, match="MB left"):
         preflight.preflight(FileStore(tmp_path))
 
@@ -44,9 +44,9 @@ def test_on_a_full_disk_no_node_is_asked_because_not_even_the_question_could_be_
 def test_a_node_answers_with_what_it_sees_and_leaves_a_file_beside_it(tmp_path):
     probe = tmp_path / ".probe-1"
     probe.write_text("ktray")
-    assert preflight._look(str(probe))["seen"] == "ktray"
+    assert preflight._probe_store(str(probe))["seen"] == "ktray"
     assert len(list(tmp_path.iterdir())) == 2
-    assert preflight._look(str(tmp_path / "absent"))["seen"] == ""
+    assert preflight._probe_store(str(tmp_path / "absent"))["seen"] == ""
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_each_thing_that_is_wrong_with_a_node_is_said(changes, said):
 def test_a_node_that_has_died_is_no_problem_and_one_that_only_stays_mute_is(tmp_path, monkeypatch):
     members = [{"dies", "slow", "mute", "well"}, {"slow", "mute", "well"}]
     answers = {"dies": [None], "slow": [None, GOOD], "mute": [None, None], "well": [GOOD]}
-    clock = iter([0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, preflight.PATIENCE + 1])
-    monkeypatch.setattr(preflight, "_members", lambda: members.pop(0) if len(members) > 1 else members[0])
+    clock = iter([0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, preflight.TIMEOUT_SECONDS + 1])
+    monkeypatch.setattr(preflight, "_alive_nodes", lambda: members.pop(0) if len(members) > 1 else members[0])
     monkeypatch.setattr(preflight, "_ask", lambda node, probe: answers[node].pop(0))
     monkeypatch.setattr(preflight, "_answer", lambda answer, patience: answer or {"error": "it is dead"})
     monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
@@ -91,9 +91,9 @@ ray.init(address=cluster.address, log_to_driver=False)
 for node in nodes:
     for info in node.all_processes["raylet"]:
         psutil.Process(info.process.pid).kill()
-print(len(preflight._members()), flush=True)
+print(len(preflight._alive_nodes()), flush=True)
 preflight.preflight(FileStore(Path(sys.argv[1])))
-print(len(preflight._members()), flush=True)
+print(len(preflight._alive_nodes()), flush=True)
 """
 
 
@@ -117,6 +117,6 @@ def test_nodes_that_died_a_moment_ago_do_not_stop_a_search_that_begins(tmp_path)
 )
 def test_a_stage_that_no_node_could_ever_run_is_named_before_the_search_begins(needs, fits):
     registry = WorkerRegistry({"small": Node(2.0, memory=float(4 << 30)), "large": Node(2.0, 1.0, float(8 << 30))})
-    found = preflight._needs(RuntimeSettings(stages={"student": needs}), registry)
+    found = preflight._resource_problems(RuntimeSettings(stages={"student": needs}), registry)
     said = "No node can run student as the runtime file asks; the largest one has 2 CPU, 1 GPU and 8.0 GiB. Ask for less."
     assert found == ([] if fits else [said])

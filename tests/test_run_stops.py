@@ -16,18 +16,18 @@ from tests.toys import HOG, toy_spec
 SECONDS_TO_STOP = 10
 CLUSTERS = {"kind": "clusters", "iterations": 5}
 NAMED = {"a": 4, "b": 5, "c": 6}
-HEARD = """
+SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from ktray.scheduler.ray_session import RuntimeSettings, start, stop
-from ktray.runs.interruption import hear_again
+from ktray.runs.interruption import restore_signal_handlers
 heard = []
 signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
 session = start(Path(sys.argv[1]), None, RuntimeSettings(cpus=1))
-hear_again()
+restore_signal_handlers()
 os.kill(os.getpid(), signal.SIGTERM)
 stop(session)
-hear_again()
+restore_signal_handlers()
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(0.1)
 print(heard)
@@ -59,7 +59,7 @@ def test_a_run_on_ray_that_is_interrupted_ends_in_order_within_ten_seconds(tmp_p
 @pytest.mark.slow
 def test_sigterm_is_heard_without_a_word_while_ray_runs_and_after_it(tmp_path: Path) -> None:
     said = subprocess.run(
-        [sys.executable, "-c", HEARD, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
     )
     assert said.stdout.split("\n")[-2] == "[15, 15]"
     assert "SIGTERM received" not in said.stderr

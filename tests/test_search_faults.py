@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ktray.cli.search import stop_on_signals
-from ktray.cli.settings import Settings
-from ktray.runs.interruption import Interruption
+from ktray.runs.interruption import Interruption, stop_on_signals
 from tests.searches import Home, toy_space, until
 from tests.toys import HOG, ROTATION
 
@@ -99,18 +97,17 @@ def test_signals_while_it_starts_end_it_and_the_same_command_goes_on(home: Home,
     assert_whole(home)
 
 
-def test_an_orderly_end_that_takes_too_long_is_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("ktray.cli.search.LONGEST_END", 0.05)
-    stopping, forced = Interruption(), threading.Event()
-    stopping.orderly = True
-    options = Settings(tmp_path, "", None, None, json=False, talks=0)
-    with stop_on_signals(stopping, options, forced.set):
+def test_an_orderly_end_that_takes_too_long_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktray.runs.interruption.FORCE_AFTER_SECONDS", 0.05)
+    interruption, forced = Interruption(), threading.Event()
+    interruption.needs_cleanup = True
+    with stop_on_signals(interruption, lambda text: None, forced.set):
         signal.raise_signal(signal.SIGINT)
         assert forced.wait(5)
         with pytest.raises(KeyboardInterrupt):  # the second time at once
             signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        stopping.heed()
+        interruption.raise_if_requested()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.runs.interruption import Interruption
 from ktray.runs.simulation import _NoTracker, _VirtualStore
 from ktray.runs.tune_search import StudySearcher, _Tick
-from ktray.runs.tune_trial import RELEASED
+from ktray.runs.tune_trial import CANCELLED
 from ktray.search.history import read
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -23,10 +23,10 @@ from tests.toy_space import PAIR, toy_space
 
 
 def _coordinator(space: Space, study: Study, store: Any = None) -> TrialCoordinator:
-    """One that knows a store without files and tells nobody."""
+    """One with a store without files that logs and shows nothing."""
     store = _VirtualStore() if store is None else store
-    mute: Any = _NoTracker()
-    return TrialCoordinator(space, study, store, lambda spec: fingerprint(spec.model_dump()), mute, lambda *said: None)
+    tracker: Any = _NoTracker()
+    return TrialCoordinator(space, study, store, lambda spec: fingerprint(spec.model_dump()), tracker, lambda *news: None)
 
 
 def _publish(store: Any, stages: Iterable[Stage]) -> None:
@@ -38,29 +38,29 @@ def _publish(store: Any, stages: Iterable[Stage]) -> None:
 
 @pytest.fixture
 def searcher(tmp_path: Path) -> StudySearcher:
-    """A searcher with the first legs of a toy study."""
+    """A searcher with the first segments of a toy study."""
     space = toy_space(tmp_path)
     scheduler: Any = _NoTracker()
     coordinator = _coordinator(space, Study.open(tmp_path, space))
-    stopping = Interruption()
-    stopping.orderly = True
-    return StudySearcher(coordinator, scheduler, stopping, coordinator.first(2)[0])
+    interruption = Interruption()
+    interruption.needs_cleanup = True
+    return StudySearcher(coordinator, scheduler, interruption, coordinator.first_segments(2)[0])
 
 
-def test_a_trial_whose_wait_lapsed_though_nobody_wished_to_stop_waits_again(searcher: StudySearcher) -> None:
+def test_a_trial_whose_wait_was_cancelled_though_no_stop_was_requested_waits_again(searcher: StudySearcher) -> None:
     before = [searcher.suggest(name)["job"]["waiter"] for name in ("a", "b")]
     for _ in range(4):
         for name in ("a", "b"):
-            searcher.on_trial_complete(name, {"cause": RELEASED, "computed": "[]"})
+            searcher.on_trial_complete(name, {"cause": CANCELLED, "computed": "[]"})
         assert [searcher.suggest(name)["job"]["waiter"] for name in ("a", "b")] == before
     assert not searcher.deaths
     assert not searcher.has_ended()
 
 
-def test_a_trial_that_was_released_because_the_search_stops_is_not_handed_out_again(searcher: StudySearcher) -> None:
+def test_a_trial_whose_wait_was_cancelled_because_the_search_stops_does_not_run_again(searcher: StudySearcher) -> None:
     searcher.suggest("a")
-    searcher.stopping.wish()
-    searcher.on_trial_complete("a", {"cause": RELEASED, "computed": "[]"})
+    searcher.interruption.request()
+    searcher.on_trial_complete("a", {"cause": CANCELLED, "computed": "[]"})
     assert searcher.suggest("b") == searcher.FINISHED
 
 
@@ -70,12 +70,12 @@ def test_what_a_trial_has_added_is_the_sum_over_sessions(tmp_path: Path) -> None
     while True:
         with Study.open(tmp_path, space) as study:
             coordinator = _coordinator(space, study)
-            leg = coordinator.next()
-            if isinstance(leg, str):
+            segment = coordinator.next()
+            if isinstance(segment, str):
                 break
             sessions += 1
-            _publish(coordinator.store, leg.graph.stages)
-            coordinator.settle(leg, [leg.graph.stages[-1].key])
+            _publish(coordinator.store, segment.graph.stages)
+            coordinator.settle(segment, [segment.graph.stages[-1].key])
     assert sessions == 2
     assert study.trials()[0].cost["marginal_seconds"] == 4.0
     assert study.trials()[0].metrics["cost/marginal_seconds"] == 4.0
@@ -97,17 +97,17 @@ def test_a_teacher_of_an_earlier_space_is_not_trained_again_to_cut_it_where_the_
     store, start = _VirtualStore(), {"teacher": "rotation", "transfer.k": 5, "teacher.rotation.schedule.epochs": 4}
     earlier = toy_space(tmp_path, _rotation(4), start_with=[{"transfer.k": 5}])
     with Study.open(tmp_path, earlier, "earlier") as study:
-        leg = _coordinator(earlier, study, store).next()
-        assert isinstance(leg, TrialSegment)
-        _publish(store, (stage for stage in leg.graph.stages if stage.name != "student"))
+        segment = _coordinator(earlier, study, store).next()
+        assert isinstance(segment, TrialSegment)
+        _publish(store, (stage for stage in segment.graph.stages if stage.name != "student"))
     space = toy_space(tmp_path, _rotation({"choice": [2, 4]}), start_with=[start])
     with Study.open(tmp_path, space, "changed") as study:
         coordinator = _coordinator(space, study, store)
-        assert [stage.spec["epoch"] for stage in coordinator.certain() if stage.name == "teacher"] == [4]
-        leg = coordinator.next()
-        assert isinstance(leg, TrialSegment)
-        assert [stage.name for stage in leg.graph.stages if stage.key not in store.found] == ["student", "evaluation"]
-        charged = study.attributed_costs(leg.trial.number)
+        assert [stage.spec["epoch"] for stage in coordinator.planned_stages() if stage.name == "teacher"] == [4]
+        segment = coordinator.next()
+        assert isinstance(segment, TrialSegment)
+        assert [stage.name for stage in segment.graph.stages if stage.key not in store.found] == ["student", "evaluation"]
+        charged = study.attributed_costs(segment.trial.number)
         assert not charged["prefix"]
         assert {key.split("-")[0] for key in charged["suffix"]} == {"student", "evaluation"}
 
@@ -118,14 +118,14 @@ def test_segments_that_were_trained_ahead_are_charged_to_the_planned_draw_that_n
     space = toy_space(tmp_path, _rotation({"choice": [1, 2, 4]}), start_with=[start])
     with Study.open(tmp_path, space) as study:
         coordinator = _coordinator(space, study, store)
-        ahead = coordinator.certain()
-        _publish(store, ahead)
-        leg = coordinator.next()
-        assert isinstance(leg, TrialSegment)
-        assert {stage.key for stage in ahead if stage.name == "teacher"} <= study.attributed_costs(leg.trial.number)[
+        planned = coordinator.planned_stages()
+        _publish(store, planned)
+        segment = coordinator.next()
+        assert isinstance(segment, TrialSegment)
+        assert {stage.key for stage in planned if stage.name == "teacher"} <= study.attributed_costs(segment.trial.number)[
             "prefix"
         ].keys()
-        assert [stage.spec["epoch"] for stage in ahead if stage.name == "teacher"] == [1, 2, 4]
+        assert [stage.spec["epoch"] for stage in planned if stage.name == "teacher"] == [1, 2, 4]
 
 
 def test_segments_that_lead_to_a_missing_snapshot_and_those_that_a_trial_reads_stay(tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_segments_that_lead_to_a_missing_snapshot_and_those_that_a_trial_reads_s
     space = toy_space(tmp_path, _rotation({"choice": [1, 2, 4]}), start_with=[start], budget={"trials": 1})
     with Study.open(tmp_path, space) as study:
         coordinator, trained = _coordinator(space, study, store), []
-        while isinstance(leg := coordinator.next(), TrialSegment):
-            trained.append([(s.name, s.spec["epoch"]) for s in leg.graph.stages if "epoch" in s.spec])
-            _publish(store, leg.graph.stages)
-            coordinator.settle(leg, [])
+        while isinstance(segment := coordinator.next(), TrialSegment):
+            trained.append([(s.name, s.spec["epoch"]) for s in segment.graph.stages if "epoch" in s.spec])
+            _publish(store, segment.graph.stages)
+            coordinator.settle(segment, [])
     assert trained[0] == [("teacher", 1), ("teacher", 2), ("teacher", 4), ("student", 1)]
     assert trained[1] == [("teacher", 4), ("student", 1), ("student", 3)]
     assert trained[2] == [("teacher", 4), ("student", 3), ("student", 9)]
@@ -147,10 +147,10 @@ def test_a_stage_that_all_draws_need_and_that_failed_stops_the_search_though_ano
     space = toy_space(tmp_path, _rotation(4), budget={"trials": 30, "concurrent": 4})
     with Study.open(tmp_path, space) as study:
         coordinator = _coordinator(space, study)
-        legs, _ = coordinator.first(4)
-        teacher = legs[0].graph.keys["teacher"]
-        for leg in list(legs)[:3]:
-            coordinator.fail(leg, "it cannot be trained", teacher)
+        segments, _ = coordinator.first_segments(4)
+        teacher = segments[0].graph.keys["teacher"]
+        for segment in list(segments)[:3]:
+            coordinator.fail(segment, "it cannot be trained", teacher)
         with pytest.raises(StoppedEarly, match=r"10 trials failed one after the other; .* it cannot be trained"):
             coordinator.next()
         assert study.drawn == 14
@@ -160,10 +160,10 @@ def test_a_failed_teacher_that_half_of_the_draws_need_lets_the_others_go_on(tmp_
     space = toy_space(tmp_path, budget={"trials": 60, "concurrent": 16}, sampler="random")
     with Study.open(tmp_path, space) as study:
         coordinator = _coordinator(space, study)
-        legs, _ = coordinator.first(16)
-        for leg in legs:
-            if "teacher" in leg.graph.keys:
-                coordinator.fail(leg, "it cannot be trained", leg.graph.keys["teacher"])
+        segments, _ = coordinator.first_segments(16)
+        for segment in segments:
+            if "teacher" in segment.graph.keys:
+                coordinator.fail(segment, "it cannot be trained", segment.graph.keys["teacher"])
         while isinstance(coordinator.next(), TrialSegment):
             pass
         running = [trial for trial in study.trials() if trial.state == "running"]

@@ -85,7 +85,7 @@ def test_one_worker_is_busy_all_the_time_and_more_are_faster(tmp_path):
 
 def test_sharing_makes_the_search_cheaper_than_its_trials_alone(tmp_path):
     timeline = run(tmp_path, workers=4, early_stop=False)
-    assert timeline.alone > 1.5 * timeline.busy
+    assert timeline.unshared > 1.5 * timeline.busy
 
 
 def test_stopping_early_is_cheaper_than_training_all_students(tmp_path):
@@ -123,8 +123,8 @@ def test_chance_draws_the_same_pairs_again_and_not_the_samplers(tmp_path):
     assert [trial.params for trial in one.trials] != [trial.params for trial in run(tmp_path / "c", 3, early_stop=False).trials]
 
 
-def listed_run(home, site, count=4):
-    return run(home, site, lambda searched: fixed_draws(searched, pairs(count)), trials=count, early_stop=False)
+def listed_run(home, cluster, count=4):
+    return run(home, cluster, lambda searched: fixed_draws(searched, pairs(count)), trials=count, early_stop=False)
 
 
 def test_a_stage_whose_worker_died_is_run_again_by_a_new_worker_and_costs_what_was_lost(tmp_path):
@@ -132,7 +132,7 @@ def test_a_stage_whose_worker_died_is_run_again_by_a_new_worker_and_costs_what_w
         return 0.5 if key.startswith("teacher-") and attempts == 0 else None
 
     calm = listed_run(tmp_path / "calm", SimulatedCluster(2))
-    disturbed = listed_run(tmp_path / "disturbed", SimulatedCluster(2, hire_seconds=7.0, dies=dies))
+    disturbed = listed_run(tmp_path / "disturbed", SimulatedCluster(2, startup_seconds=7.0, dies=dies))
     assert [trial.state for trial in disturbed.trials] == ["completed"] * 4
     assert (calm.lost, disturbed.lost) == (0.0, 30.0)
     assert disturbed.busy == calm.busy + 30.0
@@ -210,16 +210,16 @@ def test_what_was_promoted_to_the_end_goes_before_any_longer_work_that_waits(tmp
     given, overtaken = [], 0
     begin = simulation._begin
 
-    def watched(give):
+    def watched(assignment):
         nonlocal overtaken
-        final = {stage.key for leg in simulation.live.values() if leg.final for stage in leg.graph.stages}
+        final = {stage.key for segment in simulation.running.values() if segment.final for stage in segment.graph.stages}
         begun = {key for _, key in simulation.timeline.computed} | set(given)
-        others = [leg for leg in simulation.live.values() if not leg.final]
+        others = [segment for segment in simulation.running.values() if not segment.final]
         if final - begun:
-            assert give.stage.key in final
+            assert assignment.stage.key in final
             overtaken += bool(others)
-        given.append(give.stage.key)
-        begin(give)
+        given.append(assignment.stage.key)
+        begin(assignment)
 
     simulation._begin = watched
     simulation.run()

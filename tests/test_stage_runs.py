@@ -14,6 +14,7 @@ from ktray.runs import search_run
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.runs.event_follower import EventFollower
 from ktray.runs.interruption import Interruption
+from ktray.runs.settings import Settings
 from ktray.runs.simulation import _NoTracker
 from ktray.runs.stage_logger import track_missed
 from ktray.search.study import Study
@@ -75,39 +76,40 @@ class _Scheduler:
         return [event for event in told if event["n"] > since]
 
 
-def test_of_a_shared_store_a_watch_counts_what_its_own_scheduler_has_published_and_no_more(tmp_path: Path) -> None:
+def test_on_a_shared_store_a_follower_counts_only_what_its_own_scheduler_has_published(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
-    by = {"before": "ours-0", "told": "ours-1", "untold": "ours-2", "theirs": "oursel-1", "here": "4711-18c"}
+    by = {"before": "ours-0", "seen": "ours-1", "missed": "ours-2", "theirs": "oursel-1", "here": "4711-18c"}
     for name, attempt in by.items():
         publish(store, f"images-{name}", BEGAN, attempt)
     scheduler: Any = _Scheduler([])
-    watch = EventFollower(scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
-    scheduler.told = ["images-told"]
-    watch.close([f"images-{name}" for name in ("told", "untold", "theirs", "here", "absent")])
-    assert watch.published == {"images-told", "images-untold"}
+    follower = EventFollower(scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
+    scheduler.told = ["images-seen"]
+    follower.close([f"images-{name}" for name in ("seen", "missed", "theirs", "here", "absent")])
+    assert follower.published == {"images-seen", "images-missed"}
 
 
 def test_what_another_search_publishes_on_the_store_meanwhile_is_not_computed_by_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space, store, mute = toy_space(tmp_path), FileStore(tmp_path / "store"), _NoTracker()
+    space, store = toy_space(tmp_path), FileStore(tmp_path / "store")
     published: list[str] = []
 
     def meanwhile(coordinator: TrialCoordinator, *rest: Any) -> StoppedEarly:
-        ahead, _ = coordinator.first(1)
-        published.extend(publish(store, stage.key, BEGAN, "theirs-1") for stage in ahead[0].graph.stages)
+        first, _ = coordinator.first_segments(1)
+        published.extend(publish(store, stage.key, BEGAN, "theirs-1") for stage in first[0].graph.stages)
         return StoppedEarly("it is enough")
 
-    monkeypatch.setattr(search_run, "_trials", meanwhile)
-    place = search_run.SearchSettings(tmp_path, store, None, None)
-    tracker, screen = Tracker("http://127.0.0.1:9", tmp_path, "toy"), cast(Any, mute)
-    outcome = search_run.search(space, place, tracker, Interruption(), screen, name="toy", trials="1")
+    monkeypatch.setattr(search_run, "_run_trials", meanwhile)
+    settings = Settings(tmp_path, f"file://{tmp_path / 'store'}")
+    tracker, display = Tracker("http://127.0.0.1:9", tmp_path, "toy"), cast(Any, _NoTracker())
+    options = search_run.SearchOptions("toy", trials="1")
+    outcome = search_run.search_study(space, options, settings, tracker, Interruption(), display)
     assert published
     assert outcome.published == set()
     assert outcome.reused == set(published)
 
 
-def test_what_a_killed_session_settled_and_told_nobody_is_found_at_every_rung(tmp_path: Path) -> None:
+def test_stages_that_a_killed_session_computed_and_did_not_log_are_found_at_every_rung(tmp_path: Path) -> None:
     space, store = toy_space(tmp_path, budget={"trials": 1, "concurrent": 1}), FileStore(tmp_path / "store")
 
     def coordinator(study: Study) -> TrialCoordinator:
@@ -119,21 +121,21 @@ def test_what_a_killed_session_settled_and_told_nobody_is_found_at_every_rung(tm
     with Study.open(tmp_path, space) as study:
         killed = coordinator(study)
         for _ in space.early_stop.rungs if space.early_stop else ():
-            leg = killed.next()
-            assert isinstance(leg, TrialSegment)
-            stages |= {stage.key for stage in leg.graph.stages}
-            if leg.final:
-                study.finish(0, {}, {"linear_probe/top1": 0.5}, leg.graph.keys, {})
+            segment = killed.next()
+            assert isinstance(segment, TrialSegment)
+            stages |= {stage.key for stage in segment.graph.stages}
+            if segment.final:
+                study.finish(0, {}, {"linear_probe/top1": 0.5}, segment.graph.keys, {})
             else:
-                study.report(0, leg.epoch, 0.5, leg.graph.keys)
+                study.report(0, segment.epoch, 0.5, segment.graph.keys)
     with Study.open(tmp_path, space) as study:
         again = coordinator(study)
         assert again.next() == "done"
-        assert again.untold() == stages
+        assert again.untracked() == stages
         assert not again.demanded
         told = study.trials()[0].artifacts  # by a session that computed the rest and was killed, too
         cast(Any, again.tracker).has_stage = told.__contains__
-        assert again.untold() == stages - told
+        assert again.untracked() == stages - told
         assert stages - told
         cast(Any, again.tracker).has_stage = lambda key: True
-        assert again.untold() == set()
+        assert again.untracked() == set()

@@ -165,10 +165,10 @@ def certain(tmp_path: Path, *starts: dict[str, Any], trials: int = 9, **fields: 
     identity = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
     with Study.open(tmp_path, space) as study:
         coordinator = TrialCoordinator(space, study, store, identity, mute, lambda *said: None)
-        known = [[each.name for each in coordinator.certain()]]
+        known = [[each.name for each in coordinator.planned_stages()]]
         for _ in starts:
             coordinator.next()
-            known.append([each.name for each in coordinator.certain()])
+            known.append([each.name for each in coordinator.planned_stages()])
     return known
 
 

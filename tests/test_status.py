@@ -14,7 +14,7 @@ import pytest
 
 import ktray.runs.study_status
 from ktray.errors import UserError
-from ktray.runs.study_status import FILE, is_stuck, naming_stuck, noting, status
+from ktray.runs.study_status import FILE, is_stuck, status, warn_if_stuck, write_status
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from tests.toy_space import drive, toy_space
@@ -69,11 +69,11 @@ def test_a_study_that_nobody_searches_says_so_and_how_far_it_came(study: Study, 
     assert "no search of it runs now; the same ktray search goes on from here" in text
 
 
-def test_time_passes_between_two_notes_of_a_running_search(
+def test_time_passes_between_two_writes_of_a_running_search(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.next()
-    later = SimpleNamespace(time=lambda: time.time() + 20, monotonic=time.monotonic)  # less than until its next note
+    later = SimpleNamespace(time=lambda: time.time() + 20, monotonic=time.monotonic)  # less than until its next write
     monkeypatch.setattr(ktray.runs.study_status, "time", later)
     answer, text = asked(tmp_path)
     assert 20 <= answer["spent_seconds"] < 30
@@ -90,7 +90,7 @@ def test_a_finished_study_is_not_to_go_on(study: Study, tmp_path: Path) -> None:
 def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path: Path) -> None:
     study.next(), study.next()
     shown: list[Any] = []
-    noting(tmp_path / "studies/toy", lambda events, status: shown.append(events))([{"n": 1}], scheduler())
+    write_status(tmp_path / "studies/toy", lambda events, status: shown.append(events))([{"n": 1}], scheduler())
     answer, text = asked(tmp_path)
     assert shown == [[{"n": 1}]]
     assert answer["running"]
@@ -105,7 +105,7 @@ def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path
 
 
 def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path) -> None:
-    noting(tmp_path / "studies/toy", lambda events, status: None)([], scheduler(silent=300))
+    write_status(tmp_path / "studies/toy", lambda events, status: None)([], scheduler(silent=300))
     assert "NO PROGRESS for 5 min" in asked(tmp_path)[1]
 
 
@@ -114,7 +114,7 @@ def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path
     [
         (170, None, False),  # nothing is known of it: minutes
         (190, None, True),
-        (29, 0.1, False),  # a worker that stands still is replaced sooner than that
+        (29, 0.1, False),  # a worker that stalls is replaced sooner than that
         (31, 0.1, True),
         (90, 10.0, False),  # what loops say every ten seconds: between two phases of a stage there may be a minute
         (290, 30.0, False),  # epochs of half a minute
@@ -127,23 +127,23 @@ def test_no_progress_is_many_times_the_usual_pace_or_minutes(silent: float, pace
 
 def test_a_search_says_once_per_attempt_which_stage_makes_no_progress() -> None:
     said: list[str] = []
-    note = naming_stuck(lambda events, status: None, said.append)
+    show = warn_if_stuck(lambda events, status: None, said.append)
     for silent in (10, 40, 45, 50):
-        note([], scheduler(silent, 1.0))
+        show([], scheduler(silent, 1.0))
     assert said == [f"{KEY} on worker-1, node ffffffff, has made no progress for 40 s (its last: epoch 3 of 9)"]
-    note([], {**scheduler(), "running": [{**scheduler(40, 1.0)["running"][0], "attempt": "a2"}]})
+    show([], {**scheduler(), "running": [{**scheduler(40, 1.0)["running"][0], "attempt": "a2"}]})
     assert len(said) == 2
 
 
-def test_what_an_earlier_search_noted_says_nothing_about_this_one(study: Study, tmp_path: Path) -> None:
-    noted = {"time": time.time(), "pid": 1, "scheduler": scheduler()}
-    (tmp_path / "studies/toy" / FILE).write_text(json.dumps(noted))
+def test_the_status_that_an_earlier_search_wrote_says_nothing_about_this_one(study: Study, tmp_path: Path) -> None:
+    written = {"time": time.time(), "pid": 1, "scheduler": scheduler()}
+    (tmp_path / "studies/toy" / FILE).write_text(json.dumps(written))
     answer, text = asked(tmp_path)
     assert answer["now"] is None
     assert "it is starting" in text
 
 
-def test_a_half_written_or_old_note_breaks_nothing(study: Study, tmp_path: Path) -> None:
+def test_a_half_written_or_old_status_breaks_nothing(study: Study, tmp_path: Path) -> None:
     path = tmp_path / "studies/toy" / FILE
     path.write_text('{"time": 1')
     assert asked(tmp_path)[0]["now"] is None
@@ -151,18 +151,18 @@ def test_a_half_written_or_old_note_breaks_nothing(study: Study, tmp_path: Path)
     assert "it has said nothing for 2 min" in asked(tmp_path)[1]
 
 
-def test_notes_are_written_every_two_seconds_at_most(tmp_path: Path) -> None:
-    note = noting(tmp_path, lambda events, status: None)
-    note([], scheduler())
+def test_the_status_is_written_every_two_seconds_at_most(tmp_path: Path) -> None:
+    show = write_status(tmp_path, lambda events, status: None)
+    show([], scheduler())
     first = (tmp_path / FILE).stat().st_mtime_ns
-    note([], scheduler())
+    show([], scheduler())
     assert (tmp_path / FILE).stat().st_mtime_ns == first
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_a_folder_that_cannot_be_written_stops_no_search(tmp_path: Path) -> None:
     shown: list[Any] = []
-    noting(tmp_path / "gone", lambda events, status: shown.append(status))([], scheduler())
+    write_status(tmp_path / "gone", lambda events, status: shown.append(status))([], scheduler())
     assert len(shown) == 1
 
 

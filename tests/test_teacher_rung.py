@@ -117,7 +117,7 @@ def top1(stage: Any) -> dict[str, float]:
 def test_a_poor_teacher_costs_no_features_clusters_or_student(tmp_path: Path) -> None:
     budget = {"trials": 24, "concurrent": 2}
     space, clock = judging(tmp_path, budget=budget, sampler="random"), VirtualClock()  # draws poor ones, too
-    timeline = simulate(space, Study.open(tmp_path, space, clock=clock), clock, seconds, top1, site=2)
+    timeline = simulate(space, Study.open(tmp_path, space, clock=clock), clock, seconds, top1, cluster=2)
     poor = [trial for trial in timeline.trials if trial.waits_for_teacher]
     assert poor
     for each in poor:

@@ -1,4 +1,8 @@
-"""The commands. One file per verb; heavy libraries are imported only by the verbs that need them."""
+"""The command line, on top of the library: arguments in, a table or JSON out, an exit code. No work is done here.
+
+Each verb is one file, `VERB_command.py`, with `HELP`, `add_arguments` and `run`; heavy libraries are imported only by the
+verbs that need them. May import everything. Start with `main` here, then `search_command.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,34 @@ from pathlib import Path
 from typing import NoReturn
 
 from ktray import __version__
-from ktray.cli import best, cache, data, export, plan, report, run, search, show, status, ui
+from ktray.cli import (
+    best_command,
+    cache_command,
+    data_command,
+    export_command,
+    plan_command,
+    report_command,
+    run_command,
+    search_command,
+    show_command,
+    status_command,
+    ui_command,
+)
 from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
 
-VERBS = (plan, run, search, status, best, show, report, export, ui, cache, data)
+VERBS = {
+    "plan": plan_command,
+    "run": run_command,
+    "search": search_command,
+    "status": status_command,
+    "best": best_command,
+    "show": show_command,
+    "report": report_command,
+    "export": export_command,
+    "ui": ui_command,
+    "cache": cache_command,
+    "data": data_command,
+}
 INTERRUPTED = 130
 
 
@@ -40,25 +68,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ktray: interrupted; nothing that was published is lost, resume with: {args.command}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our stdout went away (`ktray best | head`): that is no error of anybody.
+        # The reader of our stdout has gone (`ktray best | head`), which is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"ktray: {_said(error, code)}", file=sys.stderr)
+        print(f"ktray: {_os_message(error, code)}", file=sys.stderr)
         return code
 
 
 def _exit_code(error: OSError) -> int | None:
-    """Whose turn it is when the operating system refuses: the user's for rights and full disks, else ours (None)."""
+    """The exit code where the user can mend what the operating system refuses: rights and full disks; else None, our bug."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoppedEarly.exit_code
     return UserError.exit_code if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None
 
 
-def _said(error: OSError, code: int) -> str:
+def _os_message(error: OSError, code: int) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if code == StoppedEarly.exit_code:
         return (
@@ -68,7 +96,7 @@ def _said(error: OSError, code: int) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument as with everything else: in one paragraph, without the usage."""
+    """Reports a wrong argument like every other error: in one paragraph, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, instead=f"See {self.prog} --help.")
@@ -82,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ktray {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", title="verbs (ktray VERB --help says more)")
-    for verb in VERBS:
-        verb_parser = verbs.add_parser(verb.__name__.rsplit(".", 1)[-1], help=verb.HELP, description=verb.__doc__)
+    for name, verb in VERBS.items():
+        verb_parser = verbs.add_parser(name, help=verb.HELP, description=verb.__doc__)
         _add_settings(verb_parser)
         verb.add_arguments(verb_parser)
         verb_parser.set_defaults(run=verb.run)

@@ -1,4 +1,4 @@
-"""What a study has found so far, as a table and as data."""
+"""What a study has found so far, as a table."""
 
 from __future__ import annotations
 
@@ -9,27 +9,10 @@ from typing import Any
 from ktray.cli.text_table import table
 from ktray.fingerprint import fingerprint
 from ktray.runs import reference_lines
-from ktray.search import ranking
+from ktray.search import journal, ranking
 from ktray.search.history import History
 from ktray.search.trial import STATES, Trial
 from ktray.search.trial_differences import distinguishing_params, names
-
-
-def trial_answer(trial: Trial) -> dict[str, Any]:
-    """The stable machine-readable form of a trial; stages that the pair lacks are absent from `keys`."""
-    return {
-        "trial": trial.number,
-        "params": dict(trial.params),
-        "metrics": dict(trial.metrics),
-        "objectives": dict(trial.objectives),
-        "keys": dict(trial.keys),
-        "cost": dict(trial.cost),
-    }
-
-
-def study_folder(home: Path, name: str) -> Path:
-    """Where a study keeps its journal and its reference lines."""
-    return home / "studies" / name
 
 
 def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | None = None) -> str:
@@ -42,7 +25,7 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
     apart = distinguishing_params(shown)
     lines = [_row(trial, goals, [apart[trial.number]] if apart else []) for trial in shown]
-    marks = [_reference_row(name, line, goals) for name, line in reference_lines.read(study_folder(home, study.name)).items()]
+    marks = [_reference_row(name, line, goals) for name, line in reference_lines.read(journal.folder(home, study.name)).items()]
     sign = -1 if goals[0].mode == "max" else 1
     body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
     head = ["trial", "teacher", "transfer", "student", *(goal.metric for goal in goals), "seconds", "added"]

@@ -58,7 +58,7 @@ def _device(device: str) -> str:
 @lru_cache
 def _environment() -> Mapping[str, Any]:
     versions = {"python": platform.python_version()}
-    for package in ("ktray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "faiss-cpu", "pillow", "timm"):
+    for package in ("ktray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "timm"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {"versions": versions, "commit": _commit()}

@@ -1,6 +1,6 @@
-"""Rehearse a space on the real cluster: a few images through every stage of every branch, and what that says of the rest.
+"""Dry run of a space on the real cluster: a few images through every stage of every branch, and a forecast for the rest.
 
-Everything is written to a store of its own inside the real one, so that it lies on the same disk, and removed at the end.
+Everything is written to a temporary store inside the real one, so that it is on the same disk, and removed at the end.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, Protocol
 from ktray.artifact import Artifact, Stage
 from ktray.cost_model.forecast import Forecast, FullSizeStages, forecast
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
-from ktray.runs.interruption import Interruption, hear_again, together
+from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently
 from ktray.runs.preflight import preflight
 from ktray.scheduler.resources import DEFAULT_GPU_SHARE, GPU_STAGES, RuntimeSettings, gpu_share
 from ktray.stores import Store, open_store
 from ktray.stores.locks import lock_store_shared, try_lock_store
 
-FOLDER = ".rehearsal-"
-AT_ONCE = 8
-SHOWN = 3
+FOLDER = ".dry-run-"
+CONCURRENT = 8
+MAX_SHOWN = 3  # failures
 PEAKS = ("peak_bytes", "device_peak_bytes", "device_bytes")
 
 
-class StageSource(Protocol):
+class ObtainsStages(Protocol):
     """Any scheduler."""
 
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
@@ -40,16 +40,16 @@ class StageSource(Protocol):
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """What a rehearsal found.
+    """What a dry run found.
 
     Attributes:
         nodes: how many nodes of the cluster live.
-        stages: as of `measured`, and `expected`, `whole_seconds` and `whole_bytes` as of a forecast.
+        stages: as `measured` returns them, with `expected`, `whole_seconds` and `whole_bytes` of the forecast.
         seconds: forecast of all stages at full size, one after the other.
-        bytes: forecast of the disk that they take.
-        pair_bytes: disk that the largest of the draws would take alone.
-        free_bytes: disk that is free where the store is.
-        notes: what to think about, in sentences.
+        bytes: forecast of the disk space that they take.
+        pair_bytes: disk space that the largest of the draws would take alone.
+        free_bytes: free disk space where the store is.
+        notes: sentences about what may have to be changed.
     """
 
     nodes: int
@@ -67,20 +67,20 @@ def dry_run_on(
     address: str | None,
     runtime: RuntimeSettings,
     draws: Mapping[str, list[Stage]],
-    wanted: FullSizeStages,
-    say: Callable[[str], None],
-    stopping: Interruption,
+    full_size: FullSizeStages,
+    inform: Callable[[str], None],
+    interruption: Interruption,
 ) -> DryRunResult:
-    """Start Ray, or connect to it, look at every node, and rehearse.
+    """Start Ray, or connect to it, check every node, and run the draws in small.
 
     Args:
         draws: name of a draw, such as ``teacher=rotation: transfer.k=500`` -> its stages in small.
-        wanted: the same at full size, for a forecast of what that takes.
+        full_size: the same at full size, for the forecast.
 
     Raises:
         PreflightFailed: one paragraph with everything that is wrong.
         UserError: the home is in use, or there is no such cluster.
-        KeyboardInterrupt: `stopping` was wished; nothing of it runs or is left any more.
+        KeyboardInterrupt: a stop was requested; nothing runs or is left any more.
     """
     import ray
 
@@ -88,56 +88,58 @@ def dry_run_on(
     from ktray.scheduler import client
     from ktray.scheduler.ray_session import start, stop
 
-    stopping.orderly = True
+    interruption.needs_cleanup = True
     session = start(home, address, runtime)
-    hear_again()
+    restore_signal_handlers()
     with ExitStack() as ending:
-        ending.callback(hear_again)
+        ending.callback(restore_signal_handlers)
         ending.callback(stop, session)
         for warning in session.warnings:
-            say(warning)
+            inform(warning)
         preflight(store, runtime)
         nodes = sum(node["Alive"] for node in ray.nodes())
-        # The scheduler ends before its store goes: what then failed in there would make the folder again.
-        with dry_run_store(store) as own, ending.pop_all():
+        # The scheduler must end before its store is removed: a stage that failed later would create the folder again.
+        with dry_run_store(store) as small, ending.pop_all():
             try:
-                problems = dry_run(client.connect(session, own.url, execute), draws, own, store, stopping)
+                problems = dry_run(client.connect(session, small.url, execute), draws, small, store, interruption)
             except StoppedEarly as stop_early:
                 problems = [f"{stop_early}."]
-            stages, notes = measured(draws, own, runtime)
-            coming = forecast(draws, wanted, own, store)
+            stages, notes = measured(draws, small, runtime)
+            expected = forecast(draws, full_size, small, store)
     free = shutil.disk_usage(store.root).free
-    problems += _no_room(coming.pair_bytes, free)
+    problems += _disk_problems(expected.pair_bytes, free)
     if problems:
         raise PreflightFailed(" ".join(problems))
-    return _summed(nodes, stages, coming, free, notes)
+    return _result(nodes, stages, expected, free, notes)
 
 
-def _no_room(pair: int, free: int) -> list[str]:
-    return [f"One pair would take about {pair >> 20} MB of disk, and {free >> 20} MB are free."] if pair > free else []
+def _disk_problems(pair_bytes: int, free: int) -> list[str]:
+    return (
+        [f"One pair would take about {pair_bytes >> 20} MB of disk, and {free >> 20} MB are free."] if pair_bytes > free else []
+    )
 
 
-def _summed(nodes: int, stages: dict[str, dict[str, Any]], coming: Forecast, free: int, notes: list[str]) -> DryRunResult:
-    """All of it together; a disk that is too small for all draws is worth a note and no refusal, because that is rough."""
-    if coming.bytes > free:
-        needed = f"all of it would take roughly {coming.bytes / 2**30:.1f} GB of disk, and {free / 2**30:.1f} GB are free"
+def _result(nodes: int, stages: dict[str, dict[str, Any]], expected: Forecast, free: int, notes: list[str]) -> DryRunResult:
+    """Everything together. A disk too small for all draws is only noted, not refused, because that forecast is rough."""
+    if expected.bytes > free:
+        needed = f"all of it would take roughly {expected.bytes / 2**30:.1f} GB of disk, and {free / 2**30:.1f} GB are free"
         notes = [*notes, f"{needed}; make room before, or it stops early and goes on once there is room"]
     for name, entry in stages.items():
-        entry |= coming.stages.get(name, {"expected": 0.0, "whole_seconds": 0.0, "whole_bytes": 0})
-    return DryRunResult(nodes, stages, coming.seconds, coming.bytes, coming.pair_bytes, free, notes)
+        entry |= expected.stages.get(name, {"expected": 0.0, "whole_seconds": 0.0, "whole_bytes": 0})
+    return DryRunResult(nodes, stages, expected.seconds, expected.bytes, expected.pair_bytes, free, notes)
 
 
 @contextmanager
 def dry_run_store(store: Store) -> Iterator[Store]:
-    """A store inside `store`, for the time of a `with`; what a dead one left there is removed, too."""
-    for left in store.root.glob(f"{FOLDER}*"):
-        alone = try_lock_store(f"file://{left}")
-        if alone is not None:  # else somebody rehearses there, or a worker that is about to end still does
-            shutil.rmtree(left, ignore_errors=True)
-            alone.release()
+    """A temporary store inside `store`; what earlier dry runs that were killed have left there is removed as well."""
+    for old in store.root.glob(f"{FOLDER}*"):
+        lock = try_lock_store(f"file://{old}")
+        if lock is not None:  # else another dry run uses it, or a worker that is about to end
+            shutil.rmtree(old, ignore_errors=True)
+            lock.release()
     folder = store.root / f"{FOLDER}{uuid.uuid4().hex[:8]}"
     held = lock_store_shared(f"file://{folder}")
-    while not folder.exists():  # another rehearsal began in the very moment between the folder and its lock
+    while not folder.exists():  # another dry run, starting between the two calls, took it for an old one
         held = lock_store_shared(f"file://{folder}")
     try:
         yield open_store(f"file://{folder}")
@@ -148,39 +150,44 @@ def dry_run_store(store: Store) -> Iterator[Store]:
 
 
 def dry_run(
-    scheduler: StageSource, draws: Mapping[str, list[Stage]], store: Store, real: Store, stopping: Interruption | None = None
+    scheduler: ObtainsStages,
+    draws: Mapping[str, list[Stage]],
+    store: Store,
+    real: Store,
+    interruption: Interruption | None = None,
 ) -> list[str]:
     """Run the stages of each draw; one sentence per stage that failed.
 
     Args:
         draws: name of a draw, such as ``teacher=rotation: transfer.k=500`` -> its stages in small.
-        store: where the scheduler of the rehearsal publishes.
-        real: where artifacts lie that a loaded teacher names.
+        store: where this scheduler publishes.
+        real: has the artifacts that loaded teachers name.
 
     Raises:
-        KeyboardInterrupt: `stopping` was wished; no thread goes on.
+        KeyboardInterrupt: a stop was requested; no thread goes on.
         StoppedEarly: the disk is full, or the scheduler has ended.
     """
-    _lend(draws, store, real)
+    _link_loaded(draws, store, real)
     failed: dict[str, str] = {}
 
-    def one(name: str) -> None:
+    def run_draw(name: str) -> None:
         try:
             scheduler.obtain(draws[name], _waiter(name))
         except StageFailed as failure:
             failed.setdefault(f"{failure.stage.rpartition('-')[0]} fails: {failure.cause}", name)
 
-    together(scheduler, draws, one, _waiter, AT_ONCE, stopping or Interruption())
-    said = [f"With {name} the stage {what.rstrip('.')}." for what, name in failed.items()]
-    return said[:SHOWN] + ([f"{len(said) - SHOWN} more stages fail."] if len(said) > SHOWN else [])
+    run_concurrently(scheduler, draws, run_draw, _waiter, CONCURRENT, interruption or Interruption())
+    problems = [f"With {name} the stage {what.rstrip('.')}." for what, name in failed.items()]
+    more = len(problems) - MAX_SHOWN
+    return problems[:MAX_SHOWN] + ([f"{more} more stages fail."] if more > 0 else [])
 
 
 def _waiter(name: str) -> str:
-    return f"rehearsal of {name}"
+    return f"dry run of {name}"
 
 
-def _lend(draws: Mapping[str, list[Stage]], store: Store, real: Store) -> None:
-    """Let the rehearsal read artifacts that no stage of it makes."""
+def _link_loaded(draws: Mapping[str, list[Stage]], store: Store, real: Store) -> None:
+    """Make artifacts of the real store readable that no stage of the dry run makes."""
     made = {stage.key for stages in draws.values() for stage in stages}
     for key in {key for stages in draws.values() for stage in stages for key in stage.inputs.values()} - made:
         found = real.find(key)
@@ -191,10 +198,10 @@ def _lend(draws: Mapping[str, list[Stage]], store: Store, real: Store) -> None:
 def measured(
     draws: Mapping[str, list[Stage]], store: Store, runtime: RuntimeSettings
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What stages took, by their names, and a word on needs that are too small.
+    """What stages took, by their names, and notes on resource requests that are too small.
 
-    Of each stage: `runs`; `seconds` of the longest; `peak_bytes` of memory of its process and `device_peak_bytes` of its
-    tensors on a GPU, of the largest; `device_bytes` that this GPU has; the last two are 0 where no stage had one.
+    Of each stage: `runs`, and the largest `seconds`, `peak_bytes` of its process's memory and `device_peak_bytes` of its
+    tensors on a GPU; `device_bytes` is the memory of that GPU. The last two are 0 where no stage had a GPU.
     """
     found: dict[str, dict[str, Any]] = {}
     for artifact in _artifacts(draws, store):
@@ -205,21 +212,21 @@ def measured(
             entry["device_bytes"] = record["device_bytes"]
         for measure in ("seconds", "peak_bytes", "device_peak_bytes"):
             entry[measure] = max(entry[measure], record[measure])
-    return found, [note for name, entry in sorted(found.items()) for note in _too_small(name, entry, runtime)]
+    return found, [note for name, entry in sorted(found.items()) for note in _request_notes(name, entry, runtime)]
 
 
-def _too_small(name: str, entry: Mapping[str, Any], runtime: RuntimeSettings) -> Iterator[str]:
-    needs = runtime.request_of(name)
-    if 0 < needs.memory_bytes < entry["peak_bytes"]:
-        wanted, given = entry["peak_bytes"] / 2**30, needs.memory_bytes / 2**30
-        yield f"{name} used {wanted:.1f} GiB on a few images, and stages.{name}.memory_bytes reserves {given:.1f}"
-    peak, whole = entry["device_peak_bytes"], entry["device_bytes"]
-    if not peak or not whole:
+def _request_notes(name: str, entry: Mapping[str, Any], runtime: RuntimeSettings) -> Iterator[str]:
+    request = runtime.request_of(name)
+    if 0 < request.memory_bytes < entry["peak_bytes"]:
+        peak_memory, reserved = entry["peak_bytes"] / 2**30, request.memory_bytes / 2**30
+        yield f"{name} used {peak_memory:.1f} GiB on a few images, and stages.{name}.memory_bytes reserves {reserved:.1f}"
+    peak, total = entry["device_peak_bytes"], entry["device_bytes"]
+    if not peak or not total:
         return
-    used, right = f"{name} used {peak / 2**30:.1f} of the {whole / 2**30:.1f} GiB of its GPU", gpu_share(peak, whole)
-    if needs.gpus is not None and 0 < needs.gpus < right:
-        yield f"{used}, which takes a share of {right:g}, and stages.{name}.gpus gives it {needs.gpus:g}"
-    elif needs.gpus is None and name in GPU_STAGES and right > DEFAULT_GPU_SHARE:
+    used, right = f"{name} used {peak / 2**30:.1f} of the {total / 2**30:.1f} GiB of its GPU", gpu_share(peak, total)
+    if request.gpus is not None and 0 < request.gpus < right:
+        yield f"{used}, which takes a share of {right:g}, and stages.{name}.gpus gives it {request.gpus:g}"
+    elif request.gpus is None and name in GPU_STAGES and right > DEFAULT_GPU_SHARE:
         yield f"{used}, and gets a share of {DEFAULT_GPU_SHARE:g} at first; set stages.{name}.gpus: {right:g}"
 
 

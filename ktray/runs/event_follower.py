@@ -1,4 +1,4 @@
-"""Follow the scheduler while it works: finished stages to the tracker, counts and progress to whoever asks."""
+"""Follow the scheduler while it works: log finished stages to the tracker, and show events and status."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ktray.scheduler.client import SchedulerClient
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
-EVERY = 1.0
+POLL_SECONDS = 1.0
 
 
 class EventFollower:
     """A thread that reads the scheduler's events once a second.
 
     Args:
-        tell: called with every event and with the scheduler's status: ``tell(events, status)``.
+        show: called once a second with the new events and the scheduler's status: ``show(events, status)``.
 
     Attributes:
-        published: keys of the artifacts that the scheduler has published since the watch began; others may publish beside it.
+        published: keys of the artifacts that this scheduler has published since the follower started.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class EventFollower:
         scheduler: SchedulerClient,
         store: Store,
         tracker: Tracker,
-        tell: Callable[[list[dict[str, Any]], Mapping[str, Any]], None],
+        show: Callable[[list[dict[str, Any]], Mapping[str, Any]], None],
     ) -> None:
-        self.scheduler, self.store, self.tracker, self.tell = scheduler, store, tracker, tell
+        self.scheduler, self.store, self.tracker, self.show = scheduler, store, tracker, show
         self.published: set[str] = set()
         self._name = str(scheduler.status()["name"])
         past = scheduler.events(0)
@@ -45,12 +45,12 @@ class EventFollower:
         self._thread.start()
 
     def _follow(self) -> None:
-        while not self._over.wait(EVERY):
+        while not self._over.wait(POLL_SECONDS):
             try:
-                with suppress(ray.exceptions.RayError):  # one question without an answer: the next second asks again
+                with suppress(ray.exceptions.RayError):  # a call that failed: the next second tries again
                     self._read()
             except StoppedEarly:
-                return  # the scheduler has ended; whoever ran the search says why
+                return  # the scheduler has ended; the search itself reports why
 
     def _read(self) -> None:
         events = self.scheduler.events(self._last)
@@ -58,7 +58,7 @@ class EventFollower:
             self._last = max(self._last, event["n"])
             if event["event"] == "published":
                 self._track(event["key"])
-        self.tell(events, self.scheduler.status())
+        self.show(events, self.scheduler.status())
 
     def _track(self, key: str) -> None:
         artifact = self.store.find(key) if key not in self.published else None
@@ -67,11 +67,11 @@ class EventFollower:
             track_stage(self.tracker, artifact)
 
     def close(self, new: Iterable[str]) -> None:
-        """Read what is left, then stop.
+        """Read the last events, then stop.
 
         Args:
-            new: keys that may have been published meanwhile: the events of a broker that died are lost, and their records
-                say whether it was this scheduler, or another one on the same store.
+            new: keys that may have been published meanwhile. The events of a broker that died are lost, so those of them that
+                are in the store with an attempt of this scheduler are logged as well.
         """
         self._over.set()
         self._thread.join(timeout=10)

@@ -1,4 +1,7 @@
-"""One search from beginning to end: settle what the store knows, start Ray for the rest, add the reference lines."""
+"""One search from beginning to end: settle what the store knows, start Ray for the rest, add the reference lines.
+
+Start with `search`, then `search_study`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from ktray.cost_model.stage_costs import learned
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
@@ -15,64 +18,61 @@ from ktray.pipeline.pair_check import data_loader
 from ktray.pipeline.pair_graph import Graph
 from ktray.runs import reference_lines
 from ktray.runs.coordinator import TrialCoordinator
-from ktray.runs.data_check import same_data
-from ktray.runs.interruption import Interruption, hear_again
+from ktray.runs.data_check import refuse_changed_data
+from ktray.runs.display import Display, open_display
+from ktray.runs.interruption import Interruption, cancelling_waits, restore_signal_handlers
+from ktray.runs.plan import check_space
+from ktray.runs.settings import Settings, require_positive
 from ktray.runs.stage_logger import track_missed
-from ktray.runs.study_status import naming_stuck, noting
+from ktray.runs.study_status import warn_if_stuck, write_status
 from ktray.search.journal import folder
 from ktray.search.space import Space
 from ktray.search.study import Study
-from ktray.search.trial import Trial
 from ktray.spec import PairSpec
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
-MOST_AT_A_TIME = 64  # trials: each waits in a process of its own on the machine that draws, however many workers there are
-TRACKER_SECONDS = {True: 20.0, False: 3.0}  # who interrupts does not wait for a slow tracker: its spool keeps what is left
+if TYPE_CHECKING:
+    from ktray.runs.event_follower import EventFollower
+    from ktray.scheduler.client import SchedulerClient
+    from ktray.scheduler.ray_session import RaySession
 
-
-class Display(Protocol):
-    """What a person is shown; called from several threads."""
-
-    def begin(self, study: Study) -> None:
-        """The study as it is before anything runs; its `trials` stay up to date."""
-
-    def trial(self, event: str, trial: Trial, text: str) -> None:
-        """A trial was paused, completed, pruned or failed."""
-
-    def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
-        """What the scheduler did since the last call, and what it does now."""
-
-    def say(self, text: str) -> None:
-        """A sentence."""
+MAX_CONCURRENT = 64  # trials: each waits in a process of its own on the driver's machine, however many workers there are
+TRACKER_SECONDS = {True: 20.0, False: 3.0}  # done? -> patience with a slow tracker, whose spool keeps what is left
 
 
 @dataclass(frozen=True)
-class SearchSettings:
-    """Where a search runs and what it may use; none of it changes a result.
+class SearchOptions:
+    """How a study is searched; none of it changes a trial's result.
 
     Attributes:
-        home: studies, logs, caches.
-        store: where artifacts live.
+        name: of the study; None for the space's.
+        trials: target, such as ``"50"`` or ``"+50"``; None for the space's budget.
+        concurrent: trials at the same time; None for the space's budget.
+        warm_start: another study of this home, whose results the sampler learns from.
         address: a Ray cluster that is already there; None starts one on this machine.
-        runtime: file with resources per stage kind, or None.
+        share_images: send cluster sheets to a remote tracker, too.
+        retry: draw the pairs of failed trials again, as new trials.
     """
 
-    home: Path
-    store: Store
-    address: str | None
-    runtime: Path | None
+    name: str | None = None
+    trials: str | None = None
+    concurrent: int | None = None
+    warm_start: str | None = None
+    address: str | None = None
+    share_images: bool = False
+    retry: bool = False
 
 
 @dataclass
 class SearchOutcome:
-    """What one call of `search` did.
+    """What one search did in this session.
 
     Attributes:
         reason: why it ended, in a few words.
         stopped: set if it ended before its target.
-        published: keys of the artifacts that were computed by the scheduler of this call.
-        reused: keys of the other artifacts that its trials rest on; another search may have published them meanwhile.
+        published: keys of the artifacts that this session's scheduler computed.
+        reused: keys of the other artifacts that its trials rest on; another search may have published some meanwhile.
     """
 
     study: str
@@ -87,43 +87,55 @@ class SearchOutcome:
 class _LazyScheduler:
     """Ray and its scheduler, started when first needed: a search whose store has everything never waits for them."""
 
-    def __init__(self, place: SearchSettings, tracker: Tracker, stopping: Interruption, screen: Display, name: str) -> None:
-        self.place, self.tracker, self.stopping, self.say = place, tracker, stopping, screen.say
-        self.folder = folder(place.home, name)
-        self.show = naming_stuck(noting(self.folder, screen.work), screen.say)
-        self._session: Any = None
-        self._scheduler: Any = None
-        self._watch: Any = None
+    def __init__(
+        self,
+        settings: Settings,
+        address: str | None,
+        store: Store,
+        tracker: Tracker,
+        interruption: Interruption,
+        display: Display,
+        study_folder: Path,
+    ) -> None:
+        self.settings, self.address, self.store, self.tracker = settings, address, store, tracker
+        self.interruption, self.say, self.study_folder = interruption, display.say, study_folder
         self.published: set[str] = set()
+        self._show_work = warn_if_stuck(write_status(study_folder, display.work), display.say)
+        self._session: RaySession | None = None
+        self._client: SchedulerClient | None = None
+        self._follower: EventFollower | None = None
 
-    def start(self) -> Any:
+    def start(self) -> SchedulerClient:
         from ktray.pipeline.execute import execute
         from ktray.runs.event_follower import EventFollower
         from ktray.runs.preflight import preflight
         from ktray.scheduler import client, ray_session, resources
 
-        if self._scheduler is None:
-            given = resources.load_runtime(self.place.runtime)
-            self.stopping.heed()
-            self.stopping.orderly = True
-            self._session = ray_session.start(self.place.home, self.place.address, given)
-            hear_again()
+        if self._client is None:
+            runtime = resources.load_runtime(self.settings.runtime)
+            self.interruption.raise_if_requested()
+            self.interruption.needs_cleanup = True
+            self._session = ray_session.start(self.settings.home, self.address, runtime)
+            restore_signal_handlers()
             self.say(f"Ray's own messages go to {self._session.log}")
             for warning in self._session.warnings:
                 self.say(warning)
-            preflight(self.place.store, given)
-            self._scheduler = client.connect(self._session, self.place.store.url, execute)
-            self._watch = EventFollower(self._scheduler, self.place.store, self.tracker, self.show)
-        return self._scheduler
+            preflight(self.store, runtime)
+            self._client = client.connect(self._session, self.store.url, execute)
+            self._follower = EventFollower(self._client, self.store, self.tracker, self._show_work)
+        return self._client
 
-    def obtain(self, wanted: Mapping[str, Graph]) -> None:
-        """Have the stages of these graphs published; what cannot be is said."""
-        from ktray.runs.interruption import released
+    def obtain(self, graphs: Mapping[str, Graph]) -> None:
+        """Have the stages of these graphs published; report what fails.
+
+        Args:
+            graphs: name of a waiter -> what it waits for.
+        """
         from ktray.scheduler.client import WaitCancelled
 
         scheduler = self.start()
-        with released(scheduler, lambda: list(wanted), self.stopping.is_set):
-            for waiter, graph in wanted.items():
+        with cancelling_waits(scheduler, lambda: list(graphs), self.interruption.is_requested):
+            for waiter, graph in graphs.items():
                 try:
                     scheduler.obtain(list(graph.stages), waiter)
                 except StageFailed as failure:
@@ -135,92 +147,112 @@ class _LazyScheduler:
         """End what was started; `new` are the keys that this search asked for and that were not in the store before."""
         from ktray.scheduler import ray_session
 
-        if self._watch is not None:
-            self._watch.close(new)
-            self.published = self._watch.published
+        if self._follower is not None:
+            self._follower.close(new)
+            self.published = self._follower.published
         if self._session is None:
-            ray_session.tidy(self.place.home)  # the driver before may have been killed when there was nothing left to compute
+            # An earlier driver may have been killed, and nothing was left to compute that would have started Ray here.
+            ray_session.tidy(self.settings.home)
         else:
             ray_session.stop(self._session)
-            hear_again()
+            restore_signal_handlers()
 
 
-def search(
-    space: Space,
-    place: SearchSettings,
-    tracker: Tracker,
-    stopping: Interruption,
-    screen: Display,
-    *,
-    name: str,
-    trials: str | None,
-    warm_start: str | None = None,
-    retry: bool = False,
-) -> SearchOutcome:
-    """Run the study `name` to its target, or go on with it.
+def search(space: Space, source: str, options: SearchOptions, settings: Settings, interruption: Interruption) -> SearchOutcome:
+    """Check a space, then run its study to the target, or go on with it.
 
     Args:
-        stopping: its wish ends the search within seconds; the same call goes on later.
-        name, trials, warm_start, retry: as `Study.open` reads them.
+        source: what errors call the space, such as its file.
+        interruption: a request to stop ends the search within seconds; the same call goes on later.
+
+    Raises:
+        UserError: the space, an option or the data are wrong, or another driver has this study or home.
+        PreflightFailed: Ray, the store or the disk cannot carry the search.
+    """
+    from ktray import __version__
+
+    if options.concurrent is not None:
+        require_positive(options.concurrent, "concurrent")
+    space = with_concurrent(space, options.concurrent)
+    check_space(space, data_loader(), source)
+    name = options.name or space.name
+    for warning in space.warnings():
+        settings.print_info(f"ktray: {warning}")
+    tags = {"ktray.version": __version__}
+    tracker = Tracker(settings.tracking_uri, settings.home, name, share_images=options.share_images, version_tags=tags)
+    with open_display(settings, space, name) as display:
+        return search_study(space, replace(options, name=name), settings, tracker, interruption, display)
+
+
+def search_study(
+    space: Space,
+    options: SearchOptions,
+    settings: Settings,
+    tracker: Tracker,
+    interruption: Interruption,
+    display: Display,
+) -> SearchOutcome:
+    """Run a study to its target, or go on with it. The space has been checked.
 
     Raises:
         UserError: another driver has this study or home, or the study was begun with another space or other images.
         PreflightFailed: Ray does not start.
     """
-    began = time.monotonic()
-    outcome, space = SearchOutcome(name), _within_reach(space, screen)
-    with Study.open(place.home, space, name, trials=trials, warm_start=warm_start, retry=retry) as study:
-        scheduler, coordinator = (
-            _LazyScheduler(place, tracker, stopping, screen, name),
-            _coordinator(study, place, tracker, screen),
-        )
-        same_data(space, study.trials(), coordinator.identity, folder(place.home, name))
-        before, done = set(place.store.keys()), False
+    began, name, store = time.monotonic(), options.name or space.name, settings.open_store()
+    outcome, space = SearchOutcome(name), _limit_concurrent(space, display)
+    study_of = Study.open(settings.home, space, name, trials=options.trials, warm_start=options.warm_start, retry=options.retry)
+    with study_of as study:
+        study_folder = folder(settings.home, name)
+        scheduler = _LazyScheduler(settings, options.address, store, tracker, interruption, display, study_folder)
+        coordinator = _coordinator(study, store, settings, tracker, display)
+        refuse_changed_data(space, study.trials(), coordinator.identity, study_folder)
+        keys_before, done = set(store.keys()), False
         tracker.start()
-        coordinator.account.open()
-        screen.begin(study)
+        coordinator.trial_logger.open()
+        display.begin(study)
         try:
-            outcome.stopped = _trials(coordinator, scheduler)
-            if not outcome.stopped and not stopping.is_set():
+            outcome.stopped = _run_trials(coordinator, scheduler)
+            if not outcome.stopped and not interruption.is_requested():
                 coordinator.prune()
-                _reference_lines(coordinator, scheduler)
-            outcome.reason, outcome.interrupted = study.stop_reason or "", stopping.is_set()
+                _compute_reference_lines(coordinator, scheduler)
+            outcome.reason, outcome.interrupted = study.stop_reason or "", interruption.is_requested()
             done = not outcome.interrupted and not outcome.stopped
         except StoppedEarly as stop:
             outcome.stopped = stop
         except PreflightFailed:  # a signal to the whole process group also ends a Ray that is just starting
-            if not stopping.is_set():
+            if not interruption.is_requested():
                 raise
             outcome.interrupted = True
         finally:
-            outcome.stopped = _end(coordinator, scheduler, before, done) or outcome.stopped
-        rests_on = coordinator.demanded.union(*(trial.artifacts for trial in study.trials())) & set(place.store.keys())
-    outcome.published, outcome.reused = rests_on & scheduler.published, rests_on - scheduler.published
+            outcome.stopped = _end(coordinator, scheduler, keys_before, done) or outcome.stopped
+        used = coordinator.demanded.union(*(trial.artifacts for trial in study.trials())) & set(store.keys())
+    outcome.published, outcome.reused = used & scheduler.published, used - scheduler.published
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def _within_reach(space: Space, screen: Display) -> Space:
-    if space.budget.concurrent <= MOST_AT_A_TIME:
+def _limit_concurrent(space: Space, display: Display) -> Space:
+    if space.budget.concurrent <= MAX_CONCURRENT:
         return space
-    screen.say(f"{MOST_AT_A_TIME} trials run at a time, not {space.budget.concurrent}: each waits in a process on this machine")
-    return with_concurrent(space, MOST_AT_A_TIME)
+    asked = space.budget.concurrent
+    display.say(f"{MAX_CONCURRENT} trials run at a time, not {asked}: each waits in a process on this machine")
+    return with_concurrent(space, MAX_CONCURRENT)
 
 
-def _coordinator(study: Study, place: SearchSettings, tracker: Tracker, screen: Display) -> TrialCoordinator:
-    identity, costs = data_identity(place.home / "cache"), learned(place.store)
-    return TrialCoordinator(study.space, study, place.store, identity, tracker, screen.trial, costs)
+def _coordinator(study: Study, store: Store, settings: Settings, tracker: Tracker, display: Display) -> TrialCoordinator:
+    identity, costs = data_identity(settings.cache), learned(store)
+    return TrialCoordinator(study.space, study, store, identity, tracker, display.trial, costs)
 
 
-def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, before: set[str], done: bool) -> StoppedEarly | None:
-    """Stop what runs, in the order in which one tells another, and say in the tracker what came of it all."""
+def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: set[str], done: bool) -> StoppedEarly | None:
+    """Stop everything, each part before those that it reports to, and write the final state to the tracker."""
     if not done:
         coordinator.leave()
-    scheduler.stop(coordinator.demanded - before)
+    scheduler.stop(coordinator.demanded - keys_before)
     began = min((trial.started for trial in coordinator.study.trials() if trial.started is not None), default=float("inf"))
-    track_missed(coordinator.tracker, coordinator.store, sorted(coordinator.demanded | coordinator.untold()), began)
+    track_missed(coordinator.tracker, coordinator.store, sorted(coordinator.demanded | coordinator.untracked()), began)
     stopped = _close(coordinator.study)
-    coordinator.account.summary(coordinator.study.trials(), reference_lines.read(scheduler.folder))
+    coordinator.trial_logger.summary(coordinator.study.trials(), reference_lines.read(scheduler.study_folder))
     coordinator.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
     return stopped
 
@@ -233,40 +265,39 @@ def _close(study: Study) -> StoppedEarly | None:
     return None
 
 
-def _trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> StoppedEarly | None:
-    """Run what is to run, then have computed again what finished trials have lost."""
-    ahead, stopped = coordinator.first(coordinator.space.budget.concurrent)
-    if ahead and not stopped:
-        from ktray.runs.tune_search import StudySearcher, run_search
+def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> StoppedEarly | None:
+    """Run the trials that are due, then compute again what completed trials have lost."""
+    first, stopped = coordinator.first_segments(coordinator.space.budget.concurrent)
+    if first and not stopped:
+        from ktray.runs.tune_search import StudySearcher, run_on_tune
 
-        stopped = run_search(
-            StudySearcher(coordinator, scheduler.start(), scheduler.stopping, ahead), scheduler.folder / "tune"
-        )
-    lost = {} if stopped or scheduler.stopping.is_set() else _lost(coordinator)
+        searcher = StudySearcher(coordinator, scheduler.start(), scheduler.interruption, first)
+        stopped = run_on_tune(searcher, scheduler.study_folder / "tune")
+    lost = {} if stopped or scheduler.interruption.is_requested() else _lost_stages(coordinator)
     if lost:
         scheduler.say(f"the store has lost artifacts of {', '.join(lost)}; they are computed again")
         scheduler.obtain(lost)
     return stopped
 
 
-def _lost(coordinator: TrialCoordinator) -> dict[str, Graph]:
+def _lost_stages(coordinator: TrialCoordinator) -> dict[str, Graph]:
     """Name -> stages of completed trials with an artifact that is damaged or gone."""
     completed = [trial for trial in coordinator.study.trials() if trial.state == "completed"]
-    poor = [trial for trial in completed if not all(coordinator.store.find(key) for key in trial.artifacts)]
-    return {f"trial {trial.number}": coordinator.graph(trial) for trial in poor}
+    incomplete = [trial for trial in completed if not all(coordinator.store.find(key) for key in trial.artifacts)]
+    return {f"trial {trial.number}": coordinator.graph(trial) for trial in incomplete}
 
 
-def _reference_lines(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> None:
+def _compute_reference_lines(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> None:
     """Compute what is missing of the reference lines."""
     best = coordinator.study.best()
     if not best:
         return
     data = data_loader()(PairSpec.model_validate(dict(best[0].pair)).data.transfer)
-    wanted = reference_lines.reference_graphs(best[0], data, coordinator.identity)
-    coordinator.demanded |= {stage.key for graph in wanted.values() for stage in graph.stages}
-    if reference_lines.settle(wanted, coordinator.store, scheduler.folder) is None:
-        scheduler.obtain({f"the reference line {line!r}": graph for line, graph in wanted.items()})
-        reference_lines.settle(wanted, coordinator.store, scheduler.folder)
+    graphs = reference_lines.reference_graphs(best[0], data, coordinator.identity)
+    coordinator.demanded |= {stage.key for graph in graphs.values() for stage in graph.stages}
+    if reference_lines.settle(graphs, coordinator.store, scheduler.study_folder) is None:
+        scheduler.obtain({f"the reference line {line!r}": graph for line, graph in graphs.items()})
+        reference_lines.settle(graphs, coordinator.store, scheduler.study_folder)
 
 
 def with_concurrent(space: Space, concurrent: int | None) -> Space:

@@ -1,4 +1,4 @@
-"""The same search on a virtual clock: real space, study, rungs, sharing and scheduling; only the stages are not computed."""
+"""A search on a virtual clock: real space, study, rungs, sharing and scheduling; only the stages are not computed."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ Seconds = Callable[[Stage, int], float]
 """(stage, epochs that it trains beyond the snapshot it starts from; 0 if it trains none) -> seconds."""
 Metrics = Callable[[Stage], Mapping[str, float]]
 Dies = Callable[[str, int], float | None]
-"""(key, attempts before this one) -> share of the stage's work after which its worker dies; None: it comes to its end."""
+"""(key, attempts before this one) -> share of the stage's work after which its worker dies; None: it does not."""
 FOREVER = float("inf")
 
 
 @dataclass(frozen=True)
 class SimulatedCluster:
-    """Where a simulated search runs.
+    """The machines of a simulated search.
 
     Attributes:
-        workers: each runs one stage at a time, such as one GPU.
-        per_node: workers of one machine.
-        hire_seconds: until a new process asks for work.
-        overhead_seconds: what a stage costs beyond its work.
+        workers: each runs one stage at a time, as a GPU does.
+        per_node: workers per machine.
+        startup_seconds: until a new worker asks for work.
+        overhead_seconds: of each stage, beyond its work.
         dies: which attempts end with the death of their worker.
-        checkpoint_seconds: a training that died goes on from a multiple of this.
+        checkpoint_seconds: a training whose worker died resumes from the last multiple of this.
     """
 
     workers: int
     per_node: int = 8
-    hire_seconds: float = 0.0
+    startup_seconds: float = 0.0
     overhead_seconds: float = 0.0
     dies: Dies = lambda key, attempts: None
     checkpoint_seconds: float = FOREVER
@@ -66,9 +66,9 @@ class Timeline:
     Attributes:
         trials: as the study left them.
         makespan: virtual seconds from the first draw to the last result.
-        busy: virtual seconds that workers computed, in vain or not.
-        lost: those of `busy` that died with their worker.
-        alone: what the settled trials would have cost, each run alone.
+        busy: virtual seconds that workers computed, including work that was lost.
+        lost: those of `busy` that were lost with a worker.
+        unshared: what the trials would have cost if each had run alone.
         computed: (virtual time of publication, key), in order.
         decisions: ``draw``, ``dispatch`` or ``settle`` -> CPU seconds of this process that each took.
     """
@@ -77,20 +77,20 @@ class Timeline:
     makespan: float = 0.0
     busy: float = 0.0
     lost: float = 0.0
-    alone: float = 0.0
+    unshared: float = 0.0
     computed: list[tuple[float, str]] = field(default_factory=list)
     decisions: dict[str, list[float]] = field(default_factory=lambda: {"draw": [], "dispatch": [], "settle": []})
 
     @contextmanager
     def deciding(self, what: str) -> Iterator[None]:
-        """Count the CPU time of the block as a decision."""
+        """Record the CPU time of the block as one decision."""
         began = time.process_time()
         yield
         self.decisions[what].append(time.process_time() - began)
 
 
 class VirtualClock:
-    """Seconds that pass only when the simulation says so; call it for the time."""
+    """A clock that the simulation sets; call it for the time in seconds."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -121,7 +121,7 @@ class _VirtualStore:
 
 
 class _NoTracker:
-    """A tracker that tracks nothing."""
+    """A tracker that ignores every call."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments: None
@@ -129,165 +129,165 @@ class _NoTracker:
 
 @dataclass(frozen=True)
 class _Attempt:
-    give: AssignStage
+    assignment: AssignStage
     worked: float
     dies: bool
 
 
 class _Simulation:
     def __init__(
-        self, space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, site: SimulatedCluster
+        self, space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, cluster: SimulatedCluster
     ) -> None:
-        self.clock, self.seconds, self.metrics, self.site = clock, seconds, metrics, site
+        self.clock, self.seconds, self.metrics, self.cluster = clock, seconds, metrics, cluster
         self.store = _VirtualStore()
         identity: Callable[[StrictSpec], str] = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
-        mute: Any = _NoTracker()
+        tracker: Any = _NoTracker()
         store: Any = self.store
-        self.coordinator = TrialCoordinator(space, study, store, identity, mute, lambda event, trial, text: None)
-        registry = WorkerRegistry(site.nodes(), stale_after=FOREVER)
+        self.coordinator = TrialCoordinator(space, study, store, identity, tracker, lambda event, trial, text: None)
+        registry = WorkerRegistry(cluster.nodes(), stale_after=FOREVER)
         attempts = itertools.count()
         self.core = SchedulerCore(
-            self.store.find, lambda name: ResourceRequest(), registry, lambda: f"a{next(attempts)}", FOREVER, self._length
+            self.store.find, lambda name: ResourceRequest(), registry, lambda: f"a{next(attempts)}", FOREVER, self._full_seconds
         )
-        self.core.scaling.prestart(site.workers)
-        self.live: dict[str, TrialSegment] = {}
-        self.ahead: list[tuple[float, int, _Attempt | Worker]] = []
-        self.order = itertools.count()
+        self.core.scaling.prestart(cluster.workers)
+        self.running: dict[str, TrialSegment] = {}
+        self.events: list[tuple[float, int, _Attempt | Worker]] = []  # heap of (time, tie-break, what happens)
+        self.tie_breaks = itertools.count()
         self.attempts: Counter[str] = Counter()
-        self.kept: dict[str, float] = {}
+        self.checkpointed: dict[str, float] = {}
         self.timeline = Timeline()
 
-    def _length(self, stage: Stage) -> float:
+    def _full_seconds(self, stage: Stage) -> float:
         return self.seconds(stage, int(stage.spec.get("epoch", 0)))
 
     def run(self) -> Timeline:
         self._draw()
-        if self.live:
+        if self.running:
             self._prefetch()
         while True:
             self._draw()
-            if self._act():
-                continue  # answers may make promotions due, and free a place for a draw
-            if not self.live:
+            if self._dispatch():
+                continue  # results may lead to promotions, and free a slot for a draw
+            if not self.running:
                 return self.timeline
-            self._pass()
+            self._advance()
 
     def _draw(self) -> None:
         while True:
             with self.timeline.deciding("draw"):
-                leg = self.coordinator.next()
-                if isinstance(leg, str):
+                segment = self.coordinator.next()
+                if isinstance(segment, str):
                     break
-                name = f"{leg.trial.number}@{leg.epoch}"
-                self.live[name] = leg
-                self.core.requests.add_request(name, name, "simulation", leg.graph.stages, leg.priority, self.clock.now)
-        self.timeline.decisions["draw"].pop()  # there was nothing to draw
+                name = f"{segment.trial.number}@{segment.epoch}"
+                self.running[name] = segment
+                self.core.requests.add_request(name, name, "simulation", segment.graph.stages, segment.priority, self.clock.now)
+        self.timeline.decisions["draw"].pop()  # the last call drew nothing
 
     def _prefetch(self) -> None:
-        """What planned draws will need, for workers that have nothing else to do."""
-        self.core.requests.add_request("prefetch", "", "simulation", self.coordinator.certain(), -1, self.clock.now)
+        """Request what planned draws will need, for workers that are idle."""
+        self.core.requests.add_request("prefetch", "", "simulation", self.coordinator.planned_stages(), -1, self.clock.now)
 
-    def _act(self) -> bool:
-        """Do what the core wants; whether a leg ended."""
+    def _dispatch(self) -> bool:
+        """Carry out the scheduler's actions; whether a segment ended."""
         with self.timeline.deciding("dispatch"):
             self.core.dispatch(self.clock.now)
         outbox = self.core.outbox[:]
         self.core.outbox.clear()
         for action in outbox:
             if isinstance(action, StartWorker):
-                self._at(self.site.hire_seconds, action.worker)
+                self._schedule(self.cluster.startup_seconds, action.worker)
             elif isinstance(action, AssignStage):
                 self._begin(action)
-        answers = [action for action in outbox if isinstance(action, RequestResult) and action.request in self.live]
-        for answer in answers:
+        results = [action for action in outbox if isinstance(action, RequestResult) and action.request in self.running]
+        for result in results:
             with self.timeline.deciding("settle"):
-                self._settle(answer)
-        return bool(answers)
+                self._settle(result)
+        return bool(results)
 
-    def _settle(self, answer: RequestResult) -> None:
-        leg = self.live.pop(answer.request)
-        if answer.failed:
-            self.coordinator.fail(leg, answer.cause, answer.failed)
+    def _settle(self, result: RequestResult) -> None:
+        segment = self.running.pop(result.request)
+        if result.failed:
+            self.coordinator.fail(segment, result.cause, result.failed)
         else:
-            self.coordinator.settle(leg, [each["key"] for each in answer.outcomes if each["state"] == "computed"])
+            self.coordinator.settle(segment, [outcome["key"] for outcome in result.outcomes if outcome["state"] == "computed"])
 
-    def _at(self, seconds: float, what: _Attempt | Worker) -> None:
-        heapq.heappush(self.ahead, (self.clock.now + seconds, next(self.order), what))
+    def _schedule(self, seconds: float, event: _Attempt | Worker) -> None:
+        heapq.heappush(self.events, (self.clock.now + seconds, next(self.tie_breaks), event))
 
-    def _begin(self, give: AssignStage) -> None:
-        stage = give.stage
-        rest = self._work_of(give) - self.kept.get(stage.key, 0.0)
-        share = self.site.dies(stage.key, self.attempts[stage.key])
-        self.attempts.update(each.key for each in _family(give))
-        worked = rest * (1.0 if share is None else share)
-        self._at(worked + self.site.overhead_seconds, _Attempt(give, worked, share is not None))
+    def _begin(self, assignment: AssignStage) -> None:
+        stage = assignment.stage
+        remaining = self._work_of(assignment) - self.checkpointed.get(stage.key, 0.0)
+        death = self.cluster.dies(stage.key, self.attempts[stage.key])
+        self.attempts.update(computed.key for computed in _computed_together(assignment))
+        worked = remaining * (1.0 if death is None else death)
+        self._schedule(worked + self.cluster.overhead_seconds, _Attempt(assignment, worked, death is not None))
 
     def _work(self, stage: Stage) -> float:
         epochs = max(0, int(stage.spec.get("epoch", 0)) - self.store.epoch_reached(stage))
         return self.seconds(stage, epochs)
 
-    def _work_of(self, give: AssignStage) -> float:
-        """One pass for a whole family takes as long as for the dearest of it."""
-        return max(self._work(stage) for stage in _family(give))
+    def _work_of(self, assignment: AssignStage) -> float:
+        """One pass for all stages that are computed together takes as long as for the longest of them."""
+        return max(self._work(stage) for stage in _computed_together(assignment))
 
-    def _pass(self) -> None:
-        """To the next thing that happens."""
-        self.clock.now, _, event = heapq.heappop(self.ahead)
+    def _advance(self) -> None:
+        """Move the clock to the next event, and let it happen."""
+        self.clock.now, _, event = heapq.heappop(self.events)
         if isinstance(event, Worker):
             event.last_heartbeat, event.polling = self.clock.now, True
             return
-        self.timeline.busy += event.worked + self.site.overhead_seconds
+        self.timeline.busy += event.worked + self.cluster.overhead_seconds
         if event.dies:
-            self._bury(event)
+            self._worker_died(event)
         else:
-            self._publish(event.give)
+            self._publish(event.assignment)
 
-    def _bury(self, attempt: _Attempt) -> None:
-        key, every = attempt.give.stage.key, self.site.checkpoint_seconds
-        done = self.kept.get(key, 0.0) + attempt.worked
-        if attempt.give.stage.name in ("teacher", "student") and every < FOREVER:
-            self.kept[key] = done - done % every
-        self.timeline.lost += done - self.kept.get(key, 0.0) + self.site.overhead_seconds
-        for each in _family(attempt.give):
-            self.core.running[each.key].confirmed = True
-        self.core.worker_lost(attempt.give.worker, WORKER_DIED, "the simulation killed it", self.clock.now)
+    def _worker_died(self, attempt: _Attempt) -> None:
+        key, every = attempt.assignment.stage.key, self.cluster.checkpoint_seconds
+        done = self.checkpointed.get(key, 0.0) + attempt.worked
+        if attempt.assignment.stage.name in ("teacher", "student") and every < FOREVER:
+            self.checkpointed[key] = done - done % every
+        self.timeline.lost += done - self.checkpointed.get(key, 0.0) + self.cluster.overhead_seconds
+        for stage in _computed_together(attempt.assignment):
+            self.core.running[stage.key].confirmed = True
+        self.core.worker_lost(attempt.assignment.worker, WORKER_DIED, "the simulation killed it", self.clock.now)
 
-    def _publish(self, give: AssignStage) -> None:
-        family, seconds = _family(give), self._work_of(give)
+    def _publish(self, assignment: AssignStage) -> None:
+        stages, seconds = _computed_together(assignment), self._work_of(assignment)
         self.timeline.makespan = self.clock.now
-        self.core.registry.workers[give.worker].polling = True
-        for stage in family:
+        self.core.registry.workers[assignment.worker].polling = True
+        for stage in stages:
             record = {
-                "seconds": seconds / len(family),
+                "seconds": seconds / len(stages),
                 "seconds_alone": seconds + self.store.seconds_before(stage),
                 "epoch": stage.spec.get("epoch", 0),
             }
             self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
             self.timeline.computed.append((self.clock.now, stage.key))
-            self.core.attempt_succeeded(stage.key, give.attempt, True, seconds / len(family), self.clock.now)
+            self.core.attempt_succeeded(stage.key, assignment.attempt, True, seconds / len(stages), self.clock.now)
 
 
-def _family(give: AssignStage) -> tuple[Stage, ...]:
-    return (give.stage, *give.stage.beside)
+def _computed_together(assignment: AssignStage) -> tuple[Stage, ...]:
+    return (assignment.stage, *assignment.stage.beside)
 
 
 def simulate(
-    space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, site: int | SimulatedCluster
+    space: Space, study: Study, clock: VirtualClock, seconds: Seconds, metrics: Metrics, cluster: int | SimulatedCluster
 ) -> Timeline:
     """Run a study to its target on virtual workers.
 
     Args:
         study: opened with `clock` as its clock.
         seconds: what a stage costs.
-        metrics: what a stage measures; an evaluation must give the metrics that the space judges by.
-        site: or only its number of workers.
+        metrics: of a stage; evaluations must assignment the metrics that the space names.
+        cluster: or only its number of workers.
 
     Raises:
-        StoppedEarly: ten trials in a row failed, as by a stage whose workers died three times.
+        StoppedEarly: ten trials in a row failed, for example because a stage's workers died three times.
     """
-    site = SimulatedCluster(site) if isinstance(site, int) else site
-    timeline = _Simulation(space, study, clock, seconds, metrics, site).run()
+    cluster = SimulatedCluster(cluster) if isinstance(cluster, int) else cluster
+    timeline = _Simulation(space, study, clock, seconds, metrics, cluster).run()
     study.close()
     timeline.trials = study.trials()
-    timeline.alone = sum(trial.cost.get("seconds", 0.0) for trial in timeline.trials)
+    timeline.unshared = sum(trial.cost.get("seconds", 0.0) for trial in timeline.trials)
     return timeline

@@ -1,4 +1,4 @@
-"""How far a study is and what it does now: its journal, and what the running search notes beside it every few seconds."""
+"""How far a study is and what it does now: its journal, and the status that a running search writes beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -25,12 +25,12 @@ from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 
 FILE = "status.json"
-EVERY = 2.0
-FRESH = 10.0  # seconds; what was noted longer ago says nothing about now
-SILENT = 180.0  # seconds without progress that are worth a word, of a stage that has not reported any yet
-PATIENCE = 10  # times the usual pace of a stage's reports: after each epoch, and in its longer loops
-LEAST = 30.0  # seconds, of a stage with short epochs: its worker is replaced after half of that if it stands still
-Show = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
+WRITE_SECONDS = 2.0
+FRESH_SECONDS = 10.0  # a status written longer ago says nothing about now
+STUCK_SECONDS = 180.0  # without progress, for a stage that has not reported any yet
+STUCK_FACTOR = 10  # times the usual interval between a stage's reports, which come after each epoch and in longer loops
+LEAST_STUCK_SECONDS = 30.0  # for stages with short epochs; a worker that stalls is replaced after half of that
+ShowWork = Callable[[list[dict[str, Any]], Mapping[str, Any]], None]
 
 
 def is_stuck(run: Mapping[str, Any]) -> bool:
@@ -41,17 +41,17 @@ def is_stuck(run: Mapping[str, Any]) -> bool:
             between two.
     """
     pace = run.get("pace_seconds")
-    return bool(run["silent_seconds"] > (SILENT if pace is None else max(LEAST, PATIENCE * pace)))
+    return bool(run["silent_seconds"] > (STUCK_SECONDS if pace is None else max(LEAST_STUCK_SECONDS, STUCK_FACTOR * pace)))
 
 
-def naming_stuck(show: Show, say: Callable[[str], None]) -> Show:
-    """`show` that also says which stage makes no progress, once per attempt."""
-    said: set[str] = set()
+def warn_if_stuck(show: ShowWork, say: Callable[[str], None]) -> ShowWork:
+    """`show`, preceded by a warning about each stage that makes no progress, once per attempt."""
+    warned: set[str] = set()
 
-    def note(events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+    def show_and_warn(events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
         for run in status["running"]:
-            if is_stuck(run) and run["attempt"] not in said:
-                said.add(run["attempt"])
+            if is_stuck(run) and run["attempt"] not in warned:
+                warned.add(run["attempt"])
                 last = _progress(run)
                 say(
                     f"{run['key']} on {run['worker']}, node {run['node'][:8]}, has made no progress for "
@@ -59,49 +59,49 @@ def naming_stuck(show: Show, say: Callable[[str], None]) -> Show:
                 )
         show(events, status)
 
-    return note
+    return show_and_warn
 
 
-def noting(folder: Path, show: Show) -> Show:
-    """`show` that also keeps the scheduler's last status in ``folder/status.json``, for `status` in other processes."""
-    written = -EVERY
+def write_status(folder: Path, show: ShowWork) -> ShowWork:
+    """`show`, after writing the scheduler's status to ``folder/status.json``, for `status` in other processes."""
+    written = -WRITE_SECONDS
 
-    def note(events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+    def write_and_show(events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
         nonlocal written
-        if time.monotonic() - written >= EVERY:
+        if time.monotonic() - written >= WRITE_SECONDS:
             written = time.monotonic()
-            with suppress(OSError):  # a full disk must not end the thread that follows the scheduler
+            with suppress(OSError):  # a full disk must not end the event follower's thread
                 partial = folder / f".{FILE}.{os.getpid()}"
                 partial.write_text(json.dumps({"time": time.time(), "pid": os.getpid(), "scheduler": status}))
                 partial.replace(folder / FILE)
         show(events, status)
 
-    return note
+    return write_and_show
 
 
 def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     """What a study is doing, as plain data and as text.
 
     The data: `study`, `running` (whether a search of it runs now), `by` (which process), `trials` (state -> number), `target`,
-    `spent_seconds`, `spent_stage_seconds` (added up over workers, before the student and from it on), `eta_seconds` and
-    `eta_between` (nine times of ten; None while unknown), `stages` (artifacts that the trials rest on: how often `asked`, how
-    many are `made`), `now` (what the scheduler does; None if no search runs or it has not begun to compute) and `best`.
+    `spent_seconds`, `spent_stage_seconds` (summed over workers, before the student and from it on), `eta_seconds` and
+    `eta_between` (a 90% interval; None while unknown), `stages` (artifacts that the trials rest on: how often `asked`, how
+    many `made`), `now` (what the scheduler does; None if no search runs or it has not begun to compute) and `best`.
 
     Raises:
         UserError: there is no such study.
     """
     study = read(home, name)
-    by = _driver(journal.folder(home, name))
-    now = _noted(journal.folder(home, name), by[0]) if by else None
-    left = time_left(study, lambda key: store.find(key) is not None) if by else None
+    driver = _driver(journal.folder(home, name))
+    now = _scheduler_status(journal.folder(home, name), driver.pid) if driver else None
+    left = time_left(study, lambda key: store.find(key) is not None) if driver else None
     answer: dict[str, Any] = {
         "study": name,
-        "running": by is not None,
-        "by": by[1] if by else None,
+        "running": driver is not None,
+        "by": driver.name if driver else None,
         "trials": {state: sum(trial.state == state for trial in study.trials) for state in STATES},
         "target": study.target,
-        # A search notes it twice a minute, so of the first one its begin tells more.
-        "spent_seconds": round(max(study.elapsed, time.time() - by[2]) if by else study.elapsed, 1),
+        # A search writes the time spent twice a minute; before that, the time since its start is closer.
+        "spent_seconds": round(max(study.elapsed, time.time() - driver.since) if driver else study.elapsed, 1),
         "spent_stage_seconds": {part: round(seconds, 1) for part, seconds in Spending(study.trials).spent._asdict().items()},
         "eta_seconds": left.seconds if left else None,
         "eta_between": [left.low, left.high] if left else None,
@@ -112,54 +112,62 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     return answer, _text(answer, {trial.number: trial for trial in study.trials})
 
 
-def _driver(folder: Path) -> tuple[int, str, float] | None:
-    """The process that searches, what it calls itself, and since when; its lock is not tried: that would be in its way."""
+class _Driver(NamedTuple):
+    """The process that runs a search: its name is such as ``process 4711 on host``, `since` in seconds since 1970."""
+
+    pid: int
+    name: str
+    since: float
+
+
+def _driver(folder: Path) -> _Driver | None:
+    """The process that searches, by what its lock file says; trying the lock itself would be in its way."""
     lock = folder / "driver.lock"
     try:
-        said, since = lock.read_text().strip(), lock.stat().st_mtime
+        name, since = lock.read_text().strip(), lock.stat().st_mtime
     except OSError:
         return None
-    match = re.fullmatch(r"process (\d+) on (.+)", said)
+    match = re.fullmatch(r"process (\d+) on (.+)", name)
     if match is None:
         return None
     if match[2] != socket.gethostname():
-        fresh = _age(folder) < FRESH  # a home on a shared disk: of another machine only what it notes is known
-        return (int(match[1]), said, since) if fresh else None
+        # A home on a shared disk: all that is known of a process on another machine is the status that it writes.
+        return _Driver(int(match[1]), name, since) if _status_age(folder) < FRESH_SECONDS else None
     with suppress(psutil.Error):
         process = psutil.Process(int(match[1]))
         if process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1:
-            return int(match[1]), said, since
+            return _Driver(int(match[1]), name, since)
     return None
 
 
-def _age(folder: Path) -> float:
+def _status_age(folder: Path) -> float:
     try:
         return time.time() - (folder / FILE).stat().st_mtime
     except OSError:
         return float("inf")
 
 
-def _noted(folder: Path, pid: int) -> dict[str, Any] | None:
-    """What this driver's scheduler does: `stages` running, trials `waiting`, the number `queued`, and `workers`."""
+def _scheduler_status(folder: Path, pid: int) -> dict[str, Any] | None:
+    """What the scheduler of this driver does: `stages` running, trials `waiting`, the number `queued`, and `workers`."""
     try:
-        noted = json.loads((folder / FILE).read_text())
+        written = json.loads((folder / FILE).read_text())
     except (OSError, ValueError):
         return None
-    if noted["pid"] != pid:
+    if written["pid"] != pid:
         return None
-    scheduler, age = noted["scheduler"], time.time() - noted["time"]
-    running = [{**run, "seconds": round(noted["time"] - run["since"] + age, 1)} for run in scheduler["running"]]
+    scheduler, age = written["scheduler"], time.time() - written["time"]
+    running = [{**run, "seconds": round(written["time"] - run["since"] + age, 1)} for run in scheduler["running"]]
     for run in running:
         run["stuck"] = is_stuck(run)
-    places = {run["key"]: _place(run) for run in running} | dict.fromkeys(scheduler["queued"], "queued")
+    states = {run["key"]: _run_state(run) for run in running} | dict.fromkeys(scheduler["queued"], "queued")
     return {
         "age_seconds": round(age, 1),
         "stages": running,
         "waiting": [
             {
                 **wait,
-                "state": places.get(wait["key"], "its inputs are missing"),
-                "seconds": round(noted["time"] - wait["since"] + age, 1),
+                "state": states.get(wait["key"], "its inputs are missing"),
+                "seconds": round(written["time"] - wait["since"] + age, 1),
             }
             for wait in scheduler["waiting"]
         ],
@@ -170,7 +178,7 @@ def _noted(folder: Path, pid: int) -> dict[str, Any] | None:
     }
 
 
-def _place(run: Mapping[str, Any]) -> str:
+def _run_state(run: Mapping[str, Any]) -> str:
     where = f"runs on {run['worker']}, node {run['node'][:8]}"
     return f"{where}, without progress for {span(run['silent_seconds'])}" if run["stuck"] else where
 
@@ -205,10 +213,10 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     drawn = sum(count for state, count in answer["trials"].items() if state != "duplicate")
     lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {span(answer['spent_seconds'])} so far"]
     if not answer["running"]:
-        over = drawn >= answer["target"] and not answer["trials"]["running"] and not answer["trials"]["paused"]
-        lines.append("no search of it runs now" + ("" if over else "; the same ktray search goes on from here"))
+        finished = drawn >= answer["target"] and not answer["trials"]["running"] and not answer["trials"]["paused"]
+        lines.append("no search of it runs now" + ("" if finished else "; the same ktray search goes on from here"))
     else:
-        lines.append(f"a search runs now ({answer['by']}), {_left(answer)}")
+        lines.append(f"a search runs now ({answer['by']}), {_time_left(answer)}")
         lines += _now(answer["now"], trials) if answer["now"] else ["it is starting, or all that it needs is in the store"]
     if answer["best"]:
         values = ", ".join(f"{metric} {value:.4g}" for metric, value in answer["best"]["objectives"].items())
@@ -217,7 +225,7 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     return "\n".join([*lines, *([f"artifacts made: {', '.join(shared)}"] if shared else [])])
 
 
-def _left(answer: Mapping[str, Any]) -> str:
+def _time_left(answer: Mapping[str, Any]) -> str:
     if answer["eta_seconds"] is None:
         return "too early to say when"
     low, high = answer["eta_between"]
@@ -226,7 +234,7 @@ def _left(answer: Mapping[str, Any]) -> str:
 
 def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
     lines = []
-    if now["age_seconds"] > FRESH:
+    if now["age_seconds"] > FRESH_SECONDS:
         lines.append(f"it has said nothing for {span(now['age_seconds'])}")
     for run in now["stages"]:
         helpers = f" and {len(run['helpers'])} more" if run["helpers"] else ""

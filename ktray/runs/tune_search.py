@@ -1,6 +1,6 @@
-"""The search on Ray Tune: one Tune trial is one leg of one study trial, a light driver that waits for its stages.
+"""The search on Ray Tune: one Tune trial is one segment of one study trial, a light driver that waits for its stages.
 
-Ray's own OptunaSearch mixes budgets and loses its place when killed, so the study is ours and this searcher only hands it over.
+Ray's own OptunaSearch mixes budgets and cannot resume after a kill, so the study is ours, and this searcher only connects it.
 """
 
 from __future__ import annotations
@@ -14,36 +14,44 @@ from typing import Any
 
 from ktray.errors import StoppedEarly
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
-from ktray.runs.interruption import Interruption, released
-from ktray.runs.tune_trial import RELEASED, STOPPED, StageWaiter  # before Tune, whose settings it makes
+from ktray.runs.interruption import Interruption, cancelling_waits
+from ktray.runs.tune_trial import CANCELLED, STOPPED, StageWaiter  # before Tune: it sets Tune's environment variables
 from ktray.scheduler.client import SchedulerClient
 
 # isort: split
 from ray import tune
 from ray.tune.search import Searcher
 
-DEATHS = 10  # of one trial's processes, with no result of any trial in between: a process that only waits is not to blame
+MAX_DEATHS = 10  # of one trial's processes, with no result of any trial in between: a waiting process is rarely to blame
 
 
 class StudySearcher(Searcher):
-    """Hands legs of the study to Tune and settles what comes back; `reason` says why the search stopped early.
+    """Gives Tune the study's segments to run, and reports their results to the study.
 
     Args:
-        stopping: set it to end the search within seconds; waiting trials stay resumable.
-        ahead: legs that are already drawn; workers begin with them while Tune is still starting.
+        interruption: a request to stop ends the search within seconds; waiting trials stay resumable.
+        pending: segments that are already drawn; workers begin with them while Tune is still starting.
+
+    Attributes:
+        running: Tune's trial -> its segment.
+        stopped: why the search stopped early, or None.
     """
 
     def __init__(
-        self, coordinator: TrialCoordinator, scheduler: SchedulerClient, stopping: Interruption, ahead: deque[TrialSegment]
+        self,
+        coordinator: TrialCoordinator,
+        scheduler: SchedulerClient,
+        interruption: Interruption,
+        pending: deque[TrialSegment],
     ) -> None:
         super().__init__()
-        self.coordinator, self.scheduler, self.stopping, self.ahead = coordinator, scheduler, stopping, ahead
-        self.live: dict[str, TrialSegment] = {}
+        self.coordinator, self.scheduler, self.interruption, self.pending = coordinator, scheduler, interruption, pending
+        self.running: dict[str, TrialSegment] = {}
         self.deaths: Counter[int] = Counter()
-        self.reason: StoppedEarly | None = None
+        self.stopped: StoppedEarly | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study has its journal."""
+        """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study has a journal."""
         return {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
@@ -52,75 +60,75 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         if self.has_ended():
             return str(Searcher.FINISHED)
-        leg = self._next()
-        if leg is None:
+        segment = self._next()
+        if segment is None:
             return None
-        if leg == "done":
-            # While legs run, their results may make promotions due.
-            return None if self.live else str(Searcher.FINISHED)
-        assert isinstance(leg, TrialSegment)
-        self.live[trial_id] = leg
-        return {"job": self._job(leg)}
+        if segment == "done":
+            # Results of running segments may lead to promotions.
+            return None if self.running else str(Searcher.FINISHED)
+        assert isinstance(segment, TrialSegment)
+        self.running[trial_id] = segment
+        return {"job": self._job(segment)}
 
     def _next(self) -> TrialSegment | str | None:
-        if self.ahead:
-            return self.ahead.popleft()
+        if self.pending:
+            return self.pending.popleft()
         try:
-            leg = self.coordinator.next()
+            segment = self.coordinator.next()
         except StoppedEarly as stop:
-            self.reason = stop
+            self.stopped = stop
             return "done"
-        return None if leg == "wait" else leg
+        return None if segment == "wait" else segment
 
-    def _job(self, leg: TrialSegment) -> dict[str, Any]:
+    def _job(self, segment: TrialSegment) -> dict[str, Any]:
         return {
             "scheduler": self.scheduler,
-            "stages": list(leg.graph.stages),
-            "waiter": _waiter(leg),
-            "priority": leg.priority,
+            "stages": list(segment.graph.stages),
+            "waiter": _waiter(segment),
+            "priority": segment.priority,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Steps report once, at their end."""
+        """A step reports once, at its end, which `on_trial_complete` handles."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        leg = self.live.pop(trial_id, None)
-        if leg is None or self.stopping.is_set():
+        segment = self.running.pop(trial_id, None)
+        if segment is None or self.interruption.is_requested():
             return
         try:
             if error or result is None:
-                self._bury(leg)
+                self._waiter_died(segment)
             elif result["cause"] == STOPPED:
-                self.reason = StoppedEarly(result["text"])
-            elif result["cause"] == RELEASED:
-                # Nobody wished to stop: the scheduler took us for dead because this process stalled. The trial waits anew.
-                self.ahead.append(leg)
+                self.stopped = StoppedEarly(result["text"])
+            elif result["cause"] == CANCELLED:
+                # No stop was requested: the scheduler took a stalled process for dead. The trial waits again.
+                self.pending.append(segment)
             elif result["cause"]:
-                self.coordinator.fail(leg, result["cause"], result.get("failed", ""))
+                self.coordinator.fail(segment, result["cause"], result.get("failed", ""))
             else:
                 self.deaths.clear()
-                self.coordinator.settle(leg, json.loads(result["computed"]))
+                self.coordinator.settle(segment, json.loads(result["computed"]))
         except StoppedEarly as stop:
-            self.reason = stop
+            self.stopped = stop
 
-    def _bury(self, leg: TrialSegment) -> None:
-        """The process that waited for a leg is dead; whoever comes next waits for it."""
-        self.deaths[leg.trial.number] += 1
-        if self.deaths[leg.trial.number] < DEATHS:
-            self.ahead.append(leg)
+    def _waiter_died(self, segment: TrialSegment) -> None:
+        """The process that waited for a segment is dead; another one will wait for it."""
+        self.deaths[segment.trial.number] += 1
+        if self.deaths[segment.trial.number] < MAX_DEATHS:
+            self.pending.append(segment)
         else:
-            self.coordinator.fail(leg, f"the process that waited for its stages died {DEATHS} times")
+            self.coordinator.fail(segment, f"the process that waited for its stages died {MAX_DEATHS} times")
 
     def waiters(self) -> list[str]:
-        """Who waits for stages now."""
-        return [_waiter(leg) for leg in list(self.live.values())]
+        """Names of those that wait for stages now."""
+        return [_waiter(segment) for segment in list(self.running.values())]
 
     def has_ended(self) -> bool:
-        """Whether nothing of what still runs will be used by this call."""
-        return self.stopping.is_set() or self.reason is not None
+        """Whether results of what still runs will no longer be used by this call."""
+        return self.interruption.is_requested() or self.stopped is not None
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing to save: the study has its journal."""
+        """Nothing to save: the study has a journal."""
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """Nothing to restore."""
@@ -133,7 +141,7 @@ class StudySearcher(Searcher):
 
 
 class _Tick(tune.Callback):  # type: ignore[misc]
-    """Tells the study that time passes, from the thread that draws from it."""
+    """Lets the study check its time limits, in the thread that draws from it."""
 
     def __init__(self, searcher: StudySearcher) -> None:
         self.searcher = searcher
@@ -146,20 +154,20 @@ class _Tick(tune.Callback):  # type: ignore[misc]
         try:
             self.searcher.coordinator.study.save_elapsed()
         except StoppedEarly as stop:
-            self.searcher.reason = stop
+            self.searcher.stopped = stop
 
 
-def run_search(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
-    """Run the searcher's study to its target on the Ray that is connected; why it stopped early, or None.
+def run_on_tune(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
+    """Run the searcher's study to its target on the connected Ray; why it stopped early, or None.
 
     Args:
         scratch: folder for Tune's own state, which nobody reads.
     """
     coordinator, scheduler = searcher.coordinator, searcher.scheduler
     concurrent = coordinator.space.budget.concurrent
-    for leg in searcher.ahead:
-        scheduler.prefetch(list(leg.graph.stages))
-    scheduler.prefetch(coordinator.certain())
+    for segment in searcher.pending:
+        scheduler.prefetch(list(segment.graph.stages))
+    scheduler.prefetch(coordinator.planned_stages())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(
@@ -177,21 +185,21 @@ def run_search(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
             storage_path=str(scratch),
             verbose=0,
             callbacks=[_Tick(searcher)],
-            # Tune does not retry a trial whose process died while idle between two trials, so all retries are ours.
+            # Tune does not retry a trial whose process died idle, between two trials, so we do all retries ourselves.
             failure_config=tune.FailureConfig(max_failures=0),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    with released(scheduler, searcher.waiters, searcher.has_ended):
+    with cancelling_waits(scheduler, searcher.waiters, searcher.has_ended):
         tuner.fit()
     shutil.rmtree(scratch, ignore_errors=True)
-    return searcher.reason
+    return searcher.stopped
 
 
 def _short_name(trial: Any) -> str:
-    """Tune would put the whole config into names of folders."""
-    return f"leg-{trial.trial_id}"
+    """Short, because Tune would put the whole config into folder names."""
+    return f"segment-{trial.trial_id}"
 
 
-def _waiter(leg: TrialSegment) -> str:
-    return f"trial {leg.trial.number}"
+def _waiter(segment: TrialSegment) -> str:
+    return f"trial {segment.trial.number}"

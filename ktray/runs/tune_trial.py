@@ -1,4 +1,4 @@
-"""One Tune trial: a light driver that waits for the stages of one leg. Its process imports neither torch nor optuna."""
+"""One Tune trial: a light driver that waits for the stages of one segment. Its process imports neither torch nor optuna."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ktray.scheduler.client import SchedulerClient, WaitCancelled
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is ours: `stopping` ends the search in order
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # our own handler stops the search in order
 
 import ray
 from ray import tune
 
-EVERY = 2.0
+HEARTBEAT_SECONDS = 2.0
 STOPPED = "stopped early"
-RELEASED = "released"
+CANCELLED = "cancelled"
 
 
 class StageWaiter(tune.Trainable):  # type: ignore[misc]
-    """A light driver: asks the scheduler for the stages of one leg, computes nothing, imports no torch."""
+    """Asks the scheduler for the stages of one segment, and waits; computes nothing."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.job = config["job"]
-        # A process that stands still would have Tune wait for ever: Ray notices only those that end.
-        threading.Thread(target=_attend, args=(self.job["scheduler"],), daemon=True).start()
+        # Ray notices only processes that end; for one that stalls, Tune would wait for ever.
+        threading.Thread(target=_send_heartbeats, args=(self.job["scheduler"],), daemon=True).start()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.job = new_config["job"]
@@ -46,14 +46,14 @@ class StageWaiter(tune.Trainable):  # type: ignore[misc]
         except StoppedEarly as stop:
             return {"done": True, "cause": STOPPED, "text": str(stop), "computed": "[]"}
         except WaitCancelled:
-            return {"done": True, "cause": RELEASED, "computed": "[]"}
+            return {"done": True, "cause": CANCELLED, "computed": "[]"}
         computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
         return {"done": True, "cause": "", "computed": json.dumps(computed)}
 
 
-def _attend(scheduler: SchedulerClient) -> None:
-    """Tell the scheduler that this process lives, until the scheduler is no more."""
+def _send_heartbeats(scheduler: SchedulerClient) -> None:
+    """Tell the scheduler that this process is alive, until the scheduler has ended."""
     with suppress(StoppedEarly, ray.exceptions.RayError):
         while True:
             scheduler.trial_heartbeat()
-            time.sleep(EVERY)
+            time.sleep(HEARTBEAT_SECONDS)

@@ -24,10 +24,11 @@ import pyarrow.parquet as parquet
 
 from ktray import tracking
 from ktray.artifact import Stage
-from ktray.cli.spec_files import load_space
 from ktray.pipeline import pair_graph
 from ktray.runs import search_run
 from ktray.runs.interruption import Interruption
+from ktray.runs.settings import Settings
+from ktray.runs.spec_files import load_space
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -171,11 +172,11 @@ def replay(folder: Path, trials: int, *, stop_early: bool = False, sampler: str 
     parquet.write_table(pa.table({"epoch": [1.0, 2.0, 3.0, 4.0], "loss": [1.0] * 4, "top1": [0.5] * 4}), history)
     screen = Screen(every=max(1, trials // TIMES))
     tracker = tracking.Tracker(tracking.default_uri(home) if tracked else "http://127.0.0.1:9", home, "toy")
-    place = search_run.SearchSettings(home, store, None, None)
+    settings = Settings(home, f"file://{store.root}")
     wake_mlflow(folder)
     with made_up(store, history) as took:
         began, cpu = time.perf_counter(), time.process_time()
-        outcome = search_run.search(space, place, tracker, Interruption(), screen, name="toy", trials=None)
+        outcome = search_run.search_study(space, search_run.SearchOptions("toy"), settings, tracker, Interruption(), screen)
         seconds = time.perf_counter() - began - took[0]
         cpu = time.process_time() - cpu - took[0]
     screen.look()

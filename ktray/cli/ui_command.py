@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ktray.cli.settings import settings
+from ktray.cli.arguments import settings_of
 
 HELP = "MLflow UI on the right store"
 
@@ -18,7 +18,6 @@ def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
     from ktray import tracking
 
-    options = settings(args)
-    uri = options.tracking or tracking.default_uri(options.home)
-    options.tell(f"ktray: http://127.0.0.1:{args.port} shows {uri}; Ctrl-C ends it")
-    return tracking.serve(uri, args.port)
+    settings = settings_of(args)
+    settings.print_info(f"ktray: http://127.0.0.1:{args.port} shows {settings.tracking_uri}; Ctrl-C ends it")
+    return tracking.serve(settings.tracking_uri, args.port)

@@ -1,4 +1,4 @@
-"""What a command line names: a search space, a pair, or an experiment."""
+"""Read the files that a user names: a search space, a pair, or an experiment."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_pairs(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
     return space.load_pair(path, overrides)
 
 
-def chosen(pairs: Mapping[str, PairSpec], only: Sequence[str]) -> Mapping[str, PairSpec]:
+def select_pairs(pairs: Mapping[str, PairSpec], only: Sequence[str]) -> Mapping[str, PairSpec]:
     """The pairs of these names, in this order; all where none is named.
 
     Raises:
@@ -79,15 +79,15 @@ def _experiment(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
     except UserError:
         raise
     except Exception as error:  # a boundary: the code is the user's, and whatever it raises is the user's to mend
-        raise _of_experiment(error, path) from error
-    strangers = [] if not isinstance(pairs, Mapping) else [name for name, p in pairs.items() if not isinstance(p, PairSpec)]
-    if not isinstance(pairs, Mapping) or strangers:
-        what = f"pairs()[{strangers[0]!r}] is no PairSpec" if strangers else "pairs() gives no mapping"
+        raise _experiment_error(error, path) from error
+    wrong = [] if not isinstance(pairs, Mapping) else [name for name, p in pairs.items() if not isinstance(p, PairSpec)]
+    if not isinstance(pairs, Mapping) or wrong:
+        what = f"pairs()[{wrong[0]!r}] is no PairSpec" if wrong else "pairs() gives no mapping"
         raise UserError(what, str(path), "It returns {name: PairSpec, ...}; see experiments/baselines.py.")
     return pairs
 
 
-def _of_experiment(error: Exception, path: Path) -> UserError:
+def _experiment_error(error: Exception, path: Path) -> UserError:
     """What an experiment raised, with the line of the experiment that it came from."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
@@ -97,5 +97,5 @@ def _of_experiment(error: Exception, path: Path) -> UserError:
 
         found = from_validation(error, PairSpec, {}, lambda steps: ".".join(map(str, steps)))
         return UserError("; ".join(map(str, found)), where)
-    said = error.msg if isinstance(error, SyntaxError) else str(error)
-    return UserError(f"the experiment raised {type(error).__name__}: {said}", where)
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return UserError(f"the experiment raised {type(error).__name__}: {message}", where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ktray.cli.settings import settings
+from ktray.cli.arguments import print_result, settings_of
 
 HELP = "what each trial waits for, how far the search is"
 
@@ -15,10 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+    """Do it; the exit code.
+
+    Raises:
+        UserError: there is no such study.
+    """
     from ktray.runs.study_status import status
 
-    options = settings(args)
-    answer, text = status(options.home, args.name, options.open_store())
-    options.answer(answer, text)
+    settings = settings_of(args)
+    answer, text = status(settings.home, args.name, settings.open_store())
+    print_result(args, answer, text)
     return 0

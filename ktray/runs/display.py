@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: one live table in a terminal, plain lines elsewhere. All of it on stderr."""
+"""What a user sees while a search runs: a live table in a terminal, plain lines elsewhere. All of it on stderr."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ktray.cli.settings import Settings
 from ktray.pipeline.naming import pair_name
-from ktray.runs.search_run import Display
+from ktray.runs.settings import Settings
 from ktray.search import halving, ranking
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -23,28 +22,44 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "paused": "default", "pruned": "dim"}
-COUNTED = ("completed", "running", "paused", "pruned", "failed", "duplicate")
-ROWS = 12
+STATE_ORDER = ("completed", "running", "paused", "pruned", "failed", "duplicate")
+MAX_ROWS = 12
+
+
+class Display(Protocol):
+    """Where a user sees the search; called from several threads."""
+
+    def begin(self, study: Study) -> None:
+        """The study before anything runs; its `trials` stay up to date."""
+
+    def trial(self, event: str, trial: Trial, text: str) -> None:
+        """A trial was paused, completed, pruned or failed."""
+
+    def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+        """What the scheduler did since the last call, and what it does now."""
+
+    def say(self, text: str) -> None:
+        """A sentence for the user."""
 
 
 class _Plain:
-    """One line per piece of news; stages only with -v."""
+    """One line per event; stages only with -v."""
 
-    def __init__(self, options: Settings) -> None:
-        self.options, self.began = options, time.monotonic()
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.began = settings, time.monotonic()
 
     def _line(self, text: str) -> None:
-        self.options.tell(f"[{time.monotonic() - self.began:6.0f} s] {text}")
+        self.settings.print_info(f"[{time.monotonic() - self.began:6.0f} s] {text}")
 
     def begin(self, study: Study) -> None:
-        """Nothing to say before something happens."""
+        """Nothing to print yet."""
 
     def trial(self, event: str, trial: Trial, text: str) -> None:
         if event != "pruned":
             self._line(f"{event:9} trial {trial.number:<3} {pair_name(trial.pair)}  {text}")
 
     def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
-        if self.options.talks < 2:
+        if self.settings.verbosity < 2:
             return
         for event in events:
             seconds = f"  {event['seconds']:.1f} s" if event.get("seconds") else ""
@@ -55,7 +70,7 @@ class _Plain:
 
 
 class _Live:
-    """A table that is redrawn in place: how far the study is, what runs on which worker, and the trials, best first."""
+    """A table, redrawn in place: progress of the study, what runs on which worker, and the trials, best first."""
 
     def __init__(self, space: Space, name: str, console: Console) -> None:
         self.space, self.name, self.console, self.began = space, name, console, time.monotonic()
@@ -76,12 +91,12 @@ class _Live:
         self.console.print(f"ktray: {text}", style="dim", markup=False, highlight=False)
 
     def render(self) -> RenderableType:
-        """The whole table as it is now; drawn several times a second, by another thread."""
+        """The whole table as of now; called several times a second, by another thread."""
         from rich.console import Group
 
         trials = [trial for trial in self.study.trials() if trial.state != "duplicate"] if self.study else []
         work = self._work()
-        rows = max(1, min(ROWS, self.console.height - work.row_count - 8))
+        rows = max(1, min(MAX_ROWS, self.console.height - work.row_count - 8))
         return Group(self._head(trials), "", work, self._queue(), "", self._trials(trials, rows))
 
     def _head(self, trials: Sequence[Trial]) -> Table:
@@ -92,7 +107,7 @@ class _Live:
         target = self.study.target if self.study else self.space.budget.trials
         settled = sum(trial.state != "running" for trial in trials)
         states = [trial.state for trial in trials]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in COUNTED if state in states)
+        counts = ", ".join(f"{states.count(state)} {state}" for state in STATE_ORDER if state in states)
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
@@ -110,11 +125,13 @@ class _Live:
         now = time.time()
         for entry in self.status.get("running", ()):
             helpers = f" +{len(entry['helpers'])}" if entry.get("helpers") else ""
-            work.add_row(f"{entry['worker']}{helpers}", entry["key"], _clock(now - entry["since"]), _said(entry["progress"]))
+            work.add_row(
+                f"{entry['worker']}{helpers}", entry["key"], _clock(now - entry["since"]), _progress_text(entry["progress"])
+            )
         return work
 
     def _queue(self) -> Text:
-        """What is not running, in a few words."""
+        """What waits, in a few words."""
         from rich.text import Text
 
         queued, workers = len(self.status.get("queued", ())), self.status.get("workers", ())
@@ -139,13 +156,17 @@ class _Live:
             table.add_column(stop.metric, justify="right", no_wrap=True)
         table.add_column(goal, justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
-        at = _places(self.status.get("waiting", ()))
+        waits_for = _stages_waited_for(self.status.get("waiting", ()))
         for trial in _best_first(trials, self.space)[:rows]:
             score = trial.scores.get(max(trial.scores, default=0))
             found = trial.objectives.get(goal, score if stop and stop.metric == goal else None)
             judged = [_number(score)] if stop and stop.metric != goal else []
             reached = f"{trial.epoch}/{trial.epochs}"
-            state = f"{trial.state}: {at[trial.number]}" if trial.state == "running" and trial.number in at else trial.state
+            state = (
+                f"{trial.state}: {waits_for[trial.number]}"
+                if trial.state == "running" and trial.number in waits_for
+                else trial.state
+            )
             cells = [str(trial.number), pair_name(trial.pair), reached, *judged, _number(found), state]
             table.add_row(*cells, style=COLOURS.get(trial.state))
         if len(trials) > rows:
@@ -154,7 +175,7 @@ class _Live:
 
 
 def _best_first(trials: Sequence[Trial], space: Space) -> list[Trial]:
-    """Completed trials by the first objective, then the others by how far they came and how well they did there."""
+    """Completed trials by the first objective, then the others by the epoch they reached and their score there."""
     done = ranking.ranked(list(trials), space.objectives)
     others: list[Trial] = []
     epochs = sorted({trial.epoch for trial in trials if trial.scores}, reverse=True)
@@ -165,7 +186,7 @@ def _best_first(trials: Sequence[Trial], space: Space) -> list[Trial]:
     return [*done, *others, *(trial for trial in trials if trial.number not in seen)]
 
 
-def _places(waiting: Sequence[Mapping[str, Any]]) -> dict[int, str]:
+def _stages_waited_for(waiting: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     """Number of a trial -> name of the stage that it waits for."""
     named = [(str(entry["waiter"]).split(), entry["key"].rpartition("-")[0]) for entry in waiting]
     return {int(words[1]): stage.replace("_", "-") for words, stage in named if words[0] == "trial"}
@@ -180,7 +201,7 @@ def _stacked(*parts: RenderableType) -> Table:
     return stack
 
 
-def _said(progress: Mapping[str, float]) -> str:
+def _progress_text(progress: Mapping[str, float]) -> str:
     """``epoch 3 of 8  loss 1.29``: counters before values; the learning rate is in the schedule."""
     given = {name: value for name, value in progress.items() if name != "lr"}
     last = given.pop("of", None)
@@ -201,23 +222,23 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def live_display(options: Settings, space: Space, name: str) -> Iterator[Display]:
-    """The screen that fits where stderr goes."""
-    if options.talks != 1 or not sys.stderr.isatty():
-        yield _Plain(options)
+def open_display(settings: Settings, space: Space, name: str) -> Iterator[Display]:
+    """A live table if stderr is a terminal, else plain lines."""
+    if settings.verbosity != 1 or not sys.stderr.isatty():
+        yield _Plain(settings)
         return
     from rich.console import Console
     from rich.live import Live
 
-    shown = _Live(space, name, Console(stderr=True))
-    with Live(console=shown.console, get_renderable=shown.render, refresh_per_second=4, transient=True), _above_the_table():
-        yield shown
+    live = _Live(space, name, Console(stderr=True))
+    with Live(console=live.console, get_renderable=live.render, refresh_per_second=4, transient=True), _logs_above_the_table():
+        yield live
 
 
 @contextmanager
-def _above_the_table() -> Iterator[None]:
-    """Warnings of loggers go through the stream that `Live` has put in place of stderr, or they would tear the table."""
-    handlers = [each for each in logging.getLogger().handlers if type(each) is logging.StreamHandler]
+def _logs_above_the_table() -> Iterator[None]:
+    """Send log messages through the stream that `Live` has put in place of stderr, so that they do not break the table."""
+    handlers = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
     before = [(handler, handler.setStream(sys.stderr)) for handler in handlers]
     try:
         yield

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ktray.cli.live_display import _Live
+from ktray.runs.display import _Live
 from ktray.search.study import Study
 from tests.toy_space import drive, toy_space
 

@@ -9,7 +9,7 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.pipeline.identity import data_identity
-from ktray.runs.data_check import FILE, same_data
+from ktray.runs.data_check import FILE, refuse_changed_data
 from ktray.search.trial import Trial
 from tests.pictures import noise, png
 from tests.toy_space import toy_space
@@ -34,13 +34,13 @@ def space(tmp_path: Path) -> Any:
 def test_images_that_are_gone_stop_the_study_and_their_return_lets_it_go_on(space: Any, tmp_path: Path) -> None:
     study, photo = tmp_path / "studies" / "photos", tmp_path / "photos" / "3.png"
     study.mkdir(parents=True)
-    same_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
+    refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
     kept = photo.read_bytes()
     photo.unlink()
     with pytest.raises(UserError, match=r"no longer those that the study 'photos' was begun with.*--name"):
-        same_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
+        refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
     photo.write_bytes(kept)
-    same_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
+    refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
     assert len((study / FILE).read_text().splitlines()) == 3
 
 
@@ -48,13 +48,13 @@ def test_another_study_may_have_the_new_images(space: Any, tmp_path: Path) -> No
     (tmp_path / "photos" / "3.png").unlink()
     other = tmp_path / "studies" / "other"
     other.mkdir(parents=True)
-    same_data(space, JUDGED, data_identity(tmp_path / "cache"), other)
+    refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), other)
 
 
 def test_as_long_as_nothing_was_judged_the_images_may_be_put_right(space: Any, tmp_path: Path) -> None:
     study = tmp_path / "studies" / "photos"
     study.mkdir(parents=True)
-    same_data(space, FAILED, data_identity(tmp_path / "cache"), study)
+    refuse_changed_data(space, FAILED, data_identity(tmp_path / "cache"), study)
     (tmp_path / "photos" / "3.png").unlink()
-    same_data(space, FAILED, data_identity(tmp_path / "cache"), study)
-    same_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
+    refuse_changed_data(space, FAILED, data_identity(tmp_path / "cache"), study)
+    refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), study)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from ktray.artifact import Stage
-from ktray.cli.spec_files import load_space
 from ktray.cost_model.forecast import FullSizeStages
 from ktray.errors import StageFailed
 from ktray.images import open_split, write, write_sample
@@ -23,6 +22,7 @@ from ktray.pipeline.execute import execute
 from ktray.pool import LocalPool, StageContext
 from ktray.runs.dry_run import dry_run, dry_run_on, dry_run_store, measured
 from ktray.runs.interruption import Interruption
+from ktray.runs.spec_files import load_space
 from ktray.scheduler.client import WaitCancelled
 from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
 from ktray.spec import PairSpec
@@ -108,7 +108,7 @@ def test_a_sample_is_a_part_of_what_is_written_whole(tmp_path: Path) -> None:
         assert np.array_equal(few.labels, whole.labels[places])
 
 
-def test_a_rehearsal_runs_every_stage_of_every_draw_leaves_nothing_and_measures(tmp_path: Path) -> None:
+def test_a_dry_run_runs_every_stage_of_every_draw_leaves_nothing_and_measures(tmp_path: Path) -> None:
     real = FileStore(tmp_path / "store")
     draws = {name: dry_run_stages(pair, identity) for name, pair in pairs().items()}
     with dry_run_store(real) as store:
@@ -132,27 +132,27 @@ def test_what_fails_is_said_once_with_the_draw_that_showed_it(tmp_path: Path) ->
     assert list(real.root.iterdir()) == []
 
 
-def test_a_rehearsal_that_is_interrupted_while_it_waits_ends_at_once_with_every_wait(tmp_path: Path) -> None:
-    real, scheduler, stopping = FileStore(tmp_path / "store"), Standing(), Interruption()
-    stopping.orderly = True
+def test_a_dry_run_that_is_interrupted_while_it_waits_ends_at_once_with_every_wait(tmp_path: Path) -> None:
+    real, scheduler, interruption = FileStore(tmp_path / "store"), Standing(), Interruption()
+    interruption.needs_cleanup = True
     draws = {name: dry_run_stages(pair, identity) for name, pair in pairs().items()}
-    threading.Timer(0.3, stopping.wish).start()
+    threading.Timer(0.3, interruption.request).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), dry_run_store(real) as store:
-        dry_run(scheduler, draws, store, real, stopping)
+        dry_run(scheduler, draws, store, real, interruption)
     assert time.monotonic() - began < 2.5
     assert [waiter for waiter, wait in scheduler.waits.items() if not wait.is_set()] == []
     assert list(real.root.iterdir()) == []
 
 
-def test_the_scheduler_of_an_interrupted_rehearsal_ends_before_its_store_is_removed(
+def test_the_scheduler_of_an_interrupted_dry_run_ends_before_its_store_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, stopping, ended = FileStore(tmp_path / "store"), Interruption(), []
+    real, interruption, ended = FileStore(tmp_path / "store"), Interruption(), []
 
     def connect(session: SimpleNamespace, url: str, work: object) -> Standing:
         session.on_stop.append(FileStore(Path(url.removeprefix("file://"))))
-        threading.Timer(0.1, stopping.wish).start()
+        threading.Timer(0.1, interruption.request).start()
         return Standing()
 
     def stop(session: SimpleNamespace) -> None:
@@ -167,14 +167,14 @@ def test_the_scheduler_of_an_interrupted_rehearsal_ends_before_its_store_is_remo
     monkeypatch.setattr("ray.nodes", list)
     draws = {name: dry_run_stages(pair, identity) for name, pair in pairs().items()}
     with pytest.raises(KeyboardInterrupt):
-        dry_run_on(tmp_path, real, None, RuntimeSettings(), draws, FullSizeStages({}, {}, {}), lambda text: None, stopping)
+        dry_run_on(tmp_path, real, None, RuntimeSettings(), draws, FullSizeStages({}, {}, {}), lambda text: None, interruption)
     assert len(ended) == 1
     assert list(real.root.iterdir()) == []
 
 
-def test_a_rehearsal_removes_what_a_dead_one_left_and_nothing_of_one_that_runs(tmp_path: Path) -> None:
+def test_a_dry_run_removes_what_a_dead_one_left_and_nothing_of_one_that_runs(tmp_path: Path) -> None:
     real = FileStore(tmp_path / "store")
-    dead = real.root / ".rehearsal-dead"
+    dead = real.root / ".dry-run-dead"
     (dead / "images-1").mkdir(parents=True)
     with dry_run_store(real) as one:
         assert not dead.exists()
@@ -186,7 +186,7 @@ def test_a_rehearsal_removes_what_a_dead_one_left_and_nothing_of_one_that_runs(t
 
 
 def recorded(tmp_path: Path, **record: object) -> tuple[dict[str, list[Stage]], FileStore]:
-    """One rehearsed stage with this record."""
+    """One dry-run stage with this record."""
     (stage,) = [each for each in dry_run_stages(pairs()["rotation"], identity) if each.name == "teacher"]
     store = FileStore(tmp_path / "store")
     publish(store, stage, **record)
@@ -244,7 +244,7 @@ def test_a_sample_is_as_large_as_a_batch_and_as_its_pca_needs() -> None:
 
 
 @pytest.mark.slow
-def test_plan_preflight_rehearses_on_ray_publishes_nothing_and_the_search_goes_on_from_nothing(tmp_path: Path) -> None:
+def test_plan_preflight_runs_in_small_on_ray_publishes_nothing_and_the_search_goes_on_from_nothing(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     done = home.run("plan", toy_space(tmp_path), "--preflight", "--json")
     assert done.code == 0, done.err

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.settings import Settings, settings
+from ktray.cli.arguments import print_result, settings_of
+from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -35,21 +36,21 @@ def run(args: argparse.Namespace) -> int:
     """
     from ktray.errors import UserError
 
-    options = settings(args)
+    settings = settings_of(args)
     if args.what == "kinds":
-        return _kinds(options)
+        return _kinds(args)
     if args.against:
-        return _against(args, options)
-    store = options.open_store()
+        return _against(args, settings)
+    store = settings.open_store()
     if store.find(args.what) or store.failure(args.what):
-        return _artifact(args.what, options)
-    if re.fullmatch(r"[a-z_]+-[0-9a-f]{12}", args.what) and not (options.home / "studies" / args.what).is_dir():
+        return _artifact(args, args.what, settings)
+    if re.fullmatch(r"[a-z_]+-[0-9a-f]{12}", args.what) and not (settings.home / "studies" / args.what).is_dir():
         raise UserError(f"there is no artifact {args.what!r} in {store.url}", instead="See ktray cache list.")
     name, _, number = args.what.partition("/")
-    return _trial(name, number, options) if number else _study(name, options)
+    return _trial(args, name, number, settings) if number else _study(args, name, settings)
 
 
-def _kinds(options: Settings) -> int:
+def _kinds(args: argparse.Namespace) -> int:
     from ktray import plugins
 
     answer = {room: {kind: _described(plugins.module(room, kind)) for kind in plugins.kinds(room)} for room in plugins.ROOMS}
@@ -59,7 +60,7 @@ def _kinds(options: Settings) -> int:
         lines += ["", room]
         for kind, said in found.items():
             lines += [f"  {kind:{width}}  {said['what']}", f"  {'':{width}}  {said['source'].split('; ')[0]}"]
-    options.answer(answer, "\n".join(lines[1:]))
+    print_result(args, answer, "\n".join(lines[1:]))
     return 0
 
 
@@ -70,10 +71,10 @@ def _described(module: ModuleType) -> dict[str, str]:
     return {"what": paragraphs[0].splitlines()[0], "source": " ".join(source.removeprefix("Source: ").split())}
 
 
-def _artifact(key: str, options: Settings) -> int:
+def _artifact(args: argparse.Namespace, key: str, settings: Settings) -> int:
     import yaml
 
-    store = options.open_store()
+    store = settings.open_store()
     found = store.find(key)
     answer: dict[str, Any] = {"key": key}
     if found:
@@ -82,7 +83,7 @@ def _artifact(key: str, options: Settings) -> int:
     failure = store.failure(key)
     if failure:
         answer |= {"state": "failed", **failure} if not found else {"earlier_failure": dict(failure)}
-    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
+    print_result(args, answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
     return 0
 
 
@@ -92,18 +93,18 @@ def _ancestors(found: Artifact, store: Store) -> dict[str, str]:
     return {artifact.key: artifact.record["lineage"] for artifact in read if artifact and "lineage" in artifact.record}
 
 
-def _against(args: argparse.Namespace, options: Settings) -> int:
+def _against(args: argparse.Namespace, settings: Settings) -> int:
     """Why a cached artifact does not serve a pair: the fields of its identity that differ."""
-    from ktray.cli.spec_files import load_pairs
     from ktray.cli.text_table import table
     from ktray.errors import UserError
     from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
+    from ktray.runs.spec_files import load_pairs
 
-    record = options.open_store().find(args.what)
+    record = settings.open_store().find(args.what)
     if record is None:
         raise UserError(f"there is no artifact {args.what!r} to compare", instead="See ktray cache list.")
-    identity, name = data_identity(options.cache), record.record["stage"]
+    identity, name = data_identity(settings.cache), record.record["stage"]
     pairs = load_pairs(args.against, []).values()
     stages = [stage for pair in pairs for stage in pair_graph.build(pair, identity).stages if stage.name == name]
     if not stages:
@@ -114,7 +115,7 @@ def _against(args: argparse.Namespace, options: Settings) -> int:
         rows += [[stage.key, *line] for line in _differences(wanted, record.record)]
     answer = [dict(zip(("stage", "field", "artifact", "pair"), row, strict=True)) for row in rows]
     text = table(["wanted", "field", args.what, "the pair"], rows) if rows else "no difference: the artifact serves this pair"
-    options.answer(answer, text)
+    print_result(args, answer, text)
     return 0
 
 
@@ -129,17 +130,18 @@ def _differences(wanted: dict[str, Any], record: Any) -> list[list[str]]:
     ]
 
 
-def _study(name: str, options: Settings) -> int:
-    from ktray.cli.leaderboard import leaderboard, trial_answer
+def _study(args: argparse.Namespace, name: str, settings: Settings) -> int:
+    from ktray.cli.leaderboard import leaderboard
     from ktray.cli.text_table import table
     from ktray.pipeline.naming import pair_name
+    from ktray.runs.best_trials import trial_as_data
     from ktray.search.history import read
 
-    study = read(options.home, name)
-    answer = {"study": name, "trials": [{**trial_answer(trial), "state": trial.state} for trial in study.trials]}
+    study = read(settings.home, name)
+    answer = {"study": name, "trials": [{**trial_as_data(trial), "state": trial.state} for trial in study.trials]}
     rows = [[str(trial.number), trial.state, pair_name(trial.pair), _outcome(trial, study)] for trial in study.trials]
-    text = f"{leaderboard(study, options.home, top=10)}\n\n{table(['trial', 'state', 'pair', 'outcome'], rows)}"
-    options.answer(answer, text if rows else f"{name}: no trial yet")
+    text = f"{leaderboard(study, settings.home, top=10)}\n\n{table(['trial', 'state', 'pair', 'outcome'], rows)}"
+    print_result(args, answer, text if rows else f"{name}: no trial yet")
     return 0
 
 
@@ -159,21 +161,21 @@ def _outcome(trial: Trial, study: History) -> str:
     )
 
 
-def _trial(name: str, number: str, options: Settings) -> int:
+def _trial(args: argparse.Namespace, name: str, number: str, settings: Settings) -> int:
     import yaml
 
-    from ktray.cli.leaderboard import trial_answer
     from ktray.errors import UserError
     from ktray.pipeline.naming import lineage
+    from ktray.runs.best_trials import trial_as_data
     from ktray.search.history import read
 
-    study = read(options.home, name)
+    study = read(settings.home, name)
     found = [trial for trial in study.trials if str(trial.number) == (number.lstrip("0") or "0")]
     if not found:
         raise UserError(f"the study {name!r} has no trial {number!r}", instead=f"It has {len(study.trials)}, from 0.")
     trial = found[0]
     answer = {
-        **trial_answer(trial),
+        **trial_as_data(trial),
         "state": trial.state,
         "scores": {str(epoch): score for epoch, score in trial.scores.items()},
         "teacher_score": trial.teacher_score,
@@ -181,5 +183,5 @@ def _trial(name: str, number: str, options: Settings) -> int:
         "lineage": lineage(trial.pair) if trial.pair else None,
         "pair": dict(trial.pair),
     }
-    options.answer(answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
+    print_result(args, answer, yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, width=1000).rstrip())
     return 0

@@ -1,0 +1,111 @@
+"""Say whether a space, pair or experiment is valid, which of its stages are done, and what the rest would cost."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ktray.cli.arguments import print_result, settings_of
+
+HELP = "valid? what is done, what would run, what it costs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
+    parser.add_argument("source", type=Path, metavar="SPACE|PAIR|EXPERIMENT")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
+    parser.add_argument("--preflight", action="store_true", help="run a few images through every stage on the real cluster")
+    parser.add_argument("--address", default=None, help="with --preflight: a running Ray cluster, such as auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code.
+
+    Raises:
+        UserError: the input is not valid, which --json also says on stdout; or an argument is wrong.
+        PreflightFailed: with --preflight: one paragraph with everything that is wrong.
+    """
+    from ktray.errors import UserError
+    from ktray.pipeline.pair_check import data_loader
+    from ktray.runs.plan import dry_run_plan, invalid_answer, make_plan
+
+    settings = settings_of(args)
+    settings.open_store()  # a store that cannot be opened is an error of its own, not one of the input
+    load = data_loader()
+    try:
+        plan = make_plan(args.source, args.overrides, load, settings)
+    except UserError as error:
+        if args.json:
+            print_result(args, invalid_answer(str(error)), "")
+        raise
+    answer = dict(plan.answer)
+    if args.preflight:
+        answer["preflight"], notes = dry_run_plan(plan, load, args.address, settings)
+        answer["notes"] = [*answer["notes"], *notes]
+    print_result(args, answer, _text(answer))
+    return 0
+
+
+def _text(answer: Mapping[str, Any]) -> str:
+    from ktray.cli.text_table import table
+
+    rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
+    missing = sum(row["state"] == "run" for row in answer["stages"])
+    cost = _cost(answer["estimate"], "preflight" in answer)
+    count = "endlessly many" if answer["pairs"] is None else str(answer["pairs"])
+    lines = [
+        table(["stage", "key", "state", "shared by"], rows),
+        *_dry_run_text(answer.get("preflight")),
+        "",
+        f"valid; {count} pairs. Of the {len(rows)} stages above {missing} would run: {cost}.",
+        *_sharing_text(answer["sharing"]),
+        *(f"note: {note}" for note in answer["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+def _dry_run_text(found: Mapping[str, Any] | None) -> list[str]:
+    from ktray.cli.text_table import table
+    from ktray.runs.study_status import span
+
+    if found is None:
+        return []
+    rows = [
+        [
+            *(stage, str(entry["runs"]), f"{entry['seconds']:.2f}"),
+            *(f"{entry[peak] / 2**20:.0f}" if entry[peak] else "" for peak in ("peak_bytes", "device_peak_bytes")),
+            *(f"{entry['expected']:.0f}", span(entry["whole_seconds"]), f"{entry['whole_bytes'] / 2**20:.1f}"),
+        ]
+        for stage, entry in found["stages"].items()
+    ]
+    return [
+        "",
+        table(["dry run", "runs", "longest s", "peak MB", "GPU MB", "to expect", "a whole one", "on disk MB"], rows),
+        f"{found['nodes']} nodes see the store and have the same versions. The largest pair takes about "
+        f"{found['pair_bytes'] / 2**20:.0f} MB of disk, {found['free_bytes'] / 2**20:.0f} MB are free.",
+        f"All of it takes roughly {span(found['seconds'])} of work, one stage after the other and each training to its end, "
+        f"and {found['bytes'] / 2**30:.1f} GB of disk: scaled from one batch, so rather less.",
+    ]
+
+
+def _cost(estimate: Mapping[str, Any], dry_run: bool) -> str:
+    """What the missing stages take one after the other, in words."""
+    from ktray.runs.study_status import span
+
+    if estimate["seconds"] is None:
+        return "roughly as forecast above" if dry_run else "unknown until one of each stage has run here"
+    between = f" ({span(estimate['low'])} to {span(estimate['high'])})" if estimate["seconds"] else ""
+    return f"about {span(estimate['seconds'])}{between} if one runs after the other"
+
+
+def _sharing_text(sharing: Mapping[str, Any]) -> list[str]:
+    """How many different artifacts a search makes for all its draws."""
+    if not sharing["stages"]:
+        return []
+    parts = []
+    for row in sharing["stages"]:
+        most = "no end" if row["possible"] is None else str(row["possible"])
+        parts.append(f"{row['stage']} {row['expected']:.0f} of {most}")
+    return [f"{sharing['draws']} random draws would share artifacts; to expect, of all that there can be: {', '.join(parts)}."]

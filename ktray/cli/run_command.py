@@ -1,0 +1,80 @@
+"""Run one pair, or all pairs of an experiment, and print what each is worth."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktray.cli.arguments import positive_int, print_result, settings_of
+
+if TYPE_CHECKING:
+    from ktray.runs.pair_run import PairResult
+
+HELP = "run a pair or an experiment"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
+    parser.add_argument("source", type=Path, metavar="PAIR|EXPERIMENT", help="a pair (.yaml) or an experiment (.py)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these pairs of an experiment")
+    parser.add_argument("--local", action="store_true", help="in this process, without Ray")
+    parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
+    parser.add_argument("--concurrent", type=positive_int, default=4, metavar="C", help="pairs at the same time (on Ray)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code.
+
+    Raises:
+        UserError: the source, an argument or the data are wrong, or `--only` names no pair of it.
+        PreflightFailed: Ray does not start, or its nodes do not see the store.
+        StoppedEarly: the disk is full, or the scheduler has ended; the same command goes on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
+    """
+    from ktray.errors import StageFailed
+    from ktray.pipeline.pair_check import data_loader
+    from ktray.pipeline.pair_metrics import left_out
+    from ktray.runs.cache import artifact_keys
+    from ktray.runs.interruption import Interruption, stop_on_signals
+    from ktray.runs.pair_run import run_here, run_on_ray
+    from ktray.runs.plan import check_pairs
+    from ktray.runs.spec_files import load_pairs, select_pairs
+
+    settings = settings_of(args)
+    pairs = select_pairs(load_pairs(args.source, args.overrides), args.only)
+    check_pairs(pairs, data_loader(), args.source)
+    interruption = Interruption()
+    with stop_on_signals(interruption, settings.print_info):
+        if args.local:
+            results = run_here(pairs, settings)
+        else:
+            results = run_on_ray(pairs, args.address, args.concurrent, settings, interruption)
+    good = [result for result in results if not isinstance(result, StageFailed)]
+    print_result(args, [result.as_data() for result in good], _table(good) if good else "no pair came to its end")
+    for line in left_out((key for result in good for key in artifact_keys(result.keys)), settings.open_store()):
+        settings.print_info(f"ktray: {line}")
+    for result in results:
+        if isinstance(result, StageFailed):
+            settings.print_error(f"ktray: {result}")
+    return 0 if len(good) == len(results) else StageFailed.exit_code
+
+
+def _table(results: Sequence[PairResult]) -> str:
+    from ktray.cli.text_table import table
+
+    shown = sorted({name for result in results for name in result.metrics if _is_of_evaluation(name, result)})
+    rows = [
+        [result.name, *(_number(result.metrics.get(name)) for name in shown), f"{result.seconds:.1f}"] for result in results
+    ]
+    return table(["pair", *shown, "seconds"], rows)
+
+
+def _is_of_evaluation(metric: str, result: PairResult) -> bool:
+    return metric.split("/")[0] in result.keys.get("evaluation", {})
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

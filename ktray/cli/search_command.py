@@ -1,0 +1,133 @@
+"""Search a space for its best pair. The same command goes on where it ended, whatever ended it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktray.cli.arguments import positive_int, print_result, settings_of
+
+if TYPE_CHECKING:
+    from ktray.runs.search_run import SearchOutcome
+    from ktray.runs.settings import Settings
+    from ktray.search.history import History
+
+HELP = "search a space; the same command resumes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of this verb."""
+    parser.add_argument("space", type=Path, metavar="SPACE", help="a search space (.yaml)")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the space")
+    parser.add_argument("--name", default=None, help="the study's name; the same name resumes (default: the space's)")
+    parser.add_argument("--trials", default=None, metavar="50|+50", help="target, or how many more once it is met")
+    parser.add_argument(
+        "--concurrent", type=positive_int, default=None, metavar="C", help="trials at the same time, 64 at most"
+    )
+    parser.add_argument("--warm-start", default=None, metavar="STUDY", help="learn from another study of this home first")
+    parser.add_argument("--retry", action="store_true", help="draw the pairs of failed trials again, as new trials")
+    parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
+    parser.add_argument("--share-images", action="store_true", help="send cluster sheets to a remote tracker too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code.
+
+    Raises:
+        UserError: the space, an argument or the data are wrong.
+        PreflightFailed: Ray, the store or the disk cannot carry the search.
+    """
+    from ktray.runs.interruption import Interruption, stop_on_signals
+    from ktray.runs.search_run import SearchOptions, search
+    from ktray.runs.spec_files import load_space
+
+    settings = settings_of(args)
+    interruption = Interruption()
+    options = SearchOptions(
+        args.name, args.trials, args.concurrent, args.warm_start, args.address, args.share_images, args.retry
+    )
+    with stop_on_signals(interruption, settings.print_info, lambda: _exit_at_once(args, settings)):
+        outcome = search(load_space(args.space, args.overrides), str(args.space), options, settings, interruption)
+        return _finish(outcome, args, settings)
+
+
+def _exit_at_once(args: argparse.Namespace, settings: Settings) -> None:
+    """Leave as kill -9 would: nothing that was published is lost, and Ray's processes notice."""
+    from ktray.cli import INTERRUPTED
+
+    cursor = "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
+    settings.print_error(f"{cursor}ktray: interrupted; resume with: {args.command}")
+    os._exit(INTERRUPTED)
+
+
+def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings) -> int:
+    from ktray.cli import INTERRUPTED
+    from ktray.cli.leaderboard import leaderboard, still_failed
+    from ktray.errors import StageFailed, StoppedEarly
+    from ktray.pipeline.pair_metrics import left_out
+    from ktray.search.history import read
+
+    study = read(settings.home, outcome.study)
+    answer = _answer(outcome, study, settings)
+    for line in left_out(outcome.published | outcome.reused, settings.open_store()):
+        settings.print_info(f"ktray: {line}")
+    home = f" --home {shlex.quote(str(args.home))}" if args.home else ""
+    failed = still_failed(study.trials)
+    footer = _footer(answer, outcome, home, args.command if failed else "", settings)
+    print_result(args, answer, f"\n{leaderboard(study, settings.home, top=10)}\n{footer}")
+    if outcome.stopped:
+        why = str(outcome.stopped).rstrip(".")
+        settings.print_error(f"ktray: stopped early: {why}. Nothing is lost; the same command goes on from here.")
+        return StoppedEarly.exit_code
+    if outcome.interrupted:
+        settings.print_error(f"ktray: interrupted; resume with: {args.command}")
+        return INTERRUPTED
+    return StageFailed.exit_code if failed else 0
+
+
+def _answer(outcome: SearchOutcome, study: History, settings: Settings) -> dict[str, Any]:
+    from ktray.cli.leaderboard import count_states
+    from ktray.pipeline.pair_metrics import count_by_stage
+    from ktray.runs.best_trials import trial_as_data
+    from ktray.search import ranking
+
+    counts = count_states(study.trials)
+    ranked = ranking.ranked(study.trials, study.objectives)
+    return {
+        "study": outcome.study,
+        "trials": {state: counts[state] for state in ("completed", "pruned", "failed", "duplicate")},
+        "stages": {
+            "computed": count_by_stage(outcome.published),
+            "reused": count_by_stage(outcome.reused),
+        },
+        "best": trial_as_data(ranked[0]) if ranked else None,
+        "seconds": round(outcome.seconds, 1),
+        "home": str(settings.home),
+        "tracking_uri": settings.tracking_uri,
+    }
+
+
+def _footer(answer: dict[str, Any], outcome: SearchOutcome, home: str, again: str, settings: Settings) -> str:
+    from ktray.pipeline.references import may_be_judged_on_test
+
+    computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
+    hints = {f"ktray ui{home}": f"every trial in MLflow ({answer['tracking_uri']})"}
+    if answer["best"]:
+        hints[f"ktray report {outcome.study}{home}"] = "one HTML file"
+        if may_be_judged_on_test(answer["best"]["keys"], settings.open_store()):
+            hints[f"ktray best {outcome.study} --test{home}"] = "judge the winners on the test split"
+    else:
+        hints[f"ktray show {outcome.study}{home}"] = "what became of each trial"
+    if again:
+        hints[f"{again.replace(' --retry', '')} --retry"] = "draw what failed again, once the cause is gone"
+    width = max(map(len, hints))
+    return "\n".join(
+        [
+            f"{outcome.reason or 'not finished'}; {computed} stages computed, {reused} reused, {answer['seconds']:.0f} s.",
+            *(f"{command:{width}}  {text}" for command, text in hints.items()),
+        ]
+    )

@@ -1,0 +1,137 @@
+"""The artifacts of a store: which there are, which are damaged, and which no study of the home uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktray.artifact import Artifact
+from ktray.errors import UserError
+from ktray.runs.settings import Settings
+from ktray.stores import Store
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found.
+
+    Attributes:
+        damaged: key -> what is wrong with the artifact.
+        moved_aside: those that are no longer in the store, so that they are computed again.
+        left_because: what became of the others.
+    """
+
+    damaged: dict[str, str]
+    moved_aside: list[str]
+    left_because: str
+
+
+def size_of(artifact: Artifact) -> int:
+    """Bytes of an artifact's files, by its record."""
+    return sum(int(entry["size"]) for entry in artifact.record["files"].values())
+
+
+def artifacts(store: Store) -> list[Artifact]:
+    """All artifacts of a store."""
+    return [found for found in map(store.find, store.keys()) if found]
+
+
+def verify(store: Store) -> Verified:
+    """Compare every file with the sha256 of its record; damaged artifacts are moved aside, to be computed again.
+
+    While a search runs they stay: its stages may be reading them. Readers themselves move aside what has lost bytes.
+    """
+    damaged = {key: problem for key in list(store.keys()) if (problem := store.verify(key))}
+    left_because = "made anew by now"
+    if any(map(store.find, damaged)):
+        try:
+            with _exclusive(store, "Verify again when it has ended."):
+                _set_aside(store, damaged)
+        except UserError as busy:
+            left_because = f"left where it is: {busy}"
+    return Verified(damaged, [key for key in damaged if store.find(key) is None], left_because)
+
+
+def _set_aside(store: Store, damaged: Iterable[str]) -> None:
+    for key in damaged:
+        problem = store.verify(key) if store.find(key) else ""  # another process may have replaced it since
+        if problem:
+            store.set_aside(key, problem)
+
+
+def unused(settings: Settings) -> list[Artifact]:
+    """Artifacts that no trial of any study of this home uses."""
+    store = settings.open_store()
+    needed = _needed(store, settings.home)
+    return [found for found in artifacts(store) if found.key not in needed]
+
+
+def remove(store: Store, keys: Iterable[str]) -> None:
+    """Delete these artifacts, and what dead attempts and damaged artifacts have left.
+
+    Raises:
+        UserError: a search or a run uses the store.
+    """
+    with _exclusive(store, "Prune when it has ended."):
+        for key in keys:
+            store.remove(key)
+        store.sweep()
+        store.discard_damaged()
+
+
+@contextmanager
+def _exclusive(store: Store, instead: str) -> Iterator[None]:
+    """Nothing else may use the store: artifacts of a trial in flight are not in its study yet.
+
+    Raises:
+        UserError: something does; `instead` says what to do then.
+    """
+    from ktray.stores.locks import try_lock_store
+
+    lock = try_lock_store(store.url)
+    if lock is None:
+        raise UserError(f"a search or a run uses the store {store.url} now", instead=instead)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _needed(store: Store, home: Path) -> set[str]:
+    """Keys that trials and reference lines of all studies rest on, and every evaluation of those, which are small."""
+    from ktray.runs import reference_lines
+    from ktray.search import journal
+    from ktray.search.history import keys_in_use
+
+    used = keys_in_use(home)
+    for name in journal.names(home):
+        for line in reference_lines.read(journal.folder(home, name)).values():
+            used |= set(artifact_keys(line["keys"]))
+    needed = _with_inputs(store, used)
+    evaluations = [found for found in artifacts(store) if found.record["stage"] == "evaluation"]
+    return needed | {found.key for found in evaluations if set(found.record["inputs"].values()) <= needed}
+
+
+def artifact_keys(keys: Mapping[str, Any]) -> list[str]:
+    """All keys in a graph's ``{stage: key, "evaluation": {name: key}}``."""
+    return [*(key for key in keys.values() if isinstance(key, str)), *keys.get("evaluation", {}).values()]
+
+
+def _with_inputs(store: Store, keys: set[str]) -> set[str]:
+    """`keys` and everything they were made from."""
+    needed: set[str] = set()
+    waiting = list(keys)
+    while waiting:
+        key = waiting.pop()
+        if key in needed:
+            continue
+        needed.add(key)
+        found = store.find(key)
+        if found:
+            waiting.extend(found.record["inputs"].values())
+            if found.record.get("started_from"):
+                waiting.append(found.record["started_from"])
+    return needed

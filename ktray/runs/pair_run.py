@@ -1,0 +1,152 @@
+"""Run one pair, or all pairs of an experiment: in this process, or on Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ktray.errors import StageFailed
+from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently
+from ktray.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from ktray.artifact import Stage
+    from ktray.pipeline.pair_graph import Graph
+    from ktray.pool import StageContext
+    from ktray.spec import PairSpec
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """What a pair is worth, and what it took.
+
+    Attributes:
+        keys: stage -> key, and under ``evaluation`` name -> key.
+        computed, reused: stage -> number of artifacts.
+        seconds: of waiting, until all of it was there.
+    """
+
+    name: str
+    keys: Mapping[str, Any]
+    metrics: dict[str, float]
+    computed: dict[str, int]
+    reused: dict[str, int]
+    seconds: float
+
+    def as_data(self) -> dict[str, Any]:
+        """Its stable machine-readable form."""
+        return asdict(self)
+
+
+class _Obtains(Protocol):
+    def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
+        """Every stage published, in order."""
+
+
+def run_here(pairs: Mapping[str, PairSpec], settings: Settings) -> list[PairResult | StageFailed]:
+    """What each pair is worth, or the failure that ended it; computed in this process."""
+    from ktray.pipeline.execute import execute
+    from ktray.scheduler.local_scheduler import LocalScheduler
+
+    def print_published(event: Mapping[str, Any]) -> None:
+        if event["event"] == "published":
+            settings.print_info(f"  {event['key']}  {event['seconds']:.1f} s")
+
+    scheduler = LocalScheduler(settings.open_store(), execute, local_context(settings), print_published)
+    return [_run_pair(name, graph, scheduler, settings) for name, graph in _graphs(pairs, settings).items()]
+
+
+def run_on_ray(
+    pairs: Mapping[str, PairSpec],
+    address: str | None,
+    concurrent: int,
+    settings: Settings,
+    interruption: Interruption | None = None,
+) -> list[PairResult | StageFailed]:
+    """The same on Ray, `concurrent` pairs at a time.
+
+    Args:
+        address: of a running cluster; None starts Ray on this machine.
+
+    Raises:
+        KeyboardInterrupt: a stop was requested; nothing runs any more.
+        PreflightFailed: Ray does not start, or its nodes do not see the store.
+    """
+    from ktray.pipeline.execute import execute
+    from ktray.runs.preflight import preflight
+    from ktray.scheduler import client, ray_session, resources
+
+    graphs = _graphs(pairs, settings)
+    interruption = interruption or Interruption()
+    interruption.needs_cleanup = True
+    runtime = resources.load_runtime(settings.runtime)
+    session = ray_session.start(settings.home, address, runtime)
+    restore_signal_handlers()
+    for warning in session.warnings:
+        settings.print_info(f"ktray: {warning}")
+    settings.print_info(f"ktray: Ray's own messages go to {session.log}")
+    try:
+        preflight(settings.open_store(), runtime)
+        scheduler = client.connect(session, settings.store_url, execute)
+        return run_concurrently(
+            scheduler,
+            graphs,
+            lambda name: _run_pair(name, graphs[name], scheduler, settings),
+            _waiter,
+            concurrent,
+            interruption,
+        )
+    finally:
+        ray_session.stop(session)
+        restore_signal_handlers()
+
+
+def local_context(settings: Settings) -> StageContext:
+    """What stages may use in this process: its GPU if there is one, and the limits of the runtime file."""
+    import torch
+
+    from ktray.pool import StageContext
+    from ktray.scheduler.resources import load_runtime
+
+    limits = load_runtime(settings.runtime)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return StageContext(device=device, checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
+
+
+def _waiter(name: str) -> str:
+    return f"run {name}"
+
+
+def _graphs(pairs: Mapping[str, PairSpec], settings: Settings) -> dict[str, Graph]:
+    """What each pair needs. The data are hashed here, in the main thread, where Ctrl-C takes effect at once."""
+    from ktray.pipeline import pair_graph
+    from ktray.pipeline.identity import data_identity
+
+    identity = data_identity(settings.cache)
+    return {name: pair_graph.build(pair, identity) for name, pair in pairs.items()}
+
+
+def _run_pair(name: str, graph: Graph, scheduler: _Obtains, settings: Settings) -> PairResult | StageFailed:
+    """One pair's result, or the failure that ended it."""
+    from ktray.pipeline import pair_metrics
+
+    began = time.perf_counter()
+    try:
+        outcomes = scheduler.obtain(list(graph.stages), _waiter(name))
+    except StageFailed as failure:
+        return failure
+    artifacts = pair_metrics.finished(graph, settings.open_store())
+    if artifacts is None:
+        return StageFailed(name, "an artifact vanished while the pair ran")
+    computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
+    reused = [outcome["key"] for outcome in outcomes if outcome["state"] != "computed"]
+    return PairResult(
+        name=name,
+        keys=graph.keys,
+        metrics=pair_metrics.metrics(graph, artifacts),
+        computed=pair_metrics.count_by_stage(computed),
+        reused=pair_metrics.count_by_stage(reused),
+        seconds=round(time.perf_counter() - began, 3),
+    )

@@ -1,0 +1,267 @@
+"""Whether a space, pair or experiment is valid, which of its stages are done, and what the rest would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktray.errors import UserError
+from ktray.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from ktray.cost_model.forecast import FullSizeStages
+    from ktray.pipeline.pair_check import Load
+    from ktray.pipeline.pair_graph import Graph
+    from ktray.search.sharing import SharedStages
+    from ktray.search.space import Space
+    from ktray.spec import PairSpec
+
+TEACHERS = "different teachers"  # counted as if it were a kind of stage, which not every teacher has
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a valid input before anything runs.
+
+    Attributes:
+        answer: its stable machine-readable form, as ``ktray plan --json`` prints it.
+        pairs: name -> pair; of a space, draws that cover every branch at both ends of every range.
+    """
+
+    answer: dict[str, Any]
+    pairs: Mapping[str, PairSpec]
+
+    def artifacts_expected(self) -> dict[str, float]:
+        """Stage -> how many artifacts of it a search is expected to need; empty where there is no search."""
+        return {row["stage"]: row["expected"] for row in self.answer["sharing"]["stages"]}
+
+
+def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings) -> Plan:
+    """Check a space, a pair or an experiment, and look up what of it is done.
+
+    Raises:
+        UserError: it is not valid.
+    """
+    from ktray.runs.spec_files import is_space, load_pairs, load_space
+
+    if not is_space(source):
+        pairs = dict(load_pairs(source, overrides))
+        check_pairs(pairs, load, source)
+        return Plan(_answer(pairs, len(pairs), settings, source, _sharing(0, []), []), pairs)
+    space = load_space(source, overrides)
+    check_space(space, load, str(source))
+    size = space.size()
+    draws = min(space.budget.trials, size or space.budget.trials)
+    stages, teachers = _shared_stages(space, draws, settings)
+    answer = _answer(
+        dict(_draws_to_show(space)), size, settings, source, _sharing(draws, stages), _notes(space.warnings(), teachers, draws)
+    )
+    return Plan(answer, {label: space.pair(params) for label, params in space.boundary_draws()})
+
+
+def invalid_answer(problem: str) -> dict[str, Any]:
+    """The answer about an input that is not valid: the same fields as for a valid one, all empty."""
+    return {
+        "valid": False,
+        "problem": problem,
+        "pairs": None,
+        "stages": [],
+        "estimate": dict.fromkeys(("seconds", "low", "high", "bytes")),
+        "sharing": _sharing(0, []),
+        "notes": [],
+    }
+
+
+def dry_run_plan(plan: Plan, load: Load, address: str | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+    """Run a few images through every stage of a plan on the real cluster: what was measured and is to be expected, and notes.
+
+    Raises:
+        PreflightFailed: one paragraph with everything that is wrong.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    from ktray.pipeline.dry_run_pair import dry_run_stages
+    from ktray.pipeline.identity import data_identity
+    from ktray.runs.dry_run import dry_run_on
+    from ktray.runs.interruption import Interruption, stop_on_signals
+    from ktray.scheduler.resources import load_runtime
+
+    identity, runtime, interruption = data_identity(settings.cache), load_runtime(settings.runtime), Interruption()
+    draws = {name: dry_run_stages(pair, identity) for name, pair in plan.pairs.items()}
+    full_size = _full_size_stages(plan, load, identity)
+    stages = {stage.key for of_draw in draws.values() for stage in of_draw}
+
+    def inform(text: str) -> None:
+        settings.print_info(f"ktray: {text}")
+
+    inform(f"dry run of {len(draws)} draws, {len(stages)} stages")
+    with stop_on_signals(interruption, settings.print_info):
+        found = asdict(
+            dry_run_on(settings.home, settings.open_store(), address, runtime, draws, full_size, inform, interruption)
+        )
+    return found, found.pop("notes")
+
+
+def _full_size_stages(plan: Plan, load: Load, identity: Any) -> FullSizeStages:
+    """The stages of the plan's pairs at full size, and how many images their data sets have."""
+    from ktray.cost_model.forecast import FullSizeStages
+    from ktray.images import parts
+    from ktray.pipeline import pair_graph
+    from ktray.stages.images_stage import stage_of
+
+    images = {}
+    for generation in (each for pair in plan.pairs.values() for each in pair_graph.generations(pair)):
+        for spec in (getattr(generation.data, role) for role in type(generation.data).model_fields):
+            found = {split: len(rows) for split, (_, rows) in parts(load(spec), spec.split).items()}
+            images[stage_of(spec, identity(spec)).key] = (found["train"], sum(found.values()))
+    stages = {name: pair_graph.build(pair, identity).stages for name, pair in plan.pairs.items()}
+    return FullSizeStages(stages, images, plan.artifacts_expected())
+
+
+def check_pairs(pairs: Mapping[str, PairSpec], load: Load, source: Path) -> None:
+    """Check pairs against data and networks.
+
+    Raises:
+        UserError: names the file, the pair where there are several, and the dotted path.
+    """
+    from ktray.pipeline.pair_check import check_pair
+
+    for name, pair in pairs.items():
+        try:
+            check_pair(pair, load)
+        except UserError as error:
+            which = f"{source}: {name}: " if source.suffix == ".py" else f"{source}: "
+            raise UserError(error.problem, where=f"{which}{error.where}", instead=error.instead) from error
+
+
+def check_space(space: Space, load: Load, source: str) -> None:
+    """Check every branch at both ends of every range against data and networks.
+
+    Args:
+        source: what errors call the space, such as its file.
+
+    Raises:
+        UserError: names the source, the dotted path with its branch, and the draw.
+    """
+    from ktray.pipeline.pair_check import check_pair
+
+    for label, params in space.boundary_draws():
+        try:
+            check_pair(space.pair(params), load)
+        except UserError as error:
+            path = space.place(tuple(error.where.split(".")), params) if error.where else "pair"
+            draw = f" ({label})" if ": " in label else ""  # the path alone identifies the first draw of each branch
+            raise UserError(f"{error.problem}{draw}", where=f"{source}: {path}", instead=error.instead) from error
+
+
+def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
+    """Draws that show every branch, of teachers, transfers and students, and those that a search begins with."""
+    for label, params in space.branch_draws():
+        yield label, space.pair(params)
+    for index, start in enumerate(space.start_with):
+        yield f"start_with[{index}]", space.pair(space.complete(start))
+
+
+def _shared_stages(space: Space, draws: int, settings: Settings) -> tuple[list[SharedStages], float]:
+    """Per kind of stage, how many artifacts all draws together need; and how many different teachers to expect."""
+    from ktray.pipeline import pair_graph
+    from ktray.pipeline.identity import data_identity
+    from ktray.scheduler.resources import STAGES
+    from ktray.search.sharing import sharing
+    from ktray.search.space_tree import Params
+
+    identity = data_identity(settings.cache)
+
+    def keys(params: Params) -> list[tuple[str, str]]:
+        try:
+            pair = space.pair(params)
+            graph = pair_graph.build(pair, identity)
+        except UserError:
+            return []  # two values that do not go together: such a draw computes nothing
+        teacher = [(TEACHERS, _teacher_identity(pair, graph))] if pair.teacher is not None else []
+        return [*teacher, *((stage.name, stage.key) for stage in graph.stages)]
+
+    rows = {row.stage: row for row in sharing(space, keys, draws)}
+    teachers = rows.pop(TEACHERS, None)
+    return sorted(rows.values(), key=lambda row: STAGES.index(row.stage)), teachers.expected if teachers else 0.0
+
+
+def _teacher_identity(pair: PairSpec, graph: Graph) -> str:
+    """Equal for equal teachers: the key of the artifact, or a hash of data and spec where no stage makes the teacher."""
+    from ktray.fingerprint import fingerprint
+
+    return str(graph.keys.get("teacher") or fingerprint([pair.data.model_dump(), pair.teacher and pair.teacher.model_dump()]))
+
+
+def _sharing(draws: int, stages: Sequence[SharedStages]) -> dict[str, Any]:
+    rows = [{"stage": row.stage, "possible": row.possible, "expected": round(row.expected, 1)} for row in stages]
+    return {"draws": draws, "stages": rows}
+
+
+def _notes(warnings: list[str], teachers: float, draws: int) -> list[str]:
+    """Warnings of the space; if one is about teachers, also how many of them to expect."""
+    about_teachers = any(warning.startswith(("pair.teacher", "pair.data")) for warning in warnings)
+    if not (about_teachers and teachers):
+        return warnings
+    return [*warnings, f"expect about {teachers:.0f} different teachers in {draws} random draws"]
+
+
+def _answer(
+    pairs: Mapping[str, PairSpec],
+    count: int | None,
+    settings: Settings,
+    source: Path,
+    sharing: dict[str, Any],
+    notes: list[str],
+) -> dict[str, Any]:
+    from ktray.pipeline import pair_graph
+    from ktray.pipeline.identity import data_identity
+
+    identity = data_identity(settings.cache)
+    graphs = {name: pair_graph.build(pair, identity) for name, pair in pairs.items()}
+    _refuse_absent(graphs, settings, source)
+    valid = {"valid": True, "problem": None, "pairs": count}
+    return {**valid, **stages_and_estimate(list(graphs.values()), settings), "sharing": sharing, "notes": notes}
+
+
+def _refuse_absent(graphs: Mapping[str, Graph], settings: Settings, source: Path) -> None:
+    """Refuse a loaded teacher whose artifact is neither in the store nor made by any of these pairs."""
+    store, made = settings.open_store(), {stage.key for graph in graphs.values() for stage in graph.stages}
+    for name, graph in graphs.items():
+        absent = [key for stage in graph.stages for key in stage.inputs.values() if key not in made and not store.find(key)]
+        if absent:
+            raise UserError(
+                f"the artifact {absent[0]} is not in the store {store.url}",
+                f"{source}: {f'{name}: ' if len(graphs) > 1 else ''}teacher.checkpoint",
+                "Run the pair that makes it first, or name the store that has it with --store.",
+            )
+
+
+def stages_and_estimate(graphs: Sequence[Graph], settings: Settings) -> dict[str, Any]:
+    """Each stage of these graphs with its state, and what the missing ones would cost."""
+    from ktray.cost_model.stage_costs import CostModel, sample
+
+    store = settings.open_store()
+    stages = {stage.key: stage for graph in graphs for stage in graph.stages}
+    shared = {key: sum(any(stage.key == key for stage in graph.stages) for graph in graphs) for key in stages}
+    done = {key for key in stages if store.find(key)}
+    records = sample(store)
+    cost = CostModel(records).estimate(stages.values(), made=done)
+    seconds, low, high = (None if cost.unknown else round(value, 1) for value in (cost.seconds, cost.low, cost.high))
+    rows = [
+        {"stage": stage.name, "key": key, "state": "done" if key in done else "run", "shared_by": shared[key]}
+        for key, stage in stages.items()
+    ]
+    missing = [row["stage"] for row in rows if row["state"] == "run"]
+    size = _expected_bytes([str(stage) for stage in missing], list(records.values()))
+    return {"stages": rows, "estimate": {"seconds": seconds, "low": low, "high": high, "bytes": size}}
+
+
+def _expected_bytes(stages: Sequence[str], records: Sequence[Mapping[str, Any]]) -> int:
+    """Disk that these stages will take, by the mean of earlier artifacts of the same stage; 0 where none is known."""
+    sizes: dict[str, list[int]] = {}
+    for record in records:
+        sizes.setdefault(record["stage"], []).append(sum(entry["size"] for entry in record["files"].values()))
+    means = {stage: sum(found) // len(found) for stage, found in sizes.items()}
+    return sum(means.get(stage, 0) for stage in stages)

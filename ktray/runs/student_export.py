@@ -1,0 +1,85 @@
+"""Export the student of a trial, and register it as a model in MLflow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktray.errors import UserError
+from ktray.runs.settings import Settings
+from ktray.search.trial import Trial
+
+if TYPE_CHECKING:
+    from ktray.export.student_files import Form, Head
+
+
+def export_trial(
+    settings: Settings, study: str, number: str, directory: Path, head: Head = "none", form: Form = "safetensors"
+) -> list[Path]:
+    """Write a trial's student into a new folder; the files.
+
+    Args:
+        number: of the trial; empty for the study's best.
+
+    Raises:
+        UserError: there is no such study or completed trial, its student is gone, or `directory` is occupied.
+    """
+    from ktray.export.student_files import export_student
+    from ktray.pipeline.naming import pair_name
+    from ktray.spec import PairSpec
+
+    trial = _completed_trial(settings.home, study, number)
+    snapshot = settings.open_store().find(trial.keys["student"])
+    if snapshot is None:
+        raise UserError(
+            f"the student of trial {trial.number} is no longer in the store", instead="Search again to get it back."
+        )
+    pair = PairSpec.model_validate(dict(trial.pair))
+    size: int = pair.data.transfer.size  # type: ignore[attr-defined]
+    k = getattr(pair.transfer, "k", None)
+    classes = k if isinstance(k, int) else None  # several k have several classifiers in one
+    lineage = {"study": study, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
+    return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, directory, classes, head, form)
+
+
+def register_student(settings: Settings, study: str, number: str, directory: Path) -> str:
+    """Put the exported student into MLflow's registry; a sentence about it.
+
+    Args:
+        number: of the trial; empty for the study's best.
+        directory: where `export_trial` has written it.
+
+    Raises:
+        UserError: the tracker does not know the trial, or has no registry.
+    """
+    from ktray.export.student_files import CARD, load_student
+    from ktray.tracking import model_registry
+
+    trial, best = (_completed_trial(settings.home, study, each) for each in (number, ""))
+    card = json.loads((directory / CARD).read_text())
+    model, version = model_registry.register_student(
+        settings.tracking_uri,
+        settings.home,
+        study,
+        trial.number,
+        load_student(directory),
+        card["input"]["size"][0],
+        trial.number == best.number,
+        {"ktray.trial": str(trial.number), "ktray.pair": card["lineage"]["pair"], "ktray.student": trial.keys["student"]},
+    )
+    return f"registered version {version} of {model} as {'champion' if trial.number == best.number else 'challenger'}"
+
+
+def _completed_trial(home: Path, study: str, number: str) -> Trial:
+    from ktray.search import ranking
+    from ktray.search.history import read
+
+    history = read(home, study)
+    ranked = ranking.ranked(history.trials, history.objectives)
+    if number:
+        ranked = [trial for trial in ranked if str(trial.number) == (number.lstrip("0") or "0")]
+    if not ranked:
+        what = f"completed trial {number}" if number else "completed trial"
+        raise UserError(f"the study {study!r} has no {what}", instead=f"See ktray show {study}.")
+    return ranked[0]
