@@ -61,9 +61,9 @@ def test_a_node_answers_with_what_it_sees_and_leaves_a_file_beside_it(tmp_path):
     ],
 )
 def test_each_thing_that_is_wrong_with_a_node_is_said(changes, said):
-    found = preflight._wrong("abcdef0123", {**GOOD, **changes}, Path("/store/.probe"))
+    found = preflight._answer_problems("abcdef0123", {**GOOD, **changes}, Path("/store/.probe"))
     assert said in " ".join(found)
-    assert preflight._wrong("abcdef0123", GOOD, Path("/store/.probe")) == []
+    assert preflight._answer_problems("abcdef0123", GOOD, Path("/store/.probe")) == []
 
 
 def test_a_node_that_has_died_is_no_problem_and_one_that_only_stays_mute_is(tmp_path, monkeypatch):
