@@ -12,7 +12,7 @@ import pytest
 
 from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
 
-TOY_NEEDS = {"images": ResourceRequest(helpers=3), "clusters": ResourceRequest(helpers=3)}
+TOY_REQUESTS = {"images": ResourceRequest(helpers=3), "clusters": ResourceRequest(helpers=3)}
 
 
 def pytest_configure() -> None:
@@ -42,8 +42,8 @@ def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     stop(session)
 
 
-class Founder:
-    """Founds schedulers and ends them."""
+class SchedulerFactory:
+    """Starts schedulers, and ends them."""
 
     def __init__(self, session: Any) -> None:
         self.session, self.ends = session, []  # type: ignore[var-annotated]
@@ -54,7 +54,7 @@ class Founder:
 
         from ktray.scheduler.client import connect
 
-        runtime = RuntimeSettings(**{"cpus": 2, "stages": TOY_NEEDS, **settings})
+        runtime = RuntimeSettings(**{"cpus": 2, "stages": TOY_REQUESTS, **settings})
         session = dataclasses.replace(self.session, runtime=runtime, on_stop=self.ends)
         scheduler = connect(session, f"file://{store}", work or toy_work.work)
         self.ends.append(scheduler.end)
@@ -66,11 +66,11 @@ class Founder:
 
 
 @pytest.fixture
-def start_scheduler(ray_home: Any) -> Iterator[Founder]:
-    """Founds schedulers that end with the test."""
-    founder = Founder(ray_home)
-    yield founder
-    founder.end()
+def start_scheduler(ray_home: Any) -> Iterator[SchedulerFactory]:
+    """Starts schedulers that end with the test."""
+    factory = SchedulerFactory(ray_home)
+    yield factory
+    factory.end()
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +82,6 @@ def toy_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scheduler(ray_home: Any, toy_store: Path) -> Iterator[Any]:
     """A scheduler of two workers for the toy work, shared by all tests."""
-    founder = Founder(ray_home)
-    yield founder(toy_store)
-    founder.end()
+    factory = SchedulerFactory(ray_home)
+    yield factory(toy_store)
+    factory.end()

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TOY_NEEDS, Founder
+from conftest import TOY_REQUESTS, SchedulerFactory
 from toy_work import toy, work
 
 from ktray.errors import StageFailed, StoppedEarly, UserError
@@ -128,7 +128,7 @@ def test_a_damaged_input_is_computed_again_before_its_reader(scheduler: Schedule
     assert FileStore(toy_store).find(images.key) is not None
 
 
-def test_release_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerClient) -> None:
+def test_cancelling_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerClient) -> None:
     stage = toy("slow", {"steps": 15})
     with callers(2) as pool:
         leaving, staying = pool.submit(scheduler.obtain, [stage], "trial 1"), pool.submit(scheduler.obtain, [stage], "trial 2")
@@ -140,7 +140,7 @@ def test_release_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerClie
         assert staying.result()[0]["key"] == stage.key
 
 
-def test_who_obtains_a_prefetched_stage_first_counts_as_its_cause(scheduler: SchedulerClient) -> None:
+def test_the_first_to_obtain_a_prefetched_stage_counts_as_its_cause(scheduler: SchedulerClient) -> None:
     stage = toy("images")
     scheduler.prefetch([stage])
     until(lambda: ("published", stage.key) in told(scheduler, stage))
@@ -181,7 +181,9 @@ def test_a_killed_broker_comes_back_and_no_stage_runs_twice(scheduler: Scheduler
     assert [len(starts(log, stage)) for stage in stages] == [1, 1, 1]
 
 
-def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(start_scheduler: Founder, tmp_path: Path) -> None:
+def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(
+    start_scheduler: SchedulerFactory, tmp_path: Path
+) -> None:
     scheduler = start_scheduler(tmp_path / "store", dead_after=2.0, heartbeat_seconds=0.2)
     stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
     with callers(1) as pool:
@@ -198,7 +200,7 @@ def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(start
 
 @pytest.mark.slow
 def test_a_worker_that_is_frozen_while_its_broker_dies_is_fenced_by_the_next_one_and_ends_when_it_wakes(
-    start_scheduler: Founder, tmp_path: Path
+    start_scheduler: SchedulerFactory, tmp_path: Path
 ) -> None:
     scheduler = start_scheduler(tmp_path / "store", dead_after=4.0, heartbeat_seconds=0.2)
     stage = toy("teacher", {"steps": 12, "log": str(tmp_path / "log")})
@@ -221,7 +223,7 @@ def test_two_drivers_on_one_store_share_their_computations(
     ray_home: Any, scheduler: SchedulerClient, toy_store: Path, tmp_path: Path
 ) -> None:
     stage = toy("slow", {"steps": 8, "log": str(tmp_path / "log")})
-    runtime = RuntimeSettings(cpus=2, stages=TOY_NEEDS)
+    runtime = RuntimeSettings(cpus=2, stages=TOY_REQUESTS)
     other = connect(dataclasses.replace(ray_home, name="other", runtime=runtime, on_stop=[]), f"file://{toy_store}", work)
     assert other.namespace == scheduler.namespace
     with callers(2) as pool:
@@ -232,12 +234,12 @@ def test_two_drivers_on_one_store_share_their_computations(
 
 
 def test_a_driver_with_another_runtime_gets_a_scheduler_of_its_own(
-    scheduler: SchedulerClient, start_scheduler: Founder, toy_store: Path
+    scheduler: SchedulerClient, start_scheduler: SchedulerFactory, toy_store: Path
 ) -> None:
     assert start_scheduler(toy_store, checkpoint_seconds=5.0).namespace != scheduler.namespace
 
 
-def test_a_scheduler_without_driver_ends_itself(start_scheduler: Founder, tmp_path: Path) -> None:
+def test_a_scheduler_without_driver_ends_itself(start_scheduler: SchedulerFactory, tmp_path: Path) -> None:
     scheduler = start_scheduler(tmp_path / "store", idle_exit_seconds=3.0)
     pids = [scheduler.status()["pid"], *until(lambda: [each["pid"] for each in scheduler.status()["workers"] if each["pid"]])]
     start_scheduler.ends[0]()  # its lease is renewed no more

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import ray
-from test_scheduler_core import NEEDS, CoreHarness, assigned, results, stage
+from test_scheduler_core import REQUESTS, CoreHarness, assigned, results, stage
 
 from ktray.errors import StoppedEarly
 from ktray.scheduler import client
@@ -28,7 +28,7 @@ def mixed() -> WorkerRegistry:
     return WorkerRegistry({"gpu": Node(8.0, 1.0), "cpu": Node(4.0)})
 
 
-def needs_on(registry: WorkerRegistry) -> GpuShares:
+def requests_on(registry: WorkerRegistry) -> GpuShares:
     return GpuShares(RuntimeSettings().request_of, lambda: any(node.gpus for node in registry.known_nodes()))
 
 
@@ -36,10 +36,10 @@ def needs_on(registry: WorkerRegistry) -> GpuShares:
 def test_networks_run_on_gpu_nodes_and_the_rest_on_nodes_without_while_they_have_room(name: str) -> None:
     harness = CoreHarness(0)
     harness.registry.nodes = mixed().nodes
-    harness.core.request_of = needs_on(harness.registry)
-    (hire, *_) = [action for action in harness.request("a", stage(name)) if isinstance(action, StartWorker)]
-    assert hire.worker.node == ("gpu" if name in GPU_STAGES else "cpu")
-    assert hire.worker.shape == (WorkerShape(0.0, 0.25) if name in GPU_STAGES else WorkerShape(1.0))
+    harness.core.request_of = requests_on(harness.registry)
+    (start, *_) = [action for action in harness.request("a", stage(name)) if isinstance(action, StartWorker)]
+    assert start.worker.node == ("gpu" if name in GPU_STAGES else "cpu")
+    assert start.worker.shape == (WorkerShape(0.0, 0.25) if name in GPU_STAGES else WorkerShape(1.0))
 
 
 def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere_is_preferred() -> None:
@@ -54,18 +54,18 @@ def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere
     assert Placement(registry, 0.0).take(ResourceRequest()).node == "cpu"  # type: ignore[union-attr]
 
 
-def test_a_node_that_joins_is_hired_on_and_its_gpu_is_used_from_then_on() -> None:
+def test_workers_start_on_a_node_that_joins_and_its_gpu_is_used_from_then_on() -> None:
     harness = CoreHarness(2, Node(2.0, 0.0, 100.0))
-    harness.core.request_of = needs_on(harness.registry)
+    harness.core.request_of = requests_on(harness.registry)
     running = [stage("student", number=number) for number in range(2)]
     harness.request("a", *running)
     harness.request("b", stage("student", number=5), stage("clusters"))
     assert harness.dispatch() == []
     harness.registry.update_nodes({**harness.registry.nodes, "new": GPU_NODE}, harness.now)
-    hired = [action.worker for action in harness.dispatch() if isinstance(action, StartWorker)]
-    assert {worker.node for worker in hired} == {"new"}
-    assert WorkerShape(0.0, 0.25) in [worker.shape for worker in hired]
-    assert WorkerShape(1.0) in [worker.shape for worker in hired]
+    started = [action.worker for action in harness.dispatch() if isinstance(action, StartWorker)]
+    assert {worker.node for worker in started} == {"new"}
+    assert WorkerShape(0.0, 0.25) in [worker.shape for worker in started]
+    assert WorkerShape(1.0) in [worker.shape for worker in started]
     assert len(harness.core.running) == 2, "what runs on a CPU goes on there"
 
 
@@ -79,8 +79,8 @@ def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewher
     harness.core.worker_lost("worker-1", "worker died", "its node died", harness.now)
     actions = harness.dispatch()
     assert [action.key for action in actions if isinstance(action, FenceAttempt)] == [one.key]
-    hired = [worker for worker in harness.registry.workers.values() if worker.node == "other"]
-    for worker in hired:
+    started = [worker for worker in harness.registry.workers.values() if worker.node == "other"]
+    for worker in started:
         worker.last_heartbeat, worker.polling = harness.now, True
     assert one.key in assigned(harness.dispatch())
 
@@ -88,10 +88,10 @@ def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewher
 def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or_runs_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=1.0))
+    monkeypatch.setitem(REQUESTS, "student", ResourceRequest(gpus=1.0))
     harness = CoreHarness(0)
     harness.registry.nodes = {"node": CPU_ONLY, "gpu": GPU_NODE}
-    shares = needs_on(harness.registry)
+    shares = requests_on(harness.registry)
     harness.registry.update_nodes({"node": CPU_ONLY}, harness.now)
     assert results(harness.request("a", stage("student"))) == {}
     assert shares("student").gpus == 0.25
@@ -109,10 +109,10 @@ def test_a_gpu_that_comes_back_in_time_takes_what_waited() -> None:
     harness.registry.update_nodes({}, harness.now)
     harness.request("a", stage("student"))
     harness.registry.update_nodes({"gpu again": GPU_NODE}, harness.now + 100)
-    (hire,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
-    assert (hire.worker.node, hire.worker.shape) == ("gpu again", WorkerShape(0.0, 1.0))
-    harness.poll(hire.worker.name)
-    assert [action.worker for action in harness.dispatch() if isinstance(action, AssignStage)] == [hire.worker.name]
+    (start,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
+    assert (start.worker.node, start.worker.shape) == ("gpu again", WorkerShape(0.0, 1.0))
+    harness.poll(start.worker.name)
+    assert [action.worker for action in harness.dispatch() if isinstance(action, AssignStage)] == [start.worker.name]
 
 
 def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_has_ended(

@@ -30,8 +30,8 @@ def layer(number: int, *inputs: Stage) -> Stage:
 
 def family(actions: list[Any]) -> list[str]:
     """Keys that the one worker which begins now makes together."""
-    (give,) = [action for action in actions if isinstance(action, AssignStage)]
-    return [give.stage.key, *(each.key for each in give.stage.beside)]
+    (assignment,) = [action for action in actions if isinstance(action, AssignStage)]
+    return [assignment.stage.key, *(each.key for each in assignment.stage.beside)]
 
 
 def begun(harness: CoreHarness, count: int) -> list[Stage]:
@@ -93,7 +93,7 @@ def test_a_family_that_waits_begins_on_one_worker_and_answers_each_trial() -> No
     assert harness.core.computed == {"images": 1, "layer": 3}
 
 
-def test_a_worker_is_busy_until_the_last_of_its_family_is_told() -> None:
+def test_a_worker_is_busy_until_the_last_stage_of_its_family_is_reported() -> None:
     harness = CoreHarness(1)
     first, second = begun(harness, 2)
     run = harness.core.running[first.key]
@@ -104,7 +104,7 @@ def test_a_worker_is_busy_until_the_last_of_its_family_is_told() -> None:
     assert harness.registry.workers["worker-1"].attempt is None
 
 
-def test_who_comes_while_a_family_runs_joins_its_keys_and_runs_others_apart() -> None:
+def test_requests_while_a_family_runs_join_its_keys_and_other_members_run_separately() -> None:
     harness = CoreHarness(2)
     layers = begun(harness, 2)
     late = layer(7, stage("images"))
@@ -112,14 +112,14 @@ def test_who_comes_while_a_family_runs_joins_its_keys_and_runs_others_apart() ->
     assert family(harness.request("later", late)) == [late.key]
 
 
-def test_one_run_makes_only_so_many_at_once() -> None:
+def test_one_attempt_computes_only_so_many_stages_together() -> None:
     harness = CoreHarness(2)
     layers = begun(harness, MAX_FAMILY + 3)
     attempts = [harness.core.running[each.key].attempt for each in layers]
     assert sorted(attempts.count(attempt) for attempt in set(attempts)) == [3, MAX_FAMILY]
 
 
-def test_a_failed_family_is_made_apart_so_that_only_the_culprit_fails() -> None:
+def test_a_failed_family_is_split_so_that_only_the_culprit_fails() -> None:
     harness = CoreHarness(1)
     layers = begun(harness, 3)
     actions = harness.fail(layers[0])
@@ -147,7 +147,7 @@ def test_a_family_whose_input_is_missing_waits_for_it_and_begins_again_together(
     assert family(harness.publish(images)) == [each.key for each in layers]
 
 
-def test_a_dead_worker_fences_all_that_it_made_and_what_is_left_runs_apart() -> None:
+def test_the_death_of_a_worker_fences_its_whole_family_and_the_rest_run_separately() -> None:
     harness = CoreHarness(2)
     layers = begun(harness, 3)
     run = harness.core.running[layers[0].key]

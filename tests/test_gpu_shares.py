@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_scheduler_core import NEEDS, CoreHarness, assigned, stage
+from test_scheduler_core import REQUESTS, CoreHarness, assigned, stage
 
 from ktray.artifact import Artifact
 from ktray.scheduler.placement import Placement, evict_idle, free_gpu_shares, has_gpu_room
@@ -74,11 +74,11 @@ def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs
 
 
 def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.25))
+    monkeypatch.setitem(REQUESTS, "student", ResourceRequest(gpus=0.25))
     harness = CoreHarness(0, Node(8.0, 1.0))
-    hired = [each.worker for each in harness.request("a", *(stage("student", number=number) for number in range(6)))]
-    assert [worker.shape for worker in hired] == 4 * [QUARTER]
-    for worker in hired:
+    started = [each.worker for each in harness.request("a", *(stage("student", number=number) for number in range(6)))]
+    assert [worker.shape for worker in started] == 4 * [QUARTER]
+    for worker in started:
         harness.poll(worker.name)
     assert len(assigned(harness.dispatch())) == 4
 
@@ -86,21 +86,21 @@ def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPa
 # ---- which card
 
 
-def test_halves_of_two_cards_are_no_whole_one() -> None:
+def test_halves_of_two_gpus_do_not_make_a_whole_one() -> None:
     free = free_gpu_shares(2.0, [(0.5, ("0",)), (0.5, ("1",))])
     assert free == {"0": 0.5, "1": 0.5}
     assert has_gpu_room(free, 0.5)
     assert not has_gpu_room(free, 1.0)
 
 
-def test_a_worker_that_is_still_starting_is_thought_on_the_fullest_card_with_room() -> None:
+def test_a_worker_that_is_still_starting_is_assumed_on_the_fullest_gpu_with_room() -> None:
     free = free_gpu_shares(3.0, [(0.5, ("a",)), (0.25, ("b",)), (0.5, ())])
     assert sorted(free.values()) == [0.0, 0.75, 1.0]
     assert free["a"] == 0.0
     assert sorted(free_gpu_shares(3.0, [(2.0, ()), (0.25, ("b",))]).values()) == [0.0, 0.0, 0.75]
 
 
-def test_room_for_a_whole_gpu_is_made_on_one_card() -> None:
+def test_eviction_makes_room_for_a_whole_gpu_on_one_gpu() -> None:
     registry = WorkerRegistry({"node": Node(8.0, 2.0)})
     for number, card in enumerate("0101"):
         worker = registry.register(f"worker-{number + 1}", WorkerShape(0.0, 0.5), "node")

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 from test_families import begun, family, layer
-from test_scheduler_core import NEEDS, CoreHarness, assigned, results, stage
+from test_scheduler_core import REQUESTS, CoreHarness, assigned, results, stage
 from toy_work import toy
 
 from ktray.errors import StageFailed
@@ -53,7 +53,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("shapes do not match"), FAILED),
     ],
 )
-def test_an_error_is_told_by_what_it_is_also_below_another_one(error: Exception, kind: str, tmp_path: Path) -> None:
+def test_the_kind_of_a_failure_is_found_in_an_error_or_in_its_causes(error: Exception, kind: str, tmp_path: Path) -> None:
     assert failure_kind(error, tmp_path) == kind
     above = ValueError("stage failed")
     above.__cause__ = error
@@ -80,7 +80,7 @@ def with_small_batches(actions: list[Any]) -> list[str]:
     return [action.stage.key for action in actions if isinstance(action, AssignStage) and action.small_batches]
 
 
-def test_on_a_cpu_it_waits_until_its_node_is_quiet_and_nothing_begins_beside_it() -> None:
+def test_on_a_cpu_it_waits_until_its_node_is_free_and_nothing_starts_beside_it() -> None:
     harness, big = CoreHarness(3), stage("big")
     others = [stage("one", number=number) for number in range(4)]
     harness.request("a", big)
@@ -111,7 +111,7 @@ def test_other_nodes_go_on_meanwhile() -> None:
 
 
 def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.25))
+    monkeypatch.setitem(REQUESTS, "student", ResourceRequest(gpus=0.25))
     harness = CoreHarness(0, Node(8.0, 1.0))
     students = [stage("student", number=number) for number in range(12)]
     for number, each in enumerate(students):
@@ -122,20 +122,20 @@ def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(
     harness.dispatch()
     big = students[0]
     actions = run_out(harness, big)
-    dismissed = [action.worker for action in actions if isinstance(action, RetireWorker)]
+    retired = [action.worker for action in actions if isinstance(action, RetireWorker)]
     for each in students[1:4]:
         actions = harness.publish(each)
         assert assigned(actions) == [], "what would follow waits"
-        dismissed += [action.worker for action in actions if isinstance(action, RetireWorker)]
-    assert sorted(dismissed) == [f"worker-{number + 1}" for number in range(4)]
-    for name in dismissed:
+        retired += [action.worker for action in actions if isinstance(action, RetireWorker)]
+    assert sorted(retired) == [f"worker-{number + 1}" for number in range(4)]
+    for name in retired:
         harness.core.worker_lost(name, "worker died", "told to go", harness.now)
-    (hire,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
-    assert hire.worker.shape == WorkerShape(0.0, 1.0)
-    harness.poll(hire.worker.name)
+    (start,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
+    assert start.worker.shape == WorkerShape(0.0, 1.0)
+    harness.poll(start.worker.name)
     assert with_small_batches(harness.dispatch()) == [big.key]
     assert results(harness.publish(big)) == {"trial 0": ["computed"]}
-    assert harness.registry.workers[hire.worker.name].retiring, "it makes room for small ones again"
+    assert harness.registry.workers[start.worker.name].retiring, "it makes room for small ones again"
 
 
 def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
@@ -153,7 +153,7 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
     assert with_small_batches(actions) == [], "who asks anew begins as usual"
 
 
-def test_a_worker_that_dies_otherwise_is_no_matter_of_memory() -> None:
+def test_a_worker_that_dies_for_another_reason_is_not_treated_as_out_of_memory() -> None:
     event, why = loss_of(ray.exceptions.ActorDiedError())
     harness, big, other = CoreHarness(3), stage("big"), stage("one")
     harness.request("a", big)
@@ -164,7 +164,7 @@ def test_a_worker_that_dies_otherwise_is_no_matter_of_memory() -> None:
     assert with_small_batches(actions) == []
 
 
-def test_a_family_that_runs_out_of_memory_is_made_apart_before_anything_is_alone() -> None:
+def test_a_family_that_runs_out_of_memory_is_split_before_anything_runs_exclusively() -> None:
     harness = CoreHarness(1)
     layers = begun(harness, 2)
     actions = run_out(harness, layers[0])
@@ -174,7 +174,7 @@ def test_a_family_that_runs_out_of_memory_is_made_apart_before_anything_is_alone
     assert OUT_OF_MEMORY not in events
 
 
-def test_what_is_alone_takes_none_of_its_family_along() -> None:
+def test_an_exclusive_stage_takes_none_of_its_family_along() -> None:
     harness, one, two = CoreHarness(1), layer(1), layer(2)
     harness.request("a", one)
     harness.request("b", two)
@@ -183,8 +183,8 @@ def test_what_is_alone_takes_none_of_its_family_along() -> None:
 
 
 def test_a_large_share_is_not_kept_waiting_for_ever_by_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.5))
-    monkeypatch.setitem(NEEDS, "teacher", ResourceRequest(gpus=1.0))
+    monkeypatch.setitem(REQUESTS, "student", ResourceRequest(gpus=0.5))
+    monkeypatch.setitem(REQUESTS, "teacher", ResourceRequest(gpus=1.0))
     harness = CoreHarness(0, Node(8.0, 1.0))
     students = [stage("student", number=number) for number in range(40)]
     harness.request("a", *students)
@@ -246,7 +246,7 @@ def test_the_record_of_a_cpu_holds_no_peak_of_a_gpu(tmp_path: Path) -> None:
     assert artifact.record["peak_bytes"] > 1 << 20
 
 
-def test_on_ray_it_runs_again_alone_and_its_neighbours_are_unharmed(start_scheduler: Any, tmp_path: Path) -> None:
+def test_on_ray_it_runs_again_exclusively_and_its_neighbours_are_unharmed(start_scheduler: Any, tmp_path: Path) -> None:
     scheduler = start_scheduler(tmp_path / "store")
     log = tmp_path / "log"
     big = toy("big", {"error": "memory", "log": str(log)})

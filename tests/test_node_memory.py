@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import ray
 from test_memory import QUARTER, run_out, with_small_batches
-from test_scheduler_core import NEEDS, CoreHarness, assigned, results, stage
+from test_scheduler_core import REQUESTS, CoreHarness, assigned, results, stage
 
 from ktray.scheduler.messages import AssignStage, StartWorker
 from ktray.scheduler.ray_cluster import loss_of
@@ -15,7 +15,7 @@ from ktray.scheduler.workers import Node
 ENDED = loss_of(ray.exceptions.OutOfMemoryError("1 worker"))
 
 
-def test_a_stage_whose_worker_is_ended_for_the_memory_of_its_node_runs_alone_next_and_as_it_would_have() -> None:
+def test_a_stage_whose_worker_was_killed_for_node_memory_runs_exclusively_next_with_its_usual_batches() -> None:
     harness, big, other = CoreHarness(3), stage("big"), stage("one")
     harness.request("a", big)
     harness.request("b", other)
@@ -28,10 +28,10 @@ def test_a_stage_whose_worker_is_ended_for_the_memory_of_its_node_runs_alone_nex
     assert results(harness.publish(big)) == {"a": ["computed"]}
 
 
-def test_a_stage_on_a_gpu_whose_worker_is_ended_for_the_memory_of_its_node_has_the_whole_node_and_its_own_share(
+def test_a_gpu_stage_whose_worker_was_killed_for_node_memory_gets_the_whole_node_and_its_own_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.25))
+    monkeypatch.setitem(REQUESTS, "student", ResourceRequest(gpus=0.25))
     harness, big, beside, other = CoreHarness(2, Node(4.0, 1.0)), stage("student"), stage("student", number=1), stage("one")
     for name in ("worker-8", "worker-9"):
         harness.poll(name, QUARTER)
@@ -50,10 +50,10 @@ def test_a_stage_on_a_gpu_whose_worker_is_ended_for_the_memory_of_its_node_has_t
     assert len(assigned(harness.publish(big))) == 2
 
 
-def test_a_stage_that_waits_for_a_quiet_gpu_node_keeps_one_where_a_worker_of_its_shape_is(
+def test_a_stage_that_must_run_exclusively_reserves_a_gpu_node_with_a_worker_of_its_shape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(NEEDS, "student", ResourceRequest(gpus=0.25))
+    monkeypatch.setitem(REQUESTS, "student", ResourceRequest(gpus=0.25))
     harness, big, other = CoreHarness(2), stage("student"), stage("one")
     harness.registry.nodes = {"empty": Node(4.0, 1.0), "node": Node(4.0, 1.0)}
     for name in ("worker-8", "worker-9"):
@@ -67,7 +67,7 @@ def test_a_stage_that_waits_for_a_quiet_gpu_node_keeps_one_where_a_worker_of_its
     assert assigned(harness.publish(other)) == [big.key]
 
 
-def test_a_worker_that_is_ended_so_each_time_counts_like_any_death_and_an_error_still_brings_few_images() -> None:
+def test_repeated_kills_for_memory_count_like_any_death_and_an_error_still_brings_small_batches() -> None:
     harness, big = CoreHarness(4), stage("big")
     harness.request("a", big)
     for _ in range(2):

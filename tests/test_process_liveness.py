@@ -1,4 +1,4 @@
-"""Processes that only wait: one that stands still is told once, one that is heard of never."""
+"""Processes of trials: one that is silent for too long is returned once, one that sends heartbeats never."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ktray.scheduler.liveness import Process, ProcessLiveness
 ONE, TWO = Process("node", 1, 10.0), Process("node", 2, 10.0)
 
 
-def test_who_is_silent_for_too_long_is_told_once() -> None:
+def test_a_process_that_is_silent_for_too_long_is_returned_once() -> None:
     liveness = ProcessLiveness(15.0)
     liveness.heartbeat(ONE, 0.0)
     liveness.heartbeat(TWO, 10.0)
@@ -25,7 +25,7 @@ def test_silence_while_nobody_listened_proves_nothing() -> None:
     assert liveness.remove_silent(116.0) == [ONE]
 
 
-def test_after_a_restart_who_was_known_is_given_its_time_and_who_spoke_since_is_not_set_back() -> None:
+def test_after_a_restart_known_processes_get_the_full_timeout_and_newer_heartbeats_stay() -> None:
     liveness = ProcessLiveness(15.0)
     liveness.heartbeat(TWO, 105.0)
     liveness.restore([ONE, TWO], 100.0)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_work
-from conftest import Founder
+from conftest import SchedulerFactory
 from test_broker import callers, starts, until
 from toy_work import block_sum, toy
 
@@ -152,7 +152,7 @@ def test_a_stage_of_its_own_calls_a_helper_back(scheduler: SchedulerClient, tmp_
         assert future.result()[0]["metrics"]["toy/processes"] == 2
 
 
-def test_a_killed_helper_costs_nothing_but_its_item(start_scheduler: Founder, tmp_path: Path) -> None:
+def test_a_killed_helper_costs_nothing_but_its_item(start_scheduler: SchedulerFactory, tmp_path: Path) -> None:
     scheduler = start_scheduler(tmp_path / "store", toy_work.work)
     stage = toy("clusters", {"map": 100, "sleep": 0.05, "log": str(tmp_path / "log")})
     with callers(1) as pool:

@@ -1,4 +1,4 @@
-"""Who starts next when thousands wait: the line against a plain look at everything that is wanted."""
+"""The ready queue when thousands of stages are pending: it equals a plain sort of everything that is pending."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def looked_up(demand: RequestTable, running: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_line_is_what_a_look_at_all_wants_would_give_whatever_happened_before(seed: int) -> None:
+def test_the_ready_queue_equals_a_sort_of_all_pending_stages_after_any_history(seed: int) -> None:
     chance = random.Random(seed)
     made, store, running = stages(chance), set[str](), set[str]()
     outbox: list[Any] = []

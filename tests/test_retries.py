@@ -1,4 +1,4 @@
-"""How long the core believes in a stage whose workers die, and in a worker that does not come."""
+"""How often a stage is retried whose workers die, and how long a worker is waited for that does not start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ktray.scheduler.placement import Placement
 from ktray.scheduler.workers import Node, WorkerShape
 
 
-def test_a_stage_that_gets_further_each_time_outlives_any_number_of_workers() -> None:
+def test_a_stage_that_gets_further_each_time_survives_any_number_of_worker_deaths() -> None:
     harness, one = CoreHarness(8), stage("one")
     harness.request("a", one)
     for epoch in (2, 5, 6, 9, 12):
@@ -31,7 +31,7 @@ def test_a_stage_that_gets_further_each_time_outlives_any_number_of_workers() ->
     assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
 
-def test_another_worker_is_hired_for_one_that_does_not_come_and_a_full_cluster_fails_nothing() -> None:
+def test_a_worker_that_does_not_start_in_time_is_replaced_and_a_full_cluster_fails_nothing() -> None:
     harness, one = CoreHarness(0), stage("one")
     (first,) = harness.request("a", one)
     assert isinstance(first, StartWorker)
@@ -69,7 +69,7 @@ def test_a_node_that_dies_while_many_workers_start_on_it_fails_nothing(noticed: 
     assert results(harness.publish(stages[-1])) == {"b": ["computed"] * 6}
 
 
-def test_workers_that_never_come_fail_what_waits_after_the_third_generation() -> None:
+def test_workers_that_never_start_fail_what_waits_after_the_third_round() -> None:
     harness = CoreHarness(0, Node(4.0, 0.0, 100.0))
     actions = harness.request("a", *(stage("one", number=number) for number in range(6)))
     for _ in range(3):
@@ -80,7 +80,7 @@ def test_workers_that_never_come_fail_what_waits_after_the_third_generation() ->
     assert results(actions) == {"a": "WorkerDied: workers die before their first heartbeat: no torch"}
 
 
-def test_a_replacement_is_hired_on_a_node_that_is_heard_of_while_there_is_one() -> None:
+def test_a_replacement_starts_on_a_responsive_node_if_there_is_one() -> None:
     harness, one = CoreHarness(0), stage("one")
     harness.registry.nodes = {"node": Node(4.0), "other": Node(2.0)}
     (first,) = harness.request("a", one)
@@ -97,12 +97,14 @@ def test_a_replacement_is_hired_on_a_node_that_is_heard_of_while_there_is_one() 
     assert third.node == "node"
 
 
-def test_the_pace_of_a_stage_is_counted_in_moves_of_its_progress() -> None:
+def test_the_pace_of_a_stage_is_counted_in_changes_of_its_progress() -> None:
     harness, one = CoreHarness(1), stage("one")
-    (give,) = harness.request("a", one)
+    (assignment,) = harness.request("a", one)
     for epoch in (1, 1, 2, 2, 2):
         harness.now += 3
-        harness.core.heartbeat(harness.registry.workers[give.worker], one.key, one, give.attempt, {"epoch": epoch}, harness.now)
+        harness.core.heartbeat(
+            harness.registry.workers[assignment.worker], one.key, one, assignment.attempt, {"epoch": epoch}, harness.now
+        )
     run = harness.core.running[one.key]
     assert (run.progress_changes, run.last_progress - run.since) == (2, 9)
 
@@ -124,7 +126,7 @@ def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_s
     assert list(harness.core.running) == [one.key]
 
 
-def test_after_a_restart_workers_that_were_only_starting_have_as_long_to_come_as_any_other() -> None:
+def test_after_a_restart_workers_that_were_only_starting_have_the_usual_start_timeout() -> None:
     harness, one, two = CoreHarness(0), stage("one"), stage("two")
     harness.core.startup.restart(["worker-1", "worker-2", "worker-7"], harness.now)
     harness.request("a", one)

@@ -16,7 +16,7 @@ from ktray.scheduler.workers import WorkerShape, shape_of
 from ktray.stores.locks import lock_home
 
 
-def test_a_runtime_file_sets_needs_by_stage_and_keeps_other_defaults(tmp_path: Path) -> None:
+def test_a_runtime_file_sets_requests_by_stage_and_keeps_other_defaults(tmp_path: Path) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text("cpus: 8\ndead_after: 60\nstages: {student: {gpus: 0.5}, features: {memory_bytes: 1000}}\n")
     runtime = load_runtime(path)
@@ -103,7 +103,9 @@ def test_drivers_with_other_plugins_never_share_a_scheduler(plugin: Path, monkey
     assert len({without, allowed, worker_environment.environment_hash()}) == 3
 
 
-def test_the_order_of_plugins_and_of_folders_does_not_part_two_drivers(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_plugins_and_of_folders_does_not_separate_two_drivers(
+    plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests,pictures")
     monkeypatch.setenv("PYTHONPATH", "/one:/two")
     first = worker_environment.environment_hash()
@@ -157,7 +159,7 @@ def test_a_leftover_that_fills_again_while_it_is_removed_is_remembered(tmp_path:
     assert not stays.exists()
 
 
-def test_who_needs_no_ray_removes_what_a_killed_session_left_unless_another_one_uses_the_home(
+def test_commands_without_ray_remove_what_a_killed_session_left_unless_a_session_uses_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

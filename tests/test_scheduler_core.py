@@ -20,8 +20,8 @@ from ktray.scheduler.messages import (
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.workers import Node, WorkerRegistry, WorkerShape
 
-NEEDS = {"split": ResourceRequest(helpers=2), "student": ResourceRequest(gpus=1.0), "half": ResourceRequest(gpus=0.5)}
-NEEDS |= {"large": ResourceRequest(memory_bytes=60), "impossible": ResourceRequest(gpus=8.0)}
+REQUESTS = {"split": ResourceRequest(helpers=2), "student": ResourceRequest(gpus=1.0), "half": ResourceRequest(gpus=0.5)}
+REQUESTS |= {"large": ResourceRequest(memory_bytes=60), "impossible": ResourceRequest(gpus=8.0)}
 
 
 class CoreHarness:
@@ -33,7 +33,11 @@ class CoreHarness:
         numbers: Iterator[int] = iter(range(1000))
         self.registry = WorkerRegistry({"node": node or Node(4.0, 1.0, 100.0)})
         self.core = SchedulerCore(
-            self.find, lambda name: NEEDS.get(name, ResourceRequest()), self.registry, lambda: f"attempt-{next(numbers)}", 15.0
+            self.find,
+            lambda name: REQUESTS.get(name, ResourceRequest()),
+            self.registry,
+            lambda: f"attempt-{next(numbers)}",
+            15.0,
         )
         for number in range(workers):
             self.poll(f"worker-{number + 1}")
@@ -178,14 +182,14 @@ def test_an_input_that_is_always_missing_fails_its_reader() -> None:
 
 def test_a_dead_worker_is_fenced_and_its_stage_given_to_another_one() -> None:
     harness, one = CoreHarness(2), stage("one")
-    (give,) = harness.request("a", one)
-    harness.core.worker_lost(give.worker, "worker died", "killed", harness.now)
+    (assignment,) = harness.request("a", one)
+    harness.core.worker_lost(assignment.worker, "worker died", "killed", harness.now)
     actions = harness.dispatch()
-    assert FenceAttempt(one.key, give.attempt) in actions
+    assert FenceAttempt(one.key, assignment.attempt) in actions
     assert assigned(actions) == [one.key]
     again = next(action for action in actions if isinstance(action, AssignStage))
-    assert again.worker != give.worker
-    assert again.attempt != give.attempt
+    assert again.worker != assignment.worker
+    assert again.attempt != assignment.attempt
 
 
 def test_a_stage_fails_when_its_third_worker_died() -> None:
@@ -197,20 +201,20 @@ def test_a_stage_fails_when_its_third_worker_died() -> None:
     assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
 
-def test_workers_that_never_come_fail_what_waits_instead_of_hiring_for_ever() -> None:
+def test_workers_that_never_start_fail_what_waits_instead_of_being_replaced_for_ever() -> None:
     harness, one = CoreHarness(0), stage("one")
     actions = harness.request("a", one)
     for _ in range(3):
-        (hire,) = [action for action in actions if isinstance(action, StartWorker)]
-        harness.core.worker_lost(hire.worker.name, "worker died", "ModuleNotFoundError: no torch", harness.now)
+        (start,) = [action for action in actions if isinstance(action, StartWorker)]
+        harness.core.worker_lost(start.worker.name, "worker died", "ModuleNotFoundError: no torch", harness.now)
         actions = harness.dispatch()
     assert results(actions) == {"a": "WorkerDied: workers die before their first heartbeat: ModuleNotFoundError: no torch"}
 
 
-def test_a_silent_worker_is_killed_after_its_time_and_its_late_beat_is_refused() -> None:
+def test_a_silent_worker_is_killed_after_its_timeout_and_its_late_heartbeat_is_refused() -> None:
     harness, one = CoreHarness(1), stage("one")
-    (give,) = harness.request("a", one)
-    frozen = harness.registry.workers[give.worker]
+    (assignment,) = harness.request("a", one)
+    frozen = harness.registry.workers[assignment.worker]
     harness.now += 14
     harness.core.check_heartbeats(harness.now)
     assert harness.dispatch() == []
@@ -218,9 +222,9 @@ def test_a_silent_worker_is_killed_after_its_time_and_its_late_beat_is_refused()
     harness.core.check_heartbeats(harness.now)
     actions = harness.dispatch()
     assert KillWorker(frozen) in actions
-    assert FenceAttempt(one.key, give.attempt) in actions
+    assert FenceAttempt(one.key, assignment.attempt) in actions
     revived = harness.registry.register("worker-1", WorkerShape(), "node")
-    assert not harness.core.heartbeat(revived, one.key, one, give.attempt, {}, harness.now)
+    assert not harness.core.heartbeat(revived, one.key, one, assignment.attempt, {}, harness.now)
 
 
 def test_a_worker_that_froze_before_it_heard_of_a_stage_says_nothing_about_it() -> None:
@@ -245,14 +249,14 @@ def test_silence_while_the_broker_slept_proves_nothing() -> None:
 
 def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
     harness, one = CoreHarness(2), stage("one")
-    (give,) = harness.request("a", one)
-    harness.core.worker_lost(give.worker, "fenced", "silent", harness.now)
+    (assignment,) = harness.request("a", one)
+    harness.core.worker_lost(assignment.worker, "fenced", "silent", harness.now)
     harness.dispatch()
-    assert not harness.core.attempt_failed(one.key, give.attempt, "failed", "FileNotFoundError: fenced", "", harness.now)
+    assert not harness.core.attempt_failed(one.key, assignment.attempt, "failed", "FileNotFoundError: fenced", "", harness.now)
     assert results(harness.publish(one)) == {"a": ["computed"]}
 
 
-def test_after_a_restart_nothing_starts_until_known_workers_were_heard_of_and_their_runs_are_adopted() -> None:
+def test_after_a_restart_nothing_starts_until_known_workers_were_heard_from_and_their_attempts_are_adopted() -> None:
     harness, one, two = CoreHarness(0), stage("one"), stage("two")
     harness.core.startup.restart(["worker-1", "worker-2"], harness.now)
     harness.request("a", one, two)
@@ -267,7 +271,7 @@ def test_after_a_restart_nothing_starts_until_known_workers_were_heard_of_and_th
     assert results(harness.publish(one)) == {"a": ["computed", "computed"]}
 
 
-def test_after_a_restart_a_worker_that_stays_away_is_waited_for_only_so_long() -> None:
+def test_after_a_restart_a_silent_worker_is_waited_for_only_so_long() -> None:
     harness, one = CoreHarness(1), stage("one")
     harness.core.startup.restart(["worker-7"], harness.now)
     assert harness.request("a", one) == []
@@ -276,7 +280,7 @@ def test_after_a_restart_a_worker_that_stays_away_is_waited_for_only_so_long() -
     assert assigned(harness.dispatch()) == [one.key]
 
 
-def test_a_stage_that_ended_while_the_broker_was_down_is_told_once() -> None:
+def test_a_stage_that_ended_while_the_broker_was_down_is_counted_once() -> None:
     harness, one = CoreHarness(1), stage("one")
     harness.store.add(one.key)
     for _ in range(2):
@@ -285,15 +289,17 @@ def test_a_stage_that_ended_while_the_broker_was_down_is_told_once() -> None:
     assert harness.core.computed == {"one": 1}
 
 
-def test_a_beat_that_comes_after_the_report_revives_nothing() -> None:
+def test_a_heartbeat_that_comes_after_the_report_adopts_nothing() -> None:
     harness, one = CoreHarness(1), stage("one")
-    (give,) = harness.request("a", one)
+    (assignment,) = harness.request("a", one)
     harness.publish(one)
-    assert harness.core.heartbeat(harness.registry.workers[give.worker], one.key, one, give.attempt, {}, harness.now)
+    assert harness.core.heartbeat(
+        harness.registry.workers[assignment.worker], one.key, one, assignment.attempt, {}, harness.now
+    )
     assert not harness.core.running
 
 
-def test_release_ends_one_wait_and_what_only_it_wanted() -> None:
+def test_cancelling_ends_one_wait_and_drops_what_only_it_requested() -> None:
     harness, one, two = CoreHarness(1), stage("one"), stage("two")
     harness.request("a", one, two)
     harness.request("b", one)
@@ -307,21 +313,21 @@ def test_release_ends_one_wait_and_what_only_it_wanted() -> None:
 
 def test_idle_workers_are_lent_and_called_back_for_a_stage_of_their_own() -> None:
     harness, split, one = CoreHarness(3), stage("split"), stage("one")
-    (give,) = [action for action in harness.request("a", split) if isinstance(action, AssignStage)]
-    assert len(harness.core.helpers(give.attempt)) == 2
+    (assignment,) = [action for action in harness.request("a", split) if isinstance(action, AssignStage)]
+    assert len(harness.core.helpers(assignment.attempt)) == 2
     assert assigned(harness.request("b", one)) == [one.key]
-    assert len(harness.core.helpers(give.attempt)) == 1
+    assert len(harness.core.helpers(assignment.attempt)) == 1
     harness.publish(split)
-    assert harness.core.helpers(give.attempt) == []
+    assert harness.core.helpers(assignment.attempt) == []
 
 
 def test_a_worker_that_becomes_idle_is_lent_to_a_running_stage() -> None:
     harness, split, one = CoreHarness(2), stage("split"), stage("one")
     harness.request("b", one)
-    (give,) = [action for action in harness.request("a", split) if isinstance(action, AssignStage)]
-    assert harness.core.helpers(give.attempt) == []
+    (assignment,) = [action for action in harness.request("a", split) if isinstance(action, AssignStage)]
+    assert harness.core.helpers(assignment.attempt) == []
     harness.publish(one)
-    assert len(harness.core.helpers(give.attempt)) == 1
+    assert len(harness.core.helpers(assignment.attempt)) == 1
 
 
 def test_memory_admits_one_large_stage_at_a_time() -> None:
@@ -330,16 +336,16 @@ def test_memory_admits_one_large_stage_at_a_time() -> None:
     assert assigned(harness.publish(one)) == [two.key]
 
 
-def test_gpu_shares_are_hired_on_demand_and_given_up_for_another_shape() -> None:
+def test_workers_with_gpu_shares_start_on_demand_and_are_evicted_for_another_shape() -> None:
     harness, student, half = CoreHarness(0), stage("student"), stage("half")
-    (hire,) = harness.request("a", student)
-    assert hire.worker.shape == WorkerShape(0.0, 1.0)
-    harness.poll(hire.worker.name)
+    (start,) = harness.request("a", student)
+    assert start.worker.shape == WorkerShape(0.0, 1.0)
+    harness.poll(start.worker.name)
     assert assigned(harness.dispatch()) == [student.key]
     assert harness.request("b", half) == []
     harness.publish(student)
-    assert RetireWorker(hire.worker.name) in harness.core.outbox or harness.registry.workers[hire.worker.name].retiring
-    harness.core.worker_lost(hire.worker.name, "worker died", "told to go", harness.now)
+    assert RetireWorker(start.worker.name) in harness.core.outbox or harness.registry.workers[start.worker.name].retiring
+    harness.core.worker_lost(start.worker.name, "worker died", "told to go", harness.now)
     (second,) = harness.dispatch()
     assert second.worker.shape == WorkerShape(0.0, 0.5)
 
@@ -350,7 +356,7 @@ def test_a_stage_that_fits_no_node_fails_at_once() -> None:
     assert said == {"a": "it needs 8 GPU, more than any node of the cluster has"}
 
 
-def test_a_prefetch_waits_for_nobody_and_counts_for_who_comes_first() -> None:
+def test_a_prefetched_stage_counts_as_computed_by_the_first_that_requests_it() -> None:
     harness, one = CoreHarness(1), stage("one")
     assert assigned(harness.request("p", one, waiter="", priority=-1)) == [one.key]
     harness.publish(one)

@@ -66,7 +66,7 @@ def test_a_trial_that_waits_counts_before_any_number_of_prefetches() -> None:
     assert order(queue) == ["quick", "teacher"]
 
 
-def test_of_what_is_prefetched_that_goes_first_which_most_trials_will_need() -> None:
+def test_of_prefetched_stages_those_that_most_trials_will_need_go_first() -> None:
     queue = demand()
     ask(queue, "p1", stage("teacher"), waiter="", priority=-1)
     for number in range(2):
@@ -98,7 +98,7 @@ def random_stages(rng: random.Random) -> list[Stage]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_paths_and_what_waits_equal_those_of_a_search_through_all_wants(seed: int) -> None:
+def test_paths_and_dependencies_equal_those_of_a_search_through_all_pending_stages(seed: int) -> None:
     rng = random.Random(seed)
     made, queue = random_stages(rng), demand()
     for number in range(8):
@@ -126,7 +126,7 @@ def test_paths_and_what_waits_equal_those_of_a_search_through_all_wants(seed: in
     assert not queue.queue._dependents
 
 
-def test_a_ledger_gives_out_stages_in_that_order() -> None:
+def test_the_core_assigns_stages_in_that_order() -> None:
     harness = CoreHarness(0)
     harness.core.requests.expected_seconds = lambda each: SECONDS.get(each.name, 1.0)
     stages = [stage("quick"), stage("student"), stage("teacher")]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from conftest import Founder
+from conftest import SchedulerFactory
 from test_broker import until
 from test_scheduler_core import CoreHarness, assigned, results, stage
 from test_stage_runs import publish
@@ -79,7 +79,7 @@ def tardy(stage: Stage, store: Store, attempt: str, context: StageContext) -> tu
 
 
 @pytest.mark.slow
-def test_two_schedulers_that_make_the_same_at_once_both_get_it(start_scheduler: Founder, tmp_path: Path) -> None:
+def test_two_schedulers_that_make_the_same_at_once_both_get_it(start_scheduler: SchedulerFactory, tmp_path: Path) -> None:
     slower, faster = start_scheduler(tmp_path / "store", tardy), start_scheduler(tmp_path / "store")
     same = toy("slow", {"steps": 3})
     with ThreadPoolExecutor(1) as pool:
