@@ -141,14 +141,17 @@ class GpuShares:
     def __init__(self, request_of: Callable[[str], ResourceRequest], has_gpus: Callable[[], bool]) -> None:
         self._request_of, self._has_gpus = request_of, has_gpus
         self._shares: dict[str, float] = {}
+        self._requests: dict[tuple[str, float], ResourceRequest] = {}
 
     def __call__(self, stage: str) -> ResourceRequest:
         """The request of the stage of this name, its `gpus` a number."""
         request = self._request_of(stage)
         if request.gpus is not None:
             return request
-        uses_gpu = stage in GPU_STAGES and self._has_gpus()
-        return request.model_copy(update={"gpus": self._shares.get(stage, DEFAULT_GPU_SHARE) if uses_gpu else 0.0})
+        gpus = self._shares.get(stage, DEFAULT_GPU_SHARE) if stage in GPU_STAGES and self._has_gpus() else 0.0
+        if (stage, gpus) not in self._requests:  # every dispatch asks for each kind of stage
+            self._requests[stage, gpus] = request.model_copy(update={"gpus": gpus})
+        return self._requests[stage, gpus]
 
     def learn(self, artifact: Artifact) -> None:
         """Take note of the peak that the record of a stage on a GPU holds."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -27,6 +26,7 @@ from ktray.errors import StoppedEarly, UserError
 from ktray.search import sampler, tpe
 from ktray.search.space import Space
 from ktray.search.trial import Trial
+from ktray.stores.locks import lock_owner, try_lock
 
 _FINAL = {
     "completed": TrialState.COMPLETE,
@@ -243,18 +243,14 @@ def held(home: Path, name: str) -> Iterator[None]:
     """
     directory = folder(home, name)
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / "driver.lock", "a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise UserError(
-                f"the study {name!r} is being searched by {lock.read().strip() or 'another process'}",
-                instead="Wait for it, stop it, or give this search another --name.",
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+    path = directory / "driver.lock"
+    lock = try_lock(path, f"process {os.getpid()} on {socket.gethostname()}")
+    if lock is None:
+        raise UserError(
+            f"the study {name!r} is being searched by {lock_owner(path) or 'another process'}",
+            instead="Wait for it, stop it, or give this search another --name.",
+        )
+    with lock:
         _repair(directory / "journal.log")
         yield
 
