@@ -1,4 +1,4 @@
-"""What MLflow shows of a real search: its trials with their curves, its stages with their pictures, and the links between."""
+"""What MLflow shows of a real search: trials with their curves, stages with their images, and links between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ktray.runs.trial_logger import TrialLogger
+from ktray.runs.study_logger import TrialLogger
 from ktray.search.history import History
 from ktray.search.study import Study
 from ktray.tracking import default_uri
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow  # three real commands
 
 @dataclass(frozen=True)
 class Searched:
-    """A study and what MLflow has of it."""
+    """A study and what MLflow has stored of it."""
 
     home: Home
 
@@ -96,7 +96,7 @@ def test_a_trial_has_its_params_by_dotted_path_and_its_state(searched: Searched)
     assert states["pruned"] >= 1
 
 
-def test_curves_have_epochs_as_steps_and_scores_those_of_their_rungs(searched: Searched) -> None:
+def test_curves_have_epochs_as_steps_and_scores_have_the_epochs_of_their_rungs(searched: Searched) -> None:
     for trial in searched.study.trials:
         run = searched.trials[trial.number]
         assert searched.steps(run, "student/loss") == list(range(1, trial.epoch + 1))
@@ -104,7 +104,7 @@ def test_curves_have_epochs_as_steps_and_scores_those_of_their_rungs(searched: S
         assert max(trial.scores) == trial.epoch
 
 
-def test_objectives_are_on_completed_trials_alone_and_the_best_run_is_the_best_pair(searched: Searched) -> None:
+def test_only_completed_trials_have_objectives_and_the_summary_names_the_best_pair(searched: Searched) -> None:
     for trial in searched.study.trials:
         found = {name: value for name, value in searched.trials[trial.number].data.metrics.items() if "objective/" in name}
         assert found == {f"objective/{name}": value for name, value in trial.objectives.items()}
@@ -129,7 +129,7 @@ def test_every_stage_that_ran_is_one_run_with_its_times_and_its_curve(searched: 
             assert searched.steps(run, f"{record['stage']}/loss") == list(range(1, record["spec"]["epoch"] + 1))
 
 
-def test_the_sheet_of_the_clusters_is_an_artifact_of_its_stage(searched: Searched) -> None:
+def test_the_cluster_sheet_is_an_artifact_of_its_stage(searched: Searched) -> None:
     keys = searched.home.of("pseudo_labels")
     assert keys
     for key in keys:
@@ -139,7 +139,7 @@ def test_the_sheet_of_the_clusters_is_an_artifact_of_its_stage(searched: Searche
         assert stored.read_bytes() == (searched.home.store / key / "clusters.png").read_bytes()
 
 
-def test_the_description_of_a_trial_leads_to_all_its_stages_and_to_the_sheet(searched: Searched) -> None:
+def test_the_description_of_a_trial_links_to_all_its_stages_and_to_the_cluster_sheet(searched: Searched) -> None:
     for trial in searched.study.trials:
         tags = searched.trials[trial.number].data.tags
         assert {tags[name] for name in tags if name.startswith("ktray.stage.")} >= trial.artifacts
@@ -149,10 +149,10 @@ def test_the_description_of_a_trial_leads_to_all_its_stages_and_to_the_sheet(sea
         assert f"/runs/{sheet}/artifacts/images/clusters.png)" in tags["mlflow.note.content"]
 
 
-def test_a_trial_names_the_stages_that_others_had_computed(searched: Searched) -> None:
+def test_a_trial_lists_the_stages_that_other_trials_had_computed(searched: Searched) -> None:
     reused = {number: run.data.tags.get("ktray.reused", "").split(", ") for number, run in searched.trials.items()}
     teachers = [trial.number for trial in searched.study.trials if "teacher" in trial.keys]
-    assert sum("teacher" not in reused[number] for number in teachers) == 1  # who had it computed
+    assert sum("teacher" not in reused[number] for number in teachers) == 1  # the trial that had it computed
     assert len(teachers) >= 4
 
 
@@ -165,24 +165,26 @@ def test_the_pages_open_on_the_trials_best_first_with_columns_that_exist(searche
     assert {run.info.run_id for run in found} == {run.info.run_id for run in searched.trials.values()}
     completed = [trial for trial in searched.study.trials if trial.state == "completed"]
     assert found[0].data.metrics["objective/knn/top1"] == max(trial.objectives["knn/top1"] for trial in completed)
-    have = {f"{kind}.`{name}`" for run in found for kind in ("metrics", "params", "tags") for name in getattr(run.data, kind)}
-    assert set(view["selectedColumns"]) <= have
+    present = {
+        f"{kind}.`{name}`" for run in found for kind in ("metrics", "params", "tags") for name in getattr(run.data, kind)
+    }
+    assert set(view["selectedColumns"]) <= present
     assert set(view["selectedColumns"]) <= set(view["columnOrder"])
 
 
-def test_failed_duplicate_paused_and_interrupted_trials_can_be_told_apart_and_none_stays_running(tmp_path: Path) -> None:
+def test_failed_duplicate_paused_and_interrupted_trials_are_distinguished_and_none_stays_running(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     uri, tracker = default_uri(tmp_path), session(tmp_path, "toy")
-    account = TrialLogger(tracker, space)
+    trial_logger = TrialLogger(tracker, space)
     with Study.open(tmp_path, space) as study:
         drawn = [study.next() for _ in range(2)]
     trials = [replace(drawn[0].trial, number=number) for number in range(4)]  # type: ignore[union-attr]
     for trial in trials:
-        account.begin(trial, {"student": f"student-{trial.number:012d}"})
-    account.ended(replace(trials[0], state="failed", cause="ValueError: 12 features are NaN"), {}, {})
-    account.ended(replace(trials[1], state="paused", scores={1: 0.25}), {}, {})
-    account.ended(trials[2], {}, {})
-    account.refused(replace(trials[3], state="duplicate", duplicate_of=0))
+        trial_logger.begin_trial(trial, {"student": f"student-{trial.number:012d}"})
+    trial_logger.end_trial(replace(trials[0], state="failed", cause="ValueError: 12 features are NaN"), {}, {})
+    trial_logger.end_trial(replace(trials[1], state="paused", scores={1: 0.25}), {}, {})
+    trial_logger.end_trial(trials[2], {}, {})
+    trial_logger.log_unrun_draw(replace(trials[3], state="duplicate", duplicate_of=0))
     assert tracker.close("KILLED", timeout=60)
     runs = {int(name[:4]): run for name, run in runs_of(uri, "toy").items() if name != "toy"}
     shown = [(runs[n].info.status, runs[n].data.tags["ktray.state"], runs[n].data.tags.get("ktray.result")) for n in range(4)]
@@ -194,7 +196,7 @@ def test_failed_duplicate_paused_and_interrupted_trials_can_be_told_apart_and_no
     ]
 
 
-def test_an_exported_winner_is_registered_as_champion_and_computes_what_the_student_does(
+def test_an_exported_student_is_registered_as_champion_and_computes_the_same_features(
     searched: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
@@ -218,7 +220,7 @@ def test_an_exported_winner_is_registered_as_champion_and_computes_what_the_stud
     assert "registered version 2 of ktray-toy as champion" in again.out
 
 
-def test_a_student_whose_trial_the_tracker_does_not_know_is_not_registered(searched: Searched, tmp_path: Path) -> None:
+def test_a_student_whose_trial_is_not_in_the_tracker_is_not_registered(searched: Searched, tmp_path: Path) -> None:
     elsewhere = f"sqlite:///{tmp_path / 'other.db'}"
     ended = searched.home.run("export", "toy", tmp_path / "best", "--register", "--tracking", elsewhere)
     assert ended.code == 2

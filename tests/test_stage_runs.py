@@ -1,4 +1,4 @@
-"""A stage that was published while nobody could tell the tracker is told later, once, and none of another study."""
+"""Stages that were published but not logged are logged later, once, and only those of the study that computed them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ktray.runs.event_follower import EventFollower
 from ktray.runs.interruption import Interruption
 from ktray.runs.settings import Settings
 from ktray.runs.simulation import _NoTracker
-from ktray.runs.stage_logger import track_missed
+from ktray.runs.study_logger import log_missed_stages
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from ktray.tracking import Tracker, default_uri
@@ -36,23 +36,23 @@ def publish(store: FileStore, key: str, at: float, attempt: str = "a") -> str:
     return key
 
 
-def stages_in(spool: Spool) -> list[Any]:
+def logged_keys(spool: Spool) -> list[Any]:
     return [event["key"] for event, _ in spool.read(0) if event["do"] == "stage"]
 
 
-def test_what_was_published_and_not_told_is_told_once_and_nothing_older_than_the_study(tmp_path: Path) -> None:
+def test_stages_that_were_published_but_not_logged_are_logged_once_and_none_older_than_the_study(tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
     keys = [publish(store, f"images-{number}", BEGAN + number) for number in (-50, 0, 50)]
     for _ in range(2):  # the second time is another session
         tracker = Tracker("http://127.0.0.1:9", tmp_path, "toy")
         tracker.start()
-        track_missed(tracker, store, [*keys, "images-absent"], BEGAN)
-        track_missed(tracker, store, keys, BEGAN)
+        log_missed_stages(tracker, store, [*keys, "images-absent"], BEGAN)
+        log_missed_stages(tracker, store, keys, BEGAN)
         tracker.close("FINISHED", timeout=0)
-    assert stages_in(Spool(tmp_path / "studies/toy/tracking")) == keys[1:]
+    assert logged_keys(Spool(tmp_path / "studies/toy/tracking")) == keys[1:]
 
 
-def test_stages_that_were_applied_or_that_wait_are_known_and_those_of_another_tracker_are_not(tmp_path: Path) -> None:
+def test_stages_count_as_logged_if_they_were_written_to_this_tracker_or_wait_in_the_spool(tmp_path: Path) -> None:
     spool, uri = Spool(tmp_path), fingerprint(default_uri(tmp_path))
     spool.append({"do": "stage", "key": "images-1"})
     spool.save_position(Position(spool.size(), uri, {"stage/images-0": ("run", 0), "trial/3": ("run", 0)}))
@@ -62,18 +62,18 @@ def test_stages_that_were_applied_or_that_wait_are_known_and_those_of_another_tr
 
 
 class _Scheduler:
-    """A scheduler that tells of what it published, unless the broker that knew of it has died."""
+    """A scheduler that reports what it published, except before a restart of its broker, which loses events."""
 
-    def __init__(self, told: list[str]) -> None:
-        self.told = told
+    def __init__(self) -> None:
+        self.reported: list[str] = []
 
     def status(self) -> dict[str, Any]:
         return {"name": "ours"}
 
     def events(self, since: int) -> list[dict[str, Any]]:
-        told = [{"n": 1, "event": "published", "key": "images-before"}]
-        told += [{"n": n, "event": "published", "key": key} for n, key in enumerate(self.told, 2)]
-        return [event for event in told if event["n"] > since]
+        keys = ["images-before", *self.reported]
+        events = [{"n": n, "event": "published", "key": key} for n, key in enumerate(keys, 1)]
+        return [event for event in events if event["n"] > since]
 
 
 def test_on_a_shared_store_a_follower_counts_only_what_its_own_scheduler_has_published(tmp_path: Path) -> None:
@@ -81,14 +81,14 @@ def test_on_a_shared_store_a_follower_counts_only_what_its_own_scheduler_has_pub
     by = {"before": "ours-0", "seen": "ours-1", "missed": "ours-2", "theirs": "oursel-1", "here": "4711-18c"}
     for name, attempt in by.items():
         publish(store, f"images-{name}", BEGAN, attempt)
-    scheduler: Any = _Scheduler([])
+    scheduler: Any = _Scheduler()
     follower = EventFollower(scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
-    scheduler.told = ["images-seen"]
+    scheduler.reported = ["images-seen"]
     follower.close([f"images-{name}" for name in ("seen", "missed", "theirs", "here", "absent")])
     assert follower.published == {"images-seen", "images-missed"}
 
 
-def test_what_another_search_publishes_on_the_store_meanwhile_is_not_computed_by_this_one(
+def test_what_another_search_publishes_on_the_store_meanwhile_does_not_count_as_computed_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space, store = toy_space(tmp_path), FileStore(tmp_path / "store")
@@ -133,9 +133,9 @@ def test_stages_that_a_killed_session_computed_and_did_not_log_are_found_at_ever
         assert again.next() == "done"
         assert again.untracked() == stages
         assert not again.demanded
-        told = study.trials()[0].artifacts  # by a session that computed the rest and was killed, too
-        cast(Any, again.tracker).has_stage = told.__contains__
-        assert again.untracked() == stages - told
-        assert stages - told
+        logged = study.trials()[0].artifacts  # by a session that computed the rest and was killed as well
+        cast(Any, again.tracker).has_stage = logged.__contains__
+        assert again.untracked() == stages - logged
+        assert stages - logged
         cast(Any, again.tracker).has_stage = lambda key: True
         assert again.untracked() == set()

@@ -14,7 +14,7 @@ from ktray.errors import StoppedEarly, UserError
 from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.runs.draw_costs import DrawCosts
-from ktray.runs.trial_logger import TrialLogger
+from ktray.runs.study_logger import TrialLogger
 from ktray.search import halving
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
@@ -154,13 +154,13 @@ class TrialCoordinator:
             for trial in self.study.trials(self._drawn):
                 self._drawn += 1
                 if trial.state != "running":  # the study has settled it on its own
-                    self.trial_logger.refused(trial)
+                    self.trial_logger.log_unrun_draw(trial)
 
     def _segment(self, trial: Trial, epoch: int, final: bool) -> TrialSegment:
         graph = self.graph(trial, epoch, None if final else [self._evaluation_of(epoch)])
         if epoch == 0:
             graph = graph.up_to(self._evaluation_of(epoch))
-        self.trial_logger.begin(trial, graph.keys)
+        self.trial_logger.begin_trial(trial, graph.keys)
         return TrialSegment(trial, epoch, final, graph)
 
     def graph(self, trial: Trial, epoch: int | None = None, evaluations: list[str] | None = None) -> Graph:
@@ -233,7 +233,7 @@ class TrialCoordinator:
         added = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
         marginal = segment.trial.cost.get("marginal_seconds", 0.0) + added
         metrics = pair_metrics.metrics(segment.graph, artifacts)
-        self.trial_logger.reused(segment.trial, segment.graph.metric_prefixes(), set(computed))
+        self.trial_logger.note_reused_stages(segment.trial, segment.graph.metric_prefixes(), set(computed))
         self.tracker.log_curve(segment.trial.number, _student_curve(segment.graph, artifacts))
         if segment.final:
             self._finish(segment, {**metrics, "cost/marginal_seconds": marginal})
@@ -248,7 +248,7 @@ class TrialCoordinator:
         where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"
         self._show_end(trial, f"{name} {metrics[name]:.4f} {where}")
         self.tracker.log_metrics(trial.number, {name: metrics[name]}, segment.epoch)
-        self.trial_logger.ended(trial, segment.graph.keys, {})
+        self.trial_logger.end_trial(trial, segment.graph.keys, {})
 
     def _finish(self, segment: TrialSegment, metrics: dict[str, float]) -> None:
         number = segment.trial.number
@@ -256,7 +256,7 @@ class TrialCoordinator:
         cost = {"seconds": metrics["cost/seconds"], "marginal_seconds": metrics["cost/marginal_seconds"]}
         trial = self.study.finish(number, metrics, objectives, dict(segment.graph.keys), cost)
         self._show_end(trial, " ".join(f"{name} {value:.4f}" for name, value in objectives.items()))
-        self.trial_logger.judged(trial, segment.graph.keys, metrics, segment.epoch)
+        self.trial_logger.complete_trial(trial, segment.graph.keys, metrics, segment.epoch)
 
     def _show_end(self, trial: Trial, text: str) -> None:
         """Show the end of a segment whose stages are all published; a score that is not finite has failed its trial."""
@@ -271,7 +271,7 @@ class TrialCoordinator:
         self._record_cost(segment)
         trial = self.study.fail(segment.trial.number, cause, stage)
         self.show("failed", trial, f"needs {stage}, too" if stage in self._failed else cause)
-        self.trial_logger.ended(trial, segment.graph.keys, {})
+        self.trial_logger.end_trial(trial, segment.graph.keys, {})
         if stage:
             self._failed[stage] = cause
         return trial
@@ -285,13 +285,13 @@ class TrialCoordinator:
         """The study has met its target: paused trials become pruned. The study stays open for what is still to compute."""
         for trial in self.study.prune():
             self.show("pruned", trial, trial.cause or "")
-            self.trial_logger.ended(trial, trial.keys, {})
+            self.trial_logger.end_trial(trial, trial.keys, {})
 
     def leave(self) -> None:
         """The search ends before its target: running trials are logged as interrupted and go on in another session."""
         for trial in self.study.trials():
             if trial.state == "running":
-                self.trial_logger.ended(trial, trial.keys, {})
+                self.trial_logger.end_trial(trial, trial.keys, {})
 
 
 def _up_to_features(graph: Graph) -> list[Stage]:

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from ktray.errors import StoppedEarly
-from ktray.runs.stage_logger import track_stage
+from ktray.runs.study_logger import log_stage
 from ktray.scheduler.client import SchedulerClient
 from ktray.stores import Store
 from ktray.tracking import Tracker
@@ -39,13 +39,13 @@ class EventFollower:
         self.published: set[str] = set()
         self._name = str(scheduler.status()["name"])
         past = scheduler.events(0)
-        self._last = past[-1]["n"] if past else 0
-        self._over = threading.Event()
+        self._last_event = past[-1]["n"] if past else 0
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
     def _follow(self) -> None:
-        while not self._over.wait(POLL_SECONDS):
+        while not self._closing.wait(POLL_SECONDS):
             try:
                 with suppress(ray.exceptions.RayError):  # a call that failed: the next second tries again
                     self._read()
@@ -53,18 +53,18 @@ class EventFollower:
                 return  # the scheduler has ended; the search itself reports why
 
     def _read(self) -> None:
-        events = self.scheduler.events(self._last)
+        events = self.scheduler.events(self._last_event)
         for event in events:
-            self._last = max(self._last, event["n"])
+            self._last_event = max(self._last_event, event["n"])
             if event["event"] == "published":
-                self._track(event["key"])
+                self._log_published(event["key"])
         self.show(events, self.scheduler.status())
 
-    def _track(self, key: str) -> None:
+    def _log_published(self, key: str) -> None:
         artifact = self.store.find(key) if key not in self.published else None
         if artifact is not None:
             self.published.add(key)
-            track_stage(self.tracker, artifact)
+            log_stage(self.tracker, artifact)
 
     def close(self, new: Iterable[str]) -> None:
         """Read the last events, then stop.
@@ -73,11 +73,11 @@ class EventFollower:
             new: keys that may have been published meanwhile. The events of a broker that died are lost, so those of them that
                 are in the store with an attempt of this scheduler are logged as well.
         """
-        self._over.set()
+        self._closing.set()
         self._thread.join(timeout=10)
         with suppress(StoppedEarly, ray.exceptions.RayError):
             self._read()
         for key in new:
             artifact = self.store.find(key)
             if artifact is not None and artifact.record["attempt"].startswith(f"{self._name}-"):
-                self._track(key)
+                self._log_published(key)

@@ -23,7 +23,7 @@ from ktray.runs.display import Display, open_display
 from ktray.runs.interruption import Interruption, cancelling_waits, restore_signal_handlers
 from ktray.runs.plan import check_space
 from ktray.runs.settings import Settings, require_positive
-from ktray.runs.stage_logger import track_missed
+from ktray.runs.study_logger import log_missed_stages
 from ktray.runs.study_status import warn_if_stuck, write_status
 from ktray.search.journal import folder
 from ktray.search.space import Space
@@ -208,7 +208,7 @@ def search_study(
         refuse_changed_data(space, study.trials(), coordinator.identity, study_folder)
         keys_before, done = set(store.keys()), False
         tracker.start()
-        coordinator.trial_logger.open()
+        coordinator.trial_logger.describe_study()
         display.begin(study)
         try:
             outcome.stopped = _run_trials(coordinator, scheduler)
@@ -250,9 +250,9 @@ def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: 
         coordinator.leave()
     scheduler.stop(coordinator.demanded - keys_before)
     began = min((trial.started for trial in coordinator.study.trials() if trial.started is not None), default=float("inf"))
-    track_missed(coordinator.tracker, coordinator.store, sorted(coordinator.demanded | coordinator.untracked()), began)
+    log_missed_stages(coordinator.tracker, coordinator.store, sorted(coordinator.demanded | coordinator.untracked()), began)
     stopped = _close(coordinator.study)
-    coordinator.trial_logger.summary(coordinator.study.trials(), reference_lines.read(scheduler.study_folder))
+    coordinator.trial_logger.log_summary(coordinator.study.trials(), reference_lines.read(scheduler.study_folder))
     coordinator.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
     return stopped
 
