@@ -1,4 +1,4 @@
-"""Toy studies for the report: a page that can be read back, a pair, trials, and artifacts with the files of their stages."""
+"""Toy studies for the report: a page parser, a pair, trials, and artifacts with the files of their stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MARKUP = "<script>alert(1)</script>"
 
 
 class Page(HTMLParser):
-    """Text per section id, rows per section, and every tag with its attributes."""
+    """A parsed page: text and table rows per section id, and every tag with its attributes."""
 
     VOID = frozenset({"meta", "img", "wbr"})
 

@@ -1,4 +1,4 @@
-"""The report says what the artifacts and trials say, gives nothing away, and lets no markup through."""
+"""The report agrees with trials and artifacts, reveals no path and no machine, and escapes markup."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_the_headline_compares_the_best_trial_with_both_references(store: FileSt
     assert "One standard error of a share of 1,000 images is 0.0155." in text  # sqrt(0.6 * 0.4 / 1000)
 
 
-def test_trials_that_are_level_with_the_best_are_named(store: FileStore) -> None:
+def test_trials_that_tie_with_the_best_are_named(store: FileStore) -> None:
     text = page_of([trial(0, 0.6), trial(1, 0.6), trial(2, 0.5), trial(3, 0.6)], store).text("headline")
     assert "(trial 0; level with it: 1 and 3)" in text
 
 
-def test_trials_that_are_level_are_told_apart_by_the_second_objective(store: FileStore) -> None:
+def test_ties_are_broken_by_the_second_objective(store: FileStore) -> None:
     trials = [trial(0, 0.6, 90.0), trial(1, 0.6, 50.0), trial(2, 0.6, 70.0)]
     page = page_of(trials, store, references={})
     assert "(trial 1; level with it: 2 and 0)" in page.text("headline")
@@ -77,20 +77,20 @@ def test_a_study_without_labels_says_so(store: FileStore, labels_used: dict[str,
     assert "supervised" not in text
 
 
-def test_a_pair_that_learned_from_labels_is_not_said_to_have_learned_without(store: FileStore) -> None:
+def test_a_pair_trained_with_labels_is_not_said_to_be_trained_without(store: FileStore) -> None:
     text = page_of([trial(0, 0.4, pair=pair(transfer={"kind": "labels"}, teacher=None))], store).text("headline")
     assert "Trained with the labels of its training images, selected with 1,000 labels of val." in text
     assert "without labels" not in text
 
 
-def test_a_teacher_from_a_file_is_not_vouched_for(store: FileStore) -> None:
+def test_the_training_of_a_teacher_from_a_file_is_said_to_be_unknown(store: FileStore) -> None:
     loaded = {"checkpoint": f"{HOME}/dino.pt", "backbone": {"kind": "resnet", "depth": 50}, "layer": "layer4"}
     text = page_of([trial(0, 0.4, pair=pair(teacher=loaded))], store).text("headline")
     assert "dino-resnet50/layer4 k=5 → resnet18" in text
     assert "what they were trained with is not known here" in text
 
 
-def test_references_stand_in_the_leaderboard_where_their_value_belongs(store: FileStore) -> None:
+def test_references_are_in_the_leaderboard_at_their_rank(store: FileStore) -> None:
     page = page_of([trial(0, 0.2), trial(1, 0.6, state="pruned"), trial(2, 0.5)], store)
     head, *rows = page.rows["leaderboard"]
     assert head == ["trial", "teacher", "transfer", "student", "linear_probe/top1", "cost/seconds", "cost/marginal_seconds"]
@@ -126,7 +126,7 @@ def test_teachers_and_students_show_the_best_value_of_each_cell(store: FileStore
     assert [int(heat) for heat in re.findall(r"--heat: (\d+)%", html)] == [100, 67, 0]
 
 
-def test_the_pareto_front_is_what_nothing_beats_in_both_objectives(store: FileStore) -> None:
+def test_the_pareto_front_has_the_trials_that_no_other_beats_in_both_objectives(store: FileStore) -> None:
     trials = [trial(0, 0.6, 100), trial(1, 0.5, 50), trial(2, 0.5, 80), trial(3, 0.4, 60), trial(4, 0.1, 20)]
     page = page_of(trials, store)
     assert "5 completed trials; the Pareto front, marked and joined, has 3 trials" in page.text("objectives")
@@ -190,7 +190,7 @@ def _picture(page: Page) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
 
 
-def test_reuse_counts_each_artifact_once_and_each_demand(store: FileStore) -> None:
+def test_reuse_counts_each_artifact_once_and_each_of_its_uses(store: FileStore) -> None:
     shared_prefix(store)
     trials = [
         trial(0, 0.4, keys=keys_of_student(1)),
@@ -205,7 +205,7 @@ def test_reuse_counts_each_artifact_once_and_each_demand(store: FileStore) -> No
     assert rows[-1] == ["all stages", "9", "14", "1 min 48 s", "2 min 50 s", "1.6 ×"]
 
 
-def test_two_students_from_one_snapshot_pay_for_it_once(store: FileStore) -> None:
+def test_a_snapshot_that_two_students_continue_is_spent_once(store: FileStore) -> None:
     shared_prefix(store)
     inputs, early = {"pseudo_labels": key("pseudo_labels", 1)}, key("student", 10)
     publish(store, "student", 3, 15.0, inputs=inputs, seconds_alone=20.0, started_from=early)
@@ -214,7 +214,7 @@ def test_two_students_from_one_snapshot_pay_for_it_once(store: FileStore) -> Non
     assert ["student", "2", "2", "35.0 s", "40.0 s", "1.1 ×"] in rows
 
 
-def test_a_cause_is_named_once_with_the_number_of_its_trials(store: FileStore) -> None:
+def test_a_cause_of_failure_is_listed_once_with_its_trials(store: FileStore) -> None:
     cause = "clusters-{} failed: ValueError: 12 features are NaN"
     failed = [trial(n, 0.0, state="failed", cause=cause.format(f"{n:012x}"), objectives={}, metrics={}) for n in (3, 5)]
     other = trial(4, 0.0, state="failed", cause=None, objectives={}, metrics={})
@@ -223,7 +223,7 @@ def test_a_cause_is_named_once_with_the_number_of_its_trials(store: FileStore) -
     assert "1 trial (4): no cause was recorded" in text
 
 
-def test_a_study_without_a_completed_trial_has_a_report_all_the_same(store: FileStore) -> None:
+def test_a_study_without_a_completed_trial_still_has_a_report(store: FileStore) -> None:
     trials = [trial(0, 0.4, state="paused", objectives={}), trial(1, 0.0, state="failed", cause="no", objectives={})]
     page = page_of(trials, store)
     assert page.sections() == ["headline", "failures"]
@@ -231,7 +231,7 @@ def test_a_study_without_a_completed_trial_has_a_report_all_the_same(store: File
     assert page_of([], store).sections() == ["headline"]
 
 
-def test_artifacts_that_the_store_lost_are_left_out(store: FileStore) -> None:
+def test_artifacts_missing_from_the_store_are_left_out(store: FileStore) -> None:
     page = page_of([trial(0, 0.4, keys=keys_of_student(1)), trial(1, float("nan"))], store)
     assert page.sections() == ["headline", "leaderboard", "reproduce"]
     assert page.rows["leaderboard"][-1][4] == "–"
@@ -263,7 +263,7 @@ def test_the_spec_of_the_best_pair_can_be_read_back(store: FileStore) -> None:
     assert [key("teacher", 1), "40.0 s", "3.0 GiB", "2", "2026-11-23"] in page.rows["reproduce"]
 
 
-def test_no_markup_of_the_user_reaches_the_page(store: FileStore) -> None:
+def test_markup_of_the_user_is_escaped(store: FileStore) -> None:
     named = pair(backbone="resnet", transfer={"kind": f"my_lab.{MARKUP}", "k": 3})
     named["student"] = named["student"] | {"backbone": {"kind": MARKUP}}
     trials = [
@@ -302,13 +302,13 @@ def test_no_path_and_no_machine_is_named(store: FileStore, monkeypatch: pytest.M
     assert "a b.png" in html
 
 
-def test_what_is_no_path_stays() -> None:
+def test_text_that_is_no_path_is_unchanged() -> None:
     for text in ("knn/top1 and 1/2 of linear_probe/loss", "3 images / s", "a/b/c: ../x/y", "<b>bold</b>", "2026-11-23 07:00"):
         assert anonymised(text) == text
     assert cause_without_keys("features-0123456789ab failed: no") == "features failed: no"
 
 
-def test_text_on_the_deepest_colour_can_be_read_in_both_schemes() -> None:
+def test_text_has_enough_contrast_in_both_colour_schemes() -> None:
     style = (Path(__file__).parents[1] / "ktray" / "report" / "style.css").read_text()
     light, dark = style.split("@media screen and (prefers-color-scheme: dark)")[:2]
     for scheme in (light, dark.split("\n* ")[0]):
@@ -342,6 +342,6 @@ def test_durations_are_readable() -> None:
     assert texts == ["0.42 s", "12.3 s", "59.9 s", "1 min 05 s", "1 h 00 min", "3 h 12 min", "2 d 05 h"]
 
 
-def test_equal_trials_make_a_plot_too(store: FileStore) -> None:
+def test_trials_with_equal_values_can_be_plotted(store: FileStore) -> None:
     trials = [replace(trial(0, 0.4), number=number, scores={1: 0.4}) for number in range(10)]
     assert "curves" in page_of(trials, store).sections()

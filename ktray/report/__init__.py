@@ -2,7 +2,7 @@
 
 Start here: `render` fills ``page.html``, and `_content` names the function behind each section: `headline.py`, `tables.py`,
 `figures.py` (drawn by `svg_plots.py`), `best_pair.py` and `stage_reuse.py`. They return plain data and write values with
-`formatting.py`. The room imports `search` (trials and their ranking) and what is below it.
+`formatting.py`. The subpackage imports `search` (trials and their ranking) and what is below it.
 """
 
 from __future__ import annotations

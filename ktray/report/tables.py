@@ -27,18 +27,21 @@ def leaderboard(
     if not completed:
         return None
     shown = completed[:LEADERBOARD_ROWS]
-    apart = distinguishing_params(shown)
-    rows = [(value_of(trial, metric), _trial_row(trial, objectives, [apart[trial.number]] if apart else [])) for trial in shown]
+    differences = distinguishing_params(shown)
+    rows = []
+    for trial in shown:
+        extra = [differences[trial.number]] if differences else []
+        rows.append((value_of(trial, metric), _trial_row(trial, objectives, extra)))
     loss = loss_of(mode)
     for name, reference in references.items():
         value = reference["metrics"].get(metric)
         better = [index for index, (other, _) in enumerate(rows) if value is None or other is None or loss(other) > loss(value)]
         place = len(rows) if value is None or not better else better[0]
         rows.insert(place, (value, _reference_row(name, reference["metrics"], objectives)))
-    words = ["teacher", "transfer", "student", *(["differs in"] if apart else [])]
+    text_columns = ["teacher", "transfer", "student", *(["differs in"] if differences else [])]
     return {
-        "head": [*words, *(name for name, _ in objectives), *_cost_columns(objectives)],
-        "words": len(words),
+        "head": [*text_columns, *(name for name, _ in objectives), *_cost_columns(objectives)],
+        "words": len(text_columns),
         "rows": [row for _, row in rows],
         "more": max(0, len(completed) - LEADERBOARD_ROWS),
     }

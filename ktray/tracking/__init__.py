@@ -5,8 +5,8 @@ returns. One thread (`writer.py`) applies the events to MLflow (`mlflow_runs.py`
 slow, down or full costs no trial, and what it missed is written once it is back, by a later session if need be. Events are
 idempotent: after a kill -9 some are applied twice, which changes nothing.
 
-Besides: `model_registry.py` registers exported students, `ui_server.py` serves MLflow's pages. The room imports nothing of the
-package but `errors`, `fingerprint` and `stores.locks`, and nothing else in the package imports MLflow.
+Besides: `model_registry.py` registers exported students, `ui_server.py` serves MLflow's pages. Of the package, this subpackage
+imports only `errors`, `fingerprint` and `stores.locks`, and nothing else in the package imports MLflow.
 """
 
 from ktray.tracking.connection import default_uri
