@@ -14,7 +14,7 @@ else:
 
     del search
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _API = ("SearchResult", "load_student", "run", "search")
 
 

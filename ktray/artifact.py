@@ -69,9 +69,14 @@ def identity_parts(
 
 def identity_text(record: Mapping[str, Any]) -> str | None:
     """The canonical JSON whose sha256 begins with the key of the artifact of this record; None for a key of an older format."""
-    if record.get("key_format") != KEY_FORMAT:
+    if outdated(record):
         return None
     return canonical(identity_parts(record["stage"], record["revisions"], record["spec"], record["inputs"]))
+
+
+def outdated(record: Mapping[str, Any]) -> bool:
+    """Whether an artifact was made by an earlier version, under a key that nobody asks for any more."""
+    return bool(record.get("key_format") != KEY_FORMAT)
 
 
 def numbered(name: str, place: int) -> str:

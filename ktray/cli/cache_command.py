@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from ktray.cli.arguments import print_result, settings_of
+
+if TYPE_CHECKING:
+    from ktray.artifact import Artifact
 
 HELP = "list, verify or prune artifacts"
 
@@ -25,26 +30,41 @@ def _list(args: argparse.Namespace) -> int:
     from ktray.runs.cache import artifacts, size_of
 
     store = settings_of(args).open_store()
+    listed = artifacts(store)
     rows = [
         {"key": found.key, "stage": found.record["stage"], "bytes": size_of(found), "seconds": found.record["seconds"]}
-        for found in artifacts(store)
+        for found in listed
     ]
     text = table(["key", "MB", "seconds"], [[r["key"], f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}"] for r in rows])
     total = sum(row["bytes"] for row in rows) / 1e6
-    print_result(args, rows, f"{text}\n{len(rows)} artifacts, {total:.1f} MB in {store.url}")
+    print_result(args, rows, f"{text}\n{len(rows)} artifacts, {total:.1f} MB in {store.url}{_outdated_note(listed)}")
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
-    from ktray.runs.cache import verify
+def _outdated_note(listed: Iterable[Artifact]) -> str:
+    """A line about artifacts of an older key format; empty if there are none."""
+    from ktray.artifact import outdated
 
-    found = verify(settings_of(args).open_store())
+    count = sum(outdated(found.record) for found in listed)
+    if not count:
+        return ""
+    return (
+        f"\n{count} artifacts were made by an earlier version (keys changed in 0.2) and are not used any more; "
+        "ktray cache prune removes those that no study names"
+    )
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ktray.runs.cache import artifacts, verify
+
+    store = settings_of(args).open_store()
+    found = verify(store)
     lines = [
         f"{key}: {problem}; {'moved aside, to be computed again' if key in found.moved_aside else found.left_because}"
         for key, problem in found.damaged.items()
     ]
     answer = {"damaged": found.damaged, "moved_aside": found.moved_aside}
-    print_result(args, answer, "\n".join([*lines, f"{len(found.damaged)} damaged artifacts"]))
+    print_result(args, answer, "\n".join([*lines, f"{len(found.damaged)} damaged artifacts{_outdated_note(artifacts(store))}"]))
     return 0
 
 

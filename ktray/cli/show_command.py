@@ -74,11 +74,14 @@ def _described(module: ModuleType) -> dict[str, str]:
 def _artifact(args: argparse.Namespace, key: str, settings: Settings) -> int:
     import yaml
 
+    from ktray.artifact import identity_text
+
     store = settings.open_store()
     found = store.find(key)
     answer: dict[str, Any] = {"key": key}
     if found:
         answer |= {"state": "done", "directory": str(found.directory), **found.record}
+        answer["identity"] = identity_text(found.record) or "made by an earlier version, whose keys are not used any more"
         answer |= {f"lineage of {key}": text for key, text in _ancestors(found, store).items()}
     failure = store.failure(key)
     if failure:
