@@ -20,7 +20,6 @@ from ktray.pipeline.naming import lineage, pair_name
 from ktray.pipeline.pair_check import check_pair, data_loader
 from ktray.pipeline.pair_graph import build, generations
 from ktray.runs.coordinator import TrialCoordinator
-from ktray.runs.draw_costs import of_student
 from ktray.runs.simulation import VirtualClock, _NoTracker, _VirtualStore, simulate
 from ktray.search.space import Space, pair_of
 from ktray.search.space_check import checked
@@ -159,9 +158,9 @@ def test_milestones_of_an_early_generation_cut_its_own_trainings() -> None:
 
 def test_of_a_chain_only_the_last_student_and_what_judges_it_are_charged_to_students() -> None:
     cut = build(toy_pair(**second()), identity, milestones={"student": [1], "pair.student": [1]})
-    late = sorted(stage.name for stage in cut.stages if stage.key in of_student(cut))
+    late = sorted(stage.name for stage in cut.stages if stage.key in cut.student_keys())
     assert late == ["evaluation", "student", "student"]
-    assert not of_student(cut) & set(stages(toy_pair(**FIRST)))
+    assert not cut.student_keys() & set(stages(toy_pair(**FIRST)))
 
 
 # --- in a space

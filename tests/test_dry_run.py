@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ktray.artifact import Stage
-from ktray.cost_model.forecast import FullSizeStages
+from ktray.cost_model.dry_run_forecast import FullSizeStages
 from ktray.errors import StageFailed
 from ktray.images import open_split, write, write_sample
 from ktray.pipeline import pair_graph
@@ -28,7 +28,7 @@ from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
 from ktray.spec import PairSpec
 from ktray.stores.file import FileStore
 from tests.searches import Home, toy_space
-from tests.test_forecast import publish
+from tests.test_dry_run_forecast import publish
 from tests.toys import HOG, ROTATION, STUDENT, toy_pair
 
 SPACES = [

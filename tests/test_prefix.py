@@ -10,7 +10,6 @@ import pytest
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.pipeline.pair_graph import Graph, build
-from ktray.runs.draw_costs import of_student
 from ktray.search import space as spaces
 from ktray.search import space_tree
 from ktray.search.sampler import Sampler
@@ -60,7 +59,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {  # two values of each field of each
 
 def prefix_keys(graph: Graph) -> set[str]:
     """Keys of all stages but the student's and those that read it."""
-    return {stage.key for stage in graph.stages} - of_student(graph)
+    return {stage.key for stage in graph.stages} - graph.student_keys()
 
 
 def changing(space: Space) -> tuple[set[str], set[str]]:

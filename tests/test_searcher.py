@@ -85,7 +85,7 @@ def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp
     study = searcher.coordinator.study
     study._elapsed._began -= 40
     _Tick(searcher).on_step_end(1, [])
-    assert 40 <= read(tmp_path, "toy").spent < 60
+    assert 40 <= read(tmp_path, "toy").elapsed < 60
 
 
 def _rotation(epochs: Any) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from ktray.pipeline.pair_graph import Graph
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.draw_costs import DrawCosts
 from ktray.runs.simulation import _NoTracker, _VirtualStore
-from ktray.scheduler.lengths import StageLengths
 from ktray.scheduler.requests import RequestTable
 from ktray.search.budget import Spending
 from ktray.search.study import Study
@@ -140,14 +139,12 @@ def record(name: str, seconds: float, **spec: Any) -> Artifact:
     return Artifact(f"{name}-{fingerprint([name, seconds])[:12]}", Path(), {}, {"seconds_alone": seconds, "spec": spec})
 
 
-def test_lengths_are_means_of_what_was_recorded_per_epoch_for_trainings() -> None:
-    lengths = StageLengths()
-    assert lengths(stage("clusters")) == 1.0
-    for artifact in (record("clusters", 4.0), record("clusters", 8.0), record("teacher", 30.0, epoch=10)):
-        lengths.note(artifact)
-        lengths.note(artifact)
-    assert lengths(stage("clusters")) == 6.0
-    assert lengths(Stage("teacher", {"epoch": 40}, {})) == 120.0
+def test_a_path_is_as_long_as_the_cost_model_expects_of_its_stages() -> None:
+    costs = CostModel({each.key: each.record for each in (record("clusters", 6.0), record("teacher", 30.0, epoch=10))})
+    queue = RequestTable(lambda key: None, set(), [], costs.seconds)
+    teacher = Stage("teacher", {"epoch": 40}, {})
+    ask(queue, "a", teacher, stage("clusters", teacher))
+    assert queue.pending[teacher.key].path_seconds == pytest.approx(120 + 6, rel=0.02)
 
 
 # ---- what a search will need for certain
@@ -199,8 +196,8 @@ def test_what_was_made_ahead_is_charged_to_the_first_trial_that_needs_it_and_wha
     store: Any = _VirtualStore()
     there, ahead, other = stage("images"), stage("features"), stage("clusters")
     store.found[there.key] = record("images", 1.0)
-    prices = DrawCosts(CostModel(), store, Spending())
-    prices.order_ahead([there.key, ahead.key])
+    costs = DrawCosts(CostModel(), store, Spending())
+    costs.prefetch([there.key, ahead.key])
     store.found |= {each.key: record(each.name, 2.0) for each in (ahead, other)}
-    charged = prices.charges(Graph((there, ahead, other), {}))
+    charged = costs.expected_costs(Graph((there, ahead, other), {}))
     assert {key for part in charged.values() for key in part} == {ahead.key}

@@ -1,5 +1,6 @@
-"""The one model of how long stages run, learned from the records of finished ones.
+"""The one model of how long stages run, learned from the records of finished stages.
 
 Placement, the sampler, `ktray plan`, the ETA and the forecast of a dry run all ask it. May import the root's words, `stores/`
-and `pipeline/`. Start with `stage_costs.py`.
+and `pipeline/`; `stage_costs.py`, which the broker imports, needs neither torch nor, before its first record, numpy. Start
+with `CostModel` in `stage_costs.py`.
 """

@@ -65,6 +65,18 @@ class Graph:
         named = {name: own for name, own in self.keys.items() if isinstance(own, str) and own in kept}
         return Graph(tuple(s for s in self.stages if s.key in kept), {**named, "evaluation": {evaluation: key}})
 
+    def student_keys(self) -> set[str]:
+        """Keys of the student, of its earlier snapshots in this graph, and of all that reads any of these.
+
+        All other stages come before the student, those of a student that teaches included. What a search spends is split here.
+        """
+        student = next((stage for stage in self.stages if stage.key == self.keys.get("student")), None)
+        found = {student.key, *student.starts} & {stage.key for stage in self.stages} if student else set()
+        for stage in self.stages:
+            if not found.isdisjoint(stage.inputs.values()):
+                found.add(stage.key)
+        return found
+
     def metric_prefixes(self) -> dict[str, str]:
         """Key -> prefix of its metrics in the pair: the stage's name, or the evaluation's."""
         prefixes = {key: stage for stage, key in self.keys.items() if isinstance(key, str)}

@@ -72,7 +72,7 @@ class TrialCoordinator:
     ) -> None:
         self.space, self.study, self.store, self.identity = space, study, store, identity
         self.draw_costs = DrawCosts(costs or CostModel(), store, study.spending)
-        study.set_cost_estimate(self.draw_costs.quote(self._first_graph))
+        study.set_cost_estimate(self.draw_costs.estimator(self._first_graph))
         self.trial_logger, self.tracker, self.show = TrialLogger(tracker, space), tracker, show
         self.demanded: set[str] = set()
         self._failed: dict[str, str] = {}
@@ -108,7 +108,7 @@ class TrialCoordinator:
                 graph = self._without_bypassed(self._graph(pair, str(params.get("teacher", ""))))
                 found |= {stage.key: stage for stage in self._first_stages(pair, graph)}
         self.demanded |= found.keys()
-        self.draw_costs.order_ahead(found)
+        self.draw_costs.prefetch(found)
         return list(found.values())
 
     def _first_stages(self, pair: PairSpec, graph: Graph) -> Iterable[Stage]:
@@ -134,7 +134,7 @@ class TrialCoordinator:
                     raise too_many_failures(failed_in_a_row)
                 continue
             if pair_metrics.finished(segment.graph, self.store) is None:
-                self.study.attribute_costs(segment.trial.number, self.draw_costs.charges(segment.graph))
+                self.study.attribute_costs(segment.trial.number, self.draw_costs.expected_costs(segment.graph))
                 return segment
             self.settle(segment, computed=[])
             failed_in_a_row.clear()
@@ -209,7 +209,7 @@ class TrialCoordinator:
         Another study with other rungs may have trained to that snapshot in one go, without publishing them.
         """
         needed = {key for stage in graph.stages for key in stage.inputs.values()} | set(graph.metric_prefixes())
-        intermediate = {stage.key for stage in graph.stages if not self.draw_costs.is_ordered(stage.key)} - needed
+        intermediate = {stage.key for stage in graph.stages if not self.draw_costs.is_prefetched(stage.key)} - needed
         later = [stage for stage in graph.stages if not intermediate.isdisjoint(stage.starts)]
         bypassed = intermediate & {start for stage in later if self.draw_costs.is_made(stage.key) for start in stage.starts}
         return Graph(tuple(stage for stage in graph.stages if stage.key not in bypassed), graph.keys)
@@ -279,7 +279,7 @@ class TrialCoordinator:
     def _record_cost(self, segment: TrialSegment) -> None:
         """Replace the expected cost of the trial's stages by the recorded one, before the study learns of its result."""
         charged = {key for stages in self.study.attributed_costs(segment.trial.number).values() for key in stages}
-        self.study.record_costs(segment.trial.number, self.draw_costs.paid(segment.graph, sorted(charged)))
+        self.study.record_costs(segment.trial.number, self.draw_costs.recorded_seconds(sorted(charged)))
 
     def prune(self) -> None:
         """The study has met its target: paused trials become pruned. The study stays open for what is still to compute."""

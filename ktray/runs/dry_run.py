@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ktray.artifact import Artifact, Stage
-from ktray.cost_model.forecast import Forecast, FullSizeStages, forecast
+from ktray.cost_model.dry_run_forecast import Forecast, FullSizeStages, forecast
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently
 from ktray.runs.preflight import preflight

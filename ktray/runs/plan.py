@@ -11,7 +11,7 @@ from ktray.errors import UserError
 from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
-    from ktray.cost_model.forecast import FullSizeStages
+    from ktray.cost_model.dry_run_forecast import FullSizeStages
     from ktray.pipeline.pair_check import Load
     from ktray.pipeline.pair_graph import Graph
     from ktray.search.sharing import SharedStages
@@ -105,7 +105,7 @@ def dry_run_plan(plan: Plan, load: Load, address: str | None, settings: Settings
 
 def _full_size_stages(plan: Plan, load: Load, identity: Any) -> FullSizeStages:
     """The stages of the plan's pairs at full size, and how many images their data sets have."""
-    from ktray.cost_model.forecast import FullSizeStages
+    from ktray.cost_model.dry_run_forecast import FullSizeStages
     from ktray.images import parts
     from ktray.pipeline import pair_graph
     from ktray.stages.images_stage import stage_of
@@ -240,13 +240,13 @@ def _refuse_absent(graphs: Mapping[str, Graph], settings: Settings, source: Path
 
 def stages_and_estimate(graphs: Sequence[Graph], settings: Settings) -> dict[str, Any]:
     """Each stage of these graphs with its state, and what the missing ones would cost."""
-    from ktray.cost_model.stage_costs import CostModel, sample
+    from ktray.cost_model.stage_costs import CostModel, sample_records
 
     store = settings.open_store()
     stages = {stage.key: stage for graph in graphs for stage in graph.stages}
     shared = {key: sum(any(stage.key == key for stage in graph.stages) for graph in graphs) for key in stages}
     done = {key for key in stages if store.find(key)}
-    records = sample(store)
+    records = sample_records(store)
     cost = CostModel(records).estimate(stages.values(), made=done)
     seconds, low, high = (None if cost.unknown else round(value, 1) for value in (cost.seconds, cost.low, cost.high))
     rows = [

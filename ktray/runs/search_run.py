@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktray.cost_model.stage_costs import learned
+from ktray.cost_model.stage_costs import learn_from
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
@@ -240,7 +240,7 @@ def _limit_concurrent(space: Space, display: Display) -> Space:
 
 
 def _coordinator(study: Study, store: Store, settings: Settings, tracker: Tracker, display: Display) -> TrialCoordinator:
-    identity, costs = data_identity(settings.cache), learned(store)
+    identity, costs = data_identity(settings.cache), learn_from(store)
     return TrialCoordinator(study.space, study, store, identity, tracker, display.trial, costs)
 
 

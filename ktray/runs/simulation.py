@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
+from ktray.cost_model.stage_costs import CostModel
 from ktray.fingerprint import fingerprint
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.scheduler.core import SchedulerCore
@@ -147,9 +148,10 @@ class _Simulation:
         registry = WorkerRegistry(cluster.nodes(), stale_after=FOREVER)
         attempts = itertools.count()
         self.core = SchedulerCore(
-            self.store.find, lambda name: ResourceRequest(), registry, lambda: f"a{next(attempts)}", FOREVER, self._full_seconds
+            self._find, lambda name: ResourceRequest(), registry, lambda: f"a{next(attempts)}", FOREVER, self._expected_seconds
         )
         self.core.scaling.prestart(cluster.workers)
+        self.costs = CostModel()  # of the scheduler; the coordinator learns from its own, as in a real search
         self.running: dict[str, TrialSegment] = {}
         self.events: list[tuple[float, int, _Attempt | Worker]] = []  # heap of (time, tie-break, what happens)
         self.tie_breaks = itertools.count()
@@ -157,8 +159,14 @@ class _Simulation:
         self.checkpointed: dict[str, float] = {}
         self.timeline = Timeline()
 
-    def _full_seconds(self, stage: Stage) -> float:
-        return self.seconds(stage, int(stage.spec.get("epoch", 0)))
+    def _find(self, key: str) -> Artifact | None:
+        artifact = self.store.find(key)
+        if artifact is not None:
+            self.costs.add(key, artifact.record)
+        return artifact
+
+    def _expected_seconds(self, stage: Stage) -> float:
+        return self.costs.seconds(stage, self.core.requests.stages)
 
     def run(self) -> Timeline:
         self._draw()
@@ -257,12 +265,14 @@ class _Simulation:
         self.timeline.makespan = self.clock.now
         self.core.registry.workers[assignment.worker].polling = True
         for stage in stages:
+            metrics = self.metrics(stage)
             record = {
+                **{"key": stage.key, "stage": stage.name, "spec": stage.spec, "inputs": stage.inputs, "metrics": metrics},
                 "seconds": seconds / len(stages),
                 "seconds_alone": seconds + self.store.seconds_before(stage),
                 "epoch": stage.spec.get("epoch", 0),
             }
-            self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), self.metrics(stage), record)
+            self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), metrics, record)
             self.timeline.computed.append((self.clock.now, stage.key))
             self.core.attempt_succeeded(stage.key, assignment.attempt, True, seconds / len(stages), self.clock.now)
 

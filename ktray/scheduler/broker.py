@@ -15,9 +15,9 @@ from typing import Any
 import ray
 
 from ktray.artifact import Artifact, Stage
+from ktray.cost_model.stage_costs import CostModel
 from ktray.scheduler.core import SchedulerCore
 from ktray.scheduler.failure_kinds import OUT_OF_MEMORY, WORKER_DIED, LossKind
-from ktray.scheduler.lengths import StageLengths
 from ktray.scheduler.liveness import Process, ProcessLiveness
 from ktray.scheduler.messages import (
     AssignStage,
@@ -65,7 +65,7 @@ class Broker:
         runtime, now = config.runtime, time.time()
         stale_after = max(2.0, 4 * runtime.heartbeat_seconds)
         self._registry = WorkerRegistry(nodes(), runtime.cpus or float("inf"), stale_after)
-        self._lengths = StageLengths()
+        self._costs = CostModel()
         self._shares = GpuShares(runtime.request_of, lambda: any(node.gpus for node in self._registry.known_nodes()))
         self._core = SchedulerCore(
             self._find,
@@ -73,7 +73,7 @@ class Broker:
             self._registry,
             lambda: f"{config.name}-{uuid.uuid4().hex[:8]}",
             runtime.dead_after,
-            self._lengths,
+            self._expected_seconds,
         )
         self._polls: dict[str, asyncio.Future[Order]] = {}
         self._results: dict[str, asyncio.Future[RequestResult]] = {}
@@ -96,9 +96,12 @@ class Broker:
     def _find(self, key: str) -> Artifact | None:
         artifact = self._store.find(key)
         if artifact is not None:
-            self._lengths.note(artifact)
+            self._costs.add(key, artifact.record)
             self._shares.learn(artifact)
         return artifact
+
+    def _expected_seconds(self, stage: Stage) -> float:
+        return self._costs.seconds(stage, self._core.requests.stages)
 
     # ---- calls of drivers and trials
 

@@ -192,6 +192,7 @@ class RequestTable:
         open: name -> request that has no result yet.
         pending: key -> stage.
         reused: stage name -> how often a request found a stage in the store, or joined one on its way.
+        stages: key -> stage of all that is pending or was requested lately.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class RequestTable:
         self.queue = ReadyQueue()
         self._remembered = remembered
         self._prune_at = 2 * remembered
-        self._stages: dict[str, Stage] = {}
+        self.stages: dict[str, Stage] = {}
         self._families: dict[str, set[str]] = {}
         self._in_store = RecentKeys[str](remembered)
         self._prefetched = RecentKeys[str](remembered)
@@ -229,13 +230,13 @@ class RequestTable:
     def _remember(self, stages: Iterable[Stage]) -> None:
         """Remember stages by key; what nobody needs any more is forgotten, oldest first."""
         for stage in stages:
-            self._stages.pop(stage.key, None)  # so that it becomes the newest
-            self._stages[stage.key] = stage
-        if len(self._stages) > self._prune_at:
+            self.stages.pop(stage.key, None)  # so that it becomes the newest
+            self.stages[stage.key] = stage
+        if len(self.stages) > self._prune_at:
             needed = self.pending.keys() | {key for each in self.pending.values() for key in each.stage.inputs.values()}
-            needed |= set(list(self._stages)[-self._remembered :])
-            self._stages = {key: stage for key, stage in self._stages.items() if key in needed}
-            self._prune_at = 2 * max(self._remembered, len(self._stages))
+            needed |= set(list(self.stages)[-self._remembered :])
+            self.stages = {key: stage for key, stage in self.stages.items() if key in needed}
+            self._prune_at = 2 * max(self._remembered, len(self.stages))
 
     def _want(self, stage: Stage, request: Request, now: float) -> None:
         """Have `request` wait for this stage, and for what it reads, unless the store has it."""
@@ -252,8 +253,8 @@ class RequestTable:
             pending.owner = request.name
         absent = [key for key in stage.inputs.values() if key not in self.pending and not self.is_in_store(key)]
         for key in absent:
-            if key in self._stages:
-                self._want(self._stages[key], request, now)
+            if key in self.stages:
+                self._want(self.stages[key], request, now)
 
     def _link(self, pending: PendingStage, request: Request) -> None:
         if request.name not in pending.requests:
@@ -398,11 +399,11 @@ class RequestTable:
 
     def recompute_input(self, key: str, missing: str, now: float) -> bool:
         """Request an input of a pending stage that is not in the store after all; whether it is on its way now."""
-        if missing not in self._stages:
+        if missing not in self.stages:
             return False
         self._in_store.discard(missing)
         for request in [self.open[name] for name in self.pending[key].requests]:
-            self._want(self._stages[missing], request, now)
+            self._want(self.stages[missing], request, now)
         return missing in self.pending or self.is_in_store(missing)
 
     def drop_unrequested(self, key: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from ktray.artifact import Artifact, Stage
 from ktray.cli.plan_command import _dry_run_text
-from ktray.cost_model.forecast import Forecast, FullSizeStages, forecast
+from ktray.cost_model.dry_run_forecast import Forecast, FullSizeStages, forecast
 from ktray.pipeline import pair_graph
 from ktray.pipeline.dry_run_pair import dry_run_stages
 from ktray.runs.dry_run import _result
@@ -117,7 +117,7 @@ def test_of_a_large_store_only_as_many_records_are_read_as_are_learned_from(
     full = {stage.name: stage for stage in pair_graph.build(PAIR, identity).stages}
     for seed in range(100, 108):
         publish(real, Stage("teacher", {**full["teacher"].spec, "seed": seed}, {}, full["teacher"].inputs))
-    monkeypatch.setattr("ktray.cost_model.stage_costs.MOST", 3)
+    monkeypatch.setattr("ktray.cost_model.stage_costs.MOST_RECORDS", 3)
     store = Counting(real.root)
     forecast({}, FullSizeStages({}, {}, {}), FileStore(tmp_path / "small"), store)
     assert store.looked.total() == 3
