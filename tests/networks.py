@@ -13,9 +13,9 @@ BACKBONE = plugins.parse("backbone", {"kind": "alexnet", "width": 0.125})
 
 
 def model_of(task: Task) -> nn.ModuleDict:
-    """What `train.fit` trains of a task, ready for its first step."""
+    """What `loop.fit` trains of a task, ready for its first step."""
     torch.manual_seed(0)
-    backbone = loop.fresh(BACKBONE, 0)
+    backbone = loop.untrained_backbone(BACKBONE, 0)
     model = nn.ModuleDict({"backbone": backbone, "head": task.head(backbone.feature_dim)})
     task.prepare(model)
     return model

@@ -27,7 +27,7 @@ def test_pixels_become_floats_in_minus_two_to_two_by_the_stated_formula():
 
 def test_each_crop_is_a_window_of_its_own_image_padded_by_black():
     images = pixels(count=200)
-    cropped = augmentation.crop(images, 2, generator())
+    cropped = augmentation.random_crop(images, 2, generator())
     padded = np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)))
     corners = set()
     for image, source in zip(cropped.numpy(), padded, strict=True):
@@ -39,13 +39,13 @@ def test_each_crop_is_a_window_of_its_own_image_padded_by_black():
 
 def test_no_crop_takes_nothing_from_the_generator():
     images, draws = pixels(), generator()
-    assert augmentation.crop(images, 0, draws) is images
+    assert augmentation.random_crop(images, 0, draws) is images
     assert torch.equal(torch.rand(3, generator=draws), torch.rand(3, generator=generator()))
 
 
 def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():
     images = pixels(count=400)
-    flipped = augmentation.flip(images, generator())
+    flipped = augmentation.random_flip(images, generator())
     mirrored = (flipped == images.flip(2)).flatten(1).all(1)
     untouched = (flipped == images).flatten(1).all(1)
     assert torch.equal(mirrored, ~untouched)
@@ -56,7 +56,7 @@ def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():
 def test_views_depend_on_the_generator_alone(spec):
     images = pixels()
     before = images.clone()
-    first, again, other = (augmentation.views(images, spec, generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (augmentation.random_views(images, spec, generator(seed)) for seed in (1, 1, 2))
     assert first.shape == images.shape
     assert first.dtype == torch.uint8
     assert torch.equal(first, again)

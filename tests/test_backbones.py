@@ -50,7 +50,7 @@ def outputs_of_layers(backbone, pixels):
 @pytest.mark.parametrize("size", [28, 32, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_backbone_gives_features_of_its_width_and_has_the_layers_that_it_names(kind, size):
-    backbone = loop.fresh(spec_of(kind), 0).eval()
+    backbone = loop.untrained_backbone(spec_of(kind), 0).eval()
     with torch.inference_mode():
         features, layers = outputs_of_layers(backbone, torch.randn(2, 3, size, size))
     assert features.shape == (2, backbone.feature_dim)
@@ -65,7 +65,7 @@ FOR_LARGE = {"vit": {"patch": 16}, "alexnet": {"form": "grouped"}}  # what these
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_backbone_takes_images_of_96_and_224_pixels(kind):
-    backbone = loop.fresh(spec_of(kind, **FOR_LARGE.get(kind, {})), 0).eval()
+    backbone = loop.untrained_backbone(spec_of(kind, **FOR_LARGE.get(kind, {})), 0).eval()
     for size in (96, 224):
         with torch.inference_mode():
             found = backbone(torch.randn(1, 3, size, size))
@@ -85,9 +85,9 @@ PAPERS = [
 
 @pytest.mark.parametrize(("backbone", "layer", "size", "grid", "width"), PAPERS)
 def test_a_layer_is_pooled_to_the_grid_of_the_paper(backbone, layer, size, grid, width):
-    network = loop.fresh(plugins.parse("backbone", backbone), 0)
+    network = loop.untrained_backbone(plugins.parse("backbone", backbone), 0)
     pixels = torch.randint(0, 256, (1, size, size, 3), dtype=torch.uint8)
-    found = extraction.of_module(network, layer, Pooling(kind="max", grid=grid))(pixels)
+    found = extraction.layer_extractor(network, layer, Pooling(kind="max", grid=grid))(pixels)
     assert found.shape == (1, width)
     seen = []
     network.get_submodule(layer).register_forward_hook(lambda m, i, out: seen.append(out[0]))
@@ -101,7 +101,7 @@ def test_a_layer_is_pooled_to_the_grid_of_the_paper(backbone, layer, size, grid,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_backbone_takes_gradients_in_all_its_weights(kind):
-    backbone = loop.fresh(spec_of(kind), 0).train()
+    backbone = loop.untrained_backbone(spec_of(kind), 0).train()
     backbone(torch.randn(4, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
@@ -109,14 +109,14 @@ def test_every_backbone_takes_gradients_in_all_its_weights(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_backbone_draws_its_weights_from_the_global_generator(kind):
     spec = spec_of(kind)
-    first, again, other = (loop.fresh(spec, seed).state_dict() for seed in (4, 4, 5))
+    first, again, other = (loop.untrained_backbone(spec, seed).state_dict() for seed in (4, 4, 5))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_layout_does_not_change_what_a_backbone_computes(kind):
-    backbone = loop.fresh(spec_of(kind), 0).eval()
+    backbone = loop.untrained_backbone(spec_of(kind), 0).eval()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         expected = backbone(pixels)
@@ -138,7 +138,7 @@ def test_every_backbone_learns(kind, tmp_path):
     images = toy_images(48, size=24)
     schedule = Schedule(kind="constant", epochs=5, lr=2e-3, batch_size=16, optimizer="adamw")
     loop.fit(
-        loop.fresh(spec_of(kind), 0),
+        loop.untrained_backbone(spec_of(kind), 0),
         classification.task(images.labels, 4, Augment(crop=0)),
         images,
         schedule,
@@ -152,7 +152,7 @@ def test_every_backbone_learns(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_of_a_backbone_shares_nothing_with_it(kind):
-    backbone = loop.fresh(spec_of(kind), 0).eval()
+    backbone = loop.untrained_backbone(spec_of(kind), 0).eval()
     copied = copy.deepcopy(backbone)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
@@ -167,7 +167,7 @@ def parameters(backbone):
 
 
 def test_the_small_alexnet_has_two_million_parameters_and_pools_28_pixels_to_7():
-    backbone = loop.fresh(plugins.parse("backbone", "alexnet"), 0)
+    backbone = loop.untrained_backbone(plugins.parse("backbone", "alexnet"), 0)
     assert 2.2e6 < parameters(backbone) < 2.4e6
     _, layers = outputs_of_layers(backbone.eval(), torch.zeros(1, 3, 28, 28))
     assert [tuple(out.shape[1:]) for out in layers.values()] == [
@@ -180,7 +180,7 @@ def test_the_small_alexnet_has_two_million_parameters_and_pools_28_pixels_to_7()
 
 
 def test_the_full_alexnet_has_the_maps_of_the_paper_at_224_pixels():
-    backbone = loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "form": "full"}), 0).eval()
+    backbone = loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "form": "full"}), 0).eval()
     with torch.inference_mode():
         features, layers = outputs_of_layers(backbone, torch.zeros(1, 3, 224, 224))
     assert [tuple(out.shape[1:]) for out in layers.values()] == [
@@ -195,7 +195,7 @@ def test_the_full_alexnet_has_the_maps_of_the_paper_at_224_pixels():
 
 @pytest.mark.parametrize(("form", "size", "sides"), [("grouped", 224, [55, 27, 13]), ("grouped_stride2", 64, [29, 14, 6])])
 def test_the_grouped_alexnet_is_that_of_the_paper_and_its_puzzle_form_takes_tiles(form, size, sides):
-    backbone = loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "form": form}), 0).eval()
+    backbone = loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "form": form}), 0).eval()
     with torch.inference_mode():
         _, layers = outputs_of_layers(backbone, torch.zeros(1, 3, size, size))
     assert [tuple(out.shape[1:3]) for out in layers.values()] == list(
@@ -206,7 +206,7 @@ def test_the_grouped_alexnet_is_that_of_the_paper_and_its_puzzle_form_takes_tile
 
 def test_a_puzzle_alexnet_lends_its_weights_to_the_one_for_whole_images():
     puzzles, whole = (
-        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "form": form, "width": 0.125}), seed).eval()
+        loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "form": form, "width": 0.125}), seed).eval()
         for seed, form in enumerate(("grouped_stride2", "grouped"))
     )
     whole.load_state_dict(puzzles.state_dict())
@@ -216,7 +216,7 @@ def test_a_puzzle_alexnet_lends_its_weights_to_the_one_for_whole_images():
 
 
 def test_alexnet_channels_are_multiples_of_eight_at_any_width():
-    backbone = loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.3}), 0)
+    backbone = loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.3}), 0)
     channels = [m.out_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)]
     assert channels == [16, 56, 112, 80, 80]
 
@@ -225,7 +225,7 @@ def test_alexnet_channels_are_multiples_of_eight_at_any_width():
 def test_a_full_resnet_is_the_one_of_torchvision(depth):
     from torchvision import models
 
-    backbone = loop.fresh(plugins.parse("backbone", {"kind": "resnet", "depth": depth, "form": "full"}), 1).eval()
+    backbone = loop.untrained_backbone(plugins.parse("backbone", {"kind": "resnet", "depth": depth, "form": "full"}), 1).eval()
     oracle = getattr(models, f"resnet{depth}")(num_classes=5).eval()
     classifier = {f"fc.{name}": tensor for name, tensor in oracle.fc.state_dict().items()}
     oracle.load_state_dict({**backbone.state_dict(), **classifier}, strict=True)
@@ -238,13 +238,13 @@ def test_a_full_resnet_is_the_one_of_torchvision(depth):
 def test_a_fresh_full_resnet_draws_weights_as_wide_as_those_of_torchvision():
     from torchvision.models import resnet18
 
-    ours = loop.fresh(plugins.parse("backbone", {"kind": "resnet", "form": "full"}), 0).state_dict()
+    ours = loop.untrained_backbone(plugins.parse("backbone", {"kind": "resnet", "form": "full"}), 0).state_dict()
     for name, tensor in resnet18().state_dict().items():
         if tensor.ndim == 4:
             assert ours[name].std() == pytest.approx(float(tensor.std()), rel=0.05), name
 
 
 def test_a_small_resnet_keeps_the_resolution_of_its_images():
-    backbone = loop.fresh(plugins.parse("backbone", {"kind": "resnet", "width": 0.25}), 0).eval()
+    backbone = loop.untrained_backbone(plugins.parse("backbone", {"kind": "resnet", "width": 0.25}), 0).eval()
     _, layers = outputs_of_layers(backbone, torch.zeros(1, 3, 32, 32))
     assert [tuple(out.shape[1:]) for out in layers.values()] == [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4)]

@@ -62,13 +62,13 @@ def of_another_architecture(at: Path) -> dict[str, Any]:
 
 
 def of_another_depth(at: Path) -> dict[str, Any]:
-    network = loop.fresh(parse("backbone", {"kind": "resnet", "depth": 34, "width": 0.125}), 0)
+    network = loop.untrained_backbone(parse("backbone", {"kind": "resnet", "depth": 34, "width": 0.125}), 0)
     save_file(network.state_dict(), at / "deep.safetensors")
     return {"teacher": loaded(at / "deep.safetensors", {"kind": "resnet", "depth": 18, "width": 0.125})}
 
 
 def cut_off(at: Path) -> dict[str, Any]:
-    save_file(loop.fresh(parse("backbone", ALEXNET), 0).state_dict(), at / "cut.safetensors")
+    save_file(loop.untrained_backbone(parse("backbone", ALEXNET), 0).state_dict(), at / "cut.safetensors")
     content = (at / "cut.safetensors").read_bytes()
     (at / "cut.safetensors").write_bytes(content[: len(content) // 2])
     return {"teacher": loaded(at / "cut.safetensors")}

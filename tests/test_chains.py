@@ -273,10 +273,10 @@ def test_three_generations_run_and_reuse_what_the_first_two_left(tmp_path: Path,
 
     directory = tmp_path / "home" / "store"
     pair = PairSpec.model_validate(third)
-    teacher = loop.fresh(pair.teacher.backbone, 0)  # type: ignore[union-attr]
-    loop.load(teacher, directory / two["keys"]["student"])
+    teacher = loop.untrained_backbone(pair.teacher.backbone, 0)  # type: ignore[union-attr]
+    loop.load_backbone(teacher, directory / two["keys"]["student"])
     images = np.load(next(directory.glob("images-*")) / "train.npy", allow_pickle=False)[:8]
-    expected = extraction.of_module(teacher, "conv4", pair.teacher.pool)  # type: ignore[union-attr]
+    expected = extraction.layer_extractor(teacher, "conv4", pair.teacher.pool)  # type: ignore[union-attr]
     found = extraction.load(directory / three["keys"]["features"])[:8]
     np.testing.assert_allclose(found, expected(torch.from_numpy(images)).numpy(), rtol=1e-5, atol=1e-6)
 

@@ -36,19 +36,19 @@ IDENTITY = data_identity()
 @pytest.fixture
 def weights() -> dict[str, torch.Tensor]:
     """The weights of a small alexnet."""
-    return loop.fresh(ALEXNET, 3).state_dict()
+    return loop.untrained_backbone(ALEXNET, 3).state_dict()
 
 
 def adopted(tensors: dict[str, torch.Tensor], folder: Path, backbone=ALEXNET) -> dict[str, torch.Tensor]:
     """What a snapshot holds that was made of these tensors."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "weights.safetensors")
-    loop.adopt(backbone, folder / "weights.safetensors", folder / "out")
+    loop.import_weights(backbone, folder / "weights.safetensors", folder / "out")
     return load_file(folder / "out" / "weights.safetensors")
 
 
 def exported(folder: Path, spec=ALEXNET) -> Path:
     """The folder of an exported student with a classifier."""
-    network = loop.fresh(spec, 3)
+    network = loop.untrained_backbone(spec, 3)
     (folder / "snapshot").mkdir()
     named = {f"backbone.{n}": t for n, t in network.state_dict().items()}
     head = {"head.weight": torch.zeros(2, network.feature_dim), "head.bias": torch.zeros(2)}
@@ -79,14 +79,14 @@ def test_tensors_that_the_backbone_has_no_place_for_are_named(weights, tmp_path)
 
 
 def test_weights_of_another_architecture_are_refused_with_the_first_names_of_both(tmp_path):
-    other = loop.fresh(plugins.parse("backbone", {"kind": "vgg", "depth": 11, "width": 0.125}), 0)
+    other = loop.untrained_backbone(plugins.parse("backbone", {"kind": "vgg", "depth": 11, "width": 0.125}), 0)
     with pytest.raises(
         UserError, match=r"another architecture: it has no conv1\.0\.weight .*but has features\..*\(8, 3, 3, 3\)"
     ):
         adopted(other.state_dict(), tmp_path)
     wide = plugins.parse("backbone", {"kind": "alexnet", "width": 0.25})
     with pytest.raises(UserError, match=r"has no conv1\.0\.weight of shape \(16, 3, 3, 3\).* but has .*\(8, 3, 3, 3\)"):
-        adopted(loop.fresh(ALEXNET, 0).state_dict(), tmp_path, wide)
+        adopted(loop.untrained_backbone(ALEXNET, 0).state_dict(), tmp_path, wide)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -99,17 +99,17 @@ def test_weights_that_are_not_finite_are_refused(value, weights, tmp_path):
 def test_a_file_without_named_tensors_is_refused(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no named tensors"):
-        loop.adopt(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
+        loop.import_weights(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"neither model\.safetensors nor weights\.safetensors"):
-        loop.adopt(ALEXNET, tmp_path / "empty", tmp_path / "out")
+        loop.import_weights(ALEXNET, tmp_path / "empty", tmp_path / "out")
 
 
 def test_an_exported_student_is_a_checkpoint_by_its_folder(tmp_path):
     folder = exported(tmp_path)
-    loop.adopt(ALEXNET, folder, tmp_path / "out")
-    loaded = loop.fresh(ALEXNET, 0)
-    loop.load(loaded, tmp_path / "out")
+    loop.import_weights(ALEXNET, folder, tmp_path / "out")
+    loaded = loop.untrained_backbone(ALEXNET, 0)
+    loop.load_backbone(loaded, tmp_path / "out")
     expected = student_files.load_student(folder).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in loaded.state_dict().items())
 
@@ -117,7 +117,7 @@ def test_an_exported_student_is_a_checkpoint_by_its_folder(tmp_path):
 def test_an_exported_student_of_another_architecture_says_what_it_is(tmp_path):
     folder = exported(tmp_path, plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}))
     with pytest.raises(UserError, match=r"'kind': 'alexnet'.*'width': 0\.25"):
-        loop.adopt(ALEXNET, folder, tmp_path / "out")
+        loop.import_weights(ALEXNET, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "student.json"])
@@ -127,7 +127,7 @@ def test_a_damaged_student_is_never_a_teacher(file, tmp_path):
     content[-3] ^= 1
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=f"damaged: {file}"):
-        loop.adopt(ALEXNET, folder, tmp_path / "out")
+        loop.import_weights(ALEXNET, folder, tmp_path / "out")
 
 
 def test_a_folder_and_the_file_in_it_are_the_same_teacher(tmp_path):
@@ -159,7 +159,9 @@ def test_the_teacher_of_one_pair_teaches_another_by_its_key_or_folder(source, tm
     assert second["teacher"] != first["teacher"]
     one, two = (extraction.load(store.find(keys["features"]).directory) for keys in (first, second))
     np.testing.assert_array_equal(one, two)
-    assert store.find(second["teacher"]).metrics["parameters"] == sum(p.numel() for p in loop.fresh(ALEXNET, 0).parameters())
+    assert store.find(second["teacher"]).metrics["parameters"] == sum(
+        p.numel() for p in loop.untrained_backbone(ALEXNET, 0).parameters()
+    )
 
 
 def test_an_artifact_that_is_not_there_fails_the_stage_by_name(tmp_path):
@@ -172,7 +174,8 @@ def test_an_artifact_that_is_not_there_fails_the_stage_by_name(tmp_path):
 def test_a_checkpoint_of_another_architecture_fails_its_stage_and_publishes_nothing(tmp_path):
     store = FileStore(tmp_path / "store")
     save_file(
-        loop.fresh(plugins.parse("backbone", {"kind": "vgg", "width": 0.125}), 0).state_dict(), tmp_path / "vgg.safetensors"
+        loop.untrained_backbone(plugins.parse("backbone", {"kind": "vgg", "width": 0.125}), 0).state_dict(),
+        tmp_path / "vgg.safetensors",
     )
     with pytest.raises(StageFailed, match=r"teacher-\w+ failed: .*another architecture"):
         run(toy_pair(teacher=loaded(tmp_path / "vgg.safetensors")), store)

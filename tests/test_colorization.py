@@ -21,7 +21,7 @@ STILL = Augment(crop=0)
 
 
 def test_the_colours_are_the_squares_of_the_ab_plane_that_srgb_reaches():
-    colours = gamut.gamut(10)
+    colours = gamut.gamut_bins(10)
     levels = np.append(np.arange(0, 255, 6), 255).astype(np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(1, -1, 3)
     reached = np.unique(np.round(rgb2lab(cube)[0, :, 1:] / 10), axis=0) * 10
@@ -32,7 +32,7 @@ def test_the_colours_are_the_squares_of_the_ab_plane_that_srgb_reaches():
 
 
 def test_a_target_is_a_gaussian_over_the_five_nearest_colours():
-    colours = gamut.gamut(10)
+    colours = gamut.gamut_bins(10)
     ab = torch.from_numpy(np.random.default_rng(0).uniform(-60, 60, (3, 4, 2))).float()
     found = colorization.soft_targets(ab, colours, 5.0)
     assert found.shape == (3, 261, 4)
@@ -52,7 +52,7 @@ def test_cells_are_read_row_by_row_and_the_network_sees_lightness_alone():
     for channel in range(3):
         np.testing.assert_allclose(inputs[:, channel].numpy(), (lab[..., 0] / 100 - 0.5) * 4, atol=1e-3)
     mean = lab[..., 1:].reshape(6, 4, 8, 4, 8, 2).mean(axis=(2, 4)).reshape(6, 16, 2)
-    colours = gamut.gamut(10).numpy()
+    colours = gamut.gamut_bins(10).numpy()
     nearest = ((mean[:, :, None] - colours) ** 2).sum(-1).argmin(-1)
     assert (targets.argmax(1).numpy() == nearest).mean() > 0.98, "but for ties of rounding"
 
@@ -61,9 +61,9 @@ def test_frequencies_sum_to_one_and_rare_colours_weigh_more():
     images = toy_images(40, size=32)
     frequency = colorization.frequencies(images, 4, 10)
     assert float(frequency.sum()) == pytest.approx(1, abs=1e-5)
-    lab = colour.lab(torch.from_numpy(images.read(np.arange(40)))).numpy()[..., 1:]
+    lab = colour.rgb_to_lab(torch.from_numpy(images.read(np.arange(40)))).numpy()[..., 1:]
     centre = lab.mean(axis=(0, 1, 2))
-    near = np.linalg.norm(gamut.gamut(10).numpy() - centre, axis=1) < 60
+    near = np.linalg.norm(gamut.gamut_bins(10).numpy() - centre, axis=1) < 60
     assert float(frequency[torch.from_numpy(near)].sum()) > 0.8
     weights = colorization.rebalancing(frequency, 0.5).double()
     q = len(frequency)
@@ -93,7 +93,7 @@ def test_the_loss_is_a_weighted_cross_entropy_per_cell():
 def test_a_network_learns_colours(tmp_path):
     images, metrics = toy_images(48), []
     loop.fit(
-        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+        loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         colorization.task(colorization.Spec(grid=4), 28, images),
         images,
         Schedule(epochs=12, lr=0.05, batch_size=16),

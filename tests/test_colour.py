@@ -33,7 +33,7 @@ def drawn(seed: int = 0) -> torch.Generator:
 def test_lab_is_that_of_scikit_image_for_every_kind_of_colour():
     levels = np.array([0, 1, 5, 11, 12, 40, 90, 128, 200, 254, 255], np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(1, 11, 121, 3)
-    np.testing.assert_allclose(colour.lab(torch.from_numpy(cube)).numpy(), rgb2lab(cube), atol=2e-3)
+    np.testing.assert_allclose(colour.rgb_to_lab(torch.from_numpy(cube)).numpy(), rgb2lab(cube), atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_lab_is_that_of_scikit_image_for_every_kind_of_colour():
 )
 def test_a_factor_changes_an_image_as_in_torchvision(field, changed):
     images = photographs()
-    found = colour.jitter(images, Jitter(**{**STILL, field: 0.8}, share=1), drawn())
+    found = colour.random_jitter(images, Jitter(**{**STILL, field: 0.8}, share=1), drawn())
     generator = drawn()
     torch.rand(6, generator=generator)
     place = list(STILL).index(field)
@@ -59,18 +59,18 @@ def test_hue_turns_as_in_torchvision_and_leaves_greys_alone():
     images = torch.cat([photographs(), torch.full((1, 3, 24, 24), 0.3)])
     shifts = torch.tensor([-0.5, -0.2, 0.0, 0.1, 0.3, 0.5, 0.4])
     theirs = torch.stack([oracle.adjust_hue(image, float(shift)) for image, shift in zip(images, shifts, strict=True)])
-    torch.testing.assert_close(colour.turned(images, shifts[:, None, None]), theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(colour.shift_hue(images, shifts[:, None, None]), theirs, atol=1e-4, rtol=0)
 
 
 def test_images_change_as_often_as_they_should_and_each_in_its_own_way():
     images = photographs(1).expand(1000, 3, 24, 24)[:, :, :4, :4]
-    found = colour.jitter(images, Jitter(share=0.7), drawn())
+    found = colour.random_jitter(images, Jitter(share=0.7), drawn())
     assert found.min() >= 0
     assert found.max() <= 1
     still = (found == images).all(dim=(1, 2, 3))
     assert float(still.float().mean()) == pytest.approx(0.3, abs=0.05)
     assert len(found[~still].flatten(1).unique(dim=0)) == int((~still).sum())
-    grey = (colour.grey(images, 0.2, drawn()).std(dim=1) < 1e-6).all(dim=(1, 2))
+    grey = (colour.random_grey(images, 0.2, drawn()).std(dim=1) < 1e-6).all(dim=(1, 2))
     assert float(grey.float().mean()) == pytest.approx(0.2, abs=0.05)
 
 
@@ -82,7 +82,7 @@ def test_the_projection_takes_the_green_magenta_axis_out_and_nothing_else():
 def test_a_crop_is_an_upright_part_of_the_image_of_a_share_and_shape_within_bounds():
     place = (torch.arange(64.0) + 0.5) / 64
     ramps = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), torch.zeros(64, 64)])
-    seen = distortions.crop(ramps.expand(500, 3, 64, 64), 0.2, drawn())
+    seen = distortions.random_resized_crop(ramps.expand(500, 3, 64, 64), 0.2, drawn())
     torch.testing.assert_close(seen[:, 0], seen[:, 0, :1].expand(500, 64, 64), atol=1e-4, rtol=0)
     torch.testing.assert_close(seen[:, 1], seen[:, 1, :, :1].expand(500, 64, 64), atol=1e-4, rtol=0)
     across, down = seen[:, 0, 32], seen[:, 1, :, 32]
@@ -105,23 +105,23 @@ def test_a_crop_is_an_upright_part_of_the_image_of_a_share_and_shape_within_boun
 def test_blur_is_the_gaussian_of_torchvision():
     images, sigma = photographs(3, 60), torch.tensor([0.3, 1.0, 2.0])
     theirs = torch.stack([oracle.gaussian_blur(i, [7, 7], [float(s)] * 2) for i, s in zip(images, sigma, strict=True)])
-    torch.testing.assert_close(distortions.blur(images, sigma), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(distortions.gaussian_blur(images, sigma), theirs, atol=1e-5, rtol=0)
 
 
 def test_a_view_with_every_distortion_is_what_networks_see_and_one_without_is_a_crop():
     images = torch.from_numpy(toy_images(8).read(np.arange(8)))
-    seen = distortions.view(images, Distortions(solarise=1, blur=1), drawn())
+    seen = distortions.random_view(images, Distortions(solarise=1, blur=1), drawn())
     assert seen.shape == (8, 3, 28, 28)
     assert seen.min() >= -2.001
     assert seen.max() <= 2.001
-    plain = distortions.view(images, Distortions(area=0.5, flip=False, jitter=Jitter(share=0), grey=0), drawn())
-    cropped = distortions.crop(images.permute(0, 3, 1, 2) / 255, 0.5, drawn())
+    plain = distortions.random_view(images, Distortions(area=0.5, flip=False, jitter=Jitter(share=0), grey=0), drawn())
+    cropped = distortions.random_resized_crop(images.permute(0, 3, 1, 2) / 255, 0.5, drawn())
     torch.testing.assert_close(plain, 4 * cropped - 2)
 
 
 def test_solarised_images_are_those_of_torchvision():
     images = torch.from_numpy(toy_images(8).read(np.arange(8)))
     plain = {"area": 0.3, "flip": False, "jitter": Jitter(share=0), "grey": 0}
-    before = (distortions.view(images, Distortions(**plain), drawn()) + 2) / 4
-    after = (distortions.view(images, Distortions(**plain, solarise=1), drawn()) + 2) / 4
+    before = (distortions.random_view(images, Distortions(**plain), drawn()) + 2) / 4
+    after = (distortions.random_view(images, Distortions(**plain, solarise=1), drawn()) + 2) / 4
     torch.testing.assert_close(after, oracle.solarize(before.clamp(0, 1), 0.5), atol=1e-5, rtol=0)

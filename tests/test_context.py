@@ -98,7 +98,7 @@ def test_the_head_lays_each_neighbour_beside_the_centre_of_its_own_image():
 def test_a_network_learns_where_neighbours_are(tmp_path):
     metrics = []
     loop.fit(
-        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+        loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         context.task(context.Spec(colours="project"), 48),
         toy_images(64, size=48),
         Schedule(epochs=6, lr=0.05, batch_size=16),

@@ -83,7 +83,7 @@ def test_a_network_begins_near_the_margin_whatever_its_features(scale, counts):
 def test_a_network_learns_to_count(backbone, tmp_path):
     metrics = []
     loop.fit(
-        loop.fresh(plugins.parse("backbone", backbone), 0),
+        loop.untrained_backbone(plugins.parse("backbone", backbone), 0),
         counting.task(counting.Spec(), 28),
         toy_images(96),
         Schedule(epochs=8, lr=0.001, batch_size=16),

@@ -260,7 +260,7 @@ def test_train_val_and_test_folders_are_the_splits(tmp_path: Path) -> None:
         class_folders(tmp_path / split, 2)
     splits = listed(f"imagefolder:{tmp_path}")
     assert [len(part.names) for part in (splits.train, splits.val, splits.test)] == [6, 6, 6]
-    found = images.parts(splits, Split(val=0.5))
+    found = images.split_rows(splits, Split(val=0.5))
     assert {name: len(rows) for name, (_, rows) in found.items()} == {"train": 6, "val": 6, "test": 6}
 
 

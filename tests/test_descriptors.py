@@ -47,7 +47,7 @@ def test_a_descriptor_is_a_teacher(kind: str) -> None:
     assert module.REVISION >= 1
     teacher = TypeAdapter(spec.TeacherSpec).validate_python({"descriptor": {"kind": kind, **FIELDS.get(kind, {})}})
     if not hasattr(module, "fit"):
-        rows = extraction.all_of(extraction.of_view(extraction.view_of(teacher), None, None), toy_images(5))
+        rows = extraction.extract_all(extraction.view_extractor(extraction.teacher_view(teacher), None, None), toy_images(5))
         assert (rows == describe(kind, torch.from_numpy(toy_images(5).read(np.arange(5)))).numpy()).all()
 
 
@@ -93,7 +93,7 @@ def test_a_random_network_is_the_untrained_student_of_the_same_seed() -> None:
     drawn = random_network.Spec(backbone=BACKBONE, layer="conv3", seed=7)
     torch.manual_seed(1)
     ours = random_network.describe(drawn, None, images)
-    network = loop.fresh(drawn.backbone, 7)
-    assert ours.equal(extraction.of_module(network, "conv3", spec.Pooling())(images))
+    network = loop.untrained_backbone(drawn.backbone, 7)
+    assert ours.equal(extraction.layer_extractor(network, "conv3", spec.Pooling())(images))
     other = random_network.describe(random_network.Spec(backbone=BACKBONE, layer="conv3", seed=8), None, images)
     assert not ours.equal(other)

@@ -25,7 +25,7 @@ SMALL = {"answers": 32, "hidden": 16, "bottleneck": 8, "local": 2}
 def run(out, until, start=None, count=48, lr=2e-3, **fields):
     metrics = []
     loop.fit(
-        loop.fresh(BACKBONE, 0),
+        loop.untrained_backbone(BACKBONE, 0),
         dino.task(dino.Spec(**{**SMALL, **fields}), 28),
         toy_images(count),
         Schedule(epochs=12, lr=lr, batch_size=count // 3, optimizer="adamw"),
@@ -133,7 +133,7 @@ def test_dino_in_segments_is_dino_at_once_with_target_and_centre_in_the_snapshot
     weights = load_file(tmp_path / "whole" / "weights.safetensors")
     assert weights["head.centre"].abs().max() > 0
     assert "head.target.projector.answers" in weights
-    loop.load(loop.fresh(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
+    loop.load_backbone(loop.untrained_backbone(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
 
 
 def test_a_network_learns_what_its_average_says_without_a_collapse(tmp_path):

@@ -43,7 +43,7 @@ def network(backbone: dict) -> nn.Module:
 
 
 def snapshot(directory: Path, backbone: nn.Module, head: nn.Module | None) -> Path:
-    """A directory as `train.fit` leaves it, as far as an export reads it."""
+    """A directory as `loop.fit` leaves it, as far as an export reads it."""
     tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     if head is not None:
         tensors |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from ktray import images, plugins, spec
 from ktray.errors import UserError
 from ktray.features import extraction
-from ktray.features import layers as taps
+from ktray.features.layers import layers_extractor
 from ktray.ops import augmentation
 from ktray.pool import LocalPool
 from ktray.training import loop
@@ -36,7 +36,7 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    loop.write_untrained(loop.fresh(ALEXNET, 0), tmp_path / "weights")
+    loop.write_untrained(loop.untrained_backbone(ALEXNET, 0), tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -79,8 +79,8 @@ def test_shards_hold_the_rows_that_all_of_computes(tmp_path: Path, weights: Path
     given = source(tmp_path, weights)
     out, metrics = written(tmp_path, "out", given)
     opened = images.open_split(Path(given["images"]), "train", TypeAdapter(spec.DataSpec).validate_python(DATA))
-    extractor = extraction.of_network(ALEXNET, "conv3", spec.Pooling(grid=2), weights)
-    rows = extraction.all_of(extractor, opened)
+    extractor = extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(grid=2), weights)
+    rows = extraction.extract_all(extractor, opened)
     assert (extraction.load(out) == rows).all()
     assert [len(np.load(path)) for path in extraction.shards(out)][:-1] == [32] * (len(rows) // 32)
     assert (metrics["count"], metrics["dim"]) == rows.shape
@@ -97,7 +97,7 @@ def test_float16_shards_are_the_rounded_float32_ones(tmp_path: Path, weights: Pa
 @pytest.mark.parametrize(("kind", "grid"), [("avg", 1), ("avg", 3), ("max", 2)])
 def test_a_layer_is_what_its_module_returns_pooled(weights: Path, kind: str, grid: int) -> None:
     toys = toy_images(8)
-    network = loop.fresh(ALEXNET, 0).eval()
+    network = loop.untrained_backbone(ALEXNET, 0).eval()
     maps = augmentation.to_float(torch.from_numpy(toys.read(np.arange(8))))
     with torch.inference_mode():
         for name, block in network.named_children():
@@ -105,23 +105,25 @@ def test_a_layer_is_what_its_module_returns_pooled(weights: Path, kind: str, gri
             if name == "conv2":
                 break
     pool = torch.nn.AdaptiveAvgPool2d(grid) if kind == "avg" else torch.nn.AdaptiveMaxPool2d(grid)
-    ours = extraction.all_of(extraction.of_network(ALEXNET, "conv2", spec.Pooling(kind=kind, grid=grid), weights), toys)
+    ours = extraction.extract_all(
+        extraction.network_extractor(ALEXNET, "conv2", spec.Pooling(kind=kind, grid=grid), weights), toys
+    )
     np.testing.assert_allclose(ours, pool(maps).flatten(1).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_no_layer_means_the_features_of_the_backbone(weights: Path) -> None:
     toys = toy_images(8)
-    rows = extraction.all_of(extraction.of_network(ALEXNET, None, spec.Pooling(), weights), toys)
-    last = extraction.all_of(extraction.of_network(ALEXNET, "conv5", spec.Pooling(), weights), toys)
-    assert rows.shape == (8, loop.fresh(ALEXNET, 0).feature_dim)
+    rows = extraction.extract_all(extraction.network_extractor(ALEXNET, None, spec.Pooling(), weights), toys)
+    last = extraction.extract_all(extraction.network_extractor(ALEXNET, "conv5", spec.Pooling(), weights), toys)
+    assert rows.shape == (8, loop.untrained_backbone(ALEXNET, 0).feature_dim)
     np.testing.assert_allclose(rows, last, atol=1e-6)
 
 
 def test_extraction_changes_no_statistics_and_runs_no_later_layer(weights: Path) -> None:
-    network = loop.fresh(ALEXNET, 0)
+    network = loop.untrained_backbone(ALEXNET, 0)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     network.conv4.register_forward_hook(lambda *_: pytest.fail("conv4 ran although conv3 was asked for"))
-    extract = extraction.of_module(network, "conv3", spec.Pooling())
+    extract = extraction.layer_extractor(network, "conv3", spec.Pooling())
     extract(torch.from_numpy(toy_images(4).read(np.arange(4))))
     assert all((tensor == before[name]).all() for name, tensor in network.state_dict().items())
     assert not network.conv3._forward_hooks
@@ -133,35 +135,38 @@ def test_a_teacher_of_any_type_gives_features(weights: Path) -> None:
     trained = {"pretext": {"kind": "rotation"}, "backbone": backbone, "layer": "conv3", "schedule": {"epochs": 1}}
     loaded = {"checkpoint": "x.safetensors", "backbone": backbone, "layer": "conv3"}
     parse = TypeAdapter(spec.TeacherSpec).validate_python
-    views = [extraction.view_of(parse(each)) for each in (trained, loaded)]
-    rows = [extraction.all_of(extraction.of_view(view, weights, None), toys) for view in views]
+    views = [extraction.teacher_view(parse(each)) for each in (trained, loaded)]
+    rows = [extraction.extract_all(extraction.view_extractor(view, weights, None), toys) for view in views]
     assert (rows[0] == rows[1]).all()
     handcrafted = parse({"descriptor": {"kind": "hog", "cell": 7}})
-    assert extraction.all_of(extraction.of_view(extraction.view_of(handcrafted), None, None), toys).shape == (6, 3 * 3 * 4 * 9)
+    assert extraction.extract_all(extraction.view_extractor(extraction.teacher_view(handcrafted), None, None), toys).shape == (
+        6,
+        3 * 3 * 4 * 9,
+    )
 
 
 def test_what_the_network_does_not_have_is_refused(weights: Path) -> None:
     with pytest.raises(UserError, match=r"no layer 'conv9'.*conv1, conv2"):
-        extraction.of_network(ALEXNET, "conv9", spec.Pooling(), weights)
+        extraction.network_extractor(ALEXNET, "conv9", spec.Pooling(), weights)
     with pytest.raises(UserError, match=r"grid of 8 is finer.*At most 7"):
-        extraction.all_of(extraction.of_network(ALEXNET, "conv5", spec.Pooling(grid=8), weights), toy_images(4))
+        extraction.extract_all(extraction.network_extractor(ALEXNET, "conv5", spec.Pooling(grid=8), weights), toy_images(4))
     with pytest.raises(UserError, match="grid of 2 is finer"):
-        extraction.all_of(extraction.of_network(ALEXNET, None, spec.Pooling(grid=2), weights), toy_images(4))
+        extraction.extract_all(extraction.network_extractor(ALEXNET, None, spec.Pooling(grid=2), weights), toy_images(4))
     with pytest.raises(ValueError, match="no weights"):
-        extraction.of_network(ALEXNET, "conv3", spec.Pooling(), None)
+        extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(), None)
 
 
 def test_features_that_are_not_finite_name_their_first_image(tmp_path: Path) -> None:
-    network = loop.fresh(ALEXNET, 0)
+    network = loop.untrained_backbone(ALEXNET, 0)
     with torch.no_grad():
         network.conv3[1].bias[0] = torch.nan
     loop.write_untrained(network, tmp_path / "nan")
     with pytest.raises(ValueError, match=r"of 4 images .* not finite, the first is image 0 \(0000.png\)"):
-        extraction.all_of(extraction.of_network(ALEXNET, "conv3", spec.Pooling(), tmp_path / "nan"), toy_images(4))
+        extraction.extract_all(extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(), tmp_path / "nan"), toy_images(4))
 
 
 def test_features_too_large_for_float16_are_refused_rather_than_infinite(tmp_path: Path) -> None:
-    network = loop.fresh(ALEXNET, 0)
+    network = loop.untrained_backbone(ALEXNET, 0)
     with torch.no_grad():
         network.conv3[1].bias[0] = 1e5
     loop.write_untrained(network, tmp_path / "large")
@@ -181,7 +186,7 @@ VIEWS = {
 @pytest.mark.parametrize("network", VIEWS)
 def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tmp_path: Path, network: str, dtype: str) -> None:
     backbone, views = VIEWS[network]
-    loop.write_untrained(loop.fresh(backbone, 0), tmp_path / "network")
+    loop.write_untrained(loop.untrained_backbone(backbone, 0), tmp_path / "network")
     base = source(tmp_path, tmp_path / "network", dtype=dtype)
     sources = [{**base, "view": extraction.network_view(backbone, layer, spec.Pooling(grid=grid))} for layer, grid in views]
     outs = [tmp_path / f"together-{number}" for number in range(len(sources))]
@@ -196,7 +201,7 @@ def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tm
         assert (together[number][0]["dim"], together[number][0]["count"]) == (metrics["dim"], metrics["count"])
 
 
-def test_a_tapped_output_is_kept_from_what_later_layers_do_to_it_in_place() -> None:
+def test_the_output_of_a_hooked_layer_is_kept_from_what_later_layers_do_to_it_in_place() -> None:
     class InPlace(torch.nn.Module):
         layers = ("first", "second")
 
@@ -208,15 +213,15 @@ def test_a_tapped_output_is_kept_from_what_later_layers_do_to_it_in_place() -> N
             return self.second(self.first(images - 1))
 
     pictures = torch.from_numpy(toy_images(3).read(np.arange(3)))
-    (first, _), (second, _) = taps.of_views(InPlace(), [("first", spec.Pooling()), ("second", spec.Pooling())])(pictures)
+    (first, _), (second, _) = layers_extractor(InPlace(), [("first", spec.Pooling()), ("second", spec.Pooling())])(pictures)
     assert (first < 0).any()
     assert (second == first.clamp(min=0)).all()
 
 
 def test_a_view_alone_would_cost_less_the_earlier_its_layer_is(weights: Path) -> None:
     views = [("conv5", spec.Pooling()), ("conv1", spec.Pooling())]
-    network = loop.fresh(ALEXNET, 0)
-    (_, deep), (_, shallow) = taps.of_views(network, views)(torch.from_numpy(toy_images(64).read(np.arange(64))))
+    network = loop.untrained_backbone(ALEXNET, 0)
+    (_, deep), (_, shallow) = layers_extractor(network, views)(torch.from_numpy(toy_images(64).read(np.arange(64))))
     assert 0 < shallow < deep
 
 

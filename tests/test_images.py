@@ -129,7 +129,7 @@ def test_a_missing_split_is_an_error_that_says_which_there_are(mixed: Path, tmp_
 
 def test_a_relative_path_means_the_same_in_a_worker_elsewhere(mixed: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(mixed.parent)
-    spec = images.located(spec_of(Path(mixed.name)))
+    spec = images.with_absolute_path(spec_of(Path(mixed.name)))
     monkeypatch.chdir(tmp_path / "..")
     assert images.write(spec, tmp_path / "out", LocalPool())["count"] == 199
 
@@ -178,13 +178,13 @@ def labelled(count: int = 200, classes: int = 4) -> Source:
 
 def test_val_is_stratified_seeded_and_disjoint_from_train() -> None:
     source = labelled()
-    found = images.parts(Splits(source), Split(val=0.2, seed=1))
+    found = images.split_rows(Splits(source), Split(val=0.2, seed=1))
     train, val = found["train"][1], found["val"][1]
     assert len(val) == 40
     assert sorted([*train, *val]) == list(range(200))
     assert np.abs(np.bincount(source.labels[val]) - 0.2 * np.bincount(source.labels)).max() <= 1
-    again = images.parts(Splits(source), Split(val=0.2, seed=1))["val"][1]
-    other = images.parts(Splits(source), Split(val=0.2, seed=2))["val"][1]
+    again = images.split_rows(Splits(source), Split(val=0.2, seed=1))["val"][1]
+    other = images.split_rows(Splits(source), Split(val=0.2, seed=2))["val"][1]
     assert (val == again).all()
     assert len(np.intersect1d(val, other)) < 30
 
@@ -208,7 +208,7 @@ def test_an_added_image_moves_few_others_between_the_splits() -> None:
 
 
 def test_a_share_of_zero_means_no_val_split() -> None:
-    assert list(images.parts(Splits(labelled()), Split(val=0))) == ["train"]
+    assert list(images.split_rows(Splits(labelled()), Split(val=0))) == ["train"]
 
 
 # ---- identity ----

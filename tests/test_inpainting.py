@@ -65,7 +65,7 @@ def test_an_odd_grid_is_refused():
 def test_a_network_learns_what_is_missing(tmp_path):
     metrics = []
     loop.fit(
-        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+        loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         inpainting.task(inpainting.Spec(place="random"), 32),
         toy_images(96, size=32),
         Schedule(epochs=10, lr=0.05, batch_size=16),

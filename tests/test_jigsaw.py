@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktray.ops.permutations import far_apart, farthest
+from ktray.ops.permutations import farthest_permutations, hashed_permutations
 from ktray.pretext import jigsaw
 from tests.toy_images import toy_images
 
@@ -26,7 +26,7 @@ def puzzles(images, seed=0, **fields):
     tiles, targets = jigsaw.task(spec, pixels.shape[1]).batch(
         pixels, torch.arange(len(pixels)), torch.Generator().manual_seed(seed)
     )
-    return tiles.unflatten(0, (-1, 9)), torch.tensor(farthest(6, 2))[targets]
+    return tiles.unflatten(0, (-1, 9)), torch.tensor(farthest_permutations(6, 2))[targets]
 
 
 # (size, smallest distance, the paper's mean and smallest distance), ECCV 2016, tables 4 and 5
@@ -38,24 +38,24 @@ def puzzles(images, seed=0, **fields):
     ],
 )
 def test_permutations_are_as_far_apart_as_the_papers(count, least, mean):
-    rows = farthest(count, least)
+    rows = farthest_permutations(count, least)
     assert np.array_equal(np.sort(rows, axis=1), np.tile(np.arange(9), (count, 1)))
     assert distances(rows).min() >= least
     assert distances(rows).mean() >= mean - 0.005
 
 
 def test_no_permutation_could_have_been_farther_from_those_before_it():
-    rows = farthest(40, 2)
-    others = np.concatenate([far_apart(3000, 1), rows])
+    rows = farthest_permutations(40, 2)
+    others = np.concatenate([hashed_permutations(3000, 1), rows])
     for size in (1, 5, 9, 17, 39):
         mean = (others[:, None] != rows[None, :size]).sum(-1).mean(1)
         assert mean[3000 + size] == mean[mean > 0].max()
-    assert np.array_equal(farthest(20, 2), rows[:20])
+    assert np.array_equal(farthest_permutations(20, 2), rows[:20])
 
 
 def test_more_permutations_than_there_are_are_refused():
     with pytest.raises(ValueError, match="found only 9 of 10 permutations at Hamming distances of 9"):
-        farthest(10, 9)
+        farthest_permutations(10, 9)
 
 
 def test_the_geometry_at_225_pixels_is_the_papers_and_fits_at_every_size():

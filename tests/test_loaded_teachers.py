@@ -117,7 +117,7 @@ def test_the_student_of_one_pair_teaches_another_by_its_key_or_exported(
     teacher = {"checkpoint": checkpoint, "backbone": STUDENT["backbone"], "layer": "conv4"}
     found, pixels = made(home, ran(tmp_path / "second", capsys, teacher=teacher))
     student_files.export_student(home / "store" / key, Student.model_validate(STUDENT), 32, {}, {}, tmp_path / "oracle", 5)
-    extract = extraction.of_module(
+    extract = extraction.layer_extractor(
         student_files.load_student(tmp_path / "oracle"), "conv4", toy_pair(teacher=teacher).teacher.pool
     )  # type: ignore[union-attr]
     torch.testing.assert_close(torch.from_numpy(found), extract(pixels), rtol=1e-5, atol=1e-5)

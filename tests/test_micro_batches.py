@@ -50,7 +50,7 @@ def trained(out: Path, task: Task, most_images: int | None, **settings: Any) -> 
         return inputs.double(), targets
 
     return loop.fit(
-        loop.fresh(settings.pop("backbone", WITHOUT_NORM), 0).double(),
+        loop.untrained_backbone(settings.pop("backbone", WITHOUT_NORM), 0).double(),
         replace(task, batch=batch, head=lambda width: task.head(width).double()),
         settings.pop("images", IMAGES),
         Schedule(**{"epochs": 2, "lr": 0.01, "batch_size": 23, "warmup": 1.0, **settings}),
@@ -135,7 +135,7 @@ KINDS = [("pretext", kind) for kind in test_pretext.KINDS] + [("transfer", kind)
 def test_a_task_that_says_it_is_a_mean_over_images_is_one_in_loss_and_gradient(room: str, kind: str) -> None:
     task, images = task_of(room, kind), toy_images(12, size=28) if room == "pretext" else test_transfer.IMAGES
     torch.manual_seed(0)
-    backbone = loop.fresh(BACKBONE, 0)
+    backbone = loop.untrained_backbone(BACKBONE, 0)
     model = nn.ModuleDict({"backbone": backbone, "head": task.head(backbone.feature_dim)})  # type: ignore[arg-type]
     if task.prepare:
         task.prepare(model)
@@ -181,7 +181,7 @@ class Small:
     """Networks for a machine that holds the gradients of few inputs: a larger forward pass runs out of memory."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.real = most, loop.fresh
+        self.most, self.real = most, loop.untrained_backbone
         self.seen: list[int] = []
 
     def fresh(self, spec: Any, seed: int) -> nn.Module:

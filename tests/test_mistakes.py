@@ -218,7 +218,7 @@ def folder(root: Path, images: int, broken: int = 0, side: int = 32, colour: int
 
 
 def checkpoint(path: Path, backbone: dict[str, Any], value: float) -> dict[str, Any]:
-    weights = loop.fresh(parse("backbone", backbone), 0).state_dict()
+    weights = loop.untrained_backbone(parse("backbone", backbone), 0).state_dict()
     save_file({name: tensor * value if tensor.is_floating_point() else tensor for name, tensor in weights.items()}, path)
     return {"checkpoint": str(path), "backbone": ALEXNET}
 

@@ -6,7 +6,7 @@ import torch
 
 from ktray import plugins
 from ktray.fingerprint import seed_of
-from ktray.ops.permutations import far_apart
+from ktray.ops.permutations import hashed_permutations
 from ktray.pretext import jigsaw_pp, rotation
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
@@ -33,7 +33,7 @@ def batch_of(task, images, count, seed=0):
 def losses_of(task, images, out, epochs, lr=0.05, batch_size=32, device="cpu"):
     losses = []
     loop.fit(
-        loop.fresh(BACKBONE, 0),
+        loop.untrained_backbone(BACKBONE, 0),
         task,
         images,
         Schedule(epochs=epochs, lr=lr, batch_size=batch_size),
@@ -149,13 +149,13 @@ def test_a_network_learns_to_solve_puzzles(tmp_path):
 
 
 def test_the_701_permutations_are_distinct_differ_at_three_places_and_at_eight_on_average():
-    rows = far_apart(701, jigsaw_pp.DISTANCE)
+    rows = hashed_permutations(701, jigsaw_pp.DISTANCE)
     assert np.array_equal(np.sort(rows, axis=1), np.tile(np.arange(9), (701, 1)))
     assert len(np.unique(rows, axis=0)) == 701
     distances = (rows[:, None] != rows[None]).sum(-1)[np.triu_indices(701, 1)]
     assert distances.min() >= 3
     assert distances.mean() == pytest.approx(8.0, abs=0.02)
-    assert np.array_equal(far_apart(100, 3), rows[:100])
+    assert np.array_equal(hashed_permutations(100, 3), rows[:100])
     authors = np.array([152, 927, 3569, 14513, 44497, 93251, 88441])  # pairs at 3 to 9 places in their permutations_701.bin
     ours = np.bincount(distances, minlength=10)[3:]
     assert authors.sum() == ours.sum()
@@ -165,12 +165,12 @@ def test_the_701_permutations_are_distinct_differ_at_three_places_and_at_eight_o
 def test_the_permutations_are_lexicographic_ranks_by_hash_and_so_the_same_on_every_machine():
     ranked = list(itertools.permutations(range(9)))
     candidates = [ranked[seed_of("permutations", number) % len(ranked)] for number in range(40)]
-    assert far_apart(40, 0).tolist() == [list(row) for row in candidates]
+    assert hashed_permutations(40, 0).tolist() == [list(row) for row in candidates]
 
 
 def test_too_many_far_permutations_are_refused():
     with pytest.raises(ValueError, match="of 10 permutations at Hamming distances of 9"):
-        far_apart(10, 9)
+        hashed_permutations(10, 9)
 
 
 def test_the_geometry_at_255_pixels_is_the_released_one():
@@ -191,7 +191,7 @@ def test_tiles_fit_into_their_cells_at_every_size(gap):
 
 @pytest.mark.parametrize("occlusions", [0, 1, 2])
 def test_occluding_tiles_are_few_from_one_other_image_and_at_distinct_cells(occlusions):
-    permutations = torch.from_numpy(far_apart(701, 3).copy())
+    permutations = torch.from_numpy(hashed_permutations(701, 3).copy())
     sources, cells = jigsaw_pp.arrange(permutations, occlusions, torch.Generator().manual_seed(0))
     own = torch.arange(701)[:, None]
     occluded = sources != own
@@ -220,7 +220,7 @@ def puzzle_of_cells(size=48, count=4):
 def test_each_place_shows_the_cell_that_the_permutation_says():
     sizes = jigsaw_pp.geometry(48, 18)
     squares = puzzle_of_cells().float().requires_grad_()
-    permutations = torch.from_numpy(far_apart(4, 3).copy())
+    permutations = torch.from_numpy(hashed_permutations(4, 3).copy())
     sources, cells = jigsaw_pp.arrange(permutations, 2, torch.Generator().manual_seed(3))
     cut = jigsaw_pp.tiles(squares, sources, cells, sizes, torch.Generator().manual_seed(0))
     assert cut.shape == (36, 3, 12, 12)

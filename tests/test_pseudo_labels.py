@@ -47,7 +47,7 @@ def test_small_clusters_are_left_out_and_the_others_keep_their_number() -> None:
     labels = np.array([0, 0, 0, 1, 2, 2, -1, 4])
     assert pseudo_labelling.drop_small(labels, 5, 2).tolist() == [0, 0, 0, -1, 2, 2, -1, -1]
     assert pseudo_labelling.drop_small(labels, 5, 1).tolist() == labels.tolist()
-    assert pseudo_labelling.kept(pseudo_labelling.drop_small(labels, 5, 2)) == 5 / 8
+    assert pseudo_labelling.kept_share(pseudo_labelling.drop_small(labels, 5, 2)) == 5 / 8
 
 
 def test_entropy_counts_clusters_of_equal_size() -> None:
@@ -67,7 +67,7 @@ def test_nmi_is_scikit_learns_on_the_images_that_are_kept() -> None:
 def test_the_sheet_shows_the_largest_cluster_first_and_only_its_images(tmp_path: Path) -> None:
     images = toy_images(40)
     labels = np.where(np.arange(40) < 25, 3, np.where(np.arange(40) < 35, 1, -1))
-    pseudo_labelling.sheet(images, labels, tmp_path / "sheet.png", rows=4, columns=6, pixels=28)
+    pseudo_labelling.write_contact_sheet(images, labels, tmp_path / "sheet.png", rows=4, columns=6, pixels=28)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (2 * 30, 96 + 6 * 30, 3)
     pixels = images.read(np.arange(40))
@@ -76,12 +76,14 @@ def test_the_sheet_shows_the_largest_cluster_first_and_only_its_images(tmp_path:
             tile = sheet[row * 30 : row * 30 + 28, 96 + column * 30 : 124 + column * 30]
             assert any((tile == pixels[member]).all() for member in members)
     before = (tmp_path / "sheet.png").read_bytes()
-    pseudo_labelling.sheet(images, labels, tmp_path / "sheet.png", rows=4, columns=6, pixels=28)
+    pseudo_labelling.write_contact_sheet(images, labels, tmp_path / "sheet.png", rows=4, columns=6, pixels=28)
     assert (tmp_path / "sheet.png").read_bytes() == before
 
 
 def test_the_sheet_of_a_cluster_with_few_images_has_gaps(tmp_path: Path) -> None:
-    pseudo_labelling.sheet(toy_images(3), np.array([0, 0, -1]), tmp_path / "sheet.png", rows=2, columns=4, pixels=28)
+    pseudo_labelling.write_contact_sheet(
+        toy_images(3), np.array([0, 0, -1]), tmp_path / "sheet.png", rows=2, columns=4, pixels=28
+    )
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert (sheet[:28, 96 + 2 * 30 :] == 255).all()
 

@@ -17,7 +17,7 @@ from ktray import plugins
 from ktray.cli import main
 from ktray.errors import StageFailed, UserError
 from ktray.features import extraction
-from ktray.images import open_split, parts
+from ktray.images import open_split, split_rows
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.naming import pair_name, stage_name
@@ -81,7 +81,7 @@ def test_without_paths_row_i_is_the_ith_training_image_before_some_are_held_out(
     pair = ready_pair(data, npy(tmp_path / "ready", values, None))
     found, asked = only_features(pair, FileStore(tmp_path / "store"))
     spec: Any = pair.data.cluster
-    _, rows = parts(plugins.module("dataset", data["kind"]).load(spec), spec.split)["train"]
+    _, rows = split_rows(plugins.module("dataset", data["kind"]).load(spec), spec.split)["train"]
     np.testing.assert_array_equal(found, values[rows])
     assert len(asked) == len(rows)
 

@@ -34,7 +34,7 @@ def test_rgb_is_that_of_scikit_image_and_turns_lab_back():
     pixels = photographs()
     lab = rgb2lab(pixels).astype(np.float32)
     lab[3:, ..., 0] = 50  # which takes some colours out of sRGB
-    found = colour.rgb(torch.from_numpy(lab).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    found = colour.lab_to_rgb(torch.from_numpy(lab).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(found[:3], pixels[:3] / 255, atol=2e-3)
     with np.testing.suppress_warnings() as warnings:
         warnings.filter(UserWarning)
@@ -63,7 +63,7 @@ def test_targets_are_the_class_and_the_level_of_each_cell():
     pixels = photographs(8, 24)
     _, _, targets = batch_of(pixels, grid=4, levels=20)
     mean = rgb2lab(pixels).reshape(8, 4, 6, 4, 6, 3).mean(axis=(2, 4)).reshape(8, 16, 3)
-    classes = ((mean[:, :, None, 1:] - gamut.gamut(10).numpy()) ** 2).sum(-1).argmin(-1)
+    classes = ((mean[:, :, None, 1:] - gamut.gamut_bins(10).numpy()) ** 2).sum(-1).argmin(-1)
     assert targets.shape == (8, 2, 16)
     assert (targets[:, 0].numpy() == classes).mean() > 0.98
     assert (targets[:, 1].numpy() == np.minimum(mean[..., 0] // 5, 19)).mean() > 0.98
@@ -85,7 +85,7 @@ def test_the_head_reads_colours_from_lightness_and_lightness_from_colours():
 def test_the_loss_is_the_sum_of_two_cross_entropies():
     task, inputs, targets = batch_of(photographs(4), grid=2, bin=40, levels=5)
     logits = task.head(3)(torch.randn(len(inputs), 3)).detach().double()
-    classes = len(gamut.gamut(40))
+    classes = len(gamut.gamut_bins(40))
     total = 0.0
     for image in range(4):
         for cell in range(4):
@@ -99,7 +99,7 @@ def test_the_loss_is_the_sum_of_two_cross_entropies():
 def test_a_network_learns_both(tmp_path):
     images, metrics = toy_images(48), []
     loop.fit(
-        loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
+        loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),
         split_brain.task(split_brain.Spec(grid=4, levels=10), 28, images),
         images,
         Schedule(epochs=12, lr=0.05, batch_size=16),

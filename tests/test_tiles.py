@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from skimage.feature import match_template
 from skimage.filters import gaussian
 
-from ktray.ops.permutations import far_apart, farthest
+from ktray.ops.permutations import farthest_permutations, hashed_permutations
 from ktray.pretext import jigsaw, jigsaw_pp
 
 torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def patterns(side: int, count: int = 2) -> np.ndarray:
 
 def puzzles(kind: str, images: np.ndarray, **fields: object) -> tuple[np.ndarray, np.ndarray]:
     """Tiles (B, 9, 3, 64, 64) of the images, and the permutation (B, 9) that the target names."""
-    module, rows = (jigsaw, farthest(100, 2)) if kind == "jigsaw" else (jigsaw_pp, far_apart(701, 3))
+    module, rows = (jigsaw, farthest_permutations(100, 2)) if kind == "jigsaw" else (jigsaw_pp, hashed_permutations(701, 3))
     task = module.task(module.Spec(**fields), images.shape[1])
     pixels = torch.from_numpy(images)
     inputs, targets = task.batch(pixels, torch.arange(len(images)), torch.Generator().manual_seed(1))

@@ -23,7 +23,7 @@ def spec(model: str, **fields: object):
 def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install 'ktray\[timm\]'"):
-        loop.fresh(spec("resnet18"), 0)
+        loop.untrained_backbone(spec("resnet18"), 0)
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_features_and_weights_are_timms_and_layers_are_maps(model, image, layers
     torch.manual_seed(0)
     oracle = timm.create_model(model, num_classes=3, **({"img_size": image} if image else {})).eval()
     save_file({name: tensor.contiguous() for name, tensor in oracle.state_dict().items()}, tmp_path / "timm.safetensors")
-    loop.adopt(spec(model, image=image), tmp_path / "timm.safetensors", tmp_path / "out")
-    backbone = loop.fresh(spec(model, image=image), 1).eval()
-    loop.load(backbone, tmp_path / "out")
+    loop.import_weights(spec(model, image=image), tmp_path / "timm.safetensors", tmp_path / "out")
+    backbone = loop.untrained_backbone(spec(model, image=image), 1).eval()
+    loop.load_backbone(backbone, tmp_path / "out")
     seen = []
     backbone.get_submodule(layers[-1]).register_forward_hook(lambda module, inputs, output: seen.append(output))
     pixels = torch.randn(2, 3, 64, 64)
@@ -55,6 +55,6 @@ def test_features_and_weights_are_timms_and_layers_are_maps(model, image, layers
 def test_what_timm_does_not_have_is_a_user_error():
     pytest.importorskip("timm")
     with pytest.raises(UserError, match="no model 'resnet19'"):
-        loop.fresh(spec("resnet19"), 0)
+        loop.untrained_backbone(spec("resnet19"), 0)
     with pytest.raises(UserError, match="takes no image size"):
-        loop.fresh(spec("resnet18", image=32), 0)
+        loop.untrained_backbone(spec("resnet18", image=32), 0)

@@ -62,7 +62,7 @@ def headless(model: nn.Module, head: str) -> nn.Module:
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_backbone_computes_what_torchvision_computes_with_its_weights(name):
     _, make, head, size = FULL[name]
-    backbone = changed(loop.fresh(parsed(name), 0))
+    backbone = changed(loop.untrained_backbone(parsed(name), 0))
     with torch.device("meta"):  # a hundred million weights of a classifier are drawn in vain otherwise
         oracle = headless(make(), head)
     oracle.load_state_dict(backbone.state_dict(), strict=True, assign=True)
@@ -88,7 +88,7 @@ def test_large_backbones_have_the_tensors_of_torchvision(backbone, model):
 
 
 def test_a_vit_gives_each_block_as_a_map_of_its_patches():
-    backbone = changed(loop.fresh(parsed("vit"), 0))
+    backbone = changed(loop.untrained_backbone(parsed("vit"), 0))
     tokens, maps = {}, {}
     backbone.encoder.layers[4].register_forward_hook(lambda m, i, out: tokens.update(at=out))
     backbone.block5.register_forward_hook(lambda m, i, out: maps.update(at=out))
@@ -99,7 +99,7 @@ def test_a_vit_gives_each_block_as_a_map_of_its_patches():
 
 
 def test_positions_of_a_vit_are_interpolated_for_images_of_another_size():
-    backbone = loop.fresh(plugins.parse("backbone", "vit"), 0).eval()
+    backbone = loop.untrained_backbone(plugins.parse("backbone", "vit"), 0).eval()
     table = backbone.encoder.pos_embedding.data
     table[:, 1:] = torch.arange(8.0).repeat(8)[None, :, None]  # rises from left to right
     at_28 = backbone._positions(7, 7)[0, 1:, 0].unflatten(0, (7, 7))
@@ -112,7 +112,9 @@ def test_the_smaller_forms_keep_more_places_than_the_full_ones():
     for kind, layer, small, full in [("mobilenet_v3", "stage5", 4, 1), ("convnext", "stage4", 2, 1), ("vgg", "block4", 8, 4)]:
         sides = []
         for form in ("small", "full"):
-            backbone = loop.fresh(plugins.parse("backbone", {"kind": kind, "form": form, "width": 0.125}), 0).eval()
+            backbone = loop.untrained_backbone(
+                plugins.parse("backbone", {"kind": kind, "form": form, "width": 0.125}), 0
+            ).eval()
             backbone.get_submodule(layer).register_forward_hook(lambda m, i, out, sides=sides: sides.append(out.shape[-1]))
             backbone(torch.randn(2, 3, 32, 32))
         assert sides == [small, full], kind
@@ -122,7 +124,7 @@ def test_the_smaller_forms_keep_more_places_than_the_full_ones():
 @pytest.mark.parametrize("name", [name for name in FULL if name not in ("vgg_bn", "mobilenet_v3_large")])
 def test_the_card_of_an_exported_student_tells_how_torchvision_loads_it(name, classes, tmp_path):
     spec = parsed(name)
-    backbone = changed(loop.fresh(spec, 0))
+    backbone = changed(loop.untrained_backbone(spec, 0))
     linear = nn.Linear(backbone.feature_dim, 5)
     (tmp_path / "snapshot").mkdir()
     saved = {f"backbone.{n}": t for n, t in backbone.state_dict().items()} | {

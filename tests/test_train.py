@@ -35,7 +35,7 @@ def dropout_task():
 
 def run(out, until, start=None, *, task=None, images=IMAGES, seed=3, on_epoch=None, **schedule):
     settings = {"kind": "warmup_stable", "epochs": 8, "lr": 0.05, "batch_size": 16, **schedule}
-    backbone = loop.fresh(BACKBONE, seed)
+    backbone = loop.untrained_backbone(BACKBONE, seed)
     return loop.fit(
         backbone,
         task or labels_task(),
@@ -85,7 +85,7 @@ def test_a_snapshot_written_on_the_way_is_the_one_that_a_shorter_training_ends_w
 
 
 def test_a_callback_that_evaluates_and_draws_does_not_disturb_the_training(tmp_path):
-    backbone = loop.fresh(BACKBONE, 3)
+    backbone = loop.untrained_backbone(BACKBONE, 3)
     schedule = Schedule(epochs=3, lr=0.05, batch_size=16)
 
     def meddle(epoch, metrics, write):
@@ -148,7 +148,7 @@ def test_the_loss_falls_and_the_history_tells_all_epochs_from_the_first(tmp_path
 
 def test_epoch_zero_is_the_weights_as_drawn(tmp_path):
     assert run(tmp_path, 0) == {}
-    drawn = loop.fresh(BACKBONE, 3).state_dict()
+    drawn = loop.untrained_backbone(BACKBONE, 3).state_dict()
     saved = load_file(tmp_path / "weights.safetensors")
     assert {name for name in saved if name.startswith("head.")} == {"head.weight", "head.bias"}
     for name, tensor in drawn.items():
@@ -164,7 +164,7 @@ def test_fresh_and_fit_leave_the_random_stream_of_the_caller_alone(tmp_path):
 
 
 def test_another_seed_draws_other_weights():
-    one, same, other = (loop.fresh(BACKBONE, seed).state_dict()["conv1.0.weight"] for seed in (0, 0, 1))
+    one, same, other = (loop.untrained_backbone(BACKBONE, seed).state_dict()["conv1.0.weight"] for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -247,12 +247,12 @@ def test_impossible_trainings_are_refused(tmp_path):
 
 def test_load_takes_the_backbone_of_a_snapshot_and_refuses_that_of_another_network(tmp_path):
     run(tmp_path, 1)
-    backbone = loop.fresh(BACKBONE, 99)
-    loop.load(backbone, tmp_path)
+    backbone = loop.untrained_backbone(BACKBONE, 99)
+    loop.load_backbone(backbone, tmp_path)
     saved = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(saved[f"backbone.{name}"], tensor) for name, tensor in backbone.state_dict().items())
     with pytest.raises(RuntimeError, match="conv1"):
-        loop.load(loop.fresh(plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}), 0), tmp_path)
+        loop.load_backbone(loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}), 0), tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
@@ -266,9 +266,9 @@ def test_weights_of_torchvision_are_adopted_without_their_classifier(tmp_path, e
     else:
         save_file(oracle.state_dict(), file)
     spec = plugins.parse("backbone", {"kind": "resnet", "form": "full"})
-    assert loop.adopt(spec, file, tmp_path / "out") == sum(p.numel() for p in oracle.parameters()) - 512 * 7 - 7
-    backbone = loop.fresh(spec, 0).eval()
-    loop.load(backbone, tmp_path / "out")
+    assert loop.import_weights(spec, file, tmp_path / "out") == sum(p.numel() for p in oracle.parameters()) - 512 * 7 - 7
+    backbone = loop.untrained_backbone(spec, 0).eval()
+    loop.load_backbone(backbone, tmp_path / "out")
     pixels = torch.randn(2, 3, 64, 64)
     assert torch.allclose(oracle.fc(backbone(pixels)), oracle(pixels), atol=1e-5)
 
@@ -276,16 +276,16 @@ def test_weights_of_torchvision_are_adopted_without_their_classifier(tmp_path, e
 def test_a_checkpoint_that_is_missing_foreign_or_executable_is_a_user_error(tmp_path):
     spec = plugins.parse("backbone", "alexnet")
     with pytest.raises(UserError, match=r"no file absent\.pth"):
-        loop.adopt(spec, tmp_path / "absent.pth", tmp_path / "out")
+        loop.import_weights(spec, tmp_path / "absent.pth", tmp_path / "out")
     save_file({"conv1.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.safetensors")
     with pytest.raises(UserError, match=r"has no conv1\.1\.weight of shape \(64,\)"):
-        loop.adopt(spec, tmp_path / "part.safetensors", tmp_path / "out")
+        loop.import_weights(spec, tmp_path / "part.safetensors", tmp_path / "out")
     torch.save({"state_dict": threading.Thread}, tmp_path / "object.pth")
     with pytest.raises(UserError, match="more or other than tensors"):
-        loop.adopt(spec, tmp_path / "object.pth", tmp_path / "out")
+        loop.import_weights(spec, tmp_path / "object.pth", tmp_path / "out")
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(UserError, match="more or other than tensors"):
-        loop.adopt(spec, tmp_path / "text.safetensors", tmp_path / "out")
+        loop.import_weights(spec, tmp_path / "text.safetensors", tmp_path / "out")
 
 
 def test_bfloat16_trains_in_segments_too_and_stays_near_float32(tmp_path):
@@ -310,7 +310,7 @@ def test_a_gpu_trains_in_segments_too_and_agrees_with_the_cpu_within_rounding(tm
     for device in ("cpu", "cuda"):
         for begin, end in ((0, 2), (2, 4)):
             start = tmp_path / f"{device}{begin}" if begin else None
-            backbone = loop.fresh(BACKBONE, 0)
+            backbone = loop.untrained_backbone(BACKBONE, 0)
             out = tmp_path / f"{device}{end}"
             loop.fit(backbone, labels_task(), IMAGES, schedule, 0, out=out, until=end, start=start, device=device)
         losses[device] = parquet.read_table(tmp_path / f"{device}4" / "history.parquet")["loss"].to_pylist()

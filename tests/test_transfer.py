@@ -51,7 +51,7 @@ def task_of(kind, **changes):
 
 def fitted(kind, out, until, start=None, losses=None):
     return loop.fit(
-        loop.fresh(BACKBONE, 0),
+        loop.untrained_backbone(BACKBONE, 0),
         task_of(kind),
         IMAGES,
         Schedule(epochs=40, lr=0.05, batch_size=16),

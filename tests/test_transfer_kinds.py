@@ -79,7 +79,7 @@ def test_several_k_train_one_student_and_an_image_that_one_of_them_leaves_out_te
     assert task.keep.tolist() == list(range(3, 64))
     assert targets_of(task, [4, 12]).tolist() == [[4, -1], [4, 0]]
     schedule = Schedule(epochs=30, lr=0.05, batch_size=16)
-    metrics = loop.fit(loop.fresh(BACKBONE, 0), task, IMAGES, schedule, 0, out=tmp_path, until=30)
+    metrics = loop.fit(loop.untrained_backbone(BACKBONE, 0), task, IMAGES, schedule, 0, out=tmp_path, until=30)
     assert metrics["top1"] > 0.7
 
 
@@ -114,7 +114,9 @@ def test_a_training_with_uniform_sampling_shows_what_the_order_says_and_is_the_s
     task = clusters.task(clusters.Spec(sampling="uniform"), Targets(64, (Labels(labels, 4),)), STILL)
 
     def fit(out, until, start=None):
-        return loop.fit(loop.fresh(BACKBONE, 0), task, IMAGES, Schedule(epochs=3), 0, out=out, until=until, start=start)
+        return loop.fit(
+            loop.untrained_backbone(BACKBONE, 0), task, IMAGES, Schedule(epochs=3), 0, out=out, until=until, start=start
+        )
 
     whole = fit(tmp_path / "whole", 3)
     fit(tmp_path / "1", 1)

@@ -26,7 +26,7 @@ SMALL = {"hidden": 16, "width": 8}
 def run(task, out: Path, until: int, start: Path | None = None, count: int = 24, **schedule):
     metrics = []
     loop.fit(
-        loop.fresh(BACKBONE, 0),
+        loop.untrained_backbone(BACKBONE, 0),
         task,
         toy_images(count, size=28),
         Schedule(**{"epochs": 8, "lr": 0.02, "batch_size": 12, **schedule}),
@@ -128,7 +128,7 @@ def test_byol_in_segments_is_byol_at_once_with_its_target_in_the_snapshot(tmp_pa
     buffers = load_file(tmp_path / "whole" / "optimizer.safetensors")
     assert not any(".target." in name for name in buffers)
     assert json.loads((tmp_path / "whole" / "state.json").read_text()) == {"epoch": 2}
-    loop.load(loop.fresh(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
+    loop.load_backbone(loop.untrained_backbone(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
 
 
 def test_both_learn_from_views_alone(tmp_path):

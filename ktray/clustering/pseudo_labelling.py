@@ -111,7 +111,7 @@ def entropy(labels: NDArray[np.int64]) -> float:
     return max(0.0, float(-(shares * np.log(shares)).sum()))
 
 
-def kept(labels: NDArray[np.int64]) -> float:
+def kept_share(labels: NDArray[np.int64]) -> float:
     """Share of the images, in [0, 1], whose label (N,) is not -1."""
     return float((labels >= 0).mean())
 
@@ -124,7 +124,9 @@ def nmi(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
     return float(normalized_mutual_info_score(classes[known], labels[known]))
 
 
-def sheet(images: Images, labels: NDArray[np.int64], path: Path, rows: int = 16, columns: int = 16, pixels: int = 56) -> None:
+def write_contact_sheet(
+    images: Images, labels: NDArray[np.int64], path: Path, rows: int = 16, columns: int = 16, pixels: int = 56
+) -> None:
     """Write a PNG whose rows are clusters, from the largest to the smallest, and whose columns are images of each.
 
     Args:

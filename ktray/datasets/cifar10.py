@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import Source, Splits, downloaded, location
+from ktray.images import Source, Splits, data_folder, download
 from ktray.spec import Split
 from ktray.strict import StrictSpec
 
@@ -46,10 +46,10 @@ def load(spec: Spec) -> Splits:
     Raises:
         UserError: the batches are missing or damaged, or could not be downloaded.
     """
-    root = location(spec.path)
+    root = data_folder(spec.path)
     batches = _batches(root)
     if not batches and spec.download:
-        downloaded("CIFAR10", root)
+        download("CIFAR10", root)
         batches = _batches(root)
     if not batches:
         raise UserError(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import Source, Splits, downloaded, location
+from ktray.images import Source, Splits, data_folder, download
 from ktray.spec import Split
 from ktray.strict import StrictSpec
 
@@ -55,9 +55,9 @@ def load(spec: Spec) -> Splits:
     Raises:
         UserError: files are missing, or could not be downloaded.
     """
-    root = location(spec.path)
+    root = data_folder(spec.path)
     if _file(root, "train-images-idx3-ubyte") is None and spec.download:
-        downloaded("FashionMNIST", root)
+        download("FashionMNIST", root)
     files = {name: _file(root, name) for part in ("train", "t10k") for name in _names(part)}
     missing = [name for name, path in files.items() if path is None]
     if missing:

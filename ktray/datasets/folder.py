@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import Source, Splits, decode, listed, location
+from ktray.images import Source, Splits, data_folder, decode, list_images
 from ktray.spec import Split
 from ktray.strict import StrictSpec
 
@@ -37,8 +37,8 @@ def load(spec: Spec) -> Splits:
     Raises:
         UserError: the folder does not exist or contains no images.
     """
-    root = location(spec.path)
-    files = listed(root)
+    root = data_folder(spec.path)
+    files = list_images(root)
     if not files:
         raise UserError(
             f"there are no image files in {root}", instead="Images are recognised by their suffix, such as .jpg or .png."

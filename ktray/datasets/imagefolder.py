@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import Source, Splits, decode, listed, location
+from ktray.images import Source, Splits, data_folder, decode, list_images
 from ktray.spec import Split
 from ktray.strict import StrictSpec
 
@@ -41,8 +41,8 @@ def load(spec: Spec) -> Splits:
         UserError: the folder does not exist or has no training images, an image lies outside a class folder, or a class has no
             training images.
     """
-    root = location(spec.path)
-    files = listed(root)
+    root = data_folder(spec.path)
+    files = list_images(root)
     has_splits = (root / "train").is_dir()
     by_split: dict[str, list[tuple[str, str, Path]]] = defaultdict(list)
     for name, path in files:

@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import Source, Splits, decode, location
+from ktray.images import Source, Splits, data_folder, decode
 from ktray.images.parquet_rows import row_reader
 from ktray.spec import Split
 from ktray.strict import StrictSpec
@@ -77,7 +77,7 @@ def load(spec: Spec) -> Splits:
 
 def _files(path: str) -> tuple[tuple[str, Path], ...]:
     """(relative name, path) of each parquet file, sorted by name."""
-    source = location(path)
+    source = data_folder(path)
     if source.is_file():
         return ((source.name, source),)
     pattern = source / "**" / "*.parquet" if source.is_dir() else source

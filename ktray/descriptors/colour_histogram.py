@@ -33,7 +33,7 @@ class Spec(StrictSpec):
 
 def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, grid^2 * bins^3) float32: the normalised histogram of each cell, row by row; H, W >= grid."""
-    seen = colour.lab(images) if spec.space == "lab" else images.to(torch.float32)
+    seen = colour.rgb_to_lab(images) if spec.space == "lab" else images.to(torch.float32)
     low, high = torch.tensor(_RANGES[spec.space], device=images.device).unbind(1)
     place = ((seen - low) / (high - low) * spec.bins).long().clamp(0, spec.bins - 1)
     colours = (place[..., 0] * spec.bins + place[..., 1]) * spec.bins + place[..., 2]  # (B, H, W)

@@ -44,4 +44,6 @@ def describe(spec: Spec, state: dict[str, NDArray[Any]] | None, images: Tensor) 
 
 @lru_cache(maxsize=2)  # `describe` is called for every batch
 def _network(spec: Spec, device: str) -> Callable[[Tensor], Tensor]:
-    return extraction.of_module(loop.fresh(spec.backbone, spec.seed).to(torch.device(device)), spec.layer, spec.pool)
+    return extraction.layer_extractor(
+        loop.untrained_backbone(spec.backbone, spec.seed).to(torch.device(device)), spec.layer, spec.pool
+    )

@@ -30,7 +30,7 @@ FORMAT = "ktray-student/1"
 WEIGHTS, CARD = "model.safetensors", "student.json"
 Form = Literal["safetensors", "pt2", "onnx"]
 Head = Literal["classifier", "none"]
-_INPUT = {  # what `augment.to_float` does, in the words of other libraries
+_INPUT = {  # what `augmentation.to_float` does, in the words of other libraries
     "layout": "NCHW",
     "channels": "RGB",
     "dtype": "float32",
@@ -61,7 +61,7 @@ def export_student(
     the identity; the card tells how. The folder appears complete or not at all.
 
     Args:
-        snapshot: directory with `weights.safetensors` ("backbone.*", "head.*") as from `train.fit`.
+        snapshot: directory with `weights.safetensors` ("backbone.*", "head.*") as from `loop.fit`.
         size: side in pixels of the images that the student was trained on.
         metrics: what the student reached; numbers that are not finite become null.
         lineage: where it comes from, such as the keys of its stages; absolute paths are cut to their last part.
@@ -98,7 +98,7 @@ def export_student(
 def load_student(directory: Path) -> nn.Module:
     """The backbone of an exported folder, in eval mode on the CPU.
 
-    It takes (B, 3, H, W) float32, as from `augment.to_float`: (x / 255 - 0.5) / 0.25, and gives (B, feature_dim) float32.
+    It takes (B, 3, H, W) float32, as from `augmentation.to_float`: (x / 255 - 0.5) / 0.25, and gives (B, feature_dim) float32.
 
     Raises:
         UserError: no exported student lies there, it is damaged, or its backbone's kind is unknown or not trusted here.

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ktray import fingerprint, plugins, progress
-from ktray.features.layers import of_module, of_views
+from ktray.features.layers import layer_extractor, layers_extractor
 from ktray.images import Images, open_split
 from ktray.ops import augmentation
 from ktray.pool import Pool
@@ -40,14 +40,14 @@ IDENTITY, REVISION = "feature_extraction", 1
 TOOLS = (augmentation,)
 
 BATCH = 256
-SHARD_ROWS = 4096  # a multiple of BATCH, so that `all_of` and `write` see the same batches
+SHARD_ROWS = 4096  # a multiple of BATCH, so that `extract_all` and `write` see the same batches
 
 Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 Views = Callable[[NDArray[np.uint8]], list[tuple[NDArray[np.float32], float]]]
 """An extractor of several views at once: for each its rows, and the seconds that it alone would have taken."""
 
 
-def of_network(
+def network_extractor(
     backbone: BackboneSpec,
     layer: str | None,
     pool: Pooling,
@@ -69,7 +69,7 @@ def of_network(
         ValueError: `weights` is None; an untrained network is the descriptor `random_network`.
     """
     network = _trained(backbone, weights)
-    return _on_arrays(of_module(network, layer, pool, normalize), device, network)
+    return _on_arrays(layer_extractor(network, layer, pool, normalize), device, network)
 
 
 def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
@@ -78,7 +78,7 @@ def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
             f"the {backbone.kind} has no weights; features of an untrained network are the descriptor random_network"
         )
     network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
-    loop.load(network, weights)
+    loop.load_backbone(network, weights)
     return network
 
 
@@ -89,7 +89,7 @@ def network_view(
     return {"backbone": backbone.model_dump(), "layer": layer, "pool": pool.model_dump(), "normalize": normalize}
 
 
-def view_of(teacher: TeacherSpec) -> dict[str, Any]:
+def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
     """What features of a teacher depend on beside its weights or state, as plain data: a `network_view` or a descriptor.
 
     Raises:
@@ -103,19 +103,19 @@ def view_of(teacher: TeacherSpec) -> dict[str, Any]:
     raise TypeError(f"a {type(teacher).__name__} has no features to extract")
 
 
-def of_view(view: Mapping[str, Any], weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
-    """Features as `view_of` describes them: (B, H, W, 3) uint8 -> (B, D) float32.
+def view_extractor(view: Mapping[str, Any], weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
+    """Features as `teacher_view` describes them: (B, H, W, 3) uint8 -> (B, D) float32.
 
     Args:
         weights: directory of a snapshot, for a view of a network.
         state: directory of `state.npz`, for descriptors that are fitted.
 
     Raises:
-        UserError, ValueError: as `of_network`; a fitted descriptor without `state`.
+        UserError, ValueError: as `network_extractor`; a fitted descriptor without `state`.
     """
     if "backbone" in view:
         backbone = plugins.parse("backbone", view["backbone"])
-        return of_network(backbone, *_layer_of(view), weights, device, view["normalize"])
+        return network_extractor(backbone, *_layer_of(view), weights, device, view["normalize"])
     spec = plugins.parse("descriptor", view["descriptor"])
     descriptor = plugins.module_of("descriptor", spec)
     fitted: dict[str, NDArray[Any]] | None = None
@@ -141,7 +141,7 @@ def _on_arrays(describe: Callable[[Tensor], Tensor], device: str, network: nn.Mo
     return extract
 
 
-def all_of(extractor: Extractor, images: Images) -> NDArray[np.float32]:
+def extract_all(extractor: Extractor, images: Images) -> NDArray[np.float32]:
     """Features (N, D) float32 of all images, in batches of 256.
 
     Raises:
@@ -180,7 +180,7 @@ def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
     """Write the features of one split as `features-00000.npy` and so on, of 4096 rows each (the last of what is left).
 
     Args:
-        source: plain data: "view" (see `view_of`), "weights" and "state" (directories or None), "images"
+        source: plain data: "view" (see `teacher_view`), "weights" and "state" (directories or None), "images"
             (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "most_images", if
             it is there, is how many images the device holds at once.
         out: an existing directory that every worker sees.
@@ -261,7 +261,7 @@ def _all_views(
     views: list[dict[str, Any]], weights: Path | None, state: Path | None, device: str, most_images: int | None
 ) -> Views:
     if len(views) == 1:
-        extractor = in_pieces(of_view(views[0], weights, state, device), most_images)
+        extractor = in_smaller_batches(view_extractor(views[0], weights, state, device), most_images)
 
         def alone(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
             began = time.perf_counter()
@@ -270,7 +270,7 @@ def _all_views(
 
         return alone
     network = _trained(plugins.parse("backbone", views[0]["backbone"]), weights).to(device)
-    extract = of_views(network, [_layer_of(view) for view in views], views[0]["normalize"])
+    extract = layers_extractor(network, [_layer_of(view) for view in views], views[0]["normalize"])
 
     def together(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
         pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, most_images)]
@@ -282,7 +282,7 @@ def _all_views(
     return together
 
 
-def in_pieces(extractor: Extractor, most_images: int | None) -> Extractor:
+def in_smaller_batches(extractor: Extractor, most_images: int | None) -> Extractor:
     """The same extractor for a device that has no memory for more than `most_images` at once; None for one that has."""
     if most_images is None:
         return extractor

@@ -20,7 +20,7 @@ View = tuple[str | None, Pooling]
 """A layer of a network, None for what its forward returns, and how its maps become one vector."""
 
 
-def of_module(
+def layer_extractor(
     network: nn.Module, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
 ) -> Callable[[Tensor], Tensor]:
     """Features of a ready backbone: (B, H, W, 3) uint8 -> (B, D) float32, both on the network's device.
@@ -30,14 +30,14 @@ def of_module(
     Raises:
         UserError: the backbone has no such layer; at the first batch, the grid is finer than the maps.
     """
-    extract = of_views(network, [(layer, pool)], normalize)
+    extract = layers_extractor(network, [(layer, pool)], normalize)
     return lambda images: extract(images)[0][0]
 
 
-def of_views(
+def layers_extractor(
     network: nn.Module, views: Sequence[View], normalize: Normalization = "ktray"
 ) -> Callable[[Tensor], list[tuple[Tensor, float]]]:
-    """Features of several layers in one forward pass, each in the bits of `of_module`.
+    """Features of several layers in one forward pass, each in the bits of `layer_extractor`.
 
     Args:
         normalize: what the network's weights expect of pixels.
@@ -47,7 +47,7 @@ def of_views(
         from the pass's beginning until they were there, which is what this view would have taken alone.
 
     Raises:
-        UserError: as `of_module`.
+        UserError: as `layer_extractor`.
     """
     network.eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -55,35 +55,35 @@ def of_views(
     wanted = {layer for layer, _ in views}
     for layer in wanted - {None, *layers}:
         raise UserError(f"the backbone has no layer {layer!r}", "layer", f"One of: {', '.join(layers)}.")
-    tapped = {layer: network.get_submodule(layer) for layer in wanted if layer is not None}
+    hooked = {layer: network.get_submodule(layer) for layer in wanted if layer is not None}
 
     @torch.inference_mode()
     def extract(images: Tensor) -> list[tuple[Tensor, float]]:
-        tap = _LayerHook(views)
-        handles = [module.register_forward_hook(tap.of(layer)) for layer, module in tapped.items()]
+        collector = _LayerOutputs(views)
+        handles = [module.register_forward_hook(collector.hook_of(layer)) for layer, module in hooked.items()]
         try:
-            tap.of(None)(network, (), network(augmentation.normalize(images, normalize)))
+            collector.hook_of(None)(network, (), network(augmentation.normalize(images, normalize)))
         except _LastLayerReached:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        if len(tap.found) < len(views):
-            never = next(layer for index, (layer, _) in enumerate(views) if index not in tap.found)
+        if len(collector.found) < len(views):
+            never = next(layer for index, (layer, _) in enumerate(views) if index not in collector.found)
             raise ValueError(f"the forward pass never runs the layer {never!r}")
-        return [tap.found[index] for index in range(len(views))]
+        return [collector.found[index] for index in range(len(views))]
 
     return extract
 
 
-class _LayerHook:
+class _LayerOutputs:
     """What one forward pass leaves: index of a view -> its rows, and when they were there."""
 
     def __init__(self, views: Sequence[View]) -> None:
         self.views, self.began = views, time.perf_counter()
         self.found: dict[int, tuple[Tensor, float]] = {}
 
-    def of(self, layer: str | None) -> Callable[[Any, Any, Tensor], None]:
+    def hook_of(self, layer: str | None) -> Callable[[Any, Any, Tensor], None]:
         """The hook of a layer; of one that runs several times the first output counts, with which a pass for it alone ends."""
 
         def hook(_: Any, __: Any, output: Tensor) -> None:
@@ -102,7 +102,7 @@ class _LayerHook:
 
 
 class _LastLayerReached(Exception):
-    """The forward pass has come to the last tapped layer; what follows would be computed in vain."""
+    """The forward pass has reached the last layer asked for; nothing after it is needed."""
 
 
 def _pooled(output: Tensor, pool: Pooling) -> Tensor:

@@ -26,7 +26,7 @@ Read = Callable[[Sequence[str]], NDArray[np.float32]]
 """Paths of n images -> their features (n, D) float32, finite or not."""
 
 
-def files(teacher: PrecomputedTeacher) -> dict[str, Path]:
+def feature_files(teacher: PrecomputedTeacher) -> dict[str, Path]:
     """Field -> absolute path of each file that the teacher consists of.
 
     Raises:
@@ -40,12 +40,12 @@ def files(teacher: PrecomputedTeacher) -> dict[str, Path]:
     return found
 
 
-def by_row(teacher: PrecomputedTeacher) -> bool:
+def matched_by_row(teacher: PrecomputedTeacher) -> bool:
     """Whether rows belong to the images of one data set in its order, because no path is given."""
     return teacher.names is None and not teacher.features.endswith(".parquet")
 
 
-def rows_of(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping[str, int]:
+def row_numbers(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping[str, int]:
     """Path of an image -> its row; reads the names, and of the features only what they are.
 
     Args:
@@ -54,9 +54,9 @@ def rows_of(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping[str
     Raises:
         UserError: not (N, D) floats, another number of paths than rows, or a path that is there twice.
     """
-    found = files(teacher)
+    found = feature_files(teacher)
     path = found["features"]
-    if by_row(teacher):
+    if matched_by_row(teacher):
         count, names = len(_array(path)), tuple(in_order)
         if count != len(names):
             raise UserError(
@@ -65,10 +65,10 @@ def rows_of(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping[str
                 "Without 'names' row i is the i-th of all training images; give a row for each, or a file of names.",
             )
     elif path.suffix == ".parquet":
-        names = _column_of_paths(path, (teacher.columns or Columns()), *_as_of(path))
+        names = _column_of_paths(path, (teacher.columns or Columns()), *_file_version(path))
         count = len(names)
     else:
-        count, names = len(_array(path)), _names(found["names"], *_as_of(found["names"]))
+        count, names = len(_array(path)), _names(found["names"], *_file_version(found["names"]))
         if count != len(names):
             raise UserError(f"{path.name} has {count} rows, and {found['names'].name} {len(names)} paths", "teacher.names")
     rows = {name: row for row, name in enumerate(names)}
@@ -97,14 +97,14 @@ def refuse_missing(rows: Mapping[str, int], names: Sequence[str], of: str) -> No
         )
 
 
-def reader(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
+def open_features(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
     """The features of images by their paths. A .npy is mapped, a .parquet is held in memory.
 
     Raises:
-        UserError: as `rows_of`; a row of a .parquet that is null or of another length; at a call, an image without features.
+        UserError: as `row_numbers`; a row of a .parquet is null or of another length; an image has no features (at the call).
     """
-    rows = rows_of(teacher, in_order)
-    path = files(teacher)["features"]
+    rows = row_numbers(teacher, in_order)
+    path = feature_files(teacher)["features"]
     column = (teacher.columns or Columns()).features
     values = _values(path, column, len(rows)) if path.suffix == ".parquet" else _array(path)
 
@@ -117,7 +117,7 @@ def reader(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
 
 
 def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]:
-    """Write the features of all images in the shards of `features.write`; `count`, `dim` and `images_per_s`.
+    """Write the features of all images in the shards of `extraction.write`; `count`, `dim` and `images_per_s`.
 
     Raises:
         UserError: an image has no features.
@@ -125,7 +125,7 @@ def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]
     """
     began, width = time.perf_counter(), 0
     for start in range(0, len(images), extraction.SHARD_ROWS):
-        rows = all_of(read, images, start, start + extraction.SHARD_ROWS)
+        rows = read_rows(read, images, start, start + extraction.SHARD_ROWS)
         with np.errstate(over="ignore"):
             stored = rows.astype(dtype)
         extraction.require_finite(stored, images, start)
@@ -136,7 +136,7 @@ def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]
     return {"count": float(len(images)), "dim": float(width), "images_per_s": len(images) / seconds}
 
 
-def all_of(read: Read, images: Images, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+def read_rows(read: Read, images: Images, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
     """Features (n, D) float32 of the images from `start` to before `stop`.
 
     Raises:
@@ -147,7 +147,7 @@ def all_of(read: Read, images: Images, start: int = 0, stop: int | None = None) 
     return rows
 
 
-def _as_of(path: Path) -> tuple[int, int]:
+def _file_version(path: Path) -> tuple[int, int]:
     """Size and time of change: a file that has changed is read again."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns

@@ -10,7 +10,7 @@ from ktray.errors import UserError
 _SILENCE_S = 30.0  # torchvision sets no timeout of its own, and a machine without a way out may never be told so
 
 
-def downloaded(name: str, root: Path) -> None:
+def download(name: str, root: Path) -> None:
     """Let torchvision fetch the data set `name` (a class of `torchvision.datasets`) into `root`; checksums are torchvision's.
 
     Raises:

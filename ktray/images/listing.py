@@ -12,21 +12,21 @@ from ktray.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def location(path: str | None) -> Path:
+def data_folder(path: str | None) -> Path:
     """`path` as an absolute path; null means the folder in the environment variable KTRAY_DATA, or `./data`."""
     return Path(path or os.environ.get("KTRAY_DATA") or "data").expanduser().absolute()
 
 
-def located(spec: Any) -> Any:
+def with_absolute_path(spec: Any) -> Any:
     """The data spec with its `path` made absolute, so that it means the same in a worker with another working directory."""
     if "path" not in plugins.module_of("dataset", spec).LOCATION:
         return spec
-    return spec.model_copy(update={"path": str(location(spec.path))})
+    return spec.model_copy(update={"path": str(data_folder(spec.path))})
 
 
-def places(spec: Any) -> dict[str, Any]:
+def location_fields(spec: Any) -> dict[str, Any]:
     """The fields of a data spec that say where it lies and nothing of what it is, its path made absolute."""
-    found = located(spec)
+    found = with_absolute_path(spec)
     return {field: getattr(found, field) for field in plugins.module_of("dataset", spec).LOCATION}
 
 
@@ -37,7 +37,7 @@ def _scanned(folder: str) -> Any:
         raise UserError(f"the folder {folder} cannot be read: {error.strerror}", "data.path", "Change its rights.") from error
 
 
-def listed(root: Path) -> tuple[tuple[str, Path], ...]:
+def list_images(root: Path) -> tuple[tuple[str, Path], ...]:
     """(relative name, path) of every image file below `root` at any depth, sorted by name.
 
     By suffix, in any case; hidden files and folders are left out, links are followed and a folder is entered once.

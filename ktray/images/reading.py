@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ktray import plugins, progress
 from ktray.errors import UserError
 from ktray.images.decoding import decode, fit
-from ktray.images.listing import located
+from ktray.images.listing import with_absolute_path
 from ktray.images.source import Images, Unreadable
-from ktray.images.splitting import parts
+from ktray.images.splitting import split_rows
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -71,8 +71,8 @@ def _boxes(directory: Path, split: str) -> tuple[NDArray[np.float32], ...] | Non
 
 def _of_source(directory: Path, split: str, spec: Any, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
     """Index in the split -> pixels, from the data set itself."""
-    spec = located(spec)
-    found = parts(plugins.module_of("dataset", spec).load(spec), spec.split)
+    spec = with_absolute_path(spec)
+    found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
     rows = np.load(directory / f"{split}-rows.npy", allow_pickle=False)
     source = found[split][0] if split in found else None
     if source is None or max(rows) >= len(source.names) or tuple(source.names[row] for row in rows) != names:

@@ -16,7 +16,7 @@ Part = tuple[Source, NDArray[np.int64]]  # a source, and the ascending rows (n,)
 
 
 @lru_cache(maxsize=16)  # every draw of a space asks, and 50,000 names take 0.2 s
-def parts(splits: Splits, split: Split) -> dict[str, Part]:
+def split_rows(splits: Splits, split: Split) -> dict[str, Part]:
     """Name of each split ("train", "val", "test") -> its source and the ascending rows (n,) of that source.
 
     A data set's own val is taken as it is; else `split.val` of the training images, stratified where there are labels.

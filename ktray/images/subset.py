@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from ktray import plugins
 from ktray.images.decoding import fit, fit_boxes
-from ktray.images.listing import located
+from ktray.images.listing import with_absolute_path
 from ktray.images.source import Source, Unreadable
-from ktray.images.splitting import parts
-from ktray.images.writing import describe
+from ktray.images.splitting import split_rows
+from ktray.images.writing import write_metadata
 
 
 def write_sample(spec: Any, out: Path, count: int) -> dict[str, float]:
@@ -32,15 +32,15 @@ def write_sample(spec: Any, out: Path, count: int) -> dict[str, float]:
         UserError: the data are not where the spec says.
         ValueError: no image of a split can be read.
     """
-    spec = located(spec)
-    found = parts(plugins.module_of("dataset", spec).load(spec), spec.split)
+    spec = with_absolute_path(spec)
+    found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
     written, unreadable = 0, 0
     for name, (source, rows) in found.items():
         kept, pixels, boxes = _read(source, rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))], spec.size)
         if not len(kept):
             raise ValueError(f"of {min(count, len(rows))} images of the {name} split none can be read")
         np.save(out / f"{name}.npy", pixels)
-        describe(out, name, source, kept, boxes)
+        write_metadata(out, name, source, kept, boxes)
         written += len(kept)
         unreadable += min(count, len(rows)) - len(kept)
     summary = {"size": spec.size, "streamed": False, "splits": list(found), "unreadable": []}

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from ktray import plugins, progress
 from ktray.fingerprint import fingerprint
 from ktray.images.decoding import decode, fit, fit_boxes
-from ktray.images.listing import located
+from ktray.images.listing import with_absolute_path
 from ktray.images.source import Source, Unreadable
-from ktray.images.splitting import Part, parts
+from ktray.images.splitting import Part, split_rows
 from ktray.pool import Pool
 
 _BLOCK_BYTES = 32 << 20
@@ -48,9 +48,9 @@ def write(spec: Any, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dic
         UserError: the data are not where the spec says.
         ValueError: more than `spec.max_unreadable` of the images are unreadable; names the first few.
     """
-    spec = located(spec)
+    spec = with_absolute_path(spec)
     out.mkdir(parents=True, exist_ok=True)
-    found = parts(plugins.module_of("dataset", spec).load(spec), spec.split)
+    found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
     total = sum(len(rows) for _, rows in found.values())
     streamed = total * spec.size**2 * 3 > memmap_bytes
     if not streamed:
@@ -70,7 +70,7 @@ def write(spec: Any, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dic
         if not streamed and reasons:
             _close_gaps(out / f"{name}.npy", kept)
         splits += [name] if len(kept) else []
-        describe(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
+        write_metadata(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
     _refuse_many(left_out, total, spec.max_unreadable if "train" in splits else None)
     summary = {"size": spec.size, "streamed": streamed, "splits": splits, "unreadable": left_out}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
@@ -106,7 +106,7 @@ def _listing(found: dict[str, Part]) -> str:
 def _found(spec: str, out: str, listing: str) -> dict[str, Part]:
     """The splits as a worker lists them, once per `write`: `out` is in the key because data may change between two."""
     ready = plugins.parse("dataset", json.loads(spec))
-    found = parts(plugins.module_of("dataset", ready).load(ready), ready.split)
+    found = split_rows(plugins.module_of("dataset", ready).load(ready), ready.split)
     if _listing(found) != listing:
         raise ValueError(f"the data set {ready.kind!r} changed while it was read, or is not the same for all workers")
     return found
@@ -204,7 +204,7 @@ def _close_gaps(path: Path, kept: NDArray[np.int64]) -> None:
         file.truncate(_HEADER + int(np.prod(shape, dtype=np.int64)))
 
 
-def describe(out: Path, name: str, source: Source, rows: NDArray[np.int64], boxes: list[NDArray[np.float32]]) -> None:
+def write_metadata(out: Path, name: str, source: Source, rows: NDArray[np.int64], boxes: list[NDArray[np.float32]]) -> None:
     """All of a split but its pixels; `rows` and `boxes` are those of the readable images."""
     names = [source.names[row] for row in rows]
     (out / f"{name}.json").write_text(json.dumps({"names": names, "classes": source.classes}))

@@ -47,7 +47,7 @@ def normalize(images: Tensor, by: Normalization) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+def random_crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     """Each image padded by black on all sides, then cropped to its size at a place of its own.
 
     Args:
@@ -69,7 +69,7 @@ def crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     return padded[which, rows[:, :, None], columns[:, None, :]]
 
 
-def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image mirrored left to right with probability one half.
 
     Args:
@@ -80,7 +80,7 @@ def flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored[:, None, None, None], images.flip(2), images)
 
 
-def views(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
+def random_views(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
     """One random view of each image: cropped, then flipped, as far as `augment` asks.
 
     Args:
@@ -90,5 +90,5 @@ def views(images: Tensor, augment: Augment, generator: torch.Generator) -> Tenso
     Returns:
         (B, H, W, 3) uint8.
     """
-    cropped = crop(images, augment.crop, generator)
-    return flip(cropped, generator) if augment.flip else cropped
+    cropped = random_crop(images, augment.crop, generator)
+    return random_flip(cropped, generator) if augment.flip else cropped

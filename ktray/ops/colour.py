@@ -37,7 +37,7 @@ def luma(images: Tensor) -> Tensor:
     return (images * weights).sum(dim=1, keepdim=True)
 
 
-def grey(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+def random_grey(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Each image grey with probability `share`, its three channels then being equal.
 
     Args:
@@ -48,7 +48,7 @@ def grey(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return torch.where(chosen[:, None, None, None], luma(images), images)
 
 
-def jitter(images: Tensor, changes: Jitter, generator: torch.Generator) -> Tensor:
+def random_jitter(images: Tensor, changes: Jitter, generator: torch.Generator) -> Tensor:
     """Each image with its own brightness, contrast, saturation and hue, changed in this order and clipped after each.
 
     torchvision's `ColorJitter` draws the order too.
@@ -69,11 +69,11 @@ def jitter(images: Tensor, changes: Jitter, generator: torch.Generator) -> Tenso
     plain = luma(seen)
     seen = (plain + (seen - plain) * (1 + saturation)).clamp(0, 1)
     if changes.hue:
-        seen = turned(seen, hue[:, :, 0])
+        seen = shift_hue(seen, hue[:, :, 0])
     return torch.where(chosen.to(images.device)[:, None, None, None], seen, images)
 
 
-def turned(images: Tensor, hue: Tensor) -> Tensor:
+def shift_hue(images: Tensor, hue: Tensor) -> Tensor:
     """Images with their hue turned, value and saturation (of HSV) as they were.
 
     Args:
@@ -93,7 +93,7 @@ def turned(images: Tensor, hue: Tensor) -> Tensor:
     return torch.stack(channels, dim=1)
 
 
-def lab(images: Tensor) -> Tensor:
+def rgb_to_lab(images: Tensor) -> Tensor:
     """CIE L*a*b* of sRGB images for the white D65 (2 degrees): L in [0, 100], a in [-87, 99], b in [-108, 95].
 
     Args:
@@ -112,8 +112,8 @@ def lab(images: Tensor) -> Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
 
 
-def rgb(lab: Tensor) -> Tensor:
-    """The sRGB colours of CIE L*a*b*, the inverse of `lab`; what sRGB does not have is cut off per channel.
+def lab_to_rgb(lab: Tensor) -> Tensor:
+    """The sRGB colours of CIE L*a*b*, the inverse of `rgb_to_lab`; what sRGB does not have is cut off per channel.
 
     Args:
         lab: (B, 3, H, W) float32.
@@ -121,7 +121,7 @@ def rgb(lab: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) float32 in [0, 1].
 
-    Source: as `lab`. The oracle is `skimage.color.lab2rgb`.
+    Source: as `rgb_to_lab`. The oracle is `skimage.color.lab2rgb`.
     """
     lightness, a, b = lab.unbind(1)
     y = (lightness + 16) / 116

@@ -38,7 +38,7 @@ class Distortions(StrictSpec):
         return self
 
 
-def view(images: Tensor, distortions: Distortions, generator: torch.Generator) -> Tensor:
+def random_view(images: Tensor, distortions: Distortions, generator: torch.Generator) -> Tensor:
     """One view of each image, with draws of its own.
 
     Args:
@@ -46,21 +46,21 @@ def view(images: Tensor, distortions: Distortions, generator: torch.Generator) -
         generator: on the CPU.
 
     Returns:
-        (B, 3, H, W) float32 as from `augment.to_float`.
+        (B, 3, H, W) float32 as from `augmentation.to_float`.
     """
-    seen = augmentation.flip(images, generator) if distortions.flip else images
+    seen = augmentation.random_flip(images, generator) if distortions.flip else images
     seen = seen.permute(0, 3, 1, 2).to(torch.float32) / 255
-    seen = crop(seen, distortions.area, generator, distortions.most)
-    seen = colour.jitter(seen, distortions.jitter, generator)
-    seen = colour.grey(seen, distortions.grey, generator)
+    seen = random_resized_crop(seen, distortions.area, generator, distortions.most)
+    seen = colour.random_jitter(seen, distortions.jitter, generator)
+    seen = colour.random_grey(seen, distortions.grey, generator)
     if distortions.blur:
-        seen = _sometimes(blur(seen, _between(0.1, 2.0, len(seen), generator)), seen, distortions.blur, generator)
+        seen = _sometimes(gaussian_blur(seen, _between(0.1, 2.0, len(seen), generator)), seen, distortions.blur, generator)
     if distortions.solarise:
         seen = _sometimes(torch.where(seen < 0.5, seen, 1 - seen), seen, distortions.solarise, generator)
     return (4 * seen - 2).contiguous(memory_format=torch.channels_last)
 
 
-def crop(images: Tensor, area: float, generator: torch.Generator, most: float = 1.0) -> Tensor:
+def random_resized_crop(images: Tensor, area: float, generator: torch.Generator, most: float = 1.0) -> Tensor:
     """A random part of each image, enlarged to the image's size (bilinear).
 
     Args:
@@ -80,7 +80,7 @@ def crop(images: Tensor, area: float, generator: torch.Generator, most: float = 
     return nn.functional.grid_sample(images, places, padding_mode="border", align_corners=False)
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Each image smoothed by a Gaussian of its own width, with a window of a tenth of the side and mirrored borders.
 
     Args:

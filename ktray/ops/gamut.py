@@ -1,4 +1,4 @@
-"""Colours as classes: the squares of the ab plane that sRGB reaches, and the mean colours of an image's cells.
+"""Colours as classes: the bins of the ab plane that sRGB reaches, and the mean colours of an image's cells.
 
 Source: Zhang, Isola, Efros, ECCV 2016, arXiv:1603.08511, section 2.1.
 """
@@ -17,19 +17,23 @@ TOOLS = (colour,)
 
 
 @lru_cache(maxsize=8)
-def gamut(bin: int) -> Tensor:
-    """The centres (Q, 2) float32 of the squares of the ab plane, multiples of `bin`, into which a colour of sRGB falls."""
+def gamut_bins(bin: int) -> Tensor:
+    """The centres (Q, 2) float32, multiples of `bin`, of the squares of the ab plane into which some colour of sRGB falls."""
     levels = torch.cat([torch.arange(0, 255, 4), torch.tensor([255])]).to(torch.uint8)
     cube = torch.cartesian_prod(levels, levels, levels).view(1, len(levels), -1, 3)
-    places = (colour.lab(cube)[..., 1:] / bin).round().long().view(-1, 2)
+    places = (colour.rgb_to_lab(cube)[..., 1:] / bin).round().long().view(-1, 2)
     return bin * places.unique(dim=0).float()
 
 
-def cells(maps: Tensor, grid: int) -> Tensor:
+def cell_means(maps: Tensor, grid: int) -> Tensor:
     """Means (B, grid * grid, C) of the cells of images (B, C, H, W), row by row."""
     return nn.functional.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
 
 
-def nearest(ab: Tensor, colours: Tensor) -> Tensor:
-    """The class (..., ) int64 in [0, Q) whose centre is nearest to each colour (..., 2); `colours` (Q, 2) as from `gamut`."""
+def nearest_bin(ab: Tensor, colours: Tensor) -> Tensor:
+    """The bin (...,) int64 in [0, Q) whose centre is nearest to each colour (..., 2).
+
+    Args:
+        colours: centres of the bins, (Q, 2) as from `gamut_bins`.
+    """
     return (ab[..., None, :] - colours).square().sum(-1).argmin(-1)

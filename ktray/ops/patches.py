@@ -11,14 +11,14 @@ IDENTITY, REVISION = "patches", 1
 TOOLS = (augmentation,)
 
 
-def square(images: Tensor, side: int) -> Tensor:
+def resize_square(images: Tensor, side: int) -> Tensor:
     """Images at another side: smaller ones are enlarged (bilinear), larger ones cropped at the centre.
 
     Args:
         images: (B, H, W, 3) uint8 with H = W.
 
     Returns:
-        (B, side, side, 3) float32 as from `augment.to_float`.
+        (B, side, side, 3) float32 as from `augmentation.to_float`.
     """
     seen = augmentation.to_float(images)
     if images.shape[1] < side:
@@ -27,7 +27,7 @@ def square(images: Tensor, side: int) -> Tensor:
     return seen.permute(0, 2, 3, 1)[:, edge : edge + side, edge : edge + side]
 
 
-def cut(squares: Tensor, corner: Tensor, side: int) -> Tensor:
+def extract_patches(squares: Tensor, corner: Tensor, side: int) -> Tensor:
     """Patches of each image at places of their own, which may differ between the colour channels.
 
     Args:
@@ -44,11 +44,11 @@ def cut(squares: Tensor, corner: Tensor, side: int) -> Tensor:
     return squares[which, rows[:, :, :, None], columns[:, :, None], channels].permute(0, 1, 4, 2, 3)
 
 
-def normalised(patches: Tensor) -> Tensor:
+def standardise(patches: Tensor) -> Tensor:
     """Each patch with a mean of 0 and, unless it is empty, a standard deviation of 1 over its pixels and channels.
 
     Args:
-        patches: (..., 3, h, w) float32 as from `augment.to_float`.
+        patches: (..., 3, h, w) float32 as from `augmentation.to_float`.
     """
     spread, mean = torch.std_mean(patches, dim=(-3, -2, -1), keepdim=True, correction=0)
     grey_level = 4 / 255  # keeps the noise of an empty patch from becoming a picture

@@ -1,4 +1,4 @@
-"""Sets of permutations of nine tiles that stay apart, for jigsaw puzzles."""
+"""Sets of permutations of nine tiles with a smallest Hamming distance, for jigsaw puzzles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TILES = 9
 
 
 @functools.lru_cache(maxsize=8)
-def far_apart(count: int, distance: int) -> NDArray[np.int64]:
+def hashed_permutations(count: int, distance: int) -> NDArray[np.int64]:
     """The first `count` of a fixed sequence of permutations that differ from all before them at `distance` places or more.
 
     The sequence is pseudo-random by hashing, the same on every machine and for every release of numpy, and a longer set begins
@@ -64,7 +64,7 @@ def _permutation(number: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4)
-def farthest(count: int, distance: int) -> NDArray[np.int64]:
+def farthest_permutations(count: int, distance: int) -> NDArray[np.int64]:
     """Permutations taken one by one, each with the largest mean Hamming distance to those before it.
 
     Of equally far ones the first of a fixed shuffle of all 9! is taken, so a longer set begins with the shorter one.
@@ -100,15 +100,15 @@ def farthest(count: int, distance: int) -> NDArray[np.int64]:
     return taken
 
 
-def require(count: int, distance: int) -> None:
-    """Refuse a set that `farthest` would not find; it is searched for only where the sphere bound does not promise it.
+def require_permutations(count: int, distance: int) -> None:
+    """Refuse a set that `farthest_permutations` would not find; it searches only where the sphere bound leaves it open.
 
     Raises:
         ValueError: there are fewer permutations that are `distance` apart.
     """
     nearer = sum(math.comb(TILES, moved) * _derangements(moved) for moved in range(distance))
     if count * nearer > math.factorial(TILES):
-        farthest(count, distance)
+        farthest_permutations(count, distance)
 
 
 def _derangements(count: int) -> int:

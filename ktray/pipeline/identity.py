@@ -32,7 +32,7 @@ def data_identity(cache: Path | None = None) -> Callable[[StrictSpec], str]:
 def origin(spec: Any) -> tuple[str, str]:
     """What two specs of the same images share: the kind and where it lies; all but size and split where it lies nowhere."""
     where = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
-    plain = images.located(spec).model_dump()
+    plain = images.with_absolute_path(spec).model_dump()
     return spec.kind, canonical({n: v for n, v in plain.items() if (n in where if where else n not in ("size", "split"))})
 
 
@@ -52,7 +52,7 @@ def features_identity(teacher: PrecomputedTeacher) -> dict[str, Any]:
     Raises:
         UserError: there is no such file.
     """
-    found = {field: (path, path.stat()) for field, path in precomputed.files(teacher).items()}
+    found = {field: (path, path.stat()) for field, path in precomputed.feature_files(teacher).items()}
     hashes = {field: _sha256(path, state) for field, (path, state) in found.items()}
     columns = (teacher.columns or Columns()).model_dump() if teacher.features.endswith(".parquet") else None
     return {"file": hashes["features"], "names": hashes.get("names"), "columns": columns}

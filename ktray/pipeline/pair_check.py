@@ -16,7 +16,7 @@ import numpy as np
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.images import Source, Splits, Unreadable, parts
+from ktray.images import Source, Splits, Unreadable, split_rows
 from ktray.pipeline.identity import checkpoint_sha256, origin
 from ktray.pipeline.pair_graph import generations
 from ktray.pipeline.precomputed_check import check_ready
@@ -24,7 +24,7 @@ from ktray.pipeline.shape_check import ask_plugin, try_networks
 from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, StudentTeacher, TrainedTeacher
 from ktray.strict import StrictSpec
 from ktray.training import loop
-from ktray.training.pretrained import ARTIFACT, refuse_other
+from ktray.training.pretrained import ARTIFACT, require_readable
 
 Load = Callable[[StrictSpec], Splits]
 
@@ -69,7 +69,7 @@ def check_pair(pair: PairSpec, load: Load) -> None:
 @lru_cache(maxsize=256)
 def _readable(checkpoint: str, sha256: str) -> None:
     """Refuse weights that no stage could read; those of one content are looked at once, however many draws load them."""
-    refuse_other(Path(checkpoint))
+    require_readable(Path(checkpoint))
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
 
 def train_count(splits: Splits, spec: Any) -> int:
     """Number of training images of a data set after its validation part is taken out."""
-    return len(parts(splits, spec.split)["train"][1])
+    return len(split_rows(splits, spec.split)["train"][1])
 
 
 def _transfer(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
@@ -121,7 +121,7 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
                 where=where,
                 instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
-        if spec.split not in parts(target, pair.data.target.split):  # type: ignore[attr-defined]
+        if spec.split not in split_rows(target, pair.data.target.split):  # type: ignore[attr-defined]
             right = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
             split = spec.split  # type: ignore[attr-defined]
             raise UserError(f"the target data has no {split} split", where=where, instead=right[split])
@@ -160,7 +160,7 @@ def _reading(pair: PairSpec) -> list[str]:
 
 
 def _names(splits: Splits, spec: Any, split: str) -> set[str]:
-    images, rows = parts(splits, spec.split).get(split, (splits.train, np.arange(0)))
+    images, rows = split_rows(splits, spec.split).get(split, (splits.train, np.arange(0)))
     return {images.names[row] for row in rows}
 
 
@@ -237,4 +237,4 @@ def _layers(pair: PairSpec) -> None:
 @lru_cache(maxsize=256)
 def _layer_names(backbone: Any) -> tuple[str, ...]:
     # Not on torch's meta device: its first random draw imports torch's compiler, which takes seconds.
-    return tuple(loop.fresh(backbone, 0).layers)  # type: ignore[arg-type]
+    return tuple(loop.untrained_backbone(backbone, 0).layers)  # type: ignore[arg-type]

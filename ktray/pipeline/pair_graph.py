@@ -101,7 +101,7 @@ class _Builder:
         return self.add(images_stage.stage_of(data, self.identity(data)))
 
     def places(self, role: str) -> dict[str, Any]:
-        return images.places(getattr(self.pair.data, role))
+        return images.location_fields(getattr(self.pair.data, role))
 
     def taught_by(self) -> dict[str, str]:
         return {"teacher": self.keys["teacher"]} if "teacher" in self.keys else {}

@@ -9,7 +9,7 @@ from typing import Any
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.features import precomputed
-from ktray.images import Splits, parts
+from ktray.images import Splits, split_rows
 from ktray.pipeline.identity import origin
 from ktray.spec import PairSpec, PrecomputedTeacher
 from ktray.strict import StrictSpec
@@ -30,7 +30,7 @@ def check_ready(pair: PairSpec, load: Callable[[StrictSpec], Splits]) -> None:
     rows: Any = None
     for role, split, names in asked:
         if rows is None:  # of one data set, where rows belong to one
-            rows = precomputed.rows_of(teacher, load(getattr(pair.data, role)).train.names)
+            rows = precomputed.row_numbers(teacher, load(getattr(pair.data, role)).train.names)
         precomputed.refuse_missing(rows, names, f"{split} images of data.{role}")
 
 
@@ -46,7 +46,7 @@ def _asked(pair: PairSpec, load: Callable[[StrictSpec], Splits]) -> Iterator[tup
             wanted += [("target", "train"), ("target", judge.split)]
     for role, split in dict.fromkeys(wanted):
         spec: Any = getattr(pair.data, role)
-        source, rows = parts(load(spec), spec.split)[split]
+        source, rows = split_rows(load(spec), spec.split)[split]
         yield role, split, [source.names[row] for row in rows]
 
 
@@ -57,7 +57,7 @@ def _refuse_ambiguous(teacher: PrecomputedTeacher, one: Asked, other: Asked) -> 
     """One row cannot belong to two images."""
     if origin(one[1]) == origin(other[1]):
         return
-    if precomputed.by_row(teacher):
+    if precomputed.matched_by_row(teacher):
         raise UserError(
             f"features without paths belong to one data set, and data.{one[0]} and data.{other[0]} are two",
             precomputed.WHERE,

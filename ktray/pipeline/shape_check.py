@@ -167,7 +167,7 @@ def _extract(backbone: StrictSpec, layer: str | None, pool: Pooling, size: int) 
 
 @lru_cache(maxsize=2)  # several sizes of one network come one after the other
 def _network(backbone: StrictSpec, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
-    return extraction.of_module(_built(backbone), layer, pool)
+    return extraction.layer_extractor(_built(backbone), layer, pool)
 
 
 def _built(backbone: StrictSpec) -> nn.Module:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import distortions
-from ktray.ops.distortions import Distortions, view
+from ktray.ops.distortions import Distortions, random_view
 from ktray.strict import StrictSpec
 from ktray.training import moving_average
 from ktray.training.task import Task
@@ -63,14 +63,14 @@ def task(spec: Spec, size: int) -> Task:
     """
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        views = [view(images, distortions, generator) for distortions in (spec.first, spec.second)]
+        views = [random_view(images, distortions, generator) for distortions in (spec.first, spec.second)]
         return torch.stack(views, dim=1).flatten(0, 1), torch.arange(len(images), device=images.device)
 
     return Task(
         head=lambda width: Head(width, spec.hidden, spec.width),
         batch=batch,
         loss=lambda outputs, targets: regression(*outputs.chunk(2, dim=1)),
-        after_step=lambda model: moving_average.follow(model, spec.decay),
+        after_step=lambda model: moving_average.update(model, spec.decay),
         prepare=moving_average.prepare,
         forward=forward,
         mean_over_images=True,
@@ -81,7 +81,7 @@ def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
     """(M, 3, h, w) -> (M, 2 * out): the network's predictions, then the target's projections of the same inputs."""
     head = cast(Head, model["head"])
     prediction, _ = head(model["backbone"](inputs)).chunk(2, dim=1)
-    return torch.cat([prediction, moving_average.projected(model, inputs)], dim=1)
+    return torch.cat([prediction, moving_average.target_projection(model, inputs)], dim=1)
 
 
 def regression(predictions: Tensor, projections: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

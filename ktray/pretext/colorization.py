@@ -57,14 +57,14 @@ def task(spec: Spec, size: int, images: Images) -> Task:
     Raises:
         ValueError: the images are grey.
     """
-    colours = gamut.gamut(spec.bin)
+    colours = gamut.gamut_bins(spec.bin)
     weights = rebalancing(frequencies(images, spec.grid, spec.bin), spec.uniform)
 
     def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = colour.lab(augmentation.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
+        seen = colour.rgb_to_lab(augmentation.random_views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
         lightness = (seen[:, :1] / 100 - 0.5) / 0.25  # the range of `augmentation.to_float`
         return lightness.repeat(1, 3, 1, 1), soft_targets(
-            gamut.cells(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2
+            gamut.cell_means(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2
         )
 
     def head(width: int) -> nn.Module:
@@ -106,15 +106,15 @@ def frequencies(images: Images, grid: int, bin: int) -> Tensor:
     Raises:
         ValueError: all sampled images are grey.
     """
-    colours = gamut.gamut(bin)
+    colours = gamut.gamut_bins(bin)
     counts = torch.zeros(len(colours))
     chosen = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(np.int64))
     grey = True
     for part in np.array_split(chosen, -(-len(chosen) // 128)):
         pixels = torch.from_numpy(images.read(part))
         grey = grey and bool((pixels.amax(-1) == pixels.amin(-1)).all())
-        ab = gamut.cells(colour.lab(pixels).permute(0, 3, 1, 2)[:, 1:], grid).flatten(0, 1)
-        counts += torch.bincount(gamut.nearest(ab, colours), minlength=len(colours))
+        ab = gamut.cell_means(colour.rgb_to_lab(pixels).permute(0, 3, 1, 2)[:, 1:], grid).flatten(0, 1)
+        counts += torch.bincount(gamut.nearest_bin(ab, colours), minlength=len(colours))
     if grey:
         raise ValueError("the pretext task 'colorization' needs colours, and the images of this data are grey")
     spread = (colours[:, None] - colours).square().sum(-1).div(-2 * (bin / 2) ** 2).exp()

@@ -83,12 +83,12 @@ def task(spec: Spec, size: int) -> Task:
             targets = torch.randint(8, (len(images), 1), generator=generator)
         centre = torch.full((len(images), 1), _CENTRE)
         corner = corners(torch.cat([centre, _NEIGHBOURS[targets]], dim=1), sizes, generator)
-        cut = patches.cut(patches.square(images, sizes.side), corner, sizes.patch).flatten(0, 1)
+        cut = patches.extract_patches(patches.resize_square(images, sizes.side), corner, sizes.patch).flatten(0, 1)
         if spec.colours == "drop":
             cut = drop_channels(cut, generator)
         elif spec.colours == "project":
             cut = torch.einsum("nchw,dc->ndhw", cut, torch.tensor(PROJECTION, device=cut.device))
-        return patches.normalised(cut), targets.to(images.device)
+        return patches.standardise(cut), targets.to(images.device)
 
     return Task(
         head=lambda width: Head(width, spec.hidden, 9 if spec.pairs == "all" else 2),

@@ -52,8 +52,8 @@ def task(spec: Spec, size: int) -> Task:
     side = max(48, size - size % 2)
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        squares = patches.square(augmentation.views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
-        squares = colour.grey(squares, spec.grey, generator)
+        squares = patches.resize_square(augmentation.random_views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
+        squares = colour.random_grey(squares, spec.grey, generator)
         quarters = squares.unfold(2, side // 2, side // 2).unfold(3, side // 2, side // 2)  # (B, 3, 2, 2, h, h)
         quarters = quarters.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
         inputs = torch.cat([downsample(squares, generator)[:, None], quarters], dim=1)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import distortions
-from ktray.ops.distortions import Distortions, view
+from ktray.ops.distortions import Distortions, random_view
 from ktray.strict import StrictSpec
 from ktray.training import moving_average
 from ktray.training.task import Task
@@ -110,8 +110,8 @@ def task(spec: Spec, size: int) -> Task:
     """
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        wholes = view(images.repeat_interleave(_GLOBAL, dim=0), spec.whole, generator).unflatten(0, (-1, _GLOBAL))
-        parts = [view(images, spec.part, generator)[:, None] for _ in range(spec.local)]
+        wholes = random_view(images.repeat_interleave(_GLOBAL, dim=0), spec.whole, generator).unflatten(0, (-1, _GLOBAL))
+        parts = [random_view(images, spec.part, generator)[:, None] for _ in range(spec.local)]
         return torch.cat([wholes, *parts], dim=1).flatten(0, 1), torch.arange(len(images), device=images.device)
 
     return Task(
@@ -127,7 +127,7 @@ def task(spec: Spec, size: int) -> Task:
 def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
     """(B * views, 3, h, w) -> logits (B, views + 2, answers) as from `Head.compared`."""
     head = cast(Head, model["head"])
-    target = moving_average.projected(model, inputs.unflatten(0, (-1, head.views))[:, :_GLOBAL].flatten(0, 1))
+    target = moving_average.target_projection(model, inputs.unflatten(0, (-1, head.views))[:, :_GLOBAL].flatten(0, 1))
     head.target_mean.copy_(target.mean(dim=0))
     return head.compared(head.projector(model["backbone"](inputs)), target)
 
@@ -136,7 +136,7 @@ def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
 def after_step(model: nn.ModuleDict) -> None:
     """Move the target towards the network, and the centre towards the target's mean output over the last batch."""
     head = cast(Head, model["head"])
-    moving_average.follow(model, head.spec.decay)
+    moving_average.update(model, head.spec.decay)
     head.centre.lerp_(head.target_mean, 1 - head.spec.centre_decay)
 
 

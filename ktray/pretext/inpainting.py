@@ -52,7 +52,7 @@ def task(spec: Spec, size: int) -> Task:
     side = max(size - size % spec.grid, spec.grid)
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        squares = patches.square(augmentation.views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
+        squares = patches.resize_square(augmentation.random_views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
         hole = holes(len(images), spec.grid, spec.place == "random", generator).to(images.device)
         cells = nn.functional.avg_pool2d(squares, side // spec.grid)
         pixels = hole.repeat_interleave(side // spec.grid, dim=1).repeat_interleave(side // spec.grid, dim=2)

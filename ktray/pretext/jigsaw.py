@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ktray.errors import UserError
 from ktray.ops import colour, patches, permutations
-from ktray.ops.permutations import TILES, farthest
+from ktray.ops.permutations import TILES, farthest_permutations
 from ktray.strict import StrictSpec
 from ktray.training import classification
 from ktray.training.classification import cross_entropy
@@ -81,14 +81,14 @@ def task(spec: Spec, size: int) -> Task:
         ValueError: there are fewer permutations at this distance.
     """
     sizes = geometry(size, spec.gap, spec.shift)
-    permutations = torch.tensor(farthest(spec.permutations, spec.distance))
+    permutations = torch.tensor(farthest_permutations(spec.permutations, spec.distance))
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         targets = torch.randint(len(permutations), (len(images),), generator=generator)
-        squares = patches.square(images, sizes.side).permute(0, 3, 1, 2)
-        squares = colour.grey(squares, spec.grey, generator).permute(0, 2, 3, 1)
-        tiles = patches.cut(squares, corners(permutations[targets], sizes, generator), sizes.tile).flatten(0, 1)
-        return patches.normalised(tiles) if spec.normalise else tiles, targets.to(images.device)
+        squares = patches.resize_square(images, sizes.side).permute(0, 3, 1, 2)
+        squares = colour.random_grey(squares, spec.grey, generator).permute(0, 2, 3, 1)
+        tiles = patches.extract_patches(squares, corners(permutations[targets], sizes, generator), sizes.tile).flatten(0, 1)
+        return patches.standardise(tiles) if spec.normalise else tiles, targets.to(images.device)
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(
@@ -111,7 +111,7 @@ def check(spec: Spec) -> None:
         UserError: there are fewer permutations at this distance.
     """
     try:
-        permutations.require(spec.permutations, spec.distance)
+        permutations.require_permutations(spec.permutations, spec.distance)
     except ValueError as error:
         raise UserError(str(error), "permutations", "Use fewer, or a smaller distance.") from error
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import colour, patches, permutations
-from ktray.ops.permutations import TILES, far_apart
+from ktray.ops.permutations import TILES, hashed_permutations
 from ktray.strict import StrictSpec
 from ktray.training import classification
 from ktray.training.classification import cross_entropy
@@ -85,14 +85,14 @@ def task(spec: Spec, size: int) -> Task:
         size: side of the images in pixels.
     """
     sizes = geometry(size, spec.gap)
-    permutations = torch.tensor(far_apart(spec.permutations, DISTANCE))
+    permutations = torch.tensor(hashed_permutations(spec.permutations, DISTANCE))
     shares = torch.tensor(_SHARES[spec.variant])
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         targets = torch.randint(len(permutations), (len(images),), generator=generator)
         sources, cells = arrange(permutations[targets], spec.occlusions, generator)
         colours = _COLOURS[torch.multinomial(shares, len(images), replacement=True, generator=generator)]
-        squares = mix_channels(patches.square(images, sizes.side), colours.to(images.device))
+        squares = mix_channels(patches.resize_square(images, sizes.side), colours.to(images.device))
         return tiles(squares, sources, cells, sizes, generator), targets.to(images.device)
 
     def head(width: int) -> nn.Module:
@@ -159,4 +159,4 @@ def tiles(squares: Tensor, sources: Tensor, cells: Tensor, sizes: Geometry, gene
     rows, columns = corner.to(device)[:, :, :, None] + torch.arange(sizes.tile, device=device)[:, None]  # (B, 9, tile, 3) each
     channels = torch.arange(3, device=device)
     cut = squares[sources.to(device)[:, :, None, None, None], rows[:, :, :, None], columns[:, :, None], channels]
-    return patches.normalised(cut.flatten(0, 1).permute(0, 3, 1, 2))
+    return patches.standardise(cut.flatten(0, 1).permute(0, 3, 1, 2))

@@ -41,7 +41,7 @@ def task(spec: Spec, size: int) -> Task:
     """
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.views(images, spec.augment, generator)
+        seen = augmentation.random_views(images, spec.augment, generator)
         turned = torch.stack([torch.rot90(seen, turns, dims=(1, 2)) for turns in range(4)], dim=1)
         targets = torch.arange(4, device=images.device).expand(len(images), 4)
         if spec.rotations == "one":

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import distortions
-from ktray.ops.distortions import Distortions, view
+from ktray.ops.distortions import Distortions, random_view
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
 
@@ -42,7 +42,7 @@ def task(spec: Spec, size: int) -> Task:
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pairs = images.repeat_interleave(2, dim=0)  # the two views of an image are neighbours
-        return view(pairs, spec.distortions, generator), torch.arange(len(images), device=images.device)
+        return random_view(pairs, spec.distortions, generator), torch.arange(len(images), device=images.device)
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(

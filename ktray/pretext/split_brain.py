@@ -63,13 +63,13 @@ def task(spec: Spec, size: int, images: Images) -> Task:
     Args:
         size: side of the images in pixels; any.
     """
-    colours = gamut.gamut(spec.bin)
+    colours = gamut.gamut_bins(spec.bin)
 
     def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = colour.lab(augmentation.views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
-        means = gamut.cells(seen, spec.grid)
+        seen = colour.rgb_to_lab(augmentation.random_views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
+        means = gamut.cell_means(seen, spec.grid)
         level = (means[..., 0] / 100 * spec.levels).long().clamp(0, spec.levels - 1)
-        targets = torch.stack([gamut.nearest(means[..., 1:], colours.to(pixels.device)), level], dim=1)
+        targets = torch.stack([gamut.nearest_bin(means[..., 1:], colours.to(pixels.device)), level], dim=1)
         return split_inputs(seen), targets
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,14 +93,14 @@ def split_inputs(lab: Tensor) -> Tensor:
     """Two inputs per image: its lightness in all three channels, then its colours at one medium lightness.
 
     Args:
-        lab: (B, 3, H, W) float32 as from `colour.lab`.
+        lab: (B, 3, H, W) float32 as from `colour.rgb_to_lab`.
 
     Returns:
         (2B, 3, H, W) float32 in the range of `augmentation.to_float`.
     """
     lightness = (lab[:, :1] / 25 - 2).expand(-1, 3, -1, -1)
     flat = torch.cat([torch.full_like(lab[:, :1], _MIDDLE), lab[:, 1:]], dim=1)
-    return torch.stack([lightness, 4 * colour.rgb(flat) - 2], dim=1).flatten(0, 1)
+    return torch.stack([lightness, 4 * colour.lab_to_rgb(flat) - 2], dim=1).flatten(0, 1)
 
 
 def _decoder(width: int, hidden: int, grid: int, classes: int) -> nn.Sequential:

@@ -106,14 +106,14 @@ def dry_run_plan(plan: Plan, load: Load, address: str | None, settings: Settings
 def _full_size_stages(plan: Plan, load: Load, identity: Any) -> FullSizeStages:
     """The stages of the plan's pairs at full size, and how many images their data sets have."""
     from ktray.cost_model.dry_run_forecast import FullSizeStages
-    from ktray.images import parts
+    from ktray.images import split_rows
     from ktray.pipeline import pair_graph
     from ktray.stages.images_stage import stage_of
 
     images = {}
     for generation in (each for pair in plan.pairs.values() for each in pair_graph.generations(pair)):
         for spec in (getattr(generation.data, role) for role in type(generation.data).model_fields):
-            found = {split: len(rows) for split, (_, rows) in parts(load(spec), spec.split).items()}
+            found = {split: len(rows) for split, (_, rows) in split_rows(load(spec), spec.split).items()}
             images[stage_of(spec, identity(spec)).key] = (found["train"], sum(found.values()))
     stages = {name: pair_graph.build(pair, identity).stages for name, pair in plan.pairs.items()}
     return FullSizeStages(stages, images, plan.artifacts_expected())

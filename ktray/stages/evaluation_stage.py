@@ -41,7 +41,7 @@ def stage_of(
         judged: whose features are judged; None where pseudo-labels are.
         inputs: keys of ``images.target`` and of what is judged: ``student``, ``teacher``, or ``pseudo_labels`` with
             ``images.transfer``.
-        places: input -> places of its data set (`images.places`).
+        places: input -> places of its data set (`images.location_fields`).
         ready_made: `identity.features_identity` if `judged` is a PrecomputedTeacher, else None.
     """
     view, methods, files = None, [sys.modules[__name__], evaluation], {}
@@ -94,12 +94,12 @@ def _features_of(
 
     def extracted(images: Images) -> NDArray[np.float32]:
         weights, state = features_stage.weights_and_state(inputs.get("teacher") or inputs.get("student"))
-        extractor = extraction.of_view(judged, weights, state, context.device)
-        return extraction.all_of(extraction.in_pieces(extractor, context.most_images), images)
+        extractor = extraction.view_extractor(judged, weights, state, context.device)
+        return extraction.extract_all(extraction.in_smaller_batches(extractor, context.most_images), images)
 
     def ready_made(images: Images) -> NDArray[np.float32]:
         data = data_of(stage, "images.target", inputs)
         with features_stage.reading(judged["features"], stage.local["files"], data) as read:
-            return precomputed.all_of(read, images)
+            return precomputed.read_rows(read, images)
 
     return ready_made if judged and "features" in judged else extracted

@@ -33,7 +33,7 @@ def stage_of(
 
     Args:
         inputs: keys of ``images`` and, for a teacher that has weights or a state, ``teacher``.
-        places: of the images' data set (`images.places`).
+        places: of the images' data set (`images.location_fields`).
         ready_made: `identity.features_identity` of a PrecomputedTeacher, else None.
     """
     view = view_of(teacher, ready_made)
@@ -45,7 +45,7 @@ def stage_of(
 
 def view_of(teacher: TeacherSpec, ready_made: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a teacher's features depend on beside its weights or state, as plain data; the arguments are those of `stage_of`."""
-    return extraction.view_of(teacher) if ready_made is None else {"features": dict(ready_made)}
+    return extraction.teacher_view(teacher) if ready_made is None else {"features": dict(ready_made)}
 
 
 def method_of(teacher: TeacherSpec) -> StrictSpec | ModuleType:
@@ -60,7 +60,7 @@ def files_of(teacher: TeacherSpec) -> dict[str, dict[str, str]]:
     """The part of `Stage.local` that says where ready-made features lie; empty for every other teacher."""
     if not isinstance(teacher, PrecomputedTeacher):
         return {}
-    return {"files": {field: str(path) for field, path in precomputed.files(teacher).items()}}
+    return {"files": {field: str(path) for field, path in precomputed.feature_files(teacher).items()}}
 
 
 def run(
@@ -121,14 +121,14 @@ def reading(expected: Mapping[str, Any], files: Mapping[str, str], data: Any) ->
         data: spec of the data set whose images are asked for.
 
     Raises:
-        UserError: a file has changed, or as `precomputed.reader`.
+        UserError: a file has changed, or as `precomputed.open_features`.
     """
     teacher = PrecomputedTeacher.model_validate({**files, "columns": expected["columns"]})
     hashes = {"features": expected["file"], "names": expected["names"]}
-    paths = precomputed.files(teacher)
+    paths = precomputed.feature_files(teacher)
     for field, path in paths.items():
         require_sha256(path, hashes[field], f"teacher.{field}")
-    in_order = plugins.module_of("dataset", data).load(data).train.names if precomputed.by_row(teacher) else ()
-    yield precomputed.reader(teacher, in_order)
+    in_order = plugins.module_of("dataset", data).load(data).train.names if precomputed.matched_by_row(teacher) else ()
+    yield precomputed.open_features(teacher, in_order)
     for field, path in paths.items():
         require_sha256(path, hashes[field], f"teacher.{field}")

@@ -26,7 +26,7 @@ def stage_of(data: DataSpec, content: str) -> Stage:
     Args:
         content: sha256 of its content, which is its identity together with how it is decoded and split.
     """
-    places = images.places(data)
+    places = images.location_fields(data)
     spec = {**data.model_dump(exclude=set(places)), "content": content}
     return Stage("images", spec, plugins.revisions(sys.modules[__name__], data), local={"data": {"images": places}})
 

@@ -29,7 +29,7 @@ def stage_of(transfer: TransferSpec, inputs: Mapping[str, str], places: Mapping[
 
     Args:
         inputs: keys of ``features``, ``clusters`` and ``images.transfer``.
-        places: of the data set of the transfer (`images.places`).
+        places: of the data set of the transfer (`images.location_fields`).
     """
     fields = plugins.module_of("transfer", transfer).NEEDS["pseudo_labels"]
     spec = {**_WITHOUT_THE_FIELDS, **transfer.model_dump(include=set(fields))}
@@ -66,8 +66,8 @@ def run(
         np.save(out / "nearest.npy", nearest)
         np.save(out / "squared.npy", squared)
     images = open_images(stage, "images.transfer", inputs, "train")
-    pseudo_labelling.sheet(images, labels, out / "clusters.png")
-    metrics = {"entropy": pseudo_labelling.entropy(labels), "kept": pseudo_labelling.kept(labels)}
+    pseudo_labelling.write_contact_sheet(images, labels, out / "clusters.png")
+    metrics = {"entropy": pseudo_labelling.entropy(labels), "kept": pseudo_labelling.kept_share(labels)}
     if images.labels is not None:
         metrics["nmi"] = pseudo_labelling.nmi(labels, images.labels)
     return metrics

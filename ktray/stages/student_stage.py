@@ -33,7 +33,7 @@ def taught(
 
     Args:
         inputs: keys of ``images.transfer`` and of what the transfer needs: ``clusters``, ``pseudo_labels``, ``features``.
-        places: of the data set of the transfer (`images.places`).
+        places: of the data set of the transfer (`images.location_fields`).
         lineage: who taught it, for people (`naming.lineage`).
     """
     fields = {
@@ -73,7 +73,7 @@ def run(
 
 
 def _as_drawn(stage: Stage, out: Path) -> dict[str, float]:
-    backbone = loop.fresh(plugins.parse("backbone", stage.spec["backbone"]), stage.spec["seed"])
+    backbone = loop.untrained_backbone(plugins.parse("backbone", stage.spec["backbone"]), stage.spec["seed"])
     loop.write_untrained(backbone, out)
     return {"epoch": 0.0, "parameters": float(sum(p.numel() for p in backbone.parameters()))}
 

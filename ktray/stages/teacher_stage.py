@@ -27,7 +27,7 @@ def trained(teacher: TrainedTeacher, images: str, places: Mapping[str, Any]) -> 
 
     Args:
         images: key of the images of the pretext task.
-        places: of their data set (`images.places`).
+        places: of their data set (`images.location_fields`).
     """
     fields = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
     revisions = plugins.revisions(sys.modules[__name__], teacher.pretext, teacher.backbone)
@@ -57,7 +57,7 @@ def fitted(teacher: HandcraftedTeacher, images: str, places: Mapping[str, Any]) 
 
     Args:
         images: key of the images that it is fitted to.
-        places: of their data set (`images.places`).
+        places: of their data set (`images.location_fields`).
     """
     spec = {"descriptor": teacher.descriptor.model_dump()}
     revisions = plugins.revisions(sys.modules[__name__], teacher.descriptor)
@@ -86,10 +86,10 @@ def run(
 def _adopt(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
     spec = plugins.parse("backbone", stage.spec["backbone"])
     if "snapshot" in inputs:
-        return loop.adopt(spec, inputs["snapshot"].directory, out)
+        return loop.import_weights(spec, inputs["snapshot"].directory, out)
     checkpoint = Path(stage.local["checkpoint"])
     _refuse_another(checkpoint, stage.spec["checkpoint"])
-    parameters = loop.adopt(spec, checkpoint, out)
+    parameters = loop.import_weights(spec, checkpoint, out)
     _refuse_another(checkpoint, stage.spec["checkpoint"])  # it may have been replaced while it was read
     return parameters
 

@@ -39,7 +39,7 @@ def run_training(
     """Train the backbone of ``stage.spec`` to ``stage.spec["epoch"]``; metrics of the last epoch and `parameters`."""
     backbone_spec = plugins.parse("backbone", stage.spec["backbone"])
     seed, until = stage.spec["seed"], stage.spec["epoch"]
-    backbone = loop.fresh(backbone_spec, seed)
+    backbone = loop.untrained_backbone(backbone_spec, seed)
     schedule = loop.schedule_of(stage.spec["schedule"], until)
     metrics = loop.fit(
         backbone,

@@ -76,7 +76,7 @@ def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
     kept = known.any(dim=1)
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.to_float(augmentation.views(images, augment, generator))
+        seen = augmentation.to_float(augmentation.random_views(images, augment, generator))
         return seen, of_image[indices].squeeze(1).to(images.device)
 
     return Task(

@@ -21,10 +21,10 @@ IDENTITY, REVISION = "distillation", 1
 TOOLS = (augmentation,)
 
 Batch = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-_ROWS = 4096  # read at once by `moments`
+_ROWS = 4096  # read at once by `feature_moments`
 
 
-def head(width: int, hidden: Sequence[int], out: int) -> nn.Sequential:
+def mlp_head(width: int, hidden: Sequence[int], out: int) -> nn.Sequential:
     """(M, width) -> (M, out): linear layers with batch norm and ReLU between them; without `hidden` one linear layer."""
     layers: list[nn.Module] = []
     for inner in hidden:
@@ -33,7 +33,7 @@ def head(width: int, hidden: Sequence[int], out: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, out))
 
 
-def batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tensor]) -> Batch:
+def feature_batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tensor]) -> Batch:
     """The `batch` of a Task: a random view of each image, and what `prepare` makes of the teacher's features of the image.
 
     The teacher saw the image as it is; the student sees a random view of it.
@@ -48,13 +48,13 @@ def batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tens
     """
 
     def of(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.to_float(augmentation.views(images, augment, generator))
+        seen = augmentation.to_float(augmentation.random_views(images, augment, generator))
         return seen, prepare(features.on(images.device, indices))
 
     return of
 
 
-def moments(features: Features) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def feature_moments(features: Features) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Mean and standard deviation (D,) float32 over all images, from float64 sums in a fixed order; 1 where nothing varies."""
     count, total = len(features), np.zeros(features.width)
     pieces = [np.arange(start, min(start + _ROWS, count), dtype=np.int64) for start in range(0, count, _ROWS)]

@@ -21,8 +21,8 @@ from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.spec import Schedule
 from ktray.training import snapshot
-from ktray.training.pretrained import adopt as adopt
-from ktray.training.snapshot import load as load
+from ktray.training.pretrained import import_weights as import_weights
+from ktray.training.snapshot import load_backbone as load_backbone
 from ktray.training.snapshot import write_untrained as write_untrained
 from ktray.training.task import Task
 
@@ -35,7 +35,7 @@ Save = Callable[[Path], None]
 OnEpoch = Callable[[int, dict[str, float], Save], None]
 
 
-def fresh(backbone_spec: Any, seed: int) -> nn.Module:
+def untrained_backbone(backbone_spec: Any, seed: int) -> nn.Module:
     """An untrained backbone whose weights depend on `seed` alone; the caller's random stream is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "weights"))
@@ -104,7 +104,7 @@ def fit(
     batch of an epoch may be smaller; a single image is left out, because batch norm has nothing to compare it with.
 
     Args:
-        backbone: as from `fresh`; moved to the device and trained in place. Its weights are replaced where `start` is given.
+        backbone: as from `untrained_backbone`; moved to the device and trained in place, from `start`'s weights if given.
         seed: of the head's weights, the shuffles, the batches, and whatever draws from the global generator (dropout).
         out: directory for weights.safetensors ("backbone.*", "head.*"), optimizer.safetensors, history.parquet (epoch, loss,
             lr of the last step, metrics of the task; means over images; all epochs from 1) and state.json, written last.
@@ -122,7 +122,7 @@ def fit(
         torch.manual_seed(seed_of(seed, "head"))
         model = _model(backbone, task, device)
         optimizer = _optimizer(schedule, model)
-        history = snapshot.resume(start, model, optimizer) if start else []
+        history = snapshot.restore(start, model, optimizer) if start else []
         if not len(history) <= until <= schedule.epochs:
             raise ValueError(f"epoch {until} is not between the start, {len(history)}, and the total, {schedule.epochs}")
         batches = _Batches(images, task, schedule.batch_size, seed, device, most_images)

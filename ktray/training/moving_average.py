@@ -25,7 +25,7 @@ def prepare(model: nn.ModuleDict) -> None:
 
 
 @torch.no_grad()
-def projected(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
+def target_projection(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
     """What the target says of inputs (M, 3, h, w)."""
     head: Any = model["head"]
     said: Tensor = head.target["projector"](head.target["backbone"](inputs))
@@ -33,7 +33,7 @@ def projected(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def follow(model: nn.ModuleDict, decay: float) -> None:
+def update(model: nn.ModuleDict, decay: float) -> None:
     """Move the target's parameters by a share 1 - `decay` towards the network's; its batch statistics are its own."""
     head: Any = model["head"]
     for name, module in (("backbone", model["backbone"]), ("projector", head.projector)):

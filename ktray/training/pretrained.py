@@ -48,7 +48,7 @@ def weights_file(checkpoint: Path) -> Path:
     raise UserError(f"there is no file {checkpoint.name} in {checkpoint.parent}", WHERE, _INSTEAD)
 
 
-def adopt(backbone_spec: Any, checkpoint: Path, directory: Path) -> int:
+def import_weights(backbone_spec: Any, checkpoint: Path, directory: Path) -> int:
     """Write a snapshot of epoch 0 with weights made elsewhere; the number of parameters of the backbone.
 
     A classifier (`fc`, `classifier`, `head`, `heads`) is left behind; all else must be the backbone's, name by name.
@@ -76,8 +76,8 @@ def adopt(backbone_spec: Any, checkpoint: Path, directory: Path) -> int:
     return sum(parameter.numel() for parameter in backbone.parameters())
 
 
-def refuse_other(checkpoint: Path) -> None:
-    """Refuse in a plan what `adopt` could not read; tensors are not loaded where the format allows it.
+def require_readable(checkpoint: Path) -> None:
+    """Refuse in a plan what `import_weights` could not read; tensors are not loaded where the format allows it.
 
     Raises:
         UserError: no such file, or not such a file.

@@ -18,7 +18,7 @@ IDENTITY, REVISION = "sampling", 1
 Order = Callable[[torch.Generator], Tensor]
 
 
-def uniform(clusterings: Sequence[NDArray[np.int64]]) -> Order:
+def uniform_over_clusters(clusterings: Sequence[NDArray[np.int64]]) -> Order:
     """The order of `Task` for epochs that show every cluster equally often.
 
     An epoch has as many images as any of the clusterings keeps. Clusters get the same number of draws, give or take one, and

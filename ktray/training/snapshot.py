@@ -42,7 +42,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def resume(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Bring `model` and `optimizer` to the state that `write` saw, bit for bit; the history until then.
 
     Raises:
@@ -88,7 +88,7 @@ def epoch_of(directory: Path) -> int:
     return epoch
 
 
-def load(backbone: nn.Module, directory: Path) -> None:
+def load_backbone(backbone: nn.Module, directory: Path) -> None:
     """Give `backbone` the weights of a snapshot; the head stays behind.
 
     Raises:

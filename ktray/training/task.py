@@ -1,4 +1,4 @@
-"""A training problem, as a record of functions; `train.fit` solves it, plugins state it."""
+"""A training problem, as a record of functions; `loop.fit` solves it, plugins state it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Task:
     Attributes:
         head: feature width D of the backbone -> the module on top of it, (M, D) -> whatever `loss` takes.
         batch: (images (B, H, W, 3) uint8 on the training device, their indices (B,) int64 on the CPU, a CPU generator seeded
-            from (seed, epoch, step)) -> (inputs (M, 3, h, w) float32 as from `augment.to_float`, targets with B rows). All
+            from (seed, epoch, step)) -> (inputs (M, 3, h, w) float32 as from `augmentation.to_float`, targets with B rows). All
             random draws come from the generator, so that the batch is the same on every device.
         loss: (outputs of the head, targets) -> (scalar loss, metrics as scalars, such as {"top1": ...} in [0, 1]).
         keep: indices (n,) int64 of the images to train on, ascending; None for all.
@@ -31,7 +31,7 @@ class Task:
         forward: (model, inputs) -> what `loss` takes; None for ``head(backbone(inputs))``.
         mean_over_images: whether `loss` is a mean of one term per image, from that image's inputs and targets alone, and the
             rows of `inputs` stand image by image. Then a batch that is too large for the memory may go through the network in
-            parts, see `train.fit`. False for a loss that compares images with each other, and for a `forward` that keeps what
+            parts, see `loop.fit`. False for a loss that compares images with each other, and for a `forward` that keeps what
             it saw of the batch for `after_step`: parts would train something else. False is safe, as a batch that does not fit
             then fails and says so.
     """

@@ -101,5 +101,5 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     """
     joint = classification.joint_task(targets.heads, augment)
     if spec.sampling == "uniform":
-        return dataclasses.replace(joint, order=sampling.uniform([head.of_image for head in targets.heads]))
+        return dataclasses.replace(joint, order=sampling.uniform_over_clusters([head.of_image for head in targets.heads]))
     return joint

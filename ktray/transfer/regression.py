@@ -52,14 +52,14 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     features = targets.require_features()
     mean, deviation = torch.zeros(features.width), torch.ones(features.width)
     if spec.standardise:
-        mean, deviation = map(torch.from_numpy, distillation.moments(features))
+        mean, deviation = map(torch.from_numpy, distillation.feature_moments(features))
 
     def prepare(rows: Tensor) -> Tensor:
         return nn.functional.normalize((rows - mean.to(rows.device)) / deviation.to(rows.device), dim=1)
 
     return Task(
-        head=lambda width: distillation.head(width, spec.hidden, features.width),
-        batch=distillation.batch(features, augment, prepare),
+        head=lambda width: distillation.mlp_head(width, spec.hidden, features.width),
+        batch=distillation.feature_batch(features, augment, prepare),
         loss=cosine if spec.loss == "cosine" else l2,
         mean_over_images=True,
     )

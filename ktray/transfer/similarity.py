@@ -82,8 +82,8 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
         return divergence(nn.functional.normalize(outputs, dim=1) @ bank.T / spec.temperature, teacher)
 
     return Task(
-        head=lambda width: distillation.head(width, spec.hidden, features.width),
-        batch=distillation.batch(features, augment, functools.partial(nn.functional.normalize, dim=1)),
+        head=lambda width: distillation.mlp_head(width, spec.hidden, features.width),
+        batch=distillation.feature_batch(features, augment, functools.partial(nn.functional.normalize, dim=1)),
         loss=loss,
         mean_over_images=True,
     )

@@ -83,7 +83,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     assignments = torch.from_numpy(soft_assignments(np.asarray(head.squared), spec.temperature))
 
     def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.to_float(augmentation.views(images, augment, generator))
+        seen = augmentation.to_float(augmentation.random_views(images, augment, generator))
         soft = torch.zeros(len(indices), head.classes).scatter_(1, nearest[indices], assignments[indices])
         return seen, soft.to(images.device)
 
