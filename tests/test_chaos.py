@@ -50,7 +50,7 @@ def test_a_helper_that_dies_or_stands_still_costs_a_search_nothing(number: int, 
         ended = running.wait()
         assert victim not in running.family()
     assert ended.code == 0, ended.err
-    assert not verdict.different_from_calm(supervisor.Round(home), calm)
+    assert not verdict.different_from_undisturbed(supervisor.Round(home), calm)
 
 
 def test_a_worker_that_helps_a_stage_may_be_hit_too_and_no_stage_is_said_to_stand_still(tmp_path: Path) -> None:

@@ -31,13 +31,13 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     began, rounds, problems = time.monotonic(), [], []
     plan = [options.only] if options.only else ["fixed-own", "drawn-cluster", "drawn-own", "fixed-cluster"]
-    while sum(len(told.faults) for told in rounds) < options.faults:
+    while sum(len(outcome.faults) for outcome in rounds) < options.faults:
         name, seed = plan[len(rounds) % len(plan)], options.seed + len(rounds)
-        left = options.faults - sum(len(told.faults) for told in rounds)
-        told, found = one(name, folder / f"{len(rounds)}-{name}", folder, left, options.mean, options.size, seed)
-        rounds.append(told)
+        left = options.faults - sum(len(outcome.faults) for outcome in rounds)
+        outcome, found = one(name, folder / f"{len(rounds)}-{name}", folder, left, options.mean, options.size, seed)
+        rounds.append(outcome)
         problems += [f"{name}: {problem}" for problem in found]
-        _say(f"{name} is done after {told.seconds:.0f} s: {json.dumps(figures([told]))}")
+        _say(f"{name} is done after {outcome.seconds:.0f} s: {json.dumps(figures([outcome]))}")
         for problem in found:
             _say(f"  WRONG: {problem}")
     share = figures(rounds)["lost_share"]
@@ -51,28 +51,28 @@ def one(name: str, place: Path, folder: Path, faults: int, mean: float, size: in
     kind, _, where = name.partition("-")
     space = spaces.SPACES[kind](place, size)
     trials = int(yaml.safe_load(space.read_text())["budget"]["trials"])
-    told = disturbed(space, Home(place / "home"), faults=faults, mean=mean, seed=seed, cluster=where == "cluster", say=_say)
-    found = verdict.broken(told, trials)
-    if told.ends[-1].code != 0:
-        return told, found
+    outcome = disturbed(space, Home(place / "home"), faults=faults, mean=mean, seed=seed, cluster=where == "cluster", say=_say)
+    found = verdict.broken(outcome, trials)
+    if outcome.ends[-1].code != 0:
+        return outcome, found
     if kind == "fixed":
         quiet = Home(folder / "calm" / "home")
         if not quiet.path.exists():
             calm(spaces.fixed(folder / "calm", size), quiet)
-        return told, found + verdict.different_from_calm(told, quiet)
-    return told, found + verdict.different_from_alone(told, place)
+        return outcome, found + verdict.different_from_undisturbed(outcome, quiet)
+    return outcome, found + verdict.different_from_single_run(outcome, place)
 
 
 def figures(rounds: list[Round]) -> dict[str, Any]:
     """What rounds came to, as plain data."""
-    wastes = [told.watching.waste() for told in rounds]
+    wastes = [outcome.watching.waste() for outcome in rounds]
     total = sum(waste.total for waste in wastes)
-    gaps = [gap for told in rounds for _, gap in verdict.gaps(told)]
+    gaps = [gap for outcome in rounds for _, gap in verdict.gaps(outcome)]
     return {
         "faults": dict(
-            sorted(Counter(f"{f.target} {'frozen' if f.seconds else 'killed'}" for told in rounds for f in told.faults).items())
+            sorted(Counter(f"{f.target} {'frozen' if f.seconds else 'killed'}" for each in rounds for f in each.faults).items())
         ),
-        "commands": dict(Counter(str(end.code) for told in rounds for end in told.ends)),
+        "commands": dict(Counter(str(end.code) for outcome in rounds for end in outcome.ends)),
         "worker_seconds": round(total, 1),
         "lost_share": round(sum(waste.lost for waste in wastes) / max(total, 1e-9), 4),
         "frozen_seconds": round(sum(waste.frozen for waste in wastes), 1),

@@ -27,7 +27,7 @@ EARLY = 0.02  # how often a search that is still starting is hit: only its drive
 
 @dataclass
 class Fault:
-    """What was done, to whom, when.
+    """What was done to which process, and when.
 
     Attributes:
         seconds: how long it stands still; 0 if it was killed.
@@ -57,7 +57,7 @@ class Faults:
         targets: what may be hit beside them.
     """
 
-    dice: random.Random
+    rng: random.Random
     family: Callable[[], dict[int, str]]
     driver: Callable[[], int]
     status: Path
@@ -67,15 +67,15 @@ class Faults:
 
     def strike(self) -> Fault | None:
         """Hit something; None if nothing of the kind that was chosen is there."""
-        if not self._scheduler() and self.dice.random() > EARLY:
+        if not self._scheduler() and self.rng.random() > EARLY:
             return None
         targets = [*self.targets, "node"] if self.nodes else [*self.targets]
-        target = self.dice.choice(targets)
+        target = self.rng.choice(targets)
         pids, key = self._victims(target)
         if not pids:
             return None
-        freeze = self.dice.random() < 0.5
-        seconds = self.dice.uniform(1, 20) if target in ("driver", "broker") else self.dice.uniform(5, LONGEST_FREEZE)
+        freeze = self.rng.random() < 0.5
+        seconds = self.rng.uniform(1, 20) if target in ("driver", "broker") else self.rng.uniform(5, LONGEST_FREEZE)
         fault = Fault(target, pids, time.time(), seconds if freeze else 0.0, key)
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -97,7 +97,7 @@ class Faults:
             return [self.driver()], ""
         if target == "node":
             found = self.nodes() if self.nodes else []
-            return (self.dice.choice(found), "") if found else ([], "")
+            return (self.rng.choice(found), "") if found else ([], "")
         if target in ("broker", "trial"):
             return self._one(titled(self.family(), "Broker" if target == "broker" else "ResourceTrainable")), ""
         wanted, scheduler = WORKERS[target], self._scheduler()
@@ -110,7 +110,7 @@ class Faults:
 
     def _one(self, pids: Iterable[int]) -> list[int]:
         listed = sorted(pids)
-        return [self.dice.choice(listed)] if listed else []
+        return [self.rng.choice(listed)] if listed else []
 
     def _scheduler(self) -> dict[str, Any]:
         try:

@@ -50,53 +50,53 @@ def disturbed(
     space: Path, home: Home, *, faults: int, mean: float, seed: int, cluster: bool, say: Callable[[str], None]
 ) -> Round:
     """Search with up to `faults` faults, `mean` seconds apart on average, on a Ray of its own or on a cluster."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     with ExitStack() as stack:
         place = stack.enter_context(_cluster()) if cluster else None
-        return _supervise(space, home, dice, faults, mean, place, say)
+        return _supervise(space, home, rng, faults, mean, place, say)
 
 
 def _supervise(
     space: Path,
     home: Home,
-    dice: random.Random,
+    rng: random.Random,
     faults: int,
     mean: float,
     place: Nodes | None,
     say: Callable[[str], None],
 ) -> Round:
-    told = Round(home)
+    outcome = Round(home)
     runtime = space.with_name("runtime.yaml")
     runtime.write_text(RUNTIME)
     arguments = ["search", space, "--json", "--runtime", runtime, *(["--address", place.address] if place else [])]
     with Watching(home.store) as watching:
-        told.watching = watching
+        outcome.watching = watching
         hits = Faults(
-            dice,
-            lambda: {**session_family(*told.leaders), **(place.family() if place else {})},
-            lambda: told.leaders[-1],
+            rng,
+            lambda: {**session_family(*outcome.leaders), **(place.family() if place else {})},
+            lambda: outcome.leaders[-1],
             home.path / "studies" / STUDY / "status.json",
             (lambda: worker_nodes(place.family())) if place else None,
         )
         began = time.monotonic()
-        while not told.ends or told.ends[-1].code in (-9, 5):
+        while not outcome.ends or outcome.ends[-1].code in (-9, 5):
             assert time.monotonic() - began < LONGEST, f"not done in {LONGEST:g} s; see {home.path}"
             with home.start(*arguments, clean=False) as running:
-                told.leaders.append(running.process.pid)
-                _until_it_ends(running, told, hits, faults, mean, place, say)
-            if told.ends[-1].code == -9 and not place:
+                outcome.leaders.append(running.process.pid)
+                _until_it_ends(running, outcome, hits, faults, mean, place, say)
+            if outcome.ends[-1].code == -9 and not place:
                 watching.orphan(time.time())
-            say(f"the command ended with {told.ends[-1].code}")
-        told.seconds = time.monotonic() - began
+            say(f"the command ended with {outcome.ends[-1].code}")
+        outcome.seconds = time.monotonic() - began
         hits.thaw(float("inf"))
-        told.left = _left(told, place)
-    return told
+        outcome.left = _left(outcome, place)
+    return outcome
 
 
 def _until_it_ends(
-    running: Running, told: Round, hits: Faults, faults: int, mean: float, place: Nodes | None, say: Callable[[str], None]
+    running: Running, outcome: Round, hits: Faults, faults: int, mean: float, place: Nodes | None, say: Callable[[str], None]
 ) -> None:
-    due, repair = time.time() + hits.dice.expovariate(1 / mean), float("inf")
+    due, repair = time.time() + hits.rng.expovariate(1 / mean), float("inf")
     while running.process.poll() is None:
         time.sleep(0.1)
         now = time.time()
@@ -104,34 +104,34 @@ def _until_it_ends(
         if place and now > repair:
             place.complete()
             repair = float("inf")
-        if len(told.faults) < faults and now > due:
-            due = now + hits.dice.expovariate(1 / mean)
+        if len(outcome.faults) < faults and now > due:
+            due = now + hits.rng.expovariate(1 / mean)
             fault = hits.strike()
             if fault is None:
                 due = now + 0.5
                 continue
-            say(f"{len(told.faults) + 1:3} {fault}")
-            told.faults.append(fault)
+            say(f"{len(outcome.faults) + 1:3} {fault}")
+            outcome.faults.append(fault)
             repair = now + REPAIR if fault.target == "node" else repair
             if fault.key and fault.seconds:
-                told.watching.freeze(fault.key, now)
-    told.ends.append(running.wait())
+                outcome.watching.freeze(fault.key, now)
+    outcome.ends.append(running.wait())
 
 
-def _left(told: Round, place: Nodes | None) -> list[str]:
+def _left(outcome: Round, place: Nodes | None) -> list[str]:
     """Processes, actors and folders that outlive the search, after the time that it takes them to notice."""
     end = time.monotonic() + TIDY
-    while (left := _lives_on(told, place)) and time.monotonic() < end:
+    while (left := _lives_on(outcome, place)) and time.monotonic() < end:
         time.sleep(1.0)
-    hidden = [path for place in (".scratch", ".fenced") for path in (told.home.store / place).glob("*")]
-    pointer = told.home.path / "ray"
+    hidden = [path for place in (".scratch", ".fenced") for path in (outcome.home.store / place).glob("*")]
+    pointer = outcome.home.path / "ray"
     folders = map(Path, pointer.read_text().splitlines()) if pointer.exists() else []
     return [*left, *map(str, hidden), *(str(folder) for folder in folders if folder.exists())]
 
 
-def _lives_on(told: Round, place: Nodes | None) -> list[str]:
+def _lives_on(outcome: Round, place: Nodes | None) -> list[str]:
     if place is None:
-        return list(session_family(*told.leaders).values())
+        return list(session_family(*outcome.leaders).values())
     actors = place.left()
     ours = [line for line in place.family().values() if line.startswith(("ray::Worker", "ray::Broker", "ray::ResourceTr"))]
     return [*ours, *([] if actors == "0 0.0" else [f"actors and CPUs: {actors}"])]

@@ -16,38 +16,38 @@ LONGEST_GAP = 30.0
 UNSETTLING = ("driver", "broker", "node")
 
 
-def broken(told: Round, trials: int) -> list[str]:
+def broken(outcome: Round, trials: int) -> list[str]:
     """What is wrong whatever was searched; empty if nothing is."""
-    codes = [end.code for end in told.ends]
+    codes = [end.code for end in outcome.ends]
     found = [f"the commands ended with {codes}"] if codes[-1] != 0 or set(codes) - {0, -9, 5} else []
-    found += [f"the command said: {end.err[-600:]}" for end in told.ends if end.code not in (0, -9)]
-    found += [line for end in told.ends for line in end.err.splitlines() if "Traceback" in line]
+    found += [f"the command said: {end.err[-600:]}" for end in outcome.ends if end.code not in (0, -9)]
+    found += [line for end in outcome.ends for line in end.err.splitlines() if "Traceback" in line]
     if codes[-1] != 0:
         return found
-    states = told.home.states()
+    states = outcome.home.states()
     counted = sum(state != "duplicate" for state in states)
     if set(states) - {"completed", "pruned", "duplicate"} or counted != trials:
         found.append(f"{trials} trials were to come to their end, and they are {states}")
-    found += [f"{key} was published {len(made)} times" for key, made in told.watching.published.items() if len(made) > 1]
-    found += [f"left behind: {each}" for each in told.left]
-    lost = told.watching.waste()
-    if lost.lost > max(MOST_LOST * lost.total, PER_FAULT * len(told.faults)):  # of one round a share says little
+    found += [f"{key} was published {len(made)} times" for key, made in outcome.watching.published.items() if len(made) > 1]
+    found += [f"left behind: {each}" for each in outcome.left]
+    lost = outcome.watching.waste()
+    if lost.lost > max(MOST_LOST * lost.total, PER_FAULT * len(outcome.faults)):  # of one round a share says little
         found.append(f"{lost.share:.0%} of {lost.total:.0f} worker-seconds were lost")
-    found += [f"{fault} was replaced only after {gap:.0f} s" for fault, gap in gaps(told) if gap > LONGEST_GAP]
-    return [*found, *_untracked(told.home)]
+    found += [f"{fault} was replaced only after {gap:.0f} s" for fault, gap in gaps(outcome) if gap > LONGEST_GAP]
+    return [*found, *_untracked(outcome.home)]
 
 
-def gaps(told: Round) -> list[tuple[str, float]]:
+def gaps(outcome: Round) -> list[tuple[str, float]]:
     """How long each stage whose worker was frozen stood still; of those that no other fault disturbed meanwhile."""
     found = []
-    for fault in told.faults:
+    for fault in outcome.faults:
         if not (fault.key and fault.seconds):
             continue
-        resumed = told.watching.resumed(fault.key, fault.at)
+        resumed = outcome.watching.resumed(fault.key, fault.at)
         woke = fault.at + fault.seconds
         if resumed is None or resumed > woke:
             continue  # it woke up before it was taken for dead
-        between = [each for each in told.faults if each.target in UNSETTLING and fault.at - 20 < each.at < resumed]
+        between = [each for each in outcome.faults if each.target in UNSETTLING and fault.at - 20 < each.at < resumed]
         if not between:
             found.append((str(fault), resumed - fault.at))
     return found
@@ -61,25 +61,25 @@ def _untracked(home: Home) -> list[str]:
     return (found if len(stages) != len(home.artifacts()) else []) + [f"in MLflow {name} goes on" for name in open_runs]
 
 
-def different_from_calm(told: Round, calm: Home) -> list[str]:
+def different_from_undisturbed(outcome: Round, calm: Home) -> list[str]:
     """Keys, metrics of artifacts, and metrics of trials that an undisturbed search of the same list does not have."""
-    keys, expected = set(told.home.artifacts()), set(calm.artifacts())
+    keys, expected = set(outcome.home.artifacts()), set(calm.artifacts())
     found = [f"only under faults: {key}" for key in sorted(keys - expected)]
     found += [f"missing under faults: {key}" for key in sorted(expected - keys)]
     for key in sorted(keys & expected):
-        if free(told.home.record(key)["metrics"]) != free(calm.record(key)["metrics"]):
+        if free(outcome.home.record(key)["metrics"]) != free(calm.record(key)["metrics"]):
             found.append(f"the metrics of {key} differ")
     theirs = {json.dumps(trial.pair, sort_keys=True): trial for trial in calm.study().trials}
-    for trial in told.home.study().trials:
+    for trial in outcome.home.study().trials:
         other = theirs.get(json.dumps(trial.pair, sort_keys=True))
         if other is None or free(trial.metrics) != free(other.metrics) or dict(trial.keys) != dict(other.keys):
             found.append(f"trial {trial.number} differs from the undisturbed one")
     return found
 
 
-def different_from_alone(told: Round, folder: Path) -> list[str]:
+def different_from_single_run(outcome: Round, folder: Path) -> list[str]:
     """Finished trials whose keys or metrics `ktray run` of their spec does not give."""
-    trials = [trial for trial in told.home.study().trials if trial.state == "completed"]
+    trials = [trial for trial in outcome.home.study().trials if trial.state == "completed"]
     pairs = {f"t{trial.number}": trial.pair for trial in trials}
     source = f'"""The pairs of a search."""\nimport json\nPAIRS = json.loads({json.dumps(pairs)!r})\n'
     source += "def pairs():\n    from ktray.spec import PairSpec\n"
