@@ -113,14 +113,14 @@ sys.path.insert(0, str(lab))
 from ktray import plugins
 from ktray.scheduler.client import connect
 from ktray.scheduler.ray_session import RuntimeSettings, start, stop
-from ktray.pipeline import graph
+from ktray.pipeline import pair_graph
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.spec import PairSpec
 from tests.toys import toy_spec
 plugins.allow(["shipped_lab"])
 spec = toy_spec(teacher={"descriptor": {"kind": "shipped_lab.corner"}})
-stages = graph.build(PairSpec.model_validate(spec), data_identity(home / "cache")).stages
+stages = pair_graph.build(PairSpec.model_validate(spec), data_identity(home / "cache")).stages
 session = start(home, address, RuntimeSettings(cpus=1, idle_exit_seconds=4))
 (lab / "shipped_lab").rename(lab / "gone")
 scheduler = connect(session, f"file://{home}/store", execute)
