@@ -41,4 +41,4 @@ def test_a_driver_that_stands_still_until_its_scheduler_has_ended_says_so_and_th
     assert again.code == 0, again.err
     assert_whole(frozen, len(calm.states()))
     assert {key: frozen.artifacts()[key] for key in before} == before
-    assert not verdict.different_from_calm(Round(frozen), calm)
+    assert not verdict.different_from_undisturbed(Round(frozen), calm)
