@@ -49,14 +49,14 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, project: bool
 def test_a_worker_without_memory_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = write(tmp_path, mixture())
     remembered = fit(shards, 30)
-    change = lloyd.change
+    change = lloyd.sum_change
 
     def forgetful(group, shared):
-        lloyd.forget(0, shared[0].key)
+        lloyd.release_cache(0, shared[0].key)
         return change(group, shared)
 
     monkeypatch.setattr(lloyd, "CACHE_BYTES", 0)
-    monkeypatch.setattr(lloyd, "change", forgetful)
+    monkeypatch.setattr(lloyd, "sum_change", forgetful)
     forgotten = fit(shards, 30)
     assert forgotten.centroids.tobytes() == remembered.centroids.tobytes()
     assert forgotten.inertia == remembered.inertia

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ktray import fingerprint, progress
 from ktray.clustering import lloyd, nearest_centroids, projection
-from ktray.clustering.lloyd import Centroids, Change, Frame
+from ktray.clustering.lloyd import Centroids, ClusteringSpace, SumChange
 from ktray.clustering.projection import apply, finite_rows
 from ktray.pool import Pool
 
@@ -86,7 +86,7 @@ def fit(
         raise ValueError(f"k = {k} clusters need at least as many rows; the features have {total}")
     seeds = _gather(shards, counts, seed_rows(total, k, seed), space, pool)
     found = _iterated(seeds, _groups(shards, pool), iterations, space, pool, on_iteration)
-    pool.map(lloyd.forget, range(pool.workers), space.key)
+    pool.map(lloyd.release_cache, range(pool.workers), space.key)
     return found
 
 
@@ -94,7 +94,7 @@ def _iterated(
     seeds: NDArray[np.float32],
     groups: list[list[Path]],
     iterations: int,
-    space: Frame,
+    space: ClusteringSpace,
     pool: Pool,
     on_iteration: Callable[[int, float], None] | None,
 ) -> Clusters:
@@ -103,19 +103,19 @@ def _iterated(
     inertia: list[float] = []
     empty: list[int] = []
     while True:
-        changes = pool.map(lloyd.change, groups, (space, centroids, before))
+        changes = pool.map(lloyd.sum_change, groups, (space, centroids, before))
         for change in changes:
             sums, sizes = sums + change.sums, sizes + change.counts
         inertia.append(_inertia(changes, sums, sizes, centroids.values))
         empty.append(int((sizes == 0).sum()))
         if on_iteration:
             on_iteration(len(inertia) - 1, inertia[-1])
-        converged = before is not None and not empty[-1] and not sum(change.moved for change in changes)
+        converged = before is not None and not empty[-1] and not sum(change.relabelled for change in changes)
         if converged or len(inertia) > iterations:
             lifted = (space.centre.astype(np.float64) + centroids.values).astype(np.float32)
             return Clusters(lifted, tuple(inertia), tuple(empty), sizes, len(inertia) - 1, converged)
-        lent_sums, lent_sizes = _repaired(sums, sizes, centroids, groups, space, pool) if empty[-1] else (sums, sizes)
-        before, centroids = centroids, Centroids.of(_means(lent_sums, lent_sizes, centroids.values), space)
+        repaired_sums, repaired_sizes = _repaired(sums, sizes, centroids, groups, space, pool) if empty[-1] else (sums, sizes)
+        before, centroids = centroids, Centroids.of(_means(repaired_sums, repaired_sizes, centroids.values), space)
 
 
 def seed_rows(count: int, k: int, seed: int) -> NDArray[np.int64]:
@@ -154,7 +154,7 @@ def nearest(
     return numbers.astype(np.int32), nearest_centroids.squared_distances(rows, centroids, numbers).astype(np.float32)
 
 
-def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool) -> tuple[Frame, list[int]]:
+def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool) -> tuple[ClusteringSpace, list[int]]:
     """The space of the clustering, and the rows of each shard."""
     counts, row_sums, lows, highs = zip(*pool.map(_surveyed, list(shards), projection), strict=True)
     total = sum(counts)
@@ -165,7 +165,7 @@ def _survey(shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool
     largest = float(max((high - centre).max(), (centre - low).max()))
     # |partial sums of differences| <= 2 N max|x| <= 2**53 grid: every one of them is a float64
     grid = 2.0 ** (math.ceil(math.log2(largest)) + math.ceil(math.log2(total)) + 1 - 53)
-    return Frame.of(projection, centre, grid), list(counts)
+    return ClusteringSpace.of(projection, centre, grid), list(counts)
 
 
 def _surveyed(
@@ -183,21 +183,23 @@ def _groups(shards: Sequence[Path], pool: Pool) -> list[list[Path]]:
 
 
 def _gather(
-    shards: Sequence[Path], counts: Sequence[int], numbers: NDArray[np.int64], space: Frame, pool: Pool
+    shards: Sequence[Path], counts: Sequence[int], numbers: NDArray[np.int64], space: ClusteringSpace, pool: Pool
 ) -> NDArray[np.float32]:
     """The rows with these numbers, in this order."""
     starts = np.concatenate([[0], np.cumsum(counts)])
-    home = np.searchsorted(starts, numbers, side="right") - 1
-    visited = np.unique(home)
-    picked = pool.map(lloyd.pick, [(shards[index], numbers[home == index] - starts[index]) for index in visited], space)
+    shard_of = np.searchsorted(starts, numbers, side="right") - 1
+    visited = np.unique(shard_of)
+    picked = pool.map(
+        lloyd.read_rows, [(shards[index], numbers[shard_of == index] - starts[index]) for index in visited], space
+    )
     gathered = np.empty((len(numbers), picked[0].shape[1]), np.float32)
     for index, rows in zip(visited, picked, strict=True):
-        gathered[home == index] = rows
+        gathered[shard_of == index] = rows
     return gathered
 
 
 def _inertia(
-    changes: Sequence[Change], sums: NDArray[np.float64], sizes: NDArray[np.int64], centroids: NDArray[np.float32]
+    changes: Sequence[SumChange], sums: NDArray[np.float64], sizes: NDArray[np.int64], centroids: NDArray[np.float32]
 ) -> float:
     """sum |x - c|^2 = sum |x|^2 - 2 sum c (sum of its x) + sum n |c|^2, in float64 from exact sums."""
     squares = math.fsum(square for change in changes for square in change.squares)
@@ -218,23 +220,23 @@ def _repaired(
     sizes: NDArray[np.int64],
     centroids: Centroids,
     groups: list[list[Path]],
-    space: Frame,
+    space: ClusteringSpace,
     pool: Pool,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Copies of sums (K, d) and sizes (K,) in which empty clusters have taken over far rows (see `fit`)."""
     sums, sizes = sums.copy(), sizes.copy()
-    waiting = list(np.flatnonzero(sizes == 0))
-    found = pool.map(lloyd.farthest, groups, (space, centroids, sizes, len(waiting)))
+    unfilled = list(np.flatnonzero(sizes == 0))
+    found = pool.map(lloyd.farthest_rows, groups, (space, centroids, sizes, len(unfilled)))
     candidates = sorted((each for group in found for each in group), key=lambda each: -each[0])
     if not candidates:
-        raise ValueError(f"k = {len(sizes)}, but the features have only {len(sizes) - len(waiting)} distinct rows")
-    taken: set[bytes] = set()
+        raise ValueError(f"k = {len(sizes)}, but the features have only {len(sizes) - len(unfilled)} distinct rows")
+    used: set[bytes] = set()
     for _, donor, row in candidates:
-        if waiting and sizes[donor] > 1 and row.tobytes() not in taken:
-            taken.add(row.tobytes())
-            taker = waiting.pop(0)
+        if unfilled and sizes[donor] > 1 and row.tobytes() not in used:
+            used.add(row.tobytes())
+            recipient = unfilled.pop(0)
             sums[donor] -= row
-            sums[taker] += row
+            sums[recipient] += row
             sizes[donor] -= 1
-            sizes[taker] += 1
+            sizes[recipient] += 1
     return sums, sizes

@@ -24,7 +24,7 @@ CACHE_BYTES = 8 << 30  # of projected rows that one worker keeps between iterati
 
 
 @dataclass(frozen=True)
-class Frame:
+class ClusteringSpace:
     """Where rows and centroids live: projected, minus `centre`, rows rounded to multiples of `grid`; `key` names all of that.
 
     Attributes:
@@ -40,7 +40,7 @@ class Frame:
     key: str
 
     @classmethod
-    def of(cls, projection: Mapping[str, NDArray[Any]], centre: NDArray[np.float32], grid: float) -> Frame:
+    def of(cls, projection: Mapping[str, NDArray[Any]], centre: NDArray[np.float32], grid: float) -> ClusteringSpace:
         digest = hashlib.sha256(centre.tobytes() + np.float64(grid).tobytes())
         for name in sorted(projection):
             digest.update(name.encode() + np.asarray(projection[name]).tobytes())
@@ -55,37 +55,37 @@ class Centroids:
     digest: bytes
 
     @classmethod
-    def of(cls, values: NDArray[np.float32], space: Frame) -> Centroids:
+    def of(cls, values: NDArray[np.float32], space: ClusteringSpace) -> Centroids:
         return cls(values, hashlib.blake2b(space.key.encode() + values.tobytes(), digest_size=16).digest())
 
 
 @dataclass(frozen=True)
-class Change:
+class SumChange:
     """What the new centroids changed for some rows.
 
     Attributes:
         sums: (K, d) float64, what was added to the sum of each cluster's rows; exact.
         counts: (K,) int64, the same for the number of rows.
         squares: sum of |x|^2 of each shard.
-        moved: rows whose label differs from the one under the previous centroids.
+        relabelled: rows whose label differs from the one under the previous centroids.
     """
 
     sums: NDArray[np.float64]
     counts: NDArray[np.int64]
     squares: list[float]
-    moved: int
+    relabelled: int
 
 
-def change(group: list[Path], shared: tuple[Frame, Centroids, Centroids | None]) -> Change:
+def sum_change(group: list[Path], shared: tuple[ClusteringSpace, Centroids, Centroids | None]) -> SumChange:
     """What the centroids of this iteration change for the rows of some shards.
 
     Args:
         shared: the space, the centroids, and those of the iteration before (None: there is none, so every row moves).
     """
     space, centroids, before = shared
-    labels_of = _remembering(centroids)
-    labels_before = _remembering(before) if before else None
-    total = Change(np.zeros(centroids.values.shape), np.zeros(len(centroids.values), np.int64), [], 0)
+    labels_of = _labels_under(centroids)
+    labels_before = _labels_under(before) if before else None
+    total = SumChange(np.zeros(centroids.values.shape), np.zeros(len(centroids.values), np.int64), [], 0)
     moved = 0
     for shard in group:
         rows, square = _rows(shard, space)
@@ -94,18 +94,18 @@ def change(group: list[Path], shared: tuple[Frame, Centroids, Centroids | None])
         moved += _add(total, rows, labels, old)
         progress.moved("shards")
         total.squares.append(square)
-    return Change(total.sums, total.counts, total.squares, moved)
+    return SumChange(total.sums, total.counts, total.squares, moved)
 
 
-def farthest(
-    group: list[Path], shared: tuple[Frame, Centroids, NDArray[np.int64], int]
+def farthest_rows(
+    group: list[Path], shared: tuple[ClusteringSpace, Centroids, NDArray[np.int64], int]
 ) -> list[tuple[float, int, NDArray[np.float32]]]:
-    """Per shard up to `wanted` distinct rows as (squared distance, label, row), the farthest from its centroid first.
+    """Per shard up to `count` distinct rows as (squared distance, label, row), the farthest from its centroid first.
 
     Left out: rows that are their centroid, and the only rows of their clusters.
     """
-    space, centroids, counts, wanted = shared
-    labels_of = _remembering(centroids)
+    space, centroids, counts, count = shared
+    labels_of = _labels_under(centroids)
     found: list[tuple[float, int, NDArray[np.float32]]] = []
     for shard in group:
         rows, _ = _rows(shard, space)
@@ -114,7 +114,7 @@ def farthest(
         distances[counts[labels] == 1] = 0
         seen: set[bytes] = set()
         for index in np.argsort(-distances, kind="stable"):
-            if len(seen) == wanted or distances[index] == 0:
+            if len(seen) == count or distances[index] == 0:
                 break
             if (content := rows[index].tobytes()) not in seen:
                 seen.add(content)
@@ -122,13 +122,13 @@ def farthest(
     return found
 
 
-def pick(item: tuple[Path, NDArray[np.int64]], space: Frame) -> NDArray[np.float32]:
+def read_rows(item: tuple[Path, NDArray[np.int64]], space: ClusteringSpace) -> NDArray[np.float32]:
     """The rows of a shard with these numbers (m,): (m, d)."""
     shard, numbers = item
     return _rows(shard, space)[0][numbers]
 
 
-def _add(total: Change, rows: NDArray[np.float32], labels: NDArray[np.int64], old: NDArray[np.int64] | None) -> int:
+def _add(total: SumChange, rows: NDArray[np.float32], labels: NDArray[np.int64], old: NDArray[np.int64] | None) -> int:
     """Adds the moved rows to their new clusters and takes them from the old ones, in place; returns how many."""
     from scipy.sparse import csc_matrix
 
@@ -152,9 +152,9 @@ def _add(total: Change, rows: NDArray[np.float32], labels: NDArray[np.int64], ol
 
 
 _ShardKey = tuple[str, int, int]
-_known_rows: dict[_ShardKey, tuple[NDArray[np.float32], float]] = {}
-_known_labels: dict[_ShardKey, tuple[bytes, NDArray[np.int32]]] = {}
-_known_space = ""
+_cached_rows: dict[_ShardKey, tuple[NDArray[np.float32], float]] = {}
+_cached_labels: dict[_ShardKey, tuple[bytes, NDArray[np.int32]]] = {}
+_cached_space = ""
 _lock = threading.Lock()
 
 
@@ -163,48 +163,48 @@ def _shard_key(shard: Path) -> _ShardKey:
     return str(shard), stat.st_mtime_ns, stat.st_size
 
 
-def _rows(shard: Path, space: Frame) -> tuple[NDArray[np.float32], float]:
+def _rows(shard: Path, space: ClusteringSpace) -> tuple[NDArray[np.float32], float]:
     """The rows of a shard in `space` and their sum of squares, from memory if it has them; it holds one space at a time."""
-    global _known_space
+    global _cached_space
     key = _shard_key(shard)
     with _lock:
-        if _known_space != space.key:
-            _known_rows.clear()
-            _known_labels.clear()
-            _known_space = space.key
-        if key in _known_rows:
-            return _known_rows[key]
+        if _cached_space != space.key:
+            _cached_rows.clear()
+            _cached_labels.clear()
+            _cached_space = space.key
+        if key in _cached_rows:
+            return _cached_rows[key]
     rows = apply(space.projection, finite_rows(shard)) - space.centre
     rows = (np.rint(rows.astype(np.float64) / space.grid) * space.grid).astype(np.float32)
     square = float(np.einsum("nd,nd->", rows, rows, dtype=np.float64))
     with _lock:
-        used = sum(each.nbytes for each, _ in _known_rows.values())
-        if _known_space == space.key and used + rows.nbytes <= CACHE_BYTES:
-            _known_rows[key] = rows, square
+        used = sum(each.nbytes for each, _ in _cached_rows.values())
+        if _cached_space == space.key and used + rows.nbytes <= CACHE_BYTES:
+            _cached_rows[key] = rows, square
     return rows, square
 
 
-def _remembering(centroids: Centroids) -> Callable[[Path, NDArray[np.float32]], NDArray[np.int64]]:
+def _labels_under(centroids: Centroids) -> Callable[[Path, NDArray[np.float32]], NDArray[np.int64]]:
     """Labels of a shard's rows under `centroids`, from memory if they were the last that were made here."""
     nearest: Search | None = None
 
     def labels_of(shard: Path, rows: NDArray[np.float32]) -> NDArray[np.int64]:
         nonlocal nearest
         key = _shard_key(shard)
-        digest, known = _known_labels.get(key, (b"", None))
+        digest, known = _cached_labels.get(key, (b"", None))
         if known is not None and digest == centroids.digest:
             return known.astype(np.int64)
         nearest = nearest or search_among(centroids.values)
         labels = nearest(rows)[:, 0]
-        _known_labels[key] = centroids.digest, labels.astype(np.int32)
+        _cached_labels[key] = centroids.digest, labels.astype(np.int32)
         return labels
 
     return labels_of
 
 
-def forget(_: int, key: str) -> None:
+def release_cache(_: int, key: str) -> None:
     """Frees a worker's memory; one that this call does not reach frees it when it next meets another space."""
     with _lock:
-        if _known_space == key:
-            _known_rows.clear()
-            _known_labels.clear()
+        if _cached_space == key:
+            _cached_rows.clear()
+            _cached_labels.clear()
