@@ -77,10 +77,10 @@ MEASURED: dict[Combination, Means] = {
 }
 BEST = max(MEASURED, key=lambda each: MEASURED[each].probe)
 METHODS = {
-    "balanced": ("balanced", surrogate.STEPS),
+    "balanced": ("balanced", surrogate.RUNG_CORRELATIONS),
     "balanced, rungs believed": ("balanced", (1.0,)),
-    "tpe": ("tpe", surrogate.STEPS),
-    "random": ("random", surrogate.STEPS),
+    "tpe": ("tpe", surrogate.RUNG_CORRELATIONS),
+    "random": ("random", surrogate.RUNG_CORRELATIONS),
 }
 """Name -> (sampler, how alike the surrogate may take the same draw to be one rung further on)."""
 
@@ -141,7 +141,7 @@ class Found(NamedTuple):
 
 def searched(method: str, seed: int) -> Found:
     """One search on a virtual clock."""
-    sampler, surrogate.STEPS = METHODS[method]
+    sampler, surrogate.RUNG_CORRELATIONS = METHODS[method]
     content = yaml.safe_load(SPACE.read_text()) | {"seed": seed, "sampler": sampler}
     space = checked(Space.from_content({**content, "budget": {"trials": TRIALS, "concurrent": 2}}, SPACE.name))
     clock = VirtualClock()

@@ -18,7 +18,9 @@ def test_the_layer_that_ends_best_is_behind_at_both_rungs() -> None:
 @pytest.mark.parametrize("method", ["balanced", "tpe"])
 def test_a_search_ends_with_a_pair_of_this_world(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(experiment, "TRIALS", 12)
-    monkeypatch.setattr(experiment.surrogate, "STEPS", experiment.surrogate.STEPS)  # set by the search, put back afterwards
+    monkeypatch.setattr(
+        experiment.surrogate, "RUNG_CORRELATIONS", experiment.surrogate.RUNG_CORRELATIONS
+    )  # set by the search, put back afterwards
     found = experiment.searched(method, 0)
     assert 0.7 < found.true <= experiment.MEASURED[experiment.BEST].probe
     assert abs(found.observed - found.true) < 5 * (experiment.SHARED + experiment.OWN)

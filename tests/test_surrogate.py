@@ -17,7 +17,16 @@ from sklearn.gaussian_process.kernels import RBF, ConstantKernel, Matern
 from ktray.search import sampler
 from ktray.search.observations import Observations
 from ktray.search.space import Space
-from ktray.search.surrogate import COMMON, FAR, NEAR, NOISES, STEPS, Surrogate, _covariance, _fitted
+from ktray.search.surrogate import (
+    DIFFERENT,
+    LENGTH_SCALE,
+    NOISE_VARIANCES,
+    RUNG_CORRELATIONS,
+    SHARED_VARIANCE,
+    Surrogate,
+    _covariance,
+    _fit,
+)
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space
 
@@ -38,9 +47,9 @@ def rates(*exponents: float) -> list[dict[str, Any]]:
 
 def judged_process(seen: Columns, scores: Columns, step: float, noise: float) -> GaussianProcessRegressor:
     """Of (n, 2) rates and rungs ahead: what is alike along the rate is so less, the more rungs lie between."""
-    rate = ConstantKernel(FAR) + ConstantKernel(1 - FAR) * RBF([NEAR, NEVER])
+    rate = ConstantKernel(DIFFERENT) + ConstantKernel(1 - DIFFERENT) * RBF([LENGTH_SCALE, NEVER])
     rungs = Matern([NEVER, -1 / np.log(step) if step < 1 else NEVER], nu=0.5)
-    process = GaussianProcessRegressor(ConstantKernel(COMMON) + rate * rungs, alpha=noise, optimizer=None)
+    process = GaussianProcessRegressor(ConstantKernel(SHARED_VARIANCE) + rate * rungs, alpha=noise, optimizer=None)
     return process.fit(seen, scores)
 
 
@@ -52,7 +61,7 @@ def test_gains_are_those_of_the_likeliest_gaussian_process_of_scikit_learn(tmp_p
         first, last = seen[:, 1] > 0, seen[:, 1] == 0
         seen[first, 0], seen[last, 0] = np.sort(seen[first, 0]), np.sort(seen[last, 0])[::-1]
     scores = norm.ppf(1 - (rankdata(np.arange(24)) - 0.5) / 24)
-    processes = [judged_process(seen, scores, step, noise) for step in STEPS for noise in NOISES]
+    processes = [judged_process(seen, scores, step, noise) for step in RUNG_CORRELATIONS for noise in NOISE_VARIANCES]
     process = max(processes, key=lambda each: each.log_marginal_likelihood_value_)
     mean, deviation = process.predict(asked, return_std=True)
     above = (mean - process.predict(seen * [1, 0]).max()) / deviation
@@ -69,11 +78,11 @@ def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tm
     layer, ahead = np.arange(30) % 3, np.repeat([0.0, 2.0], 15)
     draws = [sampler.random_draw(space, n, {"teacher": "rotation", "teacher.rotation.layer": layers[n % 3]}) for n in range(30)]
     surrogate = Surrogate(space)
-    alike = surrogate._alike(surrogate.rows(draws), surrogate.rows(draws))
+    alike = surrogate._similarities(surrogate.rows(draws), surrogate.rows(draws))
 
     def fitted(worth_at_end: list[float], noise: float) -> tuple[float, float]:
         worth = np.where(ahead == 0, np.array(worth_at_end)[layer], np.array([1.2, 0.0, -1.2])[layer])
-        return _fitted(alike, ahead, worth + noise * rng.normal(size=30))
+        return _fit(alike, ahead, worth + noise * rng.normal(size=30))
 
     assert fitted([1.2, 0.0, -1.2], 0.2)[0] > 0.8 > fitted([-1.2, 0.0, 1.2], 0.2)[0]
     assert fitted([1.2, 0.0, -1.2], 0.2)[1] < fitted([1.2, 0.0, -1.2], 0.8)[1]
@@ -81,7 +90,7 @@ def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tm
 
 def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        sys.modules["ktray.search.surrogate"], "NOISES", NOISES[:1]
+        sys.modules["ktray.search.surrogate"], "NOISE_VARIANCES", NOISE_VARIANCES[:1]
     )  # two trials say nothing of how much is chance
     surrogate = Surrogate(one_rate(tmp_path))
     seen, asked = rates(0.0, 0.1), rates(0.6, 1.0)
@@ -111,7 +120,7 @@ def test_the_layers_of_one_teacher_are_more_alike_than_two_teachers(tmp_path: Pa
     bad = [{**base, "transfer.k": k} for k in (5, 10, 20)]
     good = [sampler.random_draw(space, 0, {**other, "transfer.k": k, "teacher.hog.descriptor.cell": 4}) for k in (5, 10, 20)]
     rows = Surrogate(space)
-    ours = rows._alike(rows.rows([base]), rows.rows([layer, other]))[0]
+    ours = rows._similarities(rows.rows([base]), rows.rows([layer, other]))[0]
     assert ours[0] > ours[1]
     gains = rows.expected_improvement([*good, *bad], [], [layer, {**other, "teacher.hog.descriptor.cell": 7}])
     assert gains[1] > gains[0]
@@ -142,11 +151,11 @@ def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -
         draws = [{name: value for name, value in draw.items() if rng.random() < 0.7} for draw in draws]
     surrogate = Surrogate(space)
     ahead = np.arange(len(draws)) % 4.0  # rungs
-    covariance = _covariance(surrogate._alike(surrogate.rows(draws), surrogate.rows(draws)), ahead, ahead, 0.6)
+    covariance = _covariance(surrogate._similarities(surrogate.rows(draws), surrogate.rows(draws)), ahead, ahead, 0.6)
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
     assert np.isfinite(surrogate.expected_improvement(draws[:40], draws[40:44], draws[44:])).all()
     if not partial:
-        np.testing.assert_allclose(np.diag(covariance), COMMON + 1)
+        np.testing.assert_allclose(np.diag(covariance), SHARED_VARIANCE + 1)
 
 
 def test_numbers_of_a_choice_are_steps_and_names_are_not(tmp_path: Path) -> None:
@@ -155,7 +164,7 @@ def test_numbers_of_a_choice_are_steps_and_names_are_not(tmp_path: Path) -> None
     )
     surrogate = Surrogate(space)
     rows = surrogate.rows([{"transfer.k": k} for k in (5, 10, 20)])
-    near, far = surrogate._alike(rows[:1], rows)[0, 1:]
+    near, far = surrogate._similarities(rows[:1], rows)[0, 1:]
     assert near > far
 
 

@@ -107,7 +107,7 @@ def _needed(store: Store, home: Path) -> set[str]:
     from ktray.search.history import keys_in_use
 
     used = keys_in_use(home)
-    for name in journal.names(home):
+    for name in journal.study_names(home):
         for line in reference_lines.read(journal.folder(home, name)).values():
             used |= set(artifact_keys(line["keys"]))
     needed = _with_inputs(store, used)

@@ -37,7 +37,7 @@ def time_left(study: History, made: Callable[[str], bool]) -> TimeLeft | None:
         return None
     costs = [sum(sum(part.values()) for part in trial.attributed_costs.values()) for trial in drawn]
     ordered = [part[key] for trial in running for part in trial.attributed_costs.values() for key in part if not made(key)]
-    if sum(costs) <= sum(ordered):  # nothing was computed yet, or nothing is charged: one trial costs as much as another
+    if sum(costs) <= sum(ordered):  # nothing was computed yet, or no costs are known: one trial costs as much as another
         costs, ordered = [1.0] * len(drawn), [1.0] * len(running)
     computed = sum(costs) - sum(ordered)
     at_once = computed / study.elapsed

@@ -1,4 +1,4 @@
-"""What a study holds, for those who only read: also while a search writes it."""
+"""Reads a study without driving it, also while a search writes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class History:
     """A study as it was when it was read.
 
     Attributes:
-        target: draws that it was last asked to make.
+        target: draws that it was last asked for.
         elapsed: seconds that searches of it ran.
     """
 
@@ -38,7 +38,7 @@ def read(home: Path, name: str) -> History:
         UserError: there is no such study, or it was never begun.
     """
     notes, trials = journal.read(home, name)
-    if "space" not in notes or "target" not in notes:  # a driver that was killed in its first moment
+    if "space" not in notes or "target" not in notes:  # its driver was killed before it noted these
         raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
     space = Space.from_content(notes["space"], name)
     return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
@@ -46,4 +46,4 @@ def read(home: Path, name: str) -> History:
 
 def keys_in_use(home: Path) -> set[str]:
     """Keys that the trials of all studies of a home rest on, paused ones included."""
-    return {key for name in journal.names(home) for trial in journal.read(home, name)[1] for key in trial.artifacts}
+    return {key for name in journal.study_names(home) for trial in journal.read(home, name)[1] for key in trial.artifacts}

@@ -41,7 +41,7 @@ def folder(home: Path, name: str) -> Path:
     return home / "studies" / name
 
 
-def names(home: Path) -> list[str]:
+def study_names(home: Path) -> list[str]:
     """All studies of a home, sorted."""
     return sorted(path.parent.name for path in (home / "studies").glob("*/journal.log"))
 
@@ -52,9 +52,9 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
     Raises:
         UserError: there is no such study.
     """
-    if name not in names(home):
-        listed = f"There are {', '.join(names(home))}." if names(home) else "There is none in this home."
-        raise UserError(f"there is no study {name!r}", str(home), listed)
+    if name not in study_names(home):
+        known = f"There are {', '.join(study_names(home))}." if study_names(home) else "There is none in this home."
+        raise UserError(f"there is no study {name!r}", str(home), known)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = optuna.load_study(study_name=name, storage=_storage(home, name), sampler=RandomSampler())
@@ -64,13 +64,13 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
 
 
 class Journal:
-    """The trials and notes of one study, for the one process that writes them (`held`)."""
+    """The trials and notes of one study, for the one process that writes them: the one that holds `driver_lock`."""
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._journal = space, _Journal(folder(home, name) / "journal.log")
+        self._space, self._journal = space, _JournalFile(folder(home, name) / "journal.log")
         self._storage = JournalStorage(self._journal)
-        self._known = tpe.distributions(space)
+        self._distributions = tpe.distributions(space)
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -80,16 +80,16 @@ class Journal:
         )
 
     def notes(self) -> dict[str, Any]:
-        """What was noted of the study as a whole."""
+        """All notes on the study as a whole."""
         return dict(self._study.user_attrs)
 
     def note(self, name: str, value: Any) -> None:
         """Writes one note (JSON)."""
-        with self._journal.together():
+        with self._journal.synced():
             self._study.set_user_attr(name, value)
 
     def trials(self) -> list[Trial]:
-        """All trials in the order of their numbers; what a killed driver had decided but not yet told Optuna is told first."""
+        """All trials in the order of their numbers; final states that a killed driver noted too late are saved now."""
         found = []
         for frozen in self._study.get_trials(deepcopy=False):
             trial = _trial(frozen)
@@ -99,15 +99,15 @@ class Journal:
         return found
 
     def add(self, trial: Trial) -> None:
-        """Writes a new trial, at once and whole; its number must be the next."""
-        with self._journal.together():
+        """Writes a new trial as one line; its number must be the next."""
+        with self._journal.synced():
             self._study.add_trial(self._frozen(trial))
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return create_trial(
             state=_FINAL.get(trial.state, TrialState.RUNNING),
             params=dict(trial.params),
-            distributions={name: self._known[name] for name in trial.params},
+            distributions={name: self._distributions[name] for name in trial.params},
             user_attrs={
                 "pair": json.dumps(trial.pair),
                 "started": trial.started,
@@ -117,8 +117,8 @@ class Journal:
         )
 
     def save(self, trial: Trial) -> None:
-        """Writes what has changed of a trial; its state comes last, so that a killed driver leaves nothing half-told."""
-        with self._journal.together():
+        """Writes what has changed of a trial; its state comes last, so that no final trial lacks the rest."""
+        with self._journal.synced():
             self._save(trial)
 
     def _save(self, trial: Trial) -> None:
@@ -142,31 +142,31 @@ class Journal:
 
 
 def _storage(home: Path, name: str) -> JournalStorage:
-    return JournalStorage(_Journal(folder(home, name) / "journal.log"))
+    return JournalStorage(_JournalFile(folder(home, name) / "journal.log"))
 
 
-class _Journal(JournalFileBackend):
-    """Optuna's journal file, of which a full disk takes no line, and which is forced to the disk once per change of a trial.
+class _JournalFile(JournalFileBackend):
+    """Optuna's journal file, made safe on a full disk and synced to the disk once per change of a trial.
 
-    Optuna forces each of the ten lines that tell of a trial, which costs 50 ms. They are in the file at once all the same:
-    only a crash of the machine can take the last ones, in the order in which they were written.
+    Optuna syncs each of the about ten lines that describe a trial, which costs 50 ms. Here they reach the file as early, but
+    only `synced` waits for the disk: nothing but a crash of the machine can lose them, the last ones first.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._alone = path, JournalFileSymlinkLock(str(path))
-        super().__init__(str(path), self._alone)
+        self._path, self._file_lock = path, JournalFileSymlinkLock(str(path))
+        super().__init__(str(path), self._file_lock)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Adds lines, all or none: of a part the next line would be lost with it.
+        """Appends all lines or none: after a part of a line the next one would be unreadable, too.
 
         Raises:
             StoppedEarly: the disk is full.
         """
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
         try:
-            self._alone.acquire()  # a link: a file, too
+            self._file_lock.acquire()  # a symbolic link, which a full disk cannot hold either
         except OSError as error:
-            raise _said(error, self._path) from error
+            raise _as_disk_full(error, self._path) from error
         try:
             with open(self._path, "ab", buffering=0) as file:
                 size = file.tell()
@@ -175,22 +175,22 @@ class _Journal(JournalFileBackend):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
                 except OSError as error:
                     file.truncate(size)
-                    raise _said(error, self._path) from error
+                    raise _as_disk_full(error, self._path) from error
         finally:
-            self._alone.release()
+            self._file_lock.release()
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What is written in a `with` is on the disk after it."""
+    def synced(self) -> Iterator[None]:
+        """A context at whose end all that was written is on the disk."""
         yield
         try:
             with open(self._path, "rb") as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _said(error, self._path) from error
+            raise _as_disk_full(error, self._path) from error
 
 
-def _said(error: OSError, path: Path) -> Exception:
+def _as_disk_full(error: OSError, path: Path) -> Exception:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return StoppedEarly(f"the disk is full: {path} cannot be written") if full else error
 
@@ -235,8 +235,8 @@ def _trial(frozen: FrozenTrial) -> Trial:
 
 
 @contextlib.contextmanager
-def held(home: Path, name: str) -> Iterator[None]:
-    """Keeps other drivers away from a study, and repairs what a killed one left.
+def driver_lock(home: Path, name: str) -> Iterator[None]:
+    """A context in which this process alone drives a study; repairs the journal that a killed driver left.
 
     Raises:
         UserError: another driver has it.

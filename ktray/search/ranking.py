@@ -1,4 +1,4 @@
-"""Which completed trials are best."""
+"""Orders completed trials: best first, or the Pareto front."""
 
 from __future__ import annotations
 

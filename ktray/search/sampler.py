@@ -106,7 +106,7 @@ class Sampler:
             return self._balanced(random.Random(seed), spent, planned or {}, affordable)
         if method == "random" or len(self.observations) < STARTUP:
             return random_draw(self.space, seed, planned)
-        return self._parzen.densities(*self.observations.split(), seed).best(planned or {})
+        return self._parzen.densities(*self.observations.split(), seed).propose(planned or {})
 
     def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], affordable: float) -> Params:
         ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
@@ -116,11 +116,9 @@ class Sampler:
         if ranked:
             improvement = self.expected_improvement(ranked, pending, draws)
             draws = [draws[index] for index in np.argsort(-improvement, kind="stable")]
-        return (
-            draws[0]
-            if planned or self.cost_estimate is None
-            else self._affordable(draws, spent, self.cost_estimate, affordable)
-        )
+        if planned or self.cost_estimate is None:
+            return draws[0]
+        return self._affordable(draws, spent, self.cost_estimate, affordable)
 
     def expected_improvement(
         self, ranked: Sequence[Trial], pending: Sequence[Trial], draws: Sequence[Params]
@@ -155,7 +153,10 @@ class Sampler:
 
         Draws with a teacher that is not among the best are left out: they would only pause, too.
         """
-        complete = lambda given: random_draw(self.space, generator.getrandbits(32), {**given, **planned})  # noqa: E731
+
+        def complete(given: Mapping[str, Scalar]) -> Params:
+            return random_draw(self.space, generator.getrandbits(32), {**given, **planned})
+
         found = [complete({}) for _ in range(RANDOM_CANDIDATES)]
         if ranked:
             found += [self._neighbour(_parent(ranked, generator), generator, complete) for _ in range(NEIGHBOURS)]

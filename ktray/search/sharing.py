@@ -1,4 +1,4 @@
-"""What the draws of a space have in common: how many different artifacts of each stage there can be, and how many to expect."""
+"""How many different artifacts of each stage the draws of a space can need, and how many are expected."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ktray.search import space_tree
-from ktray.search.space import BRANCHINGS, Space
+from ktray.search.space import MAX_BRANCH_COMBINATIONS, Space
 from ktray.search.space_tree import Parameter, Params
 
 Keys = Callable[[Params], Iterable[tuple[str, str]]]
-"""The stages that a draw needs: (name, key) of each, in the order in which they run; none if its values do not go together."""
+"""The stages that a draw needs: (name, key) of each, in the order in which they run; none if it is no valid pair."""
 
-Place = tuple[str, int]
-"""The name of a stage, and how many of this name run before it: in a chain each generation has features of its own."""
+Occurrence = tuple[str, int]
+"""Name of a stage, and how many of this name run before it: in a chain of pairs each generation has its own features."""
 
 
 @dataclass(frozen=True)
 class SharedStages:
-    """One kind of stage in a space.
+    """Artifacts of one kind of stage in a space.
 
     Attributes:
         stage: its name.
-        possible: different artifacts that draws can need; None if there is no end to them.
-        expected: how many of them so many random draws need.
+        possible: different artifacts that draws can need; None if there are infinitely many.
+        expected: how many of them the random draws need on average.
     """
 
     stage: str
@@ -35,67 +35,70 @@ class SharedStages:
 
 
 def sharing(space: Space, keys: Keys, draws: int) -> list[SharedStages]:
-    """What is shared, kind by kind, in the order in which stages run.
+    """One row per kind of stage, in the order in which stages run.
 
     Found by changing one parameter at a time in each branch: a kind has as many artifacts as there are combinations of the
-    parameters that change its keys. Draws of a sampler repeat themselves more than the random ones that are assumed here.
+    parameters that change its keys. Random draws are assumed; those of a sampler share more.
 
     Args:
         draws: how many the search makes.
     """
     branches = list(
         itertools.islice(
-            space_tree.combinations(space.root, lambda parameter: space_tree.boundary_values(parameter)[:1]), BRANCHINGS
+            space_tree.combinations(space.root, lambda parameter: space_tree.boundary_values(parameter)[:1]),
+            MAX_BRANCH_COMBINATIONS,
         )
     )
-    listed = {parameter.name: parameter for parameter, _ in space_tree.parameters(space.root)}
+    parameters = {parameter.name: parameter for parameter, _ in space_tree.parameters(space.root)}
     groups: dict[tuple[str, str, frozenset[str]], float] = {}
     for base in branches:
-        own, movers = _movers(base, listed, keys)
-        for place, key in own.items():
-            group = (place[0], key, frozenset(movers[place]))
+        own, dependencies = _dependencies(base, parameters, keys)
+        for occurrence, key in own.items():
+            group = (occurrence[0], key, frozenset(dependencies[occurrence]))
             groups[group] = groups.get(group, 0.0) + draws / len(branches)
-    return _summed(groups, listed)
+    return _rows(groups, parameters)
 
 
-def _movers(base: Params, listed: Mapping[str, Parameter], keys: Keys) -> tuple[dict[Place, str], dict[Place, set[str]]]:
-    """Stage -> its key in the draw `base`; stage -> parameters that change it."""
-    own = _placed(keys(base))
-    movers: dict[Place, set[str]] = {place: set() for place in own}
-    for name in (name for name in base if not space_tree.is_branch(listed[name])):
-        for value in space_tree.boundary_values(listed[name])[1:]:
-            changed = _placed(keys({**base, name: value}))
+def _dependencies(
+    base: Params, parameters: Mapping[str, Parameter], keys: Keys
+) -> tuple[dict[Occurrence, str], dict[Occurrence, set[str]]]:
+    """Stage -> its key in the draw `base`; stage -> parameters that change that key."""
+    own = _by_occurrence(keys(base))
+    dependencies: dict[Occurrence, set[str]] = {occurrence: set() for occurrence in own}
+    for name in (name for name in base if not space_tree.is_branch(parameters[name])):
+        for value in space_tree.boundary_values(parameters[name])[1:]:
+            changed = _by_occurrence(keys({**base, name: value}))
             for stage in own if changed else ():
                 if changed.get(stage) != own[stage]:
-                    movers[stage].add(name)
-    return own, movers
+                    dependencies[stage].add(name)
+    return own, dependencies
 
 
-def _placed(stages: Iterable[tuple[str, str]]) -> dict[Place, str]:
+def _by_occurrence(stages: Iterable[tuple[str, str]]) -> dict[Occurrence, str]:
     seen: Counter[str] = Counter()
-    found: dict[Place, str] = {}
+    found: dict[Occurrence, str] = {}
     for name, key in stages:
         found[name, seen[name]] = key
         seen[name] += 1
     return found
 
 
-def _summed(groups: Mapping[tuple[str, str, frozenset[str]], float], listed: Mapping[str, Parameter]) -> list[SharedStages]:
+def _rows(groups: Mapping[tuple[str, str, frozenset[str]], float], parameters: Mapping[str, Parameter]) -> list[SharedStages]:
     rows: dict[str, SharedStages] = {}
-    for (name, _, movers), draws in groups.items():
-        values = [space_tree.all_values(listed[each]) for each in movers]
+    for (name, _, dependencies), draws in groups.items():
+        values = [space_tree.all_values(parameters[each]) for each in dependencies]
         sizes = [len(each) for each in values if each is not None]
-        endless = len(sizes) < len(values)
+        infinite = len(sizes) < len(values)
         combinations = math.prod(sizes)
-        expected = draws if endless else _distinct(combinations, draws)
+        expected = draws if infinite else _distinct(combinations, draws)
         before = rows.get(name, SharedStages(name, 0, 0.0))
-        possible = None if endless or before.possible is None else before.possible + combinations
+        possible = None if infinite or before.possible is None else before.possible + combinations
         rows[name] = SharedStages(name, possible, before.expected + min(expected, draws))
     return list(rows.values())
 
 
 def _distinct(combinations: int, draws: float) -> float:
-    """How many different ones of equally likely combinations so many draws are expected to hold."""
+    """Expected number of different combinations in so many draws, all combinations being equally likely."""
     if combinations == 1:
         return 1.0
     return -combinations * math.expm1(draws * math.log1p(-1 / combinations))

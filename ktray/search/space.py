@@ -1,4 +1,4 @@
-"""A search space: the pairs that a YAML file lets a search draw.
+"""A search space: the pairs that a search can draw, read from a YAML file.
 
 A parameter is named by its dotted path in the pair (`transfer.k`), with the branch's name inside a branch
 (`teacher.rotation.layer`); the branch itself is the parameter `teacher`.
@@ -23,14 +23,14 @@ from ktray.search.space_tree import Ask, Params, Scalar
 from ktray.search.spec_errors import SpecError
 from ktray.spec import PairSpec
 
-MANY = 10  # values of an integer parameter before the student: with more, hardly any draw shares its prefix
-SEARCHES = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # fields that no pair has
+MAX_SHARED_VALUES = 10  # values of an integer parameter of the prefix: with more, hardly any two draws share it
+SEARCH_FIELDS = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # fields that no pair has
 ABSENT = "absent"
-BRANCHINGS = 512  # combinations of branches that are checked
+MAX_BRANCH_COMBINATIONS = 512  # combinations of branches that are looked at
 
 
 class ResolvedObjective(NamedTuple):
-    """A metric and which way it is better."""
+    """A metric and its better direction."""
 
     metric: str
     mode: Literal["max", "min"]
@@ -38,7 +38,7 @@ class ResolvedObjective(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What may be drawn, and how the search goes about it."""
+    """What may be drawn, and how the search draws it; see `load`."""
 
     document: SpaceFile
     root: Any
@@ -51,7 +51,7 @@ class Space:
         Raises:
             UserError: fields or operators are wrong.
         """
-        document = space_file.document(content, source)
+        document = space_file.validate(content, source)
         found: list[SpecError] = []
         root = space_tree.parse(document.pair, (), found)
         spec_errors.raise_if_any(found, source)
@@ -95,12 +95,12 @@ class Space:
     def suggest(self, ask: Ask) -> Params:
         """One draw, define-by-run: asks for each parameter in the order of the file, and never for those of other branches."""
         params: Params = {}
-        space_tree.draw(self._drawn, ask, params)
+        space_tree.draw(self._parameter_tree, ask, params)
         return params
 
     @cached_property
-    def _drawn(self) -> Any:
-        """As much of the tree as is drawn: a sampler compares many draws, and most of a pair is the same in all."""
+    def _parameter_tree(self) -> Any:
+        """The tree without constants: a sampler makes many draws, and most of a pair is constant."""
         return space_tree.parameters_only(self.root)
 
     @cached_property
@@ -174,13 +174,13 @@ class Space:
         return space_tree.combinations(self.root, lambda parameter: space_tree.all_values(parameter) or ())
 
     def boundary_draws(self) -> Iterator[tuple[str, Params]]:
-        """Draws that touch every branch, every option and both ends of every range, one at a time.
+        """Labelled draws that show every branch, every option and both ends of every range, varying one parameter at a time.
 
-        Their labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
+        The labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
         """
         bases = space_tree.combinations(self.root, lambda parameter: space_tree.boundary_values(parameter)[:1])
         listed = {parameter.name: parameter for parameter, _ in space_tree.parameters(self.root)}
-        for base in itertools.islice(bases, BRANCHINGS):
+        for base in itertools.islice(bases, MAX_BRANCH_COMBINATIONS):
             branches = {name: value for name, value in base.items() if space_tree.is_branch(listed[name])}
             head = ", ".join(f"{name}={value}" for name, value in branches.items()) or "the pair"
             yield head, base
@@ -189,7 +189,7 @@ class Space:
                     yield f"{head}: {name}={value}", {**base, name: value}
 
     def branch_draws(self) -> Iterator[tuple[str, Params]]:
-        """Those of `corners` that show a branch which none before them shows; the first one if there are no branches."""
+        """The first of `boundary_draws`, and those that show a branch which none before them shows."""
         branches = [parameter for parameter, _ in space_tree.parameters(self.root) if space_tree.is_branch(parameter)]
         unseen = {(parameter.name, value) for parameter in branches for value in space_tree.boundary_values(parameter)}
         for number, (label, params) in enumerate(self.boundary_draws()):
@@ -199,12 +199,12 @@ class Space:
                 yield label, params
 
     def warnings(self) -> list[str]:
-        """What is allowed and probably not meant: a prefix that never repeats."""
+        """What is allowed but probably a mistake: a prefix that never repeats."""
         found = []
         for parameter, _ in space_tree.parameters(self.root):
             part = parameter.name.split(".")[0]
             values = space_tree.all_values(parameter)
-            many = isinstance(parameter, space_tree.Range) and (not values or len(values) > MANY)
+            many = isinstance(parameter, space_tree.Range) and (not values or len(values) > MAX_SHARED_VALUES)
             if many and parameter.name in self.prefix_parameters:
                 what = {"teacher": "teacher", "transfer": "clustering", "data": "data set"}.get(part, part)
                 shape = "continuous" if values is None else f"one of {len(values)} values"
@@ -212,16 +212,16 @@ class Space:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What makes this space the same search: all of it but the study's name, the budget and the sampler.
+        """What makes two spaces the same search: all but the study's name, the budget and the sampler.
 
-        Like the budget, the sampler only decides which pairs are looked at next. What the trials so far have shown stays true
-        and counts for whichever sampler goes on, so that changing it is no other search.
+        Budget and sampler only decide which pairs are tried next. The results so far stay valid when they change, so that a
+        study can go on.
         """
         return self.document.model_dump(mode="json", exclude={"study", "budget", "sampler"})
 
-    def differences(self, noted: Mapping[str, Any]) -> list[str]:
-        """Where a space that was noted earlier was another one: ``pair.transfer.k.choice was [5, 10], is [5]``."""
-        before, now = flat(Space.from_content(noted, self.source).identity()), flat(self.identity())
+    def differences(self, earlier: Mapping[str, Any]) -> list[str]:
+        """Where this space differs from an earlier document of it, such as ``pair.transfer.k.choice was [5, 10], is [5]``."""
+        before, now = flat(Space.from_content(earlier, self.source).identity()), flat(self.identity())
         changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
         return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
 
@@ -231,7 +231,7 @@ class Space:
 
 
 def load(path: Path, overrides: list[str]) -> Space:
-    """The search space of a YAML file, with every branch checked at both ends of every range.
+    """The search space of a YAML file, with every branch checked at the ends of every range.
 
     Args:
         overrides: such as ``transfer.k=500``.
@@ -239,20 +239,20 @@ def load(path: Path, overrides: list[str]) -> Space:
     Raises:
         UserError: names file, dotted path, what is wrong and what would be right; up to five things at once.
     """
-    return _searched(space_file.read(path, overrides), str(path), path.name)
+    return _checked_space(space_file.read(path, overrides), str(path), path.name)
 
 
 def parse(text: str, overrides: list[str], source: str) -> Space:
-    """The search space of a file's text, checked in the same way; `source` is what errors call it.
+    """The search space of a file's text, checked as by `load`; `source` is what errors call it.
 
     Raises:
         UserError: as for `load`.
     """
-    return _searched(space_file.parsed(text, overrides, source), source, source)
+    return _checked_space(space_file.parse(text, overrides, source), source, source)
 
 
-def _searched(content: Mapping[str, Any], place: str, source: str) -> Space:
-    if not SEARCHES & content.keys():
+def _checked_space(content: Mapping[str, Any], place: str, source: str) -> Space:
+    if not SEARCH_FIELDS & content.keys():
         raise UserError("this is a pair, and a search space is wanted", place, f"Use ktray run {place}.")
     return space_check.checked(Space.from_content(content, source))
 
@@ -264,7 +264,7 @@ def is_space(path: Path) -> bool:
         UserError: the file cannot be read.
     """
     content = space_file.read(path, [])
-    return bool(SEARCHES & content.keys())
+    return bool(SEARCH_FIELDS & content.keys())
 
 
 def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:

@@ -1,4 +1,4 @@
-"""Whether a space can run: every branch at both ends of every range, its objectives, its rungs, its first draws."""
+"""Checks a space: the pairs of every branch at the ends of every range, objectives, rungs, planned draws."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from ktray.search.space import Space
 
 Mode = Literal["max", "min"]
-KNOWN: dict[str, Mode | None] = {"cost/seconds": "min", "cost/marginal_seconds": "min", "student/parameters": None}
+COST_METRICS: dict[str, Mode | None] = {"cost/seconds": "min", "cost/marginal_seconds": "min", "student/parameters": None}
 
 
 def checked(space: Space) -> Space:
-    """The same space with the modes of its metrics filled in.
+    """The space with the modes of its metrics filled in.
 
     Raises:
         UserError: the first five things that are wrong with it.
     """
-    found, pairs = _corners(space)
+    found, pairs = _checked_pairs(space)
     if not found:
         found = [*_objectives(space, pairs), *_early_stop(space, pairs), *_start_with(space)]
     spec_errors.raise_if_any(found, space.source)
@@ -44,19 +44,19 @@ def checked(space: Space) -> Space:
 
 def metrics(pair: PairSpec) -> dict[str, Mode | None]:
     """Name -> better direction of every metric that a search over this pair can use; None: as the user says."""
-    found = dict(KNOWN)
+    found = dict(COST_METRICS)
     for entry in pair.evals:
         directions: Mapping[str, Mode] = plugins.module_of("evaluation", entry).DIRECTION
-        found.update({f"{_called(entry)}/{metric}": mode for metric, mode in directions.items()})
+        found.update({f"{_evaluation_name(entry)}/{metric}": mode for metric, mode in directions.items()})
     return found
 
 
-def _called(entry: Any) -> str:
+def _evaluation_name(entry: Any) -> str:
     return str(entry.name or entry.kind)
 
 
-def _corners(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
-    """What is wrong with the pairs at the corners, each thing once, and the pairs that are right by their label."""
+def _checked_pairs(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
+    """What is wrong with the boundary draws, each thing once; and label -> pair of those that are valid."""
     found: dict[SpecError, None] = {}
     pairs: dict[str, PairSpec] = {}
     for label, params in space.boundary_draws():
@@ -72,7 +72,7 @@ def _corners(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
 def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError]:
     for index, objective in enumerate(space.document.objectives):
         where = f"objectives.{index}"
-        missing = _missing(objective.metric, pairs, where)
+        missing = _unknown_metric(objective.metric, pairs, where)
         if missing:
             yield missing
             continue
@@ -81,7 +81,7 @@ def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
             better = "larger" if mode == "max" else "smaller"
             yield SpecError(where, f"{objective.metric} is better when {better}", f"Write mode: {mode}.")
     for label, pair in pairs.items():
-        on_test = [_called(entry) for entry in pair.evals if getattr(entry, "split", "val") == "test"]
+        on_test = [_evaluation_name(entry) for entry in pair.evals if getattr(entry, "split", "val") == "test"]
         if on_test:
             yield SpecError(
                 "pair.evals",
@@ -91,7 +91,7 @@ def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
             return
 
 
-def _missing(metric: str, pairs: Mapping[str, PairSpec], where: str) -> SpecError | None:
+def _unknown_metric(metric: str, pairs: Mapping[str, PairSpec], where: str) -> SpecError | None:
     for label, pair in pairs.items():
         known = metrics(pair)
         if metric not in known:
@@ -107,11 +107,11 @@ def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
     stop = space.early_stop
     if stop is None:
         return
-    missing = _missing(stop.metric, pairs, "early_stop.metric")
-    if missing or stop.metric in KNOWN:
+    missing = _unknown_metric(stop.metric, pairs, "early_stop.metric")
+    if missing or stop.metric in COST_METRICS:
         yield missing or SpecError("early_stop.metric", f"{stop.metric} judges no student", "Name a metric of an evaluation.")
         return
-    teacher = next((e for p in pairs.values() for e in p.evals if _of(e, stop.metric) == "teacher"), None)
+    teacher = next((e for p in pairs.values() for e in p.evals if _judges(e, stop.metric) == "teacher"), None)
     if teacher is not None:
         yield SpecError(
             "early_stop.metric", f"{stop.metric} judges the teacher, and is the same at every rung", "Judge the student."
@@ -125,12 +125,12 @@ def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
 
 
 def _teacher_stop(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError]:
-    missing = _missing(stop.metric, pairs, "early_stop.teacher.metric")
+    missing = _unknown_metric(stop.metric, pairs, "early_stop.teacher.metric")
     right = "Add an evaluation such as {kind: knn, of: teacher, name: teacher_knn}."
-    if missing or stop.metric in KNOWN:
+    if missing or stop.metric in COST_METRICS:
         yield missing or SpecError("early_stop.teacher.metric", f"{stop.metric} judges no teacher", right)
         return
-    student = next((e for p in pairs.values() for e in p.evals if _of(e, stop.metric) not in (None, "teacher")), None)
+    student = next((e for p in pairs.values() for e in p.evals if _judges(e, stop.metric) not in (None, "teacher")), None)
     if student is not None:
         yield SpecError(
             "early_stop.teacher.metric", f"{stop.metric} judges the {student.of}, and a teacher is to be judged", right
@@ -140,8 +140,8 @@ def _teacher_stop(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[
         yield SpecError("early_stop.teacher.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
 
 
-def _of(entry: Any, metric: str) -> str | None:
-    return entry.of if metric.split("/")[0] == _called(entry) else None
+def _judges(entry: Any, metric: str) -> str | None:
+    return entry.of if metric.split("/")[0] == _evaluation_name(entry) else None
 
 
 def _rungs(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError]:
@@ -160,11 +160,11 @@ def _start_with(space: Space) -> Iterator[SpecError]:
     for parameter, under in space_tree.parameters(space.root):
         known.setdefault(parameter.name, []).append((parameter, under))
     for index, entry in enumerate(space.start_with):
-        found = list(_misnamed(entry, known, f"start_with.{index}"))
-        yield from found or _no_pair(space, entry, f"start_with.{index}")
+        found = list(_invalid_entries(entry, known, f"start_with.{index}"))
+        yield from found or _invalid_pair(space, entry, f"start_with.{index}")
 
 
-def _misnamed(
+def _invalid_entries(
     entry: space_tree.Params, known: Mapping[str, list[tuple[space_tree.Parameter, space_tree.Params]]], place: str
 ) -> Iterator[SpecError]:
     for name, value in entry.items():
@@ -183,8 +183,8 @@ def _misnamed(
             yield SpecError(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
 
 
-def _no_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecError]:
-    """Each value may be right at a corner and the draw of all of them be no pair."""
+def _invalid_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecError]:
+    """Values that are each valid in a boundary draw may be invalid together."""
     params = space.complete(entry)
     value = space.plain(params)
     try:

@@ -1,4 +1,4 @@
-"""A space's file: YAML without its traps, the fields around the pair, and changes from the command line."""
+"""A space's file: its fields as strict specs, and overrides from the command line (``--set transfer.k=500``)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Objective(StrictSpec):
 
 
 class Budget(StrictSpec):
-    """How much a search may spend; not part of the space's identity."""
+    """Limits of a search; not part of the space's identity."""
 
     trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
     concurrent: int = Field(default=4, ge=1, description="trials at a time, of which a search runs 64 at most")
@@ -45,7 +45,7 @@ class Budget(StrictSpec):
 
 
 class TeacherStop(StrictSpec):
-    """Which teachers get students: the best of those that were judged, by an evaluation `of: teacher`."""
+    """Which teachers get students: the best share of those judged so far, by an evaluation `of: teacher`."""
 
     metric: str
     reduction: int | None = Field(default=None, ge=2, description="the best 1/reduction of the teachers")
@@ -79,7 +79,7 @@ class EarlyStop(StrictSpec):
 
     @field_validator("rungs")
     @classmethod
-    def _rise(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+    def _increasing(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
         if list(rungs) != sorted(set(rungs)):
             raise ValueError(f"rungs rise, and these are {list(rungs)}; write {sorted(set(rungs))}")
         return rungs
@@ -99,7 +99,7 @@ class SpaceFile(StrictSpec):
 
     @field_validator("study")
     @classmethod
-    def _a_plain_name(cls, study: str) -> str:
+    def _valid_name(cls, study: str) -> str:
         check_name(study)
         return study
 
@@ -114,17 +114,17 @@ class SpaceFile(StrictSpec):
 
 
 def check_name(study: str) -> None:
-    """Refuse a study's name that is no plain file name.
+    """Refuses a study's name that is no plain file name.
 
     Raises:
-        ValueError: it is not made of A-Z a-z 0-9 . _ -, or is too long, or starts with a dot.
+        ValueError: it is not made of A-Z a-z 0-9 . _ -, is too long, or starts with a dot.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", study):
         raise ValueError(f"the study name {study!r} may hold only A-Z a-z 0-9 . _ - (and not begin with a dot)")
 
 
 def read(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The plain content of a YAML file with ``transfer.k=500`` and the like put in.
+    """The plain content of a YAML file, with overrides such as ``transfer.k=500`` applied.
 
     Raises:
         UserError: no such file, no YAML, not a mapping, or an override that names no place in it.
@@ -135,11 +135,11 @@ def read(path: Path, overrides: list[str]) -> dict[str, Any]:
         raise UserError(f"the file cannot be read: {error.strerror}", str(path)) from error
     except UnicodeDecodeError as error:
         raise UserError("the file is no text in UTF-8", str(path), "Give a YAML file.") from error
-    return parsed(text, overrides, str(path))
+    return parse(text, overrides, str(path))
 
 
-def parsed(text: str, overrides: list[str], source: str) -> dict[str, Any]:
-    """The same of a file's text.
+def parse(text: str, overrides: list[str], source: str) -> dict[str, Any]:
+    """The plain content of a file's text, with overrides applied.
 
     Raises:
         UserError: no YAML, not a mapping, or an override that names no place in it.
@@ -152,25 +152,25 @@ def parsed(text: str, overrides: list[str], source: str) -> dict[str, Any]:
         name, equals, value = override.partition("=")
         if not equals or not name:
             raise UserError(f"{override!r} sets nothing", "--set", "Write --set transfer.k=500.")
-        _put(content, name, parse_yaml(value, f"--set {override}"))
+        _apply_override(content, name, parse_yaml(value, f"--set {override}"))
     return content
 
 
-def _put(content: dict[str, Any], name: str, value: Any) -> None:
+def _apply_override(content: dict[str, Any], name: str, value: Any) -> None:
     steps = name.split(".")
     place: Any = content["pair"] if "pair" in content and steps[0] not in SpaceFile.model_fields else content
     for index, step in enumerate(steps):
-        place, key, old = _entry(place, step, ".".join(steps[:index]), f"--set {name}")
+        place, key, old = _step_into(place, step, ".".join(steps[:index]), f"--set {name}")
         if index == len(steps) - 1:
-            place[key] = _fixed(old, value, f"--set {name}")
+            place[key] = _override_value(old, value, f"--set {name}")
         else:
             if old is None:
                 place[key] = old = {}
             place = old
 
 
-def _entry(place: Any, step: str, above: str, where: str) -> tuple[Any, str | int, Any]:
-    """Container, key and present value (None if absent) of one step of a path, which names branches without `one_of`."""
+def _step_into(place: Any, step: str, above: str, where: str) -> tuple[Any, str | int, Any]:
+    """Container, key and present value (None if absent) for one step of a path; paths name branches without `one_of`."""
     operator = next((key for key in place if key in OPERATORS), None) if isinstance(place, dict) else None
     if operator == "one_of":
         place = place["one_of"]
@@ -187,8 +187,8 @@ def _entry(place: Any, step: str, above: str, where: str) -> tuple[Any, str | in
     return place, step, place.get(step)
 
 
-def _fixed(old: Any, value: Any, where: str) -> Any:
-    """`value`; of a one_of the branch of that name alone, so that the names of its parameters stay."""
+def _override_value(old: Any, value: Any, where: str) -> Any:
+    """`value`, or if it names a branch of a one_of, that one_of with this branch alone: its parameters keep their names."""
     branches = old.get("one_of") if isinstance(old, dict) else None
     if not isinstance(branches, dict) or not isinstance(value, str):
         return value
@@ -197,8 +197,8 @@ def _fixed(old: Any, value: Any, where: str) -> Any:
     return {"one_of": {value: branches[value]}}
 
 
-def document(content: Mapping[str, Any], source: str) -> SpaceFile:
-    """The fields of a space's file.
+def validate(content: Mapping[str, Any], source: str) -> SpaceFile:
+    """The content of a space's file as specs.
 
     Raises:
         UserError: unknown, missing or impossible fields, with what would be right.

@@ -1,4 +1,4 @@
-"""The operators of a space, and the tree that they make of a pair: what may be drawn, and what a draw means."""
+"""The operators of a space, and the tree that they make of a pair: its parameters, and what values of them mean."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ktray.search.spec_errors import SpecError
 
 RANGES = ("int", "log_int", "float", "log_float")
 OPERATORS = ("choice", *RANGES, "one_of")
-_ELSEWHERE = {  # how other tools call them
+_SYNONYMS = {  # names in other tools
     "choices": "choice",
     "values": "choice",
     "categorical": "choice",
@@ -34,7 +34,7 @@ Params = dict[str, Scalar]
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some options; their labels are what a draw holds, so that every parameter is a scalar."""
+    """One of several options. A draw holds the label of an option, so that every parameter is a scalar."""
 
     name: str
     options: tuple[Any, ...]
@@ -55,7 +55,7 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some branches, each with parameters of its own; the branch is itself a parameter."""
+    """One of several branches, each with its own parameters; which branch is itself a parameter."""
 
     choice: Choice
     branches: Mapping[str, Any]
@@ -68,16 +68,16 @@ Ask = Callable[[Parameter], Scalar]
 def parse(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
     """The tree of a plain value: mappings, lists and scalars as they are, operators as `Choice`, `Range` or `OneOf`.
 
-    What is wrong is added to `problems`, and the tree is then not to be used.
+    Adds what is wrong to `problems`; the tree must then not be used.
     """
     where = ".".join(("pair", *path))
     if isinstance(value, list | tuple):
         return [parse(item, (*path, str(index)), problems) for index, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
-    strangers = [key for key in value if not isinstance(key, str)]
-    if strangers:
-        problems.append(SpecError(where, f"the key {strangers[0]!r} is not text", f"CostEstimate it: '{strangers[0]}'."))
+    not_text = [key for key in value if not isinstance(key, str)]
+    if not_text:
+        problems.append(SpecError(where, f"the key {not_text[0]!r} is not text", f"CostEstimate it: '{not_text[0]}'."))
         return None
     operators = [key for key in value if key in OPERATORS]
     if operators and len(value) > 1:
@@ -92,17 +92,17 @@ def parse(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
         if isinstance(found, SpecError):
             problems.append(found)
         return found
-    meant = _misspelt(value)
-    if meant:
+    intended = _intended_operator(value)
+    if intended:
         key = next(iter(value))
         problems.append(
-            SpecError(where, f"there is no operator {key!r}", f"Did you mean {meant!r}? Known: {', '.join(OPERATORS)}.")
+            SpecError(where, f"there is no operator {key!r}", f"Did you mean {intended!r}? Known: {', '.join(OPERATORS)}.")
         )
         return None
     return {key: parse(item, (*path, key), problems) for key, item in value.items()}
 
 
-def _misspelt(value: Mapping[str, Any]) -> str | None:
+def _intended_operator(value: Mapping[str, Any]) -> str | None:
     if len(value) != 1:
         return None
     ((key, operand),) = value.items()
@@ -110,7 +110,7 @@ def _misspelt(value: Mapping[str, Any]) -> str | None:
         return None
     plain = key.lower().replace("-", "_")
     near = difflib.get_close_matches(plain, OPERATORS, n=1, cutoff=0.7)
-    return _ELSEWHERE.get(plain) or (near[0] if near else None)
+    return _SYNONYMS.get(plain) or (near[0] if near else None)
 
 
 def _name(path: tuple[str, ...]) -> str:
@@ -137,7 +137,7 @@ def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecError:
 
 
 def label(option: Any) -> Scalar:
-    """An option as one scalar: itself, or the JSON text of a list or mapping."""
+    """An option as a scalar: itself, or the JSON text of a list or mapping."""
     text: Scalar = canonical(option) if isinstance(option, list | tuple | Mapping) else option
     return text
 
@@ -195,7 +195,7 @@ def children(node: Any) -> Sequence[Any]:
 
 
 def draw(node: Any, ask: Ask, params: Params) -> None:
-    """Fills `params` by asking for each parameter in the order of the file; those of other branches are never asked for."""
+    """Fills `params` by asking for each parameter of the chosen branches, in the order of the file."""
     if isinstance(node, OneOf):
         branch = str(ask(node.choice))
         params[node.choice.name] = branch
@@ -207,7 +207,7 @@ def draw(node: Any, ask: Ask, params: Params) -> None:
 
 
 def parameters_only(node: Any) -> Any:
-    """The same tree without what draws nothing, for `draw` alone: that asks the same in the same order; None if empty."""
+    """The tree without constants, for `draw`, which asks the same on it in the same order; None if nothing is left."""
     if isinstance(node, OneOf):
         return OneOf(node.choice, {branch: parameters_only(body) for branch, body in node.branches.items()})
     if isinstance(node, Choice | Range):
@@ -282,7 +282,7 @@ def all_values(parameter: Parameter) -> Sequence[Scalar] | None:
 
 
 def parameters(node: Any) -> Iterator[tuple[Parameter, Params]]:
-    """Every parameter of every branch, with the branches under which it is asked for."""
+    """Every parameter of every branch, with the branches that it is conditional on."""
     if isinstance(node, OneOf):
         yield node.choice, {}
         for branch, body in node.branches.items():
@@ -300,9 +300,9 @@ def is_branch(parameter: Parameter) -> bool:
 
 
 def boundary_values(parameter: Parameter) -> Sequence[Scalar]:
-    """What is checked of a parameter: all options, or both ends of a range, and for a continuous one a value between.
+    """Values to check of a parameter: all options, or both ends of a range, and of a continuous one a value between.
 
-    Between, because the ends may be whole numbers where a field takes no others.
+    The value between shows a field that takes only whole numbers, which the ends may be.
     """
     if isinstance(parameter, Choice):
         return parameter.labels
@@ -311,7 +311,7 @@ def boundary_values(parameter: Parameter) -> Sequence[Scalar]:
 
 
 def invalid_reason(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:
-    """Why `value` cannot be drawn, and what can; None if it can."""
+    """Why `value` cannot be drawn, and what can be; None if it can."""
     if isinstance(parameter, Choice):
         if any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in parameter.labels):
             return None

@@ -1,4 +1,4 @@
-"""What is wrong with a file, in one sentence each: where, what, and what would be right."""
+"""Errors in a user's file, one sentence each: where, what, and what instead. Translates those of pydantic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ktray.spec import (
     TrainedTeacher,
 )
 
-SHOWN = 5
+MAX_SHOWN = 5
 Path = tuple[str | int, ...]
 _ROOMS = {
     "backbone": "backbone",
@@ -39,7 +39,7 @@ _TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
     "features": (PrecomputedTeacher, "a ready-made teacher (one with 'features')"),
     "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
 }
-_RULES = {  # pydantic's names of what is wrong, in the words of a YAML file
+_RULES = {  # pydantic's type of an error -> what the value should be
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a finite number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
@@ -56,7 +56,7 @@ _RULES = {  # pydantic's names of what is wrong, in the words of a YAML file
 
 @dataclass(frozen=True)
 class SpecError:
-    """One thing that is wrong; `where` is a dotted path in the file, `instead` what would be right."""
+    """One error; `where` is a dotted path in the file, `instead` what would be right."""
 
     where: str
     problem: str
@@ -73,26 +73,26 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def raise_if_any(problems: Sequence[SpecError], source: str) -> None:
-    """Raises a UserError that names the first few of `problems`; returns if there is none."""
+    """Raises a UserError that names the first few of `problems`, if there are any."""
     if not problems:
         return
     if len(problems) == 1:
         (only,) = problems
         raise UserError(only.problem, f"{source}: {only.where}" if only.where else source, only.instead)
-    lines = [f"\n  - {problem}" for problem in problems[:SHOWN]]
-    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    lines = [f"\n  - {problem}" for problem in problems[:MAX_SHOWN]]
+    more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
     raise UserError(f"{len(problems)} things are wrong{''.join(lines)}{more}", source)
 
 
 def from_validation(
     error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]
 ) -> list[SpecError]:
-    """Pydantic's complaint about `value` as a `model`, as problems.
+    """Pydantic's errors about `value` as a `model`, in a user's words.
 
     Args:
         where: path of a field in `value` -> dotted path in the file, as the user wrote it.
     """
-    value, place = _one_data_set(value, where) if model is PairSpec else (value, where)
+    value, place = _with_data_roles(value, where) if model is PairSpec else (value, where)
     items = list(_flat(error, ()))
     # Of a list whose entries are wrong pydantic also says that it is too short.
     meant = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
@@ -111,12 +111,12 @@ def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[s
             yield (*above, *item["loc"]), item
 
 
-def _one_data_set(value: Any, where: Callable[[Path], str]) -> tuple[Any, Callable[[Path], str]]:
-    """A pair where one data set plays all roles, with the roles written out; their paths in the file name no role."""
-    return _written_out(value), lambda path: where(_as_typed(path, value))
+def _with_data_roles(value: Any, where: Callable[[Path], str]) -> tuple[Any, Callable[[Path], str]]:
+    """A pair with its data roles written out, and `where` for it: if one data set has all roles, its path names none."""
+    return _expanded(value), lambda path: where(_path_in_file(path, value))
 
 
-def _written_out(value: Any) -> Any:
+def _expanded(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     found = dict(value)
@@ -124,7 +124,7 @@ def _written_out(value: Any) -> Any:
         found["data"] = dict.fromkeys(DataRoles.model_fields, value.get("data"))
     inner = _part(value.get("teacher"), "pair")
     if isinstance(inner, Mapping):
-        found["teacher"] = {**value["teacher"], "pair": _written_out({"data": value.get("data"), **inner})}
+        found["teacher"] = {**value["teacher"], "pair": _expanded({"data": value.get("data"), **inner})}
     return found
 
 
@@ -133,13 +133,13 @@ def _has_roles(value: Any) -> bool:
     return isinstance(data, Mapping) and "kind" not in data
 
 
-def _as_typed(path: Path, value: Any) -> Path:
-    """The path, in what a person typed, of a field of the written out pair; a pair that teaches may have the outer's data."""
+def _path_in_file(path: Path, value: Any) -> Path:
+    """The path in the file of a field of the pair with its roles written out; an inner pair may inherit the outer's data."""
     if path[:2] == ("teacher", "pair"):
         inner = _part(_part(value, "teacher"), "pair")
         if path[2:3] == ("data",) and isinstance(inner, Mapping) and "data" not in inner:
-            return _as_typed(path[2:], value)
-        return ("teacher", "pair", *_as_typed(path[2:], inner))
+            return _path_in_file(path[2:], value)
+        return ("teacher", "pair", *_path_in_file(path[2:], inner))
     return (*path[:1], *path[2:]) if path[:1] == ("data",) and not _has_roles(value) else path
 
 
@@ -178,7 +178,7 @@ def _rule(item: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in the file; of a long one only what it is."""
+    """A value as it stands in the file; of a mapping or list only that it is one."""
     if isinstance(value, Mapping | list | tuple):
         return "a mapping" if isinstance(value, Mapping) else "a list"
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
@@ -205,7 +205,7 @@ def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callab
 
 
 def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[type[BaseModel] | None, str]:
-    """The spec that reads the part of `value` at `path`, and how to call it."""
+    """The spec that reads the part of `value` at `path`, and its name for a message."""
     title, room = "", ""
     for step in path:
         value = _part(value, step)

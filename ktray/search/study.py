@@ -39,7 +39,7 @@ from ktray.search.budget import (
     nothing_affordable,
 )
 from ktray.search.draws import DrawSource, SampledDraws
-from ktray.search.journal import Journal, held
+from ktray.search.journal import Journal, driver_lock
 from ktray.search.space import Space
 from ktray.search.trial import SharedPairParts, State, Trial
 
@@ -123,7 +123,7 @@ class Study:
             raise UserError(str(error), "--name") from error
         _check_target(trials)
         with contextlib.ExitStack() as lock:
-            lock.enter_context(held(home, name))
+            lock.enter_context(driver_lock(home, name))
             journal = Journal(home, name, space)
             _check_same_space(journal.notes().get("space"), space, name)
             if warm_start:

@@ -1,17 +1,17 @@
-"""What a draw is worth before it is tried: a Gaussian process over the draws of a space, and what it makes expect.
+"""Surrogate model of the search: a Gaussian process over the draws of a space, and the expected improvement of a draw.
 
-Two draws are alike part by part, along the tree of the space: what differs in one part is still alike in the others, so a
-student that did well behind one teacher is expected to do well behind the next. Parts of different branches are not compared.
-What was judged early says less of the end: a layer that is ahead after two epochs may fall behind, which trials that were
-stopped there cannot show. So draws are less alike the more rungs lie between what they were judged at. By how much, and how
-much of a result is chance, differs from space to space: of a few values those are taken that explain the trials best.
-Only the order of the trials counts: a rank does not care whether scores are shares or losses, one objective or several. What
-runs and has no result yet is believed to become what is expected of it, so that no two workers try the same.
+The kernel is a product over the tree of the space: draws that differ in one parameter are still similar in the others, so a
+student that did well with one teacher is expected to do well with the next. Parameters of different branches are not compared.
+Scores at early rungs say less about the end: a layer that leads after two epochs may fall behind, which trials that were
+stopped there cannot show. So the covariance of two draws falls with the number of rungs between those where they were judged.
+How fast it falls and how large the noise of a result is differ from space to space; both are chosen from a few values by
+marginal likelihood. The targets are normal scores of ranks, which works for any metric and for several objectives. Pending
+trials are assumed to reach their predicted mean (kriging believer), so that no two workers try the same.
 
 Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), algorithm 2.1 and equation 5.8. From rung to
 rung: Kennedy and O'Hagan, "Predicting the Output from a Complex Computer Code When Fast Approximations Are Available" (2000),
 equation 1, with one variance for all rungs. Expected improvement: Jones, Schonlau and Welch, "Efficient Global Optimization of
-Expensive Black-Box Functions" (1998), equation 15. Belief in what runs: Ginsbourger, Le Riche and Carraro, "Kriging Is
+Expensive Black-Box Functions" (1998), equation 15. Kriging believer: Ginsbourger, Le Riche and Carraro, "Kriging Is
 Well-Suited to Parallelize Optimization" (2010), section 4.
 """
 
@@ -31,160 +31,161 @@ from ktray.ops import blas
 from ktray.search.space import Space
 from ktray.search.space_tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters
 
-FAR = math.exp(-0.5)  # how alike draws are that differ in one part and in nothing else
-NEAR = 0.5  # of a number's range: at this distance two values are still rather alike
-COMMON = 1.0  # variance of what all draws share, in units of what sets them apart
-STEPS = (1.0, 0.9, 0.8, 0.6, 0.4)  # how alike the same draw may be to itself one rung further on
-NOISES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # what the variance of a result may be: another seed would rank otherwise
-FITTED = 32  # trials that these two are chosen by
+DIFFERENT = math.exp(-0.5)  # similarity of draws that differ completely in one parameter, and in nothing else
+LENGTH_SCALE = 0.5  # of the kernel of a number, as a share of its range
+SHARED_VARIANCE = 1.0  # variance that all draws share, in units of the variance between them
+RUNG_CORRELATIONS = (1.0, 0.9, 0.8, 0.6, 0.4)  # candidates: correlation of the same draw at neighbouring rungs
+NOISE_VARIANCES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # candidates: variance of a result between seeds
+MAX_FITTED = 32  # trials that these two are chosen from
 
 Matrix = NDArray[np.float64]
 Rows = Matrix
-"""(draws, columns): per parameter the place of its value, from 0 to 1 for numbers and 0, 1, ... for names; NaN if not drawn."""
+"""(draws, parameters) float64: position in the range, from 0 to 1, or index of an option; NaN if it is not drawn."""
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One parameter, or a choice of branches with the parts of each by the place of its name."""
+class _Factor:
+    """Factor of the kernel: one parameter; if that chooses a branch, with the factors of each branch by its index."""
 
     column: int
     ordered: bool
-    branches: Mapping[int, tuple[_Part, ...]]
+    branches: Mapping[int, tuple[_Factor, ...]]
 
-    def alike(self, one: Rows, other: Rows) -> Matrix:
+    def similarity(self, one: Rows, other: Rows) -> Matrix:
         """(n, m) float64 from 0 to 1, of n draws with m others."""
         ours, theirs = one[:, self.column, None], other[None, :, self.column]
         if self.ordered:
-            found = np.exp(-0.5 * ((ours - theirs) / NEAR) ** 2)
-            return np.nan_to_num(found, copy=False)
+            found: Matrix = np.exp(-0.5 * ((ours - theirs) / LENGTH_SCALE) ** 2)
+            np.nan_to_num(found, copy=False)
+            return found
         found = (ours == theirs).astype(np.float64)
-        for place, parts in self.branches.items():
-            here, there = np.flatnonzero(one[:, self.column] == place), np.flatnonzero(other[:, self.column] == place)
-            if parts and len(here) and len(there):
-                found[np.ix_(here, there)] = _together(parts, one[here], other[there])
+        for index, factors in self.branches.items():
+            here, there = np.flatnonzero(one[:, self.column] == index), np.flatnonzero(other[:, self.column] == index)
+            if factors and len(here) and len(there):
+                found[np.ix_(here, there)] = _product(factors, one[here], other[there])
         return found
 
 
-def _together(parts: Sequence[_Part], one: Rows, other: Rows) -> Matrix:
+def _product(factors: Sequence[_Factor], one: Rows, other: Rows) -> Matrix:
     found = np.ones((len(one), len(other)))
-    for part in parts:
-        found *= FAR + (1 - FAR) * part.alike(one, other)
+    for factor in factors:
+        found *= DIFFERENT + (1 - DIFFERENT) * factor.similarity(one, other)
     return found
 
 
 class Surrogate:
-    """Expects of draws what trials that are like them have shown.
+    """Predicts how good draws are from trials with a result.
 
     Args:
-        space: whose tree says what is compared with what.
+        space: its tree defines the kernel.
     """
 
     def __init__(self, space: Space) -> None:
         listed = [parameter for parameter, _ in parameters(space.root)]
-        self._places = {parameter.name: _places(parameter) for parameter in listed}
+        self._options = {parameter.name: _option_positions(parameter) for parameter in listed}
         self._columns = {parameter.name: column for column, parameter in enumerate(listed)}
         self._parameters = {parameter.name: parameter for parameter in listed}
-        self._parts = tuple(self._grow(space.root))
+        self._factors = tuple(self._factors_of(space.root))
 
-    def _grow(self, node: Any) -> list[_Part]:
+    def _factors_of(self, node: Any) -> list[_Factor]:
         if isinstance(node, OneOf):
-            branches = {place: tuple(self._grow(body)) for place, body in enumerate(node.branches.values())}
-            return [_Part(self._columns[node.choice.name], False, branches)]
+            branches = {index: tuple(self._factors_of(body)) for index, body in enumerate(node.branches.values())}
+            return [_Factor(self._columns[node.choice.name], False, branches)]
         if isinstance(node, Choice | Range):
             single = len(all_values(node) or (0, 0)) == 1
-            return [] if single else [_Part(self._columns[node.name], isinstance(node, Range) or _numbers(node), {})]
-        return [part for child in children(node) for part in self._grow(child)]
+            return [] if single else [_Factor(self._columns[node.name], isinstance(node, Range) or _is_numeric(node), {})]
+        return [factor for child in children(node) for factor in self._factors_of(child)]
 
     def rows(self, draws: Sequence[Mapping[str, Scalar]]) -> Rows:
-        """Draws as numbers; what a draw lacks, as one of a study with other parameters may, is like nothing."""
+        """Draws as numbers. What a draw lacks, as one from a study with other parameters may, is NaN: similar to nothing."""
         found = np.full((len(draws), len(self._columns)), np.nan)
         for row, draw in zip(found, draws, strict=True):
             for name, value in draw.items():
                 column = self._columns.get(name)
                 if column is not None:
-                    row[column] = self._place(name, value)
+                    row[column] = self._encode(name, value)
         return found
 
-    def _place(self, name: str, value: Scalar) -> float:
-        places = self._places[name]
-        return _along(self._parameters[name], value) if places is None else places[value]
+    def _encode(self, name: str, value: Scalar) -> float:
+        options = self._options[name]
+        return _position(self._parameters[name], value) if options is None else options[value]
 
     def expected_improvement(
         self,
         ranked: Sequence[Mapping[str, Scalar]],
-        unknown: Sequence[Mapping[str, Scalar]],
+        pending: Sequence[Mapping[str, Scalar]],
         draws: Sequence[Mapping[str, Scalar]],
-        left: Sequence[int] = (),
+        rungs_ahead: Sequence[int] = (),
     ) -> Matrix:
-        """For each draw, by how much it is expected to beat in the end what is expected of the best trial.
+        """Expected improvement of each draw, at its full training, over the best predicted mean of the trials.
 
         Args:
             ranked: draws of trials with a result, at least one, the best first.
-            unknown: draws of trials that run.
-            left: rungs that each of `ranked` had still ahead when it was judged; empty: all were judged at their end.
+            pending: draws of trials that run and have no result.
+            rungs_ahead: of each of `ranked` when it was judged; empty: all were judged at their end.
 
         Returns:
-            (len(draws),) float64, in standard deviations of a rank turned into a normal score.
+            (len(draws),) float64, in units of the normal scores of ranks.
         """
-        tried, asked, count = self.rows([*ranked, *unknown]), self.rows(draws), len(ranked)
-        ahead = np.zeros(len(tried))  # what runs is believed to become what is expected of its end
-        ahead[: len(left)] = left
+        tried, candidates, count = self.rows([*ranked, *pending]), self.rows(draws), len(ranked)
+        ahead = np.zeros(len(tried))  # pending trials are assumed to reach the predicted mean of their end
+        ahead[: len(rungs_ahead)] = rungs_ahead
         scores = ndtri(1 - (np.arange(count) + 0.5) / count)
-        with blas.one_thread():  # the same draw on any number of cores, and more of them are slower for so small matrices
-            alike = self._alike(tried, tried)
-            step, noise = _fitted(alike[:count, :count], ahead[:count], scores)
-            across = _covariance(self._alike(tried, asked), ahead, 0.0, step)
-            factor = cholesky(_covariance(alike, ahead, ahead, step) + noise * np.eye(len(tried)), lower=True)
-            known = factor[:count, :count]  # the factor of what has a result, as that comes first
+        with blas.one_thread():  # the same draw on any number of cores; for matrices this small, more threads are slower
+            similar = self._similarities(tried, tried)
+            correlation, noise = _fit(similar[:count, :count], ahead[:count], scores)
+            across = _covariance(self._similarities(tried, candidates), ahead, 0.0, correlation)
+            factor = cholesky(_covariance(similar, ahead, ahead, correlation) + noise * np.eye(len(tried)), lower=True)
+            known = factor[:count, :count]  # the factor of the trials with a result, as they come first
             weights = cho_solve((known, True), scores)
-            ended = _covariance(alike[:count, :count], ahead[:count], 0.0, step)
+            ended = _covariance(similar[:count, :count], ahead[:count], 0.0, correlation)
             mean, best = across[:count].T @ weights, (ended.T @ weights).max()
             explained = (solve_triangular(factor, across, lower=True) ** 2).sum(0)
-        deviation = np.sqrt(np.maximum(COMMON + 1 - explained, 1e-9))
+        deviation = np.sqrt(np.maximum(SHARED_VARIANCE + 1 - explained, 1e-9))
         above = (mean - best) / deviation
         found: Matrix = deviation * (above * ndtr(above) + np.exp(-(above**2) / 2) / math.sqrt(2 * math.pi))
         return found
 
-    def _alike(self, one: Rows, other: Rows) -> Matrix:
-        return _together(self._parts, one, other)
+    def _similarities(self, one: Rows, other: Rows) -> Matrix:
+        return _product(self._factors, one, other)
 
 
-def _covariance(alike: Matrix, ahead: Matrix, others: Matrix | float, step: float) -> Matrix:
-    """(n, m) of draws that are so alike, with so many rungs still ahead of each when it was judged."""
-    found: Matrix = COMMON + np.exp(math.log(step) * np.abs(ahead[:, None] - others)) * alike
+def _covariance(similar: Matrix, ahead: Matrix, others: Matrix | float, correlation: float) -> Matrix:
+    """(n, m) from similarities and from how many rungs were ahead of each draw when it was judged."""
+    found: Matrix = SHARED_VARIANCE + np.exp(math.log(correlation) * np.abs(ahead[:, None] - others)) * similar
     return found
 
 
-def _fitted(alike: Matrix, ahead: Matrix, scores: Matrix) -> tuple[float, float]:
-    """How alike a draw is to itself one rung further on, and the variance of a result, by their marginal likelihood."""
-    some = slice(None, None, math.ceil(len(scores) / FITTED))  # from the best to the worst
-    alike, ahead, scores = alike[some, some], ahead[some], scores[some]
-    likely = []
-    for step in STEPS:
-        values, vectors = np.linalg.eigh(_covariance(alike, ahead, ahead, step))
-        variances = values[:, None] + NOISES
-        likely.append(-((vectors.T @ scores) ** 2 @ (1 / variances)) - np.log(variances).sum(0))
-    best, noise = np.unravel_index(np.argmax(likely), (len(STEPS), len(NOISES)))
-    return STEPS[best], float(NOISES[noise])
+def _fit(similar: Matrix, ahead: Matrix, scores: Matrix) -> tuple[float, float]:
+    """Correlation between neighbouring rungs, and noise variance, of the largest marginal likelihood."""
+    some = slice(None, None, math.ceil(len(scores) / MAX_FITTED))  # from the best to the worst
+    similar, ahead, scores = similar[some, some], ahead[some], scores[some]
+    likelihoods = []
+    for correlation in RUNG_CORRELATIONS:
+        values, vectors = np.linalg.eigh(_covariance(similar, ahead, ahead, correlation))
+        variances = values[:, None] + NOISE_VARIANCES
+        likelihoods.append(-((vectors.T @ scores) ** 2 @ (1 / variances)) - np.log(variances).sum(0))
+    best, noise = np.unravel_index(np.argmax(likelihoods), (len(RUNG_CORRELATIONS), len(NOISE_VARIANCES)))
+    return RUNG_CORRELATIONS[best], float(NOISE_VARIANCES[noise])
 
 
-def _numbers(choice: Choice) -> bool:
-    """Whether the options are numbers, so that neighbours are alike."""
+def _is_numeric(choice: Choice) -> bool:
+    """Whether the options are numbers, so that neighbouring ones are similar."""
     return not choice.branches and all(isinstance(each, int | float) and not isinstance(each, bool) for each in choice.labels)
 
 
-def _places(parameter: Parameter) -> dict[Scalar, float] | None:
-    """Value -> its place; None for a range."""
+def _option_positions(parameter: Parameter) -> dict[Scalar, float] | None:
+    """Option -> its index, or for numbers its position from 0 to 1; None for a range."""
     if not isinstance(parameter, Choice):
         return None
-    if not _numbers(parameter):
-        return {label: float(place) for place, label in enumerate(parameter.labels)}
-    steps = max(1, len(parameter.labels) - 1)  # options are steps that whoever wrote them takes for even
-    return {label: place / steps for place, label in enumerate(sorted(parameter.labels, key=lambda label: float(str(label))))}
+    if not _is_numeric(parameter):
+        return {label: float(index) for index, label in enumerate(parameter.labels)}
+    steps = max(1, len(parameter.labels) - 1)  # options count as evenly spaced
+    return {label: index / steps for index, label in enumerate(sorted(parameter.labels, key=lambda label: float(str(label))))}
 
 
-def _along(parameter: Parameter, value: Scalar) -> float:
-    """How far a value is along its range, from 0 to 1."""
+def _position(parameter: Parameter, value: Scalar) -> float:
+    """Position of a value in its range, from 0 to 1."""
     assert not isinstance(parameter, Choice)
     low, high, at = float(parameter.low), float(parameter.high), float(str(value))
     if parameter.log:

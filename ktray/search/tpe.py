@@ -1,8 +1,8 @@
-"""Where good trials lie and where the rest lie: Optuna's tree-structured Parzen estimators, over the branches of a space.
+"""Densities of good and of bad trials: Optuna's tree-structured Parzen estimators, over the branches of a space.
 
-Optuna's own sampler looks at a whole study for each draw and knows neither rungs nor failures as ktray does. So this file, and
-no other, uses what Optuna keeps private: the estimator that its `TPESampler` builds from trials. `pyproject.toml` holds Optuna
-below its next major version for that reason, and a test compares our draws with those of Optuna's estimators.
+Optuna's own sampler reads a whole study for each draw, and handles rungs and failures in another way than ktray. So this file,
+and no other, uses a private part of Optuna: the estimator that its `TPESampler` builds from trials. So `pyproject.toml` holds
+Optuna below its next major version, and a test compares our draws with those of Optuna's estimators.
 
 Source: Watanabe, "Tree-Structured Parzen Estimator" (2023), arXiv:2304.11127; for several objectives Ozaki et al.,
 "Multiobjective Tree-Structured Parzen Estimator" (JAIR 2022); both as in Optuna, with parameters of a branch drawn together.
@@ -27,7 +27,7 @@ CANDIDATES = 24  # of which the best is proposed, as in Optuna
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Optuna's name for what each parameter of a space is drawn from."""
+    """Optuna's distribution of each parameter of a space."""
     return {parameter.name: _distribution(parameter) for parameter, _ in parameters(space.root)}
 
 
@@ -40,7 +40,7 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
 
 
 def _groups(space: Space) -> list[dict[str, BaseDistribution]]:
-    """Parameters that are always drawn together, because the same branches ask for them; a single value is not drawn."""
+    """Parameters that are always drawn together, as they belong to the same branches; single values are left out."""
     known, found = distributions(space), {}  # type: ignore[var-annotated]
     for parameter, under in parameters(space.root):
         if not known[parameter.name].single():
@@ -49,26 +49,26 @@ def _groups(space: Space) -> list[dict[str, BaseDistribution]]:
 
 
 class ParzenEstimators:
-    """Builds densities for one space; keeps each trial's parameters in the numbers that Optuna's estimators take."""
+    """Builds densities for one space; keeps each trial's parameters as the numbers that Optuna's estimators take."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
         self._groups = _groups(space)
         self._rows: list[dict[int, list[float]]] = [{} for _ in self._groups]
-        self._seen: set[int] = set()
+        self._encoded: set[int] = set()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._optuna: Any = TPESampler(multivariate=True, group=True)
 
-    def densities(self, good: Sequence[Trial], rest: Sequence[Trial], seed: int) -> Densities:
-        """The densities of these trials, of which the later ones count more if they are many.
+    def densities(self, good: Sequence[Trial], bad: Sequence[Trial], seed: int) -> Densities:
+        """The densities of these trials; if they are many, later ones count more.
 
         Args:
             seed: of the draws.
         """
-        for trial in (*good, *rest):
-            self._read(trial)
-        groups = [(group, *(self._estimator(index, some) for some in (good, rest))) for index, group in enumerate(self._groups)]
+        for trial in (*good, *bad):
+            self._encode(trial)
+        groups = [(group, *(self._estimator(index, some) for some in (good, bad))) for index, group in enumerate(self._groups)]
         return Densities(self.space, groups, seed)
 
     def _estimator(self, index: int, trials: Sequence[Trial]) -> Any:
@@ -79,38 +79,38 @@ class ParzenEstimators:
         observed = dict(zip(group, columns, strict=True))
         return self._optuna._parzen_estimator_cls(observed, group, self._optuna._parzen_estimator_parameters)
 
-    def _read(self, trial: Trial) -> None:
+    def _encode(self, trial: Trial) -> None:
         """Keeps a trial's values of every group that it has all of."""
-        if trial.number in self._seen:
+        if trial.number in self._encoded:
             return
-        self._seen.add(trial.number)
+        self._encoded.add(trial.number)
         for group, rows in zip(self._groups, self._rows, strict=True):
             if group.keys() <= trial.params.keys():
                 rows[trial.number] = [known.to_internal_repr(trial.params[name]) for name, known in group.items()]
 
 
 class Densities:
-    """Of each group of parameters its distributions and two estimators, of the good trials and of the rest."""
+    """Per group of parameters its distributions and two estimators: of the good trials and of the bad."""
 
     def __init__(self, space: Space, groups: Sequence[tuple[dict[str, BaseDistribution], Any, Any]], seed: int) -> None:
         self._space, self._groups = space, groups
         self._random = np.random.RandomState(seed % 2**32)
 
-    def best(self, planned: Mapping[str, Scalar]) -> Params:
-        """What Optuna would propose: of each group the best of some draws from where the good trials lie.
+    def propose(self, planned: Mapping[str, Scalar]) -> Params:
+        """What Optuna would propose: of each group the best of some draws from the density of the good trials.
 
         Args:
-            planned: values that are settled; the others are drawn.
+            planned: values that are fixed; the others are drawn.
         """
         values: dict[str, Scalar] = {}
-        for group, good, rest in self._groups:
+        for group, good, bad in self._groups:
             rows = good.sample(self._random, CANDIDATES)
             for name in planned.keys() & group.keys():
                 rows[name] = np.full(CANDIDATES, group[name].to_internal_repr(planned[name]))
-            winner = int(np.argmax(good.log_pdf(rows) - rest.log_pdf(rows)))
+            winner = int(np.argmax(good.log_pdf(rows) - bad.log_pdf(rows)))
             values |= {name: group[name].to_external_repr(rows[name][winner].item()) for name in group}
-        return self._space.suggest(lambda parameter: {**values, **planned}.get(parameter.name, _only(parameter)))
+        return self._space.suggest(lambda parameter: {**values, **planned}.get(parameter.name, _single_value(parameter)))
 
 
-def _only(parameter: Parameter) -> Scalar:
+def _single_value(parameter: Parameter) -> Scalar:
     return parameter.labels[0] if isinstance(parameter, Choice) else parameter.low

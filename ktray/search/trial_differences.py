@@ -1,4 +1,4 @@
-"""What tells trials apart: the names of a pair say its kinds, and two of the same names differ in some parameters."""
+"""How to name trials so that a table can tell them apart: kinds first, then the parameters in which they differ."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search.trial import Trial
 
-MOST_SAID = 4  # parameters of a trial: `ktray show STUDY/NUMBER` has them all
+MAX_PARAMS = 4  # named per trial; `ktray show STUDY/NUMBER` has them all
 
 
 def names(trial: Trial) -> tuple[str, str, str]:
-    """Of teacher, transfer and student, such as ``("hog", "k=50", "alexnet w0.25")``."""
+    """Names of teacher, transfer and student, such as ``("hog", "k=50", "alexnet w0.25")``."""
     return teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)
 
 
 def distinguishing_params(trials: Sequence[Trial]) -> dict[int, str]:
-    """Number of a trial -> the parameters that tell it from others of the same names, such as ``cell 4, lr 0.052``.
+    """Number of a trial -> the parameters that distinguish it from others of the same names, such as ``cell 4, lr 0.052``.
 
     Empty if no two of the same names differ.
     """
@@ -35,10 +35,10 @@ def distinguishing_params(trials: Sequence[Trial]) -> dict[int, str]:
     texts = {}
     for group in alike.values():
         for trial in group:
-            said = [
+            shown = [
                 f"{short[name]} {value:.3g}" if isinstance(value, float) else f"{short[name]} {value}"
                 for name, value in trial.params.items()
                 if name in differing and len(group) > 1
             ]
-            texts[trial.number] = ", ".join(said[:MOST_SAID])
+            texts[trial.number] = ", ".join(shown[:MAX_PARAMS])
     return texts if differing else {}

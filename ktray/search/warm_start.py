@@ -1,4 +1,4 @@
-"""Results of another study as evidence for a new one, each at the budget that it really had."""
+"""Results of other studies that the sampler of a new one learns from, each at the rung that it really reached."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.trial import Trial
 
-NOTE = "warm_start"  # of a study: other study -> what its trials said when it was named first
+NOTE = "warm_start"  # of the journal: other study -> its results when it was first named
 Noted = Mapping[str, list[dict[str, Any]]]
 
 
 def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: str) -> Noted:
-    """The note with the results of one more study; named again it keeps what it said first, so that a resume draws the same.
+    """The note with the results of `other` added. Results that are noted already stay, so that a resume draws the same.
 
     Args:
-        name: the study that begins.
         other: a study of the same home.
+        name: the study that begins.
 
     Raises:
         UserError: there is no such study, it is the same one, or nothing of it fits.
@@ -42,30 +42,30 @@ def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: st
 
 
 def trials(noted: Noted) -> list[Trial]:
-    """Trials of other studies as the sampler is told of them; their numbers are below 0, the latest -1."""
+    """Noted results as trials for the sampler; their numbers are below 0, the latest is -1."""
     every = [result for found in noted.values() for result in found]
     return [_trial(result, index - len(every)) for index, result in enumerate(every)]
 
 
 def results(space: Space, other: History) -> list[dict[str, Any]]:
-    """What trials of another study say of this space, as JSON values.
+    """Results of another study that apply to this space, as JSON values.
 
-    A parameter is kept if it exists here, in the same branch, with this value among its values. A completed trial counts as
-    completed if it had the epochs that a student has here; else by its scores at the epochs where it was judged. What another
-    evaluation measured, or the same one on other data, says nothing here.
+    A parameter is kept if it exists here, in the same branch, and can have this value. A completed trial counts as completed if
+    it had as many epochs as a student has here; else its scores at rungs count. Metrics of another evaluation, or of the same
+    one on other data, are left out.
     """
     return [result for trial in other.trials if (result := _result(space, other, trial)) is not None]
 
 
 def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None:
-    params = _fitting(space, trial.params)
+    params = _applicable_params(space, trial.params)
     if not params or trial.state in ("failed", "duplicate") or (trial.furthest is None and trial.state != "completed"):
         return None
     try:
         pair = space.pair(space.complete(params)).model_dump(mode="json")
     except UserError:
         return None
-    same = _comparable(pair, trial.pair)
+    same = _same_evaluation(pair, trial.pair)
     epochs = pair["student"]["schedule"]["epochs"]
     wanted = [metric for metric, _ in space.objectives]
     if trial.state == "completed" and trial.epochs == epochs and all(same(m) and m in trial.metrics for m in wanted):
@@ -85,8 +85,8 @@ def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None
     return {"state": "paused", "params": params, "scores": scores, "teacher_score": judged, "epochs": epochs}
 
 
-def _fitting(space: Space, params: Mapping[str, Any]) -> Params:
-    """The parameters of a draw elsewhere that could be drawn here, in branches that could."""
+def _applicable_params(space: Space, params: Mapping[str, Any]) -> Params:
+    """The parameters of another study's draw that can be drawn here, in branches that can."""
     kept: Params = {}
     for parameter, under in space_tree.parameters(space.root):
         here = all(kept.get(branch) == choice for branch, choice in under.items())
@@ -95,8 +95,8 @@ def _fitting(space: Space, params: Mapping[str, Any]) -> Params:
     return kept
 
 
-def _comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Metric -> whether the same evaluation on the same data measured it; costs and sizes are not measured by one."""
+def _same_evaluation(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Callable[[str], bool]:
+    """A function: metric -> whether the same evaluation on the same data measured it; costs and sizes have no evaluation."""
 
     def named(pair: Mapping[str, Any], metric: str) -> Any:
         name = metric.split("/")[0]
@@ -110,7 +110,7 @@ def _trial(result: Mapping[str, Any], number: int) -> Trial:
     return Trial(
         number,
         dict(result["params"]),
-        {"student": {"schedule": {"epochs": result.get("epochs", 0)}}},  # all that is asked of what the pair would be here
+        {"student": {"schedule": {"epochs": result.get("epochs", 0)}}},  # all that anything reads of the pair
         result["state"],
         scores={int(epoch): float(score) for epoch, score in result.get("scores", {}).items()},
         objectives=result.get("objectives", {}),
