@@ -22,5 +22,5 @@ from ktray.images.source import Splits as Splits
 from ktray.images.source import Unreadable as Unreadable
 from ktray.images.splitting import held_out as held_out
 from ktray.images.splitting import split_rows as split_rows
-from ktray.images.subset import write_sample as write_sample
 from ktray.images.writing import write as write
+from ktray.images.writing import write_sample as write_sample
