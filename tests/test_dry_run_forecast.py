@@ -85,7 +85,7 @@ def test_what_draws_share_counts_as_often_as_it_is_expected(tmp_path: Path) -> N
     assert many.pair_bytes == one.pair_bytes
 
 
-def test_records_of_the_store_know_better_and_what_is_there_takes_nothing(tmp_path: Path) -> None:
+def test_records_of_the_store_replace_what_was_scaled_and_what_is_there_takes_nothing(tmp_path: Path) -> None:
     before, real, again = dry_run(tmp_path, {})
     full = {stage.name: stage for stage in pair_graph.build(PAIR, identity).stages}
     publish(real, full["images"])
@@ -130,7 +130,7 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"runs": 2, "seconds": 1.5, "peak_bytes": 1 << 30, "device_peak_bytes": 0, "device_bytes": 0, **changes}
 
 
-def test_hours_and_disk_are_said_and_a_disk_that_is_too_small_for_all_of_it(tmp_path: Path) -> None:
+def test_hours_and_disk_are_reported_and_a_disk_that_is_too_small_for_all_of_it(tmp_path: Path) -> None:
     coming = dry_run(tmp_path, {"student": 40.0})[0]
     stages = {name: entry(**({"device_peak_bytes": 5 << 30} if name == "teacher" else {})) for name in coming.stages}
     found = _result(2, stages, coming, coming.bytes - 1, ["a note"])

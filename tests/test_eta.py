@@ -17,10 +17,10 @@ SETTLED = [100.0, 20.0, 20.0, 60.0]  # stage seconds of trials that are settled
 
 
 def history(folder: Path, ordered: tuple[float, ...] = (), target: int = 10, spent: float = 100.0, **budget: Any) -> History:
-    charges = [*SETTLED, *ordered]
+    seconds_of = [*SETTLED, *ordered]
     trials = [
         Trial(n, {}, {}, "paused" if n < len(SETTLED) else "running", attributed_costs={"suffix": {f"student-{n}": seconds}})
-        for n, seconds in enumerate(charges)
+        for n, seconds in enumerate(seconds_of)
     ]
     space = toy_space(folder, budget={"trials": target, "concurrent": 2, **budget})
     return History("toy", space, trials, target, spent)
