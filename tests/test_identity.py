@@ -127,17 +127,23 @@ def test_an_identity_name_says_nothing_of_where_the_file_lies() -> None:
     assert plugins.identity_name(outside) == "my_lab.colour"
 
 
+def example(text: str) -> str:
+    """The page with the canonical text and the key of today's code in its example."""
+    pair = PairSpec.model_validate(yaml.safe_load(re.findall(r"```yaml\n(.*?)\n```", text, re.DOTALL)[0]))
+    stages = build(pair, data_identity()).stages
+    stage = next(stage for stage in stages if stage.name == "clusters")
+    record = {"key_format": KEY_FORMAT, "stage": stage.name, "revisions": stage.revisions}
+    canonical = identity_text({**record, "spec": stage.spec, "inputs": stage.inputs})
+    digest = hashlib.sha256(str(canonical).encode()).hexdigest()
+    text = re.sub(r"(```json\n).*?(\n```)", lambda m: f"{m.group(1)}{canonical}{m.group(2)}", text)
+    text = re.sub(r"(Its sha256 is `)[0-9a-f]{64}`", lambda m: f"{m.group(1)}{digest}`", text)
+    assert digest == stage.sha256
+    return re.sub(r"(so the key is `clusters-)[0-9a-f]{12}`", lambda m: f"{m.group(1)}{digest[:12]}`", text)
+
+
 def test_the_example_in_the_docs_is_the_key_that_ktray_computes() -> None:
     text = DOCS.read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"```(yaml|json)\n(.*?)\n```", text, re.DOTALL))
-    pair = PairSpec.model_validate(yaml.safe_load(blocks["yaml"]))
-    stage = next(stage for stage in build(pair, data_identity()).stages if stage.name == "clusters")
-    digest = hashlib.sha256(blocks["json"].encode()).hexdigest()
-    assert digest == stage.sha256
-    assert f"`{digest}`" in text
-    assert f"`clusters-{digest[:12]}`" in text
-    record = {"key_format": KEY_FORMAT, "stage": stage.name, "revisions": stage.revisions}
-    assert identity_text({**record, "spec": stage.spec, "inputs": stage.inputs}) == blocks["json"]
+    assert example(text) == text, "run: python -m tests.test_identity"
 
 
 def test_the_key_of_an_older_format_is_not_explained() -> None:
@@ -168,3 +174,7 @@ def test_the_cache_says_which_artifacts_an_earlier_version_made_and_show_prints_
         assert "1 artifacts were made by an earlier version" in capsys.readouterr().out
     main(["show", stage.key])
     assert "not used any more" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    DOCS.write_text(example(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
