@@ -8,7 +8,7 @@ from typing import Any
 
 from ktray.cli.text_table import table
 from ktray.fingerprint import fingerprint
-from ktray.runs import reference_lines
+from ktray.pipeline import references
 from ktray.search import journal, ranking
 from ktray.search.history import History
 from ktray.search.trial import STATES, Trial
@@ -25,7 +25,7 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
     apart = distinguishing_params(shown)
     lines = [_row(trial, goals, [apart[trial.number]] if apart else []) for trial in shown]
-    marks = [_reference_row(name, line, goals) for name, line in reference_lines.read(journal.folder(home, study.name)).items()]
+    marks = [_reference_row(name, line, goals) for name, line in references.read(journal.folder(home, study.name)).items()]
     sign = -1 if goals[0].mode == "max" else 1
     body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
     head = ["trial", "teacher", "transfer", "student", *(goal.metric for goal in goals), "seconds", "added"]

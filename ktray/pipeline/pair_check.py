@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import numpy as np
 
 from ktray import plugins
 from ktray.errors import UserError
+from ktray.features import precomputed
 from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, split_rows
 from ktray.pipeline.identity import checkpoint_sha256, origin
 from ktray.pipeline.pair_graph import generations
-from ktray.pipeline.precomputed_check import check_ready
 from ktray.pipeline.shape_check import ask_plugin, try_networks
-from ktray.spec import DataRoles, HandcraftedTeacher, LoadedTeacher, PairSpec, StudentTeacher, TrainedTeacher
+from ktray.spec import (
+    DataRoles,
+    HandcraftedTeacher,
+    LoadedTeacher,
+    PairSpec,
+    PrecomputedTeacher,
+    StudentTeacher,
+    TrainedTeacher,
+)
 from ktray.strict import StrictSpec
 from ktray.training import loop
 from ktray.training.pretrained import ARTIFACT, require_readable
@@ -60,7 +69,7 @@ def check_pair(pair: PairSpec, load: Load) -> None:
     _judged_labels_stay_unseen(pair, found["target"], load)
     if isinstance(pair.teacher, LoadedTeacher) and not ARTIFACT.fullmatch(pair.teacher.checkpoint):
         _readable(pair.teacher.checkpoint, checkpoint_sha256(pair.teacher.checkpoint))
-    check_ready(pair, load)
+    _precomputed_features(pair, load)
     _evaluations(pair)
     _layers(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
@@ -238,3 +247,60 @@ def _layers(pair: PairSpec) -> None:
 def _layer_names(backbone: Any) -> tuple[str, ...]:
     # Not on torch's meta device: its first random draw imports torch's compiler, which takes seconds.
     return tuple(loop.untrained_backbone(backbone, 0).layers)  # type: ignore[arg-type]
+
+
+def _precomputed_features(pair: PairSpec, load: Load) -> None:
+    """Refuse features whose rows are not those of the images; whether their numbers are finite, only the run sees.
+
+    Raises:
+        UserError: the first thing that is wrong, with its dotted path.
+    """
+    teacher: Any = pair.teacher
+    if not isinstance(teacher, PrecomputedTeacher):
+        return
+    read = list(_images_read(pair, load))
+    for (one, _, of_one), (other, _, of_other) in combinations(read, 2):
+        _refuse_ambiguous(teacher, (one, getattr(pair.data, one), of_one), (other, getattr(pair.data, other), of_other))
+    rows: Any = None
+    for role, split, names in read:
+        if rows is None:  # of one data set, where rows belong to one
+            rows = precomputed.row_numbers(teacher, load(getattr(pair.data, role)).train.names)
+        precomputed.refuse_missing(rows, names, f"{split} images of data.{role}")
+
+
+def _images_read(pair: PairSpec, load: Load) -> Iterator[tuple[str, str, list[str]]]:
+    """(role, split, paths) of the images whose features the pair reads."""
+    needs = plugins.module_of("transfer", pair.transfer).NEEDS
+    wanted = [("cluster", "train")] if "clusters" in needs else []
+    if {"clusters", "features"} & needs.keys():
+        wanted += [("transfer", "train")]
+    for entry in pair.evals:
+        judge: Any = entry
+        if judge.of == "teacher" and not getattr(plugins.module_of("evaluation", judge), "READS_PSEUDO_LABELS", False):
+            wanted += [("target", "train"), ("target", judge.split)]
+    for role, split in dict.fromkeys(wanted):
+        spec: Any = getattr(pair.data, role)
+        source, rows = split_rows(load(spec), spec.split)[split]
+        yield role, split, [source.names[row] for row in rows]
+
+
+RoleImages = tuple[str, Any, list[str]]  # role, data spec, paths
+
+
+def _refuse_ambiguous(teacher: PrecomputedTeacher, one: RoleImages, other: RoleImages) -> None:
+    """One row cannot belong to two images."""
+    if origin(one[1]) == origin(other[1]):
+        return
+    if precomputed.matched_by_row(teacher):
+        raise UserError(
+            f"features without paths belong to one data set, and data.{one[0]} and data.{other[0]} are two",
+            precomputed.WHERE,
+            "Give a file of 'names'.",
+        )
+    both = set(one[2]) & set(other[2])
+    if both:
+        raise UserError(
+            f"{len(both)} paths are in data.{one[0]} and in data.{other[0]}, such as {min(both)!r}",
+            precomputed.WHERE,
+            "Put both data sets below one folder, so that each image has a path of its own.",
+        )

@@ -1,9 +1,10 @@
-"""The two lines that every leaderboard needs: the student as drawn, and the student that saw all labels."""
+"""The two references of every leaderboard, the untrained student and the supervised one, and the labels that judges read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ from ktray.artifact import Artifact
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Splits
+from ktray.pipeline import pair_graph, pair_metrics
+from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.spec import PairSpec
 from ktray.stores import Store
 
 RANDOM = "random student"
 CEILING = "supervised ceiling"
+FILE = "references.json"
 
 
 def reference_pairs(pair: Mapping[str, Any], transfer_data: Splits) -> dict[str, PairSpec]:
@@ -39,6 +43,32 @@ def reference_pairs(pair: Mapping[str, Any], transfer_data: Splits) -> dict[str,
 def _judges_a_student(spec: Any) -> bool:
     reads_labels = getattr(plugins.module_of("evaluation", spec), "READS_PSEUDO_LABELS", False)
     return spec.of == "student" and not reads_labels
+
+
+def reference_graphs(pair: Mapping[str, Any], data: Splits, identity: Identity) -> dict[str, Graph]:
+    """Name -> stages of the reference pairs of `pair`; the arguments are those of `reference_pairs`."""
+    return {name: pair_graph.build(each, identity) for name, each in reference_pairs(pair, data).items()}
+
+
+def settle(wanted: Mapping[str, Graph], store: Store, folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Read the reference lines from the store and keep them with the study; None if a stage is missing."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, graph in wanted.items():
+        artifacts = pair_metrics.finished(graph, store)
+        if artifacts is None:
+            return None
+        found[name] = {"metrics": pair_metrics.metrics(graph, artifacts), "keys": dict(graph.keys)}
+    (folder / FILE).write_text(json.dumps(found, indent=1, sort_keys=True))
+    return found
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The reference lines of a study, empty before its first search ended."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
 
 
 def on_test(pair: Mapping[str, Any]) -> PairSpec:

@@ -102,13 +102,13 @@ def _exclusive(store: Store, instead: str) -> Iterator[None]:
 
 def _needed(store: Store, home: Path) -> set[str]:
     """Keys that trials and reference lines of all studies rest on, and every evaluation of those, which are small."""
-    from ktray.runs import reference_lines
+    from ktray.pipeline import references
     from ktray.search import journal
     from ktray.search.history import keys_in_use
 
     used = keys_in_use(home)
     for name in journal.study_names(home):
-        for line in reference_lines.read(journal.folder(home, name)).values():
+        for line in references.read(journal.folder(home, name)).values():
             used |= set(artifact_keys(line["keys"]))
     needed = _with_inputs(store, used)
     evaluations = [found for found in artifacts(store) if found.record["stage"] == "evaluation"]

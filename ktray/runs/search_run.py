@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from ktray.cost_model.stage_costs import learn_from
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
+from ktray.pipeline import references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
 from ktray.pipeline.pair_graph import Graph
-from ktray.runs import reference_lines
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.data_check import refuse_changed_data
 from ktray.runs.display import Display, open_display
@@ -252,7 +252,7 @@ def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: 
     began = min((trial.started for trial in coordinator.study.trials() if trial.started is not None), default=float("inf"))
     log_missed_stages(coordinator.tracker, coordinator.store, sorted(coordinator.demanded | coordinator.untracked()), began)
     stopped = _close(coordinator.study)
-    coordinator.trial_logger.log_summary(coordinator.study.trials(), reference_lines.read(scheduler.study_folder))
+    coordinator.trial_logger.log_summary(coordinator.study.trials(), references.read(scheduler.study_folder))
     coordinator.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
     return stopped
 
@@ -293,11 +293,11 @@ def _compute_reference_lines(coordinator: TrialCoordinator, scheduler: _LazySche
     if not best:
         return
     data = data_loader()(PairSpec.model_validate(dict(best[0].pair)).data.transfer)
-    graphs = reference_lines.reference_graphs(best[0], data, coordinator.identity)
+    graphs = references.reference_graphs(best[0].pair, data, coordinator.identity)
     coordinator.demanded |= {stage.key for graph in graphs.values() for stage in graph.stages}
-    if reference_lines.settle(graphs, coordinator.store, scheduler.study_folder) is None:
+    if references.settle(graphs, coordinator.store, scheduler.study_folder) is None:
         scheduler.obtain({f"the reference line {line!r}": graph for line, graph in graphs.items()})
-        reference_lines.settle(graphs, coordinator.store, scheduler.study_folder)
+        references.settle(graphs, coordinator.store, scheduler.study_folder)
 
 
 def with_concurrent(space: Space, concurrent: int | None) -> Space:

@@ -14,15 +14,15 @@ def write_report(study: str, settings: Settings, path: Path) -> Path:
     Raises:
         UserError: there is no such study, or the file cannot be written.
     """
+    from ktray.pipeline import references
     from ktray.pipeline.references import labels_used
     from ktray.report import render
-    from ktray.runs import reference_lines
     from ktray.search import journal
     from ktray.search.history import read
 
     history, store = read(settings.home, study), settings.open_store()
     used = labels_used([trial.keys for trial in history.trials if trial.state == "completed"], store)
-    lines = reference_lines.read(journal.folder(settings.home, study))
+    lines = references.read(journal.folder(settings.home, study))
     goals = [(goal.metric, goal.mode) for goal in history.objectives]
     page = render(study, "", goals, history.trials, lines, store, used)
     try:
