@@ -70,7 +70,7 @@ def test_a_node_that_has_died_is_no_problem_and_one_that_only_stays_mute_is(tmp_
     members = [{"dies", "slow", "mute", "well"}, {"slow", "mute", "well"}]
     answers = {"dies": [None], "slow": [None, GOOD], "mute": [None, None], "well": [GOOD]}
     clock = iter([0.0, 1.0, 1.0, 1.0, 1.0, 2.0, 3.0, 3.0, preflight.TIMEOUT_SECONDS + 1])
-    monkeypatch.setattr(preflight, "_alive_nodes", lambda: members.pop(0) if len(members) > 1 else members[0])
+    monkeypatch.setattr(preflight, "alive_nodes", lambda: members.pop(0) if len(members) > 1 else members[0])
     monkeypatch.setattr(preflight, "_ask", lambda node, probe: answers[node].pop(0))
     monkeypatch.setattr(preflight, "_answer", lambda answer, patience: answer or {"error": "it is dead"})
     monkeypatch.setattr(preflight, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
@@ -91,9 +91,9 @@ ray.init(address=cluster.address, log_to_driver=False)
 for node in nodes:
     for info in node.all_processes["raylet"]:
         psutil.Process(info.process.pid).kill()
-print(len(preflight._alive_nodes()), flush=True)
+print(len(preflight.alive_nodes()), flush=True)
 preflight.preflight(FileStore(Path(sys.argv[1])))
-print(len(preflight._alive_nodes()), flush=True)
+print(len(preflight.alive_nodes()), flush=True)
 """
 
 

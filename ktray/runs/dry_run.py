@@ -17,7 +17,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.cost_model.dry_run_forecast import Forecast, FullSizeStages, forecast
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently
-from ktray.runs.preflight import preflight
+from ktray.runs.preflight import alive_nodes, preflight
 from ktray.scheduler.resources import DEFAULT_GPU_SHARE, GPU_STAGES, RuntimeSettings, gpu_share
 from ktray.stores import Store, open_store
 from ktray.stores.locks import lock_store_shared, try_lock_store
@@ -82,8 +82,6 @@ def dry_run_on(
         UserError: the home is in use, or there is no such cluster.
         KeyboardInterrupt: a stop was requested; nothing runs or is left any more.
     """
-    import ray
-
     from ktray.pipeline.execute import execute
     from ktray.scheduler import client
     from ktray.scheduler.ray_session import start, stop
@@ -97,7 +95,7 @@ def dry_run_on(
         for warning in session.warnings:
             inform(warning)
         preflight(store, runtime)
-        nodes = sum(node["Alive"] for node in ray.nodes())
+        nodes = len(alive_nodes())
         # The scheduler must end before its store is removed: a stage that failed later would create the folder again.
         with dry_run_store(store) as small, ending.pop_all():
             try:

@@ -63,7 +63,7 @@ def _resource_problems(runtime: RuntimeSettings, registry: WorkerRegistry) -> li
 
 def _node_problems(root: Path) -> list[str]:
     """Every node must see a probe file in the store, and be able to write beside it."""
-    if len(_alive_nodes()) < 2:
+    if len(alive_nodes()) < 2:
         return []
     probe = root / f".probe-{uuid.uuid4().hex[:8]}"
     probe.write_text("ktray")
@@ -74,8 +74,9 @@ def _node_problems(root: Path) -> list[str]:
             path.unlink(missing_ok=True)
 
 
-def _alive_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def alive_nodes() -> set[str]:
+    """IDs of the nodes that Ray takes to be alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 def _answers(probe: Path) -> dict[str, Mapping[str, str]]:
@@ -84,11 +85,11 @@ def _answers(probe: Path) -> dict[str, Mapping[str, str]]:
     Ray lists a dead node for another 15 seconds or so. A node that does not answer is therefore asked again while it is listed,
     and is no problem once it is not: a search survives nodes that leave.
     """
-    deadline, answers, unanswered = time.monotonic() + TIMEOUT_SECONDS, dict[str, Mapping[str, str]](), _alive_nodes()
+    deadline, answers, unanswered = time.monotonic() + TIMEOUT_SECONDS, dict[str, Mapping[str, str]](), alive_nodes()
     while True:
         asked = {node: _ask(node, probe) for node in unanswered}
         answers |= {node: _answer(reference, max(1.0, deadline - time.monotonic())) for node, reference in asked.items()}
-        alive = _alive_nodes()
+        alive = alive_nodes()
         answers = {node: answer for node, answer in answers.items() if "error" not in answer or node in alive}
         unanswered = {node for node, answer in answers.items() if "error" in answer}
         if not unanswered or time.monotonic() > deadline:

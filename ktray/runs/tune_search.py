@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import Counter, deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ktray.errors import StoppedEarly
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
@@ -61,24 +61,20 @@ class StudySearcher(Searcher):
         if self.has_ended():
             return str(Searcher.FINISHED)
         segment = self._next()
-        if segment is None:
-            return None
-        if segment == "done":
-            # Results of running segments may lead to promotions.
-            return None if self.running else str(Searcher.FINISHED)
-        assert isinstance(segment, TrialSegment)
-        self.running[trial_id] = segment
-        return {"job": self._job(segment)}
+        if isinstance(segment, TrialSegment):
+            self.running[trial_id] = segment
+            return {"job": self._job(segment)}
+        # Results of running segments may lead to promotions, so the search is not over while there are any.
+        return None if segment == "wait" or self.running else str(Searcher.FINISHED)
 
-    def _next(self) -> TrialSegment | str | None:
+    def _next(self) -> TrialSegment | Literal["wait", "done"]:
         if self.pending:
             return self.pending.popleft()
         try:
-            segment = self.coordinator.next()
+            return self.coordinator.next()
         except StoppedEarly as stop:
             self.stopped = stop
             return "done"
-        return None if segment == "wait" else segment
 
     def _job(self, segment: TrialSegment) -> dict[str, Any]:
         return {
@@ -140,7 +136,7 @@ class StudySearcher(Searcher):
         """Nothing to restore."""
 
 
-class _Tick(tune.Callback):  # type: ignore[misc]
+class _Tick(tune.Callback):
     """Lets the study check its time limits, in the thread that draws from it."""
 
     def __init__(self, searcher: StudySearcher) -> None:

@@ -25,7 +25,7 @@ STOPPED = "stopped early"
 CANCELLED = "cancelled"
 
 
-class StageWaiter(tune.Trainable):  # type: ignore[misc]
+class StageWaiter(tune.Trainable):
     """Asks the scheduler for the stages of one segment, and waits; computes nothing."""
 
     def setup(self, config: dict[str, Any]) -> None:
