@@ -116,7 +116,7 @@ def test_cluster_quality_refuses_a_pair_without_pseudo_labels(tmp_path):
 
 
 def test_cluster_quality_refuses_pseudo_labels_of_other_images(tmp_path):
-    with pytest.raises(ValueError, match="3 pseudo-labels do not belong to 2 images"):
+    with pytest.raises(ValueError, match="there are 3 pseudo-labels for 2 images"):
         judge("cluster_quality", tmp_path, np.zeros((2, 1)), np.zeros((0, 1)), pseudo_labels=np.zeros(3, np.int64))
 
 

@@ -243,7 +243,7 @@ DATA = {  # what is wrong -> (changes of the pair, what is said, exit code)
     ),
     "smaller than the descriptor's cells": (
         lambda at: {"data": {**folder(at / "x", 30, side=8), "size": 8}},
-        "images of 8 x 8 px hold no block of 2 x 2 cells of 7 px",
+        "images of 8 x 8 px are too small for a block of 2 x 2 cells of 7 px",
         2,
     ),
     "weights that are not numbers": (

@@ -40,11 +40,11 @@ REFUSED = {
     ),
     "a cell larger than half the image": (
         {"teacher": {"descriptor": {"kind": "hog", "cell": 20}}},
-        "teacher.descriptor.cell: images of 28 x 28 px hold no block",
+        "teacher.descriptor.cell: images of 28 x 28 px are too small for a block",
     ),
     "the same in a bag of words": (
         {"teacher": {"descriptor": {**BAG, "hog": {"kind": "hog", "cell": 20}}}},
-        "teacher.descriptor.hog.cell: images of 28 x 28 px hold no block",
+        "teacher.descriptor.hog.cell: images of 28 x 28 px are too small for a block",
     ),
     "a teacher's grid": ({"teacher": {**ROTATION, "pool": {"grid": 9}}}, "teacher.pool.grid: a grid of 9 is finer"),
     "an evaluation's grid": (

@@ -151,7 +151,7 @@ def test_soft_targets_stand_at_their_clusters_and_near_temperature_0_are_hard_on
 
 
 def test_soft_clusters_say_so_where_the_pseudo_labels_know_no_distances():
-    with pytest.raises(ValueError, match="reads the distances"):
+    with pytest.raises(ValueError, match="needs the distances"):
         soft_clusters.task(soft_clusters.Spec(), Targets(64, (Labels(IMAGES.labels, 4),)), STILL)
 
 
@@ -245,7 +245,7 @@ def test_features_held_on_the_device_are_those_read_for_each_batch(monkeypatch):
 # --- what is refused
 
 REFUSED = {
-    "the same k twice": ({"kind": "clusters", "k": [50, 50]}, "the same number twice"),
+    "the same k twice": ({"kind": "clusters", "k": [50, 50]}, "a repeated number"),
     "a k of 1": ({"kind": "clusters", "k": [50, 1]}, "at least 2"),
     "no k": ({"kind": "clusters", "k": []}, "a whole number, or a list"),
     "a list of one k": ({"kind": "clusters", "k": [50]}, "write 50"),
