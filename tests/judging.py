@@ -1,4 +1,4 @@
-"""How an evaluation is asked in tests: images that are only names for arrays of features."""
+"""Calls an evaluation in tests: its images have no pixels and only stand for arrays of features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ktray.images import Images
 
 
 def images(count: int, labels: NDArray[np.int64] | None = None, classes: tuple[str, ...] = ()) -> Images:
-    """Images whose pixels nobody may look at: evaluations see features."""
+    """Images whose pixels must not be read: evaluations see only features."""
 
     def read(_: NDArray[np.int64]) -> NDArray[np.uint8]:
         raise AssertionError("an evaluation read pixels")

@@ -1,4 +1,4 @@
-"""Real `ktray search` processes in homes of their own: how they are started, killed and looked at."""
+"""Starts, kills and inspects real `ktray search` processes, each with its own home."""
 
 from __future__ import annotations
 

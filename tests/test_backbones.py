@@ -49,7 +49,7 @@ def outputs_of_layers(backbone, pixels):
 
 @pytest.mark.parametrize("size", [28, 32, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_backbone_gives_features_of_its_width_and_has_the_layers_that_it_names(kind, size):
+def test_every_backbone_returns_features_of_its_width_and_has_the_layers_that_it_names(kind, size):
     backbone = loop.untrained_backbone(spec_of(kind), 0).eval()
     with torch.inference_mode():
         features, layers = outputs_of_layers(backbone, torch.randn(2, 3, size, size))
@@ -100,7 +100,7 @@ def test_a_layer_is_pooled_to_the_grid_of_the_paper(backbone, layer, size, grid,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_backbone_takes_gradients_in_all_its_weights(kind):
+def test_every_weight_of_every_backbone_gets_a_gradient(kind):
     backbone = loop.untrained_backbone(spec_of(kind), 0).train()
     backbone(torch.randn(4, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
@@ -194,7 +194,7 @@ def test_the_full_alexnet_has_the_maps_of_the_paper_at_224_pixels():
 
 
 @pytest.mark.parametrize(("form", "size", "sides"), [("grouped", 224, [55, 27, 13]), ("grouped_stride2", 64, [29, 14, 6])])
-def test_the_grouped_alexnet_is_that_of_the_paper_and_its_puzzle_form_takes_tiles(form, size, sides):
+def test_the_grouped_alexnet_matches_the_paper_and_its_puzzle_form_takes_tiles(form, size, sides):
     backbone = loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "form": form}), 0).eval()
     with torch.inference_mode():
         _, layers = outputs_of_layers(backbone, torch.zeros(1, 3, size, size))
@@ -204,7 +204,7 @@ def test_the_grouped_alexnet_is_that_of_the_paper_and_its_puzzle_form_takes_tile
     assert parameters(backbone) == 2_334_080, "of conv1 to conv5 in Krizhevsky et al., section 3.5"
 
 
-def test_a_puzzle_alexnet_lends_its_weights_to_the_one_for_whole_images():
+def test_weights_of_a_puzzle_alexnet_load_into_the_one_for_whole_images():
     puzzles, whole = (
         loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "form": form, "width": 0.125}), seed).eval()
         for seed, form in enumerate(("grouped_stride2", "grouped"))
@@ -222,7 +222,7 @@ def test_alexnet_channels_are_multiples_of_eight_at_any_width():
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
-def test_a_full_resnet_is_the_one_of_torchvision(depth):
+def test_a_full_resnet_equals_torchvisions(depth):
     from torchvision import models
 
     backbone = loop.untrained_backbone(plugins.parse("backbone", {"kind": "resnet", "depth": depth, "form": "full"}), 1).eval()
@@ -235,7 +235,7 @@ def test_a_full_resnet_is_the_one_of_torchvision(depth):
     assert backbone.feature_dim == oracle.fc.in_features
 
 
-def test_a_fresh_full_resnet_draws_weights_as_wide_as_those_of_torchvision():
+def test_the_initial_weights_of_a_full_resnet_are_distributed_like_torchvisions():
     from torchvision.models import resnet18
 
     ours = loop.untrained_backbone(plugins.parse("backbone", {"kind": "resnet", "form": "full"}), 0).state_dict()

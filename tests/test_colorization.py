@@ -1,4 +1,4 @@
-"""Colorization: classes of colours, soft targets and weights by formulas written differently."""
+"""Colorization: colour classes, soft targets and weights equal independently written formulas."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_target_is_a_gaussian_over_the_five_nearest_colours():
     np.testing.assert_allclose(found.transpose(1, 2).reshape(12, 261).numpy(), wanted, atol=1e-5)
 
 
-def test_cells_are_read_row_by_row_and_the_network_sees_lightness_alone():
+def test_cells_are_read_row_by_row_and_the_network_sees_only_lightness():
     images = toy_images(6, size=32)
     pixels = torch.from_numpy(images.read(np.arange(6)))
     task = colorization.task(colorization.Spec(grid=4, augment=STILL), 32, images)

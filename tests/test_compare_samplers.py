@@ -29,7 +29,7 @@ def shares(search: pandas.DataFrame) -> tuple[float, float]:
     return float(search["shared"].iloc[-1]), float(search["distinct"].iloc[-1])
 
 
-def test_without_rungs_a_search_pays_for_each_stage_once_or_alone_for_all() -> None:
+def test_without_rungs_a_search_pays_for_each_stage_once_or_without_sharing_for_every_pair() -> None:
     search = searched(("as measured", "random", 0))
     regrets = 100 * (ROWS["linear_probe"].max() - ROWS["linear_probe"])
     own = ["s_student_9", "s_evaluation_9", "s_linear_probe"]
@@ -54,7 +54,7 @@ def test_all_pairs_together_cost_the_whole_table(monkeypatch: pytest.MonkeyPatch
     assert search["regret"].iloc[-1] == 0.0
 
 
-def test_who_shares_nothing_pays_again_for_a_pair_that_is_drawn_again() -> None:
+def test_without_sharing_a_repeated_draw_is_paid_again() -> None:
     drawn, known = space(METHODS["random"], 2), world(space(METHODS["random"], 2), PRICES["as measured"])
     chance, seen, paid = by_chance(drawn, known), set[str](), 0.0
     while len(seen) < 24:
@@ -68,13 +68,13 @@ def test_who_shares_nothing_pays_again_for_a_pair_that_is_drawn_again() -> None:
     assert search["alone"].iloc[-1] > search["distinct"].iloc[-1]
 
 
-def test_early_stopping_saves_money_and_a_search_is_the_same_again() -> None:
+def test_early_stopping_saves_cost_and_a_search_is_reproducible() -> None:
     again = [searched(("as measured", "balanced", 3)) for _ in range(2)]
     pandas.testing.assert_frame_equal(*again)
     assert shares(again[0])[0] < shares(searched(("as measured", "random", 3)))[0]
 
 
-def test_shuffled_teachers_keep_their_prices_and_change_their_worth() -> None:
+def test_shuffled_teachers_keep_their_costs_and_change_their_quality() -> None:
     plain, moved = (world(space(METHODS["random"], 5), PRICES["as measured"], shuffled) for shuffled in (False, True))
     assert sorted(plain.values.values()) == sorted(moved.values.values())
     assert plain.values != moved.values

@@ -1,4 +1,4 @@
-"""Pairs of patches: the neighbour is where its class says, and colours tell nothing about the lens."""
+"""Context prediction: patches lie where their class says, and colours do not betray the lens."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_patches_keep_one_colour_channel_or_lose_the_green_magenta_axis():
         torch.testing.assert_close(cut.std(dim=(1, 2, 3), correction=0), torch.ones(len(cut)), atol=0.05, rtol=0)
 
 
-def test_the_head_lays_each_neighbour_beside_the_centre_of_its_own_image():
+def test_the_head_pairs_each_neighbour_with_the_centre_of_its_own_image():
     head = context.Head(4, 8, 9)
     features = torch.randn(18, 4)
     changed = features.clone()
@@ -95,7 +95,7 @@ def test_the_head_lays_each_neighbour_beside_the_centre_of_its_own_image():
     assert differs == list(range(8, 16))
 
 
-def test_a_network_learns_where_neighbours_are(tmp_path):
+def test_a_network_learns_the_positions_of_neighbours(tmp_path):
     metrics = []
     loop.fit(
         loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.125}), 0),

@@ -1,4 +1,4 @@
-"""Counting: quarters that make up the image, a whole that is the image made smaller, and the loss by loops."""
+"""Counting: the quarters form the image, the whole is the downsampled image, and the loss equals explicit loops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_quarters_laid_side_by_side_are_the_image():
     np.testing.assert_allclose(whole, images, atol=1e-3)
 
 
-def test_the_whole_is_the_image_at_half_its_side_in_one_of_three_ways():
+def test_the_whole_is_the_image_at_half_its_side_by_one_of_three_filters():
     images = np.random.default_rng(0).integers(0, 256, (60, 48, 48, 3), dtype=np.uint8)
     whole = inputs_of(images)[:, 0]
     areas = np.stack([downscale_local_mean(image.astype(float), (2, 2, 1)) for image in images])
@@ -48,7 +48,7 @@ def test_small_images_are_enlarged_and_odd_ones_lose_a_row_and_a_column():
     assert inputs_of(toy_images(2, size=65).read(np.arange(2))).shape == (2, 5, 32, 32, 3)
 
 
-def test_the_loss_is_that_of_its_formula():
+def test_the_loss_equals_its_formula():
     counts = np.random.default_rng(1).random((6, 5, 7)) * [[[2.0]]]
     total, hits = 0.0, 0
     for image in range(6):
@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_its_formula():
     assert float(metrics["top1"]) == pytest.approx(hits / 6)
 
 
-def test_to_count_nothing_costs_the_margin_and_is_no_hit():
+def test_all_zero_counts_cost_the_margin_and_score_no_hit():
     loss, metrics = counting.contrast(torch.zeros(4, 5, 3), 10.0)
     assert float(loss) == 10
     assert float(metrics["top1"]) == 0

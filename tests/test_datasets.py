@@ -47,7 +47,7 @@ def test_every_kind_defines_what_a_data_set_must(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "path" in plugins.module("dataset", kind).Spec.model_fields])
-def test_a_wrong_path_is_a_users_error_that_says_what_to_do(kind: str, tmp_path: Path) -> None:
+def test_a_wrong_path_is_a_user_error_that_says_what_to_do(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         listed(f"{kind}:{tmp_path}/nowhere")
     assert str(tmp_path) in str(caught.value)
@@ -55,7 +55,7 @@ def test_a_wrong_path_is_a_users_error_that_says_what_to_do(kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_needs_no_slow_import(kind: str) -> None:
+def test_a_data_set_imports_no_slow_library(kind: str) -> None:
     tree = ast.parse(Path(plugins.module("dataset", kind).__file__).read_text())
     imported = {
         name.split(".")[0]
@@ -217,7 +217,7 @@ def test_a_download_without_a_network_is_a_users_error(tmp_path: Path, monkeypat
             listed(f"{kind}:{tmp_path}?download=true")
 
 
-def test_the_default_place_is_the_environments(tmp_path: Path, monkeypatch) -> None:
+def test_the_default_folder_comes_from_the_environment(tmp_path: Path, monkeypatch) -> None:
     fashion_files(tmp_path / "FashionMNIST/raw", pack=False)
     monkeypatch.setenv("KTRAY_DATA", str(tmp_path))
     assert len(listed("fashion_mnist").train.names) == 30
@@ -283,7 +283,7 @@ def test_an_image_outside_the_class_folders_is_refused(tmp_path: Path) -> None:
 # ---- generated ----
 
 
-def test_a_generated_image_depends_on_seed_and_index_alone() -> None:
+def test_a_generated_image_depends_only_on_seed_and_index() -> None:
     few, many = listed({"kind": "synthetic", "count": 5}), listed({"kind": "synthetic", "count": 500})
     for index in (4, 0, 2):
         assert (few.train.read(index) == many.train.read(index)).all()

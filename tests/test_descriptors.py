@@ -53,7 +53,7 @@ def test_a_descriptor_is_a_teacher(kind: str) -> None:
 
 @pytest.mark.parametrize("orientations", [6, 8, 9, 12])
 @pytest.mark.parametrize(("cell", "block"), [(4, 2), (8, 2), (5, 3), (7, 1)])
-def test_hog_is_that_of_scikit_image(cell: int, block: int, orientations: int) -> None:
+def test_hog_equals_scikit_images(cell: int, block: int, orientations: int) -> None:
     rng = np.random.default_rng(cell)
     astronaut = np.array(data.astronaut())
     crops = [astronaut[y : y + 34, x : x + 34] for y, x in rng.integers(0, 470, (6, 2))]
@@ -68,7 +68,7 @@ def test_hog_is_that_of_scikit_image(cell: int, block: int, orientations: int) -
     np.testing.assert_allclose(ours.numpy()[6], of_grey, atol=1e-6)
 
 
-def test_hog_of_many_images_is_hog_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hog_of_a_batch_equals_hog_of_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.from_numpy(toy_images(20).read(np.arange(20)))
     whole = hog.describe(hog.Spec(cell=7), None, images)
     monkeypatch.setattr(hog, "_PIXELS", 3 * 28 * 28)

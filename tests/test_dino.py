@@ -1,4 +1,4 @@
-"""DINO: its loss by loops, its views, and the target and the centre that follow the network through snapshots."""
+"""DINO: the loss equals explicit loops; views; target and centre follow the network and survive snapshots."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(out, until, start=None, count=48, lr=2e-3, **fields):
     return metrics
 
 
-def test_the_loss_is_that_of_its_formula():
+def test_the_loss_equals_its_formula():
     rng = np.random.default_rng(0)
     own, wanted = rng.normal(size=(3, 4, 6)), rng.normal(size=(3, 2, 6))
     total, pairs = 0.0, 0
@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_its_formula():
     assert theirs.grad is None
 
 
-def test_entropy_tells_a_collapse_to_one_answer_from_answers_that_are_all_used():
+def test_entropy_is_low_after_a_collapse_and_high_if_all_outputs_are_used():
     own = torch.zeros(8, 3, 8)
     one = torch.zeros(8, 2, 8)
     one[..., 3] = 100
@@ -90,7 +90,7 @@ def test_a_part_larger_than_the_whole_is_refused():
         Distortions(area=0.5, most=0.2)
 
 
-def test_the_target_sees_global_views_alone_centred_and_sharpened():
+def test_the_target_sees_only_global_views_and_its_outputs_are_centred_and_sharpened():
     task = dino.task(dino.Spec(**SMALL), 28)
     model = model_of(task)
     head = model["head"]
@@ -110,7 +110,7 @@ def test_the_target_sees_global_views_alone_centred_and_sharpened():
     assert learns == {name for name, _ in model.named_parameters() if ".target." not in name}
 
 
-def test_after_a_step_target_and_centre_have_moved_by_their_shares():
+def test_a_step_moves_target_and_centre_by_their_decay():
     task = dino.task(dino.Spec(**SMALL, decay=0.75, centre_decay=0.6), 28)
     model = model_of(task)
     head = model["head"]
@@ -124,7 +124,7 @@ def test_after_a_step_target_and_centre_have_moved_by_their_shares():
     torch.testing.assert_close(head.centre, 0.4 * said)
 
 
-def test_dino_in_segments_is_dino_at_once_with_target_and_centre_in_the_snapshot(tmp_path):
+def test_dino_in_segments_equals_dino_at_once_because_snapshots_hold_target_and_centre(tmp_path):
     run(tmp_path / "whole", 2)
     run(tmp_path / "half", 1)
     run(tmp_path / "rest", 2, tmp_path / "half")
@@ -136,7 +136,7 @@ def test_dino_in_segments_is_dino_at_once_with_target_and_centre_in_the_snapshot
     loop.load_backbone(loop.untrained_backbone(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
 
 
-def test_a_network_learns_what_its_average_says_without_a_collapse(tmp_path):
+def test_a_network_learns_to_match_its_moving_average_without_collapsing(tmp_path):
     metrics = run(tmp_path, 12, count=96, lr=5e-3, hidden=32, bottleneck=16, decay=0.95, target_temperature=0.07)
     assert metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
     assert metrics[-1]["entropy"] > 0.5

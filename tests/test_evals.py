@@ -41,7 +41,7 @@ def test_knn_does_not_depend_on_the_chunks(monkeypatch):
     np.testing.assert_array_equal(knn.predict(rows, labels, others, k=20, temperature=0.07), whole)
 
 
-def test_knn_sees_directions_and_not_lengths():
+def test_knn_depends_on_directions_and_not_on_lengths():
     (rows, labels), (others, _) = blobs(300), blobs(200, seed=1)
     lengths = np.random.default_rng(0).uniform(0.5, 2, (300, 1)).astype(np.float32)
     before = knn.predict(rows, labels, others, k=5, temperature=None)
@@ -161,7 +161,7 @@ def test_effective_rank_needs_no_labels_and_falls_back_to_train(tmp_path):
     assert judge("effective_rank", tmp_path, rows, rows[:0]) == judged
 
 
-def test_effective_rank_of_many_images_takes_an_even_part(tmp_path):
+def test_effective_rank_of_many_images_uses_an_evenly_spaced_subset(tmp_path):
     rows = np.random.default_rng(0).normal(size=(101, 4)).astype(np.float32)
     metrics = judge("effective_rank", tmp_path, rows, rows, rows=11)
     assert metrics["rank"] == effective_rank.effective_rank(rows[::10])
@@ -213,7 +213,7 @@ def test_an_evaluation_leaves_the_features_as_they_were(kind, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["linear_probe", "knn", "effective_rank"])
-def test_a_gpu_judges_as_the_cpu_does(kind, tmp_path):
+def test_an_evaluation_gives_the_same_metrics_on_a_gpu(kind, tmp_path):
     (rows, labels), (others, truth) = blobs(3000), blobs(500, seed=1)
     on_cpu = judge(kind, tmp_path, rows, others, labels, truth)
     on_gpu = judge(kind, tmp_path, rows, others, labels, truth, device="cuda:0")

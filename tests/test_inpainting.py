@@ -1,4 +1,4 @@
-"""Inpainting: holes of half the side, cells of the image under them, and a loss that sees nothing else."""
+"""Inpainting: holes of half the side, targets are the cells beneath them, and the loss counts nothing else."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_half_of_each_side_is_missing_and_the_rest_is_the_image(place, size):
     assert corners == {(2, 2)} if place == "centre" else len(corners) > 15
 
 
-def test_only_what_is_missing_counts():
+def test_only_missing_cells_count():
     rng = np.random.default_rng(0)
     cells, predicted = rng.normal(size=(2, 5, 3, 4, 4))
     holes = inpainting.holes(5, 4, True, torch.Generator().manual_seed(1)).numpy()

@@ -1,4 +1,4 @@
-"""The puzzles of ECCV 2016: permutations as far apart as the paper's, tiles where they should be, each defence of its own."""
+"""Jigsaw (ECCV 2016): permutations as far apart as the paper's, tiles in the right positions, each defence by itself."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_permutations_are_as_far_apart_as_the_papers(count, least, mean):
     assert distances(rows).mean() >= mean - 0.005
 
 
-def test_no_permutation_could_have_been_farther_from_those_before_it():
+def test_each_permutation_is_the_farthest_from_those_before_it():
     rows = farthest_permutations(40, 2)
     others = np.concatenate([hashed_permutations(3000, 1), rows])
     for size in (1, 5, 9, 17, 39):
@@ -106,14 +106,14 @@ def test_a_shift_moves_the_channels_of_a_tile_against_each_other_and_stays_in_th
     assert set(row[permutations // 3 == 0].tolist()) == {0, 1}, "nothing above the image"
 
 
-def test_puzzles_are_grey_as_often_as_they_should_and_all_tiles_of_one_alike():
+def test_the_share_of_grey_puzzles_is_right_and_all_tiles_of_a_puzzle_are_treated_alike():
     tiles, _ = puzzles(toy_images(1000, size=48).read(np.arange(1000)), grey=0.3)
     grey = (tiles.std(dim=2) < 1e-4).flatten(2).all(dim=2)
     assert (grey.all(dim=1) == grey.any(dim=1)).all()
     assert float(grey.all(dim=1).float().mean()) == pytest.approx(0.3, abs=0.05)
 
 
-def test_normalised_tiles_tell_nothing_by_their_mean_and_deviation():
+def test_normalised_tiles_have_mean_zero_and_deviation_one():
     tiles, _ = puzzles(toy_images(8, size=48).read(np.arange(8)), normalise=True)
     torch.testing.assert_close(tiles.mean(dim=(2, 3, 4)), torch.zeros(8, 9), atol=1e-4, rtol=0)
     torch.testing.assert_close(tiles.std(dim=(2, 3, 4)), torch.ones(8, 9), atol=0.2, rtol=0)

@@ -76,14 +76,14 @@ def test_a_constant_feature_does_not_disturb_the_linear_probe(tmp_path):
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
 
 
-def test_a_class_that_is_only_judged_costs_accuracy_and_no_crash(tmp_path):
+def test_a_class_without_training_images_costs_accuracy_but_does_not_crash(tmp_path):
     (rows, labels), (others, truth) = blobs(200, classes=3), blobs(100, seed=1)
     metrics = judge("linear_probe", tmp_path, rows, others, labels, truth)
     assert 0 < metrics["top1"] <= (truth < 3).mean()
     assert math.isfinite(metrics["loss"])
 
 
-def test_a_probe_with_few_labels_learns_from_so_many_of_each_class_and_more_are_better(tmp_path):
+def test_a_probe_with_few_labels_uses_that_many_of_each_class_and_more_are_better(tmp_path):
     (rows, labels), (others, truth) = blobs(400, spread=2.5), blobs(400, seed=1, spread=2.5)
     found = {n: linear_probe.subset_per_class(labels, n, seed=0) for n in (1, 10, 1000)}
     assert np.bincount(labels[found[10]]).tolist() == [10] * len(np.unique(labels))

@@ -40,7 +40,7 @@ def test_an_interval_is_scipys_of_a_mean() -> None:
     assert interval(values[:1]) == (-math.inf, math.inf)
 
 
-def test_runs_are_paired_by_both_seeds_and_those_without_a_rival_left_out() -> None:
+def test_runs_are_paired_by_both_seeds_and_unpaired_runs_are_left_out() -> None:
     effect = experiment.EFFECTS[1]
     whole = differences(TABLE, effect)
     fewer = TABLE[(TABLE["cell"] != effect.rival) | (TABLE["seed"] != 1)].sample(frac=1.0, random_state=0)

@@ -82,7 +82,7 @@ def test_hidden_test_labels_leave_the_test_split_unlabelled(tmp_path: Path) -> N
     assert splits.train.labels is not None
 
 
-def test_split_words_are_read_in_folders_too_and_a_pattern_chooses(tmp_path: Path) -> None:
+def test_splits_are_read_from_folder_names_too_and_a_pattern_selects_files(tmp_path: Path) -> None:
     for name in ("default/train/0000", "default/validation/0000", "default/test/0000", "data/unlabeled-0", "data/unlabeled-1"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(table(5, "binary"), tmp_path / f"{name}.parquet")
@@ -97,7 +97,7 @@ def test_split_words_are_read_in_folders_too_and_a_pattern_chooses(tmp_path: Pat
     ("query", "message"),
     [("image=nothing", "img"), ("label=nothing", "nothing"), ("label=img", "integers or strings")],
 )
-def test_a_wrong_column_is_answered_with_what_there_is(query: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_column_is_refused_with_the_columns_that_exist(query: str, message: str, tmp_path: Path) -> None:
     parquet.write_table(table(3, "struct"), tmp_path / "train.parquet")
     with pytest.raises(UserError, match=message):
         listed(f"parquet:{tmp_path}?{query}")
@@ -111,7 +111,7 @@ def test_two_columns_of_images_need_a_choice(tmp_path: Path) -> None:
     assert (listed(f"parquet:{tmp_path}?image=other").train.read(1) == np.asarray(picture(51))).all()
 
 
-def test_one_great_row_group_is_not_read_into_memory(tmp_path: Path) -> None:
+def test_a_large_row_group_is_not_read_into_memory(tmp_path: Path) -> None:
     blob = np.random.default_rng(0).bytes(200_000)  # bytes that no image has: all rows are unreadable, and only read
     writer = parquet.ParquetWriter(tmp_path / "train.parquet", pa.schema({"img": pa.binary()}), compression="none")
     writer.write_table(pa.table({"img": [blob] * 1500}), row_group_size=1500)

@@ -1,4 +1,4 @@
-"""Methods from outside: what they must define, and what they may say of a plan."""
+"""Plugins from outside the package: what they must define, and the checks that they add to a plan."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_an_evaluation_from_outside_has_the_fields_that_are_read_of_every_evalua
 
 
 @pytest.mark.usefixtures("lab")
-def test_a_descriptor_from_outside_refuses_in_a_plan_what_only_it_knows_and_is_tried_on_two_images():
+def test_the_check_of_an_outside_descriptor_runs_in_a_plan_and_it_is_tried_on_two_images():
     check_pair(toy_pair(teacher={"descriptor": "my_other_lab.modes"}), data_loader())
     said = r"teacher\.descriptor\.modes: 1000 modes cannot be made of 216 images of 28 px"
     with pytest.raises(UserError, match=said):
@@ -93,14 +93,14 @@ def test_a_plugin_without_a_revision_is_refused(room, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("lab")
-def test_a_plugin_from_outside_that_calls_itself_without_its_package_is_told_what_to_write(tmp_path):
+def test_an_outside_plugin_whose_kind_lacks_its_package_is_refused_with_the_right_kind(tmp_path):
     plain = DESCRIPTOR.replace('kind: str = "my_other_lab.modes"', 'kind: Literal["plain"] = "plain"')
     (tmp_path / "my_other_lab" / "plain.py").write_text(f"from typing import Literal\n{plain}")
     with pytest.raises(UserError, match=r'plain\.py: .* calls itself \'plain\'.* Literal\["my_other_lab\.plain"\]'):
         plugins.module("descriptor", "my_other_lab.plain")
 
 
-def test_a_package_that_python_does_not_find_is_to_be_installed_or_put_in_its_path(tmp_path, monkeypatch):
+def test_a_package_that_python_does_not_find_is_refused_with_advice_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_nobody,lab_with_needs")
     with pytest.raises(UserError, match=r"Install the package 'lab_of_nobody', or .* PYTHONPATH"):
         plugins.module("pretext", "lab_of_nobody.mirror")
@@ -112,7 +112,7 @@ def test_a_package_that_python_does_not_find_is_to_be_installed_or_put_in_its_pa
 
 
 @pytest.mark.usefixtures("lab")
-def test_a_transfer_from_outside_refuses_in_a_plan_what_only_it_knows():
+def test_the_check_of_an_outside_transfer_runs_in_a_plan():
     def planned(**fields):
         check_pair(toy_pair(teacher=None, transfer={"kind": "my_other_lab.pairs", **fields}), data_loader())
 

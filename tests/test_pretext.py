@@ -56,7 +56,7 @@ def test_every_pretext_task_trains_two_epochs_with_finite_losses(kind, tmp_path)
 
 @pytest.mark.parametrize("size", [28, 32, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_pretext_task_makes_float_inputs_that_the_head_brings_back_to_the_targets(kind, size):
+def test_every_pretext_task_makes_float_inputs_and_its_head_matches_its_targets(kind, size):
     task, images = task_of(kind, size), toy_images(6, size=size)
     inputs, targets = batch_of(task, images, 6)
     assert inputs.dtype == torch.float32
@@ -71,7 +71,7 @@ def test_every_pretext_task_makes_float_inputs_that_the_head_brings_back_to_the_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_pretext_task_draws_from_the_generator_alone_and_leaves_the_images_as_they_are(kind):
+def test_every_pretext_task_draws_only_from_the_generator_and_does_not_change_the_images(kind):
     task, images = task_of(kind), toy_images(6)
     pixels = torch.from_numpy(images.read(np.arange(6)))
     before = pixels.clone()
@@ -85,7 +85,7 @@ def test_every_pretext_task_draws_from_the_generator_alone_and_leaves_the_images
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_pretext_task_computes_where_the_images_are(kind):
+def test_every_pretext_task_computes_on_the_device_of_the_images(kind):
     task = task_of(kind)
     for count in (2, 5):
         pixels = torch.empty(
@@ -125,7 +125,7 @@ def test_rotations_are_those_of_numpy_and_each_image_has_all_four():
         assert np.array_equal(turned, np.rot90(images.read(np.array([image]))[0], turns))
 
 
-def test_one_random_rotation_of_each_image_is_the_one_that_its_target_says():
+def test_with_one_random_rotation_each_image_is_rotated_as_its_target_says():
     images = toy_images(40)
     task = rotation.task(rotation.Spec(rotations="one", augment=Augment(crop=0)), 28)
     inputs, targets = batch_of(task, images, 40)
@@ -148,7 +148,7 @@ def test_a_network_learns_to_solve_puzzles(tmp_path):
     assert metrics[-1]["top1"] > 0.5
 
 
-def test_the_701_permutations_are_distinct_differ_at_three_places_and_at_eight_on_average():
+def test_the_701_permutations_are_distinct_and_differ_in_at_least_three_and_on_average_eight_positions():
     rows = hashed_permutations(701, jigsaw_pp.DISTANCE)
     assert np.array_equal(np.sort(rows, axis=1), np.tile(np.arange(9), (701, 1)))
     assert len(np.unique(rows, axis=0)) == 701
@@ -190,7 +190,7 @@ def test_tiles_fit_into_their_cells_at_every_size(gap):
 
 
 @pytest.mark.parametrize("occlusions", [0, 1, 2])
-def test_occluding_tiles_are_few_from_one_other_image_and_at_distinct_cells(occlusions):
+def test_occluding_tiles_are_limited_come_from_one_other_image_and_show_distinct_cells(occlusions):
     permutations = torch.from_numpy(hashed_permutations(701, 3).copy())
     sources, cells = jigsaw_pp.arrange(permutations, occlusions, torch.Generator().manual_seed(0))
     own = torch.arange(701)[:, None]
@@ -217,7 +217,7 @@ def puzzle_of_cells(size=48, count=4):
     return torch.from_numpy(images)
 
 
-def test_each_place_shows_the_cell_that_the_permutation_says():
+def test_each_position_shows_the_cell_that_the_permutation_says():
     sizes = jigsaw_pp.geometry(48, 18)
     squares = puzzle_of_cells().float().requires_grad_()
     permutations = torch.from_numpy(hashed_permutations(4, 3).copy())
@@ -232,7 +232,7 @@ def test_each_place_shows_the_cell_that_the_permutation_says():
         assert set((pixels[:, 1] // 16 * 3 + pixels[:, 2] // 16).tolist()) <= {cell}
 
 
-def test_tiles_have_a_mean_of_zero_and_a_deviation_of_one_and_empty_ones_stay_empty():
+def test_tiles_have_mean_zero_and_deviation_one_and_constant_ones_become_zero():
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8))
     images[4] = 7
     inputs, _ = jigsaw_pp.task(jigsaw_pp.Spec(occlusions=0), 48).batch(

@@ -1,4 +1,4 @@
-"""Split-brain: each half tells nothing of the other but what it must predict."""
+"""Split-brain: neither input reveals what must be predicted from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def batch_of(pixels: np.ndarray, **fields: object):
     return task, *task.batch(torch.from_numpy(pixels), torch.arange(len(pixels)), torch.Generator().manual_seed(0))
 
 
-def test_rgb_is_that_of_scikit_image_and_turns_lab_back():
+def test_rgb_equals_scikit_images_and_inverts_lab():
     pixels = photographs()
     lab = rgb2lab(pixels).astype(np.float32)
     lab[3:, ..., 0] = 50  # which takes some colours out of sRGB
@@ -53,7 +53,7 @@ def test_the_first_input_is_the_lightness_and_the_second_the_colours_without_it(
     np.testing.assert_allclose((colours.permute(0, 2, 3, 1).numpy() + 2) / 4, lab2rgb(other), atol=2e-3)
 
 
-def test_colours_of_one_hue_look_alike_however_light_they_are():
+def test_inputs_of_the_same_hue_are_alike_whatever_their_lightness():
     lab = torch.tensor([[[20.0, 12.0, -9.0], [80.0, 12.0, -9.0]]]).permute(0, 2, 1)[..., None]
     _, colours = split_brain.split_inputs(lab)
     assert torch.equal(colours[:, 0], colours[:, 1])

@@ -1,4 +1,4 @@
-"""timm's networks by name: with the extra as timm computes them, without it a sentence that says what to install."""
+"""timm's networks by name: with the extra as timm computes them, without it an error that says what to install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def spec(model: str, **fields: object):
     return plugins.parse("backbone", {"kind": "timm", "model": model, **fields})
 
 
-def test_without_the_extra_it_says_what_to_install(monkeypatch):
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install 'ktray\[timm\]'"):
         loop.untrained_backbone(spec("resnet18"), 0)
@@ -52,7 +52,7 @@ def test_features_and_weights_are_timms_and_layers_are_maps(model, image, layers
     assert seen[0].shape == (2, *maps)
 
 
-def test_what_timm_does_not_have_is_a_user_error():
+def test_a_model_that_timm_does_not_have_is_a_user_error():
     pytest.importorskip("timm")
     with pytest.raises(UserError, match="no model 'resnet19'"):
         loop.untrained_backbone(spec("resnet19"), 0)

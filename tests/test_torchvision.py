@@ -108,7 +108,7 @@ def test_positions_of_a_vit_are_interpolated_for_images_of_another_size():
     assert (at_28.diff(dim=1) > 0).all()
 
 
-def test_the_smaller_forms_keep_more_places_than_the_full_ones():
+def test_the_small_forms_keep_a_higher_resolution_than_the_full_ones():
     for kind, layer, small, full in [("mobilenet_v3", "stage5", 4, 1), ("convnext", "stage4", 2, 1), ("vgg", "block4", 8, 4)]:
         sides = []
         for form in ("small", "full"):

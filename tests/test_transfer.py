@@ -1,4 +1,4 @@
-"""What every way to transfer keeps, whoever wrote it: a new file in the folder is tested here unasked."""
+"""The contract of all transfers; a new file in the folder is tested automatically."""
 
 from typing import Literal, get_args, get_origin
 
@@ -64,7 +64,7 @@ def fitted(kind, out, until, start=None, losses=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_transfer_says_which_of_its_fields_determine_which_stage(kind):
+def test_every_transfer_declares_which_of_its_fields_determine_which_stage(kind):
     named = [field for needed in needs(kind).values() for field in needed]
     assert set(needs(kind)) <= {*OF_THE_TEACHER, "labels"}
     assert ("clusters" in needs(kind)) == ("pseudo_labels" in needs(kind))
@@ -80,7 +80,7 @@ def test_every_transfer_trains_a_student_whose_loss_falls(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_every_transfer_trains_to_the_same_bits_wherever_it_is_cut(kind, tmp_path):
+def test_every_transfer_trains_to_the_same_bits_however_it_is_split_into_segments(kind, tmp_path):
     whole = fitted(kind, tmp_path / "whole", 3)
     fitted(kind, tmp_path / "1", 1)
     assert fitted(kind, tmp_path / "parts", 3, tmp_path / "1") == whole
@@ -89,7 +89,7 @@ def test_every_transfer_trains_to_the_same_bits_wherever_it_is_cut(kind, tmp_pat
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_every_transfer_draws_its_batches_from_the_generator_alone(kind):
+def test_every_transfer_draws_its_batches_only_from_the_generator(kind):
     task, indices = task_of(kind), torch.tensor([3, 50, 41, 3])
     pixels = torch.from_numpy(IMAGES.read(indices.numpy()))
     (one, wanted), (two, again) = (task.batch(pixels, indices, torch.Generator().manual_seed(5)) for _ in range(2))
@@ -146,18 +146,18 @@ def test_images_without_a_target_are_left_out(kind):
 
 
 @pytest.mark.parametrize("kind", ["clusters", "labels"])
-def test_targets_beyond_the_classes_are_refused(kind):
+def test_targets_outside_the_classes_are_refused(kind):
     with pytest.raises(ValueError, match="not 4 classes"):
         task_of(kind, labels=np.where(np.arange(64) == 9, 4, IMAGES.labels))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TRAINED if "features" in needs(kind)])
-def test_a_transfer_that_reads_features_says_so_where_there_are_none(kind):
+def test_a_transfer_that_reads_features_raises_if_there_are_none(kind):
     with pytest.raises(ValueError, match="reads the teacher's features"):
         plugins.module("transfer", kind).task(small(kind), Targets(64), Augment())
 
 
-def test_an_untrained_student_needs_nothing_and_states_no_task():
+def test_an_untrained_student_needs_no_inputs_and_defines_no_task():
     module = plugins.module("transfer", "none")
     assert module.NEEDS == {}
     assert not hasattr(module, "task")

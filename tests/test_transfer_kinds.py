@@ -1,4 +1,4 @@
-"""What is particular to each way to transfer, against formulas of others."""
+"""What is particular to each transfer, compared with scikit-learn, SciPy and NumPy."""
 
 import numpy as np
 import pytest
@@ -43,14 +43,14 @@ def logits(rows, columns):
 # --- clusters
 
 
-def test_cross_entropy_and_top1_are_those_of_scikit_learn():
+def test_cross_entropy_and_top1_equal_scikit_learns():
     scores, wanted = logits(40, 5), RNG.integers(0, 5, 40)
     loss, metrics = classification.cross_entropy(torch.from_numpy(scores), torch.from_numpy(wanted))
     assert float(loss) == pytest.approx(log_loss(wanted, softmax(scores, axis=1), labels=range(5)), abs=1e-5)
     assert float(metrics["top1"]) == pytest.approx(accuracy_score(wanted, scores.argmax(axis=1)))
 
 
-def test_the_loss_of_several_heads_is_the_mean_of_each_heads_own_over_the_images_that_it_keeps():
+def test_the_loss_of_several_heads_is_the_mean_of_their_losses_over_the_images_that_each_keeps():
     scores = logits(40, 5 + 3 + 7)
     wanted = np.stack([RNG.integers(low, high, 40) for low, high in ((0, 5), (-1, 3), (-1, 7))], axis=1)
     loss, metrics = classification.joint_cross_entropy(torch.from_numpy(scores), torch.from_numpy(wanted), [5, 3, 7])
@@ -69,7 +69,7 @@ def test_a_head_without_an_image_in_the_batch_costs_nothing():
     assert torch.isfinite(loss)
 
 
-def test_several_k_train_one_student_and_an_image_that_one_of_them_leaves_out_teaches_the_others(tmp_path):
+def test_several_k_train_one_student_and_an_image_that_one_k_leaves_out_still_trains_the_other_heads(tmp_path):
     fine, coarse = np.arange(64) % 8, np.where(np.arange(64) < 10, -1, np.arange(64) % 4)
     both = Targets(64, (Labels(fine, 8), Labels(np.where(np.arange(64) < 5, -1, coarse), 4)))
     neither = Targets(64, (Labels(np.where(np.arange(64) < 3, -1, fine), 8), both.heads[1]))
@@ -109,7 +109,7 @@ def test_uniform_sampling_of_several_k_divides_the_draws_among_them():
     np.testing.assert_allclose(counts, expected, rtol=0.2)
 
 
-def test_a_training_with_uniform_sampling_shows_what_the_order_says_and_is_the_same_bits_wherever_it_is_cut(tmp_path):
+def test_uniform_sampling_follows_its_order_and_gives_the_same_bits_however_it_is_split_into_segments(tmp_path):
     labels = np.where(np.arange(64) < 48, 0, IMAGES.labels)
     task = clusters.task(clusters.Spec(sampling="uniform"), Targets(64, (Labels(labels, 4),)), STILL)
 
@@ -136,7 +136,7 @@ def test_soft_targets_are_a_softmax_of_distances_in_units_of_the_mean_nearest_on
     assert soft_clusters.soft_assignments(np.array([[0, 0.1], [0, 2]], np.float32), 0.1).tolist() == [[1, 0], [1, 0]]
 
 
-def test_soft_targets_stand_at_their_clusters_and_near_temperature_0_are_hard_ones():
+def test_soft_targets_lie_at_their_clusters_and_are_hard_near_temperature_0():
     nearest = np.stack([RNG.permutation(6)[:3] for _ in range(64)])
     squared = np.sort(RNG.uniform(0.2, 3, (64, 3)).astype(np.float32), axis=1)
     given = Targets(64, (Labels(nearest[:, 0], 6, nearest, squared),))
@@ -150,7 +150,7 @@ def test_soft_targets_stand_at_their_clusters_and_near_temperature_0_are_hard_on
     assert float(metrics["top1"]) == pytest.approx(accuracy_score(nearest[:, 0], scores.argmax(axis=1)))
 
 
-def test_soft_clusters_say_so_where_the_pseudo_labels_know_no_distances():
+def test_soft_clusters_raise_if_the_pseudo_labels_carry_no_distances():
     with pytest.raises(ValueError, match="needs the distances"):
         soft_clusters.task(soft_clusters.Spec(), Targets(64, (Labels(IMAGES.labels, 4),)), STILL)
 
@@ -159,7 +159,7 @@ def test_soft_clusters_say_so_where_the_pseudo_labels_know_no_distances():
 
 
 @pytest.mark.parametrize("standardise", [False, True])
-def test_regression_wants_the_teachers_features_as_scikit_learn_normalises_them(standardise):
+def test_the_targets_of_regression_are_the_teachers_features_as_scikit_learn_normalises_them(standardise):
     constant = np.concatenate([ROWS, np.full((64, 1), 0.1, np.float32)], axis=1)
     given = Targets(64, (), Features((constant[:30], constant[30:])))
     wanted = targets_of(regression.task(regression.Spec(standardise=standardise), given, STILL), [5, 40, 31])
@@ -167,7 +167,7 @@ def test_regression_wants_the_teachers_features_as_scikit_learn_normalises_them(
     np.testing.assert_allclose(wanted.numpy(), expected[[5, 40, 31]], atol=1e-5)
 
 
-def test_the_losses_of_regression_are_distances_of_numpy():
+def test_the_losses_of_regression_equal_numpys_distances():
     predicted, wanted = logits(20, 12), normalize(ROWS[:20])
     pair = torch.from_numpy(predicted), torch.from_numpy(wanted)
     apart = np.linalg.norm(normalize(predicted) - wanted, axis=1) ** 2
@@ -181,7 +181,7 @@ def test_the_losses_of_regression_are_distances_of_numpy():
 # --- similarity
 
 
-def test_the_loss_of_similarity_is_the_divergence_that_scipy_finds():
+def test_the_loss_of_similarity_equals_scipys_divergence():
     spec = similarity.Spec(anchors=9, temperature=0.2, teacher_temperature=0.05)
     task = similarity.task(spec, Targets(64, (), FEATURES), STILL)
     outputs = logits(20, 12)
@@ -210,7 +210,7 @@ def test_anchors_are_distinct_images_and_a_function_of_the_seed():
 # --- random_clusters
 
 
-def test_random_clusters_are_of_equal_size_and_know_nothing_of_the_images():
+def test_random_clusters_have_equal_sizes_and_do_not_depend_on_the_images():
     labels = random_clusters.random_labels(1003, 10, 0)
     assert sorted(np.bincount(labels)) == [100] * 7 + [101] * 3
     assert np.array_equal(labels, random_clusters.random_labels(1003, 10, 0))
@@ -232,7 +232,7 @@ def test_features_by_index_are_the_rows_of_all_shards_together():
             FEATURES.read(np.array([3, outside]))
 
 
-def test_features_held_on_the_device_are_those_read_for_each_batch(monkeypatch):
+def test_features_kept_on_the_device_equal_those_read_for_each_batch(monkeypatch):
     indices = torch.tensor([63, 0, 30, 29])
     read = FEATURES.on(torch.device("cpu"), indices)
     monkeypatch.setitem(targets.RESIDENT_BYTES, "cpu", 1 << 20)
@@ -256,7 +256,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("transfer", "said"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_transfer_that_means_nothing_is_refused(transfer, said):
+def test_a_contradictory_transfer_is_refused(transfer, said):
     with pytest.raises(ValueError, match=said):
         toy_pair(transfer=transfer)
 
@@ -276,7 +276,7 @@ TOO_MUCH = {
 
 
 @pytest.mark.parametrize(("transfer", "teacher", "place", "right"), TOO_MUCH.values(), ids=TOO_MUCH.keys())
-def test_what_the_data_cannot_give_is_refused_before_anything_runs(transfer, teacher, place, right):
+def test_a_spec_that_the_data_cannot_satisfy_is_refused_before_anything_runs(transfer, teacher, place, right):
     with pytest.raises(UserError) as caught:
         check_pair(toy_pair(transfer=transfer, teacher=teacher), data_loader())
     assert caught.value.where == place

@@ -1,4 +1,4 @@
-"""SimCLR and BYOL: their losses by formulas written differently, and BYOL's target through snapshots."""
+"""SimCLR and BYOL: losses equal independently written formulas, and BYOL's target survives snapshots."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(task, out: Path, until: int, start: Path | None = None, count: int = 24,
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
-def test_the_loss_of_simclr_is_that_of_its_formula(temperature):
+def test_the_loss_of_simclr_equals_its_formula(temperature):
     outputs = np.random.default_rng(0).normal(size=(12, 5))
     total, hits = 0.0, 0
     for i in range(12):
@@ -54,7 +54,7 @@ def test_the_loss_of_simclr_is_that_of_its_formula(temperature):
     assert float(metrics["top1"]) == pytest.approx(hits / 12)
 
 
-def test_simclr_is_best_when_views_agree_and_all_else_is_apart():
+def test_simclr_is_lowest_when_views_of_an_image_agree_and_all_others_are_far():
     twice = torch.eye(6).repeat_interleave(2, dim=0)
     best, metrics = simclr.nt_xent(twice, 0.5)
     assert float(best) == pytest.approx(-math.log(math.exp(2) / (math.exp(2) + 10)), rel=1e-5)
@@ -63,7 +63,7 @@ def test_simclr_is_best_when_views_agree_and_all_else_is_apart():
     assert float(collapsed) == pytest.approx(math.log(11), rel=1e-5)
 
 
-def test_the_loss_of_byol_is_that_of_its_formula_and_its_target_gets_no_gradient():
+def test_the_loss_of_byol_equals_its_formula_and_its_target_gets_no_gradient():
     predictions = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     projections = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
     loss, _ = byol.regression(predictions, projections)
@@ -78,13 +78,13 @@ def test_the_loss_of_byol_is_that_of_its_formula_and_its_target_gets_no_gradient
     assert projections.grad is None
 
 
-def test_spread_tells_a_collapse_from_a_full_sphere():
+def test_spread_is_zero_after_a_collapse_and_one_over_a_full_sphere():
     predictions = torch.zeros(400, 16)
     assert byol.regression(predictions, torch.ones(400, 16))[1]["spread"] == 0
     assert float(byol.regression(predictions, torch.randn(400, 16))[1]["spread"]) == pytest.approx(1, abs=0.05)
 
 
-def test_the_target_begins_as_the_network_and_follows_it_by_a_share_of_every_step():
+def test_the_target_starts_equal_to_the_network_and_follows_it_by_a_share_of_every_step():
     task = byol.task(byol.Spec(decay=0.9, **SMALL), 28)
     model = model_of(task)
     pairs = list(zip(model["backbone"].parameters(), model["head"].target["backbone"].parameters(), strict=True))
@@ -100,7 +100,7 @@ def test_the_target_begins_as_the_network_and_follows_it_by_a_share_of_every_ste
         torch.testing.assert_close(moving, 0.81 * first + 0.19 * own.detach())
 
 
-def test_what_is_predicted_comes_from_the_target_and_only_the_network_learns():
+def test_the_prediction_target_comes_from_the_moving_average_and_only_the_network_learns():
     task = byol.task(byol.Spec(**SMALL), 28)
     model = model_of(task)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_what_is_predicted_comes_from_the_target_and_only_the_network_learns():
     assert learns == {name for name, _ in model.named_parameters() if ".target." not in name}
 
 
-def test_byol_in_segments_is_byol_at_once_with_its_target_in_the_snapshot(tmp_path):
+def test_byol_in_segments_equals_byol_at_once_because_snapshots_hold_the_target(tmp_path):
     task = byol.task(byol.Spec(**SMALL), 28)
     run(task, tmp_path / "whole", 2)
     run(task, tmp_path / "half", 1)

@@ -133,9 +133,9 @@ def _image_column(schema: Any, wanted: str | None, path: Path) -> str:
     from pyarrow import types
 
     def is_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
-    found = {}
+    found: dict[str, str] = {}
     for field in schema:
         if is_bytes(field.type):
             found[field.name] = field.name

@@ -146,14 +146,15 @@ def _render(spec: Spec, scene: NDArray[np.float64], seed: int) -> NDArray[np.uin
         canvas += 255 * spec.noise * random.standard_normal((size, size, 1))
     else:
         canvas += 255 * spec.noise * random.standard_normal((size, size, 3))
-    return canvas.round().clip(0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = canvas.round().clip(0, 255).astype(np.uint8)
+    return pixels
 
 
 def _distance(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.float64]:
     """Signed distance in radii from the edge of a shape inside the unit circle, negative within (a bound near corners)."""
     a, b = np.abs(u), np.abs(v)
     if shape == "disc":
-        return np.hypot(u, v) - 1
+        return np.asarray(np.hypot(u, v) - 1)
     if shape == "ring":
         return np.maximum(np.hypot(u, v) - 1, 0.55 - np.hypot(u, v))
     if shape == "square":

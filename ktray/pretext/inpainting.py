@@ -78,7 +78,8 @@ def holes(count: int, grid: int, anywhere: bool, generator: torch.Generator) -> 
         corner = torch.randint(grid // 2 + 1, (2, count, 1), generator=generator)
     along = torch.arange(grid)
     rows, columns = (along >= corner) & (along < corner + grid // 2)
-    return rows[:, :, None] & columns[:, None, :]
+    masks: Tensor = rows[:, :, None] & columns[:, None, :]
+    return masks
 
 
 def reconstruction(predicted: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -101,7 +101,8 @@ def soft_assignments(squared: NDArray[np.float32], temperature: float) -> NDArra
     # If every image is a centroid, the mean is 0; the lower bound then gives each image wholly to its own cluster.
     scale = max(temperature * float(distances[:, 0].mean()), 1e-30)
     weights = np.exp(-(distances - distances[:, :1]) / scale)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    assignments: NDArray[np.float32] = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return assignments
 
 
 def cross_entropy(logits: Tensor, soft: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

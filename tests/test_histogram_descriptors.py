@@ -1,4 +1,4 @@
-"""Descriptors that count: visual words against scikit-learn, colours against NumPy."""
+"""Histogram descriptors: visual words compared with scikit-learn, colours with NumPy."""
 
 from __future__ import annotations
 
