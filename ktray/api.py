@@ -196,8 +196,8 @@ def search(
         StoppedEarly: a full disk, or ten failures in a row; the same call goes on.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
+    from ktray.runs import search_run
     from ktray.runs.search_run import SearchOptions
-    from ktray.runs.search_run import search as run_search
 
     settings = make_settings(
         home, store=store, tracking=tracking, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk
@@ -205,7 +205,7 @@ def search(
     parsed, source = _parse_space(space, list(overrides))
     target = None if trials is None else str(trials)
     options = SearchOptions(name, target, concurrent, warm_start, address, share_images, retry)
-    outcome = _until_end(lambda interruption: run_search(parsed, source, options, settings, interruption), settings)
+    outcome = _until_end(lambda interruption: search_run.search(parsed, source, options, settings, interruption), settings)
     return SearchResult(settings.home, outcome.study, store, tracking)
 
 

@@ -60,9 +60,14 @@ def imports(module: Module, tree: ast.AST | None = None) -> Iterator[tuple[str, 
             yield from ((origin, alias.name) for alias in node.names)
 
 
-def ktray_imports(module: Module) -> Iterator[str]:
-    """Dotted names of the ktray modules that a module imports; ``ktray`` itself where it uses the public API."""
-    for origin, name in imports(module):
+def ktray_imports(module: Module, runtime_only: bool = False) -> Iterator[str]:
+    """Dotted names of the ktray modules that a module imports; ``ktray`` itself where it uses the public API.
+
+    Args:
+        runtime_only: without the imports under ``if TYPE_CHECKING``.
+    """
+    tree = _Runtime().visit(ast.parse(ast.unparse(module.tree))) if runtime_only else module.tree
+    for origin, name in imports(module, tree):
         if origin.split(".")[0] != "ktray":
             continue
         inner = f"{origin}.{name}"
@@ -73,6 +78,14 @@ def ktray_imports(module: Module) -> Iterator[str]:
     reads = (node for node in ast.walk(module.tree) if isinstance(node, ast.Attribute))
     used = {node.attr for node in reads if isinstance(node.value, ast.Name) and node.value.id == "ktray"}
     yield from ("ktray" for attribute in used if not attribute.startswith("__") and f"ktray.{attribute}" not in NAMES)
+
+
+class _Runtime(ast.NodeTransformer):
+    """Removes the branches that only type checkers read."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        self.generic_visit(node)
+        return node.orelse if "TYPE_CHECKING" in ast.unparse(node.test) else node
 
 
 def top_level(tree: ast.Module) -> Iterator[ast.stmt]:

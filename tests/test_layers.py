@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +58,12 @@ PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_IN_MODULE_NAMES = {
     *("util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"),
     *("encoder", "embedder", "embeddings", "feats", "prototypes", "proxy", "sweep"),
+}
+# Metaphors that once were names. Plain words that are also names of the field (such as "line" or "room") cannot be listed.
+METAPHORS = {
+    *("crew", "purse", "charter", "roster", "ledger", "leg", "patience", "cards", "openings", "mourn", "bury"),
+    *("forsake", "forsaken", "dear", "rehearsal", "rehearse", "kitchen", "street", "desk", "house", "attendance"),
+    *("hire", "hiring", "conductor", "vain", "wished", "prices"),
 }
 
 
@@ -207,6 +215,32 @@ def names_are_meaningful(module: Module) -> list[str]:
     return found
 
 
+def names_are_not_metaphors(module: Module) -> list[str]:
+    """No identifier that is defined in ktray is a metaphor: names are the standard terms of their field."""
+    found = {name for name in defined_names(module) for word in words_of(name) if word in METAPHORS}
+    return [f"defines {name}" for name in sorted(found)]
+
+
+def defined_names(module: Module) -> set[str]:
+    """Identifiers that a module defines: the module itself, classes, functions, parameters, variables and attributes."""
+    names = {module.parts[-1]}
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return names
+
+
+def words_of(name: str) -> list[str]:
+    """The words of an identifier in snake_case or CamelCase, in lower case."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+
+
 def public_functions_name_their_arguments(module: Module) -> list[str]:
     """Public functions take no **kwargs."""
     inner = {id(node) for outer in functions(module) for node in ast.walk(outer) if node is not outer}
@@ -236,7 +270,9 @@ RULES: list[Callable[[Module], list[str]]] = [
     no_pickle_is_loaded,
     classes_do_not_inherit_from_ours,
     functions_have_at_most_60_lines,
+    modules_are_imported_under_their_own_names,
     names_are_meaningful,
+    names_are_not_metaphors,
     public_functions_name_their_arguments,
     public_names_are_documented,
 ]
@@ -246,6 +282,36 @@ RULES: list[Callable[[Module], list[str]]] = [
 def test_the_package_keeps_the_rule(rule):
     offences = [f"{module.name} {offence}" for module in PACKAGE for offence in rule(module)]
     assert not offences, "\n".join([rule.__doc__, *offences])
+
+
+def test_no_module_name_occurs_twice():
+    files = [module.parts[-1] for module in PACKAGE if not module.package]
+    folders = [module.parts[-1] for module in PACKAGE if module.package]
+    assert [name for name, count in Counter(files + folders).items() if count > 1] == []
+
+
+def test_there_are_no_import_cycles():
+    graph = {module.name: set(ktray_imports(module, runtime_only=True)) - {module.name} for module in PACKAGE}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_imports_of_functions_count_for_cycles_and_those_of_type_checkers_do_not():
+    inside = module("ktray.runs.new", "def f():\n    from ktray.search import study")
+    typed = module("ktray.runs.new", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ktray.search import study")
+    assert list(ktray_imports(inside, runtime_only=True)) == ["ktray.search.study"]
+    assert list(ktray_imports(typed, runtime_only=True)) == []
+    assert list(ktray_imports(typed)) == ["ktray.search.study"]
+
+
+@pytest.mark.parametrize(
+    "subpackage",
+    [module for module in PACKAGE if module.package and len(module.parts) == 2],
+    ids=lambda module: module.name,
+)
+def test_every_subpackage_says_what_it_is_what_it_may_import_and_where_to_start(subpackage):
+    text = ast.get_docstring(subpackage.tree) or ""
+    assert re.search(r"\bimports?\b", text)
+    assert re.search(r"\bstart\b", text, re.IGNORECASE)
 
 
 def test_functions_of_tests_and_experiments_have_at_most_60_lines():
@@ -312,6 +378,8 @@ def module(name: str, source: str) -> Module:
         (functions_have_at_most_60_lines, "ktray.new", "def f():\n" + "    1\n" * 60),
         (modules_are_imported_under_their_own_names, "ktray.api", "from ktray.search import search as searched"),
         (modules_are_imported_under_their_own_names, "ktray.api", "import ktray.search as searching"),
+        (names_are_not_metaphors, "ktray.scheduler.new", "class JobLedger: ..."),
+        (names_are_not_metaphors, "ktray.scheduler.new", "def f(crew_size): ..."),
         (names_are_meaningful, "ktray.train_utils", ""),
         (names_are_meaningful, "ktray.training.loop", "def get_model(): ..."),
         (public_functions_name_their_arguments, "ktray.training.loop", "def fit(**kwargs): ..."),

@@ -29,6 +29,7 @@ from ktray.cli import (
     status_command,
     ui_command,
 )
+from ktray.cli.arguments import INTERRUPTED
 from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
 
 VERBS = {
@@ -44,7 +45,6 @@ VERBS = {
     "cache": cache_command,
     "data": data_command,
 }
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 
 from ktray.runs.settings import Settings, make_settings
 
+INTERRUPTED = 130  # exit code after Ctrl-C
+
 
 def positive_int(text: str) -> int:
     """An argument that counts something.

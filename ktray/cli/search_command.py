@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.arguments import positive_int, print_result, settings_of
+from ktray.cli.arguments import INTERRUPTED, positive_int, print_result, settings_of
 
 if TYPE_CHECKING:
     from ktray.runs.search_run import SearchOutcome
@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _exit_at_once(args: argparse.Namespace, settings: Settings) -> None:
     """Leave as kill -9 would: nothing that was published is lost, and Ray's processes notice."""
-    from ktray.cli import INTERRUPTED
 
     cursor = "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
     settings.print_error(f"{cursor}ktray: interrupted; resume with: {args.command}")
@@ -65,7 +64,6 @@ def _exit_at_once(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings) -> int:
-    from ktray.cli import INTERRUPTED
     from ktray.cli.leaderboard import leaderboard, still_failed
     from ktray.errors import StageFailed, StoppedEarly
     from ktray.pipeline.pair_metrics import left_out

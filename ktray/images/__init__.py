@@ -2,6 +2,8 @@
 
 A data set's `load` lists what there is (`Splits` of `Source`); `identity` hashes the content; `write` decodes everything once;
 `open_split` gives the finished `Images`. `decode` turns encoded bytes into pixels for every kind that has files.
+
+May import only the modules of the root. Start with `source.py` (the records), then `writing.py` and `reading.py`.
 """
 
 from ktray.images.content_hash import identity as identity

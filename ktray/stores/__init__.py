@@ -1,4 +1,7 @@
-"""Where artifacts live. `file.FileStore` is first class; every store keeps the contract of `Store`."""
+"""Stores of artifacts: the contract `Store`, and its implementation on a file system, `FileStore`.
+
+May import only the modules of the root. Start with `Store` below, then `file.py`.
+"""
 
 from __future__ import annotations
 
