@@ -81,7 +81,8 @@ def _nearest_of(
     pairs = np.nonzero(possible)
     order = np.lexsort((pairs[1], _squared_distances(rows, centroids, *pairs), pairs[0]))
     first = np.searchsorted(pairs[0], np.arange(len(rows)))
-    return pairs[1][order[first[:, None] + np.arange(m)]]
+    nearest: NDArray[np.int64] = pairs[1][order[first[:, None] + np.arange(m)]]
+    return nearest
 
 
 def squared_distances(

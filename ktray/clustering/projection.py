@@ -93,7 +93,7 @@ def finite_rows(path: Path) -> NDArray[np.float32]:
     Raises:
         ValueError: a feature is not finite; the message names the shard and the first row.
     """
-    rows = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
+    rows: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise ValueError(f"{path.name}: {len(bad)} rows are not finite, the first is row {bad[0]}")

@@ -119,7 +119,9 @@ class CostModel:
     def _prior_growth(self, stage: Stage, others: Mapping[str, Stage]) -> float:
         """How many times as long as a typical stage of its kind the prior expects this one to run, for the same epochs."""
         found = self._covariates(_DescribedStage(stage.name, stage.spec, stage.inputs, {}), None, others).numbers
-        return math.prod((found[name] / typical) ** EXPONENTS[name][0] for name, typical in TYPICAL.items() if name in found)
+        return float(
+            math.prod((found[name] / typical) ** EXPONENTS[name][0] for name, typical in TYPICAL.items() if name in found)
+        )
 
     def predict(self, stages: Iterable[Stage], made: Collection[str] = ()) -> dict[str, float]:
         """Key -> seconds of every stage that is not made; of a kind without records the prior's.

@@ -156,7 +156,7 @@ def _distance(shape: str, u: NDArray[np.float64], v: NDArray[np.float64]) -> NDA
     if shape == "disc":
         return np.asarray(np.hypot(u, v) - 1)
     if shape == "ring":
-        return np.maximum(np.hypot(u, v) - 1, 0.55 - np.hypot(u, v))
+        return np.asarray(np.maximum(np.hypot(u, v) - 1, 0.55 - np.hypot(u, v)))
     if shape == "square":
         return np.maximum(a, b) - _HALF
     if shape == "triangle":

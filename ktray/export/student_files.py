@@ -76,7 +76,7 @@ def export_student(
     """
     _refuse_occupied(out)
     saved = load_file(snapshot / "weights.safetensors")
-    architecture = student.backbone.model_dump(mode="json")  # type: ignore[attr-defined]
+    architecture = student.backbone.model_dump(mode="json")
     network, tensors = _empty(architecture), _part(saved, "backbone.")
     network.load_state_dict(tensors)
     names = _head_names(saved, architecture["kind"], classes) if head == "classifier" else {}

@@ -19,7 +19,8 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ktray import fingerprint, plugins, progress
-from ktray.features.layers import layer_extractor, layers_extractor
+from ktray.features.layers import layer_extractor as layer_extractor
+from ktray.features.layers import layers_extractor
 from ktray.images import Images, open_split
 from ktray.ops import augmentation
 from ktray.pool import Pool

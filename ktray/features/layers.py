@@ -50,7 +50,7 @@ def layers_extractor(
         UserError: as `layer_extractor`.
     """
     network.eval()
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     layers: tuple[str, ...] = network.layers  # type: ignore[assignment]
     wanted = {layer for layer, _ in views}
     for layer in wanted - {None, *layers}:

@@ -21,7 +21,8 @@ CHUNK_ROWS = 1024  # measured: 256 to 2048 rows are within 3 % of each other at 
 
 def one_thread() -> AbstractContextManager[Any]:
     """A context in which BLAS uses one thread; entering costs microseconds."""
-    return _controller().limit(limits=1, user_api="blas")
+    limit: AbstractContextManager[Any] = _controller().limit(limits=1, user_api="blas")
+    return limit
 
 
 @cache
@@ -36,7 +37,8 @@ def squared_lengths(rows: NDArray[np.floating]) -> NDArray[np.float64]:
     """
     squares = rows.astype(np.float64)
     np.square(squares, out=squares)
-    return np.add.reduce(squares, axis=1)
+    sums: NDArray[np.float64] = np.add.reduce(squares, axis=1)
+    return sums
 
 
 def exact_product(rows: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -53,4 +55,5 @@ def exact_product(rows: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDA
     right = np.rint(np.ldexp(matrix.astype(np.float64), bits - exponents))
     with one_thread():
         product = left @ right
-    return np.ldexp(product, row_exponents[:, None] + exponents - 2 * bits)
+    scaled: NDArray[np.float64] = np.ldexp(product, row_exponents[:, None] + exponents - 2 * bits)
+    return scaled

@@ -22,7 +22,8 @@ def gamut_bins(bin: int) -> Tensor:
     levels = torch.cat([torch.arange(0, 255, 4), torch.tensor([255])]).to(torch.uint8)
     cube = torch.cartesian_prod(levels, levels, levels).view(1, len(levels), -1, 3)
     places = (colour.rgb_to_lab(cube)[..., 1:] / bin).round().long().view(-1, 2)
-    return bin * places.unique(dim=0).float()
+    colours: Tensor = bin * places.unique(dim=0).float()
+    return colours
 
 
 def cell_means(maps: Tensor, grid: int) -> Tensor:

@@ -112,7 +112,8 @@ def require_permutations(count: int, distance: int) -> None:
 
 
 def _derangements(count: int) -> int:
-    return round(sum((-1) ** i * math.factorial(count) / math.factorial(i) for i in range(count + 1)))
+    number: float = sum((-1) ** i * math.factorial(count) / math.factorial(i) for i in range(count + 1))
+    return round(number)
 
 
 def _shuffled() -> NDArray[np.uint8]:

@@ -123,4 +123,4 @@ def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | Non
     if earlier:
         return seconds + float(earlier.record["seconds_alone"])
     until, begun = stage.spec["epoch"], snapshot.epoch_of(start)  # a dead attempt's checkpoint: its epochs cost what ours did
-    return seconds * until / max(1, until - begun)
+    return float(seconds * until / max(1, until - begun))

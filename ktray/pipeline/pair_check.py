@@ -122,19 +122,19 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             instead="Use clusters, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
         )
     for index, spec in enumerate(pair.evals):
-        where = f"evals.{index}"  # type: ignore[arg-type]
+        where = f"evals.{index}"
         module = plugins.module_of("evaluation", spec)
         if module.NEEDS_LABELS and target.train.labels is None:
             raise UserError(
-                f"the evaluation {spec.kind!r} needs labels, and the target data has none",  # type: ignore[attr-defined]
+                f"the evaluation {spec.kind!r} needs labels, and the target data has none",
                 where=where,
                 instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
         if spec.split not in split_rows(target, pair.data.target.split):  # type: ignore[attr-defined]
             right = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
-            split = spec.split  # type: ignore[attr-defined]
+            split = spec.split
             raise UserError(f"the target data has no {split} split", where=where, instead=right[split])
-        if spec.of == "teacher" and pair.teacher is None:  # type: ignore[attr-defined]
+        if spec.of == "teacher" and pair.teacher is None:
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
 
 
@@ -231,10 +231,10 @@ def _layers(pair: PairSpec) -> None:
     if hasattr(teacher, "backbone"):
         networks.append(("teacher.layer", teacher.backbone, teacher.layer))
     for index, spec in enumerate(pair.evals):
-        if spec.of == "student":  # type: ignore[attr-defined]
-            networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))  # type: ignore[attr-defined]
+        if spec.of == "student":
+            networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))
         elif hasattr(teacher, "backbone"):
-            networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))  # type: ignore[attr-defined]
+            networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))
     for where, backbone, layer in networks:
         names = _layer_names(backbone)
         if layer is not None and layer not in names:

@@ -76,7 +76,7 @@ def _node_problems(root: Path) -> list[str]:
 
 def alive_nodes() -> set[str]:
     """IDs of the nodes that Ray takes to be alive."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _answers(probe: Path) -> dict[str, Mapping[str, str]]:

@@ -39,7 +39,8 @@ def untrained_backbone(backbone_spec: Any, seed: int) -> nn.Module:
     """An untrained backbone whose weights depend on `seed` alone; the caller's random stream is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "weights"))
-        return plugins.module_of("backbone", backbone_spec).build(backbone_spec)
+        backbone: nn.Module = plugins.module_of("backbone", backbone_spec).build(backbone_spec)
+        return backbone
 
 
 def learning_rate(schedule: Schedule, position: float) -> float:

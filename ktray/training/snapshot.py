@@ -59,7 +59,7 @@ def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         if key != "step":  # which stays on the CPU; the others go where and as their parameter lies
             saved = torch.empty_like(parameter, requires_grad=False).copy_(saved)
         optimizer.state[parameter][key] = saved
-    history = parquet.read_table(directory / "history.parquet").to_pylist()
+    history: list[dict[str, Any]] = parquet.read_table(directory / "history.parquet").to_pylist()
     epoch = json.loads((directory / "state.json").read_text())["epoch"]
     if epoch != len(history):
         raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {len(history)} epochs")
