@@ -88,7 +88,7 @@ def test_the_key_of_a_teacher_knows_the_tools_that_its_settings_come_from():
     assert {"distortions", "colour", "pretext.simclr"} <= set(revisions("teacher", **teacher("simclr")))
     assert {"distortions", "colour", "pretext.byol"} <= set(revisions("teacher", **teacher("byol")))
     bag = {"descriptor": {"kind": "bag_of_hog"}}
-    assert {"descriptors.hog", "descriptors.bag_of_hog"} <= set(revisions("teacher", **bag))
+    assert {"descriptor.hog", "descriptor.bag_of_hog"} <= set(revisions("teacher", **bag))
 
 
 def test_the_report_says_that_a_supervised_teacher_saw_labels():
