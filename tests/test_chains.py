@@ -26,7 +26,7 @@ from ktray.search.space_check import checked
 from ktray.search.study import Study
 from ktray.spec import PairSpec, StudentTeacher
 from ktray.stores.file import FileStore
-from ktray.training import loop
+from ktray.training import loop, snapshot
 from tests import reports
 from tests.searches import Home, toy_space
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair, toy_spec
@@ -274,7 +274,7 @@ def test_three_generations_run_and_reuse_what_the_first_two_left(tmp_path: Path,
     directory = tmp_path / "home" / "store"
     pair = PairSpec.model_validate(third)
     teacher = loop.untrained_backbone(pair.teacher.backbone, 0)  # type: ignore[union-attr]
-    loop.load_backbone(teacher, directory / two["keys"]["student"])
+    snapshot.load_backbone(teacher, directory / two["keys"]["student"])
     images = np.load(next(directory.glob("images-*")) / "train.npy", allow_pickle=False)[:8]
     expected = extraction.layer_extractor(teacher, "conv4", pair.teacher.pool)  # type: ignore[union-attr]
     found = extraction.load(directory / three["keys"]["features"])[:8]

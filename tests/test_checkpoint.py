@@ -24,7 +24,7 @@ from ktray.pool import StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.spec import Student
 from ktray.stores.file import FileStore
-from ktray.training import loop, pretrained
+from ktray.training import loop, pretrained, snapshot
 from tests.toys import ROTATION, STUDENT, toy_pair
 
 torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def weights() -> dict[str, torch.Tensor]:
 def adopted(tensors: dict[str, torch.Tensor], folder: Path, backbone=ALEXNET) -> dict[str, torch.Tensor]:
     """What a snapshot holds that was made of these tensors."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "weights.safetensors")
-    loop.import_weights(backbone, folder / "weights.safetensors", folder / "out")
+    pretrained.import_weights(backbone, folder / "weights.safetensors", folder / "out")
     return load_file(folder / "out" / "weights.safetensors")
 
 
@@ -99,17 +99,17 @@ def test_weights_that_are_not_finite_are_refused(value, weights, tmp_path):
 def test_a_file_without_named_tensors_is_refused(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no named tensors"):
-        loop.import_weights(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
+        pretrained.import_weights(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"neither model\.safetensors nor weights\.safetensors"):
-        loop.import_weights(ALEXNET, tmp_path / "empty", tmp_path / "out")
+        pretrained.import_weights(ALEXNET, tmp_path / "empty", tmp_path / "out")
 
 
 def test_an_exported_student_is_a_checkpoint_by_its_folder(tmp_path):
     folder = exported(tmp_path)
-    loop.import_weights(ALEXNET, folder, tmp_path / "out")
+    pretrained.import_weights(ALEXNET, folder, tmp_path / "out")
     loaded = loop.untrained_backbone(ALEXNET, 0)
-    loop.load_backbone(loaded, tmp_path / "out")
+    snapshot.load_backbone(loaded, tmp_path / "out")
     expected = student_files.load_student(folder).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in loaded.state_dict().items())
 
@@ -117,7 +117,7 @@ def test_an_exported_student_is_a_checkpoint_by_its_folder(tmp_path):
 def test_an_exported_student_of_another_architecture_says_what_it_is(tmp_path):
     folder = exported(tmp_path, plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}))
     with pytest.raises(UserError, match=r"'kind': 'alexnet'.*'width': 0\.25"):
-        loop.import_weights(ALEXNET, folder, tmp_path / "out")
+        pretrained.import_weights(ALEXNET, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "student.json"])
@@ -127,7 +127,7 @@ def test_a_damaged_student_is_never_a_teacher(file, tmp_path):
     content[-3] ^= 1
     (folder / file).write_bytes(content)
     with pytest.raises(UserError, match=f"damaged: {file}"):
-        loop.import_weights(ALEXNET, folder, tmp_path / "out")
+        pretrained.import_weights(ALEXNET, folder, tmp_path / "out")
 
 
 def test_a_folder_and_the_file_in_it_are_the_same_teacher(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,8 @@ def places_seen(count=200, size=96, **fields):
 
 
 def test_the_geometry_at_398_pixels_is_the_released_one_and_fits_at_every_size():
-    assert context.geometry(398, 48, 7) == context.Geometry(side=398, patch=96, gap=48, jitter=7)
-    assert context.geometry(32, 48, 7) == context.Geometry(side=48, patch=12, gap=5, jitter=1)
+    assert asdict(context.geometry(398, 48, 7)) == dict(side=398, patch=96, gap=48, jitter=7)
+    assert asdict(context.geometry(32, 48, 7)) == dict(side=48, patch=12, gap=5, jitter=1)
     for size in range(8, 400):
         sizes = context.geometry(size, 48, 7)
         assert sizes.gap > 0
@@ -83,7 +85,7 @@ def test_patches_keep_one_colour_channel_or_lose_the_green_magenta_axis():
 
 
 def test_the_head_pairs_each_neighbour_with_the_centre_of_its_own_image():
-    head = context.Head(4, 8, 9)
+    head = context.task(context.Spec(hidden=8), 48).head(4)
     features = torch.randn(18, 4)
     changed = features.clone()
     changed[3] += 1  # the third neighbour of the first image

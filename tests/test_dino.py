@@ -13,7 +13,7 @@ from ktray.ops.colour import Jitter
 from ktray.ops.distortions import Distortions
 from ktray.pretext import dino
 from ktray.spec import Schedule
-from ktray.training import loop
+from ktray.training import loop, snapshot
 from tests.networks import BACKBONE, model_of
 from tests.toy_images import toy_images
 
@@ -133,7 +133,7 @@ def test_dino_in_segments_equals_dino_at_once_because_snapshots_hold_target_and_
     weights = load_file(tmp_path / "whole" / "weights.safetensors")
     assert weights["head.centre"].abs().max() > 0
     assert "head.target.projector.answers" in weights
-    loop.load_backbone(loop.untrained_backbone(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
+    snapshot.load_backbone(loop.untrained_backbone(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
 
 
 def test_a_network_learns_to_match_its_moving_average_without_collapsing(tmp_path):

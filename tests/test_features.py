@@ -15,7 +15,7 @@ from ktray.features import extraction
 from ktray.features.layers import layers_extractor
 from ktray.ops import augmentation
 from ktray.pool import LocalPool
-from ktray.training import loop
+from ktray.training import loop, snapshot
 from tests.pools import ShuffledPool
 from tests.toy_images import toy_images
 
@@ -36,7 +36,7 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    loop.write_untrained(loop.untrained_backbone(ALEXNET, 0), tmp_path / "weights")
+    snapshot.write_untrained(loop.untrained_backbone(ALEXNET, 0), tmp_path / "weights")
     return tmp_path / "weights"
 
 
@@ -160,7 +160,7 @@ def test_features_that_are_not_finite_name_their_first_image(tmp_path: Path) -> 
     network = loop.untrained_backbone(ALEXNET, 0)
     with torch.no_grad():
         network.conv3[1].bias[0] = torch.nan
-    loop.write_untrained(network, tmp_path / "nan")
+    snapshot.write_untrained(network, tmp_path / "nan")
     with pytest.raises(ValueError, match=r"of 4 images .* not finite, the first is image 0 \(0000.png\)"):
         extraction.extract_all(extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(), tmp_path / "nan"), toy_images(4))
 
@@ -169,7 +169,7 @@ def test_features_too_large_for_float16_are_refused_rather_than_infinite(tmp_pat
     network = loop.untrained_backbone(ALEXNET, 0)
     with torch.no_grad():
         network.conv3[1].bias[0] = 1e5
-    loop.write_untrained(network, tmp_path / "large")
+    snapshot.write_untrained(network, tmp_path / "large")
     written(tmp_path, "full", source(tmp_path, tmp_path / "large"))
     with pytest.raises(ValueError, match="float16 that are not finite"):
         written(tmp_path, "half", source(tmp_path, tmp_path / "large", dtype="float16"))
@@ -186,7 +186,7 @@ VIEWS = {
 @pytest.mark.parametrize("network", VIEWS)
 def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tmp_path: Path, network: str, dtype: str) -> None:
     backbone, views = VIEWS[network]
-    loop.write_untrained(loop.untrained_backbone(backbone, 0), tmp_path / "network")
+    snapshot.write_untrained(loop.untrained_backbone(backbone, 0), tmp_path / "network")
     base = source(tmp_path, tmp_path / "network", dtype=dtype)
     sources = [{**base, "view": extraction.network_view(backbone, layer, spec.Pooling(grid=grid))} for layer, grid in views]
     outs = [tmp_path / f"together-{number}" for number in range(len(sources))]

@@ -1,4 +1,4 @@
-"""k-means is scikit-learn's Lloyd, and gives the same bits whoever computes it."""
+"""k-means agrees with scikit-learn and faiss, and is bitwise identical for any number of workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from ktray.clustering import kmeans, lloyd, projection
+from ktray.clustering import kmeans, projection
 from ktray.pool import LocalPool
 from tests.pools import ShuffledPool
 
@@ -35,43 +35,43 @@ def fit(shards: list[Path], k: int, *, seed: int = 0, iterations: int = 100, poo
 
 
 @pytest.mark.parametrize("project", [False, True])
-def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path, project: bool) -> None:
+def test_results_are_bitwise_identical_for_any_number_of_workers(tmp_path: Path, project: bool) -> None:
     shards = write(tmp_path, mixture())
     fitted = projection.fit(shards, l2=True, pca=8, whiten=True, l2_after=False, pool=LocalPool()) if project else {}
-    alone = fit(shards, 30, project=fitted)
+    reference = fit(shards, 30, project=fitted)
     for workers in (1, 2, 3, 7, 50):
-        together = fit(shards, 30, project=fitted, pool=ShuffledPool(workers))
-        assert together.centroids.tobytes() == alone.centroids.tobytes()
-        assert (together.inertia, together.empty) == (alone.inertia, alone.empty)
-        assert (together.sizes == alone.sizes).all()
+        parallel = fit(shards, 30, project=fitted, pool=ShuffledPool(workers))
+        assert parallel.centroids.tobytes() == reference.centroids.tobytes()
+        assert (parallel.inertia, parallel.empty) == (reference.inertia, reference.empty)
+        assert (parallel.sizes == reference.sizes).all()
 
 
-def test_a_worker_without_memory_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_a_cache_gives_bitwise_identical_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = write(tmp_path, mixture())
-    remembered = fit(shards, 30)
-    change = lloyd.sum_change
+    cached = fit(shards, 30)
+    change = kmeans._sum_change
 
-    def forgetful(group, shared):
-        lloyd.release_cache(0, shared[0].key)
+    def without_cache(group, shared):
+        kmeans._release_cache(0, shared[0].key)
         return change(group, shared)
 
-    monkeypatch.setattr(lloyd, "CACHE_BYTES", 0)
-    monkeypatch.setattr(lloyd, "sum_change", forgetful)
-    forgotten = fit(shards, 30)
-    assert forgotten.centroids.tobytes() == remembered.centroids.tobytes()
-    assert forgotten.inertia == remembered.inertia
+    monkeypatch.setattr(kmeans, "CACHE_BYTES", 0)
+    monkeypatch.setattr(kmeans, "_sum_change", without_cache)
+    uncached = fit(shards, 30)
+    assert uncached.centroids.tobytes() == cached.centroids.tobytes()
+    assert uncached.inertia == cached.inertia
 
 
-def test_two_fits_that_share_a_worker_do_not_mix(tmp_path: Path) -> None:
+def test_two_fits_on_one_worker_do_not_interfere(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", mixture(seed=1)), write(tmp_path / "two", mixture(seed=2))
-    alone = fit(one, 20)
+    reference = fit(one, 20)
     during = []
     mixed = fit(one, 20, on_iteration=lambda *_: during.append(fit(two, 20, iterations=1)))
-    assert mixed.centroids.tobytes() == alone.centroids.tobytes()
+    assert mixed.centroids.tobytes() == reference.centroids.tobytes()
     assert len({each.centroids.tobytes() for each in during}) == 1
 
 
-def test_it_is_lloyd_of_scikit_learn_from_the_same_rows(tmp_path: Path) -> None:
+def test_centroids_agree_with_scikit_learn_from_the_same_initial_rows(tmp_path: Path) -> None:
     rows = mixture()
     ours = fit(write(tmp_path, rows), 30, iterations=300)
     start = rows[kmeans.seed_rows(len(rows), 30, 0)]
@@ -83,7 +83,7 @@ def test_it_is_lloyd_of_scikit_learn_from_the_same_rows(tmp_path: Path) -> None:
     assert (ours.sizes == np.bincount(theirs.labels_, minlength=30)).all()
 
 
-def test_inertia_per_iteration_is_that_of_faiss(tmp_path: Path) -> None:
+def test_inertia_of_every_iteration_agrees_with_faiss(tmp_path: Path) -> None:
     rows = mixture()
     ours = fit(write(tmp_path, rows), 30, iterations=10)
     theirs = faiss.Kmeans(20, 30, niter=10, min_points_per_centroid=1, max_points_per_centroid=10**6)
@@ -104,14 +104,14 @@ def test_sizes_and_inertia_belong_to_the_returned_centroids(tmp_path: Path) -> N
         assert len(found.inertia) == found.iterations + 1
 
 
-def test_a_constant_far_away_changes_nothing_but_the_place(tmp_path: Path) -> None:
-    rows = np.round(mixture() * 512) / 512  # exact also beside 8,000, where the plain expansion has errors of 30
+def test_a_large_constant_offset_does_not_change_the_clusters(tmp_path: Path) -> None:
+    rows = np.round(mixture() * 512) / 512  # still exact after adding 8,000, where the plain expansion has errors of 30
     near, far = fit(write(tmp_path / "near", rows), 30), fit(write(tmp_path / "far", rows + np.float32(8_000)), 30)
     assert far.inertia == pytest.approx(near.inertia, rel=1e-4)
     assert (far.sizes == near.sizes).all()
 
 
-def test_float16_shards_are_read_as_what_they_hold(tmp_path: Path) -> None:
+def test_float16_shards_give_the_same_result_as_their_values_in_float32(tmp_path: Path) -> None:
     half = mixture().astype(np.float16)
     stored, widened = fit(write(tmp_path / "half", half), 10), fit(write(tmp_path / "wide", half.astype(np.float32)), 10)
     assert stored.centroids.tobytes() == widened.centroids.tobytes()
@@ -137,11 +137,11 @@ def test_the_nearest_centroids_do_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("width", [1, 6, 130])
 def test_rows_between_two_centroids_get_the_nearest_in_float64(width: int) -> None:
-    """Here float32 cannot say which is nearest: midpoints, some of them moved by the last bit of one value."""
+    """float32 cannot decide these: midpoints, some of them moved by the last bit of one value."""
     rng = np.random.default_rng(width)
     centroids = np.round(rng.normal(size=(90, width)) * 64).astype(np.float32) / 64 + 100
     centroids[70:80] = centroids[:10]
-    centroids[80] = 1e6  # an outlier does not hide the others
+    centroids[80] = 1e6  # an outlier must not affect the others
     rows = (centroids[rng.integers(0, 70, 2000)] + centroids[rng.integers(0, 70, 2000)]) / 2
     rows[::3, 0] = np.nextafter(rows[::3, 0], np.float32(0))
     squared = np.stack([np.square(row.astype(np.float64) - centroids).sum(axis=1) for row in rows])
@@ -155,7 +155,7 @@ def test_rows_between_two_centroids_get_the_nearest_in_float64(width: int) -> No
         assert (distances == np.take_along_axis(squared, order[:, :count], axis=1).astype(np.float32)).all()
 
 
-def test_labels_are_the_nearest_centroid_and_the_first_of_equals() -> None:
+def test_labels_are_the_nearest_centroid_and_ties_go_to_the_first() -> None:
     rows, centroids = mixture(500, 6), mixture(50, 6, seed=3)
     squared = ((rows[:, None].astype(np.float64) - centroids[None]) ** 2).sum(2)
     labels, distances = kmeans.assign(rows, centroids)
@@ -166,7 +166,7 @@ def test_labels_are_the_nearest_centroid_and_the_first_of_equals() -> None:
 
 
 def test_an_empty_cluster_takes_the_farthest_row(tmp_path: Path) -> None:
-    """Two seeds of equal rows leave the second without a row; the far one at 100 is nobody's centroid."""
+    """Two equal initial rows leave the second cluster empty; the far row at 100 is not an initial row."""
     rows = np.array([[0.0], [0.0], [0.0], [1.0], [100.0], [0.5]], np.float32)
     seed = next(s for s in range(100) if set(kmeans.seed_rows(6, 3, s)) == {0, 1, 3})
     found = fit(write(tmp_path, rows, 2), 3, seed=seed)
@@ -176,7 +176,7 @@ def test_an_empty_cluster_takes_the_farthest_row(tmp_path: Path) -> None:
     assert sorted(found.sizes) == [1, 1, 4] or sorted(found.sizes) == [1, 2, 3]
 
 
-def test_every_cluster_is_filled_where_rows_are_repeated(tmp_path: Path) -> None:
+def test_no_cluster_stays_empty_when_rows_are_repeated(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
     rows = np.repeat(values, 25, axis=0)
     for seed in range(5):
@@ -198,7 +198,7 @@ def test_every_cluster_is_filled_where_rows_are_repeated(tmp_path: Path) -> None
         (np.where(np.arange(30).reshape(10, 3) == 13, np.nan, 1.0).astype(np.float32), 2, "not finite.* row 0"),
     ],
 )
-def test_what_cannot_be_clustered_is_refused(tmp_path: Path, rows: NDArray, k: int, message: str) -> None:
+def test_invalid_inputs_are_refused(tmp_path: Path, rows: NDArray, k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(write(tmp_path, rows, 4), k)
 
@@ -211,7 +211,7 @@ def test_seeds_are_distinct_rows_that_depend_on_the_seed_and_on_n() -> None:
     assert sorted(kmeans.seed_rows(7, 7, 0)) == list(range(7))
 
 
-def test_progress_is_told_after_every_assignment(tmp_path: Path) -> None:
-    told: list[tuple[int, float]] = []
-    found = fit(write(tmp_path, mixture()), 5, iterations=4, on_iteration=lambda *each: told.append(each))
-    assert told == list(enumerate(found.inertia))
+def test_on_iteration_is_called_after_every_assignment(tmp_path: Path) -> None:
+    calls: list[tuple[int, float]] = []
+    found = fit(write(tmp_path, mixture()), 5, iterations=4, on_iteration=lambda *call: calls.append(call))
+    assert calls == list(enumerate(found.inertia))

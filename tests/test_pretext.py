@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_too_many_far_permutations_are_refused():
 
 
 def test_the_geometry_at_255_pixels_is_the_released_one():
-    assert jigsaw_pp.geometry(255, 18) == jigsaw_pp.Geometry(side=255, cell=85, tile=64, gap=18, channel=2)
+    assert asdict(jigsaw_pp.geometry(255, 18)) == dict(side=255, cell=85, tile=64, gap=18, channel=2)
     assert jigsaw_pp.geometry(256, 18) == jigsaw_pp.geometry(255, 18)
 
 

@@ -70,15 +70,16 @@ def test_targets_are_the_class_and_the_level_of_each_cell():
 
 
 def test_the_head_reads_colours_from_lightness_and_lightness_from_colours():
-    head = split_brain.Head(5, 8, 2, 7, 3).eval()
+    task, _, _ = batch_of(photographs(1), grid=2, bin=40, levels=3)
+    head, colours = task.head(5).eval(), len(gamut.gamut_bins(40))
     features = torch.randn(6, 5)
     before = head(features)
-    assert before.shape == (3, 10, 4)
+    assert before.shape == (3, colours + 3, 4)
     changed = features.clone()
     changed[2] += 1  # the lightness of the second image
     differs = (head(changed) != before).any(dim=2)
-    assert differs[1, :7].any()
-    assert not differs[1, 7:].any()
+    assert differs[1, :colours].any()
+    assert not differs[1, colours:].any()
     assert not differs[[0, 2]].any()
 
 

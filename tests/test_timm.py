@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.training import loop
+from ktray.training import loop, pretrained, snapshot
 
 torch.set_num_threads(1)
 
@@ -39,9 +39,9 @@ def test_features_and_weights_are_timms_and_layers_are_maps(model, image, layers
     torch.manual_seed(0)
     oracle = timm.create_model(model, num_classes=3, **({"img_size": image} if image else {})).eval()
     save_file({name: tensor.contiguous() for name, tensor in oracle.state_dict().items()}, tmp_path / "timm.safetensors")
-    loop.import_weights(spec(model, image=image), tmp_path / "timm.safetensors", tmp_path / "out")
+    pretrained.import_weights(spec(model, image=image), tmp_path / "timm.safetensors", tmp_path / "out")
     backbone = loop.untrained_backbone(spec(model, image=image), 1).eval()
-    loop.load_backbone(backbone, tmp_path / "out")
+    snapshot.load_backbone(backbone, tmp_path / "out")
     seen = []
     backbone.get_submodule(layers[-1]).register_forward_hook(lambda module, inputs, output: seen.append(output))
     pixels = torch.randn(2, 3, 64, 64)

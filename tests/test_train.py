@@ -14,7 +14,7 @@ from torch import nn
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.spec import Augment, Schedule
-from ktray.training import classification, loop
+from ktray.training import classification, loop, pretrained, snapshot
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -248,11 +248,13 @@ def test_impossible_trainings_are_refused(tmp_path):
 def test_load_takes_the_backbone_of_a_snapshot_and_refuses_that_of_another_network(tmp_path):
     run(tmp_path, 1)
     backbone = loop.untrained_backbone(BACKBONE, 99)
-    loop.load_backbone(backbone, tmp_path)
+    snapshot.load_backbone(backbone, tmp_path)
     saved = load_file(tmp_path / "weights.safetensors")
     assert all(torch.equal(saved[f"backbone.{name}"], tensor) for name, tensor in backbone.state_dict().items())
     with pytest.raises(RuntimeError, match="conv1"):
-        loop.load_backbone(loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}), 0), tmp_path)
+        snapshot.load_backbone(
+            loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}), 0), tmp_path
+        )
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
@@ -266,9 +268,9 @@ def test_weights_of_torchvision_are_adopted_without_their_classifier(tmp_path, e
     else:
         save_file(oracle.state_dict(), file)
     spec = plugins.parse("backbone", {"kind": "resnet", "form": "full"})
-    assert loop.import_weights(spec, file, tmp_path / "out") == sum(p.numel() for p in oracle.parameters()) - 512 * 7 - 7
+    assert pretrained.import_weights(spec, file, tmp_path / "out") == sum(p.numel() for p in oracle.parameters()) - 512 * 7 - 7
     backbone = loop.untrained_backbone(spec, 0).eval()
-    loop.load_backbone(backbone, tmp_path / "out")
+    snapshot.load_backbone(backbone, tmp_path / "out")
     pixels = torch.randn(2, 3, 64, 64)
     assert torch.allclose(oracle.fc(backbone(pixels)), oracle(pixels), atol=1e-5)
 
@@ -276,16 +278,16 @@ def test_weights_of_torchvision_are_adopted_without_their_classifier(tmp_path, e
 def test_a_checkpoint_that_is_missing_foreign_or_executable_is_a_user_error(tmp_path):
     spec = plugins.parse("backbone", "alexnet")
     with pytest.raises(UserError, match=r"no file absent\.pth"):
-        loop.import_weights(spec, tmp_path / "absent.pth", tmp_path / "out")
+        pretrained.import_weights(spec, tmp_path / "absent.pth", tmp_path / "out")
     save_file({"conv1.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.safetensors")
     with pytest.raises(UserError, match=r"has no conv1\.1\.weight of shape \(64,\)"):
-        loop.import_weights(spec, tmp_path / "part.safetensors", tmp_path / "out")
+        pretrained.import_weights(spec, tmp_path / "part.safetensors", tmp_path / "out")
     torch.save({"state_dict": threading.Thread}, tmp_path / "object.pth")
     with pytest.raises(UserError, match="more or other than tensors"):
-        loop.import_weights(spec, tmp_path / "object.pth", tmp_path / "out")
+        pretrained.import_weights(spec, tmp_path / "object.pth", tmp_path / "out")
     (tmp_path / "text.safetensors").write_text("not tensors")
     with pytest.raises(UserError, match="more or other than tensors"):
-        loop.import_weights(spec, tmp_path / "text.safetensors", tmp_path / "out")
+        pretrained.import_weights(spec, tmp_path / "text.safetensors", tmp_path / "out")
 
 
 def test_bfloat16_trains_in_segments_too_and_stays_near_float32(tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ktray.pretext import byol, simclr
 from ktray.spec import Schedule
-from ktray.training import loop
+from ktray.training import loop, snapshot
 from tests.networks import BACKBONE, model_of
 from tests.toy_images import toy_images
 
@@ -128,7 +128,7 @@ def test_byol_in_segments_equals_byol_at_once_because_snapshots_hold_the_target(
     buffers = load_file(tmp_path / "whole" / "optimizer.safetensors")
     assert not any(".target." in name for name in buffers)
     assert json.loads((tmp_path / "whole" / "state.json").read_text()) == {"epoch": 2}
-    loop.load_backbone(loop.untrained_backbone(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
+    snapshot.load_backbone(loop.untrained_backbone(BACKBONE, 1), tmp_path / "whole")  # the backbone alone, strictly
 
 
 def test_both_learn_from_views_alone(tmp_path):

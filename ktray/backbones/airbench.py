@@ -38,7 +38,7 @@ class Spec(StrictSpec):
     )
 
 
-class Airbench(nn.Module):
+class _Airbench(nn.Module):
     """A first layer and three blocks in sequence."""
 
     layers = ("first", "block1", "block2", "block3")
@@ -85,4 +85,4 @@ def _opponent_cosines() -> Tensor:
 
 def build(spec: Spec) -> nn.Module:
     """The network with random initial weights from the global generator; images of at least 9 px."""
-    return Airbench(spec.width)
+    return _Airbench(spec.width)

@@ -56,7 +56,7 @@ class Spec(StrictSpec):
     )
 
 
-class AlexNet(nn.Module):
+class _AlexNet(nn.Module):
     """Convolutions as named blocks that end in ReLU, so that a layer's output is taken before pooling."""
 
     layers = ("conv1", "conv2", "conv3", "conv4", "conv5")
@@ -95,4 +95,4 @@ def build(spec: Spec) -> nn.Module:
 
     "small" takes images of at least 8 px, "full" and "grouped" 63 px, "grouped_stride2" 35 px.
     """
-    return AlexNet(spec.form, spec.width)
+    return _AlexNet(spec.form, spec.width)

@@ -36,7 +36,7 @@ class Spec(StrictSpec):
     )
 
 
-class ConvNeXt(nn.Module):
+class _ConvNeXt(nn.Module):
     """torchvision's stem, stages and downsamplings in sequence; an identity module at the end of each stage names the layer."""
 
     layers = ("stage1", "stage2", "stage3", "stage4")
@@ -77,7 +77,7 @@ def build(spec: Spec) -> nn.Module:
         nn.init.trunc_normal_(stem.weight, std=0.02)
         nn.init.zeros_(stem.bias)  # type: ignore[arg-type]
         model.features[0][0] = stem
-    return ConvNeXt(model)
+    return _ConvNeXt(model)
 
 
 def in_torchvision(spec: Spec) -> str | None:

@@ -31,7 +31,7 @@ class Spec(StrictSpec):
     )
 
 
-class MobileNetV3(nn.Module):
+class _MobileNetV3(nn.Module):
     """torchvision's blocks in sequence; an identity module at the end of each stage names the layer.
 
     Args:
@@ -67,7 +67,7 @@ def build(spec: Spec) -> nn.Module:
     if spec.form == "small":
         for _, convolution in strided[:2]:
             convolution.stride = (1, 1)
-    return MobileNetV3(features, [index for index, _ in strided])
+    return _MobileNetV3(features, [index for index, _ in strided])
 
 
 def in_torchvision(spec: Spec) -> str | None:

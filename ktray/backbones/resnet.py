@@ -37,7 +37,7 @@ class Spec(StrictSpec):
     )
 
 
-class ResNet(nn.Module):
+class _ResNet(nn.Module):
     """torchvision's residual blocks between a stem of either form and global average pooling.
 
     Args:
@@ -83,7 +83,7 @@ def build(spec: Spec) -> nn.Module:
     from torchvision.models import resnet
 
     name, counts = _BLOCKS[spec.depth]
-    return ResNet(getattr(resnet, name), counts, spec.form, spec.width)
+    return _ResNet(getattr(resnet, name), counts, spec.form, spec.width)
 
 
 def in_torchvision(spec: Spec) -> str | None:

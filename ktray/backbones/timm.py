@@ -28,7 +28,7 @@ class Spec(StrictSpec):
     image: int | None = Field(default=None, ge=8, le=1024, description="side in pixels, for models with a fixed image size")
 
 
-class Timm(nn.Module):
+class _Timm(nn.Module):
     """A timm model; an identity module for each of its feature levels names the layer."""
 
     def __init__(self, model: Any, levels: tuple[str, ...]) -> None:
@@ -72,4 +72,4 @@ def build(spec: Spec) -> nn.Module:
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
         raise UserError(f"the timm model {spec.model} has no feature levels", "backbone.model", "Choose another model.")
     levels = tuple(str(level["module"]).replace(".", "_") for level in model.feature_info)
-    return Timm(model, levels)
+    return _Timm(model, levels)

@@ -39,7 +39,7 @@ class Spec(StrictSpec):
     )
 
 
-class Vgg(nn.Module):
+class _Vgg(nn.Module):
     """The convolutions, numbered as in torchvision; an identity module at the end of each block names the layer."""
 
     layers = ("block1", "block2", "block3", "block4", "block5")
@@ -78,7 +78,7 @@ def build(spec: Spec) -> nn.Module:
 
     Images have at least 8 px in "small" and 32 px in "full".
     """
-    return Vgg(spec)
+    return _Vgg(spec)
 
 
 def in_torchvision(spec: Spec) -> str | None:

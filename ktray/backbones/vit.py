@@ -47,7 +47,7 @@ class Spec(StrictSpec):
         return self
 
 
-class VisionTransformer(nn.Module):
+class _VisionTransformer(nn.Module):
     """torchvision's encoder blocks; an identity module after each names its map of patches."""
 
     layers = tuple(f"block{number}" for number in range(1, BLOCKS + 1))
@@ -100,7 +100,7 @@ def build(spec: Spec) -> nn.Module:
 
     Images have at least one patch; what exceeds whole patches at the edge is ignored.
     """
-    return VisionTransformer(spec)
+    return _VisionTransformer(spec)
 
 
 def in_torchvision(spec: Spec) -> str | None:

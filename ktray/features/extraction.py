@@ -35,7 +35,7 @@ from ktray.spec import (
     TeacherSpec,
     TrainedTeacher,
 )
-from ktray.training import loop
+from ktray.training import snapshot
 
 IDENTITY, REVISION = "feature_extraction", 1
 TOOLS = (augmentation,)
@@ -79,7 +79,7 @@ def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
             f"the {backbone.kind} has no weights; features of an untrained network are the descriptor random_network"
         )
     network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
-    loop.load_backbone(network, weights)
+    snapshot.load_backbone(network, weights)
     return network
 
 

@@ -37,7 +37,7 @@ class Spec(StrictSpec):
     second: Distortions = Distortions(solarise=0.2)
 
 
-class Head(nn.Module):
+class _Head(nn.Module):
     """Projector and predictor; `moving_average.prepare` adds `target`, the moving average of backbone and projector."""
 
     target: nn.ModuleDict
@@ -67,7 +67,7 @@ def task(spec: Spec, size: int) -> Task:
         return torch.stack(views, dim=1).flatten(0, 1), torch.arange(len(images), device=images.device)
 
     return Task(
-        head=lambda width: Head(width, spec.hidden, spec.width),
+        head=lambda width: _Head(width, spec.hidden, spec.width),
         batch=batch,
         loss=lambda outputs, targets: regression(*outputs.chunk(2, dim=1)),
         after_step=lambda model: moving_average.update(model, spec.decay),
@@ -79,7 +79,7 @@ def task(spec: Spec, size: int) -> Task:
 
 def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
     """(M, 3, h, w) -> (M, 2 * out): the network's predictions, then the target's projections of the same inputs."""
-    head = cast(Head, model["head"])
+    head = cast(_Head, model["head"])
     prediction, _ = head(model["backbone"](inputs)).chunk(2, dim=1)
     return torch.cat([prediction, moving_average.target_projection(model, inputs)], dim=1)
 

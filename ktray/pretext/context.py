@@ -52,7 +52,7 @@ class Spec(StrictSpec):
 
 
 @dataclass(frozen=True)
-class Geometry:
+class _Geometry:
     """Sizes in pixels: the square that holds the grid, the patches, the gaps between them, the largest shift of a patch."""
 
     side: int
@@ -61,12 +61,12 @@ class Geometry:
     jitter: int
 
 
-def geometry(size: int, gap: int, jitter: int) -> Geometry:
+def geometry(size: int, gap: int, jitter: int) -> _Geometry:
     """The released geometry scaled to images of side `size`; `gap` and `jitter` as in Spec."""
     side = max(48, size)
     scale = side / (3 * 96 + 2 * 48 + 2 * 7)
     patch, shift = 2 * round(48 * scale), round(jitter * scale)
-    return Geometry(side, patch, min(round(gap * scale), (side - 3 * patch - 2 * shift) // 2), shift)
+    return _Geometry(side, patch, min(round(gap * scale), (side - 3 * patch - 2 * shift) // 2), shift)
 
 
 def task(spec: Spec, size: int) -> Task:
@@ -91,14 +91,14 @@ def task(spec: Spec, size: int) -> Task:
         return patches.standardise(cut), targets.to(images.device)
 
     return Task(
-        head=lambda width: Head(width, spec.hidden, 9 if spec.pairs == "all" else 2),
+        head=lambda width: _Head(width, spec.hidden, 9 if spec.pairs == "all" else 2),
         batch=batch,
         loss=cross_entropy,
         mean_over_images=True,
     )
 
 
-def corners(positions: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
+def corners(positions: Tensor, sizes: _Geometry, generator: torch.Generator) -> Tensor:
     """The top-left corner of every patch, as (row, column).
 
     Args:
@@ -129,7 +129,7 @@ def drop_channels(cut: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(own, channel - mean, spread * noise)
 
 
-class Head(nn.Module):
+class _Head(nn.Module):
     """(M, D) features, M = B * patches with the centre first, -> (B * (patches - 1), 8) logits."""
 
     def __init__(self, width: int, hidden: int, patches: int) -> None:

@@ -56,7 +56,7 @@ class Spec(StrictSpec):
     part: Distortions = Distortions(area=0.1, most=0.4, blur=0.5)
 
 
-class Projector(nn.Module):
+class _Projector(nn.Module):
     """A three-layer MLP to a vector of length 1, then its cosine similarity to the weights of each output dimension."""
 
     def __init__(self, width: int, spec: Spec) -> None:
@@ -74,7 +74,7 @@ class Projector(nn.Module):
         return unit @ nn.functional.normalize(self.answers, dim=1).T
 
 
-class Head(nn.Module):
+class _Head(nn.Module):
     """The projector and the centre; `moving_average.prepare` adds `target`, the moving average of backbone and projector."""
 
     target: nn.ModuleDict
@@ -84,7 +84,7 @@ class Head(nn.Module):
     def __init__(self, width: int, spec: Spec) -> None:
         super().__init__()
         self.spec, self.views = spec, _GLOBAL + spec.local
-        self.projector = Projector(width, spec)
+        self.projector = _Projector(width, spec)
         self.register_buffer("centre", torch.zeros(spec.answers))
         self.register_buffer("target_mean", torch.zeros(spec.answers), persistent=False)
 
@@ -115,7 +115,7 @@ def task(spec: Spec, size: int) -> Task:
         return torch.cat([wholes, *parts], dim=1).flatten(0, 1), torch.arange(len(images), device=images.device)
 
     return Task(
-        head=lambda width: Head(width, spec),
+        head=lambda width: _Head(width, spec),
         batch=batch,
         loss=lambda outputs, targets: agreement(*outputs.split([_GLOBAL + spec.local, _GLOBAL], dim=1)),
         after_step=after_step,
@@ -125,8 +125,8 @@ def task(spec: Spec, size: int) -> Task:
 
 
 def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
-    """(B * views, 3, h, w) -> logits (B, views + 2, answers) as from `Head.compared`."""
-    head = cast(Head, model["head"])
+    """(B * views, 3, h, w) -> logits (B, views + 2, answers) as from `_Head.compared`."""
+    head = cast(_Head, model["head"])
     target = moving_average.target_projection(model, inputs.unflatten(0, (-1, head.views))[:, :_GLOBAL].flatten(0, 1))
     head.target_mean.copy_(target.mean(dim=0))
     return head.compared(head.projector(model["backbone"](inputs)), target)
@@ -135,7 +135,7 @@ def forward(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
 @torch.no_grad()
 def after_step(model: nn.ModuleDict) -> None:
     """Move the target towards the network, and the centre towards the target's mean output over the last batch."""
-    head = cast(Head, model["head"])
+    head = cast(_Head, model["head"])
     moving_average.update(model, head.spec.decay)
     head.centre.lerp_(head.target_mean, 1 - head.spec.centre_decay)
 

@@ -55,7 +55,7 @@ class Spec(StrictSpec):
 
 
 @dataclass(frozen=True)
-class Geometry:
+class _Geometry:
     """Sizes in pixels: the square of the puzzle, its cells, its tiles, and the largest shift of a colour channel."""
 
     side: int
@@ -64,11 +64,11 @@ class Geometry:
     shift: int
 
 
-def geometry(size: int, gap: int, shift: int) -> Geometry:
+def geometry(size: int, gap: int, shift: int) -> _Geometry:
     """The paper's geometry scaled to images of side `size`; `gap` and `shift` as in Spec."""
     side = max(48, size - size % 3)
     cell = side // 3
-    return Geometry(side, cell, cell - round(gap * cell / 75), math.ceil(shift * cell / 75))
+    return _Geometry(side, cell, cell - round(gap * cell / 75), math.ceil(shift * cell / 75))
 
 
 def task(spec: Spec, size: int) -> Task:
@@ -121,7 +121,7 @@ def quick(spec: Spec) -> Spec:
     return spec.model_copy(update={"permutations": 2})
 
 
-def corners(cells: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
+def corners(cells: Tensor, sizes: _Geometry, generator: torch.Generator) -> Tensor:
     """The top-left corner of every tile in every colour channel, as (row, column).
 
     Args:

@@ -59,7 +59,7 @@ class Spec(StrictSpec):
 
 
 @dataclass(frozen=True)
-class Geometry:
+class _Geometry:
     """Sizes in pixels: the square, its cells and tiles, the largest offset of a tile and the largest shift of a channel."""
 
     side: int
@@ -69,13 +69,13 @@ class Geometry:
     channel: int
 
 
-def geometry(size: int, gap: int) -> Geometry:
+def geometry(size: int, gap: int) -> _Geometry:
     """The released geometry scaled to images of side `size`; `gap` as in Spec."""
     side = max(48, size - size % 3)
     cell = side // 3
     tile = 2 * round(32 * cell / 85)
     channel = math.ceil(2 * cell / 85)
-    return Geometry(side, cell, tile, min(round(gap * cell / 85), cell - tile - channel), channel)
+    return _Geometry(side, cell, tile, min(round(gap * cell / 85), cell - tile - channel), channel)
 
 
 def task(spec: Spec, size: int) -> Task:
@@ -142,7 +142,7 @@ def mix_channels(squares: Tensor, colours: Tensor) -> Tensor:
     return flat.view(squares.shape)
 
 
-def tiles(squares: Tensor, sources: Tensor, cells: Tensor, sizes: Geometry, generator: torch.Generator) -> Tensor:
+def tiles(squares: Tensor, sources: Tensor, cells: Tensor, sizes: _Geometry, generator: torch.Generator) -> Tensor:
     """The tiles of all puzzles, cut at random offsets and normalised to mean 0 and standard deviation 1.
 
     Args:

@@ -44,7 +44,7 @@ class Spec(StrictSpec):
     augment: Augment = Augment(crop=2, flip=True)
 
 
-class Head(nn.Module):
+class _Head(nn.Module):
     """Two decoders: (2B, D) features, lightness and colours alternating -> (B, Q + levels, cells) logits."""
 
     def __init__(self, width: int, hidden: int, grid: int, colours: int, levels: int) -> None:
@@ -82,7 +82,7 @@ def task(spec: Spec, size: int, images: Images) -> Task:
         return total, {"top1": (colour_top1 + lightness_top1) / 2, "colour": colour_top1, "lightness": lightness_top1}
 
     return Task(
-        head=lambda width: Head(width, spec.hidden, spec.grid, len(colours), spec.levels),
+        head=lambda width: _Head(width, spec.hidden, spec.grid, len(colours), spec.levels),
         batch=batch,
         loss=loss,
         mean_over_images=True,

@@ -19,7 +19,7 @@ from ktray.pool import StageContext
 from ktray.spec import Augment, Student, TransferSpec
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
-from ktray.training import loop
+from ktray.training import loop, snapshot
 from ktray.training.targets import Features, Labels, Targets
 
 IDENTITY, REVISION = "stage.student", 1
@@ -74,7 +74,7 @@ def run(
 
 def _as_drawn(stage: Stage, out: Path) -> dict[str, float]:
     backbone = loop.untrained_backbone(plugins.parse("backbone", stage.spec["backbone"]), stage.spec["seed"])
-    loop.write_untrained(backbone, out)
+    snapshot.write_untrained(backbone, out)
     return {"epoch": 0.0, "parameters": float(sum(p.numel() for p in backbone.parameters()))}
 
 

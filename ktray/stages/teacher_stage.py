@@ -16,7 +16,7 @@ from ktray.pool import StageContext
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, TrainedTeacher
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
-from ktray.training import loop, pretrained
+from ktray.training import pretrained
 
 IDENTITY, REVISION = "stage.teacher", 1
 TOOLS = (training_segment,)
@@ -86,10 +86,10 @@ def run(
 def _adopt(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
     spec = plugins.parse("backbone", stage.spec["backbone"])
     if "snapshot" in inputs:
-        return loop.import_weights(spec, inputs["snapshot"].directory, out)
+        return pretrained.import_weights(spec, inputs["snapshot"].directory, out)
     checkpoint = Path(stage.local["checkpoint"])
     _refuse_another(checkpoint, stage.spec["checkpoint"])
-    parameters = loop.import_weights(spec, checkpoint, out)
+    parameters = pretrained.import_weights(spec, checkpoint, out)
     _refuse_another(checkpoint, stage.spec["checkpoint"])  # it may have been replaced while it was read
     return parameters
 

@@ -21,9 +21,6 @@ from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.spec import Schedule
 from ktray.training import snapshot
-from ktray.training.pretrained import import_weights as import_weights
-from ktray.training.snapshot import load_backbone as load_backbone
-from ktray.training.snapshot import write_untrained as write_untrained
 from ktray.training.task import Task
 
 IDENTITY, REVISION = "training_loop", 1
