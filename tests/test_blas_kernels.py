@@ -18,12 +18,12 @@ from tests.source import ROOT
 KERNELS = ("Haswell", "SkylakeX", "Zen", "Sandybridge")
 TAKEN_AS = {"Zen": {"Zen", "Haswell"}}  # many builds of OpenBLAS serve Zen with Haswell's kernels and name those
 TESTS = [
-    "tests/test_kmeans.py::test_any_number_of_workers_gives_the_same_bits",
-    "tests/test_kmeans.py::test_a_worker_without_memory_gives_the_same_bits",
+    "tests/test_kmeans.py::test_results_are_bitwise_identical_for_any_number_of_workers",
+    "tests/test_kmeans.py::test_a_worker_without_a_cache_gives_bitwise_identical_results",
     "tests/test_kmeans.py::test_labels_do_not_depend_on_the_batch",
     "tests/test_kmeans.py::test_the_nearest_centroids_do_not_depend_on_the_batch",
     "tests/test_kmeans.py::test_rows_between_two_centroids_get_the_nearest_in_float64",
-    "tests/test_projection.py::test_any_number_of_workers_gives_the_same_bits",
+    "tests/test_projection.py::test_results_are_bitwise_identical_for_any_number_of_workers",
     "tests/test_projection.py::test_rows_do_not_depend_on_the_batch",
     "tests/test_pseudo_labels.py::test_labels_of_the_clustered_rows_are_those_of_the_clustering",
     "tests/test_pseudo_labels.py::test_the_nearest_clusters_and_their_distances_are_those_of_scikit_learn",
