@@ -195,7 +195,7 @@ def test_tpe_draws_what_optunas_own_estimators_find_best(tmp_path: Path) -> None
     rows = good.sample(np.random.RandomState(7), tpe.CANDIDATES)
     winner = int(np.argmax(good.log_pdf(rows) - rest.log_pdf(rows)))
     best = {name: known[name].to_external_repr(values[winner].item()) for name, values in rows.items()}
-    assert tpe.ParzenEstimators(space).densities(*observing(space, trials).observations.split(), seed=7).propose({}) == best
+    assert tpe.ParzenEstimators(space).propose(*observing(space, trials).observations.split(), 7, {}) == best
 
 
 def test_a_stage_is_charged_to_the_trial_that_needs_it_first(tmp_path: Path) -> None:

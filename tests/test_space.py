@@ -168,8 +168,10 @@ def refusal(tmp_path: Path, pair: dict[str, Any] | None = None, **fields: Any) -
         ({"log_float": [-1, 10]}, "logarithmic range starts above 0"),
         ({"chioce": [5, 10]}, "Did you mean 'choice'?"),
         ({"uniform": [5, 10]}, "Did you mean 'float'?"),
-        ({"choice": [5], "default": 5}, "stands alone"),
+        ({"choice": [5], "default": 5}, "must be the only key"),
         ({"one_of": []}, "needs a mapping of branches"),
+        ({"one_of": {5: {}}}, "text without a dot; quote it"),
+        ({5: {"int": [1, 2]}}, "is not text. Quote it: '5'"),
         ({"choice": [5, 0]}, "should be at least 2"),
         ({"int": [1, 50]}, "should be at least 2"),
         ({"float": [2.0, 50.0]}, "should be a whole number"),
@@ -230,13 +232,13 @@ def test_several_mistakes_come_in_one_message_each_once(tmp_path: Path) -> None:
         ({"budget": {"stop_after": "noon"}}, "no duration"),
         ({"budget": {"stop_after": 0}}, "should be above 0"),
         ({"early_stop": {"metric": "knn/top5", "rungs": [1, 9]}}, "no evaluation of the pair gives 'knn/top5'"),
-        ({"early_stop": {"metric": "cost/seconds", "rungs": [1, 9]}}, "judges no student"),
+        ({"early_stop": {"metric": "cost/seconds", "rungs": [1, 9]}}, "does not evaluate the student"),
         ({"early_stop": {"metric": "knn/top1", "rungs": [9, 1]}}, "write [1, 9]"),
         ({"early_stop": {"metric": "knn/top1", "rungs": [1, 3]}}, "write [1, 3, 9]"),
         ({"early_stop": {"metric": "knn/top1", "rungs": [1, 30]}}, "write [1, 9]"),
         ({"start_with": [{"teachr": "hog"}]}, "Did you mean 'teacher'?"),
-        ({"start_with": [{"teacher": "sift"}]}, "'sift' is none of the options"),
-        ({"start_with": [{"student.schedule.lr": 7}]}, "outside of the range"),
+        ({"start_with": [{"teacher": "sift"}]}, "'sift' is not among the options"),
+        ({"start_with": [{"student.schedule.lr": 7}]}, "outside the range"),
         ({"start_with": [{"teacher": "hog", "teacher.rotation.layer": "conv4"}]}, "Add teacher: rotation"),
     ],
 )
@@ -261,12 +263,12 @@ def test_a_metric_must_be_there_in_every_branch(tmp_path: Path) -> None:
 
 def test_a_search_may_not_choose_by_the_test_split(tmp_path: Path) -> None:
     evals = [{"kind": "knn"}, {"kind": "linear_probe", "split": "test"}]
-    assert "linear_probe judges on test" in refusal(tmp_path, {"evals": evals})
+    assert "linear_probe evaluates on test" in refusal(tmp_path, {"evals": evals})
 
 
 def test_rungs_may_not_be_judged_by_the_teacher(tmp_path: Path) -> None:
     evals = [{"kind": "knn", "of": "teacher"}, {"kind": "linear_probe"}]
-    assert "judges the teacher" in refusal(tmp_path, {"evals": evals})
+    assert "evaluates the teacher" in refusal(tmp_path, {"evals": evals})
 
 
 def test_modes_are_filled_in_from_the_evaluation(tmp_path: Path) -> None:

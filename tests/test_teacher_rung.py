@@ -148,9 +148,9 @@ def test_a_trial_whose_teacher_was_judged_goes_on_after_a_kill(tmp_path: Path) -
     [
         ({"metric": "teacher_knn/top1"}, "'reduction'.*or by 'keep'"),
         ({"metric": "teacher_knn/top1", "reduction": 2, "keep": 0.5}, "'reduction'.*or by 'keep'"),
-        ({"metric": "knn/top1", "keep": 0.5}, "knn/top1 judges the student, and a teacher is to be judged"),
+        ({"metric": "knn/top1", "keep": 0.5}, "knn/top1 evaluates the student, not the teacher"),
         ({"metric": "teacher/loss", "keep": 0.5}, "no evaluation of the pair gives 'teacher/loss'"),
-        ({"metric": "cost/seconds", "keep": 0.5}, "cost/seconds judges no teacher"),
+        ({"metric": "cost/seconds", "keep": 0.5}, "cost/seconds does not evaluate the teacher"),
         ({"metric": "teacher_knn/top1", "keep": 0.5, "mode": "min"}, "better direction of teacher_knn/top1 is 'max'"),
         ({"metric": "teacher_knn/top1", "keep": 0.0}, "keep is 0.0 and should be above 0"),
     ],

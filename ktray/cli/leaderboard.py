@@ -21,14 +21,14 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     Args:
         trials: what to show instead of the `top` best.
     """
-    goals = study.objectives
-    shown = list(trials if trials is not None else ranking.ranked(study.trials, goals)[:top])
+    objectives = study.objectives
+    shown = list(trials if trials is not None else ranking.ranked(study.trials, objectives)[:top])
     apart = distinguishing_params(shown)
-    lines = [_row(trial, goals, [apart[trial.number]] if apart else []) for trial in shown]
-    marks = [_reference_row(name, line, goals) for name, line in references.read(journal.folder(home, study.name)).items()]
-    sign = -1 if goals[0].mode == "max" else 1
+    lines = [_row(trial, objectives, [apart[trial.number]] if apart else []) for trial in shown]
+    marks = [_reference_row(name, line, objectives) for name, line in references.read(journal.folder(home, study.name)).items()]
+    sign = -1 if objectives[0][1] == "max" else 1
     body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
-    head = ["trial", "teacher", "transfer", "student", *(goal.metric for goal in goals), "seconds", "added"]
+    head = ["trial", "teacher", "transfer", "student", *(metric for metric, _ in objectives), "seconds", "added"]
     head += ["differs in"] if apart else []
     body = [cells + [""] * (len(head) - len(cells)) for cells in body]
     return f"{table(head, body)}\n{tally(study)}" if shown else f"no completed trial yet\n{tally(study)}"
@@ -53,16 +53,16 @@ def still_failed(trials: Sequence[Trial]) -> bool:
     return "failed" in last.values()
 
 
-def _row(trial: Trial, goals: Sequence[Any], more: list[str]) -> tuple[float, list[str]]:
-    values = [trial.objectives[goal.metric] for goal in goals]
+def _row(trial: Trial, objectives: Sequence[tuple[str, str]], more: list[str]) -> tuple[float, list[str]]:
+    values = [trial.objectives[metric] for metric, _ in objectives]
     cells = [str(trial.number), *names(trial)]
     cost = [f"{trial.cost.get('seconds', 0):.1f}", f"{trial.cost.get('marginal_seconds', 0):.1f}"]
     return values[0], [*cells, *(f"{value:.4g}" for value in values), *cost, *more]
 
 
-def _reference_row(name: str, line: Mapping[str, Any], goals: Sequence[Any]) -> tuple[float, list[str]]:
+def _reference_row(name: str, line: Mapping[str, Any], objectives: Sequence[tuple[str, str]]) -> tuple[float, list[str]]:
     metrics = line["metrics"]
-    values = [metrics.get(goal.metric) for goal in goals]
+    values = [metrics.get(metric) for metric, _ in objectives]
     shown = ["" if value is None else f"{value:.4g}" for value in values]
     place = values[0] if values[0] is not None else 0.0
     return place, ["-", f"({name})", "", "", *shown, f"{metrics.get('cost/seconds', 0):.1f}", ""]

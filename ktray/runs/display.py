@@ -146,7 +146,7 @@ class _Live:
     def _trials(self, trials: Sequence[Trial], rows: int) -> Table:
         from rich.table import Table
 
-        goal = self.space.objectives[0].metric
+        goal = self.space.objectives[0][0]
         stop = self.space.early_stop
         table = Table(box=None, pad_edge=False, expand=True, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("trial", justify="right", no_wrap=True)

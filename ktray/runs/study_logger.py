@@ -93,7 +93,7 @@ class TrialLogger:
 
     def log_summary(self, trials: list[Trial], references: Mapping[str, Mapping[str, Any]]) -> None:
         """Log the best trials and the reference lines on the run of the search."""
-        ranked, metric = ranking.ranked(trials, self.space.objectives), self.space.objectives[0].metric
+        ranked, metric = ranking.ranked(trials, self.space.objectives), self.space.objectives[0][0]
         values = {f"reference/{name}/{metric}": line["metrics"].get(metric) for name, line in references.items()}
         metrics = {name: float(value) for name, value in values.items() if value is not None}
         lines = [f"- {name.split('/')[1]}: {metric} {value:.4f}" for name, value in metrics.items()]

@@ -23,8 +23,7 @@ def write_report(study: str, settings: Settings, path: Path) -> Path:
     history, store = read(settings.home, study), settings.open_store()
     used = labels_used([trial.keys for trial in history.trials if trial.state == "completed"], store)
     lines = references.read(journal.folder(settings.home, study))
-    goals = [(goal.metric, goal.mode) for goal in history.objectives]
-    page = render(study, "", goals, history.trials, lines, store, used)
+    page = render(study, "", history.objectives, history.trials, lines, store, used)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -103,8 +103,8 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         # A search writes the time spent twice a minute; before that, the time since its start is closer.
         "spent_seconds": round(max(study.elapsed, time.time() - driver.since) if driver else study.elapsed, 1),
         "spent_stage_seconds": {part: round(seconds, 1) for part, seconds in Spending(study.trials).spent._asdict().items()},
-        "eta_seconds": left.seconds if left else None,
-        "eta_between": [left.low, left.high] if left else None,
+        "eta_seconds": left[0] if left else None,
+        "eta_between": list(left[1:]) if left else None,
         "stages": _stages(study.trials, store),
         "now": now,
         "best": _best(study),

@@ -1,9 +1,10 @@
-"""The search: which pair to try next, when to stop one early, and a journal of all that was tried.
+"""The search: chooses the next pair to try, stops poor trials early, and keeps a journal of all trials.
 
-Pure logic: no Ray, nothing is computed, and the clock is an argument. It may import the words of the root, `ops`, `pipeline`,
-`cost_model` and plugins; of these it reads specs and names. Optuna is imported in this room only.
+Pure logic: it uses no Ray, runs no stage and takes the clock as an argument. It may import the modules of the package's root,
+`ops`, `pipeline`, `cost_model`, `stores` and the plugins, of which it uses only specs and names. Nothing outside this
+subpackage imports Optuna.
 
-Start with `study.py`, which has the states of a trial and asks all others. A space: `space_file.py` (the YAML), `space_tree.py`
-(its operators and parameters), `space.py`, `space_check.py`. Draws: `draws.py`, `sampler.py`, `surrogate.py`. Early stopping:
-`halving.py`. Limits: `budget.py`. On disk: `journal.py`; for readers: `history.py`.
+Start with `study.py`, which defines the states of a trial and uses everything else. Search spaces: `space_file.py` (the YAML),
+`space_tree.py` (operators and parameters), `space.py`, `space_check.py`. Draws: `draws.py`, `sampler.py`, `surrogate.py`,
+`tpe.py`. Early stopping: `halving.py`. Limits: `budget.py`. Files: `journal.py` writes them, `history.py` reads them.
 """

@@ -160,7 +160,7 @@ class SampledDraws:
             return None
 
 
-class FixedDraws:
+class _FixedDraws:
     """Draws that know nothing of results: a list, a grid, random search. A pair that was drawn before is a duplicate.
 
     Args:
@@ -197,11 +197,11 @@ class FixedDraws:
         return Trial(number, dict(params), pair, state, duplicate_of=earlier)
 
 
-def fixed_draws(space: Space, entries: Sequence[Mapping[str, Scalar]]) -> FixedDraws:
+def fixed_draws(space: Space, entries: Sequence[Mapping[str, Scalar]]) -> DrawSource:
     """The draws of `entries`, in their order."""
-    return FixedDraws(space, lambda number: entries[number] if number < len(entries) else None)
+    return _FixedDraws(space, lambda number: entries[number] if number < len(entries) else None)
 
 
-def random_draws(space: Space) -> FixedDraws:
+def random_draws(space: Space) -> DrawSource:
     """Independent random draws, seeded by the space: random search."""
-    return FixedDraws(space, lambda number: random_draw(space, seed_of(space.seed, "chance", number)))
+    return _FixedDraws(space, lambda number: random_draw(space, seed_of(space.seed, "chance", number)))

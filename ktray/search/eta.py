@@ -1,35 +1,29 @@
-"""The ETA of a search: what the cost model expects of stages to come, divided by how much is computed at once."""
+"""The ETA of a search: the expected seconds of the remaining stages, divided by the stage seconds done per second so far."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
 
 from ktray.cost_model.stage_costs import INTERVAL, RELATIVE_ERROR
 from ktray.search.budget import HOUR
 from ktray.search.history import History
 
-MIN_SETTLED = 2  # trials before anything can be said
+MIN_SETTLED = 2  # trials that must have ended or paused before there is an estimate
 
 
-class TimeLeft(NamedTuple):
-    """Seconds until the target or a limit of the budget is reached; 90 % of them turn out between `low` and `high`."""
+def time_left(study: History, made: Callable[[str], bool]) -> tuple[float, float, float] | None:
+    """Seconds until a running search reaches its target or a limit of its budget; None while it is too early to estimate.
 
-    seconds: float
-    low: float
-    high: float
-
-
-def time_left(study: History, made: Callable[[str], bool]) -> TimeLeft | None:
-    """When a study that is searched now will be done; None while nothing can be said.
-
-    Trials are charged what the cost model expects of their stages, and once these are made what was recorded. A draw to come is
-    expected to cost the mean of the draws so far, promotions and shared stages included.
+    A trial costs what the cost model expects of its stages, and what was recorded once they are made. Each further draw is
+    expected to cost the mean of the draws so far, which includes promotions and shared stages.
 
     Args:
-        made: whether the artifact of a key is there.
+        made: whether the artifact of a key exists.
+
+    Returns:
+        Expected seconds, and the ends of an interval that holds 90 % of outcomes: (seconds, low, high).
     """
     drawn = [trial for trial in study.trials if trial.state != "duplicate"]
     running = [trial for trial in drawn if trial.state == "running"]
@@ -37,7 +31,7 @@ def time_left(study: History, made: Callable[[str], bool]) -> TimeLeft | None:
         return None
     costs = [sum(sum(part.values()) for part in trial.attributed_costs.values()) for trial in drawn]
     ordered = [part[key] for trial in running for part in trial.attributed_costs.values() for key in part if not made(key)]
-    if sum(costs) <= sum(ordered):  # nothing was computed yet, or no costs are known: one trial costs as much as another
+    if sum(costs) <= sum(ordered):  # nothing is computed yet, or no costs are known: count every trial as equally expensive
         costs, ordered = [1.0] * len(drawn), [1.0] * len(running)
     computed = sum(costs) - sum(ordered)
     at_once = computed / study.elapsed
@@ -48,7 +42,8 @@ def time_left(study: History, made: Callable[[str], bool]) -> TimeLeft | None:
     variance += sum((RELATIVE_ERROR * seconds) ** 2 for seconds in ordered)
     error = INTERVAL * math.sqrt(variance)
     limit = _limit(study, computed, at_once)
-    return TimeLeft(*(round(min(limit, max(0.0, amount) / at_once), 1) for amount in (work, work - error, work + error)))
+    seconds, low, high = (round(min(limit, max(0.0, amount) / at_once), 1) for amount in (work, work - error, work + error))
+    return seconds, low, high
 
 
 def _limit(study: History, computed: float, at_once: float) -> float:

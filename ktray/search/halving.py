@@ -1,8 +1,8 @@
 """Asynchronous successive halving: which paused trial is promoted, decided from scores alone.
 
-At each rung (student epochs) a trial pauses. Of the trials that reached a rung, the best 1/reduction are promoted to the next,
-highest rung first; no trial waits for a bracket to fill. A rung before the first may judge teachers: students are trained only
-for the best share of the teachers judged so far.
+A trial pauses at each rung (a number of student epochs). The best 1/reduction of the trials that reached a rung are promoted to
+the next one, the highest rung first; no trial waits for a bracket to fill. An optional rung 0 judges teachers: students are
+trained only for the best share of the teachers judged so far.
 
 Source: Li, Jamieson, Rostamizadeh, Gonina, Ben-tzur, Hardt, Recht, Talwalkar, "A System for Massively Parallel Hyperparameter
 Tuning" (MLSys 2020), algorithm 2 (get_job).
@@ -23,16 +23,16 @@ LossAndNumber = tuple[float, int]
 
 
 def rung_epochs(stop: EarlyStop | None, epochs: int) -> tuple[int, ...]:
-    """Where a student of so many epochs pauses; the last entry is its full training."""
+    """The epochs at which a student of `epochs` epochs pauses; the last entry is its full training."""
     below = stop.rungs if stop else ()
     return (*(rung for rung in below if rung < epochs), epochs)
 
 
 def next_rung(stop: EarlyStop | None, trial: Trial) -> int:
-    """Epoch to which a trial goes on from where it is; 0 if its teacher is to be judged first.
+    """The epoch to which a trial trains next; 0 if its teacher must be judged first.
 
     Raises:
-        ValueError: it already had its full training.
+        ValueError: the trial has completed its full training.
     """
     if stop and stop.teacher and trial.pair.get("teacher") and trial.teacher_score is None and not trial.scores:
         return 0
@@ -42,11 +42,11 @@ def next_rung(stop: EarlyStop | None, trial: Trial) -> int:
     return ahead[0]
 
 
-class TeacherRung:
-    """Teachers that were judged, and trials that are paused until their teacher is among the best.
+class _TeacherRung:
+    """Rung 0: the teachers judged so far, and the trials paused until their teacher is among the best.
 
-    Teachers are counted, not trials: many trials with one good teacher do not crowd out other teachers. The first teacher that
-    is judged is the best so far, so its trials go on at once; every later one must belong to the best share.
+    It counts teachers, not trials, so many trials with one good teacher do not crowd out other teachers. The first teacher
+    judged is the best so far, so its trials continue at once; every later one must be in the best share.
     """
 
     def __init__(self, stop: TeacherStop | None) -> None:
@@ -56,10 +56,10 @@ class TeacherRung:
         self._paused: list[LossAndNumber] = []  # sorted
 
     def update(self, old: Trial | None, new: Trial) -> None:
-        """Takes in a trial that is new or has changed; `old` is how it was the last time."""
+        """Adds a new trial, or replaces a changed one; `old` is its previous state."""
         if self._stop is None:
             return
-        if new.teacher_score is not None and (old is None or old.teacher_score is None):  # once judged it stays judged
+        if new.teacher_score is not None and (old is None or old.teacher_score is None):  # its first score
             judged = (self._sign * new.teacher_score, _teacher(new))
             position = bisect_left(self._judged, judged)
             if self._judged[position : position + 1] != [judged]:
@@ -73,19 +73,19 @@ class TeacherRung:
         return self._paused[0][1]
 
     def best_paused(self) -> int | None:
-        """Number of the paused trial with the best teacher."""
+        """Number of the paused trial with the best teacher; None if none is paused."""
         return self._paused[0][1] if self._paused else None
 
     def rank(self, loss: float) -> int:
-        """How many teachers are better."""
+        """Number of teachers with a smaller loss."""
         return bisect_left(self._judged, (loss, ""))
 
     def promotable(self) -> int:
-        """How many teachers get students."""
+        """Number of teachers that get students."""
         return math.ceil(len(self._judged) * self._stop.share - 1e-9) if self._stop else 0
 
     def prune_cause(self, trial: Trial) -> str | None:
-        """Why a trial was pruned before its student, in words; None if it got further."""
+        """See `RungScores.prune_cause`."""
         if self._stop is None or trial.teacher_score is None or not trial.waits_for_teacher:
             return None
         place, total = self.rank(self._sign * trial.teacher_score) + 1, len(self._judged)
@@ -98,16 +98,16 @@ class TeacherRung:
 
 
 def _teacher(trial: Trial) -> str:
-    """Which teacher a trial has, by its slice of the pair."""
+    """Identity of a trial's teacher: the fingerprint of `data` and `teacher` in its pair."""
     return fingerprint({name: trial.pair.get(name) for name in ("data", "teacher")})
 
 
 class RungScores:
-    """Scores at all rungs, kept sorted as trials change, so that asking takes hardly longer when they are many."""
+    """Scores at all rungs, kept sorted as trials change, so that a query stays fast with thousands of trials."""
 
     def __init__(self, stop: EarlyStop | None, trials: Iterable[Trial] = ()) -> None:
         self.stop = stop
-        self.teachers = TeacherRung(stop.teacher if stop else None)
+        self._teachers = _TeacherRung(stop.teacher if stop else None)
         self._completed = 0
         self._reached = dict.fromkeys(reversed(stop.rungs if stop else ()), 0)
         self._ranked: dict[int, list[LossAndNumber]] = {rung: [] for rung in self._reached}
@@ -116,9 +116,9 @@ class RungScores:
             self.update(None, trial)
 
     def update(self, old: Trial | None, new: Trial) -> None:
-        """Takes in a trial that is new or has changed; `old` is how it was the last time."""
+        """Adds a new trial, or replaces a changed one; `old` is its previous state."""
         self._completed += (new.state == "completed") - (old is not None and old.state == "completed")
-        self.teachers.update(old, new)
+        self._teachers.update(old, new)
         for rung, count in self._reached.items():
             self._reached[rung] = count + (rung in new.scores) - (old is not None and rung in old.scores)
             _replace(self._ranked[rung], self._entry(old, rung), self._entry(new, rung))
@@ -127,22 +127,26 @@ class RungScores:
     def promotion(self) -> int | None:
         """Number of the paused trial to promote now, or None.
 
-        A trial that failed later still counts as having reached a rung, but frees its rank there for the next one. One that was
-        pruned keeps its rank: a later trial must beat it.
+        A trial that failed after a rung still counts as having reached it, but gives up its rank there to the next trial. A
+        pruned trial keeps its rank: later trials must beat it.
         """
         for rung, paused in self._paused.items():
             # Promoted trials keep their ranks, so the best paused one is within the best share if any paused one is.
             promotable = self._reached[rung] // self.stop.reduction if self.stop else 0
             if paused and bisect_left(self._ranked[rung], paused[0]) < promotable:
                 return paused[0][1]
-        return self.teachers.promotion()
+        return self._teachers.promotion()
 
     def best_unfinished(self) -> int | None:
-        """Number of the best paused trial at the highest rung if no trial was completed; else None."""
+        """Number of the best paused trial at the highest rung; None if a trial is completed or none is paused."""
         if self._completed:
             return None
         furthest = next((paused for paused in self._paused.values() if paused), None)
-        return furthest[0][1] if furthest else self.teachers.best_paused()
+        return furthest[0][1] if furthest else self._teachers.best_paused()
+
+    def prune_cause(self, trial: Trial) -> str | None:
+        """Why a trial was pruned before its student; None if its student has begun."""
+        return self._teachers.prune_cause(trial)
 
     def _entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
         if trial is None or rung not in trial.scores or trial.state == "failed":

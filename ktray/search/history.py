@@ -1,23 +1,24 @@
-"""Reads a study without driving it, also while a search writes it."""
+"""Reads a study from disk without driving it, even while a search writes to it."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 from ktray.errors import UserError
 from ktray.search import journal
-from ktray.search.space import ResolvedObjective, Space
+from ktray.search.space import Space
 from ktray.search.trial import Trial
 
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """A study as it was when it was read.
+    """A snapshot of a study.
 
     Attributes:
-        target: draws that it was last asked for.
-        elapsed: seconds that searches of it ran.
+        target: number of draws that was last asked for.
+        elapsed: seconds that its searches have run, over all resumes.
     """
 
     name: str
@@ -27,23 +28,24 @@ class History:
     elapsed: float
 
     @property
-    def objectives(self) -> tuple[ResolvedObjective, ...]:
+    def objectives(self) -> tuple[tuple[str, Literal["max", "min"]], ...]:
+        """(metric, mode) of what the study optimises, the most important first."""
         return self.space.objectives
 
 
 def read(home: Path, name: str) -> History:
-    """A study as it is now.
+    """The current state of a study.
 
     Raises:
-        UserError: there is no such study, or it was never begun.
+        UserError: there is no such study, or its first driver was killed before it recorded anything.
     """
     notes, trials = journal.read(home, name)
-    if "space" not in notes or "target" not in notes:  # its driver was killed before it noted these
+    if "space" not in notes or "target" not in notes:  # its driver was killed before it wrote these
         raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
     space = Space.from_content(notes["space"], name)
     return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
 
 
 def keys_in_use(home: Path) -> set[str]:
-    """Keys that the trials of all studies of a home rest on, paused ones included."""
+    """Keys of all artifacts that trials in any study of a home refer to, paused trials included."""
     return {key for name in journal.study_names(home) for trial in journal.read(home, name)[1] for key in trial.artifacts}

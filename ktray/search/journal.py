@@ -131,7 +131,7 @@ class Journal:
             if frozen.user_attrs.get(name) != value:
                 self._storage.set_trial_user_attr(frozen._trial_id, name, value)
         if trial.state in _FINAL:
-            values = [trial.objectives[o.metric] for o in self._space.objectives] if trial.state == "completed" else None
+            values = [trial.objectives[metric] for metric, _ in self._space.objectives] if trial.state == "completed" else None
             if trial.state == "pruned" and single:
                 values = [trial.scores[trial.epoch]] if trial.scores else None
             self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)

@@ -33,8 +33,8 @@ class Observations:
     """
 
     def __init__(self, space: Space, trials: Iterable[Trial] = ()) -> None:
-        self._modes = [-1 if objective.mode == "max" else 1 for objective in space.objectives]
-        self._metrics = [objective.metric for objective in space.objectives]
+        self._modes = [-1 if mode == "max" else 1 for _, mode in space.objectives]
+        self._metrics = [metric for metric, _ in space.objectives]
         stop = space.early_stop
         self._stop = stop
         self._rung_mode = 1 if stop and stop.mode == "min" else -1

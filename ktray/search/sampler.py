@@ -106,7 +106,7 @@ class Sampler:
             return self._balanced(random.Random(seed), spent, planned or {}, affordable)
         if method == "random" or len(self.observations) < STARTUP:
             return random_draw(self.space, seed, planned)
-        return self._parzen.densities(*self.observations.split(), seed).propose(planned or {})
+        return self._parzen.propose(*self.observations.split(), seed, planned or {})
 
     def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], affordable: float) -> Params:
         ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
@@ -215,4 +215,4 @@ def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = 
 
 def directions(space: Space) -> list[StudyDirection | Literal["minimize", "maximize"]]:
     """Optuna's direction of each objective."""
-    return ["minimize" if objective.mode == "min" else "maximize" for objective in space.objectives]
+    return ["minimize" if mode == "min" else "maximize" for _, mode in space.objectives]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -27,13 +27,6 @@ MAX_SHARED_VALUES = 10  # values of an integer parameter of the prefix: with mor
 SEARCH_FIELDS = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # fields that no pair has
 ABSENT = "absent"
 MAX_BRANCH_COMBINATIONS = 512  # combinations of branches that are looked at
-
-
-class ResolvedObjective(NamedTuple):
-    """A metric and its better direction."""
-
-    metric: str
-    mode: Literal["max", "min"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +60,9 @@ class Space:
         return self.document.budget
 
     @property
-    def objectives(self) -> tuple[ResolvedObjective, ...]:
-        """What is optimised; unpacks as (metric, mode)."""
-        return tuple(ResolvedObjective(objective.metric, objective.mode or "max") for objective in self.document.objectives)
+    def objectives(self) -> tuple[tuple[str, Literal["max", "min"]], ...]:
+        """(metric, mode) of what is optimised, the most important first."""
+        return tuple((objective.metric, objective.mode or "max") for objective in self.document.objectives)
 
     @property
     def early_stop(self) -> EarlyStop | None:

@@ -1,4 +1,4 @@
-"""Checks a space: the pairs of every branch at the ends of every range, objectives, rungs, planned draws."""
+"""Checks a space: the pairs of every branch at both ends of every range, the objectives, the rungs and the planned draws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ktray import plugins
 from ktray.search import space_tree, spec_errors
 from ktray.search.space_file import EarlyStop, TeacherStop
-from ktray.search.spec_errors import SpecError, nearest
+from ktray.search.spec_errors import SpecError, suggestion
 from ktray.spec import PairSpec
 
 if TYPE_CHECKING:
@@ -22,10 +22,10 @@ COST_METRICS: dict[str, Mode | None] = {"cost/seconds": "min", "cost/marginal_se
 
 
 def checked(space: Space) -> Space:
-    """The space with the modes of its metrics filled in.
+    """Checks a space and returns it with the modes of its metrics filled in.
 
     Raises:
-        UserError: the first five things that are wrong with it.
+        UserError: up to five errors in it.
     """
     found, pairs = _checked_pairs(space)
     if not found:
@@ -37,13 +37,13 @@ def checked(space: Space) -> Space:
     )
     stop = space.early_stop
     if stop is not None:
-        judge = stop.teacher and stop.teacher.model_copy(update={"mode": modes[stop.teacher.metric]})
-        stop = stop.model_copy(update={"mode": modes[stop.metric], "teacher": judge})
+        teacher_stop = stop.teacher and stop.teacher.model_copy(update={"mode": modes[stop.teacher.metric]})
+        stop = stop.model_copy(update={"mode": modes[stop.metric], "teacher": teacher_stop})
     return replace(space, document=space.document.model_copy(update={"objectives": objectives, "early_stop": stop}))
 
 
 def metrics(pair: PairSpec) -> dict[str, Mode | None]:
-    """Name -> better direction of every metric that a search over this pair can use; None: as the user says."""
+    """Every metric that a search over this pair can use -> its better direction; None if only the user can decide."""
     found = dict(COST_METRICS)
     for entry in pair.evals:
         directions: Mapping[str, Mode] = plugins.module_of("evaluation", entry).DIRECTION
@@ -56,7 +56,7 @@ def _evaluation_name(entry: Any) -> str:
 
 
 def _checked_pairs(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
-    """What is wrong with the boundary draws, each thing once; and label -> pair of those that are valid."""
+    """The distinct errors of the boundary draws; label -> pair of the valid ones."""
     found: dict[SpecError, None] = {}
     pairs: dict[str, PairSpec] = {}
     for label, params in space.boundary_draws():
@@ -85,8 +85,8 @@ def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
         if on_test:
             yield SpecError(
                 "pair.evals",
-                f"{on_test[0]} judges on test, and a search that chooses by test has no test left ({label})",
-                "Leave 'split' out; `ktray best NAME --test` judges the winners on test.",
+                f"{on_test[0]} evaluates on test, and a search that selects on test has no independent test left ({label})",
+                "Leave 'split' out; `ktray best NAME --test` evaluates the winners on test.",
             )
             return
 
@@ -95,10 +95,10 @@ def _unknown_metric(metric: str, pairs: Mapping[str, PairSpec], where: str) -> S
     for label, pair in pairs.items():
         known = metrics(pair)
         if metric not in known:
-            near = nearest(metric, list(known))
+            hint = suggestion(metric, list(known))
             also = "" if len(pairs) == 1 else f" ({label})"
             return SpecError(
-                where, f"no evaluation of the pair gives {metric!r}{also}", f"{near}Known: {', '.join(sorted(known))}."
+                where, f"no evaluation of the pair gives {metric!r}{also}", f"{hint}Known: {', '.join(sorted(known))}."
             )
     return None
 
@@ -109,12 +109,14 @@ def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
         return
     missing = _unknown_metric(stop.metric, pairs, "early_stop.metric")
     if missing or stop.metric in COST_METRICS:
-        yield missing or SpecError("early_stop.metric", f"{stop.metric} judges no student", "Name a metric of an evaluation.")
+        yield missing or SpecError(
+            "early_stop.metric", f"{stop.metric} does not evaluate the student", "Name a metric of an evaluation."
+        )
         return
-    teacher = next((e for p in pairs.values() for e in p.evals if _judges(e, stop.metric) == "teacher"), None)
+    teacher = next((e for p in pairs.values() for e in p.evals if _evaluated(e, stop.metric) == "teacher"), None)
     if teacher is not None:
         yield SpecError(
-            "early_stop.metric", f"{stop.metric} judges the teacher, and is the same at every rung", "Judge the student."
+            "early_stop.metric", f"{stop.metric} evaluates the teacher and is the same at every rung", "Evaluate the student."
         )
     mode = metrics(next(iter(pairs.values())))[stop.metric]
     if stop.mode and stop.mode != mode:
@@ -128,19 +130,18 @@ def _teacher_stop(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[
     missing = _unknown_metric(stop.metric, pairs, "early_stop.teacher.metric")
     right = "Add an evaluation such as {kind: knn, of: teacher, name: teacher_knn}."
     if missing or stop.metric in COST_METRICS:
-        yield missing or SpecError("early_stop.teacher.metric", f"{stop.metric} judges no teacher", right)
+        yield missing or SpecError("early_stop.teacher.metric", f"{stop.metric} does not evaluate the teacher", right)
         return
-    student = next((e for p in pairs.values() for e in p.evals if _judges(e, stop.metric) not in (None, "teacher")), None)
+    student = next((e for p in pairs.values() for e in p.evals if _evaluated(e, stop.metric) not in (None, "teacher")), None)
     if student is not None:
-        yield SpecError(
-            "early_stop.teacher.metric", f"{stop.metric} judges the {student.of}, and a teacher is to be judged", right
-        )
+        yield SpecError("early_stop.teacher.metric", f"{stop.metric} evaluates the {student.of}, not the teacher", right)
     mode = metrics(next(iter(pairs.values())))[stop.metric]
     if stop.mode and stop.mode != mode:
         yield SpecError("early_stop.teacher.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
 
 
-def _judges(entry: Any, metric: str) -> str | None:
+def _evaluated(entry: Any, metric: str) -> str | None:
+    """What an evaluation of this metric evaluates, "student" or "teacher"; None if the metric is another evaluation's."""
     return entry.of if metric.split("/")[0] == _evaluation_name(entry) else None
 
 
@@ -157,38 +158,38 @@ def _rungs(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError
 
 def _start_with(space: Space) -> Iterator[SpecError]:
     known: dict[str, list[tuple[space_tree.Parameter, space_tree.Params]]] = {}
-    for parameter, under in space_tree.parameters(space.root):
-        known.setdefault(parameter.name, []).append((parameter, under))
+    for parameter, conditions in space_tree.parameters(space.root):
+        known.setdefault(parameter.name, []).append((parameter, conditions))
     for index, entry in enumerate(space.start_with):
         found = list(_invalid_entries(entry, known, f"start_with.{index}"))
         yield from found or _invalid_pair(space, entry, f"start_with.{index}")
 
 
 def _invalid_entries(
-    entry: space_tree.Params, known: Mapping[str, list[tuple[space_tree.Parameter, space_tree.Params]]], place: str
+    entry: space_tree.Params, known: Mapping[str, list[tuple[space_tree.Parameter, space_tree.Params]]], location: str
 ) -> Iterator[SpecError]:
     for name, value in entry.items():
-        where = f"{place}.{name}"
+        where = f"{location}.{name}"
         if name not in known:
             listed = f"Parameters: {', '.join(known)}." if known else "The space has no parameters."
-            yield SpecError(where, f"there is no parameter {name!r}", nearest(name, list(known)) + listed)
+            yield SpecError(where, f"there is no parameter {name!r}", suggestion(name, list(known)) + listed)
             continue
-        parameter, under = known[name][0]
-        wrong = space_tree.invalid_reason(parameter, value)
-        if wrong:
-            yield SpecError(where, *wrong)
-        elsewhere = {branch: choice for branch, choice in under.items() if entry.get(branch) != choice}
-        if elsewhere:
-            branch, choice = next(iter(elsewhere.items()))
+        parameter, conditions = known[name][0]
+        reason = space_tree.invalid_reason(parameter, value)
+        if reason:
+            yield SpecError(where, *reason)
+        unmet = {branch: choice for branch, choice in conditions.items() if entry.get(branch) != choice}
+        if unmet:
+            branch, choice = next(iter(unmet.items()))
             yield SpecError(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
 
 
 def _invalid_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecError]:
-    """Values that are each valid in a boundary draw may be invalid together."""
+    """The errors of a planned draw: values that are valid in boundary draws may be an invalid combination."""
     params = space.complete(entry)
     value = space.plain(params)
     try:
         PairSpec.model_validate(value)
     except ValidationError as error:
         found = spec_errors.from_validation(error, PairSpec, value, lambda path: space.place(path, params))
-        yield from (SpecError(f"{where}: {each.where}", each.problem, each.instead) for each in found)
+        yield from (SpecError(f"{where}: {error.where}", error.problem, error.instead) for error in found)

@@ -1,4 +1,4 @@
-"""The operators of a space, and the tree that they make of a pair: its parameters, and what values of them mean."""
+"""The operators of a search space, and the tree of parameters that a pair with operators is parsed into."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Params = dict[str, Scalar]
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several options. A draw holds the label of an option, so that every parameter is a scalar."""
+    """One of several options. A draw contains the label of an option, so that every parameter is a scalar."""
 
     name: str
     options: tuple[Any, ...]
@@ -55,7 +55,7 @@ class Range:
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of several branches, each with its own parameters; which branch is itself a parameter."""
+    """One of several branches, each with its own parameters; the choice of a branch is itself a parameter."""
 
     choice: Choice
     branches: Mapping[str, Any]
@@ -66,9 +66,9 @@ Ask = Callable[[Parameter], Scalar]
 
 
 def parse(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
-    """The tree of a plain value: mappings, lists and scalars as they are, operators as `Choice`, `Range` or `OneOf`.
+    """The tree of a plain value: mappings, lists and scalars unchanged, operators as `Choice`, `Range` or `OneOf`.
 
-    Adds what is wrong to `problems`; the tree must then not be used.
+    Errors are appended to `problems`; if there are any, the tree must not be used.
     """
     where = ".".join(("pair", *path))
     if isinstance(value, list | tuple):
@@ -77,12 +77,12 @@ def parse(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
         return value
     not_text = [key for key in value if not isinstance(key, str)]
     if not_text:
-        problems.append(SpecError(where, f"the key {not_text[0]!r} is not text", f"CostEstimate it: '{not_text[0]}'."))
+        problems.append(SpecError(where, f"the key {not_text[0]!r} is not text", f"Quote it: '{not_text[0]}'."))
         return None
     operators = [key for key in value if key in OPERATORS]
     if operators and len(value) > 1:
         others = " and ".join(repr(key) for key in value if key != operators[0])
-        problems.append(SpecError(where, f"{operators[0]!r} stands alone, and here is {others} beside it"))
+        problems.append(SpecError(where, f"{operators[0]!r} must be the only key, and here {others} is beside it"))
         return None
     if operators:
         operand = value[operators[0]]
@@ -179,7 +179,7 @@ def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecError]) -> O
     wrong = [key for key in operand if not isinstance(key, str) or not key or "." in key]
     if wrong:
         problems.append(
-            SpecError(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; cost_estimate it.")
+            SpecError(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; quote it.")
         )
         return None
     names = tuple(operand)
@@ -195,7 +195,7 @@ def children(node: Any) -> Sequence[Any]:
 
 
 def draw(node: Any, ask: Ask, params: Params) -> None:
-    """Fills `params` by asking for each parameter of the chosen branches, in the order of the file."""
+    """Fills `params` by calling `ask` for each parameter of the chosen branches, in the order of the file."""
     if isinstance(node, OneOf):
         branch = str(ask(node.choice))
         params[node.choice.name] = branch
@@ -207,7 +207,7 @@ def draw(node: Any, ask: Ask, params: Params) -> None:
 
 
 def parameters_only(node: Any) -> Any:
-    """The tree without constants, for `draw`, which asks the same on it in the same order; None if nothing is left."""
+    """The tree without its constants, None if nothing is left; `draw` makes the same calls in the same order on it."""
     if isinstance(node, OneOf):
         return OneOf(node.choice, {branch: parameters_only(body) for branch, body in node.branches.items()})
     if isinstance(node, Choice | Range):
@@ -217,10 +217,10 @@ def parameters_only(node: Any) -> Any:
 
 
 def resolve(node: Any, params: Mapping[str, Scalar]) -> Any:
-    """The plain value that `params` make of a tree.
+    """The plain value of a tree with `params` put in.
 
     Raises:
-        KeyError: a parameter is missing, or its value is none of the options.
+        KeyError: a parameter is missing, or its value is not among the options.
     """
     if isinstance(node, OneOf):
         return resolve(node.branches[str(params[node.choice.name])], params)
@@ -282,12 +282,12 @@ def all_values(parameter: Parameter) -> Sequence[Scalar] | None:
 
 
 def parameters(node: Any) -> Iterator[tuple[Parameter, Params]]:
-    """Every parameter of every branch, with the branches that it is conditional on."""
+    """Every parameter of every branch, with its conditions: parameter that chooses a branch -> that branch."""
     if isinstance(node, OneOf):
         yield node.choice, {}
         for branch, body in node.branches.items():
-            for parameter, under in parameters(body):
-                yield parameter, {node.choice.name: branch, **under}
+            for parameter, conditions in parameters(body):
+                yield parameter, {node.choice.name: branch, **conditions}
     elif isinstance(node, Choice | Range):
         yield node, {}
     for child in children(node):
@@ -300,9 +300,9 @@ def is_branch(parameter: Parameter) -> bool:
 
 
 def boundary_values(parameter: Parameter) -> Sequence[Scalar]:
-    """Values to check of a parameter: all options, or both ends of a range, and of a continuous one a value between.
+    """Values of a parameter to check: all options, or both ends of a range, and for a continuous range one value in between.
 
-    The value between shows a field that takes only whole numbers, which the ends may be.
+    The value in between reveals a field that accepts only whole numbers, which the ends may be.
     """
     if isinstance(parameter, Choice):
         return parameter.labels
@@ -311,12 +311,12 @@ def boundary_values(parameter: Parameter) -> Sequence[Scalar]:
 
 
 def invalid_reason(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:
-    """Why `value` cannot be drawn, and what can be; None if it can."""
+    """Why `value` cannot be drawn, and which values can; None if it can."""
     if isinstance(parameter, Choice):
         if any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in parameter.labels):
             return None
-        return f"{value!r} is none of the options", f"They are {', '.join(map(str, parameter.labels))}."
+        return f"{value!r} is not among the options", f"They are {', '.join(map(str, parameter.labels))}."
     number = isinstance(value, int if parameter.integer else int | float) and not isinstance(value, bool)
     if number and parameter.low <= value <= parameter.high:  # type: ignore[operator]
         return None
-    return f"{value!r} is outside of the range", f"It goes from {parameter.low} to {parameter.high}."
+    return f"{value!r} is outside the range", f"It goes from {parameter.low} to {parameter.high}."

@@ -1,4 +1,4 @@
-"""Errors in a user's file, one sentence each: where, what, and what instead. Translates those of pydantic."""
+"""Errors in a user's file, one sentence each: where, what is wrong, what to write instead. Translates pydantic's errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ktray.spec import (
 
 MAX_SHOWN = 5
 Path = tuple[str | int, ...]
-_ROOMS = {
+_PLUGIN_KINDS = {  # field of a pair -> kind of plugin that it names
     "backbone": "backbone",
     "pretext": "pretext",
     "descriptor": "descriptor",
@@ -39,7 +39,7 @@ _TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
     "features": (PrecomputedTeacher, "a ready-made teacher (one with 'features')"),
     "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
 }
-_RULES = {  # pydantic's type of an error -> what the value should be
+_RULES = {  # pydantic's error type -> what the value should be
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a finite number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
@@ -56,7 +56,7 @@ _RULES = {  # pydantic's type of an error -> what the value should be
 
 @dataclass(frozen=True)
 class SpecError:
-    """One error; `where` is a dotted path in the file, `instead` what would be right."""
+    """One error; `where` is a dotted path in the file, `instead` a correction."""
 
     where: str
     problem: str
@@ -66,14 +66,14 @@ class SpecError:
         return str(UserError(self.problem, self.where, self.instead))
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """``Did you mean 'k'? `` or nothing."""
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """``Did you mean 'k'? `` with the known word closest to `word`; empty if none is close."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
 def raise_if_any(problems: Sequence[SpecError], source: str) -> None:
-    """Raises a UserError that names the first few of `problems`, if there are any."""
+    """Raises one UserError with the first `MAX_SHOWN` of `problems`, if there are any."""
     if not problems:
         return
     if len(problems) == 1:
@@ -87,22 +87,22 @@ def raise_if_any(problems: Sequence[SpecError], source: str) -> None:
 def from_validation(
     error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]
 ) -> list[SpecError]:
-    """Pydantic's errors about `value` as a `model`, in a user's words.
+    """Pydantic's errors about `value` as a `model`, in terms of the user's file.
 
     Args:
         where: path of a field in `value` -> dotted path in the file, as the user wrote it.
     """
-    value, place = _with_data_roles(value, where) if model is PairSpec else (value, where)
+    value, locate = _with_data_roles(value, where) if model is PairSpec else (value, where)
     items = list(_flat(error, ()))
-    # Of a list whose entries are wrong pydantic also says that it is too short.
-    meant = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
-    found = list(dict.fromkeys(_translate(item, path, model, value, place) for path, item in meant))
-    hints = {problem.instead for problem in found}  # a misspelt field is missing under its right name too: say it once
+    # If entries of a list are wrong, pydantic also reports the list itself as too short: keep only the innermost errors.
+    innermost = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
+    found = list(dict.fromkeys(_translate(item, path, model, value, locate) for path, item in innermost))
+    hints = {problem.instead for problem in found}  # a misspelt field is also missing under its right name: report it once
     return [p for p in found if f"Did you mean {p.where.split('.')[-1]!r}?" not in hints or "is missing" not in p.problem]
 
 
 def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    # A plugin's spec is validated inside a validator, so its errors come nested and know only their own part of the path.
+    # A plugin's spec is validated inside a validator, so its errors are nested and their paths start at the plugin.
     for item in error.errors(include_url=False):
         inner = item.get("ctx", {}).get("error")
         if isinstance(inner, ValidationError):
@@ -112,7 +112,7 @@ def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[s
 
 
 def _with_data_roles(value: Any, where: Callable[[Path], str]) -> tuple[Any, Callable[[Path], str]]:
-    """A pair with its data roles written out, and `where` for it: if one data set has all roles, its path names none."""
+    """A pair with its data roles written out, and a `where` for it that drops the roles that the file does not have."""
     return _expanded(value), lambda path: where(_path_in_file(path, value))
 
 
@@ -134,7 +134,7 @@ def _has_roles(value: Any) -> bool:
 
 
 def _path_in_file(path: Path, value: Any) -> Path:
-    """The path in the file of a field of the pair with its roles written out; an inner pair may inherit the outer's data."""
+    """Path in the file of a field of the pair with its roles written out; an inner pair may inherit the outer pair's data."""
     if path[:2] == ("teacher", "pair"):
         inner = _part(_part(value, "teacher"), "pair")
         if path[2:3] == ("data",) and isinstance(inner, Mapping) and "data" not in inner:
@@ -146,27 +146,27 @@ def _path_in_file(path: Path, value: Any) -> Path:
 def _translate(
     item: Mapping[str, Any], path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]
 ) -> SpecError:
-    place = where(path)
+    location = where(path)
     name = str(path[-1]) if path else ""
-    if name not in place.split("."):  # a role of the one data set that plays all
-        name = place.split(".")[-1]
+    if name not in location.split("."):  # a data role that the file does not write out
+        name = location.split(".")[-1]
     inner = item.get("ctx", {}).get("error")
     cause = getattr(inner, "__cause__", None)
     if isinstance(cause, UserError):
-        return SpecError(place, cause.problem, cause.instead)
+        return SpecError(location, cause.problem, cause.instead)
     if item["type"] == "extra_forbidden":
         return _unknown_field(path, model, value, where)
     if item["type"] == "missing":
-        return SpecError(place, f"{name!r} is missing")
+        return SpecError(location, f"{name!r} is missing")
     if item["type"] == "value_error":
-        return SpecError(place, str(inner or item["msg"]).removeprefix("Value error, "))
+        return SpecError(location, str(inner or item["msg"]).removeprefix("Value error, "))
     if item["type"] == "literal_error":
         options = _literals(item)
-        hint = nearest(item["input"], options) if isinstance(item["input"], str) else ""
-        return SpecError(place, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
+        hint = suggestion(item["input"], options) if isinstance(item["input"], str) else ""
+        return SpecError(location, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
     if name.isdigit():
         name = f"entry {name}"
-    return SpecError(place, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
+    return SpecError(location, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
 
 
 def _rule(item: Mapping[str, Any]) -> str:
@@ -178,7 +178,7 @@ def _rule(item: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in the file; of a mapping or list only that it is one."""
+    """A scalar as it is written in the file; of anything else only its type."""
     if isinstance(value, Mapping | list | tuple):
         return "a mapping" if isinstance(value, Mapping) else "a list"
     return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
@@ -190,35 +190,35 @@ def _literals(item: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> SpecError:
-    name, place = str(path[-1]), where(path)
+    name, location = str(path[-1]), where(path)
     owner, title = _model_at(path[:-1], model, value)
     known = [field for field in owner.model_fields if field != "kind"] if owner else []
-    near = nearest(name, known)
-    if near:
-        return SpecError(place, f"there is no field {name!r}", near.strip())
+    hint = suggestion(name, known)
+    if hint:
+        return SpecError(location, f"there is no field {name!r}", hint.strip())
     others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
     if path[-2:-1] == ("teacher",) and others:
         reason = "; it is not trained" if owner in (HandcraftedTeacher, PrecomputedTeacher) else ""
-        return SpecError(place, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
-    listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields beside its kind."
-    return SpecError(place, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
+        return SpecError(location, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
+    listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields but its kind."
+    return SpecError(location, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
 
 
 def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[type[BaseModel] | None, str]:
-    """The spec that reads the part of `value` at `path`, and its name for a message."""
-    title, room = "", ""
+    """The spec of the part of `value` at `path`, and its name in a message."""
+    title, plugin_kind = "", ""
     for step in path:
         value = _part(value, step)
         field = model.model_fields.get(str(step)) if model and isinstance(step, str) else None
-        if room != "dataset":  # below `data` even the roles "pretext" and "transfer" name data sets
-            room = _ROOMS.get(str(step), room)
+        if plugin_kind != "dataset":  # below `data` even the roles "pretext" and "transfer" name data sets
+            plugin_kind = _PLUGIN_KINDS.get(str(step), plugin_kind)
         annotation = field.annotation if field else None
         if step == "teacher" and isinstance(value, Mapping):
             model, title = next((found for key, found in _TEACHERS.items() if key in value), (None, ""))
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation.model_fields:
             model, title = annotation, f"{step!r}"
         else:
-            model, title = _plugin(room, value)
+            model, title = _plugin_spec(plugin_kind, value)
     return model, title
 
 
@@ -228,15 +228,15 @@ def _part(value: Any, step: str | int) -> Any:
     return value[step] if isinstance(value, list | tuple) and isinstance(step, int) else None
 
 
-def _plugin(room: str, value: Any) -> tuple[type[BaseModel] | None, str]:
-    if room == "dataset" and isinstance(value, Mapping) and "kind" not in value:
+def _plugin_spec(plugin_kind: str, value: Any) -> tuple[type[BaseModel] | None, str]:
+    if plugin_kind == "dataset" and isinstance(value, Mapping) and "kind" not in value:
         return DataRoles, "'data'"
     kind = value.get("kind") if isinstance(value, Mapping) else value
-    if room == "dataset" and isinstance(kind, str):
+    if plugin_kind == "dataset" and isinstance(kind, str):
         kind = kind.partition("?")[0].partition(":")[0]
-    if not room or not isinstance(kind, str):
+    if not plugin_kind or not isinstance(kind, str):
         return None, ""
     try:
-        return plugins.module(room, kind).Spec, f"the {room} {kind!r}"
+        return plugins.module(plugin_kind, kind).Spec, f"the {plugin_kind} {kind!r}"
     except UserError:
         return None, ""

@@ -1,24 +1,25 @@
-"""A study: which trial runs next, and what became of each. All of it is in the journal, so that a killed search goes on.
+"""A study: decides which trial runs next and records what became of each, in a journal from which a killed search resumes.
 
-One driver, from one thread, asks `next` for a segment of a trial (from where the trial paused to its next rung), runs it, and
-answers with `report`, `finish` or `fail`. The states of a trial:
+A single driver, in a single thread, asks `next` for a segment of a trial (from the epoch where the trial paused to its next
+rung), runs it, and calls `report`, `finish` or `fail`. The states of a trial:
 
-    drawn -> running -> completed                its full training is done and judged
+    drawn -> running -> completed                its full training is done and evaluated
                      -> failed                   a stage raised, or a score is not finite
                      -> paused                   at a rung; from there
-                          paused -> running      promoted: the rest of its training is worth it
-                          paused -> pruned       the study has met its target and nothing promotes it any more
+                          paused -> running      promoted to the next rung
+                          paused -> pruned       the study has met its target, and the trial was not promoted
     drawn -> duplicate                           the same pair as an earlier trial
     drawn -> failed                              no valid pair
 
-`next` prefers, in this order: trials that a killed driver left running, promotions, new draws. When nothing of these is left
-and no trial was completed, the best paused one is trained to its end, so that every search has a result.
+`next` prefers, in this order: trials that a killed driver left running, promotions, new draws. If none of these is left and no
+trial is completed, the best paused trial is trained to its end, so that every search has a result.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import re
 import time
@@ -32,7 +33,6 @@ from ktray.search.budget import (
     AttributedCosts,
     CostEstimate,
     DrawCost,
-    ElapsedTime,
     Spending,
     affordable_seconds,
     limit_reached,
@@ -41,15 +41,16 @@ from ktray.search.budget import (
 from ktray.search.draws import DrawSource, SampledDraws
 from ktray.search.journal import Journal, driver_lock
 from ktray.search.space import Space
-from ktray.search.trial import SharedPairParts, State, Trial
+from ktray.search.trial import State, Trial
 
 MAX_FAILURES = 10  # failed trials in a row that stop a search
 MOST_DIFFERENCES = 5  # between two spaces, named in an error
+SAVE_EVERY = 30.0  # seconds of elapsed time; a kill -9 loses no more than these
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """A segment to run: the trial's student up to the end of epoch `until`; `final` if that is its full training."""
+    """A segment of a trial to run: its student up to the end of epoch `until`; `final` if that is the full training."""
 
     trial: Trial
     until: int
@@ -57,12 +58,12 @@ class Assignment:
 
 
 class Study:
-    """The driver's side of a study; see `open`.
+    """A study that this process drives; create it with `open`.
 
     Attributes:
-        spending: what its stages have cost.
-        stop_reason: why `next` said "done", in a few words; None before.
-        target: draws that this session makes in all, duplicates not counted.
+        spending: the cost of its stages so far.
+        stop_reason: why `next` returned "done", in a few words; None before that.
+        target: number of draws after which the search ends, over all sessions; duplicates are not counted.
     """
 
     def __init__(
@@ -73,20 +74,20 @@ class Study:
         self.stop_reason: str | None = None
         self._journal, self._clock, self._draws = journal, clock, draws
         notes = journal.notes()
-        self._elapsed = ElapsedTime(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
+        self._elapsed = _ElapsedTime(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
         self._trials: dict[int, Trial] = {}  # in the order of their numbers
         self._drawn = 0
         self._rungs = halving.RungScores(space.early_stop)
-        self._pair_parts = SharedPairParts()
+        self._pair_parts: dict[str, Any] = {}  # JSON text of a part of a pair -> that part, which trials share
         for trial in warm_start.trials(notes.get(warm_start.NOTE, {})):
             draws.observe(trial)
         for trial in journal.trials():
-            self._enter(self._pair_parts.share(trial))
+            self._enter(_with_shared_parts(trial, self._pair_parts))
         self._running: dict[int, Trial] = {}  # assigned in this session
-        self._interrupted = [trial.number for trial in self.trials() if trial.state == "running"]  # by the end of a driver
-        self._failures = FailureLimit(self.trials())
+        self._interrupted = [trial.number for trial in self.trials() if trial.state == "running"]  # left by a killed driver
+        self._failures = _FailureLimit(self.trials())
         self._exhausted = False
-        self._unaffordable_at: DrawCost | None = None  # what was spent when the rest of the budget paid for no draw
+        self._unaffordable_at: DrawCost | None = None  # what was spent when no draw was affordable
         self._target_met = False
         self._lock = contextlib.ExitStack()
         self.target = self._agree_on_target(trials)
@@ -103,18 +104,19 @@ class Study:
         warm_start: str | None = None,
         retry: bool = False,
     ) -> Study:
-        """Begins a study or goes on with it. Trials that a killed driver left running come first out of `next`.
+        """Begins or resumes a study. `next` first returns the trials that a killed driver left running.
 
         Args:
-            name: the study's name, if not the space's.
-            clock: seconds.
-            trials: how many draws in all, or ``+50`` more than the last target, once that is met; None: the space's budget.
-            draws: where new trials come from, if not from the sampler.
-            warm_start: another study of this home, whose results the sampler learns from; noted, and not to be named again.
-            retry: draw the pairs of failed trials again, as new trials, before all others.
+            name: of the study; by default the name in the space.
+            clock: returns seconds.
+            trials: target number of draws, or ``+50`` to raise a target that is met; None: as in the space's budget.
+            draws: source of new trials; by default the sampler.
+            warm_start: another study of this home that the sampler learns from. Its results are kept in the journal, so a
+                resumed search need not name it again.
+            retry: first draw the pairs of failed trials again, as new trials.
 
         Raises:
-            UserError: another driver has the study, it was begun with another space, or the name or `trials` is invalid.
+            UserError: another process drives the study, it was begun with another space, or the name or `trials` is invalid.
         """
         name = name or space.name
         try:
@@ -145,30 +147,30 @@ class Study:
         return [self._trials[number] for number in range(since, len(self._trials))]
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
-        """From now on `cost_estimate` says what a draw would cost."""
+        """Sets the function that estimates the cost of a draw from now on."""
         self._draws.set_cost_estimate(cost_estimate)
 
     @property
     def drawn(self) -> int:
-        """Draws that count: all but duplicates."""
+        """Number of draws, without duplicates."""
         return self._drawn
 
     @property
     def elapsed(self) -> float:
-        """Seconds that searches of this study ran, over all resumes."""
+        """Seconds that searches of this study have run, over all resumes."""
         return self._elapsed.seconds
 
     def best(self, pareto: bool = False) -> list[Trial]:
-        """Completed trials, best first; with `pareto` only those that no other dominates."""
+        """Completed trials, best first; with `pareto` only the Pareto front."""
         ranked = ranking.front if pareto else ranking.ranked
         return ranked(self.trials(), self.space.objectives)
 
     # --- what runs next
 
     def next(self) -> Assignment | Literal["wait", "done"]:
-        """What to run now; "wait" for results, "done" when no result can lead to more.
+        """The segment to run now; "wait" if that depends on running trials, "done" if nothing is left to run.
 
-        A draw that equals an earlier trial is recorded and skipped.
+        A draw that equals an earlier trial is recorded as a duplicate and skipped.
 
         Raises:
             StoppedEarly: ten trials in a row failed, or the disk is full.
@@ -191,7 +193,7 @@ class Study:
         return "done"
 
     def _limit_reached(self) -> str | None:
-        # Interrupted trials were within the budget when their costs were attributed: these costs must not stop them now.
+        # Interrupted trials were within the budget when their costs were attributed, so those costs must not stop them now.
         spent = DrawCost() if self._interrupted else self.spending.spent
         return limit_reached(self.space.budget, self.elapsed, spent)
 
@@ -209,14 +211,14 @@ class Study:
         return None
 
     def _draw(self) -> Trial | None:
-        """Makes and records one draw; None if there is none, which is then known."""
+        """Makes and records one draw; None if the space is exhausted or nothing is affordable, which it then remembers."""
         spent = self.spending.spent
         new = self._draws.next_draw(spent, affordable_seconds(self.space.budget, spent, self._trials.values()))
         if isinstance(new, str):
             self._exhausted = new == "exhausted"
             self._unaffordable_at = spent if new == "too_expensive" else None
             return None
-        new = self._pair_parts.share(new)
+        new = _with_shared_parts(new, self._pair_parts)
         trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
         self._journal.add(trial)
         self._enter(trial)
@@ -224,7 +226,7 @@ class Study:
         return trial
 
     def _last_resort(self) -> Trial | None:
-        """The best paused trial if none was completed, whatever it costs: only the clock's limit stops it."""
+        """The best paused trial if none is completed. Its cost does not matter: only the limit of elapsed time prevents it."""
         if limit_reached(self.space.budget, self.elapsed, DrawCost()) is not None:
             return None
         number = self._rungs.best_unfinished()
@@ -237,10 +239,10 @@ class Study:
         until = halving.next_rung(self.space.early_stop, trial)
         return Assignment(trial, until, until == trial.epochs)
 
-    # --- what the running trials cost
+    # --- the cost of running trials
 
     def attribute_costs(self, number: int, costs: AttributedCosts) -> Trial:
-        """Attributes to a trial the expected seconds of stages that it is the first to need; they count as spent at once.
+        """Attributes to a trial the expected seconds of the stages that it is the first to need; they count as spent at once.
 
         Raises:
             KeyError: the trial is not running.
@@ -253,11 +255,11 @@ class Study:
         return trial
 
     def attributed_costs(self, number: int) -> AttributedCosts:
-        """What is attributed to a trial so far."""
+        """The costs attributed to a trial so far."""
         return self._trials[number].attributed_costs
 
     def record_costs(self, number: int, seconds: Mapping[str, float]) -> None:
-        """Replaces a trial's expected seconds by recorded ones, before its segment ends; stages without a record cost nothing.
+        """Replaces a trial's expected seconds by the recorded ones, before its segment ends; unrecorded stages cost nothing.
 
         Raises:
             KeyError: the trial is not running.
@@ -266,7 +268,7 @@ class Study:
         costs = {part: {key: seconds[key] for key in keys if key in seconds} for part, keys in trial.attributed_costs.items()}
         self._running[number] = dataclasses.replace(trial, attributed_costs=costs)
 
-    # --- how a segment ended
+    # --- the end of a segment
 
     def report(
         self,
@@ -276,16 +278,16 @@ class Study:
         keys: Mapping[str, Any] | None = None,
         cost: Mapping[str, float] | None = None,
     ) -> Trial:
-        """The score of a trial at its rung, where it pauses; it fails if the score is not finite.
+        """Records the score of a trial at a rung and pauses it there; the trial fails if the score is not finite.
 
         Args:
-            epoch: of the rung; 0: the score is that of its teacher.
-            keys: stage -> key of what the trial rests on so far, so that `keys_in_use` keeps it.
-            cost: `marginal_seconds` that it has added so far.
+            epoch: of the rung; 0 for the score of its teacher.
+            keys: stage -> key of its artifact so far, so that `keys_in_use` includes them.
+            cost: its `marginal_seconds` so far.
 
         Raises:
             KeyError: the trial is not running.
-            ValueError: it was to run to another epoch.
+            ValueError: the segment ends at another epoch.
         """
         trial = self._running[number]
         until = halving.next_rung(self.space.early_stop, trial)
@@ -307,11 +309,11 @@ class Study:
         keys: Mapping[str, Any],
         cost: Mapping[str, float],
     ) -> Trial:
-        """A trial had its full training. It fails if an objective is missing or not finite.
+        """Completes a trial after its full training; it fails if an objective is missing or not finite.
 
         Args:
-            metrics: all that was measured.
-            objectives: metric -> value; at least what the space optimises.
+            metrics: all metrics.
+            objectives: metric -> value; at least those that the space optimises.
             keys: stage -> key of its artifact.
             cost: `seconds` and `marginal_seconds`.
 
@@ -336,9 +338,10 @@ class Study:
         )
 
     def fail(self, number: int, cause: str, stage: str = "") -> Trial:
-        """A trial cannot go on.
+        """Fails a trial.
 
         Args:
+            cause: one line.
             stage: key of the stage that raised, if one did.
 
         Raises:
@@ -351,15 +354,15 @@ class Study:
     # --- the end of a session
 
     def prune(self) -> list[Trial]:
-        """Prunes and returns what is paused, if `next` said "done" because the target is met; else it stays paused."""
+        """Prunes and returns the paused trials if `next` returned "done" because the target is met; else they stay paused."""
         paused = [trial for trial in self.trials() if trial.state == "paused"] if self._target_met else []
-        cause = self._rungs.teachers.prune_cause
+        cause = self._rungs.prune_cause
         return [self._update(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
 
     def close(self) -> list[Trial]:
-        """Prunes as `prune` does and ends the session: another driver may open the study now.
+        """Prunes as `prune` does and ends the session, so that another driver may open the study.
 
-        Running trials stay so: the next `open` hands them out again.
+        Running trials stay in that state: after the next `open`, `next` returns them again.
         """
         with self._lock:
             pruned = self.prune()
@@ -367,10 +370,10 @@ class Study:
         return pruned
 
     def save_elapsed(self) -> None:
-        """Notes how long the search has run, at most every 30 s; call it from the thread that calls `next`."""
+        """Saves the elapsed time, at most every 30 s; call it in the thread that calls `next`."""
         self._elapsed.save_if_due()
 
-    # --- one place where a trial changes, and one where all that counts trials hears of it
+    # --- changes of a trial
 
     def _end_segment(self, trial: Trial, *, state: State, **changes: Any) -> Trial:
         ended = self._update(trial, state=state, ended=None if state == "paused" else self._clock(), **changes)
@@ -385,7 +388,7 @@ class Study:
         return changed
 
     def _enter(self, trial: Trial) -> None:
-        """Takes in a trial that is new or has changed."""
+        """Passes a new or changed trial to everything that counts or ranks trials."""
         old = self._trials.get(trial.number)
         self._drawn += (trial.state != "duplicate") - (old is not None and old.state != "duplicate")
         self._rungs.update(old, trial)
@@ -397,7 +400,7 @@ class Study:
         return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
 
     def _agree_on_target(self, trials: str | int | None) -> int:
-        """The target of this session; the journal notes it, and the space."""
+        """The target of this session; writes it and the space to the journal."""
         notes = self._journal.notes()
         unfinished = any(trial.state in ("running", "paused") for trial in self._trials.values())
         met = "target" in notes and self.drawn >= notes["target"]["trials"] and not unfinished
@@ -412,11 +415,38 @@ class Study:
         self._journal.note("target", {**self._journal.notes()["target"], "trials": self.target})
 
 
-class FailureLimit:
-    """Counts failures since the last result: a search ends after ten in a row, each with a reason of its own.
+class _ElapsedTime:
+    """The seconds that searches of a study have run, over all resumes.
 
-    Trials that wait for the same stage fail with it and count as one. Invalid pairs cost nothing: they count only as long as
-    no draw was valid.
+    Args:
+        clock: returns seconds.
+        before: seconds of earlier sessions.
+        save: writes the seconds to the journal.
+    """
+
+    def __init__(self, clock: Callable[[], float], before: float, save: Callable[[float], None]) -> None:
+        self._clock, self._began = clock, clock()
+        self._before = self._saved = before
+        self._save = save
+
+    @property
+    def seconds(self) -> float:
+        return self._before + self._clock() - self._began
+
+    def save(self) -> None:
+        self._saved = self.seconds
+        self._save(self._saved)
+
+    def save_if_due(self) -> None:
+        if self.seconds - self._saved >= SAVE_EVERY:
+            self.save()
+
+
+class _FailureLimit:
+    """Counts failures since the last success: a search stops after ten in a row that have different causes.
+
+    Trials that fail because of the same stage count as one failure. Invalid pairs cost nothing, so they count only until the
+    first valid draw.
 
     Args:
         trials: of earlier sessions.
@@ -428,7 +458,7 @@ class FailureLimit:
         self._failed: list[Trial] = []
 
     def observe_draw(self, trial: Trial) -> None:
-        """Takes in a new draw; if it is failed, it is no valid pair."""
+        """Counts a new draw that has failed, which means that it is no valid pair."""
         if not self._any_valid and trial.state == "failed":
             self.observe_failure(trial)
         elif not self._any_valid:
@@ -436,12 +466,12 @@ class FailureLimit:
             self.reset()
 
     def observe_failure(self, trial: Trial, stage: str = "") -> None:
-        """Takes in a failed trial; `stage` is the key of the stage that raised, if one did."""
+        """Counts a failed trial; `stage` is the key of the stage that raised, if one did."""
         self._reasons.add(stage or f"trial {trial.number}")
         self._failed.append(trial)
 
     def reset(self) -> None:
-        """There is a result: the count starts anew."""
+        """Starts counting again after a success."""
         self._reasons.clear()
         self._failed.clear()
 
@@ -452,16 +482,26 @@ class FailureLimit:
 
 
 def too_many_failures(trials: list[Trial]) -> StoppedEarly:
-    """Why a search ends after these trials failed, with the cause of the last."""
+    """The error with which a search stops after these failed trials; it names the cause of the last one."""
     last = trials[-1]
     return StoppedEarly(f"{len(trials)} trials failed one after the other; the last one, {last.number}: {last.cause}")
 
 
+def _with_shared_parts(trial: Trial, known: dict[str, Any]) -> Trial:
+    """The same trial, with the parts of its pair (such as its data) that equal a known one replaced by it, to save memory.
+
+    Args:
+        known: JSON text -> part; new parts are added.
+    """
+    parts = {name: known.setdefault(json.dumps(part), part) for name, part in trial.pair.items()}
+    return dataclasses.replace(trial, pair=parts)
+
+
 def _check_target(trials: str | int | None) -> str:
-    """The number of trials asked for as text, empty for None.
+    """The value of ``--trials`` as text, empty for None.
 
     Raises:
-        UserError: it is no number of trials.
+        UserError: it is neither a number nor a number after ``+``.
     """
     text = "" if trials is None else str(trials)
     if text and not re.fullmatch(r"\+?[1-9]\d*", text):
@@ -470,19 +510,19 @@ def _check_target(trials: str | int | None) -> str:
 
 
 def _new_target(trials: str | int | None, budget: int, noted: Mapping[str, Any] | None, met: bool) -> dict[str, int]:
-    """The target of a session and the budget that it was derived from, as the study notes them.
+    """The target of a session and the budget that it comes from, in the form in which the journal keeps them.
 
-    `+50` adds to a target that was met; before that it is the same command again, and adds nothing. If no number is asked for,
-    a study keeps its target until the space's budget changes.
+    `+50` raises a target that is met. An unmet target stays as it is, so that repeating the same command after a kill does not
+    raise it twice. Without a number, a study keeps its target until the budget in the space's file changes.
 
     Args:
         trials: ``50``, ``"50"``, ``"+50"`` or None.
         budget: trials in the space's file.
         noted: what this function returned when the study was last opened; None for a new study.
-        met: whether that target was met and every trial came to its end.
+        met: whether that target is met and every trial has ended.
 
     Raises:
-        UserError: `trials` is no number of trials.
+        UserError: `trials` is neither a number nor a number after ``+``.
     """
     text = _check_target(trials)
     if not text:
@@ -494,10 +534,10 @@ def _new_target(trials: str | int | None, budget: int, noted: Mapping[str, Any] 
 
 
 def _check_same_space(noted: Mapping[str, Any] | None, space: Space, name: str) -> None:
-    """Refuses to go on with a study in another space than it was begun with.
+    """Refuses to resume a study with another space than it was begun with.
 
     Args:
-        noted: the space's document as the study keeps it; None for a new study.
+        noted: the space's document in the journal; None for a new study.
 
     Raises:
         UserError: names up to five differences.

@@ -1,8 +1,8 @@
-"""Densities of good and of bad trials: Optuna's tree-structured Parzen estimators, over the branches of a space.
+"""TPE: tree-structured Parzen estimators of the densities of good and bad trials, over the branches of a space.
 
-Optuna's own sampler reads a whole study for each draw, and handles rungs and failures in another way than ktray. So this file,
-and no other, uses a private part of Optuna: the estimator that its `TPESampler` builds from trials. So `pyproject.toml` holds
-Optuna below its next major version, and a test compares our draws with those of Optuna's estimators.
+Optuna's own sampler reads the whole study for each draw and treats rungs and failures differently from ktray. So this file, and
+no other, uses a private part of Optuna: the estimator that its `TPESampler` builds from trials. Therefore `pyproject.toml`
+keeps Optuna below its next major version, and a test compares our draws with those of Optuna's estimators.
 
 Source: Watanabe, "Tree-Structured Parzen Estimator" (2023), arXiv:2304.11127; for several objectives Ozaki et al.,
 "Multiobjective Tree-Structured Parzen Estimator" (JAIR 2022); both as in Optuna, with parameters of a branch drawn together.
@@ -40,16 +40,16 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
 
 
 def _groups(space: Space) -> list[dict[str, BaseDistribution]]:
-    """Parameters that are always drawn together, as they belong to the same branches; single values are left out."""
+    """Groups of parameters that are always drawn together because they are in the same branches; single values are left out."""
     known, found = distributions(space), {}  # type: ignore[var-annotated]
-    for parameter, under in parameters(space.root):
+    for parameter, conditions in parameters(space.root):
         if not known[parameter.name].single():
-            found.setdefault(tuple(sorted(under.items())), {})[parameter.name] = known[parameter.name]
+            found.setdefault(tuple(sorted(conditions.items())), {})[parameter.name] = known[parameter.name]
     return [dict(sorted(group.items())) for group in found.values()]
 
 
 class ParzenEstimators:
-    """Builds densities for one space; keeps each trial's parameters as the numbers that Optuna's estimators take."""
+    """Proposes draws of one space by TPE; caches each trial's parameters in the form that Optuna's estimators take."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
@@ -60,19 +60,30 @@ class ParzenEstimators:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._optuna: Any = TPESampler(multivariate=True, group=True)
 
-    def densities(self, good: Sequence[Trial], bad: Sequence[Trial], seed: int) -> Densities:
-        """The densities of these trials; if they are many, later ones count more.
+    def propose(self, good: Sequence[Trial], bad: Sequence[Trial], seed: int, planned: Mapping[str, Scalar]) -> Params:
+        """What Optuna would propose: of each group of parameters the best of `CANDIDATES` draws from the good trials' density.
+
+        With many trials, later ones count more.
 
         Args:
             seed: of the draws.
+            planned: values that are fixed; the others are drawn.
         """
         for trial in (*good, *bad):
             self._encode(trial)
-        groups = [(group, *(self._estimator(index, some) for some in (good, bad))) for index, group in enumerate(self._groups)]
-        return Densities(self.space, groups, seed)
+        generator = np.random.RandomState(seed % 2**32)
+        values: dict[str, Scalar] = {}
+        for index, group in enumerate(self._groups):
+            of_good, of_bad = (self._estimator(index, trials) for trials in (good, bad))
+            rows = of_good.sample(generator, CANDIDATES)
+            for name in planned.keys() & group.keys():
+                rows[name] = np.full(CANDIDATES, group[name].to_internal_repr(planned[name]))
+            winner = int(np.argmax(of_good.log_pdf(rows) - of_bad.log_pdf(rows)))
+            values |= {name: group[name].to_external_repr(rows[name][winner].item()) for name in group}
+        return self.space.suggest(lambda parameter: {**values, **planned}.get(parameter.name, _single_value(parameter)))
 
     def _estimator(self, index: int, trials: Sequence[Trial]) -> Any:
-        """Optuna's estimator of one group of parameters, from the trials that have all of them."""
+        """Optuna's estimator for one group of parameters, fitted to the trials that have all of them."""
         group, rows = self._groups[index], self._rows[index]
         found = [rows[trial.number] for trial in trials if trial.number in rows]
         columns = np.array(found).reshape(len(found), len(group)).T
@@ -80,36 +91,13 @@ class ParzenEstimators:
         return self._optuna._parzen_estimator_cls(observed, group, self._optuna._parzen_estimator_parameters)
 
     def _encode(self, trial: Trial) -> None:
-        """Keeps a trial's values of every group that it has all of."""
+        """Caches a trial's values of each group, if it has all parameters of the group."""
         if trial.number in self._encoded:
             return
         self._encoded.add(trial.number)
         for group, rows in zip(self._groups, self._rows, strict=True):
             if group.keys() <= trial.params.keys():
                 rows[trial.number] = [known.to_internal_repr(trial.params[name]) for name, known in group.items()]
-
-
-class Densities:
-    """Per group of parameters its distributions and two estimators: of the good trials and of the bad."""
-
-    def __init__(self, space: Space, groups: Sequence[tuple[dict[str, BaseDistribution], Any, Any]], seed: int) -> None:
-        self._space, self._groups = space, groups
-        self._random = np.random.RandomState(seed % 2**32)
-
-    def propose(self, planned: Mapping[str, Scalar]) -> Params:
-        """What Optuna would propose: of each group the best of some draws from the density of the good trials.
-
-        Args:
-            planned: values that are fixed; the others are drawn.
-        """
-        values: dict[str, Scalar] = {}
-        for group, good, bad in self._groups:
-            rows = good.sample(self._random, CANDIDATES)
-            for name in planned.keys() & group.keys():
-                rows[name] = np.full(CANDIDATES, group[name].to_internal_repr(planned[name]))
-            winner = int(np.argmax(good.log_pdf(rows) - bad.log_pdf(rows)))
-            values |= {name: group[name].to_external_repr(rows[name][winner].item()) for name in group}
-        return self._space.suggest(lambda parameter: {**values, **planned}.get(parameter.name, _single_value(parameter)))
 
 
 def _single_value(parameter: Parameter) -> Scalar:

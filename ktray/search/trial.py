@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -82,15 +80,3 @@ class Trial:
         """All of its `keys` in one set."""
         nested = (value.values() if isinstance(value, Mapping) else [value] for value in self.keys.values())
         return {key for values in nested for key in values}
-
-
-class SharedPairParts:
-    """Holds each different part of pairs, such as their data, once in memory: a thousand trials then share it."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Any] = {}
-
-    def share(self, trial: Trial) -> Trial:
-        """The same trial; its pair consists of parts that earlier trials have, where they are equal."""
-        parts = {name: self._known.setdefault(json.dumps(part), part) for name, part in trial.pair.items()}
-        return dataclasses.replace(trial, pair=parts)
