@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Protocol, Self, get_args, get_origin
 
 from ktray.errors import UserError
 from ktray.strict import StrictSpec
@@ -43,6 +43,24 @@ _DEFINES = {  # what the house looks for in a plugin of each room
 }
 _loaded: dict[tuple[str, str], ModuleType] = {}  # a search asks for the same few modules hundreds of thousands of times
 _ALLOWED = "KTRAY_ALLOW_PLUGINS"  # an environment variable, so that Ray's workers inherit it
+
+
+class PluginSpec(Protocol):
+    """What ktray reads of the Spec of every plugin. A Spec is a `StrictSpec` with a field `kind`; see `_FIELDS` for more."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the plugin's module: ``rotation``, or ``my_lab.colour`` from outside of ktray."""
+
+    def model_dump(
+        self, *, mode: str = "python", include: set[str] | None = None, exclude: set[str] | None = None
+    ) -> dict[str, Any]:
+        """The fields as plain data, as pydantic's method of that name."""
+
+    def model_copy(self, *, update: dict[str, Any] | None = None) -> Self:
+        """The same with some fields changed, as pydantic's method of that name."""
+
+    def __hash__(self) -> int: ...
 
 
 def allow(packages: list[str]) -> None:
@@ -150,7 +168,7 @@ def identity_name(module: ModuleType) -> str:
     return f"{_ROOM_OF_PACKAGE[package]}.{kind}" if package in _ROOM_OF_PACKAGE else module.__name__
 
 
-def revisions(*sources: StrictSpec | ModuleType) -> dict[str, int]:
+def revisions(*sources: PluginSpec | StrictSpec | ModuleType) -> dict[str, int]:
     """Identity name -> REVISION of the code that gives a stage its meaning.
 
     Args:
@@ -186,6 +204,6 @@ def parse(room: str, value: Any) -> Any:
     return value
 
 
-def module_of(room: str, spec: Any) -> ModuleType:
+def module_of(room: str, spec: PluginSpec) -> ModuleType:
     """The module that defines the kind of a ready spec."""
     return module(room, spec.kind)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
 from pydantic import (
     BeforeValidator,
     Field,
+    PlainValidator,
     SerializeAsAny,
     TypeAdapter,
     ValidationError,
@@ -18,6 +19,7 @@ from pydantic import (
 
 from ktray import plugins
 from ktray.errors import UserError
+from ktray.plugins import PluginSpec
 from ktray.strict import StrictSpec, plain_types
 
 
@@ -59,12 +61,6 @@ def _from_text(kind: str, name: str, text: str) -> Any:
         return text
 
 
-DataSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_data)]
-BackboneSpec = Annotated[Any, BeforeValidator(partial(_parse, "backbone"))]
-PretextSpec = Annotated[Any, BeforeValidator(partial(_parse, "pretext"))]
-DescriptorSpec = Annotated[Any, BeforeValidator(partial(_parse, "descriptor"))]
-TransferSpec = Annotated[Any, BeforeValidator(partial(_parse, "transfer"))]
-EvaluationSpec = Annotated[Any, BeforeValidator(partial(_parse, "evaluation"))]
 Seed = Annotated[int, Field(ge=0)]
 
 
@@ -73,6 +69,89 @@ class Split(StrictSpec):
 
     val: float = Field(default=0.1, ge=0, lt=1, description="share of the training images; 0: no val split")
     seed: Seed = 0
+
+
+class Pooling(StrictSpec):
+    """How the feature maps of a layer become one vector: pooled to a grid x grid x C, then flattened."""
+
+    kind: Literal["avg", "max"] = "avg"
+    grid: int = Field(default=1, ge=1, le=64)
+
+
+class DataPlugin(PluginSpec, Protocol):
+    """What ktray reads of every data set's Spec."""
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+
+    @property
+    def split(self) -> Split:
+        """How a val split is taken from the training images where there is none."""
+
+    @property
+    def max_unreadable(self) -> float:
+        """Largest tolerated share of unreadable images."""
+
+
+class EvaluationPlugin(PluginSpec, Protocol):
+    """What ktray reads of every evaluation's Spec; `EvaluationFields` has these fields."""
+
+    @property
+    def name(self) -> str | None:
+        """Prefix of its metrics; None for its kind."""
+
+    @property
+    def of(self) -> Literal["student", "teacher"]:
+        """Whose features are judged."""
+
+    @property
+    def layer(self) -> str | None:
+        """Layer whose features are judged; None for the network's own."""
+
+    @property
+    def pool(self) -> Pooling:
+        """How a layer's maps become one vector."""
+
+    @property
+    def split(self) -> Literal["val", "test"]:
+        """Split of the target data whose images are judged."""
+
+
+DataSpec = Annotated[DataPlugin, PlainValidator(_data)]
+BackboneSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "backbone"))]
+PretextSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "pretext"))]
+DescriptorSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "descriptor"))]
+TransferSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "transfer"))]
+EvaluationSpec = Annotated[EvaluationPlugin, PlainValidator(partial(_parse, "evaluation"))]
+
+
+class EvaluationFields(StrictSpec):
+    """The fields that every evaluation has, for its Spec to extend."""
+
+    kind: str
+    name: str | None = None
+    of: Literal["student", "teacher"] = "student"
+    layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
+    pool: Pooling = Pooling()
+    split: Literal["val", "test"] = "val"
+
+
+class KMeansFields(StrictSpec):
+    """The fields of k-means and of the projection before it, for the Spec of a transfer by clusters to extend."""
+
+    kind: str
+    k: int | tuple[int, ...] = Field(default=500, description="number of clusters")
+    l2: bool = Field(default=True, description="scale features to length 1 first")
+    pca: int | None = Field(default=None, ge=1, description="components kept; null: no PCA")
+    whiten: bool = Field(default=False, description="scale PCA components to unit variance")
+    l2_after: bool = Field(default=False, description="scale to length 1 again at the end")
+    iterations: int = Field(default=20, ge=1, le=1000, description="most iterations of k-means")
+    seed: Seed = 0
+
+
+KMEANS_FIELDS = tuple(name for name in KMeansFields.model_fields if name != "kind")
+"""What `NEEDS["clusters"]` of such a transfer is: the fields that determine the clusters."""
 
 
 class DataRoles(StrictSpec):
@@ -125,13 +204,6 @@ class Schedule(StrictSpec):
                 f"lr={self.lr:g} is never reached; warm up for less or train for more"
             )
         return self
-
-
-class Pooling(StrictSpec):
-    """How the feature maps of a layer become one vector: pooled to a grid x grid x C, then flattened."""
-
-    kind: Literal["avg", "max"] = "avg"
-    grid: int = Field(default=1, ge=1, le=64)
 
 
 class TrainedTeacher(StrictSpec):
@@ -279,7 +351,7 @@ class PairSpec(StrictSpec):
             raise ValueError(f"the transfer {self.transfer.kind!r} needs a teacher, such as teacher: {{descriptor: hog}}")
         if not needs and self.teacher is not None and not self._judges_the_teacher():
             raise ValueError(f"the transfer {self.transfer.kind!r} uses no teacher; leave 'teacher' out")
-        names = [getattr(entry, "name", None) or entry.kind for entry in self.evals]
+        names = [entry.name or entry.kind for entry in self.evals]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two evals are called {twice.pop()!r}; give one of them a 'name'")
@@ -288,14 +360,13 @@ class PairSpec(StrictSpec):
     @model_validator(mode="after")
     def _a_pool_only_with_its_layer(self) -> PairSpec:
         for entry in self.evals:
-            judges_teacher, layer = getattr(entry, "of", "student") == "teacher", getattr(entry, "layer", None)
-            if judges_teacher and layer is None and getattr(entry, "pool", Pooling()) != Pooling():
-                name = getattr(entry, "name", None) or entry.kind
+            if entry.of == "teacher" and entry.layer is None and entry.pool != Pooling():
+                name = entry.name or entry.kind
                 raise ValueError(f"the eval {name!r} judges the teacher's own layer and pool; give it a 'layer' for its 'pool'")
         return self
 
     def _judges_the_teacher(self) -> bool:
-        return any(getattr(entry, "of", "student") == "teacher" for entry in self.evals)
+        return any(entry.of == "teacher" for entry in self.evals)
 
 
 class StudentTeacher(StrictSpec):
@@ -320,3 +391,7 @@ class StudentTeacher(StrictSpec):
     def backbone(self) -> BackboneSpec:
         """The network of the student that teaches."""
         return self.pair.student.backbone
+
+
+NetworkTeacher = TrainedTeacher | LoadedTeacher | StudentTeacher
+"""The teachers that are a network: they have a `backbone`, a `layer` and a `pool`."""

@@ -119,7 +119,8 @@ def check(spec: Spec, size: int, count: int) -> None:
     Raises:
         UserError: there are fewer patterns than words.
     """
-    blocks = (size // spec.hog.cell - spec.hog.block + 1) ** 2
+    hog = _hog(spec)
+    blocks = (size // hog.cell - hog.block + 1) ** 2
     found = min(spec.patterns, blocks * count)
     if spec.words > found:
         raise UserError(
@@ -134,16 +135,22 @@ def quick(spec: Spec) -> Spec:
     return spec.model_copy(update={"words": 2, "patterns": 100, "iterations": 1})
 
 
+def _hog(spec: Spec) -> Any:
+    """The spec of `hog`; a plugin imports no other plugin, so its fields have no static type here."""
+    return spec.hog
+
+
 def _blocks(spec: Spec, images: Tensor) -> tuple[int, int]:
     """Number of rows and columns of blocks."""
-    height, width = images.shape[1:3]
-    return height // spec.hog.cell - spec.hog.block + 1, width // spec.hog.cell - spec.hog.block + 1
+    hog, (height, width) = _hog(spec), images.shape[1:3]
+    return height // hog.cell - hog.block + 1, width // hog.cell - hog.block + 1
 
 
 def _patterns(spec: Spec, images: Tensor) -> Tensor:
     """(B, blocks, block^2 * orientations) float32, the blocks row by row."""
-    described: Tensor = plugins.module_of("descriptor", spec.hog).describe(spec.hog, None, images)
-    return described.view(len(images), -1, spec.hog.block**2 * spec.hog.orientations)
+    hog = _hog(spec)
+    described: Tensor = plugins.module_of("descriptor", hog).describe(hog, None, images)
+    return described.view(len(images), -1, hog.block**2 * hog.orientations)
 
 
 def _nearest(rows: Tensor, words: Tensor) -> Tensor:

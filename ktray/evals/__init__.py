@@ -1,6 +1,6 @@
 """Evaluations: one file each, with `Spec`, `REVISION`, `NEEDS_LABELS`, `DIRECTION` and `evaluate(...)`. Start with `knn`.
 
-- `Spec` has `name`, `of` ("student" or "teacher"), `layer`, `pool` and `split` ("val" or "test") besides its own fields.
+- `Spec` extends `EvaluationFields` of `ktray.spec` or has the same fields: `name`, `of`, `layer`, `pool` and `split`.
 - `NEEDS_LABELS` says whether the target data must have labels. An evaluation that needs none but uses them where they exist
   declares whose it reads, ``MAY_READ_LABELS = ("train",)`` or ``("train", "judged")``, so that a report can count them.
 - `DIRECTION` maps each metric that a search may optimise to "max" or "min".

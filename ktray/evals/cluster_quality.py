@@ -19,8 +19,7 @@ from pydantic import Field, model_validator
 from ktray.clustering import pseudo_labelling
 from ktray.errors import UserError
 from ktray.images import Images
-from ktray.spec import Pooling
-from ktray.strict import StrictSpec
+from ktray.spec import EvaluationFields, Pooling
 
 REVISION = 1
 TOOLS = (pseudo_labelling,)
@@ -36,15 +35,11 @@ DIRECTION: dict[str, Literal["max", "min"]] = {
 }
 
 
-class Spec(StrictSpec):
+class Spec(EvaluationFields):
     """Compares pseudo-labels with classes. No network is read, so `layer` and `pool` do not apply."""
 
     kind: Literal["cluster_quality"] = "cluster_quality"
-    name: str | None = None
-    of: Literal["student", "teacher"] = "student"
     layer: None = Field(default=None, description="always null")
-    pool: Pooling = Pooling()
-    split: Literal["val", "test"] = "val"
 
     @model_validator(mode="after")
     def _reads_no_features(self) -> Spec:

@@ -19,23 +19,17 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ktray.images import Images
-from ktray.spec import Pooling
-from ktray.strict import StrictSpec
+from ktray.spec import EvaluationFields
 
 REVISION = 1
 NEEDS_LABELS = False
 DIRECTION: dict[str, Literal["max", "min"]] = {"rank": "max"}
 
 
-class Spec(StrictSpec):
+class Spec(EvaluationFields):
     """The exponential of the entropy of the features' singular values."""
 
     kind: Literal["effective_rank"] = "effective_rank"
-    name: str | None = None
-    of: Literal["student", "teacher"] = "student"
-    layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
-    pool: Pooling = Pooling()
-    split: Literal["val", "test"] = "val"
     rows: int = Field(default=25_600, ge=2, description="most images used, evenly spaced; the default is the paper's")
 
 

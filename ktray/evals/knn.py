@@ -21,8 +21,7 @@ from torch import Tensor
 
 from ktray import progress
 from ktray.images import Images
-from ktray.spec import Pooling
-from ktray.strict import StrictSpec
+from ktray.spec import EvaluationFields
 
 REVISION = 1
 NEEDS_LABELS = True
@@ -30,15 +29,10 @@ DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max"}
 SIMILARITIES = 1 << 26  # most similarities held at once: 256 MiB
 
 
-class Spec(StrictSpec):
+class Spec(EvaluationFields):
     """A weighted vote of the nearest training images in feature space."""
 
     kind: Literal["knn"] = "knn"
-    name: str | None = None
-    of: Literal["student", "teacher"] = "student"
-    layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
-    pool: Pooling = Pooling()
-    split: Literal["val", "test"] = "val"
     k: int = Field(default=20, ge=1, description="number of neighbours; all training images if there are fewer")
     temperature: float | None = Field(
         default=0.07, gt=0, description="lower gives near neighbours more weight; null: one vote each"

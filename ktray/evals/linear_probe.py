@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ktray import fingerprint, progress
 from ktray.images import Images
-from ktray.spec import Pooling, Seed
-from ktray.strict import StrictSpec
+from ktray.spec import EvaluationFields, Seed
 
 REVISION = 1
 NEEDS_LABELS = True
@@ -32,15 +31,10 @@ BLOCK = 1 << 16  # rows per block: bounds the memory of the (rows, classes) logi
 log = logging.getLogger("ktray")
 
 
-class Spec(StrictSpec):
+class Spec(EvaluationFields):
     """A linear classifier on one layer of a network. `l2` is relative to the mean loss, so it means the same for any N."""
 
     kind: Literal["linear_probe"] = "linear_probe"
-    name: str | None = None
-    of: Literal["student", "teacher"] = "student"
-    layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
-    pool: Pooling = Pooling()
-    split: Literal["val", "test"] = "val"
     l2: float = Field(default=1e-4, gt=0, description="weight of the penalty l2 / 2 * sum of squared weights")
     iterations: int = Field(default=300, ge=1, description="most iterations of L-BFGS")
     precision: Literal["float32", "float64"] = "float32"

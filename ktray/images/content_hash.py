@@ -11,12 +11,13 @@ from typing import Any
 from ktray import plugins
 from ktray.fingerprint import file_sha256, fingerprint, settled
 from ktray.images.source import Source
+from ktray.spec import DataSpec
 
 _THREADS = 8
 _RUN = 64  # files that a thread takes at a time
 
 
-def identity(spec: Any, cache: Path | None = None) -> str:
+def identity(spec: DataSpec, cache: Path | None = None) -> str:
     """sha256 (64 hex digits) of the data set's content: its files' names, sizes and bytes, and its labels.
 
     Where the data lie does not count, nor what the spec makes of them (size, split). Files are hashed in threads.

@@ -8,6 +8,7 @@ from typing import Any
 
 from ktray import plugins
 from ktray.errors import UserError
+from ktray.spec import DataSpec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -17,14 +18,14 @@ def data_folder(path: str | None) -> Path:
     return Path(path or os.environ.get("KTRAY_DATA") or "data").expanduser().absolute()
 
 
-def with_absolute_path(spec: Any) -> Any:
+def with_absolute_path(spec: DataSpec) -> DataSpec:
     """The data spec with its `path` made absolute, so that it means the same in a worker with another working directory."""
     if "path" not in plugins.module_of("dataset", spec).LOCATION:
         return spec
-    return spec.model_copy(update={"path": str(data_folder(spec.path))})
+    return spec.model_copy(update={"path": str(data_folder(getattr(spec, "path", None)))})
 
 
-def location_fields(spec: Any) -> dict[str, Any]:
+def location_fields(spec: DataSpec) -> dict[str, Any]:
     """The fields of a data spec that say where it lies and nothing of what it is, its path made absolute."""
     found = with_absolute_path(spec)
     return {field: getattr(found, field) for field in plugins.module_of("dataset", spec).LOCATION}

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +17,12 @@ from ktray.images.decoding import decode, fit
 from ktray.images.listing import with_absolute_path
 from ktray.images.source import Images, Unreadable
 from ktray.images.splitting import split_rows
+from ktray.spec import DataSpec
 
 _THREADS = min(8, os.cpu_count() or 1)
 
 
-def open_split(directory: Path, split: str, spec: Any) -> Images:
+def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
     """The images of one split.
 
     Args:
@@ -69,7 +69,7 @@ def _boxes(directory: Path, split: str) -> tuple[NDArray[np.float32], ...] | Non
     return tuple(np.split(boxes, np.cumsum(counts)[:-1]))
 
 
-def _of_source(directory: Path, split: str, spec: Any, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
+def _of_source(directory: Path, split: str, spec: DataSpec, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
     """Index in the split -> pixels, from the data set itself."""
     spec = with_absolute_path(spec)
     found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)

@@ -20,6 +20,7 @@ from ktray.images.listing import with_absolute_path
 from ktray.images.source import Source, Unreadable
 from ktray.images.splitting import Part, split_rows
 from ktray.pool import Pool
+from ktray.spec import DataSpec
 
 _BLOCK_BYTES = 32 << 20
 _BLOCK_ROWS = 1024
@@ -29,7 +30,7 @@ Block = tuple[str, int, int]  # split, first and last + 1 offset in it
 Place = Callable[[int, int], NDArray[np.uint8]]  # (offset in the split, row of the source) -> pixels as the source gives them
 
 
-def write(spec: Any, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dict[str, float]:
+def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dict[str, float]:
     """Decode every image once and lay each split down in `out`.
 
     Pixels that fit go into `<split>.npy` (N, size, size, 3) uint8. Larger data is decoded here only to find what is unreadable,
@@ -217,7 +218,7 @@ def write_metadata(out: Path, name: str, source: Source, rows: NDArray[np.int64]
         np.save(out / f"{name}-box-counts.npy", np.array([len(of_image) for of_image in boxes], np.int64))
 
 
-def write_sample(spec: Any, out: Path, count: int) -> dict[str, float]:
+def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
     """Write up to `count` images of each split as `write` does, from all over it; unreadable ones are passed over.
 
     Args:

@@ -11,16 +11,15 @@ from typing import Any
 from ktray import images, plugins
 from ktray.features import precomputed
 from ktray.fingerprint import canonical, file_sha256, settled
-from ktray.spec import Columns, PrecomputedTeacher
-from ktray.strict import StrictSpec
+from ktray.spec import Columns, DataSpec, PrecomputedTeacher
 from ktray.training import pretrained
 
 
-def data_identity(cache: Path | None = None) -> Callable[[StrictSpec], str]:
+def data_identity(cache: Path | None = None) -> Callable[[DataSpec], str]:
     """A function data spec -> sha256 of its content; every data set is read once, file hashes are kept under `cache`."""
     known: dict[str, str] = {}
 
-    def identity(spec: StrictSpec) -> str:
+    def identity(spec: DataSpec) -> str:
         name = canonical(spec.model_dump())
         if name not in known:
             known[name] = images.identity(spec, cache)
@@ -29,7 +28,7 @@ def data_identity(cache: Path | None = None) -> Callable[[StrictSpec], str]:
     return identity
 
 
-def origin(spec: Any) -> tuple[str, str]:
+def origin(spec: DataSpec) -> tuple[str, str]:
     """What two specs of the same images share: the kind and where it lies; all but size and split where it lies nowhere."""
     where = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
     plain = images.with_absolute_path(spec).model_dump()

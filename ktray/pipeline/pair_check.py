@@ -23,26 +23,29 @@ from ktray.pipeline.identity import checkpoint_sha256, origin
 from ktray.pipeline.pair_graph import generations
 from ktray.pipeline.shape_check import ask_plugin, try_networks
 from ktray.spec import (
+    BackboneSpec,
     DataRoles,
+    DataSpec,
     HandcraftedTeacher,
     LoadedTeacher,
+    NetworkTeacher,
     PairSpec,
     PrecomputedTeacher,
     StudentTeacher,
     TrainedTeacher,
 )
-from ktray.strict import StrictSpec
+from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.training import loop
 from ktray.training.pretrained import ARTIFACT, require_readable
 
-Load = Callable[[StrictSpec], Splits]
+Load = Callable[[DataSpec], Splits]
 
 
 def data_loader() -> Load:
     """A function data spec -> its Splits that lists every data set once."""
     known: dict[str, Splits] = {}
 
-    def load(spec: StrictSpec) -> Splits:
+    def load(spec: DataSpec) -> Splits:
         name = canonical(spec.model_dump())
         if name not in known:
             known[name] = plugins.module_of("dataset", spec).load(spec)
@@ -101,7 +104,7 @@ def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
         raise UserError(error.problem, f"{place}.{field}".rstrip("."), error.instead) from error
 
 
-def train_count(splits: Splits, spec: Any) -> int:
+def train_count(splits: Splits, spec: DataSpec) -> int:
     """Number of training images of a data set after its validation part is taken out."""
     return len(split_rows(splits, spec.split)["train"][1])
 
@@ -130,22 +133,21 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
                 where=where,
                 instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
-        if spec.split not in split_rows(target, pair.data.target.split):  # type: ignore[attr-defined]
-            right = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
-            split = spec.split
-            raise UserError(f"the target data has no {split} split", where=where, instead=right[split])
+        if spec.split not in split_rows(target, pair.data.target.split):
+            instead = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
+            raise UserError(f"the target data has no {spec.split} split", where=where, instead=instead[spec.split])
         if spec.of == "teacher" and pair.teacher is None:
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
 
 
 def _judged_labels_stay_unseen(pair: PairSpec, judging: Splits, load: Load) -> None:
     """No role that reads labels, in any generation, trains on images that the target holds out; roles without labels may."""
-    target: Any = pair.data.target
+    target = pair.data.target
     if judging.val is not None:  # nothing is held out of the training images
         return
     roles = [("teacher.pair." * place, each, role) for place, each in enumerate(generations(pair)) for role in _reading(each)]
     for above, each, role in roles:
-        spec: Any = getattr(each.data, role)
+        spec: DataSpec = getattr(each.data, role)
         if spec == target or origin(spec) != origin(target):
             continue
         held = _names(judging, target, "val")
@@ -168,7 +170,7 @@ def _reading(pair: PairSpec) -> list[str]:
     return ["pretext"] * of_pretext + ["transfer"] * of_transfer
 
 
-def _names(splits: Splits, spec: Any, split: str) -> set[str]:
+def _names(splits: Splits, spec: DataSpec, split: str) -> set[str]:
     images, rows = split_rows(splits, spec.split).get(split, (splits.train, np.arange(0)))
     return {images.names[row] for row in rows}
 
@@ -206,18 +208,18 @@ def _grey(images: Source) -> bool:
 def _evaluations(pair: PairSpec) -> None:
     """What an evaluation reads that the pair does not make."""
     needs = plugins.module_of("transfer", pair.transfer).NEEDS
-    for index, entry in enumerate(pair.evals):
-        spec: Any = entry
-        if getattr(plugins.module_of("evaluation", spec), "READS_PSEUDO_LABELS", False) and "pseudo_labels" not in needs:
+    for index, spec in enumerate(pair.evals):
+        if reads_pseudo_labels(spec) and "pseudo_labels" not in needs:
             raise UserError(
                 f"{spec.kind} judges pseudo-labels, and the transfer {pair.transfer.kind!r} makes none",
                 where=f"evals.{index}",
                 instead="Leave it out, or transfer by clusters.",
             )
-        teacher: Any = pair.teacher
-        if spec.of == "teacher" and spec.layer is not None and not hasattr(teacher, "backbone"):
-            handcrafted = isinstance(teacher, HandcraftedTeacher)
-            what = f"the descriptor {teacher.descriptor.kind}" if handcrafted else "a file of features"
+        teacher = pair.teacher
+        if spec.of == "teacher" and spec.layer is not None and isinstance(teacher, HandcraftedTeacher | PrecomputedTeacher):
+            what = "a file of features"
+            if isinstance(teacher, HandcraftedTeacher):
+                what = f"the descriptor {teacher.descriptor.kind}"
             raise UserError(
                 f"the teacher is {what}, which has no layer {spec.layer!r}",
                 where=f"evals.{index}.layer",
@@ -226,14 +228,14 @@ def _evaluations(pair: PairSpec) -> None:
 
 
 def _layers(pair: PairSpec) -> None:
-    networks: list[tuple[str, Any, str | None]] = []
-    teacher: Any = pair.teacher
-    if hasattr(teacher, "backbone"):
+    networks: list[tuple[str, BackboneSpec, str | None]] = []
+    teacher = pair.teacher
+    if isinstance(teacher, NetworkTeacher):
         networks.append(("teacher.layer", teacher.backbone, teacher.layer))
     for index, spec in enumerate(pair.evals):
         if spec.of == "student":
             networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))
-        elif hasattr(teacher, "backbone"):
+        elif isinstance(teacher, NetworkTeacher):
             networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))
     for where, backbone, layer in networks:
         names = _layer_names(backbone)
@@ -244,7 +246,7 @@ def _layers(pair: PairSpec) -> None:
 
 
 @lru_cache(maxsize=256)
-def _layer_names(backbone: Any) -> tuple[str, ...]:
+def _layer_names(backbone: BackboneSpec) -> tuple[str, ...]:
     # Not on torch's meta device: its first random draw imports torch's compiler, which takes seconds.
     return tuple(loop.untrained_backbone(backbone, 0).layers)  # type: ignore[arg-type]
 
@@ -255,7 +257,7 @@ def _precomputed_features(pair: PairSpec, load: Load) -> None:
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
-    teacher: Any = pair.teacher
+    teacher = pair.teacher
     if not isinstance(teacher, PrecomputedTeacher):
         return
     read = list(_images_read(pair, load))
@@ -271,20 +273,19 @@ def _precomputed_features(pair: PairSpec, load: Load) -> None:
 def _images_read(pair: PairSpec, load: Load) -> Iterator[tuple[str, str, list[str]]]:
     """(role, split, paths) of the images whose features the pair reads."""
     needs = plugins.module_of("transfer", pair.transfer).NEEDS
-    wanted = [("cluster", "train")] if "clusters" in needs else []
+    read = [("cluster", "train")] if "clusters" in needs else []
     if {"clusters", "features"} & needs.keys():
-        wanted += [("transfer", "train")]
+        read += [("transfer", "train")]
     for entry in pair.evals:
-        judge: Any = entry
-        if judge.of == "teacher" and not getattr(plugins.module_of("evaluation", judge), "READS_PSEUDO_LABELS", False):
-            wanted += [("target", "train"), ("target", judge.split)]
-    for role, split in dict.fromkeys(wanted):
-        spec: Any = getattr(pair.data, role)
+        if entry.of == "teacher" and not reads_pseudo_labels(entry):
+            read += [("target", "train"), ("target", entry.split)]
+    for role, split in dict.fromkeys(read):
+        spec: DataSpec = getattr(pair.data, role)
         source, rows = split_rows(load(spec), spec.split)[split]
         yield role, split, [source.names[row] for row in rows]
 
 
-RoleImages = tuple[str, Any, list[str]]  # role, data spec, paths
+RoleImages = tuple[str, DataSpec, list[str]]  # role, data spec, paths
 
 
 def _refuse_ambiguous(teacher: PrecomputedTeacher, one: RoleImages, other: RoleImages) -> None:

@@ -13,6 +13,7 @@ from ktray.fingerprint import canonical
 from ktray.pipeline.identity import checkpoint_sha256, features_identity
 from ktray.pipeline.naming import lineage
 from ktray.spec import (
+    DataSpec,
     EvaluationSpec,
     HandcraftedTeacher,
     LoadedTeacher,
@@ -32,10 +33,9 @@ from ktray.stages import (
     student_stage,
     teacher_stage,
 )
-from ktray.strict import StrictSpec
 from ktray.training import pretrained
 
-Identity = Callable[[StrictSpec], str]
+Identity = Callable[[DataSpec], str]
 """Data spec -> sha256 of the data's content."""
 MOST_STARTS = 400
 MOST_CHAINS = 300
@@ -97,7 +97,7 @@ class _Builder:
         return stage.key
 
     def images(self, role: str) -> str:
-        data = getattr(self.pair.data, role)
+        data: DataSpec = getattr(self.pair.data, role)
         return self.add(images_stage.stage_of(data, self.identity(data)))
 
     def places(self, role: str) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _pseudo_labels(builder: _Builder) -> None:
     """Clusters and pseudo-labels of each k: stages of their own, which another transfer with that k shares."""
     transfer, keys = builder.pair.transfer, builder.keys
     keys["features"] = _features(builder, "cluster")
-    for place, k in enumerate(transfer.k if isinstance(transfer.k, tuple) else (transfer.k,)):
+    for place, k in enumerate(clusters_stage.numbers_of_clusters(transfer)):
         clusters = builder.add(clusters_stage.stage_of(transfer, k, keys["features"]))
         inputs = {
             "features": _features(builder, "transfer"),

@@ -16,7 +16,8 @@ from ktray.fingerprint import canonical
 from ktray.images import Splits
 from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.pair_graph import Graph, Identity
-from ktray.spec import PairSpec
+from ktray.spec import EvaluationSpec, PairSpec
+from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.stores import Store
 
 RANDOM = "random student"
@@ -40,9 +41,8 @@ def reference_pairs(pair: Mapping[str, Any], transfer_data: Splits) -> dict[str,
     return {name: PairSpec.model_validate({**base, "transfer": {"kind": kind}}) for name, kind in names.items()}
 
 
-def _judges_a_student(spec: Any) -> bool:
-    reads_labels = getattr(plugins.module_of("evaluation", spec), "READS_PSEUDO_LABELS", False)
-    return spec.of == "student" and not reads_labels
+def _judges_a_student(spec: EvaluationSpec) -> bool:
+    return spec.of == "student" and not reads_pseudo_labels(spec)
 
 
 def reference_graphs(pair: Mapping[str, Any], data: Splits, identity: Identity) -> dict[str, Graph]:

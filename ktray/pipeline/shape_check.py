@@ -19,7 +19,20 @@ from ktray import plugins
 from ktray.errors import UserError
 from ktray.features import extraction
 from ktray.images import Images
-from ktray.spec import HandcraftedTeacher, PairSpec, Pooling, TrainedTeacher
+from ktray.plugins import PluginSpec
+from ktray.spec import (
+    BackboneSpec,
+    DescriptorSpec,
+    HandcraftedTeacher,
+    NetworkTeacher,
+    PairSpec,
+    Pooling,
+    PretextSpec,
+    Student,
+    TeacherSpec,
+    TrainedTeacher,
+)
+from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.strict import StrictSpec
 
 _COUNT = 2  # the least that batch norm trains on
@@ -55,25 +68,26 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
     judged = sizes["target"]
     if isinstance(teacher, HandcraftedTeacher):
         _try_descriptor(teacher.descriptor, sizes, cluster_images)
-    elif hasattr(teacher, "backbone"):
+    elif isinstance(teacher, NetworkTeacher):
         _try_teacher(teacher, sizes)
     if "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS:
         _same_width(teacher, sizes)
     with _at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
         _extract(student.backbone, None, Pooling(), sizes["transfer"])
     for index, spec in enumerate(pair.evals):
-        seen: Any = spec
-        if getattr(plugins.module_of("evaluation", seen), "READS_PSEUDO_LABELS", False):
+        if reads_pseudo_labels(spec):
             continue
-        of: Any = student if seen.of == "student" else teacher
-        if not hasattr(of, "backbone"):
+        network = student if spec.of == "student" else teacher
+        if not isinstance(network, Student | NetworkTeacher):
             continue  # `_try_descriptor` has seen images of this size, or no network sees any
-        layered = seen if seen.of == "student" or seen.layer else of
-        with _at(f"evals.{index}", f"the {of.backbone.kind} cannot take images of {judged} px"):
-            _extract(of.backbone, layered.layer, layered.pool, judged)
+        layer, pool = spec.layer, spec.pool
+        if not isinstance(network, Student) and layer is None:
+            layer, pool = network.layer, network.pool
+        with _at(f"evals.{index}", f"the {network.backbone.kind} cannot take images of {judged} px"):
+            _extract(network.backbone, layer, pool, judged)
 
 
-def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
+def _try_teacher(teacher: NetworkTeacher, sizes: dict[str, int]) -> None:
     kind, size = teacher.backbone.kind, sizes["pretext"]
     if isinstance(teacher, TrainedTeacher):
         ask_plugin("teacher.pretext", "pretext", teacher.pretext)
@@ -84,13 +98,13 @@ def _try_teacher(teacher: Any, sizes: dict[str, int]) -> None:
             _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
 
 
-def _same_width(teacher: Any, sizes: dict[str, int]) -> None:
+def _same_width(teacher: TeacherSpec | None, sizes: dict[str, int]) -> None:
     """Clusters of features of one width label features of the same width only."""
     widths = {}
     for role in ("cluster", "transfer"):
         if isinstance(teacher, HandcraftedTeacher):
             widths[role] = _describe(teacher.descriptor, sizes[role])
-        elif hasattr(teacher, "backbone"):
+        elif isinstance(teacher, NetworkTeacher):
             widths[role] = _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
     if len(set(widths.values())) > 1:
         raise UserError(
@@ -101,14 +115,14 @@ def _same_width(teacher: Any, sizes: dict[str, int]) -> None:
         )
 
 
-def _try_descriptor(descriptor: Any, sizes: dict[str, int], count: int) -> None:
+def _try_descriptor(descriptor: DescriptorSpec, sizes: dict[str, int], count: int) -> None:
     for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
         with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
             _describe(descriptor, size)
     ask_plugin("teacher.descriptor", "descriptor", descriptor, sizes["cluster"], count)
 
 
-def ask_plugin(place: str, room: str, spec: Any, *data: int) -> None:
+def ask_plugin(place: str, room: str, spec: PluginSpec, *data: int) -> None:
     """What a plugin's `check` says of its spec, if it has one.
 
     Args:
@@ -125,7 +139,7 @@ def ask_plugin(place: str, room: str, spec: Any, *data: int) -> None:
 
 
 @contextmanager
-def _at(place: str, failed: str, spec: StrictSpec | None = None) -> Iterator[None]:
+def _at(place: str, failed: str, spec: PluginSpec | None = None) -> Iterator[None]:
     """Say what was raised with its dotted path; `spec` is that of the plugin that raised."""
     try:
         yield
@@ -141,9 +155,9 @@ def _at(place: str, failed: str, spec: StrictSpec | None = None) -> Iterator[Non
         ) from error
 
 
-def _above(spec: StrictSpec, field: str) -> str:
+def _above(spec: PluginSpec, field: str) -> str:
     """``hog.`` if `field` is not the descriptor's own but that of a spec in it."""
-    own = type(spec).model_fields
+    own = type(spec).model_fields if isinstance(spec, StrictSpec) else {}
     specs = ((name, getattr(spec, name)) for name in own)
     inner = (name for name, part in specs if isinstance(part, StrictSpec) and field in type(part).model_fields)
     return "" if field in own else "".join(f"{name}." for name in list(inner)[:1])
@@ -160,24 +174,24 @@ def _images(size: int) -> Images:
 
 
 @lru_cache(maxsize=1024)
-def _extract(backbone: StrictSpec, layer: str | None, pool: Pooling, size: int) -> int:
+def _extract(backbone: BackboneSpec, layer: str | None, pool: Pooling, size: int) -> int:
     """Number of features of an image."""
     return _network(backbone, layer, pool)(_pixels(size)).shape[1]
 
 
 @lru_cache(maxsize=2)  # several sizes of one network come one after the other
-def _network(backbone: StrictSpec, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
+def _network(backbone: BackboneSpec, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
     return extraction.layer_extractor(_built(backbone), layer, pool)
 
 
-def _built(backbone: StrictSpec) -> nn.Module:
+def _built(backbone: BackboneSpec) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
     return network
 
 
 @lru_cache(maxsize=1024)
-def _describe(descriptor: Any, size: int) -> int | None:
+def _describe(descriptor: DescriptorSpec, size: int) -> int | None:
     """Number of features of an image; None for a fitted descriptor, which has as many as it was fitted with."""
     module = plugins.module_of("descriptor", descriptor)
     state = None
@@ -193,7 +207,7 @@ def _describe(descriptor: Any, size: int) -> int | None:
 
 
 @lru_cache(maxsize=1024)
-def _learn(pretext: Any, backbone: StrictSpec, size: int) -> None:
+def _learn(pretext: PretextSpec, backbone: BackboneSpec, size: int) -> None:
     """One forward pass of the task's model, and its loss."""
     module = plugins.module_of("pretext", pretext)
     pretext = module.quick(pretext) if hasattr(module, "quick") else pretext

@@ -13,13 +13,12 @@ from ktray.pipeline.pair_graph import Identity, generations
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from ktray.spec import DataRoles
-from ktray.strict import StrictSpec
+from ktray.spec import DataRoles, DataSpec
 
 FILE = "data.json"
 
 
-def parse_data(text: str) -> Any:
+def parse_data(text: str) -> DataSpec:
     """The spec of a data set given as text, such as ``folder:/photos`` or ``parquet:/p?label=label``.
 
     Raises:
@@ -29,17 +28,17 @@ def parse_data(text: str) -> Any:
 
     from ktray import plugins
     from ktray.search import spec_errors
-    from ktray.spec import DataSpec
 
     kind = plugins.module("dataset", text.partition("?")[0].partition(":")[0]).Spec
     try:
-        return TypeAdapter(DataSpec).validate_python(text)
+        data: DataSpec = TypeAdapter(DataSpec).validate_python(text)
+        return data
     except ValidationError as error:
         spec_errors.raise_if_any(spec_errors.from_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text)
         raise AssertionError("unreachable: a validation error has problems") from error
 
 
-def describe_splits(spec: Any) -> dict[str, dict[str, Any]]:
+def describe_splits(spec: DataSpec) -> dict[str, dict[str, Any]]:
     """Split -> how many ``images`` and ``classes`` it has, and whether it is ``labelled``; absent splits are left out."""
     from ktray import plugins
 
@@ -84,8 +83,9 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
     noted = json.loads(file.read_text()) if file.exists() and has_results else {}
     changed = [name for name, content in found.items() if noted.get(name, content) != content]
     if changed:
-        spec: Any = specs[changed[0]]
-        location = f" in {spec.path}" if getattr(spec, "path", None) else f" of {spec.kind}"
+        spec = specs[changed[0]]
+        path = getattr(spec, "path", None)
+        location = f" in {path}" if path else f" of {spec.kind}"
         raise UserError(
             f"the images{location} are no longer those that the study {folder.name!r} was begun with, so that new trials "
             "could not be compared with its own",
@@ -98,7 +98,7 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
         scratch.replace(file)
 
 
-def _data_specs(space: Space) -> Iterator[StrictSpec]:
+def _data_specs(space: Space) -> Iterator[DataSpec]:
     """The data of every role in every branch, of all generations of a chain."""
     for _, params in space.boundary_draws():
         for pair in generations(space.pair(params)):

@@ -13,7 +13,7 @@ from ktray.runs.settings import Settings
 if TYPE_CHECKING:
     from ktray.cost_model.dry_run_forecast import FullSizeStages
     from ktray.pipeline.pair_check import Load
-    from ktray.pipeline.pair_graph import Graph
+    from ktray.pipeline.pair_graph import Graph, Identity
     from ktray.search.sharing import SharedStages
     from ktray.search.space import Space
     from ktray.spec import PairSpec
@@ -103,7 +103,7 @@ def dry_run_plan(plan: Plan, load: Load, address: str | None, settings: Settings
     return found, found.pop("notes")
 
 
-def _full_size_stages(plan: Plan, load: Load, identity: Any) -> FullSizeStages:
+def _full_size_stages(plan: Plan, load: Load, identity: Identity) -> FullSizeStages:
     """The stages of the plan's pairs at full size, and how many images their data sets have."""
     from ktray.cost_model.dry_run_forecast import FullSizeStages
     from ktray.images import split_rows

@@ -24,7 +24,7 @@ from ktray.scheduler.workers import Node, Worker, WorkerRegistry
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
-from ktray.strict import StrictSpec
+from ktray.spec import DataSpec
 
 Seconds = Callable[[Stage, int], float]
 """(stage, epochs that it trains beyond the snapshot it starts from; 0 if it trains none) -> seconds."""
@@ -141,7 +141,7 @@ class _Simulation:
     ) -> None:
         self.clock, self.seconds, self.metrics, self.cluster = clock, seconds, metrics, cluster
         self.store = _VirtualStore()
-        identity: Callable[[StrictSpec], str] = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
+        identity: Callable[[DataSpec], str] = lambda spec: fingerprint(spec.model_dump())  # noqa: E731
         tracker: Any = _NoTracker()
         store: Any = self.store
         self.coordinator = TrialCoordinator(space, study, store, identity, tracker, lambda event, trial, text: None)

@@ -36,7 +36,7 @@ def export_trial(
             f"the student of trial {trial.number} is no longer in the store", instead="Search again to get it back."
         )
     pair = PairSpec.model_validate(dict(trial.pair))
-    size: int = pair.data.transfer.size  # type: ignore[attr-defined]
+    size = pair.data.transfer.size
     k = getattr(pair.transfer, "k", None)
     classes = k if isinstance(k, int) else None  # several k have several classifiers in one
     lineage = {"study": study, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}

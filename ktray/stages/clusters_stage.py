@@ -20,6 +20,12 @@ IDENTITY, REVISION = "stage.clusters", 1
 TOOLS = (kmeans, projection)
 
 
+def numbers_of_clusters(transfer: TransferSpec) -> tuple[int, ...]:
+    """The k of each clustering that a transfer by clusters asks for."""
+    k = vars(transfer)["k"]  # every transfer has it whose NEEDS name "clusters"
+    return k if isinstance(k, tuple) else (k,)
+
+
 def stage_of(transfer: TransferSpec, k: int, features: str) -> Stage:
     """The stage that makes `k` clusters for a transfer.
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.features import extraction, precomputed
 from ktray.images import Images
 from ktray.ops import augmentation
+from ktray.plugins import PluginSpec
 from ktray.pool import StageContext
 from ktray.spec import EvaluationSpec, Student, TeacherSpec
 from ktray.stages import features_stage
@@ -44,7 +46,8 @@ def stage_of(
         places: input -> places of its data set (`images.location_fields`).
         ready_made: `identity.features_identity` if `judged` is a PrecomputedTeacher, else None.
     """
-    view, methods, files = None, [sys.modules[__name__], evaluation], {}
+    view, files = None, {}
+    methods: list[PluginSpec | ModuleType] = [sys.modules[__name__], evaluation]
     if isinstance(judged, Student):
         view = extraction.network_view(judged.backbone, evaluation.layer, evaluation.pool)
         methods.append(judged.backbone)

@@ -14,10 +14,10 @@ from ktray.artifact import Artifact, Stage
 from ktray.features import extraction, precomputed
 from ktray.fingerprint import require_sha256
 from ktray.ops import augmentation
+from ktray.plugins import PluginSpec
 from ktray.pool import StageContext
-from ktray.spec import HandcraftedTeacher, PrecomputedTeacher, TeacherSpec
+from ktray.spec import DataSpec, HandcraftedTeacher, PrecomputedTeacher, TeacherSpec
 from ktray.stages.images_stage import DRY_RUN, data_of, open_images
-from ktray.strict import StrictSpec
 
 IDENTITY, REVISION = "stage.features", 1
 TOOLS = (extraction, augmentation)
@@ -48,12 +48,11 @@ def view_of(teacher: TeacherSpec, ready_made: Mapping[str, Any] | None) -> dict[
     return extraction.teacher_view(teacher) if ready_made is None else {"features": dict(ready_made)}
 
 
-def method_of(teacher: TeacherSpec) -> StrictSpec | ModuleType:
+def method_of(teacher: TeacherSpec) -> PluginSpec | ModuleType:
     """What gives a teacher's features their meaning: its descriptor or backbone, or the reader of ready-made ones."""
     if isinstance(teacher, PrecomputedTeacher):
         return precomputed
-    method: StrictSpec = teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
-    return method
+    return teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
 
 
 def files_of(teacher: TeacherSpec) -> dict[str, dict[str, str]]:
@@ -112,7 +111,7 @@ def _write_ready_made(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -
 
 
 @contextmanager
-def reading(expected: Mapping[str, Any], files: Mapping[str, str], data: Any) -> Iterator[precomputed.Read]:
+def reading(expected: Mapping[str, Any], files: Mapping[str, str], data: DataSpec) -> Iterator[precomputed.Read]:
     """Read ready-made features, if their files are what they were when the run was planned, before and after.
 
     Args:

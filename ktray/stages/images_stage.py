@@ -41,7 +41,7 @@ def run(
     return images.write(data, out, context.pool, context.memmap_bytes)
 
 
-def data_of(stage: Stage, role: str, inputs: Mapping[str, Artifact]) -> Any:
+def data_of(stage: Stage, role: str, inputs: Mapping[str, Artifact]) -> DataSpec:
     """The spec of the data set whose images a stage reads as its input `role`, such as ``images.target``."""
     return _data_spec(inputs[role].record["spec"], stage.local["data"][role])
 
@@ -51,7 +51,8 @@ def open_images(stage: Stage, role: str, inputs: Mapping[str, Artifact], split: 
     return images.open_split(inputs[role].directory, split, data_of(stage, role, inputs))
 
 
-def _data_spec(spec: Mapping[str, Any], places: Mapping[str, Any]) -> Any:
+def _data_spec(spec: Mapping[str, Any], places: Mapping[str, Any]) -> DataSpec:
     """The spec of a data set from that of its images stage, which lacks the places."""
     own = {name: value for name, value in spec.items() if name not in ("content", DRY_RUN)}
-    return plugins.parse("dataset", {**own, **places})
+    data: DataSpec = plugins.parse("dataset", {**own, **places})
+    return data

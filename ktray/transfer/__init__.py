@@ -3,7 +3,8 @@
 `NEEDS` maps each input of the student's stage to the fields of the Spec that determine it; all other fields belong to the
 student's stage. The inputs are "clusters" and "pseudo_labels" (always together; several of each where the field `k` is a list),
 "features" (the teacher's features of the images that the student is trained on) and "labels" (the images' own). The first three
-need a teacher, so the stages that produce them join the pair. A transfer without `task` trains nothing.
+need a teacher, so the stages that produce them join the pair. A transfer without `task` trains nothing. The Spec of a transfer
+by clusters extends `KMeansFields` of `ktray.spec`, and its `NEEDS["clusters"]` is `KMEANS_FIELDS`.
 
 A task whose loss is a mean over images sets `mean_over_images` in its Task. A batch that does not fit into memory can then be
 split into micro-batches.

@@ -16,8 +16,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ktray.errors import UserError
-from ktray.spec import Augment, Seed
-from ktray.strict import StrictSpec
+from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
 from ktray.training import classification, sampling
 from ktray.training.targets import Targets, require_images
 from ktray.training.task import Task
@@ -26,23 +25,18 @@ REVISION = 2
 TOOLS = (classification, sampling)
 
 NEEDS: dict[str, tuple[str, ...]] = {
-    "clusters": ("k", "l2", "pca", "whiten", "l2_after", "iterations", "seed"),
+    "clusters": KMEANS_FIELDS,
     "pseudo_labels": ("min_size", "small"),
 }
 
 
-class Spec(StrictSpec):
+class Spec(KMeansFields):
     """k-means on the teacher's features, after the optional steps L2, PCA, whitening and L2, in this order."""
 
     kind: Literal["clusters"] = "clusters"
     k: int | tuple[int, ...] = Field(
         default=500, description="number of clusters; a list: one head per entry, with averaged losses"
     )
-    l2: bool = Field(default=True, description="scale features to length 1 first")
-    pca: int | None = Field(default=None, ge=1, description="components kept; null: no PCA")
-    whiten: bool = Field(default=False, description="scale PCA components to unit variance")
-    l2_after: bool = Field(default=False, description="scale to length 1 again at the end")
-    iterations: int = Field(default=20, ge=1, le=1000, description="most iterations of k-means")
     min_size: int = Field(default=2, ge=1, description="clusters with fewer images are small")
     small: Literal["drop", "merge"] = Field(
         default="drop", description="drop images of small clusters, or merge them into the nearest cluster that is not small"
@@ -50,7 +44,6 @@ class Spec(StrictSpec):
     sampling: Literal["none", "uniform"] = Field(
         default="none", description="uniform: an epoch shows every cluster equally often, instead of every image once"
     )
-    seed: Seed = 0
 
     @field_validator("k", mode="before")
     @classmethod

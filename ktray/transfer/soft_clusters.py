@@ -20,8 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ktray.ops import augmentation
-from ktray.spec import Augment, Seed
-from ktray.strict import StrictSpec
+from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
 from ktray.training.targets import Targets, require_images
 from ktray.training.task import Task
 
@@ -29,12 +28,12 @@ REVISION = 1
 TOOLS = (augmentation,)
 
 NEEDS: dict[str, tuple[str, ...]] = {
-    "clusters": ("k", "l2", "pca", "whiten", "l2_after", "iterations", "seed"),
+    "clusters": KMEANS_FIELDS,
     "pseudo_labels": ("neighbours",),
 }
 
 
-class Spec(StrictSpec):
+class Spec(KMeansFields):
     """k-means as in `clusters`; every image is kept and gets a soft assignment to its nearest clusters."""
 
     kind: Literal["soft_clusters"] = "soft_clusters"
@@ -43,12 +42,6 @@ class Spec(StrictSpec):
     temperature: float = Field(
         default=0.1, gt=0, le=100, description="in units of the mean squared distance to the nearest centroid"
     )
-    l2: bool = Field(default=True, description="scale features to length 1 first")
-    pca: int | None = Field(default=None, ge=1, description="components kept; null: no PCA")
-    whiten: bool = Field(default=False, description="scale PCA components to unit variance")
-    l2_after: bool = Field(default=False, description="scale to length 1 again at the end")
-    iterations: int = Field(default=20, ge=1, le=1000, description="most iterations of k-means")
-    seed: Seed = 0
 
     @model_validator(mode="after")
     def _as_many_neighbours_as_clusters(self) -> Spec:
