@@ -28,7 +28,7 @@ class Stage:
         local: places alone, which the function needs to find files: data sets, a checkpoint, ready-made features. Not hashed.
         about: what the record tells people, such as the lineage of a student. Never read by the function, not hashed.
         varies: fields of the spec in which stages of one family differ; one run can make a whole family. Not hashed.
-        beside: others of the family that the same run publishes; each keeps its own spec and key. Not hashed.
+        computed_with: others of the family that the same run publishes; each keeps its own spec and key. Not hashed.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Stage:
     local: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
     varies: tuple[str, ...] = ()
-    beside: tuple[Stage, ...] = ()
+    computed_with: tuple[Stage, ...] = ()
 
     @cached_property
     def sha256(self) -> str:

@@ -10,7 +10,7 @@ from test_scheduler_core import CoreHarness, assigned, results, stage
 
 from ktray.artifact import Artifact, Stage
 from ktray.scheduler.core import SchedulerCore
-from ktray.scheduler.recent_keys import RecentKeys
+from ktray.scheduler.requests import RecentKeys
 from ktray.scheduler.resources import ResourceRequest
 
 REMEMBERED = 50

@@ -19,7 +19,7 @@ from ktray.scheduler import client
 from ktray.scheduler.messages import AssignStage, FenceAttempt, StartWorker
 from ktray.scheduler.placement import Placement
 from ktray.scheduler.resources import GPU_STAGES, STAGES, GpuShares, ResourceRequest, RuntimeSettings
-from ktray.scheduler.workers import NODE_RETURN_SECONDS, Node, WorkerRegistry, WorkerShape
+from ktray.scheduler.worker_registry import NODE_RETURN_SECONDS, Node, WorkerRegistry, WorkerShape
 
 CPU_ONLY, GPU_NODE = Node(4.0, 0.0, 100.0), Node(4.0, 1.0, 100.0)
 
@@ -130,10 +130,11 @@ def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_ha
             if answer is not None:
                 raise answer
 
-    lease = client.Lease(Scheduler())  # type: ignore[arg-type]
-    lease._thread.join(timeout=10)
+    thread = threading.Thread(target=client._renew_lease, args=(Scheduler(), threading.Event()), daemon=True)
+    thread.start()
+    thread.join(timeout=10)
     assert len(asked) == 5
-    assert not lease._thread.is_alive()
+    assert not thread.is_alive()
 
 
 # ---- on Ray

@@ -19,7 +19,7 @@ from ktray.pool import StageContext
 from ktray.scheduler.core import MAX_FAMILY
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.scheduler.messages import AssignStage, FenceAttempt, SchedulerEvent
-from ktray.scheduler.workers import WorkerShape
+from ktray.scheduler.worker_registry import WorkerShape
 from ktray.stores.file import FileStore
 from tests.toys import HOG, ROTATION, toy_pair
 
@@ -31,7 +31,7 @@ def layer(number: int, *inputs: Stage) -> Stage:
 def family(actions: list[Any]) -> list[str]:
     """Keys that the one worker which begins now makes together."""
     (assignment,) = [action for action in actions if isinstance(action, AssignStage)]
-    return [assignment.stage.key, *(each.key for each in assignment.stage.beside)]
+    return [assignment.stage.key, *(each.key for each in assignment.stage.computed_with)]
 
 
 def begun(harness: CoreHarness, count: int) -> list[Stage]:
@@ -70,7 +70,7 @@ def test_another_teacher_another_type_and_a_descriptor_are_no_part_of_it() -> No
 
 def test_what_is_beside_a_stage_changes_no_key() -> None:
     one, other = layer(1), layer(2)
-    assert replace(one, beside=(other,)).key == one.key
+    assert replace(one, computed_with=(other,)).key == one.key
 
 
 # ---- the core
@@ -165,7 +165,7 @@ def test_the_death_of_a_worker_fences_its_whole_family_and_the_rest_run_separate
 def test_a_restarted_broker_adopts_a_family_by_one_heartbeat() -> None:
     harness, one, two = CoreHarness(0), layer(1), layer(2)
     worker = harness.registry.register("worker-1", WorkerShape(), "node")
-    harness.core.heartbeat(worker, one.key, replace(one, beside=(two,)), "old", {"epoch": 1.0}, harness.now)
+    harness.core.heartbeat(worker, one.key, replace(one, computed_with=(two,)), "old", {"epoch": 1.0}, harness.now)
     harness.request("a", one)
     harness.request("b", two)
     assert {key: run.attempt for key, run in harness.core.running.items()} == {one.key: "old", two.key: "old"}
@@ -189,7 +189,7 @@ def pairs(tmp_path: Path) -> Any:
 
 def test_a_family_publishes_the_bits_of_separate_runs_and_shares_their_cost(pairs: Any, tmp_path: Path) -> None:
     store, stages = pairs
-    artifact, computed = execute(replace(stages[0], beside=(stages[1],)), store, "a1", StageContext())
+    artifact, computed = execute(replace(stages[0], computed_with=(stages[1],)), store, "a1", StageContext())
     assert computed
     made = [store.find(each.key) for each in stages]
     assert made[0].directory == artifact.directory
@@ -210,7 +210,7 @@ def test_a_family_publishes_the_bits_of_separate_runs_and_shares_their_cost(pair
 def test_of_a_family_only_what_the_store_lacks_is_made(pairs: Any) -> None:
     store, stages = pairs
     execute(stages[0], store, "a1", StageContext())
-    _, computed = execute(replace(stages[0], beside=(stages[1],)), store, "a2", StageContext())
+    _, computed = execute(replace(stages[0], computed_with=(stages[1],)), store, "a2", StageContext())
     assert not computed
     assert [store.find(each.key).record["attempt"] for each in stages] == ["a1", "a2"]
     assert store.find(stages[1].key).record["together"] == []
@@ -230,7 +230,7 @@ def test_a_fenced_family_publishes_nothing(pairs: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setitem(kitchen.FAMILY_WORK, "features", fenced)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
-        execute(replace(stages[0], beside=(stages[1],)), store, "a1", StageContext())
+        execute(replace(stages[0], computed_with=(stages[1],)), store, "a1", StageContext())
     assert [store.find(each.key) for each in stages] == [None, None]
 
 

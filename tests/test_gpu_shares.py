@@ -9,9 +9,9 @@ import pytest
 from test_scheduler_core import REQUESTS, CoreHarness, assigned, stage
 
 from ktray.artifact import Artifact
-from ktray.scheduler.placement import Placement, evict_idle, free_gpu_shares, has_gpu_room
+from ktray.scheduler.placement import Placement, evict_idle, free_gpu_shares, gpus_have_room
 from ktray.scheduler.resources import GpuShares, ResourceRequest, gpu_share
-from ktray.scheduler.workers import Node, WorkerRegistry, WorkerShape
+from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
 
 GIB = 1 << 30
 QUARTER = WorkerShape(0.0, 0.25)
@@ -89,8 +89,8 @@ def test_four_small_students_run_at_once_on_one_gpu(monkeypatch: pytest.MonkeyPa
 def test_halves_of_two_gpus_do_not_make_a_whole_one() -> None:
     free = free_gpu_shares(2.0, [(0.5, ("0",)), (0.5, ("1",))])
     assert free == {"0": 0.5, "1": 0.5}
-    assert has_gpu_room(free, 0.5)
-    assert not has_gpu_room(free, 1.0)
+    assert gpus_have_room(free, 0.5)
+    assert not gpus_have_room(free, 1.0)
 
 
 def test_a_worker_that_is_still_starting_is_assumed_on_the_fullest_gpu_with_room() -> None:

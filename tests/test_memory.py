@@ -19,12 +19,20 @@ from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
 from ktray.pool import FEW_IMAGES, StageContext
-from ktray.scheduler.failure_kinds import DISK_FULL, FAILED, OUT_OF_MEMORY, failure_kind
 from ktray.scheduler.local_scheduler import LocalScheduler
-from ktray.scheduler.messages import AssignStage, RetireWorker, SchedulerEvent, StartWorker
-from ktray.scheduler.ray_cluster import loss_of
+from ktray.scheduler.messages import (
+    DISK_FULL,
+    FAILED,
+    OUT_OF_MEMORY,
+    AssignStage,
+    RetireWorker,
+    SchedulerEvent,
+    StartWorker,
+    failure_kind,
+)
+from ktray.scheduler.ray_cluster import classify_loss
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.workers import Node, WorkerShape
+from ktray.scheduler.worker_registry import Node, WorkerShape
 from ktray.stages import WORK
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, toy_pair
@@ -154,7 +162,7 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
 
 
 def test_a_worker_that_dies_for_another_reason_is_not_treated_as_out_of_memory() -> None:
-    event, why = loss_of(ray.exceptions.ActorDiedError())
+    event, why = classify_loss(ray.exceptions.ActorDiedError())
     harness, big, other = CoreHarness(3), stage("big"), stage("one")
     harness.request("a", big)
     harness.request("b", other)

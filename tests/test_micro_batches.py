@@ -18,8 +18,8 @@ from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
 from ktray.pool import FEW_IMAGES, StageContext
-from ktray.scheduler.failure_kinds import OUT_OF_MEMORY
 from ktray.scheduler.local_scheduler import LocalScheduler
+from ktray.scheduler.messages import OUT_OF_MEMORY
 from ktray.spec import Augment, Schedule
 from ktray.stores.file import FileStore
 from ktray.training import classification, loop

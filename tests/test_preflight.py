@@ -12,7 +12,7 @@ import pytest
 from ktray.errors import PreflightFailed
 from ktray.runs import preflight
 from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
-from ktray.scheduler.workers import Node, WorkerRegistry
+from ktray.scheduler.worker_registry import Node, WorkerRegistry
 from ktray.stores.file import FileStore
 
 GOOD = {"seen": "ktray", "refused": "", "host": "n1", **preflight._versions()}

@@ -20,7 +20,7 @@ def test_a_process_that_is_silent_for_too_long_is_returned_once() -> None:
 def test_silence_while_nobody_listened_proves_nothing() -> None:
     liveness = ProcessLiveness(15.0)
     liveness.heartbeat(ONE, 0.0)
-    liveness.excuse_silence(100.0)
+    liveness.compensate_pause(100.0)
     assert liveness.remove_silent(114.0) == []
     assert liveness.remove_silent(116.0) == [ONE]
 

@@ -16,7 +16,7 @@ from ray import _raylet
 from ray._private import ray_constants, services, utils, worker
 
 from ktray.errors import PreflightFailed
-from ktray.scheduler import ray_internals
+from ktray.scheduler import ray_session
 from ktray.scheduler.ray_session import ray_processes
 
 
@@ -37,7 +37,7 @@ def test_the_installed_ray_is_one_that_pyproject_allows_and_pyproject_has_an_upp
     ],
 )
 def test_ray_has_each_internal_and_reads_it_where_ktray_relies_on_it(module: ModuleType, name: str, reader: Any) -> None:
-    assert hasattr(module, name), f"Ray {ray.__version__} has no {module.__name__}.{name}: see ktray/scheduler/ray_internals.py"
+    assert hasattr(module, name), f"Ray {ray.__version__} has no {module.__name__}.{name}: see ktray/scheduler/ray_session.py"
     if reader is not None:
         assert name in inspect.getsource(inspect.unwrap(reader)), f"Ray {ray.__version__} reads {name} elsewhere now"
 
@@ -45,7 +45,7 @@ def test_ray_has_each_internal_and_reads_it_where_ktray_relies_on_it(module: Mod
 def test_a_ray_without_an_internal_is_refused_with_the_name_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ray_constants, "ENABLE_RAY_CLUSTER")
     with pytest.raises(PreflightFailed, match=r"has no ray._private.ray_constants.ENABLE_RAY_CLUSTER"):
-        ray_internals.listen_on_loopback_only()
+        ray_session.listen_on_loopback_only()
 
 
 def test_the_processes_of_our_own_ray_are_found_by_its_folder(ray_home: Any) -> None:

@@ -8,7 +8,7 @@ from test_scheduler_core import CoreHarness, assigned, results, stage
 from ktray.scheduler.liveness import START_TIMEOUT
 from ktray.scheduler.messages import AssignStage, FenceOrphans, KillWorker, SchedulerEvent, StartWorker
 from ktray.scheduler.placement import Placement
-from ktray.scheduler.workers import Node, WorkerShape
+from ktray.scheduler.worker_registry import Node, WorkerShape
 
 
 def test_a_stage_that_gets_further_each_time_survives_any_number_of_worker_deaths() -> None:

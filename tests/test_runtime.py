@@ -12,7 +12,7 @@ import pytest
 from ktray.errors import UserError
 from ktray.scheduler import ray_session, worker_environment
 from ktray.scheduler.resources import GpuShares, ResourceRequest, RuntimeSettings, load_runtime
-from ktray.scheduler.workers import WorkerShape, shape_of
+from ktray.scheduler.worker_registry import WorkerShape, shape_of
 from ktray.stores.locks import lock_home
 
 
@@ -125,7 +125,7 @@ def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, mon
     link.symlink_to(elsewhere)
     for named in (ours, link, other, elsewhere, places / "x" / ".." / ".." / "elsewhere" / "ktray-results", places / "ktray-3"):
         (tmp_path / "ray").write_text(str(named))
-        ray_session.remove_leftovers(tmp_path)
+        ray_session.remove_listed_folders(tmp_path)
     assert not ours.exists()
     assert elsewhere.is_dir()
     assert other.is_dir()
@@ -137,7 +137,7 @@ def test_a_folder_of_another_user_is_no_leftover_of_ours(tmp_path: Path, monkeyp
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(str(tmp_path / "ktray-1"))
     monkeypatch.setattr("os.getuid", lambda: (tmp_path / "ktray-1").stat().st_uid + 1)
-    ray_session.remove_leftovers(tmp_path)
+    ray_session.remove_listed_folders(tmp_path)
     assert (tmp_path / "ktray-1").is_dir()
 
 
@@ -154,8 +154,8 @@ def test_a_leftover_that_fills_again_while_it_is_removed_is_remembered(tmp_path:
 
     with monkeypatch.context() as raced:
         raced.setattr("shutil.rmtree", refilled)
-        assert ray_session.remove_leftovers(tmp_path) == [stays]
-    assert ray_session.remove_leftovers(tmp_path) == []
+        assert ray_session.remove_listed_folders(tmp_path) == [stays]
+    assert ray_session.remove_listed_folders(tmp_path) == []
     assert not stays.exists()
 
 
@@ -163,14 +163,14 @@ def test_commands_without_ray_remove_what_a_killed_session_left_unless_a_session
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ray_session.tidy(tmp_path)
+    ray_session.remove_stale_folders(tmp_path)
     assert not (tmp_path / "lock").exists()
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(f"{tmp_path / 'ktray-1'}\n")
     other = lock_home(tmp_path)
-    ray_session.tidy(tmp_path)
+    ray_session.remove_stale_folders(tmp_path)
     assert (tmp_path / "ktray-1").exists()
     other.release()
-    ray_session.tidy(tmp_path)
+    ray_session.remove_stale_folders(tmp_path)
     assert not (tmp_path / "ktray-1").exists()
     lock_home(tmp_path).release()

@@ -18,7 +18,7 @@ from ktray.scheduler.messages import (
     StartWorker,
 )
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.workers import Node, WorkerRegistry, WorkerShape
+from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
 
 REQUESTS = {"split": ResourceRequest(helpers=2), "student": ResourceRequest(gpus=1.0), "half": ResourceRequest(gpus=0.5)}
 REQUESTS |= {"large": ResourceRequest(memory_bytes=60), "impossible": ResourceRequest(gpus=8.0)}
@@ -242,7 +242,7 @@ def test_silence_while_the_broker_slept_proves_nothing() -> None:
     harness, one = CoreHarness(1), stage("one")
     harness.request("a", one)
     harness.now += 100
-    harness.core.excuse_silence(100)
+    harness.core.compensate_pause(100)
     harness.core.check_heartbeats(harness.now)
     assert harness.dispatch() == []
 

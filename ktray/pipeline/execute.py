@@ -32,7 +32,7 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
         FileNotFoundError: this attempt was fenced.
         Exception: whatever the stage raises.
     """
-    wanted = [each for each in (stage, *stage.beside) if store.find(each.key) is None]
+    wanted = [each for each in (stage, *stage.computed_with) if store.find(each.key) is None]
     published: dict[str, tuple[Artifact, bool]] = {}
     if wanted:
         inputs = {role: _input(store, key) for role, key in stage.inputs.items()}

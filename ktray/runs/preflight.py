@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ktray.errors import PreflightFailed
 from ktray.scheduler import ray_cluster
 from ktray.scheduler.resources import STAGES, RuntimeSettings
-from ktray.scheduler.workers import Node, WorkerRegistry
+from ktray.scheduler.worker_registry import Node, WorkerRegistry
 from ktray.stores import Store
 
 MIN_FREE_BYTES = 512 << 20

@@ -152,7 +152,7 @@ class _LazyScheduler:
             self.published = self._follower.published
         if self._session is None:
             # An earlier driver may have been killed, and nothing was left to compute that would have started Ray here.
-            ray_session.tidy(self.settings.home)
+            ray_session.remove_stale_folders(self.settings.home)
         else:
             ray_session.stop(self._session)
             restore_signal_handlers()

@@ -17,10 +17,9 @@ from ktray.cost_model.stage_costs import CostModel
 from ktray.fingerprint import fingerprint
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.scheduler.core import SchedulerCore
-from ktray.scheduler.failure_kinds import WORKER_DIED
-from ktray.scheduler.messages import AssignStage, RequestResult, StartWorker
+from ktray.scheduler.messages import WORKER_DIED, AssignStage, RequestResult, StartWorker
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.workers import Node, Worker, WorkerRegistry
+from ktray.scheduler.worker_registry import Node, Worker, WorkerRegistry
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -278,7 +277,7 @@ class _Simulation:
 
 
 def _computed_together(assignment: AssignStage) -> tuple[Stage, ...]:
-    return (assignment.stage, *assignment.stage.beside)
+    return (assignment.stage, *assignment.stage.computed_with)
 
 
 def simulate(

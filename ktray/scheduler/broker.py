@@ -17,33 +17,30 @@ import ray
 from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import CostModel
 from ktray.scheduler.core import SchedulerCore
-from ktray.scheduler.failure_kinds import OUT_OF_MEMORY, WORKER_DIED, LossKind
 from ktray.scheduler.liveness import Process, ProcessLiveness
 from ktray.scheduler.messages import (
+    BROKER_NAME,
+    OUT_OF_MEMORY,
+    WORKER_DIED,
     AssignStage,
-    AttemptFailed,
-    AttemptSucceeded,
-    Exit,
+    AttemptReport,
     FenceAttempt,
     FenceOrphans,
-    HeartbeatReply,
     KillWorker,
-    Order,
-    PollAgain,
-    Report,
+    LossKind,
     RequestResult,
     RetireWorker,
-    RunStage,
+    SchedulerConfig,
     SchedulerEvent,
     StartWorker,
     WorkerIdentity,
+    WorkerOrder,
 )
-from ktray.scheduler.ray_cluster import kill_process_on, kill_workers, loss_of, nodes, this_process, worker_names
-from ktray.scheduler.recent_keys import RecentKeys
+from ktray.scheduler.ray_cluster import classify_loss, kill_process_on, kill_workers, nodes, this_process, worker_names
+from ktray.scheduler.requests import RecentKeys
 from ktray.scheduler.resources import GpuShares
 from ktray.scheduler.worker import start_worker
-from ktray.scheduler.worker_environment import BROKER_NAME, SchedulerConfig
-from ktray.scheduler.workers import Worker, WorkerRegistry
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry
 from ktray.stores import open_store
 
 POLL_SECONDS = 5.0
@@ -75,7 +72,7 @@ class Broker:
             runtime.dead_after,
             self._expected_seconds,
         )
-        self._polls: dict[str, asyncio.Future[Order]] = {}
+        self._polls: dict[str, asyncio.Future[WorkerOrder]] = {}
         self._results: dict[str, asyncio.Future[RequestResult]] = {}
         self._trials = ProcessLiveness(runtime.dead_after)
         self._handles: dict[str, Any] = {}
@@ -169,38 +166,39 @@ class Broker:
 
     # ---- calls of workers
 
-    async def next_order(self, identity: WorkerIdentity, report: Report | None) -> Order:
+    async def next_order(self, identity: WorkerIdentity, report: AttemptReport | None) -> WorkerOrder:
         """What the worker is to do next, once it has reported how its last stage ended; answered within `POLL_SECONDS`."""
         worker = self._identify(identity)
         if worker is None:
-            return Exit()
+            return WorkerOrder("exit")
         now = time.time()
         self._core.heartbeat(worker, "", None, "", {}, now)
         if report is not None:
-            self._note_report(report, now)
+            self._handle_report(report, now)
         if worker.attempt is not None:
             self._core.assignment_lost(worker)
         if worker.retiring:
-            return Exit()
-        poll: asyncio.Future[Order] = asyncio.get_running_loop().create_future()
+            return WorkerOrder("exit")
+        poll: asyncio.Future[WorkerOrder] = asyncio.get_running_loop().create_future()
         self._polls[worker.name], worker.polling = poll, True
         self._dispatch()
         await asyncio.wait({poll}, timeout=POLL_SECONDS)
         if self._polls.get(worker.name) is poll:
             del self._polls[worker.name]
             worker.polling = False
-        return poll.result() if poll.done() else PollAgain()
+        return poll.result() if poll.done() else WorkerOrder("poll")
 
     async def heartbeat(
         self, identity: WorkerIdentity, stage: Stage | None, attempt: str, progress: Mapping[str, float]
-    ) -> HeartbeatReply:
-        """A worker is alive; the answer says whether it must exit, and who is lent to its attempt."""
+    ) -> list[str] | None:
+        """A worker is alive. Returns the names of the workers lent to its attempt, or None if it must exit."""
         worker = self._identify(identity)
         if worker is None:
-            return HeartbeatReply(must_exit=True)
+            return None
         key = stage.key if stage else ""
-        counts = self._core.heartbeat(worker, key, stage, attempt, progress, time.time())
-        return HeartbeatReply(not counts, tuple(self._core.helpers(attempt)) if attempt else ())
+        if not self._core.heartbeat(worker, key, stage, attempt, progress, time.time()):
+            return None
+        return self._core.helpers(attempt) if attempt else []
 
     def _identify(self, identity: WorkerIdentity) -> Worker | None:
         """The worker that calls, entered if it is new to this broker; None if it has been given up."""
@@ -212,16 +210,15 @@ class Broker:
         worker.pid, worker.node, worker.gpu_ids = identity.pid, identity.node, identity.gpu_ids
         return worker
 
-    def _note_report(self, report: Report, now: float) -> None:
-        match report:
-            case AttemptSucceeded():
-                for key, computed in report.published:
-                    self._core.attempt_succeeded(key, report.attempt, computed, report.seconds, now)
-            case AttemptFailed(key, attempt, kind, cause):
-                if self._core.attempt_failed(key, attempt, kind, cause, report.missing, now):
-                    failure = {"cause": cause, "traceback": report.traceback, "kind": kind, "time": now}
-                    with suppress(OSError):  # a full disk is one of the failures
-                        self._store.fail(key, failure)
+    def _handle_report(self, report: AttemptReport, now: float) -> None:
+        key, attempt, kind, cause = report.key, report.attempt, report.failure, report.cause
+        if kind is None:
+            for published_key, computed in report.published:
+                self._core.attempt_succeeded(published_key, attempt, computed, report.seconds, now)
+        elif self._core.attempt_failed(key, attempt, kind, cause, report.missing, now):
+            failure = {"cause": cause, "traceback": report.traceback, "kind": kind, "time": now}
+            with suppress(OSError):  # a full disk is one of the failures
+                self._store.fail(key, failure)
         self._carry_out()
 
     # ---- the broker's own task
@@ -242,7 +239,7 @@ class Broker:
             await asyncio.sleep(pause)
             now = time.time()
             if not 0 <= now - last < pause + 1.0:
-                self._excuse_silence(now - last - pause)
+                self._compensate_pause(now - last - pause)
             last = now
             if now > refresh_at:
                 refresh_at = now + REFRESH_NODES_SECONDS
@@ -260,10 +257,10 @@ class Broker:
             self._core.scaling.prestart(int(min(cpus, MAX_PRESTARTED)))
             self._dispatch()
 
-    def _excuse_silence(self, seconds: float) -> None:
+    def _compensate_pause(self, seconds: float) -> None:
         """This process, or its clock, stood still for so long: whatever seems silent since then is not."""
-        self._core.excuse_silence(seconds)
-        self._trials.excuse_silence(seconds)
+        self._core.compensate_pause(seconds)
+        self._trials.compensate_pause(seconds)
         self._last_lease += seconds
         self._leases = {session: leased + seconds for session, leased in self._leases.items()}
 
@@ -277,12 +274,12 @@ class Broker:
         self._core.outbox.clear()
         for action in actions:
             match action:
-                case AssignStage(worker, stage, attempt, small_batches):
-                    self._send(worker, RunStage(stage, attempt, tuple(self._core.helpers(attempt)), small_batches))
+                case AssignStage(worker, _, attempt):
+                    self._send(worker, WorkerOrder("run", action, tuple(self._core.helpers(attempt))))
                 case StartWorker(worker):
                     self._watch(worker.name, start_worker(self._config, worker.name, worker.shape, worker.node))
                 case RetireWorker(worker):
-                    self._send(worker, Exit())
+                    self._send(worker, WorkerOrder("exit"))
                 case FenceAttempt(key, attempt):
                     with suppress(OSError):  # a store that is away for a moment must not end the broker's own task
                         self._store.fence(key, attempt)
@@ -296,7 +293,7 @@ class Broker:
                     if result is not None and not result.done():
                         result.set_result(action)
                 case SchedulerEvent():
-                    self._note_event(action)
+                    self._log_event(action)
 
     def _fence_orphans(self) -> None:
         owned = {run.attempt for run in self._core.running.values()}
@@ -304,14 +301,14 @@ class Broker:
             if attempt not in owned:
                 self._store.fence(key, attempt)
 
-    def _note_event(self, event: SchedulerEvent) -> None:
+    def _log_event(self, event: SchedulerEvent) -> None:
         if event.event == OUT_OF_MEMORY and event.worker in self._registry.workers:
             share = self._registry.workers[event.worker].shape.gpus
             self._shares.raise_after_out_of_memory(event.stage, share)
         self._last_event += 1
         self._events.append({"n": self._last_event, "time": time.time(), **vars(event)})
 
-    def _send(self, worker: str, order: Order) -> None:
+    def _send(self, worker: str, order: WorkerOrder) -> None:
         poll = self._polls.pop(worker, None)
         if poll is not None:
             self._registry.workers[worker].polling = False
@@ -327,7 +324,7 @@ class Broker:
         try:
             await handle.wait_until_exit.remote()
         except ray.exceptions.RayError as error:
-            self._lose_worker(name, *loss_of(error))
+            self._lose_worker(name, *classify_loss(error))
 
     def _lose_worker(self, name: str, event: LossKind, cause: str) -> None:
         self._ended_workers.add(name)

@@ -17,13 +17,12 @@ from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.pool import StageContext
 from ktray.scheduler.broker import Broker
-from ktray.scheduler.failure_kinds import CANCELLED, DISK_FULL
 from ktray.scheduler.liveness import Process
-from ktray.scheduler.messages import RequestResult
+from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig
 from ktray.scheduler.ray_cluster import kill_process, this_process
 from ktray.scheduler.ray_pool import to_bytes
 from ktray.scheduler.ray_session import RaySession
-from ktray.scheduler.worker_environment import BROKER_NAME, SchedulerConfig, environment, environment_hash
+from ktray.scheduler.worker_environment import environment, environment_hash
 from ktray.stores import Store, open_store
 from ktray.stores.locks import try_lock_store
 
@@ -42,7 +41,7 @@ class SchedulerClient:
 
     def __init__(self, namespace: str, session: str) -> None:
         self.namespace, self.session = namespace, session
-        self._handle: Any = None
+        self._broker_handle: Any = None
         self._broker_process: Process | None = None
         self._trial_processes: list[Process] = []
 
@@ -92,7 +91,7 @@ class SchedulerClient:
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         """Numbered events after `since`, oldest first.
 
-        Each is ``started``, ``published``, ``failed``, ``out of memory`` (the stage runs again, exclusively), ``apart`` (stages
+        Each is ``started``, ``published``, ``failed``, ``out of memory`` (the stage runs again, exclusively), ``split`` (stages
         that failed together run again one by one), ``fenced`` (a worker was silent), ``late`` (one did not start in time) or
         ``worker died``.
         """
@@ -114,12 +113,12 @@ class SchedulerClient:
         Args:
             cancelled: once this is set, the answer is no longer waited for.
         """
-        with _end_as_stopped_early():
+        with _raise_stopped_early():
             answer = self._broker().lease.remote(self.session, self._trial_processes)
-            if self._await(answer, cancelled):
+            if self._wait_for(answer, cancelled):
                 self._broker_process, self._trial_processes = ray.get(answer)
 
-    def _await(self, answer: Any, cancelled: threading.Event | None = None) -> bool:
+    def _wait_for(self, answer: Any, cancelled: threading.Event | None = None) -> bool:
         """Wait for a broker that may be frozen: Ray restarts only a dead one, so it is killed. False if `cancelled` is set."""
         seconds = 0
         while not ray.wait([answer], timeout=1.0)[0]:  # in steps: if this process itself stood still, that counts as one
@@ -144,26 +143,26 @@ class SchedulerClient:
     def leave(self) -> None:
         """The driver ends: end the scheduler, unless another driver still uses it."""
         with suppress(StoppedEarly):
-            with _end_as_stopped_early():
+            with _raise_stopped_early():
                 answer = self._broker().leave.remote(self.session)
-                self._await(answer)
+                self._wait_for(answer)
                 is_last = ray.get(answer)
             if is_last:
                 self.end()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        with _end_as_stopped_early():
+        with _raise_stopped_early():
             method = getattr(self._broker(), name)
             return ray.get((method.options(max_task_retries=0) if name == "end" else method).remote(*arguments))
 
     def _broker(self) -> Any:
-        if self._handle is None:
-            self._handle = ray.get_actor(BROKER_NAME, namespace=self.namespace)
-        return self._handle
+        if self._broker_handle is None:
+            self._broker_handle = ray.get_actor(BROKER_NAME, namespace=self.namespace)
+        return self._broker_handle
 
 
 @contextmanager
-def _end_as_stopped_early() -> Iterator[None]:
+def _raise_stopped_early() -> Iterator[None]:
     """Ray's errors about an actor that has ended, as one sentence."""
     try:
         yield
@@ -173,27 +172,29 @@ def _end_as_stopped_early() -> Iterator[None]:
         raise StoppedEarly("the scheduler has ended; the same command goes on from here") from error
 
 
-class Lease:
-    """A thread that renews a driver's lease until it is cancelled."""
+def _renew_lease(scheduler: SchedulerClient, cancelled: threading.Event) -> None:
+    """Renew the driver's lease until this is cancelled or the scheduler has ended."""
+    while not cancelled.wait(RENEW_LEASE_SECONDS):
+        try:
+            scheduler.lease(cancelled)
+        except StoppedEarly:
+            return
+        except Exception:  # noqa: BLE001 - one unanswered call, which Ray reports in several ways, even as a bare Exception;
+            continue  # a lease outlasts several calls
 
-    def __init__(self, scheduler: SchedulerClient) -> None:
-        self._scheduler, self._cancelled = scheduler, threading.Event()
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-        self._thread.start()
 
-    def _renew(self) -> None:
-        while not self._cancelled.wait(RENEW_LEASE_SECONDS):
-            try:
-                self._scheduler.lease(self._cancelled)
-            except StoppedEarly:
-                return
-            except Exception:  # noqa: BLE001 - one call without an answer, which Ray reports in several ways, a bare
-                continue  # Exception among them: a lease lasts several calls
+def _start_lease(scheduler: SchedulerClient) -> Callable[[], None]:
+    """Take a lease for this driver and renew it in a thread; returns the function that stops renewing it."""
+    scheduler.lease()
+    cancelled = threading.Event()
+    thread = threading.Thread(target=_renew_lease, args=(scheduler, cancelled), daemon=True)
+    thread.start()
 
-    def cancel(self) -> None:
-        """Stop renewing."""
-        self._cancelled.set()
-        self._thread.join(timeout=RENEW_LEASE_SECONDS)
+    def cancel() -> None:
+        cancelled.set()
+        thread.join(timeout=RENEW_LEASE_SECONDS)
+
+    return cancel
 
 
 def connect(session: RaySession, store_url: str, work: Work) -> SchedulerClient:
@@ -223,9 +224,7 @@ def connect(session: RaySession, store_url: str, work: Work) -> SchedulerClient:
         runtime_env={"env_vars": dict(config.environment)},
         scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
     ).remote(config)
-    scheduler.lease()
-    lease = Lease(scheduler)
-    session.on_stop += [lease.cancel, scheduler.leave]
+    session.on_stop += [_start_lease(scheduler), scheduler.leave]
     return scheduler
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ktray.artifact import Artifact, Stage
-from ktray.scheduler.failure_kinds import (
+from ktray.scheduler.liveness import START_TIMEOUT, StartupMonitor
+from ktray.scheduler.messages import (
     FAILED,
     FENCED,
     LATE,
@@ -15,18 +16,20 @@ from ktray.scheduler.failure_kinds import (
     PUBLISHED,
     SPLIT,
     STARTED,
+    Action,
+    AssignStage,
     FailureKind,
+    FenceAttempt,
+    KillWorker,
     LossKind,
-    exclusive_failure,
+    SchedulerEvent,
+    out_of_memory_cause,
 )
-from ktray.scheduler.liveness import START_TIMEOUT, StartupMonitor
-from ktray.scheduler.messages import Action, AssignStage, FenceAttempt, KillWorker, SchedulerEvent
 from ktray.scheduler.placement import Placement, WorkerScaling
-from ktray.scheduler.recent_keys import REMEMBERED, RecentKeys
-from ktray.scheduler.requests import PendingStage, RequestTable, RunningStage
+from ktray.scheduler.requests import REMEMBERED, PendingStage, RecentKeys, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.retry_policy import MAX_LOSSES, ExclusiveStages, RetryPolicy
-from ktray.scheduler.workers import Worker, WorkerRegistry, describe_request, shape_of
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry, describe_request, shape_of
 
 MAX_FAMILY = 8  # stages that one attempt computes together: all of its outputs are in memory at once
 
@@ -110,7 +113,9 @@ class SchedulerCore:
 
     def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> None:
         """Take over an attempt that a broker before this one has started."""
-        family = [member for member in (replace(stage, beside=()), *stage.beside) if member.key not in self.running]
+        family = [
+            member for member in (replace(stage, computed_with=()), *stage.computed_with) if member.key not in self.running
+        ]
         for member in family:
             self.requests.add_pending(member, now)
         self._open_attempt(worker, family, attempt, now)
@@ -155,7 +160,7 @@ class SchedulerCore:
             if run is not None:
                 self._fail(key, FAILED, "FileNotFoundError: it ended, but its artifact is not in the store")
             return
-        self._forget_troubles(key)
+        self._reset_history(key)
         self._split.discard(key)
         if computed and not already_counted:  # also an attempt that ended while the broker was down
             name = key.rpartition("-")[0]
@@ -187,7 +192,7 @@ class SchedulerCore:
             self._restart([run, *others])
             return False
         if kind == OUT_OF_MEMORY:
-            kind, cause = FAILED, exclusive_failure(cause)
+            kind, cause = FAILED, out_of_memory_cause(cause)
         if kind != FAILED:
             for other in others:
                 self._fail(other.key, kind, cause)
@@ -205,10 +210,10 @@ class SchedulerCore:
             self.requests.drop_unrequested(run.key)
 
     def _fail(self, key: str, kind: FailureKind, cause: str) -> None:
-        self._forget_troubles(key)
+        self._reset_history(key)
         self.requests.fail(key, kind, cause)
 
-    def _forget_troubles(self, key: str) -> None:
+    def _reset_history(self, key: str) -> None:
         self._retries.forget(key)
         self._exclusive.forget(key)
 
@@ -265,12 +270,12 @@ class SchedulerCore:
                 self.worker_lost(worker.name, LATE, f"it has not started within {START_TIMEOUT:g} s", now)
         self.startup.kill_missing(now)
 
-    def excuse_silence(self, seconds: float) -> None:
+    def compensate_pause(self, seconds: float) -> None:
         """The broker itself stood still for so long: silence in that time proves nothing."""
         for worker in self.registry.workers.values():
             if worker.last_heartbeat is not None:
                 worker.last_heartbeat += seconds
-        self.startup.excuse_silence(seconds)
+        self.startup.compensate_pause(seconds)
 
     # ---- decisions: what starts now
 
@@ -315,18 +320,18 @@ class SchedulerCore:
     def _assign(self, worker: Worker, stage: Stage, now: float) -> None:
         family, attempt = self._family_of(stage), self.new_attempt()
         self._open_attempt(worker, family, attempt, now)
-        whole = replace(stage, beside=tuple(family[1:])) if len(family) > 1 else stage
+        whole = replace(stage, computed_with=tuple(family[1:])) if len(family) > 1 else stage
         self.outbox.append(AssignStage(worker.name, whole, attempt, self._exclusive.takes_small_batches(stage.key)))
         self.outbox += [SchedulerEvent(STARTED, member.key, member.name, worker.name) for member in family]
 
     def _family_of(self, stage: Stage) -> list[Stage]:
         """The stage and, after it, those of its family that can start now and run together with it."""
-        if not stage.family or self._runs_by_itself(stage.key):
+        if not stage.family or self._must_run_alone(stage.key):
             return [stage]
-        others = [other for other in self.requests.ready_family(stage) if not self._runs_by_itself(other.key)]
+        others = [other for other in self.requests.ready_family(stage) if not self._must_run_alone(other.key)]
         return [stage, *others[: MAX_FAMILY - 1]]
 
-    def _runs_by_itself(self, key: str) -> bool:
+    def _must_run_alone(self, key: str) -> bool:
         return key in self._split or key in self._exclusive
 
     def _lend(self, placement: Placement) -> None:

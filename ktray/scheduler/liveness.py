@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ktray.scheduler.failure_kinds import FENCED
-from ktray.scheduler.messages import Action, FenceOrphans, KillWorker, SchedulerEvent
-from ktray.scheduler.workers import Worker, WorkerRegistry, WorkerShape
+from ktray.scheduler.messages import FENCED, Action, FenceOrphans, KillWorker, SchedulerEvent
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape
 
 START_TIMEOUT = 120.0  # seconds that a worker may take to start; after that it counts as frozen, and another one is started
 
@@ -54,7 +53,7 @@ class ProcessLiveness:
             del self._last_heartbeats[process]
         return silent
 
-    def excuse_silence(self, seconds: float) -> None:
+    def compensate_pause(self, seconds: float) -> None:
         """The broker itself stood still for so long: silence in that time proves nothing."""
         self._last_heartbeats = {process: last + seconds for process, last in self._last_heartbeats.items()}
 
@@ -126,7 +125,7 @@ class StartupMonitor:
             self.outbox.append(SchedulerEvent(FENCED, worker=name, cause=cause))
         self._survivors.clear()
 
-    def excuse_silence(self, seconds: float) -> None:
+    def compensate_pause(self, seconds: float) -> None:
         """The broker itself stood still for so long: silence in that time proves nothing."""
         self._awaited_since = {name: since + seconds for name, since in self._awaited_since.items()}
         self._restarted += seconds

@@ -1,21 +1,46 @@
-"""What the scheduler's parts send each other: the core's actions, the broker's orders to workers, the workers' reports."""
+"""What the parts of a scheduler send each other, and the kinds of failures and events that they tell of.
+
+The core leaves actions for the broker, the broker answers workers with orders, and workers report how their attempts ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final, Literal
 
 from ktray.artifact import Stage
-from ktray.scheduler.failure_kinds import EventKind, FailureKind
-from ktray.scheduler.workers import Worker, WorkerShape
+from ktray.errors import UserError, disk_is_full
+from ktray.scheduler.resources import RuntimeSettings
+from ktray.scheduler.worker_registry import Worker, WorkerShape
+
+BROKER_NAME = "broker"
+
+# ---- kinds of failures and of events
+
+FAILED: Final = "failed"
+OUT_OF_MEMORY: Final = "out of memory"
+DISK_FULL: Final = "disk full"
+CANCELLED: Final = "cancelled"  # nothing failed: the waiter, or its whole session, gave the request up
+FailureKind = Literal["failed", "out of memory", "disk full", "cancelled"]
+
+STARTED: Final = "started"
+PUBLISHED: Final = "published"
+SPLIT: Final = "split"  # stages that were computed together failed together, and run again one by one
+FENCED: Final = "fenced"  # a worker stopped sending heartbeats
+LATE: Final = "late"  # a new worker sent no heartbeat within the time that a start may take
+WORKER_DIED: Final = "worker died"
+LossKind = Literal["worker died", "out of memory", "fenced", "late"]
+EventKind = Literal["started", "published", "failed", "out of memory", "split", "fenced", "late", "worker died"]
+
 
 # ---- core -> broker: actions to carry out
 
 
 @dataclass(frozen=True)
 class AssignStage:
-    """Have `worker` run `stage`, and with it the stages in its `beside`.
+    """Have `worker` run `stage`, and with it the stages in its `computed_with`.
 
     Attributes:
         small_batches: the stage ran out of memory before, and now takes few images at a time.
@@ -86,37 +111,21 @@ class SchedulerEvent:
 
 Action = AssignStage | StartWorker | RetireWorker | KillWorker | FenceAttempt | FenceOrphans | RequestResult | SchedulerEvent
 
-# ---- broker -> worker: answers to a poll and to a heartbeat
+# ---- broker -> worker
 
 
 @dataclass(frozen=True)
-class RunStage:
-    """Run this stage; the named workers are lent to it."""
+class WorkerOrder:
+    """The answer to a worker that asks for work.
 
-    stage: Stage
-    attempt: str
-    helpers: tuple[str, ...]
-    small_batches: bool
+    Attributes:
+        action: ``run`` the assigned stage; ``poll`` again, because there is nothing to do yet; or ``exit``, which ends the
+            process.
+        helpers: names of the workers that are lent to the attempt.
+    """
 
-
-@dataclass(frozen=True)
-class PollAgain:
-    """There is nothing to do yet."""
-
-
-@dataclass(frozen=True)
-class Exit:
-    """End the process."""
-
-
-Order = RunStage | PollAgain | Exit
-
-
-@dataclass(frozen=True)
-class HeartbeatReply:
-    """Whether the worker must exit, because its attempt was fenced; else the names of the workers lent to its attempt."""
-
-    must_exit: bool
+    action: Literal["run", "poll", "exit"]
+    assignment: AssignStage | None = None
     helpers: tuple[str, ...] = ()
 
 
@@ -125,7 +134,7 @@ class HeartbeatReply:
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """What a worker says about itself in every call."""
+    """Which worker calls the broker, and what it holds; part of every call."""
 
     name: str
     node: str
@@ -135,34 +144,86 @@ class WorkerIdentity:
 
 
 @dataclass(frozen=True)
-class AttemptSucceeded:
-    """An attempt ended well.
+class AttemptReport:
+    """How an attempt ended.
 
     Attributes:
-        published: (key, whether this attempt published it) of the stage and of those computed beside it.
-        seconds: how long the attempt ran.
-    """
-
-    key: str
-    attempt: str
-    seconds: float
-    published: tuple[tuple[str, bool], ...]
-
-
-@dataclass(frozen=True)
-class AttemptFailed:
-    """An attempt raised.
-
-    Attributes:
+        seconds: how long a successful attempt ran.
+        published: (key, whether this attempt published it) of the stage and of those computed with it, after a success.
+        failure: the kind of the failure; None after a success.
+        cause: of the failure, in one line.
         missing: the key of an input that is not in the store, if that was the cause.
     """
 
     key: str
     attempt: str
-    kind: FailureKind
-    cause: str
+    seconds: float = 0.0
+    published: tuple[tuple[str, bool], ...] = ()
+    failure: FailureKind | None = None
+    cause: str = ""
     traceback: str = ""
     missing: str = ""
 
 
-Report = AttemptSucceeded | AttemptFailed
+# ---- from driver to broker and workers
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What the broker of a scheduler and all of its workers are given.
+
+    Attributes:
+        namespace: Ray namespace of its actors; it carries a hash of the code, plugins included, and of all below.
+        store_url: where artifacts are.
+        work: cloudpickled function (stage, store, attempt, context) -> (artifact, computed); only workers unpickle it.
+        environment: environment variables of its processes.
+        name: unique to this scheduler; its attempts begin with it, so that a record says whose it is where several publish.
+    """
+
+    namespace: str
+    store_url: str
+    work: bytes
+    runtime: RuntimeSettings
+    environment: Mapping[str, str]
+    name: str = "scheduler"
+
+
+# ---- from an exception to a failure
+
+_ALLOCATION_ERRORS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def failure_kind(error: BaseException, store: Path) -> FailureKind:
+    """`OUT_OF_MEMORY`, `DISK_FULL` or `FAILED`, by the error or by any error that caused it.
+
+    Args:
+        store: directory of the store, whose disk may be the full one.
+    """
+    for cause in _causes(error):
+        # By name and text: torch is not imported here, and it reports a lack of host memory as a plain RuntimeError.
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return OUT_OF_MEMORY
+        if isinstance(cause, RuntimeError) and any(text in str(cause) for text in _ALLOCATION_ERRORS):
+            return OUT_OF_MEMORY
+    return DISK_FULL if disk_is_full(error, store) else FAILED
+
+
+def describe_error(error: BaseException) -> str:
+    """The error in one line of at most 500 characters; a `UserError` without its class name."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text[:500]
+    return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
+
+
+def out_of_memory_cause(cause: str) -> str:
+    """The cause of a stage that ran out of memory again although it ran exclusively."""
+    what = "its memory does not suffice even with the whole GPU, or machine, for itself"
+    return f"{what} ({cause[:300]}); use a smaller batch_size, smaller images or a smaller network"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__

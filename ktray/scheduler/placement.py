@@ -13,11 +13,11 @@ from functools import cached_property
 
 from ktray.scheduler.messages import Action, RetireWorker, StartWorker
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.workers import CPU_PART, WHOLE_NODE, Worker, WorkerRegistry, WorkerShape, shape_of
+from ktray.scheduler.worker_registry import CPU_PART, WHOLE_NODE, Worker, WorkerRegistry, WorkerShape, shape_of
 
 RESERVE_AFTER = 30.0  # seconds that a stage waits for a worker of its shape before a node is reserved for it
 FAILED_STARTS = 3  # rounds of workers that die before their first heartbeat, until what waits fails
-SLACK = 1e-6  # shares of a GPU are sums of floats
+SHARE_TOLERANCE = 1e-6  # shares of a GPU are sums of floats
 
 # ---- GPU slots
 
@@ -38,17 +38,17 @@ def free_gpu_shares(count: float, held: Sequence[tuple[float, tuple[str, ...]]])
     for share, gpus in held:
         if gpus or not share:
             continue
-        candidates = [gpu for gpu in free if free[gpu] >= min(share, 1.0) - SLACK]
+        candidates = [gpu for gpu in free if free[gpu] >= min(share, 1.0) - SHARE_TOLERANCE]
         for gpu in sorted(candidates, key=lambda gpu: (free[gpu], gpu))[: max(1, math.ceil(share))]:
             free[gpu] -= min(share, 1.0)
     return free
 
 
-def has_gpu_room(free: dict[str, float], gpus: float) -> bool:
+def gpus_have_room(free: dict[str, float], gpus: float) -> bool:
     """Whether a worker with this share, or number, of GPUs can start."""
     if not gpus:
         return True
-    return sum(share >= min(gpus, 1.0) - SLACK for share in free.values()) >= math.ceil(gpus)
+    return sum(share >= min(gpus, 1.0) - SHARE_TOLERANCE for share in free.values()) >= math.ceil(gpus)
 
 
 # ---- the view of one dispatch
@@ -161,7 +161,7 @@ class Placement:
 
     def place_worker(self, shape: WorkerShape) -> Worker | None:
         """A new worker, registered on the node with most room; None if no node has room for it."""
-        node = None if shape in self._full else self._roomiest_node(shape)
+        node = None if shape in self._full else self._node_with_most_room(shape)
         if node is None:
             self._full.add(shape)
             return None
@@ -172,7 +172,7 @@ class Placement:
         self.starting[shape] += 1
         return worker
 
-    def _roomiest_node(self, shape: WorkerShape) -> str | None:
+    def _node_with_most_room(self, shape: WorkerShape) -> str | None:
         if sum(held.cpus for held in self._held.values()) + shape.cpus > self.registry.cpu_limit:
             return None
         best, best_room = None, (False, -2.0, -2.0)
@@ -181,9 +181,9 @@ class Placement:
             # A silent node comes last: Ray takes a minute to notice that a node is gone.
             responsive = name not in self.registry.silent_nodes
             room = (responsive, gpus if shape.gpus else -float(self._occupies_gpu_node(name, shape)), cpus)
-            if cpus < shape.cpus or gpus < shape.gpus - SLACK or room <= best_room or name in self.registry.reserved:
+            if cpus < shape.cpus or gpus < shape.gpus - SHARE_TOLERANCE or room <= best_room or name in self.registry.reserved:
                 continue
-            if not shape.gpus or has_gpu_room(self.gpu_shares(name), shape.gpus):
+            if not shape.gpus or gpus_have_room(self.gpu_shares(name), shape.gpus):
                 best, best_room = name, room
         return best
 
@@ -209,7 +209,7 @@ def evict_idle(placement: Placement, shape: WorkerShape) -> list[Worker]:
         The workers that retire now; empty if retiring all idle workers of a node would not suffice anywhere.
     """
     idle = [worker for worker in placement.idle_workers() if worker.shape != shape]
-    if not idle or _room_is_coming(placement, shape):
+    if not idle or _room_is_expected(placement, shape):
         return []
     names, nodes = {worker.name for worker in idle}, {worker.node for worker in idle}
     on_one_gpu = 0 < shape.gpus <= 1
@@ -234,11 +234,11 @@ def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
     """
     registry = placement.registry
     parts = [(name, gpu) for name in registry.nodes for gpu in (placement.gpu_shares(name) if shape.gpus else [CPU_PART])]
-    if not parts or _room_is_coming(placement, shape):
+    if not parts or _room_is_expected(placement, shape):
         return []
 
     def preference(part: tuple[str, str]) -> tuple[float, str, str]:
-        users = _users(placement, *part)
+        users = _workers_using(placement, *part)
         busy = [worker for worker in users if not (worker.retiring or registry.is_available(worker, placement.now))]
         return (-sum(worker.shape.gpus if shape.gpus else worker.shape.cpus for worker in busy), *part)
 
@@ -246,7 +246,7 @@ def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
     registry.reserve(node, part)
     evicted = [
         worker
-        for worker in _users(placement, node, part)
+        for worker in _workers_using(placement, node, part)
         if worker.shape != shape and registry.is_available(worker, placement.now)
     ]
     for worker in evicted:
@@ -254,11 +254,11 @@ def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
     return evicted
 
 
-def _users(placement: Placement, node: str, part: str) -> list[Worker]:
+def _workers_using(placement: Placement, node: str, part: str) -> list[Worker]:
     return [worker for worker in placement.workers_on[node] if worker.uses(part)]
 
 
-def _room_is_coming(placement: Placement, shape: WorkerShape) -> bool:
+def _room_is_expected(placement: Placement, shape: WorkerShape) -> bool:
     """Whether a shape that has no room now will have it without another eviction."""
     if not placement.registry.reserved and not any(worker.retiring for worker in placement.registry.workers.values()):
         return False
@@ -270,12 +270,12 @@ def _will_have_room(placement: Placement, name: str, shape: WorkerShape) -> bool
     node, staying = placement.registry.nodes[name], [each for each in placement.workers_on[name] if not each.retiring]
     cpus = node.cpus - sum(worker.shape.cpus for worker in staying)
     gpus = node.gpus - sum(worker.shape.gpus for worker in staying)
-    if cpus < shape.cpus or gpus < shape.gpus - SLACK:
+    if cpus < shape.cpus or gpus < shape.gpus - SHARE_TOLERANCE:
         return False
     held = sum(worker.shape.cpus for worker in placement.registry.workers.values() if not worker.retiring)
     if held + shape.cpus > placement.registry.cpu_limit:
         return False
-    return not shape.gpus or has_gpu_room(placement.gpu_shares_later(name), shape.gpus)
+    return not shape.gpus or gpus_have_room(placement.gpu_shares_later(name), shape.gpus)
 
 
 # ---- scaling

@@ -12,10 +12,9 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ktray.scheduler.failure_kinds import OUT_OF_MEMORY, WORKER_DIED, LossKind
 from ktray.scheduler.liveness import Process
-from ktray.scheduler.worker_environment import WORKER_PREFIX
-from ktray.scheduler.workers import Node
+from ktray.scheduler.messages import OUT_OF_MEMORY, WORKER_DIED, LossKind
+from ktray.scheduler.worker_registry import WORKER_PREFIX, Node
 
 
 def this_process() -> Process:
@@ -65,7 +64,7 @@ def kill_workers(namespace: str) -> list[str]:
     return names
 
 
-def loss_of(error: Exception) -> tuple[LossKind, str]:
+def classify_loss(error: Exception) -> tuple[LossKind, str]:
     """The kind of a worker's loss and its cause in one line, from Ray's error about the actor."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return OUT_OF_MEMORY, "Ray killed it, because its node had hardly any memory left"

@@ -49,7 +49,7 @@ class _MapCall:
         self.errors: dict[int, BaseException] = {}
         self.waiting = list(reversed(range(len(items))))
         self.sent: dict[int, float] = {}  # index -> when a helper took it
-        self.longest = 0.0
+        self.longest_seconds = 0.0
         self.ended = False
         self.function_ref: list[Any] = []
 
@@ -60,7 +60,7 @@ class _MapCall:
                 for name, handle in helpers().items() if len(self.waiting) > 1 else ():
                     if name not in engaged:
                         engaged.add(name)
-                        self._engage(handle)
+                        self._start_feeding(handle)
                 index = self._take_for_leader(time.monotonic())
                 if index is None:
                     with self.changed:
@@ -78,7 +78,7 @@ class _MapCall:
             raise self.errors[min(self.errors)]
         return [self.results[index] for index in range(len(self.items))]
 
-    def _engage(self, handle: Any) -> None:
+    def _start_feeding(self, handle: Any) -> None:
         if not self.function_ref:
             self.function_ref.append(ray.put(to_bytes((self.function, self.shared))))
         threading.Thread(target=self._feed, args=(handle,), daemon=True).start()
@@ -117,7 +117,7 @@ class _MapCall:
             if index is not None or not self.sent:
                 return index
             oldest = min(self.sent, key=lambda each: self.sent[each])
-            if now - self.sent[oldest] < 1.0 + 3 * self.longest:
+            if now - self.sent[oldest] < 1.0 + 3 * self.longest_seconds:
                 return None
             del self.sent[oldest]  # its helper is slow to answer: the leader does it, too, and whoever is first counts
             return oldest
@@ -132,7 +132,7 @@ class _MapCall:
         with self.changed:
             self.results.setdefault(index, value)
             self.sent.pop(index, None)
-            self.longest = max(self.longest, time.monotonic() - began)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
             self.changed.notify_all()
 
     def _note_error(self, index: int, error: BaseException) -> None:

@@ -7,26 +7,23 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import stat
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
 
 from ktray.errors import PreflightFailed, UserError
-from ktray.scheduler.ray_internals import (
-    listen_on_loopback_only,
-    redirect_messages,
-    reload_settings,
-    sigterm_handler_kept,
-)
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.scheduler.worker_environment import environment, plugin_paths
 from ktray.stores.locks import FileLock, lock_home
@@ -34,7 +31,7 @@ from ktray.stores.locks import FileLock, lock_home
 OBJECT_STORE_BYTES = 1 << 30
 CONNECT_SECONDS = 5.0
 KEPT_LOG_BYTES = 20_000
-QUIET = {
+RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -86,7 +83,7 @@ def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySessi
         home, address, runtime, home / "logs" / f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log", lock=lock
     )
     try:
-        os.environ.update(QUIET)
+        os.environ.update(RAY_ENVIRONMENT)
         _redirect_output(session.log)
         with sigterm_handler_kept():
             if address is None:
@@ -122,7 +119,7 @@ def stop(session: RaySession) -> None:
     if session.temporary is not None:
         _keep_errors(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
-        _remove_until_gone(session.home)
+        _remove_with_retries(session.home)
     if session.lock is not None:
         session.lock.release()
 
@@ -134,7 +131,7 @@ def _start_own(session: RaySession) -> None:
     # Unix sockets live below this folder and their paths may have 107 bytes.
     root = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
     session.temporary = root / f"ktray-{secrets.token_hex(4)}"
-    folders = [*remove_leftovers(session.home), session.temporary]
+    folders = [*remove_listed_folders(session.home), session.temporary]
     (session.home / "ray").write_text("".join(f"{folder}\n" for folder in folders))  # before it exists: a kill may come now
     session.temporary.mkdir(mode=0o700)
     token = session.home / "token"
@@ -154,7 +151,7 @@ def _start_own(session: RaySession) -> None:
             _temp_dir=str(session.temporary),
             _node_ip_address="127.0.0.1",
             runtime_env={"env_vars": environment()},
-            **_quiet(),
+            **_quiet_options(),
         )
     except (RuntimeError, OSError, TimeoutError) as error:
         raise PreflightFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}. Its log is {session.log}") from error
@@ -170,7 +167,7 @@ def _connect(session: RaySession, address: str) -> None:
     try:
         # Nodes have ktray installed, but not what the user wrote beside the space: Ray takes it there.
         shipped = {"py_modules": paths} if (paths := plugin_paths()) else {}
-        ray.init(address=address, runtime_env={"env_vars": environment(), **shipped}, **_quiet())
+        ray.init(address=address, runtime_env={"env_vars": environment(), **shipped}, **_quiet_options())
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"the cluster at {address} refuses our token", "--address", "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
@@ -221,7 +218,7 @@ def _refuse_unreachable(address: str) -> None:
         ) from None
 
 
-def _quiet() -> dict[str, Any]:
+def _quiet_options() -> dict[str, Any]:
     return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 
 
@@ -279,7 +276,7 @@ def _write_private(path: Path, text: str) -> None:
 REMOVAL_TRIES = 30  # a tenth of a second apart: Ray's processes write into their folder until they end
 
 
-def tidy(home: Path) -> None:
+def remove_stale_folders(home: Path) -> None:
     """Remove what killed sessions left, unless a session uses this home; for commands that need no Ray."""
     if not (home / "ray").exists():
         return
@@ -288,18 +285,18 @@ def tidy(home: Path) -> None:
     except UserError:
         return
     with lock:
-        _remove_until_gone(home)
+        _remove_with_retries(home)
 
 
-def _remove_until_gone(home: Path) -> None:
-    """`remove_leftovers` again and again for some seconds; what is left even then, the next session removes."""
+def _remove_with_retries(home: Path) -> None:
+    """`remove_listed_folders` again and again for some seconds; what is left even then, the next session removes."""
     for _ in range(REMOVAL_TRIES):
-        if not remove_leftovers(home):
+        if not remove_listed_folders(home):
             return
         time.sleep(0.1)
 
 
-def remove_leftovers(home: Path) -> list[Path]:
+def remove_listed_folders(home: Path) -> list[Path]:
     """Remove the folders of sessions that were killed; under the home's lock, so nobody uses them.
 
     Returns:
@@ -322,3 +319,69 @@ def _is_ours(folder: Path) -> bool:
         return False
     found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+# ---- the private names of Ray that are set or called here, because nothing public does the same; pyproject.toml has the
+# versions of Ray that this was tested with. Each function refuses a Ray that lacks the name: to set one that Ray no longer
+# reads would silently do nothing.
+
+
+def listen_on_loopback_only() -> None:
+    """Have a Ray that this process starts listen on the loopback interface only.
+
+    Ray's switch for that (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0) is read when Ray is imported, which may be long ago.
+    """
+    from ray._private import ray_constants
+
+    _require(ray_constants, "ENABLE_RAY_CLUSTER")
+    ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def reload_settings() -> None:
+    """Have Ray's C++ part read the environment again, as Ray's own entry points do after they have set a token."""
+    from ray import _raylet
+
+    _require(_raylet, "Config")
+    _raylet.Config.initialize("")  # type: ignore[attr-defined]
+
+
+def redirect_messages(write: Callable[..., None]) -> None:
+    """Have `write(data, ignore_prefix)` called for what Ray prints on the driver's terminal whatever `log_to_driver` says.
+
+    These are messages about dead workers and nodes; ``data["lines"]`` holds the text.
+    """
+    from ray._private import worker
+
+    _require(worker, "print_to_stdstream")
+    worker.print_to_stdstream = write
+
+
+@contextmanager
+def sigterm_handler_kept() -> Iterator[None]:
+    """Keep this process's own handler of SIGTERM while Ray starts.
+
+    Ray would replace it, in Python by one that exits wherever the main thread is, in C++ by one that prints a stack.
+    """
+    from ray._private import utils
+
+    _require(utils, "set_sigterm_handler")
+    original, handler = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
+    has_handler = handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if has_handler:
+        utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = original
+        if has_handler:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _require(module: ModuleType | Any, name: str) -> None:
+    if not hasattr(module, name):
+        import ray
+
+        raise PreflightFailed(
+            f"Ray {ray.__version__} has no {module.__name__}.{name}, which ktray needs. "
+            "Install the version of Ray that ktray's pyproject.toml names"
+        )

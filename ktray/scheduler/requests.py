@@ -1,7 +1,7 @@
 """Requests, the stages that they wait for, and the queue of those that can start. Pure: no Ray, no clock.
 
 A driver requests stages. Each stage that the store lacks becomes a `PendingStage`, once for all requests that want it, and
-stays one until it is published or has failed; while a worker has it, there is a `RunningStage` for it, too. The `ReadyQueue`
+stays one until it is published or has failed; while a worker has it, there is a `RunningStage` for it, too. The `_ReadyQueue`
 orders the pending stages that can start. The `RequestTable` answers a request when all its stages are in the store, or one has
 failed.
 """
@@ -9,20 +9,49 @@ failed.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from ktray.artifact import Artifact, Stage
-from ktray.scheduler.failure_kinds import CANCELLED, FailureKind
-from ktray.scheduler.messages import Action, RequestResult
-from ktray.scheduler.recent_keys import REMEMBERED, RecentKeys
+from ktray.scheduler.messages import CANCELLED, Action, FailureKind, RequestResult
 
 Rank = tuple[float, ...]
+REMEMBERED = 20_000  # entries; messages about something that ended come seconds late, not thousands of attempts late
+Key = TypeVar("Key", bound=Hashable)
+
+
+class RecentKeys(Generic[Key]):
+    """The keys that were added last, at most `limit` of them; adding one again makes it the newest."""
+
+    def __init__(self, limit: int = REMEMBERED) -> None:
+        self.limit = limit
+        self._keys: OrderedDict[Key, None] = OrderedDict()
+
+    def add(self, key: Key) -> None:
+        """Remember this key; beyond the limit the oldest is forgotten."""
+        self._keys[key] = None
+        self._keys.move_to_end(key)
+        if len(self._keys) > self.limit:
+            self._keys.popitem(last=False)
+
+    def discard(self, key: Key) -> None:
+        """Forget this key, if it is remembered."""
+        self._keys.pop(key, None)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
 
 
 @dataclass
-class Request:
+class _Request:
     """Stages that one waiter wants; `waiter` is empty for a prefetch."""
 
     name: str
@@ -86,7 +115,7 @@ class RunningStage:
     leader: str = ""
 
 
-class ReadyQueue:
+class _ReadyQueue:
     """The pending stages that can start, best first; kept up to date with every change, because thousands may be pending.
 
     A stage is ready while it does not run and nothing that it depends on is pending.
@@ -130,14 +159,14 @@ class ReadyQueue:
         for dependency in self._dependencies[key]:
             self._dependents.setdefault(dependency, set()).add(key)
         for dependent in self._dependents.get(key, ()):
-            self._take_out(dependent)
+            self._withdraw(dependent)
             self._open_dependencies[dependent] += 1
         self._ranks[key] = rank
-        self._put_in(key)
+        self._insert(key)
 
     def remove(self, key: str) -> None:
         """A stage is no longer pending; what depended on it may start."""
-        self._take_out(key)
+        self._withdraw(key)
         del self._ranks[key], self._open_dependencies[key]
         for dependency in self._dependencies.pop(key):
             self._dependents[dependency].discard(key)
@@ -145,31 +174,31 @@ class ReadyQueue:
                 del self._dependents[dependency]
         for dependent in self._dependents.get(key, ()):
             self._open_dependencies[dependent] -= 1
-            self._put_in(dependent)
+            self._insert(dependent)
 
     def set_rank(self, key: str, rank: Rank) -> None:
         """Move a pending stage to the place that this rank gives it."""
         if rank != self._ranks[key]:
-            self._take_out(key)
+            self._withdraw(key)
             self._ranks[key] = rank
-            self._put_in(key)
+            self._insert(key)
 
     def mark_running(self, key: str) -> None:
         """A stage runs."""
-        self._take_out(key)
+        self._withdraw(key)
         self._running.add(key)
 
     def mark_stopped(self, key: str) -> None:
         """A stage no longer runs, and can start again if it is still pending."""
         self._running.discard(key)
-        self._put_in(key)
+        self._insert(key)
 
-    def _put_in(self, key: str) -> None:
+    def _insert(self, key: str) -> None:
         if key in self:
             insort(self._order, (self._ranks[key], key))
             self.names[key.rpartition("-")[0]] += 1
 
-    def _take_out(self, key: str) -> None:
+    def _withdraw(self, key: str) -> None:
         if key in self:
             del self._order[bisect_left(self._order, (self._ranks[key], key))]
             name = key.rpartition("-")[0]
@@ -205,9 +234,9 @@ class RequestTable:
     ) -> None:
         self.find, self.running, self.outbox, self.expected_seconds = find, running, outbox, expected_seconds
         self.pending: dict[str, PendingStage] = {}
-        self.open: dict[str, Request] = {}
+        self.open: dict[str, _Request] = {}
         self.reused: Counter[str] = Counter()
-        self.queue = ReadyQueue()
+        self.queue = _ReadyQueue()
         self._remembered = remembered
         self._prune_at = 2 * remembered
         self.stages: dict[str, Stage] = {}
@@ -221,10 +250,10 @@ class RequestTable:
         if name in self.open:
             return
         self._remember(stages)
-        request = Request(name, waiter, session, priority, now, tuple(stage.key for stage in stages))
+        request = _Request(name, waiter, session, priority, now, tuple(stage.key for stage in stages))
         self.open[name] = request
         for stage in stages:
-            self._want(stage, request, now)
+            self._add_wait(stage, request, now)
         self._answer_if_complete(request)
 
     def _remember(self, stages: Iterable[Stage]) -> None:
@@ -238,7 +267,7 @@ class RequestTable:
             self.stages = {key: stage for key, stage in self.stages.items() if key in needed}
             self._prune_at = 2 * max(self._remembered, len(self.stages))
 
-    def _want(self, stage: Stage, request: Request, now: float) -> None:
+    def _add_wait(self, stage: Stage, request: _Request, now: float) -> None:
         """Have `request` wait for this stage, and for what it reads, unless the store has it."""
         pending = self.pending.get(stage.key)
         if pending is None:
@@ -248,25 +277,25 @@ class RequestTable:
                 return
             pending = self.add_pending(stage, now)
         request.pending.add(stage.key)
-        self._link(pending, request)
+        self._attach(pending, request)
         if request.waiter and not pending.owner:
             pending.owner = request.name
         absent = [key for key in stage.inputs.values() if key not in self.pending and not self.is_in_store(key)]
         for key in absent:
             if key in self.stages:
-                self._want(self.stages[key], request, now)
+                self._add_wait(self.stages[key], request, now)
 
-    def _link(self, pending: PendingStage, request: Request) -> None:
+    def _attach(self, pending: PendingStage, request: _Request) -> None:
         if request.name not in pending.requests:
             pending.requests.add(request.name)
-            self._count(pending, request, 1)
+            self._update_counts(pending, request, 1)
 
-    def _unlink(self, pending: PendingStage, request: Request) -> None:
+    def _detach(self, pending: PendingStage, request: _Request) -> None:
         if request.name in pending.requests:
             pending.requests.discard(request.name)
-            self._count(pending, request, -1)
+            self._update_counts(pending, request, -1)
 
-    def _count(self, pending: PendingStage, request: Request, step: int) -> None:
+    def _update_counts(self, pending: PendingStage, request: _Request, step: int) -> None:
         """Keep the counts behind a stage's rank; counted rather than looked up, since thousands may share a stage."""
         pending.waiting_trials += step * bool(request.waiter)
         pending.priorities[request.priority] += step
@@ -274,7 +303,7 @@ class RequestTable:
             del pending.priorities[request.priority]
         self.queue.set_rank(pending.stage.key, self._rank(pending))
 
-    def _note_found(self, artifact: Artifact, request: Request) -> None:
+    def _note_found(self, artifact: Artifact, request: _Request) -> None:
         self._in_store.add(artifact.key)
         request.found[artifact.key] = artifact
         causes = request.waiter and artifact.key in self._prefetched
@@ -295,12 +324,12 @@ class RequestTable:
             paths = (self.pending[key].path_seconds for key in self.queue.dependents(stage.key))
             pending.path_seconds = pending.seconds + max(paths, default=0.0)
             self.queue.add(stage.key, (*stage.starts, *stage.inputs.values()), self._rank(pending))
-            self._lengthen_paths(pending)
+            self._update_paths(pending)
             if stage.family:
                 self._families.setdefault(stage.family, set()).add(stage.key)
         return self.pending[stage.key]
 
-    def _lengthen_paths(self, pending: PendingStage) -> None:
+    def _update_paths(self, pending: PendingStage) -> None:
         """Update the paths of all that this stage depends on, directly or not."""
         lengthened = [pending]
         while lengthened:
@@ -340,19 +369,19 @@ class RequestTable:
                 self._drop_request(request)
                 self.outbox.append(RequestResult(request.name, kind=CANCELLED, cause="the wait was cancelled"))
 
-    def _drop_request(self, request: Request) -> None:
+    def _drop_request(self, request: _Request) -> None:
         del self.open[request.name]
         for key in request.pending:
             pending = self.pending.get(key)
             if pending is None:
                 continue
-            self._unlink(pending, request)
+            self._detach(pending, request)
             if pending.owner == request.name:
                 pending.owner = min((name for name in pending.requests if self.open[name].waiter), default="")
             if not pending.requests and key not in self.running:
                 self._remove_pending(key)
 
-    def _answer_if_complete(self, request: Request) -> None:
+    def _answer_if_complete(self, request: _Request) -> None:
         if request.pending or request.name not in self.open:
             return
         del self.open[request.name]
@@ -398,12 +427,12 @@ class RequestTable:
                 self.fail(dependent, kind, f"it reads {key}, which failed: {cause}")
 
     def recompute_input(self, key: str, missing: str, now: float) -> bool:
-        """Request an input of a pending stage that is not in the store after all; whether it is on its way now."""
+        """_Request an input of a pending stage that is not in the store after all; whether it is on its way now."""
         if missing not in self.stages:
             return False
         self._in_store.discard(missing)
         for request in [self.open[name] for name in self.pending[key].requests]:
-            self._want(self.stages[missing], request, now)
+            self._add_wait(self.stages[missing], request, now)
         return missing in self.pending or self.is_in_store(missing)
 
     def drop_unrequested(self, key: str) -> None:

@@ -38,7 +38,7 @@ class ResourceRequest(StrictSpec):
     helpers: int = Field(default=0, ge=0)
 
 
-USUAL_REQUEST = ResourceRequest()
+DEFAULT_REQUEST = ResourceRequest()
 SPLITTABLE = {name: ResourceRequest(helpers=63) for name in ("images", "features", "clusters", "pseudo_labels")}
 
 
@@ -66,7 +66,7 @@ class RuntimeSettings(StrictSpec):
 
     def request_of(self, stage: str) -> ResourceRequest:
         """The request of the stage of this name."""
-        return self.stages.get(stage, USUAL_REQUEST)
+        return self.stages.get(stage, DEFAULT_REQUEST)
 
 
 def load_runtime(path: Path | None) -> RuntimeSettings:

@@ -7,12 +7,11 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ktray.scheduler.failure_kinds import OUT_OF_MEMORY, FailureKind, LossKind
+from ktray.scheduler.messages import OUT_OF_MEMORY, FailureKind, LossKind
 from ktray.scheduler.placement import Placement
-from ktray.scheduler.recent_keys import REMEMBERED, RecentKeys
-from ktray.scheduler.requests import RunningStage
+from ktray.scheduler.requests import REMEMBERED, RecentKeys, RunningStage
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.workers import Worker, WorkerRegistry, shape_of
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry, shape_of
 
 MAX_LOSSES = 3  # of its worker, or of its inputs, until a stage fails
 

@@ -17,20 +17,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ktray.artifact import Stage
 from ktray.errors import MissingInput
 from ktray.pool import FEW_IMAGES, StageContext
-from ktray.scheduler.failure_kinds import FAILED, failure_kind, one_line
 from ktray.scheduler.messages import (
-    AttemptFailed,
-    AttemptSucceeded,
-    HeartbeatReply,
-    Order,
-    PollAgain,
-    Report,
-    RunStage,
+    BROKER_NAME,
+    FAILED,
+    AssignStage,
+    AttemptReport,
+    SchedulerConfig,
     WorkerIdentity,
+    WorkerOrder,
+    describe_error,
+    failure_kind,
 )
 from ktray.scheduler.ray_pool import RayPool, to_bytes
-from ktray.scheduler.worker_environment import BROKER_NAME, SchedulerConfig
-from ktray.scheduler.workers import WorkerShape
+from ktray.scheduler.worker_registry import WorkerShape
 from ktray.stores import open_store
 from ktray.stores.locks import lock_store_shared
 
@@ -88,21 +87,17 @@ class WorkerActor:
                 return pickle_error(error)
 
     def _run_stages(self) -> None:
-        report: Report | None = None
+        report: AttemptReport | None = None
         while True:
             call: Any = self._broker.next_order.remote(self._identity, report)
-            order: Order = ray.get(call)
-            match order:
-                case RunStage():
-                    report = self._run(order)
-                case PollAgain():
-                    report = None
-                case _:
-                    return
+            order: WorkerOrder = ray.get(call)
+            if order.action == "exit":
+                return
+            report = self._run(order.assignment, order.helpers) if order.assignment is not None else None
 
-    def _run(self, order: RunStage) -> Report:
-        stage, attempt = order.stage, order.attempt
-        self._progress, self._lent, self._stage, self._attempt = {}, order.helpers, stage, attempt
+    def _run(self, assignment: AssignStage, helpers: tuple[str, ...]) -> AttemptReport:
+        stage, attempt = assignment.stage, assignment.attempt
+        self._progress, self._lent, self._stage, self._attempt = {}, helpers, stage, attempt
         runtime = self._config.runtime
         context = StageContext(
             pool=RayPool(self._helpers),
@@ -110,22 +105,22 @@ class WorkerActor:
             progress=self._note_progress,
             checkpoint_seconds=runtime.checkpoint_seconds,
             memmap_bytes=runtime.memmap_bytes,
-            most_images=FEW_IMAGES if order.small_batches else None,
+            most_images=FEW_IMAGES if assignment.small_batches else None,
         )
-        report: Report
         began = time.monotonic()
         with self._busy:  # an item for another worker may just be ending
             self._helped_call = ("", None)
             try:
                 computed = self._work(stage, self._store, attempt, context)[1]
-                others = [(other.key, self._was_published_by(other.key, attempt)) for other in stage.beside]
+                others = [(other.key, self._was_published_by(other.key, attempt)) for other in stage.computed_with]
                 seconds = time.monotonic() - began
-                report = AttemptSucceeded(stage.key, attempt, seconds, ((stage.key, computed), *others))
+                report = AttemptReport(stage.key, attempt, seconds, ((stage.key, computed), *others))
             except MissingInput as error:
-                report = AttemptFailed(stage.key, attempt, FAILED, f"MissingInput: {error}", missing=error.key)
+                cause = f"MissingInput: {error}"
+                report = AttemptReport(stage.key, attempt, failure=FAILED, cause=cause, missing=error.key)
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
-                kind = failure_kind(error, self._store.root)
-                report = AttemptFailed(stage.key, attempt, kind, one_line(error), traceback.format_exc())
+                kind, cause = failure_kind(error, self._store.root), describe_error(error)
+                report = AttemptReport(stage.key, attempt, failure=kind, cause=cause, traceback=traceback.format_exc())
             finally:
                 self._stage, self._attempt, self._lent = None, "", ()
         self._release_gpu_memory()
@@ -159,11 +154,11 @@ class WorkerActor:
         while True:
             attempt, stage = self._attempt, self._stage
             call: Any = self._broker.heartbeat.remote(self._identity, stage, attempt if stage else "", self._progress)
-            reply: HeartbeatReply = ray.get(call)
-            if reply.must_exit:
+            helpers: list[str] | None = ray.get(call)
+            if helpers is None:
                 return
             if attempt and attempt == self._attempt:
-                self._lent = reply.helpers
+                self._lent = tuple(helpers)
             time.sleep(self._config.runtime.heartbeat_seconds)
 
 
@@ -200,5 +195,5 @@ def pickle_error(error: Exception) -> bytes:
         pickled = to_bytes((False, error))
         cloudpickle.loads(pickled)
     except Exception:  # noqa: BLE001 - an error may be of any class
-        return to_bytes((False, RuntimeError(one_line(error))))
+        return to_bytes((False, RuntimeError(describe_error(error))))
     return pickled

@@ -5,38 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import ktray
 from ktray.fingerprint import fingerprint
-from ktray.scheduler.resources import RuntimeSettings
-
-BROKER_NAME = "broker"
-WORKER_PREFIX = "worker-"
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """What the broker of a scheduler and all of its workers are given.
-
-    Attributes:
-        namespace: Ray namespace of its actors; it carries a hash of the code, plugins included, and of all below.
-        store_url: where artifacts are.
-        work: cloudpickled function (stage, store, attempt, context) -> (artifact, computed); only workers unpickle it.
-        environment: environment variables of its processes.
-        name: unique to this scheduler; its attempts begin with it, so that a record says whose it is where several publish.
-    """
-
-    namespace: str
-    store_url: str
-    work: bytes
-    runtime: RuntimeSettings
-    environment: Mapping[str, str]
-    name: str = "scheduler"
 
 
 def environment() -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ktray.scheduler.resources import ResourceRequest
 
+WORKER_PREFIX = "worker-"
 NODE_RETURN_SECONDS = 600.0  # a node that left may come back within this time; then its resources count no more
 WHOLE_NODE, CPU_PART = "", "cpus"  # parts of a node that can be reserved; the others are the ids of its GPUs
 
@@ -129,7 +130,7 @@ class WorkerRegistry:
     def register_new(self, shape: WorkerShape, node: str) -> Worker:
         """Enter a worker that is yet to be started, under a new name."""
         self._last_number += 1
-        return self.register(f"worker-{self._last_number}", shape, node)
+        return self.register(f"{WORKER_PREFIX}{self._last_number}", shape, node)
 
     def register(self, name: str, shape: WorkerShape, node: str) -> Worker:
         """Enter a worker under this name."""
