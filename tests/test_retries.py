@@ -126,6 +126,18 @@ def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_s
     assert list(harness.core.running) == [one.key]
 
 
+def test_a_worker_whose_attempt_a_restart_fenced_must_exit_and_one_that_was_only_starting_need_not() -> None:
+    harness, one = CoreHarness(0), stage("one")
+    harness.core.startup.restart(["worker-1", "worker-7"], harness.now)
+    harness.now += 16
+    harness.dispatch()
+    silent = harness.registry.register("worker-7", WorkerShape(), "node")
+    assert harness.core.must_exit(silent, one.key, "old"), "it wakes up, and its stage fails before its next heartbeat"
+    harness.poll("worker-1")
+    (assignment,) = harness.request("a", one)
+    assert not harness.core.must_exit(harness.registry.workers["worker-1"], one.key, assignment.attempt)
+
+
 def test_after_a_restart_workers_that_were_only_starting_have_the_usual_start_timeout() -> None:
     harness, one, two = CoreHarness(0), stage("one"), stage("two")
     harness.core.startup.restart(["worker-1", "worker-2", "worker-7"], harness.now)

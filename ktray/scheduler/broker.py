@@ -53,8 +53,8 @@ MAX_PRESTARTED = 4
 class Broker:
     """Carries out the core's actions, and answers drivers, trials and workers.
 
-    What it knows is rebuilt after a crash: Ray repeats the calls of waiters and workers, heartbeats tell which attempts run,
-    and the store tells what is done.
+    After a crash its state is rebuilt: Ray repeats the calls of waiters and workers, heartbeats tell which attempts are
+    running, and the store tells what is done.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -76,14 +76,14 @@ class Broker:
         self._results: dict[str, asyncio.Future[RequestResult]] = {}
         self._trials = ProcessLiveness(runtime.dead_after)
         self._handles: dict[str, Any] = {}
-        self._ended_workers = RecentKeys[str]()  # late calls of these are answered with an order to exit
+        self._ended_workers = RecentKeys[str]()  # if they call again, they are told to exit
         self._leases: dict[str, float] = {}
         self._last_lease = now
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
-        self._last_event = int(now * 1000)  # numbers go on rising over restarts
+        self._last_event = int(now * 1000)  # so that numbers keep rising across restarts
         self._ticker: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Task[None]] = set()
-        # Workers of an earlier scheduler end here, before any new one exists; Ray frees their names only some time later.
+        # Workers of an earlier scheduler are killed before any new one exists; Ray frees their names only some time later.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self._registry.skip_names([] if restarted else kill_workers(config.namespace))
         self._survivors = worker_names(config.namespace) if restarted else []
@@ -103,13 +103,13 @@ class Broker:
     # ---- calls of drivers and trials
 
     async def lease(self, session: str, trials: Sequence[Process]) -> tuple[Process, list[Process]]:
-        """A driver is alive. When it stops calling this, its requests are cancelled, and without drivers the scheduler ends.
+        """A driver is alive. Once it stops calling this, its requests are cancelled; without any driver the scheduler ends.
 
         Args:
-            trials: the processes of trials that an earlier answer named: so a restarted broker hears of them again.
+            trials: the processes of trials that an earlier call returned, so that a restarted broker learns of them.
 
         Returns:
-            The broker's own process, and those of trials.
+            The broker's own process, and those of all trials.
         """
         self._start_ticking()
         self._leases[session] = self._last_lease = time.time()
@@ -117,12 +117,12 @@ class Broker:
         return this_process(), self._trials.alive()
 
     async def trial_heartbeat(self, process: Process) -> None:
-        """The process of a trial is alive. When it stops calling this, it is killed, and its trial waits anew."""
+        """The process of a trial is alive. Once it stops calling this, it is killed, and its trial starts again."""
         self._start_ticking()
         self._trials.heartbeat(process, time.time())
 
     async def leave(self, session: str) -> bool:
-        """A driver ends; True if there is no other driver."""
+        """A driver ends; True if it was the last one."""
         self._leases.pop(session, None)
         self._core.requests.cancel(session)
         self._carry_out()
@@ -139,13 +139,13 @@ class Broker:
         return await asyncio.shield(result)
 
     async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
-        """Compute these stages when nothing that somebody waits for comes first."""
+        """Compute these stages at the lowest priority, for nobody in particular."""
         self._start_ticking()
         self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, -1, time.time())
         self._dispatch()
 
     async def cancel(self, waiter: str, session: str) -> None:
-        """End all requests of this waiter at once."""
+        """Cancel all requests of this waiter."""
         self._core.requests.cancel(session, waiter)
         self._dispatch()
 
@@ -167,17 +167,18 @@ class Broker:
     # ---- calls of workers
 
     async def next_order(self, identity: WorkerIdentity, report: AttemptReport | None) -> WorkerOrder:
-        """What the worker is to do next, once it has reported how its last stage ended; answered within `POLL_SECONDS`."""
+        """Take a worker's report on its last stage, and answer within `POLL_SECONDS` what it is to do next."""
         worker = self._identify(identity)
         if worker is None:
             return WorkerOrder("exit")
         now = time.time()
         self._core.heartbeat(worker, "", None, "", {}, now)
+        must_exit = report is not None and self._core.must_exit(worker, report.key, report.attempt)
         if report is not None:
             self._handle_report(report, now)
         if worker.attempt is not None:
             self._core.assignment_lost(worker)
-        if worker.retiring:
+        if worker.retiring or must_exit:
             return WorkerOrder("exit")
         poll: asyncio.Future[WorkerOrder] = asyncio.get_running_loop().create_future()
         self._polls[worker.name], worker.polling = poll, True
@@ -201,7 +202,7 @@ class Broker:
         return self._core.helpers(attempt) if attempt else []
 
     def _identify(self, identity: WorkerIdentity) -> Worker | None:
-        """The worker that calls, entered if it is new to this broker; None if it has been given up."""
+        """The calling worker, registered if it is new to this broker; None if it counts as dead."""
         self._start_ticking()
         if identity.name in self._ended_workers:
             return None
@@ -221,7 +222,7 @@ class Broker:
                 self._store.fail(key, failure)
         self._carry_out()
 
-    # ---- the broker's own task
+    # ---- the periodic task
 
     def _start_ticking(self) -> None:
         if self._ticker is None:
@@ -258,7 +259,7 @@ class Broker:
             self._dispatch()
 
     def _compensate_pause(self, seconds: float) -> None:
-        """This process, or its clock, stood still for so long: whatever seems silent since then is not."""
+        """This process was paused, or its clock was set forward, for this long: nobody was silent in that time."""
         self._core.compensate_pause(seconds)
         self._trials.compensate_pause(seconds)
         self._last_lease += seconds
@@ -269,7 +270,7 @@ class Broker:
         self._carry_out()
 
     def _carry_out(self) -> None:
-        """Carry out the actions that the core has left."""
+        """Carry out the actions in the core's outbox."""
         actions = self._core.outbox[:]
         self._core.outbox.clear()
         for action in actions:
@@ -281,7 +282,7 @@ class Broker:
                 case RetireWorker(worker):
                     self._send(worker, WorkerOrder("exit"))
                 case FenceAttempt(key, attempt):
-                    with suppress(OSError):  # a store that is away for a moment must not end the broker's own task
+                    with suppress(OSError):  # a store that is briefly unreachable must not end this task
                         self._store.fence(key, attempt)
                 case FenceOrphans():
                     with suppress(OSError):

@@ -28,12 +28,12 @@ from ktray.stores.locks import try_lock_store
 
 Work = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 RENEW_LEASE_SECONDS = 2.0
-BROKER_FROZEN_SECONDS = 20  # without an answer, until a broker that has answered before counts as frozen; it takes milliseconds
+BROKER_FROZEN_SECONDS = 20  # without an answer, until a broker that has answered before counts as frozen
 BROKER_START_SECONDS = 120  # the same for one that may just be starting
 
 
 class WaitCancelled(Exception):
-    """The wait was cancelled; nothing failed, and whatever ran for it runs on."""
+    """The wait was cancelled; nothing failed, and the stages that run for it keep running."""
 
 
 class SchedulerClient:
@@ -58,8 +58,8 @@ class SchedulerClient:
 
         Returns:
             One outcome ``{"key", "state", "seconds", "metrics"}`` per stage. `state` is ``computed`` for the one request that
-            caused the computation, ``joined`` for one that came while it was on its way, ``reused`` if it was there; `seconds`
-            are those of its record.
+            caused the computation, ``joined`` for one that arrived while it was running, ``reused`` if the store had it;
+            `seconds` are those of its record.
 
         Raises:
             StageFailed: a stage raised, or its workers died three times.
@@ -76,11 +76,11 @@ class SchedulerClient:
         return [dict(outcome) for outcome in result.outcomes]
 
     def prefetch(self, stages: Sequence[Stage]) -> None:
-        """Have these computed while workers have nothing else to do; the first who obtains them then counts as their cause."""
+        """Compute these while workers have nothing else to do; the first request to obtain one counts as having computed it."""
         self._call("prefetch", self.session, list(stages))
 
     def status(self) -> dict[str, Any]:
-        """Its name and workers, what runs where and since when, what this driver's waiters wait for, what is queued, counts."""
+        """Name and workers, what runs where and since when, what this driver's waiters wait for, what is queued, counts."""
         status: dict[str, Any] = self._call("status")
         return {**status, "waiting": [wait for wait in status["waiting"] if wait["session"] == self.session]}
 
@@ -104,14 +104,14 @@ class SchedulerClient:
             self._call("end")
 
     def trial_heartbeat(self) -> None:
-        """Tell that this process, which runs a trial, is alive. The scheduler kills one that it no longer hears from."""
+        """Report that this process, which runs a trial, is alive. The scheduler kills one that stops reporting."""
         self._call("trial_heartbeat", this_process())
 
     def lease(self, cancelled: threading.Event | None = None) -> None:
-        """Tell that the driver is alive; the thread that `connect` starts does so every few seconds.
+        """Report that the driver is alive; the thread that `connect` starts does so every few seconds.
 
         Args:
-            cancelled: once this is set, the answer is no longer waited for.
+            cancelled: once this is set, the call no longer waits for the answer.
         """
         with _raise_stopped_early():
             answer = self._broker().lease.remote(self.session, self._trial_processes)
@@ -119,9 +119,9 @@ class SchedulerClient:
                 self._broker_process, self._trial_processes = ray.get(answer)
 
     def _wait_for(self, answer: Any, cancelled: threading.Event | None = None) -> bool:
-        """Wait for a broker that may be frozen: Ray restarts only a dead one, so it is killed. False if `cancelled` is set."""
+        """Wait for the broker, and kill it if it is frozen: Ray restarts only a dead one. False if `cancelled` is set."""
         seconds = 0
-        while not ray.wait([answer], timeout=1.0)[0]:  # in steps: if this process itself stood still, that counts as one
+        while not ray.wait([answer], timeout=1.0)[0]:  # in steps, so that a pause of this process counts as one second
             seconds += 1
             if cancelled is not None and cancelled.is_set():
                 return False
@@ -163,7 +163,7 @@ class SchedulerClient:
 
 @contextmanager
 def _raise_stopped_early() -> Iterator[None]:
-    """Ray's errors about an actor that has ended, as one sentence."""
+    """Turn Ray's errors about an actor that has ended into a `StoppedEarly` of one sentence."""
     try:
         yield
     except (ValueError, ray.exceptions.RayActorError) as error:
@@ -200,7 +200,7 @@ def _start_lease(scheduler: SchedulerClient) -> Callable[[], None]:
 def connect(session: RaySession, store_url: str, work: Work) -> SchedulerClient:
     """The scheduler for this code, environment, runtime and store: the one that runs on this cluster, or a new one.
 
-    What dead attempts left in the store is swept away first, unless a worker of any scheduler holds the store.
+    What dead attempts left in the store is removed first, unless a worker of any scheduler uses the store.
 
     Args:
         work: module-level function that computes and publishes one stage; workers import its module, the broker does not.

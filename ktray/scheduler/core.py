@@ -1,4 +1,4 @@
-"""The scheduler's decisions: which stage runs where, and who waits for it. Pure: events come in, actions go out."""
+"""The scheduler's functional core: which stage runs where, and who waits for it. Events come in, actions go out; no I/O."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ MAX_FAMILY = 8  # stages that one attempt computes together: all of its outputs 
 class SchedulerCore:
     """The state of a scheduler and the rules by which it changes.
 
-    Every method that is told of an event leaves what follows from it in `outbox`; `dispatch` decides what starts.
+    Methods that take an event append the actions that follow from it to `outbox`; `dispatch` decides what starts.
 
     Args:
         find: key -> artifact if it is in the store.
         request_of: stage name -> the resources that it requests.
         registry: the workers.
-        new_attempt: names a new attempt.
+        new_attempt: returns the name of a new attempt.
         dead_after: seconds without a heartbeat after which a worker counts as dead.
         expected_seconds: how long a stage is expected to run.
-        remembered: how many ended attempts, and keys that were in trouble, are remembered.
+        remembered: how many ended attempts and troubled keys are kept.
 
     Attributes:
-        running: key -> the attempt at it that counts.
+        running: key -> its current attempt.
         computed: stage name -> how many this scheduler has computed.
     """
 
@@ -74,8 +74,8 @@ class SchedulerCore:
         self._retries = RetryPolicy(remembered)
         self._exclusive = ExclusiveStages(registry, remembered)
         self._keys_of: dict[str, list[str]] = {}
-        # What these forget costs little: a fenced attempt has no directory to publish from, a stage that failed in a family
-        # fails there again and is split again, and no report comes as late as that.
+        # Forgetting an entry does little harm: a fenced attempt has no directory to publish from, a stage that failed in a
+        # family fails there again and is split again, and no report arrives that late.
         self._fenced = RecentKeys[str](remembered)
         self._closed = RecentKeys[tuple[str, str]](remembered)
         self._split = RecentKeys[str](remembered)
@@ -85,7 +85,7 @@ class SchedulerCore:
     def heartbeat(
         self, worker: Worker, key: str, stage: Stage | None, attempt: str, progress: Mapping[str, float], now: float
     ) -> bool:
-        """A worker is alive and runs this attempt, or none; False if it must exit, as another attempt at the key counts."""
+        """A worker is alive and runs this attempt, or none. False if it must exit: the attempt was fenced or replaced."""
         worker.last_heartbeat, self.scaling.failed_starts = now, 0
         self.registry.silent_nodes.discard(worker.node)
         self.startup.note_heartbeat(worker.name)
@@ -129,7 +129,7 @@ class SchedulerCore:
             self.requests.queue.mark_running(stage.key)
 
     def _close_attempt(self, key: str, attempt: str) -> RunningStage | None:
-        """End an attempt at one key; None if it is not the one that counts."""
+        """End an attempt at one key; None if it is not the current one."""
         run = self.running.get(key)
         if run is None or run.attempt != attempt:
             return None
@@ -148,7 +148,7 @@ class SchedulerCore:
         return run
 
     def attempt_succeeded(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
-        """An attempt ended well; whether its artifact is there, the store decides.
+        """An attempt reports success; whether its artifact exists is for the store to say.
 
         Args:
             computed: whether it was this attempt that published the artifact.
@@ -158,7 +158,7 @@ class SchedulerCore:
         artifact = self.find(key)
         if artifact is None:
             if run is not None:
-                self._fail(key, FAILED, "FileNotFoundError: it ended, but its artifact is not in the store")
+                self._fail(key, FAILED, "FileNotFoundError: the stage ended, but its artifact is not in the store")
             return
         self._reset_history(key)
         self._split.discard(key)
@@ -171,10 +171,10 @@ class SchedulerCore:
         self.requests.publish(artifact, computed)
 
     def attempt_failed(self, key: str, attempt: str, kind: FailureKind, cause: str, missing: str, now: float) -> bool:
-        """An attempt raised; False if it is not the one that counts, or if the stage starts again.
+        """An attempt reports a failure. False if it is not the current attempt, or if its stages simply run again.
 
-        A missing input is computed again first. In a family nobody knows which stage is to blame, so its stages run one by one
-        next. What ran out of memory runs once more, exclusively.
+        A missing input is recomputed first. If a family failed, any of its stages may be to blame, so they run again one by
+        one. A stage that ran out of memory runs once more, exclusively.
         """
         others = [member for member in self._runs_of(attempt) if member.key != key]
         run = self._close_attempt(key, attempt)
@@ -183,7 +183,7 @@ class SchedulerCore:
         for other in others:
             self._close_attempt(other.key, attempt)
         if kind == FAILED and not others and self.find(key) is not None:
-            # Another scheduler on this store has published the key, which takes their directories away from other attempts.
+            # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             self.attempt_succeeded(key, attempt, False, 0.0, now)
             return False
         if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusive.retry_after_error(key, kind)):
@@ -203,7 +203,7 @@ class SchedulerCore:
         return True
 
     def _restart(self, family: Sequence[RunningStage]) -> None:
-        """Let stages start again, one by one if they ran together; those that nobody requests are dropped."""
+        """Let stages start again, one by one if they ran together; drop those that nobody requests any more."""
         for run in family:
             if len(family) > 1:
                 self._split.add(run.key)
@@ -218,10 +218,15 @@ class SchedulerCore:
         self._exclusive.forget(key)
 
     def assignment_lost(self, worker: Worker) -> None:
-        """A worker asks for work although it was given a stage: the order has never reached it."""
+        """A worker asks for work although a stage was assigned to it: the order never reached it."""
         for run in self._runs_of(worker.attempt or ""):
             self._close_attempt(run.key, run.attempt)
         worker.attempt = None
+
+    def must_exit(self, worker: Worker, key: str, attempt: str) -> bool:
+        """Whether a worker that reports the end of an attempt must exit: a restart fenced the attempt while it was silent."""
+        run = self.running.get(key)
+        return self.startup.was_fenced(worker.name) and (run is None or run.attempt != attempt)
 
     # ---- events: workers come to an end
 
@@ -231,7 +236,7 @@ class SchedulerCore:
         self.startup.forget(name)
         if worker is None:
             return
-        # A worker that is late may only be waiting for room on a full cluster, and is no reason to give up.
+        # A late worker may only be waiting for room on a full cluster: no reason to give up.
         if worker.last_heartbeat is None and event != LATE and self.scaling.note_failed_start(worker):
             self._fail_waiting(f"WorkerDied: workers die before their first heartbeat: {cause}")
         family = self._runs_of(worker.attempt or "")
@@ -249,7 +254,7 @@ class SchedulerCore:
         if len(family) == 1:
             self._exclusive.note_loss(lead.key, event)
         for run in family:
-            # A worker that froze before it heard of the stage says nothing about the stage.
+            # If a worker froze before it even received the stage, the stage is not to blame.
             if not self._retries.retry_after_loss(run, blamed=run.confirmed or event != FENCED):
                 self._fail(run.key, FAILED, f"WorkerDied: its worker died {MAX_LOSSES} times, the last time: {cause}")
 
@@ -259,7 +264,7 @@ class SchedulerCore:
                 self._fail(key, FAILED, cause)
 
     def check_heartbeats(self, now: float) -> None:
-        """Kill workers that were silent for `dead_after` seconds, and new ones that have not started within `START_TIMEOUT`."""
+        """Kill workers that were silent for `dead_after` seconds, and new ones that did not start within `START_TIMEOUT`."""
         for worker in list(self.registry.workers.values()):
             if worker.last_heartbeat is not None and now - worker.last_heartbeat > self.dead_after:
                 self.outbox.append(KillWorker(worker))
@@ -271,7 +276,7 @@ class SchedulerCore:
         self.startup.kill_missing(now)
 
     def compensate_pause(self, seconds: float) -> None:
-        """The broker itself stood still for so long: silence in that time proves nothing."""
+        """The broker itself was paused for this long, so silence during that time proves nothing."""
         for worker in self.registry.workers.values():
             if worker.last_heartbeat is not None:
                 worker.last_heartbeat += seconds
@@ -296,14 +301,14 @@ class SchedulerCore:
             if name in full or pending.stage.key in self.running or pending.stage.key in self._exclusive:
                 continue  # no room for its kind, started in a family just now, or placed above
             if not self._place(pending, placement):
-                full.add(name)  # others that request the same would find nothing either
+                full.add(name)  # other stages of this name would find no room either
                 if full >= self.requests.queue.names.keys():
                     break
         self.scaling.end_dispatch(placement)
         self._lend(placement)
 
     def _place(self, pending: PendingStage, placement: Placement) -> bool:
-        """Start a stage, or see to a worker for it; False if it must wait for room."""
+        """Start a stage, or arrange a worker for it; False if it must wait for room."""
         stage, request = pending.stage, self._request(pending.stage)
         worker = self._exclusive.find_worker(stage.key, request, placement)
         if worker is not None:

@@ -1,4 +1,4 @@
-"""Liveness: which processes are silent for too long, which workers do not start, what a restart must wait for. Pure."""
+"""Liveness: which processes have been silent for too long, which workers do not start, what a restart waits for. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ktray.scheduler.messages import FENCED, Action, FenceOrphans, KillWorker, SchedulerEvent
 from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape
 
-START_TIMEOUT = 120.0  # seconds that a worker may take to start; after that it counts as frozen, and another one is started
+START_TIMEOUT = 120.0  # seconds that a worker may take to start; after that it counts as frozen and is replaced
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Process:
 class ProcessLiveness:
     """When each process of a trial was last heard from.
 
-    A process that has ended is forgotten like one that is frozen: to kill it again does nothing.
+    A process that has ended is treated like a frozen one: killing it again does nothing.
 
     Args:
         dead_after: seconds of silence.
@@ -43,27 +43,27 @@ class ProcessLiveness:
             self._last_heartbeats.setdefault(process, now)
 
     def alive(self) -> list[Process]:
-        """All processes that are not silent for too long."""
+        """All processes that count as alive."""
         return list(self._last_heartbeats)
 
     def remove_silent(self, now: float) -> list[Process]:
-        """The processes that are silent for too long; each is returned once."""
+        """The processes that have been silent for too long; each is returned once."""
         silent = [process for process, last in self._last_heartbeats.items() if now - last > self._dead_after]
         for process in silent:
             del self._last_heartbeats[process]
         return silent
 
     def compensate_pause(self, seconds: float) -> None:
-        """The broker itself stood still for so long: silence in that time proves nothing."""
+        """The broker itself was paused for this long, so silence during that time proves nothing."""
         self._last_heartbeats = {process: last + seconds for process, last in self._last_heartbeats.items()}
 
 
 class StartupMonitor:
-    """Workers without a heartbeat so far: new ones, and after a restart of the broker those from before.
+    """Workers that have sent no heartbeat yet: new ones and, after a restart of the broker, those from before.
 
     Args:
         registry: the workers that are known.
-        outbox: where actions are left.
+        outbox: actions are appended to it.
         dead_after: seconds of silence after which a worker from before a restart counts as dead.
     """
 
@@ -76,13 +76,13 @@ class StartupMonitor:
         self._waits = False
 
     def restart(self, names: Iterable[str], now: float) -> None:
-        """The broker is new and these workers are not: no stage starts until each was heard from, or `dead_after` is over."""
+        """The broker restarted, and these workers may be alive: no stage starts until all report, or `dead_after` is over."""
         self._survivors, self._restarted = set(names), now
         self._waits = bool(self._survivors)
         self.registry.skip_names(self._survivors)
 
     def note_heartbeat(self, name: str) -> None:
-        """A worker was heard from."""
+        """A worker has sent a heartbeat."""
         self._survivors.discard(name)
 
     def forget(self, name: str) -> None:
@@ -92,7 +92,7 @@ class StartupMonitor:
         self._awaited_since.pop(name, None)
 
     def was_fenced(self, name: str) -> bool:
-        """Whether a worker from before the restart came only after its attempt was fenced."""
+        """Whether a worker from before the restart reported only after its attempt was fenced."""
         return name in self._fenced
 
     def is_late(self, worker: Worker, now: float) -> bool:
@@ -100,7 +100,7 @@ class StartupMonitor:
         return now - self._awaited_since.setdefault(worker.name, now) > START_TIMEOUT
 
     def must_wait(self, now: float) -> bool:
-        """Whether a stage that seems to wait may be running on a worker from before a restart.
+        """Whether stages that seem to be waiting may still be running on workers from before a restart.
 
         Once these have been silent for `dead_after`, every attempt without a running stage is fenced: the broker does not know
         what they ran, and only their scratch directories tell.
@@ -116,7 +116,7 @@ class StartupMonitor:
         return False
 
     def kill_missing(self, now: float) -> None:
-        """Kill workers from before a restart that were silent for `START_TIMEOUT`; until then they may have been starting."""
+        """Kill workers from before a restart that stay silent for `START_TIMEOUT`; until then they may have been starting."""
         if now - self._restarted <= START_TIMEOUT:
             return
         for name in sorted(self._survivors):
@@ -126,6 +126,6 @@ class StartupMonitor:
         self._survivors.clear()
 
     def compensate_pause(self, seconds: float) -> None:
-        """The broker itself stood still for so long: silence in that time proves nothing."""
+        """The broker itself was paused for this long, so silence during that time proves nothing."""
         self._awaited_since = {name: since + seconds for name, since in self._awaited_since.items()}
         self._restarted += seconds

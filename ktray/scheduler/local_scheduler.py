@@ -22,7 +22,7 @@ Work = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 
 @contextmanager
 def _store_in_use(store: Store) -> Iterator[None]:
-    """Hold the store, so that nobody sweeps away what is being written; first remove what dead attempts left."""
+    """Lock the store, so that nobody removes what is being written; first remove what dead attempts left."""
     exclusive = try_lock_store(store.url)
     if exclusive is not None:
         store.sweep()
@@ -40,7 +40,7 @@ class LocalScheduler:
 
     Args:
         work: computes and publishes one stage.
-        context: what each stage is given to work with.
+        context: passed to each stage.
         on_event: called with a mapping when a stage starts, is published or found, or runs again.
     """
 
@@ -51,10 +51,10 @@ class LocalScheduler:
         """Every stage published, in order; one outcome ``{"key", "state", "seconds", "metrics"}`` each.
 
         Raises:
-            StageFailed: a stage raised; its cause is kept in the store's failures.
+            StageFailed: a stage raised; the store keeps the cause.
             StoppedEarly: the disk is full.
         """
-        if all(self.store.find(stage.key) for stage in stages):  # also where nothing can be written
+        if all(self.store.find(stage.key) for stage in stages):  # works on a read-only store, too
             return [self._obtain(stage) for stage in stages]
         with _store_in_use(self.store):
             return [self._obtain(stage) for stage in stages]
@@ -71,7 +71,7 @@ class LocalScheduler:
             found = self.store.find(stage.key)
             if found is None:
                 raise self._failure(stage, error) from error
-            # Another scheduler on this store has published the key, which takes their directories away from other attempts.
+            # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             artifact, published = found, False
         state = "computed" if published else "reused"
         seconds = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""What the parts of a scheduler send each other, and the kinds of failures and events that they tell of.
+"""What the parts of a scheduler send each other, and the kinds of failures and events.
 
 The core leaves actions for the broker, the broker answers workers with orders, and workers report how their attempts ended.
 """
@@ -22,7 +22,7 @@ BROKER_NAME = "broker"
 FAILED: Final = "failed"
 OUT_OF_MEMORY: Final = "out of memory"
 DISK_FULL: Final = "disk full"
-CANCELLED: Final = "cancelled"  # nothing failed: the waiter, or its whole session, gave the request up
+CANCELLED: Final = "cancelled"  # nothing failed: the waiter or its whole session withdrew the request
 FailureKind = Literal["failed", "out of memory", "disk full", "cancelled"]
 
 STARTED: Final = "started"
@@ -99,7 +99,7 @@ class RequestResult:
 
 @dataclass(frozen=True)
 class SchedulerEvent:
-    """Something that drivers count and show; `seconds` is how long the attempt had run."""
+    """Something that happened, for drivers to count and show; `seconds` is how long the attempt had run."""
 
     event: EventKind
     key: str = ""
@@ -173,11 +173,13 @@ class SchedulerConfig:
     """What the broker of a scheduler and all of its workers are given.
 
     Attributes:
-        namespace: Ray namespace of its actors; it carries a hash of the code, plugins included, and of all below.
-        store_url: where artifacts are.
+        namespace: Ray namespace of its actors; contains a hash of the code (plugins included), environment, runtime, store
+            and work.
+        store_url: the store of the artifacts.
         work: cloudpickled function (stage, store, attempt, context) -> (artifact, computed); only workers unpickle it.
         environment: environment variables of its processes.
-        name: unique to this scheduler; its attempts begin with it, so that a record says whose it is where several publish.
+        name: unique to this scheduler; the names of its attempts begin with it, so that a record tells which of several
+            schedulers published it.
     """
 
     namespace: str
@@ -218,7 +220,7 @@ def describe_error(error: BaseException) -> str:
 
 def out_of_memory_cause(cause: str) -> str:
     """The cause of a stage that ran out of memory again although it ran exclusively."""
-    what = "its memory does not suffice even with the whole GPU, or machine, for itself"
+    what = "it ran out of memory even with the whole GPU, or machine, to itself"
     return f"{what} ({cause[:300]}); use a smaller batch_size, smaller images or a smaller network"
 
 

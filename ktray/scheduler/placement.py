@@ -72,7 +72,7 @@ class Placement:
         self._full: set[WorkerShape] = set()
         free: list[Worker] = []
         lent: list[Worker] = []
-        for worker in registry.workers.values():  # nearly all of a thousand are busy: little is asked of each
+        for worker in registry.workers.values():  # hot loop: of a thousand workers nearly all are busy
             if worker.last_heartbeat is None:
                 self.starting[worker.shape] += 1
             elif worker.lent_to is not None:
@@ -88,7 +88,7 @@ class Placement:
                     self._idle.setdefault(worker.shape, []).append(worker)
 
     def _occupies_gpu_node(self, name: str, shape: WorkerShape) -> bool:
-        """Whether work without a GPU would take CPUs of a node with GPUs, which feed those; another node is better."""
+        """Whether a worker without a GPU would take CPUs of a node with GPUs, which need them for data loading."""
         node = self.registry.nodes.get(name)
         return node is not None and node.gpus > 0 and not shape.gpus
 
@@ -118,13 +118,13 @@ class Placement:
         return free
 
     def idle_workers(self) -> list[Worker]:
-        """All workers that wait for a stage, of any shape, on reserved nodes, too."""
+        """All workers that wait for a stage, of any shape, including those on reserved nodes."""
         return [worker for workers in self._idle.values() for worker in workers if not worker.retiring]
 
     def take(self, request: ResourceRequest, node: str | None = None) -> Worker | None:
         """A worker that can serve the request at once: one that is not lent, else one that is; only on `node` if given.
 
-        A request without a GPU rather gets a worker on a node without one.
+        A request without a GPU prefers a worker on a node without GPUs.
         """
         idle = self._idle.get(shape_of(request), [])
         for index in reversed(range(len(idle))):
@@ -140,7 +140,7 @@ class Placement:
     def take_exclusive(self, request: ResourceRequest) -> Worker | None:
         """A worker on a node where nothing else runs; else None, and the node that will be free soonest is reserved."""
         registry, shape = self.registry, shape_of(request)
-        # Only nodes with a worker of the shape: no worker starts on a reserved node, so on any other it would wait for ever.
+        # Only nodes that already have a worker of the shape, because no worker starts on a reserved node.
         equipped = {worker.node for worker in registry.workers.values() if worker.shape == shape and not worker.retiring}
         able = [name for name, node in registry.nodes.items() if name in equipped and node.memory >= request.memory_bytes]
         busy = {name: sum(worker.attempt is not None for worker in self.workers_on[name]) for name in able}
@@ -203,7 +203,7 @@ class Placement:
 
 
 def evict_idle(placement: Placement, shape: WorkerShape) -> list[Worker]:
-    """Retires idle workers of other shapes until a worker of `shape` would have room; none if that room is coming anyway.
+    """Retire idle workers of other shapes until a worker of `shape` has room; none if that room is expected anyway.
 
     Returns:
         The workers that retire now; empty if retiring all idle workers of a node would not suffice anywhere.
@@ -227,7 +227,7 @@ def evict_idle(placement: Placement, shape: WorkerShape) -> list[Worker]:
 
 
 def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
-    """Reserves the node, or the GPU, where a worker of `shape` will soonest have room: no stage starts there meanwhile.
+    """Reserve the node, or the GPU, where a worker of `shape` will soonest have room: no stage starts there meanwhile.
 
     Returns:
         The idle workers that retire there now; others must end their stages first.
@@ -259,7 +259,7 @@ def _workers_using(placement: Placement, node: str, part: str) -> list[Worker]:
 
 
 def _room_is_expected(placement: Placement, shape: WorkerShape) -> bool:
-    """Whether a shape that has no room now will have it without another eviction."""
+    """Whether a shape that has no room now will have it once the workers that already retire are gone."""
     if not placement.registry.reserved and not any(worker.retiring for worker in placement.registry.workers.values()):
         return False
     return any(_will_have_room(placement, node, shape) for node in placement.registry.nodes)
@@ -286,7 +286,7 @@ class WorkerScaling:
 
     Args:
         registry: the workers.
-        outbox: where actions are left.
+        outbox: actions are appended to it.
 
     Attributes:
         failed_starts: rounds in a row of workers that died before their first heartbeat; while it is not 0, workers start only
@@ -336,7 +336,7 @@ class WorkerScaling:
         if any(worker.shape == shape for worker in self.registry.workers.values()):
             self._waiting_since.pop(shape, None)
         else:
-            # A stream of small stages would keep a large one waiting for ever: it never finds all of its room free at once.
+            # A stream of small stages would starve a large one, which never finds all of its room free at once.
             since = self._waiting_since.setdefault(shape, placement.now)
             if not evicted and (exclusive or placement.now - since >= RESERVE_AFTER):
                 evicted = reserve_room(placement, shape)
@@ -344,7 +344,7 @@ class WorkerScaling:
         return False
 
     def end_dispatch(self, placement: Placement) -> None:
-        """Forget since when shapes wait for room of which no stage waits any more; every waiting stage was seen by now."""
+        """Drop the waiting times of shapes that no stage waits for any more; by now every waiting stage was seen."""
         self._waiting_since = {shape: since for shape, since in self._waiting_since.items() if placement.unserved[shape]}
 
     def lend(self, attempt: str, shape: WorkerShape, helpers: int, placement: Placement) -> None:

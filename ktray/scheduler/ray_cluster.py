@@ -1,4 +1,4 @@
-"""What Ray knows about its nodes, its actors and their processes, in the scheduler's terms."""
+"""Ray's nodes, actors and processes in the scheduler's terms."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def this_process() -> Process:
 
 
 def kill_process(pid: int, created: float | None = None) -> None:
-    """Send SIGKILL, which also ends a stopped process; nothing if the process has ended and another one has its id."""
+    """Send SIGKILL, which also ends a stopped process; does nothing if the process has ended, or another one has its id now."""
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
         if created is None or psutil.Process(pid).create_time() == created:
             os.kill(pid, signal.SIGKILL)
 
 
 def kill_process_on(node: str, pid: int, created: float | None) -> None:
-    """`kill_process` on a node; on another node than this one it returns before that is done."""
+    """`kill_process` on a node; on a remote node it returns before that is done."""
     if node == ray.get_runtime_context().get_node_id():
         kill_process(pid, created)
         return

@@ -1,4 +1,4 @@
-"""`Pool` over lent workers: the leader works too, and whatever a helper does not bring back is done by another worker."""
+"""`Pool` over lent workers: the leader works too, and whatever a helper does not return is redone by another worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RayPool:
     """Calls on this worker and on those that are lent to it at the moment.
 
     Args:
-        helpers: name -> actor handle of the workers lent now; asked between items, so helpers may come later or go.
+        helpers: name -> actor handle of the workers lent now; called between items, so helpers may come and go.
     """
 
     def __init__(self, helpers: Helpers) -> None:
@@ -91,7 +91,7 @@ class _MapCall:
                 reply = ray.get(handle.run_item.remote(self.name, self.function_ref, item))
             except ray.exceptions.RayError:
                 reply = None
-            if reply is None:  # the helper has died, or has got a stage of its own
+            if reply is None:  # the helper has died, or runs a stage of its own
                 with self.changed:
                     if index in self.sent:
                         del self.sent[index]
@@ -119,12 +119,12 @@ class _MapCall:
             oldest = min(self.sent, key=lambda each: self.sent[each])
             if now - self.sent[oldest] < 1.0 + 3 * self.longest_seconds:
                 return None
-            del self.sent[oldest]  # its helper is slow to answer: the leader does it, too, and whoever is first counts
+            del self.sent[oldest]  # its helper is slow: the leader computes it, too, and the first result counts
             return oldest
 
     def _next_waiting(self) -> int | None:
         if self.ended or self.errors:
-            # As in one loop, nothing after the first error begins.
+            # As in a plain loop, nothing starts after the first error.
             self.waiting = [index for index in self.waiting if not self.ended and index < min(self.errors)]
         return self.waiting.pop() if self.waiting else None
 

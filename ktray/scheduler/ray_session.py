@@ -1,4 +1,4 @@
-"""Sessions on Ray: one that we start on this machine and end again, or a connection to a cluster that somebody else started."""
+"""Sessions on Ray: a Ray of our own on this machine, or a connection to a cluster that somebody else started."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class RaySession:
     Attributes:
         home: where its lock, token and logs are.
         address: of the cluster; None if this session started Ray itself.
-        log: file with what Ray says.
+        log: file for Ray's messages.
         warnings: sentences for the user.
-        on_stop: what `stop` calls first, such as the end of the schedulers that were started in this session.
-        connected: whether this process's one connection to Ray is this session's, so that `stop` ends no other's.
+        on_stop: functions that `stop` calls first, such as those that leave the schedulers of this session.
+        connected: whether this session owns the process's one connection to Ray, so that `stop` closes no other's.
     """
 
     home: Path
@@ -99,7 +99,7 @@ def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySessi
 
 
 def stop(session: RaySession) -> None:
-    """End what this session started: all processes of a Ray of our own, our actors on somebody else's cluster."""
+    """End what this session started: all processes of our own Ray, or our actors on somebody else's cluster."""
     import ray
 
     for end in session.on_stop:
@@ -165,7 +165,7 @@ def _connect(session: RaySession, address: str) -> None:
     if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
         _enable_token()
     try:
-        # Nodes have ktray installed, but not what the user wrote beside the space: Ray takes it there.
+        # Nodes have ktray installed, but not the user's own plugins: Ray ships them.
         shipped = {"py_modules": paths} if (paths := plugin_paths()) else {}
         ray.init(address=address, runtime_env={"env_vars": environment(), **shipped}, **_quiet_options())
     except ray.exceptions.AuthenticationError:
@@ -198,7 +198,7 @@ def _claim_connection(session: RaySession) -> None:
 
 
 def _refuse_unreachable(address: str) -> None:
-    """Try the address first: Ray itself would try for minutes, and write on the terminal meanwhile."""
+    """Try the address first: Ray itself would retry for minutes and print to the terminal meanwhile."""
     if address.startswith("ray://"):
         raise UserError(
             f"{address} is Ray Client, which a search cannot use",
@@ -228,9 +228,9 @@ def _enable_token() -> None:
 
 
 def _redirect_output(log: Path) -> None:
-    """Send to a file what Ray says: its loggers, and the lines that it prints whatever `log_to_driver` is."""
+    """Redirect Ray's output to a file: its loggers, and the lines that it prints whatever `log_to_driver` says."""
     handler = logging.FileHandler(log, delay=True)
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: its lines are not worth a traceback
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: lost log lines are not worth a traceback
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("ray", "ray.tune", "ray.train", "ray.air", "ray.data"):
         logger = logging.getLogger(name)
@@ -289,7 +289,7 @@ def remove_stale_folders(home: Path) -> None:
 
 
 def _remove_with_retries(home: Path) -> None:
-    """`remove_listed_folders` again and again for some seconds; what is left even then, the next session removes."""
+    """Retry `remove_listed_folders` for some seconds; the next session removes what is left even then."""
     for _ in range(REMOVAL_TRIES):
         if not remove_listed_folders(home):
             return

@@ -1,7 +1,7 @@
 """Requests, the stages that they wait for, and the queue of those that can start. Pure: no Ray, no clock.
 
-A driver requests stages. Each stage that the store lacks becomes a `PendingStage`, once for all requests that want it, and
-stays one until it is published or has failed; while a worker has it, there is a `RunningStage` for it, too. The `_ReadyQueue`
+A driver requests stages. Each stage that the store lacks becomes a `PendingStage`, shared by all requests for it, and stays
+one until it is published or has failed; while a worker runs it, there is a `RunningStage` for it, too. The `_ReadyQueue`
 orders the pending stages that can start. The `RequestTable` answers a request when all its stages are in the store, or one has
 failed.
 """
@@ -18,7 +18,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.scheduler.messages import CANCELLED, Action, FailureKind, RequestResult
 
 Rank = tuple[float, ...]
-REMEMBERED = 20_000  # entries; messages about something that ended come seconds late, not thousands of attempts late
+REMEMBERED = 20_000  # entries; messages about ended attempts arrive seconds late, not thousands of attempts late
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -30,14 +30,14 @@ class RecentKeys(Generic[Key]):
         self._keys: OrderedDict[Key, None] = OrderedDict()
 
     def add(self, key: Key) -> None:
-        """Remember this key; beyond the limit the oldest is forgotten."""
+        """Add this key as the newest; beyond the limit the oldest is dropped."""
         self._keys[key] = None
         self._keys.move_to_end(key)
         if len(self._keys) > self.limit:
             self._keys.popitem(last=False)
 
     def discard(self, key: Key) -> None:
-        """Forget this key, if it is remembered."""
+        """Remove this key, if it is there."""
         self._keys.pop(key, None)
 
     def __contains__(self, key: object) -> bool:
@@ -52,7 +52,7 @@ class RecentKeys(Generic[Key]):
 
 @dataclass
 class _Request:
-    """Stages that one waiter wants; `waiter` is empty for a prefetch."""
+    """Stages that one waiter requests; `waiter` is empty for a prefetch."""
 
     name: str
     waiter: str
@@ -71,9 +71,9 @@ class PendingStage:
 
     Attributes:
         order: counts the stages as they become pending.
-        owner: the request that is told that it caused the computation; empty while only prefetches want the stage.
-        requests: names of the requests that want it.
-        waiting_trials: how many of these are of trials, which wait for them.
+        owner: the request that counts as having caused the computation; empty while there are only prefetches.
+        requests: names of the requests for it.
+        waiting_trials: how many of these are not prefetches.
         priorities: priority -> how many of the requests have it.
         seconds: how long it is expected to run.
         path_seconds: how long it and the longest chain of pending stages that depend on it are expected to run.
@@ -213,14 +213,14 @@ class RequestTable:
     Args:
         find: key -> artifact if it is in the store.
         running: keys of the stages that run now, kept by the core.
-        outbox: where results are left.
+        outbox: results are appended to it.
         expected_seconds: how long a stage is expected to run; asked when it becomes pending.
-        remembered: how many stages that nobody waits for any more are remembered, in case their artifact is found missing.
+        remembered: how many stages that nobody waits for any more are kept, in case their artifact turns out to be missing.
 
     Attributes:
         open: name -> request that has no result yet.
         pending: key -> stage.
-        reused: stage name -> how often a request found a stage in the store, or joined one on its way.
+        reused: stage name -> how often a request found a stage in the store, or joined a running computation.
         stages: key -> stage of all that is pending or was requested lately.
     """
 
@@ -246,7 +246,7 @@ class RequestTable:
         self._last_order = 0
 
     def add_request(self, name: str, waiter: str, session: str, stages: Sequence[Stage], priority: int, now: float) -> None:
-        """Enter a request; a second time under the same name, as after a crash of the broker, changes nothing."""
+        """Add a request; one of the same name, which Ray repeats after a crash of the broker, changes nothing."""
         if name in self.open:
             return
         self._remember(stages)
@@ -257,7 +257,7 @@ class RequestTable:
         self._answer_if_complete(request)
 
     def _remember(self, stages: Iterable[Stage]) -> None:
-        """Remember stages by key; what nobody needs any more is forgotten, oldest first."""
+        """Keep stages by key; those that nobody needs any more are dropped, oldest first."""
         for stage in stages:
             self.stages.pop(stage.key, None)  # so that it becomes the newest
             self.stages[stage.key] = stage
@@ -296,7 +296,7 @@ class RequestTable:
             self._update_counts(pending, request, -1)
 
     def _update_counts(self, pending: PendingStage, request: _Request, step: int) -> None:
-        """Keep the counts behind a stage's rank; counted rather than looked up, since thousands may share a stage."""
+        """Update the counts behind a stage's rank; kept as counts, because thousands of requests may share a stage."""
         pending.waiting_trials += step * bool(request.waiter)
         pending.priorities[request.priority] += step
         if not pending.priorities[request.priority]:
@@ -308,13 +308,13 @@ class RequestTable:
         request.found[artifact.key] = artifact
         causes = request.waiter and artifact.key in self._prefetched
         request.states[artifact.key] = "computed" if causes else "reused"
-        if causes:  # a prefetch computed it for nobody in particular: the first to ask counts as its cause
+        if causes:  # a prefetch computed it, so the first to ask counts as having caused it
             self._prefetched.discard(artifact.key)
         elif request.waiter:
             self.reused[artifact.key.rpartition("-")[0]] += 1
 
     def add_pending(self, stage: Stage, now: float) -> PendingStage:
-        """The pending stage of this key; a new one is wanted by no request yet."""
+        """The pending stage of this key; a new one belongs to no request yet."""
         if stage.key not in self.pending:
             self._last_order += 1
             self._remember([stage])
@@ -360,9 +360,9 @@ class RequestTable:
         return key in self._in_store
 
     def cancel(self, session: str, waiter: str | None = None) -> None:
-        """End the requests of a session, or those of one of its waiters: two searches may name theirs alike.
+        """Cancel the requests of a session, or of one of its waiters; waiters of two sessions may have the same name.
 
-        What runs for them runs on.
+        Stages that already run for them keep running.
         """
         for request in list(self.open.values()):
             if request.session == session and waiter in (None, request.waiter):
@@ -397,7 +397,7 @@ class RequestTable:
         self.outbox.append(RequestResult(request.name, outcomes))
 
     def publish(self, artifact: Artifact, computed: bool) -> None:
-        """Answer the requests that waited for this artifact alone; `computed` if this scheduler has just made it."""
+        """Answer the requests that only waited for this artifact; `computed` if this scheduler has just made it."""
         key, name = artifact.key, artifact.key.rpartition("-")[0]
         self._in_store.add(key)
         pending = self._remove_pending(key)
@@ -415,7 +415,7 @@ class RequestTable:
             self._answer_if_complete(request)
 
     def fail(self, key: str, kind: FailureKind, cause: str) -> None:
-        """Fail a pending stage and all that reads it: each request that waits for any of them ends once, with this cause."""
+        """Fail a pending stage and all that reads it; each request for any of them ends once, with this cause."""
         dependents = sorted(self.queue.dependents(key))
         pending = self._remove_pending(key)
         for name in sorted(pending.requests) if pending else ():
@@ -427,7 +427,7 @@ class RequestTable:
                 self.fail(dependent, kind, f"it reads {key}, which failed: {cause}")
 
     def recompute_input(self, key: str, missing: str, now: float) -> bool:
-        """_Request an input of a pending stage that is not in the store after all; whether it is on its way now."""
+        """_Request an input that turned out to be missing, for those who wait for `key`; whether it will be there."""
         if missing not in self.stages:
             return False
         self._in_store.discard(missing)
@@ -436,14 +436,14 @@ class RequestTable:
         return missing in self.pending or self.is_in_store(missing)
 
     def drop_unrequested(self, key: str) -> None:
-        """Forget a stage that no longer runs, if no request wants it."""
+        """Drop a stage that no longer runs, unless a request still waits for it."""
         if key in self.pending and not self.pending[key].requests:
             self._remove_pending(key)
 
     def ready(self) -> Iterator[PendingStage]:
         """Pending stages that do not run and whose inputs are there, in the order in which they should start.
 
-        Higher priority first, then what more trials wait for, then the longer path of what depends on it, then the older.
+        Higher priority first, then more waiting trials, then the longer path of dependents, then the older.
         A training also waits while a shorter one that it would continue is pending.
         """
         return (self.pending[key] for key in self.queue if key in self.pending)
@@ -457,5 +457,5 @@ class RequestTable:
         return [pending.stage for pending in self.ready_among(self._families.get(stage.family, set()) - {stage.key})]
 
     def _rank(self, pending: PendingStage) -> tuple[float, float, float, int]:
-        trials = pending.waiting_trials or len(pending.requests)  # trials, or prefetches for what will become some
+        trials = pending.waiting_trials or len(pending.requests)  # or prefetches, which stand for trials to come
         return (-max(pending.priorities, default=0), -trials, -pending.path_seconds, pending.order)

@@ -82,7 +82,7 @@ def load_runtime(path: Path | None) -> RuntimeSettings:
     except OSError as error:
         raise UserError(f"the runtime file cannot be read: {error.strerror}", str(path)) from None
     except UnicodeDecodeError:
-        raise UserError("the runtime file is no text in UTF-8", str(path)) from None
+        raise UserError("the runtime file is not UTF-8 text", str(path)) from None
     fields = _mapping(parse_yaml(text, str(path)) or {}, str(path))
     stages: dict[str, Any] = {name: request.model_dump() for name, request in SPLITTABLE.items()}
     for name, entry in _mapping(fields.get("stages") or {}, f"{path}: stages").items():
@@ -125,12 +125,12 @@ def _user_error(error: ValidationError, path: Path) -> UserError:
 GPU_STAGES = ("teacher", "student", "features", "evaluation")
 DEFAULT_GPU_SHARE = 0.25  # small networks: four at once keep a GPU busier than one, and all kinds share the same warm workers
 _SHARES = (0.25, 0.5, 1.0)
-_ALLOCATOR_FACTOR = 1.2  # torch's allocator holds more than its tensors need
+_ALLOCATOR_FACTOR = 1.2  # torch's allocator reserves more than the tensors need
 _CUDA_CONTEXT_BYTES = 600 << 20  # what CUDA takes for each process
 
 
 class GpuShares:
-    """Requests of stages, with shares of a GPU that grow with recorded peaks. They never shrink, so workers keep their shape.
+    """Requests of stages, with GPU shares that grow with recorded peaks. They never shrink, so that workers keep their shape.
 
     Args:
         request_of: stage name -> request by the runtime file and its defaults. Where `gpus` is None, a stage that runs a
@@ -154,7 +154,7 @@ class GpuShares:
         return self._requests[stage, gpus]
 
     def learn(self, artifact: Artifact) -> None:
-        """Take note of the peak that the record of a stage on a GPU holds."""
+        """Learn from the peak in the record of a stage that ran on a GPU."""
         record = artifact.record
         peak, total = record.get("device_peak_bytes", 0), record.get("device_bytes", 0)
         if not peak or not total:

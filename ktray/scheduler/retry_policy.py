@@ -1,4 +1,4 @@
-"""Retries: how often a stage may lose its worker or its inputs, and what runs exclusively after it ran out of memory. Pure."""
+"""Retries: how often a stage may lose its worker or an input, and which stages run exclusively after memory ran out. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ktray.scheduler.requests import REMEMBERED, RecentKeys, RunningStage
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.worker_registry import Worker, WorkerRegistry, shape_of
 
-MAX_LOSSES = 3  # of its worker, or of its inputs, until a stage fails
+MAX_LOSSES = 3  # of workers, or of inputs, until a stage fails
 
 
 @dataclass
@@ -24,7 +24,7 @@ class _History:
 
 
 class RetryPolicy:
-    """What went wrong with each stage since it was last published or failed; of the stages that were last in trouble."""
+    """Counts what went wrong with each stage since it was last published or failed; only recent troubles are kept."""
 
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._remembered = remembered
@@ -51,7 +51,7 @@ class RetryPolicy:
         return history.missing_inputs < MAX_LOSSES
 
     def forget(self, key: str) -> None:
-        """The stage is published or has failed: the next time it starts without a history."""
+        """The stage is published or has failed: next time it starts without a history."""
         self._histories.pop(key, None)
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class RetryPolicy:
 
 
 class ExclusiveStages:
-    """Stages that run with nothing beside them, because memory ran out before.
+    """Stages that must have their GPU or node to themselves, because memory ran out before.
 
     A stage that raised out-of-memory gets the whole GPU, or without a GPU the whole node, and takes small batches. A stage
     whose worker was killed for the memory of its node may not be to blame, and small batches change what batch norm sees: it
@@ -79,14 +79,14 @@ class ExclusiveStages:
         self._killed = RecentKeys[str](remembered)
 
     def retry_after_error(self, key: str, kind: FailureKind) -> bool:
-        """Take note of an error; whether the stage is to run once more, exclusively."""
+        """Record an error; whether the stage is to run once more, exclusively."""
         if kind != OUT_OF_MEMORY or key in self._raised:
             return False
         self._raised.add(key)
         return True
 
     def note_loss(self, key: str, kind: LossKind) -> None:
-        """Take note that the stage lost its worker."""
+        """Record that the stage lost its worker."""
         if kind == OUT_OF_MEMORY:
             self._killed.add(key)
 
@@ -103,18 +103,18 @@ class ExclusiveStages:
         return {*self._raised, *self._killed}
 
     def takes_small_batches(self, key: str) -> bool:
-        """Whether few images at a time go through the stage's network."""
+        """Whether the stage must send fewer images at a time through its network."""
         return key in self._raised
 
     def request(self, key: str, usual: ResourceRequest) -> ResourceRequest:
-        """What a stage requests now that usually requests `usual`."""
+        """What a stage requests now, given its usual request."""
         if key not in self:
             return usual
         gpus = usual.gpus or 0.0
         return usual.model_copy(update={"gpus": float(math.ceil(gpus)) if key in self._raised else gpus, "helpers": 0})
 
     def reserve_nodes(self, runs: Iterable[tuple[RunningStage, ResourceRequest]]) -> None:
-        """Reserve, for this dispatch, the nodes that these running stages have to themselves, and no others."""
+        """Reserve for this dispatch exactly the nodes that these running stages have to themselves."""
         self.registry.reserved.clear()
         for run, request in runs:
             if self._gets_node(run.key, request) and run.worker in self.registry.workers:
@@ -127,7 +127,7 @@ class ExclusiveStages:
         shape = shape_of(request)
         if any(worker.shape == shape for worker in self.registry.workers.values()):
             return placement.take_exclusive(request)
-        return placement.take(request)  # no worker of its shape, so no node to reserve yet: first one is started
+        return placement.take(request)  # without a worker of its shape there is no node to reserve yet
 
     def _gets_node(self, key: str, request: ResourceRequest) -> bool:
         """Whether the stage has its node to itself; one that ran out of a GPU's memory needs no more than the whole GPU."""

@@ -67,7 +67,7 @@ class WorkerActor:
         """One item of another worker's `map`; None if this worker has a stage of its own by now.
 
         Args:
-            call: names the call of `map`.
+            call: id of the call of `map`.
             function_ref: holds one reference to the pickled function and what its items share; in a list, so that Ray passes
                 the reference on instead of fetching the value for each item.
             item: pickled.
@@ -108,7 +108,7 @@ class WorkerActor:
             most_images=FEW_IMAGES if assignment.small_batches else None,
         )
         began = time.monotonic()
-        with self._busy:  # an item for another worker may just be ending
+        with self._busy:  # wait for an item of another worker that is being computed
             self._helped_call = ("", None)
             try:
                 computed = self._work(stage, self._store, attempt, context)[1]
@@ -127,7 +127,7 @@ class WorkerActor:
         return report
 
     def _release_gpu_memory(self) -> None:
-        """Leave it to other workers on the same GPU; called where an error that held tensors is gone."""
+        """Return cached memory to other workers on this GPU; called once an error that held tensors is gone."""
         torch = sys.modules.get("torch")
         if torch is not None and self._identity.shape.gpus:
             torch.cuda.empty_cache()
@@ -179,7 +179,7 @@ def start_worker(config: SchedulerConfig, name: str, shape: WorkerShape, node: s
 
 
 def _run_or_exit(target: Callable[[], None]) -> None:
-    """Run one of the two threads; when either ends, however it does, the process is of no use and ends."""
+    """Run one of the two threads; when either ends for whatever reason, the process is useless and exits."""
     try:
         target()
     except ray.exceptions.RayError:

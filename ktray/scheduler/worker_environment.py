@@ -1,4 +1,4 @@
-"""What the processes of a scheduler inherit from its driver, and the hash by which drivers with the same code share one."""
+"""Environment of a scheduler's processes, and its hash: drivers with the same code and environment share a scheduler."""
 
 from __future__ import annotations
 

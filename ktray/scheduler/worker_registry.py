@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ktray.scheduler.resources import ResourceRequest
 
 WORKER_PREFIX = "worker-"
-NODE_RETURN_SECONDS = 600.0  # a node that left may come back within this time; then its resources count no more
+NODE_RETURN_SECONDS = 600.0  # a node that left counts as one that may come back for this long
 WHOLE_NODE, CPU_PART = "", "cpus"  # parts of a node that can be reserved; the others are the ids of its GPUs
 
 
@@ -46,7 +46,7 @@ class Worker:
     """One worker process as the broker sees it.
 
     Attributes:
-        last_heartbeat: when it was last heard from; None until the first heartbeat.
+        last_heartbeat: time of its last heartbeat; None until the first.
         polling: it asked for work and waits for the answer.
         attempt: the attempt that it runs.
         lent_to: the attempt that it helps.
@@ -82,9 +82,9 @@ class WorkerRegistry:
         stale_after: a worker without a heartbeat for so many seconds gets no new stage.
 
     Attributes:
-        silent_nodes: nodes where a worker fell silent and from which none was heard since.
+        silent_nodes: nodes where a worker fell silent and from which no heartbeat came since.
         reserved: node -> the part of it where no stage may start: room is being made there for a stage that has waited long,
-            or a stage runs there exclusively. Each dispatch clears it and decides anew.
+            or a stage runs there exclusively. Recomputed by each dispatch.
     """
 
     nodes: Mapping[str, Node]
@@ -120,7 +120,7 @@ class WorkerRegistry:
         )
 
     def is_available(self, worker: Worker, now: float) -> bool:
-        """Whether a worker waits for a stage and was heard from lately."""
+        """Whether a worker waits for a stage and sent a heartbeat lately."""
         if not worker.polling or worker.attempt is not None or worker.retiring:
             return False
         return (
@@ -128,12 +128,12 @@ class WorkerRegistry:
         )
 
     def register_new(self, shape: WorkerShape, node: str) -> Worker:
-        """Enter a worker that is yet to be started, under a new name."""
+        """Add a worker that is yet to be started, under a new name."""
         self._last_number += 1
         return self.register(f"{WORKER_PREFIX}{self._last_number}", shape, node)
 
     def register(self, name: str, shape: WorkerShape, node: str) -> Worker:
-        """Enter a worker under this name."""
+        """Add a worker under this name."""
         self.skip_names([name])
         self.workers[name] = Worker(name, shape, node)
         return self.workers[name]
@@ -143,7 +143,7 @@ class WorkerRegistry:
         return self.workers[name].node if name in self.workers else ""
 
     def reserve(self, node: str, part: str = WHOLE_NODE) -> None:
-        """Let no stage start on this node, or this part of it, until the next dispatch."""
+        """Keep stages off this node, or this part of it, until the next dispatch."""
         self.reserved[node] = part
 
     def is_reserved(self, worker: Worker) -> bool:
@@ -151,7 +151,7 @@ class WorkerRegistry:
         return worker.node in self.reserved and worker.uses(self.reserved[worker.node])
 
     def skip_names(self, names: Iterable[str]) -> None:
-        """Give none of these names to a new worker."""
+        """Never give any of these names to a new worker."""
         self._last_number = max([self._last_number, *map(_number, names)])
 
 
