@@ -16,7 +16,7 @@ TOY_REQUESTS = {"images": ResourceRequest(helpers=3), "clusters": ResourceReques
 
 
 def pytest_configure() -> None:
-    """Processes that tests start hear Ctrl-C, even if pytest itself is a shell's background job, which is born deaf to it."""
+    """Let processes that tests start react to Ctrl-C, even if pytest runs as a shell's background job, which ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -46,7 +46,7 @@ class SchedulerFactory:
     """Starts schedulers, and ends them."""
 
     def __init__(self, session: Any) -> None:
-        self.session, self.ends = session, []  # type: ignore[var-annotated]
+        self.session, self.cleanups = session, []  # type: ignore[var-annotated]
 
     def __call__(self, store: Path, work: Callable[..., Any] | None = None, **settings: Any) -> Any:
         """A scheduler with two workers on this store, for the toy work by default; `settings` are fields of RuntimeSettings."""
@@ -55,13 +55,13 @@ class SchedulerFactory:
         from ktray.scheduler.client import connect
 
         runtime = RuntimeSettings(**{"cpus": 2, "stages": TOY_REQUESTS, **settings})
-        session = dataclasses.replace(self.session, runtime=runtime, on_stop=self.ends)
+        session = dataclasses.replace(self.session, runtime=runtime, on_stop=self.cleanups)
         scheduler = connect(session, f"file://{store}", work or toy_work.work)
-        self.ends.append(scheduler.end)
+        self.cleanups.append(scheduler.end)
         return scheduler
 
     def end(self) -> None:
-        for end in self.ends:
+        for end in self.cleanups:
             end()
 
 

@@ -22,8 +22,8 @@ import yaml
 from ktray.search.history import History, read
 from tests.toys import DATA, HOG, ROTATION
 
-PATIENCE = 150.0
-OF_THE_USER = ("KTRAY_HOME", "MLFLOW_TRACKING_URI", "PYTHONWARNINGS")
+TIMEOUT_SECONDS = 150.0
+USER_VARIABLES = ("KTRAY_HOME", "MLFLOW_TRACKING_URI", "PYTHONWARNINGS")
 # Four trials that begin at once and need one teacher first, then a teacher that needs no training.
 SPACE: dict[str, Any] = {
     "study": "toy",
@@ -65,7 +65,7 @@ def toy_space(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+def until(condition: Callable[[], Any], seconds: float = TIMEOUT_SECONDS) -> Any:
     """What `condition` returns once that is true; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -75,7 +75,7 @@ def until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """A command that has ended."""
 
     code: int
@@ -101,7 +101,7 @@ class Running:
     def err(self) -> str:
         return self.files[1].read_text()
 
-    def family(self) -> dict[int, str]:
+    def processes(self) -> dict[int, str]:
         """Process id -> command line of all that it started and that lives."""
         found = {}
         for pid in psutil.pids():
@@ -112,9 +112,9 @@ class Running:
                         found[pid] = " ".join(process.cmdline())
         return found
 
-    def of_ray(self, title: str) -> list[int]:
-        """Process ids of its Ray actors whose title begins so, such as ``Worker``."""
-        return [pid for pid, line in self.family().items() if line.startswith(f"ray::{title}")]
+    def actors(self, title: str) -> list[int]:
+        """Process ids of its Ray actors whose title begins with this, such as ``Worker``."""
+        return [pid for pid, line in self.processes().items() if line.startswith(f"ray::{title}")]
 
     def until(self, condition: Callable[[], Any]) -> Any:
         """Wait for something that happens while it runs."""
@@ -126,42 +126,43 @@ class Running:
 
         return until(check)
 
-    def signal(self, number: int) -> Ended:
-        """SIGINT as Ctrl-C sends it, to all of its process group, others to it alone; `seconds` are those until its end."""
+    def signal(self, number: int) -> CommandResult:
+        """Send SIGINT to its process group, as Ctrl-C does, or another signal to it alone; `seconds` counts from the signal."""
         began = time.monotonic()
         (os.killpg if number == signal.SIGINT else os.kill)(self.process.pid, number)
-        return self._ended(began)
+        return self._result(began)
 
     def kill(self) -> None:
-        """kill -9 of the command itself; what it started must notice and end. Two agents of Ray's own take a minute."""
+        """kill -9 the command alone; what it started must notice and end. Two agents of Ray itself take a minute."""
         self.process.kill()
         self.process.wait()
-        until(lambda: all(line.strip().endswith("Agent") for line in self.family().values()), 20)
+        until(lambda: all(line.strip().endswith("Agent") for line in self.processes().values()), 20)
 
-    def wait(self, patience: float = PATIENCE) -> Ended:
-        return self._ended(self.began, patience)
+    def wait(self, timeout: float = TIMEOUT_SECONDS) -> CommandResult:
+        return self._result(self.began, timeout)
 
-    def _ended(self, began: float, patience: float = PATIENCE) -> Ended:
-        code = self.process.wait(patience)
+    def _result(self, began: float, timeout: float = TIMEOUT_SECONDS) -> CommandResult:
+        code = self.process.wait(timeout)
         seconds = time.monotonic() - began
         out, err = (path.read_text() for path in self.files)
-        return Ended(code, out, err, seconds)
+        return CommandResult(code, out, err, seconds)
 
     def clean(self) -> None:
-        """Whatever the test has shown, nothing of it lives on."""
-        for pid in [self.process.pid, *self.family()]:
+        """Kill the command and everything that it started."""
+        for pid in [self.process.pid, *self.processes()]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
-def _hears_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a script ignores it, and so would we
+def _reset_sigint() -> None:
+    """A test run in a script's background ignores SIGINT, and so would the processes that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)
 class Home:
-    """A home of its own."""
+    """A ktray home, and the commands that use it."""
 
     path: Path
 
@@ -169,7 +170,7 @@ class Home:
     def start(
         self, *arguments: object, cwd: Path | None = None, clean: bool = True, files: Path | None = None
     ) -> Iterator[Running]:
-        """`ktray` with these arguments and this home; without `clean` what it started is left to end by itself.
+        """Run `ktray` with these arguments and this home; without `clean`, what it started must end by itself.
 
         Args:
             files: folder for what it writes; that of the home by default.
@@ -177,9 +178,9 @@ class Home:
         place = files or self.path.parent
         place.mkdir(parents=True, exist_ok=True)
         number = len(list(place.glob("*.err")))
-        said = (place / f"{number}.out", place / f"{number}.err")
-        environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
-        with open(said[0], "wb") as out, open(said[1], "wb") as err:
+        outputs = (place / f"{number}.out", place / f"{number}.err")
+        environment = {name: value for name, value in os.environ.items() if name not in USER_VARIABLES}
+        with open(outputs[0], "wb") as out, open(outputs[1], "wb") as err:
             process = subprocess.Popen(
                 [sys.executable, "-m", "ktray", *map(str, arguments), "--home", str(self.path)],
                 stdin=subprocess.DEVNULL,
@@ -188,18 +189,18 @@ class Home:
                 cwd=cwd,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_hears_ctrl_c,
+                preexec_fn=_reset_sigint,
             )
-        running = Running(process, said)
+        running = Running(process, outputs)
         try:
             yield running
         finally:
             if clean or process.poll() is None:
                 running.clean()
 
-    def run(self, *arguments: object, patience: float = PATIENCE, files: Path | None = None) -> Ended:
+    def run(self, *arguments: object, timeout: float = TIMEOUT_SECONDS, files: Path | None = None) -> CommandResult:
         with self.start(*arguments, files=files) as running:
-            return running.wait(patience)
+            return running.wait(timeout)
 
     @property
     def store(self) -> Path:
@@ -213,7 +214,7 @@ class Home:
         found: dict[str, Any] = json.loads((self.store / key / "record.json").read_text())
         return found
 
-    def of(self, stage: str) -> list[str]:
+    def keys(self, stage: str) -> list[str]:
         """Keys of the artifacts of one stage."""
         return sorted(key for key in self.artifacts() if key.startswith(f"{stage}-"))
 

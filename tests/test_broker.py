@@ -47,7 +47,7 @@ def starts(log: Path, stage: Any) -> list[int]:
     return [int(line.split()[2]) for line in lines if line.startswith(stage.key + " ")]
 
 
-def told(scheduler: SchedulerClient, *stages: Any) -> list[tuple[str, str]]:
+def events_of(scheduler: SchedulerClient, *stages: Any) -> list[tuple[str, str]]:
     keys = {stage.key for stage in stages}
     return [(event["event"], event["key"]) for event in scheduler.events() if event["key"] in keys]
 
@@ -74,7 +74,7 @@ def test_a_request_computes_inputs_before_those_that_read_them(scheduler: Schedu
     features = toy("features", {}, (images, teacher))
     outcomes = scheduler.obtain([images, teacher, features], "trial 1")
     assert [outcome["key"] for outcome in outcomes] == [images.key, teacher.key, features.key]
-    started = [key for event, key in told(scheduler, images, teacher, features) if event == "started"]
+    started = [key for event, key in events_of(scheduler, images, teacher, features) if event == "started"]
     assert started == [images.key, teacher.key, features.key]
 
 
@@ -86,7 +86,7 @@ def test_a_longer_training_waits_for_the_shorter_one_that_it_continues(scheduler
         until(lambda: at_step(scheduler, short, 0))
         pool.submit(scheduler.obtain, [long], "trial 2").result()
         first.result()
-    events = told(scheduler, short, long)
+    events = events_of(scheduler, short, long)
     assert events.index(("published", short.key)) < events.index(("started", long.key))
 
 
@@ -143,7 +143,7 @@ def test_cancelling_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerC
 def test_the_first_to_obtain_a_prefetched_stage_counts_as_its_cause(scheduler: SchedulerClient) -> None:
     stage = toy("images")
     scheduler.prefetch([stage])
-    until(lambda: ("published", stage.key) in told(scheduler, stage))
+    until(lambda: ("published", stage.key) in events_of(scheduler, stage))
     assert [scheduler.obtain([stage], "trial")[0]["state"] for _ in range(2)] == ["computed", "reused"]
 
 
@@ -158,7 +158,7 @@ def test_a_killed_worker_is_replaced_and_its_stage_goes_on_from_the_checkpoint(
         assert future.result()[0]["state"] == "computed"
     assert len(starts(tmp_path / "log", stage)) == 2
     assert (tmp_path / "log").read_text().count("step 2\n") == 1, "the second attempt began anew"
-    assert told(scheduler, stage) == [(event, stage.key) for event in ("started", "worker died", "started", "published")]
+    assert events_of(scheduler, stage) == [(event, stage.key) for event in ("started", "worker died", "started", "published")]
     until(lambda: len(scheduler.status()["workers"]) == 2)
 
 
@@ -193,7 +193,7 @@ def test_a_frozen_worker_is_fenced_and_killed_and_its_stage_runs_elsewhere(
         os.kill(frozen, signal.SIGSTOP)
         assert future.result()[0]["state"] == "computed"
     assert not psutil.pid_exists(frozen) or psutil.Process(frozen).status() == psutil.STATUS_ZOMBIE
-    assert told(scheduler, stage) == [(event, stage.key) for event in ("started", "fenced", "started", "published")]
+    assert events_of(scheduler, stage) == [(event, stage.key) for event in ("started", "fenced", "started", "published")]
     assert len(starts(tmp_path / "log", stage)) == 2
     assert not list((tmp_path / "store" / ".scratch").iterdir())
 
@@ -242,7 +242,7 @@ def test_a_driver_with_another_runtime_gets_a_scheduler_of_its_own(
 def test_a_scheduler_without_driver_ends_itself(start_scheduler: SchedulerFactory, tmp_path: Path) -> None:
     scheduler = start_scheduler(tmp_path / "store", idle_exit_seconds=3.0)
     pids = [scheduler.status()["pid"], *until(lambda: [each["pid"] for each in scheduler.status()["workers"] if each["pid"]])]
-    start_scheduler.ends[0]()  # its lease is renewed no more
+    start_scheduler.cleanups[0]()  # stop renewing its lease
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
@@ -254,10 +254,10 @@ def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> 
         "except UserError as error:\n    print(error)\n"
     )
     root = Path(__file__).parent.parent
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script, str(ray_home.home)], capture_output=True, text=True, cwd=root, check=True
     )
-    assert said.stdout.strip() == (
+    assert result.stdout.strip() == (
         f"the home {ray_home.home} is in use by the process {os.getpid()}. "
         "Wait for it, stop it, or give another home with --home. Several searches at once share one Ray and "
         "compute nothing twice: `ray start --head`, and --address auto for each of them."
@@ -265,12 +265,12 @@ def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> 
 
 
 @pytest.mark.parametrize(
-    ("address", "said"), [(None, "connected to Ray already"), ("127.0.0.1:1", "nothing answers at 127.0.0.1:1")]
+    ("address", "message"), [(None, "connected to Ray already"), ("127.0.0.1:1", "nothing answers at 127.0.0.1:1")]
 )
 def test_a_session_that_cannot_begin_leaves_the_one_that_runs_alone(
-    scheduler: SchedulerClient, tmp_path: Path, address: str | None, said: str
+    scheduler: SchedulerClient, tmp_path: Path, address: str | None, message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         start(tmp_path, address, RuntimeSettings())
     assert [outcome["state"] for outcome in scheduler.obtain([toy("after", {"address": str(address)})], "trial")] == [
         "computed"
@@ -288,7 +288,7 @@ def test_an_empty_stage_costs_little(scheduler: SchedulerClient) -> None:
     assert sorted(times)[10] < 0.5
 
 
-ALONE = """
+DRIVER = """
 import os, sys
 from pathlib import Path
 from ktray.scheduler.client import connect
@@ -307,15 +307,15 @@ except KeyboardInterrupt:
 """
 
 
-def alone(home: Path) -> subprocess.Popen[str]:
+def start_driver(home: Path) -> subprocess.Popen[str]:
     root = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root.parent), str(root)])}
-    command = [sys.executable, "-c", ALONE, str(home)]
+    command = [sys.executable, "-c", DRIVER, str(home)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
 
 
-def of_session(folder: str) -> list[int]:
+def ray_processes_of(folder: str) -> list[int]:
     """Processes of the Ray whose temporary folder this is."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
@@ -325,7 +325,7 @@ def of_session(folder: str) -> list[int]:
 
 
 def test_an_interrupt_of_the_terminal_leaves_no_process_and_no_noise(tmp_path: Path) -> None:
-    driver = alone(tmp_path)
+    driver = start_driver(tmp_path)
     assert driver.stdout is not None
     _, broker, worker, folder = driver.stdout.readline().split()
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
@@ -333,20 +333,20 @@ def test_an_interrupt_of_the_terminal_leaves_no_process_and_no_noise(tmp_path: P
     out, err = driver.communicate(timeout=60)
     assert (out, err) == ("STOPPED\n", "")
     assert not any(psutil.pid_exists(int(pid)) for pid in (broker, worker))
-    assert not of_session(folder)
+    assert not ray_processes_of(folder)
     assert not Path(folder).exists()
 
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_process_and_its_home_can_be_used_again(tmp_path: Path) -> None:
-    driver = alone(tmp_path)
+    driver = start_driver(tmp_path)
     assert driver.stdout is not None
     _, broker, worker, folder = driver.stdout.readline().split()
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate(timeout=60)
     until(lambda: not any(psutil.pid_exists(int(pid)) for pid in (broker, worker)), 30)
-    until(lambda: not of_session(folder), 60)
-    again = alone(tmp_path)
+    until(lambda: not ray_processes_of(folder), 60)
+    again = start_driver(tmp_path)
     assert again.stdout is not None
     assert again.stdout.readline().startswith("RUNNING")
     assert not Path(folder).exists()

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import spaces, supervisor, verdict
-from tests.chaos.__main__ import figures, one
-from tests.chaos.faults import TARGETS, Faults
-from tests.chaos.watching import Attempt, Waste, waste
+from tests.chaos.__main__ import figures, run_round
+from tests.chaos.faults import TARGETS, FaultInjector
+from tests.chaos.store_watcher import Attempt, WorkerSeconds, worker_seconds
 from tests.searches import Home
 
 
@@ -23,45 +23,45 @@ from tests.searches import Home
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["fixed-own", "drawn-cluster"])
 def test_a_short_round_of_chaos_breaks_nothing(name: str, tmp_path: Path) -> None:
-    told, wrong = one(name, tmp_path / name, tmp_path, faults=6, mean=8.0, size=1, seed=1)
-    assert not wrong, "\n".join([str(figures([told])), *map(str, told.faults), *wrong])
-    assert told.faults
+    outcome, problems = run_round(name, tmp_path / name, tmp_path, faults=6, mean=8.0, size=1, seed=1)
+    assert not problems, "\n".join([str(figures([outcome])), *map(str, outcome.faults), *problems])
+    assert outcome.faults
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """An undisturbed search of the list."""
-    folder = tmp_path_factory.mktemp("calm")
-    quiet = supervisor.calm(spaces.fixed(folder, size=1), Home(folder / "home"))
-    assert quiet.ends[-1].code == 0
-    return quiet.home
+    folder = tmp_path_factory.mktemp("undisturbed")
+    outcome = supervisor.run_undisturbed(spaces.fixed(folder, size=1), Home(folder / "home"))
+    assert outcome.results[-1].code == 0
+    return outcome.home
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_helper_that_dies_or_stands_still_costs_a_search_nothing(number: int, calm: Home, tmp_path: Path) -> None:
+def test_a_helper_that_dies_or_stands_still_costs_a_search_nothing(number: int, undisturbed: Home, tmp_path: Path) -> None:
     listed, home = spaces.fixed(tmp_path, size=1), Home(tmp_path / "home")
     with home.start("search", listed) as running:
         status = home.path / "studies" / spaces.STUDY / "status.json"
-        faults = Faults(random.Random(0), running.family, lambda: running.process.pid, status)
+        faults = FaultInjector(random.Random(0), running.processes, lambda: running.process.pid, status)
         (victim,) = running.until(lambda: faults._victims("helper")[0])
         os.kill(victim, number)
         ended = running.wait()
-        assert victim not in running.family()
+        assert victim not in running.processes()
     assert ended.code == 0, ended.err
-    assert not verdict.different_from_undisturbed(supervisor.Round(home), calm)
+    assert not verdict.different_from_undisturbed(supervisor.Round(home), undisturbed)
 
 
-def test_a_worker_that_helps_a_stage_may_be_hit_too_and_no_stage_is_said_to_stand_still(tmp_path: Path) -> None:
+def test_a_worker_that_helps_a_stage_is_a_target_too_and_no_stage_is_reported_as_frozen(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
         workers = [{"name": "w1", "pid": os.getpid(), "state": "stage"}, {"name": "w2", "pid": victim.pid, "state": "helping"}]
         scheduler = {"workers": workers, "running": [{"key": "images-1", "worker": "w1", "helpers": ["w2"]}]}
         status = tmp_path / "status.json"
         status.write_text(json.dumps({"pid": 1, "scheduler": scheduler}))
-        faults = Faults(random.Random(0), lambda: {victim.pid: "ray::Worker"}, lambda: 1, status, targets=("helper",))
+        faults = FaultInjector(random.Random(0), lambda: {victim.pid: "ray::Worker"}, lambda: 1, status, targets=("helper",))
         assert "helper" in TARGETS
-        fault = faults.strike()
+        fault = faults.inject()
         assert fault is not None
         assert (fault.target, fault.pids, fault.key) == ("helper", [victim.pid], "")
         victim.kill()
@@ -73,20 +73,20 @@ def record(attempt: str, seconds: float, started_from: str | None = None) -> dic
 
 def test_what_was_worked_after_the_last_checkpoint_that_counts_is_lost() -> None:
     attempts = {
-        "teacher-1.a": Attempt("teacher-1", 0.0, 10.0, saved=(4, 8.0)),  # killed two seconds after its checkpoint
+        "teacher-1.a": Attempt("teacher-1", 0.0, 10.0, checkpoint=(4, 8.0)),  # killed two seconds after its checkpoint
         "teacher-1.b": Attempt("teacher-1", 10.0, 16.0),
         "features-1.a": Attempt("features-1", 0.0, 3.0),  # killed without one
     }
     records = {"teacher-1": record("b", 6.0, "checkpoint-000004"), "features-1": record("b", 2.0)}
-    assert waste(attempts, records) == Waste(total=10.0 + 3.0 + 6.0 + 2.0, lost=2.0 + 3.0, frozen=0.0)
+    assert worker_seconds(attempts, records) == WorkerSeconds(total=10.0 + 3.0 + 6.0 + 2.0, lost=2.0 + 3.0, frozen=0.0)
 
 
-def test_a_checkpoint_that_nobody_went_on_from_saves_nothing() -> None:
-    attempts = {"teacher-1.a": Attempt("teacher-1", 0.0, 10.0, saved=(4, 8.0))}
+def test_a_checkpoint_that_nobody_resumed_from_saves_nothing() -> None:
+    attempts = {"teacher-1.a": Attempt("teacher-1", 0.0, 10.0, checkpoint=(4, 8.0))}
     for started_from in (None, "checkpoint-000003", "teacher-0"):
-        assert waste(attempts, {"teacher-1": record("b", 6.0, started_from)}).lost == 10.0
+        assert worker_seconds(attempts, {"teacher-1": record("b", 6.0, started_from)}).lost == 10.0
 
 
-def test_the_time_in_which_a_process_stands_still_is_told_apart() -> None:
+def test_the_time_in_which_a_process_stands_still_is_counted_separately() -> None:
     attempts = {"teacher-1.a": Attempt("teacher-1", 0.0, 20.0, stopped=5.0)}
-    assert waste(attempts, {}) == Waste(total=5.0, lost=5.0, frozen=15.0)
+    assert worker_seconds(attempts, {}) == WorkerSeconds(total=5.0, lost=5.0, frozen=15.0)

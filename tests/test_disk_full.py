@@ -69,7 +69,7 @@ def test_a_full_disk_stops_the_search_with_exit_5_and_it_goes_on_when_there_is_r
         ballast = fill(small_disk)
         before, states = home.artifacts(), home.states()
         ended = running.wait()
-        until(lambda: not running.family(), 90)
+        until(lambda: not running.processes(), 90)
     assert ended.code == 5, ended.err
     last = ended.err.splitlines()[-1]
     assert "disk" in last

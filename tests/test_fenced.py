@@ -96,9 +96,9 @@ def frozen(script: str, *arguments: object, when: Callable[[], Any] | None = Non
 def revive(process: subprocess.Popen[str]) -> str:
     """What it says when it fails."""
     process.send_signal(signal.SIGCONT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 1, said
-    return said
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, error
+    return error
 
 
 def contents(store: FileStore) -> dict[str, tuple[int, int]]:

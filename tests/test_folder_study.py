@@ -14,7 +14,7 @@ from PIL import Image
 
 from ktray.cli import VERBS, main
 from tests.pictures import noise
-from tests.searches import Ended, Home
+from tests.searches import CommandResult, Home
 from tests.toys import STUDENT
 
 pytestmark = pytest.mark.slow  # a real search
@@ -67,12 +67,12 @@ def home(folder: Path) -> Home:
 
 
 @pytest.fixture(scope="module")
-def searched(home: Home, space: Path) -> Ended:
+def searched(home: Home, space: Path) -> CommandResult:
     return home.run("search", space, "--json")
 
 
 @pytest.fixture
-def ask(home: Home, searched: Ended, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+def ask(home: Home, searched: CommandResult, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a verb on the searched home: (exit code, stdout, stderr)."""
     monkeypatch.setenv("KTRAY_HOME", str(home.path))
 
@@ -84,7 +84,7 @@ def ask(home: Home, searched: Ended, capsys: pytest.CaptureFixture[str], monkeyp
     return run
 
 
-def test_a_search_on_an_unlabelled_folder_of_mixed_files_says_what_it_could_not_read(searched: Ended) -> None:
+def test_a_search_on_an_unlabelled_folder_of_mixed_files_says_what_it_could_not_read(searched: CommandResult) -> None:
     assert searched.code == 0, searched.err
     assert searched.answer["trials"]["completed"] == 2
     assert searched.answer["best"]["objectives"]["effective_rank/rank"] > 1
@@ -142,7 +142,7 @@ def test_an_unknown_study_is_named_with_those_that_there_are(ask: Any, verb: str
 
 
 def test_an_artifact_tells_its_record_and_what_keeps_it_from_serving_another_pair(ask: Any, home: Home, tmp_path: Path) -> None:
-    (key, *_) = home.of("clusters")
+    (key, *_) = home.keys("clusters")
     assert json.loads(ask("show", key, "--json")[1])["metrics"]["inertia"] > 0
     pair = home.study("mine").trials[0].pair
     same, other, none = (tmp_path / name for name in ("same.yaml", "other.yaml", "none.yaml"))
@@ -174,7 +174,7 @@ def test_an_occupied_folder_is_no_place_for_an_export(ask: Any, tmp_path: Path) 
 
 def test_pruning_takes_only_what_no_study_rests_on(ask: Any, home: Home, space: Path) -> None:
     kept = home.artifacts()
-    (key, *_) = home.of("student")
+    (key, *_) = home.keys("student")
     orphan = home.store / "student-000000000000"
     shutil.copytree(home.store / key, orphan)
     assert json.loads(ask("cache", "prune", "--json")[1])["keys"] == [orphan.name]

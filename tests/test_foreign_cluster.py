@@ -83,9 +83,9 @@ def driver(home: Path, cluster: tuple[str, dict[str, str]], stay: float) -> subp
 
 def test_our_actors_leave_a_foreign_cluster_with_the_last_driver(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     first, second = driver(tmp_path, cluster, 0), driver(tmp_path, cluster, 0)
-    said = [process.communicate(timeout=120) for process in (first, second)]
-    assert "".join(err for _, err in said) == ""
-    lines = [out.splitlines() for out, _ in said]
+    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    assert "".join(err for _, err in outputs) == ""
+    lines = [out.splitlines() for out, _ in outputs]
     expected = "WARNED 1" if cluster[1]["RAY_AUTH_MODE"] == "disabled" else "WARNED 0"
     assert [each[0] for each in lines] == [expected, expected]
     assert [each[-1] for each in lines] == ["STOPPED", "STOPPED"]
@@ -139,5 +139,5 @@ def test_a_plugin_from_outside_travels_to_the_nodes_of_a_cluster(cluster: tuple[
     )
     (lab / "shipped_lab" / "corner.py").write_text(text)
     command = [sys.executable, "-c", SHIPS, str(tmp_path / "home"), cluster[0], str(lab)]
-    said = subprocess.run(command, capture_output=True, text=True, env=cluster[1], timeout=180, check=False)
-    assert said.stdout == "['computed']\n", said.stderr
+    result = subprocess.run(command, capture_output=True, text=True, env=cluster[1], timeout=180, check=False)
+    assert result.stdout == "['computed']\n", result.stderr

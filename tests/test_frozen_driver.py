@@ -28,11 +28,11 @@ def test_a_driver_that_stands_still_until_its_scheduler_has_ended_says_so_and_th
         running.until(lambda: trains(frozen))
         running.process.send_signal(signal.SIGSTOP)
         frozen_at = time.monotonic()
-        until(lambda: not running.of_ray("Broker") and not running.of_ray("Worker"), 60)
+        until(lambda: not running.actors("Broker") and not running.actors("Worker"), 60)
         time.sleep(max(0.0, frozen_at + STANDS_STILL - time.monotonic()))
         running.process.send_signal(signal.SIGCONT)
         ended = running.wait()
-        until(lambda: not running.family(), 20)
+        until(lambda: not running.processes(), 20)
     assert ended.code == 5, ended.err
     assert "Traceback" not in ended.err
     assert "the scheduler has ended; the same command goes on from here" in ended.err.splitlines()[-1]

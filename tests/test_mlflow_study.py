@@ -130,7 +130,7 @@ def test_every_stage_that_ran_is_one_run_with_its_times_and_its_curve(searched: 
 
 
 def test_the_cluster_sheet_is_an_artifact_of_its_stage(searched: Searched) -> None:
-    keys = searched.home.of("pseudo_labels")
+    keys = searched.home.keys("pseudo_labels")
     assert keys
     for key in keys:
         run = searched.stages[key]

@@ -27,8 +27,8 @@ def test_a_stage_that_gets_further_each_time_survives_any_number_of_worker_death
             harness.registry.workers[run.worker], one.key, one, run.attempt, {"epoch": 12, "of": 20}, harness.now
         )
         harness.core.worker_lost(run.worker, "worker died", "killed by signal 9", harness.now)
-        said = results(harness.dispatch())
-    assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
+        answers = results(harness.dispatch())
+    assert answers == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
 
 def test_a_worker_that_does_not_start_in_time_is_replaced_and_a_full_cluster_fails_nothing() -> None:
@@ -119,10 +119,10 @@ def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_s
     assert harness.dispatch() == []
     harness.now += 2
     harness.core.dispatch(harness.now)
-    told, harness.core.outbox[:] = harness.core.outbox[:], []
-    assert [type(action) for action in told] == [FenceOrphans, AssignStage, SchedulerEvent]
+    actions, harness.core.outbox[:] = harness.core.outbox[:], []
+    assert [type(action) for action in actions] == [FenceOrphans, AssignStage, SchedulerEvent]
     silent = harness.registry.register("worker-7", WorkerShape(), "node")
-    assert not harness.core.heartbeat(silent, "two-1", stage("two"), "old", {}, harness.now), "its directory is no more"
+    assert not harness.core.heartbeat(silent, "two-1", stage("two"), "old", {}, harness.now), "its directory is gone"
     assert list(harness.core.running) == [one.key]
 
 
@@ -159,5 +159,5 @@ def test_after_a_restart_workers_that_were_only_starting_have_the_usual_start_ti
             harness.core.heartbeat(harness.registry.workers[name], "", None, "", {}, harness.now)
         harness.core.check_heartbeats(harness.now)
     kill, event = harness.core.outbox
-    assert kill.worker.name == event.worker == "worker-7", "it is told once"
+    assert kill.worker.name == event.worker == "worker-7", "reported only once"
     assert (event.event, event.cause) == ("fenced", "no heartbeat for 120 s after a restart")

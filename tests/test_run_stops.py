@@ -47,19 +47,19 @@ def test_a_run_on_ray_that_is_interrupted_ends_in_order_within_ten_seconds(tmp_p
     )
     home = Home(tmp_path / "home")
     with home.start("run", experiment, "--concurrent", 1) as running:
-        running.until(lambda: home.of("pseudo_labels"))
+        running.until(lambda: home.keys("pseudo_labels"))
         ended = running.signal(number)
         assert ended.code == 130, ended.err
         assert ended.seconds < SECONDS_TO_STOP
         assert "SIGTERM received" not in ended.err
         assert "Traceback" not in ended.err
-        assert not home.of("student")
+        assert not home.keys("student")
 
 
 @pytest.mark.slow
 def test_sigterm_is_heard_without_a_word_while_ray_runs_and_after_it(tmp_path: Path) -> None:
-    said = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=120, check=True
     )
-    assert said.stdout.split("\n")[-2] == "[15, 15]"
-    assert "SIGTERM received" not in said.stderr
+    assert result.stdout.split("\n")[-2] == "[15, 15]"
+    assert "SIGTERM received" not in result.stderr

@@ -86,8 +86,8 @@ def assigned(actions: list[Any]) -> list[str]:
 
 
 def results(actions: list[Any]) -> dict[str, Any]:
-    said = [action for action in actions if isinstance(action, RequestResult)]
-    return {answer.request: answer.cause or [outcome["state"] for outcome in answer.outcomes] for answer in said}
+    answers = [action for action in actions if isinstance(action, RequestResult)]
+    return {answer.request: answer.cause or [outcome["state"] for outcome in answer.outcomes] for answer in answers}
 
 
 def test_equal_stages_run_once_and_answer_all() -> None:
@@ -140,8 +140,8 @@ def test_a_failure_ends_all_requests_that_need_it_once_and_the_next_one_computes
     harness.request("a", broken, reader)
     harness.request("b", broken)
     harness.request("c", other, broken)
-    said = results(harness.fail(broken))
-    assert said == dict.fromkeys("abc", "ValueError: no")
+    answers = results(harness.fail(broken))
+    assert answers == dict.fromkeys("abc", "ValueError: no")
     assert reader.key not in harness.core.requests.pending
     assert results(harness.publish(other)) == {}
     assert assigned(harness.request("d", broken)) == [broken.key]
@@ -197,8 +197,8 @@ def test_a_stage_fails_when_its_third_worker_died() -> None:
     harness.request("a", one)
     for _ in range(3):
         harness.core.worker_lost(harness.core.running[one.key].worker, "worker died", "killed by signal 9", harness.now)
-        said = results(harness.dispatch())
-    assert said == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
+        answers = results(harness.dispatch())
+    assert answers == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
 
 def test_workers_that_never_start_fail_what_waits_instead_of_being_replaced_for_ever() -> None:
@@ -352,8 +352,8 @@ def test_workers_with_gpu_shares_start_on_demand_and_are_evicted_for_another_sha
 
 def test_a_stage_that_fits_no_node_fails_at_once() -> None:
     harness = CoreHarness()
-    said = results(harness.request("a", stage("impossible")))
-    assert said == {"a": "it needs 8 GPU, more than any node of the cluster has"}
+    answers = results(harness.request("a", stage("impossible")))
+    assert answers == {"a": "it needs 8 GPU, more than any node of the cluster has"}
 
 
 def test_a_prefetched_stage_counts_as_computed_by_the_first_that_requests_it() -> None:

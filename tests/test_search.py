@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.searches import Ended, Home, toy_space
+from tests.searches import CommandResult, Home, toy_space
 
 STAGES = {"images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation"}
 
@@ -31,14 +31,14 @@ def home(folder: Path) -> Home:
 
 
 @pytest.fixture(scope="module")
-def first(home: Home, space: Path) -> tuple[Ended, dict[str, int]]:
+def first(home: Home, space: Path) -> tuple[CommandResult, dict[str, int]]:
     """The first search of a space, and the artifacts that it left."""
     ended = home.run("search", space, "--json")
     return ended, home.artifacts()
 
 
 @pytest.fixture(scope="module")
-def second(home: Home, space: Path, first: Any) -> tuple[Ended, list[Path], list[Path]]:
+def second(home: Home, space: Path, first: Any) -> tuple[CommandResult, list[Path], list[Path]]:
     """The same command again after a driver was killed when all was done, with Ray's logs before and after."""
     with open(home.path / "ray", "a") as pointer:
         pointer.write(f"{tempfile.mkdtemp(prefix='ktray-')}\n")
@@ -47,7 +47,7 @@ def second(home: Home, space: Path, first: Any) -> tuple[Ended, list[Path], list
     return ended, logs, sorted((home.path / "logs").glob("*"))
 
 
-def test_a_search_reaches_its_target_and_says_what_it_computed(first: tuple[Ended, dict[str, int]]) -> None:
+def test_a_search_reaches_its_target_and_says_what_it_computed(first: tuple[CommandResult, dict[str, int]]) -> None:
     ended, artifacts = first
     assert ended.code == 0, ended.err
     trials = ended.answer["trials"]
@@ -59,11 +59,11 @@ def test_a_search_reaches_its_target_and_says_what_it_computed(first: tuple[Ende
 
 
 def test_four_trials_that_need_one_teacher_first_train_it_once(home: Home, first: Any) -> None:
-    assert len(home.of("teacher")) == 1
+    assert len(home.keys("teacher")) == 1
     assert first[0].answer["stages"]["computed"]["teacher"] == 1
 
 
-def test_every_key_that_was_demanded_was_computed_once(home: Home, first: tuple[Ended, dict[str, int]]) -> None:
+def test_every_key_that_was_demanded_was_computed_once(home: Home, first: tuple[CommandResult, dict[str, int]]) -> None:
     ended, artifacts = first
     named: set[str] = set().union(*(trial.artifacts for trial in home.study().trials))
     computed = ended.answer["stages"]["computed"]
@@ -72,7 +72,7 @@ def test_every_key_that_was_demanded_was_computed_once(home: Home, first: tuple[
     assert not list((home.store / ".scratch").glob("*"))
 
 
-def test_the_answer_has_the_documented_form(home: Home, first: tuple[Ended, dict[str, int]]) -> None:
+def test_the_answer_has_the_documented_form(home: Home, first: tuple[CommandResult, dict[str, int]]) -> None:
     answer = first[0].answer
     assert list(answer) == ["study", "trials", "stages", "best", "seconds", "home", "tracking_uri"]
     assert set(answer["trials"]) == {"completed", "pruned", "failed", "duplicate"}
@@ -90,7 +90,7 @@ def test_the_answer_has_the_documented_form(home: Home, first: tuple[Ended, dict
     assert listed[0] == best
 
 
-def test_stderr_has_lines_of_ours_only(first: tuple[Ended, dict[str, int]]) -> None:
+def test_stderr_has_lines_of_ours_only(first: tuple[CommandResult, dict[str, int]]) -> None:
     lines = first[0].err.splitlines()
     assert any("paused" in line for line in lines)
     assert [line for line in lines if not re.match(r"\[ *\d+ s\] ", line)] == []
@@ -112,7 +112,7 @@ def test_every_run_in_mlflow_has_ended_well(home: Home, first: Any) -> None:
 
 
 def test_the_same_command_again_computes_nothing_and_starts_no_ray(
-    home: Home, first: tuple[Ended, dict[str, int]], second: tuple[Ended, list[Path], list[Path]]
+    home: Home, first: tuple[CommandResult, dict[str, int]], second: tuple[CommandResult, list[Path], list[Path]]
 ) -> None:
     ended, before, after = second
     assert ended.code == 0, ended.err
@@ -125,7 +125,9 @@ def test_the_same_command_again_computes_nothing_and_starts_no_ray(
     assert not any(folder.exists() for folder in folders), "what the killed driver's Ray left is removed without Ray, too"
 
 
-def test_without_json_stdout_has_the_leaderboard_with_its_reference_lines(second: tuple[Ended, list[Path], list[Path]]) -> None:
+def test_without_json_stdout_has_the_leaderboard_with_its_reference_lines(
+    second: tuple[CommandResult, list[Path], list[Path]],
+) -> None:
     lines = second[0].out.splitlines()
     assert lines[1].split()[:4] == ["trial", "teacher", "transfer", "student"]
     assert any("(random student)" in line for line in lines)

@@ -69,7 +69,7 @@ def test_ctrl_c_during_stages_ends_within_ten_seconds_leaves_no_process_and_the_
         assert ended.code == 130
         assert ended.seconds < SECONDS_TO_STOP
         assert ended.err.splitlines()[-1].startswith(f"ktray: interrupted; resume with: ktray search {slow_space}")
-        until(lambda: not running.family(), 2)
+        until(lambda: not running.processes(), 2)
     assert "RUNNING" not in {run.info.status for run in home.runs()}
     before = home.artifacts()
     again = home.run("search", slow_space)
@@ -91,7 +91,7 @@ def test_signals_while_it_starts_end_it_and_the_same_command_goes_on(home: Home,
                 assert "Traceback" not in ended.err
                 assert ended.code in (130, -signal.SIGINT)  # of an interrupted import Python makes the latter; shells see 130
                 assert "resume with: " in ended.err
-            until(lambda running=running: not running.family(), 2)
+            until(lambda running=running: not running.processes(), 2)
     again = home.run("search", space)
     assert again.code == 0, again.err
     assert_whole(home)
@@ -117,7 +117,7 @@ def test_sigterm_during_stages_is_like_ctrl_c(home: Home, slow_space: Path) -> N
         ended = running.signal(signal.SIGTERM)
         assert ended.code == 130
         assert ended.seconds < SECONDS_TO_STOP
-        until(lambda: not running.family(), 2)
+        until(lambda: not running.processes(), 2)
 
 
 # ---- kill -9
@@ -128,7 +128,7 @@ def test_kills_of_a_worker_of_the_broker_and_of_a_trial_cost_no_trial(home: Home
     with home.start("search", slow_space, "--json") as running:
         running.until(lambda: trains(home))
         for title in ("ResourceTrainable", "Worker", "Broker"):
-            for pid in running.until(lambda title=title: running.of_ray(title))[:2]:
+            for pid in running.until(lambda title=title: running.actors(title))[:2]:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(1.0)
         ended = running.wait()
@@ -145,12 +145,12 @@ def test_kills_of_a_worker_of_the_broker_and_of_a_trial_cost_no_trial(home: Home
 def test_a_process_that_stands_still_for_ever_is_replaced_and_costs_no_trial(title: str, home: Home, slow_space: Path) -> None:
     with home.start("search", slow_space, "--json") as running:
         running.until(lambda: trains(home))
-        frozen = running.of_ray(title)
+        frozen = running.actors(title)
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
         ended = running.wait()
         assert frozen
-        assert not set(frozen) & set(running.family())
+        assert not set(frozen) & set(running.processes())
     assert ended.code == 0, ended.err
     assert ended.answer["trials"]["failed"] == 0
     assert_whole(home)
@@ -191,7 +191,7 @@ def test_a_training_that_was_killed_goes_on_from_its_last_checkpoint(home: Home,
         running.kill()
     ended = home.run(*arguments)
     assert ended.code == 0, ended.err
-    assert home.record(home.of("teacher")[0])["started_from"].startswith("checkpoint-")
+    assert home.record(home.keys("teacher")[0])["started_from"].startswith("checkpoint-")
 
 
 # ---- stages that fail

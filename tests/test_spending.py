@@ -33,7 +33,7 @@ def test_a_poor_teacher_got_no_features_no_clusters_and_no_student(home: Home) -
     assert all(set(trial.keys) <= {"teacher", "evaluation"} for trial in poor)
     judged = {trial.keys["features"] for trial in good}
     assert {home.record(key)["inputs"].get("teacher") for key in judged} == {trial.keys.get("teacher") for trial in good}
-    assert len(home.of("features")) == len(judged)
+    assert len(home.keys("features")) == len(judged)
 
 
 def test_what_the_trials_were_charged_is_what_their_artifacts_say(home: Home) -> None:
@@ -58,8 +58,8 @@ def test_a_changed_space_begins_with_the_old_results_and_the_old_teachers(home: 
     refused = home.run("search", changed, "--warm-start", "toy")
     assert refused.code == 2
     assert "pair.transfer.k.choice was [5, 10], is [5, 10, 20]" in refused.err
-    before = home.of("teacher")
+    before = home.keys("teacher")
     ended = home.run("search", changed, "--name", "changed", "--warm-start", "toy", "--json")
     assert ended.code == 0, ended.err
-    assert home.of("teacher") == before
+    assert home.keys("teacher") == before
     assert home.study("changed").target == 3

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos --faults 50 --mean 15`: rounds of chaos until so many faults were survived, and what came of them."""
+"""`python -m tests.chaos --faults 50 --mean 15`: runs rounds until this many faults were injected, and prints the figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from tests.chaos import spaces, verdict
-from tests.chaos.supervisor import Round, calm, disturbed
+from tests.chaos.supervisor import Round, run_undisturbed, run_with_faults
 from tests.searches import Home
 
 
@@ -34,53 +34,60 @@ def main() -> int:
     while sum(len(outcome.faults) for outcome in rounds) < options.faults:
         name, seed = plan[len(rounds) % len(plan)], options.seed + len(rounds)
         left = options.faults - sum(len(outcome.faults) for outcome in rounds)
-        outcome, found = one(name, folder / f"{len(rounds)}-{name}", folder, left, options.mean, options.size, seed)
+        outcome, found = run_round(name, folder / f"{len(rounds)}-{name}", folder, left, options.mean, options.size, seed)
         rounds.append(outcome)
         problems += [f"{name}: {problem}" for problem in found]
-        _say(f"{name} is done after {outcome.seconds:.0f} s: {json.dumps(figures([outcome]))}")
+        _log(f"{name} is done after {outcome.seconds:.0f} s: {json.dumps(figures([outcome]))}")
         for problem in found:
-            _say(f"  WRONG: {problem}")
+            _log(f"  WRONG: {problem}")
     share = figures(rounds)["lost_share"]
-    problems += [f"{share:.0%} of all worker-seconds were lost"] if share > verdict.MOST_LOST else []
+    problems += [f"{share:.0%} of all worker-seconds were lost"] if share > verdict.MAX_LOST_SHARE else []
     print(json.dumps({**figures(rounds), "seconds": round(time.monotonic() - began), "wrong": problems}, indent=1))
     return 1 if problems else 0
 
 
-def one(name: str, place: Path, folder: Path, faults: int, mean: float, size: int, seed: int) -> tuple[Round, list[str]]:
-    """One round, and what was wrong with it."""
+def run_round(name: str, folder: Path, shared: Path, faults: int, mean: float, size: int, seed: int) -> tuple[Round, list[str]]:
+    """One round and the promises that it broke.
+
+    Args:
+        folder: of this round.
+        shared: of all rounds; the undisturbed search is kept there.
+    """
     kind, _, where = name.partition("-")
-    space = spaces.SPACES[kind](place, size)
+    space = spaces.SPACES[kind](folder, size)
     trials = int(yaml.safe_load(space.read_text())["budget"]["trials"])
-    outcome = disturbed(space, Home(place / "home"), faults=faults, mean=mean, seed=seed, cluster=where == "cluster", say=_say)
-    found = verdict.broken(outcome, trials)
-    if outcome.ends[-1].code != 0:
+    outcome = run_with_faults(
+        space, Home(folder / "home"), faults=faults, mean=mean, seed=seed, cluster=where == "cluster", log=_log
+    )
+    found = verdict.violations(outcome, trials)
+    if outcome.results[-1].code != 0:
         return outcome, found
     if kind == "fixed":
-        quiet = Home(folder / "calm" / "home")
-        if not quiet.path.exists():
-            calm(spaces.fixed(folder / "calm", size), quiet)
-        return outcome, found + verdict.different_from_undisturbed(outcome, quiet)
-    return outcome, found + verdict.different_from_single_run(outcome, place)
+        undisturbed = Home(shared / "undisturbed" / "home")
+        if not undisturbed.path.exists():
+            run_undisturbed(spaces.fixed(shared / "undisturbed", size), undisturbed)
+        return outcome, found + verdict.different_from_undisturbed(outcome, undisturbed)
+    return outcome, found + verdict.different_from_single_run(outcome, folder)
 
 
 def figures(rounds: list[Round]) -> dict[str, Any]:
-    """What rounds came to, as plain data."""
-    wastes = [outcome.watching.waste() for outcome in rounds]
-    total = sum(waste.total for waste in wastes)
+    """Figures of these rounds, as plain data."""
+    all_seconds = [outcome.watcher.worker_seconds() for outcome in rounds]
+    total = sum(each.total for each in all_seconds)
     gaps = [gap for outcome in rounds for _, gap in verdict.gaps(outcome)]
     return {
         "faults": dict(
             sorted(Counter(f"{f.target} {'frozen' if f.seconds else 'killed'}" for each in rounds for f in each.faults).items())
         ),
-        "commands": dict(Counter(str(end.code) for outcome in rounds for end in outcome.ends)),
+        "commands": dict(Counter(str(result.code) for outcome in rounds for result in outcome.results)),
         "worker_seconds": round(total, 1),
-        "lost_share": round(sum(waste.lost for waste in wastes) / max(total, 1e-9), 4),
-        "frozen_seconds": round(sum(waste.frozen for waste in wastes), 1),
+        "lost_share": round(sum(each.lost for each in all_seconds) / max(total, 1e-9), 4),
+        "frozen_seconds": round(sum(each.frozen for each in all_seconds), 1),
         "replaced_after": [round(gap, 1) for gap in gaps],
     }
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.chaos.faults import session_family, worker_nodes
+from tests.chaos.faults import session_processes, worker_nodes
 
-NODES = """
+CLUSTER_SCRIPT = """
 import sys
 from ray.cluster_utils import Cluster
 options = {"num_cpus": 1, "object_store_memory": 100_000_000}
@@ -24,7 +24,7 @@ for line in sys.stdin:
     cluster.add_node(wait=False, **options)
 cluster.shutdown()
 """
-LEFT = """
+USAGE_SCRIPT = """
 import logging, sys, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
 held = ray.cluster_resources().get("CPU", 0) - ray.available_resources().get("CPU", 0)
@@ -33,14 +33,14 @@ print(len(ray.util.list_named_actors(all_namespaces=True)), held)
 
 
 @dataclass
-class Nodes:
-    """The cluster of somebody else that a search runs on."""
+class ClusterProcess:
+    """A cluster that the search did not start."""
 
     process: subprocess.Popen[str]
     address: str
 
-    def family(self) -> dict[int, str]:
-        return session_family(self.process.pid)
+    def processes(self) -> dict[int, str]:
+        return session_processes(self.process.pid)
 
     def add(self) -> None:
         """Have another node join."""
@@ -48,22 +48,22 @@ class Nodes:
         self.process.stdin.write("add\n")
         self.process.stdin.flush()
 
-    def complete(self, wanted: int = 2) -> None:
-        """Have as many nodes join as are missing beside the head."""
-        for _ in range(wanted - len(worker_nodes(self.family()))):
+    def replace_missing(self, target: int = 2) -> None:
+        """Replace the nodes that are missing besides the head."""
+        for _ in range(target - len(worker_nodes(self.processes()))):
             self.add()
 
-    def left(self) -> str:
-        """Named actors that live and CPUs that are held, as Ray counts them: ``0 0.0`` for none."""
-        command = [sys.executable, "-c", LEFT, self.address]
+    def usage(self) -> str:
+        """Living named actors and held CPUs, as Ray counts them: ``0 0.0`` for none."""
+        command = [sys.executable, "-c", USAGE_SCRIPT, self.address]
         return " ".join(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split())
 
 
 @contextmanager
-def nodes(environment: dict[str, str]) -> Iterator[Nodes]:
-    """A cluster for the time of a `with`."""
+def start_nodes(environment: dict[str, str]) -> Iterator[ClusterProcess]:
+    """A cluster that ends with the `with` block."""
     process = subprocess.Popen(
-        [sys.executable, "-c", NODES],
+        [sys.executable, "-c", CLUSTER_SCRIPT],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -73,9 +73,9 @@ def nodes(environment: dict[str, str]) -> Iterator[Nodes]:
     )
     try:
         assert process.stdout
-        yield Nodes(process, process.stdout.readline().split()[1])
+        yield ClusterProcess(process, process.stdout.readline().split()[1])
     finally:
-        for pid in [process.pid, *session_family(process.pid)]:
+        for pid in [process.pid, *session_processes(process.pid)]:
             with suppress(psutil.Error):
                 psutil.Process(pid).kill()
         process.wait(timeout=20)

@@ -1,4 +1,4 @@
-"""One fault: which process it hits, and whether it ends it or makes it stand still for a while."""
+"""One fault: which process it hits, and whether it kills it or freezes it for a while."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ WORKERS = {
     "worker in a stage": "stage",
     "helper": "helping",
     "idle worker": "idle",
-}  # target -> what the scheduler says it does
+}  # target -> its state in the scheduler's status
 TARGETS = ("driver", "broker", *WORKERS, "trial")
-LONGEST_FREEZE = 40.0
-EARLY = 0.02  # how often a search that is still starting is hit: only its driver is there, and it starts for long
+MAX_FREEZE_SECONDS = 40.0
+EARLY_HIT_PROBABILITY = 0.02  # for a search that is still starting, which takes long and has only its driver
 
 
 @dataclass
 class Fault:
-    """What was done to which process, and when.
+    """What was done to which processes, and when.
 
     Attributes:
-        seconds: how long it stands still; 0 if it was killed.
+        seconds: how long it is frozen; 0 if it was killed.
         key: the stage that a worker ran; empty for one that only helped, since the stage goes on without it.
     """
 
@@ -46,28 +46,28 @@ class Fault:
 
 
 @dataclass
-class Faults:
-    """Finds victims and hits them.
+class FaultInjector:
+    """Chooses processes, and kills or freezes them.
 
     Args:
-        family: process id -> command line of what the search and its cluster consist of.
+        processes: process id -> command line of the search's and its cluster's processes.
         driver: process id of the `ktray search` that runs.
-        status: the file in which the search notes what its scheduler does.
+        status: the file in which the search writes the state of its scheduler.
         nodes: process ids of each node that may be hit.
-        targets: what may be hit beside them.
+        targets: what else may be hit.
     """
 
     rng: random.Random
-    family: Callable[[], dict[int, str]]
+    processes: Callable[[], dict[int, str]]
     driver: Callable[[], int]
     status: Path
     nodes: Callable[[], list[list[int]]] | None = None
     targets: Sequence[str] = TARGETS
     frozen: list[tuple[float, int]] = field(default_factory=list)
 
-    def strike(self) -> Fault | None:
-        """Hit something; None if nothing of the kind that was chosen is there."""
-        if not self._scheduler() and self.rng.random() > EARLY:
+    def inject(self) -> Fault | None:
+        """Inject a fault; None if there is no process of the chosen kind."""
+        if not self._scheduler() and self.rng.random() > EARLY_HIT_PROBABILITY:
             return None
         targets = [*self.targets, "node"] if self.nodes else [*self.targets]
         target = self.rng.choice(targets)
@@ -75,7 +75,7 @@ class Faults:
         if not pids:
             return None
         freeze = self.rng.random() < 0.5
-        seconds = self.rng.uniform(1, 20) if target in ("driver", "broker") else self.rng.uniform(5, LONGEST_FREEZE)
+        seconds = self.rng.uniform(1, 20) if target in ("driver", "broker") else self.rng.uniform(5, MAX_FREEZE_SECONDS)
         fault = Fault(target, pids, time.time(), seconds if freeze else 0.0, key)
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -84,8 +84,8 @@ class Faults:
                 self.frozen.append((fault.at + seconds, pid))
         return fault
 
-    def thaw(self, before: float) -> None:
-        """Wake what has stood still until its time."""
+    def wake(self, before: float) -> None:
+        """Wake the processes whose freeze has ended."""
         for until, pid in self.frozen[:]:
             if until <= before:
                 self.frozen.remove((until, pid))
@@ -99,34 +99,34 @@ class Faults:
             found = self.nodes() if self.nodes else []
             return (self.rng.choice(found), "") if found else ([], "")
         if target in ("broker", "trial"):
-            return self._one(titled(self.family(), "Broker" if target == "broker" else "ResourceTrainable")), ""
+            return self._pick(ray_actors(self.processes(), "Broker" if target == "broker" else "ResourceTrainable")), ""
         wanted, scheduler = WORKERS[target], self._scheduler()
-        alive = set(titled(self.family(), "Worker"))
+        alive = set(ray_actors(self.processes(), "Worker"))
         pids = [each["pid"] for each in scheduler.get("workers", ()) if each["state"] == wanted and each["pid"] in alive]
-        chosen = self._one(pids)
+        chosen = self._pick(pids)
         names = {each["name"] for each in scheduler.get("workers", ()) if each["pid"] in chosen}
         keys = [run["key"] for run in scheduler.get("running", ()) if run["worker"] in names]
         return chosen, (keys or [""])[0]
 
-    def _one(self, pids: Iterable[int]) -> list[int]:
+    def _pick(self, pids: Iterable[int]) -> list[int]:
         listed = sorted(pids)
         return [self.rng.choice(listed)] if listed else []
 
     def _scheduler(self) -> dict[str, Any]:
         try:
-            noted = json.loads(self.status.read_text())
+            status = json.loads(self.status.read_text())
         except (OSError, ValueError):
             return {}
-        found: dict[str, Any] = noted["scheduler"] if noted["pid"] == self.driver() else {}
+        found: dict[str, Any] = status["scheduler"] if status["pid"] == self.driver() else {}
         return found
 
 
-def titled(family: dict[int, str], title: str) -> list[int]:
-    """Ray's actors whose title begins so."""
-    return [pid for pid, line in family.items() if line.startswith(f"ray::{title}")]
+def ray_actors(processes: dict[int, str], title: str) -> list[int]:
+    """Ray's actors whose title begins with this."""
+    return [pid for pid, line in processes.items() if line.startswith(f"ray::{title}")]
 
 
-def session_family(*leaders: int) -> dict[int, str]:
+def session_processes(*leaders: int) -> dict[int, str]:
     """Process id -> command line of all that lives in the sessions of these processes, themselves excluded."""
     found = {}
     for process in psutil.process_iter():
@@ -137,10 +137,10 @@ def session_family(*leaders: int) -> dict[int, str]:
     return found
 
 
-def worker_nodes(family: dict[int, str]) -> list[list[int]]:
+def worker_nodes(processes: dict[int, str]) -> list[list[int]]:
     """The processes of each node of a cluster but its head."""
     nodes = []
-    for pid, line in family.items():
+    for pid, line in processes.items():
         if "raylet/raylet" in line and "--head" not in line:
             with suppress(psutil.Error):
                 nodes.append([pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))])

@@ -13,7 +13,7 @@ STUDY = "toy"
 RATES = [0.01, 0.02, 0.05]
 CLUSTERS = [5, 10]
 LAYERS = ["conv3", "conv5"]
-MANY = 30_000  # images to cluster: to make them and their features takes seconds, in which idle workers help
+CLUSTER_IMAGES = 30_000  # images to cluster: to make them and their features takes seconds, in which idle workers help
 
 
 def fixed(folder: Path, size: int) -> Path:
@@ -53,7 +53,7 @@ SPACES = {"fixed": fixed, "drawn": drawn}
 
 
 def _pair(size: int, one_of: dict[str, Any], rates: list[float]) -> dict[str, Any]:
-    counts = {"pretext": 300 * size, "cluster": MANY, "transfer": 300 * size, "target": 300 * size}
+    counts = {"pretext": 300 * size, "cluster": CLUSTER_IMAGES, "transfer": 300 * size, "target": 300 * size}
     return {
         "data": {role: {**DATA, "count": count} for role, count in counts.items()},
         "teacher": {"one_of": one_of},

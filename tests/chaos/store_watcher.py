@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-EVERY = 0.2
-LINGER = 3.0  # seconds that workers of our own Ray may work on after their driver's death
+POLL_SECONDS = 0.2
+WORK_AFTER_DRIVER_SECONDS = 3.0  # seconds that workers of our own Ray may work on after their driver's death
 
 
 @dataclass
@@ -21,18 +21,18 @@ class Attempt:
 
     Attributes:
         stopped: when its process was frozen or lost its driver; what comes later is no work.
-        saved: (epoch, time) of its latest checkpoint.
+        checkpoint: (epoch, time) of its latest checkpoint.
     """
 
     key: str
     first: float
     last: float
     stopped: float | None = None
-    saved: tuple[int, float] | None = None
+    checkpoint: tuple[int, float] | None = None
 
 
 @dataclass(frozen=True)
-class Waste:
+class WorkerSeconds:
     """Worker-seconds: all that were worked, those of them that no artifact holds, and those that a frozen worker held."""
 
     total: float
@@ -45,8 +45,8 @@ class Waste:
 
 
 @dataclass
-class Watching:
-    """A thread over one store.
+class StoreWatcher:
+    """A thread that scans one store.
 
     Attributes:
         attempts: ``KEY.ATTEMPT`` -> what was seen of it.
@@ -58,30 +58,30 @@ class Watching:
     published: dict[str, list[str]] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __enter__(self) -> Watching:
-        self._over = threading.Event()
+    def __enter__(self) -> StoreWatcher:
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._closing.set()
         self._thread.join()
-        self.look(time.time())
+        self.scan(time.time())
 
     def _follow(self) -> None:
-        while not self._over.wait(EVERY):
-            self.look(time.time())
+        while not self._closing.wait(POLL_SECONDS):
+            self.scan(time.time())
 
-    def look(self, now: float) -> None:
-        """Note what lies in the store now."""
+    def scan(self, now: float) -> None:
+        """Scan the store once."""
         for path in (self.store / ".scratch").glob("*.*"):
             key = path.name.rpartition(".")[0]
             attempt = self.attempts.setdefault(path.name, Attempt(key, now, now))
             attempt.last = now
             with suppress(OSError):
                 for saved in path.glob("checkpoint-*[0-9]"):
-                    attempt.saved = (int(saved.name.rpartition("-")[2]), saved.stat().st_mtime)
+                    attempt.checkpoint = (int(saved.name.rpartition("-")[2]), saved.stat().st_mtime)
         for path in self.store.glob("*/record.json"):
             with suppress(OSError, ValueError):
                 record = json.loads(path.read_text())
@@ -91,27 +91,27 @@ class Watching:
                     self.records[path.parent.name] = record
 
     def freeze(self, key: str, now: float) -> None:
-        """The worker that ran this stage stands still."""
+        """The worker that ran this stage was frozen."""
         for attempt in self.attempts.values():
             if attempt.key == key and attempt.stopped is None and now - attempt.last < 1:
                 attempt.stopped = now
 
-    def orphan(self, now: float) -> None:
+    def note_driver_death(self, now: float) -> None:
         """The driver of our own Ray died: whatever runs ends in a moment."""
         for attempt in self.attempts.values():
             if attempt.stopped is None and now - attempt.last < 1:
-                attempt.stopped = now + LINGER
+                attempt.stopped = now + WORK_AFTER_DRIVER_SECONDS
 
-    def resumed(self, key: str, after: float) -> float | None:
-        """When a stage was tried anew after this moment, or published; None if it never was."""
+    def restarted_at(self, key: str, after: float) -> float | None:
+        """When the next attempt at a stage began after this moment; None if there was none."""
         again = [attempt.first for attempt in self.attempts.values() if attempt.key == key and attempt.first > after]
         return min(again, default=None)
 
-    def waste(self) -> Waste:
-        return waste(self.attempts, self.records)
+    def worker_seconds(self) -> WorkerSeconds:
+        return worker_seconds(self.attempts, self.records)
 
 
-def waste(attempts: Mapping[str, Attempt], records: Mapping[str, Mapping[str, Any]]) -> Waste:
+def worker_seconds(attempts: Mapping[str, Attempt], records: Mapping[str, Mapping[str, Any]]) -> WorkerSeconds:
     """Worker-seconds, from what was seen of attempts and from what the records of published ones say.
 
     What an attempt did until its last checkpoint is not lost if what was published went on from there or from further on.
@@ -123,12 +123,12 @@ def waste(attempts: Mapping[str, Attempt], records: Mapping[str, Mapping[str, An
             continue
         end = min(attempt.last, attempt.stopped or attempt.last)
         kept = attempt.first
-        if attempt.saved is not None and attempt.saved[0] <= _continued(record):
-            kept = min(max(attempt.saved[1], attempt.first), end)
+        if attempt.checkpoint is not None and attempt.checkpoint[0] <= _continued(record):
+            kept = min(max(attempt.checkpoint[1], attempt.first), end)
         total += end - attempt.first
         lost += end - kept
         frozen += attempt.last - end
-    return Waste(total + sum(float(record["seconds"]) for record in records.values()), lost, frozen)
+    return WorkerSeconds(total + sum(float(record["seconds"]) for record in records.values()), lost, frozen)
 
 
 def _continued(record: Mapping[str, Any]) -> int:
