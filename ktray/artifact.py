@@ -1,4 +1,4 @@
-"""A stage before it ran, and the artifact that it leaves."""
+"""`Stage`, one step of a pair with its key, and `Artifact`, the finished result of a stage."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 from ktray.fingerprint import canonical, fingerprint
 
 KEY_FORMAT = 2
-"""What a key is made of; raised when that changes for all keys at once. 2: fixed identity names (ktray 0.2.0)."""
+"""Version of what a key is made of, raised when all keys change at once. 2: fixed identity names (ktray 0.2.0)."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a pair, as plain data: it travels to any worker and hashes to its key.
+    """One step of a pair, as plain data that can be sent to any worker. Its hash is its key.
 
     Attributes:
         name: what is done, such as ``features``; `stages.WORK` holds the function of that name.
-        spec: all that determines the result beside the inputs, as JSON values; the function executes this and nothing else.
+        spec: everything that determines the result besides the inputs, as JSON values. The function executes this alone.
         revisions: revision numbers of the code that gives the spec its meaning.
-        inputs: role -> key of the stages whose artifacts this one reads.
-        starts: keys of earlier snapshots of the same training, latest first. Training is bitwise the same wherever it is cut,
-            so a run begins at the first of these that it finds; they are no part of the identity.
-        local: places alone, which the function needs to find files: data sets, a checkpoint, ready-made features. Not hashed.
-        about: what the record tells people, such as the lineage of a student. Never read by the function, not hashed.
-        varies: fields of the spec in which stages of one family differ; one run can make a whole family. Not hashed.
-        computed_with: others of the family that the same run publishes; each keeps its own spec and key. Not hashed.
+        inputs: role -> key of an artifact that this stage reads.
+        resume_from: keys of earlier snapshots of the same training, latest first. A run resumes from the first that exists. The
+            result is bitwise the same wherever training was interrupted, so they are not hashed.
+        local: where the function finds files on this machine: data sets, a checkpoint, precomputed features. Not hashed.
+        about: what the record says for people, such as the lineage of a student. The function never reads it. Not hashed.
+        varying_fields: fields of the spec in which stages of one family differ. One run can make a whole family. Not hashed.
+        computed_with: other stages of the family that the same run publishes, each with its own spec and key. Not hashed.
     """
 
     name: str
     spec: Mapping[str, Any]
     revisions: Mapping[str, int]
     inputs: Mapping[str, str] = field(default_factory=dict)
-    starts: tuple[str, ...] = ()
+    resume_from: tuple[str, ...] = ()
     local: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
-    varies: tuple[str, ...] = ()
+    varying_fields: tuple[str, ...] = ()
     computed_with: tuple[Stage, ...] = ()
 
     @cached_property
@@ -53,35 +53,35 @@ class Stage:
 
     @cached_property
     def family(self) -> str:
-        """What stages have in common that one run can make together; empty for those that are made alone."""
-        if not self.varies:
+        """Hash of what the stages share that one run can make together; empty for a stage that is made alone."""
+        if not self.varying_fields:
             return ""
-        common = {name: value for name, value in self.spec.items() if name not in self.varies}
+        common = {name: value for name, value in self.spec.items() if name not in self.varying_fields}
         return fingerprint({"stage": self.name, "revisions": self.revisions, "spec": common, "inputs": self.inputs})
 
 
 def identity_parts(
     stage: str, revisions: Mapping[str, int], spec: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the key of a stage is the hash of; see docs/identity.md."""
+    """The value whose hash is the key of a stage; see docs/identity.md."""
     return {"key_format": KEY_FORMAT, "stage": stage, "revisions": revisions, "spec": spec, "inputs": inputs}
 
 
 def identity_text(record: Mapping[str, Any]) -> str | None:
-    """The canonical JSON whose sha256 begins with the key of the artifact of this record; None for a key of an older format."""
+    """The canonical JSON whose sha256 gives the key of this record's artifact; None for a key of an older format."""
     if outdated(record):
         return None
     return canonical(identity_parts(record["stage"], record["revisions"], record["spec"], record["inputs"]))
 
 
 def outdated(record: Mapping[str, Any]) -> bool:
-    """Whether an artifact was made by an earlier version, under a key that nobody asks for any more."""
+    """Whether an earlier version made the artifact, under a key that is no longer used."""
     return bool(record.get("key_format") != KEY_FORMAT)
 
 
-def numbered(name: str, place: int) -> str:
-    """What a pair calls its stages of one name: ``clusters``, ``clusters_2``, ``clusters_3`` at places 0, 1, 2."""
-    return name if place == 0 else f"{name}_{place + 1}"
+def numbered(name: str, index: int) -> str:
+    """Name of the stage with this index among a pair's stages of one name: ``clusters``, ``clusters_2``, ``clusters_3``."""
+    return name if index == 0 else f"{name}_{index + 1}"
 
 
 @dataclass(frozen=True)

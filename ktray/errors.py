@@ -1,4 +1,4 @@
-"""What can go wrong, and whose turn it is then."""
+"""The errors of ktray, each with the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
-FULL = 1 << 20  # bytes that are free where nothing can be done any more
+DISK_FULL_BYTES = 1 << 20  # with less free space than this, the disk counts as full
 
 
 class UserError(Exception):
-    """The spec, an argument or the data need a change by the user: exit code 2 and one paragraph, no traceback.
+    """The user must change the spec, an argument or the data: exit code 2 and a message of one paragraph, without a traceback.
 
     Args:
         problem: what is wrong, in one sentence, naming values as the user typed them.
@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 class StageFailed(Exception):
-    """A stage raised; the trials that need it fail with this cause, the rest goes on (exit code 3).
+    """A stage raised an error: the trials that need it fail, the others go on (exit code 3).
 
     Args:
         stage: readable name of the stage, such as ``clusters-3f9a1c0b2d44``.
@@ -49,22 +49,22 @@ class StageFailed(Exception):
 
 
 class PreflightFailed(Exception):
-    """The cluster, the store or the disk cannot carry this search (exit code 4)."""
+    """The cluster, the store or the disk cannot run this search (exit code 4)."""
 
     exit_code = 4
 
 
 class StoppedEarly(Exception):
-    """Nothing is lost and the same command goes on from here (exit code 5): a full disk, ten failures in a row."""
+    """The search stopped, such as on a full disk or after ten failures in a row; the same command resumes it (exit code 5)."""
 
     exit_code = 5
 
 
 class MissingInput(Exception):
-    """A stage was started although an artifact that it reads is absent or damaged.
+    """An artifact that a stage reads is absent or damaged.
 
     Args:
-        key: the absent artifact; whoever schedules computes it first and tries again.
+        key: of the artifact. The scheduler computes it and then runs the stage again.
     """
 
     exit_code = 1
@@ -75,28 +75,28 @@ class MissingInput(Exception):
 
     def __str__(self) -> str:
         return (
-            f"the artifact {self.key} is absent from the store: run the pair that makes it first, "
+            f"the artifact {self.key} is not in the store: run the pair that makes it first, "
             "or name the store that has it with --store"
         )
 
 
 def disk_is_full(error: BaseException, store: Path) -> bool:
-    """Whether something failed because nothing more could be written.
+    """Whether an error arose because the disk is full.
 
-    Libraries hide the errno (safetensors says "os error 28", numpy how many bytes it could not write), so what fails while the
-    disk of the store is full counts, too.
+    Some libraries hide the errno: safetensors says "os error 28", numpy only how many bytes it could not write. So while the
+    store's disk is full, any error counts.
 
     Args:
         store: directory of the store.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(os.strerror(number) in str(seen) for number in (errno.ENOSPC, errno.EDQUOT)):
+        if any(os.strerror(number) in str(cause) for number in (errno.ENOSPC, errno.EDQUOT)):
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     try:
-        return shutil.disk_usage(store).free < FULL
+        return shutil.disk_usage(store).free < DISK_FULL_BYTES
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""One canonical form of a value, and its hash: the identity of everything that ktray computes."""
+"""The canonical JSON text of a value and its hash, from which all keys are made; hashes of files; seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from ktray.errors import UserError
 
 _TEXT = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-TICK_NS = 2_000_000_000
+MTIME_GRANULARITY_NS = 2_000_000_000
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
@@ -30,24 +30,24 @@ def canonical(value: Any, path: str = "") -> str:
         TypeError: something has no canonical form; the message holds its dotted path.
     """
     try:
-        if _as_json(value):  # nearly always: a search takes thousands of keys a second, and `_plain` copies what it looks at
+        if _is_plain_json(value):  # the usual case and fast: a search makes thousands of keys a second, and `_plain` copies
             return _TEXT.encode(value)
-    except ValueError:  # a number that is not finite; `_plain` says where
+    except ValueError:  # a number is not finite; `_plain` says where
         pass
     return _TEXT.encode(_plain(value, path))
 
 
-def _as_json(value: Any) -> bool:
-    """Whether JSON's own encoder gives the canonical text, which of keys that are no text it would make text."""
+def _is_plain_json(value: Any) -> bool:
+    """Whether the JSON encoder gives the canonical text as it is; it would convert keys that are not strings."""
     kind = type(value)
     if kind is dict:
-        for key, item in value.items():  # noqa: SIM110 - `all` takes twice as long, and this is the hottest loop of a search
-            if type(key) is not str or not (type(item) in _SCALARS or _as_json(item)):
+        for key, item in value.items():
+            if type(key) is not str or not (type(item) in _SCALARS or _is_plain_json(item)):
                 return False
         return True
     if kind is list or kind is tuple:
         for item in value:  # noqa: SIM110
-            if not (type(item) in _SCALARS or _as_json(item)):
+            if not (type(item) in _SCALARS or _is_plain_json(item)):
                 return False
         return True
     return kind in _SCALARS
@@ -71,7 +71,7 @@ def _plain(value: Any, path: str) -> Any:
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path -> value of the leaves of nested mappings; an empty mapping inside is a leaf."""
+    """Dotted path -> value of each leaf of nested mappings. A nested empty mapping is a leaf."""
     if isinstance(value, Mapping) and (value or not path):
         return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else str(key)).items()}
     return {path: value}
@@ -82,12 +82,13 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def settled(mtime_ns: int) -> bool:
-    """Whether a file that was last changed then would show the next change by another time.
+def mtime_is_reliable(mtime_ns: int) -> bool:
+    """Whether a file with this modification time cannot change any more without its time changing, too.
 
-    A clock of files ticks in milliseconds, on some network drives in seconds: within a tick, size and time may stay the same.
+    File systems store times in steps of milliseconds, some network drives of seconds. Within one step a file may change and
+    keep its size and time.
     """
-    return time.time_ns() - mtime_ns > TICK_NS
+    return time.time_ns() - mtime_ns > MTIME_GRANULARITY_NS
 
 
 def file_sha256(path: Path) -> str:
@@ -97,10 +98,14 @@ def file_sha256(path: Path) -> str:
 
 
 def require_sha256(path: Path, expected: str, where: str) -> None:
-    """Refuse a file that is not what it was when it was hashed.
+    """Check that a file has not changed since it was hashed.
+
+    Args:
+        expected: its sha256 then.
+        where: its dotted path in the spec, for the error.
 
     Raises:
-        UserError: it changed since; `where` is its dotted path in the spec.
+        UserError: it has changed.
     """
     found = file_sha256(path)
     if found != expected:
@@ -114,6 +119,6 @@ def require_sha256(path: Path, expected: str, where: str) -> None:
 def seed_of(*parts: Any) -> int:
     """A seed in [0, 2**63) from `parts`, such as ``seed_of(spec.seed, "shuffle", epoch)``.
 
-    Neighbouring seeds give unrelated streams, which adding numbers to a seed does not.
+    Neighbouring seeds give independent streams, unlike adding a number to a seed.
     """
     return int(fingerprint(list(parts))[:16], 16) >> 1

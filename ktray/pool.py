@@ -1,4 +1,4 @@
-"""How one function is called on many workers: `LocalPool` here, `RayPool` in the scheduler. No result depends on which."""
+"""What a stage runs with: the `StageContext` and its `Pool` of workers, which is this process alone or Ray workers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-FEW_IMAGES = 32  # what a device holds at once where a usual batch was too much
+SMALL_BATCH_SIZE = 32  # images per batch after a usual batch did not fit into memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 class Pool(Protocol):
     """Workers that call one function on many items.
 
-    A function given to `map` is a module-level function of (item, shared); it must not depend on which worker runs it, nor
-    on what else that worker ran. Items hold paths and small arrays; big arrays live in files that every worker can map.
+    A function given to `map` is a module-level function of (item, shared). Its result must not depend on which worker runs it,
+    nor on what else that worker ran. Items hold paths and small arrays; large arrays lie in files that every worker can map.
     """
 
     @property
@@ -28,7 +28,7 @@ class Pool(Protocol):
 
 
 class LocalPool:
-    """One process, one call after the other."""
+    """Calls the function in this process, on one item after the other."""
 
     workers = 1
 
@@ -36,28 +36,29 @@ class LocalPool:
         return [function(item, shared) for item in items]
 
 
-def _silent(values: Mapping[str, float]) -> None:
-    """Tell nobody."""
+def _no_progress(values: Mapping[str, float]) -> None:
+    """Discard progress."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage is given to work with; none of it may change a result.
+    """The resources that a stage runs with. None of them may change a result.
 
     Attributes:
         pool: workers for what can be split.
         device: torch device of the worker that runs the stage, such as ``cpu`` or ``cuda:0``.
-        progress: call it with a few numbers (``{"epoch": 3, "of": 8}``) whenever work has moved.
-        checkpoint_seconds: how much work a killed stage may lose.
-        memmap_bytes: pixels above this are streamed from their files instead of written to a memmap.
-        most_images: how many images may go through a network at once; None for a usual batch. Smaller pieces change the last
-            bit, and in training what batch norm sees, so only a stage that ran out of memory gets them, and its record says so.
-            A training whose task is no mean over images (`Task.mean_over_images`) has whole batches all the same.
+        progress: called with a few numbers (``{"epoch": 3, "of": 8}``) whenever the stage has made progress.
+        checkpoint_seconds: seconds of work that a killed stage may lose.
+        memmap_bytes: data sets with more bytes of pixels than this are decoded from their files while they are read, instead
+            of being written to a memmap.
+        max_batch_size: most images that go through a network at once; None for a usual batch. Smaller batches change the last
+            bit of features, and in training what batch norm sees. So only a stage that ran out of memory gets them, and its
+            record says so. A training whose loss is not a mean over images (`Task.mean_over_images`) keeps whole batches.
     """
 
     pool: Pool = field(default_factory=LocalPool)
     device: str = "cpu"
-    progress: Callable[[Mapping[str, float]], None] = _silent
+    progress: Callable[[Mapping[str, float]], None] = _no_progress
     checkpoint_seconds: float = 20.0
     memmap_bytes: int = 20 << 30
-    most_images: int | None = None
+    max_batch_size: int | None = None

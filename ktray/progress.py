@@ -1,6 +1,6 @@
-"""Progress of the stage that runs here, told by the loops deep inside it and heard by whoever watches the stage.
+"""Progress of the running stage: loops deep inside it count work with `advance`, and `reporting` passes the counts on.
 
-A loop says `moved` and knows nobody: outside a stage, and for the items that another worker does, it is as good as silent.
+A loop needs no reference to whoever watches. Outside a stage, and for items that another worker does, `advance` does nothing.
 """
 
 from __future__ import annotations
@@ -11,61 +11,62 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-# Seconds between two reports of loops. The pace of a stage is the mean time between its reports, and it is called stuck after
-# many times its pace: reports of every batch would make a slow next step of a healthy stage, such as a probe, look stuck.
-EVERY = 10.0
+# Seconds between two reports by loops. A stage's pace is the mean time between its reports, and it counts as stuck after many
+# times that. If every batch reported, a healthy stage whose next step is slow, such as a probe, would look stuck.
+REPORT_INTERVAL = 10.0
 
-Tell = Callable[[Mapping[str, float]], None]
+Report = Callable[[Mapping[str, float]], None]
 
 
-class _Listener:
-    """Counts what moves, and tells it every few seconds beside what the stage has told itself."""
+class _Reporter:
+    """Counts what loops advance, and reports the counts every few seconds together with the stage's own last report."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell, self._at = tell, time.monotonic()
-        self._told: Mapping[str, float] = {}
+    def __init__(self, report: Report) -> None:
+        self._report, self._reported_at = report, time.monotonic()
+        self._last: Mapping[str, float] = {}
         self._counts: Counter[str] = Counter()
 
-    def tell(self, values: Mapping[str, float]) -> None:
-        self._told, self._counts, self._at = dict(values), Counter(), time.monotonic()
-        self._tell(values)
+    def report(self, values: Mapping[str, float]) -> None:
+        self._last, self._counts, self._reported_at = dict(values), Counter(), time.monotonic()
+        self._report(values)
 
     def count(self, what: str, by: int) -> None:
         self._counts[what] += by
         now = time.monotonic()
-        if now - self._at >= EVERY:
-            self._at = now
-            self._tell({**self._told, what: self._counts[what]})
+        if now - self._reported_at >= REPORT_INTERVAL:
+            self._reported_at = now
+            self._report({**self._last, what: self._counts[what]})
 
 
-_listener: ContextVar[_Listener | None] = ContextVar("listener", default=None)
+_reporter: ContextVar[_Reporter | None] = ContextVar("reporter", default=None)
 
 
 @contextmanager
-def heard(tell: Tell) -> Iterator[Tell]:
-    """Hear what moves in this thread, for the time of a `with`.
+def reporting(report: Report) -> Iterator[Report]:
+    """Within a `with`, report what loops in this thread advance.
 
     Args:
-        tell: called every few seconds with what has moved since the stage told something itself: ``{"images": 5120}``.
+        report: called every few seconds with the counts since the stage's own last report: ``{"images": 5120}``.
 
     Yields:
-        `tell` for the stage itself, at once and as often as it likes: ``{"epoch": 3, "of": 8}``. What moves later is told with
-        it: ``{"epoch": 3, "of": 8, "step": 17}``.
+        The function by which the stage itself reports, at once and as often as it likes: ``{"epoch": 3, "of": 8}``. Later
+        counts are reported together with these values: ``{"epoch": 3, "of": 8, "step": 17}``.
     """
-    listener = _Listener(tell)
-    token = _listener.set(listener)
+    reporter = _Reporter(report)
+    token = _reporter.set(reporter)
     try:
-        yield listener.tell
+        yield reporter.report
     finally:
-        _listener.reset(token)
+        _reporter.reset(token)
 
 
-def moved(what: str, by: int = 1) -> None:
-    """Say that so many more of something are done; under a microsecond, so every batch may say it.
+def advance(what: str, by: int = 1) -> None:
+    """Count finished items. It takes less than a microsecond, so loops may call it for every batch.
 
     Args:
-        what: their name, as in ``step 17``.
+        what: name of the items, such as ``step``.
+        by: how many more are done.
     """
-    listener = _listener.get()
-    if listener is not None:
-        listener.count(what, by)
+    reporter = _reporter.get()
+    if reporter is not None:
+        reporter.count(what, by)

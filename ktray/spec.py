@@ -23,13 +23,13 @@ from ktray.plugins import PluginSpec
 from ktray.strict import StrictSpec, plain_types
 
 
-def _parse(room: str, value: Any) -> Any:
+def _parse(group: str, value: Any) -> Any:
     try:
-        found = plugins.parse(room, value)
+        found = plugins.parse(group, value)
     except UserError as error:  # as a ValueError it leaves pydantic with the path of the field
         raise ValueError(str(error)) from error
     if not isinstance(found, StrictSpec):
-        raise ValueError(f"a {room} is a kind's name or a mapping with 'kind', and this is {value!r}")
+        raise ValueError(f"a {group} is a kind's name or a mapping with 'kind', and this is {value!r}")
     return found
 
 

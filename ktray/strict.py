@@ -1,4 +1,4 @@
-"""What every spec is: frozen, and strict about its fields and their types."""
+"""`StrictSpec`, the base of every spec: frozen, and strict about its fields and their types."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pydantic_core import PydanticCustomError
 
 
 class StrictSpec(BaseModel):
-    """Frozen and strict: an unknown field is an error, never ignored, and true is no 1, "5" no 5, "on" no true."""
+    """A frozen pydantic model that rejects unknown fields and converts no types: true is not 1, "5" not 5, "on" not true."""
 
-    # Not pydantic's strict=True, which also refuses a list for a tuple and a mapping for a spec.
+    # pydantic's strict=True would also reject a list for a tuple and a mapping for a spec.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _of_its_own_type(cls, value: Any, info: ValidationInfo) -> Any:
-        wanted = plain_types(cls, info.field_name or "")
+    def _refuse_other_types(cls, value: Any, info: ValidationInfo) -> Any:
+        allowed = plain_types(cls, info.field_name or "")
         entries = value if isinstance(value, list | tuple) else (value,)
-        if wanted and any(_disguised(entry, wanted) for entry in entries):
-            kind, text = _WANTED[next(each for each in _WANTED if each in wanted)]
+        if allowed and any(_would_be_converted(entry, allowed) for entry in entries):
+            kind, text = _ERRORS[next(each for each in _ERRORS if each in allowed)]
             if isinstance(value, list | tuple):
                 raise PydanticCustomError("entries_type", "a list, each entry a {text}", {"text": text})
             raise PydanticCustomError(kind, "Input should be a {text}", {"text": text})
         return value
 
 
-_WANTED: dict[type, tuple[Any, str]] = {
+_ERRORS: dict[type, tuple[Any, str]] = {
     float: ("float_type", "finite number"),
     int: ("int_type", "whole number"),
     bool: ("bool_type", "true or false"),
@@ -37,9 +37,9 @@ _WANTED: dict[type, tuple[Any, str]] = {
 
 @lru_cache(maxsize=1024)
 def plain_types(model: type[BaseModel], name: str) -> frozenset[type]:
-    """The types of a field that is only numbers, booleans and null; empty for any other field."""
+    """The types of a field that holds only numbers, booleans and null; empty for any other field."""
     field = model.model_fields[name]
-    if any(isinstance(each, BeforeValidator) for each in field.metadata):  # it reads text of its own, such as 30m
+    if any(isinstance(each, BeforeValidator) for each in field.metadata):  # it parses text itself, such as 30m
         return frozenset()
     types = frozenset(_leaves(field.annotation))
     return types if types <= {int, float, bool, type(None)} and types & {int, float, bool} else frozenset()
@@ -51,8 +51,8 @@ def _leaves(annotation: Any) -> set[Any]:
     return {leaf for each in arguments for leaf in _leaves(each)} if arguments else {annotation}
 
 
-def _disguised(value: Any, wanted: frozenset[type]) -> bool:
-    """Whether pydantic would turn a value of another type into one of `wanted`."""
+def _would_be_converted(value: Any, allowed: frozenset[type]) -> bool:
+    """Whether pydantic would convert a value of another type to one of the `allowed` types."""
     if isinstance(value, bool):
-        return bool not in wanted
-    return isinstance(value, str) or (isinstance(value, int | float) and wanted <= {bool, type(None)})
+        return bool not in allowed
+    return isinstance(value, str) or (isinstance(value, int | float) and allowed <= {bool, type(None)})

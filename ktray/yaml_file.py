@@ -1,4 +1,4 @@
-"""YAML without its traps: plain values only, no key twice, 1e-3 a number; errors name the line and what to do."""
+"""Strict YAML: plain values only, no duplicate keys, and 1e-3 is a number. Errors name the line and the remedy."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _REMEDIES = {  # what the parser says -> what to do
     "'\\t'": "Indent with spaces, not with tabs.",
     "<stream end>": "A bracket or a quote is not closed.",
     "',' or": "A bracket or a comma is missing, here or on the line above.",
-    "constructor for the tag": "Write plain values; what begins with ! is not read.",
-    "mapping values are not allowed": "Quote the text if its colon is meant, else check the indentation.",
+    "constructor for the tag": "Write plain values; tags (!) are not supported.",
+    "mapping values are not allowed": "Quote the text if it contains a colon, else check the indentation.",
     _DUPLICATE_KEY: "Leave one of them out.",
 }
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader; it refuses a key that is there twice and reads 1e-3 as a number, as YAML 1.2 does."""
+    """The safe loader, but it rejects duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -40,13 +40,13 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The plain value of a YAML text; None if it is empty.
+    """The value of a YAML text; None if it is empty.
 
     Args:
-        source: names the text in errors, such as the file's path.
+        source: name of the text in errors, such as the path of the file.
 
     Raises:
-        UserError: this is not YAML, or a key is there twice; it names the line.
+        UserError: the text is not YAML, or has a duplicate key; it names the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)

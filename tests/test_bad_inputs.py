@@ -95,7 +95,7 @@ FAILS: dict[str, tuple[Changes, str, str]] = {  # what is wrong -> (changes of t
     "an artifact that is not there": (
         lambda at: {"teacher": loaded(Path("student-0123456789ab"))},
         "teacher",
-        "the artifact student-0123456789ab is absent from the store: run the pair that makes it first",
+        "the artifact student-0123456789ab is not in the store: run the pair that makes it first",
     ),
     "features with NaN": (features_with_nan, "features", "images have features of type float32 that are not finite"),
     "one colour": (lambda at: {"data": folder(at / "grey", colour=9)}, "clusters", "all 36 rows of the features are equal"),

@@ -80,7 +80,7 @@ def test_a_request_computes_inputs_before_those_that_read_them(scheduler: Schedu
 
 def test_a_longer_training_waits_for_the_shorter_one_that_it_continues(scheduler: SchedulerClient) -> None:
     short = toy("student", {"steps": 2})
-    long = toy("student", {"steps": 4}, starts=(short,))
+    long = toy("student", {"steps": 4}, resume_from=(short,))
     with callers(2) as pool:
         first = pool.submit(scheduler.obtain, [short], "trial 1")
         until(lambda: at_step(scheduler, short, 0))

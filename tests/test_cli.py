@@ -174,12 +174,12 @@ def test_the_cache_lists_and_verifies_what_a_run_left(home, tmp_path, capsys):
 def test_kinds_are_listed_with_one_line_and_their_source_each(home, capsys):
     assert main(["show", "kinds", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert {room: sorted(found) for room, found in answer.items()} == {room: plugins.kinds(room) for room in plugins.ROOMS}
-    for room, found in answer.items():
+    assert {group: sorted(found) for group, found in answer.items()} == {each: plugins.kinds(each) for each in plugins.GROUPS}
+    for group, found in answer.items():
         for kind, said in found.items():
             assert said["what"], kind
             assert said["source"] != "not said", (
-                f"the docstring of the {room} {kind} has no paragraph that begins with 'Source: '"
+                f"the docstring of the {group} {kind} has no paragraph that begins with 'Source: '"
             )
     assert "1805.00385" in answer["transfer"]["clusters"]["source"]
     assert answer["pretext"]["rotation"]["source"].startswith("Gidaris, Singh, Komodakis, ICLR 2018")

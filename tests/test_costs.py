@@ -23,9 +23,9 @@ def network(width: float = 0.25, form: str = "alexnet") -> dict[str, Any]:
     return {"backbone": {"kind": form, "width": width}}
 
 
-def student(epoch: int, width: float = 0.25, seed: int = 0, starts: tuple[str, ...] = (), form: str = "alexnet") -> Stage:
+def student(epoch: int, width: float = 0.25, seed: int = 0, resume_from: tuple[str, ...] = (), form: str = "alexnet") -> Stage:
     spec = {**network(width, form), "epoch": epoch, "seed": seed}
-    return Stage("student", spec, {}, {"images.transfer": IMAGES.key}, starts)
+    return Stage("student", spec, {}, {"images.transfer": IMAGES.key}, resume_from)
 
 
 def record(
@@ -104,10 +104,10 @@ def test_an_error_of_a_kind_is_shared_by_all_of_its_stages() -> None:
 
 def test_a_training_costs_only_what_is_beyond_a_snapshot_that_is_there_or_planned() -> None:
     five, ten = student(5), student(10)
-    forty = student(40, starts=(ten.key, five.key))
+    forty = student(40, resume_from=(ten.key, five.key))
     costs = CostModel(records((ten, 10.0)))
     assert costs.estimate([forty], made=[ten.key]).seconds == pytest.approx(30, rel=0.01)
-    chain = [five, student(10, starts=(five.key,)), forty]
+    chain = [five, student(10, resume_from=(five.key,)), forty]
     assert costs.estimate(chain).seconds == pytest.approx(costs.estimate([student(40)]).seconds, rel=0.01)
 
 
@@ -150,11 +150,11 @@ def test_before_the_first_record_a_wider_network_is_predicted_to_take_longer_by_
 
 def test_one_training_at_a_time_is_predicted_from_the_snapshot_that_is_recorded_or_will_be_made() -> None:
     five, ten = student(5), student(10)
-    forty = student(40, starts=(ten.key, five.key))
+    forty = student(40, resume_from=(ten.key, five.key))
     costs = CostModel(records((five, 5.0)))
     assert costs.seconds(forty) == pytest.approx(35, rel=0.02)
     assert costs.seconds(forty, {ten.key: ten}) == pytest.approx(30, rel=0.02)
-    assert costs.seconds(student(40, starts=(ten.key,))) == pytest.approx(40, rel=0.02)
+    assert costs.seconds(student(40, resume_from=(ten.key,))) == pytest.approx(40, rel=0.02)
 
 
 def test_of_thousands_of_records_only_some_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_of_thousands_of_records_only_some_are_kept(monkeypatch: pytest.MonkeyPa
     costs = CostModel(records(*((student(10, seed=seed), 20.0) for seed in range(5))))
     costs.add(student(10, seed=5).key, record(student(10, seed=5), 2e9))
     assert costs.seconds(student(10, seed=99)) == pytest.approx(20, rel=0.01)
-    assert costs.seconds(student(40, starts=(student(10, seed=5).key,))) == pytest.approx(60, rel=0.02)
+    assert costs.seconds(student(40, resume_from=(student(10, seed=5).key,))) == pytest.approx(60, rel=0.02)
 
 
 def test_numpy_is_not_imported_before_the_first_record_is_learned_from() -> None:

@@ -157,7 +157,7 @@ def test_the_scheduler_of_an_interrupted_dry_run_ends_before_its_store_is_remove
 
     def stop(session: SimpleNamespace) -> None:
         for store in session.on_stop:  # a stage that runs to the end of its scheduler may fail, which the broker writes down
-            store.fail("images-1", {"cause": "FileNotFoundError: its folder"})
+            store.record_failure("images-1", {"cause": "FileNotFoundError: its folder"})
         ended.append(session)
 
     monkeypatch.setattr("ktray.scheduler.ray_session.start", lambda *given: SimpleNamespace(warnings=[], on_stop=[]))

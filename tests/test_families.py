@@ -25,7 +25,7 @@ from tests.toys import HOG, ROTATION, toy_pair
 
 
 def layer(number: int, *inputs: Stage) -> Stage:
-    return replace(stage("layer", *inputs, number=number), varies=("number",))
+    return replace(stage("layer", *inputs, number=number), varying_fields=("number",))
 
 
 def family(actions: list[Any]) -> list[str]:
@@ -247,5 +247,5 @@ def test_two_trials_on_two_layers_cost_one_pass_on_ray(start_scheduler: Any, tmp
         assert artifact is not None
         assert artifact.record["together"] == sorted(each.keys["features"] for each in graphs)
         assert said[artifact.key] == "computed"
-        assert pair_metrics.finished(graph, store) is not None
+        assert pair_metrics.published_artifacts(graph, store) is not None
     assert scheduler.status()["computed"]["features"] == 2

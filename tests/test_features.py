@@ -227,7 +227,7 @@ def test_a_view_alone_would_cost_less_the_earlier_its_layer_is(weights: Path) ->
 
 def test_small_pieces_for_a_small_device_give_the_same_features(tmp_path: Path, weights: Path) -> None:
     whole, _ = written(tmp_path, "whole", source(tmp_path, weights))
-    pieces, _ = written(tmp_path, "pieces", source(tmp_path, weights, most_images=3))
+    pieces, _ = written(tmp_path, "pieces", source(tmp_path, weights, max_batch_size=3))
     np.testing.assert_allclose(extraction.load(pieces), extraction.load(whole), rtol=1e-4, atol=1e-5)
 
 

@@ -138,7 +138,7 @@ def test_where_a_stage_runs_and_what_it_starts_from_is_not_in_its_key():
         spec=CLUSTERS.spec,
         revisions=CLUSTERS.revisions,
         inputs=CLUSTERS.inputs,
-        starts=("clusters-000000000000",),
+        resume_from=("clusters-000000000000",),
         local={"path": "/elsewhere", "device": "cuda:1"},
     )
     assert moved.key == CLUSTERS.key

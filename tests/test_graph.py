@@ -75,8 +75,8 @@ def test_a_longer_training_begins_at_the_shorter_ones_snapshot():
     short = build(toy_pair(student={**STUDENT, "schedule": {"epochs": 2, "lr": 0.02}}), identity).keys["student"]
     graph = build(toy_pair(student={**STUDENT, "schedule": {"epochs": 6, "lr": 0.02}}), identity)
     student = next(stage for stage in graph.stages if stage.name == "student")
-    assert short in student.starts
-    assert graph.keys["student"] not in student.starts
+    assert short in student.resume_from
+    assert graph.keys["student"] not in student.resume_from
 
 
 def test_a_schedule_that_reads_its_total_shares_no_snapshot_with_another_total():
@@ -85,8 +85,8 @@ def test_a_schedule_that_reads_its_total_shares_no_snapshot_with_another_total()
         graph = build(toy_pair(student={**STUDENT, "schedule": schedule}), identity)
         return next(stage for stage in graph.stages if stage.name == "student")
 
-    assert student(2).key not in student(6).starts
-    assert not set(student(4).starts) & set(student(6).starts)
+    assert student(2).key not in student(6).resume_from
+    assert not set(student(4).resume_from) & set(student(6).resume_from)
 
 
 def test_a_decay_is_a_branch_from_the_trunk():
@@ -94,9 +94,9 @@ def test_a_decay_is_a_branch_from_the_trunk():
     trunk = build(toy_pair(student={**STUDENT, "schedule": {"epochs": 8, "lr": 0.02}}), identity).keys["student"]
     graph = build(toy_pair(student={**STUDENT, "schedule": schedule}), identity)
     student = next(stage for stage in graph.stages if stage.name == "student")
-    assert trunk in student.starts
+    assert trunk in student.resume_from
     longer = build(toy_pair(student={**STUDENT, "schedule": {**schedule, "epochs": 20}}), identity)
-    assert student.key not in next(s for s in longer.stages if s.name == "student").starts
+    assert student.key not in next(s for s in longer.stages if s.name == "student").resume_from
 
 
 def test_the_place_of_a_checkpoint_is_no_part_of_the_identity(tmp_path):

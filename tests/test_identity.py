@@ -101,7 +101,7 @@ def test_the_functions_of_stages_read_nothing_of_a_stage_but_its_spec_and_its_pl
 
 def revisioned() -> dict[str, ModuleType]:
     """Name -> module of all that have a REVISION, plugins included."""
-    found = {f"{room} {kind}": plugins.module(room, kind) for room in plugins.ROOMS for kind in plugins.kinds(room)}
+    found = {f"{group} {kind}": plugins.module(group, kind) for group in plugins.GROUPS for kind in plugins.kinds(group)}
     for module in PACKAGE:
         if any(isinstance(node, ast.Name) and node.id == "IDENTITY" for node in ast.walk(module.tree)):
             found[module.name] = import_module(module.name)
@@ -115,9 +115,9 @@ def test_no_two_modules_have_one_identity_name() -> None:
 
 
 def test_an_identity_name_says_nothing_of_where_the_file_lies() -> None:
-    for room in plugins.ROOMS:
-        for kind in plugins.kinds(room):
-            assert plugins.identity_name(plugins.module(room, kind)) == f"{room}.{kind}"
+    for group in plugins.GROUPS:
+        for kind in plugins.kinds(group):
+            assert plugins.identity_name(plugins.module(group, kind)) == f"{group}.{kind}"
     for name, module in revisioned().items():
         if hasattr(module, "IDENTITY"):
             moved = ModuleType("elsewhere.entirely")

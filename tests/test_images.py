@@ -267,7 +267,7 @@ def test_identity_includes_labels_classes_and_boxes(monkeypatch) -> None:
     def identity_of(source: Source) -> str:
         module = ModuleType("stand_in")
         module.LOCATION, module.load = (), lambda spec: Splits(source, identity="pixels")
-        monkeypatch.setattr(plugins, "module_of", lambda room, spec: module)
+        monkeypatch.setattr(plugins, "module_of", lambda group, spec: module)
         return images.identity(object())
 
     names, read = ("0", "1"), labelled().read

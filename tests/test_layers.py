@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ktray.plugins import ROOMS, kinds
+from ktray.plugins import GROUPS, kinds
 from tests.source import (
     PACKAGE,
     ROOT,
@@ -34,7 +34,7 @@ from tests.source import (
 LAYERS = (
     ("words", {"spec", "strict", "plugins", "fingerprint", "artifact", "stores", "errors", "pool", "progress", "yaml_file"}),
     ("tools", {"ops", "training", "features", "clustering", "images", "export"}),
-    ("methods", set(ROOMS.values())),
+    ("methods", set(GROUPS.values())),
     ("pipeline", {"pipeline", "stages", "cost_model"}),
     ("scheduler", {"scheduler"}),
     ("search", {"search", "tracking", "report"}),
@@ -80,7 +80,7 @@ def level(module: Module) -> int:
 
 def plugin(module: Module) -> str | None:
     """The plugin that a module belongs to, such as ``evals.knn``; None outside the plugin folders."""
-    return ".".join(module.parts[1:3]) if module.part in ROOMS.values() and len(module.parts) > 2 else None
+    return ".".join(module.parts[1:3]) if module.part in GROUPS.values() and len(module.parts) > 2 else None
 
 
 # --- rules: module -> its violations
@@ -99,17 +99,17 @@ def plugins_do_not_import_each_other(module: Module) -> list[str]:
     """A plugin does not import another plugin; it finds one through `plugins.module`."""
     if not plugin(module):
         return []
-    others = [other for other in ktray_imports(module) if part_of(other) in ROOMS.values()]
+    others = [other for other in ktray_imports(module) if part_of(other) in GROUPS.values()]
     return [f"imports the plugin {other}" for other in others if ".".join(other.split(".")[1:3]) != plugin(module)]
 
 
 def no_kind_is_named_outside_its_plugin(module: Module) -> list[str]:
     """Nothing outside a plugin's own file treats its kind specially, so that a new method is one file."""
     named = {
-        kind for room in ROOMS if room != "transfer" for kind in kinds(room)
+        kind for group in GROUPS if group != "transfer" for kind in kinds(group)
     }  # `labels` and `clusters` also name stages' inputs
     found = []
-    for node in ast.walk(module.tree) if module.part not in ROOMS.values() else ():
+    for node in ast.walk(module.tree) if module.part not in GROUPS.values() else ():
         if isinstance(node, ast.Compare):
             constants = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
             found += [f"compares with {kind!r} in {ast.unparse(node)}" for kind in sorted(named) if kind in constants]

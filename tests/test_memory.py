@@ -18,7 +18,7 @@ from ktray.errors import StageFailed
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
-from ktray.pool import FEW_IMAGES, StageContext
+from ktray.pool import SMALL_BATCH_SIZE, StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.scheduler.messages import (
     DISK_FULL,
@@ -223,7 +223,7 @@ class Starved:
         self.run, self.most = run, most
 
     def __call__(self, stage: Any, inputs: Any, out: Path, context: StageContext, start: Any) -> Any:
-        if (context.most_images or 256) > self.most:
+        if (context.max_batch_size or 256) > self.most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return self.run(stage, inputs, out, context, start)
 
@@ -231,7 +231,7 @@ class Starved:
 def test_in_one_process_it_is_tried_again_with_few_images_and_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = build(toy_pair(teacher=ROTATION), data_identity())
     store, told = FileStore(tmp_path), []
-    monkeypatch.setitem(WORK, "features", Starved(WORK["features"], FEW_IMAGES))  # type: ignore[arg-type]
+    monkeypatch.setitem(WORK, "features", Starved(WORK["features"], SMALL_BATCH_SIZE))  # type: ignore[arg-type]
     LocalScheduler(store, execute, StageContext(), lambda event: told.append(event["event"])).obtain(list(graph.stages), "test")
     tags = {name: store.find(key).record["after_out_of_memory"] for name, key in graph.keys.items() if isinstance(key, str)}
     assert tags == {name: name == "features" for name in tags}
@@ -284,7 +284,7 @@ def test_on_a_gpu_the_peak_is_recorded_and_a_provoked_shortage_is_overcome(tmp_p
     real = WORK["features"]
 
     def beside_a_neighbour(*given: Any) -> Any:
-        if not given[3].most_images:
+        if not given[3].max_batch_size:
             held[0] = torch.empty(2 * whole, dtype=torch.uint8, device="cuda:0")  # more than there is: a real shortage
         return real(*given)
 

@@ -17,7 +17,7 @@ from ktray.errors import StageFailed
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
-from ktray.pool import FEW_IMAGES, StageContext
+from ktray.pool import SMALL_BATCH_SIZE, StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.scheduler.messages import OUT_OF_MEMORY
 from ktray.spec import Augment, Schedule
@@ -42,7 +42,7 @@ def task_of(room: str, kind: str) -> Task:
     return task
 
 
-def trained(out: Path, task: Task, most_images: int | None, **settings: Any) -> dict[str, float]:
+def trained(out: Path, task: Task, max_batch_size: int | None, **settings: Any) -> dict[str, float]:
     """Two epochs of float64, in which parts and whole differ by nothing but rounding far below any mistake."""
 
     def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def trained(out: Path, task: Task, most_images: int | None, **settings: Any) -> 
         3,
         out=out,
         until=2,
-        most_images=most_images,
+        max_batch_size=max_batch_size,
     )
 
 
@@ -68,15 +68,15 @@ def clusters_task(*left_out: int) -> Task:
 
 
 @pytest.mark.parametrize(
-    ("task", "batch_size", "most_images"),
+    ("task", "batch_size", "max_batch_size"),
     [(clusters_task(), 23, 5), (clusters_task(), 9, 2), (test_pretext.task_of("rotation", 36), 23, 4)],
     ids=["two heads", "in pairs", "rotation"],
 )
 def test_without_batch_norm_parts_take_the_same_steps_as_whole_batches(
-    task: Task, batch_size: int, most_images: int, tmp_path: Path
+    task: Task, batch_size: int, max_batch_size: int, tmp_path: Path
 ) -> None:
     whole = trained(tmp_path / "whole", task, None, batch_size=batch_size)
-    parts = trained(tmp_path / "parts", task, most_images, batch_size=batch_size)
+    parts = trained(tmp_path / "parts", task, max_batch_size, batch_size=batch_size)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-9)
     assert parts == pytest.approx(whole, rel=1e-6)  # top1 is a mean of float32
     for file in ("weights.safetensors", "optimizer.safetensors"):
@@ -88,7 +88,7 @@ def test_without_batch_norm_parts_take_the_same_steps_as_whole_batches(
 
 
 @pytest.mark.parametrize(
-    ("images", "batch_size", "most_images", "sizes"),
+    ("images", "batch_size", "max_batch_size", "sizes"),
     [
         (130, 65, 32, [13] * 10),
         (128, 128, 32, [32] * 4),
@@ -101,10 +101,10 @@ def test_without_batch_norm_parts_take_the_same_steps_as_whole_batches(
     ],
 )
 def test_parts_are_a_quarter_of_a_batch_or_less_and_never_a_single_image(
-    images: int, batch_size: int, most_images: int | None, sizes: list[int]
+    images: int, batch_size: int, max_batch_size: int | None, sizes: list[int]
 ) -> None:
     task = classification.task(toy_images(images).labels, 4, Augment())  # type: ignore[arg-type]
-    batches = loop._Batches(toy_images(images, size=8), task, batch_size, 0, "cpu", most_images)
+    batches = loop._Batches(toy_images(images, size=8), task, batch_size, 0, "cpu", max_batch_size)
     found = []
     for pixels, indices, _ in batches.of_epoch(1):
         parts = batches.parts(pixels.repeat_interleave(2, dim=0), indices)
@@ -184,7 +184,7 @@ class Small:
         self.most, self.real = most, loop.untrained_backbone
         self.seen: list[int] = []
 
-    def fresh(self, spec: Any, seed: int) -> nn.Module:
+    def untrained_backbone(self, spec: Any, seed: int) -> nn.Module:
         network = self.real(spec, seed)
         network.register_forward_pre_hook(self._look)
         return network
@@ -199,7 +199,7 @@ def test_a_student_too_large_for_the_memory_is_trained_in_parts_and_tagged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph, small, told = build(toy_pair(data={**DATA, "count": 120}), data_identity()), Small(8), []
-    monkeypatch.setattr(loop, "fresh", small.fresh)
+    monkeypatch.setattr(loop, "untrained_backbone", small.untrained_backbone)
     store = FileStore(tmp_path)
     LocalScheduler(store, execute, StageContext(), lambda event: told.append(event["event"])).obtain(list(graph.stages), "test")
     tags = {name: store.find(key).record["after_out_of_memory"] for name, key in graph.keys.items() if isinstance(key, str)}  # type: ignore[union-attr]
@@ -214,7 +214,7 @@ def test_a_student_too_large_for_the_memory_is_trained_in_parts_and_tagged(
 
 def test_a_teacher_is_trained_in_parts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, small = build(toy_pair(teacher=ROTATION), data_identity()), Small(4 * 8)
-    monkeypatch.setattr(loop, "fresh", small.fresh)
+    monkeypatch.setattr(loop, "untrained_backbone", small.untrained_backbone)
     store = FileStore(tmp_path)
     stages = [each for each in graph.stages if each.name in ("images", "teacher")]
     LocalScheduler(store, execute, StageContext(), lambda event: None).obtain(stages, "test")
@@ -226,8 +226,8 @@ def test_a_task_that_compares_images_is_never_cut_and_fails_with_a_clear_sentenc
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = {**ROTATION, "pretext": {"kind": "simclr", "hidden": 16, "width": 8}}
-    graph, small = build(toy_pair(teacher=teacher), data_identity()), Small(FEW_IMAGES)
-    monkeypatch.setattr(loop, "fresh", small.fresh)
+    graph, small = build(toy_pair(teacher=teacher), data_identity()), Small(SMALL_BATCH_SIZE)
+    monkeypatch.setattr(loop, "untrained_backbone", small.untrained_backbone)
     with pytest.raises(StageFailed, match=r"even with the whole GPU.*use a smaller batch_size"):
         LocalScheduler(FileStore(tmp_path), execute, StageContext(), lambda event: None).obtain(list(graph.stages), "test")
     assert small.seen == [64, 64], "both views of a whole batch, twice"

@@ -35,7 +35,7 @@ def run(pair, store, **cuts):
     graph = build(pair, data_identity(), **cuts)
     scheduler = LocalScheduler(store, execute, StageContext(), lambda event: None)
     outcomes = scheduler.obtain(list(graph.stages), "test")
-    return graph, outcomes, pair_metrics.finished(graph, store)
+    return graph, outcomes, pair_metrics.published_artifacts(graph, store)
 
 
 def test_the_second_run_computes_nothing(store):
@@ -208,7 +208,7 @@ def test_every_transfer_teaches_a_student_that_is_judged_and_may_be_cut(transfer
     pair = toy_pair(transfer=transfer, teacher=teacher, evals=[{"kind": "knn"}, *quality])
     graph, _, artifacts = run(pair, store)
     metrics = pair_metrics.metrics(graph, artifacts)
-    curve = [row["loss"] for row in pair_metrics.curve(artifacts[graph.keys["student"]])]
+    curve = [row["loss"] for row in pair_metrics.learning_curve(artifacts[graph.keys["student"]])]
     assert curve[-1] < curve[0]
     assert 0 <= metrics["knn/top1"] <= 1
     if transfer["kind"] == "clusters":

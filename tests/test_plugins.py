@@ -81,15 +81,15 @@ def test_the_check_of_an_outside_descriptor_runs_in_a_plan_and_it_is_tried_on_tw
 
 
 @pytest.mark.usefixtures("lab")
-@pytest.mark.parametrize("room", plugins.ROOMS)
-def test_a_plugin_without_a_revision_is_refused(room, tmp_path, monkeypatch):
+@pytest.mark.parametrize("group", plugins.GROUPS)
+def test_a_plugin_without_a_revision_is_refused(group, tmp_path, monkeypatch):
     other = "Spec = LOCATION = load = build = task = describe = NEEDS = NEEDS_LABELS = DIRECTION = evaluate = None\n"
     (tmp_path / "my_other_lab" / "young.py").write_text(other)
     monkeypatch.delitem(sys.modules, "my_other_lab.young", raising=False)
     with pytest.raises(
-        UserError, match=rf"young\.py: the {room} kind 'my_other_lab\.young' defines no REVISION\. A {room} defines"
+        UserError, match=rf"young\.py: the {group} kind 'my_other_lab\.young' defines no REVISION\. A {group} defines"
     ):
-        plugins.module(room, "my_other_lab.young")
+        plugins.module(group, "my_other_lab.young")
 
 
 @pytest.mark.usefixtures("lab")

@@ -15,7 +15,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.pipeline.execute import execute
 from ktray.pipeline.pair_graph import build
 from ktray.pool import StageContext
-from ktray.progress import heard, moved
+from ktray.progress import advance, reporting
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.stages import WORK
 from ktray.stores import Store
@@ -41,7 +41,7 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     stages = build(PAIRS[request.param], lambda spec: "0" * 64).stages
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ktray.progress, "EVERY", 0.0)
+        patch.setattr(ktray.progress, "REPORT_INTERVAL", 0.0)
         LocalScheduler(FileStore(tmp_path_factory.mktemp("store")), work, StageContext(), lambda event: None).obtain(
             list(stages), "test"
         )
@@ -62,12 +62,12 @@ def test_a_training_moves_within_an_epoch_and_a_probe_within_its_fit(told: dict[
 
 
 def test_what_moves_is_told_with_what_the_stage_said_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ktray.progress, "EVERY", 0.0)
+    monkeypatch.setattr(ktray.progress, "REPORT_INTERVAL", 0.0)
     said: list[Mapping[str, float]] = []
-    with heard(said.append) as tell:
-        moved("step")
-        tell({"epoch": 1, "of": 2})
-        moved("step")
+    with reporting(said.append) as report:
+        advance("step")
+        report({"epoch": 1, "of": 2})
+        advance("step")
     assert said == [{"step": 1}, {"epoch": 1, "of": 2}, {"epoch": 1, "of": 2, "step": 1}]
 
 
@@ -75,28 +75,28 @@ def test_loops_are_heard_every_few_seconds_however_often_they_speak(monkeypatch:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(ktray.progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
     said: list[Any] = []
-    with heard(said.append):
+    with reporting(said.append):
         for _ in range(310):
             clock.now += 0.1
-            moved("images", 256)
+            advance("images", 256)
     assert [each["images"] for each in said] == pytest.approx([25600, 51200, 76800], rel=0.02)
 
 
 def test_what_moves_outside_a_stage_or_for_another_worker_is_heard_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ktray.progress, "EVERY", 0.0)
+    monkeypatch.setattr(ktray.progress, "REPORT_INTERVAL", 0.0)
     said: list[Any] = []
-    moved("images")
-    with heard(said.append):
-        elsewhere = threading.Thread(target=moved, args=("images",))
+    advance("images")
+    with reporting(said.append):
+        elsewhere = threading.Thread(target=advance, args=("images",))
         elsewhere.start()
         elsewhere.join()
-    moved("images")
+    advance("images")
     assert said == []
 
 
 def test_saying_that_work_moved_costs_less_than_a_batch_notices() -> None:
-    with heard(lambda values: None):
+    with reporting(lambda values: None):
         began = time.perf_counter()
         for _ in range(10_000):
-            moved("step")
+            advance("step")
     assert time.perf_counter() - began < 0.5  # 1 us each on an idle machine

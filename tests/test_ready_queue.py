@@ -28,7 +28,7 @@ def looked_up(demand: RequestTable, running: set[str]) -> list[str]:
     ready = [
         want
         for key, want in demand.pending.items()
-        if key not in running and not {*want.stage.starts, *want.stage.inputs.values()} & demand.pending.keys()
+        if key not in running and not {*want.stage.resume_from, *want.stage.inputs.values()} & demand.pending.keys()
     ]
 
     def rank(want: Any) -> tuple[float, float, float, int]:

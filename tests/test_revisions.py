@@ -10,7 +10,7 @@ from ktray.pipeline import pair_graph
 from tests.source import NAMES, PACKAGE, ktray_imports
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 
-KINDS = [(room, kind) for room in plugins.ROOMS for kind in plugins.kinds(room)]
+KINDS = [(group, kind) for group in plugins.GROUPS for kind in plugins.kinds(group)]
 NEEDED = {
     "random_network": {"backbone": STUDENT["backbone"]},
     **{kind: {"path": "/nowhere"} for kind in ("folder", "imagefolder", "parquet")},
@@ -32,34 +32,34 @@ def taught(transfer):
     return {"transfer": transfer, "teacher": HOG if needs.keys() - {"labels"} else None}
 
 
-def pair_with(room, spec):
-    """A pair that uses `spec` in its room."""
+def pair_with(group, spec):
+    """A pair that uses `spec` in its group."""
     changes = {
         "dataset": {"data": spec},
         "backbone": {"student": {**STUDENT, "backbone": spec}},
         "pretext": {"teacher": {**ROTATION, "pretext": spec}},
         "descriptor": {"teacher": {"descriptor": spec}},
-        "transfer": taught(spec) if room == "transfer" else {},
+        "transfer": taught(spec) if group == "transfer" else {},
         "evaluation": {"evals": [spec]},
-    }[room]
+    }[group]
     return toy_pair(**{"data": DATA, **changes})
 
 
-def keys_of(room, spec):
-    """The keys that the kind is to blame for: those of its own stage, by room."""
-    keys = pair_graph.build(pair_with(room, spec), lambda data: "content").keys
-    stage = {"backbone": "student", "pretext": "teacher", "descriptor": "features", "transfer": "student"}.get(room)
+def keys_of(group, spec):
+    """The keys that the kind is to blame for: those of its own stage, by group."""
+    keys = pair_graph.build(pair_with(group, spec), lambda data: "content").keys
+    stage = {"backbone": "student", "pretext": "teacher", "descriptor": "features", "transfer": "student"}.get(group)
     return keys[stage] if stage else keys["evaluation"]
 
 
-@pytest.mark.parametrize(("room", "kind"), KINDS, ids=[".".join(names) for names in KINDS])
-def test_every_tool_that_a_kind_imports_is_in_the_key_of_its_stage(room, kind, monkeypatch):
+@pytest.mark.parametrize(("group", "kind"), KINDS, ids=[".".join(names) for names in KINDS])
+def test_every_tool_that_a_kind_imports_is_in_the_key_of_its_stage(group, kind, monkeypatch):
     spec = {"kind": kind, **NEEDED.get(kind, {})}
-    before = keys_of(room, spec)
-    for tool in tools_of(plugins.module(room, kind).__name__):
+    before = keys_of(group, spec)
+    for tool in tools_of(plugins.module(group, kind).__name__):
         with monkeypatch.context() as patch:
             patch.setattr(tool, "REVISION", tool.REVISION + 1)
-            assert keys_of(room, spec) != before, f"{room} {kind} uses {tool.__name__} and does not name it in TOOLS"
+            assert keys_of(group, spec) != before, f"{group} {kind} uses {tool.__name__} and does not name it in TOOLS"
 
 
 def test_a_tool_names_the_tools_that_it_is_made_of():

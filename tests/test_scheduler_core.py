@@ -76,9 +76,9 @@ class CoreHarness:
         return self.dispatch()
 
 
-def stage(name: str, *inputs: Stage, number: int = 0, starts: tuple[Stage, ...] = ()) -> Stage:
+def stage(name: str, *inputs: Stage, number: int = 0, resume_from: tuple[Stage, ...] = ()) -> Stage:
     roles = {f"role{index}": each.key for index, each in enumerate(inputs)}
-    return Stage(name, {"number": number}, {}, roles, tuple(each.key for each in starts))
+    return Stage(name, {"number": number}, {}, roles, tuple(each.key for each in resume_from))
 
 
 def assigned(actions: list[Any]) -> list[str]:
@@ -109,7 +109,7 @@ def test_a_stage_waits_for_its_inputs_and_for_shorter_trainings_on_their_way() -
     harness = CoreHarness(4)
     images = stage("images")
     short = stage("teacher", images, number=5)
-    long = stage("teacher", images, number=9, starts=(short,))
+    long = stage("teacher", images, number=9, resume_from=(short,))
     assert assigned(harness.request("a", images, long)) == [images.key]
     harness.request("b", images, short)
     assert assigned(harness.publish(images)) == [short.key]
@@ -118,7 +118,7 @@ def test_a_stage_waits_for_its_inputs_and_for_shorter_trainings_on_their_way() -
 
 def test_a_start_that_nobody_wants_is_not_waited_for() -> None:
     harness, short = CoreHarness(), stage("teacher", number=5)
-    long = stage("teacher", number=9, starts=(short,))
+    long = stage("teacher", number=9, resume_from=(short,))
     assert assigned(harness.request("a", long)) == [long.key]
 
 

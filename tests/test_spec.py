@@ -50,10 +50,10 @@ def paths(error: ValidationError) -> set[str]:
 # --- frozen and strict
 
 
-@pytest.mark.parametrize("kind", [(room, kind) for room in plugins.ROOMS for kind in plugins.kinds(room)], ids="-".join)
+@pytest.mark.parametrize("kind", [(group, kind) for group in plugins.GROUPS for kind in plugins.kinds(group)], ids="-".join)
 def test_every_kind_has_a_frozen_and_strict_spec_of_its_name(kind):
-    room, name = kind
-    model = plugins.module(room, name).Spec
+    group, name = kind
+    model = plugins.module(group, name).Spec
     assert issubclass(model, spec.StrictSpec)
     assert model.model_config["frozen"]
     assert model.model_config["extra"] == "forbid"

@@ -78,7 +78,7 @@ def test_a_path_grows_with_readers_that_come_later_also_through_shorter_training
     ask(queue, "a", images)
     assert queue.pending[images.key].path_seconds == 5
     short = stage("teacher", images, number=1)
-    long = stage("teacher", images, number=2, starts=(short,))
+    long = stage("teacher", images, number=2, resume_from=(short,))
     ask(queue, "b", images, long)
     assert queue.pending[images.key].path_seconds == 65
     ask(queue, "c", images, short)
@@ -92,7 +92,7 @@ def random_stages(rng: random.Random) -> list[Stage]:
     for number in range(rng.randint(3, 12)):
         inputs = rng.sample(made, rng.randint(0, min(2, len(made))))
         starts = rng.sample(made, rng.randint(0, min(2, len(made))))
-        made.append(stage(rng.choice(list(SECONDS)), *inputs, number=number, starts=tuple(starts)))
+        made.append(stage(rng.choice(list(SECONDS)), *inputs, number=number, resume_from=tuple(starts)))
     return made
 
 
@@ -104,7 +104,7 @@ def test_paths_and_dependencies_equal_those_of_a_search_through_all_pending_stag
         ask(queue, f"r{number}", *rng.sample(made, rng.randint(1, len(made))))
 
     def before(each: Stage) -> set[str]:
-        return {key for key in (*each.inputs.values(), *each.starts) if key in queue.pending}
+        return {key for key in (*each.inputs.values(), *each.resume_from) if key in queue.pending}
 
     def path(key: str) -> float:
         readers = [other for other, want in queue.pending.items() if key in before(want.stage)]

@@ -122,7 +122,7 @@ def test_checkpoints_of_dead_attempts_are_found_newest_first_and_half_written_on
 
 
 def test_a_failure_is_remembered_until_the_key_is_published(store):
-    store.fail("clusters-000000000000", {"cause": "ValueError: NaN"})
+    store.record_failure("clusters-000000000000", {"cause": "ValueError: NaN"})
     assert store.failure("clusters-000000000000")["cause"] == "ValueError: NaN"
     assert store.find("clusters-000000000000") is None
     publish(store, "clusters-000000000000")

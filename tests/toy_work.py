@@ -16,14 +16,16 @@ from ktray.pool import StageContext
 from ktray.stores import Store
 
 
-def toy(name: str, spec: dict[str, Any] | None = None, inputs: tuple[Stage, ...] = (), starts: tuple[Stage, ...] = ()) -> Stage:
+def toy(
+    name: str, spec: dict[str, Any] | None = None, inputs: tuple[Stage, ...] = (), resume_from: tuple[Stage, ...] = ()
+) -> Stage:
     """A stage that does what `spec` says: steps, sleep, error, map, log (a file where each attempt leaves a line).
 
     Stages of different tests differ, so that tests can share a scheduler and a store.
     """
     spec = {"test": os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0], **(spec or {})}
     keys = {f"input{index}": stage.key for index, stage in enumerate(inputs)}
-    return Stage(name, spec, {}, inputs=keys, starts=tuple(stage.key for stage in starts))
+    return Stage(name, spec, {}, inputs=keys, resume_from=tuple(stage.key for stage in resume_from))
 
 
 def work(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
@@ -45,7 +47,7 @@ def work(stage: Stage, store: Store, attempt: str, context: StageContext) -> tup
         context.progress({"step": step + 1, "of": spec["steps"]})
     if spec.get("error") == "disk full":
         raise OSError(errno.ENOSPC, "No space left on device")
-    if spec.get("error") == "memory" and context.most_images is None:
+    if spec.get("error") == "memory" and context.max_batch_size is None:
         raise MemoryError("no room for 9 GB")
     if spec.get("error") == "die":
         os._exit(1)
@@ -58,7 +60,7 @@ def work(stage: Stage, store: Store, attempt: str, context: StageContext) -> tup
         )
         np.save(scratch / "sums.npy", np.stack([total for total, _ in sums]))
         metrics["toy/processes"] = float(len({pid for _, pid in sums}))
-    record: dict[str, Any] = {"after_out_of_memory": context.most_images is not None, "metrics": metrics}
+    record: dict[str, Any] = {"after_out_of_memory": context.max_batch_size is not None, "metrics": metrics}
     record |= {"seconds": time.perf_counter() - began}
     return store.publish(scratch, stage.key, record)
 

@@ -114,7 +114,7 @@ def run_stages(
     )
     for stage in built.stages:
         measured(stage, store, "naive", StageContext())
-    artifacts = pair_metrics.finished(built, store)
+    artifacts = pair_metrics.published_artifacts(built, store)
     assert artifacts is not None
     return pair_metrics.metrics(built, artifacts)
 

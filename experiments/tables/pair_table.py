@@ -39,7 +39,7 @@ def main(home: Path, out: Path) -> None:
     for name, pair in pair_table.pairs().items():
         place, _, epoch = name.rpartition(" @ ")
         stages = pair_graph.build(pair, identity)
-        found.setdefault(place, {})[int(epoch)] = (stages, pair_metrics.finished(stages, store))
+        found.setdefault(place, {})[int(epoch)] = (stages, pair_metrics.published_artifacts(stages, store))
     rows = [_row(place, rungs) for place, rungs in found.items() if all(artifacts for _, artifacts in rungs.values())]
     parquet.write_table(pyarrow.Table.from_pylist(rows), out, compression="zstd")
     print(f"{len(rows)} of {len(found)} pairs, {out.stat().st_size} bytes in {out}")

@@ -28,7 +28,7 @@ def collect(home: Path, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for name, pair in pairs().items():
         stages = pair_graph.build(pair, identity)
-        artifacts = pair_metrics.finished(stages, store)
+        artifacts = pair_metrics.published_artifacts(stages, store)
         if artifacts is None:
             continue
         cell, teacher_seed, seed = name.split(" | ")

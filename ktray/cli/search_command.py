@@ -110,13 +110,13 @@ def _answer(outcome: SearchOutcome, study: History, settings: Settings) -> dict[
 
 
 def _footer(answer: dict[str, Any], outcome: SearchOutcome, home: str, again: str, settings: Settings) -> str:
-    from ktray.pipeline.references import may_be_judged_on_test
+    from ktray.pipeline.references import has_test_split
 
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
     hints = {f"ktray ui{home}": f"every trial in MLflow ({answer['tracking_uri']})"}
     if answer["best"]:
         hints[f"ktray report {outcome.study}{home}"] = "one HTML file"
-        if may_be_judged_on_test(answer["best"]["keys"], settings.open_store()):
+        if has_test_split(answer["best"]["keys"], settings.open_store()):
             hints[f"ktray best {outcome.study} --test{home}"] = "judge the winners on the test split"
     else:
         hints[f"ktray show {outcome.study}{home}"] = "what became of each trial"

@@ -53,11 +53,13 @@ def run(args: argparse.Namespace) -> int:
 def _kinds(args: argparse.Namespace) -> int:
     from ktray import plugins
 
-    answer = {room: {kind: _described(plugins.module(room, kind)) for kind in plugins.kinds(room)} for room in plugins.ROOMS}
+    answer = {
+        group: {kind: _described(plugins.module(group, kind)) for kind in plugins.kinds(group)} for group in plugins.GROUPS
+    }
     width = max(len(kind) for found in answer.values() for kind in found)
     lines = []
-    for room, found in answer.items():
-        lines += ["", room]
+    for group, found in answer.items():
+        lines += ["", group]
         for kind, said in found.items():
             lines += [f"  {kind:{width}}  {said['what']}", f"  {'':{width}}  {said['source'].split('; ')[0]}"]
     print_result(args, answer, "\n".join(lines[1:]))

@@ -235,7 +235,7 @@ def _shard_statistics(
     shard: Path, projection: Mapping[str, NDArray[Any]]
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float32], NDArray[np.float32]]:
     """Number, sum (d,), minimum (d,) and maximum (d,) of the projected rows."""
-    progress.moved("shards")
+    progress.advance("shards")
     rows = apply(projection, finite_rows(shard))
     return len(rows), rows.sum(axis=0, dtype=np.float64), rows.min(axis=0), rows.max(axis=0)
 
@@ -324,7 +324,7 @@ def _sum_change(group: list[Path], shared: tuple[_ClusteringSpace, _Centroids, _
         old = previous_labels_of(shard, rows) if previous_labels_of else None
         labels = labels_of(shard, rows)
         relabelled += _add(change, rows, labels, old)
-        progress.moved("shards")
+        progress.advance("shards")
         change.squares.append(square)
     return _SumChange(change.sums, change.counts, change.squares, relabelled)
 

@@ -122,7 +122,7 @@ def _block_moments(block: list[Path], l2: bool) -> tuple[int, NDArray[np.float64
     count, total, second = 0, np.zeros(1), np.zeros((1, 1))
     with blas.one_thread():
         for shard in block:
-            progress.moved("shards")
+            progress.advance("shards")
             rows = finite_rows(shard)
             for start in range(0, len(rows), blas.CHUNK_ROWS):
                 piece = rows[start : start + blas.CHUNK_ROWS]

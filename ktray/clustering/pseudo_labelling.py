@@ -45,7 +45,7 @@ def _assigned(shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArr
 
 
 def _projected(shard: Path, centroids: NDArray[np.float32], projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-    progress.moved("shards")
+    progress.advance("shards")
     rows = finite_rows(shard)
     width = projection["components"].shape[1] if "components" in projection else centroids.shape[1]
     if rows.shape[1] != width:

@@ -112,7 +112,7 @@ class CostModel:
             others: key -> stages that are made or will be made, such as those that it reads.
         """
         others = others or {}
-        there = (key for key in stage.starts if key in self._epochs or key in others)
+        there = (key for key in stage.resume_from if key in self._epochs or key in others)
         term = self._term(stage, self._share(stage, there, others), others)
         return math.exp(term.mean) if isinstance(term, _Term) else term * self._prior_growth(stage, others)
 
@@ -146,7 +146,7 @@ class CostModel:
         found: dict[str, _Term | float] = {}
         for stage in planned.values():
             if stage.key not in made:
-                there = (key for key in stage.starts if key in made or key in planned)
+                there = (key for key in stage.resume_from if key in made or key in planned)
                 found[stage.key] = self._term(stage, self._share(stage, there, planned), planned)
         return found
 

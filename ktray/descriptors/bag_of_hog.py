@@ -74,7 +74,7 @@ def fit(spec: Spec, images: Images) -> dict[str, NDArray[Any]]:
     for start in range(0, count, _BATCH):
         rows = _patterns(spec, torch.from_numpy(images.read(chosen[start : start + _BATCH]))).numpy()
         order = draws.random(rows.shape[:2]).argsort(axis=1)[:, :per_image]
-        progress.moved("images", len(rows))
+        progress.advance("images", len(rows))
         found.append(np.take_along_axis(rows, order[:, :, None], axis=1).reshape(-1, rows.shape[2]))
     with tempfile.TemporaryDirectory() as folder:  # k-means reads shards from files
         shard = Path(folder) / "patterns.npy"

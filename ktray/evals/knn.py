@@ -96,7 +96,7 @@ def predict(
         else:  # relative to the nearest, because exp(1 / temperature) overflows for small temperatures
             weights = ((nearest - nearest[:, :1]).double() / temperature).exp()
         votes = torch.zeros(len(nearest), classes, dtype=torch.float64, device=device).scatter_add_(1, owners[index], weights)
-        progress.moved("judged", len(votes))
+        progress.advance("judged", len(votes))
         predicted.append(votes.cpu().numpy().argmax(1))  # numpy's argmax returns the first maximum, torch's any of them
     return np.concatenate(predicted)
 

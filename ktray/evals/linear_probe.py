@@ -151,7 +151,7 @@ def _loss_and_gradient(
         error.scatter_add_(1, truth, torch.full_like(truth, -1, dtype=error.dtype))
         gradient[:-1] += block.T @ error
         gradient[-1] += error.sum(0)
-        progress.moved("blocks")
+        progress.advance("blocks")
     gradient /= len(rows)
     gradient[:-1] += l2 * exact[:-1]
     return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.cpu().numpy().ravel()

@@ -155,7 +155,7 @@ def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArra
     batches = []
     for at in range(start, stop, BATCH):
         batches.append(extractor(images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))))
-        progress.moved("images", len(batches[-1]))
+        progress.advance("images", len(batches[-1]))
     rows = np.concatenate(batches)
     require_finite(rows, images, start)
     return rows
@@ -182,7 +182,7 @@ def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
 
     Args:
         source: plain data: "view" (see `teacher_view`), "weights" and "state" (directories or None), "images"
-            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "most_images", if
+            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "max_batch_size", if
             it is there, is how many images the device holds at once.
         out: an existing directory that every worker sees.
 
@@ -233,7 +233,7 @@ def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[
         for index, (rows, passed) in enumerate(extract(batch)):
             kept[index].append(rows)
             seconds[index] += read + passed
-        progress.moved("images", len(batch))
+        progress.advance("images", len(batch))
     done = []
     for index, dtype in enumerate(dtypes):
         began = time.perf_counter()
@@ -254,15 +254,15 @@ def _source(canonical: str) -> tuple[Views, Images, list[str]]:
     sources = json.loads(canonical)
     first = sources[0]
     weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
-    extract = _all_views([source["view"] for source in sources], weights, state, first["device"], first.get("most_images"))
+    extract = _all_views([source["view"] for source in sources], weights, state, first["device"], first.get("max_batch_size"))
     return extract, _opened(first), [source["dtype"] for source in sources]
 
 
 def _all_views(
-    views: list[dict[str, Any]], weights: Path | None, state: Path | None, device: str, most_images: int | None
+    views: list[dict[str, Any]], weights: Path | None, state: Path | None, device: str, max_batch_size: int | None
 ) -> Views:
     if len(views) == 1:
-        extractor = in_smaller_batches(view_extractor(views[0], weights, state, device), most_images)
+        extractor = in_smaller_batches(view_extractor(views[0], weights, state, device), max_batch_size)
 
         def alone(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
             began = time.perf_counter()
@@ -274,7 +274,7 @@ def _all_views(
     extract = layers_extractor(network, [_layer_of(view) for view in views], views[0]["normalize"])
 
     def together(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
-        pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, most_images)]
+        pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, max_batch_size)]
         return [
             (np.concatenate([rows.float().cpu().numpy() for rows, _ in view]), sum(seconds for _, seconds in view))
             for view in zip(*pieces, strict=True)
@@ -283,15 +283,15 @@ def _all_views(
     return together
 
 
-def in_smaller_batches(extractor: Extractor, most_images: int | None) -> Extractor:
-    """The same extractor for a device that has no memory for more than `most_images` at once; None for one that has."""
-    if most_images is None:
+def in_smaller_batches(extractor: Extractor, max_batch_size: int | None) -> Extractor:
+    """The same extractor for a device that has no memory for more than `max_batch_size` at once; None for one that has."""
+    if max_batch_size is None:
         return extractor
-    return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, most_images)])
+    return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, max_batch_size)])
 
 
-def _pieces(images: NDArray[np.uint8], most_images: int | None) -> list[NDArray[np.uint8]]:
-    size = most_images or max(1, len(images))
+def _pieces(images: NDArray[np.uint8], max_batch_size: int | None) -> list[NDArray[np.uint8]]:
+    size = max_batch_size or max(1, len(images))
     return [images[at : at + size] for at in range(0, len(images), size)]
 
 

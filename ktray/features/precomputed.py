@@ -131,7 +131,7 @@ def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]
         extraction.require_finite(stored, images, start)
         np.save(out / f"features-{start // extraction.SHARD_ROWS:05d}.npy", stored)
         width = rows.shape[1]
-        progress.moved("images", len(rows))
+        progress.advance("images", len(rows))
     seconds = time.perf_counter() - began
     return {"count": float(len(images)), "dim": float(width), "images_per_s": len(images) / seconds}
 

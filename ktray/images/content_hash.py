@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray import plugins
-from ktray.fingerprint import file_sha256, fingerprint, settled
+from ktray.fingerprint import file_sha256, fingerprint, mtime_is_reliable
 from ktray.images.source import Source
 from ktray.spec import DataSpec
 
@@ -63,7 +63,9 @@ def _manifest(files: tuple[tuple[str, Path], ...], book: Path | None) -> list[li
     with ThreadPoolExecutor(_THREADS) as threads:
         entries = [entry for of_run in threads.map(lambda run: [_entry(path, known) for path in run], runs) for entry in of_run]
     if book is not None:
-        lines = {path: entry for path, entry in zip(paths, entries, strict=True) if entry[1] >= 0 and settled(entry[1])}
+        lines = {
+            path: entry for path, entry in zip(paths, entries, strict=True) if entry[1] >= 0 and mtime_is_reliable(entry[1])
+        }
         if lines != known:
             book.parent.mkdir(parents=True, exist_ok=True)
             scratch = book.with_suffix(f".{os.getpid()}")

@@ -114,7 +114,7 @@ def _together(
         with ThreadPoolExecutor(_THREADS) as threads:
             for place, pixels in enumerate(threads.map(square, indices)):
                 squares[place] = pixels
-                progress.moved("read")
+                progress.advance("read")
         return squares
 
     return read_all

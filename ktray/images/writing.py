@@ -127,7 +127,7 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
     unreadable, boxes = [], []
     with keep(Path(shared["out"]), block, source, size) as place:
         for offset in range(start, stop):
-            progress.moved("images")
+            progress.advance("images")
             row = int(rows[offset])
             try:
                 height, width = place(offset, row).shape[:2]

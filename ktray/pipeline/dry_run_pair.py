@@ -69,7 +69,7 @@ def dry_run_stages(pair: PairSpec, identity: Identity) -> list[Stage]:
     stages = []
     for stage in pair_graph.build(small_pair(pair, count), identity).stages:
         inputs = {role: key_in_dry_run.get(key, key) for role, key in stage.inputs.items()}
-        small = replace(stage, spec={**stage.spec, DRY_RUN: count}, inputs=inputs, starts=(), varies=())
+        small = replace(stage, spec={**stage.spec, DRY_RUN: count}, inputs=inputs, resume_from=(), varying_fields=())
         key_in_dry_run[stage.key] = small.key
         stages.append(small)
     return stages

@@ -1,4 +1,4 @@
-"""Find or compute one artifact. The same function runs in the local process and on every worker of the scheduler."""
+"""Finds or computes one artifact. The same function runs in the local process and on every worker of the scheduler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ktray.training import snapshot
 
 
 def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
-    """The artifact of `stage`, and whether this call published it; the stages beside it are published, too.
+    """The artifact of `stage`, and whether this call published it. Those in its `computed_with` are published, too.
 
     Args:
         attempt: name of this attempt, unique per key.
@@ -32,25 +32,25 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
         FileNotFoundError: this attempt was fenced.
         Exception: whatever the stage raises.
     """
-    wanted = [each for each in (stage, *stage.computed_with) if store.find(each.key) is None]
+    missing = [each for each in (stage, *stage.computed_with) if store.find(each.key) is None]
     published: dict[str, tuple[Artifact, bool]] = {}
-    if wanted:
-        inputs = {role: _input(store, key) for role, key in stage.inputs.items()}
+    if missing:
+        inputs = {role: _find_input(store, key) for role, key in stage.inputs.items()}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
         try:
             peak_memory.reset_peaks(context.device)
-            with progress.heard(context.progress) as tell:
-                heard = replace(context, progress=tell)
-                if len(wanted) > 1:
-                    published = _compute_family(wanted, inputs, store, attempt, heard)
+            with progress.reporting(context.progress) as report:
+                context = replace(context, progress=report)
+                if len(missing) > 1:
+                    published = _compute_family(missing, inputs, store, attempt, context)
                 else:
-                    published = {wanted[0].key: _compute(wanted[0], inputs, store, attempt, heard)}
+                    published = {missing[0].key: _compute(missing[0], inputs, store, attempt, context)}
         finally:
-            torch.set_num_threads(threads)  # in a notebook, what runs after this is not ours
-            peak_memory.give_back(context.device)
+            torch.set_num_threads(threads)  # a notebook goes on with the user's own code
+            peak_memory.release_cached_memory(context.device)
     if stage.key not in published:
-        return _input(store, stage.key), False
+        return _find_input(store, stage.key), False
     return published[stage.key]
 
 
@@ -72,26 +72,26 @@ def _compute(
 def _compute_family(
     stages: list[Stage], inputs: Mapping[str, Artifact], store: Store, attempt: str, context: StageContext
 ) -> dict[str, tuple[Artifact, bool]]:
-    """One run for several stages. Each is charged its share of the seconds, so that they sum to what was spent.
+    """One run for several stages. Each record gets a share of the seconds, and the shares sum to the duration of the run.
 
-    A share is in proportion to what the stage would have cost alone; the dearest of them would have cost the whole run.
+    A share is proportional to what the stage would have cost alone. The most expensive one alone would have cost the whole run.
     """
     scratches = [store.scratch(stage.key, attempt) for stage in stages]
     began = time.perf_counter()
     made = FAMILY_WORK[stages[0].name](stages, inputs, scratches, context)
     seconds = time.perf_counter() - began
-    work = [alone for _, alone in made]
+    costs = [cost for _, cost in made]
     together = sorted(stage.key for stage in stages)
     published = {}
-    for stage, scratch, (metrics, alone) in zip(stages, scratches, made, strict=True):
-        record = record_of(stage, metrics, seconds * alone / sum(work), inputs, context)
+    for stage, scratch, (metrics, cost) in zip(stages, scratches, made, strict=True):
+        record = record_of(stage, metrics, seconds * cost / sum(costs), inputs, context)
         record |= {"attempt": attempt, "started_from": None, "together": together}
-        record["seconds_alone"] = round(seconds * alone / max(work), 3)
+        record["seconds_alone"] = round(seconds * cost / max(costs), 3)
         published[stage.key] = store.publish(scratch, stage.key, record)
     return published
 
 
-def _input(store: Store, key: str) -> Artifact:
+def _find_input(store: Store, key: str) -> Artifact:
     found = store.find(key)
     if found is None:
         raise MissingInput(key)
@@ -99,28 +99,29 @@ def _input(store: Store, key: str) -> Artifact:
 
 
 def _latest_snapshot(stage: Stage, store: Store) -> Path | None:
-    """The furthest snapshot to start from: a checkpoint of a dead attempt at this key, or an earlier epoch's artifact."""
-    artifacts = (artifact.directory for artifact in map(store.find, stage.starts) if artifact)
+    """The latest snapshot to resume from: a checkpoint of a dead attempt at this key, or an earlier epoch's artifact."""
+    artifacts = (artifact.directory for artifact in map(store.find, stage.resume_from) if artifact)
     found = [_first_readable(store.checkpoints(stage.key)), _first_readable(artifacts)]
     return max(filter(None, found), default=(0, None))[1]
 
 
 def _first_readable(newest_first: Iterable[Path]) -> tuple[int, Path] | None:
-    """The first snapshot that is whole, and its epoch: a torn one costs epochs, and must not fail its stage for ever."""
+    """Epoch and directory of the first snapshot that can be read. A damaged one costs epochs, but must not fail the stage."""
     for directory in newest_first:
         try:
             return snapshot.epoch_of(directory), directory
         except ValueError as error:
-            warnings.warn(f"{error}; going on without it", stacklevel=2)
+            warnings.warn(f"{error}; continuing without it", stacklevel=2)
     return None
 
 
 def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | None) -> float:
-    """What this stage would have cost without the snapshot that it continued."""
+    """The seconds that this stage would have taken without the snapshot that it resumed from."""
     if start is None:
         return seconds
     earlier = store.find(start.name)
     if earlier:
         return seconds + float(earlier.record["seconds_alone"])
-    until, begun = stage.spec["epoch"], snapshot.epoch_of(start)  # a dead attempt's checkpoint: its epochs cost what ours did
-    return float(seconds * until / max(1, until - begun))
+    # A dead attempt's checkpoint: assume that its epochs took as long as these.
+    until, resumed_at = stage.spec["epoch"], snapshot.epoch_of(start)
+    return float(seconds * until / max(1, until - resumed_at))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ktray import images, plugins
 from ktray.features import precomputed
-from ktray.fingerprint import canonical, file_sha256, settled
+from ktray.fingerprint import canonical, file_sha256, mtime_is_reliable
 from ktray.spec import Columns, DataSpec, PrecomputedTeacher
 from ktray.training import pretrained
 
@@ -58,7 +58,7 @@ def features_identity(teacher: PrecomputedTeacher) -> dict[str, Any]:
 
 
 def _sha256(file: Path, found: os.stat_result) -> str:
-    if not settled(found.st_mtime_ns):
+    if not mtime_is_reliable(found.st_mtime_ns):
         return file_sha256(file)
     return _sha256_as_of(file, found.st_size, found.st_mtime_ns)
 

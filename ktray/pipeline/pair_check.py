@@ -21,7 +21,7 @@ from ktray.fingerprint import canonical
 from ktray.images import Source, Splits, Unreadable, split_rows
 from ktray.pipeline.identity import checkpoint_sha256, origin
 from ktray.pipeline.pair_graph import generations
-from ktray.pipeline.shape_check import ask_plugin, try_networks
+from ktray.pipeline.shape_check import run_plugin_check, try_networks
 from ktray.spec import (
     BackboneSpec,
     DataRoles,
@@ -113,7 +113,7 @@ def _transfer(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
     """Whether there are images enough for what the transfer makes of them."""
     count = train_count(transfer, pair.data.transfer)
     clustered = "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS
-    ask_plugin("transfer", "transfer", pair.transfer, count, train_count(cluster, pair.data.cluster) if clustered else 0)
+    run_plugin_check("transfer", "transfer", pair.transfer, count, train_count(cluster, pair.data.cluster) if clustered else 0)
 
 
 def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:

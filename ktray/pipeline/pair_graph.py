@@ -37,8 +37,8 @@ from ktray.training import pretrained
 
 Identity = Callable[[DataSpec], str]
 """Data spec -> sha256 of the data's content."""
-MOST_STARTS = 400
-MOST_CHAINS = 300
+MAX_RESUME_KEYS = 400
+MAX_CACHED_CHAINS = 300
 _chains: dict[tuple[str, str], list[Stage]] = {}
 
 
@@ -61,7 +61,7 @@ class Graph:
         kept = {key}
         for stage in reversed(self.stages):
             if stage.key in kept:
-                kept |= {*stage.inputs.values(), *stage.starts}
+                kept |= {*stage.inputs.values(), *stage.resume_from}
         named = {name: own for name, own in self.keys.items() if isinstance(own, str) and own in kept}
         return Graph(tuple(s for s in self.stages if s.key in kept), {**named, "evaluation": {evaluation: key}})
 
@@ -71,7 +71,7 @@ class Graph:
         All other stages come before the student, those of a student that teaches included. What a search spends is split here.
         """
         student = next((stage for stage in self.stages if stage.key == self.keys.get("student")), None)
-        found = {student.key, *student.starts} & {stage.key for stage in self.stages} if student else set()
+        found = {student.key, *student.resume_from} & {stage.key for stage in self.stages} if student else set()
         for stage in self.stages:
             if not found.isdisjoint(stage.inputs.values()):
                 found.add(stage.key)
@@ -173,7 +173,7 @@ def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], sched
     end = stage(last)
     known = (end.sha256, canonical([end.local, end.about, schedule.model_dump(mode="json"), cuts]))
     if known not in _chains:
-        while len(_chains) >= MOST_CHAINS:
+        while len(_chains) >= MAX_CACHED_CHAINS:
             del _chains[next(iter(_chains))]
         _chains[known] = _chain(stage, cuts)
     return [builder.add(each) for each in _chains[known]][-1]
@@ -183,9 +183,9 @@ def _chain(stage: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
     at = lru_cache(maxsize=None)(stage)
     chain = []
     for cut in cuts:
-        stride = max(1, -(-cut // MOST_STARTS))
+        stride = max(1, -(-cut // MAX_RESUME_KEYS))
         earlier = sorted({*range(stride, cut, stride), *(c for c in cuts if c < cut)}, reverse=True)
-        chain.append(replace(at(cut), starts=tuple(at(epoch).key for epoch in earlier)))
+        chain.append(replace(at(cut), resume_from=tuple(at(epoch).key for epoch in earlier)))
     return chain
 
 

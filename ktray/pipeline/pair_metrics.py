@@ -11,7 +11,7 @@ from ktray.pipeline.pair_graph import Graph
 from ktray.stores import Store
 
 
-def finished(graph: Graph, store: Store) -> dict[str, Artifact] | None:
+def published_artifacts(graph: Graph, store: Store) -> dict[str, Artifact] | None:
     """Key -> artifact of every stage if all are published, else None."""
     found: dict[str, Artifact] = {}
     for stage in graph.stages:
@@ -34,7 +34,7 @@ def metrics(graph: Graph, artifacts: Mapping[str, Artifact]) -> dict[str, float]
 
 def cost_seconds(graph: Graph, artifacts: Mapping[str, Artifact]) -> float:
     """Recorded seconds of all stages: what the pair would have cost alone. Segments count in the snapshot they led to."""
-    passed = {key for stage in graph.stages for key in stage.starts}
+    passed = {key for stage in graph.stages for key in stage.resume_from}
     return float(sum(artifacts[s.key].record["seconds_alone"] for s in graph.stages if s.key not in passed))
 
 
@@ -62,7 +62,7 @@ def left_out(keys: Iterable[str], store: Store) -> list[str]:
     return found
 
 
-def curve(artifact: Artifact) -> list[dict[str, Any]]:
+def learning_curve(artifact: Artifact) -> list[dict[str, Any]]:
     """Rows (one per epoch) of a training artifact's learning curve; empty for other stages."""
     path = artifact.directory / "history.parquet"
     if not path.exists():

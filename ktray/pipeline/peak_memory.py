@@ -36,7 +36,7 @@ def device_bytes(device: str) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else 0
 
 
-def give_back(device: str) -> None:
+def release_cached_memory(device: str) -> None:
     """Let others on the same GPU have what torch keeps for later."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

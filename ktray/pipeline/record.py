@@ -43,7 +43,7 @@ def record_of(
         "peak_bytes": peak_memory.peak(),
         "device_peak_bytes": peak_memory.device_peak(context.device),
         "device_bytes": peak_memory.device_bytes(context.device),
-        "after_out_of_memory": context.most_images is not None,
+        "after_out_of_memory": context.max_batch_size is not None,
         "device": _device(context.device),
         "workers": context.pool.workers,
         "published": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -50,11 +50,11 @@ def reference_graphs(pair: Mapping[str, Any], data: Splits, identity: Identity) 
     return {name: pair_graph.build(each, identity) for name, each in reference_pairs(pair, data).items()}
 
 
-def settle(wanted: Mapping[str, Graph], store: Store, folder: Path) -> dict[str, dict[str, Any]] | None:
+def save_if_complete(wanted: Mapping[str, Graph], store: Store, folder: Path) -> dict[str, dict[str, Any]] | None:
     """Read the reference lines from the store and keep them with the study; None if a stage is missing."""
     found: dict[str, dict[str, Any]] = {}
     for name, graph in wanted.items():
-        artifacts = pair_metrics.finished(graph, store)
+        artifacts = pair_metrics.published_artifacts(graph, store)
         if artifacts is None:
             return None
         found[name] = {"metrics": pair_metrics.metrics(graph, artifacts), "keys": dict(graph.keys)}
@@ -71,14 +71,14 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def on_test(pair: Mapping[str, Any]) -> PairSpec:
+def with_test_split(pair: Mapping[str, Any]) -> PairSpec:
     """The same pair, judged on the test split instead of val."""
     whole = PairSpec.model_validate(dict(pair))
     evals = [spec.model_copy(update={"split": "test"}).model_dump() for spec in whole.evals]
     return PairSpec.model_validate({**pair, "evals": evals})
 
 
-def may_be_judged_on_test(keys: Mapping[str, Any], store: Store) -> bool:
+def has_test_split(keys: Mapping[str, Any], store: Store) -> bool:
     """Whether the data that judged a trial have a test split, as far as they are still in the store.
 
     Args:

@@ -90,7 +90,7 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
 def _try_teacher(teacher: NetworkTeacher, sizes: dict[str, int]) -> None:
     kind, size = teacher.backbone.kind, sizes["pretext"]
     if isinstance(teacher, TrainedTeacher):
-        ask_plugin("teacher.pretext", "pretext", teacher.pretext)
+        run_plugin_check("teacher.pretext", "pretext", teacher.pretext)
         with _at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
             _learn(teacher.pretext, teacher.backbone, size)
     for role in ("cluster", "transfer"):
@@ -119,22 +119,22 @@ def _try_descriptor(descriptor: DescriptorSpec, sizes: dict[str, int], count: in
     for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
         with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
             _describe(descriptor, size)
-    ask_plugin("teacher.descriptor", "descriptor", descriptor, sizes["cluster"], count)
+    run_plugin_check("teacher.descriptor", "descriptor", descriptor, sizes["cluster"], count)
 
 
-def ask_plugin(place: str, room: str, spec: PluginSpec, *data: int) -> None:
+def run_plugin_check(place: str, group: str, spec: PluginSpec, *data: int) -> None:
     """What a plugin's `check` says of its spec, if it has one.
 
     Args:
         place: dotted path of the spec in the pair.
-        data: what `check` asks of the images besides, as the room's `__init__` says.
+        data: what `check` asks of the images besides, as the group's `__init__` says.
 
     Raises:
         UserError: the plugin refuses its spec.
     """
-    check = getattr(plugins.module_of(room, spec), "check", None)
+    check = getattr(plugins.module_of(group, spec), "check", None)
     if check:
-        with _at(place, f"the {room} {spec.kind} cannot be made", spec):
+        with _at(place, f"the {group} {spec.kind} cannot be made", spec):
             check(spec, *data)
 
 

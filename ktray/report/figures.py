@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from ktray.pipeline.pair_metrics import curve
+from ktray.pipeline.pair_metrics import learning_curve
 from ktray.report.formatting import Objective, counted, measure, pair_title, value_of
 from ktray.report.stage_reuse import FindArtifact
 from ktray.report.svg_plots import COLOURS, Line, Point, curves, scatter
@@ -86,7 +86,7 @@ def _panel(trial_curves: Sequence[tuple[Trial, Curve]], label: str) -> Markup | 
 def _loss(trial: Trial, find: FindArtifact) -> list[tuple[float, float]]:
     key = trial.keys.get("student")
     artifact = find(key) if key else None
-    rows = curve(artifact) if artifact else []
+    rows = learning_curve(artifact) if artifact else []
     return [(float(row["epoch"]), float(row["loss"])) for row in rows if row.get("loss") is not None]
 
 

@@ -72,17 +72,17 @@ def _judge_on_test(trial: Trial, study: str, settings: Settings) -> dict[str, fl
     from ktray.pipeline.execute import execute
     from ktray.pipeline.identity import data_identity
     from ktray.pipeline.pair_check import check_pair, data_loader
-    from ktray.pipeline.references import on_test
+    from ktray.pipeline.references import with_test_split
     from ktray.runs.pair_run import local_context
     from ktray.scheduler.local_scheduler import LocalScheduler
 
-    pair = on_test(trial.pair)
+    pair = with_test_split(trial.pair)
     check_pair(pair, data_loader())
     graph = pair_graph.build(pair, data_identity(settings.cache))
     store = settings.open_store()
     scheduler = LocalScheduler(store, execute, local_context(settings), lambda event: None)
     scheduler.obtain(list(graph.stages), f"test {study}")
-    artifacts = pair_metrics.finished(graph, store)
+    artifacts = pair_metrics.published_artifacts(graph, store)
     assert artifacts is not None
     metrics = pair_metrics.metrics(graph, artifacts)
     evaluations = tuple(f"{evaluation}/" for evaluation in graph.keys.get("evaluation", {}))

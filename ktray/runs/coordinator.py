@@ -133,7 +133,7 @@ class TrialCoordinator:
                 if len(failed_in_a_row) >= MAX_FAILURES:
                     raise too_many_failures(failed_in_a_row)
                 continue
-            if pair_metrics.finished(segment.graph, self.store) is None:
+            if pair_metrics.published_artifacts(segment.graph, self.store) is None:
                 self.study.attribute_costs(segment.trial.number, self.draw_costs.expected_costs(segment.graph))
                 return segment
             self.settle(segment, computed=[])
@@ -210,8 +210,9 @@ class TrialCoordinator:
         """
         needed = {key for stage in graph.stages for key in stage.inputs.values()} | set(graph.metric_prefixes())
         intermediate = {stage.key for stage in graph.stages if not self.draw_costs.is_prefetched(stage.key)} - needed
-        later = [stage for stage in graph.stages if not intermediate.isdisjoint(stage.starts)]
-        bypassed = intermediate & {start for stage in later if self.draw_costs.is_made(stage.key) for start in stage.starts}
+        later = [stage for stage in graph.stages if not intermediate.isdisjoint(stage.resume_from)]
+        computed = [stage for stage in later if self.draw_costs.is_made(stage.key)]
+        bypassed = intermediate & {key for stage in computed for key in stage.resume_from}
         return Graph(tuple(stage for stage in graph.stages if stage.key not in bypassed), graph.keys)
 
     def _evaluation_of(self, epoch: int) -> str:
@@ -225,7 +226,7 @@ class TrialCoordinator:
         Args:
             computed: keys that this trial caused to be computed; their seconds are its marginal cost.
         """
-        artifacts = pair_metrics.finished(segment.graph, self.store)
+        artifacts = pair_metrics.published_artifacts(segment.graph, self.store)
         if artifacts is None:
             self.fail(segment, "an artifact vanished from the store before the trial could read it")
             return
@@ -304,7 +305,7 @@ def _up_to_features(graph: Graph) -> list[Stage]:
 
 
 def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:
-    rows = pair_metrics.curve(artifacts[graph.keys["student"]]) if "student" in graph.keys else []
+    rows = pair_metrics.learning_curve(artifacts[graph.keys["student"]]) if "student" in graph.keys else []
     return [
         {"epoch": row["epoch"], **{f"student/{name}": value for name, value in row.items() if name != "epoch"}} for row in rows
     ]

@@ -137,7 +137,7 @@ def _run_pair(name: str, graph: Graph, scheduler: _Obtains, settings: Settings) 
         outcomes = scheduler.obtain(list(graph.stages), _waiter(name))
     except StageFailed as failure:
         return failure
-    artifacts = pair_metrics.finished(graph, settings.open_store())
+    artifacts = pair_metrics.published_artifacts(graph, settings.open_store())
     if artifacts is None:
         return StageFailed(name, "an artifact vanished while the pair ran")
     computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]

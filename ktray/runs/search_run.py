@@ -295,9 +295,9 @@ def _compute_reference_lines(coordinator: TrialCoordinator, scheduler: _LazySche
     data = data_loader()(PairSpec.model_validate(dict(best[0].pair)).data.transfer)
     graphs = references.reference_graphs(best[0].pair, data, coordinator.identity)
     coordinator.demanded |= {stage.key for graph in graphs.values() for stage in graph.stages}
-    if references.settle(graphs, coordinator.store, scheduler.study_folder) is None:
+    if references.save_if_complete(graphs, coordinator.store, scheduler.study_folder) is None:
         scheduler.obtain({f"the reference line {line!r}": graph for line, graph in graphs.items()})
-        references.settle(graphs, coordinator.store, scheduler.study_folder)
+        references.save_if_complete(graphs, coordinator.store, scheduler.study_folder)
 
 
 def with_concurrent(space: Space, concurrent: int | None) -> Space:

@@ -112,11 +112,11 @@ class _VirtualStore:
 
     def epoch_reached(self, stage: Stage) -> int:
         """Epoch of the latest snapshot that the stage can start from."""
-        start = next((self.found[key] for key in stage.starts if key in self.found), None)
+        start = next((self.found[key] for key in stage.resume_from if key in self.found), None)
         return int(start.record["epoch"]) if start else 0
 
     def seconds_before(self, stage: Stage) -> float:
-        start = next((self.found[key] for key in stage.starts if key in self.found), None)
+        start = next((self.found[key] for key in stage.resume_from if key in self.found), None)
         return float(start.record["seconds_alone"]) if start else 0.0
 
 

@@ -123,7 +123,7 @@ def log_stage(tracker: Tracker, artifact: Artifact) -> None:
             tags={"ktray.stage": stage, "ktray.device": record["device"], "ktray.commit": record["commit"] or "not a checkout"},
             curve=[
                 {name if name == "epoch" else f"{prefix}/{name}": value for name, value in row.items()}
-                for row in pair_metrics.curve(artifact)
+                for row in pair_metrics.learning_curve(artifact)
             ],
             images=sorted(artifact.directory.glob("*.png")),
             params=flat(spec),

@@ -219,7 +219,7 @@ class Broker:
         elif self._core.attempt_failed(key, attempt, kind, cause, report.missing, now):
             failure = {"cause": cause, "traceback": report.traceback, "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures
-                self._store.fail(key, failure)
+                self._store.record_failure(key, failure)
         self._carry_out()
 
     # ---- the periodic task

@@ -12,7 +12,7 @@ from typing import Any
 
 from ktray.artifact import Artifact, Stage
 from ktray.errors import StageFailed, StoppedEarly, UserError
-from ktray.pool import FEW_IMAGES, StageContext
+from ktray.pool import SMALL_BATCH_SIZE, StageContext
 from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, failure_kind, out_of_memory_cause
 from ktray.stores import Store
 from ktray.stores.locks import lock_store_shared, try_lock_store
@@ -86,7 +86,7 @@ class LocalScheduler:
         cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         cause = out_of_memory_cause(cause) if kind == OUT_OF_MEMORY else cause
         with suppress(OSError):  # a store that cannot be written is one of the causes
-            self.store.fail(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
+            self.store.record_failure(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
         return StageFailed(stage.key, cause)
 
     def _work(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
@@ -97,4 +97,4 @@ class LocalScheduler:
                 raise
             self.on_event({"event": OUT_OF_MEMORY, "key": stage.key, "stage": stage.name})
         # Outside the handler, whose error holds the tensors of all its frames.
-        return self.work(stage, self.store, f"{attempt}-again", replace(self.context, most_images=FEW_IMAGES))
+        return self.work(stage, self.store, f"{attempt}-again", replace(self.context, max_batch_size=SMALL_BATCH_SIZE))

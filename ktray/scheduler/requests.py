@@ -323,7 +323,7 @@ class RequestTable:
             self.pending[stage.key] = pending
             paths = (self.pending[key].path_seconds for key in self.queue.dependents(stage.key))
             pending.path_seconds = pending.seconds + max(paths, default=0.0)
-            self.queue.add(stage.key, (*stage.starts, *stage.inputs.values()), self._rank(pending))
+            self.queue.add(stage.key, (*stage.resume_from, *stage.inputs.values()), self._rank(pending))
             self._update_paths(pending)
             if stage.family:
                 self._families.setdefault(stage.family, set()).add(stage.key)

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.artifact import Stage
 from ktray.errors import MissingInput
-from ktray.pool import FEW_IMAGES, StageContext
+from ktray.pool import SMALL_BATCH_SIZE, StageContext
 from ktray.scheduler.messages import (
     BROKER_NAME,
     FAILED,
@@ -105,7 +105,7 @@ class WorkerActor:
             progress=self._note_progress,
             checkpoint_seconds=runtime.checkpoint_seconds,
             memmap_bytes=runtime.memmap_bytes,
-            most_images=FEW_IMAGES if assignment.small_batches else None,
+            max_batch_size=SMALL_BATCH_SIZE if assignment.small_batches else None,
         )
         began = time.monotonic()
         with self._busy:  # wait for an item of another worker that is being computed

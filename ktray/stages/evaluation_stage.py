@@ -98,7 +98,7 @@ def _features_of(
     def extracted(images: Images) -> NDArray[np.float32]:
         weights, state = features_stage.weights_and_state(inputs.get("teacher") or inputs.get("student"))
         extractor = extraction.view_extractor(judged, weights, state, context.device)
-        return extraction.extract_all(extraction.in_smaller_batches(extractor, context.most_images), images)
+        return extraction.extract_all(extraction.in_smaller_batches(extractor, context.max_batch_size), images)
 
     def ready_made(images: Images) -> NDArray[np.float32]:
         data = data_of(stage, "images.target", inputs)

@@ -39,8 +39,8 @@ def stage_of(
     view = view_of(teacher, ready_made)
     revisions = plugins.revisions(sys.modules[__name__], method_of(teacher))
     local = {"data": {"images": places}, **files_of(teacher)}
-    varies = ("layer", "pool") if "layer" in view else ()  # a forward pass brings every layer
-    return Stage("features", {**view, "dtype": teacher.dtype}, revisions, inputs, local=local, varies=varies)
+    varying_fields = ("layer", "pool") if "layer" in view else ()  # a forward pass brings every layer
+    return Stage("features", {**view, "dtype": teacher.dtype}, revisions, inputs, local=local, varying_fields=varying_fields)
 
 
 def view_of(teacher: TeacherSpec, ready_made: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _source(stage: Stage, inputs: Mapping[str, Artifact], context: StageContext)
         "split": "train",
         "dtype": stage.spec["dtype"],
         "device": context.device,
-        "most_images": context.most_images,
+        "max_batch_size": context.max_batch_size,
     }
 
 

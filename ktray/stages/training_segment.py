@@ -51,7 +51,7 @@ def run_training(
         until=until,
         start=start,
         device=context.device,
-        most_images=context.most_images,
+        max_batch_size=context.max_batch_size,
         on_epoch=_checkpointing(out, until, context),
     )
     return {**metrics, "epoch": float(until), "parameters": float(sum(p.numel() for p in backbone.parameters()))}

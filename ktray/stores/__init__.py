@@ -50,7 +50,7 @@ class Store(Protocol):
     def checkpoints(self, key: str) -> list[Path]:
         """Complete checkpoints that unfinished attempts at `key` left, newest first."""
 
-    def fail(self, key: str, failure: Mapping[str, Any]) -> None:
+    def record_failure(self, key: str, failure: Mapping[str, Any]) -> None:
         """Remember why the last attempt at `key` failed; a failure is not an artifact."""
 
     def failure(self, key: str) -> Mapping[str, Any] | None:

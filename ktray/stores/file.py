@@ -141,7 +141,7 @@ class FileStore:
                     found.append((int(epoch), path))
         return [path for _, path in sorted(found, reverse=True)]
 
-    def fail(self, key: str, failure: Mapping[str, Any]) -> None:
+    def record_failure(self, key: str, failure: Mapping[str, Any]) -> None:
         _write_durably(self._hidden(".failures") / f"{key}.json", json.dumps(failure, indent=1, sort_keys=True))
 
     def failure(self, key: str) -> Mapping[str, Any] | None:

@@ -93,7 +93,7 @@ def fit(
     until: int,
     start: Path | None = None,
     device: str = "cpu",
-    most_images: int | None = None,
+    max_batch_size: int | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> dict[str, float]:
     """Train to the end of epoch `until`, write that snapshot into `out`, and return the last epoch's metrics.
@@ -108,7 +108,7 @@ def fit(
             lr of the last step, metrics of the task; means over images; all epochs from 1) and state.json, written last.
         until: last epoch, at most `schedule.epochs`; 0 writes the initial weights, and the metrics are empty.
         start: snapshot of any earlier epoch of the same training; None trains from scratch.
-        most_images: so many images at most, and a quarter of a batch, go through the network at once (`_Batches.parts`).
+        max_batch_size: so many images at most, and a quarter of a batch, go through the network at once (`_Batches.parts`).
         on_epoch: called with (epoch, its metrics, a function that writes this epoch's snapshot into a directory).
 
     Raises:
@@ -123,7 +123,7 @@ def fit(
         history = snapshot.restore(start, model, optimizer) if start else []
         if not len(history) <= until <= schedule.epochs:
             raise ValueError(f"epoch {until} is not between the start, {len(history)}, and the total, {schedule.epochs}")
-        batches = _Batches(images, task, schedule.batch_size, seed, device, most_images)
+        batches = _Batches(images, task, schedule.batch_size, seed, device, max_batch_size)
         for epoch in range(len(history) + 1, until + 1):
             torch.manual_seed(seed_of(seed, "epoch", epoch))
             metrics = _train_epoch(epoch, model, task, optimizer, schedule, batches)
@@ -170,7 +170,7 @@ def _train_epoch(
             part = value.double() * count
             sums[name] = sums[name] + part if name in sums else part
         seen += len(indices)
-        progress.moved("step")
+        progress.advance("step")
     means = {name: float(total) / seen for name, total in sums.items()}
     if not math.isfinite(means["loss"]):
         raise ValueError(f"the loss of epoch {epoch} is {means['loss']}; a lower learning rate than {schedule.lr} may help")
@@ -180,12 +180,12 @@ def _train_epoch(
 class _Batches:
     """Shuffled batches of the kept images: (pixels on the device, indices, generator of the batch) per step of an epoch."""
 
-    def __init__(self, images: Images, task: Task, size: int, seed: int, device: str, most_images: int | None) -> None:
+    def __init__(self, images: Images, task: Task, size: int, seed: int, device: str, max_batch_size: int | None) -> None:
         self.images, self.size, self.seed, self.device = images, size, seed, device
         self.order = task.order
         self.most = None
-        if most_images is not None and task.mean_over_images:
-            self.most = max(2, min(most_images, size // 4))  # a small batch did not fit either
+        if max_batch_size is not None and task.mean_over_images:
+            self.most = max(2, min(max_batch_size, size // 4))  # a small batch did not fit either
         self.kept = torch.arange(len(images)) if task.keep is None else task.keep
         if len(self.kept) < 2:
             raise ValueError(f"training needs two images or more, and {len(self.kept)} of {len(images)} are kept")
