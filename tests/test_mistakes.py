@@ -102,7 +102,7 @@ TEXTS = {
     "twice": ("study: t\npair: {}\nstudy: u\n", "line 3: the key 'study' is there twice", "Leave one of them out."),
     "tag": ("study: !!python/object/apply:os.getcwd []\n", "line 1: this is not valid YAML", "tags (!) are not supported"),
     "empty": ("", "the file is empty", "quickstart.yaml"),
-    "list": ("- a\n", "the file holds no fields", "quickstart.yaml"),
+    "list": ("- a\n", "the file has no fields", "quickstart.yaml"),
 }
 
 

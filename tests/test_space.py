@@ -229,7 +229,7 @@ def test_several_mistakes_come_in_one_message_each_once(tmp_path: Path) -> None:
         ({"objectives": [{"metric": "knn/top1"}, {"metric": "knn/top1"}]}, "there twice"),
         ({"buget": {"trials": 3}}, "Did you mean 'budget'?"),
         ({"budget": {"trials": 0}}, "budget.trials"),
-        ({"budget": {"stop_after": "noon"}}, "no duration"),
+        ({"budget": {"stop_after": "noon"}}, "not a duration"),
         ({"budget": {"stop_after": 0}}, "should be above 0"),
         ({"early_stop": {"metric": "knn/top5", "rungs": [1, 9]}}, "no evaluation of the pair gives 'knn/top5'"),
         ({"early_stop": {"metric": "cost/seconds", "rungs": [1, 9]}}, "does not evaluate the student"),

@@ -121,5 +121,5 @@ def test_naming_it_again_changes_nothing_although_the_other_study_went_on(old: P
 def test_a_study_that_is_not_there_or_is_itself_is_refused(old: Path) -> None:
     with pytest.raises(UserError, match="no study 'gone'"):
         Study.open(old, toy_space(old), "new", warm_start="gone")
-    with pytest.raises(UserError, match="cannot begin with its own results"):
+    with pytest.raises(UserError, match="cannot start from its own results"):
         Study.open(old, toy_space(old), "toy", warm_start="toy")

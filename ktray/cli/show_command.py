@@ -160,7 +160,7 @@ def _outcome(trial: Trial, study: History) -> str:
         return ", ".join(f"{metric} {value:.4g}" for metric, value in trial.objectives.items())
     stop = study.space.early_stop
     if stop and not trial.scores and trial.teacher_score is not None:
-        return f"{stop.judged_by(0)} {trial.teacher_score:.4g} of its teacher"
+        return f"{stop.metric_at(0)} {trial.teacher_score:.4g} of its teacher"
     return ", ".join(
         f"{stop.metric if stop else 'score'} {score:.4g} at epoch {epoch}" for epoch, score in trial.scores.items()
     )

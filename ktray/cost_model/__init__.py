@@ -1,6 +1,6 @@
-"""The one model of how long stages run, learned from the records of finished stages.
+"""The model of how long stages run, learned from the records of finished stages.
 
-Placement, the sampler, `ktray plan`, the ETA and the forecast of a dry run all ask it. May import the root's words, `stores/`
-and `pipeline/`; `stage_costs.py`, which the broker imports, needs neither torch nor, before its first record, numpy. Start
-with `CostModel` in `stage_costs.py`.
+Placement, the sampler, `ktray plan`, the ETA and the forecast of a dry run all use it. It may import the modules of the
+package's root, `stores` and `stages`. The broker imports `stage_costs.py`, so that file imports no torch, and numpy only with
+the first record. Start with `CostModel` in `stage_costs.py`.
 """

@@ -1,4 +1,4 @@
-"""Bayesian linear regression that outliers hardly bend and that a few observations do not carry far from its prior.
+"""Bayesian linear regression that is robust against outliers and stays near its prior with few observations.
 
 Source: Bishop, "Pattern Recognition and Machine Learning" (2006), section 3.3; observations are weighted for Student's t errors
 as in Lange, Little and Taylor, "Robust Statistical Modeling Using the t Distribution" (JASA 1989), section 2.
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 DEGREES_OF_FREEDOM = 4.0  # of the t errors
 ROUNDS = 8
-PRIOR_NOISE, PRIOR_OBSERVATIONS = 0.5, 3.0  # the noise before any observation, and how many observations that belief counts as
-INTERCEPT_DEVIATION = 10.0  # of the intercept's prior: nearly nothing is known of it
+PRIOR_NOISE, PRIOR_OBSERVATIONS = 0.5, 3.0  # prior of the noise, and its weight in observations
+INTERCEPT_DEVIATION = 10.0  # of the intercept's prior, which is nearly flat
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Posterior:
     noise: float
 
     def mean(self, row: Sequence[float]) -> float:
-        """What is expected of (p + 1,) features, the first of which is 1, beyond what the prior's mean says."""
+        """Expected value for (p + 1,) features, the first of which is 1, relative to the prior's mean."""
         return float(np.array(row) @ self.weights)
 
     def variance(self, row: Sequence[float]) -> float:
-        """Of that mean, by what is not known of the weights; any (p + 1,) combination of rows will do."""
+        """Variance of the mean for (p + 1,) features, or for a linear combination of rows, due to the uncertain weights."""
         combined = np.array(row)
         return float(combined @ self.covariance @ combined)
 
@@ -49,9 +49,9 @@ def fit(features: NDArray[np.float64], values: NDArray[np.float64], deviations: 
     """The posterior after n observations.
 
     Args:
-        features: (n, p), n at least 1; zero where nothing speaks for a deviation.
-        values: (n,), less what the prior's mean says of them.
-        deviations: (p,), standard deviation of each weight's prior around zero.
+        features: (n, p), n at least 1; zero if unknown.
+        values: (n,), minus the prior's mean.
+        deviations: (p,), standard deviation of each weight's prior, which has mean zero.
     """
     design = np.hstack([np.ones((len(values), 1)), features])
     prior_precision = np.diag(1 / np.concatenate([[INTERCEPT_DEVIATION], deviations]) ** 2)
@@ -64,7 +64,7 @@ def fit(features: NDArray[np.float64], values: NDArray[np.float64], deviations: 
         covariance = np.linalg.inv(weighted.T @ design / noise**2 + prior_precision)
         weights = covariance @ (weighted.T @ values) / noise**2
         residuals = values - design @ weights
-        used = float(((weighted @ covariance) * design).sum()) / noise**2  # degrees of freedom that the weights take
+        used = float(((weighted @ covariance) * design).sum()) / noise**2  # degrees of freedom used by the weights
         free = max(0.0, len(values) - used)
         squares = PRIOR_OBSERVATIONS * PRIOR_NOISE**2 + (trust * residuals**2).sum()
         noise = float(np.sqrt(squares / (PRIOR_OBSERVATIONS + free)))

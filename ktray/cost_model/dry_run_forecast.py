@@ -1,8 +1,8 @@
-"""What a search takes at full size, forecast from its dry run: the seconds and bytes of each stage.
+"""Forecasts the seconds and bytes of each stage of a search at full size from its dry run.
 
-Each stage of a dry run is an observation of its stage at full size, scaled in proportion to images, epochs, k-means iterations
-and k. That is rough, and rather too much: the time to start is scaled as if it were work. Of kinds of stages that the store has
-records of, the cost model forecasts the seconds from these instead; of all others from the observations.
+The record of each stage of a dry run is scaled in proportion to images, epochs, k-means iterations and k. This is rough and
+rather too high, since the start-up time is scaled as well. For kinds of stages with records in the store, the seconds come from
+the cost model instead.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SHEETS = (".png",)  # except for these files
 
 @dataclass(frozen=True)
 class FullSizeStages:
-    """What a dry run is the small form of.
+    """The stages at full size that a dry run stands for.
 
     Attributes:
-        draws: name of a draw -> its stages at full size, one for each of the dry run and in the same order.
-        images: key of a data set's images -> how many are for training, and how many there are in all.
-        expected: kind of stage -> how many different artifacts of it are to be expected; {} for those of these draws.
+        draws: name of a draw -> its stages at full size, one for each stage of the dry run and in the same order.
+        images: key of a data set's images -> number of training images, number of all images.
+        expected: kind of stage -> expected number of different artifacts; {}: only those of these draws.
     """
 
     draws: Mapping[str, Sequence[Stage]]
@@ -38,14 +38,14 @@ class FullSizeStages:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is to be expected.
+    """The forecast for a search at full size.
 
     Attributes:
-        seconds: of all stages, one after the other, each training to its last epoch.
+        seconds: of all stages, run one after the other, each training to its last epoch.
         bytes: of all artifacts on disk.
-        pair_bytes: of those of the largest of the draws, as if none of them were there.
-        stages: kind of stage -> `expected` artifacts, mean `whole_seconds` and `whole_bytes` of one; what the store has
-            already takes none.
+        pair_bytes: of the artifacts of the largest draw, as if the store had none of them.
+        stages: kind of stage -> `expected` artifacts, and mean `whole_seconds` and `whole_bytes` of one artifact; those that
+            the store already has count as zero.
     """
 
     seconds: float
@@ -55,7 +55,7 @@ class Forecast:
 
 
 class _Observation(NamedTuple):
-    """A stage at full size, as its dry run makes expect."""
+    """A stage at full size with seconds and bytes scaled from its dry run."""
 
     stage: Stage
     seconds: float
@@ -63,12 +63,12 @@ class _Observation(NamedTuple):
 
 
 def forecast(small: Mapping[str, Sequence[Stage]], full: FullSizeStages, dry_run_store: Store, store: Store) -> Forecast:
-    """Scale what a dry run has recorded.
+    """Scale the records of a dry run to full size.
 
     Args:
         small: name of a draw -> its stages in the dry run.
-        dry_run_store: where the dry run has published.
-        store: where the artifacts at full size will be; its records teach the cost model.
+        dry_run_store: store with the artifacts of the dry run.
+        store: store for the artifacts at full size; the cost model learns from its records.
     """
     observed = {name: list(_observations(stages, full, name, dry_run_store)) for name, stages in small.items()}
     observations = {each.stage.key: each for of_draw in observed.values() for each in of_draw}
@@ -95,7 +95,7 @@ def forecast(small: Mapping[str, Sequence[Stage]], full: FullSizeStages, dry_run
 
 
 def _expected_seconds(full: FullSizeStages, observations: Mapping[str, _Observation], store: Store) -> dict[str, float]:
-    """Key -> seconds at full size: what was observed where the store has no record of the kind, else the cost model's."""
+    """Key -> seconds at full size: from the cost model for kinds with records in the store, else scaled from the dry run."""
     model = learn_from(store)
     found: dict[str, float] = {}
     for stages in full.draws.values():
@@ -104,9 +104,9 @@ def _expected_seconds(full: FullSizeStages, observations: Mapping[str, _Observat
 
 
 def _observations(small: Sequence[Stage], full: FullSizeStages, draw: str, dry_run_store: Store) -> Iterator[_Observation]:
-    """Of the stages of a draw that its dry run has published."""
+    """Yield an observation for each stage of a draw that its dry run has published."""
     if len(small) != len(full.draws[draw]):
-        return  # two trainings of a chain that differ in nothing but their epochs are one in small
+        return  # two trainings of a chain that differ only in epochs are one stage in the dry run
     known = {stage.key: stage for stage in (*small, *full.draws[draw])}
     for small_stage, stage in zip(small, full.draws[draw], strict=True):
         artifact = dry_run_store.find(small_stage.key)
@@ -120,7 +120,7 @@ def _observations(small: Sequence[Stage], full: FullSizeStages, draw: str, dry_r
 def _images_ratio(
     small: Stage, full: Stage, artifact: Artifact, known: Mapping[str, Stage], counts: Mapping[str, tuple[int, int]]
 ) -> float:
-    """How many times as many images the stage reads at full size; of several data sets the largest ratio."""
+    """Ratio of the numbers of images that the stage reads at full size and in the dry run; the largest of several data sets."""
     if full.name == "images":
         return max(1.0, counts[full.key][1] / max(1.0, artifact.metrics["count"]))
     read = [known[key] for key in full.inputs.values() if key in known]
@@ -130,20 +130,20 @@ def _images_ratio(
 
 
 def _clusters(stage: Stage, known: Mapping[str, Stage]) -> float:
-    """K of the clusters that a stage makes or assigns; 1 of every other stage."""
+    """Number of clusters that a stage fits or assigns; 1 for every other stage."""
     clustering = known.get(stage.inputs.get("clusters", ""), stage) if stage.name == "pseudo_labels" else stage
     return float(clustering.spec["k"]) if clustering.name == "clusters" else 1.0
 
 
 def _passes_ratio(full: Stage, artifact: Artifact) -> float:
-    """How many times as often the stage goes over its images: epochs of a training, iterations of k-means."""
+    """Ratio of the numbers of passes over the images: epochs of a training, iterations of k-means."""
     if full.name == "clusters":
         return max(1.0, float(full.spec["iterations"]) / max(1.0, artifact.metrics["iterations"]))
     return max(1.0, float(full.spec.get("epoch", 1)))
 
 
 def _bytes(artifact: Artifact, images: float, clusters: float) -> float:
-    """Bytes of the artifact at full size, given how many times as many images and clusters there are."""
+    """Bytes of the artifact at full size, given the ratios of images and of clusters."""
     sizes: dict[str, int] = {name: entry["size"] for name, entry in artifact.record["files"].items()}
     if artifact.record["stage"] in PER_IMAGE:
         return sum(size * (1.0 if name.endswith(SHEETS) else images) for name, size in sizes.items())

@@ -1,11 +1,10 @@
-"""What stages will cost in seconds, learned from the records of artifacts.
+"""Estimates the seconds of stages from the records of artifacts.
 
-For each kind of stage, such as ``student``, a Bayesian linear regression of log seconds on its covariates: the logarithms of
+Each kind of stage, such as ``student``, has a Bayesian linear regression of log seconds on its covariates: the logarithms of
 epochs, images, image size, network width and depth, k and feature width, and an effect of each plugin, backbone and device.
-With few records an estimate stays near the median of its kind, scaled with the prior's exponents. Each estimate says how far it
-may be off.
+With few records an estimate stays near the median of its kind, scaled with the prior's exponents. Estimates have intervals.
 
-numpy is imported with the first record that is learned from: the broker, which imports this module, starts without it.
+numpy is imported when the first record is learned from, so that the broker, which imports this module, starts without it.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ EXPONENTS = {
 }
 # Prior of the categories' effects: standard deviation of the log of the factor between two values of a category.
 CATEGORY_DEVIATIONS = {"plugin": 1.5, "backbone": 1.0, "device": 1.5, "of": 0.7}
-# Where there is no record of a kind at all: seconds of training per epoch, and of any other stage.
+# For a kind without any record: seconds of training per epoch, and of any other stage.
 PRIOR_SECONDS_PER_EPOCH = {"teacher": 3.0, "student": 3.0}
 PRIOR_SECONDS = 5.0
 TYPICAL = {"images": 10_000, "size": 32, "width": 1.0, "depth": 18, "k": 100, "dim": 512}  # covariates that these are meant for
 
-SHORTEST = 0.02  # seconds; below that the clock and the machine decide
-MOST_RECORDS = 400  # of a kind that are learned from; keys are hashes, so the first of them are a fair sample
+SHORTEST = 0.02  # seconds; shorter times are mostly noise of the clock and the machine
+MOST_RECORDS = 400  # of a kind that are learned from; keys are hashes, so the first ones are a fair sample
 MOST_KEPT = 2 * MOST_RECORDS
-GROWTH = 1.2  # a kind is learned anew once its records are so many times as many
-RELATIVE_ERROR = 0.4  # standard deviation of what one stage takes, as a share of its estimate, where no interval is known
-INTERVAL = 1.645  # standard deviations to either side of the mean that hold 90 % of a normal distribution
+GROWTH = 1.2  # a kind is fitted again when its number of records has grown by this factor
+RELATIVE_ERROR = 0.4  # standard deviation of a stage's seconds as a share of the estimate, if there is no interval
+INTERVAL = 1.645  # 90 % of a normal distribution lie within this many standard deviations of the mean
 
 
 def kind_of(key: str) -> str:
@@ -56,13 +55,13 @@ def kind_of(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Seconds that stages will run, one after the other.
+class _Estimate:
+    """Total seconds of stages that run one after the other.
 
     Attributes:
-        low: 90 % of such estimates turn out between `low` and `high`.
-        known: stages of a kind that has records.
-        unknown: stages of a kind that has none; they are not counted in the seconds.
+        low: with `high` the ends of a 90 % interval.
+        known: number of stages of kinds with records.
+        unknown: number of stages of kinds without records, which the seconds do not include.
     """
 
     seconds: float
@@ -73,7 +72,7 @@ class Estimate:
 
 
 class CostModel:
-    """A model of the seconds of stages, kept up to date with `add`.
+    """Estimates the seconds of stages; `add` updates it with new records.
 
     Args:
         records: key -> record of past artifacts.
@@ -88,7 +87,7 @@ class CostModel:
             self.add(key, record)
 
     def add(self, key: str, record: Record) -> None:
-        """One more record; each counts once. Of a kind that has enough of them, no more than the epoch is kept."""
+        """Adds a record; each counts once. For a kind with enough records, only the epoch is kept."""
         if "epoch" in record.get("spec", {}):
             self._epochs[key] = int(record["spec"]["epoch"])
         kept = self._observations.setdefault(kind_of(key), {})
@@ -99,17 +98,17 @@ class CostModel:
             self._dims[_width_source(found.stage)] = float(found.stage.metrics["dim"])
 
     def has_records(self, kind: str) -> bool:
-        """Whether anything was recorded of this kind of stage; without that, estimates are the prior's."""
+        """Whether there is a record of this kind of stage; if not, its estimates are the prior's."""
         return bool(self._observations.get(kind))
 
     def seconds(self, stage: Stage, others: Mapping[str, Stage] | None = None) -> float:
-        """What one stage will take, for whoever schedules it: 10 to 100 microseconds a call.
+        """Estimates the seconds of one stage, for the scheduler: a call takes 10 to 100 microseconds.
 
-        A training starts from the last snapshot that is recorded or among `others`. Without records of its kind, which is where
-        a scheduler begins, the prior's seconds grow with the prior's exponents, so that long stages are told from short ones.
+        A training starts from the last snapshot that is recorded or in `others`. Without records of its kind, as when a
+        scheduler starts, the prior's seconds are scaled with the prior's exponents, to distinguish long from short stages.
 
         Args:
-            others: key -> stages that are made or will be made, such as those that it reads.
+            others: key -> stage that is or will be computed, such as the stage's inputs.
         """
         others = others or {}
         there = (key for key in stage.resume_from if key in self._epochs or key in others)
@@ -117,29 +116,29 @@ class CostModel:
         return math.exp(term.mean) if isinstance(term, _Term) else term * self._prior_growth(stage, others)
 
     def _prior_growth(self, stage: Stage, others: Mapping[str, Stage]) -> float:
-        """How many times as long as a typical stage of its kind the prior expects this one to run, for the same epochs."""
+        """Ratio of the prior's expected seconds of this stage and of a typical one of its kind with the same epochs."""
         found = self._covariates(_DescribedStage(stage.name, stage.spec, stage.inputs, {}), None, others).numbers
         return float(
             math.prod((found[name] / typical) ** EXPONENTS[name][0] for name, typical in TYPICAL.items() if name in found)
         )
 
     def predict(self, stages: Iterable[Stage], made: Collection[str] = ()) -> dict[str, float]:
-        """Key -> seconds of every stage that is not made; of a kind without records the prior's.
+        """Key -> seconds of every stage that is not in `made`; for a kind without records the prior's.
 
         Args:
-            made: keys of artifacts that are there, or that somebody else makes.
+            made: keys of artifacts that exist or that are computed elsewhere.
         """
         terms = self._terms(stages, made)
         known = {key: math.exp(term.mean) for key, term in terms.items() if isinstance(term, _Term)}
         return known | {key: seconds for key, seconds in terms.items() if isinstance(seconds, float)}
 
-    def estimate(self, stages: Iterable[Stage], made: Collection[str] = ()) -> Estimate:
-        """How long the stages that are not made run in all; each counts once, a training only from its last snapshot on."""
+    def estimate(self, stages: Iterable[Stage], made: Collection[str] = ()) -> _Estimate:
+        """Total seconds of the stages not in `made`; each counts once, and a training only from its last snapshot on."""
         terms = self._terms(stages, made)
         known = [term for term in terms.values() if isinstance(term, _Term)]
         total = sum(math.exp(term.mean) for term in known)
         spread = INTERVAL * self._deviation(known) / total if total else 0.0
-        return Estimate(total, total * math.exp(-spread), total * math.exp(spread), len(known), len(terms) - len(known))
+        return _Estimate(total, total * math.exp(-spread), total * math.exp(spread), len(known), len(terms) - len(known))
 
     def _terms(self, stages: Iterable[Stage], made: Collection[str]) -> dict[str, _Term | float]:
         planned = {stage.key: stage for stage in stages}
@@ -151,7 +150,7 @@ class CostModel:
         return found
 
     def _share(self, stage: Stage, there: Iterable[str], planned: Mapping[str, Stage]) -> float:
-        """The part of a training that is left from the last snapshot `there` on; 1 of every other stage."""
+        """The share of a training that remains after the last snapshot in `there`; 1 for every other stage."""
         epoch = stage.spec.get("epoch", 0)
         if not epoch:
             return 1.0
@@ -159,7 +158,7 @@ class CostModel:
         return float((epoch - max(begun, default=0)) / epoch)
 
     def _term(self, stage: Stage, share: float, planned: Mapping[str, Stage]) -> _Term | float:
-        """What one stage adds to a sum; of a kind without records the prior's seconds."""
+        """The term of one stage in a sum of seconds; for a kind without records the prior's seconds."""
         learned = self._learn(stage.name)
         if learned is None:
             return float(share * PRIOR_SECONDS_PER_EPOCH.get(stage.name, PRIOR_SECONDS) * stage.spec.get("epoch", 1))
@@ -169,7 +168,7 @@ class CostModel:
         return _Term(stage.name, mean, row, unseen + learned.posterior.noise**2)
 
     def _deviation(self, terms: Iterable[_Term]) -> float:
-        """Standard deviation of a sum in seconds: what was learned wrong of a kind is wrong for all of its stages."""
+        """Standard deviation of a sum in seconds; the error in the weights of a kind is common to all stages of that kind."""
         variance = 0.0
         gradients: dict[str, tuple[float, ...]] = {}  # kind -> derivative of the sum by the weights
         for term in terms:
@@ -182,7 +181,7 @@ class CostModel:
         return math.sqrt(variance)
 
     def _learn(self, kind: str) -> _LearnedKind | None:
-        """What is known of a kind of stage; None without records of it."""
+        """The fit for a kind of stage; None without records."""
         kept, learned = self._observations.get(kind, {}), self._learned.get(kind)
         if kept and (learned is None or min(len(kept), MOST_RECORDS) >= GROWTH * learned.count):
             found = [kept[key] for key in sorted(kept)[:MOST_RECORDS]]
@@ -192,7 +191,7 @@ class CostModel:
     def _covariates(
         self, stage: _DescribedStage, device: str | None, planned: Mapping[str, Stage] | None = None
     ) -> _Covariates:
-        """Of a stage whose inputs are recorded or planned."""
+        """The covariates of a stage with inputs that are recorded or planned."""
 
         def find(key: str) -> _DescribedStage | None:
             recorded = self._observations.get(kind_of(key), {}).get(key)
@@ -204,11 +203,11 @@ class CostModel:
         return _covariates(stage, find, self._dims, device)
 
 
-# ---- covariates: what of a stage decides how long it runs
+# ---- covariates: what determines how long a stage runs
 
 
 class _DescribedStage(NamedTuple):
-    """What is known of a stage, from itself or from its artifact's record."""
+    """The description of a stage, from the stage itself or from its artifact's record."""
 
     kind: str
     spec: Mapping[str, Any]
@@ -217,7 +216,7 @@ class _DescribedStage(NamedTuple):
 
 
 class _Observation(NamedTuple):
-    """What is kept of a record; `seconds` are those of a run from the beginning and of nothing beside it."""
+    """The part of a record that is kept; `seconds` are for a run from the beginning, without other stages on the device."""
 
     stage: _DescribedStage
     seconds: float
@@ -226,7 +225,7 @@ class _Observation(NamedTuple):
 
 
 class _Covariates(NamedTuple):
-    """Numbers above 0 that seconds grow with, and categories; what is not known is absent."""
+    """Numbers above 0 that seconds grow with, and categories; unknown ones are absent."""
 
     numbers: Mapping[str, float]
     categories: Mapping[str, str]
@@ -246,7 +245,7 @@ def _covariates(
     """The covariates of one stage.
 
     Args:
-        find: key -> the stage of this key, if it is known.
+        find: key -> its stage, None if unknown.
         dims: `_width_source` of features -> their width D.
     """
     spec = stage.spec
@@ -274,19 +273,19 @@ def _covariates(
 
 
 def _width_source(features: _DescribedStage) -> str:
-    """What decides the width of features: the layer and its pool or the descriptor, whatever the teacher has learned."""
+    """Identity of what determines the width of features: layer and pool, or the descriptor, but not the teacher's weights."""
     return fingerprint({name: value for name, value in features.spec.items() if name != "dtype"})
 
 
 def _read_by(stage: _DescribedStage, find: Callable[[str], _DescribedStage | None]) -> list[_DescribedStage]:
-    """What a stage reads, and what the features among that were made of."""
+    """The inputs of a stage, and the inputs of the features among them."""
     direct = [found for found in map(find, stage.inputs.values()) if found]
     behind = [each for found in direct if found.kind == "features" for each in map(find, found.inputs.values()) if each]
     return [*direct, *behind]
 
 
 def _count(images: _DescribedStage) -> float | None:
-    """How many images there are; before they were decoded as many as the data set's spec says."""
+    """Number of images; before they are decoded, the number in the data set's spec."""
     found = images.metrics.get("count", images.spec.get("count"))
     return float(found) if found is not None and _is_positive(found) else None
 
@@ -303,7 +302,7 @@ def _is_positive(value: object) -> bool:
 
 
 class _Term(NamedTuple):
-    """What one stage adds to a sum: the mean of its log seconds, its features, and the variance that is its own."""
+    """The term of one stage in a sum: the mean of its log seconds, its features, and its own variance."""
 
     kind: str
     mean: float
@@ -313,13 +312,13 @@ class _Term(NamedTuple):
 
 @dataclass(frozen=True)
 class _Design:
-    """Which features describe a kind of stage; numbers are centred, and each known value of a category has a column."""
+    """The features of a kind of stage: centred logarithms of numbers, and one column per known value of a category."""
 
     centres: Mapping[str, float]
     columns: tuple[tuple[str, str], ...]
 
     def row(self, found: _Covariates) -> tuple[tuple[float, ...], float, float]:
-        """Features with the intercept, what the prior expects of the numbers, and the variance of values never seen."""
+        """Features with the intercept, the prior's mean for the numbers, and the variance due to unseen categories."""
         logs = {name: math.log(value) - self.centres[name] for name, value in found.numbers.items() if name in self.centres}
         own = [(name, found.categories[name]) for name in CATEGORY_DEVIATIONS if name in found.categories]
         unseen = sum(CATEGORY_DEVIATIONS[category[0]] ** 2 for category in own if category not in self.columns)
@@ -330,7 +329,7 @@ class _Design:
 
 @dataclass(frozen=True)
 class _LearnedKind:
-    """What was learned of one kind of stage from `count` records, and the device that it was last run on."""
+    """The fit of one kind of stage to `count` records, and the device of the latest one."""
 
     design: _Design
     posterior: Posterior
@@ -339,7 +338,7 @@ class _LearnedKind:
 
 
 def _fitted(observations: list[_Observation], found: list[_Covariates]) -> _LearnedKind:
-    """What records of one kind teach, given their covariates."""
+    """The fit to the records of one kind, given their covariates."""
     import numpy as np
 
     from ktray.cost_model import bayesian_regression
@@ -364,7 +363,7 @@ def _fitted(observations: list[_Observation], found: list[_Covariates]) -> _Lear
 
 
 def sample_records(store: Store) -> dict[str, Record]:
-    """Key -> record in a store; of each kind at most as many as the model learns from, since each is a file to read."""
+    """Key -> record in a store; of each kind only as many as the model learns from, since reading each opens a file."""
     counts: Counter[str] = Counter()
     records: dict[str, Record] = {}
     for key in store.keys():  # noqa: SIM118 - a store is no dict
@@ -376,5 +375,5 @@ def sample_records(store: Store) -> dict[str, Record]:
 
 
 def learn_from(store: Store) -> CostModel:
-    """The model that the records of a store teach."""
+    """The model learned from the records of a store."""
     return CostModel(sample_records(store))

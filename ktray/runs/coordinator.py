@@ -218,7 +218,7 @@ class TrialCoordinator:
     def _evaluation_of(self, epoch: int) -> str:
         """Name of the evaluation that judges a trial at this rung."""
         assert self.space.early_stop is not None
-        return str(self.space.early_stop.judged_by(epoch).split("/")[0])
+        return str(self.space.early_stop.metric_at(epoch).split("/")[0])
 
     def settle(self, segment: TrialSegment, computed: list[str]) -> None:
         """Report a segment's results to the study and the tracker.
@@ -243,7 +243,7 @@ class TrialCoordinator:
 
     def _pause(self, segment: TrialSegment, metrics: Mapping[str, float], marginal: float) -> None:
         assert self.space.early_stop is not None
-        name = self.space.early_stop.judged_by(segment.epoch)
+        name = self.space.early_stop.metric_at(segment.epoch)
         cost = {"marginal_seconds": marginal}
         trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
         where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"

@@ -150,7 +150,7 @@ def check_space(space: Space, load: Load, source: str) -> None:
         try:
             check_pair(space.pair(params), load)
         except UserError as error:
-            path = space.place(tuple(error.where.split(".")), params) if error.where else "pair"
+            path = space.path_in_file(tuple(error.where.split(".")), params) if error.where else "pair"
             draw = f" ({label})" if ": " in label else ""  # the path alone identifies the first draw of each branch
             raise UserError(f"{error.problem}{draw}", where=f"{source}: {path}", instead=error.instead) from error
 

@@ -157,7 +157,7 @@ def _result(trial: Trial, space: Space) -> str:
     if trial.furthest and space.early_stop:
         epoch, score = trial.furthest
         where = f"at epoch {epoch}" if epoch else "of its teacher"
-        return f"{space.early_stop.judged_by(epoch)} {score:.4f} {where}"
+        return f"{space.early_stop.metric_at(epoch)} {score:.4f} {where}"
     return ""
 
 

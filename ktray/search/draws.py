@@ -1,4 +1,4 @@
-"""Sources of new trials: planned draws first, then the sampler's, or a fixed list. The same pair never runs twice."""
+"""Sources of new trials: planned draws followed by a sampler's, or a fixed list. No pair runs twice."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from ktray.search.space import Space
 from ktray.search.space_tree import Params, Scalar
 from ktray.search.trial import State, Trial
 
-MAX_DUPLICATES = 3  # proposals in a row that equal an earlier trial, before the source looks for an unseen draw itself
-MAX_ENUMERATED = 20_000  # draws of a finite space that are enumerated for that; of a larger one random draws are tried
-MAX_TOO_EXPENSIVE = 16  # proposals in a row that the budget cannot pay for, before the source gives up
-MAX_RANDOM_TRIES = 1_000  # random draws that may all be known before a larger space counts as exhausted
+MAX_DUPLICATES = 3  # duplicates in a row after which the source itself searches for an unseen draw
+MAX_ENUMERATED = 20_000  # largest size of a space that this search enumerates; in a larger one it tries random draws
+MAX_TOO_EXPENSIVE = 16  # unaffordable proposals in a row after which the source gives up
+MAX_RANDOM_TRIES = 1_000  # random draws without an unseen one after which a larger space counts as exhausted
 
 NoDraw = Literal["exhausted", "too_expensive"]
-"""Why there is no next trial: every draw was made, or those that are left cost more than the budget has."""
+"""Why there is no next trial: every draw was made, or the remaining ones cost more than is left of the budget."""
 
 
 class DrawSource(Protocol):
     """Where new trials come from."""
 
     def observe(self, trial: Trial) -> None:
-        """Takes in a trial that is new or has changed; one of another study has a number below 0."""
+        """Adds a new trial, or updates a changed one; trials of other studies have numbers below 0."""
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
-        """From now on `cost_estimate` says what a draw would cost."""
+        """Sets the function that estimates the cost of a draw from now on."""
 
     def retry_failed(self) -> int:
-        """Draws the pairs of failed trials again before any other; returns how many there are."""
+        """Queues the pairs of failed trials to be drawn again first; returns their number."""
 
     def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
-        """The next trial, running or already final (a duplicate, or no valid pair), or why there is none."""
+        """The next trial (running, or final if it is a duplicate or no valid pair), or the reason why there is none."""
 
 
 class SampledDraws:
-    """Draws from a sampler. It knows earlier draws from the trials that it observes."""
+    """Planned draws, then those of a sampler; which draws were made before follows from the observed trials."""
 
     def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
         self.space = space
         self.sampler = Sampler(space, cost_estimate)
-        self._first_trials: dict[str, int] = {}  # fingerprint of a pair -> number of the trial that drew it first
+        self._first_trials: dict[str, int] = {}  # fingerprint of a pair -> number of its first trial
         self._count = 0
-        self._planned: set[int] = set()  # indices in `start_with` that were drawn
+        self._planned: set[int] = set()  # indices into `start_with` of planned draws that were made
         self._last_states: deque[State] = deque(maxlen=MAX_DUPLICATES)
-        self._failed: dict[str, Params] = {}  # fingerprint of a pair -> its draw, if its last trial failed
+        self._failed: dict[str, Params] = {}  # fingerprint of a pair -> its parameters, if its last trial failed
         self._queue: deque[Params] = deque()  # draws to make before the sampler is asked
-        self._unseen_draws: Iterator[Params] | None = None  # what `_unseen` has yet to look at
+        self._unseen_draws: Iterator[Params] | None = None  # candidates that `_unseen` has not examined yet
 
     def observe(self, trial: Trial) -> None:
-        """Takes in a trial that is new or has changed."""
+        """Adds a new trial, or updates a changed one."""
         self.sampler.observe(trial)
         if trial.number >= self._count:
             self._count = trial.number + 1
@@ -71,11 +71,11 @@ class SampledDraws:
             self._failed.pop(fingerprint(trial.pair), None)
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
-        """From now on `cost_estimate` tells the sampler what a draw would cost."""
+        """Sets the function that estimates the cost of a draw from now on."""
         self.sampler.cost_estimate = cost_estimate
 
     def retry_failed(self) -> int:
-        """Draws the pairs of failed trials again before any other, except invalid pairs; returns how many there are."""
+        """Queues the pairs of failed trials, except invalid ones, to be drawn again first; returns the queue's length."""
         for identity, params in self._failed.items():
             if self._fingerprint(params) == identity:
                 self._first_trials.pop(identity, None)
@@ -83,11 +83,12 @@ class SampledDraws:
         return len(self._queue)
 
     def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
-        """The next trial, running or already final (a duplicate, or no valid pair), or why there is none.
+        """The next trial (running, or final if it is a duplicate or no valid pair), or the reason why there is none.
 
         Args:
-            spent: what the trials so far cost.
-            affordable: seconds that it may cost up to its first rung. Draws that cost more are skipped; planned ones wait.
+            spent: cost of the trials so far.
+            affordable: seconds that it may cost up to its first rung. More expensive draws are skipped; planned and queued
+                ones are kept for later.
         """
         for _ in range(len(self._queue)):
             queued = self._trial(self._queue[0])
@@ -104,7 +105,7 @@ class SampledDraws:
             unseen = self._unseen()
             if unseen is None:
                 return "too_expensive" if self._queue else "exhausted"
-            self._queue.append(unseen)  # it is found only once, and may have to wait
+            self._queue.append(unseen)  # `_unseen` returns it only once, and it may not be affordable yet
             return self.next_draw(spent, affordable)
         for attempt in range(MAX_TOO_EXPENSIVE):
             proposed = self._trial(self.sampler.propose(self._count, spent, affordable=affordable, attempt=attempt))
@@ -130,7 +131,7 @@ class SampledDraws:
         return Trial(self._count, params, pair, state, duplicate_of=earlier, planned=planned)
 
     def _unseen(self) -> Params | None:
-        """A valid draw that was never made; None if none is found."""
+        """A valid draw that was never made; None if it finds none."""
         for params in self._candidates():
             if canonical(params) not in self.sampler.drawn:
                 identity = self._fingerprint(params)
@@ -139,7 +140,7 @@ class SampledDraws:
         return None
 
     def _candidates(self) -> Iterator[Params]:
-        """All draws of a small space, in one random order that is walked through once; of a larger space random draws."""
+        """All draws of a small space, once in random order; random draws of a larger one."""
         size = self.space.size()
         if size is not None and size <= MAX_ENUMERATED:
             if self._unseen_draws is None:
@@ -153,7 +154,7 @@ class SampledDraws:
                 yield random_draw(self.space, seed_of(seed, number))
 
     def _fingerprint(self, params: Mapping[str, Scalar]) -> str | None:
-        """Of the pair that `params` draw; None if it is no valid pair."""
+        """Fingerprint of the pair with these parameters; None if it is no valid pair."""
         try:
             return fingerprint(self.space.pair(params).model_dump(mode="json"))
         except UserError:
@@ -161,10 +162,10 @@ class SampledDraws:
 
 
 class _FixedDraws:
-    """Draws that know nothing of results: a list, a grid, random search. A pair that was drawn before is a duplicate.
+    """Draws that do not depend on results: a list, a grid, random search.
 
     Args:
-        draw: number of the trial -> its parameters, each a parameter of the space; None when there are no more.
+        draw: number of a trial -> its parameters, each a parameter of the space; None when there are no more.
     """
 
     def __init__(self, space: Space, draw: Callable[[int], Mapping[str, Scalar] | None]) -> None:
@@ -173,20 +174,20 @@ class _FixedDraws:
         self._count = 0
 
     def observe(self, trial: Trial) -> None:
-        """Takes in a trial that is new or has changed; only the new ones of this study matter."""
+        """Adds a new trial; changed trials and those of other studies are ignored."""
         if trial.number >= self._count:
             self._count = trial.number + 1
             self._first_trials.setdefault(fingerprint(trial.pair), trial.number)
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
-        """Does nothing: the draws are fixed, whatever they cost."""
+        """Does nothing: the draws do not depend on costs."""
 
     def retry_failed(self) -> int:
-        """Returns 0: each draw is made once."""
+        """Returns 0: no draw is made again."""
         return 0
 
     def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
-        """The next trial, to run or a duplicate; "exhausted" at the end of the list."""
+        """The next trial, running or a duplicate; "exhausted" at the end of the list."""
         number = self._count
         params = self.draw(number)
         if params is None:
@@ -198,7 +199,7 @@ class _FixedDraws:
 
 
 def fixed_draws(space: Space, entries: Sequence[Mapping[str, Scalar]]) -> DrawSource:
-    """The draws of `entries`, in their order."""
+    """The draws in a list, in its order."""
     return _FixedDraws(space, lambda number: entries[number] if number < len(entries) else None)
 
 

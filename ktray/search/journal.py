@@ -1,8 +1,8 @@
-"""Trials on disk: an Optuna study in a journal file, which `optuna-dashboard` reads while a search runs.
+"""Trials on disk: an Optuna study in a journal file, which `optuna-dashboard` can show while a search runs.
 
-A trial appears as one line of the journal, so that a killed driver leaves none half-drawn. Optuna's states are RUNNING (also
-while paused), COMPLETE, PRUNED and FAIL (also for duplicates, so that no sampler takes them for evidence); attributes hold the
-rest.
+A new trial is a single line of the journal, so that a killed driver leaves no partial draw. Optuna's states are RUNNING (also
+for paused trials), COMPLETE, PRUNED and FAIL (also for duplicates, so that no sampler learns from them); everything else is
+stored in attributes.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _FINAL = {
 
 
 def folder(home: Path, name: str) -> Path:
-    """Where a study lives."""
+    """The folder of a study."""
     return home / "studies" / name
 
 
 def study_names(home: Path) -> list[str]:
-    """All studies of a home, sorted."""
+    """Names of all studies of a home, sorted."""
     return sorted(path.parent.name for path in (home / "studies").glob("*/journal.log"))
 
 
 def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
-    """Notes and trials of a study, also while a search writes them; both are empty if it was never begun.
+    """Notes and trials of a study, even while a search writes to it; both are empty if it was never begun.
 
     Raises:
         UserError: there is no such study.
     """
     if name not in study_names(home):
-        known = f"There are {', '.join(study_names(home))}." if study_names(home) else "There is none in this home."
+        known = f"The studies are {', '.join(study_names(home))}." if study_names(home) else "This home has no study."
         raise UserError(f"there is no study {name!r}", str(home), known)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -64,7 +64,7 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
 
 
 class Journal:
-    """The trials and notes of one study, for the one process that writes them: the one that holds `driver_lock`."""
+    """The trials and notes of one study, for the process that writes them and holds `driver_lock`."""
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -80,16 +80,16 @@ class Journal:
         )
 
     def notes(self) -> dict[str, Any]:
-        """All notes on the study as a whole."""
+        """All notes on the study as a whole, name -> JSON value."""
         return dict(self._study.user_attrs)
 
     def note(self, name: str, value: Any) -> None:
-        """Writes one note (JSON)."""
+        """Writes one note, a JSON value."""
         with self._journal.synced():
             self._study.set_user_attr(name, value)
 
     def trials(self) -> list[Trial]:
-        """All trials in the order of their numbers; final states that a killed driver noted too late are saved now."""
+        """All trials in the order of their numbers. Completes the saving of trials during which a driver was killed."""
         found = []
         for frozen in self._study.get_trials(deepcopy=False):
             trial = _trial(frozen)
@@ -117,14 +117,14 @@ class Journal:
         )
 
     def save(self, trial: Trial) -> None:
-        """Writes what has changed of a trial; its state comes last, so that no final trial lacks the rest."""
+        """Writes the changes of a trial; its state comes last, so that a trial in a final state is always complete."""
         with self._journal.synced():
             self._save(trial)
 
     def _save(self, trial: Trial) -> None:
         frozen = self._stored(trial.number)
         single = len(self._space.objectives) == 1
-        if single:  # of several objectives Optuna keeps no intermediate values
+        if single:  # with several objectives Optuna allows no intermediate values
             for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
                 self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, trial.scores[epoch])
         for name, value in _attributes(trial).items():
@@ -137,7 +137,7 @@ class Journal:
             self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
 
     def _stored(self, number: int) -> FrozenTrial:
-        study = self._study._study_id  # one trial, where the study itself would list all of them
+        study = self._study._study_id  # reads one trial; the public API of a study reads all of them
         return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study, number))
 
 
@@ -146,10 +146,10 @@ def _storage(home: Path, name: str) -> JournalStorage:
 
 
 class _JournalFile(JournalFileBackend):
-    """Optuna's journal file, made safe on a full disk and synced to the disk once per change of a trial.
+    """Optuna's journal file, made safe against a full disk and synced to the disk once per change of a trial.
 
-    Optuna syncs each of the about ten lines that describe a trial, which costs 50 ms. Here they reach the file as early, but
-    only `synced` waits for the disk: nothing but a crash of the machine can lose them, the last ones first.
+    Optuna syncs each of the about ten lines per trial, which takes 50 ms. Here every line is written at once, but only `synced`
+    waits for the disk: only a crash of the machine can lose lines, the last ones first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,14 +157,14 @@ class _JournalFile(JournalFileBackend):
         super().__init__(str(path), self._file_lock)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Appends all lines or none: after a part of a line the next one would be unreadable, too.
+        """Appends all lines or none: a partial line would make the next one unreadable, too.
 
         Raises:
             StoppedEarly: the disk is full.
         """
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
         try:
-            self._file_lock.acquire()  # a symbolic link, which a full disk cannot hold either
+            self._file_lock.acquire()  # creates a symbolic link, which fails on a full disk, too
         except OSError as error:
             raise _as_disk_full(error, self._path) from error
         try:
@@ -181,7 +181,7 @@ class _JournalFile(JournalFileBackend):
 
     @contextlib.contextmanager
     def synced(self) -> Iterator[None]:
-        """A context at whose end all that was written is on the disk."""
+        """A context that waits at its end until everything written so far is on the disk."""
         yield
         try:
             with open(self._path, "rb") as file:
@@ -215,7 +215,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
     return Trial(
         number=frozen.number,
         params=frozen.params,
-        # Text: Optuna keeps it for every trial, and a mapping takes eight times the memory. Earlier studies have mappings.
+        # Text, since Optuna keeps it in memory for every trial and a mapping is eight times as big. Old studies have mappings.
         pair=json.loads(noted["pair"]) if isinstance(noted["pair"], str) else noted["pair"],
         state=progress["state"],
         epoch=progress["epoch"],
@@ -236,10 +236,10 @@ def _trial(frozen: FrozenTrial) -> Trial:
 
 @contextlib.contextmanager
 def driver_lock(home: Path, name: str) -> Iterator[None]:
-    """A context in which this process alone drives a study; repairs the journal that a killed driver left.
+    """A context in which only this process drives a study; first repairs the journal that a killed driver left.
 
     Raises:
-        UserError: another driver has it.
+        UserError: another process drives the study.
     """
     directory = folder(home, name)
     directory.mkdir(parents=True, exist_ok=True)
@@ -256,8 +256,8 @@ def driver_lock(home: Path, name: str) -> Iterator[None]:
 
 
 def _repair(journal: Path) -> None:
-    # A driver that is killed while it writes leaves Optuna's lock, which would cost 30 s, and maybe half a line, which Optuna
-    # reads past as long as it is the last one and never again after the next is appended to it.
+    # A driver killed while it writes leaves Optuna's lock file, for which the next one would wait 30 s, and perhaps a partial
+    # line. Optuna ignores a partial last line, but fails once the next line is appended to it.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{journal}.lock")
     if not journal.exists():

@@ -1,7 +1,7 @@
-"""What a sampler learns from: trials with a result, ranked or split into good and bad, and never too many.
+"""The observations of a sampler: trials with a result, ranked or split into good and bad, limited in number.
 
-Updated trial by trial. What it returns depends on the trials alone, not on the order of the updates, so that a resumed search
-draws as the killed one would have.
+They are updated trial by trial. The answers depend only on the trials, not on the order of the updates, so that a resumed
+search makes the same draws as the killed one would have made.
 
 Source of the crowding distance: Deb, Pratap, Agarwal and Meyarivan, "A Fast and Elitist Multiobjective Genetic Algorithm:
 NSGA-II" (2002), section III.
@@ -21,15 +21,15 @@ from ktray.search.ranking import dominates
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 
-MAX_GOOD = 25  # trials that count as good, and at most a tenth of all: as in Optuna
-MAX_SPLIT = 300  # trials that TPE is fitted to; of more, the good and the newest: an old bad one adds hardly anything
+MAX_GOOD = 25  # trials that count as good; also at most a tenth of all, as in Optuna
+MAX_SPLIT = 300  # trials that TPE is fitted to: the good and the newest ones, since old bad trials add little
 
 
 class Observations:
-    """Trials by the result that they have: completed, judged at a rung, or pending (running without a result).
+    """Trials by their result: completed, stopped at a rung with a score, or pending (running without a result).
 
     Args:
-        space: its objectives order completed trials, its early stopping those that were judged at a rung.
+        space: its objectives rank completed trials, its early-stop metric ranks those with a score at a rung.
     """
 
     def __init__(self, space: Space, trials: Iterable[Trial] = ()) -> None:
@@ -41,15 +41,15 @@ class Observations:
         self._teacher_mode = 1 if stop and stop.teacher and stop.teacher.mode == "min" else -1
         self._trials: dict[int, Trial] = {}
         self._completed: list[LossAndNumber] = []  # sorted, by the first objective
-        self._front: dict[int, tuple[float, ...]] = {}  # number -> losses of the Pareto front, if there are several objectives
-        self._at_rungs: dict[int, list[LossAndNumber]] = {}  # furthest rung -> sorted, by the score there; 0: of the teacher
+        self._front: dict[int, tuple[float, ...]] = {}  # with several objectives: Pareto front, number -> losses
+        self._at_rungs: dict[int, list[LossAndNumber]] = {}  # last rung -> sorted, by the score there; 0: teacher
         self._pending: set[int] = set()
         self._with_result: list[int] = []  # numbers, sorted
         for trial in trials:
             self.update(trial)
 
     def update(self, trial: Trial) -> None:
-        """Takes in a trial that is new or has changed."""
+        """Adds a new trial, or replaces a changed one."""
         before = self._trials.get(trial.number)
         if before is not None:
             self._remove(before)
@@ -81,13 +81,13 @@ class Observations:
         del self._with_result[bisect_left(self._with_result, trial.number)]
 
     def __len__(self) -> int:
-        """Trials with a result."""
+        """Number of trials with a result."""
         return len(self._with_result)
 
     def split(self) -> tuple[list[Trial], list[Trial]]:
-        """The good trials and the bad, each in the order of their draws.
+        """The good trials and the bad ones, each in the order of their draws.
 
-        Pending trials count as bad (constant liar), so that no two workers try the same.
+        Pending trials count as bad (constant liar), so that workers do not all try the same draw.
         """
         good = self._best(min(MAX_GOOD, ceil(0.1 * len(self))))
         chosen = set(good)
@@ -96,10 +96,10 @@ class Observations:
         return [self._trials[number] for number in sorted(good)], [self._trials[number] for number in sorted(bad)]
 
     def ranked(self, limit: int) -> tuple[list[Trial], list[Trial]]:
-        """The trials with a result, best first, and the pending ones.
+        """The trials with a result, best first; the pending trials.
 
-        Completed trials come first, then those that were judged at a higher rung. If there are more than `limit`, half of it
-        are the best ones and half the newest. Of the pending ones the newest are returned, at most half of `limit`.
+        Completed trials come first, then those with a score at a higher rung. If there are more than `limit`, the best ones
+        fill half of it and the newest the other half. At most `limit` / 2 pending trials are returned, the newest.
         """
         best = self._best(len(self) if len(self) <= limit else limit // 2)
         chosen = set(best)
@@ -109,14 +109,14 @@ class Observations:
         return [self._trials[number] for number in numbers], [self._trials[number] for number in pending]
 
     def rungs_ahead(self, trial: Trial) -> int:
-        """How many rungs were ahead of a trial when it was judged last; 0 if it is completed."""
+        """Number of rungs after a trial's last score; 0 if it is completed."""
         if trial.state == "completed":
             return 0
         reached, _ = trial.furthest or (0, 0.0)
         return sum(rung > reached for rung in rung_epochs(self._stop, trial.epochs))
 
     def _in_order(self, numbers: Iterable[int]) -> list[int]:
-        """Some of the trials, best first, by their first objective."""
+        """These trials, best first, by the first objective."""
 
         def order(number: int) -> tuple[int, int, float, int]:
             trial = self._trials[number]
@@ -127,7 +127,7 @@ class Observations:
         return sorted(numbers, key=order)
 
     def _best(self, count: int) -> list[int]:
-        """The best `count`: of the completed, then of those judged at a rung, the highest rung first."""
+        """The best `count` trials: completed ones first, then those with a score at a rung, the highest rung first."""
         found = self._best_completed(min(count, len(self._completed)))
         for rung in sorted(self._at_rungs, reverse=True):
             found += [number for _, number in self._at_rungs[rung][: count - len(found)]]
@@ -157,7 +157,7 @@ class Observations:
 
 
 def _nondominated_order(losses: NDArray[np.float64], count: int) -> list[int]:
-    """Indices of the first `count` rows (n, objectives), front by front; of the last front the least crowded."""
+    """Indices of the best `count` rows (n, objectives), front by front; from the last front the least crowded ones."""
     found: list[int] = []
     remaining = np.arange(len(losses))
     while len(found) < count:

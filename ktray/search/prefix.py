@@ -1,7 +1,7 @@
-"""The prefix of a pair: all that is computed before its student, which students can share.
+"""The prefix of a pair: everything that is computed before its student and that several students can share.
 
-A search saves most where many students share a prefix. This file is the one place that says which parameters of a space
-decide the prefix; `tests/test_prefix.py` compares it with the stages whose keys they change.
+A search saves most when many students share a prefix. Only this file decides which parameters of a space determine the prefix;
+`tests/test_prefix.py` compares its answer with the keys of the stages that a parameter changes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Path = tuple[str, ...]
 
 
 def prefix_parameters(root: Any) -> frozenset[str]:
-    """Names of the parameters that decide what is computed before the student.
+    """Names of the parameters that determine what is computed before the student.
 
-    All of them but those of the student, of the evaluations, and of the transfer's fields that only the student reads, such as
-    a temperature. Which these are is said by the `NEEDS` of its kind.
+    These are all parameters except those of the student, of the evaluations, and of transfer fields that only the student
+    reads, such as a temperature: fields that the `NEEDS` of the transfer do not list.
 
     Args:
         root: the tree of a space.
@@ -29,7 +29,7 @@ def prefix_parameters(root: Any) -> frozenset[str]:
 
 
 def teacher_parameters(root: Any) -> frozenset[str]:
-    """Names of the parameters that decide which teacher is trained, and on what data."""
+    """Names of the parameters that determine which teacher is trained, and on what data."""
     return frozenset(name for name, path, _ in _walk(root, (), frozenset()) if path[:1] in (("data",), ("teacher",)))
 
 
@@ -41,7 +41,7 @@ def _decides_prefix(path: Path, before: frozenset[str]) -> bool:
 
 
 def _walk(node: Any, path: Path, before: frozenset[str]) -> Iterator[tuple[str, Path, frozenset[str]]]:
-    """(name, path, fields of its transfer that stages before the student read) of each parameter under a node."""
+    """(name, path, transfer fields that stages before the student read) of each parameter below a node."""
     if isinstance(node, OneOf):
         yield node.choice.name, path, before
         for body in node.branches.values():

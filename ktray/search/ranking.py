@@ -1,4 +1,4 @@
-"""Orders completed trials: best first, or the Pareto front."""
+"""Ranks completed trials and finds their Pareto front."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def front(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> lis
 
 
 def _losses(trial: Trial, objectives: Sequence[tuple[str, str]]) -> tuple[float, ...]:
-    """Per objective a value that is smaller where the trial is better; infinite where it has none."""
+    """Per objective a loss, smaller for a better trial; infinite if the trial has no value."""
     values = [(1 if mode == "min" else -1) * trial.objectives.get(metric, math.inf) for metric, mode in objectives]
     return tuple(value if math.isfinite(value) else math.inf for value in values)
 
 
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether losses are smaller in at least one objective and larger in none."""
+    """Whether the losses `one` dominate `other`: smaller in at least one objective, and larger in none."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))

@@ -1,12 +1,12 @@
-"""What to draw next, given the trials so far: at random, by Optuna's TPE, or balanced.
+"""Proposes the next draw from the trials so far: at random, by Optuna's TPE, or by the balanced sampler.
 
-A pair costs little if what comes before its student exists already (its prefix), so how often a search pays for a new teacher
-decides what it can afford. The balanced sampler ranks many candidate draws by their expected improvement and takes the best
-that is affordable: one whose prefix exists, or costs no more than its student and evaluations (the suffix), or whose prefix
-leaves the total spent on prefixes below the total spent on suffixes. So cheap teachers come first, an expensive one once as
-much was spent on students, and a poor choice wastes at most half of the spending. If nothing is affordable, it takes the best.
-Weighting improvement per cost instead, as the literature on cost-aware search does, gets stuck with the first teachers.
-`experiments/compare_samplers.py` measures all of them on real pairs.
+A pair is cheap if its prefix exists already (everything before its student), so the number of new teachers determines what a
+search costs. The balanced sampler ranks many candidate draws by expected improvement and takes the best one that keeps the
+balance: its prefix exists, or costs no more than its suffix (the student and its evaluations), or total spending on prefixes,
+this one included, stays at or below total spending on suffixes. So cheap teachers come first, an expensive teacher follows
+when as much has been spent on students, and poor teachers waste at most half of the spending. If no candidate keeps the
+balance, it takes the best one. Ranking by improvement per cost instead, as in the literature on cost-aware search, gets stuck
+with the first teachers. `experiments/compare_samplers.py` compares all of these methods on real pairs.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ from ktray.search.surrogate import Surrogate
 from ktray.search.tpe import ParzenEstimators
 from ktray.search.trial import PREFIX_STATES, Trial
 
-STARTUP = 10  # trials with a result before TPE has anything to say, as in Optuna
-RANDOM_CANDIDATES = 64  # candidates drawn at random,
-NEIGHBOURS = 64  # good trials with one parameter drawn again,
-REUSING_CANDIDATES = 32  # and random students on prefixes that exist
+STARTUP = 10  # trials with a result before TPE replaces random draws, as in Optuna
+RANDOM_CANDIDATES = 64  # candidates drawn at random
+NEIGHBOURS = 64  # candidates that are good trials with one parameter drawn again
+REUSING_CANDIDATES = 32  # candidates that are random students on existing prefixes
 MAX_OBSERVATIONS = 96  # trials that the surrogate is fitted to
-PARENT_DECAY = 0.6  # a trial is chosen as the parent of a neighbour this many times as often as the next better one
-MAX_ESTIMATES = 16  # candidates with a new prefix whose cost is estimated, the most promising ones
+PARENT_DECAY = 0.6  # ratio between the probabilities of a trial and of the next better one to be the parent of a neighbour
+MAX_ESTIMATES = 16  # the most promising candidates with a new prefix, for which the cost is estimated
 
 
 @dataclass(frozen=True)
 class _Prefix:
-    """All before a student, as parameters; `trials` are those that have it, unless they failed or their teacher is poor."""
+    """The parameters of a prefix, and the trials that have it, except failed ones and those with a poor teacher."""
 
     params: Params
     trials: set[int] = field(default_factory=set)
 
 
 class Sampler:
-    """Proposes draws from the trials that it observed.
+    """Proposes draws, based on the trials that it has observed.
 
     Args:
-        cost_estimate: of a draw; None: everything is affordable.
+        cost_estimate: estimates the cost of a draw; None: everything is affordable.
     """
 
     def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
         self.space, self.cost_estimate = space, cost_estimate
         self.observations = Observations(space)
         self._parzen, self._surrogate = ParzenEstimators(space), Surrogate(space)
-        self.drawn: set[str] = set()  # canonical text of the params of all draws
+        self.drawn: set[str] = set()  # canonical text of the parameters of each draw
         self._prefixes: dict[str, _Prefix] = {}
         self._prefix_of: dict[int, str] = {}
-        self._paused_by_teacher: dict[str, set[int]] = {}  # teacher -> trials that wait for it to be among the best
+        self._paused_by_teacher: dict[str, set[int]] = {}  # teacher -> trials paused at rung 0
 
     def observe(self, trial: Trial) -> None:
-        """Takes in a trial that is new or has changed."""
+        """Adds a new trial, or updates a changed one."""
         self.observations.update(trial)
-        if trial.number < 0:  # another study's: an observation, but not one of our draws
+        if trial.number < 0:  # from another study: an observation, but not a draw of this one
             return
         if trial.number not in self._prefix_of:
             self.drawn.add(canonical(dict(trial.params)))
@@ -77,7 +77,7 @@ class Sampler:
         usable = trial.state in PREFIX_STATES and not trial.waits_for_teacher
         (trials.add if usable else trials.discard)(trial.number)
         paused = self._paused_by_teacher.setdefault(self._teacher(trial.params), set())
-        waits = trial.waits_for_teacher and trial.state == "paused"  # a pruned one does not: its teacher may have risen since
+        waits = trial.waits_for_teacher and trial.state == "paused"  # once pruned, its teacher may be drawn again
         (paused.add if waits else paused.discard)(trial.number)
 
     def propose(
@@ -90,15 +90,15 @@ class Sampler:
     ) -> Params:
         """The next draw.
 
-        The seed is the space's together with the number of trials: the same journal gives the same draw, and a search that is
-        resumed does not repeat its own.
+        The random seed consists of the space's seed and the number of trials: the same journal gives the same draw, and a
+        resumed search does not repeat earlier draws.
 
         Args:
-            count: trials so far, duplicates and failures included.
-            spent: what they cost, expected costs included.
+            count: number of trials so far, duplicates and failures included.
+            spent: their cost, expected costs included.
             planned: values that are fixed; the others are drawn.
-            affordable: seconds; candidates whose estimated cost is higher come last.
-            attempt: how many proposals were refused since the last trial.
+            affordable: seconds; candidates with a higher estimated cost come last.
+            attempt: number of proposals refused since the last trial.
         """
         seed = seed_of(self.space.seed, "sampler", count, *([attempt] if attempt else []))
         method = self.space.sampler
@@ -111,7 +111,7 @@ class Sampler:
     def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], affordable: float) -> Params:
         ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
-        if not draws:  # all candidates were drawn before: the caller looks for an unseen draw
+        if not draws:  # all candidates were drawn before: the caller searches for an unseen draw
             return random_draw(self.space, generator.getrandbits(32), planned)
         if ranked:
             improvement = self.expected_improvement(ranked, pending, draws)
@@ -123,14 +123,14 @@ class Sampler:
     def expected_improvement(
         self, ranked: Sequence[Trial], pending: Sequence[Trial], draws: Sequence[Params]
     ) -> NDArray[np.float64]:
-        """(len(draws),) as `Surrogate.expected_improvement` says; trials as `Observations.ranked` returns them."""
+        """(len(draws),) as in `Surrogate.expected_improvement`, for trials that `Observations.ranked` returned."""
         ahead = [self.observations.rungs_ahead(trial) for trial in ranked]
         return self._surrogate.expected_improvement(
             [trial.params for trial in ranked], [trial.params for trial in pending], draws, ahead
         )
 
     def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
-        """The first draw that keeps the balance; else the first within `affordable`, or the cheapest if no prefix exists."""
+        """The first draw that keeps the balance; else the first within `affordable`, or the cheapest prefix if none exists."""
         estimated: list[tuple[float, Params]] = []
         new = 0
         for draw in draws:
@@ -149,9 +149,9 @@ class Sampler:
         return estimated[0][1] if estimated and affordable < math.inf else draws[0]
 
     def _candidates(self, ranked: Sequence[Params], generator: random.Random, planned: Mapping[str, Scalar]) -> list[Params]:
-        """New draws: random ones, neighbours of good trials, and random students on prefixes that exist.
+        """New draws: random ones, neighbours of good trials, and random students on existing prefixes.
 
-        Draws with a teacher that is not among the best are left out: they would only pause, too.
+        Leaves out teachers for which trials are already paused at rung 0: further trials would only pause there, too.
         """
 
         def complete(given: Mapping[str, Scalar]) -> Params:
@@ -170,12 +170,12 @@ class Sampler:
         ]
 
     def _neighbour(self, draw: Params, generator: random.Random, complete: Callable[[Params], Params]) -> Params:
-        """The same draw with one parameter drawn again, and with the parameters of its new branch if that chose one."""
+        """The same draw with one parameter drawn again; if that changes a branch, so are the branch's parameters."""
         again = generator.choice(sorted(draw))
         return complete({name: value for name, value in draw.items() if name != again})
 
     def _teacher(self, params: Mapping[str, Scalar]) -> str:
-        """Which teacher a draw has, as canonical text."""
+        """Identity of a draw's teacher, as canonical text."""
         return canonical({name: value for name, value in params.items() if name in self.space.teacher_parameters})
 
     def _exists(self, draw: Params) -> bool:
@@ -184,12 +184,12 @@ class Sampler:
 
 
 def _parent(ranked: Sequence[Params], generator: random.Random) -> Params:
-    """One of the trials; each is chosen `PARENT_DECAY` times as often as the one before it."""
+    """A random trial; each is chosen `PARENT_DECAY` times as often as the one before it."""
     return ranked[min(len(ranked) - 1, int(generator.expovariate(-math.log(PARENT_DECAY))))]
 
 
 def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar] | None = None) -> Params:
-    """The draw that follows these trials if costs do not matter."""
+    """The draw that follows these trials, ignoring costs."""
     sampler = Sampler(space)
     for trial in trials:
         sampler.observe(trial)
@@ -197,7 +197,7 @@ def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar]
 
 
 def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:
-    """A draw that ignores all trials; each parameter uniform, or log-uniform where the space says so."""
+    """A draw that does not depend on trials; each parameter is uniform, or log-uniform if the space asks for that."""
     generator = random.Random(seed)
 
     def ask(parameter: Parameter) -> Scalar:

@@ -1,4 +1,4 @@
-"""How many different artifacts of each stage the draws of a space can need, and how many are expected."""
+"""Counts the different artifacts of each kind of stage that the draws of a space can need, and estimates how many they will."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ktray.search.space import MAX_BRANCH_COMBINATIONS, Space
 from ktray.search.space_tree import Parameter, Params
 
 Keys = Callable[[Params], Iterable[tuple[str, str]]]
-"""The stages that a draw needs: (name, key) of each, in the order in which they run; none if it is no valid pair."""
+"""Parameters of a draw -> (name, key) of its stages in the order in which they run; empty if it is no valid pair."""
 
 Occurrence = tuple[str, int]
-"""Name of a stage, and how many of this name run before it: in a chain of pairs each generation has its own features."""
+"""Name of a stage, and number of stages of this name before it: in a chain of pairs each generation has its own features."""
 
 
 @dataclass(frozen=True)
 class SharedStages:
-    """Artifacts of one kind of stage in a space.
+    """Numbers of artifacts of one kind of stage.
 
     Attributes:
-        stage: its name.
-        possible: different artifacts that draws can need; None if there are infinitely many.
-        expected: how many of them the random draws need on average.
+        stage: name of the kind.
+        possible: different artifacts that draws can need; None if infinitely many.
+        expected: different artifacts that random draws need on average.
     """
 
     stage: str
@@ -37,11 +37,11 @@ class SharedStages:
 def sharing(space: Space, keys: Keys, draws: int) -> list[SharedStages]:
     """One row per kind of stage, in the order in which stages run.
 
-    Found by changing one parameter at a time in each branch: a kind has as many artifacts as there are combinations of the
-    parameters that change its keys. Random draws are assumed; those of a sampler share more.
+    Changes one parameter at a time in each branch: a kind has as many artifacts as there are combinations of the parameters
+    that change its key. The expectation is for random draws; the draws of a sampler share more.
 
     Args:
-        draws: how many the search makes.
+        draws: number of draws of the search.
     """
     branches = list(
         itertools.islice(
@@ -62,7 +62,7 @@ def sharing(space: Space, keys: Keys, draws: int) -> list[SharedStages]:
 def _dependencies(
     base: Params, parameters: Mapping[str, Parameter], keys: Keys
 ) -> tuple[dict[Occurrence, str], dict[Occurrence, set[str]]]:
-    """Stage -> its key in the draw `base`; stage -> parameters that change that key."""
+    """Stage -> its key for the draw `base`; stage -> the parameters that change this key."""
     own = _by_occurrence(keys(base))
     dependencies: dict[Occurrence, set[str]] = {occurrence: set() for occurrence in own}
     for name in (name for name in base if not space_tree.is_branch(parameters[name])):
@@ -98,7 +98,7 @@ def _rows(groups: Mapping[tuple[str, str, frozenset[str]], float], parameters: M
 
 
 def _distinct(combinations: int, draws: float) -> float:
-    """Expected number of different combinations in so many draws, all combinations being equally likely."""
+    """Expected number of different combinations among `draws` draws, if all combinations are equally likely."""
     if combinations == 1:
         return 1.0
     return -combinations * math.expm1(draws * math.log1p(-1 / combinations))

@@ -1,7 +1,7 @@
 """A search space: the pairs that a search can draw, read from a YAML file.
 
-A parameter is named by its dotted path in the pair (`transfer.k`), with the branch's name inside a branch
-(`teacher.rotation.layer`); the branch itself is the parameter `teacher`.
+The name of a parameter is its dotted path in the pair (`transfer.k`). Inside a branch the path contains the branch's name
+(`teacher.rotation.layer`), and the choice of the branch is the parameter `teacher`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ktray.search.space_tree import Ask, Params, Scalar
 from ktray.search.spec_errors import SpecError
 from ktray.spec import PairSpec
 
-MAX_SHARED_VALUES = 10  # values of an integer parameter of the prefix: with more, hardly any two draws share it
-SEARCH_FIELDS = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # fields that no pair has
+MAX_SHARED_VALUES = 10  # values of an integer parameter of the prefix; with more, two draws hardly ever share a prefix
+SEARCH_FIELDS = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # none is a field of pairs
 ABSENT = "absent"
-MAX_BRANCH_COMBINATIONS = 512  # combinations of branches that are looked at
+MAX_BRANCH_COMBINATIONS = 512  # of which boundary draws are made
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may be drawn, and how the search draws it; see `load`."""
+    """A search space and the settings of its search; create it with `load`."""
 
     document: SpaceFile
     root: Any
@@ -39,10 +39,10 @@ class Space:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], source: str) -> Space:
-        """The space of a file's plain content; its operators are checked, its pairs are not (`load` does both).
+        """The space of a file's plain content. Checks its fields and operators, but not its pairs, as `load` does.
 
         Raises:
-            UserError: fields or operators are wrong.
+            UserError: fields or operators are invalid.
         """
         document = space_file.validate(content, source)
         found: list[SpecError] = []
@@ -70,71 +70,71 @@ class Space:
 
     @property
     def sampler(self) -> Literal["balanced", "tpe", "random"]:
-        """How draws are proposed."""
+        """The method that proposes draws."""
         return self.document.sampler
 
     @property
     def seed(self) -> int:
-        """Seed of the search itself; the seeds of data, teacher and student are part of the pair."""
+        """Seed of the search; the seeds of data, teacher and student are part of the pair."""
         return self.document.seed
 
     @property
     def start_with(self) -> tuple[Params, ...]:
-        """Parameters of the first draws, as labels; those left out are the sampler's."""
+        """Parameters of the first draws, as labels; the sampler chooses those that are left out."""
         return tuple(
             {str(name): space_tree.label(value) for name, value in entry.items()} for entry in self.document.start_with
         )
 
     def suggest(self, ask: Ask) -> Params:
-        """One draw, define-by-run: asks for each parameter in the order of the file, and never for those of other branches."""
+        """One draw, define-by-run: calls `ask` for each parameter of the chosen branches, in the order of the file."""
         params: Params = {}
         space_tree.draw(self._parameter_tree, ask, params)
         return params
 
     @cached_property
     def _parameter_tree(self) -> Any:
-        """The tree without constants: a sampler makes many draws, and most of a pair is constant."""
+        """The tree without constants, for speed: a sampler makes many draws, and most of a pair is constant."""
         return space_tree.parameters_only(self.root)
 
     @cached_property
     def prefix_parameters(self) -> frozenset[str]:
-        """Names of the parameters that decide what is computed before the student, which students can share."""
+        """See `prefix.prefix_parameters`."""
         return prefix.prefix_parameters(self.root)
 
     @cached_property
     def teacher_parameters(self) -> frozenset[str]:
-        """Names of the parameters that decide which teacher is trained, and on what data."""
+        """See `prefix.teacher_parameters`."""
         return prefix.teacher_parameters(self.root)
 
     def prefix(self, params: Mapping[str, Scalar]) -> Params:
-        """Those of `params` that decide what is computed before the student."""
+        """The `params` that determine what is computed before the student."""
         return {name: value for name, value in params.items() if name in self.prefix_parameters}
 
     def complete(self, params: Mapping[str, Scalar]) -> Params:
-        """`params` with the first option, or the lower end, of each parameter that is left out."""
+        """`params`, with the first option or the lower end for each parameter that is left out."""
         return self.suggest(lambda parameter: params.get(parameter.name, space_tree.boundary_values(parameter)[0]))
 
     def plain(self, params: Mapping[str, Scalar]) -> dict[str, Any]:
-        """The pair that `params` draw, as plain data before validation."""
+        """The pair with these parameters, as plain data before validation."""
         value: dict[str, Any] = space_tree.resolve(self.root, params)
         return value
 
     def pair(self, params: Mapping[str, Scalar]) -> PairSpec:
-        """The pair that `params` draw.
+        """The pair with these parameters.
 
         Raises:
-            UserError: the combination is no pair.
+            UserError: the combination is no valid pair.
         """
         value = self.plain(params)
         try:
             return PairSpec.model_validate(value)
         except ValidationError as error:
-            found = spec_errors.from_validation(error, PairSpec, value, lambda path: self.place(path, params))
+            found = spec_errors.from_validation(error, PairSpec, value, lambda path: self.path_in_file(path, params))
             spec_errors.raise_if_any(found, self.source)
             raise AssertionError("unreachable: a validation error has problems") from error
 
-    def place(self, path: spec_errors.Path, params: Mapping[str, Scalar]) -> str:
-        """Dotted path in the file of a field of the pair that `params` draw, such as ``pair.teacher.hog.descriptor.cell``."""
+    def path_in_file(self, path: spec_errors.Path, params: Mapping[str, Scalar]) -> str:
+        """Dotted path in the file of a field of the pair with these parameters: ``pair.teacher.hog.descriptor.cell``."""
         node, steps = self.root, ["pair"]
         for step in path:
             while isinstance(node, space_tree.OneOf):
@@ -163,11 +163,11 @@ class Space:
             ValueError: a parameter is continuous.
         """
         if self.size() is None:
-            raise ValueError("a continuous space has no list of its draws")
+            raise ValueError("the draws of a continuous space cannot be listed")
         return space_tree.combinations(self.root, lambda parameter: space_tree.all_values(parameter) or ())
 
     def boundary_draws(self) -> Iterator[tuple[str, Params]]:
-        """Labelled draws that show every branch, every option and both ends of every range, varying one parameter at a time.
+        """Labelled draws that cover every branch, every option and both ends of every range, varying one parameter at a time.
 
         The labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
         """
@@ -182,7 +182,7 @@ class Space:
                     yield f"{head}: {name}={value}", {**base, name: value}
 
     def branch_draws(self) -> Iterator[tuple[str, Params]]:
-        """The first of `boundary_draws`, and those that show a branch which none before them shows."""
+        """The first of `boundary_draws`, and each further one that covers a branch for the first time."""
         branches = [parameter for parameter, _ in space_tree.parameters(self.root) if space_tree.is_branch(parameter)]
         unseen = {(parameter.name, value) for parameter in branches for value in space_tree.boundary_values(parameter)}
         for number, (label, params) in enumerate(self.boundary_draws()):
@@ -192,7 +192,7 @@ class Space:
                 yield label, params
 
     def warnings(self) -> list[str]:
-        """What is allowed but probably a mistake: a prefix that never repeats."""
+        """Warnings about parameters that make sharing impossible, because every draw has another prefix."""
         found = []
         for parameter, _ in space_tree.parameters(self.root):
             part = parameter.name.split(".")[0]
@@ -205,15 +205,14 @@ class Space:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What makes two spaces the same search: all but the study's name, the budget and the sampler.
+        """The part of the space that must stay the same for a study to be resumed: all but its name, budget and sampler.
 
-        Budget and sampler only decide which pairs are tried next. The results so far stay valid when they change, so that a
-        study can go on.
+        Budget and sampler only decide which pairs are tried next, so the results so far stay valid when these change.
         """
         return self.document.model_dump(mode="json", exclude={"study", "budget", "sampler"})
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
-        """Where this space differs from an earlier document of it, such as ``pair.transfer.k.choice was [5, 10], is [5]``."""
+        """Differences from an earlier document of this space, such as ``pair.transfer.k.choice was [5, 10], is [5]``."""
         before, now = flat(Space.from_content(earlier, self.source).identity()), flat(self.identity())
         changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
         return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
@@ -224,29 +223,32 @@ class Space:
 
 
 def load(path: Path, overrides: list[str]) -> Space:
-    """The search space of a YAML file, with every branch checked at the ends of every range.
+    """The search space of a YAML file; checks every branch at both ends of every range.
 
     Args:
         overrides: such as ``transfer.k=500``.
 
     Raises:
-        UserError: names file, dotted path, what is wrong and what would be right; up to five things at once.
+        UserError: up to five errors, each with file, dotted path, problem and correction.
     """
     return _checked_space(space_file.read(path, overrides), str(path), path.name)
 
 
 def parse(text: str, overrides: list[str], source: str) -> Space:
-    """The search space of a file's text, checked as by `load`; `source` is what errors call it.
+    """The search space of a file's text, checked as in `load`.
+
+    Args:
+        source: name of the file in error messages.
 
     Raises:
-        UserError: as for `load`.
+        UserError: as in `load`.
     """
     return _checked_space(space_file.parse(text, overrides, source), source, source)
 
 
-def _checked_space(content: Mapping[str, Any], place: str, source: str) -> Space:
+def _checked_space(content: Mapping[str, Any], path: str, source: str) -> Space:
     if not SEARCH_FIELDS & content.keys():
-        raise UserError("this is a pair, and a search space is wanted", place, f"Use ktray run {place}.")
+        raise UserError("this is a pair, not a search space", path, f"Use ktray run {path}.")
     return space_check.checked(Space.from_content(content, source))
 
 
@@ -261,26 +263,26 @@ def is_space(path: Path) -> bool:
 
 
 def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:
-    """Name (the file's) -> the pair of a YAML file, which is the pair itself or holds it under `pair`.
+    """Name of a YAML file without its suffix -> its pair, which is the whole file or its field `pair`.
 
     Raises:
-        UserError: the file is a space, holds operators, or is no pair.
+        UserError: the file is a space, contains operators, or is no valid pair.
     """
     if is_space(path):
-        raise UserError("this is a search space, and a pair is wanted", str(path), f"Use ktray search {path}.")
+        raise UserError("this is a search space, not a pair", str(path), f"Use ktray search {path}.")
     content = space_file.read(path, overrides)
     return {path.stem: pair_of(content, path.name)}
 
 
 def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
-    """The pair that is `content`, or that it holds under `pair`.
+    """The pair that is all of `content` or its field `pair`.
 
     Raises:
-        UserError: it holds operators, or is no pair.
+        UserError: it contains operators, or is no valid pair.
     """
     if "pair" in content and len(content) > 1:
         others = ", ".join(repr(key) for key in content if key != "pair")
-        raise UserError(f"beside 'pair' there is {others}", source, "A pair's file holds 'pair' alone.")
+        raise UserError(f"beside 'pair' there is {others}", source, "The file of a pair has no other field than 'pair'.")
     space = Space.from_content(
         {"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source
     )

@@ -64,7 +64,7 @@ def _checked_pairs(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
         try:
             pairs[label] = PairSpec.model_validate(value)
         except ValidationError as error:
-            where = lambda path, params=params: space.place(path, params)  # noqa: E731 - bound to this draw
+            where = lambda path, params=params: space.path_in_file(path, params)  # noqa: E731 - bound to this draw
             found.update(dict.fromkeys(spec_errors.from_validation(error, PairSpec, value, where)))
     return list(found), pairs
 
@@ -191,5 +191,5 @@ def _invalid_pair(space: Space, entry: space_tree.Params, where: str) -> Iterato
     try:
         PairSpec.model_validate(value)
     except ValidationError as error:
-        found = spec_errors.from_validation(error, PairSpec, value, lambda path: space.place(path, params))
+        found = spec_errors.from_validation(error, PairSpec, value, lambda path: space.path_in_file(path, params))
         yield from (SpecError(f"{where}: {error.where}", error.problem, error.instead) for error in found)

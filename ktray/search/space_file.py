@@ -1,4 +1,4 @@
-"""A space's file: its fields as strict specs, and overrides from the command line (``--set transfer.k=500``)."""
+"""The YAML file of a search space: its fields as strict specs, and overrides such as ``--set transfer.k=500``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def _seconds(value: Any) -> Any:
         return value
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
     if not parts or "".join(number + unit for number, unit in parts) != value.replace(" ", ""):
-        raise ValueError(f"{value!r} is no duration; write 90s, 30m, 12h, 2d or 1h30m")
+        raise ValueError(f"{value!r} is not a duration; write 90s, 30m, 12h, 2d or 1h30m")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
 class Objective(StrictSpec):
-    """What a search optimises; `mode` is filled in from the evaluation when left out."""
+    """A metric to optimise; a missing `mode` is taken from the evaluation."""
 
     metric: str
     mode: Literal["max", "min"] | None = None
@@ -38,14 +38,14 @@ class Objective(StrictSpec):
 class Budget(StrictSpec):
     """Limits of a search; not part of the space's identity."""
 
-    trials: int = Field(default=20, ge=1, description="draws, failed ones included, duplicates not")
-    concurrent: int = Field(default=4, ge=1, description="trials at a time, of which a search runs 64 at most")
+    trials: int = Field(default=20, ge=1, description="draws; failed ones count, duplicates do not")
+    concurrent: int = Field(default=4, ge=1, description="trials at a time; a search runs at most 64")
     stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
-    hours: float | None = Field(default=None, gt=0, description="of stages, added up over all workers and resumes")
+    hours: float | None = Field(default=None, gt=0, description="of stages, summed over all workers and resumes")
 
 
 class TeacherStop(StrictSpec):
-    """Which teachers get students: the best share of those judged so far, by an evaluation `of: teacher`."""
+    """Which teachers get students: the best share of those evaluated so far, by an evaluation `of: teacher`."""
 
     metric: str
     reduction: int | None = Field(default=None, ge=2, description="the best 1/reduction of the teachers")
@@ -55,12 +55,12 @@ class TeacherStop(StrictSpec):
     @model_validator(mode="after")
     def _one_share(self) -> TeacherStop:
         if (self.reduction is None) == (self.keep is None):
-            raise ValueError("how many teachers get students is said by 'reduction' (3: the best third) or by 'keep' (0.3)")
+            raise ValueError("give either 'reduction' (3: the best third of the teachers get students) or 'keep' (0.3)")
         return self
 
     @property
     def share(self) -> float:
-        """The part of the teachers that get students, in (0, 1]."""
+        """The share of the teachers that get students, in (0, 1]."""
         return self.keep if self.keep is not None else 1 / (self.reduction or 1)
 
 
@@ -71,22 +71,22 @@ class EarlyStop(StrictSpec):
     rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     reduction: int = Field(default=3, ge=2)
     mode: Literal["max", "min"] | None = None
-    teacher: TeacherStop | None = Field(default=None, description="judge teachers before any student of theirs is trained")
+    teacher: TeacherStop | None = Field(default=None, description="evaluates teachers before their first student is trained")
 
-    def judged_by(self, epoch: int) -> str:
-        """The metric at a rung; at epoch 0 that of teachers."""
+    def metric_at(self, epoch: int) -> str:
+        """The metric at a rung; at epoch 0 the one for teachers."""
         return self.teacher.metric if epoch == 0 and self.teacher else self.metric
 
     @field_validator("rungs")
     @classmethod
     def _increasing(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
         if list(rungs) != sorted(set(rungs)):
-            raise ValueError(f"rungs rise, and these are {list(rungs)}; write {sorted(set(rungs))}")
+            raise ValueError(f"rungs must increase, and these are {list(rungs)}; write {sorted(set(rungs))}")
         return rungs
 
 
 class SpaceFile(StrictSpec):
-    """The file as typed; `pair` may hold operators."""
+    """The content of the file; `pair` may contain operators."""
 
     study: str
     objectives: tuple[Objective, ...] = Field(min_length=1)
@@ -114,27 +114,27 @@ class SpaceFile(StrictSpec):
 
 
 def check_name(study: str) -> None:
-    """Refuses a study's name that is no plain file name.
+    """Refuses a study's name that cannot be a plain file name.
 
     Raises:
-        ValueError: it is not made of A-Z a-z 0-9 . _ -, is too long, or starts with a dot.
+        ValueError: it contains other characters than A-Z a-z 0-9 . _ -, is too long, or starts with a dot.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", study):
-        raise ValueError(f"the study name {study!r} may hold only A-Z a-z 0-9 . _ - (and not begin with a dot)")
+        raise ValueError(f"the study name {study!r} may contain only A-Z a-z 0-9 . _ - (and not start with a dot)")
 
 
 def read(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The plain content of a YAML file, with overrides such as ``transfer.k=500`` applied.
 
     Raises:
-        UserError: no such file, no YAML, not a mapping, or an override that names no place in it.
+        UserError: the file is missing, is no YAML or no mapping, or an override does not fit it.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"the file cannot be read: {error.strerror}", str(path)) from error
     except UnicodeDecodeError as error:
-        raise UserError("the file is no text in UTF-8", str(path), "Give a YAML file.") from error
+        raise UserError("the file is not text in UTF-8", str(path), "Give a YAML file.") from error
     return parse(text, overrides, str(path))
 
 
@@ -142,11 +142,11 @@ def parse(text: str, overrides: list[str], source: str) -> dict[str, Any]:
     """The plain content of a file's text, with overrides applied.
 
     Raises:
-        UserError: no YAML, not a mapping, or an override that names no place in it.
+        UserError: it is no YAML or no mapping, or an override does not fit it.
     """
     content = parse_yaml(text, source)
     if not isinstance(content, dict):
-        what = "the file is empty" if content is None else "the file holds no fields (name: value)"
+        what = "the file is empty" if content is None else "the file has no fields (name: value)"
         raise UserError(what, source, "See search_spaces/quickstart.yaml.")
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -158,37 +158,37 @@ def parse(text: str, overrides: list[str], source: str) -> dict[str, Any]:
 
 def _apply_override(content: dict[str, Any], name: str, value: Any) -> None:
     steps = name.split(".")
-    place: Any = content["pair"] if "pair" in content and steps[0] not in SpaceFile.model_fields else content
+    node: Any = content["pair"] if "pair" in content and steps[0] not in SpaceFile.model_fields else content
     for index, step in enumerate(steps):
-        place, key, old = _step_into(place, step, ".".join(steps[:index]), f"--set {name}")
+        parent, key, old = _step_into(node, step, ".".join(steps[:index]), f"--set {name}")
         if index == len(steps) - 1:
-            place[key] = _override_value(old, value, f"--set {name}")
+            parent[key] = _override_value(old, value, f"--set {name}")
         else:
             if old is None:
-                place[key] = old = {}
-            place = old
+                parent[key] = old = {}
+            node = old
 
 
-def _step_into(place: Any, step: str, above: str, where: str) -> tuple[Any, str | int, Any]:
-    """Container, key and present value (None if absent) for one step of a path; paths name branches without `one_of`."""
-    operator = next((key for key in place if key in OPERATORS), None) if isinstance(place, dict) else None
+def _step_into(node: Any, step: str, above: str, where: str) -> tuple[Any, str | int, Any]:
+    """Container, key and current value (None if absent) for one step of a path; paths name branches without `one_of`."""
+    operator = next((key for key in node if key in OPERATORS), None) if isinstance(node, dict) else None
     if operator == "one_of":
-        place = place["one_of"]
-        if step not in place:
-            raise UserError(f"{above} has no branch {step!r}", where, f"Its branches are {', '.join(map(str, place))}.")
+        node = node["one_of"]
+        if step not in node:
+            raise UserError(f"{above} has no branch {step!r}", where, f"Its branches are {', '.join(map(str, node))}.")
     elif operator:
         raise UserError(f"{above} is drawn as a whole ({operator})", where, f"Set {above} itself.")
-    if isinstance(place, list):
-        if not step.isdigit() or int(step) >= len(place):
-            raise UserError(f"{above} is a list of {len(place)} without an entry {step!r}", where, "Entries are 0, 1, ...")
-        return place, int(step), place[int(step)]
-    if not isinstance(place, dict):
-        raise UserError(f"{above} is {place!r} and has no {step!r}", where, f"Set {above} to a mapping.")
-    return place, step, place.get(step)
+    if isinstance(node, list):
+        if not step.isdigit() or int(step) >= len(node):
+            raise UserError(f"{above} is a list of {len(node)} without an entry {step!r}", where, "Entries are 0, 1, ...")
+        return node, int(step), node[int(step)]
+    if not isinstance(node, dict):
+        raise UserError(f"{above} is {node!r} and has no {step!r}", where, f"Set {above} to a mapping.")
+    return node, step, node.get(step)
 
 
 def _override_value(old: Any, value: Any, where: str) -> Any:
-    """`value`, or if it names a branch of a one_of, that one_of with this branch alone: its parameters keep their names."""
+    """`value`; if it names a branch of a one_of, the one_of with only that branch, so that its parameters keep their names."""
     branches = old.get("one_of") if isinstance(old, dict) else None
     if not isinstance(branches, dict) or not isinstance(value, str):
         return value
@@ -201,7 +201,7 @@ def validate(content: Mapping[str, Any], source: str) -> SpaceFile:
     """The content of a space's file as specs.
 
     Raises:
-        UserError: unknown, missing or impossible fields, with what would be right.
+        UserError: fields are unknown, missing or invalid; the message suggests corrections.
     """
     try:
         return SpaceFile.model_validate(content)

@@ -397,7 +397,7 @@ class Study:
         self.spending.update(trial)
 
     def _rung_metric(self, epoch: int) -> str:
-        return self.space.early_stop.judged_by(epoch) if self.space.early_stop else ""
+        return self.space.early_stop.metric_at(epoch) if self.space.early_stop else ""
 
     def _agree_on_target(self, trials: str | int | None) -> int:
         """The target of this session; writes it and the space to the journal."""

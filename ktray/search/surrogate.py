@@ -1,12 +1,12 @@
-"""Surrogate model of the search: a Gaussian process over the draws of a space, and the expected improvement of a draw.
+"""The surrogate model: a Gaussian process over the draws of a space, and the expected improvement of a draw.
 
-The kernel is a product over the tree of the space: draws that differ in one parameter are still similar in the others, so a
-student that did well with one teacher is expected to do well with the next. Parameters of different branches are not compared.
-Scores at early rungs say less about the end: a layer that leads after two epochs may fall behind, which trials that were
-stopped there cannot show. So the covariance of two draws falls with the number of rungs between those where they were judged.
-How fast it falls and how large the noise of a result is differ from space to space; both are chosen from a few values by
-marginal likelihood. The targets are normal scores of ranks, which works for any metric and for several objectives. Pending
-trials are assumed to reach their predicted mean (kriging believer), so that no two workers try the same.
+The kernel is a product over the tree of the space: draws that differ in one parameter are still similar because of the others,
+so a student that did well with one teacher is expected to do well with the next. Parameters of different branches are not
+compared. Scores at early rungs predict the final result less well: a layer that leads after two epochs may fall behind later,
+which trials stopped at that rung cannot show. Therefore the covariance of two draws decreases with the number of rungs between
+their last scores. The rate of this decrease and the noise variance differ between spaces; both are chosen from a few
+candidates by marginal likelihood. The targets are normal scores of ranks, so any metric and several objectives can be used.
+Pending trials are assumed to reach their predicted mean (kriging believer), so that workers do not all try the same draw.
 
 Source: Rasmussen and Williams, "Gaussian Processes for Machine Learning" (2006), algorithm 2.1 and equation 5.8. From rung to
 rung: Kennedy and O'Hagan, "Predicting the Output from a Complex Computer Code When Fast Approximations Are Available" (2000),
@@ -31,12 +31,12 @@ from ktray.ops import blas
 from ktray.search.space import Space
 from ktray.search.space_tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters
 
-DIFFERENT = math.exp(-0.5)  # similarity of draws that differ completely in one parameter, and in nothing else
+DIFFERENT = math.exp(-0.5)  # similarity of two draws that differ completely in one parameter and agree in all others
 LENGTH_SCALE = 0.5  # of the kernel of a number, as a share of its range
-SHARED_VARIANCE = 1.0  # variance that all draws share, in units of the variance between them
+SHARED_VARIANCE = 1.0  # variance of the common mean of all draws, in units of the variance between draws
 RUNG_CORRELATIONS = (1.0, 0.9, 0.8, 0.6, 0.4)  # candidates: correlation of the same draw at neighbouring rungs
 NOISE_VARIANCES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # candidates: variance of a result between seeds
-MAX_FITTED = 32  # trials that these two are chosen from
+MAX_FITTED = 32  # trials that correlation and noise are fitted to
 
 Matrix = NDArray[np.float64]
 Rows = Matrix
@@ -45,24 +45,24 @@ Rows = Matrix
 
 @dataclass(frozen=True)
 class _Factor:
-    """Factor of the kernel: one parameter; if that chooses a branch, with the factors of each branch by its index."""
+    """A factor of the kernel, for one parameter; if that chooses a branch, `branches` has the factors of each, by index."""
 
     column: int
     ordered: bool
     branches: Mapping[int, tuple[_Factor, ...]]
 
     def similarity(self, one: Rows, other: Rows) -> Matrix:
-        """(n, m) float64 from 0 to 1, of n draws with m others."""
-        ours, theirs = one[:, self.column, None], other[None, :, self.column]
+        """(n, m) float64 from 0 to 1, the similarities of n draws with m others."""
+        left, right = one[:, self.column, None], other[None, :, self.column]
         if self.ordered:
-            found: Matrix = np.exp(-0.5 * ((ours - theirs) / LENGTH_SCALE) ** 2)
+            found: Matrix = np.exp(-0.5 * ((left - right) / LENGTH_SCALE) ** 2)
             np.nan_to_num(found, copy=False)
             return found
-        found = (ours == theirs).astype(np.float64)
+        found = (left == right).astype(np.float64)
         for index, factors in self.branches.items():
-            here, there = np.flatnonzero(one[:, self.column] == index), np.flatnonzero(other[:, self.column] == index)
-            if factors and len(here) and len(there):
-                found[np.ix_(here, there)] = _product(factors, one[here], other[there])
+            rows, columns = np.flatnonzero(one[:, self.column] == index), np.flatnonzero(other[:, self.column] == index)
+            if factors and len(rows) and len(columns):
+                found[np.ix_(rows, columns)] = _product(factors, one[rows], other[columns])
         return found
 
 
@@ -74,10 +74,10 @@ def _product(factors: Sequence[_Factor], one: Rows, other: Rows) -> Matrix:
 
 
 class Surrogate:
-    """Predicts how good draws are from trials with a result.
+    """Predicts the quality of draws from trials with a result.
 
     Args:
-        space: its tree defines the kernel.
+        space: its tree determines the kernel.
     """
 
     def __init__(self, space: Space) -> None:
@@ -97,7 +97,7 @@ class Surrogate:
         return [factor for child in children(node) for factor in self._factors_of(child)]
 
     def rows(self, draws: Sequence[Mapping[str, Scalar]]) -> Rows:
-        """Draws as numbers. What a draw lacks, as one from a study with other parameters may, is NaN: similar to nothing."""
+        """Draws as rows. A missing parameter (of another branch, or in a trial of another study) is NaN: similar to nothing."""
         found = np.full((len(draws), len(self._columns)), np.nan)
         for row, draw in zip(found, draws, strict=True):
             for name, value in draw.items():
@@ -117,26 +117,26 @@ class Surrogate:
         draws: Sequence[Mapping[str, Scalar]],
         rungs_ahead: Sequence[int] = (),
     ) -> Matrix:
-        """Expected improvement of each draw, at its full training, over the best predicted mean of the trials.
+        """Expected improvement of each draw after its full training, over the best predicted mean of the trials.
 
         Args:
             ranked: draws of trials with a result, at least one, the best first.
-            pending: draws of trials that run and have no result.
-            rungs_ahead: of each of `ranked` when it was judged; empty: all were judged at their end.
+            pending: draws of running trials without a result.
+            rungs_ahead: per trial in `ranked`, the number of rungs after its last score; empty: all are completed.
 
         Returns:
             (len(draws),) float64, in units of the normal scores of ranks.
         """
         tried, candidates, count = self.rows([*ranked, *pending]), self.rows(draws), len(ranked)
-        ahead = np.zeros(len(tried))  # pending trials are assumed to reach the predicted mean of their end
+        ahead = np.zeros(len(tried))  # pending trials are assumed to reach their predicted final mean
         ahead[: len(rungs_ahead)] = rungs_ahead
         scores = ndtri(1 - (np.arange(count) + 0.5) / count)
-        with blas.one_thread():  # the same draw on any number of cores; for matrices this small, more threads are slower
+        with blas.one_thread():  # for the same result on any number of cores; for matrices this small, more threads are slower
             similar = self._similarities(tried, tried)
             correlation, noise = _fit(similar[:count, :count], ahead[:count], scores)
             across = _covariance(self._similarities(tried, candidates), ahead, 0.0, correlation)
             factor = cholesky(_covariance(similar, ahead, ahead, correlation) + noise * np.eye(len(tried)), lower=True)
-            known = factor[:count, :count]  # the factor of the trials with a result, as they come first
+            known = factor[:count, :count]  # the Cholesky factor for the trials with a result, which come first
             weights = cho_solve((known, True), scores)
             ended = _covariance(similar[:count, :count], ahead[:count], 0.0, correlation)
             mean, best = across[:count].T @ weights, (ended.T @ weights).max()
@@ -151,15 +151,15 @@ class Surrogate:
 
 
 def _covariance(similar: Matrix, ahead: Matrix, others: Matrix | float, correlation: float) -> Matrix:
-    """(n, m) from similarities and from how many rungs were ahead of each draw when it was judged."""
+    """(n, m) from the (n, m) similarities and the number of rungs after the last score of each draw."""
     found: Matrix = SHARED_VARIANCE + np.exp(math.log(correlation) * np.abs(ahead[:, None] - others)) * similar
     return found
 
 
 def _fit(similar: Matrix, ahead: Matrix, scores: Matrix) -> tuple[float, float]:
-    """Correlation between neighbouring rungs, and noise variance, of the largest marginal likelihood."""
-    some = slice(None, None, math.ceil(len(scores) / MAX_FITTED))  # from the best to the worst
-    similar, ahead, scores = similar[some, some], ahead[some], scores[some]
+    """Correlation between neighbouring rungs and noise variance with the largest marginal likelihood."""
+    subset = slice(None, None, math.ceil(len(scores) / MAX_FITTED))  # evenly from the best to the worst
+    similar, ahead, scores = similar[subset, subset], ahead[subset], scores[subset]
     likelihoods = []
     for correlation in RUNG_CORRELATIONS:
         values, vectors = np.linalg.eigh(_covariance(similar, ahead, ahead, correlation))
@@ -170,12 +170,12 @@ def _fit(similar: Matrix, ahead: Matrix, scores: Matrix) -> tuple[float, float]:
 
 
 def _is_numeric(choice: Choice) -> bool:
-    """Whether the options are numbers, so that neighbouring ones are similar."""
+    """Whether all options are numbers, so that neighbouring ones are similar."""
     return not choice.branches and all(isinstance(each, int | float) and not isinstance(each, bool) for each in choice.labels)
 
 
 def _option_positions(parameter: Parameter) -> dict[Scalar, float] | None:
-    """Option -> its index, or for numbers its position from 0 to 1; None for a range."""
+    """Option -> its index, or its position from 0 to 1 if all options are numbers; None for a range."""
     if not isinstance(parameter, Choice):
         return None
     if not _is_numeric(parameter):

@@ -1,4 +1,4 @@
-"""One drawn pair with its state, rungs, metrics and cost."""
+"""A trial: a drawn pair with its state, scores at rungs, metrics and cost."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ STATES: tuple[State, ...] = get_args(State)
 """All states, in the order in which reports list them."""
 
 PREFIX_STATES = frozenset({"running", "paused", "completed", "pruned"})
-"""States in which the stages before the student are in the store or on their way there."""
+"""States of trials with stages before the student that are in the store or being computed."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What the study knows of one draw.
+    """One draw of a study, and what became of it.
 
     Attributes:
-        number: 0, 1, ... in the order of the draws; the same over resumes.
-        params: dotted path -> drawn scalar; a choice between lists or mappings holds the option's JSON text.
-        pair: the drawn pair as plain data, defaults included; `PairSpec.model_validate` reads it.
-        state: `paused` waits at a rung, `pruned` waited there when the study ended, `duplicate` equals an earlier trial.
-        epoch: student epochs that are done and judged.
+        number: 0, 1, ... in the order of the draws; stays the same when the study is resumed.
+        params: dotted path -> drawn scalar; for a choice between lists or mappings the JSON text of the option.
+        pair: the drawn pair as plain data with all defaults; `PairSpec.model_validate` reads it.
+        state: `paused`: stopped at a rung, `pruned`: still paused when the study ended, `duplicate`: equals an earlier trial.
+        epoch: student epochs that are trained and evaluated.
         scores: epoch of a rung -> value of the early-stop metric there.
-        teacher_score: value of the early-stop metric of teachers, judged before the student; None if it was not.
-        metrics: all metrics of the finished pair.
+        teacher_score: value of the early-stop metric for teachers, measured before the student; None if there is none.
+        metrics: all metrics of the completed pair.
         objectives: metric -> value of what the study optimises.
-        keys: stage -> key of its artifact (evaluation -> name -> key), up to where the trial is.
-        attributed_costs: ``{"prefix": {key: seconds}, "suffix": {...}}`` of the stages that it was the first to need: expected
-            seconds, and recorded ones once its segment ended. The prefix is all before the student.
-        cost: `seconds` as if it had run alone, `marginal_seconds` that it added; before its end only the latter, so far.
-        cause: one line: why it failed or was pruned.
+        keys: stage -> key of its artifact so far (evaluation -> name -> key).
+        attributed_costs: ``{"prefix": {key: seconds}, "suffix": {...}}`` of the stages that it is the first to need: expected
+            seconds, replaced by recorded ones when a segment ends. The prefix is everything before the student.
+        cost: `seconds` without any sharing, and `marginal_seconds` that it added; before its end only the latter.
+        cause: why it failed or was pruned, in one line.
         duplicate_of: number of the earlier trial with the same pair.
         started: clock at the draw, in seconds.
         ended: clock when its state became final.
@@ -59,7 +59,7 @@ class Trial:
 
     @property
     def furthest(self) -> tuple[int, float] | None:
-        """The last rung where it was judged and its score there; rung 0 judges its teacher. None before."""
+        """(rung, score) of the last rung that it reached, where rung 0 is the score of its teacher; None before."""
         if self.scores:
             epoch = max(self.scores)
             return epoch, self.scores[epoch]
@@ -67,7 +67,7 @@ class Trial:
 
     @property
     def waits_for_teacher(self) -> bool:
-        """Whether its teacher was judged and has earned it no student so far."""
+        """Whether it is stopped at rung 0, since its teacher is not among the best."""
         return self.state in ("paused", "pruned") and self.teacher_score is not None and not self.scores
 
     @property

@@ -1,4 +1,4 @@
-"""How to name trials so that a table can tell them apart: kinds first, then the parameters in which they differ."""
+"""Short names of trials for tables: the kinds of their parts, then the parameters in which they differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search.trial import Trial
 
-MAX_PARAMS = 4  # named per trial; `ktray show STUDY/NUMBER` has them all
+MAX_PARAMS = 4  # listed per trial; `ktray show STUDY/NUMBER` lists all
 
 
 def names(trial: Trial) -> tuple[str, str, str]:
@@ -17,9 +17,9 @@ def names(trial: Trial) -> tuple[str, str, str]:
 
 
 def distinguishing_params(trials: Sequence[Trial]) -> dict[int, str]:
-    """Number of a trial -> the parameters that distinguish it from others of the same names, such as ``cell 4, lr 0.052``.
+    """Number of a trial -> the parameters that distinguish it from trials with the same names, such as ``cell 4, lr 0.052``.
 
-    Empty if no two of the same names differ.
+    Empty if no two trials with the same names differ.
     """
     alike: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:

@@ -1,4 +1,4 @@
-"""Results of other studies that the sampler of a new one learns from, each at the rung that it really reached."""
+"""Warm start: results of other studies as observations for the sampler of a new one, at the rungs that they reached."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.trial import Trial
 
-NOTE = "warm_start"  # of the journal: other study -> its results when it was first named
+NOTE = "warm_start"  # name of the journal's note: other study -> its results when it was first given
 Noted = Mapping[str, list[dict[str, Any]]]
 
 
 def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: str) -> Noted:
-    """The note with the results of `other` added. Results that are noted already stay, so that a resume draws the same.
+    """The note with the results of `other` added. Results in the note never change, so that a resumed search draws the same.
 
     Args:
         other: a study of the same home.
         name: the study that begins.
 
     Raises:
-        UserError: there is no such study, it is the same one, or nothing of it fits.
+        UserError: there is no such study, it is the same one, or none of its results apply.
     """
     if other in noted:
         return noted
     if other == name:
-        raise UserError(f"the study {name!r} cannot begin with its own results", "--warm-start", "The same name resumes it.")
+        raise UserError(f"the study {name!r} cannot start from its own results", "--warm-start", "The same name resumes it.")
     found = results(space, read(home, other))
     if not found:
         raise UserError(
-            f"no result of the study {other!r} says anything of this space",
+            f"no result of the study {other!r} applies to this space",
             "--warm-start",
-            "They need parameters in common, and an objective or a rung judged by the same evaluation of the same data.",
+            "The two need a common parameter, and an objective or rung metric from the same evaluation on the same data.",
         )
     return {**noted, other: found}
 
 
 def trials(noted: Noted) -> list[Trial]:
-    """Noted results as trials for the sampler; their numbers are below 0, the latest is -1."""
+    """The results in the note as trials for the sampler; their numbers are below 0, the latest is -1."""
     every = [result for found in noted.values() for result in found]
     return [_trial(result, index - len(every)) for index, result in enumerate(every)]
 
@@ -50,9 +50,9 @@ def trials(noted: Noted) -> list[Trial]:
 def results(space: Space, other: History) -> list[dict[str, Any]]:
     """Results of another study that apply to this space, as JSON values.
 
-    A parameter is kept if it exists here, in the same branch, and can have this value. A completed trial counts as completed if
-    it had as many epochs as a student has here; else its scores at rungs count. Metrics of another evaluation, or of the same
-    one on other data, are left out.
+    A parameter is kept if it exists in this space, in the same branch, and allows the value. A completed trial counts as
+    completed if its student had as many epochs as one has here; otherwise its scores at rungs count. Metrics from another
+    evaluation, or from the same one on other data, are left out.
     """
     return [result for trial in other.trials if (result := _result(space, other, trial)) is not None]
 
@@ -67,36 +67,36 @@ def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None
         return None
     same = _same_evaluation(pair, trial.pair)
     epochs = pair["student"]["schedule"]["epochs"]
-    wanted = [metric for metric, _ in space.objectives]
-    if trial.state == "completed" and trial.epochs == epochs and all(same(m) and m in trial.metrics for m in wanted):
-        return {"state": "completed", "params": params, "objectives": {metric: trial.metrics[metric] for metric in wanted}}
+    objectives = [metric for metric, _ in space.objectives]
+    if trial.state == "completed" and trial.epochs == epochs and all(same(m) and m in trial.metrics for m in objectives):
+        return {"state": "completed", "params": params, "objectives": {metric: trial.metrics[metric] for metric in objectives}}
     stop, theirs = space.early_stop, other.space.early_stop
     scores: dict[str, float] = {}
-    judged = None
+    teacher_score = None
     if stop and same(stop.metric):
         at_rungs = trial.scores if theirs and theirs.metric == stop.metric else {}
         at_end = {trial.epochs: trial.metrics[stop.metric]} if stop.metric in trial.metrics else {}
         scores = {str(epoch): value for epoch, value in {**at_rungs, **at_end}.items() if epoch <= epochs}
-    judge, their_judge = (each.teacher if each else None for each in (stop, theirs))
-    if judge and their_judge and judge.metric == their_judge.metric and same(judge.metric):
-        judged = trial.teacher_score
-    if not scores and judged is None:
+    our_rung_0, their_rung_0 = (each.teacher if each else None for each in (stop, theirs))
+    if our_rung_0 and their_rung_0 and our_rung_0.metric == their_rung_0.metric and same(our_rung_0.metric):
+        teacher_score = trial.teacher_score
+    if not scores and teacher_score is None:
         return None
-    return {"state": "paused", "params": params, "scores": scores, "teacher_score": judged, "epochs": epochs}
+    return {"state": "paused", "params": params, "scores": scores, "teacher_score": teacher_score, "epochs": epochs}
 
 
 def _applicable_params(space: Space, params: Mapping[str, Any]) -> Params:
-    """The parameters of another study's draw that can be drawn here, in branches that can."""
+    """The parameters of another study's draw that can be drawn in this space, in branches that it has."""
     kept: Params = {}
-    for parameter, under in space_tree.parameters(space.root):
-        here = all(kept.get(branch) == choice for branch, choice in under.items())
-        if here and parameter.name in params and space_tree.invalid_reason(parameter, params[parameter.name]) is None:
+    for parameter, conditions in space_tree.parameters(space.root):
+        in_branch = all(kept.get(branch) == choice for branch, choice in conditions.items())
+        if in_branch and parameter.name in params and space_tree.invalid_reason(parameter, params[parameter.name]) is None:
             kept[parameter.name] = params[parameter.name]
     return kept
 
 
 def _same_evaluation(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Callable[[str], bool]:
-    """A function: metric -> whether the same evaluation on the same data measured it; costs and sizes have no evaluation."""
+    """A function: metric -> whether both pairs get it from the same evaluation on the same data, or from none, as for costs."""
 
     def named(pair: Mapping[str, Any], metric: str) -> Any:
         name = metric.split("/")[0]
@@ -110,7 +110,7 @@ def _trial(result: Mapping[str, Any], number: int) -> Trial:
     return Trial(
         number,
         dict(result["params"]),
-        {"student": {"schedule": {"epochs": result.get("epochs", 0)}}},  # all that anything reads of the pair
+        {"student": {"schedule": {"epochs": result.get("epochs", 0)}}},  # all that is read of this pair
         result["state"],
         scores={int(epoch): float(score) for epoch, score in result.get("scores", {}).items()},
         objectives=result.get("objectives", {}),
