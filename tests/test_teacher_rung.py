@@ -146,8 +146,8 @@ def test_a_trial_whose_teacher_was_judged_goes_on_after_a_kill(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("stop", "message"),
     [
-        ({"metric": "teacher_knn/top1"}, "'reduction'.*or by 'keep'"),
-        ({"metric": "teacher_knn/top1", "reduction": 2, "keep": 0.5}, "'reduction'.*or by 'keep'"),
+        ({"metric": "teacher_knn/top1"}, "'reduction'.*or 'keep'"),
+        ({"metric": "teacher_knn/top1", "reduction": 2, "keep": 0.5}, "'reduction'.*or 'keep'"),
         ({"metric": "knn/top1", "keep": 0.5}, "knn/top1 evaluates the student, not the teacher"),
         ({"metric": "teacher/loss", "keep": 0.5}, "no evaluation of the pair gives 'teacher/loss'"),
         ({"metric": "cost/seconds", "keep": 0.5}, "cost/seconds does not evaluate the teacher"),

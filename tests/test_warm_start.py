@@ -82,7 +82,7 @@ def test_parameters_of_a_branch_that_is_gone_are_dropped_with_it(old: Path) -> N
     ],
 )
 def test_what_was_measured_otherwise_says_nothing(old: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="no result of the study 'toy' says anything"):
+    with pytest.raises(UserError, match="no result of the study 'toy' applies to this space"):
         Study.open(old, toy_space(old, changes), "new", warm_start="toy")
     assert not (old / "studies/new/journal.log").exists() or states_of(old) == {}
 
