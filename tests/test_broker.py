@@ -258,9 +258,9 @@ def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> 
         [sys.executable, "-c", script, str(ray_home.home)], capture_output=True, text=True, cwd=root, check=True
     )
     assert result.stdout.strip() == (
-        f"the home {ray_home.home} is in use by the process {os.getpid()}. "
-        "Wait for it, stop it, or give another home with --home. Several searches at once share one Ray and "
-        "compute nothing twice: `ray start --head`, and --address auto for each of them."
+        f"the home {ray_home.home} is in use by process {os.getpid()}. "
+        "Wait for it, stop it, or choose another home with --home. To run several searches that share one Ray "
+        "cluster and their stages, use `ray start --head`, and --address auto for each search."
     )
 
 

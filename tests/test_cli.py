@@ -13,7 +13,7 @@ from ktray.cli import main
 from ktray.stores.locks import lock_store_shared
 from tests.toys import toy_spec
 
-DAMAGE = "centroids.npy has another sha256 than its record"
+DAMAGE = "centroids.npy does not match the sha256 in its record"
 
 
 @pytest.fixture
@@ -202,7 +202,7 @@ def test_a_pickled_checkpoint_is_refused_and_never_run(home, tmp_path, capsys):
     pair = write(tmp_path / "pair.yaml", toy_spec(teacher=teacher))
     for verb in (["plan"], ["run", "--local"]):
         assert main([*verb, pair]) == 2
-        assert "teacher.checkpoint: teacher.pt holds more or other than tensors" in capsys.readouterr().err
+        assert "teacher.checkpoint: teacher.pt must contain tensors and nothing else" in capsys.readouterr().err
     assert not (tmp_path / "pwned").exists()
 
 

@@ -86,7 +86,7 @@ def test_the_first_two_views_show_most_of_an_image_and_the_others_a_part():
 
 
 def test_a_part_larger_than_the_whole_is_refused():
-    with pytest.raises(ValueError, match=r"cannot keep most=0\.2"):
+    with pytest.raises(ValueError, match=r"is larger than most=0\.2"):
         Distortions(area=0.5, most=0.2)
 
 

@@ -166,7 +166,7 @@ def test_what_a_worker_left_that_died_right_after_it_had_published_goes_when_it_
         raise InterruptedError(key)
 
     with monkeypatch.context() as last_moment:
-        last_moment.setattr(store, "_forget_attempts", dies)
+        last_moment.setattr(store, "_remove_attempts", dies)
         with pytest.raises(InterruptedError):
             work(stage, store, "second", StageContext())
     assert list((store.root / ".fenced").iterdir())

@@ -106,7 +106,7 @@ def test_parts_are_a_quarter_of_a_batch_or_less_and_never_a_single_image(
     task = classification.task(toy_images(images).labels, 4, Augment())  # type: ignore[arg-type]
     batches = loop._Batches(toy_images(images, size=8), task, batch_size, 0, "cpu", max_batch_size)
     found = []
-    for pixels, indices, _ in batches.of_epoch(1):
+    for pixels, indices, _ in batches.epoch_batches(1):
         parts = batches.parts(pixels.repeat_interleave(2, dim=0), indices)
         assert sum(share for share, _, _ in parts) == pytest.approx(1)
         assert torch.equal(torch.cat([wanted for _, _, wanted in parts]), indices)

@@ -77,7 +77,7 @@ def test_whitening_makes_unit_variances_and_leaves_dead_units_near_zero(tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_any_number_of_workers_gives_the_same_bits(shards: list[Path], workers: int) -> None:
+def test_results_are_bitwise_identical_for_any_number_of_workers(shards: list[Path], workers: int) -> None:
     alone, together = fit(shards, l2=True, pca=7, whiten=True), fit(shards, ShuffledPool(workers), l2=True, pca=7, whiten=True)
     assert {name: array.tobytes() for name, array in alone.items()} == {n: a.tobytes() for n, a in together.items()}
 

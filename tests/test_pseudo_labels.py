@@ -39,7 +39,7 @@ def test_labels_of_the_clustered_rows_are_those_of_the_clustering(shards: list[P
 
 
 def test_features_of_another_width_are_refused(shards: list[Path]) -> None:
-    with pytest.raises(ValueError, match="has 16 features per image, the clusters were made of 5"):
+    with pytest.raises(ValueError, match="has 16 features per image, but the clustered features had 5"):
         pseudo_labelling.assign(shards, np.zeros((3, 5), np.float32), {}, LocalPool())
 
 

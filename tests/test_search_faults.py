@@ -264,7 +264,7 @@ def test_a_second_search_on_one_home_is_refused_in_one_sentence_and_the_first_is
         assert len(refused.err.splitlines()) == 1
         assert refused.seconds < 30
     assert "is being searched by process" in same.err
-    assert "is in use by the process" in other.err
+    assert "is in use by process" in other.err
     assert ended.code == 0, ended.err
     assert_whole(home)
     assert home.run("search", slow_space, "--name", "other").code == 0

@@ -234,12 +234,12 @@ def test_features_by_index_are_the_rows_of_all_shards_together():
 
 def test_features_kept_on_the_device_equal_those_read_for_each_batch(monkeypatch):
     indices = torch.tensor([63, 0, 30, 29])
-    read = FEATURES.on(torch.device("cpu"), indices)
+    read = FEATURES.rows_on(torch.device("cpu"), indices)
     monkeypatch.setitem(targets.RESIDENT_BYTES, "cpu", 1 << 20)
     held = Features(FEATURES.shards)
-    assert torch.equal(held.on(torch.device("cpu"), indices), read)
+    assert torch.equal(held.rows_on(torch.device("cpu"), indices), read)
     monkeypatch.setattr(Features, "read", lambda *_: pytest.fail("read although it is held"))
-    assert torch.equal(held.on(torch.device("cpu"), indices), read)
+    assert torch.equal(held.rows_on(torch.device("cpu"), indices), read)
 
 
 # --- what is refused

@@ -1,4 +1,4 @@
-"""k-means over shards of features, the projection before it, and the pseudo-labels that come out of it.
+"""k-means over shards of features, the projection that precedes it, and the pseudo-labels derived from it.
 
-May import the root's words and `ops/`. Start with `kmeans.py`, then `projection.py` and `pseudo_labelling.py`.
+May import `ops/` and `images/`. Start with `kmeans.py`, then `projection.py` and `pseudo_labelling.py`.
 """

@@ -1,7 +1,7 @@
-"""What features go through before they are clustered: L2 -> PCA -> whitening -> L2, each step optional.
+"""The projection of features before clustering: L2 -> PCA -> whitening -> L2, each step optional.
 
-The moments are float64 sums over fixed blocks of shards in a fixed order, so that the projection has the same bits with any
-number of workers.
+Moments are float64 sums over fixed blocks of shards in a fixed order, so the projection is bitwise identical for any number
+of workers.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from ktray.pool import Pool
 
 IDENTITY, REVISION = "projection", 2
 
-_WHITEN_FLOOR = 1e-7  # of the largest variance; below it a direction of float32 features is rounding noise
-_EQUAL = 1e-13  # of the mean square; float64 sums of equal rows leave less, float32 rows that differ leave more
-_BLOCK_BYTES = 2 << 30  # of second moments that the caller holds at once, while 4 to 64 blocks allow it
+_WHITEN_FLOOR = 1e-7  # of the largest variance; in float32 features, a smaller variance is rounding noise
+_EQUAL = 1e-13  # of the mean square; equal rows stay below it in float64 sums, float32 rows that differ exceed it
+_BLOCK_BYTES = 2 << 30  # memory for second moments at a time; the number of blocks is limited to 4 to 64
 
 
 def fit(
     shards: Sequence[Path], *, l2: bool, pca: int | None, whiten: bool, l2_after: bool, pool: Pool
 ) -> dict[str, NDArray[Any]]:
-    """The projection that `apply` applies, as arrays that an npz file can hold.
+    """Fit the projection for `apply`, as arrays for an npz file.
 
-    A `pca` of at least the feature width D, and whitening without `pca`, keep all D directions: a rotation, said so in the
-    result. Whitening divides by the standard deviation, with a floor of sqrt(1e-7) times the largest one, so that empty
-    directions (dead units) stay near zero. The sign of each component makes its largest entry positive.
+    If `pca` is at least the feature width D, or with whitening but no `pca`, all D directions are kept; the result marks this
+    as a rotation. Whitening divides by the standard deviation, or by sqrt(1e-7) times the largest one if that is more, so
+    directions without variance (dead units) stay near zero. Signs are chosen so that each component's largest entry is
+    positive.
 
     Args:
         shards: files of (n, D) float32 or float16 features.
-        l2: divide each row by its length first; a row of zeros stays.
+        l2: divide each row by its length first; a row of zeros is kept.
         pca: number of principal components kept, >= 1, or None.
         whiten: scale each component to unit variance.
         l2_after: divide each projected row by its length.
@@ -56,7 +57,7 @@ def fit(
     variances, components = _principal(covariance, kept)
     total = float(np.trace(covariance))
     if total <= _EQUAL * (total + float(mean @ mean)):
-        raise ValueError("all rows of the features are equal; there is no principal component")
+        raise ValueError("all rows of the features are equal; there are no principal components")
     scale = 1 / np.sqrt(np.maximum(variances, _WHITEN_FLOOR * variances[0])) if whiten else np.ones(kept)
     return result | {
         "rotation": np.array(kept == width),
@@ -68,15 +69,15 @@ def fit(
 
 
 def apply(projection: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> NDArray[np.float32]:
-    """(n, D) features of any float type, projected to (n, d) float32: each row the same in any batch.
+    """(n, D) features of any float type, projected to (n, d) float32; rows do not depend on their batch.
 
-    An empty `projection` only converts.
+    An empty `projection` only converts the type.
     """
     if not projection:
         return rows.astype(np.float32)
     if "components" not in projection:
-        once = bool(projection["l2"]) or bool(projection["l2_after"])
-        return _unit(rows.astype(np.float32)) if once else rows.astype(np.float32)
+        normalise = bool(projection["l2"]) or bool(projection["l2_after"])
+        return _unit(rows.astype(np.float32)) if normalise else rows.astype(np.float32)
     mean, components = projection["mean"], projection["components"].T
     projected = np.empty((len(rows), components.shape[1]), np.float32)
     for start in range(0, len(rows), blas.CHUNK_ROWS):
@@ -91,7 +92,7 @@ def finite_rows(path: Path) -> NDArray[np.float32]:
     """The (n, D) features of a shard as float32.
 
     Raises:
-        ValueError: a feature is not finite; the message names the shard and the first row.
+        ValueError: a feature is not finite; the message names the shard and the first such row.
     """
     rows: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
@@ -107,9 +108,9 @@ def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _moments(shards: Sequence[Path], width: int, l2: bool, pool: Pool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean (D,) and covariance (D, D) over N - 1 of all rows, both float64."""
-    wanted = min(64, max(4, _BLOCK_BYTES // (8 * width * width)))
-    blocks = [list(block) for block in np.array_split(np.array(shards, object), min(wanted, len(shards)))]
+    """Mean (D,) and covariance (D, D), with denominator N - 1, of all rows; both float64."""
+    number = min(64, max(4, _BLOCK_BYTES // (8 * width * width)))
+    blocks = [list(block) for block in np.array_split(np.array(shards, object), min(number, len(shards)))]
     count, total, second = 0, np.zeros(width), np.zeros((width, width))
     for rows, row_sum, product in pool.map(_block_moments, blocks, l2):
         count, total = count + rows, total + row_sum
@@ -132,7 +133,7 @@ def _block_moments(block: list[Path], l2: bool) -> tuple[int, NDArray[np.float64
 
 
 def _principal(covariance: NDArray[np.float64], kept: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The `kept` largest variances, falling, and their directions (kept, D)."""
+    """The `kept` largest variances in descending order, and their directions (kept, D)."""
     from scipy.linalg import eigh
 
     width = len(covariance)

@@ -1,4 +1,4 @@
-"""Pseudo-labels: the nearest cluster of each image of the transfer data, what they are worth, and how they look.
+"""Pseudo-labels: the nearest cluster of each image of the transfer data, their quality measures and a contact sheet.
 
 Source: Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385, figure 2 (c).
 """
@@ -31,15 +31,15 @@ def assign(
     Args:
         shards: files of (n, D) features, not yet projected.
         centroids: (K, d) float32, in the projected space.
-        projection: the one that the centroids were found with.
+        projection: the projection that was used to find the centroids.
 
     Raises:
-        ValueError: the features have another width than the clusters were made of, or one is not finite.
+        ValueError: the features do not have the width of the clustered features, or a feature is not finite.
     """
-    return np.concatenate(pool.map(_assigned, list(shards), (centroids, projection)))
+    return np.concatenate(pool.map(_assign_shard, list(shards), (centroids, projection)))
 
 
-def _assigned(shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]]]) -> NDArray[np.int64]:
+def _assign_shard(shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]]]) -> NDArray[np.int64]:
     centroids, projection = shared
     return kmeans.assign(_projected(shard, centroids, projection), centroids)[0]
 
@@ -49,7 +49,7 @@ def _projected(shard: Path, centroids: NDArray[np.float32], projection: Mapping[
     rows = finite_rows(shard)
     width = projection["components"].shape[1] if "components" in projection else centroids.shape[1]
     if rows.shape[1] != width:
-        raise ValueError(f"{shard.name} has {rows.shape[1]} features per image, the clusters were made of {width}")
+        raise ValueError(f"{shard.name} has {rows.shape[1]} features per image, but the clustered features had {width}")
     return apply(projection, rows)
 
 
@@ -60,20 +60,20 @@ def nearest(
     count: int,
     pool: Pool,
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The `count` nearest clusters of every row, the nearest first, and the squared distances: (N, count) each.
+    """The `count` nearest clusters of every row, nearest first, and their squared distances: (N, count) each.
 
     Args:
-        shards, centroids, projection: as of `assign`.
+        shards, centroids, projection: as for `assign`.
         count: 1 <= count <= K.
 
     Raises:
         ValueError: as `assign`.
     """
-    numbers, squared = zip(*pool.map(_nearest, list(shards), (centroids, projection, count)), strict=True)
+    numbers, squared = zip(*pool.map(_nearest_of_shard, list(shards), (centroids, projection, count)), strict=True)
     return np.concatenate(numbers), np.concatenate(squared)
 
 
-def _nearest(
+def _nearest_of_shard(
     shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]], int]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     centroids, projection, count = shared
@@ -81,16 +81,16 @@ def _nearest(
 
 
 def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.int64]:
-    """Labels (N,) with -1 for the images of clusters that have fewer than `min_size`; the other clusters keep their number."""
+    """Labels (N,) with -1 for images of clusters smaller than `min_size`; the other clusters keep their numbers."""
     sizes = np.bincount(labels[labels >= 0], minlength=k)
-    small = np.append(sizes < min_size, False)  # the last entry is for those that are -1 already
+    small = np.append(sizes < min_size, False)  # the last entry is for labels that are already -1
     return np.where(small[labels], -1, labels)
 
 
 def merge_small(labels: NDArray[np.int64], centroids: NDArray[np.float32], min_size: int) -> NDArray[np.int64]:
-    """Labels (N,) where clusters of fewer than `min_size` images have joined the nearest that has as many, by its centroid.
+    """Labels (N,) with each cluster smaller than `min_size` merged into the nearest larger one, by their centroids.
 
-    Every other cluster keeps its number and its images; if none has as many, all images are left out (-1).
+    Other clusters keep their numbers and images. If no cluster has `min_size` images, all images are left out (-1).
 
     Args:
         centroids: (K, d) float32.
@@ -99,25 +99,25 @@ def merge_small(labels: NDArray[np.int64], centroids: NDArray[np.float32], min_s
     large = np.flatnonzero(sizes >= min_size)
     if not len(large):
         return np.full_like(labels, -1)
-    home = np.append(large[kmeans.assign(centroids, centroids[large])[0]], -1)
-    home[large] = large
-    return home[labels]
+    target = np.append(large[kmeans.assign(centroids, centroids[large])[0]], -1)
+    target[large] = large
+    return target[labels]
 
 
 def entropy(labels: NDArray[np.int64]) -> float:
-    """Entropy in nats of the cluster sizes of labels (N,), -1 left out: exp(entropy) clusters of equal size say as much."""
+    """Entropy in nats of the cluster sizes of labels (N,), ignoring -1; exp(entropy) is the effective number of clusters."""
     sizes = np.bincount(labels[labels >= 0])
     shares = sizes[sizes > 0] / sizes.sum()
     return max(0.0, float(-(shares * np.log(shares)).sum()))
 
 
 def kept_share(labels: NDArray[np.int64]) -> float:
-    """Share of the images, in [0, 1], whose label (N,) is not -1."""
+    """Share of the labels (N,) that are not -1, in [0, 1]."""
     return float((labels >= 0).mean())
 
 
 def nmi(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
-    """Normalised mutual information (arithmetic mean), in [0, 1], of labels (N,) and classes (N,), where neither is -1."""
+    """Normalised mutual information (arithmetic mean), in [0, 1], of labels (N,) and classes (N,), ignoring -1."""
     from sklearn.metrics import normalized_mutual_info_score
 
     known = (labels >= 0) & (classes >= 0)
@@ -127,13 +127,13 @@ def nmi(labels: NDArray[np.int64], classes: NDArray[np.int64]) -> float:
 def write_contact_sheet(
     images: Images, labels: NDArray[np.int64], path: Path, rows: int = 16, columns: int = 16, pixels: int = 56
 ) -> None:
-    """Write a PNG whose rows are clusters, from the largest to the smallest, and whose columns are images of each.
+    """Write a PNG with one row per cluster, from the largest to the smallest, that shows images of the cluster.
 
     Args:
         labels: (N,) int64, -1 = left out.
         path: of the PNG.
-        rows: clusters shown, at even steps of their rank by size; all if there are fewer.
-        columns: images shown of each, drawn by a seed that depends on the cluster's number alone.
+        rows: number of clusters shown, evenly spaced by rank of size; all if there are fewer.
+        columns: number of images shown per cluster, drawn with a seed that depends only on the number of the cluster.
         pixels: side of each image on the sheet.
     """
     from PIL import Image, ImageDraw
@@ -143,13 +143,13 @@ def write_contact_sheet(
     shown = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(rows, len(ranked))).round().astype(int))]
     margin, gap = 96, 2
     canvas = Image.new("RGB", (margin + columns * (pixels + gap), max(1, len(shown)) * (pixels + gap)), "white")
-    pen = ImageDraw.Draw(canvas)
+    canvas_draw = ImageDraw.Draw(canvas)
     for row, cluster in enumerate(shown):
         top = row * (pixels + gap)
-        pen.text((4, top + pixels // 2 - 12), f"cluster {cluster}\n{sizes[cluster]} images", fill="black")
+        canvas_draw.text((4, top + pixels // 2 - 12), f"cluster {cluster}\n{sizes[cluster]} images", fill="black")
         members = np.flatnonzero(labels == cluster)
-        draw = np.random.default_rng(seed_of("sheet", int(cluster)))
-        chosen = np.sort(draw.choice(members, min(columns, len(members)), replace=False))
+        generator = np.random.default_rng(seed_of("sheet", int(cluster)))
+        chosen = np.sort(generator.choice(members, min(columns, len(members)), replace=False))
         for column, pixel_block in enumerate(images.read(chosen)):
             tile = Image.fromarray(pixel_block).resize((pixels, pixels), Image.Resampling.BICUBIC)
             canvas.paste(tile, (margin + column * (pixels + gap), top))

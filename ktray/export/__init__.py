@@ -1,4 +1,4 @@
-"""Trained students as files that others can use: weights with a card, and programs that run without ktray.
+"""Export of trained students: weights with a description of the model, and programs that run without ktray.
 
-May import `training/` and the backbones by `plugins`. Start with `student_files.py`.
+May import `training/`, and backbones through `plugins`. Start with `student_files.py`.
 """

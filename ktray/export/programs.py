@@ -1,4 +1,4 @@
-"""Students as programs that run without ktray and without its classes: torch.export's `.pt2`, or ONNX."""
+"""Export of students as programs that run without ktray: torch.export's `.pt2`, or ONNX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPSET = 18
 
 
 class _ToVectors(nn.Module):
-    """A network and, where there is one, the classifier on it; its output is always one vector per image."""
+    """A network with its classifier, if there is one; the output is one vector per image."""
 
     def __init__(self, network: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
@@ -33,20 +33,20 @@ class _ToVectors(nn.Module):
 
 
 def write(network: nn.Module, head: nn.Module | None, size: int, form: Form, out: Path) -> Path:
-    """Write the program (B, 3, size, size) float32 -> (B, D) or (B, K) float32 for any B >= 1 into `out`; its path.
+    """Write the program (B, 3, size, size) float32 -> (B, D) or (B, K) float32 for any B >= 1 to `out`; returns its path.
 
     Args:
         network: a backbone; it is put into eval mode.
         head: the classifier on its features, or None.
-        size: side in pixels; height and width of the input are fixed to it.
+        size: side in pixels, the fixed height and width of the input.
 
     Raises:
-        UserError: the packages that write ONNX are not installed.
+        UserError: the packages for ONNX are not installed.
     """
     model, path = _ToVectors(network, head).eval(), out / NAMES[form]
-    example = torch.zeros(2, 3, size, size)  # two: torch.export takes a batch of one for a constant
+    example = torch.zeros(2, 3, size, size)  # two, because torch.export treats a batch of one as a constant
     batch = {"images": {0: torch.export.Dim("batch", min=1)}}
-    with torch.no_grad(), _in_silence():
+    with torch.no_grad(), _silenced():
         if form == "pt2":
             torch.export.save(torch.export.export(model, (example,), dynamic_shapes=batch), path)
         else:
@@ -56,7 +56,7 @@ def write(network: nn.Module, head: nn.Module | None, size: int, form: Form, out
 
 def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
     try:
-        import onnx  # noqa: F401 - torch asks for both late, and with words of its own
+        import onnx  # noqa: F401 - torch needs both, but reports a missing one late and less clearly
         import onnxscript  # noqa: F401
 
         torch.onnx.export(
@@ -80,8 +80,8 @@ def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """torch's exporters print what they do, and warn of their own internals."""
+def _silenced() -> Iterator[None]:
+    """Suppress the output of torch's exporters, which print progress and warn about their own internals."""
     level = logging.getLogger("torch.onnx").level
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:

@@ -1,6 +1,6 @@
-"""Students handed over: weights as safetensors and a `student.json` that says all that is needed to use them.
+"""Exported students: weights as safetensors, and a `student.json` with all that is needed to use them.
 
-No file holds a path of this machine, and nothing in the folder is code: weights load without pickle.
+No file contains a path of this machine, and none contains code: weights load without pickle.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = "ktray-student/1"
 WEIGHTS, CARD = "model.safetensors", "student.json"
 Form = Literal["safetensors", "pt2", "onnx"]
 Head = Literal["classifier", "none"]
-_INPUT = {  # what `augmentation.to_float` does, in the words of other libraries
+_INPUT = {  # what `augmentation.to_float` does, in the terms of other libraries
     "layout": "NCHW",
     "channels": "RGB",
     "dtype": "float32",
@@ -39,7 +39,7 @@ _INPUT = {  # what `augmentation.to_float` does, in the words of other libraries
     "std": [0.25, 0.25, 0.25],
 }
 
-# An absolute path up to its last part, in any string: /home/me/x -> x, parquet:/data/a.parquet -> parquet:a.parquet; not s3://b/x.
+# The directories of an absolute path in any string: /home/me/x -> x, parquet:/data/a.parquet -> parquet:a.parquet; not s3://b/x.
 _DIRECTORIES = re.compile(r"(?<![\w./~])(?:file://)?~?/(?!/)(?:[^/?\n]+/)*|\b[A-Za-z]:\\(?:[^\\\n]+\\)*")
 
 
@@ -54,27 +54,27 @@ def export_student(
     head: Head = "none",
     form: Form = "safetensors",
 ) -> list[Path]:
-    """Write `model.safetensors` and `student.json` into the new folder `out`, the card last, and return the paths.
+    """Write `model.safetensors` and `student.json` to the new folder `out`, the latter last, and return the paths.
 
-    Tensors are named as in the backbone; the classifier of the pseudo-labels is the backbone's `HEAD`, such as `fc`. So a
-    "full" resnet of width 1 loads strictly into torchvision's class once its `fc` is a linear layer of so many classes, or
-    the identity; the card tells how. The folder appears complete or not at all.
+    Tensors are named as in the backbone; the pseudo-label classifier gets the name in the backbone's `HEAD`, such as `fc`. A
+    "full" resnet of width 1 therefore loads strictly into torchvision's class once its `fc` is replaced by a linear layer
+    with the right number of classes, or by the identity; `student.json` shows how. The folder appears complete or not at all.
 
     Args:
         snapshot: directory with `weights.safetensors` ("backbone.*", "head.*") as from `loop.fit`.
         size: side in pixels of the images that the student was trained on.
-        metrics: what the student reached; numbers that are not finite become null.
-        lineage: where it comes from, such as the keys of its stages; absolute paths are cut to their last part.
+        metrics: the metrics of the student; numbers that are not finite become null.
+        lineage: its origin, such as the keys of its stages; absolute paths are reduced to their last part.
         out: absent or empty.
         classes: width K of the student's linear classifier, or None if its transfer has none.
-        head: "classifier" exports that classifier with the backbone, "none" the backbone alone.
+        head: "classifier" exports this classifier with the backbone, "none" only the backbone.
         form: "pt2" and "onnx" add the same network as a program, `model.pt2` or `model.onnx`.
 
     Raises:
-        UserError: `out` is not empty, there is no classifier to export, or a package that writes ONNX is missing.
-        RuntimeError: the snapshot is of another network than `student` says.
+        UserError: `out` is not empty, there is no classifier to export, or a package for ONNX is missing.
+        RuntimeError: the snapshot does not fit the network of `student`.
     """
-    _refuse_occupied(out)
+    _require_empty(out)
     saved = load_file(snapshot / "weights.safetensors")
     architecture = student.backbone.model_dump(mode="json")
     network, tensors = _empty(architecture), _part(saved, "backbone.")
@@ -98,25 +98,29 @@ def export_student(
 def load_student(directory: Path) -> nn.Module:
     """The backbone of an exported folder, in eval mode on the CPU.
 
-    It takes (B, 3, H, W) float32, as from `augmentation.to_float`: (x / 255 - 0.5) / 0.25, and gives (B, feature_dim) float32.
+    It maps (B, 3, H, W) float32, as from `augmentation.to_float`: (x / 255 - 0.5) / 0.25, to (B, feature_dim) float32.
 
     Raises:
-        UserError: no exported student lies there, it is damaged, or its backbone's kind is unknown or not trusted here.
+        UserError: the folder contains no exported student, it is damaged, or its kind of backbone is unknown or not allowed.
     """
     directory = Path(directory)
     try:
         card = json.loads((directory / CARD).read_text())
         if card["format"] != FORMAT:
-            raise UserError(f"{directory} has the format {card['format']!r}, and this ktray reads {FORMAT}")
+            raise UserError(f"{directory} has the format {card['format']!r}, but this version of ktray reads {FORMAT}")
         heads = set(card["head"]["tensors"]) if card["head"] else set()
         tensors = load_file(directory / WEIGHTS)
         intact = file_sha256(directory / WEIGHTS) == card["files"][WEIGHTS]["sha256"]
     except FileNotFoundError as error:
-        raise UserError(f"{directory} holds no exported student: {Path(error.filename or WEIGHTS).name} is missing") from error
+        raise UserError(
+            f"{directory} contains no exported student: {Path(error.filename or WEIGHTS).name} is missing"
+        ) from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"the student in {directory} is damaged ({error})", instead="Export it again.") from error
     if not intact:
-        raise UserError(f"the student in {directory} is damaged ({WEIGHTS} is not the one it was)", instead="Export it again.")
+        raise UserError(
+            f"the student in {directory} is damaged ({WEIGHTS} does not match its checksum)", instead="Export it again."
+        )
     network = _empty(card["architecture"])
     network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in heads})
     return network.eval()
@@ -124,7 +128,7 @@ def load_student(directory: Path) -> nn.Module:
 
 def _empty(architecture: Mapping[str, Any]) -> nn.Module:
     spec = plugins.parse("backbone", architecture)
-    with torch.random.fork_rng(devices=[]):  # building draws weights, and nobody's random stream should notice
+    with torch.random.fork_rng(devices=[]):  # building draws weights, which must not change the caller's random state
         network: nn.Module = plugins.module_of("backbone", spec).build(spec)
     return network
 
@@ -134,7 +138,7 @@ def _part(saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _head_names(saved: Mapping[str, Tensor], kind: str, classes: int | None) -> dict[str, str]:
-    """Name in the snapshot -> name in the export, of the classifier's weight and bias."""
+    """Name in the snapshot -> name in the export, for weight and bias of the classifier."""
     found = {name for name in saved if name.startswith("head.")}
     if classes is None or found != {"head.weight", "head.bias"}:
         raise UserError("this student has no linear classifier to export", instead="Export it without a head.")
@@ -156,7 +160,7 @@ def _head(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> nn.Linear 
 
 
 def _torchvision(backbone: Any, features: int, classes: int | None) -> str | None:
-    """The torchvision model that these weights load into, as code; None if there is none."""
+    """Code for the torchvision model that these weights fit; None if there is none."""
     module = plugins.module_of("backbone", backbone)
     model = module.in_torchvision(backbone) if hasattr(module, "in_torchvision") else None
     if model is None:
@@ -167,7 +171,7 @@ def _torchvision(backbone: Any, features: int, classes: int | None) -> str | Non
 
 
 def _portable(value: Any) -> Any:
-    """`value` as JSON that can be given away: absolute paths cut, numbers finite."""
+    """`value` as JSON to share: absolute paths reduced to their last part, numbers that are not finite replaced by null."""
     if isinstance(value, Mapping):
         return {str(name): _portable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -179,7 +183,7 @@ def _portable(value: Any) -> Any:
     return value
 
 
-def _refuse_occupied(out: Path) -> None:
+def _require_empty(out: Path) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder", instead="Name a new folder; nothing is overwritten.")
 
@@ -189,16 +193,16 @@ def _write(out: Path, tensors: dict[str, Tensor], card: dict[str, Any], program:
     scratch = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
     scratch.mkdir()
     try:
-        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})  # readers such as transformers ask for it
+        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})  # required by readers such as transformers
         files = [scratch / WEIGHTS, *([program(scratch)] if program else [])]
         card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
         (scratch / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
         for path in files:
-            path.chmod((scratch / CARD).stat().st_mode)  # safetensors writes for its owner alone, and a student is handed over
+            path.chmod((scratch / CARD).stat().st_mode)  # safetensors makes files readable only by their owner
         try:
-            scratch.rename(out)  # onto an empty folder it succeeds, onto one that was filled meanwhile it fails
+            scratch.rename(out)  # fails if the folder is no longer empty
         except OSError:
-            _refuse_occupied(out)
+            _require_empty(out)
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Features (N, D) of images: from a layer of a network or from a descriptor, in shards of a fixed number of rows.
+"""Extraction of features (N, D) from images, by a layer of a network or by a descriptor, in shards of fixed size.
 
-The bits of a shard do not depend on the number of workers: each shard is made alone, in the same batches.
+Shards are bitwise identical for any number of workers: each shard is computed separately, in the same batches.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ IDENTITY, REVISION = "feature_extraction", 1
 TOOLS = (augmentation,)
 
 BATCH = 256
-SHARD_ROWS = 4096  # a multiple of BATCH, so that `extract_all` and `write` see the same batches
+SHARD_ROWS = 4096  # a multiple of BATCH, so that `extract_all` and `write` use the same batches
 
 Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
-Views = Callable[[NDArray[np.uint8]], list[tuple[NDArray[np.float32], float]]]
-"""An extractor of several views at once: for each its rows, and the seconds that it alone would have taken."""
+_ViewsExtractor = Callable[[NDArray[np.uint8]], list[tuple[NDArray[np.float32], float]]]
+"""An extractor of several views at once: for each view its rows, and the seconds it would have taken on its own."""
 
 
 def network_extractor(
@@ -60,23 +60,23 @@ def network_extractor(
 
     Args:
         backbone: spec of the network.
-        layer: one of its `layers`, or None for what its forward returns.
-        pool: how maps (C, h, w) become one vector of D = C * grid * grid.
+        layer: one of its `layers`, or None for the output of its forward pass.
+        pool: how maps (C, h, w) become a vector of D = C * grid * grid.
         weights: directory of a snapshot.
-        normalize: what its weights expect of pixels.
+        normalize: the pixel normalisation that the weights expect.
 
     Raises:
-        UserError: the backbone has no such layer; at the first batch, the grid is finer than the maps.
-        ValueError: `weights` is None; an untrained network is the descriptor `random_network`.
+        UserError: the backbone has no such layer, or (at the first batch) the pooling grid is finer than the maps.
+        ValueError: `weights` is None; for an untrained network use the descriptor `random_network`.
     """
-    network = _trained(backbone, weights)
+    network = _trained_network(backbone, weights)
     return _on_arrays(layer_extractor(network, layer, pool, normalize), device, network)
 
 
-def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
+def _trained_network(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
     if weights is None:
         raise ValueError(
-            f"the {backbone.kind} has no weights; features of an untrained network are the descriptor random_network"
+            f"the {backbone.kind} has no weights; for features of an untrained network use the descriptor random_network"
         )
     network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
     snapshot.load_backbone(network, weights)
@@ -86,15 +86,15 @@ def _trained(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
 def network_view(
     backbone: BackboneSpec, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
 ) -> dict[str, Any]:
-    """What features of a network depend on beside its weights, as plain data."""
+    """All that determines the features of a network, except its weights, as plain data."""
     return {"backbone": backbone.model_dump(), "layer": layer, "pool": pool.model_dump(), "normalize": normalize}
 
 
 def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
-    """What features of a teacher depend on beside its weights or state, as plain data: a `network_view` or a descriptor.
+    """All that determines the features of a teacher, except weights and state, as plain data: `network_view` or a descriptor.
 
     Raises:
-        TypeError: its features are not extracted but ready-made.
+        TypeError: its features are precomputed, not extracted.
     """
     if isinstance(teacher, HandcraftedTeacher):
         return {"descriptor": teacher.descriptor.model_dump()}
@@ -105,14 +105,14 @@ def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
 
 
 def view_extractor(view: Mapping[str, Any], weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
-    """Features as `teacher_view` describes them: (B, H, W, 3) uint8 -> (B, D) float32.
+    """The extractor that a `teacher_view` describes: (B, H, W, 3) uint8 -> (B, D) float32.
 
     Args:
         weights: directory of a snapshot, for a view of a network.
-        state: directory of `state.npz`, for descriptors that are fitted.
+        state: directory of `state.npz`, for fitted descriptors.
 
     Raises:
-        UserError, ValueError: as `network_extractor`; a fitted descriptor without `state`.
+        UserError, ValueError: as `network_extractor`; also for a fitted descriptor without `state`.
     """
     if "backbone" in view:
         backbone = plugins.parse("backbone", view["backbone"])
@@ -124,7 +124,7 @@ def view_extractor(view: Mapping[str, Any], weights: Path | None, state: Path | 
         with np.load(state / "state.npz", allow_pickle=False) as file:
             fitted = dict(file)
     elif hasattr(descriptor, "fit"):
-        raise ValueError(f"the descriptor {spec.kind} is fitted to images first; give the directory of its state")
+        raise ValueError(f"the descriptor {spec.kind} must be fitted to images first; pass the directory of its state")
     return _on_arrays(lambda images: descriptor.describe(spec, fitted, images), device)
 
 
@@ -146,7 +146,7 @@ def extract_all(extractor: Extractor, images: Images) -> NDArray[np.float32]:
     """Features (N, D) float32 of all images, in batches of 256.
 
     Raises:
-        ValueError: a feature is not finite; the message names the first image.
+        ValueError: a feature is not finite; the message names the first such image.
     """
     return _rows(extractor, images, 0, len(images))
 
@@ -162,10 +162,10 @@ def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArra
 
 
 def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
-    """Refuse features that are not finite, of the images from `start` on.
+    """Raise if features (n, D) of the images from `start` on are not all finite.
 
     Raises:
-        ValueError: names the first image.
+        ValueError: the message names the first such image.
     """
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
@@ -178,34 +178,34 @@ def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
 
 
 def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
-    """Write the features of one split as `features-00000.npy` and so on, of 4096 rows each (the last of what is left).
+    """Write the features of one split as `features-00000.npy` and so on, of 4096 rows each (fewer in the last).
 
     Args:
         source: plain data: "view" (see `teacher_view`), "weights" and "state" (directories or None), "images"
-            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16") and "device"; "max_batch_size", if
-            it is there, is how many images the device holds at once.
-        out: an existing directory that every worker sees.
+            (directory), "data" (dump of its spec), "split", "dtype" ("float32" or "float16"), "device" and optionally
+            "max_batch_size", the most images that go through the device at once.
+        out: an existing directory that every worker can write to.
 
     Returns:
-        `count`, `dim` and `images_per_s` (of all workers together).
+        `count`, `dim` and `images_per_s` (all workers together).
 
     Raises:
-        ValueError: a feature is not finite or, in float16, too large; the message names the first image.
+        ValueError: a feature is not finite or, in float16, too large; the message names the first such image.
     """
     return write_views([source], [out], pool)[0][0]
 
 
 def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: Pool) -> list[tuple[dict[str, float], float]]:
-    """As `write`, for several sources that differ only in the layer and the pooling of their view, by one forward pass.
+    """Like `write`, for several sources that differ only in the layer and pooling of their view, in one forward pass.
 
     Returns:
-        For each source the metrics of `write`, and the seconds of work, of all workers together, that it alone would have cost.
+        For each source the metrics of `write`, and the seconds of work (all workers together) it would have cost on its own.
 
     Raises:
         ValueError: as `write`.
     """
     began = time.perf_counter()
-    count = len(_opened(sources[0]))
+    count = len(_open_images(sources[0]))
     items = [(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
     written = pool.map(_write_shards, items, (fingerprint.canonical(list(sources)), [str(out) for out in outs]))
     if not written:
@@ -221,7 +221,7 @@ def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: P
 
 
 def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[tuple[int, float]]:
-    """One shard of every view; its width, and the seconds that it alone would have taken."""
+    """Write one shard of every view; for each, its width and the seconds it would have taken on its own."""
     start, stop = item
     extract, images, dtypes = _source(shared[0])
     kept: list[list[NDArray[np.float32]]] = [[] for _ in dtypes]
@@ -234,57 +234,59 @@ def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[
             kept[index].append(rows)
             seconds[index] += read + passed
         progress.advance("images", len(batch))
-    done = []
+    results = []
     for index, dtype in enumerate(dtypes):
         began = time.perf_counter()
         rows = np.concatenate(kept[index])
         kept[index] = []
         require_finite(rows, images, start)
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and is refused with its image's name
+        with np.errstate(over="ignore"):  # values too large for float16 become infinite and are refused below
             stored = rows.astype(dtype)
         require_finite(stored, images, start)
         np.save(Path(shared[1][index]) / f"features-{start // SHARD_ROWS:05d}.npy", stored)
-        done.append((rows.shape[1], seconds[index] + time.perf_counter() - began))
-    return done
+        results.append((rows.shape[1], seconds[index] + time.perf_counter() - began))
+    return results
 
 
-@lru_cache(maxsize=2)  # a worker writes many shards of one source; two at most, since networks hold device memory
-def _source(canonical: str) -> tuple[Views, Images, list[str]]:
-    """What a worker needs to write shards, from the canonical JSON of `write_views`' sources."""
+@lru_cache(maxsize=2)  # a worker writes many shards of one source; at most two, since networks occupy device memory
+def _source(canonical: str) -> tuple[_ViewsExtractor, Images, list[str]]:
+    """Extractor, images and dtypes for writing shards, from the canonical JSON of the sources of `write_views`."""
     sources = json.loads(canonical)
     first = sources[0]
     weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
-    extract = _all_views([source["view"] for source in sources], weights, state, first["device"], first.get("max_batch_size"))
-    return extract, _opened(first), [source["dtype"] for source in sources]
+    extract = _views_extractor(
+        [source["view"] for source in sources], weights, state, first["device"], first.get("max_batch_size")
+    )
+    return extract, _open_images(first), [source["dtype"] for source in sources]
 
 
-def _all_views(
+def _views_extractor(
     views: list[dict[str, Any]], weights: Path | None, state: Path | None, device: str, max_batch_size: int | None
-) -> Views:
+) -> _ViewsExtractor:
     if len(views) == 1:
         extractor = in_smaller_batches(view_extractor(views[0], weights, state, device), max_batch_size)
 
-        def alone(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+        def extract_one(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
             began = time.perf_counter()
             rows = extractor(images)
             return [(rows, time.perf_counter() - began)]
 
-        return alone
-    network = _trained(plugins.parse("backbone", views[0]["backbone"]), weights).to(device)
+        return extract_one
+    network = _trained_network(plugins.parse("backbone", views[0]["backbone"]), weights).to(device)
     extract = layers_extractor(network, [_layer_of(view) for view in views], views[0]["normalize"])
 
-    def together(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+    def extract_several(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
         pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, max_batch_size)]
         return [
             (np.concatenate([rows.float().cpu().numpy() for rows, _ in view]), sum(seconds for _, seconds in view))
             for view in zip(*pieces, strict=True)
         ]
 
-    return together
+    return extract_several
 
 
 def in_smaller_batches(extractor: Extractor, max_batch_size: int | None) -> Extractor:
-    """The same extractor for a device that has no memory for more than `max_batch_size` at once; None for one that has."""
+    """The extractor applied to at most `max_batch_size` images at a time; unchanged if that is None."""
     if max_batch_size is None:
         return extractor
     return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, max_batch_size)])
@@ -295,19 +297,19 @@ def _pieces(images: NDArray[np.uint8], max_batch_size: int | None) -> list[NDArr
     return [images[at : at + size] for at in range(0, len(images), size)]
 
 
-def _opened(source: dict[str, Any]) -> Images:
+def _open_images(source: dict[str, Any]) -> Images:
     return open_split(Path(source["images"]), source["split"], TypeAdapter(DataSpec).validate_python(source["data"]))
 
 
 def shards(directory: Path) -> list[Path]:
-    """The shards of `write`, in the order of their rows.
+    """The shard files of `write`, in row order.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there are none.
     """
     found = sorted(directory.glob("features-*.npy"))
     if not found:
-        raise FileNotFoundError(f"{directory.name} holds no features")
+        raise FileNotFoundError(f"{directory.name} contains no features")
     return found
 
 

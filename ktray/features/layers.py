@@ -1,6 +1,6 @@
-"""Layers of a ready network, pooled to one vector per image: one of them, or several in one forward pass.
+"""Outputs of a network's layers, pooled to one vector per image: of one layer, or of several in one forward pass.
 
-What it computes is part of `features`, whose revision counts for both.
+The revision of `extraction` covers this module too: raise it when results change.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ktray.ops import augmentation
 from ktray.spec import Normalization, Pooling
 
 View = tuple[str | None, Pooling]
-"""A layer of a network, None for what its forward returns, and how its maps become one vector."""
+"""A layer of a network (None for the output of its forward pass), and how its maps become one vector."""
 
 
 def layer_extractor(
     network: nn.Module, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
 ) -> Callable[[Tensor], Tensor]:
-    """Features of a ready backbone: (B, H, W, 3) uint8 -> (B, D) float32, both on the network's device.
+    """A function that extracts features: (B, H, W, 3) uint8 -> (B, D) float32, both on the network's device.
 
-    The network is put into eval mode. Its layers after `layer` are not run.
+    The network is put into eval mode. Layers after `layer` are not run.
 
     Raises:
-        UserError: the backbone has no such layer; at the first batch, the grid is finer than the maps.
+        UserError: the backbone has no such layer, or (at the first batch) the pooling grid is finer than the maps.
     """
     extract = layers_extractor(network, [(layer, pool)], normalize)
     return lambda images: extract(images)[0][0]
@@ -37,14 +37,14 @@ def layer_extractor(
 def layers_extractor(
     network: nn.Module, views: Sequence[View], normalize: Normalization = "ktray"
 ) -> Callable[[Tensor], list[tuple[Tensor, float]]]:
-    """Features of several layers in one forward pass, each in the bits of `layer_extractor`.
+    """As `layer_extractor`, for several layers in one forward pass; bitwise equal to extracting each layer on its own.
 
     Args:
-        normalize: what the network's weights expect of pixels.
+        normalize: the pixel normalisation that the network's weights expect.
 
     Returns:
-        A function from (B, H, W, 3) uint8 to, for each view in order, (B, D) float32 on the network's device and the seconds
-        from the pass's beginning until they were there, which is what this view would have taken alone.
+        A function that maps (B, H, W, 3) uint8 to a pair per view, in order: features (B, D) float32 on the network's device,
+        and the seconds from the start of the pass until they were ready, i.e. what this view would have taken on its own.
 
     Raises:
         UserError: as `layer_extractor`.
@@ -60,38 +60,38 @@ def layers_extractor(
     @torch.inference_mode()
     def extract(images: Tensor) -> list[tuple[Tensor, float]]:
         collector = _LayerOutputs(views)
-        handles = [module.register_forward_hook(collector.hook_of(layer)) for layer, module in hooked.items()]
+        handles = [module.register_forward_hook(collector.hook_for(layer)) for layer, module in hooked.items()]
         try:
-            collector.hook_of(None)(network, (), network(augmentation.normalize(images, normalize)))
+            collector.hook_for(None)(network, (), network(augmentation.normalize(images, normalize)))
         except _LastLayerReached:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         if len(collector.found) < len(views):
-            never = next(layer for index, (layer, _) in enumerate(views) if index not in collector.found)
-            raise ValueError(f"the forward pass never runs the layer {never!r}")
+            missing = next(layer for index, (layer, _) in enumerate(views) if index not in collector.found)
+            raise ValueError(f"the forward pass never runs the layer {missing!r}")
         return [collector.found[index] for index in range(len(views))]
 
     return extract
 
 
 class _LayerOutputs:
-    """What one forward pass leaves: index of a view -> its rows, and when they were there."""
+    """Outputs collected in one forward pass: index of a view -> its rows, and the seconds until they were ready."""
 
     def __init__(self, views: Sequence[View]) -> None:
         self.views, self.began = views, time.perf_counter()
         self.found: dict[int, tuple[Tensor, float]] = {}
 
-    def hook_of(self, layer: str | None) -> Callable[[Any, Any, Tensor], None]:
-        """The hook of a layer; of one that runs several times the first output counts, with which a pass for it alone ends."""
+    def hook_for(self, layer: str | None) -> Callable[[Any, Any, Tensor], None]:
+        """The forward hook of a layer; if it runs several times, the first output counts, as in a pass for it alone."""
 
         def hook(_: Any, __: Any, output: Tensor) -> None:
             for index, (name, pool) in enumerate(self.views):
                 if name == layer and index not in self.found:
                     rows = _pooled(output, pool)
                     if len(self.views) > 1:
-                        rows = rows.clone()  # what follows may change the output in place
+                        rows = rows.clone()  # later layers may change the output in place
                         if rows.is_cuda:
                             torch.cuda.synchronize(rows.device)
                     self.found[index] = rows, time.perf_counter() - self.began
@@ -102,16 +102,16 @@ class _LayerOutputs:
 
 
 class _LastLayerReached(Exception):
-    """The forward pass has reached the last layer asked for; nothing after it is needed."""
+    """Raised by a hook to end the forward pass once all requested outputs are collected."""
 
 
 def _pooled(output: Tensor, pool: Pooling) -> Tensor:
-    places = min(output.shape[2:]) if output.ndim == 4 else 1
-    if pool.grid > places:
+    side = min(output.shape[2:]) if output.ndim == 4 else 1
+    if pool.grid > side:
         raise UserError(
             f"a grid of {pool.grid} is finer than the features, {tuple(output.shape[1:])}",
             "pool.grid",
-            f"At most {places} here.",
+            f"At most {side} here.",
         )
     if output.ndim == 4:
         function = nn.functional.adaptive_avg_pool2d if pool.kind == "avg" else nn.functional.adaptive_max_pool2d

@@ -1,4 +1,4 @@
-"""Features that were made elsewhere: rows of a .npy or .parquet file, found by the path of each image."""
+"""Precomputed features: rows of a .npy or .parquet file, looked up by the path of each image."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TOOLS = (extraction,)
 
 WHERE = "teacher.features"
 Read = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Paths of n images -> their features (n, D) float32, finite or not."""
+"""Paths of n images -> their features (n, D) float32, not checked to be finite."""
 
 
 def feature_files(teacher: PrecomputedTeacher) -> dict[str, Path]:
-    """Field -> absolute path of each file that the teacher consists of.
+    """Spec field -> absolute path, for each file of the teacher.
 
     Raises:
-        UserError: there is no such file.
+        UserError: a file does not exist.
     """
     named = {"features": teacher.features, "names": teacher.names}
     found = {field: Path(path).expanduser().absolute() for field, path in named.items() if path is not None}
@@ -41,18 +41,18 @@ def feature_files(teacher: PrecomputedTeacher) -> dict[str, Path]:
 
 
 def matched_by_row(teacher: PrecomputedTeacher) -> bool:
-    """Whether rows belong to the images of one data set in its order, because no path is given."""
+    """Whether rows are matched to the images of one data set by their order, because the file has no paths."""
     return teacher.names is None and not teacher.features.endswith(".parquet")
 
 
 def row_numbers(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping[str, int]:
-    """Path of an image -> its row; reads the names, and of the features only what they are.
+    """Path of an image -> its row. Reads the paths, but of the features only shape and type.
 
     Args:
         in_order: paths of all training images of the data set, for a file without paths.
 
     Raises:
-        UserError: not (N, D) floats, another number of paths than rows, or a path that is there twice.
+        UserError: not (N, D) floats, different numbers of paths and rows, or a duplicate path.
     """
     found = feature_files(teacher)
     path = found["features"]
@@ -60,9 +60,9 @@ def row_numbers(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping
         count, names = len(_array(path)), tuple(in_order)
         if count != len(names):
             raise UserError(
-                f"{path.name} has {count} rows, and the data set has {len(names)} training images",
+                f"{path.name} has {count} rows, but the data set has {len(names)} training images",
                 WHERE,
-                "Without 'names' row i is the i-th of all training images; give a row for each, or a file of names.",
+                "Without 'names', row i belongs to the i-th training image: give a row for each, or a file of names.",
             )
     elif path.suffix == ".parquet":
         names = _column_of_paths(path, (teacher.columns or Columns()), *_file_version(path))
@@ -70,38 +70,38 @@ def row_numbers(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping
     else:
         count, names = len(_array(path)), _names(found["names"], *_file_version(found["names"]))
         if count != len(names):
-            raise UserError(f"{path.name} has {count} rows, and {found['names'].name} {len(names)} paths", "teacher.names")
+            raise UserError(f"{path.name} has {count} rows, but {found['names'].name} has {len(names)} paths", "teacher.names")
     rows = {name: row for row, name in enumerate(names)}
     if len(rows) < len(names):
         name, times = Counter(names).most_common(1)[0]
-        raise UserError(f"the path {name!r} is there {times} times", WHERE, "Give one row for each image.")
+        raise UserError(f"the path {name!r} occurs {times} times", WHERE, "Give one row per image.")
     return rows
 
 
 def refuse_missing(rows: Mapping[str, int], names: Sequence[str], of: str) -> None:
-    """Refuse images without features.
+    """Raise if there are images without features.
 
     Args:
         names: paths of the images.
-        of: what they are, such as ``training images of data.cluster``.
+        of: what the images are, for the message, such as ``training images of data.cluster``.
 
     Raises:
-        UserError: says how many, the first, and what the file has instead.
+        UserError: the message has their number, the first path, and an example of the paths in the file.
     """
     missing = [name for name in names if name not in rows]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(names)} {of} have no features, the first is {missing[0]!r}",
             WHERE,
-            f"Paths are those of the data set; the file has paths such as {next(iter(rows), '')!r}.",
+            f"Use the paths of the data set; the file has paths such as {next(iter(rows), '')!r}.",
         )
 
 
 def open_features(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
-    """The features of images by their paths. A .npy is mapped, a .parquet is held in memory.
+    """A function that returns the features of images by path. A .npy is memory-mapped, a .parquet is loaded into memory.
 
     Raises:
-        UserError: as `row_numbers`; a row of a .parquet is null or of another length; an image has no features (at the call).
+        UserError: as `row_numbers`; a row of a .parquet is null or of another length; when called, an image has no features.
     """
     rows = row_numbers(teacher, in_order)
     path = feature_files(teacher)["features"]
@@ -110,18 +110,18 @@ def open_features(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
 
     def read(names: Sequence[str]) -> NDArray[np.float32]:
         refuse_missing(rows, names, "images")
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused with its image's name
+        with np.errstate(over="ignore"):  # values too large for float32 become infinite and are refused later
             return np.asarray(values[[rows[name] for name in names]]).astype(np.float32)
 
     return read
 
 
 def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]:
-    """Write the features of all images in the shards of `extraction.write`; `count`, `dim` and `images_per_s`.
+    """Write the features of all images in shards, like `extraction.write`; returns `count`, `dim` and `images_per_s`.
 
     Raises:
         UserError: an image has no features.
-        ValueError: features are not finite or, in float16, too large; the message names the first image.
+        ValueError: a feature is not finite or, in float16, too large; the message names the first such image.
     """
     began, width = time.perf_counter(), 0
     for start in range(0, len(images), extraction.SHARD_ROWS):
@@ -137,7 +137,7 @@ def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]
 
 
 def read_rows(read: Read, images: Images, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-    """Features (n, D) float32 of the images from `start` to before `stop`.
+    """Features (n, D) float32 of the images in [start, stop).
 
     Raises:
         UserError, ValueError: as `write`.
@@ -148,20 +148,20 @@ def read_rows(read: Read, images: Images, start: int = 0, stop: int | None = Non
 
 
 def _file_version(path: Path) -> tuple[int, int]:
-    """Size and time of change: a file that has changed is read again."""
+    """Size and modification time, as a cache key: a changed file is read again."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns
 
 
 def _array(path: Path) -> NDArray[Any]:
-    """(N, D) floats, mapped."""
+    """(N, D) floats, memory-mapped."""
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:  # objects, which only a pickle could hold, or no .npy
-        raise UserError(f"{path.name} is no .npy file of numbers", WHERE, "Write it by numpy.save.") from error
+    except (ValueError, EOFError, OSError) as error:  # pickled objects, or not a .npy file
+        raise UserError(f"{path.name} is not a .npy file of numbers", WHERE, "Write it with numpy.save.") from error
     if not isinstance(found, np.ndarray) or found.ndim != 2 or 0 in found.shape or found.dtype.kind != "f":
-        said = f"an array {found.shape} of {found.dtype}" if isinstance(found, np.ndarray) else "several arrays"
-        raise UserError(f"{path.name} holds {said}", WHERE, "Features are (N, D) of float16, float32 or float64.")
+        content = f"an array {found.shape} of {found.dtype}" if isinstance(found, np.ndarray) else "several arrays"
+        raise UserError(f"{path.name} contains {content}", WHERE, "Features must be (N, D) of float16, float32 or float64.")
     return found
 
 
@@ -172,10 +172,10 @@ def _names(path: Path, size: int, mtime_ns: int) -> tuple[str, ...]:
             return tuple(line.removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines())
         found = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path.name} is no list of paths", "teacher.names", "Write one path per line, in UTF-8.") from error
+        raise UserError(f"{path.name} is not a list of paths", "teacher.names", "Write one path per line, in UTF-8.") from error
     if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind != "U":
         raise UserError(
-            f"{path.name} holds no texts (N,)", "teacher.names", "Write it by numpy.save(path, numpy.array(paths))."
+            f"{path.name} does not contain strings (N,)", "teacher.names", "Write it with numpy.save(path, numpy.array(paths))."
         )
     return tuple(str(name).removeprefix("./") for name in found)
 
@@ -194,11 +194,11 @@ def _column_of_paths(path: Path, columns: Columns, size: int, mtime_ns: int) -> 
     lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
     if not lists or not pyarrow.types.is_floating(kind.value_type):
         raise UserError(
-            f"the column {columns.features!r} holds {kind}", "teacher.columns.features", "Features are lists of floats."
+            f"the column {columns.features!r} contains {kind}", "teacher.columns.features", "Features must be lists of floats."
         )
     found = file.read(columns=[columns.path]).column(0).to_pylist()
     if not found or not all(isinstance(name, str) for name in found):
-        raise UserError(f"the column {columns.path!r} holds other things than texts", "teacher.columns.path")
+        raise UserError(f"the column {columns.path!r} must contain only strings", "teacher.columns.path")
     return tuple(name.removeprefix("./") for name in found)
 
 
@@ -208,11 +208,11 @@ def _parquet(path: Path) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (ArrowInvalid, OSError) as error:
-        raise UserError(f"{path.name} is no parquet file", WHERE) from error
+        raise UserError(f"{path.name} is not a parquet file", WHERE) from error
 
 
 def _values(path: Path, column: str, count: int) -> NDArray[np.float32]:
-    """(N, D) float32 of a column of lists."""
+    """A column of lists as (N, D) float32."""
     from pyarrow import compute
 
     values, start = np.zeros((count, 0), np.float32), 0
@@ -223,10 +223,10 @@ def _values(path: Path, column: str, count: int) -> NDArray[np.float32]:
         wrong = np.flatnonzero(lengths != width) if width else np.arange(1)
         if len(wrong):
             row = start + int(wrong[0])
-            raise UserError(f"row {row} of {path.name} has {lengths[wrong[0]]} numbers, and the first {width}", WHERE)
+            raise UserError(f"row {row} of {path.name} has {lengths[wrong[0]]} numbers, but the first has {width}", WHERE)
         if not start:
             values = np.zeros((count, width), np.float32)
-        flat = found.flatten().to_numpy(zero_copy_only=False)  # a number that is null becomes NaN
+        flat = found.flatten().to_numpy(zero_copy_only=False)  # null becomes NaN
         with np.errstate(over="ignore"):
             values[start : start + len(found)] = flat.reshape(len(found), width)
         start += len(found)

@@ -1,9 +1,9 @@
-"""Images as the stages see them: uint8 arrays by index, from a memmap or decoded on the way.
+"""Images for the stages: uint8 arrays by index, from a memmap or decoded on demand.
 
-A data set's `load` lists what there is (`Splits` of `Source`); `identity` hashes the content; `write` decodes everything once;
-`open_split` gives the finished `Images`. `decode` turns encoded bytes into pixels for every kind that has files.
+A data set's `load` lists its images (`Splits` of `Source`), `identity` hashes the content, `write` decodes all images once,
+and `open_split` opens the result as `Images`. `decode` turns encoded bytes into pixels, for every kind of data set with files.
 
-May import only the modules of the root. Start with `source.py` (the records), then `writing.py` and `reading.py`.
+May import only the modules at the package's root. Start with `source.py` (the records), then `writing.py` and `reading.py`.
 """
 
 from ktray.images.content_hash import identity as identity

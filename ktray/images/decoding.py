@@ -1,4 +1,4 @@
-"""From encoded bytes to a square of uint8 RGB."""
+"""Decoding: from encoded bytes to a square uint8 RGB image."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ktray.images.source import Unreadable
 
 IDENTITY, REVISION = "image_decoding", 1
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that runs a program, as EPS does
-# What Pillow's parsers raise on files that are cut off or scribbled over; a MemoryError is not among them on purpose.
-_BROKEN = (
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs a program, as EPS does
+# What Pillow's parsers raise for truncated or corrupt files; MemoryError is deliberately not included.
+_CORRUPT = (
     OSError,
     SyntaxError,
     ValueError,
@@ -45,41 +45,41 @@ _ORIENTATION = 0x0112
 
 
 def decode(encoded: bytes | Path, size: int) -> NDArray[np.uint8]:
-    """The pixels (h, w, 3) uint8 of one encoded image, upright, at a resolution sufficient for a square of side `size`.
+    """The pixels (h, w, 3) uint8 of an encoded image, upright, with enough resolution for a square of side `size`.
 
-    Grey is repeated to three channels, 16-bit grey keeps its upper 8 bits, transparency is laid on white, EXIF orientation is
-    respected, an animation gives its first frame, colour profiles are ignored. A large JPEG is decoded at 1/2, 1/4 or 1/8 of
-    its resolution while both sides stay at least twice `size`.
+    Grey is repeated to three channels, 16-bit grey keeps its upper 8 bits, transparency becomes white, EXIF orientation is
+    applied, only the first frame of an animation is used, and colour profiles are ignored. A large JPEG is decoded at 1/2, 1/4
+    or 1/8 of its resolution, as long as both sides stay at least twice `size`.
 
     Raises:
-        Unreadable: broken, of an unknown format, or of more pixels than Pillow's limit against decompression bombs.
+        Unreadable: corrupt, of an unknown format, or with more pixels than Pillow's limit against decompression bombs.
     """
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS) as image:
-            # Pillow itself only warns up to twice its limit.
+            # Pillow only warns up to twice its limit.
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Unreadable(f"{image.width} x {image.height} pixels exceed the limit of {Image.MAX_IMAGE_PIXELS}")
             image.draft(None, (2 * size, 2 * size))
             image.load()
             turn = _UPRIGHT.get(_orientation(image))
             rgb = _rgb(image)
-    except UnidentifiedImageError as error:  # its own words are the path, or an address in memory
-        raise Unreadable("of no known image format") from error
-    except _BROKEN as error:
-        raise Unreadable(f"{type(error).__name__}: {_words(error)}") from error
+    except UnidentifiedImageError as error:  # its message is only the path or a memory address
+        raise Unreadable("unknown image format") from error
+    except _CORRUPT as error:
+        raise Unreadable(f"{type(error).__name__}: {_message(error)}") from error
     return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
-def _words(error: BaseException) -> str:
-    """What an error says, without the path: names are listed relative to the data set."""
+def _message(error: BaseException) -> str:
+    """The message of an error without the path; images are listed by names relative to the data set."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except _BROKEN:
-        return 1  # the pixels are fine: damaged metadata is no reason to lose the image
+    except _CORRUPT:
+        return 1  # the pixels are intact: damaged metadata is no reason to drop the image
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -106,8 +106,8 @@ def _centre(height: int, width: int) -> tuple[float, float, float]:
 def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """The centred square of `pixels` (h, w, 3) uint8, resized to (size, size, 3) by antialiased bilinear interpolation.
 
-    The same as resizing the shorter side and cropping, without the long intermediate image of an extreme aspect ratio. An image
-    that already has the size is returned as it is.
+    Equivalent to resizing the shorter side and cropping, without a long intermediate image for extreme aspect ratios. An image
+    of the right size is returned unchanged.
     """
     height, width = pixels.shape[:2]
     if height == width == size:
@@ -120,7 +120,7 @@ def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 def fit_boxes(boxes: NDArray[np.float32], height: int, width: int, size: int) -> NDArray[np.float32]:
     """`boxes` (n, 5) [x0, y0, x1, y1, class] of a (height, width) image after `fit`: clipped, (m, 5) with m <= n.
 
-    A box that lies outside the centred square is left out.
+    Boxes outside the centred square are left out.
     """
     left, top, side = _centre(height, width)
     moved = boxes.astype(np.float32, copy=True)

@@ -1,4 +1,4 @@
-"""The only way that ktray fetches a data set, and only where a spec says `download: true`."""
+"""Download of data sets, only for specs with `download: true`; ktray fetches data nowhere else."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 
 from ktray.errors import UserError
 
-_SILENCE_S = 30.0  # torchvision sets no timeout of its own, and a machine without a way out may never be told so
+_TIMEOUT_S = 30.0  # torchvision sets none, and without a network a connection may hang forever
 
 
 def download(name: str, root: Path) -> None:
-    """Let torchvision fetch the data set `name` (a class of `torchvision.datasets`) into `root`; checksums are torchvision's.
+    """Fetch the data set `name` (a class of `torchvision.datasets`) into `root` with torchvision, which verifies checksums.
 
     Raises:
-        UserError: no network, a refused or silent server, a wrong checksum.
+        UserError: no network, a server that refuses or does not answer, or a wrong checksum.
     """
     import torchvision
 
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_SILENCE_S)
+    socket.setdefaulttimeout(_TIMEOUT_S)
     try:
         getattr(torchvision.datasets, name)(str(root), download=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise UserError(
             f"torchvision could not fetch {name}: {error}",
             where="data.download",
-            instead=f"Fetch it on a machine with a network and lay torchvision's files into {root}.",
+            instead=f"Fetch it on a machine with a network and copy torchvision's files to {root}.",
         ) from error
     finally:
         socket.setdefaulttimeout(before)

@@ -1,4 +1,4 @@
-"""The images that `write` laid down, by index."""
+"""Reading of written images by index."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
     """The images of one split.
 
     Args:
-        directory: what `write` filled.
+        directory: the output folder of `write`.
         split: "train", "val" or "test".
-        spec: the data spec that was written; read only where the pixels are decoded on the way.
+        spec: the data spec that was written; only used if images are decoded on demand.
 
     Raises:
-        UserError: the data have no such split.
-        ValueError: the source changed since it was written; only where it is read again.
+        UserError: the data set has no such split.
+        ValueError: the source has changed since it was written; only if images are decoded on demand.
     """
     summary = json.loads((directory / "splits.json").read_text())
     if split not in summary["splits"]:
@@ -43,9 +43,9 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
         pixels = np.load(directory / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         read: Callable[[NDArray[np.int64]], NDArray[np.uint8]] = lambda indices: np.array(pixels[indices])  # noqa: E731
     elif list(directory.glob(f"{split}-*.bin")):
-        read = _together(_of_copies(directory, split, size), names, size)
+        read = _parallel_reader(_copy_reader(directory, split, size), names, size)
     else:
-        read = _together(_of_source(directory, split, spec, names), names, size)
+        read = _parallel_reader(_source_reader(directory, split, spec, names), names, size)
     return Images(
         count=len(names),
         size=size,
@@ -69,51 +69,51 @@ def _boxes(directory: Path, split: str) -> tuple[NDArray[np.float32], ...] | Non
     return tuple(np.split(boxes, np.cumsum(counts)[:-1]))
 
 
-def _of_source(directory: Path, split: str, spec: DataSpec, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
-    """Index in the split -> pixels, from the data set itself."""
+def _source_reader(directory: Path, split: str, spec: DataSpec, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
+    """A function: index in the split -> pixels, decoded from the data set itself."""
     spec = with_absolute_path(spec)
     found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
     rows = np.load(directory / f"{split}-rows.npy", allow_pickle=False)
     source = found[split][0] if split in found else None
     if source is None or max(rows) >= len(source.names) or tuple(source.names[row] for row in rows) != names:
-        raise ValueError(f"the {split!r} split of the data set {spec.kind!r} is no longer what was listed")
+        raise ValueError(f"the {split!r} split of the data set {spec.kind!r} has changed since it was listed")
     return lambda index: source.read(int(rows[index]))
 
 
-def _of_copies(directory: Path, split: str, size: int) -> Callable[[int], NDArray[np.uint8]]:
-    """Index in the split -> pixels, from the copies of the encoded images."""
+def _copy_reader(directory: Path, split: str, size: int) -> Callable[[int], NDArray[np.uint8]]:
+    """A function: index in the split -> pixels, decoded from the copies of the encoded images."""
     files = sorted(directory.glob(f"{split}-*.bin"))
     lengths = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in files]
     first = np.cumsum([0, *(len(of_file) for of_file in lengths)])
-    begins = [np.cumsum([0, *of_file]) for of_file in lengths]
+    offsets = [np.cumsum([0, *of_file]) for of_file in lengths]
 
     def read(index: int) -> NDArray[np.uint8]:
         block = int(np.searchsorted(first, index, side="right")) - 1
         within = index - int(first[block])
         with open(files[block], "rb") as file:
-            file.seek(int(begins[block][within]))
+            file.seek(int(offsets[block][within]))
             return decode(file.read(int(lengths[block][within])), size)
 
     return read
 
 
-def _together(
+def _parallel_reader(
     read: Callable[[int], NDArray[np.uint8]], names: tuple[str, ...], size: int
 ) -> Callable[[NDArray[np.int64]], NDArray[np.uint8]]:
-    """A reader of many images from a reader of one; decoding leaves the interpreter lock, so threads help."""
+    """A reader of many images from a reader of one, with threads; decoding releases the interpreter lock."""
 
     def square(index: np.int64) -> NDArray[np.uint8]:
         try:
             return fit(read(int(index)), size)
         except Unreadable as error:
-            raise ValueError(f"{names[index]} was readable when the data were written and is not now: {error}") from error
+            raise ValueError(f"{names[index]} was readable when the data were written, but is not any more: {error}") from error
 
     def read_all(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         indices = np.arange(len(names))[indices]  # the same bounds and negative indices as a memmap
         squares = np.empty((len(indices), size, size, 3), np.uint8)
         with ThreadPoolExecutor(_THREADS) as threads:
-            for place, pixels in enumerate(threads.map(square, indices)):
-                squares[place] = pixels
+            for position, pixels in enumerate(threads.map(square, indices)):
+                squares[position] = pixels
                 progress.advance("read")
         return squares
 

@@ -1,4 +1,4 @@
-"""The records that data sets hand over and that stages read."""
+"""The records through which data sets provide images and stages read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Unreadable(Exception):
-    """One image cannot be decoded; it is counted, listed and left out."""
+    """An image cannot be decoded. Such images are counted, listed and left out."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Source:
     """The images of one split before decoding.
 
     Attributes:
-        names: (N,) relative path or row name of each image; unique.
-        read: index -> pixels (h, w, 3) uint8, of any h and w; several threads may call it. Raises Unreadable.
+        names: (N,) unique relative paths or row names.
+        read: index -> pixels (h, w, 3) uint8 with any h and w; thread-safe. Raises Unreadable.
         labels: (N,) int64 in [0, len(classes)), or None.
         classes: names of the classes, or empty.
-        boxes: one (n_i, 5) float32 array of [x0, y0, x1, y1, class] in pixels of what `read` gives per image, or None.
-        encoded: index -> encoded bytes, only where reading in arbitrary order is dear (rows of a parquet file). A data set too
-            large for a memmap then keeps a copy of these bytes, and `decode` of them must be what `read` gives.
+        boxes: for each image an (n_i, 5) float32 array of [x0, y0, x1, y1, class], in pixels of the output of `read`; or None.
+        encoded: index -> encoded bytes, only if random access is slow (rows of a parquet file). A data set too large for a
+            memmap then stores a copy of these bytes; `decode` must turn them into the output of `read`.
     """
 
     names: tuple[str, ...]
@@ -36,13 +36,13 @@ class Source:
     encoded: Callable[[int], bytes] | None = None
 
 
-@dataclass(frozen=True, eq=False)  # by identity: what a listing holds is too large to be compared
+@dataclass(frozen=True, eq=False)  # compared by identity: the contents are too large to compare
 class Splits:
-    """What `datasets/<kind>.load` returns; where `val` is None, a seeded stratified part of `train` becomes it.
+    """The result of `datasets/<kind>.load`; if `val` is None, a seeded, stratified part of `train` takes its place.
 
     Attributes:
-        files: (name relative to the data set's root, path) of every file whose bytes determine the pixels.
-        identity: sha256 hex, instead of `files`, if the content is known without a file (generated data).
+        files: (name relative to the data set's root, path) of every file with bytes that affect the pixels.
+        identity: sha256 hex, in place of `files`, for content that does not come from files (generated data).
     """
 
     train: Source
@@ -59,7 +59,7 @@ class Images:
     Attributes:
         count: N.
         size: side H = W in pixels.
-        read: ascending or arbitrary indices (B,) int64 -> (B, H, W, 3) uint8, a fresh array.
+        read: indices (B,) int64 in any order -> (B, H, W, 3) uint8, a fresh array.
         labels: (N,) int64, or None.
         classes: names of the classes, or empty.
         names: (N,) relative paths.

@@ -1,4 +1,4 @@
-"""Which images are for training and which for judging."""
+"""The split of a data set into training, validation and test images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from ktray.images.source import Source, Splits
 from ktray.spec import Split
 
-Part = tuple[Source, NDArray[np.int64]]  # a source, and the ascending rows (n,) of it that make a split
+Part = tuple[Source, NDArray[np.int64]]  # a source, and the ascending rows (n,) of it that form a split
 
 
-@lru_cache(maxsize=16)  # every draw of a space asks, and 50,000 names take 0.2 s
+@lru_cache(maxsize=16)  # called for every draw from a space; 50,000 names take 0.2 s
 def split_rows(splits: Splits, split: Split) -> dict[str, Part]:
     """Name of each split ("train", "val", "test") -> its source and the ascending rows (n,) of that source.
 
-    A data set's own val is taken as it is; else `split.val` of the training images, stratified where there are labels.
+    The data set's own val is used if there is one, otherwise the share `split.val` of train, stratified if there are labels.
     """
     train = np.arange(len(splits.train.names))
     found: dict[str, Part] = {}
@@ -32,15 +32,15 @@ def split_rows(splits: Splits, split: Split) -> dict[str, Part]:
     if splits.test is not None:
         found["test"] = (splits.test, np.arange(len(splits.test.names)))
     for _, rows in (found := {"train": (splits.train, train), **found}).values():
-        rows.setflags(write=False)  # all callers share them
+        rows.setflags(write=False)  # shared by all callers
     return {name: part for name, part in found.items() if len(part[1])}
 
 
 def held_out(names: Sequence[str], labels: NDArray[np.int64] | None, share: float, seed: int) -> NDArray[np.int64]:
-    """Ascending indices of round(share * N) images: of every class its share, the rest to the largest remainders.
+    """Ascending indices of round(share * N) images: the share of every class, with the rest by largest remainders.
 
-    Images are ranked by a hash of (seed, name), not by a permutation, so that an added image moves few others between the
-    splits and no version of a random generator decides. Every class keeps at least one image for training.
+    Images are ranked by a hash of (seed, name), not by a permutation, so an added image moves few others between the
+    splits, and the result does not depend on the version of a random generator. Every class keeps a training image.
     """
     ranks = [hashlib.sha256(f"{seed}\0{name}".encode()).digest() for name in names]
     groups = np.zeros(len(names), np.int64) if labels is None else labels

@@ -1,4 +1,4 @@
-"""The images of a data set, decoded once and laid down for all stages that follow."""
+"""Writing of a data set's images: decoded once, for all later stages."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ _BLOCK_BYTES = 32 << 20
 _BLOCK_ROWS = 1024
 _HEADER = 128  # bytes before the pixels of a .npy file; numpy pads its header to a multiple of 64
 
-Block = tuple[str, int, int]  # split, first and last + 1 offset in it
-Place = Callable[[int, int], NDArray[np.uint8]]  # (offset in the split, row of the source) -> pixels as the source gives them
+Block = tuple[str, int, int]  # split, start and end (exclusive) of the offsets in it
+StoreImage = Callable[[int, int], NDArray[np.uint8]]  # (offset in the split, row of the source) -> pixels from the source
 
 
 def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dict[str, float]:
-    """Decode every image once and lay each split down in `out`.
+    """Decode every image once and write each split to `out`.
 
-    Pixels that fit go into `<split>.npy` (N, size, size, 3) uint8. Larger data is decoded here only to find what is unreadable,
-    and again whenever it is read. Beside it lie `<split>.json` (names, classes), labels, boxes, rows of the source, and
-    `splits.json` with what was left out. No process holds the pixels of more than one image at a time.
+    Pixels that fit are stored in `<split>.npy` (N, size, size, 3) uint8. Larger data sets are decoded here only to find
+    unreadable images, and again whenever they are read. Other files: `<split>.json` (names, classes), labels, boxes, rows of
+    the source, and `splits.json` with the unreadable images. No process holds the pixels of more than one image at a time.
 
     Args:
         spec: a data spec.
-        out: folder to write into; made if missing.
-        pool: where blocks of images are decoded; the result does not depend on it.
+        out: folder to write to, created if missing.
+        pool: decodes blocks of images; the result does not depend on it.
         memmap_bytes: limit for the pixels of all splits together.
 
     Returns:
-        "count" of images that were written, and of "unreadable" ones.
+        "count" of images written, and number of "unreadable" images.
 
     Raises:
-        UserError: the data are not where the spec says.
-        ValueError: more than `spec.max_unreadable` of the images are unreadable; names the first few.
+        UserError: there are no data at the location in the spec.
+        ValueError: more than `spec.max_unreadable` of the images are unreadable; the message names the first few.
     """
     spec = with_absolute_path(spec)
     out.mkdir(parents=True, exist_ok=True)
@@ -73,24 +73,24 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
             _close_gaps(out / f"{name}.npy", kept)
         splits += [name] if len(kept) else []
         write_metadata(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
-    _refuse_many(left_out, total, spec.max_unreadable if "train" in splits else None)
+    _require_readable(left_out, total, spec.max_unreadable if "train" in splits else None)
     summary = {"size": spec.size, "streamed": streamed, "splits": splits, "unreadable": left_out}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
     return {"count": float(total - len(left_out)), "unreadable": float(len(left_out))}
 
 
-def _refuse_many(left_out: list[dict[str, str]], total: int, limit: float | None) -> None:
-    """Refuse more than the share `limit` of all images; any at all where it is None: no training image is left."""
+def _require_readable(left_out: list[dict[str, str]], total: int, limit: float | None) -> None:
+    """Raise if more than the share `limit` of images is unreadable; None means that no training image is readable."""
     if len(left_out) <= (limit or 0.0) * total:
         return
     first = "; ".join(f"{entry['name']} ({entry['why']})" for entry in left_out[:3])
     allowed = "and no training image is left" if limit is None else f"more than max_unreadable={limit:g} allows"
-    instead = "Mend or remove these files" + ("" if limit is None else ", or set max_unreadable of the data set higher")
+    instead = "Repair or remove these files" + ("" if limit is None else ", or raise max_unreadable of the data set")
     raise ValueError(f"{len(left_out)} of {total} images are unreadable, {allowed}: {first}. {instead}.")
 
 
 def _blocks(found: dict[str, Part], size: int) -> list[Block]:
-    """Fixed stretches of each split: they depend on the data alone, never on the workers."""
+    """Blocks of consecutive images of each split; they depend only on the data, not on the number of workers."""
     length = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES // (size**2 * 3)))
     return [
         (name, start, min(start + length, len(rows)))
@@ -100,37 +100,37 @@ def _blocks(found: dict[str, Part], size: int) -> list[Block]:
 
 
 def _listing(found: dict[str, Part]) -> str:
-    """Hash of which images go where: workers list the data themselves and must see the same."""
+    """Hash of the images in each split. Workers list the data themselves and check that they see the same images."""
     return fingerprint({name: [source.names, rows.tolist()] for name, (source, rows) in found.items()})
 
 
 @lru_cache(maxsize=1)
-def _found(spec: str, out: str, listing: str) -> dict[str, Part]:
-    """The splits as a worker lists them, once per `write`: `out` is in the key because data may change between two."""
+def _listed_splits(spec: str, out: str, listing: str) -> dict[str, Part]:
+    """The splits as listed by a worker, once per `write`; `out` is in the cache key because data may change between calls."""
     ready = plugins.parse("dataset", json.loads(spec))
     found = split_rows(plugins.module_of("dataset", ready).load(ready), ready.split)
     if _listing(found) != listing:
-        raise ValueError(f"the data set {ready.kind!r} changed while it was read, or is not the same for all workers")
+        raise ValueError(f"the data set {ready.kind!r} changed while it was read, or differs between workers")
     return found
 
 
 def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
-    """Decode the images of a block and write what is kept of them at its place; this is what a worker runs.
+    """Decode the images of a block and store them; runs in a worker.
 
     Returns:
-        "unreadable" [(offset in the split, reason)], "boxes" of the readable images, empty if the data have none.
+        "unreadable" [(offset in the split, reason)], "boxes" of the readable images, empty if the data set has no boxes.
     """
     name, start, stop = block
-    source, rows = _found(json.dumps(shared["spec"]), shared["out"], shared["listing"])[name]
+    source, rows = _listed_splits(json.dumps(shared["spec"]), shared["out"], shared["listing"])[name]
     size = shared["spec"]["size"]
-    keep = _pixels if not shared["streamed"] else _checked if source.encoded is None else _encoded
+    store = _store_pixels if not shared["streamed"] else _store_nothing if source.encoded is None else _store_encoded
     unreadable, boxes = [], []
-    with keep(Path(shared["out"]), block, source, size) as place:
+    with store(Path(shared["out"]), block, source, size) as store_image:
         for offset in range(start, stop):
             progress.advance("images")
             row = int(rows[offset])
             try:
-                height, width = place(offset, row).shape[:2]
+                height, width = store_image(offset, row).shape[:2]
             except Unreadable as error:
                 unreadable.append((offset, str(error)))
                 continue
@@ -140,74 +140,74 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _pixels(out: Path, block: Block, source: Source, size: int) -> Iterator[Place]:
-    """Decoded squares go to their offsets in the split's .npy: written, not mapped, so that they leave the memory."""
+def _store_pixels(out: Path, block: Block, source: Source, size: int) -> Iterator[StoreImage]:
+    """Store decoded squares at their offsets in the split's .npy, by file writes: a memmap would keep them in memory."""
     with open(out / f"{block[0]}.npy", "r+b") as file:
 
-        def place(offset: int, row: int) -> NDArray[np.uint8]:
+        def store_image(offset: int, row: int) -> NDArray[np.uint8]:
             pixels = source.read(row)
             file.seek(_HEADER + offset * size**2 * 3)
             file.write(fit(pixels, size).tobytes())
             return pixels
 
-        yield place
+        yield store_image
 
 
 @contextmanager
-def _checked(out: Path, block: Block, source: Source, size: int) -> Iterator[Place]:
-    """Nothing is kept: the source is read again whenever the images are."""
+def _store_nothing(out: Path, block: Block, source: Source, size: int) -> Iterator[StoreImage]:
+    """Store nothing: images are decoded from the source on demand."""
     yield lambda offset, row: source.read(row)
 
 
 @contextmanager
-def _encoded(out: Path, block: Block, source: Source, size: int) -> Iterator[Place]:
-    """The readable images' encoded bytes go into one file per block, their lengths beside it."""
+def _store_encoded(out: Path, block: Block, source: Source, size: int) -> Iterator[StoreImage]:
+    """Store the encoded bytes of readable images in one file per block, and their lengths in another."""
     assert source.encoded is not None
     copy, lengths = source.encoded, []
     path = out / f"{block[0]}-{block[1]:010d}.bin"
     with open(path, "wb") as file:
 
-        def place(offset: int, row: int) -> NDArray[np.uint8]:
+        def store_image(offset: int, row: int) -> NDArray[np.uint8]:
             encoded = copy(row)
             pixels = decode(encoded, size)
             lengths.append(file.write(encoded))
             return pixels
 
-        yield place
+        yield store_image
     np.save(path.with_suffix(".npy"), np.array(lengths, np.int64))
 
 
 def _reserve(path: Path, shape: tuple[int, int, int, int]) -> None:
-    """A .npy file of zeros that takes no disk until it is written."""
+    """Create a sparse .npy file of zeros, which takes no disk space until it is written."""
     with open(path, "wb") as file:
-        _head(file, shape)
+        _write_header(file, shape)
         file.truncate(_HEADER + int(np.prod(shape, dtype=np.int64)))
 
 
-def _head(file: Any, shape: tuple[int, ...]) -> None:
+def _write_header(file: Any, shape: tuple[int, ...]) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
     if file.tell() != _HEADER:
         raise ValueError(f"numpy wrote a header of {file.tell()} bytes instead of {_HEADER}")
 
 
 def _close_gaps(path: Path, kept: NDArray[np.int64]) -> None:
-    """Move the kept rows together, in place, and cut the file: unreadable images leave no black ones behind."""
+    """Close the gaps of unreadable images: move the kept rows together, in place, and truncate the file."""
     pixels = np.load(path, mmap_mode="r+", allow_pickle=False)
     shape = (len(kept), *pixels.shape[1:])
     step = max(1, _BLOCK_BYTES // int(np.prod(shape[1:])))
     for start in range(0, len(kept), step):
-        # kept ascends, so a block's rows lie at or after the place they go to, and later blocks' rows behind both.
+        # `kept` ascends, so rows only move towards the start and never overwrite rows that are still to be moved.
         rows = kept[start : start + step]
         pixels[start : start + len(rows)] = pixels[rows]
     pixels.flush()
     del pixels
     with open(path, "r+b") as file:
-        _head(file, shape)
+        _write_header(file, shape)
         file.truncate(_HEADER + int(np.prod(shape, dtype=np.int64)))
 
 
 def write_metadata(out: Path, name: str, source: Source, rows: NDArray[np.int64], boxes: list[NDArray[np.float32]]) -> None:
-    """All of a split but its pixels; `rows` and `boxes` are those of the readable images."""
+    """Write everything of a split except its pixels; `rows` and `boxes` are those of the readable images."""
     names = [source.names[row] for row in rows]
     (out / f"{name}.json").write_text(json.dumps({"names": names, "classes": source.classes}))
     np.save(out / f"{name}-rows.npy", rows)
@@ -219,18 +219,18 @@ def write_metadata(out: Path, name: str, source: Source, rows: NDArray[np.int64]
 
 
 def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
-    """Write up to `count` images of each split as `write` does, from all over it; unreadable ones are passed over.
+    """Write up to `count` images of each split, evenly spaced, in the format of `write`; unreadable images are skipped.
 
     Args:
         spec: a data spec.
-        out: folder to write into.
+        out: existing folder to write to.
 
     Returns:
-        "count" of images that were written, and of "unreadable" ones among those that were tried.
+        "count" of images written, and number of "unreadable" images among those tried.
 
     Raises:
-        UserError: the data are not where the spec says.
-        ValueError: no image of a split can be read.
+        UserError: there are no data at the location in the spec.
+        ValueError: a split has no readable image.
     """
     spec = with_absolute_path(spec)
     found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
@@ -240,7 +240,7 @@ def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
             source, rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))], spec.size
         )
         if not len(kept):
-            raise ValueError(f"of {min(count, len(rows))} images of the {name} split none can be read")
+            raise ValueError(f"none of {min(count, len(rows))} images of the {name} split can be read")
         np.save(out / f"{name}.npy", pixels)
         write_metadata(out, name, source, kept, boxes)
         written += len(kept)
@@ -253,7 +253,7 @@ def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
 def _read_sample(
     source: Source, rows: NDArray[np.int64], size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8], list[NDArray[np.float32]]]:
-    """The rows (n,) that can be read, their squares (n, size, size, 3) and, where there are any, their boxes."""
+    """The readable rows (n,), their squares (n, size, size, 3), and their boxes if there are any."""
     kept, squares, boxes = [], [], []
     for row in rows:
         with contextlib.suppress(Unreadable):

@@ -1,4 +1,4 @@
-"""Random views of uint8 images in batched tensor operations: on any device, with the draws of a CPU generator."""
+"""Random views of uint8 images as batched tensor operations: on any device, with draws from a CPU generator."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MEAN_AND_STD = {
 
 
 def to_float(images: Tensor) -> Tensor:
-    """What every network of ktray sees: ``(x / 255 - 0.5) / 0.25``, in [-2, 2], the same for every data set.
+    """The input format of ktray's networks: ``(x / 255 - 0.5) / 0.25``, in [-2, 2], the same for every data set.
 
-    The result keeps the memory of (B, H, W, 3), which is PyTorch's channels-last and the fast layout for convolutions.
+    The result keeps the (B, H, W, 3) memory layout: PyTorch's channels-last, which is fast for convolutions.
 
     Args:
         images: (B, H, W, 3) uint8.
@@ -30,11 +30,11 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, by: Normalization) -> Tensor:
-    """What a network of another house expects to see: ``(x / 255 - mean) / std`` per channel; "ktray" is `to_float`.
+    """Images normalised as pretrained networks expect them: ``(x / 255 - mean) / std`` per channel; "ktray" is `to_float`.
 
     Args:
         images: (B, H, W, 3) uint8.
-        by: "imagenet" as torchvision's weights and most of timm's, "half" (mean and std 0.5) as many transformers.
+        by: "imagenet" for torchvision's weights and most of timm's, "half" (mean and std 0.5) for many transformers.
 
     Returns:
         (B, 3, H, W) float32.
@@ -43,16 +43,16 @@ def normalize(images: Tensor, by: Normalization) -> Tensor:
     """
     if by == "ktray":
         return to_float(images)
-    mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in _MEAN_AND_STD[by])
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in _MEAN_AND_STD[by])
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def random_crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image padded by black on all sides, then cropped to its size at a place of its own.
+    """Each image padded with black on all sides, then cropped to its original size at a random position.
 
     Args:
         images: (B, H, W, 3) uint8.
-        pixels: padding, so the largest shift in either direction; 0 draws nothing.
+        pixels: width of the padding, and so the largest shift in either direction; 0 makes no draw.
         generator: on the CPU.
 
     Returns:
@@ -70,7 +70,7 @@ def random_crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tens
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored left to right with probability one half.
+    """Each image mirrored left to right with probability 0.5.
 
     Args:
         images: (B, H, W, 3) uint8.
@@ -81,7 +81,7 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_views(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """One random view of each image: cropped, then flipped, as far as `augment` asks.
+    """One random view of each image: cropped, then flipped, each if `augment` enables it.
 
     Args:
         images: (B, H, W, 3) uint8.

@@ -1,9 +1,9 @@
-"""Matrix products and sums that are the same with any number of threads.
+"""Matrix products and sums that do not depend on the number of threads.
 
-BLAS libraries choose other kernels, so other roundings, for other numbers of threads, other shapes and other processors; with
-some kernels even equal rows of one product differ in their last bits (OpenBLAS 0.3.31, Haswell, float32). Here one thread
-multiplies, workers are how we use more cores, and where a row's result must not depend on the rows beside it, no bit of it
-comes from the rounding of a product: it is exact (`exact_product`), or a sum in a fixed order (`squared_lengths`).
+BLAS libraries choose kernels, and therefore rounding, by the number of threads, the shapes and the processor; with some
+kernels even equal rows of one product differ in their last bits (OpenBLAS 0.3.31, Haswell, float32). ktray multiplies with
+one thread and uses more cores by running more workers. Where the result for a row must not depend on the other rows, it
+never contains the rounding error of a product: it is exact (`exact_product`) or a sum in a fixed order (`squared_lengths`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-CHUNK_ROWS = 1024  # measured: 256 to 2048 rows are within 3 % of each other at d = 128..512, K = 100..1000
+CHUNK_ROWS = 1024  # measured: from 256 to 2048 rows the speed differs by less than 3 % (d = 128..512, K = 100..1000)
 
 
 def one_thread() -> AbstractContextManager[Any]:
@@ -27,13 +27,13 @@ def one_thread() -> AbstractContextManager[Any]:
 
 @cache
 def _controller() -> ThreadpoolController:
-    return ThreadpoolController()  # scans the loaded libraries: milliseconds, and numpy's is loaded by now
+    return ThreadpoolController()  # scans the loaded libraries, which takes milliseconds; numpy's BLAS is loaded by now
 
 
 def squared_lengths(rows: NDArray[np.floating]) -> NDArray[np.float64]:
-    """|x|^2 (n,) of rows (n, d) in float64; the order of each sum depends on d alone.
+    """|x|^2 (n,) of rows (n, d) in float64; the order of summation depends only on d.
 
-    NumPy adds contiguous values of one row pairwise. `einsum` would not do: it sums through buffers that end within a row.
+    NumPy sums the contiguous values of a row pairwise. `einsum` is unsuitable: its buffers may end in the middle of a row.
     """
     squares = rows.astype(np.float64)
     np.square(squares, out=squares)
@@ -42,11 +42,13 @@ def squared_lengths(rows: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def exact_product(rows: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Rows (n, D) times matrix (D, d), in float64: the exact product of factors that are rounded first, so it has no order.
+    """Rows (n, D) times matrix (D, d) in float64: both are rounded first, and the product is exact for any summation order.
 
-    Each row, and each column of the matrix, is rounded to integers of b = (53 - log2 D) / 2 bits times a power of two of its
-    own; then float64 holds every product and every partial sum. For D = 512 b is 22, and the error of an entry is about that
-    of a float32 product. Source: the error-free transformation of Ozaki et al., Numer. Algorithms 59, 2012, with one slice.
+    Each row, and each column of the matrix, is rounded to integers of b = (53 - log2 D) / 2 bits times its own power of two;
+    float64 then represents every product and every partial sum exactly. For D = 512, b is 22 and the error of an entry is
+    about that of a float32 product.
+
+    Source: the error-free transformation of Ozaki et al., Numer. Algorithms 59, 2012, with one slice.
     """
     bits = (53 - max(1, rows.shape[1] - 1).bit_length()) // 2
     _, row_exponents = np.frexp(np.abs(rows).max(axis=1, initial=0))

@@ -1,6 +1,6 @@
-"""Colours of images in batched tensor operations: greys, random changes, CIE Lab.
+"""Colour operations on batches of images: greyscale, random jitter, CIE Lab.
 
-What is random takes its draws from a CPU generator, one per image, and runs on any device.
+Random operations run on any device, with separate draws for each image from a CPU generator.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from ktray.strict import StrictSpec
 
 IDENTITY, REVISION = "colour", 1
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: shares of red, green and blue in a grey
-# Rows: what the new red, green, blue take from the old. All but the green-magenta axis [-1, 2, -1] stays.
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: weights of red, green and blue
+# Each row: the weights of the old red, green, blue in a new channel. Removes the green-magenta axis [-1, 2, -1] only.
 PROJECTION = ((5 / 6, 1 / 3, -1 / 6), (1 / 3, 1 / 3, 1 / 3), (-1 / 6, 1 / 3, 5 / 6))
-# IEC 61966-2-1 (sRGB) to CIE XYZ for D65 and 2 degrees, each row divided by the white's X, Y or Z, as in scikit-image
+# Linear sRGB (IEC 61966-2-1) to CIE XYZ for D65 and 2 degrees, as in scikit-image; rows are divided by _WHITE before use
 _TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _WHITE = (0.95047, 1.0, 1.08883)
 
 
 class Jitter(StrictSpec):
-    """Random changes of brightness, contrast, saturation (factors from 1 - x to 1 + x) and hue (turned by -x to x of 1)."""
+    """Random changes of brightness, contrast and saturation (factors in [1 - x, 1 + x]) and of hue (by -x to x turns)."""
 
     brightness: float = Field(default=0.4, ge=0, le=1)
     contrast: float = Field(default=0.4, ge=0, le=1)
@@ -32,13 +32,13 @@ class Jitter(StrictSpec):
 
 
 def luma(images: Tensor) -> Tensor:
-    """The grey of each pixel: (B, 3, H, W) float32 -> (B, 1, H, W)."""
+    """Luma of each pixel: (B, 3, H, W) float32 -> (B, 1, H, W)."""
     weights = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True)
 
 
 def random_grey(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Each image grey with probability `share`, its three channels then being equal.
+    """Each image turned grey with probability `share`; a grey image has three equal channels.
 
     Args:
         images: (B, 3, H, W) float32.
@@ -49,36 +49,36 @@ def random_grey(images: Tensor, share: float, generator: torch.Generator) -> Ten
 
 
 def random_jitter(images: Tensor, changes: Jitter, generator: torch.Generator) -> Tensor:
-    """Each image with its own brightness, contrast, saturation and hue, changed in this order and clipped after each.
+    """Each image with random changes of brightness, contrast, saturation and hue, in this order, clipped after each.
 
-    torchvision's `ColorJitter` draws the order too.
+    torchvision's `ColorJitter` also draws the order.
 
     Args:
         images: (B, 3, H, W) float32 in [0, 1].
         generator: on the CPU.
 
-    Source: A. Howard, arXiv:1312.5402; the strengths 0.4, 0.4, 0.4, 0.1 with 0.8, Chen et al., ICML 2020, appendix B.9.
+    Source: A. Howard, arXiv:1312.5402; strengths 0.4, 0.4, 0.4, 0.1 and share 0.8, Chen et al., ICML 2020, appendix B.9.
     """
     chosen = torch.rand(len(images), generator=generator) < changes.share
-    most = torch.tensor([changes.brightness, changes.contrast, changes.saturation, changes.hue])
-    drawn = (2 * torch.rand(len(images), 4, generator=generator) - 1) * most
+    limits = torch.tensor([changes.brightness, changes.contrast, changes.saturation, changes.hue])
+    drawn = (2 * torch.rand(len(images), 4, generator=generator) - 1) * limits
     brightness, contrast, saturation, hue = drawn.to(images.device)[:, :, None, None, None].unbind(1)
-    seen = (images * (1 + brightness)).clamp(0, 1)
-    mean = luma(seen).mean(dim=(2, 3), keepdim=True)
-    seen = (mean + (seen - mean) * (1 + contrast)).clamp(0, 1)
-    plain = luma(seen)
-    seen = (plain + (seen - plain) * (1 + saturation)).clamp(0, 1)
+    jittered = (images * (1 + brightness)).clamp(0, 1)
+    mean = luma(jittered).mean(dim=(2, 3), keepdim=True)
+    jittered = (mean + (jittered - mean) * (1 + contrast)).clamp(0, 1)
+    grey = luma(jittered)
+    jittered = (grey + (jittered - grey) * (1 + saturation)).clamp(0, 1)
     if changes.hue:
-        seen = shift_hue(seen, hue[:, :, 0])
-    return torch.where(chosen.to(images.device)[:, None, None, None], seen, images)
+        jittered = shift_hue(jittered, hue[:, :, 0])
+    return torch.where(chosen.to(images.device)[:, None, None, None], jittered, images)
 
 
 def shift_hue(images: Tensor, hue: Tensor) -> Tensor:
-    """Images with their hue turned, value and saturation (of HSV) as they were.
+    """Images with their hue rotated; value and saturation (of HSV) do not change.
 
     Args:
         images: (B, 3, H, W) float32 in [0, 1].
-        hue: (B, 1, 1) float32, 1 being the whole circle.
+        hue: (B, 1, 1) float32, in full turns.
     """
     value, low = images.amax(dim=1), images.amin(dim=1)
     chroma = value - low
@@ -88,13 +88,13 @@ def shift_hue(images: Tensor, hue: Tensor) -> Tensor:
     sixth = torch.where(value == red, (green - blue) / scale, sixth) + 6 * hue
     channels = []
     for start in (5, 3, 1):
-        place = (sixth + start) % 6
-        channels.append(value - chroma * torch.minimum(place, 4 - place).clamp(0, 1))
+        position = (sixth + start) % 6
+        channels.append(value - chroma * torch.minimum(position, 4 - position).clamp(0, 1))
     return torch.stack(channels, dim=1)
 
 
 def rgb_to_lab(images: Tensor) -> Tensor:
-    """CIE L*a*b* of sRGB images for the white D65 (2 degrees): L in [0, 100], a in [-87, 99], b in [-108, 95].
+    """sRGB images converted to CIE L*a*b* for white D65 (2 degrees): L in [0, 100], a in [-87, 99], b in [-108, 95].
 
     Args:
         images: (B, H, W, 3) uint8.
@@ -102,18 +102,18 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     Returns:
         (B, H, W, 3) float32.
 
-    Source: CIE 15; sRGB by IEC 61966-2-1. The oracle is `skimage.color.rgb2lab`.
+    Source: CIE 15; sRGB by IEC 61966-2-1. Tested against `skimage.color.rgb2lab`.
     """
     encoded = images.to(torch.float32) / 255
     linear = torch.where(encoded > 0.04045, ((encoded + 0.055) / 1.055) ** 2.4, encoded / 12.92)
     matrix = torch.tensor(_TO_XYZ, device=images.device) / torch.tensor(_WHITE, device=images.device)[:, None]
-    xyz = (linear[..., None, :] * matrix).sum(-1)  # not a matrix product: it may run in fewer digits on a GPU
+    xyz = (linear[..., None, :] * matrix).sum(-1)  # not a matrix product, which may run at reduced precision on a GPU
     x, y, z = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(-1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:
-    """The sRGB colours of CIE L*a*b*, the inverse of `rgb_to_lab`; what sRGB does not have is cut off per channel.
+    """CIE L*a*b* converted to sRGB, the inverse of `rgb_to_lab`; colours outside sRGB are clipped per channel.
 
     Args:
         lab: (B, 3, H, W) float32.
@@ -121,7 +121,7 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) float32 in [0, 1].
 
-    Source: as `rgb_to_lab`. The oracle is `skimage.color.lab2rgb`.
+    Source: as `rgb_to_lab`. Tested against `skimage.color.lab2rgb`.
     """
     lightness, a, b = lab.unbind(1)
     y = (lightness + 16) / 116

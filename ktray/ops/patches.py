@@ -1,4 +1,4 @@
-"""Parts of images that become inputs of their own: tiles of a puzzle, neighbours of a place."""
+"""Patches of images as separate inputs: the tiles of a puzzle, pairs of neighbours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOOLS = (augmentation,)
 
 
 def resize_square(images: Tensor, side: int) -> Tensor:
-    """Images at another side: smaller ones are enlarged (bilinear), larger ones cropped at the centre.
+    """Square images brought to a given side: smaller ones are enlarged (bilinear), larger ones cropped at the centre.
 
     Args:
         images: (B, H, W, 3) uint8 with H = W.
@@ -20,15 +20,15 @@ def resize_square(images: Tensor, side: int) -> Tensor:
     Returns:
         (B, side, side, 3) float32 as from `augmentation.to_float`.
     """
-    seen = augmentation.to_float(images)
+    pixels = augmentation.to_float(images)
     if images.shape[1] < side:
-        seen = nn.functional.interpolate(seen, size=side, mode="bilinear", align_corners=False)
-    edge = (seen.shape[2] - side) // 2
-    return seen.permute(0, 2, 3, 1)[:, edge : edge + side, edge : edge + side]
+        pixels = nn.functional.interpolate(pixels, size=side, mode="bilinear", align_corners=False)
+    edge = (pixels.shape[2] - side) // 2
+    return pixels.permute(0, 2, 3, 1)[:, edge : edge + side, edge : edge + side]
 
 
 def extract_patches(squares: Tensor, corner: Tensor, side: int) -> Tensor:
-    """Patches of each image at places of their own, which may differ between the colour channels.
+    """Patches cut from each image at given positions, which may differ between colour channels.
 
     Args:
         squares: (B, S, S, 3) float32.
@@ -45,11 +45,11 @@ def extract_patches(squares: Tensor, corner: Tensor, side: int) -> Tensor:
 
 
 def standardise(patches: Tensor) -> Tensor:
-    """Each patch with a mean of 0 and, unless it is empty, a standard deviation of 1 over its pixels and channels.
+    """Each patch with mean 0 and, unless it is constant, standard deviation 1 over its pixels and channels.
 
     Args:
         patches: (..., 3, h, w) float32 as from `augmentation.to_float`.
     """
     spread, mean = torch.std_mean(patches, dim=(-3, -2, -1), keepdim=True, correction=0)
-    grey_level = 4 / 255  # keeps the noise of an empty patch from becoming a picture
+    grey_level = 4 / 255  # limits the amplification of noise in a constant patch
     return (patches - mean) / (spread + grey_level)

@@ -1,4 +1,4 @@
-"""Sets of permutations of nine tiles with a smallest Hamming distance, for jigsaw puzzles."""
+"""Sets of permutations of nine tiles with a minimum Hamming distance, for jigsaw puzzles."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ TILES = 9
 
 @functools.lru_cache(maxsize=8)
 def hashed_permutations(count: int, distance: int) -> NDArray[np.int64]:
-    """The first `count` of a fixed sequence of permutations that differ from all before them at `distance` places or more.
+    """The first `count` permutations of a fixed sequence, each at a Hamming distance of `distance` or more from all before it.
 
-    The sequence is pseudo-random by hashing, the same on every machine and for every release of numpy, and a longer set begins
-    with the shorter one. Two random permutations of nine differ at 8 places on average, and so do these.
+    The sequence is pseudo-random by hashing, so it is the same on every machine and with every release of numpy, and a larger
+    set starts with the smaller one. Two random permutations of nine differ at 8 positions on average, and so do these.
 
     Args:
-        count: P, 1 or more; at a distance of 3 about 10,000 are found within seconds.
-        distance: smallest Hamming distance of two rows, 0 to 9.
+        count: P, 1 or more; at a distance of 3, about 10,000 are found within seconds.
+        distance: minimum Hamming distance between two rows, 0 to 9.
 
     Returns:
-        (P, 9) int64, read-only; row p says which tile stands at each of the nine places.
+        (P, 9) int64, read-only; row p lists the tile at each of the nine positions.
 
     Raises:
-        ValueError: a hundred thousand candidates in a row were too near to those already taken.
+        ValueError: 100,000 candidates in a row were too close to the permutations already taken.
 
     Source: the properties of Jigsaw++'s 701 permutations, Noroozi et al., CVPR 2018 (arXiv:1805.00385).
         The construction is ours.
@@ -52,7 +52,7 @@ def hashed_permutations(count: int, distance: int) -> NDArray[np.int64]:
 
 
 def _permutation(number: int) -> list[int]:
-    """The permutation with this number, taken modulo 9!, in lexicographic order (the factorial number system)."""
+    """The permutation with this number (modulo 9!) in lexicographic order, by the factorial number system."""
     left, row = list(range(TILES)), []
     digits = []
     for base in range(1, TILES + 1):
@@ -65,46 +65,46 @@ def _permutation(number: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def farthest_permutations(count: int, distance: int) -> NDArray[np.int64]:
-    """Permutations taken one by one, each with the largest mean Hamming distance to those before it.
+    """Permutations chosen one by one, each with the largest mean Hamming distance to those before it.
 
-    Of equally far ones the first of a fixed shuffle of all 9! is taken, so a longer set begins with the shorter one.
+    Ties go to the first in a fixed shuffle of all 9! permutations, so a larger set starts with the smaller one.
 
     Args:
         count: P, 1 to 7,000; 1,000 take a few seconds.
-        distance: smallest Hamming distance of two rows, 0 to 9; nearer ones are passed over.
+        distance: minimum Hamming distance between two rows, 0 to 9; closer candidates are skipped.
 
     Returns:
-        (P, 9) int64, read-only; row p says which tile stands at each of the nine places.
+        (P, 9) int64, read-only; row p lists the tile at each of the nine positions.
 
     Raises:
-        ValueError: there are fewer permutations that are `distance` apart.
+        ValueError: fewer than `count` permutations are `distance` apart.
 
     Source: Noroozi & Favaro, ECCV 2016, arXiv:1603.09246, algorithm 1.
     """
     columns = np.ascontiguousarray(_shuffled().T)
     total = columns.shape[1]
-    agreeing = np.zeros(total, np.uint16)  # places in common with the rows taken so far, over all of them
-    barred = np.zeros(total, bool)
+    agreeing = np.zeros(total, np.uint16)  # positions shared with each row taken so far, added up
+    excluded = np.zeros(total, bool)
     taken = np.empty((count, TILES), np.int64)
     for size in range(count):
-        best = int(np.where(barred, np.uint16(65535), agreeing).argmin())
-        if barred[best]:
+        best = int(np.where(excluded, np.uint16(65535), agreeing).argmin())
+        if excluded[best]:
             raise ValueError(f"found only {size} of {count} permutations at Hamming distances of {distance} or more")
         taken[size] = columns[:, best]
         alike = np.zeros(total, np.uint8)
         for column, tile in zip(columns, taken[size], strict=True):
             alike += column == tile
         agreeing += alike
-        barred |= alike > TILES - max(distance, 1)
+        excluded |= alike > TILES - max(distance, 1)
     taken.setflags(write=False)
     return taken
 
 
 def require_permutations(count: int, distance: int) -> None:
-    """Refuse a set that `farthest_permutations` would not find; it searches only where the sphere bound leaves it open.
+    """Raise if `farthest_permutations` cannot find this set; it is only run if the sphere-packing bound does not settle it.
 
     Raises:
-        ValueError: there are fewer permutations that are `distance` apart.
+        ValueError: fewer than `count` permutations are `distance` apart.
     """
     nearer = sum(math.comb(TILES, moved) * _derangements(moved) for moved in range(distance))
     if count * nearer > math.factorial(TILES):
@@ -117,9 +117,9 @@ def _derangements(count: int) -> int:
 
 
 def _shuffled() -> NDArray[np.uint8]:
-    """All permutations of the nine tiles (9!, 9), in an order without pattern that needs no generator of numpy's."""
+    """All permutations of the nine tiles (9!, 9), in a pseudo-random order that does not depend on numpy's generators."""
     rows = np.zeros((1, 1), np.uint8)
-    for size in range(1, TILES):  # the new tile at each place of all permutations of the tiles before it
+    for size in range(1, TILES):  # insert the new tile at each position of all permutations of the tiles before it
         rows = np.concatenate([np.insert(rows, place, size, axis=1) for place in range(size + 1)])
     mixed = np.arange(len(rows), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # SplitMix64, Steele et al., OOPSLA 2014
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -17,44 +17,44 @@ from ktray.errors import UserError
 class Store(Protocol):
     """Publish-once storage of artifacts by key.
 
-    A stage is computed in a scratch directory of its own (one per attempt) and published by one rename, record last. Whoever
-    publishes second is discarded. Nothing damaged is ever returned.
+    Each attempt at a stage writes to its own scratch directory, the record last, and is published by a single rename. If two
+    attempts finish, the second is discarded. A damaged artifact is never returned.
     """
 
     @property
     def url(self) -> str:
-        """What `open_store` takes to open the same store elsewhere."""
+        """The URL with which `open_store` opens this store elsewhere."""
 
     @property
     def root(self) -> Path:
-        """The directory that holds it, for who measures its disk or asks whether all nodes see it."""
+        """The directory of the store, for measuring disk use and checking that all nodes see it."""
 
     def find(self, key: str) -> Artifact | None:
-        """The artifact, or None if absent; a damaged one is moved aside with a warning and counts as absent."""
+        """The artifact, or None if absent; a damaged artifact is moved aside with a warning and counts as absent."""
 
     def scratch(self, key: str, attempt: str) -> Path:
-        """A fresh empty directory for one attempt at `key`. FileNotFoundError if the attempt is fenced."""
+        """A fresh empty directory for one attempt at `key`. FileNotFoundError if the attempt was fenced."""
 
     def publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> tuple[Artifact, bool]:
-        """Write `record` last and publish; (artifact, whether this call published it). Other attempts at `key` end with it.
+        """Write `record` and publish; returns (artifact, whether this call published it). Removes other attempts at `key`.
 
-        FileNotFoundError if this one was fenced, and nobody else has published `key`.
+        FileNotFoundError if this attempt was fenced and `key` is not published.
         """
 
     def fence(self, key: str, attempt: str) -> bool:
-        """Take the scratch directory away from an attempt, so that it can neither write nor publish; False if it was gone."""
+        """Move the scratch directory of an attempt away, so that it can neither write nor publish; False if there was none."""
 
-    def attempts(self, beginning: str) -> list[tuple[str, str]]:
-        """(key, attempt) of all that have a scratch directory and whose name begins like this."""
+    def attempts(self, prefix: str) -> list[tuple[str, str]]:
+        """(key, attempt) of every attempt with a scratch directory and a name that starts with `prefix`."""
 
     def checkpoints(self, key: str) -> list[Path]:
-        """Complete checkpoints that unfinished attempts at `key` left, newest first."""
+        """Complete checkpoints of unfinished attempts at `key`, newest first."""
 
     def record_failure(self, key: str, failure: Mapping[str, Any]) -> None:
-        """Remember why the last attempt at `key` failed; a failure is not an artifact."""
+        """Store the cause of the last failed attempt at `key`; a failure is not an artifact."""
 
     def failure(self, key: str) -> Mapping[str, Any] | None:
-        """Why the last attempt at `key` failed, or None."""
+        """The cause of the last failed attempt at `key`, or None."""
 
     def keys(self) -> Iterator[str]:
         """Keys of all published artifacts."""
@@ -63,24 +63,24 @@ class Store(Protocol):
         """Delete an artifact."""
 
     def verify(self, key: str) -> str:
-        """The first difference between an artifact's files and the sha256 in its record; empty if there is none."""
+        """The first difference between an artifact's files and the sha256 in its record; empty if all match."""
 
     def set_aside(self, key: str, problem: str) -> None:
-        """Move a damaged artifact aside with a warning, as `find` does with what it sees; nothing if it is gone already."""
+        """Move a damaged artifact aside with a warning, as `find` does; no effect if it is already gone."""
 
     def discard_damaged(self) -> None:
-        """Delete what was moved aside."""
+        """Delete all artifacts that were moved aside."""
 
     def sweep(self) -> int:
-        """Remove what dead attempts left behind; how many directories. Only while nothing runs on this store."""
+        """Remove directories of dead attempts and return their number. Only allowed while nothing runs on this store."""
 
 
 def open_store(url: str) -> Store:
     """The store at `url`: ``file:///path`` or a plain path.
 
     Raises:
-        UserError: another scheme, or a place where no directory can be.
-        OSError: the disk is full, or the directory may not be created.
+        UserError: another scheme, or a path where no directory can be created.
+        OSError: the disk is full, or permission is denied.
     """
     from ktray.stores.file import FileStore
 
@@ -91,6 +91,6 @@ def open_store(url: str) -> Store:
         return FileStore(Path(rest if separator else url))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise  # no mistake in the URL: the same command goes on once there is room, or once its rights were changed
+            raise  # the URL is valid: the command works again with free space or permissions
         why = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise UserError(f"the store {url} cannot be created: {why}", instead="Choose another with --store.") from error

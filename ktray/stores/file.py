@@ -1,4 +1,4 @@
-"""Artifacts as directories on a POSIX file system, local or shared; readers map the files in place."""
+"""A store of artifacts as directories on a POSIX file system, local or shared; readers memory-map the files in place."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ log = logging.getLogger("ktray")
 
 
 class FileStore:
-    """One directory per artifact under `root`; dot-directories hold what is not published.
+    """One directory per artifact under `root`; everything unpublished is in hidden directories.
 
-    `.scratch/KEY.ATTEMPT` is where an attempt writes, `.fenced` where it is taken to, `.damaged` where artifacts go whose files
-    do not have the sizes of their record, `.failures` where the cause of the last failure lies.
+    Attempts write to `.scratch/KEY.ATTEMPT`; fencing an attempt moves this directory to `.fenced`. Artifacts with files that
+    do not match the sizes in their record are moved to `.damaged`. `.failures` contains the cause of each key's last failure.
     """
 
     def __init__(self, root: Path) -> None:
@@ -38,7 +38,7 @@ class FileStore:
         return f"file://{self.root}"
 
     def find(self, key: str) -> Artifact | None:
-        if not _is_key(key):  # from a command line: a name such as "." must not count as a damaged artifact
+        if not _is_key(key):  # keys may come from the command line: "." must not count as a damaged artifact
             return None
         directory = self.root / key
         try:
@@ -56,9 +56,9 @@ class FileStore:
         return Artifact(key, directory, record["metrics"], record)
 
     def set_aside(self, key: str, problem: str) -> None:
-        log.warning("%s is damaged (%s): moved to .damaged, it will be computed again", key, problem)
+        log.warning("%s is damaged (%s): moved to .damaged; it will be recomputed", key, problem)
         target = self._hidden(".damaged") / f"{key}.{uuid.uuid4().hex[:8]}"
-        with contextlib.suppress(FileNotFoundError):  # another process saw the same damage first
+        with contextlib.suppress(FileNotFoundError):  # another process moved it first
             (self.root / key).rename(target)
 
     def discard_damaged(self) -> None:
@@ -67,7 +67,7 @@ class FileStore:
     def scratch(self, key: str, attempt: str) -> Path:
         directory = self._hidden(".scratch") / f"{key}.{attempt}"
         directory.mkdir()
-        # Fenced before it had a directory: `fence` marks first and takes away then, so that one of the two sees the other.
+        # The attempt may have been fenced before: `fence` marks first and moves second, so either it or this check succeeds.
         if (self.root / ".fenced" / directory.name).exists():
             directory.rmdir()
             raise FileNotFoundError(errno.ENOENT, "this attempt was fenced", str(directory))
@@ -79,11 +79,11 @@ class FileStore:
         except FileNotFoundError:
             if self.find(key) is None:
                 raise  # fenced
-            published = False  # whoever was faster has taken our directory away
-        self._forget_attempts(key)
+            published = False  # the attempt that published first removed this directory
+        self._remove_attempts(key)
         artifact = self.find(key)
         if artifact is None:
-            raise FileNotFoundError(f"{key} vanished right after it was published")
+            raise FileNotFoundError(f"{key} disappeared right after it was published")
         return artifact, published
 
     def _publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> bool:
@@ -91,10 +91,10 @@ class FileStore:
             shutil.rmtree(leftover)
         full = {**record, "files": _inventory(scratch)}
         _write_durably(scratch / RECORD, json.dumps(full, indent=1, sort_keys=True))
-        for file in full["files"]:  # safetensors writes for its owner alone, but a store may be shared
+        for file in full["files"]:  # safetensors makes files readable only by their owner, but a store may be shared
             (scratch / file).chmod((scratch / RECORD).stat().st_mode & 0o777)
         try:
-            # rename(2) onto a directory that holds files fails: that is publish-once, without a lock.
+            # rename(2) fails if the target is a non-empty directory: publish-once without a lock.
             scratch.rename(self.root / key)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -103,7 +103,7 @@ class FileStore:
             return False
         return True
 
-    def _forget_attempts(self, key: str) -> None:
+    def _remove_attempts(self, key: str) -> None:
         (self._hidden(".failures") / f"{key}.json").unlink(missing_ok=True)
         for place in (".scratch", ".fenced"):
             for directory in self._hidden(place).glob(f"{key}.*"):
@@ -112,32 +112,32 @@ class FileStore:
     def fence(self, key: str, attempt: str) -> bool:
         name = f"{key}.{attempt}"
         mark = self._hidden(".fenced") / name
-        with contextlib.suppress(OSError):  # it is there, or the disk is full: what has a directory is fenced all the same
+        with contextlib.suppress(OSError):  # it exists, or the disk is full; an attempt with a directory is fenced anyway
             mark.mkdir()
-        taken = self._taken_away(name, mark)
-        if (self.root / key / RECORD).exists():  # whoever published it forgot all attempts before this one, or died first
-            self._forget_attempts(key)
-        return taken
+        moved = self._move_to_fenced(name, mark)
+        if (self.root / key / RECORD).exists():  # the publisher ran before this attempt existed, or died before cleaning up
+            self._remove_attempts(key)
+        return moved
 
-    def _taken_away(self, name: str, mark: Path) -> bool:
+    def _move_to_fenced(self, name: str, mark: Path) -> bool:
         try:
-            (self._hidden(".scratch") / name).rename(mark)  # onto the empty mark, in one step
+            (self._hidden(".scratch") / name).rename(mark)  # atomically, onto the empty mark
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 raise
             return False
         return True
 
-    def attempts(self, beginning: str) -> list[tuple[str, str]]:
+    def attempts(self, prefix: str) -> list[tuple[str, str]]:
         found = (path.name.rpartition(".") for path in self._hidden(".scratch").iterdir())
-        return [(key, attempt) for key, _, attempt in found if attempt.startswith(beginning)]
+        return [(key, attempt) for key, _, attempt in found if attempt.startswith(prefix)]
 
     def checkpoints(self, key: str) -> list[Path]:
         found: list[tuple[int, Path]] = []
         for place in (".scratch", ".fenced"):
             for path in self._hidden(place).glob(f"{key}.*/{CHECKPOINT}*"):
                 epoch = path.name.removeprefix(CHECKPOINT)
-                if epoch.isdigit():  # a half-written one has another name until it is complete
+                if epoch.isdigit():  # an incomplete one has another name
                     found.append((int(epoch), path))
         return [path for _, path in sorted(found, reverse=True)]
 
@@ -159,7 +159,7 @@ class FileStore:
                 yield directory.name
 
     def remove(self, key: str) -> None:
-        # Renamed away first: a reader sees the artifact whole or not at all.
+        # Moved first, so readers see the complete artifact or none.
         target = self._hidden(".fenced") / f"{key}.{uuid.uuid4().hex[:8]}"
         (self.root / key).rename(target)
         shutil.rmtree(target)
@@ -169,19 +169,19 @@ class FileStore:
         for place in (".scratch", ".fenced"):
             for directory in self._hidden(place).iterdir():
                 if any(directory.glob(f"{CHECKPOINT}[0-9]*")) and not (self.root / directory.name.rsplit(".", 1)[0]).exists():
-                    continue  # a later attempt goes on from this checkpoint
+                    continue  # a later attempt can resume from this checkpoint
                 shutil.rmtree(directory, ignore_errors=True)
                 count += 1
         return count
 
     def verify(self, key: str) -> str:
-        """The first difference between an artifact's files and the sha256 in its record; empty if there is none."""
+        """The first difference between an artifact's files and the sha256 in its record; empty if all match."""
         artifact = self.find(key)
         if artifact is None:
             return "absent"
         for name, entry in artifact.record["files"].items():
             if file_sha256(artifact.directory / name) != entry["sha256"]:
-                return f"{name} has another sha256 than its record"
+                return f"{name} does not match the sha256 in its record"
         return ""
 
     def _hidden(self, name: str) -> Path:

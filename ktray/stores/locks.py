@@ -1,4 +1,4 @@
-"""File locks: who may start Ray on a home, who computes on a store, who drives a study. They end with their process."""
+"""File locks for starting Ray on a home, computing on a store and driving a study; released when the process ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FileLock:
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
-        """Unlock; a second time does nothing."""
+        """Release the lock; further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             with suppress(OSError):
@@ -35,8 +35,8 @@ def try_lock(path: Path, owner: str) -> FileLock | None:
     """The exclusive lock on this file, or None at once if another process holds it.
 
     Args:
-        path: the lock file; it and its folder are created, and the file is never removed.
-        owner: written into the file for whoever is refused; see `lock_owner`.
+        path: the lock file; created with its folder if needed, never removed.
+        owner: written to the file, for the message to processes that find it locked; see `lock_owner`.
     """
     lock = _flock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is not None:
@@ -49,12 +49,12 @@ def try_lock(path: Path, owner: str) -> FileLock | None:
 
 
 def lock_owner(path: Path) -> str:
-    """What the process that holds this lock wrote into it; empty if it wrote nothing."""
+    """The owner recorded in a lock file; empty if there is none."""
     return path.read_text().strip()
 
 
 def lock_home(home: Path) -> FileLock:
-    """The lock of the one session that may start Ray on this home.
+    """The lock that a session needs to start Ray on this home; only one can hold it.
 
     Raises:
         UserError: another process holds it; the message names its process id.
@@ -63,28 +63,28 @@ def lock_home(home: Path) -> FileLock:
     lock = try_lock(path, str(os.getpid()))
     if lock is None:
         raise UserError(
-            f"the home {home} is in use by the process {lock_owner(path) or 'unknown'}",
-            instead="Wait for it, stop it, or give another home with --home. Several searches at once share one Ray and "
-            "compute nothing twice: `ray start --head`, and --address auto for each of them.",
+            f"the home {home} is in use by process {lock_owner(path) or 'unknown'}",
+            instead="Wait for it, stop it, or choose another home with --home. To run several searches that share one Ray "
+            "cluster and their stages, use `ray start --head`, and --address auto for each search.",
         )
     return lock
 
 
 def lock_store_shared(url: str) -> FileLock | None:
-    """The shared lock of a process that computes on this store; None if the store is not a directory."""
+    """The shared lock for computing on a store; None if the store is not a directory."""
     path = _store_lock(url)
     return _flock(path, fcntl.LOCK_SH) if path else None
 
 
 def try_lock_store(url: str) -> FileLock | None:
-    """The exclusive lock on a store on which nobody computes, to be held while sweeping it; None if somebody does."""
+    """The exclusive lock for sweeping a store; None if a process is computing on it."""
     path = _store_lock(url)
     return _flock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) if path else None
 
 
 def _flock(path: Path, operation: int) -> FileLock | None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not inheritable: a Ray process that outlives its driver must not keep the lock.
+    # Not inheritable, or a Ray process that outlives its driver would keep the lock.
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, operation)

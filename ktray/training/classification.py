@@ -1,4 +1,4 @@
-"""Classification of images by given targets, whoever gave them: clusters, people, or a pretext task."""
+"""Classification of images by given targets: cluster numbers, human labels, or the classes of a pretext task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOOLS = (augmentation,)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean cross entropy, and {"top1"} in [0, 1].
+    """Mean cross entropy, and {"top1"} in [0, 1].
 
     Args:
         logits: (M, K) float.
@@ -28,23 +28,23 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Te
     """
     targets = targets.reshape(-1)
     loss = nn.functional.cross_entropy(logits, targets)
-    hits = logits.detach().max(1).indices == targets  # max: argmax of the CPU is several times slower
+    hits = logits.detach().max(1).indices == targets  # not argmax, which is several times slower on the CPU
     return loss, {"top1": hits.float().mean()}
 
 
 def joint_cross_entropy(logits: Tensor, targets: Tensor, widths: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over heads of each head's mean cross entropy, and {"top1"}, the mean over heads of theirs.
+    """Mean over heads of each head's mean cross entropy, and {"top1"}, the mean over heads of their accuracy.
 
     Args:
         logits: (B, sum of widths) float, head by head.
-        targets: (B, heads) int64, each in [-1, width of its head); -1 counts neither in that head's loss nor in its top1.
+        targets: (B, heads) int64, each in [-1, width of its head); -1 is ignored in that head's loss and accuracy.
         widths: number of classes of each head.
     """
     losses, tops = [], []
-    for part, wanted in zip(logits.split(list(widths), dim=1), targets.unbind(1), strict=True):
-        known = (wanted >= 0).sum().clamp(min=1)
-        losses.append(nn.functional.cross_entropy(part, wanted, ignore_index=-1, reduction="sum") / known)
-        tops.append((part.detach().max(1).indices == wanted).sum() / known)
+    for part, expected in zip(logits.split(list(widths), dim=1), targets.unbind(1), strict=True):
+        known = (expected >= 0).sum().clamp(min=1)
+        losses.append(nn.functional.cross_entropy(part, expected, ignore_index=-1, reduction="sum") / known)
+        tops.append((part.detach().max(1).indices == expected).sum() / known)
     return torch.stack(losses).mean(), {"top1": torch.stack(tops).mean()}
 
 
@@ -56,21 +56,21 @@ def task(targets: NDArray[np.int64], classes: int, augment: Augment) -> Task:
         classes: K >= 1, width of the head.
 
     Raises:
-        ValueError: a target is outside of [-1, classes).
+        ValueError: a target is outside [-1, classes).
     """
     return joint_task([Labels(targets, classes)], augment)
 
 
 def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
-    """One linear head per entry on one backbone; each predicts the image's target of its own from the same random view.
+    """One linear head per entry on a shared backbone; all heads predict their targets from the same random view of an image.
 
-    The heads are the blocks of one linear layer. An image that every entry leaves out is left out; one that some leave out
-    teaches the other heads.
+    The heads are blocks of one linear layer. An image without a target in some entries trains the other heads; an image
+    without any target is left out.
 
     Raises:
-        ValueError: a target is outside of [-1, classes) of its entry.
+        ValueError: a target is outside [-1, classes) of its entry.
     """
-    of_image = torch.from_numpy(np.stack([_checked(entry) for entry in heads], axis=1))
+    of_image = torch.from_numpy(np.stack([_checked_targets(entry) for entry in heads], axis=1))
     widths = [entry.classes for entry in heads]
     known = of_image >= 0
     kept = known.any(dim=1)
@@ -84,12 +84,14 @@ def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
         batch=batch,
         loss=cross_entropy if len(heads) == 1 else functools.partial(joint_cross_entropy, widths=widths),
         keep=torch.nonzero(kept).flatten(),
-        mean_over_images=bool(known[kept].all()),  # or a head's mean is over those images of the batch that it knows
+        mean_over_images=bool(known[kept].all()),  # otherwise a head's mean covers only part of the batch
     )
 
 
-def _checked(entry: Labels) -> NDArray[np.int64]:
+def _checked_targets(entry: Labels) -> NDArray[np.int64]:
     targets = np.asarray(entry.of_image, dtype=np.int64)
     if targets.size and (targets.min() < -1 or targets.max() >= entry.classes):
-        raise ValueError(f"targets lie in [{targets.min()}, {targets.max()}], which are not {entry.classes} classes (or -1)")
+        raise ValueError(
+            f"targets lie in [{targets.min()}, {targets.max()}], not in the {entry.classes} classes from 0 (or -1)"
+        )
     return targets

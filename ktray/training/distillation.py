@@ -1,7 +1,7 @@
-"""What transfers that read the teacher's features have in common: a small network on the student, and targets by index.
+"""Parts shared by transfers that read the teacher's features: an MLP head on the student, and targets for each image.
 
-Source: Navaneet, Koohpayegani, Tejankar, Pirsiavash, "SimReg", BMVC 2021, arXiv:2201.05131: a multi-layer head is what makes
-regression work, and it is left behind after the training.
+Source: Navaneet, Koohpayegani, Tejankar, Pirsiavash, "SimReg", BMVC 2021, arXiv:2201.05131: regression only works with a
+multi-layer head, which is discarded after training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS = 4096  # read at once by `feature_moments`
 
 
 def mlp_head(width: int, hidden: Sequence[int], out: int) -> nn.Sequential:
-    """(M, width) -> (M, out): linear layers with batch norm and ReLU between them; without `hidden` one linear layer."""
+    """(M, width) -> (M, out): linear layers with batch norm and ReLU in between; a single linear layer if `hidden` is empty."""
     layers: list[nn.Module] = []
     for inner in hidden:
         layers += [nn.Linear(width, inner), nn.BatchNorm1d(inner), nn.ReLU(inplace=True)]
@@ -34,36 +34,36 @@ def mlp_head(width: int, hidden: Sequence[int], out: int) -> nn.Sequential:
 
 
 def feature_batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tensor]) -> Batch:
-    """The `batch` of a Task: a random view of each image, and what `prepare` makes of the teacher's features of the image.
+    """The `batch` of a Task: a random view of each image, and the target that `prepare` computes from the teacher's features.
 
-    The teacher saw the image as it is; the student sees a random view of it.
+    The teacher saw the original image; the student sees a random view of it.
 
     Args:
         features: (N, D) of the images that the student is trained on.
-        prepare: (B, D) float32 on the device of the images -> (B, D') float32, what the head is to predict.
+        prepare: (B, D) float32 on the device of the images -> (B, D') float32, the values that the head has to predict.
 
     Returns:
-        A function of images (B, H, W, 3) uint8, their indices (B,) int64 in [0, N) and a generator, which draws the views ->
+        A function: images (B, H, W, 3) uint8, their indices (B,) int64 in [0, N), and the generator of the views ->
         (B, 3, H, W) float32 and (B, D') float32.
     """
 
-    def of(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         seen = augmentation.to_float(augmentation.random_views(images, augment, generator))
-        return seen, prepare(features.on(images.device, indices))
+        return seen, prepare(features.rows_on(images.device, indices))
 
-    return of
+    return batch
 
 
 def feature_moments(features: Features) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and standard deviation (D,) float32 over all images, from float64 sums in a fixed order; 1 where nothing varies."""
+    """Mean and standard deviation (D,) float32 over all images, from float64 sums in a fixed order; deviation 1 if constant."""
     count, total = len(features), np.zeros(features.width)
     pieces = [np.arange(start, min(start + _ROWS, count), dtype=np.int64) for start in range(0, count, _ROWS)]
     for piece in pieces:
         total += features.read(piece).sum(axis=0, dtype=np.float64)
     mean = total / count
-    spread = np.zeros(features.width)
+    squares = np.zeros(features.width)
     for piece in pieces:
-        spread += np.square(features.read(piece) - mean).sum(axis=0)
-    deviation = np.sqrt(spread / count)
-    flat = deviation <= 1e-6 * np.abs(mean)  # float32's rounding of a constant
+        squares += np.square(features.read(piece) - mean).sum(axis=0)
+    deviation = np.sqrt(squares / count)
+    flat = deviation <= 1e-6 * np.abs(mean)  # constant up to float32 rounding
     return mean.astype(np.float32), np.where(flat, 1, deviation).astype(np.float32)

@@ -1,7 +1,7 @@
-"""The one training loop, for pretext tasks, students, fine-tuning and probes: nothing else in ktray steps an optimiser.
+"""The training loop for pretext tasks, students, fine-tuning and probes; nothing else in ktray steps an optimiser.
 
-A training is a chain of segments, and where a segment begins changes nothing, bit for bit on one CPU: every draw is a function
-of (seed, epoch, step), and a snapshot holds all that an epoch leaves behind. Images that fit live on the device as uint8.
+Training is a chain of segments. Where it is split does not affect the result, bit for bit on one CPU: every draw is a function
+of (seed, epoch, step), and a snapshot holds the complete state after an epoch. Images that fit are kept on the device as uint8.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ktray.training.task import Task
 
 IDENTITY, REVISION = "training_loop", 1
 
-# Up to here all pixels are held as one tensor; beyond, each batch is read while the one before it trains.
+# Up to this size all pixels are held as one tensor; beyond it, each batch is read while the previous one trains.
 RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 Save = Callable[[Path], None]
@@ -33,7 +33,7 @@ OnEpoch = Callable[[int, dict[str, float], Save], None]
 
 
 def untrained_backbone(backbone_spec: Any, seed: int) -> nn.Module:
-    """An untrained backbone whose weights depend on `seed` alone; the caller's random stream is left as it was."""
+    """An untrained backbone, its weights determined by `seed` alone; the caller's random state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed_of(seed, "weights"))
         backbone: nn.Module = plugins.module_of("backbone", backbone_spec).build(backbone_spec)
@@ -41,10 +41,9 @@ def untrained_backbone(backbone_spec: Any, seed: int) -> nn.Module:
 
 
 def learning_rate(schedule: Schedule, position: float) -> float:
-    """The learning rate at `position`, in epochs from the start; a step of `fit` stands at its own middle.
+    """The learning rate at `position`, in epochs from the start; `fit` evaluates it at the middle of each step.
 
-    Before its decay, `warmup_stable` gives the same number whatever the total: a longer training continues a shorter
-    one's trunk.
+    Before its decay, `warmup_stable` does not depend on the total, so a longer training continues the trunk of a shorter one.
 
     Source: cosine, Loshchilov & Hutter, ICLR 2017; warmup_stable with decay, Hu et al., arXiv:2404.06395, section 4.
     """
@@ -66,16 +65,16 @@ def _decay_start(schedule: Schedule) -> float:
 def snapshot_slice(schedule: Schedule, epoch: int) -> dict[str, Any]:
     """The part of `schedule` that determines the snapshot at the end of `epoch`, as plain data for a key.
 
-    A trunk snapshot (constant; warmup_stable before its decay) is the same for every total, so total and decay are left out.
+    A trunk snapshot (constant, or warmup_stable before its decay) is the same for every total, so total and decay are left out.
     """
     trunk = schedule.kind == "constant" or (schedule.kind == "warmup_stable" and epoch <= _decay_start(schedule))
     return schedule.model_dump(mode="json", exclude={"epochs", "decay"} if trunk else None)
 
 
 def schedule_of(sliced: Mapping[str, Any], epoch: int) -> Schedule:
-    """The schedule that gives the snapshot at the end of `epoch`, from its `snapshot_slice`.
+    """The schedule that leads to the snapshot at the end of `epoch`, from its `snapshot_slice`.
 
-    Of a trunk neither the total nor the decay is known, and neither is read up to `epoch`.
+    The slice of a trunk snapshot contains neither the total nor the decay; neither is needed up to `epoch`.
     """
     if "epochs" in sliced:
         return Schedule.model_validate(dict(sliced))
@@ -96,23 +95,24 @@ def fit(
     max_batch_size: int | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> dict[str, float]:
-    """Train to the end of epoch `until`, write that snapshot into `out`, and return the last epoch's metrics.
+    """Train to the end of epoch `until`, write the snapshot to `out`, and return the metrics of the last epoch.
 
-    On one CPU with one number of threads, 0 -> 8 equals 0 -> 3 -> 8 in every bit of weights, optimiser and history. The last
-    batch of an epoch may be smaller; a single image is left out, because batch norm has nothing to compare it with.
+    On one CPU with a fixed number of threads, 0 -> 8 equals 0 -> 3 -> 8 in every bit of weights, optimiser state and history.
+    The last batch of an epoch may be smaller; a last batch of one image is dropped, because batch norm cannot use it.
 
     Args:
-        backbone: as from `untrained_backbone`; moved to the device and trained in place, from `start`'s weights if given.
-        seed: of the head's weights, the shuffles, the batches, and whatever draws from the global generator (dropout).
+        backbone: as from `untrained_backbone`; moved to the device and trained in place; `start`, if given, sets its weights.
+        seed: for the head's weights, the shuffles, the batches, and everything that uses the global generator (dropout).
         out: directory for weights.safetensors ("backbone.*", "head.*"), optimizer.safetensors, history.parquet (epoch, loss,
-            lr of the last step, metrics of the task; means over images; all epochs from 1) and state.json, written last.
-        until: last epoch, at most `schedule.epochs`; 0 writes the initial weights, and the metrics are empty.
-        start: snapshot of any earlier epoch of the same training; None trains from scratch.
-        max_batch_size: so many images at most, and a quarter of a batch, go through the network at once (`_Batches.parts`).
-        on_epoch: called with (epoch, its metrics, a function that writes this epoch's snapshot into a directory).
+            lr of the last step, the task's metrics as means over images; all epochs from 1) and state.json, written last.
+        until: last epoch, at most `schedule.epochs`; 0 writes the initial weights and returns no metrics.
+        start: snapshot of an earlier epoch of the same training; None trains from scratch.
+        max_batch_size: if given, at most this many images, and at most a quarter of a batch, go through the network at once
+            (see `_Batches.parts`).
+        on_epoch: called with (epoch, its metrics, a function that writes the snapshot of this epoch to a directory).
 
     Raises:
-        ValueError: a loss that is not finite (naming the epoch), fewer than two images, or an `until` out of reach.
+        ValueError: the loss is not finite (the message names the epoch), fewer than two images, or `until` is out of range.
     """
     backbone.to(device).to(memory_format=torch.channels_last)
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
@@ -149,24 +149,24 @@ def _train_epoch(
     model.train()
     sums: dict[str, Tensor] = {}
     seen = 0
-    for step, (pixels, indices, generator) in enumerate(batches.of_epoch(epoch)):
+    for step, (pixels, indices, generator) in enumerate(batches.epoch_batches(epoch)):
         rate = learning_rate(schedule, epoch - 1 + (step + 0.5) / batches.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         inputs, targets = task.batch(pixels, indices, generator)
-        found: list[tuple[str, Tensor, float]] = []
-        for share, some, wanted in batches.parts(inputs, targets):
+        terms: list[tuple[str, Tensor, float]] = []
+        for share, part_inputs, part_targets in batches.parts(inputs, targets):
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
-                outputs = task.forward(model, some) if task.forward else head(backbone(some))
-                loss, metrics = task.loss(outputs, wanted)
-            if not found:
+                outputs = task.forward(model, part_inputs) if task.forward else head(backbone(part_inputs))
+                loss, metrics = task.loss(outputs, part_targets)
+            if not terms:
                 optimizer.zero_grad()
-            loss.backward(torch.full_like(loss, share))  # of a whole batch 1, as backward() has it; of parts the sum is its
-            found += [(name, value.detach(), share * len(indices)) for name, value in {"loss": loss, **metrics}.items()]
+            loss.backward(torch.full_like(loss, share))  # 1 for a whole batch; the gradients of parts add up to it
+            terms += [(name, value.detach(), share * len(indices)) for name, value in {"loss": loss, **metrics}.items()]
         optimizer.step()
         if task.after_step:
             task.after_step(model)
-        for name, value, count in found:  # summed on the device: asking for a number would wait for it
+        for name, value, count in terms:  # summed on the device: reading a value would synchronise
             part = value.double() * count
             sums[name] = sums[name] + part if name in sums else part
         seen += len(indices)
@@ -178,14 +178,15 @@ def _train_epoch(
 
 
 class _Batches:
-    """Shuffled batches of the kept images: (pixels on the device, indices, generator of the batch) per step of an epoch."""
+    """Shuffled batches of the kept images: pixels on the device, indices and the generator for each step of an epoch."""
 
     def __init__(self, images: Images, task: Task, size: int, seed: int, device: str, max_batch_size: int | None) -> None:
         self.images, self.size, self.seed, self.device = images, size, seed, device
         self.order = task.order
-        self.most = None
+        self.max_part = None
         if max_batch_size is not None and task.mean_over_images:
-            self.most = max(2, min(max_batch_size, size // 4))  # a small batch did not fit either
+            # A quarter, because a batch smaller than `max_batch_size` did not fit as a whole either.
+            self.max_part = max(2, min(max_batch_size, size // 4))
         self.kept = torch.arange(len(images)) if task.keep is None else task.keep
         if len(self.kept) < 2:
             raise ValueError(f"training needs two images or more, and {len(self.kept)} of {len(images)} are kept")
@@ -197,53 +198,56 @@ class _Batches:
             return None
         return torch.from_numpy(self.images.read(self.kept.numpy())).to(self.device)
 
-    def of_epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+    def epoch_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
         parts = self._order(torch.Generator().manual_seed(seed_of(self.seed, "shuffle", epoch))).split(self.size)[: self.steps]
         generator = torch.Generator()
-        for step, (pixels, places) in enumerate(zip(self._pixels(parts), parts, strict=True)):
-            yield pixels, self.kept[places], generator.manual_seed(seed_of(self.seed, "batch", epoch, step))
+        for step, (pixels, positions) in enumerate(zip(self._pixels(parts), parts, strict=True)):
+            yield pixels, self.kept[positions], generator.manual_seed(seed_of(self.seed, "batch", epoch, step))
 
     def parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[float, Tensor, Tensor]]:
-        """(share of the batch, inputs, targets) of each part of a batch: of the whole one, or of few images each.
+        """(share of the batch, inputs, targets) of each part of a batch: the whole batch, or parts of a few images.
 
-        A batch is made whole, so each image looks as it would without parts, and only then cut. Where the task's loss is a mean
-        over images, the parts' gradients, each times its share, sum to the batch's, up to rounding. What the network itself
-        takes from a batch is the part's: batch norm's statistics, which then also move once per part, and dropout's draws. No
-        part is a single image, which batch norm cannot use.
+        The complete batch is built first and then split, so each image looks the same as without parts. If the task's loss is
+        a mean over images, the gradients of the parts, weighted by their shares, add up to the gradient of the batch, up to
+        rounding. What the network itself computes over a batch is computed per part: the statistics of batch norm, which are
+        also updated once per part, and the draws of dropout. No part is a single image, which batch norm cannot use.
         """
-        if self.most is None or len(targets) <= self.most:
+        if self.max_part is None or len(targets) <= self.max_part:
             return [(1.0, inputs, targets)]
-        number = min(-(-len(targets) // self.most), len(targets) // 2)
-        wanted = targets.tensor_split(number)
+        number = min(-(-len(targets) // self.max_part), len(targets) // 2)
+        target_parts = targets.tensor_split(number)
         rows = len(inputs) // len(targets)
-        some = inputs.split([rows * len(part) for part in wanted])
-        return [(len(part) / len(targets), each, part) for each, part in zip(some, wanted, strict=True)]
+        input_parts = inputs.split([rows * len(part) for part in target_parts])
+        return [
+            (len(target_part) / len(targets), input_part, target_part)
+            for input_part, target_part in zip(input_parts, target_parts, strict=True)
+        ]
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        """Places in `kept` of one epoch's images."""
+        """Positions in `kept` of the images of one epoch."""
         if self.order is None:
             return torch.randperm(len(self.kept), generator=generator)
-        wanted = self.order(generator)
-        places = torch.searchsorted(self.kept, wanted).clamp_(max=len(self.kept) - 1)
-        if len(wanted) != len(self.kept) or not torch.equal(self.kept[places], wanted):
-            raise ValueError(f"the task's order is not {len(self.kept)} of the {len(self.kept)} images that it keeps")
-        return places
+        ordered = self.order(generator)
+        positions = torch.searchsorted(self.kept, ordered).clamp_(max=len(self.kept) - 1)
+        if len(ordered) != len(self.kept) or not torch.equal(self.kept[positions], ordered):
+            raise ValueError(f"the order of the task must name {len(self.kept)} of the {len(self.kept)} images that it keeps")
+        return positions
 
     def _pixels(self, parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
         if self.resident is not None:
-            for places in parts:
-                yield self.resident.index_select(0, places.to(self.device, non_blocking=True))
+            for positions in parts:
+                yield self.resident.index_select(0, positions.to(self.device, non_blocking=True))
             return
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self.images.read, self.kept[parts[0]].numpy())
-            for places in parts[1:]:
-                pixels, coming = coming.result(), reader.submit(self.images.read, self.kept[places].numpy())
+            pending = reader.submit(self.images.read, self.kept[parts[0]].numpy())
+            for positions in parts[1:]:
+                pixels, pending = pending.result(), reader.submit(self.images.read, self.kept[positions].numpy())
                 yield torch.from_numpy(pixels).to(self.device)
-            yield torch.from_numpy(coming.result()).to(self.device)
+            yield torch.from_numpy(pending.result()).to(self.device)
 
 
 def _optimizer(schedule: Schedule, model: nn.Module) -> torch.optim.Optimizer:
-    """Weights decay, biases and norms (one axis) do not, as in Caffe's AlexNet and most recipes since."""
+    """Weight decay applies to weights but not to biases and norms (one axis), as in Caffe's AlexNet and most recipes since."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -1,7 +1,7 @@
-"""A slowly moving average of a network in training, as the target that it learns from (BYOL, DINO).
+"""An exponential moving average of the network in training, used as the target that it learns from (BYOL, DINO).
 
-The average ("target") is a part of the head: saved with every snapshot, never trained, and left behind with the head. The head
-has a `projector`, which is averaged together with the backbone.
+The average ("target") is part of the head: saved with every snapshot, never trained, and discarded with the head. The head
+must have a `projector`, which is averaged together with the backbone.
 
 Source: Tarvainen, Valpola, "Mean teachers are better role models", NeurIPS 2017, arXiv:1703.01780.
 """
@@ -18,23 +18,23 @@ IDENTITY, REVISION = "moving_average", 1
 
 
 def prepare(model: nn.ModuleDict) -> None:
-    """Give the head its `target`: a frozen copy of backbone and projector as drawn."""
+    """Add `target` to the head: a frozen copy of the freshly initialised backbone and projector."""
     head: Any = model["head"]
-    twin = nn.ModuleDict({"backbone": model["backbone"], "projector": head.projector})
-    head.target = copy.deepcopy(twin).requires_grad_(False)
+    copied = nn.ModuleDict({"backbone": model["backbone"], "projector": head.projector})
+    head.target = copy.deepcopy(copied).requires_grad_(False)
 
 
 @torch.no_grad()
 def target_projection(model: nn.ModuleDict, inputs: Tensor) -> Tensor:
-    """What the target says of inputs (M, 3, h, w)."""
+    """The target's projections of inputs (M, 3, h, w)."""
     head: Any = model["head"]
-    said: Tensor = head.target["projector"](head.target["backbone"](inputs))
-    return said
+    projections: Tensor = head.target["projector"](head.target["backbone"](inputs))
+    return projections
 
 
 @torch.no_grad()
 def update(model: nn.ModuleDict, decay: float) -> None:
-    """Move the target's parameters by a share 1 - `decay` towards the network's; its batch statistics are its own."""
+    """Move the target's parameters towards the network's by a share 1 - `decay`; it keeps its own batch norm statistics."""
     head: Any = model["head"]
     for name, module in (("backbone", model["backbone"]), ("projector", head.projector)):
         for moving, trained in zip(head.target[name].parameters(), module.parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""A training at the end of one epoch, as a directory: all that its next epoch and its features depend on."""
+"""The state of a training after an epoch, as a directory: all that the next epoch and the features depend on."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ def write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     """Write weights.safetensors, optimizer.safetensors, history.parquet and, last, state.json {"epoch"}.
 
     Args:
-        model: its state_dict names the weights, so `nn.ModuleDict` of "backbone" and, where there is one, "head".
-        optimizer: its buffers are saved as "<parameter>/<buffer>"; None for what was never trained.
-        history: one row per epoch from 1 on, all of the same columns.
+        model: an `nn.ModuleDict` of "backbone" and, if there is one, "head"; its state_dict names the weights.
+        optimizer: its buffers are saved as "<parameter>/<buffer>"; None for an untrained model.
+        history: one row per epoch from 1 on, all with the same columns.
     """
     import pyarrow
     from pyarrow import parquet
 
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(_plain(model.state_dict()), directory / "weights.safetensors")
+    save_file(_on_cpu(model.state_dict()), directory / "weights.safetensors")
     buffers: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, buffer in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
-            if buffer is not None:  # SGD without momentum keeps a None
+            if buffer is not None:  # SGD without momentum stores None
                 buffers[f"{name}/{key}"] = buffer
-    save_file(_plain(buffers), directory / "optimizer.safetensors")
+    save_file(_on_cpu(buffers), directory / "optimizer.safetensors")
     columns = list(history[0]) if history else ["epoch", "loss", "lr"]
     types = {column: pyarrow.int64() if column == "epoch" else pyarrow.float64() for column in columns}
     parquet.write_table(pyarrow.Table.from_pylist(history, pyarrow.schema(types)), directory / "history.parquet")
     (directory / "state.json").write_text(json.dumps({"epoch": len(history)}) + "\n")
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Bring `model` and `optimizer` to the state that `write` saw, bit for bit; the history until then.
+    """Restore `model` and `optimizer` to the state that `write` saved, bit for bit; returns the history up to there.
 
     Raises:
-        ValueError: history and state are not of the same epoch.
-        RuntimeError: the weights are of another model.
+        ValueError: history and state disagree about the epoch.
+        RuntimeError: the weights belong to another model.
     """
     from pyarrow import parquet
 
@@ -56,7 +56,7 @@ def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     for path, saved in load_file(directory / "optimizer.safetensors").items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
-        if key != "step":  # which stays on the CPU; the others go where and as their parameter lies
+        if key != "step":  # which stays on the CPU; the others get the device and layout of their parameter
             saved = torch.empty_like(parameter, requires_grad=False).copy_(saved)
         optimizer.state[parameter][key] = saved
     history: list[dict[str, Any]] = parquet.read_table(directory / "history.parquet").to_pylist()
@@ -67,21 +67,21 @@ def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 
 def epoch_of(directory: Path) -> int:
-    """The epoch of a snapshot whose every file can be read; of the tensors only the header and the length are looked at.
+    """The epoch of a snapshot, after checking that all files are readable; for tensors only header and length are checked.
 
     Raises:
-        ValueError: a file is absent or torn, as after a crash of the machine; the message says which directory and why.
+        ValueError: a file is missing or truncated, as after a crash of the machine; the message names directory and reason.
     """
     from pyarrow import parquet
     from safetensors import SafetensorError, safe_open
 
     try:
         for name in ("weights.safetensors", "optimizer.safetensors"):
-            with safe_open(directory / name, framework="pt"):  # which refuses a file that is shorter than its header says
+            with safe_open(directory / name, framework="pt"):  # raises if the file is shorter than its header says
                 pass
         rows = parquet.read_table(directory / "history.parquet").num_rows
         epoch = int(json.loads((directory / "state.json").read_text())["epoch"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # pyarrow's errors are ValueErrors or OSErrors
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # pyarrow raises ValueErrors and OSErrors
         raise ValueError(f"the snapshot {directory} cannot be read: {type(error).__name__}: {error}") from error
     if epoch != rows:
         raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {rows} epochs")
@@ -89,16 +89,16 @@ def epoch_of(directory: Path) -> int:
 
 
 def load_backbone(backbone: nn.Module, directory: Path) -> None:
-    """Give `backbone` the weights of a snapshot; the head stays behind.
+    """Load the weights of a snapshot into `backbone`; its head is ignored.
 
     Raises:
-        FileNotFoundError: `directory` holds no snapshot.
-        RuntimeError: the snapshot is of another network; the message names the tensors.
+        FileNotFoundError: `directory` contains no snapshot.
+        RuntimeError: the snapshot belongs to another network; the message names the tensors.
     """
     weights = load_file(directory / "weights.safetensors")
     backbone.load_state_dict({n.removeprefix(_BACKBONE): w for n, w in weights.items() if n.startswith(_BACKBONE)})
 
 
 def write_untrained(backbone: nn.Module, directory: Path) -> None:
-    """Write a snapshot of epoch 0 without a head: a network as it was drawn, or as somebody else trained it."""
+    """Write a snapshot of epoch 0 without a head: a network freshly initialised, or trained elsewhere."""
     write(directory, nn.ModuleDict({"backbone": backbone}), None, [])

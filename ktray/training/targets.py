@@ -1,7 +1,7 @@
-"""What a transfer may read of the images that its student is trained on: pseudo-labels or labels, and the teacher's features.
+"""What a transfer reads besides the images: pseudo-labels or labels, and the teacher's features.
 
-Legend: N images of the transfer data's training split, K classes of one head, D width of the teacher's features, B images of
-a batch, m nearest clusters.
+Legend: N images of the transfer data's training split, K classes of one head, D width of the teacher's features, B batch
+size, m nearest clusters.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from ktray.errors import UserError
 
-# Up to here all features are held on the device; beyond, and on the CPU, each batch reads its rows from the files.
+# Up to this size all features are held on the device; beyond it, and on the CPU, each batch reads its rows from the files.
 RESIDENT_BYTES = {"cuda": 4 << 30}
 
 
 def require_images(k: int, count: int) -> None:
-    """Refuse more clusters, or other classes, than there are images to make them of.
+    """Raise if there are fewer images than clusters, or other classes formed from them.
 
     Raises:
         UserError: `k` is larger than `count`.
     """
     if k > count:
         raise UserError(
-            f"k={k} clusters cannot be made of {count} images", "k", f"Use at most {count}, better a hundredth of it."
+            f"k={k} clusters cannot be made from {count} images", "k", f"Use at most {count}, or better a hundredth of that."
         )
 
 
@@ -39,9 +39,9 @@ class Labels:
     Attributes:
         of_image: (N,) int64 in [-1, classes), -1 = left out.
         classes: K.
-        nearest: (N, m) integers in [0, classes), each image's nearest clusters, the nearest first; None if the transfer asked
-            for none.
-        squared: (N, m) float32, squared distances to them in the projected space, ascending.
+        nearest: (N, m) integers in [0, classes), the nearest clusters of each image, nearest first; None unless the transfer
+            asked for them.
+        squared: (N, m) float32, squared distances to these clusters in the projected space, ascending.
     """
 
     of_image: NDArray[np.int64]
@@ -52,14 +52,14 @@ class Labels:
 
 @dataclass(frozen=True)
 class Features:
-    """The teacher's features of all images, (N, D), read by index.
+    """The teacher's features (N, D) of all images, read by index.
 
     Attributes:
-        shards: arrays of (n, D) float32 or float16, memory-mapped or not, one after the other.
+        shards: arrays (n, D) of float32 or float16, memory-mapped or not, in the order of the images.
     """
 
     shards: Sequence[NDArray[np.floating]]
-    _held: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _resident: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -70,28 +70,28 @@ class Features:
         return int(self.shards[0].shape[1])
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The rows of these images, (B, D) float32, in their order.
+        """The features of the images with these indices, (B, D) float32, in the given order.
 
         Raises:
             IndexError: an index is not in [0, N).
         """
         starts = np.cumsum([0, *map(len, self.shards)])
         if len(indices) and not 0 <= indices.min() <= indices.max() < starts[-1]:
-            raise IndexError(f"rows [{indices.min()}, {indices.max()}] of {starts[-1]}")
-        home = np.searchsorted(starts, indices, side="right") - 1
+            raise IndexError(f"rows [{indices.min()}, {indices.max()}], but there are {starts[-1]}")
+        shard_of = np.searchsorted(starts, indices, side="right") - 1
         rows = np.empty((len(indices), self.width), np.float32)
-        for shard in np.unique(home):
-            here = home == shard
-            rows[here] = self.shards[shard][indices[here] - starts[shard]]
+        for shard in np.unique(shard_of):
+            selected = shard_of == shard
+            rows[selected] = self.shards[shard][indices[selected] - starts[shard]]
         return rows
 
-    def on(self, device: torch.device, indices: Tensor) -> Tensor:
-        """The rows of these images (B,) int64 as (B, D) float32 on `device`: the same values, held there or read now."""
+    def rows_on(self, device: torch.device, indices: Tensor) -> Tensor:
+        """As `read` for indices (B,) int64, but on `device`; features that fit are read once and kept there."""
         if len(self) * self.width * 4 > RESIDENT_BYTES.get(device.type, 0):
             return torch.from_numpy(self.read(indices.numpy())).to(device)
-        held = self._held.get(str(device))
+        held = self._resident.get(str(device))
         if held is None:
-            held = self._held[str(device)] = torch.empty((len(self), self.width), dtype=torch.float32, device=device)
+            held = self._resident[str(device)] = torch.empty((len(self), self.width), dtype=torch.float32, device=device)
             start = 0
             for shard in self.shards:
                 held[start : start + len(shard)] = torch.from_numpy(np.array(shard, np.float32))
@@ -101,12 +101,12 @@ class Features:
 
 @dataclass(frozen=True)
 class Targets:
-    """What there is to learn from; a transfer finds here what its NEEDS ask for, and nothing else.
+    """What a student learns from; filled with the inputs that the transfer's NEEDS name, and nothing else.
 
     Attributes:
         count: N.
-        heads: pseudo-labels of each k in the order of the spec ("pseudo_labels"), or the images' own labels ("labels").
-        features: of the teacher ("features").
+        heads: pseudo-labels for each k in the order of the spec ("pseudo_labels"), or the images' own labels ("labels").
+        features: the teacher's features ("features").
     """
 
     count: int
@@ -114,11 +114,11 @@ class Targets:
     features: Features | None = None
 
     def require_features(self) -> Features:
-        """The features.
+        """`features`, which must be there.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are no features.
         """
         if self.features is None:
-            raise ValueError("this transfer reads the teacher's features, and there are none")
+            raise ValueError("this transfer reads the teacher's features, but there are none")
         return self.features
