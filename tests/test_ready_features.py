@@ -194,11 +194,11 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by `ktra
     ),
     "rows and paths of another number": (
         lambda at: broken(at, lambda values, names: (values[:-1], names)),
-        r"teacher\.names: clip\.npy has 39 rows, and clip\.txt 40 paths",
+        r"teacher\.names: clip\.npy has 39 rows, but clip\.txt has 40 paths",
     ),
     "another number of rows than images": (
         lambda at: broken(at, lambda values, names: (values[:-1], None)),
-        r"teacher\.features: clip\.npy has 39 rows, and the data set has 40 training images",
+        r"teacher\.features: clip\.npy has 39 rows, but the data set has 40 training images",
     ),
     "an image without features": (
         lambda at: broken(at, lambda values, names: (values, [*(f"photos/{name}" for name in names)])),
@@ -206,40 +206,40 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by `ktra
     ),
     "a path twice": (
         lambda at: broken(at, lambda values, names: (values, [names[0], *names[:-1]])),
-        r"teacher\.features: the path 'a/000\.png' is there 2 times",
+        r"teacher\.features: the path 'a/000\.png' occurs 2 times",
     ),
     "a path twice in a parquet": (
         lambda at: broken(at, lambda values, names: (values, [names[0], *names[:-1]]), table),
-        r"teacher\.features: the path 'a/000\.png' is there 2 times",
+        r"teacher\.features: the path 'a/000\.png' occurs 2 times",
     ),
     "whole numbers": (
         lambda at: broken(at, lambda values, names: (values.astype(np.int64), names)),
-        r"clip\.npy holds an array \(40, 6\) of int64\. Features are \(N, D\) of float16, float32 or float64",
+        r"clip\.npy contains an array \(40, 6\) of int64\. Features must be \(N, D\) of float16, float32 or float64",
     ),
     "a cube": (
         lambda at: broken(at, lambda values, names: (values.reshape(40, 2, 3), names)),
-        r"clip\.npy holds an array \(40, 2, 3\) of float64",
+        r"clip\.npy contains an array \(40, 2, 3\) of float64",
     ),
     "whole numbers in a parquet": (
         lambda at: broken(at, lambda values, names: (values.astype(np.int64), names), table),
-        r"teacher\.columns\.features: the column 'clip' holds list<.*int64>",
+        r"teacher\.columns\.features: the column 'clip' contains list<.*int64>",
     ),
     "another column": (
         lambda at: {**broken(at, lambda values, names: None, table), "columns": {"path": "file"}},
         r"teacher\.columns\.path: clip\.parquet has no column 'file'\. It has image, clip",
     ),
-    "no parquet": (as_file("x.parquet", b"nothing"), r"x\.parquet is no parquet file"),
-    "no npy": (as_file("x.npy", b"nothing"), r"x\.npy is no \.npy file of numbers"),
+    "no parquet": (as_file("x.parquet", b"nothing"), r"x\.parquet is not a parquet file"),
+    "no npy": (as_file("x.npy", b"nothing"), r"x\.npy is not a \.npy file of numbers"),
     "pickled objects": (
         lambda at: broken(at, lambda values, names: (np.array([[object()] * 2] * 40), names)),
-        r"clip\.npy is no \.npy file of numbers",
+        r"clip\.npy is not a \.npy file of numbers",
     ),
     "names in no encoding": (
         lambda at: {
             **broken(at, lambda values, names: (values, None)),
             "names": as_file("n.txt", b"\xff\xfe\xff")(at)["features"],
         },
-        r"teacher\.names: n\.txt is no list of paths",
+        r"teacher\.names: n\.txt is not a list of paths",
     ),
 }
 
@@ -271,7 +271,7 @@ FAILED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by the st
         lambda at: {**broken(at, lambda values, names: put(values, 7, 1e6)), "dtype": "float16"},
         r"float16 that are not finite, .*\(a/014\.png\)",
     ),
-    "rows of two widths": (ragged, r"teacher\.features: row 9 of ragged\.parquet has 5 numbers, and the first 6"),
+    "rows of two widths": (ragged, r"teacher\.features: row 9 of ragged\.parquet has 5 numbers, but the first has 6"),
 }
 
 

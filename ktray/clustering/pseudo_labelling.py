@@ -88,7 +88,7 @@ def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.i
 
 
 def merge_small(labels: NDArray[np.int64], centroids: NDArray[np.float32], min_size: int) -> NDArray[np.int64]:
-    """Labels (N,) with each cluster smaller than `min_size` merged into the nearest larger one, by their centroids.
+    """Labels (N,) with clusters smaller than `min_size` merged into the nearest one that is not, by their centroids.
 
     Other clusters keep their numbers and images. If no cluster has `min_size` images, all images are left out (-1).
 

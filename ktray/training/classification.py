@@ -91,7 +91,5 @@ def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
 def _checked_targets(entry: Labels) -> NDArray[np.int64]:
     targets = np.asarray(entry.of_image, dtype=np.int64)
     if targets.size and (targets.min() < -1 or targets.max() >= entry.classes):
-        raise ValueError(
-            f"targets lie in [{targets.min()}, {targets.max()}], not in the {entry.classes} classes from 0 (or -1)"
-        )
+        raise ValueError(f"targets lie in [{targets.min()}, {targets.max()}], but must lie in [-1, {entry.classes})")
     return targets
