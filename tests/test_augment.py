@@ -37,7 +37,7 @@ def test_each_crop_is_a_window_of_its_own_image_padded_by_black():
     assert len(corners) == 25
 
 
-def test_no_crop_takes_nothing_from_the_generator():
+def test_a_crop_of_zero_makes_no_draws():
     images, draws = pixels(), generator()
     assert augmentation.random_crop(images, 0, draws) is images
     assert torch.equal(torch.rand(3, generator=draws), torch.rand(3, generator=generator()))

@@ -19,7 +19,7 @@ from ktray.cli import main
 from ktray.plugins import parse
 from ktray.training import loop
 from tests.pictures import noise
-from tests.ready_files import npy, numbers, paths
+from tests.precomputed_files import npy, numbers, paths
 from tests.toys import HOG, ROTATION, STUDENT, toy_spec
 
 ALEXNET = {"kind": "alexnet", "width": 0.125}

@@ -1,4 +1,4 @@
-"""What must not depend on the rows beside it, or on the number of workers, does not depend on the kernels of BLAS either."""
+"""Results that must not depend on other rows or the number of workers do not depend on the BLAS kernel either."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TESTS = [
     "tests/test_kmeans.py::test_rows_between_two_centroids_get_the_nearest_in_float64",
     "tests/test_projection.py::test_results_are_bitwise_identical_for_any_number_of_workers",
     "tests/test_projection.py::test_rows_do_not_depend_on_the_batch",
-    "tests/test_pseudo_labels.py::test_labels_of_the_clustered_rows_are_those_of_the_clustering",
-    "tests/test_pseudo_labels.py::test_the_nearest_clusters_and_their_distances_are_those_of_scikit_learn",
+    "tests/test_pseudo_labels.py::test_labels_of_the_clustered_rows_equal_those_of_the_clustering",
+    "tests/test_pseudo_labels.py::test_the_nearest_clusters_and_their_distances_agree_with_scikit_learn",
 ]
 
 
@@ -59,7 +59,7 @@ def digest() -> str:
 
 
 @pytest.mark.parametrize("kernel", [None, *KERNELS])
-def test_rows_depend_neither_on_their_batch_nor_on_the_workers(kernel: str | None) -> None:
+def test_rows_do_not_depend_on_their_batch_or_the_number_of_workers(kernel: str | None) -> None:
     if kernel is not None:
         skip_unless_taken(kernel)
     assert " passed" in run_with(kernel, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", *TESTS, "-v")
@@ -72,7 +72,7 @@ def test_labels_distances_and_projected_rows_are_the_same_with_every_kernel(kern
 
 
 @pytest.mark.parametrize("width", [1, 37, 512, 9217])
-def test_the_exact_product_has_no_order_and_the_precision_of_float32(width: int) -> None:
+def test_the_exact_product_does_not_depend_on_the_order_and_is_as_precise_as_float32(width: int) -> None:
     rng = np.random.default_rng(width)
     rows, matrix = (rng.normal(size=shape).astype(np.float32) for shape in ((65, width), (width, 9)))
     rows *= np.logspace(-30, 30, 65, dtype=np.float32)[:, None]

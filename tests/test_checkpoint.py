@@ -1,4 +1,4 @@
-"""Loaded teachers: weights made elsewhere, or nothing."""
+"""Loaded teachers: weights trained elsewhere are imported completely or refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def exported(folder: Path, spec=ALEXNET) -> Path:
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.", "module.backbone.", "model."])
-def test_weights_are_found_under_the_names_that_trainings_give_them(prefix, weights, tmp_path):
+def test_weights_are_found_under_all_common_name_prefixes(prefix, weights, tmp_path):
     found = adopted({f"{prefix}{name}": tensor for name, tensor in weights.items()}, tmp_path)
     assert all(torch.equal(found[f"backbone.{name}"], tensor) for name, tensor in weights.items())
 
@@ -67,11 +67,11 @@ def test_weights_are_found_under_the_names_that_trainings_give_them(prefix, weig
 @pytest.mark.parametrize(
     "head", ["fc.weight", "classifier.6.bias", "head.weight", "heads.head.weight", "head.target.conv1.0.weight"]
 )
-def test_a_classifier_is_left_behind(head, weights, tmp_path):
+def test_a_classifier_is_dropped(head, weights, tmp_path):
     assert len(adopted({**weights, head: torch.zeros(3)}, tmp_path)) == len(weights)
 
 
-def test_tensors_that_the_backbone_has_no_place_for_are_named(weights, tmp_path):
+def test_tensors_unknown_to_the_backbone_are_named(weights, tmp_path):
     strange = {f"layer{number}.weight": torch.zeros(number) for number in range(1, 6)}
     with pytest.raises(UserError, match=r"layer1\.weight of shape \(1,\), .*, layer3\.weight of shape \(3,\) and 2 more"):
         adopted({**weights, **strange}, tmp_path)
@@ -114,14 +114,14 @@ def test_an_exported_student_is_a_checkpoint_by_its_folder(tmp_path):
     assert all(torch.equal(expected[name], tensor) for name, tensor in loaded.state_dict().items())
 
 
-def test_an_exported_student_of_another_architecture_says_what_it_is(tmp_path):
+def test_the_error_for_an_exported_student_of_another_architecture_names_it(tmp_path):
     folder = exported(tmp_path, plugins.parse("backbone", {"kind": "alexnet", "width": 0.25}))
     with pytest.raises(UserError, match=r"'kind': 'alexnet'.*'width': 0\.25"):
         pretrained.import_weights(ALEXNET, folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "student.json"])
-def test_a_damaged_student_is_never_a_teacher(file, tmp_path):
+def test_a_damaged_student_is_never_used_as_a_teacher(file, tmp_path):
     folder = exported(tmp_path)
     content = bytearray((folder / file).read_bytes())
     content[-3] ^= 1
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_is_replaced_within_the_same_tick_of_the_clock_is_anot
     assert identity.checkpoint_sha256(str(file)) != before
 
 
-def test_only_a_key_is_taken_for_a_key():
+def test_only_an_artifact_key_is_treated_as_one():
     for text in ("teacher-3f9a1c0b2d44", "student-000000000000"):
         assert pretrained.ARTIFACT.fullmatch(text)
     for text in ("./teacher-3f9a1c0b2d44", "teacher-3f9a1c0b2d44.pth", "features-3f9a1c0b2d44", "teacher-final"):

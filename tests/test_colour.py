@@ -1,4 +1,4 @@
-"""Colours are those of scikit-image and torchvision, image by image."""
+"""Colour operations agree with scikit-image and torchvision, image by image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drawn(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_lab_is_that_of_scikit_image_for_every_kind_of_colour():
+def test_lab_agrees_with_scikit_image_for_all_kinds_of_colours():
     levels = np.array([0, 1, 5, 11, 12, 40, 90, 128, 200, 254, 255], np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(1, 11, 121, 3)
     np.testing.assert_allclose(colour.rgb_to_lab(torch.from_numpy(cube)).numpy(), rgb2lab(cube), atol=2e-3)
@@ -55,14 +55,14 @@ def test_a_factor_changes_an_image_as_in_torchvision(field, changed):
     torch.testing.assert_close(found, theirs, atol=1e-3, rtol=0)
 
 
-def test_hue_turns_as_in_torchvision_and_leaves_greys_alone():
+def test_hue_rotation_agrees_with_torchvision_and_keeps_greys():
     images = torch.cat([photographs(), torch.full((1, 3, 24, 24), 0.3)])
     shifts = torch.tensor([-0.5, -0.2, 0.0, 0.1, 0.3, 0.5, 0.4])
     theirs = torch.stack([oracle.adjust_hue(image, float(shift)) for image, shift in zip(images, shifts, strict=True)])
     torch.testing.assert_close(colour.shift_hue(images, shifts[:, None, None]), theirs, atol=1e-4, rtol=0)
 
 
-def test_images_change_as_often_as_they_should_and_each_in_its_own_way():
+def test_images_change_with_the_given_probability_and_independently():
     images = photographs(1).expand(1000, 3, 24, 24)[:, :, :4, :4]
     found = colour.random_jitter(images, Jitter(share=0.7), drawn())
     assert found.min() >= 0
@@ -74,12 +74,12 @@ def test_images_change_as_often_as_they_should_and_each_in_its_own_way():
     assert float(grey.float().mean()) == pytest.approx(0.2, abs=0.05)
 
 
-def test_the_projection_takes_the_green_magenta_axis_out_and_nothing_else():
+def test_the_projection_removes_only_the_green_magenta_axis():
     projection, axis = np.array(colour.PROJECTION), np.array([-1.0, 2.0, -1.0])
     np.testing.assert_allclose(projection, np.eye(3) - np.outer(axis, axis) / (axis @ axis), atol=1e-12)
 
 
-def test_a_crop_is_an_upright_part_of_the_image_of_a_share_and_shape_within_bounds():
+def test_a_crop_is_an_axis_aligned_part_of_the_image_within_the_bounds_of_area_and_ratio():
     place = (torch.arange(64.0) + 0.5) / 64
     ramps = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), torch.zeros(64, 64)])
     seen = distortions.random_resized_crop(ramps.expand(500, 3, 64, 64), 0.2, drawn())
@@ -102,13 +102,13 @@ def test_a_crop_is_an_upright_part_of_the_image_of_a_share_and_shape_within_boun
         assert first[inside].unique().numel() == int(inside.sum())
 
 
-def test_blur_is_the_gaussian_of_torchvision():
+def test_blur_agrees_with_torchvision():
     images, sigma = photographs(3, 60), torch.tensor([0.3, 1.0, 2.0])
     theirs = torch.stack([oracle.gaussian_blur(i, [7, 7], [float(s)] * 2) for i, s in zip(images, sigma, strict=True)])
     torch.testing.assert_close(distortions.gaussian_blur(images, sigma), theirs, atol=1e-5, rtol=0)
 
 
-def test_a_view_with_every_distortion_is_what_networks_see_and_one_without_is_a_crop():
+def test_a_view_with_all_distortions_has_the_input_format_and_without_any_it_is_a_crop():
     images = torch.from_numpy(toy_images(8).read(np.arange(8)))
     seen = distortions.random_view(images, Distortions(solarise=1, blur=1), drawn())
     assert seen.shape == (8, 3, 28, 28)
@@ -119,7 +119,7 @@ def test_a_view_with_every_distortion_is_what_networks_see_and_one_without_is_a_
     torch.testing.assert_close(plain, 4 * cropped - 2)
 
 
-def test_solarised_images_are_those_of_torchvision():
+def test_solarisation_agrees_with_torchvision():
     images = torch.from_numpy(toy_images(8).read(np.arange(8)))
     plain = {"area": 0.3, "flip": False, "jitter": Jitter(share=0), "grey": 0}
     before = (distortions.random_view(images, Distortions(**plain), drawn()) + 2) / 4

@@ -1,4 +1,4 @@
-"""A study goes on only with the images that it was begun with."""
+"""A study resumes only with the images that it was started with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def space(tmp_path: Path) -> Any:
     return toy_space(tmp_path, pair, objectives=[{"metric": "effective_rank/rank"}], early_stop=None)
 
 
-def test_images_that_are_gone_stop_the_study_and_their_return_lets_it_go_on(space: Any, tmp_path: Path) -> None:
+def test_missing_images_stop_the_study_and_it_resumes_once_they_are_back(space: Any, tmp_path: Path) -> None:
     study, photo = tmp_path / "studies" / "photos", tmp_path / "photos" / "3.png"
     study.mkdir(parents=True)
     refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
@@ -51,7 +51,7 @@ def test_another_study_may_have_the_new_images(space: Any, tmp_path: Path) -> No
     refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), other)
 
 
-def test_as_long_as_nothing_was_judged_the_images_may_be_put_right(space: Any, tmp_path: Path) -> None:
+def test_images_may_be_corrected_until_something_was_evaluated(space: Any, tmp_path: Path) -> None:
     study = tmp_path / "studies" / "photos"
     study.mkdir(parents=True)
     refuse_changed_data(space, FAILED, data_identity(tmp_path / "cache"), study)

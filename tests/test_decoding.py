@@ -1,4 +1,4 @@
-"""Decoding: pixels as Pillow, torchvision and scikit-image have them, whatever the file holds."""
+"""Decoding agrees with Pillow, torchvision and scikit-image for every kind of image file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_sixteen_bit_grey_keeps_its_upper_bits_and_is_not_clipped() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0, 128, 255])
-def test_transparency_is_laid_on_white(alpha: int) -> None:
+def test_transparency_becomes_white(alpha: int) -> None:
     rgba = np.full((4, 4, 4), (200, 100, 0, alpha), np.uint8)
     expected = np.round(np.array([200, 100, 0]) * alpha / 255 + 255 * (1 - alpha / 255))
     assert np.abs(decode(png(rgba), 4)[0, 0] - expected).max() <= 1
@@ -44,7 +44,7 @@ def test_a_transparent_palette_colour_is_white() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_respected_as_pillow_does(orientation: int) -> None:
+def test_exif_orientation_is_applied_as_in_pillow(orientation: int) -> None:
     from PIL import ImageOps
 
     exif = Image.Exif()
@@ -84,13 +84,13 @@ def test_a_decompression_bomb_is_an_unreadable_image() -> None:
 
 
 @pytest.mark.parametrize("encoded", [b"", b"GIF89a", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n"], ids=str)
-def test_what_is_no_image_is_unreadable(encoded: bytes) -> None:
+def test_a_file_that_is_not_an_image_is_unreadable(encoded: bytes) -> None:
     with pytest.raises(Unreadable):
         decode(encoded, 16)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_scribbled_images_are_decoded_or_unreadable_and_nothing_else() -> None:
+def test_corrupt_images_are_either_decoded_or_unreadable() -> None:
     random = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"):
         buffer = io.BytesIO()
@@ -105,7 +105,7 @@ def test_scribbled_images_are_decoded_or_unreadable_and_nothing_else() -> None:
                 continue
 
 
-def test_resizing_is_that_of_torchvision() -> None:
+def test_resizing_agrees_with_torchvision() -> None:
     from torchvision.transforms import InterpolationMode, v2
 
     pixels = noise(60, 60)
@@ -120,7 +120,7 @@ def test_the_square_is_cut_from_the_centre() -> None:
     assert (fit(high, 10) == high[10:20]).all()
 
 
-def test_boxes_move_with_the_pixels_and_leave_with_them() -> None:
+def test_boxes_move_with_the_pixels_and_are_dropped_with_them() -> None:
     boxes = np.array([[10, 0, 20, 10, 3], [0, 0, 9, 9, 1], [5, 5, 15, 10, 2]], np.float32)
     assert fit_boxes(boxes, 10, 30, 20).tolist() == [[0, 0, 20, 20, 3], [0, 10, 10, 20, 2]]
 

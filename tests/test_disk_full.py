@@ -1,4 +1,4 @@
-"""The disk is full for a while: a search stops with everything so far intact, and goes on when there is room."""
+"""If the disk is full, a search stops with all results so far intact, and resumes once there is space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exported student is complete, loads where it says it does, and tells nothing about the machine that it comes from."""
+"""An exported student is complete, loads where its card says, and reveals nothing about the machine it comes from."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_headless_full_resnet_loads_strictly_into_torchvision(tmp_path):
         torch.testing.assert_close(theirs.eval()(inputs), built(inputs))
 
 
-def test_nothing_is_promised_about_torchvision_where_the_form_is_ours(tmp_path):
+def test_torchvision_is_not_mentioned_for_forms_that_it_does_not_have(tmp_path):
     directory, _, _ = exported(tmp_path, SMALL)
     assert card(directory)["torchvision"] is None
 
@@ -138,7 +138,7 @@ def test_the_exported_normalisation_is_that_of_training(tmp_path):
     torch.testing.assert_close((pixels.permute(0, 3, 1, 2) / 255 - mean) / std, augmentation.to_float(pixels))
 
 
-def test_loading_a_student_leaves_the_random_stream_alone(tmp_path):
+def test_loading_a_student_does_not_change_the_random_state(tmp_path):
     directory, _, _ = exported(tmp_path)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -147,7 +147,7 @@ def test_loading_a_student_leaves_the_random_stream_alone(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_folder_with_something_in_it_is_never_written_to(tmp_path):
+def test_a_folder_that_is_not_empty_is_never_written_to(tmp_path):
     (tmp_path / "student").mkdir()
     (tmp_path / "student/thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not an empty folder"):
@@ -162,7 +162,7 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_weights_may_be_read_by_whom_the_umask_lets(umask, mode, tmp_path):
+def test_the_permissions_of_exported_weights_follow_the_umask(umask, mode, tmp_path):
     before = os.umask(umask)
     try:
         directory, _, _ = exported(tmp_path)

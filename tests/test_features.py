@@ -1,4 +1,4 @@
-"""Features are what the layer computes, in the same bits whoever writes them."""
+"""Features are the outputs of the layer, bitwise identical for any number of workers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def written(tmp_path: Path, name: str, given: dict, pool=None) -> tuple[Path, di
     return tmp_path / name, extraction.write(given, tmp_path / name, pool or LocalPool())
 
 
-def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, weights: Path) -> None:
+def test_shards_are_bitwise_identical_for_any_number_of_workers(tmp_path: Path, weights: Path) -> None:
     given = source(tmp_path, weights)
     alone, _ = written(tmp_path, "alone", given)
     for workers in (2, 3, 7):
@@ -75,7 +75,7 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, weights: Pa
         }
 
 
-def test_shards_hold_the_rows_that_all_of_computes(tmp_path: Path, weights: Path) -> None:
+def test_shards_hold_the_rows_of_extract_all(tmp_path: Path, weights: Path) -> None:
     given = source(tmp_path, weights)
     out, metrics = written(tmp_path, "out", given)
     opened = images.open_split(Path(given["images"]), "train", TypeAdapter(spec.DataSpec).validate_python(DATA))
@@ -95,7 +95,7 @@ def test_float16_shards_are_the_rounded_float32_ones(tmp_path: Path, weights: Pa
 
 
 @pytest.mark.parametrize(("kind", "grid"), [("avg", 1), ("avg", 3), ("max", 2)])
-def test_a_layer_is_what_its_module_returns_pooled(weights: Path, kind: str, grid: int) -> None:
+def test_features_of_a_layer_are_the_pooled_output_of_its_module(weights: Path, kind: str, grid: int) -> None:
     toys = toy_images(8)
     network = loop.untrained_backbone(ALEXNET, 0).eval()
     maps = augmentation.to_float(torch.from_numpy(toys.read(np.arange(8))))
@@ -111,7 +111,7 @@ def test_a_layer_is_what_its_module_returns_pooled(weights: Path, kind: str, gri
     np.testing.assert_allclose(ours, pool(maps).flatten(1).numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_no_layer_means_the_features_of_the_backbone(weights: Path) -> None:
+def test_without_a_layer_features_are_the_output_of_the_backbone(weights: Path) -> None:
     toys = toy_images(8)
     rows = extraction.extract_all(extraction.network_extractor(ALEXNET, None, spec.Pooling(), weights), toys)
     last = extraction.extract_all(extraction.network_extractor(ALEXNET, "conv5", spec.Pooling(), weights), toys)
@@ -129,7 +129,7 @@ def test_extraction_changes_no_statistics_and_runs_no_later_layer(weights: Path)
     assert not network.conv3._forward_hooks
 
 
-def test_a_teacher_of_any_type_gives_features(weights: Path) -> None:
+def test_every_type_of_teacher_has_features(weights: Path) -> None:
     toys = toy_images(6)
     backbone = ALEXNET.model_dump()
     trained = {"pretext": {"kind": "rotation"}, "backbone": backbone, "layer": "conv3", "schedule": {"epochs": 1}}
@@ -145,7 +145,7 @@ def test_a_teacher_of_any_type_gives_features(weights: Path) -> None:
     )
 
 
-def test_what_the_network_does_not_have_is_refused(weights: Path) -> None:
+def test_layers_and_grids_that_do_not_exist_are_refused(weights: Path) -> None:
     with pytest.raises(UserError, match=r"no layer 'conv9'.*conv1, conv2"):
         extraction.network_extractor(ALEXNET, "conv9", spec.Pooling(), weights)
     with pytest.raises(UserError, match=r"grid of 8 is finer.*At most 7"):
@@ -156,7 +156,7 @@ def test_what_the_network_does_not_have_is_refused(weights: Path) -> None:
         extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(), None)
 
 
-def test_features_that_are_not_finite_name_their_first_image(tmp_path: Path) -> None:
+def test_the_error_for_features_that_are_not_finite_names_the_first_image(tmp_path: Path) -> None:
     network = loop.untrained_backbone(ALEXNET, 0)
     with torch.no_grad():
         network.conv3[1].bias[0] = torch.nan
@@ -184,7 +184,9 @@ VIEWS = {
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("network", VIEWS)
-def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tmp_path: Path, network: str, dtype: str) -> None:
+def test_one_forward_pass_for_several_layers_is_bitwise_equal_to_separate_passes(
+    tmp_path: Path, network: str, dtype: str
+) -> None:
     backbone, views = VIEWS[network]
     snapshot.write_untrained(loop.untrained_backbone(backbone, 0), tmp_path / "network")
     base = source(tmp_path, tmp_path / "network", dtype=dtype)
@@ -201,7 +203,7 @@ def test_one_forward_pass_writes_every_layer_in_the_bits_of_a_pass_of_its_own(tm
         assert (together[number][0]["dim"], together[number][0]["count"]) == (metrics["dim"], metrics["count"])
 
 
-def test_the_output_of_a_hooked_layer_is_kept_from_what_later_layers_do_to_it_in_place() -> None:
+def test_the_output_of_a_layer_is_safe_from_later_layers_that_modify_it_in_place() -> None:
     class InPlace(torch.nn.Module):
         layers = ("first", "second")
 
@@ -218,19 +220,19 @@ def test_the_output_of_a_hooked_layer_is_kept_from_what_later_layers_do_to_it_in
     assert (second == first.clamp(min=0)).all()
 
 
-def test_a_view_alone_would_cost_less_the_earlier_its_layer_is(weights: Path) -> None:
+def test_the_cost_of_a_view_on_its_own_is_lower_for_earlier_layers(weights: Path) -> None:
     views = [("conv5", spec.Pooling()), ("conv1", spec.Pooling())]
     network = loop.untrained_backbone(ALEXNET, 0)
     (_, deep), (_, shallow) = layers_extractor(network, views)(torch.from_numpy(toy_images(64).read(np.arange(64))))
     assert 0 < shallow < deep
 
 
-def test_small_pieces_for_a_small_device_give_the_same_features(tmp_path: Path, weights: Path) -> None:
+def test_small_batches_for_a_small_device_give_the_same_features(tmp_path: Path, weights: Path) -> None:
     whole, _ = written(tmp_path, "whole", source(tmp_path, weights))
     pieces, _ = written(tmp_path, "pieces", source(tmp_path, weights, max_batch_size=3))
     np.testing.assert_allclose(extraction.load(pieces), extraction.load(whole), rtol=1e-4, atol=1e-5)
 
 
-def test_a_directory_without_shards_is_no_empty_array(tmp_path: Path) -> None:
+def test_a_directory_without_shards_is_an_error_not_an_empty_array(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no features"):
         extraction.load(tmp_path)

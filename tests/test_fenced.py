@@ -1,4 +1,4 @@
-"""An attempt that is frozen, fenced and comes back to life can neither write nor publish, wherever it stood."""
+"""An attempt that was frozen, fenced and wakes up can neither write nor publish, at any point of its work."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ PLACES = ["before it has a directory", "before it publishes", "before the last r
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_fenced_attempt_publishes_nothing_where_nobody_else_has(place: str, tmp_path: Path) -> None:
+def test_a_fenced_attempt_publishes_nothing_even_if_no_other_attempt_has(place: str, tmp_path: Path) -> None:
     from toy_work import toy
 
     store, key = FileStore(tmp_path / "store"), toy("slow", {"steps": 2, "sleep": 0.01, "test": "fenced"}).key
@@ -153,7 +153,7 @@ def test_an_attempt_that_is_fenced_after_its_successor_has_published_leaves_noth
     assert [list((store.root / place).iterdir()) for place in (".scratch", ".fenced")] == [[], []]
 
 
-def test_what_a_worker_left_that_died_right_after_it_had_published_goes_when_it_is_fenced(
+def test_fencing_removes_what_a_worker_left_when_it_died_right_after_publishing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from toy_work import toy, work

@@ -1,4 +1,4 @@
-"""Images: the same from disk and on the way, split without overlap, and known by their content."""
+"""Images: equal from a memmap and decoded on demand, split without overlap, identified by their content."""
 
 from __future__ import annotations
 
@@ -121,13 +121,15 @@ def test_a_streamed_source_that_changed_is_refused(mixed: Path, tmp_path: Path) 
         images.open_split(tmp_path / "out", "train", spec)
 
 
-def test_a_missing_split_is_an_error_that_says_which_there_are(mixed: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_split_lists_the_available_ones(mixed: Path, tmp_path: Path) -> None:
     written(spec_of(mixed), tmp_path / "out")
     with pytest.raises(UserError, match="train, val"):
         images.open_split(tmp_path / "out", "test", spec_of(mixed))
 
 
-def test_a_relative_path_means_the_same_in_a_worker_elsewhere(mixed: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_relative_path_is_resolved_before_a_worker_with_another_working_directory_reads_it(
+    mixed: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.chdir(mixed.parent)
     spec = images.with_absolute_path(spec_of(Path(mixed.name)))
     monkeypatch.chdir(tmp_path / "..")
@@ -228,7 +230,7 @@ def test_a_copy_of_a_folder_keeps_its_identity_and_a_changed_image_does_not(mixe
     assert images.identity(spec_of(copy)) not in (original, changed)
 
 
-def test_the_cache_spares_reading_and_notices_a_change(mixed: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_cache_saves_hashing_and_detects_changes(mixed: Path, tmp_path: Path, monkeypatch) -> None:
     for path in mixed.rglob("*.*"):
         os.utime(path, (1_700_000_000, 1_700_000_000))
     cache = tmp_path / "cache"
@@ -243,7 +245,7 @@ def test_the_cache_spares_reading_and_notices_a_change(mixed: Path, tmp_path: Pa
     assert hashed == [mixed / "b/grey.png"]
 
 
-def test_a_file_of_this_very_moment_is_not_remembered(tmp_path: Path) -> None:
+def test_a_file_modified_just_now_is_not_cached(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     file = tmp_path / "data/x.png"
     file.write_bytes(png(noise(seed=1)))
@@ -256,7 +258,7 @@ def test_a_file_of_this_very_moment_is_not_remembered(tmp_path: Path) -> None:
     assert images.identity(spec_of(tmp_path / "data"), tmp_path / "cache") != first
 
 
-def test_a_cut_off_cache_is_ignored(mixed: Path, tmp_path: Path) -> None:
+def test_a_truncated_cache_is_ignored(mixed: Path, tmp_path: Path) -> None:
     first = images.identity(spec_of(mixed), tmp_path)
     for book in tmp_path.glob("contents-*.json"):
         book.write_text('{"a": [1,')

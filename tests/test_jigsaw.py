@@ -39,7 +39,7 @@ def puzzles(images, seed=0, **fields):
         *((35, 6, 8.13), (10, 7, 8.57), (7, 8, 8.95), (6, 9, 9)),
     ],
 )
-def test_permutations_are_as_far_apart_as_the_papers(count, least, mean):
+def test_permutations_are_as_far_apart_as_those_of_the_paper(count, least, mean):
     rows = farthest_permutations(count, least)
     assert np.array_equal(np.sort(rows, axis=1), np.tile(np.arange(9), (count, 1)))
     assert distances(rows).min() >= least

@@ -1,4 +1,4 @@
-"""Weights made elsewhere teach: files as torchvision and timm write them, artifacts, exported students; from end to end."""
+"""Teachers with weights trained elsewhere, end to end: torchvision and timm files, artifacts, exported students."""
 
 from __future__ import annotations
 

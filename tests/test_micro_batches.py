@@ -1,4 +1,4 @@
-"""A batch that is too large for the memory trains in parts: the same step where the loss is a mean over images, else none."""
+"""A batch too large for the memory trains in parts with the same step, but only if the loss is a mean over images."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_parts_are_a_quarter_of_a_batch_or_less_and_never_a_single_image(
     assert found == sizes
 
 
-def test_what_follows_a_step_follows_it_once_and_what_batch_norm_saw_is_each_part(tmp_path: Path) -> None:
+def test_after_step_runs_once_per_step_and_batch_norm_sees_each_part(tmp_path: Path) -> None:
     steps = []
     task = replace(
         task_of("pretext", "rotation"),
@@ -132,7 +132,7 @@ KINDS = [("pretext", kind) for kind in test_pretext.KINDS] + [("transfer", kind)
 
 
 @pytest.mark.parametrize(("room", "kind"), KINDS, ids=[".".join(names) for names in KINDS])
-def test_a_task_that_says_it_is_a_mean_over_images_is_one_in_loss_and_gradient(room: str, kind: str) -> None:
+def test_a_task_declared_as_a_mean_over_images_is_one_in_loss_and_gradient(room: str, kind: str) -> None:
     task, images = task_of(room, kind), toy_images(12, size=28) if room == "pretext" else test_transfer.IMAGES
     torch.manual_seed(0)
     backbone = loop.untrained_backbone(BACKBONE, 0)
@@ -162,11 +162,11 @@ def test_a_task_that_says_it_is_a_mean_over_images_is_one_in_loss_and_gradient(r
 
 
 @pytest.mark.parametrize("kind", ["simclr", "counting", "dino"])
-def test_what_compares_images_or_keeps_the_mean_of_a_batch_does_not_say_so(kind: str) -> None:
+def test_tasks_that_compare_images_or_store_batch_means_are_not_means_over_images(kind: str) -> None:
     assert not task_of("pretext", kind).mean_over_images
 
 
-def test_heads_that_know_different_images_are_no_mean_over_images_and_stay_whole(tmp_path: Path) -> None:
+def test_heads_with_targets_for_different_images_are_not_a_mean_over_images(tmp_path: Path) -> None:
     assert clusters_task().mean_over_images
     task = clusters_task(1, 2, 3)
     assert not task.mean_over_images

@@ -1,4 +1,4 @@
-"""Parquet: what a data-set hub delivers, streamed row by row."""
+"""Parquet files as published on data-set hubs, streamed row by row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(count: int, form: str, first: int = 0, labels=None) -> pa.Table:
 
 
 @pytest.mark.parametrize("form", ["struct", "binary", "large_binary"])
-def test_parquet_rows_give_the_images_that_were_put_in(form: str, tmp_path: Path) -> None:
+def test_parquet_rows_decode_to_the_images_that_were_written(form: str, tmp_path: Path) -> None:
     parquet.write_table(table(70, form), tmp_path / "train-00000-of-00002.parquet", row_group_size=40)
     parquet.write_table(table(50, form, 70), tmp_path / "train-00001-of-00002.parquet", row_group_size=7)
     parquet.write_table(table(9, form, 200), tmp_path / "test.parquet")
@@ -43,7 +43,7 @@ def test_parquet_rows_give_the_images_that_were_put_in(form: str, tmp_path: Path
     assert splits.train.classes == ("0", "1", "2")
 
 
-def test_streamed_parquet_equals_the_memmap_and_keeps_a_copy_to_read_at_random(tmp_path: Path, monkeypatch) -> None:
+def test_streamed_parquet_equals_the_memmap_and_keeps_a_copy_for_random_access(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("ktray.images.writing._BLOCK_ROWS", 16)
     rows = table(120, "struct").to_pylist()
     rows[50]["img"]["bytes"] = b"broken"

@@ -1,4 +1,4 @@
-"""The projection is scikit-learn's, step by step, and gives the same bits with any number of workers."""
+"""The projection agrees with scikit-learn in each step and is bitwise identical for any number of workers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fit(shards: list[Path], pool=None, *, l2=False, pca: int | None = None, whit
 
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("l2", [False, True])
-def test_it_is_pca_of_scikit_learn_up_to_signs(shards: list[Path], whiten: bool, l2: bool) -> None:
+def test_pca_agrees_with_scikit_learn_up_to_signs(shards: list[Path], whiten: bool, l2: bool) -> None:
     ours = projection.apply(fit(shards, l2=l2, pca=5, whiten=whiten), ROWS)
     rows = normalize(ROWS.astype(np.float64)) if l2 else ROWS.astype(np.float64)
     oracle = PCA(5, whiten=whiten, svd_solver="full").fit(rows)
@@ -44,7 +44,7 @@ def test_it_is_pca_of_scikit_learn_up_to_signs(shards: list[Path], whiten: bool,
     np.testing.assert_allclose(fit(shards, l2=l2, pca=5)["explained"], oracle.explained_variance_ratio_, rtol=1e-5)
 
 
-def test_the_steps_come_in_their_order(shards: list[Path]) -> None:
+def test_the_steps_are_applied_in_order(shards: list[Path]) -> None:
     steps = projection.apply(fit(shards, l2=True, pca=4, whiten=True), ROWS)
     np.testing.assert_allclose(
         projection.apply(fit(shards, l2=True, pca=4, whiten=True, l2_after=True), ROWS), normalize(steps), atol=1e-6
@@ -60,7 +60,7 @@ def test_each_component_is_positive_where_it_is_largest(shards: list[Path]) -> N
 
 
 @pytest.mark.parametrize("pca", [12, 500])
-def test_a_pca_of_the_full_width_is_a_rotation_and_says_so(shards: list[Path], pca: int) -> None:
+def test_a_pca_of_the_full_width_is_marked_as_a_rotation(shards: list[Path], pca: int) -> None:
     rotation = fit(shards, pca=pca)
     assert rotation["rotation"]
     assert not fit(shards, pca=11)["rotation"]
@@ -89,7 +89,7 @@ def test_rows_do_not_depend_on_the_batch(shards: list[Path], size: int) -> None:
     assert (np.concatenate(pieces) == projection.apply(fitted, ROWS)).all()
 
 
-def test_a_row_of_zeros_stays(shards: list[Path]) -> None:
+def test_a_row_of_zeros_is_kept(shards: list[Path]) -> None:
     assert (projection.apply(fit(shards, l2=True), np.zeros((2, 12), np.float32)) == 0).all()
 
 
@@ -102,7 +102,7 @@ def test_equal_rows_and_features_that_are_not_finite_are_refused(tmp_path: Path)
         fit(write(tmp_path, rows), pca=2)
 
 
-def test_it_survives_an_npz_file(shards: list[Path], tmp_path: Path) -> None:
+def test_the_projection_survives_an_npz_file(shards: list[Path], tmp_path: Path) -> None:
     fitted = fit(shards, l2=True, pca=3)
     np.savez(tmp_path / "projection.npz", **fitted)
     with np.load(tmp_path / "projection.npz", allow_pickle=False) as file:

@@ -26,7 +26,7 @@ def shards(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_labels_of_the_clustered_rows_are_those_of_the_clustering(shards: list[Path]) -> None:
+def test_labels_of_the_clustered_rows_equal_those_of_the_clustering(shards: list[Path]) -> None:
     fitted = projection.fit(shards, l2=True, pca=6, whiten=False, l2_after=True, pool=LocalPool())
     found = kmeans.fit(shards, 9, seed=0, iterations=50, projection=fitted, pool=LocalPool())
     labels = pseudo_labelling.assign(shards, found.centroids, fitted, LocalPool())
@@ -56,7 +56,7 @@ def test_entropy_counts_clusters_of_equal_size() -> None:
     assert pseudo_labelling.entropy(np.array([-1, -1, 3, 3, 4, 4])) == pytest.approx(np.log(2))
 
 
-def test_nmi_is_scikit_learns_on_the_images_that_are_kept() -> None:
+def test_nmi_agrees_with_scikit_learn_on_the_images_that_are_kept() -> None:
     rng = np.random.default_rng(0)
     labels, classes = rng.integers(-1, 6, 300), rng.integers(0, 4, 300)
     known = labels >= 0
@@ -88,7 +88,7 @@ def test_the_sheet_of_a_cluster_with_few_images_has_gaps(tmp_path: Path) -> None
     assert (sheet[:28, 96 + 2 * 30 :] == 255).all()
 
 
-def test_small_clusters_join_the_nearest_large_one_as_a_whole() -> None:
+def test_small_clusters_are_merged_into_the_nearest_large_one() -> None:
     rng = np.random.default_rng(3)
     centroids = rng.normal(size=(12, 4)).astype(np.float32)
     labels = rng.choice(12, 200, p=rng.dirichlet(np.ones(12) * 0.5))
@@ -103,7 +103,7 @@ def test_small_clusters_join_the_nearest_large_one_as_a_whole() -> None:
     assert (pseudo_labelling.merge_small(labels, centroids, 1000) == -1).all()
 
 
-def test_the_nearest_clusters_and_their_distances_are_those_of_scikit_learn(shards: list[Path]) -> None:
+def test_the_nearest_clusters_and_their_distances_agree_with_scikit_learn(shards: list[Path]) -> None:
     fitted = projection.fit(shards, l2=True, pca=6, whiten=True, l2_after=False, pool=LocalPool())
     centroids = kmeans.fit(shards, 9, seed=0, iterations=5, projection=fitted, pool=LocalPool()).centroids
     centroids[4] = centroids[2]  # equally near: the first comes first

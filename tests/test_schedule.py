@@ -1,4 +1,4 @@
-"""A schedule has what its kind reads, and reaches its learning rate."""
+"""A schedule has only the fields of its kind, and reaches its learning rate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.toys import STUDENT, toy_pair
         ({"weight_decay": float("inf")}, "finite"),
     ],
 )
-def test_a_schedule_has_only_what_its_kind_reads(fields, words):
+def test_a_schedule_has_only_the_fields_of_its_kind(fields, words):
     with pytest.raises(ValidationError, match=words):
         Schedule(epochs=5, **fields)
 

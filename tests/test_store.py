@@ -1,4 +1,4 @@
-"""A store publishes once, whole, and never returns anything damaged."""
+"""A store publishes complete artifacts once and never returns a damaged one."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_a_published_artifact_is_found_with_its_metrics_and_files(store):
     assert list(store.keys()) == [artifact.key]
 
 
-def test_whoever_may_read_the_record_may_read_every_file(store):
+def test_every_file_is_as_readable_as_the_record(store):
     scratch = store.scratch("features-000000000000", "a")
     (scratch / "images").mkdir()
     for file in (scratch / "weights.safetensors", scratch / "images" / "sheet.png"):
@@ -52,7 +52,7 @@ def test_the_second_attempt_at_a_published_key_is_discarded(store):
     assert (second.directory / "data.bin").read_bytes() == b"first"
 
 
-def test_of_two_attempts_that_overlap_the_slower_one_gets_what_the_faster_one_published(store):
+def test_of_two_overlapping_attempts_the_slower_gets_the_artifact_of_the_faster(store):
     key = "features-000000000000"
     faster, slower = (store.scratch(key, attempt) for attempt in "ab")
     for scratch in (faster, slower):
@@ -65,7 +65,7 @@ def test_of_two_attempts_that_overlap_the_slower_one_gets_what_the_faster_one_pu
     assert not list((store.root / ".scratch").iterdir())
 
 
-def test_a_truncated_file_is_never_used_and_said_so(store, caplog):
+def test_a_truncated_file_is_reported_and_never_used(store, caplog):
     artifact, _ = publish(store)
     (artifact.directory / "data.bin").write_bytes(b"12")
     assert store.find(artifact.key) is None
@@ -103,7 +103,7 @@ def test_a_fenced_attempt_can_neither_write_nor_publish(store):
     assert not store.fence("student-000000000000", "late")
 
 
-def test_attempts_that_write_are_told_by_the_beginning_of_their_names(store):
+def test_attempts_are_listed_by_the_prefix_of_their_names(store):
     for key, attempt in (("student-1", "ours-a"), ("student-2", "ours-b"), ("student-1", "theirs-a"), ("student-3", "ours-c")):
         store.scratch(key, attempt)
     store.fence("student-3", "ours-c")
@@ -121,7 +121,7 @@ def test_checkpoints_of_dead_attempts_are_found_newest_first_and_half_written_on
     assert store.checkpoints(key) == []
 
 
-def test_a_failure_is_remembered_until_the_key_is_published(store):
+def test_a_failure_is_kept_until_the_key_is_published(store):
     store.record_failure("clusters-000000000000", {"cause": "ValueError: NaN"})
     assert store.failure("clusters-000000000000")["cause"] == "ValueError: NaN"
     assert store.find("clusters-000000000000") is None
@@ -129,21 +129,21 @@ def test_a_failure_is_remembered_until_the_key_is_published(store):
     assert store.failure("clusters-000000000000") is None
 
 
-def test_verify_names_the_file_whose_content_changed_at_the_same_size(store):
+def test_verify_names_a_file_with_changed_content_of_the_same_size(store):
     artifact, _ = publish(store)
     assert store.verify(artifact.key) == ""
     (artifact.directory / "data.bin").write_bytes(b"4321")
     assert "data.bin" in store.verify(artifact.key)
 
 
-def test_sweep_keeps_checkpoints_that_a_later_attempt_goes_on_from(store):
+def test_sweep_keeps_checkpoints_from_which_a_later_attempt_can_resume(store):
     (store.scratch("student-1", "a") / "checkpoint-000004").mkdir()
     store.scratch("student-2", "a")
     assert store.sweep() == 1
     assert len(store.checkpoints("student-1")) == 1
 
 
-def test_kill_9_at_any_moment_leaves_an_artifact_whole_or_absent(tmp_path):
+def test_kill_9_at_any_moment_leaves_a_complete_artifact_or_none(tmp_path):
     program = textwrap.dedent("""
         import sys
         from pathlib import Path

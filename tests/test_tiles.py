@@ -53,7 +53,7 @@ def located(tile: np.ndarray, images: np.ndarray) -> tuple[int, np.ndarray]:
     return whose, np.array(corners)
 
 
-def test_the_tiles_of_jigsaw_lie_in_the_cells_that_the_permutation_says():
+def test_the_tiles_of_jigsaw_lie_in_the_cells_given_by_the_permutation():
     images = patterns(225)
     tiles, permutations = puzzles("jigsaw", images)
     offsets = []

@@ -65,7 +65,7 @@ TRAININGS = {
 
 
 @pytest.mark.parametrize("settings", TRAININGS.values(), ids=TRAININGS.keys())
-def test_where_a_segment_begins_changes_no_bit_of_weights_optimiser_or_history(tmp_path, settings):
+def test_splitting_a_training_changes_no_bit_of_weights_optimiser_or_history(tmp_path, settings):
     whole = run(tmp_path / "8", 8, **settings)
     for middle in (0, 3, 5):
         run(tmp_path / f"{middle}", middle, **settings)
@@ -74,7 +74,7 @@ def test_where_a_segment_begins_changes_no_bit_of_weights_optimiser_or_history(t
         assert_same_snapshot(tmp_path / f"{middle}-8", tmp_path / "8")
 
 
-def test_a_snapshot_written_on_the_way_is_the_one_that_a_shorter_training_ends_with(tmp_path):
+def test_an_intermediate_snapshot_equals_the_last_one_of_a_shorter_training(tmp_path):
     def keep(epoch, metrics, write):
         if epoch == 3:
             write(tmp_path / "on the way")
@@ -109,7 +109,7 @@ def test_trunk_snapshots_of_trainings_of_different_length_are_the_same(tmp_path)
     assert branch["decay"] == 0.5
 
 
-def test_a_schedule_that_reads_its_total_has_it_in_every_slice():
+def test_a_schedule_that_depends_on_its_total_has_it_in_every_slice():
     cosine = Schedule(kind="cosine", epochs=8, lr=0.1)
     assert loop.snapshot_slice(cosine, 1)["epochs"] == 8
     constant = loop.snapshot_slice(Schedule(kind="constant", epochs=8, lr=0.1), 8)
@@ -118,13 +118,13 @@ def test_a_schedule_that_reads_its_total_has_it_in_every_slice():
     assert constant["kind"] == "constant"
 
 
-def test_the_learning_rate_warms_up_stays_and_decays_to_zero():
+def test_the_learning_rate_warms_up_stays_constant_and_decays_to_zero():
     schedule = Schedule(epochs=10, lr=0.4, warmup=2.0, decay=0.3)
     rates = [loop.learning_rate(schedule, position) for position in (0.0, 1.0, 2.0, 7.0, 8.5, 10.0)]
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.4, 0.2, 0.0])
 
 
-def test_cosine_rates_are_those_of_pytorch():
+def test_cosine_rates_agree_with_pytorch():
     schedule = Schedule(kind="cosine", epochs=7, lr=0.3)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7)
@@ -134,7 +134,7 @@ def test_cosine_rates_are_those_of_pytorch():
         oracle.step()
 
 
-def test_the_loss_falls_and_the_history_tells_all_epochs_from_the_first(tmp_path):
+def test_the_loss_falls_and_the_history_has_all_epochs(tmp_path):
     run(tmp_path / "4", 4)
     last = run(tmp_path / "8", 8, tmp_path / "4")
     history = parquet.read_table(tmp_path / "8" / "history.parquet").to_pydict()
@@ -146,7 +146,7 @@ def test_the_loss_falls_and_the_history_tells_all_epochs_from_the_first(tmp_path
     assert json.loads((tmp_path / "8" / "state.json").read_text()) == {"epoch": 8}
 
 
-def test_epoch_zero_is_the_weights_as_drawn(tmp_path):
+def test_epoch_zero_has_the_initial_weights(tmp_path):
     assert run(tmp_path, 0) == {}
     drawn = loop.untrained_backbone(BACKBONE, 3).state_dict()
     saved = load_file(tmp_path / "weights.safetensors")
@@ -155,7 +155,7 @@ def test_epoch_zero_is_the_weights_as_drawn(tmp_path):
         assert torch.equal(saved[f"backbone.{name}"], tensor)
 
 
-def test_fresh_and_fit_leave_the_random_stream_of_the_caller_alone(tmp_path):
+def test_untrained_backbone_and_fit_do_not_change_the_random_state_of_the_caller(tmp_path):
     torch.manual_seed(11)
     expected = torch.rand(4)
     torch.manual_seed(11)
@@ -163,7 +163,7 @@ def test_fresh_and_fit_leave_the_random_stream_of_the_caller_alone(tmp_path):
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_another_seed_draws_other_weights():
+def test_another_seed_gives_other_weights():
     one, same, other = (loop.untrained_backbone(BACKBONE, seed).state_dict()["conv1.0.weight"] for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -192,7 +192,7 @@ def test_only_kept_images_are_seen_each_once_and_in_another_order_every_epoch(tm
     assert not torch.equal(seen[0], seen[1])
 
 
-def test_images_too_many_for_the_device_train_to_the_same_bits(tmp_path, monkeypatch):
+def test_images_that_do_not_fit_on_the_device_give_bitwise_equal_weights(tmp_path, monkeypatch):
     run(tmp_path / "resident", 2)
     readers = set()
 
@@ -245,7 +245,7 @@ def test_impossible_trainings_are_refused(tmp_path):
         run(tmp_path / "out", 1, task=labels_task(keep=torch.tensor([7])))
 
 
-def test_load_takes_the_backbone_of_a_snapshot_and_refuses_that_of_another_network(tmp_path):
+def test_load_backbone_reads_a_snapshot_and_refuses_that_of_another_network(tmp_path):
     run(tmp_path, 1)
     backbone = loop.untrained_backbone(BACKBONE, 99)
     snapshot.load_backbone(backbone, tmp_path)
@@ -258,7 +258,7 @@ def test_load_takes_the_backbone_of_a_snapshot_and_refuses_that_of_another_netwo
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth"])
-def test_weights_of_torchvision_are_adopted_without_their_classifier(tmp_path, ending):
+def test_torchvision_weights_are_imported_without_their_classifier(tmp_path, ending):
     from torchvision.models import resnet18
 
     oracle = resnet18(num_classes=7).eval()
@@ -319,7 +319,7 @@ def test_a_gpu_trains_in_segments_too_and_agrees_with_the_cpu_within_rounding(tm
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
 
 
-def test_a_task_may_order_its_epochs_itself_by_their_generator(tmp_path):
+def test_a_task_may_define_the_order_of_an_epoch(tmp_path):
     seen = []
     keep = torch.tensor([1, 2, 5, 8])
 

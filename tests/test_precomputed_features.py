@@ -1,4 +1,4 @@
-"""Ready-made features as a teacher: rows of a file that belong to images by their paths, or by their place in the data set."""
+"""Precomputed features as a teacher: rows of a file, matched to images by path or by their order in the data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.search.space import pair_of
 from ktray.spec import PairSpec
 from ktray.stores.file import FileStore
-from tests.ready_files import COUNT, WIDTH, npy, npy_names, numbers, paths, photos, table
+from tests.precomputed_files import COUNT, WIDTH, npy, npy_names, numbers, paths, photos, table
 from tests.toys import DATA, toy_pair, toy_spec
 
 IDENTITY = data_identity()
@@ -65,7 +65,7 @@ def only_features(pair: PairSpec, store: FileStore) -> tuple[np.ndarray, list[st
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_every_image_has_the_row_of_its_path_whatever_the_order_of_the_file(form: Any, tmp_path: Path) -> None:
+def test_every_image_gets_the_row_of_its_path_for_any_order_of_the_file(form: Any, tmp_path: Path) -> None:
     data, values = photos(tmp_path / "photos"), numbers(COUNT + 3)
     names = [*paths(data), "of/no/image.png", "b/ehind.png", "another.png"]
     order = np.random.default_rng(1).permutation(len(names))
@@ -87,7 +87,9 @@ def test_without_paths_row_i_is_the_ith_training_image_before_some_are_held_out(
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("float16", "float32"), ("float64", "float32"), ("float32", "float16")])
-def test_features_are_stored_as_the_spec_says_whatever_the_file_holds(dtype: str, stored: str, tmp_path: Path) -> None:
+def test_features_are_stored_in_the_dtype_of_the_spec_for_any_dtype_of_the_file(
+    dtype: str, stored: str, tmp_path: Path
+) -> None:
     data, values = photos(tmp_path / "photos"), numbers().astype(dtype)
     pair = ready_pair(data, {**npy(tmp_path / "ready", values, None), "dtype": stored})
     found, asked = only_features(pair, FileStore(tmp_path / "store"))
@@ -134,7 +136,7 @@ def test_names_of_pairs_and_stages_say_where_features_come_from(tmp_path: Path) 
 # --- end to end
 
 
-def test_a_pair_runs_with_ready_made_features_and_judges_them_as_those_of_a_teacher(
+def test_a_pair_runs_with_precomputed_features_and_evaluates_them_like_those_of_a_teacher(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
@@ -245,7 +247,7 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by `ktra
 
 
 @pytest.mark.parametrize(("teacher", "said"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_a_plan_can_see_is_refused_before_anything_runs(
+def test_errors_that_a_plan_can_detect_are_refused_before_anything_runs(
     teacher: Callable[[Path], dict[str, Any]], said: str, tmp_path: Path
 ) -> None:
     made = teacher(tmp_path)
@@ -276,7 +278,7 @@ FAILED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by the st
 
 
 @pytest.mark.parametrize(("teacher", "said"), FAILED.values(), ids=FAILED.keys())
-def test_wrong_numbers_fail_the_stage_by_name_and_publish_nothing_but_the_images(
+def test_invalid_numbers_fail_the_stage_and_only_the_images_are_published(
     teacher: Callable[[Path], dict[str, Any]], said: str, tmp_path: Path
 ) -> None:
     made, store = teacher(tmp_path), FileStore(tmp_path / "store")
@@ -318,12 +320,12 @@ def test_images_of_the_test_split_need_features_of_their_own(tmp_path: Path) -> 
         ({"features": "x.npy", "checkpoint": "y.pt"}, r"this one has checkpoint and features"),
     ],
 )
-def test_what_ready_made_features_cannot_be_is_unspeakable(fields: dict[str, Any], said: str) -> None:
+def test_specs_reject_fields_that_do_not_apply_to_precomputed_features(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         pair_of(toy_spec(teacher=fields), "pair.yaml")
 
 
-def test_a_judge_of_ready_made_features_reads_no_layer(tmp_path: Path) -> None:
+def test_an_evaluation_of_precomputed_features_has_no_layer(tmp_path: Path) -> None:
     judge = {"kind": "knn", "of": "teacher", "layer": "conv3"}
     with pytest.raises(UserError, match=r"evals\.0\.layer: the teacher is a file of features, which has no layer 'conv3'"):
         check_pair(toy_pair(teacher=npy(tmp_path, numbers(DATA["count"]), None), evals=[judge]), data_loader())
