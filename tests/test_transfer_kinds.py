@@ -228,7 +228,7 @@ def test_features_by_index_are_the_rows_of_all_shards_together():
     assert half.read(indices).dtype == np.float32
     np.testing.assert_allclose(half.read(indices), ROWS[indices], atol=0.01)
     for outside in (64, -1):
-        with pytest.raises(IndexError, match="of 64"):
+        with pytest.raises(IndexError, match="there are 64"):
             FEATURES.read(np.array([3, outside]))
 
 
