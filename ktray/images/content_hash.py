@@ -67,7 +67,9 @@ def _manifest(files: tuple[tuple[str, Path], ...], cache_file: Path | None) -> l
     with ThreadPoolExecutor(_THREADS) as threads:
         entries = [entry for of_chunk in threads.map(hash_all, chunks) for entry in of_chunk]
     if cache_file is not None:
-        lines = {path: entry for path, entry in zip(paths, entries, strict=True) if entry[1] >= 0 and mtime_is_reliable(entry[1])}
+        lines = {
+            path: entry for path, entry in zip(paths, entries, strict=True) if entry[1] >= 0 and mtime_is_reliable(entry[1])
+        }
         if lines != known:
             cache_file.parent.mkdir(parents=True, exist_ok=True)
             scratch = cache_file.with_suffix(f".{os.getpid()}")
