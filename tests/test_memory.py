@@ -153,9 +153,9 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
     run = harness.core.running[big.key]
     assert harness.core.attempt_failed(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", harness.now)
     harness.registry.workers["worker-1"].polling = True
-    said = results(harness.dispatch())["a"]
-    assert said.startswith("its memory does not suffice even with the whole GPU, or machine, for itself (MemoryError)")
-    assert "batch_size" in said
+    cause = results(harness.dispatch())["a"]
+    assert cause.startswith("it ran out of memory even with the whole GPU, or machine, to itself (MemoryError)")
+    assert "batch_size" in cause
     actions = harness.request("b", big)
     assert assigned(actions) == [big.key]
     assert with_small_batches(actions) == [], "who asks anew begins as usual"

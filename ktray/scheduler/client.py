@@ -12,21 +12,19 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ktray.artifact import Artifact, Stage
+from ktray.artifact import Stage
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
-from ktray.pool import StageContext
 from ktray.scheduler.broker import Broker
 from ktray.scheduler.liveness import Process
-from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig
+from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig, StageFunction
 from ktray.scheduler.ray_cluster import kill_process, this_process
 from ktray.scheduler.ray_pool import to_bytes
 from ktray.scheduler.ray_session import RaySession
 from ktray.scheduler.worker_environment import environment, environment_hash
-from ktray.stores import Store, open_store
+from ktray.stores import open_store
 from ktray.stores.locks import try_lock_store
 
-Work = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 RENEW_LEASE_SECONDS = 2.0
 BROKER_FROZEN_SECONDS = 20  # without an answer, until a broker that has answered before counts as frozen
 BROKER_START_SECONDS = 120  # the same for one that may just be starting
@@ -197,7 +195,7 @@ def _start_lease(scheduler: SchedulerClient) -> Callable[[], None]:
     return cancel
 
 
-def connect(session: RaySession, store_url: str, work: Work) -> SchedulerClient:
+def connect(session: RaySession, store_url: str, work: StageFunction) -> SchedulerClient:
     """The scheduler for this code, environment, runtime and store: the one that runs on this cluster, or a new one.
 
     What dead attempts left in the store is removed first, unless a worker of any scheduler uses the store.

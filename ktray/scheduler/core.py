@@ -73,11 +73,11 @@ class SchedulerCore:
         self.startup = StartupMonitor(registry, self.outbox, dead_after)
         self._retries = RetryPolicy(remembered)
         self._exclusive = ExclusiveStages(registry, remembered)
-        self._keys_of: dict[str, list[str]] = {}
+        self._keys_of_attempt: dict[str, list[str]] = {}
         # Forgetting an entry does little harm: a fenced attempt has no directory to publish from, a stage that failed in a
         # family fails there again and is split again, and no report arrives that late.
         self._fenced = RecentKeys[str](remembered)
-        self._closed = RecentKeys[tuple[str, str]](remembered)
+        self._ended = RecentKeys[tuple[str, str]](remembered)
         self._split = RecentKeys[str](remembered)
 
     # ---- events: what workers report
@@ -95,7 +95,7 @@ class SchedulerCore:
         if attempt in self._fenced or (run is not None and run.attempt != attempt):
             return False
         if run is None:
-            if stage is None or worker.attempt is not None or (key, attempt) in self._closed:
+            if stage is None or worker.attempt is not None or (key, attempt) in self._ended:
                 return True  # a late heartbeat: the report of the same attempt was faster
             if self.startup.was_fenced(worker.name):
                 return False
@@ -109,7 +109,7 @@ class SchedulerCore:
 
     def _runs_of(self, attempt: str) -> list[RunningStage]:
         """The running stages of one attempt: more than one where a worker computes a family together."""
-        return [self.running[key] for key in self._keys_of.get(attempt, ())]
+        return [self.running[key] for key in self._keys_of_attempt.get(attempt, ())]
 
     def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> None:
         """Take over an attempt that a broker before this one has started."""
@@ -123,7 +123,7 @@ class SchedulerCore:
     def _open_attempt(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> None:
         leader, worker.attempt, worker.lent_to, worker.polling = stages[0], attempt, None, False
         worker.reserved_memory = self._request(leader).memory_bytes
-        self._keys_of[attempt] = [stage.key for stage in stages]
+        self._keys_of_attempt[attempt] = [stage.key for stage in stages]
         for stage in stages:
             self.running[stage.key] = RunningStage(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
             self.requests.queue.mark_running(stage.key)
@@ -135,11 +135,11 @@ class SchedulerCore:
             return None
         del self.running[key]
         self.requests.queue.mark_stopped(key)
-        self._closed.add((key, attempt))
-        self._keys_of[attempt].remove(key)
-        if self._keys_of[attempt]:
+        self._ended.add((key, attempt))
+        self._keys_of_attempt[attempt].remove(key)
+        if self._keys_of_attempt[attempt]:
             return run
-        del self._keys_of[attempt]
+        del self._keys_of_attempt[attempt]
         for worker in self.registry.workers.values():
             if worker.attempt == attempt:
                 worker.attempt, worker.reserved_memory = None, 0
@@ -153,7 +153,7 @@ class SchedulerCore:
         Args:
             computed: whether it was this attempt that published the artifact.
         """
-        already_counted = (key, attempt) in self._closed
+        already_counted = (key, attempt) in self._ended
         run = self._close_attempt(key, attempt)
         artifact = self.find(key)
         if artifact is None:
@@ -165,7 +165,7 @@ class SchedulerCore:
         if computed and not already_counted:  # also an attempt that ended while the broker was down
             name = key.rpartition("-")[0]
             self.computed[name] += 1
-            self._closed.add((key, attempt))
+            self._ended.add((key, attempt))
             spent = float(artifact.record["seconds"]) if artifact.record.get("together") else seconds
             self.outbox.append(SchedulerEvent(PUBLISHED, key, name, run.worker if run else "", spent))
         self.requests.publish(artifact, computed)
@@ -331,12 +331,12 @@ class SchedulerCore:
 
     def _family_of(self, stage: Stage) -> list[Stage]:
         """The stage and, after it, those of its family that can start now and run together with it."""
-        if not stage.family or self._must_run_alone(stage.key):
+        if not stage.family or self._runs_individually(stage.key):
             return [stage]
-        others = [other for other in self.requests.ready_family(stage) if not self._must_run_alone(other.key)]
+        others = [other for other in self.requests.ready_family(stage) if not self._runs_individually(other.key)]
         return [stage, *others[: MAX_FAMILY - 1]]
 
-    def _must_run_alone(self, key: str) -> bool:
+    def _runs_individually(self, key: str) -> bool:
         return key in self._split or key in self._exclusive
 
     def _lend(self, placement: Placement) -> None:

@@ -13,11 +13,9 @@ from typing import Any
 from ktray.artifact import Artifact, Stage
 from ktray.errors import StageFailed, StoppedEarly, UserError
 from ktray.pool import SMALL_BATCH_SIZE, StageContext
-from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, failure_kind, out_of_memory_cause
+from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, StageFunction, failure_kind, out_of_memory_cause
 from ktray.stores import Store
 from ktray.stores.locks import lock_store_shared, try_lock_store
-
-Work = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 
 
 @contextmanager
@@ -44,7 +42,9 @@ class LocalScheduler:
         on_event: called with a mapping when a stage starts, is published or found, or runs again.
     """
 
-    def __init__(self, store: Store, work: Work, context: StageContext, on_event: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(
+        self, store: Store, work: StageFunction, context: StageContext, on_event: Callable[[Mapping[str, Any]], None]
+    ) -> None:
         self.store, self.work, self.context, self.on_event = store, work, context, on_event
 
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:

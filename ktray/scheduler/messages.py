@@ -5,17 +5,21 @@ The core leaves actions for the broker, the broker answers workers with orders, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from ktray.artifact import Stage
+from ktray.artifact import Artifact, Stage
 from ktray.errors import UserError, disk_is_full
+from ktray.pool import StageContext
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.scheduler.worker_registry import Worker, WorkerShape
+from ktray.stores import Store
 
 BROKER_NAME = "broker"
+StageFunction = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
+"""(stage, store, attempt, context) -> (artifact, whether this call published it)."""
 
 # ---- kinds of failures and of events
 
@@ -176,7 +180,7 @@ class SchedulerConfig:
         namespace: Ray namespace of its actors; contains a hash of the code (plugins included), environment, runtime, store
             and work.
         store_url: the store of the artifacts.
-        work: cloudpickled function (stage, store, attempt, context) -> (artifact, computed); only workers unpickle it.
+        work: cloudpickled `StageFunction`; only workers unpickle it.
         environment: environment variables of its processes.
         name: unique to this scheduler; the names of its attempts begin with it, so that a record tells which of several
             schedulers published it.

@@ -408,8 +408,8 @@ class RequestTable:
         for request in [self.open[request_name] for request_name in pending.requests]:
             request.pending.discard(key)
             request.found[key] = artifact
-            share = "computed" if pending.owner == request.name else "joined"
-            request.states[key] = share if computed else "reused"
+            state = "computed" if pending.owner == request.name else "joined"
+            request.states[key] = state if computed else "reused"
             if request.waiter and request.states[key] != "computed":
                 self.reused[name] += 1
             self._answer_if_complete(request)

@@ -75,60 +75,62 @@ class ExclusiveStages:
 
     def __init__(self, registry: WorkerRegistry, remembered: int = REMEMBERED) -> None:
         self.registry = registry
-        self._raised = RecentKeys[str](remembered)
-        self._killed = RecentKeys[str](remembered)
+        self._raised_out_of_memory = RecentKeys[str](remembered)
+        self._killed_for_memory = RecentKeys[str](remembered)
 
     def retry_after_error(self, key: str, kind: FailureKind) -> bool:
         """Record an error; whether the stage is to run once more, exclusively."""
-        if kind != OUT_OF_MEMORY or key in self._raised:
+        if kind != OUT_OF_MEMORY or key in self._raised_out_of_memory:
             return False
-        self._raised.add(key)
+        self._raised_out_of_memory.add(key)
         return True
 
     def note_loss(self, key: str, kind: LossKind) -> None:
         """Record that the stage lost its worker."""
         if kind == OUT_OF_MEMORY:
-            self._killed.add(key)
+            self._killed_for_memory.add(key)
 
     def forget(self, key: str) -> None:
         """The stage is published or has failed."""
-        self._raised.discard(key)
-        self._killed.discard(key)
+        self._raised_out_of_memory.discard(key)
+        self._killed_for_memory.discard(key)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._raised or key in self._killed
+        return key in self._raised_out_of_memory or key in self._killed_for_memory
 
     def keys(self) -> set[str]:
         """The stages that must run exclusively."""
-        return {*self._raised, *self._killed}
+        return {*self._raised_out_of_memory, *self._killed_for_memory}
 
     def takes_small_batches(self, key: str) -> bool:
         """Whether the stage must send fewer images at a time through its network."""
-        return key in self._raised
+        return key in self._raised_out_of_memory
 
     def request(self, key: str, usual: ResourceRequest) -> ResourceRequest:
         """What a stage requests now, given its usual request."""
         if key not in self:
             return usual
         gpus = usual.gpus or 0.0
-        return usual.model_copy(update={"gpus": float(math.ceil(gpus)) if key in self._raised else gpus, "helpers": 0})
+        return usual.model_copy(
+            update={"gpus": float(math.ceil(gpus)) if key in self._raised_out_of_memory else gpus, "helpers": 0}
+        )
 
     def reserve_nodes(self, runs: Iterable[tuple[RunningStage, ResourceRequest]]) -> None:
         """Reserve for this dispatch exactly the nodes that these running stages have to themselves."""
         self.registry.reserved.clear()
         for run, request in runs:
-            if self._gets_node(run.key, request) and run.worker in self.registry.workers:
+            if self._needs_whole_node(run.key, request) and run.worker in self.registry.workers:
                 self.registry.reserve(self.registry.workers[run.worker].node)
 
     def find_worker(self, key: str, request: ResourceRequest, placement: Placement) -> Worker | None:
         """The worker that can run the stage now, exclusively if it must."""
-        if not self._gets_node(key, request):
+        if not self._needs_whole_node(key, request):
             return placement.take(request)
         shape = shape_of(request)
         if any(worker.shape == shape for worker in self.registry.workers.values()):
             return placement.take_exclusive(request)
         return placement.take(request)  # without a worker of its shape there is no node to reserve yet
 
-    def _gets_node(self, key: str, request: ResourceRequest) -> bool:
+    def _needs_whole_node(self, key: str, request: ResourceRequest) -> bool:
         """Whether the stage has its node to itself; one that ran out of a GPU's memory needs no more than the whole GPU."""
-        return key in self._killed or (key in self._raised and not request.gpus)
+        return key in self._killed_for_memory or (key in self._raised_out_of_memory and not request.gpus)
