@@ -344,5 +344,5 @@ def test_a_task_may_define_the_order_of_an_epoch(tmp_path):
 @pytest.mark.parametrize("wrong", [[1, 2, 5], [1, 2, 5, 7], [1, 2, 5, 49]])
 def test_an_order_of_other_images_is_refused(tmp_path, wrong):
     task = labels_task(keep=torch.tensor([1, 2, 5, 8]), order=lambda generator: torch.tensor(wrong))
-    with pytest.raises(ValueError, match="order is not 4 of the 4 images"):
+    with pytest.raises(ValueError, match="must name 4 of the 4 images"):
         run(tmp_path, 1, task=task)
