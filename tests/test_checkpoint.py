@@ -166,7 +166,7 @@ def test_the_teacher_of_one_pair_teaches_another_by_its_key_or_folder(source, tm
 
 def test_an_artifact_that_is_not_there_fails_the_stage_by_name(tmp_path):
     store = FileStore(tmp_path / "store")
-    with pytest.raises(StageFailed, match=r"teacher-\w+ failed: .*the artifact student-0123456789ab is absent"):
+    with pytest.raises(StageFailed, match=r"teacher-\w+ failed: .*the artifact student-0123456789ab is not in the store"):
         run(toy_pair(teacher=loaded("student-0123456789ab")), store)
     assert not any(key.startswith(("teacher", "features")) for key in list(store.keys()))
 
