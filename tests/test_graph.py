@@ -149,9 +149,9 @@ def test_a_chain_that_was_built_before_with_other_cuts_is_built_as_if_it_were_th
     def built(milestones):
         return build(toy_pair(teacher=ROTATION), identity, milestones=milestones).stages
 
-    pair_graph._chains.clear()
+    pair_graph._chain_cache.clear()
     plain, cut, again = built({}), built({"teacher": [1], "student": [1]}), built({})
-    pair_graph._chains.clear()
+    pair_graph._chain_cache.clear()
     assert plain == again == built({})
     assert {stage.key for stage in cut} > {stage.key for stage in plain}
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ktray.errors import StageFailed
     from ktray.pipeline.pair_check import data_loader
-    from ktray.pipeline.pair_metrics import left_out
+    from ktray.pipeline.pair_metrics import unreadable_images
     from ktray.runs.cache import artifact_keys
     from ktray.runs.interruption import Interruption, stop_on_signals
     from ktray.runs.pair_run import run_here, run_on_ray
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             results = run_on_ray(pairs, args.address, args.concurrent, settings, interruption)
     good = [result for result in results if not isinstance(result, StageFailed)]
     print_result(args, [result.as_data() for result in good], _table(good) if good else "no pair came to its end")
-    for line in left_out((key for result in good for key in artifact_keys(result.keys)), settings.open_store()):
+    for line in unreadable_images((key for result in good for key in artifact_keys(result.keys)), settings.open_store()):
         settings.print_info(f"ktray: {line}")
     for result in results:
         if isinstance(result, StageFailed):

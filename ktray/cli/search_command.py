@@ -66,12 +66,12 @@ def _exit_at_once(args: argparse.Namespace, settings: Settings) -> None:
 def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings) -> int:
     from ktray.cli.leaderboard import leaderboard, still_failed
     from ktray.errors import StageFailed, StoppedEarly
-    from ktray.pipeline.pair_metrics import left_out
+    from ktray.pipeline.pair_metrics import unreadable_images
     from ktray.search.history import read
 
     study = read(settings.home, outcome.study)
     answer = _answer(outcome, study, settings)
-    for line in left_out(outcome.published | outcome.reused, settings.open_store()):
+    for line in unreadable_images(outcome.published | outcome.reused, settings.open_store()):
         settings.print_info(f"ktray: {line}")
     home = f" --home {shlex.quote(str(args.home))}" if args.home else ""
     failed = still_failed(study.trials)

@@ -11,11 +11,11 @@ from ktray.pipeline.pair_graph import Identity
 from ktray.spec import PairSpec
 from ktray.stages.images_stage import DRY_RUN
 
-MIN_IMAGES = 256  # enough for the parts of a fitted descriptor and for several images of every usual class
+MIN_IMAGES = 256  # enough to fit a descriptor, and for several images of each class in most data sets
 
 
 def sample_size(pair: PairSpec) -> int:
-    """How many images of each split a dry run takes: at least a batch of every training, and enough for its PCA."""
+    """Number of images of each split in a dry run: at least one batch of every training, and enough for its PCA."""
     sizes = [MIN_IMAGES]
     for generation in pair_graph.generations(pair):
         sizes += [generation.student.schedule.batch_size, 2 * (getattr(generation.transfer, "pca", None) or 0)]
@@ -34,18 +34,18 @@ def small_pair(pair: PairSpec, count: int) -> PairSpec:
     return PairSpec.model_validate(_shrunk(pair.model_dump(mode="json"), max(2, count // 4)))
 
 
-def _shrunk(plain: dict[str, Any], most: int) -> dict[str, Any]:
-    """A pair as plain data, and the pair whose student teaches it, with at most `most` clusters or anchors."""
+def _shrunk(plain: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The plain data of a pair, and of the pair whose student teaches it, with at most `limit` clusters or anchors."""
     for part in ("teacher", "student"):
         schedule = (plain[part] or {}).get("schedule")
         if schedule:
             schedule |= {"epochs": 1, "warmup": 0.0}
     if "pair" in (plain["teacher"] or {}):
-        plain["teacher"]["pair"] = _shrunk(plain["teacher"]["pair"], most)
+        plain["teacher"]["pair"] = _shrunk(plain["teacher"]["pair"], limit)
     transfer = plain["transfer"]
     if isinstance(transfer.get("k"), list):
-        transfer["k"] = _distinct(transfer["k"], most)
-    limits = {"k": most, "anchors": most, "min_size": 2}
+        transfer["k"] = _distinct(transfer["k"], limit)
+    limits = {"k": limit, "anchors": limit, "min_size": 2}
     for field in limits.keys() & transfer.keys():
         if not isinstance(transfer[field], list):
             transfer[field] = min(transfer[field], limits[field])
@@ -54,16 +54,16 @@ def _shrunk(plain: dict[str, Any], most: int) -> dict[str, Any]:
     return plain
 
 
-def _distinct(numbers: list[int], most: int) -> list[int]:
-    """The numbers, none above `most` and no two the same, because each is a head of its own."""
+def _distinct(numbers: list[int], limit: int) -> list[int]:
+    """The numbers, reduced to at most `limit` and kept distinct, because each has a head of its own."""
     found: list[int] = []
     for number in numbers:
-        found.append(next(smaller for smaller in range(min(number, most), 1, -1) if smaller not in found))
+        found.append(next(smaller for smaller in range(min(number, limit), 1, -1) if smaller not in found))
     return found
 
 
 def dry_run_stages(pair: PairSpec, identity: Identity) -> list[Stage]:
-    """The stages of a pair's dry run, inputs before those that read them. `DRY_RUN` in each spec sets its key apart."""
+    """The stages of a pair's dry run, each after its inputs. `DRY_RUN` in every spec keeps their keys apart from real ones."""
     count = sample_size(pair)
     key_in_dry_run: dict[str, str] = {}
     stages = []

@@ -1,4 +1,4 @@
-"""Identity of what lies outside: data sets, checkpoints and ready-made features, by their content."""
+"""Content hashes of a pair's external inputs: data sets, checkpoints and precomputed features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ktray.training import pretrained
 
 
 def data_identity(cache: Path | None = None) -> Callable[[DataSpec], str]:
-    """A function data spec -> sha256 of its content; every data set is read once, file hashes are kept under `cache`."""
+    """A function data spec -> sha256 of its content. Each data set is read once; hashes of files are kept in `cache`."""
     known: dict[str, str] = {}
 
     def identity(spec: DataSpec) -> str:
@@ -29,10 +29,10 @@ def data_identity(cache: Path | None = None) -> Callable[[DataSpec], str]:
 
 
 def origin(spec: DataSpec) -> tuple[str, str]:
-    """What two specs of the same images share: the kind and where it lies; all but size and split where it lies nowhere."""
-    where = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
+    """What specs of the same images have in common: kind and location, or all but size and split where there is no location."""
+    location = set(plugins.module_of("dataset", spec).LOCATION) - {"download"}
     plain = images.with_absolute_path(spec).model_dump()
-    return spec.kind, canonical({n: v for n, v in plain.items() if (n in where if where else n not in ("size", "split"))})
+    return spec.kind, canonical({n: v for n, v in plain.items() if (n in location if location else n not in ("size", "split"))})
 
 
 def checkpoint_sha256(path: str) -> str:
@@ -46,7 +46,7 @@ def checkpoint_sha256(path: str) -> str:
 
 
 def features_identity(teacher: PrecomputedTeacher) -> dict[str, Any]:
-    """What ready-made features are: sha256 of the file, of its names or null, and its columns or null.
+    """Identity of precomputed features: sha256 of the file, sha256 of the names or null, and the columns or null.
 
     Raises:
         UserError: there is no such file.
@@ -65,5 +65,5 @@ def _sha256(file: Path, found: os.stat_result) -> str:
 
 @lru_cache(maxsize=256)
 def _sha256_as_of(file: Path, size: int, mtime_ns: int) -> str:
-    """A search asks for the same gigabytes once per trial; another size or time of change makes it read them again."""
+    """Cached, because every trial of a search asks for the same files; with another size or time, a file is read again."""
     return file_sha256(file)

@@ -1,4 +1,4 @@
-"""Readable names of pairs, such as ``rotation-alexnet/conv4 k=50 -> alexnet w0.25``; they tell apart, they identify nothing."""
+"""Readable names of pairs, such as ``rotation-alexnet/conv4 k=50 -> alexnet w0.25``; for display only, not unique."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def pair_name(pair: Pair) -> str:
 
 
 def teacher_name(pair: Pair) -> str:
-    """Where the teacher comes from, its network and its layer; empty for a pair without a teacher.
+    """The teacher's origin, network and layer; empty for a pair without a teacher.
 
     ``rotation-resnet18/layer3`` (trained), ``hog``, ``random_network/conv3`` (handcrafted),
-    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``clip.npy`` (ready-made),
+    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``clip.npy`` (precomputed),
     ``(hog k=50 -> resnet18)/layer3`` (the student of a pair).
     """
     teacher = pair.get("teacher")
@@ -37,24 +37,24 @@ def teacher_name(pair: Pair) -> str:
 
 
 def lineage(pair: Pair) -> str:
-    """The student and who taught it, back to the first teacher; in brackets how each was taught.
+    """The student and its chain of teachers, back to the first; in brackets the transfer of each step.
 
     ``alexnet (k=50), taught by resnet18/layer3 (k=100), taught by hog``, ``alexnet (labels)``.
     """
-    return f"{student_name(pair)} {_how(pair)}"
+    return f"{student_name(pair)} {_taught(pair)}"
 
 
-def _how(pair: Pair) -> str:
+def _taught(pair: Pair) -> str:
     teacher = pair.get("teacher") or {}
     if "pair" in teacher:
-        by = f"{_with_layer(student_name(teacher['pair']), teacher)} {_how(teacher['pair'])}"
+        by = f"{_with_layer(student_name(teacher['pair']), teacher)} {_taught(teacher['pair'])}"
     else:
         by = teacher_name(pair)
     return f"({transfer_name(pair)})" + (f", taught by {by}" if by else "")
 
 
 def transfer_name(pair: Pair) -> str:
-    """``k=50`` or ``k=50+200`` for clusters, else the kind of the transfer, with its k where it has one."""
+    """``k=50`` or ``k=50+200`` for clusters; otherwise the kind of the transfer, with its k if it has one."""
     transfer = pair["transfer"]
     kind = _kind(transfer)
     k = transfer.get("k") if isinstance(transfer, Mapping) else None
@@ -70,10 +70,10 @@ def student_name(pair: Pair) -> str:
 
 
 def stage_name(stage: str, spec: Mapping[str, Any]) -> str:
-    """A stage and what it is about: ``clusters k=50``, ``student alexnet w0.25 to epoch 4``, ``evaluation knn``.
+    """A stage and its main fields: ``clusters k=50``, ``student alexnet w0.25 to epoch 4``, ``evaluation knn``.
 
     Args:
-        spec: the slice of the pair's spec that determines the stage, as its record holds it.
+        spec: of the stage, as in its record.
     """
     if stage == "clusters":
         return f"clusters k={spec['k']}"
@@ -91,7 +91,7 @@ def stage_name(stage: str, spec: Mapping[str, Any]) -> str:
 
 
 def backbone_name(backbone: Mapping[str, Any] | str) -> str:
-    """Kind and depth, then what is unusual: a model's name or size, a form other than ``small``, a width other than 1."""
+    """Kind and depth, then what is not the default: a model's name or size, a form other than ``small``, the width."""
     if isinstance(backbone, str):
         return backbone
     extras = [str(backbone[field]) for field in ("name", "model", "size") if backbone.get(field)]

@@ -1,6 +1,6 @@
-"""What a pair's spec says about data and layers that only the data and the networks can confirm.
+"""Checks of a pair against its data and networks, before anything runs.
 
-Cheap: at most a few images are decoded, and two made-up ones run through each network.
+They are cheap: at most a few images are decoded, and two random images run through each network.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Load = Callable[[DataSpec], Splits]
 
 
 def data_loader() -> Load:
-    """A function data spec -> its Splits that lists every data set once."""
+    """A function data spec -> its Splits; each data set is listed once."""
     known: dict[str, Splits] = {}
 
     def load(spec: DataSpec) -> Splits:
@@ -55,68 +55,68 @@ def data_loader() -> Load:
 
 
 def check_pair(pair: PairSpec, load: Load) -> None:
-    """Refuse what would fail later, or would judge by labels that were learned from.
+    """Reject a pair that would fail later or would be evaluated on labels that it was trained on.
 
-    That is: too many clusters, missing labels or splits, layers that a backbone lacks, images too small for a network.
+    Such as: too many clusters, missing labels or splits, unknown layers, images that are too small for a network.
 
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
     if isinstance(pair.teacher, StudentTeacher):
-        with _inside("teacher.pair"):
+        with _errors_inside("teacher.pair"):
             check_pair(pair.teacher.pair, load)
     found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
-    _transfer(pair, found["cluster"], found["transfer"])
-    _pretext(pair, found["pretext"])
-    _labels(pair, found["transfer"], found["target"])
-    _judged_labels_stay_unseen(pair, found["target"], load)
+    _check_transfer(pair, found["cluster"], found["transfer"])
+    _check_pretext(pair, found["pretext"])
+    _check_labels(pair, found["transfer"], found["target"])
+    _check_held_out_images(pair, found["target"], load)
     if isinstance(pair.teacher, LoadedTeacher) and not ARTIFACT.fullmatch(pair.teacher.checkpoint):
-        _readable(pair.teacher.checkpoint, checkpoint_sha256(pair.teacher.checkpoint))
-    _precomputed_features(pair, load)
-    _evaluations(pair)
-    _layers(pair)
+        _check_checkpoint(pair.teacher.checkpoint, checkpoint_sha256(pair.teacher.checkpoint))
+    _check_precomputed_features(pair, load)
+    _check_evaluations(pair)
+    _check_layers(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
 
 
 @lru_cache(maxsize=256)
-def _readable(checkpoint: str, sha256: str) -> None:
-    """Refuse weights that no stage could read; those of one content are looked at once, however many draws load them."""
+def _check_checkpoint(checkpoint: str, sha256: str) -> None:
+    """Reject a checkpoint that cannot be loaded. Cached by content, because many pairs of a search load the same one."""
     require_readable(Path(checkpoint))
 
 
 @contextlib.contextmanager
-def _inside(place: str) -> Iterator[None]:
-    """Say what is wrong with a part of the pair with the path of that part."""
+def _errors_inside(path: str) -> Iterator[None]:
+    """Prefix the dotted path of a UserError with the path of a part of the pair."""
     try:
         yield
     except UserError as error:
-        raise UserError(error.problem, f"{place}.{error.where}".rstrip("."), error.instead) from error
+        raise UserError(error.problem, f"{path}.{error.where}".rstrip("."), error.instead) from error
 
 
 def _listed(pair: PairSpec, role: str, load: Load) -> Splits:
-    """The data of one role; what is wrong with it is said with the field that names it."""
+    """The data of one role. An error names the field of the pair that states these data."""
     specs = [getattr(pair.data, each) for each in DataRoles.model_fields]
-    place = "data" if all(spec == specs[0] for spec in specs) else f"data.{role}"
+    path = "data" if all(spec == specs[0] for spec in specs) else f"data.{role}"
     try:
         return load(getattr(pair.data, role))
     except UserError as error:
         field = error.where.removeprefix("data").removeprefix(".")
-        raise UserError(error.problem, f"{place}.{field}".rstrip("."), error.instead) from error
+        raise UserError(error.problem, f"{path}.{field}".rstrip("."), error.instead) from error
 
 
 def train_count(splits: Splits, spec: DataSpec) -> int:
-    """Number of training images of a data set after its validation part is taken out."""
+    """Number of training images of a data set, without its val split."""
     return len(split_rows(splits, spec.split)["train"][1])
 
 
-def _transfer(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
-    """Whether there are images enough for what the transfer makes of them."""
+def _check_transfer(pair: PairSpec, cluster: Splits, transfer: Splits) -> None:
+    """Check that the transfer has enough images."""
     count = train_count(transfer, pair.data.transfer)
     clustered = "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS
     run_plugin_check("transfer", "transfer", pair.transfer, count, train_count(cluster, pair.data.cluster) if clustered else 0)
 
 
-def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
+def _check_labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
     needs = plugins.module_of("transfer", pair.transfer).NEEDS
     if "labels" in needs and transfer.train.labels is None:
         raise UserError(
@@ -140,14 +140,18 @@ def _labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
 
 
-def _judged_labels_stay_unseen(pair: PairSpec, judging: Splits, load: Load) -> None:
-    """No role that reads labels, in any generation, trains on images that the target holds out; roles without labels may."""
+def _check_held_out_images(pair: PairSpec, judging: Splits, load: Load) -> None:
+    """Check that no role that reads labels, in any generation, trains on images that the target holds out."""
     target = pair.data.target
     if judging.val is not None:  # nothing is held out of the training images
         return
-    roles = [("teacher.pair." * place, each, role) for place, each in enumerate(generations(pair)) for role in _reading(each)]
-    for above, each, role in roles:
-        spec: DataSpec = getattr(each.data, role)
+    generation_roles = [
+        ("teacher.pair." * index, generation, role)
+        for index, generation in enumerate(generations(pair))
+        for role in _roles_with_labels(generation)
+    ]
+    for prefix, generation, role in generation_roles:
+        spec: DataSpec = getattr(generation.data, role)
         if spec == target or origin(spec) != origin(target):
             continue
         held = _names(judging, target, "val")
@@ -155,13 +159,13 @@ def _judged_labels_stay_unseen(pair: PairSpec, judging: Splits, load: Load) -> N
         if seen:
             raise UserError(
                 f"{len(seen)} of the {len(held)} images that judge are training images of {role}, which reads their labels",
-                where=f"{above}data.{role}.split",
+                where=f"{prefix}data.{role}.split",
                 instead=f"Write the target's: {{val: {target.split.val}, seed: {target.split.seed}}}.",
             )
 
 
-def _reading(pair: PairSpec) -> list[str]:
-    """The roles whose training images are seen together with their labels."""
+def _roles_with_labels(pair: PairSpec) -> list[str]:
+    """The roles whose training reads the labels of the images."""
     teacher = pair.teacher
     of_pretext = isinstance(teacher, TrainedTeacher) and "labels" in getattr(
         plugins.module_of("pretext", teacher.pretext), "NEEDS", ()
@@ -175,8 +179,8 @@ def _names(splits: Splits, spec: DataSpec, split: str) -> set[str]:
     return {images.names[row] for row in rows}
 
 
-def _pretext(pair: PairSpec, data: Splits) -> None:
-    """What a pretext task looks for in its data, as its module says by NEEDS."""
+def _check_pretext(pair: PairSpec, data: Splits) -> None:
+    """Check that the data have what the pretext task NEEDS."""
     if not isinstance(pair.teacher, TrainedTeacher):
         return
     kind = pair.teacher.pretext.kind
@@ -196,17 +200,17 @@ def _pretext(pair: PairSpec, data: Splits) -> None:
 
 
 def _grey(images: Source) -> bool:
-    """Whether a few images from all over the data are grey, as far as they can be read."""
-    few = min(8, len(images.names))
+    """Whether all of a few images, spread over the data set, are grey; unreadable images are skipped."""
+    count = min(8, len(images.names))
     found = []
-    for place in range(few):
+    for index in range(count):
         with contextlib.suppress(Unreadable):
-            found.append(bool((np.ptp(images.read(place * len(images.names) // few), axis=-1) == 0).all()))
+            found.append(bool((np.ptp(images.read(index * len(images.names) // count), axis=-1) == 0).all()))
     return bool(found) and all(found)
 
 
-def _evaluations(pair: PairSpec) -> None:
-    """What an evaluation reads that the pair does not make."""
+def _check_evaluations(pair: PairSpec) -> None:
+    """Check that the pair makes what each evaluation reads."""
     needs = plugins.module_of("transfer", pair.transfer).NEEDS
     for index, spec in enumerate(pair.evals):
         if reads_pseudo_labels(spec) and "pseudo_labels" not in needs:
@@ -227,7 +231,7 @@ def _evaluations(pair: PairSpec) -> None:
             )
 
 
-def _layers(pair: PairSpec) -> None:
+def _check_layers(pair: PairSpec) -> None:
     networks: list[tuple[str, BackboneSpec, str | None]] = []
     teacher = pair.teacher
     if isinstance(teacher, NetworkTeacher):
@@ -247,12 +251,12 @@ def _layers(pair: PairSpec) -> None:
 
 @lru_cache(maxsize=256)
 def _layer_names(backbone: BackboneSpec) -> tuple[str, ...]:
-    # Not on torch's meta device: its first random draw imports torch's compiler, which takes seconds.
+    # Not on torch's meta device, where the first random draw imports torch's compiler, which takes seconds.
     return tuple(loop.untrained_backbone(backbone, 0).layers)  # type: ignore[arg-type]
 
 
-def _precomputed_features(pair: PairSpec, load: Load) -> None:
-    """Refuse features whose rows are not those of the images; whether their numbers are finite, only the run sees.
+def _check_precomputed_features(pair: PairSpec, load: Load) -> None:
+    """Reject features whose rows do not match the images. Whether all values are finite is checked during the run.
 
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
@@ -261,11 +265,12 @@ def _precomputed_features(pair: PairSpec, load: Load) -> None:
     if not isinstance(teacher, PrecomputedTeacher):
         return
     read = list(_images_read(pair, load))
-    for (one, _, of_one), (other, _, of_other) in combinations(read, 2):
-        _refuse_ambiguous(teacher, (one, getattr(pair.data, one), of_one), (other, getattr(pair.data, other), of_other))
+    images = [(role, getattr(pair.data, role), names) for role, _, names in read]
+    for first, second in combinations(images, 2):
+        _refuse_ambiguous(teacher, first, second)
     rows: Any = None
     for role, split, names in read:
-        if rows is None:  # of one data set, where rows belong to one
+        if rows is None:  # features matched by row belong to one data set, so any role gives the same
             rows = precomputed.row_numbers(teacher, load(getattr(pair.data, role)).train.names)
         precomputed.refuse_missing(rows, names, f"{split} images of data.{role}")
 
@@ -288,20 +293,20 @@ def _images_read(pair: PairSpec, load: Load) -> Iterator[tuple[str, str, list[st
 RoleImages = tuple[str, DataSpec, list[str]]  # role, data spec, paths
 
 
-def _refuse_ambiguous(teacher: PrecomputedTeacher, one: RoleImages, other: RoleImages) -> None:
-    """One row cannot belong to two images."""
-    if origin(one[1]) == origin(other[1]):
+def _refuse_ambiguous(teacher: PrecomputedTeacher, first: RoleImages, second: RoleImages) -> None:
+    """Reject features of which one row would belong to images of two data sets."""
+    if origin(first[1]) == origin(second[1]):
         return
     if precomputed.matched_by_row(teacher):
         raise UserError(
-            f"features without paths belong to one data set, and data.{one[0]} and data.{other[0]} are two",
+            f"features without paths belong to one data set, and data.{first[0]} and data.{second[0]} are two",
             precomputed.WHERE,
             "Give a file of 'names'.",
         )
-    both = set(one[2]) & set(other[2])
+    both = set(first[2]) & set(second[2])
     if both:
         raise UserError(
-            f"{len(both)} paths are in data.{one[0]} and in data.{other[0]}, such as {min(both)!r}",
+            f"{len(both)} paths are in data.{first[0]} and in data.{second[0]}, such as {min(both)!r}",
             precomputed.WHERE,
             "Put both data sets below one folder, so that each image has a path of its own.",
         )

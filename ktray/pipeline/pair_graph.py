@@ -1,4 +1,4 @@
-"""The stages of a pair, in dependency order: who reads what. What each stage is, its own file in `stages/` says."""
+"""The stages of a pair in dependency order, and which stage reads which. Each stage itself is defined in `stages/`."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from ktray.training import pretrained
 
 Identity = Callable[[DataSpec], str]
 """Data spec -> sha256 of the data's content."""
-MAX_RESUME_KEYS = 400
+MAX_RESUME_KEYS = 400  # of one snapshot; a longer training can resume from fewer epochs
 MAX_CACHED_CHAINS = 300
-_chains: dict[tuple[str, str], list[Stage]] = {}
+_chain_cache: dict[tuple[str, str], list[Stage]] = {}
 
 
 @dataclass(frozen=True)
 class Graph:
-    """What has to exist before a pair is judged.
+    """The stages of a pair and their keys.
 
     Attributes:
-        stages: every stage once, inputs before those who read them.
+        stages: every stage once, each after its inputs.
         keys: ``{"teacher": key, ..., "evaluation": {name: key}}``; stages that the pair lacks are absent. Of several
             clusterings the first has ``clusters`` and ``pseudo_labels``, the next ``clusters_2`` and ``pseudo_labels_2``, ...
     """
@@ -56,7 +56,7 @@ class Graph:
     keys: Mapping[str, Any]
 
     def up_to(self, evaluation: str) -> Graph:
-        """The part of it that one evaluation rests on: of one that judges the teacher neither clusters nor a student."""
+        """The stages that one evaluation needs. One that judges the teacher needs neither clusters nor a student."""
         key = self.keys["evaluation"][evaluation]
         kept = {key}
         for stage in reversed(self.stages):
@@ -68,7 +68,8 @@ class Graph:
     def student_keys(self) -> set[str]:
         """Keys of the student, of its earlier snapshots in this graph, and of all that reads any of these.
 
-        All other stages come before the student, those of a student that teaches included. What a search spends is split here.
+        All other stages come before the student, also those of a student that teaches this one. A search accounts for the cost
+        of the two parts separately.
         """
         student = next((stage for stage in self.stages if stage.key == self.keys.get("student")), None)
         found = {student.key, *student.resume_from} & {stage.key for stage in self.stages} if student else set()
@@ -100,10 +101,10 @@ class _Builder:
         data: DataSpec = getattr(self.pair.data, role)
         return self.add(images_stage.stage_of(data, self.identity(data)))
 
-    def places(self, role: str) -> dict[str, Any]:
+    def locations(self, role: str) -> dict[str, Any]:
         return images.location_fields(getattr(self.pair.data, role))
 
-    def taught_by(self) -> dict[str, str]:
+    def teacher_input(self) -> dict[str, str]:
         return {"teacher": self.keys["teacher"]} if "teacher" in self.keys else {}
 
 
@@ -119,11 +120,11 @@ def build(
 
     Args:
         identity: data spec -> sha256 of its content.
-        epoch: the student is wanted at the end of this epoch; None for its last.
+        epoch: of the student that is evaluated; None for the last.
         evaluations: names of the evaluations to run; None for all.
-        milestones: ``{"teacher": [20, 40], "student": [5, 13]}``: epochs where training is cut into segments because somebody
-            else wants, or may want, that snapshot. Cuts change no result and no key. ``pair.teacher`` and ``pair.student`` are
-            those of the pair whose student teaches, ``pair.pair.student`` is one generation further back.
+        milestones: ``{"teacher": [20, 40], "student": [5, 13]}``: epochs at which training is cut into segments, because other
+            trials may share these snapshots. Cuts change no result and no key. ``pair.teacher`` and ``pair.student`` belong to
+            the pair whose student teaches, ``pair.pair.student`` to the generation before it.
     """
     builder = _Builder(pair, identity, milestones or {})
     _up_to_student(builder, epoch)
@@ -135,7 +136,7 @@ def build(
 
 
 def _up_to_student(builder: _Builder, epoch: int | None) -> None:
-    """All stages up to the student."""
+    """Add all stages up to the student."""
     pair = builder.pair
     transfer = plugins.module_of("transfer", pair.transfer)
     if pair.teacher is not None:
@@ -165,18 +166,18 @@ def final_epoch(pair: PairSpec) -> int:
 
 
 def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], schedule: Schedule, last: int) -> str:
-    """The chain of segments up to epoch `last`; only milestones before it become stages of their own."""
+    """Add the segments of a training up to epoch `last`, one per milestone before it and the last; the key of the last."""
     milestones = builder.milestones.get(f"{builder.generation}{name}", ())
     cuts = sorted({epoch for epoch in milestones if 0 < epoch < last} | {last})
-    # Trials share teachers, and the keys of all epochs of one are most of the work of building a graph. The last stage and the
-    # schedule determine all earlier ones.
+    # Trials share teachers, and hashing the keys of all their epochs is most of the work of building a graph, so chains are
+    # cached. The last stage and the schedule determine all earlier stages.
     end = stage(last)
     known = (end.sha256, canonical([end.local, end.about, schedule.model_dump(mode="json"), cuts]))
-    if known not in _chains:
-        while len(_chains) >= MAX_CACHED_CHAINS:
-            del _chains[next(iter(_chains))]
-        _chains[known] = _chain(stage, cuts)
-    return [builder.add(each) for each in _chains[known]][-1]
+    if known not in _chain_cache:
+        while len(_chain_cache) >= MAX_CACHED_CHAINS:
+            del _chain_cache[next(iter(_chain_cache))]
+        _chain_cache[known] = _chain(stage, cuts)
+    return [builder.add(each) for each in _chain_cache[known]][-1]
 
 
 def _chain(stage: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
@@ -191,82 +192,82 @@ def _chain(stage: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
 
 def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
     if isinstance(teacher, TrainedTeacher):
-        at = teacher_stage.trained(teacher, builder.images("pretext"), builder.places("pretext"))
+        at = teacher_stage.trained(teacher, builder.images("pretext"), builder.locations("pretext"))
         builder.keys["teacher"] = _training(builder, "teacher", at, teacher.schedule, teacher.schedule.epochs)
     elif isinstance(teacher, LoadedTeacher):
         in_store = pretrained.ARTIFACT.fullmatch(teacher.checkpoint)
         sha256 = None if in_store else checkpoint_sha256(teacher.checkpoint)
         builder.keys["teacher"] = builder.add(teacher_stage.loaded(teacher, sha256))
     elif isinstance(teacher, StudentTeacher):
-        before = f"{builder.generation}pair."
-        inner = _Builder(teacher.pair, builder.identity, builder.milestones, before, builder.stages)
+        generation = f"{builder.generation}pair."
+        inner = _Builder(teacher.pair, builder.identity, builder.milestones, generation, builder.stages)
         _up_to_student(inner, None)
         builder.keys["teacher"] = inner.keys["student"]
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
-        stage = teacher_stage.fitted(teacher, builder.images("cluster"), builder.places("cluster"))
+        stage = teacher_stage.fitted(teacher, builder.images("cluster"), builder.locations("cluster"))
         builder.keys["teacher"] = builder.add(stage)
 
 
 def _features(builder: _Builder, role: str) -> str:
-    inputs = {"images": builder.images(role), **builder.taught_by()}
+    inputs = {"images": builder.images(role), **builder.teacher_input()}
     teacher = _teacher_of(builder.pair)
-    return builder.add(features_stage.stage_of(teacher, inputs, builder.places(role), _ready_made(teacher)))
+    return builder.add(features_stage.stage_of(teacher, inputs, builder.locations(role), _precomputed_identity(teacher)))
 
 
 def _teacher_of(pair: PairSpec) -> TeacherSpec:
     if pair.teacher is None:
-        raise ValueError("the pair has no teacher, and one of its stages reads a teacher's features")
+        raise ValueError("one of the stages reads a teacher's features, and the pair has no teacher")
     return pair.teacher
 
 
-def _ready_made(teacher: TeacherSpec) -> dict[str, Any] | None:
+def _precomputed_identity(teacher: TeacherSpec) -> dict[str, Any] | None:
     return features_identity(teacher) if isinstance(teacher, PrecomputedTeacher) else None
 
 
 def _pseudo_labels(builder: _Builder) -> None:
-    """Clusters and pseudo-labels of each k: stages of their own, which another transfer with that k shares."""
+    """Add clusters and pseudo-labels for each k, as separate stages that other transfers with the same k share."""
     transfer, keys = builder.pair.transfer, builder.keys
     keys["features"] = _features(builder, "cluster")
-    for place, k in enumerate(clusters_stage.numbers_of_clusters(transfer)):
+    for index, k in enumerate(clusters_stage.numbers_of_clusters(transfer)):
         clusters = builder.add(clusters_stage.stage_of(transfer, k, keys["features"]))
         inputs = {
             "features": _features(builder, "transfer"),
             "clusters": clusters,
             "images.transfer": builder.images("transfer"),
         }
-        keys[numbered("clusters", place)] = clusters
-        stage = pseudo_labels_stage.stage_of(transfer, inputs, builder.places("transfer"))
-        keys[numbered("pseudo_labels", place)] = builder.add(stage)
+        keys[numbered("clusters", index)] = clusters
+        stage = pseudo_labels_stage.stage_of(transfer, inputs, builder.locations("transfer"))
+        keys[numbered("pseudo_labels", index)] = builder.add(stage)
 
 
 def _student(builder: _Builder, needs: Mapping[str, tuple[str, ...]], epoch: int | None) -> None:
     pair, student = builder.pair, builder.pair.student
     last = final_epoch(pair) if epoch is None else min(epoch, final_epoch(pair))
     if last == 0:
-        builder.keys["student"] = builder.add(student_stage.as_drawn(student))
+        builder.keys["student"] = builder.add(student_stage.untrained(student))
         return
     inputs = {"images.transfer": builder.images("transfer")}
     inputs |= {name: key for name, key in builder.keys.items() if name.startswith(("clusters", "pseudo_labels"))}
     if "features" in needs:
         inputs["features"] = _features(builder, "transfer")
-    at = student_stage.taught(student, pair.transfer, inputs, builder.places("transfer"), lineage(pair.model_dump()))
+    at = student_stage.trained(student, pair.transfer, inputs, builder.locations("transfer"), lineage(pair.model_dump()))
     builder.keys["student"] = _training(builder, "student", at, student.schedule, last)
 
 
 def _evaluation(builder: _Builder, spec: EvaluationSpec) -> str:
     pair, keys = builder.pair, builder.keys
     inputs = {"images.target": builder.images("target")}
-    places = {"images.target": builder.places("target")}
+    locations = {"images.target": builder.locations("target")}
     if evaluation_stage.reads_pseudo_labels(spec):
         if "pseudo_labels" in keys:
             inputs |= {"pseudo_labels": keys["pseudo_labels"], "images.transfer": builder.images("transfer")}
-            places["images.transfer"] = builder.places("transfer")
+            locations["images.transfer"] = builder.locations("transfer")
         else:
             inputs["student"] = keys["student"]
-        return builder.add(evaluation_stage.stage_of(spec, None, inputs, places, None))
+        return builder.add(evaluation_stage.stage_of(spec, None, inputs, locations, None))
     if spec.of == "teacher":
-        inputs |= builder.taught_by()
+        inputs |= builder.teacher_input()
         teacher = _teacher_of(pair)
-        return builder.add(evaluation_stage.stage_of(spec, teacher, inputs, places, _ready_made(teacher)))
+        return builder.add(evaluation_stage.stage_of(spec, teacher, inputs, locations, _precomputed_identity(teacher)))
     inputs["student"] = keys["student"]
-    return builder.add(evaluation_stage.stage_of(spec, pair.student, inputs, places, None))
+    return builder.add(evaluation_stage.stage_of(spec, pair.student, inputs, locations, None))

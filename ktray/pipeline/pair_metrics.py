@@ -1,4 +1,4 @@
-"""From published stages to what a pair is worth: its metrics and its cost."""
+"""Metrics and cost of a pair, read from its published stages."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def metrics(graph: Graph, artifacts: Mapping[str, Artifact]) -> dict[str, float]
 
 
 def cost_seconds(graph: Graph, artifacts: Mapping[str, Artifact]) -> float:
-    """Recorded seconds of all stages: what the pair would have cost alone. Segments count in the snapshot they led to."""
-    passed = {key for stage in graph.stages for key in stage.resume_from}
-    return float(sum(artifacts[s.key].record["seconds_alone"] for s in graph.stages if s.key not in passed))
+    """Seconds that the pair would have cost alone, summed over stages. A snapshot's record includes its earlier segments."""
+    intermediate = {key for stage in graph.stages for key in stage.resume_from}
+    return float(sum(artifacts[s.key].record["seconds_alone"] for s in graph.stages if s.key not in intermediate))
 
 
 def count_by_stage(keys: Iterable[str]) -> dict[str, int]:
@@ -47,10 +47,10 @@ def count_by_stage(keys: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def left_out(keys: Iterable[str], store: Store) -> list[str]:
-    """A sentence for each data set that the artifacts `keys` read and of which images were unreadable."""
-    made = [artifact for artifact in map(store.find, sorted(set(keys))) if artifact]
-    read = {key for artifact in made for key in artifact.record["inputs"].values() if key.startswith("images-")}
+def unreadable_images(keys: Iterable[str], store: Store) -> list[str]:
+    """A sentence about each data set with unreadable images that one of the artifacts `keys` read."""
+    artifacts = [artifact for artifact in map(store.find, sorted(set(keys))) if artifact]
+    read = {key for artifact in artifacts for key in artifact.record["inputs"].values() if key.startswith("images-")}
     found = []
     for images in filter(None, map(store.find, sorted(read))):
         count = int(images.metrics["unreadable"])

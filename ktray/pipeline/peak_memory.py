@@ -1,4 +1,4 @@
-"""Peaks of host and device memory while one stage runs: a warm worker ran other stages before."""
+"""Peaks of host and device memory of one stage. They are reset first, because a worker has run other stages before."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 
 
 def reset_peaks(device: str) -> None:
-    """Count peaks from here."""
+    """Start counting peaks from now."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.startswith("cuda"):
-        torch.cuda.init()  # in a process that has not touched CUDA yet, the next line says "Invalid device argument"
+        torch.cuda.init()  # otherwise the next line raises "Invalid device argument" in a process that has not used CUDA
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak() -> int:
-    """Most bytes of host memory that this process held since `reset_peaks`; where the kernel does not say, since its start."""
+    """Peak bytes of host memory of this process since `reset_peaks`, or since its start where the kernel does not say."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
@@ -27,16 +27,16 @@ def peak() -> int:
 
 
 def device_peak(device: str) -> int:
-    """Most bytes of GPU memory that tensors of this process held since `reset_peaks`; 0 on a CPU."""
+    """Peak bytes of GPU memory in tensors of this process since `reset_peaks`; 0 on a CPU."""
     return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
 
 
 def device_bytes(device: str) -> int:
-    """All memory of the GPU, in bytes; 0 on a CPU."""
+    """Total memory of the GPU in bytes; 0 on a CPU."""
     return int(torch.cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else 0
 
 
 def release_cached_memory(device: str) -> None:
-    """Let others on the same GPU have what torch keeps for later."""
+    """Release the GPU memory that torch caches, so that other processes can use it."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What the record of an artifact says: what was computed, from what, where, by which code, and what it took."""
+"""The record of an artifact: what was computed, from which inputs, where, by which code, and what it cost."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _PACKAGE = Path(__file__).parent.parent
 def record_of(
     stage: Stage, metrics: Mapping[str, float], seconds: float, inputs: Mapping[str, Artifact], context: StageContext
 ) -> dict[str, Any]:
-    """All that a record holds of a run, but for the attempt, what it started from and what it would have cost alone.
+    """The record of a run, except for the attempt, the snapshot that it resumed from, and its cost alone.
 
     Args:
-        seconds: what is charged to this stage; of a run that makes several, its share.
+        seconds: of the run, or this stage's share of them if the run made several stages.
     """
     return {
         "key": stage.key,
@@ -65,9 +65,9 @@ def _environment() -> Mapping[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of ktray's working tree, "-dirty" if the package differs from it; None if ktray was installed.
+    """The commit of ktray's working tree, with "-dirty" if the package has changes; None if ktray was installed.
 
-    An installed ktray may lie inside the user's repository, as `.venv` often does, whose commit says nothing about ktray.
+    An installed ktray may lie inside the user's repository, such as in `.venv`; the commit of that says nothing about ktray.
     """
     try:
         if not _PACKAGE.parent.samefile(_git("rev-parse", "--show-toplevel")):

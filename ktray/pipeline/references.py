@@ -1,4 +1,4 @@
-"""The two references of every leaderboard, the untrained student and the supervised one, and the labels that judges read."""
+"""The two references of every leaderboard, the untrained and the supervised student; and the labels that evaluations read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILE = "references.json"
 
 
 def reference_pairs(pair: Mapping[str, Any], transfer_data: Splits) -> dict[str, PairSpec]:
-    """Name -> pair with the same student, data and judges as `pair`, but no teacher.
+    """Name -> pair with the same student, data and evaluations as `pair`, but no teacher.
 
     Args:
         pair: the dump of the pair to compare with.
@@ -36,12 +36,12 @@ def reference_pairs(pair: Mapping[str, Any], transfer_data: Splits) -> dict[str,
     if transfer_data.train.labels is not None:
         names[CEILING] = "labels"
     whole = PairSpec.model_validate(dict(pair))
-    evals = [spec.model_dump() for spec in whole.evals if _judges_a_student(spec)]
+    evals = [spec.model_dump() for spec in whole.evals if _judges_student(spec)]
     base = {"data": pair["data"], "student": pair["student"], "evals": evals}
     return {name: PairSpec.model_validate({**base, "transfer": {"kind": kind}}) for name, kind in names.items()}
 
 
-def _judges_a_student(spec: EvaluationSpec) -> bool:
+def _judges_student(spec: EvaluationSpec) -> bool:
     return spec.of == "student" and not reads_pseudo_labels(spec)
 
 
@@ -50,10 +50,10 @@ def reference_graphs(pair: Mapping[str, Any], data: Splits, identity: Identity) 
     return {name: pair_graph.build(each, identity) for name, each in reference_pairs(pair, data).items()}
 
 
-def save_if_complete(wanted: Mapping[str, Graph], store: Store, folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Read the reference lines from the store and keep them with the study; None if a stage is missing."""
+def save_if_complete(graphs: Mapping[str, Graph], store: Store, folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Read the references' metrics from the store and save them in the study's folder; None if a stage is missing."""
     found: dict[str, dict[str, Any]] = {}
-    for name, graph in wanted.items():
+    for name, graph in graphs.items():
         artifacts = pair_metrics.published_artifacts(graph, store)
         if artifacts is None:
             return None
@@ -63,7 +63,7 @@ def save_if_complete(wanted: Mapping[str, Graph], store: Store, folder: Path) ->
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The reference lines of a study, empty before its first search ended."""
+    """The references of a study; empty before its first search has ended."""
     try:
         found: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
     except (FileNotFoundError, ValueError):
@@ -79,20 +79,20 @@ def with_test_split(pair: Mapping[str, Any]) -> PairSpec:
 
 
 def has_test_split(keys: Mapping[str, Any], store: Store) -> bool:
-    """Whether the data that judged a trial have a test split, as far as they are still in the store.
+    """Whether the target data of a trial have a test split. Data that are no longer in the store count as having one.
 
     Args:
-        keys: of the trial: evaluation -> name -> key, beside those of its stages.
+        keys: of the trial, with evaluation -> name -> key.
     """
-    judges = filter(None, map(store.find, keys.get("evaluation", {}).values()))
-    images = filter(None, (store.find(judge.record["inputs"]["images.target"]) for judge in judges))
+    evaluations = filter(None, map(store.find, keys.get("evaluation", {}).values()))
+    images = filter(None, (store.find(each.record["inputs"]["images.target"]) for each in evaluations))
     return all("test" in json.loads((each.directory / "splits.json").read_text())["splits"] for each in images)
 
 
 def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, int]:
-    """Split -> number of labels that the judges of finished trials read; empty if they read none.
+    """Split -> number of labels that the evaluations of finished trials read; empty if they read none.
 
-    Labels of one data set count once, whoever read them and at whatever size of the images; those of several are summed.
+    Labels of one data set count once, whatever the number of readers and the size of the images. Data sets are summed.
 
     Args:
         keys: of each trial: stage -> key, evaluation -> name -> key.
@@ -100,13 +100,13 @@ def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, in
     Raises:
         UserError: the images are no longer in the store.
     """
-    judges = dict.fromkeys(key for each in keys for key in each.get("evaluation", {}).values())
-    read = dict.fromkeys(place for judge in filter(None, map(store.find, judges)) for place in _read_by(judge))
+    evaluations = dict.fromkeys(key for each in keys for key in each.get("evaluation", {}).values())
+    read = dict.fromkeys(labels for each in filter(None, map(store.find, evaluations)) for labels in _labels_read_by(each))
     counts: dict[tuple[str, str], int] = {}
     for key, split in read:
         images = store.find(key)
         if images is None:
-            raise UserError(f"{key} is no longer in the store, and it says how many labels were read", instead="Search again.")
+            raise UserError(f"{key} is no longer in the store, so the labels read cannot be counted", instead="Search again.")
         file = images.directory / f"{split}-labels.npy"
         if file.exists():
             same = canonical({name: value for name, value in images.record["spec"].items() if name != "size"})
@@ -115,16 +115,16 @@ def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, in
     return {split: sum(count for (of, _), count in counts.items() if of == split) for split in splits}
 
 
-def _read_by(judge: Artifact) -> list[tuple[str, str]]:
-    """Key of the images and split of all labels that a judge reads, where there are any."""
-    spec, inputs = judge.record["spec"], judge.record["inputs"]
-    places = {
+def _labels_read_by(evaluation: Artifact) -> list[tuple[str, str]]:
+    """(key of the images, split) of all labels that an evaluation reads."""
+    spec, inputs = evaluation.record["spec"], evaluation.record["inputs"]
+    labels = {
         "train": (inputs["images.transfer" if "pseudo_labels" in inputs else "images.target"], "train"),
         "judged": (inputs["images.target"], spec["split"]),
     }
     try:
         module = plugins.module("evaluation", spec["kind"])
-    except UserError:  # a plugin that this command was not told to trust: rather one label too many than one concealed
-        return [*places.values()]
-    read = places if module.NEEDS_LABELS else getattr(module, "MAY_READ_LABELS", ())
-    return [places[name] for name in read]
+    except UserError:  # a plugin that this command does not trust; it may have read all labels, so count them all
+        return [*labels.values()]
+    read = labels if module.NEEDS_LABELS else getattr(module, "MAY_READ_LABELS", ())
+    return [labels[name] for name in read]

@@ -1,7 +1,7 @@
-"""Two made-up images through every network and descriptor of a pair: what only a run can tell, told before the run.
+"""Runs two random images through each network and descriptor of a pair, to find errors of shape before a run.
 
-Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU. What a
-plugin knows better it says itself: `check` refuses a spec, `quick` gives one that is as quick to try as it has the same shapes.
+Each distinct network, layer, pooling, descriptor and pretext task runs once per process and size of images, on the CPU. A
+plugin may help: its `check` rejects a spec, and its `quick` returns one with the same shapes that is quick to try.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from ktray.spec import (
 from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.strict import StrictSpec
 
-_COUNT = 2  # the least that batch norm trains on
+_COUNT = 2  # images; batch norm cannot be trained on fewer
 
 
 def try_networks(pair: PairSpec, cluster_images: int) -> None:
-    """Run what the pair would run, on as little as possible.
+    """Run the networks, descriptors and tasks of a pair on two images.
 
     Args:
         cluster_images: number of images that a descriptor is fitted to.
@@ -53,7 +53,7 @@ def try_networks(pair: PairSpec, cluster_images: int) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Two images are too little for several: they would wait for each other, on a busy machine for long."""
+    """Two images are too few for several threads, which would mostly wait for each other on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -72,18 +72,18 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
         _try_teacher(teacher, sizes)
     if "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS:
         _same_width(teacher, sizes)
-    with _at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
+    with _errors_at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
         _extract(student.backbone, None, Pooling(), sizes["transfer"])
     for index, spec in enumerate(pair.evals):
         if reads_pseudo_labels(spec):
             continue
         network = student if spec.of == "student" else teacher
         if not isinstance(network, Student | NetworkTeacher):
-            continue  # `_try_descriptor` has seen images of this size, or no network sees any
+            continue  # a descriptor, which `_try_descriptor` has tried, or precomputed features
         layer, pool = spec.layer, spec.pool
         if not isinstance(network, Student) and layer is None:
             layer, pool = network.layer, network.pool
-        with _at(f"evals.{index}", f"the {network.backbone.kind} cannot take images of {judged} px"):
+        with _errors_at(f"evals.{index}", f"the {network.backbone.kind} cannot take images of {judged} px"):
             _extract(network.backbone, layer, pool, judged)
 
 
@@ -91,15 +91,15 @@ def _try_teacher(teacher: NetworkTeacher, sizes: dict[str, int]) -> None:
     kind, size = teacher.backbone.kind, sizes["pretext"]
     if isinstance(teacher, TrainedTeacher):
         run_plugin_check("teacher.pretext", "pretext", teacher.pretext)
-        with _at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
+        with _errors_at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
             _learn(teacher.pretext, teacher.backbone, size)
     for role in ("cluster", "transfer"):
-        with _at("teacher", f"the {kind} cannot take images of {sizes[role]} px"):
+        with _errors_at("teacher", f"the {kind} cannot take images of {sizes[role]} px"):
             _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
 
 
 def _same_width(teacher: TeacherSpec | None, sizes: dict[str, int]) -> None:
-    """Clusters of features of one width label features of the same width only."""
+    """Check that clusters are applied to features of the same width as those that they were made of."""
     widths = {}
     for role in ("cluster", "transfer"):
         if isinstance(teacher, HandcraftedTeacher):
@@ -109,7 +109,7 @@ def _same_width(teacher: TeacherSpec | None, sizes: dict[str, int]) -> None:
     if len(set(widths.values())) > 1:
         raise UserError(
             f"images of {sizes['cluster']} px have {widths['cluster']} features each and those of {sizes['transfer']} px "
-            f"{widths['transfer']}, so the clusters of data.cluster are none of data.transfer",
+            f"{widths['transfer']}, so the clusters of data.cluster cannot be applied to data.transfer",
             "data.transfer.size",
             f"Use {sizes['cluster']} px for both, or a teacher whose features are pooled.",
         )
@@ -117,46 +117,46 @@ def _same_width(teacher: TeacherSpec | None, sizes: dict[str, int]) -> None:
 
 def _try_descriptor(descriptor: DescriptorSpec, sizes: dict[str, int], count: int) -> None:
     for size in sorted({sizes[role] for role in ("cluster", "transfer", "target")}):
-        with _at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
+        with _errors_at("teacher.descriptor", f"the descriptor {descriptor.kind} cannot take images of {size} px", descriptor):
             _describe(descriptor, size)
     run_plugin_check("teacher.descriptor", "descriptor", descriptor, sizes["cluster"], count)
 
 
-def run_plugin_check(place: str, group: str, spec: PluginSpec, *data: int) -> None:
-    """What a plugin's `check` says of its spec, if it has one.
+def run_plugin_check(path: str, group: str, spec: PluginSpec, *data: int) -> None:
+    """Run a plugin's `check` on its spec, if it has one.
 
     Args:
-        place: dotted path of the spec in the pair.
-        data: what `check` asks of the images besides, as the group's `__init__` says.
+        path: dotted path of the spec in the pair.
+        data: further arguments of `check`, as documented in the group's `__init__`.
 
     Raises:
-        UserError: the plugin refuses its spec.
+        UserError: the plugin rejects its spec.
     """
     check = getattr(plugins.module_of(group, spec), "check", None)
     if check:
-        with _at(place, f"the {group} {spec.kind} cannot be made", spec):
+        with _errors_at(path, f"the {group} {spec.kind} cannot be made", spec):
             check(spec, *data)
 
 
 @contextmanager
-def _at(place: str, failed: str, spec: PluginSpec | None = None) -> Iterator[None]:
-    """Say what was raised with its dotted path; `spec` is that of the plugin that raised."""
+def _errors_at(path: str, failed: str, spec: PluginSpec | None = None) -> Iterator[None]:
+    """Turn any error into a UserError with a dotted path; `spec` is that of the plugin that may raise."""
     try:
         yield
     except UserError as error:
         field = error.where.removeprefix("descriptor.")
-        above = _above(spec, field.split(".")[0]) if spec else ""
-        whole = f"{place.removesuffix('.backbone')}.{above}{field}" if field else place
-        raise UserError(error.problem, whole, error.instead) from error
-    except Exception as error:  # a boundary: torch and plugins raise anything, and it is the pair that does not fit
-        said = (str(error) or type(error).__name__).splitlines()[0]
+        parent = _parent_of(spec, field.split(".")[0]) if spec else ""
+        where = f"{path.removesuffix('.backbone')}.{parent}{field}" if field else path
+        raise UserError(error.problem, where, error.instead) from error
+    except Exception as error:  # torch and plugins may raise anything for a pair that does not fit
+        message = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{failed}: {said}", place, "Use other images, such as larger ones (data.size), or another form."
+            f"{failed}: {message}", path, "Use other images, such as larger ones (data.size), or another form."
         ) from error
 
 
-def _above(spec: PluginSpec, field: str) -> str:
-    """``hog.`` if `field` is not the descriptor's own but that of a spec in it."""
+def _parent_of(spec: PluginSpec, field: str) -> str:
+    """Prefix of `field`, such as ``hog.``, if it belongs to a spec inside the descriptor's; otherwise empty."""
     own = type(spec).model_fields if isinstance(spec, StrictSpec) else {}
     specs = ((name, getattr(spec, name)) for name in own)
     inner = (name for name, part in specs if isinstance(part, StrictSpec) and field in type(part).model_fields)
@@ -164,7 +164,7 @@ def _above(spec: PluginSpec, field: str) -> str:
 
 
 def _pixels(size: int) -> Tensor:
-    """(2, size, size, 3) uint8, coloured noise."""
+    """Random pixels, (2, size, size, 3) uint8."""
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (_COUNT, size, size, 3), dtype=np.uint8))
 
 
@@ -179,7 +179,7 @@ def _extract(backbone: BackboneSpec, layer: str | None, pool: Pooling, size: int
     return _network(backbone, layer, pool)(_pixels(size)).shape[1]
 
 
-@lru_cache(maxsize=2)  # several sizes of one network come one after the other
+@lru_cache(maxsize=2)  # the sizes for one network are tried in succession
 def _network(backbone: BackboneSpec, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
     return extraction.layer_extractor(_built(backbone), layer, pool)
 
@@ -192,12 +192,12 @@ def _built(backbone: BackboneSpec) -> nn.Module:
 
 @lru_cache(maxsize=1024)
 def _describe(descriptor: DescriptorSpec, size: int) -> int | None:
-    """Number of features of an image; None for a fitted descriptor, which has as many as it was fitted with."""
+    """Number of features of an image; None for a fitted descriptor, where it depends on the fit."""
     module = plugins.module_of("descriptor", descriptor)
     state = None
     if hasattr(module, "fit"):
         if not hasattr(module, "quick"):
-            return None  # how many images it needs is not known
+            return None  # it may need more than two images
         descriptor = module.quick(descriptor)
         state = module.fit(descriptor, _images(size))
     described = module.describe(descriptor, state, _pixels(size))

@@ -1,7 +1,7 @@
 """What each stage is and does, one file per stage.
 
 A function such as `stage_of` projects a pair to a `Stage`, whose spec is hashed; `run` executes that spec, the input artifacts
-and the places in `Stage.local`, and reads nothing else. Stages import tools and methods; `pipeline` wires them. Start with
+and the locations in `Stage.local`, and reads nothing else. Stages import tools and methods; `pipeline` wires them. Start with
 `clusters_stage`, then `features_stage`.
 """
 
@@ -23,7 +23,7 @@ from ktray.stages import (
 )
 
 Run = Callable[[Stage, Mapping[str, Artifact], Path, StageContext, Path | None], Mapping[str, float]]
-"""(stage, role -> input artifact, scratch directory, context, earlier snapshot to start from) -> metrics."""
+"""(stage, role -> input artifact, scratch directory, context, earlier snapshot to resume from) -> metrics."""
 
 WORK: Mapping[str, Run] = {
     "images": images_stage.run,
@@ -38,7 +38,7 @@ WORK: Mapping[str, Run] = {
 FamilyRun = Callable[
     [Sequence[Stage], Mapping[str, Artifact], Sequence[Path], StageContext], Sequence[tuple[Mapping[str, float], float]]
 ]
-"""(stages, role -> input artifact, scratch directories, context) -> each one's metrics and the seconds it would cost alone."""
+"""(stages, role -> input artifact, scratch directories, context) -> metrics and seconds alone of each stage."""
 
 FAMILY_WORK: Mapping[str, FamilyRun] = {"features": features_stage.run_family}
-"""How stages of one family (`Stage.family`) are made in one run."""
+"""Stage name -> function that makes several stages of one family (`Stage.family`) in one run."""

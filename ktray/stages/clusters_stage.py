@@ -40,7 +40,7 @@ def stage_of(transfer: TransferSpec, k: int, features: str) -> Stage:
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
-    """Write `centroids.npy` (K, D), `projection.npz` and `iterations.json`; inertia is the mean squared distance."""
+    """Write `centroids.npy` (K, D), `projection.npz` and `iterations.json`. Inertia is the mean squared distance."""
     spec, shards = stage.spec, extraction.shards(inputs["features"].directory)
     project = projection.fit(
         shards, l2=spec["l2"], pca=spec["pca"], whiten=spec["whiten"], l2_after=spec["l2_after"], pool=context.pool

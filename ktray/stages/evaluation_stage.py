@@ -1,4 +1,4 @@
-"""Judge a student, a teacher or the pseudo-labels by one evaluation."""
+"""Evaluate a student, a teacher or the pseudo-labels."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ IDENTITY, REVISION = "stage.evaluation", 1
 TOOLS = (extraction, augmentation)
 
 JUDGED = "judged"
-"""Field beside those of the evaluation: the view whose features are judged, null where pseudo-labels are."""
+"""Field that is added to those of the evaluation: the view whose features are judged; null if it judges pseudo-labels."""
 
 
 def stage_of(
     evaluation: EvaluationSpec,
     judged: Student | TeacherSpec | None,
     inputs: Mapping[str, str],
-    places: Mapping[str, Mapping[str, Any]],
-    ready_made: Mapping[str, Any] | None,
+    locations: Mapping[str, Mapping[str, Any]],
+    precomputed_identity: Mapping[str, Any] | None,
 ) -> Stage:
-    """The stage of one evaluation; its display name is no part of it.
+    """The stage of one evaluation. Its spec leaves out the display name.
 
     Args:
-        judged: whose features are judged; None where pseudo-labels are.
+        judged: whose features are judged; None if it judges pseudo-labels.
         inputs: keys of ``images.target`` and of what is judged: ``student``, ``teacher``, or ``pseudo_labels`` with
             ``images.transfer``.
-        places: input -> places of its data set (`images.location_fields`).
-        ready_made: `identity.features_identity` if `judged` is a PrecomputedTeacher, else None.
+        locations: input -> locations of its data set (`images.location_fields`).
+        precomputed_identity: `identity.features_identity` if `judged` is a PrecomputedTeacher, else None.
     """
     view, files = None, {}
     methods: list[PluginSpec | ModuleType] = [sys.modules[__name__], evaluation]
@@ -52,24 +52,24 @@ def stage_of(
         view = extraction.network_view(judged.backbone, evaluation.layer, evaluation.pool)
         methods.append(judged.backbone)
     elif judged is not None:
-        view = features_stage.view_of(judged, ready_made)
+        view = features_stage.view_of(judged, precomputed_identity)
         if evaluation.layer:
             view |= {"layer": evaluation.layer, "pool": evaluation.pool.model_dump()}
         methods.append(features_stage.method_of(judged))
         files = features_stage.files_of(judged)
     spec = {**evaluation.model_dump(exclude={"name"}), JUDGED: view}
-    return Stage("evaluation", spec, plugins.revisions(*methods), inputs, local={"data": places, **files})
+    return Stage("evaluation", spec, plugins.revisions(*methods), inputs, local={"data": locations, **files})
 
 
 def reads_pseudo_labels(evaluation: EvaluationSpec) -> bool:
-    """Whether an evaluation judges the pseudo-labels of a pair, and no features."""
+    """Whether an evaluation judges the pair's pseudo-labels instead of features."""
     return bool(getattr(plugins.module_of("evaluation", evaluation), "READS_PSEUDO_LABELS", False))
 
 
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
-    """Write `metrics.json` and the plots of the evaluation; metric names without prefix."""
+    """Write `metrics.json` and the plots of the evaluation; return the metrics, whose names have no prefix."""
     spec = plugins.parse("evaluation", {n: v for n, v in stage.spec.items() if n not in (JUDGED, DRY_RUN)})
     pseudo_labels = None
     learned_from = "images.target"
@@ -92,7 +92,7 @@ def run(
 def _features_of(
     stage: Stage, inputs: Mapping[str, Artifact], context: StageContext
 ) -> Callable[[Images], NDArray[np.float32]]:
-    """Images -> features (N, D) of what is judged; nothing is loaded before the evaluation asks."""
+    """A function images -> features (N, D) of what is judged. Weights are loaded when it is called."""
     judged = stage.spec[JUDGED]
 
     def extracted(images: Images) -> NDArray[np.float32]:
@@ -100,9 +100,9 @@ def _features_of(
         extractor = extraction.view_extractor(judged, weights, state, context.device)
         return extraction.extract_all(extraction.in_smaller_batches(extractor, context.max_batch_size), images)
 
-    def ready_made(images: Images) -> NDArray[np.float32]:
+    def looked_up(images: Images) -> NDArray[np.float32]:
         data = data_of(stage, "images.target", inputs)
         with features_stage.reading(judged["features"], stage.local["files"], data) as read:
             return precomputed.read_rows(read, images)
 
-    return ready_made if judged and "features" in judged else extracted
+    return looked_up if judged and "features" in judged else extracted

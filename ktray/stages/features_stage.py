@@ -26,37 +26,37 @@ TOOLS = (extraction, augmentation)
 def stage_of(
     teacher: TeacherSpec,
     inputs: Mapping[str, str],
-    places: Mapping[str, Any],
-    ready_made: Mapping[str, Any] | None,
+    locations: Mapping[str, Any],
+    precomputed_identity: Mapping[str, Any] | None,
 ) -> Stage:
     """The stage that turns images into a teacher's features.
 
     Args:
         inputs: keys of ``images`` and, for a teacher that has weights or a state, ``teacher``.
-        places: of the images' data set (`images.location_fields`).
-        ready_made: `identity.features_identity` of a PrecomputedTeacher, else None.
+        locations: of the images' data set (`images.location_fields`).
+        precomputed_identity: `identity.features_identity` of a PrecomputedTeacher, else None.
     """
-    view = view_of(teacher, ready_made)
+    view = view_of(teacher, precomputed_identity)
     revisions = plugins.revisions(sys.modules[__name__], method_of(teacher))
-    local = {"data": {"images": places}, **files_of(teacher)}
-    varying_fields = ("layer", "pool") if "layer" in view else ()  # a forward pass brings every layer
+    local = {"data": {"images": locations}, **files_of(teacher)}
+    varying_fields = ("layer", "pool") if "layer" in view else ()  # one forward pass gives every layer
     return Stage("features", {**view, "dtype": teacher.dtype}, revisions, inputs, local=local, varying_fields=varying_fields)
 
 
-def view_of(teacher: TeacherSpec, ready_made: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a teacher's features depend on beside its weights or state, as plain data; the arguments are those of `stage_of`."""
-    return extraction.teacher_view(teacher) if ready_made is None else {"features": dict(ready_made)}
+def view_of(teacher: TeacherSpec, precomputed_identity: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a teacher's features depend on besides its weights or state, as plain data; arguments as in `stage_of`."""
+    return extraction.teacher_view(teacher) if precomputed_identity is None else {"features": dict(precomputed_identity)}
 
 
 def method_of(teacher: TeacherSpec) -> PluginSpec | ModuleType:
-    """What gives a teacher's features their meaning: its descriptor or backbone, or the reader of ready-made ones."""
+    """What computes a teacher's features: its descriptor or backbone, or the reader of precomputed ones."""
     if isinstance(teacher, PrecomputedTeacher):
         return precomputed
     return teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
 
 
 def files_of(teacher: TeacherSpec) -> dict[str, dict[str, str]]:
-    """The part of `Stage.local` that says where ready-made features lie; empty for every other teacher."""
+    """The part of `Stage.local` with the files of precomputed features; empty for any other teacher."""
     if not isinstance(teacher, PrecomputedTeacher):
         return {}
     return {"files": {field: str(path) for field, path in precomputed.feature_files(teacher).items()}}
@@ -67,14 +67,14 @@ def run(
 ) -> Mapping[str, float]:
     """Write ``features-00000.npy`` and so on, (n, D) each; metrics `dim` and `images_per_s`."""
     if "features" in stage.spec:
-        return _write_ready_made(stage, inputs, out)
+        return _write_precomputed(stage, inputs, out)
     return extraction.write(_source(stage, inputs, context), out, context.pool)
 
 
 def run_family(
     stages: Sequence[Stage], inputs: Mapping[str, Artifact], outs: Sequence[Path], context: StageContext
 ) -> list[tuple[dict[str, float], float]]:
-    """`run` for stages that differ in layer and pooling; metrics of each, and the seconds of work that it alone would cost."""
+    """`run` for stages that differ in layer and pooling: for each its metrics and the seconds that it would cost alone."""
     return extraction.write_views([_source(stage, inputs, context) for stage in stages], outs, context.pool)
 
 
@@ -95,7 +95,7 @@ def _source(stage: Stage, inputs: Mapping[str, Artifact], context: StageContext)
 
 
 def weights_and_state(teacher: Artifact | None) -> tuple[Path | None, Path | None]:
-    """Directory of a network's weights and of a descriptor's state: a teacher has one of them or, if it is not made, none."""
+    """Directories of a network's weights and of a descriptor's state; None for what a teacher does not have."""
     if teacher is None:
         return None, None
     weights, state = (
@@ -104,7 +104,7 @@ def weights_and_state(teacher: Artifact | None) -> tuple[Path | None, Path | Non
     return weights, state
 
 
-def _write_ready_made(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> Mapping[str, float]:
+def _write_precomputed(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> Mapping[str, float]:
     images = open_images(stage, "images", inputs, "train")
     with reading(stage.spec["features"], stage.local["files"], data_of(stage, "images", inputs)) as read:
         return precomputed.write(read, images, stage.spec["dtype"], out)
@@ -112,7 +112,7 @@ def _write_ready_made(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -
 
 @contextmanager
 def reading(expected: Mapping[str, Any], files: Mapping[str, str], data: DataSpec) -> Iterator[precomputed.Read]:
-    """Read ready-made features, if their files are what they were when the run was planned, before and after.
+    """Open precomputed features for reading; before and after, check that their files have not changed since planning.
 
     Args:
         expected: `identity.features_identity` of the teacher.

@@ -1,4 +1,4 @@
-"""Decode a data source once: uint8 pixels, splits, labels, and what was unreadable."""
+"""Decode a data set once: uint8 pixels, splits, labels, and the list of unreadable images."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def stage_of(data: DataSpec, content: str) -> Stage:
     """The stage that decodes a data set.
 
     Args:
-        content: sha256 of its content, which is its identity together with how it is decoded and split.
+        content: sha256 of its content.
     """
-    places = images.location_fields(data)
-    spec = {**data.model_dump(exclude=set(places)), "content": content}
-    return Stage("images", spec, plugins.revisions(sys.modules[__name__], data), local={"data": {"images": places}})
+    locations = images.location_fields(data)
+    spec = {**data.model_dump(exclude=set(locations)), "content": content}
+    return Stage("images", spec, plugins.revisions(sys.modules[__name__], data), local={"data": {"images": locations}})
 
 
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
-    """Write the images of the data set, in a dry run a sample of them; metrics `count` and `unreadable`."""
+    """Write the images of the data set, or a sample of them in a dry run; metrics `count` and `unreadable`."""
     data = _data_spec(stage.spec, stage.local["data"]["images"])
     if DRY_RUN in stage.spec:
         return images.write_sample(data, out, stage.spec[DRY_RUN])
@@ -51,8 +51,8 @@ def open_images(stage: Stage, role: str, inputs: Mapping[str, Artifact], split: 
     return images.open_split(inputs[role].directory, split, data_of(stage, role, inputs))
 
 
-def _data_spec(spec: Mapping[str, Any], places: Mapping[str, Any]) -> DataSpec:
-    """The spec of a data set from that of its images stage, which lacks the places."""
+def _data_spec(spec: Mapping[str, Any], locations: Mapping[str, Any]) -> DataSpec:
+    """The spec of a data set, from the spec of its images stage and the locations that this leaves out."""
     own = {name: value for name, value in spec.items() if name not in ("content", DRY_RUN)}
-    data: DataSpec = plugins.parse("dataset", {**own, **places})
+    data: DataSpec = plugins.parse("dataset", {**own, **locations})
     return data

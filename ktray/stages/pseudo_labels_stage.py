@@ -20,21 +20,21 @@ from ktray.stages.images_stage import open_images
 IDENTITY, REVISION = "stage.pseudo_labels", 1
 TOOLS = (kmeans, projection, pseudo_labelling)
 
-_WITHOUT_THE_FIELDS = {"min_size": 1, "small": "drop", "neighbours": 0}
-"""What a transfer means that lacks one of these fields: every cluster is kept, and no other near one is noted."""
+_DEFAULTS = {"min_size": 1, "small": "drop", "neighbours": 0}
+"""Values for a transfer without these fields: every cluster is kept, and only the nearest is stored."""
 
 
-def stage_of(transfer: TransferSpec, inputs: Mapping[str, str], places: Mapping[str, Any]) -> Stage:
+def stage_of(transfer: TransferSpec, inputs: Mapping[str, str], locations: Mapping[str, Any]) -> Stage:
     """The stage that gives images their pseudo-labels.
 
     Args:
         inputs: keys of ``features``, ``clusters`` and ``images.transfer``.
-        places: of the data set of the transfer (`images.location_fields`).
+        locations: of the data set of the transfer (`images.location_fields`).
     """
     fields = plugins.module_of("transfer", transfer).NEEDS["pseudo_labels"]
-    spec = {**_WITHOUT_THE_FIELDS, **transfer.model_dump(include=set(fields))}
+    spec = {**_DEFAULTS, **transfer.model_dump(include=set(fields))}
     revisions = plugins.revisions(sys.modules[__name__])
-    return Stage("pseudo_labels", spec, revisions, inputs, local={"data": {"images.transfer": places}})
+    return Stage("pseudo_labels", spec, revisions, inputs, local={"data": {"images.transfer": locations}})
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
     else:
         labels = pseudo_labelling.drop_small(labels, len(centroids), spec["min_size"])
     if not (labels >= 0).any():
-        raise ValueError(f"every cluster has fewer than min_size={spec['min_size']} images: nothing is left to learn from")
+        raise ValueError(f"every cluster has fewer than min_size={spec['min_size']} images: no image is left to learn from")
     np.save(out / "labels.npy", labels)
     if spec["neighbours"]:
         nearest, squared = pseudo_labelling.nearest(shards, centroids, project, spec["neighbours"], context.pool)

@@ -1,4 +1,4 @@
-"""Train a fresh student to predict what the transfer asks of it."""
+"""Train a student from random weights on the targets of the transfer."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ IDENTITY, REVISION = "stage.student", 1
 TOOLS = (training_segment,)
 
 
-def taught(
-    student: Student, transfer: TransferSpec, inputs: Mapping[str, str], places: Mapping[str, Any], lineage: str
+def trained(
+    student: Student, transfer: TransferSpec, inputs: Mapping[str, str], locations: Mapping[str, Any], lineage: str
 ) -> Callable[[int], Stage]:
     """A function epoch -> the stage that trains a student up to the end of that epoch.
 
     Args:
         inputs: keys of ``images.transfer`` and of what the transfer needs: ``clusters``, ``pseudo_labels``, ``features``.
-        places: of the data set of the transfer (`images.location_fields`).
-        lineage: who taught it, for people (`naming.lineage`).
+        locations: of the data set of the transfer (`images.location_fields`).
+        lineage: its chain of teachers, for display (`naming.lineage`).
     """
     fields = {
         "backbone": student.backbone.model_dump(),
@@ -43,7 +43,7 @@ def taught(
         "transfer": transfer.model_dump(),
     }
     revisions = plugins.revisions(sys.modules[__name__], transfer, student.backbone)
-    local, about = {"data": {"images.transfer": places}}, {"lineage": lineage}
+    local, about = {"data": {"images.transfer": locations}}, {"lineage": lineage}
 
     def at(epoch: int) -> Stage:
         spec = training_segment.spec_at(epoch, student.schedule, fields)
@@ -52,8 +52,8 @@ def taught(
     return at
 
 
-def as_drawn(student: Student) -> Stage:
-    """The stage of an untrained student: the same whatever the data, schedule and augmentation would have been."""
+def untrained(student: Student) -> Stage:
+    """The stage of an untrained student. It does not depend on data, schedule or augmentation."""
     spec = {"backbone": student.backbone.model_dump(), "seed": student.seed, "epoch": 0}
     return Stage("student", spec, plugins.revisions(sys.modules[__name__], student.backbone))
 
@@ -61,9 +61,9 @@ def as_drawn(student: Student) -> Stage:
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
-    """Write a snapshot of the student at ``stage.spec["epoch"]``; epoch 0 is the student as drawn."""
+    """Write a snapshot of the student at ``stage.spec["epoch"]``; epoch 0 is the untrained student."""
     if stage.spec["epoch"] == 0:
-        return _as_drawn(stage, out)
+        return _write_untrained(stage, out)
     transfer = plugins.parse("transfer", stage.spec["transfer"])
     module = plugins.module_of("transfer", transfer)
     images = open_images(stage, "images.transfer", inputs, "train")
@@ -72,15 +72,15 @@ def run(
     return training_segment.run_training(stage, task, images, out, context, start)
 
 
-def _as_drawn(stage: Stage, out: Path) -> dict[str, float]:
+def _write_untrained(stage: Stage, out: Path) -> dict[str, float]:
     backbone = loop.untrained_backbone(plugins.parse("backbone", stage.spec["backbone"]), stage.spec["seed"])
     snapshot.write_untrained(backbone, out)
     return {"epoch": 0.0, "parameters": float(sum(p.numel() for p in backbone.parameters()))}
 
 
 def _targets(inputs: Mapping[str, Artifact], images: Images, own_labels: bool) -> Targets:
-    """What the transfer asked for, opened; large arrays stay in their files."""
-    heads = tuple(_own(images) for _ in range(own_labels)) or tuple(_pseudo_labels(inputs))
+    """The inputs that the transfer needs, opened; large arrays are mapped from their files."""
+    heads = tuple(_labels_of(images) for _ in range(own_labels)) or tuple(_pseudo_labels(inputs))
     found = Targets(len(images), heads, _features(inputs["features"]) if "features" in inputs else None)
     lengths = {*(len(head.of_image) for head in heads), *([len(found.features)] if found.features else [])}
     if lengths - {len(images)}:
@@ -89,10 +89,10 @@ def _targets(inputs: Mapping[str, Artifact], images: Images, own_labels: bool) -
 
 
 def _pseudo_labels(inputs: Mapping[str, Artifact]) -> Iterator[Labels]:
-    for place in count():
-        if numbered("pseudo_labels", place) not in inputs:
+    for index in count():
+        if numbered("pseudo_labels", index) not in inputs:
             return
-        made, clusters = (inputs[numbered(name, place)].directory for name in ("pseudo_labels", "clusters"))
+        made, clusters = (inputs[numbered(name, index)].directory for name in ("pseudo_labels", "clusters"))
         labels = np.load(made / "labels.npy", allow_pickle=False)
         centroids = np.load(clusters / "centroids.npy", mmap_mode="r", allow_pickle=False)
         yield Labels(labels, len(centroids), _optional(made / "nearest.npy"), _optional(made / "squared.npy"))
@@ -107,7 +107,7 @@ def _features(made: Artifact) -> Features:
     return Features(tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in shards))
 
 
-def _own(images: Images) -> Labels:
+def _labels_of(images: Images) -> Labels:
     if images.labels is None:
         raise ValueError("the transfer 'labels' needs labelled images, and this data has no labels")
     return Labels(images.labels, len(images.classes) or int(images.labels.max()) + 1)

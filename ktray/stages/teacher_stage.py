@@ -1,4 +1,4 @@
-"""Make a teacher: train it on its pretext task, fit a descriptor's state, or take weights made elsewhere."""
+"""Make a teacher: train it on its pretext task, fit a descriptor, or import existing weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ IDENTITY, REVISION = "stage.teacher", 1
 TOOLS = (training_segment,)
 
 
-def trained(teacher: TrainedTeacher, images: str, places: Mapping[str, Any]) -> Callable[[int], Stage]:
+def trained(teacher: TrainedTeacher, images: str, locations: Mapping[str, Any]) -> Callable[[int], Stage]:
     """A function epoch -> the stage that trains a teacher on its pretext task up to the end of that epoch.
 
     Args:
         images: key of the images of the pretext task.
-        places: of their data set (`images.location_fields`).
+        locations: of their data set (`images.location_fields`).
     """
     fields = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
     revisions = plugins.revisions(sys.modules[__name__], teacher.pretext, teacher.backbone)
-    inputs, local = {"images.pretext": images}, {"data": {"images.pretext": places}}
+    inputs, local = {"images.pretext": images}, {"data": {"images.pretext": locations}}
 
     def at(epoch: int) -> Stage:
         return Stage("teacher", training_segment.spec_at(epoch, teacher.schedule, fields), revisions, inputs, local=local)
@@ -40,10 +40,10 @@ def trained(teacher: TrainedTeacher, images: str, places: Mapping[str, Any]) -> 
 
 
 def loaded(teacher: LoadedTeacher, sha256: str | None) -> Stage:
-    """The stage that takes over weights.
+    """The stage that imports weights.
 
     Args:
-        sha256: of the weights in the file or folder ``teacher.checkpoint``; None where that is the key of an artifact.
+        sha256: of the weights in the file or folder ``teacher.checkpoint``; None if that is the key of an artifact.
     """
     spec = {"checkpoint": sha256 or teacher.checkpoint, "backbone": teacher.backbone.model_dump()}
     revisions = plugins.revisions(sys.modules[__name__], teacher.backbone)
@@ -52,16 +52,16 @@ def loaded(teacher: LoadedTeacher, sha256: str | None) -> Stage:
     return Stage("teacher", spec, revisions, local={"checkpoint": str(Path(teacher.checkpoint).absolute())})
 
 
-def fitted(teacher: HandcraftedTeacher, images: str, places: Mapping[str, Any]) -> Stage:
+def fitted(teacher: HandcraftedTeacher, images: str, locations: Mapping[str, Any]) -> Stage:
     """The stage that fits a descriptor.
 
     Args:
         images: key of the images that it is fitted to.
-        places: of their data set (`images.location_fields`).
+        locations: of their data set (`images.location_fields`).
     """
     spec = {"descriptor": teacher.descriptor.model_dump()}
     revisions = plugins.revisions(sys.modules[__name__], teacher.descriptor)
-    return Stage("teacher", spec, revisions, {"images.cluster": images}, local={"data": {"images.cluster": places}})
+    return Stage("teacher", spec, revisions, {"images.cluster": images}, local={"data": {"images.cluster": locations}})
 
 
 def run(
@@ -75,7 +75,7 @@ def run(
         task = module.task(pretext, images.size, images) if hasattr(module, "NEEDS") else module.task(pretext, images.size)
         return training_segment.run_training(stage, task, images, out, context, start)
     if "checkpoint" in stage.spec:
-        return {"parameters": float(_adopt(stage, inputs, out))}
+        return {"parameters": float(_import(stage, inputs, out))}
     descriptor = plugins.parse("descriptor", stage.spec["descriptor"])
     images = open_images(stage, "images.cluster", inputs, "train")
     state = plugins.module_of("descriptor", descriptor).fit(descriptor, images)
@@ -83,16 +83,16 @@ def run(
     return {}
 
 
-def _adopt(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
+def _import(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
     spec = plugins.parse("backbone", stage.spec["backbone"])
     if "snapshot" in inputs:
         return pretrained.import_weights(spec, inputs["snapshot"].directory, out)
     checkpoint = Path(stage.local["checkpoint"])
-    _refuse_another(checkpoint, stage.spec["checkpoint"])
+    _require_unchanged(checkpoint, stage.spec["checkpoint"])
     parameters = pretrained.import_weights(spec, checkpoint, out)
-    _refuse_another(checkpoint, stage.spec["checkpoint"])  # it may have been replaced while it was read
+    _require_unchanged(checkpoint, stage.spec["checkpoint"])  # it may have been replaced while it was being read
     return parameters
 
 
-def _refuse_another(checkpoint: Path, expected: str) -> None:
+def _require_unchanged(checkpoint: Path, expected: str) -> None:
     require_sha256(pretrained.weights_file(checkpoint), expected, pretrained.WHERE)

@@ -1,4 +1,4 @@
-"""What the stages of teacher and student share: they train one segment, up to an epoch, and keep checkpoints on the way."""
+"""Training of one segment, up to a given epoch, with checkpoints on the way. The stages of teacher and student share it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOOLS = (loop, augmentation)
 def spec_at(epoch: int, schedule: Schedule, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The spec of a snapshot at the end of `epoch`, which `run_training` executes.
 
-    It holds what of the schedule determines that snapshot, so that trainings of different lengths share their trunk.
+    It holds only the part of the schedule that determines that snapshot, so that trainings of other lengths share it.
 
     Args:
         fields: ``backbone``, ``seed`` and whatever else the training depends on.
@@ -68,7 +68,7 @@ def _checkpointing(out: Path, until: int, context: StageContext) -> loop.OnEpoch
         partial = out / "checkpoint-partial"
         partial.mkdir()
         save(partial)
-        _to_disk(partial)  # or a crash of the machine may leave the new name with empty files
+        _fsync(partial)  # otherwise a crash of the machine may leave empty files under the new name
         path = out / f"checkpoint-{epoch:06d}"
         partial.rename(path)
         if saved["path"]:
@@ -78,7 +78,7 @@ def _checkpointing(out: Path, until: int, context: StageContext) -> loop.OnEpoch
     return on_epoch
 
 
-def _to_disk(directory: Path) -> None:
+def _fsync(directory: Path) -> None:
     for path in (*directory.iterdir(), directory):
         descriptor = os.open(path, os.O_RDONLY)
         try:
