@@ -154,7 +154,7 @@ home = Path(sys.argv[1])
 stages = {"student": ResourceRequest(gpus=0.25)}
 session = start(home, cluster.address, RuntimeSettings(stages=stages, dead_after=10, heartbeat_seconds=0.2))
 scheduler = connect(session, f"file://{home}/store", work)
-said = {}
+report = {}
 
 def until(condition, seconds):
     began = time.monotonic()
@@ -167,8 +167,8 @@ def where(key):
     return {run["key"]: run["node"] for run in scheduler.status()["running"]}.get(key)
 
 def obtain(name, *stages):
-    tell = lambda: said.update({name: [outcome["state"] for outcome in scheduler.obtain(list(stages), name)]})
-    thread = threading.Thread(target=tell, daemon=True)
+    request = lambda: report.update({name: [outcome["state"] for outcome in scheduler.obtain(list(stages), name)]})
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
     return thread
 
@@ -176,18 +176,18 @@ slow = [toy("clusters", {"steps": 300, "number": number}) for number in range(2)
 threads = [obtain(f"trial {number}", each) for number, each in enumerate(slow)]
 until(lambda: len(scheduler.status()["running"]) == 1, 60)
 joined = cluster.add_node(num_cpus=1, num_gpus=1, **options)
-said["used_after"] = until(lambda: len({where(each.key) for each in slow} - {None}) == 2, 60)
+report["used_after"] = until(lambda: len({where(each.key) for each in slow} - {None}) == 2, 60)
 student = toy("student", {"steps": 40})
 threads.append(obtain("trial 2", student))
 until(lambda: where(student.key), 60)
-said["student_on_gpu_node"] = where(student.key) == joined.node_id
+report["student_on_gpu_node"] = where(student.key) == joined.node_id
 threads[-1].join()
 cluster.remove_node(joined, allow_graceful=False)
 for thread in threads:
     thread.join(120)
 stop(session)
 cluster.shutdown()
-print(json.dumps(said))
+print(json.dumps(report))
 """
 
 
@@ -198,7 +198,7 @@ def test_a_node_that_joins_is_used_within_a_minute_and_killed_loses_nothing(tmp_
     environment["PYTHONPATH"] = os.pathsep.join([str(root.parent), str(root)])
     done = subprocess.run([sys.executable, "-c", CHANGING, str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(f"the new node was used after {said['used_after']:.1f} s")
-    assert said["student_on_gpu_node"]
-    assert [said[f"trial {number}"] for number in range(3)] == 3 * [["computed"]]
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"the new node was used after {report['used_after']:.1f} s")
+    assert report["student_on_gpu_node"]
+    assert [report[f"trial {number}"] for number in range(3)] == 3 * [["computed"]]

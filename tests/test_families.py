@@ -242,10 +242,10 @@ def test_two_trials_on_two_layers_cost_one_pass_on_ray(start_scheduler: Any, tmp
         ended = [pool.submit(scheduler.obtain, list(graph.stages), f"trial {number}") for number, graph in enumerate(graphs)]
         states = [{outcome["key"]: outcome["state"] for outcome in each.result()} for each in ended]
     store = FileStore(tmp_path / "store")
-    for graph, said in zip(graphs, states, strict=True):
+    for graph, state_of in zip(graphs, states, strict=True):
         artifact = store.find(graph.keys["features"])
         assert artifact is not None
         assert artifact.record["together"] == sorted(each.keys["features"] for each in graphs)
-        assert said[artifact.key] == "computed"
+        assert state_of[artifact.key] == "computed"
         assert pair_metrics.published_artifacts(graph, store) is not None
     assert scheduler.status()["computed"]["features"] == 2

@@ -137,7 +137,7 @@ def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(
         retired += [action.worker for action in actions if isinstance(action, RetireWorker)]
     assert sorted(retired) == [f"worker-{number + 1}" for number in range(4)]
     for name in retired:
-        harness.core.worker_lost(name, "worker died", "told to go", harness.now)
+        harness.core.worker_lost(name, "worker died", "retired", harness.now)
     (start,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert start.worker.shape == WorkerShape(0.0, 1.0)
     harness.poll(start.worker.name)
@@ -230,12 +230,14 @@ class Starved:
 
 def test_in_one_process_it_is_tried_again_with_few_images_and_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = build(toy_pair(teacher=ROTATION), data_identity())
-    store, told = FileStore(tmp_path), []
+    store, events = FileStore(tmp_path), []
     monkeypatch.setitem(WORK, "features", Starved(WORK["features"], SMALL_BATCH_SIZE))  # type: ignore[arg-type]
-    LocalScheduler(store, execute, StageContext(), lambda event: told.append(event["event"])).obtain(list(graph.stages), "test")
+    LocalScheduler(store, execute, StageContext(), lambda event: events.append(event["event"])).obtain(
+        list(graph.stages), "test"
+    )
     tags = {name: store.find(key).record["after_out_of_memory"] for name, key in graph.keys.items() if isinstance(key, str)}
     assert tags == {name: name == "features" for name in tags}
-    assert told.count(OUT_OF_MEMORY) == 1
+    assert events.count(OUT_OF_MEMORY) == 1
     assert not list((tmp_path / ".scratch").iterdir())
 
 

@@ -427,7 +427,7 @@ class RequestTable:
                 self.fail(dependent, kind, f"it reads {key}, which failed: {cause}")
 
     def recompute_input(self, key: str, missing: str, now: float) -> bool:
-        """_Request an input that turned out to be missing, for those who wait for `key`; whether it will be there."""
+        """Request an input that turned out to be missing, for those who wait for `key`; whether it will be there."""
         if missing not in self.stages:
             return False
         self._in_store.discard(missing)

@@ -79,7 +79,7 @@ class WorkerRegistry:
     Args:
         nodes: node id -> resources.
         cpu_limit: CPUs that all workers together may hold.
-        stale_after: a worker without a heartbeat for so many seconds gets no new stage.
+        stale_after: a worker without a heartbeat for this many seconds gets no new stage.
 
     Attributes:
         silent_nodes: nodes where a worker fell silent and from which no heartbeat came since.
