@@ -1,14 +1,14 @@
-"""Which way of spending finds a good pair for the least money? Searches over 207 real pairs, on a virtual clock.
+"""Which search finds a good pair at the lowest cost? Simulated searches over 207 real pairs, on a virtual clock.
 
 Question: what do sharing, the sampler and rungs save on `experiments/tables/cifar10_pairs.parquet`?
-Command:  python -m experiments.compare_samplers run OUT.parquet; python -m experiments.compare_samplers say OUT.parquet
+Command:  python -m experiments.compare_samplers run OUT.parquet; python -m experiments.compare_samplers summarise OUT.parquet
 Cost:     9 minutes of 16 cores, an hour of two.
-Result:   n = 50 paired seeds, commit a9bfb36; the whole of it in `experiments/tables/README.md`. "Near" is the median cost, in
-% of what the whole table costs, until the best completed pair is within 1.0 point of the best of all; "dearer" is the geometric
-mean of that cost over balanced spending's, with a 95 % bootstrap interval.
+Result:   n = 50 paired seeds, commit a9bfb36; all of it is in `experiments/tables/README.md`. "Near" is the median cost, in %
+of the cost of the whole table, until the best completed pair is within 1.0 point of the best of all; "ratio" is the geometric
+mean of that cost relative to the balanced sampler's, with a 95 % bootstrap interval.
 
                      as measured             teachers x 20            all the same
-    method           near   dearer           near   dearer            near   dearer
+    method           near   ratio            near   ratio             near   ratio
     balanced           2                       1                        3
     balanced, whole    5    2.6 (2.0-3.6)      5    2.4 (1.6-3.5)       4    1.1 (0.9-1.4)
     balanced, 1 3 9    7    3.7 (2.8-4.8)      5    3.5 (2.4-5.2)       8    2.6 (1.9-3.6)
@@ -18,12 +18,13 @@ mean of that cost over balanced spending's, with a 95 % bootstrap interval.
     random, alone     20    8.5 (5.8-12)      92    34 (18-61)         20    4.8 (3.4-6.7)
 
 Every search is ktray's own (space, study, sampler, sharing, and a rung after 1 of 9 epochs, where kNN chooses the best third)
-with one worker; a stage takes what it took on the H100 and measures what it measured there. `PRICES` says three sorts of
-prices: as measured, where students cost more than teachers; teachers twenty times as dear; every whole stage the same. "Whole"
-trains all students to their end, "1 3 9" has a second rung, "alone" shares nothing and so pays for every draw whole, even for
-one that equals an earlier draw; "distinct" pays for no pair twice. Regret is the best linear probe of the table less that of
-the best pair completed so far, in points, and area its mean over budgets of 5 to 100 % of the table. None of the 50 seeds was
-tuned on; with 300 fresh ones (`--seeds 5000 5300`) random alone is 5.8 (4.9-6.7) times as dear at equal prices.
+with one worker; each stage takes as long as on the H100 and gives the metrics recorded there. There are three scenarios for
+costs (`SCENARIOS`): as measured, where students cost more than teachers; teachers twenty times as expensive; every whole stage
+equally expensive. "Whole" trains all students to their end, "1 3 9" has a second rung. "Alone" shares nothing, so every draw
+costs all of its stages, even if it equals an earlier draw; "distinct" is the same without repeated pairs. Regret is the best
+linear probe of the table minus that of the best pair completed so far, in points, and area is its mean over budgets of 5 to
+100 % of the table. No parameter was tuned on the 50 seeds; with 300 fresh ones (`--seeds 5000 5300`) random alone costs 5.8
+(4.9-6.7) times as much if all stages are equally expensive.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ import numpy as np
 import pandas
 
 from experiments.pair_table import CLUSTERS, RUNGS, SCHEDULE, STUDENTS, features
-from experiments.table_world import LAST, PRICES, TABLE, World, world
+from experiments.table_world import LAST, SCENARIOS, TABLE, World, world
 from ktray.fingerprint import canonical, fingerprint, seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
 from ktray.search.budget import CostEstimate, DrawCost
@@ -55,24 +56,24 @@ from ktray.search.space_check import checked
 from ktray.search.space_tree import Params
 from ktray.search.study import Study
 
-SEEDS = (0, 50)  # the first, and the first no more
-BUDGETS = np.arange(0.05, 1.001, 0.05)  # shares of what the whole table costs
+SEEDS = (0, 50)  # first (included) and last (excluded)
+BUDGETS = np.arange(0.05, 1.001, 0.05)  # shares of the cost of the whole table
 NEAR = 1.0  # points
-CAP = 3.0  # a search that is not near by so many costs of the table counts as that
+CAP = 3.0  # times the cost of the table, at which the cost of searches that do not come near is censored
 SHUFFLED = ", shuffled"
-SORTS = (*PRICES, *(f"{name}{SHUFFLED}" for name in list(PRICES)[:2]))
+SCENARIO_NAMES = (*SCENARIOS, *(f"{name}{SHUFFLED}" for name in list(SCENARIOS)[:2]))
 
 
 class PerCost(Sampler):
-    """The literature's way: of all draws that the sampler compares the one that promises most for each second it would add."""
+    """The method of the literature: the candidate with the largest expected improvement per second of its cost."""
 
     def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
-        ranked, unknown = self.observations.ranked(MAX_OBSERVATIONS)
+        ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
         if not ranked:
             return draws[0]
-        gains = self.expected_improvement(ranked, unknown, draws)
-        prices = np.array([sum(cost_estimate(draw) or DrawCost()) for draw in draws])
-        return draws[int(np.argmax(gains / np.maximum(prices, 1e-3)))]
+        improvement = self.expected_improvement(ranked, pending, draws)
+        costs = np.array([sum(cost_estimate(draw) or DrawCost()) for draw in draws])
+        return draws[int(np.argmax(improvement / np.maximum(costs, 1e-3)))]
 
 
 def per_cost(space: Space, known: World) -> DrawSource:
@@ -82,13 +83,13 @@ def per_cost(space: Space, known: World) -> DrawSource:
     return draws
 
 
-def by_chance(space: Space, known: World) -> DrawSource:
-    """Draws that mind nothing."""
+def random_search(space: Space, known: World) -> DrawSource:
+    """Independent random draws."""
     return random_draws(space)
 
 
-def told(space: Space, known: World) -> DrawSource:
-    """Who knows the best k and student of every layer, and meets the teachers by chance: a measure, no bound."""
+def known_students(space: Space, known: World) -> DrawSource:
+    """The best k and student of every layer, which the table reveals, in random order of the layers: a reference, no bound."""
     best: dict[str, tuple[float, Params]] = {}
     for draw in space.draws():
         value = known.values[fingerprint(space.pair(draw).model_dump(mode="json"))]
@@ -97,8 +98,8 @@ def told(space: Space, known: World) -> DrawSource:
     for number in itertools.count():
         if len(order) == len(best):
             return fixed_draws(space, list(order.values()))
-        met = _features(random_draw(space, seed_of(space.seed, "told", number)))
-        order[met] = best[met][1]
+        layer = _features(random_draw(space, seed_of(space.seed, "told", number)))  # the seed of the recorded results
+        order[layer] = best[layer][1]
 
 
 def _features(draw: Mapping[str, Any]) -> str:
@@ -121,15 +122,15 @@ METHODS = {
     "balanced, 1 3 9": Method("balanced", rungs=RUNGS),
     "tpe": Method("tpe"),
     "gain per cost": Method("balanced", draws=per_cost),
-    "random, rungs": Method("random", draws=by_chance),
-    "random": Method("random", rungs=(), draws=by_chance, trials=207),
-    "told": Method("random", rungs=(), draws=told, trials=207),
+    "random, rungs": Method("random", draws=random_search),
+    "random": Method("random", rungs=(), draws=random_search, trials=207),
+    "known students": Method("random", rungs=(), draws=known_students, trials=207),
 }
 """Name -> method."""
 
 
 def space(method: Method, seed: int) -> Space:
-    """The space whose pairs the table holds."""
+    """The space of all pairs in the table."""
     branches: dict[str, dict[str, Any]] = {}
     for name, teacher in features().items():
         trained = "layer" in teacher
@@ -159,7 +160,7 @@ def space(method: Method, seed: int) -> Space:
 
 
 def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:
-    """After each completed pair: what was spent with sharing and alone, as shares of the whole table, and regret in points."""
+    """After each completed pair: cost with and without sharing, as shares of the whole table's, and regret in points."""
     best, distinct, again, reached = max(known.values.values()), 0.0, 0.0, {}  # type: ignore[var-annotated]
     drawn = deque((fingerprint(trial.pair), trial.duplicate_of is not None) for trial in timeline.trials)
     top, rows = -math.inf, []
@@ -167,13 +168,13 @@ def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:
         if key not in known.rungs:
             continue
         pair, epoch = known.rungs[key]
-        while pair not in reached:  # what was drawn before it and is no new pair is paid for again, as far as that had come
+        while pair not in reached:  # duplicates drawn before it cost their pair again, up to the epoch that it has reached
             name, repeats = drawn.popleft()
             if repeats:
-                again += known.bill(name, 0, reached[name])
+                again += known.cost_alone(name, 0, reached[name])
             else:
                 reached[name] = 0
-        distinct += known.bill(pair, reached[pair], epoch)
+        distinct += known.cost_alone(pair, reached[pair], epoch)
         reached[pair] = epoch
         if epoch == LAST:
             top = max(top, known.values[pair])
@@ -182,33 +183,38 @@ def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:
 
 
 def searched(task: tuple[str, str, int]) -> pandas.DataFrame:
-    """One search: (sort of prices, method, seed)."""
-    sort, name, seed = task
-    drawn, shuffled = space(METHODS[name], seed), sort.endswith(SHUFFLED)
-    known = _world(sort.removesuffix(SHUFFLED), METHODS[name].rungs, seed if shuffled else None)
+    """One search: (scenario, method, seed)."""
+    scenario, name, seed = task
+    drawn, shuffled = space(METHODS[name], seed), scenario.endswith(SHUFFLED)
+    known = _world(scenario.removesuffix(SHUFFLED), METHODS[name].rungs, seed if shuffled else None)
     clock, draws = VirtualClock(), METHODS[name].draws
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as home:
         study = Study.open(Path(home), drawn, clock=clock, draws=draws(drawn, known) if draws else None)
         timeline = simulate(drawn, study, clock, known.seconds, known.metrics, SimulatedCluster(1))
-    return incumbents(timeline, known).assign(prices=sort, method=name, seed=seed)
+    return incumbents(timeline, known).assign(scenario=scenario, method=name, seed=seed)
 
 
 @functools.lru_cache(20)
-def _world(prices: str, rungs: tuple[int, ...], shuffled: int | None) -> World:
-    """The world that a process searched last; its keys hang on the rungs."""
+def _world(scenario: str, rungs: tuple[int, ...], shuffled: int | None) -> World:
+    """The world of a scenario, cached; its keys depend on the rungs.
+
+    Args:
+        shuffled: seed of the shuffle; None: not shuffled.
+    """
     like = next(method for method in METHODS.values() if method.rungs == rungs)
-    return world(space(like, shuffled or 0), PRICES[prices], shuffled is not None)
+    return world(space(like, shuffled or 0), SCENARIOS[scenario], shuffled is not None)
 
 
-def run(out: Path, processes: int, sorts: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> None:
-    """All searches by these methods at these sorts of prices; whatever else is in the file stays there."""
-    tasks = [(sort, name, seed) for sort in sorts for seed in seeds for name in methods]
+def run(out: Path, processes: int, scenarios: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """Runs all searches with these methods in these scenarios; other rows of the file are kept."""
+    tasks = [(scenario, name, seed) for scenario in scenarios for seed in seeds for name in methods]
     with ProcessPoolExecutor(processes) as workers:
         found = list(workers.map(searched, tasks, chunksize=len(methods)))
     if out.exists():
         before = pandas.read_parquet(out)
-        found.append(before[~(before["prices"].isin(sorts) & before["method"].isin(methods) & before["seed"].isin(seeds))])
+        again = before["scenario"].isin(scenarios) & before["method"].isin(methods) & before["seed"].isin(seeds)
+        found.append(before[~again])
     pandas.concat(found).to_parquet(out, compression="zstd")
 
 
@@ -222,19 +228,19 @@ COMPARED = {
     "tpe, alone": ("tpe", "alone"),
     "random, alone": ("random", "alone"),
     "random, distinct": ("random", "distinct"),
-    "told": ("told", "shared"),
+    "known students": ("known students", "shared"),
 }
-"""Rival of balanced spending -> (method, how its stages are paid for)."""
+"""Name of what is compared with the balanced sampler -> (method, column of its cost)."""
 
 
 def cost_to_near(search: pandas.DataFrame, paid: str) -> float:
-    """Share of the table's cost after which a search is within `NEAR` of the best; infinite if it never is."""
+    """Share of the table's cost after which a search is within `NEAR` of the best; infinite if it never gets there."""
     near = search.loc[search["regret"] <= NEAR, paid]
     return float(near.min()) if len(near) else math.inf
 
 
 def area(search: pandas.DataFrame, paid: str) -> float:
-    """Mean regret in points over `BUDGETS`; before the first completed pair it is that of chance, the table's mean."""
+    """Mean regret in points over `BUDGETS`; before the first completed pair, the regret of the table's mean."""
     steps = [search.loc[search[paid] <= budget, "regret"].min() for budget in BUDGETS]
     values = pandas.read_parquet(TABLE).query("seed == 0")["linear_probe"]
     return float(np.mean([100 * (values.max() - values.mean()) if math.isnan(step) else step for step in steps]))
@@ -248,45 +254,44 @@ def ratios(own: Sequence[float], other: Sequence[float]) -> tuple[float, float, 
     return math.exp(logs.mean()), math.exp(low), math.exp(high)
 
 
-def say(table: pandas.DataFrame) -> None:
-    """Per sort of prices and rival: cost to within a point, how often it got there, area, and how much dearer it is."""
-    for prices in table["prices"].unique():
-        print(f"\n{prices}: n = {table['seed'].nunique()} paired seeds")
-        found = {name: measured(table, prices, *how) for name, how in {"balanced": ("balanced", "shared"), **COMPARED}.items()}
+def summarise(table: pandas.DataFrame) -> None:
+    """Prints per scenario and method: cost to within a point, share of searches that got there, area, cost ratio."""
+    for scenario in table["scenario"].unique():
+        print(f"\n{scenario}: n = {table['seed'].nunique()} paired seeds")
+        compared = {"balanced": ("balanced", "shared"), **COMPARED}
+        found = {name: measured(table, scenario, *how) for name, how in compared.items()}
         for name, (costs, areas) in found.items():
             if not costs:
                 continue  # this method was not run
-            there = np.isfinite(costs).mean()
-            text = (
-                f"  {name:16} near after {np.median(costs):6.1%} of the table ({there:.0%} of seeds); area {np.mean(areas):.2f}"
-            )
+            near, reached = np.median(costs), np.isfinite(costs).mean()
+            text = f"  {name:16} near after {near:6.1%} of the table ({reached:.0%} of seeds); area {np.mean(areas):.2f}"
             if name in COMPARED:
-                text += "; {:.2f}x as dear ({:.2f} to {:.2f})".format(*ratios(found["balanced"][0], costs))
+                text += "; {:.2f} times the cost ({:.2f} to {:.2f})".format(*ratios(found["balanced"][0], costs))
             print(text)
 
 
-def measured(table: pandas.DataFrame, prices: str, method: str, paid: str) -> tuple[list[float], list[float]]:
+def measured(table: pandas.DataFrame, scenario: str, method: str, paid: str) -> tuple[list[float], list[float]]:
     """Cost to near and area of each seed."""
-    searches = [each for _, each in table[(table["prices"] == prices) & (table["method"] == method)].groupby("seed")]
+    searches = [each for _, each in table[(table["scenario"] == scenario) & (table["method"] == method)].groupby("seed")]
     return [cost_to_near(each, paid) for each in searches], [area(each, paid) for each in searches]
 
 
 def main() -> None:
-    """Run or judge."""
+    """Runs searches, or summarises those in a file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["run", "say"])
+    parser.add_argument("what", choices=["run", "summarise"])
     parser.add_argument("table", type=Path)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--prices", choices=SORTS, nargs="+", default=SORTS)
+    parser.add_argument("--scenarios", choices=SCENARIO_NAMES, nargs="+", default=SCENARIO_NAMES)
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs=2, default=SEEDS, metavar=("FROM", "TO"))
     arguments = parser.parse_args()
     if arguments.what == "run":
-        run(arguments.table, arguments.processes, arguments.prices, arguments.methods, range(*arguments.seeds))
+        run(arguments.table, arguments.processes, arguments.scenarios, arguments.methods, range(*arguments.seeds))
     found = pandas.read_parquet(arguments.table)
-    say(found)
+    summarise(found)
     print("\nthe second half of the seeds:")
-    say(found[found["seed"] >= found["seed"].median()])
+    summarise(found[found["seed"] >= found["seed"].median()])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does a search find the layer that ends best if its rungs prefer another one? Simulated on what real students measured.
+"""Does a search find the best layer if early rungs prefer another one? Simulated with the results of real students.
 
-Question: kNN after 2 and 4 epochs stops more students of the layer whose linear probe is best in the end. Who finds it still?
+Question: kNN after 2 and 4 epochs stops more students of the layer with the best final linear probe. Which methods find it?
 Command:  python -m experiments.misleading_rungs --seeds 40
 Cost:     two minutes of two cores.
-Result:   n = 40 seeds, commit a9bfb36; the best combination is worth 0.820, one standard error in brackets:
+Result:   n = 40 seeds, commit a9bfb36; the best combination has 0.820, one standard error in brackets:
 
     method                     true              best combination found    its share of all draws
     balanced                   0.8190 (0.0003)   100 %                     64 %
@@ -12,10 +12,10 @@ Result:   n = 40 seeds, commit a9bfb36; the best combination is worth 0.820, one
     random                     0.8150 (0.0011)    85 %                      8 %
 
 The space is `bench/teachers.yaml`: two widths and two layers of rotation teachers, three k, a learning rate. `MEASURED` are
-means over 144 students that `bench/naive_tune.py search` trained in two runs (commits ad38c35 and 41a370b); a value that no
-student of a combination gave, which are seven of the twelve probes, is what its neighbours say. A trial adds noise of the size
-that was seen between students. "True" is what a pair measures without noise; "rungs believed" is a surrogate that takes what a
-rung shows for the end.
+means over 144 students that `bench/naive_tune.py search` trained in two runs (commits ad38c35 and 41a370b); values without any
+student, which are seven of the twelve probes, are interpolated from neighbours. Each trial adds noise of the size observed
+between students. "True" is the result of a pair without noise; "rungs believed" is a surrogate that treats scores at rungs like
+final ones.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from ktray.search.trial import Trial
 SPACE = Path(__file__).parent / "bench" / "teachers.yaml"
 TRIALS = 72
 SECONDS = {"teacher": 20.0, "features": 0.3, "clusters": 0.1, "pseudo_labels": 0.9, "student": 1.1, "evaluation": 0.6}
-BEST_RATE, FALL = 0.17, 0.055  # the learning rate that students like best; what they lose at the other end of its range
-SHARED, OWN = 0.006, 0.007  # noise of a student that all its judgements share, and of each
+BEST_RATE, FALL = 0.17, 0.055  # the best learning rate; the loss of accuracy at the far end of its range
+SHARED, OWN = 0.006, 0.007  # standard deviations of the noise that all evaluations of a student share, and of each
 
 
-class Means(NamedTuple):
+class Scores(NamedTuple):
     """kNN after 2, 4 and 8 epochs, and the linear probe."""
 
     two: float
@@ -61,19 +61,19 @@ class Means(NamedTuple):
 
 Combination = tuple[float, str, int]
 """(width of the teacher, layer, k)."""
-MEASURED: dict[Combination, Means] = {
-    (0.125, "conv3", 20): Means(0.755, 0.750, 0.780, 0.775),
-    (0.125, "conv3", 50): Means(0.755, 0.766, 0.780, 0.787),
-    (0.125, "conv3", 100): Means(0.748, 0.750, 0.784, 0.787),
-    (0.125, "conv4", 20): Means(0.754, 0.752, 0.789, 0.785),
-    (0.125, "conv4", 50): Means(0.751, 0.770, 0.789, 0.802),
-    (0.125, "conv4", 100): Means(0.743, 0.776, 0.793, 0.804),
-    (0.25, "conv3", 20): Means(0.738, 0.745, 0.780, 0.775),
-    (0.25, "conv3", 50): Means(0.759, 0.763, 0.780, 0.788),
-    (0.25, "conv3", 100): Means(0.762, 0.776, 0.784, 0.798),
-    (0.25, "conv4", 20): Means(0.745, 0.755, 0.789, 0.790),
-    (0.25, "conv4", 50): Means(0.747, 0.762, 0.789, 0.806),
-    (0.25, "conv4", 100): Means(0.758, 0.770, 0.793, 0.820),
+MEASURED: dict[Combination, Scores] = {
+    (0.125, "conv3", 20): Scores(0.755, 0.750, 0.780, 0.775),
+    (0.125, "conv3", 50): Scores(0.755, 0.766, 0.780, 0.787),
+    (0.125, "conv3", 100): Scores(0.748, 0.750, 0.784, 0.787),
+    (0.125, "conv4", 20): Scores(0.754, 0.752, 0.789, 0.785),
+    (0.125, "conv4", 50): Scores(0.751, 0.770, 0.789, 0.802),
+    (0.125, "conv4", 100): Scores(0.743, 0.776, 0.793, 0.804),
+    (0.25, "conv3", 20): Scores(0.738, 0.745, 0.780, 0.775),
+    (0.25, "conv3", 50): Scores(0.759, 0.763, 0.780, 0.788),
+    (0.25, "conv3", 100): Scores(0.762, 0.776, 0.784, 0.798),
+    (0.25, "conv4", 20): Scores(0.745, 0.755, 0.789, 0.790),
+    (0.25, "conv4", 50): Scores(0.747, 0.762, 0.789, 0.806),
+    (0.25, "conv4", 100): Scores(0.758, 0.770, 0.793, 0.820),
 }
 BEST = max(MEASURED, key=lambda each: MEASURED[each].probe)
 METHODS = {
@@ -82,24 +82,24 @@ METHODS = {
     "tpe": ("tpe", surrogate.RUNG_CORRELATIONS),
     "random": ("random", surrogate.RUNG_CORRELATIONS),
 }
-"""Name -> (sampler, how alike the surrogate may take the same draw to be one rung further on)."""
+"""Name -> (sampler, candidates for the surrogate's correlation between neighbouring rungs)."""
 
 
 def combination(trial: Trial) -> Combination:
-    """What a trial has of it."""
+    """The combination of a trial."""
     drawn = trial.params
     return drawn["teacher.backbone.width"], drawn["teacher.layer"], drawn["transfer.k"]
 
 
-def expected(trial: Trial) -> Means:
-    """What it would measure without noise."""
+def expected(trial: Trial) -> Scores:
+    """The scores of a trial without noise."""
     lost = FALL * (math.log(BEST_RATE / trial.params["student.schedule.lr"]) / math.log(BEST_RATE / 0.01)) ** 2
     means = MEASURED[combination(trial)]
-    return Means(*(each - 1.5 * lost for each in means[:3]), means.probe - lost)
+    return Scores(*(each - 1.5 * lost for each in means[:3]), means.probe - lost)
 
 
 class World:
-    """What every judgement of a study's trials measures, by its stage."""
+    """The metrics of every evaluation of a study's trials, by the key of its stage."""
 
     def __init__(self, space: Space, study: Study) -> None:
         self._space, self._study = space, study
@@ -107,7 +107,7 @@ class World:
         self._known: dict[str, float] = {}
 
     def metrics(self, stage: Stage) -> Mapping[str, float]:
-        """Of a stage that a trial of the study needs."""
+        """Metrics of a stage that a trial of the study needs."""
         if stage.name != "evaluation":
             return {}
         for trial in self._study.trials()[self._seen :]:
@@ -130,8 +130,7 @@ def _identity(data: Any) -> str:
 
 
 class Found(NamedTuple):
-    """How a search ended: what its best pair measures without noise and with it, whether that is `BEST`, and how often that was
-    drawn."""
+    """Result of a search: score of its best pair without and with noise, whether it is `BEST`, share of draws of `BEST`."""
 
     true: float
     observed: float
@@ -159,7 +158,7 @@ def _seconds(stage: Stage, epochs: int) -> float:
 
 
 def main() -> None:
-    """Every method, the same seeds."""
+    """Runs every method with the same seeds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)

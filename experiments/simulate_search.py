@@ -1,11 +1,11 @@
-"""How much does a search share, how long does it take, and what does it cost to decide? On a virtual clock, up to 1,000 GPUs.
+"""How well does a search share and schedule stages, and how long do its decisions take? On a virtual clock, up to 1,000 GPUs.
 
-Question: for five models of what stages cost, how near is a search to the ideal of every distinct stage once, how near is its
-makespan to the larger of critical path and work over GPUs, what does a decision cost the driver, and what do deaths cost?
+Question: for five models of stage costs, how close is a search to the ideal of computing each distinct stage once, how close is
+its makespan to the larger of critical path and work / GPUs, how long does a decision take, and what do worker failures cost?
 Command:  python -m experiments.simulate_search lists --pairs 256, or: lists --pairs 10000 --gpus 1000, or: search
 Result:   fixed lists of 256 pairs, commit b44fbf7, 2 busy cores of an EPYC Milan, n = 1. Every list shares at least 0.9998 of
-the ideal. Makespan is given over max(critical path, work / GPUs) and, in brackets, over a bound that also knows that
-students wait for teachers: no order of stages ends earlier.
+the ideal. Makespan is given relative to max(critical path, work / GPUs) and, in brackets, to a bound that also takes into
+account that students wait for teachers: no order of stages ends earlier.
 
     model                              naive / ideal   8 GPUs        64 GPUs       1,000 GPUs
     teacher given, student 8 h         1.02            1.00 (1.00)   1.04 (1.04)   1.00 (1.00)
@@ -14,9 +14,9 @@ students wait for teachers: no order of stages ends earlier.
     CPU: features 20 min, student 10   2.99            1.02 (1.01)   1.36 (1.05)   1.00 (1.00)
     CPU: the same, teacher 60 min      6.79            1.05 (1.01)   1.17 (1.03)   1.00 (1.00)
 
-So two of fifteen are above 1.3 of the simple bound, where all wait for few teachers, and none is above 1.05 of the other one.
-Placement was told the true seconds of stages there. Now it asks the cost model, which learns them: lists of 64 and 256 pairs on
-8 and 64 GPUs (n = 20) end at 1.013 times the other bound on average, before at 1.011, at most at 1.05 in both.
+So two of fifteen are above 1.3 of the simple bound, since everything waits for a few teachers, and none is above 1.05 of the
+other bound. Placement had the true seconds of stages there. Now it uses the cost model, which learns them: lists of 64 and 256
+pairs on 8 and 64 GPUs (n = 20) end at 1.013 times the other bound on average, before at 1.011, at most at 1.05 in both.
 
 10,000 pairs on 1,000 GPUs, commit a09e2dd, one Xeon core, n = 1: 73 to 78 s of the driver for a list; it shares at least 0.9998
 of the ideal; makespan over the simple bound 1.10, 1.35, 1.43, 1.31 and 1.67, over the other one at most 1.10: nearly all GPUs
@@ -52,7 +52,7 @@ PACE = dict(zip(WIDTHS, (0.5, 0.75, 1.0, 1.25, 1.5), strict=True))  # of student
 
 @dataclass(frozen=True)
 class Costs:
-    """Hours of a whole stage: a teacher, one extraction, the smallest and the largest k-means, the mean student."""
+    """Hours of a whole stage: a teacher, a feature extraction, the smallest and the largest k-means, an average student."""
 
     teacher: float
     features: float
@@ -113,25 +113,25 @@ def space(trials: int, concurrent: int, early_stop: bool = False) -> Space:
 
 
 def pairs_of(count: int, seed: int = 0) -> list[Params]:
-    """Distinct pairs in random order: of one student seed as long as there are enough."""
-    chance = random.Random(seed)
+    """Distinct pairs in random order; further student seeds are used only when the pairs of one seed do not suffice."""
+    generator = random.Random(seed)
     names = ("teacher.seed", "teacher.layer", "transfer.k", "student.backbone.width", "student.seed")
     found: list[Params] = []
     for number in range(SEEDS):
         points = [(t, layer, k, w, number) for t in TEACHERS for layer in LAYERS for k in KS for w in WIDTHS]
-        chance.shuffle(points)
+        generator.shuffle(points)
         found += [dict(zip(names, point, strict=True)) for point in points]
     chosen = found[:count]
-    chance.shuffle(chosen)
+    generator.shuffle(chosen)
     return chosen
 
 
 @dataclass(frozen=True)
 class Ideal:
-    """What a list of pairs costs by arithmetic alone, in seconds; nothing here comes from ktray.
+    """The cost of a list of pairs in seconds, computed without ktray.
 
     Attributes:
-        naive: every pair on its own.
+        naive: every pair on its own, without sharing.
         shared: every distinct stage once, features of all layers of a teacher in one pass.
         path: the longest chain of stages.
         bound: no order of stages on `gpus` ends earlier: a level of stages begins when the first chain reaches it.
@@ -150,7 +150,7 @@ class Ideal:
         for entry in entries:
             t, layer, k, width, seed = entry.values()
             chain = (costs.teacher, costs.features, costs.clustering(k), costs.student * PACE[width])
-            names = ((t,), (t,), (t, layer, k), (t, layer, k, width, seed))  # all layers of a teacher come out of one pass
+            names = ((t,), (t,), (t, layer, k), (t, layer, k, width, seed))  # one pass extracts all layers of a teacher
             for level, (name, cost) in enumerate(zip(names, chain, strict=True)):
                 levels[level][name] = cost
                 heads[level].append(sum(chain[:level]))
@@ -161,12 +161,12 @@ class Ideal:
 
 
 def metrics(stage: Stage) -> Mapping[str, float]:
-    """A judgement that is the same whenever the same stage is judged."""
+    """Reproducible pseudo-random metrics of a stage."""
     return {"top1": seed_of(stage.key) % 10_000 / 10_000} if stage.name == "evaluation" else {}
 
 
 def deaths(share: float) -> Any:
-    """Whether an attempt dies: that share of the stages once, anywhere in their work."""
+    """A function that makes this share of the stages fail once, at a random point of their work."""
 
     def dies(key: str, attempts: int) -> float | None:
         drawn = seed_of(key, "death") / 2**63
@@ -178,10 +178,10 @@ def deaths(share: float) -> Any:
 def run(
     costs: Costs, cluster: SimulatedCluster, trials: int, entries: Sequence[Params] | None, live: int = 0
 ) -> tuple[Timeline, float]:
-    """A list of pairs without early stopping, or a search with it; and the seconds that this process was busy.
+    """Simulates a list of pairs without early stopping, or a search with it; also returns the CPU seconds of this process.
 
     Args:
-        live: trials at once; 0: all, but no more than 2,000.
+        live: trials at a time; 0: all, but at most 2,000.
     """
     searched = space(trials, live or min(trials, 2000), early_stop=entries is None)
     draws = None if entries is None else fixed_draws(searched, entries)
@@ -194,16 +194,16 @@ def run(
 
 
 def decisions(timeline: Timeline) -> str:
-    """Mean and 99th percentile in ms of the last tenth of all decisions of each sort."""
-    said = []
+    """Mean and 99th percentile in ms of the last tenth of the decisions of each kind."""
+    texts = []
     for what, took in timeline.decisions.items():
         last = sorted(took[-max(1, len(took) // 10) :])
-        said.append(f"{what} {1e3 * sum(last) / len(last):.2f} ({1e3 * last[int(0.99 * len(last))]:.2f})")
-    return ", ".join(said)
+        texts.append(f"{what} {1e3 * sum(last) / len(last):.2f} ({1e3 * last[int(0.99 * len(last))]:.2f})")
+    return ", ".join(texts)
 
 
 def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str], live: int = 0) -> None:
-    """Sharing and makespan of fixed lists."""
+    """Prints sharing and makespan of fixed lists."""
     print(
         "model | pairs | GPUs | naive/ideal | of the ideal | makespan h | / max(path, work/GPUs) | / bound | s | decisions ms"
     )
@@ -226,7 +226,7 @@ def of_lists(counts: Sequence[int], machines: Sequence[int], names: Sequence[str
 
 
 def of_failures(count: int, gpus: int, name: str) -> None:
-    """The same list with stages that die once."""
+    """Prints the cost of stages that fail once, for the same list."""
     entries = pairs_of(count)
     print("deaths | checkpoints | work | lost | makespan h")
     for share, every in ((0.0, float("inf")), (0.05, 600.0), (0.2, 600.0), (0.05, float("inf")), (0.2, float("inf"))):
@@ -241,7 +241,7 @@ def of_failures(count: int, gpus: int, name: str) -> None:
 
 
 def of_searches(trials: int, gpus: int, name: str) -> None:
-    """A whole search of a space of 10,800 pairs, with its sampler and its rungs."""
+    """Prints the result of a whole search in a space of 10,800 pairs, with sampler and rungs."""
     timeline, spent = run(MODELS[name], SimulatedCluster(gpus, startup_seconds=10, overhead_seconds=0.05), trials, None)
     states = [trial.state for trial in timeline.trials]
     counts = {state: states.count(state) for state in sorted(set(states))}
@@ -253,7 +253,7 @@ def of_searches(trials: int, gpus: int, name: str) -> None:
 
 
 def main() -> None:
-    """Print the tables that are asked for."""
+    """Prints the requested tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["lists", "many", "failures", "search"])
     parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256])

@@ -1,4 +1,4 @@
-"""The table of real pairs as a world that a search can be simulated in: what each stage takes there and measures."""
+"""The table of real pairs as a simulated world: the seconds and metrics of each stage of each pair."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ktray.search.space import Space
 TABLE = Path(__file__).parent / "tables" / "cifar10_pairs.parquet"
 LAST = RUNGS[-1]
 MEASURED = [*(f"knn_{epoch}" for epoch in RUNGS), "linear_probe"]
-Price = Callable[[str, float], float]
-"""(stage, measured seconds of it whole) -> seconds."""
-PRICES: dict[str, Price] = {
+CostScale = Callable[[str, float], float]
+"""(kind of stage, measured seconds of the whole stage) -> seconds in the simulation."""
+SCENARIOS: dict[str, CostScale] = {
     "as measured": lambda stage, seconds: seconds,
     "teachers x 20": lambda stage, seconds: 20 * seconds if stage == "teacher" else seconds,
     "all the same": lambda stage, seconds: 1.0,
@@ -29,12 +29,12 @@ PRICES: dict[str, Price] = {
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the table says of one stage.
+class StageRow:
+    """The seconds and metrics of one stage.
 
     Attributes:
-        seconds: of the whole stage, at these prices.
-        epochs: that its seconds are for, if it is a snapshot of a student; else 0.
+        seconds: of the whole stage.
+        epochs: number of epochs that the seconds are for, if it is a snapshot of a student; else 0.
     """
 
     seconds: float
@@ -44,48 +44,48 @@ class Known:
 
 @dataclass
 class World:
-    """Every stage of the table at one sort of prices, by its key.
+    """Every stage of the table in one scenario for costs, by its key.
 
     Attributes:
-        whole: seconds of everything that all pairs need, each stage once, without rungs.
+        whole: seconds of all stages of all pairs, each stage once, without rungs.
         rungs: key of the evaluation that ends a segment -> (identity of its pair, epoch).
         pairs: identity of a pair -> its stages at its last epoch.
         values: identity of a pair -> linear probe.
     """
 
-    stages: dict[str, Known] = field(default_factory=dict)
+    stages: dict[str, StageRow] = field(default_factory=dict)
     whole: float = 0.0
     rungs: dict[str, tuple[str, int]] = field(default_factory=dict)
-    pairs: dict[str, list[Known]] = field(default_factory=dict)
+    pairs: dict[str, list[StageRow]] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, stage: Stage, epochs: int) -> float:
-        """What a stage takes; nothing for images, which the table does not know."""
-        known = self.stages.get(stage.key, Known(0.0))
+        """Seconds of a stage; 0 for images, which are not in the table."""
+        known = self.stages.get(stage.key, StageRow(0.0))
         return known.seconds * epochs / known.epochs if known.epochs else known.seconds
 
     def metrics(self, stage: Stage) -> Mapping[str, float]:
-        """What a stage measured."""
-        return self.stages.get(stage.key, Known(0.0)).metrics
+        """Metrics of a stage."""
+        return self.stages.get(stage.key, StageRow(0.0)).metrics
 
-    def bill(self, pair: str, before: int, epoch: int) -> float:
-        """Seconds that a pair pays alone from one rung to another; all that comes before the student with its first segment."""
-        paid = 0.0
+    def cost_alone(self, pair: str, before: int, epoch: int) -> float:
+        """Seconds of a pair from one rung to another without sharing; the first segment includes its prefix."""
+        cost = 0.0
         for known in self.pairs[pair]:
             if known.epochs:
-                paid += known.seconds * (epoch - before) / known.epochs
+                cost += known.seconds * (epoch - before) / known.epochs
             elif not known.metrics:
-                paid += known.seconds if before == 0 else 0.0
+                cost += known.seconds if before == 0 else 0.0
             elif "linear" not in known.metrics or epoch == LAST:
-                paid += known.seconds
-        return paid
+                cost += known.seconds
+        return cost
 
 
-def world(searched: Space, price: Price, shuffled: bool = False) -> World:
+def world(searched: Space, cost_scale: CostScale, shuffled: bool = False) -> World:
     """All stages of all pairs of a space, looked up in the table.
 
     Args:
-        shuffled: each teacher's students measure what those of another one did, by the seed of the space; costs stay.
+        shuffled: each teacher gets the students' metrics of another one, chosen by the seed of the space; costs stay.
     """
     table = pandas.read_parquet(TABLE)
     table = table[table["seed"] == 0].set_index(["teacher", "k", "student"]).sort_index()
@@ -105,7 +105,7 @@ def world(searched: Space, price: Price, shuffled: bool = False) -> World:
         found.values[name] = float(row["linear_probe"])
         for epoch in RUNGS:
             stages = pair_graph.build(pair, lambda spec: fingerprint(spec.model_dump()), epoch=epoch)
-            known = {stage.key: _known(stage, stages, row, epoch, price) for stage in stages.stages}
+            known = {stage.key: _known(stage, stages, row, epoch, cost_scale) for stage in stages.stages}
             found.stages |= known
             ends = "linear_probe" if epoch == LAST else "knn"
             found.rungs[stages.keys["evaluation"][ends]] = name, epoch
@@ -115,13 +115,13 @@ def world(searched: Space, price: Price, shuffled: bool = False) -> World:
     return found
 
 
-def _known(stage: Stage, stages: pair_graph.Graph, row: Any, epoch: int, price: Price) -> Known:
+def _known(stage: Stage, stages: pair_graph.Graph, row: Any, epoch: int, cost_scale: CostScale) -> StageRow:
     if stage.name == "images":
-        return Known(0.0)
+        return StageRow(0.0)
     if stage.name == "student":
-        return Known(price("student", row[f"s_student_{LAST}"]) * epoch / LAST, epoch)
+        return StageRow(cost_scale("student", row[f"s_student_{LAST}"]) * epoch / LAST, epoch)
     if stage.name != "evaluation":
-        return Known(price(stage.name, row[f"s_{stage.name}"]))
+        return StageRow(cost_scale(stage.name, row[f"s_{stage.name}"]))
     if stage.key == stages.keys["evaluation"]["linear_probe"]:
-        return Known(price("evaluation", row["s_linear_probe"]), metrics={"top1": row["linear_probe"], "linear": 1.0})
-    return Known(price("evaluation", row[f"s_evaluation_{epoch}"]), metrics={"top1": row[f"knn_{epoch}"]})
+        return StageRow(cost_scale("evaluation", row["s_linear_probe"]), metrics={"top1": row["linear_probe"], "linear": 1.0})
+    return StageRow(cost_scale("evaluation", row[f"s_evaluation_{epoch}"]), metrics={"top1": row[f"knn_{epoch}"]})

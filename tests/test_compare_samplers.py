@@ -1,4 +1,4 @@
-"""The comparison of samplers pays for stages as the table of real pairs says, counted here from the table alone."""
+"""The comparison of samplers counts the costs that follow from the table of real pairs, computed here from the table alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import pandas
 import pytest
 
-from experiments.compare_samplers import METHODS, area, by_chance, cost_to_near, ratios, searched, space
-from experiments.table_world import PRICES, TABLE, world
+from experiments.compare_samplers import METHODS, area, cost_to_near, random_search, ratios, searched, space
+from experiments.table_world import SCENARIOS, TABLE, world
 from ktray.fingerprint import fingerprint
 from ktray.search.budget import DrawCost
 from ktray.search.trial import Trial
@@ -29,7 +29,7 @@ def shares(search: pandas.DataFrame) -> tuple[float, float]:
     return float(search["shared"].iloc[-1]), float(search["distinct"].iloc[-1])
 
 
-def test_without_rungs_a_search_pays_for_each_stage_once_or_without_sharing_for_every_pair() -> None:
+def test_sharing_costs_each_stage_once_and_no_sharing_costs_every_pair_in_full() -> None:
     search = searched(("as measured", "random", 0))
     regrets = 100 * (ROWS["linear_probe"].max() - ROWS["linear_probe"])
     own = ["s_student_9", "s_evaluation_9", "s_linear_probe"]
@@ -54,15 +54,15 @@ def test_all_pairs_together_cost_the_whole_table(monkeypatch: pytest.MonkeyPatch
     assert search["regret"].iloc[-1] == 0.0
 
 
-def test_without_sharing_a_repeated_draw_is_paid_again() -> None:
-    drawn, known = space(METHODS["random"], 2), world(space(METHODS["random"], 2), PRICES["as measured"])
-    chance, seen, paid = by_chance(drawn, known), set[str](), 0.0
+def test_without_sharing_a_repeated_draw_costs_again() -> None:
+    drawn, known = space(METHODS["random"], 2), world(space(METHODS["random"], 2), SCENARIOS["as measured"])
+    draws, seen, paid = random_search(drawn, known), set[str](), 0.0
     while len(seen) < 24:
-        trial = chance.next_draw(DrawCost())
+        trial = draws.next_draw(DrawCost())
         assert isinstance(trial, Trial)
-        chance.observe(trial)
+        draws.observe(trial)
         name = fingerprint(trial.pair)
-        paid, seen = paid + known.bill(name, 0, 9), seen | {name}
+        paid, seen = paid + known.cost_alone(name, 0, 9), seen | {name}
     search = searched(("as measured", "random", 2))
     assert search["alone"].iloc[-1] * known.whole == pytest.approx(paid)
     assert search["alone"].iloc[-1] > search["distinct"].iloc[-1]
@@ -75,7 +75,7 @@ def test_early_stopping_saves_cost_and_a_search_is_reproducible() -> None:
 
 
 def test_shuffled_teachers_keep_their_costs_and_change_their_quality() -> None:
-    plain, moved = (world(space(METHODS["random"], 5), PRICES["as measured"], shuffled) for shuffled in (False, True))
+    plain, moved = (world(space(METHODS["random"], 5), SCENARIOS["as measured"], shuffled) for shuffled in (False, True))
     assert sorted(plain.values.values()) == sorted(moved.values.values())
     assert plain.values != moved.values
     assert plain.whole == moved.whole

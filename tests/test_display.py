@@ -42,7 +42,7 @@ def shown(folder: Path, legs: int, width: int, height: int, status: dict[str, An
     live = _Live(space, "toy", Console(file=io.StringIO(), width=width, height=height, color_system=None))
     with Study.open(folder, space) as study:
         live.begin(study)
-        drive(study, legs=legs)
+        drive(study, segments=legs)
         live.work([], status)
         return drawn(live)
 

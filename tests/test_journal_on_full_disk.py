@@ -14,7 +14,7 @@ from ktray.errors import StoppedEarly
 from ktray.search import journal
 from ktray.search.history import read
 from ktray.search.study import Study
-from tests.toy_space import drive, given, tell, toy_space
+from tests.toy_space import drive, end_segment, next_assignment, toy_space
 
 
 class Full(io.FileIO):
@@ -36,7 +36,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whole(tmp_path: Path, full: Any) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, early_stop=None))
-    drive(study, legs=3)
+    drive(study, segments=3)
     trials = len(study.trials())
     before = (tmp_path / "studies/toy/journal.log").read_bytes()
     full()
@@ -57,10 +57,10 @@ def test_a_lock_that_finds_no_room_stops_the_search_and_loses_no_trial(tmp_path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with Study.open(tmp_path, toy_space(tmp_path, early_stop=None, budget={"trials": 1})) as study:
-        one = given(study)
+        one = next_assignment(study)
         with monkeypatch.context() as patched:
             patched.setattr(os, "symlink", no_room)
             with pytest.raises(StoppedEarly, match=r"the disk is full: .*journal\.log"):
                 study.fail(one.trial.number, "unlucky")
-        assert tell(study, one).state == "completed"
+        assert end_segment(study, one).state == "completed"
         assert study.next() == "done"

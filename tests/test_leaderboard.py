@@ -10,7 +10,7 @@ from ktray.search import history
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from tests.reports import HOME, page_of, trial
-from tests.toy_space import given, tell, toy_space
+from tests.toy_space import end_segment, next_assignment, toy_space
 
 HOG = {"teacher": "hog", "transfer.k": 5, "teacher.hog.descriptor.cell": 4}
 
@@ -20,7 +20,7 @@ def shown(folder: Path, *starts: dict[str, Any]) -> list[str]:
     space = toy_space(folder, start_with=list(starts), early_stop=None, budget={"trials": 9, "concurrent": 1})
     with Study.open(folder, space) as study:
         for _ in starts:
-            tell(study, given(study), lambda trial, until: trial.number / 10)
+            end_segment(study, next_assignment(study), lambda trial, until: trial.number / 10)
     return leaderboard(history.read(folder, space.name), folder, 9).splitlines()
 
 

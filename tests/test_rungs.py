@@ -1,4 +1,4 @@
-"""Who goes on at a rung: successive halving by promotion, on hand-made scores."""
+"""Successive halving: which trial is promoted at a rung, on hand-made scores."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def test_a_trial_goes_to_its_next_rung() -> None:
         next_rung(STOP, trial(0, {9: 0.1}))
 
 
-def test_nobody_goes_on_before_enough_have_come() -> None:
+def test_no_trial_is_promoted_before_enough_reached_the_rung() -> None:
     assert promotion(STOP, at_first_rung(0.9, 0.8)) is None
 
 
-def test_the_best_third_goes_on() -> None:
+def test_the_best_third_is_promoted() -> None:
     found = promotion(STOP, at_first_rung(0.1, 0.9, 0.5))
     assert found is not None
     assert found.number == 1
 
 
-def test_in_mode_min_the_smallest_goes_on() -> None:
+def test_in_mode_min_the_smallest_score_is_promoted() -> None:
     found = promotion(STOP.model_copy(update={"mode": "min"}), at_first_rung(0.5, 0.9, 0.1))
     assert found is not None
     assert found.number == 2
@@ -71,7 +71,7 @@ def test_a_trial_is_promoted_once() -> None:
     assert promotion(STOP, trials) is None
 
 
-def test_a_late_better_trial_opens_a_place_although_another_went_on_before() -> None:
+def test_a_better_late_trial_is_promoted_although_another_was_before() -> None:
     trials = [*at_first_rung(0.1, 0.9, 0.5, 0.4, 0.3), trial(5, {1: 0.95})]
     trials[1] = trial(1, {1: 0.9, 3: 0.91})
     found = promotion(STOP, trials)
@@ -79,13 +79,13 @@ def test_a_late_better_trial_opens_a_place_although_another_went_on_before() -> 
     assert found.number == 5
 
 
-def test_of_equal_scores_the_earlier_draw_goes_on() -> None:
+def test_of_equal_scores_the_earlier_draw_is_promoted() -> None:
     found = promotion(STOP, at_first_rung(0.5, 0.5, 0.5))
     assert found is not None
     assert found.number == 0
 
 
-def test_the_highest_rung_is_served_first() -> None:
+def test_the_highest_rung_is_promoted_from_first() -> None:
     high = [trial(number, {1: 0.5, 3: score}) for number, score in enumerate((0.1, 0.2, 0.3))]
     low = [trial(number, {1: 0.9}) for number in range(3, 12)]
     found = promotion(STOP, [*high, *low])
@@ -93,7 +93,7 @@ def test_the_highest_rung_is_served_first() -> None:
     assert (found.number, found.epoch) == (2, 3)
 
 
-def test_a_failed_trial_leaves_its_place_to_the_next() -> None:
+def test_a_failed_trial_gives_up_its_rank_to_the_next() -> None:
     trials = at_first_rung(0.1, 0.9, 0.5)
     trials[1] = dataclasses.replace(trials[1], state="failed")
     found = promotion(STOP, trials)
@@ -101,41 +101,41 @@ def test_a_failed_trial_leaves_its_place_to_the_next() -> None:
     assert found.number == 2
 
 
-def test_a_pruned_trial_keeps_its_place_and_never_goes_on() -> None:
+def test_a_pruned_trial_keeps_its_rank_and_is_never_promoted() -> None:
     trials = at_first_rung(0.9, 0.1, 0.5)
     trials[0] = dataclasses.replace(trials[0], state="pruned")
     assert promotion(STOP, trials) is None
 
 
-def test_without_early_stop_nobody_is_promoted() -> None:
+def test_without_early_stop_no_trial_is_promoted() -> None:
     assert promotion(None, at_first_rung(0.1, 0.9, 0.5)) is None
 
 
-def test_the_last_hope_is_the_furthest_and_then_the_best() -> None:
+def test_the_best_unfinished_trial_is_the_best_at_the_highest_rung() -> None:
     trials = [*at_first_rung(0.9, 0.1), trial(2, {1: 0.2, 3: 0.3}), trial(3, {1: 0.2, 3: 0.4})]
     found = best_unfinished(STOP, trials)
     assert found is not None
     assert found.number == 3
 
 
-def test_there_is_no_last_hope_once_something_is_complete() -> None:
+def test_there_is_no_best_unfinished_trial_once_one_is_completed() -> None:
     assert best_unfinished(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
     assert best_unfinished(STOP, []) is None
 
 
-def plainly_promoted(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
-    """The same rule, looking at every trial each time."""
+def promotion_by_full_scan(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    """The rule of `RungScores.promotion`, applied to all trials."""
     for rung in reversed(stop.rungs):
         reached = [each for each in trials if rung in each.scores]
         ranked = best_first(stop, [each for each in reached if each.state != "failed"], rung)
-        places = ranked[: len(reached) // stop.reduction]
-        due = [each for each in places if each.state == "paused" and each.epoch == rung]
+        promotable = ranked[: len(reached) // stop.reduction]
+        due = [each for each in promotable if each.state == "paused" and each.epoch == rung]
         if due:
             return due[0]
     return None
 
 
-def plain_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+def best_unfinished_by_full_scan(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
     paused = [each for each in trials if each.state == "paused"]
     if not paused or any(each.state == "completed" for each in trials):
         return None
@@ -145,34 +145,34 @@ def plain_hope(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("mode", ["max", "min"])
-def test_standings_promote_whom_all_scores_would_whatever_happened_before(seed: int, mode: str) -> None:
-    """The oracle looks at every trial each time; scores are coarse, so that many are equal."""
-    chance, stop = random.Random(seed), STOP.model_copy(update={"mode": mode})
-    standings, trials = RungScores(stop), list[Trial]()
+def test_incremental_updates_promote_the_same_trials_as_a_full_scan(seed: int, mode: str) -> None:
+    """The scores are coarse, so that many are equal."""
+    generator, stop = random.Random(seed), STOP.model_copy(update={"mode": mode})
+    rung_scores, trials = RungScores(stop), list[Trial]()
 
-    def tell(new: Trial) -> None:
-        standings.update(trials[new.number] if new.number < len(trials) else None, new)
+    def update(new: Trial) -> None:
+        rung_scores.update(trials[new.number] if new.number < len(trials) else None, new)
         trials[new.number : new.number + 1] = [new]
 
     promoted = 0
     for _ in range(200):
-        due, hope = plainly_promoted(stop, trials), plain_hope(stop, trials)
-        assert standings.promotion() == (None if due is None else due.number)
-        assert standings.best_unfinished() == (None if hope is None else hope.number)
-        if due is not None and chance.random() < 0.7:
+        due, unfinished = promotion_by_full_scan(stop, trials), best_unfinished_by_full_scan(stop, trials)
+        assert rung_scores.promotion() == (None if due is None else due.number)
+        assert rung_scores.best_unfinished() == (None if unfinished is None else unfinished.number)
+        if due is not None and generator.random() < 0.7:
             promoted += 1
-            tell(dataclasses.replace(due, state="running"))
+            update(dataclasses.replace(due, state="running"))
         running = [each for each in trials if each.state == "running"]
-        if not running or chance.random() < 0.5:
-            tell(trial(len(trials), {}, "running"))
+        if not running or generator.random() < 0.5:
+            update(trial(len(trials), {}, "running"))
             continue
-        one = chance.choice(running)
-        ahead = [rung for rung in stop.rungs if rung > one.epoch]
-        scores = {**one.scores, ahead[0]: chance.randrange(8) / 8}
-        state: State = chance.choices(["paused", "failed", "pruned"], [8, 1, 1])[0]
+        chosen = generator.choice(running)
+        ahead = [rung for rung in stop.rungs if rung > chosen.epoch]
+        scores = {**chosen.scores, ahead[0]: generator.randrange(8) / 8}
+        state: State = generator.choices(["paused", "failed", "pruned"], [8, 1, 1])[0]
         if state == "failed":
-            scores = dict(one.scores)
+            scores = dict(chosen.scores)
         elif len(ahead) == 1:
             state = "completed"
-        tell(dataclasses.replace(one, state=state, scores=scores, epoch=max(scores, default=0)))
+        update(dataclasses.replace(chosen, state=state, scores=scores, epoch=max(scores, default=0)))
     assert promoted > 10

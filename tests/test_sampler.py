@@ -1,4 +1,4 @@
-"""What is proposed: from the journal alone, the same for the same journal, and drawn to what scored well."""
+"""Proposals of the sampler: reproducible from the journal, and concentrated on what scored well."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ktray.search import sampler
 from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from tests.toy_space import order, score, toy_space
+from tests.toy_space import ranked_numbers, score, toy_space
 
 TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
 
@@ -36,12 +36,12 @@ def completed(trials: list[Trial]) -> list[Trial]:
 
 
 def proposals(space: Space, trials: list[Trial], count: int = 20) -> list[str]:
-    """Teachers of draws that would follow ledgers that differ only in failures, which count as trials and as no evidence."""
+    """Teachers of draws after histories that differ only in failed trials, which are counted but not learned from."""
     failed = [dataclasses.replace(trials[0], number=len(trials) + i, state="failed") for i in range(count)]
     return [str(sampler.propose(space, [*trials, *failed[:index]])["teacher"]) for index in range(count)]
 
 
-def test_the_same_ledger_gives_the_same_draw(tmp_path: Path) -> None:
+def test_the_same_history_gives_the_same_draw(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     trials = completed(history(space, 12))
     assert sampler.propose(space, trials) == sampler.propose(space, trials)
@@ -58,7 +58,7 @@ def test_another_seed_gives_another_draw(tmp_path: Path) -> None:
     assert sampler.propose(first, []) != sampler.propose(second, [])
 
 
-def test_planned_values_stay_and_the_others_are_drawn(tmp_path: Path) -> None:
+def test_planned_values_are_kept_and_the_others_are_drawn(tmp_path: Path) -> None:
     params = sampler.propose(toy_space(tmp_path), [], {"teacher": "rotation", "transfer.k": 20})
     assert (params["teacher"], params["transfer.k"]) == ("rotation", 20)
     assert set(params) == {
@@ -67,7 +67,7 @@ def test_planned_values_stay_and_the_others_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objectives", [TWO[:1], TWO])
-def test_scores_at_a_rung_draw_the_sampler_to_what_is_good(tmp_path: Path, objectives: list[dict[str, str]]) -> None:
+def test_scores_at_a_rung_attract_the_sampler(tmp_path: Path, objectives: list[dict[str, str]]) -> None:
     space = toy_space(tmp_path, objectives=objectives)
     trials = history(space, 40)
     share = proposals(space, trials).count("rotation") / 20
@@ -75,12 +75,12 @@ def test_scores_at_a_rung_draw_the_sampler_to_what_is_good(tmp_path: Path, objec
 
 
 @pytest.mark.parametrize("objectives", [TWO[:1], TWO])
-def test_completed_trials_draw_the_sampler_to_what_is_good(tmp_path: Path, objectives: list[dict[str, str]]) -> None:
+def test_good_completed_trials_attract_the_sampler(tmp_path: Path, objectives: list[dict[str, str]]) -> None:
     space = toy_space(tmp_path, objectives=objectives)
     assert proposals(space, completed(history(space, 40))).count("rotation") >= 15
 
 
-def test_evidence_is_ordered_by_how_far_and_how_well(tmp_path: Path) -> None:
+def test_observations_are_ranked_by_rung_and_then_by_score(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     zero, one, two, three, four, five = history(space, 6)
     trials = [
@@ -91,17 +91,17 @@ def test_evidence_is_ordered_by_how_far_and_how_well(tmp_path: Path) -> None:
         dataclasses.replace(four, state="duplicate"),
         dataclasses.replace(five, state="completed", scores={1: 0.0}, objectives={"linear_probe/top1": 0.1}),
     ]
-    assert order(Observations(space, trials)) == [5, 2, 3, 1, 0]
+    assert ranked_numbers(Observations(space, trials)) == [5, 2, 3, 1, 0]
 
 
-def test_failures_and_duplicates_are_no_evidence(tmp_path: Path) -> None:
+def test_failures_and_duplicates_are_no_observations(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     trials = history(space, 4)
-    assert order(Observations(space, [dataclasses.replace(trial, state="failed") for trial in trials])) == []
-    assert order(Observations(space, [dataclasses.replace(trial, state="duplicate") for trial in trials])) == []
+    assert ranked_numbers(Observations(space, [dataclasses.replace(trial, state="failed") for trial in trials])) == []
+    assert ranked_numbers(Observations(space, [dataclasses.replace(trial, state="duplicate") for trial in trials])) == []
 
 
-def test_random_draws_stay_inside_of_the_space(tmp_path: Path) -> None:
+def test_random_draws_stay_inside_the_space(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     draws = [sampler.random_draw(space, seed) for seed in range(200)]
     rates = [float(draw["student.schedule.lr"]) for draw in draws]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What `plan` says of sharing is what all draws of a space, built one by one, really have in common."""
+"""The sharing that `plan` reports equals what the draws of a space have in common when all of them are built."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STUDENT = FINITE["student"]
 
 
 def chain(**student: Any) -> dict[str, Any]:
-    """A pair whose teacher is the student of another one, with these fields of that student's schedule."""
+    """A pair with the student of another pair as its teacher; `student` are fields of that student's schedule."""
     first = {
         "teacher": {**ROTATION, "layer": "conv3", "schedule": {"epochs": 2}},
         "transfer": {"kind": "clusters", "k": 5},
@@ -63,7 +63,7 @@ CHAIN = chain(lr={"choice": [0.01, 0.02, 0.04]})
 
 
 @pytest.mark.parametrize("pair", [FINITE, NESTED, CHAIN], ids=["branches", "data-and-projection", "chain"])
-def test_what_is_possible_is_what_building_every_draw_finds(tmp_path: Path, pair: dict[str, Any]) -> None:
+def test_possible_artifacts_are_those_of_all_draws(tmp_path: Path, pair: dict[str, Any]) -> None:
     space = toy_space(tmp_path, pair)
     keys = keys_of(space)
     everything = distinct(list(space.draws()), keys)
@@ -71,7 +71,7 @@ def test_what_is_possible_is_what_building_every_draw_finds(tmp_path: Path, pair
 
 
 @pytest.mark.parametrize("draws", [5, 40])
-def test_what_is_expected_is_what_random_draws_need_on_average(tmp_path: Path, draws: int) -> None:
+def test_expected_artifacts_are_the_average_over_random_draws(tmp_path: Path, draws: int) -> None:
     space = toy_space(tmp_path, FINITE)
     keys, rng = keys_of(space), random.Random(0)
     known = list(space.draws())
@@ -94,7 +94,7 @@ def test_a_continuous_field_of_the_teacher_makes_every_draw_a_teacher(tmp_path: 
     assert (rows["images"].possible, rows["images"].expected) == (1, 1.0)
 
 
-def test_plan_says_it_and_warns_with_the_number_of_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_reports_sharing_and_warns_with_the_number_of_teachers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = {**PAIR["teacher"]["one_of"]["rotation"], "schedule": {"epochs": 2, "lr": {"log_float": [0.01, 0.1]}}}
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(content({"teacher": teacher}, budget={"trials": 40, "concurrent": 2})))
@@ -125,7 +125,7 @@ def test_plan_counts_teachers_whatever_stage_makes_them(
     assert answer["notes"][1:] == [f"expect about {teachers} different teachers in 40 random draws"]
 
 
-def test_plan_of_a_space_that_shares_warns_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_a_space_with_sharing_gives_no_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(write(tmp_path, FINITE)), "--json", "--home", str(tmp_path / "home")]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["notes"] == []

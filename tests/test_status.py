@@ -58,7 +58,7 @@ def test_an_unknown_study_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_study_that_nobody_searches_says_so_and_how_far_it_came(study: Study, tmp_path: Path) -> None:
-    drive(study, legs=3)
+    drive(study, segments=3)
     study.close()
     (tmp_path / "studies/toy/driver.lock").write_text(f"process 999999999 on {socket.gethostname()}\n")
     answer, text = asked(tmp_path)
@@ -170,7 +170,7 @@ def test_time_left_follows_the_pace_of_the_trials_so_far(tmp_path: Path) -> None
     now = [0.0]
     with Study.open(tmp_path, toy_space(tmp_path, early_stop=None), clock=lambda: now[0]) as study:
         now[0] = 60.0
-        drive(study, legs=2)
+        drive(study, segments=2)
         answer, text = asked(tmp_path)
     assert answer["eta_seconds"] == 120.0
     assert "about 2 min left" in text

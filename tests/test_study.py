@@ -16,7 +16,7 @@ from ktray.search.journal import folder
 from ktray.search.space_tree import Params
 from ktray.search.study import Assignment, Study
 from ktray.search.trial import Trial
-from tests.toy_space import FINITE, drive, given, states, tell, toy_space
+from tests.toy_space import FINITE, drive, end_segment, next_assignment, states, toy_space
 
 NO_STOP = {"early_stop": None}
 TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
@@ -60,8 +60,8 @@ def test_no_more_trials_run_at_once_than_the_budget_says(tmp_path: Path) -> None
 def test_a_promotion_goes_before_a_new_draw(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
     for _ in range(3):
-        tell(study, given(study))
-    promoted = given(study)
+        end_segment(study, next_assignment(study))
+    promoted = next_assignment(study)
     assert promoted.until == 3
     assert promoted.trial.number == max(study.trials(), key=lambda trial: trial.scores[1]).number
 
@@ -114,7 +114,7 @@ def test_planned_draws_come_first_and_once(tmp_path: Path) -> None:
     planned = [{"teacher": "hog", "transfer.k": 20}, {"teacher": "rotation", "teacher.rotation.layer": "conv5"}]
     space = toy_space(tmp_path, start_with=planned)
     with Study.open(tmp_path, space) as study:
-        given(study)
+        next_assignment(study)
     with Study.open(tmp_path, space) as study:
         drive(study)
     hog, rotation, *others = study.trials()
@@ -126,41 +126,43 @@ def test_planned_draws_come_first_and_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_fails_its_trial(tmp_path: Path, value: float) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
-    failed = tell(study, given(study), lambda trial, epoch: value)
+    failed = end_segment(study, next_assignment(study), lambda trial, epoch: value)
     assert (failed.state, failed.cause) == ("failed", f"knn/top1 is {value} at epoch 1")
     study = Study.open(tmp_path, toy_space(tmp_path, **NO_STOP), "other")
-    failed = tell(study, given(study), lambda trial, epoch: value)
+    failed = end_segment(study, next_assignment(study), lambda trial, epoch: value)
     assert (failed.state, failed.cause) == ("failed", f"the objective linear_probe/top1 is {value}")
 
 
 def test_a_missing_objective_fails_its_trial(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, **NO_STOP))
-    assert study.finish(given(study).trial.number, {}, {}, {}, {}).cause == "the objective linear_probe/top1 is missing"
+    assert (
+        study.finish(next_assignment(study).trial.number, {}, {}, {}, {}).cause == "the objective linear_probe/top1 is missing"
+    )
 
 
 def test_ten_failures_in_a_row_stop_the_search_and_it_can_go_on(tmp_path: Path) -> None:
     space = toy_space(tmp_path, budget={"trials": 30, "concurrent": 1})
     with Study.open(tmp_path, space) as study:
         for number in range(10):
-            study.fail(given(study).trial.number, f"no disk {number}")
+            study.fail(next_assignment(study).trial.number, f"no disk {number}")
         with pytest.raises(StoppedEarly, match="no disk 9"):
             study.next()
         study.close()
     with Study.open(tmp_path, space) as study:
-        tell(study, given(study))
+        end_segment(study, next_assignment(study))
         assert states(study) == {"failed": 10, "paused": 1}
 
 
 def test_trials_that_fail_with_one_stage_are_one_failure(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 40, "concurrent": 16}))
-    running = [given(study).trial.number for _ in range(16)]
+    running = [next_assignment(study).trial.number for _ in range(16)]
     for number in running[:10]:
         study.fail(number, "the teacher cannot be trained", "teacher-1")
     for number in running[10:14]:
         study.fail(number, f"a student of its own, {number}", f"student-{number}")
-    given(study)
+    next_assignment(study)
     for _ in range(5):
-        study.fail(given(study).trial.number, "unlucky")
+        study.fail(next_assignment(study).trial.number, "unlucky")
     with pytest.raises(StoppedEarly, match=r"19 trials failed one after the other; .* unlucky"):
         study.next()
 
@@ -169,8 +171,8 @@ def test_a_success_between_failures_lets_a_search_go_on(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 30, "concurrent": 1}))
     for _ in range(3):
         for _ in range(6):
-            study.fail(given(study).trial.number, "unlucky")
-        tell(study, given(study))
+            study.fail(next_assignment(study).trial.number, "unlucky")
+        end_segment(study, next_assignment(study))
     assert states(study)["failed"] == 18
 
 
@@ -223,14 +225,14 @@ def test_time_counts_over_resumes_and_what_is_paused_waits_for_more(tmp_path: Pa
     space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "stop_after": "10s"})
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
         now[0] = 6
-        tell(study, given(study))
+        end_segment(study, next_assignment(study))
     now[0] = 100
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
-        last = given(study)
+        last = next_assignment(study)
         now[0] = 105
         assert study.elapsed == 11
         assert study.next() == "wait"
-        tell(study, last)
+        end_segment(study, last)
         assert study.next() == "done"
         assert study.stop_reason == "stop_after (10 s) is used up"
         assert study.close() == []
@@ -242,7 +244,7 @@ def test_time_counts_over_resumes_and_what_is_paused_waits_for_more(tmp_path: Pa
 
 def test_a_report_for_another_epoch_is_a_mistake_of_the_driver(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
-    number = given(study).trial.number
+    number = next_assignment(study).trial.number
     with pytest.raises(ValueError, match="runs to epoch 1 of 9 and reports epoch 3"):
         study.report(number, 3, 0.5)
     with pytest.raises(KeyError):
@@ -253,14 +255,14 @@ def test_the_pareto_front_holds_what_nothing_beats(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path, objectives=TWO, budget={"trials": 4, "concurrent": 1}, **NO_STOP))
     for top1, seconds in ((0.5, 10.0), (0.6, 20.0), (0.5, 20.0), (0.4, 1.0)):
         values = {"linear_probe/top1": top1, "cost/seconds": seconds}
-        study.finish(given(study).trial.number, values, values, {}, {"seconds": seconds})
+        study.finish(next_assignment(study).trial.number, values, values, {}, {"seconds": seconds})
     assert [trial.number for trial in study.best(pareto=True)] == [1, 0, 3]
     assert [trial.number for trial in study.best()] == [1, 0, 2, 3]
 
 
 def test_keys_of_paused_trials_are_in_use_too(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
-    study.report(given(study).trial.number, 1, 0.5, {"student": "student-1", "evaluations": {"knn": "evaluation-1"}})
+    study.report(next_assignment(study).trial.number, 1, 0.5, {"student": "student-1", "evaluations": {"knn": "evaluation-1"}})
     assert history.keys_in_use(tmp_path) == {"student-1", "evaluation-1"}
 
 
@@ -296,11 +298,11 @@ def test_with_several_objectives_rungs_stop_on_their_own_metric_and_all_objectiv
     stop = {"metric": "knn/top1", "rungs": [1, 9], "reduction": 2}
     space = toy_space(tmp_path, objectives=TWO, early_stop=stop, budget={"trials": 8, "concurrent": 8})
     study = Study.open(tmp_path, space)
-    first = [given(study).trial.number for _ in range(8)]
+    first = [next_assignment(study).trial.number for _ in range(8)]
     for number in first:
         study.report(number, 1, 0.1 * number)
     for _ in range(4):
-        promoted = given(study).trial.number
+        promoted = next_assignment(study).trial.number
         values = {"linear_probe/top1": 0.5 - 0.01 * promoted, "cost/seconds": 100.0 - promoted, "knn/top1": 0.5}
         study.finish(promoted, values, values, {}, {"seconds": 1.0})
     assert {trial.number for trial in study.best()} == {4, 5, 6, 7}

@@ -19,7 +19,7 @@ from ktray.search.journal import folder
 from ktray.search.study import Study
 from ktray.search.trial import Trial
 from tests.source import ROOT
-from tests.toy_space import FINITE, drive, given, score, states, tell, toy_space
+from tests.toy_space import FINITE, drive, end_segment, next_assignment, score, states, toy_space
 
 NO_STOP = {"early_stop": None}
 TWO = [{"metric": "linear_probe/top1", "mode": "max"}, {"metric": "cost/seconds", "mode": "min"}]
@@ -64,11 +64,11 @@ def test_a_resumed_search_goes_on_and_repeats_no_draw_of_its_own(tmp_path: Path)
 def test_trials_that_an_interrupted_driver_left_running_come_first_under_their_number(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
-        first, second = given(study), given(study)
-        tell(study, second)
+        first, second = next_assignment(study), next_assignment(study)
+        end_segment(study, second)
         assert study.close() == []
     again = Study.open(tmp_path, space)
-    adopted = given(again)
+    adopted = next_assignment(again)
     assert (adopted.trial, adopted.until) == (first.trial, 1)
     assert states(again) == {"running": 1, "paused": 1}
 
@@ -77,9 +77,9 @@ def test_a_promoted_trial_is_adopted_from_its_last_rung(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
         for _ in range(3):
-            tell(study, given(study))
-        promoted = given(study)
-    adopted = given(Study.open(tmp_path, space))
+            end_segment(study, next_assignment(study))
+        promoted = next_assignment(study)
+    adopted = next_assignment(Study.open(tmp_path, space))
     assert (adopted.trial.number, adopted.trial.epoch, adopted.until) == (promoted.trial.number, 1, 3)
 
 
@@ -118,7 +118,7 @@ def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) 
         drive(study)
         study.close()
     with Study.open(tmp_path, space, trials="+4") as study:
-        drive(study, legs=1)  # killed
+        drive(study, segments=1)  # killed
     with Study.open(tmp_path, space, trials="+4") as study:
         assert study.target == 7
         drive(study)
@@ -162,14 +162,14 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from ktray.search import space
 from ktray.search.study import Study
-from tests.toy_space import tell
+from tests.toy_space import end_segment
 study = Study.open(Path(sys.argv[2]), space.load(Path(sys.argv[2]) / "toy.yaml", []))
 print("open", flush=True)
 while True:
     answer = study.next()
     if answer == "done":
         break
-    tell(study, answer)
+    end_segment(study, answer)
     print(answer.trial.number, flush=True)
 """
 
@@ -198,7 +198,7 @@ def test_a_killed_driver_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
 def test_half_a_line_and_a_stale_lock_of_a_killed_driver_are_removed(tmp_path: Path, half: str) -> None:
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
-        tell(study, given(study))
+        end_segment(study, next_assignment(study))
     before = study.trials()
     journal = folder(tmp_path, "toy") / "journal.log"
     with open(journal, "a") as file:
@@ -218,13 +218,13 @@ def test_a_driver_killed_between_the_last_value_and_the_state_has_finished_the_t
 ) -> None:
     space = toy_space(tmp_path, **NO_STOP)
     with Study.open(tmp_path, space) as study, monkeypatch.context() as killed:
-        answer = given(study)
+        answer = next_assignment(study)
         killed.setattr(optuna.storages.JournalStorage, "set_trial_state_values", _killed)
         with pytest.raises(KeyboardInterrupt):
-            tell(study, answer)
+            end_segment(study, answer)
     with Study.open(tmp_path, space) as study:
         assert study.best()[0].objectives == {"linear_probe/top1": score(answer.trial)}
-        assert given(study).trial.number == 1
+        assert next_assignment(study).trial.number == 1
     backend = optuna.storages.journal.JournalFileBackend(str(folder(tmp_path, "toy") / "journal.log"))
     read = optuna.load_study(study_name="toy", storage=optuna.storages.JournalStorage(backend))
     assert read.trials[0].state.name == "COMPLETE"
@@ -237,7 +237,7 @@ def _killed(*_: object) -> None:
 def test_the_time_of_a_search_that_is_killed_counts_though_no_trial_was_settled(tmp_path: Path) -> None:
     space, now = toy_space(tmp_path, budget={"trials": 6, "concurrent": 2, "stop_after": 100}), [0.0]
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
-        given(study)
+        next_assignment(study)
         for now[0] in (10.0, 29.0, 45.0, 60.0):
             study.save_elapsed()
     again = Study.open(tmp_path, space, clock=lambda: now[0])
@@ -249,7 +249,7 @@ def test_the_time_of_a_search_that_is_killed_counts_though_no_trial_was_settled(
 def test_what_a_paused_trial_has_cost_is_known_to_the_next_session(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
-        first = given(study)
+        first = next_assignment(study)
         study.report(first.trial.number, first.until, 0.5, cost={"marginal_seconds": 7.0})
     assert Study.open(tmp_path, space).trials()[0].cost == {"marginal_seconds": 7.0}
 

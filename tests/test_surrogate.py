@@ -1,4 +1,4 @@
-"""What a draw is expected to gain: against scikit-learn's Gaussian process, and over the branches of a space."""
+"""The surrogate and its expected improvement, against scikit-learn's Gaussian process and over the branches of a space."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ from ktray.search.trial import Trial
 from tests.toy_space import toy_space
 
 Columns = NDArray[np.float64]
-NEVER = 1e9  # a distance at which nothing is less alike
+INFINITE = 1e9  # a length scale so long that the distance has no effect
 HOG = {"descriptor": {"kind": "hog"}}
 
 
 def one_rate(folder: Path) -> Space:
-    """A space whose only parameter is a learning rate from 0.01 to 0.1, even on a logarithmic scale."""
+    """A space with one parameter, a learning rate from 0.01 to 0.1 on a logarithmic scale."""
     return toy_space(folder, {"teacher": HOG, "transfer": {"kind": "clusters", "k": 5}})
 
 
 def rates(*exponents: float) -> list[dict[str, Any]]:
-    """Draws so far along the range."""
+    """Draws at these positions of the range, from 0 to 1."""
     return [{"student.schedule.lr": 0.01 * 10**exponent} for exponent in exponents]
 
 
 def judged_process(seen: Columns, scores: Columns, step: float, noise: float) -> GaussianProcessRegressor:
-    """Of (n, 2) rates and rungs ahead: what is alike along the rate is so less, the more rungs lie between."""
-    rate = ConstantKernel(DIFFERENT) + ConstantKernel(1 - DIFFERENT) * RBF([LENGTH_SCALE, NEVER])
-    rungs = Matern([NEVER, -1 / np.log(step) if step < 1 else NEVER], nu=0.5)
+    """Fitted to (n, 2) positions and rungs ahead; the similarity decreases with the number of rungs between two results."""
+    rate = ConstantKernel(DIFFERENT) + ConstantKernel(1 - DIFFERENT) * RBF([LENGTH_SCALE, INFINITE])
+    rungs = Matern([INFINITE, -1 / np.log(step) if step < 1 else INFINITE], nu=0.5)
     process = GaussianProcessRegressor(ConstantKernel(SHARED_VARIANCE) + rate * rungs, alpha=noise, optimizer=None)
     return process.fit(seen, scores)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_gains_are_those_of_the_likeliest_gaussian_process_of_scikit_learn(tmp_path: Path, seed: int) -> None:
+def test_expected_improvement_equals_that_of_the_most_likely_process_of_scikit_learn(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     seen, asked = np.stack([rng.random(24), np.sort(rng.integers(0, 3, 24))], 1), np.stack([rng.random(30), np.zeros(30)], 1)
-    if seed % 2:  # the end mirrors what a rung shows: then it says little
+    if seed % 2:  # the final order is the reverse of that at the rung: the rung predicts little
         first, last = seen[:, 1] > 0, seen[:, 1] == 0
         seen[first, 0], seen[last, 0] = np.sort(seen[first, 0]), np.sort(seen[last, 0])[::-1]
     scores = norm.ppf(1 - (rankdata(np.arange(24)) - 0.5) / 24)
@@ -72,7 +72,7 @@ def test_gains_are_those_of_the_likeliest_gaussian_process_of_scikit_learn(tmp_p
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tmp_path: Path) -> None:
+def test_rung_correlation_and_noise_are_fitted_to_the_trials(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     layers, space = ("conv3", "conv4", "conv5"), toy_space(tmp_path)
     layer, ahead = np.arange(30) % 3, np.repeat([0.0, 2.0], 15)
@@ -88,18 +88,21 @@ def test_how_much_rungs_say_and_how_much_is_chance_is_learned_from_the_trials(tm
     assert fitted([1.2, 0.0, -1.2], 0.2)[1] < fitted([1.2, 0.0, -1.2], 0.8)[1]
 
 
-def test_a_place_where_a_trial_runs_promises_less_and_no_other_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pending_trial_lowers_the_improvement_expected_at_its_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys.modules["ktray.search.surrogate"], "NOISE_VARIANCES", NOISE_VARIANCES[:1]
-    )  # two trials say nothing of how much is chance
+    )  # two trials cannot determine the noise
     surrogate = Surrogate(one_rate(tmp_path))
     seen, asked = rates(0.0, 0.1), rates(0.6, 1.0)
-    alone, beside = surrogate.expected_improvement(seen, [], asked), surrogate.expected_improvement(seen, rates(1.0), asked)
-    assert beside[1] < 0.6 * alone[1]
-    assert beside[0] < alone[0]
+    without, with_pending = (
+        surrogate.expected_improvement(seen, [], asked),
+        surrogate.expected_improvement(seen, rates(1.0), asked),
+    )
+    assert with_pending[1] < 0.6 * without[1]
+    assert with_pending[0] < without[0]
 
 
-def test_what_a_student_showed_behind_one_teacher_is_believed_of_it_behind_another(tmp_path: Path) -> None:
+def test_a_student_that_did_well_with_one_teacher_is_expected_to_with_another(tmp_path: Path) -> None:
     student = {"backbone": {"kind": "alexnet", "width": {"choice": [0.125, 0.25]}}, "schedule": {"epochs": 9}}
     space = toy_space(tmp_path, {"student": student})
 
@@ -112,7 +115,7 @@ def test_what_a_student_showed_behind_one_teacher_is_believed_of_it_behind_anoth
     assert wide > 1.5 * narrow
 
 
-def test_the_layers_of_one_teacher_are_more_alike_than_two_teachers(tmp_path: Path) -> None:
+def test_two_layers_of_a_teacher_are_more_similar_than_two_teachers(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     base = sampler.random_draw(space, 0, {"teacher": "rotation", "teacher.rotation.layer": "conv3"})
     layer = {**base, "teacher.rotation.layer": "conv4"}
@@ -126,7 +129,7 @@ def test_the_layers_of_one_teacher_are_more_alike_than_two_teachers(tmp_path: Pa
     assert gains[1] > gains[0]
 
 
-def test_who_is_stopped_at_a_rung_does_not_hold_back_a_layer_whose_others_end_best(tmp_path: Path) -> None:
+def test_trials_stopped_at_a_rung_do_not_outweigh_completed_ones_of_the_same_layer(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
 
     def draw(layer: str, number: int) -> dict[str, Any]:
@@ -138,15 +141,15 @@ def test_who_is_stopped_at_a_rung_does_not_hold_back_a_layer_whose_others_end_be
     left = [0] * len(ended) + [2] * len(stopped)
     best, often = Surrogate(space).expected_improvement(ranked, [], asked, left)
     assert best > 2 * often
-    best, often = Surrogate(space).expected_improvement(ranked, [], asked)  # as if all of them had come to their end
+    best, often = Surrogate(space).expected_improvement(ranked, [], asked)  # as if all were completed
     assert best < often
 
 
 @pytest.mark.parametrize("partial", [False, True])
-def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -> None:
+def test_similarity_over_branches_is_positive_definite(tmp_path: Path, partial: bool) -> None:
     space = toy_space(tmp_path)
     draws = [sampler.random_draw(space, seed) for seed in range(80)]
-    if partial:  # as the results of another study are, which lacks some of the parameters
+    if partial:  # as in results of a study without some of the parameters
         rng = np.random.default_rng(0)
         draws = [{name: value for name, value in draw.items() if rng.random() < 0.7} for draw in draws]
     surrogate = Surrogate(space)
@@ -158,7 +161,7 @@ def test_likeness_over_branches_is_a_covariance(tmp_path: Path, partial: bool) -
         np.testing.assert_allclose(np.diag(covariance), SHARED_VARIANCE + 1)
 
 
-def test_numbers_of_a_choice_are_steps_and_names_are_not(tmp_path: Path) -> None:
+def test_neighbouring_numbers_of_a_choice_are_similar(tmp_path: Path) -> None:
     space = toy_space(
         tmp_path, {"teacher": HOG, "student": {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": {"epochs": 9}}}
     )
@@ -168,8 +171,8 @@ def test_numbers_of_a_choice_are_steps_and_names_are_not(tmp_path: Path) -> None
     assert near > far
 
 
-def test_a_search_by_the_surrogate_beats_chance_on_a_space_with_branches(tmp_path: Path) -> None:
-    """How good the best of 20 draws is, of a score that has its top in one branch; mean over ten seeds."""
+def test_a_search_with_the_surrogate_beats_random_search_on_a_space_with_branches(tmp_path: Path) -> None:
+    """Compares the best of 20 draws, mean over ten seeds, for a score with its maximum in one branch."""
 
     def value(params: dict[str, Any]) -> float:
         bonus = 0.5 if params.get("teacher.rotation.layer") == "conv4" else 0.0
@@ -190,7 +193,7 @@ def test_a_search_by_the_surrogate_beats_chance_on_a_space_with_branches(tmp_pat
     assert top - ours < 0.5 * (top - chance)
 
 
-def test_only_the_order_of_results_counts(tmp_path: Path) -> None:
+def test_only_the_order_of_results_matters(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     found = []
     for stretch in (1.0, 1000.0):

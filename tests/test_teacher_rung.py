@@ -18,7 +18,7 @@ from ktray.search.space_file import EarlyStop, TeacherStop
 from ktray.search.study import Study
 from ktray.search.trial import State, Trial
 from tests.test_simulate import seconds
-from tests.toy_space import given, order, toy_space
+from tests.toy_space import next_assignment, ranked_numbers, toy_space
 
 EVALS = [{"kind": "knn"}, {"kind": "linear_probe"}, {"kind": "knn", "name": "teacher_knn", "of": "teacher"}]
 JUDGED = {"metric": "knn/top1", "rungs": [1, 3, 9], "reduction": 3, "teacher": {"metric": "teacher_knn/top1", "keep": 0.5}}
@@ -60,19 +60,19 @@ def test_the_first_teacher_gets_students_at_once() -> None:
     assert RungScores(STOP, [trial(0, "a", 0.1)]).promotion() == 0
 
 
-def test_many_trials_on_one_teacher_are_one_teacher() -> None:
+def test_many_trials_with_one_teacher_count_as_one() -> None:
     """Counted by trials, the second best of two teachers would be eleventh of twenty."""
     many = [trial(n, "a", 0.9, "running") for n in range(10)]
     poor = [trial(10 + n, name, 0.1 * n) for n, name in enumerate("bcd")]
     assert RungScores(STOP, [*many, *poor]).promotion() == 12
 
 
-def test_a_trial_on_a_good_teacher_goes_on_whoever_was_first() -> None:
+def test_a_trial_with_a_good_teacher_is_promoted_in_any_order_of_arrival() -> None:
     standings = RungScores(STOP, [trial(0, "a", 0.9, "completed", {3: 0.5}), trial(1, "a", 0.9), trial(2, "b", 0.1)])
     assert standings.promotion() == 1
 
 
-def test_students_come_before_new_students() -> None:
+def test_promotions_of_students_come_before_new_students() -> None:
     students = [trial(n, "a", 0.9, scores={1: 0.1 * n}) for n in range(2)]
     assert RungScores(STOP, [*students, trial(2, "a", 0.9)]).promotion() == 1
 
@@ -85,20 +85,20 @@ def test_a_better_teacher_that_failed_later_still_counts() -> None:
     assert standings.promotion() is None
 
 
-def test_a_small_rank_is_better_if_the_metric_says_so() -> None:
+def test_a_smaller_score_is_better_in_mode_min() -> None:
     down = STOP.model_copy(update={"teacher": TeacherStop(metric="t/loss", reduction=2, mode="min")})
     assert RungScores(down, [trial(0, "a", 0.1), trial(1, "b", 0.3)]).promotion() == 0
 
 
-def test_with_no_trial_completed_the_best_teacher_is_the_last_hope() -> None:
+def test_without_a_completed_trial_the_best_teacher_is_the_best_unfinished() -> None:
     standings = RungScores(STOP, [trial(0, "a", 0.9, "failed"), trial(1, "b", 0.1), trial(2, "c", 0.2)])
     assert standings.best_unfinished() == 2
 
 
-def test_what_only_its_teacher_was_judged_by_comes_behind_what_a_student_was(tmp_path: Path) -> None:
+def test_trials_with_only_a_teacher_score_rank_behind_those_with_a_student_score(tmp_path: Path) -> None:
     space = judging(tmp_path)
     shown = [trial(0, "a", 0.9), trial(1, "b", 0.2, scores={1: 0.1}), trial(2, "c", 0.95), trial(3, "d", None, "running")]
-    assert order(Observations(space, shown)) == [1, 2, 0, 3]
+    assert ranked_numbers(Observations(space, shown)) == [1, 2, 0, 3]
 
 
 EPOCHS: dict[str, int] = {}
@@ -132,14 +132,14 @@ def test_a_poor_teacher_costs_no_features_clusters_or_student(tmp_path: Path) ->
     assert read(tmp_path, "toy").trials == timeline.trials
 
 
-def test_a_trial_whose_teacher_was_judged_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_a_trial_with_an_evaluated_teacher_resumes_after_a_kill(tmp_path: Path) -> None:
     space = judging(tmp_path)
     with Study.open(tmp_path, space) as study:
-        first = given(study)
+        first = next_assignment(study)
         assert (first.until, first.final) == (0, False)
         study.report(first.trial.number, 0, 0.5)
     with Study.open(tmp_path, space) as study:
-        again = given(study)
+        again = next_assignment(study)
         assert (again.trial.number, again.until) == (first.trial.number, 1)
 
 
@@ -155,12 +155,12 @@ def test_a_trial_whose_teacher_was_judged_goes_on_after_a_kill(tmp_path: Path) -
         ({"metric": "teacher_knn/top1", "keep": 0.0}, "keep is 0.0 and should be above 0"),
     ],
 )
-def test_what_cannot_judge_teachers_is_refused(tmp_path: Path, stop: dict[str, Any], message: str) -> None:
+def test_a_metric_or_share_that_cannot_judge_teachers_is_refused(tmp_path: Path, stop: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         judging(tmp_path, early_stop={**JUDGED, "teacher": stop})
 
 
-def test_without_labels_the_effective_rank_judges(tmp_path: Path) -> None:
+def test_the_effective_rank_judges_teachers_without_labels(tmp_path: Path) -> None:
     evals = [{"kind": "effective_rank"}, {"kind": "effective_rank", "name": "teacher_rank", "of": "teacher"}]
     stop = {**JUDGED, "metric": "effective_rank/rank", "teacher": {"metric": "teacher_rank/rank", "reduction": 2}}
     space = toy_space(tmp_path, {"evals": evals}, objectives=[{"metric": "effective_rank/rank"}], early_stop=stop)

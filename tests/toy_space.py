@@ -51,7 +51,7 @@ def content(pair: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]
 
 
 def write(folder: Path, pair: dict[str, Any] | None = None, **fields: Any) -> Path:
-    """The same as a file."""
+    """Writes `content` to a file."""
     path = folder / "toy.yaml"
     path.write_text(yaml.safe_dump(content(pair, **fields), sort_keys=False))
     return path
@@ -62,48 +62,48 @@ def toy_space(folder: Path, pair: dict[str, Any] | None = None, **fields: Any) -
 
 
 def score(trial: Trial, epoch: int = 9) -> float:
-    """Rotation before HOG, larger k better, a little for training; no randomness."""
+    """Deterministic: rotation is better than HOG, a larger k is better, and training helps a little."""
     return (0.5 if trial.params["teacher"] == "rotation" else 0.2) + trial.params["transfer.k"] / 100 + epoch / 1000
 
 
-def tell(study: Study, given: Assignment, judge: Callable[[Trial, int], float] = score) -> Trial:
-    """Settles one leg as if it had been computed."""
-    value = judge(given.trial, given.until)
-    if not given.final:
-        return study.report(given.trial.number, given.until, value)
+def end_segment(study: Study, assignment: Assignment, judge: Callable[[Trial, int], float] = score) -> Trial:
+    """Ends a segment as if it had been computed."""
+    value = judge(assignment.trial, assignment.until)
+    if not assignment.final:
+        return study.report(assignment.trial.number, assignment.until, value)
     metrics = {"linear_probe/top1": value, "knn/top1": value, "cost/seconds": 10.0}
     return study.finish(
-        given.trial.number, metrics, metrics, {"student": "student-1"}, {"seconds": 10.0, "marginal_seconds": 1.0}
+        assignment.trial.number, metrics, metrics, {"student": "student-1"}, {"seconds": 10.0, "marginal_seconds": 1.0}
     )
 
 
-def drive(study: Study, judge: Callable[[Trial, int], float] = score, legs: int = 10_000) -> list[Assignment]:
-    """Runs a study, the oldest leg first, until it is done or so many legs were told."""
-    given: list[Assignment] = []
-    live: list[Assignment] = []
-    while legs:
+def drive(study: Study, judge: Callable[[Trial, int], float] = score, segments: int = 10_000) -> list[Assignment]:
+    """Runs a study, the oldest segment first, until it is done or this many segments have ended."""
+    assignments: list[Assignment] = []
+    running: list[Assignment] = []
+    while segments:
         answer = study.next()
         if answer == "done":
             break
         if isinstance(answer, Assignment):
-            given.append(answer)
-            live.append(answer)
+            assignments.append(answer)
+            running.append(answer)
         else:
-            tell(study, live.pop(0), judge)
-            legs -= 1
-    return given
+            end_segment(study, running.pop(0), judge)
+            segments -= 1
+    return assignments
 
 
 def states(study: Study) -> Counter[str]:
     return Counter(trial.state for trial in study.trials())
 
 
-def given(study: Study) -> Assignment:
+def next_assignment(study: Study) -> Assignment:
     answer = study.next()
     assert isinstance(answer, Assignment)
     return answer
 
 
-def order(evidence: Observations) -> list[int]:
-    """Numbers of all trials that are shown: those with a result best first, then those that run."""
-    return [trial.number for part in evidence.ranked(1_000) for trial in part]
+def ranked_numbers(observations: Observations) -> list[int]:
+    """Numbers of all observed trials: those with a result, best first, then the pending ones."""
+    return [trial.number for part in observations.ranked(1_000) for trial in part]

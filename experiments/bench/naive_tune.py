@@ -75,11 +75,11 @@ def pairs() -> dict[str, PairSpec]:
 
 
 def measured(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
-    """`execute`, and a line in the log about the CPU time of this process meanwhile; a worker that helped is not in it."""
-    from ktray.pipeline import execute as kitchen
+    """Calls `execute` and logs the CPU time of this process meanwhile, without that of workers that helped."""
+    from ktray.pipeline import execute
 
     began = time.process_time()
-    artifact, published = kitchen.execute(stage, store, attempt, context)
+    artifact, published = execute.execute(stage, store, attempt, context)
     line = {"key": stage.key, "stage": stage.name, "cpu": time.process_time() - began, "wall": artifact.record["seconds"]}
     if published:
         with open(os.environ[LOG], "a", encoding="utf-8") as log:
@@ -286,7 +286,7 @@ def _said(seconds: Mapping[str, float]) -> str:
 
 
 def compare_lists(folder: Path, count: int) -> None:
-    """Part one: the fixed list."""
+    """Compares both sides on the fixed list."""
     spent, _, stages = side("ktray-list", folder, "--count", str(count))
     naive, _, opaque = side("naive-list", folder, "--count", str(count))
     ideal = sum(stage["cpu"] for stage in stages)
@@ -297,15 +297,15 @@ def compare_lists(folder: Path, count: int) -> None:
 
 
 def compare_searches(folder: Path, file: Path, trials: int) -> None:
-    """Part two: the space whole."""
+    """Compares both sides on a whole search."""
     more = ["--trials", str(trials), "--space", str(file.absolute())]
-    spent, said, _ = side("ktray-search", folder, *more)
-    naive, told, _ = side("naive-search", folder, *more)
-    print(f"ktray {said}; naive {told}; naive / ktray = {naive / spent:.2f}")
+    spent, answer, _ = side("ktray-search", folder, *more)
+    naive, naive_answer, _ = side("naive-search", folder, *more)
+    print(f"ktray {answer}; naive {naive_answer}; naive / ktray = {naive / spent:.2f}")
 
 
 def main() -> None:
-    """The comparison that is asked for, or one side of it."""
+    """Runs the requested comparison, or one side of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     sides: dict[str, Callable[[argparse.Namespace], None]] = {
         "list": lambda given: compare_lists(given.folder, given.count),

@@ -59,7 +59,7 @@ def strip(values: Sequence[float], best: float, references: Mapping[str, float],
     )
 
 
-def _strip_references(x_axis: Axis, references: Mapping[str, float], metric: str) -> tuple[Markup, int]:
+def _strip_references(x_axis: _Axis, references: Mapping[str, float], metric: str) -> tuple[Markup, int]:
     """Draw the references' lines and names; also return the height of the plot, which grows with the rows of names."""
     drawn, last, row, bottom = Markup(""), -1000.0, 0, 92
     for name, value in sorted(references.items(), key=lambda entry: entry[1]):
@@ -159,11 +159,11 @@ def size_bars(counts: Sequence[int]) -> Markup:
         '<line class="reference" x1="{1}" x2="{2}" y1="{0}" y2="{0}"/><text class="note end" x="{2}" y="{3}">mean {4}</text>'
     )
     mean_line = line.format(_pixels(even), LEFT, RIGHT, _pixels(even - 5), f"{sum(ordered) / len(ordered):.4g}")
-    x_axis = Axis(lambda value: value, (), f"{len(ordered):,} clusters, largest first")
+    x_axis = _Axis(lambda value: value, (), f"{len(ordered):,} clusters, largest first")
     return _svg(_frame(x_axis, y_axis) + rects + mean_line, "cluster sizes", WIDTH, HEIGHT, "plot")
 
 
-def _frame(x_axis: Axis, y_axis: Axis) -> Markup:
+def _frame(x_axis: _Axis, y_axis: _Axis) -> Markup:
     horizontal = Markup("").join(
         Markup(
             '<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/><text class="tick end" x="{3}" y="{4}">{5}</text>'
@@ -181,7 +181,7 @@ def _frame(x_axis: Axis, y_axis: Axis) -> Markup:
     return horizontal + base + vertical + names
 
 
-def _reference_lines(y_axis: Axis, lines: Mapping[str, float]) -> Markup:
+def _reference_lines(y_axis: _Axis, lines: Mapping[str, float]) -> Markup:
     mark = Markup(
         '<line class="reference" x1="{1}" x2="{2}" y1="{0}" y2="{0}"/><text class="note end" x="{2}" y="{3}">{4}</text>'
     )
@@ -224,7 +224,7 @@ def _spread(positions: Sequence[float], gap: float, limits: tuple[float, float])
 
 
 @dataclass(frozen=True)
-class Axis:
+class _Axis:
     """One axis of a plot.
 
     Attributes:
@@ -238,7 +238,7 @@ class Axis:
     label: str
 
 
-def axis(values: Sequence[float], extent: tuple[float, float], label: str) -> Axis:
+def axis(values: Sequence[float], extent: tuple[float, float], label: str) -> _Axis:
     """Return a linear axis over `values` with a margin; logarithmic if they span more than a factor of 30 and exceed 1."""
     low, high = min(values), max(values)
     if low > 0 and high > 1 and high / low > 30:  # accuracies and fractions in [0, 1] stay linear
@@ -247,23 +247,23 @@ def axis(values: Sequence[float], extent: tuple[float, float], label: str) -> Ax
     return linear_axis(low - margin, high + margin, extent, label)
 
 
-def linear_axis(low: float, high: float, extent: tuple[float, float], label: str) -> Axis:
+def linear_axis(low: float, high: float, extent: tuple[float, float], label: str) -> _Axis:
     """Return a linear axis from `low` to `high`, without a margin."""
     rough = (high - low) / 4
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step)
     ticks = tuple(index * step for index in range(first, math.floor(high / step) + 1))
-    return Axis(lambda value: extent[0] + (value - low) / (high - low) * (extent[1] - extent[0]), ticks, label)
+    return _Axis(lambda value: extent[0] + (value - low) / (high - low) * (extent[1] - extent[0]), ticks, label)
 
 
-def _logarithmic_axis(low: float, high: float, extent: tuple[float, float], label: str) -> Axis:
+def _logarithmic_axis(low: float, high: float, extent: tuple[float, float], label: str) -> _Axis:
     low, high = low / 1.3, high * 1.3
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if high / low < 300 else (1,)
     ticks = tuple(step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high)
     span = math.log(high / low)
-    return Axis(lambda value: extent[0] + math.log(value / low) / span * (extent[1] - extent[0]), ticks, label)
+    return _Axis(lambda value: extent[0] + math.log(value / low) / span * (extent[1] - extent[0]), ticks, label)
 
 
 def tick_text(value: float) -> str:

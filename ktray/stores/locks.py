@@ -48,6 +48,13 @@ def try_lock(path: Path, owner: str) -> FileLock | None:
     return lock
 
 
+def wait_for_lock(path: Path) -> FileLock:
+    """The exclusive lock on this file, which is created if need be; waits until no other process or thread holds it."""
+    lock = _flock(path, fcntl.LOCK_EX)
+    assert lock is not None, "a blocking flock returns only when it has the lock"
+    return lock
+
+
 def lock_owner(path: Path) -> str:
     """The owner recorded in a lock file; empty if there is none."""
     return path.read_text().strip()

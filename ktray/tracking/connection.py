@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ktray.errors import UserError
+from ktray.stores.locks import wait_for_lock
 
 # No retries and short timeouts inside MLflow: the spool retries without blocking anyone, and urllib3 warns at each retry of its
 # own. MLflow's telemetry sends data out, and its "View run at" lines go to stdout, which is for results.
@@ -90,7 +90,8 @@ def connect(uri: str, home: Path, study: str, tags: Mapping[str, str]) -> Connec
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it logs a traceback whenever the database is busy
     path = sqlite_path(uri)
-    with _creation_lock(path) if path else nullcontext():
+    # Two processes must not create the database at the same time: MLflow would fail in both.
+    with wait_for_lock(path.with_name(f"{path.name}.lock")) if path else nullcontext():
         if path and not path.exists():
             _create(path)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -112,15 +113,6 @@ def _experiment(client: Any, study: str, tags: Mapping[str, str], artifacts: str
     if experiment.lifecycle_stage == "deleted":  # searching a study again restores it
         client.restore_experiment(experiment.experiment_id)
     return experiment
-
-
-@contextmanager
-def _creation_lock(database: Path) -> Iterator[None]:
-    """Let one process create the database while others wait: if two do it at once, MLflow fails in both."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with open(database.with_name(f"{database.name}.lock"), "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _create(database: Path) -> None:

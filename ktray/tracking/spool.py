@@ -5,7 +5,6 @@ The file is the queue. A kill -9 loses nothing that was appended, and a tracker 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktray.stores.locks import FileLock, try_lock
+from ktray.stores.locks import FileLock, try_lock, wait_for_lock
 
 BATCH_BYTES = 1 << 20
 
@@ -114,13 +113,11 @@ class Spool:
 
     def study_id(self) -> str:
         """Return sixteen random hex digits, the same for the life of the study: others on a server may use the same name."""
-        with open(self._study_id, "a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            known = file.read().strip()
+        with wait_for_lock(self._study_id):
+            known = self._study_id.read_text().strip()
             if not known:
                 known = secrets.token_hex(8)
-                file.write(known + "\n")
+                self._study_id.write_text(f"{known}\n")
         return known
 
     def claim(self) -> bool:
@@ -138,12 +135,12 @@ class Spool:
     @contextmanager
     def _open_for_append(self) -> Iterator[tuple[int, int]]:
         """Open and lock the event file; yields (file descriptor, size in bytes)."""
-        file = os.open(self._events, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file, os.fstat(file).st_size
-        finally:
-            os.close(file)
+        with wait_for_lock(self._events):
+            file = os.open(self._events, os.O_RDWR | os.O_APPEND)
+            try:
+                yield file, os.fstat(file).st_size
+            finally:
+                os.close(file)
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

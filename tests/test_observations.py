@@ -1,4 +1,4 @@
-"""What the sampler is shown: the good apart from the rest, whoever told it in which order, and never too many."""
+"""Observations of a sampler: ranked, split into good and bad, limited in number, and independent of the order of updates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trials(count: int, seed: int = 0) -> list[Trial]:
 
 
 @pytest.mark.parametrize("objectives", [TWO[:1], TWO])
-def test_the_order_of_telling_and_what_trials_were_before_change_nothing(
+def test_observations_do_not_depend_on_the_order_of_updates_or_on_earlier_states(
     tmp_path: Path, objectives: list[dict[str, str]]
 ) -> None:
     space, final = toy_space(tmp_path, objectives=objectives), trials(500)
@@ -46,42 +46,42 @@ def test_the_order_of_telling_and_what_trials_were_before_change_nothing(
     assert straight.split() == shuffled.split()
 
 
-def test_a_tenth_is_good_and_at_most_twenty_five(tmp_path: Path) -> None:
+def test_the_best_tenth_is_good_but_at_most_twenty_five(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     for count, good in ((10, 1), (95, 10), (600, 25)):
-        shown = Observations(space, [completed(number, number / count) for number in range(count)]).split()
-        assert [trial.number for trial in shown[0]] == list(range(count - good, count))
+        split = Observations(space, [completed(number, number / count) for number in range(count)]).split()
+        assert [trial.number for trial in split[0]] == list(range(count - good, count))
 
 
 def completed(number: int, value: float, seconds: float = 1.0) -> Trial:
     return Trial(number, {}, {}, "completed", objectives={"linear_probe/top1": value, "cost/seconds": seconds})
 
 
-def test_of_very_many_the_good_and_the_newest_are_shown(tmp_path: Path) -> None:
+def test_a_large_split_keeps_the_good_and_the_newest_trials(tmp_path: Path) -> None:
     best = [completed(number, 2 + number) for number in range(25)]
-    good, rest = Observations(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
+    good, bad = Observations(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
     assert [trial.number for trial in good] == list(range(25))
-    assert [trial.number for trial in rest] == list(range(2000 - MAX_SPLIT + 25, 2000))
+    assert [trial.number for trial in bad] == list(range(2000 - MAX_SPLIT + 25, 2000))
 
 
-def test_of_very_many_the_best_half_and_the_newest_are_ranked(tmp_path: Path) -> None:
+def test_a_large_ranking_keeps_the_best_and_the_newest_trials(tmp_path: Path) -> None:
     best = [completed(number, 2 - number / 100) for number in range(25)]
     many = [*best, *(completed(number, number / 10_000) for number in range(25, 2000))]
     ranked, _ = Observations(toy_space(tmp_path), many).ranked(50)
     assert [trial.number for trial in ranked] == [*range(25), *range(1999, 1974, -1)]
 
 
-def test_rungs_ahead_are_those_up_to_the_end_of_the_student(tmp_path: Path) -> None:
+def test_rungs_ahead_end_with_the_full_training_of_the_student(tmp_path: Path) -> None:
     space = toy_space(tmp_path)  # rungs after 1, 3 and 9 epochs
-    evidence = Observations(space)
+    observations = Observations(space)
     pair = {"student": {"schedule": {"epochs": 9}}}
-    waits = [Trial(0, {}, pair, "pruned", scores=scores) for scores in ({1: 0.5}, {1: 0.5, 3: 0.6})]
-    assert [evidence.rungs_ahead(trial) for trial in (*waits, completed(1, 0.7))] == [2, 1, 0]
-    assert evidence.rungs_ahead(Trial(2, {}, pair, "pruned", teacher_score=0.4)) == 3
-    assert evidence.rungs_ahead(Trial(3, {}, {"student": {"schedule": {"epochs": 3}}}, "paused", scores={1: 0.5})) == 1
+    stopped = [Trial(0, {}, pair, "pruned", scores=scores) for scores in ({1: 0.5}, {1: 0.5, 3: 0.6})]
+    assert [observations.rungs_ahead(trial) for trial in (*stopped, completed(1, 0.7))] == [2, 1, 0]
+    assert observations.rungs_ahead(Trial(2, {}, pair, "pruned", teacher_score=0.4)) == 3
+    assert observations.rungs_ahead(Trial(3, {}, {"student": {"schedule": {"epochs": 3}}}, "paused", scores={1: 0.5})) == 1
 
 
-def test_an_old_pareto_point_stays_good(tmp_path: Path) -> None:
+def test_an_old_trial_on_the_pareto_front_stays_good(tmp_path: Path) -> None:
     rng = random.Random(0)
     many = [completed(number, rng.random(), 1 + rng.random()) for number in range(1, 1000)]
     good, _ = Observations(toy_space(tmp_path, objectives=TWO), [completed(0, 0.99, 0.5), *many]).split()
@@ -89,7 +89,7 @@ def test_an_old_pareto_point_stays_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 20, 60])
-def test_fronts_come_in_the_order_that_optuna_ranks_them(count: int) -> None:
+def test_fronts_are_ranked_as_by_optuna(count: int) -> None:
     import numpy as np
 
     losses = np.random.default_rng(count).integers(0, 8, size=(60, 2)).astype(float)
@@ -97,7 +97,7 @@ def test_fronts_come_in_the_order_that_optuna_ranks_them(count: int) -> None:
     assert sorted(ranks[_nondominated_order(losses, count)]) == sorted(ranks)[:count]
 
 
-def test_a_trial_that_runs_counts_among_the_rest(tmp_path: Path) -> None:
-    unknown: Callable[[int], Trial] = lambda number: Trial(number, {}, {})  # noqa: E731
-    good, rest = Observations(toy_space(tmp_path), [*(completed(n, n) for n in range(10)), unknown(10)]).split()
-    assert ([trial.number for trial in good], rest[-1].number) == ([9], 10)
+def test_a_running_trial_counts_as_bad(tmp_path: Path) -> None:
+    running: Callable[[int], Trial] = lambda number: Trial(number, {}, {})  # noqa: E731
+    good, bad = Observations(toy_space(tmp_path), [*(completed(n, n) for n in range(10)), running(10)]).split()
+    assert ([trial.number for trial in good], bad[-1].number) == ([9], 10)
