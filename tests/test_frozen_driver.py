@@ -13,23 +13,22 @@ from tests.chaos.supervisor import Round
 from tests.searches import Home, until
 from tests.test_search_faults import assert_whole, trains
 
-STANDS_STILL = (
-    60.0  # seconds: its lease lapses after 15, and after 30 the scheduler ends; chaos freezes a driver for 20 at most
-)
+# Its lease lapses after 15 seconds, and after 30 the scheduler ends; the chaos tests freeze a driver for 20 at most.
+FREEZE_SECONDS = 60.0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_driver_that_stands_still_until_its_scheduler_has_ended_says_so_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_driver_that_is_frozen_until_its_scheduler_has_ended_says_so_and_the_same_command_goes_on(tmp_path: Path) -> None:
     listed = spaces.fixed(tmp_path, size=1)
-    calm, frozen = Home(tmp_path / "calm" / "home"), Home(tmp_path / "frozen" / "home")
-    assert calm.run("search", listed).code == 0
+    undisturbed, frozen = Home(tmp_path / "calm" / "home"), Home(tmp_path / "frozen" / "home")
+    assert undisturbed.run("search", listed).code == 0
     with frozen.start("search", listed) as running:
         running.until(lambda: trains(frozen))
         running.process.send_signal(signal.SIGSTOP)
         frozen_at = time.monotonic()
         until(lambda: not running.actors("Broker") and not running.actors("Worker"), 60)
-        time.sleep(max(0.0, frozen_at + STANDS_STILL - time.monotonic()))
+        time.sleep(max(0.0, frozen_at + FREEZE_SECONDS - time.monotonic()))
         running.process.send_signal(signal.SIGCONT)
         ended = running.wait()
         until(lambda: not running.processes(), 20)
@@ -39,6 +38,6 @@ def test_a_driver_that_stands_still_until_its_scheduler_has_ended_says_so_and_th
     before = frozen.artifacts()
     again = frozen.run("search", listed)
     assert again.code == 0, again.err
-    assert_whole(frozen, len(calm.states()))
+    assert_whole(frozen, len(undisturbed.states()))
     assert {key: frozen.artifacts()[key] for key in before} == before
-    assert not verdict.different_from_undisturbed(Round(frozen), calm)
+    assert not verdict.different_from_undisturbed(Round(frozen), undisturbed)
