@@ -1,4 +1,4 @@
-"""What a pair is: the frozen, strict specs that a person types. Every field is part of the identity, defaults included."""
+"""The specs of a pair, as users write them in YAML. Every field belongs to the identity of results, defaults included."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ktray.strict import StrictSpec, plain_types
 def _parse(group: str, value: Any) -> Any:
     try:
         found = plugins.parse(group, value)
-    except UserError as error:  # as a ValueError it leaves pydantic with the path of the field
+    except UserError as error:  # pydantic adds the path of the field to a ValueError
         raise ValueError(str(error)) from error
     if not isinstance(found, StrictSpec):
         raise ValueError(f"a {group} is a kind's name or a mapping with 'kind', and this is {value!r}")
@@ -34,7 +34,7 @@ def _parse(group: str, value: Any) -> Any:
 
 
 def _data(value: Any) -> Any:
-    """``fashion_mnist_mini``, ``parquet:/p?label=label`` or a mapping, as one data set's mapping or spec."""
+    """The spec of a data set from ``fashion_mnist_mini``, ``parquet:/p?label=label`` or a mapping."""
     if not isinstance(value, str):
         return _parse("dataset", value)
     place, _, query = value.partition("?")
@@ -49,7 +49,7 @@ def _data(value: Any) -> Any:
 
 
 def _from_text(kind: str, name: str, text: str) -> Any:
-    """The number or boolean that `text` stands for in a field of a data set; the text itself where it stands for none."""
+    """`text` as a number or boolean where the field of the data set is one; otherwise the text itself."""
     if kind not in plugins.kinds("dataset"):
         return text
     model = plugins.module("dataset", kind).Spec
@@ -57,7 +57,7 @@ def _from_text(kind: str, name: str, text: str) -> Any:
         return text
     try:
         return TypeAdapter(model.model_fields[name].annotation).validate_strings(text)
-    except ValidationError:  # the spec refuses it, with the path of the field
+    except ValidationError:  # the spec will reject it, with the path of the field
         return text
 
 
@@ -65,7 +65,7 @@ Seed = Annotated[int, Field(ge=0)]
 
 
 class Split(StrictSpec):
-    """How images for judging are taken from a data set that brings none: a seeded part, stratified where there are labels."""
+    """How a val split is taken from the training images of a data set without one; stratified if there are labels."""
 
     val: float = Field(default=0.1, ge=0, lt=1, description="share of the training images; 0: no val split")
     seed: Seed = 0
@@ -155,7 +155,7 @@ KMEANS_FIELDS = tuple(name for name in KMeansFields.model_fields if name != "kin
 
 
 class DataRoles(StrictSpec):
-    """Which data set plays which part; the paper's Table 2 lets them differ."""
+    """The data set of each role. They may differ, as in the paper's Table 2."""
 
     pretext: DataSpec
     cluster: DataSpec
@@ -166,8 +166,8 @@ class DataRoles(StrictSpec):
 class Schedule(StrictSpec):
     """How a network is trained: learning rate over time, and the optimiser's settings.
 
-    `warmup_stable` warms up linearly, stays, and decays linearly to zero over the last `decay` share of the epochs. Its trunk
-    (all before the decay) does not read the total, so a longer training continues a shorter one's trunk. `cosine` reads it.
+    `warmup_stable` warms up linearly, stays constant, and decays linearly to zero over the last `decay` share of the epochs.
+    Before the decay it does not depend on `epochs`, so a longer training resumes from a shorter one. `cosine` depends on it.
     """
 
     kind: Literal["constant", "warmup_stable", "cosine"] = "warmup_stable"
@@ -195,12 +195,12 @@ class Schedule(StrictSpec):
 
     @model_validator(mode="after")
     def _the_warmup_reaches_the_learning_rate(self) -> Schedule:
-        # Warming up to the very end is how a longer training begins, and that snapshot is shared; a cosine reads its total.
-        most = self.epochs - self.epochs * self.decay
-        if self.warmup > most + 1e-9 or (self.kind == "cosine" and self.warmup >= self.epochs):
+        # A warm-up may last to the very end: a longer training begins like that and shares the snapshot. Not so for a cosine.
+        stable = self.epochs - self.epochs * self.decay
+        if self.warmup > stable + 1e-9 or (self.kind == "cosine" and self.warmup >= self.epochs):
             what = "decay begins" if self.decay else "training ends"
             raise ValueError(
-                f"warmup={self.warmup:g} epochs do not end before the {what}, after {most:g} of {self.epochs}, so "
+                f"warmup={self.warmup:g} epochs do not end before the {what}, after {stable:g} of {self.epochs}, so "
                 f"lr={self.lr:g} is never reached; warm up for less or train for more"
             )
         return self
@@ -219,7 +219,7 @@ class TrainedTeacher(StrictSpec):
 
 
 class HandcraftedTeacher(StrictSpec):
-    """A descriptor: no training, no seed, no schedule."""
+    """A descriptor; nothing is trained."""
 
     descriptor: DescriptorSpec
     dtype: Literal["float32", "float16"] = "float32"
@@ -229,7 +229,7 @@ Normalization = Literal["ktray", "imagenet", "half"]  # how pixels become a netw
 
 
 class LoadedTeacher(StrictSpec):
-    """A backbone with weights made elsewhere.
+    """A backbone with existing weights.
 
     `checkpoint` is a file (safetensors, or a state_dict that loads with weights_only), the folder of an exported student, or
     the key of a teacher or student in the store, such as ``teacher-3f9a1c0b2d44``.
@@ -251,7 +251,7 @@ class Columns(StrictSpec):
 
 
 class PrecomputedTeacher(StrictSpec):
-    """Ready-made features in a file: a .npy (N, D) or a .parquet, by image path as the data set has it, such as ``cats/1.png``.
+    """Precomputed features: a .npy (N, D) or a .parquet, by image path as in the data set, such as ``cats/1.png``.
 
     `names` of a .npy is a text file with one path per line, or a .npy of texts. Without it row i is the i-th training image
     of the data set in its own order, before a val part is taken out of it.
@@ -273,7 +273,7 @@ class PrecomputedTeacher(StrictSpec):
 
 
 def _teacher(value: Any) -> Any:
-    """The teacher type by the field that only it has, so that errors speak of one type and not of all."""
+    """The spec of a teacher, whose type is found by its distinguishing field, so that errors concern that type alone."""
     if not isinstance(value, Mapping):
         return value
     by_field: dict[str, tuple[type[StrictSpec], str]] = {
@@ -307,7 +307,7 @@ class Augment(StrictSpec):
 
 
 class Student(StrictSpec):
-    """A fresh network that learns to predict what the transfer asks of it."""
+    """A network that is trained from random weights on the targets of the transfer."""
 
     backbone: BackboneSpec
     schedule: Schedule
@@ -316,7 +316,7 @@ class Student(StrictSpec):
 
 
 class PairSpec(StrictSpec):
-    """One complete transfer: a teacher, a way to transfer, a student, and how they are judged."""
+    """One complete transfer: data, teacher, transfer, student and evaluations."""
 
     data: DataRoles
     teacher: TeacherSpec | None = Field(default=None, description="null only for transfers without a teacher")
@@ -326,8 +326,8 @@ class PairSpec(StrictSpec):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_pair_that_teaches_has_the_same_data(cls, value: Any) -> Any:
-        """Unless it says otherwise: a space that draws the data then draws it once for all generations."""
+    def _inherit_data_for_the_teaching_pair(cls, value: Any) -> Any:
+        """The pair that teaches has the same data by default, so a search space draws data once for all generations."""
         if not isinstance(value, Mapping) or "data" not in value or not isinstance(value.get("teacher"), Mapping):
             return value
         inner = value["teacher"].get("pair")
@@ -370,9 +370,9 @@ class PairSpec(StrictSpec):
 
 
 class StudentTeacher(StrictSpec):
-    """The student of another pair, trained to its end: a chain of generations, each taught by the student of the one before.
+    """The student of another pair, fully trained. Pairs form a chain of generations, each taught by the previous student.
 
-    The stages of that pair are those that it has alone, so a search that ran it has computed them.
+    That pair has the same stages here as on its own, so a search that ran it has already computed them.
     """
 
     pair: PairSpec
@@ -382,7 +382,7 @@ class StudentTeacher(StrictSpec):
 
     @field_validator("pair")
     @classmethod
-    def _it_is_not_judged(cls, pair: PairSpec) -> PairSpec:
+    def _has_no_evaluations(cls, pair: PairSpec) -> PairSpec:
         if pair.evals:
             raise ValueError("a pair that teaches is not judged here, so leave its 'evals' out; judge it as a pair of its own")
         return pair

@@ -114,7 +114,7 @@ def test_labels_that_can_be_counted_no_more_are_not_passed_over(store):
     trial = finished(store)
     (images,) = store.root.glob("images-*")
     images.rename(images.with_name("gone"))
-    with pytest.raises(UserError, match="says how many labels were read"):
+    with pytest.raises(UserError, match="the labels read cannot be counted"):
         labels_used([trial], store)
 
 
