@@ -17,10 +17,9 @@ from ktray.cost_model.dry_run_forecast import FullSizeStages
 from ktray.errors import StageFailed
 from ktray.images import open_split, write, write_sample
 from ktray.pipeline import pair_graph
-from ktray.pipeline.dry_run_pair import dry_run_stages, sample_size
 from ktray.pipeline.execute import execute
 from ktray.pool import LocalPool, StageContext
-from ktray.runs.dry_run import dry_run, dry_run_on, dry_run_store, measured
+from ktray.runs.dry_run import dry_run, dry_run_on, dry_run_stages, dry_run_store, measured, sample_size
 from ktray.runs.interruption import Interruption
 from ktray.runs.spec_files import load_space
 from ktray.scheduler.client import WaitCancelled

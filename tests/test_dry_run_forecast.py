@@ -14,8 +14,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.cli.plan_command import _dry_run_text
 from ktray.cost_model.dry_run_forecast import Forecast, FullSizeStages, forecast
 from ktray.pipeline import pair_graph
-from ktray.pipeline.dry_run_pair import dry_run_stages
-from ktray.runs.dry_run import _result
+from ktray.runs.dry_run import _result, dry_run_stages
 from ktray.runs.plan import stages_and_estimate
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, STUDENT, toy_pair

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ktray.search.eta import time_left
+from ktray.runs.study_status import time_left
 from ktray.search.history import History
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space

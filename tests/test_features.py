@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from ktray import images, plugins, spec
 from ktray.errors import UserError
 from ktray.features import extraction
-from ktray.features.layers import layers_extractor
+from ktray.features.extraction import layers_extractor
 from ktray.ops import augmentation
 from ktray.pool import LocalPool
 from ktray.training import loop, snapshot

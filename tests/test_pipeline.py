@@ -13,12 +13,11 @@ import torch
 
 from ktray import plugins
 from ktray.errors import StageFailed
-from ktray.pipeline import execute as execution
-from ktray.pipeline import pair_metrics, peak_memory
-from ktray.pipeline import record as recording
-from ktray.pipeline.execute import execute
+from ktray.pipeline import pair_metrics
+from ktray.pipeline.execute import _latest_snapshot, execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
+from ktray.pipeline.record import _commit
 from ktray.pool import StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.stages import training_segment
@@ -100,7 +99,7 @@ def test_a_stage_that_raises_is_named_once_and_leaves_no_artifact(store):
 def test_a_stage_uses_one_thread_and_leaves_the_process_as_many_as_it_had(min_size, store, monkeypatch):
     before = torch.get_num_threads()
     inside = []
-    monkeypatch.setattr(peak_memory, "reset_peaks", lambda device: inside.append(torch.get_num_threads()))
+    monkeypatch.setattr("ktray.pipeline.execute.reset_peaks", lambda device: inside.append(torch.get_num_threads()))
     torch.set_num_threads(3)
     try:
         with contextlib.suppress(StageFailed):
@@ -147,15 +146,15 @@ def _two_checkpoints(store, tmp_path):
 def test_a_torn_checkpoint_gives_way_to_the_one_before_it(store, tmp_path):
     student, fresh = _two_checkpoints(store, tmp_path)
     newest = fresh.checkpoints(student.key)[0]
-    assert execution._latest_snapshot(student, fresh) == newest
+    assert _latest_snapshot(student, fresh) == newest
     for name in ("state.json", "weights.safetensors", "optimizer.safetensors", "history.parquet"):
         content = (newest / name).read_bytes()
         for length in (0, len(content) // 2):
             (newest / name).write_bytes(content[:length])
             with pytest.warns(UserWarning, match="checkpoint-000002 cannot be read"):
-                assert execution._latest_snapshot(student, fresh).name == "checkpoint-000001"
+                assert _latest_snapshot(student, fresh).name == "checkpoint-000001"
         (newest / name).write_bytes(content)
-    assert execution._latest_snapshot(student, FileStore(tmp_path / "empty")) is None
+    assert _latest_snapshot(student, FileStore(tmp_path / "empty")) is None
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -178,13 +177,13 @@ def test_the_commit_is_that_of_our_own_tree_and_says_whether_it_was_modified(tmp
     git("init")
     git("add", ".")
     git("commit", "-m", "Begin")
-    monkeypatch.setattr(recording, "_PACKAGE", tmp_path / "ktray")
+    monkeypatch.setattr("ktray.pipeline.record._PACKAGE", tmp_path / "ktray")
     (tmp_path / "notes.txt").touch()
-    assert recording._commit() == git("rev-parse", "HEAD")
+    assert _commit() == git("rev-parse", "HEAD")
     (tmp_path / "ktray" / "module.py").write_text("A = 2")
-    assert recording._commit() == git("rev-parse", "HEAD") + "-dirty"
-    monkeypatch.setattr(recording, "_PACKAGE", tmp_path / "venv" / "ktray")
-    assert recording._commit() is None
+    assert _commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr("ktray.pipeline.record._PACKAGE", tmp_path / "venv" / "ktray")
+    assert _commit() is None
 
 
 def _stop_at_epoch_two(values):

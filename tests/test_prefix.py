@@ -10,10 +10,9 @@ import pytest
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.pipeline.pair_graph import Graph, build
-from ktray.search import space as spaces
 from ktray.search import space_tree
 from ktray.search.sampler import Sampler
-from ktray.search.space import Space
+from ktray.search.space import Space, load
 from ktray.search.space_tree import Params
 from ktray.search.trial import Trial
 from tests.source import ROOT
@@ -109,7 +108,7 @@ def test_a_field_of_a_transfer_belongs_to_the_prefix_if_it_changes_a_key_before_
 
 @pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
 def test_parameters_of_shipped_spaces_belong_to_the_prefix_if_they_change_a_key_before_the_student(path: Path) -> None:
-    space = spaces.load(path, [])
+    space = load(path, [])
     changed, varied = changing(space)
     assert changed
     assert {name for name in varied if name in space.prefix_parameters} == changed

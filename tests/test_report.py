@@ -15,8 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from ktray.report.figures import axis
 from ktray.report.formatting import anonymised, cause_without_keys, duration
-from ktray.report.svg_plots import axis
 from ktray.search.ranking import ranked
 from ktray.stores.file import FileStore
 from tests.reports import (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ktray.errors import UserError
-from ktray.scheduler import ray_session, worker_environment
+from ktray.scheduler import ray_session
 from ktray.scheduler.resources import GpuShares, ResourceRequest, RuntimeSettings, load_runtime
 from ktray.scheduler.worker_registry import WorkerShape, shape_of
 from ktray.stores.locks import lock_home
@@ -95,12 +95,12 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_drivers_with_other_plugins_never_share_a_scheduler(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = worker_environment.environment_hash()
+    without = ray_session.environment_hash()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests")
-    allowed = worker_environment.environment_hash()
+    allowed = ray_session.environment_hash()
     plugin.write_text("LEVELS = 3\n")
-    worker_environment._source_hash.cache_clear()  # as in the next driver's process
-    assert len({without, allowed, worker_environment.environment_hash()}) == 3
+    ray_session._source_hash.cache_clear()  # as in the next driver's process
+    assert len({without, allowed, ray_session.environment_hash()}) == 3
 
 
 def test_the_order_of_plugins_and_of_folders_does_not_separate_two_drivers(
@@ -108,10 +108,10 @@ def test_the_order_of_plugins_and_of_folders_does_not_separate_two_drivers(
 ) -> None:
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests,pictures")
     monkeypatch.setenv("PYTHONPATH", "/one:/two")
-    first = worker_environment.environment_hash()
+    first = ray_session.environment_hash()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "pictures,lab_of_tests")
     monkeypatch.setenv("PYTHONPATH", "/two:/one")
-    assert worker_environment.environment_hash() == first
+    assert ray_session.environment_hash() == first
 
 
 def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

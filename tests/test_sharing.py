@@ -14,7 +14,7 @@ import yaml
 from ktray.cli import main
 from ktray.errors import UserError
 from ktray.pipeline.pair_graph import build
-from ktray.search.sharing import sharing
+from ktray.runs.plan import count_shared_stages
 from ktray.search.space import Space
 from tests.toy_space import FINITE, PAIR, content, toy_space, write
 from tests.toys import DATA
@@ -67,7 +67,7 @@ def test_possible_artifacts_are_those_of_all_draws(tmp_path: Path, pair: dict[st
     space = toy_space(tmp_path, pair)
     keys = keys_of(space)
     everything = distinct(list(space.draws()), keys)
-    assert {row.stage: row.possible for row in sharing(space, keys, 10)} == everything
+    assert {row.stage: row.possible for row in count_shared_stages(space, keys, 10)} == everything
 
 
 @pytest.mark.parametrize("draws", [5, 40])
@@ -82,14 +82,14 @@ def test_expected_artifacts_are_the_average_over_random_draws(tmp_path: Path, dr
         drawn = [rng.choice(rng.choice(by_branch)) for _ in range(draws)]
         for name, count in distinct(drawn, lambda params: made[json.dumps(params)]).items():
             totals[name] += count / 300
-    for row in sharing(space, keys, draws):
+    for row in count_shared_stages(space, keys, draws):
         assert row.expected == pytest.approx(totals[row.stage], rel=0.12), row
 
 
 def test_a_continuous_field_of_the_teacher_makes_every_draw_a_teacher(tmp_path: Path) -> None:
     teacher = {**PAIR["teacher"]["one_of"]["rotation"], "schedule": {"epochs": 2, "lr": {"log_float": [0.01, 0.1]}}}
     space = toy_space(tmp_path, {"teacher": teacher})
-    rows = {row.stage: row for row in sharing(space, keys_of(space), 30)}
+    rows = {row.stage: row for row in count_shared_stages(space, keys_of(space), 30)}
     assert (rows["teacher"].possible, rows["teacher"].expected) == (None, 30.0)
     assert (rows["images"].possible, rows["images"].expected) == (1, 1.0)
 

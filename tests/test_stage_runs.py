@@ -12,8 +12,8 @@ from ktray.errors import StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.runs import search_run
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
-from ktray.runs.event_follower import EventFollower
 from ktray.runs.interruption import Interruption
+from ktray.runs.search_run import EventFollower
 from ktray.runs.settings import Settings
 from ktray.runs.simulation import _NoTracker
 from ktray.runs.study_logger import log_missed_stages

@@ -13,8 +13,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import CostModel
 from ktray.fingerprint import fingerprint
 from ktray.pipeline.pair_graph import Graph
-from ktray.runs.coordinator import TrialCoordinator
-from ktray.runs.draw_costs import DrawCosts
+from ktray.runs.coordinator import DrawCosts, TrialCoordinator
 from ktray.runs.simulation import _NoTracker, _VirtualStore
 from ktray.scheduler.requests import RequestTable
 from ktray.search.budget import Spending

@@ -337,11 +337,11 @@ def _ktray_list(given: argparse.Namespace) -> None:
 
 
 def _ktray_search(given: argparse.Namespace) -> None:
-    from ktray.cli import main as command
+    from ktray import cli
 
     ktray_runs(given.folder, ["search", str(given.space), "--name", "bench", "--trials", str(given.trials)])
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        command(["best", "bench", "--json"])
+        cli.main(["best", "bench", "--json"])
     best = json.loads(said.getvalue())
     print(json.dumps({"trials": given.trials, "probe": best[0]["metrics"]["linear_probe/top1"]}))
 

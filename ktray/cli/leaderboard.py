@@ -11,8 +11,8 @@ from ktray.fingerprint import fingerprint
 from ktray.pipeline import references
 from ktray.search import journal, ranking
 from ktray.search.history import History
+from ktray.search.ranking import distinguishing_params, names
 from ktray.search.trial import STATES, Trial
-from ktray.search.trial_differences import distinguishing_params, names
 
 
 def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | None = None) -> str:

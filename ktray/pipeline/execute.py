@@ -13,8 +13,7 @@ import torch
 from ktray import progress
 from ktray.artifact import Artifact, Stage
 from ktray.errors import MissingInput
-from ktray.pipeline import peak_memory
-from ktray.pipeline.record import record_of
+from ktray.pipeline.record import record_of, release_cached_memory, reset_peaks
 from ktray.pool import StageContext
 from ktray.stages import FAMILY_WORK, WORK
 from ktray.stores import Store
@@ -39,7 +38,7 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
         try:
-            peak_memory.reset_peaks(context.device)
+            reset_peaks(context.device)
             with progress.reporting(context.progress) as report:
                 context = replace(context, progress=report)
                 if len(missing) > 1:
@@ -48,7 +47,7 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
                     published = {missing[0].key: _compute(missing[0], inputs, store, attempt, context)}
         finally:
             torch.set_num_threads(threads)  # a notebook goes on with the user's own code
-            peak_memory.release_cached_memory(context.device)
+            release_cached_memory(context.device)
     if stage.key not in published:
         return _find_input(store, stage.key), False
     return published[stage.key]

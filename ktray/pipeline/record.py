@@ -1,9 +1,13 @@
-"""The record of an artifact: what was computed, from which inputs, where, by which code, and what it cost."""
+"""The record of an artifact: what was computed, from which inputs, where, by which code, and what it cost.
+
+Its peaks of host and device memory are reset before each run, because a worker has run other stages before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import platform
+import resource
 import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -15,7 +19,6 @@ from typing import Any
 import torch
 
 from ktray.artifact import KEY_FORMAT, Artifact, Stage
-from ktray.pipeline import peak_memory
 from ktray.pool import StageContext
 
 _PACKAGE = Path(__file__).parent.parent
@@ -40,9 +43,9 @@ def record_of(
         "metrics": {name: float(value) for name, value in metrics.items()},
         "seconds": round(seconds, 3),
         "together": [],
-        "peak_bytes": peak_memory.peak(),
-        "device_peak_bytes": peak_memory.device_peak(context.device),
-        "device_bytes": peak_memory.device_bytes(context.device),
+        "peak_bytes": host_peak(),
+        "device_peak_bytes": device_peak(context.device),
+        "device_bytes": device_bytes(context.device),
         "after_out_of_memory": context.max_batch_size is not None,
         "device": _device(context.device),
         "workers": context.pool.workers,
@@ -81,3 +84,36 @@ def _commit() -> str | None:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(_PACKAGE.parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+
+
+def reset_peaks(device: str) -> None:
+    """Start counting peaks from now."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.startswith("cuda"):
+        torch.cuda.init()  # otherwise the next line raises "Invalid device argument" in a process that has not used CUDA
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def host_peak() -> int:
+    """Peak bytes of host memory of this process since `reset_peaks`, or since its start where the kernel does not say."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def device_peak(device: str) -> int:
+    """Peak bytes of GPU memory in tensors of this process since `reset_peaks`; 0 on a CPU."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
+
+
+def device_bytes(device: str) -> int:
+    """Total memory of the GPU in bytes; 0 on a CPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else 0
+
+
+def release_cached_memory(device: str) -> None:
+    """Release the GPU memory that torch caches, so that other processes can use it."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """The report of a study: one HTML file with no scripts, no network access and no trace of the machine that made it.
 
 Start here: `render` fills ``page.html``, and `_content` names the function behind each section: `headline.py`, `tables.py`,
-`figures.py` (drawn by `svg_plots.py`), `best_pair.py` and `stage_reuse.py`. They return plain data and write values with
+`figures.py` (drawn as SVG), `best_pair.py` and `stage_reuse.py`. They return plain data and write values with
 `formatting.py`. The subpackage imports `search` (trials and their ranking) and what is below it.
 """
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from ktray.report.figures import size_bars
 from ktray.report.formatting import anonymised_data, duration, number, size
 from ktray.report.stage_reuse import FindArtifact, keys_of, stage_position, with_inputs
-from ktray.report.svg_plots import size_bars
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial

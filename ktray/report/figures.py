@@ -11,11 +11,276 @@ from markupsafe import Markup
 from ktray.pipeline.pair_metrics import learning_curve
 from ktray.report.formatting import Objective, counted, measure, pair_title, value_of
 from ktray.report.stage_reuse import FindArtifact
-from ktray.report.svg_plots import COLOURS, Line, Point, curves, scatter
 from ktray.search.ranking import front, ranked
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+WIDTH, HEIGHT = 480, 310
+LEFT, RIGHT, TOP, BOTTOM = 66, 462, 14, 264
+COLOURS = 8  # styles s0 to s7 of the style sheet
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trial in a scatter plot: its coordinates, its label, and its tooltip."""
+
+    x: float
+    y: float
+    name: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One trial's curve: (x, y) by increasing x. `style` selects its colour and dash pattern."""
+
+    points: tuple[tuple[float, float], ...]
+    name: str
+    style: int
+
+
+def strip(values: Sequence[float], best: float, references: Mapping[str, float], metric: str) -> Markup:
+    """Draw all completed trials as dots on one axis, with the best and the references marked."""
+    x_axis = axis([*values, *references.values()], (16, 704), metric)
+    positions = [x_axis.at(value) for value in references.values()]
+    ticks = Markup("").join(
+        Markup('<line class="grid" x1="{0}" x2="{0}" y1="34" y2="62"/><text class="tick" x="{0}" y="80">{1}</text>').format(
+            _pixels(x_axis.at(value)), tick_text(value)
+        )
+        for value in x_axis.ticks
+        if all(abs(x_axis.at(value) - position) > 24 for position in positions)  # else a reference's line crosses the number
+    )
+    dots = Markup("").join(
+        Markup('<circle class="dot" cx="{}" cy="48" r="5.5"/>').format(_pixels(x_axis.at(value))) for value in values
+    )
+    winner = Markup('<circle class="best" cx="{}" cy="48" r="8"/><text class="strong" {} y="24">best {}</text>').format(
+        _pixels(x_axis.at(best)), _text_anchor(x_axis.at(best)), measure(metric, best)
+    )
+    base = Markup('<line class="axis" x1="16" x2="704" y1="48" y2="48"/>')
+    marks, bottom = _strip_references(x_axis, references, metric)
+    return _svg(
+        ticks + base + marks + dots + winner, f"{metric} of all completed trials and the references", 720, bottom, "strip"
+    )
+
+
+def _strip_references(x_axis: _Axis, references: Mapping[str, float], metric: str) -> tuple[Markup, int]:
+    """Draw the references' lines and names; also return the height of the plot, which grows with the rows of names."""
+    drawn, last, row, bottom = Markup(""), -1000.0, 0, 92
+    for name, value in sorted(references.items(), key=lambda entry: entry[1]):
+        x = x_axis.at(value)
+        row = row + 1 if x - last < 310 else 0  # names that would overlap go to separate rows
+        drawn += Markup(
+            '<line class="reference" x1="{0}" x2="{0}" y1="28" y2="{4}"/><text class="note" {1} y="{5}">{2} {3}</text>'
+        ).format(_pixels(x), _text_anchor(x), name, measure(metric, value), 88 + 20 * row, 106 + 20 * row)
+        bottom, last = max(bottom, 114 + 20 * row), x
+    return drawn, bottom
+
+
+def scatter(points: Sequence[Point], front: Sequence[Point], labels: tuple[str, str], lines: Mapping[str, float]) -> Markup:
+    """Draw points, those of the Pareto front joined and labelled, and a horizontal line per reference value."""
+    x_axis = axis([point.x for point in points], (LEFT, RIGHT), labels[0])
+    y_axis = axis([*(point.y for point in points), *lines.values()], (BOTTOM, TOP), labels[1])
+    dots = Markup("").join(
+        Markup('<circle class="dot" cx="{}" cy="{}" r="5"><title>{}</title></circle>').format(
+            _pixels(x_axis.at(point.x)), _pixels(y_axis.at(point.y)), point.title
+        )
+        for point in points
+        if point not in front
+    )
+    joined = " ".join(
+        f"{_pixels(x_axis.at(point.x))},{_pixels(y_axis.at(point.y))}" for point in sorted(front, key=lambda point: point.x)
+    )
+    marked = Markup("").join(
+        Markup('<circle class="best" cx="{}" cy="{}" r="6.5"><title>{}</title></circle>').format(
+            _pixels(x_axis.at(point.x)), _pixels(y_axis.at(point.y)), point.title
+        )
+        for point in front
+    )
+    names = _labels([(x_axis.at(point.x), y_axis.at(point.y) - 10, point.name) for point in front])
+    path = Markup('<polyline class="front" points="{}"/>').format(joined)
+    title = f"{labels[1]} against {labels[0]}"
+    return _svg(
+        _frame(x_axis, y_axis) + _reference_lines(y_axis, lines) + path + dots + marked + names, title, WIDTH, HEIGHT, "plot"
+    )
+
+
+def _labels(positions: Sequence[tuple[float, float, str]]) -> Markup:
+    """Draw names at (x, y), in the given order; a name that would overlap an earlier one is left out."""
+    shown: list[tuple[float, float]] = []
+    drawn = Markup("")
+    for x, y, name in positions:
+        inside = min(max(x, LEFT + 14), RIGHT - 14)
+        if all(abs(inside - other[0]) > 22 or abs(y - other[1]) > 14 for other in shown):
+            shown.append((inside, y))
+            drawn += Markup('<text class="strong" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+                _pixels(inside), _pixels(y), name
+            )
+    return drawn
+
+
+def curves(lines: Sequence[Line], labels: tuple[str, str]) -> Markup:
+    """Draw at most eight curves, distinguished by colour, dash pattern and the name at their end."""
+    last = max(x for line in lines for x, _ in line.points)
+    x_axis = linear_axis(0, last, (LEFT, RIGHT - 26), labels[0])
+    y_axis = axis([y for line in lines for _, y in line.points], (BOTTOM, TOP), labels[1])
+    ends = _spread([y_axis.at(line.points[-1][1]) for line in lines], 13, (TOP, BOTTOM))
+    drawn = Markup("")
+    for index, line in enumerate(lines):
+        positions = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
+        drawn += Markup('<g class="s{}">').format(line.style % COLOURS)
+        drawn += Markup('<polyline class="curve" points="{}"/>').format(
+            " ".join(f"{_pixels(x)},{_pixels(y)}" for x, y in positions)
+        )
+        if len(positions) <= 12:
+            drawn += Markup("").join(
+                Markup('<circle cx="{}" cy="{}" r="3"/>').format(_pixels(x), _pixels(y)) for x, y in positions
+            )
+        drawn += Markup('<text x="{}" y="{}">{}</text></g>').format(
+            _pixels(positions[-1][0] + 7), _pixels(ends[index] + 4), line.name
+        )
+    return _svg(_frame(x_axis, y_axis) + drawn, f"{labels[1]} over {labels[0]}", WIDTH, HEIGHT, "plot")
+
+
+def size_bars(counts: Sequence[int]) -> Markup:
+    """Draw cluster sizes as bars, largest first; with more than 240 clusters, a bar is the mean of several neighbours."""
+    ordered = sorted(counts, reverse=True)
+    bars = min(len(ordered), 240)
+    edges = [index * len(ordered) // bars for index in range(bars + 1)]
+    means = [sum(ordered[a:b]) / (b - a) for a, b in pairwise(edges)]
+    y_axis = linear_axis(0, 1.05 * ordered[0], (BOTTOM, TOP), "images")
+    floor, step = y_axis.at(0), (RIGHT - LEFT) / bars
+    rects = Markup("").join(
+        Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}"/>').format(
+            _pixels(LEFT + index * step),
+            _pixels(y_axis.at(mean)),
+            _pixels(max(0.8, step * 0.82)),
+            _pixels(floor - y_axis.at(mean)),
+        )
+        for index, mean in enumerate(means)
+    )
+    even = y_axis.at(sum(ordered) / len(ordered))
+    line = Markup(
+        '<line class="reference" x1="{1}" x2="{2}" y1="{0}" y2="{0}"/><text class="note end" x="{2}" y="{3}">mean {4}</text>'
+    )
+    mean_line = line.format(_pixels(even), LEFT, RIGHT, _pixels(even - 5), f"{sum(ordered) / len(ordered):.4g}")
+    x_axis = _Axis(lambda value: value, (), f"{len(ordered):,} clusters, largest first")
+    return _svg(_frame(x_axis, y_axis) + rects + mean_line, "cluster sizes", WIDTH, HEIGHT, "plot")
+
+
+def _frame(x_axis: _Axis, y_axis: _Axis) -> Markup:
+    horizontal = Markup("").join(
+        Markup(
+            '<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/><text class="tick end" x="{3}" y="{4}">{5}</text>'
+        ).format(LEFT, RIGHT, _pixels(y_axis.at(tick)), LEFT - 7, _pixels(y_axis.at(tick) + 4), tick_text(tick))
+        for tick in y_axis.ticks
+    )
+    vertical = Markup("").join(
+        Markup('<text class="tick" x="{}" y="{}">{}</text>').format(_pixels(x_axis.at(tick)), BOTTOM + 18, tick_text(tick))
+        for tick in x_axis.ticks
+    )
+    base = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, RIGHT, BOTTOM, BOTTOM)
+    middle = (TOP + BOTTOM) / 2
+    names = Markup('<text class="label" x="{}" y="{}">{}</text>').format((LEFT + RIGHT) / 2, BOTTOM + 39, x_axis.label)
+    names += Markup('<text class="label" transform="rotate(-90 11 {0})" x="11" y="{0}">{1}</text>').format(middle, y_axis.label)
+    return horizontal + base + vertical + names
+
+
+def _reference_lines(y_axis: _Axis, lines: Mapping[str, float]) -> Markup:
+    mark = Markup(
+        '<line class="reference" x1="{1}" x2="{2}" y1="{0}" y2="{0}"/><text class="note end" x="{2}" y="{3}">{4}</text>'
+    )
+    return Markup("").join(
+        mark.format(_pixels(y_axis.at(value)), LEFT, RIGHT, _pixels(y_axis.at(value) - 5), name)
+        for name, value in lines.items()
+    )
+
+
+def _svg(body: Markup, title: str, width: int, height: int, kind: str) -> Markup:
+    return Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        kind, width, height, title, body
+    )
+
+
+def _pixels(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _text_anchor(x: float) -> Markup:
+    """Return the attributes that centre a text on `x` in the strip plot, or align it with the border that it would cross."""
+    if x < 160:
+        return Markup('x="4" text-anchor="start"')
+    return Markup('x="716" text-anchor="end"') if x > 560 else Markup('x="{}" text-anchor="middle"').format(_pixels(x))
+
+
+def _spread(positions: Sequence[float], gap: float, limits: tuple[float, float]) -> list[float]:
+    """Return `positions` in the same order, moved so that they are at least `gap` apart and end within the limits."""
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    moved = list(positions)
+    for before, after in pairwise(order):
+        moved[after] = max(moved[after], moved[before] + gap)
+    for after, before in pairwise(order[::-1]):
+        moved[after] = min(moved[after], limits[1])
+        moved[before] = min(moved[before], moved[after] - gap)
+    return moved
+
+
+# --- axes
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of a plot.
+
+    Attributes:
+        at: value -> position in the drawing.
+        ticks: values that get a grid line and a number.
+        label: quantity, with its unit.
+    """
+
+    at: Callable[[float], float]
+    ticks: tuple[float, ...]
+    label: str
+
+
+def axis(values: Sequence[float], extent: tuple[float, float], label: str) -> _Axis:
+    """Return a linear axis over `values` with a margin; logarithmic if they span more than a factor of 30 and exceed 1."""
+    low, high = min(values), max(values)
+    if low > 0 and high > 1 and high / low > 30:  # accuracies and fractions in [0, 1] stay linear
+        return _logarithmic_axis(low, high, extent, f"{label} (logarithmic)")
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
+    return linear_axis(low - margin, high + margin, extent, label)
+
+
+def linear_axis(low: float, high: float, extent: tuple[float, float], label: str) -> _Axis:
+    """Return a linear axis from `low` to `high`, without a margin."""
+    rough = (high - low) / 4
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first = math.ceil(low / step)
+    ticks = tuple(index * step for index in range(first, math.floor(high / step) + 1))
+    return _Axis(lambda value: extent[0] + (value - low) / (high - low) * (extent[1] - extent[0]), ticks, label)
+
+
+def _logarithmic_axis(low: float, high: float, extent: tuple[float, float], label: str) -> _Axis:
+    low, high = low / 1.3, high * 1.3
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    ticks = tuple(step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high)
+    span = math.log(high / low)
+    return _Axis(lambda value: extent[0] + math.log(value / low) / span * (extent[1] - extent[0]), ticks, label)
+
+
+def tick_text(value: float) -> str:
+    """Format the number of a tick: ``0.35``, ``120``, ``5k``, ``1M``."""
+    for unit, factor in (("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g}{unit}"
+    return f"{round(value, 10):.4g}"
+
 
 FRONT_ROWS = 8  # of the table beside the plot
 

@@ -14,8 +14,8 @@ from ktray.errors import UserError
 from ktray.pipeline.naming import lineage
 from ktray.pipeline.references import CEILING, RANDOM
 from ktray.plugins import module
+from ktray.report.figures import strip
 from ktray.report.formatting import Objective, anonymised, counted, listed, loss_of, measure, number, pair_title, value_of
-from ktray.report.svg_plots import strip
 from ktray.search.ranking import ranked
 from ktray.search.trial import STATES, Trial
 

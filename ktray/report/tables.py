@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktray.pipeline.naming import student_name, teacher_name
 from ktray.report.formatting import Objective, anonymised, cause_without_keys, duration, loss_of, measure, value_of
-from ktray.search.ranking import ranked
-from ktray.search.trial_differences import distinguishing_params, names
+from ktray.search.ranking import distinguishing_params, names, ranked
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial

@@ -5,11 +5,13 @@ Start with `search`, then `search_study`.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ktray.cost_model.stage_costs import learn_from
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
@@ -23,7 +25,7 @@ from ktray.runs.display import Display, open_display
 from ktray.runs.interruption import Interruption, cancelling_waits, restore_signal_handlers
 from ktray.runs.plan import check_space
 from ktray.runs.settings import Settings, require_positive
-from ktray.runs.study_logger import log_missed_stages
+from ktray.runs.study_logger import log_missed_stages, log_stage
 from ktray.runs.study_status import warn_if_stuck, write_status
 from ktray.search.journal import folder
 from ktray.search.space import Space
@@ -33,10 +35,10 @@ from ktray.stores import Store
 from ktray.tracking import Tracker
 
 if TYPE_CHECKING:
-    from ktray.runs.event_follower import EventFollower
     from ktray.scheduler.client import SchedulerClient
     from ktray.scheduler.ray_session import RaySession
 
+POLL_SECONDS = 1.0  # between two readings of the scheduler's events
 MAX_CONCURRENT = 64  # trials: each waits in a process of its own on the driver's machine, however many workers there are
 TRACKER_SECONDS = {True: 20.0, False: 3.0}  # done? -> patience with a slow tracker, whose spool keeps what is left
 
@@ -107,7 +109,6 @@ class _LazyScheduler:
 
     def start(self) -> SchedulerClient:
         from ktray.pipeline.execute import execute
-        from ktray.runs.event_follower import EventFollower
         from ktray.runs.preflight import preflight
         from ktray.scheduler import client, ray_session, resources
 
@@ -310,3 +311,72 @@ def with_concurrent(space: Space, concurrent: int | None) -> Space:
         return space
     budget = type(space.budget).model_validate({**space.budget.model_dump(), "concurrent": concurrent})
     return replace(space, document=space.document.model_copy(update={"budget": budget}))
+
+
+class EventFollower:
+    """A thread that reads the scheduler's events once a second.
+
+    Args:
+        show: called once a second with the new events and the scheduler's status: ``show(events, status)``.
+
+    Attributes:
+        published: keys of the artifacts that this scheduler has published since the follower started.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerClient,
+        store: Store,
+        tracker: Tracker,
+        show: Callable[[list[dict[str, Any]], Mapping[str, Any]], None],
+    ) -> None:
+        self.scheduler, self.store, self.tracker, self.show = scheduler, store, tracker, show
+        self.published: set[str] = set()
+        self._name = str(scheduler.status()["name"])
+        past = scheduler.events(0)
+        self._last_event = past[-1]["n"] if past else 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        import ray
+
+        while not self._closing.wait(POLL_SECONDS):
+            try:
+                with suppress(ray.exceptions.RayError):  # a call that failed: the next second tries again
+                    self._read()
+            except StoppedEarly:
+                return  # the scheduler has ended; the search itself reports why
+
+    def _read(self) -> None:
+        events = self.scheduler.events(self._last_event)
+        for event in events:
+            self._last_event = max(self._last_event, event["n"])
+            if event["event"] == "published":
+                self._log_published(event["key"])
+        self.show(events, self.scheduler.status())
+
+    def _log_published(self, key: str) -> None:
+        artifact = self.store.find(key) if key not in self.published else None
+        if artifact is not None:
+            self.published.add(key)
+            log_stage(self.tracker, artifact)
+
+    def close(self, new: Iterable[str]) -> None:
+        """Read the last events, then stop.
+
+        Args:
+            new: keys that may have been published meanwhile. The events of a broker that died are lost, so those of them that
+                are in the store with an attempt of this scheduler are logged as well.
+        """
+        import ray
+
+        self._closing.set()
+        self._thread.join(timeout=10)
+        with suppress(StoppedEarly, ray.exceptions.RayError):
+            self._read()
+        for key in new:
+            artifact = self.store.find(key)
+            if artifact is not None and artifact.record["attempt"].startswith(f"{self._name}-"):
+                self._log_published(key)

@@ -20,8 +20,7 @@ from ktray.scheduler.liveness import Process
 from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig, StageFunction
 from ktray.scheduler.ray_cluster import kill_process, this_process
 from ktray.scheduler.ray_pool import to_bytes
-from ktray.scheduler.ray_session import RaySession
-from ktray.scheduler.worker_environment import environment, environment_hash
+from ktray.scheduler.ray_session import RaySession, environment, environment_hash
 from ktray.stores import open_store
 from ktray.stores.locks import try_lock_store
 

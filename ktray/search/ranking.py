@@ -1,10 +1,12 @@
-"""Ranks completed trials and finds their Pareto front."""
+"""Ranks completed trials, finds their Pareto front, and says what distinguishes those with the same names."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
+from ktray.pipeline.naming import student_name, teacher_name, transfer_name
 from ktray.search.trial import Trial
 
 
@@ -30,3 +32,39 @@ def _losses(trial: Trial, objectives: Sequence[tuple[str, str]]) -> tuple[float,
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether the losses `one` dominate `other`: smaller in at least one objective, and larger in none."""
     return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+
+
+MAX_PARAMS = 4  # listed per trial; `ktray show STUDY/NUMBER` lists all
+
+
+def names(trial: Trial) -> tuple[str, str, str]:
+    """Names of teacher, transfer and student, such as ``("hog", "k=50", "alexnet w0.25")``."""
+    return teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)
+
+
+def distinguishing_params(trials: Sequence[Trial]) -> dict[int, str]:
+    """Number of a trial -> the parameters that distinguish it from trials with the same names, such as ``cell 4, lr 0.052``.
+
+    Empty if no two trials with the same names differ.
+    """
+    alike: dict[tuple[str, str, str], list[Trial]] = {}
+    for trial in trials:
+        alike.setdefault(names(trial), []).append(trial)
+    differing = {
+        name
+        for group in alike.values()
+        for name in {name for trial in group for name in trial.params}
+        if len({str(trial.params.get(name)) for trial in group}) > 1
+    }
+    ends = Counter(name.rpartition(".")[2] for name in differing)
+    short = {name: end if ends[end := name.rpartition(".")[2]] == 1 else f"{name.split('.')[0]} {end}" for name in differing}
+    texts = {}
+    for group in alike.values():
+        for trial in group:
+            shown = [
+                f"{short[name]} {value:.3g}" if isinstance(value, float) else f"{short[name]} {value}"
+                for name, value in trial.params.items()
+                if name in differing and len(group) > 1
+            ]
+            texts[trial.number] = ", ".join(shown[:MAX_PARAMS])
+    return texts if differing else {}

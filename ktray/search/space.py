@@ -7,7 +7,7 @@ The name of a parameter is its dotted path in the pair (`transfer.k`). Inside a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint, flat
-from ktray.search import prefix, space_check, space_file, space_tree, spec_errors
+from ktray.search import space_check, space_file, space_tree, spec_errors
 from ktray.search.space_file import Budget, EarlyStop, SpaceFile
-from ktray.search.space_tree import Ask, Params, Scalar
+from ktray.search.space_tree import Ask, Choice, OneOf, Params, Range, Scalar
 from ktray.search.spec_errors import SpecError
 from ktray.spec import PairSpec
 
@@ -98,13 +99,13 @@ class Space:
 
     @cached_property
     def prefix_parameters(self) -> frozenset[str]:
-        """See `prefix.prefix_parameters`."""
-        return prefix.prefix_parameters(self.root)
+        """See `prefix_parameters`."""
+        return prefix_parameters(self.root)
 
     @cached_property
     def teacher_parameters(self) -> frozenset[str]:
-        """See `prefix.teacher_parameters`."""
-        return prefix.teacher_parameters(self.root)
+        """See `teacher_parameters`."""
+        return teacher_parameters(self.root)
 
     def prefix(self, params: Mapping[str, Scalar]) -> Params:
         """The `params` that determine what is computed before the student."""
@@ -290,3 +291,56 @@ def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")
     return space.pair({})
+
+
+FieldPath = tuple[str, ...]
+"""Fields from the pair down, without the names of branches: ``("transfer", "k")``."""
+
+
+def prefix_parameters(root: Any) -> frozenset[str]:
+    """Names of the parameters that determine what is computed before the student.
+
+    These are all parameters except those of the student, of the evaluations, and of transfer fields that only the student
+    reads, such as a temperature: fields that the `NEEDS` of the transfer do not list.
+
+    Args:
+        root: the tree of a space.
+    """
+    return frozenset(name for name, path, before in _walk(root, (), frozenset()) if _decides_prefix(path, before))
+
+
+def teacher_parameters(root: Any) -> frozenset[str]:
+    """Names of the parameters that determine which teacher is trained, and on what data."""
+    return frozenset(name for name, path, _ in _walk(root, (), frozenset()) if path[:1] in (("data",), ("teacher",)))
+
+
+def _decides_prefix(path: FieldPath, before: frozenset[str]) -> bool:
+    part, *fields = path or ("",)
+    if part in ("student", "evals"):
+        return False
+    return part != "transfer" or not fields or fields[0] == "kind" or fields[0] in before
+
+
+def _walk(node: Any, path: FieldPath, before: frozenset[str]) -> Iterator[tuple[str, FieldPath, frozenset[str]]]:
+    """(name, path, transfer fields that stages before the student read) of each parameter below a node."""
+    if isinstance(node, OneOf):
+        yield node.choice.name, path, before
+        for body in node.branches.values():
+            yield from _walk(body, path, before)
+    elif isinstance(node, Choice | Range):
+        yield node.name, path, before
+    elif isinstance(node, dict):
+        if path == ("transfer",):
+            before = _read_before_student(node)
+        for key, child in node.items():
+            yield from _walk(child, (*path, key), before)
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _walk(child, (*path, str(index)), before)
+
+
+def _read_before_student(transfer: Mapping[str, Any]) -> frozenset[str]:
+    kind = transfer.get("kind")
+    kinds: Iterable[Any] = kind.options if isinstance(kind, Choice) else [kind]
+    needs = [plugins.module("transfer", str(each)).NEEDS for each in kinds]
+    return frozenset(field for need in needs for fields in need.values() for field in fields)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktray.tracking import pages
+from ktray.tracking import mlflow_names
 from ktray.tracking.connection import Connection
 from ktray.tracking.mlflow_names import EXPERIMENT_TAG_LENGTH, METRICS_PER_BATCH, PARAMS_PER_BATCH, TAG_LENGTH, quoted, text_of
 
@@ -86,7 +86,7 @@ class MlflowRuns:
         """Set a run's description. Links to runs that do not exist yet are added when those are created.
 
         Args:
-            text: Markdown with links as `pages.with_links` reads them.
+            text: Markdown with links as `mlflow_names.with_links` reads them.
             images: whether this tracker has the stages' images, so that links may lead to them.
         """
         missing = False
@@ -97,8 +97,8 @@ class MlflowRuns:
             missing = missing or link is None
             return link
 
-        description = pages.with_links(text_of(text), link_or_none)
-        self.log(ref, tags={pages.DESCRIPTION: description[:TAG_LENGTH]})
+        description = mlflow_names.with_links(text_of(text), link_or_none)
+        self.log(ref, tags={mlflow_names.DESCRIPTION: description[:TAG_LENGTH]})
         self._missing_links.pop(ref, None)
         if missing:
             self._missing_links[ref] = (text, images)
@@ -154,7 +154,7 @@ class MlflowRuns:
         """Set the tags that the experiment does not have yet, so that edits by users stay."""
         known = self._client.get_experiment(self._experiment).tags
         for name, text in tags.items():
-            linked = pages.with_links(text, self._link)
+            linked = mlflow_names.with_links(text, self._link)
             if name not in known and len(linked) <= EXPERIMENT_TAG_LENGTH:
                 self._client.set_experiment_tag(self._experiment, name, linked)
 
@@ -165,11 +165,11 @@ class MlflowRuns:
     def _link(self, target: str, images: bool = True) -> str | None:
         """Return the link to ``trial/7``, ``stage/KEY``, ``stage/KEY/images/NAME.png``, ``search`` or ``view``, or None."""
         if target == "view":
-            return pages.view_link(self._experiment)
+            return mlflow_names.view_link(self._experiment)
         role, _, rest = target.partition("/")
         name, _, artifact = rest.partition("/")
         run = self.runs.get(f"{role}/{name}" if name else role)
-        return pages.run_link(self._experiment, run[0], artifact if images else "") if run else None
+        return mlflow_names.run_link(self._experiment, run[0], artifact if images else "") if run else None
 
     def _parent_id(self, start: int) -> str:
         self.find_or_create(SEARCH, self._study_tags["ktray.study"], start)

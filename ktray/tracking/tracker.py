@@ -14,8 +14,7 @@ from typing import Any, Concatenate, Literal, ParamSpec
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint
 from ktray.tracking.connection import validated_uri
-from ktray.tracking.mlflow_names import key_of, metrics_of, params_of, run_name, tags_of
-from ktray.tracking.pages import experiment_tags
+from ktray.tracking.mlflow_names import experiment_tags, key_of, metrics_of, params_of, run_name, tags_of
 from ktray.tracking.spool import Spool
 from ktray.tracking.writer import Writer
 

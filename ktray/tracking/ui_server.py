@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 
 from ktray.errors import UserError
 from ktray.tracking.connection import sqlite_path, validated_uri
-from ktray.tracking.mlflow_names import without_password
-from ktray.tracking.pages import view_link
+from ktray.tracking.mlflow_names import view_link, without_password
 
 # With job execution, `mlflow server` is ten processes with 1.7 GB, and some outlive it.
 SERVER_SETTINGS = {
