@@ -48,7 +48,7 @@ from experiments.pair_table import CLUSTERS, RUNGS, SCHEDULE, STUDENTS, features
 from experiments.table_world import LAST, SCENARIOS, TABLE, World, world
 from ktray.fingerprint import canonical, fingerprint, seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
-from ktray.search.budget import CostEstimate, DrawCost
+from ktray.search.budget import CostEstimate, StageSeconds
 from ktray.search.draws import DrawSource, SampledDraws, fixed_draws, random_draws
 from ktray.search.sampler import MAX_OBSERVATIONS, Sampler, random_draw
 from ktray.search.space import Space
@@ -67,12 +67,14 @@ SCENARIO_NAMES = (*SCENARIOS, *(f"{name}{SHUFFLED}" for name in list(SCENARIOS)[
 class PerCost(Sampler):
     """The method of the literature: the candidate with the largest expected improvement per second of its cost."""
 
-    def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
+    def _affordable(
+        self, draws: Sequence[Params], spent: StageSeconds, cost_estimate: CostEstimate, affordable: float
+    ) -> Params:
         ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
         if not ranked:
             return draws[0]
         improvement = self.expected_improvement(ranked, pending, draws)
-        costs = np.array([sum(cost_estimate(draw) or DrawCost()) for draw in draws])
+        costs = np.array([sum(cost_estimate(draw) or StageSeconds()) for draw in draws])
         return draws[int(np.argmax(improvement / np.maximum(costs, 1e-3)))]
 
 

@@ -62,9 +62,9 @@ class SearchResult:
         Raises:
             UserError: there is no such study.
         """
-        from ktray.search.history import read
+        from ktray.search.history import read_study
 
-        return read(self.home, self.name)
+        return read_study(self.home, self.name)
 
     def best(
         self, top: int | None = None, *, pareto: bool = False, per: Per | None = None, test: bool = False

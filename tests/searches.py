@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from ktray.search.history import History, read
+from ktray.search.history import History, read_study
 from tests.toys import DATA, HOG, ROTATION
 
 TIMEOUT_SECONDS = 150.0
@@ -219,7 +219,7 @@ class Home:
         return sorted(key for key in self.artifacts() if key.startswith(f"{stage}-"))
 
     def study(self, name: str = "toy") -> History:
-        return read(self.path, name)
+        return read_study(self.path, name)
 
     def states(self, name: str = "toy") -> list[str]:
         """States of all trials; empty before the first."""

@@ -15,7 +15,7 @@ from optuna.samplers import TPESampler
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search import sampler, tpe
-from ktray.search.budget import CostEstimate, DrawCost, Spending
+from ktray.search.budget import CostEstimate, Spending, StageSeconds
 from ktray.search.sampler import Sampler
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
@@ -23,7 +23,7 @@ from ktray.search.study import Study
 from ktray.search.trial import Trial
 from tests.toy_space import FINITE, drive, end_segment, next_assignment, score, states, toy_space
 
-OVER_BALANCE = DrawCost(prefix=100.0, suffix=99.0)
+OVER_BALANCE = StageSeconds(prefix=100.0, suffix=99.0)
 
 
 def teacher(space: Space, params: Params) -> str:
@@ -49,7 +49,7 @@ def observing(space: Space, trials: list[Trial], cost_estimate: CostEstimate | N
 
 def new_costs(seconds: dict[str, float]) -> CostEstimate:
     """A prefix costs the seconds of its teacher's branch, and a suffix 10 s."""
-    return lambda params: DrawCost(seconds[str(params["teacher"])], 10.0)
+    return lambda params: StageSeconds(seconds[str(params["teacher"])], 10.0)
 
 
 def wide(folder: Path, **fields: Any) -> Space:
@@ -92,7 +92,7 @@ def test_costs_change_nothing_while_everything_is_affordable(tmp_path: Path) -> 
         observing(space, trials),
     )
     for count in range(30, 36):
-        assert with_costs.propose(count, DrawCost(0.0, 2000.0)) == without_costs.propose(count, OVER_BALANCE)
+        assert with_costs.propose(count, StageSeconds(0.0, 2000.0)) == without_costs.propose(count, OVER_BALANCE)
 
 
 def test_a_new_teacher_is_drawn_once_suffixes_have_cost_as_much_as_all_prefixes_with_it(tmp_path: Path) -> None:
@@ -102,14 +102,14 @@ def test_a_new_teacher_is_drawn_once_suffixes_have_cost_as_much_as_all_prefixes_
         observing(space, trials, new_costs({"hog": 100.0, "rotation": 100.0})),
         {teacher(space, trial.params) for trial in trials},
     )
-    for spent, new in ((DrawCost(300.0, 389.0), False), (DrawCost(300.0, 391.0), True)):  # its student costs 10
+    for spent, new in ((StageSeconds(300.0, 389.0), False), (StageSeconds(300.0, 391.0), True)):  # its student costs 10
         assert any(teacher(space, ours.propose(3 + index, spent)) not in known for index in range(10)) is new
 
 
 def test_the_first_draw_has_a_cheap_teacher(tmp_path: Path) -> None:
     for seed in range(5):
         space = wide(tmp_path, seed=seed)
-        assert observing(space, [], new_costs({"hog": 50.0, "rotation": 1000.0})).propose(0, DrawCost())["teacher"] == "hog"
+        assert observing(space, [], new_costs({"hog": 50.0, "rotation": 1000.0})).propose(0, StageSeconds())["teacher"] == "hog"
 
 
 def test_if_nothing_keeps_the_balance_the_most_promising_draw_is_made(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_if_nothing_keeps_the_balance_the_most_promising_draw_is_made(tmp_path: 
     space = toy_space(tmp_path, {"teacher": hogs, "transfer": {"kind": "clusters", "k": 5}, "student": student})
     params: Params = {"teacher.descriptor.cell": 4}
     trial = Trial(0, params, space.pair(params).model_dump(mode="json"), "completed", objectives={"linear_probe/top1": 0.5})
-    ours = observing(space, [trial], lambda params: DrawCost(100.0, 1.0))
+    ours = observing(space, [trial], lambda params: StageSeconds(100.0, 1.0))
     assert ours.propose(1, OVER_BALANCE)["teacher.descriptor.cell"] in (7, 14)
 
 
@@ -141,7 +141,7 @@ def test_a_poor_teacher_is_not_drawn_again_with_another_k(tmp_path: Path) -> Non
     trials = history(space, 30, lambda trial: 0.9 if is_poor(trial.params) else 0.1)
     waits: dict[str, Any] = {"state": "paused", "teacher_score": 0.9, "objectives": {}}
     judged = [dataclasses.replace(trial, **waits) if is_poor(trial.params) else trial for trial in trials]
-    free = lambda params: DrawCost(0.0, 1.0)  # noqa: E731
+    free = lambda params: StageSeconds(0.0, 1.0)  # noqa: E731
     before, after = (
         [observing(space, some, free).propose(30 + n, OVER_BALANCE) for n in range(20)] for some in (trials, judged)
     )
@@ -159,7 +159,7 @@ def test_a_teacher_with_pruned_trials_may_be_drawn_again_in_a_later_session(tmp_
     good = [dataclasses.replace(trial, state="completed", objectives={"linear_probe/top1": 0.5}) for trial in good]
     ours = observing(space, [*good, dataclasses.replace(poor, state="pruned", teacher_score=0.8)])
     left = [{"teacher.descriptor.cell": 7, "transfer.k": k} for k in (10, 20)]
-    assert all(ours.propose(4 + n, DrawCost()) in left for n in range(20))
+    assert all(ours.propose(4 + n, StageSeconds()) in left for n in range(20))
 
 
 def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> Non
 
 def test_random_draws_depend_on_neither_trials_nor_costs(tmp_path: Path) -> None:
     space = wide(tmp_path, sampler="random")
-    assert observing(space, history(space, 40)).propose(40, OVER_BALANCE) == observing(space, []).propose(40, DrawCost())
+    assert observing(space, history(space, 40)).propose(40, OVER_BALANCE) == observing(space, []).propose(40, StageSeconds())
 
 
 def test_a_study_can_be_resumed_with_another_sampler(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_the_cost_of_a_stage_is_attributed_to_a_trial(tmp_path: Path) -> None:
     first = next_assignment(study).trial.number
     study.attribute_costs(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
     assert "teacher-1" in study.spending
-    assert study.spending.spent == DrawCost(100.0, 10.0)
+    assert study.spending.spent == StageSeconds(100.0, 10.0)
 
 
 def test_recorded_costs_replace_expected_ones_and_survive_a_resume(tmp_path: Path) -> None:
@@ -223,8 +223,8 @@ def test_recorded_costs_replace_expected_ones_and_survive_a_resume(tmp_path: Pat
         end_segment(study, first)
         study.record_costs(second.trial.number, {})  # its student failed: no record, no cost
         study.fail(second.trial.number, "out of memory")
-        assert study.spending.spent == DrawCost(131.0, 9.0)
-    assert Study.open(tmp_path, space).spending.spent == DrawCost(131.0, 9.0)
+        assert study.spending.spent == StageSeconds(131.0, 9.0)
+    assert Study.open(tmp_path, space).spending.spent == StageSeconds(131.0, 9.0)
 
 
 def test_a_search_starts_nothing_after_its_stage_hours_are_spent_and_resumes_with_more(tmp_path: Path) -> None:
@@ -288,20 +288,20 @@ def spend(study: Study, seconds: float) -> None:
 
 @pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
 def test_only_the_first_draw_may_cost_more_than_the_remaining_hours(tmp_path: Path, how: str) -> None:
-    with costing(tmp_path, lambda params: DrawCost(360_000.0, 10.0), sampler=how) as study:
+    with costing(tmp_path, lambda params: StageSeconds(360_000.0, 10.0), sampler=how) as study:
         spend(study, 3240.0)
         assert study.next() == "done"
         assert study.stop_reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
         assert study.drawn == 1
     with Study.open(tmp_path, study.space) as again:
-        again.set_cost_estimate(lambda params: DrawCost(300.0, 10.0))
+        again.set_cost_estimate(lambda params: StageSeconds(300.0, 10.0))
         next_assignment(again)
 
 
 @pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
 def test_the_remaining_hours_are_spent_on_affordable_draws(tmp_path: Path, how: str) -> None:
     suffix_seconds = {"hog": 10.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: DrawCost(5.0, suffix_seconds[str(params["teacher"])]), sampler=how) as study:
+    with costing(tmp_path, lambda params: StageSeconds(5.0, suffix_seconds[str(params["teacher"])]), sampler=how) as study:
         spend(study, 3400.0)
         drive(study)
         assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}
@@ -310,7 +310,7 @@ def test_the_remaining_hours_are_spent_on_affordable_draws(tmp_path: Path, how: 
 
 def test_an_unaffordable_planned_draw_is_made_when_running_trials_cost_less_than_expected(tmp_path: Path) -> None:
     with costing(
-        tmp_path, lambda params: DrawCost(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
+        tmp_path, lambda params: StageSeconds(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
     ) as study:
         assignment = next_assignment(study)
         study.attribute_costs(assignment.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
@@ -323,12 +323,12 @@ def test_an_unaffordable_planned_draw_is_made_when_running_trials_cost_less_than
 def test_an_unaffordable_planned_draw_does_not_block_others(tmp_path: Path) -> None:
     start = [{"teacher": "hog", "teacher.hog.descriptor.cell": 4}, {"teacher": "rotation"}, {"teacher": "hog"}]
     prefix_seconds = {"hog": 15.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: DrawCost(prefix_seconds[str(params["teacher"])], 1.0), start_with=start) as study:
+    with costing(tmp_path, lambda params: StageSeconds(prefix_seconds[str(params["teacher"])], 1.0), start_with=start) as study:
         drive(study)
         assert study.drawn == 9
         assert [trial.planned for trial in study.trials()][:3] == [0, 2, None]
     with Study.open(tmp_path, study.space, trials="+1") as again:
-        again.set_cost_estimate(lambda params: DrawCost(15.0, 1.0))
+        again.set_cost_estimate(lambda params: StageSeconds(15.0, 1.0))
         assert next_assignment(again).trial.planned == 1
 
 
@@ -347,5 +347,5 @@ def test_spending_counts_a_changed_trial_once() -> None:
     trial = Trial(0, {}, {}, attributed_costs={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
     spending = Spending([trial, trial])
     spending.update(dataclasses.replace(trial, attributed_costs={"prefix": {"a": 5.0}, "suffix": {}}))
-    assert spending.spent == DrawCost(5.0, 0.0)
+    assert spending.spent == StageSeconds(5.0, 0.0)
     assert ("a" in spending, "b" in spending) == (True, False)

@@ -59,7 +59,7 @@ def test_what_is_remembered_stays_bounded_over_thousands_of_stages_deaths_and_fa
         if number % 5 == 0:
             harness.fail(one)
         elif number % 7 == 0:
-            harness.core.requests.cancel("driver")
+            harness.core.requests.cancel_waits("driver")
             harness.core.attempt_failed(one.key, harness.core.running[one.key].attempt, "out of memory", "no", "", harness.now)
             harness.poll(next(iter(harness.registry.workers)))
             harness.dispatch()

@@ -133,7 +133,7 @@ def test_cancelling_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerC
     with callers(2) as pool:
         leaving, staying = pool.submit(scheduler.obtain, [stage], "trial 1"), pool.submit(scheduler.obtain, [stage], "trial 2")
         until(lambda: len(scheduler.status()["waiting"]) == 2)
-        scheduler.cancel("trial 1")
+        scheduler.cancel_waits("trial 1")
         with pytest.raises(WaitCancelled):
             leaving.result(timeout=1)
         assert not staying.done()

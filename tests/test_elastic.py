@@ -29,7 +29,7 @@ def mixed() -> WorkerRegistry:
 
 
 def requests_on(registry: WorkerRegistry) -> GpuShares:
-    return GpuShares(RuntimeSettings().request_of, lambda: any(node.gpus for node in registry.known_nodes()))
+    return GpuShares(RuntimeSettings().request_of, lambda: any(node.gpus for node in registry.alive_and_departed_nodes()))
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -61,7 +61,7 @@ def test_workers_start_on_a_node_that_joins_and_its_gpu_is_used_from_then_on() -
     harness.request("a", *running)
     harness.request("b", stage("student", number=5), stage("clusters"))
     assert harness.dispatch() == []
-    harness.registry.update_nodes({**harness.registry.nodes, "new": GPU_NODE}, harness.now)
+    harness.registry.set_alive_nodes({**harness.registry.nodes, "new": GPU_NODE}, harness.now)
     started = [action.worker for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert {worker.node for worker in started} == {"new"}
     assert WorkerShape(0.0, 0.25) in [worker.shape for worker in started]
@@ -74,7 +74,7 @@ def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewher
     harness.registry.nodes = {"node": CPU_ONLY, "other": CPU_ONLY}
     harness.request("a", one)
     harness.poll("worker-9")
-    harness.registry.update_nodes({"other": CPU_ONLY}, harness.now)
+    harness.registry.set_alive_nodes({"other": CPU_ONLY}, harness.now)
     assert assigned(harness.request("b", stage("two"))) == [], "the idle worker of the lost node is not asked"
     harness.core.worker_lost("worker-1", "worker died", "its node died", harness.now)
     actions = harness.dispatch()
@@ -92,13 +92,13 @@ def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or
     harness = CoreHarness(0)
     harness.registry.nodes = {"node": CPU_ONLY, "gpu": GPU_NODE}
     shares = requests_on(harness.registry)
-    harness.registry.update_nodes({"node": CPU_ONLY}, harness.now)
+    harness.registry.set_alive_nodes({"node": CPU_ONLY}, harness.now)
     assert results(harness.request("a", stage("student"))) == {}
     assert shares("student").gpus == 0.25
-    harness.registry.update_nodes({"node": CPU_ONLY}, harness.now + NODE_RETURN_SECONDS - 1)
+    harness.registry.set_alive_nodes({"node": CPU_ONLY}, harness.now + NODE_RETURN_SECONDS - 1)
     assert harness.registry.fits(ResourceRequest(gpus=1.0))
     harness.now += NODE_RETURN_SECONDS
-    harness.registry.update_nodes({"node": CPU_ONLY}, harness.now)
+    harness.registry.set_alive_nodes({"node": CPU_ONLY}, harness.now)
     assert results(harness.dispatch()) == {"a": "it needs 1 GPU, more than any node of the cluster has"}
     assert shares("student").gpus == 0.0
 
@@ -106,9 +106,9 @@ def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or
 def test_a_gpu_that_comes_back_in_time_takes_what_waited() -> None:
     harness = CoreHarness(0)
     harness.registry.nodes = {"gpu": GPU_NODE}
-    harness.registry.update_nodes({}, harness.now)
+    harness.registry.set_alive_nodes({}, harness.now)
     harness.request("a", stage("student"))
-    harness.registry.update_nodes({"gpu again": GPU_NODE}, harness.now + 100)
+    harness.registry.set_alive_nodes({"gpu again": GPU_NODE}, harness.now + 100)
     (start,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert (start.worker.node, start.worker.shape) == ("gpu again", WorkerShape(0.0, 1.0))
     harness.poll(start.worker.name)

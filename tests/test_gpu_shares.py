@@ -10,7 +10,7 @@ from test_scheduler_core import REQUESTS, CoreHarness, assigned, stage
 
 from ktray.artifact import Artifact
 from ktray.scheduler.placement import Placement, evict_idle, free_gpu_shares, gpus_have_room
-from ktray.scheduler.resources import GpuShares, ResourceRequest, gpu_share
+from ktray.scheduler.resources import GpuShares, ResourceRequest, smallest_sufficient_share
 from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
 
 GIB = 1 << 30
@@ -21,7 +21,7 @@ QUARTER = WorkerShape(0.0, 0.25)
     ("peak", "share"), [(1 * GIB, 0.25), (15 * GIB, 0.25), (20 * GIB, 0.5), (40 * GIB, 1.0), (79 * GIB, 1.0)]
 )
 def test_the_share_holds_the_recorded_peak_and_what_comes_with_it(peak: int, share: float) -> None:
-    assert gpu_share(peak, 80 * GIB) == share
+    assert smallest_sufficient_share(peak, 80 * GIB) == share
     assert peak < share * 80 * GIB
 
 

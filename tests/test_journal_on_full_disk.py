@@ -12,7 +12,7 @@ import pytest
 
 from ktray.errors import StoppedEarly
 from ktray.search import journal
-from ktray.search.history import read
+from ktray.search.history import read_study
 from ktray.search.study import Study
 from tests.toy_space import drive, end_segment, next_assignment, toy_space
 
@@ -49,7 +49,7 @@ def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whol
     with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as again:  # it was unlocked all the same
         assert len(again.trials()) == trials
         drive(again)
-    assert {trial.state for trial in read(tmp_path, "toy").trials} <= {"completed", "duplicate"}
+    assert {trial.state for trial in read_study(tmp_path, "toy").trials} <= {"completed", "duplicate"}
 
 
 def test_a_lock_that_finds_no_room_stops_the_search_and_loses_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

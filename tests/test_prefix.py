@@ -76,7 +76,7 @@ def changing(space: Space) -> tuple[set[str], set[str]]:
         before = keys(base)
         for name in base:
             for value in space_tree.boundary_values(known[name]):
-                after = keys(space.complete({**base, name: value}))
+                after = keys(space.fill_with_first_values({**base, name: value}))
                 if value == base[name] or before is None or after is None:
                     continue
                 varied.add(name)
@@ -129,7 +129,7 @@ def test_draws_that_differ_in_a_temperature_of_the_student_share_their_prefix(tm
     transfer = {"kind": "soft_clusters", "k": {"choice": [10, 20]}, "temperature": {"choice": [0.1, 0.2]}}
     space = toy_space(tmp_path, {**FINITE, "transfer": transfer})
     sampler = Sampler(space)
-    params = space.complete({"teacher": "hog"})
+    params = space.fill_with_first_values({"teacher": "hog"})
     sampler.observe(Trial(0, params, space.pair(params).model_dump(mode="json"), "running"))
     assert sampler._exists({**params, "transfer.temperature": 0.2})
     assert not sampler._exists({**params, "transfer.k": 20})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ktray.scheduler.liveness import Process, ProcessLiveness
+from ktray.scheduler.liveness import ProcessId, ProcessLiveness
 
-ONE, TWO = Process("node", 1, 10.0), Process("node", 2, 10.0)
+ONE, TWO = ProcessId("node", 1, 10.0), ProcessId("node", 2, 10.0)
 
 
 def test_a_process_that_is_silent_for_too_long_is_returned_once() -> None:

@@ -62,7 +62,7 @@ def test_the_ready_queue_equals_a_sort_of_all_pending_stages_after_any_history(s
             running.add(line[0])
             demand.queue.mark_running(line[0])
         elif what < 0.6:
-            demand.cancel(f"s{chance.randrange(5)}")
+            demand.cancel_waits(f"s{chance.randrange(5)}")
         elif running:
             key = chance.choice(sorted(running))
             running.discard(key)

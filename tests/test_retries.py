@@ -55,15 +55,15 @@ def test_a_node_that_dies_while_many_workers_start_on_it_fails_nothing(noticed: 
     stages = [stage("one", number=number) for number in range(8)]
     harness.request("a", *stages[:2])
     nodes = harness.registry.nodes
-    harness.registry.update_nodes({**nodes, "spot": Node(4.0, 0.0, 100.0)}, harness.now)
+    harness.registry.set_alive_nodes({**nodes, "spot": Node(4.0, 0.0, 100.0)}, harness.now)
     starting = [action.worker.name for action in harness.request("b", *stages[2:]) if isinstance(action, StartWorker)]
     assert len(starting) == 4
     if noticed:
-        harness.registry.update_nodes(nodes, harness.now)
+        harness.registry.set_alive_nodes(nodes, harness.now)
     for name in starting:
         harness.core.worker_lost(name, "worker died", "its node died", harness.now)
     assert results(harness.dispatch()) == {}
-    harness.registry.update_nodes(nodes, harness.now)
+    harness.registry.set_alive_nodes(nodes, harness.now)
     for each in stages[:-1]:
         harness.publish(each)
     assert results(harness.publish(stages[-1])) == {"b": ["computed"] * 6}

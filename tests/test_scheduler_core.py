@@ -303,9 +303,9 @@ def test_cancelling_ends_one_wait_and_drops_what_only_it_requested() -> None:
     harness, one, two = CoreHarness(1), stage("one"), stage("two")
     harness.request("a", one, two)
     harness.request("b", one)
-    harness.core.requests.cancel("another driver", "a")
+    harness.core.requests.cancel_waits("another driver", "a")
     assert not harness.dispatch()
-    harness.core.requests.cancel("driver", "a")
+    harness.core.requests.cancel_waits("driver", "a")
     assert results(harness.dispatch()) == {"a": "the wait was cancelled"}
     assert two.key not in harness.core.requests.pending
     assert results(harness.publish(one)) == {"b": ["computed"]}

@@ -42,7 +42,7 @@ def test_every_branch_and_option_of_a_shipped_space_is_drawn(path: Path) -> None
 def test_the_planned_draws_of_a_shipped_space_are_pairs(path: Path) -> None:
     found = space.load(path, [])
     for planned in found.start_with:
-        assert found.pair(found.complete(planned)).evals
+        assert found.pair(found.fill_with_first_values(planned)).evals
 
 
 def test_a_plan_shows_one_draw_of_every_branch_of_teachers_transfers_and_students(tmp_path: Path, capsys, monkeypatch) -> None:

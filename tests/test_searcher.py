@@ -16,7 +16,7 @@ from ktray.runs.interruption import Interruption
 from ktray.runs.simulation import _NoTracker, _VirtualStore
 from ktray.runs.tune_search import StudySearcher, _Tick
 from ktray.runs.tune_trial import CANCELLED
-from ktray.search.history import read
+from ktray.search.history import read_study
 from ktray.search.space import Space
 from ktray.search.study import Study
 from tests.toy_space import PAIR, toy_space
@@ -85,7 +85,7 @@ def test_the_study_hears_from_tune_that_time_passes(searcher: StudySearcher, tmp
     study = searcher.coordinator.study
     study._elapsed._began -= 40
     _Tick(searcher).on_step_end(1, [])
-    assert 40 <= read(tmp_path, "toy").elapsed < 60
+    assert 40 <= read_study(tmp_path, "toy").elapsed < 60
 
 
 def _rotation(epochs: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tests.toys import DATA
 
 
 def test_a_parameter_is_named_by_its_path_with_the_branch_in_it(tmp_path: Path) -> None:
-    assert toy_space(tmp_path).complete({"teacher": "rotation"}) == {
+    assert toy_space(tmp_path).fill_with_first_values({"teacher": "rotation"}) == {
         "teacher": "rotation",
         "teacher.rotation.layer": "conv3",
         "teacher.rotation.schedule.epochs": 2,
@@ -39,7 +39,7 @@ def _first(parameter: Any) -> Any:
 
 def test_a_draw_becomes_a_pair(tmp_path: Path) -> None:
     found = toy_space(tmp_path)
-    pair = found.pair(found.complete({"teacher.hog.descriptor.cell": 7, "transfer.k": 20}))
+    pair = found.pair(found.fill_with_first_values({"teacher.hog.descriptor.cell": 7, "transfer.k": 20}))
     assert isinstance(pair.teacher, HandcraftedTeacher)
     assert pair.teacher.descriptor.cell == 7
     assert pair.transfer.k == 20
@@ -85,7 +85,7 @@ def test_options_may_be_null_lists_and_whole_mappings(tmp_path: Path) -> None:
     student = {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": {"choice": schedules}}
     transfer = {"kind": "clusters", "k": 5, "pca": {"choice": [None, 4]}}
     found = toy_space(tmp_path, {"student": student, "transfer": transfer})
-    params = found.complete({"transfer.pca": None, "student.schedule": '{"epochs":9,"lr":0.1}'})
+    params = found.fill_with_first_values({"transfer.pca": None, "student.schedule": '{"epochs":9,"lr":0.1}'})
     assert all(not isinstance(value, dict | list) for value in params.values())
     assert found.pair(params).student.schedule.lr == 0.1
 
@@ -116,14 +116,14 @@ def test_a_branch_may_leave_the_teacher_out_together_with_the_transfer_that_need
 
 def test_overrides_reach_into_branches_and_replace_operators(tmp_path: Path) -> None:
     found = space.load(write(tmp_path), ["transfer.k=50", "teacher.rotation.layer=conv4", "student.augment.flip=true"])
-    pair = found.pair(found.complete({"teacher": "rotation"}))
+    pair = found.pair(found.fill_with_first_values({"teacher": "rotation"}))
     assert (pair.transfer.k, pair.teacher.layer, pair.student.augment.flip) == (50, "conv4", True)
 
 
 def test_an_override_keeps_one_branch_and_the_names_in_it(tmp_path: Path) -> None:
     found = space.load(write(tmp_path), ["teacher=rotation"])
     assert {draw["teacher"] for _, draw in found.boundary_draws()} == {"rotation"}
-    assert "teacher.rotation.layer" in found.complete({})
+    assert "teacher.rotation.layer" in found.fill_with_first_values({})
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_number_like_1e_3_is_a_number(tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text().replace("- 0.01\n", "- 1e-2\n"))
     assert "1e-2" in path.read_text()
-    assert space.load(path, []).complete({})["student.schedule.lr"] == 0.01
+    assert space.load(path, []).fill_with_first_values({})["student.schedule.lr"] == 0.01
 
 
 def test_a_file_makes_no_objects(tmp_path: Path) -> None:

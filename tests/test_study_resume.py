@@ -14,7 +14,7 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.search.history import read
+from ktray.search.history import read_study
 from ktray.search.journal import folder
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -34,9 +34,9 @@ def test_what_is_read_from_disk_is_what_the_driver_knew(tmp_path: Path) -> None:
     space = toy_space(tmp_path, objectives=TWO)
     study = Study.open(tmp_path, space)
     drive(study)
-    assert read(tmp_path, "toy").trials == study.trials()
+    assert read_study(tmp_path, "toy").trials == study.trials()
     study.close()
-    history = read(tmp_path, "toy")
+    history = read_study(tmp_path, "toy")
     assert history.trials == study.trials()
     assert history.objectives == space.objectives
     assert history.target == 6
@@ -107,7 +107,7 @@ def test_a_study_name_is_a_plain_file_name(tmp_path: Path) -> None:
 def test_a_study_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     Study.open(tmp_path, toy_space(tmp_path)).close()
     with pytest.raises(UserError, match=r"no study 'toi'.*The studies are toy"):
-        read(tmp_path, "toi")
+        read_study(tmp_path, "toi")
 
 
 def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_killed_driver_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
             assert driver.stdout.readline()
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        trials = read(tmp_path, "toy").trials
+        trials = read_study(tmp_path, "toy").trials
         assert [trial.params for trial in trials[: len(seen)]] == [trial.params for trial in seen]
         assert len(trials) > len(seen)
         seen = trials
@@ -210,7 +210,7 @@ def test_half_a_line_and_a_stale_lock_of_a_killed_driver_are_removed(tmp_path: P
         drive(study)
         study.close()
     assert time.monotonic() - began < 20  # Optuna alone waits 30 s for the lock
-    assert read(tmp_path, "toy").trials == study.trials()
+    assert read_study(tmp_path, "toy").trials == study.trials()
 
 
 def test_a_driver_killed_between_the_last_value_and_the_state_has_finished_the_trial(
@@ -250,7 +250,7 @@ def test_what_a_paused_trial_has_cost_is_known_to_the_next_session(tmp_path: Pat
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
         first = next_assignment(study)
-        study.report(first.trial.number, first.until, 0.5, cost={"marginal_seconds": 7.0})
+        study.report_rung(first.trial.number, first.until, 0.5, cost={"marginal_seconds": 7.0})
     assert Study.open(tmp_path, space).trials()[0].cost == {"marginal_seconds": 7.0}
 
 

@@ -182,7 +182,7 @@ def test_a_search_with_the_surrogate_beats_random_search_on_a_space_with_branche
         space = toy_space(tmp_path, sampler=how, seed=seed, early_stop=None)
         proposing, values = sampler.Sampler(space), []
         for number in range(20):
-            params = proposing.propose(number, sampler.DrawCost())
+            params = proposing.propose(number, sampler.StageSeconds())
             values.append(value(params))
             trial = Trial(number, params, {}, "completed", objectives={"linear_probe/top1": values[-1]})
             proposing.observe(trial)
@@ -206,5 +206,5 @@ def test_only_the_order_of_results_matters(tmp_path: Path) -> None:
         for trial in trials:
             proposing.observe(trial)
         assert Observations(space, trials).ranked(3)[0][0].number == 4
-        found.append(proposing.propose(12, sampler.DrawCost()))
+        found.append(proposing.propose(12, sampler.StageSeconds()))
     assert found[0] == found[1]

@@ -11,7 +11,7 @@ import pytest
 from ktray.errors import UserError
 from ktray.runs.simulation import VirtualClock, simulate
 from ktray.search.halving import RungScores, next_rung
-from ktray.search.history import read
+from ktray.search.history import read_study
 from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.space_file import EarlyStop, TeacherStop
@@ -129,7 +129,7 @@ def test_a_poor_teacher_costs_no_features_clusters_or_student(tmp_path: Path) ->
     assert with_students
     assert with_students <= computed
     assert any(trial.state == "completed" for trial in timeline.trials)
-    assert read(tmp_path, "toy").trials == timeline.trials
+    assert read_study(tmp_path, "toy").trials == timeline.trials
 
 
 def test_a_trial_with_an_evaluated_teacher_resumes_after_a_kill(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_trial_with_an_evaluated_teacher_resumes_after_a_kill(tmp_path: Path) 
     with Study.open(tmp_path, space) as study:
         first = next_assignment(study)
         assert (first.until, first.final) == (0, False)
-        study.report(first.trial.number, 0, 0.5)
+        study.report_rung(first.trial.number, 0, 0.5)
     with Study.open(tmp_path, space) as study:
         again = next_assignment(study)
         assert (again.trial.number, again.until) == (first.trial.number, 1)

@@ -293,7 +293,10 @@ def test_cluster_quality_is_refused_where_no_pseudo_labels_are_made():
 
 def test_a_draw_may_have_several_k(tmp_path):
     found = toy_space(tmp_path, {"transfer": {"kind": "clusters", "k": {"choice": [5, [5, 20]]}}})
-    assert [found.pair(found.complete({"transfer.k": label})).transfer.k for label in (5, "[5,20]")] == [5, (5, 20)]
+    assert [found.pair(found.fill_with_first_values({"transfer.k": label})).transfer.k for label in (5, "[5,20]")] == [
+        5,
+        (5, 20),
+    ]
 
 
 def test_a_continuous_field_of_the_students_stage_is_not_warned_about(tmp_path):

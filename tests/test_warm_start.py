@@ -9,8 +9,8 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.search import warm_start
-from ktray.search.budget import DrawCost
-from ktray.search.history import read
+from ktray.search.budget import StageSeconds
+from ktray.search.history import read_study
 from ktray.search.sampler import Sampler
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -30,37 +30,37 @@ def old(tmp_path: Path) -> Path:
 
 
 def observed(home: Path, space: Space) -> list[Any]:
-    return warm_start.trials({"toy": warm_start.results(space, read(home, "toy"))})
+    return warm_start.trials({"toy": warm_start.results(space, read_study(home, "toy"))})
 
 
 def test_results_of_the_same_space_are_taken_over_unchanged(old: Path) -> None:
-    theirs = read(old, "toy").trials
+    theirs = read_study(old, "toy").trials
     ours = observed(old, toy_space(old))
     assert [trial.number for trial in ours] == list(range(-40, 0))
     for trial, taken in zip(theirs, ours, strict=True):
         assert taken.params == trial.params
         assert (taken.state == "completed") == (trial.state == "completed")
-        assert taken.furthest == trial.furthest or taken.objectives == trial.objectives
+        assert taken.last_rung_score == trial.last_rung_score or taken.objectives == trial.objectives
 
 
 def test_a_student_with_fewer_epochs_counts_by_its_scores_at_rungs(old: Path) -> None:
     stop = {"metric": "knn/top1", "rungs": [1, 3, 9, 27], "reduction": 3}
     ours = observed(old, toy_space(old, {"student": LONG}, early_stop=stop))
     assert {trial.state for trial in ours} == {"paused"}
-    assert max(trial.furthest[0] for trial in ours) == 9
+    assert max(trial.last_rung_score[0] for trial in ours) == 9
 
 
 def test_a_student_with_more_epochs_counts_by_its_scores_up_to_the_length_here(old: Path) -> None:
     short = {**SHORT, "schedule": {**SHORT["schedule"], "epochs": 3}}
     ours = observed(old, toy_space(old, {"student": short}, early_stop={"metric": "knn/top1", "rungs": [1, 3], "reduction": 3}))
-    assert max(trial.furthest[0] for trial in ours) == 3
+    assert max(trial.last_rung_score[0] for trial in ours) == 3
     assert not any(trial.objectives for trial in ours)
 
 
 def test_unknown_parameters_and_values_outside_the_space_are_dropped(old: Path) -> None:
     narrow = {**SHORT, "schedule": {"epochs": 9, "lr": {"log_float": [0.01, 0.03]}}}
     space = toy_space(old, {"student": narrow, "transfer": {"kind": "clusters", "k": {"choice": [5, 40]}}})
-    for taken, trial in zip(observed(old, space), read(old, "toy").trials, strict=True):
+    for taken, trial in zip(observed(old, space), read_study(old, "toy").trials, strict=True):
         assert ("student.schedule.lr" in taken.params) == (trial.params["student.schedule.lr"] <= 0.03)
         assert taken.params.get("transfer.k", 5) == 5
         assert taken.params["teacher"] == trial.params["teacher"]
@@ -106,7 +106,7 @@ def test_the_first_draws_follow_the_good_results_of_the_other_study_also_after_a
     ours = Sampler(space)
     for trial in observed(old, space):
         ours.observe(trial)
-    assert [ours.propose(count, DrawCost())["teacher"] for count in range(20)].count("rotation") >= 15
+    assert [ours.propose(count, StageSeconds())["teacher"] for count in range(20)].count("rotation") >= 15
 
 
 def test_giving_the_same_study_again_changes_nothing_although_it_has_new_trials(old: Path) -> None:

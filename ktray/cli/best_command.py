@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from ktray.cli.leaderboard import leaderboard
     from ktray.runs.best_trials import best_trials, default_top, judge_on_test, trial_as_data
-    from ktray.search.history import read
+    from ktray.search.history import read_study
 
     settings = settings_of(args)
-    study, top = read(settings.home, args.name), default_top(args.top, args.test)
+    study, top = read_study(settings.home, args.name), default_top(args.top, args.test)
     trials = best_trials(study, args.pareto, args.per)[:top]
     answers = [trial_as_data(trial) for trial in trials]
     text = leaderboard(study, settings.home, top, trials)

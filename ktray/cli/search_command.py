@@ -67,9 +67,9 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
     from ktray.cli.leaderboard import leaderboard, still_failed
     from ktray.errors import StageFailed, StoppedEarly
     from ktray.pipeline.pair_metrics import unreadable_images
-    from ktray.search.history import read
+    from ktray.search.history import read_study
 
-    study = read(settings.home, outcome.study)
+    study = read_study(settings.home, outcome.study)
     answer = _answer(outcome, study, settings)
     for line in unreadable_images(outcome.published | outcome.reused, settings.open_store()):
         settings.print_info(f"ktray: {line}")

@@ -140,9 +140,9 @@ def _study(args: argparse.Namespace, name: str, settings: Settings) -> int:
     from ktray.cli.text_table import table
     from ktray.pipeline.naming import pair_name
     from ktray.runs.best_trials import trial_as_data
-    from ktray.search.history import read
+    from ktray.search.history import read_study
 
-    study = read(settings.home, name)
+    study = read_study(settings.home, name)
     answer = {"study": name, "trials": [{**trial_as_data(trial), "state": trial.state} for trial in study.trials]}
     rows = [[str(trial.number), trial.state, pair_name(trial.pair), _outcome(trial, study)] for trial in study.trials]
     text = f"{leaderboard(study, settings.home, top=10)}\n\n{table(['trial', 'state', 'pair', 'outcome'], rows)}"
@@ -172,9 +172,9 @@ def _trial(args: argparse.Namespace, name: str, number: str, settings: Settings)
     from ktray.errors import UserError
     from ktray.pipeline.naming import lineage
     from ktray.runs.best_trials import trial_as_data
-    from ktray.search.history import read
+    from ktray.search.history import read_study
 
-    study = read(settings.home, name)
+    study = read_study(settings.home, name)
     found = [trial for trial in study.trials if str(trial.number) == (number.lstrip("0") or "0")]
     if not found:
         raise UserError(f"the study {name!r} has no trial {number!r}", instead=f"It has {len(study.trials)}, from 0.")

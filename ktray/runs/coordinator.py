@@ -15,7 +15,7 @@ from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.runs.study_logger import TrialLogger
 from ktray.search import halving
-from ktray.search.budget import AttributedCosts, DrawCost, Spending
+from ktray.search.budget import AttributedCosts, Spending, StageSeconds
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.study import MAX_FAILURES, Assignment, Study, too_many_failures
@@ -52,19 +52,19 @@ class DrawCosts:
             "suffix": {key: value for key, value in seconds.items() if key in of_student},
         }
 
-    def estimator(self, build: Callable[[Params], Graph]) -> Callable[[Params], DrawCost | None]:
+    def estimator(self, build: Callable[[Params], Graph]) -> Callable[[Params], StageSeconds | None]:
         """A function that estimates what a draw would add to the spending; None for a draw that is no valid pair.
 
         Args:
             build: the stages that a draw begins with; raises UserError where it is no valid pair.
         """
 
-        def estimate(params: Params) -> DrawCost | None:
+        def estimate(params: Params) -> StageSeconds | None:
             try:
                 costs = self.expected_costs(build(params))
             except UserError:
                 return None
-            return DrawCost(*(sum(costs[part].values()) for part in DrawCost._fields))
+            return StageSeconds(*(sum(costs[part].values()) for part in StageSeconds._fields))
 
         return estimate
 
@@ -163,7 +163,7 @@ class TrialCoordinator:
         found: dict[str, Stage] = {}
         drawn = {trial.planned for trial in self.study.trials()}
         for index, start in enumerate(self.space.start_with[: self.study.target]):
-            params = self.space.complete(start)
+            params = self.space.fill_with_first_values(start)
             if index in drawn:
                 continue
             if self.space.teacher_parameters & (params.keys() - start.keys()):
@@ -310,7 +310,7 @@ class TrialCoordinator:
         assert self.space.early_stop is not None
         name = self.space.early_stop.metric_at(segment.epoch)
         cost = {"marginal_seconds": marginal}
-        trial = self.study.report(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
+        trial = self.study.report_rung(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
         where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"
         self._show_end(trial, f"{name} {metrics[name]:.4f} {where}")
         self.tracker.log_metrics(trial.number, {name: metrics[name]}, segment.epoch)

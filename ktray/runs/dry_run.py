@@ -21,7 +21,7 @@ from ktray.pipeline import pair_graph
 from ktray.pipeline.pair_graph import Identity
 from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently
 from ktray.runs.preflight import alive_nodes, preflight
-from ktray.scheduler.resources import DEFAULT_GPU_SHARE, GPU_STAGES, RuntimeSettings, gpu_share
+from ktray.scheduler.resources import DEFAULT_GPU_SHARE, GPU_STAGES, RuntimeSettings, smallest_sufficient_share
 from ktray.spec import PairSpec
 from ktray.stages.images_stage import DRY_RUN
 from ktray.stores import Store, open_store
@@ -103,7 +103,7 @@ class ObtainsStages(Protocol):
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
         """Every stage published, in order."""
 
-    def cancel(self, waiter: str) -> None:
+    def cancel_waits(self, waiter: str) -> None:
         """End every `obtain` of this waiter at once."""
 
 
@@ -290,7 +290,10 @@ def _request_notes(name: str, entry: Mapping[str, Any], runtime: RuntimeSettings
     peak, total = entry["device_peak_bytes"], entry["device_bytes"]
     if not peak or not total:
         return
-    used, right = f"{name} used {peak / 2**30:.1f} of the {total / 2**30:.1f} GiB of its GPU", gpu_share(peak, total)
+    used, right = (
+        f"{name} used {peak / 2**30:.1f} of the {total / 2**30:.1f} GiB of its GPU",
+        smallest_sufficient_share(peak, total),
+    )
     if request.gpus is not None and 0 < request.gpus < right:
         yield f"{used}, which takes a share of {right:g}, and stages.{name}.gpus gives it {request.gpus:g}"
     elif request.gpus is None and name in GPU_STAGES and right > DEFAULT_GPU_SHARE:

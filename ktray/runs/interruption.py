@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 class CancelsWaits(Protocol):
     """Any scheduler on which somebody waits."""
 
-    def cancel(self, waiter: str) -> None:
+    def cancel_waits(self, waiter: str) -> None:
         """End every wait of this waiter at once."""
 
 
@@ -120,7 +120,7 @@ def cancelling_waits(
         with suppress(StoppedEarly):  # the scheduler has ended, and with it every wait
             while not over.wait(POLL_SECONDS):
                 for waiter in list(waiters()) if ended() else ():
-                    scheduler.cancel(waiter)
+                    scheduler.cancel_waits(waiter)
 
     thread = threading.Thread(target=cancel, daemon=True)
     thread.start()

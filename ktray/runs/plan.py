@@ -36,7 +36,7 @@ Occurrence = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class SharedStages:
+class ArtifactCount:
     """Numbers of artifacts of one kind of stage.
 
     Attributes:
@@ -50,7 +50,7 @@ class SharedStages:
     expected: float
 
 
-def count_shared_stages(space: Space, keys: Keys, draws: int) -> list[SharedStages]:
+def count_shared_stages(space: Space, keys: Keys, draws: int) -> list[ArtifactCount]:
     """One row per kind of stage, in the order in which stages run.
 
     Changes one parameter at a time in each branch: a kind has as many artifacts as there are combinations of the parameters
@@ -99,17 +99,17 @@ def _by_occurrence(stages: Iterable[tuple[str, str]]) -> dict[Occurrence, str]:
     return found
 
 
-def _rows(groups: Mapping[tuple[str, str, frozenset[str]], float], parameters: Mapping[str, Parameter]) -> list[SharedStages]:
-    rows: dict[str, SharedStages] = {}
+def _rows(groups: Mapping[tuple[str, str, frozenset[str]], float], parameters: Mapping[str, Parameter]) -> list[ArtifactCount]:
+    rows: dict[str, ArtifactCount] = {}
     for (name, _, dependencies), draws in groups.items():
         values = [space_tree.all_values(parameters[each]) for each in dependencies]
         sizes = [len(each) for each in values if each is not None]
         infinite = len(sizes) < len(values)
         combinations = math.prod(sizes)
         expected = draws if infinite else _distinct(combinations, draws)
-        before = rows.get(name, SharedStages(name, 0, 0.0))
+        before = rows.get(name, ArtifactCount(name, 0, 0.0))
         possible = None if infinite or before.possible is None else before.possible + combinations
-        rows[name] = SharedStages(name, possible, before.expected + min(expected, draws))
+        rows[name] = ArtifactCount(name, possible, before.expected + min(expected, draws))
     return list(rows.values())
 
 
@@ -261,10 +261,10 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
     for label, params in space.branch_draws():
         yield label, space.pair(params)
     for index, start in enumerate(space.start_with):
-        yield f"start_with[{index}]", space.pair(space.complete(start))
+        yield f"start_with[{index}]", space.pair(space.fill_with_first_values(start))
 
 
-def _shared_stages(space: Space, draws: int, settings: Settings) -> tuple[list[SharedStages], float]:
+def _shared_stages(space: Space, draws: int, settings: Settings) -> tuple[list[ArtifactCount], float]:
     """Per kind of stage, how many artifacts all draws together need; and how many different teachers to expect."""
     from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
@@ -293,7 +293,7 @@ def _teacher_identity(pair: PairSpec, graph: Graph) -> str:
     return str(graph.keys.get("teacher") or fingerprint([pair.data.model_dump(), pair.teacher and pair.teacher.model_dump()]))
 
 
-def _sharing(draws: int, stages: Sequence[SharedStages]) -> dict[str, Any]:
+def _sharing(draws: int, stages: Sequence[ArtifactCount]) -> dict[str, Any]:
     rows = [{"stage": row.stage, "possible": row.possible, "expected": round(row.expected, 1)} for row in stages]
     return {"draws": draws, "stages": rows}
 

@@ -73,9 +73,9 @@ def register_student(settings: Settings, study: str, number: str, directory: Pat
 
 def _completed_trial(home: Path, study: str, number: str) -> Trial:
     from ktray.search import ranking
-    from ktray.search.history import read
+    from ktray.search.history import read_study
 
-    history = read(home, study)
+    history = read_study(home, study)
     ranked = ranking.ranked(history.trials, history.objectives)
     if number:
         ranked = [trial for trial in ranked if str(trial.number) == (number.lstrip("0") or "0")]

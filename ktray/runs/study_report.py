@@ -18,9 +18,9 @@ def write_report(study: str, settings: Settings, path: Path) -> Path:
     from ktray.pipeline.references import labels_used
     from ktray.report import render
     from ktray.search import journal
-    from ktray.search.history import read
+    from ktray.search.history import read_study
 
-    history, store = read(settings.home, study), settings.open_store()
+    history, store = read_study(settings.home, study), settings.open_store()
     used = labels_used([trial.keys for trial in history.trials if trial.state == "completed"], store)
     lines = references.read(journal.folder(settings.home, study))
     page = render(study, "", history.objectives, history.trials, lines, store, used)

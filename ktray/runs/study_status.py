@@ -22,7 +22,7 @@ from ktray.pipeline.naming import pair_name
 from ktray.scheduler.resources import STAGES
 from ktray.search import journal, ranking
 from ktray.search.budget import HOUR, Spending
-from ktray.search.history import History, read
+from ktray.search.history import History, read_study
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 
@@ -92,7 +92,7 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: there is no such study.
     """
-    study = read(home, name)
+    study = read_study(home, name)
     driver = _driver(journal.folder(home, name))
     now = _scheduler_status(journal.folder(home, name), driver.pid) if driver else None
     left = time_left(study, lambda key: store.find(key) is not None) if driver else None

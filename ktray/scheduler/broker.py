@@ -17,7 +17,7 @@ import ray
 from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import CostModel
 from ktray.scheduler.core import SchedulerCore
-from ktray.scheduler.liveness import Process, ProcessLiveness
+from ktray.scheduler.liveness import ProcessId, ProcessLiveness
 from ktray.scheduler.messages import (
     BROKER_NAME,
     OUT_OF_MEMORY,
@@ -63,7 +63,9 @@ class Broker:
         stale_after = max(2.0, 4 * runtime.heartbeat_seconds)
         self._registry = WorkerRegistry(nodes(), runtime.cpus or float("inf"), stale_after)
         self._costs = CostModel()
-        self._shares = GpuShares(runtime.request_of, lambda: any(node.gpus for node in self._registry.known_nodes()))
+        self._shares = GpuShares(
+            runtime.request_of, lambda: any(node.gpus for node in self._registry.alive_and_departed_nodes())
+        )
         self._core = SchedulerCore(
             self._find,
             self._shares,
@@ -102,7 +104,7 @@ class Broker:
 
     # ---- calls of drivers and trials
 
-    async def lease(self, session: str, trials: Sequence[Process]) -> tuple[Process, list[Process]]:
+    async def lease(self, session: str, trials: Sequence[ProcessId]) -> tuple[ProcessId, list[ProcessId]]:
         """A driver is alive. Once it stops calling this, its requests are cancelled; without any driver the scheduler ends.
 
         Args:
@@ -116,15 +118,15 @@ class Broker:
         self._trials.restore(trials, self._last_lease)
         return this_process(), self._trials.alive()
 
-    async def trial_heartbeat(self, process: Process) -> None:
+    async def trial_heartbeat(self, process: ProcessId) -> None:
         """The process of a trial is alive. Once it stops calling this, it is killed, and its trial starts again."""
         self._start_ticking()
         self._trials.heartbeat(process, time.time())
 
-    async def leave(self, session: str) -> bool:
+    async def disconnect(self, session: str) -> bool:
         """A driver ends; True if it was the last one."""
         self._leases.pop(session, None)
-        self._core.requests.cancel(session)
+        self._core.requests.cancel_waits(session)
         self._carry_out()
         return not self._leases
 
@@ -144,9 +146,9 @@ class Broker:
         self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, -1, time.time())
         self._dispatch()
 
-    async def cancel(self, waiter: str, session: str) -> None:
+    async def cancel_waits(self, waiter: str, session: str) -> None:
         """Cancel all requests of this waiter."""
-        self._core.requests.cancel(session, waiter)
+        self._core.requests.cancel_waits(session, waiter)
         self._dispatch()
 
     async def events(self, since: int) -> list[dict[str, Any]]:
@@ -157,7 +159,7 @@ class Broker:
         """The scheduler's name, what its workers do, what waits and is queued, and what was computed and reused so far."""
         return {"name": self._config.name, "pid": os.getpid(), **core_status(self._core, time.time())}
 
-    async def end(self) -> None:
+    async def shut_down(self) -> None:
         """Kill all workers, then this process."""
         for handle in self._handles.values():
             ray.kill(handle)
@@ -245,15 +247,15 @@ class Broker:
             if now > refresh_at:
                 refresh_at = now + REFRESH_NODES_SECONDS
                 with suppress(ray.exceptions.RayError):
-                    self._registry.update_nodes(await asyncio.to_thread(nodes), now)
+                    self._registry.set_alive_nodes(await asyncio.to_thread(nodes), now)
             self._core.check_heartbeats(now)
             for process in self._trials.remove_silent(now):
                 kill_process_on(process.node, process.pid, process.created)
             for session in [name for name, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
                 del self._leases[session]
-                self._core.requests.cancel(session)
+                self._core.requests.cancel_waits(session)
             if now - self._last_lease > self._config.runtime.idle_exit_seconds:
-                await self.end()
+                await self.shut_down()
             cpus = min(self._registry.cpu_limit, sum(node.cpus for node in self._registry.nodes.values()))
             self._core.scaling.prestart(int(min(cpus, MAX_PRESTARTED)))
             self._dispatch()

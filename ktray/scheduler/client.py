@@ -16,7 +16,7 @@ from ktray.artifact import Stage
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.scheduler.broker import Broker
-from ktray.scheduler.liveness import Process
+from ktray.scheduler.liveness import ProcessId
 from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig, StageFunction
 from ktray.scheduler.ray_cluster import kill_process, this_process
 from ktray.scheduler.ray_pool import to_bytes
@@ -39,8 +39,8 @@ class SchedulerClient:
     def __init__(self, namespace: str, session: str) -> None:
         self.namespace, self.session = namespace, session
         self._broker_handle: Any = None
-        self._broker_process: Process | None = None
-        self._trial_processes: list[Process] = []
+        self._broker_process: ProcessId | None = None
+        self._trial_processes: list[ProcessId] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(SchedulerClient(self.namespace, self.session))}
@@ -81,9 +81,9 @@ class SchedulerClient:
         status: dict[str, Any] = self._call("status")
         return {**status, "waiting": [wait for wait in status["waiting"] if wait["session"] == self.session]}
 
-    def cancel(self, waiter: str) -> None:
-        """End every `obtain` of this waiter at once, with `WaitCancelled`."""
-        self._call("cancel", waiter, self.session)
+    def cancel_waits(self, waiter: str) -> None:
+        """End the waits of this waiter: its `obtain` calls raise `WaitCancelled`. Running stages go on and are published."""
+        self._call("cancel_waits", waiter, self.session)
 
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         """Numbered events after `since`, oldest first.
@@ -95,10 +95,10 @@ class SchedulerClient:
         events: list[dict[str, Any]] = self._call("events", since)
         return events
 
-    def end(self) -> None:
-        """End the broker and its workers; waiters get StoppedEarly."""
+    def shut_down(self) -> None:
+        """End the broker and all workers, for every driver; waiters get StoppedEarly. A driver that ends calls `disconnect`."""
         with suppress(StoppedEarly):
-            self._call("end")
+            self._call("shut_down")
 
     def trial_heartbeat(self) -> None:
         """Report that this process, which runs a trial, is alive. The scheduler kills one that stops reporting."""
@@ -137,20 +137,20 @@ class SchedulerClient:
             ray.kill(self._broker(), no_restart=False)
         self._broker_process = None
 
-    def leave(self) -> None:
-        """The driver ends: end the scheduler, unless another driver still uses it."""
+    def disconnect(self) -> None:
+        """End this driver's use of the scheduler, which is shut down unless another driver still uses it."""
         with suppress(StoppedEarly):
             with _raise_stopped_early():
-                answer = self._broker().leave.remote(self.session)
+                answer = self._broker().disconnect.remote(self.session)
                 self._wait_for(answer)
                 is_last = ray.get(answer)
             if is_last:
-                self.end()
+                self.shut_down()
 
     def _call(self, name: str, *arguments: Any) -> Any:
         with _raise_stopped_early():
             method = getattr(self._broker(), name)
-            return ray.get((method.options(max_task_retries=0) if name == "end" else method).remote(*arguments))
+            return ray.get((method.options(max_task_retries=0) if name == "shut_down" else method).remote(*arguments))
 
     def _broker(self) -> Any:
         if self._broker_handle is None:
@@ -221,7 +221,7 @@ def connect(session: RaySession, store_url: str, work: StageFunction) -> Schedul
         runtime_env={"env_vars": dict(config.environment)},
         scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
     ).remote(config)
-    session.on_stop += [_start_lease(scheduler), scheduler.leave]
+    session.on_stop += [_start_lease(scheduler), scheduler.disconnect]
     return scheduler
 
 

@@ -25,7 +25,7 @@ from ktray.scheduler.messages import (
     SchedulerEvent,
     out_of_memory_cause,
 )
-from ktray.scheduler.placement import Placement, WorkerScaling
+from ktray.scheduler.placement import Placement, WorkerAutoscaler
 from ktray.scheduler.requests import REMEMBERED, PendingStage, RecentKeys, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.retry_policy import MAX_LOSSES, ExclusiveStages, RetryPolicy
@@ -69,7 +69,7 @@ class SchedulerCore:
         self.running: dict[str, RunningStage] = {}
         self.computed: Counter[str] = Counter()
         self.requests = RequestTable(find, self.running.keys(), self.outbox, expected_seconds, remembered)
-        self.scaling = WorkerScaling(registry, self.outbox)
+        self.scaling = WorkerAutoscaler(registry, self.outbox)
         self.startup = StartupMonitor(registry, self.outbox, dead_after)
         self._retries = RetryPolicy(remembered)
         self._exclusive = ExclusiveStages(registry, remembered)
@@ -186,7 +186,7 @@ class SchedulerCore:
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             self.attempt_succeeded(key, attempt, False, 0.0, now)
             return False
-        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusive.retry_after_error(key, kind)):
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusive.must_retry_after_error(key, kind)):
             event = SchedulerEvent(SPLIT if others else OUT_OF_MEMORY, key, run.stage.name, run.worker, now - run.since, cause)
             self.outbox.append(event)
             self._restart([run, *others])
@@ -196,7 +196,7 @@ class SchedulerCore:
         if kind != FAILED:
             for other in others:
                 self._fail(other.key, kind, cause)
-        if missing and self._retries.retry_after_missing_input(key) and self.requests.recompute_input(key, missing, now):
+        if missing and self._retries.may_retry_after_missing_input(key) and self.requests.recompute_input(key, missing, now):
             return True
         self.outbox.append(SchedulerEvent(FAILED, key, run.stage.name, run.worker, now - run.since, cause))
         self._fail(key, kind, cause)
@@ -255,7 +255,7 @@ class SchedulerCore:
             self._exclusive.note_loss(lead.key, event)
         for run in family:
             # If a worker froze before it even received the stage, the stage is not to blame.
-            if not self._retries.retry_after_loss(run, blamed=run.confirmed or event != FENCED):
+            if not self._retries.may_retry_after_loss(run, blamed=run.confirmed or event != FENCED):
                 self._fail(run.key, FAILED, f"WorkerDied: its worker died {MAX_LOSSES} times, the last time: {cause}")
 
     def _fail_waiting(self, cause: str) -> None:

@@ -12,7 +12,7 @@ START_TIMEOUT = 120.0  # seconds that a worker may take to start; after that it 
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessId:
     """One process of the operating system; `created` (seconds since 1970) tells it from a later one with the same id."""
 
     node: str
@@ -31,22 +31,22 @@ class ProcessLiveness:
 
     def __init__(self, dead_after: float) -> None:
         self._dead_after = dead_after
-        self._last_heartbeats: dict[Process, float] = {}
+        self._last_heartbeats: dict[ProcessId, float] = {}
 
-    def heartbeat(self, process: Process, now: float) -> None:
+    def heartbeat(self, process: ProcessId, now: float) -> None:
         """This process is alive."""
         self._last_heartbeats[process] = now
 
-    def restore(self, processes: Iterable[Process], now: float) -> None:
+    def restore(self, processes: Iterable[ProcessId], now: float) -> None:
         """After a restart: these were alive when the broker before this one last heard from them."""
         for process in processes:
             self._last_heartbeats.setdefault(process, now)
 
-    def alive(self) -> list[Process]:
+    def alive(self) -> list[ProcessId]:
         """All processes that count as alive."""
         return list(self._last_heartbeats)
 
-    def remove_silent(self, now: float) -> list[Process]:
+    def remove_silent(self, now: float) -> list[ProcessId]:
         """The processes that have been silent for too long; each is returned once."""
         silent = [process for process, last in self._last_heartbeats.items() if now - last > self._dead_after]
         for process in silent:

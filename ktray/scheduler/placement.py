@@ -1,7 +1,7 @@
 """Placement: which worker runs a stage, where new workers start, which idle ones are evicted to make room. Pure.
 
-`Placement` is the view of one dispatch. A stage takes an idle worker of its shape; without one, `WorkerScaling` starts a worker
-where there is room, evicts idle workers of other shapes, or, after a while, reserves a node until enough of it is free.
+`Placement` is the view of one dispatch. A stage takes an idle worker of its shape; without one, `WorkerAutoscaler` starts a
+worker where there is room, evicts idle workers of other shapes, or, after a while, reserves a node until enough of it is free.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Placement:
         return node is not None and node.gpus > 0 and not shape.gpus
 
     @cached_property
-    def workers_on(self) -> dict[str, list[Worker]]:
+    def workers_by_node(self) -> dict[str, list[Worker]]:
         """Node -> its workers, retiring ones included."""
         found: dict[str, list[Worker]] = {name: [] for name in self.registry.nodes}
         for worker in self.registry.workers.values():
@@ -129,7 +129,7 @@ class Placement:
         idle = self._idle.get(shape_of(request), [])
         for index in reversed(range(len(idle))):
             worker = idle[index]
-            if worker.retiring or worker.node != (node or worker.node) or self.registry.is_reserved(worker):
+            if worker.retiring or worker.node != (node or worker.node) or self.registry.must_stay_idle(worker):
                 continue
             if self._free_memory[worker.node] >= request.memory_bytes:
                 del idle[index]
@@ -143,7 +143,7 @@ class Placement:
         # Only nodes that already have a worker of the shape, because no worker starts on a reserved node.
         equipped = {worker.node for worker in registry.workers.values() if worker.shape == shape and not worker.retiring}
         able = [name for name, node in registry.nodes.items() if name in equipped and node.memory >= request.memory_bytes]
-        busy = {name: sum(worker.attempt is not None for worker in self.workers_on[name]) for name in able}
+        busy = {name: sum(worker.attempt is not None for worker in self.workers_by_node[name]) for name in able}
         soonest = sorted(able, key=lambda name: (busy[name], -registry.nodes[name].memory, name))
         for name in soonest:
             worker = self.take(request, name) if not busy[name] and name not in registry.reserved else None
@@ -157,7 +157,7 @@ class Placement:
     def lendable(self, shape: WorkerShape) -> list[Worker]:
         """Idle workers that are not lent, in the order in which `take` would take them."""
         free = [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.retiring]
-        return [worker for worker in free if not self.registry.is_reserved(worker)] if self.registry.reserved else free
+        return [worker for worker in free if not self.registry.must_stay_idle(worker)] if self.registry.reserved else free
 
     def place_worker(self, shape: WorkerShape) -> Worker | None:
         """A new worker, registered on the node with most room; None if no node has room for it."""
@@ -165,7 +165,7 @@ class Placement:
         if node is None:
             self._full.add(shape)
             return None
-        held, neighbours = self._held[node], self.workers_on[node]
+        held, neighbours = self._held[node], self.workers_by_node[node]
         worker = self.registry.register_new(shape, node)
         neighbours.append(worker)
         self._held[node] = WorkerShape(held.cpus + shape.cpus, held.gpus + shape.gpus)
@@ -189,11 +189,11 @@ class Placement:
 
     def gpu_shares(self, node: str) -> dict[str, float]:
         """GPU -> share that is free now."""
-        return self._gpu_shares(node, self.workers_on[node])
+        return self._gpu_shares(node, self.workers_by_node[node])
 
     def gpu_shares_later(self, node: str) -> dict[str, float]:
         """GPU -> share that will be free once the retiring workers are gone."""
-        return self._gpu_shares(node, [worker for worker in self.workers_on[node] if not worker.retiring])
+        return self._gpu_shares(node, [worker for worker in self.workers_by_node[node] if not worker.retiring])
 
     def _gpu_shares(self, node: str, workers: Sequence[Worker]) -> dict[str, float]:
         return free_gpu_shares(self.registry.nodes[node].gpus, [(worker.shape.gpus, worker.gpu_ids) for worker in workers])
@@ -216,7 +216,7 @@ def evict_idle(placement: Placement, shape: WorkerShape) -> list[Worker]:
     for node in [name for name in placement.registry.nodes if name in nodes]:
         for part in [*placement.gpu_shares(node), WHOLE_NODE] if on_one_gpu else [WHOLE_NODE]:
             evicted: list[Worker] = []
-            for worker in [each for each in placement.workers_on[node] if each.name in names and each.uses(part)]:
+            for worker in [each for each in placement.workers_by_node[node] if each.name in names and each.uses(part)]:
                 worker.retiring = True
                 evicted.append(worker)
                 if _will_have_room(placement, node, shape):
@@ -255,7 +255,7 @@ def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
 
 
 def _workers_using(placement: Placement, node: str, part: str) -> list[Worker]:
-    return [worker for worker in placement.workers_on[node] if worker.uses(part)]
+    return [worker for worker in placement.workers_by_node[node] if worker.uses(part)]
 
 
 def _room_is_expected(placement: Placement, shape: WorkerShape) -> bool:
@@ -267,7 +267,7 @@ def _room_is_expected(placement: Placement, shape: WorkerShape) -> bool:
 
 def _will_have_room(placement: Placement, name: str, shape: WorkerShape) -> bool:
     """Whether a node has room once its retiring workers are gone."""
-    node, staying = placement.registry.nodes[name], [each for each in placement.workers_on[name] if not each.retiring]
+    node, staying = placement.registry.nodes[name], [each for each in placement.workers_by_node[name] if not each.retiring]
     cpus = node.cpus - sum(worker.shape.cpus for worker in staying)
     gpus = node.gpus - sum(worker.shape.gpus for worker in staying)
     if cpus < shape.cpus or gpus < shape.gpus - SHARE_TOLERANCE:
@@ -281,7 +281,7 @@ def _will_have_room(placement: Placement, name: str, shape: WorkerShape) -> bool
 # ---- scaling
 
 
-class WorkerScaling:
+class WorkerAutoscaler:
     """Starts, lends and retires workers, so that waiting stages find one of their shape.
 
     Args:

@@ -12,14 +12,14 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ktray.scheduler.liveness import Process
+from ktray.scheduler.liveness import ProcessId
 from ktray.scheduler.messages import OUT_OF_MEMORY, WORKER_DIED, LossKind
 from ktray.scheduler.worker_registry import WORKER_PREFIX, Node
 
 
-def this_process() -> Process:
+def this_process() -> ProcessId:
     """The calling process."""
-    return Process(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+    return ProcessId(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
 
 
 def kill_process(pid: int, created: float | None = None) -> None:

@@ -359,7 +359,7 @@ class RequestTable:
             self._in_store.add(key)
         return key in self._in_store
 
-    def cancel(self, session: str, waiter: str | None = None) -> None:
+    def cancel_waits(self, session: str, waiter: str | None = None) -> None:
         """Cancel the requests of a session, or of one of its waiters; waiters of two sessions may have the same name.
 
         Stages that already run for them keep running.

@@ -160,7 +160,7 @@ class GpuShares:
         if not peak or not total:
             return
         stage = artifact.key.rpartition("-")[0]
-        self._raise_share(stage, gpu_share(peak, total))
+        self._raise_share(stage, smallest_sufficient_share(peak, total))
         if record.get("after_out_of_memory"):  # the peak is that of a second run, which took smaller batches
             self.raise_after_out_of_memory(stage, DEFAULT_GPU_SHARE)
 
@@ -173,7 +173,7 @@ class GpuShares:
         self._shares[stage] = max(self._shares.get(stage, DEFAULT_GPU_SHARE), share)
 
 
-def gpu_share(peak: int, total: int) -> float:
+def smallest_sufficient_share(peak: int, total: int) -> float:
     """The smallest share of a GPU with `total` bytes that holds a process whose tensors take `peak` bytes."""
     needed = (peak * _ALLOCATOR_FACTOR + _CUDA_CONTEXT_BYTES) / total
     return next((share for share in _SHARES if share >= needed), 1.0)

@@ -30,7 +30,7 @@ class RetryPolicy:
         self._remembered = remembered
         self._histories: OrderedDict[str, _History] = OrderedDict()
 
-    def retry_after_loss(self, run: RunningStage, blamed: bool) -> bool:
+    def may_retry_after_loss(self, run: RunningStage, blamed: bool) -> bool:
         """Count the loss of its worker; whether the stage may start again.
 
         Args:
@@ -44,7 +44,7 @@ class RetryPolicy:
         history.worker_losses += blamed
         return history.worker_losses < MAX_LOSSES
 
-    def retry_after_missing_input(self, key: str) -> bool:
+    def may_retry_after_missing_input(self, key: str) -> bool:
         """Count that one of its inputs was not in the store; whether the stage may start again."""
         history = self._history(key)
         history.missing_inputs += 1
@@ -78,7 +78,7 @@ class ExclusiveStages:
         self._raised_out_of_memory = RecentKeys[str](remembered)
         self._killed_for_memory = RecentKeys[str](remembered)
 
-    def retry_after_error(self, key: str, kind: FailureKind) -> bool:
+    def must_retry_after_error(self, key: str, kind: FailureKind) -> bool:
         """Record an error; whether the stage is to run once more, exclusively."""
         if kind != OUT_OF_MEMORY or key in self._raised_out_of_memory:
             return False

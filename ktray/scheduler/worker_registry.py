@@ -96,7 +96,7 @@ class WorkerRegistry:
     _departed: dict[str, tuple[Node, float]] = field(default_factory=dict)
     _last_number: int = 0
 
-    def update_nodes(self, nodes: Mapping[str, Node], now: float) -> None:
+    def set_alive_nodes(self, nodes: Mapping[str, Node], now: float) -> None:
         """Replace the nodes by those that are alive now."""
         self._departed |= {name: (node, now) for name, node in self.nodes.items() if name not in nodes}
         self._departed = {
@@ -107,7 +107,7 @@ class WorkerRegistry:
         self.nodes = nodes
         self.silent_nodes &= nodes.keys() | self._departed.keys()
 
-    def known_nodes(self) -> list[Node]:
+    def alive_and_departed_nodes(self) -> list[Node]:
         """The nodes that are alive, and those that left a short while ago and may come back."""
         return [*self.nodes.values(), *(node for node, _ in self._departed.values())]
 
@@ -116,7 +116,7 @@ class WorkerRegistry:
         shape = shape_of(request)
         return shape.cpus <= self.cpu_limit and any(
             node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= request.memory_bytes
-            for node in self.known_nodes()
+            for node in self.alive_and_departed_nodes()
         )
 
     def is_available(self, worker: Worker, now: float) -> bool:
@@ -146,7 +146,7 @@ class WorkerRegistry:
         """Keep stages off this node, or this part of it, until the next dispatch."""
         self.reserved[node] = part
 
-    def is_reserved(self, worker: Worker) -> bool:
+    def must_stay_idle(self, worker: Worker) -> bool:
         """Whether a worker must stay idle because the part of the node that it holds is reserved."""
         return worker.node in self.reserved and worker.uses(self.reserved[worker.node])
 

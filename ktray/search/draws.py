@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical, fingerprint, seed_of
-from ktray.search.budget import CostEstimate, DrawCost
+from ktray.search.budget import CostEstimate, StageSeconds
 from ktray.search.sampler import Sampler, random_draw
 from ktray.search.space import Space
 from ktray.search.space_tree import Params, Scalar
@@ -37,7 +37,7 @@ class DrawSource(Protocol):
     def retry_failed(self) -> int:
         """Queues the pairs of failed trials to be drawn again first; returns their number."""
 
-    def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
+    def next_trial(self, spent: StageSeconds, affordable: float = math.inf) -> Trial | NoDraw:
         """The next trial (running, or final if it is a duplicate or no valid pair), or the reason why there is none."""
 
 
@@ -82,7 +82,7 @@ class SampledDraws:
                 self._queue.append(params)
         return len(self._queue)
 
-    def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
+    def next_trial(self, spent: StageSeconds, affordable: float = math.inf) -> Trial | NoDraw:
         """The next trial (running, or final if it is a duplicate or no valid pair), or the reason why there is none.
 
         Args:
@@ -106,7 +106,7 @@ class SampledDraws:
             if unseen is None:
                 return "too_expensive" if self._queue else "exhausted"
             self._queue.append(unseen)  # `_unseen` returns it only once, and it may not be affordable yet
-            return self.next_draw(spent, affordable)
+            return self.next_trial(spent, affordable)
         for attempt in range(MAX_TOO_EXPENSIVE):
             proposed = self._trial(self.sampler.propose(self._count, spent, affordable=affordable, attempt=attempt))
             if self._is_affordable(proposed, affordable):
@@ -186,7 +186,7 @@ class _FixedDraws:
         """Returns 0: no draw is made again."""
         return 0
 
-    def next_draw(self, spent: DrawCost, affordable: float = math.inf) -> Trial | NoDraw:
+    def next_trial(self, spent: StageSeconds, affordable: float = math.inf) -> Trial | NoDraw:
         """The next trial, running or a duplicate; "exhausted" at the end of the list."""
         number = self._count
         params = self.draw(number)

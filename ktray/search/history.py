@@ -33,7 +33,7 @@ class History:
         return self.space.objectives
 
 
-def read(home: Path, name: str) -> History:
+def read_study(home: Path, name: str) -> History:
     """The current state of a study.
 
     Raises:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 
 from ktray.fingerprint import canonical, seed_of
-from ktray.search.budget import CostEstimate, DrawCost
+from ktray.search.budget import CostEstimate, StageSeconds
 from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.space_tree import Choice, Parameter, Params, Scalar, all_values
@@ -83,7 +83,7 @@ class Sampler:
     def propose(
         self,
         count: int,
-        spent: DrawCost,
+        spent: StageSeconds,
         planned: Mapping[str, Scalar] | None = None,
         affordable: float = math.inf,
         attempt: int = 0,
@@ -101,14 +101,16 @@ class Sampler:
             attempt: number of proposals refused since the last trial.
         """
         seed = seed_of(self.space.seed, "sampler", count, *([attempt] if attempt else []))
-        method = self.space.sampler
+        method = self.space.sampler_name
         if method == "balanced":
             return self._balanced(random.Random(seed), spent, planned or {}, affordable)
         if method == "random" or len(self.observations) < STARTUP:
             return random_draw(self.space, seed, planned)
         return self._parzen.propose(*self.observations.split(), seed, planned or {})
 
-    def _balanced(self, generator: random.Random, spent: DrawCost, planned: Mapping[str, Scalar], affordable: float) -> Params:
+    def _balanced(
+        self, generator: random.Random, spent: StageSeconds, planned: Mapping[str, Scalar], affordable: float
+    ) -> Params:
         ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
         if not draws:  # all candidates were drawn before: the caller searches for an unseen draw
@@ -129,7 +131,9 @@ class Sampler:
             [trial.params for trial in ranked], [trial.params for trial in pending], draws, ahead
         )
 
-    def _affordable(self, draws: Sequence[Params], spent: DrawCost, cost_estimate: CostEstimate, affordable: float) -> Params:
+    def _affordable(
+        self, draws: Sequence[Params], spent: StageSeconds, cost_estimate: CostEstimate, affordable: float
+    ) -> Params:
         """The first draw that keeps the balance; else the first within `affordable`, or the cheapest prefix if none exists."""
         estimated: list[tuple[float, Params]] = []
         new = 0
@@ -193,7 +197,7 @@ def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar]
     sampler = Sampler(space)
     for trial in trials:
         sampler.observe(trial)
-    return sampler.propose(len(trials), DrawCost(), planned)
+    return sampler.propose(len(trials), StageSeconds(), planned)
 
 
 def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:

@@ -21,7 +21,7 @@ from ktray.fingerprint import fingerprint, flat
 from ktray.search import space_check, space_file, space_tree, spec_errors
 from ktray.search.space_file import Budget, EarlyStop, SpaceFile
 from ktray.search.space_tree import Ask, Choice, OneOf, Params, Range, Scalar
-from ktray.search.spec_errors import SpecError
+from ktray.search.spec_errors import SpecProblem
 from ktray.spec import PairSpec
 
 MAX_SHARED_VALUES = 10  # values of an integer parameter of the prefix; with more, two draws hardly ever share a prefix
@@ -46,7 +46,7 @@ class Space:
             UserError: fields or operators are invalid.
         """
         document = space_file.validate(content, source)
-        found: list[SpecError] = []
+        found: list[SpecProblem] = []
         root = space_tree.parse(document.pair, (), found)
         spec_errors.raise_if_any(found, source)
         return cls(document, root, source)
@@ -70,7 +70,7 @@ class Space:
         return self.document.early_stop
 
     @property
-    def sampler(self) -> Literal["balanced", "tpe", "random"]:
+    def sampler_name(self) -> Literal["balanced", "tpe", "random"]:
         """The method that proposes draws."""
         return self.document.sampler
 
@@ -83,7 +83,7 @@ class Space:
     def start_with(self) -> tuple[Params, ...]:
         """Parameters of the first draws, as labels; the sampler chooses those that are left out."""
         return tuple(
-            {str(name): space_tree.label(value) for name, value in entry.items()} for entry in self.document.start_with
+            {str(name): space_tree.scalar_of(value) for name, value in entry.items()} for entry in self.document.start_with
         )
 
     def suggest(self, ask: Ask) -> Params:
@@ -111,7 +111,7 @@ class Space:
         """The `params` that determine what is computed before the student."""
         return {name: value for name, value in params.items() if name in self.prefix_parameters}
 
-    def complete(self, params: Mapping[str, Scalar]) -> Params:
+    def fill_with_first_values(self, params: Mapping[str, Scalar]) -> Params:
         """`params`, with the first option or the lower end for each parameter that is left out."""
         return self.suggest(lambda parameter: params.get(parameter.name, space_tree.boundary_values(parameter)[0]))
 
@@ -205,7 +205,7 @@ class Space:
                 found.append(f"pair.{parameter.name} is {shape}: every draw is a new {what}; use choice so that draws share it")
         return found
 
-    def identity(self) -> dict[str, Any]:
+    def resume_relevant_fields(self) -> dict[str, Any]:
         """The part of the space that must stay the same for a study to be resumed: all but its name, budget and sampler.
 
         Budget and sampler only decide which pairs are tried next, so the results so far stay valid when these change.
@@ -214,13 +214,16 @@ class Space:
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
         """Differences from an earlier document of this space, such as ``pair.transfer.k.choice was [5, 10], is [5]``."""
-        before, now = flat(Space.from_content(earlier, self.source).identity()), flat(self.identity())
+        before, now = (
+            flat(Space.from_content(earlier, self.source).resume_relevant_fields()),
+            flat(self.resume_relevant_fields()),
+        )
         changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
         return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
 
     def fingerprint(self) -> str:
         """sha256 of `identity`."""
-        return fingerprint(self.identity())
+        return fingerprint(self.resume_relevant_fields())
 
 
 def load(path: Path, overrides: list[str]) -> Space:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ktray import plugins
 from ktray.search import space_tree, spec_errors
 from ktray.search.space_file import EarlyStop, TeacherStop
-from ktray.search.spec_errors import SpecError, suggestion
+from ktray.search.spec_errors import SpecProblem, suggestion
 from ktray.spec import PairSpec
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def _evaluation_name(entry: Any) -> str:
     return str(entry.name or entry.kind)
 
 
-def _checked_pairs(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
+def _checked_pairs(space: Space) -> tuple[list[SpecProblem], dict[str, PairSpec]]:
     """The distinct errors of the boundary draws; label -> pair of the valid ones."""
-    found: dict[SpecError, None] = {}
+    found: dict[SpecProblem, None] = {}
     pairs: dict[str, PairSpec] = {}
     for label, params in space.boundary_draws():
         value = space.plain(params)
@@ -69,7 +69,7 @@ def _checked_pairs(space: Space) -> tuple[list[SpecError], dict[str, PairSpec]]:
     return list(found), pairs
 
 
-def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError]:
+def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     for index, objective in enumerate(space.document.objectives):
         where = f"objectives.{index}"
         missing = _unknown_metric(objective.metric, pairs, where)
@@ -79,11 +79,11 @@ def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
         mode = metrics(next(iter(pairs.values())))[objective.metric]
         if objective.mode and mode and objective.mode != mode:
             better = "larger" if mode == "max" else "smaller"
-            yield SpecError(where, f"{objective.metric} is better when {better}", f"Write mode: {mode}.")
+            yield SpecProblem(where, f"{objective.metric} is better when {better}", f"Write mode: {mode}.")
     for label, pair in pairs.items():
         on_test = [_evaluation_name(entry) for entry in pair.evals if getattr(entry, "split", "val") == "test"]
         if on_test:
-            yield SpecError(
+            yield SpecProblem(
                 "pair.evals",
                 f"{on_test[0]} evaluates on test, and a search that selects on test has no independent test left ({label})",
                 "Leave 'split' out; `ktray best NAME --test` evaluates the winners on test.",
@@ -91,53 +91,53 @@ def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecErr
             return
 
 
-def _unknown_metric(metric: str, pairs: Mapping[str, PairSpec], where: str) -> SpecError | None:
+def _unknown_metric(metric: str, pairs: Mapping[str, PairSpec], where: str) -> SpecProblem | None:
     for label, pair in pairs.items():
         known = metrics(pair)
         if metric not in known:
             hint = suggestion(metric, list(known))
             also = "" if len(pairs) == 1 else f" ({label})"
-            return SpecError(
+            return SpecProblem(
                 where, f"no evaluation of the pair gives {metric!r}{also}", f"{hint}Known: {', '.join(sorted(known))}."
             )
     return None
 
 
-def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError]:
+def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     stop = space.early_stop
     if stop is None:
         return
     missing = _unknown_metric(stop.metric, pairs, "early_stop.metric")
     if missing or stop.metric in COST_METRICS:
-        yield missing or SpecError(
+        yield missing or SpecProblem(
             "early_stop.metric", f"{stop.metric} does not evaluate the student", "Name a metric of an evaluation."
         )
         return
     teacher = next((e for p in pairs.values() for e in p.evals if _evaluated(e, stop.metric) == "teacher"), None)
     if teacher is not None:
-        yield SpecError(
+        yield SpecProblem(
             "early_stop.metric", f"{stop.metric} evaluates the teacher and is the same at every rung", "Evaluate the student."
         )
     mode = metrics(next(iter(pairs.values())))[stop.metric]
     if stop.mode and stop.mode != mode:
-        yield SpecError("early_stop.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
+        yield SpecProblem("early_stop.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
     yield from _rungs(stop, pairs)
     if stop.teacher is not None:
         yield from _teacher_stop(stop.teacher, pairs)
 
 
-def _teacher_stop(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError]:
+def _teacher_stop(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     missing = _unknown_metric(stop.metric, pairs, "early_stop.teacher.metric")
     right = "Add an evaluation such as {kind: knn, of: teacher, name: teacher_knn}."
     if missing or stop.metric in COST_METRICS:
-        yield missing or SpecError("early_stop.teacher.metric", f"{stop.metric} does not evaluate the teacher", right)
+        yield missing or SpecProblem("early_stop.teacher.metric", f"{stop.metric} does not evaluate the teacher", right)
         return
     student = next((e for p in pairs.values() for e in p.evals if _evaluated(e, stop.metric) not in (None, "teacher")), None)
     if student is not None:
-        yield SpecError("early_stop.teacher.metric", f"{stop.metric} evaluates the {student.of}, not the teacher", right)
+        yield SpecProblem("early_stop.teacher.metric", f"{stop.metric} evaluates the {student.of}, not the teacher", right)
     mode = metrics(next(iter(pairs.values())))[stop.metric]
     if stop.mode and stop.mode != mode:
-        yield SpecError("early_stop.teacher.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
+        yield SpecProblem("early_stop.teacher.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
 
 
 def _evaluated(entry: Any, metric: str) -> str | None:
@@ -145,18 +145,18 @@ def _evaluated(entry: Any, metric: str) -> str | None:
     return entry.of if metric.split("/")[0] == _evaluation_name(entry) else None
 
 
-def _rungs(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecError]:
+def _rungs(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     longest = max(pair.student.schedule.epochs for pair in pairs.values())
     if longest != stop.rungs[-1]:
         right = [rung for rung in stop.rungs if rung < longest] + [longest]
-        yield SpecError(
+        yield SpecProblem(
             "early_stop.rungs",
             f"the last rung is {stop.rungs[-1]}, and the longest student trains {longest} epochs",
             f"The last rung is the full training: write {right}.",
         )
 
 
-def _start_with(space: Space) -> Iterator[SpecError]:
+def _start_with(space: Space) -> Iterator[SpecProblem]:
     known: dict[str, list[tuple[space_tree.Parameter, space_tree.Params]]] = {}
     for parameter, conditions in space_tree.parameters(space.root):
         known.setdefault(parameter.name, []).append((parameter, conditions))
@@ -167,29 +167,29 @@ def _start_with(space: Space) -> Iterator[SpecError]:
 
 def _invalid_entries(
     entry: space_tree.Params, known: Mapping[str, list[tuple[space_tree.Parameter, space_tree.Params]]], location: str
-) -> Iterator[SpecError]:
+) -> Iterator[SpecProblem]:
     for name, value in entry.items():
         where = f"{location}.{name}"
         if name not in known:
             listed = f"Parameters: {', '.join(known)}." if known else "The space has no parameters."
-            yield SpecError(where, f"there is no parameter {name!r}", suggestion(name, list(known)) + listed)
+            yield SpecProblem(where, f"there is no parameter {name!r}", suggestion(name, list(known)) + listed)
             continue
         parameter, conditions = known[name][0]
         reason = space_tree.invalid_reason(parameter, value)
         if reason:
-            yield SpecError(where, *reason)
+            yield SpecProblem(where, *reason)
         unmet = {branch: choice for branch, choice in conditions.items() if entry.get(branch) != choice}
         if unmet:
             branch, choice = next(iter(unmet.items()))
-            yield SpecError(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
+            yield SpecProblem(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
 
 
-def _invalid_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecError]:
+def _invalid_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecProblem]:
     """The errors of a planned draw: values that are valid in boundary draws may be an invalid combination."""
-    params = space.complete(entry)
+    params = space.fill_with_first_values(entry)
     value = space.plain(params)
     try:
         PairSpec.model_validate(value)
     except ValidationError as error:
         found = spec_errors.from_validation(error, PairSpec, value, lambda path: space.path_in_file(path, params))
-        yield from (SpecError(f"{where}: {error.where}", error.problem, error.instead) for error in found)
+        yield from (SpecProblem(f"{where}: {error.where}", error.problem, error.instead) for error in found)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktray.fingerprint import canonical
-from ktray.search.spec_errors import SpecError
+from ktray.search.spec_errors import SpecProblem
 
 RANGES = ("int", "log_int", "float", "log_float")
 OPERATORS = ("choice", *RANGES, "one_of")
@@ -65,7 +65,7 @@ Parameter = Choice | Range
 Ask = Callable[[Parameter], Scalar]
 
 
-def parse(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
+def parse(value: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> Any:
     """The tree of a plain value: mappings, lists and scalars unchanged, operators as `Choice`, `Range` or `OneOf`.
 
     Errors are appended to `problems`; if there are any, the tree must not be used.
@@ -77,26 +77,26 @@ def parse(value: Any, path: tuple[str, ...], problems: list[SpecError]) -> Any:
         return value
     not_text = [key for key in value if not isinstance(key, str)]
     if not_text:
-        problems.append(SpecError(where, f"the key {not_text[0]!r} is not text", f"Quote it: '{not_text[0]}'."))
+        problems.append(SpecProblem(where, f"the key {not_text[0]!r} is not text", f"Quote it: '{not_text[0]}'."))
         return None
     operators = [key for key in value if key in OPERATORS]
     if operators and len(value) > 1:
         others = " and ".join(repr(key) for key in value if key != operators[0])
-        problems.append(SpecError(where, f"{operators[0]!r} must be the only key, and here {others} is beside it"))
+        problems.append(SpecProblem(where, f"{operators[0]!r} must be the only key, and here {others} is beside it"))
         return None
     if operators:
         operand = value[operators[0]]
         if operators[0] == "one_of":
             return _one_of(operand, path, problems)
         found = _choice(operand, path) if operators[0] == "choice" else _range(operators[0], operand, path)
-        if isinstance(found, SpecError):
+        if isinstance(found, SpecProblem):
             problems.append(found)
         return found
     intended = _intended_operator(value)
     if intended:
         key = next(iter(value))
         problems.append(
-            SpecError(where, f"there is no operator {key!r}", f"Did you mean {intended!r}? Known: {', '.join(OPERATORS)}.")
+            SpecProblem(where, f"there is no operator {key!r}", f"Did you mean {intended!r}? Known: {', '.join(OPERATORS)}.")
         )
         return None
     return {key: parse(item, (*path, key), problems) for key, item in value.items()}
@@ -117,26 +117,26 @@ def _name(path: tuple[str, ...]) -> str:
     return ".".join(path) or "pair"
 
 
-def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecError:
+def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecProblem:
     where = ".".join(("pair", *path))
     if not isinstance(operand, list) or not operand:
-        return SpecError(where, f"'choice' needs a list of options, and this is {operand!r}", "Write {choice: [a, b]}.")
+        return SpecProblem(where, f"'choice' needs a list of options, and this is {operand!r}", "Write {choice: [a, b]}.")
     labels: list[Scalar] = []
     for option in operand:
         if _holds_operator(option):
-            return SpecError(where, "an option of 'choice' holds an operator", "Use one_of: its branches may.")
+            return SpecProblem(where, "an option of 'choice' holds an operator", "Use one_of: its branches may.")
         try:
             canonical(option, where)
-            text = label(option)
+            text = scalar_of(option)
         except TypeError as error:
-            return SpecError(where, str(error).removeprefix(f"{where}: "))
+            return SpecProblem(where, str(error).removeprefix(f"{where}: "))
         if text in labels:
-            return SpecError(where, f"the option {option!r} is there twice")
+            return SpecProblem(where, f"the option {option!r} is there twice")
         labels.append(text)
     return Choice(_name(path), tuple(operand), tuple(labels))
 
 
-def label(option: Any) -> Scalar:
+def scalar_of(option: Any) -> Scalar:
     """An option as a scalar: itself, or the JSON text of a list or mapping."""
     text: Scalar = canonical(option) if isinstance(option, list | tuple | Mapping) else option
     return text
@@ -148,38 +148,38 @@ def _holds_operator(value: Any) -> bool:
     return isinstance(value, list) and any(_holds_operator(item) for item in value)
 
 
-def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecError:
+def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecProblem:
     where = ".".join(("pair", *path))
     integer, log = operator.endswith("int"), operator.startswith("log_")
     kinds = int if integer else (int, float)
     right = f"Write {{{operator}: [{'1, 10' if integer else '0.01, 0.1'}]}}."
     if not isinstance(operand, list) or len(operand) != 2:
-        return SpecError(where, f"{operator!r} needs its two ends, and this is {operand!r}", right)
+        return SpecProblem(where, f"{operator!r} needs its two ends, and this is {operand!r}", right)
     low, high = operand
     if not all(isinstance(end, kinds) and not isinstance(end, bool) and math.isfinite(end) for end in operand):
-        return SpecError(
+        return SpecProblem(
             where, f"the ends of {operator!r} are {'whole ' if integer else ''}numbers, and these are {operand!r}", right
         )
     if low > high:
-        return SpecError(where, f"the range [{low}, {high}] is empty", f"Write [{high}, {low}].")
+        return SpecProblem(where, f"the range [{low}, {high}] is empty", f"Write [{high}, {low}].")
     if log and low <= 0:
-        return SpecError(
+        return SpecProblem(
             where, f"a logarithmic range starts above 0, and this one at {low}", f"Raise {low}, or use {operator[4:]!r}."
         )
     return Range(_name(path), low if integer else float(low), high if integer else float(high), log, integer)
 
 
-def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecError]) -> OneOf | None:
+def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> OneOf | None:
     where = ".".join(("pair", *path))
     if not isinstance(operand, Mapping) or not operand:
         problems.append(
-            SpecError(where, "'one_of' needs a mapping of branches", "Write {one_of: {first: {...}, second: {...}}}.")
+            SpecProblem(where, "'one_of' needs a mapping of branches", "Write {one_of: {first: {...}, second: {...}}}.")
         )
         return None
     wrong = [key for key in operand if not isinstance(key, str) or not key or "." in key]
     if wrong:
         problems.append(
-            SpecError(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; quote it.")
+            SpecProblem(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; quote it.")
         )
         return None
     names = tuple(operand)

@@ -55,7 +55,7 @@ _RULES = {  # pydantic's error type -> what the value should be
 
 
 @dataclass(frozen=True)
-class SpecError:
+class SpecProblem:
     """One error; `where` is a dotted path in the file, `instead` a correction."""
 
     where: str
@@ -72,7 +72,7 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     return f"Did you mean {near[0]!r}? " if near else ""
 
 
-def raise_if_any(problems: Sequence[SpecError], source: str) -> None:
+def raise_if_any(problems: Sequence[SpecProblem], source: str) -> None:
     """Raises one UserError with the first `MAX_SHOWN` of `problems`, if there are any."""
     if not problems:
         return
@@ -86,7 +86,7 @@ def raise_if_any(problems: Sequence[SpecError], source: str) -> None:
 
 def from_validation(
     error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]
-) -> list[SpecError]:
+) -> list[SpecProblem]:
     """Pydantic's errors about `value` as a `model`, in terms of the user's file.
 
     Args:
@@ -145,7 +145,7 @@ def _path_in_file(path: Path, value: Any) -> Path:
 
 def _translate(
     item: Mapping[str, Any], path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]
-) -> SpecError:
+) -> SpecProblem:
     location = where(path)
     name = str(path[-1]) if path else ""
     if name not in location.split("."):  # a data role that the file does not write out
@@ -153,20 +153,20 @@ def _translate(
     inner = item.get("ctx", {}).get("error")
     cause = getattr(inner, "__cause__", None)
     if isinstance(cause, UserError):
-        return SpecError(location, cause.problem, cause.instead)
+        return SpecProblem(location, cause.problem, cause.instead)
     if item["type"] == "extra_forbidden":
         return _unknown_field(path, model, value, where)
     if item["type"] == "missing":
-        return SpecError(location, f"{name!r} is missing")
+        return SpecProblem(location, f"{name!r} is missing")
     if item["type"] == "value_error":
-        return SpecError(location, str(inner or item["msg"]).removeprefix("Value error, "))
+        return SpecProblem(location, str(inner or item["msg"]).removeprefix("Value error, "))
     if item["type"] == "literal_error":
         options = _literals(item)
         hint = suggestion(item["input"], options) if isinstance(item["input"], str) else ""
-        return SpecError(location, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
+        return SpecProblem(location, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
     if name.isdigit():
         name = f"entry {name}"
-    return SpecError(location, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
+    return SpecProblem(location, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
 
 
 def _rule(item: Mapping[str, Any]) -> str:
@@ -189,19 +189,19 @@ def _literals(item: Mapping[str, Any]) -> list[str]:
     return [word.strip().strip("'") for word in text.replace(" or ", ", ").split(",")]
 
 
-def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> SpecError:
+def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> SpecProblem:
     name, location = str(path[-1]), where(path)
     owner, title = _model_at(path[:-1], model, value)
     known = [field for field in owner.model_fields if field != "kind"] if owner else []
     hint = suggestion(name, known)
     if hint:
-        return SpecError(location, f"there is no field {name!r}", hint.strip())
+        return SpecProblem(location, f"there is no field {name!r}", hint.strip())
     others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
     if path[-2:-1] == ("teacher",) and others:
         reason = "; it is not trained" if owner in (HandcraftedTeacher, PrecomputedTeacher) else ""
-        return SpecError(location, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
+        return SpecProblem(location, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
     listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields but its kind."
-    return SpecError(location, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
+    return SpecProblem(location, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
 
 
 def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[type[BaseModel] | None, str]:

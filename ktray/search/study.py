@@ -32,8 +32,8 @@ from ktray.search import halving, ranking, space_file, warm_start
 from ktray.search.budget import (
     AttributedCosts,
     CostEstimate,
-    DrawCost,
     Spending,
+    StageSeconds,
     affordable_seconds,
     limit_reached,
     nothing_affordable,
@@ -87,7 +87,7 @@ class Study:
         self._interrupted = [trial.number for trial in self.trials() if trial.state == "running"]  # left by a killed driver
         self._failures = _FailureLimit(self.trials())
         self._exhausted = False
-        self._unaffordable_at: DrawCost | None = None  # what was spent when no draw was affordable
+        self._unaffordable_at: StageSeconds | None = None  # what was spent when no draw was affordable
         self._target_met = False
         self._lock = contextlib.ExitStack()
         self.target = self._agree_on_target(trials)
@@ -194,7 +194,7 @@ class Study:
 
     def _limit_reached(self) -> str | None:
         # Interrupted trials were within the budget when their costs were attributed, so those costs must not stop them now.
-        spent = DrawCost() if self._interrupted else self.spending.spent
+        spent = StageSeconds() if self._interrupted else self.spending.spent
         return limit_reached(self.space.budget, self.elapsed, spent)
 
     def _next_trial(self) -> Trial | None:
@@ -213,7 +213,7 @@ class Study:
     def _draw(self) -> Trial | None:
         """Makes and records one draw; None if the space is exhausted or nothing is affordable, which it then remembers."""
         spent = self.spending.spent
-        new = self._draws.next_draw(spent, affordable_seconds(self.space.budget, spent, self._trials.values()))
+        new = self._draws.next_trial(spent, affordable_seconds(self.space.budget, spent, self._trials.values()))
         if isinstance(new, str):
             self._exhausted = new == "exhausted"
             self._unaffordable_at = spent if new == "too_expensive" else None
@@ -227,7 +227,7 @@ class Study:
 
     def _last_resort(self) -> Trial | None:
         """The best paused trial if none is completed. Its cost does not matter: only the limit of elapsed time prevents it."""
-        if limit_reached(self.space.budget, self.elapsed, DrawCost()) is not None:
+        if limit_reached(self.space.budget, self.elapsed, StageSeconds()) is not None:
             return None
         number = self._rungs.best_unfinished()
         return None if number is None else self._trials[number]
@@ -270,7 +270,7 @@ class Study:
 
     # --- the end of a segment
 
-    def report(
+    def report_rung(
         self,
         number: int,
         epoch: int,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ktray.errors import UserError
 from ktray.search import space_tree
-from ktray.search.history import History, read
+from ktray.search.history import History, read_study
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.trial import Trial
@@ -31,7 +31,7 @@ def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: st
         return noted
     if other == name:
         raise UserError(f"the study {name!r} cannot start from its own results", "--warm-start", "The same name resumes it.")
-    found = results(space, read(home, other))
+    found = results(space, read_study(home, other))
     if not found:
         raise UserError(
             f"no result of the study {other!r} applies to this space",
@@ -59,10 +59,10 @@ def results(space: Space, other: History) -> list[dict[str, Any]]:
 
 def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None:
     params = _applicable_params(space, trial.params)
-    if not params or trial.state in ("failed", "duplicate") or (trial.furthest is None and trial.state != "completed"):
+    if not params or trial.state in ("failed", "duplicate") or (trial.last_rung_score is None and trial.state != "completed"):
         return None
     try:
-        pair = space.pair(space.complete(params)).model_dump(mode="json")
+        pair = space.pair(space.fill_with_first_values(params)).model_dump(mode="json")
     except UserError:
         return None
     same = _same_evaluation(pair, trial.pair)
