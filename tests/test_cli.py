@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -61,6 +62,23 @@ def test_plan_tells_done_from_run(home, tmp_path, capsys):
     after = json.loads(capsys.readouterr().out)
     assert {row["state"] for row in after["stages"]} == {"done"}
     assert after["estimate"] == {"seconds": 0, "low": 0, "high": 0, "bytes": 0}
+
+
+def test_plan_says_in_words_what_would_run_and_names_the_evaluations(home, tmp_path, capsys):
+    pair = write(tmp_path / "pair.yaml", toy_spec())
+    assert main(["plan", pair]) == 0
+    before = capsys.readouterr().out
+    count = len(before.split("\n\n")[0].splitlines()) - 2
+    assert f"Valid: 1 pair. All {count} stages would run; no time estimate until each kind of stage has run once" in before
+    assert "evaluation knn" in before
+    main(["run", pair, "--local", "-q"])
+    capsys.readouterr()
+    main(["plan", pair])
+    assert f"Valid: 1 pair. All {count} stages are done." in capsys.readouterr().out
+    main(["plan", pair, "--set", "transfer.k=4"])
+    assert re.search(
+        rf"Valid: 1 pair\. \d of {count} stages would run; about .* one after the other\.", capsys.readouterr().out
+    )
 
 
 BAD = {

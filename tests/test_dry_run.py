@@ -149,7 +149,7 @@ def test_the_scheduler_of_an_interrupted_dry_run_ends_before_its_store_is_remove
 ) -> None:
     real, interruption, ended = FileStore(tmp_path / "store"), Interruption(), []
 
-    def connect(session: SimpleNamespace, url: str, work: object) -> Standing:
+    def connect(session: SimpleNamespace, url: str, stage_function: object) -> Standing:
         session.on_stop.append(FileStore(Path(url.removeprefix("file://"))))
         threading.Timer(0.1, interruption.request).start()
         return Standing()

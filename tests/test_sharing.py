@@ -100,8 +100,8 @@ def test_plan_reports_sharing_and_warns_with_the_number_of_teachers(tmp_path: Pa
     path.write_text(yaml.safe_dump(content({"teacher": teacher}, budget={"trials": 40, "concurrent": 2})))
     assert main(["plan", str(path), "--home", str(tmp_path / "home")]) == 0
     said = capsys.readouterr().out
-    assert "40 random draws would share artifacts" in said
-    assert "images 1 of 1, teacher 40 of no end" in said
+    assert "Expected number of distinct artifacts in 40 random draws (of all possible): " in said
+    assert "images 1 of 1, teacher 40 of infinitely many" in said
     assert "note: pair.teacher.schedule.lr is continuous: every draw is a new teacher" in said
     assert "note: expect about 40 different teachers in 40 random draws" in said
 

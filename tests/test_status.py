@@ -14,7 +14,7 @@ import pytest
 
 import ktray.runs.study_status
 from ktray.errors import UserError
-from ktray.runs.study_status import FILE, is_stuck, status, warn_if_stuck, write_status
+from ktray.runs.study_status import FILE, is_stuck, status, with_status_file, with_stuck_warnings
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from tests.toy_space import drive, toy_space
@@ -90,7 +90,7 @@ def test_a_finished_study_is_not_to_go_on(study: Study, tmp_path: Path) -> None:
 def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path: Path) -> None:
     study.next(), study.next()
     shown: list[Any] = []
-    write_status(tmp_path / "studies/toy", lambda events, status: shown.append(events))([{"n": 1}], scheduler())
+    with_status_file(tmp_path / "studies/toy", lambda events, status: shown.append(events))([{"n": 1}], scheduler())
     answer, text = asked(tmp_path)
     assert shown == [[{"n": 1}]]
     assert answer["running"]
@@ -105,7 +105,7 @@ def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path
 
 
 def test_a_stage_without_progress_for_long_is_named(study: Study, tmp_path: Path) -> None:
-    write_status(tmp_path / "studies/toy", lambda events, status: None)([], scheduler(silent=300))
+    with_status_file(tmp_path / "studies/toy", lambda events, status: None)([], scheduler(silent=300))
     assert "NO PROGRESS for 5 min" in asked(tmp_path)[1]
 
 
@@ -127,7 +127,7 @@ def test_no_progress_is_many_times_the_usual_pace_or_minutes(silent: float, pace
 
 def test_a_search_says_once_per_attempt_which_stage_makes_no_progress() -> None:
     said: list[str] = []
-    show = warn_if_stuck(lambda events, status: None, said.append)
+    show = with_stuck_warnings(lambda events, status: None, said.append)
     for silent in (10, 40, 45, 50):
         show([], scheduler(silent, 1.0))
     assert said == [f"{KEY} on worker-1, node ffffffff, has made no progress for 40 s (its last: epoch 3 of 9)"]
@@ -152,7 +152,7 @@ def test_a_half_written_or_old_status_breaks_nothing(study: Study, tmp_path: Pat
 
 
 def test_the_status_is_written_every_two_seconds_at_most(tmp_path: Path) -> None:
-    show = write_status(tmp_path, lambda events, status: None)
+    show = with_status_file(tmp_path, lambda events, status: None)
     show([], scheduler())
     first = (tmp_path / FILE).stat().st_mtime_ns
     show([], scheduler())
@@ -162,7 +162,7 @@ def test_the_status_is_written_every_two_seconds_at_most(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_written_stops_no_search(tmp_path: Path) -> None:
     shown: list[Any] = []
-    write_status(tmp_path / "gone", lambda events, status: shown.append(status))([], scheduler())
+    with_status_file(tmp_path / "gone", lambda events, status: shown.append(status))([], scheduler())
     assert len(shown) == 1
 
 

@@ -44,26 +44,48 @@ def run(args: argparse.Namespace) -> int:
     if args.preflight:
         answer["preflight"], notes = dry_run_plan(plan, load, args.address, settings)
         answer["notes"] = [*answer["notes"], *notes]
-    print_result(args, answer, _text(answer))
+    print_result(args, answer, _text(answer, plan.evaluations))
     return 0
 
 
-def _text(answer: Mapping[str, Any]) -> str:
+def _text(answer: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
+    """The plan for people.
+
+    Args:
+        evaluations: key -> name of each evaluation.
+    """
     from ktray.cli.text_table import table
 
-    rows = [[row["stage"], row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
-    missing = sum(row["state"] == "run" for row in answer["stages"])
-    cost = _cost(answer["estimate"], "preflight" in answer)
-    count = "endlessly many" if answer["pairs"] is None else str(answer["pairs"])
+    rows = [[_stage_label(row, evaluations), row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
+    count = "infinitely many pairs" if answer["pairs"] is None else _counted(answer["pairs"], "pair")
     lines = [
         table(["stage", "key", "state", "shared by"], rows),
         *_dry_run_text(answer.get("preflight")),
         "",
-        f"valid; {count} pairs. Of the {len(rows)} stages above {missing} would run: {cost}.",
+        f"Valid: {count}. {_to_run(answer)}",
         *_sharing_text(answer["sharing"]),
         *(f"note: {note}" for note in answer["notes"]),
     ]
     return "\n".join(lines)
+
+
+def _stage_label(row: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
+    """``features``, ``evaluation knn``."""
+    return f"{row['stage']} {evaluations.get(row['key'], '')}".rstrip()
+
+
+def _to_run(answer: Mapping[str, Any]) -> str:
+    """How many of the listed stages would run and how long that takes, in one sentence."""
+    total, missing = len(answer["stages"]), sum(row["state"] == "run" for row in answer["stages"])
+    if not missing:
+        return "The stage is done." if total == 1 else f"All {total} stages are done."
+    some = f"{missing} of {total} stages" if missing < total else "The stage" if total == 1 else f"All {total} stages"
+    return f"{some} would run; {_time(answer['estimate'], 'preflight' in answer)}."
+
+
+def _counted(count: int, noun: str) -> str:
+    """``1 pair``, ``2 pairs``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _dry_run_text(found: Mapping[str, Any] | None) -> list[str]:
@@ -82,22 +104,26 @@ def _dry_run_text(found: Mapping[str, Any] | None) -> list[str]:
     ]
     return [
         "",
-        table(["dry run", "runs", "longest s", "peak MB", "GPU MB", "to expect", "a whole one", "on disk MB"], rows),
-        f"{found['nodes']} nodes see the store and have the same versions. The largest pair takes about "
+        table(["dry run", "runs", "longest s", "peak MB", "GPU MB", "expected", "full size", "on disk MB"], rows),
+        f"{_nodes(found['nodes'])}. The largest pair takes about "
         f"{found['pair_bytes'] / 2**20:.0f} MB of disk, {found['free_bytes'] / 2**20:.0f} MB are free.",
         f"All of it takes roughly {span(found['seconds'])} of work, one stage after the other and each training to its end, "
         f"and {found['bytes'] / 2**30:.1f} GB of disk: scaled from one batch, so rather less.",
     ]
 
 
-def _cost(estimate: Mapping[str, Any], dry_run: bool) -> str:
-    """What the missing stages take one after the other, in words."""
+def _nodes(count: int) -> str:
+    return "1 node sees the store" if count == 1 else f"{count} nodes see the store and have the same versions"
+
+
+def _time(estimate: Mapping[str, Any], dry_run: bool) -> str:
+    """How long the missing stages take one after the other, in words."""
     from ktray.runs.study_status import span
 
     if estimate["seconds"] is None:
-        return "roughly as forecast above" if dry_run else "unknown until one of each stage has run here"
+        return "the forecast is above" if dry_run else "no time estimate until each kind of stage has run once in this store"
     between = f" ({span(estimate['low'])} to {span(estimate['high'])})" if estimate["seconds"] else ""
-    return f"about {span(estimate['seconds'])}{between} if one runs after the other"
+    return f"about {span(estimate['seconds'])}{between}, one after the other"
 
 
 def _sharing_text(sharing: Mapping[str, Any]) -> list[str]:
@@ -106,6 +132,7 @@ def _sharing_text(sharing: Mapping[str, Any]) -> list[str]:
         return []
     parts = []
     for row in sharing["stages"]:
-        most = "no end" if row["possible"] is None else str(row["possible"])
-        parts.append(f"{row['stage']} {row['expected']:.0f} of {most}")
-    return [f"{sharing['draws']} random draws would share artifacts; to expect, of all that there can be: {', '.join(parts)}."]
+        possible = "infinitely many" if row["possible"] is None else str(row["possible"])
+        parts.append(f"{row['stage']} {row['expected']:.0f} of {possible}")
+    draws = _counted(sharing["draws"], "random draw")
+    return [f"Expected number of distinct artifacts in {draws} (of all possible): {', '.join(parts)}."]

@@ -130,10 +130,12 @@ class Plan:
     Attributes:
         answer: its stable machine-readable form, as ``ktray plan --json`` prints it.
         pairs: name -> pair; of a space, draws that cover every branch at both ends of every range.
+        evaluations: key -> name of each evaluation in the answer, by which its metrics are known.
     """
 
     answer: dict[str, Any]
     pairs: Mapping[str, PairSpec]
+    evaluations: Mapping[str, str]
 
     def artifacts_expected(self) -> dict[str, float]:
         """Stage -> how many artifacts of it a search is expected to need; empty where there is no search."""
@@ -151,16 +153,18 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
     if not is_space(source):
         pairs = dict(load_pairs(source, overrides))
         check_pairs(pairs, load, source)
-        return Plan(_answer(pairs, len(pairs), settings, source, _sharing(0, []), []), pairs)
+        graphs = _graphs(pairs, settings)
+        return Plan(_answer(graphs, len(pairs), settings, source, _sharing(0, []), []), pairs, _evaluation_names(graphs))
     space = load_space(source, overrides)
     check_space(space, load, str(source))
     size = space.size()
     draws = min(space.budget.trials, size or space.budget.trials)
     stages, teachers = _shared_stages(space, draws, settings)
-    answer = _answer(
-        dict(_draws_to_show(space)), size, settings, source, _sharing(draws, stages), _notes(space.warnings(), teachers, draws)
-    )
-    return Plan(answer, {label: space.pair(params) for label, params in space.boundary_draws()})
+    graphs = _graphs(dict(_draws_to_show(space)), settings)
+    notes = _notes(space.warnings(), teachers, draws)
+    answer = _answer(graphs, size, settings, source, _sharing(draws, stages), notes)
+    pairs = {label: space.pair(params) for label, params in space.boundary_draws()}
+    return Plan(answer, pairs, _evaluation_names(graphs))
 
 
 def invalid_answer(problem: str) -> dict[str, Any]:
@@ -306,19 +310,31 @@ def _notes(warnings: list[str], teachers: float, draws: int) -> list[str]:
     return [*warnings, f"expect about {teachers:.0f} different teachers in {draws} random draws"]
 
 
+def _graphs(pairs: Mapping[str, PairSpec], settings: Settings) -> dict[str, Graph]:
+    from ktray.pipeline import pair_graph
+    from ktray.pipeline.identity import data_identity
+
+    identity = data_identity(settings.cache)
+    return {name: pair_graph.build(pair, identity) for name, pair in pairs.items()}
+
+
+def _evaluation_names(graphs: Mapping[str, Graph]) -> dict[str, str]:
+    """Key -> name of every evaluation; where pairs give one evaluation different names, the first."""
+    found: dict[str, str] = {}
+    for graph in graphs.values():
+        for name, key in graph.keys.get("evaluation", {}).items():
+            found.setdefault(key, name)
+    return found
+
+
 def _answer(
-    pairs: Mapping[str, PairSpec],
+    graphs: Mapping[str, Graph],
     count: int | None,
     settings: Settings,
     source: Path,
     sharing: dict[str, Any],
     notes: list[str],
 ) -> dict[str, Any]:
-    from ktray.pipeline import pair_graph
-    from ktray.pipeline.identity import data_identity
-
-    identity = data_identity(settings.cache)
-    graphs = {name: pair_graph.build(pair, identity) for name, pair in pairs.items()}
     _refuse_absent(graphs, settings, source)
     valid = {"valid": True, "problem": None, "pairs": count}
     return {**valid, **stages_and_estimate(list(graphs.values()), settings), "sharing": sharing, "notes": notes}

@@ -26,7 +26,7 @@ from ktray.runs.interruption import Interruption, cancelling_waits, restore_sign
 from ktray.runs.plan import check_space
 from ktray.runs.settings import Settings, require_positive
 from ktray.runs.study_logger import log_missed_stages, log_stage
-from ktray.runs.study_status import warn_if_stuck, write_status
+from ktray.runs.study_status import with_status_file, with_stuck_warnings
 from ktray.search.journal import folder
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -102,7 +102,7 @@ class _LazyScheduler:
         self.settings, self.address, self.store, self.tracker = settings, address, store, tracker
         self.interruption, self.say, self.study_folder = interruption, display.say, study_folder
         self.published: set[str] = set()
-        self._show_work = warn_if_stuck(write_status(study_folder, display.work), display.say)
+        self._show_work = with_stuck_warnings(with_status_file(study_folder, display.work), display.say)
         self._session: RaySession | None = None
         self._client: SchedulerClient | None = None
         self._follower: EventFollower | None = None

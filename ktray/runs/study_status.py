@@ -46,7 +46,7 @@ def is_stuck(run: Mapping[str, Any]) -> bool:
     return bool(run["silent_seconds"] > (STUCK_SECONDS if pace is None else max(LEAST_STUCK_SECONDS, STUCK_FACTOR * pace)))
 
 
-def warn_if_stuck(show: ShowWork, say: Callable[[str], None]) -> ShowWork:
+def with_stuck_warnings(show: ShowWork, say: Callable[[str], None]) -> ShowWork:
     """`show`, preceded by a warning about each stage that makes no progress, once per attempt."""
     warned: set[str] = set()
 
@@ -64,7 +64,7 @@ def warn_if_stuck(show: ShowWork, say: Callable[[str], None]) -> ShowWork:
     return show_and_warn
 
 
-def write_status(folder: Path, show: ShowWork) -> ShowWork:
+def with_status_file(folder: Path, show: ShowWork) -> ShowWork:
     """`show`, after writing the scheduler's status to ``folder/status.json``, for `status` in other processes."""
     written = -WRITE_SECONDS
 

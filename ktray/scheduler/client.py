@@ -194,15 +194,16 @@ def _start_lease(scheduler: SchedulerClient) -> Callable[[], None]:
     return cancel
 
 
-def connect(session: RaySession, store_url: str, work: StageFunction) -> SchedulerClient:
+def connect(session: RaySession, store_url: str, stage_function: StageFunction) -> SchedulerClient:
     """The scheduler for this code, environment, runtime and store: the one that runs on this cluster, or a new one.
 
     What dead attempts left in the store is removed first, unless a worker of any scheduler uses the store.
 
     Args:
-        work: module-level function that computes and publishes one stage; workers import its module, the broker does not.
+        stage_function: module-level function that computes and publishes one stage. Workers get it pickled and import its
+            module; the broker does not.
     """
-    packed = to_bytes(work)
+    packed = to_bytes(stage_function)
     runtime = session.runtime.model_dump(mode="json")
     namespace = f"ktray-{fingerprint([environment_hash(), runtime, store_url, packed.hex()])[:12]}"
     scheduler = SchedulerClient(namespace, session.name)

@@ -37,15 +37,15 @@ class LocalScheduler:
     """Obtains stages one after the other; `obtain` is called as that of `client.SchedulerClient`.
 
     Args:
-        work: computes and publishes one stage.
+        stage_function: computes and publishes one stage.
         context: passed to each stage.
         on_event: called with a mapping when a stage starts, is published or found, or runs again.
     """
 
     def __init__(
-        self, store: Store, work: StageFunction, context: StageContext, on_event: Callable[[Mapping[str, Any]], None]
+        self, store: Store, stage_function: StageFunction, context: StageContext, on_event: Callable[[Mapping[str, Any]], None]
     ) -> None:
-        self.store, self.work, self.context, self.on_event = store, work, context, on_event
+        self.store, self.stage_function, self.context, self.on_event = store, stage_function, context, on_event
 
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
         """Every stage published, in order; one outcome ``{"key", "state", "seconds", "metrics"}`` each.
@@ -64,7 +64,7 @@ class LocalScheduler:
         began = time.perf_counter()
         attempt = f"{os.getpid()}-{time.time_ns():x}"
         try:
-            artifact, published = self._work(stage, attempt)
+            artifact, published = self._run_stage(stage, attempt)
         except Exception as error:
             # A process boundary: whatever a stage raises becomes the failure of that stage. So does an absent input, for a
             # loaded teacher may name an artifact that no stage of its pair makes.
@@ -89,12 +89,14 @@ class LocalScheduler:
             self.store.record_failure(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
         return StageFailed(stage.key, cause)
 
-    def _work(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
+    def _run_stage(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
         try:
-            return self.work(stage, self.store, attempt, self.context)
+            return self.stage_function(stage, self.store, attempt, self.context)
         except Exception as error:
             if failure_kind(error, self.store.root) != OUT_OF_MEMORY:
                 raise
             self.on_event({"event": OUT_OF_MEMORY, "key": stage.key, "stage": stage.name})
         # Outside the handler, whose error holds the tensors of all its frames.
-        return self.work(stage, self.store, f"{attempt}-again", replace(self.context, max_batch_size=SMALL_BATCH_SIZE))
+        return self.stage_function(
+            stage, self.store, f"{attempt}-again", replace(self.context, max_batch_size=SMALL_BATCH_SIZE)
+        )

@@ -178,9 +178,9 @@ class SchedulerConfig:
 
     Attributes:
         namespace: Ray namespace of its actors; contains a hash of the code (plugins included), environment, runtime, store
-            and work.
+            and stage function.
         store_url: the store of the artifacts.
-        work: cloudpickled `StageFunction`; only workers unpickle it.
+        stage_function: cloudpickled `StageFunction`; only workers unpickle it.
         environment: environment variables of its processes.
         name: unique to this scheduler; the names of its attempts begin with it, so that a record tells which of several
             schedulers published it.
@@ -188,7 +188,7 @@ class SchedulerConfig:
 
     namespace: str
     store_url: str
-    work: bytes
+    stage_function: bytes
     runtime: RuntimeSettings
     environment: Mapping[str, str]
     name: str = "scheduler"

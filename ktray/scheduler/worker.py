@@ -23,6 +23,7 @@ from ktray.scheduler.messages import (
     AssignStage,
     AttemptReport,
     SchedulerConfig,
+    StageFunction,
     WorkerIdentity,
     WorkerOrder,
     describe_error,
@@ -39,7 +40,7 @@ class WorkerActor:
 
     def __init__(self, config: SchedulerConfig, name: str, shape: WorkerShape) -> None:
         self._config = config
-        self._work: Callable[..., Any] = cloudpickle.loads(config.work)
+        self._stage_function: StageFunction = cloudpickle.loads(config.stage_function)
         self._store = open_store(config.store_url)
         self._store_lock = lock_store_shared(config.store_url)
         self._broker = ray.get_actor(BROKER_NAME, namespace=config.namespace)
@@ -111,7 +112,7 @@ class WorkerActor:
         with self._busy:  # wait for an item of another worker that is being computed
             self._helped_call = ("", None)
             try:
-                computed = self._work(stage, self._store, attempt, context)[1]
+                computed = self._stage_function(stage, self._store, attempt, context)[1]
                 others = [(other.key, self._was_published_by(other.key, attempt)) for other in stage.computed_with]
                 seconds = time.monotonic() - began
                 report = AttemptReport(stage.key, attempt, seconds, ((stage.key, computed), *others))
