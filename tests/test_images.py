@@ -165,7 +165,7 @@ def test_many_images_are_never_in_memory_together(memmap_bytes: int, tmp_path: P
     assert grown_mb < 40, "226 MB of pixels"
 
 
-# ---- splitting ----
+# ---- split ----
 
 
 def labelled(count: int = 200, classes: int = 4) -> Source:
@@ -236,8 +236,8 @@ def test_the_cache_saves_hashing_and_detects_changes(mixed: Path, tmp_path: Path
     cache = tmp_path / "cache"
     first = images.identity(spec_of(mixed), cache)
     hashed: list[Path] = []
-    real = images.content_hash.file_sha256
-    monkeypatch.setattr("ktray.images.content_hash.file_sha256", lambda path: hashed.append(path) or real(path))
+    real = images.source.file_sha256
+    monkeypatch.setattr("ktray.images.source.file_sha256", lambda path: hashed.append(path) or real(path))
     assert images.identity(spec_of(mixed), cache) == first
     assert hashed == []
     (mixed / "b/grey.png").write_bytes(png(noise(30, 30, 1, seed=5)))

@@ -23,8 +23,7 @@ from ktray.scheduler.messages import OUT_OF_MEMORY
 from ktray.spec import Augment, Schedule
 from ktray.stores.file import FileStore
 from ktray.training import classification, loop
-from ktray.training.targets import Labels
-from ktray.training.task import Task
+from ktray.training.task import Labels, Task
 from tests import test_pretext, test_transfer
 from tests.networks import BACKBONE
 from tests.toy_images import toy_images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ktray.scheduler.liveness import ProcessId, ProcessLiveness
+from ktray.scheduler.fault_tolerance import ProcessId, ProcessLiveness
 
 ONE, TWO = ProcessId("node", 1, 10.0), ProcessId("node", 2, 10.0)
 

@@ -1,4 +1,4 @@
-"""`RayPool` gives what `LocalPool` gives, bit by bit, whoever helps and whoever dies."""
+"""A pool of Ray workers gives what `LocalPool` gives, bit by bit, whoever helps and whoever dies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from toy_work import block_sum, toy
 
 from ktray.pool import LocalPool
 from ktray.scheduler.client import SchedulerClient
-from ktray.scheduler.ray_pool import RayPool
+from ktray.scheduler.worker import _RayPool
 from ktray.stores.file import FileStore
 
 
@@ -82,7 +82,7 @@ def local(items: int) -> np.ndarray:
 
 
 def test_a_map_over_helpers_equals_one_process_bitwise(helpers: Any) -> None:
-    pool = RayPool(lambda: helpers)
+    pool = _RayPool(lambda: helpers)
     sums = pool.map(block_sum, list(range(40)), {"scale": np.float64(0.1), "sleep": 0.01})
     assert np.stack([total for total, _ in sums]).tobytes() == local(40).tobytes()
     assert len({pid for _, pid in sums}) == 3
@@ -90,26 +90,26 @@ def test_a_map_over_helpers_equals_one_process_bitwise(helpers: Any) -> None:
 
 
 def test_a_map_without_helpers_or_items_works(helpers: Any) -> None:
-    assert RayPool(dict).map(spoilt_from_three, [0, 1]) == [0, 1]
-    assert RayPool(lambda: helpers).map(spoilt_from_three, []) == []
+    assert _RayPool(dict).map(spoilt_from_three, [0, 1]) == [0, 1]
+    assert _RayPool(lambda: helpers).map(spoilt_from_three, []) == []
 
 
 def test_the_error_of_the_first_bad_item_is_raised_as_it_was(helpers: Any) -> None:
     with pytest.raises(Spoilt) as caught:
-        RayPool(lambda: helpers).map(spoilt_from_three, list(range(50)))
+        _RayPool(lambda: helpers).map(spoilt_from_three, list(range(50)))
     assert caught.value.item == 3
 
 
 def test_items_and_results_may_be_written_to(helpers: Any) -> None:
     items = [np.full(200_000, float(number)) for number in range(6)]
-    results = RayPool(lambda: helpers).map(twice_in_place, items, np.ones(200_000))
+    results = _RayPool(lambda: helpers).map(twice_in_place, items, np.ones(200_000))
     results[5] += 1
     assert [result[0] for result in results] == [1, 3, 5, 7, 9, 12]
 
 
 def test_help_that_comes_late_is_taken(helpers: Any) -> None:
     began = time.monotonic()
-    pool = RayPool(lambda: helpers if time.monotonic() > began + 0.5 else {})
+    pool = _RayPool(lambda: helpers if time.monotonic() > began + 0.5 else {})
     sums = pool.map(block_sum, list(range(60)), {"scale": np.float64(0.1), "sleep": 0.03})
     assert len({pid for _, pid in sums}) == 3
 
@@ -122,7 +122,7 @@ def test_items_of_a_dead_or_frozen_helper_are_done_by_others(ray_home: Any, how:
     victim = ray.get(made["helper-0"].pid.remote())
     with callers(1) as pool:
         shared = {"scale": np.float64(0.1), "sleep": 0.05}
-        future = pool.submit(RayPool(lambda: made).map, block_sum, list(range(60)), shared)
+        future = pool.submit(_RayPool(lambda: made).map, block_sum, list(range(60)), shared)
         time.sleep(0.5)
         os.kill(victim, how)
         sums = future.result(timeout=30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from test_scheduler_core import CoreHarness, assigned, results, stage
 
-from ktray.scheduler.liveness import START_TIMEOUT
+from ktray.scheduler.fault_tolerance import START_TIMEOUT
 from ktray.scheduler.messages import AssignStage, FenceOrphans, KillWorker, SchedulerEvent, StartWorker
 from ktray.scheduler.placement import Placement
 from ktray.scheduler.worker_registry import Node, WorkerShape

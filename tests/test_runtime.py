@@ -47,7 +47,7 @@ def test_a_wrong_runtime_file_is_named_with_its_place(tmp_path: Path, text: str,
 
 
 def test_the_broker_and_its_clients_never_import_torch() -> None:
-    names = ("broker", "client", "worker", "ray_session", "ray_pool")
+    names = ("broker", "client", "worker", "ray_session")
     modules = ", ".join(f"ktray.scheduler.{name}" for name in names)
     script = (
         f"import sys, {modules}\nprint([name for name in ('torch', 'ray.tune', 'optuna', 'mlflow') if name in sys.modules])"

@@ -9,8 +9,7 @@ import torch
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.pipeline.pair_check import check_pair, data_loader
-from ktray.pipeline.shape_check import _extract, _learn
+from ktray.pipeline.pair_check import _extract, _learn, check_pair, data_loader
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from ktray.fingerprint import fingerprint
 from ktray.runs import search_run
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.runs.interruption import Interruption
-from ktray.runs.search_run import EventFollower
+from ktray.runs.search_run import _EventFollower
 from ktray.runs.settings import Settings
 from ktray.runs.simulation import _NoTracker
 from ktray.runs.study_logger import log_missed_stages
@@ -82,7 +82,7 @@ def test_on_a_shared_store_a_follower_counts_only_what_its_own_scheduler_has_pub
     for name, attempt in by.items():
         publish(store, f"images-{name}", BEGAN, attempt)
     scheduler: Any = _Scheduler()
-    follower = EventFollower(scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
+    follower = _EventFollower(scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
     scheduler.reported = ["images-seen"]
     follower.close([f"images-{name}" for name in ("seen", "missed", "theirs", "here", "absent")])
     assert follower.published == {"images-seen", "images-missed"}

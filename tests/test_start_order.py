@@ -13,7 +13,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import CostModel
 from ktray.fingerprint import fingerprint
 from ktray.pipeline.pair_graph import Graph
-from ktray.runs.coordinator import DrawCosts, TrialCoordinator
+from ktray.runs.coordinator import TrialCoordinator, _DrawCosts
 from ktray.runs.simulation import _NoTracker, _VirtualStore
 from ktray.scheduler.requests import RequestTable
 from ktray.search.budget import Spending
@@ -195,7 +195,7 @@ def test_what_was_made_ahead_is_charged_to_the_first_trial_that_needs_it_and_wha
     store: Any = _VirtualStore()
     there, ahead, other = stage("images"), stage("features"), stage("clusters")
     store.found[there.key] = record("images", 1.0)
-    costs = DrawCosts(CostModel(), store, Spending())
+    costs = _DrawCosts(CostModel(), store, Spending())
     costs.prefetch([there.key, ahead.key])
     store.found |= {each.key: record(each.name, 2.0) for each in (ahead, other)}
     charged = costs.expected_costs(Graph((there, ahead, other), {}))

@@ -10,7 +10,7 @@ from ktray import plugins
 from ktray.pipeline.pair_graph import build
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
-from ktray.training.targets import Features, Labels, Targets
+from ktray.training.task import Features, Labels, Targets
 from tests.toy_images import toy_images
 from tests.toys import HOG, toy_pair
 

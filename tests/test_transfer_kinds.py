@@ -14,8 +14,8 @@ from ktray.errors import UserError
 from ktray.pipeline.pair_check import check_pair, data_loader
 from ktray.report import best_pair
 from ktray.spec import Augment, Schedule
-from ktray.training import classification, loop, targets
-from ktray.training.targets import Features, Labels, Targets
+from ktray.training import classification, loop, task
+from ktray.training.task import Features, Labels, Targets
 from ktray.transfer import clusters, random_clusters, regression, similarity, soft_clusters
 from tests.reports import pair, trial
 from tests.test_transfer import BACKBONE, IMAGES
@@ -235,7 +235,7 @@ def test_features_by_index_are_the_rows_of_all_shards_together():
 def test_features_kept_on_the_device_equal_those_read_for_each_batch(monkeypatch):
     indices = torch.tensor([63, 0, 30, 29])
     read = FEATURES.rows_on(torch.device("cpu"), indices)
-    monkeypatch.setitem(targets.RESIDENT_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(task.RESIDENT_BYTES, "cpu", 1 << 20)
     held = Features(FEATURES.shards)
     assert torch.equal(held.rows_on(torch.device("cpu"), indices), read)
     monkeypatch.setattr(Features, "read", lambda *_: pytest.fail("read although it is held"))

@@ -29,7 +29,7 @@ from ktray.cli import (
     status_command,
     ui_command,
 )
-from ktray.cli.arguments import INTERRUPTED
+from ktray.cli.terminal import INTERRUPTED
 from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
 
 VERBS = {

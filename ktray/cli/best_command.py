@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ktray.cli.arguments import positive_int, print_result, settings_of
+from ktray.cli.terminal import positive_int, print_result, settings_of
 
 HELP = "the best pairs, judged on test if asked"
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _test_table(answers: list[dict[str, Any]]) -> str:
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
 
     metrics = sorted({metric for answer in answers for metric in answer["test"]})
     rows = [

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ktray.cli.arguments import print_result, settings_of
+from ktray.cli.terminal import print_result, settings_of
 
 if TYPE_CHECKING:
     from ktray.artifact import Artifact
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
     from ktray.runs.cache import artifacts, size_of
 
     store = settings_of(args).open_store()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ktray.cli.text_table import table
+from ktray.cli.terminal import table
 from ktray.fingerprint import fingerprint
 from ktray.pipeline import references
 from ktray.search import journal, ranking

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ktray.cli.arguments import print_result, settings_of
+from ktray.cli.terminal import print_result, settings_of
 
 HELP = "valid? what is done, what would run, what it costs"
 
@@ -54,7 +54,7 @@ def _text(answer: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
     Args:
         evaluations: key -> name of each evaluation.
     """
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
 
     rows = [[_stage_label(row, evaluations), row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
     count = "infinitely many pairs" if answer["pairs"] is None else _counted(answer["pairs"], "pair")
@@ -89,7 +89,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _dry_run_text(found: Mapping[str, Any] | None) -> list[str]:
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
     from ktray.runs.study_status import span
 
     if found is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ktray.cli.arguments import print_result, settings_of
+from ktray.cli.terminal import print_result, settings_of
 
 HELP = "one self-contained HTML file"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktray.cli.arguments import positive_int, print_result, settings_of
+from ktray.cli.terminal import positive_int, print_result, settings_of
 
 if TYPE_CHECKING:
     from ktray.runs.pair_run import PairResult
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(results: Sequence[PairResult]) -> str:
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
 
     shown = sorted({name for result in results for name in result.metrics if _is_of_evaluation(name, result)})
     rows = [

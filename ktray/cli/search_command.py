@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.arguments import INTERRUPTED, positive_int, print_result, settings_of
+from ktray.cli.terminal import INTERRUPTED, positive_int, print_result, settings_of
 
 if TYPE_CHECKING:
     from ktray.runs.search_run import SearchOutcome

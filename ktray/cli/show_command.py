@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.arguments import print_result, settings_of
+from ktray.cli.terminal import print_result, settings_of
 from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _ancestors(found: Artifact, store: Store) -> dict[str, str]:
 
 def _against(args: argparse.Namespace, settings: Settings) -> int:
     """Why a cached artifact does not serve a pair: the fields of its identity that differ."""
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
     from ktray.errors import UserError
     from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
@@ -137,7 +137,7 @@ def _differences(wanted: dict[str, Any], record: Any) -> list[list[str]]:
 
 def _study(args: argparse.Namespace, name: str, settings: Settings) -> int:
     from ktray.cli.leaderboard import leaderboard
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
     from ktray.pipeline.naming import pair_name
     from ktray.runs.best_trials import trial_as_data
     from ktray.search.history import read_study

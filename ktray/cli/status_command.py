@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ktray.cli.arguments import print_result, settings_of
+from ktray.cli.terminal import print_result, settings_of
 
 HELP = "what each trial waits for, how far the search is"
 

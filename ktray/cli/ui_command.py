@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ktray.cli.arguments import settings_of
+from ktray.cli.terminal import settings_of
 
 HELP = "MLflow UI on the right store"
 

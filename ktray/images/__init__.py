@@ -6,23 +6,23 @@ and `open_split` opens the result as `Images`. `decode` turns encoded bytes into
 May import only the modules at the package's root. Start with `source.py` (the records), then `writing.py` and `reading.py`.
 """
 
-from ktray.images.content_hash import identity as identity
+from ktray.images.data_files import data_folder as data_folder
+from ktray.images.data_files import download as download
+from ktray.images.data_files import list_images as list_images
+from ktray.images.data_files import location_fields as location_fields
+from ktray.images.data_files import with_absolute_path as with_absolute_path
 from ktray.images.decoding import IDENTITY as IDENTITY
 from ktray.images.decoding import REVISION as REVISION
 from ktray.images.decoding import decode as decode
 from ktray.images.decoding import fit as fit
 from ktray.images.decoding import fit_boxes as fit_boxes
-from ktray.images.downloading import download as download
-from ktray.images.listing import data_folder as data_folder
-from ktray.images.listing import list_images as list_images
-from ktray.images.listing import location_fields as location_fields
-from ktray.images.listing import with_absolute_path as with_absolute_path
 from ktray.images.reading import open_split as open_split
 from ktray.images.source import Images as Images
 from ktray.images.source import Source as Source
 from ktray.images.source import Splits as Splits
 from ktray.images.source import Unreadable as Unreadable
-from ktray.images.splitting import held_out as held_out
-from ktray.images.splitting import split_rows as split_rows
+from ktray.images.source import held_out as held_out
+from ktray.images.source import identity as identity
+from ktray.images.source import split_rows as split_rows
 from ktray.images.writing import write as write
 from ktray.images.writing import write_sample as write_sample

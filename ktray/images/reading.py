@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from ktray import plugins, progress
 from ktray.errors import UserError
+from ktray.images.data_files import with_absolute_path
 from ktray.images.decoding import decode, fit
-from ktray.images.listing import with_absolute_path
-from ktray.images.source import Images, Unreadable
-from ktray.images.splitting import split_rows
+from ktray.images.source import Images, Unreadable, split_rows
 from ktray.spec import DataSpec
 
 _THREADS = min(8, os.cpu_count() or 1)

@@ -1,13 +1,26 @@
-"""The records through which data sets provide images and stages read them."""
+"""The records through which data sets provide images and stages read them; the split of a data set, and its identity.
+
+`identity` hashes the content of a data set, wherever it is stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ktray import plugins
+from ktray.fingerprint import file_sha256, fingerprint, mtime_is_reliable
+from ktray.spec import DataSpec, Split
 
 
 class Unreadable(Exception):
@@ -76,3 +89,134 @@ class Images:
 
     def __len__(self) -> int:
         return self.count
+
+
+Part = tuple[Source, NDArray[np.int64]]  # a source, and the ascending rows (n,) of it that form a split
+
+
+@lru_cache(maxsize=16)  # called for every draw from a space; 50,000 names take 0.2 s
+def split_rows(splits: Splits, split: Split) -> dict[str, Part]:
+    """Name of each split ("train", "val", "test") -> its source and the ascending rows (n,) of that source.
+
+    The data set's own val is used if there is one, otherwise the share `split.val` of train, stratified if there are labels.
+    """
+    train = np.arange(len(splits.train.names))
+    found: dict[str, Part] = {}
+    if splits.val is not None:
+        found["val"] = (splits.val, np.arange(len(splits.val.names)))
+    elif split.val > 0:
+        val = held_out(splits.train.names, splits.train.labels, split.val, split.seed)
+        train = np.setdiff1d(train, val)
+        found["val"] = (splits.train, val)
+    if splits.test is not None:
+        found["test"] = (splits.test, np.arange(len(splits.test.names)))
+    for _, rows in (found := {"train": (splits.train, train), **found}).values():
+        rows.setflags(write=False)  # shared by all callers
+    return {name: part for name, part in found.items() if len(part[1])}
+
+
+def held_out(names: Sequence[str], labels: NDArray[np.int64] | None, share: float, seed: int) -> NDArray[np.int64]:
+    """Ascending indices of round(share * N) images: the share of every class, with the rest by largest remainders.
+
+    Images are ranked by a hash of (seed, name), not by a permutation, so an added image moves few others between the
+    splits, and the result does not depend on the version of a random generator. Every class keeps a training image.
+    """
+    ranks = [hashlib.sha256(f"{seed}\0{name}".encode()).digest() for name in names]
+    groups = np.zeros(len(names), np.int64) if labels is None else labels
+    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    quotas = [int(share * len(member)) for member in members]
+    by_remainder = sorted(range(len(members)), key=lambda c: (quotas[c] - share * len(members[c]), ranks[members[c][0]]))
+    missing = round(share * len(names)) - sum(quotas)
+    for group in by_remainder:
+        if missing > 0 and quotas[group] + 1 < len(members[group]):
+            quotas[group] += 1
+            missing -= 1
+    chosen = [sorted(member, key=ranks.__getitem__)[:quota] for member, quota in zip(members, quotas, strict=True)]
+    return np.sort(np.array([index for group in chosen for index in group], np.int64))
+
+
+_THREADS = 8
+_FILES_PER_TASK = 64  # files per task of a thread
+
+
+def identity(spec: DataSpec, cache: Path | None = None) -> str:
+    """sha256 (64 hex digits) of the data set's content: its files' names, sizes and bytes, and its labels.
+
+    Neither the location of the data nor the spec's processing (size, split) affects it. Files are hashed in threads.
+
+    Args:
+        spec: a data spec.
+        cache: folder for a JSON file of known hashes by (absolute path, size, mtime_ns); None hashes everything.
+
+    Raises:
+        UserError: there are no data at the location in the spec.
+        ValueError: the kind provides neither files nor an identity.
+    """
+    module = plugins.module_of("dataset", spec)
+    splits = module.load(spec)
+    if splits.identity is None and not splits.files:
+        raise ValueError(f"the data set kind {spec.kind!r} provides neither files nor an identity")
+    named = {"train": splits.train, "val": splits.val, "test": splits.test}
+    location = {field: getattr(spec, field) for field in module.LOCATION}
+    cache_file = cache / f"contents-{fingerprint([spec.kind, location])[:12]}.json" if cache else None
+    return fingerprint(
+        {
+            "files": _manifest(splits.files, cache_file),
+            "identity": splits.identity,
+            "splits": {name: _annotations(source) for name, source in named.items() if source is not None},
+        }
+    )
+
+
+def _annotations(source: Source) -> dict[str, Any]:
+    return {
+        "names": source.names,
+        "labels": None if source.labels is None else source.labels.tolist(),
+        "classes": source.classes,
+        "boxes": None if source.boxes is None else [boxes.tolist() for boxes in source.boxes],
+    }
+
+
+def _manifest(files: tuple[tuple[str, Path], ...], cache_file: Path | None) -> list[list[Any]]:
+    """Sorted [name, size, sha256] of each file."""
+    known = _cached_entries(cache_file)
+    paths = [str(path) for _, path in files]
+    chunks = [paths[start : start + _FILES_PER_TASK] for start in range(0, len(paths), _FILES_PER_TASK)]
+
+    def hash_all(chunk: list[str]) -> list[list[Any]]:
+        return [_entry(path, known) for path in chunk]
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        entries = [entry for of_chunk in threads.map(hash_all, chunks) for entry in of_chunk]
+    if cache_file is not None:
+        lines = {
+            path: entry for path, entry in zip(paths, entries, strict=True) if entry[1] >= 0 and mtime_is_reliable(entry[1])
+        }
+        if lines != known:
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = cache_file.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(lines), encoding="utf-8", errors="surrogateescape")
+            scratch.replace(cache_file)
+    return sorted([name, entry[0], entry[2]] for (name, _), entry in zip(files, entries, strict=True))
+
+
+def _entry(path: str, known: dict[str, list[Any]]) -> list[Any]:
+    """[size, mtime_ns, sha256] of a file. A file that cannot be read gets a fixed entry: decoding reports it."""
+    try:
+        state = os.stat(path)
+        cached = known.get(path)
+        if cached and cached[:2] == [state.st_size, state.st_mtime_ns]:
+            return cached
+        return [state.st_size, state.st_mtime_ns, file_sha256(Path(path))]
+    except OSError:
+        return [-1, -1, "unreadable"]
+
+
+def _cached_entries(cache_file: Path | None) -> dict[str, list[Any]]:
+    if cache_file is None or not cache_file.exists():
+        return {}
+    try:
+        lines = json.loads(cache_file.read_text(encoding="utf-8", errors="surrogateescape"))
+    except ValueError:
+        return {}  # truncated, e.g. by a full disk: everything is hashed again
+    return lines if isinstance(lines, dict) else {}

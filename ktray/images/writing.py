@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from ktray import plugins, progress
 from ktray.fingerprint import fingerprint
+from ktray.images.data_files import with_absolute_path
 from ktray.images.decoding import decode, fit, fit_boxes
-from ktray.images.listing import with_absolute_path
-from ktray.images.source import Source, Unreadable
-from ktray.images.splitting import Part, split_rows
+from ktray.images.source import Part, Source, Unreadable, split_rows
 from ktray.pool import Pool
 from ktray.spec import DataSpec
 

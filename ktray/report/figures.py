@@ -25,7 +25,7 @@ COLOURS = 8  # styles s0 to s7 of the style sheet
 
 
 @dataclass(frozen=True)
-class Point:
+class _Point:
     """One trial in a scatter plot: its coordinates, its label, and its tooltip."""
 
     x: float
@@ -35,7 +35,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class _Line:
     """One trial's curve: (x, y) by increasing x. `style` selects its colour and dash pattern."""
 
     points: tuple[tuple[float, float], ...]
@@ -80,7 +80,7 @@ def _strip_references(x_axis: _Axis, references: Mapping[str, float], metric: st
     return drawn, bottom
 
 
-def scatter(points: Sequence[Point], front: Sequence[Point], labels: tuple[str, str], lines: Mapping[str, float]) -> Markup:
+def scatter(points: Sequence[_Point], front: Sequence[_Point], labels: tuple[str, str], lines: Mapping[str, float]) -> Markup:
     """Draw points, those of the Pareto front joined and labelled, and a horizontal line per reference value."""
     x_axis = axis([point.x for point in points], (LEFT, RIGHT), labels[0])
     y_axis = axis([*(point.y for point in points), *lines.values()], (BOTTOM, TOP), labels[1])
@@ -122,7 +122,7 @@ def _labels(positions: Sequence[tuple[float, float, str]]) -> Markup:
     return drawn
 
 
-def curves(lines: Sequence[Line], labels: tuple[str, str]) -> Markup:
+def curves(lines: Sequence[_Line], labels: tuple[str, str]) -> Markup:
     """Draw at most eight curves, distinguished by colour, dash pattern and the name at their end."""
     last = max(x for line in lines for x, _ in line.points)
     x_axis = linear_axis(0, last, (LEFT, RIGHT - 26), labels[0])
@@ -300,7 +300,7 @@ def objectives_plot(
         if x is not None and y is not None:
             values = f"{y_metric} {measure(y_metric, y)}, {x_metric} {measure(x_metric, x)}"
             title = f"{trial.number}: {pair_title(trial.pair)}, {values}"
-            points.append((trial.number, Point(x, y, str(trial.number), title)))
+            points.append((trial.number, _Point(x, y, str(trial.number), title)))
     if len(points) < 2:
         return None
     lines = {
@@ -344,7 +344,7 @@ Curve = tuple[tuple[float, float], ...]
 
 def _panel(trial_curves: Sequence[tuple[Trial, Curve]], label: str) -> Markup | None:
     """Plot the curves that have points. A missing one keeps its colour, so that colours mean the same trial in both panels."""
-    lines = [Line(points, str(trial.number), index) for index, (trial, points) in enumerate(trial_curves) if points]
+    lines = [_Line(points, str(trial.number), index) for index, (trial, points) in enumerate(trial_curves) if points]
     return curves(lines, ("epoch", label)) if lines else None
 
 

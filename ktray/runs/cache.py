@@ -15,7 +15,7 @@ from ktray.stores import Store
 
 
 @dataclass(frozen=True)
-class Verified:
+class _Verified:
     """What `verify` found.
 
     Attributes:
@@ -39,7 +39,7 @@ def artifacts(store: Store) -> list[Artifact]:
     return [found for found in map(store.find, store.keys()) if found]
 
 
-def verify(store: Store) -> Verified:
+def verify(store: Store) -> _Verified:
     """Compare every file with the sha256 of its record; damaged artifacts are moved aside, to be computed again.
 
     While a search runs they stay: its stages may be reading them. Readers themselves move aside what has lost bytes.
@@ -52,7 +52,7 @@ def verify(store: Store) -> Verified:
                 _set_aside(store, damaged)
         except UserError as busy:
             left_because = f"left where it is: {busy}"
-    return Verified(damaged, [key for key in damaged if store.find(key) is None], left_because)
+    return _Verified(damaged, [key for key in damaged if store.find(key) is None], left_because)
 
 
 def _set_aside(store: Store, damaged: Iterable[str]) -> None:

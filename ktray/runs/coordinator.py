@@ -25,7 +25,7 @@ from ktray.stores import Store
 from ktray.tracking import Tracker
 
 
-class DrawCosts:
+class _DrawCosts:
     """Costs at the present state of a store.
 
     Args:
@@ -136,7 +136,7 @@ class TrialCoordinator:
         costs: CostModel | None = None,
     ) -> None:
         self.space, self.study, self.store, self.identity = space, study, store, identity
-        self.draw_costs = DrawCosts(costs or CostModel(), store, study.spending)
+        self.draw_costs = _DrawCosts(costs or CostModel(), store, study.spending)
         study.set_cost_estimate(self.draw_costs.estimator(self._first_graph))
         self.trial_logger, self.tracker, self.show = TrialLogger(tracker, space), tracker, show
         self.demanded: set[str] = set()

@@ -97,7 +97,7 @@ MAX_SHOWN = 3  # failures
 PEAKS = ("peak_bytes", "device_peak_bytes", "device_bytes")
 
 
-class ObtainsStages(Protocol):
+class _ObtainsStages(Protocol):
     """Any scheduler."""
 
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ class ObtainsStages(Protocol):
 
 
 @dataclass(frozen=True)
-class DryRunResult:
+class _DryRunResult:
     """What a dry run found.
 
     Attributes:
@@ -139,7 +139,7 @@ def dry_run_on(
     full_size: FullSizeStages,
     inform: Callable[[str], None],
     interruption: Interruption,
-) -> DryRunResult:
+) -> _DryRunResult:
     """Start Ray, or connect to it, check every node, and run the draws in small.
 
     Args:
@@ -186,14 +186,14 @@ def _disk_problems(pair_bytes: int, free: int) -> list[str]:
     )
 
 
-def _result(nodes: int, stages: dict[str, dict[str, Any]], expected: Forecast, free: int, notes: list[str]) -> DryRunResult:
+def _result(nodes: int, stages: dict[str, dict[str, Any]], expected: Forecast, free: int, notes: list[str]) -> _DryRunResult:
     """Everything together. A disk too small for all draws is only noted, not refused, because that forecast is rough."""
     if expected.bytes > free:
         needed = f"all of it would take roughly {expected.bytes / 2**30:.1f} GB of disk, and {free / 2**30:.1f} GB are free"
         notes = [*notes, f"{needed}; make room before, or it stops early and goes on once there is room"]
     for name, entry in stages.items():
         entry |= expected.stages.get(name, {"expected": 0.0, "whole_seconds": 0.0, "whole_bytes": 0})
-    return DryRunResult(nodes, stages, expected.seconds, expected.bytes, expected.pair_bytes, free, notes)
+    return _DryRunResult(nodes, stages, expected.seconds, expected.bytes, expected.pair_bytes, free, notes)
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def dry_run_store(store: Store) -> Iterator[Store]:
 
 
 def dry_run(
-    scheduler: ObtainsStages,
+    scheduler: _ObtainsStages,
     draws: Mapping[str, list[Stage]],
     store: Store,
     real: Store,

@@ -18,7 +18,7 @@ FORCE_AFTER_SECONDS = 8.0  # from Ctrl-C until the end is forced
 Result = TypeVar("Result")
 
 
-class CancelsWaits(Protocol):
+class _CancelsWaits(Protocol):
     """Any scheduler on which somebody waits."""
 
     def cancel_waits(self, waiter: str) -> None:
@@ -111,7 +111,7 @@ def restore_signal_handlers() -> None:
 
 @contextmanager
 def cancelling_waits(
-    scheduler: CancelsWaits, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]
+    scheduler: _CancelsWaits, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]
 ) -> Iterator[None]:
     """Cancel every wait once `ended` says so; repeatedly, because waiters may just be about to wait."""
     over = threading.Event()
@@ -132,7 +132,7 @@ def cancelling_waits(
 
 
 def run_concurrently(
-    scheduler: CancelsWaits,
+    scheduler: _CancelsWaits,
     names: Collection[str],
     work: Callable[[str], Result],
     waiter: Callable[[str], str],

@@ -36,7 +36,7 @@ Occurrence = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class ArtifactCount:
+class _ArtifactCount:
     """Numbers of artifacts of one kind of stage.
 
     Attributes:
@@ -50,7 +50,7 @@ class ArtifactCount:
     expected: float
 
 
-def count_shared_stages(space: Space, keys: Keys, draws: int) -> list[ArtifactCount]:
+def count_shared_stages(space: Space, keys: Keys, draws: int) -> list[_ArtifactCount]:
     """One row per kind of stage, in the order in which stages run.
 
     Changes one parameter at a time in each branch: a kind has as many artifacts as there are combinations of the parameters
@@ -99,17 +99,17 @@ def _by_occurrence(stages: Iterable[tuple[str, str]]) -> dict[Occurrence, str]:
     return found
 
 
-def _rows(groups: Mapping[tuple[str, str, frozenset[str]], float], parameters: Mapping[str, Parameter]) -> list[ArtifactCount]:
-    rows: dict[str, ArtifactCount] = {}
+def _rows(groups: Mapping[tuple[str, str, frozenset[str]], float], parameters: Mapping[str, Parameter]) -> list[_ArtifactCount]:
+    rows: dict[str, _ArtifactCount] = {}
     for (name, _, dependencies), draws in groups.items():
         values = [space_tree.all_values(parameters[each]) for each in dependencies]
         sizes = [len(each) for each in values if each is not None]
         infinite = len(sizes) < len(values)
         combinations = math.prod(sizes)
         expected = draws if infinite else _distinct(combinations, draws)
-        before = rows.get(name, ArtifactCount(name, 0, 0.0))
+        before = rows.get(name, _ArtifactCount(name, 0, 0.0))
         possible = None if infinite or before.possible is None else before.possible + combinations
-        rows[name] = ArtifactCount(name, possible, before.expected + min(expected, draws))
+        rows[name] = _ArtifactCount(name, possible, before.expected + min(expected, draws))
     return list(rows.values())
 
 
@@ -124,7 +124,7 @@ TEACHERS = "different teachers"  # counted as if it were a kind of stage, which 
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Plan:
     """What is known of a valid input before anything runs.
 
     Attributes:
@@ -142,7 +142,7 @@ class Plan:
         return {row["stage"]: row["expected"] for row in self.answer["sharing"]["stages"]}
 
 
-def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings) -> Plan:
+def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings) -> _Plan:
     """Check a space, a pair or an experiment, and look up what of it is done.
 
     Raises:
@@ -154,7 +154,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
         pairs = dict(load_pairs(source, overrides))
         check_pairs(pairs, load, source)
         graphs = _graphs(pairs, settings)
-        return Plan(_answer(graphs, len(pairs), settings, source, _sharing(0, []), []), pairs, _evaluation_names(graphs))
+        return _Plan(_answer(graphs, len(pairs), settings, source, _sharing(0, []), []), pairs, _evaluation_names(graphs))
     space = load_space(source, overrides)
     check_space(space, load, str(source))
     size = space.size()
@@ -164,7 +164,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
     notes = _notes(space.warnings(), teachers, draws)
     answer = _answer(graphs, size, settings, source, _sharing(draws, stages), notes)
     pairs = {label: space.pair(params) for label, params in space.boundary_draws()}
-    return Plan(answer, pairs, _evaluation_names(graphs))
+    return _Plan(answer, pairs, _evaluation_names(graphs))
 
 
 def invalid_answer(problem: str) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def invalid_answer(problem: str) -> dict[str, Any]:
     }
 
 
-def dry_run_plan(plan: Plan, load: Load, address: str | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+def dry_run_plan(plan: _Plan, load: Load, address: str | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
     """Run a few images through every stage of a plan on the real cluster: what was measured and is to be expected, and notes.
 
     Raises:
@@ -208,7 +208,7 @@ def dry_run_plan(plan: Plan, load: Load, address: str | None, settings: Settings
     return found, found.pop("notes")
 
 
-def _full_size_stages(plan: Plan, load: Load, identity: Identity) -> FullSizeStages:
+def _full_size_stages(plan: _Plan, load: Load, identity: Identity) -> FullSizeStages:
     """The stages of the plan's pairs at full size, and how many images their data sets have."""
     from ktray.cost_model.dry_run_forecast import FullSizeStages
     from ktray.images import split_rows
@@ -268,7 +268,7 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
         yield f"start_with[{index}]", space.pair(space.fill_with_first_values(start))
 
 
-def _shared_stages(space: Space, draws: int, settings: Settings) -> tuple[list[ArtifactCount], float]:
+def _shared_stages(space: Space, draws: int, settings: Settings) -> tuple[list[_ArtifactCount], float]:
     """Per kind of stage, how many artifacts all draws together need; and how many different teachers to expect."""
     from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
@@ -297,7 +297,7 @@ def _teacher_identity(pair: PairSpec, graph: Graph) -> str:
     return str(graph.keys.get("teacher") or fingerprint([pair.data.model_dump(), pair.teacher and pair.teacher.model_dump()]))
 
 
-def _sharing(draws: int, stages: Sequence[ArtifactCount]) -> dict[str, Any]:
+def _sharing(draws: int, stages: Sequence[_ArtifactCount]) -> dict[str, Any]:
     rows = [{"stage": row.stage, "possible": row.possible, "expected": round(row.expected, 1)} for row in stages]
     return {"draws": draws, "stages": rows}
 

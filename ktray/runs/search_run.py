@@ -105,7 +105,7 @@ class _LazyScheduler:
         self._show_work = with_stuck_warnings(with_status_file(study_folder, display.work), display.say)
         self._session: RaySession | None = None
         self._client: SchedulerClient | None = None
-        self._follower: EventFollower | None = None
+        self._follower: _EventFollower | None = None
 
     def start(self) -> SchedulerClient:
         from ktray.pipeline.execute import execute
@@ -123,7 +123,7 @@ class _LazyScheduler:
                 self.say(warning)
             preflight(self.store, runtime)
             self._client = client.connect(self._session, self.store.url, execute)
-            self._follower = EventFollower(self._client, self.store, self.tracker, self._show_work)
+            self._follower = _EventFollower(self._client, self.store, self.tracker, self._show_work)
         return self._client
 
     def obtain(self, graphs: Mapping[str, Graph]) -> None:
@@ -313,7 +313,7 @@ def with_concurrent(space: Space, concurrent: int | None) -> Space:
     return replace(space, document=space.document.model_copy(update={"budget": budget}))
 
 
-class EventFollower:
+class _EventFollower:
     """A thread that reads the scheduler's events once a second.
 
     Args:

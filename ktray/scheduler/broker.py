@@ -17,7 +17,7 @@ import ray
 from ktray.artifact import Artifact, Stage
 from ktray.cost_model.stage_costs import CostModel
 from ktray.scheduler.core import SchedulerCore
-from ktray.scheduler.liveness import ProcessId, ProcessLiveness
+from ktray.scheduler.fault_tolerance import ProcessId, ProcessLiveness
 from ktray.scheduler.messages import (
     BROKER_NAME,
     OUT_OF_MEMORY,

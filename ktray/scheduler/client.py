@@ -16,11 +16,11 @@ from ktray.artifact import Stage
 from ktray.errors import StageFailed, StoppedEarly
 from ktray.fingerprint import fingerprint
 from ktray.scheduler.broker import Broker
-from ktray.scheduler.liveness import ProcessId
+from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig, StageFunction
 from ktray.scheduler.ray_cluster import kill_process, this_process
-from ktray.scheduler.ray_pool import to_bytes
 from ktray.scheduler.ray_session import RaySession, environment, environment_hash
+from ktray.scheduler.worker import to_bytes
 from ktray.stores import open_store
 from ktray.stores.locks import try_lock_store
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ktray.artifact import Artifact, Stage
-from ktray.scheduler.liveness import START_TIMEOUT, StartupMonitor
+from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusiveStages, RetryPolicy, StartupMonitor
 from ktray.scheduler.messages import (
     FAILED,
     FENCED,
@@ -28,7 +28,6 @@ from ktray.scheduler.messages import (
 from ktray.scheduler.placement import Placement, WorkerAutoscaler
 from ktray.scheduler.requests import REMEMBERED, PendingStage, RecentKeys, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.retry_policy import MAX_LOSSES, ExclusiveStages, RetryPolicy
 from ktray.scheduler.worker_registry import Worker, WorkerRegistry, describe_request, shape_of
 
 MAX_FAMILY = 8  # stages that one attempt computes together: all of its outputs are in memory at once

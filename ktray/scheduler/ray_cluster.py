@@ -12,7 +12,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ktray.scheduler.liveness import ProcessId
+from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.messages import OUT_OF_MEMORY, WORKER_DIED, LossKind
 from ktray.scheduler.worker_registry import WORKER_PREFIX, Node
 

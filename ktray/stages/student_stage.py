@@ -20,7 +20,7 @@ from ktray.spec import Augment, Student, TransferSpec
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
 from ktray.training import loop, snapshot
-from ktray.training.targets import Features, Labels, Targets
+from ktray.training.task import Features, Labels, Targets
 
 IDENTITY, REVISION = "stage.student", 1
 TOOLS = (training_segment,)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ktray.ops import augmentation
 from ktray.spec import Augment
-from ktray.training.targets import Labels
-from ktray.training.task import Task
+from ktray.training.task import Labels, Task
 
 IDENTITY, REVISION = "classification", 1
 TOOLS = (augmentation,)

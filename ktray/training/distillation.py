@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ktray.ops import augmentation
 from ktray.spec import Augment
-from ktray.training.targets import Features
+from ktray.training.task import Features
 
 IDENTITY, REVISION = "distillation", 1
 TOOLS = (augmentation,)

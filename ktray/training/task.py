@@ -1,12 +1,22 @@
-"""A training problem as a record of functions: plugins define it, `loop.fit` solves it."""
+"""A training problem as a record of functions, which plugins define and `loop.fit` solves, and the targets that students learn.
+
+Targets are what a transfer reads besides the images: pseudo-labels or labels, and the teacher's features.
+
+Legend: N images of the transfer data's training split, K classes of one head, D width of the teacher's features, B batch
+size, m nearest clusters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from ktray.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,3 +55,111 @@ class Task:
     prepare: Callable[[nn.ModuleDict], None] | None = None
     forward: Callable[[nn.ModuleDict, Tensor], Tensor] | None = None
     mean_over_images: bool = False
+
+
+# Up to this size all features are held on the device; beyond it, and on the CPU, each batch reads its rows from the files.
+RESIDENT_BYTES = {"cuda": 4 << 30}
+
+
+def require_images(k: int, count: int) -> None:
+    """Raise if there are fewer images than clusters, or other classes formed from them.
+
+    Raises:
+        UserError: `k` is larger than `count`.
+    """
+    if k > count:
+        raise UserError(
+            f"k={k} clusters cannot be made from {count} images", "k", f"Use at most {count}, or better a hundredth of that."
+        )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """One class per image.
+
+    Attributes:
+        of_image: (N,) int64 in [-1, classes), -1 = left out.
+        classes: K.
+        nearest: (N, m) integers in [0, classes), the nearest clusters of each image, nearest first; None unless the transfer
+            asked for them.
+        squared: (N, m) float32, squared distances to these clusters in the projected space, ascending.
+    """
+
+    of_image: NDArray[np.int64]
+    classes: int
+    nearest: NDArray[np.integer] | None = None
+    squared: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """The teacher's features (N, D) of all images, read by index.
+
+    Attributes:
+        shards: arrays (n, D) of float32 or float16, memory-mapped or not, in the order of the images.
+    """
+
+    shards: Sequence[NDArray[np.floating]]
+    _resident: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.shards))
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.shards[0].shape[1])
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The features of the images with these indices, (B, D) float32, in the given order.
+
+        Raises:
+            IndexError: an index is not in [0, N).
+        """
+        starts = np.cumsum([0, *map(len, self.shards)])
+        if len(indices) and not 0 <= indices.min() <= indices.max() < starts[-1]:
+            raise IndexError(f"rows [{indices.min()}, {indices.max()}], but there are {starts[-1]}")
+        shard_of = np.searchsorted(starts, indices, side="right") - 1
+        rows = np.empty((len(indices), self.width), np.float32)
+        for shard in np.unique(shard_of):
+            selected = shard_of == shard
+            rows[selected] = self.shards[shard][indices[selected] - starts[shard]]
+        return rows
+
+    def rows_on(self, device: torch.device, indices: Tensor) -> Tensor:
+        """As `read` for indices (B,) int64, but on `device`; features that fit are read once and kept there."""
+        if len(self) * self.width * 4 > RESIDENT_BYTES.get(device.type, 0):
+            return torch.from_numpy(self.read(indices.numpy())).to(device)
+        held = self._resident.get(str(device))
+        if held is None:
+            held = self._resident[str(device)] = torch.empty((len(self), self.width), dtype=torch.float32, device=device)
+            start = 0
+            for shard in self.shards:
+                held[start : start + len(shard)] = torch.from_numpy(np.array(shard, np.float32))
+                start += len(shard)
+        return held.index_select(0, indices.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a student learns from; filled with the inputs that the transfer's NEEDS name, and nothing else.
+
+    Attributes:
+        count: N.
+        heads: pseudo-labels for each k in the order of the spec ("pseudo_labels"), or the images' own labels ("labels").
+        features: the teacher's features ("features").
+    """
+
+    count: int
+    heads: tuple[Labels, ...] = ()
+    features: Features | None = None
+
+    def require_features(self) -> Features:
+        """`features`, which must be there.
+
+        Raises:
+            ValueError: there are no features.
+        """
+        if self.features is None:
+            raise ValueError("this transfer reads the teacher's features, but there are none")
+        return self.features

@@ -18,8 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from ktray.errors import UserError
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
 from ktray.training import classification, sampling
-from ktray.training.targets import Targets, require_images
-from ktray.training.task import Task
+from ktray.training.task import Targets, Task, require_images
 
 REVISION = 2
 TOOLS = (classification, sampling)

@@ -10,8 +10,7 @@ from typing import Literal
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training import classification
-from ktray.training.targets import Targets
-from ktray.training.task import Task
+from ktray.training.task import Targets, Task
 
 REVISION = 1
 TOOLS = (classification,)

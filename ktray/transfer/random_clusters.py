@@ -19,8 +19,7 @@ from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
 from ktray.strict import StrictSpec
 from ktray.training import classification
-from ktray.training.targets import Targets, require_images
-from ktray.training.task import Task
+from ktray.training.task import Targets, Task, require_images
 
 REVISION = 1
 TOOLS = (classification,)

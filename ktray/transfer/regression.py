@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training import distillation
-from ktray.training.targets import Targets
-from ktray.training.task import Task
+from ktray.training.task import Targets, Task
 
 REVISION = 1
 TOOLS = (distillation,)

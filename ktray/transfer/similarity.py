@@ -25,8 +25,7 @@ from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
 from ktray.strict import StrictSpec
 from ktray.training import distillation
-from ktray.training.targets import Targets
-from ktray.training.task import Task
+from ktray.training.task import Targets, Task
 
 REVISION = 1
 TOOLS = (distillation,)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from ktray.ops import augmentation
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
-from ktray.training.targets import Targets, require_images
-from ktray.training.task import Task
+from ktray.training.task import Targets, Task, require_images
 
 REVISION = 1
 TOOLS = (augmentation,)

@@ -1,8 +1,12 @@
-"""The location of a data set, and the image files in it."""
+"""The files of a data set: their location, the list of its images, and their download.
+
+Files are fetched only for specs with `download: true`; ktray fetches data nowhere else.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +77,28 @@ def list_images(root: Path) -> tuple[tuple[str, Path], ...]:
                     name = os.fsencode(parent + entry.name).decode("utf-8", "backslashreplace")
                     found[name] = Path(entry.path)
     return tuple(sorted(found.items()))
+
+
+_TIMEOUT_S = 30.0  # torchvision sets none, and without a network a connection may hang forever
+
+
+def download(name: str, root: Path) -> None:
+    """Fetch the data set `name` (a class of `torchvision.datasets`) into `root` with torchvision, which verifies checksums.
+
+    Raises:
+        UserError: no network, a server that refuses or does not answer, or a wrong checksum.
+    """
+    import torchvision
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT_S)
+    try:
+        getattr(torchvision.datasets, name)(str(root), download=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"torchvision could not fetch {name}: {error}",
+            where="data.download",
+            instead=f"Fetch it on a machine with a network and copy torchvision's files to {root}.",
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,4 +1,4 @@
-"""What every verb shares: argument types, settings from flags and environment, and how a result is printed."""
+"""What every verb shares: argument types, settings from flags and environment, text tables, and how a result is printed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from ktray.runs.settings import Settings, make_settings
@@ -47,3 +48,26 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def print_result(args: argparse.Namespace, value: Any, text: str) -> None:
     """The result on stdout: `value` as JSON with --json, else `text`."""
     print(json.dumps(value, indent=1, allow_nan=False) if args.json else text, flush=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], gap: str = "  ") -> str:
+    """Rows under a head, every column as wide as its widest cell; numbers right, words left."""
+    cells = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(head))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = [
+            text.rjust(width) if number else text.ljust(width) for text, width, number in zip(row, widths, numeric, strict=True)
+        ]
+        return gap.join(parts).rstrip()
+
+    return "\n".join([line(cells[0]), line(["-" * width for width in widths]), *map(line, cells[1:])])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.rstrip("%") or "0")
+    except ValueError:
+        return False
+    return True
