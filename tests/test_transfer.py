@@ -147,7 +147,7 @@ def test_images_without_a_target_are_left_out(kind):
 
 @pytest.mark.parametrize("kind", ["clusters", "labels"])
 def test_targets_outside_the_classes_are_refused(kind):
-    with pytest.raises(ValueError, match="not 4 classes"):
+    with pytest.raises(ValueError, match=r"targets lie in \[0, 4\], but must lie in \[-1, 4\)"):
         task_of(kind, labels=np.where(np.arange(64) == 9, 4, IMAGES.labels))
 
 
