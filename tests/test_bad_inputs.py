@@ -147,20 +147,20 @@ def test_what_only_a_run_can_see_fails_its_stage_by_name_and_publishes_nothing_o
 REFUSED: dict[str, tuple[Changes, str]] = {  # what is wrong -> (changes of the pair, what is said)
     "a pickled network": (
         lambda at: pickled(at, models.resnet18()),
-        "teacher.checkpoint: weights.pth holds more or other than tensors",
+        "teacher.checkpoint: weights.pth must contain tensors and nothing else",
     ),
     "a trap for who unpickles": (
         lambda at: pickled(at, {"conv": Trap(at / "sprung")}),
-        "teacher.checkpoint: weights.pth holds more or other than tensors",
+        "teacher.checkpoint: weights.pth must contain tensors and nothing else",
     ),
-    "half a checkpoint": (cut_off, "teacher.checkpoint: cut.safetensors holds more or other than tensors"),
+    "half a checkpoint": (cut_off, "teacher.checkpoint: cut.safetensors must contain tensors and nothing else"),
     "features with the wrong N": (
         lambda at: {"teacher": npy(at / "ready", numbers(COUNT - 1), None)},
-        "teacher.features: clip.npy has 39 rows, and the data set has 40 training images",
+        "teacher.features: clip.npy has 39 rows, but the data set has 40 training images",
     ),
     "k larger than the images": (
         lambda at: {"transfer": {"kind": "clusters", "k": 37}},
-        "transfer.k: k=37 clusters cannot be made of 36 images",
+        "transfer.k: k=37 clusters cannot be made from 36 images",
     ),
     "images of different sizes in two roles": (
         lambda at: roles(at, transfer={**folder(at / "y"), "size": 35}),

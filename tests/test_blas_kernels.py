@@ -23,7 +23,7 @@ TESTS = [
     "tests/test_kmeans.py::test_labels_do_not_depend_on_the_batch",
     "tests/test_kmeans.py::test_the_nearest_centroids_do_not_depend_on_the_batch",
     "tests/test_kmeans.py::test_rows_between_two_centroids_get_the_nearest_in_float64",
-    "tests/test_projection.py::test_any_number_of_workers_gives_the_same_bits",
+    "tests/test_projection.py::test_results_are_bitwise_identical_for_any_number_of_workers",
     "tests/test_projection.py::test_rows_do_not_depend_on_the_batch",
     "tests/test_pseudo_labels.py::test_labels_of_the_clustered_rows_equal_those_of_the_clustering",
     "tests/test_pseudo_labels.py::test_the_nearest_clusters_and_their_distances_agree_with_scikit_learn",
