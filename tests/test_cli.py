@@ -208,6 +208,30 @@ def test_kinds_are_listed_with_one_line_and_their_source_each(home, capsys):
     assert lines[place + 1].strip() == answer["pretext"]["jigsaw_pp"]["source"].split("; ")[0]
 
 
+@pytest.mark.parametrize(("group", "kind"), [(group, kind) for group in plugins.GROUPS for kind in plugins.kinds(group)])
+def test_every_kind_is_shown_with_its_fields_and_their_defaults(group, kind, home, capsys):
+    assert main(["show", f"kinds/{kind}", "--json"]) == 0
+    answer = next(each for each in json.loads(capsys.readouterr().out) if each["group"] == group)
+    fields = plugins.module(group, kind).Spec.model_fields
+    assert ["kind", *(field["name"] for field in answer["fields"])] == list(fields)
+    assert [field["name"] for field in answer["fields"] if "default" not in field] == [
+        name for name, field in fields.items() if field.is_required()
+    ]
+    assert main(["show", f"kinds/{kind}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{group} {kind}: {answer['what']}"
+
+
+def test_a_field_is_shown_with_its_type_default_and_description(home, capsys):
+    main(["show", "kinds/knn"])
+    lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line}
+    assert lines["k"] == "k int 20 number of neighbours; all training images if there are fewer"
+    assert lines["of"] == "of student | teacher student"
+    assert lines["layer"].startswith("layer text | null null layer to read")
+    assert main(["show", "kinds/nearest"]) == 2
+    assert "there is no kind 'nearest'" in capsys.readouterr().err
+
+
 def test_a_pickled_checkpoint_is_refused_and_never_run(home, tmp_path, capsys):
     import pickle
 

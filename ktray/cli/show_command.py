@@ -1,4 +1,4 @@
-"""Show a study, one of its trials, an artifact with its record or its failure, or the kinds that ktray knows."""
+"""Show a study, a trial, an artifact with its record or its failure, the kinds that ktray knows, or the fields of one kind."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import argparse
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from ktray.cli.terminal import print_result, settings_of
 from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from pydantic import BaseModel
 
     from ktray.artifact import Artifact
     from ktray.search.history import History
@@ -24,7 +26,7 @@ HELP = "a study, a trial, an artifact or the kinds"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds")
+    parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds|kinds/KIND")
     parser.add_argument("--against", type=Path, metavar="PAIR", help="KEY: which fields differ from this pair's stage")
 
 
@@ -32,13 +34,15 @@ def run(args: argparse.Namespace) -> int:
     """Do it; the exit code.
 
     Raises:
-        UserError: there is no such study, trial or artifact, or `--against` names no pair, or one without such a stage.
+        UserError: there is no such study, trial, artifact or kind, or `--against` names no pair, or one without such a stage.
     """
     from ktray.errors import UserError
 
     settings = settings_of(args)
     if args.what == "kinds":
         return _kinds(args)
+    if args.what.startswith("kinds/"):
+        return _kind(args, args.what.removeprefix("kinds/"))
     if args.against:
         return _against(args, settings)
     store = settings.open_store()
@@ -64,6 +68,75 @@ def _kinds(args: argparse.Namespace) -> int:
             lines += [f"  {kind:{width}}  {said['what']}", f"  {'':{width}}  {said['source'].split('; ')[0]}"]
     print_result(args, answer, "\n".join(lines[1:]))
     return 0
+
+
+def _kind(args: argparse.Namespace, kind: str) -> int:
+    """One kind with the fields of its Spec."""
+    from ktray import plugins
+    from ktray.cli.text_table import table
+    from ktray.errors import UserError
+
+    groups = [group for group in plugins.GROUPS if kind in plugins.kinds(group)]
+    if not groups:
+        raise UserError(f"there is no kind {kind!r}", instead="See ktray show kinds.")
+    answer, lines = [], []
+    for group in groups:
+        module = plugins.module(group, kind)
+        fields = _fields(module.Spec)
+        found: dict[str, Any] = {"group": group, "kind": kind, **_described(module), "fields": fields}
+        rows = [[field["name"], field["type"], _default_text(field), field["description"]] for field in fields]
+        text = table(["field", "type", "default", "description"], rows) if rows else "no fields"
+        lines += [f"{group} {kind}: {found['what']}", f"Source: {found['source']}", "", text, ""]
+        answer.append(found)
+    print_result(args, answer, "\n".join(lines[:-1]))
+    return 0
+
+
+def _fields(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Name, type, default and description of each field but `kind`; a required field has no default."""
+    fields = []
+    for name, field in model.model_fields.items():
+        if name != "kind":
+            default = {} if field.is_required() else {"default": _plain(field.default)}
+            fields.append(
+                {"name": name, "type": _type_text(field.annotation), **default, "description": field.description or ""}
+            )
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    """A default as JSON values."""
+    dump = getattr(value, "model_dump", None)
+    if dump is not None:
+        return dump(mode="json")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _default_text(field: dict[str, Any]) -> str:
+    """As YAML would have it: ``0.5``, ``null``, ``{crop: 4, flip: true}``."""
+    import yaml
+
+    if "default" not in field:
+        return "required"
+    text: str = yaml.safe_dump(field["default"], default_flow_style=True, sort_keys=False, width=1000)
+    return text.removesuffix("...\n").strip()
+
+
+def _type_text(annotation: Any) -> str:
+    """``int | null``, ``all | one``, ``list of int``, or the name of a spec such as ``Augment``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is tuple:
+        return f"list of {_type_text(arguments[0])}"
+    if arguments:
+        return " | ".join(map(_type_text, arguments))
+    if annotation in (None, type(None)):
+        return "null"
+    name = str(annotation.__name__)
+    return {"PluginSpec": "a kind", "str": "text", "bool": "true | false"}.get(name, name)
 
 
 def _described(module: ModuleType) -> dict[str, str]:
