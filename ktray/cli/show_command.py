@@ -73,7 +73,7 @@ def _kinds(args: argparse.Namespace) -> int:
 def _kind(args: argparse.Namespace, kind: str) -> int:
     """One kind with the fields of its Spec."""
     from ktray import plugins
-    from ktray.cli.text_table import table
+    from ktray.cli.terminal import table
     from ktray.errors import UserError
 
     groups = [group for group in plugins.GROUPS if kind in plugins.kinds(group)]
