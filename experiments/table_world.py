@@ -96,7 +96,7 @@ def world(searched: Space, cost_scale: CostScale, shuffled: bool = False) -> Wor
     instead = dict(zip(names, others, strict=True))
     found, once = World(), {}  # type: ignore[var-annotated]
     for draw in searched.draws():
-        plain, pair = searched.plain(draw), searched.pair(draw)
+        plain, pair = searched.plain_pair(draw), searched.pair(draw)
         teacher, student = teachers[fingerprint(plain["teacher"])], students[fingerprint(plain["student"]["backbone"])]
         k = plain["transfer"]["k"]
         row = table.loc[(teacher, k, student)].copy()

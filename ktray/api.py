@@ -285,7 +285,7 @@ def run(
     from ktray.runs.pair_run import run_here, run_on_ray
     from ktray.runs.plan import check_pairs
     from ktray.runs.spec_files import load_pairs, select_pairs
-    from ktray.search.space import pair_of
+    from ktray.search.space import parse_pair
 
     require_positive(concurrent, "concurrent")
     settings = make_settings(home, store=store, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk)
@@ -293,7 +293,7 @@ def run(
     if isinstance(pair, str | Path):
         source, pairs = Path(pair), load_pairs(Path(pair), list(overrides))
     else:
-        source, pairs = Path("pair"), {"pair": pair if isinstance(pair, PairSpec) else pair_of(pair, "pair")}
+        source, pairs = Path("pair"), {"pair": pair if isinstance(pair, PairSpec) else parse_pair(pair, "pair")}
     pairs = select_pairs(pairs, only)
     check_pairs(pairs, data_loader(), source)
     results = run_here(pairs, settings) if local else run_on_ray(pairs, address, concurrent, settings)

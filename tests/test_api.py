@@ -250,8 +250,8 @@ def test_only_the_named_pairs_of_an_experiment_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "")
     path = tmp_path / "two.py"
     spec = toy_spec(teacher=None, transfer="none")
-    body = "{name: pair_of(SPEC, name) for name in ('one', 'two')}"
-    path.write_text(f"from ktray.search.space import pair_of\n\nSPEC = {spec!r}\n\ndef pairs():\n    return {body}\n")
+    body = "{name: parse_pair(SPEC, name) for name in ('one', 'two')}"
+    path.write_text(f"from ktray.search.space import parse_pair\n\nSPEC = {spec!r}\n\ndef pairs():\n    return {body}\n")
     (result,) = ktray.run(path, home=tmp_path, only=["two"], allow_plugins=["my_lab"], local=True, talk=0)
     assert result["name"] == "two"
     assert os.environ["KTRAY_ALLOW_PLUGINS"] == "my_lab"

@@ -243,7 +243,7 @@ def test_a_search_starts_nothing_after_its_stage_hours_are_spent_and_resumes_wit
         assert study.next() == "done"
     with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 2}, early_stop=None)) as study:
         drive(study)
-        assert study.drawn == 9
+        assert study.draw_count == 9
 
 
 def test_interrupted_trials_resume_although_their_costs_exceed_the_budget(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_only_the_first_draw_may_cost_more_than_the_remaining_hours(tmp_path: Pa
         spend(study, 3240.0)
         assert study.next() == "done"
         assert study.stop_reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
-        assert study.drawn == 1
+        assert study.draw_count == 1
     with Study.open(tmp_path, study.space) as again:
         again.set_cost_estimate(lambda params: StageSeconds(300.0, 10.0))
         next_assignment(again)
@@ -305,7 +305,7 @@ def test_the_remaining_hours_are_spent_on_affordable_draws(tmp_path: Path, how: 
         spend(study, 3400.0)
         drive(study)
         assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}
-        assert study.drawn == 9
+        assert study.draw_count == 9
 
 
 def test_an_unaffordable_planned_draw_is_made_when_running_trials_cost_less_than_expected(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_an_unaffordable_planned_draw_does_not_block_others(tmp_path: Path) -> N
     prefix_seconds = {"hog": 15.0, "rotation": 360_000.0}
     with costing(tmp_path, lambda params: StageSeconds(prefix_seconds[str(params["teacher"])], 1.0), start_with=start) as study:
         drive(study)
-        assert study.drawn == 9
+        assert study.draw_count == 9
         assert [trial.planned for trial in study.trials()][:3] == [0, 2, None]
     with Study.open(tmp_path, study.space, trials="+1") as again:
         again.set_cost_estimate(lambda params: StageSeconds(15.0, 1.0))
@@ -346,6 +346,6 @@ def test_a_search_that_spent_its_hours_before_any_result_still_completes_one_tri
 def test_spending_counts_a_changed_trial_once() -> None:
     trial = Trial(0, {}, {}, attributed_costs={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
     spending = Spending([trial, trial])
-    spending.update(dataclasses.replace(trial, attributed_costs={"prefix": {"a": 5.0}, "suffix": {}}))
+    spending.record_trial(dataclasses.replace(trial, attributed_costs={"prefix": {"a": 5.0}, "suffix": {}}))
     assert spending.spent == StageSeconds(5.0, 0.0)
     assert ("a" in spending, "b" in spending) == (True, False)

@@ -60,7 +60,9 @@ def test_what_is_remembered_stays_bounded_over_thousands_of_stages_deaths_and_fa
             harness.fail(one)
         elif number % 7 == 0:
             harness.core.requests.cancel_waits("driver")
-            harness.core.attempt_failed(one.key, harness.core.running[one.key].attempt, "out of memory", "no", "", harness.now)
+            harness.core.handle_failed_attempt(
+                one.key, harness.core.running[one.key].attempt, "out of memory", "no", "", harness.now
+            )
             harness.poll(next(iter(harness.registry.workers)))
             harness.dispatch()
         else:
@@ -85,7 +87,7 @@ def test_late_reports_and_late_heartbeats_of_the_last_attempts_change_nothing() 
         assert harness.core.heartbeat(worker, one.key, one, assigned.attempt, {}, harness.now), (
             "a late heartbeat ends no worker"
         )
-        harness.core.attempt_succeeded(one.key, assigned.attempt, True, 1.0, harness.now)
+        harness.core.handle_succeeded_attempt(one.key, assigned.attempt, True, 1.0, harness.now)
     assert not harness.core.running
     assert harness.core.computed.total() == computed, "nothing is counted twice"
 
@@ -108,7 +110,9 @@ def test_a_fenced_attempt_is_refused_as_long_as_it_is_remembered_and_does_no_har
         harness.publish(each)
     revived = harness.registry.register("worker-1", harness.registry.workers["worker-2"].shape, "node")
     harness.core.heartbeat(revived, one.key, one, assigned.attempt, {}, harness.now)
-    assert not harness.core.attempt_failed(one.key, assigned.attempt, "failed", "FileNotFoundError: fenced", "", harness.now)
+    assert not harness.core.handle_failed_attempt(
+        one.key, assigned.attempt, "failed", "FileNotFoundError: fenced", "", harness.now
+    )
     assert results(harness.request("late", one)) == {"late": ["reused"]}
 
 

@@ -21,7 +21,7 @@ from ktray.pipeline.pair_check import check_pair, data_loader
 from ktray.pipeline.pair_graph import build, generations
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.simulation import VirtualClock, _NoTracker, _VirtualStore, simulate
-from ktray.search.space import Space, pair_of
+from ktray.search.space import Space, parse_pair
 from ktray.search.space_check import checked
 from ktray.search.study import Study
 from ktray.spec import PairSpec, StudentTeacher
@@ -89,12 +89,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("changes", "said"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_in_a_pair_that_teaches_is_told_with_its_place(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=rf"^chain.yaml: {re.escape(said)}[^\n]*$"):
-        pair_of(toy_spec(teacher={**taught_by(FIRST), **changes}), "chain.yaml")
+        parse_pair(toy_spec(teacher={**taught_by(FIRST), **changes}), "chain.yaml")
 
 
 def test_data_that_all_generations_have_are_wrong_once() -> None:
     with pytest.raises(UserError, match=r"^chain.yaml: pair.data: there is no dataset kind 'cifar_10'[^\n]*$"):
-        pair_of(toy_spec(data="cifar_10", teacher=taught_by(FIRST)), "chain.yaml")
+        parse_pair(toy_spec(data="cifar_10", teacher=taught_by(FIRST)), "chain.yaml")
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {

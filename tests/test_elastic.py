@@ -17,7 +17,7 @@ from test_scheduler_core import REQUESTS, CoreHarness, assigned, results, stage
 from ktray.errors import StoppedEarly
 from ktray.scheduler import client
 from ktray.scheduler.messages import AssignStage, FenceAttempt, StartWorker
-from ktray.scheduler.placement import Placement
+from ktray.scheduler.placement import DispatchCapacity
 from ktray.scheduler.resources import GPU_STAGES, STAGES, GpuShares, ResourceRequest, RuntimeSettings
 from ktray.scheduler.worker_registry import NODE_RETURN_SECONDS, Node, WorkerRegistry, WorkerShape
 
@@ -44,14 +44,14 @@ def test_networks_run_on_gpu_nodes_and_the_rest_on_nodes_without_while_they_have
 
 def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere_is_preferred() -> None:
     registry = mixed()
-    placement = Placement(registry, 0.0)
+    placement = DispatchCapacity(registry, 0.0)
     for _ in range(4):
         assert placement.place_worker(WorkerShape()).node == "cpu"  # type: ignore[union-attr]
     assert placement.place_worker(WorkerShape()).node == "gpu"  # type: ignore[union-attr]
     registry.workers = dict(reversed(registry.workers.items()))
     for worker in registry.workers.values():
         worker.last_heartbeat, worker.polling = 0.0, True
-    assert Placement(registry, 0.0).take(ResourceRequest()).node == "cpu"  # type: ignore[union-attr]
+    assert DispatchCapacity(registry, 0.0).take_idle_worker(ResourceRequest()).node == "cpu"  # type: ignore[union-attr]
 
 
 def test_workers_start_on_a_node_that_joins_and_its_gpu_is_used_from_then_on() -> None:

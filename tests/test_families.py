@@ -99,7 +99,7 @@ def test_a_worker_is_busy_until_the_last_stage_of_its_family_is_reported() -> No
     first, second = begun(harness, 2)
     run = harness.core.running[first.key]
     harness.store.add(first.key)
-    harness.core.attempt_succeeded(first.key, run.attempt, True, 1.0, harness.now)
+    harness.core.handle_succeeded_attempt(first.key, run.attempt, True, 1.0, harness.now)
     assert harness.registry.workers["worker-1"].attempt == run.attempt
     harness.publish(second)
     assert harness.registry.workers["worker-1"].attempt is None
@@ -136,7 +136,7 @@ def test_a_full_disk_fails_a_family_at_once() -> None:
     harness = CoreHarness(1)
     layers = begun(harness, 2)
     run = harness.core.running[layers[0].key]
-    harness.core.attempt_failed(run.key, run.attempt, "disk full", "OSError: no space", "", harness.now)
+    harness.core.handle_failed_attempt(run.key, run.attempt, "disk full", "OSError: no space", "", harness.now)
     assert results(harness.dispatch()) == dict.fromkeys(["trial 0", "trial 1"], "OSError: no space")
 
 

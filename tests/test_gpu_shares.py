@@ -9,7 +9,7 @@ import pytest
 from test_scheduler_core import REQUESTS, CoreHarness, assigned, stage
 
 from ktray.artifact import Artifact
-from ktray.scheduler.placement import Placement, evict_idle, free_gpu_shares, gpus_have_room
+from ktray.scheduler.placement import DispatchCapacity, evict_idle, free_gpu_shares, gpus_have_room
 from ktray.scheduler.resources import GpuShares, ResourceRequest, smallest_sufficient_share
 from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
 
@@ -105,6 +105,6 @@ def test_eviction_makes_room_for_a_whole_gpu_on_one_gpu() -> None:
     for number, card in enumerate("0101"):
         worker = registry.register(f"worker-{number + 1}", WorkerShape(0.0, 0.5), "node")
         worker.gpu_ids, worker.last_heartbeat, worker.polling = (card,), 0.0, True
-    placement = Placement(registry, 0.0)
+    placement = DispatchCapacity(registry, 0.0)
     assert placement.place_worker(WorkerShape(0.0, 1.0)) is None
     assert [worker.gpu_ids for worker in evict_idle(placement, WorkerShape(0.0, 1.0))] == [("0",), ("0",)]

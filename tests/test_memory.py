@@ -79,7 +79,7 @@ def test_what_torch_raises_for_the_hosts_memory_is_one_of_them(tmp_path: Path) -
 
 def run_out(harness: CoreHarness, each: Any) -> list[Any]:
     run = harness.core.running[each.key]
-    assert not harness.core.attempt_failed(each.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", harness.now)
+    assert not harness.core.handle_failed_attempt(each.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", harness.now)
     harness.registry.workers[run.worker].polling = True
     return harness.dispatch()
 
@@ -151,7 +151,7 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
     harness.request("a", big)
     assert with_small_batches(run_out(harness, big)) == [big.key]
     run = harness.core.running[big.key]
-    assert harness.core.attempt_failed(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", harness.now)
+    assert harness.core.handle_failed_attempt(big.key, run.attempt, OUT_OF_MEMORY, "MemoryError", "", harness.now)
     harness.registry.workers["worker-1"].polling = True
     cause = results(harness.dispatch())["a"]
     assert cause.startswith("it ran out of memory even with the whole GPU, or machine, to itself (MemoryError)")

@@ -25,7 +25,7 @@ from ktray.pipeline.pair_check import check_pair, data_loader
 from ktray.pipeline.pair_graph import build
 from ktray.pool import StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
-from ktray.search.space import pair_of
+from ktray.search.space import parse_pair
 from ktray.spec import PairSpec
 from ktray.stores.file import FileStore
 from tests.precomputed_files import COUNT, WIDTH, npy, npy_names, numbers, paths, photos, table
@@ -322,7 +322,7 @@ def test_images_of_the_test_split_need_features_of_their_own(tmp_path: Path) -> 
 )
 def test_specs_reject_fields_that_do_not_apply_to_precomputed_features(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        pair_of(toy_spec(teacher=fields), "pair.yaml")
+        parse_pair(toy_spec(teacher=fields), "pair.yaml")
 
 
 def test_an_evaluation_of_precomputed_features_has_no_layer(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from test_scheduler_core import CoreHarness, assigned, results, stage
 
 from ktray.scheduler.fault_tolerance import START_TIMEOUT
 from ktray.scheduler.messages import AssignStage, FenceOrphans, KillWorker, SchedulerEvent, StartWorker
-from ktray.scheduler.placement import Placement
+from ktray.scheduler.placement import DispatchCapacity
 from ktray.scheduler.worker_registry import Node, WorkerShape
 
 
@@ -92,7 +92,7 @@ def test_a_replacement_starts_on_a_responsive_node_if_there_is_one() -> None:
     (second,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert second.worker.node == "other"
     harness.poll("worker-9")  # a worker of the silent node speaks
-    third = Placement(harness.registry, harness.now).place_worker(WorkerShape())
+    third = DispatchCapacity(harness.registry, harness.now).place_worker(WorkerShape())
     assert third is not None
     assert third.node == "node"
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ktray.search.halving import RungScores, best_first, next_rung, rung_epochs
+from ktray.search.halving import RungScores, best_first, next_stop_epoch, rung_epochs
 from ktray.search.space_file import EarlyStop
 from ktray.search.trial import State, Trial
 
@@ -42,11 +42,11 @@ def test_the_last_rung_is_the_full_training_of_each_student() -> None:
 
 
 def test_a_trial_goes_to_its_next_rung() -> None:
-    assert next_rung(STOP, trial(0, {})) == 1
-    assert next_rung(STOP, trial(0, {1: 0.1})) == 3
-    assert next_rung(STOP, trial(0, {1: 0.1}, epochs=2)) == 2
+    assert next_stop_epoch(STOP, trial(0, {})) == 1
+    assert next_stop_epoch(STOP, trial(0, {1: 0.1})) == 3
+    assert next_stop_epoch(STOP, trial(0, {1: 0.1}, epochs=2)) == 2
     with pytest.raises(ValueError, match="all of its 9 epochs"):
-        next_rung(STOP, trial(0, {9: 0.1}))
+        next_stop_epoch(STOP, trial(0, {9: 0.1}))
 
 
 def test_no_trial_is_promoted_before_enough_reached_the_rung() -> None:

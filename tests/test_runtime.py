@@ -12,7 +12,7 @@ import pytest
 from ktray.errors import UserError
 from ktray.scheduler import ray_session
 from ktray.scheduler.resources import GpuShares, ResourceRequest, RuntimeSettings, load_runtime
-from ktray.scheduler.worker_registry import WorkerShape, shape_of
+from ktray.scheduler.worker_registry import WorkerShape, worker_shape_for
 from ktray.stores.locks import lock_home
 
 
@@ -79,8 +79,8 @@ def test_what_runs_a_network_has_a_share_of_a_gpu_unless_the_file_says_how_much_
 ) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text(text)
-    assert shape_of(GpuShares(load_runtime(path).request_of, lambda: True)(stage)) == shape
-    without = shape_of(GpuShares(load_runtime(path).request_of, lambda: False)(stage))
+    assert worker_shape_for(GpuShares(load_runtime(path).request_of, lambda: True)(stage)) == shape
+    without = worker_shape_for(GpuShares(load_runtime(path).request_of, lambda: False)(stage))
     assert without.gpus == (1.0 if "gpus: 1" in text else 0.0)
 
 
@@ -95,12 +95,12 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_drivers_with_other_plugins_never_share_a_scheduler(plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = ray_session.environment_hash()
+    without = ray_session.code_and_environment_hash()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests")
-    allowed = ray_session.environment_hash()
+    allowed = ray_session.code_and_environment_hash()
     plugin.write_text("LEVELS = 3\n")
     ray_session._source_hash.cache_clear()  # as in the next driver's process
-    assert len({without, allowed, ray_session.environment_hash()}) == 3
+    assert len({without, allowed, ray_session.code_and_environment_hash()}) == 3
 
 
 def test_the_order_of_plugins_and_of_folders_does_not_separate_two_drivers(
@@ -108,10 +108,10 @@ def test_the_order_of_plugins_and_of_folders_does_not_separate_two_drivers(
 ) -> None:
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "lab_of_tests,pictures")
     monkeypatch.setenv("PYTHONPATH", "/one:/two")
-    first = ray_session.environment_hash()
+    first = ray_session.code_and_environment_hash()
     monkeypatch.setenv("KTRAY_ALLOW_PLUGINS", "pictures,lab_of_tests")
     monkeypatch.setenv("PYTHONPATH", "/two:/one")
-    assert ray_session.environment_hash() == first
+    assert ray_session.code_and_environment_hash() == first
 
 
 def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

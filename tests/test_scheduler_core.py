@@ -64,14 +64,14 @@ class CoreHarness:
     def publish(self, stage: Stage) -> list[Any]:
         run = self.core.running[stage.key]
         self.store.add(stage.key)
-        self.core.attempt_succeeded(stage.key, run.attempt, True, 1.0, self.now)
+        self.core.handle_succeeded_attempt(stage.key, run.attempt, True, 1.0, self.now)
         if run.worker in self.registry.workers:
             self.registry.workers[run.worker].polling = True
         return self.dispatch()
 
     def fail(self, stage: Stage, missing: str = "") -> list[Any]:
         run = self.core.running[stage.key]
-        self.core.attempt_failed(stage.key, run.attempt, "failed", "ValueError: no", missing, self.now)
+        self.core.handle_failed_attempt(stage.key, run.attempt, "failed", "ValueError: no", missing, self.now)
         self.registry.workers[run.worker].polling = True
         return self.dispatch()
 
@@ -252,7 +252,9 @@ def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
     (assignment,) = harness.request("a", one)
     harness.core.worker_lost(assignment.worker, "fenced", "silent", harness.now)
     harness.dispatch()
-    assert not harness.core.attempt_failed(one.key, assignment.attempt, "failed", "FileNotFoundError: fenced", "", harness.now)
+    assert not harness.core.handle_failed_attempt(
+        one.key, assignment.attempt, "failed", "FileNotFoundError: fenced", "", harness.now
+    )
     assert results(harness.publish(one)) == {"a": ["computed"]}
 
 
@@ -284,7 +286,7 @@ def test_a_stage_that_ended_while_the_broker_was_down_is_counted_once() -> None:
     harness, one = CoreHarness(1), stage("one")
     harness.store.add(one.key)
     for _ in range(2):
-        harness.core.attempt_succeeded(one.key, "old", True, 3.0, harness.now)
+        harness.core.handle_succeeded_attempt(one.key, "old", True, 3.0, harness.now)
     assert harness.core.outbox == [SchedulerEvent("published", one.key, "one", "", 3.0)]
     assert harness.core.computed == {"one": 1}
 

@@ -90,7 +90,7 @@ def shortened(plain: dict[str, Any]) -> dict[str, Any]:
 def branches() -> dict[str, dict[str, Any]]:
     """Name -> a draw that shows a branch of the full space which the draws before it do not."""
     found = space.load(ROOT / "search_spaces" / "cifar10_full.yaml", [])
-    return {label: found.plain(params) for label, params in found.branch_draws()}
+    return {label: found.plain_pair(params) for label, params in found.branch_draws()}
 
 
 def test_the_full_space_has_many_teachers_transfers_and_students() -> None:

@@ -153,7 +153,7 @@ def test_a_stage_that_all_draws_need_and_that_failed_stops_the_search_though_ano
             coordinator.fail(segment, "it cannot be trained", teacher)
         with pytest.raises(StoppedEarly, match=r"10 trials failed one after the other; .* it cannot be trained"):
             coordinator.next()
-        assert study.drawn == 14
+        assert study.draw_count == 14
 
 
 def test_a_failed_teacher_that_half_of_the_draws_need_lets_the_others_go_on(tmp_path: Path) -> None:

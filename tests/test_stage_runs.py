@@ -127,7 +127,7 @@ def test_stages_that_a_killed_session_computed_and_did_not_log_are_found_at_ever
             if segment.final:
                 study.finish(0, {}, {"linear_probe/top1": 0.5}, segment.graph.keys, {})
             else:
-                study.report_rung(0, segment.epoch, 0.5, segment.graph.keys)
+                study.pause_at_rung(0, segment.epoch, 0.5, segment.graph.keys)
     with Study.open(tmp_path, space) as study:
         again = coordinator(study)
         assert again.next() == "done"

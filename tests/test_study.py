@@ -185,7 +185,7 @@ def test_a_combination_that_is_no_pair_fails_without_running(tmp_path: Path) -> 
     failed = [trial for trial in study.trials() if trial.state == "failed"]
     assert failed
     assert "a constant schedule has no warmup" in str(failed[0].cause)
-    assert study.drawn == 12
+    assert study.draw_count == 12
 
 
 OFTEN_NO_PAIR = {"epochs": 9, "kind": {"choice": ["warmup_stable", "constant"]}, "warmup": {"choice": [0.0, 1.0, 2.0, 3.0]}}
@@ -239,14 +239,14 @@ def test_time_counts_over_resumes_and_what_is_paused_waits_for_more(tmp_path: Pa
     more = toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "stop_after": "1h"})
     with Study.open(tmp_path, more, clock=lambda: now[0]) as study:
         drive(study)
-        assert study.drawn == 9
+        assert study.draw_count == 9
 
 
 def test_a_report_for_another_epoch_is_a_mistake_of_the_driver(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
     number = next_assignment(study).trial.number
     with pytest.raises(ValueError, match="runs to epoch 1 of 9 and reports epoch 3"):
-        study.report_rung(number, 3, 0.5)
+        study.pause_at_rung(number, 3, 0.5)
     with pytest.raises(KeyError):
         study.fail(17, "who?")
 
@@ -262,7 +262,7 @@ def test_the_pareto_front_holds_what_nothing_beats(tmp_path: Path) -> None:
 
 def test_keys_of_paused_trials_are_in_use_too(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
-    study.report_rung(
+    study.pause_at_rung(
         next_assignment(study).trial.number, 1, 0.5, {"student": "student-1", "evaluations": {"knn": "evaluation-1"}}
     )
     assert history.keys_in_use(tmp_path) == {"student-1", "evaluation-1"}
@@ -302,7 +302,7 @@ def test_with_several_objectives_rungs_stop_on_their_own_metric_and_all_objectiv
     study = Study.open(tmp_path, space)
     first = [next_assignment(study).trial.number for _ in range(8)]
     for number in first:
-        study.report_rung(number, 1, 0.1 * number)
+        study.pause_at_rung(number, 1, 0.1 * number)
     for _ in range(4):
         promoted = next_assignment(study).trial.number
         values = {"linear_probe/top1": 0.5 - 0.01 * promoted, "cost/seconds": 100.0 - promoted, "knn/top1": 0.5}

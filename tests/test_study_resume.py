@@ -122,7 +122,7 @@ def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) 
     with Study.open(tmp_path, space, trials="+4") as study:
         assert study.target == 7
         drive(study)
-        assert study.drawn == 7
+        assert study.draw_count == 7
     with Study.open(tmp_path, space, trials="+4") as study:
         assert study.target == 7  # all drawn, but the end was never told: some are still paused
         assert study.next() == "done"
@@ -191,7 +191,7 @@ def test_a_killed_driver_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
     with Study.open(tmp_path, space, trials=len(seen) + 2) as study:
         drive(study)
         assert states(study)["running"] == 0
-        assert study.drawn == len(seen) + 2
+        assert study.draw_count == len(seen) + 2
 
 
 @pytest.mark.parametrize("half", ['{"op_code": 8, "wor', '{"op_code": 8, "wor\n'])
@@ -250,7 +250,7 @@ def test_what_a_paused_trial_has_cost_is_known_to_the_next_session(tmp_path: Pat
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
         first = next_assignment(study)
-        study.report_rung(first.trial.number, first.until, 0.5, cost={"marginal_seconds": 7.0})
+        study.pause_at_rung(first.trial.number, first.until, 0.5, cost={"marginal_seconds": 7.0})
     assert Study.open(tmp_path, space).trials()[0].cost == {"marginal_seconds": 7.0}
 
 

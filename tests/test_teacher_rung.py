@@ -10,7 +10,7 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.runs.simulation import VirtualClock, simulate
-from ktray.search.halving import RungScores, next_rung
+from ktray.search.halving import RungScores, next_stop_epoch
 from ktray.search.history import read_study
 from ktray.search.observations import Observations
 from ktray.search.space import Space
@@ -39,10 +39,10 @@ def trial(
 
 
 def test_a_pair_with_a_teacher_begins_at_rung_zero_and_one_without_at_its_first_student_rung() -> None:
-    assert next_rung(STOP, trial(0, "a", None)) == 0
-    assert next_rung(STOP, trial(0, "a", 0.5)) == 1
-    assert next_rung(STOP, trial(0, "", None)) == 1
-    assert next_rung(STOP.model_copy(update={"teacher": None}), trial(0, "a", None)) == 1
+    assert next_stop_epoch(STOP, trial(0, "a", None)) == 0
+    assert next_stop_epoch(STOP, trial(0, "a", 0.5)) == 1
+    assert next_stop_epoch(STOP, trial(0, "", None)) == 1
+    assert next_stop_epoch(STOP.model_copy(update={"teacher": None}), trial(0, "a", None)) == 1
 
 
 def test_the_best_half_of_the_teachers_gets_students() -> None:
@@ -137,7 +137,7 @@ def test_a_trial_with_an_evaluated_teacher_resumes_after_a_kill(tmp_path: Path) 
     with Study.open(tmp_path, space) as study:
         first = next_assignment(study)
         assert (first.until, first.final) == (0, False)
-        study.report_rung(first.trial.number, 0, 0.5)
+        study.pause_at_rung(first.trial.number, 0, 0.5)
     with Study.open(tmp_path, space) as study:
         again = next_assignment(study)
         assert (again.trial.number, again.until) == (first.trial.number, 1)

@@ -97,7 +97,7 @@ def test_the_first_draws_follow_the_good_results_of_the_other_study_also_after_a
     space = toy_space(old, wider)
     with Study.open(old, space, "new", warm_start="toy") as study:
         draws = [next_assignment(study).trial.params for _ in range(2)]
-        assert study.drawn == 2
+        assert study.draw_count == 2
         assert "toy" in study._journal.notes()["warm_start"]
     cold = Study.open(old, space, "cold")
     assert [next_assignment(cold).trial.params for _ in range(2)] != draws

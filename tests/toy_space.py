@@ -70,7 +70,7 @@ def end_segment(study: Study, assignment: Assignment, judge: Callable[[Trial, in
     """Ends a segment as if it had been computed."""
     value = judge(assignment.trial, assignment.until)
     if not assignment.final:
-        return study.report_rung(assignment.trial.number, assignment.until, value)
+        return study.pause_at_rung(assignment.trial.number, assignment.until, value)
     metrics = {"linear_probe/top1": value, "knn/top1": value, "cost/seconds": 10.0}
     return study.finish(
         assignment.trial.number, metrics, metrics, {"student": "student-1"}, {"seconds": 10.0, "marginal_seconds": 1.0}

@@ -248,8 +248,8 @@ class TrialCoordinator:
             if all(map(self.tracker.has_stage, trial.artifacts)):
                 continue
             rungs_reached = [*trial.scores, *([0] if trial.teacher_score is not None else [])]
-            for epoch in {*rungs_reached, *([trial.epochs] if trial.state == "completed" else [])}:
-                evaluations = None if epoch == trial.epochs else [self._evaluation_of(epoch)]
+            for epoch in {*rungs_reached, *([trial.total_epochs] if trial.state == "completed" else [])}:
+                evaluations = None if epoch == trial.total_epochs else [self._evaluation_of(epoch)]
                 found |= {stage.key for stage in self._graph_of(trial, epoch, evaluations).stages}
         return {key for key in found if not self.tracker.has_stage(key)}
 
@@ -310,7 +310,7 @@ class TrialCoordinator:
         assert self.space.early_stop is not None
         name = self.space.early_stop.metric_at(segment.epoch)
         cost = {"marginal_seconds": marginal}
-        trial = self.study.report_rung(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
+        trial = self.study.pause_at_rung(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
         where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"
         self._show_end(trial, f"{name} {metrics[name]:.4f} {where}")
         self.tracker.log_metrics(trial.number, {name: metrics[name]}, segment.epoch)

@@ -161,7 +161,7 @@ class _Live:
             score = trial.scores.get(max(trial.scores, default=0))
             found = trial.objectives.get(goal, score if stop and stop.metric == goal else None)
             judged = [_number(score)] if stop and stop.metric != goal else []
-            reached = f"{trial.epoch}/{trial.epochs}"
+            reached = f"{trial.epoch}/{trial.total_epochs}"
             state = (
                 f"{trial.state}: {waits_for[trial.number]}"
                 if trial.state == "running" and trial.number in waits_for

@@ -273,7 +273,7 @@ class _Simulation:
             }
             self.store.found[stage.key] = Artifact(stage.key, Path("/nowhere"), metrics, record)
             self.timeline.computed.append((self.clock.now, stage.key))
-            self.core.attempt_succeeded(stage.key, assignment.attempt, True, seconds / len(stages), self.clock.now)
+            self.core.handle_succeeded_attempt(stage.key, assignment.attempt, True, seconds / len(stages), self.clock.now)
 
 
 def _computed_together(assignment: AssignStage) -> tuple[Stage, ...]:

@@ -36,7 +36,7 @@ from ktray.scheduler.messages import (
     WorkerIdentity,
     WorkerOrder,
 )
-from ktray.scheduler.ray_cluster import classify_loss, kill_process_on, kill_workers, nodes, this_process, worker_names
+from ktray.scheduler.ray_cluster import classify_loss, kill_all_workers, kill_process_on, nodes, this_process, worker_names
 from ktray.scheduler.requests import RecentKeys
 from ktray.scheduler.resources import GpuShares
 from ktray.scheduler.worker import start_worker
@@ -87,7 +87,7 @@ class Broker:
         self._watchers: set[asyncio.Task[None]] = set()
         # Workers of an earlier scheduler are killed before any new one exists; Ray frees their names only some time later.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self._registry.skip_names([] if restarted else kill_workers(config.namespace))
+        self._registry.skip_names([] if restarted else kill_all_workers(config.namespace))
         self._survivors = worker_names(config.namespace) if restarted else []
         self._core.startup.restart(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._exit_if_never_called).start()
@@ -163,7 +163,7 @@ class Broker:
         """Kill all workers, then this process."""
         for handle in self._handles.values():
             ray.kill(handle)
-        kill_workers(self._config.namespace)
+        kill_all_workers(self._config.namespace)
         self._exit()
 
     # ---- calls of workers
@@ -217,8 +217,8 @@ class Broker:
         key, attempt, kind, cause = report.key, report.attempt, report.failure, report.cause
         if kind is None:
             for published_key, computed in report.published:
-                self._core.attempt_succeeded(published_key, attempt, computed, report.seconds, now)
-        elif self._core.attempt_failed(key, attempt, kind, cause, report.missing, now):
+                self._core.handle_succeeded_attempt(published_key, attempt, computed, report.seconds, now)
+        elif self._core.handle_failed_attempt(key, attempt, kind, cause, report.missing, now):
             failure = {"cause": cause, "traceback": report.traceback, "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures
                 self._store.record_failure(key, failure)

@@ -19,7 +19,7 @@ from ktray.scheduler.broker import Broker
 from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig, StageFunction
 from ktray.scheduler.ray_cluster import kill_process, this_process
-from ktray.scheduler.ray_session import RaySession, environment, environment_hash
+from ktray.scheduler.ray_session import RaySession, code_and_environment_hash, environment
 from ktray.scheduler.worker import to_bytes
 from ktray.stores import open_store
 from ktray.stores.locks import try_lock_store
@@ -205,7 +205,7 @@ def connect(session: RaySession, store_url: str, stage_function: StageFunction) 
     """
     packed = to_bytes(stage_function)
     runtime = session.runtime.model_dump(mode="json")
-    namespace = f"ktray-{fingerprint([environment_hash(), runtime, store_url, packed.hex()])[:12]}"
+    namespace = f"ktray-{fingerprint([code_and_environment_hash(), runtime, store_url, packed.hex()])[:12]}"
     scheduler = SchedulerClient(namespace, session.name)
     if not _broker_answers(namespace):
         _sweep(store_url)

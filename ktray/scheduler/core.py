@@ -23,12 +23,12 @@ from ktray.scheduler.messages import (
     KillWorker,
     LossKind,
     SchedulerEvent,
-    out_of_memory_cause,
+    repeated_out_of_memory_text,
 )
-from ktray.scheduler.placement import Placement, WorkerAutoscaler
+from ktray.scheduler.placement import DispatchCapacity, WorkerAutoscaler
 from ktray.scheduler.requests import REMEMBERED, PendingStage, RecentKeys, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Worker, WorkerRegistry, describe_request, shape_of
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry, describe_request, worker_shape_for
 
 MAX_FAMILY = 8  # stages that one attempt computes together: all of its outputs are in memory at once
 
@@ -146,7 +146,7 @@ class SchedulerCore:
                 worker.lent_to = None
         return run
 
-    def attempt_succeeded(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
+    def handle_succeeded_attempt(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
         """An attempt reports success; whether its artifact exists is for the store to say.
 
         Args:
@@ -169,7 +169,7 @@ class SchedulerCore:
             self.outbox.append(SchedulerEvent(PUBLISHED, key, name, run.worker if run else "", spent))
         self.requests.publish(artifact, computed)
 
-    def attempt_failed(self, key: str, attempt: str, kind: FailureKind, cause: str, missing: str, now: float) -> bool:
+    def handle_failed_attempt(self, key: str, attempt: str, kind: FailureKind, cause: str, missing: str, now: float) -> bool:
         """An attempt reports a failure. False if it is not the current attempt, or if its stages simply run again.
 
         A missing input is recomputed first. If a family failed, any of its stages may be to blame, so they run again one by
@@ -183,7 +183,7 @@ class SchedulerCore:
             self._close_attempt(other.key, attempt)
         if kind == FAILED and not others and self.find(key) is not None:
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
-            self.attempt_succeeded(key, attempt, False, 0.0, now)
+            self.handle_succeeded_attempt(key, attempt, False, 0.0, now)
             return False
         if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusive.must_retry_after_error(key, kind)):
             event = SchedulerEvent(SPLIT if others else OUT_OF_MEMORY, key, run.stage.name, run.worker, now - run.since, cause)
@@ -191,11 +191,11 @@ class SchedulerCore:
             self._restart([run, *others])
             return False
         if kind == OUT_OF_MEMORY:
-            kind, cause = FAILED, out_of_memory_cause(cause)
+            kind, cause = FAILED, repeated_out_of_memory_text(cause)
         if kind != FAILED:
             for other in others:
                 self._fail(other.key, kind, cause)
-        if missing and self._retries.may_retry_after_missing_input(key) and self.requests.recompute_input(key, missing, now):
+        if missing and self._retries.count_missing_input(key) and self.requests.recompute_input(key, missing, now):
             return True
         self.outbox.append(SchedulerEvent(FAILED, key, run.stage.name, run.worker, now - run.since, cause))
         self._fail(key, kind, cause)
@@ -254,7 +254,7 @@ class SchedulerCore:
             self._exclusive.note_loss(lead.key, event)
         for run in family:
             # If a worker froze before it even received the stage, the stage is not to blame.
-            if not self._retries.may_retry_after_loss(run, blamed=run.confirmed or event != FENCED):
+            if not self._retries.count_loss(run, blamed=run.confirmed or event != FENCED):
                 self._fail(run.key, FAILED, f"WorkerDied: its worker died {MAX_LOSSES} times, the last time: {cause}")
 
     def _fail_waiting(self, cause: str) -> None:
@@ -290,7 +290,7 @@ class SchedulerCore:
         exclusive = self._exclusive.keys()
         runs = [self.running[key] for key in exclusive & self.running.keys()]
         self._exclusive.reserve_nodes((run, self._request(run.stage)) for run in runs)
-        placement = Placement(self.registry, now)
+        placement = DispatchCapacity(self.registry, now)
         for pending in self.requests.ready_among(exclusive):
             if pending.stage.key in self.requests.pending:
                 self._place(pending, placement)
@@ -303,10 +303,10 @@ class SchedulerCore:
                 full.add(name)  # other stages of this name would find no room either
                 if full >= self.requests.queue.names.keys():
                     break
-        self.scaling.end_dispatch(placement)
+        self.scaling.forget_served_shapes(placement)
         self._lend(placement)
 
-    def _place(self, pending: PendingStage, placement: Placement) -> bool:
+    def _place(self, pending: PendingStage, placement: DispatchCapacity) -> bool:
         """Start a stage, or arrange a worker for it; False if it must wait for room."""
         stage, request = pending.stage, self._request(pending.stage)
         worker = self._exclusive.find_worker(stage.key, request, placement)
@@ -315,7 +315,7 @@ class SchedulerCore:
         elif not self.registry.fits(request):
             self._fail(stage.key, FAILED, f"it needs {describe_request(request)}, more than any node of the cluster has")
         else:
-            return self.scaling.provide_worker(shape_of(request), stage.key in self._exclusive, placement)
+            return self.scaling.provide_worker(worker_shape_for(request), stage.key in self._exclusive, placement)
         return True
 
     def _request(self, stage: Stage) -> ResourceRequest:
@@ -338,7 +338,7 @@ class SchedulerCore:
     def _runs_individually(self, key: str) -> bool:
         return key in self._split or key in self._exclusive
 
-    def _lend(self, placement: Placement) -> None:
+    def _lend(self, placement: DispatchCapacity) -> None:
         names = {name for name in {run.stage.name for run in self.running.values()} if self.request_of(name).helpers}
         leaders = [run for run in self.running.values() if run.stage.name in names and run.key == run.leader]
         for run in sorted(leaders, key=lambda run: run.since):

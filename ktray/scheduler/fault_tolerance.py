@@ -21,10 +21,10 @@ from ktray.scheduler.messages import (
     LossKind,
     SchedulerEvent,
 )
-from ktray.scheduler.placement import Placement
+from ktray.scheduler.placement import DispatchCapacity
 from ktray.scheduler.requests import REMEMBERED, RecentKeys, RunningStage
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape, shape_of
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape, worker_shape_for
 
 START_TIMEOUT = 120.0  # seconds that a worker may take to start; after that it counts as frozen and is replaced
 
@@ -166,7 +166,7 @@ class RetryPolicy:
         self._remembered = remembered
         self._histories: OrderedDict[str, _History] = OrderedDict()
 
-    def may_retry_after_loss(self, run: RunningStage, blamed: bool) -> bool:
+    def count_loss(self, run: RunningStage, blamed: bool) -> bool:
         """Count the loss of its worker; whether the stage may start again.
 
         Args:
@@ -180,7 +180,7 @@ class RetryPolicy:
         history.worker_losses += blamed
         return history.worker_losses < MAX_LOSSES
 
-    def may_retry_after_missing_input(self, key: str) -> bool:
+    def count_missing_input(self, key: str) -> bool:
         """Count that one of its inputs was not in the store; whether the stage may start again."""
         history = self._history(key)
         history.missing_inputs += 1
@@ -258,14 +258,14 @@ class ExclusiveStages:
             if self._needs_whole_node(run.key, request) and run.worker in self.registry.workers:
                 self.registry.reserve(self.registry.workers[run.worker].node)
 
-    def find_worker(self, key: str, request: ResourceRequest, placement: Placement) -> Worker | None:
+    def find_worker(self, key: str, request: ResourceRequest, placement: DispatchCapacity) -> Worker | None:
         """The worker that can run the stage now, exclusively if it must."""
         if not self._needs_whole_node(key, request):
-            return placement.take(request)
-        shape = shape_of(request)
+            return placement.take_idle_worker(request)
+        shape = worker_shape_for(request)
         if any(worker.shape == shape for worker in self.registry.workers.values()):
-            return placement.take_exclusive(request)
-        return placement.take(request)  # without a worker of its shape there is no node to reserve yet
+            return placement.take_exclusive_worker(request)
+        return placement.take_idle_worker(request)  # without a worker of its shape there is no node to reserve yet
 
     def _needs_whole_node(self, key: str, request: ResourceRequest) -> bool:
         """Whether the stage has its node to itself; one that ran out of a GPU's memory needs no more than the whole GPU."""

@@ -13,7 +13,7 @@ from typing import Any
 from ktray.artifact import Artifact, Stage
 from ktray.errors import StageFailed, StoppedEarly, UserError
 from ktray.pool import SMALL_BATCH_SIZE, StageContext
-from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, StageFunction, failure_kind, out_of_memory_cause
+from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, StageFunction, failure_kind, repeated_out_of_memory_text
 from ktray.stores import Store
 from ktray.stores.locks import lock_store_shared, try_lock_store
 
@@ -84,7 +84,7 @@ class LocalScheduler:
         if kind == DISK_FULL:
             return StoppedEarly(f"the disk is full: {error}")
         cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        cause = out_of_memory_cause(cause) if kind == OUT_OF_MEMORY else cause
+        cause = repeated_out_of_memory_text(cause) if kind == OUT_OF_MEMORY else cause
         with suppress(OSError):  # a store that cannot be written is one of the causes
             self.store.record_failure(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
         return StageFailed(stage.key, cause)

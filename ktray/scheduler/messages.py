@@ -222,7 +222,7 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 
 
-def out_of_memory_cause(cause: str) -> str:
+def repeated_out_of_memory_text(cause: str) -> str:
     """The cause of a stage that ran out of memory again although it ran exclusively."""
     what = "it ran out of memory even with the whole GPU, or machine, to itself"
     return f"{what} ({cause[:300]}); use a smaller batch_size, smaller images or a smaller network"

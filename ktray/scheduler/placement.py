@@ -1,7 +1,8 @@
 """Placement: which worker runs a stage, where new workers start, which idle ones are evicted to make room. Pure.
 
-`Placement` is the view of one dispatch. A stage takes an idle worker of its shape; without one, `WorkerAutoscaler` starts a
-worker where there is room, evicts idle workers of other shapes, or, after a while, reserves a node until enough of it is free.
+`DispatchCapacity` is what one dispatch has to give out: idle workers and free room. A stage takes an idle worker of its shape;
+without one, `WorkerAutoscaler` starts a worker where there is room, evicts idle workers of other shapes, or, after a while,
+reserves a node until enough of it is free.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 
 from ktray.scheduler.messages import Action, RetireWorker, StartWorker
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import CPU_PART, WHOLE_NODE, Worker, WorkerRegistry, WorkerShape, shape_of
+from ktray.scheduler.worker_registry import CPU_PART, WHOLE_NODE, Worker, WorkerRegistry, WorkerShape, worker_shape_for
 
 RESERVE_AFTER = 30.0  # seconds that a stage waits for a worker of its shape before a node is reserved for it
 FAILED_STARTS = 3  # rounds of workers that die before their first heartbeat, until what waits fails
@@ -54,7 +55,7 @@ def gpus_have_room(free: dict[str, float], gpus: float) -> bool:
 # ---- the view of one dispatch
 
 
-class Placement:
+class DispatchCapacity:
     """Which workers are idle and what each node has left: counted once per dispatch, then kept up to date.
 
     Attributes:
@@ -121,12 +122,12 @@ class Placement:
         """All workers that wait for a stage, of any shape, including those on reserved nodes."""
         return [worker for workers in self._idle.values() for worker in workers if not worker.retiring]
 
-    def take(self, request: ResourceRequest, node: str | None = None) -> Worker | None:
+    def take_idle_worker(self, request: ResourceRequest, node: str | None = None) -> Worker | None:
         """A worker that can serve the request at once: one that is not lent, else one that is; only on `node` if given.
 
         A request without a GPU prefers a worker on a node without GPUs.
         """
-        idle = self._idle.get(shape_of(request), [])
+        idle = self._idle.get(worker_shape_for(request), [])
         for index in reversed(range(len(idle))):
             worker = idle[index]
             if worker.retiring or worker.node != (node or worker.node) or self.registry.must_stay_idle(worker):
@@ -137,16 +138,16 @@ class Placement:
                 return worker
         return None
 
-    def take_exclusive(self, request: ResourceRequest) -> Worker | None:
+    def take_exclusive_worker(self, request: ResourceRequest) -> Worker | None:
         """A worker on a node where nothing else runs; else None, and the node that will be free soonest is reserved."""
-        registry, shape = self.registry, shape_of(request)
+        registry, shape = self.registry, worker_shape_for(request)
         # Only nodes that already have a worker of the shape, because no worker starts on a reserved node.
         equipped = {worker.node for worker in registry.workers.values() if worker.shape == shape and not worker.retiring}
         able = [name for name, node in registry.nodes.items() if name in equipped and node.memory >= request.memory_bytes]
         busy = {name: sum(worker.attempt is not None for worker in self.workers_by_node[name]) for name in able}
         soonest = sorted(able, key=lambda name: (busy[name], -registry.nodes[name].memory, name))
         for name in soonest:
-            worker = self.take(request, name) if not busy[name] and name not in registry.reserved else None
+            worker = self.take_idle_worker(request, name) if not busy[name] and name not in registry.reserved else None
             if worker is not None:
                 registry.reserve(name)
                 return worker
@@ -202,7 +203,7 @@ class Placement:
 # ---- eviction
 
 
-def evict_idle(placement: Placement, shape: WorkerShape) -> list[Worker]:
+def evict_idle(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
     """Retire idle workers of other shapes until a worker of `shape` has room; none if that room is expected anyway.
 
     Returns:
@@ -226,7 +227,7 @@ def evict_idle(placement: Placement, shape: WorkerShape) -> list[Worker]:
     return []
 
 
-def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
+def reserve_room(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
     """Reserve the node, or the GPU, where a worker of `shape` will soonest have room: no stage starts there meanwhile.
 
     Returns:
@@ -254,18 +255,18 @@ def reserve_room(placement: Placement, shape: WorkerShape) -> list[Worker]:
     return evicted
 
 
-def _workers_using(placement: Placement, node: str, part: str) -> list[Worker]:
+def _workers_using(placement: DispatchCapacity, node: str, part: str) -> list[Worker]:
     return [worker for worker in placement.workers_by_node[node] if worker.uses(part)]
 
 
-def _room_is_expected(placement: Placement, shape: WorkerShape) -> bool:
+def _room_is_expected(placement: DispatchCapacity, shape: WorkerShape) -> bool:
     """Whether a shape that has no room now will have it once the workers that already retire are gone."""
     if not placement.registry.reserved and not any(worker.retiring for worker in placement.registry.workers.values()):
         return False
     return any(_will_have_room(placement, node, shape) for node in placement.registry.nodes)
 
 
-def _will_have_room(placement: Placement, name: str, shape: WorkerShape) -> bool:
+def _will_have_room(placement: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
     """Whether a node has room once its retiring workers are gone."""
     node, staying = placement.registry.nodes[name], [each for each in placement.workers_by_node[name] if not each.retiring]
     cpus = node.cpus - sum(worker.shape.cpus for worker in staying)
@@ -301,11 +302,11 @@ class WorkerAutoscaler:
 
     def prestart(self, workers: int) -> None:
         """Start workers of the usual shape before the first stage comes, until there are this many workers."""
-        placement = Placement(self.registry, 0.0)
+        placement = DispatchCapacity(self.registry, 0.0)
         for _ in range(0 if self.failed_starts else workers - len(self.registry.workers)):
             self._start_worker(WorkerShape(), placement)
 
-    def _start_worker(self, shape: WorkerShape, placement: Placement) -> bool:
+    def _start_worker(self, shape: WorkerShape, placement: DispatchCapacity) -> bool:
         worker = placement.place_worker(shape)
         if worker is not None:
             self.outbox.append(StartWorker(worker))
@@ -323,7 +324,7 @@ class WorkerAutoscaler:
         self.failed_starts = (self.failed_starts + 1) % FAILED_STARTS
         return not self.failed_starts
 
-    def provide_worker(self, shape: WorkerShape, exclusive: bool, placement: Placement) -> bool:
+    def provide_worker(self, shape: WorkerShape, exclusive: bool, placement: DispatchCapacity) -> bool:
         """Start a worker for a stage that has none, or begin to make room for one; False if it must wait for that room.
 
         Args:
@@ -343,11 +344,11 @@ class WorkerAutoscaler:
         self.outbox += [RetireWorker(worker.name) for worker in evicted]
         return False
 
-    def end_dispatch(self, placement: Placement) -> None:
+    def forget_served_shapes(self, placement: DispatchCapacity) -> None:
         """Drop the waiting times of shapes that no stage waits for any more; by now every waiting stage was seen."""
         self._waiting_since = {shape: since for shape, since in self._waiting_since.items() if placement.unserved[shape]}
 
-    def lend(self, attempt: str, shape: WorkerShape, helpers: int, placement: Placement) -> None:
+    def lend(self, attempt: str, shape: WorkerShape, helpers: int, placement: DispatchCapacity) -> None:
         """Lend idle workers to an attempt, and start some for it where there is room, until it has this many."""
         missing = helpers - placement.lent[attempt]
         for worker in placement.lendable(shape)[: max(0, missing)]:

@@ -1,6 +1,6 @@
 """Sessions on Ray: a Ray of our own on this machine, or a connection to a cluster that somebody else started.
 
-Drivers with the same code and environment share a scheduler: see `environment_hash`.
+Drivers with the same code and environment share a scheduler: see `code_and_environment_hash`.
 """
 
 from __future__ import annotations
@@ -418,7 +418,7 @@ def plugin_paths() -> list[str]:
     return found
 
 
-def environment_hash() -> str:
+def code_and_environment_hash() -> str:
     """Hash of the code and environment that this driver's workers would have, whatever the order of folders and plugins."""
     given = environment()
     lists = {"PYTHONPATH": os.pathsep, "KTRAY_ALLOW_PLUGINS": ","}

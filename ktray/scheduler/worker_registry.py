@@ -20,14 +20,14 @@ class WorkerShape:
     gpus: float = 0.0
 
 
-def shape_of(request: ResourceRequest) -> WorkerShape:
+def worker_shape_for(request: ResourceRequest) -> WorkerShape:
     """The shape of the worker that serves this request; one with a GPU holds no CPU, so that it never waits for one."""
     return WorkerShape(0.0, request.gpus) if request.gpus else WorkerShape(max(request.cpus, 0.01), 0.0)
 
 
 def describe_request(request: ResourceRequest) -> str:
     """The request in words, such as ``1 CPU and 2.0 GiB``."""
-    shape = shape_of(request)
+    shape = worker_shape_for(request)
     units = f"{shape.gpus:g} GPU" if shape.gpus else f"{shape.cpus:g} CPU"
     return f"{units} and {request.memory_bytes / 2**30:.1f} GiB" if request.memory_bytes else units
 
@@ -113,7 +113,7 @@ class WorkerRegistry:
 
     def fits(self, request: ResourceRequest) -> bool:
         """Whether some node could ever serve this request."""
-        shape = shape_of(request)
+        shape = worker_shape_for(request)
         return shape.cpus <= self.cpu_limit and any(
             node.cpus >= shape.cpus and node.gpus >= shape.gpus and node.memory >= request.memory_bytes
             for node in self.alive_and_departed_nodes()

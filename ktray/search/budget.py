@@ -35,9 +35,9 @@ class Spending:
         self._keys: Counter[str] = Counter()
         self._spent = StageSeconds()
         for trial in trials:
-            self.update(trial)
+            self.record_trial(trial)
 
-    def update(self, trial: Trial) -> None:
+    def record_trial(self, trial: Trial) -> None:
         """Adds a new trial, or replaces the costs of a changed one."""
         before = self._costs.get(trial.number, {})
         if trial.attributed_costs == before:
@@ -69,7 +69,7 @@ def affordable_seconds(budget: Budget, spent: StageSeconds, trials: Iterable[Tri
     return math.inf if budget.hours is None or not begun else budget.hours * HOUR - sum(spent)
 
 
-def limit_reached(budget: Budget, seconds: float, spent: StageSeconds) -> str | None:
+def reached_limit(budget: Budget, seconds: float, spent: StageSeconds) -> str | None:
     """The limit of a budget that is reached, as a phrase for the user; None if none is.
 
     Args:

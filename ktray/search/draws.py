@@ -124,7 +124,7 @@ class SampledDraws:
         try:
             pair = self.space.pair(params).model_dump(mode="json")
         except UserError as error:
-            plain = self.space.plain(params)
+            plain = self.space.plain_pair(params)
             return Trial(self._count, params, plain, "failed", cause=str(error), planned=planned)
         earlier = self._first_trials.get(fingerprint(pair))
         state: State = "running" if earlier is None else "duplicate"

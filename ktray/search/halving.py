@@ -28,7 +28,7 @@ def rung_epochs(stop: EarlyStop | None, epochs: int) -> tuple[int, ...]:
     return (*(rung for rung in below if rung < epochs), epochs)
 
 
-def next_rung(stop: EarlyStop | None, trial: Trial) -> int:
+def next_stop_epoch(stop: EarlyStop | None, trial: Trial) -> int:
     """The epoch to which a trial trains next; 0 if its teacher must be judged first.
 
     Raises:
@@ -36,9 +36,9 @@ def next_rung(stop: EarlyStop | None, trial: Trial) -> int:
     """
     if stop and stop.teacher and trial.pair.get("teacher") and trial.teacher_score is None and not trial.scores:
         return 0
-    ahead = [rung for rung in rung_epochs(stop, trial.epochs) if rung > trial.epoch]
+    ahead = [rung for rung in rung_epochs(stop, trial.total_epochs) if rung > trial.epoch]
     if not ahead:
-        raise ValueError(f"trial {trial.number} had all of its {trial.epochs} epochs")
+        raise ValueError(f"trial {trial.number} had all of its {trial.total_epochs} epochs")
     return ahead[0]
 
 
@@ -84,8 +84,8 @@ class _TeacherRung:
         """Number of teachers that get students."""
         return math.ceil(len(self._judged) * self._stop.share - 1e-9) if self._stop else 0
 
-    def prune_cause(self, trial: Trial) -> str | None:
-        """See `RungScores.prune_cause`."""
+    def teacher_prune_cause(self, trial: Trial) -> str | None:
+        """See `RungScores.teacher_prune_cause`."""
         if self._stop is None or trial.teacher_score is None or not trial.waits_for_teacher:
             return None
         place, total = self.rank(self._sign * trial.teacher_score) + 1, len(self._judged)
@@ -144,9 +144,9 @@ class RungScores:
         furthest = next((paused for paused in self._paused.values() if paused), None)
         return furthest[0][1] if furthest else self._teachers.best_paused()
 
-    def prune_cause(self, trial: Trial) -> str | None:
+    def teacher_prune_cause(self, trial: Trial) -> str | None:
         """Why a trial was pruned before its student; None if its student has begun."""
-        return self._teachers.prune_cause(trial)
+        return self._teachers.teacher_prune_cause(trial)
 
     def _entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
         if trial is None or rung not in trial.scores or trial.state == "failed":

@@ -113,7 +113,7 @@ class Observations:
         if trial.state == "completed":
             return 0
         reached, _ = trial.last_rung_score or (0, 0.0)
-        return sum(rung > reached for rung in rung_epochs(self._stop, trial.epochs))
+        return sum(rung > reached for rung in rung_epochs(self._stop, trial.total_epochs))
 
     def _in_order(self, numbers: Iterable[int]) -> list[int]:
         """These trials, best first, by the first objective."""

@@ -115,7 +115,7 @@ class Space:
         """`params`, with the first option or the lower end for each parameter that is left out."""
         return self.suggest(lambda parameter: params.get(parameter.name, space_tree.boundary_values(parameter)[0]))
 
-    def plain(self, params: Mapping[str, Scalar]) -> dict[str, Any]:
+    def plain_pair(self, params: Mapping[str, Scalar]) -> dict[str, Any]:
         """The pair with these parameters, as plain data before validation."""
         value: dict[str, Any] = space_tree.resolve(self.root, params)
         return value
@@ -126,7 +126,7 @@ class Space:
         Raises:
             UserError: the combination is no valid pair.
         """
-        value = self.plain(params)
+        value = self.plain_pair(params)
         try:
             return PairSpec.model_validate(value)
         except ValidationError as error:
@@ -235,7 +235,7 @@ def load(path: Path, overrides: list[str]) -> Space:
     Raises:
         UserError: up to five errors, each with file, dotted path, problem and correction.
     """
-    return _checked_space(space_file.read(path, overrides), str(path), path.name)
+    return _checked_space(space_file.read_content(path, overrides), str(path), path.name)
 
 
 def parse(text: str, overrides: list[str], source: str) -> Space:
@@ -262,7 +262,7 @@ def is_space(path: Path) -> bool:
     Raises:
         UserError: the file cannot be read.
     """
-    content = space_file.read(path, [])
+    content = space_file.read_content(path, [])
     return bool(SEARCH_FIELDS & content.keys())
 
 
@@ -274,11 +274,11 @@ def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:
     """
     if is_space(path):
         raise UserError("this is a search space, not a pair", str(path), f"Use ktray search {path}.")
-    content = space_file.read(path, overrides)
-    return {path.stem: pair_of(content, path.name)}
+    content = space_file.read_content(path, overrides)
+    return {path.stem: parse_pair(content, path.name)}
 
 
-def pair_of(content: Mapping[str, Any], source: str) -> PairSpec:
+def parse_pair(content: Mapping[str, Any], source: str) -> PairSpec:
     """The pair that is all of `content` or its field `pair`.
 
     Raises:

@@ -60,7 +60,7 @@ def _checked_pairs(space: Space) -> tuple[list[SpecProblem], dict[str, PairSpec]
     found: dict[SpecProblem, None] = {}
     pairs: dict[str, PairSpec] = {}
     for label, params in space.boundary_draws():
-        value = space.plain(params)
+        value = space.plain_pair(params)
         try:
             pairs[label] = PairSpec.model_validate(value)
         except ValidationError as error:
@@ -187,7 +187,7 @@ def _invalid_entries(
 def _invalid_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecProblem]:
     """The errors of a planned draw: values that are valid in boundary draws may be an invalid combination."""
     params = space.fill_with_first_values(entry)
-    value = space.plain(params)
+    value = space.plain_pair(params)
     try:
         PairSpec.model_validate(value)
     except ValidationError as error:

@@ -100,7 +100,7 @@ class SpaceFile(StrictSpec):
     @field_validator("study")
     @classmethod
     def _valid_name(cls, study: str) -> str:
-        check_name(study)
+        check_study_name(study)
         return study
 
     @field_validator("objectives")
@@ -113,7 +113,7 @@ class SpaceFile(StrictSpec):
         return objectives
 
 
-def check_name(study: str) -> None:
+def check_study_name(study: str) -> None:
     """Refuses a study's name that cannot be a plain file name.
 
     Raises:
@@ -123,7 +123,7 @@ def check_name(study: str) -> None:
         raise ValueError(f"the study name {study!r} may contain only A-Z a-z 0-9 . _ - (and not start with a dot)")
 
 
-def read(path: Path, overrides: list[str]) -> dict[str, Any]:
+def read_content(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The plain content of a YAML file, with overrides such as ``transfer.k=500`` applied.
 
     Raises:

@@ -187,7 +187,7 @@ def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecProblem]) ->
     return OneOf(Choice(_name(path), names, names, branches=True), branches)
 
 
-def children(node: Any) -> Sequence[Any]:
+def container_values(node: Any) -> Sequence[Any]:
     """The values of a mapping or a list of the tree; of anything else none."""
     if isinstance(node, dict):
         return list(node.values())
@@ -202,7 +202,7 @@ def draw(node: Any, ask: Ask, params: Params) -> None:
         draw(node.branches[branch], ask, params)
     elif isinstance(node, Choice | Range):
         params[node.name] = ask(node)
-    for child in children(node):
+    for child in container_values(node):
         draw(child, ask, params)
 
 
@@ -212,7 +212,7 @@ def parameters_only(node: Any) -> Any:
         return OneOf(node.choice, {branch: parameters_only(body) for branch, body in node.branches.items()})
     if isinstance(node, Choice | Range):
         return node
-    left = [found for child in children(node) if (found := parameters_only(child)) is not None]
+    left = [found for child in container_values(node) if (found := parameters_only(child)) is not None]
     return left or None
 
 
@@ -243,7 +243,7 @@ def combinations(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> 
         for value in values(node):
             yield {node.name: value}
     else:
-        yield from _product(children(node), values)
+        yield from _product(container_values(node), values)
 
 
 def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
@@ -264,7 +264,7 @@ def size(node: Any) -> int | None:
         found = all_values(node)
         return None if found is None else len(found)
     total = 1
-    for child in children(node):
+    for child in container_values(node):
         factor = size(child)
         if factor is None:
             return None
@@ -290,7 +290,7 @@ def parameters(node: Any) -> Iterator[tuple[Parameter, Params]]:
                 yield parameter, {node.choice.name: branch, **conditions}
     elif isinstance(node, Choice | Range):
         yield node, {}
-    for child in children(node):
+    for child in container_values(node):
         yield from parameters(child)
 
 

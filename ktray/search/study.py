@@ -35,8 +35,8 @@ from ktray.search.budget import (
     Spending,
     StageSeconds,
     affordable_seconds,
-    limit_reached,
     nothing_affordable,
+    reached_limit,
 )
 from ktray.search.draws import DrawSource, SampledDraws
 from ktray.search.journal import Journal, driver_lock
@@ -120,7 +120,7 @@ class Study:
         """
         name = name or space.name
         try:
-            space_file.check_name(name)
+            space_file.check_study_name(name)
         except ValueError as error:
             raise UserError(str(error), "--name") from error
         _check_target(trials)
@@ -132,7 +132,7 @@ class Study:
                 _note_warm_start(journal, home, space, name, warm_start)
             study = cls(journal, space, clock, trials, draws or SampledDraws(space))
             if retry:
-                study._raise_target(study.drawn + study._draws.retry_failed())
+                study._raise_target(study.draw_count + study._draws.retry_failed())
             study._lock = lock.pop_all()
         return study
 
@@ -151,7 +151,7 @@ class Study:
         self._draws.set_cost_estimate(cost_estimate)
 
     @property
-    def drawn(self) -> int:
+    def draw_count(self) -> int:
         """Number of draws, without duplicates."""
         return self._drawn
 
@@ -195,7 +195,7 @@ class Study:
     def _limit_reached(self) -> str | None:
         # Interrupted trials were within the budget when their costs were attributed, so those costs must not stop them now.
         spent = StageSeconds() if self._interrupted else self.spending.spent
-        return limit_reached(self.space.budget, self.elapsed, spent)
+        return reached_limit(self.space.budget, self.elapsed, spent)
 
     def _next_trial(self) -> Trial | None:
         if self._interrupted:
@@ -203,7 +203,7 @@ class Study:
         promoted = self._rungs.promotion()
         if promoted is not None:
             return self._trials[promoted]
-        while self.drawn < self.target and not self._exhausted and self._unaffordable_at != self.spending.spent:
+        while self.draw_count < self.target and not self._exhausted and self._unaffordable_at != self.spending.spent:
             self._failures.check()
             new = self._draw()
             if new is not None and new.state == "running":
@@ -227,7 +227,7 @@ class Study:
 
     def _last_resort(self) -> Trial | None:
         """The best paused trial if none is completed. Its cost does not matter: only the limit of elapsed time prevents it."""
-        if limit_reached(self.space.budget, self.elapsed, StageSeconds()) is not None:
+        if reached_limit(self.space.budget, self.elapsed, StageSeconds()) is not None:
             return None
         number = self._rungs.best_unfinished()
         return None if number is None else self._trials[number]
@@ -236,8 +236,8 @@ class Study:
         if trial.state == "paused":
             trial = self._update(trial, state="running")
         self._running[trial.number] = trial
-        until = halving.next_rung(self.space.early_stop, trial)
-        return Assignment(trial, until, until == trial.epochs)
+        until = halving.next_stop_epoch(self.space.early_stop, trial)
+        return Assignment(trial, until, until == trial.total_epochs)
 
     # --- the cost of running trials
 
@@ -270,7 +270,7 @@ class Study:
 
     # --- the end of a segment
 
-    def report_rung(
+    def pause_at_rung(
         self,
         number: int,
         epoch: int,
@@ -290,9 +290,9 @@ class Study:
             ValueError: the segment ends at another epoch.
         """
         trial = self._running[number]
-        until = halving.next_rung(self.space.early_stop, trial)
-        if epoch != until or epoch == trial.epochs:
-            raise ValueError(f"trial {number} runs to epoch {until} of {trial.epochs} and reports epoch {epoch}")
+        until = halving.next_stop_epoch(self.space.early_stop, trial)
+        if epoch != until or epoch == trial.total_epochs:
+            raise ValueError(f"trial {number} runs to epoch {until} of {trial.total_epochs} and reports epoch {epoch}")
         if not math.isfinite(score):
             return self.fail(number, f"{self._rung_metric(epoch)} is {score} at epoch {epoch}")
         self._failures.reset()
@@ -325,12 +325,12 @@ class Study:
             if not math.isfinite(objectives.get(metric, math.nan)):
                 return self.fail(number, f"the objective {metric} is {objectives.get(metric, 'missing')}")
         self._failures.reset()
-        last = metrics.get(self._rung_metric(trial.epochs), math.nan)
+        last = metrics.get(self._rung_metric(trial.total_epochs), math.nan)
         return self._end_segment(
             trial,
             state="completed",
-            epoch=trial.epochs,
-            scores={**trial.scores, trial.epochs: float(last)} if math.isfinite(last) else trial.scores,
+            epoch=trial.total_epochs,
+            scores={**trial.scores, trial.total_epochs: float(last)} if math.isfinite(last) else trial.scores,
             metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
             objectives={metric: float(objectives[metric]) for metric, _ in self.space.objectives},
             keys=dict(keys),
@@ -356,7 +356,7 @@ class Study:
     def prune(self) -> list[Trial]:
         """Prunes and returns the paused trials if `next` returned "done" because the target is met; else they stay paused."""
         paused = [trial for trial in self.trials() if trial.state == "paused"] if self._target_met else []
-        cause = self._rungs.prune_cause
+        cause = self._rungs.teacher_prune_cause
         return [self._update(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
 
     def close(self) -> list[Trial]:
@@ -394,7 +394,7 @@ class Study:
         self._rungs.update(old, trial)
         self._trials[trial.number] = trial
         self._draws.observe(trial)
-        self.spending.update(trial)
+        self.spending.record_trial(trial)
 
     def _rung_metric(self, epoch: int) -> str:
         return self.space.early_stop.metric_at(epoch) if self.space.early_stop else ""
@@ -403,7 +403,7 @@ class Study:
         """The target of this session; writes it and the space to the journal."""
         notes = self._journal.notes()
         unfinished = any(trial.state in ("running", "paused") for trial in self._trials.values())
-        met = "target" in notes and self.drawn >= notes["target"]["trials"] and not unfinished
+        met = "target" in notes and self.draw_count >= notes["target"]["trials"] and not unfinished
         target = _new_target(trials, self.space.budget.trials, notes.get("target"), met)
         for name, value in {"space": self.space.document.model_dump(mode="json"), "target": target}.items():
             if notes.get(name) != value:

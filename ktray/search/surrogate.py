@@ -29,7 +29,7 @@ from scipy.special import ndtr, ndtri
 
 from ktray.ops import blas
 from ktray.search.space import Space
-from ktray.search.space_tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters
+from ktray.search.space_tree import Choice, OneOf, Parameter, Range, Scalar, all_values, container_values, parameters
 
 DIFFERENT = math.exp(-0.5)  # similarity of two draws that differ completely in one parameter and agree in all others
 LENGTH_SCALE = 0.5  # of the kernel of a number, as a share of its range
@@ -94,7 +94,7 @@ class Surrogate:
         if isinstance(node, Choice | Range):
             single = len(all_values(node) or (0, 0)) == 1
             return [] if single else [_Factor(self._columns[node.name], isinstance(node, Range) or _is_numeric(node), {})]
-        return [factor for child in children(node) for factor in self._factors_of(child)]
+        return [factor for child in container_values(node) for factor in self._factors_of(child)]
 
     def rows(self, draws: Sequence[Mapping[str, Scalar]]) -> Rows:
         """Draws as rows. A missing parameter (of another branch, or in a trial of another study) is NaN: similar to nothing."""

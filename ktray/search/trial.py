@@ -71,7 +71,7 @@ class Trial:
         return self.state in ("paused", "pruned") and self.teacher_score is not None and not self.scores
 
     @property
-    def epochs(self) -> int:
+    def total_epochs(self) -> int:
         """Epochs of the full student."""
         return int(self.pair["student"]["schedule"]["epochs"])
 

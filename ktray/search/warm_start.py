@@ -68,14 +68,14 @@ def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None
     same = _same_evaluation(pair, trial.pair)
     epochs = pair["student"]["schedule"]["epochs"]
     objectives = [metric for metric, _ in space.objectives]
-    if trial.state == "completed" and trial.epochs == epochs and all(same(m) and m in trial.metrics for m in objectives):
+    if trial.state == "completed" and trial.total_epochs == epochs and all(same(m) and m in trial.metrics for m in objectives):
         return {"state": "completed", "params": params, "objectives": {metric: trial.metrics[metric] for metric in objectives}}
     stop, theirs = space.early_stop, other.space.early_stop
     scores: dict[str, float] = {}
     teacher_score = None
     if stop and same(stop.metric):
         at_rungs = trial.scores if theirs and theirs.metric == stop.metric else {}
-        at_end = {trial.epochs: trial.metrics[stop.metric]} if stop.metric in trial.metrics else {}
+        at_end = {trial.total_epochs: trial.metrics[stop.metric]} if stop.metric in trial.metrics else {}
         scores = {str(epoch): value for epoch, value in {**at_rungs, **at_end}.items() if epoch <= epochs}
     our_rung_0, their_rung_0 = (each.teacher if each else None for each in (stop, theirs))
     if our_rung_0 and their_rung_0 and our_rung_0.metric == their_rung_0.metric and same(our_rung_0.metric):
