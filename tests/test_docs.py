@@ -83,6 +83,35 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert [link for link in links if not link.startswith("http") and not (ROOT / link).exists()] == []
 
 
+TRIAL = ROOT / "docs" / "trial.md"
+PLACES = re.findall(r"`([\w/]+\.py): ([\w.]+)`", re.sub(r"\s+", " ", TRIAL.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize(("file", "name"), PLACES)
+def test_every_function_on_the_path_of_a_trial_exists(file, name):
+    body = ast.parse((ROOT / "ktray" / file).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        found = [
+            node
+            for node in body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == part
+        ]
+        assert found, f"{file} has no {name}"
+        body = found[0].body
+
+
+def test_the_path_of_a_trial_names_functions_and_no_file_that_is_not_there():
+    assert len(PLACES) > 30
+    files = re.findall(r"`([\w/]+\.py)[`:]", TRIAL.read_text(encoding="utf-8"))
+    assert [file for file in files if not (ROOT / "ktray" / file).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_between_pages_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ktray ")])
 def test_every_command_in_the_docs_parses(line):
     words = shlex.split(line, comments=True)[1:]
