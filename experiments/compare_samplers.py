@@ -70,7 +70,7 @@ class PerCost(Sampler):
     def _affordable(
         self, draws: Sequence[Params], spent: StageSeconds, cost_estimate: CostEstimate, affordable: float
     ) -> Params:
-        ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
+        ranked, pending = self.observations.ranked_and_pending(MAX_OBSERVATIONS)
         if not ranked:
             return draws[0]
         improvement = self.expected_improvement(ranked, pending, draws)

@@ -206,7 +206,7 @@ def test_tpe_draws_the_same_as_the_estimators_of_optuna(tmp_path: Path) -> None:
 def test_the_cost_of_a_stage_is_attributed_to_a_trial(tmp_path: Path) -> None:
     study = Study.open(tmp_path, toy_space(tmp_path))
     first = next_assignment(study).trial.number
-    study.attribute_costs(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
+    study.attribute_expected_costs(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
     assert "teacher-1" in study.spending
     assert study.spending.spent == StageSeconds(100.0, 10.0)
 
@@ -215,10 +215,10 @@ def test_recorded_costs_replace_expected_ones_and_survive_a_resume(tmp_path: Pat
     space = toy_space(tmp_path)
     with Study.open(tmp_path, space) as study:
         first, second = next_assignment(study), next_assignment(study)
-        study.attribute_costs(
+        study.attribute_expected_costs(
             first.trial.number, {"prefix": {"teacher-1": 100.0, "features-1": 5.0}, "suffix": {"student-1": 10.0}}
         )
-        study.attribute_costs(second.trial.number, {"prefix": {}, "suffix": {"student-2": 20.0}})
+        study.attribute_expected_costs(second.trial.number, {"prefix": {}, "suffix": {"student-2": 20.0}})
         study.record_costs(first.trial.number, {"teacher-1": 130.0, "features-1": 1.0, "student-1": 9.0})
         end_segment(study, first)
         study.record_costs(second.trial.number, {})  # its student failed: no record, no cost
@@ -232,7 +232,7 @@ def test_a_search_starts_nothing_after_its_stage_hours_are_spent_and_resumes_wit
     with Study.open(tmp_path, space) as study:
         for _ in range(2):
             assignment = next_assignment(study)
-            study.attribute_costs(
+            study.attribute_expected_costs(
                 assignment.trial.number, {"prefix": {f"teacher-{assignment.trial.number}": 3000.0}, "suffix": {}}
             )
             end_segment(study, assignment)
@@ -250,7 +250,7 @@ def test_interrupted_trials_resume_although_their_costs_exceed_the_budget(tmp_pa
     space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 2, "hours": 1}, early_stop=None)
     with Study.open(tmp_path, space) as study:
         for assignment in (next_assignment(study), next_assignment(study)):
-            study.attribute_costs(
+            study.attribute_expected_costs(
                 assignment.trial.number, {"prefix": {f"teacher-{assignment.trial.number}": 2400.0}, "suffix": {}}
             )
     with Study.open(tmp_path, space) as study:
@@ -282,7 +282,7 @@ def spend(study: Study, seconds: float) -> None:
     """Runs one trial with a teacher that takes this many seconds."""
     assignment = next_assignment(study)
     number = assignment.trial.number
-    study.attribute_costs(number, {"prefix": {f"teacher-{number}": seconds}, "suffix": {}})
+    study.attribute_expected_costs(number, {"prefix": {f"teacher-{number}": seconds}, "suffix": {}})
     end_segment(study, assignment)
 
 
@@ -313,7 +313,7 @@ def test_an_unaffordable_planned_draw_is_made_when_running_trials_cost_less_than
         tmp_path, lambda params: StageSeconds(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
     ) as study:
         assignment = next_assignment(study)
-        study.attribute_costs(assignment.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
+        study.attribute_expected_costs(assignment.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
         assert study.next() == "wait"
         study.record_costs(assignment.trial.number, {"teacher-1": 100.0})
         end_segment(study, assignment)

@@ -142,7 +142,7 @@ def test_cancelling_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerC
 
 def test_the_first_to_obtain_a_prefetched_stage_counts_as_its_cause(scheduler: SchedulerClient) -> None:
     stage = toy("images")
-    scheduler.prefetch([stage])
+    scheduler.compute_ahead([stage])
     until(lambda: ("published", stage.key) in events_of(scheduler, stage))
     assert [scheduler.obtain([stage], "trial")[0]["state"] for _ in range(2)] == ["computed", "reused"]
 

@@ -42,7 +42,7 @@ def test_observations_do_not_depend_on_the_order_of_updates_or_on_earlier_states
         if trial.scores and trial.state not in ("failed", "duplicate"):
             shuffled.update(dataclasses.replace(trial, state="paused", scores={1: trial.scores[1]}, objectives={}))
         shuffled.update(trial)
-    assert straight.ranked(200) == shuffled.ranked(200)
+    assert straight.ranked_and_pending(200) == shuffled.ranked_and_pending(200)
     assert straight.split() == shuffled.split()
 
 
@@ -67,7 +67,7 @@ def test_a_large_split_keeps_the_good_and_the_newest_trials(tmp_path: Path) -> N
 def test_a_large_ranking_keeps_the_best_and_the_newest_trials(tmp_path: Path) -> None:
     best = [completed(number, 2 - number / 100) for number in range(25)]
     many = [*best, *(completed(number, number / 10_000) for number in range(25, 2000))]
-    ranked, _ = Observations(toy_space(tmp_path), many).ranked(50)
+    ranked, _ = Observations(toy_space(tmp_path), many).ranked_and_pending(50)
     assert [trial.number for trial in ranked] == [*range(25), *range(1999, 1974, -1)]
 
 

@@ -73,7 +73,7 @@ def test_the_ready_queue_equals_a_sort_of_all_pending_stages_after_any_history(s
             elif what < 0.95:
                 demand.fail(key, "failed", "no")
             else:
-                demand.drop_unrequested(key)  # its worker died
+                demand.drop_if_unrequested(key)  # its worker died
         if chance.random() < 0.05 and store:
             store.discard(lost := chance.choice(sorted(store)))
             demand._in_store.discard(lost)

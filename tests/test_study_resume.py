@@ -258,7 +258,7 @@ def test_a_study_is_held_from_pruning_until_it_is_closed(tmp_path: Path) -> None
     space = toy_space(tmp_path)
     study = Study.open(tmp_path, space)
     drive(study)
-    assert {trial.state for trial in study.prune()} == {"pruned"}
+    assert {trial.state for trial in study.prune_paused()} == {"pruned"}
     with pytest.raises(UserError, match="is being searched"):
         Study.open(tmp_path, space)
     assert study.close() == []

@@ -205,6 +205,6 @@ def test_only_the_order_of_results_matters(tmp_path: Path) -> None:
         proposing = sampler.Sampler(space)
         for trial in trials:
             proposing.observe(trial)
-        assert Observations(space, trials).ranked(3)[0][0].number == 4
+        assert Observations(space, trials).ranked_and_pending(3)[0][0].number == 4
         found.append(proposing.propose(12, sampler.StageSeconds()))
     assert found[0] == found[1]

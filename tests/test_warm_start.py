@@ -30,7 +30,7 @@ def old(tmp_path: Path) -> Path:
 
 
 def observed(home: Path, space: Space) -> list[Any]:
-    return warm_start.trials({"toy": warm_start.results(space, read_study(home, "toy"))})
+    return warm_start.trials({"toy": warm_start.applicable_results(space, read_study(home, "toy"))})
 
 
 def test_results_of_the_same_space_are_taken_over_unchanged(old: Path) -> None:

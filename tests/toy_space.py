@@ -106,4 +106,4 @@ def next_assignment(study: Study) -> Assignment:
 
 def ranked_numbers(observations: Observations) -> list[int]:
     """Numbers of all observed trials: those with a result, best first, then the pending ones."""
-    return [trial.number for part in observations.ranked(1_000) for trial in part]
+    return [trial.number for part in observations.ranked_and_pending(1_000) for trial in part]

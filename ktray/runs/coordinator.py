@@ -199,7 +199,7 @@ class TrialCoordinator:
                     raise too_many_failures(failed_in_a_row)
                 continue
             if pair_metrics.published_artifacts(segment.graph, self.store) is None:
-                self.study.attribute_costs(segment.trial.number, self.draw_costs.expected_costs(segment.graph))
+                self.study.attribute_expected_costs(segment.trial.number, self.draw_costs.expected_costs(segment.graph))
                 return segment
             self.settle(segment, computed=[])
             failed_in_a_row.clear()
@@ -349,7 +349,7 @@ class TrialCoordinator:
 
     def prune(self) -> None:
         """The study has met its target: paused trials become pruned. The study stays open for what is still to compute."""
-        for trial in self.study.prune():
+        for trial in self.study.prune_paused():
             self.show("pruned", trial, trial.cause or "")
             self.trial_logger.end_trial(trial, trial.keys, {})
 

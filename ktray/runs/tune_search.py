@@ -162,8 +162,8 @@ def run_on_tune(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
     coordinator, scheduler = searcher.coordinator, searcher.scheduler
     concurrent = coordinator.space.budget.concurrent
     for segment in searcher.pending:
-        scheduler.prefetch(list(segment.graph.stages))
-    scheduler.prefetch(coordinator.planned_stages())
+        scheduler.compute_ahead(list(segment.graph.stages))
+    scheduler.compute_ahead(coordinator.planned_stages())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(

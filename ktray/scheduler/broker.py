@@ -140,7 +140,7 @@ class Broker:
             self._dispatch()
         return await asyncio.shield(result)
 
-    async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
+    async def compute_ahead(self, session: str, stages: Sequence[Stage]) -> None:
         """Compute these stages at the lowest priority, for nobody in particular."""
         self._start_ticking()
         self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, -1, time.time())

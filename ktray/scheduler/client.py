@@ -50,7 +50,7 @@ class SchedulerClient:
 
         Args:
             stages: in dependency order, inputs before those that read them.
-            waiter: who waits, for `status` and `cancel`; not empty.
+            waiter: who waits, for `status` and `cancel_waits`; not empty.
             priority: higher goes first.
 
         Returns:
@@ -61,7 +61,7 @@ class SchedulerClient:
         Raises:
             StageFailed: a stage raised, or its workers died three times.
             StoppedEarly: the disk is full, or the scheduler has ended.
-            WaitCancelled: `cancel` was called for this waiter.
+            WaitCancelled: `cancel_waits` was called for this waiter.
         """
         result: RequestResult = self._call("obtain", uuid.uuid4().hex, waiter, self.session, list(stages), priority)
         if result.kind == CANCELLED:
@@ -72,9 +72,9 @@ class SchedulerClient:
             raise StageFailed(result.failed, result.cause)
         return [dict(outcome) for outcome in result.outcomes]
 
-    def prefetch(self, stages: Sequence[Stage]) -> None:
+    def compute_ahead(self, stages: Sequence[Stage]) -> None:
         """Compute these while workers have nothing else to do; the first request to obtain one counts as having computed it."""
-        self._call("prefetch", self.session, list(stages))
+        self._call("compute_ahead", self.session, list(stages))
 
     def status(self) -> dict[str, Any]:
         """Name and workers, what runs where and since when, what this driver's waiters wait for, what is queued, counts."""

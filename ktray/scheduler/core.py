@@ -206,7 +206,7 @@ class SchedulerCore:
         for run in family:
             if len(family) > 1:
                 self._split.add(run.key)
-            self.requests.drop_unrequested(run.key)
+            self.requests.drop_if_unrequested(run.key)
 
     def _fail(self, key: str, kind: FailureKind, cause: str) -> None:
         self._reset_history(key)

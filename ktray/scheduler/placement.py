@@ -94,7 +94,7 @@ class DispatchCapacity:
         return node is not None and node.gpus > 0 and not shape.gpus
 
     @cached_property
-    def workers_by_node(self) -> dict[str, list[Worker]]:
+    def all_workers_by_node(self) -> dict[str, list[Worker]]:
         """Node -> its workers, retiring ones included."""
         found: dict[str, list[Worker]] = {name: [] for name in self.registry.nodes}
         for worker in self.registry.workers.values():
@@ -144,7 +144,7 @@ class DispatchCapacity:
         # Only nodes that already have a worker of the shape, because no worker starts on a reserved node.
         equipped = {worker.node for worker in registry.workers.values() if worker.shape == shape and not worker.retiring}
         able = [name for name, node in registry.nodes.items() if name in equipped and node.memory >= request.memory_bytes]
-        busy = {name: sum(worker.attempt is not None for worker in self.workers_by_node[name]) for name in able}
+        busy = {name: sum(worker.attempt is not None for worker in self.all_workers_by_node[name]) for name in able}
         soonest = sorted(able, key=lambda name: (busy[name], -registry.nodes[name].memory, name))
         for name in soonest:
             worker = self.take_idle_worker(request, name) if not busy[name] and name not in registry.reserved else None
@@ -166,7 +166,7 @@ class DispatchCapacity:
         if node is None:
             self._full.add(shape)
             return None
-        held, neighbours = self._held[node], self.workers_by_node[node]
+        held, neighbours = self._held[node], self.all_workers_by_node[node]
         worker = self.registry.register_new(shape, node)
         neighbours.append(worker)
         self._held[node] = WorkerShape(held.cpus + shape.cpus, held.gpus + shape.gpus)
@@ -190,11 +190,11 @@ class DispatchCapacity:
 
     def gpu_shares(self, node: str) -> dict[str, float]:
         """GPU -> share that is free now."""
-        return self._gpu_shares(node, self.workers_by_node[node])
+        return self._gpu_shares(node, self.all_workers_by_node[node])
 
     def gpu_shares_later(self, node: str) -> dict[str, float]:
         """GPU -> share that will be free once the retiring workers are gone."""
-        return self._gpu_shares(node, [worker for worker in self.workers_by_node[node] if not worker.retiring])
+        return self._gpu_shares(node, [worker for worker in self.all_workers_by_node[node] if not worker.retiring])
 
     def _gpu_shares(self, node: str, workers: Sequence[Worker]) -> dict[str, float]:
         return free_gpu_shares(self.registry.nodes[node].gpus, [(worker.shape.gpus, worker.gpu_ids) for worker in workers])
@@ -217,7 +217,7 @@ def evict_idle(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
     for node in [name for name in placement.registry.nodes if name in nodes]:
         for part in [*placement.gpu_shares(node), WHOLE_NODE] if on_one_gpu else [WHOLE_NODE]:
             evicted: list[Worker] = []
-            for worker in [each for each in placement.workers_by_node[node] if each.name in names and each.uses(part)]:
+            for worker in [each for each in placement.all_workers_by_node[node] if each.name in names and each.uses(part)]:
                 worker.retiring = True
                 evicted.append(worker)
                 if _will_have_room(placement, node, shape):
@@ -256,7 +256,7 @@ def reserve_room(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker
 
 
 def _workers_using(placement: DispatchCapacity, node: str, part: str) -> list[Worker]:
-    return [worker for worker in placement.workers_by_node[node] if worker.uses(part)]
+    return [worker for worker in placement.all_workers_by_node[node] if worker.uses(part)]
 
 
 def _room_is_expected(placement: DispatchCapacity, shape: WorkerShape) -> bool:
@@ -268,7 +268,7 @@ def _room_is_expected(placement: DispatchCapacity, shape: WorkerShape) -> bool:
 
 def _will_have_room(placement: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
     """Whether a node has room once its retiring workers are gone."""
-    node, staying = placement.registry.nodes[name], [each for each in placement.workers_by_node[name] if not each.retiring]
+    node, staying = placement.registry.nodes[name], [each for each in placement.all_workers_by_node[name] if not each.retiring]
     cpus = node.cpus - sum(worker.shape.cpus for worker in staying)
     gpus = node.gpus - sum(worker.shape.gpus for worker in staying)
     if cpus < shape.cpus or gpus < shape.gpus - SHARE_TOLERANCE:

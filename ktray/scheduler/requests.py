@@ -435,7 +435,7 @@ class RequestTable:
             self._add_wait(self.stages[missing], request, now)
         return missing in self.pending or self.is_in_store(missing)
 
-    def drop_unrequested(self, key: str) -> None:
+    def drop_if_unrequested(self, key: str) -> None:
         """Drop a stage that no longer runs, unless a request still waits for it."""
         if key in self.pending and not self.pending[key].requests:
             self._remove_pending(key)

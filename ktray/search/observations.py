@@ -95,7 +95,7 @@ class Observations:
         bad = [*newest[-(MAX_SPLIT - len(good)) :], *self._pending]
         return [self._trials[number] for number in sorted(good)], [self._trials[number] for number in sorted(bad)]
 
-    def ranked(self, limit: int) -> tuple[list[Trial], list[Trial]]:
+    def ranked_and_pending(self, limit: int) -> tuple[list[Trial], list[Trial]]:
         """The trials with a result, best first; the pending trials.
 
         Completed trials come first, then those with a score at a higher rung. If there are more than `limit`, the best ones

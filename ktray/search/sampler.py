@@ -111,7 +111,7 @@ class Sampler:
     def _balanced(
         self, generator: random.Random, spent: StageSeconds, planned: Mapping[str, Scalar], affordable: float
     ) -> Params:
-        ranked, pending = self.observations.ranked(MAX_OBSERVATIONS)
+        ranked, pending = self.observations.ranked_and_pending(MAX_OBSERVATIONS)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
         if not draws:  # all candidates were drawn before: the caller searches for an unseen draw
             return random_draw(self.space, generator.getrandbits(32), planned)

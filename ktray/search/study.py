@@ -241,7 +241,7 @@ class Study:
 
     # --- the cost of running trials
 
-    def attribute_costs(self, number: int, costs: AttributedCosts) -> Trial:
+    def attribute_expected_costs(self, number: int, costs: AttributedCosts) -> Trial:
         """Attributes to a trial the expected seconds of the stages that it is the first to need; they count as spent at once.
 
         Raises:
@@ -353,7 +353,7 @@ class Study:
 
     # --- the end of a session
 
-    def prune(self) -> list[Trial]:
+    def prune_paused(self) -> list[Trial]:
         """Prunes and returns the paused trials if `next` returned "done" because the target is met; else they stay paused."""
         paused = [trial for trial in self.trials() if trial.state == "paused"] if self._target_met else []
         cause = self._rungs.teacher_prune_cause
@@ -365,7 +365,7 @@ class Study:
         Running trials stay in that state: after the next `open`, `next` returns them again.
         """
         with self._lock:
-            pruned = self.prune()
+            pruned = self.prune_paused()
             self._elapsed.save()
         return pruned
 

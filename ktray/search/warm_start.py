@@ -31,7 +31,7 @@ def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: st
         return noted
     if other == name:
         raise UserError(f"the study {name!r} cannot start from its own results", "--warm-start", "The same name resumes it.")
-    found = results(space, read_study(home, other))
+    found = applicable_results(space, read_study(home, other))
     if not found:
         raise UserError(
             f"no result of the study {other!r} applies to this space",
@@ -47,7 +47,7 @@ def trials(noted: Noted) -> list[Trial]:
     return [_trial(result, index - len(every)) for index, result in enumerate(every)]
 
 
-def results(space: Space, other: History) -> list[dict[str, Any]]:
+def applicable_results(space: Space, other: History) -> list[dict[str, Any]]:
     """Results of another study that apply to this space, as JSON values.
 
     A parameter is kept if it exists in this space, in the same branch, and allows the value. A completed trial counts as
