@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktray import plugins
 from ktray.errors import UserError
 from ktray.stores import Store, open_store
 
@@ -73,6 +72,8 @@ def make_settings(
     Raises:
         UserError: the home cannot be created.
     """
+    from ktray import plugins  # it loads pydantic, which `ktray --help` does not need
+
     plugins.allow(allow_plugins or [])
     folder = open_home(home)
     url = store or f"file://{folder / 'store'}"
