@@ -42,15 +42,16 @@ def run(args: argparse.Namespace) -> int:
         PreflightFailed: Ray, the store or the disk cannot carry the search.
     """
     from ktray.runs.interruption import Interruption, stop_on_signals
-    from ktray.runs.search_run import SearchOptions, search
-    from ktray.runs.spec_files import load_space
 
     settings = settings_of(args)
     interruption = Interruption()
-    options = SearchOptions(
-        args.name, args.trials, args.concurrent, args.warm_start, args.address, args.share_images, args.retry
-    )
     with stop_on_signals(interruption, settings.print_info, lambda: _exit_at_once(args, settings)):
+        from ktray.runs.search_run import SearchOptions, search  # seconds, in which a signal must already be heard
+        from ktray.runs.spec_files import load_space
+
+        options = SearchOptions(
+            args.name, args.trials, args.concurrent, args.warm_start, args.address, args.share_images, args.retry
+        )
         outcome = search(load_space(args.space, args.overrides), str(args.space), options, settings, interruption)
         return _finish(outcome, args, settings)
 
