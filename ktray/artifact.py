@@ -79,6 +79,11 @@ def outdated(record: Mapping[str, Any]) -> bool:
     return bool(record.get("key_format") != KEY_FORMAT)
 
 
+def kind_of(key: str) -> str:
+    """The kind of stage that a key names: ``clusters`` of ``clusters-3f9a1c0b2d44``."""
+    return key.rpartition("-")[0]
+
+
 def numbered(name: str, index: int) -> str:
     """Name of the stage with this index among a pair's stages of one name: ``clusters``, ``clusters_2``, ``clusters_3``."""
     return name if index == 0 else f"{name}_{index + 1}"

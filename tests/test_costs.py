@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from sklearn.linear_model import BayesianRidge
 
-from ktray.artifact import Stage
+from ktray.artifact import Stage, kind_of
 from ktray.cost_model import bayesian_regression
-from ktray.cost_model.stage_costs import EXPONENTS, PRIOR_SECONDS, PRIOR_SECONDS_PER_EPOCH, CostModel, kind_of
+from ktray.cost_model.stage_costs import EXPONENTS, PRIOR_SECONDS, PRIOR_SECONDS_PER_EPOCH, CostModel
 
 IMAGES = Stage("images", {"kind": "synthetic", "size": 28, "count": 1000}, {})
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktray.artifact import Stage
+from ktray.artifact import Stage, kind_of
 from ktray.fingerprint import fingerprint
 from ktray.stores import Store
 
@@ -47,11 +47,6 @@ MOST_KEPT = 2 * MOST_RECORDS
 GROWTH = 1.2  # a kind is fitted again when its number of records has grown by this factor
 RELATIVE_ERROR = 0.4  # standard deviation of a stage's seconds as a share of the estimate, if there is no interval
 INTERVAL = 1.645  # 90 % of a normal distribution lie within this many standard deviations of the mean
-
-
-def kind_of(key: str) -> str:
-    """The kind of stage that a key names: ``clusters`` of ``clusters-3f9a1c0b2d44``."""
-    return key.rpartition("-")[0]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ktray.artifact import Artifact
+from ktray.artifact import Artifact, kind_of
 from ktray.pipeline.pair_graph import Graph
 from ktray.stores import Store
 
@@ -42,7 +42,7 @@ def count_by_stage(keys: Iterable[str]) -> dict[str, int]:
     """Stage name -> number of distinct keys."""
     counts: dict[str, int] = {}
     for key in sorted(set(keys)):
-        stage = key.rsplit("-", 1)[0]
+        stage = kind_of(key)
         counts[stage] = counts.get(stage, 0) + 1
     return counts
 

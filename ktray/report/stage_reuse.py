@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ktray.artifact import Artifact
+from ktray.artifact import Artifact, kind_of
 from ktray.report.formatting import counted, duration
 from ktray.stores import Store
 
@@ -60,14 +60,14 @@ def reuse_table(trials: Sequence[Trial], find: FindArtifact) -> dict[str, Any] |
     for artifacts in used:
         computed |= artifacts
         for key, artifact in artifacts.items():
-            uses.setdefault(_stage(key), []).append(_seconds_alone(artifact))
+            uses.setdefault(kind_of(key), []).append(_seconds_alone(artifact))
     if not computed:
         return None
     spent: dict[str, float] = {}
     for key, artifact in _with_snapshots(computed, find).items():
-        spent[_stage(key)] = spent.get(_stage(key), 0.0) + float(artifact.record["seconds"])
+        spent[kind_of(key)] = spent.get(kind_of(key), 0.0) + float(artifact.record["seconds"])
     rows = [
-        _row(kind, sum(_stage(key) == kind for key in computed), len(uses[kind]), spent[kind], sum(uses[kind]))
+        _row(kind, sum(kind_of(key) == kind for key in computed), len(uses[kind]), spent[kind], sum(uses[kind]))
         for kind in sorted(uses, key=stage_position)
     ]
     rows.append(_row("all stages", len(computed), sum(map(len, used)), sum(spent.values()), sum(map(sum, uses.values()))))
@@ -94,7 +94,3 @@ def _with_snapshots(artifacts: Mapping[str, Artifact], find: FindArtifact) -> di
 
 def _seconds_alone(artifact: Artifact) -> float:
     return float(artifact.record.get("seconds_alone", artifact.record["seconds"]))
-
-
-def _stage(key: str) -> str:
-    return key.rsplit("-", 1)[0]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ktray.artifact import kind_of
 from ktray.pipeline.naming import pair_name
 from ktray.runs.settings import Settings
 from ktray.search import halving, ranking
@@ -188,7 +189,7 @@ def _best_first(trials: Sequence[Trial], space: Space) -> list[Trial]:
 
 def _stages_waited_for(waiting: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     """Number of a trial -> name of the stage that it waits for."""
-    named = [(str(entry["waiter"]).split(), entry["key"].rpartition("-")[0]) for entry in waiting]
+    named = [(str(entry["waiter"]).split(), kind_of(entry["key"])) for entry in waiting]
     return {int(words[1]): stage.replace("_", "-") for words, stage in named if words[0] == "trial"}
 
 

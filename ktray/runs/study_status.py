@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from ktray.artifact import kind_of
 from ktray.cost_model.stage_costs import INTERVAL, RELATIVE_ERROR
 from ktray.pipeline.naming import pair_name
 from ktray.scheduler.resources import STAGES
@@ -193,11 +194,11 @@ def _stages(trials: Sequence[Trial], store: Store) -> dict[str, dict[str, int]]:
     """Stage -> how many artifacts trials asked for, and how many had to be made for that."""
     asked: Counter[str] = Counter(key for trial in trials if trial.state != "duplicate" for key in trial.artifacts)
     made = [key for key in asked if store.find(key) is not None]
-    names = sorted({key.rpartition("-")[0] for key in asked}, key=STAGES.index)
+    names = sorted({kind_of(key) for key in asked}, key=STAGES.index)
     return {
         name: {
-            "asked": sum(count for key, count in asked.items() if key.rpartition("-")[0] == name),
-            "made": sum(key.rpartition("-")[0] == name for key in made),
+            "asked": sum(count for key, count in asked.items() if kind_of(key) == name),
+            "made": sum(kind_of(key) == name for key in made),
         }
         for name in names
     }

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from ktray.artifact import Artifact, Stage
+from ktray.artifact import Artifact, Stage, kind_of
 from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusiveStages, RetryPolicy, StartupMonitor
 from ktray.scheduler.messages import (
     FAILED,
@@ -162,7 +162,7 @@ class SchedulerCore:
         self._reset_history(key)
         self._split.discard(key)
         if computed and not already_counted:  # also an attempt that ended while the broker was down
-            name = key.rpartition("-")[0]
+            name = kind_of(key)
             self.computed[name] += 1
             self._ended.add((key, attempt))
             spent = float(artifact.record["seconds"]) if artifact.record.get("together") else seconds

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ktray.artifact import Artifact, Stage
+from ktray.artifact import Artifact, Stage, kind_of
 from ktray.scheduler.messages import CANCELLED, Action, FailureKind, RequestResult
 
 Rank = tuple[float, ...]
@@ -196,12 +196,12 @@ class _ReadyQueue:
     def _insert(self, key: str) -> None:
         if key in self:
             insort(self._order, (self._ranks[key], key))
-            self.names[key.rpartition("-")[0]] += 1
+            self.names[kind_of(key)] += 1
 
     def _withdraw(self, key: str) -> None:
         if key in self:
             del self._order[bisect_left(self._order, (self._ranks[key], key))]
-            name = key.rpartition("-")[0]
+            name = kind_of(key)
             self.names[name] -= 1
             if not self.names[name]:
                 del self.names[name]
@@ -311,7 +311,7 @@ class RequestTable:
         if causes:  # a prefetch computed it, so the first to ask counts as having caused it
             self._prefetched.discard(artifact.key)
         elif request.waiter:
-            self.reused[artifact.key.rpartition("-")[0]] += 1
+            self.reused[kind_of(artifact.key)] += 1
 
     def add_pending(self, stage: Stage, now: float) -> PendingStage:
         """The pending stage of this key; a new one belongs to no request yet."""
@@ -398,7 +398,7 @@ class RequestTable:
 
     def publish(self, artifact: Artifact, computed: bool) -> None:
         """Answer the requests that only waited for this artifact; `computed` if this scheduler has just made it."""
-        key, name = artifact.key, artifact.key.rpartition("-")[0]
+        key, name = artifact.key, kind_of(artifact.key)
         self._in_store.add(key)
         pending = self._remove_pending(key)
         if pending is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from ktray.artifact import Artifact
+from ktray.artifact import Artifact, kind_of
 from ktray.errors import UserError
 from ktray.strict import StrictSpec, plain_types
 from ktray.yaml_file import parse_yaml
@@ -159,7 +159,7 @@ class GpuShares:
         peak, total = record.get("device_peak_bytes", 0), record.get("device_bytes", 0)
         if not peak or not total:
             return
-        stage = artifact.key.rpartition("-")[0]
+        stage = kind_of(artifact.key)
         self._raise_share(stage, smallest_sufficient_share(peak, total))
         if record.get("after_out_of_memory"):  # the peak is that of a second run, which took smaller batches
             self.raise_after_out_of_memory(stage, DEFAULT_GPU_SHARE)
