@@ -1,4 +1,4 @@
-"""A study resumes only with the images that it was started with."""
+"""`ktray data check` says what it assumed; a study resumes only with the images that it was started with."""
 
 from __future__ import annotations
 
@@ -9,10 +9,27 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.pipeline.identity import data_identity
-from ktray.runs.data_check import FILE, refuse_changed_data
+from ktray.runs.data_check import FILE, describe, refuse_changed_data
 from ktray.search.trial import Trial
-from tests.pictures import noise, png
+from tests.pictures import data_spec, noise, png
 from tests.toy_space import toy_space
+
+
+def test_a_data_set_is_described_by_the_images_of_each_class_in_each_split() -> None:
+    answer = describe(data_spec("synthetic?count=60&classes=3&test=30"))
+    assert {name: sum(split["images_of_class"].values()) for name, split in answer["splits"].items()} == {
+        "train": 60,
+        "test": 30,
+    }
+    assert answer["held_out"] == {"images": 6, "share": 0.1, "seed": 0}
+    assert answer["warnings"] == []
+
+
+def test_a_data_set_of_one_class_is_described_with_a_warning() -> None:
+    first, second = describe(data_spec("synthetic?count=60&classes=1&test=30"))["warnings"]
+    assert "all images of train have the class 'red disc'" in first
+    assert "all images of test" in second
+
 
 JUDGED, FAILED = [Trial(0, {}, {}, "paused")], [Trial(0, {}, {}, "failed")]
 

@@ -22,15 +22,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such data set, or it cannot be read.
     """
-    from ktray.runs.data_check import describe_splits, import_images, parse_data
+    from ktray.runs.data_check import describe, import_images, parse_data
 
     settings = settings_of(args)
     spec = parse_data(args.data)
-    splits = describe_splits(spec)
-    answer: dict[str, Any] = {"kind": spec.kind, "size": spec.size, "splits": splits}
-    lines = [f"{name}: {split['images']} images, {_labels(split)}" for name, split in splits.items()]
-    if "val" not in splits:
-        lines.append(f"val: {spec.split.val:.0%} of train, drawn with seed {spec.split.seed}")
+    answer = describe(spec)
+    lines = _lines(answer)
     if args.action == "import":
         answer["images"] = import_images(spec, settings)
         lines.append(f"decoded: {answer['images']['count']:.0f} images, {answer['images']['unreadable']:.0f} unreadable")
@@ -38,5 +35,35 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _lines(answer: dict[str, Any]) -> list[str]:
+    """What a person reads: each split, what was assumed, what was left out, what looks wrong."""
+    lines = []
+    for name, split in answer["splits"].items():
+        read_from = f", from {_counted(split['read_from'])}" if split["read_from"] else ""
+        lines.append(f"{name}: {split['images']} images, {_labels(split)}{read_from}")
+    held_out = answer["held_out"]
+    if held_out:
+        lines.append(f"val: {held_out['images']} of train ({held_out['share']:.0%}), drawn with seed {held_out['seed']}")
+    assumed = {"classes": answer["classes_from"], "order": answer["order"], "left out": _counted(answer["left_out"])}
+    lines += [f"{what}: {text}" for what, text in assumed.items() if text]
+    return lines + [f"warning: {sentence}" for sentence in answer["warnings"]]
+
+
 def _labels(split: dict[str, Any]) -> str:
-    return f"{split['classes']} classes" if split["labelled"] else "no labels"
+    """``3 classes (cat 10, dog 10, emu 2)``."""
+    if not split["labelled"]:
+        return "no labels"
+    return f"{split['classes']} class{'es' * (split['classes'] != 1)} ({_counted(split['images_of_class'], first=False)})"
+
+
+_SHOWN = 20
+
+
+def _counted(counts: dict[str, int], first: bool = True) -> str:
+    """``3 .heic, 1 .txt``, or ``.heic 3, .txt 1``; of many, the first few and the smallest and largest."""
+    one = (lambda name: f"{counts[name]} {name}") if first else (lambda name: f"{name} {counts[name]}")
+    if len(counts) <= _SHOWN:
+        return ", ".join(map(one, counts))
+    few, least, most = list(counts)[: _SHOWN // 2], min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    rest = f"and {len(counts) - len(few)} more; the fewest: {one(least)}, the most: {one(most)}"
+    return f"{', '.join(map(one, few))} {rest}"

@@ -18,6 +18,7 @@ from ktray.images.decoding import fit as fit
 from ktray.images.decoding import fit_boxes as fit_boxes
 from ktray.images.reading import open_split as open_split
 from ktray.images.source import Images as Images
+from ktray.images.source import Layout as Layout
 from ktray.images.source import Source as Source
 from ktray.images.source import Splits as Splits
 from ktray.images.source import Unreadable as Unreadable

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,27 @@ class Source:
     encoded: Callable[[int], bytes] | None = None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What `load` assumed about the files of a data set, and what it left out. For people: no part of the identity.
+
+    Attributes:
+        read_from: split -> {folder or file, relative to the data set's root: number of its images}.
+        classes: where the names and numbers of the classes come from, as a phrase; empty without labels.
+        order: the order of the images in a split, as a phrase.
+        left_out: what was left out, as a suffix or a phrase -> number of files.
+        warnings: sentences about what looks wrong.
+        nested: path of the folder that looks like the right one, if the one that was given looks wrong; else empty.
+    """
+
+    read_from: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    classes: str = ""
+    order: str = ""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    nested: str = ""
+
+
 @dataclass(frozen=True, eq=False)  # compared by identity: the contents are too large to compare
 class Splits:
     """The result of `datasets/<kind>.load`; if `val` is None, a seeded, stratified part of `train` takes its place.
@@ -56,6 +77,7 @@ class Splits:
     Attributes:
         files: (name relative to the data set's root, path) of every file with bytes that affect the pixels.
         identity: sha256 hex, in place of `files`, for content that does not come from files (generated data).
+        layout: what was assumed and left out, for `ktray data check` and the record of the images.
     """
 
     train: Source
@@ -63,6 +85,7 @@ class Splits:
     test: Source | None = None
     files: tuple[tuple[str, Path], ...] = ()
     identity: str | None = None
+    layout: Layout = Layout()
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
+from ktray.images import Source
 from ktray.pipeline.pair_graph import Identity, generations
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
@@ -38,16 +41,66 @@ def parse_data(text: str) -> DataSpec:
         raise AssertionError("unreachable: a validation error has problems") from error
 
 
-def describe_splits(spec: DataSpec) -> dict[str, dict[str, Any]]:
-    """Split -> how many ``images`` and ``classes`` it has, and whether it is ``labelled``; absent splits are left out."""
+def describe(spec: DataSpec) -> dict[str, Any]:
+    """What a data set holds and what was assumed about it, as docs/json.md describes the answer of `ktray data check`."""
     from ktray import plugins
+    from ktray.images import split_rows
 
     splits = plugins.module_of("dataset", spec).load(spec)
+    present = {name: part for name in SPLITS if (part := getattr(splits, name)) is not None}
+    layout, held_out = splits.layout, split_rows(splits, spec.split).get("val")
     return {
-        name: {"images": len(part.names), "classes": len(part.classes), "labelled": part.labels is not None}
-        for name in ("train", "val", "test")
-        if (part := getattr(splits, name)) is not None
+        "kind": spec.kind,
+        "size": spec.size,
+        "splits": {name: _split(part, dict(layout.read_from.get(name, {}))) for name, part in present.items()},
+        "held_out": {"images": len(held_out[1]), "share": spec.split.val, "seed": spec.split.seed}
+        if held_out and splits.val is None
+        else None,
+        "classes_from": layout.classes,
+        "order": layout.order,
+        "left_out": dict(layout.left_out),
+        "warnings": [*layout.warnings, *_suspicious(present)],
     }
+
+
+SPLITS = ("train", "val", "test")
+
+
+def _split(part: Source, read_from: dict[str, int]) -> dict[str, Any]:
+    counts = None
+    if part.labels is not None:
+        counts = dict(zip(part.classes, np.bincount(part.labels, minlength=len(part.classes)).tolist(), strict=True))
+    return {
+        "images": len(part.names),
+        "classes": len(part.classes),
+        "labelled": part.labels is not None,
+        "images_of_class": counts,
+        "read_from": read_from,
+    }
+
+
+def _suspicious(splits: dict[str, Source]) -> list[str]:
+    """Sentences about labels that look wrong, for data sets of any kind."""
+    found = []
+    labelled = {name: part for name, part in splits.items() if part.labels is not None}
+    for name, part in labelled.items():
+        present = np.unique(part.labels) if part.labels is not None else ()
+        if len(present) == 1 and len(part.names) > 1:
+            found.append(
+                f"all images of {name} have the class {part.classes[present[0]]!r}, so that any classifier is always right"
+            )
+        absent = [label for number, label in enumerate(part.classes) if number not in set(present)]
+        if absent and len(present) > 1:
+            found.append(f"{name} has no image of {_some(absent, 'class', 'classes')}")
+    if "train" in labelled:
+        found += [f"{name} has no labels, although train has" for name in splits if name not in labelled]
+    return found
+
+
+def _some(names: Sequence[str], one: str, many: str) -> str:
+    """``the class 'a'`` or ``3 classes: 'a', 'b', 'c'``, at most five of them."""
+    listed = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+    return f"the {one} {listed}" if len(names) == 1 else f"{len(names)} {many}: {listed}"
 
 
 def import_images(spec: Any, settings: Settings) -> dict[str, float]:
