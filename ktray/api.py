@@ -220,12 +220,16 @@ def _parse_space(space: Mapping[str, Any] | str | Path, overrides: list[str]) ->
 
     if isinstance(space, str | Path):
         return load_space(Path(space), overrides), str(space)
+    return parse(_as_yaml(space, "space"), overrides, "space"), "space"
+
+
+def _as_yaml(content: Any, what: str) -> str:
+    """Plain data as the text of a file, so that files and data have the same limits and errors."""
     try:
-        text = json.dumps(space, allow_nan=False, ensure_ascii=False)  # JSON is YAML
-    except (TypeError, ValueError) as error:
+        return json.dumps(content, allow_nan=False)  # JSON is YAML
+    except (TypeError, ValueError, RecursionError) as error:
         instead = "Give a YAML file's name, or what it would hold: dicts, lists, texts and numbers."
-        raise UserError(f"the space is no plain data ({error})", instead=instead) from error
-    return parse(text, overrides, "space"), "space"
+        raise UserError(f"the {what} is no plain data ({error})", instead=instead) from error
 
 
 def _until_end(start: Callable[[Interruption], SearchOutcome], settings: Settings) -> SearchOutcome:
@@ -246,6 +250,16 @@ def _until_end(start: Callable[[Interruption], SearchOutcome], settings: Setting
     if outcome.interrupted:
         raise KeyboardInterrupt
     return outcome
+
+
+def _pair_of(pair: PairSpec | Mapping[str, Any], overrides: list[str]) -> PairSpec:
+    from ktray.search import space, space_file
+
+    if not isinstance(pair, PairSpec):
+        return space.parse_pair(space_file.parse(_as_yaml(pair, "pair"), overrides, "pair"), "pair")
+    if overrides:
+        raise UserError("overrides change files and plain data, and this is a PairSpec", "pair", "Change the spec itself.")
+    return pair
 
 
 def run(
@@ -285,7 +299,6 @@ def run(
     from ktray.runs.pair_run import run_here, run_on_ray
     from ktray.runs.plan import check_pairs
     from ktray.runs.spec_files import load_pairs, select_pairs
-    from ktray.search.space import parse_pair
 
     require_positive(concurrent, "concurrent")
     settings = make_settings(home, store=store, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk)
@@ -293,7 +306,7 @@ def run(
     if isinstance(pair, str | Path):
         source, pairs = Path(pair), load_pairs(Path(pair), list(overrides))
     else:
-        source, pairs = Path("pair"), {"pair": pair if isinstance(pair, PairSpec) else parse_pair(pair, "pair")}
+        source, pairs = Path("pair"), {"pair": _pair_of(pair, list(overrides))}
     pairs = select_pairs(pairs, only)
     check_pairs(pairs, data_loader(), source)
     results = run_here(pairs, settings) if local else run_on_ray(pairs, address, concurrent, settings)

@@ -7,6 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+from ktray.text import cut, visible_name
+
+_LONGEST = 3000  # characters of each part of a message; a name or a value in it may have any number
 DISK_FULL_BYTES = 1 << 20  # with less free space than this, the disk counts as full
 
 
@@ -17,17 +20,20 @@ class UserError(Exception):
         problem: what is wrong, in one sentence, naming values as the user typed them.
         where: file and dotted path, such as ``space.yaml: pair.teacher.hog.cell``.
         instead: what would be right.
+        entries: several problems, each shown on a line of its own below.
     """
 
     exit_code = 2
 
-    def __init__(self, problem: str, where: str = "", instead: str = "") -> None:
-        self.problem, self.where, self.instead = problem, where, instead
-        super().__init__(problem, where, instead)
+    def __init__(self, problem: str, where: str = "", instead: str = "", entries: tuple[str, ...] = ()) -> None:
+        self.problem, self.where, self.instead, self.entries = problem, where, instead, entries
+        super().__init__(problem, where, instead, entries)
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.problem}" if self.where else self.problem
-        return f"{text.rstrip('.')}. {self.instead}".strip() if self.instead else text
+        where, problem, instead = (visible_name(cut(text, _LONGEST)) for text in (self.where, self.problem, self.instead))
+        text = f"{where}: {problem}" if where else problem
+        text = f"{text.rstrip('.')}. {instead}".strip() if instead else text
+        return "\n  ".join([text, *map(visible_name, self.entries)])
 
 
 class StageFailed(Exception):

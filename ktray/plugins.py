@@ -6,7 +6,6 @@ only after `allow("my_lab")`, so that a YAML file alone can never make ktray imp
 
 from __future__ import annotations
 
-import difflib
 import os
 import pkgutil
 import sys
@@ -19,6 +18,7 @@ from typing import Any, Literal, Protocol, Self, get_args, get_origin
 
 from ktray.errors import UserError
 from ktray.strict import StrictSpec
+from ktray.text import near_word, shown
 
 GROUPS = {  # group of plugins -> its folder in ktray
     "dataset": "datasets",
@@ -98,9 +98,9 @@ def module(group: str, kind: str) -> ModuleType:
             )
         return _imported(group, kind, kind)
     if kind not in _shipped(group):
-        near = difflib.get_close_matches(kind, kinds(group), n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"there is no {group} kind {kind!r}", instead=f"{hint}Known: {', '.join(kinds(group))}.")
+        near = near_word(kind, kinds(group))
+        hint = f"Did you mean {near!r}? " if near else ""
+        raise UserError(f"there is no {group} kind {shown(kind)}", instead=f"{hint}Known: {', '.join(kinds(group))}.")
     _loaded[group, kind] = _imported(group, kind, f"ktray.{GROUPS[group]}.{kind}")
     return _loaded[group, kind]
 

@@ -21,6 +21,11 @@ from ktray import plugins
 from ktray.errors import UserError
 from ktray.plugins import PluginSpec
 from ktray.strict import StrictSpec, plain_types
+from ktray.text import shown
+
+MAX_DATA_TEXT = 4096  # characters; a path may have as many
+MAX_GENERATIONS = 20  # pairs in a chain
+MAX_EVALUATIONS = 100
 
 
 def _parse(group: str, value: Any) -> Any:
@@ -29,7 +34,7 @@ def _parse(group: str, value: Any) -> Any:
     except UserError as error:  # pydantic adds the path of the field to a ValueError
         raise ValueError(str(error)) from error
     if not isinstance(found, StrictSpec):
-        raise ValueError(f"a {group} is a kind's name or a mapping with 'kind', and this is {value!r}")
+        raise ValueError(f"a {group} is a kind's name or a mapping with 'kind', and this is {shown(value)}")
     return found
 
 
@@ -37,6 +42,11 @@ def _data(value: Any) -> Any:
     """The spec of a data set from ``fashion_mnist_mini``, ``parquet:/p?label=label`` or a mapping."""
     if not isinstance(value, str):
         return _parse("dataset", value)
+    if len(value) > MAX_DATA_TEXT:
+        raise ValueError(
+            f"a data set is written in at most {MAX_DATA_TEXT:,} characters, and this one has {len(value):,}; "
+            "write it as a mapping: {kind: parquet, path: ...}"
+        )
     place, _, query = value.partition("?")
     kind, _, location = place.partition(":")
     fields: dict[str, Any] = {"kind": kind}
@@ -44,6 +54,8 @@ def _data(value: Any) -> Any:
         fields["path"] = location
     for pair in filter(None, query.split("&")):
         name, _, text = pair.partition("=")
+        if name in fields:
+            raise ValueError(f"the data set {shown(value)} says {name!r} twice; leave one of them out")
         fields[name] = _from_text(kind, name, text)
     return _parse("dataset", fields)
 
@@ -266,7 +278,7 @@ class PrecomputedTeacher(StrictSpec):
     def _only_what_the_file_has(self) -> PrecomputedTeacher:
         parquet = self.features.endswith(".parquet")
         if not parquet and not self.features.endswith(".npy"):
-            raise ValueError(f"ready-made features are a .npy or a .parquet file, and this is {self.features!r}")
+            raise ValueError(f"ready-made features are a .npy or a .parquet file, and this is {shown(self.features)}")
         if (self.names if parquet else self.columns) is not None:
             raise ValueError("a .parquet has its paths in 'columns', a .npy in 'names'; leave the other out")
         return self
@@ -322,7 +334,19 @@ class PairSpec(StrictSpec):
     teacher: TeacherSpec | None = Field(default=None, description="null only for transfers without a teacher")
     transfer: TransferSpec
     student: Student
-    evals: tuple[EvaluationSpec, ...] = ()
+    evals: tuple[EvaluationSpec, ...] = Field(default=(), max_length=MAX_EVALUATIONS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_chain_of_a_few_generations(cls, value: Any) -> Any:
+        pair, count = value, 1
+        while isinstance(pair, Mapping) and isinstance(pair.get("teacher"), Mapping) and "pair" in pair["teacher"]:
+            pair, count = pair["teacher"]["pair"], count + 1
+        if count > MAX_GENERATIONS:
+            raise ValueError(
+                f"this is a chain of {count} pairs, each the teacher of the next; at most {MAX_GENERATIONS} are read"
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -1,59 +1,347 @@
-"""Strict YAML: plain values only, no duplicate keys, and 1e-3 is a number. Errors name the line and the remedy."""
+"""Strict YAML: plain values only, no duplicate keys, and 1e-3 is a number. Errors name line, column and remedy.
+
+What two versions of YAML read differently is not guessed: ``010`` is refused, ``2023-01-05`` and ``1:30`` are text. The file
+of a search has a few thousand characters, so the limits below are never in the way; they end what would hang.
+"""
 
 from __future__ import annotations
 
+import codecs
 import re
-from typing import Any
+import stat
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
 from ktray.errors import UserError
+from ktray.text import cut, shown, visible_name
 
-_DUPLICATE_KEY = "is there twice"
+MAX_BYTES = 100_000  # of a file; PyYAML reads some 50 kB a second
+MAX_DEPTH = 64  # mappings and lists inside each other, with aliases written out
+MAX_VALUES = 10_000  # with aliases written out, as the next
+MAX_CHARACTERS = 1_000_000
+MAX_INTEGER = 2**63 - 1
+
+_TAG = "tag:yaml.org,2002:"
 _REMEDIES = {  # what the parser says -> what to do
     "'\\t'": "Indent with spaces, not with tabs.",
     "<stream end>": "A bracket or a quote is not closed.",
+    "end of stream": "A bracket or a quote is not closed.",
     "',' or": "A bracket or a comma is missing, here or on the line above.",
-    "constructor for the tag": "Write plain values; tags (!) are not supported.",
     "mapping values are not allowed": "Quote the text if it contains a colon, else check the indentation.",
-    _DUPLICATE_KEY: "Leave one of them out.",
+    "another document": "A file has one document: leave out what follows the line '---'.",
+    "undefined alias": "Name the value with & before it is used with *, or quote the text if * belongs to it.",
+    "escape sequence": "In double quotes write \\\\ for a backslash, or use single quotes.",
+    "could not find expected ':'": "Write name: value, with a blank after the colon.",
 }
+_BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after UTF-32, whose mark begins like this one
+
+
+class _Refused(yaml.YAMLError):
+    """What is YAML and yet refused."""
+
+    def __init__(self, problem: str, instead: str, mark: yaml.Mark) -> None:
+        self.problem, self.instead, self.mark = problem, instead, mark
+
+
+def _too_deep(mark: yaml.Mark) -> _Refused:
+    return _Refused(f"more than {MAX_DEPTH} mappings and lists are inside each other", "Write it flatter.", mark)
+
+
+def _too_many(mark: yaml.Mark) -> _Refused:
+    instead = "Write fewer; aliases (*) count as what they stand for."
+    return _Refused(f"there are more than {MAX_VALUES:,} values", instead, mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but it rejects duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
+    """PyYAML's parser with limits; of its values only their text is used, and `_Reading` makes plain ones of it."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    message = f"the key {key.value!r} {_DUPLICATE_KEY}"
-                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers: ClassVar[Any] = {}  # type: ignore[misc]
+    depth = 0
+    values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth, self.values = self.depth + 1, self.values + 1
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        if self.depth > MAX_DEPTH:
+            raise _too_deep(mark)
+        if self.values > MAX_VALUES:
+            raise _too_many(mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+for _kind, _pattern, _first in (
+    ("bool", "yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
+    ("int", r"[-+]?(0b[01_]*|0x[0-9a-fA-F_]*|[0-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))"
+        r"|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("merge", "<<", "<"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file; None if it is empty.
+
+    Raises:
+        UserError: as `read_text` and `parse_yaml`.
+    """
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_text(path: Path, limit: int = MAX_BYTES) -> str:
+    """The text of a file that a user wrote, in UTF-8, or in what the mark at its beginning says (UTF-16 from Windows).
+
+    Raises:
+        UserError: it cannot be read, is no file, too large, or no text.
+    """
+    where = str(path)
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise UserError(f"this is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}", where, "Give a file of text.")
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # a ValueError: the path has a NUL
+        problem = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"the file cannot be read: {problem}", where) from error
+    if len(content) > limit:
+        raise UserError(f"the file has more than {limit:,} bytes", where, "Is it the right one? Shorten it if it is.")
+    encoding = next((name for mark, name in _BOMS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        before = content[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - (before.rfind(b"\n") + 1) + 1
+        wide = encoding != "utf-8" or b"\0" in content
+        problem = f"the file is not text in {encoding.upper()}" + (
+            "" if wide else f": the byte 0x{content[error.start]:02x} is none"
+        )
+        raise UserError(problem, where if wide else f"{where}, line {line}, column {column}", "Save it as UTF-8.") from error
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; None if it is empty.
+    """The value of a YAML text; None if it is empty. It shares nothing: changing one part of it changes no other.
 
     Args:
         source: name of the text in errors, such as the path of the file.
 
     Raises:
-        UserError: the text is not YAML, or has a duplicate key; it names the line.
+        UserError: the text is not YAML, has a duplicate key or a key that is no text, or is beyond a limit; it names line and
+            column.
     """
+    if len(text) > MAX_BYTES:
+        raise UserError(
+            f"the text has {len(text):,} characters, and at most {MAX_BYTES:,} are read", _cut(source), "Shorten it."
+        )
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        message = str(getattr(error, "problem", None) or error)
+        node = _composed(text)
+        return None if node is None else _Reading().plain(node, 1)
+    except _Refused as error:
+        raise UserError(error.problem, _place(source, error.mark), error.instead) from None
+    except yaml.MarkedYAMLError as error:
+        message = str(error.problem or error)
         remedy = next((remedy for words, remedy in _REMEDIES.items() if words in message), "")
-        problem = message if _DUPLICATE_KEY in message else f"this is not valid YAML: {message}"
-        raise UserError(problem, f"{source}{line}", remedy) from error
+        raise UserError(f"this is not valid YAML: {message}", _place(source, error.problem_mark), remedy) from error
+    except yaml.reader.ReaderError as error:
+        where = f"{_cut(source)}, line {text.count(chr(10), 0, error.position) + 1}, column {_column(text, error.position)}"
+        problem = f"this is not valid YAML: it contains the character {visible_name(text[error.position])}"
+        raise UserError(problem, where, "Leave it out, or write it as an escape within double quotes.") from error
+
+
+@lru_cache(maxsize=4)  # a command looks at its file more than once: is it a space? which one?
+def _composed(text: str) -> yaml.Node | None:
+    loader = _Loader(text)
+    try:
+        node: yaml.Node | None = loader.get_single_node()
+        return node
+    except (ValueError, OverflowError) as error:  # "\Uffffffff", a tag that is no UTF-8, a version of 5,000 digits
+        problem = "this is not valid YAML: an escape or a number stands for nothing"
+        raise _Refused(problem, "Leave it out, or use single quotes.", loader.get_mark()) from error
+    finally:
+        loader.dispose()
+
+
+def _place(source: str, mark: yaml.Mark | None) -> str:
+    return f"{_cut(source)}, line {mark.line + 1}, column {mark.column + 1}" if mark else _cut(source)
+
+
+def _column(text: str, position: int) -> int:
+    return position - (text.rfind("\n", 0, position) + 1) + 1
+
+
+def _cut(source: str) -> str:
+    """`source`; that of an override is as long as its value."""
+    return cut(source, 200)
+
+
+class _Reading:
+    """One reading of a composed text into plain values, and what it has come to."""
+
+    def __init__(self) -> None:
+        self.values = self.characters = 0
+        self.open: set[int] = set()
+
+    def plain(self, node: yaml.Node, depth: int) -> Any:
+        """The plain value of a node; aliases are written out, so each part is a value of its own."""
+        self._count(node, depth)
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node)
+        if node.tag != _TAG + ("seq" if isinstance(node, yaml.SequenceNode) else "map"):
+            _refuse_tag(node)
+        if id(node) in self.open:
+            raise _Refused("this value contains itself, by an alias (*) inside it", "Write out what is meant.", node.start_mark)
+        self.open.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            found: Any = self._mapping(node, depth)
+        else:
+            found = [self.plain(item, depth + 1) for item in node.value]
+        self.open.discard(id(node))
+        return found
+
+    def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
+        for key, value in node.value:
+            if key.tag == f"{_TAG}merge":
+                merged = {**self._merged(value, depth), **merged}
+                continue
+            name = _key(key)
+            if name in own:
+                raise _Refused(f"the key {name!r} is there twice", "Leave one of them out.", key.start_mark)
+            own[name] = self.plain(value, depth + 1)
+        return {**merged, **own}
+
+    def _merged(self, value: yaml.Node, depth: int) -> dict[str, Any]:
+        """What ``<<`` takes over from a mapping or from a list of them, of which the first wins."""
+        sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        found: dict[str, Any] = {}
+        for source in reversed(sources):
+            if not isinstance(source, yaml.MappingNode):
+                raise _Refused("'<<' takes over a mapping, and this is none", "Write <<: *name of a mapping.", value.start_mark)
+            found |= self.plain(source, depth + 1)
+        return found
+
+    def _count(self, node: yaml.Node, depth: int) -> None:
+        self.values += 1
+        self.characters += len(node.value) if isinstance(node, yaml.ScalarNode) else 1
+        if depth > MAX_DEPTH:
+            raise _too_deep(node.start_mark)
+        if self.values > MAX_VALUES:
+            raise _too_many(node.start_mark)
+        if self.characters > MAX_CHARACTERS:
+            raise _Refused(
+                f"with its aliases (*) written out, it has more than {MAX_CHARACTERS:,} characters",
+                "Use fewer aliases, or shorter values.",
+                node.start_mark,
+            )
+
+
+def _key(node: yaml.Node) -> str:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _Refused("a list or a mapping cannot be a key", "A key is text; quote it if it has brackets.", node.start_mark)
+    value = _scalar(node)
+    if not isinstance(value, str):
+        problem = "a key is missing" if node.value == "" else f"the key {shown(node.value)[1:-1]} is not text"
+        quoted = node.value if len(node.value) < 40 else "..."
+        raise _Refused(problem, f"Quote it: '{quoted}'.", node.start_mark)
+    return value
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    text, kind = node.value, node.tag.removeprefix(_TAG)
+    if kind in ("str", "merge"):
+        return _text(node)
+    if kind == "null" and text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if kind == "bool" and text.lower() in ("yes", "true", "on", "no", "false", "off"):
+        return text.lower() in ("yes", "true", "on")
+    if kind in ("int", "float"):
+        return _integer(node) if kind == "int" else _float(node)
+    if kind in ("bool", "null"):
+        raise _Refused(f"{shown(text)} is no {kind}", "Leave the tag (!) out.", node.start_mark)
+    return _refuse_tag(node)
+
+
+def _integer(node: yaml.ScalarNode) -> int:
+    text = node.value
+    digits = text.lstrip("+-").replace("_", "")
+    base = {"0b": 2, "0x": 16}.get(digits[:2].lower(), 10)
+    if base == 10 and len(digits) > 1 and digits[0] == "0" and digits.isdecimal():
+        plain = digits.lstrip("0") or "0"
+        octal = f"{int(digits, 8)}" if len(digits) < 20 and set(digits) <= set("01234567") else ""
+        instead = f"Write {plain}, or {octal} if it is octal" if octal and octal != plain else f"Write {_shortened(plain)}"
+        raise _Refused(
+            f"{_shortened(text)} begins with 0, and versions of YAML read that differently",
+            f"{instead}; quote it if it is text.",
+            node.start_mark,
+        )
+    if len(digits) > 100:
+        raise _too_large(text, node)
+    try:
+        value = int(digits.removeprefix("0b").removeprefix("0x") if base != 10 else digits, base)
+    except ValueError:
+        raise _Refused(
+            f"{_shortened(text)} is no whole number", "Write it with digits, or quote it if it is text.", node.start_mark
+        ) from None
+    if value > MAX_INTEGER:
+        raise _too_large(text, node)
+    return -value if text.startswith("-") else value
+
+
+def _too_large(text: str, node: yaml.ScalarNode) -> _Refused:
+    return _Refused(
+        f"{_shortened(text)} is too large: whole numbers go up to {MAX_INTEGER}",
+        "Write 1e30 for a fraction, or quote it if it is text.",
+        node.start_mark,
+    )
+
+
+def _float(node: yaml.ScalarNode) -> float:
+    text = node.value.replace("_", "")
+    try:
+        return float(text.replace(".inf", "inf").replace(".nan", "nan") if len(text) < 6 else text)
+    except ValueError:
+        raise _Refused(
+            f"{shown(node.value)} is no number", "Write it with digits, or quote it if it is text.", node.start_mark
+        ) from None
+
+
+def _text(node: yaml.ScalarNode) -> str:
+    r"""The text of a scalar. JSON writes a character beyond 16 bits as two escapes, ``\ud83d\ude00``, which are joined."""
+    text: str = node.value
+    if not text.isascii():
+        try:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise _Refused(
+                f"{visible_name(shown(text))} has half of a surrogate pair, which is no character",
+                "Leave it out.",
+                node.start_mark,
+            ) from None
+    if "\0" in text:
+        raise _Refused(f"{shown(text)} contains a NUL, which no name and no path may", "Leave it out.", node.start_mark)
+    return text
+
+
+def _refuse_tag(node: yaml.Node) -> NoReturn:
+    tag = node.tag.replace(_TAG, "!!")
+    raise _Refused(
+        f"this is not valid YAML: the tag {_shortened(tag)} is not known here",
+        "Write plain values; tags (!) are not supported.",
+        node.start_mark,
+    )
+
+
+def _shortened(text: str) -> str:
+    return shown(text)[1:-1]

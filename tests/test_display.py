@@ -51,7 +51,7 @@ def test_the_table_names_what_runs_what_waits_and_how_far_the_study_is(tmp_path:
     text = "\n".join(shown(tmp_path, 5, 100, 30, STATUS))
     assert "epoch 3 of 8  loss 1.25" in text
     assert "worker-1" in text
-    assert "1 more stages wait" in text
+    assert "1 more stage waits" in text
     assert "of 6 trials" in text
 
 

@@ -31,8 +31,22 @@ from tests.source import (
 
 # From the bottom up; a module of the root that is not listed is a tool. `runs` lies above `search` because it runs the search
 # logic, which must not know who runs it.
+WORDS = {
+    "spec",
+    "strict",
+    "plugins",
+    "fingerprint",
+    "artifact",
+    "stores",
+    "errors",
+    "pool",
+    "progress",
+    "yaml_file",
+    "text",
+    "output",
+}
 LAYERS = (
-    ("words", {"spec", "strict", "plugins", "fingerprint", "artifact", "stores", "errors", "pool", "progress", "yaml_file"}),
+    ("words", WORDS),
     ("tools", {"ops", "training", "features", "clustering", "images", "export"}),
     ("methods", set(GROUPS.values())),
     ("pipeline", {"pipeline", "stages", "cost_model"}),

@@ -97,10 +97,14 @@ def test_a_mistake_in_a_space_is_told_with_its_place_and_what_would_be_right(
 
 
 TEXTS = {
-    "broken": ("study: t\npair: {data: [\n", "line 3: this is not valid YAML", "A bracket or a quote is not closed."),
-    "tabs": ("study: t\npair:\n\tdata: x\n", "line 3: this is not valid YAML", "Indent with spaces"),
-    "twice": ("study: t\npair: {}\nstudy: u\n", "line 3: the key 'study' is there twice", "Leave one of them out."),
-    "tag": ("study: !!python/object/apply:os.getcwd []\n", "line 1: this is not valid YAML", "tags (!) are not supported"),
+    "broken": ("study: t\npair: {data: [\n", "line 3, column 1: this is not valid YAML", "A bracket or a quote is not closed."),
+    "tabs": ("study: t\npair:\n\tdata: x\n", "line 3, column 1: this is not valid YAML", "Indent with spaces"),
+    "twice": ("study: t\npair: {}\nstudy: u\n", "line 3, column 1: the key 'study' is there twice", "Leave one of them out."),
+    "tag": (
+        "study: !!python/object/apply:os.getcwd []\n",
+        "line 1, column 8: this is not valid YAML",
+        "tags (!) are not supported",
+    ),
     "empty": ("", "the file is empty", "quickstart.yaml"),
     "list": ("- a\n", "the file has no fields", "quickstart.yaml"),
 }
@@ -158,7 +162,7 @@ ARGUMENTS = {
     "a wrong path": (["--set", "transfer.q=3"], "there is no field 'q'"),
     "no value": (["--set", "transfer.k"], "Write --set transfer.k=500."),
     "too deep": (["--set", "transfer.k.x=3"], "transfer.k is 5 and has no 'x'"),
-    "an absent runtime file": (["--runtime", "no.yaml"], "no.yaml: the runtime file cannot be read"),
+    "an absent runtime file": (["--runtime", "no.yaml"], "no.yaml: the file cannot be read"),
     "an unknown runtime field": (["--runtime", "RUNTIME:cpuss: 2"], "Did you mean cpus?"),
     "an unknown stage": (["--runtime", "RUNTIME:stages: {teachr: {cpus: 1}}"], "Did you mean teacher?"),
     "a remote store": (["--store", "s3://bucket"], "Use file:///path"),

@@ -170,8 +170,7 @@ def refusal(tmp_path: Path, pair: dict[str, Any] | None = None, **fields: Any) -
         ({"uniform": [5, 10]}, "Did you mean 'float'?"),
         ({"choice": [5], "default": 5}, "must be the only key"),
         ({"one_of": []}, "needs a mapping of branches"),
-        ({"one_of": {5: {}}}, "text without a dot; quote it"),
-        ({5: {"int": [1, 2]}}, "is not text. Quote it: '5'"),
+        ({"one_of": {"a.b": {}}}, "without a dot; quote it"),
         ({"choice": [5, 0]}, "should be at least 2"),
         ({"int": [1, 50]}, "should be at least 2"),
         ({"float": [2.0, 50.0]}, "should be a whole number"),
@@ -288,7 +287,7 @@ def test_a_duration_is_read_with_its_unit(tmp_path: Path, text: Any, seconds: fl
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path)
     path.write_text(path.read_text() + "study: again\n")
-    with pytest.raises(UserError, match=r"line \d+: .*'study' is there twice"):
+    with pytest.raises(UserError, match=r"line \d+, column 1: .*'study' is there twice"):
         space.load(path, [])
 
 
@@ -302,7 +301,7 @@ def test_a_number_like_1e_3_is_a_number(tmp_path: Path) -> None:
 def test_a_file_makes_no_objects(tmp_path: Path) -> None:
     path = tmp_path / "evil.yaml"
     path.write_text("study: !!python/object/apply:os.system ['true']\n")
-    with pytest.raises(UserError, match="could not determine a constructor"):
+    with pytest.raises(UserError, match=r"the tag !!python/object/apply:os.system is not known"):
         space.load(path, [])
 
 

@@ -107,7 +107,7 @@ def test_values_that_mlflow_cannot_hold_are_left_out_or_cut_and_named_in_a_tag(h
     tracker.end_trial(1, "FINISHED", {}, {"after": 2.0})
     assert not tracker.close("FINISHED", timeout=60)  # two calls had invalid arguments, so something is missing
     run = runs_of(uri, "values")["0001 pair"]
-    assert run.data.params == {"long": "x" * 6000, "odd key_": "?"}
+    assert run.data.params == {"long": "x" * 6000, "odd key_": r"\ud800\x00"}
     assert run.data.tags["ktray.truncated"] == "long"
     assert run.data.metrics == {"good": 1.0, "after": 2.0}
     assert run.data.tags["ktray.nonfinite.nan"] == "nan at step 3"

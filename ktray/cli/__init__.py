@@ -31,6 +31,7 @@ from ktray.cli import (
 )
 from ktray.cli.terminal import INTERRUPTED
 from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
+from ktray.output import print_err
 
 VERBS = {
     "plan": plan_command,
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
     except UserError as error:
-        print(f"ktray: {error}", file=sys.stderr)
+        print_err(f"ktray: {error}")
         return error.exit_code
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
@@ -62,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except (UserError, StageFailed, PreflightFailed, StoppedEarly, MissingInput) as error:
-        print(f"ktray: {error}", file=sys.stderr)
+        print_err(f"ktray: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"ktray: interrupted; nothing that was published is lost, resume with: {args.command}", file=sys.stderr)
+        print_err(f"ktray: interrupted; nothing that was published is lost, resume with: {args.command}")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our stdout has gone (`ktray best | head`), which is no error.
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"ktray: {_os_message(error, code)}", file=sys.stderr)
+        print_err(f"ktray: {_os_message(error, code)}")
         return code
 
 

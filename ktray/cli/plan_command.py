@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.cli.terminal import print_result, settings_of
+from ktray.text import counted
 
 HELP = "valid? what is done, what would run, what it costs"
 
@@ -57,7 +58,7 @@ def _text(answer: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
     from ktray.cli.terminal import table
 
     rows = [[_stage_label(row, evaluations), row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
-    count = "infinitely many pairs" if answer["pairs"] is None else _counted(answer["pairs"], "pair")
+    count = _pair_count(answer["pairs"])
     lines = [
         table(["stage", "key", "state", "shared by"], rows),
         *_dry_run_text(answer.get("preflight")),
@@ -67,6 +68,14 @@ def _text(answer: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
         *(f"note: {note}" for note in answer["notes"]),
     ]
     return "\n".join(lines)
+
+
+def _pair_count(count: int | None) -> str:
+    from ktray.search.space_tree import MAX_SIZE
+
+    if count is None:
+        return "infinitely many pairs"
+    return counted(count, "pair") if count < MAX_SIZE else f"more than {MAX_SIZE:.0e} pairs".replace("e+", "e")
 
 
 def _stage_label(row: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
@@ -81,11 +90,6 @@ def _to_run(answer: Mapping[str, Any]) -> str:
         return "The stage is done." if total == 1 else f"All {total} stages are done."
     some = f"{missing} of {total} stages" if missing < total else "The stage" if total == 1 else f"All {total} stages"
     return f"{some} would run; {_time(answer['estimate'], 'preflight' in answer)}."
-
-
-def _counted(count: int, noun: str) -> str:
-    """``1 pair``, ``2 pairs``."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _dry_run_text(found: Mapping[str, Any] | None) -> list[str]:
@@ -134,5 +138,5 @@ def _sharing_text(sharing: Mapping[str, Any]) -> list[str]:
     for row in sharing["stages"]:
         possible = "infinitely many" if row["possible"] is None else str(row["possible"])
         parts.append(f"{row['stage']} {row['expected']:.0f} of {possible}")
-    draws = _counted(sharing["draws"], "random draw")
+    draws = counted(sharing["draws"], "random draw")
     return [f"Expected number of distinct artifacts in {draws} (of all possible): {', '.join(parts)}."]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.cli.terminal import INTERRUPTED, positive_int, print_result, settings_of
+from ktray.output import show_cursor
 
 if TYPE_CHECKING:
     from ktray.runs.search_run import SearchOutcome
@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _exit_at_once(args: argparse.Namespace, settings: Settings) -> None:
     """Leave as kill -9 would: nothing that was published is lost, and Ray's processes notice."""
-
-    cursor = "\x1b[?25h" if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
-    settings.print_error(f"{cursor}ktray: interrupted; resume with: {args.command}")
+    show_cursor()
+    settings.print_error(f"ktray: interrupted; resume with: {args.command}")
     os._exit(INTERRUPTED)
 
 

@@ -6,13 +6,15 @@ import argparse
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from ktray.output import log_to_stderr, print_out
 from ktray.runs.settings import Settings, make_settings
+from ktray.text import shown, visible_name
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+MAX_DIGITS = 9  # of an argument that counts something
 
 
 def positive_int(text: str) -> int:
@@ -21,8 +23,10 @@ def positive_int(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is no whole number from 1.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    if not text.isdecimal() or len(text) > MAX_DIGITS or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no whole number from 1{' to 999,999,999' if text.isdecimal() else ''}"
+        )
     return int(text)
 
 
@@ -40,19 +44,18 @@ def settings_of(args: argparse.Namespace) -> Settings:
         allow_plugins=args.allow_plugins,
         verbosity=0 if args.quiet else 1 + args.verbose,
     )
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="ktray: %(message)s")
-    logging.getLogger("ktray").setLevel(logging.INFO if args.verbose else logging.WARNING)
+    log_to_stderr(logging.INFO if args.verbose else logging.WARNING)
     return settings
 
 
 def print_result(args: argparse.Namespace, value: Any, text: str) -> None:
     """The result on stdout: `value` as JSON with --json, else `text`."""
-    print(json.dumps(value, indent=1, allow_nan=False) if args.json else text, flush=True)
+    print_out(json.dumps(value, indent=1, allow_nan=False).replace("\x7f", "\\u007f") if args.json else text)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], gap: str = "  ") -> str:
-    """Rows under a head, every column as wide as its widest cell; numbers right, words left."""
-    cells = [list(head), *(list(row) for row in rows)]
+    """Rows under a head, every column as wide as its widest cell, each row one line; numbers right, words left."""
+    cells = [[visible_name(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(head))]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ktray.stores import Store
+from ktray.text import visible
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -32,7 +33,8 @@ def render(
 ) -> str:
     """Return the report as HTML. Sections without data are left out.
 
-    All text is escaped. Absolute paths are cut to their last part; IP addresses and the name of this machine are replaced.
+    All text is escaped, and control characters are made visible. Absolute paths are cut to their last part; IP addresses and
+    the name of this machine are replaced.
 
     Args:
         question: what the study asks, in one sentence; may be empty.
@@ -49,7 +51,12 @@ def render(
     if not objectives:
         raise ValueError("a report needs at least one objective to rank trials by")
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # Markup, which is a str, is the report's own
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     content = _content(objectives, trials, references, store, labels_used)
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))

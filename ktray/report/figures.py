@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ktray.pipeline.pair_metrics import learning_curve
-from ktray.report.formatting import Objective, counted, measure, pair_title, value_of
+from ktray.report.formatting import Objective, measure, pair_title, value_of
 from ktray.report.stage_reuse import FindArtifact
 from ktray.search.ranking import front, ranked
+from ktray.text import counted
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial

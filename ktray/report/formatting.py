@@ -78,11 +78,6 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def counted(count: int, word: str) -> str:
-    """``1 trial``, ``2 trials``."""
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
-
-
 def listed(parts: list[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -15,9 +15,10 @@ from ktray.pipeline.naming import lineage
 from ktray.pipeline.references import CEILING, RANDOM
 from ktray.plugins import module
 from ktray.report.figures import strip
-from ktray.report.formatting import Objective, anonymised, counted, listed, loss_of, measure, number, pair_title, value_of
+from ktray.report.formatting import Objective, anonymised, listed, loss_of, measure, number, pair_title, value_of
 from ktray.search.ranking import ranked
 from ktray.search.trial import STATES, Trial
+from ktray.text import counted
 
 
 def headline(

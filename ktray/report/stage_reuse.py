@@ -7,8 +7,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ktray.artifact import Artifact, kind_of
-from ktray.report.formatting import counted, duration
+from ktray.report.formatting import duration
 from ktray.stores import Store
+from ktray.text import counted
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial

@@ -16,6 +16,7 @@ from ktray.search import halving, ranking
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
+from ktray.text import counted, visible_name
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -89,7 +90,7 @@ class _Live:
         self.status = status
 
     def say(self, text: str) -> None:
-        self.console.print(f"ktray: {text}", style="dim", markup=False, highlight=False)
+        self.console.print(_as_text(f"ktray: {text}", "dim"), highlight=False)
 
     def render(self) -> RenderableType:
         """The whole table as of now; called several times a second, by another thread."""
@@ -114,8 +115,8 @@ class _Live:
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=max(target, 1), completed=settled, complete_style="cyan", finished_style="green")
-        head.add_row(Text(self.name, style="bold"), bar, Text(_clock(time.monotonic() - self.began), style="bold"))
-        return _stacked(head, Text(f"{len(trials)} of {target} trials{': ' if counts else ''}{counts}", style="dim"))
+        head.add_row(_as_text(self.name, "bold"), bar, Text(_clock(time.monotonic() - self.began), style="bold"))
+        return _stacked(head, Text(f"{len(trials)} of {counted(target, 'trial')}{': ' if counts else ''}{counts}", style="dim"))
 
     def _work(self) -> Table:
         from rich.table import Table
@@ -126,9 +127,13 @@ class _Live:
         now = time.time()
         for entry in self.status.get("running", ()):
             helpers = f" +{len(entry['helpers'])}" if entry.get("helpers") else ""
-            work.add_row(
-                f"{entry['worker']}{helpers}", entry["key"], _clock(now - entry["since"]), _progress_text(entry["progress"])
+            cells = (
+                f"{entry['worker']}{helpers}",
+                entry["key"],
+                _clock(now - entry["since"]),
+                _progress_text(entry["progress"]),
             )
+            work.add_row(*map(_as_text, cells))
         return work
 
     def _queue(self) -> Text:
@@ -141,7 +146,7 @@ class _Live:
         elif all(worker["state"] == "starting" for worker in workers):
             words = "workers are starting"
         else:
-            words = f"{queued} more stages wait" if queued else ""
+            words = counted(queued, "more stage waits", "more stages wait") if queued else ""
         return Text(words, style="dim")
 
     def _trials(self, trials: Sequence[Trial], rows: int) -> Table:
@@ -154,8 +159,8 @@ class _Live:
         table.add_column("pair", ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column("epochs", justify="right", no_wrap=True)
         if stop and stop.metric != goal:
-            table.add_column(stop.metric, justify="right", no_wrap=True)
-        table.add_column(goal, justify="right", no_wrap=True)
+            table.add_column(_as_text(stop.metric), justify="right", no_wrap=True)
+        table.add_column(_as_text(goal), justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
         waits_for = _stages_waited_for(self.status.get("waiting", ()))
         for trial in _best_first(trials, self.space)[:rows]:
@@ -169,10 +174,17 @@ class _Live:
                 else trial.state
             )
             cells = [str(trial.number), pair_name(trial.pair), reached, *judged, _number(found), state]
-            table.add_row(*cells, style=COLOURS.get(trial.state))
+            table.add_row(*map(_as_text, cells), style=COLOURS.get(trial.state))
         if len(trials) > rows:
             table.add_row("", f"and {len(trials) - rows} more", style="dim")
         return table
+
+
+def _as_text(value: str, style: str = "") -> Text:
+    """A cell that rich shows as it is: a name is never markup, nor an emoji, nor an escape sequence."""
+    from rich.text import Text
+
+    return Text(visible_name(value), style=style)
 
 
 def _best_first(trials: Sequence[Trial], space: Space) -> list[Trial]:

@@ -41,7 +41,7 @@ class _ArtifactCount:
 
     Attributes:
         stage: name of the kind.
-        possible: different artifacts that draws can need; None if infinitely many.
+        possible: different artifacts that draws can need, counted up to `space_tree.MAX_SIZE`; None if infinitely many.
         expected: different artifacts that random draws need on average.
     """
 
@@ -105,10 +105,10 @@ def _rows(groups: Mapping[tuple[str, str, frozenset[str]], float], parameters: M
         values = [space_tree.all_values(parameters[each]) for each in dependencies]
         sizes = [len(each) for each in values if each is not None]
         infinite = len(sizes) < len(values)
-        combinations = math.prod(sizes)
+        combinations = min(math.prod(sizes), space_tree.MAX_SIZE)
         expected = draws if infinite else _distinct(combinations, draws)
         before = rows.get(name, _ArtifactCount(name, 0, 0.0))
-        possible = None if infinite or before.possible is None else before.possible + combinations
+        possible = None if infinite or before.possible is None else min(before.possible + combinations, space_tree.MAX_SIZE)
         rows[name] = _ArtifactCount(name, possible, before.expected + min(expected, draws))
     return list(rows.values())
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ktray.errors import UserError
+from ktray.output import print_err
 from ktray.stores import Store, open_store
+from ktray.text import shown
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Settings:
 
     def print_error(self, text: str) -> None:
         """Print to stderr, whatever the verbosity."""
-        print(text, file=sys.stderr, flush=True)
+        print_err(text)
 
     def print_info(self, text: str) -> None:
         """Print to stderr unless only errors are wanted; stdout is for results."""
         if self.verbosity:
-            print(text, file=sys.stderr, flush=True)
+            print_err(text)
 
 
 def make_settings(
@@ -102,5 +103,5 @@ def require_positive(number: object, name: str) -> int:
         UserError: it is something else.
     """
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-        raise UserError(f"{name}={number!r} is no whole number from 1")
+        raise UserError(f"{name}={shown(number)} is no whole number from 1")
     return number

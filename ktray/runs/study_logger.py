@@ -18,6 +18,7 @@ from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.stores import Store
 from ktray.tracking import StageRun, Tracker
+from ktray.tracking.mlflow_names import markdown_text
 
 PARAM_COLUMNS = 12  # in the table of trials; MLflow shows further params on request
 CLUSTER_SHEET = "images/clusters.png"  # of the stage pseudo_labels
@@ -43,7 +44,7 @@ class TrialLogger:
         """Describe the study before its first trial, so that MLflow's pages open on the table of trials."""
         objectives, early_stop = self.space.objectives, self.space.early_stop
         rung_metric = [early_stop.metric] if early_stop and early_stop.metric not in dict(objectives) else []
-        text = DESCRIPTION.format(objectives=" and ".join(metric for metric, _ in objectives))
+        text = DESCRIPTION.format(objectives=" and ".join(markdown_text(metric) for metric, _ in objectives))
         columns = _param_names(self.space)[:PARAM_COLUMNS]
         self.tracker.describe_study(list(objectives), [*rung_metric, "cost/seconds"], columns, text)
 
@@ -96,9 +97,10 @@ class TrialLogger:
         ranked, metric = ranking.ranked(trials, self.space.objectives), self.space.objectives[0][0]
         values = {f"reference/{name}/{metric}": line["metrics"].get(metric) for name, line in references.items()}
         metrics = {name: float(value) for name, value in values.items() if value is not None}
-        lines = [f"- {name.split('/')[1]}: {metric} {value:.4f}" for name, value in metrics.items()]
+        lines = [f"- {name.split('/')[1]}: {markdown_text(metric)} {value:.4f}" for name, value in metrics.items()]
         best = [
-            f"{place}. [{trial.number:04d} {pair_name(trial.pair)}](trial/{trial.number}): {_result(trial, self.space)}"
+            f"{place}. [{trial.number:04d} {markdown_text(pair_name(trial.pair))}](trial/{trial.number}): "
+            f"{markdown_text(_result(trial, self.space))}"
             for place, trial in enumerate(ranked[:5], start=1)
         ]
         if ranked:
@@ -169,12 +171,12 @@ def _param_names(space: Space) -> list[str]:
 
 
 def _trial_note(trial: Trial, state: str, keys: Mapping[str, Any], text: str = "") -> str:
-    links = [f"[{name}](stage/{key})" for name, key in _flat_keys(keys).items()]
+    links = [f"[{markdown_text(name)}](stage/{key})" for name, key in _flat_keys(keys).items()]
     if "pseudo_labels" in keys:
         links.append(f"[sheet of the clusters](stage/{keys['pseudo_labels']}/{CLUSTER_SHEET})")
     if trial.duplicate_of is not None:
         links.append(f"[trial {trial.duplicate_of}](trial/{trial.duplicate_of})")
-    return "\n\n".join(filter(None, [f"**{state}** {text}".rstrip(), " · ".join(links)]))
+    return "\n\n".join(filter(None, [f"**{state}** {markdown_text(text)}".rstrip(), " · ".join(links)]))
 
 
 def _stage_note(artifact: Artifact) -> str:

@@ -5,7 +5,6 @@ Nothing here is hashed, and nothing here may change a result.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from pydantic import Field, ValidationError
 from ktray.artifact import Artifact, kind_of
 from ktray.errors import UserError
 from ktray.strict import StrictSpec, plain_types
-from ktray.yaml_file import parse_yaml
+from ktray.text import near_word, shown
+from ktray.yaml_file import read_yaml
 
 STAGES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "evaluation")
+_MOST_CPUS, _MOST_SECONDS, _MOST_BYTES = 100_000, 30 * 86_400, 1 << 60  # beyond any machine; clocks and sums overflow later
 _EXAMPLE = "Write {cpus: 8, stages: {student: {gpus: 0.5}}}."
 
 
@@ -32,10 +33,10 @@ class ResourceRequest(StrictSpec):
         helpers: how many more workers of the same shape it may borrow while they are idle.
     """
 
-    cpus: float = Field(default=1.0, gt=0)
-    gpus: float | None = Field(default=None, ge=0)
-    memory_bytes: int = Field(default=0, ge=0)
-    helpers: int = Field(default=0, ge=0)
+    cpus: float = Field(default=1.0, gt=0, le=_MOST_CPUS)
+    gpus: float | None = Field(default=None, ge=0, le=_MOST_CPUS)
+    memory_bytes: int = Field(default=0, ge=0, le=_MOST_BYTES)
+    helpers: int = Field(default=0, ge=0, le=_MOST_CPUS)
 
 
 DEFAULT_REQUEST = ResourceRequest()
@@ -56,13 +57,13 @@ class RuntimeSettings(StrictSpec):
         memmap_bytes: pixels above this are streamed instead of written to a memmap.
     """
 
-    cpus: int | None = Field(default=None, ge=1)
+    cpus: int | None = Field(default=None, ge=1, le=_MOST_CPUS)
     stages: Mapping[str, ResourceRequest] = SPLITTABLE
-    heartbeat_seconds: float = Field(default=0.5, gt=0)
-    dead_after: float = Field(default=15.0, gt=0)
-    idle_exit_seconds: float = Field(default=30.0, gt=0)
-    checkpoint_seconds: float = Field(default=20.0, gt=0)
-    memmap_bytes: int = Field(default=20 << 30, ge=0)
+    heartbeat_seconds: float = Field(default=0.5, gt=0, le=_MOST_SECONDS)
+    dead_after: float = Field(default=15.0, gt=0, le=_MOST_SECONDS)
+    idle_exit_seconds: float = Field(default=30.0, gt=0, le=_MOST_SECONDS)
+    checkpoint_seconds: float = Field(default=20.0, gt=0, le=_MOST_SECONDS)
+    memmap_bytes: int = Field(default=20 << 30, ge=0, le=_MOST_BYTES)
 
     def request_of(self, stage: str) -> ResourceRequest:
         """The request of the stage of this name."""
@@ -77,17 +78,11 @@ def load_runtime(path: Path | None) -> RuntimeSettings:
     """
     if path is None:
         return RuntimeSettings()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the runtime file cannot be read: {error.strerror}", str(path)) from None
-    except UnicodeDecodeError:
-        raise UserError("the runtime file is not UTF-8 text", str(path)) from None
-    fields = _mapping(parse_yaml(text, str(path)) or {}, str(path))
+    fields = _mapping(_given(read_yaml(path)), str(path))
     stages: dict[str, Any] = {name: request.model_dump() for name, request in SPLITTABLE.items()}
-    for name, entry in _mapping(fields.get("stages") or {}, f"{path}: stages").items():
+    for name, entry in _mapping(_given(fields.get("stages")), f"{path}: stages").items():
         if name not in STAGES:
-            raise UserError(f"there is no stage {name!r}", f"{path}: stages.{name}", _suggestion(name, STAGES))
+            raise UserError(f"there is no stage {shown(name)}", f"{path}: stages.{name}", _suggestion(name, STAGES))
         stages[name] = stages.get(name, {}) | _mapping(entry, f"{path}: stages.{name}")
     try:
         return RuntimeSettings.model_validate({**fields, "stages": stages})
@@ -95,15 +90,19 @@ def load_runtime(path: Path | None) -> RuntimeSettings:
         raise _user_error(error, path) from None
 
 
+def _given(value: Any) -> Any:
+    return {} if value is None else value
+
+
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{value!r} is not a mapping of names to values", where, _EXAMPLE)
-    return {str(name): entry for name, entry in value.items()}
+        raise UserError(f"{shown(value)} is not a mapping of names to values", where, _EXAMPLE)
+    return value
 
 
 def _suggestion(name: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {close[0]}?" if close else f"Known are {', '.join(known)}."
+    near = near_word(name, known)
+    return f"Did you mean {near}?" if near else f"Known are {', '.join(known)}."
 
 
 def _user_error(error: ValidationError, path: Path) -> UserError:
@@ -113,11 +112,12 @@ def _user_error(error: ValidationError, path: Path) -> UserError:
     where = ": ".join([str(path), *filter(None, [".".join(outer)])])
     model: type[StrictSpec] = ResourceRequest if outer else RuntimeSettings
     if complaint["type"] == "extra_forbidden":
-        return UserError(f"the field {name!r} is unknown", where, _suggestion(name, tuple(model.model_fields)))
+        return UserError(f"the field {shown(name)} is unknown", where, _suggestion(name, tuple(model.model_fields)))
     noun = "a whole number" if int in plain_types(model, name) else "a number"
     bounds = [*(f"from {limit.ge}" for limit in model.model_fields[name].metadata if hasattr(limit, "ge"))]
     bounds += [f"above {limit.gt}" for limit in model.model_fields[name].metadata if hasattr(limit, "gt")]
-    return UserError(f"{name}: {complaint['input']!r} is not {' '.join([noun, *bounds])}", where)
+    bounds += [f"up to {limit.le:,}" for limit in model.model_fields[name].metadata if hasattr(limit, "le")]
+    return UserError(f"{name}: {shown(complaint['input'])} is not {' '.join([noun, *bounds])}", where)
 
 
 # ---- default shares of a GPU

@@ -23,11 +23,13 @@ from ktray.search.space_file import Budget, EarlyStop, SpaceFile
 from ktray.search.space_tree import Ask, Choice, OneOf, Params, Range, Scalar
 from ktray.search.spec_errors import SpecProblem
 from ktray.spec import PairSpec
+from ktray.text import first_few, shown
 
 MAX_SHARED_VALUES = 10  # values of an integer parameter of the prefix; with more, two draws hardly ever share a prefix
 SEARCH_FIELDS = frozenset({"study", "objectives", "budget", "early_stop", "sampler", "start_with"})  # none is a field of pairs
 ABSENT = "absent"
-MAX_BRANCH_COMBINATIONS = 512  # of which boundary draws are made
+MAX_BRANCH_COMBINATIONS = 512  # of which boundary draws are made; further ones only for branches that are in none of these
+MAX_PARAMETERS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Space:
         document = space_file.validate(content, source)
         found: list[SpecProblem] = []
         root = space_tree.parse(document.pair, (), found)
+        if not found and sum(1 for _ in space_tree.parameters(root)) > MAX_PARAMETERS:
+            found.append(SpecProblem("pair", f"it has more than {MAX_PARAMETERS:,} parameters", "Search fewer at a time."))
         spec_errors.raise_if_any(found, source)
         return cls(document, root, source)
 
@@ -172,15 +176,34 @@ class Space:
 
         The labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
         """
-        bases = space_tree.combinations(self.root, lambda parameter: space_tree.boundary_values(parameter)[:1])
-        listed = {parameter.name: parameter for parameter, _ in space_tree.parameters(self.root)}
-        for base in itertools.islice(bases, MAX_BRANCH_COMBINATIONS):
-            branches = {name: value for name, value in base.items() if space_tree.is_branch(listed[name])}
+        known = {parameter.name: parameter for parameter, _ in space_tree.parameters(self.root)}
+        for base in self._branch_combinations():
+            branches = {name: value for name, value in base.items() if space_tree.is_branch(known[name])}
             head = ", ".join(f"{name}={value}" for name, value in branches.items()) or "the pair"
             yield head, base
             for name in [name for name in base if name not in branches]:
-                for value in space_tree.boundary_values(listed[name])[1:]:
+                for value in space_tree.boundary_values(known[name])[1:]:
                     yield f"{head}: {name}={value}", {**base, name: value}
+
+    def _branch_combinations(self) -> Iterator[Params]:
+        """The first `MAX_BRANCH_COMBINATIONS` of all, with first values elsewhere; then one for each branch that is in none."""
+        every = space_tree.combinations(self.root, lambda parameter: space_tree.boundary_values(parameter)[:1])
+        unseen = {
+            (parameter.name, branch): conditions
+            for parameter, conditions in space_tree.parameters(self.root)
+            if space_tree.is_branch(parameter)
+            for branch in space_tree.boundary_values(parameter)
+        }
+        for base in itertools.islice(every, MAX_BRANCH_COMBINATIONS):
+            for item in base.items():
+                unseen.pop(item, None)
+            yield base
+        while unseen:
+            (name, branch), conditions = next(iter(unseen.items()))
+            base = self.fill_with_first_values({**conditions, name: branch})
+            for item in base.items():
+                unseen.pop(item, None)
+            yield base
 
     def branch_draws(self) -> Iterator[tuple[str, Params]]:
         """The first of `boundary_draws`, and each further one that covers a branch for the first time."""
@@ -285,7 +308,7 @@ def parse_pair(content: Mapping[str, Any], source: str) -> PairSpec:
         UserError: it contains operators, or is no valid pair.
     """
     if "pair" in content and len(content) > 1:
-        others = ", ".join(repr(key) for key in content if key != "pair")
+        others = first_few(shown(key) for key in content if key != "pair")
         raise UserError(f"beside 'pair' there is {others}", source, "The file of a pair has no other field than 'pair'.")
     space = Space.from_content(
         {"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source

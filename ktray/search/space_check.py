@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -9,15 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from ktray import plugins
+from ktray.errors import UserError
 from ktray.search import space_tree, spec_errors
 from ktray.search.space_file import EarlyStop, TeacherStop
 from ktray.search.spec_errors import SpecProblem, suggestion
 from ktray.spec import PairSpec
+from ktray.text import first_few, shown
 
 if TYPE_CHECKING:
     from ktray.search.space import Space
 
 Mode = Literal["max", "min"]
+MAX_PAIRS = 3000  # each costs a millisecond or more, several times
 COST_METRICS: dict[str, Mode | None] = {"cost/seconds": "min", "cost/marginal_seconds": "min", "student/parameters": None}
 
 
@@ -27,6 +31,13 @@ def checked(space: Space) -> Space:
     Raises:
         UserError: up to five errors in it.
     """
+    if sum(1 for _ in itertools.islice(space.boundary_draws(), MAX_PAIRS + 1)) > MAX_PAIRS:
+        raise UserError(
+            f"the space has more than {MAX_PAIRS:,} pairs to check: every option and both ends of every range, in every "
+            "combination of branches",
+            f"{space.source}: pair",
+            "Use fewer options and branches; for numbers write {int: [1, 9]} or {float: [0, 1]}.",
+        )
     found, pairs = _checked_pairs(space)
     if not found:
         found = [*_objectives(space, pairs), *_early_stop(space, pairs), *_start_with(space)]
@@ -98,7 +109,7 @@ def _unknown_metric(metric: str, pairs: Mapping[str, PairSpec], where: str) -> S
             hint = suggestion(metric, list(known))
             also = "" if len(pairs) == 1 else f" ({label})"
             return SpecProblem(
-                where, f"no evaluation of the pair gives {metric!r}{also}", f"{hint}Known: {', '.join(sorted(known))}."
+                where, f"no evaluation of the pair gives {shown(metric)}{also}", f"{hint}Known: {first_few(sorted(known))}."
             )
     return None
 
@@ -171,8 +182,8 @@ def _invalid_entries(
     for name, value in entry.items():
         where = f"{location}.{name}"
         if name not in known:
-            listed = f"Parameters: {', '.join(known)}." if known else "The space has no parameters."
-            yield SpecProblem(where, f"there is no parameter {name!r}", suggestion(name, list(known)) + listed)
+            right = f"Parameters: {first_few(known)}." if known else "The space has no parameters."
+            yield SpecProblem(where, f"there is no parameter {shown(name)}", suggestion(name, list(known)) + right)
             continue
         parameter, conditions = known[name][0]
         reason = space_tree.invalid_reason(parameter, value)

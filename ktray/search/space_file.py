@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from ktray.errors import UserError
+from ktray.fingerprint import canonical
 from ktray.search import spec_errors
 from ktray.search.space_tree import OPERATORS
 from ktray.spec import Seed
 from ktray.strict import StrictSpec
-from ktray.yaml_file import parse_yaml
+from ktray.text import counted, first_few, shown
+from ktray.yaml_file import MAX_DEPTH, parse_yaml, read_text
 
+MAX_PATH = 1000  # characters of the path in an override
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -24,7 +27,7 @@ def _seconds(value: Any) -> Any:
         return value
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
     if not parts or "".join(number + unit for number, unit in parts) != value.replace(" ", ""):
-        raise ValueError(f"{value!r} is not a duration; write 90s, 30m, 12h, 2d or 1h30m")
+        raise ValueError(f"{shown(value)} is not a duration; write 90s, 30m, 12h, 2d or 1h30m")
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
@@ -68,7 +71,7 @@ class EarlyStop(StrictSpec):
     """Successive halving: at each rung (student epochs) the best 1/`reduction` go on."""
 
     metric: str
-    rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    rungs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1, max_length=100)
     reduction: int = Field(default=3, ge=2)
     mode: Literal["max", "min"] | None = None
     teacher: TeacherStop | None = Field(default=None, description="evaluates teachers before their first student is trained")
@@ -81,7 +84,7 @@ class EarlyStop(StrictSpec):
     @classmethod
     def _increasing(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
         if list(rungs) != sorted(set(rungs)):
-            raise ValueError(f"rungs must increase, and these are {list(rungs)}; write {sorted(set(rungs))}")
+            raise ValueError(f"rungs must increase, and these are {shown(list(rungs))}; write {shown(sorted(set(rungs)))}")
         return rungs
 
 
@@ -89,13 +92,13 @@ class SpaceFile(StrictSpec):
     """The content of the file; `pair` may contain operators."""
 
     study: str
-    objectives: tuple[Objective, ...] = Field(min_length=1)
+    objectives: tuple[Objective, ...] = Field(min_length=1, max_length=20)
     budget: Budget = Budget()
     early_stop: EarlyStop | None = None
     sampler: Literal["balanced", "tpe", "random"] = "balanced"
     seed: Seed = 0
     pair: Mapping[str, Any]
-    start_with: tuple[Mapping[str, Any], ...] = ()
+    start_with: tuple[Mapping[str, Any], ...] = Field(default=(), max_length=1000)
 
     @field_validator("study")
     @classmethod
@@ -103,13 +106,23 @@ class SpaceFile(StrictSpec):
         check_study_name(study)
         return study
 
+    @field_validator("start_with")
+    @classmethod
+    def _plain_values(cls, start_with: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
+        for entry in start_with:
+            try:
+                canonical(entry)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+        return start_with
+
     @field_validator("objectives")
     @classmethod
     def _each_metric_once(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
         names = [objective.metric for objective in objectives]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"the objective {twice[0]!r} is there twice")
+            raise ValueError(f"the objective {shown(twice[0])} is there twice")
         return objectives
 
 
@@ -117,10 +130,14 @@ def check_study_name(study: str) -> None:
     """Refuses a study's name that cannot be a plain file name.
 
     Raises:
-        ValueError: it contains other characters than A-Z a-z 0-9 . _ -, is too long, or starts with a dot.
+        ValueError: it contains other characters than A-Z a-z 0-9 . _ -, is too long, or starts with a dot
+            or, as an option does, with a dash.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", study):
-        raise ValueError(f"the study name {study!r} may contain only A-Z a-z 0-9 . _ - (and not start with a dot)")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", study):
+        raise ValueError(
+            f"the study name {shown(study)} may contain only A-Z a-z 0-9 . _ - (and not start with a dot or a dash), "
+            "and at most 100 characters"
+        )
 
 
 def read_content(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -129,13 +146,7 @@ def read_content(path: Path, overrides: list[str]) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, is no YAML or no mapping, or an override does not fit it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the file cannot be read: {error.strerror}", str(path)) from error
-    except UnicodeDecodeError as error:
-        raise UserError("the file is not text in UTF-8", str(path), "Give a YAML file.") from error
-    return parse(text, overrides, str(path))
+    return parse(read_text(path), overrides, str(path))
 
 
 def parse(text: str, overrides: list[str], source: str) -> dict[str, Any]:
@@ -150,17 +161,27 @@ def parse(text: str, overrides: list[str], source: str) -> dict[str, Any]:
         raise UserError(what, source, "See search_spaces/quickstart.yaml.")
     for override in overrides:
         name, equals, value = override.partition("=")
-        if not equals or not name:
-            raise UserError(f"{override!r} sets nothing", "--set", "Write --set transfer.k=500.")
+        if not equals or not all(name.split(".")):
+            raise UserError(f"{shown(override)} sets nothing", "--set", "Write --set transfer.k=500.")
+        if len(name) > MAX_PATH or name.count(".") >= MAX_DEPTH // 2:
+            problem = f"{shown(name)} is no path of a field: it has {counted(name.count('.') + 1, 'step')}"
+            raise UserError(problem, "--set", "Write --set transfer.k=500.")
         _apply_override(content, name, parse_yaml(value, f"--set {override}"))
+    if overrides and _is_deeper(content, MAX_DEPTH):
+        raise UserError(f"more than {MAX_DEPTH} mappings and lists are inside each other", "--set", "Set less deep fields.")
     return content
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return most == 0 or any(_is_deeper(item, most - 1) for item in inside)
 
 
 def _apply_override(content: dict[str, Any], name: str, value: Any) -> None:
     steps = name.split(".")
     node: Any = content["pair"] if "pair" in content and steps[0] not in SpaceFile.model_fields else content
     for index, step in enumerate(steps):
-        parent, key, old = _step_into(node, step, ".".join(steps[:index]), f"--set {name}")
+        parent, key, old = _step_into(node, step, ".".join(steps[:index]) or "the pair", f"--set {name}")
         if index == len(steps) - 1:
             parent[key] = _override_value(old, value, f"--set {name}")
         else:
@@ -174,16 +195,18 @@ def _step_into(node: Any, step: str, above: str, where: str) -> tuple[Any, str |
     operator = next((key for key in node if key in OPERATORS), None) if isinstance(node, dict) else None
     if operator == "one_of":
         node = node["one_of"]
+        if not isinstance(node, dict):
+            raise UserError(f"the 'one_of' of {above} is {shown(node)} and has no branches", where, "Mend it in the file.")
         if step not in node:
-            raise UserError(f"{above} has no branch {step!r}", where, f"Its branches are {', '.join(map(str, node))}.")
+            raise UserError(f"{above} has no branch {step!r}", where, f"Its branches are {first_few(node)}.")
     elif operator:
         raise UserError(f"{above} is drawn as a whole ({operator})", where, f"Set {above} itself.")
     if isinstance(node, list):
-        if not step.isdigit() or int(step) >= len(node):
+        if not (step.isascii() and step.isdigit()) or int(step) >= len(node):
             raise UserError(f"{above} is a list of {len(node)} without an entry {step!r}", where, "Entries are 0, 1, ...")
         return node, int(step), node[int(step)]
     if not isinstance(node, dict):
-        raise UserError(f"{above} is {node!r} and has no {step!r}", where, f"Set {above} to a mapping.")
+        raise UserError(f"{above} is {shown(node)} and has no {step!r}", where, f"Set {above} to a mapping.")
     return node, step, node.get(step)
 
 
@@ -193,7 +216,7 @@ def _override_value(old: Any, value: Any, where: str) -> Any:
     if not isinstance(branches, dict) or not isinstance(value, str):
         return value
     if value not in branches:
-        raise UserError(f"there is no branch {value!r}", where, f"Branches are {', '.join(map(str, branches))}.")
+        raise UserError(f"there is no branch {shown(value)}", where, f"Branches are {first_few(branches)}.")
     return {"one_of": {value: branches[value]}}
 
 

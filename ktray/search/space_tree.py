@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,15 @@ from typing import Any
 
 from ktray.fingerprint import canonical
 from ktray.search.spec_errors import SpecProblem
+from ktray.text import first_few, near_word, shown
 
 RANGES = ("int", "log_int", "float", "log_float")
 OPERATORS = ("choice", *RANGES, "one_of")
+MAX_OPTIONS = 1000  # of a choice, and branches of a one_of
+MAX_WHOLE = 2**53  # ends of a range; above it floats, in which samplers compute, skip whole numbers
+MAX_NUMBER = 1e100  # ends of a range; the squares of larger ones are infinite
+MAX_BRANCH_NAME = 100  # characters
+MAX_SIZE = 10**18  # points of a space that are counted; of more only that there are more is of interest
 _SYNONYMS = {  # names in other tools
     "choices": "choice",
     "values": "choice",
@@ -77,11 +82,11 @@ def parse(value: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> Any
         return value
     not_text = [key for key in value if not isinstance(key, str)]
     if not_text:
-        problems.append(SpecProblem(where, f"the key {not_text[0]!r} is not text", f"Quote it: '{not_text[0]}'."))
+        problems.append(SpecProblem(where, f"the key {shown(not_text[0])} is not text", "Quote it."))
         return None
     operators = [key for key in value if key in OPERATORS]
     if operators and len(value) > 1:
-        others = " and ".join(repr(key) for key in value if key != operators[0])
+        others = first_few(repr(key) for key in value if key != operators[0])
         problems.append(SpecProblem(where, f"{operators[0]!r} must be the only key, and here {others} is beside it"))
         return None
     if operators:
@@ -96,7 +101,9 @@ def parse(value: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> Any
     if intended:
         key = next(iter(value))
         problems.append(
-            SpecProblem(where, f"there is no operator {key!r}", f"Did you mean {intended!r}? Known: {', '.join(OPERATORS)}.")
+            SpecProblem(
+                where, f"there is no operator {shown(key)}", f"Did you mean {intended!r}? Known: {', '.join(OPERATORS)}."
+            )
         )
         return None
     return {key: parse(item, (*path, key), problems) for key, item in value.items()}
@@ -109,8 +116,7 @@ def _intended_operator(value: Mapping[str, Any]) -> str | None:
     if not isinstance(operand, list | Mapping):
         return None
     plain = key.lower().replace("-", "_")
-    near = difflib.get_close_matches(plain, OPERATORS, n=1, cutoff=0.7)
-    return _SYNONYMS.get(plain) or (near[0] if near else None)
+    return _SYNONYMS.get(plain) or near_word(plain, OPERATORS, cutoff=0.7)
 
 
 def _name(path: tuple[str, ...]) -> str:
@@ -120,7 +126,13 @@ def _name(path: tuple[str, ...]) -> str:
 def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecProblem:
     where = ".".join(("pair", *path))
     if not isinstance(operand, list) or not operand:
-        return SpecProblem(where, f"'choice' needs a list of options, and this is {operand!r}", "Write {choice: [a, b]}.")
+        return SpecProblem(where, f"'choice' needs a list of options, and this is {shown(operand)}", "Write {choice: [a, b]}.")
+    if len(operand) > MAX_OPTIONS:
+        return SpecProblem(
+            where,
+            f"'choice' has {len(operand):,} options, and at most {MAX_OPTIONS:,} are read",
+            "For numbers write {int: [1, 9]}.",
+        )
     labels: list[Scalar] = []
     for option in operand:
         if _holds_operator(option):
@@ -131,7 +143,7 @@ def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecProblem:
         except TypeError as error:
             return SpecProblem(where, str(error).removeprefix(f"{where}: "))
         if text in labels:
-            return SpecProblem(where, f"the option {option!r} is there twice")
+            return SpecProblem(where, f"the option {shown(option)} is there twice")
         labels.append(text)
     return Choice(_name(path), tuple(operand), tuple(labels))
 
@@ -154,11 +166,16 @@ def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecPr
     kinds = int if integer else (int, float)
     right = f"Write {{{operator}: [{'1, 10' if integer else '0.01, 0.1'}]}}."
     if not isinstance(operand, list) or len(operand) != 2:
-        return SpecProblem(where, f"{operator!r} needs its two ends, and this is {operand!r}", right)
+        return SpecProblem(where, f"{operator!r} needs its two ends, and this is {shown(operand)}", right)
     low, high = operand
     if not all(isinstance(end, kinds) and not isinstance(end, bool) and math.isfinite(end) for end in operand):
         return SpecProblem(
-            where, f"the ends of {operator!r} are {'whole ' if integer else ''}numbers, and these are {operand!r}", right
+            where, f"the ends of {operator!r} are {'whole ' if integer else ''}numbers, and these are {shown(operand)}", right
+        )
+    if any(abs(end) > (MAX_WHOLE if integer else MAX_NUMBER) for end in operand):
+        most = f"{MAX_WHOLE:,}" if integer else f"{MAX_NUMBER:g}"
+        return SpecProblem(
+            where, f"the ends of {operator!r} may be at most {most}, and these are {shown(operand)}", "Use others."
         )
     if low > high:
         return SpecProblem(where, f"the range [{low}, {high}] is empty", f"Write [{high}, {low}].")
@@ -176,11 +193,13 @@ def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecProblem]) ->
             SpecProblem(where, "'one_of' needs a mapping of branches", "Write {one_of: {first: {...}, second: {...}}}.")
         )
         return None
-    wrong = [key for key in operand if not isinstance(key, str) or not key or "." in key]
+    wrong = [key for key in operand if not isinstance(key, str) or not 0 < len(key) <= MAX_BRANCH_NAME or "." in key]
     if wrong:
-        problems.append(
-            SpecProblem(where, f"{wrong[0]!r} cannot name a branch", "A branch's name is text without a dot; quote it.")
-        )
+        right = f"A branch's name is text of at most {MAX_BRANCH_NAME} characters without a dot; quote it."
+        problems.append(SpecProblem(where, f"{shown(wrong[0])} cannot name a branch", right))
+        return None
+    if len(operand) > MAX_OPTIONS:
+        problems.append(SpecProblem(where, f"'one_of' has {len(operand):,} branches, and at most {MAX_OPTIONS:,} are read"))
         return None
     names = tuple(operand)
     branches = {name: parse(body, (*path, name), problems) for name, body in operand.items()}
@@ -256,10 +275,10 @@ def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar
 
 
 def size(node: Any) -> int | None:
-    """Number of points; None if a parameter is continuous."""
+    """Number of points, counted up to `MAX_SIZE`; None if a parameter is continuous."""
     if isinstance(node, OneOf):
         sizes = [size(body) for body in node.branches.values()]
-        return None if None in sizes else sum(item for item in sizes if item is not None)
+        return None if None in sizes else min(MAX_SIZE, sum(item for item in sizes if item is not None))
     if isinstance(node, Choice | Range):
         found = all_values(node)
         return None if found is None else len(found)
@@ -268,7 +287,7 @@ def size(node: Any) -> int | None:
         factor = size(child)
         if factor is None:
             return None
-        total *= factor
+        total = min(MAX_SIZE, total * factor)
     return total
 
 
@@ -315,8 +334,8 @@ def invalid_reason(parameter: Parameter, value: Scalar) -> tuple[str, str] | Non
     if isinstance(parameter, Choice):
         if any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in parameter.labels):
             return None
-        return f"{value!r} is not among the options", f"They are {', '.join(map(str, parameter.labels))}."
+        return f"{shown(value)} is not among the options", f"They are {first_few(parameter.labels)}."
     number = isinstance(value, int if parameter.integer else int | float) and not isinstance(value, bool)
     if number and parameter.low <= value <= parameter.high:  # type: ignore[operator]
         return None
-    return f"{value!r} is outside the range", f"It goes from {parameter.low} to {parameter.high}."
+    return f"{shown(value)} is outside the range", f"It goes from {parameter.low} to {parameter.high}."

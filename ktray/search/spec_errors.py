@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from ktray.spec import (
     StudentTeacher,
     TrainedTeacher,
 )
+from ktray.text import near_word, shown
 
 MAX_SHOWN = 5
+MAX_TRANSLATED = 50  # errors; a list of 10,000 wrong entries has as many, and the first few say what is wrong
 Path = tuple[str | int, ...]
 _PLUGIN_KINDS = {  # field of a pair -> kind of plugin that it names
     "backbone": "backbone",
@@ -51,6 +53,7 @@ _RULES = {  # pydantic's error type -> what the value should be
     "less_than": "below {lt}",
     "less_than_equal": "at most {le}",
     "too_short": "of at least {min_length}",
+    "too_long": "of at most {max_length}",
 }
 
 
@@ -68,8 +71,8 @@ class SpecProblem:
 
 def suggestion(word: str, known: Sequence[str]) -> str:
     """``Did you mean 'k'? `` with the known word closest to `word`; empty if none is close."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"Did you mean {near[0]!r}? " if near else ""
+    near = near_word(word, known)
+    return f"Did you mean {near!r}? " if near else ""
 
 
 def raise_if_any(problems: Sequence[SpecProblem], source: str) -> None:
@@ -79,9 +82,9 @@ def raise_if_any(problems: Sequence[SpecProblem], source: str) -> None:
     if len(problems) == 1:
         (only,) = problems
         raise UserError(only.problem, f"{source}: {only.where}" if only.where else source, only.instead)
-    lines = [f"\n  - {problem}" for problem in problems[:MAX_SHOWN]]
-    more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-    raise UserError(f"{len(problems)} things are wrong{''.join(lines)}{more}", source)
+    more = (f"and {len(problems) - MAX_SHOWN} more",) if len(problems) > MAX_SHOWN else ()
+    lines = tuple(f"- {problem}" for problem in problems[:MAX_SHOWN])
+    raise UserError(f"{len(problems)} things are wrong", source, entries=(*lines, *more))
 
 
 def from_validation(
@@ -93,7 +96,7 @@ def from_validation(
         where: path of a field in `value` -> dotted path in the file, as the user wrote it.
     """
     value, locate = _with_data_roles(value, where) if model is PairSpec else (value, where)
-    items = list(_flat(error, ()))
+    items = list(itertools.islice(_flat(error, ()), MAX_TRANSLATED))
     # If entries of a list are wrong, pydantic also reports the list itself as too short: keep only the innermost errors.
     innermost = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
     found = list(dict.fromkeys(_translate(item, path, model, value, locate) for path, item in innermost))
@@ -157,13 +160,13 @@ def _translate(
     if item["type"] == "extra_forbidden":
         return _unknown_field(path, model, value, where)
     if item["type"] == "missing":
-        return SpecProblem(location, f"{name!r} is missing")
+        return SpecProblem(location, f"{shown(name)} is missing")
     if item["type"] == "value_error":
         return SpecProblem(location, str(inner or item["msg"]).removeprefix("Value error, "))
     if item["type"] == "literal_error":
         options = _literals(item)
         hint = suggestion(item["input"], options) if isinstance(item["input"], str) else ""
-        return SpecProblem(location, f"{name} cannot be {item['input']!r}", f"{hint}It is one of {', '.join(options)}.")
+        return SpecProblem(location, f"{name} cannot be {shown(item['input'])}", f"{hint}It is one of {', '.join(options)}.")
     if name.isdigit():
         name = f"entry {name}"
     return SpecProblem(location, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
@@ -181,7 +184,7 @@ def _shown(value: Any) -> str:
     """A scalar as it is written in the file; of anything else only its type."""
     if isinstance(value, Mapping | list | tuple):
         return "a mapping" if isinstance(value, Mapping) else "a list"
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 def _literals(item: Mapping[str, Any]) -> list[str]:
@@ -195,13 +198,13 @@ def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callab
     known = [field for field in owner.model_fields if field != "kind"] if owner else []
     hint = suggestion(name, known)
     if hint:
-        return SpecProblem(location, f"there is no field {name!r}", hint.strip())
+        return SpecProblem(location, f"there is no field {shown(name)}", hint.strip())
     others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
     if path[-2:-1] == ("teacher",) and others:
         reason = "; it is not trained" if owner in (HandcraftedTeacher, PrecomputedTeacher) else ""
-        return SpecProblem(location, f"{title} has no {name!r}{reason}", f"Leave it out; only {others[0]} has it.")
+        return SpecProblem(location, f"{title} has no {shown(name)}{reason}", f"Leave it out; only {others[0]} has it.")
     listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields but its kind."
-    return SpecProblem(location, f"there is no field {name!r}", listed[:1].upper() + listed[1:])
+    return SpecProblem(location, f"there is no field {shown(name)}", listed[:1].upper() + listed[1:])
 
 
 def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[type[BaseModel] | None, str]:
@@ -237,6 +240,6 @@ def _plugin_spec(plugin_kind: str, value: Any) -> tuple[type[BaseModel] | None, 
     if not plugin_kind or not isinstance(kind, str):
         return None, ""
     try:
-        return plugins.module(plugin_kind, kind).Spec, f"the {plugin_kind} {kind!r}"
+        return plugins.module(plugin_kind, kind).Spec, f"the {plugin_kind} {shown(kind)}"
     except UserError:
         return None, ""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ktray.fingerprint import fingerprint
+from ktray.text import visible, visible_name
 
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 8000  # characters, of mlflow.utils.validation; the same since MLflow 2.10
 EXPERIMENT_TAG_LENGTH = 5000
@@ -27,9 +28,12 @@ def key_of(name: str) -> str:
 
 
 def text_of(value: Any) -> str:
-    """Return `value` as JSON writes it (``null``, ``true``, ``0.05``, ``[5,13,40]``); a string is returned unquoted."""
+    """Return `value` as JSON writes it (``null``, ``true``, ``0.05``, ``[5,13,40]``); a string is returned unquoted.
+
+    Control characters are written as escapes, as everywhere where ktray shows text.
+    """
     text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str, ensure_ascii=False)
-    return text.encode("utf-8", "replace").decode().replace("\0", "")
+    return visible(text, layout="\n\t")
 
 
 def params_of(params: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
@@ -66,7 +70,13 @@ def metrics_of(values: Mapping[str, Any], step: int) -> tuple[dict[str, float], 
 def run_name(number: int, name: str) -> str:
     """Return ``0042 rotation-resnet18/layer3 k=500 -> alexnet``, whether or not `name` already begins with the number."""
     head = f"{number:04d}"
+    name = visible_name(name)
     return name if name == head or name.startswith(f"{head} ") else f"{head} {name}".rstrip()
+
+
+def markdown_text(text: str) -> str:
+    """Return `text` so that a description, which is Markdown, shows it as it is: a name is never a link or a tag."""
+    return re.sub(r"([\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w))", r"\\\1", visible_name(text))
 
 
 def quoted(text: str) -> str:
@@ -90,7 +100,7 @@ VIEW_KEY = "ktray"  # of the saved view
 DESCRIPTION = "mlflow.note.content"
 _KIND = "mlflow.experimentKind"
 _CHECKBOXES, _NAME = "0", "attributes.`Run Name`"  # columns, as MLflow calls them
-_LINK = re.compile(r"\[([^\]]*)\]\((view|search|(?:trial|stage)/[^)\s]+)\)")
+_LINK = re.compile(r"\[((?:\\.|[^\]\\])*)\]\((view|search|(?:trial|stage)/[^)\s]+)\)")
 
 
 def experiment_tags(

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ktray.errors import UserError
+from ktray.output import print_err
 from ktray.tracking.connection import sqlite_path, validated_uri
 from ktray.tracking.mlflow_names import view_link, without_password
 
@@ -50,7 +51,7 @@ def serve(uri: str, port: int) -> int:
             raise UserError(
                 f"{without_password(uri)} cannot be served by ktray", "--tracking", "Give the URL of its own server."
             )
-        print(f"this tracker has its own pages: {without_password(uri)}", file=sys.stderr)
+        print_err(f"this tracker has its own pages: {without_password(uri)}")
         return 0
     if not database.exists():
         raise UserError(f"there are no runs in {database} yet", "ktray ui", "Start a search, or name another --tracking.")
@@ -58,9 +59,9 @@ def serve(uri: str, port: int) -> int:
     with _signals_interrupt(), _server(_command(uri, database, port)) as server:
         try:
             if _wait_until_listening(server, port):
-                print(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr)
+                print_err(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)")
                 for study, page in _studies(f"http://127.0.0.1:{port}"):
-                    print(f"  {study}: trials, best first, on {page}", file=sys.stderr)
+                    print_err(f"  {study}: trials, best first, on {page}")
             return server.wait()
         except KeyboardInterrupt:
             return 0

@@ -1,0 +1,50 @@
+"""The one place that prints: results to stdout, messages to stderr, log records. Control characters become visible."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO
+
+from ktray.text import visible
+
+CURSOR_ON = "\x1b[?25h"
+
+
+def print_out(text: str) -> None:
+    """A result, on stdout."""
+    _print(text, sys.stdout)
+
+
+def print_err(text: str) -> None:
+    """A message to the user, on stderr; nothing where stderr is closed."""
+    _print(text, sys.stderr)
+
+
+def show_cursor() -> None:
+    """Show the cursor again in a terminal where a live table has hidden it."""
+    if sys.__stderr__ is not None and sys.__stderr__.isatty():
+        sys.__stderr__.write(CURSOR_ON)
+
+
+def _print(text: str, stream: TextIO | None) -> None:
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    written = visible(text, layout="\n\t").encode(encoding, "backslashreplace").decode(encoding)
+    print(written, file=stream, flush=True)
+
+
+def log_to_stderr(level: int) -> None:
+    """Send log records to stderr, those of ktray from this level on, of everything else warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_VisibleFormatter("ktray: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("ktray").setLevel(level)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """A log record as one line, or more with a traceback, without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), layout="\n\t")
