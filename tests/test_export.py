@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from torch import nn
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.export import student_files
+from ktray.export import programs, student_files
 from ktray.ops import augmentation
 from ktray.spec import Student
 
@@ -180,7 +185,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(student_files, "save_file", broken)
     with pytest.raises(OSError, match="No space left"):
-        exported(tmp_path)
+        exported(tmp_path, out=tmp_path / "a/b")
     assert [path.name for path in tmp_path.iterdir()] == ["snapshot"]
 
 
@@ -255,38 +260,293 @@ def test_a_backbone_from_an_untrusted_package_is_not_imported(tmp_path):
         student_files.load_student(directory)
 
 
-@pytest.mark.parametrize("backbone", [SMALL, ALEXNET], ids=["resnet", "alexnet"])
-@pytest.mark.parametrize("head", ["classifier", "none"])
-def test_a_pt2_program_computes_what_the_student_does_for_any_batch(tmp_path, backbone, head):
-    directory, built, linear = exported(tmp_path, backbone, head=head, form="pt2")
-    program = torch.export.load(directory / "model.pt2").module()
-    for count in (1, 3, 17):
-        inputs = torch.randn(count, 3, 32, 32)
+# --- programs
+
+
+VIT = {"kind": "vit", "image": 8}
+EVERY_FORM = [  # of every kind; the image size is one that the form is made for
+    (ALEXNET, 32),
+    ({"kind": "alexnet", "form": "full", "width": 0.25}, 224),
+    ({"kind": "alexnet", "form": "grouped", "width": 0.25}, 224),
+    ({"kind": "alexnet", "form": "grouped_stride2", "width": 0.25}, 224),
+    ({"kind": "vgg", "depth": 11, "width": 0.125}, 32),
+    ({"kind": "vgg", "depth": 13, "form": "full", "width": 0.125}, 64),
+    (SMALL, 32),
+    ({"kind": "resnet", "depth": 50, "form": "full", "width": 0.125}, 64),
+    ({"kind": "convnext", "form": "small"}, 32),
+    ({"kind": "convnext", "form": "full"}, 64),
+    ({"kind": "mobilenet_v3", "form": "small"}, 28),
+    ({"kind": "mobilenet_v3", "form": "full"}, 64),
+    ({"kind": "airbench"}, 32),
+    ({"kind": "vit"}, 32),
+    ({"kind": "vit", "readout": "token", "patch": 7, "image": 28}, 28),
+    ({"kind": "vit", "image": 32}, 45),  # interpolated positions, and pixels beyond the last patch
+    *(
+        ({"kind": "timm", "model": model}, size)
+        for model, size in (
+            ("test_vit", 160),
+            ("test_convnext", 160),
+            ("mobilenetv3_small_050", 64),
+            ("mobilenetv4_conv_small", 64),
+            ("edgenext_xx_small", 64),
+            ("vit_tiny_patch16_224", 224),
+            ("deit_tiny_distilled_patch16_224", 224),
+            ("levit_128s", 224),
+            ("eva02_tiny_patch14_224", 224),
+            ("efficientvit_m0", 224),
+            ("swin_tiny_patch4_window7_224", 224),
+        )
+    ),
+]
+
+
+def run(program: Path, images: torch.Tensor) -> torch.Tensor:
+    """What a program computes, by the runtime that its users have."""
+    if program.suffix == ".pt2":
+        return torch.export.load(program).module()(images)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def assert_computes(program: Path, network: nn.Module, size: int, batches: tuple[int, ...]) -> None:
+    """The program's outputs are those of the network, for images that the export has not tried."""
+    torch.manual_seed(1)
+    for batch in batches:
+        images = torch.randn(batch, 3, size, size)
         with torch.inference_mode():
-            expected = linear(built(inputs)) if head == "classifier" else built(inputs)
-            torch.testing.assert_close(program(inputs), expected)
+            expected = network(images)
+            torch.testing.assert_close(run(program, images), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
+@pytest.mark.parametrize(
+    ("backbone", "size"), EVERY_FORM, ids=lambda value: "-".join(map(str, getattr(value, "values", list)()))
+)
+def test_a_program_of_any_backbone_computes_what_torch_does_for_any_batch(backbone, size, form, tmp_path):
+    if backbone["kind"] == "timm":
+        pytest.importorskip("timm")
+    spec = plugins.parse("backbone", backbone)
+    torch.manual_seed(0)
+    built = plugins.module_of("backbone", spec).build(spec).eval()
+    with torch.no_grad():
+        for weights in built.parameters():
+            weights.add_(torch.randn_like(weights) * 0.02)
+    program = programs.write_program(built, None, size, form, tmp_path)
+    assert_computes(program, built, size, (1, 2, 3, 5, 8, 13))
+
+
+def test_every_kind_of_backbone_and_each_of_its_forms_has_its_programs_tested():
+    tested = {(spec["kind"], plugins.parse("backbone", spec).model_dump().get("form")) for spec, _ in EVERY_FORM}
+    exist = {
+        (kind, form)
+        for kind in plugins.kinds("backbone")
+        for fields in [plugins.module("backbone", kind).Spec.model_fields]
+        for form in (get_args(fields["form"].annotation) if "form" in fields else [None])
+    }
+    assert tested == exist
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "head"),
+    [(ALEXNET, 32, "classifier"), (VIT, 8, "none")],
+    ids=["alexnet", "vit"],
+)
+def test_a_pt2_program_computes_what_the_student_does_for_any_batch(backbone, size, head, tmp_path):
+    directory, built, linear = exported(tmp_path, backbone, size=size, head=head, form="pt2")
+    assert_computes(directory / "model.pt2", nn.Sequential(built, linear) if head == "classifier" else built, size, (1, 3, 17))
     assert set(card(directory)["files"]) == {"model.safetensors", "model.pt2"}
     assert student_files.load_student(directory).feature_dim == built.feature_dim
 
 
-def test_an_onnx_program_computes_what_the_student_does_by_onnx_own_evaluator(tmp_path, capfd):
+def test_an_onnx_program_computes_what_the_student_does_for_any_batch_in_silence(tmp_path, capfd):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
-
+    pytest.importorskip("onnxruntime")
     directory, built, _ = exported(tmp_path, ALEXNET, form="onnx")
+    assert capfd.readouterr() == ("", "")
     onnx.checker.check_model(str(directory / "model.onnx"))
-    evaluator = ReferenceEvaluator(str(directory / "model.onnx"))
-    for count in (1, 5):
-        inputs = torch.randn(count, 3, 32, 32)
-        (found,) = evaluator.run(None, {"images": inputs.numpy()})
-        with torch.inference_mode():
-            torch.testing.assert_close(torch.from_numpy(found), built(inputs), rtol=1e-4, atol=1e-5)
+    assert_computes(directory / "model.onnx", built, 32, (1, 3, 17))
+    graph = onnx.load(directory / "model.onnx").graph
+    assert [(value.name, value.type.tensor_type.shape.dim[0].dim_param) for value in (*graph.input, *graph.output)] == [
+        ("images", "batch"),
+        ("features", "batch"),
+    ]
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_without_the_packages_for_onnx_the_user_is_told_which_to_install_and_nothing_is_left(missing, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"the package {missing}\. Install it with: pip install 'ktray\[onnx\]'"):
+        exported(tmp_path, ALEXNET, form="onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshot"]
+
+
+class FixedBatch(nn.Module):
+    """Its code reads the batch size as a number."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) + torch.zeros(len(images), 3)
+
+
+class TwoAtATime(nn.Module):
+    """It does something else for the batch size that it is traced with."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) * (2 if images.shape[0] == 2 else 3)
+
+
+class Branching(nn.Module):
+    """What it does depends on the pixels."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) if images.sum() > 0 else images.amax((2, 3))
+
+
+class Noisy(nn.Module):
+    """It never computes the same twice."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) + torch.rand(images.shape[0], 3)
+
+
+class Broken(nn.Module):
+    """Its features are not finite."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)).log() * 0
+
+
+class Flattened(nn.Module):
+    """It makes one vector of all images."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.reshape(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("network", "problem"),
+    [
+        (FixedBatch(), "cannot make a program for every batch size"),
+        (TwoAtATime(), "cannot make a program for every batch size"),
+        (Branching(), "cannot make a program"),
+        (Noisy(), "does not compute what the network does"),
+        (Broken(), "does not compute what the network does"),
+        (Flattened(), "cannot make a program for every batch size"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_network_that_is_no_program_for_every_batch_is_refused_in_one_sentence(network, problem, tmp_path, capfd):
+    with pytest.raises(UserError, match=problem) as refused:
+        programs.write_program(network, None, 8, "pt2", tmp_path)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
     assert capfd.readouterr() == ("", "")
 
 
-def test_without_the_packages_for_onnx_the_user_is_told_which_to_install_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"pip install 'ktray\[onnx\]'"):
-        exported(tmp_path, ALEXNET, form="onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["snapshot"]
+# --- places
+
+
+def refused_places(tmp_path: Path) -> dict[str, Path]:
+    """Name -> a place where no student can be written."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "link to a file").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/.file").write_text("x")
+    (tmp_path / "link to a full folder").symlink_to("hidden")
+    names = ["file", "file/x", "dangling", "dangling/x", "circle", "circle/x", "pipe", "hidden", "hidden/.file/x"]
+    names += ["link to a file", "link to a file/x", "link to a full folder", "n" * 256, "d/" * 3000 + "x", "null\0byte"]
+    absolute = ["/dev/null", "/dev/null/x", "/dev/full", "/proc", "/proc/x", "/proc/self/x", "/sys/x", "/", "~no_such_user/x"]
+    return {name[:20]: tmp_path / name for name in names} | {name: Path(name) for name in absolute}
+
+
+def test_a_place_where_no_student_can_be_is_refused_and_nothing_is_left_there(tmp_path):
+    built = network(ALEXNET)
+    weights, places = snapshot(tmp_path / "snapshot", built, None), refused_places(tmp_path)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    for name, place in places.items():
+        with pytest.raises(UserError) as refused:
+            student_files.export_student(weights, student(ALEXNET), 32, {}, {}, place, None)
+        assert len(str(refused.value)) < 600, name
+        assert "Name a" in str(refused.value), name
+        assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before, name
+
+
+@pytest.mark.parametrize("place", [".", "new", "new/deep"])
+def test_a_folder_without_rights_is_refused(place):
+    with tempfile.TemporaryDirectory() as top:  # unlike tmp_path, one that others may enter
+        folder = Path(top)
+        weights = snapshot(folder / "snapshot", network(ALEXNET), None)
+        (folder / "locked").mkdir()
+        for path, mode in ((folder, 0o755), (weights / "weights.safetensors", 0o644), (folder / "locked", 0o555)):
+            path.chmod(mode)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may write anywhere; nobody may not
+        try:
+            with pytest.raises(UserError, match="Permission denied"):
+                student_files.export_student(weights, student(ALEXNET), 32, {}, {}, folder / "locked" / place, None)
+        finally:
+            os.seteuid(user)
+        assert os.listdir(folder / "locked") == []
+
+
+@pytest.mark.parametrize("place", ["here/is/new", "empty", "link", "n" * 255, "line\nbreak", "é😀", "[a]*?"])
+def test_a_place_where_a_student_can_be_gets_exactly_its_files(place, tmp_path):
+    (tmp_path / "empty").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("empty")
+    before = (tmp_path / "empty").stat()
+    weights = snapshot(tmp_path / "snapshot", network(ALEXNET), None)
+    files = student_files.export_student(weights, student(ALEXNET), 32, {}, {}, tmp_path / place, None)
+    assert files == [tmp_path / place / "model.safetensors", tmp_path / place / "student.json"]
+    assert sorted(os.listdir(tmp_path / place)) == ["model.safetensors", "student.json"]
+    assert not [path for path in tmp_path.rglob(".*")]
+    after = (tmp_path / "empty").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_an_export_into_the_current_folder_leaves_the_user_in_it(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    weights = snapshot(tmp_path / "snapshot", network(ALEXNET), None)
+    monkeypatch.chdir(tmp_path / "here")
+    student_files.export_student(weights, student(ALEXNET), 32, {}, {}, Path(), None)
+    assert sorted(os.listdir()) == sorted(os.listdir(tmp_path / "here")) == ["model.safetensors", "student.json"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt2"])
+@pytest.mark.parametrize("place", ["new/folder", "empty"])
+def test_where_a_file_may_not_grow_nothing_is_left(form, place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    weights = snapshot(tmp_path / "snapshot", network(ALEXNET), None)
+    before, soft_and_hard = sorted(tmp_path.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, soft_and_hard[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            student_files.export_student(weights, student(ALEXNET), 32, {}, {}, tmp_path / place, None, form=form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [64 << 10, 700 << 10])
+@pytest.mark.parametrize("form", ["safetensors", "pt2", "onnx"])
+def test_a_full_disk_is_named_as_such_and_nothing_is_left(form, size, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system may be mounted here")
+    weights = snapshot(tmp_path / "snapshot", network(ALEXNET), None)
+    try:
+        if form == "safetensors":
+            (disk / "ballast").write_bytes(bytes(size - (32 << 10)))
+        with pytest.raises(OSError, match="No space left") as full:
+            student_files.export_student(weights, student(ALEXNET), 32, {}, {}, disk / "a/b", None, form=form)
+        assert full.value.errno == errno.ENOSPC
+        assert set(os.listdir(disk)) <= {"ballast"}
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

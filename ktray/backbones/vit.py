@@ -78,7 +78,7 @@ class _VisionTransformer(nn.Module):
         """(B, 3, H, W) float32 -> (B, D) float32: the normalised class token, or the mean over the normalised patches."""
         maps = self.conv_proj(images)
         height, width = maps.shape[2:]
-        tokens = torch.cat([self.class_token.expand(len(maps), -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat([self.class_token.expand(maps.shape[0], -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
         tokens = tokens + self._positions(height, width)
         for name, block in zip(self.layers, self.encoder.layers, strict=True):
             tokens = block(tokens)

@@ -6,15 +6,14 @@ No file contains a path of this machine, and none contains code: weights load wi
 from __future__ import annotations
 
 import contextlib
-import io
+import errno
 import json
-import logging
 import math
+import os
 import re
 import shutil
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ktray import __version__, plugins
-from ktray.errors import UserError
+from ktray.errors import UserError, disk_is_full
+from ktray.export.programs import ProgramForm, write_program
 from ktray.fingerprint import file_sha256
 from ktray.spec import Student
 
 FORMAT = "ktray-student/1"
 WEIGHTS, CARD = "model.safetensors", "student.json"
-Form = Literal["safetensors", "pt2", "onnx"]
+Form = Literal["safetensors"] | ProgramForm
 Head = Literal["classifier", "none"]
 _INPUT = {  # what `augmentation.to_float` does, in the terms of other libraries
     "layout": "NCHW",
@@ -71,13 +71,15 @@ def export_student(
         out: absent or empty.
         classes: width K of the student's linear classifier, or None if its transfer has none.
         head: "classifier" exports this classifier with the backbone, "none" only the backbone.
-        form: "pt2" and "onnx" add the same network as a program, `model.pt2` or `model.onnx`.
+        form: "pt2" and "onnx" add the same network as a program, `model.pt2` or `model.onnx`, which was run and compared.
 
     Raises:
-        UserError: `out` is not empty, there is no classifier to export, or a package for ONNX is missing.
+        UserError: `out` is occupied or cannot be written, there is no classifier to export, or the network cannot be a program
+            of this form (`programs.write_program`).
+        OSError: the disk is full.
         RuntimeError: the snapshot does not fit the network of `student`.
     """
-    _require_empty(out)
+    _destination(out)
     saved = load_file(snapshot / "weights.safetensors")
     architecture = student.backbone.model_dump(mode="json")
     network, tensors = _empty(architecture), _part(saved, "backbone.")
@@ -94,7 +96,7 @@ def export_student(
         "input": {"size": [size, size], **_INPUT},
         **_portable({"metrics": metrics, "lineage": lineage}),
     }
-    program = None if form == "safetensors" else partial(_write_program, network, _head(tensors, names), size, form)
+    program = None if form == "safetensors" else partial(write_program, network, _head(tensors, names), size, form)
     return _write(out, tensors, card, program)
 
 
@@ -186,104 +188,88 @@ def _portable(value: Any) -> Any:
     return value
 
 
-def _require_empty(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder", instead="Name a new folder; nothing is overwritten.")
-
-
-def _write(out: Path, tensors: dict[str, Tensor], card: dict[str, Any], program: Callable[[Path], Path] | None) -> list[Path]:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
-    scratch.mkdir()
-    try:
-        save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})  # required by readers such as transformers
-        files = [scratch / WEIGHTS, *([program(scratch)] if program else [])]
-        card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
-        (scratch / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-        for path in files:
-            path.chmod((scratch / CARD).stat().st_mode)  # safetensors makes files readable only by their owner
-        try:
-            scratch.rename(out)  # fails if the folder is no longer empty
-        except OSError:
-            _require_empty(out)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return [*(out / path.name for path in files), out / CARD]
-
-
-_ProgramForm = Literal["pt2", "onnx"]
-_PROGRAM_NAMES: dict[_ProgramForm, str] = {"pt2": "model.pt2", "onnx": "model.onnx"}
-_OPSET = 18
-
-
-class _ToVectors(nn.Module):
-    """A network with its classifier, if there is one; the output is one vector per image."""
-
-    def __init__(self, network: nn.Module, head: nn.Module | None) -> None:
-        super().__init__()
-        self.network, self.head = network, head or nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.head(self.network(images))
-        return features
-
-
-def _write_program(network: nn.Module, head: nn.Module | None, size: int, form: _ProgramForm, out: Path) -> Path:
-    """Write the program (B, 3, size, size) float32 -> (B, D) or (B, K) float32 for any B >= 1 to `out`; returns its path.
-
-    Args:
-        network: a backbone; it is put into eval mode.
-        head: the classifier on its features, or None.
-        size: side in pixels, the fixed height and width of the input.
+def _destination(out: Path) -> Path:
+    """The folder that `out` means, with links followed; it is absent or empty.
 
     Raises:
-        UserError: the packages for ONNX are not installed.
+        UserError: something is there already, or no folder can be there.
     """
-    model, path = _ToVectors(network, head).eval(), out / _PROGRAM_NAMES[form]
-    example = torch.zeros(2, 3, size, size)  # two, because torch.export treats a batch of one as a constant
-    batch = {"images": {0: torch.export.Dim("batch", min=1)}}
-    with torch.no_grad(), _silenced():
-        if form == "pt2":
-            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=batch), path)
+    instead = "Name a new folder; nothing is overwritten."
+    try:
+        out = out.expanduser()
+        for link in filter(os.path.islink, (out, *out.parents)):
+            if not link.resolve().exists():
+                raise UserError(f"{link} is a link to {os.readlink(link)}, which does not exist", instead=instead)
+        place = out.resolve()
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{out} exists and is not an empty folder", instead=instead)
+        if found := sorted(path.name for path in place.iterdir()) if place.exists() else []:
+            raise UserError(f"{out} exists and is not an empty folder: {found[0]} is in it", instead=instead)
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, a circle of links, an unknown user, a null byte
+        raise _cannot_write(out, error) from error
+    return place
+
+
+def _cannot_write(out: Path, error: Exception) -> UserError:
+    path = str(out) if len(str(out)) <= 300 else f"{str(out)[:300]}…"
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    return UserError(f"the student cannot be written to {path}: {reason}", instead="Nothing was written. Name another folder.")
+
+
+def _write(
+    out: Path, tensors: dict[str, Tensor], card: dict[str, Any], add_program: Callable[[Path], Path] | None
+) -> list[Path]:
+    place = _destination(out)
+    made = [folder for folder in place.parents if not folder.exists()]
+    # A folder that exists keeps its rights, and may be a mount point: the files are moved into it. Else the scratch becomes it.
+    scratch = (place if place.exists() else place.parent) / f".ktray-export-{uuid.uuid4().hex[:8]}"
+    try:
+        scratch.mkdir(parents=True)
+        names = _write_files(scratch, tensors, card, add_program)
+        if scratch.parent == place:
+            _move_files(scratch, place, names)
         else:
-            _write_onnx(model, example, path)
-    return path
-
-
-def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
-    try:
-        import onnx  # noqa: F401 - torch needs both, but reports a missing one late and less clearly
-        import onnxscript  # noqa: F401
-
-        torch.onnx.export(
-            model,
-            (example,),
-            path,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes={"images": {0: torch.export.Dim.AUTO}},
-            opset_version=_OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    except ImportError as error:
-        raise UserError(
-            f"ONNX needs the package {error.name or 'onnxscript'}",
-            "--format onnx",
-            "Install it with: pip install 'ktray[onnx]'.",
-        ) from error
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Suppress the output of torch's exporters, which print progress and warn about their own internals."""
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
+            scratch.rename(place)  # fails if somebody has made it meanwhile, unless it is an empty folder
+    except (OSError, SafetensorError) as error:
+        if _is_full(error, scratch):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
+        raise _cannot_write(out, error) from error
     finally:
-        logging.getLogger("torch.onnx").setLevel(level)
+        shutil.rmtree(scratch, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # after a success it is not empty
+                folder.rmdir()
+    return [out.expanduser() / name for name in names]
+
+
+def _write_files(
+    folder: Path, tensors: dict[str, Tensor], card: dict[str, Any], add_program: Callable[[Path], Path] | None
+) -> list[str]:
+    """Write all files; their names, the card's last."""
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})  # required by readers such as transformers
+    files = [folder / WEIGHTS, *([add_program(folder)] if add_program else [])]
+    card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
+    (folder / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    for path in files:
+        path.chmod((folder / CARD).stat().st_mode)  # safetensors makes files readable only by their owner
+    return [*(path.name for path in files), CARD]
+
+
+def _move_files(scratch: Path, place: Path, names: list[str]) -> None:
+    moved: list[Path] = []
+    try:
+        for name in names:
+            if (place / name).exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+            (scratch / name).rename(place / name)
+            moved.append(place / name)
+    except BaseException:
+        for path in moved:
+            path.unlink()
+        raise
+
+
+def _is_full(error: OSError | SafetensorError, folder: Path) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return disk_is_full(error, folder)  # safetensors hides the errno

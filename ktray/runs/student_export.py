@@ -53,21 +53,28 @@ def register_student(settings: Settings, study: str, number: str, directory: Pat
     Raises:
         UserError: the tracker does not know the trial, or has no registry.
     """
+    from ktray.export import programs
     from ktray.export.student_files import CARD, load_student
     from ktray.tracking import model_registry
 
     trial, best = (_completed_trial(settings.home, study, each) for each in (number, ""))
     card = json.loads((directory / CARD).read_text())
-    model, version = model_registry.register_student(
-        settings.tracking_uri,
-        settings.home,
-        study,
-        trial.number,
-        load_student(directory),
-        card["input"]["size"][0],
-        trial.number == best.number,
-        {"ktray.trial": str(trial.number), "ktray.pair": card["lineage"]["pair"], "ktray.student": trial.keys["student"]},
-    )
+    network, size = load_student(directory), card["input"]["size"][0]
+    try:
+        model, version = model_registry.register_student(
+            settings.tracking_uri,
+            settings.home,
+            study,
+            trial.number,
+            network,
+            size,
+            trial.number == best.number,
+            {"ktray.trial": str(trial.number), "ktray.pair": card["lineage"]["pair"], "ktray.student": trial.keys["student"]},
+            lambda stored: programs.compare(network, stored, size, "the stored model", "Use it without the registry."),
+        )
+    except UserError as error:
+        instead = f"{directory} has the student, the registry has not. {error.instead}"
+        raise UserError(error.problem, error.where, instead) from error
     return f"registered version {version} of {model} as {'champion' if trial.number == best.number else 'challenger'}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,15 @@ FOLDER = "student"  # of the run's artifacts
 
 
 def register_student(
-    uri: str, home: Path, study: str, trial: int, network: nn.Module, size: int, best: bool, tags: Mapping[str, str]
+    uri: str,
+    home: Path,
+    study: str,
+    trial: int,
+    network: nn.Module,
+    size: int,
+    best: bool,
+    tags: Mapping[str, str],
+    check: Callable[[nn.Module], None],
 ) -> tuple[str, int]:
     """Log a student in its trial's run and register it as a new version of `ktray-STUDY`.
 
@@ -31,12 +39,13 @@ def register_student(
         network: (B, 3, size, size) float32 -> (B, D) float32; put into eval mode.
         best: whether the version gets the alias `champion` or `challenger`. The alias moves from the version that had it.
         tags: of the version.
+        check: called with the model as it was stored, before the tracker gets it; raises if it is not the network.
 
     Returns:
         Name of the model, number of the version.
 
     Raises:
-        UserError: the tracker cannot be reached, or has no run of this trial.
+        UserError: the tracker cannot be reached, or has no run of this trial, or the network cannot be stored.
     """
     from mlflow.exceptions import MlflowException
 
@@ -46,7 +55,7 @@ def register_student(
             client = connect(validated_uri(uri), home, study, {}).client
             run = _run_id(client, study, trial)
             with tempfile.TemporaryDirectory() as folder:
-                _save(network, size, Path(folder) / FOLDER)
+                _save(network, size, Path(folder) / FOLDER, check)
                 client.log_artifacts(run, str(Path(folder) / FOLDER), FOLDER)
             with contextlib.suppress(MlflowException):  # it exists since an earlier version
                 client.create_registered_model(name, description=f"Students of the study {text_of(study)}.")
@@ -54,7 +63,7 @@ def register_student(
             client.set_registered_model_alias(name, "champion" if best else "challenger", version)
         except MlflowException as error:
             problem = f"the tracker refuses the model: {' '.join(str(error).split())[:300]}"
-            raise UserError(problem, "--register", "Try again once it answers.") from error
+            raise UserError(problem, "--register", "Export it again, to another folder, once it answers.") from error
     return name, int(version)
 
 
@@ -71,7 +80,7 @@ def _run_id(client: Any, study: str, trial: int) -> str:
     return str(found[0].info.run_id)
 
 
-def _save(network: nn.Module, size: int, folder: Path) -> None:
+def _save(network: nn.Module, size: int, folder: Path, check: Callable[[nn.Module], None]) -> None:
     import torch
     from mlflow import pytorch
     from mlflow.models import infer_signature
@@ -79,13 +88,18 @@ def _save(network: nn.Module, size: int, folder: Path) -> None:
     example = torch.zeros(2, 3, size, size).numpy()  # two images: a batch size of one would be exported as a constant
     with torch.no_grad(), _without_output():
         features = network.eval()(torch.from_numpy(example)).numpy()
-        pytorch.save_model(
-            network,
-            str(folder),
-            signature=infer_signature(example, features),
-            input_example=example,
-            pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
-        )
+        try:
+            pytorch.save_model(
+                network,
+                str(folder),
+                signature=infer_signature(example, features),
+                input_example=example,
+                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}"],
+            )
+        except Exception as error:  # torch.export raises a dozen kinds, and passes on what the network raises
+            problem = f"this network cannot be stored as a model: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise UserError(problem, "--register", "Export it without --register.") from error
+        check(pytorch.load_model(str(folder)))
 
 
 @contextlib.contextmanager
