@@ -89,13 +89,13 @@ def test_splits_are_read_from_folder_names_too_and_a_pattern_selects_files(tmp_p
     splits = listed(f"parquet:{tmp_path}/default")
     assert [len(part.names) for part in (splits.train, splits.val, splits.test)] == [5, 5, 5]
     assert len(listed(f"parquet:{tmp_path}/data/unlabeled*.parquet").train.names) == 10
-    with pytest.raises(UserError, match="belongs to no split"):
+    with pytest.raises(UserError, match="belong to no split"):
         listed(f"parquet:{tmp_path}")
 
 
 @pytest.mark.parametrize(
     ("query", "message"),
-    [("image=nothing", "img"), ("label=nothing", "nothing"), ("label=img", "integers or strings")],
+    [("image=nothing", "img"), ("label=nothing", "nothing"), ("label=img", "whole numbers or texts")],
 )
 def test_a_wrong_column_is_refused_with_the_columns_that_exist(query: str, message: str, tmp_path: Path) -> None:
     parquet.write_table(table(3, "struct"), tmp_path / "train.parquet")

@@ -1,0 +1,180 @@
+"""Encoded images in a column of parquet files, as published on data-set hubs.
+
+The column holds the bytes themselves or a struct with a field `bytes`. The split of a file follows from the words of its path,
+wherever they stand: `train-00000-of-00002.parquet`, `Testing/0000.parquet`, `cifar_val.parquet`. Classes are matched between
+files by name: each file numbers its labels by its own metadata. Rows are streamed, so only a few dozen are in memory at a time.
+
+Source: your own files, in the layout of Hugging Face's image data sets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ktray.datasets.parquet.class_labels import Labels, read_labels
+from ktray.datasets.parquet.file_patterns import list_files
+from ktray.datasets.parquet.footers import ParquetFile, check_sizes, image_columns, open_file, some
+from ktray.datasets.parquet.row_reading import row_reader
+from ktray.errors import UserError
+from ktray.images import Layout, Source, Splits, data_folder, decode
+from ktray.images.split_words import SPLITS, split_words, splits_of
+from ktray.spec import Split
+from ktray.strict import StrictSpec
+
+REVISION = 1
+LOCATION: tuple[str, ...] = ("path",)
+
+
+class Spec(StrictSpec):
+    """`path` is a file, a folder or a pattern (`/p/**/*.parquet`); with `label: null`, no labels are read."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str
+    image: str | None = Field(default=None, description="column with the images; null: the only column that can hold images")
+    label: str | None = Field(default=None, description="column with the labels: text, or numbers that the metadata may name")
+    size: int = Field(default=64, ge=8, le=2048, description="side in pixels to which images are resized")
+    split: Split = Split()
+    max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
+
+
+def load(spec: Spec) -> Splits:
+    """Find the files and read their footers and label columns.
+
+    Raises:
+        UserError: there are no files, a file is damaged or its split is unclear, a column is missing or of the wrong type, or
+            labels of one file cannot be matched with those of another.
+    """
+    try:
+        source = data_folder(spec.path)
+        paths, left_out = list_files(source)
+    except (OSError, RuntimeError) as error:  # a name too long, a folder above that may not be entered, no home of ~user
+        raise UserError(f"{spec.path} cannot be read: {error}", "data.path", "Give the path of a file or folder.") from error
+    names, warnings = _by_split(list(paths), source)
+    by_split = {split: [open_file(name, paths[name]) for name in names[split]] for split in SPLITS if split in names}
+    files = [file for members in by_split.values() for file in members]
+    _refuse_the_same_file_twice(files)
+    columns = image_columns(files, spec.image, spec.label)
+    for file in files:
+        check_sizes(file, columns[file.name].dotted, spec.label)
+    by_split, without_rows = _with_rows(by_split)
+    labels = read_labels(by_split, spec.label) if spec.label is not None else Labels()
+    sources = {}
+    for split, members in by_split.items():
+        counts = tuple(file.rows for file in members)
+        encoded = row_reader(tuple(file.path for file in members), counts, tuple(columns[file.name] for file in members))
+        sources[split] = Source(
+            names=tuple(f"{file.name}#{row}" for file in members for row in range(file.rows)),
+            read=lambda index, encoded=encoded: decode(encoded(index), spec.size),  # type: ignore[misc]
+            labels=labels.of_split.get(split),
+            classes=labels.classes if split in labels.of_split else (),
+            encoded=encoded,
+        )
+    layout = Layout(
+        read_from={split: {file.name: file.rows for file in members} for split, members in by_split.items()},
+        classes=labels.origin,
+        order="files by name, rows as in their file",
+        left_out=left_out,
+        warnings=(*warnings, *without_rows, *_missing_shards(files), *_namesakes(by_split), *labels.warnings),
+    )
+    return Splits(
+        train=sources["train"],
+        val=sources.get("val"),
+        test=sources.get("test"),
+        files=tuple(sorted((file.name, file.path) for file in files)),
+        layout=layout,
+    )
+
+
+def _by_split(names: list[str], source: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Names by split, and warnings. A single file, or files without any word of a split, are all for training."""
+    if source.is_file() or not any(splits_of(names).values()):
+        _refuse_hidden_words(names)
+        while not source.exists():  # a pattern
+            source = source.parent
+        other = " and ".join(split_words(source.name).keys() - {"train"})
+        return {"train": names}, [f"all rows are for training, although {source.name} speaks of {other}"] if other else []
+    by_split: dict[str, list[str]] = defaultdict(list)
+    without = []
+    for name, split in splits_of(names).items():
+        by_split[split].append(name) if split else without.append(name)
+    if without:
+        raise UserError(
+            f"{some(without)} belong{'s' * (len(without) == 1)} to no split, although other files do",
+            where="data.path",
+            instead="Put train, val or test into the name or the folder of each, or leave it out by a pattern in 'path'.",
+        )
+    if "train" not in by_split:
+        found = "; ".join(f"{some(members)} for {split}" for split, members in by_split.items())
+        raise UserError(f"there are no training files, only {found}", where="data.path", instead="Name them train*.parquet.")
+    return by_split, []
+
+
+def _refuse_hidden_words(names: list[str]) -> None:
+    """Raise if words of different splits are parts of longer words, as in `mytrain.parquet` and `mytest.parquet`."""
+    train = [name for name in names if "train" in name.lower()]
+    other = [name for name in names if re.search("test|valid", name.lower()) and name not in train]
+    if train and other:
+        raise UserError(
+            f"{train[0]} and {other[0]} may be files of different splits",
+            where="data.path",
+            instead="Set the words train, val and test apart, as in my-train.parquet, or give the files of one split alone.",
+        )
+
+
+def _refuse_the_same_file_twice(files: list[ParquetFile]) -> None:
+    first: dict[tuple[int, int], str] = {}
+    for file in files:
+        state = file.path.stat()
+        other = first.setdefault((state.st_dev, state.st_ino), file.name)
+        if other != file.name:
+            raise UserError(
+                f"{other} and {file.name} are the same file, so that its images would be there twice",
+                where="data.path",
+                instead="Remove one of the links, or leave it out by a pattern in 'path'.",
+            )
+
+
+def _with_rows(by_split: dict[str, list[ParquetFile]]) -> tuple[dict[str, list[ParquetFile]], list[str]]:
+    """The splits that have rows, and warnings about the others."""
+    empty = [split for split, members in by_split.items() if not any(file.rows for file in members)]
+    if "train" in empty:
+        raise UserError(f"the training files have no rows: {some(file.name for file in by_split['train'])}", "data.path")
+    return (
+        {split: members for split, members in by_split.items() if split not in empty},
+        [f"there is no {split} split: {some(file.name for file in by_split[split])} has no rows" for split in empty],
+    )
+
+
+_SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
+
+
+def _missing_shards(files: list[ParquetFile]) -> list[str]:
+    """A warning for each series such as `train-00001-of-00004.parquet` with parts missing."""
+    series: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for match in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
+        series[match[1], match[3]].add(int(match[2]))
+    return [
+        f"there are only {len(parts)} of the {int(total)} files {start}*-of-{total}"
+        for (start, total), parts in series.items()
+        if len(parts) < int(total)
+    ]
+
+
+def _namesakes(by_split: dict[str, list[ParquetFile]]) -> list[str]:
+    """A warning where files of one split have the same name in different folders, as configurations of one data set have."""
+    found = []
+    for split, members in by_split.items():
+        folders: dict[str, list[str]] = defaultdict(list)
+        for file in members:
+            folder, _, name = file.name.rpartition("/")
+            folders[name].append(folder or ".")
+        name, several = max(folders.items(), key=lambda item: len(item[1]))
+        if len(several) > 1:
+            where = f"{len(several)} folders ({some(several)})"
+            found.append(f"{split} has a {name} from each of {where}; if they hold the same images, give one of them")
+    return found
