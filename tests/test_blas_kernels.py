@@ -6,13 +6,17 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ktray.clustering import kmeans, projection
+from ktray.clustering import kmeans, projection, pseudo_labelling
 from ktray.ops import blas
+from tests.awkward_rows import K, N, tables
+from tests.pools import ShuffledPool
 from tests.source import ROOT
 
 KERNELS = ("Haswell", "SkylakeX", "Zen", "Sandybridge")
@@ -20,9 +24,9 @@ TAKEN_AS = {"Zen": {"Zen", "Haswell"}}  # many builds of OpenBLAS serve Zen with
 TESTS = [
     "tests/test_kmeans.py::test_results_are_bitwise_identical_for_any_number_of_workers",
     "tests/test_kmeans.py::test_a_worker_without_a_cache_gives_bitwise_identical_results",
-    "tests/test_kmeans.py::test_labels_do_not_depend_on_the_batch",
     "tests/test_kmeans.py::test_the_nearest_centroids_do_not_depend_on_the_batch",
-    "tests/test_kmeans.py::test_rows_between_two_centroids_get_the_nearest_in_float64",
+    "tests/test_kmeans.py::test_rows_between_two_centroids_get_the_nearest_by_whole_numbers",
+    "tests/test_grid.py::test_the_nearest_of_awkward_rows_are_those_of_python_integers",
     "tests/test_projection.py::test_results_are_bitwise_identical_for_any_number_of_workers",
     "tests/test_projection.py::test_rows_do_not_depend_on_the_batch",
     "tests/test_pseudo_labels.py::test_labels_of_the_clustered_rows_equal_those_of_the_clustering",
@@ -30,11 +34,9 @@ TESTS = [
 ]
 
 
-def run_with(kernel: str | None, *arguments: str) -> str:
+def run_with(kernel: str, *arguments: str) -> str:
     """The output of Python with these arguments, where NumPy's OpenBLAS is asked to use a processor's kernels."""
-    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
-    if kernel is not None:
-        environment["OPENBLAS_CORETYPE"] = kernel
+    environment = {**os.environ, "OPENBLAS_CORETYPE": kernel}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
@@ -47,28 +49,45 @@ def skip_unless_taken(kernel: str) -> None:
         pytest.skip(f"BLAS uses kernels for {taken} here")
 
 
-def digest() -> str:
-    """sha256 of labels, distances and projected rows of the same arrays on every machine."""
+def digests(workers: int = 1) -> list[str]:
+    """sha256 of the clusters, inertia and labels of awkward rows, and of projected rows; the same on every machine."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in tables().items():
+            shards = [Path(folder) / f"{start:03d}.npy" for start in range(0, N, 90)]
+            for start, shard in zip(range(0, N, 90), shards, strict=True):
+                np.save(shard, rows[start : start + 90])
+            pool = ShuffledPool(workers)
+            made = kmeans.fit(shards, K, seed=0, iterations=5, projection={}, pool=pool)
+            labels = pseudo_labelling.assign(shards, made.codebook, {}, pool)
+            nearest, squared = pseudo_labelling.nearest(shards, made.codebook, {}, 3, pool)
+            of_grid = f"{made.codebook.grid.exponent} {made.codebook.grid.bits} {made.inertia} {made.empty}".encode()
+            arrays = (made.codebook.points, made.codebook.grid.centre, made.sizes, labels, nearest, squared)
+            found.append(f"{name}: {hashlib.sha256(of_grid + b''.join(array.tobytes() for array in arrays)).hexdigest()}")
     rng = np.random.default_rng(0)
-    rows, centroids, components = (rng.normal(size=shape).astype(np.float32) for shape in ((1500, 160), (211, 160), (24, 160)))
-    rows[:500] = (centroids[rng.integers(0, 211, 500)] + centroids[rng.integers(0, 211, 500)]) / 2
-    flags = {name: np.array(True) for name in ("l2", "l2_after")}
+    rows, components = (rng.normal(size=shape).astype(np.float32) for shape in ((1500, 160), (24, 160)))
+    flags = {flag: np.array(True) for flag in ("l2", "l2_after")}
     fitted = {**flags, "mean": rows.mean(axis=0), "components": components, "scale": np.ones(24, np.float32)}
-    found = [*kmeans.assign(rows, centroids), *kmeans.nearest(rows, centroids, 4), projection.apply(fitted, rows)]
-    return hashlib.sha256(b"".join(array.tobytes() for array in found)).hexdigest()
+    return [*found, f"projected: {hashlib.sha256(projection.apply(fitted, rows).tobytes()).hexdigest()}"]
 
 
-@pytest.mark.parametrize("kernel", [None, *KERNELS])
-def test_rows_do_not_depend_on_their_batch_or_the_number_of_workers(kernel: str | None) -> None:
-    if kernel is not None:
-        skip_unless_taken(kernel)
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_clusters_of_awkward_rows_are_the_same_on_any_number_of_workers(workers: int) -> None:
+    assert digests(workers) == digests()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_do_not_depend_on_their_batch_or_the_number_of_workers(kernel: str) -> None:
+    skip_unless_taken(kernel)
     assert " passed" in run_with(kernel, "-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", *TESTS, "-v")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_labels_distances_and_projected_rows_are_the_same_with_every_kernel(kernel: str) -> None:
+def test_clusters_labels_distances_and_projected_rows_are_the_same_with_every_kernel(kernel: str) -> None:
     skip_unless_taken(kernel)
-    assert run_with(kernel, "-c", "from tests import test_blas_kernels; print(test_blas_kernels.digest())") == digest()
+    script = "from tests import test_blas_kernels; print(*test_blas_kernels.digests(2), sep='\\n')"
+    assert run_with(kernel, "-c", script).splitlines() == digests()
 
 
 @pytest.mark.parametrize("width", [1, 37, 512, 9217])

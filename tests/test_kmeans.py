@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import faiss
@@ -10,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
-from ktray.clustering import kmeans, projection
+from ktray.clustering import kmeans, nearest_centroids, projection
+from ktray.clustering.grid import Codebook, Grid
 from ktray.pool import LocalPool
 from tests.pools import ShuffledPool
 
@@ -32,6 +34,25 @@ def mixture(count: int = 1230, width: int = 20, centres: int = 40, seed: int = 0
 
 def fit(shards: list[Path], k: int, *, seed: int = 0, iterations: int = 100, pool=None, project=None, **rest):
     return kmeans.fit(shards, k, seed=seed, iterations=iterations, projection=project or {}, pool=pool or LocalPool(), **rest)
+
+
+def codebook_around(centroids: NDArray[np.float32], rows: NDArray[np.float32]) -> Codebook:
+    """These centroids, rounded to a grid that reaches them and the rows."""
+    both = np.concatenate([rows, centroids])
+    centre = np.median(rows, axis=0).astype(np.float32)
+    made = Grid.around(rows, centre, float(np.abs(both.astype(np.float64) - centre).max()), len(both))
+    return Codebook(made, made.whole(made.rows(centroids)))
+
+
+def squared_steps(rows: NDArray[np.float32], codebook: Codebook) -> NDArray:
+    """(n, K) exact squared distances of rows on the grid, as Python integers."""
+    whole = codebook.grid.whole(rows).astype(object)
+    return np.stack([((whole - point) ** 2).sum(axis=1) for point in codebook.points.astype(object)], axis=1)
+
+
+def assign(rows: NDArray[np.float32], codebook: Codebook) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    numbers, squared = nearest_centroids.nearest(codebook.grid.rows(rows), codebook, 1)
+    return numbers[:, 0], squared[:, 0]
 
 
 @pytest.mark.parametrize("project", [False, True])
@@ -79,7 +100,7 @@ def test_centroids_agree_with_scikit_learn_from_the_same_initial_rows(tmp_path: 
     np.testing.assert_allclose(ours.centroids, theirs.cluster_centers_, atol=1e-4)
     assert ours.converged
     assert ours.inertia[-1] == pytest.approx(theirs.inertia_ / len(rows), rel=1e-5)
-    assert (kmeans.assign(rows, ours.centroids)[0] == theirs.labels_).all()
+    assert (assign(rows, ours.codebook)[0] == theirs.labels_).all()
     assert (ours.sizes == np.bincount(theirs.labels_, minlength=30)).all()
 
 
@@ -98,7 +119,7 @@ def test_sizes_and_inertia_belong_to_the_returned_centroids(tmp_path: Path) -> N
     rows = mixture()
     for iterations in (0, 3, 100):
         found = fit(write(tmp_path, rows), 30, iterations=iterations)
-        labels, distances = kmeans.assign(rows, found.centroids)
+        labels, distances = assign(rows, found.codebook)
         assert (np.bincount(labels, minlength=30) == found.sizes).all()
         assert distances.mean(dtype=np.float64) == pytest.approx(found.inertia[-1], rel=1e-5)
         assert len(found.inertia) == found.iterations + 1
@@ -117,52 +138,66 @@ def test_float16_shards_give_the_same_result_as_their_values_in_float32(tmp_path
     assert stored.centroids.tobytes() == widened.centroids.tobytes()
 
 
-def test_labels_do_not_depend_on_the_batch() -> None:
-    rows, centroids = mixture(3000, 37), mixture(211, 37, seed=5)
-    labels, distances = kmeans.assign(rows, centroids)
-    for size in (1, 63, 64, 700, 1025):
-        pieces = [kmeans.assign(rows[at : at + size], centroids) for at in range(0, len(rows), size)]
-        assert (np.concatenate([piece[0] for piece in pieces]) == labels).all()
-        assert (np.concatenate([piece[1] for piece in pieces]) == distances).all()
-
-
-def test_the_nearest_centroids_do_not_depend_on_the_batch() -> None:
-    rows, centroids = mixture(3000, 37), mixture(211, 37, seed=5)
-    numbers, distances = kmeans.nearest(rows, centroids, 5)
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_nearest_centroids_do_not_depend_on_the_batch(count: int) -> None:
+    rows = mixture(3000, 37)
+    codebook = codebook_around(mixture(211, 37, seed=5), rows)
+    on_grid = codebook.grid.rows(rows)
+    numbers, distances = nearest_centroids.nearest(on_grid, codebook, count)
     for size in (1, 63, 700, 1025):
-        pieces = [kmeans.nearest(rows[at : at + size], centroids, 5) for at in range(0, len(rows), size)]
+        pieces = [nearest_centroids.nearest(on_grid[at : at + size], codebook, count) for at in range(0, len(rows), size)]
         assert (np.concatenate([piece[0] for piece in pieces]) == numbers).all()
         assert (np.concatenate([piece[1] for piece in pieces]) == distances).all()
 
 
+@pytest.mark.parametrize("outlier", [False, True])
 @pytest.mark.parametrize("width", [1, 6, 130])
-def test_rows_between_two_centroids_get_the_nearest_in_float64(width: int) -> None:
-    """float32 cannot decide these: midpoints, some of them moved by the last bit of one value."""
+def test_rows_between_two_centroids_get_the_nearest_by_whole_numbers(width: int, outlier: bool) -> None:
+    """float32 cannot decide these: duplicates, midpoints, and some of them moved by one step of the grid."""
     rng = np.random.default_rng(width)
     centroids = np.round(rng.normal(size=(90, width)) * 64).astype(np.float32) / 64 + 100
     centroids[70:80] = centroids[:10]
-    centroids[80] = 1e6  # an outlier must not affect the others
-    rows = (centroids[rng.integers(0, 70, 2000)] + centroids[rng.integers(0, 70, 2000)]) / 2
-    rows[::3, 0] = np.nextafter(rows[::3, 0], np.float32(0))
-    squared = np.stack([np.square(row.astype(np.float64) - centroids).sum(axis=1) for row in rows])
-    labels, distances = kmeans.assign(rows, centroids)
-    assert (labels == squared.argmin(axis=1)).all()
-    assert (distances == squared.min(axis=1).astype(np.float32)).all()
+    if outlier:
+        centroids[80] = 1e4  # it must not affect the others
+    rows = (centroids[rng.integers(0, 70, 1000)] + centroids[rng.integers(0, 70, 1000)]) / 2
+    codebook = codebook_around(centroids, rows)
+    on_grid = codebook.grid.rows(rows)
+    on_grid[::3, 0] -= np.float32(2.0**-codebook.grid.bits)
+    squared = squared_steps(on_grid, codebook)
     order = np.argsort(squared, axis=1, kind="stable")
     for count in (1, 4, 90):
-        numbers, distances = kmeans.nearest(rows, centroids, count)
+        numbers, distances = nearest_centroids.nearest(on_grid, codebook, count)
         assert (numbers == order[:, :count]).all()
-        assert (distances == np.take_along_axis(squared, order[:, :count], axis=1).astype(np.float32)).all()
+        nearest = np.take_along_axis(squared, order[:, :count], axis=1).astype(np.float64)
+        np.testing.assert_allclose(distances, nearest * codebook.grid.square, rtol=1e-7)
 
 
 def test_labels_are_the_nearest_centroid_and_ties_go_to_the_first() -> None:
     rows, centroids = mixture(500, 6), mixture(50, 6, seed=3)
     squared = ((rows[:, None].astype(np.float64) - centroids[None]) ** 2).sum(2)
-    labels, distances = kmeans.assign(rows, centroids)
+    labels, distances = assign(rows, codebook_around(centroids, rows))
     assert (labels == squared.argmin(1)).all()
     np.testing.assert_allclose(distances, squared.min(1), rtol=1e-4)
-    doubled, _ = kmeans.assign(rows, np.concatenate([centroids, centroids]))
+    doubled, _ = assign(rows, codebook_around(np.concatenate([centroids, centroids]), rows))
     assert (doubled == labels).all()
+
+
+def test_inertia_is_that_of_whole_numbers(tmp_path: Path) -> None:
+    rows = mixture(300, 5)
+    found = fit(write(tmp_path, rows), 7, iterations=3)
+    squared = squared_steps(found.codebook.grid.rows(rows), found.codebook)
+    assert found.inertia[-1] == int(squared.min(axis=1).sum()) / len(rows) * found.codebook.grid.square
+
+
+def test_a_centroid_is_the_mean_of_its_rows_rounded_to_the_grid(tmp_path: Path) -> None:
+    rows = mixture(300, 5)
+    before, after = (fit(write(tmp_path, rows), 7, iterations=iterations).codebook for iterations in (2, 3))
+    whole = before.grid.whole(before.grid.rows(rows))
+    labels = assign(rows, before)[0]
+    for cluster in range(7):
+        members = whole[labels == cluster]
+        exact = [round(Fraction(int(total), len(members))) for total in members.sum(axis=0)]
+        assert after.points[cluster].tolist() == exact
 
 
 def test_an_empty_cluster_takes_the_farthest_row(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_row_of_zeros_is_kept(shards: list[Path]) -> None:
 
 
 def test_equal_rows_and_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="all rows of the features are equal"):
+    with pytest.raises(ValueError, match="all 200 rows of the features are equal"):
         fit(write(tmp_path, np.full((200, 4), 0.1, np.float32)), pca=2)
     rows = ROWS.copy()
     rows[100, 3] = np.inf

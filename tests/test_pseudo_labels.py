@@ -11,6 +11,7 @@ from sklearn.metrics import normalized_mutual_info_score, pairwise_distances_arg
 from sklearn.neighbors import NearestNeighbors
 
 from ktray.clustering import kmeans, projection, pseudo_labelling
+from ktray.clustering.grid import Codebook, Grid
 from ktray.pool import LocalPool
 from tests.pools import ShuffledPool
 from tests.toy_images import toy_images
@@ -26,21 +27,34 @@ def shards(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def codebook(centroids: np.ndarray) -> Codebook:
+    return Codebook(Grid(np.zeros(centroids.shape[1], np.float32), 3, 24), np.rint(centroids * 2.0**21).astype(np.int64))
+
+
 def test_labels_of_the_clustered_rows_equal_those_of_the_clustering(shards: list[Path]) -> None:
     fitted = projection.fit(shards, l2=True, pca=6, whiten=False, l2_after=True, pool=LocalPool())
     found = kmeans.fit(shards, 9, seed=0, iterations=50, projection=fitted, pool=LocalPool())
-    labels = pseudo_labelling.assign(shards, found.centroids, fitted, LocalPool())
+    labels = pseudo_labelling.assign(shards, found.codebook, fitted, LocalPool())
     assert labels.dtype == np.int64
     assert (np.bincount(labels, minlength=9) == found.sizes).all()
     squared = ((projection.apply(fitted, ROWS)[:, None] - found.centroids[None]) ** 2).sum(2)
     assert (labels == squared.argmin(1)).all()
     for workers in (2, 3, 7):
-        assert (pseudo_labelling.assign(shards, found.centroids, fitted, ShuffledPool(workers)) == labels).all()
+        assert (pseudo_labelling.assign(shards, found.codebook, fitted, ShuffledPool(workers)) == labels).all()
 
 
 def test_features_of_another_width_are_refused(shards: list[Path]) -> None:
     with pytest.raises(ValueError, match="has 16 features per image, but the clustered features had 5"):
-        pseudo_labelling.assign(shards, np.zeros((3, 5), np.float32), {}, LocalPool())
+        pseudo_labelling.assign(shards, codebook(np.eye(3, 5)), {}, LocalPool())
+
+
+def test_rows_far_outside_of_what_was_clustered_are_refused(shards: list[Path]) -> None:
+    found = kmeans.fit(shards, 9, seed=0, iterations=5, projection={}, pool=LocalPool()).codebook
+    np.save(shards[2], np.load(shards[2]) * 100)
+    assert len(pseudo_labelling.assign(shards, found, {}, LocalPool())) == len(ROWS)
+    np.save(shards[2], np.load(shards[2]) * 1e30)
+    with pytest.raises(ValueError, match=r"features-00002.npy: row 0 is more than 1024 times as far .* as any row that was"):
+        pseudo_labelling.assign(shards, found, {}, LocalPool())
 
 
 def test_small_clusters_are_left_out_and_the_others_keep_their_number() -> None:
@@ -96,28 +110,27 @@ def test_small_clusters_are_merged_into_the_nearest_large_one() -> None:
     sizes = np.array([(labels == cluster).sum() for cluster in range(12)])
     large = [cluster for cluster in range(12) if sizes[cluster] >= 15]
     home = [c if c in large else large[pairwise_distances_argmin(centroids[[c]], centroids[large])[0]] for c in range(12)]
-    merged = pseudo_labelling.merge_small(labels, centroids, 15)
+    merged = pseudo_labelling.merge_small(labels, codebook(centroids), 15)
     assert 1 < len(large) < (sizes > 0).sum()
     assert merged.tolist() == [-1 if label == -1 else home[label] for label in labels]
-    assert (pseudo_labelling.merge_small(labels, centroids, 1) == labels).all()
-    assert (pseudo_labelling.merge_small(labels, centroids, 1000) == -1).all()
+    assert (pseudo_labelling.merge_small(labels, codebook(centroids), 1) == labels).all()
+    assert (pseudo_labelling.merge_small(labels, codebook(centroids), 1000) == -1).all()
 
 
 def test_the_nearest_clusters_and_their_distances_agree_with_scikit_learn(shards: list[Path]) -> None:
     fitted = projection.fit(shards, l2=True, pca=6, whiten=True, l2_after=False, pool=LocalPool())
-    centroids = kmeans.fit(shards, 9, seed=0, iterations=5, projection=fitted, pool=LocalPool()).centroids
-    centroids[4] = centroids[2]  # equally near: the first comes first
-    numbers, squared = pseudo_labelling.nearest(shards, centroids, fitted, 4, LocalPool())
-    distances, found = (
-        NearestNeighbors(n_neighbors=4, algorithm="brute").fit(centroids).kneighbors(projection.apply(fitted, ROWS))
-    )
+    found = kmeans.fit(shards, 9, seed=0, iterations=5, projection=fitted, pool=LocalPool()).codebook
+    found.points[4] = found.points[2]  # equally near: the first comes first
+    numbers, squared = pseudo_labelling.nearest(shards, found, fitted, 4, LocalPool())
+    neighbours = NearestNeighbors(n_neighbors=4, algorithm="brute").fit(found.centroids)
+    distances, theirs = neighbours.kneighbors(projection.apply(fitted, ROWS))
     np.testing.assert_allclose(squared, distances**2, atol=1e-4)
-    twins = np.where(found == 4, 2, found)
+    twins = np.where(theirs == 4, 2, theirs)
     assert (np.sort(np.where(numbers == 4, 2, numbers)) == np.sort(twins)).mean() > 0.99
-    assert (numbers[:, 0] == pseudo_labelling.assign(shards, centroids, fitted, LocalPool())).all()
+    assert (numbers[:, 0] == pseudo_labelling.assign(shards, found, fitted, LocalPool())).all()
     places = np.argwhere(numbers == 2)
     assert all(place == 3 or numbers[row, place + 1] == 4 for row, place in places)
     for workers in (2, 7):
-        again = pseudo_labelling.nearest(shards, centroids, fitted, 4, ShuffledPool(workers))
+        again = pseudo_labelling.nearest(shards, found, fitted, 4, ShuffledPool(workers))
         assert (again[0] == numbers).all()
         assert (again[1] == squared).all()

@@ -1,11 +1,13 @@
 """The projection of features before clustering: L2 -> PCA -> whitening -> L2, each step optional.
 
-Moments are float64 sums over fixed blocks of shards in a fixed order, so the projection is bitwise identical for any number
-of workers.
+Rows are rounded to whole numbers for the moments, whose sums are then exact, so the projection is bitwise identical for any
+number of workers and any BLAS. Only the eigenvectors are LAPACK's: their last digits may depend on its version and on the
+processor's kernels. `made_by` names both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from ktray import progress
 from ktray.ops import blas
 from ktray.pool import Pool
 
-IDENTITY, REVISION = "projection", 2
+IDENTITY, REVISION = "projection", 3
 
 _WHITEN_FLOOR = 1e-7  # of the largest variance; in float32 features, a smaller variance is rounding noise
-_EQUAL = 1e-13  # of the mean square; equal rows stay below it in float64 sums, float32 rows that differ exceed it
+_MOST_BITS = 21  # of a whole number for the moments: products of 1,024 rows are then exact in float64
+_SAMPLE_ROWS = 1024
 _BLOCK_BYTES = 2 << 30  # memory for second moments at a time; the number of blocks is limited to 4 to 64
 
 
@@ -43,7 +46,7 @@ def fit(
 
     Returns:
         `l2`, `l2_after` bool, `rotation` bool (all directions kept); with PCA or whitening also `mean` (D,) float32,
-        `components` (d, D) float32, `scale` (d,) float32 and `explained` (d,) float64, the share of the variance.
+        `components` (d, D) float32, `scale` (d,) float32, `explained` (d,) float64, the share of the variance, and `made_by`.
 
     Raises:
         ValueError: a feature is not finite, or all rows are equal.
@@ -56,8 +59,6 @@ def fit(
     mean, covariance = _moments(shards, width, l2, pool)
     variances, components = _principal(covariance, kept)
     total = float(np.trace(covariance))
-    if total <= _EQUAL * (total + float(mean @ mean)):
-        raise ValueError("all rows of the features are equal; there are no principal components")
     scale = 1 / np.sqrt(np.maximum(variances, _WHITEN_FLOOR * variances[0])) if whiten else np.ones(kept)
     return result | {
         "rotation": np.array(kept == width),
@@ -65,6 +66,7 @@ def fit(
         "components": components.astype(np.float32),
         "scale": scale.astype(np.float32),
         "explained": np.maximum(variances, 0) / total,
+        "made_by": np.array(blas.description()),
     }
 
 
@@ -107,28 +109,105 @@ def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows / length[:, None]
 
 
+def sample(
+    shards: Sequence[Path],
+    counts: Sequence[int],
+    numbers: NDArray[np.int64],
+    projection: Mapping[str, NDArray[Any]],
+    pool: Pool,
+) -> NDArray[np.float32]:
+    """The projected rows with these numbers, in this order.
+
+    Args:
+        counts: number of rows of each shard.
+    """
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    shard_of = np.searchsorted(starts, numbers, side="right") - 1
+    visited = np.unique(shard_of)
+    read = pool.map(_read_rows, [(shards[index], numbers[shard_of == index] - starts[index]) for index in visited], projection)
+    found = np.empty((len(numbers), read[0].shape[1]), np.float32)
+    for index, rows in zip(visited, read, strict=True):
+        found[shard_of == index] = rows
+    return found
+
+
+def _read_rows(item: tuple[Path, NDArray[np.int64]], projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    """The projected rows (m, d) of a shard with these numbers (m,)."""
+    shard, numbers = item
+    return apply(projection, np.load(shard, mmap_mode="r", allow_pickle=False)[numbers])
+
+
+def centre_and_radius(
+    shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool
+) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """A sample (n, d) of the projected rows, its centre (d,), and the largest distance of any row from it in a coordinate.
+
+    The sample are at most 1,024 evenly spaced rows. The centre is the median of each column, the lower one of two: a value of
+    the sample, and not moved by outliers.
+
+    Raises:
+        ValueError: a feature is not finite, or all rows are equal.
+    """
+    counts = row_counts(shards)
+    total = sum(counts)
+    number = min(total, _SAMPLE_ROWS)
+    rows = sample(shards, counts, np.arange(number) * total // number, projection, pool)
+    centre: NDArray[np.float32] = np.partition(rows, (number - 1) // 2, axis=0)[(number - 1) // 2]
+    radius = max(pool.map(_radius, list(shards), (projection, centre)))
+    if not radius:
+        raise ValueError(f"all {total} rows of the features are equal; there is nothing to cluster")
+    return rows, centre, radius
+
+
+def row_counts(shards: Sequence[Path]) -> list[int]:
+    """The number of rows of each shard, from the head of its file."""
+    return [len(np.load(shard, mmap_mode="r", allow_pickle=False)) for shard in shards]
+
+
+def _radius(shard: Path, shared: tuple[Mapping[str, NDArray[Any]], NDArray[np.float32]]) -> float:
+    progress.advance("shards")
+    projection, centre = shared
+    rows = apply(projection, finite_rows(shard))
+    low, high = rows.min(axis=0).astype(np.float64), rows.max(axis=0).astype(np.float64)
+    return float(max((high - centre).max(), (centre - low).max()))
+
+
 def _moments(shards: Sequence[Path], width: int, l2: bool, pool: Pool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean (D,) and covariance (D, D), with denominator N - 1, of all rows; both float64."""
+    """Mean (D,) and covariance (D, D), with denominator N - 1, of all rows; both float64.
+
+    Rows are centred and rounded to whole numbers of b bits. A product of 1,024 rows is exact in float64, as 2 b + 10 <= 52,
+    and the sum of all products in int64, as 2 b + log2 N <= 62. What follows is elementwise, so the same everywhere.
+    """
+    normalised = {"l2": np.array(l2), "l2_after": np.array(False)}
+    _, centre, radius = centre_and_radius(shards, normalised, pool)
+    bits = min(_MOST_BITS, (62 - (sum(row_counts(shards)) - 1).bit_length()) // 2)
+    step = 2.0 ** (math.frexp(radius)[1] - bits)
     number = min(64, max(4, _BLOCK_BYTES // (8 * width * width)))
     blocks = [list(block) for block in np.array_split(np.array(shards, object), min(number, len(shards)))]
-    count, total, second = 0, np.zeros(width), np.zeros((width, width))
-    for rows, row_sum, product in pool.map(_block_moments, blocks, l2):
+    count, total, second = 0, np.zeros(width, np.int64), np.zeros((width, width), np.int64)
+    for rows, row_sum, product in pool.map(_block_moments, blocks, (normalised, centre, step)):
         count, total = count + rows, total + row_sum
         second += product
     mean = total / count
-    return mean, (second - count * np.outer(mean, mean)) / max(count - 1, 1)
+    covariance = (second - np.outer(mean, total)) / max(count - 1, 1)
+    return centre + mean * step, covariance * step**2
 
 
-def _block_moments(block: list[Path], l2: bool) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    count, total, second = 0, np.zeros(1), np.zeros((1, 1))
+def _block_moments(
+    block: list[Path], shared: tuple[Mapping[str, NDArray[Any]], NDArray[np.float32], float]
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    normalised, centre, step = shared
+    width = len(centre)
+    count, total, second = 0, np.zeros(width, np.int64), np.zeros((width, width), np.int64)
     with blas.one_thread():
         for shard in block:
             progress.advance("shards")
             rows = finite_rows(shard)
             for start in range(0, len(rows), blas.CHUNK_ROWS):
-                piece = rows[start : start + blas.CHUNK_ROWS]
-                wide = (_unit(piece) if l2 else piece).astype(np.float64)
-                count, total, second = count + len(wide), total + wide.sum(axis=0), second + wide.T @ wide
+                piece = apply(normalised, rows[start : start + blas.CHUNK_ROWS])
+                whole = np.rint((piece.astype(np.float64) - centre) / step)
+                count, total = count + len(whole), total + whole.sum(axis=0).astype(np.int64)
+                second += (whole.T @ whole).astype(np.int64)
     return count, total, second
 
 

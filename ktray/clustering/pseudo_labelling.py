@@ -13,49 +13,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import progress
-from ktray.clustering import kmeans
+from ktray.clustering import grid, nearest_centroids, projection
+from ktray.clustering.grid import Codebook
 from ktray.clustering.projection import apply, finite_rows
 from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.pool import Pool
 
-IDENTITY, REVISION = "pseudo_labelling", 1
-TOOLS = (kmeans,)
+IDENTITY, REVISION = "pseudo_labelling", 2
+TOOLS = (grid, nearest_centroids, projection)
 
 
-def assign(
-    shards: Sequence[Path], centroids: NDArray[np.float32], projection: Mapping[str, NDArray[Any]], pool: Pool
-) -> NDArray[np.int64]:
+def assign(shards: Sequence[Path], codebook: Codebook, projection: Mapping[str, NDArray[Any]], pool: Pool) -> NDArray[np.int64]:
     """The nearest centroid of every row of the shards, in their order: (N,) int64 in [0, K).
 
     Args:
         shards: files of (n, D) features, not yet projected.
-        centroids: (K, d) float32, in the projected space.
+        codebook: the centroids, of projected rows.
         projection: the projection that was used to find the centroids.
 
     Raises:
-        ValueError: the features do not have the width of the clustered features, or a feature is not finite.
+        ValueError: the features do not have the width of the clustered features, a feature is not finite, or a row is too far
+            from the clustered rows.
     """
-    return np.concatenate(pool.map(_assign_shard, list(shards), (centroids, projection)))
+    return np.concatenate(pool.map(_assign_shard, list(shards), (codebook, projection)))
 
 
-def _assign_shard(shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]]]) -> NDArray[np.int64]:
-    centroids, projection = shared
-    return kmeans.assign(_projected(shard, centroids, projection), centroids)[0]
+def _assign_shard(shard: Path, shared: tuple[Codebook, Mapping[str, NDArray[Any]]]) -> NDArray[np.int64]:
+    codebook, projection = shared
+    return nearest_centroids.search_among(codebook)(_on_grid(shard, codebook, projection))[:, 0]
 
 
-def _projected(shard: Path, centroids: NDArray[np.float32], projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+def _on_grid(shard: Path, codebook: Codebook, projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     progress.advance("shards")
     rows = finite_rows(shard)
-    width = projection["components"].shape[1] if "components" in projection else centroids.shape[1]
+    width = projection["components"].shape[1] if "components" in projection else codebook.points.shape[1]
     if rows.shape[1] != width:
         raise ValueError(f"{shard.name} has {rows.shape[1]} features per image, but the clustered features had {width}")
-    return apply(projection, rows)
+    return codebook.grid.rows(apply(projection, rows), shard.name)
 
 
 def nearest(
     shards: Sequence[Path],
-    centroids: NDArray[np.float32],
+    codebook: Codebook,
     projection: Mapping[str, NDArray[Any]],
     count: int,
     pool: Pool,
@@ -63,21 +63,21 @@ def nearest(
     """The `count` nearest clusters of every row, nearest first, and their squared distances: (N, count) each.
 
     Args:
-        shards, centroids, projection: as for `assign`.
+        shards, codebook, projection: as for `assign`.
         count: 1 <= count <= K.
 
     Raises:
         ValueError: as `assign`.
     """
-    numbers, squared = zip(*pool.map(_nearest_of_shard, list(shards), (centroids, projection, count)), strict=True)
+    numbers, squared = zip(*pool.map(_nearest_of_shard, list(shards), (codebook, projection, count)), strict=True)
     return np.concatenate(numbers), np.concatenate(squared)
 
 
 def _nearest_of_shard(
-    shard: Path, shared: tuple[NDArray[np.float32], Mapping[str, NDArray[Any]], int]
+    shard: Path, shared: tuple[Codebook, Mapping[str, NDArray[Any]], int]
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    centroids, projection, count = shared
-    return kmeans.nearest(_projected(shard, centroids, projection), centroids, count)
+    codebook, projection, count = shared
+    return nearest_centroids.nearest(_on_grid(shard, codebook, projection), codebook, count)
 
 
 def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.int64]:
@@ -87,19 +87,17 @@ def drop_small(labels: NDArray[np.int64], k: int, min_size: int) -> NDArray[np.i
     return np.where(small[labels], -1, labels)
 
 
-def merge_small(labels: NDArray[np.int64], centroids: NDArray[np.float32], min_size: int) -> NDArray[np.int64]:
+def merge_small(labels: NDArray[np.int64], codebook: Codebook, min_size: int) -> NDArray[np.int64]:
     """Labels (N,) with clusters smaller than `min_size` merged into the nearest one that is not, by their centroids.
 
     Other clusters keep their numbers and images. If no cluster has `min_size` images, all images are left out (-1).
-
-    Args:
-        centroids: (K, d) float32.
     """
-    sizes = np.bincount(labels[labels >= 0], minlength=len(centroids))
+    sizes = np.bincount(labels[labels >= 0], minlength=len(codebook.points))
     large = np.flatnonzero(sizes >= min_size)
     if not len(large):
         return np.full_like(labels, -1)
-    target = np.append(large[kmeans.assign(centroids, centroids[large])[0]], -1)
+    remaining = Codebook(codebook.grid, codebook.points[large])
+    target = np.append(large[nearest_centroids.search_among(remaining)(codebook.centroid_rows)[:, 0]], -1)
     target[large] = large
     return target[labels]
 

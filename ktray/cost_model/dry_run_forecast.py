@@ -148,5 +148,5 @@ def _bytes(artifact: Artifact, images: float, clusters: float) -> float:
     if artifact.record["stage"] in PER_IMAGE:
         return sum(size * (1.0 if name.endswith(SHEETS) else images) for name, size in sizes.items())
     if artifact.record["stage"] == "clusters":
-        return sum(size * (clusters if name == "centroids.npy" else 1.0) for name, size in sizes.items())
+        return sum(size * (clusters if name in ("centroids.npy", "codebook.npz") else 1.0) for name, size in sizes.items())
     return float(sum(sizes.values()))

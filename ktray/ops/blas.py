@@ -30,6 +30,13 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()  # scans the loaded libraries, which takes milliseconds; numpy's BLAS is loaded by now
 
 
+def description() -> str:
+    """Which BLAS computes for NumPy and SciPy here, such as ``openblas 0.3.31 SkylakeX``, to name with what LAPACK returned."""
+    found = [each for each in _controller().info() if each.get("user_api") == "blas"]
+    names = (f"{each['internal_api']} {each['version']} {each.get('architecture') or ''}".strip() for each in found)
+    return ", ".join(sorted(set(names)))
+
+
 def squared_lengths(rows: NDArray[np.floating]) -> NDArray[np.float64]:
     """|x|^2 (n,) of rows (n, d) in float64; the order of summation depends only on d.
 

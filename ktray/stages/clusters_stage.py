@@ -40,7 +40,10 @@ def stage_of(transfer: TransferSpec, k: int, features: str) -> Stage:
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
-    """Write `centroids.npy` (K, D), `projection.npz` and `iterations.json`. Inertia is the mean squared distance."""
+    """Write the centroids, `projection.npz` and `iterations.json`. Inertia is the mean squared distance.
+
+    The centroids are `codebook.npz` on their grid, as labels are made from, and `centroids.npy` (K, d) as float32, to look at.
+    """
     spec, shards = stage.spec, extraction.shards(inputs["features"].directory)
     project = projection.fit(
         shards, l2=spec["l2"], pca=spec["pca"], whiten=spec["whiten"], l2_after=spec["l2_after"], pool=context.pool
@@ -56,6 +59,7 @@ def run(
             {"iteration": iteration, "of": spec["iterations"], "inertia": inertia}
         ),
     )
+    found.codebook.save(out / "codebook.npz")
     np.save(out / "centroids.npy", found.centroids)
     np.savez(out / "projection.npz", **project)  # type: ignore[arg-type]
     rows = [{"iteration": i, "inertia": inertia} for i, inertia in enumerate(found.inertia)]  # 0: of the seeds

@@ -11,14 +11,15 @@ import numpy as np
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
-from ktray.clustering import kmeans, projection, pseudo_labelling
+from ktray.clustering import grid, kmeans, projection, pseudo_labelling
+from ktray.clustering.grid import Codebook
 from ktray.features import extraction
 from ktray.pool import StageContext
 from ktray.spec import TransferSpec
 from ktray.stages.images_stage import open_images
 
 IDENTITY, REVISION = "stage.pseudo_labels", 1
-TOOLS = (kmeans, projection, pseudo_labelling)
+TOOLS = (grid, kmeans, projection, pseudo_labelling)
 
 _DEFAULTS = {"min_size": 1, "small": "drop", "neighbours": 0}
 """Values for a transfer without these fields: every cluster is kept, and only the nearest is stored."""
@@ -49,20 +50,20 @@ def run(
         ValueError: no image is left.
     """
     clusters = inputs["clusters"].directory
-    centroids = np.load(clusters / "centroids.npy", allow_pickle=False)
+    codebook = Codebook.load(clusters / "codebook.npz")
     with np.load(clusters / "projection.npz", allow_pickle=False) as file:
         project = dict(file)
     shards, spec = extraction.shards(inputs["features"].directory), stage.spec
-    labels = pseudo_labelling.assign(shards, centroids, project, context.pool)
+    labels = pseudo_labelling.assign(shards, codebook, project, context.pool)
     if spec["small"] == "merge":
-        labels = pseudo_labelling.merge_small(labels, centroids, spec["min_size"])
+        labels = pseudo_labelling.merge_small(labels, codebook, spec["min_size"])
     else:
-        labels = pseudo_labelling.drop_small(labels, len(centroids), spec["min_size"])
+        labels = pseudo_labelling.drop_small(labels, len(codebook.points), spec["min_size"])
     if not (labels >= 0).any():
         raise ValueError(f"every cluster has fewer than min_size={spec['min_size']} images: no image is left to learn from")
     np.save(out / "labels.npy", labels)
     if spec["neighbours"]:
-        nearest, squared = pseudo_labelling.nearest(shards, centroids, project, spec["neighbours"], context.pool)
+        nearest, squared = pseudo_labelling.nearest(shards, codebook, project, spec["neighbours"], context.pool)
         np.save(out / "nearest.npy", nearest)
         np.save(out / "squared.npy", squared)
     images = open_images(stage, "images.transfer", inputs, "train")
