@@ -46,6 +46,11 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         lines.append(f"val: {held_out['images']} of train ({held_out['share']:.0%}), drawn with seed {held_out['seed']}")
     assumed = {"classes": answer["classes_from"], "order": answer["order"], "left out": _counted(answer["left_out"])}
     lines += [f"{what}: {text}" for what, text in assumed.items() if text]
+    sample = answer["sample"]
+    if sample and sample["sides"]:
+        low, high = sample["sides"]
+        sides = f"sides of {low} px" if low == high else f"sides of {low} to {high} px"
+        lines.append(f"sample: {sample['images']} images: {_counted(sample['formats'])}; {_counted(sample['modes'])}; {sides}")
     return lines + [f"warning: {sentence}" for sentence in answer["warnings"]]
 
 
@@ -61,7 +66,10 @@ _SHOWN = 20
 
 def _counted(counts: dict[str, int], first: bool = True) -> str:
     """``3 .heic, 1 .txt``, or ``.heic 3, .txt 1``; of many, the first few and the smallest and largest."""
-    one = (lambda name: f"{counts[name]} {name}") if first else (lambda name: f"{name} {counts[name]}")
+
+    def one(name: str) -> str:
+        return f"{counts[name]} {name}" if first else f"{name} {counts[name]}"
+
     if len(counts) <= _SHOWN:
         return ", ".join(map(one, counts))
     few, least, most = list(counts)[: _SHOWN // 2], min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)

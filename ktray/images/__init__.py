@@ -8,14 +8,18 @@ May import only the modules at the package's root. Start with `source.py` (the r
 
 from ktray.images.data_files import data_folder as data_folder
 from ktray.images.data_files import download as download
-from ktray.images.data_files import list_images as list_images
 from ktray.images.data_files import location_fields as location_fields
 from ktray.images.data_files import with_absolute_path as with_absolute_path
 from ktray.images.decoding import IDENTITY as IDENTITY
+from ktray.images.decoding import MAX_PIXELS as MAX_PIXELS
 from ktray.images.decoding import REVISION as REVISION
+from ktray.images.decoding import MaxPixels as MaxPixels
+from ktray.images.decoding import PixelRange as PixelRange
 from ktray.images.decoding import decode as decode
+from ktray.images.decoding import decoder as decoder
 from ktray.images.decoding import fit as fit
 from ktray.images.decoding import fit_boxes as fit_boxes
+from ktray.images.decoding import properties as properties
 from ktray.images.reading import open_split as open_split
 from ktray.images.source import Images as Images
 from ktray.images.source import Layout as Layout

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ktray import plugins, progress
 from ktray.errors import UserError
 from ktray.images.data_files import with_absolute_path
-from ktray.images.decoding import decode, fit
+from ktray.images.decoding import decoder, fit
 from ktray.images.source import Images, Unreadable, split_rows
 from ktray.spec import DataSpec
 
@@ -42,7 +42,7 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
         pixels = np.load(directory / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         read: Callable[[NDArray[np.int64]], NDArray[np.uint8]] = lambda indices: np.array(pixels[indices])  # noqa: E731
     elif list(directory.glob(f"{split}-*.bin")):
-        read = _parallel_reader(_copy_reader(directory, split, size), names, size)
+        read = _parallel_reader(_copy_reader(directory, split, spec), names, size)
     else:
         read = _parallel_reader(_source_reader(directory, split, spec, names), names, size)
     return Images(
@@ -79,9 +79,9 @@ def _source_reader(directory: Path, split: str, spec: DataSpec, names: tuple[str
     return lambda index: source.read(int(rows[index]))
 
 
-def _copy_reader(directory: Path, split: str, size: int) -> Callable[[int], NDArray[np.uint8]]:
+def _copy_reader(directory: Path, split: str, spec: DataSpec) -> Callable[[int], NDArray[np.uint8]]:
     """A function: index in the split -> pixels, decoded from the copies of the encoded images."""
-    files = sorted(directory.glob(f"{split}-*.bin"))
+    decode, files = decoder(spec), sorted(directory.glob(f"{split}-*.bin"))
     lengths = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in files]
     first = np.cumsum([0, *(len(of_file) for of_file in lengths)])
     offsets = [np.cumsum([0, *of_file]) for of_file in lengths]
@@ -91,7 +91,7 @@ def _copy_reader(directory: Path, split: str, size: int) -> Callable[[int], NDAr
         within = index - int(first[block])
         with open(files[block], "rb") as file:
             file.seek(int(offsets[block][within]))
-            return decode(file.read(int(lengths[block][within])), size)
+            return decode(file.read(int(lengths[block][within])))
 
     return read
 

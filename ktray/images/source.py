@@ -39,6 +39,7 @@ class Source:
         boxes: for each image an (n_i, 5) float32 array of [x0, y0, x1, y1, class], in pixels of the output of `read`; or None.
         encoded: index -> encoded bytes, only if random access is slow (rows of a parquet file). A data set too large for a
             memmap then stores a copy of these bytes; `decode` must turn them into the output of `read`.
+        original: index -> path or encoded bytes of what `read` decodes, so that its format can be looked at; or None.
     """
 
     names: tuple[str, ...]
@@ -47,6 +48,7 @@ class Source:
     classes: tuple[str, ...] = ()
     boxes: tuple[NDArray[np.float32], ...] | None = None
     encoded: Callable[[int], bytes] | None = None
+    original: Callable[[int], bytes | Path] | None = None
 
 
 @dataclass(frozen=True)

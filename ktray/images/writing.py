@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from ktray import plugins, progress
 from ktray.fingerprint import fingerprint
 from ktray.images.data_files import with_absolute_path
-from ktray.images.decoding import decode, fit, fit_boxes
-from ktray.images.source import Part, Source, Unreadable, split_rows
+from ktray.images.decoding import decoder, fit, fit_boxes
+from ktray.images.source import Part, Source, Splits, Unreadable, split_rows
 from ktray.pool import Pool
 from ktray.spec import DataSpec
 
@@ -26,6 +27,7 @@ _BLOCK_ROWS = 1024
 _HEADER = 128  # bytes before the pixels of a .npy file; numpy pads its header to a multiple of 64
 
 Block = tuple[str, int, int]  # split, start and end (exclusive) of the offsets in it
+Decode = Callable[[bytes], NDArray[np.uint8]]
 StoreImage = Callable[[int, int], NDArray[np.uint8]]  # (offset in the split, row of the source) -> pixels from the source
 
 
@@ -34,7 +36,8 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
 
     Pixels that fit are stored in `<split>.npy` (N, size, size, 3) uint8. Larger data sets are decoded here only to find
     unreadable images, and again whenever they are read. Other files: `<split>.json` (names, classes), labels, boxes, rows of
-    the source, and `splits.json` with the unreadable images. No process holds the pixels of more than one image at a time.
+    the source, and `splits.json` with the unreadable images and what was assumed of the data. No process holds the pixels of
+    more than one image at a time.
 
     Args:
         spec: a data spec.
@@ -47,11 +50,13 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
 
     Raises:
         UserError: there are no data at the location in the spec.
-        ValueError: more than `spec.max_unreadable` of the images are unreadable; the message names the first few.
+        ValueError: more than `spec.max_unreadable` of the images are unreadable, or all those of a class in a split; the
+            message names the first few.
     """
     spec = with_absolute_path(spec)
     out.mkdir(parents=True, exist_ok=True)
-    found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
+    listed = plugins.module_of("dataset", spec).load(spec)
+    found = split_rows(listed, spec.split)
     total = sum(len(rows) for _, rows in found.values())
     streamed = total * spec.size**2 * 3 > memmap_bytes
     if not streamed:
@@ -68,12 +73,14 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
         reasons = {offset: why for report in own for offset, why in report["unreadable"]}
         left_out += [{"split": name, "name": source.names[rows[i]], "why": why} for i, why in reasons.items()]
         kept = np.setdiff1d(np.arange(len(rows)), np.array(list(reasons), np.int64))
+        if name == "train" or source is not listed.train:
+            _require_every_class(name, source, rows, kept, reasons)
         if not streamed and reasons:
             _close_gaps(out / f"{name}.npy", kept)
         splits += [name] if len(kept) else []
         write_metadata(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
     _require_readable(left_out, total, spec.max_unreadable if "train" in splits else None)
-    summary = {"size": spec.size, "streamed": streamed, "splits": splits, "unreadable": left_out}
+    summary = {"size": spec.size, "streamed": streamed, "splits": splits, "unreadable": left_out, **_assumed(listed)}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
     return {"count": float(total - len(left_out)), "unreadable": float(len(left_out))}
 
@@ -86,6 +93,29 @@ def _require_readable(left_out: list[dict[str, str]], total: int, limit: float |
     allowed = "and no training image is left" if limit is None else f"more than max_unreadable={limit:g} allows"
     instead = "Repair or remove these files" + ("" if limit is None else ", or raise max_unreadable of the data set")
     raise ValueError(f"{len(left_out)} of {total} images are unreadable, {allowed}: {first}. {instead}.")
+
+
+def _require_every_class(
+    split: str, source: Source, rows: NDArray[np.int64], kept: NDArray[np.int64], reasons: dict[int, str]
+) -> None:
+    """Raise if all images of a class in a split are unreadable: without a word, there would be one class fewer."""
+    if source.labels is None or not reasons or not len(kept):  # a split without any image is dealt with elsewhere
+        return
+    labels = source.labels[rows]
+    lost = np.setdiff1d(labels, labels[kept])
+    if len(lost):
+        offsets = [offset for offset in reasons if labels[offset] == lost[0]]
+        first = "; ".join(f"{source.names[rows[offset]]} ({reasons[offset]})" for offset in offsets[:3])
+        raise ValueError(
+            f"all {len(offsets)} images of the class {source.classes[lost[0]]!r} in {split} are unreadable: {first}. "
+            "Repair them, or remove the class."
+        )
+
+
+def _assumed(listed: Splits) -> dict[str, Any]:
+    """What was assumed of the files of a data set, for a person who looks at the artifact."""
+    layout = asdict(listed.layout)
+    return {"assumed": {name: layout[name] for name in ("read_from", "classes", "order", "left_out", "warnings")}}
 
 
 def _blocks(found: dict[str, Part], size: int) -> list[Block]:
@@ -122,9 +152,10 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
     name, start, stop = block
     source, rows = _listed_splits(json.dumps(shared["spec"]), shared["out"], shared["listing"])[name]
     size = shared["spec"]["size"]
+    read = decoder(plugins.parse("dataset", shared["spec"]))
     store = _store_pixels if not shared["streamed"] else _store_nothing if source.encoded is None else _store_encoded
     unreadable, boxes = [], []
-    with store(Path(shared["out"]), block, source, size) as store_image:
+    with store(Path(shared["out"]), block, source, size, read) as store_image:
         for offset in range(start, stop):
             progress.advance("images")
             row = int(rows[offset])
@@ -139,7 +170,7 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _store_pixels(out: Path, block: Block, source: Source, size: int) -> Iterator[StoreImage]:
+def _store_pixels(out: Path, block: Block, source: Source, size: int, decode: Decode) -> Iterator[StoreImage]:
     """Store decoded squares at their offsets in the split's .npy, by file writes: a memmap would keep them in memory."""
     with open(out / f"{block[0]}.npy", "r+b") as file:
 
@@ -153,13 +184,13 @@ def _store_pixels(out: Path, block: Block, source: Source, size: int) -> Iterato
 
 
 @contextmanager
-def _store_nothing(out: Path, block: Block, source: Source, size: int) -> Iterator[StoreImage]:
+def _store_nothing(out: Path, block: Block, source: Source, size: int, decode: Decode) -> Iterator[StoreImage]:
     """Store nothing: images are decoded from the source on demand."""
     yield lambda offset, row: source.read(row)
 
 
 @contextmanager
-def _store_encoded(out: Path, block: Block, source: Source, size: int) -> Iterator[StoreImage]:
+def _store_encoded(out: Path, block: Block, source: Source, size: int, decode: Decode) -> Iterator[StoreImage]:
     """Store the encoded bytes of readable images in one file per block, and their lengths in another."""
     assert source.encoded is not None
     copy, lengths = source.encoded, []
@@ -168,7 +199,7 @@ def _store_encoded(out: Path, block: Block, source: Source, size: int) -> Iterat
 
         def store_image(offset: int, row: int) -> NDArray[np.uint8]:
             encoded = copy(row)
-            pixels = decode(encoded, size)
+            pixels = decode(encoded)
             lengths.append(file.write(encoded))
             return pixels
 
@@ -232,7 +263,8 @@ def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
         ValueError: a split has no readable image.
     """
     spec = with_absolute_path(spec)
-    found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
+    listed = plugins.module_of("dataset", spec).load(spec)
+    found = split_rows(listed, spec.split)
     written, unreadable = 0, 0
     for name, (source, rows) in found.items():
         kept, pixels, boxes = _read_sample(
@@ -244,7 +276,7 @@ def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
         write_metadata(out, name, source, kept, boxes)
         written += len(kept)
         unreadable += min(count, len(rows)) - len(kept)
-    summary = {"size": spec.size, "streamed": False, "splits": list(found), "unreadable": []}
+    summary = {"size": spec.size, "streamed": False, "splits": list(found), "unreadable": [], **_assumed(listed)}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
     return {"count": float(written), "unreadable": float(unreadable)}
 

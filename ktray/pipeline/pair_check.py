@@ -135,6 +135,8 @@ def _check_labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             where="transfer.kind",
             instead="Use clusters, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
         )
+    if "labels" in needs:
+        _refuse_one_class(transfer, "transfer.kind", f"the transfer {pair.transfer.kind!r}", "data.transfer")
     for index, spec in enumerate(pair.evals):
         where = f"evals.{index}"
         module = plugins.module_of("evaluation", spec)
@@ -147,8 +149,34 @@ def _check_labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
         if spec.split not in split_rows(target, pair.data.target.split):
             instead = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
             raise UserError(f"the target data has no {spec.split} split", where=where, instead=instead[spec.split])
+        if module.NEEDS_LABELS or getattr(module, "MAY_READ_LABELS", ()):
+            read, role = (transfer, "transfer") if reads_pseudo_labels(spec) else (target, "target")
+            _refuse_one_class(read, where, f"the evaluation {spec.kind!r}", f"data.{role}")
+        judged = split_rows(target, pair.data.target.split)[spec.split][0]
+        if module.NEEDS_LABELS and judged.labels is None:
+            raise UserError(
+                f"the evaluation {spec.kind!r} needs labels, and the {spec.split} split of the target data has none",
+                where=where,
+                instead="Judge on another split.",
+            )
         if spec.of == "teacher" and pair.teacher is None:
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
+
+
+def _refuse_one_class(splits: Splits, where: str, reader: str, data: str) -> None:
+    """Refuse labels that say nothing, because all training images have the same one."""
+    labels = splits.train.labels
+    if labels is None or len(labels) < 2 or (labels != labels[0]).any():
+        return
+    nested = splits.layout.nested
+    instead = (
+        f"{nested} looks like the folder of the classes: give it as the path." if nested else "Check the labels of the data"
+    )
+    raise UserError(
+        f"{reader} reads labels, and all training images of {data} have the same class, {splits.train.classes[labels[0]]!r}",
+        where=where,
+        instead=instead if nested else f"{instead} with 'ktray data check', or use effective_rank, which reads none.",
+    )
 
 
 def _check_held_out_images(pair: PairSpec, judging: Splits, load: Load) -> None:
@@ -202,6 +230,8 @@ def _check_pretext(pair: PairSpec, data: Splits) -> None:
             where="teacher.pretext.kind",
             instead="Use a task that needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
         )
+    if "labels" in needs:
+        _refuse_one_class(data, "teacher.pretext.kind", f"the pretext task {kind!r}", "data.pretext")
     if "colours" in needs and _grey(data.train):
         raise UserError(
             f"the pretext task {kind!r} needs colours, and the images of its data are grey",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,19 @@ def parse_data(text: str) -> DataSpec:
         raise AssertionError("unreachable: a validation error has problems") from error
 
 
-def describe(spec: DataSpec) -> dict[str, Any]:
-    """What a data set holds and what was assumed about it, as docs/json.md describes the answer of `ktray data check`."""
+def describe(spec: DataSpec, sample_size: int = 64) -> dict[str, Any]:
+    """What a data set holds and what was assumed about it, as docs/json.md describes the answer of `ktray data check`.
+
+    Args:
+        sample_size: number of images, spread over all splits, that are decoded.
+    """
     from ktray import plugins
     from ktray.images import split_rows
 
     splits = plugins.module_of("dataset", spec).load(spec)
     present = {name: part for name in SPLITS if (part := getattr(splits, name)) is not None}
     layout, held_out = splits.layout, split_rows(splits, spec.split).get("val")
+    sample = _sample(present, spec, sample_size)
     return {
         "kind": spec.kind,
         "size": spec.size,
@@ -59,7 +65,8 @@ def describe(spec: DataSpec) -> dict[str, Any]:
         "classes_from": layout.classes,
         "order": layout.order,
         "left_out": dict(layout.left_out),
-        "warnings": [*layout.warnings, *_suspicious(present)],
+        "sample": sample,
+        "warnings": [*layout.warnings, *_suspicious(present), *_suspicious_pixels(sample)],
     }
 
 
@@ -82,18 +89,90 @@ def _split(part: Source, read_from: dict[str, int]) -> dict[str, Any]:
 def _suspicious(splits: dict[str, Source]) -> list[str]:
     """Sentences about labels that look wrong, for data sets of any kind."""
     found = []
-    labelled = {name: part for name, part in splits.items() if part.labels is not None}
-    for name, part in labelled.items():
-        present = np.unique(part.labels) if part.labels is not None else ()
+    labelled = {name: part.labels for name, part in splits.items() if part.labels is not None}
+    for name, labels in labelled.items():
+        part, present = splits[name], set(labels.tolist())
         if len(present) == 1 and len(part.names) > 1:
             found.append(
-                f"all images of {name} have the class {part.classes[present[0]]!r}, so that any classifier is always right"
+                f"all images of {name} have the class {part.classes[min(present)]!r}, so that any classifier is always right"
             )
-        absent = [label for number, label in enumerate(part.classes) if number not in set(present)]
+        absent = [label for number, label in enumerate(part.classes) if number not in present]
         if absent and len(present) > 1:
             found.append(f"{name} has no image of {_some(absent, 'class', 'classes')}")
     if "train" in labelled:
         found += [f"{name} has no labels, although train has" for name in splits if name not in labelled]
+    return found
+
+
+def _sample(splits: dict[str, Source], spec: DataSpec, count: int) -> dict[str, Any] | None:
+    """What some images are, spread over all splits; None for a data set whose images are not encoded."""
+    from ktray.images import Unreadable, properties
+
+    places: list[tuple[Callable[[int], bytes | Path] | None, int]]
+    places = [(part.original or part.encoded, row) for part in splits.values() for row in range(len(part.names))]
+    names = [name for part in splits.values() for name in part.names]
+    rows = np.unique(np.linspace(0, len(places) - 1, count).astype(np.int64)) if len(places) else np.arange(0)
+    found, unreadable = [], {}
+    for row in rows.tolist():
+        original, index = places[row]
+        if original is None:
+            return None
+        try:
+            found.append(properties(original(index), spec))
+        except Unreadable as error:
+            unreadable[names[row]] = str(error)
+    wide = [each for each in found if each.bits > 8]
+    return {
+        "images": len(rows),
+        "formats": dict(Counter(each.format for each in found).most_common()),
+        "modes": dict(Counter(each.mode for each in found).most_common()),
+        "sides": [min(min(e.width, e.height) for e in found), max(max(e.width, e.height) for e in found)] if found else None,
+        "unreadable": unreadable,
+        "several_frames": sum(each.frames > 1 for each in found),
+        "unused_bands": sum(each.unused_bands > 0 for each in found),
+        "wide": {
+            "images": len(wide),
+            "grey": all(len(each.mode) == 1 or each.mode.startswith("I") for each in wide),
+            "bits": max(each.bits for each in wide),
+            "low": min(each.low for each in wide),
+            "high": max(each.high for each in wide),
+            "range": getattr(spec, "range", None),
+        }
+        if wide
+        else None,
+        "brightest": max((each.high for each in found if each.bits == 8), default=None),
+    }
+
+
+_DARK = 15  # of 255
+
+
+def _suspicious_pixels(sample: dict[str, Any] | None) -> list[str]:
+    """Sentences about the images of a sample: unreadable, of several frames, or using few of the values that they could."""
+    if sample is None:
+        return []
+    found, tried = [], sample["images"]
+    if sample["unreadable"]:
+        name, why = next(iter(sample["unreadable"].items()))
+        found.append(f"{len(sample['unreadable'])} of {tried} images of a sample cannot be read, such as {name}: {why}")
+    if sample["several_frames"]:
+        found.append(
+            f"{sample['several_frames']} of {tried} images of a sample have several frames or pages; only the first is used"
+        )
+    if sample["unused_bands"]:
+        found.append(
+            f"{sample['unused_bands']} of {tried} images of a sample have more than three bands; only the first three are used"
+        )
+    wide = sample["wide"]
+    if wide and wide["range"] is None and wide["bits"] == 16 and wide["high"] < 0x8000:
+        bits = max(1, int(wide["high"]).bit_length())
+        remedy = f"write range: [0, {(1 << bits) - 1}] in the data set" if wide["grey"] else "convert the colours to 8 bits"
+        found.append(
+            f"images of 16 bits use only {bits} of them: their largest value in a sample is {wide['high']:.0f}, so that "
+            f"{(int(wide['high']) >> 8) + 1} of 256 levels are left; {remedy}"
+        )
+    if sample["brightest"] is not None and sample["brightest"] <= _DARK and not wide:
+        found.append(f"no pixel of a sample is brighter than {sample['brightest']:.0f} of 255")
     return found
 
 
