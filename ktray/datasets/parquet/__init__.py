@@ -18,7 +18,7 @@ from pydantic import Field
 
 from ktray.datasets.parquet.class_labels import Labels, read_labels
 from ktray.datasets.parquet.file_patterns import list_files
-from ktray.datasets.parquet.footers import ParquetFile, check_sizes, image_columns, open_file, some
+from ktray.datasets.parquet.footers import ParquetFile, open_file, some
 from ktray.datasets.parquet.row_reading import row_reader
 from ktray.errors import UserError
 from ktray.images import Layout, Source, Splits, data_folder, decode
@@ -55,18 +55,19 @@ def load(spec: Spec) -> Splits:
     except (OSError, RuntimeError) as error:  # a name too long, a folder above that may not be entered, no home of ~user
         raise UserError(f"{spec.path} cannot be read: {error}", "data.path", "Give the path of a file or folder.") from error
     names, warnings = _by_split(list(paths), source)
-    by_split = {split: [open_file(name, paths[name]) for name in names[split]] for split in SPLITS if split in names}
+    by_split = {
+        split: [open_file(name, paths[name], spec.image, spec.label) for name in names[split]]
+        for split in SPLITS
+        if split in names
+    }
     files = [file for members in by_split.values() for file in members]
     _refuse_the_same_file_twice(files)
-    columns = image_columns(files, spec.image, spec.label)
-    for file in files:
-        check_sizes(file, columns[file.name].dotted, spec.label)
+    _refuse_other_columns(files)
     by_split, without_rows = _with_rows(by_split)
     labels = read_labels(by_split, spec.label) if spec.label is not None else Labels()
     sources = {}
     for split, members in by_split.items():
-        counts = tuple(file.rows for file in members)
-        encoded = row_reader(tuple(file.path for file in members), counts, tuple(columns[file.name] for file in members))
+        encoded = row_reader(members)
         sources[split] = Source(
             names=tuple(f"{file.name}#{row}" for file in members for row in range(file.rows)),
             read=lambda index, encoded=encoded: decode(encoded(index), spec.size),  # type: ignore[misc]
@@ -137,6 +138,13 @@ def _refuse_the_same_file_twice(files: list[ParquetFile]) -> None:
                 where="data.path",
                 instead="Remove one of the links, or leave it out by a pattern in 'path'.",
             )
+
+
+def _refuse_other_columns(files: list[ParquetFile]) -> None:
+    examples = {file.image.name: file.name for file in reversed(files)}
+    if len(examples) > 1:
+        found = some(f"{column} in {name}" for column, name in reversed(examples.items()))
+        raise UserError(f"the images are in differently named columns: {found}", "data.image", "Rename them alike.")
 
 
 def _with_rows(by_split: dict[str, list[ParquetFile]]) -> tuple[dict[str, list[ParquetFile]], list[str]]:

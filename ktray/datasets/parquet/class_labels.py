@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray.datasets.parquet.footers import ParquetFile, damage_of, damaged, is_bytes, opened, some, stored
+from ktray.datasets.parquet.footers import ParquetFile, columns_of, damage_of, damaged, is_bytes, opened, some, stored
 from ktray.errors import UserError
 
 
@@ -109,7 +109,7 @@ def _labels_of_split(split: str, files: list[ParquetFile], column: str) -> list[
         raise UserError(
             f"{without[0].path} has no column {column!r}",
             where="data.label",
-            instead=f"It has {without[0].columns}."
+            instead=f"It has {columns_of(without[0].schema)}."
             + (" Folder names are not read as columns." if f"{column}=" in without[0].name else ""),
         )
     found = [_labels_of_file(file, column) for file in files if not without]
@@ -176,7 +176,7 @@ def _distinct_values(file: ParquetFile, column: str) -> tuple[list[int | bool | 
             codes.append(number[of_rows])
     joined = np.concatenate(codes)
     if len(joined) != file.rows:
-        raise damaged(file, f"the column {column!r} has {len(joined)} of {file.rows} rows")
+        raise damaged(file.path, f"the column {column!r} has {len(joined)} of {file.rows} rows")
     return list(index), joined
 
 

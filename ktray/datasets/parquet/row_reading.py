@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ktray.datasets.parquet.footers import MIB, Column, opened
+from ktray.datasets.parquet.footers import MIB, Column, ParquetFile, opened
 from ktray.images.source import Unreadable
 
 _BATCH_ROWS = 32
 _BATCH_BYTES = 32 * MIB
 
 
-def row_reader(paths: tuple[Path, ...], counts: tuple[int, ...], columns: tuple[Column, ...]) -> Callable[[int], bytes]:
-    """A function row -> bytes of a column, with rows numbered across all files in order.
+def row_reader(files: Sequence[ParquetFile]) -> Callable[[int], bytes]:
+    """A function row -> bytes of the column of images, with rows numbered across all files in order.
 
     Reading ascending rows takes one pass; going back reads the row group again from its start. Each thread has its own
     cursor, so memory is a few dozen rows per thread for row groups of any size.
-
-    Args:
-        paths: parquet files.
-        counts: number of rows of each file.
-        columns: column of bytes of each file.
 
     Raises:
         Unreadable: raised by the returned function: the row is null or of another type, or its page is damaged.
         FileNotFoundError: raised by the returned function: a file was removed.
     """
-    starts = np.cumsum([0, *counts])
+    starts = np.cumsum([0, *(file.rows for file in files)])
     local = threading.local()
 
     def read(index: int) -> bytes:
         number = int(np.searchsorted(starts, index, side="right")) - 1
         if getattr(local, "number", None) != number:
-            local.number, local.cursor = number, _Cursor(paths[number], columns[number])
+            local.number, local.cursor = number, _Cursor(files[number].path, files[number].image)
         value = local.cursor.value(index - int(starts[number]))
         if not isinstance(value, bytes):
             raise Unreadable("the row contains no bytes")
