@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ktray.errors import UserError
 
 _TEXT = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-MTIME_GRANULARITY_NS = 2_000_000_000
+TIME_GRANULARITY_NS = 2_000_000_000
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
@@ -82,13 +83,22 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def mtime_is_reliable(mtime_ns: int) -> bool:
-    """Whether a file with this modification time cannot change any more without its time changing, too.
+def file_version(state: os.stat_result) -> tuple[int, int, int]:
+    """Size, time of modification, and time of the last change of any kind in ns: while they are the same, so are the bytes.
+
+    The time of modification alone says little: archives, rsync and `touch` set it, also to that of the file that was there
+    before. The other time cannot be set. A copy has a new one, so that it is read again, and found to have the same bytes.
+    """
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def version_is_reliable(version: Sequence[int]) -> bool:
+    """Whether a file with this version cannot change any more without its version changing, too.
 
     File systems store times in steps of milliseconds, some network drives of seconds. Within one step a file may change and
-    keep its size and time.
+    keep its size and times.
     """
-    return time.time_ns() - mtime_ns > MTIME_GRANULARITY_NS
+    return time.time_ns() - max(version[1:3]) > TIME_GRANULARITY_NS
 
 
 def file_sha256(path: Path) -> str:

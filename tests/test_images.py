@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from PIL import Image
 
 from ktray import images, plugins
 from ktray.errors import UserError
+from ktray.fingerprint import file_version
 from ktray.images import Source, Splits, decode, fit
 from ktray.pool import LocalPool
 from ktray.spec import Split
@@ -230,31 +233,89 @@ def test_a_copy_of_a_folder_keeps_its_identity_and_a_changed_image_does_not(mixe
     assert images.identity(spec_of(copy)) not in (original, changed)
 
 
-def test_the_cache_saves_hashing_and_detects_changes(mixed: Path, tmp_path: Path, monkeypatch) -> None:
-    for path in mixed.rglob("*.*"):
-        os.utime(path, (1_700_000_000, 1_700_000_000))
-    cache = tmp_path / "cache"
-    first = images.identity(spec_of(mixed), cache)
-    hashed: list[Path] = []
+@pytest.fixture
+def hashed(monkeypatch) -> list[Path]:
+    """The files that are read for an identity from now on; those of just now count as old."""
+    files: list[Path] = []
     real = images.source.file_sha256
-    monkeypatch.setattr("ktray.images.source.file_sha256", lambda path: hashed.append(path) or real(path))
-    assert images.identity(spec_of(mixed), cache) == first
+    monkeypatch.setattr("ktray.images.source.file_sha256", lambda path: files.append(path) or real(path))
+    monkeypatch.setattr("ktray.fingerprint.TIME_GRANULARITY_NS", 0)
+    return files
+
+
+def test_the_cache_saves_hashing_and_detects_changes(mixed: Path, tmp_path: Path, hashed: list[Path]) -> None:
+    first = images.identity(spec_of(mixed), tmp_path / "cache")
+    hashed.clear()
+    assert images.identity(spec_of(mixed), tmp_path / "cache") == first
     assert hashed == []
     (mixed / "b/grey.png").write_bytes(png(noise(30, 30, 1, seed=5)))
-    assert images.identity(spec_of(mixed), cache) != first
+    assert images.identity(spec_of(mixed), tmp_path / "cache") != first
     assert hashed == [mixed / "b/grey.png"]
 
 
-def test_a_file_modified_just_now_is_not_cached(tmp_path: Path) -> None:
+def rewrite(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+
+def rename_over(file: Path, content: bytes) -> None:
+    other = file.with_suffix(".new")
+    other.write_bytes(content)
+    os.utime(other, ns=(EPOCH, EPOCH))
+    other.rename(file)
+
+
+def unpack(file: Path, content: bytes) -> None:
+    """As a deterministic archive does."""
+    with tarfile.open(file.with_suffix(".tar"), "w") as tar:
+        info = tarfile.TarInfo(file.name)
+        info.size, info.mtime = len(content), EPOCH // 10**9
+        tar.addfile(info, io.BytesIO(content))
+    file.unlink()
+    subprocess.run(["tar", "-xf", str(file.with_suffix(".tar")), "-C", str(file.parent)], check=True)
+
+
+EPOCH = 315_532_800 * 10**9
+
+
+@pytest.mark.parametrize("replace", [rewrite, rename_over, unpack])
+def test_an_image_replaced_by_one_of_equal_size_and_time_is_another(replace, tmp_path: Path, hashed: list[Path]) -> None:
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data/x.ppm"
+    Image.fromarray(noise(seed=1)).save(file)
+    os.utime(file, ns=(EPOCH, EPOCH))
+    first = images.identity(spec_of(tmp_path / "data"), tmp_path / "cache")
+    other = io.BytesIO()
+    Image.fromarray(noise(seed=2)).save(other, "PPM")
+    before = file.stat()
+    replace(file, other.getvalue())
+    os.utime(file, ns=(EPOCH, EPOCH))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert images.identity(spec_of(tmp_path / "data"), tmp_path / "cache") != first
+
+
+@pytest.mark.parametrize("copy", [["cp", "-rp"], ["cp", "-r"], ["cp", "-rl"]], ids=" ".join)
+def test_a_copy_in_the_place_of_the_original_is_the_same_data(copy, mixed: Path, tmp_path: Path, hashed: list[Path]) -> None:
+    first = images.identity(spec_of(mixed), tmp_path / "cache")
+    mixed.rename(tmp_path / "old")
+    subprocess.run([*copy, str(tmp_path / "old"), str(mixed)], check=True)
+    assert images.identity(spec_of(mixed), tmp_path / "cache") == first
+    hashed.clear()
+    assert images.identity(spec_of(mixed), tmp_path / "cache") == first
+    assert hashed == []
+
+
+def test_a_file_modified_just_now_is_not_cached(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "data").mkdir()
     file = tmp_path / "data/x.png"
     file.write_bytes(png(noise(seed=1)))
-    state = file.stat()
+    os.utime(file, ns=(EPOCH, EPOCH))
+    frozen = os.stat(file)
     first = images.identity(spec_of(tmp_path / "data"), tmp_path / "cache")
     changed = bytearray(file.read_bytes())
     changed[60] ^= 1
     file.write_bytes(changed)
-    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))  # the same size and time: git's racy entry
+    # A file system with coarse times: size and both times are the same as before.
+    monkeypatch.setattr("ktray.images.source.file_version", lambda state: file_version(frozen))
     assert images.identity(spec_of(tmp_path / "data"), tmp_path / "cache") != first
 
 

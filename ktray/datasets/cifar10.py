@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ktray.errors import UserError
+from ktray.fingerprint import file_version
 from ktray.images import Source, Splits, data_folder, download
 from ktray.spec import Split
 from ktray.strict import StrictSpec
@@ -75,7 +76,7 @@ def _batches(root: Path) -> list[Path]:
 
 
 def _source(name: str, paths: list[Path]) -> Source:
-    batches = [_batch(path, path.stat().st_mtime_ns) for path in paths]
+    batches = [_batch(path, file_version(path.stat())) for path in paths]
     starts = np.cumsum([0, *(len(labels) for labels, _ in batches)])
 
     def read(index: int) -> NDArray[np.uint8]:
@@ -91,7 +92,7 @@ def _source(name: str, paths: list[Path]) -> Source:
 
 
 @lru_cache(maxsize=6)
-def _batch(path: Path, mtime_ns: int) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def _batch(path: Path, version: tuple[int, int, int]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Labels (n,) and pixels (n, 3072), channels first, of one batch; cached, because a data set is loaded more than once."""
     try:
         content = path.read_bytes()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ktray import progress
 from ktray.errors import UserError
 from ktray.features import extraction
+from ktray.fingerprint import file_version
 from ktray.images import Images
 from ktray.spec import Columns, PrecomputedTeacher
 
@@ -65,10 +66,10 @@ def row_numbers(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping
                 "Without 'names', row i belongs to the i-th training image: give a row for each, or a file of names.",
             )
     elif path.suffix == ".parquet":
-        names = _column_of_paths(path, (teacher.columns or Columns()), *_file_version(path))
+        names = _column_of_paths(path, (teacher.columns or Columns()), file_version(path.stat()))
         count = len(names)
     else:
-        count, names = len(_array(path)), _names(found["names"], *_file_version(found["names"]))
+        count, names = len(_array(path)), _names(found["names"], file_version(found["names"].stat()))
         if count != len(names):
             raise UserError(f"{path.name} has {count} rows, but {found['names'].name} has {len(names)} paths", "teacher.names")
     rows = {name: row for row, name in enumerate(names)}
@@ -147,12 +148,6 @@ def read_rows(read: Read, images: Images, start: int = 0, stop: int | None = Non
     return rows
 
 
-def _file_version(path: Path) -> tuple[int, int]:
-    """Size and modification time, as a cache key: a changed file is read again."""
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
-
-
 def _array(path: Path) -> NDArray[Any]:
     """(N, D) floats, memory-mapped."""
     try:
@@ -166,7 +161,7 @@ def _array(path: Path) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=8)
-def _names(path: Path, size: int, mtime_ns: int) -> tuple[str, ...]:
+def _names(path: Path, version: tuple[int, int, int]) -> tuple[str, ...]:
     try:
         if path.suffix != ".npy":
             return tuple(line.removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines())
@@ -181,7 +176,7 @@ def _names(path: Path, size: int, mtime_ns: int) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def _column_of_paths(path: Path, columns: Columns, size: int, mtime_ns: int) -> tuple[str, ...]:
+def _column_of_paths(path: Path, columns: Columns, version: tuple[int, int, int]) -> tuple[str, ...]:
     import pyarrow
 
     schema = (file := _parquet(path)).schema_arrow

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import plugins
-from ktray.fingerprint import file_sha256, fingerprint, mtime_is_reliable
+from ktray.fingerprint import file_sha256, file_version, fingerprint, version_is_reliable
 from ktray.spec import DataSpec, Split
 
 
@@ -171,7 +171,7 @@ def identity(spec: DataSpec, cache: Path | None = None) -> str:
 
     Args:
         spec: a data spec.
-        cache: folder for a JSON file of known hashes by (absolute path, size, mtime_ns); None hashes everything.
+        cache: folder for a JSON file of known hashes by absolute path and version of the file; None hashes everything.
 
     Raises:
         UserError: there are no data at the location in the spec.
@@ -215,26 +215,31 @@ def _manifest(files: tuple[tuple[str, Path], ...], cache_file: Path | None) -> l
         entries = [entry for of_chunk in threads.map(hash_all, chunks) for entry in of_chunk]
     if cache_file is not None:
         lines = {
-            path: entry for path, entry in zip(paths, entries, strict=True) if entry[1] >= 0 and mtime_is_reliable(entry[1])
+            path: entry
+            for path, entry in zip(paths, entries, strict=True)
+            if entry[-1] != _UNREADABLE and version_is_reliable(entry)
         }
         if lines != known:
             cache_file.parent.mkdir(parents=True, exist_ok=True)
             scratch = cache_file.with_suffix(f".{os.getpid()}")
             scratch.write_text(json.dumps(lines), encoding="utf-8", errors="surrogateescape")
             scratch.replace(cache_file)
-    return sorted([name, entry[0], entry[2]] for (name, _), entry in zip(files, entries, strict=True))
+    return sorted([name, entry[0], entry[-1]] for (name, _), entry in zip(files, entries, strict=True))
+
+
+_UNREADABLE = "unreadable"
 
 
 def _entry(path: str, known: dict[str, list[Any]]) -> list[Any]:
-    """[size, mtime_ns, sha256] of a file. A file that cannot be read gets a fixed entry: decoding reports it."""
+    """[size, times of modification and change, sha256] of a file; a fixed entry if it is unreadable, which decoding reports."""
     try:
-        state = os.stat(path)
+        version = [*file_version(os.stat(path))]
         cached = known.get(path)
-        if cached and cached[:2] == [state.st_size, state.st_mtime_ns]:
+        if cached and cached[:-1] == version:
             return cached
-        return [state.st_size, state.st_mtime_ns, file_sha256(Path(path))]
+        return [*version, file_sha256(Path(path))]
     except OSError:
-        return [-1, -1, "unreadable"]
+        return [-1, -1, -1, _UNREADABLE]
 
 
 def _cached_entries(cache_file: Path | None) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ktray import images, plugins
 from ktray.features import precomputed
-from ktray.fingerprint import canonical, file_sha256, mtime_is_reliable
+from ktray.fingerprint import canonical, file_sha256, file_version, version_is_reliable
 from ktray.spec import Columns, DataSpec, PrecomputedTeacher
 from ktray.training import pretrained
 
@@ -58,12 +58,11 @@ def features_identity(teacher: PrecomputedTeacher) -> dict[str, Any]:
 
 
 def _sha256(file: Path, found: os.stat_result) -> str:
-    if not mtime_is_reliable(found.st_mtime_ns):
-        return file_sha256(file)
-    return _sha256_as_of(file, found.st_size, found.st_mtime_ns)
+    version = file_version(found)
+    return _sha256_as_of(file, version) if version_is_reliable(version) else file_sha256(file)
 
 
 @lru_cache(maxsize=256)
-def _sha256_as_of(file: Path, size: int, mtime_ns: int) -> str:
-    """Cached, because every trial of a search asks for the same files; with another size or time, a file is read again."""
+def _sha256_as_of(file: Path, version: tuple[int, int, int]) -> str:
+    """Cached, because every trial of a search asks for the same files; in another version, a file is read again."""
     return file_sha256(file)
