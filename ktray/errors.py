@@ -66,20 +66,42 @@ class StoppedEarly(Exception):
     exit_code = 5
 
 
-class MissingInput(Exception):
-    """An artifact that a stage reads is absent or damaged.
+class DamagedArtifact(Exception):
+    """A file of an artifact or checkpoint is not as it was written. Nothing of it was used.
 
     Args:
-        key: of the artifact. The scheduler computes it and then runs the stage again.
+        directory: of the artifact or checkpoint.
+        inode: of that directory; another one may lie in its place by now.
+        problem: what is wrong, such as ``labels.npy does not match its checksum``.
     """
 
     exit_code = 1
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        super().__init__(key)
+    def __init__(self, directory: Path, inode: int, problem: str) -> None:
+        self.directory, self.inode, self.problem = directory, inode, problem
+        super().__init__(directory, inode, problem)
 
     def __str__(self) -> str:
+        return f"{self.directory.name} is damaged ({self.problem})"
+
+
+class MissingInput(Exception):
+    """An artifact that a stage or a command reads is absent or damaged.
+
+    Args:
+        key: of the artifact. The scheduler computes it and then runs the stage again.
+        problem: what was wrong with it, if it was damaged; it has been moved aside.
+    """
+
+    exit_code = 1
+
+    def __init__(self, key: str, problem: str = "") -> None:
+        self.key, self.problem = key, problem
+        super().__init__(key, problem)
+
+    def __str__(self) -> str:
+        if self.problem:
+            return f"the artifact {self.key} was damaged ({self.problem}) and moved aside: run its search or pair again"
         return (
             f"the artifact {self.key} is not in the store: run the pair that makes it first, "
             "or name the store that has it with --store"

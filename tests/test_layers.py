@@ -36,6 +36,7 @@ WORDS = {
     "strict",
     "plugins",
     "fingerprint",
+    "checksums",
     "artifact",
     "stores",
     "errors",

@@ -143,17 +143,18 @@ def _two_checkpoints(store, tmp_path):
     return student, fresh
 
 
-def test_a_torn_checkpoint_gives_way_to_the_one_before_it(store, tmp_path):
+def test_a_torn_checkpoint_gives_way_to_the_one_before_it(store, tmp_path, caplog):
     student, fresh = _two_checkpoints(store, tmp_path)
     newest = fresh.checkpoints(student.key)[0]
     assert _latest_snapshot(student, fresh) == newest
     for name in ("state.json", "weights.safetensors", "optimizer.safetensors", "history.parquet"):
-        content = (newest / name).read_bytes()
-        for length in (0, len(content) // 2):
-            (newest / name).write_bytes(content[:length])
-            with pytest.warns(UserWarning, match="checkpoint-000002 cannot be read"):
-                assert _latest_snapshot(student, fresh).name == "checkpoint-000001"
-        (newest / name).write_bytes(content)
+        for length in (0, (newest / name).stat().st_size // 2):
+            shutil.copytree(newest, kept := tmp_path / f"{name}-{length}")
+            (newest / name).write_bytes((newest / name).read_bytes()[:length])
+            caplog.clear()
+            assert _latest_snapshot(student, fresh).name == "checkpoint-000001"
+            assert f"checkpoint-000002 is damaged ({name} has {length} bytes" in caplog.text
+            kept.rename(newest)
     assert _latest_snapshot(student, FileStore(tmp_path / "empty")) is None
 
 
@@ -162,7 +163,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
     on_epoch = training_segment._checkpointing(tmp_path, 3, StageContext(checkpoint_seconds=0.0))
     on_epoch(1, {}, lambda directory: (directory / "weights.safetensors").write_bytes(b"0"))
-    assert synced == [tmp_path / "checkpoint-partial" / "weights.safetensors", tmp_path / "checkpoint-partial"]
+    assert synced[0].name.startswith(".record.json")  # under its first name, before it is complete
+    folder = tmp_path / "checkpoint-partial"
+    assert set(synced[1:]) == {folder / "weights.safetensors", folder / "record.json", folder}
     assert (tmp_path / "checkpoint-000001").is_dir()
 
 

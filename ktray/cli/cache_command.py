@@ -60,7 +60,7 @@ def _verify(args: argparse.Namespace) -> int:
     store = settings_of(args).open_store()
     found = verify(store)
     lines = [
-        f"{key}: {problem}; {'moved aside, to be computed again' if key in found.moved_aside else found.left_because}"
+        f"{key}: {problem}; {'moved aside, to be computed again' if key in found.moved_aside else 'made anew by now'}"
         for key, problem in found.damaged.items()
     ]
     answer = {"damaged": found.damaged, "moved_aside": found.moved_aside}

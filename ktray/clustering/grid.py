@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ktray.checksums import intact
 from ktray.ops import blas
 
 IDENTITY, REVISION = "grid", 1
@@ -136,7 +137,7 @@ class Codebook:
     @classmethod
     def load(cls, path: Path) -> Codebook:
         """The codebook in a file that `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(intact(path), allow_pickle=False) as file:
             grid = Grid(file["centre"], int(file["exponent"]), int(file["bits"]))
             return cls(grid, file["points"].astype(np.int64))
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import progress
+from ktray.checksums import intact
 from ktray.ops import blas
 from ktray.pool import Pool
 
@@ -54,7 +55,7 @@ def fit(
     result: dict[str, NDArray[Any]] = {"l2": np.array(l2), "l2_after": np.array(l2_after), "rotation": np.array(False)}
     if pca is None and not whiten:
         return result
-    width = np.load(shards[0], mmap_mode="r", allow_pickle=False).shape[1]
+    width = np.load(intact(shards[0]), mmap_mode="r", allow_pickle=False).shape[1]
     kept = width if pca is None else min(pca, width)
     mean, covariance = _moments(shards, width, l2, pool)
     variances, components = _principal(covariance, kept)
@@ -96,7 +97,7 @@ def finite_rows(path: Path) -> NDArray[np.float32]:
     Raises:
         ValueError: a feature is not finite; the message names the shard and the first such row.
     """
-    rows: NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32, copy=False)
+    rows: NDArray[np.float32] = np.load(intact(path), allow_pickle=False).astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
         raise ValueError(f"{path.name}: {len(bad)} rows are not finite, the first is row {bad[0]}")

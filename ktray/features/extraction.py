@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from ktray import fingerprint, plugins, progress
+from ktray.checksums import State, intact, version_of
 from ktray.errors import UserError
 from ktray.images import Images, open_split
 from ktray.ops import augmentation
@@ -224,7 +225,7 @@ def view_extractor(view: Mapping[str, Any], weights: Path | None, state: Path | 
     descriptor = plugins.module_of("descriptor", spec)
     fitted: dict[str, NDArray[Any]] | None = None
     if state is not None:
-        with np.load(state / "state.npz", allow_pickle=False) as file:
+        with np.load(intact(state / "state.npz"), allow_pickle=False) as file:
             fitted = dict(file)
     elif hasattr(descriptor, "fit"):
         raise ValueError(f"the descriptor {spec.kind} must be fitted to images first; pass the directory of its state")
@@ -326,7 +327,7 @@ def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: P
 def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[tuple[int, float]]:
     """Write one shard of every view; for each, its width and the seconds it would have taken on its own."""
     start, stop = item
-    extract, images, dtypes = _source(shared[0])
+    extract, images, dtypes = _source(shared[0], _versions(shared[0]))
     kept: list[list[NDArray[np.float32]]] = [[] for _ in dtypes]
     seconds = [0.0 for _ in dtypes]
     for at in range(start, stop, BATCH):
@@ -352,8 +353,12 @@ def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[
 
 
 @lru_cache(maxsize=2)  # a worker writes many shards of one source; at most two, since networks occupy device memory
-def _source(canonical: str) -> tuple[_ViewsExtractor, Images, list[str]]:
-    """Extractor, images and dtypes for writing shards, from the canonical JSON of the sources of `write_views`."""
+def _source(canonical: str, versions: tuple[State, ...]) -> tuple[_ViewsExtractor, Images, list[str]]:
+    """Extractor, images and dtypes for writing shards, from the canonical JSON of the sources of `write_views`.
+
+    Args:
+        versions: of the artifacts that are read, so that none is used any more once it was damaged and computed again.
+    """
     sources = json.loads(canonical)
     first = sources[0]
     weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
@@ -361,6 +366,11 @@ def _source(canonical: str) -> tuple[_ViewsExtractor, Images, list[str]]:
         [source["view"] for source in sources], weights, state, first["device"], first.get("max_batch_size")
     )
     return extract, _open_images(first), [source["dtype"] for source in sources]
+
+
+def _versions(canonical: str) -> tuple[State, ...]:
+    first = json.loads(canonical)[0]
+    return tuple(version_of(Path(first[name])) for name in ("weights", "state", "images") if first[name])
 
 
 def _views_extractor(
@@ -418,4 +428,6 @@ def shards(directory: Path) -> list[Path]:
 
 def load(directory: Path) -> NDArray[np.float32]:
     """All features (N, D) as float32."""
-    return np.concatenate([np.load(path, allow_pickle=False) for path in shards(directory)]).astype(np.float32, copy=False)
+    return np.concatenate([np.load(intact(path), allow_pickle=False) for path in shards(directory)]).astype(
+        np.float32, copy=False
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import plugins, progress
+from ktray.checksums import file_checks, intact
 from ktray.errors import UserError
 from ktray.images.data_files import with_absolute_path
 from ktray.images.decoding import decoder, fit
@@ -33,14 +35,13 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
         UserError: the data set has no such split.
         ValueError: the source has changed since it was written; only if images are decoded on demand.
     """
-    summary = json.loads((directory / "splits.json").read_text())
+    summary = json.loads(intact(directory / "splits.json").read_text())
     if split not in summary["splits"]:
         raise UserError(f"the data set has no {split!r} split", instead=f"It has {', '.join(summary['splits'])}.")
-    described = json.loads((directory / f"{split}.json").read_text())
+    described = json.loads(intact(directory / f"{split}.json").read_text())
     names, size = tuple(described["names"]), int(summary["size"])
     if not summary["streamed"]:
-        pixels = np.load(directory / f"{split}.npy", mmap_mode="r", allow_pickle=False)
-        read: Callable[[NDArray[np.int64]], NDArray[np.uint8]] = lambda indices: np.array(pixels[indices])  # noqa: E731
+        read = _memmap_reader(directory, split)
     elif list(directory.glob(f"{split}-*.bin")):
         read = _parallel_reader(_copy_reader(directory, split, spec), names, size)
     else:
@@ -56,15 +57,35 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
     )
 
 
+def _memmap_reader(directory: Path, split: str) -> Callable[[NDArray[np.int64]], NDArray[np.uint8]]:
+    """A function: indices in the split -> pixels. The blocks of the file that hold them are compared when first read."""
+    file = open(directory / f"{split}.npy", "rb", buffering=0)  # noqa: SIM115 - closed when nothing reads from it any more
+    checks = file_checks(directory, f"{split}.npy", file)
+    if checks is not None:
+        checks.require_rows(np.zeros(0, np.int64), 0, 1)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    pixels = np.memmap(file, dtype, "r", file.tell(), shape)
+    row_bytes = pixels[:1].nbytes
+
+    def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        if checks is not None:
+            checks.require_rows(np.arange(len(pixels))[indices], pixels.offset, row_bytes)
+        return np.array(pixels[indices])
+
+    weakref.finalize(read, file.close)
+    return read
+
+
 def _array(path: Path) -> NDArray[np.int64] | None:
-    return np.load(path, allow_pickle=False) if path.exists() else None
+    return np.load(intact(path), allow_pickle=False) if path.exists() else None
 
 
 def _boxes(directory: Path, split: str) -> tuple[NDArray[np.float32], ...] | None:
     counts = _array(directory / f"{split}-box-counts.npy")
     if counts is None:
         return None
-    boxes = np.load(directory / f"{split}-boxes.npy", allow_pickle=False)
+    boxes = np.load(intact(directory / f"{split}-boxes.npy"), allow_pickle=False)
     return tuple(np.split(boxes, np.cumsum(counts)[:-1]))
 
 
@@ -72,7 +93,7 @@ def _source_reader(directory: Path, split: str, spec: DataSpec, names: tuple[str
     """A function: index in the split -> pixels, decoded from the data set itself."""
     spec = with_absolute_path(spec)
     found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
-    rows = np.load(directory / f"{split}-rows.npy", allow_pickle=False)
+    rows = np.load(intact(directory / f"{split}-rows.npy"), allow_pickle=False)
     source = found[split][0] if split in found else None
     if source is None or max(rows) >= len(source.names) or tuple(source.names[row] for row in rows) != names:
         raise ValueError(f"the {split!r} split of the data set {spec.kind!r} has changed since it was listed")
@@ -82,13 +103,16 @@ def _source_reader(directory: Path, split: str, spec: DataSpec, names: tuple[str
 def _copy_reader(directory: Path, split: str, spec: DataSpec) -> Callable[[int], NDArray[np.uint8]]:
     """A function: index in the split -> pixels, decoded from the copies of the encoded images."""
     decode, files = decoder(spec), sorted(directory.glob(f"{split}-*.bin"))
-    lengths = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in files]
+    lengths = [np.load(intact(path.with_suffix(".npy")), allow_pickle=False) for path in files]
+    checks = [file_checks(directory, path.name) for path in files]
     first = np.cumsum([0, *(len(of_file) for of_file in lengths)])
     offsets = [np.cumsum([0, *of_file]) for of_file in lengths]
 
     def read(index: int) -> NDArray[np.uint8]:
         block = int(np.searchsorted(first, index, side="right")) - 1
-        within = index - int(first[block])
+        within, of_block = index - int(first[block]), checks[block]
+        if of_block is not None:
+            of_block.require_all()
         with open(files[block], "rb") as file:
             file.seek(int(offsets[block][within]))
             return decode(file.read(int(lengths[block][within])))

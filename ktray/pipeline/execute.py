@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 
 from ktray import progress
 from ktray.artifact import Artifact, Stage
-from ktray.errors import MissingInput
+from ktray.checksums import version_of
+from ktray.errors import DamagedArtifact, MissingInput
 from ktray.pipeline.record import record_of, release_cached_memory, reset_peaks
 from ktray.pool import StageContext
 from ktray.stages import FAMILY_WORK, WORK
@@ -27,7 +28,7 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
         attempt: name of this attempt, unique per key.
 
     Raises:
-        MissingInput: an artifact that the stage reads is absent.
+        MissingInput: an artifact that the stage reads is absent, or was found damaged and moved aside.
         FileNotFoundError: this attempt was fenced.
         Exception: whatever the stage raises.
     """
@@ -39,7 +40,7 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
         torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
         try:
             reset_peaks(context.device)
-            with progress.reporting(context.progress) as report:
+            with progress.reporting(context.progress) as report, _intact_inputs(stage, store):
                 context = replace(context, progress=report)
                 if len(missing) > 1:
                     published = _compute_family(missing, inputs, store, attempt, context)
@@ -51,6 +52,31 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
     if stage.key not in published:
         return _find_input(store, stage.key), False
     return published[stage.key]
+
+
+@contextmanager
+def _intact_inputs(stage: Stage, store: Store) -> Iterator[None]:
+    """Raise MissingInput if the stage meets a damaged artifact, or fails because another process has moved one that it reads.
+
+    A stage that has failed for any other reason finds its inputs as they were when it began.
+    """
+    read = (*stage.inputs.values(), *stage.resume_from)
+    versions = {key: version_of(store.root / key) for key in read}
+    try:
+        yield
+    except DamagedArtifact as damage:
+        store.set_aside(damage)
+        raise MissingInput(_what_runs_again(stage, damage.directory.name), damage.problem) from damage
+    except Exception as error:
+        for key, version in versions.items():
+            if version and version_of(store.root / key) != version:
+                raise MissingInput(_what_runs_again(stage, key), "it was moved while it was read") from error
+        raise
+
+
+def _what_runs_again(stage: Stage, damaged: str) -> str:
+    """Key of a damaged input; of the stage itself where a snapshot was damaged, without which it can do."""
+    return damaged if damaged in stage.inputs.values() else stage.key
 
 
 def _compute(
@@ -100,17 +126,21 @@ def _find_input(store: Store, key: str) -> Artifact:
 def _latest_snapshot(stage: Stage, store: Store) -> Path | None:
     """The latest snapshot to resume from: a checkpoint of a dead attempt at this key, or an earlier epoch's artifact."""
     artifacts = (artifact.directory for artifact in map(store.find, stage.resume_from) if artifact)
-    found = [_first_readable(store.checkpoints(stage.key)), _first_readable(artifacts)]
+    found = [_first_readable(store.checkpoints(stage.key), store), _first_readable(artifacts, store)]
     return max(filter(None, found), default=(0, None))[1]
 
 
-def _first_readable(newest_first: Iterable[Path]) -> tuple[int, Path] | None:
+def _first_readable(newest_first: Iterable[Path], store: Store) -> tuple[int, Path] | None:
     """Epoch and directory of the first snapshot that can be read. A damaged one costs epochs, but must not fail the stage."""
     for directory in newest_first:
         try:
+            if not version_of(directory):
+                raise ValueError(f"the snapshot {directory} was made by an earlier version of ktray and has no checksums")
             return snapshot.epoch_of(directory), directory
-        except ValueError as error:
-            warnings.warn(f"{error}; continuing without it", stacklevel=2)
+        except DamagedArtifact as damage:
+            store.set_aside(damage)
+        except (ValueError, FileNotFoundError) as error:
+            store.on_damage(f"{error}; the training goes on without it")
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ktray.artifact import Artifact, kind_of
 from ktray.pipeline.pair_graph import Graph
-from ktray.stores import Store
+from ktray.stores import Store, intact_file_or_none
 
 
 def published_artifacts(graph: Graph, store: Store) -> dict[str, Artifact] | None:
@@ -55,17 +55,21 @@ def unreadable_images(keys: Iterable[str], store: Store) -> list[str]:
     for images in filter(None, map(store.find, sorted(read))):
         count = int(images.metrics["unreadable"])
         if count:
-            listed = json.loads((images.directory / "splits.json").read_text())["unreadable"]
+            path = intact_file_or_none(images, "splits.json")
+            listed = json.loads(path.read_text())["unreadable"] if path else []
             first = ", ".join(f"{entry['name']} ({entry['why']})" for entry in listed[:3])
             total = count + int(images.metrics["count"])
-            found.append(f"{count} of {total} images were unreadable and left out: {first}{', ...' if count > 3 else ''}")
+            which = f": {first}{', ...' if count > 3 else ''}" if listed else ""
+            found.append(f"{count} of {total} images were unreadable and left out{which}")
     return found
 
 
 def learning_curve(artifact: Artifact) -> list[dict[str, Any]]:
-    """Rows (one per epoch) of a training artifact's learning curve; empty for other stages."""
-    path = artifact.directory / "history.parquet"
-    if not path.exists():
+    """Rows (one per epoch) of a training artifact's learning curve; empty for other stages, and where it is damaged."""
+    if not (artifact.directory / "history.parquet").exists():
+        return []
+    path = intact_file_or_none(artifact, "history.parquet")
+    if path is None:
         return []
     import pyarrow.parquet as parquet
 

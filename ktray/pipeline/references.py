@@ -18,7 +18,7 @@ from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.spec import EvaluationSpec, PairSpec
 from ktray.stages.evaluation_stage import reads_pseudo_labels
-from ktray.stores import Store
+from ktray.stores import Store, intact_file, intact_file_or_none
 
 RANDOM = "random student"
 CEILING = "supervised ceiling"
@@ -79,14 +79,15 @@ def with_test_split(pair: Mapping[str, Any]) -> PairSpec:
 
 
 def has_test_split(keys: Mapping[str, Any], store: Store) -> bool:
-    """Whether the target data of a trial have a test split. Data that are no longer in the store count as having one.
+    """Whether the target data of a trial have a test split. Data that are not in the store any more count as having one.
 
     Args:
         keys: of the trial, with evaluation -> name -> key.
     """
     evaluations = filter(None, map(store.find, keys.get("evaluation", {}).values()))
     images = filter(None, (store.find(each.record["inputs"]["images.target"]) for each in evaluations))
-    return all("test" in json.loads((each.directory / "splits.json").read_text())["splits"] for each in images)
+    summaries = filter(None, (intact_file_or_none(each, "splits.json") for each in images))
+    return all("test" in json.loads(path.read_text())["splits"] for path in summaries)
 
 
 def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, int]:
@@ -99,6 +100,7 @@ def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, in
 
     Raises:
         UserError: the images are no longer in the store.
+        MissingInput: they were damaged.
     """
     evaluations = dict.fromkeys(key for each in keys for key in each.get("evaluation", {}).values())
     read = dict.fromkeys(labels for each in filter(None, map(store.find, evaluations)) for labels in _labels_read_by(each))
@@ -107,8 +109,8 @@ def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, in
         images = store.find(key)
         if images is None:
             raise UserError(f"{key} is no longer in the store, so the labels read cannot be counted", instead="Search again.")
-        file = images.directory / f"{split}-labels.npy"
-        if file.exists():
+        if f"{split}-labels.npy" in images.record["files"]:
+            file = intact_file(images, f"{split}-labels.npy")
             same = canonical({name: value for name, value in images.record["spec"].items() if name != "size"})
             counts[split, same] = len(np.load(file, mmap_mode="r", allow_pickle=False))
     splits = dict.fromkeys(split for split, _ in counts)

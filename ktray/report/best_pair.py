@@ -14,6 +14,7 @@ import yaml
 from ktray.report.figures import size_bars
 from ktray.report.formatting import anonymised_data, duration, number, size
 from ktray.report.stage_reuse import FindArtifact, keys_of, stage_position, with_inputs
+from ktray.stores import intact_file_or_none
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -36,8 +37,8 @@ def cluster_sheet(best: Trial, find: FindArtifact) -> str | None:
     """Return the sheet of images per cluster as a data URL; None if the pair or the store has none."""
     key = best.keys.get("pseudo_labels")
     artifact = find(key) if key else None
-    path = artifact.directory / "clusters.png" if artifact else None
-    return _data_url(path) if path and path.exists() else None
+    path = intact_file_or_none(artifact, "clusters.png") if artifact else None
+    return _data_url(path) if path else None
 
 
 def _data_url(path: Path) -> str:
@@ -63,9 +64,10 @@ def cluster_statistics(best: Trial, find: FindArtifact) -> dict[str, Any] | None
     ]
     key = best.keys.get("pseudo_labels")
     artifact = find(key) if key else None
-    if artifact is None:
+    path = intact_file_or_none(artifact, "labels.npy") if artifact else None
+    if artifact is None or path is None:
         return {"rows": rows, "plot": None} if rows else None
-    labels = np.load(artifact.directory / "labels.npy", mmap_mode="r", allow_pickle=False)
+    labels = np.load(path, mmap_mode="r", allow_pickle=False)
     kept = labels[labels >= 0]
     counts = np.bincount(kept, minlength=_cluster_count(best))
     nonempty = counts[counts > 0]

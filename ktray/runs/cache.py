@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ktray.artifact import Artifact
-from ktray.errors import UserError
+from ktray.errors import DamagedArtifact, UserError
 from ktray.runs.settings import Settings
 from ktray.stores import Store
 
@@ -20,13 +20,11 @@ class _Verified:
 
     Attributes:
         damaged: key -> what is wrong with the artifact.
-        moved_aside: those that are no longer in the store, so that they are computed again.
-        left_because: what became of the others.
+        moved_aside: those that this call has moved; other processes have moved or made anew the others meanwhile.
     """
 
     damaged: dict[str, str]
     moved_aside: list[str]
-    left_because: str
 
 
 def size_of(artifact: Artifact) -> int:
@@ -40,26 +38,19 @@ def artifacts(store: Store) -> list[Artifact]:
 
 
 def verify(store: Store) -> _Verified:
-    """Compare every file with the sha256 of its record; damaged artifacts are moved aside, to be computed again.
+    """Compare every file with its record; damaged artifacts are moved aside, to be computed again.
 
-    While a search runs they stay: its stages may be reading them. Readers themselves move aside what has lost bytes.
+    Searches may run meanwhile: each stage compares what it reads itself, and one whose input is moved away runs again.
     """
-    damaged = {key: problem for key in list(store.keys()) if (problem := store.verify(key))}
-    left_because = "made anew by now"
-    if any(map(store.find, damaged)):
-        try:
-            with _exclusive(store, "Verify again when it has ended."):
-                _set_aside(store, damaged)
-        except UserError as busy:
-            left_because = f"left where it is: {busy}"
-    return _Verified(damaged, [key for key in damaged if store.find(key) is None], left_because)
-
-
-def _set_aside(store: Store, damaged: Iterable[str]) -> None:
-    for key in damaged:
-        problem = store.verify(key) if store.find(key) else ""  # another process may have replaced it since
-        if problem:
-            store.set_aside(key, problem)
+    damaged, moved = {}, []
+    for key in list(store.keys()):
+        with suppress(FileNotFoundError):  # another process has moved it
+            inode = (store.root / key).stat().st_ino
+            problem = store.verify(key)
+            if problem:
+                damaged[key] = problem
+                moved += [key] if store.set_aside(DamagedArtifact(store.root / key, inode, problem)) else []
+    return _Verified(damaged, moved)
 
 
 def unused(settings: Settings) -> list[Artifact]:

@@ -285,6 +285,10 @@ class TrialCoordinator:
         assert self.space.early_stop is not None
         return str(self.space.early_stop.metric_at(epoch).split("/")[0])
 
+    def is_published(self, segment: TrialSegment) -> bool:
+        """Whether all artifacts of a segment are in the store."""
+        return pair_metrics.published_artifacts(segment.graph, self.store) is not None
+
     def settle(self, segment: TrialSegment, computed: list[str]) -> None:
         """Report a segment's results to the study and the tracker.
 

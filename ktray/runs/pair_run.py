@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ktray.spec import PairSpec
 
 
+MAX_ATTEMPTS = 3  # at a pair one of whose artifacts another pair finds damaged right after it was there
+
+
 @dataclass(frozen=True)
 class PairResult:
     """What a pair is worth, and what it took.
@@ -76,7 +79,7 @@ def run_on_ray(
     """
     from ktray.pipeline.execute import execute
     from ktray.runs.preflight import preflight
-    from ktray.scheduler import client, ray_session, resources
+    from ktray.scheduler import client, messages, ray_session, resources
 
     graphs = _graphs(pairs, settings)
     interruption = interruption or Interruption()
@@ -90,7 +93,8 @@ def run_on_ray(
     try:
         preflight(settings.open_store(), runtime)
         scheduler = client.connect(session, settings.store_url, execute)
-        return run_concurrently(
+        past = scheduler.events(0)  # those of earlier drivers of a shared cluster
+        results = run_concurrently(
             scheduler,
             graphs,
             lambda name: _run_pair(name, graphs[name], scheduler, settings),
@@ -98,6 +102,10 @@ def run_on_ray(
             concurrent,
             interruption,
         )
+        for event in scheduler.events(past[-1]["n"] if past else 0):
+            if event["event"] == messages.DAMAGED:
+                settings.print_info(f"ktray: {event['cause']}")
+        return results
     finally:
         ray_session.stop(session)
         restore_signal_handlers()
@@ -133,15 +141,19 @@ def _run_pair(name: str, graph: Graph, scheduler: _Obtains, settings: Settings) 
     from ktray.pipeline import pair_metrics
 
     began = time.perf_counter()
-    try:
-        outcomes = scheduler.obtain(list(graph.stages), _waiter(name))
-    except StageFailed as failure:
-        return failure
-    artifacts = pair_metrics.published_artifacts(graph, settings.open_store())
+    artifacts, computed, store = None, set[str](), settings.open_store()
+    for _ in range(MAX_ATTEMPTS):
+        try:
+            outcomes = scheduler.obtain(list(graph.stages), _waiter(name))
+        except StageFailed as failure:
+            return failure
+        computed |= {outcome["key"] for outcome in outcomes if outcome["state"] == "computed"}
+        artifacts = pair_metrics.published_artifacts(graph, store)
+        if artifacts is not None:
+            break  # otherwise a stage of another pair has just found one of them damaged
     if artifacts is None:
         return StageFailed(name, "an artifact vanished while the pair ran")
-    computed = [outcome["key"] for outcome in outcomes if outcome["state"] == "computed"]
-    reused = [outcome["key"] for outcome in outcomes if outcome["state"] != "computed"]
+    reused = {stage.key for stage in graph.stages} - computed
     return PairResult(
         name=name,
         keys=graph.keys,

@@ -27,6 +27,7 @@ from ktray.runs.plan import check_space
 from ktray.runs.settings import Settings, require_positive
 from ktray.runs.study_logger import log_missed_stages, log_stage
 from ktray.runs.study_status import with_status_file, with_stuck_warnings
+from ktray.scheduler.messages import DAMAGED
 from ktray.search.journal import folder
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -123,7 +124,7 @@ class _LazyScheduler:
                 self.say(warning)
             preflight(self.store, runtime)
             self._client = client.connect(self._session, self.store.url, execute)
-            self._follower = _EventFollower(self._client, self.store, self.tracker, self._show_work)
+            self._follower = _EventFollower(self._client, self.store, self.tracker, self._show_work, self.say)
         return self._client
 
     def obtain(self, graphs: Mapping[str, Graph]) -> None:
@@ -318,6 +319,7 @@ class _EventFollower:
 
     Args:
         show: called once a second with the new events and the scheduler's status: ``show(events, status)``.
+        say: called with a sentence about each damaged artifact.
 
     Attributes:
         published: keys of the artifacts that this scheduler has published since the follower started.
@@ -329,8 +331,9 @@ class _EventFollower:
         store: Store,
         tracker: Tracker,
         show: Callable[[list[dict[str, Any]], Mapping[str, Any]], None],
+        say: Callable[[str], None],
     ) -> None:
-        self.scheduler, self.store, self.tracker, self.show = scheduler, store, tracker, show
+        self.scheduler, self.store, self.tracker, self.show, self.say = scheduler, store, tracker, show, say
         self.published: set[str] = set()
         self._name = str(scheduler.status()["name"])
         past = scheduler.events(0)
@@ -355,6 +358,8 @@ class _EventFollower:
             self._last_event = max(self._last_event, event["n"])
             if event["event"] == "published":
                 self._log_published(event["key"])
+            elif event["event"] == DAMAGED:
+                self.say(event["cause"])
         self.show(events, self.scheduler.status())
 
     def _log_published(self, key: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ktray.errors import UserError
 from ktray.runs.settings import Settings
 from ktray.search.trial import Trial
+from ktray.stores import intact_file
 
 if TYPE_CHECKING:
     from ktray.export.student_files import Form, Head
@@ -24,6 +25,7 @@ def export_trial(
 
     Raises:
         UserError: there is no such study or completed trial, its student is gone, or `directory` is occupied.
+        MissingInput: its student is damaged.
     """
     from ktray.export.student_files import export_student
     from ktray.pipeline.naming import pair_name
@@ -35,6 +37,7 @@ def export_trial(
         raise UserError(
             f"the student of trial {trial.number} is no longer in the store", instead="Search again to get it back."
         )
+    intact_file(snapshot, "weights.safetensors")
     pair = PairSpec.model_validate(dict(trial.pair))
     size = pair.data.transfer.size
     k = getattr(pair.transfer, "k", None)

@@ -16,7 +16,7 @@ from ktray.pipeline.naming import pair_name, stage_name
 from ktray.search import ranking
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from ktray.stores import Store
+from ktray.stores import Store, intact_file_or_none
 from ktray.tracking import StageRun, Tracker
 from ktray.tracking.mlflow_names import markdown_text
 
@@ -127,7 +127,7 @@ def log_stage(tracker: Tracker, artifact: Artifact) -> None:
                 {name if name == "epoch" else f"{prefix}/{name}": value for name, value in row.items()}
                 for row in pair_metrics.learning_curve(artifact)
             ],
-            images=sorted(artifact.directory.glob("*.png")),
+            images=[path for path in sorted(artifact.directory.glob("*.png")) if intact_file_or_none(artifact, path.name)],
             params=flat(spec),
             note=_stage_note(artifact),
             span=(ended - record["seconds"], ended),

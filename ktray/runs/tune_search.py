@@ -34,6 +34,7 @@ class StudySearcher(Searcher):
 
     Attributes:
         running: Tune's trial -> its segment.
+        computed: number of a trial that waits again -> keys that it caused to be computed before.
         stopped: why the search stopped early, or None.
     """
 
@@ -48,6 +49,8 @@ class StudySearcher(Searcher):
         self.coordinator, self.scheduler, self.interruption, self.pending = coordinator, scheduler, interruption, pending
         self.running: dict[str, TrialSegment] = {}
         self.deaths: Counter[int] = Counter()
+        self.losses: Counter[int] = Counter()
+        self.computed: dict[int, list[str]] = {}
         self.stopped: StoppedEarly | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,9 +106,20 @@ class StudySearcher(Searcher):
                 self.coordinator.fail(segment, result["cause"], result.get("failed", ""))
             else:
                 self.deaths.clear()
-                self.coordinator.settle(segment, json.loads(result["computed"]))
+                self._settle(segment, json.loads(result["computed"]))
         except StoppedEarly as stop:
             self.stopped = stop
+
+    def _settle(self, segment: TrialSegment, computed: list[str]) -> None:
+        number = segment.trial.number
+        computed += self.computed.pop(number, [])
+        if not self.coordinator.is_published(segment) and self.losses[number] < MAX_DEATHS:
+            # A stage of another trial has just found an artifact of this one damaged, so this one waits until it is made anew.
+            self.losses[number] += 1
+            self.computed[number] = computed
+            self.pending.append(segment)
+        else:
+            self.coordinator.settle(segment, computed)
 
     def _waiter_died(self, segment: TrialSegment) -> None:
         """The process that waited for a segment is dead; another one will wait for it."""

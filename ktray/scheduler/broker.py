@@ -20,6 +20,7 @@ from ktray.scheduler.core import SchedulerCore
 from ktray.scheduler.fault_tolerance import ProcessId, ProcessLiveness
 from ktray.scheduler.messages import (
     BROKER_NAME,
+    DAMAGED,
     OUT_OF_MEMORY,
     WORKER_DIED,
     AssignStage,
@@ -59,6 +60,7 @@ class Broker:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config, self._store = config, open_store(config.store_url)
+        self._store.on_damage = self._note_damage
         runtime, now = config.runtime, time.time()
         stale_after = max(2.0, 4 * runtime.heartbeat_seconds)
         self._registry = WorkerRegistry(nodes(), runtime.cpus or float("inf"), stale_after)
@@ -213,7 +215,12 @@ class Broker:
         worker.pid, worker.node, worker.gpu_ids = identity.pid, identity.node, identity.gpu_ids
         return worker
 
+    def _note_damage(self, sentence: str) -> None:
+        self._log_event(SchedulerEvent(DAMAGED, cause=sentence))
+
     def _handle_report(self, report: AttemptReport, now: float) -> None:
+        for sentence in report.damage:
+            self._note_damage(sentence)
         key, attempt, kind, cause = report.key, report.attempt, report.failure, report.cause
         if kind is None:
             for published_key, computed in report.published:

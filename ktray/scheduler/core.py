@@ -195,7 +195,7 @@ class SchedulerCore:
         if kind != FAILED:
             for other in others:
                 self._fail(other.key, kind, cause)
-        if missing and self._retries.count_missing_input(key) and self.requests.recompute_input(key, missing, now):
+        if missing and self._retries.count_missing_input(key, missing) and self.requests.recompute_input(key, missing, now):
             return True
         self.outbox.append(SchedulerEvent(FAILED, key, run.stage.name, run.worker, now - run.since, cause))
         self._fail(key, kind, cause)

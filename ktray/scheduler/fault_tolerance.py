@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ktray.scheduler.messages import (
     FENCED,
@@ -149,13 +149,13 @@ class StartupMonitor:
         self._restarted += seconds
 
 
-MAX_LOSSES = 3  # of workers, or of inputs, until a stage fails
+MAX_LOSSES = 3  # of workers, or of one input, until a stage fails
 
 
 @dataclass
 class _History:
     worker_losses: int = 0
-    missing_inputs: int = 0
+    missing_inputs: Counter[str] = field(default_factory=Counter)
     furthest_epoch: float = 0.0
 
 
@@ -180,11 +180,11 @@ class RetryPolicy:
         history.worker_losses += blamed
         return history.worker_losses < MAX_LOSSES
 
-    def count_missing_input(self, key: str) -> bool:
-        """Count that one of its inputs was not in the store; whether the stage may start again."""
+    def count_missing_input(self, key: str, missing: str) -> bool:
+        """Count that one of its inputs was not in the store, or damaged; whether the stage may start again."""
         history = self._history(key)
-        history.missing_inputs += 1
-        return history.missing_inputs < MAX_LOSSES
+        history.missing_inputs[missing] += 1
+        return history.missing_inputs[missing] < MAX_LOSSES
 
     def forget(self, key: str) -> None:
         """The stage is published or has failed: next time it starts without a history."""

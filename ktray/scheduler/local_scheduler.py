@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.errors import MissingInput, StageFailed, StoppedEarly, UserError
 from ktray.pool import SMALL_BATCH_SIZE, StageContext
 from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, StageFunction, failure_kind, repeated_out_of_memory_text
 from ktray.stores import Store
@@ -54,17 +54,18 @@ class LocalScheduler:
             StageFailed: a stage raised; the store keeps the cause.
             StoppedEarly: the disk is full.
         """
+        by_key = {stage.key: stage for stage in stages}
         if all(self.store.find(stage.key) for stage in stages):  # works on a read-only store, too
-            return [self._obtain(stage) for stage in stages]
+            return [self._obtain(stage, by_key) for stage in stages]
         with _store_in_use(self.store):
-            return [self._obtain(stage) for stage in stages]
+            return [self._obtain(stage, by_key) for stage in stages]
 
-    def _obtain(self, stage: Stage) -> dict[str, Any]:
+    def _obtain(self, stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Any]:
         self.on_event({"event": "started", "key": stage.key, "stage": stage.name})
         began = time.perf_counter()
         attempt = f"{os.getpid()}-{time.time_ns():x}"
         try:
-            artifact, published = self._run_stage(stage, attempt)
+            artifact, published = self._run_with_inputs(stage, stages, attempt)
         except Exception as error:
             # A process boundary: whatever a stage raises becomes the failure of that stage. So does an absent input, for a
             # loaded teacher may name an artifact that no stage of its pair makes.
@@ -88,6 +89,19 @@ class LocalScheduler:
         with suppress(OSError):  # a store that cannot be written is one of the causes
             self.store.record_failure(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
         return StageFailed(stage.key, cause)
+
+    def _run_with_inputs(self, stage: Stage, stages: Mapping[str, Stage], attempt: str) -> tuple[Artifact, bool]:
+        """Run a stage; an input that turns out to be damaged is computed again first, as often as there are inputs."""
+        for number in range(2 * len(stages)):
+            try:
+                return self._run_stage(stage, f"{attempt}-{number}" if number else attempt)
+            except MissingInput as error:
+                if error.key not in stages:
+                    raise
+                missing = error.key
+            if missing != stage.key:  # otherwise one of its own checkpoints was damaged
+                self._obtain(stages[missing], stages)
+        return self._run_stage(stage, f"{attempt}-last")
 
     def _run_stage(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
         try:

@@ -35,8 +35,9 @@ SPLIT: Final = "split"  # stages that were computed together failed together, an
 FENCED: Final = "fenced"  # a worker stopped sending heartbeats
 LATE: Final = "late"  # a new worker sent no heartbeat within the time that a start may take
 WORKER_DIED: Final = "worker died"
+DAMAGED: Final = "damaged"  # an artifact was not as it was written; its cause is a sentence for the user
 LossKind = Literal["worker died", "out of memory", "fenced", "late"]
-EventKind = Literal["started", "published", "failed", "out of memory", "split", "fenced", "late", "worker died"]
+EventKind = Literal["started", "published", "failed", "out of memory", "split", "fenced", "late", "worker died", "damaged"]
 
 
 # ---- core -> broker: actions to carry out
@@ -157,6 +158,7 @@ class AttemptReport:
         failure: the kind of the failure; None after a success.
         cause: of the failure, in one line.
         missing: the key of an input that is not in the store, if that was the cause.
+        damage: sentences about damaged artifacts that this worker has moved aside since its last report.
     """
 
     key: str
@@ -167,6 +169,7 @@ class AttemptReport:
     cause: str = ""
     traceback: str = ""
     missing: str = ""
+    damage: tuple[str, ...] = ()
 
 
 # ---- from driver to broker and workers

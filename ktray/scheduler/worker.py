@@ -13,6 +13,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -179,6 +180,8 @@ class WorkerActor:
         self._config = config
         self._stage_function: StageFunction = cloudpickle.loads(config.stage_function)
         self._store = open_store(config.store_url)
+        self._damage: list[str] = []
+        self._store.on_damage = self._damage.append
         self._store_lock = lock_store_shared(config.store_url)
         self._broker = ray.get_actor(BROKER_NAME, namespace=config.namespace)
         gpu_ids = tuple(map(str, ray.get_gpu_ids())) if shape.gpus else ()
@@ -232,6 +235,9 @@ class WorkerActor:
             if order.action == "exit":
                 return
             report = self._run(order.assignment, order.helpers) if order.assignment is not None else None
+            if report is not None and self._damage:
+                report = replace(report, damage=tuple(self._damage))
+                self._damage.clear()
 
     def _run(self, assignment: AssignStage, helpers: tuple[str, ...]) -> AttemptReport:
         stage, attempt = assignment.stage, assignment.attempt

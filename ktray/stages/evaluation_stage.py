@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
+from ktray.checksums import intact
 from ktray.features import extraction, precomputed
 from ktray.images import Images
 from ktray.ops import augmentation
@@ -74,7 +75,7 @@ def run(
     pseudo_labels = None
     learned_from = "images.target"
     if "pseudo_labels" in inputs:
-        pseudo_labels = np.load(inputs["pseudo_labels"].directory / "labels.npy", allow_pickle=False)
+        pseudo_labels = np.load(intact(inputs["pseudo_labels"].directory / "labels.npy"), allow_pickle=False)
         learned_from = "images.transfer"
     metrics: dict[str, float] = plugins.module_of("evaluation", spec).evaluate(
         spec,

@@ -11,6 +11,7 @@ import numpy as np
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
+from ktray.checksums import intact
 from ktray.clustering import grid, kmeans, projection, pseudo_labelling
 from ktray.clustering.grid import Codebook
 from ktray.features import extraction
@@ -51,7 +52,7 @@ def run(
     """
     clusters = inputs["clusters"].directory
     codebook = Codebook.load(clusters / "codebook.npz")
-    with np.load(clusters / "projection.npz", allow_pickle=False) as file:
+    with np.load(intact(clusters / "projection.npz"), allow_pickle=False) as file:
         project = dict(file)
     shards, spec = extraction.shards(inputs["features"].directory), stage.spec
     labels = pseudo_labelling.assign(shards, codebook, project, context.pool)

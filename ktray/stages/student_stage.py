@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage, numbered
+from ktray.checksums import intact
 from ktray.features import extraction
 from ktray.images import Images
 from ktray.pool import StageContext
@@ -93,18 +94,18 @@ def _pseudo_labels(inputs: Mapping[str, Artifact]) -> Iterator[Labels]:
         if numbered("pseudo_labels", index) not in inputs:
             return
         made, clusters = (inputs[numbered(name, index)].directory for name in ("pseudo_labels", "clusters"))
-        labels = np.load(made / "labels.npy", allow_pickle=False)
-        centroids = np.load(clusters / "centroids.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(intact(made / "labels.npy"), allow_pickle=False)
+        centroids = np.load(intact(clusters / "centroids.npy"), mmap_mode="r", allow_pickle=False)
         yield Labels(labels, len(centroids), _optional(made / "nearest.npy"), _optional(made / "squared.npy"))
 
 
 def _optional(path: Path) -> NDArray[Any] | None:
-    return np.load(path, mmap_mode="r", allow_pickle=False) if path.exists() else None
+    return np.load(intact(path), mmap_mode="r", allow_pickle=False) if path.exists() else None
 
 
 def _features(made: Artifact) -> Features:
     shards = extraction.shards(made.directory)
-    return Features(tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in shards))
+    return Features(tuple(np.load(intact(path), mmap_mode="r", allow_pickle=False) for path in shards))
 
 
 def _labels_of(images: Images) -> Labels:

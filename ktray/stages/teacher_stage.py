@@ -11,6 +11,7 @@ import numpy as np
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
+from ktray.checksums import intact
 from ktray.fingerprint import require_sha256
 from ktray.pool import StageContext
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, TrainedTeacher
@@ -86,7 +87,9 @@ def run(
 def _import(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
     spec = plugins.parse("backbone", stage.spec["backbone"])
     if "snapshot" in inputs:
-        return pretrained.import_weights(spec, inputs["snapshot"].directory, out)
+        snapshot = inputs["snapshot"].directory
+        intact(pretrained.weights_file(snapshot))
+        return pretrained.import_weights(spec, snapshot, out)
     checkpoint = Path(stage.local["checkpoint"])
     _require_unchanged(checkpoint, stage.spec["checkpoint"])
     parameters = pretrained.import_weights(spec, checkpoint, out)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ktray import plugins
 from ktray.artifact import Stage
+from ktray.checksums import seal
 from ktray.images import Images
 from ktray.ops import augmentation
 from ktray.pool import StageContext
@@ -68,6 +69,7 @@ def _checkpointing(out: Path, until: int, context: StageContext) -> loop.OnEpoch
         partial = out / "checkpoint-partial"
         partial.mkdir()
         save(partial)
+        seal(partial, {})
         _fsync(partial)  # otherwise a crash of the machine may leave empty files under the new name
         path = out / f"checkpoint-{epoch:06d}"
         partial.rename(path)

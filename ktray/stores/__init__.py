@@ -6,12 +6,14 @@ May import only the modules of the root. Start with `Store` below, then `file.py
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from ktray.artifact import Artifact
-from ktray.errors import UserError
+from ktray.checksums import intact
+from ktray.errors import DamagedArtifact, MissingInput, UserError
 
 
 class Store(Protocol):
@@ -20,6 +22,9 @@ class Store(Protocol):
     Each attempt at a stage writes to its own scratch directory, the record last, and is published by a single rename. If two
     attempts finish, the second is discarded. A damaged artifact is never returned.
     """
+
+    on_damage: Callable[[str], None]
+    """Called with a sentence whenever an artifact was moved aside; logs it unless something else is set."""
 
     @property
     def url(self) -> str:
@@ -63,16 +68,38 @@ class Store(Protocol):
         """Delete an artifact."""
 
     def verify(self, key: str) -> str:
-        """The first difference between an artifact's files and the sha256 in its record; empty if all match."""
+        """The first difference between an artifact's files and its record, all bytes compared; empty if there is none."""
 
-    def set_aside(self, key: str, problem: str) -> None:
-        """Move a damaged artifact aside with a warning, as `find` does; no effect if it is already gone."""
+    def set_aside(self, damage: DamagedArtifact) -> bool:
+        """Move a damaged artifact aside and say so, as `find` does; False if it is gone, or was replaced since."""
 
     def discard_damaged(self) -> None:
         """Delete all artifacts that were moved aside."""
 
     def sweep(self) -> int:
         """Remove directories of dead attempts and return their number. Only allowed while nothing runs on this store."""
+
+
+def intact_file(artifact: Artifact, name: str) -> Path:
+    """The path of a file of an artifact, after comparing it with the record; for commands, which compute nothing.
+
+    Raises:
+        MissingInput: the artifact is damaged and was moved aside, or is gone.
+    """
+    try:
+        return intact(artifact.directory / name)
+    except DamagedArtifact as damage:
+        open_store(str(damage.directory.resolve().parent)).set_aside(damage)
+        raise MissingInput(artifact.key, damage.problem) from damage
+    except FileNotFoundError as error:
+        raise MissingInput(artifact.key) from error
+
+
+def intact_file_or_none(artifact: Artifact, name: str) -> Path | None:
+    """The same, for what a command can do without; None if the artifact has no such file, is damaged or is gone."""
+    with suppress(MissingInput):
+        return intact_file(artifact, name)
+    return None
 
 
 def open_store(url: str) -> Store:

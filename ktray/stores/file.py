@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ktray.artifact import Artifact
-from ktray.fingerprint import file_sha256
+from ktray.checksums import RECORD, problem_of, read_json, seal, write_json, wrong_size
+from ktray.errors import DamagedArtifact
 
-RECORD = "record.json"
 CHECKPOINT = "checkpoint-"
+MAX_DAMAGED = 8  # artifacts that were moved aside and are kept for inspection; older ones are deleted
 log = logging.getLogger("ktray")
 
 
 class FileStore:
     """One directory per artifact under `root`; everything unpublished is in hidden directories.
 
-    Attempts write to `.scratch/KEY.ATTEMPT`; fencing an attempt moves this directory to `.fenced`. Artifacts with files that
-    do not match the sizes in their record are moved to `.damaged`. `.failures` contains the cause of each key's last failure.
+    Attempts write to `.scratch/KEY.ATTEMPT`; fencing an attempt moves this directory to `.fenced`. What does not match its
+    record is moved to `.damaged`, where the last few are kept. `.failures` contains the cause of each key's last failure.
+
+    Attributes:
+        on_damage: called with a sentence whenever an artifact was moved aside.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.root.mkdir(parents=True, exist_ok=True)
+        self.on_damage: Callable[[str], None] = lambda sentence: log.warning("%s", sentence)
 
     @property
     def url(self) -> str:
@@ -42,24 +45,47 @@ class FileStore:
             return None
         directory = self.root / key
         try:
-            record = json.loads((directory / RECORD).read_text())
+            inode = directory.stat().st_ino
+        except FileNotFoundError:
+            return None
+        try:
+            record = read_json(directory / RECORD)
             problem = _damage(directory, record)
         except FileNotFoundError:
             if not directory.exists():
                 return None
             record, problem = {}, "its record is missing"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            record, problem = {}, f"its record is unreadable ({error})"
+            record, problem = {}, f"its record is unreadable: {error}"
         if problem:
-            self.set_aside(key, problem)
+            self.set_aside(DamagedArtifact(directory, inode, problem))
             return None
         return Artifact(key, directory, record["metrics"], record)
 
-    def set_aside(self, key: str, problem: str) -> None:
-        log.warning("%s is damaged (%s): moved to .damaged; it will be recomputed", key, problem)
-        target = self._hidden(".damaged") / f"{key}.{uuid.uuid4().hex[:8]}"
-        with contextlib.suppress(FileNotFoundError):  # another process moved it first
-            (self.root / key).rename(target)
+    def set_aside(self, damage: DamagedArtifact) -> bool:
+        directory, root = damage.directory.resolve(), self.root.resolve()
+        if not directory.is_relative_to(root):  # a dry run reads artifacts of the real store through links
+            root = directory.parent
+        place = root / ".damaged"
+        place.mkdir(exist_ok=True)
+        parts = [part for part in directory.relative_to(root).parts if not part.startswith(".")]  # a checkpoint lies deeper
+        name = ".".join(parts)
+        target = place / f"{name}.{uuid.uuid4().hex[:8]}"
+        try:
+            directory.rename(target)
+        except FileNotFoundError:  # another process moved it first
+            return False
+        if target.stat().st_ino != damage.inode:  # it has been replaced since; what lies there now was not found damaged
+            try:
+                target.rename(directory)
+            except OSError:  # published once more in this moment
+                shutil.rmtree(target, ignore_errors=True)
+            return False
+        with contextlib.suppress(OSError):  # a full disk
+            (target / "damage.txt").write_text(f"{damage.problem}\n")
+        self.on_damage(f"{name} is damaged ({damage.problem}): it was moved to {place} and is computed again when needed")
+        _keep_newest(place)
+        return True
 
     def discard_damaged(self) -> None:
         shutil.rmtree(self.root / ".damaged", ignore_errors=True)
@@ -89,10 +115,12 @@ class FileStore:
     def _publish(self, scratch: Path, key: str, record: Mapping[str, Any]) -> bool:
         for leftover in scratch.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(leftover)
-        full = {**record, "files": _inventory(scratch)}
-        _write_durably(scratch / RECORD, json.dumps(full, indent=1, sort_keys=True))
-        for file in full["files"]:  # safetensors makes files readable only by their owner, but a store may be shared
-            (scratch / file).chmod((scratch / RECORD).stat().st_mode & 0o777)
+        files = seal(scratch, record)
+        mode = (scratch / RECORD).stat().st_mode & 0o777
+        for path in files:
+            path.chmod(mode)  # safetensors makes files readable only by their owner, but a store may be shared
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         try:
             # rename(2) fails if the target is a non-empty directory: publish-once without a lock.
             scratch.rename(self.root / key)
@@ -142,16 +170,15 @@ class FileStore:
         return [path for _, path in sorted(found, reverse=True)]
 
     def record_failure(self, key: str, failure: Mapping[str, Any]) -> None:
-        _write_durably(self._hidden(".failures") / f"{key}.json", json.dumps(failure, indent=1, sort_keys=True))
+        write_json(self._hidden(".failures") / f"{key}.json", failure)
 
     def failure(self, key: str) -> Mapping[str, Any] | None:
         if not _is_key(key):
             return None
         try:
-            found: Mapping[str, Any] = json.loads((self._hidden(".failures") / f"{key}.json").read_text())
+            return read_json(self._hidden(".failures") / f"{key}.json")
         except (FileNotFoundError, ValueError):
             return None
-        return found
 
     def keys(self) -> Iterator[str]:
         for directory in sorted(self.root.iterdir()):
@@ -175,14 +202,14 @@ class FileStore:
         return count
 
     def verify(self, key: str) -> str:
-        """The first difference between an artifact's files and the sha256 in its record; empty if all match."""
-        artifact = self.find(key)
-        if artifact is None:
-            return "absent"
-        for name, entry in artifact.record["files"].items():
-            if file_sha256(artifact.directory / name) != entry["sha256"]:
-                return f"{name} does not match the sha256 in its record"
-        return ""
+        directory = self.root / key
+        try:
+            problems = (problem_of(directory, name) for name in read_json(directory / RECORD)["files"])
+            return next(filter(None, problems), "")
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).name} is missing"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"its record is unreadable: {error}"
 
     def _hidden(self, name: str) -> Path:
         directory = self.root / name
@@ -195,28 +222,24 @@ def _is_key(name: str) -> bool:
 
 
 def _damage(directory: Path, record: Mapping[str, Any]) -> str:
+    """What is wrong with an artifact as far as its record and the sizes of its files tell; empty if nothing is."""
+    if not isinstance(record["metrics"], dict):
+        return "its record holds no metrics"
     for name, entry in record["files"].items():
         try:
-            size = (directory / name).stat().st_size
+            problem = wrong_size(name, (directory / name).stat().st_size, entry)
         except FileNotFoundError:
             return f"{name} is missing"
-        if size != entry["size"]:
-            return f"{name} has {size} bytes, not {entry['size']}"
+        if problem:
+            return problem
     return ""
 
 
-def _inventory(directory: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != RECORD)
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    return {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
-
-
-def _write_durably(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+def _keep_newest(place: Path) -> None:
+    """Delete the oldest of the artifacts that were moved aside."""
+    moved: list[tuple[int, Path]] = []
+    for path in place.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process deletes as well
+            moved.append((path.stat().st_ctime_ns, path))  # a rename sets it
+    for _, path in sorted(moved)[:-MAX_DAMAGED]:
+        shutil.rmtree(path, ignore_errors=True)

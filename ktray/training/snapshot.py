@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ktray.checksums import intact
+
 _BACKBONE = "backbone."
 
 
@@ -51,25 +53,26 @@ def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     from pyarrow import parquet
 
-    model.load_state_dict(load_file(directory / "weights.safetensors"))
+    model.load_state_dict(load_file(intact(directory / "weights.safetensors")))
     parameters = dict(model.named_parameters())
-    for path, saved in load_file(directory / "optimizer.safetensors").items():
+    for path, saved in load_file(intact(directory / "optimizer.safetensors")).items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
         if key != "step":  # which stays on the CPU; the others get the device and layout of their parameter
             saved = torch.empty_like(parameter, requires_grad=False).copy_(saved)
         optimizer.state[parameter][key] = saved
-    history: list[dict[str, Any]] = parquet.read_table(directory / "history.parquet").to_pylist()
-    epoch = json.loads((directory / "state.json").read_text())["epoch"]
+    history: list[dict[str, Any]] = parquet.read_table(intact(directory / "history.parquet")).to_pylist()
+    epoch = json.loads(intact(directory / "state.json").read_text())["epoch"]
     if epoch != len(history):
         raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {len(history)} epochs")
     return history
 
 
 def epoch_of(directory: Path) -> int:
-    """The epoch of a snapshot, after checking that all files are readable; for tensors only header and length are checked.
+    """The epoch of a snapshot, after checking that all of its files are intact and can be read.
 
     Raises:
+        DamagedArtifact: a file is not as it was written.
         ValueError: a file is missing or truncated, as after a crash of the machine; the message names directory and reason.
     """
     from pyarrow import parquet
@@ -77,10 +80,10 @@ def epoch_of(directory: Path) -> int:
 
     try:
         for name in ("weights.safetensors", "optimizer.safetensors"):
-            with safe_open(directory / name, framework="pt"):  # raises if the file is shorter than its header says
+            with safe_open(intact(directory / name), framework="pt"):  # raises if the file is shorter than its header says
                 pass
-        rows = parquet.read_table(directory / "history.parquet").num_rows
-        epoch = int(json.loads((directory / "state.json").read_text())["epoch"])
+        rows = parquet.read_table(intact(directory / "history.parquet")).num_rows
+        epoch = int(json.loads(intact(directory / "state.json").read_text())["epoch"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # pyarrow raises ValueErrors and OSErrors
         raise ValueError(f"the snapshot {directory} cannot be read: {type(error).__name__}: {error}") from error
     if epoch != rows:
@@ -95,7 +98,7 @@ def load_backbone(backbone: nn.Module, directory: Path) -> None:
         FileNotFoundError: `directory` contains no snapshot.
         RuntimeError: the snapshot belongs to another network; the message names the tensors.
     """
-    weights = load_file(directory / "weights.safetensors")
+    weights = load_file(intact(directory / "weights.safetensors"))
     backbone.load_state_dict({n.removeprefix(_BACKBONE): w for n, w in weights.items() if n.startswith(_BACKBONE)})
 
 
