@@ -58,7 +58,11 @@ class LocalScheduler:
         if all(self.store.find(stage.key) for stage in stages):  # works on a read-only store, too
             return [self._obtain(stage, by_key) for stage in stages]
         with _store_in_use(self.store):
-            return [self._obtain(stage, by_key) for stage in stages]
+            outcomes = {stage.key: self._obtain(stage, by_key) for stage in stages}
+            # A stage may find an earlier snapshot damaged and do without it; others may need it.
+            while lost := [stage for stage in stages if self.store.find(stage.key) is None]:
+                outcomes |= {stage.key: self._obtain(stage, by_key) for stage in lost}
+            return list(outcomes.values())
 
     def _obtain(self, stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Any]:
         self.on_event({"event": "started", "key": stage.key, "stage": stage.name})

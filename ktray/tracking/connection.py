@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from ktray.errors import UserError
 from ktray.stores.locks import wait_for_lock
+from ktray.tracking.artifact_locations import FOLDER, follow_home
 
 # No retries and short timeouts inside MLflow: the spool retries without blocking anyone, and urllib3 warns at each retry of its
 # own. MLflow's telemetry sends data out, and its "View run at" lines go to stdout, which is for results.
@@ -94,8 +95,10 @@ def connect(uri: str, home: Path, study: str, tags: Mapping[str, str]) -> Connec
     with wait_for_lock(path.with_name(f"{path.name}.lock")) if path else nullcontext():
         if path and not path.exists():
             _create(path)
+        if path:
+            follow_home(path, home, study)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        experiment = _experiment(client, study, tags, (home / "mlartifacts" / study).absolute().as_uri() if path else None)
+        experiment = _experiment(client, study, tags, (home / FOLDER / study).absolute().as_uri() if path else None)
     return Connection(client, experiment.experiment_id, path is not None and _is_local(experiment.artifact_location))
 
 

@@ -31,10 +31,13 @@ class MlflowRuns:
         connection: an open tracker.
         study_tags: tags that every run of this study has, and no run of another study.
         runs: reference -> (run id, start in ms). Changed in place; the caller saves it.
+        home: where the images are whose paths are relative.
     """
 
-    def __init__(self, connection: Connection, study_tags: Mapping[str, str], runs: dict[str, tuple[str, int]]) -> None:
-        self.local = connection.local
+    def __init__(
+        self, connection: Connection, study_tags: Mapping[str, str], runs: dict[str, tuple[str, int]], home: Path
+    ) -> None:
+        self.local, self.home = connection.local, home
         self.runs = runs
         self._client, self._experiment = connection.client, connection.experiment
         self._study_tags = dict(study_tags)

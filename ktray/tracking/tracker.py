@@ -190,7 +190,9 @@ class Tracker:
         self._append("stage", **fields, span=[round(moment * 1000) for moment in stage.span or (time.time(), time.time())])
         self._logged_stages.add(stage.key)
         if stage.images:
-            paths = [str(image.absolute()) for image in stage.images]
+            home = self._home.absolute()  # images in it are named relative to it, because it may be moved before they are sent
+            images = [image.absolute() for image in stage.images]
+            paths = [str(image.relative_to(home) if image.is_relative_to(home) else image) for image in images]
             self._append("images", key=stage.key, name=stage.name, images=paths, share=self._share_images)
 
     def has_stage(self, key: str) -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from ktray.errors import UserError
 from ktray.output import print_err
+from ktray.tracking.artifact_locations import FOLDER, follow_home
 from ktray.tracking.connection import sqlite_path, validated_uri
 from ktray.tracking.mlflow_names import view_link, without_password
 
@@ -56,6 +58,10 @@ def serve(uri: str, port: int) -> int:
     if not database.exists():
         raise UserError(f"there are no runs in {database} yet", "ktray ui", "Start a search, or name another --tracking.")
     _check_free(port)
+    try:
+        follow_home(database, database.parent)
+    except sqlite3.Error as error:
+        print_err(f"ktray: images of a home that was moved may be missing: {database} cannot be changed ({error})")
     with _signals_interrupt(), _server(_command(uri, database, port)) as server:
         try:
             if _wait_until_listening(server, port):
@@ -71,7 +77,7 @@ def _command(uri: str, database: Path, port: int) -> list[str]:
     return [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", uri, "--registry-store-uri", uri),
-        *("--default-artifact-root", (database.parent / "mlartifacts").as_uri(), "--no-serve-artifacts"),
+        *("--default-artifact-root", (database.parent / FOLDER).as_uri(), "--no-serve-artifacts"),
         *("--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
         *("--workers", "1", "--uvicorn-opts", "--log-level warning"),
     ]

@@ -100,7 +100,7 @@ class Writer:
             return False
         if self._runs is None:
             opened = connection.connect(self._uri, self._home, self._study, {"ktray.study": self._study})
-            self._runs = MlflowRuns(opened, self._study_tags, position.runs)
+            self._runs = MlflowRuns(opened, self._study_tags, position.runs, self._home.absolute())
         if self._batch_failures >= MOST_BATCH_FAILURES:
             self._write_singly(entries, self._runs, position)
         else:
@@ -221,7 +221,7 @@ def _stage(runs: MlflowRuns, event: Event) -> None:
 
 
 def _images(runs: MlflowRuns, event: Event) -> None:
-    ref, images = f"stage/{event['key']}", [Path(image) for image in event["images"]]
+    ref, images = f"stage/{event['key']}", [runs.home / image for image in event["images"]]
     runs.find_or_create(ref, event["name"], event["time"])
     if not (runs.local or event["share"]):
         runs.log(ref, tags={"ktray.images": f"{len(images)} kept at home; --share-images sends them"})
