@@ -135,7 +135,7 @@ def sample(
 def _read_rows(item: tuple[Path, NDArray[np.int64]], projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """The projected rows (m, d) of a shard with these numbers (m,)."""
     shard, numbers = item
-    return apply(projection, np.load(shard, mmap_mode="r", allow_pickle=False)[numbers])
+    return apply(projection, np.load(intact(shard), mmap_mode="r", allow_pickle=False)[numbers])
 
 
 def centre_and_radius(
@@ -162,7 +162,7 @@ def centre_and_radius(
 
 def row_counts(shards: Sequence[Path]) -> list[int]:
     """The number of rows of each shard, from the head of its file."""
-    return [len(np.load(shard, mmap_mode="r", allow_pickle=False)) for shard in shards]
+    return [len(np.load(intact(shard), mmap_mode="r", allow_pickle=False)) for shard in shards]
 
 
 def _radius(shard: Path, shared: tuple[Mapping[str, NDArray[Any]], NDArray[np.float32]]) -> float:
