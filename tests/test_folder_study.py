@@ -138,7 +138,7 @@ def test_json_is_all_that_stdout_holds_and_quiet_is_quiet(ask: Any, command: lis
 def test_an_unknown_study_is_named_with_those_that_there_are(ask: Any, verb: str) -> None:
     code, out, err = ask(verb, "main")
     assert (code, out) == (2, "")
-    assert err.endswith("there is no study 'main'. There are mine.\n")
+    assert err.endswith("there is no study 'main'. Existing studies: mine.\n")
 
 
 def test_an_artifact_tells_its_record_and_what_keeps_it_from_serving_another_pair(ask: Any, home: Home, tmp_path: Path) -> None:

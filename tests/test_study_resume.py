@@ -106,7 +106,7 @@ def test_a_study_name_is_a_plain_file_name(tmp_path: Path) -> None:
 
 def test_a_study_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     Study.open(tmp_path, toy_space(tmp_path)).close()
-    with pytest.raises(UserError, match=r"no study 'toi'.*The studies are toy"):
+    with pytest.raises(UserError, match=r"no study 'toi'.*Existing studies: toy"):
         read_study(tmp_path, "toi")
 
 

@@ -53,7 +53,7 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
         UserError: there is no such study.
     """
     if name not in study_names(home):
-        known = f"The studies are {', '.join(study_names(home))}." if study_names(home) else "This home has no study."
+        known = f"Existing studies: {', '.join(study_names(home))}." if study_names(home) else "This home has no study."
         raise UserError(f"there is no study {name!r}", str(home), known)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
