@@ -54,7 +54,7 @@ def test_texts_of_every_type_are_the_names_of_the_classes(form: str, tmp_path: P
 NUMBERS: dict[str, Any] = {
     **{str(kind): pa.array([0, 1, 2] * 2, kind) for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())},
     **{str(kind): pa.array([0, 1, 2] * 2, kind) for kind in (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())},
-    **{str(kind): pa.array([0.0, 1.0, 2.0] * 2, kind) for kind in (pa.float32(), pa.float64())},
+    **{str(kind): pa.array([0.0, 1.0, 2.0] * 2, kind) for kind in (pa.float16(), pa.float32(), pa.float64())},
     "decimal": pa.array([decimal.Decimal(n) for n in (0, 1, 2)] * 2, pa.decimal128(5, 2)),
     "dictionary of numbers": pa.array([0, 1, 2] * 2).dictionary_encode(),
 }
@@ -247,6 +247,8 @@ def test_texts_and_named_numbers_of_different_files_are_matched(train: Any, test
         (TEXT, ["Pferd", "Affe", "Kuh"], ("zebra, ape, cow", "Pferd, Affe, Kuh")),
         (NAMED, (NUMBERED, hub(["Pferd", "Affe", "Kuh"])), ("zebra, ape, cow", "Pferd, Affe, Kuh")),
         ([0, 1, 2], [10, 11, 12], ("0, 1, 2", "10, 11, 12")),
+        ([0, 1, 2], [1, 2, 3], ("from 0 to 2", "from 1 to 3")),
+        ([1.0, 2.0, 4.0], [0, 1, 3], ("from 1 to 4", "from 0 to 3")),
     ],
 )
 def test_labels_that_cannot_be_matched_are_refused_with_both_lists(train: Any, test: Any, both: Any, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def read_labels(by_split: dict[str, list[ParquetFile]], column: str) -> Labels:
     _refuse_names_beside_numbers(files)
     _refuse_other_spellings(files)
     _refuse_foreign_classes(read)
+    _refuse_shifted_numbers(read)
     declared = list(dict.fromkeys(file.declared for file in files if file.declared is not None))
     used = dict.fromkeys(name for file in files for name in file.names)
     others = sorted(used.keys() - {name for names in declared for name in names})
@@ -145,7 +146,7 @@ def _declared_name(value: int | bool | str, declared: tuple[str, ...], file: Par
     elif 0 <= value < len(declared):
         return declared[value]
     raise UserError(
-        f"{file.path} has the label {value!r} in {column!r}, but its metadata names only {some(declared, 10)}",
+        f"{file.path} has the label {some([repr(value)])} in {column!r}, but its metadata names only {some(declared, 10)}",
         where="data.label",
         instead="Correct the labels or the metadata of the file.",
     )
@@ -185,14 +186,17 @@ _TEXTS = ("string", "large_string", "string_view")
 
 def _values_and_codes(array: Any) -> tuple[list[Any], NDArray[np.int64]]:
     """The distinct values of an Arrow array, and the index (n,) of each element's; -1 for null."""
-    from pyarrow import ExtensionArray, int64, types
+    from pyarrow import ArrowNotImplementedError, ExtensionArray, int64, types
 
     if isinstance(array, ExtensionArray):
         return _values_and_codes(array.storage)
     if types.is_null(array.type):
         return [], np.full(len(array), -1, np.int64)
     if not types.is_dictionary(array.type):
-        array = array.dictionary_encode()
+        try:
+            array = array.dictionary_encode()
+        except ArrowNotImplementedError:  # of rare types, such as half floats
+            return array.to_pylist(), np.arange(len(array))
         values, codes = array.dictionary.to_pylist(), np.arange(len(array.dictionary))
     else:
         values, codes = _values_and_codes(array.dictionary)
@@ -210,7 +214,7 @@ def _label(value: Any, file: ParquetFile, column: str) -> int | bool | str | Non
             return None
         if math.isinf(value) or value != int(value) or abs(value) > 2**53:
             raise UserError(
-                f"the column {column!r} of {file.path} holds numbers such as {value}",
+                f"the column {column!r} of {file.path} holds numbers such as {value:.6g}",
                 where="data.label",
                 instead="Labels are whole numbers or texts.",
             )
@@ -239,9 +243,9 @@ def _declared_names(file: ParquetFile, column: str) -> tuple[tuple[str, ...] | N
         why = "it is no JSON" if isinstance(error, ValueError | RecursionError) else "it has another form than the hub's"
         return None, (f"the metadata of {file.name} cannot be used, because {why}; its labels are taken as they are",)
     declared = tuple(map(str, names))
-    twice = [name for name, count in Counter(declared).items() if count > 1]
+    twice = some(repr(name) for name, count in Counter(declared).items() if count > 1)
     if twice:
-        raise UserError(f"the metadata of {file.path} names several classes {twice[0]!r}", "data.label", "Rename all but one.")
+        raise UserError(f"the metadata of {file.path} names several classes {twice}", "data.label", "Rename all but one.")
     return declared, ()
 
 
@@ -273,8 +277,8 @@ def _refuse_other_spellings(files: list[_FileLabels]) -> None:
         if len(names) > 1 and not apart and len(next(iter(names))) > 1:
             (one, first), (other, second) = list(names.items())[:2]
             raise _unmatched(
-                f"{first.file.name} has the class {one!r} ({some(first.known, 10)}), "
-                f"and {second.file.name} the class {other!r} ({some(second.known, 10)})"
+                f"{first.file.name} has the class {some([repr(one)])} ({some(first.known, 10)}), "
+                f"and {second.file.name} the class {some([repr(other)])} ({some(second.known, 10)})"
             )
 
 
@@ -285,6 +289,21 @@ def _refuse_foreign_classes(read: Mapping[str, list[_FileLabels]]) -> None:
         if names and not names.keys() & used["train"].keys():
             raise _unmatched(
                 f"the {split} files have other classes ({some(names, 10)}) than the training files ({some(used['train'], 10)})"
+            )
+
+
+def _refuse_shifted_numbers(read: Mapping[str, list[_FileLabels]]) -> None:
+    """Raise if no file names the numbers, and one split counts from 0 where another counts from 1."""
+    used = {
+        split: sorted({int(name) for file in files if file.numbered for name in file.names}) for split, files in read.items()
+    }
+    train = used["train"]
+    for split, numbers in used.items():
+        shifts = {one - other for one, other in zip(numbers, train, strict=False)}
+        if len(train) == len(numbers) > 1 and len(shifts) == 1 and shifts != {0}:
+            raise _unmatched(
+                f"the {split} files number their classes from {numbers[0]} to {numbers[-1]}, "
+                f"the training files from {train[0]} to {train[-1]}, and no file names them"
             )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ktray.errors import UserError
 
 MIB = 1 << 20
+_SHOWN = 256  # characters of a name in messages, as many as file names have
 _BUFFER_BYTES = MIB
 
 
@@ -47,8 +48,8 @@ class ParquetFile:
 
 
 def some(items: Iterable[str], shown: int = 5) -> str:
-    """The first few of some texts."""
-    found = list(items)
+    """The first few of some texts, each cut to a length that can be read."""
+    found = [item if len(item) <= _SHOWN else f"{item[:_SHOWN]}..." for item in items]
     return ", ".join(found[:shown]) + (f" and {len(found) - shown} more" if len(found) > shown else "")
 
 
@@ -127,7 +128,6 @@ def _diagnosis(path: Path, error: str) -> tuple[str, str]:
 
 
 _MAX_LABEL_BYTES = 1 << 30
-MIB = 1 << 20
 
 
 def _check_sizes(path: Path, footer: Any, column: str, label: str | None) -> None:
