@@ -125,6 +125,7 @@ def test_a_folder_of_any_name_is_taken_as_it_is(folder: str, tmp_path: Path) -> 
         ("**/**/*-1.parquet", "train-1 deep/er/train-1"),
         ("*/*/train-1.parquet", "deep/er/train-1"),
         ("d*/**", "deep/er/train-1"),
+        ("de*/*/*", "deep/er/train-1"),
     ],
 )
 def test_a_pattern_selects_files(pattern: str, files: str, tmp_path: Path) -> None:
@@ -133,6 +134,11 @@ def test_a_pattern_selects_files(pattern: str, files: str, tmp_path: Path) -> No
     (tmp_path / "deep/er/notes.txt").write_text("x")
     found = listed({"kind": "parquet", "path": f"{tmp_path}/{pattern}"}).files
     assert sorted(name for name, _ in found) == sorted(f"{name}.parquet" for name in files.split())
+
+
+def test_a_pattern_of_files_without_the_suffix_takes_them(tmp_path: Path) -> None:
+    write_all(tmp_path, "part-0 part-1 other")
+    assert list(files_of(f"parquet:{tmp_path}/part-*")["train"]) == ["part-0", "part-1"]
 
 
 def test_brackets_that_may_be_read_in_two_ways_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ktray.datasets.parquet.footers import some
 from ktray.errors import UserError
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
-_MAX_ENTRIES = 1_000_000
+_MAX_ENTRIES = 300_000
 
 
 def list_files(source: Path) -> tuple[dict[str, Path], dict[str, int]]:
@@ -55,22 +55,20 @@ def _as_text(name: str) -> str:
 def _matching(root: Path, parts: tuple[str, ...]) -> tuple[set[Path], Counter[str]]:
     """The files below `root` that match the parts of a pattern, and what was left out.
 
-    Without parts, and where the last one is **, files with a suffix of parquet files match, and the others are counted.
+    Files with a suffix of parquet files are taken; others only if a pattern matches no such file.
     """
-    by_suffix = not parts or parts[-1] == "**"
-    pattern = (*(parts or ("**",)), *("*" if by_suffix else ""))
-    found, left_out = set[Path](), Counter[str]()
+    pattern = (*(parts or ("**",)), *("*" if not parts or parts[-1] == "**" else ""))
+    found, others, left_out = set[Path](), set[Path](), Counter[str]()
     for entry in _walk(root, pattern, left_out):
-        suffix = Path(entry.name).suffix.lower()
         if _is(entry, "dir"):
-            left_out["folders"] += not by_suffix
+            left_out["folders"] += pattern[-2:] != ("**", "*")
         elif not _is(entry, "file"):
             left_out["broken links and special files"] += 1
-        elif by_suffix and suffix not in _SUFFIXES:
-            left_out[suffix or "without suffix"] += 1
         else:
-            found.add(Path(entry.path))
-    return found, +left_out
+            (found if entry.name.lower().endswith(_SUFFIXES) else others).add(Path(entry.path))
+    if others and not found and pattern[-2:] != ("**", "*"):
+        return others, +left_out
+    return found, +left_out + Counter(file.suffix.lower() or "without suffix" for file in others)
 
 
 def _walk(root: Path, pattern: tuple[str, ...], left_out: Counter[str]) -> Iterator[os.DirEntry[str]]:
