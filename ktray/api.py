@@ -308,7 +308,8 @@ def run(
     else:
         source, pairs = Path("pair"), {"pair": _pair_of(pair, list(overrides))}
     pairs = select_pairs(pairs, only)
-    check_pairs(pairs, data_loader(), source)
+    for sentence in check_pairs(pairs, data_loader(), source):
+        settings.print_info(f"ktray: {sentence}")
     results = run_here(pairs, settings) if local else run_on_ray(pairs, address, concurrent, settings)
     finished = []
     for result in results:

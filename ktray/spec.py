@@ -243,11 +243,14 @@ Normalization = Literal["ktray", "imagenet", "half"]  # how pixels become a netw
 class LoadedTeacher(StrictSpec):
     """A backbone with existing weights.
 
-    `checkpoint` is a file (safetensors, or a state_dict that loads with weights_only), the folder of an exported student, or
-    the key of a teacher or student in the store, such as ``teacher-3f9a1c0b2d44``.
+    `checkpoint` is a file (safetensors, or whatever torch.save wrote that holds named tensors), the folder of an exported
+    student, or the key of a teacher or student in the store, such as ``teacher-3f9a1c0b2d44``. The network in a file is found
+    by the names of its tensors, below any keys and behind any prefix; where several fit, `key` and `prefix` say which.
     """
 
     checkpoint: str
+    key: str | None = Field(default=None, description="of the state_dict in the file, such as model_ema; null: found by names")
+    prefix: str | None = Field(default=None, description="of the names in it, such as module.backbone; null: found by names")
     backbone: BackboneSpec
     normalize: Normalization = Field(default="ktray", description="imagenet for the weights of torchvision and most of timm")
     layer: str | None = None

@@ -101,7 +101,7 @@ def test_a_file_without_named_tensors_is_refused(tmp_path):
     with pytest.raises(UserError, match="no named tensors"):
         pretrained.import_weights(ALEXNET, tmp_path / "list.pth", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"neither model\.safetensors nor weights\.safetensors"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors, weights\.safetensors nor pytorch_model\.bin"):
         pretrained.import_weights(ALEXNET, tmp_path / "empty", tmp_path / "out")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,3 +331,130 @@ def test_an_evaluation_of_precomputed_features_has_no_layer(tmp_path: Path) -> N
     judge = {"kind": "knn", "of": "teacher", "layer": "conv3"}
     with pytest.raises(UserError, match=r"evals\.0\.layer: the teacher is a file of features, which has no layer 'conv3'"):
         check_pair(toy_pair(teacher=npy(tmp_path, numbers(DATA["count"]), None), evals=[judge]), data_loader())
+
+
+# --- files that are of another kind, or claim more than they hold
+
+
+def header(shape: str, descr: str = "<f4", data: bytes = b"") -> bytes:
+    """A .npy whose header claims this shape."""
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + data
+
+
+def archived(at: Path) -> dict[str, Any]:
+    photos(at / "photos")
+    with open(at / "x.npy", "wb") as file:
+        np.savez(file, a=numbers())
+    return {"features": str(at / "x.npy")}
+
+
+def appended(at: Path) -> dict[str, Any]:
+    photos(at / "photos")
+    with open(at / "x.npy", "wb") as file:
+        np.save(file, numbers())
+        np.save(file, numbers())
+    return {"features": str(at / "x.npy")}
+
+
+def hole(suffix: str) -> Callable[[Path], dict[str, Any]]:
+    def write(at: Path) -> dict[str, Any]:
+        photos(at / "photos")
+        size = 10**12
+        (at / f"x{suffix}").write_bytes(header(f"({size // 4 // 6}, 6)"))
+        os.truncate(at / f"x{suffix}", 128 + size // 24 * 24)
+        return {"features": str(at / f"x{suffix}")}
+
+    return write
+
+
+def two_columns(at: Path) -> dict[str, Any]:
+    names, values = paths(photos(at / "photos")), pyarrow.array(list(numbers()))
+    columns = pyarrow.Table.from_arrays([pyarrow.array(names), values, values], ["path", "features", "features"])
+    parquet.write_table(columns, at / "two.parquet")
+    return {"features": str(at / "two.parquet")}
+
+
+def billions(at: Path) -> dict[str, Any]:
+    """Few bytes that stand for 80 million equal rows."""
+    photos(at / "photos")
+    kind = pyarrow.schema({"path": pyarrow.string(), "features": pyarrow.list_(pyarrow.float32())})
+    rows = 2_000_000
+    path = pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["a/000.png"]).cast(pyarrow.string())
+    values = pyarrow.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32), np.zeros(rows, np.float32))
+    parquet.write_table(pyarrow.table([path, values], schema=kind), at / "many.parquet", compression="zstd")
+    return {"features": str(at / "many.parquet")}
+
+
+def cut_parquet(at: Path) -> dict[str, Any]:
+    made = broken(at, lambda values, names: None, table)
+    content = Path(made["features"]).read_bytes()
+    Path(made["features"]).write_bytes(content[: len(content) // 2])
+    return made
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+ANOTHER_KIND: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "an empty npy": (as_file("x.npy", b""), r"x\.npy is not a \.npy file of numbers but is empty"),
+    "a web page": (as_file("x.npy", b"<html>404</html>"), r"x\.npy is not a \.npy file of numbers but is a web page"),
+    "an LFS pointer": (as_file("x.npy", LFS), r"but is a pointer of Git LFS and not the file itself\. Fetch .* git lfs pull"),
+    "an LFS pointer to a parquet": (as_file("x.parquet", LFS), r"x\.parquet is not a parquet file: it is a pointer of Git LFS"),
+    "an empty parquet": (as_file("x.parquet", b""), r"x\.parquet is not a parquet file: it is empty"),
+    "a cut parquet": (cut_parquet, r"clip\.parquet is not a parquet file: it is cut off or damaged"),
+    "several arrays": (archived, r"x\.npy is not a \.npy file of numbers but is a zip archive"),
+    "two arrays, one behind the other": (appended, r"x\.npy contains more than one array: it has"),
+    "a cut npy": (as_file("x.npy", header("(40, 6)", data=bytes(40 * 6 * 3))), r"x\.npy is cut off: it has .* which are 1,088"),
+    "a negative shape": (
+        as_file("x.npy", header("(-40, 6)", data=bytes(960))),
+        r"damaged \.npy file: it claims the shape \(-40, 6\)",
+    ),
+    "a shape that is true": (as_file("x.npy", header("(True, 6)", data=bytes(24))), r"damaged \.npy file"),
+    "a huge shape": (
+        as_file("x.npy", header(f"({10**15}, {10**15})", data=bytes(960))),
+        r"x\.npy is cut off: it has 1,088 bytes",
+    ),
+    "a shape of halves": (
+        as_file("x.npy", header("(40.5, 6)", data=bytes(960))),
+        r"damaged \.npy file: its header cannot be read",
+    ),
+    "a header of code": (as_file("x.npy", header("__import__('os')")), r"damaged \.npy file: its header cannot be read"),
+    "a deep header": (as_file("x.npy", header("(" * 5000)), r"damaged \.npy file: its header cannot be read"),
+    "no header": (as_file("x.npy", b"\x93NUMPY\x01\x00\xff\xff"), r"damaged \.npy file: its header cannot be read"),
+    "another version": (as_file("x.npy", b"\x93NUMPY\x09\x00" + bytes(200)), r"damaged \.npy file: its header cannot be read"),
+    "a terabyte that is a hole": (
+        hole(".npy"),
+        r"x\.npy claims 1,\d+,.* bytes, of which only .* are on disk; the rest is a hole",
+    ),
+    "a terabyte of parquet": (hole(".parquet"), r"x\.parquet claims 1,\d+,.* bytes, of which only .* are on disk"),
+    "a column twice": (
+        two_columns,
+        r"teacher\.columns\.features: two\.parquet has 2 columns 'features'\. It has path, features",
+    ),
+    "millions of equal rows": (billions, r"many\.parquet claims 2,000,000 rows with 4,000,000 values in [\d,]+ bytes"),
+    "names that are a huge array": (
+        lambda at: {
+            **broken(at, lambda values, names: (values, None)),
+            "names": as_file("n.npy", header(f"({10**12},)", "<U100"))(at)["features"],
+        },
+        r"teacher\.names: n\.npy is cut off",
+    ),
+}
+
+
+@pytest.mark.parametrize(("teacher", "said"), ANOTHER_KIND.values(), ids=ANOTHER_KIND.keys())
+def test_a_file_of_another_kind_or_size_than_it_claims_is_refused_before_it_is_read(
+    teacher: Callable[[Path], dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    pair = ready_pair(photos(tmp_path / "photos"), teacher(tmp_path))
+    began = time.process_time()
+    with pytest.raises(UserError, match=said) as refused:
+        check_pair(pair, data_loader())
+    assert "\n" not in str(refused.value)
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_a_file_of_a_terabyte_is_not_hashed(suffix: str, tmp_path: Path) -> None:
+    pair = ready_pair(photos(tmp_path / "photos"), hole(suffix)(tmp_path))
+    with pytest.raises(UserError, match="the rest is a hole"):
+        build(pair, IDENTITY)

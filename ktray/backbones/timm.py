@@ -9,9 +9,10 @@ Source: Wightman, PyTorch Image Models, doi:10.5281/zenodo.4414861.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ktray.errors import UserError
@@ -24,8 +25,26 @@ class Spec(StrictSpec):
     """A timm model name such as `resnet18` or `vit_small_patch16_224`, without a pretrained tag."""
 
     kind: Literal["timm"] = "timm"
-    model: str = Field(default="mobilenetv3_small_050", pattern=r"^[a-z0-9_]+$")
+    model: str = "mobilenetv3_small_050"
     image: int | None = Field(default=None, ge=8, le=1024, description="side in pixels, for models with a fixed image size")
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_name_without_a_tag(cls, model: str) -> str:
+        """As a hub writes it, ``hf_hub:timm/resnet18.a1_in1k``, a name says which pretrained weights it means."""
+        bare = re.sub(r"^(hf[-_]hub:|local-dir:|timm/)+", "", model.strip())
+        name, dot, tag = bare.partition(".")
+        plain = name.lower().replace("-", "_")
+        if model == plain and re.fullmatch(r"[a-z0-9_]+", plain):
+            return model
+        if not re.fullmatch(r"[a-z0-9_]+", plain):
+            raise ValueError(f"{model!r} is no name of timm's, which are small letters, digits and '_', such as resnet18")
+        if not dot:
+            raise ValueError(f"write model: {plain}, as timm spells it, instead of {model!r}")
+        raise ValueError(
+            f"{dot + tag!r} names pretrained weights, and this network starts untrained: write model: {plain}, and give the "
+            f"weights of a teacher as a file, {{checkpoint: FILE, backbone: {{kind: timm, model: {plain}}}}}"
+        )
 
 
 class _Timm(nn.Module):

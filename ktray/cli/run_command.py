@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
     settings = settings_of(args)
     pairs = select_pairs(load_pairs(args.source, args.overrides), args.only)
-    check_pairs(pairs, data_loader(), args.source)
+    for sentence in check_pairs(pairs, data_loader(), args.source):
+        settings.print_info(f"ktray: {sentence}")
     interruption = Interruption()
     with stop_on_signals(interruption, settings.print_info):
         if args.local:

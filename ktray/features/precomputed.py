@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from ktray import progress
 from ktray.errors import UserError
 from ktray.features import extraction
+from ktray.file_kind import require_readable, what_it_is
 from ktray.fingerprint import file_version
 from ktray.images import Images
 from ktray.spec import Columns, PrecomputedTeacher
@@ -23,6 +25,10 @@ IDENTITY, REVISION = "precomputed_features", 1
 TOOLS = (extraction,)
 
 WHERE = "teacher.features"
+_NPY, _PARQUET = b"\x93NUMPY", b"PAR1"
+_WRITE_AGAIN = "Write or copy it again."
+_FEW_ROWS, _FEW_VALUES = 1_000_000, 100_000_000  # in a parquet; more must be borne out by its size
+_MOST_VALUES_OF_A_BYTE = 100
 Read = Callable[[Sequence[str]], NDArray[np.float32]]
 """Paths of n images -> their features (n, D) float32, not checked to be finite."""
 
@@ -148,20 +154,80 @@ def read_rows(read: Read, images: Images, start: int = 0, stop: int | None = Non
     return rows
 
 
+def check_header(path: Path) -> None:
+    """Check that a file is the .npy or .parquet that its name says, and can hold what it claims; reads its header alone.
+
+    Raises:
+        UserError: it is another kind of file, cut off, or claims more than its bytes can hold.
+    """
+    if path.suffix == ".parquet":
+        _parquet(path)
+    else:
+        require_readable(path, WHERE)
+        _check_npy(path, WHERE)
+
+
+def check_names_header(path: Path) -> None:
+    """`check_header` for a file of names: a .npy or a text."""
+    require_readable(path, "teacher.names")
+    if path.suffix == ".npy":
+        _check_npy(path, "teacher.names")
+
+
+def _check_npy(path: Path, where: str) -> None:
+    """Compare what the header of a .npy claims with the size of the file.
+
+    Args:
+        where: dotted path of the field, for errors.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_NPY)) != _NPY:
+            found, instead = what_it_is(path)
+            said = f" but {found}" if found else ""
+            raise UserError(f"{path.name} is not a .npy file of numbers{said}", where, instead or "Write it with numpy.save.")
+        file.seek(0)
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+        except Exception as error:  # NumPy evaluates a text of the file, which raises whatever is wrong with it
+            raise UserError(f"{path.name} is a damaged .npy file: its header cannot be read", where, _WRITE_AGAIN) from error
+        start = file.tell()
+    if dtype.hasobject:
+        raise UserError(
+            f"{path.name} is not a .npy file of numbers: it contains pickled objects", where, "Write an array of numbers."
+        )
+    if any(type(length) is not int or length < 0 for length in shape):
+        raise UserError(f"{path.name} is a damaged .npy file: it claims the shape {shape}", where, _WRITE_AGAIN)
+    size, needed = path.stat().st_size, start + math.prod(shape) * dtype.itemsize
+    if size != needed:
+        what = "is cut off" if size < needed else "contains more than one array"
+        raise UserError(
+            f"{path.name} {what}: it has {size:,} bytes, and its header claims {shape} of {dtype}, which are {needed:,}",
+            where,
+            _WRITE_AGAIN,
+        )
+
+
 def _array(path: Path) -> NDArray[Any]:
     """(N, D) floats, memory-mapped."""
+    check_header(path)
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:  # pickled objects, or not a .npy file
+        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:  # the file is being replaced
         raise UserError(f"{path.name} is not a .npy file of numbers", WHERE, "Write it with numpy.save.") from error
-    if not isinstance(found, np.ndarray) or found.ndim != 2 or 0 in found.shape or found.dtype.kind != "f":
-        content = f"an array {found.shape} of {found.dtype}" if isinstance(found, np.ndarray) else "several arrays"
-        raise UserError(f"{path.name} contains {content}", WHERE, "Features must be (N, D) of float16, float32 or float64.")
+    if found.ndim != 2 or 0 in found.shape or found.dtype.kind != "f":
+        raise UserError(
+            f"{path.name} contains an array {found.shape} of {found.dtype}",
+            WHERE,
+            "Features must be (N, D) of float16, float32 or float64.",
+        )
     return found
 
 
 @lru_cache(maxsize=8)
 def _names(path: Path, version: tuple[int, int, int]) -> tuple[str, ...]:
+    check_names_header(path)
     try:
         if path.suffix != ".npy":
             return tuple(line.removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines())
@@ -181,9 +247,12 @@ def _column_of_paths(path: Path, columns: Columns, version: tuple[int, int, int]
 
     schema = (file := _parquet(path)).schema_arrow
     for role, column in columns.model_dump().items():
-        if column not in schema.names:
+        count = schema.names.count(column)
+        if count != 1:
             raise UserError(
-                f"{path.name} has no column {column!r}", f"teacher.columns.{role}", f"It has {', '.join(schema.names)}."
+                f"{path.name} has {count or 'no'} column{'s' * (count > 1)} {column!r}",
+                f"teacher.columns.{role}",
+                f"It has {', '.join(schema.names)}.",
             )
     kind = schema.field(columns.features).type
     lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
@@ -198,12 +267,27 @@ def _column_of_paths(path: Path, columns: Columns, version: tuple[int, int, int]
 
 
 def _parquet(path: Path) -> Any:
-    from pyarrow import ArrowInvalid, parquet
+    """The opened file, after a comparison of what it claims with its size: a few bytes can stand for billions of equal rows."""
+    from pyarrow import ArrowException, parquet
 
+    require_readable(path, WHERE)
     try:
-        return parquet.ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
-        raise UserError(f"{path.name} is not a parquet file", WHERE) from error
+        found = parquet.ParquetFile(path)
+    except (ArrowException, OSError, ValueError) as error:
+        is_one = path.open("rb").read(len(_PARQUET)) == _PARQUET
+        kind, instead = ("is cut off or damaged", _WRITE_AGAIN) if is_one else what_it_is(path)
+        raise UserError(f"{path.name} is not a parquet file{f': it {kind}' if kind else ''}", WHERE, instead) from error
+    size, metadata = path.stat().st_size, found.metadata
+    values = sum(
+        metadata.row_group(group).column(column).num_values
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    )
+    if metadata.num_rows > max(size, _FEW_ROWS) or values > max(size * _MOST_VALUES_OF_A_BYTE, _FEW_VALUES):
+        raise UserError(
+            f"{path.name} claims {metadata.num_rows:,} rows with {values:,} values in {size:,} bytes", WHERE, _WRITE_AGAIN
+        )
+    return found
 
 
 def _values(path: Path, column: str, count: int) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from ktray.features import precomputed
 from ktray.fingerprint import canonical, file_sha256, file_version, version_is_reliable
 from ktray.spec import Columns, DataSpec, PrecomputedTeacher
 from ktray.training import pretrained
+from ktray.training.checkpoint_file import open_checkpoint
 
 
 def data_identity(cache: Path | None = None) -> Callable[[DataSpec], str]:
@@ -39,30 +40,36 @@ def checkpoint_sha256(path: str) -> str:
     """sha256 of the weights in a checkpoint: a file, or the folder of an exported student or of a snapshot.
 
     Raises:
-        UserError: there is no such file or folder.
+        UserError: there is no such file or folder, or it is no checkpoint, which is seen without reading all of it.
     """
-    file = pretrained.weights_file(Path(path)).absolute()
-    return _sha256(file, file.stat())
+    file = pretrained.weights_file(pretrained.checkpoint_path(path))
+    return _sha256(file, file.stat(), open_checkpoint)
 
 
 def features_identity(teacher: PrecomputedTeacher) -> dict[str, Any]:
     """Identity of precomputed features: sha256 of the file, sha256 of the names or null, and the columns or null.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is of another kind, which is seen without reading all of it.
     """
     found = {field: (path, path.stat()) for field, path in precomputed.feature_files(teacher).items()}
-    hashes = {field: _sha256(path, state) for field, (path, state) in found.items()}
+    checks = {"features": precomputed.check_header, "names": precomputed.check_names_header}
+    hashes = {field: _sha256(path, state, checks[field]) for field, (path, state) in found.items()}
     columns = (teacher.columns or Columns()).model_dump() if teacher.features.endswith(".parquet") else None
     return {"file": hashes["features"], "names": hashes.get("names"), "columns": columns}
 
 
-def _sha256(file: Path, found: os.stat_result) -> str:
+def _sha256(file: Path, found: os.stat_result, check: Callable[[Path], object]) -> str:
+    """sha256 of a file, after a check of its header: hashing one that claims terabytes would take days."""
     version = file_version(found)
-    return _sha256_as_of(file, version) if version_is_reliable(version) else file_sha256(file)
+    if version_is_reliable(version):
+        return _sha256_as_of(file, version, check)
+    check(file)
+    return file_sha256(file)
 
 
 @lru_cache(maxsize=256)
-def _sha256_as_of(file: Path, version: tuple[int, int, int]) -> str:
+def _sha256_as_of(file: Path, version: tuple[int, int, int], check: Callable[[Path], object]) -> str:
     """Cached, because every trial of a search asks for the same files; in another version, a file is read again."""
+    check(file)
     return file_sha256(file)

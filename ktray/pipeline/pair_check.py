@@ -12,7 +12,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ from ktray.spec import (
 from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.strict import StrictSpec
 from ktray.training import loop
-from ktray.training.pretrained import ARTIFACT, require_readable
+from ktray.training.pretrained import ARTIFACT, Weights, check_weights, checkpoint_path, shapes
 
 Load = Callable[[DataSpec], Splits]
 
@@ -65,34 +64,57 @@ def data_loader() -> Load:
     return load
 
 
-def check_pair(pair: PairSpec, load: Load) -> None:
-    """Reject a pair that would fail later or would be evaluated on labels that it was trained on.
+def check_pair(pair: PairSpec, load: Load) -> list[str]:
+    """Reject a pair that would fail later or would be evaluated on labels that it was trained on; returns what was assumed.
 
-    Such as: too many clusters, missing labels or splits, unknown layers, images that are too small for a network.
+    Such as: too many clusters, missing labels or splits, unknown layers, images that are too small for a network. What was
+    assumed are sentences for people, such as which of several networks in a checkpoint teaches.
 
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
+    assumed = []
     if isinstance(pair.teacher, StudentTeacher):
         with _errors_inside("teacher.pair"):
-            check_pair(pair.teacher.pair, load)
+            assumed += check_pair(pair.teacher.pair, load)
     found = {role: _listed(pair, role, load) for role in DataRoles.model_fields}
     _check_transfer(pair, found["cluster"], found["transfer"])
     _check_pretext(pair, found["pretext"])
     _check_labels(pair, found["transfer"], found["target"])
     _check_held_out_images(pair, found["target"], load)
-    if isinstance(pair.teacher, LoadedTeacher) and not ARTIFACT.fullmatch(pair.teacher.checkpoint):
-        _check_checkpoint(pair.teacher.checkpoint, checkpoint_sha256(pair.teacher.checkpoint))
+    if isinstance(pair.teacher, LoadedTeacher):
+        assumed += _check_checkpoint(pair.teacher)
     _check_precomputed_features(pair, load)
     _check_evaluations(pair)
     _check_layers(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
+    return assumed
+
+
+def _check_checkpoint(teacher: LoadedTeacher) -> list[str]:
+    """Reject a checkpoint whose weights are not those of the backbone; returns which of several were taken."""
+    if ARTIFACT.fullmatch(teacher.checkpoint):
+        for field in ("key", "prefix"):
+            if getattr(teacher, field) is not None:
+                raise UserError(f"an artifact has no {field}", f"teacher.{field}", "Leave it out.")
+        return []
+    sha256 = checkpoint_sha256(teacher.checkpoint)
+    found = _weights(teacher.checkpoint, sha256, teacher.backbone, teacher.key, teacher.prefix)
+    if not found.others:
+        return []
+    there = "; ".join(map(str, found.others))
+    name = checkpoint_path(teacher.checkpoint).name
+    return [
+        f"{name} has several networks: the one at {found.place} is taken. To take another, say so with key and prefix: {there}"
+    ]
 
 
 @lru_cache(maxsize=256)
-def _check_checkpoint(checkpoint: str, sha256: str) -> None:
-    """Reject a checkpoint that cannot be loaded. Cached by content, because many pairs of a search load the same one."""
-    require_readable(Path(checkpoint))
+def _weights(checkpoint: str, sha256: str, backbone: BackboneSpec, key: str | None, prefix: str | None) -> Weights:
+    """The weights that are taken. Cached by content, because many pairs of a search load the same ones."""
+    with _errors_at("teacher.backbone", f"the {backbone.kind} cannot be made", backbone):
+        network = shapes(backbone)
+    return check_weights(network, checkpoint_path(checkpoint), key, prefix)
 
 
 @contextlib.contextmanager
@@ -273,17 +295,18 @@ def _check_evaluations(pair: PairSpec) -> None:
 
 
 def _check_layers(pair: PairSpec) -> None:
-    networks: list[tuple[str, BackboneSpec, str | None]] = []
+    networks: list[tuple[str, str, BackboneSpec, str | None]] = []
     teacher = pair.teacher
     if isinstance(teacher, NetworkTeacher):
-        networks.append(("teacher.layer", teacher.backbone, teacher.layer))
+        networks.append(("teacher.layer", "teacher", teacher.backbone, teacher.layer))
     for index, spec in enumerate(pair.evals):
         if spec.of == "student":
-            networks.append((f"evals.{index}.layer", pair.student.backbone, spec.layer))
+            networks.append((f"evals.{index}.layer", "student", pair.student.backbone, spec.layer))
         elif isinstance(teacher, NetworkTeacher):
-            networks.append((f"evals.{index}.layer", teacher.backbone, spec.layer))
-    for where, backbone, layer in networks:
-        names = _layer_names(backbone)
+            networks.append((f"evals.{index}.layer", "teacher", teacher.backbone, spec.layer))
+    for where, owner, backbone, layer in networks:
+        with _errors_at(f"{owner}.backbone", f"the {backbone.kind} cannot be made"):
+            names = _layer_names(backbone)
         if layer is not None and layer not in names:
             raise UserError(
                 f"the backbone {backbone.kind} has no layer {layer!r}", where=where, instead=f"It has {', '.join(names)}."

@@ -9,10 +9,12 @@ from typing import Any
 
 from ktray import images, plugins
 from ktray.artifact import Stage, numbered
+from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.pipeline.identity import checkpoint_sha256, features_identity
 from ktray.pipeline.naming import lineage
 from ktray.spec import (
+    BackboneSpec,
     DataSpec,
     EvaluationSpec,
     HandcraftedTeacher,
@@ -197,7 +199,8 @@ def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
     elif isinstance(teacher, LoadedTeacher):
         in_store = pretrained.ARTIFACT.fullmatch(teacher.checkpoint)
         sha256 = None if in_store else checkpoint_sha256(teacher.checkpoint)
-        builder.keys["teacher"] = builder.add(teacher_stage.loaded(teacher, sha256))
+        taken = "" if sha256 is None else _taken(teacher.checkpoint, sha256, teacher.backbone, teacher.key, teacher.prefix)
+        builder.keys["teacher"] = builder.add(teacher_stage.loaded(teacher, sha256, taken))
     elif isinstance(teacher, StudentTeacher):
         generation = f"{builder.generation}pair."
         inner = _Builder(teacher.pair, builder.identity, builder.milestones, generation, builder.stages)
@@ -206,6 +209,16 @@ def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
         stage = teacher_stage.fitted(teacher, builder.images("cluster"), builder.locations("cluster"))
         builder.keys["teacher"] = builder.add(stage)
+
+
+@lru_cache(maxsize=256)
+def _taken(checkpoint: str, sha256: str, backbone: BackboneSpec, key: str | None, prefix: str | None) -> str:
+    """What a loaded teacher takes from its file, for the record; empty if that fails, which its stage will report."""
+    try:
+        network, path = pretrained.shapes(backbone), pretrained.checkpoint_path(checkpoint)
+        return pretrained.find_weights(network, path, key, prefix).summary()
+    except UserError:
+        return ""
 
 
 def _features(builder: _Builder, role: str) -> str:

@@ -152,16 +152,16 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
 
     if not is_space(source):
         pairs = dict(load_pairs(source, overrides))
-        check_pairs(pairs, load, source)
+        assumed = check_pairs(pairs, load, source)
         graphs = _graphs(pairs, settings)
-        return _Plan(_answer(graphs, len(pairs), settings, source, _sharing(0, []), []), pairs, _evaluation_names(graphs))
+        return _Plan(_answer(graphs, len(pairs), settings, source, _sharing(0, []), assumed), pairs, _evaluation_names(graphs))
     space = load_space(source, overrides)
-    check_space(space, load, str(source))
+    assumed = check_space(space, load, str(source))
     size = space.size()
     draws = min(space.budget.trials, size or space.budget.trials)
     stages, teachers = _shared_stages(space, draws, settings)
     graphs = _graphs(dict(_draws_to_show(space)), settings)
-    notes = _notes(space.warnings(), teachers, draws)
+    notes = [*_notes(space.warnings(), teachers, draws), *assumed]
     answer = _answer(graphs, size, settings, source, _sharing(draws, stages), notes)
     pairs = {label: space.pair(params) for label, params in space.boundary_draws()}
     return _Plan(answer, pairs, _evaluation_names(graphs))
@@ -224,24 +224,26 @@ def _full_size_stages(plan: _Plan, load: Load, identity: Identity) -> FullSizeSt
     return FullSizeStages(stages, images, plan.artifacts_expected())
 
 
-def check_pairs(pairs: Mapping[str, PairSpec], load: Load, source: Path) -> None:
-    """Check pairs against data and networks.
+def check_pairs(pairs: Mapping[str, PairSpec], load: Load, source: Path) -> list[str]:
+    """Check pairs against data and networks; returns what was assumed, each once, as sentences for people.
 
     Raises:
         UserError: names the file, the pair where there are several, and the dotted path.
     """
     from ktray.pipeline.pair_check import check_pair
 
+    assumed: dict[str, None] = {}
     for name, pair in pairs.items():
         try:
-            check_pair(pair, load)
+            assumed |= dict.fromkeys(check_pair(pair, load))
         except UserError as error:
             which = f"{source}: {name}: " if source.suffix == ".py" else f"{source}: "
             raise UserError(error.problem, where=f"{which}{error.where}", instead=error.instead) from error
+    return list(assumed)
 
 
-def check_space(space: Space, load: Load, source: str) -> None:
-    """Check every branch at both ends of every range against data and networks.
+def check_space(space: Space, load: Load, source: str) -> list[str]:
+    """Check every branch at both ends of every range against data and networks; returns what was assumed, as `check_pairs`.
 
     Args:
         source: what errors call the space, such as its file.
@@ -251,13 +253,15 @@ def check_space(space: Space, load: Load, source: str) -> None:
     """
     from ktray.pipeline.pair_check import check_pair
 
+    assumed: dict[str, None] = {}
     for label, params in space.boundary_draws():
         try:
-            check_pair(space.pair(params), load)
+            assumed |= dict.fromkeys(check_pair(space.pair(params), load))
         except UserError as error:
             path = space.path_in_file(tuple(error.where.split(".")), params) if error.where else "pair"
             draw = f" ({label})" if ": " in label else ""  # the path alone identifies the first draw of each branch
             raise UserError(f"{error.problem}{draw}", where=f"{source}: {path}", instead=error.instead) from error
+    return list(assumed)
 
 
 def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
@@ -335,22 +339,33 @@ def _answer(
     sharing: dict[str, Any],
     notes: list[str],
 ) -> dict[str, Any]:
-    _refuse_absent(graphs, settings, source)
+    _check_artifacts(graphs, settings, source)
     valid = {"valid": True, "problem": None, "pairs": count}
     return {**valid, **stages_and_estimate(list(graphs.values()), settings), "sharing": sharing, "notes": notes}
 
 
-def _refuse_absent(graphs: Mapping[str, Graph], settings: Settings, source: Path) -> None:
-    """Refuse a loaded teacher whose artifact is neither in the store nor made by any of these pairs."""
+def _check_artifacts(graphs: Mapping[str, Graph], settings: Settings, source: Path) -> None:
+    """Refuse a loaded teacher whose artifact is neither in the store nor made by these pairs, or has another architecture."""
+    from ktray import plugins
+    from ktray.training.pretrained import check_weights, shapes
+
     store, made = settings.open_store(), {stage.key for graph in graphs.values() for stage in graph.stages}
     for name, graph in graphs.items():
         absent = [key for stage in graph.stages for key in stage.inputs.values() if key not in made and not store.find(key)]
+        where = f"{source}: {f'{name}: ' if len(graphs) > 1 else ''}teacher.checkpoint"
         if absent:
             raise UserError(
                 f"the artifact {absent[0]} is not in the store {store.url}",
-                f"{source}: {f'{name}: ' if len(graphs) > 1 else ''}teacher.checkpoint",
+                where,
                 "Run the pair that makes it first, or name the store that has it with --store.",
             )
+        for stage in graph.stages:
+            teacher = store.find(stage.inputs.get("snapshot", ""))
+            if teacher:
+                try:
+                    check_weights(shapes(plugins.parse("backbone", stage.spec["backbone"])), teacher.directory)
+                except UserError as error:
+                    raise UserError(error.problem, where, error.instead) from error
 
 
 def stages_and_estimate(graphs: Sequence[Graph], settings: Settings) -> dict[str, Any]:

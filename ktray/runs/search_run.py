@@ -176,9 +176,9 @@ def search(space: Space, source: str, options: SearchOptions, settings: Settings
     if options.concurrent is not None:
         require_positive(options.concurrent, "concurrent")
     space = with_concurrent(space, options.concurrent)
-    check_space(space, data_loader(), source)
+    assumed = check_space(space, data_loader(), source)
     name = options.name or space.name
-    for warning in space.warnings():
+    for warning in [*space.warnings(), *assumed]:
         settings.print_info(f"ktray: {warning}")
     tags = {"ktray.version": __version__}
     tracker = Tracker(settings.tracking_uri, settings.home, name, share_images=options.share_images, version_tags=tags)

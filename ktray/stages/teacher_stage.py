@@ -18,6 +18,7 @@ from ktray.spec import HandcraftedTeacher, LoadedTeacher, TrainedTeacher
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
 from ktray.training import pretrained
+from ktray.training.checkpoint_file import WHERE
 
 IDENTITY, REVISION = "stage.teacher", 1
 TOOLS = (training_segment,)
@@ -40,17 +41,21 @@ def trained(teacher: TrainedTeacher, images: str, locations: Mapping[str, Any]) 
     return at
 
 
-def loaded(teacher: LoadedTeacher, sha256: str | None) -> Stage:
+def loaded(teacher: LoadedTeacher, sha256: str | None, taken: str = "") -> Stage:
     """The stage that imports weights.
 
     Args:
         sha256: of the weights in the file or folder ``teacher.checkpoint``; None if that is the key of an artifact.
+        taken: what is taken from a file (`pretrained.Weights.summary`), for its record.
     """
-    spec = {"checkpoint": sha256 or teacher.checkpoint, "backbone": teacher.backbone.model_dump()}
-    revisions = plugins.revisions(sys.modules[__name__], teacher.backbone)
+    spec: dict[str, Any] = {"checkpoint": sha256 or teacher.checkpoint, "backbone": teacher.backbone.model_dump()}
     if sha256 is None:
+        revisions = plugins.revisions(sys.modules[__name__], teacher.backbone)
         return Stage("teacher", spec, revisions, {"snapshot": teacher.checkpoint})
-    return Stage("teacher", spec, revisions, local={"checkpoint": str(Path(teacher.checkpoint).absolute())})
+    spec |= {"key": teacher.key, "prefix": teacher.prefix}
+    revisions = plugins.revisions(sys.modules[__name__], pretrained, teacher.backbone)
+    local = {"checkpoint": str(pretrained.checkpoint_path(teacher.checkpoint))}
+    return Stage("teacher", spec, revisions, local=local, about={"weights": taken})
 
 
 def fitted(teacher: HandcraftedTeacher, images: str, locations: Mapping[str, Any]) -> Stage:
@@ -92,10 +97,10 @@ def _import(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
         return pretrained.import_weights(spec, snapshot, out)
     checkpoint = Path(stage.local["checkpoint"])
     _require_unchanged(checkpoint, stage.spec["checkpoint"])
-    parameters = pretrained.import_weights(spec, checkpoint, out)
+    parameters = pretrained.import_weights(spec, checkpoint, out, stage.spec["key"], stage.spec["prefix"])
     _require_unchanged(checkpoint, stage.spec["checkpoint"])  # it may have been replaced while it was being read
     return parameters
 
 
 def _require_unchanged(checkpoint: Path, expected: str) -> None:
-    require_sha256(pretrained.weights_file(checkpoint), expected, pretrained.WHERE)
+    require_sha256(pretrained.weights_file(checkpoint), expected, WHERE)
