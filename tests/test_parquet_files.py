@@ -52,6 +52,9 @@ def write_all(root: Path, names: str) -> None:
         ("train.parquet eval.parquet", "train test"),
         ("train.parquet eval.parquet test.parquet", "train val test"),
         ("part-0.parquet part-1.parquet", "train train"),
+        ("mytrain.parquet mytest.parquet", "train test"),
+        ("trainval.parquet test.parquet", "train test"),
+        ("tr.parquet fr.parquet", "train train"),
         ("latest.parquet", "train"),
         ("TRAIN.PARQUET test.Pq", "train test"),
         ("train.parquet/part-0.snappy.parquet test.parquet/part-0.snappy.parquet", "train test"),
@@ -73,9 +76,11 @@ def test_the_words_of_a_path_are_its_split(names: str, splits: str, tmp_path: Pa
         ("test.parquet", "no training files", "test.parquet"),
         ("test.parquet valid.parquet", "no training files", "test.parquet for test; valid.parquet for val"),
         ("train/test-0.parquet test/train-0.parquet", "which split", "'train/test-0.parquet' (train and test)"),
-        ("train_val.parquet test.parquet", "which split", "'train_val.parquet'"),
+        ("trainval.parquet val.parquet", "which split", "'trainval.parquet'"),
+        ("is_train=0/0.parquet is_train=1/0.parquet", "which split", "'is_train=0/0.parquet'"),
         ("train_test_split-0.parquet", "which split", "'train_test_split-0.parquet'"),
-        ("mytrain.parquet mytest.parquet", "different splits", "mytrain.parquet and mytest.parquet"),
+        ("retrain.parquet retest.parquet", "different splits", "retrain.parquet and retest.parquet"),
+        ("x-tr.parquet x-te.parquet", "different splits", "x-tr.parquet and x-te.parquet"),
     ],
 )
 def test_files_whose_split_is_unclear_are_refused_by_name(names: str, message: str, named: str, tmp_path: Path) -> None:

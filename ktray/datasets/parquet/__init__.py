@@ -97,7 +97,7 @@ def _by_split(names: list[str], source: Path) -> tuple[dict[str, list[str]], lis
         _refuse_hidden_words(names)
         while not source.exists():  # a pattern
             source = source.parent
-        other = " and ".join(split_words(source.name).keys() - {"train"})
+        other = " and ".join(split_words(source.name).keys() - {"train", "trainval"})
         return {"train": names}, [f"all rows are for training, although {source.name} speaks of {other}"] if other else []
     by_split: dict[str, list[str]] = defaultdict(list)
     without = []
@@ -115,10 +115,14 @@ def _by_split(names: list[str], source: Path) -> tuple[dict[str, list[str]], lis
     return by_split, []
 
 
+_HIDDEN_TRAIN = re.compile(r"train|(?<![a-z])tr(?![a-z])")
+_HIDDEN_OTHER = re.compile(r"test|valid|(?<![a-z])(?:te|ts|va)(?![a-z])")
+
+
 def _refuse_hidden_words(names: list[str]) -> None:
-    """Raise if words of different splits are parts of longer words, as in `mytrain.parquet` and `mytest.parquet`."""
-    train = [name for name in names if "train" in name.lower()]
-    other = [name for name in names if re.search("test|valid", name.lower()) and name not in train]
+    """Raise if words of different splits are shortened or parts of longer words: `tr.parquet` and `te.parquet`."""
+    train = [name for name in names if _HIDDEN_TRAIN.search(name.lower())]
+    other = [name for name in names if _HIDDEN_OTHER.search(name.lower()) and name not in train]
     if train and other:
         raise UserError(
             f"{train[0]} and {other[0]} may be files of different splits",
