@@ -306,6 +306,7 @@ def split_folders(tree: Folder, root: Path, labelled: bool) -> dict[str, tuple[s
     found = top.with_images()
     splits = {name: split for name, split in splits_of(list(found)).items() if split}
     if not splits:
+        _refuse_hidden_words(list(found), root.joinpath(*start))
         return {"train": ()}
     others = [name for name in found if name not in splits]
     place = root.joinpath(*start)
@@ -338,6 +339,18 @@ def split_folders(tree: Folder, root: Path, labelled: bool) -> dict[str, tuple[s
             "Name the folder of the training images 'train', or give the folder with the images of one split.",
         )
     return {split: _innermost(top, (*start, names[0]), tree) for split, names in by_split.items() if names}
+
+
+def _refuse_hidden_words(names: Sequence[str], place: Path) -> None:
+    """Refuse folders that all have words of splits inside longer words, as `mytrain` and `mytest`."""
+    for_training = [name for name in names if "train" in name.lower()]
+    others = [name for name in names if re.search("test|val", name.lower()) and name not in for_training]
+    if for_training and others and len(for_training) + len(others) == len(names):
+        raise UserError(
+            f"the folders {_named([*for_training, *others])} in {shown(str(place))} may be splits, or classes",
+            WHERE,
+            "For splits, set the words train, val and test apart, as in my-train; put classes into one folder named 'train'.",
+        )
 
 
 def _innermost(top: Folder, folders: tuple[str, ...], tree: Folder) -> tuple[str, ...]:
@@ -432,4 +445,4 @@ def read_from(tree: Folder, folders: Mapping[str, tuple[str, ...]]) -> dict[str,
 def but_others(folder: Folder) -> str:
     """``; it has 12 .heic (images that ktray does not read), 1 .txt``, for an error; empty if it has nothing."""
     found = [f"{count} {what}" for what, count in folder.all_left_out().items()]
-    return f"; it has {', '.join(found[:5])}{', ...' * (len(found) > 5)}" if found else ""
+    return f"; it has {', '.join(found[:5])}{' and more' * (len(found) > 5)}" if found else ""

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from ktray.errors import UserError
+from ktray.features import precomputed
 from ktray.fingerprint import canonical
-from ktray.images import Source
+from ktray.images import Source, Splits
 from ktray.pipeline.pair_graph import Identity, generations
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from ktray.spec import DataRoles, DataSpec
+from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
 
 FILE = "data.json"
 
@@ -52,7 +53,7 @@ def describe(spec: DataSpec, sample_size: int = 64) -> dict[str, Any]:
     from ktray.images import split_rows
 
     splits = plugins.module_of("dataset", spec).load(spec)
-    present = {name: part for name in SPLITS if (part := getattr(splits, name)) is not None}
+    present = _present(splits)
     layout, held_out = splits.layout, split_rows(splits, spec.split).get("val")
     sample = _sample(present, spec, sample_size)
     return {
@@ -70,7 +71,38 @@ def describe(spec: DataSpec, sample_size: int = 64) -> dict[str, Any]:
     }
 
 
-SPLITS = ("train", "val", "test")
+def notes_about(pairs: Iterable[PairSpec], load: Callable[[DataSpec], Splits]) -> list[str]:
+    """Sentences about what looks wrong in the data of pairs, and in which order rows without paths belong to images.
+
+    Args:
+        load: lists a data set.
+    """
+    specs, ordered = {}, {}
+    for pair in (each for outer in pairs for each in generations(outer)):
+        for role in DataRoles.model_fields:
+            spec = getattr(pair.data, role)
+            specs[canonical(spec.model_dump(mode="json"))] = spec
+        if isinstance(pair.teacher, PrecomputedTeacher) and precomputed.matched_by_row(pair.teacher):
+            ordered[pair.teacher.features] = load(pair.data.cluster)
+    found = []
+    for spec in specs.values():
+        present = _present(splits := load(spec))
+        warnings = [*splits.layout.warnings, *_suspicious(present), *_suspicious_pixels(_sample(present, spec, _FEW))]
+        found += [f"{spec.kind}{':' * bool(path := getattr(spec, 'path', None))}{path or ''}: {each}" for each in warnings]
+    for features, splits in ordered.items():
+        names, order = splits.train.names, splits.layout.order
+        found.append(
+            f"row i of {features} belongs to the i-th training image, {f'ordered {order}, ' if order else ''}"
+            f"from {names[0]} to {names[-1]}"
+        )
+    return list(dict.fromkeys(found))
+
+
+_FEW = 8  # images that a plan decodes
+
+
+def _present(splits: Splits) -> dict[str, Source]:
+    return {name: part for name in ("train", "val", "test") if (part := getattr(splits, name)) is not None}
 
 
 def _split(part: Source, read_from: dict[str, int]) -> dict[str, Any]:

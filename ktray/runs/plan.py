@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.errors import UserError
+from ktray.runs.data_check import notes_about
 from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _full_size_stages(plan: _Plan, load: Load, identity: Identity) -> FullSizeSt
 
 
 def check_pairs(pairs: Mapping[str, PairSpec], load: Load, source: Path) -> list[str]:
-    """Check pairs against data and networks; returns what was assumed, each once, as sentences for people.
+    """Check pairs against data and networks; returns what was assumed and what looks wrong, each once, as sentences.
 
     Raises:
         UserError: names the file, the pair where there are several, and the dotted path.
@@ -239,7 +240,7 @@ def check_pairs(pairs: Mapping[str, PairSpec], load: Load, source: Path) -> list
         except UserError as error:
             which = f"{source}: {name}: " if source.suffix == ".py" else f"{source}: "
             raise UserError(error.problem, where=f"{which}{error.where}", instead=error.instead) from error
-    return list(assumed)
+    return [*assumed, *notes_about(pairs.values(), load)]
 
 
 def check_space(space: Space, load: Load, source: str) -> list[str]:
@@ -261,7 +262,7 @@ def check_space(space: Space, load: Load, source: str) -> list[str]:
             path = space.path_in_file(tuple(error.where.split(".")), params) if error.where else "pair"
             draw = f" ({label})" if ": " in label else ""  # the path alone identifies the first draw of each branch
             raise UserError(f"{error.problem}{draw}", where=f"{source}: {path}", instead=error.instead) from error
-    return list(assumed)
+    return [*assumed, *notes_about((space.pair(params) for _, params in space.boundary_draws()), load)]
 
 
 def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:

@@ -21,7 +21,7 @@ from ktray.datasets.parquet.file_patterns import list_files
 from ktray.datasets.parquet.footers import ParquetFile, open_file, some
 from ktray.datasets.parquet.row_reading import row_reader
 from ktray.errors import UserError
-from ktray.images import Layout, Source, Splits, data_folder, decode
+from ktray.images import MAX_PIXELS, Layout, MaxPixels, PixelRange, Source, Splits, data_folder, decoder
 from ktray.images.split_words import SPLITS, split_words, splits_of
 from ktray.spec import Split
 from ktray.strict import StrictSpec
@@ -40,6 +40,8 @@ class Spec(StrictSpec):
     size: int = Field(default=64, ge=8, le=2048, description="side in pixels to which images are resized")
     split: Split = Split()
     max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
+    max_pixels: MaxPixels = MAX_PIXELS
+    range: PixelRange = None
 
 
 def load(spec: Spec) -> Splits:
@@ -65,12 +67,12 @@ def load(spec: Spec) -> Splits:
     _refuse_other_columns(files)
     by_split, without_rows = _with_rows(by_split)
     labels = read_labels(by_split, spec.label) if spec.label is not None else Labels()
-    sources = {}
+    decode, sources = decoder(spec), {}
     for split, members in by_split.items():
         encoded = row_reader(members)
         sources[split] = Source(
             names=tuple(f"{file.name}#{row}" for file in members for row in range(file.rows)),
-            read=lambda index, encoded=encoded: decode(encoded(index), spec.size),  # type: ignore[misc]
+            read=lambda index, encoded=encoded: decode(encoded(index)),  # type: ignore[misc]
             labels=labels.of_split.get(split),
             classes=labels.classes if split in labels.of_split else (),
             encoded=encoded,
