@@ -1,7 +1,5 @@
 """``python -m ktray``."""
 
-import sys
+from ktray.cli import run_program
 
-from ktray.cli import main
-
-sys.exit(main())
+run_program()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 from ktray.text import visible
@@ -21,10 +23,12 @@ def print_err(text: str) -> None:
     _print(text, sys.stderr)
 
 
-def show_cursor() -> None:
-    """Show the cursor again in a terminal where a live table has hidden it."""
-    if sys.__stderr__ is not None and sys.__stderr__.isatty():
-        sys.__stderr__.write(CURSOR_ON)
+def print_at_once(text: str) -> None:
+    """A message on stderr, with the cursor that a live table has hidden; past Python's streams, which this may interrupt."""
+    with suppress(OSError, AttributeError, ValueError):  # it is closed, or there is none
+        descriptor = sys.stderr.fileno()
+        written = visible(text) if not os.isatty(descriptor) else CURSOR_ON + visible(text)
+        os.write(descriptor, written.encode(errors="backslashreplace"))
 
 
 def _print(text: str, stream: TextIO | None) -> None:

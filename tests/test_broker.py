@@ -17,11 +17,13 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from conftest import TOY_REQUESTS, SchedulerFactory
 from toy_work import toy, work
 
 from ktray.errors import StageFailed, StoppedEarly, UserError
 from ktray.scheduler.client import SchedulerClient, WaitCancelled, connect
+from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.ray_session import start
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.stores.file import FileStore
@@ -239,11 +241,28 @@ def test_a_driver_with_another_runtime_gets_a_scheduler_of_its_own(
     assert start_scheduler(toy_store, checkpoint_seconds=5.0).namespace != scheduler.namespace
 
 
-def test_a_scheduler_without_driver_ends_itself(start_scheduler: SchedulerFactory, tmp_path: Path) -> None:
+def test_a_scheduler_whose_driver_has_ended_ends_itself(
+    start_scheduler: SchedulerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    driver = ProcessId(ray.get_runtime_context().get_node_id(), ended.pid, psutil.Process(ended.pid).create_time())
+    ended.wait()
+    monkeypatch.setattr("ktray.scheduler.client.this_process", lambda: driver)
     scheduler = start_scheduler(tmp_path / "store", idle_exit_seconds=3.0)
     pids = [scheduler.status()["pid"], *until(lambda: [each["pid"] for each in scheduler.status()["workers"] if each["pid"]])]
     start_scheduler.cleanups[0]()  # stop renewing its lease
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_a_scheduler_whose_driver_stands_still_goes_on_for_it(
+    start_scheduler: SchedulerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktray.scheduler.client.RENEW_LEASE_SECONDS", 600.0)  # this process exists, and does not call
+    scheduler = start_scheduler(tmp_path / "store", idle_exit_seconds=3.0)
+    status = scheduler.status()
+    time.sleep(7.0)
+    assert scheduler.status()["pid"] == status["pid"]
+    assert scheduler.obtain([toy("images", {"after": "a pause"})], "me")[0]["state"] == "computed"
 
 
 def test_a_second_session_on_one_home_is_refused_with_the_pid(ray_home: Any) -> None:
@@ -344,8 +363,8 @@ def test_a_killed_driver_leaves_no_process_and_its_home_can_be_used_again(tmp_pa
     _, broker, worker, folder = driver.stdout.readline().split()
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate(timeout=60)
-    until(lambda: not any(psutil.pid_exists(int(pid)) for pid in (broker, worker)), 30)
-    until(lambda: not ray_processes_of(folder), 60)
+    until(lambda: not any(psutil.pid_exists(int(pid)) for pid in (broker, worker)), 15)
+    until(lambda: not ray_processes_of(folder), 15)
     again = start_driver(tmp_path)
     assert again.stdout is not None
     assert again.stdout.readline().startswith("RUNNING")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,7 @@ from ray._private import ray_constants, services, utils, worker
 
 from ktray.errors import PreflightFailed
 from ktray.scheduler import ray_session
-from ktray.scheduler.ray_session import ray_processes
+from ktray.scheduler.orphan_cleanup import session_processes
 
 
 def test_the_installed_ray_is_one_that_pyproject_allows_and_pyproject_has_an_upper_bound() -> None:
@@ -48,9 +49,12 @@ def test_a_ray_without_an_internal_is_refused_with_the_name_of_it(monkeypatch: p
         ray_session.listen_on_loopback_only()
 
 
-def test_the_processes_of_our_own_ray_are_found_by_its_folder(ray_home: Any) -> None:
-    found = {process.pid for process in ray_processes(ray_home.temporary)}
+def test_the_processes_of_our_own_ray_and_its_workers_are_found_by_its_folder(ray_home: Any) -> None:
     node = worker._global_node
     started = {info.process.pid for group in node.all_processes.values() for info in group}  # type: ignore[union-attr]
+    function: Any = ray.remote(lambda: os.getpid())
+    started.add(ray.get(function.options(num_cpus=0).remote()))
+    found = {process.pid for process in session_processes(str(ray_home.temporary))}
     assert started <= found | {pid for pid in started if not psutil.pid_exists(pid)}
-    assert ray_processes(Path("/tmp/ktray-of-nobody")) == []
+    assert os.getpid() not in found
+    assert session_processes("/tmp/ktray-of-nobody") == []

@@ -35,7 +35,7 @@ print(heard)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_on_ray_that_is_interrupted_ends_in_order_within_ten_seconds(tmp_path: Path, number: int) -> None:
     schedule = {"epochs": 500, "lr": 0.01, "batch_size": 8}
     student = {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": schedule}

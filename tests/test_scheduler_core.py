@@ -245,6 +245,8 @@ def test_silence_while_the_broker_slept_proves_nothing() -> None:
     harness.core.compensate_pause(100)
     harness.core.check_heartbeats(harness.now)
     assert harness.dispatch() == []
+    (run,) = harness.core.running.values()
+    assert harness.now - run.last_progress < 1, "nor does it count as time without progress"
 
 
 def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:

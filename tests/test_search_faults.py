@@ -6,13 +6,11 @@ import itertools
 import json
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from ktray.runs.interruption import Interruption, stop_on_signals
 from tests.searches import Home, toy_space, until
 from tests.toys import HOG, ROTATION
 
@@ -95,19 +93,6 @@ def test_signals_while_it_starts_end_it_and_the_same_command_goes_on(home: Home,
     again = home.run("search", space)
     assert again.code == 0, again.err
     assert_whole(home)
-
-
-def test_an_orderly_end_that_takes_too_long_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktray.runs.interruption.FORCE_AFTER_SECONDS", 0.05)
-    interruption, forced = Interruption(), threading.Event()
-    interruption.needs_cleanup = True
-    with stop_on_signals(interruption, lambda text: None, forced.set):
-        signal.raise_signal(signal.SIGINT)
-        assert forced.wait(5)
-        with pytest.raises(KeyboardInterrupt):  # the second time at once
-            signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        interruption.raise_if_requested()
 
 
 @pytest.mark.slow

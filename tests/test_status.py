@@ -14,7 +14,8 @@ import pytest
 
 import ktray.runs.study_status
 from ktray.errors import UserError
-from ktray.runs.study_status import FILE, is_stuck, status, with_status_file, with_stuck_warnings
+from ktray.runs.study_status import is_stuck, status, with_status_file, with_stuck_warnings
+from ktray.search.history import STATUS_FILE
 from ktray.search.study import Study
 from ktray.stores.file import FileStore
 from tests.toy_space import drive, toy_space
@@ -137,14 +138,14 @@ def test_a_search_says_once_per_attempt_which_stage_makes_no_progress() -> None:
 
 def test_the_status_that_an_earlier_search_wrote_says_nothing_about_this_one(study: Study, tmp_path: Path) -> None:
     written = {"time": time.time(), "pid": 1, "scheduler": scheduler()}
-    (tmp_path / "studies/toy" / FILE).write_text(json.dumps(written))
+    (tmp_path / "studies/toy" / STATUS_FILE).write_text(json.dumps(written))
     answer, text = asked(tmp_path)
     assert answer["now"] is None
     assert "it is starting" in text
 
 
 def test_a_half_written_or_old_status_breaks_nothing(study: Study, tmp_path: Path) -> None:
-    path = tmp_path / "studies/toy" / FILE
+    path = tmp_path / "studies/toy" / STATUS_FILE
     path.write_text('{"time": 1')
     assert asked(tmp_path)[0]["now"] is None
     path.write_text(json.dumps({"time": time.time() - 100, "pid": os.getpid(), "scheduler": scheduler()}))
@@ -154,10 +155,10 @@ def test_a_half_written_or_old_status_breaks_nothing(study: Study, tmp_path: Pat
 def test_the_status_is_written_every_two_seconds_at_most(tmp_path: Path) -> None:
     show = with_status_file(tmp_path, lambda events, status: None)
     show([], scheduler())
-    first = (tmp_path / FILE).stat().st_mtime_ns
+    first = (tmp_path / STATUS_FILE).stat().st_mtime_ns
     show([], scheduler())
-    assert (tmp_path / FILE).stat().st_mtime_ns == first
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / STATUS_FILE).stat().st_mtime_ns == first
+    assert [path.name for path in tmp_path.iterdir()] == [STATUS_FILE]
 
 
 def test_a_folder_that_cannot_be_written_stops_no_search(tmp_path: Path) -> None:

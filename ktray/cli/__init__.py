@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -48,8 +51,34 @@ VERBS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code (0 ok, 2 the user's spec or arguments, 3 failed trials, 4 preflight, 5 resumable)."""
+def run_program() -> NoReturn:
+    """Run the command of this process, then end the process with its exit code, whatever threads of Ray are still doing.
+
+    Python's own way to end a process would also close the connection to Ray, which may end it on the spot with another code.
+    """
+    if sys.stderr is not None:
+        # A descriptor of its own: what Ray's C++ code writes to the usual one goes to a log while Ray runs.
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    try:
+        code = main(is_program=True)
+    except Exception:  # noqa: BLE001 - a bug of ours, shown as Python would
+        traceback.print_exc()
+        code = 1
+    if "ray" not in sys.modules:
+        sys.exit(code)
+    logging.shutdown()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # closed, or its reader has gone
+            stream.flush()
+    os._exit(code)
+
+
+def main(argv: Sequence[str] | None = None, is_program: bool = False) -> int:
+    """Run one command; its exit code (0 ok, 2 the user's spec or arguments, 3 failed trials, 4 preflight, 5 resumable).
+
+    Args:
+        is_program: whether the process ends with the command.
+    """
     parser = _parser()
     try:
         args = parser.parse_args(argv)
@@ -59,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
         return UserError.exit_code
+    args.is_program = is_program
     args.command = shlex.join(["ktray", *(sys.argv[1:] if argv is None else argv)])
     try:
         return int(args.run(args))

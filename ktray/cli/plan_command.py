@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ktray.cli.terminal import print_result, settings_of
+from ktray.cli.terminal import exit_at_once, print_result, settings_of
 from ktray.text import counted
 
 HELP = "valid? what is done, what would run, what it costs"
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ktray.errors import UserError
     from ktray.pipeline.pair_check import data_loader
+    from ktray.runs.interruption import Interruption
     from ktray.runs.plan import dry_run_plan, invalid_answer, make_plan
 
     settings = settings_of(args)
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         raise
     answer = dict(plan.answer)
     if args.preflight:
-        answer["preflight"], notes = dry_run_plan(plan, load, args.address, settings)
+        interruption = Interruption((lambda: exit_at_once(interruption, args)) if args.is_program else None)
+        answer["preflight"], notes = dry_run_plan(plan, load, args.address, settings, interruption)
         answer["notes"] = [*answer["notes"], *notes]
     print_result(args, answer, _text(answer, plan.evaluations))
     return 0

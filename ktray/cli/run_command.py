@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktray.cli.terminal import positive_int, print_result, settings_of
+from ktray.cli.terminal import exit_at_once, positive_int, print_result, settings_of
 
 if TYPE_CHECKING:
     from ktray.runs.pair_run import PairResult
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the source, an argument or the data are wrong, or `--only` names no pair of it.
         PreflightFailed: Ray does not start, or its nodes do not see the store.
-        StoppedEarly: the disk is full, or the scheduler has ended; the same command goes on.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the same command goes on.
+        StoppedEarly: the disk is full, or Ray or the scheduler has ended; the same command goes on.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the same command goes on.
     """
     from ktray.errors import StageFailed
     from ktray.pipeline.pair_check import data_loader
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     pairs = select_pairs(load_pairs(args.source, args.overrides), args.only)
     for sentence in check_pairs(pairs, data_loader(), args.source):
         settings.print_info(f"ktray: {sentence}")
-    interruption = Interruption()
+    interruption = Interruption((lambda: exit_at_once(interruption, args)) if args.is_program else None)
     with stop_on_signals(interruption, settings.print_info):
         if args.local:
             results = run_here(pairs, settings)

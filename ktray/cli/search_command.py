@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.terminal import INTERRUPTED, positive_int, print_result, settings_of
-from ktray.output import show_cursor
+from ktray.cli.terminal import INTERRUPTED, exit_at_once, positive_int, print_result, settings_of
 
 if TYPE_CHECKING:
     from ktray.runs.search_run import SearchOutcome
@@ -43,24 +41,22 @@ def run(args: argparse.Namespace) -> int:
     """
     from ktray.runs.interruption import Interruption, stop_on_signals
 
-    settings = settings_of(args)
-    interruption = Interruption()
-    with stop_on_signals(interruption, settings.print_info, lambda: _exit_at_once(args, settings)):
+    settings, codes = settings_of(args), list[int]()
+    interruption = Interruption((lambda: exit_at_once(interruption, args, codes)) if args.is_program else None)
+    with stop_on_signals(interruption, settings.print_info):
         from ktray.runs.search_run import SearchOptions, search  # seconds, in which a signal must already be heard
         from ktray.runs.spec_files import load_space
 
         options = SearchOptions(
             args.name, args.trials, args.concurrent, args.warm_start, args.address, args.share_images, args.retry
         )
-        outcome = search(load_space(args.space, args.overrides), str(args.space), options, settings, interruption)
-        return _finish(outcome, args, settings)
+        space = load_space(args.space, args.overrides)
 
+        def report(outcome: SearchOutcome) -> None:
+            codes.append(_finish(outcome, args, settings))
 
-def _exit_at_once(args: argparse.Namespace, settings: Settings) -> None:
-    """Leave as kill -9 would: nothing that was published is lost, and Ray's processes notice."""
-    show_cursor()
-    settings.print_error(f"ktray: interrupted; resume with: {args.command}")
-    os._exit(INTERRUPTED)
+        search(space, str(args.space), options, settings, interruption, report)
+    return codes[0]
 
 
 def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings) -> int:
@@ -79,7 +75,8 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
     print_result(args, answer, f"\n{leaderboard(study, settings.home, top=10)}\n{footer}")
     if outcome.stopped:
         why = str(outcome.stopped).rstrip(".")
-        settings.print_error(f"ktray: stopped early: {why}. Nothing is lost; the same command goes on from here.")
+        again = "" if why.endswith("goes on from here") else " Nothing is lost; the same command goes on from here."
+        settings.print_error(f"ktray: stopped early: {why}.{again}")
         return StoppedEarly.exit_code
     if outcome.interrupted:
         settings.print_error(f"ktray: interrupted; resume with: {args.command}")

@@ -7,11 +7,14 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ktray.output import log_to_stderr, print_out
+from ktray.output import log_to_stderr, print_at_once, print_out
 from ktray.runs.settings import Settings, make_settings
 from ktray.text import shown, visible_name
+
+if TYPE_CHECKING:
+    from ktray.runs.interruption import Interruption
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 MAX_DIGITS = 9  # of an argument that counts something
@@ -46,6 +49,21 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
     log_to_stderr(logging.INFO if args.verbose else logging.WARNING)
     return settings
+
+
+def exit_at_once(interruption: Interruption, args: argparse.Namespace, codes: Sequence[int] = ()) -> NoReturn:
+    """Leave as kill -9 would: nothing that was published is lost, and the processes of our own Ray are ended by another one.
+
+    Args:
+        codes: the exit code, if the result is printed already.
+    """
+    code, text = INTERRUPTED, f"ktray: interrupted; resume with: {args.command}\n"
+    if interruption.loss is not None and not interruption.is_requested():
+        code, text = interruption.loss.exit_code, f"ktray: {interruption.loss}\n"
+    if codes:
+        code, text = codes[0], ""
+    print_at_once(text)
+    os._exit(code)
 
 
 def print_result(args: argparse.Namespace, value: Any, text: str) -> None:

@@ -61,8 +61,8 @@ def headline(
 
 
 def _no_result(trials: Sequence[Trial]) -> list[str]:
-    waiting = sum(trial.state in ("running", "paused") for trial in trials)
-    open_trials = f" {counted(waiting, 'trial')} running or waiting at a rung." if waiting else ""
+    waiting = sum(trial.state in ("running", "interrupted", "paused") for trial in trials)
+    open_trials = f" {counted(waiting, 'trial')} running, interrupted or waiting at a rung." if waiting else ""
     return [f"No trial has completed, so there is no best pair.{open_trials}"]
 
 

@@ -19,7 +19,7 @@ from ktray.cost_model.dry_run_forecast import Forecast, FullSizeStages, forecast
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
 from ktray.pipeline import pair_graph
 from ktray.pipeline.pair_graph import Identity
-from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently
+from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently, run_until_ended
 from ktray.runs.preflight import alive_nodes, preflight
 from ktray.scheduler.resources import DEFAULT_GPU_SHARE, GPU_STAGES, RuntimeSettings, smallest_sufficient_share
 from ktray.spec import PairSpec
@@ -156,20 +156,22 @@ def dry_run_on(
     from ktray.scheduler.ray_session import start, stop
 
     interruption.needs_cleanup = True
-    session = start(home, address, runtime)
+    session = start(home, address, runtime, interruption.lose, interruption.ends_process)
     restore_signal_handlers()
     with ExitStack() as ending:
         ending.callback(restore_signal_handlers)
         ending.callback(stop, session)
         for warning in session.warnings:
             inform(warning)
-        preflight(store, runtime)
-        nodes = len(alive_nodes())
+        nodes = run_until_ended(lambda: _check_nodes(store, runtime), interruption)
         # The scheduler must end before its store is removed: a stage that failed later would create the folder again.
         with dry_run_store(store) as small, ending.pop_all():
             try:
-                problems = dry_run(client.connect(session, small.url, execute), draws, small, store, interruption)
+                scheduler = run_until_ended(lambda: client.connect(session, small.url, execute), interruption)
+                problems = dry_run(scheduler, draws, small, store, interruption)
             except StoppedEarly as stop_early:
+                if interruption.loss is not None:
+                    raise
                 problems = [f"{stop_early}."]
             stages, notes = measured(draws, small, runtime)
             expected = forecast(draws, full_size, small, store)
@@ -178,6 +180,12 @@ def dry_run_on(
     if problems:
         raise PreflightFailed(" ".join(problems))
     return _result(nodes, stages, expected, free, notes)
+
+
+def _check_nodes(store: Store, runtime: RuntimeSettings) -> int:
+    """The number of nodes, all of which can run stages on this store."""
+    preflight(store, runtime)
+    return len(alive_nodes())
 
 
 def _disk_problems(pair_bytes: int, free: int) -> list[str]:

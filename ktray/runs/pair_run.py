@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ktray.errors import StageFailed
-from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently
+from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently, run_until_ended
 from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def run_on_ray(
     Raises:
         KeyboardInterrupt: a stop was requested; nothing runs any more.
         PreflightFailed: Ray does not start, or its nodes do not see the store.
+        StoppedEarly: Ray has ended on its own.
     """
     from ktray.pipeline.execute import execute
     from ktray.runs.preflight import preflight
@@ -85,15 +86,15 @@ def run_on_ray(
     interruption = interruption or Interruption()
     interruption.needs_cleanup = True
     runtime = resources.load_runtime(settings.runtime)
-    session = ray_session.start(settings.home, address, runtime)
+    session = ray_session.start(settings.home, address, runtime, interruption.lose, interruption.ends_process)
     restore_signal_handlers()
     for warning in session.warnings:
         settings.print_info(f"ktray: {warning}")
     settings.print_info(f"ktray: Ray's own messages go to {session.log}")
     try:
-        preflight(settings.open_store(), runtime)
-        scheduler = client.connect(session, settings.store_url, execute)
-        past = scheduler.events(0)  # those of earlier drivers of a shared cluster
+        run_until_ended(lambda: preflight(settings.open_store(), runtime), interruption)
+        scheduler = run_until_ended(lambda: client.connect(session, settings.store_url, execute), interruption)
+        past = run_until_ended(lambda: scheduler.events(0), interruption)  # those of earlier drivers of a shared cluster
         results = run_concurrently(
             scheduler,
             graphs,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ktray.cost_model.dry_run_forecast import FullSizeStages
     from ktray.pipeline.pair_check import Load
     from ktray.pipeline.pair_graph import Graph, Identity
+    from ktray.runs.interruption import Interruption
     from ktray.search.space import Space
     from ktray.spec import PairSpec
 import itertools
@@ -181,19 +182,21 @@ def invalid_answer(problem: str) -> dict[str, Any]:
     }
 
 
-def dry_run_plan(plan: _Plan, load: Load, address: str | None, settings: Settings) -> tuple[dict[str, Any], list[str]]:
+def dry_run_plan(
+    plan: _Plan, load: Load, address: str | None, settings: Settings, interruption: Interruption
+) -> tuple[dict[str, Any], list[str]]:
     """Run a few images through every stage of a plan on the real cluster: what was measured and is to be expected, and notes.
 
     Raises:
         PreflightFailed: one paragraph with everything that is wrong.
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP.
     """
     from ktray.pipeline.identity import data_identity
     from ktray.runs.dry_run import dry_run_on, dry_run_stages
-    from ktray.runs.interruption import Interruption, stop_on_signals
+    from ktray.runs.interruption import stop_on_signals
     from ktray.scheduler.resources import load_runtime
 
-    identity, runtime, interruption = data_identity(settings.cache), load_runtime(settings.runtime), Interruption()
+    identity, runtime = data_identity(settings.cache), load_runtime(settings.runtime)
     draws = {name: dry_run_stages(pair, identity) for name, pair in plan.pairs.items()}
     full_size = _full_size_stages(plan, load, identity)
     stages = {stage.key for of_draw in draws.values() for stage in of_draw}

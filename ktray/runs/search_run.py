@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ktray.cost_model.stage_costs import learn_from
 from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
@@ -22,7 +21,13 @@ from ktray.pipeline.pair_graph import Graph
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.data_check import refuse_changed_data
 from ktray.runs.display import Display, open_display
-from ktray.runs.interruption import Interruption, cancelling_waits, restore_signal_handlers
+from ktray.runs.interruption import (
+    FORCE_SEARCH_AFTER_SECONDS,
+    Interruption,
+    cancelling_waits,
+    restore_signal_handlers,
+    run_until_ended,
+)
 from ktray.runs.plan import check_space
 from ktray.runs.settings import Settings, require_positive
 from ktray.runs.study_logger import log_missed_stages, log_stage
@@ -38,7 +43,9 @@ from ktray.tracking import Tracker
 if TYPE_CHECKING:
     from ktray.scheduler.client import SchedulerClient
     from ktray.scheduler.ray_session import RaySession
+    from ktray.scheduler.resources import RuntimeSettings
 
+LAST_EVENTS_SECONDS = {False: 10.0, True: 2.0}  # interrupted? -> patience with a slow scheduler, at the end of a search
 POLL_SECONDS = 1.0  # between two readings of the scheduler's events
 MAX_CONCURRENT = 64  # trials: each waits in a process of its own on the driver's machine, however many workers there are
 TRACKER_SECONDS = {True: 20.0, False: 3.0}  # done? -> patience with a slow tracker, whose spool keeps what is left
@@ -91,41 +98,43 @@ class _LazyScheduler:
     """Ray and its scheduler, started when first needed: a search whose store has everything never waits for them."""
 
     def __init__(
-        self,
-        settings: Settings,
-        address: str | None,
-        store: Store,
-        tracker: Tracker,
-        interruption: Interruption,
-        display: Display,
-        study_folder: Path,
+        self, options: SearchOptions, settings: Settings, tracker: Tracker, interruption: Interruption, display: Display
     ) -> None:
-        self.settings, self.address, self.store, self.tracker = settings, address, store, tracker
-        self.interruption, self.say, self.study_folder = interruption, display.say, study_folder
+        self.settings, self.address, self.store, self.tracker = settings, options.address, settings.open_store(), tracker
+        self.interruption, self.say, self.study_folder = interruption, display.say, folder(settings.home, str(options.name))
         self.published: set[str] = set()
-        self._show_work = with_stuck_warnings(with_status_file(study_folder, display.work), display.say)
+        self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
         self._session: RaySession | None = None
         self._client: SchedulerClient | None = None
         self._follower: _EventFollower | None = None
 
     def start(self) -> SchedulerClient:
-        from ktray.pipeline.execute import execute
-        from ktray.runs.preflight import preflight
-        from ktray.scheduler import client, ray_session, resources
+        from ktray.scheduler import ray_session, resources
 
         if self._client is None:
             runtime = resources.load_runtime(self.settings.runtime)
             self.interruption.raise_if_requested()
             self.interruption.needs_cleanup = True
-            self._session = ray_session.start(self.settings.home, self.address, runtime)
+            # In this thread, with which all processes of our own Ray end.
+            self._session = session = ray_session.start(
+                self.settings.home, self.address, runtime, self.interruption.lose, self.interruption.ends_process
+            )
             restore_signal_handlers()
-            self.say(f"Ray's own messages go to {self._session.log}")
-            for warning in self._session.warnings:
+            self.interruption.force_after = FORCE_SEARCH_AFTER_SECONDS
+            self.say(f"Ray's own messages go to {session.log}")
+            for warning in session.warnings:
                 self.say(warning)
-            preflight(self.store, runtime)
-            self._client = client.connect(self._session, self.store.url, execute)
-            self._follower = _EventFollower(self._client, self.store, self.tracker, self._show_work, self.say)
+            self._client, self._follower = run_until_ended(lambda: self._connect(session, runtime), self.interruption)
         return self._client
+
+    def _connect(self, session: RaySession, runtime: RuntimeSettings) -> tuple[SchedulerClient, _EventFollower]:
+        from ktray.pipeline.execute import execute
+        from ktray.runs.preflight import preflight
+        from ktray.scheduler import client
+
+        preflight(self.store, runtime)
+        scheduler = client.connect(session, self.store.url, execute)
+        return scheduler, _EventFollower(scheduler, self.store, self.tracker, self._show_work, self.say)
 
     def obtain(self, graphs: Mapping[str, Graph]) -> None:
         """Have the stages of these graphs published; report what fails.
@@ -136,7 +145,8 @@ class _LazyScheduler:
         from ktray.scheduler.client import WaitCancelled
 
         scheduler = self.start()
-        with cancelling_waits(scheduler, lambda: list(graphs), self.interruption.is_requested):
+
+        def obtain_all() -> None:
             for waiter, graph in graphs.items():
                 try:
                     scheduler.obtain(list(graph.stages), waiter)
@@ -145,13 +155,23 @@ class _LazyScheduler:
                 except WaitCancelled:
                     return
 
-    def stop(self, new: set[str]) -> None:
-        """End what was started; `new` are the keys that this search asked for and that were not in the store before."""
+        with cancelling_waits(scheduler, lambda: list(graphs), self.interruption.must_end):
+            run_until_ended(obtain_all, self.interruption)
+
+    def leave(self, new: set[str]) -> None:
+        """Read the last events, and end the scheduler; `new` are the keys asked for that were not in the store before."""
         from ktray.scheduler import ray_session
 
         if self._follower is not None:
-            self._follower.close(new)
+            self._follower.close(new, LAST_EVENTS_SECONDS[self.interruption.must_end()] if not self.interruption.loss else 0.0)
             self.published = self._follower.published
+        if self._session is not None:
+            ray_session.leave_schedulers(self._session)
+
+    def stop(self) -> None:
+        """End Ray, if it was started."""
+        from ktray.scheduler import ray_session
+
         if self._session is None:
             # An earlier driver may have been killed, and nothing was left to compute that would have started Ray here.
             ray_session.remove_stale_folders(self.settings.home)
@@ -160,12 +180,32 @@ class _LazyScheduler:
             restore_signal_handlers()
 
 
-def search(space: Space, source: str, options: SearchOptions, settings: Settings, interruption: Interruption) -> SearchOutcome:
+@contextmanager
+def _lazy_scheduler(
+    options: SearchOptions, settings: Settings, tracker: Tracker, interruption: Interruption, display: Display
+) -> Iterator[_LazyScheduler]:
+    """A scheduler for a study, whose Ray ends with this block."""
+    scheduler = _LazyScheduler(options, settings, tracker, interruption, display)
+    try:
+        yield scheduler
+    finally:
+        scheduler.stop()
+
+
+def search(
+    space: Space,
+    source: str,
+    options: SearchOptions,
+    settings: Settings,
+    interruption: Interruption,
+    report: Callable[[SearchOutcome], None] = lambda outcome: None,
+) -> SearchOutcome:
     """Check a space, then run its study to the target, or go on with it.
 
     Args:
         source: what errors call the space, such as its file.
         interruption: a request to stop ends the search within seconds; the same call goes on later.
+        report: called with the outcome once everything is written, and before Ray ends, whose end is not always orderly.
 
     Raises:
         UserError: the space, an option or the data are wrong, or another driver has this study or home.
@@ -182,8 +222,13 @@ def search(space: Space, source: str, options: SearchOptions, settings: Settings
         settings.print_info(f"ktray: {warning}")
     tags = {"ktray.version": __version__}
     tracker = Tracker(settings.tracking_uri, settings.home, name, share_images=options.share_images, version_tags=tags)
-    with open_display(settings, space, name) as display:
-        return search_study(space, replace(options, name=name), settings, tracker, interruption, display)
+    options = replace(options, name=name)
+    with ExitStack() as until_reported:
+        with open_display(settings, space, name) as display:
+            scheduler = until_reported.enter_context(_lazy_scheduler(options, settings, tracker, interruption, display))
+            outcome = search_study(space, options, settings, tracker, interruption, display, scheduler)
+        report(outcome)
+    return outcome
 
 
 def search_study(
@@ -193,21 +238,27 @@ def search_study(
     tracker: Tracker,
     interruption: Interruption,
     display: Display,
+    scheduler: _LazyScheduler | None = None,
 ) -> SearchOutcome:
     """Run a study to its target, or go on with it. The space has been checked.
+
+    Args:
+        scheduler: whose Ray runs on afterwards; None for one that ends with this call.
 
     Raises:
         UserError: another driver has this study or home, or the study was begun with another space or other images.
         PreflightFailed: Ray does not start.
     """
+    if scheduler is None:
+        options = replace(options, name=options.name or space.name)
+        with _lazy_scheduler(options, settings, tracker, interruption, display) as own:
+            return search_study(space, options, settings, tracker, interruption, display, own)
     began, name, store = time.monotonic(), options.name or space.name, settings.open_store()
     outcome, space = SearchOutcome(name), _limit_concurrent(space, display)
     study_of = Study.open(settings.home, space, name, trials=options.trials, warm_start=options.warm_start, retry=options.retry)
     with study_of as study:
-        study_folder = folder(settings.home, name)
-        scheduler = _LazyScheduler(settings, options.address, store, tracker, interruption, display, study_folder)
         coordinator = _coordinator(study, store, settings, tracker, display)
-        refuse_changed_data(space, study.trials(), coordinator.identity, study_folder)
+        refuse_changed_data(space, study.trials(), coordinator.identity, folder(settings.home, name))
         keys_before, done = set(store.keys()), False
         tracker.start()
         coordinator.trial_logger.describe_study()
@@ -217,17 +268,19 @@ def search_study(
             if not outcome.stopped and not interruption.is_requested():
                 coordinator.prune()
                 _compute_reference_lines(coordinator, scheduler)
-            outcome.reason, outcome.interrupted = study.stop_reason or "", interruption.is_requested()
-            done = not outcome.interrupted and not outcome.stopped
+            outcome.reason = study.stop_reason or ""
+            done = not outcome.stopped and not interruption.is_requested()
         except StoppedEarly as stop:
             outcome.stopped = stop
-        except PreflightFailed:  # a signal to the whole process group also ends a Ray that is just starting
+        except (KeyboardInterrupt, PreflightFailed):
+            # A signal to the whole process group also ends a Ray that is just starting.
             if not interruption.is_requested():
                 raise
-            outcome.interrupted = True
         finally:
             outcome.stopped = _end(coordinator, scheduler, keys_before, done) or outcome.stopped
         used = coordinator.demanded.union(*(trial.artifacts for trial in study.trials())) & set(store.keys())
+    if interruption.is_requested():
+        outcome.interrupted, outcome.stopped = True, None
     outcome.published, outcome.reused = used & scheduler.published, used - scheduler.published
     outcome.seconds = time.monotonic() - began
     return outcome
@@ -250,12 +303,15 @@ def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: 
     """Stop everything, each part before those that it reports to, and write the final state to the tracker."""
     if not done:
         coordinator.leave()
-    scheduler.stop(coordinator.demanded - keys_before)
+    scheduler.leave(coordinator.demanded - keys_before)
     began = min((trial.started for trial in coordinator.study.trials() if trial.started is not None), default=float("inf"))
     log_missed_stages(coordinator.tracker, coordinator.store, sorted(coordinator.demanded | coordinator.untracked()), began)
     stopped = _close(coordinator.study)
     coordinator.trial_logger.log_summary(coordinator.study.trials(), references.read(scheduler.study_folder))
-    coordinator.tracker.close("FINISHED" if done else "KILLED", timeout=TRACKER_SECONDS[done])
+    interruption = scheduler.interruption
+    may_wait = interruption.must_end()  # a search that was interrupted before waits for the tracker, too, but briefly
+    status: Literal["FINISHED", "KILLED"] = "FINISHED" if done else "KILLED"
+    coordinator.tracker.close(status, TRACKER_SECONDS[done], lambda: interruption.must_end() and not may_wait)
     return stopped
 
 
@@ -274,7 +330,7 @@ def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> Sto
         from ktray.runs.tune_search import StudySearcher, run_on_tune
 
         searcher = StudySearcher(coordinator, scheduler.start(), scheduler.interruption, first)
-        stopped = run_on_tune(searcher, scheduler.study_folder / "tune")
+        stopped = run_until_ended(lambda: run_on_tune(searcher, scheduler.study_folder / "tune"), scheduler.interruption)
     lost = {} if stopped or scheduler.interruption.is_requested() else _lost_stages(coordinator)
     if lost:
         scheduler.say(f"the store has lost artifacts of {', '.join(lost)}; they are computed again")
@@ -345,7 +401,9 @@ class _EventFollower:
     def _follow(self) -> None:
         import ray
 
-        while not self._closing.wait(POLL_SECONDS):
+        last = False
+        while not last:
+            last = self._closing.wait(POLL_SECONDS)
             try:
                 with suppress(ray.exceptions.RayError):  # a call that failed: the next second tries again
                     self._read()
@@ -368,19 +426,16 @@ class _EventFollower:
             self.published.add(key)
             log_stage(self.tracker, artifact)
 
-    def close(self, new: Iterable[str]) -> None:
+    def close(self, new: Iterable[str], timeout: float = 10.0) -> None:
         """Read the last events, then stop.
 
         Args:
+            timeout: seconds for the scheduler to answer once more.
             new: keys that may have been published meanwhile. The events of a broker that died are lost, so those of them that
                 are in the store with an attempt of this scheduler are logged as well.
         """
-        import ray
-
         self._closing.set()
-        self._thread.join(timeout=10)
-        with suppress(StoppedEarly, ray.exceptions.RayError):
-            self._read()
+        self._thread.join(timeout)
         for key in new:
             artifact = self.store.find(key)
             if artifact is not None and artifact.record["attempt"].startswith(f"{self._name}-"):

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import socket
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import psutil
+from typing import Any
 
 from ktray.artifact import kind_of
 from ktray.cost_model.stage_costs import INTERVAL, RELATIVE_ERROR
@@ -23,13 +19,12 @@ from ktray.pipeline.naming import pair_name
 from ktray.scheduler.resources import STAGES
 from ktray.search import journal, ranking
 from ktray.search.budget import HOUR, Spending
-from ktray.search.history import History, read_study
+from ktray.search.history import STATUS_FILE, History, driver_of, read_study
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
+from ktray.stores.locks import FRESH_SECONDS
 
-FILE = "status.json"
 WRITE_SECONDS = 2.0
-FRESH_SECONDS = 10.0  # a status written longer ago says nothing about now
 STUCK_SECONDS = 180.0  # without progress, for a stage that has not reported any yet
 STUCK_FACTOR = 10  # times the usual interval between a stage's reports, which come after each epoch and in longer loops
 LEAST_STUCK_SECONDS = 30.0  # for stages with short epochs; a worker that stalls is replaced after half of that
@@ -74,9 +69,9 @@ def with_status_file(folder: Path, show: ShowWork) -> ShowWork:
         if time.monotonic() - written >= WRITE_SECONDS:
             written = time.monotonic()
             with suppress(OSError):  # a full disk must not end the event follower's thread
-                partial = folder / f".{FILE}.{os.getpid()}"
+                partial = folder / f".{STATUS_FILE}.{os.getpid()}"
                 partial.write_text(json.dumps({"time": time.time(), "pid": os.getpid(), "scheduler": status}))
-                partial.replace(folder / FILE)
+                partial.replace(folder / STATUS_FILE)
         show(events, status)
 
     return write_and_show
@@ -94,7 +89,7 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         UserError: there is no such study.
     """
     study = read_study(home, name)
-    driver = _driver(journal.folder(home, name))
+    driver = driver_of(home, name)
     now = _scheduler_status(journal.folder(home, name), driver.pid) if driver else None
     left = time_left(study, lambda key: store.find(key) is not None) if driver else None
     answer: dict[str, Any] = {
@@ -115,45 +110,10 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
     return answer, _text(answer, {trial.number: trial for trial in study.trials})
 
 
-class _Driver(NamedTuple):
-    """The process that runs a search: its name is such as ``process 4711 on host``, `since` in seconds since 1970."""
-
-    pid: int
-    name: str
-    since: float
-
-
-def _driver(folder: Path) -> _Driver | None:
-    """The process that searches, by what its lock file says; trying the lock itself would be in its way."""
-    lock = folder / "driver.lock"
-    try:
-        name, since = lock.read_text().strip(), lock.stat().st_mtime
-    except OSError:
-        return None
-    match = re.fullmatch(r"process (\d+) on (.+)", name)
-    if match is None:
-        return None
-    if match[2] != socket.gethostname():
-        # A home on a shared disk: all that is known of a process on another machine is the status that it writes.
-        return _Driver(int(match[1]), name, since) if _status_age(folder) < FRESH_SECONDS else None
-    with suppress(psutil.Error):
-        process = psutil.Process(int(match[1]))
-        if process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1:
-            return _Driver(int(match[1]), name, since)
-    return None
-
-
-def _status_age(folder: Path) -> float:
-    try:
-        return time.time() - (folder / FILE).stat().st_mtime
-    except OSError:
-        return float("inf")
-
-
 def _scheduler_status(folder: Path, pid: int) -> dict[str, Any] | None:
     """What the scheduler of this driver does: `stages` running, trials `waiting`, the number `queued`, and `workers`."""
     try:
-        written = json.loads((folder / FILE).read_text())
+        written = json.loads((folder / STATUS_FILE).read_text())
     except (OSError, ValueError):
         return None
     if written["pid"] != pid:
@@ -216,7 +176,7 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     drawn = sum(count for state, count in answer["trials"].items() if state != "duplicate")
     lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {span(answer['spent_seconds'])} so far"]
     if not answer["running"]:
-        finished = drawn >= answer["target"] and not answer["trials"]["running"] and not answer["trials"]["paused"]
+        finished = drawn >= answer["target"] and not answer["trials"]["interrupted"] and not answer["trials"]["paused"]
         lines.append("no search of it runs now" + ("" if finished else "; the same ktray search goes on from here"))
     else:
         lines.append(f"a search runs now ({answer['by']}), {_time_left(answer)}")

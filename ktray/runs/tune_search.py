@@ -92,7 +92,7 @@ class StudySearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         segment = self.running.pop(trial_id, None)
-        if segment is None or self.interruption.is_requested():
+        if segment is None or self.interruption.must_end():
             return
         try:
             if error or result is None:
@@ -135,7 +135,7 @@ class StudySearcher(Searcher):
 
     def has_ended(self) -> bool:
         """Whether results of what still runs will no longer be used by this call."""
-        return self.interruption.is_requested() or self.stopped is not None
+        return self.interruption.must_end() or self.stopped is not None
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save: the study has a journal."""
@@ -161,6 +161,8 @@ class _Tick(tune.Callback):
         return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.searcher.interruption.must_end():
+            return  # this thread may have been left behind, and the study closed
         try:
             self.searcher.coordinator.study.save_elapsed()
         except StoppedEarly as stop:

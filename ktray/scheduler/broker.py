@@ -37,7 +37,15 @@ from ktray.scheduler.messages import (
     WorkerIdentity,
     WorkerOrder,
 )
-from ktray.scheduler.ray_cluster import classify_loss, kill_all_workers, kill_process_on, nodes, this_process, worker_names
+from ktray.scheduler.ray_cluster import (
+    classify_loss,
+    exists_on_its_node,
+    kill_all_workers,
+    kill_process_on,
+    nodes,
+    this_process,
+    worker_names,
+)
 from ktray.scheduler.requests import RecentKeys
 from ktray.scheduler.resources import GpuShares
 from ktray.scheduler.worker import start_worker
@@ -82,10 +90,12 @@ class Broker:
         self._handles: dict[str, Any] = {}
         self._ended_workers = RecentKeys[str]()  # if they call again, they are told to exit
         self._leases: dict[str, float] = {}
+        self._drivers: dict[str, ProcessId] = {}  # session -> its process
         self._last_lease = now
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._last_event = int(now * 1000)  # so that numbers keep rising across restarts
         self._ticker: asyncio.Task[None] | None = None
+        self._lease_check: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Task[None]] = set()
         # Workers of an earlier scheduler are killed before any new one exists; Ray frees their names only some time later.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
@@ -106,8 +116,10 @@ class Broker:
 
     # ---- calls of drivers and trials
 
-    async def lease(self, session: str, trials: Sequence[ProcessId]) -> tuple[ProcessId, list[ProcessId]]:
-        """A driver is alive. Once it stops calling this, its requests are cancelled; without any driver the scheduler ends.
+    async def lease(self, session: str, trials: Sequence[ProcessId], driver: ProcessId) -> tuple[ProcessId, list[ProcessId]]:
+        """A driver is alive. Once its process has ended, its requests are cancelled; without any driver the scheduler ends.
+
+        A driver that stops calling this while its process exists stands still, as while a laptop is closed, and goes on later.
 
         Args:
             trials: the processes of trials that an earlier call returned, so that a restarted broker learns of them.
@@ -117,6 +129,7 @@ class Broker:
         """
         self._start_ticking()
         self._leases[session] = self._last_lease = time.time()
+        self._drivers[session] = driver
         self._trials.restore(trials, self._last_lease)
         return this_process(), self._trials.alive()
 
@@ -127,8 +140,7 @@ class Broker:
 
     async def disconnect(self, session: str) -> bool:
         """A driver ends; True if it was the last one."""
-        self._leases.pop(session, None)
-        self._core.requests.cancel_waits(session)
+        self._end_lease(session)
         self._carry_out()
         return not self._leases
 
@@ -258,14 +270,30 @@ class Broker:
             self._core.check_heartbeats(now)
             for process in self._trials.remove_silent(now):
                 kill_process_on(process.node, process.pid, process.created)
-            for session in [name for name, leased in self._leases.items() if now - leased > LEASE_SECONDS]:
-                del self._leases[session]
-                self._core.requests.cancel_waits(session)
-            if now - self._last_lease > self._config.runtime.idle_exit_seconds:
+            if self._lease_check is None or self._lease_check.done():
+                self._lease_check = asyncio.get_running_loop().create_task(self._end_lapsed_leases(now))
+            if not self._leases and now - self._last_lease > self._config.runtime.idle_exit_seconds:
                 await self.shut_down()
             cpus = min(self._registry.cpu_limit, sum(node.cpus for node in self._registry.nodes.values()))
             self._core.scaling.prestart(int(min(cpus, MAX_PRESTARTED)))
             self._dispatch()
+
+    async def _end_lapsed_leases(self, now: float) -> None:
+        """End the leases of drivers that have ended. One that only stands still keeps its lease, and the scheduler with it."""
+        lapses_after = min(LEASE_SECONDS, self._config.runtime.idle_exit_seconds)
+        for session in [name for name, leased in self._leases.items() if now - leased > lapses_after]:
+            exists = await asyncio.to_thread(exists_on_its_node, self._drivers[session])
+            if now - self._leases.get(session, now) <= lapses_after:
+                continue  # it has called or ended meanwhile
+            if exists:
+                self._leases[session] = self._last_lease = time.time()
+            else:
+                self._end_lease(session)
+
+    def _end_lease(self, session: str) -> None:
+        self._leases.pop(session, None)
+        self._drivers.pop(session, None)
+        self._core.requests.cancel_waits(session)
 
     def _compensate_pause(self, seconds: float) -> None:
         """This process was paused, or its clock was set forward, for this long: nobody was silent in that time."""

@@ -111,7 +111,7 @@ class SchedulerClient:
             cancelled: once this is set, the call no longer waits for the answer.
         """
         with _raise_stopped_early():
-            answer = self._broker().lease.remote(self.session, self._trial_processes)
+            answer = self._broker().lease.remote(self.session, self._trial_processes, this_process())
             if self._wait_for(answer, cancelled):
                 self._broker_process, self._trial_processes = ray.get(answer)
 

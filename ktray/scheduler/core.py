@@ -279,6 +279,9 @@ class SchedulerCore:
         for worker in self.registry.workers.values():
             if worker.last_heartbeat is not None:
                 worker.last_heartbeat += seconds
+        for run in self.running.values():
+            run.since += seconds
+            run.last_progress += seconds
         self.startup.compensate_pause(seconds)
 
     # ---- decisions: what starts now

@@ -16,6 +16,9 @@ from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.messages import OUT_OF_MEMORY, WORKER_DIED, LossKind
 from ktray.scheduler.worker_registry import WORKER_PREFIX, Node
 
+SAME_PROCESS_SECONDS = 5.0  # two readings of when a process was created may differ, because clocks are adjusted
+ANSWER_SECONDS = 20.0
+
 
 def this_process() -> ProcessId:
     """The calling process."""
@@ -37,6 +40,28 @@ def kill_process_on(node: str, pid: int, created: float | None) -> None:
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     task: Any = ray.remote(kill_process)
     task.options(num_cpus=0, scheduling_strategy=strategy).remote(pid, created)
+
+
+def is_existing(pid: int, created: float) -> bool:
+    """Whether this process runs or stands still, and is no later one with its id."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) < SAME_PROCESS_SECONDS
+    except psutil.NoSuchProcess:
+        return False
+
+
+def exists_on_its_node(process: ProcessId) -> bool:
+    """`is_existing` on the node of a process; False if that node is gone or does not answer."""
+    if process.node == ray.get_runtime_context().get_node_id():
+        return is_existing(process.pid, process.created)
+    strategy = NodeAffinitySchedulingStrategy(process.node, soft=False)
+    task: Any = ray.remote(is_existing)
+    asked = task.options(num_cpus=0, scheduling_strategy=strategy, max_retries=0).remote(process.pid, process.created)
+    try:
+        return bool(ray.get(asked, timeout=ANSWER_SECONDS))
+    except ray.exceptions.RayError:
+        return False
 
 
 def nodes() -> dict[str, Node]:

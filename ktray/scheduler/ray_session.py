@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -28,16 +29,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
-
 import ktray
 from ktray.errors import PreflightFailed, UserError
 from ktray.fingerprint import fingerprint
+from ktray.scheduler import orphan_cleanup
+from ktray.scheduler.orphan_cleanup import end_processes
+from ktray.scheduler.ray_liveness import failure_of_cluster, failure_of_own, watch
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.stores.locks import FileLock, lock_home
 
 OBJECT_STORE_BYTES = 1 << 30
 CONNECT_SECONDS = 5.0
+LEAVE_SECONDS = 10.0  # for the schedulers of a session to let it go
 KEPT_LOG_BYTES = 20_000
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -58,8 +61,14 @@ class RaySession:
         address: of the cluster; None if this session started Ray itself.
         log: file for Ray's messages.
         warnings: sentences for the user.
-        on_stop: functions that `stop` calls first, such as those that leave the schedulers of this session.
+        on_stop: functions that `leave_schedulers` calls, such as those that leave the schedulers of this session.
+        on_loss: called once, in a thread, if Ray ends on its own, with what has ended: ``its GCS (process 4711) is gone``.
+        loss: that, or None while Ray runs.
+        ends_process: whether this process ends with the session, by ``os._exit``.
+        started: whether Ray runs, and not only some of its processes.
         connected: whether this session owns the process's one connection to Ray, so that `stop` closes no other's.
+        cleanup: the process that ends what is left of our own Ray if this process is killed.
+        end_watch: ends the thread that watches Ray.
     """
 
     home: Path
@@ -69,15 +78,32 @@ class RaySession:
     warnings: list[str] = field(default_factory=list)
     name: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     on_stop: list[Callable[[], None]] = field(default_factory=list)
+    on_loss: Callable[[str], None] = lambda cause: None
+    loss: str | None = None
+    ends_process: bool = False
     lock: FileLock | None = None
     temporary: Path | None = None
+    started: bool = False
     connected: bool = False
+    cleanup: subprocess.Popen[bytes] | None = None
+    end_watch: Callable[[], None] = lambda: None
 
 
-def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySession:
+def start(
+    home: Path,
+    address: str | None,
+    runtime: RuntimeSettings,
+    on_loss: Callable[[str], None] = lambda cause: None,
+    ends_process: bool = False,
+) -> RaySession:
     """Ray on this machine for this home, or a connection to the cluster at `address`.
 
     Ray's own messages go to a file, never to the terminal.
+
+    Args:
+        on_loss: called once, in a thread, if Ray ends on its own, with what has ended.
+        ends_process: whether this process ends with the session, by ``os._exit``. Then file descriptor 2 goes to the log, too,
+            to which Ray's C++ code writes; ``sys.stderr`` must have another.
 
     Raises:
         UserError: another process uses this home, or this one is connected to Ray already, or there is no cluster at
@@ -87,18 +113,21 @@ def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySessi
     home = home.absolute()
     (home / "logs").mkdir(parents=True, exist_ok=True)
     lock = lock_home(home) if address is None else None
-    session = RaySession(
-        home, address, runtime, home / "logs" / f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log", lock=lock
-    )
+    log = home / "logs" / f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    session = RaySession(home, address, runtime, log, lock=lock, on_loss=on_loss, ends_process=ends_process)
     try:
         os.environ.update(RAY_ENVIRONMENT)
         _redirect_output(session.log)
-        with sigterm_handler_kept():
+        if ends_process:
+            with open(session.log, "a") as file:
+                os.dup2(file.fileno(), 2)
+        with sigterm_handler_kept(), sighup_blocked():
             if address is None:
                 _start_own(session)
             else:
                 _connect(session, address)
         _redirect_output(session.log)
+        session.started = True
         atexit.register(stop, session)
     except BaseException:
         stop(session)
@@ -106,30 +135,54 @@ def start(home: Path, address: str | None, runtime: RuntimeSettings) -> RaySessi
     return session
 
 
-def stop(session: RaySession) -> None:
-    """End what this session started: all processes of our own Ray, or our actors on somebody else's cluster."""
-    import ray
+def leave_schedulers(session: RaySession) -> None:
+    """Leave the schedulers of this session, which end with their last driver; takes some seconds at most."""
+    ends, session.on_stop = session.on_stop[:], []
 
-    for end in session.on_stop:
-        end()
-    session.on_stop.clear()
-    processes: list[psutil.Process] = []
-    if session.connected:
-        atexit.unregister(stop)
-        processes = ray_processes(session.temporary) if session.temporary is not None else []
-        ray.shutdown()
-        session.connected = False
-    _, alive = psutil.wait_procs(processes, timeout=3)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
+    def leave() -> None:
+        for end in ends:
+            with suppress(Exception):  # a scheduler that does not answer: it ends by itself, or with our own Ray
+                end()
+
+    if ends and session.loss is None:
+        thread = threading.Thread(target=leave, daemon=True)
+        thread.start()
+        thread.join(timeout=LEAVE_SECONDS)
+
+
+def stop(session: RaySession) -> None:
+    """End what this session started: all processes of our own Ray, or our actors on somebody else's cluster.
+
+    If this process ends now, its connection to Ray stays open, because closing it may end the process on the spot: a thread
+    that still uses Ray finds that the connection is closed, and Ray exits.
+    """
+    leave_schedulers(session)
+    session.end_watch()
+    atexit.unregister(stop)
+    if session.connected and not session.ends_process:
+        _disconnect(session)
+    session.connected = False
     if session.temporary is not None:
+        end_processes(str(session.temporary), grace=0.0 if session.ends_process or session.loss else 3.0)
         _keep_errors(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
         _remove_with_retries(session.home)
+    if session.cleanup is not None:
+        session.cleanup.kill()
+        session.cleanup.communicate()
     if session.lock is not None:
         session.lock.release()
+
+
+def _disconnect(session: RaySession) -> None:
+    """Close the connection to Ray, even to one that has ended."""
+    import ray
+
+    try:
+        ray.shutdown()
+    except Exception as error:  # noqa: BLE001 - whatever Ray raises while it ends, what it started is ended below
+        with suppress(OSError), open(session.log, "a") as file:
+            file.write(f"ray.shutdown() failed: {type(error).__name__}: {error}\n")
 
 
 def _start_own(session: RaySession) -> None:
@@ -142,6 +195,8 @@ def _start_own(session: RaySession) -> None:
     folders = [*remove_listed_folders(session.home), session.temporary]
     (session.home / "ray").write_text("".join(f"{folder}\n" for folder in folders))  # before it exists: a kill may come now
     session.temporary.mkdir(mode=0o700)
+    session.cleanup = _start_cleanup(session.temporary)
+    _watch(session, failure_of_own(lambda: session.started))
     token = session.home / "token"
     if not token.exists():
         _write_private(token, secrets.token_hex(32))
@@ -186,11 +241,36 @@ def _connect(session: RaySession, address: str) -> None:
             "--address",
             "Start one with `ray start --head`.",
         ) from None
+    context = ray.get_runtime_context()
+    _watch(session, failure_of_cluster(context.gcs_address, context.get_node_id()))
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         session.warnings.append(
             f"The cluster at {address} has no token authentication: everybody who reaches it can run code there. "
             "Start it with RAY_AUTH_MODE=token."
         )
+
+
+def _start_cleanup(temporary: Path) -> subprocess.Popen[bytes]:
+    """The process that outlives this one if it is killed. Its process group is its own, so that Ctrl-C does not reach it."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", orphan_cleanup.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+    assert process.stdin is not None
+    process.stdin.write(f"{temporary}\n".encode())
+    process.stdin.flush()
+    return process
+
+
+def _watch(session: RaySession, failure: Callable[[], str | None]) -> None:
+    def lose(cause: str) -> None:
+        session.loss = cause
+        session.on_loss(cause)
+
+    session.end_watch = watch(failure, lose)
 
 
 def _claim_connection(session: RaySession) -> None:
@@ -253,16 +333,6 @@ def _redirect_output(log: Path) -> None:
             file.writelines(f"({data.get('pid')}) {line}\n" for line in data.get("lines", ()))
 
     redirect_messages(write)
-
-
-def ray_processes(temporary: Path) -> list[psutil.Process]:
-    """The processes of the Ray that this process has started with this temporary folder, and all that these have started."""
-    found: dict[int, psutil.Process] = {}
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if any(str(temporary) in argument for argument in child.cmdline()):
-                found |= {process.pid: process for process in [child, *child.children(recursive=True)]}
-    return list(found.values())
 
 
 def _keep_errors(temporary: Path, log: Path) -> None:
@@ -383,6 +453,19 @@ def sigterm_handler_kept() -> Iterator[None]:
         utils.set_sigterm_handler = original
         if has_handler:
             signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def sighup_blocked() -> Iterator[None]:
+    """Block SIGHUP in this thread: processes that it starts never get it, as Ray itself does it for SIGINT.
+
+    A terminal that closes sends it to all of them, and a search could then no longer end in order.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _require(module: ModuleType | Any, name: str) -> None:

@@ -10,6 +10,15 @@ from ktray.errors import UserError
 from ktray.search import journal
 from ktray.search.space import Space
 from ktray.search.trial import Trial
+from ktray.stores.locks import LockHolder, lock_holder
+
+STATUS_FILE = "status.json"  # written by a running search every few seconds
+
+
+def driver_of(home: Path, name: str) -> LockHolder | None:
+    """The process that searches a study; None if nobody does."""
+    folder = journal.folder(home, name)
+    return lock_holder(folder / journal.DRIVER_LOCK, folder / STATUS_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +43,7 @@ class History:
 
 
 def read_study(home: Path, name: str) -> History:
-    """The current state of a study.
+    """The current state of a study. What ran when its search ended is `interrupted`, once nobody searches it any more.
 
     Raises:
         UserError: there is no such study, or its first driver was killed before it recorded anything.
@@ -43,6 +52,10 @@ def read_study(home: Path, name: str) -> History:
     if "space" not in notes or "target" not in notes:  # its driver was killed before it wrote these
         raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
     space = Space.from_content(notes["space"], name)
+    running = [index for index, trial in enumerate(trials) if trial.state == "running"]
+    if running and driver_of(home, name) is None:
+        for index in running:
+            trials[index] = dataclasses.replace(trials[index], state="interrupted")
     return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
 
 

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from ktray.errors import StoppedEarly, UserError
 from ktray.search import sampler, tpe
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from ktray.stores.locks import lock_owner, try_lock
+from ktray.stores.locks import lock_owner, name_of_this_process, try_lock
 
+DRIVER_LOCK = "driver.lock"  # in the folder of a study
 _FINAL = {
     "completed": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -243,8 +243,8 @@ def driver_lock(home: Path, name: str) -> Iterator[None]:
     """
     directory = folder(home, name)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "driver.lock"
-    lock = try_lock(path, f"process {os.getpid()} on {socket.gethostname()}")
+    path = directory / DRIVER_LOCK
+    lock = try_lock(path, name_of_this_process())
     if lock is None:
         raise UserError(
             f"the study {name!r} is being searched by {lock_owner(path) or 'another process'}",

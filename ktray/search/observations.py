@@ -58,7 +58,7 @@ class Observations:
             insort(self._completed, (self._losses(trial)[0], trial.number))
             if len(self._modes) > 1:
                 self._extend_front(trial)
-        elif trial.state in ("running", "paused", "pruned") and trial.last_rung_score:
+        elif trial.state in ("running", "interrupted", "paused", "pruned") and trial.last_rung_score:
             self._trials[trial.number] = trial
             insort(self._at_rungs.setdefault(trial.last_rung_score[0], []), self._rung_entry(trial))
         elif trial.state == "running":

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-State = Literal["completed", "pruned", "paused", "running", "failed", "duplicate"]
+State = Literal["completed", "pruned", "paused", "running", "interrupted", "failed", "duplicate"]
 STATES: tuple[State, ...] = get_args(State)
 """All states, in the order in which reports list them."""
 
-PREFIX_STATES = frozenset({"running", "paused", "completed", "pruned"})
+PREFIX_STATES = frozenset({"running", "interrupted", "paused", "completed", "pruned"})
 """States of trials with stages before the student that are in the store or being computed."""
 
 
@@ -22,7 +22,9 @@ class Trial:
         number: 0, 1, ... in the order of the draws; stays the same when the study is resumed.
         params: dotted path -> drawn scalar; for a choice between lists or mappings the JSON text of the option.
         pair: the drawn pair as plain data with all defaults; `PairSpec.model_validate` reads it.
-        state: `paused`: stopped at a rung, `pruned`: still paused when the study ended, `duplicate`: equals an earlier trial.
+        state: `interrupted`: running when its search ended, and goes on with the next one; only readers of a study that nobody
+            searches see it, because the journal has `running`. `paused`: stopped at a rung. `pruned`: still paused when the
+            study ended. `duplicate`: equals an earlier trial.
         epoch: student epochs that are trained and evaluated.
         scores: epoch of a rung -> value of the early-stop metric there.
         teacher_score: value of the early-stop metric for teachers, measured before the student; None if there is none.

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
+
+import psutil
 
 from ktray.errors import UserError
+
+FRESH_SECONDS = 10.0  # a status written longer ago says nothing about now
 
 
 class FileLock:
@@ -16,13 +24,24 @@ class FileLock:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
+        self._has_owner = False
+
+    def note_owner(self, owner: str) -> None:
+        """Write the owner to the file; `release` clears it."""
+        assert self._descriptor is not None, "a released lock has no owner"
+        self._has_owner = True
+        os.ftruncate(self._descriptor, os.pwrite(self._descriptor, f"{owner}\n".encode(), 0))
 
     def release(self) -> None:
         """Release the lock; further calls do nothing."""
         descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
+        if descriptor is None:
+            return
+        if self._has_owner:
             with suppress(OSError):
-                os.close(descriptor)
+                os.ftruncate(descriptor, 0)
+        with suppress(OSError):
+            os.close(descriptor)
 
     def __enter__(self) -> FileLock:
         return self
@@ -41,7 +60,7 @@ def try_lock(path: Path, owner: str) -> FileLock | None:
     lock = _flock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is not None:
         try:
-            path.write_text(f"{owner}\n")
+            lock.note_owner(owner)
         except OSError:
             lock.release()
             raise
@@ -58,6 +77,50 @@ def wait_for_lock(path: Path) -> FileLock:
 def lock_owner(path: Path) -> str:
     """The owner recorded in a lock file; empty if there is none."""
     return path.read_text().strip()
+
+
+def name_of_this_process() -> str:
+    """This process as the owner of a lock that other machines see, too; `lock_holder` reads it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+class LockHolder(NamedTuple):
+    """The process that holds a lock: its name is such as ``process 4711 on host``, `since` in seconds since 1970."""
+
+    pid: int
+    name: str
+    since: float
+
+
+def lock_holder(path: Path, written: Path) -> LockHolder | None:
+    """The process that holds a lock, by what the file says; trying the lock itself would be in its way.
+
+    Args:
+        path: a lock file with a `name_of_this_process` as its owner.
+        written: a file that the holder writes every few seconds: all that is known of a process on another machine.
+    """
+    try:
+        owner, since = lock_owner(path), path.stat().st_mtime
+    except OSError:
+        return None
+    match = re.fullmatch(r"process (\d+) on (.+)", owner)
+    if match is None:
+        return None
+    holder = LockHolder(int(match[1]), owner, since)
+    if match[2] != socket.gethostname():
+        return holder if _age(written) < FRESH_SECONDS else None
+    with suppress(psutil.Error):
+        process = psutil.Process(holder.pid)
+        if process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1:
+            return holder
+    return None
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return float("inf")
 
 
 def lock_home(home: Path) -> FileLock:

@@ -199,8 +199,11 @@ class Tracker:
         """Return whether `log_stage` was called for this key, in this session or an earlier one."""
         return key in self._logged_stages
 
-    def close(self, status: Status, timeout: float = 20) -> bool:
+    def close(self, status: Status, timeout: float = 20, give_up: Callable[[], bool] = lambda: False) -> bool:
         """End the search's run and write what is left, for at most `timeout` seconds.
+
+        Args:
+            give_up: asked again and again whether to wait no longer.
 
         Returns:
             Whether everything was written. What was not stays in the spool for the next session.
@@ -208,7 +211,7 @@ class Tracker:
         if not self._writer:
             return False
         self._end(status)
-        return self._writer.stop(timeout) and not self._lost
+        return self._writer.stop(timeout, give_up) and not self._lost
 
     @_never_raises
     def _end(self, status: Status) -> None:

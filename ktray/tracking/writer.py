@@ -56,11 +56,16 @@ class Writer:
         """Start the thread; returns at once."""
         self._thread.start()
 
-    def stop(self, timeout: float) -> bool:
-        """Write what is left, for at most `timeout` seconds. Return whether all of it was written and accepted."""
+    def stop(self, timeout: float, give_up: Callable[[], bool] = lambda: False) -> bool:
+        """Write what is left, for at most `timeout` seconds. Return whether all of it was written and accepted.
+
+        Args:
+            give_up: asked again and again whether to wait no longer.
+        """
         self._deadline = time.monotonic() + timeout
         self._stopping.set()
-        self._thread.join(timeout)
+        while self._thread.is_alive() and not give_up() and (left := self._deadline - time.monotonic()) > 0:
+            self._thread.join(min(0.2, left))
         applied = self._spool.load_position().offset >= self._spool.size()
         return applied and not self._rejected and not self._thread.is_alive()
 

@@ -19,7 +19,7 @@ from tests.searches import CommandResult, Home, Running
 RUNTIME = "checkpoint_seconds: 2\n"
 MAX_ROUND_SECONDS = 1800.0  # seconds of one round
 NODE_REPLACEMENT_SECONDS = 10.0  # seconds until a node that died is replaced
-CLEANUP_SECONDS = 90.0  # two agents of Ray itself take a minute to notice that their node is gone
+CLEANUP_SECONDS = 90.0  # agents of the nodes of a cluster take a minute to notice that their node is gone
 
 
 @dataclass
