@@ -82,7 +82,9 @@ def test_on_a_shared_store_a_follower_counts_only_what_its_own_scheduler_has_pub
     for name, attempt in by.items():
         publish(store, f"images-{name}", BEGAN, attempt)
     scheduler: Any = _Scheduler()
-    follower = _EventFollower(scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None)
+    follower = _EventFollower(
+        scheduler, store, Tracker("http://127.0.0.1:9", tmp_path, "toy"), lambda events, status: None, print
+    )
     scheduler.reported = ["images-seen"]
     follower.close([f"images-{name}" for name in ("seen", "missed", "theirs", "here", "absent")])
     assert follower.published == {"images-seen", "images-missed"}
