@@ -333,20 +333,22 @@ PNG = image_of("ape")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "it is empty"),
+        (b"", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS.*git lfs pull"),
         (b"<!DOCTYPE html><html>", "web page"),
         (b"\n <html><body>404", "web page"),
-        (b"PAR1" + bytes(100), "its end is missing"),
-        (b"PAR1", "damaged|end is missing"),
-        (b"PAR1" + bytes(20) + b"PAR1", "damaged"),
-        (b"PAR1" + b"\xff" * 20 + (8).to_bytes(4, "little") + b"PAR1", "damaged"),
-        (b"PAR1" + bytes(20) + b"\xff\xff\xff\x7fPAR1", "damaged"),
-        (b"PARE" + bytes(20) + b"PARE", "encrypted"),
-        (PNG, "begins with b'.x89PNG"),
-        (b"image,label\n", "begins with b'image,label"),
-        (gzip.compress(b"PAR1"), "begins with"),
-        (bytes(1000), "begins with"),
+        (b"PAR1" + bytes(100), "has no end"),
+        (b"PAR1", "is damaged"),
+        (b"PAR1" + bytes(20) + b"PAR1", "is damaged"),
+        (b"PAR1" + b"\xff" * 20 + (8).to_bytes(4, "little") + b"PAR1", "is damaged"),
+        (b"PAR1" + bytes(20) + b"\xff\xff\xff\x7fPAR1", "is damaged"),
+        (b"PARE" + bytes(20) + b"PARE", "is encrypted"),
+        (PNG, "is an image"),
+        (b"image,label\n", "text file that begins with 'image,label'"),
+        (b"x", "text file that begins with 'x'"),
+        (gzip.compress(b"PAR1"), "gzip archive"),
+        (bytes(1000), "begins with zeros"),
+        (b"ARROW1" + bytes(100), "begins with b'ARRO'"),
     ],
 )
 def test_a_file_that_is_no_parquet_file_is_named_with_what_it_is(content: bytes, message: str, tmp_path: Path) -> None:
@@ -362,7 +364,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     whole = write_classes(tmp_path / "train.parquet", CLASSES, CLASSES).read_bytes()
     for length in range(0, len(whole), 53):
         (tmp_path / "train.parquet").write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"train\.parquet cannot be read"):
+        with pytest.raises(UserError, match=r"train\.parquet (has no end|is damaged|is no parquet file)"):
             listed(f"parquet:{tmp_path}?label=label")
 
 
@@ -377,7 +379,7 @@ def test_a_sparse_file_of_a_hundred_terabytes_is_refused_at_once(tmp_path: Path)
             pytest.skip("this file system has no files of 8 TiB")
         file.write(whole[-1000:])
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"damaged: it has 8,796,093,0.* bytes, of which its columns take"):
+    with pytest.raises(UserError, match=r"claims 8,796,093,0.* bytes, of which only"):
         listed(f"parquet:{tmp_path}?label=label")
     assert time.monotonic() - began < 5
 
@@ -418,7 +420,7 @@ def test_a_damaged_page_costs_its_rows_and_no_time(checksums: bool, tmp_path: Pa
 def test_text_labels_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")])
     parquet.write_table(pa.table({"image": [PNG], "label": broken}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=r"'label' of .* cannot be read"):
+    with pytest.raises(UserError, match=r"'label' cannot be read.*utf-8"):
         listed(f"parquet:{tmp_path}?label=label")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.errors import UserError
+from ktray.file_kind import require_readable, what_it_is
 
 MIB = 1 << 20
 _SHOWN = 256  # characters of a name in messages, as many as file names have
@@ -73,6 +74,7 @@ def open_file(name: str, path: Path, image: str | None, label: str | None) -> Pa
     Raises:
         UserError: it is no parquet file, is damaged, has no such column of images or several, or no image.
     """
+    require_readable(path, "data.path")
     with damage_of(path), opened(path) as file:
         column = _image_column(path, file.schema_arrow, image, label)
         _check_sizes(path, file.metadata, column.dotted, label)
@@ -95,38 +97,29 @@ def damage_of(path: Path, column: str = "") -> Iterator[None]:
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
         raise UserError(f"the name of {name} is not UTF-8", where="data.path", instead="Rename it.") from error
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
-        what = f"the column {column!r} of {path}" if column else str(path)
         why, instead = _diagnosis(path, " ".join(str(error).split()))
-        raise UserError(f"{what} cannot be read: {why}", where="data.path", instead=instead) from error
+        what = f"the column {column!r} cannot be read: {path}" if column else str(path)
+        raise UserError(f"{what} {why}", where="data.path", instead=instead) from error
 
 
 def _diagnosis(path: Path, error: str) -> tuple[str, str]:
-    """Why a file cannot be read, and what to do."""
+    """Why a file cannot be read, as the end of a sentence, and what to do."""
     try:
+        found, instead = what_it_is(path)
         with open(path, "rb") as file:
-            start, size = file.read(200), os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - 4))
+            start = file.read(4)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4))
             end = file.read(4)
     except OSError as unreadable:
-        return f"{unreadable.strerror}", "Change its permissions."
-    if not size:
-        return "it is empty", "Fetch it again."
-    if start.startswith(b"version https://git-lfs"):
-        return "it is the pointer of a file in Git LFS", "Fetch the file itself: git lfs pull."
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "it is a web page", "Fetch the file itself; the address may need a login."
-    if b"PARE" in (start[:4], end):
-        return "it is encrypted", "Write it without encryption."
-    if start.startswith(b"PAR1") and end != b"PAR1":
-        return "its end is missing", "Fetch it again."
-    if start.startswith(b"PAR1"):
-        return f"it is damaged: {error}", "Fetch it again."
-    return (
-        f"it is no parquet file, it begins with {start[:12]!r}",
-        "Leave it out by a pattern in 'path'.",
-    )
+        return f"cannot be read: {unreadable.strerror}", "Change its permissions."
+    if b"PARE" in (start, end):
+        return "is encrypted", "Write it without encryption."
+    if start == b"PAR1":
+        return ("has no end", _AGAIN) if end != b"PAR1" else (f"is damaged: {error}", _AGAIN)
+    return f"is no parquet file: it {found or f'begins with {start!r}'}", instead or "Leave it out by a pattern in 'path'."
 
 
+_AGAIN = "Fetch it again."
 _MAX_LABEL_BYTES = 1 << 30
 
 
@@ -134,10 +127,10 @@ def _check_sizes(path: Path, footer: Any, column: str, label: str | None) -> Non
     """Compare what the footer claims with the size of the file, before anything is read or hashed.
 
     Raises:
-        UserError: columns end behind the file, most of the file belongs to no column, there are more rows than images fit, no
-            row has an image, or the labels take more than a gibibyte.
+        UserError: columns end behind the file, there are more rows than images fit, no row has an image, or labels take more
+            than a GiB.
     """
-    size, total, image_bytes, label_bytes, nulls, rows = path.stat().st_size, 0, 0, 0, 0, footer.num_rows
+    size, image_bytes, label_bytes, nulls, rows = path.stat().st_size, 0, 0, 0, footer.num_rows
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     if rows != sum(group.num_rows for group in groups) or any(group.num_rows < 0 for group in groups):
         raise damaged(path, f"its footer says {rows} rows, but not those of its row groups")
@@ -145,15 +138,12 @@ def _check_sizes(path: Path, footer: Any, column: str, label: str | None) -> Non
         start = min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset)
         if start < 0 or chunk.total_compressed_size < 0 or start + chunk.total_compressed_size > size:
             raise damaged(path, f"its footer places {chunk.path_in_schema!r} behind its end")
-        total += chunk.total_compressed_size
         if chunk.path_in_schema == column:
             image_bytes += chunk.total_uncompressed_size
             known = chunk.statistics if chunk.is_stats_set else None
             nulls += known.null_count if known is not None and known.has_null_count else 0
         elif chunk.path_in_schema == label:
             label_bytes += chunk.total_uncompressed_size
-    if size > 2 * total + footer.serialized_size + 64 * MIB:
-        raise damaged(path, f"it has {size:,} bytes, of which its columns take {total:,}")
     if rows > MIB and rows > image_bytes:
         raise damaged(path, f"it cannot hold images in {rows:,} rows: the column {column!r} has {image_bytes:,} bytes")
     if label_bytes > _MAX_LABEL_BYTES:
@@ -168,7 +158,7 @@ def _check_sizes(path: Path, footer: Any, column: str, label: str | None) -> Non
 
 def damaged(path: Path, why: str) -> UserError:
     """The error to raise about a damaged file."""
-    return UserError(f"{path} is damaged: {why}", where="data.path", instead="Fetch it again.")
+    return UserError(f"{path} is damaged: {why}", where="data.path", instead=_AGAIN)
 
 
 def stored(kind: Any) -> Any:
