@@ -307,9 +307,17 @@ UNFIT: dict[str, tuple[Any, str]] = {
     ),
     "quantised": (
         {n: t.to(torch.int8) if t.is_floating_point() else t for n, t in NETWORK.items()},
-        r"weights of the type int8, in conv1\.0\.weight, .* which may be quantised",
+        r"weights of a type that ktray does not take \(int8\), in conv1\.0\.weight, .*dense tensors of float32",
     ),
-    "complex": ({**NETWORK, "conv1.0.weight": FIRST.to(torch.complex64)}, r"weights of the type complex64"),
+    "complex": ({**NETWORK, "conv1.0.weight": FIRST.to(torch.complex64)}, r"a type that ktray does not take \(complex64\)"),
+    "sparse": ({**NETWORK, "conv1.0.weight": FIRST.to_sparse()}, r"does not take \(sparse\), in conv1\.0\.weight\."),
+    "arrays of NumPy": ({n: t.numpy() for n, t in NETWORK.items()}, r"does not take \(array of NumPy\), in conv1\.0\.weight, "),
+    "without values": ({n: t.to("meta") for n, t in NETWORK.items()}, r"does not take \(meta, which has no values\)"),
+    "all zero": ({n: t * 0 for n, t in NETWORK.items()}, r"all weights at key '' with prefix '' of weights\.pth are zero"),
+    "negative variances": (
+        {n: t - 5 if n.endswith("running_var") else t for n, t in NETWORK.items()},
+        r"negative variances, in conv1\.1\.running_var",
+    ),
     "nothing of it": ({"a.b": torch.zeros(3)}, r"it has no conv1\.0\.weight of shape .* but has a\.b of shape \(3,\)"),
     "no tensors": ({"epoch": 3, "state_dict": {}}, r"contains no named tensors"),
     "a tensor alone": (torch.zeros(3), r"contains no named tensors"),
@@ -328,6 +336,30 @@ def test_weights_that_do_not_fit_are_refused_with_what_differs(form: str, tmp_pa
         imported(saved(content, tmp_path / "weights.pth"))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "imported").exists()
+
+
+def test_unknown_modules_beside_the_network_are_ignored_if_the_prefix_is_stated_and_parts_of_it_never(tmp_path: Path) -> None:
+    path = saved({**NETWORK, "mystery.weight": torch.zeros(3)}, tmp_path / "weights.pth")
+    with pytest.raises(
+        UserError, match=r"it has mystery\.weight .*say where the network begins, prefix: '', and they are ignored"
+    ):
+        imported(path)
+    assert_same(imported(path, prefix=""), NETWORK)
+    assert pretrained.find_weights(pretrained.shapes(ALEXNET), path, prefix="").ignored == ("mystery.weight of shape (3,)",)
+    inside = saved({**NETWORK, "conv1.9.weight": torch.zeros(3)}, tmp_path / "inside.pth")
+    with pytest.raises(UserError, match=r"it has conv1\.9\.weight") as refused:
+        imported(inside, prefix="")
+    assert "prefix" not in refused.value.instead
+
+
+def test_a_network_that_is_there_only_in_part_is_not_taken_and_kept_apart_in_the_record(tmp_path: Path) -> None:
+    averaged = {name: tensor for name, tensor in OTHER.items() if "running" not in name}
+    path = saved({"model": NETWORK, "model_ema": averaged}, tmp_path / "weights.pth")
+    assert_same(imported(path), NETWORK)
+    found = found_in(path)
+    assert found.others == ()
+    assert found.incomplete == (pretrained.Place("model_ema", ""),)
+    assert "not completely in the file: key 'model_ema'" in found.summary()
 
 
 def test_position_embeddings_of_another_size_are_named_as_such(tmp_path: Path) -> None:

@@ -6,11 +6,15 @@ import sys
 
 import pytest
 import torch
+import yaml
+from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from ktray import plugins
+from ktray.cli import main
 from ktray.errors import UserError
 from ktray.training import loop, pretrained, snapshot
+from tests.toys import STUDENT, toy_spec
 
 torch.set_num_threads(1)
 
@@ -50,6 +54,44 @@ def test_features_and_weights_are_timms_and_layers_are_maps(model, image, layers
         torch.testing.assert_close(backbone(pixels), expected)
     assert backbone.layers == layers
     assert seen[0].shape == (2, *maps)
+
+
+TAGGED = {  # as somebody writes it -> what to write
+    "resnet18.a1_in1k": "resnet18",
+    "timm/resnet50.a1_in1k": "resnet50",
+    "hf_hub:timm/vit_base_patch16_224.augreg_in21k": "vit_base_patch16_224",
+    "hf-hub:timm/convnext_tiny.in12k_ft_in1k": "convnext_tiny",
+    "vit_small_patch14_dinov2.lvd142m": "vit_small_patch14_dinov2",
+}
+MISSPELT = {
+    "ResNet18": "resnet18",
+    "vit-tiny-patch16-224": "vit_tiny_patch16_224",
+    " resnet18": "resnet18",
+    "timm/vgg11": "vgg11",
+}
+
+
+@pytest.mark.parametrize(("model", "plain"), [*TAGGED.items(), *MISSPELT.items()])
+def test_a_name_with_a_tag_or_a_hub_says_how_to_write_it(model, plain):
+    timm = pytest.importorskip("timm")
+    assert timm.is_model(plain)
+    with pytest.raises(ValidationError, match=rf"write model: {plain}\b") as refused:
+        spec(model)
+    assert ("checkpoint: FILE" in str(refused.value)) == (model in TAGGED), "weights come from a file"
+    assert spec(plain).model == plain
+
+
+def test_a_wrong_timm_name_is_an_error_of_its_own_field(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm")
+    monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
+    for model, said in (("resnet18.a1_in1k", "write model: resnet18"), ("resnet19", "timm has no model 'resnet19'")):
+        student = {**STUDENT, "backbone": {"kind": "timm", "model": model}}
+        (tmp_path / "pair.yaml").write_text(yaml.safe_dump(toy_spec(student=student)))
+        assert main(["plan", str(tmp_path / "pair.yaml"), "--quiet"]) == 2
+        err = capsys.readouterr().err
+        assert "student.backbone.model: " in err
+        assert said in err
+        assert err.count("\n") == 1
 
 
 def test_a_model_that_timm_does_not_have_is_a_user_error():

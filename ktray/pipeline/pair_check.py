@@ -100,13 +100,16 @@ def _check_checkpoint(teacher: LoadedTeacher) -> list[str]:
         return []
     sha256 = checkpoint_sha256(teacher.checkpoint)
     found = _weights(teacher.checkpoint, sha256, teacher.backbone, teacher.key, teacher.prefix)
-    if not found.others:
-        return []
-    there = "; ".join(map(str, found.others))
-    name = checkpoint_path(teacher.checkpoint).name
-    return [
-        f"{name} has several networks: the one at {found.place} is taken. To take another, say so with key and prefix: {there}"
-    ]
+    name, said = checkpoint_path(teacher.checkpoint).name, []
+    if found.others:
+        there = "; ".join(map(str, found.others))
+        said.append(
+            f"{name} has several networks: the one at {found.place} is taken. To take another, give key and prefix: {there}"
+        )
+    if found.incomplete:
+        there = "; ".join(map(str, found.incomplete))
+        said.append(f"{name} has another network only in part, which cannot be taken: {there}")
+    return said
 
 
 @lru_cache(maxsize=256)

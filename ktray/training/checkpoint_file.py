@@ -42,7 +42,7 @@ _NAMES_SHOWN, _SHOWN = 3, 100
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `dtype` is the name of its type if torch has no such type; `read` returns it, on the CPU."""
+    """A tensor in a file. `read` returns it, on the CPU; a `dtype` that is a text, such as ``sparse``, cannot be read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -261,6 +261,8 @@ class _Interpreter:
             return _View(arguments[0], arguments[0].dtype, *arguments[1:4])
         if name == "torch._utils._rebuild_tensor_v3":
             return _View(arguments[0], _dtype(arguments[6]), *arguments[1:4])
+        if name in _UNREADABLE:
+            return _View(_Storage("", _UNREADABLE[name], 0), _UNREADABLE[name], 0, (), ())
         if name in _THEIR_FIRST_ARGUMENT:
             return arguments[0]
         if name == "torch._tensor._rebuild_from_type_v2":
@@ -292,6 +294,12 @@ def _dtype(named: Any) -> torch.dtype | str:
     return "unknown"
 
 
+_UNREADABLE = {  # tensors of other layouts, by how they are rebuilt
+    **{f"torch._utils._rebuild_{kind}": "quantised" for kind in ("qtensor", "wrapper_subclass")},
+    **{f"torch._utils._rebuild_{kind}": "sparse" for kind in ("sparse_tensor", "sparse_csr_tensor", "nested_tensor")},
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta, which has no values",
+    **{f"numpy.{core}.multiarray._reconstruct": "array of NumPy" for core in ("core", "_core")},
+}
 _THEIR_FIRST_ARGUMENT = {
     *("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch.nn.parameter.Parameter"),
     *("torch.Size", "builtins.tuple", "builtins.list", "__builtin__.tuple", "__builtin__.list"),
@@ -521,6 +529,8 @@ def _stored(
     Args:
         checked: keys of the storages whose checksum has been compared; added to when a tensor is read.
     """
+    if isinstance(view.storage, _Storage) and view.storage.dtype in _UNREADABLE.values():
+        return StoredTensor((), str(view.dtype), partial(_unsupported, name, str(view.dtype)))
     storage, record = view.storage, records.get(view.storage.key) if isinstance(view.storage, _Storage) else None
     numbers = (view.offset, storage.start, *_numbers(view.shape), *_numbers(view.stride)) if record else (-1,)
     if record is None or any(type(each) is not int or each < 0 for each in numbers) or len(view.shape) != len(view.stride):

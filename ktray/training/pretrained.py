@@ -40,6 +40,7 @@ _TARGETS = {"momentum", "target", "k", "key"}
 _HEADS = {
     *("fc", "classifier", "head", "heads", "linear", "logits", "mlp", "dist", "projector", "projection", "predictor"),
     *("prediction", "prototypes", "prototype", "queue", "decoder", "criterion", "loss", "proj", "aux", "auxlogits", "probe"),
+    *("cls", "clf", "output", "top", "final", "temperature", "bank", "centroids", "regressor", "temp", "logit", "pred"),
 }
 _OTHERS = {
     "last_layer",
@@ -83,14 +84,16 @@ class Weights:
     Attributes:
         tensors: name in the network -> tensor. Buffers that are computed anyway may be missing.
         place: where they lie.
-        others: where other networks lie that fit, or of which most tensors fit.
-        ignored: names of tensors beside the network's own, such as a classifier's.
+        others: where other networks lie that fit.
+        incomplete: where networks lie of which most tensors fit, but not all.
+        ignored: tensors behind the same prefix that are not the network's, such as a classifier's, with their shapes.
         objects: classes of objects in the file, which were skipped.
     """
 
     tensors: Mapping[str, StoredTensor]
     place: Place
     others: tuple[Place, ...]
+    incomplete: tuple[Place, ...]
     ignored: tuple[str, ...]
     objects: tuple[str, ...]
 
@@ -99,6 +102,8 @@ class Weights:
         parts = [f"{len(self.tensors)} tensors from {self.place}"]
         if self.others:
             parts.append(f"also in the file: {'; '.join(map(str, self.others))}")
+        if self.incomplete:
+            parts.append(f"not completely in the file: {'; '.join(map(str, self.incomplete))}")
         if self.ignored:
             parts.append(f"ignored: {_listed(self.ignored)}")
         if self.objects:
@@ -143,7 +148,7 @@ def import_weights(
         key, prefix: as for `find_weights`.
 
     Raises:
-        UserError: as `find_weights`, or weights that are not finite.
+        UserError: as `find_weights`, or weights that are not finite or all zero.
     """
     backbone: nn.Module = plugins.module_of("backbone", backbone_spec).build(backbone_spec)
     initial = backbone.state_dict()
@@ -199,16 +204,18 @@ def find_weights(network: Mapping[str, Tensor], checkpoint: Path, key: str | Non
     candidates = [each for each in _candidates(content, wanted) if _is_stated(each.place, key, prefix)]
     if not candidates:
         raise _nothing_fits(path, content, wanted, key, prefix)
-    complete = _complete(candidates, wanted, path)
+    complete = _complete(candidates, wanted, path, prefix is not None)
     fitting = [each for each in complete if not each.unexpected]
     if not fitting:
         nearest = max(complete or candidates, key=_likeness)
-        raise _other_architecture(checkpoint, _with_other_tensors(nearest, (), wanted), wanted)
+        raise _other_architecture(checkpoint, _with_other_tensors(nearest, (), wanted, prefix is not None), wanted)
     chosen = _chosen(fitting, path)
-    others = [each.place for each in candidates if each.share > _PARTLY and each.place != chosen.place]
-    others = [place for place in others if _rank(place) < _IN_A_HEAD]
+    rest = [
+        each for each in candidates if each.share > _PARTLY and each.place != chosen.place and _rank(each.place) < _IN_A_HEAD
+    ]
+    others, incomplete = (tuple(each.place for each in rest if bool(each.missing) is partly) for partly in (False, True))
     tensors = {(_WRAPPED if wrapped else "") + name: tensor for name, tensor in chosen.tensors.items()}
-    return Weights(tensors, chosen.place, tuple(others), tuple(chosen.ignored), content.objects)
+    return Weights(tensors, chosen.place, others, incomplete, chosen.ignored, content.objects)
 
 
 # --- networks in a file
@@ -279,11 +286,12 @@ def _is_stated(place: Place, key: str | None, prefix: str | None) -> bool:
     return (key is None or place.key == key) and (prefix is None or place.prefix.rstrip(".") == prefix.rstrip("."))
 
 
-def _with_other_tensors(found: _Candidate, prefixes: Sequence[str], wanted: Mapping[str, Tensor]) -> _Candidate:
+def _with_other_tensors(found: _Candidate, prefixes: Sequence[str], wanted: Mapping[str, Tensor], stated: bool) -> _Candidate:
     """The candidate with the tensors behind its prefix that are not the network's: those to ignore, and those that differ.
 
     Args:
         prefixes: of other networks in the same state_dict.
+        stated: whether the prefix is; then only what lies inside the network's own modules can be a part of it.
     """
     prefix, taken = found.place.prefix, set(found.used.values())
     nested = tuple(each for each in prefixes if each.startswith(prefix) and each != prefix)
@@ -292,7 +300,9 @@ def _with_other_tensors(found: _Candidate, prefixes: Sequence[str], wanted: Mapp
     for name, tensor in found.state_dict.items():
         bare = name.removeprefix(prefix)
         if name.startswith(prefix) and name not in taken and not name.endswith(_COMPUTED):
-            beside = name.startswith(nested) or _is_beside_a_backbone(bare, wanted)
+            if name.startswith(nested):
+                continue
+            beside = _is_beside_a_backbone(bare, wanted) or (stated and not _is_inside(bare, wanted))
             (ignored if beside else unexpected).append(f"{bare} of shape {tensor.shape}")
     return replace(found, ignored=tuple(ignored), unexpected=tuple(unexpected))
 
@@ -301,12 +311,18 @@ def _is_beside_a_backbone(name: str, wanted: Mapping[str, Tensor]) -> bool:
     """Whether a tensor belongs to a head, another network or a loss, and not to a part of a backbone."""
     first = name.partition(".")[0]
     words = set(first.lower().split("_"))
-    if first not in _HEADS and (words & _OF_A_BACKBONE or any(each.partition(".")[0] == first for each in wanted)):
+    if first not in _HEADS and (words & _OF_A_BACKBONE or _is_inside(name, wanted)):
         return False
     return first.lower() in _OTHERS or bool(words & (_HEADS | _NETWORKS | _AVERAGED | _TARGETS))
 
 
-def _complete(candidates: Sequence[_Candidate], wanted: Mapping[str, Tensor], path: Path) -> list[_Candidate]:
+def _is_inside(name: str, wanted: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor lies in one of the network's own modules."""
+    first = name.partition(".")[0]
+    return any(each.partition(".")[0] == first for each in wanted)
+
+
+def _complete(candidates: Sequence[_Candidate], wanted: Mapping[str, Tensor], path: Path, stated: bool) -> list[_Candidate]:
     """The candidates with all tensors of the network, with what else lies behind their prefixes."""
     found = [each for each in candidates if not each.missing]
     if len(found) > _MAX_NETWORKS:
@@ -316,7 +332,7 @@ def _complete(candidates: Sequence[_Candidate], wanted: Mapping[str, Tensor], pa
             "Say which with 'key' and 'prefix'.",
         )
     return [
-        _with_other_tensors(each, [other.place.prefix for other in found if other.place.key == each.place.key], wanted)
+        _with_other_tensors(each, [other.place.prefix for other in found if other.place.key == each.place.key], wanted, stated)
         for each in found
     ]
 
@@ -360,16 +376,25 @@ def _read_finite(found: Weights, wanted: Mapping[str, Tensor], name: str) -> Ite
     """Name and tensor, in the network's own type, one after the other.
 
     Raises:
-        UserError: some are not finite.
+        UserError: some are not finite, a variance is negative, or all weights are zero.
     """
-    broken = []
+    broken: list[str] = []
+    negative: list[str] = []
+    matrices: list[bool] = []
     for each, stored in found.tensors.items():
         tensor = stored.read().to(wanted[each].dtype)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             broken.append(each)
+        if each.endswith("running_var") and bool((tensor < 0).any()):
+            negative.append(each)
+        matrices += [bool(tensor.any())] * (tensor.dim() > 1)
         yield each, tensor
     if broken:
         raise UserError(f"{name} has weights that are not finite, in {_listed(broken)}", WHERE, "Train it again.")
+    if negative:
+        raise UserError(f"{name} has negative variances, in {_listed(negative)}", WHERE, "Train it again.")
+    if matrices and not any(matrices):
+        raise UserError(f"all weights at {found.place} of {name} are zero", WHERE, "Give weights that have been trained.")
 
 
 # --- what is wrong
@@ -414,27 +439,27 @@ def _architecture_differs(source: str, missing: Sequence[str], there: Sequence[s
     )
 
 
+_BESIDE = " If these tensors are no part of it, say where the network begins, prefix: {prefix!r}, and they are ignored."
+
+
 def _other_architecture(checkpoint: Path, found: _Candidate, wanted: Mapping[str, Tensor]) -> UserError:
     """The error for the candidate that is most like the network."""
     name = checkpoint.name
     shapes = {bare: (found.state_dict[each].shape, tuple(wanted[bare].shape)) for bare, each in found.used.items()}
-    wrong = {bare: both for bare, both in shapes.items() if both[0] != both[1] and not bare.endswith(_COMPUTED)}
-    quantised = [
-        bare
-        for bare, each in found.used.items()
-        if bare not in found.tensors and bare not in wrong and not bare.endswith(_COMPUTED)
-    ]
+    types = {bare: found.state_dict[each].dtype for bare, each in found.used.items() if not bare.endswith(_COMPUTED)}
+    quantised = [bare for bare, dtype in types.items() if wanted[bare].is_floating_point() and dtype not in _FLOATS]
+    wrong = {bare: shapes[bare] for bare in types if shapes[bare][0] != shapes[bare][1] and bare not in quantised}
     absent = len(found.missing) > len(wrong) + len(quantised)
     if wrong and not (absent or quantised or found.unexpected):
         said = _one_shape(name, wrong, wanted)
         if said:
             return said
     if quantised and not (absent or wrong):
-        kind = str(found.state_dict[found.used[quantised[0]]].dtype).removeprefix("torch.")
+        kind = str(types[quantised[0]]).removeprefix("torch.")
         return UserError(
-            f"{name} has weights of the type {kind}, in {_listed(quantised)}, which may be quantised",
+            f"{name} has weights of a type that ktray does not take ({kind}), in {_listed(quantised)}",
             WHERE,
-            "Save them as float32, float16 or bfloat16.",
+            "Save them as dense tensors of float32, float16 or bfloat16.",
         )
     recorded = _architecture(checkpoint)
     source = f"{name}, the weights of {recorded}," if recorded else name
@@ -443,7 +468,8 @@ def _other_architecture(checkpoint: Path, found: _Candidate, wanted: Mapping[str
             f"{source} is of another architecture: it has {_listed(found.unexpected)}, "
             f"besides all {len(wanted)} tensors of the backbone",
             WHERE,
-            "Give the backbone that these weights were trained with. If they are no part of it, save the file without them.",
+            "Give the backbone that these weights were trained with."
+            + ("" if any(_is_inside(each, wanted) for each in found.unexpected) else _BESIDE.format(prefix=found.place.prefix)),
         )
     there = [f"{bare} of shape {both[0]}" for bare, both in wrong.items()] + list(found.unexpected)
     return _architecture_differs(source, found.missing, there, len(wanted))
