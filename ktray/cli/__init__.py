@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -66,6 +67,8 @@ def run_program() -> NoReturn:
         code = 1
     if "ray" not in sys.modules:
         sys.exit(code)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # all is done and said
     logging.shutdown()
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with suppress(OSError, ValueError):  # closed, or its reader has gone

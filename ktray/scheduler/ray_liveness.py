@@ -84,7 +84,7 @@ def failure_of_own(has_started: Callable[[], bool]) -> Failure:
 
 def _by_name(children: Iterable[psutil.Process]) -> dict[str, psutil.Process]:
     """The essential ones among these processes; a zombie has a name, and no command line."""
-    found = {}
+    found: dict[str, psutil.Process] = {}
     for process in children:
         with suppress(psutil.Error):
             found |= {name: process for name, part in ESSENTIAL.items() if process.name() == part.rpartition("/")[2]}
