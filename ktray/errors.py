@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ktray.text import cut, visible_name
 
-_LONGEST = 3000  # characters of each part of a message; a name or a value in it may have any number
+_LONGEST = 1500  # characters of each part of a message; a name or a value in it may have any number
 DISK_FULL_BYTES = 1 << 20  # with less free space than this, the disk counts as full
 
 

@@ -42,12 +42,13 @@ def _print(text: str, stream: TextIO | None) -> None:
 def log_to_stderr(level: int) -> None:
     """Send log records to stderr, those of ktray from this level on, of everything else warnings."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_VisibleFormatter("ktray: %(message)s"))
+    handler.setFormatter(VisibleFormatter("ktray: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ktray").setLevel(level)
+    logging.captureWarnings(True)  # Python's own way prints them as they are
 
 
-class _VisibleFormatter(logging.Formatter):
+class VisibleFormatter(logging.Formatter):
     """A log record as one line, or more with a traceback, without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -53,6 +53,11 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
+def some_of(count: int, total: int, noun: str, verbs: tuple[str, str]) -> str:
+    """``1 of 5 images is``, ``2 of 5 images are`` for the verbs ``("is", "are")``."""
+    return f"{count:,} of {counted(total, noun)} {verbs[count != 1]}"
+
+
 def cut(text: str, limit: int) -> str:
     """`text`, its middle replaced by a mark where it is longer than `limit` characters."""
     half = (limit - 1) // 2

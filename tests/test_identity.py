@@ -171,7 +171,7 @@ def test_the_cache_says_which_artifacts_an_earlier_version_made_and_show_prints_
     (made.directory / "record.json").write_text(json.dumps(record))
     for action in ("list", "verify"):
         assert main(["cache", action]) == 0
-        assert "1 artifacts were made by an earlier version" in capsys.readouterr().out
+        assert "not used any more (they changed in 0.2): 1 artifact;" in capsys.readouterr().out
     main(["show", stage.key])
     assert "not used any more" in capsys.readouterr().out
 

@@ -75,6 +75,7 @@ MAY_BE_EXTENDED = {  # what a Spec may extend, and the Protocol of every plugin'
 }
 SLOW_TO_IMPORT = {"torchvision", "sklearn", "skimage", "pyarrow", "matplotlib", "pandas", "timm", "mlflow"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
+RUN_BY_HAND = {"build"}  # makes a data set that comes with ktray
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_IN_MODULE_NAMES = {
     *("util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"),
@@ -185,6 +186,28 @@ def only_the_training_loop_steps_optimisers(module: Module) -> list[str]:
     return found + [f"imports {origin}" for origin, name in imports(module) if "torch.optim" in f"{origin}.{name}"]
 
 
+def only_output_prints(module: Module) -> list[str]:
+    """Only `output` prints, so that no name reaches a terminal with its control characters; rich gets `Text`."""
+    if module.name == "ktray.output" or module.parts[-1] in RUN_BY_HAND:
+        return []
+    printing = ("print", "sys.stdout.write", "sys.stderr.write", "sys.__stderr__.write", "logging.basicConfig")
+    found = [f"calls {text}()" for text, _, _ in calls(module) if text in printing]
+    for text, last, node in calls(module):
+        if last in ("add_row", "add_column") or text.endswith("console.print"):
+            given = node.args[:1] if last == "add_column" else node.args
+            found += [f"gives {text} {ast.unparse(each)}" for each in given if _may_be_markup(each)]
+    return found
+
+
+def _may_be_markup(node: ast.expr) -> bool:
+    """Whether rich gets text of its own here that is no constant and was not made a `Text`."""
+    if isinstance(node, ast.JoinedStr):
+        return True
+    if isinstance(node, ast.Starred):
+        return "_as_text" not in ast.unparse(node)
+    return False
+
+
 def no_pickle_is_loaded(module: Module) -> list[str]:
     """No pickle is ever loaded, not even through torch or numpy."""
     errors = {"PickleError", "UnpicklingError"}
@@ -288,6 +311,7 @@ RULES: list[Callable[[Module], list[str]]] = [
     slow_libraries_are_imported_lazily,
     only_plugins_imports_by_name,
     only_the_training_loop_steps_optimisers,
+    only_output_prints,
     no_pickle_is_loaded,
     classes_do_not_inherit_from_ours,
     functions_have_at_most_60_lines,

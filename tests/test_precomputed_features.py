@@ -261,7 +261,7 @@ def test_errors_that_a_plan_can_detect_are_refused_before_anything_runs(
 FAILED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by the stage that reads the numbers
     "NaN": (
         lambda at: broken(at, lambda values, names: put(values, 7, np.nan)),
-        r"1 of 36 images have features of type float32 that are not finite, the first is image \d+ \(a/014\.png\)",
+        r"1 of 36 images has features of type float32 that are not finite, the first is image \d+ \(a/014\.png\)",
     ),
     "NaN in a parquet": (
         lambda at: broken(at, lambda values, names: put(values, 7, np.nan), table),

@@ -98,7 +98,7 @@ def test_equal_rows_and_features_that_are_not_finite_are_refused(tmp_path: Path)
         fit(write(tmp_path, np.full((200, 4), 0.1, np.float32)), pca=2)
     rows = ROWS.copy()
     rows[100, 3] = np.inf
-    with pytest.raises(ValueError, match=r"features-00001.npy: 1 rows are not finite, the first is row 10"):
+    with pytest.raises(ValueError, match=r"features-00001.npy: 1 row is not finite, the first is row 10"):
         fit(write(tmp_path, rows), pca=2)
 
 

@@ -141,9 +141,7 @@ def roles(other, **changes):
     ],
 )
 def test_images_that_judge_are_not_trained_on_with_their_labels(role, changes):
-    with pytest.raises(
-        UserError, match=rf"data\.{role}\.split: \d+ of the 24 images that judge .* reads their labels.*seed: 0"
-    ):
+    with pytest.raises(UserError, match=rf"data\.{role}\.split: \d+ of 24 images that judge .* reads their labels.*seed: 0"):
         check_pair(toy_pair(data=roles(role), **changes), LOAD)
     check_pair(toy_pair(data=roles(role, seed=9), **changes), LOAD)  # other images
     check_pair(toy_pair(data=roles(role, split={"seed": 0}, size=32), **changes), LOAD)  # the same images are held out

@@ -100,7 +100,7 @@ def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path
     assert f"waits for {KEY} since 12 s: runs on worker-1, node ffffffff" in text
     assert f"{KEY}  30 s on worker-1, node ffffffff  epoch 3 of 9" in text
     assert f"trial 0 ({study.trials()[0].params['teacher']}" in text
-    assert "2 workers, 1 stages queued" in text
+    assert "2 workers, 1 stage queued" in text
     assert "NO PROGRESS" not in text
     json.dumps(answer, allow_nan=False)
 

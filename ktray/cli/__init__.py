@@ -36,6 +36,7 @@ from ktray.cli import (
 from ktray.cli.terminal import INTERRUPTED
 from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
 from ktray.output import print_err
+from ktray.text import cut, visible_name
 
 VERBS = {
     "plan": plan_command,
@@ -113,19 +114,24 @@ def main(argv: Sequence[str] | None = None, is_program: bool = False) -> int:
         return code
 
 
+_MENDED_BY_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+
+
 def _exit_code(error: OSError) -> int | None:
-    """The exit code where the user can mend what the operating system refuses: rights and full disks; else None, our bug."""
+    """The exit code where the user can mend what the system refuses: rights, paths, full disks; else None, our bug."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoppedEarly.exit_code
-    return UserError.exit_code if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None
+    return UserError.exit_code if error.errno in _MENDED_BY_THE_USER else None
 
 
 def _os_message(error: OSError, code: int) -> str:
-    where = f"{error.filename}: " if error.filename else ""
+    where = f"{visible_name(cut(str(error.filename), 300))}: " if error.filename else ""
     if code == StoppedEarly.exit_code:
         return (
             f"{where}the disk is full. Nothing that was published is lost; make room, and the same command goes on from here."
         )
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{where}{error.strerror}. Give another path."
     return f"{where}{error.strerror}. Change its rights, or choose another place with --home or --store."
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ktray.cli.terminal import print_result, settings_of
+from ktray.text import counted
 
 if TYPE_CHECKING:
     from ktray.artifact import Artifact
@@ -37,7 +38,7 @@ def _list(args: argparse.Namespace) -> int:
     ]
     text = table(["key", "MB", "seconds"], [[r["key"], f"{r['bytes'] / 1e6:.1f}", f"{r['seconds']:.1f}"] for r in rows])
     total = sum(row["bytes"] for row in rows) / 1e6
-    print_result(args, rows, f"{text}\n{len(rows)} artifacts, {total:.1f} MB in {store.url}{_outdated_note(listed)}")
+    print_result(args, rows, f"{text}\n{counted(len(rows), 'artifact')}, {total:.1f} MB in {store.url}{_outdated_note(listed)}")
     return 0
 
 
@@ -49,7 +50,7 @@ def _outdated_note(listed: Iterable[Artifact]) -> str:
     if not count:
         return ""
     return (
-        f"\n{count} artifacts were made by an earlier version (keys changed in 0.2) and are not used any more; "
+        f"\nof an earlier version, whose keys are not used any more (they changed in 0.2): {counted(count, 'artifact')}; "
         "ktray cache prune removes those that no study names"
     )
 
@@ -64,7 +65,11 @@ def _verify(args: argparse.Namespace) -> int:
         for key, problem in found.damaged.items()
     ]
     answer = {"damaged": found.damaged, "moved_aside": found.moved_aside}
-    print_result(args, answer, "\n".join([*lines, f"{len(found.damaged)} damaged artifacts{_outdated_note(artifacts(store))}"]))
+    print_result(
+        args,
+        answer,
+        "\n".join([*lines, f"{counted(len(found.damaged), 'damaged artifact')}{_outdated_note(artifacts(store))}"]),
+    )
     return 0
 
 
@@ -80,6 +85,6 @@ def _prune(args: argparse.Namespace) -> int:
     print_result(
         args,
         {"keys": keys, "bytes": freed, "removed": args.yes},
-        "\n".join([*keys, f"{verb}: {len(keys)} artifacts, {freed / 1e6:.1f} MB"]),
+        "\n".join([*keys, f"{verb}: {counted(len(keys), 'artifact')}, {freed / 1e6:.1f} MB"]),
     )
     return 0

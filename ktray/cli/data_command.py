@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from ktray.cli.terminal import print_result, settings_of
+from ktray.text import counted
 
 HELP = "check or import a data set"
 
@@ -30,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     lines = _lines(answer)
     if args.action == "import":
         answer["images"] = import_images(spec, settings)
-        lines.append(f"decoded: {answer['images']['count']:.0f} images, {answer['images']['unreadable']:.0f} unreadable")
+        lines.append(
+            f"decoded: {counted(int(answer['images']['count']), 'image')}, {answer['images']['unreadable']:.0f} unreadable"
+        )
     print_result(args, answer, "\n".join(lines))
     return 0
 
@@ -40,7 +43,7 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     lines = []
     for name, split in answer["splits"].items():
         read_from = f", from {_counted(split['read_from'])}" if split["read_from"] else ""
-        lines.append(f"{name}: {split['images']} images, {_labels(split)}{read_from}")
+        lines.append(f"{name}: {counted(split['images'], 'image')}, {_labels(split)}{read_from}")
     held_out = answer["held_out"]
     if held_out:
         lines.append(f"val: {held_out['images']} of train ({held_out['share']:.0%}), drawn with seed {held_out['seed']}")

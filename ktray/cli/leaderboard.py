@@ -13,6 +13,7 @@ from ktray.search import journal, ranking
 from ktray.search.history import History
 from ktray.search.ranking import distinguishing_params, names
 from ktray.search.trial import STATES, Trial
+from ktray.text import counted
 
 
 def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | None = None) -> str:
@@ -39,7 +40,7 @@ def tally(study: History) -> str:
     counts = count_states(study.trials)
     parts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     drawn = sum(count for state, count in counts.items() if state != "duplicate")
-    return f"{drawn} of {study.target} trials: {parts or 'none'}"
+    return f"{drawn} of {counted(study.target, 'trial')}: {parts or 'none'}"
 
 
 def count_states(trials: Sequence[Trial]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.cli.terminal import INTERRUPTED, exit_at_once, positive_int, print_result, settings_of
+from ktray.text import counted
 
 if TYPE_CHECKING:
     from ktray.runs.search_run import SearchOutcome
@@ -122,7 +123,8 @@ def _footer(answer: dict[str, Any], outcome: SearchOutcome, home: str, again: st
     width = max(map(len, hints))
     return "\n".join(
         [
-            f"{outcome.reason or 'not finished'}; {computed} stages computed, {reused} reused, {answer['seconds']:.0f} s.",
+            f"{outcome.reason or 'not finished'}; {counted(computed, 'stage')} computed, "
+            f"{reused:,} reused, {answer['seconds']:.0f} s.",
             *(f"{command:{width}}  {text}" for command, text in hints.items()),
         ]
     )

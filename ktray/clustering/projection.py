@@ -19,6 +19,7 @@ from ktray import progress
 from ktray.checksums import intact
 from ktray.ops import blas
 from ktray.pool import Pool
+from ktray.text import counted
 
 IDENTITY, REVISION = "projection", 3
 
@@ -100,7 +101,7 @@ def finite_rows(path: Path) -> NDArray[np.float32]:
     rows: NDArray[np.float32] = np.load(intact(path), allow_pickle=False).astype(np.float32, copy=False)
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
-        raise ValueError(f"{path.name}: {len(bad)} rows are not finite, the first is row {bad[0]}")
+        raise ValueError(f"{path.name}: {counted(len(bad), 'row is', 'rows are')} not finite, the first is row {bad[0]}")
     return rows
 
 

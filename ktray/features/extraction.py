@@ -36,6 +36,7 @@ from ktray.spec import (
     TeacherSpec,
     TrainedTeacher,
 )
+from ktray.text import some_of
 from ktray.training import snapshot
 
 View = tuple[str | None, Pooling]
@@ -276,7 +277,7 @@ def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
         index = start + int(bad[0])
         name = f" ({images.names[index]})" if images.names else ""
         raise ValueError(
-            f"{len(bad)} of {len(rows)} images have features of type {rows.dtype} that are not finite, "
+            f"{some_of(len(bad), len(rows), 'image', ('has', 'have'))} features of type {rows.dtype} that are not finite, "
             f"the first is image {index}{name}"
         )
 

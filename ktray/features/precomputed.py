@@ -20,6 +20,7 @@ from ktray.file_kind import require_readable, what_it_is
 from ktray.fingerprint import file_version
 from ktray.images import Images
 from ktray.spec import Columns, PrecomputedTeacher
+from ktray.text import counted
 
 IDENTITY, REVISION = "precomputed_features", 1
 TOOLS = (extraction,)
@@ -67,7 +68,7 @@ def row_numbers(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping
         count, names = len(_array(path)), tuple(in_order)
         if count != len(names):
             raise UserError(
-                f"{path.name} has {count} rows, but the data set has {len(names)} training images",
+                f"{path.name} has {counted(count, 'row')}, but the data set has {counted(len(names), 'training image')}",
                 WHERE,
                 "Without 'names', row i belongs to the i-th training image: give a row for each, or a file of names.",
             )
@@ -77,7 +78,10 @@ def row_numbers(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Mapping
     else:
         count, names = len(_array(path)), _names(found["names"], file_version(found["names"].stat()))
         if count != len(names):
-            raise UserError(f"{path.name} has {count} rows, but {found['names'].name} has {len(names)} paths", "teacher.names")
+            raise UserError(
+                f"{path.name} has {counted(count, 'row')}, but {found['names'].name} has {counted(len(names), 'path')}",
+                "teacher.names",
+            )
     rows = {name: row for row, name in enumerate(names)}
     if len(rows) < len(names):
         name, times = Counter(names).most_common(1)[0]

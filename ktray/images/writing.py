@@ -21,6 +21,7 @@ from ktray.images.decoding import decoder, fit, fit_boxes
 from ktray.images.source import Part, Source, Splits, Unreadable, split_rows
 from ktray.pool import Pool
 from ktray.spec import DataSpec
+from ktray.text import some_of
 
 _BLOCK_BYTES = 32 << 20
 _BLOCK_ROWS = 1024
@@ -92,7 +93,7 @@ def _require_readable(left_out: list[dict[str, str]], total: int, limit: float |
     first = "; ".join(f"{entry['name']} ({entry['why']})" for entry in left_out[:3])
     allowed = "and no training image is left" if limit is None else f"more than max_unreadable={limit:g} allows"
     instead = "Repair or remove these files" + ("" if limit is None else ", or raise max_unreadable of the data set")
-    raise ValueError(f"{len(left_out)} of {total} images are unreadable, {allowed}: {first}. {instead}.")
+    raise ValueError(f"{some_of(len(left_out), total, 'image', ('is', 'are'))} unreadable, {allowed}: {first}. {instead}.")
 
 
 def _require_every_class(

@@ -45,6 +45,7 @@ from ktray.spec import (
 )
 from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.strict import StrictSpec
+from ktray.text import counted
 from ktray.training import loop
 from ktray.training.pretrained import ARTIFACT, Weights, check_weights, checkpoint_path, shapes
 
@@ -222,7 +223,8 @@ def _check_held_out_images(pair: PairSpec, judging: Splits, load: Load) -> None:
         seen = held & _names(load(spec), spec, "train")
         if seen:
             raise UserError(
-                f"{len(seen)} of the {len(held)} images that judge are training images of {role}, which reads their labels",
+                f"{len(seen)} of {counted(len(held), 'image')} that {'judges' if len(held) == 1 else 'judge'} "
+                f"{'is' if len(seen) == 1 else 'are'} among the training images of {role}, which reads their labels",
                 where=f"{prefix}data.{role}.split",
                 instead=f"Write the target's: {{val: {target.split.val}, seed: {target.split.seed}}}.",
             )
@@ -373,7 +375,7 @@ def _refuse_ambiguous(teacher: PrecomputedTeacher, first: RoleImages, second: Ro
     both = set(first[2]) & set(second[2])
     if both:
         raise UserError(
-            f"{len(both)} paths are in data.{first[0]} and in data.{second[0]}, such as {min(both)!r}",
+            f"{counted(len(both), 'path is', 'paths are')} in data.{first[0]} and in data.{second[0]}, such as {min(both)!r}",
             precomputed.WHERE,
             "Put both data sets below one folder, so that each image has a path of its own.",
         )

@@ -9,6 +9,7 @@ from typing import Any
 from ktray.artifact import Artifact, kind_of
 from ktray.pipeline.pair_graph import Graph
 from ktray.stores import Store, intact_file_or_none
+from ktray.text import some_of
 
 
 def published_artifacts(graph: Graph, store: Store) -> dict[str, Artifact] | None:
@@ -60,7 +61,8 @@ def unreadable_images(keys: Iterable[str], store: Store) -> list[str]:
             first = ", ".join(f"{entry['name']} ({entry['why']})" for entry in listed[:3])
             total = count + int(images.metrics["count"])
             which = f": {first}{', ...' if count > 3 else ''}" if listed else ""
-            found.append(f"{count} of {total} images were unreadable and left out{which}")
+            unreadable = some_of(count, total, "image", ("was", "were"))
+            found.append(f"{unreadable} unreadable and left out{which}")
     return found
 
 

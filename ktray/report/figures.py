@@ -168,7 +168,7 @@ def size_bars(counts: Sequence[int]) -> Markup:
         '<line class="reference" x1="{1}" x2="{2}" y1="{0}" y2="{0}"/><text class="note end" x="{2}" y="{3}">mean {4}</text>'
     )
     mean_line = line.format(_pixels(even), LEFT, RIGHT, _pixels(even - 5), f"{sum(ordered) / len(ordered):.4g}")
-    x_axis = _Axis(lambda value: value, (), f"{len(ordered):,} clusters, largest first")
+    x_axis = _Axis(lambda value: value, (), f"{counted(len(ordered), 'cluster')}, largest first")
     return _svg(_frame(x_axis, y_axis) + rects + mean_line, "cluster sizes", WIDTH, HEIGHT, "plot")
 
 

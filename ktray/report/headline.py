@@ -105,12 +105,12 @@ def _standard_error(metric: str, value: float, count: int) -> str:
     """Return the standard error of a top-1 accuracy over `count` images as a sentence; empty for other metrics."""
     if not metric.endswith("/top1") or count < 2 or not 0 < value < 1:
         return ""
-    return f"One standard error of a share of {count:,} images is {number(math.sqrt(value * (1 - value) / count))}."
+    return f"One standard error of a share of {counted(count, 'image')} is {number(math.sqrt(value * (1 - value) / count))}."
 
 
 def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:
     """Say how many labels were used for training and for selection."""
-    used = [f"{count:,} labels of {split}" for split, count in labels_used.items() if count]
+    used = [f"{counted(count, 'label')} of {split}" for split, count in labels_used.items() if count]
     if _learns_from_labels(pair):
         return f"Trained with the labels of its training images{', selected with ' + listed(used) if used else ''}."
     if not used:

@@ -19,6 +19,7 @@ from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
+from ktray.text import some_of
 
 FILE = "data.json"
 
@@ -186,14 +187,18 @@ def _suspicious_pixels(sample: dict[str, Any] | None) -> list[str]:
     found, tried = [], sample["images"]
     if sample["unreadable"]:
         name, why = next(iter(sample["unreadable"].items()))
-        found.append(f"{len(sample['unreadable'])} of {tried} images of a sample cannot be read, such as {name}: {why}")
+        found.append(
+            f"{some_of(len(sample['unreadable']), tried, 'sampled image', ('cannot', 'cannot'))} be read, such as {name}: {why}"
+        )
     if sample["several_frames"]:
         found.append(
-            f"{sample['several_frames']} of {tried} images of a sample have several frames or pages; only the first is used"
+            f"{some_of(sample['several_frames'], tried, 'sampled image', ('has', 'have'))} several frames or pages; "
+            "only the first is used"
         )
     if sample["unused_bands"]:
         found.append(
-            f"{sample['unused_bands']} of {tried} images of a sample have more than three bands; only the first three are used"
+            f"{some_of(sample['unused_bands'], tried, 'sampled image', ('has', 'have'))} more than three bands; "
+            "only the first three are used"
         )
     wide = sample["wide"]
     if wide and wide["range"] is None and wide["bits"] == 16 and wide["high"] < 0x8000:

@@ -176,7 +176,7 @@ class _Live:
             cells = [str(trial.number), pair_name(trial.pair), reached, *judged, _number(found), state]
             table.add_row(*map(_as_text, cells), style=COLOURS.get(trial.state))
         if len(trials) > rows:
-            table.add_row("", f"and {len(trials) - rows} more", style="dim")
+            table.add_row("", _as_text(f"and {len(trials) - rows} more"), style="dim")
         return table
 
 

@@ -26,6 +26,7 @@ from ktray.spec import PairSpec
 from ktray.stages.images_stage import DRY_RUN
 from ktray.stores import Store, open_store
 from ktray.stores.locks import lock_store_shared, try_lock_store
+from ktray.text import counted
 
 MIN_IMAGES = 256  # enough to fit a descriptor, and for several images of each class in most data sets
 
@@ -254,7 +255,7 @@ def dry_run(
     run_concurrently(scheduler, draws, run_draw, _waiter, CONCURRENT, interruption or Interruption())
     problems = [f"With {name} the stage {what.rstrip('.')}." for what, name in failed.items()]
     more = len(problems) - MAX_SHOWN
-    return problems[:MAX_SHOWN] + ([f"{more} more stages fail."] if more > 0 else [])
+    return problems[:MAX_SHOWN] + ([f"{counted(more, 'more stage fails', 'more stages fail')}."] if more > 0 else [])
 
 
 def _waiter(name: str) -> str:

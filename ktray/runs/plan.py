@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from ktray.search import space_tree
 from ktray.search.space import MAX_BRANCH_COMBINATIONS, Space
 from ktray.search.space_tree import Parameter, Params
+from ktray.text import counted
 
 Keys = Callable[[Params], Iterable[tuple[str, str]]]
 """Parameters of a draw -> (name, key) of its stages in the order in which they run; empty if it is no valid pair."""
@@ -163,7 +164,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
     draws = min(space.budget.trials, size or space.budget.trials)
     stages, teachers = _shared_stages(space, draws, settings)
     graphs = _graphs(dict(_draws_to_show(space)), settings)
-    notes = [*_notes(space.warnings(), teachers, draws), *assumed]
+    notes = [*_notes(space.warnings(), teachers, draws), *_note_of_partial_count(space), *assumed]
     answer = _answer(graphs, size, settings, source, _sharing(draws, stages), notes)
     pairs = {label: space.pair(params) for label, params in space.boundary_draws()}
     return _Plan(answer, pairs, _evaluation_names(graphs))
@@ -204,7 +205,7 @@ def dry_run_plan(
     def inform(text: str) -> None:
         settings.print_info(f"ktray: {text}")
 
-    inform(f"dry run of {len(draws)} draws, {len(stages)} stages")
+    inform(f"dry run of {counted(len(draws), 'draw')}, {counted(len(stages), 'stage')}")
     with stop_on_signals(interruption, settings.print_info):
         found = asdict(
             dry_run_on(settings.home, settings.open_store(), address, runtime, draws, full_size, inform, interruption)
@@ -315,7 +316,14 @@ def _notes(warnings: list[str], teachers: float, draws: int) -> list[str]:
     about_teachers = any(warning.startswith(("pair.teacher", "pair.data")) for warning in warnings)
     if not (about_teachers and teachers):
         return warnings
-    return [*warnings, f"expect about {teachers:.0f} different teachers in {draws} random draws"]
+    return [*warnings, f"expect about {counted(round(teachers), 'different teacher')} in {counted(draws, 'random draw')}"]
+
+
+def _note_of_partial_count(space: Space) -> list[str]:
+    combinations = space_tree.combinations(space.root, lambda parameter: space_tree.boundary_values(parameter)[:1])
+    if next(itertools.islice(combinations, MAX_BRANCH_COMBINATIONS, None), None) is None:
+        return []
+    return [f"the numbers of artifacts are those of the first {MAX_BRANCH_COMBINATIONS} combinations of branches"]
 
 
 def _graphs(pairs: Mapping[str, PairSpec], settings: Settings) -> dict[str, Graph]:

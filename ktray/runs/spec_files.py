@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import runpy
+import stat
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +15,13 @@ from pydantic import ValidationError
 
 from ktray.errors import UserError
 from ktray.spec import PairSpec
+from ktray.text import first_few, shown
 
 if TYPE_CHECKING:
     from ktray.search.space import Space
+
+
+MAX_PAIRS = 3000  # of an experiment
 
 
 def load_pairs(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
@@ -39,7 +46,7 @@ def select_pairs(pairs: Mapping[str, PairSpec], only: Sequence[str]) -> Mapping[
     """
     unknown = sorted(set(only) - set(pairs))
     if unknown:
-        raise UserError(f"there is no pair {unknown[0]!r}", instead=f"Known: {', '.join(pairs)}.")
+        raise UserError(f"there is no pair {shown(unknown[0])}", instead=f"Known: {first_few(pairs)}.")
     return {name: pairs[name] for name in only} if only else pairs
 
 
@@ -62,10 +69,16 @@ def is_space(path: Path) -> bool:
 
 
 def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(
-            f"there is no file {str(path)!r}", instead="Give a search space or pair (.yaml) or an experiment (.py)."
-        )
+    right = "Give a search space or pair (.yaml) or an experiment (.py)."
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # a ValueError: the path has a NUL
+        refused = isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR)
+        why = f": {os.strerror(error.errno or 0)}" if isinstance(error, OSError) and refused else ""
+        raise UserError(f"there is no file {shown(str(path), 200)}{why}", instead=right) from error
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise UserError(f"{shown(str(path), 200)} is {what}", instead=right)
 
 
 def _experiment(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
@@ -78,16 +91,22 @@ def _experiment(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
         pairs: Mapping[str, PairSpec] = found()
     except UserError:
         raise
-    except Exception as error:  # a boundary: the code is the user's, and whatever it raises is the user's to mend
+    except (Exception, SystemExit) as error:  # a boundary: the code is the user's, and whatever it raises is the user's to mend
         raise _experiment_error(error, path) from error
-    wrong = [] if not isinstance(pairs, Mapping) else [name for name, p in pairs.items() if not isinstance(p, PairSpec)]
-    if not isinstance(pairs, Mapping) or wrong:
-        what = f"pairs()[{wrong[0]!r}] is no PairSpec" if wrong else "pairs() gives no mapping"
-        raise UserError(what, str(path), "It returns {name: PairSpec, ...}; see experiments/baselines.py.")
+    instead = "It returns {name: PairSpec, ...}; see experiments/baselines.py."
+    if not isinstance(pairs, Mapping):
+        raise UserError("pairs() gives no mapping", str(path), instead)
+    if len(pairs) > MAX_PAIRS:
+        raise UserError(f"pairs() gives {len(pairs):,} pairs, and at most {MAX_PAIRS:,} are read", str(path), "Give fewer.")
+    for name, pair in pairs.items():
+        if not isinstance(name, str):
+            raise UserError(f"pairs() names a pair {shown(name)}, which is not text", str(path), instead)
+        if not isinstance(pair, PairSpec):
+            raise UserError(f"pairs()[{shown(name)}] is no PairSpec", str(path), instead)
     return pairs
 
 
-def _experiment_error(error: Exception, path: Path) -> UserError:
+def _experiment_error(error: Exception | SystemExit, path: Path) -> UserError:
     """What an experiment raised, with the line of the experiment that it came from."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None

@@ -23,6 +23,7 @@ from ktray.search.history import STATUS_FILE, History, driver_of, read_study
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 from ktray.stores.locks import FRESH_SECONDS
+from ktray.text import counted
 
 WRITE_SECONDS = 2.0
 STUCK_SECONDS = 180.0  # without progress, for a stage that has not reported any yet
@@ -174,7 +175,9 @@ def _best(study: History) -> dict[str, Any] | None:
 def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in answer["trials"].items() if count) or "no trial yet"
     drawn = sum(count for state, count in answer["trials"].items() if state != "duplicate")
-    lines = [f"{answer['study']}: {drawn} of {answer['target']} trials ({counts}), {span(answer['spent_seconds'])} so far"]
+    lines = [
+        f"{answer['study']}: {drawn} of {counted(answer['target'], 'trial')} ({counts}), {span(answer['spent_seconds'])} so far"
+    ]
     if not answer["running"]:
         finished = drawn >= answer["target"] and not answer["trials"]["interrupted"] and not answer["trials"]["paused"]
         lines.append("no search of it runs now" + ("" if finished else "; the same ktray search goes on from here"))
@@ -184,7 +187,7 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     if answer["best"]:
         values = ", ".join(f"{metric} {value:.4g}" for metric, value in answer["best"]["objectives"].items())
         lines.append(f"best so far: trial {answer['best']['trial']}, {answer['best']['pair']}: {values}")
-    shared = [f"{stage} {entry['made']} for {entry['asked']} trials" for stage, entry in answer["stages"].items()]
+    shared = [f"{stage} {entry['made']} for {counted(entry['asked'], 'trial')}" for stage, entry in answer["stages"].items()]
     return "\n".join([*lines, *([f"artifacts made: {', '.join(shared)}"] if shared else [])])
 
 
@@ -209,7 +212,7 @@ def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
         number = wait["waiter"].removeprefix("trial ")
         pair = f" ({pair_name(trials[int(number)].pair)})" if number.isdecimal() and int(number) in trials else ""
         lines.append(f"  {wait['waiter']}{pair} waits for {wait['key']} since {span(wait['seconds'])}: {wait['state']}")
-    return [*lines, f"  {now['workers']} workers, {now['queued']} stages queued"]
+    return [*lines, f"  {counted(now['workers'], 'worker')}, {counted(now['queued'], 'stage')} queued"]
 
 
 def span(seconds: float) -> str:

@@ -32,11 +32,13 @@ from typing import Any
 import ktray
 from ktray.errors import PreflightFailed, UserError
 from ktray.fingerprint import fingerprint
+from ktray.output import VisibleFormatter
 from ktray.scheduler import orphan_cleanup
 from ktray.scheduler.orphan_cleanup import end_processes
 from ktray.scheduler.ray_liveness import failure_of_cluster, failure_of_own, watch
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.stores.locks import FileLock, lock_home
+from ktray.text import visible
 
 OBJECT_STORE_BYTES = 1 << 30
 CONNECT_SECONDS = 5.0
@@ -319,7 +321,7 @@ def _redirect_output(log: Path) -> None:
     """Redirect Ray's output to a file: its loggers, and the lines that it prints whatever `log_to_driver` says."""
     handler = logging.FileHandler(log, delay=True)
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: lost log lines are not worth a traceback
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(VisibleFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("ray", "ray.tune", "ray.train", "ray.air", "ray.data"):
         logger = logging.getLogger(name)
         for old in logger.handlers[:]:
@@ -330,7 +332,7 @@ def _redirect_output(log: Path) -> None:
 
     def write(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
         with suppress(OSError), open(log, "a") as file:
-            file.writelines(f"({data.get('pid')}) {line}\n" for line in data.get("lines", ()))
+            file.writelines(f"({data.get('pid')}) {visible(str(line))}\n" for line in data.get("lines", ()))
 
     redirect_messages(write)
 
@@ -341,7 +343,7 @@ def _keep_errors(temporary: Path, log: Path) -> None:
         with suppress(OSError), open(path, "rb") as file, open(log, "a") as kept:
             file.seek(max(0, path.stat().st_size - KEPT_LOG_BYTES))
             lines = [line for line in file.read().decode(errors="replace").splitlines() if not line.startswith(":")]
-            kept.writelines(f"({path.stem[:40]}) {line}\n" for line in lines)
+            kept.writelines(f"({path.stem[:40]}) {visible(line)}\n" for line in lines)
 
 
 def _write_private(path: Path, text: str) -> None:

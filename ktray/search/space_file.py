@@ -41,7 +41,7 @@ class Objective(StrictSpec):
 class Budget(StrictSpec):
     """Limits of a search; not part of the space's identity."""
 
-    trials: int = Field(default=20, ge=1, description="draws; failed ones count, duplicates do not")
+    trials: int = Field(default=20, ge=1, le=999_999_999, description="draws; failed ones count, duplicates do not")
     concurrent: int = Field(default=4, ge=1, description="trials at a time; a search runs at most 64")
     stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
     hours: float | None = Field(default=None, gt=0, description="of stages, summed over all workers and resumes")

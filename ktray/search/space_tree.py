@@ -13,7 +13,7 @@ from ktray.text import first_few, near_word, shown
 
 RANGES = ("int", "log_int", "float", "log_float")
 OPERATORS = ("choice", *RANGES, "one_of")
-MAX_OPTIONS = 1000  # of a choice, and branches of a one_of
+MAX_OPTIONS, MAX_BRANCHES = 1000, 200  # of a choice, of a one_of
 MAX_WHOLE = 2**53  # ends of a range; above it floats, in which samplers compute, skip whole numbers
 MAX_NUMBER = 1e100  # ends of a range; the squares of larger ones are infinite
 MAX_BRANCH_NAME = 100  # characters
@@ -198,8 +198,8 @@ def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecProblem]) ->
         right = f"A branch's name is text of at most {MAX_BRANCH_NAME} characters without a dot; quote it."
         problems.append(SpecProblem(where, f"{shown(wrong[0])} cannot name a branch", right))
         return None
-    if len(operand) > MAX_OPTIONS:
-        problems.append(SpecProblem(where, f"'one_of' has {len(operand):,} branches, and at most {MAX_OPTIONS:,} are read"))
+    if len(operand) > MAX_BRANCHES:
+        problems.append(SpecProblem(where, f"'one_of' has {len(operand):,} branches, and at most {MAX_BRANCHES} are read"))
         return None
     names = tuple(operand)
     branches = {name: parse(body, (*path, name), problems) for name, body in operand.items()}
@@ -266,11 +266,13 @@ def combinations(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> 
 
 
 def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
-    if not nodes:
-        yield {}
+    """The combinations of several nodes, the last varying fastest; halved, so that a thousand nodes are no deep recursion."""
+    if len(nodes) < 2:
+        yield from combinations(nodes[0], values) if nodes else ({},)
         return
-    for head in combinations(nodes[0], values):
-        for tail in _product(nodes[1:], values):
+    half = len(nodes) // 2
+    for head in _product(nodes[:half], values):
+        for tail in _product(nodes[half:], values):
             yield {**head, **tail}
 
 

@@ -42,6 +42,7 @@ from ktray.search.draws import DrawSource, SampledDraws
 from ktray.search.journal import Journal, driver_lock
 from ktray.search.space import Space
 from ktray.search.trial import State, Trial
+from ktray.text import shown
 
 MAX_FAILURES = 10  # failed trials in a row that stop a search
 MOST_DIFFERENCES = 5  # between two spaces, named in an error
@@ -188,7 +189,8 @@ class Study:
         if limit is None and self._unaffordable_at == self.spending.spent:
             limit = nothing_affordable(self.space.budget, self.spending.spent)
         self._target_met = limit is None
-        finished = "the space is exhausted" if self._exhausted else f"all {self.target} trials are drawn and judged"
+        judged = "the trial is" if self.target == 1 else f"all {self.target} trials are"
+        finished = "the space is exhausted" if self._exhausted else f"{judged} drawn and judged"
         self.stop_reason = limit or finished
         return "done"
 
@@ -504,8 +506,8 @@ def _check_target(trials: str | int | None) -> str:
         UserError: it is neither a number nor a number after ``+``.
     """
     text = "" if trials is None else str(trials)
-    if text and not re.fullmatch(r"\+?[1-9]\d*", text):
-        raise UserError(f"{text!r} is no number of trials", "--trials", "Write 50, or +50 for fifty more.")
+    if text and not re.fullmatch(r"\+?[1-9][0-9]{0,8}", text):
+        raise UserError(f"{shown(text)} is no number of trials", "--trials", "Write 50, or +50 for fifty more.")
     return text
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ktray.checksums import intact
+from ktray.text import counted
 
 _BACKBONE = "backbone."
 
@@ -64,7 +65,7 @@ def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     history: list[dict[str, Any]] = parquet.read_table(intact(directory / "history.parquet")).to_pylist()
     epoch = json.loads(intact(directory / "state.json").read_text())["epoch"]
     if epoch != len(history):
-        raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {len(history)} epochs")
+        raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {counted(len(history), 'epoch')}")
     return history
 
 
@@ -87,7 +88,7 @@ def epoch_of(directory: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # pyarrow raises ValueErrors and OSErrors
         raise ValueError(f"the snapshot {directory} cannot be read: {type(error).__name__}: {error}") from error
     if epoch != rows:
-        raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {rows} epochs")
+        raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {counted(rows, 'epoch')}")
     return epoch
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktray.errors import UserError
+from ktray.text import counted
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def require_images(k: int, count: int) -> None:
     """
     if k > count:
         raise UserError(
-            f"k={k} clusters cannot be made from {count} images", "k", f"Use at most {count}, or better a hundredth of that."
+            f"k={k} clusters cannot be made from {counted(count, 'image')}",
+            "k",
+            f"Use at most {count}, or better a hundredth of that.",
         )
 
 

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ktray.errors import UserError
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
+from ktray.text import counted
 from ktray.training import classification, sampling
 from ktray.training.task import Targets, Task, require_images
 
@@ -78,7 +79,7 @@ def check(spec: Spec, count: int, clustered: int) -> None:
     """
     if spec.min_size > max(1, count):
         raise UserError(
-            f"no cluster of {count} images has min_size={spec.min_size}: nothing is left to learn from",
+            f"no cluster of {counted(count, 'image')} has min_size={spec.min_size}: nothing is left to learn from",
             "min_size",
             "Use a few images, such as 2.",
         )

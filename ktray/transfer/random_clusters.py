@@ -18,6 +18,7 @@ from pydantic import Field
 from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
 from ktray.strict import StrictSpec
+from ktray.text import counted
 from ktray.training import classification
 from ktray.training.task import Targets, Task, require_images
 
@@ -64,5 +65,5 @@ def random_labels(count: int, k: int, seed: int) -> NDArray[np.int64]:
         ValueError: there are fewer images than classes.
     """
     if k > count:
-        raise ValueError(f"k={k} classes cannot be made of {count} images")
+        raise ValueError(f"k={k} classes cannot be made of {counted(count, 'image')}")
     return np.random.default_rng(seed_of(seed, "random clusters", count)).permutation(count) % k

@@ -24,6 +24,7 @@ from ktray.errors import UserError
 from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
 from ktray.strict import StrictSpec
+from ktray.text import counted
 from ktray.training import distillation
 from ktray.training.task import Targets, Task
 
@@ -61,7 +62,11 @@ def check(spec: Spec, count: int, clustered: int) -> None:
         UserError: there are too few images.
     """
     if spec.anchors > count:
-        raise UserError(f"{spec.anchors} anchors cannot be chosen from {count} images", "anchors", f"Use at most {count}.")
+        raise UserError(
+            f"{counted(spec.anchors, 'anchor')} cannot be chosen from {counted(count, 'image')}",
+            "anchors",
+            f"Use at most {count}.",
+        )
 
 
 def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
@@ -95,7 +100,7 @@ def anchor_indices(count: int, anchors: int, seed: int) -> NDArray[np.int64]:
         ValueError: there are fewer images than anchors.
     """
     if anchors > count:
-        raise ValueError(f"anchors={anchors} cannot be chosen from {count} images")
+        raise ValueError(f"anchors={anchors} cannot be chosen from {counted(count, 'image')}")
     drawn = np.random.default_rng(seed_of(seed, "anchors", count)).choice(count, anchors, replace=False)
     return np.sort(drawn)
 
