@@ -47,7 +47,7 @@ from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.strict import StrictSpec
 from ktray.text import counted
 from ktray.training import loop
-from ktray.training.pretrained import ARTIFACT, Weights, check_weights, checkpoint_path, shapes
+from ktray.training.pretrained import ARTIFACT, check_weights, checkpoint_path, shapes
 
 Load = Callable[[DataSpec], Splits]
 
@@ -100,25 +100,28 @@ def _check_checkpoint(teacher: LoadedTeacher) -> list[str]:
                 raise UserError(f"an artifact has no {field}", f"teacher.{field}", "Leave it out.")
         return []
     sha256 = checkpoint_sha256(teacher.checkpoint)
-    found = _weights(teacher.checkpoint, sha256, teacher.backbone, teacher.key, teacher.prefix)
-    name, said = checkpoint_path(teacher.checkpoint).name, []
-    if found.others:
-        there = "; ".join(map(str, found.others))
-        said.append(
-            f"{name} has several networks: the one at {found.place} is taken. To take another, give key and prefix: {there}"
-        )
-    if found.incomplete:
-        there = "; ".join(map(str, found.incomplete))
-        said.append(f"{name} has another network only in part, which cannot be taken: {there}")
-    return said
+    return list(_compare_weights(teacher.checkpoint, sha256, teacher.backbone, teacher.key, teacher.prefix))
 
 
 @lru_cache(maxsize=256)
-def _weights(checkpoint: str, sha256: str, backbone: BackboneSpec, key: str | None, prefix: str | None) -> Weights:
-    """The weights that are taken. Cached by content, because many pairs of a search load the same ones."""
+def _compare_weights(
+    checkpoint: str, sha256: str, backbone: BackboneSpec, key: str | None, prefix: str | None
+) -> tuple[str, ...]:
+    """Which weights of several are taken, as sentences. Cached by content, because many pairs load the same ones."""
     with _errors_at("teacher.backbone", f"the {backbone.kind} cannot be made", backbone):
         network = shapes(backbone)
-    return check_weights(network, checkpoint_path(checkpoint), key, prefix)
+    path = checkpoint_path(checkpoint)
+    found, said = check_weights(network, path, key, prefix), []
+    if found.others:
+        there = "; ".join(map(str, found.others))
+        said.append(
+            f"{path.name} has several networks: the one at {found.place} is taken. "
+            f"To take another, give teacher.key and teacher.prefix: {there}"
+        )
+    if found.incomplete:
+        there = "; ".join(map(str, found.incomplete))
+        said.append(f"{path.name} has another network only in part, which cannot be taken: {there}")
+    return tuple(said)
 
 
 @contextlib.contextmanager

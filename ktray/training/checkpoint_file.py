@@ -33,7 +33,7 @@ WHERE = "teacher.checkpoint"
 INSTEAD = "Give a .safetensors file, a state_dict saved by torch.save, an exported student's folder, or an artifact's key."
 _AGAIN = "Download or copy it again."
 
-_MAX_OPCODES = 1_000_000  # a few seconds; the largest checkpoints with their optimiser's state have some 100,000
+_MAX_OPCODES = 3_000_000  # two or three seconds; a checkpoint with the state of its optimiser has up to 100,000
 _MAX_PICKLE = 64 << 20  # bytes
 _MAX_HEADER = 16 << 20  # bytes of the header of a .safetensors
 _MAX_DEPTH, _MAX_MAPPINGS = 8, 10_000
