@@ -45,26 +45,23 @@ State = tuple[int, ...]
 _HEAD = '{"checksum": "'
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all, and wait for the disk. Its first entry is the checksum of what follows."""
-    body = json.dumps(value, indent=1, sort_keys=True).removeprefix("{")
-    text = f'{_HEAD}{xxhash.xxh3_64_hexdigest(body.encode())}"{"," if value else ""}{body}'
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+def json_text(value: Mapping[str, Any], *, indent: int | None = None, sort_keys: bool = False, allow_nan: bool = True) -> str:
+    """A JSON object, whose first entry is the checksum of the text that follows; on one line without `indent`.
+
+    The arguments are those of `json.dumps`, which raises the same errors.
+    """
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value, indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=allow_nan)
+    body = text.removeprefix("{")
+    return f'{_HEAD}{xxhash.xxh3_64_hexdigest(body.encode())}"{"," if value else ""}{body}'
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote, or the mapping in a file of an earlier version, which has no checksum.
+def parse_json(text: str) -> dict[str, Any]:
+    """What `json_text` was given, or the JSON object of an earlier version, which has no checksum.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is damaged.
     """
-    text = path.read_bytes().decode()
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
@@ -75,6 +72,38 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError("it does not match its checksum")
     del value["checksum"]
     return value
+
+
+def require_line(value: dict[str, Any]) -> None:
+    """Remove the checksum from what was parsed from a line of `json_text`, after comparing it; a line may have none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    checksum = value.pop("checksum", None)
+    if checksum is not None and not json_text(value).startswith(f'{_HEAD}{checksum}"'):
+        raise ValueError("it does not match its checksum")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file with a checksum, whole or not at all, and wait for the disk."""
+    text = json_text(value, indent=1, sort_keys=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; as `parse_json`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    return parse_json(path.read_bytes().decode())
 
 
 # ---- sealed directories

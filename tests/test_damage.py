@@ -17,8 +17,9 @@ import torch
 
 from ktray import checksums
 from ktray.artifact import kind_of
-from ktray.errors import DamagedArtifact, MissingInput
-from ktray.images import open_split
+from ktray.errors import DamagedArtifact, MissingInput, UserError
+from ktray.images import open_split, source
+from ktray.pipeline import references
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
@@ -26,8 +27,12 @@ from ktray.pipeline.pair_metrics import learning_curve, metrics, published_artif
 from ktray.plugins import parse
 from ktray.pool import StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
+from ktray.search import journal
+from ktray.search.study import Study
 from ktray.stores import intact_file
 from ktray.stores.file import MAX_DAMAGED, FileStore
+from ktray.tracking.spool import Position, Spool
+from tests.toy_space import drive, toy_space
 from tests.toys import ROTATION, STUDENT, toy_pair
 
 torch.set_num_threads(1)
@@ -460,3 +465,83 @@ def test_a_json_file_with_any_byte_flipped_is_refused(tmp_path):
                     checksums.read_json(path)
     path.write_text('{\n "a": 1\n}')  # of an earlier version
     assert checksums.read_json(path) == {"a": 1}
+
+
+def flipped(path, position):
+    """Flip a bit of a small file; what it was before."""
+    content = path.read_bytes()
+    path.write_bytes(content[:position] + bytes([content[position] ^ 4]) + content[position + 1 :])
+    return content
+
+
+def test_a_journal_with_a_damaged_byte_is_refused_or_loses_its_last_line_but_is_never_believed(tmp_path):
+    with Study.open(tmp_path, toy_space(tmp_path), "toy", trials=3) as study:
+        drive(study)
+    path = journal.folder(tmp_path, "toy") / "journal.log"
+    whole = journal.read(tmp_path, "toy")
+    last = path.read_bytes()[:-1].rfind(b"\n") + 1
+    refused = 0
+    for position in range(0, path.stat().st_size, 97):
+        content = flipped(path, position)
+        try:
+            found = journal.read(tmp_path, "toy")
+        except UserError:
+            refused += 1
+        else:
+            # A byte of the name "checksum" is part of no value.
+            assert found == whole or position >= last, position
+        path.write_bytes(content)
+    assert refused > 100
+    assert journal.read(tmp_path, "toy") == whole
+
+
+def test_a_damaged_journal_is_named_with_its_line_and_what_to_do(tmp_path):
+    with Study.open(tmp_path, toy_space(tmp_path), "toy", trials=2) as study:
+        drive(study)
+    path = journal.folder(tmp_path, "toy") / "journal.log"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], lines[4].replace(b"1", b"7"), *lines[5:]]))
+    for use in (lambda: journal.read(tmp_path, "toy"), lambda: Study.open(tmp_path, toy_space(tmp_path), "toy").__enter__()):
+        with pytest.raises(UserError, match=r"line 5 of .*journal.log is damaged.*under another --name"):
+            use()
+
+
+def test_a_journal_of_an_earlier_version_or_of_optuna_itself_has_no_checksums_and_is_read(tmp_path):
+    with Study.open(tmp_path, toy_space(tmp_path), "toy", trials=2) as study:
+        drive(study)
+    path, whole = journal.folder(tmp_path, "toy") / "journal.log", journal.read(tmp_path, "toy")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line.pop("checksum") for line in lines)
+    path.write_text("".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines))
+    assert journal.read(tmp_path, "toy") == whole
+
+
+@pytest.mark.parametrize(
+    ("file", "read", "otherwise"),
+    [
+        ("references.json", references.read, {}),
+        ("events.jsonl", lambda folder: Spool(folder).read(0)[0][0], {}),
+        ("position.json", lambda folder: Spool(folder).load_position(), Position()),
+    ],
+)
+def test_other_files_of_a_study_with_a_damaged_byte_count_as_absent(tmp_path, file, read, otherwise):
+    spool = Spool(tmp_path)
+    spool.append({"do": "metrics", "number": 3, "metrics": {"knn/top1": 0.71}})
+    spool.save_position(Position(0, "tracker", {"search": ("run", 12)}))
+    checksums.write_json(tmp_path / "references.json", {"random student": {"metrics": {"knn/top1": 0.31}, "keys": {}}})
+    path, whole = tmp_path / file, read(tmp_path)
+    assert whole != otherwise
+    for position in range(path.stat().st_size - 1):
+        content = flipped(path, position)
+        assert read(tmp_path) == otherwise, position
+        path.write_bytes(content)
+
+
+def test_the_cache_of_file_hashes_with_a_damaged_byte_is_made_anew(tmp_path):
+    cache = tmp_path / "hashes.json"
+    cache.write_text(checksums.json_text({"/a": [3, 1, 2, "ab" * 32]}))
+    assert source._cached_entries(cache) == {"/a": [3, 1, 2, "ab" * 32]}
+    for position in range(cache.stat().st_size):
+        content = flipped(cache, position)
+        assert source._cached_entries(cache) == {}, position
+        cache.write_bytes(content)

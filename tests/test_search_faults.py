@@ -319,3 +319,34 @@ def test_an_artifact_that_was_damaged_between_two_calls_is_computed_again_and_it
     assert weights.read_bytes() == whole
     after = home.artifacts()
     assert {each for each in before if after[each] != before[each]} == {key}
+
+
+@pytest.mark.slow
+def test_damaged_bytes_that_a_search_meets_are_said_and_mended_in_the_same_run_and_fail_no_trial(
+    home: Home, space: Path, tmp_path: Path
+) -> None:
+    home.run("search", space, "--trials", "3")
+    damaged = set()
+    for key in home.artifacts():
+        for path in (home.store / key).iterdir():
+            if path.suffix in (".npy", ".npz", ".safetensors"):
+                flip_byte(path)
+                damaged.add(key)
+    ended = home.run("search", space, "--trials", "6")
+    assert ended.code == 0, ended.err
+    assert_whole(home)
+    said = [line for line in ended.err.splitlines() if "is damaged (" in line]
+    assert {key for key in damaged if any(key in line for line in said)} >= set(home.keys("images")), ended.err
+    assert len(said) > 3
+    intact = Home(tmp_path / "intact")
+    intact.run("search", space)
+    common = set(home.keys("evaluation")) & set(intact.keys("evaluation"))
+    assert len(common) > 3
+    for key in common:
+        assert home.record(key)["metrics"] == intact.record(key)["metrics"], key
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import plugins
+from ktray.checksums import json_text, read_json
 from ktray.fingerprint import file_sha256, file_version, fingerprint, version_is_reliable
 from ktray.spec import DataSpec, Split
 
@@ -222,7 +222,7 @@ def _manifest(files: tuple[tuple[str, Path], ...], cache_file: Path | None) -> l
         if lines != known:
             cache_file.parent.mkdir(parents=True, exist_ok=True)
             scratch = cache_file.with_suffix(f".{os.getpid()}")
-            scratch.write_text(json.dumps(lines), encoding="utf-8", errors="surrogateescape")
+            scratch.write_text(json_text(lines))
             scratch.replace(cache_file)
     return sorted([name, entry[0], entry[-1]] for (name, _), entry in zip(files, entries, strict=True))
 
@@ -246,7 +246,6 @@ def _cached_entries(cache_file: Path | None) -> dict[str, list[Any]]:
     if cache_file is None or not cache_file.exists():
         return {}
     try:
-        lines = json.loads(cache_file.read_text(encoding="utf-8", errors="surrogateescape"))
+        return read_json(cache_file)
     except ValueError:
-        return {}  # truncated, e.g. by a full disk: everything is hashed again
-    return lines if isinstance(lines, dict) else {}
+        return {}  # damaged, or truncated by a full disk: everything is hashed again

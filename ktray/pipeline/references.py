@@ -11,6 +11,7 @@ import numpy as np
 
 from ktray import plugins
 from ktray.artifact import Artifact
+from ktray.checksums import read_json, write_json
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.images import Splits
@@ -58,17 +59,16 @@ def save_if_complete(graphs: Mapping[str, Graph], store: Store, folder: Path) ->
         if artifacts is None:
             return None
         found[name] = {"metrics": pair_metrics.metrics(graph, artifacts), "keys": dict(graph.keys)}
-    (folder / FILE).write_text(json.dumps(found, indent=1, sort_keys=True))
+    write_json(folder / FILE, found)
     return found
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The references of a study; empty before its first search has ended."""
     try:
-        found: dict[str, dict[str, Any]] = json.loads((folder / FILE).read_text())
-    except (FileNotFoundError, ValueError):
+        return read_json(folder / FILE)
+    except (FileNotFoundError, ValueError):  # damaged: the next search writes it again
         return {}
-    return found
 
 
 def with_test_split(pair: Mapping[str, Any]) -> PairSpec:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from ktray.checksums import read_json, write_json
 from ktray.runs.settings import Settings
 from ktray.search import journal
 from ktray.search.history import History
@@ -92,13 +92,11 @@ def _judge_on_test(trial: Trial, study: str, settings: Settings) -> dict[str, fl
 def keep_test_metrics(path: Path, judged: dict[int, dict[str, float]]) -> None:
     """Note what the test split said of these trials, and when it was first asked: each look at it makes it worth less."""
     try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
     except (FileNotFoundError, ValueError):
         known = {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     for number, metrics in judged.items():
         first = known.get(str(number), {})
         known[str(number)] = first if first.get("metrics") == metrics else {"metrics": metrics, "when": now}
-    scratch = path.with_suffix(".new")
-    scratch.write_text(json.dumps(known, indent=1, sort_keys=True), encoding="utf-8")
-    scratch.replace(path)
+    write_json(path, known)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ktray.checksums import read_json, write_json
 from ktray.errors import UserError
 from ktray.features import precomputed
 from ktray.fingerprint import canonical
@@ -249,7 +249,13 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
     found = {name: identity(spec) for name, spec in specs.items()}
     file = folder / FILE
     has_results = any(trial.state not in ("failed", "duplicate") for trial in trials)
-    noted = json.loads(file.read_text()) if file.exists() and has_results else {}
+    try:
+        noted = read_json(file) if file.exists() and has_results else {}
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged, which says with which images the study {folder.name!r} was begun",
+            instead="Delete this file if they are still the same, or give this search another --name.",
+        ) from error
     changed = [name for name, content in found.items() if noted.get(name, content) != content]
     if changed:
         spec = specs[changed[0]]
@@ -262,9 +268,7 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
             "Give this search another --name, or put the old images back.",
         )
     if found != noted:
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(found, indent=1, sort_keys=True))
-        scratch.replace(file)
+        write_json(file, found)
 
 
 def _data_specs(space: Space) -> Iterator[DataSpec]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ktray.artifact import kind_of
+from ktray.checksums import json_text, read_json
 from ktray.cost_model.stage_costs import INTERVAL, RELATIVE_ERROR
 from ktray.pipeline.naming import pair_name
 from ktray.scheduler.resources import STAGES
@@ -71,7 +71,7 @@ def with_status_file(folder: Path, show: ShowWork) -> ShowWork:
             written = time.monotonic()
             with suppress(OSError):  # a full disk must not end the event follower's thread
                 partial = folder / f".{STATUS_FILE}.{os.getpid()}"
-                partial.write_text(json.dumps({"time": time.time(), "pid": os.getpid(), "scheduler": status}))
+                partial.write_text(json_text({"time": time.time(), "pid": os.getpid(), "scheduler": status}))
                 partial.replace(folder / STATUS_FILE)
         show(events, status)
 
@@ -114,7 +114,7 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
 def _scheduler_status(folder: Path, pid: int) -> dict[str, Any] | None:
     """What the scheduler of this driver does: `stages` running, trials `waiting`, the number `queued`, and `workers`."""
     try:
-        written = json.loads((folder / STATUS_FILE).read_text())
+        written = read_json(folder / STATUS_FILE)
     except (OSError, ValueError):
         return None
     if written["pid"] != pid:

@@ -21,6 +21,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from ktray.checksums import json_text, require_line
 from ktray.errors import StoppedEarly, UserError
 from ktray.search import sampler, tpe
 from ktray.search.space import Space
@@ -162,7 +163,7 @@ class _JournalFile(JournalFileBackend):
         Raises:
             StoppedEarly: the disk is full.
         """
-        lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
+        lines = "".join(f"{json_text(log)}\n" for log in logs).encode()
         try:
             self._file_lock.acquire()  # creates a symbolic link, which fails on a full disk, too
         except OSError as error:
@@ -179,6 +180,26 @@ class _JournalFile(JournalFileBackend):
         finally:
             self._file_lock.release()
 
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """The lines from this number on; a damaged last line may be half written and is left out.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        number, damaged = log_number_from, False
+        try:
+            for number, log in enumerate(super().read_logs(log_number_from), log_number_from + 1):
+                if damaged:
+                    raise _damaged(self._path, number - 1)
+                try:
+                    require_line(log)
+                except ValueError:
+                    damaged = True
+                    continue
+                yield log
+        except ValueError as error:  # not even JSON, and other lines follow
+            raise _damaged(self._path, number + 1) from error
+
     @contextlib.contextmanager
     def synced(self) -> Iterator[None]:
         """A context that waits at its end until everything written so far is on the disk."""
@@ -188,6 +209,13 @@ class _JournalFile(JournalFileBackend):
                 os.fsync(file.fileno())
         except OSError as error:
             raise _as_disk_full(error, self._path) from error
+
+
+def _damaged(path: Path, line: int) -> UserError:
+    return UserError(
+        f"line {line} of {path} is damaged, so that the study {path.parent.name!r} is not what it was",
+        instead="Put a copy of this file back, or search the space again under another --name: what is in the store is reused.",
+    )
 
 
 def _as_disk_full(error: OSError, path: Path) -> Exception:
@@ -266,8 +294,9 @@ def _repair(journal: Path) -> None:
     whole = content[: content.rfind(b"\n") + 1]
     last = whole[whole[:-1].rfind(b"\n") + 1 :]
     try:
-        json.loads(last or b"null")
-    except ValueError:
+        if last:
+            require_line(json.loads(last))
+    except (ValueError, AttributeError):
         whole = whole[: len(whole) - len(last)]
     if len(whole) < len(content):
         os.truncate(journal, len(whole))

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ktray.checksums import json_text, parse_json, read_json
 from ktray.stores.locks import FileLock, try_lock, wait_for_lock
 
 BATCH_BYTES = 1 << 20
@@ -53,7 +54,7 @@ class Spool:
             OSError: the disk is full or unavailable.
             TypeError, ValueError: the event is not plain JSON.
         """
-        line = json.dumps(event, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = json_text(event, allow_nan=False).encode() + b"\n"
         with self._open_for_append() as (file, size):
             if size and os.pread(file, 1, size - 1) != b"\n":  # a power cut tore the last line: do not continue it
                 line = b"\n" + line
@@ -64,7 +65,7 @@ class Spool:
     def read(self, offset: int) -> list[tuple[dict[str, Any], int]]:
         """Return complete events from `offset` on, about a megabyte at most, each with the offset behind it.
 
-        A torn line becomes an empty event.
+        A damaged line becomes an empty event.
         """
         if offset >= self.size():
             return []
@@ -92,7 +93,7 @@ class Spool:
     def load_position(self) -> Position:
         """Return the saved position, or the beginning if there is none or if it lies behind the end of the file."""
         try:
-            raw = json.loads(self._position.read_text())
+            raw = read_json(self._position)
             position = Position(raw["offset"], raw["tracker"], {ref: (run[0], run[1]) for ref, run in raw["runs"].items()})
         except (OSError, ValueError, KeyError, TypeError):
             return Position()
@@ -103,7 +104,7 @@ class Spool:
     def save_position(self, position: Position) -> None:
         """Replace the saved position atomically."""
         scratch = self._position.with_name(f"position.{os.getpid()}.tmp")
-        scratch.write_text(json.dumps(asdict(position), separators=(",", ":")))
+        scratch.write_text(json_text(asdict(position)))
         scratch.replace(self._position)
 
     def reject(self, event: dict[str, Any], reason: str) -> None:
@@ -145,7 +146,6 @@ class Spool:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        event = json.loads(line)
+        return parse_json(line.decode().removesuffix("\n"))
     except ValueError:
         return {}
-    return event if isinstance(event, dict) else {}

@@ -103,6 +103,8 @@ class Writer:
         if not entries:
             self._spool.truncate_if_applied(position)
             return False
+        if not all(event for event, _ in entries):
+            log.warning("an event that waited for the tracker is damaged and was left out")
         if self._runs is None:
             opened = connection.connect(self._uri, self._home, self._study, {"ktray.study": self._study})
             self._runs = MlflowRuns(opened, self._study_tags, position.runs, self._home.absolute())
