@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,7 @@ from ktray.search.trial import Trial
 
 Per = Literal["teacher", "student"]
 FILE = "test.json"
+log = logging.getLogger("ktray")
 
 
 def trial_as_data(trial: Trial) -> dict[str, Any]:
@@ -93,7 +95,10 @@ def keep_test_metrics(path: Path, judged: dict[int, dict[str, float]]) -> None:
     """Note what the test split said of these trials, and when it was first asked: each look at it makes it worth less."""
     try:
         known = read_json(path)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
+        known = {}
+    except ValueError:
+        log.warning("%s was damaged: when the test split was first asked about earlier trials is not known any more", path)
         known = {}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     for number, metrics in judged.items():
