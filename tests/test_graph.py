@@ -1,6 +1,8 @@
 """The stages of a pair share exactly what they may share."""
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ktray.pipeline import pair_graph
 from ktray.pipeline.pair_graph import build, final_epoch
@@ -102,7 +104,7 @@ def test_a_decay_is_a_branch_from_the_trunk():
 def test_the_place_of_a_checkpoint_is_no_part_of_the_identity(tmp_path):
     def teacher(folder):
         folder.mkdir()
-        (folder / "weights.safetensors").write_bytes(b"same content")
+        save_file({"weight": torch.zeros(2)}, folder / "weights.safetensors")
         loaded = {"checkpoint": str(folder / "weights.safetensors"), "backbone": {"kind": "alexnet", "width": 0.125}}
         return keys(teacher=loaded)["teacher"]
 
