@@ -303,8 +303,9 @@ def test_labels_hidden_in_one_of_two_test_files_are_refused_by_name(tmp_path: Pa
 
 
 def test_a_file_without_rows_says_nothing_about_labels(tmp_path: Path) -> None:
-    write_classes(tmp_path / "train-0.parquet", CLASSES, TEXT)
-    write_classes(tmp_path / "train-1.parquet", [], pa.array([], pa.int64()))
+    write_classes(tmp_path / "train-1.parquet", CLASSES, TEXT)
+    for number in (0, 2):
+        write_classes(tmp_path / f"train-{number}.parquet", [], pa.array([], pa.int64()))
     splits = listed(f"parquet:{tmp_path}?label=label")
     said, seen = named_labels(splits, "train", tmp_path)
     assert said == seen
@@ -314,6 +315,12 @@ def test_a_column_of_captions_is_said_to_be_no_labels(tmp_path: Path) -> None:
     write_classes(tmp_path / "train.parquet", CLASSES * 50, [f"caption {number}" for number in range(150)])
     (warning,) = listed(f"parquet:{tmp_path}?label=label").layout.warnings
     assert "150 different values" in warning
+
+
+def test_a_column_of_long_texts_is_refused_as_labels(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train.parquet", CLASSES * 4, [str(number) * 1_000_000 for number in range(12)])
+    with pytest.raises(UserError, match="more than 10,000,000 characters of different values"):
+        listed(f"parquet:{tmp_path}?label=label")
 
 
 def test_a_column_of_labels_as_bytes_is_not_taken_for_the_images(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field
 from ktray.datasets.parquet.class_labels import Labels, read_labels
 from ktray.datasets.parquet.file_patterns import list_files
 from ktray.datasets.parquet.footers import ParquetFile, open_file, some
-from ktray.datasets.parquet.row_reading import row_reader
+from ktray.datasets.parquet.row_reading import refuse_empty_images, row_reader
 from ktray.errors import UserError
 from ktray.images import MAX_PIXELS, Layout, MaxPixels, PixelRange, Source, Splits, data_folder, decoder
 from ktray.images.split_words import SPLITS, split_words, splits_of
@@ -66,6 +66,7 @@ def load(spec: Spec) -> Splits:
     _refuse_the_same_file_twice(files)
     _refuse_other_columns(files)
     by_split, without_rows = _with_rows(by_split)
+    refuse_empty_images(next(file for file in by_split["train"] if file.rows))
     labels = read_labels(by_split, spec.label) if spec.label is not None else Labels()
     decode, sources = decoder(spec), {}
     for split, members in by_split.items():

@@ -165,22 +165,33 @@ def _distinct_values(file: ParquetFile, column: str) -> tuple[list[int | bool | 
         )
     index: dict[int | bool | str, int] = {}
     codes = [np.zeros(0, np.int64)]
+    size = 0
     with damage_of(file.path, column), opened(file.path) as parquet:
-        table = parquet.read(columns=[column], use_threads=False)
-        for chunk in table.column(table.schema.get_field_index(column)).chunks:
-            values, of_rows = _values_and_codes(chunk)
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=[column], use_threads=False):
+            values, of_rows = _values_and_codes(batch.column(batch.schema.get_field_index(column)))
             occurring = np.unique(of_rows[of_rows >= 0], return_index=True)
             number = np.full(len(values) + 1, -1, np.int64)  # the last is that of null, whose code is -1
             for code in occurring[0][np.argsort(occurring[1])].tolist():
                 value = _label(values[code], file, column)
-                number[code] = -1 if value is None else index.setdefault(value, len(index))
+                if value is not None and value not in index:
+                    index[value] = len(index)
+                    size += len(value) if isinstance(value, str) else 1
+                number[code] = -1 if value is None else index[value]
             codes.append(number[of_rows])
+            if size > _MAX_CHARACTERS:
+                raise UserError(
+                    f"the column {column!r} of {file.path} has more than {_MAX_CHARACTERS:,} characters of different values",
+                    where="data.label",
+                    instead="Name the column of the labels.",
+                )
     joined = np.concatenate(codes)
     if len(joined) != file.rows:
         raise damaged(file.path, f"the column {column!r} has {len(joined)} of {file.rows} rows")
     return list(index), joined
 
 
+_BATCH_ROWS = 16_384
+_MAX_CHARACTERS = 10_000_000
 _TEXTS = ("string", "large_string", "string_view")
 
 

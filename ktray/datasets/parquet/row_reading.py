@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ktray.datasets.parquet.footers import MIB, Column, ParquetFile, opened
+from ktray.errors import UserError
 from ktray.images.source import Unreadable
 
 _BATCH_ROWS = 32
@@ -49,7 +50,7 @@ class _Cursor:
         self._file = opened(path)
         groups = [self._file.metadata.row_group(number) for number in range(self._file.metadata.num_row_groups)]
         self._groups = np.cumsum([0, *(group.num_rows for group in groups)])
-        self._batch_rows = [_batch_rows(group, column) for group in groups]
+        self._batch_rows = [_batch_rows(group) for group in groups]
         self._damage: dict[int, tuple[int, str]] = {}  # row group -> its first row that cannot be read, and why
         self._reset()
 
@@ -77,25 +78,51 @@ class _Cursor:
             self._reset()
             raise Unreadable(why) from error
 
+    def batches(self) -> Iterator[Any]:
+        """The column of all rows, a few at a time."""
+        for group in range(len(self._groups) - 1):
+            yield from self._batches_of(group)
+
+    def _batches_of(self, group: int) -> Iterator[Any]:
+        for batch in self._file.iter_batches(
+            batch_size=self._batch_rows[group], row_groups=[group], columns=[self._column.dotted], use_threads=False
+        ):
+            values = batch.column(batch.schema.get_field_index(self._column.name))
+            values = getattr(values, "storage", values)
+            yield values if self._column.child is None else values.field(self._column.child)
+
     def _open_group(self, group: int) -> None:
         self._begin = self._end = int(self._groups[group])
         self._stop = int(self._groups[group + 1])
-        self._batches = self._file.iter_batches(
-            batch_size=self._batch_rows[group], row_groups=[group], columns=[self._column.dotted], use_threads=False
-        )
+        self._batches = self._batches_of(group)
 
     def _advance(self) -> None:
-        batch = next(self._batches)
-        values = batch.column(batch.schema.get_field_index(self._column.name))
-        values = getattr(values, "storage", values)
-        if self._column.child is not None:
-            values = values.field(self._column.child)
+        values = next(self._batches)
         self._begin, self._end, self._values = self._end, self._end + len(values), values
 
 
-def _batch_rows(group: Any, column: Column) -> int:
+def _batch_rows(group: Any) -> int:
     """How many rows of a row group are read at once: few if they are large."""
-    chunks = [group.column(number) for number in range(group.num_columns)]
-    size: int = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column.dotted)
-    rows: int = _BATCH_BYTES * group.num_rows // max(size, 1)
+    rows: int = _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)
     return max(1, min(_BATCH_ROWS, rows))
+
+
+def refuse_empty_images(file: ParquetFile) -> None:
+    """Check that some row of a file has bytes; null rows cost nothing to read, so the search ends soon.
+
+    Raises:
+        UserError: all rows are null, as in files that only name the paths of images.
+    """
+    import pyarrow
+
+    cursor = _Cursor(file.path, file.image)
+    try:
+        if any(values.null_count < len(values) for values in cursor.batches()):
+            return
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return  # damage is reported row by row
+    raise UserError(
+        f"no row of {file.path} holds an image: {file.image.dotted!r} is null everywhere",
+        where="data.image",
+        instead="Files that only name paths cannot be used; write the images' bytes into them, or use imagefolder.",
+    )
