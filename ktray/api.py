@@ -206,6 +206,8 @@ def search(
     target = None if trials is None else str(trials)
     options = SearchOptions(name, target, concurrent, warm_start, address, share_images, retry)
     outcome = _until_end(lambda interruption: search_run.search(parsed, source, options, settings, interruption), settings)
+    if gap := search_run.unwritten_events(outcome, settings):
+        settings.print_info(f"ktray: {gap}")
     return SearchResult(settings.home, outcome.study, store, tracking)
 
 

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from ktray.redaction import without_secrets
 from ktray.text import visible
 
 CURSOR_ON = "\x1b[?25h"
@@ -19,14 +20,14 @@ def print_out(text: str) -> None:
 
 
 def print_err(text: str) -> None:
-    """A message to the user, on stderr; nothing where stderr is closed."""
-    _print(text, sys.stderr)
+    """A message to the user, on stderr, without passwords; nothing where stderr is closed."""
+    _print(without_secrets(text), sys.stderr)
 
 
 def print_at_once(text: str) -> None:
     """A message on stderr, with the cursor that a live table has hidden; past Python's streams, which this may interrupt."""
     with suppress(OSError, AttributeError, ValueError):  # it is closed, or there is none
-        descriptor = sys.stderr.fileno()
+        descriptor, text = sys.stderr.fileno(), without_secrets(text)
         written = visible(text) if not os.isatty(descriptor) else CURSOR_ON + visible(text)
         os.write(descriptor, written.encode(errors="backslashreplace"))
 
@@ -49,7 +50,7 @@ def log_to_stderr(level: int) -> None:
 
 
 class VisibleFormatter(logging.Formatter):
-    """A log record as one line, or more with a traceback, without control characters."""
+    """A log record as one line, or more with a traceback, without control characters and passwords."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record), layout="\n\t")
+        return visible(without_secrets(super().format(record)), layout="\n\t")

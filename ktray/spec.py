@@ -138,6 +138,10 @@ TransferSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "transfer"))
 EvaluationSpec = Annotated[EvaluationPlugin, PlainValidator(partial(_parse, "evaluation"))]
 
 
+METRIC_PREFIXES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "cost", "objective")
+"""What the names of metrics begin with that no evaluation makes: those of the stages, the cost, the objectives in MLflow."""
+
+
 class EvaluationFields(StrictSpec):
     """The fields that every evaluation has, for its Spec to extend."""
 
@@ -382,6 +386,9 @@ class PairSpec(StrictSpec):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two evals are called {twice.pop()!r}; give one of them a 'name'")
+        taken = [name for name in names if name.split("/")[0] in METRIC_PREFIXES]
+        if taken:
+            raise ValueError(f"no eval can be called {taken[0]!r}: other metrics begin with that word; give it another 'name'")
         return self
 
     @model_validator(mode="after")

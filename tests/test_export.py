@@ -320,6 +320,7 @@ def assert_computes(program: Path, network: nn.Module, size: int, batches: tuple
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute on an idle core
 @pytest.mark.parametrize("form", ["pt2", "onnx"])
 @pytest.mark.parametrize(
     ("backbone", "size"), EVERY_FORM, ids=lambda value: "-".join(map(str, getattr(value, "values", list)()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +13,8 @@ from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
 from ktray.pipeline.references import labels_used
 from ktray.pool import StageContext
+from ktray.runs.search_run import SearchOutcome
+from ktray.runs.settings import Settings
 from ktray.stores.file import FileStore
 from tests.pictures import picture
 from tests.toys import DATA, toy_pair
@@ -123,8 +124,8 @@ def test_the_end_of_a_search_advises_the_test_split_only_where_the_data_have_one
     photos.mkdir()
     for place in range(40):
         picture(place).save(photos / f"{place}.png")
-    outcome = SimpleNamespace(study="toy", reason="done")
-    options = SimpleNamespace(open_store=lambda: store)
+    outcome = SearchOutcome("toy", "done")
+    options = Settings(tmp_path, store.url)
 
     def said(again="", **changes):
         best, stages = {"keys": finished(store, **changes)}, {"computed": {}, "reused": {}}

@@ -45,6 +45,7 @@ WORDS = {
     "yaml_file",
     "text",
     "output",
+    "redaction",
 }
 LAYERS = (
     ("words", WORDS),

@@ -74,7 +74,7 @@ def test_every_key_that_was_demanded_was_computed_once(home: Home, first: tuple[
 
 def test_the_answer_has_the_documented_form(home: Home, first: tuple[CommandResult, dict[str, int]]) -> None:
     answer = first[0].answer
-    assert list(answer) == ["study", "trials", "stages", "best", "seconds", "home", "tracking_uri"]
+    assert list(answer) == ["study", "trials", "stages", "best", "seconds", "home", "tracking_uri", "events_waiting"]
     assert set(answer["trials"]) == {"completed", "pruned", "failed", "duplicate"}
     assert set(answer["stages"]) == {"computed", "reused"}
     assert set(answer["stages"]["computed"]) <= STAGES

@@ -12,12 +12,15 @@ from pathlib import Path
 import optuna
 import pytest
 
+from ktray import cli
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search.history import read_study
 from ktray.search.journal import folder
 from ktray.search.study import Study
 from ktray.search.trial import Trial
+from ktray.stores.locks import lock_home
+from tests import searches
 from tests.source import ROOT
 from tests.toy_space import FINITE, drive, end_segment, next_assignment, score, states, toy_space
 
@@ -263,3 +266,38 @@ def test_a_study_is_held_from_pruning_until_it_is_closed(tmp_path: Path) -> None
         Study.open(tmp_path, space)
     assert study.close() == []
     Study.open(tmp_path, space).close()
+
+
+# ---- what is refused leaves nothing
+
+
+def listing(home: Path) -> list[str]:
+    return sorted(str(path.relative_to(home)) for path in home.rglob("*"))
+
+
+@pytest.mark.parametrize("asked", [[], ["--name", "other"], ["--trials", "+3"], ["--json"]], ids=" ".join)
+def test_a_search_that_is_refused_because_its_home_is_in_use_leaves_nothing(
+    asked: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home, space = tmp_path / "home", searches.toy_space(tmp_path)
+    with lock_home(home):
+        before = listing(home)
+        assert cli.main(["search", str(space), "--home", str(home), *asked]) == 2
+        assert listing(home) == before
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert f"is in use by process {os.getpid()}" in err
+
+
+def test_a_study_that_cannot_begin_because_there_is_nothing_to_learn_from_leaves_nothing(tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    (tmp_path / "home").mkdir()
+    with pytest.raises(UserError, match="no study 'absent'"):
+        Study.open(tmp_path / "home", space, warm_start="absent")
+    assert not (tmp_path / "home/studies/toy").exists()
+    with Study.open(tmp_path / "home", space) as begun:
+        begun.next()
+    with pytest.raises(UserError, match="no study 'absent'"):
+        Study.open(tmp_path / "home", space, warm_start="absent")
+    assert len(read_study(tmp_path / "home", "toy").trials) == 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ktray.errors import UserError
-from ktray.tracking import StageRun, default_uri, mlflow_names
+from ktray.fingerprint import fingerprint
+from ktray.tracking import StageRun, Tracker, default_uri, mlflow_names
 from tests.trackers import (
     history,
     python,
@@ -107,7 +110,7 @@ def test_values_that_mlflow_cannot_hold_are_left_out_or_cut_and_named_in_a_tag(h
     tracker.end_trial(1, "FINISHED", {}, {"after": 2.0})
     assert not tracker.close("FINISHED", timeout=60)  # two calls had invalid arguments, so something is missing
     run = runs_of(uri, "values")["0001 pair"]
-    assert run.data.params == {"long": "x" * 6000, "odd key_": r"\ud800\x00"}
+    assert run.data.params == {"long": "x" * 6000, "odd key_-" + fingerprint("odd key?")[:12]: r"\ud800\x00"}
     assert run.data.tags["ktray.truncated"] == "long"
     assert run.data.metrics == {"good": 1.0, "after": 2.0}
     assert run.data.tags["ktray.nonfinite.nan"] == "nan at step 3"
@@ -124,6 +127,50 @@ def test_every_key_is_one_that_mlflow_accepts(name: str) -> None:
     validation._validate_param_name(key)
     assert len(key) <= validation.MAX_ENTITY_KEY_LENGTH
     assert mlflow_names.key_of("teacher.rotation.schedule.lr") == "teacher.rotation.schedule.lr"
+
+
+ALIKE = [
+    "acc@1",
+    "acc_1",
+    "acc?1",
+    "acc 1",
+    "acc/1",
+    "acc//1",
+    "/acc/1",
+    "acc/./1",
+    "acc/1/",
+    "acc/x/../1",
+    "acc\n1",
+    "acc\\1",
+    "acc$1",
+]
+ALIKE += ["", ".", "..", "_", "../a", "._/a", "_./a", "é@", "é_", "x" * 250, "x" * 251, "x" * 250 + "@", "x" * 251 + "y"]
+
+
+@pytest.mark.parametrize("make", [lambda names: names, lambda names: list(reversed(names))], ids=["one order", "the other"])
+def test_names_that_mlflow_would_write_alike_stay_apart_in_any_order(make: Any, home: Path) -> None:
+    uri, names = default_uri(home), make(ALIKE)
+    values = {name: float(ALIKE.index(name)) for name in names}
+    tracker = session(home, "alike")
+    tracker.begin_trial(0, "pair", values, {name: str(value) for name, value in values.items()})
+    for name, value in values.items():  # also in calls that do not know of each other
+        tracker.log_metrics(0, {name: value}, 1)
+    tracker.log_metrics(0, dict.fromkeys(names, float("nan")), 2)
+    assert tracker.close("FINISHED", timeout=60)
+    data = runs_of(uri, "alike")["0000 pair"].data
+    keys = {name: mlflow_names.key_of(name) for name in names}
+    assert len(set(keys.values())) == len(ALIKE)
+    assert data.metrics == {keys[name]: value for name, value in values.items()}
+    assert data.params == {keys[name]: mlflow_names.text_of(value) for name, value in values.items()}
+    assert {data.tags[mlflow_names.key_of(f"ktray.{name}")] for name in names} == {str(value) for value in values.values()}
+    assert sum(tag.startswith("ktray.nonfinite.") for tag in data.tags) == len(ALIKE)
+    unchanged = ["acc_1", "acc 1", "acc/1", "_", "é_", "x" * 250]
+    assert [keys[name] for name in unchanged] == unchanged
+
+
+def test_a_tag_with_and_without_the_prefix_of_ktray_are_two_tags() -> None:
+    assert sorted(mlflow_names.tags_of({"state": "a", "ktray.state": "b"}).values()) == ["a", "b"]
+    assert mlflow_names.tags_of({"ktray.state": "b", "state": "a"})["ktray.state"] == "b"
 
 
 def test_hundreds_of_params_and_thousands_of_metrics_fit_into_the_batches_of_mlflow(home: Path) -> None:
@@ -150,6 +197,66 @@ def test_the_tracker_is_the_users_or_the_homes_and_never_depends_on_the_director
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
     with pytest.raises(UserError, match="file store"):
         default_uri(Path("home"))
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("./mlruns", "file store"),
+        ("file:///runs", "file store"),
+        (" ", "file store"),
+        ("databricks", "Databricks"),
+        ("databricks://profile", "Databricks"),
+        ("databricks-uc", "Databricks"),
+        ("localhost:5000", "Write http://localhost:5000"),
+        ("127.0.0.1:5000", "Write http://127.0.0.1:5000"),
+        ("[::1]:5000/path", "Write http://[::1]:5000/path"),
+        ("https//mlflow.lab", "file store"),
+        ("http://", "names no host"),
+        ("http:mlflow", "names no host"),
+        ("http://:5000", "names no host"),
+        ("http://mlflow.lab:99999", "Port out of range"),
+        ("http://mlflow.lab:0", "port 0"),
+        ("http://mlflow.lab:port", "is no URL"),
+        ("http://[::1", "no tracker"),
+        ("http://mlflow lab", "space"),
+        ("s3://bucket/runs", "no tracker"),
+        ("uc:http://x", "no tracker"),
+        ("redis://host", "no tracker"),
+        ("postgres://host/db", "no tracker"),
+        ("postgresql+nonsense://host/db", "no URL of a database"),
+        ("mysql+pymysql://host/db", "needs the package pymysql"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+        ("sqlite:runs.db", "names no file"),
+        ("SQLITE:///runs.db", "names no file"),
+        ("sqlite+pysqlite:///runs.db", "names no file"),
+        ("sqlite:////", "is a folder"),
+        ("sqlite:////no/such/folder/runs.db", "which does not exist"),
+        ("sqlite:////dev/null", "is no file"),
+        ("sqlite:///text.db", "is no sqlite database"),
+    ],
+)
+def test_a_uri_that_is_no_tracker_is_refused_with_what_to_write(
+    uri: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.db").write_text("this is no database")
+    with pytest.raises(UserError) as refused:
+        Tracker(uri, tmp_path, "toy")
+    assert problem in str(refused.value)
+    assert refused.value.where == "--tracking or MLFLOW_TRACKING_URI"
+    assert refused.value.instead
+    assert sorted(os.listdir(tmp_path)) == ["text.db"]
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host", "HTTPS://host:443/path", "http://[::1]:5000", "https://me:word@host", "sqlite:///new.db"]
+)
+def test_a_uri_that_may_be_a_tracker_is_accepted(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Tracker(uri, tmp_path, "toy")
 
 
 def test_tracking_is_imported_without_mlflow() -> None:

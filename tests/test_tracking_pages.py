@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from ktray import cli
 from ktray.errors import UserError
 from ktray.tracking import StageRun, default_uri, ui_server
 from tests.trackers import (
@@ -84,3 +86,21 @@ def test_pages_without_a_database_are_refused_with_what_to_do(tmp_path: Path, ca
         ui_server.serve(default_uri(tmp_path), free_port())
     assert ui_server.serve("https://me:secret@mlflow.lab", 1) == 0
     assert "secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "port", ["99999", "65536", "0", "-1", "-99999", "http", "5000.0", "5e3", "", " ", "1" * 5000, "²", "0x1388"]
+)
+def test_what_is_no_port_is_refused_in_one_line(port: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ui", "--home", str(tmp_path), f"--port={port}"]) == 2
+    err = capfd.readouterr().err
+    assert "no port: a whole number from 1 to 65535" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_port_that_is_in_use_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["ui", "--home", str(tmp_path), "--port", str(port)]) == 2
+    assert capfd.readouterr().err == f"ktray: ktray ui: port {port} is taken. Choose another with --port.\n"

@@ -36,6 +36,7 @@ from ktray.cli import (
 from ktray.cli.terminal import INTERRUPTED
 from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
 from ktray.output import print_err
+from ktray.redaction import remember, without_secrets
 from ktray.text import cut, visible_name
 
 VERBS = {
@@ -93,7 +94,8 @@ def main(argv: Sequence[str] | None = None, is_program: bool = False) -> int:
         parser.print_help(sys.stderr)
         return UserError.exit_code
     args.is_program = is_program
-    args.command = shlex.join(["ktray", *(sys.argv[1:] if argv is None else argv)])
+    remember(args.tracking or "")
+    args.command = shlex.join(["ktray", *map(without_secrets, sys.argv[1:] if argv is None else argv)])
     try:
         return int(args.run(args))
     except (UserError, StageFailed, PreflightFailed, StoppedEarly, MissingInput) as error:

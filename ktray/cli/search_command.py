@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.cli.terminal import INTERRUPTED, exit_at_once, positive_int, print_result, settings_of
+from ktray.redaction import without_secrets
 from ktray.text import counted
 
 if TYPE_CHECKING:
@@ -103,15 +104,18 @@ def _answer(outcome: SearchOutcome, study: History, settings: Settings) -> dict[
         "best": trial_as_data(ranked[0]) if ranked else None,
         "seconds": round(outcome.seconds, 1),
         "home": str(settings.home),
-        "tracking_uri": settings.tracking_uri,
+        "tracking_uri": without_secrets(settings.tracking_uri),
+        "events_waiting": outcome.unwritten.waiting,
     }
 
 
 def _footer(answer: dict[str, Any], outcome: SearchOutcome, home: str, again: str, settings: Settings) -> str:
     from ktray.pipeline.references import has_test_split
+    from ktray.runs.search_run import unwritten_events
 
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
-    hints = {f"ktray ui{home}": f"every trial in MLflow ({answer['tracking_uri']})"}
+    gap = unwritten_events(outcome, settings)
+    hints = {f"ktray ui{home}": f"{'what has arrived' if gap else 'every trial'} in MLflow ({answer['tracking_uri']})"}
     if answer["best"]:
         hints[f"ktray report {outcome.study}{home}"] = "one HTML file"
         if has_test_split(answer["best"]["keys"], settings.open_store()):
@@ -126,5 +130,6 @@ def _footer(answer: dict[str, Any], outcome: SearchOutcome, home: str, again: st
             f"{outcome.reason or 'not finished'}; {counted(computed, 'stage')} computed, "
             f"{reused:,} reused, {answer['seconds']:.0f} s.",
             *(f"{command:{width}}  {text}" for command, text in hints.items()),
+            *([f"{gap}."] if gap else []),
         ]
     )

@@ -5,19 +5,29 @@ from __future__ import annotations
 import argparse
 
 from ktray.cli.terminal import settings_of
+from ktray.text import shown
 
 HELP = "MLflow UI on the right store"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("--port", type=int, default=5000)
+    parser.add_argument("--port", type=_port, default=5000, help="from 1 to 65535 (default: 5000)")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or len(text) > 5 or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no port: a whole number from 1 to 65535")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it; the exit code."""
+    """Do it; the exit code.
+
+    Raises:
+        UserError: this tracker or this port cannot be served.
+    """
     from ktray import tracking
 
     settings = settings_of(args)
-    settings.print_info(f"ktray: http://127.0.0.1:{args.port} shows {settings.tracking_uri}; Ctrl-C ends it")
     return tracking.serve(settings.tracking_uri, args.port)

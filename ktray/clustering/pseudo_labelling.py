@@ -18,6 +18,7 @@ from ktray.clustering.grid import Codebook
 from ktray.clustering.projection import apply, finite_rows
 from ktray.fingerprint import seed_of
 from ktray.images import Images
+from ktray.plots import optional_plot
 from ktray.pool import Pool
 
 IDENTITY, REVISION = "pseudo_labelling", 2
@@ -134,21 +135,31 @@ def write_contact_sheet(
         columns: number of images shown per cluster, drawn with a seed that depends only on the number of the cluster.
         pixels: side of each image on the sheet.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     sizes = np.bincount(labels[labels >= 0])
     ranked = np.argsort(-sizes, kind="stable")[: int((sizes > 0).sum())]
     shown = ranked[np.unique(np.linspace(0, len(ranked) - 1, min(rows, len(ranked))).round().astype(int))]
-    margin, gap = 96, 2
-    canvas = Image.new("RGB", (margin + columns * (pixels + gap), max(1, len(shown)) * (pixels + gap)), "white")
-    canvas_draw = ImageDraw.Draw(canvas)
-    for row, cluster in enumerate(shown):
-        top = row * (pixels + gap)
-        canvas_draw.text((4, top + pixels // 2 - 12), f"cluster {cluster}\n{sizes[cluster]} images", fill="black")
+    tiles = []
+    for cluster in shown:
         members = np.flatnonzero(labels == cluster)
         generator = np.random.default_rng(seed_of("sheet", int(cluster)))
         chosen = np.sort(generator.choice(members, min(columns, len(members)), replace=False))
-        for column, pixel_block in enumerate(images.read(chosen)):
-            tile = Image.fromarray(pixel_block).resize((pixels, pixels), Image.Resampling.BICUBIC)
+        blocks = map(Image.fromarray, images.read(chosen))
+        tiles.append([block.resize((pixels, pixels), Image.Resampling.BICUBIC) for block in blocks])
+    with optional_plot(path):
+        _draw_sheet(tiles, [f"cluster {cluster}\n{sizes[cluster]} images" for cluster in shown], path, columns, pixels)
+
+
+def _draw_sheet(tiles: Sequence[Sequence[Any]], names: Sequence[str], path: Path, columns: int, pixels: int) -> None:
+    from PIL import Image, ImageDraw
+
+    margin, gap = 96, 2
+    canvas = Image.new("RGB", (margin + columns * (pixels + gap), max(1, len(tiles)) * (pixels + gap)), "white")
+    canvas_draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(names):
+        top = row * (pixels + gap)
+        canvas_draw.text((4, top + pixels // 2 - 12), name, fill="black")
+        for column, tile in enumerate(tiles[row]):
             canvas.paste(tile, (margin + column * (pixels + gap), top))
     canvas.save(path)

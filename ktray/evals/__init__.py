@@ -5,8 +5,8 @@
   declares whose it reads, ``MAY_READ_LABELS = ("train",)`` or ``("train", "judged")``, so that a report can count them.
 - `DIRECTION` maps each metric that a search may optimise to "max" or "min".
 - `evaluate` returns the metrics as dict[str, float]. It calls ``features(images)`` for the features (N, D) float32 of the
-  training and of the judged images, and may write plots into the folder `out`.
+  training and of the judged images, and may write plots into the folder `out`, each inside `plots.optional_plot`.
 - With ``READS_PSEUDO_LABELS = True`` it gets the pair's pseudo-labels, with the transfer's images as `train`, and no features.
 
-An evaluation may import the tools (`ktray.images`, `ktray.clustering`) and `ktray.spec`, but no other plugin.
+An evaluation may import the tools (`ktray.images`, `ktray.clustering`, `ktray.plots`) and `ktray.spec`, but no other plugin.
 """

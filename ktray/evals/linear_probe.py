@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ktray import fingerprint, progress
 from ktray.images import Images
+from ktray.plots import label_of, optional_plot
 from ktray.spec import EvaluationFields, Seed
 
 REVISION = 1
@@ -74,7 +75,8 @@ def evaluate(
     if not np.isfinite(loss):
         raise ValueError(f"the probe's loss is {loss}: features are not finite")
     predicted = scores.argmax(1)
-    _draw_confusion(judged, predicted.numpy(), classes, out / "confusion.png")
+    with optional_plot(out / "confusion.png"):
+        _draw_confusion(judged, predicted.numpy(), classes, out / "confusion.png")
     return {"top1": float((predicted == truth).double().mean()), "loss": loss}
 
 
@@ -158,6 +160,13 @@ def _loss_and_gradient(
 
 
 def _draw_confusion(judged: Images, predicted: NDArray[np.int64], classes: int, path: Path) -> None:
+    from matplotlib import style
+
+    with style.context("default"):  # not that of the user's own matplotlibrc
+        _draw_shares(judged, predicted, classes, path)
+
+
+def _draw_shares(judged: Images, predicted: NDArray[np.int64], classes: int, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,6 +181,7 @@ def _draw_confusion(judged: Images, predicted: NDArray[np.int64], classes: int, 
     figure.colorbar(image, shrink=0.7, label="share of the class")
     axes.set(xlabel="predicted", ylabel="class", title=f"linear probe, {len(judged)} images")
     if len(judged.classes) == classes <= 40:  # more names would be illegible
-        axes.set_xticks(range(classes), judged.classes, rotation=90)
-        axes.set_yticks(range(classes), judged.classes)
+        names = [label_of(name) for name in judged.classes]
+        axes.set_xticks(range(classes), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(classes), names, parse_math=False)
     figure.savefig(path, dpi=100, metadata={"Software": None})

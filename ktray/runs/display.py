@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ktray.artifact import kind_of
 from ktray.pipeline.naming import pair_name
+from ktray.redaction import without_secrets
 from ktray.runs.settings import Settings
 from ktray.search import halving, ranking
 from ktray.search.space import Space
@@ -90,7 +91,7 @@ class _Live:
         self.status = status
 
     def say(self, text: str) -> None:
-        self.console.print(_as_text(f"ktray: {text}", "dim"), highlight=False)
+        self.console.print(_as_text(without_secrets(f"ktray: {text}"), "dim"), highlight=False)
 
     def render(self) -> RenderableType:
         """The whole table as of now; called several times a second, by another thread."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktray.cost_model.stage_costs import learn_from
-from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
+from ktray.errors import PreflightFailed, StageFailed, StoppedEarly, UserError
 from ktray.pipeline import references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
@@ -33,12 +34,15 @@ from ktray.runs.settings import Settings, require_positive
 from ktray.runs.study_logger import log_missed_stages, log_stage
 from ktray.runs.study_status import with_status_file, with_stuck_warnings
 from ktray.scheduler.messages import DAMAGED
-from ktray.search.journal import folder
+from ktray.search.history import read_study
+from ktray.search.journal import driver_lock, folder, study_names
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.spec import PairSpec
 from ktray.stores import Store
-from ktray.tracking import Tracker
+from ktray.stores.locks import FileLock, lock_home
+from ktray.text import counted
+from ktray.tracking import Tracker, Unwritten
 
 if TYPE_CHECKING:
     from ktray.scheduler.client import SchedulerClient
@@ -48,6 +52,7 @@ if TYPE_CHECKING:
 LAST_EVENTS_SECONDS = {False: 10.0, True: 2.0}  # interrupted? -> patience with a slow scheduler, at the end of a search
 POLL_SECONDS = 1.0  # between two readings of the scheduler's events
 MAX_CONCURRENT = 64  # trials: each waits in a process of its own on the driver's machine, however many workers there are
+UNFINISHED = ("running", "paused")  # states of trials that a search goes on with
 TRACKER_SECONDS = {True: 20.0, False: 3.0}  # done? -> patience with a slow tracker, whose spool keeps what is left
 
 
@@ -82,6 +87,7 @@ class SearchOutcome:
         reason: why it ended, in a few words.
         stopped: set if it ended before its target.
         published: keys of the artifacts that this session's scheduler computed.
+        unwritten: what MLflow has not got.
         reused: keys of the other artifacts that its trials rest on; another search may have published some meanwhile.
     """
 
@@ -92,15 +98,23 @@ class SearchOutcome:
     published: set[str] = field(default_factory=set)
     reused: set[str] = field(default_factory=set)
     seconds: float = 0.0
+    unwritten: Unwritten = field(default_factory=Unwritten)
 
 
 class _LazyScheduler:
     """Ray and its scheduler, started when first needed: a search whose store has everything never waits for them."""
 
     def __init__(
-        self, options: SearchOptions, settings: Settings, tracker: Tracker, interruption: Interruption, display: Display
+        self,
+        options: SearchOptions,
+        settings: Settings,
+        tracker: Tracker,
+        interruption: Interruption,
+        display: Display,
+        home_lock: FileLock | None = None,
     ) -> None:
         self.settings, self.address, self.store, self.tracker = settings, options.address, settings.open_store(), tracker
+        self.home_lock = home_lock
         self.interruption, self.say, self.study_folder = interruption, display.say, folder(settings.home, str(options.name))
         self.published: set[str] = set()
         self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
@@ -117,7 +131,12 @@ class _LazyScheduler:
             self.interruption.needs_cleanup = True
             # In this thread, with which all processes of our own Ray end.
             self._session = session = ray_session.start(
-                self.settings.home, self.address, runtime, self.interruption.lose, self.interruption.ends_process
+                self.settings.home,
+                self.address,
+                runtime,
+                self.interruption.lose,
+                self.interruption.ends_process,
+                self.home_lock,
             )
             restore_signal_handlers()
             self.interruption.force_after = FORCE_SEARCH_AFTER_SECONDS
@@ -174,6 +193,8 @@ class _LazyScheduler:
 
         if self._session is None:
             # An earlier driver may have been killed, and nothing was left to compute that would have started Ray here.
+            if self.home_lock is not None:
+                self.home_lock.release()
             ray_session.remove_stale_folders(self.settings.home)
         else:
             ray_session.stop(self._session)
@@ -185,11 +206,12 @@ def _lazy_scheduler(
     options: SearchOptions, settings: Settings, tracker: Tracker, interruption: Interruption, display: Display
 ) -> Iterator[_LazyScheduler]:
     """A scheduler for a study, whose Ray ends with this block."""
-    scheduler = _LazyScheduler(options, settings, tracker, interruption, display)
-    try:
-        yield scheduler
-    finally:
-        scheduler.stop()
+    with _lock_home(settings.home, str(options.name), options) or nullcontext() as home_lock:  # before anything is written
+        scheduler = _LazyScheduler(options, settings, tracker, interruption, display, home_lock)
+        try:
+            yield scheduler
+        finally:
+            scheduler.stop()
 
 
 def search(
@@ -281,9 +303,46 @@ def search_study(
         used = coordinator.demanded.union(*(trial.artifacts for trial in study.trials())) & set(store.keys())
     if interruption.is_requested():
         outcome.interrupted, outcome.stopped = True, None
+    outcome.unwritten = tracker.unwritten()
     outcome.published, outcome.reused = used & scheduler.published, used - scheduler.published
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def unwritten_events(outcome: SearchOutcome, settings: Settings) -> str:
+    """What MLflow has not got of a study, where it is, and how it gets there; empty if MLflow has everything."""
+    missing, place = outcome.unwritten, folder(settings.home, outcome.study) / "tracking"
+    parts = []
+    if missing.waiting:
+        waits = counted(missing.waiting, "event waits", "events wait")
+        them = "it" if missing.waiting == 1 else "them"
+        parts.append(f"{waits} in {place} for MLflow; the same command writes {them} once the tracker answers")
+    if missing.refused:
+        parts.append(f"MLflow refuses {counted(missing.refused, 'event')}: see {place / 'rejected.jsonl'}")
+    if missing.lost:
+        parts.append(f"{counted(missing.lost, 'event')} could not be kept for MLflow: {place} cannot be written")
+    return ". ".join(parts)
+
+
+def _lock_home(home: Path, name: str, options: SearchOptions) -> FileLock | None:
+    """The lock with which this search may start Ray on its home; None if it needs none.
+
+    Raises:
+        UserError: another process has it, or drives this study; nothing is left of a search that is refused.
+    """
+    if options.address is not None:
+        return None
+    try:
+        return lock_home(home)
+    except UserError:
+        if name not in study_names(home):
+            raise
+        with driver_lock(home, name):  # where it is the study that is in use, say so
+            history = read_study(home, name)
+        asks_for_more = options.trials or options.warm_start or options.retry
+        if asks_for_more or len(history.trials) < history.target or any(t.state in UNFINISHED for t in history.trials):
+            raise
+        return None
 
 
 def _limit_concurrent(space: Space, display: Display) -> Space:

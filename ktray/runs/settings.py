@@ -73,9 +73,10 @@ def make_settings(
     Raises:
         UserError: the home cannot be created.
     """
-    from ktray import plugins  # it loads pydantic, which `ktray --help` does not need
+    from ktray import plugins, redaction  # it loads pydantic, which `ktray --help` does not need
 
     plugins.allow(allow_plugins or [])
+    redaction.remember(tracking or "")
     folder = open_home(home)
     url = store or f"file://{folder / 'store'}"
     return Settings(folder, url, tracking, Path(runtime) if runtime else None, verbosity)

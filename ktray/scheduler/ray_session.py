@@ -97,6 +97,7 @@ def start(
     runtime: RuntimeSettings,
     on_loss: Callable[[str], None] = lambda cause: None,
     ends_process: bool = False,
+    lock: FileLock | None = None,
 ) -> RaySession:
     """Ray on this machine for this home, or a connection to the cluster at `address`.
 
@@ -106,6 +107,7 @@ def start(
         on_loss: called once, in a thread, if Ray ends on its own, with what has ended.
         ends_process: whether this process ends with the session, by ``os._exit``. Then file descriptor 2 goes to the log, too,
             to which Ray's C++ code writes; ``sys.stderr`` must have another.
+        lock: the home's, if the caller has it already; the session releases it.
 
     Raises:
         UserError: another process uses this home, or this one is connected to Ray already, or there is no cluster at
@@ -114,7 +116,7 @@ def start(
     """
     home = home.absolute()
     (home / "logs").mkdir(parents=True, exist_ok=True)
-    lock = lock_home(home) if address is None else None
+    lock = lock or (lock_home(home) if address is None else None)
     log = home / "logs" / f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     session = RaySession(home, address, runtime, log, lock=lock, on_loss=on_loss, ends_process=ends_process)
     try:

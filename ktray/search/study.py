@@ -22,6 +22,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ from ktray.search.budget import (
     reached_limit,
 )
 from ktray.search.draws import DrawSource, SampledDraws
-from ktray.search.journal import Journal, driver_lock
+from ktray.search.journal import Journal, driver_lock, folder, study_names
 from ktray.search.space import Space
 from ktray.search.trial import State, Trial
 from ktray.text import shown
@@ -127,10 +128,16 @@ class Study:
         _check_target(trials)
         with contextlib.ExitStack() as lock:
             lock.enter_context(driver_lock(home, name))
+            is_new = name not in study_names(home)
             journal = Journal(home, name, space)
-            _check_same_space(journal.notes().get("space"), space, name)
-            if warm_start:
-                _note_warm_start(journal, home, space, name, warm_start)
+            try:
+                _check_same_space(journal.notes().get("space"), space, name)
+                if warm_start:
+                    _note_warm_start(journal, home, space, name, warm_start)
+            except UserError:
+                if is_new:  # nothing is left of a study that is refused
+                    shutil.rmtree(folder(home, name), ignore_errors=True)
+                raise
             study = cls(journal, space, clock, trials, draws or SampledDraws(space))
             if retry:
                 study._raise_target(study.draw_count + study._draws.retry_failed())

@@ -6,11 +6,11 @@ slow, down or full costs no trial, and what it missed is written once it is back
 idempotent: after a kill -9 some are applied twice, which changes nothing.
 
 Besides: `model_registry.py` registers exported students, `ui_server.py` serves MLflow's pages. Of the package, this subpackage
-imports only `errors`, `fingerprint` and `stores.locks`, and nothing else in the package imports MLflow.
+imports only the words of the root and `stores.locks`, and nothing else in the package imports MLflow.
 """
 
 from ktray.tracking.connection import default_uri
-from ktray.tracking.tracker import StageRun, Tracker
+from ktray.tracking.tracker import StageRun, Tracker, Unwritten
 from ktray.tracking.ui_server import serve
 
-__all__ = ["StageRun", "Tracker", "default_uri", "serve"]
+__all__ = ["StageRun", "Tracker", "Unwritten", "default_uri", "serve"]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ktray.errors import UserError
+from ktray.redaction import without_secrets
 from ktray.stores.locks import wait_for_lock
 from ktray.tracking.artifact_locations import FOLDER, follow_home
 
@@ -23,6 +26,11 @@ MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+
+
+_DATABASES = ("postgresql", "mysql", "mssql")  # MLflow's, besides sqlite
+_HOST_AND_PORT = re.compile(r"(?:[^\s/@]*@)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d+(?:/\S*)?")
+_SQLITE = "Use sqlite:////absolute/mlflow.db or the URL of a server."
 
 
 @dataclass(frozen=True)
@@ -42,24 +50,89 @@ class Connection:
 
 def default_uri(home: Path) -> str:
     """Return ``MLFLOW_TRACKING_URI`` if it is set, else the sqlite database in `home`."""
-    return validated_uri(os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(home.absolute() / "mlflow.db"))
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    return validated_uri(given) if given else _sqlite_uri(home.absolute() / "mlflow.db")
 
 
 def validated_uri(uri: str) -> str:
     """Return `uri`, with an absolute path if it is a sqlite one: a relative path would depend on the current directory.
 
     Raises:
-        UserError: it is a file store, which MLflow no longer supports and where writing twice makes duplicates.
+        UserError: no tracker that ktray can use has this URI.
     """
-    if path := sqlite_path(uri):
-        return _sqlite_uri(path)
-    if urlsplit(uri).scheme in ("", "file"):
-        raise UserError(
-            f"{uri!r} is an MLflow file store, which MLflow no longer supports and where writing twice makes duplicates",
-            "--tracking or MLFLOW_TRACKING_URI",
-            "Use sqlite:////absolute/mlflow.db or the URL of a server; `mlflow migrate-filestore` moves old runs.",
+    scheme = urlsplit(uri).scheme if _is_split(uri) else ""
+    if uri.lower().startswith("sqlite"):
+        problem, instead = _problem_with_sqlite(uri), _SQLITE
+    elif uri.lower().startswith("databricks"):
+        problem, instead = "is Databricks, where a study cannot name an experiment: it demands a path of the workspace", _SQLITE
+    elif scheme in ("http", "https"):
+        problem, instead = _problem_with_server(uri), "Write it as http://HOST:PORT."
+    elif scheme.partition("+")[0] in _DATABASES:
+        problem, instead = (
+            _problem_with_database(uri),
+            "Write it as SCHEME+DRIVER://USER:PASSWORD@HOST/NAME, and install DRIVER.",
         )
-    return uri
+    elif _HOST_AND_PORT.fullmatch(uri):
+        problem, instead = "lacks its scheme", f"Write http://{without_secrets(uri)}, or https."
+    elif scheme == "file" or ("://" not in uri and "@" not in uri):
+        problem = "is an MLflow file store, which MLflow no longer supports and where writing twice makes duplicates"
+        instead = f"{_SQLITE} `mlflow migrate-filestore` moves old runs."
+    else:
+        known = {entry.name for entry in entry_points(group="mlflow.tracking_store")}  # of MLflow plugins
+        problem, instead = "" if scheme in known else "is no tracker that MLflow knows", _SQLITE
+    if problem:
+        raise UserError(f"{without_secrets(repr(uri))} {problem}", "--tracking or MLFLOW_TRACKING_URI", instead)
+    path = sqlite_path(uri)
+    return _sqlite_uri(path) if path else uri
+
+
+def _is_split(uri: str) -> bool:
+    try:
+        urlsplit(uri)
+    except ValueError:  # half a bracket, such as http://[::1
+        return False
+    return True
+
+
+def _problem_with_sqlite(uri: str) -> str:
+    path = sqlite_path(uri)
+    try:
+        if path is None or "\0" in uri or uri.removeprefix("sqlite:///").strip() in ("", ":memory:"):
+            return "names no file in the form that ktray reads"
+        if path.is_dir():
+            return "is a folder"
+        if not path.parent.is_dir():
+            return f"is in the folder {path.parent}, which does not exist"
+        if path.exists() and not path.is_file():
+            return "is no file"
+        with open(path, "rb") if path.exists() else nullcontext() as file:
+            return "" if file is None or file.read(16) in (b"", b"SQLite format 3\0") else "is no sqlite database"
+    except (OSError, ValueError) as error:  # no permission, a name too long, a null byte
+        return f"cannot be opened: {getattr(error, 'strerror', None) or error}"
+
+
+def _problem_with_server(uri: str) -> str:
+    try:
+        parts = urlsplit(uri)
+        port = parts.port
+    except ValueError as error:
+        return f"is no URL: {str(error).partition(':')[0]}"
+    if not parts.hostname or any(char.isspace() for char in uri):
+        return "names no host" if not parts.hostname else "has a space in it"
+    return "has the port 0" if port == 0 else ""
+
+
+def _problem_with_database(uri: str) -> str:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ImportError as error:
+        return f"needs the package {error.name}, which is not installed"
+    except (SQLAlchemyError, ValueError) as error:
+        return f"is no URL of a database: {type(error).__name__}"
+    return ""
 
 
 def sqlite_path(uri: str) -> Path | None:

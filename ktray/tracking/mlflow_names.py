@@ -20,11 +20,13 @@ PARAMS_PER_BATCH, METRICS_PER_BATCH = 100, 500  # MLflow's limit for metrics is 
 def key_of(name: str) -> str:
     """Return `name` as a key: letters, digits and ``_ - . : / space``, a normalised relative path, at most 250 characters.
 
-    Dotted spec paths and ``student/loss`` are unchanged.
+    Such names, as dotted spec paths and ``student/loss``, are unchanged. Any other gets a hash, so that ``acc@1`` never writes
+    over ``acc_1``: a name has the same key in every run, and two names never have one key.
     """
     key = posixpath.normpath(re.sub(r"[^\w.\-:/ ]", "_", name)).lstrip("/")
     key = "_" + key[1:] if key.startswith("..") or key == "." else key
-    return key if len(key) <= KEY_LENGTH else f"{key[: KEY_LENGTH - 13]}-{fingerprint(name)[:12]}"
+    changed = key != name or len(key) > KEY_LENGTH
+    return f"{key[: KEY_LENGTH - 13]}-{fingerprint(name)[:12]}" if changed else key
 
 
 def text_of(value: Any) -> str:
@@ -47,8 +49,9 @@ def params_of(params: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]
 
 def tags_of(tags: Mapping[str, Any]) -> dict[str, str]:
     """Return tags for MLflow, all under the prefix ``ktray.``."""
-    prefixed = {name if name.startswith("ktray.") else f"ktray.{name}": value for name, value in tags.items()}
-    return {key_of(name): text_of(value)[:TAG_LENGTH] for name, value in prefixed.items()}
+    keys = {name: key_of(name if name.startswith("ktray.") else f"ktray.{name}") for name in tags}
+    keys |= {name: f"{keys[name]}-{fingerprint(name)[:12]}" for name in tags if keys[name] != name and keys[name] in tags}
+    return {keys[name]: text_of(value)[:TAG_LENGTH] for name, value in tags.items()}
 
 
 def metrics_of(values: Mapping[str, Any], step: int) -> tuple[dict[str, float], dict[str, str]]:
@@ -89,11 +92,6 @@ def quoted(text: str) -> str:
     if mark is None or "\\" in text:
         raise ValueError(f"{text!r} cannot be written in an MLflow filter")
     return f"{mark}{text}{mark}"
-
-
-def without_password(text: str) -> str:
-    """Return `text` with user and password of every URL hidden, for logs."""
-    return re.sub(r"//[^/@\s'\"]+@", "//***@", text)
 
 
 VIEW_KEY = "ktray"  # of the saved view

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.errors import UserError
+from ktray.redaction import without_secrets
 from ktray.tracking.connection import connect, mlflow_environment, validated_uri
 from ktray.tracking.mlflow_names import quoted, text_of
 
@@ -62,7 +63,7 @@ def register_student(
             version = client.create_model_version(name, f"runs:/{run}/{FOLDER}", run, tags=dict(tags)).version
             client.set_registered_model_alias(name, "champion" if best else "challenger", version)
         except MlflowException as error:
-            problem = f"the tracker refuses the model: {' '.join(str(error).split())[:300]}"
+            problem = f"the tracker refuses the model: {without_secrets(' '.join(str(error).split()))[:300]}"
             raise UserError(problem, "--register", "Export it again, to another folder, once it answers.") from error
     return name, int(version)
 

@@ -82,6 +82,13 @@ class Spool:
         """Return the size of the event file in bytes."""
         return self._events.stat().st_size if self._events.exists() else 0
 
+    def count_waiting(self) -> int:
+        """Return how many events are not applied yet."""
+        count, offset = 0, self.load_position().offset
+        while entries := self.read(offset):
+            count, offset = count + len(entries), entries[-1][1]
+        return count
+
     def truncate_if_applied(self, position: Position) -> None:
         """Empty the file if all of it is applied. Requires the claim."""
         with self._open_for_append() as (file, size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -13,6 +14,7 @@ from typing import Any, Concatenate, Literal, ParamSpec
 
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint
+from ktray.redaction import without_secrets
 from ktray.tracking.connection import validated_uri
 from ktray.tracking.mlflow_names import experiment_tags, key_of, metrics_of, params_of, run_name, tags_of
 from ktray.tracking.spool import Spool
@@ -50,6 +52,21 @@ class StageRun:
     params: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     span: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """What MLflow has not got of a session.
+
+    Attributes:
+        waiting: events in the spool, which the next session writes.
+        refused: events that MLflow refuses, kept in ``rejected.jsonl``.
+        lost: calls that could not even be kept, such as on a full disk.
+    """
+
+    waiting: int = 0
+    refused: int = 0
+    lost: int = 0
 
 
 def _never_raises(method: Callable[Concatenate[Tracker, P], None]) -> Callable[Concatenate[Tracker, P], None]:
@@ -213,6 +230,13 @@ class Tracker:
         self._end(status)
         return self._writer.stop(timeout, give_up) and not self._lost
 
+    def unwritten(self) -> Unwritten:
+        """Return what MLflow has not got, once the tracker is closed."""
+        waiting = 0
+        with contextlib.suppress(OSError):
+            waiting = self._spool.count_waiting() if self._spool is not None else 0
+        return Unwritten(waiting, self._writer.rejected if self._writer else 0, self._lost)
+
     @_never_raises
     def _end(self, status: Status) -> None:
         self._append("close", name=self._study, status=status)
@@ -224,7 +248,9 @@ class Tracker:
     def _lose(self, call: str, error: Exception) -> None:
         self._lost += 1
         if self._lost == 1:
-            log.warning("tracking: %s failed (%s: %s); the search continues", call, type(error).__name__, error)
+            log.warning(
+                "tracking: %s failed (%s: %s); the search continues", call, type(error).__name__, without_secrets(str(error))
+            )
 
 
 def logged_stages(spool: Spool, tracker: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,9 +21,10 @@ from urllib.parse import urlsplit
 
 from ktray.errors import UserError
 from ktray.output import print_err
+from ktray.redaction import without_secrets
 from ktray.tracking.artifact_locations import FOLDER, follow_home
 from ktray.tracking.connection import sqlite_path, validated_uri
-from ktray.tracking.mlflow_names import view_link, without_password
+from ktray.tracking.mlflow_names import view_link
 
 # With job execution, `mlflow server` is ten processes with 1.7 GB, and some outlive it.
 SERVER_SETTINGS = {
@@ -44,16 +46,16 @@ def serve(uri: str, port: int) -> int:
         Exit code: 0 after Ctrl-C or SIGTERM, otherwise that of the server.
 
     Raises:
-        UserError: the database does not exist yet, or the port is taken.
+        UserError: the database does not exist yet, or the port cannot be used.
     """
     uri = validated_uri(uri)
     database = sqlite_path(uri)
     if database is None:
         if urlsplit(uri).scheme not in ("http", "https"):
             raise UserError(
-                f"{without_password(uri)} cannot be served by ktray", "--tracking", "Give the URL of its own server."
+                f"{without_secrets(uri)} cannot be served by ktray", "--tracking", "Give the URL of its own server."
             )
-        print_err(f"this tracker has its own pages: {without_password(uri)}")
+        print_err(f"this tracker has its own pages: {without_secrets(uri)}")
         return 0
     if not database.exists():
         raise UserError(f"there are no runs in {database} yet", "ktray ui", "Start a search, or name another --tracking.")
@@ -62,6 +64,7 @@ def serve(uri: str, port: int) -> int:
         follow_home(database, database.parent)
     except sqlite3.Error as error:
         print_err(f"ktray: images of a home that was moved may be missing: {database} cannot be changed ({error})")
+    print_err(f"http://127.0.0.1:{port} will show {database}; Ctrl-C ends it")
     with _signals_interrupt(), _server(_command(uri, database, port)) as server:
         try:
             if _wait_until_listening(server, port):
@@ -136,7 +139,8 @@ def _check_free(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise UserError(f"port {port} is taken ({error.strerror})", "ktray ui", "Choose another with --port.") from error
+            problem = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise UserError(f"port {port} {problem}", "ktray ui", "Choose another with --port.") from error
 
 
 def _studies(server: str) -> list[tuple[str, str]]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ktray.fingerprint import fingerprint
+from ktray.redaction import without_secrets
 from ktray.tracking import connection
-from ktray.tracking.mlflow_names import run_name, without_password
+from ktray.tracking.mlflow_names import run_name
 from ktray.tracking.mlflow_runs import SEARCH, MlflowRuns
 from ktray.tracking.spool import Position, Spool
 
@@ -46,7 +47,7 @@ class Writer:
         self._pause = 0.0
         self._failures = 0  # in a row
         self._batch_failures = 0  # of the same batch, in a row
-        self._rejected = 0
+        self.rejected = 0  # events that the tracker has refused in this session
         self._last_attempts = 2  # to reach a tracker that is down, after `stop`
         self._deadline = float("inf")
         self._stopping = threading.Event()
@@ -67,7 +68,7 @@ class Writer:
         while self._thread.is_alive() and not give_up() and (left := self._deadline - time.monotonic()) > 0:
             self._thread.join(min(0.2, left))
         applied = self._spool.load_position().offset >= self._spool.size()
-        return applied and not self._rejected and not self._thread.is_alive()
+        return applied and not self.rejected and not self._thread.is_alive()
 
     def _run(self) -> None:
         with connection.mlflow_environment():
@@ -123,9 +124,9 @@ class Writer:
             except Exception as error:  # noqa: BLE001 - if the tracker accepts other writes, this event is the problem
                 runs.clear_buffers()
                 runs.check_writable(round(time.time() * 1000))
-                reason = without_password(str(error))[:300]
+                reason = without_secrets(str(error))[:300]
                 self._spool.reject(event, reason)
-                self._rejected += 1
+                self.rejected += 1
                 log.warning("the tracker refuses an event (%s), kept in rejected.jsonl: %s", event.get("do"), reason)
                 self._advance(position, end)
                 return
@@ -145,8 +146,8 @@ class Writer:
         """Warn once, choose the pause before the next attempt, and return whether the thread may end if it is asked to."""
         code = getattr(error, "error_code", "")
         if not self._failures:
-            text = without_password(f"{type(error).__name__}: {error}").splitlines()[0][:300]
-            uri = without_password(self._uri)
+            text = without_secrets(f"{type(error).__name__}: {error}").splitlines()[0][:300]
+            uri = without_secrets(self._uri)
             log.warning("cannot write to the tracker %s (%s); the search continues and the events are kept", uri, text)
         self._failures += 1
         self._pause = min(2.0 ** min(self._failures - 1, 10), LONGEST_PAUSE)
@@ -240,7 +241,7 @@ def _images(runs: MlflowRuns, event: Event) -> None:
                 runs.upload(ref, image, f"images/{index}" if names.count(image.name) > 1 else "images")
     except Exception as error:  # noqa: BLE001 - artifact stores are a dozen clients, each with its own exceptions
         runs.check_writable(round(time.time() * 1000))  # if the tracker itself is down, the event waits for it
-        runs.log(ref, tags={"ktray.images": without_password(f"not stored: {error}")[:500]})
+        runs.log(ref, tags={"ktray.images": without_secrets(f"not stored: {error}")[:500]})
 
 
 def _close(runs: MlflowRuns, event: Event) -> None:
