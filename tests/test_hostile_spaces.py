@@ -14,6 +14,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ktray.errors import UserError
+from ktray.scheduler.resources import load_runtime
+from ktray.text import visible_name
 from tests.child import Child, require_user_error_or_answer
 
 PAIR: dict[str, Any] = {
@@ -35,6 +38,17 @@ VALID_PATHS = [
     *("study", "objectives", "budget.trials", "budget.stop_after", "early_stop.rungs", "seed", "sampler", "start_with", "pair"),
     *("data", "teacher", "teacher.descriptor", "teacher.descriptor.cell", "transfer", "transfer.k", "transfer.kind"),
     *("student.backbone", "student.schedule.epochs", "student.schedule.lr", "evals", "evals.0", "evals.0.k", "evals.0.name"),
+]
+SENSIBLE: list[tuple[str, Any]] = [  # changes that leave the space valid
+    ("transfer.k", 5),
+    ("transfer.k", {"int": [2, 9]}),
+    ("seed", 3),
+    ("budget.stop_after", "1h30m"),
+    ("teacher", {"one_of": {"\x1b[31mred": {"descriptor": "hog"}, "[red]": {"descriptor": "raw_pixels"}}}),
+    ("teacher.descriptor", {"choice": ["hog", "raw_pixels"]}),
+    ("student.schedule.lr", {"log_float": [0.001, 0.1]}),
+    ("student.backbone", {"one_of": {"a": {"kind": "alexnet", "width": {"choice": [0.125, 0.25]}}, "b": "resnet"}}),
+    ("start_with", []),
 ]
 OPERATORS = ["choice", "int", "log_int", "float", "log_float", "one_of"]
 WORDS = st.sampled_from(
@@ -141,7 +155,9 @@ def put(space: dict[str, Any], path: str, value: Any) -> None:
 def space_texts(draw: st.DrawFn) -> str:
     """The text of a file that is nearly a search space."""
     space = copy.deepcopy(SPACE)
-    for _ in range(draw(st.integers(1, 3))):
+    for path, value in draw(st.lists(st.sampled_from(SENSIBLE), max_size=4)):
+        put(space, path, value)
+    for _ in range(draw(st.integers(0, 2))):
         put(space, draw(st.sampled_from(VALID_PATHS)), draw(VALUES | LARGE))
     if draw(st.booleans()):
         text = yaml.dump(space, Dumper=yaml.SafeDumper, sort_keys=False, allow_unicode=draw(st.booleans()))
@@ -159,6 +175,7 @@ def space_texts(draw: st.DrawFn) -> str:
 
 
 OVERRIDES = st.one_of(
+    st.sampled_from([f"{path}={json.dumps(value)}" for path, value in SENSIBLE]),
     st.builds(lambda path, value: f"{path}={json.dumps(value)}", st.sampled_from(VALID_PATHS), VALUES | LARGE),
     st.builds(
         lambda steps, value: f"{'.'.join(steps)}={json.dumps(value)}",
@@ -185,7 +202,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("spaces")
 
 
+RUNTIME = {"cpus": 2, "dead_after": 60, "stages": {"student": {"gpus": 0.5}, "features": {"memory_bytes": 1000, "helpers": 3}}}
 _numbers = itertools.count()
+
+
+@st.composite
+def runtime_texts(draw: st.DrawFn) -> str:
+    """The text of a file that is nearly a runtime file."""
+    content: dict[str, Any] = copy.deepcopy(RUNTIME)
+    name = draw(st.sampled_from([*RUNTIME, "heartbeat_seconds", "memmap_bytes", "cpu"]) | TEXTS)
+    stage, field = (
+        draw(st.sampled_from(["student", "features", "stage"])),
+        draw(st.sampled_from(["cpus", "gpus", "helpers", "x"])),
+    )
+    if draw(st.booleans()):
+        content[name] = draw(VALUES)
+    else:
+        content["stages"][stage] = {field: draw(VALUES)}
+    text = json.dumps(content)
+    place = draw(st.integers(0, len(text)))
+    return text[:place] + draw(st.sampled_from(["", "", "", "\t", "&a ", "*a", "[" * 300, "0x_", "\0"])) + text[place:]
+
+
+def read_runtime(folder: Path, text: str) -> None:
+    path = folder / "runtime.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    message = ""
+    try:
+        load_runtime(path)
+    except UserError as error:
+        message = str(error)
+    assert message == visible_name(message)
+    assert len(message) < 4000
 
 
 def plan(child: Child, folder: Path, text: str, overrides: list[str]) -> None:
@@ -209,7 +257,21 @@ def test_no_override_ends_in_a_traceback_a_hang_or_gigabytes(child: Child, folde
     plan(child, folder, json.dumps(SPACE), overrides)
 
 
+@FEW
+@given(runtime_texts())
+def test_no_runtime_file_ends_in_a_traceback(folder: Path, text: str) -> None:
+    read_runtime(folder, text)
+
+
 @pytest.mark.slow
+@MANY
+@given(runtime_texts())
+def test_none_of_many_runtime_files_ends_in_a_traceback(folder: Path, text: str) -> None:
+    read_runtime(folder, text)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @MANY
 @given(space_texts())
 def test_none_of_many_space_files_ends_in_a_traceback_a_hang_or_gigabytes(child: Child, folder: Path, text: str) -> None:
@@ -217,6 +279,7 @@ def test_none_of_many_space_files_ends_in_a_traceback_a_hang_or_gigabytes(child:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @MANY
 @given(st.lists(OVERRIDES, min_size=1, max_size=2))
 def test_none_of_many_overrides_ends_in_a_traceback_a_hang_or_gigabytes(

@@ -127,6 +127,12 @@ EXPERIMENTS = {
     "raises": ("def pairs():\n    return 1 / 0\n", "line 2: the experiment raised ZeroDivisionError"),
     "is no Python": ("def pairs(:\n", "line 1: the experiment raised SyntaxError"),
     "has no pairs": ("x = 1\n", "has no function pairs()"),
+    "ends Python": ("import sys\nsys.exit(0)\n", "line 2: the experiment raised SystemExit: 0"),
+    "names a pair by a number": ("def pairs():\n    return {1: 2}\n", "names a pair 1, which is not text"),
+    "gives more pairs than are read": (
+        "def pairs():\n    return {str(n): None for n in range(3001)}\n",
+        "gives 3,001 pairs, and at most 3,000 are read",
+    ),
     "gives no specs": ("def pairs():\n    return {'a': 1}\n", "pairs()['a'] is no PairSpec"),
     "lacks fields": (
         "from ktray.spec import PairSpec\ndef pairs():\n    return {'a': PairSpec.model_validate({'data': 'cifar10'})}\n",
