@@ -59,7 +59,7 @@ def test_workers_start_on_a_node_that_joins_and_its_gpu_is_used_from_then_on() -
     harness.core.request_of = requests_on(harness.registry)
     running = [stage("student", number=number) for number in range(2)]
     harness.request("a", *running)
-    harness.request("b", stage("student", number=5), stage("clusters"))
+    harness.request("b", stage("student", number=5), stage("pseudo_labels"))
     assert harness.dispatch() == []
     harness.registry.set_alive_nodes({**harness.registry.nodes, "new": GPU_NODE}, harness.now)
     started = [action.worker for action in harness.dispatch() if isinstance(action, StartWorker)]

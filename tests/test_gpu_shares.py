@@ -42,7 +42,7 @@ def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never
             found.learn(peaked(name, peak))
         assert found("student").gpus == 0.5
         assert found("teacher").gpus == 0.25, "its share stands in the runtime file"
-    assert found("clusters").gpus == 0.0
+    assert found("pseudo_labels").gpus == 0.0
 
 
 def test_what_ran_out_of_memory_teaches_a_larger_share_than_it_had_although_its_second_peak_was_small() -> None:

@@ -47,6 +47,7 @@ class Clusters:
         sizes: (K,) int64, rows of each cluster under `codebook`.
         iterations: number of updates, len(inertia) - 1.
         converged: whether the last update left all labels unchanged.
+        decided_again: share of the labels that the screening product could not decide.
     """
 
     codebook: Codebook
@@ -55,6 +56,7 @@ class Clusters:
     sizes: NDArray[np.int64]
     iterations: int
     converged: bool
+    decided_again: float
 
     @property
     def centroids(self) -> NDArray[np.float32]:
@@ -106,12 +108,16 @@ class _SumChange:
         counts: (K,) int64, the change of the number of rows in each cluster.
         squares: sum of |x|^2 in squared steps; exact.
         relabelled: number of rows that changed their label.
+        searched: number of rows whose label was not known yet.
+        unclear: how many of them the product could not decide.
     """
 
     sums: NDArray[np.float64]
     counts: NDArray[np.int64]
     squares: int
     relabelled: int
+    searched: int
+    unclear: int
 
 
 def fit(
@@ -122,14 +128,15 @@ def fit(
     iterations: int,
     projection: Mapping[str, NDArray[Any]],
     pool: Pool,
+    device: str = "cpu",
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> Clusters:
     """K clusters of all rows, by Lloyd's iteration from K random rows until no label changes.
 
     If two centroids are equally near to a row, the first one wins. Each empty cluster takes over the row that is farthest
-    from its centroid (ties: the first in shard order), and the mean of the cluster that loses the row is corrected. Several
-    empty clusters take distinct rows, never the only row of a cluster. If no row is left for an empty cluster, it keeps its
-    centroid and is repaired after the next assignment.
+    from its centroid (ties: the first in shard order), and the mean of the cluster that loses the row is corrected. m empty
+    clusters take the m farthest distinct rows, but never the last row of a cluster: where that leaves nothing for an empty
+    cluster, it keeps its centroid and is repaired after the next assignment.
 
     Args:
         shards: files of (n, D) float32 or float16 features; their order numbers the rows.
@@ -137,6 +144,7 @@ def fit(
         seed: selects the K initial rows.
         iterations: maximum number of updates, >= 0.
         projection: from `projection.fit`, or empty.
+        device: torch device; CUDA does the iterations alone, otherwise the pool's workers do them. It changes no result.
         on_iteration: called with (updates so far, inertia) after every assignment.
 
     Raises:
@@ -153,9 +161,33 @@ def fit(
         raise ValueError(f"k = {k} clusters need at least as many rows; the features have {total}")
     space = _ClusteringSpace.of(projection, Grid.around(*centre_and_radius(shards, projection, pool), total))
     seeds = space.grid.rows(sample(shards, counts, seed_rows(total, k, seed), projection, pool))
+    if device.startswith("cuda"):
+        return _fit_on(device, space, seeds, shards, counts, iterations, on_iteration)
     clusters = _iterate(space.grid.whole(seeds), _groups(shards, pool), iterations, space, pool, on_iteration)
     pool.map(_release_cache, range(pool.workers), space.key)
     return clusters
+
+
+def _fit_on(
+    device: str,
+    space: _ClusteringSpace,
+    seeds: NDArray[np.float32],
+    shards: Sequence[Path],
+    counts: Sequence[int],
+    iterations: int,
+    on_iteration: Callable[[int, float], None] | None,
+) -> Clusters:
+    from ktray.clustering import gpu_kmeans  # imports torch
+
+    def load(shard: Path) -> NDArray[np.float32]:
+        return space.grid.rows(apply(space.projection, finite_rows(shard)))
+
+    found = gpu_kmeans.iterate(
+        space.grid.whole(seeds), shards, counts, iterations, space.grid, load, plan_repairs, device, on_iteration
+    )
+    codebook = Codebook(space.grid, found.points)
+    updates = len(found.inertia) - 1
+    return Clusters(codebook, found.inertia, found.empty, found.sizes, updates, found.converged, found.decided_again)
 
 
 def _iterate(
@@ -170,17 +202,20 @@ def _iterate(
     sums, sizes = np.zeros(initial.shape), np.zeros(len(initial), np.int64)
     inertia: list[float] = []
     empty: list[int] = []
+    searched, unclear = 0, 0
     while True:
         changes = pool.map(_sum_change, groups, (space, centroids, previous))
         for change in changes:
             sums, sizes = sums + change.sums, sizes + change.counts
+            searched, unclear = searched + change.searched, unclear + change.unclear
         inertia.append(_inertia(changes, sums, sizes, centroids.codebook))
         empty.append(int((sizes == 0).sum()))
         if on_iteration:
             on_iteration(len(inertia) - 1, inertia[-1])
         converged = previous is not None and not empty[-1] and not sum(change.relabelled for change in changes)
         if converged or len(inertia) > iterations:
-            return Clusters(centroids.codebook, tuple(inertia), tuple(empty), sizes, len(inertia) - 1, converged)
+            again = unclear / max(1, searched)
+            return Clusters(centroids.codebook, tuple(inertia), tuple(empty), sizes, len(inertia) - 1, converged, again)
         repaired_sums, repaired_sizes = _repaired(sums, sizes, centroids, groups, space, pool) if empty[-1] else (sums, sizes)
         previous, centroids = centroids, _Centroids.of(_means(repaired_sums, repaired_sizes, centroids.codebook), space)
 
@@ -221,21 +256,38 @@ def _repaired(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Copies of sums (K, d) and sizes (K,) after empty clusters have taken over the farthest rows (see `fit`)."""
     sums, sizes = sums.copy(), sizes.copy()
+    found = pool.map(_farthest_rows, groups, (space, centroids, sizes, int((sizes == 0).sum())))
+    for donor, recipient, row in plan_repairs(sizes, [candidate for group in found for candidate in group]):
+        sums[donor] -= row
+        sums[recipient] += row
+        sizes[donor] -= 1
+        sizes[recipient] += 1
+    return sums, sizes
+
+
+_Candidate = tuple[int, int, NDArray[np.float32]]  # exact squared distance from its centroid, label, row
+
+
+def plan_repairs(sizes: NDArray[np.int64], candidates: Sequence[_Candidate]) -> list[tuple[int, int, NDArray[np.float32]]]:
+    """Which empty cluster takes over which row: (donor, recipient, row) for as many as possible.
+
+    Args:
+        sizes: (K,) rows of each cluster.
+        candidates: the farthest distinct rows of each part of the features, at least as many as there are empty clusters.
+    """
+    left = sizes.copy()
     unfilled = list(np.flatnonzero(sizes == 0))
-    found = pool.map(_farthest_rows, groups, (space, centroids, sizes, len(unfilled)))
-    candidates = sorted((candidate for group in found for candidate in group), key=lambda candidate: -candidate[0])
     if not candidates:
         raise ValueError(f"k = {len(sizes)}, but the features have only {len(sizes) - len(unfilled)} distinct rows")
-    used: set[bytes] = set()
-    for _, donor, row in candidates:
-        if unfilled and sizes[donor] > 1 and row.tobytes() not in used:
-            used.add(row.tobytes())
-            recipient = unfilled.pop(0)
-            sums[donor] -= row
-            sums[recipient] += row
-            sizes[donor] -= 1
-            sizes[recipient] += 1
-    return sums, sizes
+    distinct: dict[bytes, _Candidate] = {}
+    for candidate in sorted(candidates, key=lambda each: -each[0]):
+        distinct.setdefault(candidate[2].tobytes(), candidate)
+    planned: list[tuple[int, int, NDArray[np.float32]]] = []
+    for _, donor, row in list(distinct.values())[: len(unfilled)]:
+        if left[donor] > 1:
+            left[donor] -= 1
+            planned.append((donor, int(unfilled[len(planned)]), row))
+    return planned
 
 
 # What follows runs in the workers. Caches only save time: everything can be recomputed from the arguments.
@@ -248,19 +300,18 @@ def _sum_change(group: list[Path], shared: tuple[_ClusteringSpace, _Centroids, _
         shared: the space, the centroids, and the previous centroids; in the first iteration None, and every row is added.
     """
     space, centroids, previous = shared
-    labels_of = _labels_under(centroids)
-    previous_labels_of = _labels_under(previous) if previous else None
+    labels_of, previous_labels_of = _Labelling(centroids), _Labelling(previous) if previous else None
     points = centroids.codebook.points
-    change = _SumChange(np.zeros(points.shape), np.zeros(len(points), np.int64), 0, 0)
+    sums, counts = np.zeros(points.shape), np.zeros(len(points), np.int64)
     squares, relabelled = 0, 0
     for shard in group:
         rows, square = _rows(shard, space)
         old = previous_labels_of(shard, rows) if previous_labels_of else None
         labels = labels_of(shard, rows)
-        relabelled += _add(change, rows, labels, old)
+        relabelled += _add(sums, counts, rows, labels, old)
         progress.advance("shards")
         squares += square
-    return _SumChange(change.sums, change.counts, squares, relabelled)
+    return _SumChange(sums, counts, squares, relabelled, labels_of.searched, labels_of.unclear)
 
 
 def _farthest_rows(
@@ -271,7 +322,7 @@ def _farthest_rows(
     Rows that coincide with their centroid, and the only row of a cluster, are left out.
     """
     space, centroids, sizes, count = shared
-    labels_of = _labels_under(centroids)
+    labels_of = _Labelling(centroids)
     found: list[tuple[int, int, NDArray[np.float32]]] = []
     for shard in group:
         rows, _ = _rows(shard, space)
@@ -290,26 +341,32 @@ def _farthest_rows(
     return found
 
 
-def _add(change: _SumChange, rows: NDArray[np.float32], labels: NDArray[np.int64], old: NDArray[np.int64] | None) -> int:
+def _add(
+    sums: NDArray[np.float64],
+    counts: NDArray[np.int64],
+    rows: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    old: NDArray[np.int64] | None,
+) -> int:
     """Add relabelled rows to their new clusters and subtract them from the old ones, in place; returns their number."""
     from scipy.sparse import csc_matrix
 
-    k = len(change.counts)
-    np.add(change.counts, np.bincount(labels, minlength=k), out=change.counts)
+    k = len(counts)
+    np.add(counts, np.bincount(labels, minlength=k), out=counts)
     if old is None:
         for start in range(0, len(rows), blas.CHUNK_ROWS):
             wide = rows[start : start + blas.CHUNK_ROWS].astype(np.float64)
             n = len(wide)
             signs = csc_matrix((np.ones(n), labels[start : start + n], np.arange(n + 1)), shape=(k, n))
-            np.add(change.sums, signs @ wide, out=change.sums)
+            np.add(sums, signs @ wide, out=sums)
         return len(rows)
-    np.subtract(change.counts, np.bincount(old, minlength=k), out=change.counts)
+    np.subtract(counts, np.bincount(old, minlength=k), out=counts)
     relabelled = np.flatnonzero(labels != old)
     n = len(relabelled)
     if n:
         clusters = np.stack([labels[relabelled], old[relabelled]], axis=1).ravel()
         signs = csc_matrix((np.tile([1.0, -1.0], n), clusters, np.arange(0, 2 * n + 1, 2)), shape=(k, n))
-        np.add(change.sums, signs @ rows[relabelled].astype(np.float64), out=change.sums)
+        np.add(sums, signs @ rows[relabelled].astype(np.float64), out=sums)
     return n
 
 
@@ -354,22 +411,24 @@ def _sum_of_squares(rows: NDArray[np.float32], of_rows: Grid) -> int:
     return total
 
 
-def _labels_under(centroids: _Centroids) -> Callable[[Path, NDArray[np.float32]], NDArray[np.int64]]:
-    """A function that labels a shard's rows, from the cache if its latest entry was made with the same centroids."""
-    search: nearest_centroids.Search | None = None
+class _Labelling:
+    """Labels of shards under some centroids, from the cache if its latest entry was made with the same centroids."""
 
-    def labels_of(shard: Path, rows: NDArray[np.float32]) -> NDArray[np.int64]:
-        nonlocal search
+    def __init__(self, centroids: _Centroids) -> None:
+        self.centroids, self.searched, self.unclear = centroids, 0, 0
+        self._search: nearest_centroids.Search | None = None
+
+    def __call__(self, shard: Path, rows: NDArray[np.float32]) -> NDArray[np.int64]:
         key = _shard_key(shard)
         digest, cached = _cached_labels.get(key, (b"", None))
-        if cached is not None and digest == centroids.digest:
+        if cached is not None and digest == self.centroids.digest:
             return cached.astype(np.int64)
-        search = search or nearest_centroids.search_among(centroids.codebook)
-        labels = search(rows)[:, 0]
-        _cached_labels[key] = centroids.digest, labels.astype(np.int32)
+        self._search = self._search or nearest_centroids.search_among(self.centroids.codebook)
+        numbers, unclear = self._search(rows)
+        labels: NDArray[np.int64] = numbers[:, 0]
+        self.searched, self.unclear = self.searched + len(rows), self.unclear + unclear
+        _cached_labels[key] = self.centroids.digest, labels.astype(np.int32)
         return labels
-
-    return labels_of
 
 
 def _release_cache(_: int, space_key: str) -> None:

@@ -22,11 +22,12 @@ from ktray.ops import blas
 IDENTITY, REVISION = "nearest_centroids", 2
 TOOLS = (grid,)
 
-Search = Callable[..., NDArray[np.int64]]
+Search = Callable[..., tuple[NDArray[np.int64], int]]
 
 
 def search_among(codebook: Codebook) -> Search:
-    """A search function: rows (n, d) from `Grid.rows` and m (default 1) -> the m nearest of the K centroids, (n, m) int64.
+    """A search function: rows (n, d) from `Grid.rows` and m (default 1) -> the m nearest of the K centroids, (n, m) int64,
+    and the number of rows that the product could not decide.
 
     The nearest centroid comes first; of two that are equally near, the one with the lower number.
 
@@ -46,8 +47,8 @@ def search_among(codebook: Codebook) -> Search:
     lower = (squares * (1 - 2 * bound)).astype(np.float32)
     score_block = np.empty((blas.CHUNK_ROWS, len(points)), np.float32)
 
-    def search(rows: NDArray[np.floating], m: int = 1) -> NDArray[np.int64]:
-        numbers = np.empty((len(rows), m), np.int64)
+    def search(rows: NDArray[np.floating], m: int = 1) -> tuple[NDArray[np.int64], int]:
+        numbers, decided_again = np.empty((len(rows), m), np.int64), 0
         with blas.one_thread():
             for start in range(0, len(rows), blas.CHUNK_ROWS):
                 piece = rows[start : start + blas.CHUNK_ROWS]
@@ -65,11 +66,12 @@ def search_among(codebook: Codebook) -> Search:
                 lengths = np.einsum("nd,nd->n", single, single).astype(np.float64) * (1 + 2 * bound)  # upper bounds
                 highest = lowest[:, :m] + 2 * bound * (lengths[:, None] + 2 * squares[best])
                 unclear = np.flatnonzero(~(lowest[:, 1:] > highest).all(axis=1))
+                decided_again += len(unclear)
                 if len(unclear):
                     scores[every_row[:, None], best] = lowest[:, :m]
                     possible = ~(scores[unclear] > highest[unclear].max(axis=1)[:, None])
                     best[unclear] = _nearest_of(possible, piece[unclear], codebook, m)
-        return numbers
+        return numbers, decided_again
 
     return search
 
@@ -91,7 +93,7 @@ def nearest(rows: NDArray[np.floating], codebook: Codebook, count: int) -> tuple
         rows: (n, d) from `Grid.rows`.
         count: m, 1 <= m <= K.
     """
-    numbers = search_among(codebook)(rows, count)
+    numbers, _ = search_among(codebook)(rows, count)
     exact = grid.squared_distances(rows, codebook, np.repeat(np.arange(len(rows)), count), numbers.ravel())
     squared = (grid.as_float(exact) * codebook.grid.square).reshape(numbers.shape)
     return numbers.astype(np.int32), squared.astype(np.float32)

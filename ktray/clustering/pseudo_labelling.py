@@ -42,7 +42,7 @@ def assign(shards: Sequence[Path], codebook: Codebook, projection: Mapping[str, 
 
 def _assign_shard(shard: Path, shared: tuple[Codebook, Mapping[str, NDArray[Any]]]) -> NDArray[np.int64]:
     codebook, projection = shared
-    return nearest_centroids.search_among(codebook)(_on_grid(shard, codebook, projection))[:, 0]
+    return nearest_centroids.search_among(codebook)(_on_grid(shard, codebook, projection))[0][:, 0]
 
 
 def _on_grid(shard: Path, codebook: Codebook, projection: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -98,7 +98,7 @@ def merge_small(labels: NDArray[np.int64], codebook: Codebook, min_size: int) ->
     if not len(large):
         return np.full_like(labels, -1)
     remaining = Codebook(codebook.grid, codebook.points[large])
-    target = np.append(large[nearest_centroids.search_among(remaining)(codebook.centroid_rows)[:, 0]], -1)
+    target = np.append(large[nearest_centroids.search_among(remaining)(codebook.centroid_rows)[0][:, 0]], -1)
     target[large] = large
     return target[labels]
 

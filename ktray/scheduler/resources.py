@@ -48,8 +48,8 @@ class RuntimeSettings(StrictSpec):
 
     Attributes:
         cpus: CPUs for workers, None for all that the cluster has.
-        stages: stage name -> request; a stage that is not named requests one CPU, or, if it runs a network and the cluster has
-            GPUs, a share of one of these and no CPU.
+        stages: stage name -> request; a stage that is not named requests one CPU, or, if it is one of `GPU_STAGES` and the
+            cluster has GPUs, a share of one of these and no CPU.
         heartbeat_seconds: time between two heartbeats of a worker.
         dead_after: seconds without a heartbeat after which a worker is killed and its stage starts elsewhere.
         idle_exit_seconds: how long a scheduler without a driver lives on.
@@ -122,7 +122,7 @@ def _user_error(error: ValidationError, path: Path) -> UserError:
 
 # ---- default shares of a GPU
 
-GPU_STAGES = ("teacher", "student", "features", "evaluation")
+GPU_STAGES = ("teacher", "student", "features", "clusters", "evaluation")
 DEFAULT_GPU_SHARE = 0.25  # small networks: four at once keep a GPU busier than one, and all kinds share the same warm workers
 _SHARES = (0.25, 0.5, 1.0)
 _ALLOCATOR_FACTOR = 1.2  # torch's allocator reserves more than the tensors need
@@ -134,7 +134,7 @@ class GpuShares:
 
     Args:
         request_of: stage name -> request by the runtime file and its defaults. Where `gpus` is None, a stage that runs a
-            network gets a share while the cluster has GPUs, and every other stage none.
+            network or k-means gets a share while the cluster has GPUs, and every other stage none.
         has_gpus: whether the cluster has GPUs now.
     """
 

@@ -55,6 +55,7 @@ def run(
         iterations=spec["iterations"],
         projection=project,
         pool=context.pool,
+        device=context.device,
         on_iteration=lambda iteration, inertia: context.progress(
             {"iteration": iteration, "of": spec["iterations"], "inertia": inertia}
         ),
@@ -70,5 +71,6 @@ def run(
         "rotation": float(project["rotation"]),
         "empty": float((found.sizes == 0).sum()),
         "repaired": float(sum(found.empty)),
+        "decided_again": found.decided_again,
         "largest_share": float(found.sizes.max() / found.sizes.sum()),
     }

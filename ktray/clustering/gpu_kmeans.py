@@ -1,0 +1,447 @@
+"""Lloyd's k-means on a GPU: the same bits as on CPUs, as fast as a kernel that gives approximate labels.
+
+A fused product in half precision finds the best two centroids of each row and bounds all others, without a matrix of scores.
+Rows whose order is not certain are decided exactly, most of them between two centroids. Only rows that changed their label are
+added to the sums, which are exact, so in any order. `docs/clustering.md` has the error bounds.
+
+Everything runs on any torch device; without CUDA and Triton plain torch operations take the place of the kernels.
+
+Legend: n rows, N rows in all, d width, K centroids.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ktray.clustering import grid
+from ktray.clustering.grid import Grid
+
+SCREENERS = {  # name -> type of the inputs, whether their product may use TF32, error of rounding an input
+    "float16": (torch.float16, False, 2.0**-11),
+    "bfloat16": (torch.bfloat16, False, 2.0**-8),
+    "tf32": (torch.float32, True, 2.0**-10),
+    "float32": (torch.float32, False, 2.0**-24),
+}
+_SCALE = 2.0**14  # of rows and centroids for the product, so that hardly any value is subnormal in float16
+_ABSOLUTE = 2.0**-40  # covers the values that are subnormal nevertheless, in the units of rows
+_PIECES = 16  # of the rows, where not all of them fit into memory
+_SCORES = 1 << 26  # float64 scores at a time in the exact decision among all centroids
+_READERS = 4  # threads that read and round shards
+
+
+@dataclass
+class _Piece:
+    """Some shards on the device.
+
+    Attributes:
+        rows: (n, d) float32 from `Grid.rows`.
+        inputs: (n, w) rows for the product, padded with zeros.
+        lengths: (n,) float32, |x|^2.
+    """
+
+    rows: Tensor
+    inputs: Tensor
+    lengths: Tensor
+
+
+@dataclass
+class _Candidates:
+    """Centroids on the device.
+
+    Attributes:
+        points: (K, d) int64.
+        wide, wide_squares: (K, d) and |c|^2 (K,) float64, in the units of rows.
+        inputs, norms, squares, limits: for the product (see `gpu_kernels.best_two`).
+    """
+
+    points: Tensor
+    wide: Tensor
+    wide_squares: Tensor
+    inputs: Tensor
+    norms: Tensor
+    squares: Tensor
+    limits: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The result of `iterate`; the attributes are those of `kmeans.Clusters`, with the share of rows decided again."""
+
+    points: NDArray[np.int64]
+    inertia: tuple[float, ...]
+    empty: tuple[int, ...]
+    sizes: NDArray[np.int64]
+    converged: bool
+    decided_again: float
+
+
+Load = Callable[[Path], NDArray[np.float32]]
+Repairs = Callable[[NDArray[np.int64], list[tuple[int, int, Any]]], list[tuple[int, int, Any]]]
+
+
+def iterate(
+    initial: NDArray[np.int64],
+    shards: Sequence[Path],
+    counts: Sequence[int],
+    iterations: int,
+    of_rows: Grid,
+    load: Load,
+    repairs: Repairs,
+    device: str,
+    on_iteration: Callable[[int, float], None] | None = None,
+    screener: str = "float16",
+    budget: int | None = None,
+) -> Found:
+    """Lloyd's iteration from the `initial` centroids (K, d).
+
+    Args:
+        counts: number of rows of each shard.
+        load: reads a shard as rows (n, d) on the grid.
+        repairs: `kmeans.plan_repairs`.
+        screener: of `SCREENERS`; it changes no result.
+        budget: bytes of device memory for rows; None for most of what is free.
+    """
+    engine = _Engine(shards, counts, of_rows, load, device, screener, budget)
+    points = torch.from_numpy(initial).to(device)
+    k = len(points)
+    sums = torch.zeros(points.shape, dtype=torch.float64, device=device)
+    labels = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in engine.piece_counts]
+    sizes = torch.zeros(k, dtype=torch.float64, device=device)
+    squares: int | None = None
+    inertia: list[float] = []
+    empty: list[int] = []
+    updates, unclear, total = 0, 0, sum(counts)
+    while True:
+        candidates = engine.candidates(points)
+        relabelled, added = 0, 0
+        for index, piece in engine.pieces():
+            new, again = engine.assign(piece, candidates)
+            relabelled += engine.update(sums, sizes, piece, labels[index], new)
+            labels[index], unclear = new, unclear + again
+            if squares is None:
+                added += _sum_of_squares(piece.rows, of_rows.bits)
+        squares = added if squares is None else squares
+        crossed = 2 * (sums * 2.0**of_rows.bits).to(torch.int64) - sizes.to(torch.int64)[:, None] * points
+        high, low, is_empty = torch.stack([*_inner_products(points, crossed), (sizes == 0).to(torch.int64)]).cpu().numpy()
+        inertia.append((squares - grid.total_of((high, low.view(np.uint64)))) / total * of_rows.square)
+        empty.append(int(is_empty.sum()))
+        if on_iteration:
+            on_iteration(updates, inertia[-1])
+        converged = updates > 0 and not empty[-1] and not relabelled
+        if converged or updates == iterations:
+            break
+        filled_sums, filled_sizes = sums, sizes
+        if empty[-1]:
+            filled_sums, filled_sizes = engine.repaired(sums, sizes, candidates, labels, repairs)
+        means = torch.round(filled_sums * 2.0**of_rows.bits / filled_sizes.clamp(min=1)[:, None]).to(torch.int64)
+        points = torch.where((filled_sizes > 0)[:, None], means, points)
+        updates += 1
+    whole_sizes = sizes.to(torch.int64).cpu().numpy()
+    again_share = unclear / (total * len(inertia))
+    return Found(points.cpu().numpy(), tuple(inertia), tuple(empty), whole_sizes, converged, again_share)
+
+
+class _Engine:
+    """The rows of a clustering, on the device as far as they fit."""
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        counts: Sequence[int],
+        of_rows: Grid,
+        load: Load,
+        device: str,
+        screener: str,
+        budget: int | None,
+    ) -> None:
+        self.device, self.load, self.bits = torch.device(device), load, of_rows.bits
+        self.dtype, self.tf32, self.rounding = SCREENERS[screener]
+        self.kernels = _kernels() if self.device.type == "cuda" else None
+        self.width = len(of_rows.centre)
+        self.padded = -(-self.width // 64) * 64
+        free = budget if budget is not None else int(_free_bytes(self.device) * 0.8)
+        per_row = 4 * self.width + self.padded * self.dtype.itemsize + 16
+        total = sum(counts)
+        pieces = 1 if total * per_row <= free else _PIECES
+        ends = np.searchsorted(np.cumsum(counts), np.arange(1, pieces + 1) * total / pieces - 0.5) + 1
+        bounds = np.unique(np.concatenate([[0], ends]))
+        self._groups = [list(zip(shards[a:b], counts[a:b], strict=True)) for a, b in pairwise(bounds)]
+        self.piece_counts = [sum(count for _, count in group) for group in self._groups]
+        self._kept: dict[int, _Piece] = {}
+        self._room = free - per_row * (2 * max(self.piece_counts) if pieces > 1 else 0)
+        self._per_row = per_row
+        self._ratio: float | None = None
+
+    def pieces(self) -> Iterator[tuple[int, _Piece]]:
+        """All pieces, one after the other; those that do not stay on the device are read ahead by one."""
+        if len(self._kept) == len(self._groups):
+            yield from sorted(self._kept.items())
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            missing = [index for index in range(len(self._groups)) if index not in self._kept]
+            futures = {index: ahead.submit(self._read, index) for index in missing[:1]}
+            for index in range(len(self._groups)):
+                if index in self._kept:
+                    yield index, self._kept[index]
+                    continue
+                piece = futures.pop(index).result()
+                following = missing[missing.index(index) + 1 :]
+                if following:
+                    futures[following[0]] = ahead.submit(self._read, following[0])
+                if self._room >= self._per_row * len(piece.rows):
+                    self._room -= self._per_row * len(piece.rows)
+                    self._kept[index] = piece
+                yield index, piece
+
+    def _read(self, index: int) -> _Piece:
+        rows = torch.empty(self.piece_counts[index], self.width, device=self.device)
+        inputs = torch.zeros(len(rows), self.padded, dtype=self.dtype, device=self.device)
+        start = 0
+        with ThreadPoolExecutor(_READERS) as readers:
+            waiting = [readers.submit(self.load, shard) for shard, _ in self._groups[index][: 2 * _READERS]]
+            for place, (_, count) in enumerate(self._groups[index]):
+                part = rows[start : start + count]
+                part.copy_(torch.from_numpy(waiting[place].result()))
+                inputs[start : start + count, : self.width] = part * _SCALE
+                waiting[place] = None  # type: ignore[call-overload]
+                if len(waiting) < len(self._groups[index]):
+                    waiting.append(readers.submit(self.load, self._groups[index][len(waiting)][0]))
+                start += count
+        return _Piece(rows, inputs, (rows * rows).sum(dim=1))
+
+    def candidates(self, points: Tensor) -> _Candidates:
+        """The centroids for the product, and the limits of the error of their scores."""
+        k, scaled = len(points), points.to(torch.float64) * 2.0**-self.bits
+        padded = -(-k // 256) * 256
+        inputs = torch.zeros(padded, self.padded, dtype=self.dtype, device=self.device)
+        inputs[:k, : self.width] = (scaled * (-2 * _SCALE)).to(torch.float32).to(self.dtype)
+        squares = scaled.square().sum(dim=1)
+        norms = torch.full((padded,), 1e37, dtype=torch.float64, device=self.device)
+        product, norm = self._errors()
+        # About |c| / |x|: 2 |x| |c| <= ratio |x|^2 + |c|^2 / ratio for any ratio, with equality at this one.
+        if self._ratio is None and self._kept:
+            lengths = next(iter(self._kept.values())).lengths
+            quotient = float(squares.mean()) / max(float(lengths.mean()), 1e-30)
+            self._ratio = min(max(math.sqrt(quotient), 2.0**-10), 2.0**10)
+        ratio = self._ratio or 1.0
+        norms[:k] = squares * (1 - norm - product / ratio) * _SCALE**2
+        of_squares = torch.zeros(padded, dtype=torch.float64, device=self.device)
+        of_squares[:k] = squares
+        more = (1 + 2.0**-10) * _SCALE**2
+        limits = (2 * product * ratio * more, 2 * (product / ratio + norm) * more, _ABSOLUTE * more)
+        single = of_squares.to(torch.float32)
+        return _Candidates(points, scaled, squares, inputs, norms.to(torch.float32), single, limits)
+
+    def _errors(self) -> tuple[float, float]:
+        """Bounds (p, q): the error of a score is at most 2 p |x| |c| + q |c|^2 and an absolute term."""
+        rounding = self.rounding * (1 + 2.0**-10)
+        product = 2 * rounding + rounding**2 + (self.width + 32) * 2.0**-22 + 2.0**-14
+        return product, 2.0**-13
+
+    def assign(self, piece: _Piece, candidates: _Candidates) -> tuple[Tensor, int]:
+        """The labels (n,) int32 of a piece, and how many of its rows were decided again."""
+        points, squares, limits = candidates.points, candidates.squares, candidates.limits
+        arguments = (piece.inputs, candidates.inputs, candidates.norms, piece.lengths, squares, limits)
+        if self.kernels and self.dtype != torch.float32:
+            labels, other, status = self.kernels.best_two(*arguments)
+        else:
+            labels, other, status = _best_two(*arguments, tf32=self.tf32)
+        unclear = torch.nonzero(status)[:, 0]
+        several = unclear[status[unclear] > 1]
+        nearer = self.kernels.nearer if self.kernels else _nearer
+        labels[unclear] = nearer(piece.rows, points, unclear, labels, other, self.bits)
+        step = max(1, _SCORES // max(1, len(points)))
+        for start in range(0, len(several), step):
+            part = several[start : start + step]
+            labels[part] = _nearest_of_all(piece.rows[part], candidates, self.bits)
+        return labels, len(unclear)
+
+    def update(self, sums: Tensor, sizes: Tensor, piece: _Piece, old: Tensor, new: Tensor) -> int:
+        """Move the rows that changed their label between sums and sizes, in place; returns their number."""
+        changed = torch.nonzero(old != new)[:, 0]
+        leaving = changed[old[changed] >= 0]
+        entries = torch.cat([changed, leaving])
+        labels, order = torch.cat([new[changed], old[leaving]]).sort()
+        signs = torch.ones(len(entries), dtype=torch.float64, device=self.device)
+        signs[len(changed) :] = -1
+        add = self.kernels.add_to_sums if self.kernels else _add_to_sums
+        add(sums, sizes, piece.rows, entries[order], labels, signs[order])
+        return len(changed)
+
+    def repaired(
+        self, sums: Tensor, sizes: Tensor, candidates: _Candidates, labels: list[Tensor], repairs: Repairs
+    ) -> tuple[Tensor, Tensor]:
+        """Copies of sums and sizes after empty clusters have taken over the farthest rows (see `kmeans.fit`)."""
+        sums, sizes = sums.clone(), sizes.clone()
+        host_sizes = sizes.to(torch.int64).cpu().numpy()
+        count = int((host_sizes == 0).sum())
+        found: list[tuple[int, int, Any]] = []
+        for index, piece in self.pieces():
+            found += _farthest_distinct(piece.rows, candidates, labels[index], sizes, count, self.bits)
+        for donor, recipient, row in repairs(host_sizes, found):
+            moved = torch.from_numpy(row).to(self.device, torch.float64)
+            sums[donor] -= moved
+            sums[recipient] += moved
+            sizes[donor] -= 1
+            sizes[recipient] += 1
+        return sums, sizes
+
+
+def _kernels() -> Any:
+    """The Triton kernels; None without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from ktray.clustering import gpu_kernels
+
+    return gpu_kernels
+
+
+def _free_bytes(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 8 << 30
+
+
+def _best_two(
+    rows: Tensor,
+    centroids: Tensor,
+    norms: Tensor,
+    lengths: Tensor,
+    squares: Tensor,
+    limits: tuple[float, float, float],
+    tf32: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `gpu_kernels.best_two`, by float32 products of the rounded inputs."""
+    found, step = [], max(1, _SCORES // len(centroids))
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            scores = torch.addmm(norms, rows[part].float(), centroids.float().T)
+            lowest, numbers = scores.topk(min(3, len(centroids)), dim=1, largest=False)
+            limit = lowest[:, 0] + limits[0] * lengths[part] + limits[1] * squares[numbers[:, 0]] + limits[2]
+            status = (~(lowest[:, 1:] > limit[:, None])).sum(dim=1)
+            found.append((numbers[:, 0].int(), numbers[:, 1].int(), status.to(torch.int8)))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    best, runner_up, unclear = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return best, runner_up, unclear
+
+
+def _nearer(rows: Tensor, points: Tensor, chosen: Tensor, one: Tensor, other: Tensor, bits: int) -> Tensor:
+    """As `gpu_kernels.nearer`."""
+    numbers = torch.stack([one[chosen], other[chosen]], dim=1).sort(dim=1).values
+    pairs = torch.arange(len(chosen), device=rows.device).repeat_interleave(2)
+    return _first_of_nearest(rows[chosen], points, pairs, numbers.ravel().long(), bits)
+
+
+def _nearest_of_all(rows: Tensor, candidates: _Candidates, bits: int) -> Tensor:
+    """The nearest centroid (n,) int32 of each row among all: float64 scores select those that are compared exactly."""
+    wide, squares = rows.to(torch.float64), candidates.wide_squares
+    scores = torch.addmm(squares, wide, candidates.wide.T, alpha=-2)
+    error = (rows.shape[1] + 16) * 2.0**-50 * (wide.square().sum(dim=1) + 2 * squares.max())
+    pairs, numbers = torch.nonzero(scores <= (scores.amin(dim=1) + error)[:, None], as_tuple=True)
+    if len(pairs) == len(rows):  # one for each row
+        return numbers.to(torch.int32)
+    return _first_of_nearest(rows, candidates.points, pairs, numbers, bits)
+
+
+def _first_of_nearest(rows: Tensor, points: Tensor, row_of_pair: Tensor, numbers: Tensor, bits: int) -> Tensor:
+    """The lowest number among the nearest centroids of each row (n,) int32, of pairs sorted by row."""
+    high, low = _squared_distances(rows, points, row_of_pair, numbers, bits)
+    lowest_first = low ^ torch.iinfo(torch.int64).min  # the low word is unsigned
+    nearest = torch.ones(len(numbers), dtype=torch.bool, device=rows.device)
+    for value in (high, lowest_first, numbers):
+        least = torch.full((len(rows),), torch.iinfo(torch.int64).max, device=rows.device)
+        least.scatter_reduce_(0, row_of_pair[nearest], value[nearest], "amin")
+        nearest &= value == least[row_of_pair]
+    found = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+    found[row_of_pair[nearest]] = numbers[nearest].to(torch.int32)
+    return found
+
+
+def _squared_distances(rows: Tensor, points: Tensor, row_of_pair: Tensor, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As `grid.squared_distances`, with both words as int64."""
+    high, low = (torch.empty(len(numbers), dtype=torch.int64, device=rows.device) for _ in range(2))
+    step = max(1, (1 << 24) // rows.shape[1])
+    for start in range(0, len(numbers), step):
+        part = slice(start, start + step)
+        differences = (rows[row_of_pair[part]].to(torch.float64) * 2.0**bits).to(torch.int64) - points[numbers[part]]
+        high[part], low[part] = _inner_products(differences, differences)
+    return high, low
+
+
+def _inner_products(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """As `grid.inner_products`, with both words as int64."""
+    low = (left * right).sum(dim=1)
+    near = (left.to(torch.float64) * right.to(torch.float64)).sum(dim=1)
+    unsigned = low.to(torch.float64) + (low < 0).to(torch.float64) * 2.0**64
+    return torch.round((near - unsigned) * 2.0**-64).to(torch.int64), low
+
+
+def _words(high: Tensor, low: Tensor) -> grid.Words:
+    return high.cpu().numpy(), low.cpu().numpy().view(np.uint64)
+
+
+def _sum_of_squares(rows: Tensor, bits: int) -> int:
+    """The sum of |x|^2 of rows in squared steps."""
+    total, step = 0, max(1, (1 << 26) // rows.shape[1])
+    for start in range(0, len(rows), step):
+        whole = (rows[start : start + step].to(torch.float64) * 2.0**bits).to(torch.int64)
+        total += grid.total_of(_words(*_inner_products(whole, whole)))
+    return total
+
+
+def _add_to_sums(sums: Tensor, sizes: Tensor, rows: Tensor, entries: Tensor, labels: Tensor, signs: Tensor) -> None:
+    """As `gpu_kernels.add_to_sums`."""
+    sizes.index_add_(0, labels, signs)
+    step = max(1, (1 << 24) // rows.shape[1])
+    for start in range(0, len(entries), step):
+        part = slice(start, start + step)
+        sums.index_add_(0, labels[part], rows[entries[part]].to(torch.float64) * signs[part, None])
+
+
+def _farthest_distinct(
+    rows: Tensor, candidates: _Candidates, labels: Tensor, sizes: Tensor, count: int, bits: int
+) -> list[tuple[int, int, Any]]:
+    """Up to `count` distinct rows as (squared distance, label, row), farthest from their centroid first (see `kmeans`).
+
+    Only the farthest by float64 are sorted by exact squared distances, as long as they hold enough distinct rows.
+    """
+    numbers = labels.long()
+    near = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    step = max(1, (1 << 26) // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        near[part] = (rows[part] - candidates.wide[numbers[part]]).square().sum(dim=1)
+    near[sizes[numbers] == 1] = 0
+    found: list[tuple[int, int, Any]] = []
+    for considered in (min(len(rows), 2 * count + 64), len(rows)):
+        least = float(near.topk(considered).values[-1])
+        chosen = torch.nonzero((near >= least * (1 - 1e-9)) & (near > 0))[:, 0]
+        squared = _squared_distances(rows, candidates.points, chosen, numbers[chosen], bits)
+        high, low = _words(*squared)
+        approximate, of_row, label = near[chosen].cpu().numpy(), rows[chosen].cpu().numpy(), numbers[chosen].cpu().numpy()
+        found = []
+        seen: set[bytes] = set()
+        for index in np.lexsort((np.arange(len(high)), ~low, -high)):
+            if len(seen) == count or (approximate[index] < least and considered < len(rows)):
+                break
+            if (content := of_row[index].tobytes()) not in seen:
+                seen.add(content)
+                exact = grid.total_of((high[index : index + 1], low[index : index + 1]))
+                found.append((exact, int(label[index]), of_row[index]))
+        if len(seen) == count:
+            break
+    return found
