@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from ktray.images import Unreadable, decode, fit, fit_boxes
-from tests.pictures import noise, png
+from ktray.runs.data_check import describe
+from tests.pictures import data_spec, noise, png
 
 
 def test_png_pixels_are_kept_exactly() -> None:
@@ -69,18 +74,239 @@ def test_a_stereo_photo_gives_its_first_picture() -> None:
 
 def bomb() -> bytes:
     """A PNG of a few hundred bytes that claims 100 million pixels: between Pillow's warning and its error."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_an_unreadable_image() -> None:
-    with pytest.raises(Unreadable, match="10000"):
+    with pytest.raises(Unreadable, match="10000 x 10000 pixels are more than max_pixels=89478485"):
         decode(bomb(), 16)
+
+
+@pytest.mark.parametrize("limit", [1599, 1600])
+def test_the_largest_image_has_the_number_of_pixels_of_the_setting(limit: int) -> None:
+    if limit == 1600:
+        assert (decode(png(noise()), 40, max_pixels=limit) == noise()).all()
+        return
+    with pytest.raises(Unreadable, match="40 x 40 pixels are more than max_pixels=1599"):
+        decode(png(noise()), 40, max_pixels=limit)
+
+
+def test_a_limit_above_that_of_pillow_lets_larger_images_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(Image.DecompressionBombError):  # Pillow refuses more than twice its limit
+        Image.open(io.BytesIO(png(noise())))
+    assert (decode(png(noise()), 40, max_pixels=1600) == noise()).all()
+    with pytest.raises(Unreadable, match="max_pixels=1000"):
+        decode(png(noise()), 40, max_pixels=1000)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+LARGE = zlib.compress(b"x" * (3 << 20))
+TEXTS = {
+    "zTXt": chunk(b"zTXt", b"Comment\0\0" + LARGE),
+    "iTXt": chunk(b"iTXt", b"Comment\0\1\0en\0\0" + LARGE),
+    "iTXt without a language": chunk(b"iTXt", b"Comment\0\1\0\0\0" + LARGE),
+    "tEXt": chunk(b"tEXt", b"Comment\0" + b"x" * (3 << 20)),
+    "iCCP": chunk(b"iCCP", b"p\0\0" + LARGE),
+    "a damaged iCCP": chunk(b"iCCP", b"p\0\0not zlib"),
+    "many": 100 * chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * (900 << 10))),
+}
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["before the pixels", "behind them"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_large_comment_does_not_make_an_intact_png_unreadable(text: bytes, behind: bool) -> None:
+    encoded = png(noise())
+    at = len(encoded) - 12 if behind else 33
+    assert (decode(encoded[:at] + text + encoded[at:], 40) == noise()).all()
+
+
+def test_a_large_comment_leaves_the_orientation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = png(noise(), exif=exif)
+    (tmp_path / "x.png").write_bytes(encoded[:33] + TEXTS["zTXt"] + encoded[33:])
+    assert (decode(tmp_path / "x.png", 40) == np.rot90(noise(), -1)).all()
+
+
+def test_a_damaged_png_with_a_large_comment_stays_unreadable() -> None:
+    encoded = png(noise())
+    with pytest.raises(Unreadable):
+        decode(encoded[:33] + TEXTS["zTXt"] + encoded[33:200], 40)
+
+
+def test_nothing_that_pillow_says_reaches_the_screen(tmp_path: Path) -> None:
+    """In a process of its own, as pytest catches warnings: images for which Pillow warns, logs or fails."""
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "bands.tif", np.zeros((16, 16, 13), np.uint16), photometric="minisblack", planarconfig="contig")
+    Image.new("1", (10_000, 9_500)).save(tmp_path / "large.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 16)).save(tmp_path / "exif.jpg", exif=exif.tobytes()[:-9])
+    Image.new("P", (16, 16)).save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    (tmp_path / "cut.tif").write_bytes((tmp_path / "bands.tif").read_bytes()[:300])
+    script = """
+import logging, sys
+from pathlib import Path
+from ktray.images import Unreadable, decode
+logging.basicConfig(level=logging.WARNING)
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        decode(path, 16)
+    except Unreadable:
+        pass
+"""
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+# ---- more than 8 bits ----
+
+WIDE = {
+    "12 bits": (np.uint16, 4095),
+    "8 bits in 16": (np.uint16, 255),
+    "16 bits": (np.uint16, 65535),
+    "32 bits": (np.int32, 100_000),
+}
+WIDE |= {"signed": (np.int16, 3000), "floating point": (np.float32, 1.0)}
+
+
+@pytest.mark.parametrize(("dtype", "top"), WIDE.values(), ids=WIDE)
+def test_a_range_spreads_the_values_of_wide_images_over_all_levels(dtype: type, top: float) -> None:
+    """The oracle is scikit-image's rescale_intensity."""
+    from skimage.exposure import rescale_intensity
+
+    values = np.linspace(-0.1 * top if np.issubdtype(dtype, np.signedinteger) else 0, top, 1600).reshape(40, 40).astype(dtype)
+    buffer = io.BytesIO()
+    Image.fromarray(values.astype(np.int32) if dtype == np.int16 else values).save(buffer, "TIFF")
+    expected = rescale_intensity(values.astype(np.float64), (0, top), (0, 255)).round()
+    found = decode(buffer.getvalue(), 40, pixel_range=(0, top))
+    assert np.abs(found[:, :, 0] - expected).max() <= 1
+    assert len(np.unique(found)) >= 200
+
+
+def test_a_range_leaves_images_of_8_bits_as_they_are_and_refuses_colours_of_16() -> None:
+    assert (decode(png(noise()), 40, pixel_range=(0, 4095)) == noise()).all()
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, np.full((8, 8, 3), 4095, np.uint16), photometric="rgb")
+    assert decode(buffer.getvalue(), 8).max() == 15
+    with pytest.raises(Unreadable, match="'range' cannot be applied"):
+        decode(buffer.getvalue(), 8, pixel_range=(0, 4095))
+
+
+@pytest.mark.parametrize("text", ["0,4095", "0.5,7"])
+def test_a_range_may_stand_in_the_text_form_of_a_data_set(text: str) -> None:
+    assert data_spec(f"folder:/p?range={text}").range == tuple(map(float, text.split(",")))
+
+
+@pytest.mark.parametrize("value", [[5, 5], [9, 1], [0], [0, 1, 2], ["a", "b"], [0, float("inf")], "9", True])
+def test_a_range_of_no_two_ascending_numbers_is_refused(value: object) -> None:
+    with pytest.raises(ValidationError):
+        data_spec({"kind": "folder", "path": "/p", "range": value})
+
+
+PICTURE = np.arange(1536, dtype=np.uint16).reshape(16, 32, 3) * 40
+TIFFS: dict[str, tuple[np.ndarray, dict[str, object], str | None]] = {  # what tifffile writes, and what is said of it
+    "13 bands": (
+        np.zeros((16, 16, 13), np.uint16),
+        {"photometric": "minisblack", "planarconfig": "contig"},
+        "13 bands of 16 bits",
+    ),
+    "13 planes": (
+        np.zeros((13, 16, 16), np.uint16),
+        {"photometric": "minisblack", "planarconfig": "separate"},
+        "13 bands of 16",
+    ),
+    "5 bands": (np.zeros((16, 16, 5), np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, "5 bands of 8 bits"),
+    "2 bands": ((PICTURE[..., :2] >> 8).astype(np.uint8), {"photometric": "minisblack", "planarconfig": "contig"}, None),
+    "64-bit floating point": (np.zeros((16, 16)), {}, "1 band of 64-bit floating point"),
+    "colours in floating point": (np.zeros((16, 16, 3), np.float32), {"photometric": "rgb"}, "3 bands of 32-bit floating"),
+    "colours of 16 bits in planes": (
+        np.moveaxis(PICTURE, 2, 0),
+        {"photometric": "rgb", "planarconfig": "separate"},
+        "16-bit colours in separate planes",
+    ),
+    "signed bytes": (np.full((16, 16), -5, np.int8), {}, "signed pixels"),
+    "white is zero": (PICTURE[..., 0], {"photometric": "miniswhite"}, None),
+    "colours of 16 bits": (PICTURE, {"photometric": "rgb"}, None),
+    "planes of 8 bits": (
+        np.moveaxis((PICTURE >> 8).astype(np.uint8), 2, 0),
+        {"photometric": "rgb", "planarconfig": "separate"},
+        None,
+    ),
+    "big TIFF": ((PICTURE >> 8).astype(np.uint8), {"photometric": "rgb", "bigtiff": True}, None),
+    "big-endian": (PICTURE[..., 0], {"byteorder": ">"}, None),
+    "near infrared": (np.dstack([PICTURE, PICTURE[..., :1]]), {"photometric": "rgb", "extrasamples": ["unspecified"]}, None),
+}
+
+
+@pytest.mark.parametrize(("array", "options", "said"), TIFFS.values(), ids=TIFFS)
+def test_a_tiff_is_read_right_or_named(array: np.ndarray, options: dict, said: str | None) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    if said is not None:
+        with pytest.raises(Unreadable, match=said):
+            decode(buffer.getvalue(), 16)
+        return
+    found = decode(buffer.getvalue(), 16)
+    buffer.seek(0)
+    oracle = tifffile.imread(buffer)
+    oracle = np.moveaxis(oracle, 0, -1) if options.get("planarconfig") == "separate" else oracle
+    oracle = 65535 - oracle if options.get("photometric") == "miniswhite" else oracle
+    oracle = oracle[..., :3] if oracle.ndim == 3 and oracle.shape[2] > 2 else oracle.reshape(16, 32, -1)[..., :1].repeat(3, 2)
+    assert (found == (oracle >> (8 if oracle.dtype.itemsize == 2 else 0))).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>404</html>", "an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), "HEIC"),
+        (b"\0\0\0\x20ftypavif" + bytes(99), "AVIF"),
+        (b"8BPS\0\1" + bytes(99), "Photoshop"),
+        (b"\0\0\0\x0cjP  \r\n" + bytes(99), "JPEG 2000"),
+        (b"\x89PNG\r\n\x1a\n", "PNG"),
+        (bytes(128) + b"DICM" + bytes(99), "DICOM"),
+        (b"II*\0\xff\xff\xff\xff", "a damaged TIFF"),
+    ],
+)
+def test_what_is_no_image_is_named(content: bytes, said: str) -> None:
+    with pytest.raises(Unreadable, match=said):
+        decode(content, 16)
+
+
+def test_a_sample_says_that_images_of_16_bits_use_12(tmp_path: Path) -> None:
+    for number in range(10):
+        Image.fromarray(np.full((8, 8), 300 * number, np.uint16)).save(tmp_path / f"{number}.png")
+    (warning,) = describe(data_spec(f"folder:{tmp_path}"))["warnings"]
+    assert "use only 12 of them" in warning
+    assert "11 of 256 levels are left; write range: [0, 4095] in the data set" in warning
+    answer = describe(data_spec(f"folder:{tmp_path}?range=0,4095"))
+    assert answer["warnings"] == []
+    assert (answer["sample"]["wide"]["low"], answer["sample"]["wide"]["high"]) == (0, 2700)
+
+
+def test_a_sample_says_what_else_is_odd(tmp_path: Path) -> None:
+    frames = [Image.fromarray(noise(8, 8, seed=seed)) for seed in range(2)]
+    frames[0].save(tmp_path / "0.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(noise(8, 8)).save(tmp_path / "1.jpg")
+    (tmp_path / "2.png").write_bytes(b"<html>")
+    found = describe(data_spec(f"folder:{tmp_path}"))
+    assert found["sample"]["formats"] == {"GIF": 1, "JPEG": 1}
+    assert found["sample"]["unreadable"] == {"2.png": "an HTML page, not an image"}
+    assert any("several frames" in warning for warning in found["warnings"])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "mask.png")
+    assert describe(data_spec(f"folder:{tmp_path}"))["warnings"] == ["no pixel of a sample is brighter than 1 of 255"]
 
 
 @pytest.mark.parametrize("encoded", [b"", b"GIF89a", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n"], ids=str)

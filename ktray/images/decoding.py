@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ktray.images.source import Unreadable
@@ -191,7 +191,7 @@ def _opened(encoded: bytes | Path, max_pixels: int, use: Callable[[Image.Image],
             if "MAX_TEXT" not in str(error):
                 raise
             content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
-            return _with_image(io.BytesIO(_without_large_texts(content)), max_pixels, use)
+            return _with_image(io.BytesIO(_without_texts(content)), max_pixels, use)
     except UnidentifiedImageError as error:  # its message is only the path or a memory address
         raise Unreadable(_unidentified(encoded)) from error
     except _CORRUPT as error:
@@ -251,31 +251,19 @@ def _numbers(tags: Any, tag: int) -> tuple[int, ...]:
 
 
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ORIENTATION_TEXT = b"Raw profile type "  # where ImageMagick writes EXIF
 
 
-def _without_large_texts(content: bytes) -> bytes:
-    """A PNG without its large comments and colour profiles, for which Pillow refuses the whole image."""
+def _without_texts(content: bytes) -> bytes:
+    """A PNG without its comments and colour profiles: Pillow refuses the whole image where they are large."""
     kept, at = [content[:8]], 8
     while at + 8 <= len(content):
         length, kind = struct.unpack(">I4s", content[at : at + 8])
         end = at + 12 + length
-        if kind not in _TEXTS or not _is_large(content[at + 8 : at + 8 + length]):
+        if kind not in _TEXTS or content.startswith(_ORIENTATION_TEXT, at + 8):
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
-
-
-def _is_large(text: bytes) -> bool:
-    """Whether a text is longer than Pillow accepts, compressed or not; compressed bytes follow two or more zeros."""
-    limit = PngImagePlugin.MAX_TEXT_CHUNK
-    for start in {text.find(b"\0") + 2, text.find(b"\0") + 3, text.rfind(b"\0", 0, 300) + 1}:
-        unpacker = zlib.decompressobj()
-        try:
-            if len(unpacker.decompress(text[start:], limit)) >= limit:
-                return True
-        except zlib.error:
-            continue
-    return len(text) > limit
 
 
 _SIGNATURES = {
@@ -362,6 +350,8 @@ def _tiff(encoded: bytes | Path) -> str | None:
             file.seek(tags.next)
             tags.load(file)
         bands = _numbers(tags, TiffImagePlugin.SAMPLESPERPIXEL)[:1] or (1,)
+        if TiffImagePlugin.IMAGEWIDTH not in tags:
+            return None
         bits = max(_numbers(tags, TiffImagePlugin.BITSPERSAMPLE), default=1)
         floating = 3 in _numbers(tags, TiffImagePlugin.SAMPLEFORMAT)
     except _CORRUPT:
