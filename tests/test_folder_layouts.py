@@ -72,6 +72,8 @@ SPLITS = {
     "trainset/testset": {"train": "trainset", "test": "testset"},
     "01 train/02 test": {"train": "01 train", "test": "02 test"},
     "train alone": {"train": "train"},
+    "trainval/test": {"train": "trainval", "test": "test"},
+    "mytrain/mytest": {"train": "mytrain", "test": "mytest"},
     "brackets": {"train": "[train] a*?", "test": "[test] a*?"},
 }
 
@@ -125,8 +127,9 @@ REFUSED = {  # files, words of the message
     "a folder of predictions": (["seg_train/a/0.png", "seg_test/a/0.png", "seg_pred/0.png"], ["'seg_train'", "'seg_pred'"]),
     "images beside them": (["train/a/0.png", "test/a/0.png", "0.png"], ["'train'", "images"]),
     "a split inside each class": (["cat/train/0.png", "cat/test/0.png", "dog/train/0.png"], ["cat", "'train'", "outermost"]),
-    "two in one name": (["trainval/a/0.png", "test/a/0.png"], ["'trainval'"]),
-    "words run together": (["mytrain/a/0.png", "mytest/a/0.png"], ["'mytrain'", "'mytest'"]),
+    "two in one name": (["train_test/a/0.png", "val/a/0.png"], ["'train_test'"]),
+    "both beside one": (["trainval/a/0.png", "val/a/0.png", "train/a/0.png"], ["'trainval'"]),
+    "words run together": (["catstrain/a/0.png", "catstest/a/0.png"], ["'catstrain'", "'catstest'"]),
 }
 REFUSED_AS_CLASSES = {
     "a class called train": (["train/0.png", "bus/0.png", "car/0.png"], ["'train'", "'bus'"]),
@@ -134,10 +137,10 @@ REFUSED_AS_CLASSES = {
     "val with other classes": (["train/cat/0.png", "val/emu/0.png"], ["'emu'", "no training images"]),
     "val with other capitals": (["train/cat/0.png", "val/Cat/0.png"], ["'Cat'", "Name it 'cat'"]),
     "test without classes": (["train/cat/0.png", "test/0.png"], ["test", "outside every class folder"]),
-    "no classes": (["0.png", "1.png"], ["2 images", "outside every class folder", "folder"]),
-    "a class of one format only": (["cat/0.png", "dog/0.heic"], ["'dog'", "1 .heic"]),
+    "no classes": (["0.png", "1.png"], ["every class folder: 2", "outside every class folder", "folder"]),
+    "a class of one format only": (["cat/0.png", "dog/0.heic"], ["'dog'", ".heic (images that ktray does not read) 1"]),
     "a test class of one format only": (["train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.heic"], ["'b'", ".heic"]),
-    "nothing that is read": (["cat/0.heic", "dog/0.heic"], ["no image files", "2 .heic"]),
+    "nothing that is read": (["cat/0.heic", "dog/0.heic"], ["no image files", "read) 2"]),
 }
 CASES = [(kind, *case) for kind in ("folder", "imagefolder") for case in REFUSED.values()]
 CASES += [("imagefolder", *case) for case in REFUSED_AS_CLASSES.values()]
@@ -249,7 +252,7 @@ def test_what_is_left_out_is_counted_by_suffix_and_images_among_it_are_a_warning
     assert answer["splits"]["train"]["images_of_class"] == {"a": 3, "b": 3}
     said = "\n".join(answer["warnings"])
     assert "5 of 11 images are left out" in said
-    assert "3 .heic" in said
+    assert ".heic 3" in said
 
 
 def test_an_empty_class_folder_is_said(tmp_path: Path) -> None:
@@ -347,7 +350,7 @@ def test_images_in_two_splits_through_links_are_said(tmp_path: Path) -> None:
             (tmp_path / "x" / split / name).symlink_to(tmp_path / "all" / name)
     splits = listed(f"imagefolder:{tmp_path}/x")
     assert [len(splits.train.names), len(splits.val.names)] == [10, 10]  # as in torchvision
-    assert "10 images are in train and in val, through links" in splits.layout.warnings
+    assert "10 images both in train and in val, through links" in splits.layout.warnings
 
 
 def test_hard_links_between_splits_are_said(tmp_path: Path) -> None:
@@ -355,7 +358,7 @@ def test_hard_links_between_splits_are_said(tmp_path: Path) -> None:
     os.link(tmp_path / "train/dog/0.png", tmp_path / "val/dog.png")
     (tmp_path / "val/dog").mkdir()
     (tmp_path / "val/dog.png").rename(tmp_path / "val/dog/7.png")
-    assert "1 images are in train and in val, through links" in listed(f"imagefolder:{tmp_path}").layout.warnings
+    assert "1 image both in train and in val, through links" in listed(f"imagefolder:{tmp_path}").layout.warnings
 
 
 def loop_to_itself(root: Path) -> None:

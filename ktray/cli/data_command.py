@@ -47,7 +47,11 @@ def _lines(answer: dict[str, Any]) -> list[str]:
     held_out = answer["held_out"]
     if held_out:
         lines.append(f"val: {held_out['images']} of train ({held_out['share']:.0%}), drawn with seed {held_out['seed']}")
-    assumed = {"classes": answer["classes_from"], "order": answer["order"], "left out": _counted(answer["left_out"])}
+    assumed = {
+        "classes": answer["classes_from"],
+        "order": answer["order"],
+        "left out": _counted(answer["left_out"], first=False),
+    }
     lines += [f"{what}: {text}" for what, text in assumed.items() if text]
     sample = answer["sample"]
     if sample and sample["sides"]:

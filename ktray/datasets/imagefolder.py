@@ -90,7 +90,7 @@ def _refuse_wrong_classes(folder: Folder, place: Path) -> None:
     if folder.files:
         first = min(file.name for file in folder.files)
         raise UserError(
-            f"{len(folder.files)} images of {shown(str(place))} lie outside every class folder, such as {first}",
+            f"images of {shown(str(place))} lie outside every class folder: {len(folder.files)}, such as {first}",
             where=WHERE,
             instead="Move them into one, or away, or use the kind 'folder' for images without labels.",
         )

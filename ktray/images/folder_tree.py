@@ -399,6 +399,10 @@ def nested_classes(folder: Folder) -> tuple[str, ...]:
     return around if len(found) > 1 and not folder.at(around).files else ()
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def _named(names: Sequence[str], most: int = 5) -> str:
     """``'a', 'b' and 3 more``."""
     listed = ", ".join(repr(shown(name)) for name in names[:most])
@@ -411,21 +415,21 @@ def warnings_about(tree: Folder, splits: Mapping[str, Sequence[ImageFile]]) -> l
     left_out, unread = tree.all_left_out(), tree.all_unread()
     if unread:
         kinds = ", ".join(
-            f"{count} {what.partition(' (')[0]}" for what, count in left_out.items() if what.endswith(_ARE_IMAGES)
+            f"{what.partition(' (')[0]} {count}" for what, count in left_out.items() if what.endswith(_ARE_IMAGES)
         )
         found.append(
             f"{unread} of {unread + tree.images} images are left out, because ktray does not read their format: {kinds}"
         )
     if left_out.get(_NOWHERE):
-        found.append(f"{left_out[_NOWHERE]} links lead nowhere")
+        found.append(f"{_counted(left_out[_NOWHERE], 'link')} to nowhere")
     inodes = {split: {file.inode for file in files} for split, files in splits.items()}
     for split, files in splits.items():
         if len(inodes[split]) < len(files):
-            found.append(f"{len(files) - len(inodes[split])} images of {split} are links to others of {split}")
+            found.append(f"{_counted(len(files) - len(inodes[split]), 'image')} of {split} twice in it, through links")
     for first, second in combinations(splits, 2):
         both = len(inodes[first] & inodes[second])
         if both:
-            found.append(f"{both} images are in {first} and in {second}, through links")
+            found.append(f"{_counted(both, 'image')} both in {first} and in {second}, through links")
     return found
 
 
@@ -443,6 +447,6 @@ def read_from(tree: Folder, folders: Mapping[str, tuple[str, ...]]) -> dict[str,
 
 
 def but_others(folder: Folder) -> str:
-    """``; it has 12 .heic (images that ktray does not read), 1 .txt``, for an error; empty if it has nothing."""
-    found = [f"{count} {what}" for what, count in folder.all_left_out().items()]
+    """``; it has .heic (images that ktray does not read) 12, .txt 1``, for an error; empty if it has nothing."""
+    found = [f"{what} {count}" for what, count in folder.all_left_out().items()]
     return f"; it has {', '.join(found[:5])}{' and more' * (len(found) > 5)}" if found else ""
