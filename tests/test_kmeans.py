@@ -104,6 +104,17 @@ def test_centroids_agree_with_scikit_learn_from_the_same_initial_rows(tmp_path: 
     assert (ours.sizes == np.bincount(theirs.labels_, minlength=30)).all()
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("width", [3, 20, 130])
+def test_inertia_of_every_iteration_agrees_with_scikit_learn(tmp_path: Path, width: int) -> None:
+    rows = mixture(2000, width)
+    ours = fit(write(tmp_path, rows), 30, iterations=8)
+    start = rows[kmeans.seed_rows(len(rows), 30, 0)].astype(np.float64)
+    for updates in range(1, len(ours.inertia)):
+        theirs = KMeans(30, init=start, n_init=1, algorithm="lloyd", tol=0, max_iter=updates).fit(rows.astype(np.float64))
+        assert ours.inertia[updates] == pytest.approx(theirs.inertia_ / len(rows), rel=1e-6)
+
+
 def test_inertia_of_every_iteration_agrees_with_faiss(tmp_path: Path) -> None:
     rows = mixture()
     ours = fit(write(tmp_path, rows), 30, iterations=10)

@@ -9,6 +9,11 @@ ktray, the fraction of the machine's measured matrix-product peak, inertia after
 differ from the exact ones for the same centroids. ktray's line also has the share of rows that it decided again. Contenders
 that are not installed say so. On CPUs every library uses the threads that its environment allows: for one thread each, set
 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1.
+
+Result on one H200 (float16 products reach 750 to 770 TFLOP/s there), mixtures, 20 iterations, n in brackets, ms per iteration:
+1.28 M x 512, k = 2000 (2): ktray 7.3, flash-kmeans 8.5, flashlib 7.9; k = 10000 (1): 32.9, 36.0, 33.9; 1.28 M x 2048, k = 2000
+(1): 30.4, 38.2, 38.6; 50,000 x 512, k = 1000 (5): 2.2, 0.63, 0.45, where ktray waits for the launches of its small kernels.
+10 million x 256, k = 1000: 0.02 to 0.11 s per iteration with 24 GB on the device, 6 s with 5 GB, reading each time; equal bits.
 """
 
 from __future__ import annotations
