@@ -173,7 +173,7 @@ def test_winners_are_judged_on_test_one_unless_more_are_asked_for_and_it_is_kept
     (only,) = study.best(test=True)
     assert only["test"] == {"knn/top1": only["trial"] / 100}
     assert only["trial"] == study.best()[0]["trial"]
-    assert list(json.loads((tmp_path / "studies/toy" / best_trials.FILE).read_text())) == [str(only["trial"])]
+    assert json.loads((tmp_path / "studies/toy" / best_trials.FILE).read_text()).keys() - {"checksum"} == {str(only["trial"])}
     assert len(study.best(2, test=True)) == 2
 
 
