@@ -193,7 +193,7 @@ def search(
     Raises:
         UserError: the space, an argument or the data are wrong.
         PreflightFailed: Ray, the store or the disk cannot carry the search.
-        StoppedEarly: a full disk, or ten failures in a row; the same call goes on.
+        SearchStopped: a full disk, or ten failures in a row; the same call goes on.
         KeyboardInterrupt: Ctrl-C; the same call goes on.
     """
     from ktray.runs import search_run
@@ -238,7 +238,7 @@ def _until_end(start: Callable[[Interruption], SearchOutcome], settings: Setting
     """The outcome of a search that came to its end; Ctrl-C interrupts it in order.
 
     Raises:
-        StoppedEarly: it did not come to its end.
+        SearchStopped: it did not come to its end.
         KeyboardInterrupt: Ctrl-C.
     """
     from ktray.runs.interruption import Interruption, stop_on_signals

@@ -60,8 +60,8 @@ class PreflightFailed(Exception):
     exit_code = 4
 
 
-class StoppedEarly(Exception):
-    """The search stopped, such as on a full disk or after ten failures in a row; the same command resumes it (exit code 5)."""
+class SearchStopped(Exception):
+    """The search or run stopped before its end, as on a full disk; the same command resumes it (exit code 5)."""
 
     exit_code = 5
 

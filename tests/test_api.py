@@ -15,7 +15,7 @@ import yaml
 
 import ktray
 from ktray.cli import main
-from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.errors import SearchStopped, StageFailed, UserError
 from ktray.runs import best_trials, search_run, student_export
 from ktray.runs.interruption import Interruption
 from ktray.runs.settings import Settings
@@ -105,9 +105,9 @@ def test_a_space_never_gets_a_number_of_trials_at_a_time_that_its_file_could_not
 def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
 
-    def only_draw(coordinator: Any, scheduler: Any) -> StoppedEarly:
+    def only_draw(coordinator: Any, scheduler: Any) -> SearchStopped:
         drawn.append(len(coordinator.first_segments(coordinator.space.budget.concurrent)[0]))
-        return StoppedEarly("it is enough")
+        return SearchStopped("it is enough")
 
     monkeypatch.setattr(search_run, "_run_trials", only_draw)
     space = toy_space(tmp_path, budget={"trials": 70, "concurrent": 500}, sampler="random", early_stop=None)

@@ -28,7 +28,8 @@ OVER_BALANCE = StageSeconds(prefix=100.0, suffix=99.0)
 
 def teacher(space: Space, params: Params) -> str:
     """Identity of the teacher: the prefix without layer and k."""
-    return canonical({name: value for name, value in space.prefix(params).items() if not name.endswith(("layer", ".k"))})
+    prefix = space.params_before_student(params)
+    return canonical({name: value for name, value in prefix.items() if not name.endswith(("layer", ".k"))})
 
 
 def history(space: Space, count: int, judge: Callable[[Trial], float] = score) -> list[Trial]:
@@ -69,9 +70,9 @@ def test_over_balance_only_existing_prefixes_are_drawn_if_new_ones_are_expensive
     space = wide(tmp_path)
     trials = history(space, count)
     ours = observing(space, trials, new_costs({"hog": 1000.0, "rotation": 1000.0}))
-    existing = {canonical(space.prefix(trial.params)) for trial in trials}
+    existing = {canonical(space.params_before_student(trial.params)) for trial in trials}
     draws = [ours.propose(count + index, OVER_BALANCE) for index in range(20)]
-    assert {canonical(space.prefix(draw)) for draw in draws} <= existing
+    assert {canonical(space.params_before_student(draw)) for draw in draws} <= existing
     assert len({draw["student.schedule.lr"] for draw in draws}) == 20
 
 
@@ -128,8 +129,8 @@ def test_the_prefix_of_a_failed_trial_does_not_count_as_existing(tmp_path: Path)
     trials = history(space, 12)
     failed = [dataclasses.replace(trial, state="failed") for trial in trials[6:]]
     ours = observing(space, [*trials[:6], *failed], new_costs({"hog": 1000.0, "rotation": 1000.0}))
-    existing = {canonical(space.prefix(trial.params)) for trial in trials[:6]}
-    assert {canonical(space.prefix(ours.propose(12 + index, OVER_BALANCE))) for index in range(20)} <= existing
+    existing = {canonical(space.params_before_student(trial.params)) for trial in trials[:6]}
+    assert {canonical(space.params_before_student(ours.propose(12 + index, OVER_BALANCE))) for index in range(20)} <= existing
 
 
 def test_a_poor_teacher_is_not_drawn_again_with_another_k(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def small_harness() -> CoreHarness:
 
 def state(harness: CoreHarness) -> dict[str, int]:
     core = harness.core
-    parts = {"core": core, "requests": core.requests, "queue": core.requests.queue, "registry": core.registry}
-    parts |= {"startup": core.startup, "scaling": core.scaling, "retries": core._retries, "exclusive": core._exclusive}
+    parts = {"core": core, "requests": core.requests, "pending graph": core.requests.pending_graph, "registry": core.registry}
+    parts |= {"startup": core.startup, "scaling": core.scaling, "retries": core._retries, "exclusivity": core._exclusivity}
     return {f"{part}.{name}": size for part, owner in parts.items() for name, size in sizes(owner).items()}
 
 

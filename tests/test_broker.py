@@ -21,7 +21,7 @@ import ray
 from conftest import TOY_REQUESTS, SchedulerFactory
 from toy_work import toy, work
 
-from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.errors import SearchStopped, StageFailed, UserError
 from ktray.scheduler.client import SchedulerClient, WaitCancelled, connect
 from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.ray_session import start
@@ -117,7 +117,7 @@ def test_a_failure_reaches_every_waiter_once_and_the_next_request_tries_again(
 
 
 def test_a_full_disk_is_told_from_a_failed_stage(scheduler: SchedulerClient) -> None:
-    with pytest.raises(StoppedEarly, match="disk is full"):
+    with pytest.raises(SearchStopped, match="disk is full"):
         scheduler.obtain([toy("broken", {"error": "disk full"})], "trial 1")
 
 

@@ -14,7 +14,7 @@ import pytest
 import ray
 from test_scheduler_core import REQUESTS, CoreHarness, assigned, results, stage
 
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.scheduler import client
 from ktray.scheduler.messages import AssignStage, FenceAttempt, StartWorker
 from ktray.scheduler.placement import DispatchCapacity
@@ -120,7 +120,7 @@ def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_ha
 ) -> None:
     monkeypatch.setattr(client, "RENEW_LEASE_SECONDS", 0.01)
     answers = iter(
-        [None, ray.exceptions.RayError(), ray.exceptions.GetTimeoutError(), None, StoppedEarly("the scheduler has ended")]
+        [None, ray.exceptions.RayError(), ray.exceptions.GetTimeoutError(), None, SearchStopped("the scheduler has ended")]
     )
     asked: list[object] = []
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.errors import SearchStopped, StageFailed, UserError
 from ktray.runs import interruption as module
 from ktray.runs.interruption import Interruption, discard_output_to_closed, run_concurrently, run_until_ended, stop_on_signals
 from tests.source import ROOT
@@ -190,22 +190,22 @@ def test_work_that_waits_for_a_ray_that_is_gone_is_left_behind(
 ) -> None:
     monkeypatch.setattr(module, "LOSS_SECONDS", 0.1)
     threading.Timer(0.1, interruption.lose, [GONE]).start()
-    with pytest.raises(StoppedEarly, match=r"Ray has ended: its GCS \(process 4711\) is gone; the same command goes on"):
+    with pytest.raises(SearchStopped, match=r"Ray has ended: its GCS \(process 4711\) is gone; the same command goes on"):
         run_until_ended(wait_forever, interruption)
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("Ray is confused"), StoppedEarly("the scheduler has ended"), SystemExit(0), KeyError("actor")]
+    "error", [RuntimeError("Ray is confused"), SearchStopped("the scheduler has ended"), SystemExit(0), KeyError("actor")]
 )
 def test_an_error_of_a_ray_that_is_gone_is_its_end_even_if_the_error_comes_first(
     error: BaseException, interruption: Interruption
 ) -> None:
     threading.Timer(0.3, interruption.lose, [GONE]).start()
-    with pytest.raises(StoppedEarly, match="Ray has ended"):
+    with pytest.raises(SearchStopped, match="Ray has ended"):
         run_until_ended(lambda: fail(error), interruption)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Ray is confused"), StoppedEarly("the scheduler has ended")])
+@pytest.mark.parametrize("error", [RuntimeError("Ray is confused"), SearchStopped("the scheduler has ended")])
 def test_an_error_after_a_request_is_its_consequence(error: BaseException, interruption: Interruption) -> None:
     interruption.request()
     with pytest.raises(KeyboardInterrupt):
@@ -257,7 +257,7 @@ def test_the_first_failure_in_the_order_of_the_names_is_raised() -> None:
 def test_what_runs_concurrently_ends_with_ray_and_its_threads_hold_up_no_exit() -> None:
     program = f"""
 import threading
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.runs import interruption
 class Scheduler:
     def cancel_waits(self, waiter): pass
@@ -266,7 +266,7 @@ made = interruption.Interruption()
 threading.Timer(0.1, made.lose, [{GONE!r}]).start()
 try:
     interruption.run_concurrently(Scheduler(), "abc", lambda name: threading.Event().wait(), str, 2, made)
-except StoppedEarly as error:
+except SearchStopped as error:
     print(error)
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)

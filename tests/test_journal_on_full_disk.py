@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.search import journal
 from ktray.search.history import read_study
 from ktray.search.study import Study
@@ -40,9 +40,9 @@ def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whol
     trials = len(study.trials())
     before = (tmp_path / "studies/toy/journal.log").read_bytes()
     full()
-    with pytest.raises(StoppedEarly, match=r"the disk is full: .*journal\.log cannot be written"):
+    with pytest.raises(SearchStopped, match=r"the disk is full: .*journal\.log cannot be written"):
         study.next()
-    with pytest.raises(StoppedEarly):
+    with pytest.raises(SearchStopped):
         study.close()
     assert (tmp_path / "studies/toy/journal.log").read_bytes() == before
     full(False)
@@ -60,7 +60,7 @@ def test_a_lock_that_finds_no_room_stops_the_search_and_loses_no_trial(tmp_path:
         one = next_assignment(study)
         with monkeypatch.context() as patched:
             patched.setattr(os, "symlink", no_room)
-            with pytest.raises(StoppedEarly, match=r"the disk is full: .*journal\.log"):
+            with pytest.raises(SearchStopped, match=r"the disk is full: .*journal\.log"):
                 study.fail(one.trial.number, "unlucky")
         assert end_segment(study, one).state == "completed"
         assert study.next() == "done"

@@ -142,8 +142,8 @@ def test_the_cluster_sheet_is_an_artifact_of_its_stage(searched: Searched) -> No
 def test_the_description_of_a_trial_links_to_all_its_stages_and_to_the_cluster_sheet(searched: Searched) -> None:
     for trial in searched.study.trials:
         tags = searched.trials[trial.number].data.tags
-        assert {tags[name] for name in tags if name.startswith("ktray.stage.")} >= trial.artifacts
-        runs = {searched.stages[key].info.run_id for key in trial.artifacts}
+        assert {tags[name] for name in tags if name.startswith("ktray.stage.")} >= trial.artifact_keys
+        runs = {searched.stages[key].info.run_id for key in trial.artifact_keys}
         assert all(f"/runs/{run})" in tags["mlflow.note.content"] for run in runs)
         sheet = searched.stages[trial.keys["pseudo_labels"]].info.run_id
         assert f"/runs/{sheet}/artifacts/images/clusters.png)" in tags["mlflow.note.content"]

@@ -59,7 +59,7 @@ def assert_goes_on(home: Home, *command: object, trials: int = 2) -> None:
     assert {key: after[key] for key in before} == before
 
 
-def assert_stopped_early(ended: CommandResult, part: str) -> None:
+def assert_search_stopped(ended: CommandResult, part: str) -> None:
     """Exit code 5, and one sentence that names what of Ray is gone."""
     assert ended.code == 5, ended.err
     sentence = rf"ktray: (stopped early: )?Ray has ended: its .*{part}.* the same command goes on from here\.?"
@@ -82,7 +82,7 @@ def test_a_search_whose_ray_loses_a_part_stops_soon_with_one_sentence_and_the_sa
         ended = running.wait()
         assert time.monotonic() - began < 60, "it hangs"
         until(lambda: not running.processes(), GONE_SECONDS)
-    assert_stopped_early(ended, "GCS" if part == "gcs" else "raylet")
+    assert_search_stopped(ended, "GCS" if part == "gcs" else "raylet")
     assert "trials" in ended.out, "the summary is printed all the same"
     assert_goes_on(home, "search", space)
 
@@ -96,7 +96,7 @@ def test_a_run_whose_ray_loses_its_gcs_stops_with_one_sentence(home: Home, tmp_p
         os.kill(pid_of(running, "gcs_server"), signal.SIGKILL)
         ended = running.wait()
         until(lambda: not running.processes(), GONE_SECONDS)
-    assert_stopped_early(ended, "GCS")
+    assert_search_stopped(ended, "GCS")
 
 
 def test_what_of_ray_a_search_can_do_without_costs_it_nothing(home: Home, space: Path) -> None:

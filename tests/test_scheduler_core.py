@@ -87,7 +87,7 @@ def assigned(actions: list[Any]) -> list[str]:
 
 def results(actions: list[Any]) -> dict[str, Any]:
     answers = [action for action in actions if isinstance(action, RequestResult)]
-    return {answer.request: answer.cause or [outcome["state"] for outcome in answer.outcomes] for answer in answers}
+    return {answer.request_id: answer.cause or [outcome["state"] for outcome in answer.outcomes] for answer in answers}
 
 
 def test_equal_stages_run_once_and_answer_all() -> None:

@@ -65,7 +65,7 @@ def test_four_trials_that_need_one_teacher_first_train_it_once(home: Home, first
 
 def test_every_key_that_was_demanded_was_computed_once(home: Home, first: tuple[CommandResult, dict[str, int]]) -> None:
     ended, artifacts = first
-    named: set[str] = set().union(*(trial.artifacts for trial in home.study().trials))
+    named: set[str] = set().union(*(trial.artifact_keys for trial in home.study().trials))
     computed = ended.answer["stages"]["computed"]
     assert computed == {stage: sum(key.startswith(f"{stage}-") for key in artifacts) for stage in computed}
     assert named <= set(artifacts)

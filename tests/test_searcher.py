@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ktray.artifact import Artifact, Stage
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.fingerprint import fingerprint
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.runs.interruption import Interruption
@@ -151,7 +151,7 @@ def test_a_stage_that_all_draws_need_and_that_failed_stops_the_search_though_ano
         teacher = segments[0].graph.keys["teacher"]
         for segment in list(segments)[:3]:
             coordinator.fail(segment, "it cannot be trained", teacher)
-        with pytest.raises(StoppedEarly, match=r"10 trials failed one after the other; .* it cannot be trained"):
+        with pytest.raises(SearchStopped, match=r"10 trials failed one after the other; .* it cannot be trained"):
             coordinator.next()
         assert study.draw_count == 14
 

@@ -5,7 +5,7 @@ from statistics import mean
 import pytest
 from threadpoolctl import threadpool_limits
 
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.fingerprint import seed_of
 from ktray.runs.simulation import SimulatedCluster, VirtualClock, _Simulation, simulate
 from ktray.search.draws import fixed_draws, random_draws
@@ -146,7 +146,7 @@ def test_a_stage_that_kills_three_workers_fails_its_trials(tmp_path):
         return 0.1 if key.startswith("student-") else None
 
     assert [trial.state for trial in listed_run(tmp_path / "few", SimulatedCluster(2, dies=dies)).trials] == ["failed"] * 4
-    with pytest.raises(StoppedEarly, match="10 trials failed"):
+    with pytest.raises(SearchStopped, match="10 trials failed"):
         run(tmp_path / "many", SimulatedCluster(2, dies=dies), trials=12, early_stop=False)
 
 

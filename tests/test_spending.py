@@ -38,7 +38,7 @@ def test_a_poor_teacher_got_no_features_no_clusters_and_no_student(home: Home) -
 
 def test_what_the_trials_were_charged_is_what_their_artifacts_say(home: Home) -> None:
     charged = {key: s for trial in home.study().trials for part in trial.attributed_costs.values() for key, s in part.items()}
-    rests = {key for trial in home.study().trials for key in trial.artifacts}
+    rests = {key for trial in home.study().trials for key in trial.artifact_keys}
     assert charged.keys() <= home.artifacts().keys()
     # What came out of another trial's forward pass was never ordered, and is free.
     assert all(set(home.record(key)["together"]) & charged.keys() for key in rests - charged.keys())

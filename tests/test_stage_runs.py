@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.fingerprint import fingerprint
 from ktray.runs import search_run
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
@@ -96,10 +96,10 @@ def test_what_another_search_publishes_on_the_store_meanwhile_does_not_count_as_
     space, store = toy_space(tmp_path), FileStore(tmp_path / "store")
     published: list[str] = []
 
-    def meanwhile(coordinator: TrialCoordinator, *rest: Any) -> StoppedEarly:
+    def meanwhile(coordinator: TrialCoordinator, *rest: Any) -> SearchStopped:
         first, _ = coordinator.first_segments(1)
         published.extend(publish(store, stage.key, BEGAN, "theirs-1") for stage in first[0].graph.stages)
-        return StoppedEarly("it is enough")
+        return SearchStopped("it is enough")
 
     monkeypatch.setattr(search_run, "_run_trials", meanwhile)
     settings = Settings(tmp_path, f"file://{tmp_path / 'store'}")
@@ -135,7 +135,7 @@ def test_stages_that_a_killed_session_computed_and_did_not_log_are_found_at_ever
         assert again.next() == "done"
         assert again.untracked() == stages
         assert not again.demanded
-        logged = study.trials()[0].artifacts  # by a session that computed the rest and was killed as well
+        logged = study.trials()[0].artifact_keys  # by a session that computed the rest and was killed as well
         cast(Any, again.tracker).has_stage = logged.__contains__
         assert again.untracked() == stages - logged
         assert stages - logged

@@ -23,67 +23,67 @@ from tests.toy_space import toy_space
 SECONDS = {"images": 5.0, "teacher": 60.0, "descriptor": 2.0, "features": 8.0, "student": 30.0, "quick": 1.0}
 
 
-def demand(present: set[str] | None = None) -> RequestTable:
+def request_table(present: set[str] | None = None) -> RequestTable:
     found = {key: Artifact(key, Path(key), {}, {}) for key in present or set()}
     return RequestTable(found.get, set(), [], lambda each: SECONDS.get(each.name, 1.0))
 
 
-def ask(queue: RequestTable, name: str, *stages: Stage, waiter: str | None = None, priority: int = 0) -> None:
-    queue.add_request(name, name if waiter is None else waiter, "driver", stages, priority, 0.0)
+def ask(table: RequestTable, name: str, *stages: Stage, waiter: str | None = None, priority: int = 0) -> None:
+    table.add_request(name, name if waiter is None else waiter, "driver", stages, priority, 0.0)
 
 
-def order(queue: RequestTable) -> list[str]:
-    return [want.stage.name for want in queue.ready()]
+def order(table: RequestTable) -> list[str]:
+    return [want.stage.name for want in table.ready()]
 
 
 def test_the_stage_that_the_longest_work_waits_for_begins_first() -> None:
-    queue = demand()
+    table = request_table()
     short, long = stage("quick"), stage("features")
-    ask(queue, "a", short)
-    ask(queue, "b", long, stage("student", long))
-    assert order(queue) == ["features", "quick"]
-    ask(queue, "c", stage("teacher"))
-    assert order(queue) == ["teacher", "features", "quick"]
+    ask(table, "a", short)
+    ask(table, "b", long, stage("student", long))
+    assert order(table) == ["features", "quick"]
+    ask(table, "c", stage("teacher"))
+    assert order(table) == ["teacher", "features", "quick"]
 
 
 def test_more_waiting_trials_go_before_a_longer_path_and_priority_before_both() -> None:
-    queue = demand()
-    ask(queue, "a", stage("teacher"))
-    ask(queue, "b", stage("quick"))
-    ask(queue, "c", stage("quick"))
-    assert order(queue) == ["quick", "teacher"]
-    ask(queue, "d", stage("descriptor"), priority=1)
-    assert order(queue) == ["descriptor", "quick", "teacher"]
+    table = request_table()
+    ask(table, "a", stage("teacher"))
+    ask(table, "b", stage("quick"))
+    ask(table, "c", stage("quick"))
+    assert order(table) == ["quick", "teacher"]
+    ask(table, "d", stage("descriptor"), priority=1)
+    assert order(table) == ["descriptor", "quick", "teacher"]
 
 
 def test_a_trial_that_waits_counts_before_any_number_of_prefetches() -> None:
-    queue = demand()
+    table = request_table()
     for number in range(3):
-        ask(queue, f"p{number}", stage("teacher"), waiter="", priority=-1)
-    ask(queue, "a", stage("quick"))
-    assert order(queue) == ["quick", "teacher"]
+        ask(table, f"p{number}", stage("teacher"), waiter="", priority=-1)
+    ask(table, "a", stage("quick"))
+    assert order(table) == ["quick", "teacher"]
 
 
 def test_of_prefetched_stages_those_that_most_trials_will_need_go_first() -> None:
-    queue = demand()
-    ask(queue, "p1", stage("teacher"), waiter="", priority=-1)
+    table = request_table()
+    ask(table, "p1", stage("teacher"), waiter="", priority=-1)
     for number in range(2):
-        ask(queue, f"q{number}", stage("quick"), waiter="", priority=-1)
-    assert order(queue) == ["quick", "teacher"]
+        ask(table, f"q{number}", stage("quick"), waiter="", priority=-1)
+    assert order(table) == ["quick", "teacher"]
 
 
 def test_a_path_grows_with_readers_that_come_later_also_through_shorter_trainings() -> None:
-    queue, images = demand(), stage("images")
-    ask(queue, "a", images)
-    assert queue.pending[images.key].path_seconds == 5
+    table, images = request_table(), stage("images")
+    ask(table, "a", images)
+    assert table.pending[images.key].path_seconds == 5
     short = stage("teacher", images, number=1)
     long = stage("teacher", images, number=2, resume_from=(short,))
-    ask(queue, "b", images, long)
-    assert queue.pending[images.key].path_seconds == 65
-    ask(queue, "c", images, short)
-    assert queue.pending[short.key].path_seconds == 120
-    assert queue.pending[images.key].path_seconds == 125
-    assert queue.queue.dependencies(long.key) == {images.key, short.key}
+    ask(table, "b", images, long)
+    assert table.pending[images.key].path_seconds == 65
+    ask(table, "c", images, short)
+    assert table.pending[short.key].path_seconds == 120
+    assert table.pending[images.key].path_seconds == 125
+    assert table.pending_graph.dependencies(long.key) == {images.key, short.key}
 
 
 def random_stages(rng: random.Random) -> list[Stage]:
@@ -98,30 +98,30 @@ def random_stages(rng: random.Random) -> list[Stage]:
 @pytest.mark.parametrize("seed", range(30))
 def test_paths_and_dependencies_equal_those_of_a_search_through_all_pending_stages(seed: int) -> None:
     rng = random.Random(seed)
-    made, queue = random_stages(rng), demand()
+    made, table = random_stages(rng), request_table()
     for number in range(8):
-        ask(queue, f"r{number}", *rng.sample(made, rng.randint(1, len(made))))
+        ask(table, f"r{number}", *rng.sample(made, rng.randint(1, len(made))))
 
     def before(each: Stage) -> set[str]:
-        return {key for key in (*each.inputs.values(), *each.resume_from) if key in queue.pending}
+        return {key for key in (*each.inputs.values(), *each.resume_from) if key in table.pending}
 
     def path(key: str) -> float:
-        readers = [other for other, want in queue.pending.items() if key in before(want.stage)]
-        return SECONDS[queue.pending[key].stage.name] + max(map(path, readers), default=0.0)
+        readers = [other for other, want in table.pending.items() if key in before(want.stage)]
+        return SECONDS[table.pending[key].stage.name] + max(map(path, readers), default=0.0)
 
-    for key, want in queue.pending.items():
-        assert queue.queue.dependencies(key) == before(want.stage)
+    for key, want in table.pending.items():
+        assert table.pending_graph.dependencies(key) == before(want.stage)
         assert want.path_seconds == path(key)
-    while ready := list(queue.ready()):
+    while ready := list(table.ready()):
         chosen = rng.choice(ready)
         assert not before(chosen.stage)
         if rng.random() < 0.8:
-            queue.publish(Artifact(chosen.stage.key, Path(), {}, {"seconds": 1.0}), computed=True)
+            table.publish(Artifact(chosen.stage.key, Path(), {}, {"seconds": 1.0}), computed=True)
         else:
-            queue.fail(chosen.stage.key, "failed", "no")
-        assert all(queue.queue.dependencies(key) == before(want.stage) for key, want in queue.pending.items())
-    assert not queue.pending
-    assert not queue.queue._dependents
+            table.fail(chosen.stage.key, "failed", "no")
+        assert all(table.pending_graph.dependencies(key) == before(want.stage) for key, want in table.pending.items())
+    assert not table.pending
+    assert not table.pending_graph._dependents
 
 
 def test_the_core_assigns_stages_in_that_order() -> None:
@@ -140,10 +140,10 @@ def record(name: str, seconds: float, **spec: Any) -> Artifact:
 
 def test_a_path_is_as_long_as_the_cost_model_expects_of_its_stages() -> None:
     costs = CostModel({each.key: each.record for each in (record("clusters", 6.0), record("teacher", 30.0, epoch=10))})
-    queue = RequestTable(lambda key: None, set(), [], costs.seconds)
+    table = RequestTable(lambda key: None, set(), [], costs.seconds)
     teacher = Stage("teacher", {"epoch": 40}, {})
-    ask(queue, "a", teacher, stage("clusters", teacher))
-    assert queue.pending[teacher.key].path_seconds == pytest.approx(120 + 6, rel=0.02)
+    ask(table, "a", teacher, stage("clusters", teacher))
+    assert table.pending[teacher.key].path_seconds == pytest.approx(120 + 6, rel=0.02)
 
 
 # ---- what a search will need for certain

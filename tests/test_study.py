@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from ktray.cli.leaderboard import still_failed
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.search import history
 from ktray.search.draws import SampledDraws
 from ktray.search.journal import folder
@@ -145,7 +145,7 @@ def test_ten_failures_in_a_row_stop_the_search_and_it_can_go_on(tmp_path: Path) 
     with Study.open(tmp_path, space) as study:
         for number in range(10):
             study.fail(next_assignment(study).trial.number, f"no disk {number}")
-        with pytest.raises(StoppedEarly, match="no disk 9"):
+        with pytest.raises(SearchStopped, match="no disk 9"):
             study.next()
         study.close()
     with Study.open(tmp_path, space) as study:
@@ -163,7 +163,7 @@ def test_trials_that_fail_with_one_stage_are_one_failure(tmp_path: Path) -> None
     next_assignment(study)
     for _ in range(5):
         study.fail(next_assignment(study).trial.number, "unlucky")
-    with pytest.raises(StoppedEarly, match=r"19 trials failed one after the other; .* unlucky"):
+    with pytest.raises(SearchStopped, match=r"19 trials failed one after the other; .* unlucky"):
         study.next()
 
 
@@ -215,7 +215,7 @@ def test_a_search_that_finds_no_pair_at_all_stops_after_ten_draws(tmp_path: Path
     space = toy_space(tmp_path, {"student": student}, budget={"trials": 60, "concurrent": 4})
     for drawn in (10, 20):
         with Study.open(tmp_path, space, draws=Barren(space)) as study:
-            with pytest.raises(StoppedEarly, match=r"10 trials failed .* a constant schedule has no warmup"):
+            with pytest.raises(SearchStopped, match=r"10 trials failed .* a constant schedule has no warmup"):
                 study.next()
             assert states(study) == {"failed": drawn}
 

@@ -25,7 +25,7 @@ from ktray.search.surrogate import (
     SHARED_VARIANCE,
     Surrogate,
     _covariance,
-    _fit,
+    _fit_hyperparameters,
 )
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space
@@ -82,7 +82,7 @@ def test_rung_correlation_and_noise_are_fitted_to_the_trials(tmp_path: Path) -> 
 
     def fitted(worth_at_end: list[float], noise: float) -> tuple[float, float]:
         worth = np.where(ahead == 0, np.array(worth_at_end)[layer], np.array([1.2, 0.0, -1.2])[layer])
-        return _fit(alike, ahead, worth + noise * rng.normal(size=30))
+        return _fit_hyperparameters(alike, ahead, worth + noise * rng.normal(size=30))
 
     assert fitted([1.2, 0.0, -1.2], 0.2)[0] > 0.8 > fitted([-1.2, 0.0, 1.2], 0.2)[0]
     assert fitted([1.2, 0.0, -1.2], 0.2)[1] < fitted([1.2, 0.0, -1.2], 0.8)[1]

@@ -34,7 +34,7 @@ from ktray.cli import (
     ui_command,
 )
 from ktray.cli.terminal import INTERRUPTED
-from ktray.errors import MissingInput, PreflightFailed, StageFailed, StoppedEarly, UserError
+from ktray.errors import MissingInput, PreflightFailed, SearchStopped, StageFailed, UserError
 from ktray.output import print_err
 from ktray.redaction import remember, without_secrets
 from ktray.text import cut, visible_name
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None, is_program: bool = False) -> int:
     args.command = shlex.join(["ktray", *map(without_secrets, sys.argv[1:] if argv is None else argv)])
     try:
         return int(args.run(args))
-    except (UserError, StageFailed, PreflightFailed, StoppedEarly, MissingInput) as error:
+    except (UserError, StageFailed, PreflightFailed, SearchStopped, MissingInput) as error:
         print_err(f"ktray: {error}")
         return error.exit_code
     except KeyboardInterrupt:
@@ -122,13 +122,13 @@ _MENDED_BY_THE_USER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLON
 def _exit_code(error: OSError) -> int | None:
     """The exit code where the user can mend what the system refuses: rights, paths, full disks; else None, our bug."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoppedEarly.exit_code
+        return SearchStopped.exit_code
     return UserError.exit_code if error.errno in _MENDED_BY_THE_USER else None
 
 
 def _os_message(error: OSError, code: int) -> str:
     where = f"{visible_name(cut(str(error.filename), 300))}: " if error.filename else ""
-    if code == StoppedEarly.exit_code:
+    if code == SearchStopped.exit_code:
         return (
             f"{where}the disk is full. Nothing that was published is lost; make room, and the same command goes on from here."
         )

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the source, an argument or the data are wrong, or `--only` names no pair of it.
         PreflightFailed: Ray does not start, or its nodes do not see the store.
-        StoppedEarly: the disk is full, or Ray or the scheduler has ended; the same command goes on.
+        SearchStopped: the disk is full, or Ray or the scheduler has ended; the same command goes on.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the same command goes on.
     """
     from ktray.errors import StageFailed

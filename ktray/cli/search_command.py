@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings) -> int:
     from ktray.cli.leaderboard import leaderboard, still_failed
-    from ktray.errors import StageFailed, StoppedEarly
+    from ktray.errors import SearchStopped, StageFailed
     from ktray.pipeline.pair_metrics import unreadable_images
     from ktray.search.history import read_study
 
@@ -79,7 +79,7 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
         why = str(outcome.stopped).rstrip(".")
         again = "" if why.endswith("goes on from here") else " Nothing is lost; the same command goes on from here."
         settings.print_error(f"ktray: stopped early: {why}.{again}")
-        return StoppedEarly.exit_code
+        return SearchStopped.exit_code
     if outcome.interrupted:
         settings.print_error(f"ktray: interrupted; resume with: {args.command}")
         return INTERRUPTED

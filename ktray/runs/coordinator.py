@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ktray.artifact import Stage
 from ktray.cost_model.stage_costs import CostModel
-from ktray.errors import StoppedEarly, UserError
+from ktray.errors import SearchStopped, UserError
 from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.runs.study_logger import TrialLogger
@@ -144,13 +144,13 @@ class TrialCoordinator:
         self._milestones = _milestones(space)
         self._drawn = len(study.trials())
 
-    def first_segments(self, count: int) -> tuple[deque[TrialSegment], StoppedEarly | None]:
+    def first_segments(self, count: int) -> tuple[deque[TrialSegment], SearchStopped | None]:
         """Up to `count` segments to begin with, and why the search stops early if that is known already."""
         segments: deque[TrialSegment] = deque()
         try:
             while len(segments) < count and not isinstance(segment := self.next(), str):
                 segments.append(segment)
-        except StoppedEarly as stop:
+        except SearchStopped as stop:
             return segments, stop
         return segments, None
 
@@ -184,7 +184,7 @@ class TrialCoordinator:
         """The next segment that has something to compute; segments whose artifacts are all in the store are settled on the way.
 
         Raises:
-            StoppedEarly: ten draws in a row need a stage that has failed before, or the study stops.
+            SearchStopped: ten draws in a row need a stage that has failed before, or the study stops.
         """
         failed_in_a_row: list[Trial] = []
         while True:
@@ -245,7 +245,7 @@ class TrialCoordinator:
         charged = [trial.attributed_costs.values() for trial in self.study.trials()]
         found = {key for charges in charged for part in charges for key in part}
         for trial in self.study.trials():
-            if all(map(self.tracker.has_stage, trial.artifacts)):
+            if all(map(self.tracker.has_stage, trial.artifact_keys)):
                 continue
             rungs_reached = [*trial.scores, *([0] if trial.teacher_score is not None else [])]
             for epoch in {*rungs_reached, *([trial.total_epochs] if trial.state == "completed" else [])}:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from ktray.artifact import Artifact, Stage
 from ktray.cost_model.dry_run_forecast import Forecast, FullSizeStages, forecast
-from ktray.errors import PreflightFailed, StageFailed, StoppedEarly
+from ktray.errors import PreflightFailed, SearchStopped, StageFailed
 from ktray.pipeline import pair_graph
 from ktray.pipeline.pair_graph import Identity
 from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently, run_until_ended
@@ -170,7 +170,7 @@ def dry_run_on(
             try:
                 scheduler = run_until_ended(lambda: client.connect(session, small.url, execute), interruption)
                 problems = dry_run(scheduler, draws, small, store, interruption)
-            except StoppedEarly as stop_early:
+            except SearchStopped as stop_early:
                 if interruption.loss is not None:
                     raise
                 problems = [f"{stop_early}."]
@@ -241,7 +241,7 @@ def dry_run(
 
     Raises:
         KeyboardInterrupt: a stop was requested; no thread goes on.
-        StoppedEarly: the disk is full, or the scheduler has ended.
+        SearchStopped: the disk is full, or the scheduler has ended.
     """
     _link_loaded(draws, store, real)
     failed: dict[str, str] = {}

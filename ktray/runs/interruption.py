@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
-from ktray.errors import StageFailed, StoppedEarly, UserError
+from ktray.errors import SearchStopped, StageFailed, UserError
 
 POLL_SECONDS = 0.2
 CLEANUP_SECONDS = 3.0  # for threads that wait to notice an interruption
@@ -47,7 +47,7 @@ class Interruption:
     def __init__(self, force: Callable[[], object] | None = None) -> None:
         self.needs_cleanup = False
         self.force_after = FORCE_AFTER_SECONDS
-        self.loss: StoppedEarly | None = None
+        self.loss: SearchStopped | None = None
         self._force = force
         self._requested, self._lost = threading.Event(), threading.Event()
         self._timer: threading.Timer | None = None
@@ -85,11 +85,11 @@ class Interruption:
         Args:
             cause: such as ``its GCS (process 4711) is gone``.
         """
-        self.loss = StoppedEarly(f"Ray has ended: {cause}; the same command goes on from here")
+        self.loss = SearchStopped(f"Ray has ended: {cause}; the same command goes on from here")
         self._lost.set()
         self._force_later()
 
-    def await_loss(self) -> StoppedEarly | None:
+    def await_loss(self) -> SearchStopped | None:
         """What has ended Ray; waits a moment for it, because an error of Ray may arrive before its cause is known."""
         self._lost.wait(LOSS_SECONDS)
         return self.loss
@@ -99,7 +99,7 @@ class Interruption:
 
         Raises:
             KeyboardInterrupt: a stop was requested.
-            StoppedEarly: Ray has ended.
+            SearchStopped: Ray has ended.
         """
         if self._requested.is_set():
             raise KeyboardInterrupt
@@ -201,7 +201,7 @@ def run_until_ended(work: Callable[[], Result], interruption: Interruption, grac
 
     Raises:
         KeyboardInterrupt: a stop was requested, and `work` has not returned.
-        StoppedEarly: Ray has ended.
+        SearchStopped: Ray has ended.
     """
     returned, results, errors = threading.Event(), list[Result](), list[BaseException]()
 
@@ -241,7 +241,7 @@ def cancelling_waits(
     over = threading.Event()
 
     def cancel() -> None:
-        with suppress(StoppedEarly):  # the scheduler has ended, and with it every wait
+        with suppress(SearchStopped):  # the scheduler has ended, and with it every wait
             while not over.wait(POLL_SECONDS):
                 for waiter in list(waiters()) if ended() else ():
                     scheduler.cancel_waits(waiter)

@@ -76,7 +76,7 @@ def run_on_ray(
     Raises:
         KeyboardInterrupt: a stop was requested; nothing runs any more.
         PreflightFailed: Ray does not start, or its nodes do not see the store.
-        StoppedEarly: Ray has ended on its own.
+        SearchStopped: Ray has ended on its own.
     """
     from ktray.pipeline.execute import execute
     from ktray.runs.preflight import preflight

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktray.cost_model.stage_costs import learn_from
-from ktray.errors import PreflightFailed, StageFailed, StoppedEarly, UserError
+from ktray.errors import PreflightFailed, SearchStopped, StageFailed, UserError
 from ktray.pipeline import references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
@@ -93,7 +93,7 @@ class SearchOutcome:
 
     study: str
     reason: str = ""
-    stopped: StoppedEarly | None = None
+    stopped: SearchStopped | None = None
     interrupted: bool = False
     published: set[str] = field(default_factory=set)
     reused: set[str] = field(default_factory=set)
@@ -292,7 +292,7 @@ def search_study(
                 _compute_reference_lines(coordinator, scheduler)
             outcome.reason = study.stop_reason or ""
             done = not outcome.stopped and not interruption.is_requested()
-        except StoppedEarly as stop:
+        except SearchStopped as stop:
             outcome.stopped = stop
         except (KeyboardInterrupt, PreflightFailed):
             # A signal to the whole process group also ends a Ray that is just starting.
@@ -300,7 +300,7 @@ def search_study(
                 raise
         finally:
             outcome.stopped = _end(coordinator, scheduler, keys_before, done) or outcome.stopped
-        used = coordinator.demanded.union(*(trial.artifacts for trial in study.trials())) & set(store.keys())
+        used = coordinator.demanded.union(*(trial.artifact_keys for trial in study.trials())) & set(store.keys())
     if interruption.is_requested():
         outcome.interrupted, outcome.stopped = True, None
     outcome.unwritten = tracker.unwritten()
@@ -358,7 +358,7 @@ def _coordinator(study: Study, store: Store, settings: Settings, tracker: Tracke
     return TrialCoordinator(study.space, study, store, identity, tracker, display.trial, costs)
 
 
-def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: set[str], done: bool) -> StoppedEarly | None:
+def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: set[str], done: bool) -> SearchStopped | None:
     """Stop everything, each part before those that it reports to, and write the final state to the tracker."""
     if not done:
         coordinator.leave()
@@ -374,15 +374,15 @@ def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: 
     return stopped
 
 
-def _close(study: Study) -> StoppedEarly | None:
+def _close(study: Study) -> SearchStopped | None:
     try:
         study.close()
-    except StoppedEarly as stop:  # the disk is full: the study is as it last could be written
+    except SearchStopped as stop:  # the disk is full: the study is as it last could be written
         return stop
     return None
 
 
-def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> StoppedEarly | None:
+def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> SearchStopped | None:
     """Run the trials that are due, then compute again what completed trials have lost."""
     first, stopped = coordinator.first_segments(coordinator.space.budget.concurrent)
     if first and not stopped:
@@ -400,7 +400,7 @@ def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> Sto
 def _lost_stages(coordinator: TrialCoordinator) -> dict[str, Graph]:
     """Name -> stages of completed trials with an artifact that is damaged or gone."""
     completed = [trial for trial in coordinator.study.trials() if trial.state == "completed"]
-    incomplete = [trial for trial in completed if not all(coordinator.store.find(key) for key in trial.artifacts)]
+    incomplete = [trial for trial in completed if not all(coordinator.store.find(key) for key in trial.artifact_keys)]
     return {f"trial {trial.number}": coordinator.graph(trial) for trial in incomplete}
 
 
@@ -466,7 +466,7 @@ class _EventFollower:
             try:
                 with suppress(ray.exceptions.RayError):  # a call that failed: the next second tries again
                     self._read()
-            except StoppedEarly:
+            except SearchStopped:
                 return  # the scheduler has ended; the search itself reports why
 
     def _read(self) -> None:

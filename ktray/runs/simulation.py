@@ -205,14 +205,14 @@ class _Simulation:
                 self._schedule(self.cluster.startup_seconds, action.worker)
             elif isinstance(action, AssignStage):
                 self._begin(action)
-        results = [action for action in outbox if isinstance(action, RequestResult) and action.request in self.running]
+        results = [action for action in outbox if isinstance(action, RequestResult) and action.request_id in self.running]
         for result in results:
             with self.timeline.deciding("settle"):
                 self._settle(result)
         return bool(results)
 
     def _settle(self, result: RequestResult) -> None:
-        segment = self.running.pop(result.request)
+        segment = self.running.pop(result.request_id)
         if result.failed:
             self.coordinator.fail(segment, result.cause, result.failed)
         else:
@@ -292,7 +292,7 @@ def simulate(
         cluster: or only its number of workers.
 
     Raises:
-        StoppedEarly: ten trials in a row failed, for example because a stage's workers died three times.
+        SearchStopped: ten trials in a row failed, for example because a stage's workers died three times.
     """
     cluster = SimulatedCluster(cluster) if isinstance(cluster, int) else cluster
     timeline = _Simulation(space, study, clock, seconds, metrics, cluster).run()

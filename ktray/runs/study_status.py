@@ -153,7 +153,7 @@ def _progress(run: Mapping[str, Any]) -> str:
 
 def _stages(trials: Sequence[Trial], store: Store) -> dict[str, dict[str, int]]:
     """Stage -> how many artifacts trials asked for, and how many had to be made for that."""
-    asked: Counter[str] = Counter(key for trial in trials if trial.state != "duplicate" for key in trial.artifacts)
+    asked: Counter[str] = Counter(key for trial in trials if trial.state != "duplicate" for key in trial.artifact_keys)
     made = [key for key in asked if store.find(key) is not None]
     names = sorted({kind_of(key) for key in asked}, key=STAGES.index)
     return {

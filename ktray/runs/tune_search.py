@@ -12,7 +12,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import Any, Literal
 
-from ktray.errors import StoppedEarly
+from ktray.errors import SearchStopped
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.runs.interruption import Interruption, cancelling_waits
 from ktray.runs.tune_trial import CANCELLED, STOPPED, StageWaiter  # before Tune: it sets Tune's environment variables
@@ -51,7 +51,7 @@ class StudySearcher(Searcher):
         self.deaths: Counter[int] = Counter()
         self.losses: Counter[int] = Counter()
         self.computed: dict[int, list[str]] = {}
-        self.stopped: StoppedEarly | None = None
+        self.stopped: SearchStopped | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher for a `restore` that we never use, because the study has a journal."""
@@ -75,7 +75,7 @@ class StudySearcher(Searcher):
             return self.pending.popleft()
         try:
             return self.coordinator.next()
-        except StoppedEarly as stop:
+        except SearchStopped as stop:
             self.stopped = stop
             return "done"
 
@@ -98,7 +98,7 @@ class StudySearcher(Searcher):
             if error or result is None:
                 self._waiter_died(segment)
             elif result["cause"] == STOPPED:
-                self.stopped = StoppedEarly(result["text"])
+                self.stopped = SearchStopped(result["text"])
             elif result["cause"] == CANCELLED:
                 # No stop was requested: the scheduler took a stalled process for dead. The trial waits again.
                 self.pending.append(segment)
@@ -107,7 +107,7 @@ class StudySearcher(Searcher):
             else:
                 self.deaths.clear()
                 self._settle(segment, json.loads(result["computed"]))
-        except StoppedEarly as stop:
+        except SearchStopped as stop:
             self.stopped = stop
 
     def _settle(self, segment: TrialSegment, computed: list[str]) -> None:
@@ -165,11 +165,11 @@ class _Tick(tune.Callback):
             return  # this thread may have been left behind, and the study closed
         try:
             self.searcher.coordinator.study.save_elapsed()
-        except StoppedEarly as stop:
+        except SearchStopped as stop:
             self.searcher.stopped = stop
 
 
-def run_on_tune(searcher: StudySearcher, scratch: Path) -> StoppedEarly | None:
+def run_on_tune(searcher: StudySearcher, scratch: Path) -> SearchStopped | None:
     """Run the searcher's study to its target on the connected Ray; why it stopped early, or None.
 
     Args:

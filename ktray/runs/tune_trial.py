@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from ktray.errors import StageFailed, StoppedEarly
+from ktray.errors import SearchStopped, StageFailed
 from ktray.scheduler.client import SchedulerClient, WaitCancelled
 
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -43,7 +43,7 @@ class StageWaiter(tune.Trainable):
             outcomes = scheduler.obtain(self.job["stages"], self.job["waiter"], self.job["priority"])
         except StageFailed as failure:
             return {"done": True, "cause": str(failure), "failed": failure.stage, "computed": "[]"}
-        except StoppedEarly as stop:
+        except SearchStopped as stop:
             return {"done": True, "cause": STOPPED, "text": str(stop), "computed": "[]"}
         except WaitCancelled:
             return {"done": True, "cause": CANCELLED, "computed": "[]"}
@@ -53,7 +53,7 @@ class StageWaiter(tune.Trainable):
 
 def _send_heartbeats(scheduler: SchedulerClient) -> None:
     """Tell the scheduler that this process is alive, until the scheduler has ended."""
-    with suppress(StoppedEarly, ray.exceptions.RayError):
+    with suppress(SearchStopped, ray.exceptions.RayError):
         while True:
             scheduler.trial_heartbeat()
             time.sleep(HEARTBEAT_SECONDS)

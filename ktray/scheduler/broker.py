@@ -24,7 +24,7 @@ from ktray.scheduler.messages import (
     OUT_OF_MEMORY,
     WORKER_DIED,
     AssignStage,
-    AttemptReport,
+    AttemptResult,
     FenceAttempt,
     FenceOrphans,
     KillWorker,
@@ -144,13 +144,13 @@ class Broker:
         self._carry_out()
         return not self._leases
 
-    async def obtain(self, request: str, waiter: str, session: str, stages: Sequence[Stage], priority: int) -> RequestResult:
+    async def obtain(self, request_id: str, waiter: str, session: str, stages: Sequence[Stage], priority: int) -> RequestResult:
         """Wait until all stages are published, or one has failed."""
         self._start_ticking()
-        result = self._results.get(request)
+        result = self._results.get(request_id)
         if result is None:
-            result = self._results[request] = asyncio.get_running_loop().create_future()
-            self._core.requests.add_request(request, waiter, session, stages, priority, time.time())
+            result = self._results[request_id] = asyncio.get_running_loop().create_future()
+            self._core.requests.add_request(request_id, waiter, session, stages, priority, time.time())
             self._dispatch()
         return await asyncio.shield(result)
 
@@ -182,16 +182,16 @@ class Broker:
 
     # ---- calls of workers
 
-    async def next_order(self, identity: WorkerIdentity, report: AttemptReport | None) -> WorkerOrder:
-        """Take a worker's report on its last stage, and answer within `POLL_SECONDS` what it is to do next."""
+    async def next_order(self, identity: WorkerIdentity, result: AttemptResult | None) -> WorkerOrder:
+        """Take the result of a worker's last attempt, and answer within `POLL_SECONDS` what it is to do next."""
         worker = self._identify(identity)
         if worker is None:
             return WorkerOrder("exit")
         now = time.time()
         self._core.heartbeat(worker, "", None, "", {}, now)
-        must_exit = report is not None and self._core.must_exit(worker, report.key, report.attempt)
-        if report is not None:
-            self._handle_report(report, now)
+        must_exit = result is not None and self._core.must_exit(worker, result.key, result.attempt)
+        if result is not None:
+            self._handle_attempt_result(result, now)
         if worker.attempt is not None:
             self._core.assignment_lost(worker)
         if worker.retiring or must_exit:
@@ -230,15 +230,15 @@ class Broker:
     def _note_damage(self, sentence: str) -> None:
         self._log_event(SchedulerEvent(DAMAGED, cause=sentence))
 
-    def _handle_report(self, report: AttemptReport, now: float) -> None:
-        for sentence in report.damage:
+    def _handle_attempt_result(self, result: AttemptResult, now: float) -> None:
+        for sentence in result.damage:
             self._note_damage(sentence)
-        key, attempt, kind, cause = report.key, report.attempt, report.failure, report.cause
+        key, attempt, kind, cause = result.key, result.attempt, result.failure, result.cause
         if kind is None:
-            for published_key, computed in report.published:
-                self._core.handle_succeeded_attempt(published_key, attempt, computed, report.seconds, now)
-        elif self._core.handle_failed_attempt(key, attempt, kind, cause, report.missing, now):
-            failure = {"cause": cause, "traceback": report.traceback, "kind": kind, "time": now}
+            for published_key, computed in result.published:
+                self._core.handle_succeeded_attempt(published_key, attempt, computed, result.seconds, now)
+        elif self._core.handle_failed_attempt(key, attempt, kind, cause, result.missing, now):
+            failure = {"cause": cause, "traceback": result.traceback, "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures
                 self._store.record_failure(key, failure)
         self._carry_out()
@@ -326,8 +326,8 @@ class Broker:
                         self._fence_orphans()
                 case KillWorker(worker):
                     self._kill_worker(worker)
-                case RequestResult(request):
-                    result = self._results.pop(request, None)
+                case RequestResult(request_id):
+                    result = self._results.pop(request_id, None)
                     if result is not None and not result.done():
                         result.set_result(action)
                 case SchedulerEvent():

@@ -13,7 +13,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.artifact import Stage
-from ktray.errors import StageFailed, StoppedEarly
+from ktray.errors import SearchStopped, StageFailed
 from ktray.fingerprint import fingerprint
 from ktray.scheduler.broker import Broker
 from ktray.scheduler.fault_tolerance import ProcessId
@@ -60,14 +60,14 @@ class SchedulerClient:
 
         Raises:
             StageFailed: a stage raised, or its workers died three times.
-            StoppedEarly: the disk is full, or the scheduler has ended.
+            SearchStopped: the disk is full, or the scheduler has ended.
             WaitCancelled: `cancel_waits` was called for this waiter.
         """
         result: RequestResult = self._call("obtain", uuid.uuid4().hex, waiter, self.session, list(stages), priority)
         if result.kind == CANCELLED:
             raise WaitCancelled(result.cause)
         if result.kind == DISK_FULL:
-            raise StoppedEarly(f"the disk is full: {result.failed}: {result.cause}")
+            raise SearchStopped(f"the disk is full: {result.failed}: {result.cause}")
         if result.failed:
             raise StageFailed(result.failed, result.cause)
         return [dict(outcome) for outcome in result.outcomes]
@@ -96,8 +96,8 @@ class SchedulerClient:
         return events
 
     def shut_down(self) -> None:
-        """End the broker and all workers, for every driver; waiters get StoppedEarly. A driver that ends calls `disconnect`."""
-        with suppress(StoppedEarly):
+        """End the broker and all workers, for every driver; waiters get `SearchStopped`. For one driver see `disconnect`."""
+        with suppress(SearchStopped):
             self._call("shut_down")
 
     def trial_heartbeat(self) -> None:
@@ -110,13 +110,16 @@ class SchedulerClient:
         Args:
             cancelled: once this is set, the call no longer waits for the answer.
         """
-        with _raise_stopped_early():
+        with _translating_scheduler_end():
             answer = self._broker().lease.remote(self.session, self._trial_processes, this_process())
-            if self._wait_for(answer, cancelled):
+            if self._await_broker(answer, cancelled):
                 self._broker_process, self._trial_processes = ray.get(answer)
 
-    def _wait_for(self, answer: Any, cancelled: threading.Event | None = None) -> bool:
-        """Wait for the broker, and kill it if it is frozen: Ray restarts only a dead one. False if `cancelled` is set."""
+    def _await_broker(self, answer: Any, cancelled: threading.Event | None = None) -> bool:
+        """Wait until the broker has answered; False if `cancelled` is set before.
+
+        A frozen broker is killed, because Ray restarts only a dead one.
+        """
         seconds = 0
         while not ray.wait([answer], timeout=1.0)[0]:  # in steps, so that a pause of this process counts as one second
             seconds += 1
@@ -139,16 +142,16 @@ class SchedulerClient:
 
     def disconnect(self) -> None:
         """End this driver's use of the scheduler, which is shut down unless another driver still uses it."""
-        with suppress(StoppedEarly):
-            with _raise_stopped_early():
+        with suppress(SearchStopped):
+            with _translating_scheduler_end():
                 answer = self._broker().disconnect.remote(self.session)
-                self._wait_for(answer)
+                self._await_broker(answer)
                 is_last = ray.get(answer)
             if is_last:
                 self.shut_down()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        with _raise_stopped_early():
+        with _translating_scheduler_end():
             method = getattr(self._broker(), name)
             return ray.get((method.options(max_task_retries=0) if name == "shut_down" else method).remote(*arguments))
 
@@ -159,14 +162,14 @@ class SchedulerClient:
 
 
 @contextmanager
-def _raise_stopped_early() -> Iterator[None]:
-    """Turn Ray's errors about an actor that has ended into a `StoppedEarly` of one sentence."""
+def _translating_scheduler_end() -> Iterator[None]:
+    """Within it, Ray's errors about a broker that is gone for good become a `SearchStopped` of one sentence."""
     try:
         yield
     except (ValueError, ray.exceptions.RayActorError) as error:
         if isinstance(error, ray.exceptions.RayTaskError):
             raise
-        raise StoppedEarly("the scheduler has ended; the same command goes on from here") from error
+        raise SearchStopped("the scheduler has ended; the same command goes on from here") from error
 
 
 def _renew_lease(scheduler: SchedulerClient, cancelled: threading.Event) -> None:
@@ -174,7 +177,7 @@ def _renew_lease(scheduler: SchedulerClient, cancelled: threading.Event) -> None
     while not cancelled.wait(RENEW_LEASE_SECONDS):
         try:
             scheduler.lease(cancelled)
-        except StoppedEarly:
+        except SearchStopped:
             return
         except Exception:  # noqa: BLE001 - one unanswered call, which Ray reports in several ways, even as a bare Exception;
             continue  # a lease outlasts several calls

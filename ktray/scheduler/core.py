@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ktray.artifact import Artifact, Stage, kind_of
-from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusiveStages, RetryPolicy, StartupMonitor
+from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusivityPolicy, RetryPolicy, StartupMonitor
 from ktray.scheduler.messages import (
     FAILED,
     FENCED,
@@ -71,7 +71,7 @@ class SchedulerCore:
         self.scaling = WorkerAutoscaler(registry, self.outbox)
         self.startup = StartupMonitor(registry, self.outbox, dead_after)
         self._retries = RetryPolicy(remembered)
-        self._exclusive = ExclusiveStages(registry, remembered)
+        self._exclusivity = ExclusivityPolicy(registry, remembered)
         self._keys_of_attempt: dict[str, list[str]] = {}
         # Forgetting an entry does little harm: a fenced attempt has no directory to publish from, a stage that failed in a
         # family fails there again and is split again, and no report arrives that late.
@@ -125,7 +125,7 @@ class SchedulerCore:
         self._keys_of_attempt[attempt] = [stage.key for stage in stages]
         for stage in stages:
             self.running[stage.key] = RunningStage(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
-            self.requests.queue.mark_running(stage.key)
+            self.requests.pending_graph.mark_running(stage.key)
 
     def _close_attempt(self, key: str, attempt: str) -> RunningStage | None:
         """End an attempt at one key; None if it is not the current one."""
@@ -133,7 +133,7 @@ class SchedulerCore:
         if run is None or run.attempt != attempt:
             return None
         del self.running[key]
-        self.requests.queue.mark_stopped(key)
+        self.requests.pending_graph.mark_stopped(key)
         self._ended.add((key, attempt))
         self._keys_of_attempt[attempt].remove(key)
         if self._keys_of_attempt[attempt]:
@@ -185,7 +185,7 @@ class SchedulerCore:
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             self.handle_succeeded_attempt(key, attempt, False, 0.0, now)
             return False
-        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusive.must_retry_after_error(key, kind)):
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusivity.must_retry_after_error(key, kind)):
             event = SchedulerEvent(SPLIT if others else OUT_OF_MEMORY, key, run.stage.name, run.worker, now - run.since, cause)
             self.outbox.append(event)
             self._restart([run, *others])
@@ -214,7 +214,7 @@ class SchedulerCore:
 
     def _reset_history(self, key: str) -> None:
         self._retries.forget(key)
-        self._exclusive.forget(key)
+        self._exclusivity.forget(key)
 
     def assignment_lost(self, worker: Worker) -> None:
         """A worker asks for work although a stage was assigned to it: the order never reached it."""
@@ -251,7 +251,7 @@ class SchedulerCore:
             self._close_attempt(run.key, run.attempt)
         self._restart(family)
         if len(family) == 1:
-            self._exclusive.note_loss(lead.key, event)
+            self._exclusivity.note_loss(lead.key, event)
         for run in family:
             # If a worker froze before it even received the stage, the stage is not to blame.
             if not self._retries.count_loss(run, blamed=run.confirmed or event != FENCED):
@@ -290,9 +290,9 @@ class SchedulerCore:
         """Start what can start, start and retire workers for what waits, lend idle workers to what can be split."""
         if self.startup.must_wait(now):
             return
-        exclusive = self._exclusive.keys()
+        exclusive = self._exclusivity.keys()
         runs = [self.running[key] for key in exclusive & self.running.keys()]
-        self._exclusive.reserve_nodes((run, self._request(run.stage)) for run in runs)
+        self._exclusivity.reserve_nodes((run, self._request(run.stage)) for run in runs)
         placement = DispatchCapacity(self.registry, now)
         for pending in self.requests.ready_among(exclusive):
             if pending.stage.key in self.requests.pending:
@@ -300,11 +300,11 @@ class SchedulerCore:
         full: set[str] = set()
         for pending in self.requests.ready():
             name = pending.stage.name
-            if name in full or pending.stage.key in self.running or pending.stage.key in self._exclusive:
+            if name in full or pending.stage.key in self.running or pending.stage.key in self._exclusivity:
                 continue  # no room for its kind, started in a family just now, or placed above
             if not self._place(pending, placement):
                 full.add(name)  # other stages of this name would find no room either
-                if full >= self.requests.queue.names.keys():
+                if full >= self.requests.pending_graph.names.keys():
                     break
         self.scaling.forget_served_shapes(placement)
         self._lend(placement)
@@ -312,23 +312,23 @@ class SchedulerCore:
     def _place(self, pending: PendingStage, placement: DispatchCapacity) -> bool:
         """Start a stage, or arrange a worker for it; False if it must wait for room."""
         stage, request = pending.stage, self._request(pending.stage)
-        worker = self._exclusive.find_worker(stage.key, request, placement)
+        worker = self._exclusivity.take_worker(stage.key, request, placement)
         if worker is not None:
             self._assign(worker, stage, placement.now)
         elif not self.registry.fits(request):
             self._fail(stage.key, FAILED, f"it needs {describe_request(request)}, more than any node of the cluster has")
         else:
-            return self.scaling.provide_worker(worker_shape_for(request), stage.key in self._exclusive, placement)
+            return self.scaling.provide_worker(worker_shape_for(request), stage.key in self._exclusivity, placement)
         return True
 
     def _request(self, stage: Stage) -> ResourceRequest:
-        return self._exclusive.request(stage.key, self.request_of(stage.name))
+        return self._exclusivity.request(stage.key, self.request_of(stage.name))
 
     def _assign(self, worker: Worker, stage: Stage, now: float) -> None:
         family, attempt = self._family_of(stage), self.new_attempt()
         self._open_attempt(worker, family, attempt, now)
         whole = replace(stage, computed_with=tuple(family[1:])) if len(family) > 1 else stage
-        self.outbox.append(AssignStage(worker.name, whole, attempt, self._exclusive.takes_small_batches(stage.key)))
+        self.outbox.append(AssignStage(worker.name, whole, attempt, self._exclusivity.takes_small_batches(stage.key)))
         self.outbox += [SchedulerEvent(STARTED, member.key, member.name, worker.name) for member in family]
 
     def _family_of(self, stage: Stage) -> list[Stage]:
@@ -339,7 +339,7 @@ class SchedulerCore:
         return [stage, *others[: MAX_FAMILY - 1]]
 
     def _runs_individually(self, key: str) -> bool:
-        return key in self._split or key in self._exclusive
+        return key in self._split or key in self._exclusivity
 
     def _lend(self, placement: DispatchCapacity) -> None:
         names = {name for name in {run.stage.name for run in self.running.values()} if self.request_of(name).helpers}

@@ -201,8 +201,8 @@ class RetryPolicy:
         return history
 
 
-class ExclusiveStages:
-    """Stages that must have their GPU or node to themselves, because memory ran out before.
+class ExclusivityPolicy:
+    """Which stages must have their GPU or node to themselves, because memory ran out before, and what each stage gets.
 
     A stage that raised out-of-memory gets the whole GPU, or without a GPU the whole node, and takes small batches. A stage
     whose worker was killed for the memory of its node may not be to blame, and small batches change what batch norm sees: it
@@ -258,8 +258,11 @@ class ExclusiveStages:
             if self._needs_whole_node(run.key, request) and run.worker in self.registry.workers:
                 self.registry.reserve(self.registry.workers[run.worker].node)
 
-    def find_worker(self, key: str, request: ResourceRequest, placement: DispatchCapacity) -> Worker | None:
-        """The worker that can run the stage now, exclusively if it must."""
+    def take_worker(self, key: str, request: ResourceRequest, placement: DispatchCapacity) -> Worker | None:
+        """A worker that can run the stage now, no longer idle in `placement`; None if there is none. Called for every stage.
+
+        For a stage that needs its whole node this is a worker on a node where nothing else runs, which is then reserved.
+        """
         if not self._needs_whole_node(key, request):
             return placement.take_idle_worker(request)
         shape = worker_shape_for(request)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.errors import MissingInput, StageFailed, StoppedEarly, UserError
+from ktray.errors import MissingInput, SearchStopped, StageFailed, UserError
 from ktray.pool import SMALL_BATCH_SIZE, StageContext
 from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, StageFunction, failure_kind, repeated_out_of_memory_text
 from ktray.stores import Store
@@ -52,7 +52,7 @@ class LocalScheduler:
 
         Raises:
             StageFailed: a stage raised; the store keeps the cause.
-            StoppedEarly: the disk is full.
+            SearchStopped: the disk is full.
         """
         by_key = {stage.key: stage for stage in stages}
         if all(self.store.find(stage.key) for stage in stages):  # works on a read-only store, too
@@ -84,10 +84,10 @@ class LocalScheduler:
         self.on_event({"event": event, "key": stage.key, "stage": stage.name, "seconds": seconds})
         return {"key": stage.key, "state": state, "seconds": seconds, "metrics": dict(artifact.metrics)}
 
-    def _failure(self, stage: Stage, error: Exception) -> StoppedEarly | StageFailed:
+    def _failure(self, stage: Stage, error: Exception) -> SearchStopped | StageFailed:
         kind = failure_kind(error, self.store.root)
         if kind == DISK_FULL:
-            return StoppedEarly(f"the disk is full: {error}")
+            return SearchStopped(f"the disk is full: {error}")
         cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         cause = repeated_out_of_memory_text(cause) if kind == OUT_OF_MEMORY else cause
         with suppress(OSError):  # a store that cannot be written is one of the causes

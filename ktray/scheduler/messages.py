@@ -95,7 +95,7 @@ class FenceOrphans:
 class RequestResult:
     """How a request ended: outcomes per key, or which key failed, why, and the kind of the failure."""
 
-    request: str
+    request_id: str
     outcomes: tuple[Mapping[str, Any], ...] = ()
     failed: str = ""
     cause: str = ""
@@ -149,7 +149,7 @@ class WorkerIdentity:
 
 
 @dataclass(frozen=True)
-class AttemptReport:
+class AttemptResult:
     """How an attempt ended.
 
     Attributes:

@@ -1,9 +1,9 @@
-"""Requests, the stages that they wait for, and the queue of those that can start. Pure: no Ray, no clock.
+"""Requests, the stages that they wait for, and the order of those that can start. Pure: no Ray, no clock.
 
 A driver requests stages. Each stage that the store lacks becomes a `PendingStage`, shared by all requests for it, and stays
-one until it is published or has failed; while a worker runs it, there is a `RunningStage` for it, too. The `_ReadyQueue`
-orders the pending stages that can start. The `RequestTable` answers a request when all its stages are in the store, or one has
-failed.
+one until it is published or has failed; while a worker runs it, there is a `RunningStage` for it, too. The `_PendingGraph`
+knows which pending stages depend on which, and the order of those that can start. The `RequestTable` answers a request when all
+its stages are in the store, or one has failed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RecentKeys(Generic[Key]):
 class _Request:
     """Stages that one waiter requests; `waiter` is empty for a prefetch."""
 
-    name: str
+    id: str
     waiter: str
     session: str
     priority: int
@@ -72,7 +72,7 @@ class PendingStage:
     Attributes:
         order: counts the stages as they become pending.
         owner: the request that counts as having caused the computation; empty while there are only prefetches.
-        requests: names of the requests for it.
+        requests: ids of the requests for it.
         waiting_trials: how many of these are not prefetches.
         priorities: priority -> how many of the requests have it.
         seconds: how long it is expected to run.
@@ -115,10 +115,11 @@ class RunningStage:
     leader: str = ""
 
 
-class _ReadyQueue:
-    """The pending stages that can start, best first; kept up to date with every change, because thousands may be pending.
+class _PendingGraph:
+    """The pending stages with their dependencies; iterating over it gives those that are ready, best first.
 
-    A stage is ready while it does not run and nothing that it depends on is pending.
+    A stage is ready while it does not run and nothing that it depends on is pending. The order is kept up to date with every
+    change, because thousands may be pending.
 
     Attributes:
         names: stage name -> how many stages of that name are ready.
@@ -134,7 +135,7 @@ class _ReadyQueue:
         self._running: set[str] = set()
 
     def __iter__(self) -> Iterator[str]:
-        """The ready keys as they are now, whatever happens to the queue meanwhile."""
+        """The keys of the ready stages as they are now, whatever changes meanwhile."""
         return iter([key for _, key in self._order])
 
     def __contains__(self, key: str) -> bool:
@@ -148,7 +149,7 @@ class _ReadyQueue:
         """The pending keys that a pending one depends on."""
         return {dependency for dependency in self._dependencies[key] if dependency in self._ranks}
 
-    def dependents(self, key: str) -> set[str]:
+    def dependent_stages(self, key: str) -> set[str]:
         """The pending keys that depend on this one, or would if it were pending."""
         return self._dependents.get(key, set()).copy()
 
@@ -218,7 +219,7 @@ class RequestTable:
         remembered: how many stages that nobody waits for any more are kept, in case their artifact turns out to be missing.
 
     Attributes:
-        open: name -> request that has no result yet.
+        open: id -> request that has no result yet.
         pending: key -> stage.
         reused: stage name -> how often a request found a stage in the store, or joined a running computation.
         stages: key -> stage of all that is pending or was requested lately.
@@ -236,7 +237,7 @@ class RequestTable:
         self.pending: dict[str, PendingStage] = {}
         self.open: dict[str, _Request] = {}
         self.reused: Counter[str] = Counter()
-        self.queue = _ReadyQueue()
+        self.pending_graph = _PendingGraph()
         self._remembered = remembered
         self._prune_at = 2 * remembered
         self.stages: dict[str, Stage] = {}
@@ -245,13 +246,15 @@ class RequestTable:
         self._prefetched = RecentKeys[str](remembered)
         self._last_order = 0
 
-    def add_request(self, name: str, waiter: str, session: str, stages: Sequence[Stage], priority: int, now: float) -> None:
-        """Add a request; one of the same name, which Ray repeats after a crash of the broker, changes nothing."""
-        if name in self.open:
+    def add_request(
+        self, request_id: str, waiter: str, session: str, stages: Sequence[Stage], priority: int, now: float
+    ) -> None:
+        """Add a request; one with the id of an open one, which Ray repeats after a crash of the broker, changes nothing."""
+        if request_id in self.open:
             return
         self._remember(stages)
-        request = _Request(name, waiter, session, priority, now, tuple(stage.key for stage in stages))
-        self.open[name] = request
+        request = _Request(request_id, waiter, session, priority, now, tuple(stage.key for stage in stages))
+        self.open[request_id] = request
         for stage in stages:
             self._add_wait(stage, request, now)
         self._answer_if_complete(request)
@@ -279,20 +282,20 @@ class RequestTable:
         request.pending.add(stage.key)
         self._attach(pending, request)
         if request.waiter and not pending.owner:
-            pending.owner = request.name
+            pending.owner = request.id
         absent = [key for key in stage.inputs.values() if key not in self.pending and not self.is_in_store(key)]
         for key in absent:
             if key in self.stages:
                 self._add_wait(self.stages[key], request, now)
 
     def _attach(self, pending: PendingStage, request: _Request) -> None:
-        if request.name not in pending.requests:
-            pending.requests.add(request.name)
+        if request.id not in pending.requests:
+            pending.requests.add(request.id)
             self._update_counts(pending, request, 1)
 
     def _detach(self, pending: PendingStage, request: _Request) -> None:
-        if request.name in pending.requests:
-            pending.requests.discard(request.name)
+        if request.id in pending.requests:
+            pending.requests.discard(request.id)
             self._update_counts(pending, request, -1)
 
     def _update_counts(self, pending: PendingStage, request: _Request, step: int) -> None:
@@ -301,7 +304,7 @@ class RequestTable:
         pending.priorities[request.priority] += step
         if not pending.priorities[request.priority]:
             del pending.priorities[request.priority]
-        self.queue.set_rank(pending.stage.key, self._rank(pending))
+        self.pending_graph.set_rank(pending.stage.key, self._rank(pending))
 
     def _note_found(self, artifact: Artifact, request: _Request) -> None:
         self._in_store.add(artifact.key)
@@ -321,9 +324,9 @@ class RequestTable:
             self._in_store.discard(stage.key)
             pending = PendingStage(stage, self._last_order, now, seconds=self.expected_seconds(stage))
             self.pending[stage.key] = pending
-            paths = (self.pending[key].path_seconds for key in self.queue.dependents(stage.key))
+            paths = (self.pending[key].path_seconds for key in self.pending_graph.dependent_stages(stage.key))
             pending.path_seconds = pending.seconds + max(paths, default=0.0)
-            self.queue.add(stage.key, (*stage.resume_from, *stage.inputs.values()), self._rank(pending))
+            self.pending_graph.add(stage.key, (*stage.resume_from, *stage.inputs.values()), self._rank(pending))
             self._update_paths(pending)
             if stage.family:
                 self._families.setdefault(stage.family, set()).add(stage.key)
@@ -334,18 +337,18 @@ class RequestTable:
         lengthened = [pending]
         while lengthened:
             last = lengthened.pop()
-            for key in self.queue.dependencies(last.stage.key):
+            for key in self.pending_graph.dependencies(last.stage.key):
                 dependency = self.pending[key]
                 if dependency.path_seconds < dependency.seconds + last.path_seconds:
                     dependency.path_seconds = dependency.seconds + last.path_seconds
-                    self.queue.set_rank(key, self._rank(dependency))
+                    self.pending_graph.set_rank(key, self._rank(dependency))
                     lengthened.append(dependency)
 
     def _remove_pending(self, key: str) -> PendingStage | None:
         pending = self.pending.pop(key, None)
         if pending is None:
             return None
-        self.queue.remove(key)
+        self.pending_graph.remove(key)
         family = pending.stage.family
         if family:
             self._families[family].discard(key)
@@ -367,24 +370,24 @@ class RequestTable:
         for request in list(self.open.values()):
             if request.session == session and waiter in (None, request.waiter):
                 self._drop_request(request)
-                self.outbox.append(RequestResult(request.name, kind=CANCELLED, cause="the wait was cancelled"))
+                self.outbox.append(RequestResult(request.id, kind=CANCELLED, cause="the wait was cancelled"))
 
     def _drop_request(self, request: _Request) -> None:
-        del self.open[request.name]
+        del self.open[request.id]
         for key in request.pending:
             pending = self.pending.get(key)
             if pending is None:
                 continue
             self._detach(pending, request)
-            if pending.owner == request.name:
-                pending.owner = min((name for name in pending.requests if self.open[name].waiter), default="")
+            if pending.owner == request.id:
+                pending.owner = min((each for each in pending.requests if self.open[each].waiter), default="")
             if not pending.requests and key not in self.running:
                 self._remove_pending(key)
 
     def _answer_if_complete(self, request: _Request) -> None:
-        if request.pending or request.name not in self.open:
+        if request.pending or request.id not in self.open:
             return
-        del self.open[request.name]
+        del self.open[request.id]
         outcomes = tuple(
             {
                 "key": key,
@@ -394,7 +397,7 @@ class RequestTable:
             }
             for key in request.keys
         )
-        self.outbox.append(RequestResult(request.name, outcomes))
+        self.outbox.append(RequestResult(request.id, outcomes))
 
     def publish(self, artifact: Artifact, computed: bool) -> None:
         """Answer the requests that only waited for this artifact; `computed` if this scheduler has just made it."""
@@ -405,10 +408,10 @@ class RequestTable:
             return
         if computed and not pending.owner:
             self._prefetched.add(key)
-        for request in [self.open[request_name] for request_name in pending.requests]:
+        for request in [self.open[each] for each in pending.requests]:
             request.pending.discard(key)
             request.found[key] = artifact
-            state = "computed" if pending.owner == request.name else "joined"
+            state = "computed" if pending.owner == request.id else "joined"
             request.states[key] = state if computed else "reused"
             if request.waiter and request.states[key] != "computed":
                 self.reused[name] += 1
@@ -416,11 +419,11 @@ class RequestTable:
 
     def fail(self, key: str, kind: FailureKind, cause: str) -> None:
         """Fail a pending stage and all that reads it; each request for any of them ends once, with this cause."""
-        dependents = sorted(self.queue.dependents(key))
+        dependents = sorted(self.pending_graph.dependent_stages(key))
         pending = self._remove_pending(key)
-        for name in sorted(pending.requests) if pending else ():
-            self._drop_request(self.open[name])
-            self.outbox.append(RequestResult(name, failed=key, cause=cause, kind=kind))
+        for request_id in sorted(pending.requests) if pending else ():
+            self._drop_request(self.open[request_id])
+            self.outbox.append(RequestResult(request_id, failed=key, cause=cause, kind=kind))
         for dependent in dependents:
             reader = self.pending.get(dependent)
             if reader is not None and key in reader.stage.inputs.values() and dependent not in self.running:
@@ -431,7 +434,7 @@ class RequestTable:
         if missing not in self.stages:
             return False
         self._in_store.discard(missing)
-        for request in [self.open[name] for name in self.pending[key].requests]:
+        for request in [self.open[each] for each in self.pending[key].requests]:
             self._add_wait(self.stages[missing], request, now)
         return missing in self.pending or self.is_in_store(missing)
 
@@ -446,11 +449,11 @@ class RequestTable:
         Higher priority first, then more waiting trials, then the longer path of dependents, then the older.
         A training also waits while a shorter one that it would continue is pending.
         """
-        return (self.pending[key] for key in self.queue if key in self.pending)
+        return (self.pending[key] for key in self.pending_graph if key in self.pending)
 
     def ready_among(self, keys: Collection[str]) -> list[PendingStage]:
         """Those of `keys` that `ready` would give, in its order."""
-        return [self.pending[key] for key in self.queue.ready_among(keys)]
+        return [self.pending[key] for key in self.pending_graph.ready_among(keys)]
 
     def ready_family(self, stage: Stage) -> list[Stage]:
         """The other ready stages of this stage's family, in the order of `ready`."""

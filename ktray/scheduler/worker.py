@@ -27,7 +27,7 @@ from ktray.scheduler.messages import (
     BROKER_NAME,
     FAILED,
     AssignStage,
-    AttemptReport,
+    AttemptResult,
     SchedulerConfig,
     StageFunction,
     WorkerIdentity,
@@ -86,7 +86,7 @@ class _MapCall:
                 for name, handle in helpers().items() if len(self.waiting) > 1 else ():
                     if name not in engaged:
                         engaged.add(name)
-                        self._start_feeding(handle)
+                        self._engage_helper(handle)
                 index = self._take_for_leader(time.monotonic())
                 if index is None:
                     with self.changed:
@@ -104,13 +104,14 @@ class _MapCall:
             raise self.errors[min(self.errors)]
         return [self.results[index] for index in range(len(self.items))]
 
-    def _start_feeding(self, handle: Any) -> None:
+    def _engage_helper(self, handle: Any) -> None:
+        """Have a helper compute items from now on, which a thread of its own sends to it."""
         if not self.function_ref:
             self.function_ref.append(ray.put(to_bytes((self.function, self.shared))))
-        threading.Thread(target=self._feed, args=(handle,), daemon=True).start()
+        threading.Thread(target=self._send_items, args=(handle,), daemon=True).start()
 
-    def _feed(self, handle: Any) -> None:
-        """Send one item after the other to a helper."""
+    def _send_items(self, handle: Any) -> None:
+        """Send one item after the other to a helper, until none is left or the helper takes no more."""
         while (index := self._take_for_helper(began := time.monotonic())) is not None:
             item = to_bytes(self.items[index])
             try:
@@ -196,7 +197,7 @@ class WorkerActor:
         self._helped_call: tuple[str, Any] = ("", None)
         self._watcher = threading.Event()
         for target in (self._send_heartbeats, self._run_stages):
-            threading.Thread(target=_run_or_exit, args=(target,), daemon=True).start()
+            threading.Thread(target=_run_then_exit, args=(target,), daemon=True).start()
 
     def wait_until_exit(self) -> None:
         """Block while this process lives; its end is the caller's RayError. A newer caller replaces an older one."""
@@ -228,18 +229,18 @@ class WorkerActor:
                 return pickle_error(error)
 
     def _run_stages(self) -> None:
-        report: AttemptReport | None = None
+        result: AttemptResult | None = None
         while True:
-            call: Any = self._broker.next_order.remote(self._identity, report)
+            call: Any = self._broker.next_order.remote(self._identity, result)
             order: WorkerOrder = ray.get(call)
             if order.action == "exit":
                 return
-            report = self._run(order.assignment, order.helpers) if order.assignment is not None else None
-            if report is not None and self._damage:
-                report = replace(report, damage=tuple(self._damage))
+            result = self._run(order.assignment, order.helpers) if order.assignment is not None else None
+            if result is not None and self._damage:
+                result = replace(result, damage=tuple(self._damage))
                 self._damage.clear()
 
-    def _run(self, assignment: AssignStage, helpers: tuple[str, ...]) -> AttemptReport:
+    def _run(self, assignment: AssignStage, helpers: tuple[str, ...]) -> AttemptResult:
         stage, attempt = assignment.stage, assignment.attempt
         self._progress, self._lent, self._stage, self._attempt = {}, helpers, stage, attempt
         runtime = self._config.runtime
@@ -258,17 +259,17 @@ class WorkerActor:
                 computed = self._stage_function(stage, self._store, attempt, context)[1]
                 others = [(other.key, self._was_published_by(other.key, attempt)) for other in stage.computed_with]
                 seconds = time.monotonic() - began
-                report = AttemptReport(stage.key, attempt, seconds, ((stage.key, computed), *others))
+                result = AttemptResult(stage.key, attempt, seconds, ((stage.key, computed), *others))
             except MissingInput as error:
                 cause = f"MissingInput: {error}"
-                report = AttemptReport(stage.key, attempt, failure=FAILED, cause=cause, missing=error.key)
+                result = AttemptResult(stage.key, attempt, failure=FAILED, cause=cause, missing=error.key)
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
                 kind, cause = failure_kind(error, self._store.root), describe_error(error)
-                report = AttemptReport(stage.key, attempt, failure=kind, cause=cause, traceback=traceback.format_exc())
+                result = AttemptResult(stage.key, attempt, failure=kind, cause=cause, traceback=traceback.format_exc())
             finally:
                 self._stage, self._attempt, self._lent = None, "", ()
         self._release_gpu_memory()
-        return report
+        return result
 
     def _release_gpu_memory(self) -> None:
         """Return cached memory to other workers on this GPU; called once an error that held tensors is gone."""
@@ -322,8 +323,8 @@ def start_worker(config: SchedulerConfig, name: str, shape: WorkerShape, node: s
     return actor.remote(config, name, shape)
 
 
-def _run_or_exit(target: Callable[[], None]) -> None:
-    """Run one of the two threads; when either ends for whatever reason, the process is useless and exits."""
+def _run_then_exit(target: Callable[[], None]) -> None:
+    """Run `target`, one of the two threads, then end the process: it is useless without either, whatever the reason."""
     try:
         target()
     except ray.exceptions.RayError:

@@ -42,13 +42,16 @@ class DrawSource(Protocol):
 
 
 class SampledDraws:
-    """Planned draws, then those of a sampler; which draws were made before follows from the observed trials."""
+    """Planned draws, then those of a sampler; which draws were made before follows from the observed trials.
+
+    It counts all trials, duplicates and failures included, to number them; `Study.draw_count` leaves duplicates out.
+    """
 
     def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
         self.space = space
         self.sampler = Sampler(space, cost_estimate)
         self._first_trials: dict[str, int] = {}  # fingerprint of a pair -> number of its first trial
-        self._count = 0
+        self._trial_count = 0  # all trials, duplicates and failures included; the number of the next one
         self._planned: set[int] = set()  # indices into `start_with` of planned draws that were made
         self._last_states: deque[State] = deque(maxlen=MAX_DUPLICATES)
         self._failed: dict[str, Params] = {}  # fingerprint of a pair -> its parameters, if its last trial failed
@@ -58,8 +61,8 @@ class SampledDraws:
     def observe(self, trial: Trial) -> None:
         """Adds a new trial, or updates a changed one."""
         self.sampler.observe(trial)
-        if trial.number >= self._count:
-            self._count = trial.number + 1
+        if trial.number >= self._trial_count:
+            self._trial_count = trial.number + 1
             if trial.planned is not None:
                 self._planned.add(trial.planned)
             self._last_states.append(trial.state)
@@ -98,7 +101,7 @@ class SampledDraws:
             self._queue.rotate(-1)
         for index, start in enumerate(self.space.start_with):
             if index not in self._planned:
-                planned = self._trial(self.sampler.propose(self._count, spent, start), index)
+                planned = self._trial(self.sampler.propose(self._trial_count, spent, start), index)
                 if self._is_affordable(planned, affordable):
                     return planned
         if len(self._last_states) == MAX_DUPLICATES and set(self._last_states) == {"duplicate"}:
@@ -108,7 +111,7 @@ class SampledDraws:
             self._queue.append(unseen)  # `_unseen` returns it only once, and it may not be affordable yet
             return self.next_trial(spent, affordable)
         for attempt in range(MAX_TOO_EXPENSIVE):
-            proposed = self._trial(self.sampler.propose(self._count, spent, affordable=affordable, attempt=attempt))
+            proposed = self._trial(self.sampler.propose(self._trial_count, spent, affordable=affordable, attempt=attempt))
             if self._is_affordable(proposed, affordable):
                 return proposed
         return "too_expensive"
@@ -125,10 +128,10 @@ class SampledDraws:
             pair = self.space.pair(params).model_dump(mode="json")
         except UserError as error:
             plain = self.space.plain_pair(params)
-            return Trial(self._count, params, plain, "failed", cause=str(error), planned=planned)
+            return Trial(self._trial_count, params, plain, "failed", cause=str(error), planned=planned)
         earlier = self._first_trials.get(fingerprint(pair))
         state: State = "running" if earlier is None else "duplicate"
-        return Trial(self._count, params, pair, state, duplicate_of=earlier, planned=planned)
+        return Trial(self._trial_count, params, pair, state, duplicate_of=earlier, planned=planned)
 
     def _unseen(self) -> Params | None:
         """A valid draw that was never made; None if it finds none."""
@@ -149,7 +152,7 @@ class SampledDraws:
                 self._unseen_draws = iter(draws)
             yield from self._unseen_draws
         else:
-            seed = seed_of(self.space.seed, "unseen", self._count)
+            seed = seed_of(self.space.seed, "unseen", self._trial_count)
             for number in range(MAX_RANDOM_TRIES):
                 yield random_draw(self.space, seed_of(seed, number))
 
@@ -171,12 +174,12 @@ class _FixedDraws:
     def __init__(self, space: Space, draw: Callable[[int], Mapping[str, Scalar] | None]) -> None:
         self.space, self.draw = space, draw
         self._first_trials: dict[str, int] = {}
-        self._count = 0
+        self._trial_count = 0  # duplicates included; the number of the next one
 
     def observe(self, trial: Trial) -> None:
         """Adds a new trial; changed trials and those of other studies are ignored."""
-        if trial.number >= self._count:
-            self._count = trial.number + 1
+        if trial.number >= self._trial_count:
+            self._trial_count = trial.number + 1
             self._first_trials.setdefault(fingerprint(trial.pair), trial.number)
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
@@ -188,7 +191,7 @@ class _FixedDraws:
 
     def next_trial(self, spent: StageSeconds, affordable: float = math.inf) -> Trial | NoDraw:
         """The next trial, running or a duplicate; "exhausted" at the end of the list."""
-        number = self._count
+        number = self._trial_count
         params = self.draw(number)
         if params is None:
             return "exhausted"

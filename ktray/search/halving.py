@@ -68,7 +68,7 @@ class _TeacherRung:
 
     def promotion(self) -> int | None:
         """Number of the paused trial with the best teacher, if that teacher is among the best share; else None."""
-        if not self._paused or self.rank(self._paused[0][0]) >= self.promotable():
+        if not self._paused or self.rank(self._paused[0][0]) >= self.promoted_count():
             return None
         return self._paused[0][1]
 
@@ -80,8 +80,8 @@ class _TeacherRung:
         """Number of teachers with a smaller loss."""
         return bisect_left(self._judged, (loss, ""))
 
-    def promotable(self) -> int:
-        """Number of teachers that get students."""
+    def promoted_count(self) -> int:
+        """How many of the teachers judged so far get students: the best share, rounded up."""
         return math.ceil(len(self._judged) * self._stop.share - 1e-9) if self._stop else 0
 
     def teacher_prune_cause(self, trial: Trial) -> str | None:
@@ -132,8 +132,8 @@ class RungScores:
         """
         for rung, paused in self._paused.items():
             # Promoted trials keep their ranks, so the best paused one is within the best share if any paused one is.
-            promotable = self._reached[rung] // self.stop.reduction if self.stop else 0
-            if paused and bisect_left(self._ranked[rung], paused[0]) < promotable:
+            promoted_count = self._reached[rung] // self.stop.reduction if self.stop else 0
+            if paused and bisect_left(self._ranked[rung], paused[0]) < promoted_count:
                 return paused[0][1]
         return self._teachers.promotion()
 

@@ -61,4 +61,4 @@ def read_study(home: Path, name: str) -> History:
 
 def keys_in_use(home: Path) -> set[str]:
     """Keys of all artifacts that trials in any study of a home refer to, paused trials included."""
-    return {key for name in journal.study_names(home) for trial in journal.read(home, name)[1] for key in trial.artifacts}
+    return {key for name in journal.study_names(home) for trial in journal.read(home, name)[1] for key in trial.artifact_keys}

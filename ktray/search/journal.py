@@ -22,7 +22,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ktray.checksums import json_text, require_line
-from ktray.errors import StoppedEarly, UserError
+from ktray.errors import SearchStopped, UserError
 from ktray.search import sampler, tpe
 from ktray.search.space import Space
 from ktray.search.trial import Trial
@@ -161,7 +161,7 @@ class _JournalFile(JournalFileBackend):
         """Appends all lines or none: a partial line would make the next one unreadable, too.
 
         Raises:
-            StoppedEarly: the disk is full.
+            SearchStopped: the disk is full.
         """
         lines = "".join(f"{json_text(log)}\n" for log in logs).encode()
         try:
@@ -220,7 +220,7 @@ def _damaged(path: Path, line: int) -> UserError:
 
 def _as_disk_full(error: OSError, path: Path) -> Exception:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return StoppedEarly(f"the disk is full: {path} cannot be written") if full else error
+    return SearchStopped(f"the disk is full: {path} cannot be written") if full else error
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:

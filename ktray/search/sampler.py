@@ -35,7 +35,7 @@ RANDOM_CANDIDATES = 64  # candidates drawn at random
 NEIGHBOURS = 64  # candidates that are good trials with one parameter drawn again
 REUSING_CANDIDATES = 32  # candidates that are random students on existing prefixes
 MAX_OBSERVATIONS = 96  # trials that the surrogate is fitted to
-PARENT_DECAY = 0.6  # ratio between the probabilities of a trial and of the next better one to be the parent of a neighbour
+GOOD_DRAW_DECAY = 0.6  # ratio between the probabilities of a trial and of the next better one that a neighbour is made of it
 MAX_ESTIMATES = 16  # the most promising candidates with a new prefix, for which the cost is estimated
 
 
@@ -70,7 +70,7 @@ class Sampler:
             return
         if trial.number not in self._prefix_of:
             self.drawn.add(canonical(dict(trial.params)))
-            params = self.space.prefix(trial.params)
+            params = self.space.params_before_student(trial.params)
             self._prefix_of[trial.number] = name = canonical(params)
             self._prefixes.setdefault(name, _Prefix(params))
         trials = self._prefixes[self._prefix_of[trial.number]].trials
@@ -163,7 +163,7 @@ class Sampler:
 
         found = [complete({}) for _ in range(RANDOM_CANDIDATES)]
         if ranked:
-            found += [self._neighbour(_parent(ranked, generator), generator, complete) for _ in range(NEIGHBOURS)]
+            found += [self._neighbour(_pick_good_draw(ranked, generator), generator, complete) for _ in range(NEIGHBOURS)]
         existing = [prefix.params for prefix in self._prefixes.values() if prefix.trials]
         if existing:
             found += [complete(generator.choice(existing)) for _ in range(REUSING_CANDIDATES)]
@@ -183,13 +183,13 @@ class Sampler:
         return canonical({name: value for name, value in params.items() if name in self.space.teacher_parameters})
 
     def _exists(self, draw: Params) -> bool:
-        known = self._prefixes.get(canonical(self.space.prefix(draw)))
+        known = self._prefixes.get(canonical(self.space.params_before_student(draw)))
         return known is not None and bool(known.trials)
 
 
-def _parent(ranked: Sequence[Params], generator: random.Random) -> Params:
-    """A random trial; each is chosen `PARENT_DECAY` times as often as the one before it."""
-    return ranked[min(len(ranked) - 1, int(generator.expovariate(-math.log(PARENT_DECAY))))]
+def _pick_good_draw(ranked: Sequence[Params], generator: random.Random) -> Params:
+    """A random one of these draws, the best first; each is picked `GOOD_DRAW_DECAY` times as often as the one before it."""
+    return ranked[min(len(ranked) - 1, int(generator.expovariate(-math.log(GOOD_DRAW_DECAY))))]
 
 
 def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar] | None = None) -> Params:

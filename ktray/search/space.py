@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.fingerprint import fingerprint, flat
+from ktray.fingerprint import flat
 from ktray.search import space_check, space_file, space_tree, spec_errors
 from ktray.search.space_file import Budget, EarlyStop, SpaceFile
 from ktray.search.space_tree import Ask, Choice, OneOf, Params, Range, Scalar
@@ -111,8 +111,8 @@ class Space:
         """See `teacher_parameters`."""
         return teacher_parameters(self.root)
 
-    def prefix(self, params: Mapping[str, Scalar]) -> Params:
-        """The `params` that determine what is computed before the student."""
+    def params_before_student(self, params: Mapping[str, Scalar]) -> Params:
+        """Those of `params` that determine the prefix: what is computed before the student."""
         return {name: value for name, value in params.items() if name in self.prefix_parameters}
 
     def fill_with_first_values(self, params: Mapping[str, Scalar]) -> Params:
@@ -243,10 +243,6 @@ class Space:
         )
         changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
         return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
-
-    def fingerprint(self) -> str:
-        """sha256 of `identity`."""
-        return fingerprint(self.resume_relevant_fields())
 
 
 def load(path: Path, overrides: list[str]) -> Space:

@@ -186,9 +186,9 @@ def _invalid_entries(
             yield SpecProblem(where, f"there is no parameter {shown(name)}", suggestion(name, list(known)) + right)
             continue
         parameter, conditions = known[name][0]
-        reason = space_tree.invalid_reason(parameter, value)
-        if reason:
-            yield SpecProblem(where, *reason)
+        problem = space_tree.value_problem(parameter, value)
+        if problem:
+            yield SpecProblem(where, *problem)
         unmet = {branch: choice for branch, choice in conditions.items() if entry.get(branch) != choice}
         if unmet:
             branch, choice = next(iter(unmet.items()))

@@ -331,8 +331,8 @@ def boundary_values(parameter: Parameter) -> Sequence[Scalar]:
     return list(dict.fromkeys((parameter.low, parameter.high, *between)))
 
 
-def invalid_reason(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:
-    """Why `value` cannot be drawn, and which values can; None if it can."""
+def value_problem(parameter: Parameter, value: Scalar) -> tuple[str, str] | None:
+    """Why a parameter cannot have this value, and which values it can have; None if it can."""
     if isinstance(parameter, Choice):
         if any(value == option and isinstance(value, bool) == isinstance(option, bool) for option in parameter.labels):
             return None

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from ktray.errors import StoppedEarly, UserError
+from ktray.errors import SearchStopped, UserError
 from ktray.search import halving, ranking, space_file, warm_start
 from ktray.search.budget import (
     AttributedCosts,
@@ -160,7 +160,7 @@ class Study:
 
     @property
     def draw_count(self) -> int:
-        """Number of draws, without duplicates."""
+        """Number of trials that count towards the target: all but duplicates, which `SampledDraws` counts, too."""
         return self._drawn
 
     @property
@@ -181,7 +181,7 @@ class Study:
         A draw that equals an earlier trial is recorded as a duplicate and skipped.
 
         Raises:
-            StoppedEarly: ten trials in a row failed, or the disk is full.
+            SearchStopped: ten trials in a row failed, or the disk is full.
         """
         self._failures.check()
         if len(self._running) >= self.space.budget.concurrent:
@@ -190,7 +190,7 @@ class Study:
         trial = self._next_trial() if limit is None else None
         if trial is None and self._running:
             return "wait"
-        trial = trial or self._last_resort()
+        trial = trial or self._best_paused()
         if trial is not None:
             return self._assign(trial)
         if limit is None and self._unaffordable_at == self.spending.spent:
@@ -234,8 +234,11 @@ class Study:
         self._failures.observe_draw(trial)
         return trial
 
-    def _last_resort(self) -> Trial | None:
-        """The best paused trial if none is completed. Its cost does not matter: only the limit of elapsed time prevents it."""
+    def _best_paused(self) -> Trial | None:
+        """The best paused trial, to be completed although it is not promoted; None if one is completed or none is paused.
+
+        Its cost does not matter: only the limit of elapsed time prevents it.
+        """
         if reached_limit(self.space.budget, self.elapsed, StageSeconds()) is not None:
             return None
         number = self._rungs.best_unfinished()
@@ -369,7 +372,7 @@ class Study:
         return [self._update(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
 
     def close(self) -> list[Trial]:
-        """Prunes as `prune` does and ends the session, so that another driver may open the study.
+        """Prunes as `prune_paused` does and ends the session, so that another driver may open the study.
 
         Running trials stay in that state: after the next `open`, `next` returns them again.
         """
@@ -485,15 +488,15 @@ class _FailureLimit:
         self._failed.clear()
 
     def check(self) -> None:
-        """Raises StoppedEarly after ten failures in a row."""
+        """Raises SearchStopped after ten failures in a row."""
         if len(self._reasons) >= MAX_FAILURES:
             raise too_many_failures(self._failed)
 
 
-def too_many_failures(trials: list[Trial]) -> StoppedEarly:
+def too_many_failures(trials: list[Trial]) -> SearchStopped:
     """The error with which a search stops after these failed trials; it names the cause of the last one."""
     last = trials[-1]
-    return StoppedEarly(f"{len(trials)} trials failed one after the other; the last one, {last.number}: {last.cause}")
+    return SearchStopped(f"{len(trials)} trials failed one after the other; the last one, {last.number}: {last.cause}")
 
 
 def _with_shared_parts(trial: Trial, known: dict[str, Any]) -> Trial:

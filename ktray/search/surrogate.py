@@ -133,7 +133,7 @@ class Surrogate:
         scores = ndtri(1 - (np.arange(count) + 0.5) / count)
         with blas.one_thread():  # for the same result on any number of cores; for matrices this small, more threads are slower
             similar = self._similarities(tried, tried)
-            correlation, noise = _fit(similar[:count, :count], ahead[:count], scores)
+            correlation, noise = _fit_hyperparameters(similar[:count, :count], ahead[:count], scores)
             across = _covariance(self._similarities(tried, candidates), ahead, 0.0, correlation)
             factor = cholesky(_covariance(similar, ahead, ahead, correlation) + noise * np.eye(len(tried)), lower=True)
             known = factor[:count, :count]  # the Cholesky factor for the trials with a result, which come first
@@ -156,8 +156,8 @@ def _covariance(similar: Matrix, ahead: Matrix, others: Matrix | float, correlat
     return found
 
 
-def _fit(similar: Matrix, ahead: Matrix, scores: Matrix) -> tuple[float, float]:
-    """Correlation between neighbouring rungs and noise variance with the largest marginal likelihood."""
+def _fit_hyperparameters(similar: Matrix, ahead: Matrix, scores: Matrix) -> tuple[float, float]:
+    """(correlation between neighbouring rungs, noise variance): the candidates with the largest marginal likelihood."""
     subset = slice(None, None, math.ceil(len(scores) / MAX_FITTED))  # evenly from the best to the worst
     similar, ahead, scores = similar[subset, subset], ahead[subset], scores[subset]
     likelihoods = []

@@ -78,7 +78,7 @@ class Trial:
         return int(self.pair["student"]["schedule"]["epochs"])
 
     @property
-    def artifacts(self) -> set[str]:
-        """All of its `keys` in one set."""
+    def artifact_keys(self) -> set[str]:
+        """The keys of all its artifacts so far: the values in `keys`, as one set."""
         nested = (value.values() if isinstance(value, Mapping) else [value] for value in self.keys.values())
         return {key for values in nested for key in values}

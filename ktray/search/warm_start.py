@@ -90,7 +90,7 @@ def _applicable_params(space: Space, params: Mapping[str, Any]) -> Params:
     kept: Params = {}
     for parameter, conditions in space_tree.parameters(space.root):
         in_branch = all(kept.get(branch) == choice for branch, choice in conditions.items())
-        if in_branch and parameter.name in params and space_tree.invalid_reason(parameter, params[parameter.name]) is None:
+        if in_branch and parameter.name in params and space_tree.value_problem(parameter, params[parameter.name]) is None:
             kept[parameter.name] = params[parameter.name]
     return kept
 

@@ -1,4 +1,4 @@
-"""The ready queue when thousands of stages are pending: it equals a plain sort of everything that is pending."""
+"""The order of ready stages when thousands are pending: it equals a plain sort of everything that is pending."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def stages(chance: random.Random) -> list[Stage]:
     return made
 
 
-def looked_up(demand: RequestTable, running: set[str]) -> list[str]:
+def looked_up(table: RequestTable, running: set[str]) -> list[str]:
     """The order, from the definition alone."""
     ready = [
         want
-        for key, want in demand.pending.items()
-        if key not in running and not {*want.stage.resume_from, *want.stage.inputs.values()} & demand.pending.keys()
+        for key, want in table.pending.items()
+        if key not in running and not {*want.stage.resume_from, *want.stage.inputs.values()} & table.pending.keys()
     ]
 
     def rank(want: Any) -> tuple[float, float, float, int]:
-        requests = [demand.open[name] for name in want.requests]
+        requests = [table.open[request_id] for request_id in want.requests]
         trials = [each for each in requests if each.waiter] or requests
         return -max([each.priority for each in requests], default=0), -len(trials), -want.path_seconds, want.order
 
@@ -40,7 +40,7 @@ def looked_up(demand: RequestTable, running: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_ready_queue_equals_a_sort_of_all_pending_stages_after_any_history(seed: int) -> None:
+def test_the_order_of_ready_stages_equals_a_sort_of_all_that_are_pending_after_any_history(seed: int) -> None:
     chance = random.Random(seed)
     made, store, running = stages(chance), set[str](), set[str]()
     outbox: list[Any] = []
@@ -48,33 +48,33 @@ def test_the_ready_queue_equals_a_sort_of_all_pending_stages_after_any_history(s
     def find(key: str) -> Artifact | None:
         return Artifact(key, Path(key), {}, {}) if key in store else None
 
-    demand, longest = RequestTable(find, running, outbox, lambda stage: {"teacher": 60.0, "student": 30.0}[stage.name]), 0
+    table, longest = RequestTable(find, running, outbox, lambda stage: {"teacher": 60.0, "student": 30.0}[stage.name]), 0
     for number in range(300):
         what = chance.random()
-        line = [want.stage.key for want in demand.ready()]
-        assert line == looked_up(demand, running)
-        assert sum(demand.queue.names.values()) == len(line)
+        line = [want.stage.key for want in table.ready()]
+        assert line == looked_up(table, running)
+        assert sum(table.pending_graph.names.values()) == len(line)
         longest = max(longest, len(line))
         if what < 0.3:
             wanted = chance.sample(made, 4)
-            demand.add_request(f"r{number}", chance.choice(["", "w"]), f"s{number % 5}", wanted, chance.randrange(3), 0.0)
+            table.add_request(f"r{number}", chance.choice(["", "w"]), f"s{number % 5}", wanted, chance.randrange(3), 0.0)
         elif what < 0.55 and line:
             running.add(line[0])
-            demand.queue.mark_running(line[0])
+            table.pending_graph.mark_running(line[0])
         elif what < 0.6:
-            demand.cancel_waits(f"s{chance.randrange(5)}")
+            table.cancel_waits(f"s{chance.randrange(5)}")
         elif running:
             key = chance.choice(sorted(running))
             running.discard(key)
-            demand.queue.mark_stopped(key)
+            table.pending_graph.mark_stopped(key)
             if what < 0.9:
                 store.add(key)
-                demand.publish(Artifact(key, Path(key), {}, {}), True)
+                table.publish(Artifact(key, Path(key), {}, {}), True)
             elif what < 0.95:
-                demand.fail(key, "failed", "no")
+                table.fail(key, "failed", "no")
             else:
-                demand.drop_if_unrequested(key)  # its worker died
+                table.drop_if_unrequested(key)  # its worker died
         if chance.random() < 0.05 and store:
             store.discard(lost := chance.choice(sorted(store)))
-            demand._in_store.discard(lost)
+            table._in_store.discard(lost)
     assert longest > 5
