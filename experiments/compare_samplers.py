@@ -67,7 +67,7 @@ SCENARIO_NAMES = (*SCENARIOS, *(f"{name}{SHUFFLED}" for name in list(SCENARIOS)[
 class PerCost(Sampler):
     """The method of the literature: the candidate with the largest expected improvement per second of its cost."""
 
-    def _affordable(
+    def _pick_affordable(
         self, draws: Sequence[Params], spent: StageSeconds, cost_estimate: CostEstimate, affordable: float
     ) -> Params:
         ranked, pending = self.observations.ranked_and_pending(MAX_OBSERVATIONS)

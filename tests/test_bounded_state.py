@@ -53,7 +53,7 @@ def test_what_is_remembered_stays_bounded_over_thousands_of_stages_deaths_and_fa
         )
         run = harness.core.running[one.key]
         if number % 3 == 1:
-            harness.core.worker_lost(run.worker, "worker died", "killed", harness.now)
+            harness.core.handle_lost_worker(run.worker, "worker died", "killed", harness.now)
             harness.poll(f"worker-{number + 2}")
             harness.dispatch()
         if number % 5 == 0:
@@ -96,7 +96,7 @@ def test_a_fenced_attempt_is_refused_as_long_as_it_is_remembered_and_does_no_har
     harness = small_harness()
     one = stage("one")
     (assigned,) = harness.request("a", one)
-    harness.core.worker_lost(assigned.worker, "fenced", "silent", harness.now)
+    harness.core.handle_lost_worker(assigned.worker, "fenced", "silent", harness.now)
     harness.poll("worker-2")
     harness.dispatch()
     harness.publish(one)
@@ -139,7 +139,7 @@ def test_recent_keys_forget_the_oldest_and_keep_what_was_added_again() -> None:
 
 def test_a_store_that_lost_an_old_artifact_is_asked_again() -> None:
     harness = small_harness()
-    harness.core.requests.publish(Artifact("one-0", Path("one-0"), {}, {}), computed=True)
+    harness.core.requests.mark_published(Artifact("one-0", Path("one-0"), {}, {}), computed=True)
     for number in range(2 * REMEMBERED):
-        harness.core.requests.publish(Artifact(f"two-{number}", Path(), {}, {}), computed=True)
+        harness.core.requests.mark_published(Artifact(f"two-{number}", Path(), {}, {}), computed=True)
     assert not harness.core.requests.is_in_store("one-0")

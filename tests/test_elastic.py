@@ -76,7 +76,7 @@ def test_workers_of_a_node_that_left_get_nothing_and_their_stages_start_elsewher
     harness.poll("worker-9")
     harness.registry.set_alive_nodes({"other": CPU_ONLY}, harness.now)
     assert assigned(harness.request("b", stage("two"))) == [], "the idle worker of the lost node is not asked"
-    harness.core.worker_lost("worker-1", "worker died", "its node died", harness.now)
+    harness.core.handle_lost_worker("worker-1", "worker died", "its node died", harness.now)
     actions = harness.dispatch()
     assert [action.key for action in actions if isinstance(action, FenceAttempt)] == [one.key]
     started = [worker for worker in harness.registry.workers.values() if worker.node == "other"]
@@ -125,12 +125,12 @@ def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_ha
     asked: list[object] = []
 
     class Scheduler:
-        def lease(self, cancelled: threading.Event) -> None:
+        def renew_lease(self, cancelled: threading.Event) -> None:
             asked.append(answer := next(answers))
             if answer is not None:
                 raise answer
 
-    thread = threading.Thread(target=client._renew_lease, args=(Scheduler(), threading.Event()), daemon=True)
+    thread = threading.Thread(target=client._keep_renewing_lease, args=(Scheduler(), threading.Event()), daemon=True)
     thread.start()
     thread.join(timeout=10)
     assert len(asked) == 5

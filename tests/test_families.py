@@ -153,7 +153,7 @@ def test_the_death_of_a_worker_fences_its_whole_family_and_the_rest_run_separate
     layers = begun(harness, 3)
     run = harness.core.running[layers[0].key]
     harness.store.add(layers[1].key)  # published, and its worker died before it could tell
-    harness.core.worker_lost(run.worker, "worker died", "killed", harness.now)
+    harness.core.handle_lost_worker(run.worker, "worker died", "killed", harness.now)
     events = [action for action in harness.core.outbox if isinstance(action, SchedulerEvent) and action.event == "worker died"]
     assert [event.key for event in events] == [layers[0].key]
     actions = harness.dispatch()

@@ -137,7 +137,7 @@ def test_on_a_gpu_it_gets_the_whole_one_although_small_stages_follow_each_other(
         retired += [action.worker for action in actions if isinstance(action, RetireWorker)]
     assert sorted(retired) == [f"worker-{number + 1}" for number in range(4)]
     for name in retired:
-        harness.core.worker_lost(name, "worker died", "retired", harness.now)
+        harness.core.handle_lost_worker(name, "worker died", "retired", harness.now)
     (start,) = [action for action in harness.dispatch() if isinstance(action, StartWorker)]
     assert start.worker.shape == WorkerShape(0.0, 1.0)
     harness.poll(start.worker.name)
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_for_another_reason_is_not_treated_as_out_of_memory()
     harness, big, other = CoreHarness(3), stage("big"), stage("one")
     harness.request("a", big)
     harness.request("b", other)
-    harness.core.worker_lost(harness.core.running[big.key].worker, event, why, harness.now)
+    harness.core.handle_lost_worker(harness.core.running[big.key].worker, event, why, harness.now)
     actions = harness.dispatch()
     assert assigned(actions) == [big.key]
     assert with_small_batches(actions) == []

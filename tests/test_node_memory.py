@@ -19,7 +19,7 @@ def test_a_stage_whose_worker_was_killed_for_node_memory_runs_exclusively_next_w
     harness, big, other = CoreHarness(3), stage("big"), stage("one")
     harness.request("a", big)
     harness.request("b", other)
-    harness.core.worker_lost(harness.core.running[big.key].worker, *ENDED, harness.now)
+    harness.core.handle_lost_worker(harness.core.running[big.key].worker, *ENDED, harness.now)
     assert assigned(harness.dispatch()) == []
     actions = harness.publish(other)
     assert assigned(actions) == [big.key]
@@ -39,7 +39,7 @@ def test_a_gpu_stage_whose_worker_was_killed_for_node_memory_gets_the_whole_node
     harness.request("a", big)
     harness.request("b", beside)
     harness.request("c", other)
-    harness.core.worker_lost(harness.core.running[big.key].worker, *ENDED, harness.now)
+    harness.core.handle_lost_worker(harness.core.running[big.key].worker, *ENDED, harness.now)
     assert [action for action in harness.dispatch() if isinstance(action, (AssignStage, StartWorker))] == []
     assert assigned(harness.publish(beside)) == [], "a stage on a CPU takes memory of the node, too"
     actions = harness.publish(other)
@@ -61,7 +61,7 @@ def test_a_stage_that_must_run_exclusively_reserves_a_gpu_node_with_a_worker_of_
         harness.registry.workers[name].gpu_ids = ("0",)
     harness.request("a", big)
     harness.request("b", other)
-    harness.core.worker_lost(harness.core.running[big.key].worker, *ENDED, harness.now)
+    harness.core.handle_lost_worker(harness.core.running[big.key].worker, *ENDED, harness.now)
     harness.dispatch()
     assert set(harness.registry.reserved) == {"node"}
     assert assigned(harness.publish(other)) == [big.key]
@@ -71,8 +71,8 @@ def test_repeated_kills_for_memory_count_like_any_death_and_an_error_still_bring
     harness, big = CoreHarness(4), stage("big")
     harness.request("a", big)
     for _ in range(2):
-        harness.core.worker_lost(harness.core.running[big.key].worker, *ENDED, harness.now)
+        harness.core.handle_lost_worker(harness.core.running[big.key].worker, *ENDED, harness.now)
         assert assigned(harness.dispatch()) == [big.key]
     assert with_small_batches(run_out(harness, big)) == [big.key]
-    harness.core.worker_lost(harness.core.running[big.key].worker, *ENDED, harness.now)
+    harness.core.handle_lost_worker(harness.core.running[big.key].worker, *ENDED, harness.now)
     assert results(harness.dispatch())["a"].startswith("WorkerDied: its worker died 3 times")

@@ -69,7 +69,7 @@ def test_the_order_of_ready_stages_equals_a_sort_of_all_that_are_pending_after_a
             table.pending_graph.mark_stopped(key)
             if what < 0.9:
                 store.add(key)
-                table.publish(Artifact(key, Path(key), {}, {}), True)
+                table.mark_published(Artifact(key, Path(key), {}, {}), True)
             elif what < 0.95:
                 table.fail(key, "failed", "no")
             else:

@@ -19,14 +19,14 @@ def test_a_stage_that_gets_further_each_time_survives_any_number_of_worker_death
         harness.core.heartbeat(
             harness.registry.workers[run.worker], one.key, one, run.attempt, {"epoch": epoch, "of": 20}, harness.now
         )
-        harness.core.worker_lost(run.worker, "worker died", "killed by signal 9", harness.now)
+        harness.core.handle_lost_worker(run.worker, "worker died", "killed by signal 9", harness.now)
         assert assigned(harness.dispatch()) == [one.key]
     for _ in range(2):  # now it kills its worker at the same epoch again and again
         run = harness.core.running[one.key]
         harness.core.heartbeat(
             harness.registry.workers[run.worker], one.key, one, run.attempt, {"epoch": 12, "of": 20}, harness.now
         )
-        harness.core.worker_lost(run.worker, "worker died", "killed by signal 9", harness.now)
+        harness.core.handle_lost_worker(run.worker, "worker died", "killed by signal 9", harness.now)
         answers = results(harness.dispatch())
     assert answers == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
@@ -61,7 +61,7 @@ def test_a_node_that_dies_while_many_workers_start_on_it_fails_nothing(noticed: 
     if noticed:
         harness.registry.set_alive_nodes(nodes, harness.now)
     for name in starting:
-        harness.core.worker_lost(name, "worker died", "its node died", harness.now)
+        harness.core.handle_lost_worker(name, "worker died", "its node died", harness.now)
     assert results(harness.dispatch()) == {}
     harness.registry.set_alive_nodes(nodes, harness.now)
     for each in stages[:-1]:
@@ -75,7 +75,7 @@ def test_workers_that_never_start_fail_what_waits_after_the_third_round() -> Non
     for _ in range(3):
         assert results(actions) == {}
         for worker in [action.worker for action in actions if isinstance(action, StartWorker)]:
-            harness.core.worker_lost(worker.name, "worker died", "no torch", harness.now)
+            harness.core.handle_lost_worker(worker.name, "worker died", "no torch", harness.now)
         actions = harness.dispatch()
     assert results(actions) == {"a": "WorkerDied: workers die before their first heartbeat: no torch"}
 
@@ -111,7 +111,7 @@ def test_the_pace_of_a_stage_is_counted_in_changes_of_its_progress() -> None:
 
 def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_starts_again() -> None:
     harness, one = CoreHarness(0), stage("one")
-    harness.core.startup.restart(["worker-1", "worker-7"], harness.now)
+    harness.core.startup.note_restart(["worker-1", "worker-7"], harness.now)
     harness.poll("worker-1")
     harness.request("a", one)
     harness.now += 14
@@ -128,7 +128,7 @@ def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_s
 
 def test_a_worker_whose_attempt_a_restart_fenced_must_exit_and_one_that_was_only_starting_need_not() -> None:
     harness, one = CoreHarness(0), stage("one")
-    harness.core.startup.restart(["worker-1", "worker-7"], harness.now)
+    harness.core.startup.note_restart(["worker-1", "worker-7"], harness.now)
     harness.now += 16
     harness.dispatch()
     silent = harness.registry.register("worker-7", WorkerShape(), "node")
@@ -140,7 +140,7 @@ def test_a_worker_whose_attempt_a_restart_fenced_must_exit_and_one_that_was_only
 
 def test_after_a_restart_workers_that_were_only_starting_have_the_usual_start_timeout() -> None:
     harness, one, two = CoreHarness(0), stage("one"), stage("two")
-    harness.core.startup.restart(["worker-1", "worker-2", "worker-7"], harness.now)
+    harness.core.startup.note_restart(["worker-1", "worker-2", "worker-7"], harness.now)
     harness.request("a", one)
     for seconds, name in ((16, "worker-1"), (START_TIMEOUT - 17, "worker-2")):
         harness.now += seconds

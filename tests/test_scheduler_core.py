@@ -183,7 +183,7 @@ def test_an_input_that_is_always_missing_fails_its_reader() -> None:
 def test_a_dead_worker_is_fenced_and_its_stage_given_to_another_one() -> None:
     harness, one = CoreHarness(2), stage("one")
     (assignment,) = harness.request("a", one)
-    harness.core.worker_lost(assignment.worker, "worker died", "killed", harness.now)
+    harness.core.handle_lost_worker(assignment.worker, "worker died", "killed", harness.now)
     actions = harness.dispatch()
     assert FenceAttempt(one.key, assignment.attempt) in actions
     assert assigned(actions) == [one.key]
@@ -196,7 +196,7 @@ def test_a_stage_fails_when_its_third_worker_died() -> None:
     harness, one = CoreHarness(3), stage("one")
     harness.request("a", one)
     for _ in range(3):
-        harness.core.worker_lost(harness.core.running[one.key].worker, "worker died", "killed by signal 9", harness.now)
+        harness.core.handle_lost_worker(harness.core.running[one.key].worker, "worker died", "killed by signal 9", harness.now)
         answers = results(harness.dispatch())
     assert answers == {"a": "WorkerDied: its worker died 3 times, the last time: killed by signal 9"}
 
@@ -206,7 +206,7 @@ def test_workers_that_never_start_fail_what_waits_instead_of_being_replaced_for_
     actions = harness.request("a", one)
     for _ in range(3):
         (start,) = [action for action in actions if isinstance(action, StartWorker)]
-        harness.core.worker_lost(start.worker.name, "worker died", "ModuleNotFoundError: no torch", harness.now)
+        harness.core.handle_lost_worker(start.worker.name, "worker died", "ModuleNotFoundError: no torch", harness.now)
         actions = harness.dispatch()
     assert results(actions) == {"a": "WorkerDied: workers die before their first heartbeat: ModuleNotFoundError: no torch"}
 
@@ -252,7 +252,7 @@ def test_silence_while_the_broker_slept_proves_nothing() -> None:
 def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
     harness, one = CoreHarness(2), stage("one")
     (assignment,) = harness.request("a", one)
-    harness.core.worker_lost(assignment.worker, "fenced", "silent", harness.now)
+    harness.core.handle_lost_worker(assignment.worker, "fenced", "silent", harness.now)
     harness.dispatch()
     assert not harness.core.handle_failed_attempt(
         one.key, assignment.attempt, "failed", "FileNotFoundError: fenced", "", harness.now
@@ -262,7 +262,7 @@ def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
 
 def test_after_a_restart_nothing_starts_until_known_workers_were_heard_from_and_their_attempts_are_adopted() -> None:
     harness, one, two = CoreHarness(0), stage("one"), stage("two")
-    harness.core.startup.restart(["worker-1", "worker-2"], harness.now)
+    harness.core.startup.note_restart(["worker-1", "worker-2"], harness.now)
     harness.request("a", one, two)
     worker = harness.registry.register("worker-1", WorkerShape(), "node")
     harness.core.heartbeat(worker, one.key, one, "old", {"epoch": 3.0}, harness.now)
@@ -277,7 +277,7 @@ def test_after_a_restart_nothing_starts_until_known_workers_were_heard_from_and_
 
 def test_after_a_restart_a_silent_worker_is_waited_for_only_so_long() -> None:
     harness, one = CoreHarness(1), stage("one")
-    harness.core.startup.restart(["worker-7"], harness.now)
+    harness.core.startup.note_restart(["worker-7"], harness.now)
     assert harness.request("a", one) == []
     harness.dispatch(16)
     harness.poll("worker-1")
@@ -349,7 +349,7 @@ def test_workers_with_gpu_shares_start_on_demand_and_are_evicted_for_another_sha
     assert harness.request("b", half) == []
     harness.publish(student)
     assert RetireWorker(start.worker.name) in harness.core.outbox or harness.registry.workers[start.worker.name].retiring
-    harness.core.worker_lost(start.worker.name, "worker died", "told to go", harness.now)
+    harness.core.handle_lost_worker(start.worker.name, "worker died", "told to go", harness.now)
     (second,) = harness.dispatch()
     assert second.worker.shape == WorkerShape(0.0, 0.5)
 

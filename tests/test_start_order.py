@@ -116,7 +116,7 @@ def test_paths_and_dependencies_equal_those_of_a_search_through_all_pending_stag
         chosen = rng.choice(ready)
         assert not before(chosen.stage)
         if rng.random() < 0.8:
-            table.publish(Artifact(chosen.stage.key, Path(), {}, {"seconds": 1.0}), computed=True)
+            table.mark_published(Artifact(chosen.stage.key, Path(), {}, {"seconds": 1.0}), computed=True)
         else:
             table.fail(chosen.stage.key, "failed", "no")
         assert all(table.pending_graph.dependencies(key) == before(want.stage) for key, want in table.pending.items())

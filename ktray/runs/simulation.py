@@ -257,7 +257,7 @@ class _Simulation:
         self.timeline.lost += done - self.checkpointed.get(key, 0.0) + self.cluster.overhead_seconds
         for stage in _computed_together(attempt.assignment):
             self.core.running[stage.key].confirmed = True
-        self.core.worker_lost(attempt.assignment.worker, WORKER_DIED, "the simulation killed it", self.clock.now)
+        self.core.handle_lost_worker(attempt.assignment.worker, WORKER_DIED, "the simulation killed it", self.clock.now)
 
     def _publish(self, assignment: AssignStage) -> None:
         stages, seconds = _computed_together(assignment), self._work_of(assignment)

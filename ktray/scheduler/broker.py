@@ -94,14 +94,14 @@ class Broker:
         self._last_lease = now
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._last_event = int(now * 1000)  # so that numbers keep rising across restarts
-        self._ticker: asyncio.Task[None] | None = None
+        self._periodic_task: asyncio.Task[None] | None = None
         self._lease_check: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Task[None]] = set()
         # Workers of an earlier scheduler are killed before any new one exists; Ray frees their names only some time later.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self._registry.skip_names([] if restarted else kill_all_workers(config.namespace))
         self._survivors = worker_names(config.namespace) if restarted else []
-        self._core.startup.restart(self._survivors, now)
+        self._core.startup.note_restart(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._exit_if_never_called).start()
 
     def _find(self, key: str) -> Artifact | None:
@@ -116,7 +116,9 @@ class Broker:
 
     # ---- calls of drivers and trials
 
-    async def lease(self, session: str, trials: Sequence[ProcessId], driver: ProcessId) -> tuple[ProcessId, list[ProcessId]]:
+    async def renew_lease(
+        self, session: str, trials: Sequence[ProcessId], driver: ProcessId
+    ) -> tuple[ProcessId, list[ProcessId]]:
         """A driver is alive. Once its process has ended, its requests are cancelled; without any driver the scheduler ends.
 
         A driver that stops calling this while its process exists stands still, as while a laptop is closed, and goes on later.
@@ -127,7 +129,7 @@ class Broker:
         Returns:
             The broker's own process, and those of all trials.
         """
-        self._start_ticking()
+        self._start_periodic_task()
         self._leases[session] = self._last_lease = time.time()
         self._drivers[session] = driver
         self._trials.restore(trials, self._last_lease)
@@ -135,7 +137,7 @@ class Broker:
 
     async def trial_heartbeat(self, process: ProcessId) -> None:
         """The process of a trial is alive. Once it stops calling this, it is killed, and its trial starts again."""
-        self._start_ticking()
+        self._start_periodic_task()
         self._trials.heartbeat(process, time.time())
 
     async def disconnect(self, session: str) -> bool:
@@ -146,7 +148,7 @@ class Broker:
 
     async def obtain(self, request_id: str, waiter: str, session: str, stages: Sequence[Stage], priority: int) -> RequestResult:
         """Wait until all stages are published, or one has failed."""
-        self._start_ticking()
+        self._start_periodic_task()
         result = self._results.get(request_id)
         if result is None:
             result = self._results[request_id] = asyncio.get_running_loop().create_future()
@@ -156,7 +158,7 @@ class Broker:
 
     async def compute_ahead(self, session: str, stages: Sequence[Stage]) -> None:
         """Compute these stages at the lowest priority, for nobody in particular."""
-        self._start_ticking()
+        self._start_periodic_task()
         self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, -1, time.time())
         self._dispatch()
 
@@ -193,7 +195,7 @@ class Broker:
         if result is not None:
             self._handle_attempt_result(result, now)
         if worker.attempt is not None:
-            self._core.assignment_lost(worker)
+            self._core.handle_lost_assignment(worker)
         if worker.retiring or must_exit:
             return WorkerOrder("exit")
         poll: asyncio.Future[WorkerOrder] = asyncio.get_running_loop().create_future()
@@ -219,7 +221,7 @@ class Broker:
 
     def _identify(self, identity: WorkerIdentity) -> Worker | None:
         """The calling worker, registered if it is new to this broker; None if it counts as dead."""
-        self._start_ticking()
+        self._start_periodic_task()
         if identity.name in self._ended_workers:
             return None
         worker = self._registry.workers.get(identity.name)
@@ -228,7 +230,7 @@ class Broker:
         return worker
 
     def _note_damage(self, sentence: str) -> None:
-        self._log_event(SchedulerEvent(DAMAGED, cause=sentence))
+        self._handle_event(SchedulerEvent(DAMAGED, cause=sentence))
 
     def _handle_attempt_result(self, result: AttemptResult, now: float) -> None:
         for sentence in result.damage:
@@ -245,16 +247,18 @@ class Broker:
 
     # ---- the periodic task
 
-    def _start_ticking(self) -> None:
-        if self._ticker is None:
-            self._ticker = asyncio.get_running_loop().create_task(self._tick())
+    def _start_periodic_task(self) -> None:
+        """At the first call: start the periodic task, and watch the workers from before a restart. Later calls do nothing."""
+        if self._periodic_task is None:
+            self._periodic_task = asyncio.get_running_loop().create_task(self._check_periodically())
             for name in self._survivors:
                 try:
                     self._watch(name, ray.get_actor(name, namespace=self._config.namespace))
                 except ValueError:
-                    self._lose_worker(name, WORKER_DIED, "it died while the broker was down")
+                    self._handle_lost_worker(name, WORKER_DIED, "it died while the broker was down")
 
-    async def _tick(self) -> None:
+    async def _check_periodically(self) -> None:
+        """The periodic task: look for lost nodes, workers, trials and drivers, shut down if unused, start what can start."""
         pause = min(0.5, self._config.runtime.heartbeat_seconds)
         last, refresh_at = time.time(), 0.0
         while True:
@@ -313,11 +317,11 @@ class Broker:
         for action in actions:
             match action:
                 case AssignStage(worker, _, attempt):
-                    self._send(worker, WorkerOrder("run", action, tuple(self._core.helpers(attempt))))
+                    self._answer_poll(worker, WorkerOrder("run", action, tuple(self._core.helpers(attempt))))
                 case StartWorker(worker):
                     self._watch(worker.name, start_worker(self._config, worker.name, worker.shape, worker.node))
                 case RetireWorker(worker):
-                    self._send(worker, WorkerOrder("exit"))
+                    self._answer_poll(worker, WorkerOrder("exit"))
                 case FenceAttempt(key, attempt):
                     with suppress(OSError):  # a store that is briefly unreachable must not end this task
                         self._store.fence(key, attempt)
@@ -331,7 +335,7 @@ class Broker:
                     if result is not None and not result.done():
                         result.set_result(action)
                 case SchedulerEvent():
-                    self._log_event(action)
+                    self._handle_event(action)
 
     def _fence_orphans(self) -> None:
         owned = {run.attempt for run in self._core.running.values()}
@@ -339,14 +343,16 @@ class Broker:
             if attempt not in owned:
                 self._store.fence(key, attempt)
 
-    def _log_event(self, event: SchedulerEvent) -> None:
+    def _handle_event(self, event: SchedulerEvent) -> None:
+        """Keep an event for drivers, and learn from one about GPU memory."""
         if event.event == OUT_OF_MEMORY and event.worker in self._registry.workers:
             share = self._registry.workers[event.worker].shape.gpus
             self._shares.raise_after_out_of_memory(event.stage, share)
         self._last_event += 1
         self._events.append({"n": self._last_event, "time": time.time(), **vars(event)})
 
-    def _send(self, worker: str, order: WorkerOrder) -> None:
+    def _answer_poll(self, worker: str, order: WorkerOrder) -> None:
+        """Give a worker that waits in `next_order` its order; of one that does not wait nothing happens."""
         poll = self._polls.pop(worker, None)
         if poll is not None:
             self._registry.workers[worker].polling = False
@@ -362,15 +368,15 @@ class Broker:
         try:
             await handle.wait_until_exit.remote()
         except ray.exceptions.RayError as error:
-            self._lose_worker(name, *classify_loss(error))
+            self._handle_lost_worker(name, *classify_loss(error))
 
-    def _lose_worker(self, name: str, event: LossKind, cause: str) -> None:
+    def _handle_lost_worker(self, name: str, event: LossKind, cause: str) -> None:
         self._ended_workers.add(name)
         self._handles.pop(name, None)
         poll = self._polls.pop(name, None)
         if poll is not None:
             poll.cancel()
-        self._core.worker_lost(name, event, cause, time.time())
+        self._core.handle_lost_worker(name, event, cause, time.time())
         self._dispatch()
 
     def _kill_worker(self, worker: Worker) -> None:
@@ -382,7 +388,7 @@ class Broker:
             ray.kill(handle)
 
     def _exit_if_never_called(self) -> None:
-        if self._ticker is None:
+        if self._periodic_task is None:
             self._exit()
 
     def _exit(self) -> None:

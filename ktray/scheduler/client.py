@@ -104,14 +104,14 @@ class SchedulerClient:
         """Report that this process, which runs a trial, is alive. The scheduler kills one that stops reporting."""
         self._call("trial_heartbeat", this_process())
 
-    def lease(self, cancelled: threading.Event | None = None) -> None:
+    def renew_lease(self, cancelled: threading.Event | None = None) -> None:
         """Report that the driver is alive; the thread that `connect` starts does so every few seconds.
 
         Args:
             cancelled: once this is set, the call no longer waits for the answer.
         """
         with _translating_scheduler_end():
-            answer = self._broker().lease.remote(self.session, self._trial_processes, this_process())
+            answer = self._broker().renew_lease.remote(self.session, self._trial_processes, this_process())
             if self._await_broker(answer, cancelled):
                 self._broker_process, self._trial_processes = ray.get(answer)
 
@@ -172,11 +172,11 @@ def _translating_scheduler_end() -> Iterator[None]:
         raise SearchStopped("the scheduler has ended; the same command goes on from here") from error
 
 
-def _renew_lease(scheduler: SchedulerClient, cancelled: threading.Event) -> None:
+def _keep_renewing_lease(scheduler: SchedulerClient, cancelled: threading.Event) -> None:
     """Renew the driver's lease until this is cancelled or the scheduler has ended."""
     while not cancelled.wait(RENEW_LEASE_SECONDS):
         try:
-            scheduler.lease(cancelled)
+            scheduler.renew_lease(cancelled)
         except SearchStopped:
             return
         except Exception:  # noqa: BLE001 - one unanswered call, which Ray reports in several ways, even as a bare Exception;
@@ -185,9 +185,9 @@ def _renew_lease(scheduler: SchedulerClient, cancelled: threading.Event) -> None
 
 def _start_lease(scheduler: SchedulerClient) -> Callable[[], None]:
     """Take a lease for this driver and renew it in a thread; returns the function that stops renewing it."""
-    scheduler.lease()
+    scheduler.renew_lease()
     cancelled = threading.Event()
-    thread = threading.Thread(target=_renew_lease, args=(scheduler, cancelled), daemon=True)
+    thread = threading.Thread(target=_keep_renewing_lease, args=(scheduler, cancelled), daemon=True)
     thread.start()
 
     def cancel() -> None:
@@ -211,7 +211,7 @@ def connect(session: RaySession, store_url: str, stage_function: StageFunction) 
     namespace = f"ktray-{fingerprint([code_and_environment_hash(), runtime, store_url, packed.hex()])[:12]}"
     scheduler = SchedulerClient(namespace, session.name)
     if not _broker_answers(namespace):
-        _sweep(store_url)
+        _sweep_if_unused(store_url)
     config = SchedulerConfig(namespace, store_url, packed, session.runtime, environment(), uuid.uuid4().hex[:8])
     ray.remote(Broker).options(
         name=BROKER_NAME,
@@ -254,7 +254,8 @@ def _wait_until_absent(namespace: str) -> None:
         time.sleep(0.1)
 
 
-def _sweep(store_url: str) -> None:
+def _sweep_if_unused(store_url: str) -> None:
+    """Remove what dead attempts left in the store, unless a worker of any scheduler uses it."""
     lock = try_lock_store(store_url)
     if lock is not None:
         with lock:

@@ -167,7 +167,7 @@ class SchedulerCore:
             self._ended.add((key, attempt))
             spent = float(artifact.record["seconds"]) if artifact.record.get("together") else seconds
             self.outbox.append(SchedulerEvent(PUBLISHED, key, name, run.worker if run else "", spent))
-        self.requests.publish(artifact, computed)
+        self.requests.mark_published(artifact, computed)
 
     def handle_failed_attempt(self, key: str, attempt: str, kind: FailureKind, cause: str, missing: str, now: float) -> bool:
         """An attempt reports a failure. False if it is not the current attempt, or if its stages simply run again.
@@ -185,7 +185,7 @@ class SchedulerCore:
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             self.handle_succeeded_attempt(key, attempt, False, 0.0, now)
             return False
-        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusivity.must_retry_after_error(key, kind)):
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusivity.note_error(key, kind)):
             event = SchedulerEvent(SPLIT if others else OUT_OF_MEMORY, key, run.stage.name, run.worker, now - run.since, cause)
             self.outbox.append(event)
             self._restart([run, *others])
@@ -216,7 +216,7 @@ class SchedulerCore:
         self._retries.forget(key)
         self._exclusivity.forget(key)
 
-    def assignment_lost(self, worker: Worker) -> None:
+    def handle_lost_assignment(self, worker: Worker) -> None:
         """A worker asks for work although a stage was assigned to it: the order never reached it."""
         for run in self._runs_of(worker.attempt or ""):
             self._close_attempt(run.key, run.attempt)
@@ -229,7 +229,7 @@ class SchedulerCore:
 
     # ---- events: workers come to an end
 
-    def worker_lost(self, name: str, event: LossKind, cause: str, now: float) -> None:
+    def handle_lost_worker(self, name: str, event: LossKind, cause: str, now: float) -> None:
         """A worker is gone: its attempt is fenced, and its stages start again, at most `MAX_LOSSES` times."""
         worker = self.registry.workers.pop(name, None)
         self.startup.forget(name)
@@ -268,10 +268,10 @@ class SchedulerCore:
             if worker.last_heartbeat is not None and now - worker.last_heartbeat > self.dead_after:
                 self.outbox.append(KillWorker(worker))
                 self.registry.silent_nodes.add(worker.node)
-                self.worker_lost(worker.name, FENCED, f"no heartbeat for {self.dead_after:g} s", now)
+                self.handle_lost_worker(worker.name, FENCED, f"no heartbeat for {self.dead_after:g} s", now)
             elif worker.last_heartbeat is None and self.startup.is_late(worker, now):
                 self.outbox.append(KillWorker(worker))
-                self.worker_lost(worker.name, LATE, f"it has not started within {START_TIMEOUT:g} s", now)
+                self.handle_lost_worker(worker.name, LATE, f"it has not started within {START_TIMEOUT:g} s", now)
         self.startup.kill_missing(now)
 
     def compensate_pause(self, seconds: float) -> None:

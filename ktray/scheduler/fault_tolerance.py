@@ -93,7 +93,7 @@ class StartupMonitor:
         self._restarted = 0.0
         self._waits = False
 
-    def restart(self, names: Iterable[str], now: float) -> None:
+    def note_restart(self, names: Iterable[str], now: float) -> None:
         """The broker restarted, and these workers may be alive: no stage starts until all report, or `dead_after` is over."""
         self._survivors, self._restarted = set(names), now
         self._waits = bool(self._survivors)
@@ -114,7 +114,7 @@ class StartupMonitor:
         return name in self._fenced
 
     def is_late(self, worker: Worker, now: float) -> bool:
-        """Whether a new worker has sent no heartbeat within `START_TIMEOUT`."""
+        """Whether a new worker has sent no heartbeat within `START_TIMEOUT`, counted from the first call for it."""
         return now - self._awaited_since.setdefault(worker.name, now) > START_TIMEOUT
 
     def must_wait(self, now: float) -> bool:
@@ -214,7 +214,7 @@ class ExclusivityPolicy:
         self._raised_out_of_memory = RecentKeys[str](remembered)
         self._killed_for_memory = RecentKeys[str](remembered)
 
-    def must_retry_after_error(self, key: str, kind: FailureKind) -> bool:
+    def note_error(self, key: str, kind: FailureKind) -> bool:
         """Record an error; whether the stage is to run once more, exclusively."""
         if kind != OUT_OF_MEMORY or key in self._raised_out_of_memory:
             return False

@@ -155,8 +155,8 @@ class DispatchCapacity:
             registry.reserve(soonest[0])
         return None
 
-    def lendable(self, shape: WorkerShape) -> list[Worker]:
-        """Idle workers that are not lent, in the order in which `take` would take them."""
+    def lendable_workers(self, shape: WorkerShape) -> list[Worker]:
+        """Idle workers that are not lent, in the order in which `take_idle_worker` would take them."""
         free = [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.retiring]
         return [worker for worker in free if not self.registry.must_stay_idle(worker)] if self.registry.reserved else free
 
@@ -351,7 +351,7 @@ class WorkerAutoscaler:
     def lend(self, attempt: str, shape: WorkerShape, helpers: int, placement: DispatchCapacity) -> None:
         """Lend idle workers to an attempt, and start some for it where there is room, until it has this many."""
         missing = helpers - placement.lent[attempt]
-        for worker in placement.lendable(shape)[: max(0, missing)]:
+        for worker in placement.lendable_workers(shape)[: max(0, missing)]:
             worker.lent_to, missing = attempt, missing - 1
         for _ in range(missing - placement.starting[shape]):
             if self.failed_starts or not self._start_worker(shape, placement):

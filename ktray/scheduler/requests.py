@@ -399,8 +399,8 @@ class RequestTable:
         )
         self.outbox.append(RequestResult(request.id, outcomes))
 
-    def publish(self, artifact: Artifact, computed: bool) -> None:
-        """Answer the requests that only waited for this artifact; `computed` if this scheduler has just made it."""
+    def mark_published(self, artifact: Artifact, computed: bool) -> None:
+        """The store has this artifact now: answer requests that only waited for it; `computed` if this scheduler made it."""
         key, name = artifact.key, kind_of(artifact.key)
         self._in_store.add(key)
         pending = self._remove_pending(key)

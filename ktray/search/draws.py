@@ -56,7 +56,7 @@ class SampledDraws:
         self._last_states: deque[State] = deque(maxlen=MAX_DUPLICATES)
         self._failed: dict[str, Params] = {}  # fingerprint of a pair -> its parameters, if its last trial failed
         self._queue: deque[Params] = deque()  # draws to make before the sampler is asked
-        self._unseen_draws: Iterator[Params] | None = None  # candidates that `_unseen` has not examined yet
+        self._unexamined_draws: Iterator[Params] | None = None  # candidates that `_find_unseen_draw` has not examined yet
 
     def observe(self, trial: Trial) -> None:
         """Adds a new trial, or updates a changed one."""
@@ -105,10 +105,10 @@ class SampledDraws:
                 if self._is_affordable(planned, affordable):
                     return planned
         if len(self._last_states) == MAX_DUPLICATES and set(self._last_states) == {"duplicate"}:
-            unseen = self._unseen()
+            unseen = self._find_unseen_draw()
             if unseen is None:
                 return "too_expensive" if self._queue else "exhausted"
-            self._queue.append(unseen)  # `_unseen` returns it only once, and it may not be affordable yet
+            self._queue.append(unseen)  # `_find_unseen_draw` returns it only once, and it may not be affordable yet
             return self.next_trial(spent, affordable)
         for attempt in range(MAX_TOO_EXPENSIVE):
             proposed = self._trial(self.sampler.propose(self._trial_count, spent, affordable=affordable, attempt=attempt))
@@ -133,7 +133,7 @@ class SampledDraws:
         state: State = "running" if earlier is None else "duplicate"
         return Trial(self._trial_count, params, pair, state, duplicate_of=earlier, planned=planned)
 
-    def _unseen(self) -> Params | None:
+    def _find_unseen_draw(self) -> Params | None:
         """A valid draw that was never made; None if it finds none."""
         for params in self._candidates():
             if canonical(params) not in self.sampler.drawn:
@@ -146,11 +146,11 @@ class SampledDraws:
         """All draws of a small space, once in random order; random draws of a larger one."""
         size = self.space.size()
         if size is not None and size <= MAX_ENUMERATED:
-            if self._unseen_draws is None:
+            if self._unexamined_draws is None:
                 draws = list(self.space.draws())
                 random.Random(seed_of(self.space.seed, "unseen")).shuffle(draws)
-                self._unseen_draws = iter(draws)
-            yield from self._unseen_draws
+                self._unexamined_draws = iter(draws)
+            yield from self._unexamined_draws
         else:
             seed = seed_of(self.space.seed, "unseen", self._trial_count)
             for number in range(MAX_RANDOM_TRIES):

@@ -120,7 +120,7 @@ class Sampler:
             draws = [draws[index] for index in np.argsort(-improvement, kind="stable")]
         if planned or self.cost_estimate is None:
             return draws[0]
-        return self._affordable(draws, spent, self.cost_estimate, affordable)
+        return self._pick_affordable(draws, spent, self.cost_estimate, affordable)
 
     def expected_improvement(
         self, ranked: Sequence[Trial], pending: Sequence[Trial], draws: Sequence[Params]
@@ -131,14 +131,14 @@ class Sampler:
             [trial.params for trial in ranked], [trial.params for trial in pending], draws, ahead
         )
 
-    def _affordable(
+    def _pick_affordable(
         self, draws: Sequence[Params], spent: StageSeconds, cost_estimate: CostEstimate, affordable: float
     ) -> Params:
         """The first draw that keeps the balance; else the first within `affordable`, or the cheapest prefix if none exists."""
         estimated: list[tuple[float, Params]] = []
         new = 0
         for draw in draws:
-            exists = self._exists(draw)
+            exists = self._has_existing_prefix(draw)
             if exists and affordable == math.inf:
                 return draw
             new += not exists
@@ -182,7 +182,8 @@ class Sampler:
         """Identity of a draw's teacher, as canonical text."""
         return canonical({name: value for name, value in params.items() if name in self.space.teacher_parameters})
 
-    def _exists(self, draw: Params) -> bool:
+    def _has_existing_prefix(self, draw: Params) -> bool:
+        """Whether a usable trial has the prefix of this draw."""
         known = self._prefixes.get(canonical(self.space.params_before_student(draw)))
         return known is not None and bool(known.trials)
 

@@ -40,7 +40,7 @@ def checked(space: Space) -> Space:
         )
     found, pairs = _checked_pairs(space)
     if not found:
-        found = [*_objectives(space, pairs), *_early_stop(space, pairs), *_start_with(space)]
+        found = [*_objective_problems(space, pairs), *_early_stop_problems(space, pairs), *_start_with_problems(space)]
     spec_errors.raise_if_any(found, space.source)
     modes = metrics(next(iter(pairs.values())))
     objectives = tuple(
@@ -80,7 +80,7 @@ def _checked_pairs(space: Space) -> tuple[list[SpecProblem], dict[str, PairSpec]
     return list(found), pairs
 
 
-def _objectives(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
+def _objective_problems(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     for index, objective in enumerate(space.document.objectives):
         where = f"objectives.{index}"
         missing = _unknown_metric(objective.metric, pairs, where)
@@ -114,7 +114,7 @@ def _unknown_metric(metric: str, pairs: Mapping[str, PairSpec], where: str) -> S
     return None
 
 
-def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
+def _early_stop_problems(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     stop = space.early_stop
     if stop is None:
         return
@@ -132,12 +132,12 @@ def _early_stop(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecPro
     mode = metrics(next(iter(pairs.values())))[stop.metric]
     if stop.mode and stop.mode != mode:
         yield SpecProblem("early_stop.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
-    yield from _rungs(stop, pairs)
+    yield from _rung_problems(stop, pairs)
     if stop.teacher is not None:
-        yield from _teacher_stop(stop.teacher, pairs)
+        yield from _teacher_stop_problems(stop.teacher, pairs)
 
 
-def _teacher_stop(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
+def _teacher_stop_problems(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     missing = _unknown_metric(stop.metric, pairs, "early_stop.teacher.metric")
     right = "Add an evaluation such as {kind: knn, of: teacher, name: teacher_knn}."
     if missing or stop.metric in COST_METRICS:
@@ -156,7 +156,7 @@ def _evaluated(entry: Any, metric: str) -> str | None:
     return entry.of if metric.split("/")[0] == _evaluation_name(entry) else None
 
 
-def _rungs(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
+def _rung_problems(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     longest = max(pair.student.schedule.epochs for pair in pairs.values())
     if longest != stop.rungs[-1]:
         right = [rung for rung in stop.rungs if rung < longest] + [longest]
@@ -167,16 +167,16 @@ def _rungs(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProbl
         )
 
 
-def _start_with(space: Space) -> Iterator[SpecProblem]:
+def _start_with_problems(space: Space) -> Iterator[SpecProblem]:
     known: dict[str, list[tuple[space_tree.Parameter, space_tree.Params]]] = {}
     for parameter, conditions in space_tree.parameters(space.root):
         known.setdefault(parameter.name, []).append((parameter, conditions))
     for index, entry in enumerate(space.start_with):
-        found = list(_invalid_entries(entry, known, f"start_with.{index}"))
-        yield from found or _invalid_pair(space, entry, f"start_with.{index}")
+        found = list(_entry_problems(entry, known, f"start_with.{index}"))
+        yield from found or _pair_problems(space, entry, f"start_with.{index}")
 
 
-def _invalid_entries(
+def _entry_problems(
     entry: space_tree.Params, known: Mapping[str, list[tuple[space_tree.Parameter, space_tree.Params]]], location: str
 ) -> Iterator[SpecProblem]:
     for name, value in entry.items():
@@ -195,7 +195,7 @@ def _invalid_entries(
             yield SpecProblem(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
 
 
-def _invalid_pair(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecProblem]:
+def _pair_problems(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecProblem]:
     """The errors of a planned draw: values that are valid in boundary draws may be an invalid combination."""
     params = space.fill_with_first_values(entry)
     value = space.plain_pair(params)

@@ -84,7 +84,7 @@ class Study:
         for trial in warm_start.trials(notes.get(warm_start.NOTE, {})):
             draws.observe(trial)
         for trial in journal.trials():
-            self._enter(_with_shared_parts(trial, self._pair_parts))
+            self._observe(_with_shared_parts(trial, self._pair_parts))
         self._running: dict[int, Trial] = {}  # assigned in this session
         self._interrupted = [trial.number for trial in self.trials() if trial.state == "running"]  # left by a killed driver
         self._failures = _FailureLimit(self.trials())
@@ -183,7 +183,7 @@ class Study:
         Raises:
             SearchStopped: ten trials in a row failed, or the disk is full.
         """
-        self._failures.check()
+        self._failures.raise_if_reached()
         if len(self._running) >= self.space.budget.concurrent:
             return "wait"
         limit = self._limit_reached()
@@ -213,7 +213,7 @@ class Study:
         if promoted is not None:
             return self._trials[promoted]
         while self.draw_count < self.target and not self._exhausted and self._unaffordable_at != self.spending.spent:
-            self._failures.check()
+            self._failures.raise_if_reached()
             new = self._draw()
             if new is not None and new.state == "running":
                 return new
@@ -230,7 +230,7 @@ class Study:
         new = _with_shared_parts(new, self._pair_parts)
         trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
         self._journal.add(trial)
-        self._enter(trial)
+        self._observe(trial)
         self._failures.observe_draw(trial)
         return trial
 
@@ -396,10 +396,10 @@ class Study:
     def _update(self, trial: Trial, **changes: Any) -> Trial:
         changed = dataclasses.replace(trial, **changes)
         self._journal.save(changed)
-        self._enter(changed)
+        self._observe(changed)
         return changed
 
-    def _enter(self, trial: Trial) -> None:
+    def _observe(self, trial: Trial) -> None:
         """Passes a new or changed trial to everything that counts or ranks trials."""
         old = self._trials.get(trial.number)
         self._drawn += (trial.state != "duplicate") - (old is not None and old.state != "duplicate")
@@ -487,8 +487,8 @@ class _FailureLimit:
         self._reasons.clear()
         self._failed.clear()
 
-    def check(self) -> None:
-        """Raises SearchStopped after ten failures in a row."""
+    def raise_if_reached(self) -> None:
+        """Raises `SearchStopped` if the limit of ten failures in a row is reached."""
         if len(self._reasons) >= MAX_FAILURES:
             raise too_many_failures(self._failed)
 
