@@ -80,7 +80,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def fingerprint(value: Any) -> str:
     """sha256 (64 hex digits) of the canonical form of `value`."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return hashlib.sha256(canonical(value).encode(errors="surrogatepass")).hexdigest()  # file names may hold any bytes
 
 
 def file_version(state: os.stat_result) -> tuple[int, int, int]:

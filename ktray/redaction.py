@@ -16,7 +16,9 @@ _ASSIGNED = re.compile(r"(?i)\b([\w-]*(?:password|passwd|secret|api_?key|access_
 _HEADER = re.compile(
     r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:basic|bearer|digest)\s+)?)[^\s,'\"]+|(\bbearer\s+)[\w.~+/=-]{8,}"
 )
-_SECRET_VARIABLE = re.compile(r"(?i)(^|_)(password|passwd|pwd|secret|token|api_?key|access_?key|credentials?)(_|$)")
+_SECRET_VARIABLE = re.compile(  # PWD alone is the working directory
+    r"(?i)((^|_)(password|passwd|secret|token|api_?key|access_?key|credentials?)|_pwd)(_|$)"
+)
 _NO_SECRET_VARIABLE = re.compile(r"(?i)(path|file|dir|mode|url|uri|host|enabled?|provider)$")
 _NO_SECRETS = {"true", "false", "none", "null", "token", "password"}
 
@@ -63,6 +65,12 @@ def _secrets_of_environment() -> set[str]:
     for name, value in os.environ.items():
         if "://" in value and "\n" not in value:
             found |= _secrets_of(value)
-        elif _SECRET_VARIABLE.search(name) and not _NO_SECRET_VARIABLE.search(name) and len(value) >= SHORTEST:
+        elif _is_secret(name, value):
             found |= {value} - _NO_SECRETS
     return found
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Whether this variable of the environment holds a secret: by its name, and no place on this machine."""
+    named = bool(_SECRET_VARIABLE.search(name)) and not _NO_SECRET_VARIABLE.search(name)
+    return named and len(value) >= SHORTEST and not (value.startswith("/") and os.path.exists(value))

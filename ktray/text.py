@@ -71,7 +71,7 @@ def shown(value: Any, limit: int = MAX_SHOWN) -> str:
 
 def first_few(names: Iterable[object], limit: int = 20) -> str:
     """``a, b, c``; of more than `limit` the first ones and how many more there are."""
-    found = [str(name) for name in names]
+    found = [visible_name(name) for name in names]
     more = f" and {len(found) - limit:,} more" if len(found) > limit else ""
     return ", ".join(found[:limit]) + more
 

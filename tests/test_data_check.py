@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from ktray.cli import main
 from ktray.errors import UserError
 from ktray.pipeline.identity import data_identity
 from ktray.runs.data_check import FILE, describe, refuse_changed_data
@@ -75,3 +77,15 @@ def test_images_may_be_corrected_until_something_was_evaluated(space: Any, tmp_p
     (tmp_path / "photos" / "3.png").unlink()
     refuse_changed_data(space, FAILED, data_identity(tmp_path / "cache"), study)
     refuse_changed_data(space, JUDGED, data_identity(tmp_path / "cache"), study)
+
+
+def test_a_class_whose_name_breaks_the_line_forges_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a\nwarning: forged", "b"):
+        for index in range(3):
+            path = tmp_path / "data" / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (80 * index, 0, 0)).save(path)
+    assert main(["data", "check", f"imagefolder:{tmp_path}/data", "--home", str(tmp_path / "home")]) == 0
+    out = capsys.readouterr().out
+    assert "a\\nwarning: forged 3" in out
+    assert not any(line.startswith("warning: forged") for line in out.splitlines())

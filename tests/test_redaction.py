@@ -88,6 +88,18 @@ def test_secrets_of_the_environment_are_hidden_wherever_they_appear(
         assert SECRET not in redaction.without_secrets(text)
 
 
+@pytest.mark.parametrize("variable", ["PWD", "OLDPWD", "TOKENIZERS_PARALLELISM", "SECRET_STORE", "KRB5_CREDENTIALS"])
+def test_a_place_on_this_machine_is_no_secret(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert redaction.without_secrets(f"there is no folder {tmp_path}/nope") == f"there is no folder {tmp_path}/nope"
+
+
+@pytest.mark.parametrize("variable", ["PWD", "OLDPWD"])
+def test_the_working_directory_is_no_secret_even_where_it_is_gone(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "/gone/folder")
+    assert redaction.without_secrets("/gone/folder/nope") == "/gone/folder/nope"
+
+
 @pytest.mark.parametrize(
     "text",
     [

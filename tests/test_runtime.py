@@ -71,7 +71,8 @@ def test_the_broker_and_its_clients_never_import_torch() -> None:
         ("stages: {student: {cpus: 2}}", "student", WorkerShape(0.0, 0.25)),
         ("stages: {student: {memory_bytes: 8000000000}}", "student", WorkerShape(0.0, 0.25)),
         ("stages: {features: {helpers: 3}}", "features", WorkerShape(0.0, 0.25)),
-        ("stages: {clusters: {cpus: 2}}", "clusters", WorkerShape(2.0)),
+        ("stages: {clusters: {cpus: 2}}", "clusters", WorkerShape(0.0, 0.25)),
+        ("stages: {pseudo_labels: {cpus: 2}}", "pseudo_labels", WorkerShape(2.0)),
     ],
 )
 def test_what_runs_a_network_has_a_share_of_a_gpu_unless_the_file_says_how_much_of_one(

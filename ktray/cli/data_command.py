@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ktray.cli.terminal import print_result, settings_of
-from ktray.text import counted
+from ktray.text import counted, visible_name
 
 HELP = "check or import a data set"
 
@@ -58,7 +58,7 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         low, high = sample["sides"]
         sides = f"sides of {low} px" if low == high else f"sides of {low} to {high} px"
         lines.append(f"sample: {sample['images']} images: {_counted(sample['formats'])}; {_counted(sample['modes'])}; {sides}")
-    return lines + [f"warning: {sentence}" for sentence in answer["warnings"]]
+    return [visible_name(line) for line in (*lines, *(f"warning: {sentence}" for sentence in answer["warnings"]))]
 
 
 def _labels(split: dict[str, Any]) -> str:

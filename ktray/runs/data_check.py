@@ -19,7 +19,7 @@ from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
-from ktray.text import some_of
+from ktray.text import some_of, visible_name
 
 FILE = "data.json"
 
@@ -96,7 +96,7 @@ def notes_about(pairs: Iterable[PairSpec], load: Callable[[DataSpec], Splits]) -
             f"row i of {features} belongs to the i-th training image, {f'ordered {order}, ' if order else ''}"
             f"from {names[0]} to {names[-1]}"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(map(visible_name, found)))
 
 
 _FEW = 8  # images that a plan decodes
