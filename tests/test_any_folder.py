@@ -86,6 +86,8 @@ def make(root: Path, entries: list[tuple[list[str], str, str]]) -> None:
     for folders, name, content in entries:
         path = root.joinpath(*folders, name)
         try:
+            if os.path.lexists(path):  # it may be a pipe, and writing to one waits for a reader
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             if content == "folder":
                 path.mkdir()
