@@ -35,7 +35,7 @@ _SIGNATURES = (  # offset, bytes, what such a file is, what to do instead
 )
 _MARKUP = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<!--", b"<script", b"<svg")
 _SHOWN = 60  # characters of a text
-_SMALL = 1 << 30  # bytes that are hashed in a second, whatever is in them
+LARGE = 1 << 30  # bytes; fewer are hashed in a second, whatever is in them
 _MAX_EXTENTS = 100_000
 
 
@@ -84,9 +84,7 @@ def require_readable(path: Path, where: str) -> None:
         UserError: it cannot be opened, or it is a large sparse file.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            held = size if size <= _SMALL else _bytes_held(file.fileno(), size)
+        size, held = path.stat().st_size, bytes_on_disk(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path.name} cannot be read: {reason}", where) from error
@@ -96,6 +94,17 @@ def require_readable(path: Path, where: str) -> None:
             where,
             "It may be a download that did not finish: download it again.",
         )
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Bytes of a file that are not holes; all of a file that is not `LARGE`, or where the file system cannot tell.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        return size if size <= LARGE else _bytes_held(file.fileno(), size)
 
 
 def _bytes_held(file: int, size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from ktray.images import Unreadable, decode, fit, fit_boxes
+from ktray.images import Unreadable, decode, fit, fit_boxes, properties
 from ktray.runs.data_check import describe
 from tests.pictures import data_spec, noise, png
 
@@ -72,15 +73,24 @@ def test_a_stereo_photo_gives_its_first_picture() -> None:
     assert decode(buffer.getvalue(), 16).min() > 250
 
 
-def bomb() -> bytes:
-    """A PNG of a few hundred bytes that claims 100 million pixels: between Pillow's warning and its error."""
-    header = struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+def bomb(side: int = 10_000) -> bytes:
+    """A small PNG that claims `side` squared pixels: 100 million are between Pillow's warning and its error."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
 
 
 def test_a_decompression_bomb_is_an_unreadable_image() -> None:
     with pytest.raises(Unreadable, match="10000 x 10000 pixels are more than max_pixels=89478485"):
         decode(bomb(), 16)
+
+
+@pytest.mark.parametrize(("side", "limit"), [(20_000, 1000), (20_000, 89_478_485), (60_000, 10**9)])
+def test_the_message_about_a_bomb_names_the_setting_and_not_the_limit_of_pillow(
+    side: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)
+    with pytest.raises(Unreadable, match=rf"^{side**2} pixels are more than max_pixels={limit} of the data set allows$"):
+        decode(bomb(side), 16, max_pixels=limit)
 
 
 @pytest.mark.parametrize("limit", [1599, 1600])
@@ -210,6 +220,75 @@ def test_a_range_of_no_two_ascending_numbers_is_refused(value: object) -> None:
         data_spec({"kind": "folder", "path": "/p", "range": value})
 
 
+def netpbm(kind: str, maxval: int, numbers: np.ndarray) -> bytes:
+    """A PGM (P2, P5) or PPM (P3, P6) of these numbers, as its specification says."""
+    height, width = numbers.shape[:2]
+    header = f"{kind}\n# by hand\n{width} {height}\n{maxval}\n".encode()
+    if kind in ("P2", "P3"):
+        return header + b" ".join(b"%d" % number for number in numbers.ravel().tolist()) + b"\n"
+    return header + numbers.astype(">u2" if maxval > 255 else np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["P2", "P5"])
+@pytest.mark.parametrize("maxval", [256, 300, 1000, 1023, 4095, 16383, 32768, 65534, 65535])
+def test_the_range_of_a_pgm_is_in_the_numbers_of_the_file(kind: str, maxval: int) -> None:
+    numbers = np.arange(40 * 40).reshape(40, 40) * maxval // 1599
+    encoded = netpbm(kind, maxval, numbers)
+    for low, high in ((0, maxval), (0, 4095), (17, 200)):
+        expected = ((numbers - low) * (255 / (high - low))).round().clip(0, 255)
+        assert (decode(encoded, 40, pixel_range=(low, high))[:, :, 0] == expected).all()
+    assert np.abs(decode(encoded, 40)[:, :, 0] - numbers * (255 / maxval)).max() <= 1  # white by the header
+    found = properties(encoded, data_spec("folder:/p"))
+    assert (found.bits, found.low, found.high, found.limit) == (16, 0, maxval, maxval)
+
+
+@pytest.mark.parametrize("maxval", [256, 4095, 65534])
+@pytest.mark.parametrize("kind", ["P2", "P5"])
+def test_every_number_of_a_pgm_is_found_again(kind: str, maxval: int) -> None:
+    """A range of 256 numbers keeps each of them."""
+    numbers = np.arange(maxval + 1)[None]
+    encoded = netpbm(kind, maxval, numbers)
+    for low in (0, maxval // 2, maxval - 255):
+        found = decode(encoded, 8, pixel_range=(low, low + 255))[0, :, 0]
+        assert (found == (numbers[0] - low).clip(0, 255)).all()
+
+
+@pytest.mark.parametrize("maxval", [1, 15, 100, 255])
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+def test_a_range_leaves_a_pgm_and_ppm_of_8_bits_as_they_are(kind: str, maxval: int) -> None:
+    numbers = np.arange(48).reshape((4, 4, 3) if kind in ("P3", "P6") else (6, 8)) % (maxval + 1)
+    expected = (numbers * (255 / maxval)).round()
+    for pixel_range in (None, (0, 4095)):
+        found = decode(netpbm(kind, maxval, numbers), 8, pixel_range=pixel_range)
+        assert (found == (expected if expected.ndim == 3 else expected[:, :, None])).all()
+    assert properties(netpbm(kind, maxval, numbers), data_spec("folder:/p")).bits == 8
+
+
+@pytest.mark.parametrize("maxval", [256, 4095, 65535])
+@pytest.mark.parametrize("kind", ["P3", "P6"])
+def test_a_ppm_of_16_bits_takes_no_range_but_that_of_its_header(kind: str, maxval: int) -> None:
+    numbers = np.linspace(0, maxval, 48).astype(int).reshape(4, 4, 3)
+    encoded = netpbm(kind, maxval, numbers)
+    for pixel_range in (None, (0, maxval)):
+        assert np.abs(decode(encoded, 8, pixel_range=pixel_range) - numbers * (255 / maxval)).max() <= 1
+    with pytest.raises(Unreadable, match="'range' cannot be applied"):
+        decode(encoded, 8, pixel_range=(0, maxval - 1))
+    found = properties(encoded, data_spec("folder:/p"))
+    assert (found.bits, found.limit, found.high) == (16, maxval, maxval)
+
+
+def test_a_range_leaves_a_bmp_of_three_channels_in_16_bits_as_it_is() -> None:
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0) + struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    encoded = b"BM" + struct.pack("<IHHI", 14 + len(header) + 4, 0, 0, 14 + len(header)) + header + b"\xff\xff\0\xf8"
+    assert decode(encoded, 8, pixel_range=(0, 4095)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
+
+
+def test_the_numbers_of_a_floating_point_map_are_those_of_the_file() -> None:
+    values = np.array([[0, 1, 2, 4]], "<f4")
+    encoded = b"Pf\n4 1\n-2.5\n" + values.tobytes()
+    assert decode(encoded, 8, pixel_range=(0, 4))[0, :, 0].tolist() == [0, 64, 128, 255]
+
+
 PICTURE = np.arange(1536, dtype=np.uint16).reshape(16, 32, 3) * 40
 TIFFS: dict[str, tuple[np.ndarray, dict[str, object], str | None]] = {  # what tifffile writes, and what is said of it
     "13 bands": (
@@ -292,6 +371,55 @@ def test_a_sample_says_that_images_of_16_bits_use_12(tmp_path: Path) -> None:
     answer = describe(data_spec(f"folder:{tmp_path}?range=0,4095"))
     assert answer["warnings"] == []
     assert (answer["sample"]["wide"]["low"], answer["sample"]["wide"]["high"]) == (0, 2700)
+
+
+TWELVE = Image.fromarray(np.full((8, 8), 2700, np.uint16))
+FULL = Image.fromarray(np.full((8, 8), 65000, np.uint16))
+COUNTS = np.full((8, 8), 3000, np.int32)
+BESIDE: dict[str, tuple[dict[str, Image.Image | bytes], list[str]]] = {
+    "a PGM of 12 bits": ({"a.pgm": netpbm("P5", 4095, np.full((8, 8), 4000))}, []),
+    "a PGM of 12 bits as text": ({"a.pgm": netpbm("P2", 4095, np.full((8, 8), 4000))}, []),
+    "a PPM of 12 bits": ({"a.ppm": netpbm("P6", 4095, np.full((8, 8, 3), 4000))}, []),
+    "a PGM that uses few of its numbers": (
+        {"a.pgm": netpbm("P5", 4095, np.full((8, 8), 200))},
+        ["images of 12 bits use only 8 of them: their largest value in a sample is 200, .* range: \\[0, 255\\]"],
+    ),
+    "a PGM beside a PNG of 12 bits": (
+        {"a.pgm": netpbm("P5", 4095, np.full((8, 8), 4000)), "b.png": TWELVE},
+        ["images of 16 bits in PNG files use only 12 .* 2700, so that 11 of 256 levels are left; write range: \\[0, 4095\\]"],
+    ),
+    "a PGM of 10 bits beside a PNG of 12": (
+        {"a.pgm": netpbm("P5", 1023, np.full((8, 8), 1000)), "b.png": TWELVE},
+        ["images of 16 bits in PNG files use only 12 .*; convert them to 8 bits"],
+    ),
+    "a TIFF of 16 bits beside a PNG of 12": (
+        {"a.tiff": FULL, "b.png": TWELVE},
+        ["images of 16 bits in PNG files use only 12 .*; convert them to 8 bits"],
+    ),
+    "a PPM of 8 bits beside a PNG of 12": (
+        {"a.ppm": netpbm("P6", 255, np.full((8, 8, 3), 200)), "b.png": TWELVE},
+        ["images of 16 bits use only 12 of them: .* write range: \\[0, 4095\\]"],
+    ),
+    "a TIFF of 32 bits beside a PNG of 12": (
+        {"a.tiff": Image.fromarray(COUNTS), "b.png": TWELVE},
+        [r"in TIFF files use only 12 of them: .* write range: \[0, 4095\]", r"in PNG files .* write range: \[0, 4095\]"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "said"), BESIDE.values(), ids=BESIDE)
+def test_each_kind_of_file_is_judged_by_the_values_that_it_can_hold(
+    files: dict[str, Image.Image | bytes], said: list[str], tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            content.save(tmp_path / name)
+    warnings = describe(data_spec(f"folder:{tmp_path}"))["warnings"]
+    assert len(warnings) == len(said), warnings
+    for warning, pattern in zip(warnings, said, strict=True):
+        assert re.search(pattern, warning), warning
 
 
 def test_a_sample_says_what_else_is_odd(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ktray import images, plugins
+from ktray import file_kind, images, plugins
 from ktray.errors import UserError
 from ktray.fingerprint import file_version
-from ktray.images import Source, Splits, decode, fit
+from ktray.images import Source, Splits, Unreadable, decode, fit, image_formats
 from ktray.pool import LocalPool
 from ktray.spec import Split
+from ktray.stages import images_stage
 from tests.pictures import noise, png
 from tests.pools import ShuffledPool
 
@@ -291,6 +294,89 @@ def test_an_image_replaced_by_one_of_equal_size_and_time_is_another(replace, tmp
     os.utime(file, ns=(EPOCH, EPOCH))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert images.identity(spec_of(tmp_path / "data"), tmp_path / "cache") != first
+
+
+CLAIMED = 20 << 30
+NO_IMAGES = {  # beginnings of files that hold nothing else
+    "zeros": b"",
+    "a PNG": png(noise())[:60],
+    "a whole PNG": png(noise()),
+    "a JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF\0",
+    "a TIFF": b"II*\0\x08\0\0\0",
+    "a PGM": b"P5\n8 8\n255\n",
+    "a PGM with a comment that does not end": b"P5\n#",
+    "text": b"hello",
+}
+
+
+def bytes_read() -> int:
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+
+@pytest.mark.parametrize("begins", NO_IMAGES.values(), ids=NO_IMAGES)
+def test_a_file_that_claims_20_gib_is_unreadable_without_being_read(begins: bytes, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/good.png").write_bytes(png(noise()))
+    with open(tmp_path / "data/huge.png", "wb") as file:
+        file.write(begins)
+        file.truncate(CLAIMED)
+    spec, before = spec_of(tmp_path / "data", max_unreadable=0.5, split=Split(val=0)), bytes_read()
+    first = images.identity(spec, tmp_path / "cache")
+    assert images.write(spec, tmp_path / "out", LocalPool()) == {"count": 1, "unreadable": 1}
+    assert bytes_read() - before < 4 << 20
+    (left_out,) = json.loads((tmp_path / "out/splits.json").read_text())["unreadable"]
+    assert left_out["name"] == "huge.png"
+    assert re.match(
+        r"the file claims 21,474,836,480 bytes, of which only [\d,]+ are on disk; the rest is a hole$", left_out["why"]
+    )
+    (tmp_path / "data/huge.png").write_bytes(png(noise(seed=1)))
+    assert images.identity(spec, tmp_path / "cache") != first
+
+
+LONG = {
+    "noise": (b"\x07", "unknown image format, of"),
+    "zeros": (b"\0", "unknown image format, of"),
+    "a web page": (b"<html>", "an HTML page, not an image, of"),
+    "a HEIC": (b"\0\0\0\x18ftypheic", "unknown image format: HEIC, which ktray does not read, of"),
+    "a JPEG without segments": (b"\xff\xd8\xff\xe0\0\x10", "a damaged JPEG file, of"),
+    "a PGM of one comment": (b"P5\n#", "a damaged PPM file, of"),
+}
+
+
+@pytest.mark.parametrize(("begins", "said"), LONG.values(), ids=LONG)
+def test_a_large_file_that_is_no_image_is_not_read_to_its_end(
+    begins: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The size that counts as large is lowered, so that no test writes a GiB."""
+    for module in (file_kind, image_formats):
+        monkeypatch.setattr(module, "LARGE", 1 << 20)
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data/huge.png"
+    path.write_bytes(begins + b"\x07" * (8 << 20))
+    before = bytes_read()
+    images.identity(spec_of(tmp_path / "data"))
+    with pytest.raises(Unreadable, match=said):
+        decode(path, 16)
+    assert bytes_read() - before < 1 << 20
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
+def test_a_large_image_is_read_and_hashed_like_a_small_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data/image.png"
+    Image.fromarray(noise()).save(path, kind, **({"exif": Image.Exif(), "comment": b"x"} if kind == "JPEG" else {}))
+    expected, content = decode(path, 40), images.identity(spec_of(tmp_path / "data"))
+    for module in (file_kind, image_formats):
+        monkeypatch.setattr(module, "LARGE", 100)
+    assert (decode(path, 40) == expected).all()
+    assert images.identity(spec_of(tmp_path / "data")) == content
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert images.identity(spec_of(tmp_path / "data")) != content
+
+
+def test_only_data_with_a_range_have_the_revision_of_the_range_in_their_keys(mixed: Path) -> None:
+    plain, ranged = (images_stage.stage_of(spec_of(mixed, range=each), "0" * 64).revisions for each in (None, (0, 4095)))
+    assert ranged == {**plain, "image_decoding.range": images.RANGE_REVISION}
 
 
 @pytest.mark.parametrize("copy", [["cp", "-rp"], ["cp", "-r"], ["cp", "-rl"]], ids=" ".join)

@@ -12,9 +12,11 @@ from ktray.images.data_files import location_fields as location_fields
 from ktray.images.data_files import with_absolute_path as with_absolute_path
 from ktray.images.decoding import IDENTITY as IDENTITY
 from ktray.images.decoding import MAX_PIXELS as MAX_PIXELS
+from ktray.images.decoding import RANGE_REVISION as RANGE_REVISION
 from ktray.images.decoding import REVISION as REVISION
 from ktray.images.decoding import MaxPixels as MaxPixels
 from ktray.images.decoding import PixelRange as PixelRange
+from ktray.images.decoding import Properties as Properties
 from ktray.images.decoding import decode as decode
 from ktray.images.decoding import decoder as decoder
 from ktray.images.decoding import fit as fit

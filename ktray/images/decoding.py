@@ -6,9 +6,9 @@ import contextlib
 import io
 import logging
 import math
+import re
 import struct
 import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,27 +20,12 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from ktray.images.image_formats import CORRUPT, FORMATS, large_and_no_image, message_of, tag_numbers, what_is_unread
 from ktray.images.source import Unreadable
 
 IDENTITY, REVISION = "image_decoding", 2
+RANGE_REVISION = 2  # of `range` alone: it counts for data sets with a range, whose keys it changes, and for no others
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs a program, as EPS does
-# What Pillow's parsers raise for truncated or corrupt files; MemoryError is deliberately not included.
-_CORRUPT = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -82,8 +67,8 @@ PixelRange = Annotated[
     BeforeValidator(_range),
     AfterValidator(_ascending),
     Field(
-        description="values of grey images of more than 8 bits that become black and white, such as [0, 4095]; "
-        "null: all values of 16 bits, and no others are read"
+        description="values, as in the file, of grey images of more than 8 bits that become black and white, such as "
+        "[0, 4095]; null: all values of 16 bits, and no others are read"
     ),
 ]
 
@@ -98,8 +83,8 @@ def decode(
     both sides stay at least twice `size`.
 
     Args:
-        pixel_range: the values of a grey image of more than 8 bits that become black and white; values outside are clipped.
-            None: 16-bit grey keeps its upper 8 bits.
+        pixel_range: the values, as written in the file, of a grey image of more than 8 bits that become black and white; values
+            outside are clipped. None: 16-bit grey keeps its upper 8 bits, and a PGM is white at its header's maxval.
 
     Raises:
         Unreadable: corrupt, of an unknown format, of pixels without a known range, or larger than `max_pixels`.
@@ -131,6 +116,8 @@ class Properties:
         unused_bands: of a TIFF, such as near infrared, that are left out.
         low: smallest value of all pixels, as encoded.
         high: largest value.
+        limit: the value that is white without a range: maxval of a PGM's header, such as 4095, or the largest of 8 or 16
+            bits; None for floating point numbers.
     """
 
     format: str
@@ -142,6 +129,7 @@ class Properties:
     unused_bands: int
     low: float
     high: float
+    limit: int | None
 
 
 def properties(encoded: bytes | Path, spec: Any) -> Properties:
@@ -153,27 +141,29 @@ def properties(encoded: bytes | Path, spec: Any) -> Properties:
     options = decoder(spec).keywords  # type: ignore[attr-defined]
 
     def describe(image: Image.Image) -> Properties:
-        width, height, bits, mode = image.width, image.height, _bits(image), image.mode
+        width, height, bits, mode, maxval = image.width, image.height, _bits(image), image.mode, _maxval(image)
+        limit = None if mode == "F" else (maxval or 0xFFFF) if bits > 8 else 0xFF
         _pixels(image, options["size"], options["pixel_range"])
         frames = 1
-        with contextlib.suppress(*_CORRUPT):
+        with contextlib.suppress(*CORRUPT):
             frames = int(getattr(image, "n_frames", 1))
             image.seek(0)
         tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-        bands = (*_numbers(tags, TiffImagePlugin.SAMPLESPERPIXEL), 1)[0]
+        bands = (*tag_numbers(tags, TiffImagePlugin.SAMPLESPERPIXEL), 1)[0]
         unused = max(0, bands - len(image.getbands()))
-        return Properties(str(image.format), mode, bits, width, height, frames, unused, *_extrema(image, bits))
+        low, high = _extrema(image, limit, maxval)
+        return Properties(str(image.format), mode, bits, width, height, frames, unused, low, high, limit)
 
     return _opened(encoded, options["max_pixels"], describe)
 
 
-def _extrema(image: Image.Image, bits: int) -> tuple[float, float]:
+def _extrema(image: Image.Image, limit: int | None, maxval: int | None) -> tuple[float, float]:
     """The smallest and the largest value of all pixels as encoded; of 16-bit colours, as nearly as Pillow reads them."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image)
+        values = _as_written(np.asarray(image), maxval)
         return float(values.min()), float(values.max())
     extrema: Any = image.getextrema()
-    flat = np.ravel(extrema) * (257 if bits == 16 else 1)
+    flat = np.ravel(extrema) * ((limit or 0xFF) / 0xFF)
     return float(flat.min()), float(flat.max())
 
 
@@ -185,6 +175,8 @@ def _opened(encoded: bytes | Path, max_pixels: int, use: Callable[[Image.Image],
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # only ever raised: other threads may decode with a lower limit of their own
     try:
+        if isinstance(encoded, Path) and (why := large_and_no_image(encoded)):
+            raise Unreadable(why)
         try:
             return _with_image(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, max_pixels, use)
         except ValueError as error:
@@ -193,28 +185,33 @@ def _opened(encoded: bytes | Path, max_pixels: int, use: Callable[[Image.Image],
             content = encoded if isinstance(encoded, bytes) else encoded.read_bytes()
             return _with_image(io.BytesIO(_without_texts(content)), max_pixels, use)
     except UnidentifiedImageError as error:  # its message is only the path or a memory address
-        raise Unreadable(_unidentified(encoded)) from error
-    except _CORRUPT as error:
-        raise Unreadable(f"{type(error).__name__}: {_message(error)}") from error
+        raise Unreadable(what_is_unread(encoded)) from error
+    except Image.DecompressionBombError as error:  # Pillow refuses it before its sides are known
+        number = re.search(r"\d+(?= pixels)", str(error))
+        raise Unreadable(_too_large(f"{number[0]} pixels" if number else "its pixels", max_pixels)) from error
+    except CORRUPT as error:
+        raise Unreadable(f"{type(error).__name__}: {message_of(error)}") from error
 
 
 def _with_image(file: io.BytesIO | Path, max_pixels: int, use: Callable[[Image.Image], _T]) -> _T:
-    with Image.open(file, formats=_FORMATS) as image:
+    with Image.open(file, formats=FORMATS) as image:
         # Pillow only warns up to twice its limit.
         if image.width * image.height > max_pixels:
-            raise Unreadable(
-                f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels} of the data set allows"
-            )
+            raise Unreadable(_too_large(f"{image.width} x {image.height} pixels", max_pixels))
         _refuse_misread(image)
         return use(image)
 
 
+def _too_large(pixels: str, max_pixels: int) -> str:
+    return f"{pixels} are more than max_pixels={max_pixels} of the data set allows"
+
+
 def _pixels(image: Image.Image, size: int, pixel_range: tuple[float, float] | None) -> NDArray[np.uint8]:
-    bits = _bits(image)
+    bits, maxval = _bits(image), _maxval(image)
     image.draft(None, (2 * size, 2 * size))
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
-    rgb = _rgb(image, bits, pixel_range)
+    rgb = _rgb(image, bits, maxval, pixel_range)
     return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
@@ -222,12 +219,28 @@ def _bits(image: Image.Image) -> int:
     """Bits of a channel as encoded: Pillow reads 16-bit colours as 8 bits. Before `load`, which forgets it."""
     if image.mode.startswith("I;16"):
         return 16
+    maxval = _maxval(image)
+    if maxval is not None:
+        return 16 if maxval > 0xFF else 8
     tiles: Any = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     raw = str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
-    if ";16" in raw:
+    if ";16" in raw and not raw.startswith("BGR;16"):  # three channels in 16 bits
         return 16
     return {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+
+
+def _maxval(image: Image.Image) -> int | None:
+    """The value of white by the header of a PGM or PPM, whose values Pillow scales; None for others. Before `load`."""
+    tiles: Any = getattr(image, "tile", None)
+    if not tiles or tiles[0][0] not in ("ppm", "ppm_plain") or not isinstance(tiles[0][3], tuple):
+        return None
+    return int(tiles[0][3][1])
+
+
+def _as_written(wide: NDArray[Any], maxval: int | None) -> NDArray[Any]:
+    """Grey values as in the file. Pillow scales those of a PGM to 65535, by a factor of at least 1, so that none is lost."""
+    return wide if maxval is None else (wide.astype(np.int64) * (2 * maxval) + 0xFFFF) // (2 * 0xFFFF)
 
 
 _PLANES_APART, _SIGNED = 2, 2
@@ -238,16 +251,11 @@ def _refuse_misread(image: Image.Image) -> None:
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return
     tags = image.tag_v2
-    bits = max(_numbers(tags, TiffImagePlugin.BITSPERSAMPLE), default=1)
-    if len(image.getbands()) > 1 and bits > 8 and _PLANES_APART in _numbers(tags, TiffImagePlugin.PLANAR_CONFIGURATION):
+    bits = max(tag_numbers(tags, TiffImagePlugin.BITSPERSAMPLE), default=1)
+    if len(image.getbands()) > 1 and bits > 8 and _PLANES_APART in tag_numbers(tags, TiffImagePlugin.PLANAR_CONFIGURATION):
         raise Unreadable(f"a TIFF of {bits}-bit colours in separate planes; write them pixel by pixel")
-    if image.mode not in ("I", "F") and _SIGNED in _numbers(tags, TiffImagePlugin.SAMPLEFORMAT):
+    if image.mode not in ("I", "F") and _SIGNED in tag_numbers(tags, TiffImagePlugin.SAMPLEFORMAT):
         raise Unreadable("signed pixels have no known range")
-
-
-def _numbers(tags: Any, tag: int) -> tuple[int, ...]:
-    found = tags.get(tag, ())
-    return tuple(found) if isinstance(found, tuple) else (found,)
 
 
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -266,123 +274,24 @@ def _without_texts(content: bytes) -> bytes:
     return b"".join(kept)
 
 
-_SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-    b"8BPS": "Photoshop",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"\xff\x0a": "JPEG XL",
-    b"DDS ": "DDS",
-    b"v/1\x01": "OpenEXR",
-    b"#?RADIANCE": "Radiance HDR",
-    b"qoif": "QOI",
-    b"SIMPLE  =": "FITS",
-    b"\0\0\1\0": "icon",
-}
-_BRANDS = {
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"heim": "HEIC",
-    b"hevc": "HEIC",
-    b"mif1": "HEIF",
-    b"msf1": "HEIF",
-    b"crx ": "Canon raw",
-}
-
-
-def image_format(head: bytes) -> str | None:
-    """The format of an image that begins with these bytes, whether ktray reads it or not; None for anything else."""
-    if head[4:8] == b"ftyp":
-        return _BRANDS.get(head[8:12])
-    if head[:4] == b"RIFF":
-        return "WebP" if head[8:12] == b"WEBP" else None
-    if head[128:132] == b"DICM":
-        return "DICOM"
-    if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
-        return "PPM"
-    return next((name for start, name in _SIGNATURES.items() if head.startswith(start)), None)
-
-
-def _unidentified(encoded: bytes | Path) -> str:
-    """What a file is that Pillow cannot identify."""
-    try:
-        content = encoded[:1024] if isinstance(encoded, bytes) else _head(encoded)
-    except OSError as error:
-        return f"{type(error).__name__}: {_message(error)}"
-    found = image_format(content)
-    if found == "TIFF":
-        return _tiff(encoded) or "a damaged TIFF file"
-    if found and found.upper() in _FORMATS:
-        return f"a damaged {found} file"
-    if found:
-        return f"unknown image format: {found}, which ktray does not read"
-    text = content.lstrip().lower()
-    if not content:
-        return "an empty file"
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, not an image"
-    if text.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS, not the image itself: run 'git lfs pull'"
-    return "unknown image format"
-
-
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(1024)
-
-
-def _tiff(encoded: bytes | Path) -> str | None:
-    """The kind of a TIFF that Pillow does not read: ``a TIFF of 13 bands of 16 bits``; None for a damaged one."""
-    try:
-        with io.BytesIO(encoded) if isinstance(encoded, bytes) else open(encoded, "rb") as file:
-            head = file.read(8)
-            tags = TiffImagePlugin.ImageFileDirectory_v2(head + file.read(8) if b"+" in head[:4] else head)
-            file.seek(tags.next)
-            tags.load(file)
-        bands = _numbers(tags, TiffImagePlugin.SAMPLESPERPIXEL)[:1] or (1,)
-        if TiffImagePlugin.IMAGEWIDTH not in tags:
-            return None
-        bits = max(_numbers(tags, TiffImagePlugin.BITSPERSAMPLE), default=1)
-        floating = 3 in _numbers(tags, TiffImagePlugin.SAMPLEFORMAT)
-    except _CORRUPT:
-        return None
-    number = f"{bits}-bit floating point numbers" if floating else f"{bits} bits"
-    return f"a TIFF of {bands[0]} band{'s' * (bands[0] != 1)} of {number}; ktray reads grey and RGB of 8 or 16 bits"
-
-
-def _message(error: BaseException) -> str:
-    """The message of an error without the path; images are listed by names relative to the data set."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except _CORRUPT:
+    except CORRUPT:
         return 1  # the pixels are intact: damaged metadata is no reason to drop the image
 
 
 _WHITE_IS_ZERO = 0
 
 
-def _rgb(image: Image.Image, bits: int, pixel_range: tuple[float, float] | None) -> Image.Image:
+def _rgb(image: Image.Image, bits: int, maxval: int | None, pixel_range: tuple[float, float] | None) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        wide = np.asarray(image)
+        wide = np.asarray(image) if pixel_range is None else _as_written(np.asarray(image), maxval)
         tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-        if wide.dtype == np.uint16 and _WHITE_IS_ZERO in _numbers(tags, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION):
+        if wide.dtype == np.uint16 and _WHITE_IS_ZERO in tag_numbers(tags, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION):
             wide = 0xFFFF - wide  # Pillow inverts images of 8 bits only
         return Image.fromarray(_eight_bits(wide, pixel_range)).convert("RGB")
-    if bits == 16 and pixel_range is not None:
+    if bits == 16 and pixel_range is not None and pixel_range != (0, maxval):  # Pillow has applied that one
         raise Unreadable("colours of 16 bits are read as their upper 8 bits, so 'range' cannot be applied")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         opaque = image.convert("RGBA")

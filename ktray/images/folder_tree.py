@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ktray.errors import UserError
-from ktray.images.decoding import image_format
+from ktray.images.image_formats import image_format
 from ktray.images.split_words import SPLITS, split_words, splits_of
 
 WHERE = "data.path"

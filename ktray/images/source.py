@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from ktray import plugins
 from ktray.checksums import json_text, read_json
 from ktray.fingerprint import file_sha256, file_version, fingerprint, version_is_reliable
+from ktray.images.folder_tree import SUFFIXES
+from ktray.images.image_formats import large_and_no_image
 from ktray.spec import DataSpec, Split
 
 
@@ -233,6 +235,8 @@ _UNREADABLE = "unreadable"
 def _entry(path: str, known: dict[str, list[Any]]) -> list[Any]:
     """[size, times of modification and change, sha256] of a file; a fixed entry if it is unreadable, which decoding reports."""
     try:
+        if path.lower().endswith(SUFFIXES) and large_and_no_image(Path(path)):
+            return [-1, -1, -1, _UNREADABLE]
         version = [*file_version(os.stat(path))]
         cached = known.get(path)
         if cached and cached[:-1] == version:

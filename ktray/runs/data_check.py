@@ -13,7 +13,7 @@ from ktray.checksums import read_json, write_json
 from ktray.errors import UserError
 from ktray.features import precomputed
 from ktray.fingerprint import canonical
-from ktray.images import Source, Splits
+from ktray.images import Properties, Source, Splits
 from ktray.pipeline.pair_graph import Identity, generations
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
@@ -170,11 +170,55 @@ def _sample(splits: dict[str, Source], spec: DataSpec, count: int) -> dict[str, 
             "low": min(each.low for each in wide),
             "high": max(each.high for each in wide),
             "range": getattr(spec, "range", None),
+            "kinds": _kinds_of_wide(wide),
         }
         if wide
         else None,
         "brightest": max((each.high for each in found if each.bits == 8), default=None),
     }
+
+
+def _kinds_of_wide(wide: list[Properties]) -> list[dict[str, Any]]:
+    """Images of more than 8 bits by format and by what is white in their files without a range, each with its largest value."""
+    kinds: dict[tuple[str, int | None, bool], list[float]] = {}
+    for each in wide:
+        grey = len(each.mode) == 1 or each.mode.startswith("I")
+        kinds.setdefault((each.format, each.limit, grey), []).append(each.high)
+    return [
+        {"format": name, "limit": limit, "grey": grey, "images": len(found), "high": max(found)}
+        for (name, limit, grey), found in kinds.items()
+    ]
+
+
+def _unused_bits(wide: dict[str, Any]) -> list[str]:
+    """A sentence about each kind of images with more than 8 bits that uses less than half of the values up to white."""
+    if wide["range"] is not None:
+        return []
+    found, kinds = [], wide["kinds"]
+    for kind in kinds:
+        limit, high = kind["limit"], int(kind["high"])
+        if limit is None or high > limit // 2:
+            continue
+        bits = max(1, high.bit_length())
+        top = (1 << bits) - 1
+        # A range applies to all grey images of the data set, so it must be that of the other kinds, too.
+        fits = all(_range_fits(other, top) for other in kinds if other["grey"])
+        remedy = f"write range: [0, {top}] in the data set" if kind["grey"] and fits else "convert them to 8 bits"
+        remedy = remedy if kind["grey"] else "convert the colours to 8 bits"
+        others = f" in {kind['format']} files" if len(kinds) > 1 else ""
+        found.append(
+            f"images of {limit.bit_length()} bits{others} use only {bits} of them: their largest value in a sample is {high}, "
+            f"so that {high * 256 // (limit + 1) + 1} of 256 levels are left; {remedy}"
+        )
+    return found
+
+
+def _range_fits(kind: dict[str, Any], top: int) -> bool:
+    """Whether a range that ends at `top` suits a kind of images, which may use most of the values up to white as it is."""
+    limit, high = kind["limit"], kind["high"]
+    if limit is not None and high > limit // 2:
+        return bool(limit == top)
+    return bool(top // 2 < high <= top)
 
 
 _DARK = 15  # of 255
@@ -201,13 +245,8 @@ def _suspicious_pixels(sample: dict[str, Any] | None) -> list[str]:
             "only the first three are used"
         )
     wide = sample["wide"]
-    if wide and wide["range"] is None and wide["bits"] == 16 and wide["high"] < 0x8000:
-        bits = max(1, int(wide["high"]).bit_length())
-        remedy = f"write range: [0, {(1 << bits) - 1}] in the data set" if wide["grey"] else "convert the colours to 8 bits"
-        found.append(
-            f"images of 16 bits use only {bits} of them: their largest value in a sample is {wide['high']:.0f}, so that "
-            f"{(int(wide['high']) >> 8) + 1} of 256 levels are left; {remedy}"
-        )
+    if wide:
+        found += _unused_bits(wide)
     if sample["brightest"] is not None and sample["brightest"] <= _DARK and not wide:
         found.append(f"no pixel of a sample is brighter than {sample['brightest']:.0f} of 255")
     return found

@@ -28,7 +28,10 @@ def stage_of(data: DataSpec, content: str) -> Stage:
     """
     locations = images.location_fields(data)
     spec = {**data.model_dump(exclude=set(locations)), "content": content}
-    return Stage("images", spec, plugins.revisions(sys.modules[__name__], data), local={"data": {"images": locations}})
+    revisions = plugins.revisions(sys.modules[__name__], data)
+    if getattr(data, "range", None) is not None:
+        revisions = {**revisions, f"{images.IDENTITY}.range": images.RANGE_REVISION}
+    return Stage("images", spec, revisions, local={"data": {"images": locations}})
 
 
 def run(
