@@ -95,7 +95,7 @@ def make(root: Path, entries: list[tuple[list[str], str, str]]) -> None:
                 os.mkfifo(path)
             elif content in LINKS:
                 path.symlink_to(LINKS[content](root, path))
-            else:
+            elif path.is_file() or not path.exists():  # to write to a pipe would wait for its reader
                 path.write_bytes(BYTES[content])
         except (OSError, ValueError):
             continue
