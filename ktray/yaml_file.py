@@ -144,6 +144,13 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(
             f"the text has {len(text):,} characters, and at most {MAX_BYTES:,} are read", _cut(source), "Shorten it."
         )
+    if breaks := re.search("[\x85\u2028\u2029]", text):
+        line = text.count("\n", 0, breaks.start()) + 1
+        raise UserError(
+            f"{visible_name(breaks[0])} is a line break to one version of YAML and a character to another",
+            f"{_cut(source)}, line {line}, column {_column(text, breaks.start())}",
+            "Leave it out, or write it as an escape within double quotes.",
+        )
     try:
         node = _composed(text)
         return None if node is None else _Reading().plain(node, 1)
