@@ -84,27 +84,24 @@ def require_readable(path: Path, where: str) -> None:
         UserError: it cannot be opened, or it is a large sparse file.
     """
     try:
-        size, held = path.stat().st_size, bytes_on_disk(path)
+        claim = false_claim(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path.name} cannot be read: {reason}", where) from error
-    if held < size // 2:
-        raise UserError(
-            f"{path.name} claims {size:,} bytes, of which only {held:,} are on disk; the rest is a hole",
-            where,
-            "It may be a download that did not finish: download it again.",
-        )
+    if claim:
+        raise UserError(f"{path.name} {claim}", where, "It may be a download that did not finish: download it again.")
 
 
-def bytes_on_disk(path: Path) -> int:
-    """Bytes of a file that are not holes; all of a file that is not `LARGE`, or where the file system cannot tell.
+def false_claim(path: Path) -> str | None:
+    """What a large file claims that is mostly holes, as the end of a sentence; None for other files.
 
     Raises:
         OSError: it cannot be read.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        return size if size <= LARGE else _bytes_held(file.fileno(), size)
+        held = size if size <= LARGE else _bytes_held(file.fileno(), size)
+    return f"claims {size:,} bytes, of which only {held:,} are on disk; the rest is a hole" if held < size // 2 else None
 
 
 def _bytes_held(file: int, size: int) -> int:

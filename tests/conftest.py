@@ -11,14 +11,25 @@ from typing import Any
 import pytest
 
 from ktray.scheduler.resources import ResourceRequest, RuntimeSettings
+from tests.child import Child
 
 TOY_REQUESTS = {"images": ResourceRequest(helpers=3), "clusters": ResourceRequest(helpers=3)}
 
 
 def pytest_configure() -> None:
-    """Let processes that tests start react to Ctrl-C, even if pytest runs as a shell's background job, which ignores it."""
+    """Let tests and processes that they start react to Ctrl-C and SIGHUP, even if a background job or nohup ignores these."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
+    """A process for hostile input, with a home of its own."""
+    found = Child(tmp_path_factory.mktemp("home"))
+    yield found
+    found.end()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.training import loop, pretrained
+from tests.child import peak_memory
 
 torch.set_num_threads(1)
 
@@ -97,7 +97,7 @@ def written(content: Any, keys: list[str], more: list[tuple[str, Any]], form: st
 
 def outcome(path: Path, **stated: str | None) -> dict[str, Tensor] | str:
     """The weights that a file gives, or why it gives none; soon, in little memory, and in one paragraph."""
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, began = peak_memory(), time.process_time()
     try:
         found = pretrained.check_weights(SHAPES, path, **stated)
         result: dict[str, Tensor] | str = {name: stored.read() for name, stored in found.tensors.items()}
@@ -106,7 +106,7 @@ def outcome(path: Path, **stated: str | None) -> dict[str, Tensor] | str:
         assert "\n" not in result
         assert len(result) < 2000
     assert time.process_time() - began < 10
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < 2 << 30
+    assert peak_memory() - before < 2 << 30
     return result
 
 

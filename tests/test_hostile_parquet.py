@@ -6,7 +6,6 @@ import itertools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,13 +181,6 @@ PATTERNS = st.sampled_from(["."] * 6 + ["", "**", "*", "*/*", "**/*.parquet", "[
 LAYOUTS = given(drawn=st.lists(files(), min_size=1, max_size=4), query=QUERIES, pattern=PATTERNS)
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=500)
-
-
-@pytest.fixture(scope="module")
-def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
-    found = Child(tmp_path_factory.mktemp("home"))
-    yield found
-    found.end()
 
 
 @pytest.fixture(scope="module")

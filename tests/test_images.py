@@ -143,17 +143,18 @@ def test_a_relative_path_is_resolved_before_a_worker_with_another_working_direct
 
 
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
+from tests.child import peak_memory
 from ktray import images, plugins
 from ktray.pool import LocalPool
 import numpy as np
 spec = plugins.parse("dataset", {"kind": sys.argv[1], "path": sys.argv[2], "size": 224})
 warm = plugins.parse("dataset", {"kind": "synthetic", "count": 4, "test": 0, "size": 224})
 images.write(warm, Path(sys.argv[3]) / "warm", LocalPool())
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 count = images.write(spec, Path(sys.argv[3]) / "out", LocalPool(), memmap_bytes=int(sys.argv[4]))["count"]
-print(int(count), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print(int(count), (peak_memory() - before) >> 20)
 """
 
 

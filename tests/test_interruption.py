@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,6 @@ from tests.source import ROOT
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 GONE = "its GCS (process 4711) is gone"
-
-
-@pytest.fixture(autouse=True)
-def _hangup_is_not_ignored() -> Iterator[None]:
-    """As in a terminal; under nohup, which ktray respects, these tests would see nothing."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

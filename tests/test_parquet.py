@@ -117,14 +117,15 @@ def test_a_large_row_group_is_not_read_into_memory(tmp_path: Path) -> None:
     writer.write_table(pa.table({"img": [blob] * 1500}), row_group_size=1500)
     writer.close()
     code = """
-import resource, sys
+import sys
+from tests.child import peak_memory
 from ktray import plugins
 spec = plugins.parse("dataset", {"kind": "parquet", "path": sys.argv[1]})
 source = plugins.module_of("dataset", spec).load(spec).train
 source.encoded(0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 assert all(len(source.encoded(index)) == 200_000 for index in range(1500))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+print((peak_memory() - before) >> 20)
 """
     arguments = [sys.executable, "-c", code, str(tmp_path / "train.parquet")]
     answer = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ktray.errors import UserError
 from ktray.images.image_formats import image_format
 from ktray.images.split_words import SPLITS, split_words, splits_of
+from ktray.text import counted, first_few
 
 WHERE = "data.path"
 ORDER = "by class folder, then by folder, then by file name, as torchvision's ImageFolder"
@@ -399,14 +400,9 @@ def nested_classes(folder: Folder) -> tuple[str, ...]:
     return around if len(found) > 1 and not folder.at(around).files else ()
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def _named(names: Sequence[str], most: int = 5) -> str:
     """``'a', 'b' and 3 more``."""
-    listed = ", ".join(repr(shown(name)) for name in names[:most])
-    return f"{listed} and {len(names) - most} more" if len(names) > most else listed
+    return first_few((repr(shown(name)) for name in names), most)
 
 
 def warnings_about(tree: Folder, splits: Mapping[str, Sequence[ImageFile]]) -> list[str]:
@@ -421,15 +417,15 @@ def warnings_about(tree: Folder, splits: Mapping[str, Sequence[ImageFile]]) -> l
             f"{unread} of {unread + tree.images} images are left out, because ktray does not read their format: {kinds}"
         )
     if left_out.get(_NOWHERE):
-        found.append(f"{_counted(left_out[_NOWHERE], 'link')} to nowhere")
+        found.append(f"{counted(left_out[_NOWHERE], 'link')} to nowhere")
     inodes = {split: {file.inode for file in files} for split, files in splits.items()}
     for split, files in splits.items():
         if len(inodes[split]) < len(files):
-            found.append(f"{_counted(len(files) - len(inodes[split]), 'image')} of {split} twice in it, through links")
+            found.append(f"{counted(len(files) - len(inodes[split]), 'image')} of {split} twice in it, through links")
     for first, second in combinations(splits, 2):
         both = len(inodes[first] & inodes[second])
         if both:
-            found.append(f"{_counted(both, 'image')} both in {first} and in {second}, through links")
+            found.append(f"{counted(both, 'image')} both in {first} and in {second}, through links")
     return found
 
 

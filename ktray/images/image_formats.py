@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, TiffImagePlugin
 
-from ktray.file_kind import LARGE, bytes_on_disk
+from ktray.file_kind import LARGE, false_claim
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs a program, as EPS does
 # What Pillow's parsers raise for truncated or corrupt files; MemoryError is deliberately not included.
@@ -149,9 +149,8 @@ def large_and_no_image(path: Path) -> str | None:
     size = path.stat().st_size
     if size <= LARGE:
         return None
-    held = bytes_on_disk(path)
-    if held < size // 2:
-        return f"the file claims {size:,} bytes, of which only {held:,} are on disk; the rest is a hole"
+    if claim := false_claim(path):
+        return f"the file {claim}"
     found = image_format(_head(path))
     if (
         (found or "").upper() not in FORMATS

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import file_sha256
+from ktray.text import first_few
 from ktray.training.checkpoint_file import INSTEAD, WHERE, CheckpointFile, StoredTensor, open_checkpoint, shown
 from ktray.training.snapshot import write_untrained
 
@@ -401,8 +402,7 @@ def _read_finite(found: Weights, wanted: Mapping[str, Tensor], name: str) -> Ite
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(map(shown, names[:_NAMES_SHOWN])) + more
+    return first_few(map(shown, names), _NAMES_SHOWN)
 
 
 def _nothing_fits(

@@ -11,6 +11,7 @@ from typing import Any
 
 from ktray.errors import UserError
 from ktray.file_kind import require_readable, what_it_is
+from ktray.text import first_few
 
 MIB = 1 << 20
 _SHOWN = 256  # characters of a name in messages, as many as file names have
@@ -51,7 +52,7 @@ class ParquetFile:
 def some(items: Iterable[str], shown: int = 5) -> str:
     """The first few of some texts, each cut to a length that can be read."""
     found = [item if len(item) <= _SHOWN else f"{item[:_SHOWN]}..." for item in items]
-    return ", ".join(found[:shown]) + (f" and {len(found) - shown} more" if len(found) > shown else "")
+    return first_few(found, shown)
 
 
 def opened(path: Path) -> Any:
