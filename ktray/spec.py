@@ -195,8 +195,10 @@ class Schedule(StrictSpec):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of products and convolutions; weights stay float32. bfloat16 is for GPUs"
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        default="float32",
+        description="of products and convolutions; weights stay float32. tf32 and bfloat16 are for GPUs: on a CPU, tf32 is "
+        "float32 and bfloat16 is slow",
     )
 
     @model_validator(mode="after")

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from ktray import plugins, progress
 from ktray.fingerprint import seed_of
 from ktray.images import Images
+from ktray.ops import precision
 from ktray.spec import Schedule
 from ktray.training import snapshot
 from ktray.training.task import Task
 
-IDENTITY, REVISION = "training_loop", 1
+IDENTITY, REVISION = "training_loop", 2
 
 # Up to this size all pixels are held as one tensor; beyond it, each batch is read while the previous one trains.
 RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -116,7 +117,7 @@ def fit(
     """
     backbone.to(device).to(memory_format=torch.channels_last)
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), precision.products_in(schedule.precision):
         torch.manual_seed(seed_of(seed, "head"))
         model = _model(backbone, task, device)
         optimizer = _optimizer(schedule, model)
@@ -156,7 +157,7 @@ def _train_epoch(
         inputs, targets = task.batch(pixels, indices, generator)
         terms: list[tuple[str, Tensor, float]] = []
         for share, part_inputs, part_targets in batches.parts(inputs, targets):
-            with torch.autocast(pixels.device.type, torch.bfloat16, enabled=schedule.precision == "bfloat16"):
+            with precision.autocast(schedule.precision, pixels.device):
                 outputs = task.forward(model, part_inputs) if task.forward else head(backbone(part_inputs))
                 loss, metrics = task.loss(outputs, part_targets)
             if not terms:

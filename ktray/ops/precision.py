@@ -1,0 +1,37 @@
+"""How a GPU rounds the inputs of products and convolutions: not at all (float32), to TF32, or to bfloat16."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Within a `with`, products and convolutions of float32 on a GPU round their inputs to TF32 if, and only if, asked to.
+
+    PyTorch's own default rounds those of convolutions, so that float32 would not be what it says. On a CPU nothing changes.
+    bfloat16 needs `autocast` as well.
+
+    Args:
+        precision: "float32", "tf32" (10 bits of mantissa, and float32 sums) or "bfloat16".
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    with warnings.catch_warnings():  # newer releases of PyTorch recommend names that older ones do not have
+        warnings.simplefilter("ignore", UserWarning)
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """A context for a forward pass: products and convolutions in bfloat16 if `precision` says so, weights as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
