@@ -282,7 +282,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 def _integer(node: yaml.ScalarNode) -> int:
     text = node.value
-    digits = text.lstrip("+-").replace("_", "")
+    text, digits = node.value, _without_groups(node).lstrip("+-")
     base = {"0b": 2, "0x": 16}.get(digits[:2].lower(), 10)
     if base == 10 and len(digits) > 1 and digits[0] == "0" and digits.isdecimal():
         plain = digits.lstrip("0") or "0"
@@ -314,8 +314,20 @@ def _too_large(text: str, node: yaml.ScalarNode) -> _Refused:
     )
 
 
+def _without_groups(node: yaml.ScalarNode) -> str:
+    """The number without the underscores that group its digits in threes; others may be a slip of the finger."""
+    text: str = node.value
+    if "_" in text and not re.fullmatch(r"[-+]?[0-9]{1,3}(_[0-9]{3})+(\.[0-9]*)?([eE][-+]?[0-9]+)?", text):
+        raise _Refused(
+            f"{_shortened(text)} has an underscore that does not stand between groups of three digits",
+            f"Write {_shortened(text.replace('_', ''))} if that is meant, or quote it if it is text.",
+            node.start_mark,
+        )
+    return text.replace("_", "")
+
+
 def _float(node: yaml.ScalarNode) -> float:
-    text = node.value.replace("_", "")
+    text = _without_groups(node)
     try:
         return float(text.replace(".inf", "inf").replace(".nan", "nan") if len(text) < 6 else text)
     except ValueError:

@@ -198,3 +198,10 @@ def test_images_of_different_sizes_in_one_folder_are_no_mistake(home: Path, tmp_
     data = folder(tmp_path / "x", sides=(9, 28, 50, 200))
     (tmp_path / "pair.yaml").write_text(yaml.safe_dump(toy_spec(data=data, evals=["effective_rank"])))
     assert main(["run", str(tmp_path / "pair.yaml"), "--local", "--quiet"]) == 0, capsys.readouterr().err
+
+
+def test_run_says_that_it_does_not_use_a_tracker(home: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "pair.yaml").write_text(yaml.safe_dump(toy_spec(data=folder(tmp_path / "x"), evals=["effective_rank"])))
+    assert main(["run", str(tmp_path / "pair.yaml"), "--local", "--tracking", f"sqlite:///{tmp_path}/t.db"]) == 0
+    assert "--tracking is not used: run logs nothing to MLflow" in capsys.readouterr().err
+    assert not (tmp_path / "t.db").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ READ = {
     "a negative one": ("a: -5", -5),
     "a hex number": ("a: 0x1F", 31),
     "digits in groups": ("a: 1_000", 1000),
+    "a fraction with digits in groups": ("a: -12_000.5", -12000.5),
     "a number without a point": ("a: 1e3", 1000.0),
     "a number without a sign": ("a: 1.5e3", 1500.0),
     "a number without a fraction": ("a: 1.", 1.0),
@@ -70,7 +72,7 @@ REFUSED = {
     "a text that is called true": ("a: !!bool maybe", "1, column 4", "is no bool"),
     "a text that is called null": ("a: !!null x", "1, column 4", "is no null"),
     "a hex number without digits": ("a: 0x", "1, column 4", "is no whole number"),
-    "or with a line alone": ("a: 0x_", "1, column 4", "is no whole number"),
+    "or with a line alone": ("a: 0x_", "1, column 4", "quote it if it is text"),
     "a binary number without digits": ("a: 0b", "1, column 4", "is no whole number"),
     "5,000 digits": (f"a: {'9' * 5000}", "1, column 4", "is too large"),
     "5,000 negative digits": (f"a: -{'9' * 5000}", "1, column 4", "is too large"),
@@ -78,6 +80,8 @@ REFUSED = {
     "5,000 zeros": (f"a: {'0' * 5000}", "1, column 4", "versions of YAML read that differently. Write 0;"),
     "65 bits": ("a: 9223372036854775808", "1, column 4", "is too large"),
     "a leading zero": ("a: 010", "1, column 4", "Write 10, or 8 if it is octal"),
+    "an underscore within a group of digits": ("a: 1_0", "1, column 4", "Write 10 if that is meant"),
+    "an underscore at the end": ("a: 100_", "1, column 4", "Write 100 if that is meant"),
     "a list in itself": ("a: &a [*a]", "1, column 4", "contains itself"),
     "a mapping in itself": ("&a {b: {c: *a}}", "1, column 1", "contains itself"),
     "a merge of itself": ("a: &a {<<: *a}", "1, column 4", "contains itself"),
@@ -211,7 +215,10 @@ def test_a_file_of_a_hundred_terabytes_is_not_read(tmp_path: Path) -> None:
         read_yaml(path)
 
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+# But for texts such as 0E0, which PyYAML takes for text and does not quote: here they are numbers, as 1e-3 is.
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20).filter(
+    lambda text: not re.fullmatch(r"[-+]?[0-9]+[eE][-+]?[0-9]+", text)
+)
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
 )

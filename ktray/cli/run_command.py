@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from ktray.runs.spec_files import load_pairs, select_pairs
 
     settings = settings_of(args)
+    if args.tracking:
+        settings.print_info("ktray: --tracking is not used: run logs nothing to MLflow, a search does")
     pairs = select_pairs(load_pairs(args.source, args.overrides), args.only)
     for sentence in check_pairs(pairs, data_loader(), args.source):
         settings.print_info(f"ktray: {sentence}")
