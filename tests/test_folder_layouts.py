@@ -255,6 +255,25 @@ def test_what_is_left_out_is_counted_by_suffix_and_images_among_it_are_a_warning
     assert ".heic 3" in said
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("caf\u00e9", "cafe\u0301", True),
+        ("Rock", "rock", True),
+        ("polar bear", "polar_bear", True),
+        ("ﬁsh", "fish", True),
+        ("cafe", "caf\u00e9", False),
+        ("class1", "class2", False),
+    ],
+)
+def test_classes_that_a_person_would_read_as_one_are_said(one: str, other: str, alike: bool, tmp_path: Path) -> None:
+    answer = describe(data_spec(f"imagefolder:{files(tmp_path, f'{one}/0.png', f'{other}/0.png', 'emu/0.png')}"))
+    assert set(answer["splits"]["train"]["images_of_class"]) == {one, other, "emu"}
+    said = [warning for warning in answer["warnings"] if "differ only in case, blanks, hyphens" in warning]
+    assert len(said) == alike
+    assert all(repr(one) in text and repr(other) in text for text in said)
+
+
 def test_an_empty_class_folder_is_said(tmp_path: Path) -> None:
     answer = describe(data_spec(f"imagefolder:{files(tmp_path, 'cat/0.png', 'dog/0.png', 'emu/', 'fox/sub/')}"))
     assert "folders without images are no classes: 'emu', 'fox'" in answer["warnings"]

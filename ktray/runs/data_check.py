@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -129,12 +131,25 @@ def _suspicious(splits: dict[str, Source]) -> list[str]:
             found.append(
                 f"all images of {name} have the class {part.classes[min(present)]!r}, so that any classifier is always right"
             )
+        found += _alike([part.classes[number] for number in sorted(present)], name)
         absent = [label for number, label in enumerate(part.classes) if number not in present]
         if absent and len(present) > 1:
             found.append(f"{name} has no image of {_some(absent, 'class', 'classes')}")
     if "train" in labelled:
         found += [f"{name} has no labels, although train has" for name in splits if name not in labelled]
     return found
+
+
+def _alike(classes: Sequence[str], split: str) -> list[str]:
+    """A sentence for each group of classes that a person would read as one, such as `café` with one or two characters for é."""
+    groups: dict[str, list[str]] = {}
+    for label in classes:
+        groups.setdefault(re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold().strip()), []).append(label)
+    return [
+        f"{_some(names, 'class', 'classes')} of {split} differ only in case, blanks, hyphens or the encoding of a letter"
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def _sample(splits: dict[str, Source], spec: DataSpec, count: int) -> dict[str, Any] | None:
