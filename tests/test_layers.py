@@ -49,7 +49,7 @@ WORDS = {
 }
 LAYERS = (
     ("words", WORDS),
-    ("tools", {"ops", "training", "features", "clustering", "images", "export"}),
+    ("tools", {"ops", "training", "features", "clustering", "images", "export", "scoring"}),
     ("methods", set(GROUPS.values())),
     ("pipeline", {"pipeline", "stages", "cost_model"}),
     ("scheduler", {"scheduler"}),
@@ -74,8 +74,25 @@ MAY_BE_EXTENDED = {  # what a Spec may extend, and the Protocol of every plugin'
     "ktray.spec.KMeansFields",
     "ktray.plugins.PluginSpec",
 }
-SLOW_TO_IMPORT = {"torchvision", "sklearn", "skimage", "pyarrow", "matplotlib", "pandas", "timm", "mlflow"}
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "pydantic_core": "pydantic"}
+SLOW_TO_IMPORT = {
+    "torchvision",
+    "cv2",
+    "pycocotools",
+    "sklearn",
+    "skimage",
+    "pyarrow",
+    "matplotlib",
+    "pandas",
+    "timm",
+    "mlflow",
+}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "pydantic_core": "pydantic",
+    "cv2": "opencv-contrib-python-headless",
+}
 RUN_BY_HAND = {"build"}  # makes a data set that comes with ktray
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 BANNED_IN_MODULE_NAMES = {
@@ -370,7 +387,7 @@ def test_functions_of_tests_and_experiments_have_at_most_60_lines():
 def test_a_library_is_declared_if_and_only_if_it_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    needed = [*project["dependencies"], *extras["timm"], *extras["onnx"]]
+    needed = [*project["dependencies"], *extras["timm"], *extras["onnx"], *extras["detection"]]
     declared = {re.split(r"[^\w-]", line)[0] for line in needed}
     found = {origin.split(".")[0] for module in PACKAGE for origin, _ in imports(module)}
     used = {DISTRIBUTIONS.get(name, name) for name in found - {"ktray", *sys.stdlib_module_names}}

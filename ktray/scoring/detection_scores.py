@@ -1,0 +1,209 @@
+"""Scores of detected boxes: the matching of PASCAL VOC's devkit with its `difficult` objects, and COCO's AP by pycocotools.
+
+Boxes are [x0, y0, x1, y1] in pixels, x1 and y1 exclusive. A box of the devkit, which counts pixels from 1 and includes the
+last, is [xmin - 1, ymin - 1, xmax, ymax] here, and its ``+1`` in widths and heights is contained in that.
+
+Source: VOCevaldet.m of the devkits of 2007 and 2012; Lin et al., "Microsoft COCO" (2014), and pycocotools' `COCOeval`.
+
+Legend: N images, C classes, n detections and m objects of one image, k detections of one class in all images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray.errors import UserError
+from ktray.scoring.average_precision import IGNORED, RIGHT, WRONG, Rule, average_precision, precision_recall, ranking
+
+IDENTITY, REVISION = "detection_scores", 1
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects of one image.
+
+    Attributes:
+        boxes: (m, 4) float64.
+        classes: (m,) int64 in [0, C).
+        difficult: (m,) bool; a detection of a difficult object counts neither for nor against (VOC).
+        crowd: (m,) bool; the box of many objects: any number of detections inside it is ignored (COCO). None for none.
+        areas: (m,) pixels of the objects' masks; None for those of the boxes. Only COCO's sizes read them.
+    """
+
+    boxes: NDArray[np.float64]
+    classes: NDArray[np.int64]
+    difficult: NDArray[np.bool_]
+    crowd: NDArray[np.bool_] | None = None
+    areas: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image.
+
+    Attributes:
+        boxes: (n, 4) float64.
+        classes: (n,) int64 in [0, C).
+        scores: (n,) float64.
+    """
+
+    boxes: NDArray[np.float64]
+    classes: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The detections of one class in all images, best first.
+
+    Attributes:
+        results: (k,) RIGHT, WRONG or IGNORED.
+        images: (k,) the image of each.
+        scores: (k,) descending.
+        positives: (N,) objects of the class in each image that are not difficult.
+    """
+
+    results: NDArray[np.int8]
+    images: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    positives: NDArray[np.int64]
+
+    def ap(self, rule: Rule) -> float:
+        """AP in [0, 1]; NaN if the class has no object that is not difficult."""
+        return average_precision(*self.curve(), rule) if self.positives.sum() else float("nan")
+
+    def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Recall (k,) and precision (k,)."""
+        return precision_recall(self.results, float(self.positives.sum()))
+
+
+def overlaps(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Intersection over union (n, m) of boxes (n, 4) and (m, 4), computed in float64; 0 where they do not overlap."""
+    a, b = first[:, None].astype(np.float64), second[None].astype(np.float64)
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    shared = np.where((sides > 0).all(-1), sides[..., 0] * sides[..., 1], 0.0)
+    union = _areas(a) + _areas(b) - shared
+    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
+
+
+def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def rank_class(truth: Sequence[Objects], detected: Sequence[Detections], class_: int, *, overlap: float = 0.5) -> Ranked:
+    """The detections of one class by the devkit's rules: each is compared with the object that it overlaps most.
+
+    If that overlap is `overlap` or more, the detection is right, unless the object is difficult (ignored) or an earlier
+    detection had it (wrong, even if it overlaps a second object enough). Of equal overlaps the first object counts, of equal
+    scores the first detection.
+
+    Args:
+        truth: the objects of each image.
+        detected: the detections in each image, in the same order.
+
+    Raises:
+        ValueError: other numbers of images, or scores or boxes that are not numbers.
+    """
+    if len(truth) != len(detected):
+        raise ValueError(f"there are objects of {len(truth)} images and detections of {len(detected)}")
+    parts: list[tuple[NDArray[Any], ...]] = []
+    positives, before = np.zeros(len(truth), np.int64), 0
+    for image, (objects, found) in enumerate(zip(truth, detected, strict=True)):
+        here = objects.classes == class_
+        boxes, difficult = objects.boxes[here], objects.difficult[here]
+        positives[image] = int((~difficult).sum())
+        chosen = found.classes == class_
+        if np.isnan(found.boxes[chosen]).any():
+            raise ValueError(f"a detection in image {image} has a box that is not of numbers")
+        shared = overlaps(found.boxes[chosen], boxes)
+        nearest = shared.argmax(1) if len(boxes) else np.zeros(int(chosen.sum()), np.int64)
+        touched = shared.max(1, initial=-np.inf) >= overlap
+        ignored = touched & (difficult[nearest] if len(boxes) else False)
+        parts.append((found.scores[chosen], np.full(len(nearest), image), before + nearest, touched, ignored))
+        before += len(boxes)
+    scores, images, objects_hit, touched, ignored = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = ranking(scores)
+    results = np.full(len(order), WRONG, np.int8)
+    results[ignored[order]] = IGNORED
+    candidates = np.flatnonzero((touched & ~ignored)[order])
+    results[candidates[np.unique(objects_hit[order][candidates], return_index=True)[1]]] = RIGHT
+    return Ranked(results, images[order].astype(np.int64), scores[order], positives)
+
+
+def rank_all(truth: Sequence[Objects], detected: Sequence[Detections], classes: int, *, overlap: float = 0.5) -> list[Ranked]:
+    """`rank_class` of every class. Without images, one entry per class without detections."""
+    if not truth and not detected:
+        nothing = np.zeros(0)
+        return [Ranked(nothing.astype(np.int8), nothing.astype(np.int64), nothing, nothing.astype(np.int64))] * classes
+    return [rank_class(truth, detected, class_, overlap=overlap) for class_ in range(classes)]
+
+
+def coco_scores(truth: Sequence[Objects], detected: Sequence[Detections], classes: int) -> dict[str, float]:
+    """COCO's figures in [0, 1], those named in `COCO_METRICS`; one that is not defined is left out, as no object has its size.
+
+    Args:
+        truth: the objects of each image. Where `crowd` says nothing, `difficult` objects are treated as crowds: ignored.
+        detected: the detections in each image, in the same order; the best 100 of an image count.
+
+    Raises:
+        UserError: pycocotools is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise UserError("COCO's scores need pycocotools", instead="Install it: pip install 'ktray[detection]'.") from error
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports to the screen what it does
+        known = COCO()
+        known.dataset = _coco_truth(truth, classes)
+        known.createIndex()
+        found = [
+            {"image_id": image, "category_id": int(class_) + 1, "bbox": _corner_and_size(box), "score": float(score)}
+            for image, each in enumerate(detected)
+            for box, class_, score in zip(each.boxes, each.classes, each.scores, strict=True)
+        ]
+        if not found:
+            return dict.fromkeys(("map", "ap50", "ap75", "ar100"), 0.0)
+        judged = COCOeval(known, known.loadRes(found), "bbox")
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return {name: float(judged.stats[index]) for name, index in COCO_METRICS.items() if judged.stats[index] >= 0}
+
+
+COCO_METRICS = {"map": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar100": 8}
+"""Name of each figure -> its position in the `stats` of pycocotools."""
+
+
+def _coco_truth(truth: Sequence[Objects], classes: int) -> dict[str, Any]:
+    annotations: list[dict[str, Any]] = []
+    for image, objects in enumerate(truth):
+        crowd = objects.difficult if objects.crowd is None else objects.crowd
+        areas = _areas(objects.boxes) if objects.areas is None else objects.areas
+        annotations += [
+            {
+                "id": len(annotations) + index + 1,
+                "image_id": image,
+                "category_id": int(objects.classes[index]) + 1,
+                "bbox": _corner_and_size(objects.boxes[index]),
+                "area": float(areas[index]),
+                "iscrowd": int(crowd[index]),
+            }
+            for index in range(len(objects.boxes))
+        ]
+    return {
+        "images": [{"id": image} for image in range(len(truth))],
+        "categories": [{"id": class_ + 1} for class_ in range(classes)],
+        "annotations": annotations,
+    }
+
+
+def _corner_and_size(box: NDArray[np.floating]) -> list[float]:
+    return [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]

@@ -1,0 +1,42 @@
+"""Scores of label maps, which give every pixel a class: mean intersection over union (mIoU), pixels of no class left out.
+
+Source: VOCevalseg.m of PASCAL VOC's devkit: over all images together, the pixels of a class that are right, over those that are
+of the class or were given it; then the mean over classes.
+
+Legend: C classes, the background included.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+IDENTITY, REVISION = "label_maps", 1
+
+VOID = 255
+"""Value of pixels that belong to no class: borders of objects, and objects that are too difficult."""
+
+
+def confusion(truth: NDArray[np.integer], predicted: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
+    """Pixels (C, C) by true class (row) and predicted class (column); those whose truth is `VOID` are left out.
+
+    Raises:
+        ValueError: the maps differ in shape, or have a value outside [0, C).
+    """
+    if truth.shape != predicted.shape:
+        raise ValueError(f"a map of {predicted.shape} pixels was predicted for one of {truth.shape}")
+    known = truth != VOID
+    rows, columns = truth[known].astype(np.int64), predicted[known].astype(np.int64)
+    for values in (rows, columns):
+        if len(values) and not 0 <= values.min() <= values.max() < classes:
+            raise ValueError(f"a label map has values in [{values.min()}, {values.max()}], and there are {classes} classes")
+    return np.bincount(rows * classes + columns, minlength=classes**2).reshape(classes, classes)
+
+
+def ious(pixels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """IoU (C,) of each class from the `confusion` of all images; NaN for one that is in no map, neither true nor predicted."""
+    right = np.diag(pixels)
+    union = pixels.sum(0) + pixels.sum(1) - right
+    found = np.full(len(right), np.nan)
+    np.divide(right, union, out=found, where=union > 0)
+    return found
