@@ -430,3 +430,116 @@ def test_identity_includes_labels_classes_and_boxes(monkeypatch) -> None:
         Source(names, read, np.array([0, 1]), ("a", "b"), boxes),
     ]
     assert len({identity_of(source) for source in variants}) == len(variants)
+
+
+# ---- several labels, boxes and masks ----
+
+
+def annotated_source(root: Path, sides: list[tuple[int, int]]) -> Source:
+    """JPEG files of noise of these (height, width), each with two boxes and a mask."""
+    root.mkdir(parents=True, exist_ok=True)
+    files = [root / f"{index}.jpg" for index in range(len(sides))]
+    for file, (height, width) in zip(files, sides, strict=True):
+        if not file.exists():
+            Image.fromarray(noise(height, width)).save(file)
+    return Source(
+        names=tuple(file.name for file in files),
+        read=lambda index: decode(files[index], 16, annotated=sides[index]),
+        classes=("cat", "dog"),
+        original=lambda index: files[index],
+        presence=np.array([[1, -1], [0, 1], [-1, 1]], np.int8)[: len(sides)],
+        sizes=np.array(sides, np.int64),
+        boxes=tuple(np.array([[0, 0, w, h, 0], [0, 0, 4, 4, 1]], np.float32) for h, w in sides),
+        box_flags=tuple(np.array([[1, 0, 0], [0, 1, 0]], np.bool_) for _ in sides),
+        mask=lambda index: np.full(sides[index], 255, np.uint8),
+    )
+
+
+SIDES = [(200, 100), (30, 90), (40, 40)]
+
+
+@pytest.fixture
+def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder to which images with everything that can be stated of them were written, as `folder` data."""
+    root = tmp_path / "annotated"
+
+    def load(spec: object) -> Splits:
+        source = annotated_source(root, SIDES)
+        return Splits(source, val=source, files=tuple((name, root / name) for name in source.names))
+
+    monkeypatch.setattr(folder, "load", load)
+    images.write(spec_of(root), tmp_path / "out", LocalPool())
+    return tmp_path / "out"
+
+
+def test_what_was_stated_of_images_is_read_as_it_was_written(annotated: Path) -> None:
+    found = images.open_split(annotated, "train", spec_of(annotated.parent / "annotated"))
+    assert found.presence.tolist() == [[1, -1], [0, 1], [-1, 1]]
+    assert found.presence.dtype == np.int8
+    # The square of the first image is its middle, 100 x 100 of 100 x 200: the small box in the corner is not in it.
+    assert found.boxes[0].tolist() == [[0, 0, 16, 16, 0]]
+    assert found.box_flags[0].tolist() == [[True, False, False]]
+    assert found.boxes[2].tolist() == [[0, 0, 16, 16, 0], pytest.approx([0, 0, 1.6, 1.6, 1])]
+
+
+def test_whole_images_keep_their_aspect_ratio_and_their_boxes(annotated: Path) -> None:
+    whole = images.open_split(annotated, "train", spec_of(annotated.parent / "annotated")).whole()
+    original = np.asarray(Image.open(annotated.parent / "annotated/1.jpg"))
+    assert (whole.read(1, None) == original).all()
+    assert [whole.read(index, 45).shape for index in range(3)] == [(45, 22, 3), (15, 45, 3), (40, 40, 3)]
+    assert whole.sizes.tolist() == [list(sides) for sides in SIDES]
+    assert whole.boxes[1].tolist() == [[0, 0, 90, 30, 0], [0, 0, 4, 4, 1]]
+    assert whole.box_flags[1].tolist() == [[True, False, False], [False, True, False]]
+    assert whole.mask(1).shape == (30, 90)
+
+
+def test_a_whole_image_that_is_another_now_is_refused(annotated: Path) -> None:
+    whole = images.open_split(annotated, "train", spec_of(annotated.parent / "annotated")).whole()
+    Image.fromarray(noise(30, 91)).save(annotated.parent / "annotated/1.jpg")
+    with pytest.raises(ValueError, match=r"1\.jpg was readable when the data were written.*90 x 30 pixels.*91 x 30"):
+        whole.read(1, None)
+
+
+def test_an_image_turned_by_its_orientation_is_not_read_with_an_annotation(tmp_path: Path) -> None:
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(noise(20, 30)).save(turned, exif=exif)
+    assert decode(turned, 16).shape == (20, 30, 3)
+    with pytest.raises(Unreadable, match="EXIF orientation 3"):
+        decode(turned, 16, annotated=(20, 30))
+
+
+def test_images_without_annotations_are_read_whole_too(mixed: Path, tmp_path: Path) -> None:
+    _, train, _ = written(spec_of(mixed), tmp_path / "out")
+    whole, row = train.whole(), train.names.index("b/photo.JPG")
+    assert whole.read(row, None).shape == (90, 70, 3)
+    assert whole.read(row, 45).shape == (45, 35, 3)
+    assert (whole.boxes, whole.sizes, whole.mask) == (None, None, None)
+
+
+def test_a_class_whose_only_images_are_unreadable_is_not_lost_without_a_word(tmp_path: Path, monkeypatch) -> None:
+    source = annotated_source(tmp_path / "few", SIDES)
+    monkeypatch.setattr(folder, "load", lambda spec: Splits(source, val=source, files=(("0.jpg", tmp_path / "few/0.jpg"),)))
+    (tmp_path / "few/0.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"all 1 images of the class 'cat' in train are unreadable: 0\.jpg"):
+        images.write(spec_of(tmp_path / "few", max_unreadable=0.5), tmp_path / "out", LocalPool())
+
+
+def test_identity_includes_several_labels_and_flags_and_sizes(monkeypatch) -> None:
+    def identity_of(**fields: object) -> str:
+        module = ModuleType("stand_in")
+        source = Source(("0",), labelled().read, classes=("a", "b"), **fields)
+        module.LOCATION, module.load = (), lambda spec: Splits(source, identity="pixels")
+        monkeypatch.setattr(plugins, "module_of", lambda group, spec: module)
+        return images.identity(object())
+
+    variants = [
+        {},
+        {"presence": np.array([[1, -1]], np.int8)},
+        {"presence": np.array([[1, 0]], np.int8)},
+        {"sizes": np.array([[4, 5]])},
+        {"box_flags": (np.array([[True, False, False]]),)},
+        {"box_flags": (np.array([[False, True, False]]),)},
+    ]
+    assert len({identity_of(**fields) for fields in variants}) == len(variants)

@@ -3,6 +3,8 @@
 - `Spec` extends `EvaluationFields` of `ktray.spec` or has the same fields: `name`, `of`, `layer`, `pool` and `split`.
 - `NEEDS_LABELS` says whether the target data must have labels. An evaluation that needs none but uses them where they exist
   declares whose it reads, ``MAY_READ_LABELS = ("train",)`` or ``("train", "judged")``, so that a report can count them.
+- `NEEDS_ANNOTATIONS` names what the images must have besides: of ``("presence", "boxes", "mask")``, attributes of
+  `ktray.images.Source`. What the data lack is then refused before anything runs. `NEEDS_LABELS` means one class per image.
 - `DIRECTION` maps each metric that a search may optimise to "max" or "min".
 - `evaluate` returns the metrics as dict[str, float]. It calls ``features(images)`` for the features (N, D) float32 of the
   training and of the judged images, and may write plots into the folder `out`, each inside `plots.optional_plot`.

@@ -74,7 +74,11 @@ PixelRange = Annotated[
 
 
 def decode(
-    encoded: bytes | Path, size: int, max_pixels: int = MAX_PIXELS, pixel_range: tuple[float, float] | None = None
+    encoded: bytes | Path,
+    size: int,
+    max_pixels: int = MAX_PIXELS,
+    pixel_range: tuple[float, float] | None = None,
+    annotated: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """The pixels (h, w, 3) uint8 of an encoded image, upright, with enough resolution for a square of side `size`.
 
@@ -85,11 +89,48 @@ def decode(
     Args:
         pixel_range: the values, as written in the file, of a grey image of more than 8 bits that become black and white; values
             outside are clipped. None: 16-bit grey keeps its upper 8 bits, and a PGM is white at its header's maxval.
+        annotated: height and width of the image that boxes or a mask were drawn on; None if there are none.
 
     Raises:
-        Unreadable: corrupt, of an unknown format, of pixels without a known range, or larger than `max_pixels`.
+        Unreadable: corrupt, of an unknown format, of pixels without a known range, larger than `max_pixels`, or not the image
+            that was annotated: of another size, or turned by its EXIF orientation.
     """
-    return _opened(encoded, max_pixels, lambda image: _pixels(image, size, pixel_range))
+
+    def pixels(image: Image.Image) -> NDArray[np.uint8]:
+        _refuse_other_than_annotated(image, annotated)
+        return _pixels(image, (2 * size, 2 * size), pixel_range)
+
+    return _opened(encoded, max_pixels, pixels)
+
+
+def decode_whole(
+    encoded: bytes | Path, spec: Any, longest: int | None = None, annotated: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """The pixels (h, w, 3) uint8 of an encoded image, upright and at its own aspect ratio, no side longer than `longest`.
+
+    The arguments and errors are those of `decode` with the fields of a data set's spec; its `size` counts for nothing.
+    """
+    options = decoder(spec).keywords  # type: ignore[attr-defined]
+
+    def pixels(image: Image.Image) -> NDArray[np.uint8]:
+        _refuse_other_than_annotated(image, annotated)
+        height, width = shrunk(image.height, image.width, longest)
+        return _pixels(image, (2 * width, 2 * height), options["pixel_range"])
+
+    return fit_longest(_opened(encoded, options["max_pixels"], pixels), longest)
+
+
+def _refuse_other_than_annotated(image: Image.Image, annotated: tuple[int, int] | None) -> None:
+    """Refuse an image whose pixels are not certainly those that its boxes or its mask speak of."""
+    if annotated is None:
+        return
+    height, width = annotated
+    if (image.height, image.width) != annotated:
+        raise Unreadable(f"its annotation says {width} x {height} pixels, and the image has {image.width} x {image.height}")
+    if _orientation(image) in _UPRIGHT:
+        raise Unreadable(
+            f"its EXIF orientation {_orientation(image)} turns or mirrors it, and nothing says whether it was annotated before"
+        )
 
 
 def decoder(spec: Any) -> Callable[[bytes | Path], NDArray[np.uint8]]:
@@ -143,7 +184,7 @@ def properties(encoded: bytes | Path, spec: Any) -> Properties:
     def describe(image: Image.Image) -> Properties:
         width, height, bits, mode, maxval = image.width, image.height, _bits(image), image.mode, _maxval(image)
         limit = None if mode == "F" else (maxval or 0xFFFF) if bits > 8 else 0xFF
-        _pixels(image, options["size"], options["pixel_range"])
+        _pixels(image, (2 * options["size"], 2 * options["size"]), options["pixel_range"])
         frames = 1
         with contextlib.suppress(*CORRUPT):
             frames = int(getattr(image, "n_frames", 1))
@@ -206,9 +247,10 @@ def _too_large(pixels: str, max_pixels: int) -> str:
     return f"{pixels} are more than max_pixels={max_pixels} of the data set allows"
 
 
-def _pixels(image: Image.Image, size: int, pixel_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+def _pixels(image: Image.Image, at_least: tuple[int, int], pixel_range: tuple[float, float] | None) -> NDArray[np.uint8]:
+    """The pixels of an opened image; `at_least` is the width and height to which the resolution of a JPEG may be reduced."""
     bits, maxval = _bits(image), _maxval(image)
-    image.draft(None, (2 * size, 2 * size))
+    image.draft(None, at_least)
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
     rgb = _rgb(image, bits, maxval, pixel_range)
@@ -334,13 +376,37 @@ def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=square))
 
 
+def shrunk(height: int, width: int, longest: int | None) -> tuple[int, int]:
+    """Height and width of an image after it is shrunk, if it must be, until no side is longer than `longest`."""
+    if longest is None or max(height, width) <= longest:
+        return height, width
+    scale = longest / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def fit_longest(pixels: NDArray[np.uint8], longest: int | None) -> NDArray[np.uint8]:
+    """`pixels` (h, w, 3) uint8 shrunk by antialiased bilinear interpolation until no side is longer than `longest`."""
+    height, width = shrunk(pixels.shape[0], pixels.shape[1], longest)
+    if (height, width) == pixels.shape[:2]:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+
+
 def fit_boxes(boxes: NDArray[np.float32], height: int, width: int, size: int) -> NDArray[np.float32]:
     """`boxes` (n, 5) [x0, y0, x1, y1, class] of a (height, width) image after `fit`: clipped, (m, 5) with m <= n.
 
     Boxes outside the centred square are left out.
     """
+    moved, inside = fitted_boxes(boxes, height, width, size)
+    return moved[inside]
+
+
+def fitted_boxes(
+    boxes: NDArray[np.float32], height: int, width: int, size: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """`fit_boxes` before any is left out: (n, 5), and which of them (n,) are inside the centred square at least in part."""
     left, top, side = _centre(height, width)
     moved = boxes.astype(np.float32, copy=True)
     corners = (moved[:, :4] - np.array([left, top, left, top], np.float32)) * np.float32(size / side)
     moved[:, :4] = corners.clip(0, size)
-    return moved[(moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])]
+    return moved, (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +18,8 @@ from ktray import plugins, progress
 from ktray.checksums import file_checks, intact
 from ktray.errors import UserError
 from ktray.images.data_files import with_absolute_path
-from ktray.images.decoding import decoder, fit
-from ktray.images.source import Images, Unreadable, split_rows
+from ktray.images.decoding import decode_whole, decoder, fit, fit_longest, fitted_boxes
+from ktray.images.source import Images, Source, Unreadable, WholeImages, split_rows
 from ktray.spec import DataSpec
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -29,7 +31,7 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
     Args:
         directory: the output folder of `write`.
         split: "train", "val" or "test".
-        spec: the data spec that was written; only used if images are decoded on demand.
+        spec: the data spec that was written; only used if images are decoded on demand, such as whole ones.
 
     Raises:
         UserError: the data set has no such split.
@@ -46,6 +48,12 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
         read = _parallel_reader(_copy_reader(directory, split, spec), names, size)
     else:
         read = _parallel_reader(_source_reader(directory, split, spec, names), names, size)
+    boxes, flags = _boxes(directory, split), _box_flags(directory, split)
+    sizes = _array(directory / f"{split}-sizes.npy")
+    if boxes is not None and sizes is not None:
+        fitted = [fitted_boxes(each, int(h), int(w), size) for each, (h, w) in zip(boxes, sizes, strict=True)]
+        boxes = tuple(moved[inside] for moved, inside in fitted)
+        flags = flags and tuple(of_image[inside] for of_image, (_, inside) in zip(flags, fitted, strict=True))
     return Images(
         count=len(names),
         size=size,
@@ -53,8 +61,43 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
         labels=_array(directory / f"{split}-labels.npy"),
         classes=tuple(described["classes"]),
         names=names,
-        boxes=_boxes(directory, split),
+        boxes=boxes,
+        presence=_array(directory / f"{split}-presence.npy"),
+        box_flags=flags,
+        whole=lambda: _whole_images(directory, split, spec, names),
     )
+
+
+def _whole_images(directory: Path, split: str, spec: DataSpec, names: tuple[str, ...]) -> WholeImages:
+    """The images as they are in the data set, with the boxes that were written."""
+    source, rows = _listed_again(directory, split, spec, names)
+    sizes, boxes = _array(directory / f"{split}-sizes.npy"), _boxes(directory, split)
+    if sizes is None:  # what was written are the boxes of squares
+        boxes = None if source.boxes is None else tuple(source.boxes[row] for row in rows)
+
+    def read(index: int, longest: int | None) -> NDArray[np.uint8]:
+        row = int(rows[index])
+        encoded = source.original or source.encoded
+        annotated = None if sizes is None else (int(sizes[index, 0]), int(sizes[index, 1]))
+        with _readable_before(names[index]):
+            if encoded is None:
+                return fit_longest(source.read(row), longest)
+            return decode_whole(encoded(row), spec, longest, annotated)
+
+    def mask(index: int) -> NDArray[np.uint8]:
+        assert source.mask is not None
+        with _readable_before(names[index]):
+            return source.mask(int(rows[index]))
+
+    return WholeImages(read, sizes, boxes, _box_flags(directory, split), mask if source.mask is not None else None)
+
+
+@contextmanager
+def _readable_before(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Unreadable as error:
+        raise ValueError(f"{name} was readable when the data were written, but is not any more: {error}") from error
 
 
 def _memmap_reader(directory: Path, split: str) -> Callable[[NDArray[np.int64]], NDArray[np.uint8]]:
@@ -77,7 +120,7 @@ def _memmap_reader(directory: Path, split: str) -> Callable[[NDArray[np.int64]],
     return read
 
 
-def _array(path: Path) -> NDArray[np.int64] | None:
+def _array(path: Path) -> NDArray[Any] | None:
     return np.load(intact(path), allow_pickle=False) if path.exists() else None
 
 
@@ -89,15 +132,30 @@ def _boxes(directory: Path, split: str) -> tuple[NDArray[np.float32], ...] | Non
     return tuple(np.split(boxes, np.cumsum(counts)[:-1]))
 
 
+def _box_flags(directory: Path, split: str) -> tuple[NDArray[np.bool_], ...] | None:
+    flags, counts = _array(directory / f"{split}-box-flags.npy"), _array(directory / f"{split}-box-counts.npy")
+    return None if flags is None or counts is None else tuple(np.split(flags, np.cumsum(counts)[:-1]))
+
+
 def _source_reader(directory: Path, split: str, spec: DataSpec, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
     """A function: index in the split -> pixels, decoded from the data set itself."""
+    source, rows = _listed_again(directory, split, spec, names)
+    return lambda index: source.read(int(rows[index]))
+
+
+def _listed_again(directory: Path, split: str, spec: DataSpec, names: tuple[str, ...]) -> tuple[Source, NDArray[np.int64]]:
+    """The source of a split, and its row for each image that was written.
+
+    Raises:
+        ValueError: the source lists other images than those that were written.
+    """
     spec = with_absolute_path(spec)
     found = split_rows(plugins.module_of("dataset", spec).load(spec), spec.split)
     rows = np.load(intact(directory / f"{split}-rows.npy"), allow_pickle=False)
     source = found[split][0] if split in found else None
     if source is None or max(rows) >= len(source.names) or tuple(source.names[row] for row in rows) != names:
         raise ValueError(f"the {split!r} split of the data set {spec.kind!r} has changed since it was listed")
-    return lambda index: source.read(int(rows[index]))
+    return source, rows
 
 
 def _copy_reader(directory: Path, split: str, spec: DataSpec) -> Callable[[int], NDArray[np.uint8]]:
@@ -126,10 +184,8 @@ def _parallel_reader(
     """A reader of many images from a reader of one, with threads; decoding releases the interpreter lock."""
 
     def square(index: np.int64) -> NDArray[np.uint8]:
-        try:
+        with _readable_before(names[index]):
             return fit(read(int(index)), size)
-        except Unreadable as error:
-            raise ValueError(f"{names[index]} was readable when the data were written, but is not any more: {error}") from error
 
     def read_all(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         indices = np.arange(len(names))[indices]  # the same bounds and negative indices as a memmap

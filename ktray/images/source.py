@@ -29,6 +29,13 @@ class Unreadable(Exception):
     """An image cannot be decoded. Such images are counted, listed and left out."""
 
 
+DIFFICULT, TRUNCATED, CROWD = 0, 1, 2
+"""Columns of `box_flags`: hard to recognise, so that VOC does not score it; cut off by the edge; a group in one box (COCO)."""
+
+VOID = 255
+"""Value of a mask's pixels that belong to no class and are not scored."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The images of one split before decoding.
@@ -38,10 +45,18 @@ class Source:
         read: index -> pixels (h, w, 3) uint8 with any h and w; thread-safe. Raises Unreadable.
         labels: (N,) int64 in [0, len(classes)), or None.
         classes: names of the classes, or empty.
-        boxes: for each image an (n_i, 5) float32 array of [x0, y0, x1, y1, class], in pixels of the output of `read`; or None.
+        boxes: for each image an (n_i, 5) float32 array of [x0, y0, x1, y1, class], in pixels; or None. x0 = 0 is the left edge
+            of the first pixel and x1 = w the right edge of the last, of the output of `read` or of an image of its `sizes`.
         encoded: index -> encoded bytes, only if random access is slow (rows of a parquet file). A data set too large for a
             memmap then stores a copy of these bytes; `decode` must turn them into the output of `read`.
         original: index -> path or encoded bytes of what `read` decodes, so that its format can be looked at; or None.
+        presence: (N, C) int8, where an image may show several classes: 1 present, -1 absent, 0 present only in difficult
+            objects, so that the image counts neither way; or None.
+        sizes: (N, 2) int64 [height, width] of the images that boxes and masks were drawn on; `read` may have decoded fewer
+            pixels, but never turned or cropped the image. None without `box_flags` and masks.
+        box_flags: for each image (n_i, 3) bool, the columns DIFFICULT, TRUNCATED and CROWD of its boxes; or None.
+        mask: index -> (h, w) uint8 of this image's size: 0 background, c + 1 the class c, 255 void; thread-safe; or None.
+            Raises Unreadable. `load` has compared its size with the image's.
     """
 
     names: tuple[str, ...]
@@ -51,6 +66,10 @@ class Source:
     boxes: tuple[NDArray[np.float32], ...] | None = None
     encoded: Callable[[int], bytes] | None = None
     original: Callable[[int], bytes | Path] | None = None
+    presence: NDArray[np.int8] | None = None
+    sizes: NDArray[np.int64] | None = None
+    box_flags: tuple[NDArray[np.bool_], ...] | None = None
+    mask: Callable[[int], NDArray[np.uint8]] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +112,26 @@ class Splits:
 
 
 @dataclass(frozen=True)
+class WholeImages:
+    """The images of one split at their own aspect ratio, and what was drawn on them; decoded from the data set on demand.
+
+    Attributes:
+        read: (index, longest side in pixels or None) -> (h, w, 3) uint8, the whole image, shrunk if a side is longer;
+            thread-safe. Raises ValueError if the data set has changed.
+        sizes: (N, 2) int64 [height, width] of the images before they are shrunk, or None if the data set does not state them.
+        boxes: as in Source, in pixels of the image before it is shrunk, or None.
+        box_flags: as in Source, or None.
+        mask: index -> (h, w) uint8, as in Source, of the image before it is shrunk, or None.
+    """
+
+    read: Callable[[int, int | None], NDArray[np.uint8]]
+    sizes: NDArray[np.int64] | None = None
+    boxes: tuple[NDArray[np.float32], ...] | None = None
+    box_flags: tuple[NDArray[np.bool_], ...] | None = None
+    mask: Callable[[int], NDArray[np.uint8]] | None = None
+
+
+@dataclass(frozen=True)
 class Images:
     """Decoded images of one split, all of one size.
 
@@ -104,6 +143,10 @@ class Images:
         classes: names of the classes, or empty.
         names: (N,) relative paths.
         boxes: as in Source, in pixels of the decoded image, or None.
+        presence: (N, C) int8 as in Source, or None.
+        box_flags: as in Source, of `boxes`, or None.
+        whole: opens the same images at their own aspect ratio, with boxes and masks; it lists the data set, so call it once.
+            None for images that come from no data set.
     """
 
     count: int
@@ -113,6 +156,9 @@ class Images:
     classes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     boxes: tuple[NDArray[np.float32], ...] | None = None
+    presence: NDArray[np.int8] | None = None
+    box_flags: tuple[NDArray[np.bool_], ...] | None = None
+    whole: Callable[[], WholeImages] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -196,7 +242,14 @@ def identity(spec: DataSpec, cache: Path | None = None) -> str:
 
 
 def _annotations(source: Source) -> dict[str, Any]:
+    """What was stated of the images besides their pixels. Masks are files, so that their content counts already."""
+    further = {
+        "presence": None if source.presence is None else source.presence.tolist(),
+        "sizes": None if source.sizes is None else source.sizes.tolist(),
+        "box_flags": None if source.box_flags is None else [flags.tolist() for flags in source.box_flags],
+    }
     return {
+        **{name: value for name, value in further.items() if value is not None},
         "names": source.names,
         "labels": None if source.labels is None else source.labels.tolist(),
         "classes": source.classes,

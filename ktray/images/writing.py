@@ -36,9 +36,10 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
     """Decode every image once and write each split to `out`.
 
     Pixels that fit are stored in `<split>.npy` (N, size, size, 3) uint8. Larger data sets are decoded here only to find
-    unreadable images, and again whenever they are read. Other files: `<split>.json` (names, classes), labels, boxes, rows of
-    the source, and `splits.json` with the unreadable images and what was assumed of the data. No process holds the pixels of
-    more than one image at a time.
+    unreadable images, and again whenever they are read. Other files: `<split>.json` (names, classes), labels, presence, sizes,
+    boxes and their flags, rows of the source, and `splits.json` with the unreadable images and what was assumed of the data.
+    Boxes are those of the decoded square, or of the whole image where there are `sizes`. Masks are not copied. No process
+    holds the pixels of more than one image at a time.
 
     Args:
         spec: a data spec.
@@ -100,17 +101,30 @@ def _require_every_class(
     split: str, source: Source, rows: NDArray[np.int64], kept: NDArray[np.int64], reasons: dict[int, str]
 ) -> None:
     """Raise if all images of a class in a split are unreadable: without a word, there would be one class fewer."""
-    if source.labels is None or not reasons or not len(kept):  # a split without any image is dealt with elsewhere
+    if not reasons or not len(kept):  # a split without any image is dealt with elsewhere
+        return
+    if source.presence is not None:
+        shown = source.presence[rows] == 1
+        for label in np.flatnonzero(shown.any(axis=0) & ~shown[kept].any(axis=0)).tolist():
+            offsets = [offset for offset in reasons if shown[offset, label]]
+            _refuse_lost_class(split, source, rows, label, offsets, reasons)
+    if source.labels is None:
         return
     labels = source.labels[rows]
     lost = np.setdiff1d(labels, labels[kept])
     if len(lost):
         offsets = [offset for offset in reasons if labels[offset] == lost[0]]
-        first = "; ".join(f"{source.names[rows[offset]]} ({reasons[offset]})" for offset in offsets[:3])
-        raise ValueError(
-            f"all {len(offsets)} images of the class {source.classes[lost[0]]!r} in {split} are unreadable: {first}. "
-            "Repair them, or remove the class."
-        )
+        _refuse_lost_class(split, source, rows, int(lost[0]), offsets, reasons)
+
+
+def _refuse_lost_class(
+    split: str, source: Source, rows: NDArray[np.int64], label: int, offsets: list[int], reasons: dict[int, str]
+) -> None:
+    first = "; ".join(f"{source.names[rows[offset]]} ({reasons[offset]})" for offset in offsets[:3])
+    raise ValueError(
+        f"all {len(offsets)} images of the class {source.classes[label]!r} in {split} are unreadable: {first}. "
+        "Repair them, or remove the class."
+    )
 
 
 def _assumed(listed: Splits) -> dict[str, Any]:
@@ -148,7 +162,7 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
     """Decode the images of a block and store them; runs in a worker.
 
     Returns:
-        "unreadable" [(offset in the split, reason)], "boxes" of the readable images, empty if the data set has no boxes.
+        "unreadable" [(offset in the split, reason)], "boxes" of the readable images; empty without boxes, or with `sizes`.
     """
     name, start, stop = block
     source, rows = _listed_splits(json.dumps(shared["spec"]), shared["out"], shared["listing"])[name]
@@ -165,7 +179,7 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
             except Unreadable as error:
                 unreadable.append((offset, str(error)))
                 continue
-            if source.boxes is not None:
+            if source.boxes is not None and source.sizes is None:
                 boxes.append(fit_boxes(source.boxes[row], height, width, size))
     return {"unreadable": unreadable, "boxes": boxes}
 
@@ -238,13 +252,21 @@ def _close_gaps(path: Path, kept: NDArray[np.int64]) -> None:
 
 
 def write_metadata(out: Path, name: str, source: Source, rows: NDArray[np.int64], boxes: list[NDArray[np.float32]]) -> None:
-    """Write everything of a split except its pixels; `rows` and `boxes` are those of the readable images."""
+    """Write everything of a split except its pixels; `rows` and `boxes` (without `sizes`) are those of the readable images."""
     names = [source.names[row] for row in rows]
     (out / f"{name}.json").write_text(json.dumps({"names": names, "classes": source.classes}))
     np.save(out / f"{name}-rows.npy", rows)
     if source.labels is not None:
         np.save(out / f"{name}-labels.npy", source.labels[rows].astype(np.int64))
+    if source.presence is not None:
+        np.save(out / f"{name}-presence.npy", source.presence[rows].astype(np.int8))
+    if source.sizes is not None:
+        np.save(out / f"{name}-sizes.npy", source.sizes[rows].astype(np.int64))
+    if source.box_flags is not None:
+        flags = [source.box_flags[row] for row in rows]
+        np.save(out / f"{name}-box-flags.npy", np.concatenate([*flags, np.zeros((0, 3), np.bool_)]))
     if source.boxes is not None:
+        boxes = boxes if source.sizes is None else [source.boxes[row] for row in rows]
         np.save(out / f"{name}-boxes.npy", np.concatenate([*boxes, np.zeros((0, 5), np.float32)]))
         np.save(out / f"{name}-box-counts.npy", np.array([len(of_image) for of_image in boxes], np.int64))
 
@@ -292,6 +314,6 @@ def _read_sample(
             pixels = source.read(int(row))
             kept.append(int(row))
             squares.append(fit(pixels, size))
-            if source.boxes is not None:
+            if source.boxes is not None and source.sizes is None:
                 boxes.append(fit_boxes(source.boxes[row], pixels.shape[0], pixels.shape[1], size))
     return np.array(kept, np.int64), np.array(squares, np.uint8), boxes

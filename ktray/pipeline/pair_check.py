@@ -188,8 +188,25 @@ def _check_labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
                 where=where,
                 instead="Judge on another split.",
             )
+        for what in getattr(module, "NEEDS_ANNOTATIONS", ()):
+            for split in dict.fromkeys(("train", spec.split)):
+                if getattr(split_rows(target, pair.data.target.split)[split][0], what) is None:
+                    name, remedy = _ANNOTATIONS[what]
+                    raise UserError(
+                        f"the evaluation {spec.kind!r} needs {name}, and the {split} split of the target data has none",
+                        where=where,
+                        instead=remedy,
+                    )
         if spec.of == "teacher" and pair.teacher is None:
             raise UserError("the evaluation judges the teacher, and the pair has none", where=where)
+
+
+_ANNOTATIONS = {
+    "presence": ("several labels per image", "Use a data set that has them, such as voc:/VOCdevkit or coco:/coco."),
+    "boxes": ("boxes", "Use a data set that has them, such as voc:/VOCdevkit or coco:/coco."),
+    "mask": ("masks", "Use a data set that has them, such as voc:/VOCdevkit?task=segmentation."),
+}
+"""Attribute of a `Source` that an evaluation may need -> what it is, and what else to use."""
 
 
 def _refuse_one_class(splits: Splits, where: str, reader: str, data: str) -> None:

@@ -91,9 +91,10 @@ def has_test_split(keys: Mapping[str, Any], store: Store) -> bool:
 
 
 def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, int]:
-    """Split -> number of labels that the evaluations of finished trials read; empty if they read none.
+    """Split -> number of labelled images that the evaluations of finished trials read; empty if they read none.
 
-    Labels of one data set count once, whatever the number of readers and the size of the images. Data sets are summed.
+    Labels of one data set count once, whatever the number of readers and the size of the images. Data sets are summed. An image
+    with several labels, with boxes or with a mask counts once.
 
     Args:
         keys: of each trial: stage -> key, evaluation -> name -> key.
@@ -109,8 +110,9 @@ def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, in
         images = store.find(key)
         if images is None:
             raise UserError(f"{key} is no longer in the store, so the labels read cannot be counted", instead="Search again.")
-        if f"{split}-labels.npy" in images.record["files"]:
-            file = intact_file(images, f"{split}-labels.npy")
+        stated = [f"{split}-{what}.npy" for what in ("labels", "presence", "box-counts")]
+        if found := [name for name in stated if name in images.record["files"]]:
+            file = intact_file(images, found[0])
             same = canonical({name: value for name, value in images.record["spec"].items() if name != "size"})
             counts[split, same] = len(np.load(file, mmap_mode="r", allow_pickle=False))
     splits = dict.fromkeys(split for split, _ in counts)
@@ -128,5 +130,6 @@ def _labels_read_by(evaluation: Artifact) -> list[tuple[str, str]]:
         module = plugins.module("evaluation", spec["kind"])
     except UserError:  # a plugin that this command does not trust; it may have read all labels, so count them all
         return [*labels.values()]
-    read = labels if module.NEEDS_LABELS else getattr(module, "MAY_READ_LABELS", ())
+    needs = module.NEEDS_LABELS or getattr(module, "NEEDS_ANNOTATIONS", ())
+    read = labels if needs else getattr(module, "MAY_READ_LABELS", ())
     return [labels[name] for name in read]
