@@ -48,11 +48,11 @@ from experiments.pair_table import CLUSTERS, RUNGS, SCHEDULE, STUDENTS, features
 from experiments.table_world import LAST, SCENARIOS, TABLE, World, world
 from ktray.fingerprint import canonical, fingerprint, seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
-from ktray.search.budget import CostEstimate, StageSeconds
-from ktray.search.draws import DrawSource, SampledDraws, fixed_draws, random_draws
+from ktray.search.budget import CostEstimate, PrefixSuffixSeconds
+from ktray.search.draws import DrawSource, SampledDraws, fixed_draws, random_search_draws
 from ktray.search.sampler import MAX_OBSERVATIONS, Sampler, random_draw
 from ktray.search.space import Space
-from ktray.search.space_check import checked
+from ktray.search.space_check import check_and_fill_modes
 from ktray.search.space_tree import Params
 from ktray.search.study import Study
 
@@ -67,14 +67,14 @@ SCENARIO_NAMES = (*SCENARIOS, *(f"{name}{SHUFFLED}" for name in list(SCENARIOS)[
 class PerCost(Sampler):
     """The method of the literature: the candidate with the largest expected improvement per second of its cost."""
 
-    def _pick_affordable(
-        self, draws: Sequence[Params], spent: StageSeconds, cost_estimate: CostEstimate, affordable: float
+    def _pick_balanced_draw(
+        self, draws: Sequence[Params], spent: PrefixSuffixSeconds, cost_estimate: CostEstimate, affordable: float
     ) -> Params:
         ranked, pending = self.observations.ranked_and_pending(MAX_OBSERVATIONS)
         if not ranked:
             return draws[0]
         improvement = self.expected_improvement(ranked, pending, draws)
-        costs = np.array([sum(cost_estimate(draw) or StageSeconds()) for draw in draws])
+        costs = np.array([sum(cost_estimate(draw) or PrefixSuffixSeconds()) for draw in draws])
         return draws[int(np.argmax(improvement / np.maximum(costs, 1e-3)))]
 
 
@@ -87,13 +87,13 @@ def per_cost(space: Space, known: World) -> DrawSource:
 
 def random_search(space: Space, known: World) -> DrawSource:
     """Independent random draws."""
-    return random_draws(space)
+    return random_search_draws(space)
 
 
 def known_students(space: Space, known: World) -> DrawSource:
     """The best k and student of every layer, which the table reveals, in random order of the layers: a reference, no bound."""
     best: dict[str, tuple[float, Params]] = {}
-    for draw in space.draws():
+    for draw in space.all_draws():
         value = known.values[fingerprint(space.pair(draw).model_dump(mode="json"))]
         best[_features(draw)] = max(best.get(_features(draw), (0.0, draw)), (value, draw), key=lambda each: each[0])
     order: dict[str, Params] = {}
@@ -158,7 +158,7 @@ def space(method: Method, seed: int) -> Space:
             "evals": [{"kind": "knn"}, {"kind": "linear_probe"}],
         },
     }
-    return checked(Space.from_content(content, "compare_samplers.py"))
+    return check_and_fill_modes(Space.from_content(content, "compare_samplers.py"))
 
 
 def incumbents(timeline: Timeline, known: World) -> pandas.DataFrame:

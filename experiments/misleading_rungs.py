@@ -39,7 +39,7 @@ from ktray.pipeline import pair_graph
 from ktray.runs.simulation import SimulatedCluster, VirtualClock, simulate
 from ktray.search import surrogate
 from ktray.search.space import Space
-from ktray.search.space_check import checked
+from ktray.search.space_check import check_and_fill_modes
 from ktray.search.study import Study
 from ktray.search.trial import Trial
 
@@ -142,7 +142,7 @@ def searched(method: str, seed: int) -> Found:
     """One search on a virtual clock."""
     sampler, surrogate.RUNG_CORRELATIONS = METHODS[method]
     content = yaml.safe_load(SPACE.read_text()) | {"seed": seed, "sampler": sampler}
-    space = checked(Space.from_content({**content, "budget": {"trials": TRIALS, "concurrent": 2}}, SPACE.name))
+    space = check_and_fill_modes(Space.from_content({**content, "budget": {"trials": TRIALS, "concurrent": 2}}, SPACE.name))
     clock = VirtualClock()
     with tempfile.TemporaryDirectory() as home:
         study = Study.open(Path(home), space, clock=clock)

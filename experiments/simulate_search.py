@@ -41,7 +41,7 @@ from ktray.fingerprint import seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
 from ktray.search.draws import fixed_draws
 from ktray.search.space import Space
-from ktray.search.space_check import checked
+from ktray.search.space_check import check_and_fill_modes
 from ktray.search.study import Study
 
 HOUR = 3600.0
@@ -109,7 +109,7 @@ def space(trials: int, concurrent: int, early_stop: bool = False) -> Space:
             "evals": [{"kind": "knn"}],
         },
     }
-    return checked(Space.from_content(content, "simulate_search.py"))
+    return check_and_fill_modes(Space.from_content(content, "simulate_search.py"))
 
 
 def pairs_of(count: int, seed: int = 0) -> list[Params]:

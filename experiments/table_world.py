@@ -95,7 +95,7 @@ def world(searched: Space, cost_scale: CostScale, shuffled: bool = False) -> Wor
     others = random.Random(searched.seed).sample(names, len(names)) if shuffled else names
     instead = dict(zip(names, others, strict=True))
     found, once = World(), {}  # type: ignore[var-annotated]
-    for draw in searched.draws():
+    for draw in searched.all_draws():
         plain, pair = searched.plain_pair(draw), searched.pair(draw)
         teacher, student = teachers[fingerprint(plain["teacher"])], students[fingerprint(plain["student"]["backbone"])]
         k = plain["transfer"]["k"]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ktray.runs.best_trials import Per
     from ktray.runs.interruption import Interruption
     from ktray.runs.search_run import SearchOutcome
-    from ktray.search.history import History
+    from ktray.search.history import StudySnapshot
     from ktray.search.space import Space
 
 Talk = Literal[0, 1, 2]
@@ -56,7 +56,7 @@ class SearchResult:
     store: str | None = None
     tracking: str | None = None
 
-    def history(self) -> History:
+    def history(self) -> StudySnapshot:
         """Space, objectives and trials.
 
         Raises:
@@ -258,7 +258,7 @@ def _pair_of(pair: PairSpec | Mapping[str, Any], overrides: list[str]) -> PairSp
     from ktray.search import space, space_file
 
     if not isinstance(pair, PairSpec):
-        return space.parse_pair(space_file.parse(_as_yaml(pair, "pair"), overrides, "pair"), "pair")
+        return space.parse_pair(space_file.parse_content(_as_yaml(pair, "pair"), overrides, "pair"), "pair")
     if overrides:
         raise UserError("overrides change files and plain data, and this is a PairSpec", "pair", "Change the spec itself.")
     return pair

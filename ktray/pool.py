@@ -20,7 +20,7 @@ class Pool(Protocol):
     """
 
     @property
-    def workers(self) -> int:
+    def worker_count(self) -> int:
         """How many calls can run at the same time."""
 
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
@@ -30,7 +30,7 @@ class Pool(Protocol):
 class LocalPool:
     """Calls the function in this process, on one item after the other."""
 
-    workers = 1
+    worker_count = 1
 
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
         return [function(item, shared) for item in items]

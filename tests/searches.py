@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from ktray.search.history import History, read_study
+from ktray.search.history import StudySnapshot, read_study
 from tests.toys import DATA, HOG, ROTATION
 
 TIMEOUT_SECONDS = 150.0
@@ -218,7 +218,7 @@ class Home:
         """Keys of the artifacts of one stage."""
         return sorted(key for key in self.artifacts() if key.startswith(f"{stage}-"))
 
-    def study(self, name: str = "toy") -> History:
+    def study(self, name: str = "toy") -> StudySnapshot:
         return read_study(self.path, name)
 
     def states(self, name: str = "toy") -> list[str]:

@@ -123,7 +123,7 @@ def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, mon
 def test_a_study_tells_its_trials_as_a_table_and_its_best_first(tmp_path: Path) -> None:
     with Study.open(tmp_path, toy_space(tmp_path)) as begun:
         drive(begun)
-        begun.close()
+        begun.prune_and_close()
     study = ktray.SearchResult(tmp_path, "toy")
     frame = study.to_frame()
     assert set(frame["state"]) == {"completed", "pruned"}
@@ -141,7 +141,7 @@ def driven(home: Path, pair: dict[str, Any] | None = None, **fields: Any) -> ktr
     """A study whose trials were told and not computed."""
     with Study.open(home, toy_space(home, pair, **fields)) as begun:
         drive(begun)
-        begun.close()
+        begun.prune_and_close()
     return ktray.SearchResult(home, "toy")
 
 

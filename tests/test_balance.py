@@ -15,7 +15,7 @@ from optuna.samplers import TPESampler
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search import sampler, tpe
-from ktray.search.budget import CostEstimate, Spending, StageSeconds
+from ktray.search.budget import CostEstimate, PrefixSuffixSeconds, Spending
 from ktray.search.sampler import Sampler
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
@@ -23,12 +23,12 @@ from ktray.search.study import Study
 from ktray.search.trial import Trial
 from tests.toy_space import FINITE, drive, end_segment, next_assignment, score, states, toy_space
 
-OVER_BALANCE = StageSeconds(prefix=100.0, suffix=99.0)
+OVER_BALANCE = PrefixSuffixSeconds(prefix=100.0, suffix=99.0)
 
 
 def teacher(space: Space, params: Params) -> str:
     """Identity of the teacher: the prefix without layer and k."""
-    prefix = space.params_before_student(params)
+    prefix = space.params_of_prefix(params)
     return canonical({name: value for name, value in prefix.items() if not name.endswith(("layer", ".k"))})
 
 
@@ -50,7 +50,7 @@ def observing(space: Space, trials: list[Trial], cost_estimate: CostEstimate | N
 
 def new_costs(seconds: dict[str, float]) -> CostEstimate:
     """A prefix costs the seconds of its teacher's branch, and a suffix 10 s."""
-    return lambda params: StageSeconds(seconds[str(params["teacher"])], 10.0)
+    return lambda params: PrefixSuffixSeconds(seconds[str(params["teacher"])], 10.0)
 
 
 def wide(folder: Path, **fields: Any) -> Space:
@@ -70,9 +70,9 @@ def test_over_balance_only_existing_prefixes_are_drawn_if_new_ones_are_expensive
     space = wide(tmp_path)
     trials = history(space, count)
     ours = observing(space, trials, new_costs({"hog": 1000.0, "rotation": 1000.0}))
-    existing = {canonical(space.params_before_student(trial.params)) for trial in trials}
+    existing = {canonical(space.params_of_prefix(trial.params)) for trial in trials}
     draws = [ours.propose(count + index, OVER_BALANCE) for index in range(20)]
-    assert {canonical(space.params_before_student(draw)) for draw in draws} <= existing
+    assert {canonical(space.params_of_prefix(draw)) for draw in draws} <= existing
     assert len({draw["student.schedule.lr"] for draw in draws}) == 20
 
 
@@ -93,7 +93,7 @@ def test_costs_change_nothing_while_everything_is_affordable(tmp_path: Path) -> 
         observing(space, trials),
     )
     for count in range(30, 36):
-        assert with_costs.propose(count, StageSeconds(0.0, 2000.0)) == without_costs.propose(count, OVER_BALANCE)
+        assert with_costs.propose(count, PrefixSuffixSeconds(0.0, 2000.0)) == without_costs.propose(count, OVER_BALANCE)
 
 
 def test_a_new_teacher_is_drawn_once_suffixes_have_cost_as_much_as_all_prefixes_with_it(tmp_path: Path) -> None:
@@ -103,14 +103,20 @@ def test_a_new_teacher_is_drawn_once_suffixes_have_cost_as_much_as_all_prefixes_
         observing(space, trials, new_costs({"hog": 100.0, "rotation": 100.0})),
         {teacher(space, trial.params) for trial in trials},
     )
-    for spent, new in ((StageSeconds(300.0, 389.0), False), (StageSeconds(300.0, 391.0), True)):  # its student costs 10
+    for spent, new in (
+        (PrefixSuffixSeconds(300.0, 389.0), False),
+        (PrefixSuffixSeconds(300.0, 391.0), True),
+    ):  # its student costs 10
         assert any(teacher(space, ours.propose(3 + index, spent)) not in known for index in range(10)) is new
 
 
 def test_the_first_draw_has_a_cheap_teacher(tmp_path: Path) -> None:
     for seed in range(5):
         space = wide(tmp_path, seed=seed)
-        assert observing(space, [], new_costs({"hog": 50.0, "rotation": 1000.0})).propose(0, StageSeconds())["teacher"] == "hog"
+        assert (
+            observing(space, [], new_costs({"hog": 50.0, "rotation": 1000.0})).propose(0, PrefixSuffixSeconds())["teacher"]
+            == "hog"
+        )
 
 
 def test_if_nothing_keeps_the_balance_the_most_promising_draw_is_made(tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_if_nothing_keeps_the_balance_the_most_promising_draw_is_made(tmp_path: 
     space = toy_space(tmp_path, {"teacher": hogs, "transfer": {"kind": "clusters", "k": 5}, "student": student})
     params: Params = {"teacher.descriptor.cell": 4}
     trial = Trial(0, params, space.pair(params).model_dump(mode="json"), "completed", objectives={"linear_probe/top1": 0.5})
-    ours = observing(space, [trial], lambda params: StageSeconds(100.0, 1.0))
+    ours = observing(space, [trial], lambda params: PrefixSuffixSeconds(100.0, 1.0))
     assert ours.propose(1, OVER_BALANCE)["teacher.descriptor.cell"] in (7, 14)
 
 
@@ -129,8 +135,8 @@ def test_the_prefix_of_a_failed_trial_does_not_count_as_existing(tmp_path: Path)
     trials = history(space, 12)
     failed = [dataclasses.replace(trial, state="failed") for trial in trials[6:]]
     ours = observing(space, [*trials[:6], *failed], new_costs({"hog": 1000.0, "rotation": 1000.0}))
-    existing = {canonical(space.params_before_student(trial.params)) for trial in trials[:6]}
-    assert {canonical(space.params_before_student(ours.propose(12 + index, OVER_BALANCE))) for index in range(20)} <= existing
+    existing = {canonical(space.params_of_prefix(trial.params)) for trial in trials[:6]}
+    assert {canonical(space.params_of_prefix(ours.propose(12 + index, OVER_BALANCE))) for index in range(20)} <= existing
 
 
 def test_a_poor_teacher_is_not_drawn_again_with_another_k(tmp_path: Path) -> None:
@@ -142,7 +148,7 @@ def test_a_poor_teacher_is_not_drawn_again_with_another_k(tmp_path: Path) -> Non
     trials = history(space, 30, lambda trial: 0.9 if is_poor(trial.params) else 0.1)
     waits: dict[str, Any] = {"state": "paused", "teacher_score": 0.9, "objectives": {}}
     judged = [dataclasses.replace(trial, **waits) if is_poor(trial.params) else trial for trial in trials]
-    free = lambda params: StageSeconds(0.0, 1.0)  # noqa: E731
+    free = lambda params: PrefixSuffixSeconds(0.0, 1.0)  # noqa: E731
     before, after = (
         [observing(space, some, free).propose(30 + n, OVER_BALANCE) for n in range(20)] for some in (trials, judged)
     )
@@ -160,7 +166,7 @@ def test_a_teacher_with_pruned_trials_may_be_drawn_again_in_a_later_session(tmp_
     good = [dataclasses.replace(trial, state="completed", objectives={"linear_probe/top1": 0.5}) for trial in good]
     ours = observing(space, [*good, dataclasses.replace(poor, state="pruned", teacher_score=0.8)])
     left = [{"teacher.descriptor.cell": 7, "transfer.k": k} for k in (10, 20)]
-    assert all(ours.propose(4 + n, StageSeconds()) in left for n in range(20))
+    assert all(ours.propose(4 + n, PrefixSuffixSeconds()) in left for n in range(20))
 
 
 def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> None:
@@ -173,12 +179,14 @@ def test_no_draw_is_proposed_twice_while_there_are_others(tmp_path: Path) -> Non
 
 def test_random_draws_depend_on_neither_trials_nor_costs(tmp_path: Path) -> None:
     space = wide(tmp_path, sampler="random")
-    assert observing(space, history(space, 40)).propose(40, OVER_BALANCE) == observing(space, []).propose(40, StageSeconds())
+    assert observing(space, history(space, 40)).propose(40, OVER_BALANCE) == observing(space, []).propose(
+        40, PrefixSuffixSeconds()
+    )
 
 
 def test_a_study_can_be_resumed_with_another_sampler(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path)).close()
-    Study.open(tmp_path, toy_space(tmp_path, sampler="random")).close()
+    Study.open(tmp_path, toy_space(tmp_path)).prune_and_close()
+    Study.open(tmp_path, toy_space(tmp_path, sampler="random")).prune_and_close()
     with pytest.raises(UserError, match=r"sampler cannot be 'cheapest'. It is one of balanced, tpe, random"):
         toy_space(tmp_path, sampler="cheapest")
 
@@ -201,7 +209,7 @@ def test_tpe_draws_the_same_as_the_estimators_of_optuna(tmp_path: Path) -> None:
     rows = good.sample(np.random.RandomState(7), tpe.CANDIDATES)
     winner = int(np.argmax(good.log_pdf(rows) - bad.log_pdf(rows)))
     best = {name: known[name].to_external_repr(values[winner].item()) for name, values in rows.items()}
-    assert tpe.ParzenEstimators(space).propose(*observing(space, trials).observations.split(), 7, {}) == best
+    assert tpe.TpeProposer(space).propose(*observing(space, trials).observations.good_and_bad(), 7, {}) == best
 
 
 def test_the_cost_of_a_stage_is_attributed_to_a_trial(tmp_path: Path) -> None:
@@ -209,7 +217,7 @@ def test_the_cost_of_a_stage_is_attributed_to_a_trial(tmp_path: Path) -> None:
     first = next_assignment(study).trial.number
     study.attribute_expected_costs(first, {"prefix": {"teacher-1": 100.0}, "suffix": {"student-1": 10.0}})
     assert "teacher-1" in study.spending
-    assert study.spending.spent == StageSeconds(100.0, 10.0)
+    assert study.spending.spent == PrefixSuffixSeconds(100.0, 10.0)
 
 
 def test_recorded_costs_replace_expected_ones_and_survive_a_resume(tmp_path: Path) -> None:
@@ -224,8 +232,8 @@ def test_recorded_costs_replace_expected_ones_and_survive_a_resume(tmp_path: Pat
         end_segment(study, first)
         study.record_costs(second.trial.number, {})  # its student failed: no record, no cost
         study.fail(second.trial.number, "out of memory")
-        assert study.spending.spent == StageSeconds(131.0, 9.0)
-    assert Study.open(tmp_path, space).spending.spent == StageSeconds(131.0, 9.0)
+        assert study.spending.spent == PrefixSuffixSeconds(131.0, 9.0)
+    assert Study.open(tmp_path, space).spending.spent == PrefixSuffixSeconds(131.0, 9.0)
 
 
 def test_a_search_starts_nothing_after_its_stage_hours_are_spent_and_resumes_with_more(tmp_path: Path) -> None:
@@ -239,7 +247,7 @@ def test_a_search_starts_nothing_after_its_stage_hours_are_spent_and_resumes_wit
             end_segment(study, assignment)
         assert study.next() == "done"
         assert study.stop_reason == "1.67 of 1.5 stage hours are spent"
-        assert study.close() == []
+        assert study.prune_and_close() == []
     with Study.open(tmp_path, space) as study:
         assert study.next() == "done"
     with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "hours": 2}, early_stop=None)) as study:
@@ -266,7 +274,7 @@ def test_interrupted_trials_do_not_resume_after_the_time_limit(tmp_path: Path) -
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
         next_assignment(study)
         now[0] = 11
-        study.close()
+        study.prune_and_close()
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
         assert (study.next(), study.stop_reason) == ("done", "stop_after (10 s) is used up")
 
@@ -289,20 +297,22 @@ def spend(study: Study, seconds: float) -> None:
 
 @pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
 def test_only_the_first_draw_may_cost_more_than_the_remaining_hours(tmp_path: Path, how: str) -> None:
-    with costing(tmp_path, lambda params: StageSeconds(360_000.0, 10.0), sampler=how) as study:
+    with costing(tmp_path, lambda params: PrefixSuffixSeconds(360_000.0, 10.0), sampler=how) as study:
         spend(study, 3240.0)
         assert study.next() == "done"
         assert study.stop_reason == "the 0.1 of 1 stage hours that are left pay for no other draw"
         assert study.draw_count == 1
     with Study.open(tmp_path, study.space) as again:
-        again.set_cost_estimate(lambda params: StageSeconds(300.0, 10.0))
+        again.set_cost_estimate(lambda params: PrefixSuffixSeconds(300.0, 10.0))
         next_assignment(again)
 
 
 @pytest.mark.parametrize("how", ["balanced", "random", "tpe"])
 def test_the_remaining_hours_are_spent_on_affordable_draws(tmp_path: Path, how: str) -> None:
     suffix_seconds = {"hog": 10.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: StageSeconds(5.0, suffix_seconds[str(params["teacher"])]), sampler=how) as study:
+    with costing(
+        tmp_path, lambda params: PrefixSuffixSeconds(5.0, suffix_seconds[str(params["teacher"])]), sampler=how
+    ) as study:
         spend(study, 3400.0)
         drive(study)
         assert {trial.params["teacher"] for trial in study.trials()[1:]} == {"hog"}
@@ -311,7 +321,7 @@ def test_the_remaining_hours_are_spent_on_affordable_draws(tmp_path: Path, how: 
 
 def test_an_unaffordable_planned_draw_is_made_when_running_trials_cost_less_than_expected(tmp_path: Path) -> None:
     with costing(
-        tmp_path, lambda params: StageSeconds(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
+        tmp_path, lambda params: PrefixSuffixSeconds(1000.0, 10.0), start_with=[{"teacher": "hog"}, {"teacher": "rotation"}]
     ) as study:
         assignment = next_assignment(study)
         study.attribute_expected_costs(assignment.trial.number, {"prefix": {"teacher-1": 3000.0}, "suffix": {}})
@@ -324,12 +334,14 @@ def test_an_unaffordable_planned_draw_is_made_when_running_trials_cost_less_than
 def test_an_unaffordable_planned_draw_does_not_block_others(tmp_path: Path) -> None:
     start = [{"teacher": "hog", "teacher.hog.descriptor.cell": 4}, {"teacher": "rotation"}, {"teacher": "hog"}]
     prefix_seconds = {"hog": 15.0, "rotation": 360_000.0}
-    with costing(tmp_path, lambda params: StageSeconds(prefix_seconds[str(params["teacher"])], 1.0), start_with=start) as study:
+    with costing(
+        tmp_path, lambda params: PrefixSuffixSeconds(prefix_seconds[str(params["teacher"])], 1.0), start_with=start
+    ) as study:
         drive(study)
         assert study.draw_count == 9
         assert [trial.planned for trial in study.trials()][:3] == [0, 2, None]
     with Study.open(tmp_path, study.space, trials="+1") as again:
-        again.set_cost_estimate(lambda params: StageSeconds(15.0, 1.0))
+        again.set_cost_estimate(lambda params: PrefixSuffixSeconds(15.0, 1.0))
         assert next_assignment(again).trial.planned == 1
 
 
@@ -348,5 +360,5 @@ def test_spending_counts_a_changed_trial_once() -> None:
     trial = Trial(0, {}, {}, attributed_costs={"prefix": {"a": 1.0}, "suffix": {"b": 2.0}})
     spending = Spending([trial, trial])
     spending.record_trial(dataclasses.replace(trial, attributed_costs={"prefix": {"a": 5.0}, "suffix": {}}))
-    assert spending.spent == StageSeconds(5.0, 0.0)
+    assert spending.spent == PrefixSuffixSeconds(5.0, 0.0)
     assert ("a" in spending, "b" in spending) == (True, False)

@@ -40,7 +40,12 @@ def small_harness() -> CoreHarness:
 def state(harness: CoreHarness) -> dict[str, int]:
     core = harness.core
     parts = {"core": core, "requests": core.requests, "pending graph": core.requests.pending_graph, "registry": core.registry}
-    parts |= {"startup": core.startup, "scaling": core.scaling, "retries": core._retries, "exclusivity": core._exclusivity}
+    parts |= {
+        "first_heartbeats": core.first_heartbeats,
+        "scaling": core.scaling,
+        "retries": core._retries,
+        "exclusivity": core._exclusivity,
+    }
     return {f"{part}.{name}": size for part, owner in parts.items() for name, size in sizes(owner).items()}
 
 
@@ -59,7 +64,7 @@ def test_what_is_remembered_stays_bounded_over_thousands_of_stages_deaths_and_fa
         if number % 5 == 0:
             harness.fail(one)
         elif number % 7 == 0:
-            harness.core.requests.cancel_waits("driver")
+            harness.core.requests.cancel_requests("driver")
             harness.core.handle_failed_attempt(
                 one.key, harness.core.running[one.key].attempt, "out of memory", "no", "", harness.now
             )
@@ -84,7 +89,7 @@ def test_late_reports_and_late_heartbeats_of_the_last_attempts_change_nothing() 
     computed = harness.core.computed.total()
     worker = harness.registry.workers["worker-1"]
     for one, assigned in ended[-REMEMBERED:]:
-        assert harness.core.heartbeat(worker, one.key, one, assigned.attempt, {}, harness.now), (
+        assert harness.core.handle_heartbeat(worker, one.key, one, assigned.attempt, {}, harness.now), (
             "a late heartbeat ends no worker"
         )
         harness.core.handle_succeeded_attempt(one.key, assigned.attempt, True, 1.0, harness.now)
@@ -105,11 +110,11 @@ def test_a_fenced_attempt_is_refused_as_long_as_it_is_remembered_and_does_no_har
         harness.request(f"r{number}", each)
         revived = harness.registry.register("worker-1", harness.registry.workers["worker-2"].shape, "node")
         if number == REMEMBERED // 2:
-            assert not harness.core.heartbeat(revived, one.key, one, assigned.attempt, {}, harness.now)
+            assert not harness.core.handle_heartbeat(revived, one.key, one, assigned.attempt, {}, harness.now)
         del harness.registry.workers["worker-1"]
         harness.publish(each)
     revived = harness.registry.register("worker-1", harness.registry.workers["worker-2"].shape, "node")
-    harness.core.heartbeat(revived, one.key, one, assigned.attempt, {}, harness.now)
+    harness.core.handle_heartbeat(revived, one.key, one, assigned.attempt, {}, harness.now)
     assert not harness.core.handle_failed_attempt(
         one.key, assigned.attempt, "failed", "FileNotFoundError: fenced", "", harness.now
     )

@@ -135,7 +135,7 @@ def test_cancelling_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerC
     with callers(2) as pool:
         leaving, staying = pool.submit(scheduler.obtain, [stage], "trial 1"), pool.submit(scheduler.obtain, [stage], "trial 2")
         until(lambda: len(scheduler.status()["waiting"]) == 2)
-        scheduler.cancel_waits("trial 1")
+        scheduler.cancel_requests("trial 1")
         with pytest.raises(WaitCancelled):
             leaving.result(timeout=1)
         assert not staying.done()
@@ -144,7 +144,7 @@ def test_cancelling_ends_one_wait_and_disturbs_nobody_else(scheduler: SchedulerC
 
 def test_the_first_to_obtain_a_prefetched_stage_counts_as_its_cause(scheduler: SchedulerClient) -> None:
     stage = toy("images")
-    scheduler.compute_ahead([stage])
+    scheduler.prefetch([stage])
     until(lambda: ("published", stage.key) in events_of(scheduler, stage))
     assert [scheduler.obtain([stage], "trial")[0]["state"] for _ in range(2)] == ["computed", "reused"]
 

@@ -22,7 +22,7 @@ from ktray.pipeline.pair_graph import build, generations
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.simulation import VirtualClock, _NoTracker, _VirtualStore, simulate
 from ktray.search.space import Space, parse_pair
-from ktray.search.space_check import checked
+from ktray.search.space_check import check_and_fill_modes
 from ktray.search.study import Study
 from ktray.spec import PairSpec, StudentTeacher
 from ktray.stores.file import FileStore
@@ -179,12 +179,12 @@ def chained_space(**changes: Any) -> Space:
         },
         **changes,
     }
-    return checked(Space.from_content(content, "chained.yaml"))
+    return check_and_fill_modes(Space.from_content(content, "chained.yaml"))
 
 
 def test_parameters_of_a_pair_that_teaches_have_dotted_paths() -> None:
     space = chained_space(start_with=[{"teacher": "chain", "teacher.chain.pair.transfer.k": 7}])
-    drawn = [params for params in space.draws() if params["teacher"] == "chain"]
+    drawn = [params for params in space.all_draws() if params["teacher"] == "chain"]
     assert set(drawn[0]) == {"teacher", "teacher.chain.pair.transfer.k", "teacher.chain.layer", "transfer.k"}
     pair = space.pair({**drawn[0], "teacher.chain.pair.transfer.k": 7})
     assert [each.transfer.k for each in generations(pair)] == [5, 7]  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import pytest
 from experiments.compare_samplers import METHODS, area, cost_to_near, random_search, ratios, searched, space
 from experiments.table_world import SCENARIOS, TABLE, world
 from ktray.fingerprint import fingerprint
-from ktray.search.budget import StageSeconds
+from ktray.search.budget import PrefixSuffixSeconds
 from ktray.search.trial import Trial
 
 ROWS = pandas.read_parquet(TABLE).query("seed == 0")
@@ -58,7 +58,7 @@ def test_without_sharing_a_repeated_draw_costs_again() -> None:
     drawn, known = space(METHODS["random"], 2), world(space(METHODS["random"], 2), SCENARIOS["as measured"])
     draws, seen, paid = random_search(drawn, known), set[str](), 0.0
     while len(seen) < 24:
-        trial = draws.next_trial(StageSeconds())
+        trial = draws.next_trial(PrefixSuffixSeconds())
         assert isinstance(trial, Trial)
         draws.observe(trial)
         name = fingerprint(trial.pair)

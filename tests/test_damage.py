@@ -477,7 +477,7 @@ def flipped(path, position):
 def test_a_journal_with_a_damaged_byte_is_refused_or_loses_its_last_line_but_is_never_believed(tmp_path):
     with Study.open(tmp_path, toy_space(tmp_path), "toy", trials=3) as study:
         drive(study)
-    path = journal.folder(tmp_path, "toy") / "journal.log"
+    path = journal.study_folder(tmp_path, "toy") / "journal.log"
     whole = journal.read(tmp_path, "toy")
     last = path.read_bytes()[:-1].rfind(b"\n") + 1
     refused = 0
@@ -498,7 +498,7 @@ def test_a_journal_with_a_damaged_byte_is_refused_or_loses_its_last_line_but_is_
 def test_a_damaged_journal_is_named_with_its_line_and_what_to_do(tmp_path):
     with Study.open(tmp_path, toy_space(tmp_path), "toy", trials=2) as study:
         drive(study)
-    path = journal.folder(tmp_path, "toy") / "journal.log"
+    path = journal.study_folder(tmp_path, "toy") / "journal.log"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:4], lines[4].replace(b"1", b"7"), *lines[5:]]))
     for use in (lambda: journal.read(tmp_path, "toy"), lambda: Study.open(tmp_path, toy_space(tmp_path), "toy").__enter__()):
@@ -509,7 +509,7 @@ def test_a_damaged_journal_is_named_with_its_line_and_what_to_do(tmp_path):
 def test_a_journal_of_an_earlier_version_or_of_optuna_itself_has_no_checksums_and_is_read(tmp_path):
     with Study.open(tmp_path, toy_space(tmp_path), "toy", trials=2) as study:
         drive(study)
-    path, whole = journal.folder(tmp_path, "toy") / "journal.log", journal.read(tmp_path, "toy")
+    path, whole = journal.study_folder(tmp_path, "toy") / "journal.log", journal.read(tmp_path, "toy")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line.pop("checksum") for line in lines)
     path.write_text("".join(f"{json.dumps(line, separators=(',', ':'))}\n" for line in lines))

@@ -54,7 +54,7 @@ class Here:
                 execute(stage, self.store, waiter.replace(" ", "-"), StageContext())
         return []
 
-    def cancel_waits(self, waiter: str) -> None:
+    def cancel_requests(self, waiter: str) -> None:
         """Nothing here waits for anybody else."""
 
 
@@ -68,7 +68,7 @@ class Standing:
         assert self.waits[waiter].wait(20)
         raise WaitCancelled(waiter)
 
-    def cancel_waits(self, waiter: str) -> None:
+    def cancel_requests(self, waiter: str) -> None:
         self.waits[waiter].set()
 
 

@@ -29,14 +29,14 @@ def mixed() -> WorkerRegistry:
 
 
 def requests_on(registry: WorkerRegistry) -> GpuShares:
-    return GpuShares(RuntimeSettings().request_of, lambda: any(node.gpus for node in registry.alive_and_departed_nodes()))
+    return GpuShares(RuntimeSettings().resources_for, lambda: any(node.gpus for node in registry.alive_and_departed_nodes()))
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_networks_run_on_gpu_nodes_and_the_rest_on_nodes_without_while_they_have_room(name: str) -> None:
     harness = CoreHarness(0)
     harness.registry.nodes = mixed().nodes
-    harness.core.request_of = requests_on(harness.registry)
+    harness.core.usual_resources_for = requests_on(harness.registry)
     (start, *_) = [action for action in harness.request("a", stage(name)) if isinstance(action, StartWorker)]
     assert start.worker.node == ("gpu" if name in GPU_STAGES else "cpu")
     assert start.worker.shape == (WorkerShape(0.0, 0.25) if name in GPU_STAGES else WorkerShape(1.0))
@@ -51,12 +51,12 @@ def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere
     registry.workers = dict(reversed(registry.workers.items()))
     for worker in registry.workers.values():
         worker.last_heartbeat, worker.polling = 0.0, True
-    assert DispatchCapacity(registry, 0.0).take_idle_worker(ResourceRequest()).node == "cpu"  # type: ignore[union-attr]
+    assert DispatchCapacity(registry, 0.0).take_available_worker(ResourceRequest()).node == "cpu"  # type: ignore[union-attr]
 
 
 def test_workers_start_on_a_node_that_joins_and_its_gpu_is_used_from_then_on() -> None:
     harness = CoreHarness(2, Node(2.0, 0.0, 100.0))
-    harness.core.request_of = requests_on(harness.registry)
+    harness.core.usual_resources_for = requests_on(harness.registry)
     running = [stage("student", number=number) for number in range(2)]
     harness.request("a", *running)
     harness.request("b", stage("student", number=5), stage("pseudo_labels"))
@@ -96,7 +96,7 @@ def test_a_stage_whose_only_gpu_left_waits_for_its_return_and_then_is_refused_or
     assert results(harness.request("a", stage("student"))) == {}
     assert shares("student").gpus == 0.25
     harness.registry.set_alive_nodes({"node": CPU_ONLY}, harness.now + NODE_RETURN_SECONDS - 1)
-    assert harness.registry.fits(ResourceRequest(gpus=1.0))
+    assert harness.registry.could_ever_fit(ResourceRequest(gpus=1.0))
     harness.now += NODE_RETURN_SECONDS
     harness.registry.set_alive_nodes({"node": CPU_ONLY}, harness.now)
     assert results(harness.dispatch()) == {"a": "it needs 1 GPU, more than any node of the cluster has"}

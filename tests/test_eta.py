@@ -9,21 +9,23 @@ from typing import Any
 import pytest
 
 from ktray.runs.study_status import time_left
-from ktray.search.history import History
+from ktray.search.history import StudySnapshot
 from ktray.search.trial import Trial
 from tests.toy_space import toy_space
 
 SETTLED = [100.0, 20.0, 20.0, 60.0]  # stage seconds of trials that are settled
 
 
-def history(folder: Path, ordered: tuple[float, ...] = (), target: int = 10, spent: float = 100.0, **budget: Any) -> History:
+def history(
+    folder: Path, ordered: tuple[float, ...] = (), target: int = 10, spent: float = 100.0, **budget: Any
+) -> StudySnapshot:
     seconds_of = [*SETTLED, *ordered]
     trials = [
         Trial(n, {}, {}, "paused" if n < len(SETTLED) else "running", attributed_costs={"suffix": {f"student-{n}": seconds}})
         for n, seconds in enumerate(seconds_of)
     ]
     space = toy_space(folder, budget={"trials": target, "concurrent": 2, **budget})
-    return History("toy", space, trials, target, spent)
+    return StudySnapshot("toy", space, trials, target, spent)
 
 
 def never(key: str) -> bool:

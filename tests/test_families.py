@@ -160,13 +160,13 @@ def test_the_death_of_a_worker_fences_its_whole_family_and_the_rest_run_separate
     assert {action.key for action in actions if isinstance(action, FenceAttempt)} == {each.key for each in layers}
     assert family(actions) == [layers[0].key]
     revived = harness.registry.register("worker-1", WorkerShape(), "node")
-    assert not harness.core.heartbeat(revived, run.key, layers[0], run.attempt, {}, harness.now)
+    assert not harness.core.handle_heartbeat(revived, run.key, layers[0], run.attempt, {}, harness.now)
 
 
 def test_a_restarted_broker_adopts_a_family_by_one_heartbeat() -> None:
     harness, one, two = CoreHarness(0), layer(1), layer(2)
     worker = harness.registry.register("worker-1", WorkerShape(), "node")
-    harness.core.heartbeat(worker, one.key, replace(one, computed_with=(two,)), "old", {"epoch": 1.0}, harness.now)
+    harness.core.handle_heartbeat(worker, one.key, replace(one, computed_with=(two,)), "old", {"epoch": 1.0}, harness.now)
     harness.request("a", one)
     harness.request("b", two)
     assert {key: run.attempt for key, run in harness.core.running.items()} == {one.key: "old", two.key: "old"}

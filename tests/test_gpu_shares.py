@@ -39,7 +39,7 @@ def test_a_kind_that_the_runtime_file_leaves_open_grows_with_its_peaks_and_never
     assert found("student").gpus == 0.25
     for peak in (30 * GIB, 1 * GIB):
         for name in ("student", "teacher"):
-            found.learn(peaked(name, peak))
+            found.learn_peak_memory(peaked(name, peak))
         assert found("student").gpus == 0.5
         assert found("teacher").gpus == 0.25, "its share stands in the runtime file"
     assert found("pseudo_labels").gpus == 0.0
@@ -50,25 +50,25 @@ def test_what_ran_out_of_memory_teaches_a_larger_share_than_it_had_although_its_
     tagged = peaked("student", 1 * GIB)
     tagged.record["after_out_of_memory"] = True  # type: ignore[index]
     for _ in range(2):  # the store is asked again and again
-        found.learn(tagged)
+        found.learn_peak_memory(tagged)
         assert found("student").gpus == 0.5
     for share, then in ((0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
-        found.raise_after_out_of_memory("student", share)
+        found.increase_after_out_of_memory("student", share)
         assert found("student").gpus == then
     large = shares()
-    large.learn(replace(tagged, record=tagged.record | peaked("student", 20 * GIB).record))  # type: ignore[operator]
+    large.learn_peak_memory(replace(tagged, record=tagged.record | peaked("student", 20 * GIB).record))  # type: ignore[operator]
     assert large("student").gpus == 0.5, "its peak says so, and no more is needed"
 
 
 def test_what_ran_out_of_memory_on_a_cpu_teaches_no_share() -> None:
     found = shares()
-    found.raise_after_out_of_memory("student", 0.0)
+    found.increase_after_out_of_memory("student", 0.0)
     assert found("student").gpus == 0.25
 
 
 def test_a_record_from_a_cpu_says_nothing_of_a_gpu_and_without_gpus_nobody_needs_one() -> None:
     found = shares()
-    found.learn(peaked("student", 0, 0))
+    found.learn_peak_memory(peaked("student", 0, 0))
     assert found("student").gpus == 0.25
     assert shares(has_gpus=False)("student") == ResourceRequest(cpus=2.0, gpus=0.0)
 

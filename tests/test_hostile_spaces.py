@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ktray.errors import UserError
-from ktray.scheduler.resources import load_runtime
+from ktray.scheduler.resources import load_runtime_settings
 from ktray.text import visible_name
 from tests.child import Child, require_user_error_or_answer
 
@@ -221,7 +221,7 @@ def read_runtime(folder: Path, text: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     message = ""
     try:
-        load_runtime(path)
+        load_runtime_settings(path)
     except UserError as error:
         message = str(error)
     assert message == visible_name(message)

@@ -39,7 +39,7 @@ def interruption(forced: list[float]) -> Interruption:
 class Scheduler:
     """Nobody waits on it."""
 
-    def cancel_waits(self, waiter: str) -> None:
+    def cancel_requests(self, waiter: str) -> None:
         """Nothing to cancel."""
 
 
@@ -260,7 +260,7 @@ import threading
 from ktray.errors import SearchStopped
 from ktray.runs import interruption
 class Scheduler:
-    def cancel_waits(self, waiter): pass
+    def cancel_requests(self, waiter): pass
 interruption.LOSS_SECONDS = interruption.CLEANUP_SECONDS = 0.1
 made = interruption.Interruption()
 threading.Timer(0.1, made.lose, [{GONE!r}]).start()

@@ -43,7 +43,7 @@ def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whol
     with pytest.raises(SearchStopped, match=r"the disk is full: .*journal\.log cannot be written"):
         study.next()
     with pytest.raises(SearchStopped):
-        study.close()
+        study.prune_and_close()
     assert (tmp_path / "studies/toy/journal.log").read_bytes() == before
     full(False)
     with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as again:  # it was unlocked all the same

@@ -21,7 +21,7 @@ def shown(folder: Path, *starts: dict[str, Any]) -> list[str]:
     with Study.open(folder, space) as study:
         for _ in starts:
             end_segment(study, next_assignment(study), lambda trial, until: trial.number / 10)
-    return leaderboard(history.read_study(folder, space.name), folder, 9).splitlines()
+    return leaderboard(history.read_study(folder, space.study_name), folder, 9).splitlines()
 
 
 def test_pairs_of_one_name_are_told_apart_by_what_they_differ_in(tmp_path: Path) -> None:

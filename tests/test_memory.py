@@ -30,7 +30,7 @@ from ktray.scheduler.messages import (
     StartWorker,
     failure_kind,
 )
-from ktray.scheduler.ray_cluster import classify_loss
+from ktray.scheduler.ray_cluster import classify_worker_loss
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.worker_registry import Node, WorkerShape
 from ktray.stages import WORK
@@ -162,7 +162,7 @@ def test_a_second_time_is_a_failure_that_says_what_to_change() -> None:
 
 
 def test_a_worker_that_dies_for_another_reason_is_not_treated_as_out_of_memory() -> None:
-    event, why = classify_loss(ray.exceptions.ActorDiedError())
+    event, why = classify_worker_loss(ray.exceptions.ActorDiedError())
     harness, big, other = CoreHarness(3), stage("big"), stage("one")
     harness.request("a", big)
     harness.request("b", other)
@@ -207,7 +207,7 @@ def test_a_large_share_is_not_kept_waiting_for_ever_by_small_ones(monkeypatch: p
             break
         harness.now += 5
         for name in harness.registry.workers:
-            harness.core.heartbeat(harness.registry.workers[name], "", None, "", {}, harness.now)
+            harness.core.handle_heartbeat(harness.registry.workers[name], "", None, "", {}, harness.now)
         harness.publish(running[0])
     assert all(worker.retiring for worker in harness.registry.workers.values())
     assert harness.now < 100 + 45

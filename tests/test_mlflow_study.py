@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ktray.runs.study_logger import TrialLogger
-from ktray.search.history import History
+from ktray.search.history import StudySnapshot
 from ktray.search.study import Study
 from ktray.tracking import default_uri
 from tests import searches
@@ -31,7 +31,7 @@ class Searched:
     home: Home
 
     @cached_property
-    def study(self) -> History:
+    def study(self) -> StudySnapshot:
         return self.home.study()
 
     @cached_property

@@ -8,11 +8,11 @@ from test_memory import QUARTER, run_out, with_small_batches
 from test_scheduler_core import REQUESTS, CoreHarness, assigned, results, stage
 
 from ktray.scheduler.messages import AssignStage, StartWorker
-from ktray.scheduler.ray_cluster import classify_loss
+from ktray.scheduler.ray_cluster import classify_worker_loss
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.worker_registry import Node
 
-ENDED = classify_loss(ray.exceptions.OutOfMemoryError("1 worker"))
+ENDED = classify_worker_loss(ray.exceptions.OutOfMemoryError("1 worker"))
 
 
 def test_a_stage_whose_worker_was_killed_for_node_memory_runs_exclusively_next_with_its_usual_batches() -> None:

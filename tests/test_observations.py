@@ -43,13 +43,13 @@ def test_observations_do_not_depend_on_the_order_of_updates_or_on_earlier_states
             shuffled.update(dataclasses.replace(trial, state="paused", scores={1: trial.scores[1]}, objectives={}))
         shuffled.update(trial)
     assert straight.ranked_and_pending(200) == shuffled.ranked_and_pending(200)
-    assert straight.split() == shuffled.split()
+    assert straight.good_and_bad() == shuffled.good_and_bad()
 
 
 def test_the_best_tenth_is_good_but_at_most_twenty_five(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     for count, good in ((10, 1), (95, 10), (600, 25)):
-        split = Observations(space, [completed(number, number / count) for number in range(count)]).split()
+        split = Observations(space, [completed(number, number / count) for number in range(count)]).good_and_bad()
         assert [trial.number for trial in split[0]] == list(range(count - good, count))
 
 
@@ -59,7 +59,9 @@ def completed(number: int, value: float, seconds: float = 1.0) -> Trial:
 
 def test_a_large_split_keeps_the_good_and_the_newest_trials(tmp_path: Path) -> None:
     best = [completed(number, 2 + number) for number in range(25)]
-    good, bad = Observations(toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]).split()
+    good, bad = Observations(
+        toy_space(tmp_path), [*best, *(completed(number, 0.5) for number in range(25, 2000))]
+    ).good_and_bad()
     assert [trial.number for trial in good] == list(range(25))
     assert [trial.number for trial in bad] == list(range(2000 - MAX_SPLIT + 25, 2000))
 
@@ -84,7 +86,7 @@ def test_rungs_ahead_end_with_the_full_training_of_the_student(tmp_path: Path) -
 def test_an_old_trial_on_the_pareto_front_stays_good(tmp_path: Path) -> None:
     rng = random.Random(0)
     many = [completed(number, rng.random(), 1 + rng.random()) for number in range(1, 1000)]
-    good, _ = Observations(toy_space(tmp_path, objectives=TWO), [completed(0, 0.99, 0.5), *many]).split()
+    good, _ = Observations(toy_space(tmp_path, objectives=TWO), [completed(0, 0.99, 0.5), *many]).good_and_bad()
     assert good[0].number == 0
 
 
@@ -99,5 +101,5 @@ def test_fronts_are_ranked_as_by_optuna(count: int) -> None:
 
 def test_a_running_trial_counts_as_bad(tmp_path: Path) -> None:
     running: Callable[[int], Trial] = lambda number: Trial(number, {}, {})  # noqa: E731
-    good, bad = Observations(toy_space(tmp_path), [*(completed(n, n) for n in range(10)), running(10)]).split()
+    good, bad = Observations(toy_space(tmp_path), [*(completed(n, n) for n in range(10)), running(10)]).good_and_bad()
     assert ([trial.number for trial in good], bad[-1].number) == ([9], 10)

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ktray.scheduler.orphan_cleanup import end_processes, session_processes
-from ktray.scheduler.ray_cluster import is_existing
+from ktray.scheduler.orphan_cleanup import end_ray_processes, ray_processes
+from ktray.scheduler.ray_cluster import is_process_alive
 from tests.searches import until
 from tests.source import ROOT
 
@@ -23,8 +23,8 @@ IGNORES = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {SLEEP
 DRIVER = """
 import sys, time
 from pathlib import Path
-from ktray.scheduler.ray_session import _start_cleanup
-print(_start_cleanup(Path(sys.argv[1])).pid, flush=True)
+from ktray.scheduler.ray_session import _start_cleanup_process
+print(_start_cleanup_process(Path(sys.argv[1])).pid, flush=True)
 time.sleep(600)
 """
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -65,17 +65,17 @@ def test_the_processes_of_a_session_are_those_with_its_folder_in_their_command_l
     others = [start(), start(f"{folder}c"), start(log=folder.parent / "ktray-1a2b.log"), start(folder.parent)]
     os.kill(ours[0].pid, signal.SIGSTOP)
     time.sleep(0.5)
-    assert {process.pid for process in session_processes(str(folder))} == {process.pid for process in ours}
-    end_processes(str(folder), grace=0.5)
+    assert {process.pid for process in ray_processes(str(folder))} == {process.pid for process in ours}
+    end_ray_processes(str(folder), grace=0.5)
     assert not [process.pid for process in ours if psutil.pid_exists(process.pid)]
     assert [process.poll() for process in others] == [None] * len(others)
-    assert session_processes(str(folder)) == []
+    assert ray_processes(str(folder)) == []
 
 
 def test_a_process_that_ends_by_itself_in_time_is_not_killed(folder: Path, start: Start) -> None:
     ended = folder.parent / "ended"
     start(folder, ended, code="import sys, time; time.sleep(1.0); open(sys.argv[2], 'w').close()")
-    end_processes(str(folder), grace=60.0)
+    end_ray_processes(str(folder), grace=60.0)
     assert ended.exists()
 
 
@@ -113,12 +113,12 @@ def test_a_process_exists_while_it_runs_or_stands_still_and_not_as_a_zombie_or_u
 ) -> None:
     process = start()
     created = psutil.Process(process.pid).create_time()
-    assert is_existing(process.pid, created)
-    assert not is_existing(process.pid, created - 100)
+    assert is_process_alive(process.pid, created)
+    assert not is_process_alive(process.pid, created - 100)
     os.kill(process.pid, signal.SIGSTOP)
-    assert is_existing(process.pid, created)
+    assert is_process_alive(process.pid, created)
     process.kill()
     until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 10)
-    assert not is_existing(process.pid, created)
+    assert not is_process_alive(process.pid, created)
     process.wait()
-    assert not is_existing(process.pid, created)
+    assert not is_process_alive(process.pid, created)

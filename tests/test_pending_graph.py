@@ -34,7 +34,7 @@ def looked_up(table: RequestTable, running: set[str]) -> list[str]:
     def rank(want: Any) -> tuple[float, float, float, int]:
         requests = [table.open[request_id] for request_id in want.requests]
         trials = [each for each in requests if each.waiter] or requests
-        return -max([each.priority for each in requests], default=0), -len(trials), -want.path_seconds, want.order
+        return -max([each.priority for each in requests], default=0), -len(trials), -want.critical_path_seconds, want.order
 
     return [want.stage.key for want in sorted(ready, key=rank)]
 
@@ -51,9 +51,9 @@ def test_the_order_of_ready_stages_equals_a_sort_of_all_that_are_pending_after_a
     table, longest = RequestTable(find, running, outbox, lambda stage: {"teacher": 60.0, "student": 30.0}[stage.name]), 0
     for number in range(300):
         what = chance.random()
-        line = [want.stage.key for want in table.ready()]
+        line = [want.stage.key for want in table.ready_stages()]
         assert line == looked_up(table, running)
-        assert sum(table.pending_graph.names.values()) == len(line)
+        assert sum(table.pending_graph.ready_counts.values()) == len(line)
         longest = max(longest, len(line))
         if what < 0.3:
             wanted = chance.sample(made, 4)
@@ -62,7 +62,7 @@ def test_the_order_of_ready_stages_equals_a_sort_of_all_that_are_pending_after_a
             running.add(line[0])
             table.pending_graph.mark_running(line[0])
         elif what < 0.6:
-            table.cancel_waits(f"s{chance.randrange(5)}")
+            table.cancel_requests(f"s{chance.randrange(5)}")
         elif running:
             key = chance.choice(sorted(running))
             running.discard(key)
@@ -71,7 +71,7 @@ def test_the_order_of_ready_stages_equals_a_sort_of_all_that_are_pending_after_a
                 store.add(key)
                 table.mark_published(Artifact(key, Path(key), {}, {}), True)
             elif what < 0.95:
-                table.fail(key, "failed", "no")
+                table.fail_stage(key, "failed", "no")
             else:
                 table.drop_if_unrequested(key)  # its worker died
         if chance.random() < 0.05 and store:

@@ -71,11 +71,11 @@ def changing(space: Space) -> tuple[set[str], set[str]]:
             return None
 
     changed, varied = set(), set()
-    known = {parameter.name: parameter for parameter, _ in space_tree.parameters(space.root)}
+    known = {parameter.name: parameter for parameter, _ in space_tree.parameters_with_conditions(space.root)}
     for _, base in space.branch_draws():
         before = keys(base)
         for name in base:
-            for value in space_tree.boundary_values(known[name]):
+            for value in space_tree.values_to_check(known[name]):
                 after = keys(space.fill_with_first_values({**base, name: value}))
                 if value == base[name] or before is None or after is None:
                     continue

@@ -9,8 +9,8 @@ ONE, TWO = ProcessId("node", 1, 10.0), ProcessId("node", 2, 10.0)
 
 def test_a_process_that_is_silent_for_too_long_is_returned_once() -> None:
     liveness = ProcessLiveness(15.0)
-    liveness.heartbeat(ONE, 0.0)
-    liveness.heartbeat(TWO, 10.0)
+    liveness.record_heartbeat(ONE, 0.0)
+    liveness.record_heartbeat(TWO, 10.0)
     assert liveness.remove_silent(15.0) == []
     assert liveness.remove_silent(16.0) == [ONE]
     assert liveness.remove_silent(17.0) == []
@@ -19,7 +19,7 @@ def test_a_process_that_is_silent_for_too_long_is_returned_once() -> None:
 
 def test_silence_while_nobody_listened_proves_nothing() -> None:
     liveness = ProcessLiveness(15.0)
-    liveness.heartbeat(ONE, 0.0)
+    liveness.record_heartbeat(ONE, 0.0)
     liveness.compensate_pause(100.0)
     assert liveness.remove_silent(114.0) == []
     assert liveness.remove_silent(116.0) == [ONE]
@@ -27,7 +27,7 @@ def test_silence_while_nobody_listened_proves_nothing() -> None:
 
 def test_after_a_restart_known_processes_get_the_full_timeout_and_newer_heartbeats_stay() -> None:
     liveness = ProcessLiveness(15.0)
-    liveness.heartbeat(TWO, 105.0)
+    liveness.record_heartbeat(TWO, 105.0)
     liveness.restore([ONE, TWO], 100.0)
     assert liveness.remove_silent(116.0) == [ONE]
     assert liveness.remove_silent(119.0) == []

@@ -18,7 +18,7 @@ from ray._private import ray_constants, services, utils, worker
 
 from ktray.errors import PreflightFailed
 from ktray.scheduler import ray_session
-from ktray.scheduler.orphan_cleanup import session_processes
+from ktray.scheduler.orphan_cleanup import ray_processes
 
 
 def test_the_installed_ray_is_one_that_pyproject_allows_and_pyproject_has_an_upper_bound() -> None:
@@ -54,7 +54,7 @@ def test_the_processes_of_our_own_ray_and_its_workers_are_found_by_its_folder(ra
     started = {info.process.pid for group in node.all_processes.values() for info in group}  # type: ignore[union-attr]
     function: Any = ray.remote(lambda: os.getpid())
     started.add(ray.get(function.options(num_cpus=0).remote()))
-    found = {process.pid for process in session_processes(str(ray_home.temporary))}
+    found = {process.pid for process in ray_processes(str(ray_home.temporary))}
     assert started <= found | {pid for pid in started if not psutil.pid_exists(pid)}
     assert os.getpid() not in found
-    assert session_processes("/tmp/ktray-of-nobody") == []
+    assert ray_processes("/tmp/ktray-of-nobody") == []

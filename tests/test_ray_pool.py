@@ -49,7 +49,7 @@ def twice_in_place(item: np.ndarray, shared: np.ndarray) -> np.ndarray:
 class Helper:
     """What a worker does for a leader, as a plain actor."""
 
-    def run_item(self, call: str, function_ref: list[Any], item: bytes) -> bytes | None:
+    def run_map_item(self, call: str, function_ref: list[Any], item: bytes) -> bytes | None:
         import ray
         from ray import cloudpickle
 
@@ -86,7 +86,7 @@ def test_a_map_over_helpers_equals_one_process_bitwise(helpers: Any) -> None:
     sums = pool.map(block_sum, list(range(40)), {"scale": np.float64(0.1), "sleep": 0.01})
     assert np.stack([total for total, _ in sums]).tobytes() == local(40).tobytes()
     assert len({pid for _, pid in sums}) == 3
-    assert pool.workers == 3
+    assert pool.worker_count == 3
 
 
 def test_a_map_without_helpers_or_items_works(helpers: Any) -> None:

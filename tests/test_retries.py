@@ -6,7 +6,7 @@ import pytest
 from test_scheduler_core import CoreHarness, assigned, results, stage
 
 from ktray.scheduler.fault_tolerance import START_TIMEOUT
-from ktray.scheduler.messages import AssignStage, FenceOrphans, KillWorker, SchedulerEvent, StartWorker
+from ktray.scheduler.messages import AssignStage, FenceOrphanedAttempts, KillWorker, SchedulerEvent, StartWorker
 from ktray.scheduler.placement import DispatchCapacity
 from ktray.scheduler.worker_registry import Node, WorkerShape
 
@@ -16,14 +16,14 @@ def test_a_stage_that_gets_further_each_time_survives_any_number_of_worker_death
     harness.request("a", one)
     for epoch in (2, 5, 6, 9, 12):
         run = harness.core.running[one.key]
-        harness.core.heartbeat(
+        harness.core.handle_heartbeat(
             harness.registry.workers[run.worker], one.key, one, run.attempt, {"epoch": epoch, "of": 20}, harness.now
         )
         harness.core.handle_lost_worker(run.worker, "worker died", "killed by signal 9", harness.now)
         assert assigned(harness.dispatch()) == [one.key]
     for _ in range(2):  # now it kills its worker at the same epoch again and again
         run = harness.core.running[one.key]
-        harness.core.heartbeat(
+        harness.core.handle_heartbeat(
             harness.registry.workers[run.worker], one.key, one, run.attempt, {"epoch": 12, "of": 20}, harness.now
         )
         harness.core.handle_lost_worker(run.worker, "worker died", "killed by signal 9", harness.now)
@@ -102,7 +102,7 @@ def test_the_pace_of_a_stage_is_counted_in_changes_of_its_progress() -> None:
     (assignment,) = harness.request("a", one)
     for epoch in (1, 1, 2, 2, 2):
         harness.now += 3
-        harness.core.heartbeat(
+        harness.core.handle_heartbeat(
             harness.registry.workers[assignment.worker], one.key, one, assignment.attempt, {"epoch": epoch}, harness.now
         )
     run = harness.core.running[one.key]
@@ -111,7 +111,7 @@ def test_the_pace_of_a_stage_is_counted_in_changes_of_its_progress() -> None:
 
 def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_starts_again() -> None:
     harness, one = CoreHarness(0), stage("one")
-    harness.core.startup.note_restart(["worker-1", "worker-7"], harness.now)
+    harness.core.first_heartbeats.note_broker_restart(["worker-1", "worker-7"], harness.now)
     harness.poll("worker-1")
     harness.request("a", one)
     harness.now += 14
@@ -120,15 +120,15 @@ def test_after_a_restart_what_a_silent_worker_wrote_is_fenced_before_its_stage_s
     harness.now += 2
     harness.core.dispatch(harness.now)
     actions, harness.core.outbox[:] = harness.core.outbox[:], []
-    assert [type(action) for action in actions] == [FenceOrphans, AssignStage, SchedulerEvent]
+    assert [type(action) for action in actions] == [FenceOrphanedAttempts, AssignStage, SchedulerEvent]
     silent = harness.registry.register("worker-7", WorkerShape(), "node")
-    assert not harness.core.heartbeat(silent, "two-1", stage("two"), "old", {}, harness.now), "its directory is gone"
+    assert not harness.core.handle_heartbeat(silent, "two-1", stage("two"), "old", {}, harness.now), "its directory is gone"
     assert list(harness.core.running) == [one.key]
 
 
 def test_a_worker_whose_attempt_a_restart_fenced_must_exit_and_one_that_was_only_starting_need_not() -> None:
     harness, one = CoreHarness(0), stage("one")
-    harness.core.startup.note_restart(["worker-1", "worker-7"], harness.now)
+    harness.core.first_heartbeats.note_broker_restart(["worker-1", "worker-7"], harness.now)
     harness.now += 16
     harness.dispatch()
     silent = harness.registry.register("worker-7", WorkerShape(), "node")
@@ -140,12 +140,12 @@ def test_a_worker_whose_attempt_a_restart_fenced_must_exit_and_one_that_was_only
 
 def test_after_a_restart_workers_that_were_only_starting_have_the_usual_start_timeout() -> None:
     harness, one, two = CoreHarness(0), stage("one"), stage("two")
-    harness.core.startup.note_restart(["worker-1", "worker-2", "worker-7"], harness.now)
+    harness.core.first_heartbeats.note_broker_restart(["worker-1", "worker-2", "worker-7"], harness.now)
     harness.request("a", one)
     for seconds, name in ((16, "worker-1"), (START_TIMEOUT - 17, "worker-2")):
         harness.now += seconds
         for worker in harness.registry.workers.values():
-            harness.core.heartbeat(worker, "", None, "", {}, harness.now)
+            harness.core.handle_heartbeat(worker, "", None, "", {}, harness.now)
         harness.core.check_heartbeats(harness.now)
         harness.poll(name)
         assert not [action for action in harness.dispatch() if isinstance(action, KillWorker)]
@@ -156,7 +156,7 @@ def test_after_a_restart_workers_that_were_only_starting_have_the_usual_start_ti
     for _ in range(2):
         harness.now += 2
         for name in ("worker-1", "worker-2"):
-            harness.core.heartbeat(harness.registry.workers[name], "", None, "", {}, harness.now)
+            harness.core.handle_heartbeat(harness.registry.workers[name], "", None, "", {}, harness.now)
         harness.core.check_heartbeats(harness.now)
     kill, event = harness.core.outbox
     assert kill.worker.name == event.worker == "worker-7", "reported only once"

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ktray.search.halving import RungScores, best_first, next_stop_epoch, rung_epochs
+from ktray.search.halving import RungScores, next_stop_epoch, rung_epochs, sorted_by_rung_score
 from ktray.search.space_file import EarlyStop
 from ktray.search.trial import State, Trial
 
@@ -19,8 +19,8 @@ def promotion(stop: EarlyStop | None, trials: list[Trial]) -> Trial | None:
     return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
-def best_unfinished(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
-    number = RungScores(stop, trials).best_unfinished()
+def best_paused_if_none_completed(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+    number = RungScores(stop, trials).best_paused_if_none_completed()
     return None if number is None else next(trial for trial in trials if trial.number == number)
 
 
@@ -113,21 +113,21 @@ def test_without_early_stop_no_trial_is_promoted() -> None:
 
 def test_the_best_unfinished_trial_is_the_best_at_the_highest_rung() -> None:
     trials = [*at_first_rung(0.9, 0.1), trial(2, {1: 0.2, 3: 0.3}), trial(3, {1: 0.2, 3: 0.4})]
-    found = best_unfinished(STOP, trials)
+    found = best_paused_if_none_completed(STOP, trials)
     assert found is not None
     assert found.number == 3
 
 
 def test_there_is_no_best_unfinished_trial_once_one_is_completed() -> None:
-    assert best_unfinished(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
-    assert best_unfinished(STOP, []) is None
+    assert best_paused_if_none_completed(STOP, [*at_first_rung(0.9), trial(1, {9: 0.1}, "completed")]) is None
+    assert best_paused_if_none_completed(STOP, []) is None
 
 
 def promotion_by_full_scan(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
     """The rule of `RungScores.promotion`, applied to all trials."""
     for rung in reversed(stop.rungs):
         reached = [each for each in trials if rung in each.scores]
-        ranked = best_first(stop, [each for each in reached if each.state != "failed"], rung)
+        ranked = sorted_by_rung_score(stop, [each for each in reached if each.state != "failed"], rung)
         promotable = ranked[: len(reached) // stop.reduction]
         due = [each for each in promotable if each.state == "paused" and each.epoch == rung]
         if due:
@@ -135,12 +135,12 @@ def promotion_by_full_scan(stop: EarlyStop, trials: list[Trial]) -> Trial | None
     return None
 
 
-def best_unfinished_by_full_scan(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
+def best_paused_by_full_scan(stop: EarlyStop, trials: list[Trial]) -> Trial | None:
     paused = [each for each in trials if each.state == "paused"]
     if not paused or any(each.state == "completed" for each in trials):
         return None
     furthest = max(each.epoch for each in paused)
-    return best_first(stop, [each for each in paused if each.epoch == furthest], furthest)[0]
+    return sorted_by_rung_score(stop, [each for each in paused if each.epoch == furthest], furthest)[0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -156,9 +156,9 @@ def test_incremental_updates_promote_the_same_trials_as_a_full_scan(seed: int, m
 
     promoted = 0
     for _ in range(200):
-        due, unfinished = promotion_by_full_scan(stop, trials), best_unfinished_by_full_scan(stop, trials)
+        due, unfinished = promotion_by_full_scan(stop, trials), best_paused_by_full_scan(stop, trials)
         assert rung_scores.promotion() == (None if due is None else due.number)
-        assert rung_scores.best_unfinished() == (None if unfinished is None else unfinished.number)
+        assert rung_scores.best_paused_if_none_completed() == (None if unfinished is None else unfinished.number)
         if due is not None and generator.random() < 0.7:
             promoted += 1
             update(dataclasses.replace(due, state="running"))

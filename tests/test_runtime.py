@@ -11,7 +11,7 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.scheduler import ray_session
-from ktray.scheduler.resources import GpuShares, ResourceRequest, RuntimeSettings, load_runtime
+from ktray.scheduler.resources import GpuShares, ResourceRequest, RuntimeSettings, load_runtime_settings
 from ktray.scheduler.worker_registry import WorkerShape, worker_shape_for
 from ktray.stores.locks import lock_home
 
@@ -19,11 +19,11 @@ from ktray.stores.locks import lock_home
 def test_a_runtime_file_sets_requests_by_stage_and_keeps_other_defaults(tmp_path: Path) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text("cpus: 8\ndead_after: 60\nstages: {student: {gpus: 0.5}, features: {memory_bytes: 1000}}\n")
-    runtime = load_runtime(path)
+    runtime = load_runtime_settings(path)
     assert (runtime.cpus, runtime.dead_after, runtime.heartbeat_seconds) == (8, 60.0, 0.5)
-    assert runtime.request_of("student") == ResourceRequest(gpus=0.5)
-    assert runtime.request_of("features") == ResourceRequest(memory_bytes=1000, helpers=63)
-    assert load_runtime(None) == RuntimeSettings()
+    assert runtime.resources_for("student") == ResourceRequest(gpus=0.5)
+    assert runtime.resources_for("features") == ResourceRequest(memory_bytes=1000, helpers=63)
+    assert load_runtime_settings(None) == RuntimeSettings()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_wrong_runtime_file_is_named_with_its_place(tmp_path: Path, text: str,
     path = tmp_path / "runtime.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        load_runtime(path)
+        load_runtime_settings(path)
     assert str(path) in str(caught.value)
     assert said in str(caught.value)
 
@@ -80,8 +80,8 @@ def test_what_runs_a_network_has_a_share_of_a_gpu_unless_the_file_says_how_much_
 ) -> None:
     path = tmp_path / "runtime.yaml"
     path.write_text(text)
-    assert worker_shape_for(GpuShares(load_runtime(path).request_of, lambda: True)(stage)) == shape
-    without = worker_shape_for(GpuShares(load_runtime(path).request_of, lambda: False)(stage))
+    assert worker_shape_for(GpuShares(load_runtime_settings(path).resources_for, lambda: True)(stage)) == shape
+    without = worker_shape_for(GpuShares(load_runtime_settings(path).resources_for, lambda: False)(stage))
     assert without.gpus == (1.0 if "gpus: 1" in text else 0.0)
 
 
@@ -126,7 +126,7 @@ def test_only_a_folder_that_we_made_is_removed_as_a_leftover(tmp_path: Path, mon
     link.symlink_to(elsewhere)
     for named in (ours, link, other, elsewhere, places / "x" / ".." / ".." / "elsewhere" / "ktray-results", places / "ktray-3"):
         (tmp_path / "ray").write_text(str(named))
-        ray_session.remove_listed_folders(tmp_path)
+        ray_session.remove_folders_of_killed_sessions(tmp_path)
     assert not ours.exists()
     assert elsewhere.is_dir()
     assert other.is_dir()
@@ -138,7 +138,7 @@ def test_a_folder_of_another_user_is_no_leftover_of_ours(tmp_path: Path, monkeyp
     (tmp_path / "ktray-1").mkdir()
     (tmp_path / "ray").write_text(str(tmp_path / "ktray-1"))
     monkeypatch.setattr("os.getuid", lambda: (tmp_path / "ktray-1").stat().st_uid + 1)
-    ray_session.remove_listed_folders(tmp_path)
+    ray_session.remove_folders_of_killed_sessions(tmp_path)
     assert (tmp_path / "ktray-1").is_dir()
 
 
@@ -155,8 +155,8 @@ def test_a_leftover_that_fills_again_while_it_is_removed_is_remembered(tmp_path:
 
     with monkeypatch.context() as raced:
         raced.setattr("shutil.rmtree", refilled)
-        assert ray_session.remove_listed_folders(tmp_path) == [stays]
-    assert ray_session.remove_listed_folders(tmp_path) == []
+        assert ray_session.remove_folders_of_killed_sessions(tmp_path) == [stays]
+    assert ray_session.remove_folders_of_killed_sessions(tmp_path) == []
     assert not stays.exists()
 
 

@@ -38,28 +38,28 @@ def completed(trials: list[Trial]) -> list[Trial]:
 def proposals(space: Space, trials: list[Trial], count: int = 20) -> list[str]:
     """Teachers of draws after histories that differ only in failed trials, which are counted but not learned from."""
     failed = [dataclasses.replace(trials[0], number=len(trials) + i, state="failed") for i in range(count)]
-    return [str(sampler.propose(space, [*trials, *failed[:index]])["teacher"]) for index in range(count)]
+    return [str(sampler.propose_ignoring_costs(space, [*trials, *failed[:index]])["teacher"]) for index in range(count)]
 
 
 def test_the_same_history_gives_the_same_draw(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
     trials = completed(history(space, 12))
-    assert sampler.propose(space, trials) == sampler.propose(space, trials)
+    assert sampler.propose_ignoring_costs(space, trials) == sampler.propose_ignoring_costs(space, trials)
 
 
 def test_one_more_trial_gives_another_draw(tmp_path: Path) -> None:
     space = toy_space(tmp_path)
-    draws = [sampler.propose(space, history(space, count))["student.schedule.lr"] for count in range(6)]
+    draws = [sampler.propose_ignoring_costs(space, history(space, count))["student.schedule.lr"] for count in range(6)]
     assert len(set(draws)) == 6
 
 
 def test_another_seed_gives_another_draw(tmp_path: Path) -> None:
     first, second = toy_space(tmp_path), toy_space(tmp_path, seed=1)
-    assert sampler.propose(first, []) != sampler.propose(second, [])
+    assert sampler.propose_ignoring_costs(first, []) != sampler.propose_ignoring_costs(second, [])
 
 
 def test_planned_values_are_kept_and_the_others_are_drawn(tmp_path: Path) -> None:
-    params = sampler.propose(toy_space(tmp_path), [], {"teacher": "rotation", "transfer.k": 20})
+    params = sampler.propose_ignoring_costs(toy_space(tmp_path), [], {"teacher": "rotation", "transfer.k": 20})
     assert (params["teacher"], params["transfer.k"]) == ("rotation", 20)
     assert set(params) == {
         *("teacher", "teacher.rotation.layer", "teacher.rotation.schedule.epochs", "transfer.k", "student.schedule.lr")

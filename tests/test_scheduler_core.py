@@ -47,7 +47,7 @@ class CoreHarness:
 
     def poll(self, name: str, shape: WorkerShape | None = None) -> None:
         worker = self.registry.workers.get(name) or self.registry.register(name, shape or WorkerShape(), "node")
-        self.core.heartbeat(worker, "", None, "", {}, self.now)
+        self.core.handle_heartbeat(worker, "", None, "", {}, self.now)
         worker.polling = True
 
     def request(self, name: str, *stages: Stage, priority: int = 0, waiter: str | None = None) -> list[Any]:
@@ -224,7 +224,7 @@ def test_a_silent_worker_is_killed_after_its_timeout_and_its_late_heartbeat_is_r
     assert KillWorker(frozen) in actions
     assert FenceAttempt(one.key, assignment.attempt) in actions
     revived = harness.registry.register("worker-1", WorkerShape(), "node")
-    assert not harness.core.heartbeat(revived, one.key, one, assignment.attempt, {}, harness.now)
+    assert not harness.core.handle_heartbeat(revived, one.key, one, assignment.attempt, {}, harness.now)
 
 
 def test_a_worker_that_froze_before_it_heard_of_a_stage_says_nothing_about_it() -> None:
@@ -262,10 +262,10 @@ def test_a_late_report_of_a_fenced_attempt_does_not_count() -> None:
 
 def test_after_a_restart_nothing_starts_until_known_workers_were_heard_from_and_their_attempts_are_adopted() -> None:
     harness, one, two = CoreHarness(0), stage("one"), stage("two")
-    harness.core.startup.note_restart(["worker-1", "worker-2"], harness.now)
+    harness.core.first_heartbeats.note_broker_restart(["worker-1", "worker-2"], harness.now)
     harness.request("a", one, two)
     worker = harness.registry.register("worker-1", WorkerShape(), "node")
-    harness.core.heartbeat(worker, one.key, one, "old", {"epoch": 3.0}, harness.now)
+    harness.core.handle_heartbeat(worker, one.key, one, "old", {"epoch": 3.0}, harness.now)
     assert harness.dispatch() == []
     harness.poll("worker-2")
     assert assigned(harness.dispatch()) == [two.key]
@@ -277,7 +277,7 @@ def test_after_a_restart_nothing_starts_until_known_workers_were_heard_from_and_
 
 def test_after_a_restart_a_silent_worker_is_waited_for_only_so_long() -> None:
     harness, one = CoreHarness(1), stage("one")
-    harness.core.startup.note_restart(["worker-7"], harness.now)
+    harness.core.first_heartbeats.note_broker_restart(["worker-7"], harness.now)
     assert harness.request("a", one) == []
     harness.dispatch(16)
     harness.poll("worker-1")
@@ -297,7 +297,7 @@ def test_a_heartbeat_that_comes_after_the_report_adopts_nothing() -> None:
     harness, one = CoreHarness(1), stage("one")
     (assignment,) = harness.request("a", one)
     harness.publish(one)
-    assert harness.core.heartbeat(
+    assert harness.core.handle_heartbeat(
         harness.registry.workers[assignment.worker], one.key, one, assignment.attempt, {}, harness.now
     )
     assert not harness.core.running
@@ -307,9 +307,9 @@ def test_cancelling_ends_one_wait_and_drops_what_only_it_requested() -> None:
     harness, one, two = CoreHarness(1), stage("one"), stage("two")
     harness.request("a", one, two)
     harness.request("b", one)
-    harness.core.requests.cancel_waits("another driver", "a")
+    harness.core.requests.cancel_requests("another driver", "a")
     assert not harness.dispatch()
-    harness.core.requests.cancel_waits("driver", "a")
+    harness.core.requests.cancel_requests("driver", "a")
     assert results(harness.dispatch()) == {"a": "the wait was cancelled"}
     assert two.key not in harness.core.requests.pending
     assert results(harness.publish(one)) == {"b": ["computed"]}
@@ -318,20 +318,20 @@ def test_cancelling_ends_one_wait_and_drops_what_only_it_requested() -> None:
 def test_idle_workers_are_lent_and_called_back_for_a_stage_of_their_own() -> None:
     harness, split, one = CoreHarness(3), stage("split"), stage("one")
     (assignment,) = [action for action in harness.request("a", split) if isinstance(action, AssignStage)]
-    assert len(harness.core.helpers(assignment.attempt)) == 2
+    assert len(harness.core.lent_workers(assignment.attempt)) == 2
     assert assigned(harness.request("b", one)) == [one.key]
-    assert len(harness.core.helpers(assignment.attempt)) == 1
+    assert len(harness.core.lent_workers(assignment.attempt)) == 1
     harness.publish(split)
-    assert harness.core.helpers(assignment.attempt) == []
+    assert harness.core.lent_workers(assignment.attempt) == []
 
 
 def test_a_worker_that_becomes_idle_is_lent_to_a_running_stage() -> None:
     harness, split, one = CoreHarness(2), stage("split"), stage("one")
     harness.request("b", one)
     (assignment,) = [action for action in harness.request("a", split) if isinstance(action, AssignStage)]
-    assert harness.core.helpers(assignment.attempt) == []
+    assert harness.core.lent_workers(assignment.attempt) == []
     harness.publish(one)
-    assert len(harness.core.helpers(assignment.attempt)) == 1
+    assert len(harness.core.lent_workers(assignment.attempt)) == 1
 
 
 def test_memory_admits_one_large_stage_at_a_time() -> None:

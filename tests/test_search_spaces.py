@@ -12,7 +12,7 @@ import yaml
 
 import ktray
 from ktray.search import sampler, space
-from ktray.search.space_tree import Choice, parameters
+from ktray.search.space_tree import Choice, parameters_with_conditions
 from ktray.spec import PairSpec
 from tests.source import ROOT
 from tests.toys import HOG, toy_spec
@@ -26,14 +26,14 @@ def test_the_spaces_of_the_readme_are_there() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_shipped_space_checks_and_its_draws_share_their_prefix(path: Path) -> None:
-    assert space.load(path, []).warnings() == []
+    assert space.load(path, []).sharing_warnings() == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_branch_and_option_of_a_shipped_space_is_drawn(path: Path) -> None:
     found = space.load(path, [])
     drawn = {(name, value) for seed in range(300) for name, value in sampler.random_draw(found, seed).items()}
-    for parameter, _ in parameters(found.root):
+    for parameter, _ in parameters_with_conditions(found.root):
         if isinstance(parameter, Choice):
             assert {(parameter.name, label) for label in parameter.labels} <= drawn
 

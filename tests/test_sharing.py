@@ -66,7 +66,7 @@ CHAIN = chain(lr={"choice": [0.01, 0.02, 0.04]})
 def test_possible_artifacts_are_those_of_all_draws(tmp_path: Path, pair: dict[str, Any]) -> None:
     space = toy_space(tmp_path, pair)
     keys = keys_of(space)
-    everything = distinct(list(space.draws()), keys)
+    everything = distinct(list(space.all_draws()), keys)
     assert {row.stage: row.possible for row in count_shared_stages(space, keys, 10)} == everything
 
 
@@ -74,7 +74,7 @@ def test_possible_artifacts_are_those_of_all_draws(tmp_path: Path, pair: dict[st
 def test_expected_artifacts_are_the_average_over_random_draws(tmp_path: Path, draws: int) -> None:
     space = toy_space(tmp_path, FINITE)
     keys, rng = keys_of(space), random.Random(0)
-    known = list(space.draws())
+    known = list(space.all_draws())
     by_branch = [[each for each in known if each["teacher"] == branch] for branch in ("hog", "rotation")]
     made = {json.dumps(params): keys(params) for params in known}
     totals: dict[str, float] = defaultdict(float)

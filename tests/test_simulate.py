@@ -8,9 +8,9 @@ from threadpoolctl import threadpool_limits
 from ktray.errors import SearchStopped
 from ktray.fingerprint import seed_of
 from ktray.runs.simulation import SimulatedCluster, VirtualClock, _Simulation, simulate
-from ktray.search.draws import fixed_draws, random_draws
+from ktray.search.draws import fixed_draws, random_search_draws
 from ktray.search.space import Space
-from ktray.search.space_check import checked
+from ktray.search.space_check import check_and_fill_modes
 from ktray.search.study import Study
 from tests.toys import DATA, ROTATION
 
@@ -50,7 +50,7 @@ def space(trials=12, early_stop=True):
             "evals": [{"kind": "knn"}],
         },
     }
-    return checked(Space.from_content(content, "simulated.yaml"))
+    return check_and_fill_modes(Space.from_content(content, "simulated.yaml"))
 
 
 def run(home, workers, draws=None, **how):
@@ -118,7 +118,7 @@ def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_
 
 
 def test_chance_draws_the_same_pairs_again_and_not_the_samplers(tmp_path):
-    one, two = (run(tmp_path / name, 3, random_draws, early_stop=False) for name in "ab")
+    one, two = (run(tmp_path / name, 3, random_search_draws, early_stop=False) for name in "ab")
     assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
     assert [trial.params for trial in one.trials] != [trial.params for trial in run(tmp_path / "c", 3, early_stop=False).trials]
 
@@ -224,7 +224,7 @@ def test_what_was_promoted_to_the_end_goes_before_any_longer_work_that_waits(tmp
     simulation._begin = watched
     simulation.run()
     assert overtaken > 2
-    study.close()
+    study.prune_and_close()
 
 
 def test_idle_workers_prepare_what_planned_draws_will_need(tmp_path):
@@ -232,7 +232,10 @@ def test_idle_workers_prepare_what_planned_draws_will_need(tmp_path):
     content["budget"] = {"trials": 2, "concurrent": 1}
     content["pair"]["teacher"]["seed"] = {"choice": [0, 1]}
     content["start_with"] = [{"teacher.seed": seed, "teacher.layer": "conv3"} for seed in (0, 1)]
-    searched, clock = checked(Space.from_content({**content, "early_stop": None}, "simulated.yaml")), VirtualClock()
+    searched, clock = (
+        check_and_fill_modes(Space.from_content({**content, "early_stop": None}, "simulated.yaml")),
+        VirtualClock(),
+    )
     timeline = simulate(searched, Study.open(tmp_path, searched, clock=clock), clock, seconds, metrics, 2)
     made = {key: at for at, key in timeline.computed}
     first, second = (trial.keys["teacher"] for trial in timeline.trials)

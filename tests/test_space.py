@@ -28,7 +28,7 @@ def test_a_parameter_is_named_by_its_path_with_the_branch_in_it(tmp_path: Path) 
 
 def test_parameters_of_other_branches_are_never_asked_for(tmp_path: Path) -> None:
     asked = []
-    found = toy_space(tmp_path).suggest(lambda parameter: asked.append(parameter.name) or _first(parameter))
+    found = toy_space(tmp_path).build_draw(lambda parameter: asked.append(parameter.name) or _first(parameter))
     assert found["teacher"] == "hog"
     assert not [name for name in asked if "rotation" in name]
 
@@ -47,7 +47,7 @@ def test_a_draw_becomes_a_pair(tmp_path: Path) -> None:
 
 def test_every_draw_of_a_finite_space_is_listed_once(tmp_path: Path) -> None:
     found = toy_space(tmp_path, FINITE)
-    draws = list(found.draws())
+    draws = list(found.all_draws())
     assert found.size() == len(draws) == (2 + 3 * 2) * 3
     assert len({tuple(sorted(draw.items())) for draw in draws}) == len(draws)
 
@@ -97,7 +97,7 @@ def test_branches_may_hold_branches(tmp_path: Path) -> None:
     teacher = {"one_of": {"rotation": {"pretext": "rotation", "backbone": inner, "schedule": {"epochs": 1}}, **_hog()}}
     found = toy_space(tmp_path, {**FINITE, "teacher": teacher, "transfer": {"kind": "clusters", "k": 5}})
     assert found.size() == 2 + 1 + 1
-    assert "teacher.rotation.backbone.small.width" in {name for draw in found.draws() for name in draw}
+    assert "teacher.rotation.backbone.small.width" in {name for draw in found.all_draws() for name in draw}
 
 
 def _hog() -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_a_branch_may_leave_the_teacher_out_together_with_the_transfer_that_need
     }
     path = write(tmp_path)
     found = Space.from_content({**content(), "pair": {"one_of": references}}, path.name)
-    assert [found.pair(draw).transfer.kind for draw in found.draws()] == ["none", "clusters"]
+    assert [found.pair(draw).transfer.kind for draw in found.all_draws()] == ["none", "clusters"]
 
 
 def test_overrides_reach_into_branches_and_replace_operators(tmp_path: Path) -> None:
@@ -312,9 +312,9 @@ def test_a_resumed_study_may_have_another_budget_and_name(tmp_path: Path) -> Non
 
 
 def test_a_continuous_teacher_is_warned_about_and_a_continuous_student_is_not(tmp_path: Path) -> None:
-    assert toy_space(tmp_path).warnings() == []
+    assert toy_space(tmp_path).sharing_warnings() == []
     found = toy_space(tmp_path, {"transfer": {"kind": "clusters", "k": {"log_int": [5, 100]}}})
-    assert found.warnings() == [
+    assert found.sharing_warnings() == [
         "pair.transfer.k is one of 96 values: every draw is a new clustering; use choice so that draws share it"
     ]
 
@@ -327,17 +327,17 @@ def test_a_pair_file_holds_one_pair(tmp_path: Path, wrap: bool) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"pair": pair} if wrap else pair))
     assert not space.is_space(path)
-    found = space.load_pair(path, ["transfer.k=7"])
+    found = space.load_named_pair(path, ["transfer.k=7"])
     assert isinstance(found["mine"], PairSpec)
     assert found["mine"].transfer.k == 7
     with pytest.raises(UserError, match="Did you mean 'transfer'"):
-        space.load_pair(path, ["transfr.k=7"])
+        space.load_named_pair(path, ["transfr.k=7"])
 
 
 def test_a_space_is_no_pair(tmp_path: Path) -> None:
     assert space.is_space(write(tmp_path))
     with pytest.raises(UserError, match="search space"):
-        space.load_pair(write(tmp_path), [])
+        space.load_named_pair(write(tmp_path), [])
 
 
 def test_a_pair_file_draws_nothing(tmp_path: Path) -> None:
@@ -346,4 +346,4 @@ def test_a_pair_file_draws_nothing(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"pair": PAIR}))
     with pytest.raises(UserError, match="draws nothing"):
-        space.load_pair(path, [])
+        space.load_named_pair(path, [])

@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 def test_a_poor_teacher_got_no_features_no_clusters_and_no_student(home: Home) -> None:
     trials = home.study().trials
-    poor = [trial for trial in trials if trial.waits_for_teacher]
+    poor = [trial for trial in trials if trial.is_stopped_at_teacher_rung]
     good = [trial for trial in trials if trial.scores]
     assert poor
     assert any(trial.state == "completed" for trial in good)

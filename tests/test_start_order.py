@@ -33,7 +33,7 @@ def ask(table: RequestTable, name: str, *stages: Stage, waiter: str | None = Non
 
 
 def order(table: RequestTable) -> list[str]:
-    return [want.stage.name for want in table.ready()]
+    return [want.stage.name for want in table.ready_stages()]
 
 
 def test_the_stage_that_the_longest_work_waits_for_begins_first() -> None:
@@ -75,15 +75,15 @@ def test_of_prefetched_stages_those_that_most_trials_will_need_go_first() -> Non
 def test_a_path_grows_with_readers_that_come_later_also_through_shorter_trainings() -> None:
     table, images = request_table(), stage("images")
     ask(table, "a", images)
-    assert table.pending[images.key].path_seconds == 5
+    assert table.pending[images.key].critical_path_seconds == 5
     short = stage("teacher", images, number=1)
     long = stage("teacher", images, number=2, resume_from=(short,))
     ask(table, "b", images, long)
-    assert table.pending[images.key].path_seconds == 65
+    assert table.pending[images.key].critical_path_seconds == 65
     ask(table, "c", images, short)
-    assert table.pending[short.key].path_seconds == 120
-    assert table.pending[images.key].path_seconds == 125
-    assert table.pending_graph.dependencies(long.key) == {images.key, short.key}
+    assert table.pending[short.key].critical_path_seconds == 120
+    assert table.pending[images.key].critical_path_seconds == 125
+    assert table.pending_graph.pending_dependencies(long.key) == {images.key, short.key}
 
 
 def random_stages(rng: random.Random) -> list[Stage]:
@@ -110,16 +110,16 @@ def test_paths_and_dependencies_equal_those_of_a_search_through_all_pending_stag
         return SECONDS[table.pending[key].stage.name] + max(map(path, readers), default=0.0)
 
     for key, want in table.pending.items():
-        assert table.pending_graph.dependencies(key) == before(want.stage)
-        assert want.path_seconds == path(key)
-    while ready := list(table.ready()):
+        assert table.pending_graph.pending_dependencies(key) == before(want.stage)
+        assert want.critical_path_seconds == path(key)
+    while ready := list(table.ready_stages()):
         chosen = rng.choice(ready)
         assert not before(chosen.stage)
         if rng.random() < 0.8:
             table.mark_published(Artifact(chosen.stage.key, Path(), {}, {"seconds": 1.0}), computed=True)
         else:
-            table.fail(chosen.stage.key, "failed", "no")
-        assert all(table.pending_graph.dependencies(key) == before(want.stage) for key, want in table.pending.items())
+            table.fail_stage(chosen.stage.key, "failed", "no")
+        assert all(table.pending_graph.pending_dependencies(key) == before(want.stage) for key, want in table.pending.items())
     assert not table.pending
     assert not table.pending_graph._dependents
 
@@ -143,7 +143,7 @@ def test_a_path_is_as_long_as_the_cost_model_expects_of_its_stages() -> None:
     table = RequestTable(lambda key: None, set(), [], costs.seconds)
     teacher = Stage("teacher", {"epoch": 40}, {})
     ask(table, "a", teacher, stage("clusters", teacher))
-    assert table.pending[teacher.key].path_seconds == pytest.approx(120 + 6, rel=0.02)
+    assert table.pending[teacher.key].critical_path_seconds == pytest.approx(120 + 6, rel=0.02)
 
 
 # ---- what a search will need for certain

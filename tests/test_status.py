@@ -60,7 +60,7 @@ def test_an_unknown_study_is_refused(tmp_path: Path) -> None:
 
 def test_a_study_that_nobody_searches_says_so_and_how_far_it_came(study: Study, tmp_path: Path) -> None:
     drive(study, segments=3)
-    study.close()
+    study.prune_and_close()
     (tmp_path / "studies/toy/driver.lock").write_text(f"process 999999999 on {socket.gethostname()}\n")
     answer, text = asked(tmp_path)
     assert not answer["running"]
@@ -83,7 +83,7 @@ def test_time_passes_between_two_writes_of_a_running_search(
 
 def test_a_finished_study_is_not_to_go_on(study: Study, tmp_path: Path) -> None:
     drive(study)
-    study.close()
+    study.prune_and_close()
     (tmp_path / "studies/toy/driver.lock").unlink()
     assert asked(tmp_path)[1].splitlines()[1] == "no search of it runs now"
 

@@ -12,7 +12,7 @@ from ktray.cli.leaderboard import still_failed
 from ktray.errors import SearchStopped
 from ktray.search import history
 from ktray.search.draws import SampledDraws
-from ktray.search.journal import folder
+from ktray.search.journal import study_folder
 from ktray.search.space_tree import Params
 from ktray.search.study import Assignment, Study
 from ktray.search.trial import Trial
@@ -31,10 +31,10 @@ def test_a_search_ends_at_its_target_with_the_rest_pruned(tmp_path: Path) -> Non
     study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 12, "concurrent": 2}))
     drive(study)
     assert study.stop_reason == "all 12 trials are drawn and judged"
-    pruned = study.close()
+    pruned = study.prune_and_close()
     assert states(study)["completed"] >= 1
     assert len(pruned) == states(study)["pruned"] == 12 - states(study)["completed"]
-    assert study.best()[0].params["teacher"] == "rotation"
+    assert study.ranked_trials()[0].params["teacher"] == "rotation"
 
 
 def test_without_early_stop_every_trial_runs_to_its_end_at_once(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_search_too_small_for_a_promotion_still_ends_with_a_result(tmp_path: P
     study = Study.open(tmp_path, toy_space(tmp_path, budget={"trials": trials, "concurrent": 2}))
     drive(study)
     assert states(study) == ({"completed": 1, "paused": 1} if trials == 2 else {"completed": 1})
-    assert study.best()[0].scores.keys() == {1, 3, 9}
+    assert study.ranked_trials()[0].scores.keys() == {1, 3, 9}
 
 
 def test_no_more_trials_run_at_once_than_the_budget_says(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_same_results_in_the_same_order_give_the_same_search(tmp_path: Path)
     for name in ("first", "second"):
         study = Study.open(tmp_path, space, name, clock=lambda: 0.0)
         drive(study)
-        study.close()
+        study.prune_and_close()
         runs.append(study.trials())
     assert runs[0] == runs[1]
 
@@ -104,7 +104,7 @@ def test_an_exhausted_space_ends_the_search(tmp_path: Path) -> None:
     study = Study.open(tmp_path, space)
     drive(study, lambda trial, epoch: 0.5)
     assert (study.stop_reason, states(study)["completed"]) == ("the space is exhausted", 2)
-    study.close()
+    study.prune_and_close()
     again = Study.open(tmp_path, space, trials="+50")
     assert again.next() == "done"
     assert again.stop_reason == "the space is exhausted"
@@ -147,7 +147,7 @@ def test_ten_failures_in_a_row_stop_the_search_and_it_can_go_on(tmp_path: Path) 
             study.fail(next_assignment(study).trial.number, f"no disk {number}")
         with pytest.raises(SearchStopped, match="no disk 9"):
             study.next()
-        study.close()
+        study.prune_and_close()
     with Study.open(tmp_path, space) as study:
         end_segment(study, next_assignment(study))
         assert states(study) == {"failed": 10, "paused": 1}
@@ -206,8 +206,8 @@ def test_draws_that_are_no_pair_stop_no_search_that_has_others(tmp_path: Path, s
 class Barren(SampledDraws):
     """As drawn, but never with a warmup that its schedule can have."""
 
-    def _trial(self, params: Params, planned: int | None = None) -> Trial:
-        return super()._trial({**params, "student.schedule.kind": "constant", "student.schedule.warmup": 1.0}, planned)
+    def _make_trial(self, params: Params, planned: int | None = None) -> Trial:
+        return super()._make_trial({**params, "student.schedule.kind": "constant", "student.schedule.warmup": 1.0}, planned)
 
 
 def test_a_search_that_finds_no_pair_at_all_stops_after_ten_draws(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_time_counts_over_resumes_and_what_is_paused_waits_for_more(tmp_path: Pa
         end_segment(study, last)
         assert study.next() == "done"
         assert study.stop_reason == "stop_after (10 s) is used up"
-        assert study.close() == []
+        assert study.prune_and_close() == []
     more = toy_space(tmp_path, budget={"trials": 9, "concurrent": 1, "stop_after": "1h"})
     with Study.open(tmp_path, more, clock=lambda: now[0]) as study:
         drive(study)
@@ -256,8 +256,8 @@ def test_the_pareto_front_holds_what_nothing_beats(tmp_path: Path) -> None:
     for top1, seconds in ((0.5, 10.0), (0.6, 20.0), (0.5, 20.0), (0.4, 1.0)):
         values = {"linear_probe/top1": top1, "cost/seconds": seconds}
         study.finish(next_assignment(study).trial.number, values, values, {}, {"seconds": seconds})
-    assert [trial.number for trial in study.best(pareto=True)] == [1, 0, 3]
-    assert [trial.number for trial in study.best()] == [1, 0, 2, 3]
+    assert [trial.number for trial in study.ranked_trials(pareto=True)] == [1, 0, 3]
+    assert [trial.number for trial in study.ranked_trials()] == [1, 0, 2, 3]
 
 
 def test_keys_of_paused_trials_are_in_use_too(tmp_path: Path) -> None:
@@ -272,11 +272,11 @@ def test_optuna_reads_the_journal_as_an_ordinary_study(tmp_path: Path) -> None:
     space = toy_space(tmp_path, budget={"trials": 9, "concurrent": 2})
     with Study.open(tmp_path, space) as study:
         drive(study)
-        study.close()
-    backend = optuna.storages.journal.JournalFileBackend(str(folder(tmp_path, "toy") / "journal.log"))
+        study.prune_and_close()
+    backend = optuna.storages.journal.JournalFileBackend(str(study_folder(tmp_path, "toy") / "journal.log"))
     read = optuna.load_study(study_name="toy", storage=optuna.storages.JournalStorage(backend))
-    assert read.best_trial.number == study.best()[0].number
-    assert read.best_value == study.best()[0].objectives["linear_probe/top1"]
+    assert read.best_trial.number == study.ranked_trials()[0].number
+    assert read.best_value == study.ranked_trials()[0].objectives["linear_probe/top1"]
     for ours, theirs in zip(study.trials(), read.trials, strict=True):
         assert theirs.params == ours.params
         assert theirs.intermediate_values == ours.scores
@@ -307,9 +307,9 @@ def test_with_several_objectives_rungs_stop_on_their_own_metric_and_all_objectiv
         promoted = next_assignment(study).trial.number
         values = {"linear_probe/top1": 0.5 - 0.01 * promoted, "cost/seconds": 100.0 - promoted, "knn/top1": 0.5}
         study.finish(promoted, values, values, {}, {"seconds": 1.0})
-    assert {trial.number for trial in study.best()} == {4, 5, 6, 7}
-    assert [trial.number for trial in study.best()] == [4, 5, 6, 7]  # by the first objective
-    assert {trial.number for trial in study.best(pareto=True)} == {4, 5, 6, 7}  # each is best in some trade
+    assert {trial.number for trial in study.ranked_trials()} == {4, 5, 6, 7}
+    assert [trial.number for trial in study.ranked_trials()] == [4, 5, 6, 7]  # by the first objective
+    assert {trial.number for trial in study.ranked_trials(pareto=True)} == {4, 5, 6, 7}  # each is best in some trade
 
 
 def test_the_pairs_of_failed_trials_are_drawn_again_if_one_asks_for_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from ktray import cli
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.search.history import read_study
-from ktray.search.journal import folder
+from ktray.search.journal import study_folder
 from ktray.search.study import Study
 from ktray.search.trial import Trial
 from ktray.stores.locks import lock_home
@@ -38,7 +38,7 @@ def test_what_is_read_from_disk_is_what_the_driver_knew(tmp_path: Path) -> None:
     study = Study.open(tmp_path, space)
     drive(study)
     assert read_study(tmp_path, "toy").trials == study.trials()
-    study.close()
+    study.prune_and_close()
     history = read_study(tmp_path, "toy")
     assert history.trials == study.trials()
     assert history.objectives == space.objectives
@@ -49,7 +49,7 @@ def test_a_finished_search_that_is_started_again_does_nothing(tmp_path: Path) ->
     space = toy_space(tmp_path)
     study = Study.open(tmp_path, space)
     drive(study)
-    study.close()
+    study.prune_and_close()
     again = Study.open(tmp_path, space)
     assert again.next() == "done"
     assert again.trials() == study.trials()
@@ -69,7 +69,7 @@ def test_trials_that_an_interrupted_driver_left_running_come_first_under_their_n
     with Study.open(tmp_path, space) as study:
         first, second = next_assignment(study), next_assignment(study)
         end_segment(study, second)
-        assert study.close() == []
+        assert study.prune_and_close() == []
     again = Study.open(tmp_path, space)
     adopted = next_assignment(again)
     assert (adopted.trial, adopted.until) == (first.trial, 1)
@@ -91,15 +91,15 @@ def test_one_driver_at_a_time_has_a_study(tmp_path: Path) -> None:
     with Study.open(tmp_path, space):
         with pytest.raises(UserError, match=f"process {os.getpid()}"):
             Study.open(tmp_path, space)
-        Study.open(tmp_path, space, "another").close()
-    Study.open(tmp_path, space).close()
+        Study.open(tmp_path, space, "another").prune_and_close()
+    Study.open(tmp_path, space).prune_and_close()
 
 
 def test_another_space_under_an_old_name_is_refused_with_the_difference(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path)).close()
+    Study.open(tmp_path, toy_space(tmp_path)).prune_and_close()
     with pytest.raises(UserError, match=r"pair\.transfer\.k\.choice was \[5, 10, 20\], is \[5, 10\]"):
         Study.open(tmp_path, toy_space(tmp_path, {"transfer": {"kind": "clusters", "k": {"choice": [5, 10]}}}))
-    Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 99})).close()
+    Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 99})).prune_and_close()
 
 
 def test_a_study_name_is_a_plain_file_name(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_study_name_is_a_plain_file_name(tmp_path: Path) -> None:
 
 
 def test_a_study_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path)).close()
+    Study.open(tmp_path, toy_space(tmp_path)).prune_and_close()
     with pytest.raises(UserError, match=r"no study 'toi'.*Existing studies: toy"):
         read_study(tmp_path, "toi")
 
@@ -119,7 +119,7 @@ def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) 
         assert study.target == 2  # a new study has no target to add to
     with Study.open(tmp_path, space, trials=3) as study:
         drive(study)
-        study.close()
+        study.prune_and_close()
     with Study.open(tmp_path, space, trials="+4") as study:
         drive(study, segments=1)  # killed
     with Study.open(tmp_path, space, trials="+4") as study:
@@ -129,7 +129,7 @@ def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) 
     with Study.open(tmp_path, space, trials="+4") as study:
         assert study.target == 7  # all drawn, but the end was never told: some are still paused
         assert study.next() == "done"
-        study.close()
+        study.prune_and_close()
     with Study.open(tmp_path, space) as study:
         assert study.target == 7
     with Study.open(tmp_path, space, trials="+4") as study:
@@ -137,7 +137,7 @@ def test_more_trials_add_to_a_target_that_was_met_and_only_once(tmp_path: Path) 
 
 
 def test_a_changed_budget_in_the_file_is_a_new_target(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path), trials=2).close()
+    Study.open(tmp_path, toy_space(tmp_path), trials=2).prune_and_close()
     assert Study.open(tmp_path, toy_space(tmp_path), "toy").target == 2
     assert Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 9}), "toy").target == 9
 
@@ -152,7 +152,7 @@ def test_pruned_trials_stay_so_when_more_are_asked_for(tmp_path: Path) -> None:
     space = toy_space(tmp_path, budget={"trials": 4, "concurrent": 2})
     with Study.open(tmp_path, space) as study:
         drive(study)
-        pruned = study.close()
+        pruned = study.prune_and_close()
     assert pruned
     with Study.open(tmp_path, space, trials="+6") as study:
         drive(study)
@@ -203,7 +203,7 @@ def test_half_a_line_and_a_stale_lock_of_a_killed_driver_are_removed(tmp_path: P
     with Study.open(tmp_path, space) as study:
         end_segment(study, next_assignment(study))
     before = study.trials()
-    journal = folder(tmp_path, "toy") / "journal.log"
+    journal = study_folder(tmp_path, "toy") / "journal.log"
     with open(journal, "a") as file:
         file.write(half)
     os.symlink(journal, f"{journal}.lock")
@@ -211,7 +211,7 @@ def test_half_a_line_and_a_stale_lock_of_a_killed_driver_are_removed(tmp_path: P
     with Study.open(tmp_path, space) as study:
         assert study.trials() == before
         drive(study)
-        study.close()
+        study.prune_and_close()
     assert time.monotonic() - began < 20  # Optuna alone waits 30 s for the lock
     assert read_study(tmp_path, "toy").trials == study.trials()
 
@@ -226,9 +226,9 @@ def test_a_driver_killed_between_the_last_value_and_the_state_has_finished_the_t
         with pytest.raises(KeyboardInterrupt):
             end_segment(study, answer)
     with Study.open(tmp_path, space) as study:
-        assert study.best()[0].objectives == {"linear_probe/top1": score(answer.trial)}
+        assert study.ranked_trials()[0].objectives == {"linear_probe/top1": score(answer.trial)}
         assert next_assignment(study).trial.number == 1
-    backend = optuna.storages.journal.JournalFileBackend(str(folder(tmp_path, "toy") / "journal.log"))
+    backend = optuna.storages.journal.JournalFileBackend(str(study_folder(tmp_path, "toy") / "journal.log"))
     loaded = optuna.load_study(study_name="toy", storage=optuna.storages.JournalStorage(backend))
     assert loaded.trials[0].state.name == "COMPLETE"
 
@@ -242,7 +242,7 @@ def test_the_time_of_a_search_that_is_killed_counts_though_no_trial_was_settled(
     with Study.open(tmp_path, space, clock=lambda: now[0]) as study:
         next_assignment(study)
         for now[0] in (10.0, 29.0, 45.0, 60.0):
-            study.save_elapsed()
+            study.save_elapsed_if_due()
     again = Study.open(tmp_path, space, clock=lambda: now[0])
     assert again.elapsed == 45
     now[0] += 60
@@ -264,8 +264,8 @@ def test_a_study_is_held_from_pruning_until_it_is_closed(tmp_path: Path) -> None
     assert {trial.state for trial in study.prune_paused()} == {"pruned"}
     with pytest.raises(UserError, match="is being searched"):
         Study.open(tmp_path, space)
-    assert study.close() == []
-    Study.open(tmp_path, space).close()
+    assert study.prune_and_close() == []
+    Study.open(tmp_path, space).prune_and_close()
 
 
 # ---- what is refused leaves nothing

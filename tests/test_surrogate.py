@@ -78,7 +78,7 @@ def test_rung_correlation_and_noise_are_fitted_to_the_trials(tmp_path: Path) -> 
     layer, ahead = np.arange(30) % 3, np.repeat([0.0, 2.0], 15)
     draws = [sampler.random_draw(space, n, {"teacher": "rotation", "teacher.rotation.layer": layers[n % 3]}) for n in range(30)]
     surrogate = Surrogate(space)
-    alike = surrogate._similarities(surrogate.rows(draws), surrogate.rows(draws))
+    alike = surrogate._kernel_matrix(surrogate.encode_draws(draws), surrogate.encode_draws(draws))
 
     def fitted(worth_at_end: list[float], noise: float) -> tuple[float, float]:
         worth = np.where(ahead == 0, np.array(worth_at_end)[layer], np.array([1.2, 0.0, -1.2])[layer])
@@ -123,7 +123,7 @@ def test_two_layers_of_a_teacher_are_more_similar_than_two_teachers(tmp_path: Pa
     bad = [{**base, "transfer.k": k} for k in (5, 10, 20)]
     good = [sampler.random_draw(space, 0, {**other, "transfer.k": k, "teacher.hog.descriptor.cell": 4}) for k in (5, 10, 20)]
     rows = Surrogate(space)
-    ours = rows._similarities(rows.rows([base]), rows.rows([layer, other]))[0]
+    ours = rows._kernel_matrix(rows.encode_draws([base]), rows.encode_draws([layer, other]))[0]
     assert ours[0] > ours[1]
     gains = rows.expected_improvement([*good, *bad], [], [layer, {**other, "teacher.hog.descriptor.cell": 7}])
     assert gains[1] > gains[0]
@@ -154,7 +154,9 @@ def test_similarity_over_branches_is_positive_definite(tmp_path: Path, partial: 
         draws = [{name: value for name, value in draw.items() if rng.random() < 0.7} for draw in draws]
     surrogate = Surrogate(space)
     ahead = np.arange(len(draws)) % 4.0  # rungs
-    covariance = _covariance(surrogate._similarities(surrogate.rows(draws), surrogate.rows(draws)), ahead, ahead, 0.6)
+    covariance = _covariance(
+        surrogate._kernel_matrix(surrogate.encode_draws(draws), surrogate.encode_draws(draws)), ahead, ahead, 0.6
+    )
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
     assert np.isfinite(surrogate.expected_improvement(draws[:40], draws[40:44], draws[44:])).all()
     if not partial:
@@ -166,8 +168,8 @@ def test_neighbouring_numbers_of_a_choice_are_similar(tmp_path: Path) -> None:
         tmp_path, {"teacher": HOG, "student": {"backbone": {"kind": "alexnet", "width": 0.125}, "schedule": {"epochs": 9}}}
     )
     surrogate = Surrogate(space)
-    rows = surrogate.rows([{"transfer.k": k} for k in (5, 10, 20)])
-    near, far = surrogate._similarities(rows[:1], rows)[0, 1:]
+    rows = surrogate.encode_draws([{"transfer.k": k} for k in (5, 10, 20)])
+    near, far = surrogate._kernel_matrix(rows[:1], rows)[0, 1:]
     assert near > far
 
 
@@ -182,7 +184,7 @@ def test_a_search_with_the_surrogate_beats_random_search_on_a_space_with_branche
         space = toy_space(tmp_path, sampler=how, seed=seed, early_stop=None)
         proposing, values = sampler.Sampler(space), []
         for number in range(20):
-            params = proposing.propose(number, sampler.StageSeconds())
+            params = proposing.propose(number, sampler.PrefixSuffixSeconds())
             values.append(value(params))
             trial = Trial(number, params, {}, "completed", objectives={"linear_probe/top1": values[-1]})
             proposing.observe(trial)
@@ -206,5 +208,5 @@ def test_only_the_order_of_results_matters(tmp_path: Path) -> None:
         for trial in trials:
             proposing.observe(trial)
         assert Observations(space, trials).ranked_and_pending(3)[0][0].number == 4
-        found.append(proposing.propose(12, sampler.StageSeconds()))
+        found.append(proposing.propose(12, sampler.PrefixSuffixSeconds()))
     assert found[0] == found[1]

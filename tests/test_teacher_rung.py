@@ -92,7 +92,7 @@ def test_a_smaller_score_is_better_in_mode_min() -> None:
 
 def test_without_a_completed_trial_the_best_teacher_is_the_best_unfinished() -> None:
     standings = RungScores(STOP, [trial(0, "a", 0.9, "failed"), trial(1, "b", 0.1), trial(2, "c", 0.2)])
-    assert standings.best_unfinished() == 2
+    assert standings.best_paused_if_none_completed() == 2
 
 
 def test_trials_with_only_a_teacher_score_rank_behind_those_with_a_student_score(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_poor_teacher_costs_no_features_clusters_or_student(tmp_path: Path) ->
     budget = {"trials": 24, "concurrent": 2}
     space, clock = judging(tmp_path, budget=budget, sampler="random"), VirtualClock()  # draws poor ones, too
     timeline = simulate(space, Study.open(tmp_path, space, clock=clock), clock, seconds, top1, cluster=2)
-    poor = [trial for trial in timeline.trials if trial.waits_for_teacher]
+    poor = [trial for trial in timeline.trials if trial.is_stopped_at_teacher_rung]
     assert poor
     for each in poor:
         assert each.state == "pruned"

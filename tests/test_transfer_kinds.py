@@ -304,7 +304,9 @@ def test_a_continuous_field_of_the_students_stage_is_not_warned_about(tmp_path):
         "soft": {"kind": "soft_clusters", "k": 20, "temperature": {"log_float": [0.01, 1]}},
         "similar": {"kind": "similarity", "anchors": 50, "temperature": {"log_float": [0.01, 1]}},
     }
-    assert toy_space(tmp_path, {"transfer": {"one_of": transfers}}).warnings() == [], "their features and clusters are shared"
+    assert toy_space(tmp_path, {"transfer": {"one_of": transfers}}).sharing_warnings() == [], (
+        "their features and clusters are shared"
+    )
 
 
 def test_a_report_counts_the_clusters_of_the_first_of_several_k(tmp_path):

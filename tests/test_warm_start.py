@@ -9,7 +9,7 @@ import pytest
 
 from ktray.errors import UserError
 from ktray.search import warm_start
-from ktray.search.budget import StageSeconds
+from ktray.search.budget import PrefixSuffixSeconds
 from ktray.search.history import read_study
 from ktray.search.sampler import Sampler
 from ktray.search.space import Space
@@ -25,12 +25,12 @@ def old(tmp_path: Path) -> Path:
     """A home with a finished study `toy` of 40 trials in which rotation is better than HOG."""
     with Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 40, "concurrent": 2})) as study:
         drive(study)
-        study.close()
+        study.prune_and_close()
     return tmp_path
 
 
 def observed(home: Path, space: Space) -> list[Any]:
-    return warm_start.trials({"toy": warm_start.applicable_results(space, read_study(home, "toy"))})
+    return warm_start.observation_trials({"toy": warm_start.applicable_results(space, read_study(home, "toy"))})
 
 
 def test_results_of_the_same_space_are_taken_over_unchanged(old: Path) -> None:
@@ -106,11 +106,11 @@ def test_the_first_draws_follow_the_good_results_of_the_other_study_also_after_a
     ours = Sampler(space)
     for trial in observed(old, space):
         ours.observe(trial)
-    assert [ours.propose(count, StageSeconds())["teacher"] for count in range(20)].count("rotation") >= 15
+    assert [ours.propose(count, PrefixSuffixSeconds())["teacher"] for count in range(20)].count("rotation") >= 15
 
 
 def test_giving_the_same_study_again_changes_nothing_although_it_has_new_trials(old: Path) -> None:
-    Study.open(old, toy_space(old), "new", warm_start="toy").close()
+    Study.open(old, toy_space(old), "new", warm_start="toy").prune_and_close()
     first = Study.open(old, toy_space(old), "new")._journal.notes()
     with Study.open(old, toy_space(old), trials="+5") as study:
         drive(study)

@@ -158,7 +158,7 @@ def drawn(file: str, trial: Any) -> dict[str, Any]:
             return trial.suggest_categorical(parameter.name, parameter.labels)
         return trial.suggest_float(parameter.name, parameter.low, parameter.high, log=parameter.log)
 
-    space.load(Path(file), []).suggest(ask)
+    space.load(Path(file), []).build_draw(ask)
     return {"space": file}
 
 

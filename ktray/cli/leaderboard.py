@@ -10,13 +10,13 @@ from ktray.cli.terminal import table
 from ktray.fingerprint import fingerprint
 from ktray.pipeline import references
 from ktray.search import journal, ranking
-from ktray.search.history import History
-from ktray.search.ranking import distinguishing_params, names
+from ktray.search.history import StudySnapshot
+from ktray.search.ranking import component_names, distinguishing_params
 from ktray.search.trial import STATES, Trial
 from ktray.text import counted
 
 
-def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | None = None) -> str:
+def leaderboard(study: StudySnapshot, home: Path, top: int, trials: Sequence[Trial] | None = None) -> str:
     """The best completed trials, with the reference lines where they belong.
 
     Args:
@@ -26,7 +26,9 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     shown = list(trials if trials is not None else ranking.ranked(study.trials, objectives)[:top])
     apart = distinguishing_params(shown)
     lines = [_row(trial, objectives, [apart[trial.number]] if apart else []) for trial in shown]
-    marks = [_reference_row(name, line, objectives) for name, line in references.read(journal.folder(home, study.name)).items()]
+    marks = [
+        _reference_row(name, line, objectives) for name, line in references.read(journal.study_folder(home, study.name)).items()
+    ]
     sign = -1 if objectives[0][1] == "max" else 1
     body = [cells for _, cells in sorted([*lines, *marks], key=lambda line: sign * line[0])]
     head = ["trial", "teacher", "transfer", "student", *(metric for metric, _ in objectives), "seconds", "added"]
@@ -35,7 +37,7 @@ def leaderboard(study: History, home: Path, top: int, trials: Sequence[Trial] | 
     return f"{table(head, body)}\n{tally(study)}" if shown else f"no completed trial yet\n{tally(study)}"
 
 
-def tally(study: History) -> str:
+def tally(study: StudySnapshot) -> str:
     """``12 of 14 trials: 5 completed, 7 pruned``."""
     counts = count_states(study.trials)
     parts = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
@@ -56,7 +58,7 @@ def still_failed(trials: Sequence[Trial]) -> bool:
 
 def _row(trial: Trial, objectives: Sequence[tuple[str, str]], more: list[str]) -> tuple[float, list[str]]:
     values = [trial.objectives[metric] for metric, _ in objectives]
-    cells = [str(trial.number), *names(trial)]
+    cells = [str(trial.number), *component_names(trial)]
     cost = [f"{trial.cost.get('seconds', 0):.1f}", f"{trial.cost.get('marginal_seconds', 0):.1f}"]
     return values[0], [*cells, *(f"{value:.4g}" for value in values), *cost, *more]
 

@@ -14,7 +14,7 @@ from ktray.text import counted
 if TYPE_CHECKING:
     from ktray.runs.search_run import SearchOutcome
     from ktray.runs.settings import Settings
-    from ktray.search.history import History
+    from ktray.search.history import StudySnapshot
 
 HELP = "search a space; the same command resumes"
 
@@ -86,7 +86,7 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
     return StageFailed.exit_code if failed else 0
 
 
-def _answer(outcome: SearchOutcome, study: History, settings: Settings) -> dict[str, Any]:
+def _answer(outcome: SearchOutcome, study: StudySnapshot, settings: Settings) -> dict[str, Any]:
     from ktray.cli.leaderboard import count_states
     from ktray.pipeline.pair_metrics import count_by_stage
     from ktray.runs.best_trials import trial_as_data

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from ktray.artifact import Artifact
-    from ktray.search.history import History
+    from ktray.search.history import StudySnapshot
     from ktray.search.trial import Trial
     from ktray.stores import Store
 
@@ -223,7 +223,7 @@ def _study(args: argparse.Namespace, name: str, settings: Settings) -> int:
     return 0
 
 
-def _outcome(trial: Trial, study: History) -> str:
+def _outcome(trial: Trial, study: StudySnapshot) -> str:
     """What there is to say of a trial in one cell."""
     if trial.state == "duplicate":
         return f"same pair as trial {trial.duplicate_of}"

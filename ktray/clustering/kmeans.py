@@ -164,7 +164,7 @@ def fit(
     if device.startswith("cuda"):
         return _fit_on(device, space, seeds, shards, counts, iterations, on_iteration)
     clusters = _iterate(space.grid.whole(seeds), _groups(shards, pool), iterations, space, pool, on_iteration)
-    pool.map(_release_cache, range(pool.workers), space.key)
+    pool.map(_release_cache, range(pool.worker_count), space.key)
     return clusters
 
 
@@ -227,7 +227,7 @@ def seed_rows(count: int, k: int, seed: int) -> NDArray[np.int64]:
 
 def _groups(shards: Sequence[Path], pool: Pool) -> list[list[Path]]:
     """One group of consecutive shards per worker; sums are exact, so the grouping does not affect the result."""
-    size = -(-len(shards) // pool.workers)
+    size = -(-len(shards) // pool.worker_count)
     return [list(shards[start : start + size]) for start in range(0, len(shards), size)]
 
 

@@ -48,7 +48,7 @@ def record_of(
         "device_bytes": device_bytes(context.device),
         "after_out_of_memory": context.max_batch_size is not None,
         "device": _device(context.device),
-        "workers": context.pool.workers,
+        "workers": context.pool.worker_count,
         "published": datetime.now(UTC).isoformat(timespec="seconds"),
         **_environment(),
     }

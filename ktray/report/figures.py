@@ -11,7 +11,7 @@ from markupsafe import Markup
 from ktray.pipeline.pair_metrics import learning_curve
 from ktray.report.formatting import Objective, measure, pair_title, value_of
 from ktray.report.stage_reuse import FindArtifact
-from ktray.search.ranking import front, ranked
+from ktray.search.ranking import pareto_front, ranked
 from ktray.text import counted
 
 if TYPE_CHECKING:
@@ -293,8 +293,8 @@ def objectives_plot(
     if len(objectives) < 2:
         return None
     (y_metric, _), (x_metric, _) = objectives[:2]
-    pareto_front = front(trials, objectives[:2])
-    on_front = {trial.number for trial in pareto_front}
+    front = pareto_front(trials, objectives[:2])
+    on_front = {trial.number for trial in front}
     points = []
     for trial in ranked(trials, objectives):
         x, y = value_of(trial, x_metric), value_of(trial, y_metric)
@@ -319,7 +319,7 @@ def objectives_plot(
                 "name": pair_title(trial.pair),
                 "cells": [measure(metric, value_of(trial, metric)) for metric in (y_metric, x_metric)],
             }
-            for trial in pareto_front[:FRONT_ROWS]
+            for trial in front[:FRONT_ROWS]
         ],
         "of": len(points),
         "modes": [(metric, "higher" if mode == "max" else "lower") for metric, mode in objectives[:2]],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktray.pipeline.naming import student_name, teacher_name
 from ktray.report.formatting import Objective, anonymised, cause_without_keys, duration, loss_of, measure, value_of
-from ktray.search.ranking import distinguishing_params, names, ranked
+from ktray.search.ranking import component_names, distinguishing_params, ranked
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
@@ -54,7 +54,7 @@ def _cost_columns(objectives: Sequence[Objective]) -> list[str]:
 def _trial_row(trial: Trial, objectives: Sequence[Objective], more: list[str]) -> dict[str, Any]:
     costs = [duration(trial.cost.get(name.removeprefix("cost/"))) for name in _cost_columns(objectives)]
     values = [measure(metric, value_of(trial, metric)) for metric, _ in objectives]
-    teacher, transfer, student = names(trial)
+    teacher, transfer, student = component_names(trial)
     words = [anonymised(teacher) or "–", transfer, student, *map(anonymised, more)]
     return {"name": f"{trial.number}", "words": words, "numbers": [*values, *costs], "reference": False}
 

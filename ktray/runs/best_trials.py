@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ktray.checksums import read_json, write_json
 from ktray.runs.settings import Settings
 from ktray.search import journal
-from ktray.search.history import History
+from ktray.search.history import StudySnapshot
 from ktray.search.trial import Trial
 
 Per = Literal["teacher", "student"]
@@ -36,7 +36,7 @@ def default_top(top: int | None, test: bool) -> int:
     return top or (1 if test else 10)
 
 
-def best_trials(study: History, pareto: bool, per: Per | None) -> list[Trial]:
+def best_trials(study: StudySnapshot, pareto: bool, per: Per | None) -> list[Trial]:
     """Completed trials, best first.
 
     Args:
@@ -46,7 +46,7 @@ def best_trials(study: History, pareto: bool, per: Per | None) -> list[Trial]:
     from ktray.pipeline import naming
     from ktray.search import ranking
 
-    trials = (ranking.front if pareto else ranking.ranked)(study.trials, study.objectives)
+    trials = (ranking.pareto_front if pareto else ranking.ranked)(study.trials, study.objectives)
     if per is None:
         return trials
     name_of = {"teacher": naming.teacher_name, "student": naming.student_name}[per]
@@ -62,7 +62,7 @@ def judge_on_test(trials: Sequence[Trial], study: str, settings: Settings) -> li
     """
     judged = [_judge_on_test(trial, study, settings) for trial in trials]
     keep_test_metrics(
-        journal.folder(settings.home, study) / FILE,
+        journal.study_folder(settings.home, study) / FILE,
         {trial.number: metrics for trial, metrics in zip(trials, judged, strict=True)},
     )
     return judged

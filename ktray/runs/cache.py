@@ -99,7 +99,7 @@ def _needed(store: Store, home: Path) -> set[str]:
 
     used = keys_in_use(home)
     for name in journal.study_names(home):
-        for line in references.read(journal.folder(home, name)).values():
+        for line in references.read(journal.study_folder(home, name)).values():
             used |= set(artifact_keys(line["keys"]))
     needed = _with_inputs(store, used)
     evaluations = [found for found in artifacts(store) if found.record["stage"] == "evaluation"]

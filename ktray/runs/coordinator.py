@@ -15,10 +15,10 @@ from ktray.pipeline import pair_graph, pair_metrics
 from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.runs.study_logger import TrialLogger
 from ktray.search import halving
-from ktray.search.budget import AttributedCosts, Spending, StageSeconds
+from ktray.search.budget import AttributedCosts, PrefixSuffixSeconds, Spending
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
-from ktray.search.study import MAX_FAILURES, Assignment, Study, too_many_failures
+from ktray.search.study import MAX_FAILURES, Assignment, Study, too_many_failures_error
 from ktray.search.trial import Trial
 from ktray.spec import PairSpec
 from ktray.stores import Store
@@ -52,19 +52,19 @@ class _DrawCosts:
             "suffix": {key: value for key, value in seconds.items() if key in of_student},
         }
 
-    def estimator(self, build: Callable[[Params], Graph]) -> Callable[[Params], StageSeconds | None]:
+    def estimator(self, build: Callable[[Params], Graph]) -> Callable[[Params], PrefixSuffixSeconds | None]:
         """A function that estimates what a draw would add to the spending; None for a draw that is no valid pair.
 
         Args:
             build: the stages that a draw begins with; raises UserError where it is no valid pair.
         """
 
-        def estimate(params: Params) -> StageSeconds | None:
+        def estimate(params: Params) -> PrefixSuffixSeconds | None:
             try:
                 costs = self.expected_costs(build(params))
             except UserError:
                 return None
-            return StageSeconds(*(sum(costs[part].values()) for part in StageSeconds._fields))
+            return PrefixSuffixSeconds(*(sum(costs[part].values()) for part in PrefixSuffixSeconds._fields))
 
         return estimate
 
@@ -196,7 +196,7 @@ class TrialCoordinator:
             if failed_stage:  # it would raise again; only a later session tries it once more
                 failed_in_a_row.append(self.fail(segment, self._failed[failed_stage], failed_stage))
                 if len(failed_in_a_row) >= MAX_FAILURES:
-                    raise too_many_failures(failed_in_a_row)
+                    raise too_many_failures_error(failed_in_a_row)
                 continue
             if pair_metrics.published_artifacts(segment.graph, self.store) is None:
                 self.study.attribute_expected_costs(segment.trial.number, self.draw_costs.expected_costs(segment.graph))

@@ -42,7 +42,9 @@ def parse_data(text: str) -> DataSpec:
         data: DataSpec = TypeAdapter(DataSpec).validate_python(text)
         return data
     except ValidationError as error:
-        spec_errors.raise_if_any(spec_errors.from_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text)
+        spec_errors.raise_if_any(
+            spec_errors.problems_from_validation(error, kind, {}, lambda path: ".".join(map(str, path))), text
+        )
         raise AssertionError("unreachable: a validation error has problems") from error
 
 

@@ -195,7 +195,7 @@ def _best_first(trials: Sequence[Trial], space: Space) -> list[Trial]:
     epochs = sorted({trial.epoch for trial in trials if trial.scores}, reverse=True)
     for epoch in epochs:
         level = [trial for trial in trials if trial.state != "completed" and trial.epoch == epoch and epoch in trial.scores]
-        others += halving.best_first(space.early_stop, level, epoch)
+        others += halving.sorted_by_rung_score(space.early_stop, level, epoch)
     seen = {trial.number for trial in (*done, *others)}
     return [*done, *others, *(trial for trial in trials if trial.number not in seen)]
 

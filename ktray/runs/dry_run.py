@@ -104,7 +104,7 @@ class _ObtainsStages(Protocol):
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
         """Every stage published, in order."""
 
-    def cancel_waits(self, waiter: str) -> None:
+    def cancel_requests(self, waiter: str) -> None:
         """End every `obtain` of this waiter at once."""
 
 
@@ -292,7 +292,7 @@ def measured(
 
 
 def _request_notes(name: str, entry: Mapping[str, Any], runtime: RuntimeSettings) -> Iterator[str]:
-    request = runtime.request_of(name)
+    request = runtime.resources_for(name)
     if 0 < request.memory_bytes < entry["peak_bytes"]:
         peak_memory, reserved = entry["peak_bytes"] / 2**30, request.memory_bytes / 2**30
         yield f"{name} used {peak_memory:.1f} GiB on a few images, and stages.{name}.memory_bytes reserves {reserved:.1f}"

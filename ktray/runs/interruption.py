@@ -24,10 +24,10 @@ LOSS_SECONDS = 2.0  # until the end of Ray is noticed, and for what waits for it
 Result = TypeVar("Result")
 
 
-class _CancelsWaits(Protocol):
+class _CancelsRequests(Protocol):
     """Any scheduler on which somebody waits."""
 
-    def cancel_waits(self, waiter: str) -> None:
+    def cancel_requests(self, waiter: str) -> None:
         """End every wait of this waiter at once."""
 
 
@@ -235,7 +235,7 @@ def run_until_ended(work: Callable[[], Result], interruption: Interruption, grac
 
 @contextmanager
 def cancelling_waits(
-    scheduler: _CancelsWaits, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]
+    scheduler: _CancelsRequests, waiters: Callable[[], Iterable[str]], ended: Callable[[], bool]
 ) -> Iterator[None]:
     """Cancel every wait once `ended` says so; repeatedly, because waiters may just be about to wait."""
     over = threading.Event()
@@ -244,7 +244,7 @@ def cancelling_waits(
         with suppress(SearchStopped):  # the scheduler has ended, and with it every wait
             while not over.wait(POLL_SECONDS):
                 for waiter in list(waiters()) if ended() else ():
-                    scheduler.cancel_waits(waiter)
+                    scheduler.cancel_requests(waiter)
 
     thread = threading.Thread(target=cancel, daemon=True)
     thread.start()
@@ -256,7 +256,7 @@ def cancelling_waits(
 
 
 def run_concurrently(
-    scheduler: _CancelsWaits,
+    scheduler: _CancelsRequests,
     names: Collection[str],
     work: Callable[[str], Result],
     waiter: Callable[[str], str],

@@ -85,7 +85,7 @@ def run_on_ray(
     graphs = _graphs(pairs, settings)
     interruption = interruption or Interruption()
     interruption.needs_cleanup = True
-    runtime = resources.load_runtime(settings.runtime)
+    runtime = resources.load_runtime_settings(settings.runtime)
     session = ray_session.start(settings.home, address, runtime, interruption.lose, interruption.ends_process)
     restore_signal_handlers()
     for warning in session.warnings:
@@ -117,9 +117,9 @@ def local_context(settings: Settings) -> StageContext:
     import torch
 
     from ktray.pool import StageContext
-    from ktray.scheduler.resources import load_runtime
+    from ktray.scheduler.resources import load_runtime_settings
 
-    limits = load_runtime(settings.runtime)
+    limits = load_runtime_settings(settings.runtime)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return StageContext(device=device, checkpoint_seconds=limits.checkpoint_seconds, memmap_bytes=limits.memmap_bytes)
 

@@ -64,11 +64,11 @@ def count_shared_stages(space: Space, keys: Keys, draws: int) -> list[_ArtifactC
     """
     branches = list(
         itertools.islice(
-            space_tree.combinations(space.root, lambda parameter: space_tree.boundary_values(parameter)[:1]),
+            space_tree.combinations(space.root, lambda parameter: space_tree.values_to_check(parameter)[:1]),
             MAX_BRANCH_COMBINATIONS,
         )
     )
-    parameters = {parameter.name: parameter for parameter, _ in space_tree.parameters(space.root)}
+    parameters = {parameter.name: parameter for parameter, _ in space_tree.parameters_with_conditions(space.root)}
     groups: dict[tuple[str, str, frozenset[str]], float] = {}
     for base in branches:
         own, dependencies = _dependencies(base, parameters, keys)
@@ -84,8 +84,8 @@ def _dependencies(
     """Stage -> its key for the draw `base`; stage -> the parameters that change this key."""
     own = _by_occurrence(keys(base))
     dependencies: dict[Occurrence, set[str]] = {occurrence: set() for occurrence in own}
-    for name in (name for name in base if not space_tree.is_branch(parameters[name])):
-        for value in space_tree.boundary_values(parameters[name])[1:]:
+    for name in (name for name in base if not space_tree.chooses_branch(parameters[name])):
+        for value in space_tree.values_to_check(parameters[name])[1:]:
             changed = _by_occurrence(keys({**base, name: value}))
             for stage in own if changed else ():
                 if changed.get(stage) != own[stage]:
@@ -164,7 +164,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
     draws = min(space.budget.trials, size or space.budget.trials)
     stages, teachers = _shared_stages(space, draws, settings)
     graphs = _graphs(dict(_draws_to_show(space)), settings)
-    notes = [*_notes(space.warnings(), teachers, draws), *_note_of_partial_count(space), *assumed]
+    notes = [*_notes(space.sharing_warnings(), teachers, draws), *_note_of_partial_count(space), *assumed]
     answer = _answer(graphs, size, settings, source, _sharing(draws, stages), notes)
     pairs = {label: space.pair(params) for label, params in space.boundary_draws()}
     return _Plan(answer, pairs, _evaluation_names(graphs))
@@ -195,9 +195,9 @@ def dry_run_plan(
     from ktray.pipeline.identity import data_identity
     from ktray.runs.dry_run import dry_run_on, dry_run_stages
     from ktray.runs.interruption import stop_on_signals
-    from ktray.scheduler.resources import load_runtime
+    from ktray.scheduler.resources import load_runtime_settings
 
-    identity, runtime = data_identity(settings.cache), load_runtime(settings.runtime)
+    identity, runtime = data_identity(settings.cache), load_runtime_settings(settings.runtime)
     draws = {name: dry_run_stages(pair, identity) for name, pair in plan.pairs.items()}
     full_size = _full_size_stages(plan, load, identity)
     stages = {stage.key for of_draw in draws.values() for stage in of_draw}
@@ -320,7 +320,7 @@ def _notes(warnings: list[str], teachers: float, draws: int) -> list[str]:
 
 
 def _note_of_partial_count(space: Space) -> list[str]:
-    combinations = space_tree.combinations(space.root, lambda parameter: space_tree.boundary_values(parameter)[:1])
+    combinations = space_tree.combinations(space.root, lambda parameter: space_tree.values_to_check(parameter)[:1])
     if next(itertools.islice(combinations, MAX_BRANCH_COMBINATIONS, None), None) is None:
         return []
     return [f"the numbers of artifacts are those of the first {MAX_BRANCH_COMBINATIONS} combinations of branches"]

@@ -36,7 +36,7 @@ def preflight(store: Store, runtime: RuntimeSettings | None = None) -> None:
         PreflightFailed: one paragraph with everything that is wrong.
     """
     runtime = runtime or RuntimeSettings()
-    registry = WorkerRegistry(ray_cluster.nodes(), float("inf") if runtime.cpus is None else runtime.cpus)
+    registry = WorkerRegistry(ray_cluster.resources_of_alive_nodes(), float("inf") if runtime.cpus is None else runtime.cpus)
     disk = _disk_problems(store.root)
     # On a full disk the probe file of the node check could not be written.
     problems = [*disk, *_resource_problems(runtime, registry), *([] if disk else _node_problems(store.root))]
@@ -53,7 +53,7 @@ def _disk_problems(root: Path) -> list[str]:
 
 def _resource_problems(runtime: RuntimeSettings, registry: WorkerRegistry) -> list[str]:
     """Stages that no node could ever run: their trials would wait for ever, or fail one after the other."""
-    impossible = [stage for stage in STAGES if not registry.fits(runtime.request_of(stage))]
+    impossible = [stage for stage in STAGES if not registry.could_ever_fit(runtime.resources_for(stage))]
     if not impossible:
         return []
     best = max(registry.nodes.values(), key=lambda node: (node.gpus, node.cpus), default=Node(0))

@@ -35,7 +35,7 @@ from ktray.runs.study_logger import log_missed_stages, log_stage
 from ktray.runs.study_status import with_status_file, with_stuck_warnings
 from ktray.scheduler.messages import DAMAGED
 from ktray.search.history import read_study
-from ktray.search.journal import driver_lock, folder, study_names
+from ktray.search.journal import driver_lock, study_folder, study_names
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.spec import PairSpec
@@ -115,7 +115,8 @@ class _LazyScheduler:
     ) -> None:
         self.settings, self.address, self.store, self.tracker = settings, options.address, settings.open_store(), tracker
         self.home_lock = home_lock
-        self.interruption, self.say, self.study_folder = interruption, display.say, folder(settings.home, str(options.name))
+        self.interruption, self.say = interruption, display.say
+        self.study_folder = study_folder(settings.home, str(options.name))
         self.published: set[str] = set()
         self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
         self._session: RaySession | None = None
@@ -126,7 +127,7 @@ class _LazyScheduler:
         from ktray.scheduler import ray_session, resources
 
         if self._client is None:
-            runtime = resources.load_runtime(self.settings.runtime)
+            runtime = resources.load_runtime_settings(self.settings.runtime)
             self.interruption.raise_if_requested()
             self.interruption.needs_cleanup = True
             # In this thread, with which all processes of our own Ray end.
@@ -185,7 +186,7 @@ class _LazyScheduler:
             self._follower.close(new, LAST_EVENTS_SECONDS[self.interruption.must_end()] if not self.interruption.loss else 0.0)
             self.published = self._follower.published
         if self._session is not None:
-            ray_session.leave_schedulers(self._session)
+            ray_session.disconnect_schedulers(self._session)
 
     def stop(self) -> None:
         """End Ray, if it was started."""
@@ -239,8 +240,8 @@ def search(
         require_positive(options.concurrent, "concurrent")
     space = with_concurrent(space, options.concurrent)
     assumed = check_space(space, data_loader(), source)
-    name = options.name or space.name
-    for warning in [*space.warnings(), *assumed]:
+    name = options.name or space.study_name
+    for warning in [*space.sharing_warnings(), *assumed]:
         settings.print_info(f"ktray: {warning}")
     tags = {"ktray.version": __version__}
     tracker = Tracker(settings.tracking_uri, settings.home, name, share_images=options.share_images, version_tags=tags)
@@ -272,15 +273,15 @@ def search_study(
         PreflightFailed: Ray does not start.
     """
     if scheduler is None:
-        options = replace(options, name=options.name or space.name)
+        options = replace(options, name=options.name or space.study_name)
         with _lazy_scheduler(options, settings, tracker, interruption, display) as own:
             return search_study(space, options, settings, tracker, interruption, display, own)
-    began, name, store = time.monotonic(), options.name or space.name, settings.open_store()
+    began, name, store = time.monotonic(), options.name or space.study_name, settings.open_store()
     outcome, space = SearchOutcome(name), _limit_concurrent(space, display)
     study_of = Study.open(settings.home, space, name, trials=options.trials, warm_start=options.warm_start, retry=options.retry)
     with study_of as study:
         coordinator = _coordinator(study, store, settings, tracker, display)
-        refuse_changed_data(space, study.trials(), coordinator.identity, folder(settings.home, name))
+        refuse_changed_data(space, study.trials(), coordinator.identity, study_folder(settings.home, name))
         keys_before, done = set(store.keys()), False
         tracker.start()
         coordinator.trial_logger.describe_study()
@@ -311,7 +312,7 @@ def search_study(
 
 def unwritten_events(outcome: SearchOutcome, settings: Settings) -> str:
     """What MLflow has not got of a study, where it is, and how it gets there; empty if MLflow has everything."""
-    missing, place = outcome.unwritten, folder(settings.home, outcome.study) / "tracking"
+    missing, place = outcome.unwritten, study_folder(settings.home, outcome.study) / "tracking"
     parts = []
     if missing.waiting:
         waits = counted(missing.waiting, "event waits", "events wait")
@@ -376,7 +377,7 @@ def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: 
 
 def _close(study: Study) -> SearchStopped | None:
     try:
-        study.close()
+        study.prune_and_close()
     except SearchStopped as stop:  # the disk is full: the study is as it last could be written
         return stop
     return None
@@ -406,7 +407,7 @@ def _lost_stages(coordinator: TrialCoordinator) -> dict[str, Graph]:
 
 def _compute_reference_lines(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> None:
     """Compute what is missing of the reference lines."""
-    best = coordinator.study.best()
+    best = coordinator.study.ranked_trials()
     if not best:
         return
     data = data_loader()(PairSpec.model_validate(dict(best[0].pair)).data.transfer)

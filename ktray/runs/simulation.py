@@ -296,7 +296,7 @@ def simulate(
     """
     cluster = SimulatedCluster(cluster) if isinstance(cluster, int) else cluster
     timeline = _Simulation(space, study, clock, seconds, metrics, cluster).run()
-    study.close()
+    study.prune_and_close()
     timeline.trials = study.trials()
     timeline.unshared = sum(trial.cost.get("seconds", 0.0) for trial in timeline.trials)
     return timeline

@@ -35,7 +35,7 @@ def load_pairs(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:
         return _experiment(path, overrides)
     from ktray.search import space
 
-    return space.load_pair(path, overrides)
+    return space.load_named_pair(path, overrides)
 
 
 def select_pairs(pairs: Mapping[str, PairSpec], only: Sequence[str]) -> Mapping[str, PairSpec]:
@@ -112,9 +112,9 @@ def _experiment_error(error: Exception | SystemExit, path: Path) -> UserError:
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     where = f"{path}, line {line}" if line else str(path)
     if isinstance(error, ValidationError):
-        from ktray.search.spec_errors import from_validation
+        from ktray.search.spec_errors import problems_from_validation
 
-        found = from_validation(error, PairSpec, {}, lambda steps: ".".join(map(str, steps)))
+        found = problems_from_validation(error, PairSpec, {}, lambda steps: ".".join(map(str, steps)))
         return UserError("; ".join(map(str, found)), where)
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     return UserError(f"the experiment raised {type(error).__name__}: {message}", where)

@@ -22,7 +22,7 @@ def write_report(study: str, settings: Settings, path: Path) -> Path:
 
     history, store = read_study(settings.home, study), settings.open_store()
     used = labels_used([trial.keys for trial in history.trials if trial.state == "completed"], store)
-    lines = references.read(journal.folder(settings.home, study))
+    lines = references.read(journal.study_folder(settings.home, study))
     page = render(study, "", history.objectives, history.trials, lines, store, used)
     try:
         path.write_text(page, encoding="utf-8")

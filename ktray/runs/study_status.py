@@ -19,7 +19,7 @@ from ktray.pipeline.naming import pair_name
 from ktray.scheduler.resources import STAGES
 from ktray.search import journal, ranking
 from ktray.search.budget import HOUR, Spending
-from ktray.search.history import STATUS_FILE, History, driver_of, read_study
+from ktray.search.history import STATUS_FILE, StudySnapshot, driver_of_study, read_study
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 from ktray.stores.locks import FRESH_SECONDS
@@ -90,8 +90,8 @@ def status(home: Path, name: str, store: Store) -> tuple[dict[str, Any], str]:
         UserError: there is no such study.
     """
     study = read_study(home, name)
-    driver = driver_of(home, name)
-    now = _scheduler_status(journal.folder(home, name), driver.pid) if driver else None
+    driver = driver_of_study(home, name)
+    now = _scheduler_status(journal.study_folder(home, name), driver.pid) if driver else None
     left = time_left(study, lambda key: store.find(key) is not None) if driver else None
     answer: dict[str, Any] = {
         "study": name,
@@ -165,7 +165,7 @@ def _stages(trials: Sequence[Trial], store: Store) -> dict[str, dict[str, int]]:
     }
 
 
-def _best(study: History) -> dict[str, Any] | None:
+def _best(study: StudySnapshot) -> dict[str, Any] | None:
     ranked = ranking.ranked(study.trials, study.objectives)
     if not ranked:
         return None
@@ -225,7 +225,7 @@ def span(seconds: float) -> str:
 MIN_SETTLED = 2  # trials that must have ended or paused before there is an estimate
 
 
-def time_left(study: History, made: Callable[[str], bool]) -> tuple[float, float, float] | None:
+def time_left(study: StudySnapshot, made: Callable[[str], bool]) -> tuple[float, float, float] | None:
     """Seconds until a running search reaches its target or a limit of its budget; None while it is too early to estimate.
 
     A trial costs what the cost model expects of its stages, and what was recorded once they are made. Each further draw is
@@ -258,7 +258,7 @@ def time_left(study: History, made: Callable[[str], bool]) -> tuple[float, float
     return seconds, low, high
 
 
-def _limit(study: History, computed: float, at_once: float) -> float:
+def _limit(study: StudySnapshot, computed: float, at_once: float) -> float:
     """Seconds until the budget ends the search."""
     budget = study.space.budget
     until_stop = math.inf if budget.stop_after is None else budget.stop_after - study.elapsed

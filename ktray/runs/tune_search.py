@@ -164,7 +164,7 @@ class _Tick(tune.Callback):
         if self.searcher.interruption.must_end():
             return  # this thread may have been left behind, and the study closed
         try:
-            self.searcher.coordinator.study.save_elapsed()
+            self.searcher.coordinator.study.save_elapsed_if_due()
         except SearchStopped as stop:
             self.searcher.stopped = stop
 
@@ -178,8 +178,8 @@ def run_on_tune(searcher: StudySearcher, scratch: Path) -> SearchStopped | None:
     coordinator, scheduler = searcher.coordinator, searcher.scheduler
     concurrent = coordinator.space.budget.concurrent
     for segment in searcher.pending:
-        scheduler.compute_ahead(list(segment.graph.stages))
-    scheduler.compute_ahead(coordinator.planned_stages())
+        scheduler.prefetch(list(segment.graph.stages))
+    scheduler.prefetch(coordinator.planned_stages())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(

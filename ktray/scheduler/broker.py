@@ -26,7 +26,7 @@ from ktray.scheduler.messages import (
     AssignStage,
     AttemptResult,
     FenceAttempt,
-    FenceOrphans,
+    FenceOrphanedAttempts,
     KillWorker,
     LossKind,
     RequestResult,
@@ -38,11 +38,11 @@ from ktray.scheduler.messages import (
     WorkerOrder,
 )
 from ktray.scheduler.ray_cluster import (
-    classify_loss,
-    exists_on_its_node,
+    classify_worker_loss,
+    is_process_alive_on_its_node,
     kill_all_workers,
-    kill_process_on,
-    nodes,
+    kill_process_on_node,
+    resources_of_alive_nodes,
     this_process,
     worker_names,
 )
@@ -71,13 +71,13 @@ class Broker:
         self._store.on_damage = self._note_damage
         runtime, now = config.runtime, time.time()
         stale_after = max(2.0, 4 * runtime.heartbeat_seconds)
-        self._registry = WorkerRegistry(nodes(), runtime.cpus or float("inf"), stale_after)
+        self._registry = WorkerRegistry(resources_of_alive_nodes(), runtime.cpus or float("inf"), stale_after)
         self._costs = CostModel()
         self._shares = GpuShares(
-            runtime.request_of, lambda: any(node.gpus for node in self._registry.alive_and_departed_nodes())
+            runtime.resources_for, lambda: any(node.gpus for node in self._registry.alive_and_departed_nodes())
         )
         self._core = SchedulerCore(
-            self._find,
+            self._find_artifact,
             self._shares,
             self._registry,
             lambda: f"{config.name}-{uuid.uuid4().hex[:8]}",
@@ -99,16 +99,16 @@ class Broker:
         self._watchers: set[asyncio.Task[None]] = set()
         # Workers of an earlier scheduler are killed before any new one exists; Ray frees their names only some time later.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self._registry.skip_names([] if restarted else kill_all_workers(config.namespace))
+        self._registry.exclude_names([] if restarted else kill_all_workers(config.namespace))
         self._survivors = worker_names(config.namespace) if restarted else []
-        self._core.startup.note_restart(self._survivors, now)
+        self._core.first_heartbeats.note_broker_restart(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._exit_if_never_called).start()
 
-    def _find(self, key: str) -> Artifact | None:
+    def _find_artifact(self, key: str) -> Artifact | None:
         artifact = self._store.find(key)
         if artifact is not None:
             self._costs.add(key, artifact.record)
-            self._shares.learn(artifact)
+            self._shares.learn_peak_memory(artifact)
         return artifact
 
     def _expected_seconds(self, stage: Stage) -> float:
@@ -129,7 +129,7 @@ class Broker:
         Returns:
             The broker's own process, and those of all trials.
         """
-        self._start_periodic_task()
+        self._ensure_periodic_task()
         self._leases[session] = self._last_lease = time.time()
         self._drivers[session] = driver
         self._trials.restore(trials, self._last_lease)
@@ -137,18 +137,18 @@ class Broker:
 
     async def trial_heartbeat(self, process: ProcessId) -> None:
         """The process of a trial is alive. Once it stops calling this, it is killed, and its trial starts again."""
-        self._start_periodic_task()
-        self._trials.heartbeat(process, time.time())
+        self._ensure_periodic_task()
+        self._trials.record_heartbeat(process, time.time())
 
     async def disconnect(self, session: str) -> bool:
         """A driver ends; True if it was the last one."""
         self._end_lease(session)
-        self._carry_out()
+        self._carry_out_actions()
         return not self._leases
 
     async def obtain(self, request_id: str, waiter: str, session: str, stages: Sequence[Stage], priority: int) -> RequestResult:
         """Wait until all stages are published, or one has failed."""
-        self._start_periodic_task()
+        self._ensure_periodic_task()
         result = self._results.get(request_id)
         if result is None:
             result = self._results[request_id] = asyncio.get_running_loop().create_future()
@@ -156,15 +156,15 @@ class Broker:
             self._dispatch()
         return await asyncio.shield(result)
 
-    async def compute_ahead(self, session: str, stages: Sequence[Stage]) -> None:
+    async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
         """Compute these stages at the lowest priority, for nobody in particular."""
-        self._start_periodic_task()
+        self._ensure_periodic_task()
         self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, -1, time.time())
         self._dispatch()
 
-    async def cancel_waits(self, waiter: str, session: str) -> None:
+    async def cancel_requests(self, waiter: str, session: str) -> None:
         """Cancel all requests of this waiter."""
-        self._core.requests.cancel_waits(session, waiter)
+        self._core.requests.cancel_requests(session, waiter)
         self._dispatch()
 
     async def events(self, since: int) -> list[dict[str, Any]]:
@@ -186,11 +186,11 @@ class Broker:
 
     async def next_order(self, identity: WorkerIdentity, result: AttemptResult | None) -> WorkerOrder:
         """Take the result of a worker's last attempt, and answer within `POLL_SECONDS` what it is to do next."""
-        worker = self._identify(identity)
+        worker = self._find_or_register_worker(identity)
         if worker is None:
             return WorkerOrder("exit")
         now = time.time()
-        self._core.heartbeat(worker, "", None, "", {}, now)
+        self._core.handle_heartbeat(worker, "", None, "", {}, now)
         must_exit = result is not None and self._core.must_exit(worker, result.key, result.attempt)
         if result is not None:
             self._handle_attempt_result(result, now)
@@ -207,21 +207,21 @@ class Broker:
             worker.polling = False
         return poll.result() if poll.done() else WorkerOrder("poll")
 
-    async def heartbeat(
+    async def worker_heartbeat(
         self, identity: WorkerIdentity, stage: Stage | None, attempt: str, progress: Mapping[str, float]
     ) -> list[str] | None:
         """A worker is alive. Returns the names of the workers lent to its attempt, or None if it must exit."""
-        worker = self._identify(identity)
+        worker = self._find_or_register_worker(identity)
         if worker is None:
             return None
         key = stage.key if stage else ""
-        if not self._core.heartbeat(worker, key, stage, attempt, progress, time.time()):
+        if not self._core.handle_heartbeat(worker, key, stage, attempt, progress, time.time()):
             return None
-        return self._core.helpers(attempt) if attempt else []
+        return self._core.lent_workers(attempt) if attempt else []
 
-    def _identify(self, identity: WorkerIdentity) -> Worker | None:
+    def _find_or_register_worker(self, identity: WorkerIdentity) -> Worker | None:
         """The calling worker, registered if it is new to this broker; None if it counts as dead."""
-        self._start_periodic_task()
+        self._ensure_periodic_task()
         if identity.name in self._ended_workers:
             return None
         worker = self._registry.workers.get(identity.name)
@@ -230,7 +230,7 @@ class Broker:
         return worker
 
     def _note_damage(self, sentence: str) -> None:
-        self._handle_event(SchedulerEvent(DAMAGED, cause=sentence))
+        self._record_event(SchedulerEvent(DAMAGED, cause=sentence))
 
     def _handle_attempt_result(self, result: AttemptResult, now: float) -> None:
         for sentence in result.damage:
@@ -243,17 +243,17 @@ class Broker:
             failure = {"cause": cause, "traceback": result.traceback, "kind": kind, "time": now}
             with suppress(OSError):  # a full disk is one of the failures
                 self._store.record_failure(key, failure)
-        self._carry_out()
+        self._carry_out_actions()
 
     # ---- the periodic task
 
-    def _start_periodic_task(self) -> None:
+    def _ensure_periodic_task(self) -> None:
         """At the first call: start the periodic task, and watch the workers from before a restart. Later calls do nothing."""
         if self._periodic_task is None:
             self._periodic_task = asyncio.get_running_loop().create_task(self._check_periodically())
             for name in self._survivors:
                 try:
-                    self._watch(name, ray.get_actor(name, namespace=self._config.namespace))
+                    self._watch_worker(name, ray.get_actor(name, namespace=self._config.namespace))
                 except ValueError:
                     self._handle_lost_worker(name, WORKER_DIED, "it died while the broker was down")
 
@@ -270,10 +270,10 @@ class Broker:
             if now > refresh_at:
                 refresh_at = now + REFRESH_NODES_SECONDS
                 with suppress(ray.exceptions.RayError):
-                    self._registry.set_alive_nodes(await asyncio.to_thread(nodes), now)
+                    self._registry.set_alive_nodes(await asyncio.to_thread(resources_of_alive_nodes), now)
             self._core.check_heartbeats(now)
             for process in self._trials.remove_silent(now):
-                kill_process_on(process.node, process.pid, process.created)
+                kill_process_on_node(process.node, process.pid, process.created)
             if self._lease_check is None or self._lease_check.done():
                 self._lease_check = asyncio.get_running_loop().create_task(self._end_lapsed_leases(now))
             if not self._leases and now - self._last_lease > self._config.runtime.idle_exit_seconds:
@@ -286,7 +286,7 @@ class Broker:
         """End the leases of drivers that have ended. One that only stands still keeps its lease, and the scheduler with it."""
         lapses_after = min(LEASE_SECONDS, self._config.runtime.idle_exit_seconds)
         for session in [name for name, leased in self._leases.items() if now - leased > lapses_after]:
-            exists = await asyncio.to_thread(exists_on_its_node, self._drivers[session])
+            exists = await asyncio.to_thread(is_process_alive_on_its_node, self._drivers[session])
             if now - self._leases.get(session, now) <= lapses_after:
                 continue  # it has called or ended meanwhile
             if exists:
@@ -297,7 +297,7 @@ class Broker:
     def _end_lease(self, session: str) -> None:
         self._leases.pop(session, None)
         self._drivers.pop(session, None)
-        self._core.requests.cancel_waits(session)
+        self._core.requests.cancel_requests(session)
 
     def _compensate_pause(self, seconds: float) -> None:
         """This process was paused, or its clock was set forward, for this long: nobody was silent in that time."""
@@ -308,26 +308,26 @@ class Broker:
 
     def _dispatch(self) -> None:
         self._core.dispatch(time.time())
-        self._carry_out()
+        self._carry_out_actions()
 
-    def _carry_out(self) -> None:
+    def _carry_out_actions(self) -> None:
         """Carry out the actions in the core's outbox."""
         actions = self._core.outbox[:]
         self._core.outbox.clear()
         for action in actions:
             match action:
                 case AssignStage(worker, _, attempt):
-                    self._answer_poll(worker, WorkerOrder("run", action, tuple(self._core.helpers(attempt))))
+                    self._answer_poll(worker, WorkerOrder("run", action, tuple(self._core.lent_workers(attempt))))
                 case StartWorker(worker):
-                    self._watch(worker.name, start_worker(self._config, worker.name, worker.shape, worker.node))
+                    self._watch_worker(worker.name, start_worker(self._config, worker.name, worker.shape, worker.node))
                 case RetireWorker(worker):
                     self._answer_poll(worker, WorkerOrder("exit"))
                 case FenceAttempt(key, attempt):
                     with suppress(OSError):  # a store that is briefly unreachable must not end this task
                         self._store.fence(key, attempt)
-                case FenceOrphans():
+                case FenceOrphanedAttempts():
                     with suppress(OSError):
-                        self._fence_orphans()
+                        self._fence_orphaned_attempts()
                 case KillWorker(worker):
                     self._kill_worker(worker)
                 case RequestResult(request_id):
@@ -335,19 +335,19 @@ class Broker:
                     if result is not None and not result.done():
                         result.set_result(action)
                 case SchedulerEvent():
-                    self._handle_event(action)
+                    self._record_event(action)
 
-    def _fence_orphans(self) -> None:
+    def _fence_orphaned_attempts(self) -> None:
         owned = {run.attempt for run in self._core.running.values()}
         for key, attempt in self._store.attempts(f"{self._config.name}-"):
             if attempt not in owned:
                 self._store.fence(key, attempt)
 
-    def _handle_event(self, event: SchedulerEvent) -> None:
+    def _record_event(self, event: SchedulerEvent) -> None:
         """Keep an event for drivers, and learn from one about GPU memory."""
         if event.event == OUT_OF_MEMORY and event.worker in self._registry.workers:
             share = self._registry.workers[event.worker].shape.gpus
-            self._shares.raise_after_out_of_memory(event.stage, share)
+            self._shares.increase_after_out_of_memory(event.stage, share)
         self._last_event += 1
         self._events.append({"n": self._last_event, "time": time.time(), **vars(event)})
 
@@ -358,17 +358,17 @@ class Broker:
             self._registry.workers[worker].polling = False
             poll.set_result(order)
 
-    def _watch(self, name: str, handle: Any) -> None:
+    def _watch_worker(self, name: str, handle: Any) -> None:
         self._handles[name] = handle
-        watcher = asyncio.get_running_loop().create_task(self._wait_for_exit(name, handle))
+        watcher = asyncio.get_running_loop().create_task(self._await_worker_exit(name, handle))
         self._watchers.add(watcher)
         watcher.add_done_callback(self._watchers.discard)
 
-    async def _wait_for_exit(self, name: str, handle: Any) -> None:
+    async def _await_worker_exit(self, name: str, handle: Any) -> None:
         try:
             await handle.wait_until_exit.remote()
         except ray.exceptions.RayError as error:
-            self._handle_lost_worker(name, *classify_loss(error))
+            self._handle_lost_worker(name, *classify_worker_loss(error))
 
     def _handle_lost_worker(self, name: str, event: LossKind, cause: str) -> None:
         self._ended_workers.add(name)
@@ -382,7 +382,7 @@ class Broker:
     def _kill_worker(self, worker: Worker) -> None:
         self._ended_workers.add(worker.name)
         if worker.pid:
-            kill_process_on(worker.node, worker.pid, None)
+            kill_process_on_node(worker.node, worker.pid, None)
         handle = self._handles.pop(worker.name, None)
         if handle is not None:
             ray.kill(handle)
@@ -423,7 +423,7 @@ def core_status(core: SchedulerCore, now: float) -> dict[str, Any]:
                 "silent_seconds": round(now - run.last_progress, 3),
                 "attempt": run.attempt,
                 "pace_seconds": (run.last_progress - run.since) / run.progress_changes if run.progress_changes else None,
-                "helpers": core.helpers(run.attempt),
+                "helpers": core.lent_workers(run.attempt),
             }
             for run in core.running.values()
         ],

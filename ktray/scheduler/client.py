@@ -19,14 +19,14 @@ from ktray.scheduler.broker import Broker
 from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig, StageFunction
 from ktray.scheduler.ray_cluster import kill_process, this_process
-from ktray.scheduler.ray_session import RaySession, code_and_environment_hash, environment
+from ktray.scheduler.ray_session import RaySession, code_and_environment_hash, worker_environment
 from ktray.scheduler.worker import to_bytes
 from ktray.stores import open_store
 from ktray.stores.locks import try_lock_store
 
 RENEW_LEASE_SECONDS = 2.0
-BROKER_FROZEN_SECONDS = 20  # without an answer, until a broker that has answered before counts as frozen
-BROKER_START_SECONDS = 120  # the same for one that may just be starting
+BROKER_FROZEN_SECONDS = 20  # without an answer, until a broker on this node that has answered before counts as frozen
+BROKER_START_SECONDS = 120  # the same for one that may just be starting, or is on another node
 
 
 class WaitCancelled(Exception):
@@ -50,7 +50,7 @@ class SchedulerClient:
 
         Args:
             stages: in dependency order, inputs before those that read them.
-            waiter: who waits, for `status` and `cancel_waits`; not empty.
+            waiter: who waits, for `status` and `cancel_requests`; not empty.
             priority: higher goes first.
 
         Returns:
@@ -61,7 +61,7 @@ class SchedulerClient:
         Raises:
             StageFailed: a stage raised, or its workers died three times.
             SearchStopped: the disk is full, or the scheduler has ended.
-            WaitCancelled: `cancel_waits` was called for this waiter.
+            WaitCancelled: `cancel_requests` was called for this waiter.
         """
         result: RequestResult = self._call("obtain", uuid.uuid4().hex, waiter, self.session, list(stages), priority)
         if result.kind == CANCELLED:
@@ -72,18 +72,18 @@ class SchedulerClient:
             raise StageFailed(result.failed, result.cause)
         return [dict(outcome) for outcome in result.outcomes]
 
-    def compute_ahead(self, stages: Sequence[Stage]) -> None:
+    def prefetch(self, stages: Sequence[Stage]) -> None:
         """Compute these while workers have nothing else to do; the first request to obtain one counts as having computed it."""
-        self._call("compute_ahead", self.session, list(stages))
+        self._call("prefetch", self.session, list(stages))
 
     def status(self) -> dict[str, Any]:
         """Name and workers, what runs where and since when, what this driver's waiters wait for, what is queued, counts."""
         status: dict[str, Any] = self._call("status")
         return {**status, "waiting": [wait for wait in status["waiting"] if wait["session"] == self.session]}
 
-    def cancel_waits(self, waiter: str) -> None:
+    def cancel_requests(self, waiter: str) -> None:
         """End the waits of this waiter: its `obtain` calls raise `WaitCancelled`. Running stages go on and are published."""
-        self._call("cancel_waits", waiter, self.session)
+        self._call("cancel_requests", waiter, self.session)
 
     def events(self, since: int = 0) -> list[dict[str, Any]]:
         """Numbered events after `since`, oldest first.
@@ -110,12 +110,12 @@ class SchedulerClient:
         Args:
             cancelled: once this is set, the call no longer waits for the answer.
         """
-        with _translating_scheduler_end():
+        with _broker_loss_as_search_stopped():
             answer = self._broker().renew_lease.remote(self.session, self._trial_processes, this_process())
-            if self._await_broker(answer, cancelled):
+            if self._await_broker_answer(answer, cancelled):
                 self._broker_process, self._trial_processes = ray.get(answer)
 
-    def _await_broker(self, answer: Any, cancelled: threading.Event | None = None) -> bool:
+    def _await_broker_answer(self, answer: Any, cancelled: threading.Event | None = None) -> bool:
         """Wait until the broker has answered; False if `cancelled` is set before.
 
         A frozen broker is killed, because Ray restarts only a dead one.
@@ -125,16 +125,16 @@ class SchedulerClient:
             seconds += 1
             if cancelled is not None and cancelled.is_set():
                 return False
-            if seconds == (BROKER_FROZEN_SECONDS if self._has_local_broker() else BROKER_START_SECONDS):
+            if seconds == (BROKER_FROZEN_SECONDS if self._can_kill_broker_process() else BROKER_START_SECONDS):
                 self._restart_broker()
         return True
 
-    def _has_local_broker(self) -> bool:
+    def _can_kill_broker_process(self) -> bool:
         """Whether the broker has answered before, from this machine, so that its process is known and can be killed."""
         return self._broker_process is not None and self._broker_process.node == ray.get_runtime_context().get_node_id()
 
     def _restart_broker(self) -> None:
-        if self._broker_process is not None and self._has_local_broker():
+        if self._broker_process is not None and self._can_kill_broker_process():
             kill_process(self._broker_process.pid, self._broker_process.created)
         else:
             ray.kill(self._broker(), no_restart=False)
@@ -143,15 +143,15 @@ class SchedulerClient:
     def disconnect(self) -> None:
         """End this driver's use of the scheduler, which is shut down unless another driver still uses it."""
         with suppress(SearchStopped):
-            with _translating_scheduler_end():
+            with _broker_loss_as_search_stopped():
                 answer = self._broker().disconnect.remote(self.session)
-                self._await_broker(answer)
+                self._await_broker_answer(answer)
                 is_last = ray.get(answer)
             if is_last:
                 self.shut_down()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        with _translating_scheduler_end():
+        with _broker_loss_as_search_stopped():
             method = getattr(self._broker(), name)
             return ray.get((method.options(max_task_retries=0) if name == "shut_down" else method).remote(*arguments))
 
@@ -162,7 +162,7 @@ class SchedulerClient:
 
 
 @contextmanager
-def _translating_scheduler_end() -> Iterator[None]:
+def _broker_loss_as_search_stopped() -> Iterator[None]:
     """Within it, Ray's errors about a broker that is gone for good become a `SearchStopped` of one sentence."""
     try:
         yield
@@ -210,9 +210,9 @@ def connect(session: RaySession, store_url: str, stage_function: StageFunction) 
     runtime = session.runtime.model_dump(mode="json")
     namespace = f"ktray-{fingerprint([code_and_environment_hash(), runtime, store_url, packed.hex()])[:12]}"
     scheduler = SchedulerClient(namespace, session.name)
-    if not _broker_answers(namespace):
-        _sweep_if_unused(store_url)
-    config = SchedulerConfig(namespace, store_url, packed, session.runtime, environment(), uuid.uuid4().hex[:8])
+    if not _keep_broker_if_responsive(namespace):
+        _sweep_store_if_unused(store_url)
+    config = SchedulerConfig(namespace, store_url, packed, session.runtime, worker_environment(), uuid.uuid4().hex[:8])
     ray.remote(Broker).options(
         name=BROKER_NAME,
         namespace=namespace,
@@ -229,7 +229,7 @@ def connect(session: RaySession, store_url: str, stage_function: StageFunction) 
     return scheduler
 
 
-def _broker_answers(namespace: str) -> bool:
+def _keep_broker_if_responsive(namespace: str) -> bool:
     """Whether a broker runs in this namespace; one that does not answer within ten seconds is removed."""
     try:
         broker = ray.get_actor(BROKER_NAME, namespace=namespace)
@@ -240,12 +240,12 @@ def _broker_answers(namespace: str) -> bool:
     except ray.exceptions.RayError:
         with suppress(ValueError):
             ray.kill(broker)
-        _wait_until_absent(namespace)
+        _wait_until_broker_is_removed(namespace)
         return False
     return True
 
 
-def _wait_until_absent(namespace: str) -> None:
+def _wait_until_broker_is_removed(namespace: str) -> None:
     for _ in range(50):
         try:
             ray.get_actor(BROKER_NAME, namespace=namespace)
@@ -254,7 +254,7 @@ def _wait_until_absent(namespace: str) -> None:
         time.sleep(0.1)
 
 
-def _sweep_if_unused(store_url: str) -> None:
+def _sweep_store_if_unused(store_url: str) -> None:
     """Remove what dead attempts left in the store, unless a worker of any scheduler uses it."""
     lock = try_lock_store(store_url)
     if lock is not None:

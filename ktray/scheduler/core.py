@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ktray.artifact import Artifact, Stage, kind_of
-from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusivityPolicy, RetryPolicy, StartupMonitor
+from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusivityPolicy, FirstHeartbeatMonitor, RetryPolicy
 from ktray.scheduler.messages import (
     FAILED,
     FENCED,
@@ -28,7 +28,7 @@ from ktray.scheduler.messages import (
 from ktray.scheduler.placement import DispatchCapacity, WorkerAutoscaler
 from ktray.scheduler.requests import REMEMBERED, PendingStage, RecentKeys, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Worker, WorkerRegistry, describe_request, worker_shape_for
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry, describe_resources, worker_shape_for
 
 MAX_FAMILY = 8  # stages that one attempt computes together: all of its outputs are in memory at once
 
@@ -40,7 +40,7 @@ class SchedulerCore:
 
     Args:
         find: key -> artifact if it is in the store.
-        request_of: stage name -> the resources that it requests.
+        usual_resources_for: stage name -> the resources that it requests.
         registry: the workers.
         new_attempt: returns the name of a new attempt.
         dead_after: seconds without a heartbeat after which a worker counts as dead.
@@ -55,21 +55,21 @@ class SchedulerCore:
     def __init__(
         self,
         find: Callable[[str], Artifact | None],
-        request_of: Callable[[str], ResourceRequest],
+        usual_resources_for: Callable[[str], ResourceRequest],
         registry: WorkerRegistry,
         new_attempt: Callable[[], str],
         dead_after: float = 15.0,
         expected_seconds: Callable[[Stage], float] = lambda stage: 0.0,
         remembered: int = REMEMBERED,
     ) -> None:
-        self.find, self.request_of, self.registry = find, request_of, registry
+        self.find, self.usual_resources_for, self.registry = find, usual_resources_for, registry
         self.new_attempt, self.dead_after = new_attempt, dead_after
         self.outbox: list[Action] = []
         self.running: dict[str, RunningStage] = {}
         self.computed: Counter[str] = Counter()
         self.requests = RequestTable(find, self.running.keys(), self.outbox, expected_seconds, remembered)
         self.scaling = WorkerAutoscaler(registry, self.outbox)
-        self.startup = StartupMonitor(registry, self.outbox, dead_after)
+        self.first_heartbeats = FirstHeartbeatMonitor(registry, self.outbox, dead_after)
         self._retries = RetryPolicy(remembered)
         self._exclusivity = ExclusivityPolicy(registry, remembered)
         self._keys_of_attempt: dict[str, list[str]] = {}
@@ -81,13 +81,13 @@ class SchedulerCore:
 
     # ---- events: what workers report
 
-    def heartbeat(
+    def handle_heartbeat(
         self, worker: Worker, key: str, stage: Stage | None, attempt: str, progress: Mapping[str, float], now: float
     ) -> bool:
         """A worker is alive and runs this attempt, or none. False if it must exit: the attempt was fenced or replaced."""
         worker.last_heartbeat, self.scaling.failed_starts = now, 0
         self.registry.silent_nodes.discard(worker.node)
-        self.startup.note_heartbeat(worker.name)
+        self.first_heartbeats.note_heartbeat(worker.name)
         if not attempt:
             return True
         run = self.running.get(key)
@@ -96,32 +96,32 @@ class SchedulerCore:
         if run is None:
             if stage is None or worker.attempt is not None or (key, attempt) in self._ended:
                 return True  # a late heartbeat: the report of the same attempt was faster
-            if self.startup.was_fenced(worker.name):
+            if self.first_heartbeats.was_fenced(worker.name):
                 return False
-            self._adopt(worker, stage, attempt, now)
-        for member in self._runs_of(attempt):
+            self._adopt_attempt(worker, stage, attempt, now)
+        for member in self._running_stages_of(attempt):
             member.confirmed = True
             if progress != member.progress:
                 member.progress, member.last_progress = progress, now
                 member.progress_changes += 1
         return True
 
-    def _runs_of(self, attempt: str) -> list[RunningStage]:
+    def _running_stages_of(self, attempt: str) -> list[RunningStage]:
         """The running stages of one attempt: more than one where a worker computes a family together."""
         return [self.running[key] for key in self._keys_of_attempt.get(attempt, ())]
 
-    def _adopt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> None:
+    def _adopt_attempt(self, worker: Worker, stage: Stage, attempt: str, now: float) -> None:
         """Take over an attempt that a broker before this one has started."""
         family = [
             member for member in (replace(stage, computed_with=()), *stage.computed_with) if member.key not in self.running
         ]
         for member in family:
-            self.requests.add_pending(member, now)
+            self.requests.find_or_add_pending(member, now)
         self._open_attempt(worker, family, attempt, now)
 
     def _open_attempt(self, worker: Worker, stages: Sequence[Stage], attempt: str, now: float) -> None:
         leader, worker.attempt, worker.lent_to, worker.polling = stages[0], attempt, None, False
-        worker.reserved_memory = self._request(leader).memory_bytes
+        worker.reserved_memory = self._resources_for(leader).memory_bytes
         self._keys_of_attempt[attempt] = [stage.key for stage in stages]
         for stage in stages:
             self.running[stage.key] = RunningStage(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
@@ -157,7 +157,7 @@ class SchedulerCore:
         artifact = self.find(key)
         if artifact is None:
             if run is not None:
-                self._fail(key, FAILED, "FileNotFoundError: the stage ended, but its artifact is not in the store")
+                self._fail_stage(key, FAILED, "FileNotFoundError: the stage ended, but its artifact is not in the store")
             return
         self._reset_history(key)
         self._split.discard(key)
@@ -175,7 +175,7 @@ class SchedulerCore:
         A missing input is recomputed first. If a family failed, any of its stages may be to blame, so they run again one by
         one. A stage that ran out of memory runs once more, exclusively.
         """
-        others = [member for member in self._runs_of(attempt) if member.key != key]
+        others = [member for member in self._running_stages_of(attempt) if member.key != key]
         run = self._close_attempt(key, attempt)
         if run is None:
             return False
@@ -185,32 +185,36 @@ class SchedulerCore:
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             self.handle_succeeded_attempt(key, attempt, False, 0.0, now)
             return False
-        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusivity.note_error(key, kind)):
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusivity.allow_exclusive_retry(key, kind)):
             event = SchedulerEvent(SPLIT if others else OUT_OF_MEMORY, key, run.stage.name, run.worker, now - run.since, cause)
             self.outbox.append(event)
-            self._restart([run, *others])
+            self._requeue_stages([run, *others])
             return False
         if kind == OUT_OF_MEMORY:
             kind, cause = FAILED, repeated_out_of_memory_text(cause)
         if kind != FAILED:
             for other in others:
-                self._fail(other.key, kind, cause)
-        if missing and self._retries.count_missing_input(key, missing) and self.requests.recompute_input(key, missing, now):
+                self._fail_stage(other.key, kind, cause)
+        if (
+            missing
+            and self._retries.allow_retry_after_missing_input(key, missing)
+            and self.requests.recompute_input(key, missing, now)
+        ):
             return True
         self.outbox.append(SchedulerEvent(FAILED, key, run.stage.name, run.worker, now - run.since, cause))
-        self._fail(key, kind, cause)
+        self._fail_stage(key, kind, cause)
         return True
 
-    def _restart(self, family: Sequence[RunningStage]) -> None:
+    def _requeue_stages(self, family: Sequence[RunningStage]) -> None:
         """Let stages start again, one by one if they ran together; drop those that nobody requests any more."""
         for run in family:
             if len(family) > 1:
                 self._split.add(run.key)
             self.requests.drop_if_unrequested(run.key)
 
-    def _fail(self, key: str, kind: FailureKind, cause: str) -> None:
+    def _fail_stage(self, key: str, kind: FailureKind, cause: str) -> None:
         self._reset_history(key)
-        self.requests.fail(key, kind, cause)
+        self.requests.fail_stage(key, kind, cause)
 
     def _reset_history(self, key: str) -> None:
         self._retries.forget(key)
@@ -218,27 +222,27 @@ class SchedulerCore:
 
     def handle_lost_assignment(self, worker: Worker) -> None:
         """A worker asks for work although a stage was assigned to it: the order never reached it."""
-        for run in self._runs_of(worker.attempt or ""):
+        for run in self._running_stages_of(worker.attempt or ""):
             self._close_attempt(run.key, run.attempt)
         worker.attempt = None
 
     def must_exit(self, worker: Worker, key: str, attempt: str) -> bool:
         """Whether a worker that reports the end of an attempt must exit: a restart fenced the attempt while it was silent."""
         run = self.running.get(key)
-        return self.startup.was_fenced(worker.name) and (run is None or run.attempt != attempt)
+        return self.first_heartbeats.was_fenced(worker.name) and (run is None or run.attempt != attempt)
 
     # ---- events: workers come to an end
 
     def handle_lost_worker(self, name: str, event: LossKind, cause: str, now: float) -> None:
         """A worker is gone: its attempt is fenced, and its stages start again, at most `MAX_LOSSES` times."""
         worker = self.registry.workers.pop(name, None)
-        self.startup.forget(name)
+        self.first_heartbeats.forget(name)
         if worker is None:
             return
         # A late worker may only be waiting for room on a full cluster: no reason to give up.
-        if worker.last_heartbeat is None and event != LATE and self.scaling.note_failed_start(worker):
-            self._fail_waiting(f"WorkerDied: workers die before their first heartbeat: {cause}")
-        family = self._runs_of(worker.attempt or "")
+        if worker.last_heartbeat is None and event != LATE and self.scaling.count_failed_start(worker):
+            self._fail_waiting_stages(f"WorkerDied: workers die before their first heartbeat: {cause}")
+        family = self._running_stages_of(worker.attempt or "")
         if not family:
             if not worker.retiring:
                 self.outbox.append(SchedulerEvent(event, worker=name, cause=cause))
@@ -249,18 +253,18 @@ class SchedulerCore:
         for run in family:
             self.outbox.append(FenceAttempt(run.key, run.attempt))
             self._close_attempt(run.key, run.attempt)
-        self._restart(family)
+        self._requeue_stages(family)
         if len(family) == 1:
-            self._exclusivity.note_loss(lead.key, event)
+            self._exclusivity.note_worker_loss(lead.key, event)
         for run in family:
             # If a worker froze before it even received the stage, the stage is not to blame.
-            if not self._retries.count_loss(run, blamed=run.confirmed or event != FENCED):
-                self._fail(run.key, FAILED, f"WorkerDied: its worker died {MAX_LOSSES} times, the last time: {cause}")
+            if not self._retries.allow_retry_after_worker_loss(run, blamed=run.confirmed or event != FENCED):
+                self._fail_stage(run.key, FAILED, f"WorkerDied: its worker died {MAX_LOSSES} times, the last time: {cause}")
 
-    def _fail_waiting(self, cause: str) -> None:
+    def _fail_waiting_stages(self, cause: str) -> None:
         for key in [key for key in self.requests.pending if key not in self.running]:
             if key in self.requests.pending:
-                self._fail(key, FAILED, cause)
+                self._fail_stage(key, FAILED, cause)
 
     def check_heartbeats(self, now: float) -> None:
         """Kill workers that were silent for `dead_after` seconds, and new ones that did not start within `START_TIMEOUT`."""
@@ -269,10 +273,10 @@ class SchedulerCore:
                 self.outbox.append(KillWorker(worker))
                 self.registry.silent_nodes.add(worker.node)
                 self.handle_lost_worker(worker.name, FENCED, f"no heartbeat for {self.dead_after:g} s", now)
-            elif worker.last_heartbeat is None and self.startup.is_late(worker, now):
+            elif worker.last_heartbeat is None and self.first_heartbeats.is_late(worker, now):
                 self.outbox.append(KillWorker(worker))
                 self.handle_lost_worker(worker.name, LATE, f"it has not started within {START_TIMEOUT:g} s", now)
-        self.startup.kill_missing(now)
+        self.first_heartbeats.kill_silent_survivors(now)
 
     def compensate_pause(self, seconds: float) -> None:
         """The broker itself was paused for this long, so silence during that time proves nothing."""
@@ -282,73 +286,75 @@ class SchedulerCore:
         for run in self.running.values():
             run.since += seconds
             run.last_progress += seconds
-        self.startup.compensate_pause(seconds)
+        self.first_heartbeats.compensate_pause(seconds)
 
     # ---- decisions: what starts now
 
     def dispatch(self, now: float) -> None:
         """Start what can start, start and retire workers for what waits, lend idle workers to what can be split."""
-        if self.startup.must_wait(now):
+        if self.first_heartbeats.must_delay_dispatch(now):
             return
         exclusive = self._exclusivity.keys()
         runs = [self.running[key] for key in exclusive & self.running.keys()]
-        self._exclusivity.reserve_nodes((run, self._request(run.stage)) for run in runs)
+        self._exclusivity.reserve_nodes((run, self._resources_for(run.stage)) for run in runs)
         placement = DispatchCapacity(self.registry, now)
         for pending in self.requests.ready_among(exclusive):
             if pending.stage.key in self.requests.pending:
-                self._place(pending, placement)
+                self._place_stage(pending, placement)
         full: set[str] = set()
-        for pending in self.requests.ready():
+        for pending in self.requests.ready_stages():
             name = pending.stage.name
             if name in full or pending.stage.key in self.running or pending.stage.key in self._exclusivity:
                 continue  # no room for its kind, started in a family just now, or placed above
-            if not self._place(pending, placement):
+            if not self._place_stage(pending, placement):
                 full.add(name)  # other stages of this name would find no room either
-                if full >= self.requests.pending_graph.names.keys():
+                if full >= self.requests.pending_graph.ready_counts.keys():
                     break
         self.scaling.forget_served_shapes(placement)
-        self._lend(placement)
+        self._lend_idle_workers(placement)
 
-    def _place(self, pending: PendingStage, placement: DispatchCapacity) -> bool:
+    def _place_stage(self, pending: PendingStage, placement: DispatchCapacity) -> bool:
         """Start a stage, or arrange a worker for it; False if it must wait for room."""
-        stage, request = pending.stage, self._request(pending.stage)
+        stage, request = pending.stage, self._resources_for(pending.stage)
         worker = self._exclusivity.take_worker(stage.key, request, placement)
         if worker is not None:
             self._assign(worker, stage, placement.now)
-        elif not self.registry.fits(request):
-            self._fail(stage.key, FAILED, f"it needs {describe_request(request)}, more than any node of the cluster has")
+        elif not self.registry.could_ever_fit(request):
+            self._fail_stage(
+                stage.key, FAILED, f"it needs {describe_resources(request)}, more than any node of the cluster has"
+            )
         else:
-            return self.scaling.provide_worker(worker_shape_for(request), stage.key in self._exclusivity, placement)
+            return self.scaling.start_worker_or_make_room(worker_shape_for(request), stage.key in self._exclusivity, placement)
         return True
 
-    def _request(self, stage: Stage) -> ResourceRequest:
-        return self._exclusivity.request(stage.key, self.request_of(stage.name))
+    def _resources_for(self, stage: Stage) -> ResourceRequest:
+        return self._exclusivity.resources_for(stage.key, self.usual_resources_for(stage.name))
 
     def _assign(self, worker: Worker, stage: Stage, now: float) -> None:
-        family, attempt = self._family_of(stage), self.new_attempt()
+        family, attempt = self._startable_family(stage), self.new_attempt()
         self._open_attempt(worker, family, attempt, now)
         whole = replace(stage, computed_with=tuple(family[1:])) if len(family) > 1 else stage
         self.outbox.append(AssignStage(worker.name, whole, attempt, self._exclusivity.takes_small_batches(stage.key)))
         self.outbox += [SchedulerEvent(STARTED, member.key, member.name, worker.name) for member in family]
 
-    def _family_of(self, stage: Stage) -> list[Stage]:
+    def _startable_family(self, stage: Stage) -> list[Stage]:
         """The stage and, after it, those of its family that can start now and run together with it."""
         if not stage.family or self._runs_individually(stage.key):
             return [stage]
-        others = [other for other in self.requests.ready_family(stage) if not self._runs_individually(other.key)]
+        others = [other for other in self.requests.other_ready_family_members(stage) if not self._runs_individually(other.key)]
         return [stage, *others[: MAX_FAMILY - 1]]
 
     def _runs_individually(self, key: str) -> bool:
         return key in self._split or key in self._exclusivity
 
-    def _lend(self, placement: DispatchCapacity) -> None:
-        names = {name for name in {run.stage.name for run in self.running.values()} if self.request_of(name).helpers}
+    def _lend_idle_workers(self, placement: DispatchCapacity) -> None:
+        names = {name for name in {run.stage.name for run in self.running.values()} if self.usual_resources_for(name).helpers}
         leaders = [run for run in self.running.values() if run.stage.name in names and run.key == run.leader]
         for run in sorted(leaders, key=lambda run: run.since):
             if run.worker in self.registry.workers:
                 shape = self.registry.workers[run.worker].shape
-                self.scaling.lend(run.attempt, shape, self._request(run.stage).helpers, placement)
+                self.scaling.lend_workers(run.attempt, shape, self._resources_for(run.stage).helpers, placement)
 
-    def helpers(self, attempt: str) -> list[str]:
+    def lent_workers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
-        return self.scaling.helpers(attempt)
+        return self.scaling.lent_workers(attempt)

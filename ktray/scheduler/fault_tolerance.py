@@ -16,7 +16,7 @@ from ktray.scheduler.messages import (
     OUT_OF_MEMORY,
     Action,
     FailureKind,
-    FenceOrphans,
+    FenceOrphanedAttempts,
     KillWorker,
     LossKind,
     SchedulerEvent,
@@ -51,7 +51,7 @@ class ProcessLiveness:
         self._dead_after = dead_after
         self._last_heartbeats: dict[ProcessId, float] = {}
 
-    def heartbeat(self, process: ProcessId, now: float) -> None:
+    def record_heartbeat(self, process: ProcessId, now: float) -> None:
         """This process is alive."""
         self._last_heartbeats[process] = now
 
@@ -76,7 +76,7 @@ class ProcessLiveness:
         self._last_heartbeats = {process: last + seconds for process, last in self._last_heartbeats.items()}
 
 
-class StartupMonitor:
+class FirstHeartbeatMonitor:
     """Workers that have sent no heartbeat yet: new ones and, after a restart of the broker, those from before.
 
     Args:
@@ -93,11 +93,11 @@ class StartupMonitor:
         self._restarted = 0.0
         self._waits = False
 
-    def note_restart(self, names: Iterable[str], now: float) -> None:
+    def note_broker_restart(self, names: Iterable[str], now: float) -> None:
         """The broker restarted, and these workers may be alive: no stage starts until all report, or `dead_after` is over."""
         self._survivors, self._restarted = set(names), now
         self._waits = bool(self._survivors)
-        self.registry.skip_names(self._survivors)
+        self.registry.exclude_names(self._survivors)
 
     def note_heartbeat(self, name: str) -> None:
         """A worker has sent a heartbeat."""
@@ -117,7 +117,7 @@ class StartupMonitor:
         """Whether a new worker has sent no heartbeat within `START_TIMEOUT`, counted from the first call for it."""
         return now - self._awaited_since.setdefault(worker.name, now) > START_TIMEOUT
 
-    def must_wait(self, now: float) -> bool:
+    def must_delay_dispatch(self, now: float) -> bool:
         """Whether stages that seem to be waiting may still be running on workers from before a restart.
 
         Once these have been silent for `dead_after`, every attempt without a running stage is fenced: the broker does not know
@@ -130,10 +130,10 @@ class StartupMonitor:
         self._waits = False
         if self._survivors:
             self._fenced = set(self._survivors)
-            self.outbox.append(FenceOrphans())
+            self.outbox.append(FenceOrphanedAttempts())
         return False
 
-    def kill_missing(self, now: float) -> None:
+    def kill_silent_survivors(self, now: float) -> None:
         """Kill workers from before a restart that stay silent for `START_TIMEOUT`; until then they may have been starting."""
         if now - self._restarted <= START_TIMEOUT:
             return
@@ -153,7 +153,7 @@ MAX_LOSSES = 3  # of workers, or of one input, until a stage fails
 
 
 @dataclass
-class _History:
+class _FailureHistory:
     worker_losses: int = 0
     missing_inputs: Counter[str] = field(default_factory=Counter)
     furthest_epoch: float = 0.0
@@ -164,15 +164,15 @@ class RetryPolicy:
 
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._remembered = remembered
-        self._histories: OrderedDict[str, _History] = OrderedDict()
+        self._histories: OrderedDict[str, _FailureHistory] = OrderedDict()
 
-    def count_loss(self, run: RunningStage, blamed: bool) -> bool:
+    def allow_retry_after_worker_loss(self, run: RunningStage, blamed: bool) -> bool:
         """Count the loss of its worker; whether the stage may start again.
 
         Args:
             blamed: whether the stage may have been the cause.
         """
-        history = self._history(run.key)
+        history = self._find_or_create_history(run.key)
         epoch = run.progress.get("epoch", 0)
         if epoch > history.furthest_epoch:
             history.furthest_epoch = epoch
@@ -180,9 +180,9 @@ class RetryPolicy:
         history.worker_losses += blamed
         return history.worker_losses < MAX_LOSSES
 
-    def count_missing_input(self, key: str, missing: str) -> bool:
+    def allow_retry_after_missing_input(self, key: str, missing: str) -> bool:
         """Count that one of its inputs was not in the store, or damaged; whether the stage may start again."""
-        history = self._history(key)
+        history = self._find_or_create_history(key)
         history.missing_inputs[missing] += 1
         return history.missing_inputs[missing] < MAX_LOSSES
 
@@ -193,8 +193,8 @@ class RetryPolicy:
     def __len__(self) -> int:
         return len(self._histories)
 
-    def _history(self, key: str) -> _History:
-        history = self._histories.setdefault(key, _History())
+    def _find_or_create_history(self, key: str) -> _FailureHistory:
+        history = self._histories.setdefault(key, _FailureHistory())
         self._histories.move_to_end(key)
         if len(self._histories) > self._remembered:
             self._histories.popitem(last=False)
@@ -214,14 +214,14 @@ class ExclusivityPolicy:
         self._raised_out_of_memory = RecentKeys[str](remembered)
         self._killed_for_memory = RecentKeys[str](remembered)
 
-    def note_error(self, key: str, kind: FailureKind) -> bool:
+    def allow_exclusive_retry(self, key: str, kind: FailureKind) -> bool:
         """Record an error; whether the stage is to run once more, exclusively."""
         if kind != OUT_OF_MEMORY or key in self._raised_out_of_memory:
             return False
         self._raised_out_of_memory.add(key)
         return True
 
-    def note_loss(self, key: str, kind: LossKind) -> None:
+    def note_worker_loss(self, key: str, kind: LossKind) -> None:
         """Record that the stage lost its worker."""
         if kind == OUT_OF_MEMORY:
             self._killed_for_memory.add(key)
@@ -242,7 +242,7 @@ class ExclusivityPolicy:
         """Whether the stage must send fewer images at a time through its network."""
         return key in self._raised_out_of_memory
 
-    def request(self, key: str, usual: ResourceRequest) -> ResourceRequest:
+    def resources_for(self, key: str, usual: ResourceRequest) -> ResourceRequest:
         """What a stage requests now, given its usual request."""
         if key not in self:
             return usual
@@ -264,11 +264,11 @@ class ExclusivityPolicy:
         For a stage that needs its whole node this is a worker on a node where nothing else runs, which is then reserved.
         """
         if not self._needs_whole_node(key, request):
-            return placement.take_idle_worker(request)
+            return placement.take_available_worker(request)
         shape = worker_shape_for(request)
         if any(worker.shape == shape for worker in self.registry.workers.values()):
-            return placement.take_exclusive_worker(request)
-        return placement.take_idle_worker(request)  # without a worker of its shape there is no node to reserve yet
+            return placement.take_worker_on_idle_node(request)
+        return placement.take_available_worker(request)  # without a worker of its shape there is no node to reserve yet
 
     def _needs_whole_node(self, key: str, request: ResourceRequest) -> bool:
         """Whether the stage has its node to itself; one that ran out of a GPU's memory needs no more than the whole GPU."""

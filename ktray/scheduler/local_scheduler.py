@@ -19,7 +19,7 @@ from ktray.stores.locks import lock_store_shared, try_lock_store
 
 
 @contextmanager
-def _store_in_use(store: Store) -> Iterator[None]:
+def _locked_store(store: Store) -> Iterator[None]:
     """Lock the store, so that nobody removes what is being written; first remove what dead attempts left."""
     exclusive = try_lock_store(store.url)
     if exclusive is not None:
@@ -56,26 +56,26 @@ class LocalScheduler:
         """
         by_key = {stage.key: stage for stage in stages}
         if all(self.store.find(stage.key) for stage in stages):  # works on a read-only store, too
-            return [self._obtain(stage, by_key) for stage in stages]
-        with _store_in_use(self.store):
-            outcomes = {stage.key: self._obtain(stage, by_key) for stage in stages}
+            return [self._obtain_stage(stage, by_key) for stage in stages]
+        with _locked_store(self.store):
+            outcomes = {stage.key: self._obtain_stage(stage, by_key) for stage in stages}
             # A stage may find an earlier snapshot damaged and do without it; others may need it.
             while lost := [stage for stage in stages if self.store.find(stage.key) is None]:
-                outcomes |= {stage.key: self._obtain(stage, by_key) for stage in lost}
+                outcomes |= {stage.key: self._obtain_stage(stage, by_key) for stage in lost}
             return list(outcomes.values())
 
-    def _obtain(self, stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Any]:
+    def _obtain_stage(self, stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Any]:
         self.on_event({"event": "started", "key": stage.key, "stage": stage.name})
         began = time.perf_counter()
         attempt = f"{os.getpid()}-{time.time_ns():x}"
         try:
-            artifact, published = self._run_with_inputs(stage, stages, attempt)
+            artifact, published = self._run_recomputing_inputs(stage, stages, attempt)
         except Exception as error:
             # A process boundary: whatever a stage raises becomes the failure of that stage. So does an absent input, for a
             # loaded teacher may name an artifact that no stage of its pair makes.
             found = self.store.find(stage.key)
             if found is None:
-                raise self._failure(stage, error) from error
+                raise self._record_failure(stage, error) from error
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             artifact, published = found, False
         state = "computed" if published else "reused"
@@ -84,7 +84,7 @@ class LocalScheduler:
         self.on_event({"event": event, "key": stage.key, "stage": stage.name, "seconds": seconds})
         return {"key": stage.key, "state": state, "seconds": seconds, "metrics": dict(artifact.metrics)}
 
-    def _failure(self, stage: Stage, error: Exception) -> SearchStopped | StageFailed:
+    def _record_failure(self, stage: Stage, error: Exception) -> SearchStopped | StageFailed:
         kind = failure_kind(error, self.store.root)
         if kind == DISK_FULL:
             return SearchStopped(f"the disk is full: {error}")
@@ -94,20 +94,20 @@ class LocalScheduler:
             self.store.record_failure(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})
         return StageFailed(stage.key, cause)
 
-    def _run_with_inputs(self, stage: Stage, stages: Mapping[str, Stage], attempt: str) -> tuple[Artifact, bool]:
+    def _run_recomputing_inputs(self, stage: Stage, stages: Mapping[str, Stage], attempt: str) -> tuple[Artifact, bool]:
         """Run a stage; an input that turns out to be damaged is computed again first, as often as there are inputs."""
         for number in range(2 * len(stages)):
             try:
-                return self._run_stage(stage, f"{attempt}-{number}" if number else attempt)
+                return self._run_retrying_out_of_memory(stage, f"{attempt}-{number}" if number else attempt)
             except MissingInput as error:
                 if error.key not in stages:
                     raise
                 missing = error.key
             if missing != stage.key:  # otherwise one of its own checkpoints was damaged
-                self._obtain(stages[missing], stages)
-        return self._run_stage(stage, f"{attempt}-last")
+                self._obtain_stage(stages[missing], stages)
+        return self._run_retrying_out_of_memory(stage, f"{attempt}-last")
 
-    def _run_stage(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
+    def _run_retrying_out_of_memory(self, stage: Stage, attempt: str) -> tuple[Artifact, bool]:
         try:
             return self.stage_function(stage, self.store, attempt, self.context)
         except Exception as error:

@@ -87,7 +87,7 @@ class FenceAttempt:
 
 
 @dataclass(frozen=True)
-class FenceOrphans:
+class FenceOrphanedAttempts:
     """Fence every attempt of this scheduler that no running stage owns."""
 
 
@@ -114,7 +114,16 @@ class SchedulerEvent:
     cause: str = ""
 
 
-Action = AssignStage | StartWorker | RetireWorker | KillWorker | FenceAttempt | FenceOrphans | RequestResult | SchedulerEvent
+Action = (
+    AssignStage
+    | StartWorker
+    | RetireWorker
+    | KillWorker
+    | FenceAttempt
+    | FenceOrphanedAttempts
+    | RequestResult
+    | SchedulerEvent
+)
 
 # ---- broker -> worker
 
@@ -208,7 +217,7 @@ def failure_kind(error: BaseException, store: Path) -> FailureKind:
     Args:
         store: directory of the store, whose disk may be the full one.
     """
-    for cause in _causes(error):
+    for cause in _exception_chain(error):
         # By name and text: torch is not imported here, and it reports a lack of host memory as a plain RuntimeError.
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return OUT_OF_MEMORY
@@ -231,7 +240,7 @@ def repeated_out_of_memory_text(cause: str) -> str:
     return f"{what} ({cause[:300]}); use a smaller batch_size, smaller images or a smaller network"
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _exception_chain(error: BaseException) -> Iterator[BaseException]:
     current: BaseException | None = error
     while current is not None:
         yield current

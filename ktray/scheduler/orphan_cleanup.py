@@ -17,7 +17,7 @@ GRACE_SECONDS = 2.0  # in which processes may end by themselves
 KILL_SECONDS = 10.0  # in which those that are left are killed, again and again: a process may just have started another
 
 
-def session_processes(temporary: str) -> list[psutil.Process]:
+def ray_processes(temporary: str) -> list[psutil.Process]:
     """The processes of the Ray with this temporary folder: it is in their command line, or they write a log below it.
 
     Only their open files tell of a worker whose raylet is gone, for Ray replaces the command line of its workers.
@@ -25,22 +25,22 @@ def session_processes(temporary: str) -> list[psutil.Process]:
     mine, found = psutil.Process(), []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.pid != mine.pid and process.uids().real == mine.uids().real and _belongs(process, temporary):
+            if process.pid != mine.pid and process.uids().real == mine.uids().real and _uses_folder(process, temporary):
                 found.append(process)
     return found
 
 
-def end_processes(temporary: str, grace: float = GRACE_SECONDS) -> None:
+def end_ray_processes(temporary: str, grace: float = GRACE_SECONDS) -> None:
     """Wait `grace` seconds for the processes of a Ray to end, then kill those that are left."""
     began = time.monotonic()
-    while (left := session_processes(temporary)) and (waited := time.monotonic() - began) < grace + KILL_SECONDS:
+    while (left := ray_processes(temporary)) and (waited := time.monotonic() - began) < grace + KILL_SECONDS:
         for process in left if waited > grace else ():
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=0.5)
 
 
-def _belongs(process: psutil.Process, temporary: str) -> bool:
+def _uses_folder(process: psutil.Process, temporary: str) -> bool:
     if process.status() == psutil.STATUS_ZOMBIE:
         return False
     below = f"{temporary}/"
@@ -56,7 +56,7 @@ def main() -> None:
     temporary = sys.stdin.readline().rstrip("\n")
     sys.stdin.read()
     if temporary:
-        end_processes(temporary)
+        end_ray_processes(temporary)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

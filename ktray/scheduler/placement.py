@@ -69,7 +69,7 @@ class DispatchCapacity:
         self.starting: Counter[WorkerShape] = Counter()
         self.unserved: Counter[WorkerShape] = Counter()
         self.lent: Counter[str] = Counter()
-        self._idle: dict[WorkerShape, list[Worker]] = {}
+        self._available: dict[WorkerShape, list[Worker]] = {}
         self._full: set[WorkerShape] = set()
         free: list[Worker] = []
         lent: list[Worker] = []
@@ -83,12 +83,12 @@ class DispatchCapacity:
                 free.append(worker)
         for group in (lent, free):  # workers are taken from the end of the list, so lent ones are taken last
             for worker in sorted(
-                reversed(group), key=lambda worker: self._occupies_gpu_node(worker.node, worker.shape), reverse=True
+                reversed(group), key=lambda worker: self._is_cpu_worker_on_gpu_node(worker.node, worker.shape), reverse=True
             ):
                 if registry.is_available(worker, now):
-                    self._idle.setdefault(worker.shape, []).append(worker)
+                    self._available.setdefault(worker.shape, []).append(worker)
 
-    def _occupies_gpu_node(self, name: str, shape: WorkerShape) -> bool:
+    def _is_cpu_worker_on_gpu_node(self, name: str, shape: WorkerShape) -> bool:
         """Whether a worker without a GPU would take CPUs of a node with GPUs, which need them for data loading."""
         node = self.registry.nodes.get(name)
         return node is not None and node.gpus > 0 and not shape.gpus
@@ -102,7 +102,7 @@ class DispatchCapacity:
         return found
 
     @cached_property
-    def _held(self) -> dict[str, WorkerShape]:
+    def _held_resources(self) -> dict[str, WorkerShape]:
         """Node -> what its workers hold, retiring ones included."""
         cpus, gpus = dict.fromkeys(self.registry.nodes, 0.0), dict.fromkeys(self.registry.nodes, 0.0)
         for worker in self.registry.workers.values():
@@ -118,16 +118,16 @@ class DispatchCapacity:
             free[worker.node] = free.get(worker.node, 0.0) - worker.reserved_memory
         return free
 
-    def idle_workers(self) -> list[Worker]:
+    def available_workers(self) -> list[Worker]:
         """All workers that wait for a stage, of any shape, including those on reserved nodes."""
-        return [worker for workers in self._idle.values() for worker in workers if not worker.retiring]
+        return [worker for workers in self._available.values() for worker in workers if not worker.retiring]
 
-    def take_idle_worker(self, request: ResourceRequest, node: str | None = None) -> Worker | None:
+    def take_available_worker(self, request: ResourceRequest, node: str | None = None) -> Worker | None:
         """A worker that can serve the request at once: one that is not lent, else one that is; only on `node` if given.
 
         A request without a GPU prefers a worker on a node without GPUs.
         """
-        idle = self._idle.get(worker_shape_for(request), [])
+        idle = self._available.get(worker_shape_for(request), [])
         for index in reversed(range(len(idle))):
             worker = idle[index]
             if worker.retiring or worker.node != (node or worker.node) or self.registry.must_stay_idle(worker):
@@ -138,7 +138,7 @@ class DispatchCapacity:
                 return worker
         return None
 
-    def take_exclusive_worker(self, request: ResourceRequest) -> Worker | None:
+    def take_worker_on_idle_node(self, request: ResourceRequest) -> Worker | None:
         """A worker on a node where nothing else runs; else None, and the node that will be free soonest is reserved."""
         registry, shape = self.registry, worker_shape_for(request)
         # Only nodes that already have a worker of the shape, because no worker starts on a reserved node.
@@ -147,7 +147,7 @@ class DispatchCapacity:
         busy = {name: sum(worker.attempt is not None for worker in self.all_workers_by_node[name]) for name in able}
         soonest = sorted(able, key=lambda name: (busy[name], -registry.nodes[name].memory, name))
         for name in soonest:
-            worker = self.take_idle_worker(request, name) if not busy[name] and name not in registry.reserved else None
+            worker = self.take_available_worker(request, name) if not busy[name] and name not in registry.reserved else None
             if worker is not None:
                 registry.reserve(name)
                 return worker
@@ -156,8 +156,8 @@ class DispatchCapacity:
         return None
 
     def lendable_workers(self, shape: WorkerShape) -> list[Worker]:
-        """Idle workers that are not lent, in the order in which `take_idle_worker` would take them."""
-        free = [worker for worker in reversed(self._idle.get(shape, ())) if worker.lent_to is None and not worker.retiring]
+        """Idle workers that are not lent, in the order in which `take_available_worker` would take them."""
+        free = [worker for worker in reversed(self._available.get(shape, ())) if worker.lent_to is None and not worker.retiring]
         return [worker for worker in free if not self.registry.must_stay_idle(worker)] if self.registry.reserved else free
 
     def place_worker(self, shape: WorkerShape) -> Worker | None:
@@ -166,37 +166,37 @@ class DispatchCapacity:
         if node is None:
             self._full.add(shape)
             return None
-        held, neighbours = self._held[node], self.all_workers_by_node[node]
+        held, neighbours = self._held_resources[node], self.all_workers_by_node[node]
         worker = self.registry.register_new(shape, node)
         neighbours.append(worker)
-        self._held[node] = WorkerShape(held.cpus + shape.cpus, held.gpus + shape.gpus)
+        self._held_resources[node] = WorkerShape(held.cpus + shape.cpus, held.gpus + shape.gpus)
         self.starting[shape] += 1
         return worker
 
     def _node_with_most_room(self, shape: WorkerShape) -> str | None:
-        if sum(held.cpus for held in self._held.values()) + shape.cpus > self.registry.cpu_limit:
+        if sum(held.cpus for held in self._held_resources.values()) + shape.cpus > self.registry.cpu_limit:
             return None
         best, best_room = None, (False, -2.0, -2.0)
         for name, node in self.registry.nodes.items():
-            cpus, gpus = node.cpus - self._held[name].cpus, node.gpus - self._held[name].gpus
+            cpus, gpus = node.cpus - self._held_resources[name].cpus, node.gpus - self._held_resources[name].gpus
             # A silent node comes last: Ray takes a minute to notice that a node is gone.
             responsive = name not in self.registry.silent_nodes
-            room = (responsive, gpus if shape.gpus else -float(self._occupies_gpu_node(name, shape)), cpus)
+            room = (responsive, gpus if shape.gpus else -float(self._is_cpu_worker_on_gpu_node(name, shape)), cpus)
             if cpus < shape.cpus or gpus < shape.gpus - SHARE_TOLERANCE or room <= best_room or name in self.registry.reserved:
                 continue
-            if not shape.gpus or gpus_have_room(self.gpu_shares(name), shape.gpus):
+            if not shape.gpus or gpus_have_room(self.free_gpu_shares_now(name), shape.gpus):
                 best, best_room = name, room
         return best
 
-    def gpu_shares(self, node: str) -> dict[str, float]:
+    def free_gpu_shares_now(self, node: str) -> dict[str, float]:
         """GPU -> share that is free now."""
-        return self._gpu_shares(node, self.all_workers_by_node[node])
+        return self._free_gpu_shares(node, self.all_workers_by_node[node])
 
-    def gpu_shares_later(self, node: str) -> dict[str, float]:
+    def free_gpu_shares_after_retirement(self, node: str) -> dict[str, float]:
         """GPU -> share that will be free once the retiring workers are gone."""
-        return self._gpu_shares(node, [worker for worker in self.all_workers_by_node[node] if not worker.retiring])
+        return self._free_gpu_shares(node, [worker for worker in self.all_workers_by_node[node] if not worker.retiring])
 
-    def _gpu_shares(self, node: str, workers: Sequence[Worker]) -> dict[str, float]:
+    def _free_gpu_shares(self, node: str, workers: Sequence[Worker]) -> dict[str, float]:
         return free_gpu_shares(self.registry.nodes[node].gpus, [(worker.shape.gpus, worker.gpu_ids) for worker in workers])
 
 
@@ -209,13 +209,13 @@ def evict_idle(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
     Returns:
         The workers that retire now; empty if retiring all idle workers of a node would not suffice anywhere.
     """
-    idle = [worker for worker in placement.idle_workers() if worker.shape != shape]
+    idle = [worker for worker in placement.available_workers() if worker.shape != shape]
     if not idle or _room_is_expected(placement, shape):
         return []
     names, nodes = {worker.name for worker in idle}, {worker.node for worker in idle}
     on_one_gpu = 0 < shape.gpus <= 1
     for node in [name for name in placement.registry.nodes if name in nodes]:
-        for part in [*placement.gpu_shares(node), WHOLE_NODE] if on_one_gpu else [WHOLE_NODE]:
+        for part in [*placement.free_gpu_shares_now(node), WHOLE_NODE] if on_one_gpu else [WHOLE_NODE]:
             evicted: list[Worker] = []
             for worker in [each for each in placement.all_workers_by_node[node] if each.name in names and each.uses(part)]:
                 worker.retiring = True
@@ -234,7 +234,9 @@ def reserve_room(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker
         The idle workers that retire there now; others must end their stages first.
     """
     registry = placement.registry
-    parts = [(name, gpu) for name in registry.nodes for gpu in (placement.gpu_shares(name) if shape.gpus else [CPU_PART])]
+    parts = [
+        (name, gpu) for name in registry.nodes for gpu in (placement.free_gpu_shares_now(name) if shape.gpus else [CPU_PART])
+    ]
     if not parts or _room_is_expected(placement, shape):
         return []
 
@@ -276,7 +278,7 @@ def _will_have_room(placement: DispatchCapacity, name: str, shape: WorkerShape) 
     held = sum(worker.shape.cpus for worker in placement.registry.workers.values() if not worker.retiring)
     if held + shape.cpus > placement.registry.cpu_limit:
         return False
-    return not shape.gpus or gpus_have_room(placement.gpu_shares_later(name), shape.gpus)
+    return not shape.gpus or gpus_have_room(placement.free_gpu_shares_after_retirement(name), shape.gpus)
 
 
 # ---- scaling
@@ -312,7 +314,7 @@ class WorkerAutoscaler:
             self.outbox.append(StartWorker(worker))
         return worker is not None
 
-    def note_failed_start(self, worker: Worker) -> bool:
+    def count_failed_start(self, worker: Worker) -> bool:
         """Count a worker that died before its first heartbeat; True every `FAILED_STARTS` rounds, when it is time to give up.
 
         A worker that was lost with its node does not count. Of those that were starting at the same time only one counts: a
@@ -324,7 +326,7 @@ class WorkerAutoscaler:
         self.failed_starts = (self.failed_starts + 1) % FAILED_STARTS
         return not self.failed_starts
 
-    def provide_worker(self, shape: WorkerShape, exclusive: bool, placement: DispatchCapacity) -> bool:
+    def start_worker_or_make_room(self, shape: WorkerShape, exclusive: bool, placement: DispatchCapacity) -> bool:
         """Start a worker for a stage that has none, or begin to make room for one; False if it must wait for that room.
 
         Args:
@@ -348,7 +350,7 @@ class WorkerAutoscaler:
         """Drop the waiting times of shapes that no stage waits for any more; by now every waiting stage was seen."""
         self._waiting_since = {shape: since for shape, since in self._waiting_since.items() if placement.unserved[shape]}
 
-    def lend(self, attempt: str, shape: WorkerShape, helpers: int, placement: DispatchCapacity) -> None:
+    def lend_workers(self, attempt: str, shape: WorkerShape, helpers: int, placement: DispatchCapacity) -> None:
         """Lend idle workers to an attempt, and start some for it where there is room, until it has this many."""
         missing = helpers - placement.lent[attempt]
         for worker in placement.lendable_workers(shape)[: max(0, missing)]:
@@ -357,6 +359,6 @@ class WorkerAutoscaler:
             if self.failed_starts or not self._start_worker(shape, placement):
                 break
 
-    def helpers(self, attempt: str) -> list[str]:
+    def lent_workers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""
         return [worker.name for worker in self.registry.workers.values() if worker.lent_to == attempt]

@@ -32,7 +32,7 @@ def kill_process(pid: int, created: float | None = None) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def kill_process_on(node: str, pid: int, created: float | None) -> None:
+def kill_process_on_node(node: str, pid: int, created: float | None) -> None:
     """`kill_process` on a node; on a remote node it returns before that is done."""
     if node == ray.get_runtime_context().get_node_id():
         kill_process(pid, created)
@@ -42,7 +42,7 @@ def kill_process_on(node: str, pid: int, created: float | None) -> None:
     task.options(num_cpus=0, scheduling_strategy=strategy).remote(pid, created)
 
 
-def is_existing(pid: int, created: float) -> bool:
+def is_process_alive(pid: int, created: float) -> bool:
     """Whether this process runs or stands still, and is no later one with its id."""
     try:
         process = psutil.Process(pid)
@@ -51,12 +51,12 @@ def is_existing(pid: int, created: float) -> bool:
         return False
 
 
-def exists_on_its_node(process: ProcessId) -> bool:
-    """`is_existing` on the node of a process; False if that node is gone or does not answer."""
+def is_process_alive_on_its_node(process: ProcessId) -> bool:
+    """`is_process_alive` on the node of a process; False if that node is gone or does not answer."""
     if process.node == ray.get_runtime_context().get_node_id():
-        return is_existing(process.pid, process.created)
+        return is_process_alive(process.pid, process.created)
     strategy = NodeAffinitySchedulingStrategy(process.node, soft=False)
-    task: Any = ray.remote(is_existing)
+    task: Any = ray.remote(is_process_alive)
     asked = task.options(num_cpus=0, scheduling_strategy=strategy, max_retries=0).remote(process.pid, process.created)
     try:
         return bool(ray.get(asked, timeout=ANSWER_SECONDS))
@@ -64,7 +64,7 @@ def exists_on_its_node(process: ProcessId) -> bool:
         return False
 
 
-def nodes() -> dict[str, Node]:
+def resources_of_alive_nodes() -> dict[str, Node]:
     """Node id -> resources of the nodes that are alive."""
     list_nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
     return {
@@ -89,7 +89,7 @@ def kill_all_workers(namespace: str) -> list[str]:
     return names
 
 
-def classify_loss(error: Exception) -> tuple[LossKind, str]:
+def classify_worker_loss(error: Exception) -> tuple[LossKind, str]:
     """The kind of a worker's loss and its cause in one line, from Ray's error about the actor."""
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return OUT_OF_MEMORY, "Ray killed it, because its node had hardly any memory left"

@@ -19,11 +19,11 @@ CONNECT_SECONDS = 5.0
 UNREACHABLE_SECONDS = 20.0  # of a cluster's GCS, until it counts as gone: it may be restarted
 ESSENTIAL = {"GCS": "gcs_server", "raylet": "raylet/raylet"}  # name in a sentence -> end of the program's path
 
-Failure = Callable[[], str | None]
+FailureCheck = Callable[[], str | None]
 """What has ended, such as ``its GCS (process 4711) is gone``; None while nothing has."""
 
 
-def watch(failure: Failure, report: Callable[[str], None]) -> Callable[[], None]:
+def watch(failure: FailureCheck, report: Callable[[str], None]) -> Callable[[], None]:
     """Call `report` once with the first answer of `failure`, in a thread; returns the function that ends it."""
     over = threading.Event()
 
@@ -45,7 +45,7 @@ def watch(failure: Failure, report: Callable[[str], None]) -> Callable[[], None]
     return end
 
 
-def has_ended(process: psutil.Process) -> bool:
+def has_process_ended(process: psutil.Process) -> bool:
     """Whether a process is gone, or a zombie that nobody has waited for."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
@@ -53,17 +53,19 @@ def has_ended(process: psutil.Process) -> bool:
         return True
 
 
-def failure_of(processes: Mapping[str, psutil.Process]) -> Failure:
+def failure_check_of_processes(processes: Mapping[str, psutil.Process]) -> FailureCheck:
     """Watches processes of this machine, by their names in a sentence."""
 
     def failure() -> str | None:
-        ended = [f"its {name} (process {process.pid}) is gone" for name, process in processes.items() if has_ended(process)]
+        ended = [
+            f"its {name} (process {process.pid}) is gone" for name, process in processes.items() if has_process_ended(process)
+        ]
         return " and ".join(ended) or None
 
     return failure
 
 
-def failure_of_own(has_started: Callable[[], bool]) -> Failure:
+def failure_check_of_own_ray(has_started: Callable[[], bool]) -> FailureCheck:
     """Watches the GCS and the raylet that this process starts from now on.
 
     Args:
@@ -75,14 +77,14 @@ def failure_of_own(has_started: Callable[[], bool]) -> Failure:
 
     def failure() -> str | None:
         if len(found) < len(ESSENTIAL):
-            found.update(_by_name(process for process in psutil.Process().children() if process.pid not in earlier))
+            found.update(_essential_processes(process for process in psutil.Process().children() if process.pid not in earlier))
         counted = {name: process for name, process in found.items() if has_started() or _was_killed(process)}
-        return failure_of(counted)()
+        return failure_check_of_processes(counted)()
 
     return failure
 
 
-def _by_name(children: Iterable[psutil.Process]) -> dict[str, psutil.Process]:
+def _essential_processes(children: Iterable[psutil.Process]) -> dict[str, psutil.Process]:
     """The essential ones among these processes; a zombie has a name, and no command line."""
     found: dict[str, psutil.Process] = {}
     for process in children:
@@ -100,20 +102,20 @@ def _was_killed(child: psutil.Process) -> bool:
     return ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
 
 
-def failure_of_cluster(address: str, node: str) -> Failure:
+def failure_check_of_cluster(address: str, node: str) -> FailureCheck:
     """Watches a cluster's GCS, by connecting to it, and the raylet of this driver's node.
 
     Args:
         address: HOST:PORT of the GCS.
         node: id of the node to which this process is connected.
     """
-    raylet_failure, host, port = failure_of(_raylet_of(node)), *address.rpartition(":")[::2]
+    raylet_failure, host, port = failure_check_of_processes(_raylet_of(node)), *address.rpartition(":")[::2]
     silent = 0.0
 
     def failure() -> str | None:
         nonlocal silent
         began = time.monotonic()
-        answers = _answers(host.strip("[]"), int(port))
+        answers = _accepts_connections(host.strip("[]"), int(port))
         asked = min(time.monotonic() - began, CONNECT_SECONDS)  # no longer, even if this process was paused meanwhile
         silent = 0.0 if answers else silent + CHECK_SECONDS + asked
         if silent > UNREACHABLE_SECONDS:
@@ -123,7 +125,7 @@ def failure_of_cluster(address: str, node: str) -> Failure:
     return failure
 
 
-def _answers(host: str, port: int) -> bool:
+def _accepts_connections(host: str, port: int) -> bool:
     """Whether something listens there."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()

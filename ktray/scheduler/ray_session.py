@@ -34,8 +34,8 @@ from ktray.errors import PreflightFailed, UserError
 from ktray.fingerprint import fingerprint
 from ktray.output import VisibleFormatter
 from ktray.scheduler import orphan_cleanup
-from ktray.scheduler.orphan_cleanup import end_processes
-from ktray.scheduler.ray_liveness import failure_of_cluster, failure_of_own, watch
+from ktray.scheduler.orphan_cleanup import end_ray_processes
+from ktray.scheduler.ray_liveness import failure_check_of_cluster, failure_check_of_own_ray, watch
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.stores.locks import FileLock, lock_home
 from ktray.text import visible
@@ -63,7 +63,7 @@ class RaySession:
         address: of the cluster; None if this session started Ray itself.
         log: file for Ray's messages.
         warnings: sentences for the user.
-        on_stop: functions that `leave_schedulers` calls, such as those that leave the schedulers of this session.
+        on_stop: functions that `disconnect_schedulers` calls, such as those that disconnect this session from its schedulers.
         on_loss: called once, in a thread, if Ray ends on its own, with what has ended: ``its GCS (process 4711) is gone``.
         loss: that, or None while Ray runs.
         ends_process: whether this process ends with the session, by ``os._exit``.
@@ -127,7 +127,7 @@ def start(
                 os.dup2(file.fileno(), 2)
         with sigterm_handler_kept(), sighup_blocked():
             if address is None:
-                _start_own(session)
+                _start_own_ray(session)
             else:
                 _connect(session, address)
         _redirect_output(session.log)
@@ -139,17 +139,17 @@ def start(
     return session
 
 
-def leave_schedulers(session: RaySession) -> None:
+def disconnect_schedulers(session: RaySession) -> None:
     """Leave the schedulers of this session, which end with their last driver; takes some seconds at most."""
     ends, session.on_stop = session.on_stop[:], []
 
-    def leave() -> None:
+    def disconnect() -> None:
         for end in ends:
             with suppress(Exception):  # a scheduler that does not answer: it ends by itself, or with our own Ray
                 end()
 
     if ends and session.loss is None:
-        thread = threading.Thread(target=leave, daemon=True)
+        thread = threading.Thread(target=disconnect, daemon=True)
         thread.start()
         thread.join(timeout=LEAVE_SECONDS)
 
@@ -160,17 +160,17 @@ def stop(session: RaySession) -> None:
     If this process ends now, its connection to Ray stays open, because closing it may end the process on the spot: a thread
     that still uses Ray finds that the connection is closed, and Ray exits.
     """
-    leave_schedulers(session)
+    disconnect_schedulers(session)
     session.end_watch()
     atexit.unregister(stop)
     if session.connected and not session.ends_process:
-        _disconnect(session)
+        _close_ray_connection(session)
     session.connected = False
     if session.temporary is not None:
-        end_processes(str(session.temporary), grace=0.0 if session.ends_process or session.loss else 3.0)
-        _keep_errors(session.temporary, session.log)
+        end_ray_processes(str(session.temporary), grace=0.0 if session.ends_process or session.loss else 3.0)
+        _append_worker_stderr(session.temporary, session.log)
         shutil.rmtree(session.temporary, ignore_errors=True)
-        _remove_with_retries(session.home)
+        _remove_folders_with_retries(session.home)
     if session.cleanup is not None:
         session.cleanup.kill()
         session.cleanup.communicate()
@@ -178,7 +178,7 @@ def stop(session: RaySession) -> None:
         session.lock.release()
 
 
-def _disconnect(session: RaySession) -> None:
+def _close_ray_connection(session: RaySession) -> None:
     """Close the connection to Ray, even to one that has ended."""
     import ray
 
@@ -189,18 +189,18 @@ def _disconnect(session: RaySession) -> None:
             file.write(f"ray.shutdown() failed: {type(error).__name__}: {error}\n")
 
 
-def _start_own(session: RaySession) -> None:
+def _start_own_ray(session: RaySession) -> None:
     import ray
 
     _claim_connection(session)
     # Unix sockets live below this folder and their paths may have 107 bytes.
     root = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())
     session.temporary = root / f"ktray-{secrets.token_hex(4)}"
-    folders = [*remove_listed_folders(session.home), session.temporary]
+    folders = [*remove_folders_of_killed_sessions(session.home), session.temporary]
     (session.home / "ray").write_text("".join(f"{folder}\n" for folder in folders))  # before it exists: a kill may come now
     session.temporary.mkdir(mode=0o700)
-    session.cleanup = _start_cleanup(session.temporary)
-    _watch(session, failure_of_own(lambda: session.started))
+    session.cleanup = _start_cleanup_process(session.temporary)
+    _watch_ray(session, failure_check_of_own_ray(lambda: session.started))
     token = session.home / "token"
     if not token.exists():
         _write_private(token, secrets.token_hex(32))
@@ -217,7 +217,7 @@ def _start_own(session: RaySession) -> None:
             include_dashboard=False,
             _temp_dir=str(session.temporary),
             _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": environment()},
+            runtime_env={"env_vars": worker_environment()},
             **_quiet_options(),
         )
     except (RuntimeError, OSError, TimeoutError) as error:
@@ -234,7 +234,7 @@ def _connect(session: RaySession, address: str) -> None:
     try:
         # Nodes have ktray installed, but not the user's own plugins: Ray ships them.
         shipped = {"py_modules": paths} if (paths := plugin_paths()) else {}
-        ray.init(address=address, runtime_env={"env_vars": environment(), **shipped}, **_quiet_options())
+        ray.init(address=address, runtime_env={"env_vars": worker_environment(), **shipped}, **_quiet_options())
     except ray.exceptions.AuthenticationError:
         raise UserError(
             f"the cluster at {address} refuses our token", "--address", "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
@@ -246,7 +246,7 @@ def _connect(session: RaySession, address: str) -> None:
             "Start one with `ray start --head`.",
         ) from None
     context = ray.get_runtime_context()
-    _watch(session, failure_of_cluster(context.gcs_address, context.get_node_id()))
+    _watch_ray(session, failure_check_of_cluster(context.gcs_address, context.get_node_id()))
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         session.warnings.append(
             f"The cluster at {address} has no token authentication: everybody who reaches it can run code there. "
@@ -254,7 +254,7 @@ def _connect(session: RaySession, address: str) -> None:
         )
 
 
-def _start_cleanup(temporary: Path) -> subprocess.Popen[bytes]:
+def _start_cleanup_process(temporary: Path) -> subprocess.Popen[bytes]:
     """The process that outlives this one if it is killed. Its process group is its own, so that Ctrl-C does not reach it."""
     process = subprocess.Popen(
         [sys.executable, "-P", orphan_cleanup.__file__],
@@ -269,12 +269,12 @@ def _start_cleanup(temporary: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def _watch(session: RaySession, failure: Callable[[], str | None]) -> None:
-    def lose(cause: str) -> None:
+def _watch_ray(session: RaySession, failure: Callable[[], str | None]) -> None:
+    def record_loss(cause: str) -> None:
         session.loss = cause
         session.on_loss(cause)
 
-    session.end_watch = watch(failure, lose)
+    session.end_watch = watch(failure, record_loss)
 
 
 def _claim_connection(session: RaySession) -> None:
@@ -316,7 +316,7 @@ def _quiet_options() -> dict[str, Any]:
 
 def _enable_token() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
-    reload_settings()
+    reload_ray_config()
 
 
 def _redirect_output(log: Path) -> None:
@@ -336,10 +336,10 @@ def _redirect_output(log: Path) -> None:
         with suppress(OSError), open(log, "a") as file:
             file.writelines(f"({data.get('pid')}) {visible(str(line))}\n" for line in data.get("lines", ()))
 
-    redirect_messages(write)
+    redirect_driver_messages(write)
 
 
-def _keep_errors(temporary: Path, log: Path) -> None:
+def _append_worker_stderr(temporary: Path, log: Path) -> None:
     """Append to our log the end of what each worker wrote to stderr, such as the reason why one crashed."""
     for path in sorted(temporary.glob("session_2*/logs/worker-*.err")):
         with suppress(OSError), open(path, "rb") as file, open(log, "a") as kept:
@@ -367,18 +367,18 @@ def remove_stale_folders(home: Path) -> None:
     except UserError:
         return
     with lock:
-        _remove_with_retries(home)
+        _remove_folders_with_retries(home)
 
 
-def _remove_with_retries(home: Path) -> None:
-    """Retry `remove_listed_folders` for some seconds; the next session removes what is left even then."""
+def _remove_folders_with_retries(home: Path) -> None:
+    """Retry `remove_folders_of_killed_sessions` for some seconds; the next session removes what is left even then."""
     for _ in range(REMOVAL_TRIES):
-        if not remove_listed_folders(home):
+        if not remove_folders_of_killed_sessions(home):
             return
         time.sleep(0.1)
 
 
-def remove_listed_folders(home: Path) -> list[Path]:
+def remove_folders_of_killed_sessions(home: Path) -> list[Path]:
     """Remove the folders of sessions that were killed; under the home's lock, so nobody uses them.
 
     Returns:
@@ -388,13 +388,13 @@ def remove_listed_folders(home: Path) -> list[Path]:
         listed = [Path(line) for line in (home / "ray").read_text().splitlines()]
     except FileNotFoundError:
         return []
-    ours = [folder for folder in listed if folder.exists() and _is_ours(folder)]
+    ours = [folder for folder in listed if folder.exists() and _is_own_session_folder(folder)]
     for folder in ours:
         shutil.rmtree(folder, ignore_errors=True)
     return [folder for folder in ours if folder.exists()]
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_own_session_folder(folder: Path) -> bool:
     """Whether we may have made this folder: whoever can write HOME/ray must not choose what we remove."""
     parents = {Path("/tmp"), Path(tempfile.gettempdir())}
     if not folder.name.startswith("ktray-") or folder.parent not in parents:
@@ -415,26 +415,26 @@ def listen_on_loopback_only() -> None:
     """
     from ray._private import ray_constants
 
-    _require(ray_constants, "ENABLE_RAY_CLUSTER")
+    _require_attribute(ray_constants, "ENABLE_RAY_CLUSTER")
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
-def reload_settings() -> None:
+def reload_ray_config() -> None:
     """Have Ray's C++ part read the environment again, as Ray's own entry points do after they have set a token."""
     from ray import _raylet
 
-    _require(_raylet, "Config")
+    _require_attribute(_raylet, "Config")
     _raylet.Config.initialize("")  # type: ignore[attr-defined]
 
 
-def redirect_messages(write: Callable[..., None]) -> None:
+def redirect_driver_messages(write: Callable[..., None]) -> None:
     """Have `write(data, ignore_prefix)` called for what Ray prints on the driver's terminal whatever `log_to_driver` says.
 
     These are messages about dead workers and nodes; ``data["lines"]`` holds the text.
     """
     from ray._private import worker
 
-    _require(worker, "print_to_stdstream")
+    _require_attribute(worker, "print_to_stdstream")
     worker.print_to_stdstream = write
 
 
@@ -446,7 +446,7 @@ def sigterm_handler_kept() -> Iterator[None]:
     """
     from ray._private import utils
 
-    _require(utils, "set_sigterm_handler")
+    _require_attribute(utils, "set_sigterm_handler")
     original, handler = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
     has_handler = handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread()
     if has_handler:
@@ -472,7 +472,7 @@ def sighup_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _require(module: ModuleType | Any, name: str) -> None:
+def _require_attribute(module: ModuleType | Any, name: str) -> None:
     if not hasattr(module, name):
         import ray
 
@@ -482,7 +482,7 @@ def _require(module: ModuleType | Any, name: str) -> None:
         )
 
 
-def environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """Environment of the processes of a scheduler: where this package is, which plugins are allowed, one thread per library."""
     outside = [entry or os.getcwd() for entry in sys.path if not entry.startswith((sys.prefix, sys.base_prefix))]
     parent = str(Path(ktray.__file__).parent.parent)
@@ -507,7 +507,7 @@ def plugin_paths() -> list[str]:
 
 def code_and_environment_hash() -> str:
     """Hash of the code and environment that this driver's workers would have, whatever the order of folders and plugins."""
-    given = environment()
+    given = worker_environment()
     lists = {"PYTHONPATH": os.pathsep, "KTRAY_ALLOW_PLUGINS": ","}
     entries = {name: sorted(filter(None, value.split(lists.get(name)))) for name, value in given.items()}
     return fingerprint([entries, _source_hash(("ktray", *entries.get("KTRAY_ALLOW_PLUGINS", ())))])
@@ -518,12 +518,12 @@ def _source_hash(packages: tuple[str, ...]) -> str:
     """Hash of these packages as they are when the driver first asks: drivers of two versions never share a broker."""
     digest = hashlib.sha256()
     for package in packages:
-        for name, path in _sources(package):
+        for name, path in _source_files(package):
             digest.update(f"{package}/{name}".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def _sources(package: str) -> Iterator[tuple[str, Path]]:
+def _source_files(package: str) -> Iterator[tuple[str, Path]]:
     """Relative name and path of a package's Python files, found without importing it."""
     spec = find_spec(package)
     if spec is None:

@@ -76,7 +76,7 @@ class PendingStage:
         waiting_trials: how many of these are not prefetches.
         priorities: priority -> how many of the requests have it.
         seconds: how long it is expected to run.
-        path_seconds: how long it and the longest chain of pending stages that depend on it are expected to run.
+        critical_path_seconds: how long it and the longest chain of pending stages that depend on it are expected to run.
     """
 
     stage: Stage
@@ -87,7 +87,7 @@ class PendingStage:
     waiting_trials: int = 0
     priorities: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
-    path_seconds: float = 0.0
+    critical_path_seconds: float = 0.0
 
 
 @dataclass
@@ -126,7 +126,7 @@ class _PendingGraph:
     """
 
     def __init__(self) -> None:
-        self.names: Counter[str] = Counter()
+        self.ready_counts: Counter[str] = Counter()
         self._order: list[tuple[Rank, str]] = []
         self._ranks: dict[str, Rank] = {}
         self._dependencies: dict[str, frozenset[str]] = {}
@@ -145,11 +145,11 @@ class _PendingGraph:
         """Those of `keys` that are ready, best first."""
         return [key for _, key in sorted((self._ranks[key], key) for key in keys if key in self)]
 
-    def dependencies(self, key: str) -> set[str]:
+    def pending_dependencies(self, key: str) -> set[str]:
         """The pending keys that a pending one depends on."""
         return {dependency for dependency in self._dependencies[key] if dependency in self._ranks}
 
-    def dependent_stages(self, key: str) -> set[str]:
+    def pending_dependents(self, key: str) -> set[str]:
         """The pending keys that depend on this one, or would if it were pending."""
         return self._dependents.get(key, set()).copy()
 
@@ -160,14 +160,14 @@ class _PendingGraph:
         for dependency in self._dependencies[key]:
             self._dependents.setdefault(dependency, set()).add(key)
         for dependent in self._dependents.get(key, ()):
-            self._withdraw(dependent)
+            self._remove_if_ready(dependent)
             self._open_dependencies[dependent] += 1
         self._ranks[key] = rank
-        self._insert(key)
+        self._insert_if_ready(key)
 
     def remove(self, key: str) -> None:
         """A stage is no longer pending; what depended on it may start."""
-        self._withdraw(key)
+        self._remove_if_ready(key)
         del self._ranks[key], self._open_dependencies[key]
         for dependency in self._dependencies.pop(key):
             self._dependents[dependency].discard(key)
@@ -175,37 +175,37 @@ class _PendingGraph:
                 del self._dependents[dependency]
         for dependent in self._dependents.get(key, ()):
             self._open_dependencies[dependent] -= 1
-            self._insert(dependent)
+            self._insert_if_ready(dependent)
 
     def set_rank(self, key: str, rank: Rank) -> None:
         """Move a pending stage to the place that this rank gives it."""
         if rank != self._ranks[key]:
-            self._withdraw(key)
+            self._remove_if_ready(key)
             self._ranks[key] = rank
-            self._insert(key)
+            self._insert_if_ready(key)
 
     def mark_running(self, key: str) -> None:
         """A stage runs."""
-        self._withdraw(key)
+        self._remove_if_ready(key)
         self._running.add(key)
 
     def mark_stopped(self, key: str) -> None:
         """A stage no longer runs, and can start again if it is still pending."""
         self._running.discard(key)
-        self._insert(key)
+        self._insert_if_ready(key)
 
-    def _insert(self, key: str) -> None:
+    def _insert_if_ready(self, key: str) -> None:
         if key in self:
             insort(self._order, (self._ranks[key], key))
-            self.names[kind_of(key)] += 1
+            self.ready_counts[kind_of(key)] += 1
 
-    def _withdraw(self, key: str) -> None:
+    def _remove_if_ready(self, key: str) -> None:
         if key in self:
             del self._order[bisect_left(self._order, (self._ranks[key], key))]
             name = kind_of(key)
-            self.names[name] -= 1
-            if not self.names[name]:
-                del self.names[name]
+            self.ready_counts[name] -= 1
+            if not self.ready_counts[name]:
+                del self.ready_counts[name]
 
 
 class RequestTable:
@@ -276,11 +276,11 @@ class RequestTable:
         if pending is None:
             artifact = self.find(stage.key)
             if artifact is not None:
-                self._note_found(artifact, request)
+                self._record_found_artifact(artifact, request)
                 return
-            pending = self.add_pending(stage, now)
+            pending = self.find_or_add_pending(stage, now)
         request.pending.add(stage.key)
-        self._attach(pending, request)
+        self._attach_request(pending, request)
         if request.waiter and not pending.owner:
             pending.owner = request.id
         absent = [key for key in stage.inputs.values() if key not in self.pending and not self.is_in_store(key)]
@@ -288,25 +288,25 @@ class RequestTable:
             if key in self.stages:
                 self._add_wait(self.stages[key], request, now)
 
-    def _attach(self, pending: PendingStage, request: _Request) -> None:
+    def _attach_request(self, pending: PendingStage, request: _Request) -> None:
         if request.id not in pending.requests:
             pending.requests.add(request.id)
-            self._update_counts(pending, request, 1)
+            self._update_request_counts(pending, request, 1)
 
-    def _detach(self, pending: PendingStage, request: _Request) -> None:
+    def _detach_request(self, pending: PendingStage, request: _Request) -> None:
         if request.id in pending.requests:
             pending.requests.discard(request.id)
-            self._update_counts(pending, request, -1)
+            self._update_request_counts(pending, request, -1)
 
-    def _update_counts(self, pending: PendingStage, request: _Request, step: int) -> None:
+    def _update_request_counts(self, pending: PendingStage, request: _Request, step: int) -> None:
         """Update the counts behind a stage's rank; kept as counts, because thousands of requests may share a stage."""
         pending.waiting_trials += step * bool(request.waiter)
         pending.priorities[request.priority] += step
         if not pending.priorities[request.priority]:
             del pending.priorities[request.priority]
-        self.pending_graph.set_rank(pending.stage.key, self._rank(pending))
+        self.pending_graph.set_rank(pending.stage.key, self._rank_of(pending))
 
-    def _note_found(self, artifact: Artifact, request: _Request) -> None:
+    def _record_found_artifact(self, artifact: Artifact, request: _Request) -> None:
         self._in_store.add(artifact.key)
         request.found[artifact.key] = artifact
         causes = request.waiter and artifact.key in self._prefetched
@@ -316,7 +316,7 @@ class RequestTable:
         elif request.waiter:
             self.reused[kind_of(artifact.key)] += 1
 
-    def add_pending(self, stage: Stage, now: float) -> PendingStage:
+    def find_or_add_pending(self, stage: Stage, now: float) -> PendingStage:
         """The pending stage of this key; a new one belongs to no request yet."""
         if stage.key not in self.pending:
             self._last_order += 1
@@ -324,24 +324,24 @@ class RequestTable:
             self._in_store.discard(stage.key)
             pending = PendingStage(stage, self._last_order, now, seconds=self.expected_seconds(stage))
             self.pending[stage.key] = pending
-            paths = (self.pending[key].path_seconds for key in self.pending_graph.dependent_stages(stage.key))
-            pending.path_seconds = pending.seconds + max(paths, default=0.0)
-            self.pending_graph.add(stage.key, (*stage.resume_from, *stage.inputs.values()), self._rank(pending))
-            self._update_paths(pending)
+            paths = (self.pending[key].critical_path_seconds for key in self.pending_graph.pending_dependents(stage.key))
+            pending.critical_path_seconds = pending.seconds + max(paths, default=0.0)
+            self.pending_graph.add(stage.key, (*stage.resume_from, *stage.inputs.values()), self._rank_of(pending))
+            self._update_critical_paths(pending)
             if stage.family:
                 self._families.setdefault(stage.family, set()).add(stage.key)
         return self.pending[stage.key]
 
-    def _update_paths(self, pending: PendingStage) -> None:
+    def _update_critical_paths(self, pending: PendingStage) -> None:
         """Update the paths of all that this stage depends on, directly or not."""
         lengthened = [pending]
         while lengthened:
             last = lengthened.pop()
-            for key in self.pending_graph.dependencies(last.stage.key):
+            for key in self.pending_graph.pending_dependencies(last.stage.key):
                 dependency = self.pending[key]
-                if dependency.path_seconds < dependency.seconds + last.path_seconds:
-                    dependency.path_seconds = dependency.seconds + last.path_seconds
-                    self.pending_graph.set_rank(key, self._rank(dependency))
+                if dependency.critical_path_seconds < dependency.seconds + last.critical_path_seconds:
+                    dependency.critical_path_seconds = dependency.seconds + last.critical_path_seconds
+                    self.pending_graph.set_rank(key, self._rank_of(dependency))
                     lengthened.append(dependency)
 
     def _remove_pending(self, key: str) -> PendingStage | None:
@@ -362,7 +362,7 @@ class RequestTable:
             self._in_store.add(key)
         return key in self._in_store
 
-    def cancel_waits(self, session: str, waiter: str | None = None) -> None:
+    def cancel_requests(self, session: str, waiter: str | None = None) -> None:
         """Cancel the requests of a session, or of one of its waiters; waiters of two sessions may have the same name.
 
         Stages that already run for them keep running.
@@ -378,7 +378,7 @@ class RequestTable:
             pending = self.pending.get(key)
             if pending is None:
                 continue
-            self._detach(pending, request)
+            self._detach_request(pending, request)
             if pending.owner == request.id:
                 pending.owner = min((each for each in pending.requests if self.open[each].waiter), default="")
             if not pending.requests and key not in self.running:
@@ -417,9 +417,9 @@ class RequestTable:
                 self.reused[name] += 1
             self._answer_if_complete(request)
 
-    def fail(self, key: str, kind: FailureKind, cause: str) -> None:
+    def fail_stage(self, key: str, kind: FailureKind, cause: str) -> None:
         """Fail a pending stage and all that reads it; each request for any of them ends once, with this cause."""
-        dependents = sorted(self.pending_graph.dependent_stages(key))
+        dependents = sorted(self.pending_graph.pending_dependents(key))
         pending = self._remove_pending(key)
         for request_id in sorted(pending.requests) if pending else ():
             self._drop_request(self.open[request_id])
@@ -427,7 +427,7 @@ class RequestTable:
         for dependent in dependents:
             reader = self.pending.get(dependent)
             if reader is not None and key in reader.stage.inputs.values() and dependent not in self.running:
-                self.fail(dependent, kind, f"it reads {key}, which failed: {cause}")
+                self.fail_stage(dependent, kind, f"it reads {key}, which failed: {cause}")
 
     def recompute_input(self, key: str, missing: str, now: float) -> bool:
         """Request an input that turned out to be missing, for those who wait for `key`; whether it will be there."""
@@ -443,7 +443,7 @@ class RequestTable:
         if key in self.pending and not self.pending[key].requests:
             self._remove_pending(key)
 
-    def ready(self) -> Iterator[PendingStage]:
+    def ready_stages(self) -> Iterator[PendingStage]:
         """Pending stages that do not run and whose inputs are there, in the order in which they should start.
 
         Higher priority first, then more waiting trials, then the longer path of dependents, then the older.
@@ -452,13 +452,13 @@ class RequestTable:
         return (self.pending[key] for key in self.pending_graph if key in self.pending)
 
     def ready_among(self, keys: Collection[str]) -> list[PendingStage]:
-        """Those of `keys` that `ready` would give, in its order."""
+        """Those of `keys` that `ready_stages` would give, in its order."""
         return [self.pending[key] for key in self.pending_graph.ready_among(keys)]
 
-    def ready_family(self, stage: Stage) -> list[Stage]:
-        """The other ready stages of this stage's family, in the order of `ready`."""
+    def other_ready_family_members(self, stage: Stage) -> list[Stage]:
+        """The other ready stages of this stage's family, in the order of `ready_stages`."""
         return [pending.stage for pending in self.ready_among(self._families.get(stage.family, set()) - {stage.key})]
 
-    def _rank(self, pending: PendingStage) -> tuple[float, float, float, int]:
+    def _rank_of(self, pending: PendingStage) -> tuple[float, float, float, int]:
         trials = pending.waiting_trials or len(pending.requests)  # or prefetches, which stand for trials to come
-        return (-max(pending.priorities, default=0), -trials, -pending.path_seconds, pending.order)
+        return (-max(pending.priorities, default=0), -trials, -pending.critical_path_seconds, pending.order)

@@ -65,12 +65,12 @@ class RuntimeSettings(StrictSpec):
     checkpoint_seconds: float = Field(default=20.0, gt=0, le=_MOST_SECONDS)
     memmap_bytes: int = Field(default=20 << 30, ge=0, le=_MOST_BYTES)
 
-    def request_of(self, stage: str) -> ResourceRequest:
+    def resources_for(self, stage: str) -> ResourceRequest:
         """The request of the stage of this name."""
         return self.stages.get(stage, DEFAULT_REQUEST)
 
 
-def load_runtime(path: Path | None) -> RuntimeSettings:
+def load_runtime_settings(path: Path | None) -> RuntimeSettings:
     """The settings in a YAML file, such as ``{cpus: 8, stages: {student: {gpus: 0.5}}}``; the defaults without one.
 
     Raises:
@@ -78,23 +78,23 @@ def load_runtime(path: Path | None) -> RuntimeSettings:
     """
     if path is None:
         return RuntimeSettings()
-    fields = _mapping(_given(read_yaml(path)), str(path))
+    fields = _require_mapping(_none_as_empty_mapping(read_yaml(path)), str(path))
     stages: dict[str, Any] = {name: request.model_dump() for name, request in SPLITTABLE.items()}
-    for name, entry in _mapping(_given(fields.get("stages")), f"{path}: stages").items():
+    for name, entry in _require_mapping(_none_as_empty_mapping(fields.get("stages")), f"{path}: stages").items():
         if name not in STAGES:
             raise UserError(f"there is no stage {shown(name)}", f"{path}: stages.{name}", _suggestion(name, STAGES))
-        stages[name] = stages.get(name, {}) | _mapping(entry, f"{path}: stages.{name}")
+        stages[name] = stages.get(name, {}) | _require_mapping(entry, f"{path}: stages.{name}")
     try:
         return RuntimeSettings.model_validate({**fields, "stages": stages})
     except ValidationError as error:
         raise _user_error(error, path) from None
 
 
-def _given(value: Any) -> Any:
+def _none_as_empty_mapping(value: Any) -> Any:
     return {} if value is None else value
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def _require_mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{shown(value)} is not a mapping of names to values", where, _EXAMPLE)
     return value
@@ -133,19 +133,19 @@ class GpuShares:
     """Requests of stages, with GPU shares that grow with recorded peaks. They never shrink, so that workers keep their shape.
 
     Args:
-        request_of: stage name -> request by the runtime file and its defaults. Where `gpus` is None, a stage that runs a
+        resources_for: stage name -> request by the runtime file and its defaults. Where `gpus` is None, a stage that runs a
             network or k-means gets a share while the cluster has GPUs, and every other stage none.
         has_gpus: whether the cluster has GPUs now.
     """
 
-    def __init__(self, request_of: Callable[[str], ResourceRequest], has_gpus: Callable[[], bool]) -> None:
-        self._request_of, self._has_gpus = request_of, has_gpus
+    def __init__(self, resources_for: Callable[[str], ResourceRequest], has_gpus: Callable[[], bool]) -> None:
+        self._resources_for, self._has_gpus = resources_for, has_gpus
         self._shares: dict[str, float] = {}
         self._requests: dict[tuple[str, float], ResourceRequest] = {}
 
     def __call__(self, stage: str) -> ResourceRequest:
         """The request of the stage of this name, its `gpus` a number."""
-        request = self._request_of(stage)
+        request = self._resources_for(stage)
         if request.gpus is not None:
             return request
         gpus = self._shares.get(stage, DEFAULT_GPU_SHARE) if stage in GPU_STAGES and self._has_gpus() else 0.0
@@ -153,23 +153,23 @@ class GpuShares:
             self._requests[stage, gpus] = request.model_copy(update={"gpus": gpus})
         return self._requests[stage, gpus]
 
-    def learn(self, artifact: Artifact) -> None:
+    def learn_peak_memory(self, artifact: Artifact) -> None:
         """Learn from the peak in the record of a stage that ran on a GPU."""
         record = artifact.record
         peak, total = record.get("device_peak_bytes", 0), record.get("device_bytes", 0)
         if not peak or not total:
             return
         stage = kind_of(artifact.key)
-        self._raise_share(stage, smallest_sufficient_share(peak, total))
+        self._increase_share(stage, smallest_sufficient_share(peak, total))
         if record.get("after_out_of_memory"):  # the peak is that of a second run, which took smaller batches
-            self.raise_after_out_of_memory(stage, DEFAULT_GPU_SHARE)
+            self.increase_after_out_of_memory(stage, DEFAULT_GPU_SHARE)
 
-    def raise_after_out_of_memory(self, stage: str, share: float) -> None:
+    def increase_after_out_of_memory(self, stage: str, share: float) -> None:
         """Give stages of this name more than `share`, with which one ran out of memory, whatever their peaks say."""
         if share:
-            self._raise_share(stage, next((larger for larger in _SHARES if larger > share), 1.0))
+            self._increase_share(stage, next((larger for larger in _SHARES if larger > share), 1.0))
 
-    def _raise_share(self, stage: str, share: float) -> None:
+    def _increase_share(self, stage: str, share: float) -> None:
         self._shares[stage] = max(self._shares.get(stage, DEFAULT_GPU_SHARE), share)
 
 

@@ -54,7 +54,7 @@ class _RayPool:
         self._helpers = helpers
 
     @property
-    def workers(self) -> int:
+    def worker_count(self) -> int:
         return 1 + len(self._helpers())
 
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
@@ -115,7 +115,7 @@ class _MapCall:
         while (index := self._take_for_helper(began := time.monotonic())) is not None:
             item = to_bytes(self.items[index])
             try:
-                reply = ray.get(handle.run_item.remote(self.name, self.function_ref, item))
+                reply = ray.get(handle.run_map_item.remote(self.name, self.function_ref, item))
             except ray.exceptions.RayError:
                 reply = None
             if reply is None:  # the helper has died, or runs a stage of its own
@@ -133,14 +133,14 @@ class _MapCall:
 
     def _take_for_helper(self, now: float) -> int | None:
         with self.changed:
-            index = self._next_waiting()
+            index = self._pop_waiting_index()
             if index is not None:
                 self.sent[index] = now
             return index
 
     def _take_for_leader(self, now: float) -> int | None:
         with self.changed:
-            index = self._next_waiting()
+            index = self._pop_waiting_index()
             if index is not None or not self.sent:
                 return index
             oldest = min(self.sent, key=lambda each: self.sent[each])
@@ -149,7 +149,7 @@ class _MapCall:
             del self.sent[oldest]  # its helper is slow: the leader computes it, too, and the first result counts
             return oldest
 
-    def _next_waiting(self) -> int | None:
+    def _pop_waiting_index(self) -> int | None:
         if self.ended or self.errors:
             # As in a plain loop, nothing starts after the first error.
             self.waiting = [index for index in self.waiting if not self.ended and index < min(self.errors)]
@@ -175,7 +175,7 @@ class _MapCall:
 
 
 class WorkerActor:
-    """One process. Its own two threads do the work; the broker only calls `wait_until_exit`, another worker only `run_item`."""
+    """One process. Its two threads do the work; the broker only calls `wait_until_exit`, another worker only `run_map_item`."""
 
     def __init__(self, config: SchedulerConfig, name: str, shape: WorkerShape) -> None:
         self._config = config
@@ -205,7 +205,7 @@ class WorkerActor:
         self._watcher = watcher = threading.Event()
         watcher.wait()
 
-    def run_item(self, call: str, function_ref: list[Any], item: bytes) -> bytes | None:
+    def run_map_item(self, call: str, function_ref: list[Any], item: bytes) -> bytes | None:
         """One item of another worker's `map`; None if this worker has a stage of its own by now.
 
         Args:
@@ -235,17 +235,17 @@ class WorkerActor:
             order: WorkerOrder = ray.get(call)
             if order.action == "exit":
                 return
-            result = self._run(order.assignment, order.helpers) if order.assignment is not None else None
+            result = self._run_assignment(order.assignment, order.helpers) if order.assignment is not None else None
             if result is not None and self._damage:
                 result = replace(result, damage=tuple(self._damage))
                 self._damage.clear()
 
-    def _run(self, assignment: AssignStage, helpers: tuple[str, ...]) -> AttemptResult:
+    def _run_assignment(self, assignment: AssignStage, helpers: tuple[str, ...]) -> AttemptResult:
         stage, attempt = assignment.stage, assignment.attempt
         self._progress, self._lent, self._stage, self._attempt = {}, helpers, stage, attempt
         runtime = self._config.runtime
         context = StageContext(
-            pool=_RayPool(self._helpers),
+            pool=_RayPool(self._lent_worker_handles),
             device="cuda:0" if self._identity.shape.gpus else "cpu",
             progress=self._note_progress,
             checkpoint_seconds=runtime.checkpoint_seconds,
@@ -284,7 +284,7 @@ class WorkerActor:
     def _note_progress(self, values: Mapping[str, float]) -> None:
         self._progress = dict(values)
 
-    def _helpers(self) -> Mapping[str, Any]:
+    def _lent_worker_handles(self) -> Mapping[str, Any]:
         """Name -> actor handle of the workers that are lent to this one now."""
         handles = {}
         for name in self._lent:
@@ -298,7 +298,7 @@ class WorkerActor:
     def _send_heartbeats(self) -> None:
         while True:
             attempt, stage = self._attempt, self._stage
-            call: Any = self._broker.heartbeat.remote(self._identity, stage, attempt if stage else "", self._progress)
+            call: Any = self._broker.worker_heartbeat.remote(self._identity, stage, attempt if stage else "", self._progress)
             helpers: list[str] | None = ray.get(call)
             if helpers is None:
                 return

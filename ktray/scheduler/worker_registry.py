@@ -25,7 +25,7 @@ def worker_shape_for(request: ResourceRequest) -> WorkerShape:
     return WorkerShape(0.0, request.gpus) if request.gpus else WorkerShape(max(request.cpus, 0.01), 0.0)
 
 
-def describe_request(request: ResourceRequest) -> str:
+def describe_resources(request: ResourceRequest) -> str:
     """The request in words, such as ``1 CPU and 2.0 GiB``."""
     shape = worker_shape_for(request)
     units = f"{shape.gpus:g} GPU" if shape.gpus else f"{shape.cpus:g} CPU"
@@ -111,7 +111,7 @@ class WorkerRegistry:
         """The nodes that are alive, and those that left a short while ago and may come back."""
         return [*self.nodes.values(), *(node for node, _ in self._departed.values())]
 
-    def fits(self, request: ResourceRequest) -> bool:
+    def could_ever_fit(self, request: ResourceRequest) -> bool:
         """Whether some node could ever serve this request."""
         shape = worker_shape_for(request)
         return shape.cpus <= self.cpu_limit and any(
@@ -134,7 +134,7 @@ class WorkerRegistry:
 
     def register(self, name: str, shape: WorkerShape, node: str) -> Worker:
         """Add a worker under this name."""
-        self.skip_names([name])
+        self.exclude_names([name])
         self.workers[name] = Worker(name, shape, node)
         return self.workers[name]
 
@@ -150,11 +150,11 @@ class WorkerRegistry:
         """Whether a worker must stay idle because the part of the node that it holds is reserved."""
         return worker.node in self.reserved and worker.uses(self.reserved[worker.node])
 
-    def skip_names(self, names: Iterable[str]) -> None:
+    def exclude_names(self, names: Iterable[str]) -> None:
         """Never give any of these names to a new worker."""
-        self._last_number = max([self._last_number, *map(_number, names)])
+        self._last_number = max([self._last_number, *map(_worker_number, names)])
 
 
-def _number(name: str) -> int:
+def _worker_number(name: str) -> int:
     digits = name.rpartition("-")[2]
     return int(digits) if digits.isdigit() else 0

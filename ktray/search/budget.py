@@ -16,14 +16,14 @@ AttributedCosts = Mapping[str, Mapping[str, float]]
 """``{"prefix": {key: seconds}, "suffix": {key: seconds}}``."""
 
 
-class StageSeconds(NamedTuple):
+class PrefixSuffixSeconds(NamedTuple):
     """Seconds of the stages before the student (prefix), and of the student with its evaluations (suffix)."""
 
     prefix: float = 0.0
     suffix: float = 0.0
 
 
-CostEstimate = Callable[[Params], StageSeconds | None]
+CostEstimate = Callable[[Params], PrefixSuffixSeconds | None]
 """Parameters of a draw -> what it would add to the spending; None if they are no valid pair."""
 
 
@@ -33,7 +33,7 @@ class Spending:
     def __init__(self, trials: Iterable[Trial] = ()) -> None:
         self._costs: dict[int, AttributedCosts] = {}
         self._keys: Counter[str] = Counter()
-        self._spent = StageSeconds()
+        self._spent = PrefixSuffixSeconds()
         for trial in trials:
             self.record_trial(trial)
 
@@ -50,26 +50,26 @@ class Spending:
         for stages in costs.values():
             for key in stages:
                 self._keys[key] += sign
-        prefix, suffix = (sign * sum(costs.get(part, {}).values()) for part in StageSeconds._fields)
-        self._spent = StageSeconds(self._spent.prefix + prefix, self._spent.suffix + suffix)
+        prefix, suffix = (sign * sum(costs.get(part, {}).values()) for part in PrefixSuffixSeconds._fields)
+        self._spent = PrefixSuffixSeconds(self._spent.prefix + prefix, self._spent.suffix + suffix)
 
     def __contains__(self, key: str) -> bool:
         """Whether the stage with this key is attributed to a trial."""
         return self._keys[key] > 0
 
     @property
-    def spent(self) -> StageSeconds:
+    def spent(self) -> PrefixSuffixSeconds:
         """Seconds of all stages: the recorded ones, and the expected ones of stages that have not finished."""
         return self._spent
 
 
-def affordable_seconds(budget: Budget, spent: StageSeconds, trials: Iterable[Trial]) -> float:
+def affordable_seconds(budget: Budget, spent: PrefixSuffixSeconds, trials: Iterable[Trial]) -> float:
     """Seconds that the next draw may cost; infinite until one trial has started without failing."""
     begun = any(trial.state in PREFIX_STATES for trial in trials)
     return math.inf if budget.hours is None or not begun else budget.hours * HOUR - sum(spent)
 
 
-def reached_limit(budget: Budget, seconds: float, spent: StageSeconds) -> str | None:
+def reached_limit(budget: Budget, seconds: float, spent: PrefixSuffixSeconds) -> str | None:
     """The limit of a budget that is reached, as a phrase for the user; None if none is.
 
     Args:
@@ -83,7 +83,7 @@ def reached_limit(budget: Budget, seconds: float, spent: StageSeconds) -> str | 
     return None
 
 
-def nothing_affordable(budget: Budget, spent: StageSeconds) -> str:
+def nothing_affordable_reason(budget: Budget, spent: PrefixSuffixSeconds) -> str:
     """The reason for stopping when no further draw is affordable, as a phrase for the user."""
     hours = budget.hours or 0.0
     return f"the {hours - sum(spent) / HOUR:.3g} of {hours:g} stage hours that are left pay for no other draw"

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical, fingerprint, seed_of
-from ktray.search.budget import CostEstimate, StageSeconds
+from ktray.search.budget import CostEstimate, PrefixSuffixSeconds
 from ktray.search.sampler import Sampler, random_draw
 from ktray.search.space import Space
 from ktray.search.space_tree import Params, Scalar
@@ -34,10 +34,10 @@ class DrawSource(Protocol):
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
         """Sets the function that estimates the cost of a draw from now on."""
 
-    def retry_failed(self) -> int:
+    def requeue_failed_pairs(self) -> int:
         """Queues the pairs of failed trials to be drawn again first; returns their number."""
 
-    def next_trial(self, spent: StageSeconds, affordable: float = math.inf) -> Trial | NoDraw:
+    def next_trial(self, spent: PrefixSuffixSeconds, affordable: float = math.inf) -> Trial | NoDraw:
         """The next trial (running, or final if it is a duplicate or no valid pair), or the reason why there is none."""
 
 
@@ -77,15 +77,15 @@ class SampledDraws:
         """Sets the function that estimates the cost of a draw from now on."""
         self.sampler.cost_estimate = cost_estimate
 
-    def retry_failed(self) -> int:
+    def requeue_failed_pairs(self) -> int:
         """Queues the pairs of failed trials, except invalid ones, to be drawn again first; returns the queue's length."""
         for identity, params in self._failed.items():
-            if self._fingerprint(params) == identity:
+            if self._pair_fingerprint(params) == identity:
                 self._first_trials.pop(identity, None)
                 self._queue.append(params)
         return len(self._queue)
 
-    def next_trial(self, spent: StageSeconds, affordable: float = math.inf) -> Trial | NoDraw:
+    def next_trial(self, spent: PrefixSuffixSeconds, affordable: float = math.inf) -> Trial | NoDraw:
         """The next trial (running, or final if it is a duplicate or no valid pair), or the reason why there is none.
 
         Args:
@@ -94,14 +94,14 @@ class SampledDraws:
                 ones are kept for later.
         """
         for _ in range(len(self._queue)):
-            queued = self._trial(self._queue[0])
+            queued = self._make_trial(self._queue[0])
             if self._is_affordable(queued, affordable):
                 self._queue.popleft()
                 return queued
             self._queue.rotate(-1)
         for index, start in enumerate(self.space.start_with):
             if index not in self._planned:
-                planned = self._trial(self.sampler.propose(self._trial_count, spent, start), index)
+                planned = self._make_trial(self.sampler.propose(self._trial_count, spent, start), index)
                 if self._is_affordable(planned, affordable):
                     return planned
         if len(self._last_states) == MAX_DUPLICATES and set(self._last_states) == {"duplicate"}:
@@ -111,7 +111,7 @@ class SampledDraws:
             self._queue.append(unseen)  # `_find_unseen_draw` returns it only once, and it may not be affordable yet
             return self.next_trial(spent, affordable)
         for attempt in range(MAX_TOO_EXPENSIVE):
-            proposed = self._trial(self.sampler.propose(self._trial_count, spent, affordable=affordable, attempt=attempt))
+            proposed = self._make_trial(self.sampler.propose(self._trial_count, spent, affordable=affordable, attempt=attempt))
             if self._is_affordable(proposed, affordable):
                 return proposed
         return "too_expensive"
@@ -123,7 +123,7 @@ class SampledDraws:
         cost = estimate(dict(trial.params))
         return cost is None or sum(cost) <= affordable
 
-    def _trial(self, params: Params, planned: int | None = None) -> Trial:
+    def _make_trial(self, params: Params, planned: int | None = None) -> Trial:
         try:
             pair = self.space.pair(params).model_dump(mode="json")
         except UserError as error:
@@ -135,19 +135,19 @@ class SampledDraws:
 
     def _find_unseen_draw(self) -> Params | None:
         """A valid draw that was never made; None if it finds none."""
-        for params in self._candidates():
+        for params in self._enumerated_or_random_draws():
             if canonical(params) not in self.sampler.drawn:
-                identity = self._fingerprint(params)
+                identity = self._pair_fingerprint(params)
                 if identity is not None and identity not in self._first_trials:
                     return params
         return None
 
-    def _candidates(self) -> Iterator[Params]:
+    def _enumerated_or_random_draws(self) -> Iterator[Params]:
         """All draws of a small space, once in random order; random draws of a larger one."""
         size = self.space.size()
         if size is not None and size <= MAX_ENUMERATED:
             if self._unexamined_draws is None:
-                draws = list(self.space.draws())
+                draws = list(self.space.all_draws())
                 random.Random(seed_of(self.space.seed, "unseen")).shuffle(draws)
                 self._unexamined_draws = iter(draws)
             yield from self._unexamined_draws
@@ -156,7 +156,7 @@ class SampledDraws:
             for number in range(MAX_RANDOM_TRIES):
                 yield random_draw(self.space, seed_of(seed, number))
 
-    def _fingerprint(self, params: Mapping[str, Scalar]) -> str | None:
+    def _pair_fingerprint(self, params: Mapping[str, Scalar]) -> str | None:
         """Fingerprint of the pair with these parameters; None if it is no valid pair."""
         try:
             return fingerprint(self.space.pair(params).model_dump(mode="json"))
@@ -164,7 +164,7 @@ class SampledDraws:
             return None
 
 
-class _FixedDraws:
+class _NonAdaptiveDraws:
     """Draws that do not depend on results: a list, a grid, random search.
 
     Args:
@@ -185,11 +185,11 @@ class _FixedDraws:
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
         """Does nothing: the draws do not depend on costs."""
 
-    def retry_failed(self) -> int:
+    def requeue_failed_pairs(self) -> int:
         """Returns 0: no draw is made again."""
         return 0
 
-    def next_trial(self, spent: StageSeconds, affordable: float = math.inf) -> Trial | NoDraw:
+    def next_trial(self, spent: PrefixSuffixSeconds, affordable: float = math.inf) -> Trial | NoDraw:
         """The next trial, running or a duplicate; "exhausted" at the end of the list."""
         number = self._trial_count
         params = self.draw(number)
@@ -203,9 +203,9 @@ class _FixedDraws:
 
 def fixed_draws(space: Space, entries: Sequence[Mapping[str, Scalar]]) -> DrawSource:
     """The draws in a list, in its order."""
-    return _FixedDraws(space, lambda number: entries[number] if number < len(entries) else None)
+    return _NonAdaptiveDraws(space, lambda number: entries[number] if number < len(entries) else None)
 
 
-def random_draws(space: Space) -> DrawSource:
+def random_search_draws(space: Space) -> DrawSource:
     """Independent random draws, seeded by the space: random search."""
-    return _FixedDraws(space, lambda number: random_draw(space, seed_of(space.seed, "chance", number)))
+    return _NonAdaptiveDraws(space, lambda number: random_draw(space, seed_of(space.seed, "chance", number)))

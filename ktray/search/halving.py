@@ -60,7 +60,7 @@ class _TeacherRung:
         if self._stop is None:
             return
         if new.teacher_score is not None and (old is None or old.teacher_score is None):  # its first score
-            judged = (self._sign * new.teacher_score, _teacher(new))
+            judged = (self._sign * new.teacher_score, _teacher_identity(new))
             position = bisect_left(self._judged, judged)
             if self._judged[position : position + 1] != [judged]:
                 self._judged.insert(position, judged)
@@ -86,18 +86,18 @@ class _TeacherRung:
 
     def teacher_prune_cause(self, trial: Trial) -> str | None:
         """See `RungScores.teacher_prune_cause`."""
-        if self._stop is None or trial.teacher_score is None or not trial.waits_for_teacher:
+        if self._stop is None or trial.teacher_score is None or not trial.is_stopped_at_teacher_rung:
             return None
         place, total = self.rank(self._sign * trial.teacher_score) + 1, len(self._judged)
         return f"its teacher has place {place} of {total} by {self._stop.metric} ({trial.teacher_score:.4f}): no student"
 
     def _paused_entry(self, trial: Trial | None) -> LossAndNumber | None:
-        if trial is None or trial.teacher_score is None or trial.state != "paused" or not trial.waits_for_teacher:
+        if trial is None or trial.teacher_score is None or trial.state != "paused" or not trial.is_stopped_at_teacher_rung:
             return None
         return self._sign * trial.teacher_score, trial.number
 
 
-def _teacher(trial: Trial) -> str:
+def _teacher_identity(trial: Trial) -> str:
     """Identity of a trial's teacher: the fingerprint of `data` and `teacher` in its pair."""
     return fingerprint({name: trial.pair.get(name) for name in ("data", "teacher")})
 
@@ -121,7 +121,7 @@ class RungScores:
         self._teachers.update(old, new)
         for rung, count in self._reached.items():
             self._reached[rung] = count + (rung in new.scores) - (old is not None and rung in old.scores)
-            _replace(self._ranked[rung], self._entry(old, rung), self._entry(new, rung))
+            _replace(self._ranked[rung], self._rung_entry(old, rung), self._rung_entry(new, rung))
             _replace(self._paused[rung], self._paused_entry(old, rung), self._paused_entry(new, rung))
 
     def promotion(self) -> int | None:
@@ -137,7 +137,7 @@ class RungScores:
                 return paused[0][1]
         return self._teachers.promotion()
 
-    def best_unfinished(self) -> int | None:
+    def best_paused_if_none_completed(self) -> int | None:
         """Number of the best paused trial at the highest rung; None if a trial is completed or none is paused."""
         if self._completed:
             return None
@@ -148,13 +148,13 @@ class RungScores:
         """Why a trial was pruned before its student; None if its student has begun."""
         return self._teachers.teacher_prune_cause(trial)
 
-    def _entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
+    def _rung_entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
         if trial is None or rung not in trial.scores or trial.state == "failed":
             return None
-        return _order(self.stop, trial, rung)
+        return _sort_key(self.stop, trial, rung)
 
     def _paused_entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
-        return self._entry(trial, rung) if trial and trial.state == "paused" and trial.epoch == rung else None
+        return self._rung_entry(trial, rung) if trial and trial.state == "paused" and trial.epoch == rung else None
 
 
 def _replace(entries: list[LossAndNumber], old: LossAndNumber | None, new: LossAndNumber | None) -> None:
@@ -167,11 +167,11 @@ def _replace(entries: list[LossAndNumber], old: LossAndNumber | None, new: LossA
         insort(entries, new)
 
 
-def best_first(stop: EarlyStop | None, trials: Sequence[Trial], rung: int) -> list[Trial]:
+def sorted_by_rung_score(stop: EarlyStop | None, trials: Sequence[Trial], rung: int) -> list[Trial]:
     """Trials by their score at a rung, the earlier draw first where scores are equal."""
-    return sorted(trials, key=lambda trial: _order(stop, trial, rung))
+    return sorted(trials, key=lambda trial: _sort_key(stop, trial, rung))
 
 
-def _order(stop: EarlyStop | None, trial: Trial, rung: int) -> LossAndNumber:
+def _sort_key(stop: EarlyStop | None, trial: Trial, rung: int) -> LossAndNumber:
     sign = 1 if stop and stop.mode == "min" else -1
     return sign * trial.scores[rung], trial.number

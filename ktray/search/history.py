@@ -15,14 +15,14 @@ from ktray.stores.locks import LockHolder, lock_holder
 STATUS_FILE = "status.json"  # written by a running search every few seconds
 
 
-def driver_of(home: Path, name: str) -> LockHolder | None:
+def driver_of_study(home: Path, name: str) -> LockHolder | None:
     """The process that searches a study; None if nobody does."""
-    folder = journal.folder(home, name)
+    folder = journal.study_folder(home, name)
     return lock_holder(folder / journal.DRIVER_LOCK, folder / STATUS_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
-class History:
+class StudySnapshot:
     """A snapshot of a study.
 
     Attributes:
@@ -42,7 +42,7 @@ class History:
         return self.space.objectives
 
 
-def read_study(home: Path, name: str) -> History:
+def read_study(home: Path, name: str) -> StudySnapshot:
     """The current state of a study. What ran when its search ended is `interrupted`, once nobody searches it any more.
 
     Raises:
@@ -53,10 +53,10 @@ def read_study(home: Path, name: str) -> History:
         raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
     space = Space.from_content(notes["space"], name)
     running = [index for index, trial in enumerate(trials) if trial.state == "running"]
-    if running and driver_of(home, name) is None:
+    if running and driver_of_study(home, name) is None:
         for index in running:
             trials[index] = dataclasses.replace(trials[index], state="interrupted")
-    return History(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
+    return StudySnapshot(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
 
 
 def keys_in_use(home: Path) -> set[str]:

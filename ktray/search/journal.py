@@ -37,7 +37,7 @@ _FINAL = {
 }
 
 
-def folder(home: Path, name: str) -> Path:
+def study_folder(home: Path, name: str) -> Path:
     """The folder of a study."""
     return home / "studies" / name
 
@@ -61,7 +61,7 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
         study = optuna.load_study(study_name=name, storage=_storage(home, name), sampler=RandomSampler())
     except KeyError:
         return {}, []
-    return dict(study.user_attrs), [_trial(frozen) for frozen in study.get_trials(deepcopy=False)]
+    return dict(study.user_attrs), [_from_frozen_trial(frozen) for frozen in study.get_trials(deepcopy=False)]
 
 
 class Journal:
@@ -69,14 +69,14 @@ class Journal:
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._journal = space, _JournalFile(folder(home, name) / "journal.log")
+        self._space, self._journal = space, _JournalFile(study_folder(home, name) / "journal.log")
         self._storage = JournalStorage(self._journal)
         self._distributions = tpe.distributions(space)
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
             sampler=RandomSampler(),
-            directions=sampler.directions(space),
+            directions=sampler.optuna_directions(space),
             load_if_exists=True,
         )
 
@@ -84,7 +84,7 @@ class Journal:
         """All notes on the study as a whole, name -> JSON value."""
         return dict(self._study.user_attrs)
 
-    def note(self, name: str, value: Any) -> None:
+    def write_note(self, name: str, value: Any) -> None:
         """Writes one note, a JSON value."""
         with self._journal.synced():
             self._study.set_user_attr(name, value)
@@ -93,7 +93,7 @@ class Journal:
         """All trials in the order of their numbers. Completes the saving of trials during which a driver was killed."""
         found = []
         for frozen in self._study.get_trials(deepcopy=False):
-            trial = _trial(frozen)
+            trial = _from_frozen_trial(frozen)
             if trial.state in _FINAL and not frozen.state.is_finished():
                 self.save(trial)
             found.append(trial)
@@ -102,9 +102,9 @@ class Journal:
     def add(self, trial: Trial) -> None:
         """Writes a new trial as one line; its number must be the next."""
         with self._journal.synced():
-            self._study.add_trial(self._frozen(trial))
+            self._study.add_trial(self._to_frozen_trial(trial))
 
-    def _frozen(self, trial: Trial) -> FrozenTrial:
+    def _to_frozen_trial(self, trial: Trial) -> FrozenTrial:
         return create_trial(
             state=_FINAL.get(trial.state, TrialState.RUNNING),
             params=dict(trial.params),
@@ -113,22 +113,22 @@ class Journal:
                 "pair": json.dumps(trial.pair),
                 "started": trial.started,
                 "planned": trial.planned,
-                **_attributes(trial),
+                **_user_attributes(trial),
             },
         )
 
     def save(self, trial: Trial) -> None:
         """Writes the changes of a trial; its state comes last, so that a trial in a final state is always complete."""
         with self._journal.synced():
-            self._save(trial)
+            self._save_unsynced(trial)
 
-    def _save(self, trial: Trial) -> None:
-        frozen = self._stored(trial.number)
+    def _save_unsynced(self, trial: Trial) -> None:
+        frozen = self._stored_trial(trial.number)
         single = len(self._space.objectives) == 1
         if single:  # with several objectives Optuna allows no intermediate values
             for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
                 self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, trial.scores[epoch])
-        for name, value in _attributes(trial).items():
+        for name, value in _user_attributes(trial).items():
             if frozen.user_attrs.get(name) != value:
                 self._storage.set_trial_user_attr(frozen._trial_id, name, value)
         if trial.state in _FINAL:
@@ -137,13 +137,13 @@ class Journal:
                 values = [trial.scores[trial.epoch]] if trial.scores else None
             self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
 
-    def _stored(self, number: int) -> FrozenTrial:
+    def _stored_trial(self, number: int) -> FrozenTrial:
         study = self._study._study_id  # reads one trial; the public API of a study reads all of them
         return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study, number))
 
 
 def _storage(home: Path, name: str) -> JournalStorage:
-    return JournalStorage(_JournalFile(folder(home, name) / "journal.log"))
+    return JournalStorage(_JournalFile(study_folder(home, name) / "journal.log"))
 
 
 class _JournalFile(JournalFileBackend):
@@ -167,7 +167,7 @@ class _JournalFile(JournalFileBackend):
         try:
             self._file_lock.acquire()  # creates a symbolic link, which fails on a full disk, too
         except OSError as error:
-            raise _as_disk_full(error, self._path) from error
+            raise _translate_disk_full(error, self._path) from error
         try:
             with open(self._path, "ab", buffering=0) as file:
                 size = file.tell()
@@ -176,7 +176,7 @@ class _JournalFile(JournalFileBackend):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
                 except OSError as error:
                     file.truncate(size)
-                    raise _as_disk_full(error, self._path) from error
+                    raise _translate_disk_full(error, self._path) from error
         finally:
             self._file_lock.release()
 
@@ -190,7 +190,7 @@ class _JournalFile(JournalFileBackend):
         try:
             for number, log in enumerate(super().read_logs(log_number_from), log_number_from + 1):
                 if damaged:
-                    raise _damaged(self._path, number - 1)
+                    raise _damaged_line_error(self._path, number - 1)
                 try:
                     require_line(log)
                 except ValueError:
@@ -198,7 +198,7 @@ class _JournalFile(JournalFileBackend):
                     continue
                 yield log
         except ValueError as error:  # not even JSON, and other lines follow
-            raise _damaged(self._path, number + 1) from error
+            raise _damaged_line_error(self._path, number + 1) from error
 
     @contextlib.contextmanager
     def synced(self) -> Iterator[None]:
@@ -208,22 +208,22 @@ class _JournalFile(JournalFileBackend):
             with open(self._path, "rb") as file:
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _as_disk_full(error, self._path) from error
+            raise _translate_disk_full(error, self._path) from error
 
 
-def _damaged(path: Path, line: int) -> UserError:
+def _damaged_line_error(path: Path, line: int) -> UserError:
     return UserError(
         f"line {line} of {path} is damaged, so that the study {path.parent.name!r} is not what it was",
         instead="Put a copy of this file back, or search the space again under another --name: what is in the store is reused.",
     )
 
 
-def _as_disk_full(error: OSError, path: Path) -> Exception:
+def _translate_disk_full(error: OSError, path: Path) -> Exception:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return SearchStopped(f"the disk is full: {path} cannot be written") if full else error
 
 
-def _attributes(trial: Trial) -> dict[str, Any]:
+def _user_attributes(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
     found |= {"cost": dict(trial.cost)} if trial.cost else {}
     found |= (
@@ -237,7 +237,7 @@ def _attributes(trial: Trial) -> dict[str, Any]:
     return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores, "teacher": trial.teacher_score}}
 
 
-def _trial(frozen: FrozenTrial) -> Trial:
+def _from_frozen_trial(frozen: FrozenTrial) -> Trial:
     noted: Mapping[str, Any] = frozen.user_attrs
     progress = noted["progress"]
     return Trial(
@@ -269,7 +269,7 @@ def driver_lock(home: Path, name: str) -> Iterator[None]:
     Raises:
         UserError: another process drives the study.
     """
-    directory = folder(home, name)
+    directory = study_folder(home, name)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / DRIVER_LOCK
     lock = try_lock(path, name_of_this_process())

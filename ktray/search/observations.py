@@ -57,7 +57,7 @@ class Observations:
             self._trials[trial.number] = trial
             insort(self._completed, (self._losses(trial)[0], trial.number))
             if len(self._modes) > 1:
-                self._extend_front(trial)
+                self._update_pareto_front(trial)
         elif trial.state in ("running", "interrupted", "paused", "pruned") and trial.last_rung_score:
             self._trials[trial.number] = trial
             insort(self._at_rungs.setdefault(trial.last_rung_score[0], []), self._rung_entry(trial))
@@ -84,7 +84,7 @@ class Observations:
         """Number of trials with a result."""
         return len(self._with_result)
 
-    def split(self) -> tuple[list[Trial], list[Trial]]:
+    def good_and_bad(self) -> tuple[list[Trial], list[Trial]]:
         """The good trials and the bad ones, each in the order of their draws.
 
         Pending trials count as bad (constant liar), so that workers do not all try the same draw.
@@ -104,7 +104,7 @@ class Observations:
         best = self._best(len(self) if len(self) <= limit else limit // 2)
         chosen = set(best)
         others = [number for number in self._with_result[-limit:] if number not in chosen]
-        numbers = [*best, *self._in_order(others[max(0, len(best) + len(others) - limit) :])]
+        numbers = [*best, *self._ranked(others[max(0, len(best) + len(others) - limit) :])]
         pending = sorted(self._pending)[-(limit // 2) :]
         return [self._trials[number] for number in numbers], [self._trials[number] for number in pending]
 
@@ -115,7 +115,7 @@ class Observations:
         reached, _ = trial.last_rung_score or (0, 0.0)
         return sum(rung > reached for rung in rung_epochs(self._stop, trial.total_epochs))
 
-    def _in_order(self, numbers: Iterable[int]) -> list[int]:
+    def _ranked(self, numbers: Iterable[int]) -> list[int]:
         """These trials, best first, by the first objective."""
 
         def order(number: int) -> tuple[int, int, float, int]:
@@ -141,7 +141,7 @@ class Observations:
         losses = np.array([self._losses(self._trials[number]) for number in known]).reshape(len(known), len(self._modes))
         return [known[index] for index in _nondominated_order(losses, count)]
 
-    def _extend_front(self, trial: Trial) -> None:
+    def _update_pareto_front(self, trial: Trial) -> None:
         own = self._losses(trial)
         if any(dominates(other, own) for other in self._front.values()):
             return

@@ -16,7 +16,7 @@ def ranked(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> li
     return sorted(completed, key=lambda trial: (*_losses(trial, objectives), trial.number))
 
 
-def front(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> list[Trial]:
+def pareto_front(trials: Sequence[Trial], objectives: Sequence[tuple[str, str]]) -> list[Trial]:
     """Completed trials that no other dominates (the Pareto front), in the order of `ranked`."""
     losses = [(trial, _losses(trial, objectives)) for trial in ranked(trials, objectives)]
     valued = [(trial, own) for trial, own in losses if math.inf not in own]
@@ -37,7 +37,7 @@ def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
 MAX_PARAMS = 4  # listed per trial; `ktray show STUDY/NUMBER` lists all
 
 
-def names(trial: Trial) -> tuple[str, str, str]:
+def component_names(trial: Trial) -> tuple[str, str, str]:
     """Names of teacher, transfer and student, such as ``("hog", "k=50", "alexnet w0.25")``."""
     return teacher_name(trial.pair), transfer_name(trial.pair), student_name(trial.pair)
 
@@ -49,7 +49,7 @@ def distinguishing_params(trials: Sequence[Trial]) -> dict[int, str]:
     """
     alike: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:
-        alike.setdefault(names(trial), []).append(trial)
+        alike.setdefault(component_names(trial), []).append(trial)
     differing = {
         name
         for group in alike.values()

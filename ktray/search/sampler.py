@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from optuna.study import StudyDirection
 
 from ktray.fingerprint import canonical, seed_of
-from ktray.search.budget import CostEstimate, StageSeconds
+from ktray.search.budget import CostEstimate, PrefixSuffixSeconds
 from ktray.search.observations import Observations
 from ktray.search.space import Space
 from ktray.search.space_tree import Choice, Parameter, Params, Scalar, all_values
 from ktray.search.surrogate import Surrogate
-from ktray.search.tpe import ParzenEstimators
+from ktray.search.tpe import TpeProposer
 from ktray.search.trial import PREFIX_STATES, Trial
 
 STARTUP = 10  # trials with a result before TPE replaces random draws, as in Optuna
@@ -57,7 +57,7 @@ class Sampler:
     def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
         self.space, self.cost_estimate = space, cost_estimate
         self.observations = Observations(space)
-        self._parzen, self._surrogate = ParzenEstimators(space), Surrogate(space)
+        self._tpe, self._surrogate = TpeProposer(space), Surrogate(space)
         self.drawn: set[str] = set()  # canonical text of the parameters of each draw
         self._prefixes: dict[str, _Prefix] = {}
         self._prefix_of: dict[int, str] = {}
@@ -70,20 +70,20 @@ class Sampler:
             return
         if trial.number not in self._prefix_of:
             self.drawn.add(canonical(dict(trial.params)))
-            params = self.space.params_before_student(trial.params)
+            params = self.space.params_of_prefix(trial.params)
             self._prefix_of[trial.number] = name = canonical(params)
             self._prefixes.setdefault(name, _Prefix(params))
         trials = self._prefixes[self._prefix_of[trial.number]].trials
-        usable = trial.state in PREFIX_STATES and not trial.waits_for_teacher
+        usable = trial.state in PREFIX_STATES and not trial.is_stopped_at_teacher_rung
         (trials.add if usable else trials.discard)(trial.number)
-        paused = self._paused_by_teacher.setdefault(self._teacher(trial.params), set())
-        waits = trial.waits_for_teacher and trial.state == "paused"  # once pruned, its teacher may be drawn again
+        paused = self._paused_by_teacher.setdefault(self._teacher_identity(trial.params), set())
+        waits = trial.is_stopped_at_teacher_rung and trial.state == "paused"  # once pruned, its teacher may be drawn again
         (paused.add if waits else paused.discard)(trial.number)
 
     def propose(
         self,
         count: int,
-        spent: StageSeconds,
+        spent: PrefixSuffixSeconds,
         planned: Mapping[str, Scalar] | None = None,
         affordable: float = math.inf,
         attempt: int = 0,
@@ -103,13 +103,13 @@ class Sampler:
         seed = seed_of(self.space.seed, "sampler", count, *([attempt] if attempt else []))
         method = self.space.sampler_name
         if method == "balanced":
-            return self._balanced(random.Random(seed), spent, planned or {}, affordable)
+            return self._propose_balanced(random.Random(seed), spent, planned or {}, affordable)
         if method == "random" or len(self.observations) < STARTUP:
             return random_draw(self.space, seed, planned)
-        return self._parzen.propose(*self.observations.split(), seed, planned or {})
+        return self._tpe.propose(*self.observations.good_and_bad(), seed, planned or {})
 
-    def _balanced(
-        self, generator: random.Random, spent: StageSeconds, planned: Mapping[str, Scalar], affordable: float
+    def _propose_balanced(
+        self, generator: random.Random, spent: PrefixSuffixSeconds, planned: Mapping[str, Scalar], affordable: float
     ) -> Params:
         ranked, pending = self.observations.ranked_and_pending(MAX_OBSERVATIONS)
         draws = self._candidates([dict(trial.params) for trial in ranked], generator, planned)
@@ -120,7 +120,7 @@ class Sampler:
             draws = [draws[index] for index in np.argsort(-improvement, kind="stable")]
         if planned or self.cost_estimate is None:
             return draws[0]
-        return self._pick_affordable(draws, spent, self.cost_estimate, affordable)
+        return self._pick_balanced_draw(draws, spent, self.cost_estimate, affordable)
 
     def expected_improvement(
         self, ranked: Sequence[Trial], pending: Sequence[Trial], draws: Sequence[Params]
@@ -131,8 +131,8 @@ class Sampler:
             [trial.params for trial in ranked], [trial.params for trial in pending], draws, ahead
         )
 
-    def _pick_affordable(
-        self, draws: Sequence[Params], spent: StageSeconds, cost_estimate: CostEstimate, affordable: float
+    def _pick_balanced_draw(
+        self, draws: Sequence[Params], spent: PrefixSuffixSeconds, cost_estimate: CostEstimate, affordable: float
     ) -> Params:
         """The first draw that keeps the balance; else the first within `affordable`, or the cheapest prefix if none exists."""
         estimated: list[tuple[float, Params]] = []
@@ -170,7 +170,9 @@ class Sampler:
         poor = {teacher for teacher, paused in self._paused_by_teacher.items() if paused}
         distinct = {canonical(draw): draw for draw in found}
         return [
-            draw for text, draw in distinct.items() if text not in self.drawn and not (poor and self._teacher(draw) in poor)
+            draw
+            for text, draw in distinct.items()
+            if text not in self.drawn and not (poor and self._teacher_identity(draw) in poor)
         ]
 
     def _neighbour(self, draw: Params, generator: random.Random, complete: Callable[[Params], Params]) -> Params:
@@ -178,13 +180,13 @@ class Sampler:
         again = generator.choice(sorted(draw))
         return complete({name: value for name, value in draw.items() if name != again})
 
-    def _teacher(self, params: Mapping[str, Scalar]) -> str:
+    def _teacher_identity(self, params: Mapping[str, Scalar]) -> str:
         """Identity of a draw's teacher, as canonical text."""
         return canonical({name: value for name, value in params.items() if name in self.space.teacher_parameters})
 
     def _has_existing_prefix(self, draw: Params) -> bool:
         """Whether a usable trial has the prefix of this draw."""
-        known = self._prefixes.get(canonical(self.space.params_before_student(draw)))
+        known = self._prefixes.get(canonical(self.space.params_of_prefix(draw)))
         return known is not None and bool(known.trials)
 
 
@@ -193,12 +195,12 @@ def _pick_good_draw(ranked: Sequence[Params], generator: random.Random) -> Param
     return ranked[min(len(ranked) - 1, int(generator.expovariate(-math.log(GOOD_DRAW_DECAY))))]
 
 
-def propose(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar] | None = None) -> Params:
+def propose_ignoring_costs(space: Space, trials: Sequence[Trial], planned: Mapping[str, Scalar] | None = None) -> Params:
     """The draw that follows these trials, ignoring costs."""
     sampler = Sampler(space)
     for trial in trials:
         sampler.observe(trial)
-    return sampler.propose(len(trials), StageSeconds(), planned)
+    return sampler.propose(len(trials), PrefixSuffixSeconds(), planned)
 
 
 def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = None) -> Params:
@@ -215,9 +217,9 @@ def random_draw(space: Space, seed: int, planned: Mapping[str, Scalar] | None = 
             return float(min(parameter.high, parameter.low * (parameter.high / parameter.low) ** generator.random()))
         return generator.uniform(parameter.low, parameter.high)  # type: ignore[union-attr]
 
-    return space.suggest(ask)
+    return space.build_draw(ask)
 
 
-def directions(space: Space) -> list[StudyDirection | Literal["minimize", "maximize"]]:
+def optuna_directions(space: Space) -> list[StudyDirection | Literal["minimize", "maximize"]]:
     """Optuna's direction of each objective."""
     return ["minimize" if mode == "min" else "maximize" for _, mode in space.objectives]

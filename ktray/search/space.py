@@ -49,14 +49,14 @@ class Space:
         """
         document = space_file.validate(content, source)
         found: list[SpecProblem] = []
-        root = space_tree.parse(document.pair, (), found)
-        if not found and sum(1 for _ in space_tree.parameters(root)) > MAX_PARAMETERS:
+        root = space_tree.parse_tree(document.pair, (), found)
+        if not found and sum(1 for _ in space_tree.parameters_with_conditions(root)) > MAX_PARAMETERS:
             found.append(SpecProblem("pair", f"it has more than {MAX_PARAMETERS:,} parameters", "Search fewer at a time."))
         spec_errors.raise_if_any(found, source)
         return cls(document, root, source)
 
     @property
-    def name(self) -> str:
+    def study_name(self) -> str:
         """The study's name."""
         return self.document.study
 
@@ -90,16 +90,16 @@ class Space:
             {str(name): space_tree.scalar_of(value) for name, value in entry.items()} for entry in self.document.start_with
         )
 
-    def suggest(self, ask: Ask) -> Params:
+    def build_draw(self, ask: Ask) -> Params:
         """One draw, define-by-run: calls `ask` for each parameter of the chosen branches, in the order of the file."""
         params: Params = {}
-        space_tree.draw(self._parameter_tree, ask, params)
+        space_tree.fill_params(self._parameter_tree, ask, params)
         return params
 
     @cached_property
     def _parameter_tree(self) -> Any:
         """The tree without constants, for speed: a sampler makes many draws, and most of a pair is constant."""
-        return space_tree.parameters_only(self.root)
+        return space_tree.without_constants(self.root)
 
     @cached_property
     def prefix_parameters(self) -> frozenset[str]:
@@ -111,17 +111,17 @@ class Space:
         """See `teacher_parameters`."""
         return teacher_parameters(self.root)
 
-    def params_before_student(self, params: Mapping[str, Scalar]) -> Params:
+    def params_of_prefix(self, params: Mapping[str, Scalar]) -> Params:
         """Those of `params` that determine the prefix: what is computed before the student."""
         return {name: value for name, value in params.items() if name in self.prefix_parameters}
 
     def fill_with_first_values(self, params: Mapping[str, Scalar]) -> Params:
         """`params`, with the first option or the lower end for each parameter that is left out."""
-        return self.suggest(lambda parameter: params.get(parameter.name, space_tree.boundary_values(parameter)[0]))
+        return self.build_draw(lambda parameter: params.get(parameter.name, space_tree.values_to_check(parameter)[0]))
 
     def plain_pair(self, params: Mapping[str, Scalar]) -> dict[str, Any]:
         """The pair with these parameters, as plain data before validation."""
-        value: dict[str, Any] = space_tree.resolve(self.root, params)
+        value: dict[str, Any] = space_tree.substitute(self.root, params)
         return value
 
     def pair(self, params: Mapping[str, Scalar]) -> PairSpec:
@@ -134,7 +134,7 @@ class Space:
         try:
             return PairSpec.model_validate(value)
         except ValidationError as error:
-            found = spec_errors.from_validation(error, PairSpec, value, lambda path: self.path_in_file(path, params))
+            found = spec_errors.problems_from_validation(error, PairSpec, value, lambda path: self.path_in_file(path, params))
             spec_errors.raise_if_any(found, self.source)
             raise AssertionError("unreachable: a validation error has problems") from error
 
@@ -161,7 +161,7 @@ class Space:
         """Number of different draws; None if a parameter is continuous."""
         return space_tree.size(self.root)
 
-    def draws(self) -> Iterator[Params]:
+    def all_draws(self) -> Iterator[Params]:
         """Every draw of a finite space, in the order of the file.
 
         Raises:
@@ -176,23 +176,23 @@ class Space:
 
         The labels are ``teacher=hog`` for the first of each combination of branches, then ``teacher=hog: transfer.k=500``.
         """
-        known = {parameter.name: parameter for parameter, _ in space_tree.parameters(self.root)}
+        known = {parameter.name: parameter for parameter, _ in space_tree.parameters_with_conditions(self.root)}
         for base in self._branch_combinations():
-            branches = {name: value for name, value in base.items() if space_tree.is_branch(known[name])}
+            branches = {name: value for name, value in base.items() if space_tree.chooses_branch(known[name])}
             head = ", ".join(f"{name}={value}" for name, value in branches.items()) or "the pair"
             yield head, base
             for name in [name for name in base if name not in branches]:
-                for value in space_tree.boundary_values(known[name])[1:]:
+                for value in space_tree.values_to_check(known[name])[1:]:
                     yield f"{head}: {name}={value}", {**base, name: value}
 
     def _branch_combinations(self) -> Iterator[Params]:
         """The first `MAX_BRANCH_COMBINATIONS` of all, with first values elsewhere; then one for each branch that is in none."""
-        every = space_tree.combinations(self.root, lambda parameter: space_tree.boundary_values(parameter)[:1])
+        every = space_tree.combinations(self.root, lambda parameter: space_tree.values_to_check(parameter)[:1])
         unseen = {
             (parameter.name, branch): conditions
-            for parameter, conditions in space_tree.parameters(self.root)
-            if space_tree.is_branch(parameter)
-            for branch in space_tree.boundary_values(parameter)
+            for parameter, conditions in space_tree.parameters_with_conditions(self.root)
+            if space_tree.chooses_branch(parameter)
+            for branch in space_tree.values_to_check(parameter)
         }
         for base in itertools.islice(every, MAX_BRANCH_COMBINATIONS):
             for item in base.items():
@@ -207,18 +207,22 @@ class Space:
 
     def branch_draws(self) -> Iterator[tuple[str, Params]]:
         """The first of `boundary_draws`, and each further one that covers a branch for the first time."""
-        branches = [parameter for parameter, _ in space_tree.parameters(self.root) if space_tree.is_branch(parameter)]
-        unseen = {(parameter.name, value) for parameter in branches for value in space_tree.boundary_values(parameter)}
+        branches = [
+            parameter
+            for parameter, _ in space_tree.parameters_with_conditions(self.root)
+            if space_tree.chooses_branch(parameter)
+        ]
+        unseen = {(parameter.name, value) for parameter in branches for value in space_tree.values_to_check(parameter)}
         for number, (label, params) in enumerate(self.boundary_draws()):
             shown = unseen & set(params.items())
             if shown or number == 0:
                 unseen -= shown
                 yield label, params
 
-    def warnings(self) -> list[str]:
+    def sharing_warnings(self) -> list[str]:
         """Warnings about parameters that make sharing impossible, because every draw has another prefix."""
         found = []
-        for parameter, _ in space_tree.parameters(self.root):
+        for parameter, _ in space_tree.parameters_with_conditions(self.root):
             part = parameter.name.split(".")[0]
             values = space_tree.all_values(parameter)
             many = isinstance(parameter, space_tree.Range) and (not values or len(values) > MAX_SHARED_VALUES)
@@ -266,13 +270,13 @@ def parse(text: str, overrides: list[str], source: str) -> Space:
     Raises:
         UserError: as in `load`.
     """
-    return _checked_space(space_file.parse(text, overrides, source), source, source)
+    return _checked_space(space_file.parse_content(text, overrides, source), source, source)
 
 
 def _checked_space(content: Mapping[str, Any], path: str, source: str) -> Space:
     if not SEARCH_FIELDS & content.keys():
         raise UserError("this is a pair, not a search space", path, f"Use ktray run {path}.")
-    return space_check.checked(Space.from_content(content, source))
+    return space_check.check_and_fill_modes(Space.from_content(content, source))
 
 
 def is_space(path: Path) -> bool:
@@ -285,7 +289,7 @@ def is_space(path: Path) -> bool:
     return bool(SEARCH_FIELDS & content.keys())
 
 
-def load_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:
+def load_named_pair(path: Path, overrides: list[str]) -> dict[str, PairSpec]:
     """Name of a YAML file without its suffix -> its pair, which is the whole file or its field `pair`.
 
     Raises:
@@ -309,7 +313,7 @@ def parse_pair(content: Mapping[str, Any], source: str) -> PairSpec:
     space = Space.from_content(
         {"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source
     )
-    drawn = next(space_tree.parameters(space.root), None)
+    drawn = next(space_tree.parameters_with_conditions(space.root), None)
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")
     return space.pair({})
@@ -328,12 +332,12 @@ def prefix_parameters(root: Any) -> frozenset[str]:
     Args:
         root: the tree of a space.
     """
-    return frozenset(name for name, path, before in _walk(root, (), frozenset()) if _decides_prefix(path, before))
+    return frozenset(name for name, path, before in _parameter_paths(root, (), frozenset()) if _decides_prefix(path, before))
 
 
 def teacher_parameters(root: Any) -> frozenset[str]:
     """Names of the parameters that determine which teacher is trained, and on what data."""
-    return frozenset(name for name, path, _ in _walk(root, (), frozenset()) if path[:1] in (("data",), ("teacher",)))
+    return frozenset(name for name, path, _ in _parameter_paths(root, (), frozenset()) if path[:1] in (("data",), ("teacher",)))
 
 
 def _decides_prefix(path: FieldPath, before: frozenset[str]) -> bool:
@@ -343,25 +347,25 @@ def _decides_prefix(path: FieldPath, before: frozenset[str]) -> bool:
     return part != "transfer" or not fields or fields[0] == "kind" or fields[0] in before
 
 
-def _walk(node: Any, path: FieldPath, before: frozenset[str]) -> Iterator[tuple[str, FieldPath, frozenset[str]]]:
+def _parameter_paths(node: Any, path: FieldPath, before: frozenset[str]) -> Iterator[tuple[str, FieldPath, frozenset[str]]]:
     """(name, path, transfer fields that stages before the student read) of each parameter below a node."""
     if isinstance(node, OneOf):
         yield node.choice.name, path, before
         for body in node.branches.values():
-            yield from _walk(body, path, before)
+            yield from _parameter_paths(body, path, before)
     elif isinstance(node, Choice | Range):
         yield node.name, path, before
     elif isinstance(node, dict):
         if path == ("transfer",):
-            before = _read_before_student(node)
+            before = _transfer_fields_of_prefix(node)
         for key, child in node.items():
-            yield from _walk(child, (*path, key), before)
+            yield from _parameter_paths(child, (*path, key), before)
     elif isinstance(node, list):
         for index, child in enumerate(node):
-            yield from _walk(child, (*path, str(index)), before)
+            yield from _parameter_paths(child, (*path, str(index)), before)
 
 
-def _read_before_student(transfer: Mapping[str, Any]) -> frozenset[str]:
+def _transfer_fields_of_prefix(transfer: Mapping[str, Any]) -> frozenset[str]:
     kind = transfer.get("kind")
     kinds: Iterable[Any] = kind.options if isinstance(kind, Choice) else [kind]
     needs = [plugins.module("transfer", str(each)).NEEDS for each in kinds]

@@ -25,7 +25,7 @@ MAX_PAIRS = 3000  # each costs a millisecond or more, several times
 COST_METRICS: dict[str, Mode | None] = {"cost/seconds": "min", "cost/marginal_seconds": "min", "student/parameters": None}
 
 
-def checked(space: Space) -> Space:
+def check_and_fill_modes(space: Space) -> Space:
     """Checks a space and returns it with the modes of its metrics filled in.
 
     Raises:
@@ -38,11 +38,11 @@ def checked(space: Space) -> Space:
             f"{space.source}: pair",
             "Use fewer options and branches; for numbers write {int: [1, 9]} or {float: [0, 1]}.",
         )
-    found, pairs = _checked_pairs(space)
+    found, pairs = _validate_boundary_draws(space)
     if not found:
         found = [*_objective_problems(space, pairs), *_early_stop_problems(space, pairs), *_start_with_problems(space)]
     spec_errors.raise_if_any(found, space.source)
-    modes = metrics(next(iter(pairs.values())))
+    modes = metric_directions(next(iter(pairs.values())))
     objectives = tuple(
         typed.model_copy(update={"mode": typed.mode or modes[typed.metric] or "min"}) for typed in space.document.objectives
     )
@@ -53,7 +53,7 @@ def checked(space: Space) -> Space:
     return replace(space, document=space.document.model_copy(update={"objectives": objectives, "early_stop": stop}))
 
 
-def metrics(pair: PairSpec) -> dict[str, Mode | None]:
+def metric_directions(pair: PairSpec) -> dict[str, Mode | None]:
     """Every metric that a search over this pair can use -> its better direction; None if only the user can decide."""
     found = dict(COST_METRICS)
     for entry in pair.evals:
@@ -66,7 +66,7 @@ def _evaluation_name(entry: Any) -> str:
     return str(entry.name or entry.kind)
 
 
-def _checked_pairs(space: Space) -> tuple[list[SpecProblem], dict[str, PairSpec]]:
+def _validate_boundary_draws(space: Space) -> tuple[list[SpecProblem], dict[str, PairSpec]]:
     """The distinct errors of the boundary draws; label -> pair of the valid ones."""
     found: dict[SpecProblem, None] = {}
     pairs: dict[str, PairSpec] = {}
@@ -76,18 +76,18 @@ def _checked_pairs(space: Space) -> tuple[list[SpecProblem], dict[str, PairSpec]
             pairs[label] = PairSpec.model_validate(value)
         except ValidationError as error:
             where = lambda path, params=params: space.path_in_file(path, params)  # noqa: E731 - bound to this draw
-            found.update(dict.fromkeys(spec_errors.from_validation(error, PairSpec, value, where)))
+            found.update(dict.fromkeys(spec_errors.problems_from_validation(error, PairSpec, value, where)))
     return list(found), pairs
 
 
 def _objective_problems(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
     for index, objective in enumerate(space.document.objectives):
         where = f"objectives.{index}"
-        missing = _unknown_metric(objective.metric, pairs, where)
+        missing = _unknown_metric_problem(objective.metric, pairs, where)
         if missing:
             yield missing
             continue
-        mode = metrics(next(iter(pairs.values())))[objective.metric]
+        mode = metric_directions(next(iter(pairs.values())))[objective.metric]
         if objective.mode and mode and objective.mode != mode:
             better = "larger" if mode == "max" else "smaller"
             yield SpecProblem(where, f"{objective.metric} is better when {better}", f"Write mode: {mode}.")
@@ -102,9 +102,9 @@ def _objective_problems(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator
             return
 
 
-def _unknown_metric(metric: str, pairs: Mapping[str, PairSpec], where: str) -> SpecProblem | None:
+def _unknown_metric_problem(metric: str, pairs: Mapping[str, PairSpec], where: str) -> SpecProblem | None:
     for label, pair in pairs.items():
-        known = metrics(pair)
+        known = metric_directions(pair)
         if metric not in known:
             hint = suggestion(metric, list(known))
             also = "" if len(pairs) == 1 else f" ({label})"
@@ -118,18 +118,18 @@ def _early_stop_problems(space: Space, pairs: Mapping[str, PairSpec]) -> Iterato
     stop = space.early_stop
     if stop is None:
         return
-    missing = _unknown_metric(stop.metric, pairs, "early_stop.metric")
+    missing = _unknown_metric_problem(stop.metric, pairs, "early_stop.metric")
     if missing or stop.metric in COST_METRICS:
         yield missing or SpecProblem(
             "early_stop.metric", f"{stop.metric} does not evaluate the student", "Name a metric of an evaluation."
         )
         return
-    teacher = next((e for p in pairs.values() for e in p.evals if _evaluated(e, stop.metric) == "teacher"), None)
+    teacher = next((e for p in pairs.values() for e in p.evals if _evaluation_target(e, stop.metric) == "teacher"), None)
     if teacher is not None:
         yield SpecProblem(
             "early_stop.metric", f"{stop.metric} evaluates the teacher and is the same at every rung", "Evaluate the student."
         )
-    mode = metrics(next(iter(pairs.values())))[stop.metric]
+    mode = metric_directions(next(iter(pairs.values())))[stop.metric]
     if stop.mode and stop.mode != mode:
         yield SpecProblem("early_stop.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
     yield from _rung_problems(stop, pairs)
@@ -138,20 +138,22 @@ def _early_stop_problems(space: Space, pairs: Mapping[str, PairSpec]) -> Iterato
 
 
 def _teacher_stop_problems(stop: TeacherStop, pairs: Mapping[str, PairSpec]) -> Iterator[SpecProblem]:
-    missing = _unknown_metric(stop.metric, pairs, "early_stop.teacher.metric")
+    missing = _unknown_metric_problem(stop.metric, pairs, "early_stop.teacher.metric")
     right = "Add an evaluation such as {kind: knn, of: teacher, name: teacher_knn}."
     if missing or stop.metric in COST_METRICS:
         yield missing or SpecProblem("early_stop.teacher.metric", f"{stop.metric} does not evaluate the teacher", right)
         return
-    student = next((e for p in pairs.values() for e in p.evals if _evaluated(e, stop.metric) not in (None, "teacher")), None)
+    student = next(
+        (e for p in pairs.values() for e in p.evals if _evaluation_target(e, stop.metric) not in (None, "teacher")), None
+    )
     if student is not None:
         yield SpecProblem("early_stop.teacher.metric", f"{stop.metric} evaluates the {student.of}, not the teacher", right)
-    mode = metrics(next(iter(pairs.values())))[stop.metric]
+    mode = metric_directions(next(iter(pairs.values())))[stop.metric]
     if stop.mode and stop.mode != mode:
         yield SpecProblem("early_stop.teacher.mode", f"the better direction of {stop.metric} is {mode!r}", "Leave 'mode' out.")
 
 
-def _evaluated(entry: Any, metric: str) -> str | None:
+def _evaluation_target(entry: Any, metric: str) -> str | None:
     """What an evaluation of this metric evaluates, "student" or "teacher"; None if the metric is another evaluation's."""
     return entry.of if metric.split("/")[0] == _evaluation_name(entry) else None
 
@@ -169,14 +171,14 @@ def _rung_problems(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[S
 
 def _start_with_problems(space: Space) -> Iterator[SpecProblem]:
     known: dict[str, list[tuple[space_tree.Parameter, space_tree.Params]]] = {}
-    for parameter, conditions in space_tree.parameters(space.root):
+    for parameter, conditions in space_tree.parameters_with_conditions(space.root):
         known.setdefault(parameter.name, []).append((parameter, conditions))
     for index, entry in enumerate(space.start_with):
-        found = list(_entry_problems(entry, known, f"start_with.{index}"))
-        yield from found or _pair_problems(space, entry, f"start_with.{index}")
+        found = list(_start_with_entry_problems(entry, known, f"start_with.{index}"))
+        yield from found or _planned_pair_problems(space, entry, f"start_with.{index}")
 
 
-def _entry_problems(
+def _start_with_entry_problems(
     entry: space_tree.Params, known: Mapping[str, list[tuple[space_tree.Parameter, space_tree.Params]]], location: str
 ) -> Iterator[SpecProblem]:
     for name, value in entry.items():
@@ -195,12 +197,12 @@ def _entry_problems(
             yield SpecProblem(where, f"{name} exists only in the branch {choice!r}", f"Add {branch}: {choice}.")
 
 
-def _pair_problems(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecProblem]:
+def _planned_pair_problems(space: Space, entry: space_tree.Params, where: str) -> Iterator[SpecProblem]:
     """The errors of a planned draw: values that are valid in boundary draws may be an invalid combination."""
     params = space.fill_with_first_values(entry)
     value = space.plain_pair(params)
     try:
         PairSpec.model_validate(value)
     except ValidationError as error:
-        found = spec_errors.from_validation(error, PairSpec, value, lambda path: space.path_in_file(path, params))
+        found = spec_errors.problems_from_validation(error, PairSpec, value, lambda path: space.path_in_file(path, params))
         yield from (SpecProblem(f"{where}: {error.where}", error.problem, error.instead) for error in found)

@@ -22,7 +22,7 @@ MAX_PATH = 1000  # characters of the path in an override
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def _seconds(value: Any) -> Any:
+def _parse_duration(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
@@ -43,7 +43,9 @@ class Budget(StrictSpec):
 
     trials: int = Field(default=20, ge=1, le=999_999_999, description="draws; failed ones count, duplicates do not")
     concurrent: int = Field(default=4, ge=1, description="trials at a time; a search runs at most 64")
-    stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_seconds)] = None  # seconds, over all resumes
+    stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_duration)] = (
+        None  # seconds, over all resumes
+    )
     hours: float | None = Field(default=None, gt=0, description="of stages, summed over all workers and resumes")
 
 
@@ -56,7 +58,7 @@ class TeacherStop(StrictSpec):
     mode: Literal["max", "min"] | None = None
 
     @model_validator(mode="after")
-    def _one_share(self) -> TeacherStop:
+    def _check_one_share(self) -> TeacherStop:
         if (self.reduction is None) == (self.keep is None):
             raise ValueError("give either 'reduction' (3: the best third of the teachers get students) or 'keep' (0.3)")
         return self
@@ -82,7 +84,7 @@ class EarlyStop(StrictSpec):
 
     @field_validator("rungs")
     @classmethod
-    def _increasing(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
+    def _check_rungs_increase(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
         if list(rungs) != sorted(set(rungs)):
             raise ValueError(f"rungs must increase, and these are {shown(list(rungs))}; write {shown(sorted(set(rungs)))}")
         return rungs
@@ -102,13 +104,13 @@ class SpaceFile(StrictSpec):
 
     @field_validator("study")
     @classmethod
-    def _valid_name(cls, study: str) -> str:
+    def _check_name(cls, study: str) -> str:
         check_study_name(study)
         return study
 
     @field_validator("start_with")
     @classmethod
-    def _plain_values(cls, start_with: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
+    def _check_plain_values(cls, start_with: tuple[Mapping[str, Any], ...]) -> tuple[Mapping[str, Any], ...]:
         for entry in start_with:
             try:
                 canonical(entry)
@@ -118,7 +120,7 @@ class SpaceFile(StrictSpec):
 
     @field_validator("objectives")
     @classmethod
-    def _each_metric_once(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
+    def _check_metrics_unique(cls, objectives: tuple[Objective, ...]) -> tuple[Objective, ...]:
         names = [objective.metric for objective in objectives]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
@@ -146,10 +148,10 @@ def read_content(path: Path, overrides: list[str]) -> dict[str, Any]:
     Raises:
         UserError: the file is missing, is no YAML or no mapping, or an override does not fit it.
     """
-    return parse(read_text(path), overrides, str(path))
+    return parse_content(read_text(path), overrides, str(path))
 
 
-def parse(text: str, overrides: list[str], source: str) -> dict[str, Any]:
+def parse_content(text: str, overrides: list[str], source: str) -> dict[str, Any]:
     """The plain content of a file's text, with overrides applied.
 
     Raises:
@@ -183,7 +185,7 @@ def _apply_override(content: dict[str, Any], name: str, value: Any) -> None:
     for index, step in enumerate(steps):
         parent, key, old = _step_into(node, step, ".".join(steps[:index]) or "the pair", f"--set {name}")
         if index == len(steps) - 1:
-            parent[key] = _override_value(old, value, f"--set {name}")
+            parent[key] = _value_or_branch(old, value, f"--set {name}")
         else:
             if old is None:
                 parent[key] = old = {}
@@ -210,7 +212,7 @@ def _step_into(node: Any, step: str, above: str, where: str) -> tuple[Any, str |
     return node, step, node.get(step)
 
 
-def _override_value(old: Any, value: Any, where: str) -> Any:
+def _value_or_branch(old: Any, value: Any, where: str) -> Any:
     """`value`; if it names a branch of a one_of, the one_of with only that branch, so that its parameters keep their names."""
     branches = old.get("one_of") if isinstance(old, dict) else None
     if not isinstance(branches, dict) or not isinstance(value, str):
@@ -229,6 +231,6 @@ def validate(content: Mapping[str, Any], source: str) -> SpaceFile:
     try:
         return SpaceFile.model_validate(content)
     except ValidationError as error:
-        found = spec_errors.from_validation(error, SpaceFile, content, lambda path: ".".join(map(str, path)))
+        found = spec_errors.problems_from_validation(error, SpaceFile, content, lambda path: ".".join(map(str, path)))
         spec_errors.raise_if_any(found, source)
         raise AssertionError("unreachable: a validation error has problems") from error

@@ -70,14 +70,14 @@ Parameter = Choice | Range
 Ask = Callable[[Parameter], Scalar]
 
 
-def parse(value: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> Any:
+def parse_tree(value: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> Any:
     """The tree of a plain value: mappings, lists and scalars unchanged, operators as `Choice`, `Range` or `OneOf`.
 
     Errors are appended to `problems`; if there are any, the tree must not be used.
     """
     where = ".".join(("pair", *path))
     if isinstance(value, list | tuple):
-        return [parse(item, (*path, str(index)), problems) for index, item in enumerate(value)]
+        return [parse_tree(item, (*path, str(index)), problems) for index, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
     not_text = [key for key in value if not isinstance(key, str)]
@@ -92,8 +92,8 @@ def parse(value: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> Any
     if operators:
         operand = value[operators[0]]
         if operators[0] == "one_of":
-            return _one_of(operand, path, problems)
-        found = _choice(operand, path) if operators[0] == "choice" else _range(operators[0], operand, path)
+            return _parse_one_of(operand, path, problems)
+        found = _parse_choice(operand, path) if operators[0] == "choice" else _parse_range(operators[0], operand, path)
         if isinstance(found, SpecProblem):
             problems.append(found)
         return found
@@ -106,7 +106,7 @@ def parse(value: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> Any
             )
         )
         return None
-    return {key: parse(item, (*path, key), problems) for key, item in value.items()}
+    return {key: parse_tree(item, (*path, key), problems) for key, item in value.items()}
 
 
 def _intended_operator(value: Mapping[str, Any]) -> str | None:
@@ -119,11 +119,11 @@ def _intended_operator(value: Mapping[str, Any]) -> str | None:
     return _SYNONYMS.get(plain) or near_word(plain, OPERATORS, cutoff=0.7)
 
 
-def _name(path: tuple[str, ...]) -> str:
+def _parameter_name(path: tuple[str, ...]) -> str:
     return ".".join(path) or "pair"
 
 
-def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecProblem:
+def _parse_choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecProblem:
     where = ".".join(("pair", *path))
     if not isinstance(operand, list) or not operand:
         return SpecProblem(where, f"'choice' needs a list of options, and this is {shown(operand)}", "Write {choice: [a, b]}.")
@@ -145,7 +145,7 @@ def _choice(operand: Any, path: tuple[str, ...]) -> Choice | SpecProblem:
         if text in labels:
             return SpecProblem(where, f"the option {shown(option)} is there twice")
         labels.append(text)
-    return Choice(_name(path), tuple(operand), tuple(labels))
+    return Choice(_parameter_name(path), tuple(operand), tuple(labels))
 
 
 def scalar_of(option: Any) -> Scalar:
@@ -160,7 +160,7 @@ def _holds_operator(value: Any) -> bool:
     return isinstance(value, list) and any(_holds_operator(item) for item in value)
 
 
-def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecProblem:
+def _parse_range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecProblem:
     where = ".".join(("pair", *path))
     integer, log = operator.endswith("int"), operator.startswith("log_")
     kinds = int if integer else (int, float)
@@ -183,10 +183,10 @@ def _range(operator: str, operand: Any, path: tuple[str, ...]) -> Range | SpecPr
         return SpecProblem(
             where, f"a logarithmic range starts above 0, and this one at {low}", f"Raise {low}, or use {operator[4:]!r}."
         )
-    return Range(_name(path), low if integer else float(low), high if integer else float(high), log, integer)
+    return Range(_parameter_name(path), low if integer else float(low), high if integer else float(high), log, integer)
 
 
-def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> OneOf | None:
+def _parse_one_of(operand: Any, path: tuple[str, ...], problems: list[SpecProblem]) -> OneOf | None:
     where = ".".join(("pair", *path))
     if not isinstance(operand, Mapping) or not operand:
         problems.append(
@@ -202,54 +202,54 @@ def _one_of(operand: Any, path: tuple[str, ...], problems: list[SpecProblem]) ->
         problems.append(SpecProblem(where, f"'one_of' has {len(operand):,} branches, and at most {MAX_BRANCHES} are read"))
         return None
     names = tuple(operand)
-    branches = {name: parse(body, (*path, name), problems) for name, body in operand.items()}
-    return OneOf(Choice(_name(path), names, names, branches=True), branches)
+    branches = {name: parse_tree(body, (*path, name), problems) for name, body in operand.items()}
+    return OneOf(Choice(_parameter_name(path), names, names, branches=True), branches)
 
 
-def container_values(node: Any) -> Sequence[Any]:
+def children(node: Any) -> Sequence[Any]:
     """The values of a mapping or a list of the tree; of anything else none."""
     if isinstance(node, dict):
         return list(node.values())
     return node if isinstance(node, list) else []
 
 
-def draw(node: Any, ask: Ask, params: Params) -> None:
+def fill_params(node: Any, ask: Ask, params: Params) -> None:
     """Fills `params` by calling `ask` for each parameter of the chosen branches, in the order of the file."""
     if isinstance(node, OneOf):
         branch = str(ask(node.choice))
         params[node.choice.name] = branch
-        draw(node.branches[branch], ask, params)
+        fill_params(node.branches[branch], ask, params)
     elif isinstance(node, Choice | Range):
         params[node.name] = ask(node)
-    for child in container_values(node):
-        draw(child, ask, params)
+    for child in children(node):
+        fill_params(child, ask, params)
 
 
-def parameters_only(node: Any) -> Any:
-    """The tree without its constants, None if nothing is left; `draw` makes the same calls in the same order on it."""
+def without_constants(node: Any) -> Any:
+    """The tree without its constants, None if nothing is left; `fill_params` makes the same calls in the same order on it."""
     if isinstance(node, OneOf):
-        return OneOf(node.choice, {branch: parameters_only(body) for branch, body in node.branches.items()})
+        return OneOf(node.choice, {branch: without_constants(body) for branch, body in node.branches.items()})
     if isinstance(node, Choice | Range):
         return node
-    left = [found for child in container_values(node) if (found := parameters_only(child)) is not None]
+    left = [found for child in children(node) if (found := without_constants(child)) is not None]
     return left or None
 
 
-def resolve(node: Any, params: Mapping[str, Scalar]) -> Any:
+def substitute(node: Any, params: Mapping[str, Scalar]) -> Any:
     """The plain value of a tree with `params` put in.
 
     Raises:
         KeyError: a parameter is missing, or its value is not among the options.
     """
     if isinstance(node, OneOf):
-        return resolve(node.branches[str(params[node.choice.name])], params)
+        return substitute(node.branches[str(params[node.choice.name])], params)
     if isinstance(node, Choice):
         return dict(zip(node.labels, node.options, strict=True))[params[node.name]]
     if isinstance(node, Range):
         return params[node.name]
     if isinstance(node, dict):
-        return {key: resolve(item, params) for key, item in node.items()}
-    return [resolve(item, params) for item in node] if isinstance(node, list) else node
+        return {key: substitute(item, params) for key, item in node.items()}
+    return [substitute(item, params) for item in node] if isinstance(node, list) else node
 
 
 def combinations(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
@@ -262,7 +262,7 @@ def combinations(node: Any, values: Callable[[Parameter], Iterable[Scalar]]) -> 
         for value in values(node):
             yield {node.name: value}
     else:
-        yield from _product(container_values(node), values)
+        yield from _product(children(node), values)
 
 
 def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar]]) -> Iterator[Params]:
@@ -285,7 +285,7 @@ def size(node: Any) -> int | None:
         found = all_values(node)
         return None if found is None else len(found)
     total = 1
-    for child in container_values(node):
+    for child in children(node):
         factor = size(child)
         if factor is None:
             return None
@@ -302,25 +302,25 @@ def all_values(parameter: Parameter) -> Sequence[Scalar] | None:
     return [parameter.low] if parameter.low == parameter.high else None
 
 
-def parameters(node: Any) -> Iterator[tuple[Parameter, Params]]:
+def parameters_with_conditions(node: Any) -> Iterator[tuple[Parameter, Params]]:
     """Every parameter of every branch, with its conditions: parameter that chooses a branch -> that branch."""
     if isinstance(node, OneOf):
         yield node.choice, {}
         for branch, body in node.branches.items():
-            for parameter, conditions in parameters(body):
+            for parameter, conditions in parameters_with_conditions(body):
                 yield parameter, {node.choice.name: branch, **conditions}
     elif isinstance(node, Choice | Range):
         yield node, {}
-    for child in container_values(node):
-        yield from parameters(child)
+    for child in children(node):
+        yield from parameters_with_conditions(child)
 
 
-def is_branch(parameter: Parameter) -> bool:
+def chooses_branch(parameter: Parameter) -> bool:
     """Whether a parameter chooses a branch of a one_of."""
     return isinstance(parameter, Choice) and parameter.branches
 
 
-def boundary_values(parameter: Parameter) -> Sequence[Scalar]:
+def values_to_check(parameter: Parameter) -> Sequence[Scalar]:
     """Values of a parameter to check: all options, or both ends of a range, and for a continuous range one value in between.
 
     The value in between reveals a field that accepts only whole numbers, which the ends may be.

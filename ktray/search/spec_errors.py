@@ -87,7 +87,7 @@ def raise_if_any(problems: Sequence[SpecProblem], source: str) -> None:
     raise UserError(f"{len(problems)} things are wrong", source, entries=(*lines, *more))
 
 
-def from_validation(
+def problems_from_validation(
     error: ValidationError, model: type[BaseModel], value: Any, where: Callable[[Path], str]
 ) -> list[SpecProblem]:
     """Pydantic's errors about `value` as a `model`, in terms of the user's file.
@@ -96,7 +96,7 @@ def from_validation(
         where: path of a field in `value` -> dotted path in the file, as the user wrote it.
     """
     value, locate = _with_data_roles(value, where) if model is PairSpec else (value, where)
-    items = list(itertools.islice(_flat(error, ()), MAX_TRANSLATED))
+    items = list(itertools.islice(_flatten_errors(error, ()), MAX_TRANSLATED))
     # If entries of a list are wrong, pydantic also reports the list itself as too short: keep only the innermost errors.
     innermost = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
     found = list(dict.fromkeys(_translate(item, path, model, value, locate) for path, item in innermost))
@@ -104,42 +104,42 @@ def from_validation(
     return [p for p in found if f"Did you mean {p.where.split('.')[-1]!r}?" not in hints or "is missing" not in p.problem]
 
 
-def _flat(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def _flatten_errors(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     # A plugin's spec is validated inside a validator, so its errors are nested and their paths start at the plugin.
     for item in error.errors(include_url=False):
         inner = item.get("ctx", {}).get("error")
         if isinstance(inner, ValidationError):
-            yield from _flat(inner, (*above, *item["loc"]))
+            yield from _flatten_errors(inner, (*above, *item["loc"]))
         else:
             yield (*above, *item["loc"]), item
 
 
 def _with_data_roles(value: Any, where: Callable[[Path], str]) -> tuple[Any, Callable[[Path], str]]:
     """A pair with its data roles written out, and a `where` for it that drops the roles that the file does not have."""
-    return _expanded(value), lambda path: where(_path_in_file(path, value))
+    return _expand_data_roles(value), lambda path: where(_path_in_file(path, value))
 
 
-def _expanded(value: Any) -> Any:
+def _expand_data_roles(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     found = dict(value)
     if not _has_roles(value):
         found["data"] = dict.fromkeys(DataRoles.model_fields, value.get("data"))
-    inner = _part(value.get("teacher"), "pair")
+    inner = _child_at(value.get("teacher"), "pair")
     if isinstance(inner, Mapping):
-        found["teacher"] = {**value["teacher"], "pair": _expanded({"data": value.get("data"), **inner})}
+        found["teacher"] = {**value["teacher"], "pair": _expand_data_roles({"data": value.get("data"), **inner})}
     return found
 
 
 def _has_roles(value: Any) -> bool:
-    data = _part(value, "data")
+    data = _child_at(value, "data")
     return isinstance(data, Mapping) and "kind" not in data
 
 
 def _path_in_file(path: Path, value: Any) -> Path:
     """Path in the file of a field of the pair with its roles written out; an inner pair may inherit the outer pair's data."""
     if path[:2] == ("teacher", "pair"):
-        inner = _part(_part(value, "teacher"), "pair")
+        inner = _child_at(_child_at(value, "teacher"), "pair")
         if path[2:3] == ("data",) and isinstance(inner, Mapping) and "data" not in inner:
             return _path_in_file(path[2:], value)
         return ("teacher", "pair", *_path_in_file(path[2:], inner))
@@ -158,21 +158,21 @@ def _translate(
     if isinstance(cause, UserError):
         return SpecProblem(location, cause.problem, cause.instead)
     if item["type"] == "extra_forbidden":
-        return _unknown_field(path, model, value, where)
+        return _unknown_field_problem(path, model, value, where)
     if item["type"] == "missing":
         return SpecProblem(location, f"{shown(name)} is missing")
     if item["type"] == "value_error":
         return SpecProblem(location, str(inner or item["msg"]).removeprefix("Value error, "))
     if item["type"] == "literal_error":
-        options = _literals(item)
+        options = _literal_options(item)
         hint = suggestion(item["input"], options) if isinstance(item["input"], str) else ""
         return SpecProblem(location, f"{name} cannot be {shown(item['input'])}", f"{hint}It is one of {', '.join(options)}.")
     if name.isdigit():
         name = f"entry {name}"
-    return SpecProblem(location, f"{name} is {_shown(item['input'])} and should be {_rule(item)}")
+    return SpecProblem(location, f"{name} is {_scalar_or_type(item['input'])} and should be {_expected_text(item)}")
 
 
-def _rule(item: Mapping[str, Any]) -> str:
+def _expected_text(item: Mapping[str, Any]) -> str:
     rule = _RULES.get(item["type"])
     if rule is None:
         text = str(item["msg"]).removeprefix("Input should be ")
@@ -180,19 +180,19 @@ def _rule(item: Mapping[str, Any]) -> str:
     return rule.format(**item.get("ctx", {}))
 
 
-def _shown(value: Any) -> str:
+def _scalar_or_type(value: Any) -> str:
     """A scalar as it is written in the file; of anything else only its type."""
     if isinstance(value, Mapping | list | tuple):
         return "a mapping" if isinstance(value, Mapping) else "a list"
     return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
-def _literals(item: Mapping[str, Any]) -> list[str]:
+def _literal_options(item: Mapping[str, Any]) -> list[str]:
     text = str(item.get("ctx", {}).get("expected", ""))
     return [word.strip().strip("'") for word in text.replace(" or ", ", ").split(",")]
 
 
-def _unknown_field(path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> SpecProblem:
+def _unknown_field_problem(path: Path, model: type[BaseModel], value: Any, where: Callable[[Path], str]) -> SpecProblem:
     name, location = str(path[-1]), where(path)
     owner, title = _model_at(path[:-1], model, value)
     known = [field for field in owner.model_fields if field != "kind"] if owner else []
@@ -211,7 +211,7 @@ def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[ty
     """The spec of the part of `value` at `path`, and its name in a message."""
     title, plugin_kind = "", ""
     for step in path:
-        value = _part(value, step)
+        value = _child_at(value, step)
         field = model.model_fields.get(str(step)) if model and isinstance(step, str) else None
         if plugin_kind != "dataset":  # below `data` even the roles "pretext" and "transfer" name data sets
             plugin_kind = _PLUGIN_KINDS.get(str(step), plugin_kind)
@@ -225,7 +225,7 @@ def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[ty
     return model, title
 
 
-def _part(value: Any, step: str | int) -> Any:
+def _child_at(value: Any, step: str | int) -> Any:
     if isinstance(value, Mapping):
         return value.get(step)
     return value[step] if isinstance(value, list | tuple) and isinstance(step, int) else None

@@ -1,7 +1,7 @@
 """A study: decides which trial runs next and records what became of each, in a journal from which a killed search resumes.
 
 A single driver, in a single thread, asks `next` for a segment of a trial (from the epoch where the trial paused to its next
-rung), runs it, and calls `report`, `finish` or `fail`. The states of a trial:
+rung), runs it, and calls `pause_at_rung`, `finish` or `fail`. The states of a trial:
 
     drawn -> running -> completed                its full training is done and evaluated
                      -> failed                   a stage raised, or a score is not finite
@@ -33,14 +33,14 @@ from ktray.search import halving, ranking, space_file, warm_start
 from ktray.search.budget import (
     AttributedCosts,
     CostEstimate,
+    PrefixSuffixSeconds,
     Spending,
-    StageSeconds,
     affordable_seconds,
-    nothing_affordable,
+    nothing_affordable_reason,
     reached_limit,
 )
 from ktray.search.draws import DrawSource, SampledDraws
-from ktray.search.journal import Journal, driver_lock, folder, study_names
+from ktray.search.journal import Journal, driver_lock, study_folder, study_names
 from ktray.search.space import Space
 from ktray.search.trial import State, Trial
 from ktray.text import shown
@@ -76,23 +76,25 @@ class Study:
         self.stop_reason: str | None = None
         self._journal, self._clock, self._draws = journal, clock, draws
         notes = journal.notes()
-        self._elapsed = _ElapsedTime(clock, float(notes.get("spent", 0.0)), lambda seconds: journal.note("spent", seconds))
+        self._elapsed = _ElapsedTime(
+            clock, float(notes.get("spent", 0.0)), lambda seconds: journal.write_note("spent", seconds)
+        )
         self._trials: dict[int, Trial] = {}  # in the order of their numbers
         self._drawn = 0
         self._rungs = halving.RungScores(space.early_stop)
         self._pair_parts: dict[str, Any] = {}  # JSON text of a part of a pair -> that part, which trials share
-        for trial in warm_start.trials(notes.get(warm_start.NOTE, {})):
+        for trial in warm_start.observation_trials(notes.get(warm_start.NOTE, {})):
             draws.observe(trial)
         for trial in journal.trials():
-            self._observe(_with_shared_parts(trial, self._pair_parts))
+            self._observe(_intern_pair_parts(trial, self._pair_parts))
         self._running: dict[int, Trial] = {}  # assigned in this session
         self._interrupted = [trial.number for trial in self.trials() if trial.state == "running"]  # left by a killed driver
         self._failures = _FailureLimit(self.trials())
         self._exhausted = False
-        self._unaffordable_at: StageSeconds | None = None  # what was spent when no draw was affordable
+        self._unaffordable_at: PrefixSuffixSeconds | None = None  # what was spent when no draw was affordable
         self._target_met = False
         self._lock = contextlib.ExitStack()
-        self.target = self._agree_on_target(trials)
+        self.target = self._determine_target(trials)
 
     @classmethod
     def open(
@@ -120,12 +122,12 @@ class Study:
         Raises:
             UserError: another process drives the study, it was begun with another space, or the name or `trials` is invalid.
         """
-        name = name or space.name
+        name = name or space.study_name
         try:
             space_file.check_study_name(name)
         except ValueError as error:
             raise UserError(str(error), "--name") from error
-        _check_target(trials)
+        _validated_target_text(trials)
         with contextlib.ExitStack() as lock:
             lock.enter_context(driver_lock(home, name))
             is_new = name not in study_names(home)
@@ -136,11 +138,11 @@ class Study:
                     _note_warm_start(journal, home, space, name, warm_start)
             except UserError:
                 if is_new:  # nothing is left of a study that is refused
-                    shutil.rmtree(folder(home, name), ignore_errors=True)
+                    shutil.rmtree(study_folder(home, name), ignore_errors=True)
                 raise
             study = cls(journal, space, clock, trials, draws or SampledDraws(space))
             if retry:
-                study._raise_target(study.draw_count + study._draws.retry_failed())
+                study._increase_target_to(study.draw_count + study._draws.requeue_failed_pairs())
             study._lock = lock.pop_all()
         return study
 
@@ -168,9 +170,9 @@ class Study:
         """Seconds that searches of this study have run, over all resumes."""
         return self._elapsed.seconds
 
-    def best(self, pareto: bool = False) -> list[Trial]:
+    def ranked_trials(self, pareto: bool = False) -> list[Trial]:
         """Completed trials, best first; with `pareto` only the Pareto front."""
-        ranked = ranking.front if pareto else ranking.ranked
+        ranked = ranking.pareto_front if pareto else ranking.ranked
         return ranked(self.trials(), self.space.objectives)
 
     # --- what runs next
@@ -186,24 +188,24 @@ class Study:
         self._failures.raise_if_reached()
         if len(self._running) >= self.space.budget.concurrent:
             return "wait"
-        limit = self._limit_reached()
+        limit = self._reached_limit()
         trial = self._next_trial() if limit is None else None
         if trial is None and self._running:
             return "wait"
-        trial = trial or self._best_paused()
+        trial = trial or self._best_paused_if_none_completed()
         if trial is not None:
             return self._assign(trial)
         if limit is None and self._unaffordable_at == self.spending.spent:
-            limit = nothing_affordable(self.space.budget, self.spending.spent)
+            limit = nothing_affordable_reason(self.space.budget, self.spending.spent)
         self._target_met = limit is None
         judged = "the trial is" if self.target == 1 else f"all {self.target} trials are"
         finished = "the space is exhausted" if self._exhausted else f"{judged} drawn and judged"
         self.stop_reason = limit or finished
         return "done"
 
-    def _limit_reached(self) -> str | None:
+    def _reached_limit(self) -> str | None:
         # Interrupted trials were within the budget when their costs were attributed, so those costs must not stop them now.
-        spent = StageSeconds() if self._interrupted else self.spending.spent
+        spent = PrefixSuffixSeconds() if self._interrupted else self.spending.spent
         return reached_limit(self.space.budget, self.elapsed, spent)
 
     def _next_trial(self) -> Trial | None:
@@ -214,12 +216,12 @@ class Study:
             return self._trials[promoted]
         while self.draw_count < self.target and not self._exhausted and self._unaffordable_at != self.spending.spent:
             self._failures.raise_if_reached()
-            new = self._draw()
+            new = self._draw_trial()
             if new is not None and new.state == "running":
                 return new
         return None
 
-    def _draw(self) -> Trial | None:
+    def _draw_trial(self) -> Trial | None:
         """Makes and records one draw; None if the space is exhausted or nothing is affordable, which it then remembers."""
         spent = self.spending.spent
         new = self._draws.next_trial(spent, affordable_seconds(self.space.budget, spent, self._trials.values()))
@@ -227,26 +229,26 @@ class Study:
             self._exhausted = new == "exhausted"
             self._unaffordable_at = spent if new == "too_expensive" else None
             return None
-        new = _with_shared_parts(new, self._pair_parts)
+        new = _intern_pair_parts(new, self._pair_parts)
         trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
         self._journal.add(trial)
         self._observe(trial)
         self._failures.observe_draw(trial)
         return trial
 
-    def _best_paused(self) -> Trial | None:
+    def _best_paused_if_none_completed(self) -> Trial | None:
         """The best paused trial, to be completed although it is not promoted; None if one is completed or none is paused.
 
         Its cost does not matter: only the limit of elapsed time prevents it.
         """
-        if reached_limit(self.space.budget, self.elapsed, StageSeconds()) is not None:
+        if reached_limit(self.space.budget, self.elapsed, PrefixSuffixSeconds()) is not None:
             return None
-        number = self._rungs.best_unfinished()
+        number = self._rungs.best_paused_if_none_completed()
         return None if number is None else self._trials[number]
 
     def _assign(self, trial: Trial) -> Assignment:
         if trial.state == "paused":
-            trial = self._update(trial, state="running")
+            trial = self._update_trial(trial, state="running")
         self._running[trial.number] = trial
         until = halving.next_stop_epoch(self.space.early_stop, trial)
         return Assignment(trial, until, until == trial.total_epochs)
@@ -263,7 +265,7 @@ class Study:
         if not any(costs.values()):
             return trial
         merged = {part: {**trial.attributed_costs.get(part, {}), **stages} for part, stages in costs.items()}
-        self._running[number] = trial = self._update(trial, attributed_costs=merged)
+        self._running[number] = trial = self._update_trial(trial, attributed_costs=merged)
         return trial
 
     def attributed_costs(self, number: int) -> AttributedCosts:
@@ -369,9 +371,9 @@ class Study:
         """Prunes and returns the paused trials if `next` returned "done" because the target is met; else they stay paused."""
         paused = [trial for trial in self.trials() if trial.state == "paused"] if self._target_met else []
         cause = self._rungs.teacher_prune_cause
-        return [self._update(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
+        return [self._update_trial(trial, state="pruned", ended=self._clock(), cause=cause(trial)) for trial in paused]
 
-    def close(self) -> list[Trial]:
+    def prune_and_close(self) -> list[Trial]:
         """Prunes as `prune_paused` does and ends the session, so that another driver may open the study.
 
         Running trials stay in that state: after the next `open`, `next` returns them again.
@@ -381,19 +383,19 @@ class Study:
             self._elapsed.save()
         return pruned
 
-    def save_elapsed(self) -> None:
+    def save_elapsed_if_due(self) -> None:
         """Saves the elapsed time, at most every 30 s; call it in the thread that calls `next`."""
         self._elapsed.save_if_due()
 
     # --- changes of a trial
 
     def _end_segment(self, trial: Trial, *, state: State, **changes: Any) -> Trial:
-        ended = self._update(trial, state=state, ended=None if state == "paused" else self._clock(), **changes)
+        ended = self._update_trial(trial, state=state, ended=None if state == "paused" else self._clock(), **changes)
         del self._running[trial.number]
         self._elapsed.save()
         return ended
 
-    def _update(self, trial: Trial, **changes: Any) -> Trial:
+    def _update_trial(self, trial: Trial, **changes: Any) -> Trial:
         changed = dataclasses.replace(trial, **changes)
         self._journal.save(changed)
         self._observe(changed)
@@ -411,20 +413,20 @@ class Study:
     def _rung_metric(self, epoch: int) -> str:
         return self.space.early_stop.metric_at(epoch) if self.space.early_stop else ""
 
-    def _agree_on_target(self, trials: str | int | None) -> int:
+    def _determine_target(self, trials: str | int | None) -> int:
         """The target of this session; writes it and the space to the journal."""
         notes = self._journal.notes()
         unfinished = any(trial.state in ("running", "paused") for trial in self._trials.values())
         met = "target" in notes and self.draw_count >= notes["target"]["trials"] and not unfinished
-        target = _new_target(trials, self.space.budget.trials, notes.get("target"), met)
+        target = _session_target(trials, self.space.budget.trials, notes.get("target"), met)
         for name, value in {"space": self.space.document.model_dump(mode="json"), "target": target}.items():
             if notes.get(name) != value:
-                self._journal.note(name, value)
+                self._journal.write_note(name, value)
         return target["trials"]
 
-    def _raise_target(self, trials: int) -> None:
+    def _increase_target_to(self, trials: int) -> None:
         self.target = max(self.target, trials)
-        self._journal.note("target", {**self._journal.notes()["target"], "trials": self.target})
+        self._journal.write_note("target", {**self._journal.notes()["target"], "trials": self.target})
 
 
 class _ElapsedTime:
@@ -490,16 +492,16 @@ class _FailureLimit:
     def raise_if_reached(self) -> None:
         """Raises `SearchStopped` if the limit of ten failures in a row is reached."""
         if len(self._reasons) >= MAX_FAILURES:
-            raise too_many_failures(self._failed)
+            raise too_many_failures_error(self._failed)
 
 
-def too_many_failures(trials: list[Trial]) -> SearchStopped:
+def too_many_failures_error(trials: list[Trial]) -> SearchStopped:
     """The error with which a search stops after these failed trials; it names the cause of the last one."""
     last = trials[-1]
     return SearchStopped(f"{len(trials)} trials failed one after the other; the last one, {last.number}: {last.cause}")
 
 
-def _with_shared_parts(trial: Trial, known: dict[str, Any]) -> Trial:
+def _intern_pair_parts(trial: Trial, known: dict[str, Any]) -> Trial:
     """The same trial, with the parts of its pair (such as its data) that equal a known one replaced by it, to save memory.
 
     Args:
@@ -509,7 +511,7 @@ def _with_shared_parts(trial: Trial, known: dict[str, Any]) -> Trial:
     return dataclasses.replace(trial, pair=parts)
 
 
-def _check_target(trials: str | int | None) -> str:
+def _validated_target_text(trials: str | int | None) -> str:
     """The value of ``--trials`` as text, empty for None.
 
     Raises:
@@ -521,7 +523,7 @@ def _check_target(trials: str | int | None) -> str:
     return text
 
 
-def _new_target(trials: str | int | None, budget: int, noted: Mapping[str, Any] | None, met: bool) -> dict[str, int]:
+def _session_target(trials: str | int | None, budget: int, noted: Mapping[str, Any] | None, met: bool) -> dict[str, int]:
     """The target of a session and the budget that it comes from, in the form in which the journal keeps them.
 
     `+50` raises a target that is met. An unmet target stays as it is, so that repeating the same command after a kill does not
@@ -536,7 +538,7 @@ def _new_target(trials: str | int | None, budget: int, noted: Mapping[str, Any] 
     Raises:
         UserError: `trials` is neither a number nor a number after ``+``.
     """
-    text = _check_target(trials)
+    text = _validated_target_text(trials)
     if not text:
         kept = noted is not None and noted["budget"] == budget
         return {"trials": noted["trials"] if noted and kept else budget, "budget": budget}
@@ -566,4 +568,4 @@ def _check_same_space(noted: Mapping[str, Any] | None, space: Space, name: str) 
 
 def _note_warm_start(journal: Journal, home: Path, space: Space, name: str, other: str) -> None:
     noted = journal.notes().get(warm_start.NOTE, {})
-    journal.note(warm_start.NOTE, warm_start.with_results_of(other, noted, home, space, name))
+    journal.write_note(warm_start.NOTE, warm_start.add_results_of(other, noted, home, space, name))

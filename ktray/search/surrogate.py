@@ -29,7 +29,7 @@ from scipy.special import ndtr, ndtri
 
 from ktray.ops import blas
 from ktray.search.space import Space
-from ktray.search.space_tree import Choice, OneOf, Parameter, Range, Scalar, all_values, container_values, parameters
+from ktray.search.space_tree import Choice, OneOf, Parameter, Range, Scalar, all_values, children, parameters_with_conditions
 
 DIFFERENT = math.exp(-0.5)  # similarity of two draws that differ completely in one parameter and agree in all others
 LENGTH_SCALE = 0.5  # of the kernel of a number, as a share of its range
@@ -44,12 +44,12 @@ Rows = Matrix
 
 
 @dataclass(frozen=True)
-class _Factor:
+class _KernelFactor:
     """A factor of the kernel, for one parameter; if that chooses a branch, `branches` has the factors of each, by index."""
 
     column: int
     ordered: bool
-    branches: Mapping[int, tuple[_Factor, ...]]
+    branches: Mapping[int, tuple[_KernelFactor, ...]]
 
     def similarity(self, one: Rows, other: Rows) -> Matrix:
         """(n, m) float64 from 0 to 1, the similarities of n draws with m others."""
@@ -62,11 +62,11 @@ class _Factor:
         for index, factors in self.branches.items():
             rows, columns = np.flatnonzero(one[:, self.column] == index), np.flatnonzero(other[:, self.column] == index)
             if factors and len(rows) and len(columns):
-                found[np.ix_(rows, columns)] = _product(factors, one[rows], other[columns])
+                found[np.ix_(rows, columns)] = _kernel_product(factors, one[rows], other[columns])
         return found
 
 
-def _product(factors: Sequence[_Factor], one: Rows, other: Rows) -> Matrix:
+def _kernel_product(factors: Sequence[_KernelFactor], one: Rows, other: Rows) -> Matrix:
     found = np.ones((len(one), len(other)))
     for factor in factors:
         found *= DIFFERENT + (1 - DIFFERENT) * factor.similarity(one, other)
@@ -81,34 +81,34 @@ class Surrogate:
     """
 
     def __init__(self, space: Space) -> None:
-        listed = [parameter for parameter, _ in parameters(space.root)]
+        listed = [parameter for parameter, _ in parameters_with_conditions(space.root)]
         self._options = {parameter.name: _option_positions(parameter) for parameter in listed}
         self._columns = {parameter.name: column for column, parameter in enumerate(listed)}
         self._parameters = {parameter.name: parameter for parameter in listed}
         self._factors = tuple(self._factors_of(space.root))
 
-    def _factors_of(self, node: Any) -> list[_Factor]:
+    def _factors_of(self, node: Any) -> list[_KernelFactor]:
         if isinstance(node, OneOf):
             branches = {index: tuple(self._factors_of(body)) for index, body in enumerate(node.branches.values())}
-            return [_Factor(self._columns[node.choice.name], False, branches)]
+            return [_KernelFactor(self._columns[node.choice.name], False, branches)]
         if isinstance(node, Choice | Range):
             single = len(all_values(node) or (0, 0)) == 1
-            return [] if single else [_Factor(self._columns[node.name], isinstance(node, Range) or _is_numeric(node), {})]
-        return [factor for child in container_values(node) for factor in self._factors_of(child)]
+            return [] if single else [_KernelFactor(self._columns[node.name], isinstance(node, Range) or _is_numeric(node), {})]
+        return [factor for child in children(node) for factor in self._factors_of(child)]
 
-    def rows(self, draws: Sequence[Mapping[str, Scalar]]) -> Rows:
+    def encode_draws(self, draws: Sequence[Mapping[str, Scalar]]) -> Rows:
         """Draws as rows. A missing parameter (of another branch, or in a trial of another study) is NaN: similar to nothing."""
         found = np.full((len(draws), len(self._columns)), np.nan)
         for row, draw in zip(found, draws, strict=True):
             for name, value in draw.items():
                 column = self._columns.get(name)
                 if column is not None:
-                    row[column] = self._encode(name, value)
+                    row[column] = self._encode_value(name, value)
         return found
 
-    def _encode(self, name: str, value: Scalar) -> float:
+    def _encode_value(self, name: str, value: Scalar) -> float:
         options = self._options[name]
-        return _position(self._parameters[name], value) if options is None else options[value]
+        return _position_in_range(self._parameters[name], value) if options is None else options[value]
 
     def expected_improvement(
         self,
@@ -127,14 +127,14 @@ class Surrogate:
         Returns:
             (len(draws),) float64, in units of the normal scores of ranks.
         """
-        tried, candidates, count = self.rows([*ranked, *pending]), self.rows(draws), len(ranked)
+        tried, candidates, count = self.encode_draws([*ranked, *pending]), self.encode_draws(draws), len(ranked)
         ahead = np.zeros(len(tried))  # pending trials are assumed to reach their predicted final mean
         ahead[: len(rungs_ahead)] = rungs_ahead
         scores = ndtri(1 - (np.arange(count) + 0.5) / count)
         with blas.one_thread():  # for the same result on any number of cores; for matrices this small, more threads are slower
-            similar = self._similarities(tried, tried)
+            similar = self._kernel_matrix(tried, tried)
             correlation, noise = _fit_hyperparameters(similar[:count, :count], ahead[:count], scores)
-            across = _covariance(self._similarities(tried, candidates), ahead, 0.0, correlation)
+            across = _covariance(self._kernel_matrix(tried, candidates), ahead, 0.0, correlation)
             factor = cholesky(_covariance(similar, ahead, ahead, correlation) + noise * np.eye(len(tried)), lower=True)
             known = factor[:count, :count]  # the Cholesky factor for the trials with a result, which come first
             weights = cho_solve((known, True), scores)
@@ -146,8 +146,8 @@ class Surrogate:
         found: Matrix = deviation * (above * ndtr(above) + np.exp(-(above**2) / 2) / math.sqrt(2 * math.pi))
         return found
 
-    def _similarities(self, one: Rows, other: Rows) -> Matrix:
-        return _product(self._factors, one, other)
+    def _kernel_matrix(self, one: Rows, other: Rows) -> Matrix:
+        return _kernel_product(self._factors, one, other)
 
 
 def _covariance(similar: Matrix, ahead: Matrix, others: Matrix | float, correlation: float) -> Matrix:
@@ -184,7 +184,7 @@ def _option_positions(parameter: Parameter) -> dict[Scalar, float] | None:
     return {label: index / steps for index, label in enumerate(sorted(parameter.labels, key=lambda label: float(str(label))))}
 
 
-def _position(parameter: Parameter, value: Scalar) -> float:
+def _position_in_range(parameter: Parameter, value: Scalar) -> float:
     """Position of a value in its range, from 0 to 1."""
     assert not isinstance(parameter, Choice)
     low, high, at = float(parameter.low), float(parameter.high), float(str(value))

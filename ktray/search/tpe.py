@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import TPESampler
 
 from ktray.search.space import Space
-from ktray.search.space_tree import Choice, Parameter, Params, Scalar, parameters
+from ktray.search.space_tree import Choice, Parameter, Params, Scalar, parameters_with_conditions
 from ktray.search.trial import Trial
 
 CANDIDATES = 24  # of which the best is proposed, as in Optuna
@@ -28,7 +28,7 @@ CANDIDATES = 24  # of which the best is proposed, as in Optuna
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
     """Optuna's distribution of each parameter of a space."""
-    return {parameter.name: _distribution(parameter) for parameter, _ in parameters(space.root)}
+    return {parameter.name: _distribution(parameter) for parameter, _ in parameters_with_conditions(space.root)}
 
 
 def _distribution(parameter: Parameter) -> BaseDistribution:
@@ -39,21 +39,21 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
     return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
 
 
-def _groups(space: Space) -> list[dict[str, BaseDistribution]]:
+def _parameter_groups(space: Space) -> list[dict[str, BaseDistribution]]:
     """Groups of parameters that are always drawn together because they are in the same branches; single values are left out."""
     known, found = distributions(space), {}  # type: ignore[var-annotated]
-    for parameter, conditions in parameters(space.root):
+    for parameter, conditions in parameters_with_conditions(space.root):
         if not known[parameter.name].single():
             found.setdefault(tuple(sorted(conditions.items())), {})[parameter.name] = known[parameter.name]
     return [dict(sorted(group.items())) for group in found.values()]
 
 
-class ParzenEstimators:
+class TpeProposer:
     """Proposes draws of one space by TPE; caches each trial's parameters in the form that Optuna's estimators take."""
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self._groups = _groups(space)
+        self._groups = _parameter_groups(space)
         self._rows: list[dict[int, list[float]]] = [{} for _ in self._groups]
         self._encoded: set[int] = set()
         with warnings.catch_warnings():
@@ -70,19 +70,19 @@ class ParzenEstimators:
             planned: values that are fixed; the others are drawn.
         """
         for trial in (*good, *bad):
-            self._encode(trial)
+            self._cache_encoded_values(trial)
         generator = np.random.RandomState(seed % 2**32)
         values: dict[str, Scalar] = {}
         for index, group in enumerate(self._groups):
-            of_good, of_bad = (self._estimator(index, trials) for trials in (good, bad))
+            of_good, of_bad = (self._fit_estimator(index, trials) for trials in (good, bad))
             rows = of_good.sample(generator, CANDIDATES)
             for name in planned.keys() & group.keys():
                 rows[name] = np.full(CANDIDATES, group[name].to_internal_repr(planned[name]))
             winner = int(np.argmax(of_good.log_pdf(rows) - of_bad.log_pdf(rows)))
             values |= {name: group[name].to_external_repr(rows[name][winner].item()) for name in group}
-        return self.space.suggest(lambda parameter: {**values, **planned}.get(parameter.name, _single_value(parameter)))
+        return self.space.build_draw(lambda parameter: {**values, **planned}.get(parameter.name, _single_value(parameter)))
 
-    def _estimator(self, index: int, trials: Sequence[Trial]) -> Any:
+    def _fit_estimator(self, index: int, trials: Sequence[Trial]) -> Any:
         """Optuna's estimator for one group of parameters, fitted to the trials that have all of them."""
         group, rows = self._groups[index], self._rows[index]
         found = [rows[trial.number] for trial in trials if trial.number in rows]
@@ -90,7 +90,7 @@ class ParzenEstimators:
         observed = dict(zip(group, columns, strict=True))
         return self._optuna._parzen_estimator_cls(observed, group, self._optuna._parzen_estimator_parameters)
 
-    def _encode(self, trial: Trial) -> None:
+    def _cache_encoded_values(self, trial: Trial) -> None:
         """Caches a trial's values of each group, if it has all parameters of the group."""
         if trial.number in self._encoded:
             return

@@ -68,8 +68,8 @@ class Trial:
         return None if self.teacher_score is None else (0, self.teacher_score)
 
     @property
-    def waits_for_teacher(self) -> bool:
-        """Whether it is stopped at rung 0, since its teacher is not among the best."""
+    def is_stopped_at_teacher_rung(self) -> bool:
+        """Whether it is paused or pruned at rung 0, where teachers are judged; a paused one may be promoted at any time."""
         return self.state in ("paused", "pruned") and self.teacher_score is not None and not self.scores
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from ktray.errors import UserError
 from ktray.search import space_tree
-from ktray.search.history import History, read_study
+from ktray.search.history import StudySnapshot, read_study
 from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.trial import Trial
@@ -17,7 +17,7 @@ NOTE = "warm_start"  # name of the journal's note: other study -> its results wh
 Noted = Mapping[str, list[dict[str, Any]]]
 
 
-def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: str) -> Noted:
+def add_results_of(other: str, noted: Noted, home: Path, space: Space, name: str) -> Noted:
     """The note with the results of `other` added. Results in the note never change, so that a resumed search draws the same.
 
     Args:
@@ -41,23 +41,23 @@ def with_results_of(other: str, noted: Noted, home: Path, space: Space, name: st
     return {**noted, other: found}
 
 
-def trials(noted: Noted) -> list[Trial]:
+def observation_trials(noted: Noted) -> list[Trial]:
     """The results in the note as trials for the sampler; their numbers are below 0, the latest is -1."""
     every = [result for found in noted.values() for result in found]
-    return [_trial(result, index - len(every)) for index, result in enumerate(every)]
+    return [_trial_from_result(result, index - len(every)) for index, result in enumerate(every)]
 
 
-def applicable_results(space: Space, other: History) -> list[dict[str, Any]]:
+def applicable_results(space: Space, other: StudySnapshot) -> list[dict[str, Any]]:
     """Results of another study that apply to this space, as JSON values.
 
     A parameter is kept if it exists in this space, in the same branch, and allows the value. A completed trial counts as
     completed if its student had as many epochs as one has here; otherwise its scores at rungs count. Metrics from another
     evaluation, or from the same one on other data, are left out.
     """
-    return [result for trial in other.trials if (result := _result(space, other, trial)) is not None]
+    return [result for trial in other.trials if (result := _applicable_result(space, other, trial)) is not None]
 
 
-def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None:
+def _applicable_result(space: Space, other: StudySnapshot, trial: Trial) -> dict[str, Any] | None:
     params = _applicable_params(space, trial.params)
     if not params or trial.state in ("failed", "duplicate") or (trial.last_rung_score is None and trial.state != "completed"):
         return None
@@ -65,7 +65,7 @@ def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None
         pair = space.pair(space.fill_with_first_values(params)).model_dump(mode="json")
     except UserError:
         return None
-    same = _same_evaluation(pair, trial.pair)
+    same = _same_evaluation_check(pair, trial.pair)
     epochs = pair["student"]["schedule"]["epochs"]
     objectives = [metric for metric, _ in space.objectives]
     if trial.state == "completed" and trial.total_epochs == epochs and all(same(m) and m in trial.metrics for m in objectives):
@@ -88,25 +88,25 @@ def _result(space: Space, other: History, trial: Trial) -> dict[str, Any] | None
 def _applicable_params(space: Space, params: Mapping[str, Any]) -> Params:
     """The parameters of another study's draw that can be drawn in this space, in branches that it has."""
     kept: Params = {}
-    for parameter, conditions in space_tree.parameters(space.root):
+    for parameter, conditions in space_tree.parameters_with_conditions(space.root):
         in_branch = all(kept.get(branch) == choice for branch, choice in conditions.items())
         if in_branch and parameter.name in params and space_tree.value_problem(parameter, params[parameter.name]) is None:
             kept[parameter.name] = params[parameter.name]
     return kept
 
 
-def _same_evaluation(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Callable[[str], bool]:
+def _same_evaluation_check(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Callable[[str], bool]:
     """A function: metric -> whether both pairs get it from the same evaluation on the same data, or from none, as for costs."""
 
-    def named(pair: Mapping[str, Any], metric: str) -> Any:
+    def evaluation_of(pair: Mapping[str, Any], metric: str) -> Any:
         name = metric.split("/")[0]
         found = [entry for entry in pair["evals"] if (entry.get("name") or entry["kind"]) == name]
         return (found, pair["data"]["target"]) if found else None
 
-    return lambda metric: bool(named(ours, metric) == named(theirs, metric))
+    return lambda metric: bool(evaluation_of(ours, metric) == evaluation_of(theirs, metric))
 
 
-def _trial(result: Mapping[str, Any], number: int) -> Trial:
+def _trial_from_result(result: Mapping[str, Any], number: int) -> Trial:
     return Trial(
         number,
         dict(result["params"]),
