@@ -74,6 +74,11 @@ def _from_text(kind: str, name: str, text: str) -> Any:
 
 
 Seed = Annotated[int, Field(ge=0)]
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+"""How a GPU rounds the inputs of a network's products and convolutions; see `ops/precision.py`."""
+NetworkPrecision = Annotated[
+    Precision, Field(description="of products and convolutions when features are extracted; bfloat16 is fast on GPUs")
+]
 
 
 class Split(StrictSpec):
@@ -151,6 +156,10 @@ class EvaluationFields(StrictSpec):
     layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
     pool: Pooling = Pooling()
     split: Literal["val", "test"] = "val"
+    network_precision: Precision | None = Field(
+        default=None,
+        description="of products and convolutions when features are extracted; null: float32 for a student, a teacher's own",
+    )
 
 
 class KMeansFields(StrictSpec):
@@ -234,6 +243,7 @@ class TrainedTeacher(StrictSpec):
     schedule: Schedule
     seed: Seed = 0
     dtype: Literal["float32", "float16"] = "float32"
+    network_precision: NetworkPrecision = "float32"
 
 
 class HandcraftedTeacher(StrictSpec):
@@ -262,6 +272,7 @@ class LoadedTeacher(StrictSpec):
     layer: str | None = None
     pool: Pooling = Pooling()
     dtype: Literal["float32", "float16"] = "float32"
+    network_precision: NetworkPrecision = "float32"
 
 
 class Columns(StrictSpec):
@@ -415,6 +426,7 @@ class StudentTeacher(StrictSpec):
     layer: str | None = Field(default=None, description="null: the student's own features")
     pool: Pooling = Pooling()
     dtype: Literal["float32", "float16"] = "float32"
+    network_precision: NetworkPrecision = "float32"
 
     @field_validator("pair")
     @classmethod

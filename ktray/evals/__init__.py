@@ -1,6 +1,7 @@
 """Evaluations: one file each, with `Spec`, `REVISION`, `NEEDS_LABELS`, `DIRECTION` and `evaluate(...)`. Start with `knn`.
 
-- `Spec` extends `EvaluationFields` of `ktray.spec` or has the same fields: `name`, `of`, `layer`, `pool` and `split`.
+- `Spec` extends `EvaluationFields` of `ktray.spec` or has the same fields: `name`, `of`, `layer`, `pool` and `split`, and where
+  it reads features, `network_precision`.
 - `NEEDS_LABELS` says whether the target data must have labels. An evaluation that needs none but uses them where they exist
   declares whose it reads, ``MAY_READ_LABELS = ("train",)`` or ``("train", "judged")``, so that a report can count them.
 - `NEEDS_ANNOTATIONS` names what the images must have besides: of ``("presence", "boxes", "mask")``, attributes of
@@ -9,6 +10,9 @@
 - `evaluate` returns the metrics as dict[str, float]. It calls ``features(images)`` for the features (N, D) float32 of the
   training and of the judged images, and may write plots into the folder `out`, each inside `plots.optional_plot`.
 - With ``READS_PSEUDO_LABELS = True`` it gets the pair's pseudo-labels, with the transfer's images as `train`, and no features.
+- With ``READS_NETWORK = True`` it also gets `network` (`features.judged_network.JudgedNetwork`) and `attempt`
+  (`checkpoints.Attempt`): the network itself, and checkpoints for long work. With ``READS_SPLITS = True`` it gets `images_of`,
+  a function from ``"train"``, ``"val"`` or ``"test"`` to the images of that split, or None.
 
-An evaluation may import the tools (`ktray.images`, `ktray.clustering`, `ktray.plots`) and `ktray.spec`, but no other plugin.
+An evaluation may import the tools (`ktray.images`, `ktray.training`, `ktray.plots`, ...) and `ktray.spec`, but no other plugin.
 """

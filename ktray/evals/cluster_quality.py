@@ -36,10 +36,11 @@ DIRECTION: dict[str, Literal["max", "min"]] = {
 
 
 class Spec(EvaluationFields):
-    """Compares pseudo-labels with classes. No network is read, so `layer` and `pool` do not apply."""
+    """Compares pseudo-labels with classes. No network is read, so its layers and precision do not apply."""
 
     kind: Literal["cluster_quality"] = "cluster_quality"
     layer: None = Field(default=None, description="always null")
+    network_precision: None = Field(default=None, description="always null")
 
     @model_validator(mode="after")
     def _reads_no_features(self) -> Spec:

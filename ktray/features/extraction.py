@@ -23,7 +23,7 @@ from ktray import fingerprint, plugins, progress
 from ktray.checksums import State, intact, version_of
 from ktray.errors import UserError
 from ktray.images import Images, open_split
-from ktray.ops import augmentation
+from ktray.ops import augmentation, precision
 from ktray.pool import Pool
 from ktray.spec import (
     BackboneSpec,
@@ -32,6 +32,7 @@ from ktray.spec import (
     LoadedTeacher,
     Normalization,
     Pooling,
+    Precision,
     StudentTeacher,
     TeacherSpec,
     TrainedTeacher,
@@ -44,7 +45,11 @@ View = tuple[str | None, Pooling]
 
 
 def layer_extractor(
-    network: nn.Module, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
+    network: nn.Module,
+    layer: str | None,
+    pool: Pooling,
+    normalize: Normalization = "ktray",
+    computed_in: Precision = "float32",
 ) -> Callable[[Tensor], Tensor]:
     """A function that extracts features: (B, H, W, 3) uint8 -> (B, D) float32, both on the network's device.
 
@@ -53,17 +58,18 @@ def layer_extractor(
     Raises:
         UserError: the backbone has no such layer, or (at the first batch) the pooling grid is finer than the maps.
     """
-    extract = layers_extractor(network, [(layer, pool)], normalize)
+    extract = layers_extractor(network, [(layer, pool)], normalize, computed_in)
     return lambda images: extract(images)[0][0]
 
 
 def layers_extractor(
-    network: nn.Module, views: Sequence[View], normalize: Normalization = "ktray"
+    network: nn.Module, views: Sequence[View], normalize: Normalization = "ktray", computed_in: Precision = "float32"
 ) -> Callable[[Tensor], list[tuple[Tensor, float]]]:
     """As `layer_extractor`, for several layers in one forward pass; bitwise equal to extracting each layer on its own.
 
     Args:
         normalize: the pixel normalisation that the network's weights expect.
+        computed_in: precision of products and convolutions.
 
     Returns:
         A function that maps (B, H, W, 3) uint8 to a pair per view, in order: features (B, D) float32 on the network's device,
@@ -85,7 +91,8 @@ def layers_extractor(
         collector = _LayerOutputs(views)
         handles = [module.register_forward_hook(collector.hook_for(layer)) for layer, module in hooked.items()]
         try:
-            collector.hook_for(None)(network, (), network(augmentation.normalize(images, normalize)))
+            with precision.computing_in(computed_in, images.device):
+                collector.hook_for(None)(network, (), network(augmentation.normalize(images, normalize)))
         except _LastLayerReached:
             pass
         finally:
@@ -142,7 +149,7 @@ def _pooled(output: Tensor, pool: Pooling) -> Tensor:
     return output.flatten(1).float()
 
 
-IDENTITY, REVISION = "feature_extraction", 1
+IDENTITY, REVISION = "feature_extraction", 2
 TOOLS = (augmentation,)
 
 BATCH = 256
@@ -160,6 +167,7 @@ def network_extractor(
     weights: Path | None,
     device: str = "cpu",
     normalize: Normalization = "ktray",
+    computed_in: Precision = "float32",
 ) -> Extractor:
     """Features of a trained backbone: (B, H, W, 3) uint8 -> (B, D) float32.
 
@@ -169,16 +177,22 @@ def network_extractor(
         pool: how maps (C, h, w) become a vector of D = C * grid * grid.
         weights: directory of a snapshot.
         normalize: the pixel normalisation that the weights expect.
+        computed_in: precision of products and convolutions.
 
     Raises:
         UserError: the backbone has no such layer, or (at the first batch) the pooling grid is finer than the maps.
         ValueError: `weights` is None; for an untrained network use the descriptor `random_network`.
     """
-    network = _trained_network(backbone, weights)
-    return _on_arrays(layer_extractor(network, layer, pool, normalize), device, network)
+    network = trained_network(backbone, weights)
+    return _on_arrays(layer_extractor(network, layer, pool, normalize, computed_in), device, network)
 
 
-def _trained_network(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
+def trained_network(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
+    """A backbone with the weights of a snapshot, on the CPU.
+
+    Raises:
+        ValueError: `weights` is None.
+    """
     if weights is None:
         raise ValueError(
             f"the {backbone.kind} has no weights; for features of an untrained network use the descriptor random_network"
@@ -189,10 +203,20 @@ def _trained_network(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
 
 
 def network_view(
-    backbone: BackboneSpec, layer: str | None, pool: Pooling, normalize: Normalization = "ktray"
+    backbone: BackboneSpec,
+    layer: str | None,
+    pool: Pooling,
+    normalize: Normalization = "ktray",
+    computed_in: Precision = "float32",
 ) -> dict[str, Any]:
     """All that determines the features of a network, except its weights, as plain data."""
-    return {"backbone": backbone.model_dump(), "layer": layer, "pool": pool.model_dump(), "normalize": normalize}
+    return {
+        "backbone": backbone.model_dump(),
+        "layer": layer,
+        "pool": pool.model_dump(),
+        "normalize": normalize,
+        "precision": computed_in,
+    }
 
 
 def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
@@ -205,7 +229,7 @@ def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
         return {"descriptor": teacher.descriptor.model_dump()}
     if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
         normalize = teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
-        return network_view(teacher.backbone, teacher.layer, teacher.pool, normalize)
+        return network_view(teacher.backbone, teacher.layer, teacher.pool, normalize, teacher.network_precision)
     raise TypeError(f"a {type(teacher).__name__} has no features to extract")
 
 
@@ -221,7 +245,7 @@ def view_extractor(view: Mapping[str, Any], weights: Path | None, state: Path | 
     """
     if "backbone" in view:
         backbone = plugins.parse("backbone", view["backbone"])
-        return network_extractor(backbone, *_layer_of(view), weights, device, view["normalize"])
+        return network_extractor(backbone, *_layer_of(view), weights, device, view["normalize"], view["precision"])
     spec = plugins.parse("descriptor", view["descriptor"])
     descriptor = plugins.module_of("descriptor", spec)
     fitted: dict[str, NDArray[Any]] | None = None
@@ -254,6 +278,27 @@ def extract_all(extractor: Extractor, images: Images) -> NDArray[np.float32]:
         ValueError: a feature is not finite; the message names the first such image.
     """
     return _rows(extractor, images, 0, len(images))
+
+
+def extract_views(
+    views: Sequence[Mapping[str, Any]], weights: Path | None, images: Images, device: str, max_batch_size: int | None
+) -> list[NDArray[np.float32]]:
+    """Features (N, D) float32 of all images for each view; the views are of one network and differ in layer and pooling.
+
+    Raises:
+        UserError, ValueError: as `extract_all` and `layers_extractor`.
+    """
+    extract = _views_extractor(views, weights, None, device, max_batch_size)
+    kept: list[list[NDArray[np.float32]]] = [[] for _ in views]
+    for at in range(0, len(images), BATCH):
+        batch = images.read(np.arange(at, min(at + BATCH, len(images)), dtype=np.int64))
+        for index, (rows, _) in enumerate(extract(batch)):
+            kept[index].append(rows)
+        progress.advance("images", len(batch))
+    found = [np.concatenate(rows) for rows in kept]
+    for rows in found:
+        require_finite(rows, images, 0)
+    return found
 
 
 def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArray[np.float32]:
@@ -375,7 +420,7 @@ def _versions(canonical: str) -> tuple[State, ...]:
 
 
 def _views_extractor(
-    views: list[dict[str, Any]], weights: Path | None, state: Path | None, device: str, max_batch_size: int | None
+    views: Sequence[Mapping[str, Any]], weights: Path | None, state: Path | None, device: str, max_batch_size: int | None
 ) -> _ViewsExtractor:
     if len(views) == 1:
         extractor = in_smaller_batches(view_extractor(views[0], weights, state, device), max_batch_size)
@@ -386,8 +431,8 @@ def _views_extractor(
             return [(rows, time.perf_counter() - began)]
 
         return extract_one
-    network = _trained_network(plugins.parse("backbone", views[0]["backbone"]), weights).to(device)
-    extract = layers_extractor(network, [_layer_of(view) for view in views], views[0]["normalize"])
+    network = trained_network(plugins.parse("backbone", views[0]["backbone"]), weights).to(device)
+    extract = layers_extractor(network, [_layer_of(view) for view in views], views[0]["normalize"], views[0]["precision"])
 
     def extract_several(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
         pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, max_batch_size)]

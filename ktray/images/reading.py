@@ -100,6 +100,11 @@ def _readable_before(name: str) -> Iterator[None]:
         raise ValueError(f"{name} was readable when the data were written, but is not any more: {error}") from error
 
 
+def splits_of(directory: Path) -> tuple[str, ...]:
+    """The splits in the output folder of `write`: "train", and "val" and "test" where they are."""
+    return tuple(json.loads(intact(directory / "splits.json").read_text())["splits"])
+
+
 def _memmap_reader(directory: Path, split: str) -> Callable[[NDArray[np.int64]], NDArray[np.uint8]]:
     """A function: indices in the split -> pixels. The blocks of the file that hold them are compared when first read."""
     file = open(directory / f"{split}.npy", "rb", buffering=0)  # noqa: SIM115 - closed when nothing reads from it any more

@@ -1,4 +1,4 @@
-"""How a GPU rounds the inputs of products and convolutions: not at all (float32), to TF32, or to bfloat16."""
+"""How a GPU rounds the inputs of products and convolutions: not at all (float32), to TF32, bfloat16 or float16."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from contextlib import contextmanager
 
 import torch
 
+_AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
     """Within a `with`, products and convolutions of float32 on a GPU round their inputs to TF32 if, and only if, asked to.
 
     PyTorch's own default rounds those of convolutions, so that float32 would not be what it says. On a CPU nothing changes.
-    bfloat16 needs `autocast` as well.
+    bfloat16 and float16 need `autocast` as well.
 
     Args:
-        precision: "float32", "tf32" (10 bits of mantissa, and float32 sums) or "bfloat16".
+        precision: "float32", "tf32" (10 bits of mantissa, and float32 sums), "bfloat16" or "float16".
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     with warnings.catch_warnings():  # newer releases of PyTorch recommend names that older ones do not have
@@ -33,5 +35,12 @@ def products_in(precision: str) -> Iterator[None]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """A context for a forward pass: products and convolutions in bfloat16 if `precision` says so, weights as they are."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """A context for a forward pass: products and convolutions in bfloat16 or float16 if `precision` says so; weights stay."""
+    return torch.autocast(device.type, _AUTOCAST.get(precision, torch.bfloat16), enabled=precision in _AUTOCAST)
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device | str) -> Iterator[None]:
+    """Within a `with`, a network's products and convolutions have this precision: `products_in` and `autocast`."""
+    with products_in(precision), autocast(precision, torch.device(device)):
+        yield

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ktray import progress
+from ktray import checkpoints, progress
 from ktray.artifact import Artifact, Stage
 from ktray.checksums import version_of
 from ktray.errors import DamagedArtifact, MissingInput
@@ -125,22 +125,25 @@ def _find_input(store: Store, key: str) -> Artifact:
 
 def _latest_snapshot(stage: Stage, store: Store) -> Path | None:
     """The latest snapshot to resume from: a checkpoint of a dead attempt at this key, or an earlier epoch's artifact."""
-    artifacts = (artifact.directory for artifact in map(store.find, stage.resume_from) if artifact)
-    found = [_first_readable(store.checkpoints(stage.key), store), _first_readable(artifacts, store)]
+    if stage.name == "evaluation":
+        found = [_first_readable(store.checkpoints(stage.key), store, checkpoints.step_of)]
+    else:
+        artifacts = (artifact.directory for artifact in map(store.find, stage.resume_from) if artifact)
+        found = [_first_readable(each, store, snapshot.epoch_of) for each in (store.checkpoints(stage.key), artifacts)]
     return max(filter(None, found), default=(0, None))[1]
 
 
-def _first_readable(newest_first: Iterable[Path], store: Store) -> tuple[int, Path] | None:
-    """Epoch and directory of the first snapshot that can be read. A damaged one costs epochs, but must not fail the stage."""
+def _first_readable(newest_first: Iterable[Path], store: Store, number_of: Callable[[Path], int]) -> tuple[int, Path] | None:
+    """Epoch (or step) and directory of the first snapshot that can be read. A damaged one costs work, but fails no stage."""
     for directory in newest_first:
         try:
             if not version_of(directory):
                 raise ValueError(f"the snapshot {directory} was made by an earlier version of ktray and has no checksums")
-            return snapshot.epoch_of(directory), directory
+            return number_of(directory), directory
         except DamagedArtifact as damage:
             store.set_aside(damage)
         except (ValueError, FileNotFoundError) as error:
-            store.on_damage(f"{error}; the training goes on without it")
+            store.on_damage(f"{error}; the work goes on without it")
     return None
 
 
@@ -148,6 +151,8 @@ def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | Non
     """The seconds that this stage would have taken without the snapshot that it resumed from."""
     if start is None:
         return seconds
+    if stage.name == "evaluation":
+        return seconds + checkpoints.seconds_of(start)
     earlier = store.find(start.name)
     if earlier:
         return seconds + float(earlier.record["seconds_alone"])

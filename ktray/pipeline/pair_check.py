@@ -43,7 +43,7 @@ from ktray.spec import (
     TeacherSpec,
     TrainedTeacher,
 )
-from ktray.stages.evaluation_stage import reads_pseudo_labels
+from ktray.stages.evaluation_stage import reads_network, reads_pseudo_labels
 from ktray.strict import StrictSpec
 from ktray.text import counted
 from ktray.training import loop
@@ -308,14 +308,28 @@ def _check_evaluations(pair: PairSpec) -> None:
                 instead="Leave it out, or transfer by clusters.",
             )
         teacher = pair.teacher
-        if spec.of == "teacher" and spec.layer is not None and isinstance(teacher, HandcraftedTeacher | PrecomputedTeacher):
-            what = "a file of features"
-            if isinstance(teacher, HandcraftedTeacher):
-                what = f"the descriptor {teacher.descriptor.kind}"
+        if spec.of != "teacher" or not isinstance(teacher, HandcraftedTeacher | PrecomputedTeacher):
+            continue
+        what = "a file of features"
+        if isinstance(teacher, HandcraftedTeacher):
+            what = f"the descriptor {teacher.descriptor.kind}"
+        if reads_network(spec):
+            raise UserError(
+                f"{spec.kind} needs a network, and the teacher is {what}",
+                where=f"evals.{index}.of",
+                instead="Judge the student: of: student.",
+            )
+        if spec.layer is not None:
             raise UserError(
                 f"the teacher is {what}, which has no layer {spec.layer!r}",
                 where=f"evals.{index}.layer",
                 instead="Leave 'layer' out.",
+            )
+        if getattr(spec, "network_precision", None) is not None:
+            raise UserError(
+                f"the teacher is {what}, whose features have no network_precision",
+                where=f"evals.{index}.network_precision",
+                instead="Leave it out.",
             )
 
 

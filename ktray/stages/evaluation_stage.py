@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +14,17 @@ from numpy.typing import NDArray
 
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
+from ktray.checkpoints import Attempt, saving, step_of
 from ktray.checksums import intact
+from ktray.errors import UserError
 from ktray.features import extraction, precomputed
-from ktray.images import Images
+from ktray.features.extraction import View
+from ktray.features.judged_network import JudgedNetwork
+from ktray.images import Images, splits_of
 from ktray.ops import augmentation
 from ktray.plugins import PluginSpec
 from ktray.pool import StageContext
-from ktray.spec import EvaluationSpec, Student, TeacherSpec
+from ktray.spec import EvaluationSpec, Pooling, Student, TeacherSpec
 from ktray.stages import features_stage
 from ktray.stages.images_stage import DRY_RUN, data_of, open_images
 
@@ -49,13 +53,16 @@ def stage_of(
     """
     view, files = None, {}
     methods: list[PluginSpec | ModuleType] = [sys.modules[__name__], evaluation]
+    computed_in = getattr(evaluation, "network_precision", None)  # a plugin from outside may have no such field
     if isinstance(judged, Student):
-        view = extraction.network_view(judged.backbone, evaluation.layer, evaluation.pool)
+        view = extraction.network_view(judged.backbone, evaluation.layer, evaluation.pool, computed_in=computed_in or "float32")
         methods.append(judged.backbone)
     elif judged is not None:
         view = features_stage.view_of(judged, precomputed_identity)
         if evaluation.layer:
             view |= {"layer": evaluation.layer, "pool": evaluation.pool.model_dump()}
+        if computed_in:
+            view |= {"precision": computed_in}
         methods.append(features_stage.method_of(judged))
         files = features_stage.files_of(judged)
     spec = {**evaluation.model_dump(exclude={"name"}), JUDGED: view}
@@ -65,6 +72,11 @@ def stage_of(
 def reads_pseudo_labels(evaluation: EvaluationSpec) -> bool:
     """Whether an evaluation judges the pair's pseudo-labels instead of features."""
     return bool(getattr(plugins.module_of("evaluation", evaluation), "READS_PSEUDO_LABELS", False))
+
+
+def reads_network(evaluation: EvaluationSpec) -> bool:
+    """Whether an evaluation reads more of the judged network than features: it must be a network then."""
+    return bool(getattr(plugins.module_of("evaluation", evaluation), "READS_NETWORK", False))
 
 
 def run(
@@ -77,7 +89,15 @@ def run(
     if "pseudo_labels" in inputs:
         pseudo_labels = np.load(intact(inputs["pseudo_labels"].directory / "labels.npy"), allow_pickle=False)
         learned_from = "images.transfer"
-    metrics: dict[str, float] = plugins.module_of("evaluation", spec).evaluate(
+    module = plugins.module_of("evaluation", spec)
+    more: dict[str, Any] = {}
+    if reads_network(spec):
+        save = saving(out, context.checkpoint_seconds, start)
+        more["network"] = _judged_network(stage, inputs, context)
+        more["attempt"] = Attempt(start, step_of(start) if start else 0, save, context.progress)
+    if getattr(module, "READS_SPLITS", False):
+        more["images_of"] = _images_of(stage, inputs)
+    metrics: dict[str, float] = module.evaluate(
         spec,
         features=_features_of(stage, inputs, context),
         train=open_images(stage, learned_from, inputs, "train"),
@@ -85,6 +105,7 @@ def run(
         pseudo_labels=pseudo_labels,
         out=out,
         device=context.device,
+        **more,
     )
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
     return metrics
@@ -107,3 +128,33 @@ def _features_of(
             return precomputed.read_rows(read, images)
 
     return looked_up if judged and "features" in judged else extracted
+
+
+def _judged_network(stage: Stage, inputs: Mapping[str, Artifact], context: StageContext) -> JudgedNetwork:
+    view = stage.spec[JUDGED]
+    if not view or "backbone" not in view:
+        raise UserError("this evaluation reads a network, and what it judges is none", instead="Judge a student.")
+    backbone = plugins.parse("backbone", view["backbone"])
+    weights, _ = features_stage.weights_and_state(inputs.get("teacher") or inputs.get("student"))
+
+    def features(images: Images, views: Sequence[View]) -> list[NDArray[np.float32]]:
+        several = [{**view, "layer": layer, "pool": pool.model_dump()} for layer, pool in views]
+        return extraction.extract_views(several, weights, images, context.device, context.max_batch_size)
+
+    return JudgedNetwork(
+        backbone=backbone,
+        layer=view["layer"],
+        pool=Pooling.model_validate(view["pool"]),
+        normalize=view["normalize"],
+        precision=view["precision"],
+        device=context.device,
+        max_batch_size=context.max_batch_size,
+        build=lambda: extraction.trained_network(backbone, weights).to(context.device).eval(),
+        features=features,
+    )
+
+
+def _images_of(stage: Stage, inputs: Mapping[str, Artifact]) -> Callable[[str], Images | None]:
+    """A function: split -> its images of the target data; None if there is no such split."""
+    present = splits_of(inputs["images.target"].directory)
+    return lambda split: open_images(stage, "images.target", inputs, split) if split in present else None

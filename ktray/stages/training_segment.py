@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from ktray import plugins
 from ktray.artifact import Stage
-from ktray.checksums import seal
+from ktray.checkpoints import write_checkpoint
 from ktray.images import Images
 from ktray.ops import augmentation
 from ktray.pool import StageContext
@@ -66,24 +65,9 @@ def _checkpointing(out: Path, until: int, context: StageContext) -> loop.OnEpoch
         context.progress({"epoch": epoch, "of": until, **metrics})
         if epoch >= until or time.monotonic() - saved["at"] < context.checkpoint_seconds:
             return
-        partial = out / "checkpoint-partial"
-        partial.mkdir()
-        save(partial)
-        seal(partial, {})
-        _fsync(partial)  # otherwise a crash of the machine may leave empty files under the new name
-        path = out / f"checkpoint-{epoch:06d}"
-        partial.rename(path)
+        path = write_checkpoint(out, epoch, save, {})
         if saved["path"]:
             shutil.rmtree(saved["path"])
         saved.update(at=time.monotonic(), path=path)
 
     return on_epoch
-
-
-def _fsync(directory: Path) -> None:
-    for path in (*directory.iterdir(), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
