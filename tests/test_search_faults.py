@@ -89,7 +89,7 @@ def test_signals_while_it_starts_end_it_and_the_same_command_goes_on(home: Home,
                 assert "Traceback" not in ended.err
                 assert ended.code in (130, -signal.SIGINT)  # of an interrupted import Python makes the latter; shells see 130
                 assert "resume with: " in ended.err
-            until(lambda running=running: not running.processes(), 2)
+            until(lambda running=running: not running.processes(), 15)  # what a starting Ray leaves is ended within seconds
     again = home.run("search", space)
     assert again.code == 0, again.err
     assert_whole(home)
@@ -292,7 +292,7 @@ def test_an_exhausted_space_ends_well_says_so_and_duplicates_cost_no_budget(home
 def test_a_tracker_that_is_down_delays_nothing_and_fails_nothing(home: Home, space: Path) -> None:
     ended = home.run("search", space, "--tracking", "http://127.0.0.1:9", "--json")
     assert ended.code == 0, ended.err
-    assert sum("waits" in line for line in ended.err.splitlines()) == 1
+    assert sum("for MLflow; the same command writes" in line for line in ended.err.splitlines()) == 1
     began = time.monotonic()
     again = home.run("search", space, "--tracking", "http://127.0.0.1:9")
     assert again.code == 0

@@ -65,6 +65,7 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
     from ktray.cli.leaderboard import leaderboard, still_failed
     from ktray.errors import SearchStopped, StageFailed
     from ktray.pipeline.pair_metrics import unreadable_images
+    from ktray.runs.search_run import unwritten_events
     from ktray.search.history import read_study
 
     study = read_study(settings.home, outcome.study)
@@ -73,8 +74,11 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
         settings.print_info(f"ktray: {line}")
     home = f" --home {shlex.quote(str(args.home))}" if args.home else ""
     failed = still_failed(study.trials)
-    footer = _footer(answer, outcome, home, args.command if failed else "", settings)
+    gap = unwritten_events(outcome, settings)
+    footer = _footer(answer, outcome, home, args.command if failed else "", bool(gap), settings)
     print_result(args, answer, f"\n{leaderboard(study, settings.home, top=10)}\n{footer}")
+    if gap:
+        settings.print_info(f"ktray: {gap}")
     if outcome.stopped:
         why = str(outcome.stopped).rstrip(".")
         again = "" if why.endswith("goes on from here") else " Nothing is lost; the same command goes on from here."
@@ -109,13 +113,13 @@ def _answer(outcome: SearchOutcome, study: StudySnapshot, settings: Settings) ->
     }
 
 
-def _footer(answer: dict[str, Any], outcome: SearchOutcome, home: str, again: str, settings: Settings) -> str:
+def _footer(
+    answer: dict[str, Any], outcome: SearchOutcome, home: str, again: str, mlflow_lags: bool, settings: Settings
+) -> str:
     from ktray.pipeline.references import has_test_split
-    from ktray.runs.search_run import unwritten_events
 
     computed, reused = (sum(answer["stages"][part].values()) for part in ("computed", "reused"))
-    gap = unwritten_events(outcome, settings)
-    hints = {f"ktray ui{home}": f"{'what has arrived' if gap else 'every trial'} in MLflow ({answer['tracking_uri']})"}
+    hints = {f"ktray ui{home}": f"{'what has arrived' if mlflow_lags else 'every trial'} in MLflow ({answer['tracking_uri']})"}
     if answer["best"]:
         hints[f"ktray report {outcome.study}{home}"] = "one HTML file"
         if has_test_split(answer["best"]["keys"], settings.open_store()):
@@ -130,6 +134,5 @@ def _footer(answer: dict[str, Any], outcome: SearchOutcome, home: str, again: st
             f"{outcome.reason or 'not finished'}; {counted(computed, 'stage')} computed, "
             f"{reused:,} reused, {answer['seconds']:.0f} s.",
             *(f"{command:{width}}  {text}" for command, text in hints.items()),
-            *([f"{gap}."] if gap else []),
         ]
     )
