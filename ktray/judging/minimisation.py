@@ -1,0 +1,156 @@
+"""L-BFGS for many smooth convex problems of one size at once, such as one classifier under several penalties.
+
+All problems advance in the same operations on one device, so that a GPU is not kept waiting by small ones; a problem that has
+converged leaves the batch.
+
+Source: Byrd, Nocedal and Schnabel, "Representations of Quasi-Newton Matrices and Their Use in Limited Memory Methods" (1994),
+theorem 2.2, for the product of the inverse Hessian and a gradient as a few matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ktray import progress
+
+IDENTITY, REVISION = "minimisation", 1
+
+PAIRS = 10  # of steps and changes of the gradient that are remembered
+SUFFICIENT = 1e-4  # share of the expected decrease that a step must bring (Armijo)
+REJECTIONS = 12  # in a row, each halving the step, after which rounding allows no more progress
+
+LossAndGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(points (A, F) float64, numbers (A,) of their problems) -> losses (A,) and gradients (A, F), float64."""
+Precondition = Callable[[Tensor, Tensor], Tensor]
+"""(gradients (A, F) float64, numbers (A,) of their problems) -> gradients times an estimate of the inverse Hessian. Linear."""
+
+
+@dataclass(frozen=True)
+class Minima:
+    """What `minimise` found.
+
+    Attributes:
+        points: (P, F) float64.
+        iterations: how many there were.
+        converged: (P,) bool on the CPU; False where the iterations were used up.
+        evaluations: how many losses and gradients were computed, summed over the problems.
+    """
+
+    points: Tensor
+    iterations: int
+    converged: Tensor
+    evaluations: int
+
+
+def minimise(
+    loss_and_gradient: LossAndGradient,
+    start: Tensor,
+    precondition: Precondition,
+    *,
+    tolerance: float,
+    rounding: float,
+    iterations: int,
+) -> Minima:
+    """Minima of P convex functions of F variables.
+
+    A problem has converged once half the decrease that its quadratic model predicts is below `tolerance` times its loss, twice in
+    a row. A step that does not bring enough is halved; its change of the gradient is remembered all the same, because it is true
+    curvature of a convex function.
+
+    Args:
+        start: (P, F) float64.
+        precondition: the better its estimate, the fewer iterations.
+        tolerance: relative to the loss.
+        rounding: relative error of a computed loss; a step may raise the loss by that.
+        iterations: the most of them.
+    """
+    state = _State(start, loss_and_gradient, precondition)
+    found, converged = start.clone(), torch.zeros(len(start), dtype=torch.bool)
+    every = 4 if start.is_cuda else 1  # to look whether one has converged makes a GPU wait
+    evaluations, done = len(start), 0
+    for done in range(1, iterations + 1):
+        evaluations += len(state.active)
+        state.advance(tolerance, rounding)
+        progress.advance("iterations")
+        if done % every and done < iterations:
+            continue
+        ended = ((state.calm >= 2) | (state.rejected >= REJECTIONS)).cpu()
+        if ended.any():
+            of = state.active[ended.to(start.device)]
+            found[of] = state.points[ended.to(start.device)]
+            converged[of.cpu()] = True
+            if ended.all():
+                return Minima(found, done, converged, evaluations)
+            state.keep(~ended)
+    found[state.active] = state.points
+    return Minima(found, done, converged, evaluations)
+
+
+class _State:
+    """The problems that have not converged: points, losses, gradients, and the pairs that approximate their Hessians.
+
+    Steps s and changes of the gradient y are (A, PAIRS, F), the newest last. A pair that is absent, or whose product is not
+    clearly positive because of rounding, is zero and has no effect.
+    """
+
+    def __init__(self, start: Tensor, loss_and_gradient: LossAndGradient, precondition: Precondition) -> None:
+        self.loss_and_gradient, self.precondition = loss_and_gradient, precondition
+        self.active = torch.arange(len(start), device=start.device)
+        self.points = start.clone()
+        self.losses, self.gradients = loss_and_gradient(self.points, self.active)
+        self.scaled = precondition(self.gradients, self.active)
+        self.s = start.new_zeros(len(start), PAIRS, start.shape[1])
+        self.y, self.scaled_y = torch.zeros_like(self.s), torch.zeros_like(self.s)
+        self.factor = start.new_ones(len(start), 1)  # of the estimated inverse Hessian
+        self.length = start.new_ones(len(start), 1)  # of the next step
+        self.calm = torch.zeros(len(start), dtype=torch.int64, device=start.device)
+        self.rejected = torch.zeros_like(self.calm)
+
+    def advance(self, tolerance: float, rounding: float) -> None:
+        """Try one step of every problem."""
+        direction = -self._times_inverse_hessian()
+        slope = (direction * self.gradients).sum(1, keepdim=True)
+        step = self.length * direction
+        losses, gradients = self.loss_and_gradient(self.points + step, self.active)
+        scaled = self.precondition(gradients, self.active)
+        allowed = self.losses + rounding * self.losses.abs() + SUFFICIENT * (self.length * slope)[:, 0]
+        accepted = losses <= allowed
+        calm = -slope[:, 0] / 2 <= tolerance * self.losses.abs()
+        self.calm = torch.where(calm & accepted, self.calm + 1, 0)
+        self.rejected = torch.where(accepted, 0, self.rejected + 1)
+        self._remember(step, gradients - self.gradients, scaled - self.scaled)
+        self.length = torch.where(accepted[:, None], (2 * self.length).clamp(max=1), self.length / 2)
+        self.losses = torch.where(accepted, losses, self.losses)
+        for name, new in (("points", self.points + step), ("gradients", gradients), ("scaled", scaled)):
+            setattr(self, name, torch.where(accepted[:, None], new, getattr(self, name)))
+
+    def _remember(self, s: Tensor, y: Tensor, scaled_y: Tensor) -> None:
+        product, norm = (s * y).sum(1, keepdim=True), (y * scaled_y).sum(1, keepdim=True)
+        valid = (product > 1e-12 * (s.norm(dim=1) * y.norm(dim=1))[:, None]) & (norm > 0)
+        self.factor = torch.where(valid, product / norm.clamp(min=torch.finfo(norm.dtype).tiny), self.factor)
+        for name, new in (("s", s), ("y", y), ("scaled_y", scaled_y)):
+            kept = torch.where(valid, new, 0)
+            setattr(self, name, torch.cat([getattr(self, name)[:, 1:], kept[:, None]], 1))
+
+    def _times_inverse_hessian(self) -> Tensor:
+        """The gradients times the estimated inverse Hessians, (A, F)."""
+        factor = self.factor[:, :, None]
+        products = self.s @ self.y.mT  # (A, PAIRS, PAIRS)
+        on_diagonal = products.diagonal(dim1=1, dim2=2)
+        upper = products.triu() + torch.diag_embed((on_diagonal == 0).to(products))
+        middle = torch.diag_embed(on_diagonal) + factor * (self.y @ self.scaled_y.mT)
+        scaled = factor * self.scaled[:, :, None]  # (A, F, 1)
+        p = torch.linalg.solve_triangular(upper, self.s @ self.gradients[:, :, None], upper=True)
+        q = torch.linalg.solve_triangular(upper.mT, middle @ p - self.y @ scaled, upper=False)
+        return (scaled + self.s.mT @ q - factor * (self.scaled_y.mT @ p))[:, :, 0]
+
+    def keep(self, kept: Tensor) -> None:
+        """Drop all problems but these."""
+        rows = kept.to(self.active.device).nonzero()[:, 0]
+        for name in ("active", "points", "losses", "gradients", "scaled", "s", "y", "scaled_y", "factor", "length"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.calm, self.rejected = self.calm[rows], self.rejected[rows]
