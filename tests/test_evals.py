@@ -10,6 +10,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from ktray import plugins
+from ktray.classifiers import neighbours
 from ktray.errors import UserError
 from ktray.evals import cluster_quality, effective_rank, knn
 from tests.judging import blobs, judge
@@ -23,45 +24,52 @@ KINDS = plugins.kinds("evaluation")
 def test_knn_with_equal_votes_agrees_with_scikit_learn(k):
     (rows, labels), (others, _) = blobs(300), blobs(200, seed=1)
     oracle = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(rows.astype(np.float64), labels)
-    predicted = knn.predict(rows, labels, others, k=k, temperature=None)
+    predicted = knn.predict(rows, labels, others, k=(k,), temperature=None)[:, 0]
     assert (predicted == oracle.predict(others.astype(np.float64))).mean() >= 0.995  # float32: a tie in cosine may fall apart
 
 
 def test_knn_with_a_temperature_agrees_with_scikit_learn():
     (rows, labels), (others, _) = blobs(300), blobs(200, seed=1)
     oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
-    predicted = knn.predict(rows, labels, others, k=20, temperature=0.07)
+    predicted = knn.predict(rows, labels, others, k=(20,), temperature=0.07)[:, 0]
     assert (predicted == oracle.fit(rows.astype(np.float64), labels).predict(others.astype(np.float64))).mean() >= 0.995
 
 
 def test_knn_does_not_depend_on_the_chunks(monkeypatch):
     (rows, labels), (others, _) = blobs(300), blobs(200, seed=1)
-    whole = knn.predict(rows, labels, others, k=20, temperature=0.07)
-    monkeypatch.setattr(knn, "SIMILARITIES", 300 * 17)
-    np.testing.assert_array_equal(knn.predict(rows, labels, others, k=20, temperature=0.07), whole)
+    whole = knn.predict(rows, labels, others, k=(20,), temperature=0.07)
+    monkeypatch.setattr(neighbours, "SIMILARITIES", 300 * 17)
+    np.testing.assert_array_equal(knn.predict(rows, labels, others, k=(20,), temperature=0.07), whole)
 
 
 def test_knn_depends_on_directions_and_not_on_lengths():
     (rows, labels), (others, _) = blobs(300), blobs(200, seed=1)
     lengths = np.random.default_rng(0).uniform(0.5, 2, (300, 1)).astype(np.float32)
-    before = knn.predict(rows, labels, others, k=5, temperature=None)
-    assert (knn.predict(rows * lengths, labels, others, k=5, temperature=None) == before).mean() >= 0.995
+    before = knn.predict(rows, labels, others, k=(5,), temperature=None)
+    assert (knn.predict(rows * lengths, labels, others, k=(5,), temperature=None) == before).mean() >= 0.995
 
 
 def test_a_tiny_temperature_is_the_nearest_neighbour_and_overflows_nothing():
     (rows, labels), (others, _) = blobs(300), blobs(200, seed=1)
-    nearest = knn.predict(rows, labels, others, k=1, temperature=None)
-    np.testing.assert_array_equal(knn.predict(rows, labels, others, k=20, temperature=1e-9), nearest)
+    nearest = knn.predict(rows, labels, others, k=(1,), temperature=None)
+    np.testing.assert_array_equal(knn.predict(rows, labels, others, k=(20,), temperature=1e-9), nearest)
 
 
 def test_fewer_images_than_neighbours_all_vote():
     rows, labels = np.eye(3, dtype=np.float32), np.array([1, 1, 0])
-    np.testing.assert_array_equal(knn.predict(rows, labels, rows, k=20, temperature=None), [1, 1, 1])
+    np.testing.assert_array_equal(knn.predict(rows, labels, rows, k=(20,), temperature=None)[:, 0], [1, 1, 1])
+
+
+def test_several_k_in_one_pass_are_as_each_alone(tmp_path):
+    (rows, labels), (others, truth) = blobs(300), blobs(200, seed=1)
+    together = judge("knn", tmp_path, rows, others, labels, truth, k=[10, 1, 400])
+    alone = {k: judge("knn", tmp_path, rows, others, labels, truth, k=k)["top1"] for k in (10, 1, 400)}
+    assert together == {"top1": alone[10], **{f"top1_k{k}": top1 for k, top1 in alone.items()}}
 
 
 def test_knn_gives_top1(tmp_path):
     (rows, labels), (others, truth) = blobs(300), blobs(200, seed=1)
-    predicted = knn.predict(rows, labels, others, k=20, temperature=0.07)
+    predicted = knn.predict(rows, labels, others, k=(20,), temperature=0.07)[:, 0]
     assert judge("knn", tmp_path, rows, others, labels, truth) == {"top1": pytest.approx((predicted == truth).mean())}
 
 
@@ -175,11 +183,12 @@ def test_effective_rank_of_zeros_is_zero():
 def test_every_metric_has_a_direction_and_is_finite(kind, tmp_path):
     (rows, labels), (others, truth) = blobs(120), blobs(60, seed=1)
     metrics = judge(kind, tmp_path, rows, others, labels, truth, pseudo_labels=labels)
-    assert set(metrics) == set(plugins.module("evaluation", kind).DIRECTION)
+    module = plugins.module("evaluation", kind)
+    assert set(metrics) == set(module.directions(module.Spec()) if hasattr(module, "directions") else module.DIRECTION)
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("kind", ["linear_probe", "knn"])
+@pytest.mark.parametrize("kind", ["linear_probe", "knn", "low_shot", "retrieval"])
 @pytest.mark.parametrize("missing", ["train", "judged", "images"])
 def test_missing_labels_or_images_are_an_error_and_not_a_nan(kind, missing, tmp_path):
     (rows, labels), (others, truth) = blobs(50), blobs(20, seed=1)
@@ -192,7 +201,7 @@ def test_missing_labels_or_images_are_an_error_and_not_a_nan(kind, missing, tmp_
         judge(kind, tmp_path, *given[missing])
 
 
-@pytest.mark.parametrize("kind", ["linear_probe", "knn", "effective_rank"])
+@pytest.mark.parametrize("kind", ["linear_probe", "knn", "effective_rank", "low_shot", "retrieval"])
 @pytest.mark.parametrize("where", ["train", "judged"])
 def test_features_that_are_not_finite_are_an_error(kind, where, tmp_path):
     (rows, labels), (others, truth) = blobs(50), blobs(20, seed=1)
@@ -212,7 +221,7 @@ def test_an_evaluation_leaves_the_features_as_they_were(kind, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["linear_probe", "knn", "effective_rank"])
+@pytest.mark.parametrize("kind", ["linear_probe", "knn", "effective_rank", "low_shot", "retrieval"])
 def test_an_evaluation_gives_the_same_metrics_on_a_gpu(kind, tmp_path):
     (rows, labels), (others, truth) = blobs(3000), blobs(500, seed=1)
     on_cpu = judge(kind, tmp_path, rows, others, labels, truth)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,22 +12,76 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from ktray.classifiers import linear_classifiers
 from ktray.evals import linear_probe
 from tests.judging import blobs, images, judge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 2e-4), ("float32", 5e-3)])
-def test_the_linear_probe_reaches_the_optimum_of_scikit_learn(precision, tolerance):
+def standardised(rows, dtype=torch.float64):
+    given = linear_classifiers.on_device(rows, "cpu")
+    return linear_classifiers.scaling_of(given).apply(given, dtype)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-3), ("float32", 5e-3)])
+def test_logistic_regressions_reach_the_optima_of_scikit_learn_under_all_penalties_at_once(precision, tolerance):
     rows, labels = blobs(400)
-    l2 = 1e-2
+    penalties = (1e-1, 1e-3, 1e-2)
+    given = standardised(rows, getattr(torch, precision))
+    found = linear_classifiers.logistic_regressions(
+        given, torch.from_numpy(labels), 4, penalties, iterations=500, tolerance=1e-8
+    )
+    assert found.converged == (True, True, True)
+    for index, l2 in enumerate(penalties):
+        oracle = LogisticRegression(C=1 / (l2 * len(rows)), tol=1e-10, max_iter=5000)
+        oracle.fit(StandardScaler().fit_transform(rows.astype(np.float64)), labels)
+        biases = found.biases[index] - found.biases[index].mean()
+        np.testing.assert_allclose(found.weights[index].numpy().T, oracle.coef_, atol=tolerance)
+        np.testing.assert_allclose(biases.numpy(), oracle.intercept_, atol=tolerance)
+
+
+@pytest.mark.parametrize("how", ["one penalty at a time", "small blocks", "no preconditioning"])
+def test_how_a_fit_is_cut_and_preconditioned_does_not_change_its_optimum(how, monkeypatch):
+    rows, labels = blobs(200)
+    given, targets, penalties = standardised(rows), torch.from_numpy(labels), (1e-1, 1e-2, 1e-3)
+    fit = partial(linear_classifiers.logistic_regressions, given, targets, 4, penalties, iterations=2000, tolerance=1e-11)
+    whole = fit()
+    name, value = {
+        "one penalty at a time": ("COLUMNS", 4),
+        "small blocks": ("SCORES", 1),
+        "no preconditioning": ("MAX_WIDTH", 3),
+    }[how]
+    monkeypatch.setattr(linear_classifiers, name, value)
+    np.testing.assert_allclose(fit().weights.numpy(), whole.weights.numpy(), atol=2e-4)
+
+
+def test_the_chosen_penalty_is_the_best_of_scikit_learn_s_grid(tmp_path):
+    (rows, labels), (others, truth) = blobs(300, spread=3.0, width=40), blobs(300, seed=1, spread=3.0, width=40)
+    grid = [1e-4, 1e-2, 1e-1, 1.0]
+    judge("linear_probe", tmp_path, rows, others, labels, truth, precision="float64", held_out=0.3, l2=grid)
+    chosen = json.loads((tmp_path / "penalties.json").read_text())
     scaled = StandardScaler().fit_transform(rows.astype(np.float64))
-    oracle = LogisticRegression(C=1 / (l2 * len(rows)), tol=1e-10, max_iter=5000).fit(scaled, labels)
-    given = linear_probe.standardise(rows, *linear_probe.moments(rows), getattr(torch, precision))
-    weight, bias = linear_probe.fit(given, labels, 4, l2=l2, iterations=500)
-    np.testing.assert_allclose(weight.double().numpy().T, oracle.coef_, atol=tolerance)
-    np.testing.assert_allclose(bias.double().numpy() - bias.double().mean().item(), oracle.intercept_, atol=tolerance)
+    held = linear_classifiers.held_out_rows(labels, 0.3, 0)
+    assert chosen["held_out"] == held.sum() == pytest.approx(90, abs=4)
+    scores = {}
+    for tried in chosen["tried"]:
+        oracle = LogisticRegression(C=1 / (tried["l2"] * (~held).sum()), tol=1e-6, max_iter=5000)
+        scores[tried["l2"]] = oracle.fit(scaled[~held], labels[~held]).score(scaled[held], labels[held])
+        assert tried["top1"] == pytest.approx(scores[tried["l2"]], abs=0.012)  # one image of 90
+    assert scores[chosen["l2"]] >= max(scores.values()) - 0.012
+
+
+def test_the_grid_of_dinov2_is_its_45_values_of_c(tmp_path):
+    tried = linear_probe.penalties(linear_probe.Spec(l2="dinov2"), 1000)
+    np.testing.assert_allclose([1 / (1000 * l2) for l2 in tried], np.logspace(-6, 5, 45))
+
+
+def test_penalties_cannot_be_chosen_where_no_image_can_be_held_out(tmp_path):
+    rows, labels = np.eye(4, dtype=np.float32), np.arange(4)
+    with pytest.raises(ValueError, match="none can be held out"):
+        judge("linear_probe", tmp_path, rows, rows, labels, labels)
+    assert judge("linear_probe", tmp_path, rows, rows, labels, labels, l2=1e-3)["top1"] == 1
 
 
 def test_the_linear_probe_scores_as_scikit_learn_does(tmp_path):
@@ -40,21 +96,11 @@ def test_the_linear_probe_scores_as_scikit_learn_does(tmp_path):
 
 def test_the_penalty_of_the_linear_probe_is_per_sample():
     rows, labels = blobs(100)
-    once = linear_probe.standardise(rows, *linear_probe.moments(rows), torch.float64)
-    weight, _ = linear_probe.fit(once, labels, 4, l2=1e-2, iterations=500)
-    doubled, _ = linear_probe.fit(torch.cat([once, once]), np.tile(labels, 2), 4, l2=1e-2, iterations=500)
-    np.testing.assert_allclose(weight.numpy(), doubled.numpy(), atol=1e-4)
-
-
-def test_the_gradient_of_the_linear_probe_does_not_depend_on_the_blocks(monkeypatch):
-    rows, labels = blobs(50)
-    given = linear_probe.standardise(rows, *linear_probe.moments(rows), torch.float64)
-    flat = np.random.default_rng(0).normal(size=13 * 4)
-    loss, gradient = linear_probe._loss_and_gradient(flat, given, torch.from_numpy(labels), 4, 0.1)
-    monkeypatch.setattr(linear_probe, "BLOCK", 7)
-    in_blocks, gradient_in_blocks = linear_probe._loss_and_gradient(flat, given, torch.from_numpy(labels), 4, 0.1)
-    assert in_blocks == pytest.approx(loss, rel=1e-12)
-    np.testing.assert_allclose(gradient_in_blocks, gradient, rtol=1e-10, atol=1e-14)
+    once = standardised(rows)
+    fit = partial(linear_classifiers.logistic_regressions, classes=4, penalties=[1e-2], iterations=500, tolerance=1e-9)
+    weights = fit(once, torch.from_numpy(labels)).weights
+    doubled = fit(torch.cat([once, once]), torch.from_numpy(np.tile(labels, 2))).weights
+    np.testing.assert_allclose(weights.numpy(), doubled.numpy(), atol=1e-4)
 
 
 def test_the_linear_probe_is_deterministic(tmp_path):
@@ -67,11 +113,18 @@ def test_the_linear_probe_is_deterministic(tmp_path):
 
 def test_a_constant_feature_does_not_disturb_the_linear_probe(tmp_path):
     (rows, labels), (others, truth) = blobs(200), blobs(100, seed=1)
-    before = judge("linear_probe", tmp_path, rows, others, labels, truth, precision="float64")
+    before = judge("linear_probe", tmp_path, rows, others, labels, truth, precision="float64", l2=1e-2)
     constant = np.full((200, 1), 0.1, np.float32)
     other = np.full((100, 1), 0.1, np.float32)
     after = judge(
-        "linear_probe", tmp_path, np.hstack([rows, constant]), np.hstack([others, other]), labels, truth, precision="float64"
+        "linear_probe",
+        tmp_path,
+        np.hstack([rows, constant]),
+        np.hstack([others, other]),
+        labels,
+        truth,
+        precision="float64",
+        l2=1e-2,
     )
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
 
@@ -85,12 +138,12 @@ def test_a_class_without_training_images_costs_accuracy_but_does_not_crash(tmp_p
 
 def test_a_probe_with_few_labels_uses_that_many_of_each_class_and_more_are_better(tmp_path):
     (rows, labels), (others, truth) = blobs(400, spread=2.5), blobs(400, seed=1, spread=2.5)
-    found = {n: linear_probe.subset_per_class(labels, n, seed=0) for n in (1, 10, 1000)}
+    found = {n: linear_classifiers.subset_per_class(labels, n, seed=0) for n in (1, 10, 1000)}
     assert np.bincount(labels[found[10]]).tolist() == [10] * len(np.unique(labels))
     assert set(found[1]) < set(found[10]) < set(found[1000]) == set(range(400))
-    tops = [judge("linear_probe", tmp_path, rows, others, labels, truth, per_class=n)["top1"] for n in (1, 10, None)]
+    tops = [judge("linear_probe", tmp_path, rows, others, labels, truth, per_class=n, l2=1e-3)["top1"] for n in (1, 10, None)]
     assert tops[0] < tops[1] < tops[2]
-    assert linear_probe.subset_per_class(labels, 1, seed=1).tolist() != found[1].tolist()
+    assert linear_classifiers.subset_per_class(labels, 1, seed=1).tolist() != found[1].tolist()
 
 
 def test_the_confusion_plot_names_the_classes(tmp_path):

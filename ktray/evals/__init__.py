@@ -6,7 +6,11 @@
   declares whose it reads, ``MAY_READ_LABELS = ("train",)`` or ``("train", "judged")``, so that a report can count them.
 - `NEEDS_ANNOTATIONS` names what the images must have besides: of ``("presence", "boxes", "mask")``, attributes of
   `ktray.images.Source`. What the data lack is then refused before anything runs. `NEEDS_LABELS` means one class per image.
-- `DIRECTION` maps each metric that a search may optimise to "max" or "min".
+- `DIRECTION` maps each metric that a search may optimise to "max" or "min". Where the metrics depend on the spec, such as on
+  several k, ``directions(spec)`` returns them all, and `DIRECTION` has those that every spec gives.
+- An evaluation that judges image by image writes `per_image.parquet` (`ktray.scoring.per_image`) into `out`, from which
+  standard errors and comparisons of students follow. Where a metric is no mean over images, ``recompute(columns, rows)``
+  computes it anew.
 - `evaluate` returns the metrics as dict[str, float]. It calls ``features(images)`` for the features (N, D) float32 of the
   training and of the judged images, and may write plots into the folder `out`, each inside `plots.optional_plot`.
 - With ``READS_PSEUDO_LABELS = True`` it gets the pair's pseudo-labels, with the transfer's images as `train`, and no features.
@@ -14,5 +18,5 @@
   (`checkpoints.Attempt`): the network itself, and checkpoints for long work. With ``READS_SPLITS = True`` it gets `images_of`,
   a function from ``"train"``, ``"val"`` or ``"test"`` to the images of that split, or None.
 
-An evaluation may import the tools (`ktray.images`, `ktray.training`, `ktray.plots`, ...) and `ktray.spec`, but no other plugin.
+An evaluation may import the tools (`ktray.images`, `ktray.classifiers`, `ktray.scoring`, ...) and `ktray.spec`, but no plugin.
 """

@@ -1,18 +1,20 @@
 """Linear probe: the accuracy of a linear classifier on frozen features.
 
-Multinomial logistic regression on standardised features. The penalised loss is convex, so full-batch L-BFGS finds its optimum
-without a learning rate, a number of epochs or a random initialisation to choose.
+Multinomial logistic regression on standardised features. The penalised loss is convex, so its optimum has no learning rate, no
+number of epochs and no random initialisation to choose. The penalty is chosen on held-out training images, and the classifier
+is then fitted to all of them.
 
 Source: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016); Kornblith, Shlens and Le,
-"Do Better ImageNet Models Transfer Better?" (2019), on L-BFGS with an l2 penalty on frozen features.
+"Do Better ImageNet Models Transfer Better?" (2019), on L-BFGS with an l2 penalty chosen on held-out images; Oquab et al.,
+"DINOv2" (2023), whose logistic regression has the grid of 45 penalties.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -20,24 +22,39 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from ktray import fingerprint, progress
+from ktray.classifiers import linear_classifiers
+from ktray.classifiers.linear_classifiers import Classifiers, Scaling
 from ktray.images import Images
 from ktray.plots import label_of, optional_plot
+from ktray.scoring import per_image
 from ktray.spec import EvaluationFields, Seed
 
-REVISION = 1
+REVISION = 2
+TOOLS = (linear_classifiers,)
 NEEDS_LABELS = True
 DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max", "loss": "min"}
-BLOCK = 1 << 16  # rows per block: bounds the memory of the (rows, classes) logits and fixes the order of summation
-log = logging.getLogger("ktray")
+PATH = tuple(10.0 ** (-5.5 + index / 2) for index in range(10))
+"""The penalties of `l2: path`: from 3e-6 to 0.1 in steps of half a decade."""
+DINOV2 = tuple(10.0 ** (-6 + 11 * index / 44) for index in range(45))
+"""The 45 values of C between 1e-6 and 1e5 that DINOv2 tries. There the losses are summed: C = 1 / (l2 * number of images)."""
+
+Penalty = Annotated[float, Field(gt=0)]
 
 
 class Spec(EvaluationFields):
     """A linear classifier on one layer of a network. `l2` is relative to the mean loss, so it means the same for any N."""
 
     kind: Literal["linear_probe"] = "linear_probe"
-    l2: float = Field(default=1e-4, gt=0, description="weight of the penalty l2 / 2 * sum of squared weights")
-    iterations: int = Field(default=300, ge=1, description="most iterations of L-BFGS")
+    l2: Penalty | Annotated[tuple[Penalty, ...], Field(min_length=1, max_length=200)] | Literal["path", "dinov2"] = Field(
+        default="path",
+        description="weight of the penalty l2 / 2 * sum of squared weights; of several, or of a named grid, the one that is "
+        "best on held-out training images: path has ten from 3e-6 to 0.1, dinov2 its 45 values of C",
+    )
+    held_out: float = Field(default=0.1, gt=0, lt=1, description="share of the training images that chooses among several l2")
+    scaling: Literal["standard", "none"] = Field(
+        default="standard", description="features to mean 0 and deviation 1, or as they are"
+    )
+    iterations: int = Field(default=500, ge=1, description="most iterations of L-BFGS")
     precision: Literal["float32", "float64"] = "float32"
     per_class: int | None = Field(default=None, ge=1, description="training labels used per class, drawn by `seed`; null: all")
     seed: Seed = 0
@@ -55,7 +72,9 @@ def evaluate(
 ) -> dict[str, float]:
     """`top1` in [0, 1] and `loss` (mean cross-entropy in nats, without the penalty) of the probe on `judged`.
 
-    Writes the confusion matrix as `confusion.png` into `out`: rows are the true classes, columns the predicted ones.
+    Writes the confusion matrix as `confusion.png` (rows are the true classes, columns the predicted ones), the results of each
+    image as `per_image.parquet`, and as `penalties.json` which penalty was chosen and what each was worth on the held-out
+    images.
 
     Raises:
         ValueError: labels are missing, `train` or `judged` is empty, or features are not finite.
@@ -63,100 +82,79 @@ def evaluate(
     if train.labels is None or judged.labels is None or not len(train) or not len(judged):
         raise ValueError("a linear probe needs labelled training images and labelled images to judge")
     classes = 1 + max(int(train.labels.max()), int(judged.labels.max()), len(train.classes) - 1)
-    dtype = getattr(torch, spec.precision)
-    rows = features(train)
-    labelled = subset_per_class(train.labels, spec.per_class, spec.seed)
-    mean, scale = moments(rows)  # over all training images: `per_class` limits labels, not images
-    train_rows = standardise(rows[labelled], mean, scale, dtype).to(device)
-    weight, bias = fit(train_rows, train.labels[labelled], classes, l2=spec.l2, iterations=spec.iterations)
-    scores = (standardise(features(judged), mean, scale, dtype).to(device) @ weight + bias).cpu()
-    truth = torch.from_numpy(judged.labels)
-    loss = float(torch.nn.functional.cross_entropy(scores.double(), truth))
-    if not np.isfinite(loss):
-        raise ValueError(f"the probe's loss is {loss}: features are not finite")
-    predicted = scores.argmax(1)
+    given = linear_classifiers.on_device(features(train), device)
+    scaling = _scaling(spec, given)  # over all training images: `per_class` limits labels, not images
+    labelled = linear_classifiers.subset_per_class(train.labels, spec.per_class, spec.seed)
+    dtype: torch.dtype = getattr(torch, spec.precision)
+    rows = scaling.apply(given if len(labelled) == len(given) else given[torch.from_numpy(labelled).to(device)], dtype)
+    fitted = fit(spec, rows, train.labels[labelled], classes, out)
+    queries = scaling.apply(linear_classifiers.on_device(features(judged), device), dtype)
+    truth = torch.from_numpy(judged.labels).to(device)
+    scores = fitted.scores(queries, 0)
+    losses = torch.nn.functional.cross_entropy(scores.double(), truth, reduction="none").cpu().numpy()
+    predicted = scores.argmax(1).cpu().numpy()
+    if not np.isfinite(losses).all():
+        raise ValueError(f"the probe's loss is {losses.mean()}: features are not finite")
+    right = (predicted == judged.labels).astype(np.float64)
+    per_image.write(out, judged.names, {"top1": right, "loss": losses, "predicted": predicted, "truth": judged.labels})
     with optional_plot(out / "confusion.png"):
-        _draw_confusion(judged, predicted.numpy(), classes, out / "confusion.png")
-    return {"top1": float((predicted == truth).double().mean()), "loss": loss}
+        _draw_confusion(judged, predicted, classes, out / "confusion.png")
+    return {"top1": float(right.mean()), "loss": float(losses.mean())}
 
 
-def subset_per_class(labels: NDArray[np.int64], per_class: int | None, seed: int) -> NDArray[np.int64]:
-    """Ascending indices (n,) of up to `per_class` random images of each class; of all images if that is None.
-
-    With the same seed, a larger `per_class` includes the images of a smaller one.
-    """
-    order = np.random.default_rng(fingerprint.seed_of(seed, "labels", len(labels))).permutation(len(labels))
-    kept = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
-    return np.sort(np.concatenate(kept))
+def _scaling(spec: Spec, rows: Tensor) -> Scaling:
+    if spec.scaling == "standard":
+        return linear_classifiers.scaling_of(rows)
+    zeros = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    return Scaling(zeros, torch.ones_like(zeros))
 
 
-def moments(rows: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation (D,) of features (N, D), summed in float64.
-
-    A feature that is constant up to rounding gets the deviation 1, so that its rounding noise is not amplified.
-    """
-    mean = rows.mean(0, dtype=np.float64)
-    squares = np.zeros_like(mean)
-    for start in range(0, len(rows), BLOCK):
-        squares += np.square(rows[start : start + BLOCK] - mean).sum(0)
-    scale = np.sqrt(squares / len(rows))
-    constant = scale <= 1e-6 * np.abs(mean) + np.finfo(np.float32).tiny
-    return mean, np.where(constant, 1.0, scale)
+def penalties(spec: Spec, count: int) -> tuple[float, ...]:
+    """The penalties to try for a fit to `count` images."""
+    if spec.l2 == "dinov2":
+        return tuple(1 / (cost * count) for cost in DINOV2)
+    if spec.l2 == "path":
+        return PATH
+    return spec.l2 if isinstance(spec.l2, tuple) else (float(spec.l2),)
 
 
-def standardise(rows: NDArray[np.float32], mean: NDArray[np.float64], scale: NDArray[np.float64], dtype: torch.dtype) -> Tensor:
-    """Features (N, D) as (rows - mean) / scale, in `dtype`."""
-    result = torch.empty(rows.shape, dtype=dtype)
-    for start in range(0, len(rows), BLOCK):
-        result[start : start + BLOCK] = torch.from_numpy((rows[start : start + BLOCK] - mean) / scale)
-    return result
+def fit(spec: Spec, rows: Tensor, labels: NDArray[np.int64], classes: int, out: Path) -> Classifiers:
+    """The classifier of features (N, D), with the penalty that is best on held-out images if the spec has several.
 
-
-def fit(rows: Tensor, labels: NDArray[np.int64], classes: int, *, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
-    """Weights (D, C) and biases (C,) that minimise mean cross-entropy + l2 / 2 * sum of squared weights.
-
-    Biases are not penalised. The fit starts at zero, so it needs no seed. If it has not converged after `iterations`, the last
-    iterate is used and a warning is logged.
+    Of equally accurate penalties the one with the lowest loss counts. Classes with a single image have none held out.
 
     Args:
-        rows: (N, D), standardised. Products are computed in its dtype and on its device, the loss is summed in float64.
-        labels: (N,) in [0, classes).
+        out: where `penalties.json` is written, if there are several.
     """
-    from scipy.optimize import minimize
-
-    width = rows.shape[1]
-    answer = minimize(
-        _loss_and_gradient,
-        np.zeros((width + 1) * classes),
-        args=(rows, torch.from_numpy(labels).to(rows.device), classes, l2),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": iterations, "maxfun": 4 * iterations, "ftol": 1e-10, "gtol": 1e-6},
+    targets = torch.from_numpy(labels).to(rows.device)
+    given = penalties(spec, len(rows))
+    if len(given) == 1:
+        return linear_classifiers.logistic_regressions(rows, targets, classes, given, iterations=spec.iterations)
+    held = linear_classifiers.held_out_rows(labels, spec.held_out, spec.seed)
+    if not held.any():
+        raise ValueError(
+            f"of {len(rows)} training images none can be held out to choose among {len(given)} penalties; give one l2"
+        )
+    kept, chosen_on = (torch.from_numpy(np.flatnonzero(mask)).to(rows.device) for mask in (~held, held))
+    tried = penalties(spec, len(kept))
+    found = linear_classifiers.logistic_regressions(rows[kept], targets[kept], classes, tried, iterations=spec.iterations)
+    held_rows, truth = rows[chosen_on], targets[chosen_on]
+    worth = []
+    for index in range(len(tried)):
+        scores = found.scores(held_rows, index)
+        loss = float(torch.nn.functional.cross_entropy(scores.double(), truth))
+        worth.append((float((scores.argmax(1) == truth).double().mean()), -loss))
+    best = max(range(len(tried)), key=worth.__getitem__)
+    table = [
+        {"l2": penalty, "top1": top1, "loss": -loss, "converged": converged}
+        for penalty, (top1, loss), converged in zip(given, worth, found.converged, strict=True)
+    ]
+    record = {"l2": given[best], "held_out": int(held.sum()), "tried": table}
+    (out / "penalties.json").write_text(json.dumps(record, indent=1))
+    start = torch.cat([found.weights[best], found.biases[best][None]])
+    return linear_classifiers.logistic_regressions(
+        rows, targets, classes, given[best : best + 1], iterations=spec.iterations, start=start
     )
-    if answer.nit >= iterations:
-        log.warning("a linear probe did not converge within %d iterations", iterations)
-    matrix = torch.from_numpy(answer.x).view(width + 1, classes).to(rows)
-    return matrix[:-1], matrix[-1]
-
-
-def _loss_and_gradient(
-    flat: NDArray[np.float64], rows: Tensor, labels: Tensor, classes: int, l2: float
-) -> tuple[float, NDArray[np.float64]]:
-    exact = torch.from_numpy(flat).view(-1, classes).to(rows.device)
-    matrix = exact.to(rows.dtype)
-    loss, gradient = 0.0, torch.zeros_like(exact)
-    for start in range(0, len(rows), BLOCK):
-        block, truth = rows[start : start + BLOCK], labels[start : start + BLOCK, None]
-        log_shares = torch.addmm(matrix[-1], block, matrix[:-1]).log_softmax(1)
-        loss -= float(log_shares.gather(1, truth).sum(dtype=torch.float64))
-        error = log_shares.exp_()
-        error.scatter_add_(1, truth, torch.full_like(truth, -1, dtype=error.dtype))
-        gradient[:-1] += block.T @ error
-        gradient[-1] += error.sum(0)
-        progress.advance("blocks")
-    gradient /= len(rows)
-    gradient[:-1] += l2 * exact[:-1]
-    return loss / len(rows) + l2 / 2 * float(exact[:-1].square().sum()), gradient.cpu().numpy().ravel()
 
 
 def _draw_confusion(judged: Images, predicted: NDArray[np.int64], classes: int, path: Path) -> None:

@@ -57,7 +57,8 @@ def metric_directions(pair: PairSpec) -> dict[str, Mode | None]:
     """Every metric that a search over this pair can use -> its better direction; None if only the user can decide."""
     found = dict(COST_METRICS)
     for entry in pair.evals:
-        directions: Mapping[str, Mode] = plugins.module_of("evaluation", entry).DIRECTION
+        module = plugins.module_of("evaluation", entry)
+        directions: Mapping[str, Mode] = module.directions(entry) if hasattr(module, "directions") else module.DIRECTION
         found.update({f"{_evaluation_name(entry)}/{metric}": mode for metric, mode in directions.items()})
     return found
 

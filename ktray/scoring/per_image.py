@@ -1,7 +1,8 @@
-"""What an evaluation found for each judged image, as a file beside its metrics, and what follows from it: how certain a metric is.
+"""Results per image of an evaluation, as a file beside its metrics, and what follows from them: how certain a metric is.
 
-The images are a sample of those that a student will meet. The standard error of a metric says how much it would vary between such
-samples; two students judged on the same images are compared image by image, which is far more certain than two separate errors.
+The images are a sample of those that a student will meet. The standard error of a metric says how much it would vary between
+such samples; two students judged on the same images are compared image by image, which is far more certain than two separate
+errors.
 
 Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapters 6 and 13.
 """
@@ -145,7 +146,9 @@ def paired_differences(
     """
     if sorted(one.names) != sorted(other.names):
         shared = len({*one.names} & {*other.names})
-        raise ValueError(f"they were judged on different images: {len(one.names)} and {len(other.names)}, {shared} of them shared")
+        raise ValueError(
+            f"they were judged on different images: {len(one.names)} and {len(other.names)}, {shared} of them shared"
+        )
     place = {name: index for index, name in enumerate(other.names)}
     order = np.array([place[name] for name in one.names])
     aligned = {name: values[order] for name, values in other.columns.items()}

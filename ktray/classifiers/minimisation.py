@@ -57,9 +57,9 @@ def minimise(
 ) -> Minima:
     """Minima of P convex functions of F variables.
 
-    A problem has converged once half the decrease that its quadratic model predicts is below `tolerance` times its loss, twice in
-    a row. A step that does not bring enough is halved; its change of the gradient is remembered all the same, because it is true
-    curvature of a convex function.
+    A problem has converged once half the decrease that its quadratic model predicts is below `tolerance` times its loss, twice
+    in a row. A step that does not bring enough is halved; its change of the gradient is remembered all the same, because it is
+    true curvature of a convex function.
 
     Args:
         start: (P, F) float64.
@@ -146,7 +146,8 @@ class _State:
         scaled = factor * self.scaled[:, :, None]  # (A, F, 1)
         p = torch.linalg.solve_triangular(upper, self.s @ self.gradients[:, :, None], upper=True)
         q = torch.linalg.solve_triangular(upper.mT, middle @ p - self.y @ scaled, upper=False)
-        return (scaled + self.s.mT @ q - factor * (self.scaled_y.mT @ p))[:, :, 0]
+        product: Tensor = scaled + self.s.mT @ q - factor * (self.scaled_y.mT @ p)
+        return product[:, :, 0]
 
     def keep(self, kept: Tensor) -> None:
         """Drop all problems but these."""

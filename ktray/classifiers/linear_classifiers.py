@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktray import fingerprint
-from ktray.judging import minimisation
-from ktray.judging.minimisation import minimise
+from ktray.classifiers import minimisation
+from ktray.classifiers.minimisation import minimise
 
 IDENTITY, REVISION = "linear_classifiers", 1
 TOOLS = (minimisation,)
@@ -192,9 +192,7 @@ def _second_moments(rows: Tensor) -> Tensor | None:
 class _Multinomial:
     """The losses of one classifier under A penalties; a point is its weights and biases (D + 1, C), flattened."""
 
-    def __init__(
-        self, rows: Tensor, labels: Tensor, classes: int, penalties: Tensor, moments: Tensor | None
-    ) -> None:
+    def __init__(self, rows: Tensor, labels: Tensor, classes: int, penalties: Tensor, moments: Tensor | None) -> None:
         self.rows, self.labels, self.classes, self.penalties = rows, labels, classes, penalties
         # With all classes equally likely, the Hessian is that of 1 / C times the second moments, for every class alike.
         self.inverse = None if moments is None else _inverses(moments / classes, penalties).to(rows.dtype)
@@ -312,10 +310,12 @@ def _basis(rows: Tensor) -> Tensor:
     exact = rows.double()
     if len(rows) >= rows.shape[1]:
         values, vectors = torch.linalg.eigh(exact.T @ exact)
-        return vectors[:, values > 1e-12 * values[-1]]
+        kept_of: Tensor = vectors[:, values > 1e-12 * values[-1]]
+        return kept_of
     values, vectors = torch.linalg.eigh(exact @ exact.T)
     kept = values > 1e-12 * values[-1]
-    return (exact.T @ vectors[:, kept]) / values[kept].sqrt()
+    directions: Tensor = (exact.T @ vectors[:, kept]) / values[kept].sqrt()
+    return directions
 
 
 class _Machines:
