@@ -144,6 +144,7 @@ def put(space: dict[str, Any], path: str, value: Any) -> None:
     node: Any = space if steps[0] in SPACE else space["pair"]
     for step in steps[:-1]:
         node = node.get(step) if isinstance(node, dict) else None
+    value = copy.deepcopy(value)  # the next value may be put into this one, which others share
     if isinstance(node, dict):
         node[steps[-1]] = value
     elif isinstance(node, list) and node:
