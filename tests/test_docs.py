@@ -22,7 +22,7 @@ LAYOUT = ROOT / "docs" / "layout.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TREE = re.compile(r"(<!-- tree -->\n```text\n)(.*?)(```)", re.DOTALL)
 FOLDERS = [
-    *("", "stores", "ops", "images", "training", "features", "clustering", "export", "scoring", "classifiers"),
+    *("", "stores", "ops", "images", "training", "features", "clustering", "export", "scoring", "classifiers", "fine_tuning"),
     *("datasets", "pretext", "descriptors", "backbones", "transfer", "evals"),
     *("stages", "pipeline", "cost_model", "scheduler", "search", "tracking", "report", "runs", "cli"),
 ]

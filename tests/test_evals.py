@@ -17,7 +17,9 @@ from tests.judging import blobs, judge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = plugins.kinds("evaluation")
+TRAINED = {"fine_tune", "nonlinear_probe", "voc07_cls_finetune", "voc_det", "coco_det", "voc12_seg"}
+"""Kinds that read pixels and train: see test_fine_tuning.py and test_detection.py."""
+KINDS = [kind for kind in plugins.kinds("evaluation") if kind not in TRAINED]
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])

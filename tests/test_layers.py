@@ -49,7 +49,7 @@ WORDS = {
 }
 LAYERS = (
     ("words", WORDS),
-    ("tools", {"ops", "training", "features", "clustering", "images", "export", "scoring", "classifiers"}),
+    ("tools", {"ops", "training", "features", "clustering", "images", "export", "scoring", "classifiers", "fine_tuning"}),
     ("methods", set(GROUPS.values())),
     ("pipeline", {"pipeline", "stages", "cost_model"}),
     ("scheduler", {"scheduler"}),

@@ -184,6 +184,18 @@ def test_the_cluster_sheet_is_inside_the_file_and_shrinks_if_it_is_large(store: 
     assert picture.size == (1400, 50)
 
 
+def test_the_plots_of_the_best_pairs_evaluations_are_inside_the_file_with_their_captions(store: FileStore) -> None:
+    made = key("evaluation", 7)
+    scratch = store.scratch(made, "a")
+    for name in ("detections.png", "precision_recall.png", "unknown.png"):
+        Image.new("RGB", (30, 20), "blue").save(scratch / name)
+    store.publish(scratch, made, {"metrics": {}, "stage": "evaluation", "key": made, "seconds": 1})
+    page = page_of([trial(0, 0.4, keys=shared_prefix(store) | {"evaluation": {"<b>det": made}})], store)
+    alts = [str(attrs["alt"]) for tag, attrs in page.tags if tag == "img"]
+    assert [alt.split(":")[0] for alt in alts if alt.startswith("<b>det")] == ["<b>det", "<b>det"]
+    assert any("detections with a score" in alt for alt in alts)
+
+
 def _picture(page: Page) -> Image.Image:
     (source,) = [str(attrs["src"]) for tag, attrs in page.tags if tag == "img"]
     assert source.startswith("data:image/")

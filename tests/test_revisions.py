@@ -15,7 +15,7 @@ NEEDED = {
     "random_network": {"backbone": STUDENT["backbone"]},
     **{kind: {"path": "/nowhere"} for kind in ("folder", "imagefolder", "parquet")},
 }
-TOOLS = {"ops", "training", "features", "clustering", "images", "classifiers"}
+TOOLS = {"ops", "training", "features", "clustering", "images", "classifiers", "scoring", "fine_tuning"}
 IN_EVERY_KEY = {"image_decoding", "training_loop"}  # through the artifacts that a tool reads, so no tool needs to name them
 
 

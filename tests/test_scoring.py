@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from ktray.scoring import label_maps
 from ktray.scoring.average_precision import (
     RECALLS,
-    average_precision,
+    ap_of,
     bootstrap_draws,
     classification_ap,
     interval,
@@ -235,7 +236,7 @@ def test_the_eleven_recalls_are_matlabs_of_which_three_tenths_is_the_only_one_be
     results = np.array([1, 1, 1, *[-1] * 7, *[1] * 7])
     # 3 of 10 positives do not reach the recall 0.3, so the precision there is that of the fourth, at the eleventh result
     expected = (3 * 1.0 + 8 * 10 / 17) / 11
-    assert average_precision(*precision_recall(results, 10), "voc07") == pytest.approx(expected, abs=1e-12)
+    assert ap_of(*precision_recall(results, 10), "voc07") == pytest.approx(expected, abs=1e-12)
 
 
 def test_resampled_aps_are_those_of_the_copied_images():
@@ -255,9 +256,7 @@ def test_resampled_aps_are_those_of_the_copied_images():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_miou_equals_the_formula_on_sets_of_pixels_and_torchmetrics_with_void_left_out(seed):
-    import torch
-    from torchmetrics.classification import MulticlassJaccardIndex
-
+    torchmetrics = pytest.importorskip("torchmetrics.classification")
     rng = np.random.default_rng(seed)
     truth, predicted = rng.integers(0, 5, (3, 20, 20)), rng.integers(0, 5, (3, 20, 20))
     truth[rng.random(truth.shape) < 0.2] = label_maps.VOID
@@ -268,7 +267,7 @@ def test_miou_equals_the_formula_on_sets_of_pixels_and_torchmetrics_with_void_le
         either = (((truth == class_) | (predicted == class_)) & known).sum()
         assert found[class_] == pytest.approx(both / either, abs=1e-12)
     assert np.isnan(found[5])  # in neither map
-    index = MulticlassJaccardIndex(num_classes=6, ignore_index=255)
+    index = torchmetrics.MulticlassJaccardIndex(num_classes=6, ignore_index=255)
     assert np.nanmean(found) == pytest.approx(float(index(torch.from_numpy(predicted), torch.from_numpy(truth))), abs=1e-6)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ktray.artifact import Artifact, Stage
-from ktray.cost_model.stage_costs import learn_from
+from ktray.cost_model.stage_costs import learn_from, passes
 from ktray.stages.images_stage import DRY_RUN
 from ktray.stores import Store
 
@@ -121,6 +121,8 @@ def _images_ratio(
     small: Stage, full: Stage, artifact: Artifact, known: Mapping[str, Stage], counts: Mapping[str, tuple[int, int]]
 ) -> float:
     """Ratio of the numbers of images that the stage reads at full size and in the dry run; the largest of several data sets."""
+    if "steps" in full.spec:  # so many, however many images there are
+        return 1.0
     if full.name == "images":
         return max(1.0, counts[full.key][1] / max(1.0, artifact.metrics["count"]))
     read = [known[key] for key in full.inputs.values() if key in known]
@@ -136,10 +138,11 @@ def _clusters(stage: Stage, known: Mapping[str, Stage]) -> float:
 
 
 def _passes_ratio(full: Stage, artifact: Artifact) -> float:
-    """Ratio of the numbers of passes over the images: epochs of a training, iterations of k-means."""
+    """Ratio of the numbers of passes over the images or of steps: of a training, of an evaluation that trains, of k-means."""
     if full.name == "clusters":
         return max(1.0, float(full.spec["iterations"]) / max(1.0, artifact.metrics["iterations"]))
-    return max(1.0, float(full.spec.get("epoch", 1)))
+    small = artifact.record["spec"] if full.name == "evaluation" else {}
+    return max(1.0, (passes(full.spec) or 1.0) / (passes(small) or 1.0))
 
 
 def _bytes(artifact: Artifact, images: float, clusters: float) -> float:

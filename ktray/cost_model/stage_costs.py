@@ -39,6 +39,7 @@ CATEGORY_DEVIATIONS = {"plugin": 1.5, "backbone": 1.0, "device": 1.5, "of": 0.7}
 # For a kind without any record: seconds of training per epoch, and of any other stage.
 PRIOR_SECONDS_PER_EPOCH = {"teacher": 3.0, "student": 3.0}
 PRIOR_SECONDS = 5.0
+PRIOR_SECONDS_PER_STEP = 0.1  # of an evaluation that trains for a number of steps, such as a detector on two images of 600 px
 TYPICAL = {"images": 10_000, "size": 32, "width": 1.0, "depth": 18, "k": 100, "dim": 512}  # covariates that these are meant for
 
 SHORTEST = 0.02  # seconds; shorter times are mostly noise of the clock and the machine
@@ -156,7 +157,11 @@ class CostModel:
         """The term of one stage in a sum of seconds; for a kind without records the prior's seconds."""
         learned = self._learn(stage.name)
         if learned is None:
-            return float(share * PRIOR_SECONDS_PER_EPOCH.get(stage.name, PRIOR_SECONDS) * stage.spec.get("epoch", 1))
+            counted = passes(stage.spec)
+            each = PRIOR_SECONDS_PER_EPOCH.get(stage.name, PRIOR_SECONDS)
+            if stage.name == "evaluation" and "steps" in stage.spec:
+                each = PRIOR_SECONDS_PER_STEP
+            return share * each * (1.0 if counted is None else counted)
         found = self._covariates(_DescribedStage(stage.name, stage.spec, stage.inputs, {}), learned.device, planned)
         row, expected, unseen = learned.design.row(found)
         mean = expected + learned.posterior.mean(row) + math.log(max(share, 1e-6))
@@ -252,7 +257,7 @@ def _covariates(
     counts = [count for count in map(_count, images) if count]
     sources = [_width_source(each) for each in read if each.kind == "features"]
     numbers = {
-        "epochs": spec.get("epoch"),
+        "epochs": passes(spec),
         "width": backbone.get("width"),
         "depth": backbone.get("depth"),
         "k": spec.get("k") if stage.kind == "clusters" else None,
@@ -265,6 +270,15 @@ def _covariates(
         {name: float(value) for name, value in numbers.items() if value is not None and _is_positive(value)},
         {name: value for name, value in categories.items() if value},
     )
+
+
+def passes(spec: Mapping[str, Any]) -> float | None:
+    """The epochs of a training; of an evaluation that trains, its epochs or steps times its seeds; None of other stages."""
+    if "epoch" in spec:
+        return float(spec["epoch"])
+    own = spec.get("steps", spec.get("epochs"))
+    seeds = spec.get("seeds", 1)
+    return float(own * seeds) if _is_positive(own) and _is_positive(seeds) else None
 
 
 def _width_source(features: _DescribedStage) -> str:

@@ -17,6 +17,11 @@
 - With ``READS_NETWORK = True`` it also gets `network` (`features.judged_network.JudgedNetwork`) and `attempt`
   (`checkpoints.Attempt`): the network itself, and checkpoints for long work. With ``READS_SPLITS = True`` it gets `images_of`,
   a function from ``"train"``, ``"val"`` or ``"test"`` to the images of that split, or None.
+- `FILES` names fields of the `Spec` that may hold the path of a file. In a key it counts by its content.
+- ``check(spec)`` refuses a spec in `plan`, such as one whose files or libraries are missing. ``check_network(spec, network,
+  size)`` refuses a network, untrained and in eval mode, that the evaluation cannot train on images of `size` pixels.
+- A spec of an evaluation that trains says how long in `steps`, or in `epochs`, and how often in `seeds`: `plan` estimates its
+  seconds from these, and a dry run takes as few as possible.
 
 An evaluation may import the tools (`ktray.images`, `ktray.classifiers`, `ktray.scoring`, ...) and `ktray.spec`, but no plugin.
 """

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ktray import images, plugins
+from ktray.errors import UserError
 from ktray.features import precomputed
 from ktray.fingerprint import canonical, file_sha256, file_version, version_is_reliable
-from ktray.spec import Columns, DataSpec, PrecomputedTeacher
+from ktray.spec import Columns, DataSpec, EvaluationSpec, PrecomputedTeacher
 from ktray.training import pretrained
 from ktray.training.checkpoint_file import open_checkpoint
 
@@ -57,6 +58,24 @@ def features_identity(teacher: PrecomputedTeacher) -> dict[str, Any]:
     hashes = {field: _sha256(path, state, checks[field]) for field, (path, state) in found.items()}
     columns = (teacher.columns or Columns()).model_dump() if teacher.features.endswith(".parquet") else None
     return {"file": hashes["features"], "names": hashes.get("names"), "columns": columns}
+
+
+def evaluation_files(evaluation: EvaluationSpec) -> dict[str, tuple[str, str]]:
+    """Field -> sha256 and absolute path of each file that an evaluation reads: its fields in `FILES` that hold a path.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    found = {}
+    for field in getattr(plugins.module_of("evaluation", evaluation), "FILES", ()):
+        given = getattr(evaluation, field)
+        if given is None or not Path(given).suffix:  # a word, such as selective_search
+            continue
+        path = Path(given).expanduser().absolute()
+        if not path.is_file():
+            raise UserError(f"there is no file {given}", f"evals.{field}", "Give an existing one.")
+        found[field] = (_sha256(path, path.stat(), Path.stat), str(path))
+    return found
 
 
 def _sha256(file: Path, found: os.stat_result, check: Callable[[Path], object]) -> str:

@@ -31,6 +31,7 @@ from ktray.spec import (
     DataRoles,
     DataSpec,
     DescriptorSpec,
+    EvaluationSpec,
     HandcraftedTeacher,
     LoadedTeacher,
     NetworkTeacher,
@@ -307,6 +308,7 @@ def _check_evaluations(pair: PairSpec) -> None:
                 where=f"evals.{index}",
                 instead="Leave it out, or transfer by clusters.",
             )
+        run_plugin_check(f"evals.{index}", "evaluation", spec)
         teacher = pair.teacher
         if spec.of != "teacher" or not isinstance(teacher, HandcraftedTeacher | PrecomputedTeacher):
             continue
@@ -465,6 +467,16 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
             layer, pool = network.layer, network.pool
         with _errors_at(f"evals.{index}", f"the {network.backbone.kind} cannot take images of {judged} px"):
             _extract(network.backbone, layer, pool, judged)
+        _try_training(index, spec, network.backbone, judged)
+
+
+@lru_cache(maxsize=256)
+def _try_training(index: int, spec: EvaluationSpec, backbone: BackboneSpec, size: int) -> None:
+    """Check that an evaluation can train on a network, which its `check_network` says."""
+    check = getattr(plugins.module_of("evaluation", spec), "check_network", None)
+    if check:
+        with _errors_at(f"evals.{index}", f"{spec.kind} cannot train the {backbone.kind}"):
+            check(spec, loop.untrained_backbone(backbone, 0).eval(), size)
 
 
 def _try_teacher(teacher: NetworkTeacher, sizes: dict[str, int]) -> None:

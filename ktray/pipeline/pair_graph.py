@@ -11,7 +11,7 @@ from ktray import images, plugins
 from ktray.artifact import Stage, numbered
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.pipeline.identity import checkpoint_sha256, features_identity
+from ktray.pipeline.identity import checkpoint_sha256, evaluation_files, features_identity
 from ktray.pipeline.naming import lineage
 from ktray.spec import (
     BackboneSpec,
@@ -281,6 +281,7 @@ def _evaluation(builder: _Builder, spec: EvaluationSpec) -> str:
     if spec.of == "teacher":
         inputs |= builder.teacher_input()
         teacher = _teacher_of(pair)
-        return builder.add(evaluation_stage.stage_of(spec, teacher, inputs, locations, _precomputed_identity(teacher)))
+        identity = _precomputed_identity(teacher)
+        return builder.add(evaluation_stage.stage_of(spec, teacher, inputs, locations, identity, evaluation_files(spec)))
     inputs["student"] = keys["student"]
-    return builder.add(evaluation_stage.stage_of(spec, pair.student, inputs, locations, None))
+    return builder.add(evaluation_stage.stage_of(spec, pair.student, inputs, locations, None, evaluation_files(spec)))

@@ -87,6 +87,7 @@ def _content(
         "curves": figures.learning_curves(trials, objectives, find),
         "sheet": best_pair.cluster_sheet(best, find) if best else None,
         "statistics": best_pair.cluster_statistics(best, find) if best else None,
+        "judged": best_pair.evaluation_plots(best, find) if best else [],
         "reuse": reuse_table(trials, find),
         "failures": tables.failures(trials),
         "reproduction": best_pair.reproduction(best, find) if best else None,

@@ -41,6 +41,30 @@ def cluster_sheet(best: Trial, find: FindArtifact) -> str | None:
     return _data_url(path) if path else None
 
 
+EVALUATION_PLOTS = {
+    "average_precision.png": "Average precision of each class with a 95 % interval over images; in brackets its objects",
+    "precision_recall.png": "Precision and recall of each class",
+    "detections.png": "Objects (green, dashed if difficult) and detections with a score of 0.5 or more (red)",
+    "segmentation.png": "Images, their label maps and the predicted ones",
+    "neighbours.png": "Images and those with the most similar features",
+}
+"""File that an evaluation may write -> its caption. Some show images of the data."""
+
+
+def evaluation_plots(best: Trial, find: FindArtifact) -> list[dict[str, str]]:
+    """Return the plots of the best pair's evaluations: their `name`, `caption` and `source`, a data URL."""
+    found = []
+    for name, key in (best.keys.get("evaluation") or {}).items():
+        artifact = find(key)
+        if artifact is None:
+            continue
+        for file, caption in EVALUATION_PLOTS.items():
+            path = intact_file_or_none(artifact, file)
+            if path:
+                found.append({"name": str(name), "caption": caption, "source": _data_url(path)})
+    return found
+
+
 def _data_url(path: Path) -> str:
     """Return the picture as a data URL, scaled down if it is large."""
     from PIL import Image

@@ -42,8 +42,12 @@ def sample_size(pair: PairSpec) -> int:
     return max(sizes)
 
 
+_FEWEST = {"steps": 2, "min_steps": 2, "epochs": 1, "seeds": 1}
+"""Fields of evaluations that train -> their values in a dry run."""
+
+
 def small_pair(pair: PairSpec, count: int) -> PairSpec:
-    """The same networks and methods, with one epoch of each training and at most `count` / 4 clusters.
+    """The same networks and methods, with one epoch or two steps of each training and at most `count` / 4 clusters.
 
     Args:
         count: number of images.
@@ -59,6 +63,7 @@ def _shrunk(plain: dict[str, Any], limit: int) -> dict[str, Any]:
             schedule |= {"epochs": 1, "warmup": 0.0}
     if "pair" in (plain["teacher"] or {}):
         plain["teacher"]["pair"] = _shrunk(plain["teacher"]["pair"], limit)
+    plain["evals"] = [{**spec, **{name: n for name, n in _FEWEST.items() if name in spec}} for spec in plain["evals"]]
     transfer = plain["transfer"]
     if isinstance(transfer.get("k"), list):
         transfer["k"] = _distinct(transfer["k"], limit)

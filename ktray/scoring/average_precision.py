@@ -56,7 +56,7 @@ def precision_recall(
         return right / np.float64(positives), right / (right + wrong)
 
 
-def average_precision(recall: NDArray[np.float64], precision: NDArray[np.float64], rule: Rule) -> float:
+def ap_of(recall: NDArray[np.float64], precision: NDArray[np.float64], rule: Rule) -> float:
     """AP in [0, 1] of `precision_recall`; NaN if there are no positives, 0 if there are but nothing was found.
 
     Args:
@@ -85,7 +85,7 @@ def classification_ap(scores: NDArray[np.floating], truth: NDArray[np.integer], 
     """
     results = np.asarray(truth)[ranking(scores)]
     recall, precision = precision_recall(results, float((results == RIGHT).sum()))
-    return average_precision(recall, precision, rule) if (results == RIGHT).any() else float("nan")
+    return ap_of(recall, precision, rule) if (results == RIGHT).any() else float("nan")
 
 
 def resampled_aps(
@@ -110,7 +110,7 @@ def resampled_aps(
     for counts in draws:
         total = float((counts * positives).sum())
         recall, precision = precision_recall(results, total, counts[images].astype(np.float64))
-        found.append(average_precision(recall, precision, rule) if total else float("nan"))
+        found.append(ap_of(recall, precision, rule) if total else float("nan"))
     return np.array(found)
 
 

@@ -14,15 +14,18 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ktray.errors import UserError
-from ktray.scoring.average_precision import IGNORED, RIGHT, WRONG, Rule, average_precision, precision_recall, ranking
+from ktray.scoring import average_precision
+from ktray.scoring.average_precision import IGNORED, RIGHT, WRONG, Rule, ap_of, precision_recall, ranking
 
 IDENTITY, REVISION = "detection_scores", 1
+TOOLS = (average_precision,)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Ranked:
 
     def ap(self, rule: Rule) -> float:
         """AP in [0, 1]; NaN if the class has no object that is not difficult."""
-        return average_precision(*self.curve(), rule) if self.positives.sum() else float("nan")
+        return ap_of(*self.curve(), rule) if self.positives.sum() else float("nan")
 
     def curve(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Recall (k,) and precision (k,)."""
@@ -145,6 +148,16 @@ def rank_all(truth: Sequence[Objects], detected: Sequence[Detections], classes: 
     return [rank_class(truth, detected, class_, overlap=overlap) for class_ in range(classes)]
 
 
+def require_pycocotools() -> None:
+    """Raise unless pycocotools is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if find_spec("pycocotools") is None:
+        raise UserError("COCO's scores need pycocotools", instead="Install it: pip install 'ktray[detection]'.")
+
+
 def coco_scores(truth: Sequence[Objects], detected: Sequence[Detections], classes: int) -> dict[str, float]:
     """COCO's figures in [0, 1], those named in `COCO_METRICS`; one that is not defined is left out, as no object has its size.
 
@@ -155,11 +168,10 @@ def coco_scores(truth: Sequence[Objects], detected: Sequence[Detections], classe
     Raises:
         UserError: pycocotools is not installed.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise UserError("COCO's scores need pycocotools", instead="Install it: pip install 'ktray[detection]'.") from error
+    require_pycocotools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):  # it reports to the screen what it does
         known = COCO()
         known.dataset = _coco_truth(truth, classes)

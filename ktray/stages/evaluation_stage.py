@@ -20,6 +20,7 @@ from ktray.errors import UserError
 from ktray.features import extraction, precomputed
 from ktray.features.extraction import View
 from ktray.features.judged_network import JudgedNetwork
+from ktray.fingerprint import require_sha256
 from ktray.images import Images, splits_of
 from ktray.ops import augmentation
 from ktray.plugins import PluginSpec
@@ -34,6 +35,9 @@ TOOLS = (extraction, augmentation)
 JUDGED = "judged"
 """Field that is added to those of the evaluation: the view whose features are judged; null if it judges pseudo-labels."""
 
+READ_FILES = "evaluation_files"
+"""Where a stage keeps the paths of the files that its evaluation reads; the spec has the sha256 of each in its place."""
+
 
 def stage_of(
     evaluation: EvaluationSpec,
@@ -41,6 +45,7 @@ def stage_of(
     inputs: Mapping[str, str],
     locations: Mapping[str, Mapping[str, Any]],
     precomputed_identity: Mapping[str, Any] | None,
+    read_files: Mapping[str, tuple[str, str]] | None = None,
 ) -> Stage:
     """The stage of one evaluation. Its spec leaves out the display name.
 
@@ -50,6 +55,7 @@ def stage_of(
             ``images.transfer``.
         locations: input -> locations of its data set (`images.location_fields`).
         precomputed_identity: `identity.features_identity` if `judged` is a PrecomputedTeacher, else None.
+        read_files: `identity.evaluation_files`; they count by their content.
     """
     view, files = None, {}
     methods: list[PluginSpec | ModuleType] = [sys.modules[__name__], evaluation]
@@ -66,7 +72,11 @@ def stage_of(
         methods.append(features_stage.method_of(judged))
         files = features_stage.files_of(judged)
     spec = {**evaluation.model_dump(exclude={"name"}), JUDGED: view}
-    return Stage("evaluation", spec, plugins.revisions(*methods), inputs, local={"data": locations, **files})
+    local: dict[str, Any] = {"data": locations, **files}
+    if read_files:
+        spec |= {field: sha256 for field, (sha256, _) in read_files.items()}
+        local[READ_FILES] = {field: path for field, (_, path) in read_files.items()}
+    return Stage("evaluation", spec, plugins.revisions(*methods), inputs, local=local)
 
 
 def reads_pseudo_labels(evaluation: EvaluationSpec) -> bool:
@@ -83,7 +93,11 @@ def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
     """Write `metrics.json` and the plots of the evaluation; return the metrics, whose names have no prefix."""
-    spec = plugins.parse("evaluation", {n: v for n, v in stage.spec.items() if n not in (JUDGED, DRY_RUN)})
+    plain = {n: v for n, v in stage.spec.items() if n not in (JUDGED, DRY_RUN)}
+    for field, path in stage.local.get(READ_FILES, {}).items():
+        require_sha256(Path(path), plain[field], f"evals.{field}")
+        plain[field] = path
+    spec = plugins.parse("evaluation", plain)
     pseudo_labels = None
     learned_from = "images.target"
     if "pseudo_labels" in inputs:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ktray.images import Images
 from ktray.ops import precision
 from ktray.spec import Schedule
 from ktray.training import snapshot
+from ktray.training.step_task import Recipe, StepTask
 from ktray.training.task import Task
 
 IDENTITY, REVISION = "training_loop", 2
@@ -256,3 +259,113 @@ def _optimizer(schedule: Schedule, model: nn.Module) -> torch.optim.Optimizer:
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=schedule.lr)
     return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum)
+
+
+def fit_steps(
+    model: nn.ModuleDict,
+    task: StepTask,
+    recipe: Recipe,
+    seed: int,
+    *,
+    device: str,
+    start: Path | None = None,
+    on_report: Callable[[int, dict[str, float], Save], None] | None = None,
+    report_every: int = 50,
+) -> list[dict[str, float]]:
+    """Train `model` ("backbone" and further modules) in place; returns the history, one row per report.
+
+    Args:
+        start: a snapshot that `on_report` wrote in an earlier attempt at the same training; None to begin.
+        on_report: called after every `report_every` steps, and after the last, with the steps taken, the means of the terms
+            since the last report, and a function that writes a snapshot into a directory.
+
+    Raises:
+        ValueError: the loss is not finite; the message names the step.
+    """
+    place = torch.device(device)
+    model.to(place)
+    with (
+        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+        precision.products_in(recipe.precision),
+        _deterministic(place),
+        ThreadPoolExecutor(1) as reader,
+    ):
+        optimizer = _step_optimizer(model, recipe)
+        history = snapshot.restore(start, model, optimizer) if start else []
+        first = int(history[-1]["step"]) if history else 0
+        model.train()
+        for module in task.frozen:
+            module.requires_grad_(False).eval()
+        sums: dict[str, Tensor] = {}
+        pending = reader.submit(_step_batch, task, seed, first) if first < recipe.steps else None
+        for step in range(first, recipe.steps):
+            assert pending is not None
+            batch = pending.result()
+            if step + 1 < recipe.steps:
+                pending = reader.submit(_step_batch, task, seed, step + 1)
+            for name, value in _take_step(model, task, recipe, optimizer, batch, step, seed).items():
+                sums[name] = sums[name] + value if name in sums else value
+            progress.advance("step")
+            if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
+                means = {name: float(total) / (step % report_every + 1) for name, total in sums.items()}
+                sums = {}
+                if not math.isfinite(means["loss"]):
+                    raise ValueError(f"the loss before step {step + 1} is {means['loss']}; try a lower rate than {recipe.lr}")
+                history.append({"epoch": len(history) + 1, "step": step + 1, **means, "lr": recipe.rate(step)})
+                if on_report:
+                    write = functools.partial(snapshot.write, model=model, optimizer=optimizer, history=history)
+                    on_report(step + 1, means, write)
+    return history
+
+
+def _step_batch(task: StepTask, seed: int, step: int) -> Any:
+    return task.batch(step, torch.Generator().manual_seed(seed_of(seed, "batch", step)))
+
+
+def _take_step(
+    model: nn.ModuleDict, task: StepTask, recipe: Recipe, optimizer: torch.optim.Optimizer, batch: Any, step: int, seed: int
+) -> dict[str, Tensor]:
+    torch.manual_seed(seed_of(seed, "step", step))
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.rate(step) * group["factor"]
+    device = next(model.parameters()).device
+    with precision.autocast(recipe.precision, device):
+        terms = task.loss(model, batch)
+    loss = torch.stack([term.float() for term in terms.values()]).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    if recipe.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    parts = {name: term.detach().double() for name, term in terms.items()} if len(terms) > 1 else {}
+    return {**parts, "loss": loss.detach().double()}
+
+
+def _step_optimizer(model: nn.ModuleDict, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD; weight decay applies to weights but not to biases and norms (one axis), as in `_optimizer`."""
+    groups = []
+    for own in (True, False):
+        modules = [module for name, module in model.items() if (name == "backbone") == own]
+        parameters = [p for module in modules for p in module.parameters()]
+        for matrix in (True, False):
+            chosen = [p for p in parameters if (p.ndim > 1) == matrix]
+            if chosen:
+                decay, factor = recipe.weight_decay if matrix else 0.0, 1.0 if own else recipe.head_factor
+                groups.append({"params": chosen, "weight_decay": decay, "factor": factor})
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+
+
+@contextmanager
+def _deterministic(place: torch.device) -> Iterator[None]:
+    """Kernels of a GPU that give the same result in every run, where PyTorch has them; elsewhere nothing changes."""
+    if place.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # names the kernels that have no deterministic form
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,170 @@
+"""Proposals: regions of an image in which an object may be, from a file, or from selective search by OpenCV.
+
+A file is one of these; each image must be in it, and boxes are in pixels of the whole image:
+
+- .npz: an array (R, 4) [x0, y0, x1, y1] per image, x1 and y1 exclusive, under the image's name (``000012``, ``000012.jpg`` or
+  its whole path in the data set).
+- .json: the same as lists, in one mapping.
+- .mat: `boxes` and `images`, cells as in the files of Girshick's Fast R-CNN: [y1, x1, y2, x2] counted from 1, the last
+  included.
+
+Source: Uijlings, van de Sande, Gevers and Smeulders, "Selective Search for Object Recognition" (2013); OpenCV's
+`ximgproc.segmentation`, in the fast mode that Fast R-CNN uses. It draws from the C library's generator to order its regions, so
+all are taken and sorted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray import progress
+from ktray.errors import UserError
+from ktray.fingerprint import seed_of
+
+IDENTITY, REVISION = "proposals", 1
+
+SELECTIVE_SEARCH = "selective_search"
+SUFFIXES = (".npz", ".json", ".mat")
+SHORTER_SIDE = 200  # pixels to which an image is scaled for selective search, as OpenCV's own example does
+LEAST_SIDE = 8  # pixels below which a region is no proposal, about half a cell of the maps
+_MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
+
+
+def check_proposals(given: str) -> None:
+    """Raise unless `given` is "selective_search", and can run, or a file of a known kind.
+
+    Raises:
+        UserError: there is no such file, it is of another kind, or OpenCV's contributed modules are not installed.
+    """
+    if given == SELECTIVE_SEARCH:
+        _segmentation()
+        return
+    path = Path(given).expanduser()
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"proposals are {SELECTIVE_SEARCH} or a file {', '.join(SUFFIXES)}, and this is {given!r}", "proposals")
+    if not path.is_file():
+        raise UserError(f"there is no file of proposals {given!r}", "proposals", f"Or write {SELECTIVE_SEARCH}.")
+
+
+def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
+    """The proposals (R, 4) of each image, in the order of `names`.
+
+    Raises:
+        UserError: the file is of another form, an image is not in it, or two names of it mean the same image.
+    """
+    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".npz": _npz, ".json": _json, ".mat": _mat}
+    try:
+        known = readers[path.suffix](path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"the proposals in {path.name} cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(problem, "proposals", "See ktray/fine_tuning/proposals.py for the forms of such a file.") from error
+    stems = [PurePosixPath(name).stem for name in names]
+    if len(set(stems)) < len(stems) and not set(names) <= known.keys():
+        raise UserError("several images have the same name in different folders", "proposals", "Give whole paths in the file.")
+    found = []
+    for name, stem in zip(names, stems, strict=True):
+        key = next((key for key in (name, PurePosixPath(name).name, stem) if key in known), None)
+        if key is None:
+            raise UserError(f"{path.name} has no proposals for the image {name}", "proposals", "Give them for every image.")
+        found.append(_checked(known[key], f"{path.name}, image {name}"))
+    return found
+
+
+def _checked(rows: Any, where: str) -> NDArray[np.float64]:
+    boxes = np.asarray(rows, np.float64).reshape(-1, 4) if np.size(rows) % 4 == 0 else np.full((1, 4), np.nan)
+    if not np.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
+        raise UserError(f"{where}: a proposal is no box [x0, y0, x1, y1] with x0 < x1 and y0 < y1", "proposals")
+    return boxes
+
+
+def _npz(path: Path) -> Mapping[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is no mapping from names of images to boxes")
+    return found
+
+
+def _mat(path: Path) -> Mapping[str, Any]:
+    from scipy.io import loadmat
+
+    with open(path, "rb") as file:
+        if file.read(len(_MATLAB_HDF5)) == _MATLAB_HDF5:
+            raise ValueError("it was written with -v7.3; save it with -v7")
+    content = loadmat(path)
+    names = [str(np.ravel(entry)[0]) for entry in np.ravel(content["images"])]
+    boxes = np.ravel(content["boxes"])
+    if len(names) != len(boxes):
+        raise ValueError(f"it has {len(names)} images and boxes of {len(boxes)}")
+    rows = (np.asarray(entry, np.float64).reshape(-1, 4) for entry in boxes)
+    return {name: each[:, [1, 0, 3, 2]] - np.array([1, 1, 0, 0]) for name, each in zip(names, rows, strict=True)}
+
+
+def _segmentation() -> Any:
+    try:
+        import cv2
+
+        return cv2.ximgproc.segmentation
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            "selective search needs OpenCV with its contributed modules",
+            "proposals",
+            "Install them: pip install 'ktray[detection]', or give a file of proposals.",
+        ) from error
+
+
+def selective_search(pixels: NDArray[np.uint8], most: int) -> NDArray[np.float64]:
+    """Proposals (R, 4) of an image (h, w, 3), at most `most`; the same for the same pixels.
+
+    Raises:
+        UserError: OpenCV's contributed modules are not installed.
+    """
+    import cv2
+
+    segmentation = _segmentation()
+    height, width = pixels.shape[:2]
+    scale = min(1.0, SHORTER_SIDE / min(height, width)) if min(height, width) > SHORTER_SIDE else 1.0
+    small: NDArray[Any] = pixels
+    if scale < 1:
+        small = cv2.resize(pixels, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
+    search = segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(np.ascontiguousarray(small[:, :, ::-1]))  # OpenCV's order of channels
+    search.switchToSelectiveSearchFast()
+    corners = np.asarray(search.process(), np.float64).reshape(-1, 4)  # x, y, width, height
+    boxes = np.hstack([corners[:, :2], corners[:, :2] + corners[:, 2:]]) / scale
+    boxes = np.minimum(boxes, np.array([width, height, width, height], np.float64))
+    large = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(1)
+    boxes = np.unique(boxes[large], axis=0)
+    if len(boxes) > most:
+        chosen = np.random.default_rng(seed_of("proposals", len(boxes))).permutation(len(boxes))[:most]
+        boxes = boxes[np.sort(chosen)]
+    whole = np.array([[0.0, 0.0, width, height]])
+    return boxes if len(boxes) else whole
+
+
+def proposals_of(
+    given: str, names: Sequence[str], read: Callable[[int], NDArray[np.uint8]], most: int
+) -> list[NDArray[np.float64]]:
+    """The proposals of each image: from the file `given`, or by selective search.
+
+    Args:
+        read: index -> pixels (h, w, 3).
+        most: per image, for selective search.
+    """
+    if given != SELECTIVE_SEARCH:
+        return from_file(Path(given), names)
+    found = []
+    for index in range(len(names)):
+        found.append(selective_search(read(index), most))
+        progress.advance("proposals")
+    return found

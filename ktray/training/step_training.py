@@ -1,0 +1,139 @@
+"""Trainings that are counted in optimiser steps, as the protocols of detection, segmentation and fine-tuning are.
+
+Batches may have any form, such as lists of images of different sizes. Every draw is a function of (seed, step), so a killed
+training continues from a checkpoint and ends where the uninterrupted one does: bit for bit on a CPU, and on a GPU as far as
+its kernels are deterministic, which is asked of them. `loop.fit_steps` takes the steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktray.checkpoints import Attempt
+from ktray.fingerprint import seed_of
+
+IDENTITY, REVISION = "step_training", 1
+
+FINISHED = "finished.json"
+"""File of a checkpoint with the metrics of the seeds that are finished; the others are the snapshot of the one in progress."""
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """The rows of each batch: passes over all rows in changing orders; a batch may end one pass and begin the next.
+
+    Attributes:
+        rows: (N,) indices to draw from.
+        size: rows of a batch.
+        seed: of the orders.
+    """
+
+    rows: NDArray[np.int64]
+    size: int
+    seed: int
+    _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict, repr=False, compare=False)
+
+    def of(self, step: int) -> NDArray[np.int64]:
+        """The rows (size,) of a step, counted from 0."""
+        places = np.arange(step * self.size, (step + 1) * self.size)
+        passes, within = np.divmod(places, len(self.rows))
+        return np.array([self._order(int(number))[place] for number, place in zip(passes, within, strict=True)], np.int64)
+
+    def _order(self, number: int) -> NDArray[np.int64]:
+        if number not in self._orders:
+            while len(self._orders) > 1:  # a batch reads two passes at most, unless it is larger than one
+                del self._orders[min(self._orders)]
+            self._orders[number] = np.random.default_rng(seed_of(self.seed, "pass", number)).permutation(self.rows)
+        return self._orders[number]
+
+
+def step_reports(attempt: Attempt, before: int, total: int) -> Callable[[int, dict[str, float]], None]:
+    """A function (step, values) that reports them with the minutes left, estimated from the pace of this attempt.
+
+    Args:
+        before: steps of the trainings before this one, which `step` does not count.
+        total: of all trainings of the stage.
+    """
+    began: list[float] = []
+    first: list[int] = []
+
+    def report(step: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        if not began:
+            began.append(now)
+            first.append(step)
+        counts = {"step": float(before + step), "of": float(total)}
+        if step > first[0]:
+            counts["minutes_left"] = round((now - began[0]) / (step - first[0]) * (total - before - step) / 60, 1)
+        attempt.report({**counts, **values})
+
+    return report
+
+
+Train = Callable[[int, Path | None, Callable[[int, Callable[[Path], None]], None]], dict[str, float]]
+"""(seed, checkpoint to start from or None, a function that may save one: (step of this seed, write)) -> metrics."""
+
+
+def over_seeds(seeds: Sequence[int], steps: int, attempt: Attempt, train: Train) -> list[dict[str, float]]:
+    """The metrics of one training per seed, going on where a killed attempt ended.
+
+    Args:
+        seeds: one training each, in this order.
+        steps: of one training, for the number of a checkpoint.
+    """
+    finished: list[dict[str, float]] = []
+    start: Path | None = None
+    if attempt.start is not None:
+        finished = json.loads((attempt.start / FINISHED).read_text())
+        start = attempt.start if (attempt.start / "state.json").exists() else None
+    for index, seed in enumerate(seeds):
+        if index < len(finished):
+            continue
+        save = functools.partial(_save, attempt, list(finished), index * (steps + 1))
+        finished.append(train(seed, start, save))
+        start = None
+        if index + 1 < len(seeds):
+            _save(attempt, finished, (index + 1) * (steps + 1), 0, None)
+    return finished
+
+
+def _save(
+    attempt: Attempt, finished: list[dict[str, float]], before: int, step: int, write: Callable[[Path], None] | None
+) -> None:
+    def fill(directory: Path) -> None:
+        (directory / FINISHED).write_text(json.dumps(finished))
+        if write is not None:
+            write(directory)
+
+    attempt.save(before + step, fill)
+
+
+def seed_metrics(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the seeds; with two or more also `NAME_std` and a 95 % interval, `NAME_low` to `NAME_high`.
+
+    The interval is Student's: it holds if the results of further seeds are normal around the same mean.
+    """
+    from scipy.stats import t
+
+    names = list(runs[0])
+    found = {name: float(np.mean([run[name] for run in runs])) for name in names}
+    if len(runs) < 2:
+        return found
+    reach = float(t.ppf(0.975, len(runs) - 1)) / math.sqrt(len(runs))
+    for name in names:
+        deviation = float(np.std([run[name] for run in runs], ddof=1))
+        found |= {
+            f"{name}_std": deviation,
+            f"{name}_low": found[name] - reach * deviation,
+            f"{name}_high": found[name] + reach * deviation,
+        }
+    return found
