@@ -1,20 +1,32 @@
-"""Look at a data set before using it, or decode it into the store."""
+"""Look at a data set before using it, decode it into the store, or compose one in VOC's layout from labelled images."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ktray.cli.terminal import print_result, settings_of
+from ktray.errors import UserError
 from ktray.text import counted, visible_name
 
-HELP = "check or import a data set"
+HELP = "check, import or compose a data set"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("action", choices=["check", "import"])
-    parser.add_argument("data", metavar="DATA", help="such as fashion_mnist_mini, folder:/photos or parquet:/p?label=label")
+    parser.add_argument("action", choices=["check", "import", "make-voc"])
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="such as fashion_mnist_mini, folder:/photos or parquet:/p?label=label; with make-voc the folder to write to",
+    )
+    composed = parser.add_argument_group("make-voc: scenes of labelled images as VOCdevkit/VOC2007, with boxes and masks")
+    composed.add_argument("--from", dest="labelled", metavar="DATA", help="such as cifar10 or imagefolder:/photos")
+    composed.add_argument("--images", type=int, help="number of images: a quarter each for train and val, half for test (2000)")
+    composed.add_argument("--size", type=int, help="longer side of an image in pixels (160)")
+    composed.add_argument("--seed", type=int, help="the same seed gives the same images (0)")
+    composed.add_argument("--coco", action="store_true", help="write the same images in COCO's layout, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,6 +37,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from ktray.runs.data_check import describe, import_images, parse_data
 
+    options = {name: getattr(args, name) for name in ("images", "size", "seed") if getattr(args, name) is not None}
+    if args.action == "make-voc":
+        return _make_voc(args, options)
+    if args.labelled is not None or options or args.coco:
+        raise UserError(f"--from, --images, --size, --seed and --coco belong to make-voc, not to {args.action}", "data")
     settings = settings_of(args)
     spec = parse_data(args.data)
     answer = describe(spec)
@@ -35,6 +52,25 @@ def run(args: argparse.Namespace) -> int:
             f"decoded: {counted(int(answer['images']['count']), 'image')}, {answer['images']['unreadable']:.0f} unreadable"
         )
     print_result(args, answer, "\n".join(lines))
+    return 0
+
+
+def _make_voc(args: argparse.Namespace, options: dict[str, int]) -> int:
+    """Compose a data set in VOC's layout; the exit code."""
+    from ktray.runs.data_check import parse_data
+    from ktray.runs.voc_composition import compose
+
+    if args.labelled is None:
+        raise UserError("make-voc composes labelled images, and none are named", "--from", "Add --from cifar10, for example.")
+    out = Path(args.data).expanduser().absolute()
+    made = compose(parse_data(args.labelled), out, coco=args.coco, **options)
+    answer = {**made, "voc": f"voc:{out}", "coco": f"coco:{out / 'coco'}?train=train&test=test" if args.coco else None}
+    lines = [
+        f"{_counted(made['images'])} images; {counted(made['objects'], 'object')} of {len(made['classes'])} classes, "
+        f"{made['difficult']} of them difficult and {made['truncated']} truncated",
+        f"as data: {answer['voc']}, {answer['voc']}?task=segmentation{', ' + answer['coco'] if answer['coco'] else ''}",
+    ]
+    print_result(args, answer, "\n".join(map(visible_name, lines)))
     return 0
 
 
@@ -62,10 +98,21 @@ def _lines(answer: dict[str, Any]) -> list[str]:
 
 
 def _labels(split: dict[str, Any]) -> str:
-    """``3 classes (cat 10, dog 10, emu 2)``."""
-    if not split["labelled"]:
-        return "no labels"
-    return f"{split['classes']} class{'es' * (split['classes'] != 1)} ({_counted(split['images_of_class'], first=False)})"
+    """``3 classes (cat 10, dog 10, emu 2)``, and what was drawn on the images."""
+    classes = f"{split['classes']} class{'es' * (split['classes'] != 1)}"
+    found = []
+    if split["labelled"]:
+        found.append(f"{classes} ({_counted(split['images_of_class'], first=False)})")
+    elif split["several_labels"]:
+        found.append(f"{classes}, several in an image ({_counted(split['images_of_class'], first=False)})")
+    if (boxes := split["boxes"]) is not None:
+        flags = {name: boxes[name] for name in ("difficult", "truncated", "crowd") if boxes[name]}
+        found.append(f"{counted(boxes['count'], 'box', 'boxes')}{f' ({_counted(flags)})' if flags else ''}")
+        if boxes["images_without"]:
+            found.append(f"{counted(boxes['images_without'], 'image')} without any")
+    if split["masks"]:
+        found.append(f"masks of {classes}")
+    return ", ".join(found) or "no labels"
 
 
 _SHOWN = 20

@@ -18,6 +18,7 @@ from ktray.images.decoding import MaxPixels as MaxPixels
 from ktray.images.decoding import PixelRange as PixelRange
 from ktray.images.decoding import Properties as Properties
 from ktray.images.decoding import decode as decode
+from ktray.images.decoding import decode_mask as decode_mask
 from ktray.images.decoding import decode_whole as decode_whole
 from ktray.images.decoding import decoder as decoder
 from ktray.images.decoding import fit as fit

@@ -21,7 +21,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ktray.images.image_formats import CORRUPT, FORMATS, large_and_no_image, message_of, tag_numbers, what_is_unread
-from ktray.images.source import Unreadable
+from ktray.images.source import VOID, Unreadable
 
 IDENTITY, REVISION = "image_decoding", 2
 RANGE_REVISION = 2  # of `range` alone: it counts for data sets with a range, whose keys it changes, and for no others
@@ -118,6 +118,39 @@ def decode_whole(
         return _pixels(image, (2 * width, 2 * height), options["pixel_range"])
 
     return fit_longest(_opened(encoded, options["max_pixels"], pixels), longest)
+
+
+def image_size(encoded: bytes | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of an encoded image by its header, as encoded: not turned upright.
+
+    Raises:
+        Unreadable: no image by its header, or larger than `max_pixels`.
+    """
+    return _opened(encoded, max_pixels, lambda image: (image.height, image.width))
+
+
+def decode_mask(encoded: Path, classes: int, annotated: tuple[int, int]) -> NDArray[np.uint8]:
+    """The class of each pixel (h, w) uint8 of a mask in a PNG with a palette or in grey: 0, 1 to `classes`, or 255 for void.
+
+    Args:
+        annotated: height and width of the image that it belongs to.
+
+    Raises:
+        Unreadable: corrupt, of another size, in colours, or with other values.
+    """
+
+    def values(image: Image.Image) -> NDArray[np.uint8]:
+        _refuse_other_than_annotated(image, annotated)
+        if image.mode not in ("P", "L", "1"):
+            raise Unreadable(f"a mask holds numbers of classes, as a palette or grey; this one is in {image.mode}")
+        found = np.asarray(image).astype(np.uint8)
+        if len(others := np.setdiff1d(found, [*range(classes + 1), VOID])):
+            raise Unreadable(
+                f"a pixel has the value {others[0]}, and a mask has 0 to {classes} for {classes} classes, or {VOID}"
+            )
+        return found
+
+    return _opened(encoded, MAX_PIXELS, values)
 
 
 def _refuse_other_than_annotated(image: Image.Image, annotated: tuple[int, int] | None) -> None:

@@ -114,12 +114,28 @@ def _split(part: Source, read_from: dict[str, int]) -> dict[str, Any]:
     counts = None
     if part.labels is not None:
         counts = dict(zip(part.classes, np.bincount(part.labels, minlength=len(part.classes)).tolist(), strict=True))
+    elif part.presence is not None:
+        counts = dict(zip(part.classes, (part.presence == 1).sum(axis=0).tolist(), strict=True))
     return {
         "images": len(part.names),
         "classes": len(part.classes),
         "labelled": part.labels is not None,
         "images_of_class": counts,
+        "several_labels": part.presence is not None,
+        "boxes": None if part.boxes is None else _boxes(part),
+        "masks": part.mask is not None,
         "read_from": read_from,
+    }
+
+
+def _boxes(part: Source) -> dict[str, int]:
+    """How many boxes there are, how many of them have each flag, and how many images have none."""
+    assert part.boxes is not None
+    flags = np.concatenate(part.box_flags or [np.zeros((0, 3), np.bool_)]).sum(axis=0).tolist()
+    return {
+        "count": sum(map(len, part.boxes)),
+        **dict(zip(("difficult", "truncated", "crowd"), flags, strict=True)),
+        "images_without": sum(not len(of_image) for of_image in part.boxes),
     }
 
 
@@ -137,6 +153,11 @@ def _suspicious(splits: dict[str, Source]) -> list[str]:
         absent = [label for number, label in enumerate(part.classes) if number not in present]
         if absent and len(present) > 1:
             found.append(f"{name} has no image of {_some(absent, 'class', 'classes')}")
+    for name, part in splits.items():
+        if part.presence is not None:
+            shown = (part.presence == 1).any(axis=0)
+            absent = [label for label, seen in zip(part.classes, shown, strict=True) if not seen]
+            found += [f"{name} has no image of {_some(absent, 'class', 'classes')}"] if absent else []
     if "train" in labelled:
         found += [f"{name} has no labels, although train has" for name in splits if name not in labelled]
     return found
