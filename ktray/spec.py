@@ -399,7 +399,8 @@ class PairSpec(StrictSpec):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two evals are called {twice.pop()!r}; give one of them a 'name'")
-        taken = [name for name in names if name.split("/")[0] in METRIC_PREFIXES]
+        named = [entry.name for entry in self.evals if entry.name]  # the kind `cost` measures what a run of the network costs
+        taken = [name for name in named if name.split("/")[0] in METRIC_PREFIXES]
         if taken:
             raise ValueError(f"no eval can be called {taken[0]!r}: other metrics begin with that word; give it another 'name'")
         return self

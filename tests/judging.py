@@ -21,7 +21,8 @@ def images(count: int, labels: NDArray[np.int64] | None = None, classes: tuple[s
     def read(_: NDArray[np.int64]) -> NDArray[np.uint8]:
         raise AssertionError("an evaluation read pixels")
 
-    return Images(count=count, size=8, read=read, labels=labels, classes=classes)
+    presence = None if labels is None else np.where(labels[:, None] == np.arange(4), 1, -1).astype(np.int8)
+    return Images(count=count, size=8, read=read, labels=labels, classes=classes, presence=presence)
 
 
 def blobs(count: int, seed: int = 0, classes: int = 4, width: int = 12, spread: float = 2.0):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAINED = {"fine_tune", "nonlinear_probe", "voc07_cls_finetune", "voc_det", "coco_det", "voc12_seg"}
 """Kinds that read pixels and train: see test_fine_tuning.py and test_detection.py."""
-KINDS = [kind for kind in plugins.kinds("evaluation") if kind not in TRAINED]
+KINDS = [kind for kind in plugins.kinds("evaluation") if kind not in {*TRAINED, "robustness", "dense_knn"}]
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
@@ -186,7 +186,8 @@ def test_every_metric_has_a_direction_and_is_finite(kind, tmp_path):
     (rows, labels), (others, truth) = blobs(120), blobs(60, seed=1)
     metrics = judge(kind, tmp_path, rows, others, labels, truth, pseudo_labels=labels)
     module = plugins.module("evaluation", kind)
-    assert set(metrics) == set(module.directions(module.Spec()) if hasattr(module, "directions") else module.DIRECTION)
+    stated = set(module.directions(module.Spec()) if hasattr(module, "directions") else module.DIRECTION)
+    assert set(metrics) <= stated if getattr(module, "DEPENDS_ON_MACHINE", False) else set(metrics) == stated
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -257,14 +258,15 @@ def linear_machines(
     learned_from: Tensor,
     problems: Sequence[Problem],
     *,
+    loss: Literal["squared_hinge", "log"] = "squared_hinge",
     positive_weight: float = 1.0,
     iterations: int = 500,
     tolerance: float = 1e-6,
 ) -> Tensor:
-    """Weights (D + 1, P) float64 of linear machines with squared hinge loss; the last row is the bias, penalised like the rest.
+    """Weights (D + 1, P) float64 of linear machines; the last row is the bias, penalised like the rest.
 
-    Each minimises |w|^2 / 2 + C * sum of weight * max(0, 1 - target * score)^2, as scikit-learn's LinearSVC does, whose
-    ``class_weight={1: positive_weight, -1: 1}`` is the weight here.
+    Each minimises |w|^2 / 2 + C * sum of weight * loss(target * score), as scikit-learn's LinearSVC does, whose
+    ``class_weight={1: positive_weight, -1: 1}`` is the weight here. The loss is max(0, 1 - m)^2 or log(1 + exp(-m)).
 
     Args:
         rows: (N, D).
@@ -278,7 +280,7 @@ def linear_machines(
     size = max(1, SCORES // 16 // max(turned.shape[1], 1))
     found = []
     for at in range(0, len(problems), size):
-        machines = _Machines(turned, targets, learned_from, problems[at : at + size], positive_weight, squares)
+        machines = _Machines(turned, targets, learned_from, problems[at : at + size], loss, positive_weight, squares)
         start = torch.zeros(len(machines.costs), turned.shape[1], dtype=torch.float64, device=rows.device)
         minima = minimise(
             machines.loss_and_gradient,
@@ -327,16 +329,18 @@ class _Machines:
         targets: Tensor,
         learned_from: Tensor,
         problems: Sequence[Problem],
+        loss: Literal["squared_hinge", "log"],
         positive_weight: float,
         squares: Tensor,
     ) -> None:
         self.rows, self.targets, self.learned_from, self.positive_weight = rows, targets, learned_from, positive_weight
+        self.loss = loss
         self.classes = torch.tensor([each.of for each in problems], device=rows.device)
         self.images = torch.tensor([each.images for each in problems], device=rows.device)
         self.costs = torch.tensor([each.cost for each in problems], dtype=torch.float64, device=rows.device)
         counts = learned_from.sum(1)[self.images].double()
-        # Before the first step, every image violates its margin: the Hessian is then that of least squares.
-        self.curvature = 1 + 2 * (self.costs * counts)[:, None] * squares
+        # Before the first step, all images have the second derivative of the loss at 0.
+        self.curvature = 1 + (2 if loss == "squared_hinge" else 0.25) * (self.costs * counts)[:, None] * squares
 
     def loss_and_gradient(self, points: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """As `minimisation.LossAndGradient`."""
@@ -348,10 +352,14 @@ class _Machines:
             signs = self.targets[start : start + size][:, classes].to(block)
             counted = self.learned_from[:, start : start + size][images].T.to(block) * signs.square()
             counted = torch.where(signs > 0, counted * self.positive_weight, counted)
-            missing = (1 - signs * (block @ weights)).clamp_(min=0)
-            pull = counted * missing
-            losses = losses + self.costs[numbers] * (pull * missing).sum(0, dtype=torch.float64)
-            gradients -= 2 * self.costs[numbers][:, None] * ((pull * signs).T @ block)
+            margins = signs * (block @ weights)
+            if self.loss == "squared_hinge":
+                missing = (1 - margins).clamp_(min=0)
+                each, pull = missing.square(), 2 * missing
+            else:
+                each, pull = torch.nn.functional.softplus(-margins), torch.sigmoid(-margins)
+            losses = losses + self.costs[numbers] * (counted * each).sum(0, dtype=torch.float64)
+            gradients -= self.costs[numbers][:, None] * ((counted * pull * signs).T @ block)
         return losses, gradients
 
     def precondition(self, gradients: Tensor, numbers: Tensor) -> Tensor:

@@ -22,6 +22,8 @@
   size)`` refuses a network, untrained and in eval mode, that the evaluation cannot train on images of `size` pixels.
 - A spec of an evaluation that trains says how long in `steps`, or in `epochs`, and how often in `seeds`: `plan` estimates its
   seconds from these, and a dry run takes as few as possible.
+- ``READS_PIXELS = True`` says that it asks for features of images with changed pixels, which a file of features does not have.
+  ``DEPENDS_ON_MACHINE = True`` says that its metrics do; the record then says so, too.
 
 An evaluation may import the tools (`ktray.images`, `ktray.classifiers`, `ktray.scoring`, ...) and `ktray.spec`, but no plugin.
 """

@@ -409,6 +409,16 @@ def fit(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=square))
 
 
+def fit_mask(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The pixels (size, size) of a mask (h, w) uint8 that lie nearest to those of the image after `fit`."""
+    height, width = mask.shape
+    left, top, side = _centre(height, width)
+    centres = (np.arange(size) + 0.5) * side / size
+    rows, columns = ((start + centres).astype(np.int64) for start in (top, left))
+    fitted: NDArray[np.uint8] = mask[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]
+    return fitted
+
+
 def shrunk(height: int, width: int, longest: int | None) -> tuple[int, int]:
     """Height and width of an image after it is shrunk, if it must be, until no side is longer than `longest`."""
     if longest is None or max(height, width) <= longest:

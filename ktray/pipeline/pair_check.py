@@ -321,6 +321,12 @@ def _check_evaluations(pair: PairSpec) -> None:
                 where=f"evals.{index}.of",
                 instead="Judge the student: of: student.",
             )
+        if isinstance(teacher, PrecomputedTeacher) and getattr(plugins.module_of("evaluation", spec), "READS_PIXELS", False):
+            raise UserError(
+                f"{spec.kind} changes the pixels of the images, and the teacher is {what}, which does not follow",
+                where=f"evals.{index}.of",
+                instead="Judge the student: of: student.",
+            )
         if spec.layer is not None:
             raise UserError(
                 f"the teacher is {what}, which has no layer {spec.layer!r}",

@@ -76,7 +76,10 @@ def stage_of(
     if read_files:
         spec |= {field: sha256 for field, (sha256, _) in read_files.items()}
         local[READ_FILES] = {field: path for field, (_, path) in read_files.items()}
-    return Stage("evaluation", spec, plugins.revisions(*methods), inputs, local=local)
+    about = {}
+    if getattr(plugins.module_of("evaluation", evaluation), "DEPENDS_ON_MACHINE", False):
+        about["depends_on"] = "the machine: its metrics compare only with others from the same device and the same load"
+    return Stage("evaluation", spec, plugins.revisions(*methods), inputs, local=local, about=about)
 
 
 def reads_pseudo_labels(evaluation: EvaluationSpec) -> bool:
