@@ -172,7 +172,7 @@ def obtain(name, *stages):
     thread.start()
     return thread
 
-slow = [toy("clusters", {"steps": 300, "number": number}) for number in range(2)]
+slow = [toy("pseudo_labels", {"steps": 300, "number": number}) for number in range(2)]
 threads = [obtain(f"trial {number}", each) for number, each in enumerate(slow)]
 until(lambda: len(scheduler.status()["running"]) == 1, 60)
 joined = cluster.add_node(num_cpus=1, num_gpus=1, **options)
