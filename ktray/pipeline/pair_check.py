@@ -49,6 +49,7 @@ from ktray.strict import StrictSpec
 from ktray.text import counted
 from ktray.training import loop
 from ktray.training.pretrained import ARTIFACT, check_weights, checkpoint_path, shapes
+from ktray.training.task import make_batch
 
 Load = Callable[[DataSpec], Splits]
 
@@ -615,6 +616,6 @@ def _learn(pretext: PretextSpec, backbone: BackboneSpec, size: int) -> None:
         model = nn.ModuleDict({"backbone": network, "head": task.head(network.feature_dim)}).train()
         if task.prepare:
             task.prepare(model)
-        inputs, targets = task.batch(_pixels(size), torch.arange(_COUNT), torch.Generator().manual_seed(0))
+        inputs, targets = make_batch(task, _pixels(size), torch.arange(_COUNT), torch.Generator().manual_seed(0))
         outputs = task.forward(model, inputs) if task.forward else model["head"](network(inputs))
         task.loss(outputs, targets)
