@@ -175,7 +175,9 @@ def _check_labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             raise UserError(
                 f"the evaluation {spec.kind!r} needs labels, and the target data has none",
                 where=where,
-                instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
+                instead="Its images show several classes each: judge them with voc07_cls_finetune."
+                if target.train.presence is not None
+                else "Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
         if spec.split not in split_rows(target, pair.data.target.split):
             instead = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
