@@ -28,6 +28,8 @@ class Stage:
         local: where the function finds files on this machine: data sets, a checkpoint, precomputed features. Not hashed.
         about: what the record says for people, such as the lineage of a student. The function never reads it. Not hashed.
         varying_fields: fields of the spec in which stages of one family differ. One run can make a whole family. Not hashed.
+        other_views: views of the network that this stage reads which other stages of the pair read, too; one pass may extract
+            them all. Not hashed.
         computed_with: other stages of the family that the same run publishes, each with its own spec and key. Not hashed.
     """
 
@@ -39,6 +41,7 @@ class Stage:
     local: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, str] = field(default_factory=dict)
     varying_fields: tuple[str, ...] = ()
+    other_views: tuple[Mapping[str, Any], ...] = ()
     computed_with: tuple[Stage, ...] = ()
 
     @cached_property

@@ -47,7 +47,7 @@ def test_a_descriptor_is_a_teacher(kind: str) -> None:
     assert module.REVISION >= 1
     teacher = TypeAdapter(spec.TeacherSpec).validate_python({"descriptor": {"kind": kind, **FIELDS.get(kind, {})}})
     if not hasattr(module, "fit"):
-        rows = extraction.extract_all(extraction.view_extractor(extraction.teacher_view(teacher), None, None), toy_images(5))
+        (rows,) = extraction.extract_views([extraction.teacher_view(teacher)], None, None, toy_images(5))
         assert (rows == describe(kind, torch.from_numpy(toy_images(5).read(np.arange(5)))).numpy()).all()
 
 

@@ -40,6 +40,13 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "weights"
 
 
+def rows_of(images, layer=None, pool=None, weights=None, backbone=ALEXNET):
+    """Features of a layer of a network."""
+    view = extraction.network_view(backbone, layer, pool or spec.Pooling())
+    (rows,) = extraction.extract_views([view], weights, None, images)
+    return rows
+
+
 def source(tmp_path: Path, weights: Path | None, **changes) -> dict:
     data = TypeAdapter(spec.DataSpec).validate_python(DATA)
     directory = tmp_path / "images"
@@ -75,12 +82,11 @@ def test_shards_are_bitwise_identical_for_any_number_of_workers(tmp_path: Path, 
         }
 
 
-def test_shards_hold_the_rows_of_extract_all(tmp_path: Path, weights: Path) -> None:
+def test_shards_hold_the_rows_of_all_images_at_once(tmp_path: Path, weights: Path) -> None:
     given = source(tmp_path, weights)
     out, metrics = written(tmp_path, "out", given)
     opened = images.open_split(Path(given["images"]), "train", TypeAdapter(spec.DataSpec).validate_python(DATA))
-    extractor = extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(grid=2), weights)
-    rows = extraction.extract_all(extractor, opened)
+    rows = rows_of(opened, "conv3", spec.Pooling(grid=2), weights)
     assert (extraction.load(out) == rows).all()
     assert [len(np.load(path)) for path in extraction.shards(out)][:-1] == [32] * (len(rows) // 32)
     assert (metrics["count"], metrics["dim"]) == rows.shape
@@ -105,16 +111,14 @@ def test_features_of_a_layer_are_the_pooled_output_of_its_module(weights: Path, 
             if name == "conv2":
                 break
     pool = torch.nn.AdaptiveAvgPool2d(grid) if kind == "avg" else torch.nn.AdaptiveMaxPool2d(grid)
-    ours = extraction.extract_all(
-        extraction.network_extractor(ALEXNET, "conv2", spec.Pooling(kind=kind, grid=grid), weights), toys
-    )
+    ours = rows_of(toys, "conv2", spec.Pooling(kind=kind, grid=grid), weights)
     np.testing.assert_allclose(ours, pool(maps).flatten(1).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_layer_features_are_the_output_of_the_backbone(weights: Path) -> None:
     toys = toy_images(8)
-    rows = extraction.extract_all(extraction.network_extractor(ALEXNET, None, spec.Pooling(), weights), toys)
-    last = extraction.extract_all(extraction.network_extractor(ALEXNET, "conv5", spec.Pooling(), weights), toys)
+    rows = rows_of(toys, None, None, weights)
+    last = rows_of(toys, "conv5", None, weights)
     assert rows.shape == (8, loop.untrained_backbone(ALEXNET, 0).feature_dim)
     np.testing.assert_allclose(rows, last, atol=1e-6)
 
@@ -136,24 +140,22 @@ def test_every_type_of_teacher_has_features(weights: Path) -> None:
     loaded = {"checkpoint": "x.safetensors", "backbone": backbone, "layer": "conv3"}
     parse = TypeAdapter(spec.TeacherSpec).validate_python
     views = [extraction.teacher_view(parse(each)) for each in (trained, loaded)]
-    rows = [extraction.extract_all(extraction.view_extractor(view, weights, None), toys) for view in views]
+    rows = [extraction.extract_views([view], weights, None, toys)[0] for view in views]
     assert (rows[0] == rows[1]).all()
     handcrafted = parse({"descriptor": {"kind": "hog", "cell": 7}})
-    assert extraction.extract_all(extraction.view_extractor(extraction.teacher_view(handcrafted), None, None), toys).shape == (
-        6,
-        3 * 3 * 4 * 9,
-    )
+    (described,) = extraction.extract_views([extraction.teacher_view(handcrafted)], None, None, toys)
+    assert described.shape == (6, 3 * 3 * 4 * 9)
 
 
 def test_layers_and_grids_that_do_not_exist_are_refused(weights: Path) -> None:
     with pytest.raises(UserError, match=r"no layer 'conv9'.*conv1, conv2"):
-        extraction.network_extractor(ALEXNET, "conv9", spec.Pooling(), weights)
+        rows_of(toy_images(4), "conv9", None, weights)
     with pytest.raises(UserError, match=r"grid of 8 is finer.*At most 7"):
-        extraction.extract_all(extraction.network_extractor(ALEXNET, "conv5", spec.Pooling(grid=8), weights), toy_images(4))
+        rows_of(toy_images(4), "conv5", spec.Pooling(grid=8), weights)
     with pytest.raises(UserError, match="grid of 2 is finer"):
-        extraction.extract_all(extraction.network_extractor(ALEXNET, None, spec.Pooling(grid=2), weights), toy_images(4))
+        rows_of(toy_images(4), None, spec.Pooling(grid=2), weights)
     with pytest.raises(ValueError, match="no weights"):
-        extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(), None)
+        rows_of(toy_images(4), "conv3")
 
 
 def test_the_error_for_features_that_are_not_finite_names_the_first_image(tmp_path: Path) -> None:
@@ -162,7 +164,7 @@ def test_the_error_for_features_that_are_not_finite_names_the_first_image(tmp_pa
         network.conv3[1].bias[0] = torch.nan
     snapshot.write_untrained(network, tmp_path / "nan")
     with pytest.raises(ValueError, match=r"of 4 images .* not finite, the first is image 0 \(0000.png\)"):
-        extraction.extract_all(extraction.network_extractor(ALEXNET, "conv3", spec.Pooling(), tmp_path / "nan"), toy_images(4))
+        rows_of(toy_images(4), "conv3", None, tmp_path / "nan")
 
 
 def test_features_too_large_for_float16_are_refused_rather_than_infinite(tmp_path: Path) -> None:

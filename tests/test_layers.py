@@ -35,7 +35,6 @@ WORDS = {
     "spec",
     "strict",
     "plugins",
-    "evaluation_presets",
     "fingerprint",
     "checksums",
     "artifact",

@@ -1,17 +1,20 @@
 """Extraction of features (N, D) from images, by a layer of a network or by a descriptor, in shards of fixed size.
 
-Shards are bitwise identical for any number of workers: each shard is computed separately, in the same batches.
-Several layers of one network come out of one forward pass.
+Shards are bitwise identical for any number of workers: each shard is computed in the same batches, and on a GPU the batch size
+depends on the size of the images and the memory of the GPU alone. Several layers of one network come out of one forward pass.
+While a batch is computed, the next one is read and the last one written.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +22,11 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from ktray import fingerprint, plugins, progress
+from ktray import conditions, fingerprint, plugins, progress
 from ktray.checksums import State, intact, version_of
 from ktray.errors import UserError
+from ktray.features import graphed_pass
+from ktray.features.graphed_pass import GraphedPass
 from ktray.images import Images, open_split
 from ktray.ops import augmentation, precision
 from ktray.pool import Pool
@@ -38,7 +43,7 @@ from ktray.spec import (
     TrainedTeacher,
 )
 from ktray.text import some_of
-from ktray.training import snapshot
+from ktray.training import loop, snapshot
 
 View = tuple[str | None, Pooling]
 """A layer of a network (None for the output of its forward pass), and how its maps become one vector."""
@@ -78,6 +83,27 @@ def layers_extractor(
     Raises:
         UserError: as `layer_extractor`.
     """
+    run = _forward(network, views, normalize)
+
+    @torch.inference_mode()
+    def extract(images: Tensor) -> list[tuple[Tensor, float]]:
+        with precision.computing_in(computed_in, images.device):
+            return run(images, timed=True)
+
+    return extract
+
+
+class _Run(Protocol):
+    def __call__(self, images: Tensor, timed: bool) -> list[tuple[Tensor, float]]:
+        """As `layers_extractor`; without `timed` the seconds on a GPU mean nothing, and nothing waits for them."""
+
+
+def _forward(network: nn.Module, views: Sequence[View], normalize: Normalization) -> _Run:
+    """The tensor operations of `layers_extractor`, in whatever precision and mode they are called.
+
+    Raises:
+        UserError: as `layer_extractor`.
+    """
     network.eval()
     network.to(memory_format=torch.channels_last)
     layers: tuple[str, ...] = network.layers  # type: ignore[assignment]
@@ -86,13 +112,11 @@ def layers_extractor(
         raise UserError(f"the backbone has no layer {layer!r}", "layer", f"One of: {', '.join(layers)}.")
     hooked = {layer: network.get_submodule(layer) for layer in wanted if layer is not None}
 
-    @torch.inference_mode()
-    def extract(images: Tensor) -> list[tuple[Tensor, float]]:
-        collector = _LayerOutputs(views)
+    def run(images: Tensor, timed: bool) -> list[tuple[Tensor, float]]:
+        collector = _LayerOutputs(views, timed)
         handles = [module.register_forward_hook(collector.hook_for(layer)) for layer, module in hooked.items()]
         try:
-            with precision.computing_in(computed_in, images.device):
-                collector.hook_for(None)(network, (), network(augmentation.normalize(images, normalize)))
+            collector.hook_for(None)(network, (), network(augmentation.normalize(images, normalize)))
         except _LastLayerReached:
             pass
         finally:
@@ -103,14 +127,14 @@ def layers_extractor(
             raise ValueError(f"the forward pass never runs the layer {missing!r}")
         return [collector.found[index] for index in range(len(views))]
 
-    return extract
+    return run
 
 
 class _LayerOutputs:
     """Outputs collected in one forward pass: index of a view -> its rows, and the seconds until they were ready."""
 
-    def __init__(self, views: Sequence[View]) -> None:
-        self.views, self.began = views, time.perf_counter()
+    def __init__(self, views: Sequence[View], timed: bool) -> None:
+        self.views, self.timed, self.began = views, timed, time.perf_counter()
         self.found: dict[int, tuple[Tensor, float]] = {}
 
     def hook_for(self, layer: str | None) -> Callable[[Any, Any, Tensor], None]:
@@ -122,7 +146,7 @@ class _LayerOutputs:
                     rows = _pooled(output, pool)
                     if len(self.views) > 1:
                         rows = rows.clone()  # later layers may change the output in place
-                        if rows.is_cuda:
+                        if rows.is_cuda and self.timed:
                             torch.cuda.synchronize(rows.device)
                     self.found[index] = rows, time.perf_counter() - self.began
             if len(self.found) == len(self.views):
@@ -137,55 +161,34 @@ class _LastLayerReached(Exception):
 
 def _pooled(output: Tensor, pool: Pooling) -> Tensor:
     side = min(output.shape[2:]) if output.ndim == 4 else 1
-    grid = pool.side(output.shape[1], side)
-    if grid > side:
+    if pool.grid > side:
         raise UserError(
-            f"a grid of {grid} is finer than the features, {tuple(output.shape[1:])}",
+            f"a grid of {pool.grid} is finer than the features, {tuple(output.shape[1:])}",
             "pool.grid",
             f"At most {side} here.",
         )
     if output.ndim == 4:
         function = nn.functional.adaptive_avg_pool2d if pool.kind == "avg" else nn.functional.adaptive_max_pool2d
-        output = function(output, grid)
+        output = function(output, pool.grid)
     return output.flatten(1).float()
 
 
 IDENTITY, REVISION = "feature_extraction", 2
 TOOLS = (augmentation,)
 
-BATCH = 256
-SHARD_ROWS = 4096  # a multiple of BATCH, so that `extract_all` and `write` use the same batches
+BATCH = 256  # images that go through a network or descriptor at once; on a GPU, `graphed_pass.batch_size` for networks
+SHARD_ROWS = 4096  # a multiple of every batch size, so that all images go through in the same batches, shards or not
+SHARDS_PER_CALL = 8  # on a GPU, which would be idle while the first batch of each call is read and the last one is written
+
+# Floating point operations of an extraction, and its images, from which compiling the network pays.
+COMPILED_FROM, COMPILED_FROM_IMAGES = 3e15, 100_000
+KEPT_SHARE = 1 / 32  # of a GPU's memory that a captured network may occupy while other stages run
 
 Extractor = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 _ViewsExtractor = Callable[[NDArray[np.uint8]], list[tuple[NDArray[np.float32], float]]]
 """An extractor of several views at once: for each view its rows, and the seconds it would have taken on its own."""
-
-
-def network_extractor(
-    backbone: BackboneSpec,
-    layer: str | None,
-    pool: Pooling,
-    weights: Path | None,
-    device: str = "cpu",
-    normalize: Normalization = "ktray",
-    computed_in: Precision = "float32",
-) -> Extractor:
-    """Features of a trained backbone: (B, H, W, 3) uint8 -> (B, D) float32.
-
-    Args:
-        backbone: spec of the network.
-        layer: one of its `layers`, or None for the output of its forward pass.
-        pool: how maps (C, h, w) become a vector of D = C * grid * grid.
-        weights: directory of a snapshot.
-        normalize: the pixel normalisation that the weights expect.
-        computed_in: precision of products and convolutions.
-
-    Raises:
-        UserError: the backbone has no such layer, or (at the first batch) the pooling grid is finer than the maps.
-        ValueError: `weights` is None; for an untrained network use the descriptor `random_network`.
-    """
-    network = trained_network(backbone, weights)
-    return _on_arrays(layer_extractor(network, layer, pool, normalize, computed_in), device, network)
+_Batches = Callable[[Images, int, int], Iterator[tuple[int, list[tuple[NDArray[np.float32], float]]]]]
+"""(images, start, stop) -> for one batch after the other, the index of its first image and what `_ViewsExtractor` gives."""
 
 
 def trained_network(backbone: BackboneSpec, weights: Path | None) -> nn.Module:
@@ -234,19 +237,7 @@ def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
     raise TypeError(f"a {type(teacher).__name__} has no features to extract")
 
 
-def view_extractor(view: Mapping[str, Any], weights: Path | None, state: Path | None, device: str = "cpu") -> Extractor:
-    """The extractor that a `teacher_view` describes: (B, H, W, 3) uint8 -> (B, D) float32.
-
-    Args:
-        weights: directory of a snapshot, for a view of a network.
-        state: directory of `state.npz`, for fitted descriptors.
-
-    Raises:
-        UserError, ValueError: as `network_extractor`; also for a fitted descriptor without `state`.
-    """
-    if "backbone" in view:
-        backbone = plugins.parse("backbone", view["backbone"])
-        return network_extractor(backbone, *_layer_of(view), weights, device, view["normalize"], view["precision"])
+def _descriptor_extractor(view: Mapping[str, Any], state: Path | None, device: str) -> Extractor:
     spec = plugins.parse("descriptor", view["descriptor"])
     descriptor = plugins.module_of("descriptor", spec)
     fitted: dict[str, NDArray[Any]] | None = None
@@ -255,61 +246,62 @@ def view_extractor(view: Mapping[str, Any], weights: Path | None, state: Path | 
             fitted = dict(file)
     elif hasattr(descriptor, "fit"):
         raise ValueError(f"the descriptor {spec.kind} must be fitted to images first; pass the directory of its state")
-    return _on_arrays(lambda images: descriptor.describe(spec, fitted, images), device)
+
+    def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        rows: Tensor = descriptor.describe(spec, fitted, torch.from_numpy(images).to(device))
+        return rows.float().cpu().numpy()
+
+    return extract
 
 
 def _layer_of(view: Mapping[str, Any]) -> tuple[str | None, Pooling]:
     return view["layer"], Pooling.model_validate(view["pool"])
 
 
-def _on_arrays(describe: Callable[[Tensor], Tensor], device: str, network: nn.Module | None = None) -> Extractor:
-    if network is not None:
-        network.to(device)
-
-    def extract(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return describe(torch.from_numpy(images).to(device)).float().cpu().numpy()
-
-    return extract
-
-
-def extract_all(extractor: Extractor, images: Images) -> NDArray[np.float32]:
-    """Features (N, D) float32 of all images, in batches of 256.
-
-    Raises:
-        ValueError: a feature is not finite; the message names the first such image.
-    """
-    return _rows(extractor, images, 0, len(images))
-
-
 def extract_views(
-    views: Sequence[Mapping[str, Any]], weights: Path | None, images: Images, device: str, max_batch_size: int | None
-) -> list[NDArray[np.float32]]:
-    """Features (N, D) float32 of all images for each view; the views are of one network and differ in layer and pooling.
+    views: Sequence[Mapping[str, Any]],
+    weights: Path | None,
+    state: Path | None,
+    images: Images,
+    device: str = "cpu",
+    max_batch_size: int | None = None,
+    *,
+    expected: int | None = None,
+    wanted: int | None = None,
+    extra_bytes: int = 0,
+) -> list[NDArray[np.float32] | None]:
+    """Features (N, D) float32 of all images for each view; several views are of one network.
+
+    Args:
+        views: each a `teacher_view` or `network_view`.
+        weights: directory of a snapshot, for views of a network.
+        state: directory of `state.npz`, for a fitted descriptor.
+        device: torch device.
+        max_batch_size: most images that go through the device at once; None for a usual batch.
+        expected: number of images that this network is going to see, these included; None for these alone.
+        wanted: the rows of the views after the first so many are given up, and None returned for them, if they take more than
+            `extra_bytes` together; None keeps all.
 
     Raises:
-        UserError, ValueError: as `extract_all` and `layers_extractor`.
+        UserError: the backbone has no such layer, or the pooling grid is finer than the maps.
+        ValueError: a feature is not finite (the message names the first such image), or `weights` or `state` is missing.
     """
-    extract = _views_extractor(views, weights, None, device, max_batch_size)
-    kept: list[list[NDArray[np.float32]]] = [[] for _ in views]
-    for at in range(0, len(images), BATCH):
-        batch = images.read(np.arange(at, min(at + BATCH, len(images)), dtype=np.int64))
-        for index, (rows, _) in enumerate(extract(batch)):
-            kept[index].append(rows)
-        progress.advance("images", len(batch))
-    found = [np.concatenate(rows) for rows in kept]
+    count = len(images)
+    batches = _batches_of(views, weights, state, device, max_batch_size, images.size, max(count, expected or 0))
+    found: list[NDArray[np.float32] | None] = []
+    for at, results in batches(images, 0, count):
+        if not found:
+            widths = [rows.shape[1] for rows, _ in results]
+            kept = len(views) if wanted is None or 4 * count * sum(widths[wanted:]) <= extra_bytes else wanted
+            found = [np.empty((count, width), np.float32) if index < kept else None for index, width in enumerate(widths)]
+        for rows, (part, _) in zip(found, results, strict=True):
+            if rows is not None:
+                rows[at : at + len(part)] = part
+        progress.advance("images", len(results[0][0]))
     for rows in found:
-        require_finite(rows, images, 0)
+        if rows is not None:
+            require_finite(rows, images, 0)
     return found
-
-
-def _rows(extractor: Extractor, images: Images, start: int, stop: int) -> NDArray[np.float32]:
-    batches = []
-    for at in range(start, stop, BATCH):
-        batches.append(extractor(images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))))
-        progress.advance("images", len(batches[-1]))
-    rows = np.concatenate(batches)
-    require_finite(rows, images, start)
-    return rows
 
 
 def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
@@ -357,8 +349,10 @@ def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: P
     """
     began = time.perf_counter()
     count = len(_open_images(sources[0]))
-    items = [(start, min(start + SHARD_ROWS, count)) for start in range(0, count, SHARD_ROWS)]
+    step = SHARD_ROWS * (SHARDS_PER_CALL if torch.device(sources[0]["device"]).type == "cuda" else 1)
+    items = [(start, min(start + step, count)) for start in range(0, count, step)]
     written = pool.map(_write_shards, items, (fingerprint.canonical(list(sources)), [str(out) for out in outs]))
+    release_large_network()
     if not written:
         raise ValueError(f"the split {sources[0]['split']!r} has no images")
     speed = count / (time.perf_counter() - began)
@@ -372,47 +366,65 @@ def write_views(sources: Sequence[dict[str, Any]], outs: Sequence[Path], pool: P
 
 
 def _write_shards(item: tuple[int, int], shared: tuple[str, list[str]]) -> list[tuple[int, float]]:
-    """Write one shard of every view; for each, its width and the seconds it would have taken on its own."""
+    """Write consecutive shards of every view; for each, its width and the seconds it would have taken on its own."""
     start, stop = item
-    extract, images, dtypes = _source(shared[0], _versions(shared[0]))
-    kept: list[list[NDArray[np.float32]]] = [[] for _ in dtypes]
-    seconds = [0.0 for _ in dtypes]
-    for at in range(start, stop, BATCH):
-        began = time.perf_counter()
-        batch = images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))
-        read = time.perf_counter() - began
-        for index, (rows, passed) in enumerate(extract(batch)):
-            kept[index].append(rows)
-            seconds[index] += read + passed
-        progress.advance("images", len(batch))
-    results = []
-    for index, dtype in enumerate(dtypes):
-        began = time.perf_counter()
-        rows = np.concatenate(kept[index])
-        kept[index] = []
-        require_finite(rows, images, start)
-        with np.errstate(over="ignore"):  # values too large for float16 become infinite and are refused below
-            stored = rows.astype(dtype)
-        require_finite(stored, images, start)
-        np.save(Path(shared[1][index]) / f"features-{start // SHARD_ROWS:05d}.npy", stored)
-        results.append((rows.shape[1], seconds[index] + time.perf_counter() - began))
-    return results
+    batches, images, dtypes = _source(shared[0], _versions(shared[0]))
+    seconds, widths = [0.0 for _ in dtypes], [0 for _ in dtypes]
+    shard: list[NDArray[np.float32]] = []
+    began = time.perf_counter()
+    with ThreadPoolExecutor(1, thread_name_prefix="ktray-write") as writer:
+        writing: list[Future[float]] = []
+        for at, results in batches(images, start, stop):
+            first = at - at % SHARD_ROWS
+            if not shard:
+                length = min(stop - first, SHARD_ROWS)
+                shard = [np.empty((length, rows.shape[1]), np.float32) for rows, _ in results]
+            for index, (rows, passed) in enumerate(results):
+                shard[index][at - first : at - first + len(rows)] = rows
+                widths[index] = rows.shape[1]
+                seconds[index] += passed
+            if at - first + len(results[0][0]) == len(shard[0]):
+                for index, saved in enumerate(writing):
+                    seconds[index] += saved.result()
+                paths = [Path(out) / f"features-{first // SHARD_ROWS:05d}.npy" for out in shared[1]]
+                writing = [
+                    writer.submit(_save, rows, dtype, path, images, first)
+                    for rows, dtype, path in zip(shard, dtypes, paths, strict=True)
+                ]
+                shard = []
+            progress.advance("images", len(results[0][0]))
+        for index, saved in enumerate(writing):
+            seconds[index] += saved.result()
+    # Reading, computing and writing overlap, so that the parts take less than they would one after the other.
+    overlap = min(1.0, (time.perf_counter() - began) / max(*seconds, 1e-9))
+    return [(width, passed * overlap) for width, passed in zip(widths, seconds, strict=True)]
+
+
+def _save(rows: NDArray[np.float32], dtype: str, path: Path, images: Images, first: int) -> float:
+    """Write a shard, whose first image has this index; the seconds that it took."""
+    began = time.perf_counter()
+    require_finite(rows, images, first)
+    with np.errstate(over="ignore"):  # values too large for float16 become infinite and are refused below
+        stored = rows.astype(dtype, copy=False)
+    if stored.dtype != rows.dtype:
+        require_finite(stored, images, first)
+    np.save(path, stored)
+    return time.perf_counter() - began
 
 
 @lru_cache(maxsize=2)  # a worker writes many shards of one source; at most two, since networks occupy device memory
-def _source(canonical: str, versions: tuple[State, ...]) -> tuple[_ViewsExtractor, Images, list[str]]:
-    """Extractor, images and dtypes for writing shards, from the canonical JSON of the sources of `write_views`.
+def _source(canonical: str, versions: tuple[State, ...]) -> tuple[_Batches, Images, list[str]]:
+    """What computes batches, the images, and the dtypes of shards, from the canonical JSON of the sources of `write_views`.
 
     Args:
         versions: of the artifacts that are read, so that none is used any more once it was damaged and computed again.
     """
     sources = json.loads(canonical)
-    first = sources[0]
+    first, images = sources[0], _open_images(sources[0])
     weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
-    extract = _views_extractor(
-        [source["view"] for source in sources], weights, state, first["device"], first.get("max_batch_size")
-    )
-    return extract, _open_images(first), [source["dtype"] for source in sources]
+    views = [source["view"] for source in sources]
+    batches = _batches_of(views, weights, state, first["device"], first.get("max_batch_size"), images.size, len(images))
+    return batches, images, [source["dtype"] for source in sources]
 
 
 def _versions(canonical: str) -> tuple[State, ...]:
@@ -420,36 +432,160 @@ def _versions(canonical: str) -> tuple[State, ...]:
     return tuple(version_of(Path(first[name])) for name in ("weights", "state", "images") if first[name])
 
 
-def _views_extractor(
-    views: Sequence[Mapping[str, Any]], weights: Path | None, state: Path | None, device: str, max_batch_size: int | None
-) -> _ViewsExtractor:
-    if len(views) == 1:
-        extractor = in_smaller_batches(view_extractor(views[0], weights, state, device), max_batch_size)
-
-        def extract_one(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
-            began = time.perf_counter()
-            rows = extractor(images)
-            return [(rows, time.perf_counter() - began)]
-
-        return extract_one
-    network = trained_network(plugins.parse("backbone", views[0]["backbone"]), weights).to(device)
+def _batches_of(
+    views: Sequence[Mapping[str, Any]],
+    weights: Path | None,
+    state: Path | None,
+    device: str,
+    max_batch_size: int | None,
+    side: int,
+    expected: int,
+) -> _Batches:
+    """What computes the views of `expected` images of this side, batch by batch."""
+    if "backbone" not in views[0]:
+        [view] = views
+        return _batches_of_arrays(_timed(_descriptor_extractor(view, state, device), max_batch_size))
+    if torch.device(device).type == "cuda":
+        return _batches_of_graph(views, weights, device, max_batch_size, side, expected)
+    network = trained_network(plugins.parse("backbone", views[0]["backbone"]), weights)
     extract = layers_extractor(network, [_layer_of(view) for view in views], views[0]["normalize"], views[0]["precision"])
 
-    def extract_several(images: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
-        pieces = [extract(torch.from_numpy(piece).to(device)) for piece in _pieces(images, max_batch_size)]
+    def extract_all_views(pixels: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+        pieces = [extract(torch.from_numpy(piece)) for piece in _pieces(pixels, max_batch_size)]
         return [
-            (np.concatenate([rows.float().cpu().numpy() for rows, _ in view]), sum(seconds for _, seconds in view))
+            (np.concatenate([rows.numpy() for rows, _ in view]), sum(seconds for _, seconds in view))
             for view in zip(*pieces, strict=True)
         ]
 
-    return extract_several
+    return _batches_of_arrays(extract_all_views)
 
 
-def in_smaller_batches(extractor: Extractor, max_batch_size: int | None) -> Extractor:
-    """The extractor applied to at most `max_batch_size` images at a time; unchanged if that is None."""
-    if max_batch_size is None:
-        return extractor
-    return lambda images: np.concatenate([extractor(piece) for piece in _pieces(images, max_batch_size)])
+def _timed(extractor: Extractor, max_batch_size: int | None) -> _ViewsExtractor:
+    def extract(pixels: NDArray[np.uint8]) -> list[tuple[NDArray[np.float32], float]]:
+        began = time.perf_counter()
+        rows = np.concatenate([extractor(piece) for piece in _pieces(pixels, max_batch_size)])
+        return [(rows, time.perf_counter() - began)]
+
+    return extract
+
+
+def _batches_of_arrays(extract: _ViewsExtractor) -> _Batches:
+    """Batches of `BATCH` images; the next one is read while one is computed."""
+
+    def read(images: Images, at: int, stop: int) -> tuple[NDArray[np.uint8], float]:
+        began = time.perf_counter()
+        pixels = images.read(np.arange(at, min(at + BATCH, stop), dtype=np.int64))
+        return pixels, time.perf_counter() - began
+
+    def batches(images: Images, start: int, stop: int) -> Iterator[tuple[int, list[tuple[NDArray[np.float32], float]]]]:
+        with ThreadPoolExecutor(1, thread_name_prefix="ktray-read") as reader:
+            ahead = reader.submit(read, images, start, stop)
+            for at in range(start, stop, BATCH):
+                pixels, seconds = ahead.result()
+                if at + BATCH < stop:
+                    ahead = reader.submit(read, images, at + BATCH, stop)
+                yield at, [(rows, seconds + passed) for rows, passed in extract(pixels)]
+
+    return batches
+
+
+@dataclass
+class _Kept:
+    """A captured network, kept for later snapshots of the same network and views, whose weights take the place of its own."""
+
+    name: str
+    network: nn.Module
+    weights: tuple[Path, State]
+    graphed: GraphedPass
+    shares: list[float]
+
+
+_kept: list[_Kept] = []  # at most one, since it occupies device memory
+
+
+def _batches_of_graph(
+    views: Sequence[Mapping[str, Any]], weights: Path | None, device: str, max_batch_size: int | None, side: int, expected: int
+) -> _Batches:
+    size = graphed_pass.batch_size(side, torch.cuda.get_device_properties(device).total_memory)
+    size = min(size, max_batch_size or size)
+
+    def batches(images: Images, start: int, stop: int) -> Iterator[tuple[int, list[tuple[NDArray[np.float32], float]]]]:
+        kept = _captured(views, weights, device, size, side, expected)
+        graphed = kept.graphed
+        conditions.note("extraction", {"batch": graphed.size, "cuda_graph": graphed.graphed, "compiled": graphed.compiled})
+        began = time.perf_counter()
+        for at, found in graphed.batches(images, start, stop):
+            passed = time.perf_counter() - began
+            yield at, [(rows, share * passed) for rows, share in zip(found, kept.shares, strict=True)]
+            began = time.perf_counter()
+
+    return batches
+
+
+def _captured(
+    views: Sequence[Mapping[str, Any]], weights: Path | None, device: str, size: int, side: int, expected: int
+) -> _Kept:
+    """The captured network with these weights: the kept one, or a new one that takes its place."""
+    compiled = _pays_to_compile(fingerprint.canonical(list(views)), side, expected)
+    own = [str(weights), *version_of(weights)] if compiled and weights else []  # a program may have copies of the weights
+    name = fingerprint.canonical([list(views), device, size, side, compiled, own])
+    if not _kept or _kept[0].name != name:
+        _kept.clear()
+        _kept.append(_newly_captured(name, views, weights, device, size, side, compiled))
+    kept = _kept[0]
+    if weights is not None and (kept.weights != (weights, version_of(weights)) or not kept.weights[1]):
+        snapshot.load_backbone(kept.network, weights)  # always from a folder without a record, which may have changed
+        kept.weights = weights, version_of(weights)
+    return kept
+
+
+def _newly_captured(
+    name: str,
+    views: Sequence[Mapping[str, Any]],
+    weights: Path | None,
+    device: str,
+    size: int,
+    side: int,
+    compiled: bool,
+) -> _Kept:
+    network, given = trained_network(plugins.parse("backbone", views[0]["backbone"]), weights).to(device), weights or Path()
+    layers, normalize, computed_in = [_layer_of(view) for view in views], views[0]["normalize"], views[0]["precision"]
+    run = _forward(network, layers, normalize)
+    graphed = GraphedPass(
+        lambda images: [rows for rows, _ in run(images, timed=False)],
+        size,
+        side,
+        device,
+        lambda: precision.computing_in(computed_in, device),
+        compiled,
+    )
+    shares = [1.0]
+    if len(views) > 1:
+        some = torch.zeros(min(size, BATCH), side, side, 3, dtype=torch.uint8, device=device)
+        timed = [seconds for _, seconds in layers_extractor(network, layers, normalize, computed_in)(some)]
+        shares = [seconds / max(timed) for seconds in timed]
+    return _Kept(name, network, (given, version_of(given)), graphed, shares)
+
+
+def release_large_network() -> None:
+    """Free the device memory of a captured network if it is much, so that other stages and processes can use it."""
+    if _kept and _kept[0].graphed.activation_bytes > KEPT_SHARE * _kept[0].graphed.device_bytes:
+        _kept.clear()
+
+
+@lru_cache(maxsize=64)
+def _pays_to_compile(views: str, side: int, expected: int) -> bool:
+    """Whether to compile a network for so many images. It depends on nothing else, for it changes the last bits of features."""
+    if expected < COMPILED_FROM_IMAGES:
+        return False
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parsed = json.loads(views)
+    network = loop.untrained_backbone(plugins.parse("backbone", parsed[0]["backbone"]), 0)
+    extract = layers_extractor(network, [_layer_of(view) for view in parsed])
+    with FlopCounterMode(display=False) as counter:
+        extract(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+    return bool(counter.get_total_flops() * expected >= COMPILED_FROM)
 
 
 def _pieces(images: NDArray[np.uint8], max_batch_size: int | None) -> list[NDArray[np.uint8]]:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ktray.images.decoding import decode_whole, decoder, fit, fit_longest, fitte
 from ktray.images.source import Images, Source, Unreadable, WholeImages, split_rows
 from ktray.spec import DataSpec
 
-_THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
@@ -113,13 +114,15 @@ def _memmap_reader(directory: Path, split: str) -> Callable[[NDArray[np.int64]],
         checks.require_rows(np.zeros(0, np.int64), 0, 1)
     np.lib.format.read_magic(file)
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    pixels = np.memmap(file, dtype, "r", file.tell(), shape)
+    mapped = np.memmap(file, dtype, "r", file.tell(), shape)
+    pixels, offset = mapped.view(np.ndarray), mapped.offset
     row_bytes = pixels[:1].nbytes
 
     def read(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        rows = np.arange(len(pixels))[indices]
         if checks is not None:
-            checks.require_rows(np.arange(len(pixels))[indices], pixels.offset, row_bytes)
-        return np.array(pixels[indices])
+            checks.require_rows(rows, offset, row_bytes)
+        return np.take(pixels, rows, axis=0)
 
     weakref.finalize(read, file.close)
     return read
@@ -195,10 +198,22 @@ def _parallel_reader(
     def read_all(indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         indices = np.arange(len(names))[indices]  # the same bounds and negative indices as a memmap
         squares = np.empty((len(indices), size, size, 3), np.uint8)
-        with ThreadPoolExecutor(_THREADS) as threads:
-            for position, pixels in enumerate(threads.map(square, indices)):
-                squares[position] = pixels
-                progress.advance("read")
+
+        def store(position: int) -> None:
+            squares[position] = square(indices[position])
+
+        for _ in _threads().map(store, range(len(indices))):
+            progress.advance("read")
         return squares
 
     return read_all
+
+
+@lru_cache(maxsize=1)
+def _threads_of(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="ktray-decode")
+
+
+def _threads() -> ThreadPoolExecutor:
+    """The threads of this process that decode; a process that was forked has its own."""
+    return _threads_of(os.getpid())

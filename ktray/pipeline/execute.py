@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ktray import checkpoints, progress
+from ktray import checkpoints, conditions, progress
 from ktray.artifact import Artifact, Stage
 from ktray.checksums import version_of
 from ktray.errors import DamagedArtifact, MissingInput
+from ktray.features.shared_features import KEPT_ROWS
 from ktray.pipeline.record import record_of, release_cached_memory, reset_peaks
 from ktray.pool import StageContext
 from ktray.stages import FAMILY_WORK, WORK
@@ -85,14 +85,15 @@ def _compute(
 ) -> tuple[Artifact, bool]:
     scratch = store.scratch(stage.key, attempt)
     start = _latest_snapshot(stage, store)
-    remarks: dict[str, Any] = {}
     began = time.perf_counter()
-    metrics = WORK[stage.name](stage, inputs, scratch, replace(context, remark=remarks.update), start)
+    with conditions.collecting() as noted:
+        metrics = WORK[stage.name](stage, inputs, scratch, context, start)
     seconds = time.perf_counter() - began
     record = record_of(stage, metrics, seconds, inputs, context)
-    record |= {"attempt": attempt, "started_from": start.name if start else None}
-    record |= {**stage.about, **remarks}
-    record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start), 3)
+    record |= {"attempt": attempt, "started_from": start.name if start else None, "conditions": noted}
+    record |= stage.about
+    saved = noted.get(KEPT_ROWS, {}).get("seconds", 0.0)
+    record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start) + saved, 3)
     return store.publish(scratch, stage.key, record)
 
 
@@ -105,14 +106,15 @@ def _compute_family(
     """
     scratches = [store.scratch(stage.key, attempt) for stage in stages]
     began = time.perf_counter()
-    made = FAMILY_WORK[stages[0].name](stages, inputs, scratches, context)
+    with conditions.collecting() as noted:
+        made = FAMILY_WORK[stages[0].name](stages, inputs, scratches, context)
     seconds = time.perf_counter() - began
     costs = [cost for _, cost in made]
     together = sorted(stage.key for stage in stages)
     published = {}
     for stage, scratch, (metrics, cost) in zip(stages, scratches, made, strict=True):
         record = record_of(stage, metrics, seconds * cost / sum(costs), inputs, context)
-        record |= {"attempt": attempt, "started_from": None, "together": together}
+        record |= {"attempt": attempt, "started_from": None, "conditions": noted, "together": together}
         record["seconds_alone"] = round(seconds * cost / max(costs), 3)
         published[stage.key] = store.publish(scratch, stage.key, record)
     return published

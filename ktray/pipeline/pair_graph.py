@@ -134,6 +134,7 @@ def build(
         name = evaluation_name(spec)
         if evaluations is None or name in evaluations:
             builder.keys.setdefault("evaluation", {})[name] = _evaluation(builder, spec)
+    _share_passes(builder)
     return Graph(tuple(builder.stages.values()), builder.keys)
 
 
@@ -265,6 +266,29 @@ def _student(builder: _Builder, needs: Mapping[str, tuple[str, ...]], epoch: int
         inputs["features"] = _features(builder, "transfer")
     at = student_stage.trained(student, pair.transfer, inputs, builder.locations("transfer"), lineage(pair.model_dump()))
     builder.keys["student"] = _training(builder, "student", at, student.schedule, last)
+
+
+def _share_passes(builder: _Builder) -> None:
+    """Tell each evaluation which views of the same network the others read, so that one pass can extract them all."""
+    found = [(stage, judged) for stage in builder.stages.values() if (judged := _judged_network(stage))]
+    groups: dict[str, dict[str, Any]] = {}
+    for stage, judged in found:
+        view = stage.spec[evaluation_stage.JUDGED]
+        groups.setdefault(judged, {})[canonical(view)] = view
+    for stage, judged in found:
+        own = canonical(stage.spec[evaluation_stage.JUDGED])
+        others = tuple(view for name, view in groups[judged].items() if name != own)
+        if others:
+            builder.stages[stage.key] = replace(stage, other_views=others)
+
+
+def _judged_network(stage: Stage) -> str:
+    """What the views of two evaluations must have in common for one pass to extract both; empty if no network is judged."""
+    view = stage.spec[evaluation_stage.JUDGED] if stage.name == "evaluation" else None
+    if not view or "backbone" not in view:
+        return ""
+    common = {name: value for name, value in view.items() if name not in ("layer", "pool")}
+    return canonical([stage.inputs, common])
 
 
 def _evaluation(builder: _Builder, spec: EvaluationSpec) -> str:

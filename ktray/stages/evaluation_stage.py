@@ -17,7 +17,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.checkpoints import Attempt, saving, step_of
 from ktray.checksums import intact
 from ktray.errors import UserError
-from ktray.features import extraction, precomputed
+from ktray.features import extraction, precomputed, shared_features
 from ktray.features.extraction import View
 from ktray.features.judged_network import JudgedNetwork
 from ktray.fingerprint import require_sha256
@@ -101,62 +101,101 @@ def run(
         require_sha256(Path(path), plain[field], f"evals.{field}")
         plain[field] = path
     spec = plugins.parse("evaluation", plain)
+    module = plugins.module_of("evaluation", spec)
     pseudo_labels = None
     learned_from = "images.target"
     if "pseudo_labels" in inputs:
         pseudo_labels = np.load(intact(inputs["pseudo_labels"].directory / "labels.npy"), allow_pickle=False)
         learned_from = "images.transfer"
-    module = plugins.module_of("evaluation", spec)
+    splits = _Splits(stage, inputs)
     more: dict[str, Any] = {}
     if reads_network(spec):
         save = saving(out, context.checkpoint_seconds, start)
-        more["network"] = _judged_network(stage, inputs, context)
+        more["network"] = _judged_network(stage, inputs, splits, context)
         more["attempt"] = Attempt(start, step_of(start) if start else 0, save, context.progress)
     if getattr(module, "READS_SPLITS", False):
-        more["images_of"] = _images_of(stage, inputs)
-    metrics: dict[str, float] = module.evaluate(
-        spec,
-        features=_features_of(stage, inputs, context),
-        train=open_images(stage, learned_from, inputs, "train"),
-        judged=open_images(stage, "images.target", inputs, spec.split),
-        pseudo_labels=pseudo_labels,
-        out=out,
-        device=context.device,
-        **more,
-    )
+        more["images_of"] = splits.target_split
+    try:
+        metrics: dict[str, float] = module.evaluate(
+            spec,
+            features=_features_of(stage, inputs, splits, context),
+            train=splits.opened(learned_from, "train"),
+            judged=splits.opened("images.target", spec.split),
+            pseudo_labels=pseudo_labels,
+            out=out,
+            device=context.device,
+            **more,
+        )
+    finally:
+        extraction.release_large_network()
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1, sort_keys=True))
     return metrics
 
 
+class _Splits:
+    """The splits that an evaluation reads, each opened once, and from where the images that it asks features of came."""
+
+    def __init__(self, stage: Stage, inputs: Mapping[str, Artifact]) -> None:
+        self.stage, self.inputs = stage, inputs
+        self._opened: dict[tuple[str, str], Images] = {}
+
+    def opened(self, role: str, split: str) -> Images:
+        """A split of the images that the stage reads as its input `role`."""
+        if (role, split) not in self._opened:
+            self._opened[role, split] = open_images(self.stage, role, self.inputs, split)
+        return self._opened[role, split]
+
+    def target_split(self, split: str) -> Images | None:
+        """A split of the target data; None if there is no such split."""
+        present = splits_of(self.inputs["images.target"].directory)
+        return self.opened("images.target", split) if split in present else None
+
+    def origin(self, images: Images) -> tuple[Path, str] | None:
+        """The artifact that holds these images, and their split in it; None for images that the evaluation made itself."""
+        for (role, split), opened in self._opened.items():
+            if opened is images:
+                return self.inputs[role].directory, split
+        return None
+
+    def count(self) -> int:
+        """Number of images of the opened splits together."""
+        return sum(len(opened) for opened in self._opened.values())
+
+
+def _judged(inputs: Mapping[str, Artifact], context: StageContext) -> shared_features.Judged:
+    weights, state = features_stage.weights_and_state(inputs.get("teacher") or inputs.get("student"))
+    return shared_features.Judged(weights, state, context.device, context.max_batch_size)
+
+
 def _features_of(
-    stage: Stage, inputs: Mapping[str, Artifact], context: StageContext
+    stage: Stage, inputs: Mapping[str, Artifact], splits: _Splits, context: StageContext
 ) -> Callable[[Images], NDArray[np.float32]]:
     """A function images -> features (N, D) of what is judged. Weights are loaded when it is called."""
-    judged = stage.spec[JUDGED]
+    view = stage.spec[JUDGED]
 
     def extracted(images: Images) -> NDArray[np.float32]:
-        weights, state = features_stage.weights_and_state(inputs.get("teacher") or inputs.get("student"))
-        extractor = extraction.view_extractor(judged, weights, state, context.device)
-        return extraction.extract_all(extraction.in_smaller_batches(extractor, context.max_batch_size), images)
+        origin = splits.origin(images)
+        [rows] = shared_features.rows_of(_judged(inputs, context), [view], stage.other_views, images, origin, splits.count())
+        return rows
 
     def looked_up(images: Images) -> NDArray[np.float32]:
         data = data_of(stage, "images.target", inputs)
-        with features_stage.reading(judged["features"], stage.local["files"], data) as read:
+        with features_stage.reading(view["features"], stage.local["files"], data) as read:
             return precomputed.read_rows(read, images)
 
-    return looked_up if judged and "features" in judged else extracted
+    return looked_up if view and "features" in view else extracted
 
 
-def _judged_network(stage: Stage, inputs: Mapping[str, Artifact], context: StageContext) -> JudgedNetwork:
+def _judged_network(stage: Stage, inputs: Mapping[str, Artifact], splits: _Splits, context: StageContext) -> JudgedNetwork:
     view = stage.spec[JUDGED]
     if not view or "backbone" not in view:
         raise UserError("this evaluation reads a network, and what it judges is none", instead="Judge a student.")
-    backbone = plugins.parse("backbone", view["backbone"])
-    weights, _ = features_stage.weights_and_state(inputs.get("teacher") or inputs.get("student"))
+    backbone, judged = plugins.parse("backbone", view["backbone"]), _judged(inputs, context)
 
     def features(images: Images, views: Sequence[View]) -> list[NDArray[np.float32]]:
         several = [{**view, "layer": layer, "pool": pool.model_dump()} for layer, pool in views]
-        return extraction.extract_views(several, weights, images, context.device, context.max_batch_size)
+        origin = splits.origin(images)
+        return shared_features.rows_of(judged, several, stage.other_views, images, origin, splits.count())
 
     return JudgedNetwork(
         backbone=backbone,
@@ -166,12 +205,6 @@ def _judged_network(stage: Stage, inputs: Mapping[str, Artifact], context: Stage
         precision=view["precision"],
         device=context.device,
         max_batch_size=context.max_batch_size,
-        build=lambda: extraction.trained_network(backbone, weights).to(context.device).eval(),
+        build=lambda: extraction.trained_network(backbone, judged.weights).to(context.device).eval(),
         features=features,
     )
-
-
-def _images_of(stage: Stage, inputs: Mapping[str, Artifact]) -> Callable[[str], Images | None]:
-    """A function: split -> its images of the target data; None if there is no such split."""
-    present = splits_of(inputs["images.target"].directory)
-    return lambda split: open_images(stage, "images.target", inputs, split) if split in present else None
