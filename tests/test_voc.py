@@ -19,7 +19,7 @@ from ktray import images
 from ktray.cli import main
 from ktray.datasets.voc import annotation_xml
 from ktray.errors import UserError
-from ktray.images import DIFFICULT, TRUNCATED
+from ktray.images import CROWD, DIFFICULT, TRUNCATED
 from ktray.images.annotation_files import BadAnnotation
 from ktray.pool import LocalPool
 from ktray.runs.data_check import describe
@@ -110,6 +110,25 @@ def test_composed_boxes_are_the_bounds_of_the_objects_in_the_masks(made: Path) -
     assert counted > COUNT
 
 
+def test_the_form_of_coco_holds_the_same_boxes_and_the_masks_that_pycocotools_draws(made: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    of_voc, of_coco = listed(spec_of(made)), listed(f"coco:{made}/coco?train=train&test=test")
+    for split in ("train", "test"):
+        voc, same = getattr(of_voc, split), getattr(of_coco, split)
+        assert [Path(name).name for name in voc.names] == [Path(name).name for name in same.names]
+        assert all((first == other).all() for first, other in zip(voc.boxes, same.boxes, strict=True))
+        crowds = [flags[:, CROWD].tolist() for flags in same.box_flags]
+        assert [flags[:, DIFFICULT].tolist() for flags in voc.box_flags] == crowds
+    oracle = coco.COCO(str(made / "coco/annotations/instances_test.json"))
+    for number in oracle.getImgIds():
+        objects = oracle.loadAnns(oracle.getAnnIds(number))
+        drawn = np.asarray(Image.open(made / f"VOCdevkit/VOC2007/SegmentationObject/{number:06d}.png"))
+        for index, each in enumerate(objects, 1):
+            if not each["iscrowd"]:
+                assert (oracle.annToMask(each) == (drawn == index)).all()
+                assert each["area"] == (drawn == index).sum()
+
+
 def test_a_composed_set_has_what_its_tests_need(made: Path) -> None:
     source = listed(spec_of(made)).test
     flags, counts = np.concatenate(source.box_flags), [len(boxes) for boxes in source.boxes]
@@ -165,6 +184,7 @@ def test_the_command_composes_and_names_what_it_made(tmp_path: Path, capsys: Any
     said = capsys.readouterr().out
     assert "train: 4 images, 10 classes, several in an image" in said
     assert "4 VOC2007/ImageSets/Main/trainval.txt" in said
+    assert "annotations: boxes of the XML files, which count pixels from 1" in said
     assert main(["data", "make-voc", str(out), "--from", "fashion_mnist_mini"]) == 2
     assert "already holds" in capsys.readouterr().err
 
@@ -235,6 +255,16 @@ def test_squares_whole_images_and_presence_go_through_the_store(made: Path, tmp_
         assert (whole.box_flags[row] == source.box_flags[row]).all()
         assert whole.read(row, None).shape == (*source.sizes[row], 3)
         assert len(test.boxes[row]) == len(test.box_flags[row]) <= len(source.boxes[row])
+
+
+def test_the_sample_of_a_dry_run_has_all_that_was_drawn(made: Path, tmp_path: Path) -> None:
+    spec, source = spec_of(made), listed(spec_of(made)).test
+    images.write_sample(spec, tmp_path, 3)
+    test = images.open_split(tmp_path, "test", spec)
+    rows = [source.names.index(name) for name in test.names]
+    assert len(rows) == 3
+    assert (test.presence == source.presence[rows]).all()
+    assert all((test.whole().boxes[at] == source.boxes[row]).all() for at, row in enumerate(rows))
 
 
 def test_masks_are_read_on_demand(made: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         lines.append(f"val: {held_out['images']} of train ({held_out['share']:.0%}), drawn with seed {held_out['seed']}")
     assumed = {
         "classes": answer["classes_from"],
+        "annotations": answer["annotations"],
         "order": answer["order"],
         "left out": _counted(answer["left_out"], first=False),
     }

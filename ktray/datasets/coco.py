@@ -99,6 +99,7 @@ def load(spec: Spec) -> Splits:
     layout = Layout(
         read_from={split: {str(each.file.relative_to(root)): len(each.images)} for split, each in sets.items()},
         classes="the categories, in the order of their numbers",
+        annotations="boxes in pixels from 0; an image shows a class that has a box in it, also a crowd",
         order="as in the JSON file",
         warnings=tuple(warnings),
     )

@@ -83,6 +83,7 @@ class Layout:
         left_out: what was left out, as a suffix or a phrase -> number of files.
         warnings: sentences about what looks wrong.
         nested: path of the folder that looks like the right one, if the one that was given looks wrong; else empty.
+        annotations: how boxes, masks and several labels were understood, as a phrase; empty without any.
     """
 
     read_from: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Layout:
     left_out: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     nested: str = ""
+    annotations: str = ""
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity: the contents are too large to compare

@@ -130,7 +130,8 @@ def _refuse_lost_class(
 def _assumed(listed: Splits) -> dict[str, Any]:
     """What was assumed of the files of a data set, for a person who looks at the artifact."""
     layout = asdict(listed.layout)
-    return {"assumed": {name: layout[name] for name in ("read_from", "classes", "order", "left_out", "warnings")}}
+    stated = ("read_from", "classes", "order", "left_out", "warnings", *(["annotations"] if listed.layout.annotations else []))
+    return {"assumed": {name: layout[name] for name in stated}}
 
 
 def _blocks(found: dict[str, Part], size: int) -> list[Block]:

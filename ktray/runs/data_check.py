@@ -69,6 +69,7 @@ def describe(spec: DataSpec, sample_size: int = 64) -> dict[str, Any]:
         if held_out and splits.val is None
         else None,
         "classes_from": layout.classes,
+        "annotations": layout.annotations,
         "order": layout.order,
         "left_out": dict(layout.left_out),
         "sample": sample,

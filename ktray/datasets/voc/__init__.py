@@ -151,11 +151,20 @@ def load(spec: Spec) -> Splits:
             for split, parts in splits.items()
         },
         classes=origin,
+        annotations=_UNDERSTOOD[spec.task],
         order="as in the list" if len(kits) == 1 else "as in the lists, one year after the other",
         warnings=tuple(warnings),
     )
     found = {split: source.source for split, source in sources.items()}
     return Splits(found["train"], found.get("val"), found["test"], files=tuple(files), layout=layout)
+
+
+_UNDERSTOOD = {
+    "detection": "boxes of the XML files, which count pixels from 1 and include both ends; "
+    "labels of the lists of classes, or where there are none of the objects: 0 where all of a class are difficult",
+    "classification": "labels of the lists of classes: 1 shown, -1 not shown, 0 shown in difficult objects alone",
+    "segmentation": "masks of SegmentationClass: 0 background, then the classes in their order, 255 void",
+}
 
 
 # ---- the folder ----
