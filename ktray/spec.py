@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
@@ -17,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from ktray import plugins
+from ktray import evaluation_presets, plugins
 from ktray.errors import UserError
 from ktray.plugins import PluginSpec
 from ktray.strict import StrictSpec, plain_types
@@ -92,7 +93,15 @@ class Pooling(StrictSpec):
     """How the feature maps of a layer become one vector: pooled to a grid x grid x C, then flattened."""
 
     kind: Literal["avg", "max"] = "avg"
-    grid: int = Field(default=1, ge=1, le=64)
+    grid: Annotated[int, Field(strict=True, ge=1, le=64)] | Literal["under_9000"] = Field(
+        default=1, description="cells per side; under_9000: as many as give fewer than 9,000 features, the paper's rule"
+    )
+
+    def side(self, channels: int, finest: int) -> int:
+        """Cells per side for maps of so many channels, of which the shorter side has `finest` cells."""
+        if isinstance(self.grid, int):
+            return self.grid
+        return max(1, min(finest, math.isqrt(8_999 // channels)))
 
 
 class DataPlugin(PluginSpec, Protocol):
@@ -378,6 +387,31 @@ class PairSpec(StrictSpec):
         if not isinstance(inner, Mapping) or "data" in inner:
             return value
         return {**value, "teacher": {**value["teacher"], "pair": {"data": value["data"], **inner}}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_presets_of_evaluations(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "evals" not in value or "data" not in value:
+            return value
+        data, student = value["data"], value.get("student")
+        target = data.target if isinstance(data, DataRoles) else data
+        if isinstance(data, Mapping) and "kind" not in data:
+            target = data.get("target")
+        network = (
+            student.backbone
+            if isinstance(student, Student)
+            else student.get("backbone")
+            if isinstance(student, Mapping)
+            else None
+        )
+        names = value["evals"] if isinstance(value["evals"], list | tuple) else [value["evals"]]
+        if target is None or not any(isinstance(name, str) and name in evaluation_presets.PRESETS for name in names):
+            return value
+        try:
+            backbone = None if network is None else _parse("backbone", network)
+            return {**value, "evals": evaluation_presets.expanded(value["evals"], _data(target), backbone)}
+        except UserError as error:
+            raise ValueError(str(error)) from error
 
     @field_validator("data", mode="before")
     @classmethod

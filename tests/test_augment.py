@@ -27,7 +27,7 @@ def test_pixels_become_floats_in_minus_two_to_two_by_the_stated_formula():
 
 def test_each_crop_is_a_window_of_its_own_image_padded_by_black():
     images = pixels(count=200)
-    cropped = augmentation.random_crop(images, 2, generator())
+    cropped = augmentation.crop_at(images, 2, augmentation.draw_corners(200, 2, generator()))
     padded = np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)))
     corners = set()
     for image, source in zip(cropped.numpy(), padded, strict=True):
@@ -37,15 +37,15 @@ def test_each_crop_is_a_window_of_its_own_image_padded_by_black():
     assert len(corners) == 25
 
 
-def test_a_crop_of_zero_makes_no_draws():
-    images, draws = pixels(), generator()
-    assert augmentation.random_crop(images, 0, draws) is images
-    assert torch.equal(torch.rand(3, generator=draws), torch.rand(3, generator=generator()))
+def test_views_that_are_not_enabled_make_no_draws():
+    images, used, spec = pixels(), generator(), Augment(crop=0, flip=False)
+    assert augmentation.random_views(images, spec, augmentation.draw_views(6, spec, used)) is images
+    assert torch.equal(torch.rand(3, generator=used), torch.rand(3, generator=generator()))
 
 
 def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():
     images = pixels(count=400)
-    flipped = augmentation.random_flip(images, generator())
+    flipped = augmentation.mirror(images, augmentation.draw_mirrored(400, generator()))
     mirrored = (flipped == images.flip(2)).flatten(1).all(1)
     untouched = (flipped == images).flatten(1).all(1)
     assert torch.equal(mirrored, ~untouched)
@@ -56,7 +56,9 @@ def test_about_half_of_the_images_are_mirrored_and_the_others_untouched():
 def test_views_depend_on_the_generator_alone(spec):
     images = pixels()
     before = images.clone()
-    first, again, other = (augmentation.random_views(images, spec, generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        augmentation.random_views(images, spec, augmentation.draw_views(6, spec, generator(seed))) for seed in (1, 1, 2)
+    )
     assert first.shape == images.shape
     assert first.dtype == torch.uint8
     assert torch.equal(first, again)

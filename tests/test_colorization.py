@@ -13,6 +13,7 @@ from ktray.ops import colour, gamut
 from ktray.pretext import colorization
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -47,7 +48,7 @@ def test_cells_are_read_row_by_row_and_the_network_sees_only_lightness():
     images = toy_images(6, size=32)
     pixels = torch.from_numpy(images.read(np.arange(6)))
     task = colorization.task(colorization.Spec(grid=4, augment=STILL), 32, images)
-    inputs, targets = task.batch(pixels, torch.arange(6), torch.Generator().manual_seed(0))
+    inputs, targets = make_batch(task, pixels, torch.arange(6), torch.Generator().manual_seed(0))
     lab = rgb2lab(pixels.numpy())
     for channel in range(3):
         np.testing.assert_allclose(inputs[:, channel].numpy(), (lab[..., 0] / 100 - 0.5) * 4, atol=1e-3)
@@ -79,7 +80,7 @@ def test_the_loss_is_a_weighted_cross_entropy_per_cell():
     spec = colorization.Spec(grid=2, bin=40)
     task = colorization.task(spec, 32, images)
     pixels = torch.from_numpy(images.read(np.arange(8)))
-    _, targets = task.batch(pixels, torch.arange(8), torch.Generator().manual_seed(0))
+    _, targets = make_batch(task, pixels, torch.arange(8), torch.Generator().manual_seed(0))
     logits = torch.randn(targets.shape)
     weights = colorization.rebalancing(colorization.frequencies(images, 2, 40), 0.5)
     total = 0.0

@@ -46,7 +46,8 @@ def test_lab_agrees_with_scikit_image_for_all_kinds_of_colours():
 )
 def test_a_factor_changes_an_image_as_in_torchvision(field, changed):
     images = photographs()
-    found = colour.random_jitter(images, Jitter(**{**STILL, field: 0.8}, share=1), drawn())
+    changes = Jitter(**{**STILL, field: 0.8}, share=1)
+    found = colour.random_jitter(images, changes, colour.draw_jitter(6, changes, drawn()))
     generator = drawn()
     torch.rand(6, generator=generator)
     place = list(STILL).index(field)
@@ -64,13 +65,13 @@ def test_hue_rotation_agrees_with_torchvision_and_keeps_greys():
 
 def test_images_change_with_the_given_probability_and_independently():
     images = photographs(1).expand(1000, 3, 24, 24)[:, :, :4, :4]
-    found = colour.random_jitter(images, Jitter(share=0.7), drawn())
+    found = colour.random_jitter(images, Jitter(share=0.7), colour.draw_jitter(1000, Jitter(share=0.7), drawn()))
     assert found.min() >= 0
     assert found.max() <= 1
     still = (found == images).all(dim=(1, 2, 3))
     assert float(still.float().mean()) == pytest.approx(0.3, abs=0.05)
     assert len(found[~still].flatten(1).unique(dim=0)) == int((~still).sum())
-    grey = (colour.random_grey(images, 0.2, drawn()).std(dim=1) < 1e-6).all(dim=(1, 2))
+    grey = (colour.turn_grey(images, colour.draw_chosen(1000, 0.2, drawn())).std(dim=1) < 1e-6).all(dim=(1, 2))
     assert float(grey.float().mean()) == pytest.approx(0.2, abs=0.05)
 
 
@@ -82,7 +83,7 @@ def test_the_projection_removes_only_the_green_magenta_axis():
 def test_a_crop_is_an_axis_aligned_part_of_the_image_within_the_bounds_of_area_and_ratio():
     place = (torch.arange(64.0) + 0.5) / 64
     ramps = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), torch.zeros(64, 64)])
-    seen = distortions.random_resized_crop(ramps.expand(500, 3, 64, 64), 0.2, drawn())
+    seen = distortions.resized_crop(ramps.expand(500, 3, 64, 64), distortions.draw_crop(500, 0.2, drawn()))
     torch.testing.assert_close(seen[:, 0], seen[:, 0, :1].expand(500, 64, 64), atol=1e-4, rtol=0)
     torch.testing.assert_close(seen[:, 1], seen[:, 1, :, :1].expand(500, 64, 64), atol=1e-4, rtol=0)
     across, down = seen[:, 0, 32], seen[:, 1, :, 32]
@@ -108,20 +109,24 @@ def test_blur_agrees_with_torchvision():
     torch.testing.assert_close(distortions.gaussian_blur(images, sigma), theirs, atol=1e-5, rtol=0)
 
 
+def view(images: torch.Tensor, changes: Distortions) -> torch.Tensor:
+    return distortions.random_view(images, changes, distortions.draw_view(len(images), changes, drawn()))
+
+
 def test_a_view_with_all_distortions_has_the_input_format_and_without_any_it_is_a_crop():
     images = torch.from_numpy(toy_images(8).read(np.arange(8)))
-    seen = distortions.random_view(images, Distortions(solarise=1, blur=1), drawn())
+    seen = view(images, Distortions(solarise=1, blur=1))
     assert seen.shape == (8, 3, 28, 28)
     assert seen.min() >= -2.001
     assert seen.max() <= 2.001
-    plain = distortions.random_view(images, Distortions(area=0.5, flip=False, jitter=Jitter(share=0), grey=0), drawn())
-    cropped = distortions.random_resized_crop(images.permute(0, 3, 1, 2) / 255, 0.5, drawn())
+    plain = view(images, Distortions(area=0.5, flip=False, jitter=Jitter(share=0), grey=0))
+    cropped = distortions.resized_crop(images.permute(0, 3, 1, 2) / 255, distortions.draw_crop(8, 0.5, drawn()))
     torch.testing.assert_close(plain, 4 * cropped - 2)
 
 
 def test_solarisation_agrees_with_torchvision():
     images = torch.from_numpy(toy_images(8).read(np.arange(8)))
     plain = {"area": 0.3, "flip": False, "jitter": Jitter(share=0), "grey": 0}
-    before = (distortions.random_view(images, Distortions(**plain), drawn()) + 2) / 4
-    after = (distortions.random_view(images, Distortions(**plain, solarise=1), drawn()) + 2) / 4
+    before = (view(images, Distortions(**plain)) + 2) / 4
+    after = (view(images, Distortions(**plain, solarise=1)) + 2) / 4
     torch.testing.assert_close(after, oracle.solarize(before.clamp(0, 1), 0.5), atol=1e-5, rtol=0)

@@ -12,6 +12,7 @@ from ktray import plugins
 from ktray.pretext import context
 from ktray.spec import Schedule
 from ktray.training import loop
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -52,7 +53,7 @@ def test_patches_lie_in_the_image_a_gap_apart_up_to_their_jitter(gap):
 def test_a_neighbour_shows_the_part_of_the_image_that_its_class_says(pairs):
     images = toy_images(40, size=48).read(np.arange(40))
     task = context.task(context.Spec(pairs=pairs, colours="keep", jitter=0), 48)  # patches of 12, gaps of 6: no room to move
-    inputs, targets = task.batch(torch.from_numpy(images), torch.arange(40), torch.Generator().manual_seed(0))
+    inputs, targets = make_batch(task, torch.from_numpy(images), torch.arange(40), torch.Generator().manual_seed(0))
     shown = inputs.unflatten(0, (40, -1)).permute(0, 1, 3, 4, 2).numpy()
     assert targets.shape == (40, 8 if pairs == "all" else 1)
     assert set(targets.flatten().tolist()) == set(range(8))
@@ -68,7 +69,7 @@ def test_patches_keep_one_colour_channel_or_lose_the_green_magenta_axis():
 
     def patches(colours):
         task = context.task(context.Spec(colours=colours), 48)
-        return task.batch(images, torch.arange(30), torch.Generator().manual_seed(0))[0]
+        return make_batch(task, images, torch.arange(30), torch.Generator().manual_seed(0))[0]
 
     dropped, projected, kept = patches("drop"), patches("project"), patches("keep")
     spread = dropped.std(dim=(2, 3)).sort(dim=1).values

@@ -11,6 +11,7 @@ from ktray import plugins
 from ktray.pretext import counting
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -21,7 +22,7 @@ STILL = {"augment": Augment(crop=0), "grey": 0.0}
 def inputs_of(images: np.ndarray, **fields: object) -> np.ndarray:
     """(B, 5, h, h, 3) in [0, 255]."""
     task = counting.task(counting.Spec(**{**STILL, **fields}), images.shape[1])
-    inputs, _ = task.batch(torch.from_numpy(images), torch.arange(len(images)), torch.Generator().manual_seed(0))
+    inputs, _ = make_batch(task, torch.from_numpy(images), torch.arange(len(images)), torch.Generator().manual_seed(0))
     return (inputs.unflatten(0, (-1, 5)).permute(0, 1, 3, 4, 2).numpy() + 2) * 255 / 4
 
 

@@ -14,6 +14,7 @@ from ktray.ops.distortions import Distortions
 from ktray.pretext import dino
 from ktray.spec import Schedule
 from ktray.training import loop, snapshot
+from ktray.training.task import make_batch
 from tests.networks import BACKBONE, model_of
 from tests.toy_images import toy_images
 
@@ -74,7 +75,7 @@ def test_the_first_two_views_show_most_of_an_image_and_the_others_a_part():
     images[..., 0], images[..., 1] = np.arange(32)[:, None] * 8, np.arange(32) * 8  # red tells the row, green the column
     plain = {"flip": False, "jitter": Jitter(share=0), "grey": 0.0}
     spec = dino.Spec(local=3, whole=Distortions(area=0.4, **plain), part=Distortions(area=0.1, most=0.4, **plain))
-    inputs, _ = dino.task(spec, 32).batch(torch.from_numpy(images), torch.arange(200), torch.Generator().manual_seed(0))
+    inputs, _ = make_batch(dino.task(spec, 32), torch.from_numpy(images), torch.arange(200), torch.Generator().manual_seed(0))
     shown = ((inputs + 2) * 255 / 4 / 8).unflatten(0, (200, 5))
     rows = (shown[:, :, 0, -1] - shown[:, :, 0, 0]).mean(-1) + 1  # pixels of the image that a view spans
     columns = (shown[:, :, 1, :, -1] - shown[:, :, 1, :, 0]).mean(-1) + 1

@@ -13,6 +13,7 @@ from ktray import plugins
 from ktray.pretext import inpainting
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -21,7 +22,7 @@ torch.set_num_threads(1)
 def batch_of(images: np.ndarray, **fields: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inputs (B, H, W, 3) in [0, 255], cells (B, g, g, 3) likewise, holes (B, g, g) bool."""
     task = inpainting.task(inpainting.Spec(**{"augment": Augment(crop=0), **fields}), images.shape[1])
-    inputs, targets = task.batch(torch.from_numpy(images), torch.arange(len(images)), torch.Generator().manual_seed(0))
+    inputs, targets = make_batch(task, torch.from_numpy(images), torch.arange(len(images)), torch.Generator().manual_seed(0))
     shown, cells = ((each.permute(0, 2, 3, 1).numpy() + 2) * 255 / 4 for each in (inputs, targets[:, :3]))
     return shown, cells, targets[:, 3].numpy() == 1
 
@@ -46,7 +47,8 @@ def test_half_of_each_side_is_missing_and_the_rest_is_the_image(place, size):
 def test_only_missing_cells_count():
     rng = np.random.default_rng(0)
     cells, predicted = rng.normal(size=(2, 5, 3, 4, 4))
-    holes = inpainting.holes(5, 4, True, torch.Generator().manual_seed(1)).numpy()
+    corner = torch.randint(3, (2, 5, 1), generator=torch.Generator().manual_seed(1))
+    holes = inpainting.holes(corner, 4).numpy()
     targets = torch.from_numpy(np.concatenate([cells, holes[:, None]], axis=1))
     loss, metrics = inpainting.reconstruction(torch.from_numpy(predicted), targets)
     told, wanted = (each.transpose(0, 2, 3, 1)[holes] for each in (predicted, cells))

@@ -10,6 +10,7 @@ import torch
 
 from ktray.ops.permutations import farthest_permutations, hashed_permutations
 from ktray.pretext import jigsaw
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -25,8 +26,8 @@ def puzzles(images, seed=0, **fields):
     """Tiles (B, 9, 3, t, t) and the permutation (B, 9) of each image."""
     spec = jigsaw.Spec(permutations=6, **{**BARE, **fields})
     pixels = torch.as_tensor(images)
-    tiles, targets = jigsaw.task(spec, pixels.shape[1]).batch(
-        pixels, torch.arange(len(pixels)), torch.Generator().manual_seed(seed)
+    tiles, targets = make_batch(
+        jigsaw.task(spec, pixels.shape[1]), pixels, torch.arange(len(pixels)), torch.Generator().manual_seed(seed)
     )
     return tiles.unflatten(0, (-1, 9)), torch.tensor(farthest_permutations(6, 2))[targets]
 

@@ -35,6 +35,7 @@ WORDS = {
     "spec",
     "strict",
     "plugins",
+    "evaluation_presets",
     "fingerprint",
     "checksums",
     "artifact",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ktray import plugins
 from ktray.errors import StageFailed
+from ktray.ops.random_draws import Draws
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
@@ -23,7 +24,8 @@ from ktray.scheduler.messages import OUT_OF_MEMORY
 from ktray.spec import Augment, Schedule
 from ktray.stores.file import FileStore
 from ktray.training import classification, loop
-from ktray.training.task import Labels, Task
+from ktray.training.batches import Batches
+from ktray.training.task import Labels, Task, make_batch
 from tests import test_pretext, test_transfer
 from tests.networks import BACKBONE
 from tests.toy_images import toy_images
@@ -44,8 +46,8 @@ def task_of(room: str, kind: str) -> Task:
 def trained(out: Path, task: Task, max_batch_size: int | None, **settings: Any) -> dict[str, float]:
     """Two epochs of float64, in which parts and whole differ by nothing but rounding far below any mistake."""
 
-    def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        inputs, targets = task.batch(pixels, indices, generator)
+    def batch(pixels: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        inputs, targets = task.batch(pixels, indices, draws)
         return inputs.double(), targets
 
     return loop.fit(
@@ -103,10 +105,11 @@ def test_parts_are_a_quarter_of_a_batch_or_less_and_never_a_single_image(
     images: int, batch_size: int, max_batch_size: int | None, sizes: list[int]
 ) -> None:
     task = classification.task(toy_images(images).labels, 4, Augment())  # type: ignore[arg-type]
-    batches = loop._Batches(toy_images(images, size=8), task, batch_size, 0, "cpu", max_batch_size)
+    batches = Batches(toy_images(images, size=8), task, batch_size, 0, torch.device("cpu"))
+    most = loop.largest_part(task, batch_size, max_batch_size)
     found = []
-    for pixels, indices, _ in batches.epoch_batches(1):
-        parts = batches.parts(pixels.repeat_interleave(2, dim=0), indices)
+    for pixels, indices, _ in batches.made_for_each_step(1):
+        parts = loop.parts(pixels.repeat_interleave(2, dim=0), indices, most)
         assert sum(share for share, _, _ in parts) == pytest.approx(1)
         assert torch.equal(torch.cat([wanted for _, _, wanted in parts]), indices)
         assert all(
@@ -140,9 +143,9 @@ def test_a_task_declared_as_a_mean_over_images_is_one_in_loss_and_gradient(room:
         task.prepare(model)
     model.eval()  # so that batch norm is not what differs
     indices = torch.arange(12)
-    inputs, targets = task.batch(torch.from_numpy(images.read(indices.numpy())), indices, torch.Generator().manual_seed(0))
-    batches = loop._Batches(images, replace(task, mean_over_images=True, keep=None), 20, 0, "cpu", 5)
-    cut = batches.parts(inputs, targets)
+    pixels = torch.from_numpy(images.read(indices.numpy()))
+    inputs, targets = make_batch(task, pixels, indices, torch.Generator().manual_seed(0))
+    cut = loop.parts(inputs, targets, loop.largest_part(replace(task, mean_over_images=True), 20, 5))
     assert len(cut) == 3
     losses, gradients = [], []
     for parts in ([(1.0, inputs, targets)], cut):

@@ -11,6 +11,7 @@ from ktray.ops.permutations import hashed_permutations
 from ktray.pretext import jigsaw_pp, rotation
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -28,7 +29,7 @@ def task_of(kind, size=28, **fields):
 def batch_of(task, images, count, seed=0):
     indices = torch.arange(count)
     pixels = torch.from_numpy(images.read(indices.numpy()))
-    return task.batch(pixels, indices, torch.Generator().manual_seed(seed))
+    return make_batch(task, pixels, indices, torch.Generator().manual_seed(seed))
 
 
 def losses_of(task, images, out, epochs, lr=0.05, batch_size=32, device="cpu"):
@@ -79,7 +80,7 @@ def test_every_pretext_task_draws_only_from_the_generator_and_does_not_change_th
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(len(found))
-        found.append(task.batch(pixels, torch.arange(6), torch.Generator().manual_seed(seed))[0])
+        found.append(make_batch(task, pixels, torch.arange(6), torch.Generator().manual_seed(seed))[0])
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     assert torch.equal(pixels, before)
@@ -92,7 +93,7 @@ def test_every_pretext_task_computes_on_the_device_of_the_images(kind):
         pixels = torch.empty(
             count, 28, 28, 3, dtype=torch.uint8, device="meta"
         )  # it mixes with the CPU as little as a GPU does
-        inputs, targets = task.batch(pixels, torch.arange(count), torch.Generator())
+        inputs, targets = make_batch(task, pixels, torch.arange(count), torch.Generator())
         assert inputs.is_meta
         assert targets.is_meta
         outputs = task.head(24).to("meta")(torch.empty(len(inputs), 24, device="meta"))
@@ -105,7 +106,7 @@ def test_every_pretext_task_trains_on_a_gpu_and_sees_the_same_batches_there(kind
     task, images = task_of(kind), toy_images(24)
     pixels = torch.from_numpy(images.read(np.arange(24)))
     ours, theirs = (
-        task.batch(pixels.to(device), torch.arange(24), torch.Generator().manual_seed(0)) for device in ("cpu", "cuda")
+        make_batch(task, pixels.to(device), torch.arange(24), torch.Generator().manual_seed(0)) for device in ("cpu", "cuda")
     )
     torch.testing.assert_close(theirs[0].cpu(), ours[0], atol=2e-3, rtol=2e-3)
     if ours[1].is_floating_point():
@@ -223,7 +224,8 @@ def test_each_position_shows_the_cell_that_the_permutation_says():
     squares = puzzle_of_cells().float().requires_grad_()
     permutations = torch.from_numpy(hashed_permutations(4, 3).copy())
     sources, cells = jigsaw_pp.arrange(permutations, 2, torch.Generator().manual_seed(3))
-    cut = jigsaw_pp.tiles(squares, sources, cells, sizes, torch.Generator().manual_seed(0))
+    corner = jigsaw_pp.corners(cells, sizes, torch.Generator().manual_seed(0))
+    cut = jigsaw_pp.tiles(squares, sources, corner, sizes.tile)
     assert cut.shape == (36, 3, 12, 12)
     for place in range(36):
         (touched,) = torch.autograd.grad(cut[place].square().sum() + cut[place].sum(), squares, retain_graph=True)
@@ -236,8 +238,8 @@ def test_each_position_shows_the_cell_that_the_permutation_says():
 def test_tiles_have_mean_zero_and_deviation_one_and_constant_ones_become_zero():
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 48, 48, 3), dtype=np.uint8))
     images[4] = 7
-    inputs, _ = jigsaw_pp.task(jigsaw_pp.Spec(occlusions=0), 48).batch(
-        images, torch.arange(5), torch.Generator().manual_seed(0)
+    inputs, _ = make_batch(
+        jigsaw_pp.task(jigsaw_pp.Spec(occlusions=0), 48), images, torch.arange(5), torch.Generator().manual_seed(0)
     )
     tiles = inputs.reshape(5, 9, -1)
     assert torch.allclose(tiles.mean(-1), torch.zeros(5, 9), atol=1e-4)
@@ -257,7 +259,8 @@ def test_tiles_move_within_their_cells_and_colour_channels_a_little_more():
     extra = torch.randint(sizes.channel + 1, (2, 300, 9, 3), generator=generator)
     assert set(offset.flatten().tolist()) == set(range(8))
     assert set(extra.flatten().tolist()) == {0, 1}
-    cut = jigsaw_pp.tiles(squares, sources, cells, sizes, torch.Generator().manual_seed(0)).view(300, 9, 3, 24, 24)
+    corner = jigsaw_pp.corners(cells, sizes, torch.Generator().manual_seed(0))
+    cut = jigsaw_pp.tiles(squares, sources, corner, sizes.tile).view(300, 9, 3, 24, 24)
     rows = (cells // 3 * 32)[..., None] + offset[0] + extra[0]
     columns = (cells % 3 * 32)[..., None] + offset[1] + extra[1]
     place = torch.arange(24)
@@ -275,7 +278,7 @@ def test_puzzles_are_grey_as_often_as_their_variant_says(variant, grey, projecte
     images[..., 0] = torch.randint(0, 256, (6, 6), dtype=torch.uint8)
     images[..., 1] = 60
     task = jigsaw_pp.task(jigsaw_pp.Spec(variant=variant, occlusions=0, gap=0), 6)
-    inputs, _ = task.batch(images, torch.arange(2000), torch.Generator().manual_seed(0))
+    inputs, _ = make_batch(task, images, torch.arange(2000), torch.Generator().manual_seed(0))
     green = inputs.reshape(2000, 9, 3, -1)[:, :, 1]
     still = (green.std(-1) < 1e-3).all(1)  # the green of the image as it is; any mixture takes red's pattern in
     assert float(still.float().mean()) == pytest.approx(1 - grey - projected, abs=0.03)

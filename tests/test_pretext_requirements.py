@@ -19,6 +19,7 @@ from ktray.pretext import colorization, supervised
 from ktray.report import headline
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.stores.file import FileStore
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 from tests.toys import toy_pair
 
@@ -59,7 +60,7 @@ def test_a_supervised_teacher_learns_the_labels_and_leaves_out_what_has_none(tmp
     some = replace(images, labels=np.where(np.arange(60) < 50, images.labels, -1))
     task = supervised.task(supervised.Spec(), 28, some)
     assert task.keep.tolist() == list(range(50))
-    _, targets = task.batch(torch.from_numpy(images.read(np.arange(9))), torch.arange(9), torch.Generator())
+    _, targets = make_batch(task, torch.from_numpy(images.read(np.arange(9))), torch.arange(9), torch.Generator())
     assert targets.tolist() == images.labels[:9].tolist()
     with pytest.raises(ValueError, match="'supervised' needs labelled images"):
         supervised.task(supervised.Spec(), 28, replace(images, labels=None))

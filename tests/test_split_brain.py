@@ -13,6 +13,7 @@ from ktray.ops import colour, gamut
 from ktray.pretext import split_brain
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
+from ktray.training.task import make_batch
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -27,7 +28,7 @@ def photographs(count: int = 6, side: int = 24) -> np.ndarray:
 
 def batch_of(pixels: np.ndarray, **fields: object):
     task = split_brain.task(split_brain.Spec(augment=STILL, **fields), pixels.shape[1], toy_images(4))
-    return task, *task.batch(torch.from_numpy(pixels), torch.arange(len(pixels)), torch.Generator().manual_seed(0))
+    return task, *make_batch(task, torch.from_numpy(pixels), torch.arange(len(pixels)), torch.Generator().manual_seed(0))
 
 
 def test_rgb_equals_scikit_images_and_inverts_lab():

@@ -17,6 +17,7 @@ from skimage.filters import gaussian
 
 from ktray.ops.permutations import farthest_permutations, hashed_permutations
 from ktray.pretext import jigsaw, jigsaw_pp
+from ktray.training.task import make_batch
 
 torch.set_num_threads(1)
 
@@ -37,7 +38,7 @@ def puzzles(kind: str, images: np.ndarray, **fields: object) -> tuple[np.ndarray
     module, rows = (jigsaw, farthest_permutations(100, 2)) if kind == "jigsaw" else (jigsaw_pp, hashed_permutations(701, 3))
     task = module.task(module.Spec(**fields), images.shape[1])
     pixels = torch.from_numpy(images)
-    inputs, targets = task.batch(pixels, torch.arange(len(images)), torch.Generator().manual_seed(1))
+    inputs, targets = make_batch(task, pixels, torch.arange(len(images)), torch.Generator().manual_seed(1))
     return inputs.unflatten(0, (-1, 9)).numpy(), rows[targets.numpy()]
 
 

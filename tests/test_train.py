@@ -1,6 +1,8 @@
+import gc
 import json
 import math
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import nn
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.spec import Augment, Schedule
-from ktray.training import classification, loop, pretrained, snapshot
+from ktray.training import batches, classification, loop, pretrained, snapshot
 from tests.toy_images import toy_images
 
 torch.set_num_threads(1)
@@ -155,6 +157,18 @@ def test_epoch_zero_has_the_initial_weights(tmp_path):
         assert torch.equal(saved[f"backbone.{name}"], tensor)
 
 
+def test_the_memory_of_a_finished_training_is_free_at_once(tmp_path):
+    backbone = loop.untrained_backbone(BACKBONE, 3)
+    watched = weakref.ref(backbone.conv1[0].weight)
+    gc.disable()
+    try:
+        loop.fit(backbone, labels_task(), IMAGES, Schedule(epochs=1), 3, out=tmp_path, until=1)
+        del backbone
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
 def test_untrained_backbone_and_fit_do_not_change_the_random_state_of_the_caller(tmp_path):
     torch.manual_seed(11)
     expected = torch.rand(4)
@@ -169,12 +183,12 @@ def test_another_seed_gives_other_weights():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("count", "batches"), [(32, [16, 16]), (33, [16, 16]), (34, [16, 16, 2])])
-def test_a_small_last_batch_is_kept_unless_it_is_a_single_image(tmp_path, count, batches):
+@pytest.mark.parametrize(("count", "seen"), [(32, [16, 16]), (33, [16, 16]), (34, [16, 16, 2])])
+def test_a_small_last_batch_is_kept_unless_it_is_a_single_image(tmp_path, count, seen):
     sizes = []
     task = labels_task(keep=torch.arange(count))
-    run(tmp_path, 1, task=replace(task, batch=lambda p, i, g: (sizes.append(len(i)), task.batch(p, i, g))[1]))
-    assert sizes == batches
+    run(tmp_path, 1, task=replace(task, batch=lambda p, i, d: (sizes.append(len(i)), task.batch(p, i, d))[1]))
+    assert sizes == seen
 
 
 def test_only_kept_images_are_seen_each_once_and_in_another_order_every_epoch(tmp_path):
@@ -182,10 +196,10 @@ def test_only_kept_images_are_seen_each_once_and_in_another_order_every_epoch(tm
     keep = torch.tensor([1, 2, 5, 8, 13, 21, 34, 49])
     task = labels_task(keep=keep)
 
-    def watch(pixels, indices, generator):
+    def watch(pixels, indices, draws):
         assert np.array_equal(pixels.numpy(), IMAGES.read(indices.numpy()))
         seen.append(indices)
-        return task.batch(pixels, indices, generator)
+        return task.batch(pixels, indices, draws)
 
     run(tmp_path, 2, task=replace(task, batch=watch), batch_size=8)
     assert [sorted(indices.tolist()) for indices in seen] == [keep.tolist()] * 2
@@ -201,7 +215,7 @@ def test_images_that_do_not_fit_on_the_device_give_bitwise_equal_weights(tmp_pat
         assert len(indices) <= 16
         return IMAGES.read(indices)
 
-    monkeypatch.setitem(loop.RESIDENT_BYTES, "cpu", 1000)
+    monkeypatch.setitem(batches.RESIDENT_BYTES, "cpu", 1000)
     run(tmp_path / "streamed", 2, images=replace(IMAGES, read=read))
     assert_same_snapshot(tmp_path / "resident", tmp_path / "streamed")
     assert threading.get_ident() not in readers
@@ -323,10 +337,10 @@ def test_a_task_may_define_the_order_of_an_epoch(tmp_path):
     seen = []
     keep = torch.tensor([1, 2, 5, 8])
 
-    def watch(pixels, indices, generator):
+    def watch(pixels, indices, draws):
         assert np.array_equal(pixels.numpy(), IMAGES.read(indices.numpy()))
         seen.append(indices)
-        return labels_task().batch(pixels, indices, generator)
+        return labels_task().batch(pixels, indices, draws)
 
     def order(generator):
         return keep[torch.randint(4, (4,), generator=generator)]

@@ -10,7 +10,7 @@ from ktray import plugins
 from ktray.pipeline.pair_graph import build
 from ktray.spec import Augment, Schedule
 from ktray.training import loop
-from ktray.training.task import Features, Labels, Targets
+from ktray.training.task import Features, Labels, Targets, make_batch
 from tests.toy_images import toy_images
 from tests.toys import HOG, toy_pair
 
@@ -92,7 +92,7 @@ def test_every_transfer_trains_to_the_same_bits_however_it_is_split_into_segment
 def test_every_transfer_draws_its_batches_only_from_the_generator(kind):
     task, indices = task_of(kind), torch.tensor([3, 50, 41, 3])
     pixels = torch.from_numpy(IMAGES.read(indices.numpy()))
-    (one, wanted), (two, again) = (task.batch(pixels, indices, torch.Generator().manual_seed(5)) for _ in range(2))
+    (one, wanted), (two, again) = (make_batch(task, pixels, indices, torch.Generator().manual_seed(5)) for _ in range(2))
     assert one.shape == (4, 3, 16, 16)
     assert len(wanted) == 4
     assert torch.equal(one, two)
@@ -141,7 +141,9 @@ def test_images_without_a_target_are_left_out(kind):
     labels = np.where(np.arange(64) % 7 == 0, -1, IMAGES.labels)
     task = task_of(kind, labels=labels)
     assert task.keep.tolist() == [index for index in range(64) if index % 7]
-    _, found = task.batch(torch.from_numpy(IMAGES.read(np.arange(1, 7))), torch.arange(1, 7), torch.Generator().manual_seed(0))
+    _, found = make_batch(
+        task, torch.from_numpy(IMAGES.read(np.arange(1, 7))), torch.arange(1, 7), torch.Generator().manual_seed(0)
+    )
     assert found.tolist() == labels[1:7].tolist()
 
 

@@ -14,8 +14,8 @@ from ktray.errors import UserError
 from ktray.pipeline.pair_check import check_pair, data_loader
 from ktray.report import best_pair
 from ktray.spec import Augment, Schedule
-from ktray.training import classification, loop, task
-from ktray.training.task import Features, Labels, Targets
+from ktray.training import classification, distillation, loop, task
+from ktray.training.task import Features, Labels, Targets, make_batch
 from ktray.transfer import clusters, random_clusters, regression, similarity, soft_clusters
 from tests.reports import pair, trial
 from tests.test_transfer import BACKBONE, IMAGES
@@ -33,7 +33,7 @@ STILL = Augment(crop=0)
 def targets_of(task, indices):
     """What the task wants of these images."""
     pixels = torch.from_numpy(IMAGES.read(np.asarray(indices)))
-    return task.batch(pixels, torch.tensor(indices), torch.Generator().manual_seed(0))[1]
+    return make_batch(task, pixels, torch.tensor(indices), torch.Generator().manual_seed(0))[1]
 
 
 def logits(rows, columns):
@@ -232,14 +232,23 @@ def test_features_by_index_are_the_rows_of_all_shards_together():
             FEATURES.read(np.array([3, outside]))
 
 
-def test_features_kept_on_the_device_equal_those_read_for_each_batch(monkeypatch):
-    indices = torch.tensor([63, 0, 30, 29])
-    read = FEATURES.rows_on(torch.device("cpu"), indices)
-    monkeypatch.setitem(task.RESIDENT_BYTES, "cpu", 1 << 20)
+def test_features_kept_on_the_device_equal_those_read_for_each_batch():
+    device = torch.device("cpu")
     held = Features(FEATURES.shards)
-    assert torch.equal(held.rows_on(torch.device("cpu"), indices), read)
-    monkeypatch.setattr(Features, "read", lambda *_: pytest.fail("read although it is held"))
-    assert torch.equal(held.rows_on(torch.device("cpu"), indices), read)
+    assert torch.equal(held.held_on(device)[torch.tensor([63, 0, 30, 29])], torch.from_numpy(ROWS[[63, 0, 30, 29]]))
+    assert held.held_on(device) is held.held_on(device)
+
+
+def test_features_too_large_for_a_device_are_read_with_the_draws_and_give_the_same_batch(monkeypatch):
+    draw, batch = distillation.feature_batch(FEATURES, Augment(), lambda rows: rows)
+    pixels, indices = torch.zeros(4, 8, 8, 3, dtype=torch.uint8), torch.tensor([63, 0, 30, 29])
+    small = batch(pixels, indices, draw(indices, torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(task, "RESIDENT_BYTES", 0)
+    draws = draw(indices, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Features, "read", lambda *_: pytest.fail("read although it came with the draws"))
+    large = batch(pixels, indices, draws)
+    assert torch.equal(small[0], large[0])
+    assert torch.equal(small[1], large[1])
 
 
 # --- what is refused

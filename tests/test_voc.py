@@ -24,7 +24,7 @@ from ktray.images.annotation_files import BadAnnotation
 from ktray.pool import LocalPool
 from ktray.runs.data_check import describe
 from ktray.runs.voc_composition import _material, compose
-from tests.pictures import data_spec, listed
+from tests.pictures import data_spec, listed, picture
 
 COUNT = 24
 
@@ -61,14 +61,14 @@ def test_boxes_and_their_flags_are_those_that_torchvision_reads(split: str, thei
     source = getattr(listed(spec_of(made)), split)
     oracle = VOCDetection(str(made), year="2007", image_set=theirs)
     assert len(oracle) == len(source.names)
-    for row, (picture, target) in enumerate(oracle):
+    for row, (decoded, target) in enumerate(oracle):
         objects = target["annotation"]["object"]
         corners = [[int(each["bndbox"][side]) for side in ("xmin", "ymin", "xmax", "ymax")] for each in objects]
         assert (source.boxes[row][:, :4] + [1, 1, 0, 0] == corners).all()
         assert [source.classes[int(number)] for number in source.boxes[row][:, 4]] == [each["name"] for each in objects]
         assert source.box_flags[row][:, DIFFICULT].tolist() == [each["difficult"] == "1" for each in objects]
         assert source.box_flags[row][:, TRUNCATED].tolist() == [each["truncated"] == "1" for each in objects]
-        assert source.sizes[row].tolist() == [picture.height, picture.width]
+        assert source.sizes[row].tolist() == [decoded.height, decoded.width]
         easy = {each["name"] for each in objects if each["difficult"] == "0"}
         every = {each["name"] for each in objects}
         assert source.presence[row].tolist() == [1 if name in easy else 0 if name in every else -1 for name in source.classes]
@@ -168,6 +168,7 @@ def test_images_to_train_on_to_hold_out_and_to_test_share_no_object() -> None:
     [
         (["--from", "synthetic?classes=1"], "no classes to compose"),
         (["--from", "fashion_mnist_mini", "--images", "3"], "too few"),
+        (["--from", "fashion_mnist_mini", "--size", "20"], "Give 48 to 4096 pixels"),
         ([], "make-voc composes labelled images"),
     ],
 )
@@ -187,6 +188,18 @@ def test_the_command_composes_and_names_what_it_made(tmp_path: Path, capsys: Any
     assert "annotations: boxes of the XML files, which count pixels from 1" in said
     assert main(["data", "make-voc", str(out), "--from", "fashion_mnist_mini"]) == 2
     assert "already holds" in capsys.readouterr().err
+
+
+def test_photos_in_class_folders_without_a_test_split_are_composed_too(tmp_path: Path) -> None:
+    for label in ("small cat", "dog/wild"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(12):
+            picture(index, 40).save(tmp_path / f"photos/{label}/{index}.png")
+    made = compose(data_spec(f"imagefolder:{tmp_path / 'photos'}"), tmp_path / "out", images=8, size=64)
+    assert made["classes"] == ["dog", "small_cat"]
+    splits = listed(spec_of(tmp_path / "out"))
+    assert splits.train.classes == ("dog", "small_cat")
+    assert len(splits.test.names) == 4
 
 
 # ---- where the data are, and which lists count ----
@@ -486,6 +499,30 @@ def test_a_wrong_line_of_a_list_is_refused_with_its_number(file: str, line: str,
         opened.write(f"{line}\n")
     with pytest.raises(UserError, match=says):
         listed(spec_of(root))
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_damaged_list_is_refused_or_names_images_that_exist(made: Path, tmp_path_factory: Any, data: st.DataObject) -> None:
+    root = tmp_path_factory.getbasetemp() / "damaged_lists" / "VOC2007"
+    if not root.exists():
+        shutil.copytree(made / "VOCdevkit/VOC2007", root)
+    name = data.draw(st.sampled_from(["trainval.txt", "test.txt", "Bag_trainval.txt"]))
+    content = (made / f"VOCdevkit/VOC2007/ImageSets/Main/{name}").read_bytes()
+    at, length = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 20))
+    drawn = data.draw(st.text("0123456789 -\r\n\t./\\\0\u2028é", max_size=12)).encode() + data.draw(st.binary(max_size=2))
+    (root / f"ImageSets/Main/{name}").write_bytes(content[:at] + drawn + content[at + length :])
+    try:
+        splits = listed(spec_of(root, max_unreadable=1))
+    except UserError:
+        return
+    else:
+        for source in (splits.train, splits.test):
+            assert all((root.parent / each).is_file() for each in source.names)
+            assert len(set(source.names)) == len(source.presence)
+            assert set(np.unique(source.presence)) <= {-1, 0, 1}
+    finally:
+        (root / f"ImageSets/Main/{name}").write_bytes(content)
 
 
 def test_a_list_that_lacks_an_image_or_is_no_text_is_refused(root: Path) -> None:

@@ -1,10 +1,11 @@
-"""Show a study, a trial, an artifact with its record or its failure, the kinds that ktray knows, or the fields of one kind."""
+"""Show a study, a trial, an artifact with its record or failure, the kinds, the fields of one, or presets of evaluations."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -26,7 +27,7 @@ HELP = "a study, a trial, an artifact or the kinds"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds|kinds/KIND")
+    parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds|kinds/KIND|evals")
     parser.add_argument("--against", type=Path, metavar="PAIR", help="KEY: which fields differ from this pair's stage")
 
 
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     if args.what == "kinds":
         return _kinds(args)
+    if args.what == "evals":
+        return _presets(args)
     if args.what.startswith("kinds/"):
         return _kind(args, args.what.removeprefix("kinds/"))
     if args.against:
@@ -68,6 +71,42 @@ def _kinds(args: argparse.Namespace) -> int:
             lines += [f"  {kind:{width}}  {said['what']}", f"  {'':{width}}  {said['source'].split('; ')[0]}"]
     print_result(args, answer, "\n".join(lines[1:]))
     return 0
+
+
+def _presets(args: argparse.Namespace) -> int:
+    """The presets of evaluations: each entry with its values, what it needs of the data, and where the values come from."""
+    from ktray.evaluation_presets import ANNOTATIONS, PRESETS, needs
+
+    answer: dict[str, list[dict[str, Any]]] = {}
+    lines: list[str] = []
+    for preset, entries in PRESETS.items():
+        lines += ["", f"evals: {preset}"]
+        answer[preset] = []
+        for entry in entries:
+            needed = [ANNOTATIONS[each] for each in needs(str(entry.spec["kind"]))]
+            spec = _plain_values(entry.spec)
+            answer[preset].append({"spec": spec, "needs": needed, "per_layer": entry.per_layer, "source": entry.source})
+            fields = {name: value for name, value in spec.items() if name != "kind"}
+            values = f"  {_yaml_line(fields)}" if fields else ""
+            every = ", once per layer" if entry.per_layer else ""
+            lines += [
+                f"  {entry.spec['kind']}{values}",
+                f"    needs {' and '.join(needed) or 'no labels'}{every}",
+                f"    {entry.source}",
+            ]
+    print_result(args, answer, "\n".join(lines[1:]))
+    return 0
+
+
+def _plain_values(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in spec.items()}
+
+
+def _yaml_line(value: Any) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+    return text.strip()
 
 
 def _kind(args: argparse.Namespace, kind: str) -> int:

@@ -161,15 +161,16 @@ class _LastLayerReached(Exception):
 
 def _pooled(output: Tensor, pool: Pooling) -> Tensor:
     side = min(output.shape[2:]) if output.ndim == 4 else 1
-    if pool.grid > side:
+    grid = pool.side(output.shape[1], side)
+    if grid > side:
         raise UserError(
-            f"a grid of {pool.grid} is finer than the features, {tuple(output.shape[1:])}",
+            f"a grid of {grid} is finer than the features, {tuple(output.shape[1:])}",
             "pool.grid",
             f"At most {side} here.",
         )
     if output.ndim == 4:
         function = nn.functional.adaptive_avg_pool2d if pool.kind == "avg" else nn.functional.adaptive_max_pool2d
-        output = function(output, pool.grid)
+        output = function(output, grid)
     return output.flatten(1).float()
 
 

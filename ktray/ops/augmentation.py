@@ -1,10 +1,11 @@
-"""Random views of uint8 images as batched tensor operations: on any device, with draws from a CPU generator."""
+"""Random views of uint8 images as batched tensor operations on any device, from draws that were made on the CPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ktray.ops.random_draws import Draws, constant
 from ktray.spec import Augment, Normalization
 
 IDENTITY, REVISION = "augmentation", 1
@@ -43,25 +44,51 @@ def normalize(images: Tensor, by: Normalization) -> Tensor:
     """
     if by == "ktray":
         return to_float(images)
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in _MEAN_AND_STD[by])
+    mean, std = (constant(values, images.device)[:, None, None] for values in _MEAN_AND_STD[by])
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def random_crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image padded with black on all sides, then cropped to its original size at a random position.
+def draw_views(count: int, augment: Augment, generator: torch.Generator) -> dict[str, Tensor]:
+    """What `random_views` needs for `count` images: first the corners of crops, then which images are mirrored, if enabled."""
+    draws = {}
+    if augment.crop:
+        draws["corner"] = draw_corners(count, augment.crop, generator)
+    if augment.flip:
+        draws["mirrored"] = draw_mirrored(count, generator)
+    return draws
+
+
+def random_views(images: Tensor, augment: Augment, draws: Draws) -> Tensor:
+    """One random view of each image: cropped, then flipped, each if `augment` enables it.
 
     Args:
         images: (B, H, W, 3) uint8.
-        pixels: width of the padding, and so the largest shift in either direction; 0 makes no draw.
-        generator: on the CPU.
+        draws: of `draw_views`, on the device of `images`.
 
     Returns:
-        (B, H, W, 3) uint8 on the device of `images`.
+        (B, H, W, 3) uint8.
     """
-    if pixels == 0:
-        return images
+    cropped = crop_at(images, augment.crop, draws["corner"]) if augment.crop else images
+    return mirror(cropped, draws["mirrored"]) if augment.flip else cropped
+
+
+def draw_corners(count: int, pixels: int, generator: torch.Generator) -> Tensor:
+    """The first row and column of each crop in an image padded by `pixels`: (2, count, 1) int64 in [0, 2 * pixels]."""
+    return torch.randint(2 * pixels + 1, (2, count, 1), generator=generator)
+
+
+def crop_at(images: Tensor, pixels: int, corner: Tensor) -> Tensor:
+    """Each image padded with black on all sides, then cropped to its original size.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        pixels: width of the padding, and so the largest shift in either direction.
+        corner: of `draw_corners`, on the device of `images`.
+
+    Returns:
+        (B, H, W, 3) uint8.
+    """
     count, height, width, _ = images.shape
-    corner = torch.randint(2 * pixels + 1, (2, count, 1), generator=generator).to(images.device)
     rows = corner[0] + torch.arange(height, device=images.device)
     columns = corner[1] + torch.arange(width, device=images.device)
     padded = nn.functional.pad(images, (0, 0, pixels, pixels, pixels, pixels))
@@ -69,26 +96,11 @@ def random_crop(images: Tensor, pixels: int, generator: torch.Generator) -> Tens
     return padded[which, rows[:, :, None], columns[:, None, :]]
 
 
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored left to right with probability 0.5.
+def draw_mirrored(count: int, generator: torch.Generator) -> Tensor:
+    """Which images are mirrored, each with probability 0.5: (count,) bool."""
+    return torch.rand(count, generator=generator) < 0.5
 
-    Args:
-        images: (B, H, W, 3) uint8.
-        generator: on the CPU.
-    """
-    mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
+
+def mirror(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Images (B, H, W, 3) flipped left to right where `mirrored` (B,) bool says so."""
     return torch.where(mirrored[:, None, None, None], images.flip(2), images)
-
-
-def random_views(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """One random view of each image: cropped, then flipped, each if `augment` enables it.
-
-    Args:
-        images: (B, H, W, 3) uint8.
-        generator: on the CPU.
-
-    Returns:
-        (B, H, W, 3) uint8.
-    """
-    cropped = random_crop(images, augment.crop, generator)
-    return random_flip(cropped, generator) if augment.flip else cropped

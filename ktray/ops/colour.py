@@ -1,14 +1,17 @@
 """Colour operations on batches of images: greyscale, random jitter, CIE Lab.
 
-Random operations run on any device, with separate draws for each image from a CPU generator.
+Random operations run on any device. Their draws, separate for each image, are made on the CPU (see `random_draws.py`).
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from ktray.ops.random_draws import Draws, constant
 from ktray.strict import StrictSpec
 
 IDENTITY, REVISION = "colour", 1
@@ -33,36 +36,39 @@ class Jitter(StrictSpec):
 
 def luma(images: Tensor) -> Tensor:
     """Luma of each pixel: (B, 3, H, W) float32 -> (B, 1, H, W)."""
-    weights = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
+    weights = constant(LUMA, images.device).view(3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True)
 
 
-def random_grey(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Each image turned grey with probability `share`; a grey image has three equal channels.
+def draw_chosen(count: int, share: float, generator: torch.Generator) -> Tensor:
+    """Which images are chosen, each with probability `share`: (count,) bool."""
+    return torch.rand(count, generator=generator) < share
 
-    Args:
-        images: (B, 3, H, W) float32.
-        generator: on the CPU.
-    """
-    chosen = torch.rand(len(images), generator=generator).to(images.device) < share
+
+def turn_grey(images: Tensor, chosen: Tensor) -> Tensor:
+    """Images (B, 3, H, W) float32 with three equal channels where `chosen` (B,) bool says so."""
     return torch.where(chosen[:, None, None, None], luma(images), images)
 
 
-def random_jitter(images: Tensor, changes: Jitter, generator: torch.Generator) -> Tensor:
+def draw_jitter(count: int, changes: Jitter, generator: torch.Generator) -> dict[str, Tensor]:
+    """What `random_jitter` needs: which images are changed (count,) bool, and their four changes (count, 4) float32."""
+    chosen = draw_chosen(count, changes.share, generator)
+    limits = torch.tensor([changes.brightness, changes.contrast, changes.saturation, changes.hue])
+    return {"chosen": chosen, "changes": (2 * torch.rand(count, 4, generator=generator) - 1) * limits}
+
+
+def random_jitter(images: Tensor, changes: Jitter, draws: Draws) -> Tensor:
     """Each image with random changes of brightness, contrast, saturation and hue, in this order, clipped after each.
 
     torchvision's `ColorJitter` also draws the order.
 
     Args:
         images: (B, 3, H, W) float32 in [0, 1].
-        generator: on the CPU.
+        draws: of `draw_jitter`, on the device of `images`.
 
     Source: A. Howard, arXiv:1312.5402; strengths 0.4, 0.4, 0.4, 0.1 and share 0.8, Chen et al., ICML 2020, appendix B.9.
     """
-    chosen = torch.rand(len(images), generator=generator) < changes.share
-    limits = torch.tensor([changes.brightness, changes.contrast, changes.saturation, changes.hue])
-    drawn = (2 * torch.rand(len(images), 4, generator=generator) - 1) * limits
-    brightness, contrast, saturation, hue = drawn.to(images.device)[:, :, None, None, None].unbind(1)
+    brightness, contrast, saturation, hue = draws["changes"][:, :, None, None, None].unbind(1)
     jittered = (images * (1 + brightness)).clamp(0, 1)
     mean = luma(jittered).mean(dim=(2, 3), keepdim=True)
     jittered = (mean + (jittered - mean) * (1 + contrast)).clamp(0, 1)
@@ -70,7 +76,7 @@ def random_jitter(images: Tensor, changes: Jitter, generator: torch.Generator) -
     jittered = (grey + (jittered - grey) * (1 + saturation)).clamp(0, 1)
     if changes.hue:
         jittered = shift_hue(jittered, hue[:, :, 0])
-    return torch.where(chosen.to(images.device)[:, None, None, None], jittered, images)
+    return torch.where(draws["chosen"][:, None, None, None], jittered, images)
 
 
 def shift_hue(images: Tensor, hue: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     """
     encoded = images.to(torch.float32) / 255
     linear = torch.where(encoded > 0.04045, ((encoded + 0.055) / 1.055) ** 2.4, encoded / 12.92)
-    matrix = torch.tensor(_TO_XYZ, device=images.device) / torch.tensor(_WHITE, device=images.device)[:, None]
+    matrix = constant(_TO_XYZ, images.device) / constant(_WHITE, images.device)[:, None]
     xyz = (linear[..., None, :] * matrix).sum(-1)  # not a matrix product, which may run at reduced precision on a GPU
     x, y, z = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(-1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=-1)
@@ -127,6 +133,12 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     y = (lightness + 16) / 116
     root = torch.stack([y + a / 500, y, (y - b / 200).clamp_min(0)], dim=1)
     xyz = torch.where(root > 6 / 29, root**3, (root - 16 / 116) / 7.787)
-    matrix = (torch.tensor(_TO_XYZ, dtype=torch.float64) / torch.tensor(_WHITE, dtype=torch.float64)[:, None]).inverse()
-    linear = (matrix.to(xyz)[:, :, None, None] * xyz[:, None]).sum(2)
+    linear = (constant(_from_xyz(), xyz.device).to(xyz.dtype)[:, :, None, None] * xyz[:, None]).sum(2)
     return torch.where(linear > 0.0031308, 1.055 * linear.clamp_min(1e-6) ** (1 / 2.4) - 0.055, 12.92 * linear).clamp(0, 1)
+
+
+@functools.cache
+def _from_xyz() -> tuple[tuple[float, ...], ...]:
+    """CIE XYZ, as a share of white, to linear sRGB: the inverse of `_TO_XYZ` with its rows divided by `_WHITE`."""
+    matrix = torch.tensor(_TO_XYZ, dtype=torch.float64) / torch.tensor(_WHITE, dtype=torch.float64)[:, None]
+    return tuple(map(tuple, matrix.inverse().tolist()))

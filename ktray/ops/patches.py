@@ -32,13 +32,14 @@ def extract_patches(squares: Tensor, corner: Tensor, side: int) -> Tensor:
 
     Args:
         squares: (B, S, S, 3) float32.
-        corner: (2, B, T, 3) or (2, B, T, 1) int64 on the CPU: first row and first column of each patch, within [0, S - side].
+        corner: (2, B, T, 3) or (2, B, T, 1) int64 on the device of `squares`: first row and first column of each patch, within
+            [0, S - side].
 
     Returns:
         (B, T, 3, side, side) float32.
     """
     along = torch.arange(side, device=squares.device)[:, None]
-    rows, columns = corner.to(squares.device)[:, :, :, None] + along  # (B, T, side, 3) each
+    rows, columns = corner[:, :, :, None] + along  # (B, T, side, 3) each
     which = torch.arange(len(squares), device=squares.device)[:, None, None, None, None]
     channels = torch.arange(3, device=squares.device)
     return squares[which, rows[:, :, :, None], columns[:, :, None], channels].permute(0, 1, 4, 2, 3)

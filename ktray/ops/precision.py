@@ -1,4 +1,4 @@
-"""How a GPU rounds the inputs of products and convolutions: not at all (float32), to TF32, bfloat16 or float16."""
+"""How a GPU rounds the inputs of products and convolutions (TF32, bfloat16, float16, or not), and in which order it sums."""
 
 from __future__ import annotations
 
@@ -44,3 +44,13 @@ def computing_in(precision: str, device: torch.device | str) -> Iterator[None]:
     """Within a `with`, a network's products and convolutions have this precision: `products_in` and `autocast`."""
     with products_in(precision), autocast(precision, torch.device(device)):
         yield
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """Within a `with`, gradients of convolutions on a GPU have the same bits every time: no sums in the order of arrival."""
+    before, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before

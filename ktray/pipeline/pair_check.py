@@ -49,6 +49,7 @@ from ktray.strict import StrictSpec
 from ktray.text import counted
 from ktray.training import loop
 from ktray.training.pretrained import ARTIFACT, check_weights, checkpoint_path, shapes
+from ktray.training.task import make_batch
 
 Load = Callable[[DataSpec], Splits]
 
@@ -174,7 +175,9 @@ def _check_labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             raise UserError(
                 f"the evaluation {spec.kind!r} needs labels, and the target data has none",
                 where=where,
-                instead="Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
+                instead="Its images show several classes each: judge them with voc07_cls_finetune."
+                if target.train.presence is not None
+                else "Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
         if spec.split not in split_rows(target, pair.data.target.split):
             instead = {"test": "Judge on val.", "val": "Give more images, or a larger share: data.split.val."}
@@ -615,6 +618,6 @@ def _learn(pretext: PretextSpec, backbone: BackboneSpec, size: int) -> None:
         model = nn.ModuleDict({"backbone": network, "head": task.head(network.feature_dim)}).train()
         if task.prepare:
             task.prepare(model)
-        inputs, targets = task.batch(_pixels(size), torch.arange(_COUNT), torch.Generator().manual_seed(0))
+        inputs, targets = make_batch(task, _pixels(size), torch.arange(_COUNT), torch.Generator().manual_seed(0))
         outputs = task.forward(model, inputs) if task.forward else model["head"](network(inputs))
         task.loss(outputs, targets)

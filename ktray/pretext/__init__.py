@@ -4,6 +4,9 @@ A task that must inspect the training data declares ``NEEDS = ("labels",)`` or `
 ``task(spec, size, images)``, where `images` are the training images of the pretext data. Data that lacks what the task needs
 is refused before anything runs.
 
+Random draws are made apart from the batch, as tensors on the CPU, and are applied on any device. A task that does nothing else
+on the CPU sets `capturable` in its Task: its steps are then replayed as CUDA graphs, which is several times faster.
+
 A task whose loss is a mean over images sets `mean_over_images` in its Task. A batch that does not fit into memory can then be
 split into micro-batches. A loss that compares images within the batch, such as SimCLR's, must not set it.
 

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import distortions
-from ktray.ops.distortions import Distortions, random_view
+from ktray.ops.distortions import Distortions, draw_view, random_view
+from ktray.ops.random_draws import Draws
 from ktray.strict import StrictSpec
 from ktray.training import moving_average
 from ktray.training.task import Task
@@ -61,19 +62,25 @@ def task(spec: Spec, size: int) -> Task:
     Args:
         size: side of the images in pixels; any.
     """
+    distorted = {"first": spec.first, "second": spec.second}
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        views = [random_view(images, distortions, generator) for distortions in (spec.first, spec.second)]
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        return {name: draw_view(len(indices), each, generator) for name, each in distorted.items()}
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        views = [random_view(images, each, draws[name]) for name, each in distorted.items()]
         return torch.stack(views, dim=1).flatten(0, 1), torch.arange(len(images), device=images.device)
 
     return Task(
         head=lambda width: _Head(width, spec.hidden, spec.width),
+        draw=draw,
         batch=batch,
         loss=lambda outputs, targets: regression(*outputs.chunk(2, dim=1)),
         after_step=lambda model: moving_average.update(model, spec.decay),
         prepare=moving_average.prepare,
         forward=forward,
         mean_over_images=True,
+        capturable=True,
     )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ktray.images import Images
 from ktray.ops import augmentation, colour, gamut
+from ktray.ops.random_draws import Draws, copies
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
@@ -58,13 +59,14 @@ def task(spec: Spec, size: int, images: Images) -> Task:
         ValueError: the images are grey.
     """
     colours = gamut.gamut_bins(spec.bin)
-    weights = rebalancing(frequencies(images, spec.grid, spec.bin), spec.uniform)
+    colours_on = copies(colours)
+    weights_on = copies(rebalancing(frequencies(images, spec.grid, spec.bin), spec.uniform))
 
-    def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = colour.rgb_to_lab(augmentation.random_views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
+    def batch(pixels: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        seen = colour.rgb_to_lab(augmentation.random_views(pixels, spec.augment, draws)).permute(0, 3, 1, 2)
         lightness = (seen[:, :1] / 100 - 0.5) / 0.25  # the range of `augmentation.to_float`
         return lightness.repeat(1, 3, 1, 1), soft_targets(
-            gamut.cell_means(seen[:, 1:], spec.grid), colours.to(pixels.device), spec.bin / 2
+            gamut.cell_means(seen[:, 1:], spec.grid), colours_on(pixels.device), spec.bin / 2
         )
 
     def head(width: int) -> nn.Module:
@@ -78,10 +80,17 @@ def task(spec: Spec, size: int, images: Images) -> Task:
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         likeliest = targets.max(1).indices
-        per_cell = nn.functional.cross_entropy(logits, targets, reduction="none") * weights.to(logits.device)[likeliest]
+        per_cell = nn.functional.cross_entropy(logits, targets, reduction="none") * weights_on(logits.device)[likeliest]
         return per_cell.mean(), {"top1": (logits.detach().max(1).indices == likeliest).float().mean()}
 
-    return Task(head=head, batch=batch, loss=loss, mean_over_images=True)
+    return Task(
+        head=head,
+        draw=lambda indices, generator: augmentation.draw_views(len(indices), spec.augment, generator),
+        batch=batch,
+        loss=loss,
+        mean_over_images=True,
+        capturable=True,
+    )
 
 
 def soft_targets(ab: Tensor, colours: Tensor, sigma: float) -> Tensor:

@@ -15,7 +15,7 @@ al., CVPR 2018: Context-ColorDrop and Context-ColorProjection.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ktray.ops import colour, patches
 from ktray.ops.colour import PROJECTION
+from ktray.ops.random_draws import Draws, constant
 from ktray.strict import StrictSpec
 from ktray.training import classification
 from ktray.training.classification import cross_entropy
@@ -77,24 +78,33 @@ def task(spec: Spec, size: int) -> Task:
     """
     sizes = geometry(size, spec.gap, spec.jitter)
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        targets = torch.arange(8).expand(len(images), 8)
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        count = len(indices)
+        targets = torch.arange(8).expand(count, 8)
         if spec.pairs == "one":
-            targets = torch.randint(8, (len(images), 1), generator=generator)
-        centre = torch.full((len(images), 1), _CENTRE)
-        corner = corners(torch.cat([centre, _NEIGHBOURS[targets]], dim=1), sizes, generator)
-        cut = patches.extract_patches(patches.resize_square(images, sizes.side), corner, sizes.patch).flatten(0, 1)
+            targets = torch.randint(8, (count, 1), generator=generator)
+        positions = torch.cat([torch.full((count, 1), _CENTRE), _NEIGHBOURS[targets]], dim=1)
+        draws: dict[str, Any] = {"targets": targets, "corner": corners(positions, sizes, generator)}
         if spec.colours == "drop":
-            cut = drop_channels(cut, generator)
+            draws["dropped"] = draw_dropped(positions.numel(), sizes.patch, generator)
+        return draws
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        squares = patches.resize_square(images, sizes.side)
+        cut = patches.extract_patches(squares, draws["corner"], sizes.patch).flatten(0, 1)
+        if spec.colours == "drop":
+            cut = drop_channels(cut, draws["dropped"])
         elif spec.colours == "project":
-            cut = torch.einsum("nchw,dc->ndhw", cut, torch.tensor(PROJECTION, device=cut.device))
-        return patches.standardise(cut), targets.to(images.device)
+            cut = torch.einsum("nchw,dc->ndhw", cut, constant(PROJECTION, cut.device))
+        return patches.standardise(cut), draws["targets"]
 
     return Task(
         head=lambda width: _Head(width, spec.hidden, 9 if spec.pairs == "all" else 2),
+        draw=draw,
         batch=batch,
         loss=cross_entropy,
         mean_over_images=True,
+        capturable=True,
     )
 
 
@@ -114,15 +124,20 @@ def corners(positions: Tensor, sizes: _Geometry, generator: torch.Generator) -> 
     return corner[..., None]
 
 
-def drop_channels(cut: Tensor, generator: torch.Generator) -> Tensor:
-    """Patches that keep one random channel; the others hold noise with a hundredth of its standard deviation.
+def draw_dropped(count: int, side: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """What `drop_channels` needs: the channel that each patch keeps, and normal noise (count, 3, side, side) float32."""
+    kept = torch.randint(3, (count, 1, 1, 1), generator=generator)
+    return {"kept": kept, "noise": torch.randn(count, 3, side, side, generator=generator)}
+
+
+def drop_channels(cut: Tensor, draws: Draws) -> Tensor:
+    """Patches that keep one channel; the others hold noise with a hundredth of its standard deviation.
 
     Args:
         cut: (M, 3, h, w) float32.
-        generator: on the CPU.
+        draws: of `draw_dropped`, on the device of `cut`.
     """
-    kept = torch.randint(3, (len(cut), 1, 1, 1), generator=generator).to(cut.device)
-    noise = torch.randn(cut.shape, generator=generator).to(cut.device) / 100
+    kept, noise = draws["kept"], draws["noise"] / 100
     channel = cut.take_along_dim(kept, dim=1)
     spread, mean = torch.std_mean(channel, dim=(2, 3), keepdim=True, correction=0)
     own = torch.arange(3, device=cut.device)[:, None, None] == kept

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import augmentation, colour, patches
+from ktray.ops.random_draws import Draws
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
@@ -28,6 +29,7 @@ REVISION = 1
 TOOLS = (augmentation, colour, patches)
 
 _PARTS = 5  # the whole, then its quarters row by row
+_FILTERS = 3  # of `downsample`
 
 
 class Spec(StrictSpec):
@@ -51,12 +53,22 @@ def task(spec: Spec, size: int) -> Task:
     """
     side = max(48, size - size % 2)
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        squares = patches.resize_square(augmentation.random_views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
-        squares = colour.random_grey(squares, spec.grey, generator)
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        count = len(indices)
+        return {
+            "views": augmentation.draw_views(count, spec.augment, generator),
+            "grey": colour.draw_chosen(count, spec.grey, generator),
+            "filter": torch.randint(_FILTERS, (count,), generator=generator),
+        }
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        squares = patches.resize_square(augmentation.random_views(images, spec.augment, draws["views"]), side).permute(
+            0, 3, 1, 2
+        )
+        squares = colour.turn_grey(squares, draws["grey"])
         quarters = squares.unfold(2, side // 2, side // 2).unfold(3, side // 2, side // 2)  # (B, 3, 2, 2, h, h)
         quarters = quarters.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
-        inputs = torch.cat([downsample(squares, generator)[:, None], quarters], dim=1)
+        inputs = torch.cat([downsample(squares, draws["filter"])[:, None], quarters], dim=1)
         return inputs.flatten(0, 1), torch.arange(len(images), device=images.device)
 
     def head(width: int) -> nn.Module:
@@ -74,11 +86,17 @@ def task(spec: Spec, size: int) -> Task:
             nn.Unflatten(0, (-1, _PARTS)),
         )
 
-    return Task(head=head, batch=batch, loss=lambda counts, targets: contrast(counts, spec.margin))
+    return Task(
+        head=head,
+        draw=draw,
+        batch=batch,
+        loss=lambda counts, targets: contrast(counts, spec.margin),
+        capturable=True,
+    )
 
 
-def downsample(squares: Tensor, generator: torch.Generator) -> Tensor:
-    """Images at half the side, each with a randomly drawn filter: (B, 3, S, S) float32 -> (B, 3, S // 2, S // 2)."""
+def downsample(squares: Tensor, choice: Tensor) -> Tensor:
+    """Images at half the side: (B, 3, S, S) float32 and a filter for each, (B,) int64 -> (B, 3, S // 2, S // 2)."""
     resized = torch.stack(
         [
             nn.functional.avg_pool2d(squares, 2),
@@ -88,7 +106,6 @@ def downsample(squares: Tensor, generator: torch.Generator) -> Tensor:
             ),
         ]
     )
-    choice = torch.randint(len(resized), (len(squares),), generator=generator).to(squares.device)
     return resized[choice, torch.arange(len(squares), device=squares.device)]
 
 

@@ -20,7 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import distortions
-from ktray.ops.distortions import Distortions, random_view
+from ktray.ops.distortions import Distortions, draw_view, random_view
+from ktray.ops.random_draws import Draws
 from ktray.strict import StrictSpec
 from ktray.training import moving_average
 from ktray.training.task import Task
@@ -109,18 +110,25 @@ def task(spec: Spec, size: int) -> Task:
         size: side of the images in pixels; any.
     """
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        wholes = random_view(images.repeat_interleave(_GLOBAL, dim=0), spec.whole, generator).unflatten(0, (-1, _GLOBAL))
-        parts = [random_view(images, spec.part, generator)[:, None] for _ in range(spec.local)]
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        count = len(indices)
+        wholes = draw_view(_GLOBAL * count, spec.whole, generator)
+        return {"wholes": wholes, **{f"part {number}": draw_view(count, spec.part, generator) for number in range(spec.local)}}
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        wholes = random_view(images.repeat_interleave(_GLOBAL, dim=0), spec.whole, draws["wholes"]).unflatten(0, (-1, _GLOBAL))
+        parts = [random_view(images, spec.part, draws[f"part {number}"])[:, None] for number in range(spec.local)]
         return torch.cat([wholes, *parts], dim=1).flatten(0, 1), torch.arange(len(images), device=images.device)
 
     return Task(
         head=lambda width: _Head(width, spec),
+        draw=draw,
         batch=batch,
         loss=lambda outputs, targets: agreement(*outputs.split([_GLOBAL + spec.local, _GLOBAL], dim=1)),
         after_step=after_step,
         prepare=moving_average.prepare,
         forward=forward,
+        capturable=True,
     )
 
 

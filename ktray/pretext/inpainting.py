@@ -11,13 +11,14 @@ Source: Pathak, Krähenbühl, Donahue, Darrell, Efros, CVPR 2016, arXiv:1604.073
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ktray.ops import augmentation, patches
+from ktray.ops.random_draws import Draws
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
@@ -51,9 +52,20 @@ def task(spec: Spec, size: int) -> Task:
     """
     side = max(size - size % spec.grid, spec.grid)
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        squares = patches.resize_square(augmentation.random_views(images, spec.augment, generator), side).permute(0, 3, 1, 2)
-        hole = holes(len(images), spec.grid, spec.place == "random", generator).to(images.device)
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        draws: dict[str, Any] = {"views": augmentation.draw_views(len(indices), spec.augment, generator)}
+        if spec.place == "random":
+            draws["corner"] = torch.randint(spec.grid // 2 + 1, (2, len(indices), 1), generator=generator)
+        return draws
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        squares = patches.resize_square(augmentation.random_views(images, spec.augment, draws["views"]), side).permute(
+            0, 3, 1, 2
+        )
+        corner = (
+            draws["corner"] if spec.place == "random" else torch.full((2, len(images), 1), spec.grid // 4, device=images.device)
+        )
+        hole = holes(corner, spec.grid)
         cells = nn.functional.avg_pool2d(squares, side // spec.grid)
         pixels = hole.repeat_interleave(side // spec.grid, dim=1).repeat_interleave(side // spec.grid, dim=2)
         seen = squares.masked_fill(pixels[:, None], 0.0)  # 0 is mid-grey in the range of `augmentation.to_float`
@@ -68,15 +80,12 @@ def task(spec: Spec, size: int) -> Task:
             nn.Unflatten(1, (3, spec.grid, spec.grid)),
         )
 
-    return Task(head=head, batch=batch, loss=reconstruction, mean_over_images=True)
+    return Task(head=head, draw=draw, batch=batch, loss=reconstruction, mean_over_images=True, capturable=True)
 
 
-def holes(count: int, grid: int, anywhere: bool, generator: torch.Generator) -> Tensor:
-    """Masks of the missing cells, (B, grid, grid) bool: a square of half the side, at the centre or `anywhere`."""
-    corner = torch.full((2, count, 1), grid // 4)
-    if anywhere:
-        corner = torch.randint(grid // 2 + 1, (2, count, 1), generator=generator)
-    along = torch.arange(grid)
+def holes(corner: Tensor, grid: int) -> Tensor:
+    """Masks of the missing cells, (B, grid, grid) bool: a square of half the side, at a corner (2, B, 1): row and column."""
+    along = torch.arange(grid, device=corner.device)
     rows, columns = (along >= corner) & (along < corner + grid // 2)
     masks: Tensor = rows[:, :, None] & columns[:, None, :]
     return masks

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ktray.errors import UserError
 from ktray.ops import colour, patches, permutations
 from ktray.ops.permutations import TILES, farthest_permutations
+from ktray.ops.random_draws import Draws
 from ktray.strict import StrictSpec
 from ktray.training import classification
 from ktray.training.classification import cross_entropy
@@ -83,12 +84,16 @@ def task(spec: Spec, size: int) -> Task:
     sizes = geometry(size, spec.gap, spec.shift)
     permutations = torch.tensor(farthest_permutations(spec.permutations, spec.distance))
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        targets = torch.randint(len(permutations), (len(images),), generator=generator)
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        targets = torch.randint(len(permutations), (len(indices),), generator=generator)
+        grey = colour.draw_chosen(len(indices), spec.grey, generator)
+        return {"targets": targets, "grey": grey, "corner": corners(permutations[targets], sizes, generator)}
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         squares = patches.resize_square(images, sizes.side).permute(0, 3, 1, 2)
-        squares = colour.random_grey(squares, spec.grey, generator).permute(0, 2, 3, 1)
-        tiles = patches.extract_patches(squares, corners(permutations[targets], sizes, generator), sizes.tile).flatten(0, 1)
-        return patches.standardise(tiles) if spec.normalise else tiles, targets.to(images.device)
+        squares = colour.turn_grey(squares, draws["grey"]).permute(0, 2, 3, 1)
+        tiles = patches.extract_patches(squares, draws["corner"], sizes.tile).flatten(0, 1)
+        return patches.standardise(tiles) if spec.normalise else tiles, draws["targets"]
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(
@@ -101,7 +106,7 @@ def task(spec: Spec, size: int) -> Task:
             nn.Linear(4 * spec.hidden, spec.permutations),
         )
 
-    return Task(head=head, batch=batch, loss=cross_entropy, mean_over_images=True)
+    return Task(head=head, draw=draw, batch=batch, loss=cross_entropy, mean_over_images=True, capturable=True)
 
 
 def check(spec: Spec) -> None:

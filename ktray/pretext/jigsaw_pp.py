@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ktray.ops import colour, patches, permutations
 from ktray.ops.permutations import TILES, hashed_permutations
+from ktray.ops.random_draws import Draws
 from ktray.strict import StrictSpec
 from ktray.training import classification
 from ktray.training.classification import cross_entropy
@@ -88,12 +89,15 @@ def task(spec: Spec, size: int) -> Task:
     permutations = torch.tensor(hashed_permutations(spec.permutations, DISTANCE))
     shares = torch.tensor(_SHARES[spec.variant])
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        targets = torch.randint(len(permutations), (len(images),), generator=generator)
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        targets = torch.randint(len(permutations), (len(indices),), generator=generator)
         sources, cells = arrange(permutations[targets], spec.occlusions, generator)
-        colours = _COLOURS[torch.multinomial(shares, len(images), replacement=True, generator=generator)]
-        squares = mix_channels(patches.resize_square(images, sizes.side), colours.to(images.device))
-        return tiles(squares, sources, cells, sizes, generator), targets.to(images.device)
+        colours = _COLOURS[torch.multinomial(shares, len(indices), replacement=True, generator=generator)]
+        return {"targets": targets, "sources": sources, "colours": colours, "corner": corners(cells, sizes, generator)}
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        squares = mix_channels(patches.resize_square(images, sizes.side), draws["colours"])
+        return tiles(squares, draws["sources"], draws["corner"], sizes.tile), draws["targets"]
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(
@@ -106,7 +110,7 @@ def task(spec: Spec, size: int) -> Task:
             nn.Linear(4 * spec.hidden, spec.permutations),
         )
 
-    return Task(head=head, batch=batch, loss=cross_entropy, mean_over_images=True)
+    return Task(head=head, draw=draw, batch=batch, loss=cross_entropy, mean_over_images=True, capturable=True)
 
 
 def quick(spec: Spec) -> Spec:
@@ -142,21 +146,33 @@ def mix_channels(squares: Tensor, colours: Tensor) -> Tensor:
     return flat.view(squares.shape)
 
 
-def tiles(squares: Tensor, sources: Tensor, cells: Tensor, sizes: _Geometry, generator: torch.Generator) -> Tensor:
-    """The tiles of all puzzles, cut at random offsets and normalised to mean 0 and standard deviation 1.
+def corners(cells: Tensor, sizes: _Geometry, generator: torch.Generator) -> Tensor:
+    """The top-left corner of every tile in every colour channel, as (row, column), at random offsets in its cell.
 
     Args:
-        squares: (B, side, side, 3) float32.
-        sources, cells: (B, 9) int64 on the CPU, as from `arrange`.
+        cells: (B, 9) int64, as from `arrange`.
 
     Returns:
-        (9B, 3, tile, tile) float32, puzzle by puzzle, the nine positions row by row.
+        (2, B, 9, 3) int64.
     """
-    count, device = len(squares), squares.device
-    offset = torch.randint(sizes.gap + 1, (2, count, TILES, 1), generator=generator)
-    offset = offset + torch.randint(sizes.channel + 1, (2, count, TILES, 3), generator=generator)
-    corner = offset + sizes.cell * torch.stack([cells // 3, cells % 3])[..., None]
-    rows, columns = corner.to(device)[:, :, :, None] + torch.arange(sizes.tile, device=device)[:, None]  # (B, 9, tile, 3) each
-    channels = torch.arange(3, device=device)
-    cut = squares[sources.to(device)[:, :, None, None, None], rows[:, :, :, None], columns[:, :, None], channels]
+    offset = torch.randint(sizes.gap + 1, (2, *cells.shape, 1), generator=generator)
+    offset = offset + torch.randint(sizes.channel + 1, (2, *cells.shape, 3), generator=generator)
+    return offset + sizes.cell * torch.stack([cells // 3, cells % 3])[..., None]
+
+
+def tiles(squares: Tensor, sources: Tensor, corner: Tensor, side: int) -> Tensor:
+    """The tiles of all puzzles, cut out and normalised to mean 0 and standard deviation 1.
+
+    Args:
+        squares: (B, S, S, 3) float32.
+        sources: (B, 9) int64, the image of each tile, as from `arrange`; on the device of `squares`.
+        corner: (2, B, 9, 3) int64 there, as from `corners`.
+        side: of a tile.
+
+    Returns:
+        (9B, 3, side, side) float32, puzzle by puzzle, the nine positions row by row.
+    """
+    rows, columns = corner[:, :, :, None] + torch.arange(side, device=squares.device)[:, None]  # (B, 9, side, 3) each
+    channels = torch.arange(3, device=squares.device)
+    cut = squares[sources[:, :, None, None, None], rows[:, :, :, None], columns[:, :, None], channels]
     return patches.standardise(cut.flatten(0, 1).permute(0, 3, 1, 2))

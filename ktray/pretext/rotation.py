@@ -6,12 +6,13 @@ as in the authors' CIFAR-10 code (gidariss/FeatureLearningRotNet, dataloader.py)
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ktray.ops import augmentation
+from ktray.ops.random_draws import Draws
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training import classification
@@ -40,13 +41,26 @@ def task(spec: Spec, size: int) -> Task:
         size: side of the images in pixels; any.
     """
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.random_views(images, spec.augment, generator)
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        draws: dict[str, Any] = {"views": augmentation.draw_views(len(indices), spec.augment, generator)}
+        if spec.rotations == "one":
+            draws["turns"] = torch.randint(4, (len(indices), 1), generator=generator)
+        return draws
+
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        seen = augmentation.random_views(images, spec.augment, draws["views"])
         turned = torch.stack([torch.rot90(seen, turns, dims=(1, 2)) for turns in range(4)], dim=1)
         targets = torch.arange(4, device=images.device).expand(len(images), 4)
         if spec.rotations == "one":
-            targets = torch.randint(4, (len(images), 1), generator=generator).to(images.device)
+            targets = draws["turns"]
             turned = turned.take_along_dim(targets[:, :, None, None, None], dim=1)
         return augmentation.to_float(turned.flatten(0, 1)), targets
 
-    return Task(head=lambda width: nn.Linear(width, 4), batch=batch, loss=cross_entropy, mean_over_images=True)
+    return Task(
+        head=lambda width: nn.Linear(width, 4),
+        draw=draw,
+        batch=batch,
+        loss=cross_entropy,
+        mean_over_images=True,
+        capturable=True,
+    )

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ktray.ops import distortions
-from ktray.ops.distortions import Distortions, random_view
+from ktray.ops.distortions import Distortions, draw_view, random_view
+from ktray.ops.random_draws import Draws
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
 
@@ -40,9 +41,9 @@ def task(spec: Spec, size: int) -> Task:
         size: side of the images in pixels; any.
     """
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         pairs = images.repeat_interleave(2, dim=0)  # the two views of an image are neighbours
-        return random_view(pairs, spec.distortions, generator), torch.arange(len(images), device=images.device)
+        return random_view(pairs, spec.distortions, draws), torch.arange(len(images), device=images.device)
 
     def head(width: int) -> nn.Module:
         return nn.Sequential(
@@ -52,7 +53,13 @@ def task(spec: Spec, size: int) -> Task:
             nn.Linear(spec.hidden, spec.width),
         )
 
-    return Task(head=head, batch=batch, loss=lambda outputs, targets: nt_xent(outputs, spec.temperature))
+    return Task(
+        head=head,
+        draw=lambda indices, generator: draw_view(2 * len(indices), spec.distortions, generator),
+        batch=batch,
+        loss=lambda outputs, targets: nt_xent(outputs, spec.temperature),
+        capturable=True,
+    )
 
 
 def nt_xent(outputs: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ktray.images import Images
 from ktray.ops import augmentation, colour, gamut
+from ktray.ops.random_draws import Draws, copies
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
@@ -64,12 +65,13 @@ def task(spec: Spec, size: int, images: Images) -> Task:
         size: side of the images in pixels; any.
     """
     colours = gamut.gamut_bins(spec.bin)
+    colours_on = copies(colours)
 
-    def batch(pixels: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = colour.rgb_to_lab(augmentation.random_views(pixels, spec.augment, generator)).permute(0, 3, 1, 2)
+    def batch(pixels: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        seen = colour.rgb_to_lab(augmentation.random_views(pixels, spec.augment, draws)).permute(0, 3, 1, 2)
         means = gamut.cell_means(seen, spec.grid)
         level = (means[..., 0] / 100 * spec.levels).long().clamp(0, spec.levels - 1)
-        targets = torch.stack([gamut.nearest_bin(means[..., 1:], colours.to(pixels.device)), level], dim=1)
+        targets = torch.stack([gamut.nearest_bin(means[..., 1:], colours_on(pixels.device)), level], dim=1)
         return split_inputs(seen), targets
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,9 +85,11 @@ def task(spec: Spec, size: int, images: Images) -> Task:
 
     return Task(
         head=lambda width: _Head(width, spec.hidden, spec.grid, len(colours), spec.levels),
+        draw=lambda indices, generator: augmentation.draw_views(len(indices), spec.augment, generator),
         batch=batch,
         loss=loss,
         mean_over_images=True,
+        capturable=True,
     )
 
 

@@ -31,6 +31,7 @@ from ktray.spec import DataSpec
 YEAR = "2007"
 _LISTS = {"train": 0.25, "val": 0.25, "test": 0.5}  # shares of VOC 2007's lists
 _MOST_OBJECTS, _MOST_DISTRACTORS = 4, 3
+_LEAST_SIDE, _MOST_SIDE = 48, 4096
 _DIFFICULT = 0.12  # share of objects
 _EDGE = 0.5  # an object is where it covers at least this much of a pixel
 _LEAST_VISIBLE = 0.5  # share of an object's pixels that later ones leave, and that lie in the image
@@ -100,8 +101,10 @@ def compose(
         "images" by list, "objects", how many are "difficult" and "truncated", and the "classes".
 
     Raises:
-        UserError: the data have no labels, or the folder exists.
+        UserError: the data have no labels, the folder exists, or there are too few images or pixels.
     """
+    if not _LEAST_SIDE <= size <= _MOST_SIDE:
+        raise UserError(f"images of {size} pixels", "--size", f"Give {_LEAST_SIDE} to {_MOST_SIDE} pixels.")
     root = out / "VOCdevkit" / f"VOC{YEAR}"
     if root.exists() or (coco and (out / "coco").exists()):
         raise UserError(f"{out} already holds a data set", "OUT", "Give another folder, or remove this one.")

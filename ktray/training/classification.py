@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktray.ops import augmentation
+from ktray.ops.random_draws import Draws, copies
 from ktray.spec import Augment
 from ktray.training.task import Labels, Task
 
@@ -70,20 +71,23 @@ def joint_task(heads: Sequence[Labels], augment: Augment) -> Task:
         ValueError: a target is outside [-1, classes) of its entry.
     """
     of_image = torch.from_numpy(np.stack([_checked_targets(entry) for entry in heads], axis=1))
+    targets_on = copies(of_image.squeeze(1))
     widths = [entry.classes for entry in heads]
     known = of_image >= 0
     kept = known.any(dim=1)
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.to_float(augmentation.random_views(images, augment, generator))
-        return seen, of_image[indices].squeeze(1).to(images.device)
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        seen = augmentation.to_float(augmentation.random_views(images, augment, draws))
+        return seen, targets_on(images.device)[indices]
 
     return Task(
         head=lambda width: nn.Linear(width, sum(widths)),
+        draw=lambda indices, generator: augmentation.draw_views(len(indices), augment, generator),
         batch=batch,
         loss=cross_entropy if len(heads) == 1 else functools.partial(joint_cross_entropy, widths=widths),
         keep=torch.nonzero(kept).flatten(),
         mean_over_images=bool(known[kept].all()),  # otherwise a head's mean covers only part of the batch
+        capturable=True,
     )
 
 

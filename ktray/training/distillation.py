@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktray.ops import augmentation
+from ktray.ops.random_draws import Draws
 from ktray.spec import Augment
 from ktray.training.task import Features
 
 IDENTITY, REVISION = "distillation", 1
 TOOLS = (augmentation,)
 
-Batch = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+Draw = Callable[[Tensor, torch.Generator], Draws]
+Batch = Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]
 _ROWS = 4096  # read at once by `feature_moments`
 
 
@@ -33,8 +35,8 @@ def mlp_head(width: int, hidden: Sequence[int], out: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, out))
 
 
-def feature_batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tensor]) -> Batch:
-    """The `batch` of a Task: a random view of each image, and the target that `prepare` computes from the teacher's features.
+def feature_batch(features: Features, augment: Augment, prepare: Callable[[Tensor], Tensor]) -> tuple[Draw, Batch]:
+    """`draw` and `batch` of a Task: a random view of each image, and the target that `prepare` makes of the teacher's features.
 
     The teacher saw the original image; the student sees a random view of it.
 
@@ -43,15 +45,21 @@ def feature_batch(features: Features, augment: Augment, prepare: Callable[[Tenso
         prepare: (B, D) float32 on the device of the images -> (B, D') float32, the values that the head has to predict.
 
     Returns:
-        A function: images (B, H, W, 3) uint8, their indices (B,) int64 in [0, N), and the generator of the views ->
-        (B, 3, H, W) float32 and (B, D') float32.
+        `draw`, which also reads the rows of features too large for a device; and `batch`: images (B, H, W, 3) uint8, their
+        indices (B,) int64 in [0, N), and these draws -> (B, 3, H, W) float32 and (B, D') float32.
     """
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.to_float(augmentation.random_views(images, augment, generator))
-        return seen, prepare(features.rows_on(images.device, indices))
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        views = augmentation.draw_views(len(indices), augment, generator)
+        if features.fit_on_a_device:
+            return {"views": views}
+        return {"views": views, "rows": torch.from_numpy(features.read(indices.numpy()))}
 
-    return batch
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        seen = augmentation.to_float(augmentation.random_views(images, augment, draws["views"]))
+        return seen, prepare(draws["rows"] if "rows" in draws else features.rows_on(images.device, indices))
+
+    return draw, batch
 
 
 def feature_moments(features: Features) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

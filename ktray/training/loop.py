@@ -1,7 +1,8 @@
 """The training loop for pretext tasks, students, fine-tuning and probes; nothing else in ktray steps an optimiser.
 
 Training is a chain of segments. Where it is split does not affect the result, bit for bit on one CPU: every draw is a function
-of (seed, epoch, step), and a snapshot holds the complete state after an epoch. Images that fit are kept on the device as uint8.
+of (seed, epoch, step), and a snapshot holds the complete state after an epoch. On one GPU the same holds, except that compiled
+kernels, which only trainings of minutes use, may be chosen anew by a process that resumes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +23,16 @@ from ktray import plugins, progress
 from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.ops import precision
+from ktray.ops.random_draws import Draws
 from ktray.spec import Schedule
-from ktray.training import snapshot
+from ktray.training import compilation, cuda_graph, snapshot
+from ktray.training.batches import Batches, RowLayout
+from ktray.training.compilation import StepTimer
+from ktray.training.cuda_graph import Graphs
 from ktray.training.step_task import Recipe, StepTask
 from ktray.training.task import Task
 
 IDENTITY, REVISION = "training_loop", 2
-
-# Up to this size all pixels are held as one tensor; beyond it, each batch is read while the previous one trains.
-RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
 Save = Callable[[Path], None]
 OnEpoch = Callable[[int, dict[str, float], Save], None]
@@ -98,11 +100,13 @@ def fit(
     device: str = "cpu",
     max_batch_size: int | None = None,
     on_epoch: OnEpoch | None = None,
+    remark: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, float]:
     """Train to the end of epoch `until`, write the snapshot to `out`, and return the metrics of the last epoch.
 
     On one CPU with a fixed number of threads, 0 -> 8 equals 0 -> 3 -> 8 in every bit of weights, optimiser state and history.
-    The last batch of an epoch may be smaller; a last batch of one image is dropped, because batch norm cannot use it.
+    The last batch of an epoch may be smaller; a last batch of one image is dropped, because batch norm cannot use it. On a GPU
+    the steps are replayed as CUDA graphs, with the same bits, and compiled if that pays; see `cuda_graph.py`, `compilation.py`.
 
     Args:
         backbone: as from `untrained_backbone`; moved to the device and trained in place; `start`, if given, sets its weights.
@@ -112,30 +116,54 @@ def fit(
         until: last epoch, at most `schedule.epochs`; 0 writes the initial weights and returns no metrics.
         start: snapshot of an earlier epoch of the same training; None trains from scratch.
         max_batch_size: if given, at most this many images, and at most a quarter of a batch, go through the network at once
-            (see `_Batches.parts`).
+            (see `parts`).
         on_epoch: called with (epoch, its metrics, a function that writes the snapshot of this epoch to a directory).
+        remark: called with {"steps": how a GPU took the steps}, for the record.
 
     Raises:
         ValueError: the loss is not finite (the message names the epoch), fewer than two images, or `until` is out of range.
     """
-    backbone.to(device).to(memory_format=torch.channels_last)
-    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), precision.products_in(schedule.precision):
+    place = torch.device(device)
+    backbone.to(place).to(memory_format=torch.channels_last)
+    with (
+        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+        precision.products_in(schedule.precision),
+        precision.deterministic_convolutions(),
+        cuda_graph.own_stream(place),
+    ):
         torch.manual_seed(seed_of(seed, "head"))
         model = _model(backbone, task, device)
-        optimizer = _optimizer(schedule, model)
+        optimizer = _optimizer(schedule, model, place)
         history = snapshot.restore(start, model, optimizer) if start else []
         if not len(history) <= until <= schedule.epochs:
             raise ValueError(f"epoch {until} is not between the start, {len(history)}, and the total, {schedule.epochs}")
-        batches = _Batches(images, task, schedule.batch_size, seed, device, max_batch_size)
-        for epoch in range(len(history) + 1, until + 1):
-            torch.manual_seed(seed_of(seed, "epoch", epoch))
-            metrics = _train_epoch(epoch, model, task, optimizer, schedule, batches)
-            history.append({"epoch": epoch, **metrics})
-            if on_epoch:
-                on_epoch(epoch, metrics, functools.partial(snapshot.write, model=model, optimizer=optimizer, history=history))
+        batches = Batches(images, task, schedule.batch_size, seed, place)
+        most = largest_part(task, schedule.batch_size, max_batch_size)
+        step = _Step(model, task, optimizer, schedule.precision, batches, most)
+        step.compile_early = start is not None and snapshot.was_compiled(start)
+        _train_epochs(until, schedule, seed, history, step, on_epoch)
         snapshot.write(out, model, optimizer, history)
+    if remark and place.type == "cuda":
+        remark({"steps": step.description()})
     return {name: value for name, value in history[-1].items() if name != "epoch"} if history else {}
+
+
+def _train_epochs(
+    until: int, schedule: Schedule, seed: int, history: list[dict[str, Any]], step: _Step, on_epoch: OnEpoch | None
+) -> None:
+    """Train from the end of `history`, to which each epoch is appended."""
+    for epoch in range(len(history) + 1, until + 1):
+        torch.manual_seed(seed_of(seed, "epoch", epoch))
+        metrics = _train_epoch(epoch, until, schedule, step)
+        history.append({"epoch": epoch, **metrics})
+        if on_epoch:
+            state: dict[str, Any] = {
+                "model": step.model,
+                "optimizer": step.optimizer,
+                "history": history,
+                "compiled": step.compiled,
+            }
+            on_epoch(epoch, metrics, functools.partial(snapshot.write, **state))
 
 
 def _model(backbone: nn.Module, task: Task, device: str) -> nn.ModuleDict:
@@ -146,119 +174,188 @@ def _model(backbone: nn.Module, task: Task, device: str) -> nn.ModuleDict:
     return model
 
 
-def _train_epoch(
-    epoch: int, model: nn.ModuleDict, task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule, batches: _Batches
-) -> dict[str, float]:
-    backbone, head = model["backbone"], model["head"]
-    model.train()
-    sums: dict[str, Tensor] = {}
-    seen = 0
-    for step, (pixels, indices, generator) in enumerate(batches.epoch_batches(epoch)):
-        rate = learning_rate(schedule, epoch - 1 + (step + 0.5) / batches.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        inputs, targets = task.batch(pixels, indices, generator)
-        terms: list[tuple[str, Tensor, float]] = []
-        for share, part_inputs, part_targets in batches.parts(inputs, targets):
-            with precision.autocast(schedule.precision, pixels.device):
-                outputs = task.forward(model, part_inputs) if task.forward else head(backbone(part_inputs))
-                loss, metrics = task.loss(outputs, part_targets)
-            if not terms:
-                optimizer.zero_grad()
-            loss.backward(torch.full_like(loss, share))  # 1 for a whole batch; the gradients of parts add up to it
-            terms += [(name, value.detach(), share * len(indices)) for name, value in {"loss": loss, **metrics}.items()]
-        optimizer.step()
-        if task.after_step:
-            task.after_step(model)
-        for name, value, count in terms:  # summed on the device: reading a value would synchronise
-            part = value.double() * count
-            sums[name] = sums[name] + part if name in sums else part
-        seen += len(indices)
-        progress.advance("step")
-    means = {name: float(total) / seen for name, total in sums.items()}
+def _train_epoch(epoch: int, until: int, schedule: Schedule, step: _Step) -> dict[str, float]:
+    batches = step.batches
+
+    def rate_of(number: int) -> float:
+        return learning_rate(schedule, epoch - 1 + (number + 0.5) / batches.steps)
+
+    step.model.train()
+    step.begin_epoch()
+    if _uploads_ahead(batches.device):
+        for number, (layout, row, pixels) in enumerate(batches.uploaded_ahead(epoch, rate_of)):
+            step.take_from(layout, row, pixels, (until - epoch + 1) * batches.steps - number - 1)
+            progress.advance("step")
+    else:
+        for number, batch in enumerate(batches.made_for_each_step(epoch)):
+            step.set_rate(rate_of(number))
+            step.take(*batch)
+            progress.advance("step")
+    means = {name: total / step.seen for name, total in step.totals().items()}
     if not math.isfinite(means["loss"]):
         raise ValueError(f"the loss of epoch {epoch} is {means['loss']}; a lower learning rate than {schedule.lr} may help")
-    return {"loss": means.pop("loss"), "lr": rate, **means}
+    return {"loss": means.pop("loss"), "lr": rate_of(batches.steps - 1), **means}
 
 
-class _Batches:
-    """Shuffled batches of the kept images: pixels on the device, indices and the generator for each step of an epoch."""
-
-    def __init__(self, images: Images, task: Task, size: int, seed: int, device: str, max_batch_size: int | None) -> None:
-        self.images, self.size, self.seed, self.device = images, size, seed, device
-        self.order = task.order
-        self.max_part = None
-        if max_batch_size is not None and task.mean_over_images:
-            # A quarter, because a batch smaller than `max_batch_size` did not fit as a whole either.
-            self.max_part = max(2, min(max_batch_size, size // 4))
-        self.kept = torch.arange(len(images)) if task.keep is None else task.keep
-        if len(self.kept) < 2:
-            raise ValueError(f"training needs two images or more, and {len(self.kept)} of {len(images)} are kept")
-        self.steps = len(self.kept) // size + (len(self.kept) % size > 1)
-
-    @functools.cached_property
-    def resident(self) -> Tensor | None:
-        if len(self.kept) * self.images.size**2 * 3 > RESIDENT_BYTES.get(torch.device(self.device).type, 0):
-            return None
-        return torch.from_numpy(self.images.read(self.kept.numpy())).to(self.device)
-
-    def epoch_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
-        parts = self._order(torch.Generator().manual_seed(seed_of(self.seed, "shuffle", epoch))).split(self.size)[: self.steps]
-        generator = torch.Generator()
-        for step, (pixels, positions) in enumerate(zip(self._pixels(parts), parts, strict=True)):
-            yield pixels, self.kept[positions], generator.manual_seed(seed_of(self.seed, "batch", epoch, step))
-
-    def parts(self, inputs: Tensor, targets: Tensor) -> list[tuple[float, Tensor, Tensor]]:
-        """(share of the batch, inputs, targets) of each part of a batch: the whole batch, or parts of a few images.
-
-        The complete batch is built first and then split, so each image looks the same as without parts. If the task's loss is
-        a mean over images, the gradients of the parts, weighted by their shares, add up to the gradient of the batch, up to
-        rounding. What the network itself computes over a batch is computed per part: the statistics of batch norm, which are
-        also updated once per part, and the draws of dropout. No part is a single image, which batch norm cannot use.
-        """
-        if self.max_part is None or len(targets) <= self.max_part:
-            return [(1.0, inputs, targets)]
-        number = min(-(-len(targets) // self.max_part), len(targets) // 2)
-        target_parts = targets.tensor_split(number)
-        rows = len(inputs) // len(targets)
-        input_parts = inputs.split([rows * len(part) for part in target_parts])
-        return [
-            (len(target_part) / len(targets), input_part, target_part)
-            for input_part, target_part in zip(input_parts, target_parts, strict=True)
-        ]
-
-    def _order(self, generator: torch.Generator) -> Tensor:
-        """Positions in `kept` of the images of one epoch."""
-        if self.order is None:
-            return torch.randperm(len(self.kept), generator=generator)
-        ordered = self.order(generator)
-        positions = torch.searchsorted(self.kept, ordered).clamp_(max=len(self.kept) - 1)
-        if len(ordered) != len(self.kept) or not torch.equal(self.kept[positions], ordered):
-            raise ValueError(f"the order of the task must name {len(self.kept)} of the {len(self.kept)} images that it keeps")
-        return positions
-
-    def _pixels(self, parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        if self.resident is not None:
-            for positions in parts:
-                yield self.resident.index_select(0, positions.to(self.device, non_blocking=True))
-            return
-        with ThreadPoolExecutor(1) as reader:
-            pending = reader.submit(self.images.read, self.kept[parts[0]].numpy())
-            for positions in parts[1:]:
-                pixels, pending = pending.result(), reader.submit(self.images.read, self.kept[positions].numpy())
-                yield torch.from_numpy(pixels).to(self.device)
-            yield torch.from_numpy(pending.result()).to(self.device)
+def _uploads_ahead(device: torch.device) -> bool:
+    """Whether the draws of a step are made long before it; on a CPU there is nothing to gain."""
+    return device.type == "cuda"
 
 
-def _optimizer(schedule: Schedule, model: nn.Module) -> torch.optim.Optimizer:
-    """Weight decay applies to weights but not to biases and norms (one axis), as in Caffe's AlexNet and most recipes since."""
+class _Step:
+    """A step of the optimiser and the metrics of an epoch, which are summed on the device: reading them would synchronise.
+
+    Attributes:
+        seen: images of this epoch so far.
+        capturable: whether steps on a GPU are replayed as CUDA graphs.
+        compiled: whether whole batches are computed by compiled kernels, which round differently.
+        compile_early: whether to compile without a look at what it would save: the checkpoint's training did.
+    """
+
+    def __init__(
+        self,
+        model: nn.ModuleDict,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        precision: str,
+        batches: Batches,
+        max_part: int | None,
+    ) -> None:
+        self.model, self.task, self.optimizer = model, task, optimizer
+        self.batches, self.max_part = batches, max_part
+        self.names: list[str] = []
+        self.sums = torch.zeros(0)
+        self.seen = 0
+        self.capturable = task.capturable and getattr(model["backbone"], "capturable", True)
+        self.compiled = self.compile_early = False
+        # It does not refer to this object: a cycle would hold the memory of a finished training until it is collected.
+        self._loss_of = _loss_function(model, task, precision)
+        self._loss_of_whole_batch = self._loss_of
+        self._graphs = Graphs(self.capturable)
+        self._timer = StepTimer()
+
+    def begin_epoch(self) -> None:
+        """Forget the metrics of the epoch before."""
+        self.sums.zero_()
+        self.seen = 0
+
+    def totals(self) -> dict[str, float]:
+        """Sum over the images of this epoch of the loss and each metric."""
+        return dict(zip(self.names, self.sums.tolist(), strict=True))
+
+    def description(self) -> str:
+        """How a GPU took the steps, for the record."""
+        if not self.capturable:
+            return f"kernel by kernel, because the {'network' if self.task.capturable else 'task'} cannot be captured"
+        if self.compiled:
+            return "CUDA graphs of compiled kernels, which equal the others up to rounding"
+        return "CUDA graphs, with the bits of steps kernel by kernel"
+
+    def set_rate(self, rate: float | Tensor) -> None:
+        """Set the learning rate of the next step; a GPU keeps it in a tensor, which the optimiser's kernel reads."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(torch.as_tensor(rate))
+            else:
+                group["lr"] = rate
+
+    def take_from(self, layout: RowLayout, row: Tensor, pixels: Sequence[Tensor], steps_left: int) -> None:
+        """One step from a row of `Batches.uploaded_ahead`, as a CUDA graph where the task and the network allow it."""
+        replayed = self._graphs.call(self._take_row, layout, row, *pixels)
+        self.seen += layout.count
+        if replayed and layout.count == self.batches.size and not self.compiled and self.max_part is None:
+            seconds = self._timer.replayed()
+            if self.compile_early or (seconds is not None and compilation.pays(seconds * steps_left)):
+                self._compile()
+
+    def _compile(self) -> None:
+        """Compile the network and its loss for whole batches, from the next step on; what was captured is forgotten."""
+        self._loss_of_whole_batch, self.compiled = compilation.compiled(self._loss_of), True
+        self._graphs = Graphs(self.capturable)
+
+    def _take_row(self, layout: RowLayout, row: Tensor, *pixels: Tensor) -> None:
+        held = layout.unpack(row)
+        self.set_rate(held["rate"])
+        resident = self.batches.resident
+        seen = pixels[0] if resident is None else resident.index_select(0, held["positions"])
+        self._take(seen, self.batches.kept_on_device.index_select(0, held["positions"]), held["draws"])
+
+    def take(self, pixels: Tensor, indices: Tensor, draws: Draws) -> None:
+        """One step, kernel by kernel."""
+        self._take(pixels, indices, draws)
+        self.seen += len(indices)
+
+    def _take(self, pixels: Tensor, indices: Tensor, draws: Draws) -> None:
+        loss_of = self._loss_of_whole_batch if len(indices) == self.batches.size else self._loss_of
+        inputs, targets = self.task.batch(pixels, indices, draws)
+        for number, (share, some, wanted) in enumerate(parts(inputs, targets, self.max_part)):
+            loss, metrics = loss_of(some, wanted)
+            if number == 0:
+                self.optimizer.zero_grad()
+            loss.backward(torch.full_like(loss, share))  # 1 for a whole batch; the gradients of parts add up to it
+            self._add({"loss": loss, **metrics}, share * len(indices))
+        self.optimizer.step()
+        if self.task.after_step:
+            self.task.after_step(self.model)
+
+    def _add(self, metrics: dict[str, Tensor], count: float) -> None:
+        values = torch.stack([value.detach().double() for value in metrics.values()])
+        if not self.names:
+            self.names, self.sums = list(metrics), torch.zeros_like(values)
+        self.sums.add_(values.mul_(count))
+
+
+def _loss_function(
+    model: nn.ModuleDict, task: Task, arithmetic: str
+) -> Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]:
+    def loss_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with precision.autocast(arithmetic, inputs.device):
+            return task.loss(task.forward(model, inputs) if task.forward else model["head"](model["backbone"](inputs)), targets)
+
+    return loss_of
+
+
+def parts(inputs: Tensor, targets: Tensor, most: int | None) -> list[tuple[float, Tensor, Tensor]]:
+    """(share of the batch, inputs, targets) of each part of a batch: the whole batch, or parts of at most `most` images.
+
+    The complete batch is built first and then split, so each image looks the same as without parts. If the task's loss is
+    a mean over images, the gradients of the parts, weighted by their shares, add up to the gradient of the batch, up to
+    rounding. What the network itself computes over a batch is computed per part: the statistics of batch norm, which are
+    also updated once per part, and the draws of dropout. No part is a single image, which batch norm cannot use.
+    """
+    if most is None or len(targets) <= most:
+        return [(1.0, inputs, targets)]
+    number = min(-(-len(targets) // most), len(targets) // 2)
+    target_parts = targets.tensor_split(number)
+    rows = len(inputs) // len(targets)
+    input_parts = inputs.split([rows * len(part) for part in target_parts])
+    return [
+        (len(target_part) / len(targets), input_part, target_part)
+        for input_part, target_part in zip(input_parts, target_parts, strict=True)
+    ]
+
+
+def largest_part(task: Task, batch_size: int, max_batch_size: int | None) -> int | None:
+    """Most images that go through the network at once; None for whole batches."""
+    if max_batch_size is None or not task.mean_over_images:
+        return None
+    return max(2, min(max_batch_size, batch_size // 4))  # a batch smaller than `max_batch_size` did not fit as a whole either
+
+
+def _optimizer(schedule: Schedule, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """Weight decay applies to weights but not to biases and norms (one axis), as in Caffe's AlexNet and most recipes since.
+
+    On a GPU one kernel updates all weights, with the learning rate from a tensor that a CUDA graph can read.
+    """
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    cuda = device.type == "cuda"
+    rate: Any = torch.tensor(schedule.lr, device=device) if cuda else schedule.lr
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=schedule.lr)
-    return torch.optim.SGD(groups, lr=schedule.lr, momentum=schedule.momentum)
+        return torch.optim.AdamW(groups, lr=rate, fused=cuda or None, capturable=cuda)
+    return torch.optim.SGD(groups, lr=rate, momentum=schedule.momentum, fused=cuda or None)
 
 
 def fit_steps(

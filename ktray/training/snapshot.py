@@ -16,13 +16,20 @@ from ktray.text import counted
 _BACKBONE = "backbone."
 
 
-def write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, history: list[dict[str, Any]]) -> None:
+def write(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    history: list[dict[str, Any]],
+    compiled: bool = False,
+) -> None:
     """Write weights.safetensors, optimizer.safetensors, history.parquet and, last, state.json {"epoch"}.
 
     Args:
         model: an `nn.ModuleDict` of "backbone" and, if there is one, "head"; its state_dict names the weights.
         optimizer: its buffers are saved as "<parameter>/<buffer>"; None for an untrained model.
         history: one row per epoch from 1 on, all with the same columns.
+        compiled: of a checkpoint: whether the training used compiled kernels, and should go on with them.
     """
     import pyarrow
     from pyarrow import parquet
@@ -38,7 +45,8 @@ def write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
     columns = list(history[0]) if history else ["epoch", "loss", "lr"]
     types = {column: pyarrow.int64() if column == "epoch" else pyarrow.float64() for column in columns}
     parquet.write_table(pyarrow.Table.from_pylist(history, pyarrow.schema(types)), directory / "history.parquet")
-    (directory / "state.json").write_text(json.dumps({"epoch": len(history)}) + "\n")
+    state = {"epoch": len(history), **({"compiled": True} if compiled else {})}
+    (directory / "state.json").write_text(json.dumps(state) + "\n")
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,14 +67,21 @@ def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     for path, saved in load_file(intact(directory / "optimizer.safetensors")).items():
         name, key = path.rsplit("/", 1)
         parameter = parameters[name]
-        if key != "step":  # which stays on the CPU; the others get the device and layout of their parameter
+        if key != "step":  # the others get the device and layout of their parameter
             saved = torch.empty_like(parameter, requires_grad=False).copy_(saved)
+        elif optimizer.defaults.get("capturable"):  # the number of steps stays on the CPU unless a CUDA graph counts them
+            saved = saved.to(parameter.device)
         optimizer.state[parameter][key] = saved
     history: list[dict[str, Any]] = parquet.read_table(intact(directory / "history.parquet")).to_pylist()
     epoch = json.loads(intact(directory / "state.json").read_text())["epoch"]
     if epoch != len(history):
         raise ValueError(f"the snapshot {directory} is of epoch {epoch}, but its history has {counted(len(history), 'epoch')}")
     return history
+
+
+def was_compiled(directory: Path) -> bool:
+    """Whether a checkpoint says that its training used compiled kernels."""
+    return bool(json.loads(intact(directory / "state.json").read_text()).get("compiled"))
 
 
 def epoch_of(directory: Path) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktray.errors import UserError
+from ktray.ops.random_draws import Draws, map_draws
 from ktray.text import counted
 
 
@@ -29,9 +30,11 @@ class Task:
 
     Attributes:
         head: feature width D of the backbone -> the module on top of it, which maps (M, D) to the input of `loss`.
-        batch: (images (B, H, W, 3) uint8 on the training device, their indices (B,) int64 on the CPU, a CPU generator seeded
-            from (seed, epoch, step)) -> (inputs (M, 3, h, w) float32 as from `augmentation.to_float`, targets with B rows). All
-            random draws come from the generator, so the batch is the same on every device.
+        draw: (indices (B,) int64 of the images of a batch, a generator seeded from (seed, epoch, step)) -> all random draws of
+            the batch, and what it reads from files, as named tensors on the CPU. Their names, shapes and types depend on B
+            alone. They are made ahead of the steps and uploaded, so a batch is the same on every device.
+        batch: (images (B, H, W, 3) uint8, their indices (B,) int64, the tensors of `draw`; all on the training device) ->
+            (inputs (M, 3, h, w) float32 as from `augmentation.to_float`, targets with B rows). It draws nothing itself.
         loss: (outputs of the head, targets) -> (scalar loss, metrics as scalars, such as {"top1": ...} in [0, 1]).
         keep: indices (n,) int64 of the images to train on, ascending; None for all.
         order: a CPU generator seeded from (seed, epoch) -> the images (n,) of one epoch, all in `keep`; images may
@@ -45,10 +48,15 @@ class Task:
             network in parts, see `loop.fit`. False for a loss that compares images with each other, and for a `forward` that
             stores something about the batch for `after_step`: parts would change the training. False is the safe choice: a
             batch that does not fit then fails with an error.
+        capturable: whether `batch`, `forward`, `loss`, `after_step` and the head compute with tensors of the device alone: they
+            neither read a value of one nor, after their first calls, copy anything to it (see `ops/random_draws.py: copies`),
+            and change no Python variable. Their kernels may then be recorded once and replayed, see `cuda_graph.py`. False is
+            the safe choice: a replay would repeat what such code did in the recorded step.
     """
 
     head: Callable[[int], nn.Module]
-    batch: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+    draw: Callable[[Tensor, torch.Generator], Draws]
+    batch: Callable[[Tensor, Tensor, Draws], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
     keep: Tensor | None = None
     order: Callable[[torch.Generator], Tensor] | None = None
@@ -56,10 +64,22 @@ class Task:
     prepare: Callable[[nn.ModuleDict], None] | None = None
     forward: Callable[[nn.ModuleDict, Tensor], Tensor] | None = None
     mean_over_images: bool = False
+    capturable: bool = False
 
 
-# Up to this size all features are held on the device; beyond it, and on the CPU, each batch reads its rows from the files.
-RESIDENT_BYTES = {"cuda": 4 << 30}
+def make_batch(task: Task, images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of one batch, its draws made now.
+
+    Args:
+        images: (B, H, W, 3) uint8 on any device.
+        indices: (B,) int64 on the CPU.
+    """
+    draws = map_draws(lambda drawn: drawn.to(images.device), task.draw(indices, generator))
+    return task.batch(images, indices.to(images.device), draws)
+
+
+# Up to this size a GPU holds all features; beyond it, and on the CPU, each batch reads its rows from the files.
+RESIDENT_BYTES = 4 << 30
 
 
 def require_images(k: int, count: int) -> None:
@@ -103,7 +123,7 @@ class Features:
     """
 
     shards: Sequence[NDArray[np.floating]]
-    _resident: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _held: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return sum(map(len, self.shards))
@@ -129,18 +149,27 @@ class Features:
             rows[selected] = self.shards[shard][indices[selected] - starts[shard]]
         return rows
 
-    def rows_on(self, device: torch.device, indices: Tensor) -> Tensor:
-        """As `read` for indices (B,) int64, but on `device`; features that fit are read once and kept there."""
-        if len(self) * self.width * 4 > RESIDENT_BYTES.get(device.type, 0):
-            return torch.from_numpy(self.read(indices.numpy())).to(device)
-        held = self._resident.get(str(device))
+    @property
+    def fit_on_a_device(self) -> bool:
+        """Whether `rows_on` may be called: the features are small enough to be held as one tensor."""
+        return len(self) * self.width * 4 <= RESIDENT_BYTES
+
+    def held_on(self, device: torch.device) -> Tensor:
+        """All features, (N, D) float32 on `device`; read once and kept there."""
+        held = self._held.get(device)
         if held is None:
-            held = self._resident[str(device)] = torch.empty((len(self), self.width), dtype=torch.float32, device=device)
+            held = self._held[device] = torch.empty((len(self), self.width), dtype=torch.float32, device=device)
             start = 0
             for shard in self.shards:
                 held[start : start + len(shard)] = torch.from_numpy(np.array(shard, np.float32))
                 start += len(shard)
-        return held.index_select(0, indices.to(device, non_blocking=True))
+        return held
+
+    def rows_on(self, device: torch.device, indices: Tensor) -> Tensor:
+        """As `read` for indices (B,) int64 on `device`, and there; a GPU holds all features."""
+        if device.type == "cpu":
+            return torch.from_numpy(self.read(indices.numpy()))
+        return self.held_on(device).index_select(0, indices)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ktray.ops.random_draws import copies
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training import distillation
@@ -52,15 +53,19 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     mean, deviation = torch.zeros(features.width), torch.ones(features.width)
     if spec.standardise:
         mean, deviation = map(torch.from_numpy, distillation.feature_moments(features))
+    mean_on, deviation_on = copies(mean), copies(deviation)
 
     def prepare(rows: Tensor) -> Tensor:
-        return nn.functional.normalize((rows - mean.to(rows.device)) / deviation.to(rows.device), dim=1)
+        return nn.functional.normalize((rows - mean_on(rows.device)) / deviation_on(rows.device), dim=1)
 
+    draw, batch = distillation.feature_batch(features, augment, prepare)
     return Task(
         head=lambda width: distillation.mlp_head(width, spec.hidden, features.width),
-        batch=distillation.feature_batch(features, augment, prepare),
+        draw=draw,
+        batch=batch,
         loss=cosine if spec.loss == "cosine" else l2,
         mean_over_images=True,
+        capturable=True,
     )
 
 

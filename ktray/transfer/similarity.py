@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ktray.errors import UserError
 from ktray.fingerprint import seed_of
+from ktray.ops.random_draws import copies
 from ktray.spec import Augment, Seed
 from ktray.strict import StrictSpec
 from ktray.text import counted
@@ -78,18 +79,21 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     features = targets.require_features()
     rows = torch.from_numpy(features.read(anchor_indices(len(features), spec.anchors, spec.seed)))
     anchors = nn.functional.normalize(rows, dim=1)
-    anchors_on = functools.cache(lambda device: anchors.to(device))
+    anchors_on = copies(anchors)
 
     def loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         bank = anchors_on(outputs.device)
         teacher = target @ bank.T / (spec.teacher_temperature or spec.temperature)
         return divergence(nn.functional.normalize(outputs, dim=1) @ bank.T / spec.temperature, teacher)
 
+    draw, batch = distillation.feature_batch(features, augment, functools.partial(nn.functional.normalize, dim=1))
     return Task(
         head=lambda width: distillation.mlp_head(width, spec.hidden, features.width),
-        batch=distillation.feature_batch(features, augment, functools.partial(nn.functional.normalize, dim=1)),
+        draw=draw,
+        batch=batch,
         loss=loss,
         mean_over_images=True,
+        capturable=True,
     )
 
 

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ktray.ops import augmentation
+from ktray.ops.random_draws import Draws, copies
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
 from ktray.training.task import Targets, Task, require_images
 
@@ -71,15 +72,22 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     (head,) = targets.heads
     if head.nearest is None or head.squared is None:
         raise ValueError("soft_clusters needs the distances to the nearest clusters, and the pseudo-labels carry none")
-    nearest = torch.from_numpy(np.array(head.nearest, np.int64))
-    assignments = torch.from_numpy(soft_assignments(np.asarray(head.squared), spec.temperature))
+    nearest_on = copies(torch.from_numpy(np.array(head.nearest, np.int64)))
+    assignments_on = copies(torch.from_numpy(soft_assignments(np.asarray(head.squared), spec.temperature)))
 
-    def batch(images: Tensor, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        seen = augmentation.to_float(augmentation.random_views(images, augment, generator))
-        soft = torch.zeros(len(indices), head.classes).scatter_(1, nearest[indices], assignments[indices])
-        return seen, soft.to(images.device)
+    def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        seen = augmentation.to_float(augmentation.random_views(images, augment, draws))
+        nearest, assignments = nearest_on(images.device)[indices], assignments_on(images.device)[indices]
+        return seen, assignments.new_zeros(len(indices), head.classes).scatter_(1, nearest, assignments)
 
-    return Task(head=lambda width: nn.Linear(width, head.classes), batch=batch, loss=cross_entropy, mean_over_images=True)
+    return Task(
+        head=lambda width: nn.Linear(width, head.classes),
+        draw=lambda indices, generator: augmentation.draw_views(len(indices), augment, generator),
+        batch=batch,
+        loss=cross_entropy,
+        mean_over_images=True,
+        capturable=True,
+    )
 
 
 def soft_assignments(squared: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
