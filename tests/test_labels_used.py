@@ -15,8 +15,9 @@ from ktray.pipeline.references import labels_used
 from ktray.pool import StageContext
 from ktray.runs.search_run import SearchOutcome
 from ktray.runs.settings import Settings
+from ktray.runs.voc_composition import compose
 from ktray.stores.file import FileStore
-from tests.pictures import picture
+from tests.pictures import data_spec, picture
 from tests.toys import DATA, toy_pair
 
 AGREEMENT = """
@@ -102,6 +103,15 @@ def test_pseudo_labels_are_judged_by_the_labels_of_the_transfer_data(store):
 def test_an_evaluation_from_outside_declares_which_labels_it_reads_where_there_are_any(declared, expected, store, lab):
     lab(declared)
     assert labels_used([finished(store, evals=[{"kind": "lab_of_labels.agreement"}])], store) == expected
+
+
+@pytest.mark.parametrize(("task", "needed"), [("detection", "presence"), ("detection", "boxes"), ("segmentation", "mask")])
+def test_an_image_with_several_labels_with_boxes_or_with_a_mask_counts_once(task, needed, store, lab, tmp_path):
+    compose(data_spec("fashion_mnist_mini"), tmp_path / "scenes", images=40, size=48)
+    lab(f'NEEDS_ANNOTATIONS = ("{needed}",)')
+    data = {"kind": "voc", "path": str(tmp_path / "scenes"), "size": 32, "task": task, "split": {"val": 0.2}}
+    trial = finished(store, data=data, evals=[{"kind": "lab_of_labels.agreement"}])
+    assert labels_used([trial], store) == ({"train": 16, "val": 4} if task == "detection" else {"train": 8, "val": 2})
 
 
 def test_an_evaluation_that_is_not_trusted_may_have_read_all_labels(store, lab, monkeypatch):

@@ -110,7 +110,7 @@ def labels_used(keys: Iterable[Mapping[str, Any]], store: Store) -> dict[str, in
         images = store.find(key)
         if images is None:
             raise UserError(f"{key} is no longer in the store, so the labels read cannot be counted", instead="Search again.")
-        stated = [f"{split}-{what}.npy" for what in ("labels", "presence", "box-counts")]
+        stated = [f"{split}-{what}.npy" for what in ("labels", "presence", "sizes")]
         if found := [name for name in stated if name in images.record["files"]]:
             file = intact_file(images, found[0])
             same = canonical({name: value for name, value in images.record["spec"].items() if name != "size"})
