@@ -18,6 +18,9 @@ from ktray.fine_tuning import detectors, proposals
 from ktray.fine_tuning.detector_training import annotated
 from ktray.fine_tuning.detectors import LayerMaps, RoiAlign
 from ktray.images import Images, WholeImages
+from ktray.pipeline import identity
+from ktray.spec import Student
+from ktray.stages import evaluation_stage
 from ktray.training import loop
 from tests.judged_networks import attempt, judged_network, run_whole_and_killed
 
@@ -324,6 +327,25 @@ def test_proposals_that_do_not_fit_are_refused(name, content, names, message, tm
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         proposals.from_file(tmp_path / name, names)
+
+
+def test_a_file_of_proposals_counts_by_its_content_and_not_by_its_place(tmp_path):
+    student = Student.model_validate({"backbone": SMALL, "schedule": {"epochs": 1}})
+
+    def key(path, content):
+        path.write_text(content)
+        spec = voc_det.Spec(proposals=str(path))
+        inputs = {"images.target": "images-1", "student": "student-1"}
+        stage = evaluation_stage.stage_of(spec, student, inputs, {}, None, identity.evaluation_files(spec))
+        assert stage.local["evaluation_files"] == {"proposals": str(path)}
+        return stage.key
+
+    first = key(tmp_path / "a.json", '{"a": []}')
+    assert key(tmp_path / "b.json", '{"a": []}') == first
+    assert key(tmp_path / "c.json", '{"b": []}') != first
+    assert identity.evaluation_files(voc_det.Spec()) == {}
+    with pytest.raises(UserError, match=r"no file .*gone\.npz"):
+        identity.evaluation_files(voc_det.Spec(proposals="gone.npz"))
 
 
 @pytest.mark.parametrize("given", ["selective_serch", "/no/such/file.npz", "boxes.txt"])

@@ -199,7 +199,7 @@ def random_crop(pixels: NDArray[np.uint8], areas: tuple[float, float], generator
     side = round(((areas[0] + draws[0] * (areas[1] - areas[0])) * height * width) ** 0.5)
     side = min(max(1, side), height, width)
     y, x = int(draws[1] * (height - side + 1)), int(draws[2] * (width - side + 1))
-    crop = torch.from_numpy(np.ascontiguousarray(pixels[y : y + side, x : x + side]))
+    crop = torch.from_numpy(np.array(pixels[y : y + side, x : x + side]))
     return crop.flip(1) if draws[3] < 0.5 else crop
 
 
@@ -238,7 +238,7 @@ def fixed_crops(pixels: NDArray[np.uint8], side: int, device: str) -> Tensor:
     height, width = pixels.shape[:2]
     factor = round(side * 8 / 7) / min(height, width)
     size = (max(side, round(height * factor)), max(side, round(width * factor)))
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).to(device).permute(2, 0, 1)[None].float()
+    image = torch.from_numpy(np.array(pixels)).to(device).permute(2, 0, 1)[None].float()
     image = nn.functional.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).round().clamp(0, 255)
     whole = image[0].byte().permute(1, 2, 0)
     ends = [(0, 0), (0, size[1] - side), (size[0] - side, 0), (size[0] - side, size[1] - side)]

@@ -186,9 +186,9 @@ def augmented(
     draws = torch.rand(4, generator=generator).tolist()
     scale = scales[0] + draws[0] * (scales[1] - scales[0])
     size = [max(1, round(length * scale)) for length in mask.shape]
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float()
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float()
     image = nn.functional.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True).round()
-    labels = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float()
+    labels = torch.from_numpy(np.array(mask))[None, None].float()
     labels = nn.functional.interpolate(labels, size, mode="nearest-exact")
     missing = [max(0, side - length) for length in size]
     image = nn.functional.pad(image, (0, missing[1], 0, missing[0]), value=127.0)

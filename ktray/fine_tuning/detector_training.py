@@ -116,7 +116,7 @@ def train(
 
 def as_image(pixels: NDArray[np.uint8] | Tensor, device: str) -> Tensor:
     """(3, h, w) float32 in [0, 1] on `device`."""
-    tensor = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.ascontiguousarray(pixels))
+    tensor = pixels if isinstance(pixels, Tensor) else torch.from_numpy(np.array(pixels))
     return tensor.to(device, non_blocking=True).permute(2, 0, 1).float().div_(255)
 
 
@@ -130,7 +130,7 @@ def _training_image(
     if images.proposals is not None:
         near = images.proposals[row]
         regions = near[overlaps(near, boxes).max(1, initial=0.0) >= BACKGROUND]
-    seen = torch.from_numpy(np.ascontiguousarray(pixels))
+    seen = torch.from_numpy(np.array(pixels))
     if mirrored:
         seen, boxes, regions = seen.flip(1), _mirrored(boxes, seen.shape[1]), _mirrored(regions, seen.shape[1])
     labels = torch.from_numpy(objects.classes[known] + 1)

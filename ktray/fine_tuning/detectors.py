@@ -304,7 +304,7 @@ def faster_rcnn(
     from torchvision.ops import MultiScaleRoIAlign
 
     mean, std = MEAN_AND_STD[normalize]
-    detector = FasterRCNN(
+    detector: Any = FasterRCNN(
         maps,
         min_size=list(min_sizes),
         max_size=max_size,
@@ -327,7 +327,8 @@ def faster_rcnn(
 def _predictor(width: int, classes: int) -> nn.Module:
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
-    return FastRCNNPredictor(width, classes + 1)
+    found: nn.Module = FastRCNNPredictor(width, classes + 1)
+    return found
 
 
 def first_layers(maps: LayerMaps, count: int) -> list[nn.Module]:

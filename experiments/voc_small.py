@@ -1,0 +1,111 @@
+"""Do the paper's judges rank small backbones as one expects? Classification and detection on a generated VOC set.
+
+Question: backbones learned on Fashion-MNIST without labels (HOG clusters, rotation, clusters of rotation, SimCLR), a random one
+and one trained on all labels: mAP in classification (fine-tuned, and a linear SVM on frozen features) and in detection, on
+scenes composed of Fashion-MNIST objects in VOC's layout.
+Command:  ktray data make-voc voc_small --from fashion_mnist_mini --images 2000 --size 96
+          python -m experiments.voc_small          selective search of all images, once, to voc_small/proposals.npz
+          ktray run experiments/voc_small.py --concurrent 24, on GPUs
+Cost:     not measured: 3 x 6 backbones; selective search of the 2,000 images takes 80 seconds of one core.
+Result:   none yet; it has not been run.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ktray.fine_tuning.proposals import selective_search
+from ktray.spec import PairSpec
+
+SEEDS = (0, 1, 2)
+OBJECTS: dict[str, Any] = {"kind": "fashion_mnist_mini"}
+VOC: dict[str, Any] = {"kind": "voc", "path": "voc_small", "size": 64, "split": {"val": 0}}
+ALEXNET: dict[str, Any] = {"kind": "alexnet"}
+SCHEDULE: dict[str, Any] = {"epochs": 30, "lr": 0.1, "warmup": 1, "decay": 0.3, "batch_size": 256, "precision": "bfloat16"}
+CLUSTERS: dict[str, Any] = {"kind": "clusters", "k": 100, "pca": 128}
+PROPOSALS = "voc_small/proposals.npz"
+NONE: dict[str, Any] = {"kind": "none"}
+
+
+def trained(pretext: str, layer: str | None, seed: int) -> dict[str, Any]:
+    """An AlexNet trained on a pretext task."""
+    return {"pretext": pretext, "backbone": ALEXNET, "layer": layer, "pool": {"grid": 2}, "schedule": SCHEDULE, "seed": seed}
+
+
+def methods(seed: int) -> dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]:
+    """Name of a backbone -> its teacher and transfer."""
+    return {
+        "random": (None, NONE),
+        "hog clusters": ({"descriptor": {"kind": "hog", "cell": 7}}, {**CLUSTERS, "seed": seed}),
+        "rotation": (trained("rotation", "conv5", seed), NONE),
+        "rotation clusters": (trained("rotation", "conv4", seed), {**CLUSTERS, "seed": seed}),
+        "simclr": (trained("simclr", "conv5", seed), NONE),
+        "supervised": (None, {"kind": "labels"}),
+    }
+
+
+def evals(of: str) -> list[dict[str, Any]]:
+    """Fine-tuned classification, a linear SVM on frozen features, and detection; all judged on test."""
+    common = {"of": of, "split": "test", "layer": "conv5"}
+    tuned = {
+        **{
+            "steps": 250,
+            "halve_every": 100,
+            "test_crops": "fixed",
+            "batch_size": 32,
+            "lr": 0.01,
+            "crop": 64,
+            "areas": (0.5, 1.0),
+        },
+        **{"hidden": (512,), "train_batch_norm": True},
+    }
+    detector = {
+        **{"proposals": PROPOSALS, "min_sizes": (96,), "max_size": 144, "steps": 600, "batch_size": 4, "lr": 0.01},
+        **{"freeze_layers": 0, "train_batch_norm": True, "width": 256, "per_image": 32},
+    }
+    return [
+        {"kind": "voc07_cls_finetune", **common, **tuned},
+        {"kind": "voc07_cls", **common, "pool": {"grid": 2}},
+        {"kind": "voc_det", **common, **detector},
+    ]
+
+
+def pairs() -> dict[str, PairSpec]:
+    """``backbone | seed`` -> pair; the seed is that of every training."""
+    found = {}
+    for seed in SEEDS:
+        for name, (teacher, transfer) in methods(seed).items():
+            of = "teacher" if teacher is not None and transfer == NONE else "student"
+            judged = [{**each, **({"seed": seed} if each["kind"] != "voc07_cls" else {})} for each in evals(of)]
+            spec = {
+                "data": {**dict.fromkeys(("pretext", "cluster", "transfer"), OBJECTS), "target": VOC},
+                "teacher": teacher,
+                "transfer": transfer,
+                "student": {"backbone": ALEXNET, "schedule": SCHEDULE, "augment": {"crop": 3, "flip": True}, "seed": seed},
+                "evals": judged,
+            }
+            found[f"{name} | {seed}"] = PairSpec.model_validate(spec)
+    return found
+
+
+def search(path: Path) -> NDArray[np.float64]:
+    """The regions of one image that selective search proposes."""
+    return selective_search(np.asarray(Image.open(path).convert("RGB")), most=2000)
+
+
+def write_proposals(folder: Path) -> None:
+    """Write `proposals.npz` into the folder of a generated set."""
+    paths = sorted((folder / "VOCdevkit" / "VOC2007" / "JPEGImages").glob("*.jpg"))
+    with ProcessPoolExecutor() as workers:
+        found = workers.map(search, paths, chunksize=50)
+        np.savez_compressed(folder / "proposals.npz", **{path.stem: boxes for path, boxes in zip(paths, found, strict=True)})
+
+
+if __name__ == "__main__":
+    write_proposals(Path(PROPOSALS).parent)
