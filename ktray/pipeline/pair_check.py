@@ -175,7 +175,7 @@ def _check_labels(pair: PairSpec, transfer: Splits, target: Splits) -> None:
             raise UserError(
                 f"the evaluation {spec.kind!r} needs labels, and the target data has none",
                 where=where,
-                instead="Its images show several classes each: judge them with voc07_cls_finetune."
+                instead="Its images show several classes each: judge them with voc07_cls."
                 if target.train.presence is not None
                 else "Use effective_rank, which needs none, or name the labels: parquet:/p?label=COLUMN, imagefolder:/p.",
             )
