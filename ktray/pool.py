@@ -40,10 +40,6 @@ def _no_progress(values: Mapping[str, float]) -> None:
     """Discard progress."""
 
 
-def _no_remark(values: Mapping[str, Any]) -> None:
-    """Discard remarks."""
-
-
 @dataclass(frozen=True)
 class StageContext:
     """The resources that a stage runs with. None of them may change a result.
@@ -58,7 +54,6 @@ class StageContext:
         max_batch_size: most images that go through a network at once; None for a usual batch. Smaller batches change the last
             bit of features, and in training what batch norm sees. So only a stage that ran out of memory gets them, and its
             record says so. A training whose loss is not a mean over images (`Task.mean_over_images`) keeps whole batches.
-        remark: called with what the stage adds to its record, by name: how it was computed, where that is not in its spec.
     """
 
     pool: Pool = field(default_factory=LocalPool)
@@ -67,4 +62,3 @@ class StageContext:
     checkpoint_seconds: float = 20.0
     memmap_bytes: int = 20 << 30
     max_batch_size: int | None = None
-    remark: Callable[[Mapping[str, Any]], None] = _no_remark

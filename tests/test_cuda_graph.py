@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ktray import plugins
+from ktray import conditions, plugins
 from ktray.images import Images
 from ktray.ops.random_draws import Draws
 from ktray.spec import Augment, Schedule
@@ -50,7 +50,6 @@ def trained(
     max_batch_size: int | None = None,
     device: str = "cuda",
     on_epoch: loop.OnEpoch | None = None,
-    remark: Any = None,
     **schedule: Any,
 ) -> dict[str, Tensor]:
     """All weights, optimiser buffers and the metrics of a training; of 70 images the last batch has 22."""
@@ -68,7 +67,6 @@ def trained(
         device=device,
         max_batch_size=max_batch_size,
         on_epoch=on_epoch,
-        remark=remark,
     )
     files = (load_file(out / f"{name}.safetensors") for name in ("weights", "optimizer"))
     return {**next(files), **{f"buffer {name}": value for name, value in next(files).items()}} | {
@@ -261,8 +259,10 @@ def test_a_graphed_training_that_is_killed_resumes_to_the_same_weights(kind: str
 def test_a_network_that_cannot_be_captured_is_trained_eagerly(tmp_path: Path, graphs: list[Any]) -> None:
     calls: Iterator[int] = iter(range(1000))
     task = labels_task(loss=lambda outputs, targets: (next(calls), classification.cross_entropy(outputs, targets))[1])
-    trained(tmp_path, replace(task, capturable=False), until=2)
+    with conditions.collecting() as noted:
+        trained(tmp_path, replace(task, capturable=False), until=2)
     assert next(calls) == 6, "each step ran Python"
+    assert noted["training"]["because"] == "the task cannot be captured"
     assert not graphs
 
 
@@ -307,13 +307,16 @@ def test_a_compiled_training_computes_the_same_up_to_rounding_and_a_resumed_one_
     losses = {}
     for compiled in (False, True):
         monkeypatch.setattr(compilation, "pays", lambda seconds, compiled=compiled: compiled)
-        found = trained(tmp_path / str(compiled), task, until=5, remark=said.append, on_epoch=keep, lr=0.001)
+        with conditions.collecting() as noted:
+            found = trained(tmp_path / str(compiled), task, until=5, on_epoch=keep, lr=0.001)
+        said.append(noted["training"])
         losses[compiled] = float(found["metric loss"])
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
-    assert [("compiled" in remark["steps"]) for remark in said] == [False, True]
+    assert said == [{"cuda_graph": True, "compiled": False}, {"cuda_graph": True, "compiled": True}]
     assert not snapshot.was_compiled(tmp_path / "checkpoint 0")
     assert snapshot.was_compiled(tmp_path / "checkpoint 1")
     assert not snapshot.was_compiled(tmp_path / "True"), "the next training of a chain decides for itself"
-    resumed = trained(tmp_path / "resumed", task, until=5, start=tmp_path / "checkpoint 1", remark=said.append, lr=0.001)
-    assert "compiled" in said[-1]["steps"]
+    with conditions.collecting() as noted:
+        resumed = trained(tmp_path / "resumed", task, until=5, start=tmp_path / "checkpoint 1", lr=0.001)
+    assert noted["training"]["compiled"]
     assert float(resumed["metric loss"]) == pytest.approx(losses[True], rel=1e-3)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -86,14 +85,13 @@ def _compute(
 ) -> tuple[Artifact, bool]:
     scratch = store.scratch(stage.key, attempt)
     start = _latest_snapshot(stage, store)
-    remarks: dict[str, Any] = {}
     began = time.perf_counter()
     with conditions.collecting() as noted:
-        metrics = WORK[stage.name](stage, inputs, scratch, replace(context, remark=remarks.update), start)
+        metrics = WORK[stage.name](stage, inputs, scratch, context, start)
     seconds = time.perf_counter() - began
     record = record_of(stage, metrics, seconds, inputs, context)
     record |= {"attempt": attempt, "started_from": start.name if start else None, "conditions": noted}
-    record |= {**stage.about, **remarks}
+    record |= stage.about
     saved = noted.get(KEPT_ROWS, {}).get("seconds", 0.0)
     record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start) + saved, 3)
     return store.publish(scratch, stage.key, record)

@@ -53,7 +53,6 @@ def run_training(
         device=context.device,
         max_batch_size=context.max_batch_size,
         on_epoch=_checkpointing(out, until, context),
-        remark=context.remark,
     )
     return {**metrics, "epoch": float(until), "parameters": float(sum(p.numel() for p in backbone.parameters()))}
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ktray import plugins, progress
+from ktray import conditions, plugins, progress
 from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.ops import precision
@@ -100,7 +100,6 @@ def fit(
     device: str = "cpu",
     max_batch_size: int | None = None,
     on_epoch: OnEpoch | None = None,
-    remark: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, float]:
     """Train to the end of epoch `until`, write the snapshot to `out`, and return the metrics of the last epoch.
 
@@ -118,7 +117,6 @@ def fit(
         max_batch_size: if given, at most this many images, and at most a quarter of a batch, go through the network at once
             (see `parts`).
         on_epoch: called with (epoch, its metrics, a function that writes the snapshot of this epoch to a directory).
-        remark: called with {"steps": how a GPU took the steps}, for the record.
 
     Raises:
         ValueError: the loss is not finite (the message names the epoch), fewer than two images, or `until` is out of range.
@@ -143,8 +141,8 @@ def fit(
         step.compile_early = start is not None and snapshot.was_compiled(start)
         _train_epochs(until, schedule, seed, history, step, on_epoch)
         snapshot.write(out, model, optimizer, history)
-    if remark and place.type == "cuda":
-        remark({"steps": step.description()})
+    if place.type == "cuda":
+        conditions.note("training", step.conditions())
     return {name: value for name, value in history[-1].items() if name != "epoch"} if history else {}
 
 
@@ -243,13 +241,11 @@ class _Step:
         """Sum over the images of this epoch of the loss and each metric."""
         return dict(zip(self.names, self.sums.tolist(), strict=True))
 
-    def description(self) -> str:
+    def conditions(self) -> dict[str, bool | str]:
         """How a GPU took the steps, for the record."""
-        if not self.capturable:
-            return f"kernel by kernel, because the {'network' if self.task.capturable else 'task'} cannot be captured"
-        if self.compiled:
-            return "CUDA graphs of compiled kernels, which equal the others up to rounding"
-        return "CUDA graphs, with the bits of steps kernel by kernel"
+        what = "the network" if self.task.capturable else "the task"
+        why: dict[str, bool | str] = {} if self.capturable else {"because": f"{what} cannot be captured"}
+        return {"cuda_graph": self.capturable, "compiled": self.compiled, **why}
 
     def set_rate(self, rate: float | Tensor) -> None:
         """Set the learning rate of the next step; a GPU keeps it in a tensor, which the optimiser's kernel reads."""

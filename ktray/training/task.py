@@ -32,7 +32,7 @@ class Task:
         head: feature width D of the backbone -> the module on top of it, which maps (M, D) to the input of `loss`.
         draw: (indices (B,) int64 of the images of a batch, a generator seeded from (seed, epoch, step)) -> all random draws of
             the batch, and what it reads from files, as named tensors on the CPU. Their names, shapes and types depend on B
-            alone. They are made ahead of the steps and uploaded, so a batch is the same on every device.
+            alone. They are made ahead of the steps, perhaps in several threads, and uploaded: the same for every device.
         batch: (images (B, H, W, 3) uint8, their indices (B,) int64, the tensors of `draw`; all on the training device) ->
             (inputs (M, 3, h, w) float32 as from `augmentation.to_float`, targets with B rows). It draws nothing itself.
         loss: (outputs of the head, targets) -> (scalar loss, metrics as scalars, such as {"top1": ...} in [0, 1]).
