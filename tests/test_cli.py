@@ -218,7 +218,8 @@ def test_every_kind_is_shown_with_its_fields_and_their_defaults(group, kind, hom
 def test_a_field_is_shown_with_its_type_default_and_description(home, capsys):
     main(["show", "kinds/knn"])
     lines = {line.split()[0]: " ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line}
-    assert lines["k"] == "k int 20 number of neighbours; all training images if there are fewer"
+    number = "number of neighbours, all training images if there are fewer; of several, top1 is of the first"
+    assert lines["k"] == f"k int | list of int 20 {number}"
     assert lines["of"] == "of student | teacher student"
     assert lines["layer"].startswith("layer text | null null layer to read")
     assert main(["show", "kinds/nearest"]) == 2

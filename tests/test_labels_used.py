@@ -140,7 +140,7 @@ def test_the_end_of_a_search_advises_the_test_split_only_where_the_data_have_one
     def said(again="", **changes):
         best, stages = {"keys": finished(store, **changes)}, {"computed": {}, "reused": {}}
         answer = {"stages": stages, "tracking_uri": "", "best": best, "seconds": 1.0}
-        return _footer(answer, outcome, "", again, options)
+        return _footer(answer, outcome, "", again, False, options)
 
     assert "ktray best toy --test" in said()
     without = said(data={"kind": "folder", "path": str(photos), "size": 28}, evals=[{"kind": "effective_rank"}])

@@ -96,12 +96,15 @@ def subset_per_class(labels: NDArray[np.int64], per_class: int | None, seed: int
 
 
 def held_out_rows(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
-    """(N,) whether a labelled image is held out: about the share of each class, at random; each class keeps an image."""
+    """(N,) whether a labelled image is held out: about the share of each class, at random, and one at least.
+
+    Each class keeps an image, so that of a class with a single one none is held out.
+    """
     order = np.random.default_rng(fingerprint.seed_of(seed, "held out", len(labels))).permutation(len(labels))
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        held[members[: min(round(share * len(members)), len(members) - 1)]] = True
+        held[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     return held
 
 
