@@ -75,3 +75,13 @@ def test_only_a_few_rows_are_decided_again(tmp_path: Path, device: str) -> None:
     shares = {name: check(write(tmp_path, rows), 40, 5, device, screener=name).decided_again for name in gpu_kmeans.SCREENERS}
     assert shares["float32"] <= shares["float16"] <= shares["bfloat16"]
     assert shares["float16"] < 0.05
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_killed_clustering_goes_on_with_the_same_bits(tmp_path: Path, device: str) -> None:
+    shards = write(tmp_path, tables()["plain"])
+    states: list[dict] = []
+    whole = check(shards, K, 20, device, keep=lambda _, fields: states.append(fields()))
+    assert len(states) > 1
+    for state in (states[0], states[-1]):
+        assert check(shards, K, 20, device, start=state).decided_again == whole.decided_again

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from ktray.clustering import kmeans, nearest_centroids, projection
 from ktray.clustering.grid import Codebook, Grid
 from ktray.pool import LocalPool
 from tests.pools import ShuffledPool
+from tests.source import ROOT
 
 
 def write(directory: Path, rows: NDArray, shard_rows: int = 100) -> list[Path]:
@@ -261,3 +265,57 @@ def test_on_iteration_is_called_after_every_assignment(tmp_path: Path) -> None:
     calls: list[tuple[int, float]] = []
     found = fit(write(tmp_path, mixture()), 5, iterations=4, on_iteration=lambda *call: calls.append(call))
     assert calls == list(enumerate(found.inertia))
+
+
+class Killed(Exception):
+    """Ends a clustering between two iterations."""
+
+
+@pytest.mark.parametrize(("killed_after", "repeated"), [(1, False), (4, False), (1, True)])
+def test_a_killed_clustering_goes_on_with_the_same_bits(tmp_path: Path, killed_after: int, repeated: bool) -> None:
+    rows = np.repeat(mixture(40), 30, axis=0) if repeated else mixture()  # repeated rows leave clusters empty
+    shards, whole = write(tmp_path / "shards", rows), []
+    reference = fit(shards, 30, iterations=9, on_iteration=lambda *call: whole.append(call))
+
+    def save(updates: int, write_to) -> None:
+        write_to(tmp_path / "state.npz")
+        if updates == killed_after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(shards, 30, iterations=9, save=save)
+    calls: list[tuple[int, float]] = []
+    for pool in (LocalPool(), ShuffledPool(3)):
+        calls.clear()
+        options = {"pool": pool, "start": tmp_path / "state.npz", "on_iteration": lambda *call: calls.append(call)}
+        resumed = fit(shards, 30, iterations=9, **options)
+        assert resumed.centroids.tobytes() == reference.centroids.tobytes()
+        assert (resumed.inertia, resumed.empty, resumed.converged) == (reference.inertia, reference.empty, reference.converged)
+        assert (resumed.sizes == reference.sizes).all()
+        assert resumed.decided_again == reference.decided_again
+        assert calls == whole[killed_after:]
+    other = write(tmp_path / "other", mixture(seed=4))
+    assert fit(other, 30, iterations=9, start=tmp_path / "state.npz").inertia == fit(other, 30, iterations=9).inertia
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from tests.child import peak_memory
+from ktray.clustering import kmeans, lower_bounds
+from ktray.pool import LocalPool
+import scipy.sparse, torch
+lower_bounds.product_type()
+before = peak_memory()
+kmeans.fit(sorted(Path(sys.argv[1]).glob("*.npy")), 300, seed=0, iterations=2, projection={}, pool=LocalPool())
+print(peak_memory() - before)
+"""
+
+
+def test_a_worker_needs_little_more_memory_than_its_rows(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(100_000, 512)).astype(np.float32)
+    write(tmp_path, rows, 4096)
+    arguments = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < rows.nbytes + (256 << 20)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,11 @@ SCREENERS = {  # name -> type of the inputs, whether their product may use TF32,
 }
 _SCALE = 2.0**14  # of rows and centroids for the product, so that hardly any value is subnormal in float16
 _ABSOLUTE = 2.0**-40  # covers the values that are subnormal nevertheless, in the units of rows
-_PIECES = 16  # of the rows, where not all of them fit into memory
-_SCORES = 1 << 26  # float64 scores at a time in the exact decision among all centroids
+_PIECES = 16  # of the rows, at least, where not all of them fit into memory
+_AT_ONCE = 3  # pieces: one that is computed with, one that is read, and one that is about to be freed
+_SCORES = 1 << 24  # float64 scores at a time in the exact decision among all centroids
+_VALUES = 1 << 22  # values at a time in other computations in float64 and int64
+_WORK_BYTES = 512 << 20  # of the budget, for what is computed from the rows
 _READERS = 4  # threads that read and round shards
 
 
@@ -88,6 +92,8 @@ class Found:
 
 
 Load = Callable[[Path], NDArray[np.float32]]
+OnIteration = Callable[[int, float], None]
+Keep = Callable[[int, Callable[[], dict[str, Any]]], None]
 Repairs = Callable[[NDArray[np.int64], list[tuple[int, int, Any]]], list[tuple[int, int, Any]]]
 
 
@@ -100,9 +106,11 @@ def iterate(
     load: Load,
     repairs: Repairs,
     device: str,
-    on_iteration: Callable[[int, float], None] | None = None,
+    on_iteration: OnIteration | None = None,
     screener: str = "float16",
     budget: int | None = None,
+    start: Mapping[str, Any] | None = None,
+    keep: Keep | None = None,
 ) -> Found:
     """Lloyd's iteration from the `initial` centroids (K, d).
 
@@ -111,9 +119,25 @@ def iterate(
         load: reads a shard as rows (n, d) on the grid.
         repairs: `kmeans.plan_repairs`.
         screener: of `SCREENERS`; it changes no result.
-        budget: bytes of device memory for rows; None for most of what is free.
+        budget: bytes of device memory; None for most of what is free.
+        start: fields of the `kmeans.IterationState` from which to go on.
+        keep: called after every update with the number of updates and a function that returns such fields.
     """
     engine = _Engine(shards, counts, of_rows, load, device, screener, budget)
+    return _iterate(engine, initial, iterations, of_rows, repairs, on_iteration, start, keep)
+
+
+def _iterate(
+    engine: _Engine,
+    initial: NDArray[np.int64],
+    iterations: int,
+    of_rows: Grid,
+    repairs: Repairs,
+    on_iteration: OnIteration | None,
+    start: Mapping[str, Any] | None,
+    keep: Keep | None,
+) -> Found:
+    device, total = engine.device, sum(engine.piece_counts)
     points = torch.from_numpy(initial).to(device)
     k = len(points)
     sums = torch.zeros(points.shape, dtype=torch.float64, device=device)
@@ -122,7 +146,12 @@ def iterate(
     squares: int | None = None
     inertia: list[float] = []
     empty: list[int] = []
-    updates, unclear, total = 0, 0, sum(counts)
+    updates, searched, unclear = 0, 0, 0
+    if start:
+        points = torch.from_numpy(start["points"]).to(device)
+        inertia, empty, searched, unclear = list(start["inertia"]), list(start["empty"]), start["searched"], start["unclear"]
+        updates = len(inertia)
+        engine.label(torch.from_numpy(start["previous"]).to(device), labels, sums, sizes)
     while True:
         candidates = engine.candidates(points)
         relabelled, added = 0, 0
@@ -132,7 +161,7 @@ def iterate(
             labels[index], unclear = new, unclear + again
             if squares is None:
                 added += _sum_of_squares(piece.rows, of_rows.bits)
-        squares = added if squares is None else squares
+        squares, searched = added if squares is None else squares, searched + total
         crossed = 2 * (sums * 2.0**of_rows.bits).to(torch.int64) - sizes.to(torch.int64)[:, None] * points
         high, low, is_empty = torch.stack([*_inner_products(points, crossed), (sizes == 0).to(torch.int64)]).cpu().numpy()
         inertia.append((squares - grid.total_of((high, low.view(np.uint64)))) / total * of_rows.square)
@@ -145,12 +174,24 @@ def iterate(
         filled_sums, filled_sizes = sums, sizes
         if empty[-1]:
             filled_sums, filled_sizes = engine.repaired(sums, sizes, candidates, labels, repairs)
-        means = torch.round(filled_sums * 2.0**of_rows.bits / filled_sizes.clamp(min=1)[:, None]).to(torch.int64)
-        points = torch.where((filled_sizes > 0)[:, None], means, points)
+        before, points = points, _means(filled_sums, filled_sizes, points, of_rows.bits)
         updates += 1
+        if keep:
+            said = {"inertia": tuple(inertia), "empty": tuple(empty), "searched": searched, "unclear": unclear}
+            keep(updates, partial(_state, points, before, said))
     whole_sizes = sizes.to(torch.int64).cpu().numpy()
-    again_share = unclear / (total * len(inertia))
+    again_share = unclear / searched
     return Found(points.cpu().numpy(), tuple(inertia), tuple(empty), whole_sizes, converged, again_share)
+
+
+def _means(sums: Tensor, sizes: Tensor, points: Tensor, bits: int) -> Tensor:
+    """The new centroids (K, d) on the grid; an empty cluster keeps its old one."""
+    means = torch.round(sums * 2.0**bits / sizes.clamp(min=1)[:, None]).to(torch.int64)
+    return torch.where((sizes > 0)[:, None], means, points)
+
+
+def _state(points: Tensor, previous: Tensor, said: dict[str, Any]) -> dict[str, Any]:
+    return {"points": points.cpu().numpy().copy(), "previous": previous.cpu().numpy().copy(), **said}
 
 
 class _Engine:
@@ -174,13 +215,14 @@ class _Engine:
         free = budget if budget is not None else int(_free_bytes(self.device) * 0.8)
         per_row = 4 * self.width + self.padded * self.dtype.itemsize + 16
         total = sum(counts)
-        pieces = 1 if total * per_row <= free else _PIECES
+        free = max(free - _WORK_BYTES, free // 2)
+        pieces = 1 if total * per_row <= free else max(_PIECES, -(-4 * total * per_row // free))
         ends = np.searchsorted(np.cumsum(counts), np.arange(1, pieces + 1) * total / pieces - 0.5) + 1
         bounds = np.unique(np.concatenate([[0], ends]))
         self._groups = [list(zip(shards[a:b], counts[a:b], strict=True)) for a, b in pairwise(bounds)]
         self.piece_counts = [sum(count for _, count in group) for group in self._groups]
         self._kept: dict[int, _Piece] = {}
-        self._room = free - per_row * (2 * max(self.piece_counts) if pieces > 1 else 0)
+        self._room = free - per_row * (_AT_ONCE * max(self.piece_counts) if pieces > 1 else 0)
         self._per_row = per_row
         self._ratio: float | None = None
 
@@ -207,6 +249,7 @@ class _Engine:
 
     def _read(self, index: int) -> _Piece:
         rows = torch.empty(self.piece_counts[index], self.width, device=self.device)
+        lengths = torch.empty(len(rows), device=self.device)
         inputs = torch.zeros(len(rows), self.padded, dtype=self.dtype, device=self.device)
         start = 0
         with ThreadPoolExecutor(_READERS) as readers:
@@ -215,11 +258,12 @@ class _Engine:
                 part = rows[start : start + count]
                 part.copy_(torch.from_numpy(waiting[place].result()))
                 inputs[start : start + count, : self.width] = part * _SCALE
+                lengths[start : start + count] = part.square().sum(dim=1)
                 waiting[place] = None  # type: ignore[call-overload]
                 if len(waiting) < len(self._groups[index]):
                     waiting.append(readers.submit(self.load, self._groups[index][len(waiting)][0]))
                 start += count
-        return _Piece(rows, inputs, (rows * rows).sum(dim=1))
+        return _Piece(rows, inputs, lengths)
 
     def candidates(self, points: Tensor) -> _Candidates:
         """The centroids for the product, and the limits of the error of their scores."""
@@ -267,6 +311,14 @@ class _Engine:
             part = several[start : start + step]
             labels[part] = _nearest_of_all(piece.rows[part], candidates, self.bits)
         return labels, len(unclear)
+
+    def label(self, points: Tensor, labels: list[Tensor], sums: Tensor, sizes: Tensor) -> None:
+        """Set the labels of all rows for these centroids, and add the rows to sums and sizes, which are zero."""
+        candidates = self.candidates(points)
+        for index, piece in self.pieces():
+            new, _ = self.assign(piece, candidates)
+            self.update(sums, sizes, piece, labels[index], new)
+            labels[index] = new
 
     def update(self, sums: Tensor, sizes: Tensor, piece: _Piece, old: Tensor, new: Tensor) -> int:
         """Move the rows that changed their label between sums and sizes, in place; returns their number."""
@@ -374,7 +426,7 @@ def _first_of_nearest(rows: Tensor, points: Tensor, row_of_pair: Tensor, numbers
 def _squared_distances(rows: Tensor, points: Tensor, row_of_pair: Tensor, numbers: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """As `grid.squared_distances`, with both words as int64."""
     high, low = (torch.empty(len(numbers), dtype=torch.int64, device=rows.device) for _ in range(2))
-    step = max(1, (1 << 24) // rows.shape[1])
+    step = max(1, _VALUES // rows.shape[1])
     for start in range(0, len(numbers), step):
         part = slice(start, start + step)
         differences = (rows[row_of_pair[part]].to(torch.float64) * 2.0**bits).to(torch.int64) - points[numbers[part]]
@@ -396,7 +448,7 @@ def _words(high: Tensor, low: Tensor) -> grid.Words:
 
 def _sum_of_squares(rows: Tensor, bits: int) -> int:
     """The sum of |x|^2 of rows in squared steps."""
-    total, step = 0, max(1, (1 << 26) // rows.shape[1])
+    total, step = 0, max(1, _VALUES // rows.shape[1])
     for start in range(0, len(rows), step):
         whole = (rows[start : start + step].to(torch.float64) * 2.0**bits).to(torch.int64)
         total += grid.total_of(_words(*_inner_products(whole, whole)))
@@ -406,7 +458,7 @@ def _sum_of_squares(rows: Tensor, bits: int) -> int:
 def _add_to_sums(sums: Tensor, sizes: Tensor, rows: Tensor, entries: Tensor, labels: Tensor, signs: Tensor) -> None:
     """As `gpu_kernels.add_to_sums`."""
     sizes.index_add_(0, labels, signs)
-    step = max(1, (1 << 24) // rows.shape[1])
+    step = max(1, _VALUES // rows.shape[1])
     for start in range(0, len(entries), step):
         part = slice(start, start + step)
         sums.index_add_(0, labels[part], rows[entries[part]].to(torch.float64) * signs[part, None])
@@ -421,7 +473,7 @@ def _farthest_distinct(
     """
     numbers = labels.long()
     near = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    step = max(1, (1 << 26) // rows.shape[1])
+    step = max(1, _VALUES // rows.shape[1])
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         near[part] = (rows[part] - candidates.wide[numbers[part]]).square().sum(dim=1)

@@ -23,6 +23,7 @@ IDENTITY, REVISION = "grid", 1
 REACH = 2.0**10  # rows of other data may lie this many times as far from the centre as the clustered rows
 _MOST_BITS, _FEWEST_BITS = 30, 16
 _TYPICAL_STEPS = 2.0**10  # with fewer steps from the centre to a usual row, rounding would change inertia by over 1e-6
+_SINGLE_EXPONENT = 64  # up to here nothing in float32 overflows or loses digits before it is rounded to the grid
 _PAIR_VALUES = 1 << 18  # differences computed at a time: 2 MB, which fits in the processor cache
 
 
@@ -80,17 +81,23 @@ class Grid:
             ValueError: a row is farther out than `REACH`.
         """
         found = np.empty(projected.shape, np.float32)
+        single = projected.dtype == np.float32 and abs(self.exponent) <= _SINGLE_EXPONENT
         for start in range(0, len(projected), blas.CHUNK_ROWS):
-            wide = projected[start : start + blas.CHUNK_ROWS].astype(np.float64)
-            wide -= self.centre
-            wide *= 2.0**-self.exponent
             piece = found[start : start + blas.CHUNK_ROWS]
-            piece[:] = wide.clip(-4 * REACH, 4 * REACH)  # so that float32 can represent it; it is refused below
-            piece *= np.float32(2.0**self.bits)
+            if single:  # one rounding to float32 gives what one to float64 and one to float32 give, as 53 >= 2 * 24 + 2
+                with np.errstate(over="ignore"):  # infinity is refused below
+                    np.subtract(projected[start : start + blas.CHUNK_ROWS], self.centre, out=piece)
+                    piece *= np.float32(2.0 ** (self.bits - self.exponent))
+            else:
+                wide = projected[start : start + blas.CHUNK_ROWS].astype(np.float64)
+                wide -= self.centre
+                wide *= 2.0**-self.exponent
+                piece[:] = wide.clip(-4 * REACH, 4 * REACH)  # so that float32 can represent it; it is refused below
+                piece *= np.float32(2.0**self.bits)
             np.rint(piece, out=piece)
             piece *= np.float32(2.0**-self.bits)
-            beyond = np.flatnonzero(np.abs(piece).max(axis=1, initial=0) > REACH)
-            if len(beyond):
+            if piece.size and max(piece.max(), -piece.min()) > REACH:
+                beyond = np.flatnonzero(np.abs(piece).max(axis=1) > REACH)
                 raise ValueError(
                     f"{name}: row {start + beyond[0]} is more than {REACH:.0f} times as far from the centre as any row that "
                     "was clustered. Features must be made as those of the clusters were."
@@ -172,6 +179,19 @@ def inner_products(left: NDArray[np.int64], right: NDArray[np.int64]) -> Words:
     low = np.einsum("nd,nd->n", left, right).view(np.uint64)
     near = np.einsum("nd,nd->n", left.astype(np.float64), right.astype(np.float64))
     return np.rint((near - low.astype(np.float64)) * 2.0**-64).astype(np.int64), low
+
+
+def sum_of_squares(rows: NDArray[np.floating], of_rows: Grid) -> int:
+    """The sum of |x|^2 of rows (n, d) from `Grid.rows`, in squared steps."""
+    total = 0
+    for start in range(0, len(rows), blas.CHUNK_ROWS):
+        wide = (rows[start : start + blas.CHUNK_ROWS].astype(np.float64) * 2.0**of_rows.bits).ravel()
+        whole = wide.astype(np.int64)
+        # As for one inner product, of all values of the piece: (1024 d)^2 2^(2 b - 53) is below 2^62, too.
+        low = np.einsum("i,i->", whole, whole).astype(np.int64).reshape(1).view(np.uint64)
+        near = np.einsum("i,i->", wide, wide).reshape(1)
+        total += total_of((np.rint((near - low.astype(np.float64)) * 2.0**-64).astype(np.int64), low))
+    return total
 
 
 def total_of(words: Words) -> int:

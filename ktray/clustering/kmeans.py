@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray import fingerprint, progress
-from ktray.clustering import grid, nearest_centroids, projection
+from ktray.checksums import intact
+from ktray.clustering import grid, lower_bounds, nearest_centroids, projection
 from ktray.clustering.grid import Codebook, Grid
 from ktray.clustering.projection import apply, centre_and_radius, finite_rows, row_counts, sample
-from ktray.ops import blas
 from ktray.pool import Pool
 
 IDENTITY, REVISION = "kmeans", 3
 TOOLS = (projection, grid, nearest_centroids)
 
 CACHE_BYTES = 8 << 30  # rows on the grid that a worker keeps between iterations; rows beyond that are projected every time
+_COARSE_BYTES = 128 << 20  # coefficients that a worker keeps beside them: rows rounded to bfloat16, or their coefficients
+_ADD_VALUES = 1 << 22  # values that are added to the sums at a time: 32 MB
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,48 @@ class _Centroids:
 
 
 @dataclass(frozen=True)
+class IterationState:
+    """All that the following iterations depend on, and what the result says of the ones before.
+
+    Attributes:
+        points, previous: (K, d) int64, the centroids to which rows are assigned next, and those before, whose labels tell which
+            rows change theirs.
+        inertia, empty: as in `Clusters`, up to `previous`.
+        searched, unclear: number of labels that were searched for, and how many of them the product could not decide.
+    """
+
+    points: NDArray[np.int64]
+    previous: NDArray[np.int64]
+    inertia: tuple[float, ...]
+    empty: tuple[int, ...]
+    searched: int
+    unclear: int
+
+    def write(self, path: Path, space_key: str) -> None:
+        """Write the state to an npz file, for the space with this key."""
+        np.savez(path, space_key=space_key, **vars(self))
+
+    @classmethod
+    def read(cls, path: Path, space_key: str) -> IterationState | None:
+        """The state in a file that `write` wrote; None if it belongs to another space."""
+        with np.load(intact(path), allow_pickle=False) as file:
+            if str(file["space_key"]) != space_key:
+                return None
+            return cls(
+                file["points"],
+                file["previous"],
+                tuple(file["inertia"].tolist()),
+                tuple(file["empty"].tolist()),
+                int(file["searched"]),
+                int(file["unclear"]),
+            )
+
+
+Save = Callable[[int, Callable[[Path], None]], None]
+"""(updates so far, function that writes a file of this path) -> None, called between two iterations."""
+
+
+@dataclass(frozen=True)
 class _SumChange:
     """How new centroids change the sums of the clusters, for the rows of some shards.
 
@@ -130,6 +174,8 @@ def fit(
     pool: Pool,
     device: str = "cpu",
     on_iteration: Callable[[int, float], None] | None = None,
+    start: Path | None = None,
+    save: Save | None = None,
 ) -> Clusters:
     """K clusters of all rows, by Lloyd's iteration from K random rows until no label changes.
 
@@ -146,6 +192,9 @@ def fit(
         projection: from `projection.fit`, or empty.
         device: torch device; CUDA does the iterations alone, otherwise the pool's workers do them. It changes no result.
         on_iteration: called with (updates so far, inertia) after every assignment.
+        start: file of an interrupted clustering with the same arguments, which is continued with the same result. One that
+            belongs to other rows is ignored.
+        save: called after every update with the number of updates and a function that writes such a file.
 
     Raises:
         ValueError: k > N, fewer than k distinct rows, a feature is not finite, all rows are equal, or no grid is fine enough
@@ -161,9 +210,15 @@ def fit(
         raise ValueError(f"k = {k} clusters need at least as many rows; the features have {total}")
     space = _ClusteringSpace.of(projection, Grid.around(*centre_and_radius(shards, projection, pool), total))
     seeds = space.grid.rows(sample(shards, counts, seed_rows(total, k, seed), projection, pool))
+    state = IterationState.read(start, space.key) if start else None
+
+    def keep(updates: int, reached: Callable[[], IterationState]) -> None:
+        if save:
+            save(updates, lambda path: reached().write(path, space.key))
+
     if device.startswith("cuda"):
-        return _fit_on(device, space, seeds, shards, counts, iterations, on_iteration)
-    clusters = _iterate(space.grid.whole(seeds), _groups(shards, pool), iterations, space, pool, on_iteration)
+        return _fit_on(device, space, seeds, shards, counts, iterations, on_iteration, state, keep)
+    clusters = _iterate(space.grid.whole(seeds), _groups(shards, pool), iterations, space, pool, on_iteration, state, keep)
     pool.map(_release_cache, range(pool.worker_count), space.key)
     return clusters
 
@@ -176,6 +231,8 @@ def _fit_on(
     counts: Sequence[int],
     iterations: int,
     on_iteration: Callable[[int, float], None] | None,
+    state: IterationState | None,
+    keep: Callable[[int, Callable[[], IterationState]], None],
 ) -> Clusters:
     from ktray.clustering import gpu_kmeans  # imports torch
 
@@ -183,8 +240,9 @@ def _fit_on(
         return space.grid.rows(apply(space.projection, finite_rows(shard)))
 
     found = gpu_kmeans.iterate(
-        space.grid.whole(seeds), shards, counts, iterations, space.grid, load, plan_repairs, device, on_iteration
-    )
+        space.grid.whole(seeds), shards, counts, iterations, space.grid, load, plan_repairs, device, on_iteration,
+        start=vars(state) if state else None, keep=lambda updates, fields: keep(updates, lambda: IterationState(**fields())),
+    )  # fmt: skip
     codebook = Codebook(space.grid, found.points)
     updates = len(found.inertia) - 1
     return Clusters(codebook, found.inertia, found.empty, found.sizes, updates, found.converged, found.decided_again)
@@ -197,12 +255,19 @@ def _iterate(
     space: _ClusteringSpace,
     pool: Pool,
     on_iteration: Callable[[int, float], None] | None,
+    state: IterationState | None,
+    keep: Callable[[int, Callable[[], IterationState]], None],
 ) -> Clusters:
     centroids, previous = _Centroids.of(initial, space), None
     sums, sizes = np.zeros(initial.shape), np.zeros(len(initial), np.int64)
     inertia: list[float] = []
     empty: list[int] = []
     searched, unclear = 0, 0
+    if state:
+        centroids, previous = _Centroids.of(state.points, space), _Centroids.of(state.previous, space)
+        inertia, empty, searched, unclear = list(state.inertia), list(state.empty), state.searched, state.unclear
+        for change in pool.map(_sum_change, groups, (space, previous, None)):  # the workers know labels again, too
+            sums, sizes = sums + change.sums, sizes + change.counts
     while True:
         changes = pool.map(_sum_change, groups, (space, centroids, previous))
         for change in changes:
@@ -218,6 +283,9 @@ def _iterate(
             return Clusters(centroids.codebook, tuple(inertia), tuple(empty), sizes, len(inertia) - 1, converged, again)
         repaired_sums, repaired_sizes = _repaired(sums, sizes, centroids, groups, space, pool) if empty[-1] else (sums, sizes)
         previous, centroids = centroids, _Centroids.of(_means(repaired_sums, repaired_sizes, centroids.codebook), space)
+        points = centroids.codebook.points, previous.codebook.points
+        reached = IterationState(*points, tuple(inertia), tuple(empty), searched, unclear)
+        keep(len(inertia), lambda reached=reached: reached)  # type: ignore[misc]
 
 
 def seed_rows(count: int, k: int, seed: int) -> NDArray[np.int64]:
@@ -300,17 +368,20 @@ def _sum_change(group: list[Path], shared: tuple[_ClusteringSpace, _Centroids, _
         shared: the space, the centroids, and the previous centroids; in the first iteration None, and every row is added.
     """
     space, centroids, previous = shared
-    labels_of, previous_labels_of = _Labelling(centroids), _Labelling(previous) if previous else None
+    cache = _cache_of(space)
+    labels_of, previous_labels_of = _Labelling(centroids, cache), _Labelling(previous, cache) if previous else None
     points = centroids.codebook.points
     sums, counts = np.zeros(points.shape), np.zeros(len(points), np.int64)
+    additions = _Additions(sums, counts)
     squares, relabelled = 0, 0
     for shard in group:
-        rows, square = _rows(shard, space)
+        rows, square = _rows(shard, space, cache)
         old = previous_labels_of(shard, rows) if previous_labels_of else None
         labels = labels_of(shard, rows)
-        relabelled += _add(sums, counts, rows, labels, old)
+        relabelled += additions.add(rows, labels, old)
         progress.advance("shards")
         squares += square
+    additions.flush()
     return _SumChange(sums, counts, squares, relabelled, labels_of.searched, labels_of.unclear)
 
 
@@ -322,10 +393,11 @@ def _farthest_rows(
     Rows that coincide with their centroid, and the only row of a cluster, are left out.
     """
     space, centroids, sizes, count = shared
-    labels_of = _Labelling(centroids)
+    cache = _cache_of(space)
+    labels_of = _Labelling(centroids, cache)
     found: list[tuple[int, int, NDArray[np.float32]]] = []
     for shard in group:
-        rows, _ = _rows(shard, space)
+        rows, _ = _rows(shard, space, cache)
         labels = labels_of(shard, rows)
         high, low = grid.squared_distances(rows, centroids.codebook, np.arange(len(rows)), labels)
         alone = sizes[labels] == 1
@@ -341,40 +413,99 @@ def _farthest_rows(
     return found
 
 
-def _add(
-    sums: NDArray[np.float64],
-    counts: NDArray[np.int64],
-    rows: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    old: NDArray[np.int64] | None,
-) -> int:
-    """Add relabelled rows to their new clusters and subtract them from the old ones, in place; returns their number."""
-    from scipy.sparse import csc_matrix
+class _Additions:
+    """Rows that are added to the sums of their new clusters and subtracted from those of the old ones, in place.
 
-    k = len(counts)
-    np.add(counts, np.bincount(labels, minlength=k), out=counts)
-    if old is None:
-        for start in range(0, len(rows), blas.CHUNK_ROWS):
-            wide = rows[start : start + blas.CHUNK_ROWS].astype(np.float64)
-            n = len(wide)
-            signs = csc_matrix((np.ones(n), labels[start : start + n], np.arange(n + 1)), shape=(k, n))
-            np.add(sums, signs @ wide, out=sums)
-        return len(rows)
-    np.subtract(counts, np.bincount(old, minlength=k), out=counts)
-    relabelled = np.flatnonzero(labels != old)
-    n = len(relabelled)
-    if n:
-        clusters = np.stack([labels[relabelled], old[relabelled]], axis=1).ravel()
-        signs = csc_matrix((np.tile([1.0, -1.0], n), clusters, np.arange(0, 2 * n + 1, 2)), shape=(k, n))
-        np.add(sums, signs @ rows[relabelled].astype(np.float64), out=sums)
-    return n
+    Many rows of several shards are added at a time, since each product touches all sums.
+    """
+
+    def __init__(self, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
+        self.sums, self.counts = sums, counts
+        self._rows: list[NDArray[np.float32]] = []
+        self._entries: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # clusters and signs, (n, 1) or (n, 2)
+        self._values = 0
+
+    def add(self, rows: NDArray[np.float32], labels: NDArray[np.int64], old: NDArray[np.int64] | None) -> int:
+        """Add rows (n, d) with new and old labels; without old ones all are added. Returns how many changed theirs."""
+        k = len(self.counts)
+        np.add(self.counts, np.bincount(labels, minlength=k), out=self.counts)
+        if old is not None:
+            np.subtract(self.counts, np.bincount(old, minlength=k), out=self.counts)
+        relabelled = np.arange(len(rows)) if old is None else np.flatnonzero(labels != old)
+        step = max(1, _ADD_VALUES // rows.shape[1])
+        for start in range(0, len(relabelled), step):
+            part = relabelled[start : start + step]
+            self._rows.append(rows[part])
+            clusters = labels[part][:, None] if old is None else np.stack([labels[part], old[part]], axis=1)
+            self._entries.append((clusters, np.tile([1.0, -1.0][: clusters.shape[1]], (len(part), 1))))
+            self._values += self._rows[-1].size
+            if self._values >= _ADD_VALUES:
+                self.flush()
+        return len(relabelled)
+
+    def flush(self) -> None:
+        """Add what waits."""
+        from scipy.sparse import csc_matrix
+
+        if not self._values:
+            return
+        wide = np.concatenate(self._rows, dtype=np.float64)
+        ends = np.concatenate([[0], *(np.full(len(each), each.shape[1]) for each, _ in self._entries)]).cumsum()
+        clusters, signs = (np.concatenate([each[place].ravel() for each in self._entries]) for place in (0, 1))
+        self.sums += csc_matrix((signs, clusters, ends), shape=(len(self.counts), len(wide))) @ wide
+        self._rows, self._entries, self._values = [], [], 0
 
 
 _ShardKey = tuple[str, int, int]
-_cached_rows: dict[_ShardKey, tuple[NDArray[np.float32], int]] = {}
-_cached_labels: dict[_ShardKey, tuple[bytes, NDArray[np.int32]]] = {}
-_cached_space = ""
+
+
+@dataclass
+class _Cache:
+    """What a worker keeps of one space.
+
+    Attributes:
+        space_key: of the space.
+        rows: shard -> its rows on the grid, and their sum of |x|^2 in squared steps.
+        labels: shard -> digest of the centroids, and the labels under them.
+        coarse: shard -> what the search for the nearest centroid takes instead of the rows.
+        basis: of the first rows that were searched for.
+        uses_basis: False once the leading directions turned out to exclude too few centroids.
+    """
+
+    space_key: str
+    rows: dict[_ShardKey, tuple[NDArray[np.float32], int]] = field(default_factory=dict)
+    labels: dict[_ShardKey, tuple[bytes, NDArray[np.int32]]] = field(default_factory=dict)
+    coarse: dict[_ShardKey, lower_bounds.CoarseRows] = field(default_factory=dict)
+    basis: lower_bounds.Basis | None = None
+    uses_basis: bool = True
+
+    def screened(self, key: _ShardKey, rows: NDArray[np.float32], k: int) -> lower_bounds.CoarseRows | None:
+        """What a search among k centroids takes instead of these rows of a shard; None where it needs the rows themselves."""
+        self.uses_basis = self.uses_basis and lower_bounds.basis_may_pay(rows.shape[1], k)
+        if not self.uses_basis and not lower_bounds.has_bfloat16():
+            return None
+        if self.uses_basis and self.basis is None:
+            self.basis = lower_bounds.Basis.of(rows)
+        basis = self.basis if self.uses_basis else None
+        found = self.coarse.get(key)
+        if found is None or found.basis is not basis:
+            kept = sum(each.bytes for each in self.coarse.values())
+            found = lower_bounds.coarse(rows, basis, _COARSE_BYTES - kept)
+            self.coarse[key] = found
+        return found
+
+
+_cache = _Cache("")
 _lock = threading.Lock()
+
+
+def _cache_of(space: _ClusteringSpace) -> _Cache:
+    """The cache of a space; it replaces that of another one."""
+    global _cache
+    with _lock:
+        if _cache.space_key != space.key:
+            _cache = _Cache(space.key)
+        return _cache
 
 
 def _shard_key(shard: Path) -> _ShardKey:
@@ -382,58 +513,55 @@ def _shard_key(shard: Path) -> _ShardKey:
     return str(shard), stat.st_mtime_ns, stat.st_size
 
 
-def _rows(shard: Path, space: _ClusteringSpace) -> tuple[NDArray[np.float32], int]:
-    """The rows of a shard on the grid, and their sum of |x|^2 in squared steps; cached for one space at a time."""
-    global _cached_space
+def _rows(shard: Path, space: _ClusteringSpace, cache: _Cache) -> tuple[NDArray[np.float32], int]:
+    """The rows of a shard on the grid, and their sum of |x|^2 in squared steps."""
     key = _shard_key(shard)
-    with _lock:
-        if _cached_space != space.key:
-            _cached_rows.clear()
-            _cached_labels.clear()
-            _cached_space = space.key
-        if key in _cached_rows:
-            return _cached_rows[key]
-    rows = space.grid.rows(apply(space.projection, finite_rows(shard)))
-    square = _sum_of_squares(rows, space.grid)
-    with _lock:
-        used = sum(cached.nbytes for cached, _ in _cached_rows.values())
-        if _cached_space == space.key and used + rows.nbytes <= CACHE_BYTES:
-            _cached_rows[key] = rows, square
-    return rows, square
-
-
-def _sum_of_squares(rows: NDArray[np.float32], of_rows: Grid) -> int:
-    """The sum of |x|^2 of rows (n, d) in squared steps."""
-    total = 0
-    for start in range(0, len(rows), blas.CHUNK_ROWS):
-        piece = of_rows.whole(rows[start : start + blas.CHUNK_ROWS])
-        total += grid.total_of(grid.inner_products(piece, piece))
-    return total
+    found = cache.rows.get(key)
+    if found is None:
+        rows = space.grid.rows(apply(space.projection, finite_rows(shard)))
+        found = rows, grid.sum_of_squares(rows, space.grid)
+        with _lock:
+            used = sum(cached.nbytes for cached, _ in cache.rows.values())
+            if used + rows.nbytes <= CACHE_BYTES:
+                cache.rows[key] = found
+    return found
 
 
 class _Labelling:
     """Labels of shards under some centroids, from the cache if its latest entry was made with the same centroids."""
 
-    def __init__(self, centroids: _Centroids) -> None:
-        self.centroids, self.searched, self.unclear = centroids, 0, 0
-        self._search: nearest_centroids.Search | None = None
+    def __init__(self, centroids: _Centroids, cache: _Cache) -> None:
+        self.centroids, self.cache, self.searched, self.unclear = centroids, cache, 0, 0
+        self._exhaustive: nearest_centroids.Search | None = None
+        self._bounded: lower_bounds.Search | None = None
 
     def __call__(self, shard: Path, rows: NDArray[np.float32]) -> NDArray[np.int64]:
         key = _shard_key(shard)
-        digest, cached = _cached_labels.get(key, (b"", None))
+        digest, cached = self.cache.labels.get(key, (b"", None))
         if cached is not None and digest == self.centroids.digest:
             return cached.astype(np.int64)
-        self._search = self._search or nearest_centroids.search_among(self.centroids.codebook)
-        numbers, unclear = self._search(rows)
-        labels: NDArray[np.int64] = numbers[:, 0]
+        labels, unclear = self._search(key, rows)
         self.searched, self.unclear = self.searched + len(rows), self.unclear + unclear
-        _cached_labels[key] = self.centroids.digest, labels.astype(np.int32)
+        self.cache.labels[key] = self.centroids.digest, labels.astype(np.int32)
         return labels
+
+    def _search(self, key: _ShardKey, rows: NDArray[np.float32]) -> tuple[NDArray[np.int64], int]:
+        codebook = self.centroids.codebook
+        screened = self.cache.screened(key, rows, len(codebook.points))
+        if screened is None:
+            self._exhaustive = self._exhaustive or nearest_centroids.search_among(codebook)
+            numbers, unclear = self._exhaustive(rows)
+            return numbers[:, 0], unclear
+        if self._bounded is None or self._bounded.basis is not screened.basis:
+            self._bounded = lower_bounds.Search(codebook, screened.basis)
+        found = self._bounded(rows, screened)
+        self.cache.uses_basis = self.cache.uses_basis and self._bounded.basis_pays()
+        return found
 
 
 def _release_cache(_: int, space_key: str) -> None:
     """Free the worker's cache; a worker that misses this call frees it when the next space arrives."""
+    global _cache
     with _lock:
-        if _cached_space == space_key:
-            _cached_rows.clear()
-            _cached_labels.clear()
+        if _cache.space_key == space_key:
+            _cache = _Cache("")

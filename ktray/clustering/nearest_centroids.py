@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray.clustering import grid
+from ktray.clustering import grid, lower_bounds
 from ktray.clustering.grid import Codebook
 from ktray.ops import blas
 
@@ -39,6 +39,7 @@ def search_among(codebook: Codebook) -> Search:
     subtracted from the norms in advance, which saves a pass over all scores: scores are lower bounds, and distant centroids
     do not widen the bounds of the others.
     """
+    bounded = lower_bounds.Search(codebook, None) if lower_bounds.has_bfloat16() else None
     points = codebook.centroid_rows
     minus_twice = np.ascontiguousarray((-2 * points).T.astype(np.float32))
     squares = blas.squared_lengths(points)
@@ -48,6 +49,9 @@ def search_among(codebook: Codebook) -> Search:
     score_block = np.empty((blas.CHUNK_ROWS, len(points)), np.float32)
 
     def search(rows: NDArray[np.floating], m: int = 1) -> tuple[NDArray[np.int64], int]:
+        if bounded and m == 1 and rows.dtype == np.float32:
+            labels, decided_again = bounded(rows, lower_bounds.coarse(rows, None))
+            return labels[:, None], decided_again
         numbers, decided_again = np.empty((len(rows), m), np.int64), 0
         with blas.one_thread():
             for start in range(0, len(rows), blas.CHUNK_ROWS):

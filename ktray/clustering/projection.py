@@ -78,7 +78,7 @@ def apply(projection: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> NDArray
     An empty `projection` only converts the type.
     """
     if not projection:
-        return rows.astype(np.float32)
+        return rows.astype(np.float32, copy=False)
     if "components" not in projection:
         normalise = bool(projection["l2"]) or bool(projection["l2_after"])
         return _unit(rows.astype(np.float32)) if normalise else rows.astype(np.float32)
@@ -92,6 +92,12 @@ def apply(projection: Mapping[str, NDArray[Any]], rows: NDArray[Any]) -> NDArray
     return projected
 
 
+def load(path: Path) -> dict[str, NDArray[Any]]:
+    """The projection in an npz file."""
+    with np.load(intact(path), allow_pickle=False) as file:
+        return dict(file)
+
+
 def finite_rows(path: Path) -> NDArray[np.float32]:
     """The (n, D) features of a shard as float32.
 
@@ -99,8 +105,9 @@ def finite_rows(path: Path) -> NDArray[np.float32]:
         ValueError: a feature is not finite; the message names the shard and the first such row.
     """
     rows: NDArray[np.float32] = np.load(intact(path), allow_pickle=False).astype(np.float32, copy=False)
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if len(bad):
+    finite = np.isfinite(rows)
+    if not finite.all():
+        bad = np.flatnonzero(~finite.all(axis=1))
         raise ValueError(f"{path.name}: {counted(len(bad), 'row is', 'rows are')} not finite, the first is row {bad[0]}")
     return rows
 

@@ -21,6 +21,8 @@ from ktray.stages import FAMILY_WORK, WORK
 from ktray.stores import Store
 from ktray.training import snapshot
 
+_COUNTED_IN_STEPS = ("clusters", "evaluation")  # their checkpoints are those of `checkpoints.saving`, not of a training
+
 
 def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
     """The artifact of `stage`, and whether this call published it. Those in its `computed_with` are published, too.
@@ -129,7 +131,7 @@ def _find_input(store: Store, key: str) -> Artifact:
 
 def _latest_snapshot(stage: Stage, store: Store) -> Path | None:
     """The latest snapshot to resume from: a checkpoint of a dead attempt at this key, or an earlier epoch's artifact."""
-    if stage.name == "evaluation":
+    if stage.name in _COUNTED_IN_STEPS:
         found = [_first_readable(store.checkpoints(stage.key), store, checkpoints.step_of)]
     else:
         artifacts = (artifact.directory for artifact in map(store.find, stage.resume_from) if artifact)
@@ -155,7 +157,7 @@ def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | Non
     """The seconds that this stage would have taken without the snapshot that it resumed from."""
     if start is None:
         return seconds
-    if stage.name == "evaluation":
+    if stage.name in _COUNTED_IN_STEPS:
         return seconds + checkpoints.seconds_of(start)
     earlier = store.find(start.name)
     if earlier:

@@ -1,0 +1,172 @@
+"""Are the clusters of 200,000 real features the same bits, whatever computes them?
+
+    python -m experiments.same_clusters /tmp/features --images DIR          features of Fashion-MNIST, then all configurations
+    python -m experiments.same_clusters /tmp/features --only cpu --jobs 4   on CPUs alone, four configurations at a time
+
+The features (200,000 x 512) are those of a ResNet-18 with random weights, of the images of Fashion-MNIST, mirrored and shifted.
+They are computed once and kept, for networks give other last bits on other devices. k = 1000, 20 iterations. Configurations: 1,
+2, 3 and 7 worker processes; the kernels of four processors in OpenBLAS; products in float32 and bfloat16, of rows and of their
+leading directions; on a GPU float32, TF32, float16 and bfloat16, and rows that are read again in each iteration. One JSON line
+each, with the sha256 of labels and centroids; the last line says whether all are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ktray.clustering import gpu_kmeans, kmeans, lower_bounds, pseudo_labelling
+
+ROWS, SHARD_ROWS = 200_000, 8192
+KERNELS = ("Haswell", "Zen", "SkylakeX", "Sandybridge")
+
+
+def configurations(device: str) -> list[dict[str, Any]]:
+    """What may not matter: `workers`, `kernels`, and for the product its `type` and whether it takes `directions`."""
+    found: list[dict[str, Any]] = []
+    if device in ("cpu", "all"):
+        found += [{"workers": number} for number in (1, 2, 3, 7)]
+        found += [{"kernels": name, "type": "float32", "directions": False} for name in KERNELS]
+        found += [{"type": name, "directions": True} for name in ("float32", "bfloat16")]
+        found += [{"type": "bfloat16", "directions": False}]
+    if device in ("cuda", "all") and torch.cuda.is_available():
+        found += [{"device": "cuda", "screener": name} for name in gpu_kmeans.SCREENERS]
+        found += [{"device": "cuda", "screener": "float16", "budget": 900 << 20}]
+    return found
+
+
+class Processes:
+    """A pool of processes, each of which gets the same items in every call."""
+
+    def __init__(self, count: int, begin: Callable[[], None]) -> None:
+        self.worker_count = count
+        self._processes = [ProcessPoolExecutor(1, initializer=begin) for _ in range(count)]
+
+    def map(self, function: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any = None) -> list[Any]:
+        size = -(-len(items) // self.worker_count)
+        waiting = [self._processes[place // size].submit(function, item, shared) for place, item in enumerate(items)]
+        return [each.result() for each in waiting]
+
+
+def choose_product(name: str | None, directions: bool | None) -> None:
+    """Set what this process multiplies; None leaves the choice to ktray."""
+    torch.set_num_threads(1)
+    if name:
+        dtype = getattr(torch, name)
+        lower_bounds.product_type = lambda: dtype  # type: ignore[assignment]
+    if directions is not None:
+        lower_bounds.basis_may_pay = lambda width, k: directions  # type: ignore[assignment]
+        lower_bounds.Search.basis_pays = lambda self: directions  # type: ignore[method-assign]
+
+
+def run(folder: Path, configuration: dict[str, Any], k: int, iterations: int) -> dict[str, Any]:
+    """The digests of labels and centroids of one configuration, in this process."""
+    given = dict(configuration)
+    begin = partial(choose_product, given.get("type"), given.get("directions"))
+    begin()
+    device = given.get("device", "cpu")
+    if device == "cuda":
+        gpu_kmeans.iterate = partial(  # type: ignore[assignment]
+            gpu_kmeans.iterate, screener=given["screener"], budget=given.get("budget")
+        )
+    pool = Processes(given.get("workers", 1), begin)
+    shards = sorted(folder.glob("features-*.npy"))
+    began = time.perf_counter()
+    found = kmeans.fit(shards, k, seed=0, iterations=iterations, projection={}, pool=pool, device=device)
+    seconds = time.perf_counter() - began
+    labels = pseudo_labelling.assign(shards, found.codebook, {}, pool)
+    return {
+        **configuration,
+        "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "centroids": hashlib.sha256(found.codebook.points.tobytes()).hexdigest(),
+        "inertia": found.inertia[-1],
+        "decided_again": found.decided_again,
+        "seconds": round(seconds, 2),
+    }
+
+
+def run_apart(folder: Path, configuration: dict[str, Any], k: int, iterations: int) -> dict[str, Any]:
+    """As `run`, in a process of its own, whose OpenBLAS uses the kernels that are asked for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if "kernels" in configuration:
+        environment["OPENBLAS_CORETYPE"] = configuration["kernels"]
+    arguments = [str(folder), "--k", str(k), "--iterations", str(iterations), "--one", json.dumps(configuration)]
+    command = [sys.executable, "-m", "experiments.same_clusters", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return {**configuration, "failed": done.stderr.strip().splitlines()[-1]}
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def write_features(folder: Path, images: Path, network: str = "resnet18", count: int = ROWS) -> None:
+    """Features of a network with random weights, whose batch norm has seen the first 512 images; as shards of float32."""
+    from torchvision import models
+
+    from ktray.datasets import fashion_mnist
+
+    folder.mkdir(parents=True, exist_ok=True)
+    train = fashion_mnist.load(fashion_mnist.Spec(path=str(images))).train
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    model = getattr(models, network)(weights=None)
+    model.fc = torch.nn.Identity()
+    model.to(device)
+    pixels = torch.from_numpy(np.stack([train.read(place) for place in range(len(train.names))]))
+    shifts = [(vertical, horizontal) for vertical in (-2, 2) for horizontal in (-2, 2)]
+    with torch.inference_mode():
+        for start in range(0, count, SHARD_ROWS):
+            numbers = torch.arange(start, min(start + SHARD_ROWS, count))
+            batch = pixels[numbers % len(pixels)].to(device).permute(0, 3, 1, 2).float() / 128 - 1
+            view = int(numbers[0]) // len(pixels)
+            batch = batch.flip(3) if view % 2 else batch
+            batch = torch.roll(batch, shifts[view % 4], (2, 3)) if view else batch
+            model.train(start == 0)
+            if start == 0:
+                model(batch[:512])
+                model.eval()
+            parts = [model(part).float().cpu().numpy() for part in batch.split(512)]
+            np.save(folder / f"features-{start // SHARD_ROWS:05d}.npy", np.concatenate(parts))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the features; made if there are none")
+    parser.add_argument("--images", type=Path, help="folder of Fashion-MNIST")
+    parser.add_argument("--only", choices=["cpu", "cuda", "all"], default="all")
+    parser.add_argument("--jobs", type=int, default=1, help="configurations at a time")
+    parser.add_argument("--k", type=int, default=1000)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one is not None:
+        print(json.dumps(run(arguments.folder, arguments.one, arguments.k, arguments.iterations)))
+        return 0
+    if not list(arguments.folder.glob("features-*.npy")):
+        write_features(arguments.folder, arguments.images)
+    results = []
+    with ThreadPoolExecutor(arguments.jobs) as jobs:
+        chosen = configurations(arguments.only)
+        for found in jobs.map(lambda each: run_apart(arguments.folder, each, arguments.k, arguments.iterations), chosen):
+            print(json.dumps(found), flush=True)
+            results.append(found)
+    digests = {(each.get("labels"), each.get("centroids")) for each in results}
+    print(json.dumps({"configurations": len(results), "all_equal": len(digests) == 1 and None not in next(iter(digests))}))
+    return 0 if len(digests) == 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

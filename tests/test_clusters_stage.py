@@ -1,0 +1,53 @@
+"""The stage of clusters goes on where a killed attempt ended, with the same bits, and says how long it will take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ktray.pipeline.execute import execute
+from ktray.pipeline.identity import data_identity
+from ktray.pipeline.pair_graph import build
+from ktray.pool import StageContext
+from ktray.stores.file import FileStore
+from tests.toys import toy_pair
+
+
+class Killed(BaseException):
+    """Ends a stage as a signal would."""
+
+
+def dying_after(iteration: int):
+    def progress(values) -> None:
+        if values.get("iteration") == iteration:
+            raise Killed
+
+    return progress
+
+
+def test_a_killed_clustering_goes_on_from_its_last_iteration(tmp_path: Path) -> None:
+    transfer = {"kind": "clusters", "k": 20, "iterations": 12, "pca": 8}
+    stages = [stage for stage in build(toy_pair(transfer=transfer), data_identity()).stages]
+    clusters = next(stage for stage in stages if stage.name == "clusters")
+    store, context = FileStore(tmp_path / "store"), StageContext(checkpoint_seconds=0.0)
+    for stage in stages[: stages.index(clusters)]:
+        execute(stage, store, "a", context)
+    with pytest.raises(Killed):
+        execute(clusters, store, "killed", replace(context, progress=dying_after(3)))
+    reports: list = []
+    artifact, _ = execute(clusters, store, "b", replace(context, progress=reports.append))
+    assert artifact.record["started_from"] == "checkpoint-000003"
+    assert artifact.record["seconds_alone"] > artifact.record["seconds"]
+    done = [report["iteration"] for report in reports if "iteration" in report]
+    assert done[0] == 3
+    assert done == list(range(3, 3 + len(done)))
+    assert all(report["seconds_left"] >= 0 for report in reports if report.get("iteration", 0) > 3)
+    assert not [path for path in artifact.directory.iterdir() if path.name.startswith("checkpoint")]
+    whole = FileStore(tmp_path / "whole")
+    for stage in stages[: stages.index(clusters) + 1]:
+        other, _ = execute(stage, whole, "a", context)
+    assert other.metrics == artifact.metrics
+    for name in ("codebook.npz", "centroids.npy", "projection.npz", "iterations.json"):
+        assert (other.directory / name).read_bytes() == (artifact.directory / name).read_bytes()
