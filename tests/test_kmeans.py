@@ -313,7 +313,7 @@ print(peak_memory() - before)
 
 
 def test_a_worker_needs_little_more_memory_than_its_rows(tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(100_000, 512)).astype(np.float32)
+    rows = np.random.default_rng(0).normal(size=(60_000, 512)).astype(np.float32)
     write(tmp_path, rows, 4096)
     arguments = [sys.executable, "-c", MEMORY, str(tmp_path)]
     done = subprocess.run(arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
