@@ -56,6 +56,19 @@ def test_how_a_fit_is_cut_and_preconditioned_does_not_change_its_optimum(how, mo
     np.testing.assert_allclose(fit().weights.numpy(), whole.weights.numpy(), atol=2e-4)
 
 
+@pytest.mark.parametrize(("count", "width", "rank"), [(48, 1152, 48), (200, 1500, 3), (64, 512, 1)])
+def test_fewer_images_than_features_are_no_obstacle(count, width, rank):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+    labels = torch.arange(count) % 4
+    found = linear_classifiers.logistic_regressions(rows, labels, 4, (1e-2, 1.0), iterations=500)
+    assert found.converged == (True, True)
+    for index, penalty in enumerate((1e-2, 1.0)):
+        other = LogisticRegression(C=1 / (penalty * count), tol=1e-8, max_iter=5000).fit(rows.double().numpy(), labels.numpy())
+        agree = found.scores(rows, index).argmax(1).numpy() == other.predict(rows.double().numpy())
+        assert agree.mean() > 0.98
+
+
 def test_the_chosen_penalty_is_the_best_of_scikit_learn_s_grid(tmp_path):
     (rows, labels), (others, truth) = blobs(300, spread=3.0, width=40), blobs(300, seed=1, spread=3.0, width=40)
     grid = [1e-4, 1e-2, 1e-1, 1.0]

@@ -236,11 +236,18 @@ class _Multinomial:
 
 
 def _inverses(moments: Tensor, penalties: Tensor) -> Tensor:
-    """Inverse (A, D, D) of the moments plus each penalty on the diagonal; a little more, so that it exists."""
-    least = 1e-7 * moments.diagonal().mean() + torch.finfo(moments.dtype).tiny
+    """Inverse (A, D, D) of the moments plus each penalty on the diagonal; a little more, so that it exists.
+
+    The products of fewer images than features have no full rank, and rounding then makes some eigenvalues negative. How much is
+    added changes how quickly a minimum is found, not the minimum.
+    """
     unit_matrix = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    shifted = moments + (penalties + least)[:, None, None] * unit_matrix
-    return torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+    scale = moments.diagonal().mean().clamp(min=1e-30)
+    for added in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3):
+        factors, failures = torch.linalg.cholesky_ex(moments + (penalties + added * scale)[:, None, None] * unit_matrix)
+        if not bool(failures.any()):
+            return torch.cholesky_inverse(factors)
+    return unit_matrix / (scale + penalties)[:, None, None]
 
 
 # --- one-against-all machines
