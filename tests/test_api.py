@@ -168,7 +168,7 @@ def test_the_best_of_a_study_are_those_of_the_command(tmp_path: Path, capsys: An
 def test_winners_are_judged_on_test_one_unless_more_are_asked_for_and_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(best_trials, "_judge_on_test", lambda trial, study, settings: {"knn/top1": trial.number / 100})
+    monkeypatch.setattr(best_trials, "_judge_on_test", lambda pair, study, settings: ({"knn/top1": 0.01}, {}))
     study = driven(tmp_path, early_stop=None)
     (only,) = study.best(test=True)
     assert only["test"] == {"knn/top1": only["trial"] / 100}

@@ -14,11 +14,11 @@ from ktray.runs.best_trials import FILE, default_top, keep_test_metrics
 
 def test_a_verdict_of_the_test_split_is_kept_with_its_first_date(tmp_path: Path) -> None:
     path = tmp_path / FILE
-    keep_test_metrics(path, {3: {"knn/top1": 0.5}})
+    keep_test_metrics(path, {"3": {"knn/top1": 0.5}}, {"3": {"knn/top1": 0.01}})
     kept = read_json(path)
     kept["3"]["when"] = "2026-01-01T00:00:00+00:00"
     write_json(path, kept)
-    keep_test_metrics(path, {3: {"knn/top1": 0.5}, 4: {"knn/top1": 0.4}})
+    keep_test_metrics(path, {"3": {"knn/top1": 0.5}, "4": {"knn/top1": 0.4}}, {"3": {"knn/top1": 0.01}})
     again = read_json(path)
     assert again["3"] == kept["3"]
     assert again["4"]["metrics"] == {"knn/top1": 0.4}
@@ -29,9 +29,9 @@ def test_verdicts_of_the_test_split_that_were_damaged_are_not_believed_and_it_is
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / FILE
-    keep_test_metrics(path, {3: {"knn/top1": 0.5}})
+    keep_test_metrics(path, {"3": {"knn/top1": 0.5}}, {"3": {"knn/top1": 0.01}})
     path.write_text(path.read_text().replace("0.5", "0.7"))
-    keep_test_metrics(path, {4: {"knn/top1": 0.4}})
+    keep_test_metrics(path, {"4": {"knn/top1": 0.4}}, {})
     assert read_json(path).keys() == {"4"}
     assert f"{path} was damaged" in caplog.text
 

@@ -23,6 +23,7 @@ from ktray import __version__
 from ktray.cli import (
     best_command,
     cache_command,
+    compare_command,
     data_command,
     export_command,
     plan_command,
@@ -45,6 +46,7 @@ VERBS = {
     "search": search_command,
     "status": status_command,
     "best": best_command,
+    "compare": compare_command,
     "show": show_command,
     "report": report_command,
     "export": export_command,

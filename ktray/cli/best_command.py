@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktray.cli.terminal import positive_int, print_result, settings_of
+
+if TYPE_CHECKING:
+    from ktray.runs.uncertainty import OverSeeds
 
 HELP = "the best pairs, judged on test if asked"
 
@@ -27,20 +30,47 @@ def run(args: argparse.Namespace) -> int:
         StageFailed: with --test: an evaluation, or what it needs again, failed.
     """
     from ktray.cli.leaderboard import leaderboard
-    from ktray.runs.best_trials import best_trials, default_top, judge_on_test, trial_as_data
+    from ktray.runs.best_trials import (
+        best_trials,
+        default_top,
+        judge_on_test,
+        results_on_test,
+        sentences_on_test,
+        trial_as_data,
+    )
+    from ktray.runs.uncertainty import level_with_best, over_seeds
     from ktray.search.history import read_study
+    from ktray.search.journal import study_folder
 
     settings = settings_of(args)
     study, top = read_study(settings.home, args.name), default_top(args.top, args.test)
     trials = best_trials(study, args.pareto, args.per)[:top]
     answers = [trial_as_data(trial) for trial in trials]
-    text = leaderboard(study, settings.home, top, trials)
+    metric, store = study.objectives[0][0], settings.open_store()
+    level = level_with_best(trials, metric, store)
+    for answer in answers:
+        answer["level_with_best"] = answer["trial"] in level
+    text = leaderboard(study, settings.home, top, trials, level)
+    for spread in over_seeds(study.trials, metric):
+        text += f"\n{_over_seeds(spread, metric)}"
     if args.test:
         for answer, metrics in zip(answers, judge_on_test(trials, args.name, settings), strict=True):
             answer["test"] = metrics
         text += f"\n\n{_test_table(answers)}"
+    sentences = sentences_on_test(
+        results_on_test(study_folder(settings.home, args.name)), [metric for metric, _ in study.objectives]
+    )
+    if sentences:
+        text = "\n".join(["on test, with one standard error over its images:", *(f"  {each}" for each in sentences), "", text])
     print_result(args, answers, text)
     return 0
+
+
+def _over_seeds(spread: OverSeeds, metric: str) -> str:
+    trials = ", ".join(map(str, spread.trials))
+    interval = f"95 % interval {spread.low:.4f} to {spread.high:.4f}"
+    what = f"trials {trials} are one pair under {len(spread.trials)} seeds"
+    return f"{what}: {metric} {spread.mean:.4f}, sd {spread.deviation:.4f}, {interval}"
 
 
 def _test_table(answers: list[dict[str, Any]]) -> str:

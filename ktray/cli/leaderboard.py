@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,22 @@ from ktray.search.ranking import component_names, distinguishing_params
 from ktray.search.trial import STATES, Trial
 from ktray.text import counted
 
+NOT_TOLD_APART = "cannot be told apart from the best by the images that both were judged on (paired bootstrap, 95 %)"
 
-def leaderboard(study: StudySnapshot, home: Path, top: int, trials: Sequence[Trial] | None = None) -> str:
+
+def leaderboard(
+    study: StudySnapshot, home: Path, top: int, trials: Sequence[Trial] | None = None, level: Collection[int] = ()
+) -> str:
     """The best completed trials, with the reference lines where they belong.
 
     Args:
         trials: what to show instead of the `top` best.
+        level: numbers of those that cannot be told apart from the best; they are marked.
     """
     objectives = study.objectives
     shown = list(trials if trials is not None else ranking.ranked(study.trials, objectives)[:top])
     apart = distinguishing_params(shown)
-    lines = [_row(trial, objectives, [apart[trial.number]] if apart else []) for trial in shown]
+    lines = [_row(trial, objectives, [apart[trial.number]] if apart else [], trial.number in level) for trial in shown]
     marks = [
         _reference_row(name, line, objectives) for name, line in references.read(journal.study_folder(home, study.name)).items()
     ]
@@ -34,7 +39,8 @@ def leaderboard(study: StudySnapshot, home: Path, top: int, trials: Sequence[Tri
     head = ["trial", "teacher", "transfer", "student", *(metric for metric, _ in objectives), "seconds", "added"]
     head += ["differs in"] if apart else []
     body = [cells + [""] * (len(head) - len(cells)) for cells in body]
-    return f"{table(head, body)}\n{tally(study)}" if shown else f"no completed trial yet\n{tally(study)}"
+    note = f"\n~ {NOT_TOLD_APART}" if any(trial.number in level for trial in shown) else ""
+    return f"{table(head, body)}{note}\n{tally(study)}" if shown else f"no completed trial yet\n{tally(study)}"
 
 
 def tally(study: StudySnapshot) -> str:
@@ -56,7 +62,7 @@ def still_failed(trials: Sequence[Trial]) -> bool:
     return "failed" in last.values()
 
 
-def _row(trial: Trial, objectives: Sequence[tuple[str, str]], more: list[str]) -> tuple[float, list[str]]:
+def _row(trial: Trial, objectives: Sequence[tuple[str, str]], more: list[str], level: bool) -> tuple[float, list[str]]:
     values = [trial.objectives[metric] for metric, _ in objectives]
     cells = [str(trial.number), *component_names(trial)]
     cost = [f"{trial.cost.get('seconds', 0):.1f}", f"{trial.cost.get('marginal_seconds', 0):.1f}"]

@@ -30,6 +30,7 @@ def render(
     references: Mapping[str, Mapping[str, Any]],
     store: Store,
     labels_used: Mapping[str, int],
+    certainty: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the report as HTML. Sections without data are left out.
 
@@ -42,6 +43,8 @@ def render(
         references: ``{"random student": {"metrics": {...}, "keys": {...}}, "supervised ceiling": ...}``.
         store: where the artifacts of the trials are; missing ones are left out.
         labels_used: split -> number of labels that were used to select the best pair.
+        certainty: ``test``: sentences about what the test split said, shown first; ``level``: numbers of the trials that
+            cannot be told apart from the best; ``seeds``: fields of each `OverSeeds`, a pair under several seeds.
 
     Raises:
         ValueError: there is no objective.
@@ -58,7 +61,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    content = _content(objectives, trials, references, store, labels_used)
+    content = _content(objectives, trials, references, store, labels_used, certainty or {})
     style = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     return environment.get_template("page.html").render(study=study, question=question, style=style, **content)
 
@@ -69,6 +72,7 @@ def _content(
     references: Mapping[str, Mapping[str, Any]],
     store: Store,
     labels_used: Mapping[str, int],
+    certainty: Mapping[str, Any],
 ) -> dict[str, Any]:
     from ktray.report import best_pair, figures, tables
     from ktray.report.headline import headline
@@ -79,7 +83,9 @@ def _content(
     best = next(iter(ranked(trials, objectives)), None)
     return {
         "headline": headline(trials, objectives, references, labels_used),
-        "leaderboard": tables.leaderboard(trials, objectives, references),
+        "test": certainty.get("test", []),
+        "seeds": tables.seeds_table(certainty.get("seeds", []), objectives[0][0]),
+        "leaderboard": tables.leaderboard(trials, objectives, references, certainty.get("level", ())),
         "pruned": sum(trial.state == "pruned" for trial in trials),
         "heat": tables.heat_table(trials, objectives),
         "metric": objectives[0][0],

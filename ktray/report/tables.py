@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktray.pipeline.naming import student_name, teacher_name
@@ -18,9 +18,16 @@ FAILED_TRIALS_SHOWN = 12  # numbers of trials per cause
 
 
 def leaderboard(
-    trials: Sequence[Trial], objectives: Sequence[Objective], references: Mapping[str, Mapping[str, Any]]
+    trials: Sequence[Trial],
+    objectives: Sequence[Objective],
+    references: Mapping[str, Mapping[str, Any]],
+    level: Collection[int] = (),
 ) -> dict[str, Any] | None:
-    """Return the best completed trials, and each reference as a row at its rank; None without completed trials."""
+    """Return the best completed trials, and each reference as a row at its rank; None without completed trials.
+
+    Args:
+        level: numbers of the trials that cannot be told apart from the best; they are marked.
+    """
     metric, mode = objectives[0]
     completed = ranked(trials, objectives)
     if not completed:
@@ -30,7 +37,9 @@ def leaderboard(
     rows = []
     for trial in shown:
         extra = [differences[trial.number]] if differences else []
-        rows.append((value_of(trial, metric), _trial_row(trial, objectives, extra)))
+        row = _trial_row(trial, objectives, extra)
+        row["name"] += " ~" if trial.number in level else ""
+        rows.append((value_of(trial, metric), row))
     loss = loss_of(mode)
     for name, reference in references.items():
         value = reference["metrics"].get(metric)
@@ -43,7 +52,21 @@ def leaderboard(
         "words": len(text_columns),
         "rows": [row for _, row in rows],
         "more": max(0, len(completed) - LEADERBOARD_ROWS),
+        "level": any(trial.number in level for trial in shown),
     }
+
+
+def seeds_table(spreads: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, str]]:
+    """Return a row for each pair that completed under several seeds: its trials, mean, deviation and interval."""
+    return [
+        {
+            "trials": ", ".join(map(str, spread["trials"])),
+            "mean": measure(metric, spread["mean"]),
+            "deviation": measure(metric, spread["deviation"]),
+            "interval": f"{measure(metric, spread['low'])} to {measure(metric, spread['high'])}",
+        }
+        for spread in spreads
+    ]
 
 
 def _cost_columns(objectives: Sequence[Objective]) -> list[str]:

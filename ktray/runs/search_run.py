@@ -19,6 +19,7 @@ from ktray.pipeline import references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
 from ktray.pipeline.pair_graph import Graph
+from ktray.runs.best_trials import results_on_test
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.data_check import refuse_changed_data
 from ktray.runs.display import Display, open_display
@@ -33,9 +34,11 @@ from ktray.runs.plan import check_space
 from ktray.runs.settings import Settings, require_positive
 from ktray.runs.study_logger import log_missed_stages, log_stage
 from ktray.runs.study_status import with_status_file, with_stuck_warnings
+from ktray.runs.uncertainty import level_with_best
 from ktray.scheduler.messages import DAMAGED
 from ktray.search.history import read_study
 from ktray.search.journal import driver_lock, study_folder, study_names
+from ktray.search.ranking import ranked
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.spec import PairSpec
@@ -367,7 +370,10 @@ def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: 
     began = min((trial.started for trial in coordinator.study.trials() if trial.started is not None), default=float("inf"))
     log_missed_stages(coordinator.tracker, coordinator.store, sorted(coordinator.demanded | coordinator.untracked()), began)
     stopped = _close(coordinator.study)
-    coordinator.trial_logger.log_summary(coordinator.study.trials(), references.read(scheduler.study_folder))
+    trials, space = coordinator.study.trials(), coordinator.study.space
+    level = level_with_best(ranked(trials, space.objectives)[:5], space.objectives[0][0], coordinator.store)
+    tested = results_on_test(scheduler.study_folder)
+    coordinator.trial_logger.log_summary(trials, references.read(scheduler.study_folder), level, tested)
     interruption = scheduler.interruption
     may_wait = interruption.must_end()  # a search that was interrupted before waits for the tracker, too, but briefly
     status: Literal["FINISHED", "KILLED"] = "FINISHED" if done else "KILLED"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ktray.errors import UserError
 from ktray.runs.settings import Settings
@@ -29,6 +30,9 @@ def export_trial(
     """
     from ktray.export.student_files import export_student
     from ktray.pipeline.naming import pair_name
+    from ktray.pipeline.references import CEILING, RANDOM
+    from ktray.runs.best_trials import results_on_test
+    from ktray.search.journal import study_folder
     from ktray.spec import PairSpec
 
     trial = _completed_trial(settings.home, study, number)
@@ -42,7 +46,9 @@ def export_trial(
     size = pair.data.transfer.size
     k = getattr(pair.transfer, "k", None)
     classes = k if isinstance(k, int) else None  # several k have several classifiers in one
-    lineage = {"study": study, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
+    lineage: dict[str, Any] = {"study": study, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
+    test = results_on_test(study_folder(settings.home, study))
+    lineage["test"] = {name: test[name] for name in (str(trial.number), RANDOM, CEILING) if name in test}
     return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, directory, classes, head, form)
 
 
@@ -72,13 +78,24 @@ def register_student(settings: Settings, study: str, number: str, directory: Pat
             network,
             size,
             trial.number == best.number,
-            {"ktray.trial": str(trial.number), "ktray.pair": card["lineage"]["pair"], "ktray.student": trial.keys["student"]},
+            _tags(trial, card["lineage"]),
             lambda stored: programs.compare(network, stored, size, "the stored model", "Use it without the registry."),
         )
     except UserError as error:
         instead = f"{directory} has the student, the registry has not. {error.instead}"
         raise UserError(error.problem, error.where, instead) from error
     return f"registered version {version} of {model} as {'champion' if trial.number == best.number else 'challenger'}"
+
+
+def _tags(trial: Trial, lineage: Mapping[str, Any]) -> dict[str, str]:
+    """The tags of a version: where it comes from, and what the test split said of it, each value with one standard error."""
+    tags = {"ktray.trial": str(trial.number), "ktray.pair": lineage["pair"], "ktray.student": trial.keys["student"]}
+    for name, result in lineage["test"].items():
+        of = "test" if name == str(trial.number) else f"test.{name}"
+        for metric, value in result["metrics"].items():
+            error = result["errors"].get(metric)
+            tags[f"ktray.{of}.{metric}"] = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return tags
 
 
 def _completed_trial(home: Path, study: str, number: str) -> Trial:

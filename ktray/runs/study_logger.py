@@ -5,7 +5,7 @@ A trial's run links to the runs of its stages. A stage has a run only in the stu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from ktray.artifact import Artifact
 from ktray.fingerprint import flat
 from ktray.pipeline import pair_metrics
 from ktray.pipeline.naming import pair_name, stage_name
+from ktray.runs.best_trials import sentences_on_test
 from ktray.search import ranking
 from ktray.search.space import Space
 from ktray.search.trial import Trial
@@ -92,19 +93,38 @@ class TrialLogger:
         self.tracker.begin_trial(trial.number, name, dict(trial.params), {})
         self.end_trial(trial, {}, {})
 
-    def log_summary(self, trials: list[Trial], references: Mapping[str, Mapping[str, Any]]) -> None:
-        """Log the best trials and the reference lines on the run of the search."""
+    def log_summary(
+        self,
+        trials: list[Trial],
+        references: Mapping[str, Mapping[str, Any]],
+        level: Collection[int] = (),
+        test: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Log the best trials and the reference lines on the run of the search.
+
+        Args:
+            level: numbers of the trials that cannot be told apart from the best.
+            test: what the test split said (`best_trials.results_on_test`).
+        """
         ranked, metric = ranking.ranked(trials, self.space.objectives), self.space.objectives[0][0]
         values = {f"reference/{name}/{metric}": line["metrics"].get(metric) for name, line in references.items()}
         metrics = {name: float(value) for name, value in values.items() if value is not None}
         lines = [f"- {name.split('/')[1]}: {markdown_text(metric)} {value:.4f}" for name, value in metrics.items()]
         best = [
             f"{place}. [{trial.number:04d} {markdown_text(pair_name(trial.pair))}](trial/{trial.number}): "
-            f"{markdown_text(_result(trial, self.space))}"
+            f"{markdown_text(_result(trial, self.space))}{' (level with the best)' if trial.number in level else ''}"
             for place, trial in enumerate(ranked[:5], start=1)
         ]
         if ranked:
             metrics[f"best/{metric}"] = ranked[0].objectives[metric]
+        on_test = [
+            f"- {markdown_text(each)}" for each in sentences_on_test(test or {}, [name for name, _ in self.space.objectives])
+        ]
+        if on_test:
+            lines += ["", "On the test split", "", *on_test]
+        for name, result in (test or {}).items():
+            metrics |= {f"test/{name}/{each}": value for each, value in result["metrics"].items()}
+            metrics |= {f"test_error/{name}/{each}": value for each, value in result.get("errors", {}).items()}
         text = "\n".join(["**Best pairs** ([all trials](view))\n", *best, "", "To compare with\n", *lines])
         self.tracker.log_summary(text if ranked else "No trial was completed yet ([all trials](view)).", metrics)
 

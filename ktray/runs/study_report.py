@@ -17,13 +17,25 @@ def write_report(study: str, settings: Settings, path: Path) -> Path:
     from ktray.pipeline import references
     from ktray.pipeline.references import labels_used
     from ktray.report import render
-    from ktray.search import journal
+    from ktray.report.tables import LEADERBOARD_ROWS
+    from ktray.runs.best_trials import results_on_test, sentences_on_test
+    from ktray.runs.uncertainty import level_with_best, over_seeds
+    from ktray.search import journal, ranking
     from ktray.search.history import read_study
 
     history, store = read_study(settings.home, study), settings.open_store()
     used = labels_used([trial.keys for trial in history.trials if trial.state == "completed"], store)
     lines = references.read(journal.study_folder(settings.home, study))
-    page = render(study, "", history.objectives, history.trials, lines, store, used)
+    metric = history.objectives[0][0]
+    shown = ranking.ranked(history.trials, history.objectives)[:LEADERBOARD_ROWS]
+    certainty = {
+        "test": sentences_on_test(
+            results_on_test(journal.study_folder(settings.home, study)), [name for name, _ in history.objectives]
+        ),
+        "level": sorted(level_with_best(shown, metric, store)),
+        "seeds": [vars(spread) for spread in over_seeds(history.trials, metric)],
+    }
+    page = render(study, "", history.objectives, history.trials, lines, store, used, certainty)
     try:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
