@@ -23,6 +23,10 @@ class Pool(Protocol):
     def worker_count(self) -> int:
         """How many calls can run at the same time."""
 
+    @property
+    def worked(self) -> int:
+        """How many different workers have computed anything so far, the one that runs the stage included."""
+
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
         """``[function(item, shared) for item in items]``, in the order of `items`; the first error is raised."""
 
@@ -31,6 +35,7 @@ class LocalPool:
     """Calls the function in this process, on one item after the other."""
 
     worker_count = 1
+    worked = 1
 
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
         return [function(item, shared) for item in items]

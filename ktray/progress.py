@@ -39,6 +39,7 @@ class _Reporter:
 
 
 _reporter: ContextVar[_Reporter | None] = ContextVar("reporter", default=None)
+_watcher: ContextVar[Callable[[], None] | None] = ContextVar("watcher", default=None)
 
 
 @contextmanager
@@ -60,6 +61,16 @@ def reporting(report: Report) -> Iterator[Report]:
         _reporter.reset(token)
 
 
+@contextmanager
+def watching(call: Callable[[], None]) -> Iterator[None]:
+    """Within a `with`, call this in the stage's own thread whenever a loop of it advances, such as after each training step."""
+    token = _watcher.set(call)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def advance(what: str, by: int = 1) -> None:
     """Count finished items. It takes less than a microsecond, so loops may call it for every batch.
 
@@ -67,6 +78,8 @@ def advance(what: str, by: int = 1) -> None:
         what: name of the items, such as ``step``.
         by: how many more are done.
     """
-    reporter = _reporter.get()
+    reporter, watcher = _reporter.get(), _watcher.get()
+    if watcher is not None:
+        watcher()
     if reporter is not None:
         reporter.count(what, by)

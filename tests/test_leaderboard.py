@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ktray.cli.leaderboard import leaderboard
 from ktray.search import history
@@ -44,3 +48,9 @@ def test_the_report_tells_them_apart_too_and_shows_no_path(tmp_path: Path) -> No
     assert head[4] == "differs in"
     assert [row[4] for row in rows if len(row) == len(head)] == ["lr 0.05, checkpoint …/a.pth", "lr 0.1, checkpoint …/b.pth"]
     assert "differs in" not in page_of([trial(0, 0.5)], store).rows["leaderboard"][0]
+
+
+@pytest.mark.parametrize("modules", ["ktray.cli.leaderboard, ktray.runs.best_trials", "ktray.runs.study_status"])
+def test_commands_that_read_a_study_import_neither_torch_nor_scipy_nor_ray(modules: str) -> None:
+    code = f"import sys, {modules}; print(*({{'torch', 'scipy', 'ray', 'mlflow', 'pandas'}} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -6,7 +6,6 @@ import inspect
 import os
 import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
@@ -15,6 +14,7 @@ import ray
 from packaging.requirements import Requirement
 from ray import _raylet
 from ray._private import ray_constants, services, utils, worker
+from ray._private.node import Node
 
 from ktray.errors import PreflightFailed
 from ktray.scheduler import ray_session
@@ -35,9 +35,12 @@ def test_the_installed_ray_is_one_that_pyproject_allows_and_pyproject_has_an_upp
         (utils, "set_sigterm_handler", worker.init),
         (worker, "print_to_stdstream", worker.listen_error_messages),
         (_raylet, "Config", None),
+        (Node, "start_api_server", Node.start_head_processes),
+        (Node, "start_monitor", Node.start_head_processes),
+        (Node, "start_log_monitor", Node.start_ray_processes),
     ],
 )
-def test_ray_has_each_internal_and_reads_it_where_ktray_relies_on_it(module: ModuleType, name: str, reader: Any) -> None:
+def test_ray_has_each_internal_and_reads_it_where_ktray_relies_on_it(module: Any, name: str, reader: Any) -> None:
     assert hasattr(module, name), f"Ray {ray.__version__} has no {module.__name__}.{name}: see ktray/scheduler/ray_session.py"
     if reader is not None:
         assert name in inspect.getsource(inspect.unwrap(reader)), f"Ray {ray.__version__} reads {name} elsewhere now"

@@ -90,9 +90,9 @@ def measured(stage: Stage, store: Store, attempt: str, context: StageContext) ->
 def ktray_runs(folder: Path, arguments: list[str]) -> None:
     """A command of ktray whose stages are measured, with as many CPUs as the other side has."""
     from ktray.cli import main
-    from ktray.pipeline import execute
+    from ktray.pipeline import worker_entry
 
-    execute.execute = measured  # only here: workers get `measured` by value, and it calls theirs
+    worker_entry.run_stage = measured  # workers get `measured` by value
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "runtime.yaml").write_text(f"cpus: {CONCURRENT}\n")
     code = main([*arguments, "--runtime", str(folder / "runtime.yaml")])

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktray.cli.terminal import exit_at_once, positive_int, print_result, settings_of
+from ktray.cli.terminal import (
+    add_profile_arguments,
+    exit_at_once,
+    positive_int,
+    print_result,
+    profile_of,
+    settings_of,
+    write_profile,
+)
 
 if TYPE_CHECKING:
     from ktray.runs.pair_run import PairResult
@@ -22,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these pairs of an experiment")
     parser.add_argument("--local", action="store_true", help="in this process, without Ray")
     parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
+    add_profile_arguments(parser)
     parser.add_argument("--concurrent", type=positive_int, default=4, metavar="C", help="pairs at the same time (on Ray)")
 
 
@@ -35,30 +44,41 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the same command goes on.
     """
     from ktray.errors import StageFailed
-    from ktray.pipeline.pair_check import data_loader
-    from ktray.pipeline.pair_metrics import unreadable_images
-    from ktray.runs.cache import artifact_keys
+    from ktray.runs.early_start import early_start
     from ktray.runs.interruption import Interruption, stop_on_signals
-    from ktray.runs.pair_run import run_here, run_on_ray
-    from ktray.runs.plan import check_pairs
-    from ktray.runs.spec_files import load_pairs, select_pairs
 
     settings = settings_of(args)
     if args.tracking:
         settings.print_info("ktray: --tracking is not used: run logs nothing to MLflow, a search does")
-    pairs = select_pairs(load_pairs(args.source, args.overrides), args.only)
-    for sentence in check_pairs(pairs, data_loader(), args.source):
-        settings.print_info(f"ktray: {sentence}")
     interruption = Interruption((lambda: exit_at_once(interruption, args)) if args.is_program else None)
-    with stop_on_signals(interruption, settings.print_info):
+    profile, on_own_ray = profile_of(args, settings), not args.local and args.address is None
+    with (
+        stop_on_signals(interruption, settings.print_info),
+        early_start(settings, interruption, on_own_ray, profile) as early,
+    ):
+        from ktray.pipeline.pair_check import data_loader  # seconds, in which Ray already starts
+        from ktray.pipeline.pair_metrics import unreadable_images
+        from ktray.runs.cache import artifact_keys
+        from ktray.runs.pair_run import run_here, run_on_ray
+        from ktray.runs.plan import check_pairs
+        from ktray.runs.spec_files import load_pairs, select_pairs
+
+        pairs = select_pairs(load_pairs(args.source, args.overrides), args.only)
+        for sentence in check_pairs(pairs, data_loader(), args.source):
+            settings.print_info(f"ktray: {sentence}")
+        if profile is not None:
+            profile.mark("pairs checked")
         if args.local:
-            results = run_here(pairs, settings)
+            results = run_here(pairs, settings, profile)
         else:
-            results = run_on_ray(pairs, args.address, args.concurrent, settings, interruption)
+            results = run_on_ray(pairs, args.address, args.concurrent, settings, interruption, early, profile)
     good = [result for result in results if not isinstance(result, StageFailed)]
     print_result(args, [result.as_data() for result in good], _table(good) if good else "no pair came to its end")
     for line in unreadable_images((key for result in good for key in artifact_keys(result.keys)), settings.open_store()):
         settings.print_info(f"ktray: {line}")
+    if profile is not None:
+        profile.mark("table")
+        write_profile(profile, settings)
     for result in results:
         if isinstance(result, StageFailed):
             settings.print_error(f"ktray: {result}")

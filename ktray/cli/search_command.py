@@ -7,7 +7,16 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.terminal import INTERRUPTED, exit_at_once, positive_int, print_result, settings_of
+from ktray.cli.terminal import (
+    INTERRUPTED,
+    add_profile_arguments,
+    exit_at_once,
+    positive_int,
+    print_result,
+    profile_of,
+    settings_of,
+    write_profile,
+)
 from ktray.redaction import without_secrets
 from ktray.text import counted
 
@@ -31,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-start", default=None, metavar="STUDY", help="learn from another study of this home first")
     parser.add_argument("--retry", action="store_true", help="draw the pairs of failed trials again, as new trials")
     parser.add_argument("--address", default=None, help="a running Ray cluster, such as auto")
+    add_profile_arguments(parser)
     parser.add_argument("--share-images", action="store_true", help="send cluster sheets to a remote tracker too")
 
 
@@ -41,23 +51,30 @@ def run(args: argparse.Namespace) -> int:
         UserError: the space, an argument or the data are wrong.
         PreflightFailed: Ray, the store or the disk cannot carry the search.
     """
+    from ktray.runs.early_start import early_start, surely_computes
     from ktray.runs.interruption import Interruption, stop_on_signals
 
     settings, codes = settings_of(args), list[int]()
     interruption = Interruption((lambda: exit_at_once(interruption, args, codes)) if args.is_program else None)
-    with stop_on_signals(interruption, settings.print_info):
+    profile = profile_of(args, settings)
+    computes = args.address is None and surely_computes(args.space, args.overrides, args.name, args.trials, settings)
+    with (
+        stop_on_signals(interruption, settings.print_info),
+        early_start(settings, interruption, computes, profile) as early,
+    ):
         from ktray.runs.search_run import SearchOptions, search  # seconds, in which a signal must already be heard
         from ktray.runs.spec_files import load_space
 
         options = SearchOptions(
-            args.name, args.trials, args.concurrent, args.warm_start, args.address, args.share_images, args.retry
+            args.name, args.trials, args.concurrent, args.warm_start, args.address, args.share_images, args.retry, profile
         )
         space = load_space(args.space, args.overrides)
 
         def report(outcome: SearchOutcome) -> None:
             codes.append(_finish(outcome, args, settings))
 
-        search(space, str(args.space), options, settings, interruption, report)
+        search(space, str(args.space), options, settings, interruption, report, early)
+        write_profile(profile, settings)
     return codes[0]
 
 

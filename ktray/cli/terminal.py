@@ -15,6 +15,7 @@ from ktray.text import shown, visible_name
 
 if TYPE_CHECKING:
     from ktray.runs.interruption import Interruption
+    from ktray.runs.profile import Profile
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 MAX_DIGITS = 9  # of an argument that counts something
@@ -49,6 +50,38 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
     log_to_stderr(logging.INFO if args.verbose else logging.WARNING)
     return settings
+
+
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--profile` and `--timeline`, for `profile_of`."""
+    parser.add_argument(
+        "--profile", action="store_true", help="write a timeline of workers and GPUs, and traces of some stages"
+    )
+    parser.add_argument("--timeline", action="store_true", help="write the timeline alone, which slows nothing down")
+
+
+def profile_of(args: argparse.Namespace, settings: Settings) -> Profile | None:
+    """The profile that the arguments ask for.
+
+    Raises:
+        UserError: its folder cannot be made.
+    """
+    if not (args.profile or args.timeline):
+        return None
+    import time
+
+    import psutil
+
+    from ktray.runs.profile import open_profile
+
+    began = psutil.Process().create_time() if args.is_program else time.time()
+    return open_profile(settings, args.command, began, with_traces=args.profile)
+
+
+def write_profile(profile: Profile | None, settings: Settings) -> None:
+    """Write its files, and say where they are."""
+    if profile is not None:
+        settings.print_info(f"ktray: the timeline is {profile.write()}")
 
 
 def exit_at_once(interruption: Interruption, args: argparse.Namespace, codes: Sequence[int] = ()) -> NoReturn:

@@ -48,9 +48,9 @@ def record_of(
         "device_bytes": device_bytes(context.device),
         "after_out_of_memory": context.max_batch_size is not None,
         "device": _device(context.device),
-        "workers": context.pool.worker_count,
+        "workers": context.pool.worked,
         "published": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_environment(),
+        **software(),
     }
 
 
@@ -59,7 +59,8 @@ def _device(device: str) -> str:
 
 
 @lru_cache
-def _environment() -> Mapping[str, Any]:
+def software() -> Mapping[str, Any]:
+    """Versions of the packages that a result depends on, and the commit of ktray; the first call runs git."""
     versions = {"python": platform.python_version()}
     for package in ("ktray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "timm"):
         with contextlib.suppress(PackageNotFoundError):

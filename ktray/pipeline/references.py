@@ -1,11 +1,14 @@
-"""The two references of every leaderboard, the untrained and the supervised student; and the labels that evaluations read."""
+"""The two references of every leaderboard, the untrained and the supervised student; and the labels that evaluations read.
+
+Commands that only read a study import this, so torch is imported only by the functions that build stages.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,12 +17,12 @@ from ktray.artifact import Artifact
 from ktray.checksums import read_json, write_json
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.images import Splits
-from ktray.pipeline import pair_graph, pair_metrics
-from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.spec import EvaluationSpec, PairSpec
-from ktray.stages.evaluation_stage import reads_pseudo_labels
 from ktray.stores import Store, intact_file, intact_file_or_none
+
+if TYPE_CHECKING:
+    from ktray.images import Splits
+    from ktray.pipeline.pair_graph import Graph, Identity
 
 RANDOM = "random student"
 CEILING = "supervised ceiling"
@@ -43,16 +46,22 @@ def reference_pairs(pair: Mapping[str, Any], transfer_data: Splits) -> dict[str,
 
 
 def _judges_student(spec: EvaluationSpec) -> bool:
+    from ktray.stages.evaluation_stage import reads_pseudo_labels
+
     return spec.of == "student" and not reads_pseudo_labels(spec)
 
 
 def reference_graphs(pair: Mapping[str, Any], data: Splits, identity: Identity) -> dict[str, Graph]:
     """Name -> stages of the reference pairs of `pair`; the arguments are those of `reference_pairs`."""
+    from ktray.pipeline import pair_graph
+
     return {name: pair_graph.build(each, identity) for name, each in reference_pairs(pair, data).items()}
 
 
 def save_if_complete(graphs: Mapping[str, Graph], store: Store, folder: Path) -> dict[str, dict[str, Any]] | None:
     """Read the references' metrics from the store and save them in the study's folder; None if a stage is missing."""
+    from ktray.pipeline import pair_metrics
+
     found: dict[str, dict[str, Any]] = {}
     for name, graph in graphs.items():
         artifacts = pair_metrics.published_artifacts(graph, store)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
     from ktray.artifact import Stage
     from ktray.pipeline.pair_graph import Graph
     from ktray.pool import StageContext
+    from ktray.runs.early_start import EarlyStart
+    from ktray.runs.profile import Profile
+    from ktray.scheduler.client import SchedulerClient
+    from ktray.scheduler.ray_session import RaySession
     from ktray.spec import PairSpec
 
 
@@ -48,16 +54,36 @@ class _Obtains(Protocol):
         """Every stage published, in order."""
 
 
-def run_here(pairs: Mapping[str, PairSpec], settings: Settings) -> list[PairResult | StageFailed]:
-    """What each pair is worth, or the failure that ended it; computed in this process."""
-    from ktray.pipeline.execute import execute
+def run_here(
+    pairs: Mapping[str, PairSpec], settings: Settings, profile: Profile | None = None
+) -> list[PairResult | StageFailed]:
+    """What each pair is worth, or the failure that ended it; computed in this process.
+
+    Args:
+        profile: collects what happens.
+    """
+    from ktray.pipeline.worker_entry import run_stage
     from ktray.scheduler.local_scheduler import LocalScheduler
 
-    def print_published(event: Mapping[str, Any]) -> None:
+    context = local_context(settings)
+
+    def show(event: Mapping[str, Any]) -> None:
+        if profile is not None:
+            gpu_ids = ["0"] if context.device != "cpu" else []
+            here = {
+                "name": "here",
+                "node": "",
+                "pid": os.getpid(),
+                "cpus": 1.0,
+                "gpus": float(len(gpu_ids)),
+                "gpu_ids": gpu_ids,
+            }
+            profile.observe([{"worker": "here", "time": time.time(), **event}], {"workers": [here]})
         if event["event"] == "published":
             settings.print_info(f"  {event['key']}  {event['seconds']:.1f} s")
 
-    scheduler = LocalScheduler(settings.open_store(), execute, local_context(settings), print_published)
+    function = profile.stage_function() if profile is not None else run_stage
+    scheduler = LocalScheduler(settings.open_store(), function, context, show)
     return [_run_pair(name, graph, scheduler, settings) for name, graph in _graphs(pairs, settings).items()]
 
 
@@ -67,33 +93,27 @@ def run_on_ray(
     concurrent: int,
     settings: Settings,
     interruption: Interruption | None = None,
+    early: EarlyStart | None = None,
+    profile: Profile | None = None,
 ) -> list[PairResult | StageFailed]:
     """The same on Ray, `concurrent` pairs at a time.
 
     Args:
         address: of a running cluster; None starts Ray on this machine.
+        early: a Ray that is starting already.
+        profile: collects what happens.
 
     Raises:
         KeyboardInterrupt: a stop was requested; nothing runs any more.
         PreflightFailed: Ray does not start, or its nodes do not see the store.
         SearchStopped: Ray has ended on its own.
     """
-    from ktray.pipeline.execute import execute
-    from ktray.runs.preflight import preflight
-    from ktray.scheduler import client, messages, ray_session, resources
+    from ktray.scheduler.messages import DAMAGED
 
     graphs = _graphs(pairs, settings)
     interruption = interruption or Interruption()
     interruption.needs_cleanup = True
-    runtime = resources.load_runtime_settings(settings.runtime)
-    session = ray_session.start(settings.home, address, runtime, interruption.lose, interruption.ends_process)
-    restore_signal_handlers()
-    for warning in session.warnings:
-        settings.print_info(f"ktray: {warning}")
-    settings.print_info(f"ktray: Ray's own messages go to {session.log}")
-    try:
-        run_until_ended(lambda: preflight(settings.open_store(), runtime), interruption)
-        scheduler = run_until_ended(lambda: client.connect(session, settings.store_url, execute), interruption)
+    with _scheduler(address, settings, interruption, early, profile) as scheduler:
         past = run_until_ended(lambda: scheduler.events(0), interruption)  # those of earlier drivers of a shared cluster
         results = run_concurrently(
             scheduler,
@@ -103,12 +123,48 @@ def run_on_ray(
             concurrent,
             interruption,
         )
-        for event in scheduler.events(past[-1]["n"] if past else 0):
-            if event["event"] == messages.DAMAGED:
+        events = scheduler.events(past[-1]["n"] if past else 0)
+        if profile is not None:
+            profile.observe(events, scheduler.status())
+        for event in events:
+            if event["event"] == DAMAGED:
                 settings.print_info(f"ktray: {event['cause']}")
         return results
+
+
+@contextmanager
+def _scheduler(
+    address: str | None, settings: Settings, interruption: Interruption, early: EarlyStart | None, profile: Profile | None
+) -> Iterator[SchedulerClient]:
+    """The scheduler of this run; its Ray ends with this block. The arguments are those of `run_on_ray`."""
+    from ktray.pipeline.worker_entry import prepare, run_stage
+    from ktray.runs.preflight import preflight
+    from ktray.scheduler import client, ray_session, resources
+
+    def connect(session: RaySession) -> SchedulerClient:
+        preflight(settings.open_store(), session.runtime)
+        return client.connect(session, settings.store_url, profile.stage_function() if profile else run_stage, prepare)
+
+    scheduler: SchedulerClient | None = None
+    if early is not None:
+        session, scheduler = early.result()
+    else:
+        runtime = resources.load_runtime_settings(settings.runtime)
+        session = ray_session.start(settings.home, address, runtime, interruption.lose, interruption.ends_process)
+    try:
+        restore_signal_handlers()
+        for warning in session.warnings:
+            settings.print_info(f"ktray: {warning}")
+        settings.print_info(f"ktray: Ray's own messages go to {session.log}")
+        scheduler = scheduler or run_until_ended(lambda: connect(session), interruption)
+        if profile is not None:
+            profile.mark("Ray up")
+        yield scheduler
     finally:
-        ray_session.stop(session)
+        if early is not None:
+            early.end()
+        else:
+            ray_session.stop(session)
         restore_signal_handlers()
 
 

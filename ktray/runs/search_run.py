@@ -18,7 +18,7 @@ from ktray.errors import PreflightFailed, SearchStopped, StageFailed, UserError
 from ktray.pipeline import references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
-from ktray.pipeline.pair_graph import Graph
+from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.runs.best_trials import results_on_test
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.data_check import refuse_changed_data
@@ -26,16 +26,16 @@ from ktray.runs.display import Display, open_display
 from ktray.runs.interruption import (
     FORCE_SEARCH_AFTER_SECONDS,
     Interruption,
-    cancelling_waits,
     restore_signal_handlers,
+    run_concurrently,
     run_until_ended,
 )
 from ktray.runs.plan import check_space
 from ktray.runs.settings import Settings, require_positive
 from ktray.runs.study_logger import log_missed_stages, log_stage
-from ktray.runs.study_status import with_status_file, with_stuck_warnings
+from ktray.runs.study_status import ShowWork, with_status_file, with_stuck_warnings
 from ktray.runs.uncertainty import level_with_best
-from ktray.scheduler.messages import DAMAGED
+from ktray.scheduler.messages import BACKGROUND, DAMAGED
 from ktray.search.history import read_study
 from ktray.search.journal import driver_lock, study_folder, study_names
 from ktray.search.ranking import ranked
@@ -48,13 +48,15 @@ from ktray.text import counted
 from ktray.tracking import Tracker, Unwritten
 
 if TYPE_CHECKING:
+    from ktray.runs.early_start import EarlyStart
+    from ktray.runs.profile import Profile
     from ktray.scheduler.client import SchedulerClient
     from ktray.scheduler.ray_session import RaySession
-    from ktray.scheduler.resources import RuntimeSettings
 
 LAST_EVENTS_SECONDS = {False: 10.0, True: 2.0}  # interrupted? -> patience with a slow scheduler, at the end of a search
 POLL_SECONDS = 1.0  # between two readings of the scheduler's events
 MAX_CONCURRENT = 64  # trials: each waits in a process of its own on the driver's machine, however many workers there are
+TRACKER_HOLD_SECONDS = 8.0  # until MLflow is imported, unless the first stages are requested before
 UNFINISHED = ("running", "paused")  # states of trials that a search goes on with
 TRACKER_SECONDS = {True: 20.0, False: 3.0}  # done? -> patience with a slow tracker, whose spool keeps what is left
 
@@ -71,6 +73,7 @@ class SearchOptions:
         address: a Ray cluster that is already there; None starts one on this machine.
         share_images: send cluster sheets to a remote tracker, too.
         retry: draw the pairs of failed trials again, as new trials.
+        profile: collects what happens; the caller writes it.
     """
 
     name: str | None = None
@@ -80,6 +83,12 @@ class SearchOptions:
     address: str | None = None
     share_images: bool = False
     retry: bool = False
+    profile: Profile | None = None
+
+    def mark(self, phase: str) -> None:
+        """A phase of the search ends now."""
+        if self.profile is not None:
+            self.profile.mark(phase)
 
 
 @dataclass
@@ -115,49 +124,66 @@ class _LazyScheduler:
         interruption: Interruption,
         display: Display,
         home_lock: FileLock | None = None,
+        early: EarlyStart | None = None,
     ) -> None:
         self.settings, self.address, self.store, self.tracker = settings, options.address, settings.open_store(), tracker
-        self.home_lock = home_lock
-        self.interruption, self.say = interruption, display.say
-        self.study_folder = study_folder(settings.home, str(options.name))
+        self.home_lock, self.early, self.options = home_lock, early, options
+        self.interruption, self.say, self.study_folder = (
+            interruption,
+            display.say,
+            study_folder(settings.home, str(options.name)),
+        )
         self.published: set[str] = set()
         self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
+        if options.profile is not None:
+            self._show_work = _shown_to_both(self._show_work, options.profile.observe)
         self._session: RaySession | None = None
         self._client: SchedulerClient | None = None
         self._follower: _EventFollower | None = None
 
     def start(self) -> SchedulerClient:
-        from ktray.scheduler import ray_session, resources
-
         if self._client is None:
-            runtime = resources.load_runtime_settings(self.settings.runtime)
             self.interruption.raise_if_requested()
             self.interruption.needs_cleanup = True
-            # In this thread, with which all processes of our own Ray end.
-            self._session = session = ray_session.start(
-                self.settings.home,
-                self.address,
-                runtime,
-                self.interruption.lose,
-                self.interruption.ends_process,
-                self.home_lock,
-            )
+            if self.early is not None:
+                self._session, self._client = self.early.result()
+                self.interruption.raise_if_requested()
+            else:
+                self._session = self._start_session()  # in this thread, with which all processes of our own Ray end
+            self.options.mark("Ray up")
             restore_signal_handlers()
             self.interruption.force_after = FORCE_SEARCH_AFTER_SECONDS
-            self.say(f"Ray's own messages go to {session.log}")
-            for warning in session.warnings:
+            self.say(f"Ray's own messages go to {self._session.log}")
+            for warning in self._session.warnings:
                 self.say(warning)
-            self._client, self._follower = run_until_ended(lambda: self._connect(session, runtime), self.interruption)
+            self._client, self._follower = run_until_ended(self._follow, self.interruption)
         return self._client
 
-    def _connect(self, session: RaySession, runtime: RuntimeSettings) -> tuple[SchedulerClient, _EventFollower]:
-        from ktray.pipeline.execute import execute
+    def _start_session(self) -> RaySession:
+        from ktray.scheduler import ray_session, resources
+
+        return ray_session.start(
+            self.settings.home,
+            self.address,
+            resources.load_runtime_settings(self.settings.runtime),
+            self.interruption.lose,
+            self.interruption.ends_process,
+            self.home_lock,
+        )
+
+    def _follow(self) -> tuple[SchedulerClient, _EventFollower]:
+        assert self._session is not None, "Ray has started"
+        client = self._client or self._connect(self._session)
+        return client, _EventFollower(client, self.store, self.tracker, self._show_work, self.say)
+
+    def _connect(self, session: RaySession) -> SchedulerClient:
+        from ktray.pipeline.worker_entry import prepare, run_stage
         from ktray.runs.preflight import preflight
         from ktray.scheduler import client
 
-        preflight(self.store, runtime)
-        scheduler = client.connect(session, self.store.url, execute)
-        return scheduler, _EventFollower(scheduler, self.store, self.tracker, self._show_work, self.say)
+        preflight(self.store, session.runtime)
+        profile = self.options.profile
+        return client.connect(session, self.store.url, profile.stage_function() if profile else run_stage, prepare)
 
     def obtain(self, graphs: Mapping[str, Graph]) -> None:
         """Have the stages of these graphs published; report what fails.
@@ -169,17 +195,15 @@ class _LazyScheduler:
 
         scheduler = self.start()
 
-        def obtain_all() -> None:
-            for waiter, graph in graphs.items():
-                try:
-                    scheduler.obtain(list(graph.stages), waiter)
-                except StageFailed as failure:
-                    self.say(f"{waiter} is missing: {failure}")
-                except WaitCancelled:
-                    return
+        def obtain(waiter: str) -> None:
+            try:
+                scheduler.obtain(list(graphs[waiter].stages), waiter)
+            except StageFailed as failure:
+                self.say(f"{waiter} is missing: {failure}")
+            except WaitCancelled:
+                pass  # the search ends
 
-        with cancelling_waits(scheduler, lambda: list(graphs), self.interruption.must_end):
-            run_until_ended(obtain_all, self.interruption)
+        run_concurrently(scheduler, graphs, obtain, str, MAX_CONCURRENT, self.interruption)
 
     def leave(self, new: set[str]) -> None:
         """Read the last events, and end the scheduler; `new` are the keys asked for that were not in the store before."""
@@ -195,7 +219,10 @@ class _LazyScheduler:
         """End Ray, if it was started."""
         from ktray.scheduler import ray_session
 
-        if self._session is None:
+        if self.early is not None:
+            self.early.end()
+            restore_signal_handlers()
+        elif self._session is None:
             # An earlier driver may have been killed, and nothing was left to compute that would have started Ray here.
             if self.home_lock is not None:
                 self.home_lock.release()
@@ -205,13 +232,28 @@ class _LazyScheduler:
             restore_signal_handlers()
 
 
+def _shown_to_both(first: ShowWork, second: ShowWork) -> ShowWork:
+    def show(events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
+        second(events, status)
+        first(events, status)
+
+    return show
+
+
 @contextmanager
 def _lazy_scheduler(
-    options: SearchOptions, settings: Settings, tracker: Tracker, interruption: Interruption, display: Display
+    options: SearchOptions,
+    settings: Settings,
+    tracker: Tracker,
+    interruption: Interruption,
+    display: Display,
+    early: EarlyStart | None = None,
 ) -> Iterator[_LazyScheduler]:
     """A scheduler for a study, whose Ray ends with this block."""
-    with _lock_home(settings.home, str(options.name), options) or nullcontext() as home_lock:  # before anything is written
-        scheduler = _LazyScheduler(options, settings, tracker, interruption, display, home_lock)
+    # Before anything is written; an early start has the lock already.
+    lock = None if early is not None else _lock_home(settings.home, str(options.name), options)
+    with lock or nullcontext() as home_lock:
+        scheduler = _LazyScheduler(options, settings, tracker, interruption, display, home_lock, early)
         try:
             yield scheduler
         finally:
@@ -225,6 +267,7 @@ def search(
     settings: Settings,
     interruption: Interruption,
     report: Callable[[SearchOutcome], None] = lambda outcome: None,
+    early: EarlyStart | None = None,
 ) -> SearchOutcome:
     """Check a space, then run its study to the target, or go on with it.
 
@@ -232,6 +275,7 @@ def search(
         source: what errors call the space, such as its file.
         interruption: a request to stop ends the search within seconds; the same call goes on later.
         report: called with the outcome once everything is written, and before Ray ends, whose end is not always orderly.
+        early: a Ray that is starting already.
 
     Raises:
         UserError: the space, an option or the data are wrong, or another driver has this study or home.
@@ -243,6 +287,7 @@ def search(
         require_positive(options.concurrent, "concurrent")
     space = with_concurrent(space, options.concurrent)
     assumed = check_space(space, data_loader(), source)
+    options.mark("space checked")
     name = options.name or space.study_name
     for warning in [*space.sharing_warnings(), *assumed]:
         settings.print_info(f"ktray: {warning}")
@@ -251,9 +296,10 @@ def search(
     options = replace(options, name=name)
     with ExitStack() as until_reported:
         with open_display(settings, space, name) as display:
-            scheduler = until_reported.enter_context(_lazy_scheduler(options, settings, tracker, interruption, display))
+            scheduler = until_reported.enter_context(_lazy_scheduler(options, settings, tracker, interruption, display, early))
             outcome = search_study(space, options, settings, tracker, interruption, display, scheduler)
         report(outcome)
+        options.mark("table")
     return outcome
 
 
@@ -286,7 +332,7 @@ def search_study(
         coordinator = _coordinator(study, store, settings, tracker, display)
         refuse_changed_data(space, study.trials(), coordinator.identity, study_folder(settings.home, name))
         keys_before, done = set(store.keys()), False
-        tracker.start()
+        tracker.start(TRACKER_HOLD_SECONDS)
         coordinator.trial_logger.describe_study()
         display.begin(study)
         try:
@@ -393,9 +439,19 @@ def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> Sea
     """Run the trials that are due, then compute again what completed trials have lost."""
     first, stopped = coordinator.first_segments(coordinator.space.budget.concurrent)
     if first and not stopped:
+        client, planned = scheduler.start(), coordinator.planned_stages()
+
+        def compute_ahead() -> None:
+            for segment in first:
+                client.prefetch(list(segment.graph.stages))
+            client.prefetch(planned)
+
+        run_until_ended(compute_ahead, scheduler.interruption)  # workers begin before Tune is imported, and starts
+        coordinator.tracker.write_now()
         from ktray.runs.tune_search import StudySearcher, run_on_tune
 
-        searcher = StudySearcher(coordinator, scheduler.start(), scheduler.interruption, first)
+        lines = _ReferencesAhead(coordinator, client)
+        searcher = StudySearcher(coordinator, client, scheduler.interruption, first, lines.request)
         stopped = run_until_ended(lambda: run_on_tune(searcher, scheduler.study_folder / "tune"), scheduler.interruption)
     lost = {} if stopped or scheduler.interruption.is_requested() else _lost_stages(coordinator)
     if lost:
@@ -416,12 +472,59 @@ def _compute_reference_lines(coordinator: TrialCoordinator, scheduler: _LazySche
     best = coordinator.study.ranked_trials()
     if not best:
         return
-    data = data_loader()(PairSpec.model_validate(dict(best[0].pair)).data.transfer)
-    graphs = references.reference_graphs(best[0].pair, data, coordinator.identity)
+    graphs = _reference_graphs(best[0].pair, coordinator.identity)
     coordinator.demanded |= {stage.key for graph in graphs.values() for stage in graph.stages}
     if references.save_if_complete(graphs, coordinator.store, scheduler.study_folder) is None:
-        scheduler.obtain({f"the reference line {line!r}": graph for line, graph in graphs.items()})
+        scheduler.obtain({_waiter_for(line): graph for line, graph in graphs.items()})
         references.save_if_complete(graphs, coordinator.store, scheduler.study_folder)
+
+
+def _reference_graphs(pair: Mapping[str, Any], identity: Identity) -> dict[str, Graph]:
+    data = data_loader()(PairSpec.model_validate(dict(pair)).data.transfer)
+    return references.reference_graphs(pair, data, identity)
+
+
+def _waiter_for(line: str) -> str:
+    return f"the reference line {line!r}"
+
+
+class _ReferencesAhead:
+    """Has the reference lines of the best trial so far computed on workers that the last trials leave idle.
+
+    They may turn out to be those of another trial; `_compute_reference_lines` computes what is missing in the end.
+    """
+
+    def __init__(self, coordinator: TrialCoordinator, scheduler: SchedulerClient) -> None:
+        self._coordinator, self._scheduler = coordinator, scheduler
+        self._pair: Mapping[str, Any] | None = None
+        self._next_look = 0.0
+
+    def request(self) -> None:
+        """Call this while trials run and none is due; it returns at once."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + POLL_SECONDS
+        best = self._coordinator.study.ranked_trials()
+        if best and best[0].pair != self._pair:
+            outdated, self._pair = self._pair is not None, best[0].pair
+            threading.Thread(target=self._obtain, args=(best[0].pair, outdated), daemon=True).start()
+
+    def _obtain(self, pair: Mapping[str, Any], outdated: bool) -> None:
+        import ray
+
+        from ktray.scheduler.client import WaitCancelled
+
+        def obtain(graph: Graph, waiter: str) -> None:
+            # Whatever goes wrong here is reported when the line is computed in the end.
+            with suppress(StageFailed, SearchStopped, WaitCancelled, ray.exceptions.RayError):
+                self._scheduler.obtain(list(graph.stages), waiter, BACKGROUND)
+
+        with suppress(UserError, SearchStopped, ray.exceptions.RayError):
+            for line, graph in _reference_graphs(pair, self._coordinator.identity).items():
+                if outdated:
+                    self._scheduler.cancel_requests(_waiter_for(line))
+                threading.Thread(target=obtain, args=(graph, _waiter_for(line)), daemon=True).start()
 
 
 def with_concurrent(space: Space, concurrent: int | None) -> Space:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ class StudySearcher(Searcher):
 
     Args:
         interruption: a request to stop ends the search within seconds; waiting trials stay resumable.
-        pending: segments that are already drawn; workers begin with them while Tune is still starting.
+        pending: segments that are already drawn; their stages may be requested already.
+        when_none_is_due: called, maybe often, while segments run and none is due.
 
     Attributes:
         running: Tune's trial -> its segment.
@@ -44,8 +46,10 @@ class StudySearcher(Searcher):
         scheduler: SchedulerClient,
         interruption: Interruption,
         pending: deque[TrialSegment],
+        when_none_is_due: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
+        self.when_none_is_due = when_none_is_due
         self.coordinator, self.scheduler, self.interruption, self.pending = coordinator, scheduler, interruption, pending
         self.running: dict[str, TrialSegment] = {}
         self.deaths: Counter[int] = Counter()
@@ -67,8 +71,11 @@ class StudySearcher(Searcher):
         if isinstance(segment, TrialSegment):
             self.running[trial_id] = segment
             return {"job": self._job(segment)}
+        if segment != "wait" and not self.running:
+            return str(Searcher.FINISHED)
         # Results of running segments may lead to promotions, so the search is not over while there are any.
-        return None if segment == "wait" or self.running else str(Searcher.FINISHED)
+        self.when_none_is_due()
+        return None
 
     def _next(self) -> TrialSegment | Literal["wait", "done"]:
         if self.pending:
@@ -177,9 +184,6 @@ def run_on_tune(searcher: StudySearcher, scratch: Path) -> SearchStopped | None:
     """
     coordinator, scheduler = searcher.coordinator, searcher.scheduler
     concurrent = coordinator.space.budget.concurrent
-    for segment in searcher.pending:
-        scheduler.prefetch(list(segment.graph.stages))
-    scheduler.prefetch(coordinator.planned_stages())
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(concurrent)
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     tuner = tune.Tuner(

@@ -19,6 +19,7 @@ from ktray.cost_model.stage_costs import CostModel
 from ktray.scheduler.core import SchedulerCore
 from ktray.scheduler.fault_tolerance import ProcessId, ProcessLiveness
 from ktray.scheduler.messages import (
+    AHEAD,
     BROKER_NAME,
     DAMAGED,
     OUT_OF_MEMORY,
@@ -56,7 +57,8 @@ POLL_SECONDS = 5.0
 LEASE_SECONDS = 15.0
 REFRESH_NODES_SECONDS = 5.0
 MAX_EVENTS = 20_000
-MAX_PRESTARTED = 4
+MAX_PRESTARTED = {False: 4, True: 2}  # are there GPUs? -> workers without one: few where most stages run on GPUs
+MAX_PRESTARTED_ON_GPUS = 8
 
 
 class Broker:
@@ -159,7 +161,7 @@ class Broker:
     async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
         """Compute these stages at the lowest priority, for nobody in particular."""
         self._ensure_periodic_task()
-        self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, -1, time.time())
+        self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, AHEAD, time.time())
         self._dispatch()
 
     async def cancel_requests(self, waiter: str, session: str) -> None:
@@ -278,9 +280,15 @@ class Broker:
                 self._lease_check = asyncio.get_running_loop().create_task(self._end_lapsed_leases(now))
             if not self._leases and now - self._last_lease > self._config.runtime.idle_exit_seconds:
                 await self.shut_down()
-            cpus = min(self._registry.cpu_limit, sum(node.cpus for node in self._registry.nodes.values()))
-            self._core.scaling.prestart(int(min(cpus, MAX_PRESTARTED)))
+            self._prestart()
             self._dispatch()
+
+    def _prestart(self) -> None:
+        nodes_now = self._registry.nodes.values()
+        cpus = min(self._registry.cpu_limit, sum(node.cpus for node in nodes_now))
+        share = self._shares("student").gpus or 0.0
+        slots = sum(int(node.gpus / share) for node in nodes_now) if share else 0
+        self._core.scaling.prestart(int(min(cpus, MAX_PRESTARTED[slots > 0])), share, min(slots, MAX_PRESTARTED_ON_GPUS))
 
     async def _end_lapsed_leases(self, now: float) -> None:
         """End the leases of drivers that have ended. One that only stands still keeps its lease, and the scheduler with it."""
@@ -407,6 +415,7 @@ def core_status(core: SchedulerCore, now: float) -> dict[str, Any]:
                 "pid": worker.pid,
                 "cpus": worker.shape.cpus,
                 "gpus": worker.shape.gpus,
+                "gpu_ids": list(worker.gpu_ids),
                 "state": _worker_state(worker),
                 "silent_seconds": round(now - worker.last_heartbeat, 3) if worker.last_heartbeat else None,
             }

@@ -17,7 +17,15 @@ from ktray.errors import SearchStopped, StageFailed
 from ktray.fingerprint import fingerprint
 from ktray.scheduler.broker import Broker
 from ktray.scheduler.fault_tolerance import ProcessId
-from ktray.scheduler.messages import BROKER_NAME, CANCELLED, DISK_FULL, RequestResult, SchedulerConfig, StageFunction
+from ktray.scheduler.messages import (
+    BROKER_NAME,
+    CANCELLED,
+    DISK_FULL,
+    Prepare,
+    RequestResult,
+    SchedulerConfig,
+    StageFunction,
+)
 from ktray.scheduler.ray_cluster import kill_process, this_process
 from ktray.scheduler.ray_session import RaySession, code_and_environment_hash, worker_environment
 from ktray.scheduler.worker import to_bytes
@@ -197,7 +205,9 @@ def _start_lease(scheduler: SchedulerClient) -> Callable[[], None]:
     return cancel
 
 
-def connect(session: RaySession, store_url: str, stage_function: StageFunction) -> SchedulerClient:
+def connect(
+    session: RaySession, store_url: str, stage_function: StageFunction, prepare: Prepare | None = None
+) -> SchedulerClient:
     """The scheduler for this code, environment, runtime and store: the one that runs on this cluster, or a new one.
 
     What dead attempts left in the store is removed first, unless a worker of any scheduler uses the store.
@@ -205,6 +215,7 @@ def connect(session: RaySession, store_url: str, stage_function: StageFunction) 
     Args:
         stage_function: module-level function that computes and publishes one stage. Workers get it pickled and import its
             module; the broker does not.
+        prepare: module-level function that each new worker calls with its device before its first stage.
     """
     packed = to_bytes(stage_function)
     runtime = session.runtime.model_dump(mode="json")
@@ -212,7 +223,8 @@ def connect(session: RaySession, store_url: str, stage_function: StageFunction) 
     scheduler = SchedulerClient(namespace, session.name)
     if not _keep_broker_if_responsive(namespace):
         _sweep_store_if_unused(store_url)
-    config = SchedulerConfig(namespace, store_url, packed, session.runtime, worker_environment(), uuid.uuid4().hex[:8])
+    name, prepared = uuid.uuid4().hex[:8], to_bytes(prepare) if prepare is not None else b""
+    config = SchedulerConfig(namespace, store_url, packed, session.runtime, worker_environment(), name, prepared)
     ray.remote(Broker).options(
         name=BROKER_NAME,
         namespace=namespace,

@@ -9,6 +9,7 @@ from dataclasses import replace
 from ktray.artifact import Artifact, Stage, kind_of
 from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusivityPolicy, FirstHeartbeatMonitor, RetryPolicy
 from ktray.scheduler.messages import (
+    BACKGROUND,
     FAILED,
     FENCED,
     LATE,
@@ -28,8 +29,10 @@ from ktray.scheduler.messages import (
 from ktray.scheduler.placement import DispatchCapacity, WorkerAutoscaler
 from ktray.scheduler.requests import REMEMBERED, PendingStage, RecentKeys, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
-from ktray.scheduler.worker_registry import Worker, WorkerRegistry, describe_resources, worker_shape_for
+from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape, describe_resources, worker_shape_for
 
+BACKGROUND_IDLE_SECONDS = 1.0  # without a stage, until a worker takes one of the background: a trial may just be about to ask
+START_HELPERS_SECONDS = 5.0  # of a stage, until workers start to help it; idle ones help at once
 MAX_FAMILY = 8  # stages that one attempt computes together: all of its outputs are in memory at once
 
 
@@ -90,6 +93,7 @@ class SchedulerCore:
         self.first_heartbeats.note_heartbeat(worker.name)
         if not attempt:
             return True
+        worker.last_busy = now
         run = self.running.get(key)
         if attempt in self._fenced or (run is not None and run.attempt != attempt):
             return False
@@ -124,6 +128,7 @@ class SchedulerCore:
         worker.reserved_memory = self._resources_for(leader).memory_bytes
         self._keys_of_attempt[attempt] = [stage.key for stage in stages]
         for stage in stages:
+            worker.note_stage([*stage.resume_from, *stage.inputs.values(), stage.key], now)
             self.running[stage.key] = RunningStage(stage.key, stage, attempt, worker.name, now, now, leader=leader.key)
             self.requests.pending_graph.mark_running(stage.key)
 
@@ -316,13 +321,17 @@ class SchedulerCore:
     def _place_stage(self, pending: PendingStage, placement: DispatchCapacity) -> bool:
         """Start a stage, or arrange a worker for it; False if it must wait for room."""
         stage, request = pending.stage, self._resources_for(pending.stage)
-        worker = self._exclusivity.take_worker(stage.key, request, placement)
+        in_background = max(pending.priorities, default=0) <= BACKGROUND
+        idle_since = placement.now - BACKGROUND_IDLE_SECONDS if in_background else float("inf")
+        worker = self._exclusivity.take_worker(stage, request, placement, idle_since)
         if worker is not None:
             self._assign(worker, stage, placement.now)
         elif not self.registry.could_ever_fit(request):
             self._fail_stage(
                 stage.key, FAILED, f"it needs {describe_resources(request)}, more than any node of the cluster has"
             )
+        elif in_background:
+            return False  # no worker starts for it, and none is evicted
         else:
             return self.scaling.start_worker_or_make_room(worker_shape_for(request), stage.key in self._exclusivity, placement)
         return True
@@ -350,10 +359,15 @@ class SchedulerCore:
     def _lend_idle_workers(self, placement: DispatchCapacity) -> None:
         names = {name for name in {run.stage.name for run in self.running.values()} if self.usual_resources_for(name).helpers}
         leaders = [run for run in self.running.values() if run.stage.name in names and run.key == run.leader]
+        wanted: dict[WorkerShape, dict[str, int]] = {}
         for run in sorted(leaders, key=lambda run: run.since):
             if run.worker in self.registry.workers:
                 shape = self.registry.workers[run.worker].shape
-                self.scaling.lend_workers(run.attempt, shape, self._resources_for(run.stage).helpers, placement)
+                wanted.setdefault(shape, {})[run.attempt] = self._resources_for(run.stage).helpers
+        # A new worker needs seconds to load its libraries, in which others load theirs more slowly: not for a short stage.
+        may_start = {run.attempt for run in leaders if placement.now - run.since >= START_HELPERS_SECONDS}
+        for shape, attempts in wanted.items():
+            self.scaling.lend_workers(shape, attempts, may_start, placement)
 
     def lent_workers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""

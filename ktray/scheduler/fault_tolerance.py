@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ktray.artifact import Stage
 from ktray.scheduler.messages import (
     FENCED,
     OUT_OF_MEMORY,
@@ -258,13 +259,19 @@ class ExclusivityPolicy:
             if self._needs_whole_node(run.key, request) and run.worker in self.registry.workers:
                 self.registry.reserve(self.registry.workers[run.worker].node)
 
-    def take_worker(self, key: str, request: ResourceRequest, placement: DispatchCapacity) -> Worker | None:
+    def take_worker(
+        self, stage: Stage, request: ResourceRequest, placement: DispatchCapacity, idle_since: float = float("inf")
+    ) -> Worker | None:
         """A worker that can run the stage now, no longer idle in `placement`; None if there is none. Called for every stage.
 
         For a stage that needs its whole node this is a worker on a node where nothing else runs, which is then reserved.
+
+        Args:
+            idle_since: only workers that had no stage after this moment.
         """
-        if not self._needs_whole_node(key, request):
-            return placement.take_available_worker(request)
+        if not self._needs_whole_node(stage.key, request):
+            known = {*stage.inputs.values(), *stage.resume_from}
+            return placement.take_available_worker(request, keys=known, idle_since=idle_since)
         shape = worker_shape_for(request)
         if any(worker.shape == shape for worker in self.registry.workers.values()):
             return placement.take_worker_on_idle_node(request)

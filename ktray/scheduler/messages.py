@@ -20,6 +20,13 @@ from ktray.stores import Store
 BROKER_NAME = "broker"
 StageFunction = Callable[[Stage, Store, str, StageContext], tuple[Artifact, bool]]
 """(stage, store, attempt, context) -> (artifact, whether this call published it)."""
+Prepare = Callable[[str], None]
+"""Called by a worker with its device before it asks for its first stage: what the first stage would have to wait for."""
+
+# ---- priorities of requests, beside those of trials (0, and 1 on their last segment)
+
+AHEAD: Final = -1  # before any trial asks: they will
+BACKGROUND: Final = -2  # only on workers that trials leave idle
 
 # ---- kinds of failures and of events
 
@@ -196,6 +203,7 @@ class SchedulerConfig:
         environment: environment variables of its processes.
         name: unique to this scheduler; the names of its attempts begin with it, so that a record tells which of several
             schedulers published it.
+        prepare: cloudpickled `Prepare`; empty for none.
     """
 
     namespace: str
@@ -204,6 +212,7 @@ class SchedulerConfig:
     runtime: RuntimeSettings
     environment: Mapping[str, str]
     name: str = "scheduler"
+    prepare: bytes = b""
 
 
 # ---- from an exception to a failure

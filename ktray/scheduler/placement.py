@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
 from ktray.scheduler.messages import Action, RetireWorker, StartWorker
@@ -18,6 +18,7 @@ from ktray.scheduler.worker_registry import CPU_PART, WHOLE_NODE, Worker, Worker
 
 RESERVE_AFTER = 30.0  # seconds that a stage waits for a worker of its shape before a node is reserved for it
 FAILED_STARTS = 3  # rounds of workers that die before their first heartbeat, until what waits fails
+AFFINITY_CANDIDATES = 64  # idle workers that one stage looks at for the one that knows most of its inputs
 SHARE_TOLERANCE = 1e-6  # shares of a GPU are sums of floats
 
 # ---- GPU slots
@@ -122,21 +123,44 @@ class DispatchCapacity:
         """All workers that wait for a stage, of any shape, including those on reserved nodes."""
         return [worker for workers in self._available.values() for worker in workers if not worker.retiring]
 
-    def take_available_worker(self, request: ResourceRequest, node: str | None = None) -> Worker | None:
-        """A worker that can serve the request at once: one that is not lent, else one that is; only on `node` if given.
+    def take_available_worker(
+        self,
+        request: ResourceRequest,
+        node: str | None = None,
+        keys: Collection[str] = (),
+        idle_since: float = float("inf"),
+    ) -> Worker | None:
+        """A worker that can serve the request at once, or None.
 
-        A request without a GPU prefers a worker on a node without GPUs.
+        One that is not lent goes before one that is and, for a request without a GPU, one on a node without GPUs before others.
+        Among equals it is the one that has read or made most of `keys`: it may still have them in memory.
+
+        Args:
+            node: only workers on this node; None for all.
+            keys: what the stage reads, and the snapshots that it may continue.
+            idle_since: only workers that had no stage after this moment.
         """
         idle = self._available.get(worker_shape_for(request), [])
-        for index in reversed(range(len(idle))):
+        best, best_rank = -1, (False, False, -1)
+        for looked_at, index in enumerate(reversed(range(len(idle)))):
             worker = idle[index]
             if worker.retiring or worker.node != (node or worker.node) or self.registry.must_stay_idle(worker):
                 continue
-            if self._free_memory[worker.node] >= request.memory_bytes:
-                del idle[index]
-                self._free_memory[worker.node] -= request.memory_bytes
-                return worker
-        return None
+            if worker.last_busy > idle_since or self._free_memory[worker.node] < request.memory_bytes:
+                continue
+            free, preferred = worker.lent_to is None, not self._is_cpu_worker_on_gpu_node(worker.node, worker.shape)
+            if best >= 0 and (free, preferred) != best_rank[:2]:
+                break  # the list is in this order, so all further ones come later
+            rank = (free, preferred, worker.affinity(keys))
+            if best < 0 or rank > best_rank:
+                best, best_rank = index, rank
+            if not keys or rank[2] >= len(keys) or looked_at >= AFFINITY_CANDIDATES:
+                break
+        if best < 0:
+            return None
+        worker = idle.pop(best)
+        self._free_memory[worker.node] -= request.memory_bytes
+        return worker
 
     def take_worker_on_idle_node(self, request: ResourceRequest) -> Worker | None:
         """A worker on a node where nothing else runs; else None, and the node that will be free soonest is reserved."""
@@ -299,14 +323,30 @@ class WorkerAutoscaler:
     def __init__(self, registry: WorkerRegistry, outbox: list[Action]) -> None:
         self.registry, self.outbox = registry, outbox
         self.failed_starts = 0
+        self._gpu_workers_prestarted = False
         self._same_round = set[str]()
         self._waiting_since: dict[WorkerShape, float] = {}
 
-    def prestart(self, workers: int) -> None:
-        """Start workers of the usual shape before the first stage comes, until there are this many workers."""
-        placement = DispatchCapacity(self.registry, 0.0)
-        for _ in range(0 if self.failed_starts else workers - len(self.registry.workers)):
+    def prestart(self, workers: int, gpu_share: float = 0.0, gpu_workers: int = 0) -> None:
+        """Start workers before the first stage comes: of the usual shape, until there are this many without a GPU.
+
+        Args:
+            gpu_share: of a GPU that a training will get. Once, as soon as there are GPUs, workers with this share start on all
+                of them: they load libraries while images are decoded. Later ones start on demand, with the share that is
+                known to be needed by then.
+            gpu_workers: how many at most.
+        """
+        if self.failed_starts:
+            return
+        placement, on_cpus = DispatchCapacity(self.registry, 0.0), 0
+        for worker in self.registry.workers.values():
+            on_cpus += not worker.shape.gpus
+            self._gpu_workers_prestarted |= worker.shape.gpus > 0
+        for _ in range(workers - on_cpus):
             self._start_worker(WorkerShape(), placement)
+        if gpu_share and not self._gpu_workers_prestarted and any(node.gpus for node in self.registry.nodes.values()):
+            for _ in range(gpu_workers):
+                self._gpu_workers_prestarted |= self._start_worker(WorkerShape(0.0, gpu_share), placement)
 
     def _start_worker(self, shape: WorkerShape, placement: DispatchCapacity) -> bool:
         worker = placement.place_worker(shape)
@@ -350,11 +390,38 @@ class WorkerAutoscaler:
         """Drop the waiting times of shapes that no stage waits for any more; by now every waiting stage was seen."""
         self._waiting_since = {shape: since for shape, since in self._waiting_since.items() if placement.unserved[shape]}
 
-    def lend_workers(self, attempt: str, shape: WorkerShape, helpers: int, placement: DispatchCapacity) -> None:
-        """Lend idle workers to an attempt, and start some for it where there is room, until it has this many."""
-        missing = helpers - placement.lent[attempt]
-        for worker in placement.lendable_workers(shape)[: max(0, missing)]:
-            worker.lent_to, missing = attempt, missing - 1
+    def lend_workers(
+        self, shape: WorkerShape, wanted: Mapping[str, int], may_start: Collection[str], placement: DispatchCapacity
+    ) -> None:
+        """Lend idle workers of a shape to attempts in equal parts, and start some for them where there is room.
+
+        Helpers go over from an attempt that has at least two more than another one wants: each item of work is sent on its own,
+        so a worker may change its leader between two of them.
+
+        Args:
+            wanted: attempt -> most helpers that it can use, the oldest attempt first.
+            may_start: the attempts for which workers may start.
+        """
+        lent = {attempt: placement.lent[attempt] for attempt in wanted}
+        hungry = [attempt for attempt in wanted if lent[attempt] < wanted[attempt]]
+        for worker in placement.lendable_workers(shape):
+            if not hungry:
+                return
+            poorest = min(hungry, key=lent.__getitem__)  # of equals the oldest
+            worker.lent_to = poorest
+            lent[poorest] += 1
+            if lent[poorest] == wanted[poorest]:
+                hungry.remove(poorest)
+        while hungry:
+            poorest, richest = min(hungry, key=lent.__getitem__), max(lent, key=lent.__getitem__)
+            if lent[richest] < lent[poorest] + 2:
+                break
+            helper = next(each for each in self.registry.workers.values() if each.lent_to == richest)
+            helper.lent_to = poorest
+            lent[richest] -= 1
+            lent[poorest] += 1
+            hungry = [attempt for attempt in wanted if lent[attempt] < wanted[attempt]]
+        missing = sum(wanted[attempt] - lent[attempt] for attempt in hungry if attempt in may_start)
         for _ in range(missing - placement.starting[shape]):
             if self.failed_starts or not self._start_worker(shape, placement):
                 break

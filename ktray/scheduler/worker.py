@@ -52,23 +52,31 @@ class _RayPool:
 
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers
+        self._worked = set[str]()  # helpers that have returned a result
 
     @property
     def worker_count(self) -> int:
         return 1 + len(self._helpers())
 
+    @property
+    def worked(self) -> int:
+        return 1 + len(self._worked)
+
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
-        return _MapCall(function, items, shared).run(self._helpers)
+        return _MapCall(function, items, shared, self._worked).run(self._helpers)
 
 
 class _MapCall:
     """One call of `map`. The leader and a thread per helper each take the next index until none is left.
 
     Values travel as bytes, so that all workers get copies that they may write to.
+
+    Args:
+        worked: names of helpers that have returned a result are added to it.
     """
 
-    def __init__(self, function: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any) -> None:
-        self.function, self.items, self.shared = function, items, shared
+    def __init__(self, function: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any, worked: set[str]) -> None:
+        self.function, self.items, self.shared, self.worked = function, items, shared, worked
         self.name = uuid.uuid4().hex
         self.changed = threading.Condition()
         self.results: dict[int, Any] = {}
@@ -78,15 +86,18 @@ class _MapCall:
         self.longest_seconds = 0.0
         self.ended = False
         self.function_ref: list[Any] = []
+        self.lent: set[str] = set()  # names of the helpers at the last look
+        self.engaged: set[str] = set()  # of those to which a thread sends items
 
     def run(self, helpers: Helpers) -> list[Any]:
-        engaged: set[str] = set()
         try:
             while not self._is_done():
-                for name, handle in helpers().items() if len(self.waiting) > 1 else ():
-                    if name not in engaged:
-                        engaged.add(name)
-                        self._engage_helper(handle)
+                lent = helpers()
+                self.lent = set(lent)
+                for name, handle in lent.items() if len(self.waiting) > 1 else ():
+                    if name not in self.engaged:
+                        self.engaged.add(name)
+                        self._engage_helper(name, handle)
                 index = self._take_for_leader(time.monotonic())
                 if index is None:
                     with self.changed:
@@ -104,15 +115,15 @@ class _MapCall:
             raise self.errors[min(self.errors)]
         return [self.results[index] for index in range(len(self.items))]
 
-    def _engage_helper(self, handle: Any) -> None:
+    def _engage_helper(self, name: str, handle: Any) -> None:
         """Have a helper compute items from now on, which a thread of its own sends to it."""
         if not self.function_ref:
             self.function_ref.append(ray.put(to_bytes((self.function, self.shared))))
-        threading.Thread(target=self._send_items, args=(handle,), daemon=True).start()
+        threading.Thread(target=self._send_items, args=(name, handle), daemon=True).start()
 
-    def _send_items(self, handle: Any) -> None:
-        """Send one item after the other to a helper, until none is left or the helper takes no more."""
-        while (index := self._take_for_helper(began := time.monotonic())) is not None:
+    def _send_items(self, name: str, handle: Any) -> None:
+        """Send one item after the other to a helper, until none is left, the helper takes no more, or it is lent elsewhere."""
+        while name in self.lent and (index := self._take_for_helper(began := time.monotonic())) is not None:
             item = to_bytes(self.items[index])
             try:
                 reply = ray.get(handle.run_map_item.remote(self.name, self.function_ref, item))
@@ -125,11 +136,13 @@ class _MapCall:
                         self.waiting.append(index)
                         self.changed.notify_all()
                 return
+            self.worked.add(name)
             succeeded, value = cloudpickle.loads(reply)
             if succeeded:
                 self._note_result(index, value, began)
             else:
                 self._note_error(index, value)
+        self.engaged.discard(name)  # it may be lent to this call again
 
     def _take_for_helper(self, now: float) -> int | None:
         with self.changed:
@@ -188,6 +201,7 @@ class WorkerActor:
         gpu_ids = tuple(map(str, ray.get_gpu_ids())) if shape.gpus else ()
         node = ray.get_runtime_context().get_node_id()
         self._identity = WorkerIdentity(name, node, os.getpid(), shape, gpu_ids)
+        self._device = "cuda:0" if shape.gpus else "cpu"
         self._stage: Stage | None = None
         self._attempt = ""
         self._progress: Mapping[str, float] = {}
@@ -196,6 +210,7 @@ class WorkerActor:
         self._busy = threading.Lock()
         self._helped_call: tuple[str, Any] = ("", None)
         self._watcher = threading.Event()
+        self._prepare()  # before the first heartbeat: importing a large library may hold up all threads for seconds
         for target in (self._send_heartbeats, self._run_stages):
             threading.Thread(target=_run_then_exit, args=(target,), daemon=True).start()
 
@@ -228,6 +243,14 @@ class WorkerActor:
             except Exception as error:  # noqa: BLE001 - a process boundary: it is raised at the leader as it was
                 return pickle_error(error)
 
+    def _prepare(self) -> None:
+        """Load what the first stage would wait for. If that fails, the first stage fails with the reason, and is reported."""
+        if self._config.prepare:
+            try:
+                cloudpickle.loads(self._config.prepare)(self._device)
+            except Exception:  # noqa: BLE001 - see above; the worker's log keeps it
+                traceback.print_exc()
+
     def _run_stages(self) -> None:
         result: AttemptResult | None = None
         while True:
@@ -246,7 +269,7 @@ class WorkerActor:
         runtime = self._config.runtime
         context = StageContext(
             pool=_RayPool(self._lent_worker_handles),
-            device="cuda:0" if self._identity.shape.gpus else "cpu",
+            device=self._device,
             progress=self._note_progress,
             checkpoint_seconds=runtime.checkpoint_seconds,
             memmap_bytes=runtime.memmap_bytes,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ktray.scheduler.resources import ResourceRequest
 
 WORKER_PREFIX = "worker-"
+RECENT_KEYS = 32  # of what a worker has read or made, by which the next stage finds it
 NODE_RETURN_SECONDS = 600.0  # a node that left counts as one that may come back for this long
 WHOLE_NODE, CPU_PART = "", "cpus"  # parts of a node that can be reserved; the others are the ids of its GPUs
 
@@ -53,6 +54,8 @@ class Worker:
         reserved_memory: bytes of host memory that its stage reserves.
         retiring: it gets no new stage and exits when it next asks for one.
         gpu_ids: names of its GPUs as it reports them; empty until its first heartbeat.
+        last_busy: when it last had a stage, as far as heartbeats tell.
+        recent: keys of what its last stages read and made, the newest last: it may still have them in memory.
     """
 
     name: str
@@ -66,6 +69,18 @@ class Worker:
     reserved_memory: int = 0
     retiring: bool = False
     gpu_ids: tuple[str, ...] = ()
+    last_busy: float = 0.0
+    recent: tuple[str, ...] = ()
+
+    def note_stage(self, keys: Iterable[str], now: float) -> None:
+        """It begins a stage that reads or makes these keys."""
+        new = dict.fromkeys(keys)
+        self.last_busy = now
+        self.recent = (*(key for key in self.recent if key not in new), *new)[-RECENT_KEYS:]
+
+    def affinity(self, keys: Collection[str]) -> int:
+        """How many of these keys its last stages have read or made."""
+        return sum(key in keys for key in self.recent)
 
     def uses(self, part: str) -> bool:
         """Whether it holds anything of a part of its node: `WHOLE_NODE`, `CPU_PART` or the id of a GPU."""

@@ -23,7 +23,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ktray.checksums import json_text, require_line
 from ktray.errors import SearchStopped, UserError
-from ktray.search import sampler, tpe
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.stores.locks import lock_owner, name_of_this_process, try_lock
@@ -68,6 +67,8 @@ class Journal:
     """The trials and notes of one study, for the process that writes them and holds `driver_lock`."""
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
+        from ktray.search import sampler, tpe  # with scipy, which reading a study does not need
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._journal = space, _JournalFile(study_folder(home, name) / "journal.log")
         self._storage = JournalStorage(self._journal)

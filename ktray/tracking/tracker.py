@@ -114,8 +114,13 @@ class Tracker:
         self._lost = 0  # calls that could not be appended to the spool
 
     @_never_raises
-    def start(self) -> None:
-        """Begin a session: write what earlier ones left in the spool, reopen the search's run, end orphans as KILLED."""
+    def start(self, hold_seconds: float = 0.0) -> None:
+        """Begin a session: write what earlier ones left in the spool, reopen the search's run, end orphans as KILLED.
+
+        Args:
+            hold_seconds: for which events only gather in the spool, unless `write_now` is called: importing MLflow and creating
+                its database takes seconds, which a search that is just starting needs for its first stage.
+        """
         if self._writer:
             return
         spool = self._spool = Spool(self._home / "studies" / self._study / "tracking")
@@ -123,8 +128,14 @@ class Tracker:
         is_only_session = spool.claim()  # if another process has the claim, runs that are RUNNING are its own and no orphans
         writer = Writer(spool, self._uri, self._home, self._study)
         self._append("open", name=self._study, tags=tags_of(self._version_tags), alone=is_only_session)
-        writer.start()
+        writer.start(hold_seconds)
         self._writer = writer
+
+    @_never_raises
+    def write_now(self) -> None:
+        """Write from now on what gathers in the spool."""
+        if self._writer is not None:
+            self._writer.begin()
 
     @_never_raises
     def describe_study(

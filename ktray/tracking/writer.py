@@ -20,6 +20,7 @@ from ktray.tracking.mlflow_runs import SEARCH, MlflowRuns
 from ktray.tracking.spool import Position, Spool
 
 INTERVAL = 1.0  # seconds between batches
+IMPORT_SECONDS = 5.0  # of MLflow, and to open a database: who waits for less need not begin
 LONGEST_PAUSE = 30.0  # seconds between attempts to reach a tracker that is down
 MOST_BATCH_FAILURES = 6  # of one batch, while the tracker is up, before its events are applied one by one
 PERMANENT_ERRORS = {"INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"}  # retrying does not help
@@ -50,12 +51,24 @@ class Writer:
         self.rejected = 0  # events that the tracker has refused in this session
         self._last_attempts = 2  # to reach a tracker that is down, after `stop`
         self._deadline = float("inf")
-        self._stopping = threading.Event()
+        self._stopping, self._may_begin = threading.Event(), threading.Event()
+        self._hold_seconds, self._too_late = 0.0, False
         self._thread = threading.Thread(target=self._run, name="ktray-tracking", daemon=True)
 
-    def start(self) -> None:
-        """Start the thread; returns at once."""
+    def start(self, hold_seconds: float = 0.0) -> None:
+        """Start the thread; returns at once.
+
+        Args:
+            hold_seconds: for which it waits for `begin` before it imports MLflow, which takes seconds of this process's time.
+        """
+        self._hold_seconds = hold_seconds
+        if not hold_seconds:
+            self.begin()
         self._thread.start()
+
+    def begin(self) -> None:
+        """Wait no longer."""
+        self._may_begin.set()
 
     def stop(self, timeout: float, give_up: Callable[[], bool] = lambda: False) -> bool:
         """Write what is left, for at most `timeout` seconds. Return whether all of it was written and accepted.
@@ -64,13 +77,19 @@ class Writer:
             give_up: asked again and again whether to wait no longer.
         """
         self._deadline = time.monotonic() + timeout
+        self._too_late = not self._may_begin.is_set() and timeout < IMPORT_SECONDS
         self._stopping.set()
+        self._may_begin.set()
         while self._thread.is_alive() and not give_up() and (left := self._deadline - time.monotonic()) > 0:
             self._thread.join(min(0.2, left))
         applied = self._spool.load_position().offset >= self._spool.size()
         return applied and not self.rejected and not self._thread.is_alive()
 
     def _run(self) -> None:
+        self._may_begin.wait(self._hold_seconds)
+        if self._too_late:  # the next session writes what waits
+            self._spool.release()
+            return
         with connection.mlflow_environment():
             while True:
                 stopping = self._stopping.is_set()  # read before the attempt, which may miss events appended meanwhile
