@@ -89,11 +89,17 @@ class Split(StrictSpec):
     seed: Seed = 0
 
 
+def _grid(value: Any) -> Any:
+    if value == "under_9000" or (type(value) is int and 1 <= value <= 64):
+        return value
+    raise ValueError("Input should be a whole number from 1 to 64, or under_9000")
+
+
 class Pooling(StrictSpec):
     """How the feature maps of a layer become one vector: pooled to a grid x grid x C, then flattened."""
 
     kind: Literal["avg", "max"] = "avg"
-    grid: Annotated[int, Field(strict=True, ge=1, le=64)] | Literal["under_9000"] = Field(
+    grid: Annotated[int | Literal["under_9000"], PlainValidator(_grid)] = Field(
         default=1, description="cells per side; under_9000: as many as give fewer than 9,000 features, the paper's rule"
     )
 
