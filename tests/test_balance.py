@@ -44,7 +44,7 @@ def history(space: Space, count: int, judge: Callable[[Trial], float] = score) -
 def observing(space: Space, trials: list[Trial], cost_estimate: CostEstimate | None = None) -> Sampler:
     found = Sampler(space, cost_estimate)
     for trial in trials:
-        found.observe(trial)
+        found.record_trial(trial)
     return found
 
 

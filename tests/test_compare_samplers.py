@@ -60,7 +60,7 @@ def test_without_sharing_a_repeated_draw_costs_again() -> None:
     while len(seen) < 24:
         trial = draws.next_trial(PrefixSuffixSeconds())
         assert isinstance(trial, Trial)
-        draws.observe(trial)
+        draws.record_trial(trial)
         name = fingerprint(trial.pair)
         paid, seen = paid + known.cost_alone(name, 0, 9), seen | {name}
     search = searched(("as measured", "random", 2))

@@ -130,6 +130,6 @@ def test_draws_that_differ_in_a_temperature_of_the_student_share_their_prefix(tm
     space = toy_space(tmp_path, {**FINITE, "transfer": transfer})
     sampler = Sampler(space)
     params = space.fill_with_first_values({"teacher": "hog"})
-    sampler.observe(Trial(0, params, space.pair(params).model_dump(mode="json"), "running"))
+    sampler.record_trial(Trial(0, params, space.pair(params).model_dump(mode="json"), "running"))
     assert sampler._has_existing_prefix({**params, "transfer.temperature": 0.2})
     assert not sampler._has_existing_prefix({**params, "transfer.k": 20})

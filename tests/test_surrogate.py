@@ -187,7 +187,7 @@ def test_a_search_with_the_surrogate_beats_random_search_on_a_space_with_branche
             params = proposing.propose(number, sampler.PrefixSuffixSeconds())
             values.append(value(params))
             trial = Trial(number, params, {}, "completed", objectives={"linear_probe/top1": values[-1]})
-            proposing.observe(trial)
+            proposing.record_trial(trial)
         return max(values)
 
     ours, chance = (np.mean([best(how, seed) for seed in range(10)]) for how in ("balanced", "random"))
@@ -206,7 +206,7 @@ def test_only_the_order_of_results_matters(tmp_path: Path) -> None:
             trials.append(dataclasses.replace(trial, objectives={"linear_probe/top1": stretch * np.exp(number % 5)}))
         proposing = sampler.Sampler(space)
         for trial in trials:
-            proposing.observe(trial)
+            proposing.record_trial(trial)
         assert Observations(space, trials).ranked_and_pending(3)[0][0].number == 4
         found.append(proposing.propose(12, sampler.PrefixSuffixSeconds()))
     assert found[0] == found[1]

@@ -40,20 +40,20 @@ def test_results_of_the_same_space_are_taken_over_unchanged(old: Path) -> None:
     for trial, taken in zip(theirs, ours, strict=True):
         assert taken.params == trial.params
         assert (taken.state == "completed") == (trial.state == "completed")
-        assert taken.last_rung_score == trial.last_rung_score or taken.objectives == trial.objectives
+        assert taken.last_rung_and_score == trial.last_rung_and_score or taken.objectives == trial.objectives
 
 
 def test_a_student_with_fewer_epochs_counts_by_its_scores_at_rungs(old: Path) -> None:
     stop = {"metric": "knn/top1", "rungs": [1, 3, 9, 27], "reduction": 3}
     ours = observed(old, toy_space(old, {"student": LONG}, early_stop=stop))
     assert {trial.state for trial in ours} == {"paused"}
-    assert max(trial.last_rung_score[0] for trial in ours) == 9
+    assert max(trial.last_rung_and_score[0] for trial in ours) == 9
 
 
 def test_a_student_with_more_epochs_counts_by_its_scores_up_to_the_length_here(old: Path) -> None:
     short = {**SHORT, "schedule": {**SHORT["schedule"], "epochs": 3}}
     ours = observed(old, toy_space(old, {"student": short}, early_stop={"metric": "knn/top1", "rungs": [1, 3], "reduction": 3}))
-    assert max(trial.last_rung_score[0] for trial in ours) == 3
+    assert max(trial.last_rung_and_score[0] for trial in ours) == 3
     assert not any(trial.objectives for trial in ours)
 
 
@@ -105,7 +105,7 @@ def test_the_first_draws_follow_the_good_results_of_the_other_study_also_after_a
     assert [next_assignment(again).trial.params for _ in range(2)] == draws
     ours = Sampler(space)
     for trial in observed(old, space):
-        ours.observe(trial)
+        ours.record_trial(trial)
     assert [ours.propose(count, PrefixSuffixSeconds())["teacher"] for count in range(20)].count("rotation") >= 15
 
 

@@ -62,7 +62,7 @@ class TrialLogger:
             stages: key -> name of the stage.
             computed: keys that the trial caused to be computed.
         """
-        if trial.last_rung_score is None:  # at later rungs its own stages are in the store as well
+        if trial.last_rung_and_score is None:  # at later rungs its own stages are in the store as well
             self._reused[trial.number] = ", ".join(name for key, name in stages.items() if key not in computed)
 
     def complete_trial(self, trial: Trial, keys: Mapping[str, Any], metrics: Mapping[str, float], epoch: int) -> None:
@@ -176,8 +176,8 @@ def _result(trial: Trial, space: Space) -> str:
         return trial.cause
     if trial.objectives:
         return ", ".join(f"{name} {value:.4f}" for name, value in trial.objectives.items())
-    if trial.last_rung_score and space.early_stop:
-        epoch, score = trial.last_rung_score
+    if trial.last_rung_and_score and space.early_stop:
+        epoch, score = trial.last_rung_and_score
         where = f"at epoch {epoch}" if epoch else "of its teacher"
         return f"{space.early_stop.metric_at(epoch)} {score:.4f} {where}"
     return ""

@@ -234,7 +234,7 @@ def evict_idle(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
         The workers that retire now; empty if retiring all idle workers of a node would not suffice anywhere.
     """
     idle = [worker for worker in placement.available_workers() if worker.shape != shape]
-    if not idle or _room_is_expected(placement, shape):
+    if not idle or _has_room_after_retirement(placement, shape):
         return []
     names, nodes = {worker.name for worker in idle}, {worker.node for worker in idle}
     on_one_gpu = 0 < shape.gpus <= 1
@@ -244,7 +244,7 @@ def evict_idle(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
             for worker in [each for each in placement.all_workers_by_node[node] if each.name in names and each.uses(part)]:
                 worker.retiring = True
                 evicted.append(worker)
-                if _will_have_room(placement, node, shape):
+                if _node_has_room_after_retirement(placement, node, shape):
                     return evicted
             for worker in evicted:
                 worker.retiring = False
@@ -261,7 +261,7 @@ def reserve_room(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker
     parts = [
         (name, gpu) for name in registry.nodes for gpu in (placement.free_gpu_shares_now(name) if shape.gpus else [CPU_PART])
     ]
-    if not parts or _room_is_expected(placement, shape):
+    if not parts or _has_room_after_retirement(placement, shape):
         return []
 
     def preference(part: tuple[str, str]) -> tuple[float, str, str]:
@@ -285,14 +285,14 @@ def _workers_using(placement: DispatchCapacity, node: str, part: str) -> list[Wo
     return [worker for worker in placement.all_workers_by_node[node] if worker.uses(part)]
 
 
-def _room_is_expected(placement: DispatchCapacity, shape: WorkerShape) -> bool:
+def _has_room_after_retirement(placement: DispatchCapacity, shape: WorkerShape) -> bool:
     """Whether a shape that has no room now will have it once the workers that already retire are gone."""
     if not placement.registry.reserved and not any(worker.retiring for worker in placement.registry.workers.values()):
         return False
-    return any(_will_have_room(placement, node, shape) for node in placement.registry.nodes)
+    return any(_node_has_room_after_retirement(placement, node, shape) for node in placement.registry.nodes)
 
 
-def _will_have_room(placement: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
+def _node_has_room_after_retirement(placement: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
     """Whether a node has room once its retiring workers are gone."""
     node, staying = placement.registry.nodes[name], [each for each in placement.all_workers_by_node[name] if not each.retiring]
     cpus = node.cpus - sum(worker.shape.cpus for worker in staying)

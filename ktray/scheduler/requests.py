@@ -122,7 +122,7 @@ class _PendingGraph:
     change, because thousands may be pending.
 
     Attributes:
-        names: stage name -> how many stages of that name are ready.
+        ready_counts: stage name -> how many stages of that name are ready.
     """
 
     def __init__(self) -> None:
@@ -139,6 +139,7 @@ class _PendingGraph:
         return iter([key for _, key in self._order])
 
     def __contains__(self, key: str) -> bool:
+        """Whether a stage is ready; one that is pending otherwise is not in here."""
         return key in self._ranks and key not in self._running and not self._open_dependencies[key]
 
     def ready_among(self, keys: Iterable[str]) -> list[str]:

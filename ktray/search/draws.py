@@ -28,7 +28,7 @@ NoDraw = Literal["exhausted", "too_expensive"]
 class DrawSource(Protocol):
     """Where new trials come from."""
 
-    def observe(self, trial: Trial) -> None:
+    def record_trial(self, trial: Trial) -> None:
         """Adds a new trial, or updates a changed one; trials of other studies have numbers below 0."""
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
@@ -58,9 +58,9 @@ class SampledDraws:
         self._queue: deque[Params] = deque()  # draws to make before the sampler is asked
         self._unexamined_draws: Iterator[Params] | None = None  # candidates that `_find_unseen_draw` has not examined yet
 
-    def observe(self, trial: Trial) -> None:
+    def record_trial(self, trial: Trial) -> None:
         """Adds a new trial, or updates a changed one."""
-        self.sampler.observe(trial)
+        self.sampler.record_trial(trial)
         if trial.number >= self._trial_count:
             self._trial_count = trial.number + 1
             if trial.planned is not None:
@@ -176,7 +176,7 @@ class _NonAdaptiveDraws:
         self._first_trials: dict[str, int] = {}
         self._trial_count = 0  # duplicates included; the number of the next one
 
-    def observe(self, trial: Trial) -> None:
+    def record_trial(self, trial: Trial) -> None:
         """Adds a new trial; changed trials and those of other studies are ignored."""
         if trial.number >= self._trial_count:
             self._trial_count = trial.number + 1

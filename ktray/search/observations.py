@@ -58,9 +58,9 @@ class Observations:
             insort(self._completed, (self._losses(trial)[0], trial.number))
             if len(self._modes) > 1:
                 self._update_pareto_front(trial)
-        elif trial.state in ("running", "interrupted", "paused", "pruned") and trial.last_rung_score:
+        elif trial.state in ("running", "interrupted", "paused", "pruned") and trial.last_rung_and_score:
             self._trials[trial.number] = trial
-            insort(self._at_rungs.setdefault(trial.last_rung_score[0], []), self._rung_entry(trial))
+            insort(self._at_rungs.setdefault(trial.last_rung_and_score[0], []), self._rung_entry(trial))
         elif trial.state == "running":
             self._trials[trial.number] = trial
             self._pending.add(trial.number)
@@ -75,8 +75,8 @@ class Observations:
             self._pending.discard(trial.number)
             return
         assert trial.state != "completed", "a completed trial stays completed"
-        assert trial.last_rung_score is not None
-        entries = self._at_rungs[trial.last_rung_score[0]]
+        assert trial.last_rung_and_score is not None
+        entries = self._at_rungs[trial.last_rung_and_score[0]]
         del entries[bisect_left(entries, self._rung_entry(trial))]
         del self._with_result[bisect_left(self._with_result, trial.number)]
 
@@ -112,7 +112,7 @@ class Observations:
         """Number of rungs after a trial's last score; 0 if it is completed."""
         if trial.state == "completed":
             return 0
-        reached, _ = trial.last_rung_score or (0, 0.0)
+        reached, _ = trial.last_rung_and_score or (0, 0.0)
         return sum(rung > reached for rung in rung_epochs(self._stop, trial.total_epochs))
 
     def _ranked(self, numbers: Iterable[int]) -> list[int]:
@@ -122,7 +122,7 @@ class Observations:
             trial = self._trials[number]
             if trial.state == "completed":
                 return 0, 0, self._losses(trial)[0], number
-            return 1, -(trial.last_rung_score or (0, 0.0))[0], *self._rung_entry(trial)
+            return 1, -(trial.last_rung_and_score or (0, 0.0))[0], *self._rung_entry(trial)
 
         return sorted(numbers, key=order)
 
@@ -152,7 +152,7 @@ class Observations:
         return tuple(sign * trial.objectives[metric] for sign, metric in zip(self._modes, self._metrics, strict=True))
 
     def _rung_entry(self, trial: Trial) -> LossAndNumber:
-        rung, score = trial.last_rung_score or (0, 0.0)
+        rung, score = trial.last_rung_and_score or (0, 0.0)
         return (self._rung_mode if rung else self._teacher_mode) * score, trial.number
 
 

@@ -63,7 +63,7 @@ class Sampler:
         self._prefix_of: dict[int, str] = {}
         self._paused_by_teacher: dict[str, set[int]] = {}  # teacher -> trials paused at rung 0
 
-    def observe(self, trial: Trial) -> None:
+    def record_trial(self, trial: Trial) -> None:
         """Adds a new trial, or updates a changed one."""
         self.observations.update(trial)
         if trial.number < 0:  # from another study: an observation, but not a draw of this one
@@ -199,7 +199,7 @@ def propose_ignoring_costs(space: Space, trials: Sequence[Trial], planned: Mappi
     """The draw that follows these trials, ignoring costs."""
     sampler = Sampler(space)
     for trial in trials:
-        sampler.observe(trial)
+        sampler.record_trial(trial)
     return sampler.propose(len(trials), PrefixSuffixSeconds(), planned)
 
 

@@ -84,9 +84,9 @@ class Study:
         self._rungs = halving.RungScores(space.early_stop)
         self._pair_parts: dict[str, Any] = {}  # JSON text of a part of a pair -> that part, which trials share
         for trial in warm_start.observation_trials(notes.get(warm_start.NOTE, {})):
-            draws.observe(trial)
+            draws.record_trial(trial)
         for trial in journal.trials():
-            self._observe(_intern_pair_parts(trial, self._pair_parts))
+            self._record_trial(_intern_pair_parts(trial, self._pair_parts))
         self._running: dict[int, Trial] = {}  # assigned in this session
         self._interrupted = [trial.number for trial in self.trials() if trial.state == "running"]  # left by a killed driver
         self._failures = _FailureLimit(self.trials())
@@ -232,7 +232,7 @@ class Study:
         new = _intern_pair_parts(new, self._pair_parts)
         trial = dataclasses.replace(new, started=self._clock(), ended=None if new.state == "running" else self._clock())
         self._journal.add(trial)
-        self._observe(trial)
+        self._record_trial(trial)
         self._failures.observe_draw(trial)
         return trial
 
@@ -398,16 +398,16 @@ class Study:
     def _update_trial(self, trial: Trial, **changes: Any) -> Trial:
         changed = dataclasses.replace(trial, **changes)
         self._journal.save(changed)
-        self._observe(changed)
+        self._record_trial(changed)
         return changed
 
-    def _observe(self, trial: Trial) -> None:
+    def _record_trial(self, trial: Trial) -> None:
         """Passes a new or changed trial to everything that counts or ranks trials."""
         old = self._trials.get(trial.number)
         self._drawn += (trial.state != "duplicate") - (old is not None and old.state != "duplicate")
         self._rungs.update(old, trial)
         self._trials[trial.number] = trial
-        self._draws.observe(trial)
+        self._draws.record_trial(trial)
         self.spending.record_trial(trial)
 
     def _rung_metric(self, epoch: int) -> str:

@@ -60,7 +60,7 @@ class Trial:
     planned: int | None = None
 
     @property
-    def last_rung_score(self) -> tuple[int, float] | None:
+    def last_rung_and_score(self) -> tuple[int, float] | None:
         """(rung, score) of the last rung that it reached, where rung 0 is the score of its teacher; None before."""
         if self.scores:
             epoch = max(self.scores)

@@ -59,7 +59,11 @@ def applicable_results(space: Space, other: StudySnapshot) -> list[dict[str, Any
 
 def _applicable_result(space: Space, other: StudySnapshot, trial: Trial) -> dict[str, Any] | None:
     params = _applicable_params(space, trial.params)
-    if not params or trial.state in ("failed", "duplicate") or (trial.last_rung_score is None and trial.state != "completed"):
+    if (
+        not params
+        or trial.state in ("failed", "duplicate")
+        or (trial.last_rung_and_score is None and trial.state != "completed")
+    ):
         return None
     try:
         pair = space.pair(space.fill_with_first_values(params)).model_dump(mode="json")
