@@ -29,3 +29,9 @@ def note(name: str, value: Mapping[str, Any]) -> None:
     found = _noted.get()
     if found is not None:
         found[name] = dict(value)
+
+
+def add(name: str, amounts: Mapping[str, float]) -> None:
+    """Note amounts that add up to those noted before under this name, such as seconds."""
+    before = (_noted.get() or {}).get(name, {})
+    note(name, {what: round(before.get(what, 0.0) + amount, 3) for what, amount in amounts.items()})

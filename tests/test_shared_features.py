@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,19 @@ def test_evaluations_of_a_snapshot_share_one_pass_per_split_and_precision_over_a
         assert record["conditions"][shared_features.KEPT_ROWS]["seconds"] > 0
         assert record["seconds_alone"] > record["seconds"]
     assert by_name["knn"].record["conditions"] == {}
+
+
+def test_the_seconds_that_were_saved_are_those_of_all_splits_together(tmp_path, monkeypatch):
+    extracted = shared_features._extracted
+
+    def taking(*arguments):  # as many seconds as images, whatever the machine
+        return {name: replace(kept, seconds=float(len(kept.rows))) for name, kept in extracted(*arguments).items()}
+
+    monkeypatch.setattr(shared_features, "_extracted", taking)
+    graph, artifacts = run(FileStore(tmp_path / "store"))
+    record = artifacts[graph.keys["evaluation"]["conv2"]].record
+    assert record["conditions"][shared_features.KEPT_ROWS] == {"seconds": 216 + 24}
+    assert record["seconds_alone"] == pytest.approx(record["seconds"] + 216 + 24, abs=0.002)
 
 
 def test_what_is_shared_changes_no_metric_and_no_key(tmp_path, monkeypatch):
