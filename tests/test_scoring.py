@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,6 +206,14 @@ def test_coco_scores_of_perfect_boxes_are_one_and_of_none_are_zero():
     perfect = [detections(truth[0].boxes, [0.9, 0.8], [0, 1])]
     assert coco_scores(truth, perfect, 2)["map"] == pytest.approx(1)
     assert coco_scores(truth, [detections(boxes_of(), [])], 2)["map"] == 0
+
+
+def test_coco_scores_leave_out_difficult_objects_whether_or_not_the_data_speak_of_crowds():
+    easy = objects(boxes_of((0, 0, 40, 40), (50, 50, 90, 90)), difficult=[False, True])
+    no_crowds = replace(easy, crowd=np.zeros(2, bool))
+    for truth in (easy, no_crowds):
+        for found in (easy.boxes, easy.boxes[:1]):
+            assert coco_scores([truth], [detections(found, np.linspace(0.8, 0.9, len(found)))], 1)["map"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("rule", ["voc07", "area"])

@@ -24,7 +24,7 @@ from ktray.errors import UserError
 from ktray.scoring import average_precision
 from ktray.scoring.average_precision import IGNORED, RIGHT, WRONG, Rule, ap_of, precision_recall, ranking
 
-IDENTITY, REVISION = "detection_scores", 1
+IDENTITY, REVISION = "detection_scores", 2
 TOOLS = (average_precision,)
 
 
@@ -162,7 +162,7 @@ def coco_scores(truth: Sequence[Objects], detected: Sequence[Detections], classe
     """COCO's figures in [0, 1], those named in `COCO_METRICS`; one that is not defined is left out, as no object has its size.
 
     Args:
-        truth: the objects of each image. Where `crowd` says nothing, `difficult` objects are treated as crowds: ignored.
+        truth: the objects of each image. `difficult` objects, which are not trained on, are ignored as crowds are.
         detected: the detections in each image, in the same order; the best 100 of an image count.
 
     Raises:
@@ -197,7 +197,7 @@ COCO_METRICS = {"map": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "
 def _coco_truth(truth: Sequence[Objects], classes: int) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for image, objects in enumerate(truth):
-        crowd = objects.difficult if objects.crowd is None else objects.crowd
+        crowd = objects.difficult if objects.crowd is None else objects.difficult | objects.crowd
         areas = _areas(objects.boxes) if objects.areas is None else objects.areas
         annotations += [
             {
