@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
+from torch import nn
 
 from ktray import plugins
 from ktray.checkpoints import Attempt
+from ktray.errors import UserError
 from ktray.evals import dense_knn, voc07_cls
 from ktray.images import VOID, Images, WholeImages, fit, fit_mask
 from ktray.scoring import per_image
@@ -165,7 +167,6 @@ def test_a_mask_is_fitted_to_a_square_as_its_image_is(shape):
 
 
 def test_plan_refuses_data_without_masks_or_several_labels():
-    from ktray.errors import UserError
     from ktray.pipeline.pair_check import check_pair, data_loader
     from tests.toys import toy_pair
 
@@ -173,3 +174,21 @@ def test_plan_refuses_data_without_masks_or_several_labels():
         with pytest.raises(UserError, match=f"needs {what}"):
             check_pair(toy_pair(evals=[{"kind": kind}]), data_loader())
     assert plugins.module("evaluation", "voc07_cls").NEEDS_ANNOTATIONS == ("presence",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), [({"layer": "fc"}, "makes no maps"), ({"layer": "conv", "grid": 15}, "At most 14")]
+)
+def test_plan_refuses_layers_without_maps_and_grids_that_are_finer_than_the_maps(fields, message):
+    class Network(nn.Module):
+        layers = ("conv", "fc")
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 2, 3), nn.Linear(2, 4)
+
+        def forward(self, images):
+            return self.fc(self.conv(images).mean((2, 3)))
+
+    with pytest.raises(UserError, match=message):
+        dense_knn.check_network(dense_knn.Spec(**fields), Network(), 16)

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ktray import fingerprint, progress
 from ktray.checkpoints import Attempt
 from ktray.classifiers import linear_classifiers, neighbours
+from ktray.errors import UserError
 from ktray.features.judged_network import JudgedNetwork
 from ktray.images import VOID, Images, fit_mask
 from ktray.scoring import label_maps, per_image
@@ -58,6 +59,22 @@ class Spec(EvaluationFields):
         return self
 
 
+def check_network(spec: Spec, network: nn.Module, size: int) -> None:
+    """Refuse a layer without maps, or with coarser ones than `grid`.
+
+    Raises:
+        UserError: it has none, or its maps are too coarse.
+    """
+    layer = spec.layer or str(network.layers[-1])  # type: ignore[index]
+    shape = _shape_of_maps(network, layer, size)
+    if len(shape) != 4:
+        instead = "Judge a convolutional network, or a layer of it that makes maps."
+        raise UserError(f"the layer {layer!r} makes no maps, but {tuple(shape[1:])}", "layer", instead)
+    side = min(shape[2:])
+    if spec.grid is not None and spec.grid > side:
+        raise UserError(f"{spec.grid} patches per side are finer than the maps of {layer!r}", "grid", f"At most {side} here.")
+
+
 def evaluate(
     spec: Spec,
     *,
@@ -77,7 +94,7 @@ def evaluate(
 
     Raises:
         ValueError: masks are missing, or no training patch has a pixel that is not void.
-        UserError: the layer has no maps, or coarser ones than `grid`.
+        UserError: the layer has coarser maps than `grid`.
     """
     masks_of_train, masks = _masks(train), _masks(judged)
     if not len(train) or not len(judged):
@@ -130,14 +147,17 @@ def _layer_and_grid(spec: Spec, network: JudgedNetwork, size: int) -> tuple[str,
     layer = spec.layer or str(model.layers[-1])  # type: ignore[index]
     if spec.grid is not None:
         return layer, spec.grid
-    sides: list[int] = []
-    handle = model.get_submodule(layer).register_forward_hook(
-        lambda _, __, output: sides.append(min(output.shape[2:], default=1))
-    )
+    return layer, min(_shape_of_maps(model, layer, size)[2:])
+
+
+def _shape_of_maps(network: nn.Module, layer: str, size: int) -> torch.Size:
+    """Shape of what a layer makes of one image of `size` px; (1, C, h, w) if these are maps."""
+    shapes: list[torch.Size] = []
+    handle = network.get_submodule(layer).register_forward_hook(lambda _, __, output: shapes.append(output.shape))
     with torch.inference_mode():
-        model(torch.zeros(1, 3, size, size, device=network.device))
+        network(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
     handle.remove()
-    return layer, sides[0]
+    return shapes[0]
 
 
 def _patches(rows: NDArray[np.float32], grid: int, device: str) -> Tensor:
