@@ -535,6 +535,7 @@ def _captured(
         _kept.append(_newly_captured(name, views, weights, device, size, side, compiled))
     kept = _kept[0]
     if weights is not None and (kept.weights != (weights, version_of(weights)) or not kept.weights[1]):
+        kept.weights = Path(), ()  # until all are loaded: an error on the way would leave some of each
         snapshot.load_backbone(kept.network, weights)  # always from a folder without a record, which may have changed
         kept.weights = weights, version_of(weights)
     return kept
