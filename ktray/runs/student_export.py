@@ -93,7 +93,7 @@ def _tags(trial: Trial, lineage: Mapping[str, Any]) -> dict[str, str]:
     for name, result in lineage["test"].items():
         of = "test" if name == str(trial.number) else f"test.{name}"
         for metric, value in result["metrics"].items():
-            error = result["errors"].get(metric)
+            error = result.get("errors", {}).get(metric)
             tags[f"ktray.{of}.{metric}"] = f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
     return tags
 
