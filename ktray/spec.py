@@ -75,6 +75,10 @@ def _from_text(kind: str, name: str, text: str) -> Any:
 
 
 Seed = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+"""An entry of a list of numbers or lengths."""
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A part of a whole, neither none nor all of it."""
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 """How a GPU rounds the inputs of a network's products and convolutions; see `ops/precision.py`."""
 NetworkPrecision = Annotated[

@@ -389,8 +389,45 @@ def test_the_defaults_are_those_of_the_form():
         {"proposals": None},
         {"form": "faster_rcnn", "multi_scale": True},
         {"drops": (1.5,)},
+        {"anchors": (16, 32)},
+        {"form": "faster_rcnn", "most_proposals": 300},
+        {"proposals": "a.npz", "most_proposals": 300},
+        {"min_sizes": (0,)},
     ],
 )
 def test_specs_that_contradict_their_form_are_refused(fields):
-    with pytest.raises(ValueError, match=r"proposals|multi_scale|shares"):
+    with pytest.raises(ValueError, match=r"proposals|multi_scale|drops|anchors|min_sizes"):
         voc_det.Spec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("voc07_cls_finetune", {"areas": (0.5, 0.1)}, "in this order"),
+        ("voc07_cls_finetune", {"areas": (-0.1, 0.5)}, "areas"),
+        ("voc07_cls_finetune", {"hidden": (0,)}, "hidden"),
+        ("nonlinear_probe", {"hidden": (64, -1)}, "hidden"),
+        ("voc12_seg", {"scales": (2.0, 0.5)}, "in this order"),
+        ("voc12_seg", {"scales": (0.0, 1.0)}, "scales"),
+        ("voc12_seg", {"drops": (1.0,)}, "drops"),
+        ("coco_det", {"drops": (60_000.0,)}, "drops"),
+        ("coco_det", {"anchors": (0,)}, "anchors"),
+    ],
+)
+def test_numbers_that_no_training_can_use_are_refused(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        plugins.module("evaluation", kind).Spec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"freeze_layers": 99}, "layers"),
+        ({"freeze_layers": 99, "grid": None}, "layers"),
+        ({"grid": None, "layer": "conv1"}, "not a layer"),
+    ],
+)
+def test_fine_tuning_for_voc_refuses_in_the_plan_what_the_network_does_not_have(fields, message):
+    network = loop.untrained_backbone(plugins.parse("backbone", {"kind": "alexnet", "width": 0.0625}), 0).eval()
+    with pytest.raises(UserError, match=message):
+        voc07_cls_finetune.check_network(voc07_cls_finetune.Spec(**fields), network, 64)

@@ -1,8 +1,8 @@
 """COCO detection: AP of torchvision's Faster R-CNN that starts from the judged network, computed by pycocotools.
 
-`map` is the mean over overlaps of 0.50 to 0.95; crowds are ignored, 100 detections of an image count. The sizes of objects are
-those of their boxes, because a data set here has no areas of masks: `ap_small`, `ap_medium` and `ap_large` differ a little from
-COCO's server, the other figures do not.
+`map` is the mean over overlaps of 0.50 to 0.95; crowds are ignored, and so are difficult objects of other data; 100 detections
+of an image count. The sizes of objects are those of their boxes, because a data set here has no areas of masks: `ap_small`,
+`ap_medium` and `ap_large` differ a little from COCO's server, the other figures do not.
 
 Source: Lin et al., "Microsoft COCO" (2014), and pycocotools; Ren, He, Girshick and Sun, "Faster R-CNN" (2015). Defaults: the
 "1x" schedule of Goyal et al. and of Detectron: 90,000 steps of 16 images, learning rate 0.02, divided by 10 after 60,000 and
@@ -28,7 +28,7 @@ from ktray.fine_tuning.detectors import require_maps
 from ktray.images import Images
 from ktray.scoring import detection_scores
 from ktray.scoring.detection_scores import coco_scores, rank_all, require_pycocotools
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed, Share
 from ktray.training.step_task import Recipe
 from ktray.training.step_training import over_seeds, seed_metrics
 
@@ -52,12 +52,12 @@ class Spec(EvaluationFields):
     """Faster R-CNN on the network's last layer, or on `layer`."""
 
     kind: Literal["coco_det"] = "coco_det"
-    min_sizes: tuple[int, ...] = Field(
+    min_sizes: tuple[Count, ...] = Field(
         default=(640, 672, 704, 736, 768, 800), min_length=1, description="shorter side, drawn per step; the last in the test"
     )
     max_size: int = Field(default=1333, ge=32, description="longest side in pixels")
     steps: int = Field(default=90_000, ge=1, description="of the optimiser")
-    drops: tuple[float, ...] = Field(
+    drops: tuple[Share, ...] = Field(
         default=(6 / 9, 8 / 9), description="shares of the steps after which the rate is divided by 10"
     )
     batch_size: int = Field(default=16, ge=1, description="images")
@@ -69,7 +69,7 @@ class Spec(EvaluationFields):
     train_batch_norm: bool = Field(default=False, description="otherwise the network's statistics stay as they are")
     width: int = Field(default=1024, ge=1, description="of the fully connected layers")
     per_image: int = Field(default=512, ge=2, description="regions drawn per training image")
-    anchors: tuple[int, ...] = Field(default=(32, 64, 128, 256, 512), min_length=1, description="sides in pixels")
+    anchors: tuple[Count, ...] = Field(default=(32, 64, 128, 256, 512), min_length=1, description="sides in pixels")
     seeds: int = Field(default=1, ge=1, le=100, description="trainings")
     seed: Seed = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"

@@ -25,7 +25,7 @@ from ktray.checkpoints import Attempt
 from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import image_classifier
 from ktray.images import Images
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed
 from ktray.training.step_task import Recipe
 from ktray.training.step_training import over_seeds, seed_metrics
 
@@ -41,7 +41,7 @@ class Spec(EvaluationFields):
 
     kind: Literal["nonlinear_probe"] = "nonlinear_probe"
     layer: str | None = Field(default=None, description="last frozen layer; null: the whole network is frozen")
-    hidden: tuple[int, ...] = Field(default=(4096, 4096), max_length=8, description="widths of the fully connected layers")
+    hidden: tuple[Count, ...] = Field(default=(4096, 4096), max_length=8, description="widths of the fully connected layers")
     epochs: int = Field(default=90, ge=1)
     drop_every: int = Field(
         default=20, ge=1, description="epochs after which the learning rate is divided by 10, again and again"

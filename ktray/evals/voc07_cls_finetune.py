@@ -20,16 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ktray import progress
 from ktray.checkpoints import Attempt
+from ktray.errors import UserError
 from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import detectors, image_classifier
 from ktray.fine_tuning.detectors import LayerMaps, require_maps
@@ -38,7 +39,7 @@ from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.scoring import average_precision
 from ktray.scoring.average_precision import classification_ap
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
 from ktray.training.step_training import Shuffled, over_seeds, seed_metrics, step_reports
@@ -50,6 +51,8 @@ READS_NETWORK = True
 TOOLS = (loop, step_training, image_classifier, detectors, average_precision)
 DIRECTION: dict[str, Literal["max", "min"]] = {"map": "max", "map_area": "max", "map_steps": "max"}
 
+Area = Annotated[float, Field(gt=0, le=1)]
+
 
 class Spec(EvaluationFields):
     """A network trained further on all training images, one sigmoid per class."""
@@ -58,9 +61,9 @@ class Spec(EvaluationFields):
     grid: int | None = Field(
         default=6, ge=1, le=64, description="cells per side that fc6 reads; null: the network's own features"
     )
-    hidden: tuple[int, ...] = Field(default=(4096, 4096), max_length=8, description="widths of the fully connected layers")
+    hidden: tuple[Count, ...] = Field(default=(4096, 4096), max_length=8, description="widths of the fully connected layers")
     crop: int = Field(default=224, ge=8, description="side of the crops in pixels, after scaling")
-    areas: tuple[float, float] = Field(default=(0.1, 0.5), description="smallest and largest share of the area in a crop")
+    areas: tuple[Area, Area] = Field(default=(0.1, 0.5), description="smallest and largest share of the area in a crop")
     test_crops: Literal["random", "fixed"] = Field(
         default="random",
         description="10 random ones, or the corners and centre of the image at 8/7 of the crop, and mirrored",
@@ -79,15 +82,32 @@ class Spec(EvaluationFields):
     seed: Seed = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
+    @model_validator(mode="after")
+    def _areas_ascend(self) -> Spec:
+        if self.areas[0] > self.areas[1]:
+            raise ValueError("areas are the smallest and the largest share, in this order")
+        return self
+
 
 def check_network(spec: Spec, network: nn.Module, size: int) -> None:
-    """Refuse a network whose layer makes no maps of images of any size.
+    """Refuse a network whose layer makes no maps of images of any size, or, without `grid`, one that cannot take the crops.
 
     Raises:
-        UserError: it does not.
+        UserError: it makes no maps, or has fewer layers than are to stay as they are.
+        RuntimeError: the network's own, for crops that are too small.
     """
+    layers: tuple[str, ...] = network.layers  # type: ignore[assignment]
+    if spec.freeze_layers > len(layers):
+        raise UserError(f"the network has {len(layers)} layers", "freeze_layers", f"At most {len(layers)}.")
     if spec.grid is not None:
         require_maps(network, spec.layer)
+        return
+    if spec.layer is not None:
+        raise UserError(
+            "without 'grid' the network's own features are read, not a layer", "layer", "Leave 'layer' out, or give a grid."
+        )
+    with torch.inference_mode():
+        network(torch.zeros(1, 3, spec.crop, spec.crop))
 
 
 def evaluate(

@@ -19,12 +19,12 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ktray import progress
@@ -38,7 +38,7 @@ from ktray.images import Images
 from ktray.plots import label_of, optional_plot
 from ktray.scoring import label_maps
 from ktray.scoring.label_maps import VOID, confusion, ious
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import EvaluationFields, Seed, Share
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
 from ktray.training.step_training import Shuffled, over_seeds, seed_metrics, step_reports
@@ -53,15 +53,17 @@ DIRECTION: dict[str, Literal["max", "min"]] = {"miou": "max", "pixel_accuracy": 
 SHEET = 4  # images that are drawn
 MULTIPLE = 32  # to which a judged image is padded
 
+Factor = Annotated[float, Field(ge=0.01, le=100)]
+
 
 class Spec(EvaluationFields):
     """A fully convolutional head on the network's last layer, or on `layer`."""
 
     kind: Literal["voc12_seg"] = "voc12_seg"
     crop: int = Field(default=513, ge=32, description="side of the training images in pixels")
-    scales: tuple[float, float] = Field(default=(0.5, 2.0), description="smallest and largest factor on a training image")
+    scales: tuple[Factor, Factor] = Field(default=(0.5, 2.0), description="smallest and largest factor on a training image")
     steps: int = Field(default=30_000, ge=1, description="of the optimiser")
-    drops: tuple[float, ...] = Field(
+    drops: tuple[Share, ...] = Field(
         default=(0.7, 0.9), description="shares of the steps after which the rate is divided by 10"
     )
     batch_size: int = Field(default=16, ge=2, description="images")
@@ -72,6 +74,12 @@ class Spec(EvaluationFields):
     seeds: int = Field(default=1, ge=1, le=100, description="trainings")
     seed: Seed = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _scales_ascend(self) -> Spec:
+        if self.scales[0] > self.scales[1]:
+            raise ValueError("scales are the smallest and the largest factor, in this order")
+        return self
 
 
 def check_network(spec: Spec, network: nn.Module, size: int) -> None:

@@ -35,7 +35,7 @@ from ktray.fine_tuning.proposals import SELECTIVE_SEARCH, check_proposals
 from ktray.images import Images
 from ktray.scoring import average_precision, detection_scores
 from ktray.scoring.detection_scores import Ranked, rank_all
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed, Share
 from ktray.training.step_task import Recipe
 from ktray.training.step_training import over_seeds, seed_metrics
 
@@ -48,6 +48,8 @@ TOOLS = (detector_training, average_precision, detection_scores)
 DIRECTION: dict[str, Literal["max", "min"]] = {"map": "max", "map_area": "max"}
 
 SCALES = (480, 576, 688, 864, 1200)
+ANCHORS = (32, 64, 128, 256, 512)
+MOST_PROPOSALS = 2000
 _FORMS: dict[str, dict[str, Any]] = {
     "fast_rcnn": {
         "min_sizes": (600,),
@@ -88,14 +90,14 @@ class Spec(EvaluationFields):
     proposals: str | None = Field(
         default=SELECTIVE_SEARCH, description=f"{SELECTIVE_SEARCH}, or a file .npz, .mat or .json; null for faster_rcnn"
     )
-    most_proposals: int = Field(default=2000, ge=1, description="per image, of selective search")
+    most_proposals: int = Field(default=MOST_PROPOSALS, ge=1, description="per image, of selective search")
     multi_scale: bool = Field(default=False, description="fast_rcnn: train and test on five scales")
-    min_sizes: tuple[int, ...] = Field(
+    min_sizes: tuple[Count, ...] = Field(
         default=(600,), min_length=1, description="shorter side in pixels, drawn per step; faster_rcnn: 480 to 800"
     )
     max_size: int = Field(default=1000, ge=32, description="longest side; multi_scale: 2000; faster_rcnn: 1333")
     steps: int = Field(default=150_000, ge=1, description="of the optimiser; faster_rcnn: 24000")
-    drops: tuple[float, ...] = Field(
+    drops: tuple[Share, ...] = Field(
         default=(1 / 3, 2 / 3),
         description="shares of the steps after which the rate is divided by 10; faster_rcnn: 18 and 22 of 24",
     )
@@ -108,7 +110,7 @@ class Spec(EvaluationFields):
     train_batch_norm: bool = Field(default=False, description="otherwise the network's statistics stay as they are")
     width: int = Field(default=4096, ge=1, description="of the fully connected layers; faster_rcnn: 1024")
     per_image: int = Field(default=64, ge=2, description="regions drawn per training image; faster_rcnn: 512")
-    anchors: tuple[int, ...] = Field(default=(32, 64, 128, 256, 512), min_length=1, description="sides; faster_rcnn only")
+    anchors: tuple[Count, ...] = Field(default=ANCHORS, min_length=1, description="sides; faster_rcnn only")
     suppression: float = Field(default=0.3, gt=0, le=1, description="largest overlap of two boxes; faster_rcnn: 0.5")
     least_score: float = Field(default=0.05, ge=0, lt=1)
     most_detections: int = Field(default=100, ge=1, description="per image")
@@ -136,8 +138,10 @@ class Spec(EvaluationFields):
             raise ValueError(f"{self.form} {said}")
         if self.multi_scale and self.form != "fast_rcnn":
             raise ValueError("multi_scale is of fast_rcnn; faster_rcnn draws one of its min_sizes per step")
-        if not all(0 < drop < 1 for drop in self.drops):
-            raise ValueError("drops are shares of the steps, between 0 and 1")
+        if self.form == "fast_rcnn" and self.anchors != ANCHORS:
+            raise ValueError("anchors are of faster_rcnn; fast_rcnn has its proposals instead")
+        if self.proposals != SELECTIVE_SEARCH and self.most_proposals != MOST_PROPOSALS:
+            raise ValueError(f"most_proposals limits those of {SELECTIVE_SEARCH}; leave it out")
         return self
 
 
