@@ -84,11 +84,12 @@ class SearchResult:
             UserError: there is no such study, or `top` is no whole number from 1.
             StageFailed: an evaluation on the test split failed.
         """
-        from ktray.runs.best_trials import best_trials, default_top, judge_on_test, trial_as_data
+        from ktray.runs.best_trials import best_as_data, best_trials, default_top, judge_on_test
+        from ktray.runs.uncertainty import level_with_best
 
-        count = default_top(None if top is None else require_positive(top, "top"), test)
-        trials = best_trials(self.history(), pareto, per)[:count]
-        answers = [trial_as_data(trial) for trial in trials]
+        count, study = default_top(None if top is None else require_positive(top, "top"), test), self.history()
+        trials = best_trials(study, pareto, per)[:count]
+        answers = best_as_data(trials, level_with_best(trials, study.objectives[0][0], self._settings().open_store()))
         if test:
             for answer, metrics in zip(answers, judge_on_test(trials, self.name, self._settings()), strict=True):
                 answer["test"] = metrics

@@ -87,7 +87,7 @@ def test_the_answer_has_the_documented_form(home: Home, first: tuple[CommandResu
     assert answer["home"] == str(home.path)
     assert answer["tracking_uri"] == f"sqlite:///{home.path / 'mlflow.db'}"
     listed = json.loads(home.run("best", "toy", "--json").out)
-    assert listed[0] == best
+    assert listed[0] == {**best, "level_with_best": False}
 
 
 def test_stderr_has_lines_of_ours_only(first: tuple[CommandResult, dict[str, int]]) -> None:

@@ -31,12 +31,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from ktray.cli.leaderboard import leaderboard
     from ktray.runs.best_trials import (
+        best_as_data,
         best_trials,
         default_top,
         judge_on_test,
         results_on_test,
         sentences_on_test,
-        trial_as_data,
     )
     from ktray.runs.uncertainty import level_with_best, over_seeds
     from ktray.search.history import read_study
@@ -45,11 +45,9 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     study, top = read_study(settings.home, args.name), default_top(args.top, args.test)
     trials = best_trials(study, args.pareto, args.per)[:top]
-    answers = [trial_as_data(trial) for trial in trials]
-    metric, store = study.objectives[0][0], settings.open_store()
-    level = level_with_best(trials, metric, store)
-    for answer in answers:
-        answer["level_with_best"] = answer["trial"] in level
+    metric = study.objectives[0][0]
+    level = level_with_best(trials, metric, settings.open_store())
+    answers = best_as_data(trials, level)
     text = leaderboard(study, settings.home, top, trials, level)
     for spread in over_seeds(study.trials, metric):
         text += f"\n{_over_seeds(spread, metric)}"

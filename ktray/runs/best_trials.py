@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,16 @@ def best_trials(study: StudySnapshot, pareto: bool, per: Per | None) -> list[Tri
     name_of = {"teacher": naming.teacher_name, "student": naming.student_name}[per]
     first = list({name_of(trial.pair): trial for trial in reversed(trials)}.values())
     return [trial for trial in ranking.ranked(study.trials, study.objectives) if trial in first]
+
+
+def best_as_data(trials: Sequence[Trial], level: Set[int]) -> list[dict[str, Any]]:
+    """The form of ``ktray best NAME --json``, without results on test.
+
+    Args:
+        trials: as from `best_trials`.
+        level: numbers of the trials that cannot be told apart from the best, as from `uncertainty.level_with_best`.
+    """
+    return [{**trial_as_data(trial), "level_with_best": trial.number in level} for trial in trials]
 
 
 def judge_on_test(trials: Sequence[Trial], study: str, settings: Settings) -> list[dict[str, float]]:
