@@ -159,6 +159,13 @@ def test_a_probe_with_few_labels_uses_that_many_of_each_class_and_more_are_bette
     assert linear_classifiers.subset_per_class(labels, 1, seed=1).tolist() != found[1].tolist()
 
 
+def test_one_label_per_class_leaves_none_to_choose_a_penalty_on():
+    for several in ("path", "dinov2", (0.1, 0.01)):
+        with pytest.raises(ValueError, match="give one"):
+            linear_probe.Spec(per_class=1, l2=several)
+    assert linear_probe.Spec(per_class=1, l2=(0.1,)).per_class == 1
+
+
 def test_the_confusion_plot_names_the_classes(tmp_path):
     (rows, labels), (others, truth) = blobs(100), blobs(50, seed=1)
     names = ("cat", "dog", "eel", "fox")

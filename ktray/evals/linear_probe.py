@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ktray.classifiers import linear_classifiers
@@ -58,6 +58,12 @@ class Spec(EvaluationFields):
     precision: Literal["float32", "float64"] = "float32"
     per_class: int | None = Field(default=None, ge=1, description="training labels used per class, drawn by `seed`; null: all")
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _leaves_images_to_choose_on(self) -> Spec:
+        if self.per_class == 1 and len(penalties(self, 1)) > 1:
+            raise ValueError("of one label per class none can be held out to choose among several l2; give one, such as 0.001")
+        return self
 
 
 def evaluate(
