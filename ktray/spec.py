@@ -181,6 +181,16 @@ class EvaluationFields(StrictSpec):
     )
 
 
+def refuse_pool(evaluation: EvaluationFields, instead: str = "leave 'pool' out") -> None:
+    """Refuse a `pool` of an evaluation that pools nothing: it would count in its key and change no metric.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if evaluation.pool != Pooling():
+        raise ValueError(f"{evaluation.kind} does not pool the maps of a layer; {instead}")
+
+
 class KMeansFields(StrictSpec):
     """The fields of k-means and of the projection before it, for the Spec of a transfer by clusters to extend."""
 

@@ -419,6 +419,15 @@ def test_numbers_that_no_training_can_use_are_refused(kind, fields, message):
         plugins.module("evaluation", kind).Spec(**fields)
 
 
+def test_evaluations_that_read_a_network_refuse_a_pool_that_would_change_nothing():
+    modules = [plugins.module("evaluation", kind) for kind in plugins.kinds("evaluation")]
+    readers = [module for module in modules if getattr(module, "READS_NETWORK", False)]
+    assert len(readers) > 5
+    for module in readers:
+        with pytest.raises(ValueError, match="does not pool"):
+            module.Spec(pool={"grid": 2})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from ktray.checkpoints import Attempt
@@ -28,7 +28,7 @@ from ktray.fine_tuning.detectors import require_maps
 from ktray.images import Images
 from ktray.scoring import detection_scores
 from ktray.scoring.detection_scores import coco_scores, rank_all, require_pycocotools
-from ktray.spec import Count, EvaluationFields, Seed, Share
+from ktray.spec import Count, EvaluationFields, Seed, Share, refuse_pool
 from ktray.training.step_task import Recipe
 from ktray.training.step_training import over_seeds, seed_metrics
 
@@ -73,6 +73,11 @@ class Spec(EvaluationFields):
     seeds: int = Field(default=1, ge=1, le=100, description="trainings")
     seed: Seed = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _pools_nothing(self) -> Spec:
+        refuse_pool(self)
+        return self
 
 
 def check(spec: Spec) -> None:

@@ -32,7 +32,7 @@ from ktray.export import programs
 from ktray.features.judged_network import JudgedNetwork
 from ktray.images import Images
 from ktray.ops.precision import computing_in
-from ktray.spec import EvaluationFields, Pooling
+from ktray.spec import EvaluationFields, refuse_pool
 
 REVISION = 1
 NEEDS_LABELS = False
@@ -61,8 +61,7 @@ class Spec(EvaluationFields):
 
     @model_validator(mode="after")
     def _reads_no_features(self) -> Spec:
-        if self.pool != Pooling():
-            raise ValueError("cost times the whole network; leave 'pool' out")
+        refuse_pool(self)
         return self
 
 
@@ -157,7 +156,7 @@ def _onnx_calls(model: nn.Module, size: int, folder: Path, device: str) -> dict[
     options.intra_op_num_threads = torch.get_num_threads()
     found: dict[str, Call] = {}
     for place, provider in providers.items():
-        with suppress(Exception):
+        with suppress(Exception):  # a provider that is listed may lack its libraries; that place is left out
             session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
             if provider in session.get_providers():
                 found[place] = _session_call(session)

@@ -30,7 +30,7 @@ from ktray.errors import UserError
 from ktray.features.judged_network import JudgedNetwork
 from ktray.images import VOID, Images, fit_mask
 from ktray.scoring import label_maps, per_image
-from ktray.spec import EvaluationFields, Pooling, Seed
+from ktray.spec import EvaluationFields, Pooling, Seed, refuse_pool
 
 REVISION = 1
 TOOLS = (linear_classifiers, neighbours, label_maps)
@@ -54,8 +54,7 @@ class Spec(EvaluationFields):
 
     @model_validator(mode="after")
     def _maps_are_not_pooled(self) -> Spec:
-        if self.pool != Pooling():
-            raise ValueError("dense_knn reads the maps of a layer; write 'grid' instead of 'pool'")
+        refuse_pool(self, "write 'grid' instead")
         return self
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ktray.checkpoints import Attempt
@@ -28,7 +28,7 @@ from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import image_classifier
 from ktray.fingerprint import seed_of
 from ktray.images import Images
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import EvaluationFields, Seed, refuse_pool
 from ktray.training.step_task import Recipe
 from ktray.training.step_training import over_seeds, seed_metrics
 
@@ -56,6 +56,11 @@ class Spec(EvaluationFields):
     weight_decay: float = Field(default=0.0, ge=0)
     crop: float = Field(default=0.08, gt=0, le=1, description="smallest share of the area in a random crop")
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _pools_nothing(self) -> Spec:
+        refuse_pool(self)
+        return self
 
 
 def evaluate(

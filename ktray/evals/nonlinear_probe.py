@@ -18,14 +18,14 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ktray.checkpoints import Attempt
 from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import image_classifier
 from ktray.images import Images
-from ktray.spec import Count, EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed, refuse_pool
 from ktray.training.step_task import Recipe
 from ktray.training.step_training import over_seeds, seed_metrics
 
@@ -55,6 +55,11 @@ class Spec(EvaluationFields):
     seeds: int = Field(default=1, ge=1, le=100, description="trainings")
     seed: Seed = 0
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _pools_nothing(self) -> Spec:
+        refuse_pool(self)
+        return self
 
 
 def check_network(spec: Spec, network: nn.Module, size: int) -> None:

@@ -39,7 +39,7 @@ from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.scoring import average_precision
 from ktray.scoring.average_precision import classification_ap
-from ktray.spec import Count, EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed, refuse_pool
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
 from ktray.training.step_training import Shuffled, over_seeds, seed_metrics, step_reports
@@ -83,7 +83,8 @@ class Spec(EvaluationFields):
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
-    def _areas_ascend(self) -> Spec:
+    def _areas_ascend_and_maps_have_a_grid(self) -> Spec:
+        refuse_pool(self, "write 'grid' instead")
         if self.areas[0] > self.areas[1]:
             raise ValueError("areas are the smallest and the largest share, in this order")
         return self

@@ -38,7 +38,7 @@ from ktray.images import Images
 from ktray.plots import label_of, optional_plot
 from ktray.scoring import label_maps
 from ktray.scoring.label_maps import VOID, confusion, ious
-from ktray.spec import EvaluationFields, Seed, Share
+from ktray.spec import EvaluationFields, Seed, Share, refuse_pool
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
 from ktray.training.step_training import Shuffled, over_seeds, seed_metrics, step_reports
@@ -76,7 +76,8 @@ class Spec(EvaluationFields):
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
 
     @model_validator(mode="after")
-    def _scales_ascend(self) -> Spec:
+    def _scales_ascend_and_nothing_is_pooled(self) -> Spec:
+        refuse_pool(self)
         if self.scales[0] > self.scales[1]:
             raise ValueError("scales are the smallest and the largest factor, in this order")
         return self

@@ -35,7 +35,7 @@ from ktray.fine_tuning.proposals import SELECTIVE_SEARCH, check_proposals
 from ktray.images import Images
 from ktray.scoring import average_precision, detection_scores
 from ktray.scoring.detection_scores import Ranked, rank_all
-from ktray.spec import Count, EvaluationFields, Seed, Share
+from ktray.spec import Count, EvaluationFields, Seed, Share, refuse_pool
 from ktray.training.step_task import Recipe
 from ktray.training.step_training import over_seeds, seed_metrics
 
@@ -133,6 +133,7 @@ class Spec(EvaluationFields):
 
     @model_validator(mode="after")
     def _only_what_the_form_has(self) -> Spec:
+        refuse_pool(self)
         if (self.form == "fast_rcnn") != (self.proposals is not None):
             said = "needs 'proposals'" if self.form == "fast_rcnn" else "makes its own regions; leave 'proposals' out"
             raise ValueError(f"{self.form} {said}")
