@@ -48,7 +48,6 @@ from ktray.text import counted
 from ktray.tracking import Tracker, Unwritten
 
 if TYPE_CHECKING:
-    from ktray.runs.early_start import EarlyStart
     from ktray.runs.profile import Profile
     from ktray.scheduler.client import SchedulerClient
     from ktray.scheduler.ray_session import RaySession
@@ -124,15 +123,11 @@ class _LazyScheduler:
         interruption: Interruption,
         display: Display,
         home_lock: FileLock | None = None,
-        early: EarlyStart | None = None,
     ) -> None:
         self.settings, self.address, self.store, self.tracker = settings, options.address, settings.open_store(), tracker
-        self.home_lock, self.early, self.options = home_lock, early, options
-        self.interruption, self.say, self.study_folder = (
-            interruption,
-            display.say,
-            study_folder(settings.home, str(options.name)),
-        )
+        self.home_lock, self.options = home_lock, options
+        self.interruption, self.say = interruption, display.say
+        self.study_folder = study_folder(settings.home, str(options.name))
         self.published: set[str] = set()
         self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
         if options.profile is not None:
@@ -142,48 +137,40 @@ class _LazyScheduler:
         self._follower: _EventFollower | None = None
 
     def start(self) -> SchedulerClient:
+        from ktray.scheduler import ray_session, resources
+
         if self._client is None:
+            runtime = resources.load_runtime_settings(self.settings.runtime)
             self.interruption.raise_if_requested()
             self.interruption.needs_cleanup = True
-            if self.early is not None:
-                self._session, self._client = self.early.result()
-                self.interruption.raise_if_requested()
-            else:
-                self._session = self._start_session()  # in this thread, with which all processes of our own Ray end
+            # In this thread, with which all processes of our own Ray end.
+            self._session = session = ray_session.start(
+                self.settings.home,
+                self.address,
+                runtime,
+                self.interruption.lose,
+                self.interruption.ends_process,
+                self.home_lock,
+            )
             self.options.mark("Ray up")
             restore_signal_handlers()
             self.interruption.force_after = FORCE_SEARCH_AFTER_SECONDS
-            self.say(f"Ray's own messages go to {self._session.log}")
-            for warning in self._session.warnings:
+            self.say(f"Ray's own messages go to {session.log}")
+            for warning in session.warnings:
                 self.say(warning)
-            self._client, self._follower = run_until_ended(self._follow, self.interruption)
+            self._client, self._follower = run_until_ended(lambda: self._connect(session), self.interruption)
         return self._client
 
-    def _start_session(self) -> RaySession:
-        from ktray.scheduler import ray_session, resources
-
-        return ray_session.start(
-            self.settings.home,
-            self.address,
-            resources.load_runtime_settings(self.settings.runtime),
-            self.interruption.lose,
-            self.interruption.ends_process,
-            self.home_lock,
-        )
-
-    def _follow(self) -> tuple[SchedulerClient, _EventFollower]:
-        assert self._session is not None, "Ray has started"
-        client = self._client or self._connect(self._session)
-        return client, _EventFollower(client, self.store, self.tracker, self._show_work, self.say)
-
-    def _connect(self, session: RaySession) -> SchedulerClient:
+    def _connect(self, session: RaySession) -> tuple[SchedulerClient, _EventFollower]:
         from ktray.pipeline.worker_entry import prepare, run_stage
         from ktray.runs.preflight import preflight
         from ktray.scheduler import client
 
         preflight(self.store, session.runtime)
         profile = self.options.profile
-        return client.connect(session, self.store.url, profile.stage_function() if profile else run_stage, prepare)
+        function = profile.stage_function() if profile else run_stage
+        scheduler = client.connect(session, self.store.url, function, prepare)
+        return scheduler, _EventFollower(scheduler, self.store, self.tracker, self._show_work, self.say)
 
     def obtain(self, graphs: Mapping[str, Graph]) -> None:
         """Have the stages of these graphs published; report what fails.
@@ -219,10 +206,7 @@ class _LazyScheduler:
         """End Ray, if it was started."""
         from ktray.scheduler import ray_session
 
-        if self.early is not None:
-            self.early.end()
-            restore_signal_handlers()
-        elif self._session is None:
+        if self._session is None:
             # An earlier driver may have been killed, and nothing was left to compute that would have started Ray here.
             if self.home_lock is not None:
                 self.home_lock.release()
@@ -242,18 +226,11 @@ def _shown_to_both(first: ShowWork, second: ShowWork) -> ShowWork:
 
 @contextmanager
 def _lazy_scheduler(
-    options: SearchOptions,
-    settings: Settings,
-    tracker: Tracker,
-    interruption: Interruption,
-    display: Display,
-    early: EarlyStart | None = None,
+    options: SearchOptions, settings: Settings, tracker: Tracker, interruption: Interruption, display: Display
 ) -> Iterator[_LazyScheduler]:
     """A scheduler for a study, whose Ray ends with this block."""
-    # Before anything is written; an early start has the lock already.
-    lock = None if early is not None else _lock_home(settings.home, str(options.name), options)
-    with lock or nullcontext() as home_lock:
-        scheduler = _LazyScheduler(options, settings, tracker, interruption, display, home_lock, early)
+    with _lock_home(settings.home, str(options.name), options) or nullcontext() as home_lock:  # before anything is written
+        scheduler = _LazyScheduler(options, settings, tracker, interruption, display, home_lock)
         try:
             yield scheduler
         finally:
@@ -267,7 +244,6 @@ def search(
     settings: Settings,
     interruption: Interruption,
     report: Callable[[SearchOutcome], None] = lambda outcome: None,
-    early: EarlyStart | None = None,
 ) -> SearchOutcome:
     """Check a space, then run its study to the target, or go on with it.
 
@@ -275,7 +251,6 @@ def search(
         source: what errors call the space, such as its file.
         interruption: a request to stop ends the search within seconds; the same call goes on later.
         report: called with the outcome once everything is written, and before Ray ends, whose end is not always orderly.
-        early: a Ray that is starting already.
 
     Raises:
         UserError: the space, an option or the data are wrong, or another driver has this study or home.
@@ -296,7 +271,7 @@ def search(
     options = replace(options, name=name)
     with ExitStack() as until_reported:
         with open_display(settings, space, name) as display:
-            scheduler = until_reported.enter_context(_lazy_scheduler(options, settings, tracker, interruption, display, early))
+            scheduler = until_reported.enter_context(_lazy_scheduler(options, settings, tracker, interruption, display))
             outcome = search_study(space, options, settings, tracker, interruption, display, scheduler)
         report(outcome)
         options.mark("table")
