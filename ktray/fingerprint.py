@@ -83,13 +83,19 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode(errors="surrogatepass")).hexdigest()  # file names may hold any bytes
 
 
-def file_version(state: os.stat_result) -> tuple[int, int, int]:
-    """Size, time of modification, and time of the last change of any kind in ns: while they are the same, so are the bytes.
+FileVersion = tuple[int, int, int, int, int]
 
+
+def file_version(state: os.stat_result) -> FileVersion:
+    """What stays the same in a path's file only as long as its bytes do; of a link, the state is that of the file it leads to.
+
+    Size, time of modification and time of the last change of any kind in ns, number of the file (inode), number of the device.
     The time of modification alone says little: archives, rsync and `touch` set it, also to that of the file that was there
     before. The other time cannot be set. A copy has a new one, so that it is read again, and found to have the same bytes.
+    Files that are written in a row may share both times, so that only the inode tells that a folder or a link now leads to
+    another of them.
     """
-    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino, state.st_dev
 
 
 def version_is_reliable(version: Sequence[int]) -> bool:

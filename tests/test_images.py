@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from ktray import file_kind, images, plugins
+from ktray.checksums import write_json
 from ktray.errors import UserError
 from ktray.fingerprint import file_version
 from ktray.images import Source, Splits, Unreadable, decode, fit, image_formats
@@ -295,6 +296,67 @@ def test_an_image_replaced_by_one_of_equal_size_and_time_is_another(replace, tmp
     os.utime(file, ns=(EPOCH, EPOCH))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert images.identity(spec_of(tmp_path / "data"), tmp_path / "cache") != first
+
+
+def swapped_folders(one: Path, other: Path, path: Path) -> None:
+    for each, to in ((one.parent, path), (other.parent, one.parent), (path, other.parent)):
+        subprocess.run(["mv", str(each), str(to)], check=True)
+
+
+def linked_otherwise(one: Path, other: Path, path: Path) -> None:
+    """The files lie elsewhere, and the links to them change places."""
+    targets = [os.readlink(one), os.readlink(other)]
+    for link, target in zip((one, other), reversed(targets), strict=True):
+        link.unlink()
+        link.symlink_to(target)
+
+
+@pytest.mark.parametrize("swap", [swapped_folders, linked_otherwise])
+def test_files_of_equal_size_and_times_that_change_places_are_other_data(swap, tmp_path: Path, hashed: list[Path]) -> None:
+    """The oracle is the identity without a cache. Pairs of files are written until both have the same ctime."""
+    contents = []
+    for seed in range(2):
+        Image.fromarray(noise(seed=seed)).save(buffer := io.BytesIO(), "PPM")
+        contents.append(buffer.getvalue())
+    for attempt in range(1000):
+        root = tmp_path / f"data{attempt}"
+        paths = [root / name / "0.ppm" for name in ("cat", "dog")]
+        files = paths if swap is swapped_folders else [tmp_path / f"{attempt}-{name}.ppm" for name in ("one", "two")]
+        for path in {path.parent for path in paths + files}:
+            path.mkdir(parents=True, exist_ok=True)
+        for file, content in zip(files, contents, strict=True):
+            file.write_bytes(content)
+        for file in files:
+            os.utime(file, ns=(EPOCH, EPOCH))
+        for path, file in zip(paths, files, strict=True):
+            if path != file:
+                path.symlink_to(file)
+        states = [path.stat() for path in paths]
+        if len({(state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states}) == 1:
+            break
+    else:
+        pytest.skip("no two files got the same time of change here")
+    first = images.identity(spec_of(root), tmp_path / "cache")
+    hashed.clear()
+    assert images.identity(spec_of(root), tmp_path / "cache") == first
+    assert hashed == [], "the cache is in use"
+    swap(*paths, tmp_path / "aside")
+    found = images.identity(spec_of(root), tmp_path / "cache")
+    assert found == images.identity(spec_of(root)) != first
+
+
+def test_hashes_that_an_earlier_version_noted_are_not_trusted(tmp_path: Path, hashed: list[Path]) -> None:
+    """It noted size and times alone."""
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data/x.ppm"
+    Image.fromarray(noise(seed=1)).save(file)
+    expected = images.identity(spec_of(tmp_path / "data"), tmp_path / "cache")
+    (noted,) = (tmp_path / "cache").glob("contents-*.json")
+    state = file.stat()
+    write_json(noted, {str(file): [state.st_size, state.st_mtime_ns, state.st_ctime_ns, "0" * 64]})
+    hashed.clear()
+    assert images.identity(spec_of(tmp_path / "data"), tmp_path / "cache") == expected
+    assert hashed == [file]
 
 
 CLAIMED = 20 << 30

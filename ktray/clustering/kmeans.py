@@ -456,7 +456,7 @@ class _Additions:
         self._rows, self._entries, self._values = [], [], 0
 
 
-_ShardKey = tuple[str, int, int]
+_ShardKey = tuple[str, fingerprint.FileVersion]
 
 
 @dataclass
@@ -509,8 +509,7 @@ def _cache_of(space: _ClusteringSpace) -> _Cache:
 
 
 def _shard_key(shard: Path) -> _ShardKey:
-    stat = shard.stat()
-    return str(shard), stat.st_mtime_ns, stat.st_size
+    return str(shard), fingerprint.file_version(shard.stat())
 
 
 def _rows(shard: Path, space: _ClusteringSpace, cache: _Cache) -> tuple[NDArray[np.float32], int]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.fingerprint import file_version
+from ktray.fingerprint import FileVersion, file_version
 from ktray.images import Source, Splits, data_folder, download
 from ktray.spec import Split
 from ktray.strict import StrictSpec
@@ -92,7 +92,7 @@ def _source(name: str, paths: list[Path]) -> Source:
 
 
 @lru_cache(maxsize=6)
-def _batch(path: Path, version: tuple[int, int, int]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def _batch(path: Path, version: FileVersion) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Labels (n,) and pixels (n, 3072), channels first, of one batch; cached, because a data set is loaded more than once."""
     try:
         content = path.read_bytes()

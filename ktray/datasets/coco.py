@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.fingerprint import file_version
+from ktray.fingerprint import FileVersion, file_version
 from ktray.images import MAX_PIXELS, Layout, MaxPixels, Source, Splits, annotation_files, data_folder, decode
 from ktray.images.annotation_files import MAX_COUNT, AnnotatedImage, BadAnnotation, files_below
 from ktray.images.folder_tree import WHERE
@@ -205,7 +205,7 @@ def _annotated(described: _Set, row: int, size: tuple[int, int]) -> tuple[Annota
 
 
 @lru_cache(maxsize=4)  # a data set is listed more than once in a process, and COCO's file has 450 MB
-def _read(path: str, version: tuple[int, int, int]) -> _Set:
+def _read(path: str, version: FileVersion) -> _Set:
     file = Path(path)
     if version[0] > _MAX_JSON_BYTES:
         raise UserError(f"{file} has more than {_MAX_JSON_BYTES:,} bytes", WHERE, "Split it into several sets.")

@@ -17,7 +17,7 @@ from ktray import progress
 from ktray.errors import UserError
 from ktray.features import extraction
 from ktray.file_kind import require_readable, what_it_is
-from ktray.fingerprint import file_version
+from ktray.fingerprint import FileVersion, file_version
 from ktray.images import Images
 from ktray.spec import Columns, PrecomputedTeacher
 from ktray.text import counted
@@ -230,7 +230,7 @@ def _array(path: Path) -> NDArray[Any]:
 
 
 @lru_cache(maxsize=8)
-def _names(path: Path, version: tuple[int, int, int]) -> tuple[str, ...]:
+def _names(path: Path, version: FileVersion) -> tuple[str, ...]:
     check_names_header(path)
     try:
         if path.suffix != ".npy":
@@ -246,7 +246,7 @@ def _names(path: Path, version: tuple[int, int, int]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8)
-def _column_of_paths(path: Path, columns: Columns, version: tuple[int, int, int]) -> tuple[str, ...]:
+def _column_of_paths(path: Path, columns: Columns, version: FileVersion) -> tuple[str, ...]:
     import pyarrow
 
     schema = (file := _parquet(path)).schema_arrow

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray.errors import UserError
-from ktray.fingerprint import file_version
+from ktray.fingerprint import FileVersion, file_version
 from ktray.images.decoding import MAX_PIXELS, image_size
 from ktray.images.folder_tree import WHERE
 from ktray.images.source import Unreadable
@@ -101,7 +101,7 @@ def file_size(file: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1 << 17)  # a data set is listed more than once in a process
-def _size_as_of(file: str, version: tuple[int, int, int]) -> tuple[int, int]:
+def _size_as_of(file: str, version: FileVersion) -> tuple[int, int]:
     return image_size(Path(file), MAX_PIXELS)
 
 

@@ -288,17 +288,20 @@ _UNREADABLE = "unreadable"
 
 
 def _entry(path: str, known: dict[str, list[Any]]) -> list[Any]:
-    """[size, times of modification and change, sha256] of a file; a fixed entry if it is unreadable, which decoding reports."""
+    """[*file_version, sha256] of a file; a fixed entry if it is unreadable, which decoding reports.
+
+    An entry of `known` from an earlier form of the version differs from every one of now.
+    """
     try:
         if path.lower().endswith(SUFFIXES) and large_and_no_image(Path(path)):
-            return [-1, -1, -1, _UNREADABLE]
+            return [-1, _UNREADABLE]
         version = [*file_version(os.stat(path))]
         cached = known.get(path)
         if cached and cached[:-1] == version:
             return cached
         return [*version, file_sha256(Path(path))]
     except OSError:
-        return [-1, -1, -1, _UNREADABLE]
+        return [-1, _UNREADABLE]
 
 
 def _cached_entries(cache_file: Path | None) -> dict[str, list[Any]]:

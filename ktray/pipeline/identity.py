@@ -11,7 +11,7 @@ from typing import Any
 from ktray import images, plugins
 from ktray.errors import UserError
 from ktray.features import precomputed
-from ktray.fingerprint import canonical, file_sha256, file_version, version_is_reliable
+from ktray.fingerprint import FileVersion, canonical, file_sha256, file_version, version_is_reliable
 from ktray.spec import Columns, DataSpec, EvaluationSpec, PrecomputedTeacher
 from ktray.training import pretrained
 from ktray.training.checkpoint_file import open_checkpoint
@@ -88,7 +88,7 @@ def _sha256(file: Path, found: os.stat_result, check: Callable[[Path], object]) 
 
 
 @lru_cache(maxsize=256)
-def _sha256_as_of(file: Path, version: tuple[int, int, int], check: Callable[[Path], object]) -> str:
+def _sha256_as_of(file: Path, version: FileVersion, check: Callable[[Path], object]) -> str:
     """Cached, because every trial of a search asks for the same files; in another version, a file is read again."""
     check(file)
     return file_sha256(file)

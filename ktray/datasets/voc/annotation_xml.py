@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 from xml.parsers import expat
 
-from ktray.fingerprint import file_version
+from ktray.fingerprint import FileVersion, file_version
 from ktray.images.annotation_files import (
     MAX_COUNT,
     AnnotatedImage,
@@ -112,7 +112,7 @@ class _Wrong(Exception):
 
 
 @lru_cache(maxsize=1 << 17)  # a data set is listed more than once in a process
-def _parsed(file: str, version: tuple[int, int, int]) -> Parsed:
+def _parsed(file: str, version: FileVersion) -> Parsed:
     path = Path(file)
     if version[0] > MAX_BYTES:
         raise BadAnnotation(f"{path.name}: larger than {MAX_BYTES:,} bytes")
