@@ -199,6 +199,39 @@ def test_a_range_spreads_the_values_of_wide_images_over_all_levels(dtype: type, 
     assert len(np.unique(found)) >= 200
 
 
+NO_WHITE = {
+    "32 bits": ("<u4", "32-bit"),
+    "signed 32 bits": ("<i4", "signed 32-bit"),
+    "big-endian signed 32 bits": (">i4", "signed 32-bit"),
+    "signed 16 bits": ("<i2", "signed 16-bit"),
+    "big-endian signed 16 bits": (">i2", "signed 16-bit"),
+    "floating point": ("<f4", "floating point"),
+}
+
+
+@pytest.mark.parametrize("top", [1, 255, 30_000, 65_535, 100_000])
+@pytest.mark.parametrize(("dtype", "kind"), NO_WHITE.values(), ids=NO_WHITE)
+def test_numbers_without_a_white_are_unreadable_whatever_their_values(dtype: str, kind: str, top: int) -> None:
+    """Of files by tifffile, which also reads back what they hold."""
+    tifffile = pytest.importorskip("tifffile")
+    top = min(top, 30_000) if dtype[1:] == "i2" else top
+    values = np.linspace(0, top, 1600).reshape(40, 40).astype(dtype)
+    tifffile.imwrite(buffer := io.BytesIO(), values, byteorder=dtype[0])
+    with pytest.raises(Unreadable, match=f"^{kind} pixels have no known range; state it as 'range' of the data set"):
+        decode(buffer.getvalue(), 40)
+    buffer.seek(0)
+    expected = (tifffile.imread(buffer).astype(np.float64) * (255 / top)).round()
+    assert np.abs(decode(buffer.getvalue(), 40, pixel_range=(0, top))[:, :, 0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("top", [1, 255, 4095, 65_535])
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_unsigned_numbers_of_16_bits_keep_their_upper_8_whatever_their_values(form: str, top: int) -> None:
+    values = np.linspace(0, top, 1600).reshape(40, 40).astype(np.uint16)
+    Image.fromarray(values).save(buffer := io.BytesIO(), form)
+    assert (decode(buffer.getvalue(), 40)[:, :, 0] == values >> 8).all()
+
+
 def test_a_range_leaves_images_of_8_bits_as_they_are_and_refuses_colours_of_16() -> None:
     assert (decode(png(noise()), 40, pixel_range=(0, 4095)) == noise()).all()
     tifffile = pytest.importorskip("tifffile")
@@ -402,7 +435,10 @@ BESIDE: dict[str, tuple[dict[str, Image.Image | bytes], list[str]]] = {
     ),
     "a TIFF of 32 bits beside a PNG of 12": (
         {"a.tiff": Image.fromarray(COUNTS), "b.png": TWELVE},
-        [r"in TIFF files use only 12 of them: .* write range: \[0, 4095\]", r"in PNG files .* write range: \[0, 4095\]"],
+        [
+            r"1 of 2 sampled images cannot be read, such as a\.tiff: signed 32-bit pixels have no known range; state it",
+            r"images of 16 bits use only 12 of them: .* write range: \[0, 4095\]",
+        ],
     ),
 }
 

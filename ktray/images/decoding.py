@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from ktray.images.image_formats import CORRUPT, FORMATS, large_and_no_image, message_of, tag_numbers, what_is_unread
 from ktray.images.source import VOID, Unreadable
 
-IDENTITY, REVISION = "image_decoding", 2
+IDENTITY, REVISION = "image_decoding", 3
 RANGE_REVISION = 2  # of `range` alone: it counts for data sets with a range, whose keys it changes, and for no others
 
 _UPRIGHT = {
@@ -191,7 +191,7 @@ class Properties:
         low: smallest value of all pixels, as encoded.
         high: largest value.
         limit: the value that is white without a range: maxval of a PGM's header, such as 4095, or the largest of 8 or 16
-            bits; None for floating point numbers.
+            bits; None for floating point, 32-bit and signed numbers.
     """
 
     format: str
@@ -216,7 +216,7 @@ def properties(encoded: bytes | Path, spec: Any) -> Properties:
 
     def describe(image: Image.Image) -> Properties:
         width, height, bits, mode, maxval = image.width, image.height, _bits(image), image.mode, _maxval(image)
-        limit = None if mode == "F" else (maxval or 0xFFFF) if bits > 8 else 0xFF
+        limit = None if _without_white(image, bits) else (maxval or 0xFFFF) if bits > 8 else 0xFF
         _pixels(image, (2 * options["size"], 2 * options["size"]), options["pixel_range"])
         frames = 1
         with contextlib.suppress(*CORRUPT):
@@ -365,6 +365,8 @@ def _rgb(image: Image.Image, bits: int, maxval: int | None, pixel_range: tuple[f
         tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
         if wide.dtype == np.uint16 and _WHITE_IS_ZERO in tag_numbers(tags, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION):
             wide = 0xFFFF - wide  # Pillow inverts images of 8 bits only
+        if pixel_range is None and (kind := _without_white(image, bits)):
+            raise Unreadable(f"{kind} pixels have no known range; state it as 'range' of the data set")
         return Image.fromarray(_eight_bits(wide, pixel_range)).convert("RGB")
     if bits == 16 and pixel_range is not None and pixel_range != (0, maxval):  # Pillow has applied that one
         raise Unreadable("colours of 16 bits are read as their upper 8 bits, so 'range' cannot be applied")
@@ -375,17 +377,27 @@ def _rgb(image: Image.Image, bits: int, maxval: int | None, pixel_range: tuple[f
     return image.convert("RGB")
 
 
+def _without_white(image: Image.Image, bits: int) -> str:
+    """The kind of numbers in a grey file of which no value is white without a range, such as ``32-bit``; empty for others.
+
+    By the format of the file, never by its values: those of a dark image would fit into a smaller format.
+    """
+    if image.mode == "F":
+        return "floating point"
+    if not image.mode.startswith("I"):
+        return ""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    signed = _SIGNED in tag_numbers(tags, TiffImagePlugin.SAMPLEFORMAT)
+    return f"{'signed ' * signed}{bits}-bit" if signed or bits > 16 else ""
+
+
 def _eight_bits(wide: NDArray[Any], pixel_range: tuple[float, float] | None) -> NDArray[np.uint8]:
-    """Grey values of more than 8 bits as 8 bits."""
+    """Grey values of more than 8 bits as 8 bits; without a range they are unsigned, of 16 bits."""
     if pixel_range is not None:
         if not np.isfinite(wide).all():
             raise Unreadable("some pixels are not finite")
         low, high = pixel_range
         return ((wide.astype(np.float64) - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
-    if wide.dtype.kind == "f":
-        raise Unreadable("floating point pixels have no known range; state it as 'range' of the data set")
-    if wide.min() < 0 or wide.max() > 0xFFFF:
-        raise Unreadable("32-bit pixels have no known range; state it as 'range' of the data set")
     return (wide >> 8).astype(np.uint8)
 
 
