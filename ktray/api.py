@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ktray.errors import StageFailed, UserError
 from ktray.export.student_files import load_student as load_student
+from ktray.local_path import local_path
 from ktray.runs.settings import Settings, make_settings, require_positive
 from ktray.spec import PairSpec
 
@@ -116,7 +117,7 @@ class SearchResult:
         """
         from ktray.runs.study_report import write_report
 
-        return write_report(self.name, self._settings(), Path(path))
+        return write_report(self.name, self._settings(), local_path(path, "path"))
 
     def export(
         self,
@@ -140,7 +141,7 @@ class SearchResult:
         """
         from ktray.runs.student_export import export_trial, register_student
 
-        number, settings, folder = "" if trial is None else str(trial), self._settings(), Path(directory)
+        number, settings, folder = "" if trial is None else str(trial), self._settings(), local_path(directory, "directory")
         files = export_trial(settings, self.name, number, folder, head, format)
         if register:
             register_student(settings, self.name, number, folder)
@@ -200,6 +201,8 @@ def search(
     from ktray.runs import search_run
     from ktray.runs.search_run import SearchOptions
 
+    if isinstance(space, str | Path):
+        space = local_path(space, "space")  # before the home is made
     settings = make_settings(
         home, store=store, tracking=tracking, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk
     )
@@ -304,10 +307,12 @@ def run(
     from ktray.runs.spec_files import load_pairs, select_pairs
 
     require_positive(concurrent, "concurrent")
+    if isinstance(pair, str | Path):
+        pair = local_path(pair, "pair")  # before the home is made
     settings = make_settings(home, store=store, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk)
     pairs: Mapping[str, PairSpec]
-    if isinstance(pair, str | Path):
-        source, pairs = Path(pair), load_pairs(Path(pair), list(overrides))
+    if isinstance(pair, Path):
+        source, pairs = pair, load_pairs(pair, list(overrides))
     else:
         source, pairs = Path("pair"), {"pair": _pair_of(pair, list(overrides))}
     pairs = select_pairs(pairs, only)

@@ -9,8 +9,14 @@ from urllib.parse import quote, unquote
 MASK = "***"
 SHORTEST = 4  # characters of a secret that is also looked for outside URLs; a shorter one would hide half of every text
 
-_URL = re.compile(r"(?i)\b(?!file:|sqlite:|parquet:)[a-z][a-z0-9+.-]*://[^\s<>\"']+|(?<=url: )[^\s<>\"']+")
-_USER_INFO = re.compile(r"(?<=//).*@")  # up to the last "@": a password may contain "@", ":" and "/"
+_URL = re.compile(
+    r"(?i)\b(?!file:|sqlite:|parquet:)[a-z][a-z0-9+.-]*://[^\s<>\"']+|(?<=url: )[^\s<>\"']+"
+    # A `Path` makes one slash of two. After a scheme that may be a kind of data, as in folder:/photos?size=64, only a user and
+    # a password tell a URL.
+    r"|\b(?:https?|ftps?|wss?|s3|gs|hf):/[^\s<>\"']+"
+    r"|\b(?!file:|sqlite:|parquet:)[a-z][a-z0-9+.-]+:/[^\s<>\"'/:@]+:[^\s<>\"']*@[^\s<>\"']*"
+)
+_USER_INFO = re.compile(r"(?<=//).*@|(?<=:/)(?!/).*@")  # up to the last "@": a password may contain "@", ":" and "/"
 _QUERY_VALUE = re.compile(r"([?&;#][\w.\[\]-]+=)[^&;#)\],]+")
 _ASSIGNED = re.compile(r"(?i)\b([\w-]*(?:password|passwd|secret|api_?key|access_?key|auth_?token|access_?token)=)[^\s,;)'\"&]+")
 _HEADER = re.compile(

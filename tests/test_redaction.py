@@ -63,6 +63,22 @@ def test_a_secret_of_the_tracker_is_in_no_text_that_names_it(uri: str, capfd: py
         assert SECRET not in redaction.without_secrets(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"https:/someone:{SECRET}@host/x.yaml",
+        f"https:/{SECRET}@host/x.yaml",
+        f"/home/me/https:/someone:a/{SECRET}@host/x.yaml",
+        f"https:/host/x.yaml?token={SECRET}",
+        f"myown+scheme:/someone:{SECRET}@host/x.yaml?token={SECRET}",
+    ],
+)
+def test_a_url_that_has_become_a_path_hides_its_secret_too(text: str) -> None:
+    shown = redaction.without_secrets(text)
+    assert SECRET not in shown
+    assert "host/x.yaml" in shown
+
+
 @pytest.mark.parametrize("uri", URIS)
 def test_a_url_hides_its_secret_even_where_it_was_never_given_to_ktray(uri: str) -> None:
     if "://" in uri and " " not in uri:
@@ -125,6 +141,8 @@ def test_texts_of_mlflow_and_its_clients_lose_what_looks_like_a_secret(text: str
         "http://127.0.0.1:5000/#/experiments/1/runs/abc",
         "a bearer of news: the secret of 5 = 2 + 3",
         "https://github.com/lab/ktray",
+        "folder:/photos/me@work?size=64",
+        "imagefolder:/a.b/c:d?size=64&val=0.1, coco:/coco?train=train&test=test",
     ],
 )
 def test_what_is_no_secret_stays_as_it_is(text: str) -> None:

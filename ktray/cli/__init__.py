@@ -16,7 +16,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
 from ktray import __version__
@@ -34,7 +33,7 @@ from ktray.cli import (
     status_command,
     ui_command,
 )
-from ktray.cli.terminal import INTERRUPTED
+from ktray.cli.terminal import INTERRUPTED, path_argument
 from ktray.errors import MissingInput, PreflightFailed, SearchStopped, StageFailed, UserError
 from ktray.output import print_err
 from ktray.redaction import remember, without_secrets
@@ -164,10 +163,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("everywhere")
-    group.add_argument("--home", type=Path, default=None, help="store, studies, tracking and logs (KTRAY_HOME, ./.ktray)")
+    group.add_argument(
+        "--home", type=path_argument, default=None, help="store, studies, tracking and logs (KTRAY_HOME, ./.ktray)"
+    )
     group.add_argument("--store", default=None, metavar="URL", help="artifacts elsewhere, such as file:///mnt/shared/store")
     group.add_argument("--tracking", default=None, metavar="URI", help="MLflow (MLFLOW_TRACKING_URI, or sqlite in the home)")
-    group.add_argument("--runtime", type=Path, default=None, metavar="FILE", help="resources per stage kind (YAML)")
+    group.add_argument("--runtime", type=path_argument, default=None, metavar="FILE", help="resources per stage kind (YAML)")
     group.add_argument("--allow-plugins", action="append", default=[], metavar="PACKAGE", help="trust kinds from this package")
     group.add_argument("--json", action="store_true", help="machine-readable result on stdout")
     group.add_argument("-q", "--quiet", action="count", default=0)

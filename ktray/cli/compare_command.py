@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ktray.cli.terminal import print_result, settings_of
+from ktray.cli.terminal import path_argument, print_result, settings_of
 
 HELP = "two students on the same images"
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--test", action="store_true", help="on the test split, where both were judged (ktray best NAME --test)"
     )
     parser.add_argument(
-        "-o", "--output", type=Path, default=None, metavar="FILE", help="sheet of images (default: compare.png)"
+        "-o", "--output", type=path_argument, default=None, metavar="FILE", help="sheet of images (default: compare.png)"
     )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ktray.cli.terminal import print_result, settings_of
 from ktray.errors import UserError
+from ktray.local_path import local_path
 from ktray.text import counted, visible_name
 
 HELP = "check, import or compose a data set"
@@ -62,7 +62,7 @@ def _make_voc(args: argparse.Namespace, options: dict[str, int]) -> int:
 
     if args.labelled is None:
         raise UserError("make-voc composes labelled images, and none are named", "--from", "Add --from cifar10, for example.")
-    out = Path(args.data).expanduser().absolute()
+    out = local_path(args.data, "make-voc").absolute()
     made = compose(parse_data(args.labelled), out, coco=args.coco, **options)
     answer = {**made, "voc": f"voc:{out}", "coco": f"coco:{out / 'coco'}?train=train&test=test" if args.coco else None}
     lines = [

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ktray.cli.terminal import print_result, settings_of
+from ktray.cli.terminal import path_argument, print_result, settings_of
 
 HELP = "the student as safetensors, or as a program (pt2, onnx)"
 
@@ -13,7 +12,7 @@ HELP = "the student as safetensors, or as a program (pt2, onnx)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME[/TRIAL]", help="the study's best pair, or one of its trials")
-    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("directory", type=path_argument, metavar="DIR")
     parser.add_argument("--format", choices=["safetensors", "pt2", "onnx"], default="safetensors", help="a program beside them")
     parser.add_argument("--register", action="store_true", help="also as a model in MLflow's registry: ktray-STUDY")
     parser.add_argument("--head", choices=["none", "classifier"], default="none", help="keep the pseudo-label classifier")

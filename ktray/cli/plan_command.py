@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ktray.cli.terminal import exit_at_once, print_result, settings_of
+from ktray.cli.terminal import exit_at_once, path_argument, print_result, settings_of
 from ktray.text import counted
 
 HELP = "valid? what is done, what would run, what it costs"
@@ -15,7 +14,7 @@ HELP = "valid? what is done, what would run, what it costs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("source", type=Path, metavar="SPACE|PAIR|EXPERIMENT")
+    parser.add_argument("source", type=path_argument, metavar="SPACE|PAIR|EXPERIMENT")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
     parser.add_argument("--preflight", action="store_true", help="run a few images through every stage on the real cluster")
     parser.add_argument("--address", default=None, help="with --preflight: a running Ray cluster, such as auto")

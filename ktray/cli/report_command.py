@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ktray.cli.terminal import print_result, settings_of
+from ktray.cli.terminal import path_argument, print_result, settings_of
 
 HELP = "one self-contained HTML file"
 
@@ -13,7 +13,7 @@ HELP = "one self-contained HTML file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("name", metavar="NAME", help="the study")
-    parser.add_argument("-o", "--output", type=Path, default=None, metavar="FILE", help="default: NAME.html")
+    parser.add_argument("-o", "--output", type=path_argument, default=None, metavar="FILE", help="default: NAME.html")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktray.cli.terminal import (
     add_profile_arguments,
     exit_at_once,
+    path_argument,
     positive_int,
     print_result,
     profile_of,
@@ -25,7 +25,7 @@ HELP = "run a pair or an experiment"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("source", type=Path, metavar="PAIR|EXPERIMENT", help="a pair (.yaml) or an experiment (.py)")
+    parser.add_argument("source", type=path_argument, metavar="PAIR|EXPERIMENT", help="a pair (.yaml) or an experiment (.py)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the spec")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only these pairs of an experiment")
     parser.add_argument("--local", action="store_true", help="in this process, without Ray")

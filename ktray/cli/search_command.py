@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktray.cli.terminal import (
     INTERRUPTED,
     add_profile_arguments,
     exit_at_once,
+    path_argument,
     positive_int,
     print_result,
     profile_of,
@@ -30,7 +30,7 @@ HELP = "search a space; the same command resumes"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("space", type=Path, metavar="SPACE", help="a search space (.yaml)")
+    parser.add_argument("space", type=path_argument, metavar="SPACE", help="a search space (.yaml)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="PATH=VALUE", help="change the space")
     parser.add_argument("--name", default=None, help="the study's name; the same name resumes (default: the space's)")
     parser.add_argument("--trials", default=None, metavar="50|+50", help="target, or how many more once it is met")

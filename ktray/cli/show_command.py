@@ -6,10 +6,9 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from ktray.cli.terminal import print_result, settings_of
+from ktray.cli.terminal import path_argument, print_result, settings_of
 from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ HELP = "a study, a trial, an artifact or the kinds"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
     parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds|kinds/KIND|evals")
-    parser.add_argument("--against", type=Path, metavar="PAIR", help="KEY: which fields differ from this pair's stage")
+    parser.add_argument("--against", type=path_argument, metavar="PAIR", help="KEY: which fields differ from this pair's stage")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ktray.local_path import local_path
 from ktray.output import log_to_stderr, print_at_once, print_out
 from ktray.runs.settings import Settings, make_settings
 from ktray.text import shown, visible_name
@@ -19,6 +21,15 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 MAX_DIGITS = 9  # of an argument that counts something
+
+
+def path_argument(text: str) -> Path:
+    """An argument that is a path.
+
+    Raises:
+        UserError: it is a URL, or begins with ``~`` and there is no such home folder. Nothing has been made by then.
+    """
+    return local_path(text, "")
 
 
 def positive_int(text: str) -> int:

@@ -27,6 +27,7 @@ from ktray import __version__, plugins
 from ktray.errors import UserError, disk_is_full
 from ktray.export.programs import ProgramForm, write_program
 from ktray.fingerprint import file_sha256
+from ktray.local_path import local_path
 from ktray.spec import Student
 
 FORMAT = "ktray-student/1"
@@ -196,7 +197,7 @@ def _destination(out: Path) -> Path:
     """
     instead = "Name a new folder; nothing is overwritten."
     try:
-        out = out.expanduser()
+        out = local_path(out, "")
         for link in filter(os.path.islink, (out, *out.parents)):
             if not link.resolve().exists():
                 raise UserError(f"{link} is a link to {os.readlink(link)}, which does not exist", instead=instead)
@@ -239,7 +240,7 @@ def _write(
         for folder in made:
             with contextlib.suppress(OSError):  # after a success it is not empty
                 folder.rmdir()
-    return [out.expanduser() / name for name in names]
+    return [local_path(out, "") / name for name in names]
 
 
 def _write_files(

@@ -19,6 +19,7 @@ from ktray.features import extraction
 from ktray.file_kind import require_readable, what_it_is
 from ktray.fingerprint import FileVersion, file_version
 from ktray.images import Images
+from ktray.local_path import local_path
 from ktray.spec import Columns, PrecomputedTeacher
 from ktray.text import counted
 
@@ -41,7 +42,7 @@ def feature_files(teacher: PrecomputedTeacher) -> dict[str, Path]:
         UserError: a file does not exist.
     """
     named = {"features": teacher.features, "names": teacher.names}
-    found = {field: Path(path).expanduser().absolute() for field, path in named.items() if path is not None}
+    found = {field: local_path(path, f"teacher.{field}").absolute() for field, path in named.items() if path is not None}
     for field, path in found.items():
         if not path.is_file():
             raise UserError(f"there is no file {path.name} in {path.parent}", f"teacher.{field}")

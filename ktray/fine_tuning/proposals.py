@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ktray import progress
 from ktray.errors import UserError
 from ktray.fingerprint import seed_of
+from ktray.local_path import local_path
 
 IDENTITY, REVISION = "proposals", 1
 
@@ -45,7 +46,7 @@ def check_proposals(given: str) -> None:
     if given == SELECTIVE_SEARCH:
         _segmentation()
         return
-    path = Path(given).expanduser()
+    path = local_path(given, "proposals")
     if path.suffix not in SUFFIXES:
         raise UserError(f"proposals are {SELECTIVE_SEARCH} or a file {', '.join(SUFFIXES)}, and this is {given!r}", "proposals")
     if not path.is_file():

@@ -12,12 +12,17 @@ from typing import Any
 
 from ktray import plugins
 from ktray.errors import UserError
+from ktray.local_path import local_path
 from ktray.spec import DataSpec
 
 
 def data_folder(path: str | None) -> Path:
-    """`path` as an absolute path; null means the folder in the environment variable KTRAY_DATA, or `./data`."""
-    return Path(path or os.environ.get("KTRAY_DATA") or "data").expanduser().absolute()
+    """`path` as an absolute path; null means the folder in the environment variable KTRAY_DATA, or `./data`.
+
+    Raises:
+        UserError: it is a URL, or begins with ``~`` and there is no such home folder.
+    """
+    return local_path(path or os.environ.get("KTRAY_DATA") or "data", "data.path" if path else "KTRAY_DATA").absolute()
 
 
 def with_absolute_path(spec: DataSpec) -> DataSpec:

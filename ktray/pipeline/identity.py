@@ -12,6 +12,7 @@ from ktray import images, plugins
 from ktray.errors import UserError
 from ktray.features import precomputed
 from ktray.fingerprint import FileVersion, canonical, file_sha256, file_version, version_is_reliable
+from ktray.local_path import local_path
 from ktray.spec import Columns, DataSpec, EvaluationSpec, PrecomputedTeacher
 from ktray.training import pretrained
 from ktray.training.checkpoint_file import open_checkpoint
@@ -71,7 +72,7 @@ def evaluation_files(evaluation: EvaluationSpec) -> dict[str, tuple[str, str]]:
         given = getattr(evaluation, field)
         if given is None or not Path(given).suffix:  # a word, such as selective_search
             continue
-        path = Path(given).expanduser().absolute()
+        path = local_path(given, f"evals.{field}").absolute()
         if not path.is_file():
             raise UserError(f"there is no file {given}", f"evals.{field}", "Give an existing one.")
         found[field] = (_sha256(path, path.stat(), Path.stat), str(path))

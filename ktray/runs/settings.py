@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ktray.errors import UserError
+from ktray.local_path import expanded, local_path
 from ktray.output import print_err
-from ktray.stores import Store, open_store
+from ktray.stores import Store, open_store, require_file_url
 from ktray.text import shown
 
 
@@ -71,24 +72,31 @@ def make_settings(
         allow_plugins: packages whose kinds may load; they stay allowed in this process.
 
     Raises:
-        UserError: the home cannot be created.
+        UserError: the home cannot be created, a path is a URL, or begins with ``~`` and there is no such home folder.
     """
     from ktray import plugins, redaction  # it loads pydantic, which `ktray --help` does not need
 
     plugins.allow(allow_plugins or [])
     redaction.remember(tracking or "")
+    runtime_file, url = local_path(runtime, "--runtime") if runtime else None, _with_home_folder(store or "")
+    require_file_url(url)
     folder = open_home(home)
-    url = store or f"file://{folder / 'store'}"
-    return Settings(folder, url, tracking, Path(runtime) if runtime else None, verbosity)
+    return Settings(folder, url or f"file://{folder / 'store'}", tracking, runtime_file, verbosity)
+
+
+def _with_home_folder(store: str) -> str:
+    """The URL of a store with `~` at the beginning of its path replaced by that home folder."""
+    scheme, separator, path = store.rpartition("://")
+    return f"{scheme}{separator}{expanded(path, '--store')}" if path.startswith(("~", "./~")) else store
 
 
 def open_home(home: str | Path | None) -> Path:
     """The absolute path of a home, created if missing; None means KTRAY_HOME, or `./.ktray`.
 
     Raises:
-        UserError: it cannot be created.
+        UserError: it cannot be created, is a URL, or begins with ``~`` and there is no such home folder.
     """
-    folder = Path(home or os.environ.get("KTRAY_HOME") or ".ktray").expanduser().absolute()
+    folder = local_path(home or os.environ.get("KTRAY_HOME") or ".ktray", "--home" if home else "KTRAY_HOME").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

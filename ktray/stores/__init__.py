@@ -102,6 +102,17 @@ def intact_file_or_none(artifact: Artifact, name: str) -> Path | None:
     return None
 
 
+def require_file_url(url: str) -> None:
+    """Raise unless this is the URL of a store in a file system.
+
+    Raises:
+        UserError: it has another scheme.
+    """
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme != "file":
+        raise UserError(f"the store {url!r} is not supported", instead="Use file:///path, local or on a shared file system.")
+
+
 def open_store(url: str) -> Store:
     """The store at `url`: ``file:///path`` or a plain path.
 
@@ -111,11 +122,9 @@ def open_store(url: str) -> Store:
     """
     from ktray.stores.file import FileStore
 
-    scheme, separator, rest = url.partition("://")
-    if separator and scheme != "file":
-        raise UserError(f"the store {url!r} is not supported", instead="Use file:///path, local or on a shared file system.")
+    require_file_url(url)
     try:
-        return FileStore(Path(rest if separator else url))
+        return FileStore(Path(url.removeprefix("file://")))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
             raise  # the URL is valid: the command works again with free space or permissions

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.fingerprint import file_sha256
+from ktray.local_path import local_path
 from ktray.text import first_few
 from ktray.training.checkpoint_file import INSTEAD, WHERE, CheckpointFile, StoredTensor, open_checkpoint, shown
 from ktray.training.snapshot import write_untrained
@@ -113,8 +114,12 @@ class Weights:
 
 
 def checkpoint_path(text: str) -> Path:
-    """Absolute path of a checkpoint as a spec names it."""
-    return Path(text).expanduser().absolute()
+    """Absolute path of a checkpoint as a spec names it.
+
+    Raises:
+        UserError: it is a URL, or begins with ``~`` and there is no such home folder.
+    """
+    return local_path(text, WHERE).absolute()
 
 
 def weights_file(checkpoint: Path) -> Path:
