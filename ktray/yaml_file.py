@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import re
 import stat
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -36,6 +37,7 @@ _REMEDIES = {  # what the parser says -> what to do
     "escape sequence": "In double quotes write \\\\ for a backslash, or use single quotes.",
     "could not find expected ':'": "Write name: value, with a blank after the colon.",
 }
+_TAGS = ("!!str", "!!int", "!!float", "!!bool", "!!null")
 _BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _BOMS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # after UTF-32, whose mark begins like this one
 
@@ -65,7 +67,10 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.depth, self.values = self.depth + 1, self.values + 1
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark = event.start_mark
+        if isinstance(event, yaml.ScalarEvent) and event.tag == "!":
+            event.tag = f"{_TAG}str"  # by YAML 1.2, section 6.9.1; PyYAML takes ``! 3`` for a number
         if self.depth > MAX_DEPTH:
             raise _too_deep(mark)
         if self.values > MAX_VALUES:
@@ -158,6 +163,10 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(error.problem, _place(source, error.mark), error.instead) from None
     except yaml.MarkedYAMLError as error:
         message = str(error.problem or error)
+        if error.problem_mark and (found := _false_blank(text, error.problem_mark)):
+            where, name = found
+            problem = f"this is not valid YAML: {name} looks like a blank here, and is none"
+            raise UserError(problem, f"{_cut(source)}, {where}", "Write an ordinary blank in its place.") from error
         remedy = next((remedy for words, remedy in _REMEDIES.items() if words in message), "")
         raise UserError(f"this is not valid YAML: {message}", _place(source, error.problem_mark), remedy) from error
     except yaml.reader.ReaderError as error:
@@ -177,6 +186,20 @@ def _composed(text: str) -> yaml.Node | None:
         raise _Refused(problem, "Leave it out, or use single quotes.", loader.get_mark()) from error
     finally:
         loader.dispose()
+
+
+def _false_blank(text: str, mark: yaml.Mark) -> tuple[str, str] | None:
+    """Place and name of a character that looks like a blank, such as U+00A0, where YAML wants one; None without.
+
+    It is looked for in the line of an error and in the two before it, because a value may go on over lines.
+    """
+    lines = text.splitlines()
+    for number in range(min(mark.line, len(lines) - 1), max(-1, mark.line - 3), -1):
+        for found in re.finditer(r"(?:^ *(?:- *)*|[:,\[{-] *)([^\x00-\x7f])", lines[number]):
+            if unicodedata.category(found[1]) in ("Zs", "Cf"):
+                name = f"U+{ord(found[1]):04X} ({unicodedata.name(found[1], 'without a name')})"
+                return f"line {number + 1}, column {found.start(1) + 1}", name
+    return None
 
 
 def _place(source: str, mark: yaml.Mark | None) -> str:
@@ -355,9 +378,10 @@ def _text(node: yaml.ScalarNode) -> str:
 
 def _refuse_tag(node: yaml.Node) -> NoReturn:
     tag = node.tag.replace(_TAG, "!!")
+    fits = not isinstance(node, yaml.ScalarNode) and tag in _TAGS
     raise _Refused(
-        f"this is not valid YAML: the tag {_shortened(tag)} is not known here",
-        "Write plain values; tags (!) are not supported.",
+        f"the tag {_shortened(tag)} {'does not fit a list or a mapping' if fits else 'is not known here'}",
+        f"Leave it out: tags other than {', '.join(_TAGS)} are not known here, and those belong to single values.",
         node.start_mark,
     )
 
