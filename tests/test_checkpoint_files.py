@@ -718,3 +718,21 @@ def test_a_file_of_terabytes_is_refused_before_it_is_hashed(home: Path, tmp_path
     assert main(["plan", pair_file(tmp_path, checkpoint=str(tmp_path / "weights.safetensors")), "--quiet"]) == 2
     assert "are on disk; the rest is a hole" in capsys.readouterr().err
     assert time.process_time() - began < 10
+
+
+def test_the_index_of_a_checkpoint_in_several_files_is_named_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(
+        json.dumps(
+            {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}}
+        )
+    )
+    with pytest.raises(UserError, match=r"is the index of a checkpoint in 2 files, and ktray reads one file. Save all tensors"):
+        open_checkpoint(path)
+
+
+def test_large_arrays_of_numpy_in_a_checkpoint_are_named_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "arrays.pt"
+    torch.save({"conv.weight": np.zeros((17 << 20,), np.float32)}, path)
+    with pytest.raises(UserError, match=r"arrays of NumPy among them. Make tensors of the arrays with torch.from_numpy before"):
+        open_checkpoint(path)

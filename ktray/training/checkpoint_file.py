@@ -81,8 +81,21 @@ def open_checkpoint(path: Path) -> CheckpointFile:
             return _from_pickles(path)
     except _Damaged as error:
         raise UserError(f"{path.name} {error.found}", WHERE, error.instead) from error
+    if head.lstrip()[:1] == b"{" and (files := _files_of_index(path)):
+        problem = f"{path.name} is the index of a checkpoint in {files} files, and ktray reads one file"
+        raise UserError(problem, WHERE, "Save all tensors of the model in one .safetensors file.")
     found, instead = what_it_is(path)
     raise UserError(f"{path.name} {found or 'is neither a safetensors file nor one of torch.save'}", WHERE, instead or INSTEAD)
+
+
+def _files_of_index(path: Path) -> int:
+    """How many files an index of Hugging Face names, a JSON file with a ``weight_map``; 0 if it is none."""
+    try:
+        with open(path, "rb") as file:
+            named = json.loads(file.read(_MAX_HEADER))["weight_map"]
+        return len(set(named.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 class _Damaged(Exception):
@@ -415,6 +428,9 @@ def _from_zip(path: Path) -> CheckpointFile:
     records = {name: _record(content, info) for name, info in infos.items()}
     pickled = records[f"{root}data.pkl"]
     if pickled.size > _MAX_PICKLE:
+        if b"numpy" in content[pickled.start : pickled.start + (1 << 16)]:
+            found = f"has {pickled.size:,} bytes of objects besides tensors, arrays of NumPy among them"
+            raise _Damaged(found, "Make tensors of the arrays with torch.from_numpy before torch.save.")
         raise _Damaged(f"has {pickled.size:,} bytes of objects besides its tensors, which is too much to read", INSTEAD)
     if f"{root}byteorder" in records and _bytes_of(content, records[f"{root}byteorder"]) != b"little":
         raise _Damaged("was written on a machine with another byte order", "Load it there and save it as safetensors.")
