@@ -161,8 +161,12 @@ def test_a_run_computes_again_what_it_finds_damaged_and_ends_as_if_nothing_had_b
     for path in files_of(copy.root / key):
         flip(path, path.stat().st_size // 2)
     remove_readers(copy, graph_of(PAIR), key)
+    before = set(copy.keys())
+    outcomes = LocalScheduler(copy, execute, StageContext(), lambda event: None).obtain(list(graph_of(PAIR).stages), "test")
     assert results(compute(PAIR, copy)) == results(pristine[1])
     moved = [path.name for path in (copy.root / ".damaged").iterdir()] if (copy.root / ".damaged").exists() else []
+    again = before - {name.rpartition(".")[0] for name in moved}
+    assert {each["key"] for each in outcomes if each["state"] == "reused"} == again & {each["key"] for each in outcomes}
     if kind == "evaluation":  # whose files nobody reads: the metrics are in the record
         assert not moved
         return

@@ -46,6 +46,7 @@ class LocalScheduler:
         self, store: Store, stage_function: StageFunction, context: StageContext, on_event: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self.store, self.stage_function, self.context, self.on_event = store, stage_function, context, on_event
+        self._published: set[str] = set()  # keys that the running `obtain` has published
 
     def obtain(self, stages: list[Stage], waiter: str, priority: int = 0) -> list[dict[str, Any]]:
         """Every stage published, in order; one outcome ``{"key", "state", "seconds", "metrics"}`` each.
@@ -54,15 +55,19 @@ class LocalScheduler:
             StageFailed: a stage raised; the store keeps the cause.
             SearchStopped: the disk is full.
         """
-        by_key = {stage.key: stage for stage in stages}
+        by_key, self._published = {stage.key: stage for stage in stages}, set()
         if all(self.store.find(stage.key) for stage in stages):  # works on a read-only store, too
-            return [self._obtain_stage(stage, by_key) for stage in stages]
+            return self._as_counted([self._obtain_stage(stage, by_key) for stage in stages])
         with _locked_store(self.store):
             outcomes = {stage.key: self._obtain_stage(stage, by_key) for stage in stages}
             # A stage may find an earlier snapshot damaged and do without it; others may need it.
             while lost := [stage for stage in stages if self.store.find(stage.key) is None]:
                 outcomes |= {stage.key: self._obtain_stage(stage, by_key) for stage in lost}
-            return list(outcomes.values())
+            return self._as_counted(list(outcomes.values()))
+
+    def _as_counted(self, outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The outcomes, computed for each stage that this `obtain` published: also one found first and damaged later."""
+        return [each | ({"state": "computed"} if each["key"] in self._published else {}) for each in outcomes]
 
     def _obtain_stage(self, stage: Stage, stages: Mapping[str, Stage]) -> dict[str, Any]:
         self.on_event({"event": "started", "key": stage.key, "stage": stage.name})
@@ -78,6 +83,8 @@ class LocalScheduler:
                 raise self._record_failure(stage, error) from error
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             artifact, published = found, False
+        if published:
+            self._published.add(stage.key)
         state = "computed" if published else "reused"
         seconds = time.perf_counter() - began
         event = "published" if published else "found"
