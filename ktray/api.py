@@ -201,14 +201,12 @@ def search(
     from ktray.runs import search_run
     from ktray.runs.search_run import SearchOptions
 
-    if isinstance(space, str | Path):
-        space = local_path(space, "space")  # before the home is made
+    space = local_path(space, "space") if isinstance(space, str | Path) else space  # before the home is made
     settings = make_settings(
         home, store=store, tracking=tracking, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk
     )
     parsed, source = _parse_space(space, list(overrides))
-    target = None if trials is None else str(trials)
-    options = SearchOptions(name, target, concurrent, warm_start, address, share_images, retry)
+    options = SearchOptions(name, None if trials is None else str(trials), concurrent, warm_start, address, share_images, retry)
     outcome = _until_end(lambda interruption: search_run.search(parsed, source, options, settings, interruption), settings)
     if gap := search_run.unwritten_events(outcome, settings):
         settings.print_info(f"ktray: {gap}")
