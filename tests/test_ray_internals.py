@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -61,3 +63,24 @@ def test_the_processes_of_our_own_ray_and_its_workers_are_found_by_its_folder(ra
     assert started <= found | {pid for pid in started if not psutil.pid_exists(pid)}
     assert os.getpid() not in found
     assert ray_processes("/tmp/ktray-of-nobody") == []
+
+
+SIGNALLED = """
+import os, signal, threading, time
+import ray
+from ktray.scheduler.ray_session import sigterm_handler_kept
+arrived = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: arrived.set())
+with sigterm_handler_kept():
+    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+    os.kill(os.getpid(), signal.SIGTERM)  # while Ray's own handler is there
+    arrived.wait(2)
+time.sleep(4)
+print("alive", arrived.is_set(), signal.getitimer(signal.ITIMER_REAL)[0])
+ray.shutdown()
+"""
+
+
+def test_a_sigterm_that_meets_ray_s_own_handler_does_not_abort_the_process_later() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["alive True 0.0"]), done.stderr[-2000:]

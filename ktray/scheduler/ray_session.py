@@ -443,13 +443,15 @@ def redirect_driver_messages(write: Callable[..., None]) -> None:
 def sigterm_handler_kept() -> Iterator[None]:
     """Keep this process's own handler of SIGTERM while Ray starts.
 
-    Ray would replace it, in Python by one that exits wherever the main thread is, in C++ by one that prints a stack.
+    Ray would replace it, in Python by one that exits wherever the main thread is, in C++ by one that prints a stack and sets an
+    alarm that aborts the process three seconds later, even if this one's own handler has come to hold meanwhile.
     """
     from ray._private import utils
 
     _require_attribute(utils, "set_sigterm_handler")
     original, handler = utils.set_sigterm_handler, signal.getsignal(signal.SIGTERM)
     has_handler = handler is not signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    alarm_was_set = signal.getitimer(signal.ITIMER_REAL)[0] > 0
     if has_handler:
         utils.set_sigterm_handler = lambda handler: None
     try:
@@ -458,6 +460,8 @@ def sigterm_handler_kept() -> Iterator[None]:
         utils.set_sigterm_handler = original
         if has_handler:
             signal.signal(signal.SIGTERM, handler)
+            if not alarm_was_set:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
