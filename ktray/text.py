@@ -76,6 +76,12 @@ def first_few(names: Iterable[object], limit: int = 20) -> str:
     return ", ".join(found[:limit]) + more
 
 
+def as_read(name: str) -> str:
+    """What a person reads in a name: two that differ only in case, blanks, hyphens or Unicode form give the same text."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return re.sub(r"[\s_-]+", " ", folded).strip()
+
+
 def near_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known word that `word` may be a misspelling of; None if there is none.
 

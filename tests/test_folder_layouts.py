@@ -136,6 +136,11 @@ REFUSED_AS_CLASSES = {
     "test beside classes": (["cat/0.png", "dog/0.png", "Test/0.png"], ["'Test'", "'cat'", "one folder named 'train'"]),
     "val with other classes": (["train/cat/0.png", "val/emu/0.png"], ["'emu'", "no training images"]),
     "val with other capitals": (["train/cat/0.png", "val/Cat/0.png"], ["'Cat'", "Name it 'cat'"]),
+    "val with another form of a letter": (
+        ["train/caf\u00e9/0.png", "train/bar/0.png", "val/cafe\u0301/0.png", "val/a/0.png"],
+        ["'cafe\u0301' (and 1 other)", "Name it 'caf\u00e9'", "written differently, 'cafe\\u0301' and 'caf\\xe9'"],
+    ),
+    "val with an underscore": (["train/ice_cream/0.png", "val/Ice cream/0.png"], ["Name it 'ice_cream'", "look alike"]),
     "test without classes": (["train/cat/0.png", "test/0.png"], ["test", "outside every class folder"]),
     "no classes": (["0.png", "1.png"], ["every class folder: 2", "outside every class folder", "folder"]),
     "a class of one format only": (["cat/0.png", "dog/0.heic"], ["'dog'", ".heic (images that ktray does not read) 1"]),

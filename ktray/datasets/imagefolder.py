@@ -20,6 +20,7 @@ from ktray.images import MAX_PIXELS, Layout, MaxPixels, PixelRange, Source, Spli
 from ktray.images.folder_tree import WHERE, Folder, ImageFile, shown
 from ktray.spec import Split
 from ktray.strict import StrictSpec
+from ktray.text import as_read, counted
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
@@ -108,13 +109,17 @@ def _refuse_unknown(found: tuple[str, ...], classes: tuple[str, ...], place: Pat
     unknown = [shown(name) for name in found if name not in classes]
     if not unknown:
         return
-    known = {name.casefold(): name for name in classes}
-    alike = known.get(unknown[0].casefold())
-    more = f" (and {len(unknown) - 1} others)" if len(unknown) > 1 else ""
+    known = {as_read(shown(name)): shown(name) for name in classes}
+    unknown.sort(key=lambda name: as_read(name) not in known)  # those with a hint first
+    first, more = unknown[0], f" (and {counted(len(unknown) - 1, 'other')})" if len(unknown) > 1 else ""
+    alike = known.get(as_read(first))
     raise UserError(
-        f"the class {unknown[0]!r}{more} in {shown(str(place))} has no training images",
+        f"the class {first!r}{more} in {shown(str(place))} has no training images",
         where=WHERE,
-        instead=f"Name it {shown(alike)!r}, as in the training images." if alike else "Give it some, or remove it.",
+        instead=f"Name it {alike!r}, as in the training images: they look alike, but are written differently, "
+        f"{first!a} and {alike!a}."
+        if alike
+        else "Give it some, or remove it.",
     )
 
 

@@ -14,6 +14,7 @@ from ktray.images import folder_tree
 from ktray.images.decoding import decoder
 from ktray.images.folder_tree import WHERE, ImageFile, shown
 from ktray.images.source import Source
+from ktray.text import counted
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def refuse_unknown_classes(images: Sequence[Labelled], classes: Sequence[str], b
         UserError: it names the class.
     """
     if unknown := sorted({image.label for image in images} - set(classes)):
-        more = f" (and {len(unknown) - 1} others)" if len(unknown) > 1 else ""
+        more = f" (and {counted(len(unknown) - 1, 'other')})" if len(unknown) > 1 else ""
         raise UserError(
             f"the class {unknown[0]!r}{more} in {below} has no training images", WHERE, "Add them, or remove the class."
         )

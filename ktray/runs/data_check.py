@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +19,7 @@ from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
-from ktray.text import some_of, visible_name
+from ktray.text import as_read, some_of, visible_name
 
 FILE = "data.json"
 
@@ -168,7 +166,7 @@ def _alike(classes: Sequence[str], split: str) -> list[str]:
     """A sentence for each group of classes that a person would read as one, such as `café` with one or two characters for é."""
     groups: dict[str, list[str]] = {}
     for label in classes:
-        groups.setdefault(re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", label).casefold().strip()), []).append(label)
+        groups.setdefault(as_read(label), []).append(label)
     return [
         f"{_some(names, 'class', 'classes')} of {split} differ only in case, blanks, hyphens or the encoding of a letter"
         for names in groups.values()

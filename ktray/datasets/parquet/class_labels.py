@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from ktray.datasets.parquet.footers import ParquetFile, columns_of, damage_of, damaged, is_bytes, opened, some, stored
 from ktray.errors import UserError
+from ktray.text import as_read
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _refuse_other_spellings(files: list[_FileLabels]) -> None:
     spellings: dict[str, dict[str, _FileLabels]] = defaultdict(dict)
     for file in files:
         for name in file.known:
-            spellings[re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name).casefold().strip())].setdefault(name, file)
+            spellings[as_read(name)].setdefault(name, file)
     for names in spellings.values():
         apart = any(len(names.keys() & set(file.known)) > 1 for file in names.values())
         if len(names) > 1 and not apart and len(next(iter(names))) > 1:
