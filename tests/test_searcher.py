@@ -11,6 +11,7 @@ import pytest
 from ktray.artifact import Artifact, Stage
 from ktray.errors import SearchStopped
 from ktray.fingerprint import fingerprint
+from ktray.runs import search_run
 from ktray.runs.coordinator import TrialCoordinator, TrialSegment
 from ktray.runs.interruption import Interruption
 from ktray.runs.simulation import _NoTracker, _VirtualStore
@@ -19,7 +20,8 @@ from ktray.runs.tune_trial import CANCELLED
 from ktray.search.history import read_study
 from ktray.search.space import Space
 from ktray.search.study import Study
-from tests.toy_space import PAIR, toy_space
+from tests.searches import until
+from tests.toy_space import PAIR, drive, toy_space
 
 
 def _coordinator(space: Space, study: Study, store: Any = None) -> TrialCoordinator:
@@ -169,3 +171,20 @@ def test_a_failed_teacher_that_half_of_the_draws_need_lets_the_others_go_on(tmp_
         running = [trial for trial in study.trials() if trial.state == "running"]
         assert len(running) == 16
         assert sum(trial.state == "failed" for trial in study.trials()) > 10
+
+
+def test_stages_of_reference_lines_that_are_asked_for_beside_the_trials_count_as_asked_for(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    class Scheduler:
+        def obtain(self, stages: list[Stage], waiter: str, priority: int) -> None:
+            asked.append([stage.key for stage in stages])
+
+    with Study.open(tmp_path, toy_space(tmp_path, early_stop=None)) as study:
+        drive(study)
+        coordinator = _coordinator(study.space, study)
+        assert study.ranked_trials()
+        scheduler: Any = Scheduler()
+        search_run._ReferencesAhead(coordinator, scheduler).request()
+        until(lambda: len(asked) == 2, 20)
+        assert coordinator.demanded >= {key for keys in asked for key in keys} != set()

@@ -499,6 +499,7 @@ class _ReferencesAhead:
             for line, graph in _reference_graphs(pair, self._coordinator.identity).items():
                 if outdated:
                     self._scheduler.cancel_requests(_waiter_for(line))
+                self._coordinator.demanded.update(stage.key for stage in graph.stages)
                 threading.Thread(target=obtain, args=(graph, _waiter_for(line)), daemon=True).start()
 
 
