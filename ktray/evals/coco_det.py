@@ -30,7 +30,7 @@ from ktray.scoring import detection_scores
 from ktray.scoring.detection_scores import coco_scores, rank_all, require_pycocotools
 from ktray.spec import Count, EvaluationFields, Seed, Share, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import over_seeds, seed_metrics
+from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
 
 REVISION = 1
 NEEDS_LABELS = False
@@ -122,27 +122,15 @@ def evaluate(
     learned, held = (annotated(images, None, 0) for images in (train, judged))
     classes = len(train.classes)
 
-    def run(seed: int, start: Path | None, save: Callable[[int, Callable[[Path], None]], None]) -> dict[str, float]:
-        number = seed - spec.seed
-        detector = trained_detector(
-            network,
-            settings_of(spec),
-            learned,
-            classes,
-            seed,
-            attempt=attempt,
-            start=start,
-            save=save,
-            before=number * spec.steps,
-            after=(spec.seeds - 1 - number) * spec.steps,
-        )
+    def train_and_judge(run: SeedRun) -> dict[str, float]:
+        detector = trained_detector(network, settings_of(spec), learned, classes, run)
         with network.computing():
             found = detect(detector, held, device, least=0.0, overlap=0.5, most=100)
-        if number == spec.seeds - 1:
+        if run.is_last:
             detection_plots.draw_all(out, judged.classes, rank_all(held.objects, found, classes), held, found)
         return coco_scores(held.objects, found, classes)
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, run))
+    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
 
 
 def settings_of(spec: Spec) -> DetectorRecipe:

@@ -30,7 +30,7 @@ from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.spec import EvaluationFields, Seed, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import over_seeds, seed_metrics
+from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
 
 REVISION = 1
 NEEDS_LABELS = True
@@ -93,24 +93,19 @@ def evaluate(
     def loss(logits: Tensor, indices: NDArray[np.int64]) -> Tensor:
         return nn.functional.cross_entropy(logits, labels[torch.from_numpy(indices).to(labels.device)])
 
-    def run(seed: int, start: Path | None, save: Callable[[int, Callable[[Path], None]], None]) -> dict[str, float]:
+    def train_and_judge(run: SeedRun) -> dict[str, float]:
         backbone = network.build()
-        head = image_classifier.classifier(int(backbone.feature_dim), classes, (), seed)  # type: ignore[arg-type]
+        head = image_classifier.classifier(int(backbone.feature_dim), classes, (), run.seed)  # type: ignore[arg-type]
         model = nn.ModuleDict({"backbone": backbone, "head": head.to(device)})
         image_classifier.train(
             network,
             model,
             recipe_of(spec, steps),
-            seed,
-            rows=drawn[seed],
-            batch_size=min(spec.batch_size, len(drawn[seed])),
+            run,
+            rows=drawn[run.seed],
+            batch_size=min(spec.batch_size, len(drawn[run.seed])),
             views=lambda indices, generator: image_classifier.resized_crops(read(indices), spec.crop, generator),
             loss=loss,
-            attempt=attempt,
-            start=start,
-            save=save,
-            before=(seed - spec.seed) * steps,
-            after=(spec.seed + spec.seeds - 1 - seed) * steps,
         )
         whole = image_classifier.scores(
             network, model, len(judged), lambda rows: read_judged(rows)[:, None], lambda logits: logits.log_softmax(1)
@@ -121,7 +116,7 @@ def evaluate(
             "loss": float(nn.functional.nll_loss(found, truth)),
         }
 
-    runs = over_seeds(list(drawn), steps, attempt, run)
+    runs = over_seeds(list(drawn), steps, attempt, train_and_judge)
     return {**seed_metrics(runs), "labels": float(len(drawn[spec.seed]))}
 
 

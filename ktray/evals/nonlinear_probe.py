@@ -27,7 +27,7 @@ from ktray.fine_tuning import image_classifier
 from ktray.images import Images
 from ktray.spec import Count, EvaluationFields, Seed, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import over_seeds, seed_metrics
+from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
 
 REVISION = 1
 NEEDS_LABELS = True
@@ -100,23 +100,18 @@ def evaluate(
     def loss(logits: Tensor, indices: NDArray[np.int64]) -> Tensor:
         return nn.functional.cross_entropy(logits, labels[torch.from_numpy(indices).to(labels.device)])
 
-    def run(seed: int, start: Path | None, save: Callable[[int, Callable[[Path], None]], None]) -> dict[str, float]:
-        model, frozen = untrained_model(spec, network, classes, side, seed)
+    def train_and_judge(run: SeedRun) -> dict[str, float]:
+        model, frozen = untrained_model(spec, network, classes, side, run.seed)
         image_classifier.train(
             network,
             model,
             recipe,
-            seed,
+            run,
             rows=np.arange(len(train)),
             batch_size=min(spec.batch_size, len(train)),
             views=lambda indices, generator: image_classifier.shifted_crops(read(indices), side, generator),
             loss=loss,
             frozen=frozen,
-            attempt=attempt,
-            start=start,
-            save=save,
-            before=(seed - spec.seed) * recipe.steps,
-            after=(spec.seed + spec.seeds - 1 - seed) * recipe.steps,
         )
         shares = image_classifier.scores(
             network, model, len(judged), lambda rows: crops(read_judged(rows), side), lambda logits: logits.softmax(1)
@@ -127,7 +122,7 @@ def evaluate(
             "loss": float(nn.functional.nll_loss(found.clamp_min(1e-300).log(), truth)),
         }
 
-    runs = over_seeds(range(spec.seed, spec.seed + spec.seeds), recipe.steps, attempt, run)
+    runs = over_seeds(range(spec.seed, spec.seed + spec.seeds), recipe.steps, attempt, train_and_judge)
     return seed_metrics(runs)
 
 

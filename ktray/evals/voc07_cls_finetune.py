@@ -42,7 +42,7 @@ from ktray.scoring.average_precision import classification_ap
 from ktray.spec import Count, EvaluationFields, Seed, refuse_pool
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import Shuffled, over_seeds, seed_metrics, step_reports
+from ktray.training.step_training import SeedRun, Shuffled, over_seeds, seed_metrics
 
 REVISION = 1
 NEEDS_LABELS = False
@@ -147,23 +147,15 @@ def evaluate(
         each = nn.functional.binary_cross_entropy_with_logits(logits, (truth > 0).float(), reduction="none")
         return {"loss": (each * (truth != 0)).sum() / len(rows)}
 
-    def run(seed: int, start: Path | None, save: Callable[[int, Callable[[Path], None]], None]) -> dict[str, float]:
-        number = seed - spec.seed
-        report = step_reports(attempt, number * spec.steps, spec.seeds * spec.steps)
-        model, frozen = network_with_head(spec, network, presence.shape[1], seed)
-        shuffled = Shuffled(np.arange(len(train)), min(spec.batch_size, len(train)), seed)
-
-        def on_report(step: int, means: dict[str, float], write: Callable[[Path], None]) -> None:
-            report(step, {"loss": means["loss"]})
-            if step < spec.steps:
-                save(step, write)
-
+    def train_and_judge(run: SeedRun) -> dict[str, float]:
+        model, frozen = network_with_head(spec, network, presence.shape[1], run.seed)
+        shuffled = Shuffled(np.arange(len(train)), min(spec.batch_size, len(train)), run.seed)
         task = StepTask(lambda step, generator: batch(step, generator, shuffled), terms, frozen)
-        loop.fit_steps(model, task, recipe, seed, device=device, start=start, on_report=on_report)
+        loop.fit_steps(model, task, recipe, run.seed, device=device, start=run.start, on_report=run.on_report)
         assert judged.presence is not None
-        return mean_aps(scores(spec, network, model, held, len(judged), device, seed), judged.presence)
+        return mean_aps(scores(spec, network, model, held, len(judged), device, run.seed), judged.presence)
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, run))
+    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
 
 
 def recipe_of(spec: Spec) -> Recipe:

@@ -41,7 +41,7 @@ from ktray.scoring.label_maps import VOID, confusion, ious
 from ktray.spec import EvaluationFields, Seed, Share, refuse_pool
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import Shuffled, over_seeds, seed_metrics, step_reports
+from ktray.training.step_training import SeedRun, Shuffled, over_seeds, seed_metrics
 
 REVISION = 1
 NEEDS_LABELS = False
@@ -118,26 +118,18 @@ def evaluate(
     classes = 1 + len(train.classes)
     recipe = recipe_of(spec)
 
-    def run(seed: int, start: Path | None, save: Callable[[int, Callable[[Path], None]], None]) -> dict[str, float]:
-        number = seed - spec.seed
-        report = step_reports(attempt, number * spec.steps, spec.seeds * spec.steps)
-        model, frozen = segmenter(network, classes, seed, spec.train_batch_norm)
-
-        def on_report(step: int, means: dict[str, float], write: Callable[[Path], None]) -> None:
-            report(step, {"loss": means["loss"]})
-            if step < spec.steps:
-                save(step, write)
-
-        task = StepTask(_batches(spec, learned, len(train), seed), _terms(network), frozen)
-        loop.fit_steps(model, task, recipe, seed, device=device, start=start, on_report=on_report)
+    def train_and_judge(run: SeedRun) -> dict[str, float]:
+        model, frozen = segmenter(network, classes, run.seed, spec.train_batch_norm)
+        task = StepTask(_batches(spec, learned, len(train), run.seed), _terms(network), frozen)
+        loop.fit_steps(model, task, recipe, run.seed, device=device, start=run.start, on_report=run.on_report)
         pixels = judge(network, model, held, len(judged), classes)
         if not pixels.sum():
             raise ValueError("all pixels of the judged images are void")
-        if number == spec.seeds - 1:
+        if run.is_last:
             _write_plots(out, network, model, held, len(judged), train.classes, pixels)
         return {"miou": float(np.nanmean(ious(pixels))), "pixel_accuracy": float(np.trace(pixels) / pixels.sum())}
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, run))
+    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
 
 
 def recipe_of(spec: Spec) -> Recipe:

@@ -37,7 +37,7 @@ from ktray.scoring import average_precision, detection_scores
 from ktray.scoring.detection_scores import Ranked, rank_all
 from ktray.spec import Count, EvaluationFields, Seed, Share, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import over_seeds, seed_metrics
+from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
 
 REVISION = 1
 NEEDS_LABELS = False
@@ -192,28 +192,16 @@ def evaluate(
         raise ValueError("detection needs named classes and judged images with objects that are not difficult")
     settings = settings_of(spec)
 
-    def run(seed: int, start: Path | None, save: Callable[[int, Callable[[Path], None]], None]) -> dict[str, float]:
-        number = seed - spec.seed
-        detector = trained_detector(
-            network,
-            settings,
-            learned,
-            classes,
-            seed,
-            attempt=attempt,
-            start=start,
-            save=save,
-            before=number * spec.steps,
-            after=(spec.seeds - 1 - number) * spec.steps,
-        )
+    def train_and_judge(run: SeedRun) -> dict[str, float]:
+        detector = trained_detector(network, settings, learned, classes, run)
         with network.computing():
             found = detect(detector, held, device, least=spec.least_score, overlap=spec.suppression, most=spec.most_detections)
         ranked = rank_all(held.objects, found, classes)
-        if number == spec.seeds - 1:  # the last one always ends in the attempt whose folder is kept
+        if run.is_last:
             detection_plots.draw_all(out, judged.classes, ranked, held, found)
         return mean_aps(ranked)
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, run))
+    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
 
 
 def mean_aps(ranked: list[Ranked]) -> dict[str, float]:

@@ -7,9 +7,8 @@ Legend: N images, R regions of one image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktray import progress
-from ktray.checkpoints import Attempt
 from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import detectors, proposals
 from ktray.fine_tuning.detectors import FastRCNN, LayerMaps
@@ -30,7 +28,7 @@ from ktray.scoring import detection_scores
 from ktray.scoring.detection_scores import Detections, Objects, overlaps
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import Shuffled, step_reports
+from ktray.training.step_training import SeedRun, Shuffled
 
 IDENTITY, REVISION = "detector_training", 1
 TOOLS = (loop, step_training, detectors, proposals, detection_scores)
@@ -66,16 +64,11 @@ def train(
     detector: nn.Module,
     images: Annotated,
     recipe: Recipe,
-    seed: int,
+    run: SeedRun,
     *,
     batch_size: int,
     frozen: Sequence[nn.Module],
     device: str,
-    attempt: Attempt,
-    start: Path | None,
-    save: Callable[[int, Callable[[Path], None]], None],
-    before: int = 0,
-    after: int = 0,
 ) -> None:
     """Train a detector in place; each image is mirrored with probability one half.
 
@@ -85,7 +78,7 @@ def train(
     usable = np.array([index for index, each in enumerate(images.objects) if trained_objects(each).any()], np.int64)
     if not len(usable):
         raise ValueError("no training image has an object that is not difficult")
-    shuffled = Shuffled(usable, batch_size, seed)
+    shuffled = Shuffled(usable, batch_size, run.seed)
 
     def batch(step: int, generator: torch.Generator) -> list[tuple[Any, ...]]:
         rows = shuffled.of(step)
@@ -103,15 +96,8 @@ def train(
             return dict(model["backbone"](found, targets))
         return dict(model["backbone"](found, targets, [regions.to(device) for *_, regions in given]))
 
-    report = step_reports(attempt, before, before + recipe.steps + after)
-
-    def on_report(step: int, means: dict[str, float], write: Callable[[Path], None]) -> None:
-        report(step, {"loss": means["loss"]})
-        if step < recipe.steps:
-            save(step, write)
-
-    model = nn.ModuleDict({"backbone": detector})
-    loop.fit_steps(model, StepTask(batch, terms, frozen), recipe, seed, device=device, start=start, on_report=on_report)
+    model, task = nn.ModuleDict({"backbone": detector}), StepTask(batch, terms, frozen)
+    loop.fit_steps(model, task, recipe, run.seed, device=device, start=run.start, on_report=run.on_report)
 
 
 def as_image(pixels: NDArray[np.uint8] | Tensor, device: str) -> Tensor:
@@ -238,38 +224,15 @@ def untrained_detector(
 
 
 def trained_detector(
-    network: JudgedNetwork,
-    settings: DetectorRecipe,
-    images: Annotated,
-    classes: int,
-    seed: int,
-    *,
-    attempt: Attempt,
-    start: Path | None,
-    save: Callable[[int, Callable[[Path], None]], None],
-    before: int,
-    after: int,
+    network: JudgedNetwork, settings: DetectorRecipe, images: Annotated, classes: int, run: SeedRun
 ) -> nn.Module:
-    """A detector on the maps of the judged network, trained on `images`; the other arguments are those of `train`.
+    """A detector on the maps of the judged network, trained on `images`.
 
     Raises:
         ValueError: the layer makes no maps, or no image has an object to learn from.
     """
-    detector, frozen = untrained_detector(network, settings, classes, seed)
-    train(
-        detector,
-        images,
-        settings.recipe,
-        seed,
-        batch_size=settings.batch_size,
-        frozen=frozen,
-        device=network.device,
-        attempt=attempt,
-        start=start,
-        save=save,
-        before=before,
-        after=after,
-    )
+    detector, frozen = untrained_detector(network, settings, classes, run.seed)
+    train(detector, images, settings.recipe, run, batch_size=settings.batch_size, frozen=frozen, device=network.device)
     return detector
 
 

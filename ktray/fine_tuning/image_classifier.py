@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,14 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ktray import progress
-from ktray.checkpoints import Attempt
 from ktray.features.judged_network import JudgedNetwork
 from ktray.fingerprint import seed_of
 from ktray.images import Images
-from ktray.ops import precision
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import Shuffled, step_reports
+from ktray.training.step_training import SeedRun, Shuffled
 
 IDENTITY, REVISION = "image_classifier", 1
 TOOLS = (loop, step_training)
@@ -159,18 +156,13 @@ def train(
     network: JudgedNetwork,
     model: nn.ModuleDict,
     recipe: Recipe,
-    seed: int,
+    run: SeedRun,
     *,
     rows: NDArray[np.int64],
     batch_size: int,
     views: Callable[[NDArray[np.int64], torch.Generator], Tensor],
     loss: Callable[[Tensor, NDArray[np.int64]], Tensor],
     frozen: Sequence[nn.Module] = (),
-    attempt: Attempt,
-    start: Path | None,
-    save: Callable[[int, Callable[[Path], None]], None],
-    before: int = 0,
-    after: int = 0,
 ) -> None:
     """Train `model` in place as a classifier.
 
@@ -178,9 +170,8 @@ def train(
         rows: images to train on.
         views: (indices (B,), a CPU generator) -> one random view of each (B, s, s, 3) uint8.
         loss: (logits (B, C), indices (B,)) -> mean loss.
-        before, after: steps of the trainings with other seeds, for the time left.
     """
-    shuffled = Shuffled(rows, batch_size, seed)
+    shuffled = Shuffled(rows, batch_size, run.seed)
 
     def batch(step: int, generator: torch.Generator) -> tuple[Tensor, NDArray[np.int64]]:
         indices = shuffled.of(step)
@@ -191,14 +182,8 @@ def train(
         logits = model["head"](model["backbone"](network.inputs(seen.to(network.device, non_blocking=True))))
         return {"loss": loss(logits.float(), indices)}
 
-    report = step_reports(attempt, before, before + recipe.steps + after)
-
-    def on_report(step: int, means: dict[str, float], write: Callable[[Path], None]) -> None:
-        report(step, {"loss": means["loss"]})
-        if step < recipe.steps:
-            save(step, write)
-
-    loop.fit_steps(model, StepTask(batch, terms, frozen), recipe, seed, device=network.device, start=start, on_report=on_report)
+    task = StepTask(batch, terms, frozen)
+    loop.fit_steps(model, task, recipe, run.seed, device=network.device, start=run.start, on_report=run.on_report)
 
 
 def scores(
@@ -218,11 +203,11 @@ def scores(
     found = []
     views = crops(np.arange(min(1, count))).shape[1]
     size = max(1, TEST_BATCH // views)
-    with torch.inference_mode(), precision.products_in(network.precision):
+    with torch.inference_mode():
         for start in range(0, count, size):
             seen = crops(np.arange(start, min(start + size, count)))
             flat = network.inputs(seen.flatten(0, 1).to(network.device))
-            with precision.autocast(network.precision, flat.device):
+            with network.computing():
                 logits = model["head"](model["backbone"](flat))
             averaged = combine(logits.double()).unflatten(0, seen.shape[:2]).mean(1)
             found.append(averaged.cpu().numpy())

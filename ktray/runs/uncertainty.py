@@ -17,6 +17,7 @@ from ktray.scoring import per_image
 from ktray.scoring.per_image import Difference, PerImage, Recompute
 from ktray.search.trial import Trial
 from ktray.stores import Store, intact_file_or_none
+from ktray.training.step_training import spread_of
 
 
 def results_of(keys: Mapping[str, Any], evaluation: str, store: Store) -> tuple[PerImage, Recompute | None] | None:
@@ -130,10 +131,5 @@ def _without_seeds(pair: Any) -> Any:
 
 
 def _spread(group: Sequence[Trial], metric: str) -> OverSeeds:
-    from scipy.stats import t
-
-    values = [float(trial.objectives.get(metric, trial.metrics.get(metric, math.nan))) for trial in group]
-    count, mean = len(values), sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    half = float(t.ppf(0.5 + per_image.CONFIDENCE / 2, count - 1)) * deviation / math.sqrt(count)
-    return OverSeeds(tuple(trial.number for trial in group), mean, deviation, mean - half, mean + half)
+    found = spread_of([float(trial.objectives.get(metric, trial.metrics.get(metric, math.nan))) for trial in group])
+    return OverSeeds(tuple(trial.number for trial in group), found.mean, found.deviation, found.low, found.high)

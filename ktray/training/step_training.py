@@ -7,7 +7,6 @@ its kernels are deterministic, which is asked of them. `loop.fit_steps` takes th
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray.checkpoints import Attempt
+from ktray.checkpoints import Attempt, Write
 from ktray.fingerprint import seed_of
 
 IDENTITY, REVISION = "step_training", 1
@@ -56,7 +55,7 @@ class Shuffled:
         return self._orders[number]
 
 
-def step_reports(attempt: Attempt, before: int, total: int) -> Callable[[int, dict[str, float]], None]:
+def _step_reports(attempt: Attempt, before: int, total: int) -> Callable[[int, dict[str, float]], None]:
     """A function (step, values) that reports them with the minutes left, estimated from the pace of this attempt.
 
     Args:
@@ -79,16 +78,31 @@ def step_reports(attempt: Attempt, before: int, total: int) -> Callable[[int, di
     return report
 
 
-Train = Callable[[int, Path | None, Callable[[int, Callable[[Path], None]], None]], dict[str, float]]
-"""(seed, checkpoint to start from or None, a function that may save one: (step of this seed, write)) -> metrics."""
+@dataclass(frozen=True)
+class SeedRun:
+    """One of several trainings that differ in their seed. `start` and `on_report` are for `loop.fit_steps`.
+
+    Attributes:
+        seed: of the training.
+        is_last: whether it has the last seed, whose training always ends in the attempt whose folder is kept.
+        start: the checkpoint to go on from; None to begin.
+        on_report: tells the loss and the minutes left of all trainings, and saves a checkpoint if much would be lost otherwise.
+    """
+
+    seed: int
+    is_last: bool
+    start: Path | None
+    on_report: Callable[[int, dict[str, float], Write], None]
 
 
-def over_seeds(seeds: Sequence[int], steps: int, attempt: Attempt, train: Train) -> list[dict[str, float]]:
+def over_seeds(
+    seeds: Sequence[int], steps: int, attempt: Attempt, train: Callable[[SeedRun], dict[str, float]]
+) -> list[dict[str, float]]:
     """The metrics of one training per seed, going on where a killed attempt ended.
 
     Args:
         seeds: one training each, in this order.
-        steps: of one training, for the number of a checkpoint.
+        steps: of one training.
     """
     finished: list[dict[str, float]] = []
     start: Path | None = None
@@ -98,17 +112,29 @@ def over_seeds(seeds: Sequence[int], steps: int, attempt: Attempt, train: Train)
     for index, seed in enumerate(seeds):
         if index < len(finished):
             continue
-        save = functools.partial(_save, attempt, list(finished), index * (steps + 1))
-        finished.append(train(seed, start, save))
+        on_report = _reports(attempt, list(finished), index, steps, len(seeds))
+        finished.append(train(SeedRun(seed, index + 1 == len(seeds), start, on_report)))
         start = None
         if index + 1 < len(seeds):
             _save(attempt, finished, (index + 1) * (steps + 1), 0, None)
     return finished
 
 
-def _save(
-    attempt: Attempt, finished: list[dict[str, float]], before: int, step: int, write: Callable[[Path], None] | None
-) -> None:
+def _reports(
+    attempt: Attempt, finished: list[dict[str, float]], index: int, steps: int, seeds: int
+) -> Callable[[int, dict[str, float], Write], None]:
+    """`SeedRun.on_report` of training `index`, before which `finished` ones have ended."""
+    report = _step_reports(attempt, index * steps, seeds * steps)
+
+    def on_report(step: int, means: dict[str, float], write: Write) -> None:
+        report(step, {"loss": means["loss"]})
+        if step < steps:
+            _save(attempt, finished, index * (steps + 1), step, write)
+
+    return on_report
+
+
+def _save(attempt: Attempt, finished: list[dict[str, float]], before: int, step: int, write: Write | None) -> None:
     def fill(directory: Path) -> None:
         (directory / FINISHED).write_text(json.dumps(finished))
         if write is not None:
@@ -122,18 +148,30 @@ def seed_metrics(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 
     The interval is Student's: it holds if the results of further seeds are normal around the same mean.
     """
+    names = list(runs[0])
+    if len(runs) < 2:
+        return {name: float(runs[0][name]) for name in names}
+    spreads = {name: spread_of([run[name] for run in runs]) for name in names}
+    found = {name: spread.mean for name, spread in spreads.items()}
+    for name, spread in spreads.items():
+        found |= {f"{name}_std": spread.deviation, f"{name}_low": spread.low, f"{name}_high": spread.high}
+    return found
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of the results of several seeds: mean, standard deviation of a sample, and 95 % interval of the mean by Student's t."""
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+
+
+def spread_of(values: Sequence[float]) -> Spread:
+    """The spread of two values or more."""
     from scipy.stats import t
 
-    names = list(runs[0])
-    found = {name: float(np.mean([run[name] for run in runs])) for name in names}
-    if len(runs) < 2:
-        return found
-    reach = float(t.ppf(0.975, len(runs) - 1)) / math.sqrt(len(runs))
-    for name in names:
-        deviation = float(np.std([run[name] for run in runs], ddof=1))
-        found |= {
-            f"{name}_std": deviation,
-            f"{name}_low": found[name] - reach * deviation,
-            f"{name}_high": found[name] + reach * deviation,
-        }
-    return found
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(t.ppf(0.975, len(values) - 1)) / math.sqrt(len(values)) * deviation
+    return Spread(mean, deviation, mean - half, mean + half)
