@@ -44,18 +44,23 @@ def saving(out: Path, interval: float, started_from: Path | None) -> Callable[[i
     """The function `Attempt.save` for a stage that writes to `out` and may lose `interval` seconds of work."""
     began = time.monotonic()
     earlier = seconds_of(started_from) if started_from else 0.0
-    saved: dict[str, Any] = {"at": began, "path": None}
+    keep_newest = keeping_newest(out, interval)
+    return lambda step, write: keep_newest(step, write, {STEP: step, SECONDS: earlier + time.monotonic() - began})
 
-    def save(step: int, write: Write) -> None:
-        now = time.monotonic()
-        if now - saved["at"] < interval:
+
+def keeping_newest(out: Path, interval: float) -> Callable[[int, Write, Mapping[str, Any]], None]:
+    """A function (step, write, record) that makes a checkpoint every `interval` seconds and removes the one before."""
+    saved: dict[str, Any] = {"at": time.monotonic(), "path": None}
+
+    def keep_newest(step: int, write: Write, record: Mapping[str, Any]) -> None:
+        if time.monotonic() - saved["at"] < interval:
             return
-        path = write_checkpoint(out, step, write, {STEP: step, SECONDS: earlier + now - began})
+        path = write_checkpoint(out, step, write, record)
         if saved["path"]:
             shutil.rmtree(saved["path"])
         saved.update(at=time.monotonic(), path=path)
 
-    return save
+    return keep_newest
 
 
 def write_checkpoint(out: Path, step: int, write: Write, record: Mapping[str, Any]) -> Path:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ktray import plugins
 from ktray.artifact import Stage
-from ktray.checkpoints import write_checkpoint
+from ktray.checkpoints import keeping_newest
 from ktray.images import Images
 from ktray.ops import augmentation
 from ktray.pool import StageContext
@@ -59,15 +57,11 @@ def run_training(
 
 def _checkpointing(out: Path, until: int, context: StageContext) -> loop.OnEpoch:
     """Report every epoch, and save a checkpoint when more than `context.checkpoint_seconds` of work would be lost."""
-    saved: dict[str, Any] = {"at": time.monotonic(), "path": None}
+    keep_newest = keeping_newest(out, context.checkpoint_seconds)
 
     def on_epoch(epoch: int, metrics: dict[str, float], save: loop.Save) -> None:
         context.progress({"epoch": epoch, "of": until, **metrics})
-        if epoch >= until or time.monotonic() - saved["at"] < context.checkpoint_seconds:
-            return
-        path = write_checkpoint(out, epoch, save, {})
-        if saved["path"]:
-            shutil.rmtree(saved["path"])
-        saved.update(at=time.monotonic(), path=path)
+        if epoch < until:
+            keep_newest(epoch, save, {})
 
     return on_epoch
