@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from ktray.errors import UserError
 from ktray.features.judged_network import JudgedNetwork
 from ktray.images import VOID, Images, fit_mask
 from ktray.scoring import label_maps, per_image
-from ktray.spec import EvaluationFields, Pooling, Seed, refuse_pool
+from ktray.spec import Count, EvaluationFields, Pooling, Seed, refuse_pool
 
 REVISION = 1
 TOOLS = (linear_classifiers, neighbours, label_maps)
@@ -39,14 +39,12 @@ NEEDS_ANNOTATIONS = ("mask",)
 READS_NETWORK = True
 DIRECTION: dict[str, Literal["max", "min"]] = {"miou": "max", "pixel_accuracy": "max"}
 
-Neighbours = Annotated[int, Field(ge=1)]
-
 
 class Spec(EvaluationFields):
     """A vote of the nearest training patches for every patch. `layer` null is the last layer; its maps are read, not pooled."""
 
     kind: Literal["dense_knn"] = "dense_knn"
-    k: Neighbours = Field(default=30, description="number of neighbours")
+    k: Count = Field(default=30, description="number of neighbours")
     temperature: float | None = Field(default=0.02, gt=0, description="lower gives near ones more weight; null: one vote each")
     patches: int = Field(default=200_000, ge=1, description="most training patches, drawn by `seed`")
     grid: int | None = Field(default=None, ge=1, le=64, description="patches per side; null: the layer's own maps")

@@ -21,21 +21,19 @@ from pydantic import Field
 from ktray.classifiers import linear_classifiers, neighbours
 from ktray.images import Images
 from ktray.scoring import per_image
-from ktray.spec import EvaluationFields
+from ktray.spec import Count, EvaluationFields
 
 REVISION = 2
 TOOLS = (neighbours, linear_classifiers)
 NEEDS_LABELS = True
 DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max"}
 
-Neighbours = Annotated[int, Field(ge=1)]
-
 
 class Spec(EvaluationFields):
     """A weighted vote of the nearest training images in feature space."""
 
     kind: Literal["knn"] = "knn"
-    k: Neighbours | Annotated[tuple[Neighbours, ...], Field(min_length=1, max_length=50)] = Field(
+    k: Count | Annotated[tuple[Count, ...], Field(min_length=1, max_length=50)] = Field(
         default=20, description="number of neighbours, all training images if there are fewer; of several, top1 is of the first"
     )
     temperature: float | None = Field(

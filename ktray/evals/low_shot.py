@@ -24,21 +24,19 @@ from ktray.classifiers import linear_classifiers
 from ktray.classifiers.linear_classifiers import Problem
 from ktray.images import Images
 from ktray.scoring import per_image
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed
 
 REVISION = 1
 TOOLS = (linear_classifiers,)
 NEEDS_LABELS = True
 DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max", "top1_sd": "min"}
 
-Shots = Annotated[int, Field(ge=1)]
-
 
 class Spec(EvaluationFields):
     """Linear machines that learn from few labels."""
 
     kind: Literal["low_shot"] = "low_shot"
-    shots: Annotated[tuple[Shots, ...], Field(min_length=1, max_length=50)] = Field(
+    shots: Annotated[tuple[Count, ...], Field(min_length=1, max_length=50)] = Field(
         default=(1, 2, 4, 8, 16, 32, 64, 96), description="labels per class, all where a class has fewer; the last gives top1"
     )
     draws: int = Field(default=5, ge=2, le=100, description="how often the labels are drawn")

@@ -23,7 +23,7 @@ from ktray.classifiers import linear_classifiers, neighbours
 from ktray.images import Images
 from ktray.plots import label_of, optional_plot
 from ktray.scoring import per_image
-from ktray.spec import EvaluationFields, Seed
+from ktray.spec import Count, EvaluationFields, Seed
 
 REVISION = 1
 TOOLS = (neighbours, linear_classifiers)
@@ -31,14 +31,12 @@ NEEDS_LABELS = True
 DIRECTION: dict[str, Literal["max", "min"]] = {"precision": "max"}
 SHEET = "neighbours.png"
 
-Ranks = Annotated[int, Field(ge=1)]
-
 
 class Spec(EvaluationFields):
     """The training images nearest to each judged one."""
 
     kind: Literal["retrieval"] = "retrieval"
-    k: Annotated[tuple[Ranks, ...], Field(min_length=1, max_length=50)] = Field(
+    k: Annotated[tuple[Count, ...], Field(min_length=1, max_length=50)] = Field(
         default=(1, 5, 10), description="numbers of neighbours; the last gives `precision`"
     )
     queries: int = Field(default=10, ge=0, le=100, description="rows of the sheet, judged images drawn by `seed`")
