@@ -70,7 +70,7 @@ class Broker:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config, self._store = config, open_store(config.store_url)
-        self._store.on_damage = self._note_damage
+        self._store.on_damage = self._record_damage_event
         runtime, now = config.runtime, time.time()
         stale_after = max(2.0, 4 * runtime.heartbeat_seconds)
         self._registry = WorkerRegistry(resources_of_alive_nodes(), runtime.cpus or float("inf"), stale_after)
@@ -231,12 +231,12 @@ class Broker:
         worker.pid, worker.node, worker.gpu_ids = identity.pid, identity.node, identity.gpu_ids
         return worker
 
-    def _note_damage(self, sentence: str) -> None:
+    def _record_damage_event(self, sentence: str) -> None:
         self._record_event(SchedulerEvent(DAMAGED, cause=sentence))
 
     def _handle_attempt_result(self, result: AttemptResult, now: float) -> None:
         for sentence in result.damage:
-            self._note_damage(sentence)
+            self._record_damage_event(sentence)
         key, attempt, kind, cause = result.key, result.attempt, result.failure, result.cause
         if kind is None:
             for published_key, computed in result.published:

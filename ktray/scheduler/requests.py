@@ -253,14 +253,14 @@ class RequestTable:
         """Add a request; one with the id of an open one, which Ray repeats after a crash of the broker, changes nothing."""
         if request_id in self.open:
             return
-        self._remember(stages)
+        self._keep_stages(stages)
         request = _Request(request_id, waiter, session, priority, now, tuple(stage.key for stage in stages))
         self.open[request_id] = request
         for stage in stages:
             self._add_wait(stage, request, now)
         self._answer_if_complete(request)
 
-    def _remember(self, stages: Iterable[Stage]) -> None:
+    def _keep_stages(self, stages: Iterable[Stage]) -> None:
         """Keep stages by key; those that nobody needs any more are dropped, oldest first."""
         for stage in stages:
             self.stages.pop(stage.key, None)  # so that it becomes the newest
@@ -321,7 +321,7 @@ class RequestTable:
         """The pending stage of this key; a new one belongs to no request yet."""
         if stage.key not in self.pending:
             self._last_order += 1
-            self._remember([stage])
+            self._keep_stages([stage])
             self._in_store.discard(stage.key)
             pending = PendingStage(stage, self._last_order, now, seconds=self.expected_seconds(stage))
             self.pending[stage.key] = pending
