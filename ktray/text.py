@@ -10,28 +10,28 @@ from typing import Any
 
 MAX_SHOWN = 80  # characters of a value in an error
 MAX_WORD = 100  # characters of a word that may be a misspelling; looking for near ones takes the square of the length
-_INVISIBLE = frozenset(("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp"))
-_JOINERS = "\u200c\u200d"  # Persian and emoji are written with them; they move nothing and hide nothing
+_INVISIBLE = frozenset(("Cc", "Cf", "Co", "Cs", "Cn", "Zl", "Zp", "Zs"))
+_WRITTEN = " \u3000\u200c\u200d"  # the blanks of Latin and Japanese; the joiners that Persian and emoji are written with
 _LAYOUT = "\n"
 _PLAIN = re.compile(r"[ -~\n]*")
 
 
 def visible(text: str, layout: str = _LAYOUT) -> str:
-    r"""`text` with everything that a terminal obeys instead of showing it written as an escape: ``\x1b``, ``\u202e``.
+    r"""`text` with everything that a terminal obeys instead of showing it written as an escape: ``\x1b``, ``\u202e``, ``\xa0``.
 
-    These are control characters, marks that turn the direction of text, and half surrogates, which stand for bytes of a file
-    name that are no UTF-8.
+    These are control characters, marks that turn the direction of text, blanks that look like a space and are another
+    character, and half surrogates, which stand for bytes of a file name that are no UTF-8.
 
     Args:
         layout: characters that stay as they are; "" also writes out line breaks, which a name cannot be allowed.
     """
     if _PLAIN.fullmatch(text) and (layout or "\n" not in text):
         return text
-    return "".join(char if char in layout or not _is_obeyed(char) else _escape(char) for char in text)
+    return "".join(char if char in layout or not _is_hidden(char) else _escape(char) for char in text)
 
 
-def _is_obeyed(char: str) -> bool:
-    return unicodedata.category(char) in _INVISIBLE and char not in _JOINERS
+def _is_hidden(char: str) -> bool:
+    return unicodedata.category(char) in _INVISIBLE and char not in _WRITTEN
 
 
 def _escape(char: str) -> str:

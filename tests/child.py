@@ -89,7 +89,7 @@ def require_user_error_or_answer(answer: Answer) -> None:
     assert answer.seconds < MAX_SECONDS, answer
     assert answer.peak_bytes < MAX_BYTES, answer
     for text in (answer.out, answer.err):
-        assert all(char.isprintable() or char == "\n" for char in text), text
+        assert all(char.isprintable() or char in "\n\u3000\u200c\u200d" for char in text), text
     if answer.code == 2:
         assert answer.err.startswith("ktray: "), answer.err
         paragraphs = [line for line in answer.err.splitlines() if not line.startswith("  ")]
