@@ -46,7 +46,11 @@ def what_it_is(path: Path) -> tuple[str, str]:
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        head = file.read(_HEAD)
+        return kind_of(file.read(_HEAD))
+
+
+def kind_of(head: bytes) -> tuple[str, str]:
+    """`what_it_is` by a file's first bytes."""
     if not head:
         return "is empty", _AGAIN
     for offset, signature, found, instead in _SIGNATURES:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -48,8 +49,13 @@ def _data(value: Any) -> Any:
             f"a data set is written in at most {MAX_DATA_TEXT:,} characters, and this one has {len(value):,}; "
             "write it as a mapping: {kind: parquet, path: ...}"
         )
-    place, _, query = value.partition("?")
+    place, mark, query = value.partition("?")
     kind, _, location = place.partition(":")
+    if mark and location and not os.path.exists(location) and os.path.exists(value.partition(":")[2]):
+        raise ValueError(
+            f"fields follow the first ? of {shown(value)}, and there is a path that has a ? itself; "
+            f"write {{kind: {kind}, path: {shown(value.partition(':')[2])}}} for it"
+        )
     fields: dict[str, Any] = {"kind": kind}
     if location:
         fields["path"] = location
@@ -62,11 +68,15 @@ def _data(value: Any) -> Any:
 
 
 def _from_text(kind: str, name: str, text: str) -> Any:
-    """`text` as a number or boolean where the field of the data set is one; otherwise the text itself."""
+    """`text` as a number, boolean or null where the field of the data set may be one; otherwise the text itself."""
     if kind not in plugins.kinds("dataset"):
         return text
     model = plugins.module("dataset", kind).Spec
-    if name not in model.model_fields or not plain_types(model, name):
+    if name not in model.model_fields:
+        return text
+    if text == "null" and type(None) in get_args(model.model_fields[name].annotation):
+        return None
+    if not plain_types(model, name):
         return text
     try:
         return TypeAdapter(model.model_fields[name].annotation).validate_strings(text)

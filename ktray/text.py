@@ -82,6 +82,11 @@ def as_read(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", folded).strip()
 
 
+def written_differently(one: str, other: str) -> str:
+    """Why two names that look alike are not the same, as the rest of a sentence with both in ASCII."""
+    return f"they look alike, but are written differently, {one!a} and {other!a}"
+
+
 def near_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known word that `word` may be a misspelling of; None if there is none.
 

@@ -76,13 +76,13 @@ def test_a_pair_that_teaches_is_judged_as_a_pair_of_its_own() -> None:
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "no field of a chain": ({"schedule": {"epochs": 3}}, "pair.teacher.schedule: a teacher that was a student"),
+    "no field of a chain": ({"schedule": {"epochs": 3}}, "teacher.schedule: a teacher that was a student"),
     "a field of no transfer": (
         {"pair": {**FIRST, "transfer": {**CLUSTERS, "q": 3}}},
-        "pair.teacher.pair.transfer.q: there is no",
+        "teacher.pair.transfer.q: there is no",
     ),
-    "a data set of no kind": ({"pair": {**FIRST, "data": "cifar_10"}}, "pair.teacher.pair.data: there is no dataset kind"),
-    "two types at once": ({"descriptor": "hog"}, "pair.teacher: a teacher has exactly one of"),
+    "a data set of no kind": ({"pair": {**FIRST, "data": "cifar_10"}}, "teacher.pair.data: there is no dataset kind"),
+    "two types at once": ({"descriptor": "hog"}, "teacher: a teacher has exactly one of"),
 }
 
 
@@ -93,7 +93,7 @@ def test_a_mistake_in_a_pair_that_teaches_is_told_with_its_place(changes: dict[s
 
 
 def test_data_that_all_generations_have_are_wrong_once() -> None:
-    with pytest.raises(UserError, match=r"^chain.yaml: pair.data: there is no dataset kind 'cifar_10'[^\n]*$"):
+    with pytest.raises(UserError, match=r"^chain.yaml: data: there is no dataset kind 'cifar_10'[^\n]*$"):
         parse_pair(toy_spec(data="cifar_10", teacher=taught_by(FIRST)), "chain.yaml")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
 import re
 import struct
@@ -388,11 +390,32 @@ def test_a_tiff_is_read_right_or_named(array: np.ndarray, options: dict, said: s
         (b"\x89PNG\r\n\x1a\n", "PNG"),
         (bytes(128) + b"DICM" + bytes(99), "DICOM"),
         (b"II*\0\xff\xff\xff\xff", "a damaged TIFF"),
+        (b"\0\0\0\x18ftypisom" + bytes(99), "a video or another file in MP4's container, not an image"),
+        (b"\x1f\x8b\x08" + bytes(99), "a gzip archive, not an image"),
+        (b"PK\x03\x04" + bytes(99), "a zip archive, not an image"),
+        (b"%PDF-1.7", "a PDF, not an image"),
+        (b'{"error": "quota"}', 'a text file that begins with \'{"error": "quota"}\', not an image'),
+        (bytes(4096), "begins with zeros, as a download that did not finish leaves them"),
+        (base64.b64encode(bytes(range(256)) * 8), "text in base64, not the bytes of an image: decode it first"),
+        (b"data:image/png;base64," + base64.b64encode(bytes(range(256))), "text in base64"),
     ],
 )
 def test_what_is_no_image_is_named(content: bytes, said: str) -> None:
     with pytest.raises(Unreadable, match=said):
         decode(content, 16)
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "jpeg", "group4"])
+def test_what_libtiff_finds_wrong_does_not_reach_the_screen(compression: str, capfd: pytest.CaptureFixture[str]) -> None:
+    buffer = io.BytesIO()
+    image = Image.fromarray(noise(64, 64))
+    (image.convert("1") if compression == "group4" else image).save(buffer, "TIFF", compression=compression)
+    content = bytearray(buffer.getvalue())
+    for at in range(150, len(content) - 300, 37):
+        content[at] ^= 0xFF
+    with contextlib.suppress(Unreadable):
+        decode(bytes(content), 16)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_sample_says_that_images_of_16_bits_use_12(tmp_path: Path) -> None:

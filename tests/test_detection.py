@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 
@@ -315,10 +316,18 @@ def test_proposals_are_the_same_from_files_of_every_form(suffix, write, tmp_path
     [
         ("x.json", '{"a": [[0, 0, 1, 1]]}', ["b.jpg"], "no proposals for the image b.jpg"),
         ("x.json", '{"a": [[5, 0, 1, 1]]}', ["a.jpg"], "is no box"),
-        ("x.json", '{"a": [1, 2, 3]}', ["a.jpg"], "is no box"),
+        ("x.json", '{"a": [1, 2, 3]}', ["a.jpg"], r"have the shape \(3,\)"),
         ("x.json", "[]", ["a.jpg"], "no mapping"),
         ("x.json", "{", ["a.jpg"], "cannot be read"),
         ("x.npz", "not a zip", ["a.jpg"], "cannot be read"),
+        ("x.npz", "PK\x03\x04 cut", ["a.jpg"], "cannot be read"),
+        ("x.npz", "<html>login</html>", ["a.jpg"], "is a web page"),
+        ("x.mat", "<html>login</html>", ["a.jpg"], "is a web page"),
+        ("x.mat", "MATLAB 5.0 MAT-file" + " " * 105 + "\x00\x01IM cut", ["a.jpg"], "cannot be read"),
+        ("x.json", "[" * 100_000, ["a.jpg"], "cannot be read"),
+        ("x.json", '{"a": [[0, 0, 1], [1, 1, 2, 2]]}', ["a.jpg"], "is no box"),
+        ("x.json", '{"a": [[0, 0, 9, 9, 0.5], [1, 1, 8, 8, 0.4], [2, 2, 7, 7, 0.3], [3, 3, 6, 6, 0.2]]}', ["a"], r"\(4, 5\)"),
+        ("x.json", '{"a": [[0, 1, 2], [0, 1, 2], [9, 9, 9], [9, 9, 9]]}', ["a"], r"have the shape \(4, 3\)"),
         ("x.mat", "MATLAB 7.3 MAT-file", ["a.jpg"], "save it with -v7"),
         ("x.json", '{"a": [[0, 0, 1, 1]]}', ["p/a.jpg", "q/a.jpg"], "same name in different folders"),
     ],
@@ -327,6 +336,27 @@ def test_proposals_that_do_not_fit_are_refused(name, content, names, message, tm
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         proposals.from_file(tmp_path / name, names)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.npz", b"<html>login</html>", "no arrays of NumPy in a zip file: the file is a web page"),
+        ("x.json", b"version https://git-lfs", "no mapping in JSON: the file is a pointer of Git LFS"),
+        ("x.mat", b"", "no file of MATLAB: the file is empty"),
+        ("x.mat", b"MATLAB 7.3 MAT-file", "Save it with -v7"),
+    ],
+)
+def test_a_file_of_proposals_of_another_kind_is_refused_in_the_plan(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        proposals.check_proposals(str(tmp_path / name))
+
+
+def test_a_mark_of_byte_order_before_proposals_is_no_part_of_them(tmp_path):
+    (tmp_path / "x.json").write_bytes(codecs.BOM_UTF8 + b'{"a": [[0, 0, 1, 1]]}')
+    proposals.check_proposals(str(tmp_path / "x.json"))
+    np.testing.assert_array_equal(proposals.from_file(tmp_path / "x.json", ["p/a.jpg"])[0], [[0, 0, 1, 1]])
 
 
 def test_a_file_of_proposals_counts_by_its_content_and_not_by_its_place(tmp_path):

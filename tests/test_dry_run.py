@@ -275,7 +275,7 @@ def test_plan_preflight_refuses_in_one_paragraph_with_exit_4_what_only_the_data_
     )
     done = home.run("plan", space, "--preflight")
     assert done.code == 4, done.err
-    assert "the stage images fails: ValueError: none of 256 images of the train split can be read" in done.err
+    assert "the stage images fails: none of 256 images of the train split can be read" in done.err
     assert len([line for line in done.err.splitlines() if "fails" in line]) == 1
     assert "Traceback" not in done.err
     assert list(home.store.iterdir()) == []

@@ -168,6 +168,8 @@ ARGUMENTS = {
     "a wrong path": (["--set", "transfer.q=3"], "there is no field 'q'"),
     "no value": (["--set", "transfer.k"], "Write --set transfer.k=500."),
     "too deep": (["--set", "transfer.k.x=3"], "transfer.k is 5 and has no 'x'"),
+    "a wrong path below the pair": (["--set", "pair.transfer.q=3"], "pair.yaml: transfer.q: there is no field 'q'"),
+    "a field of a space": (["--set", "budget.trials=3"], "--set budget.trials: the file is a pair, and 'budget' is a field of"),
     "an absent runtime file": (["--runtime", "no.yaml"], "no.yaml: the file cannot be read"),
     "an unknown runtime field": (["--runtime", "RUNTIME:cpuss: 2"], "Did you mean cpus?"),
     "an unknown stage": (["--runtime", "RUNTIME:stages: {teachr: {cpus: 1}}"], "Did you mean teacher?"),
@@ -189,10 +191,12 @@ def test_a_wrong_argument_is_told_before_anything_runs(
     if words[1].startswith("RUNTIME:"):
         (tmp_path / "runtime.yaml").write_text(words[1].removeprefix("RUNTIME:"))
         words = [words[0], str(tmp_path / "runtime.yaml")]
-    assert main(["run", str(pair), "--local", *(word.replace("FILE", str(tmp_path / "file")) for word in words)]) == 2
-    err = capsys.readouterr().err
-    assert is_one_paragraph(err), err
-    assert said in err
+    words = [word.replace("FILE", str(tmp_path / "file")) for word in words]
+    for verb in (["run", str(pair), "--local"], ["plan", str(pair)]):
+        assert main([*verb, *words]) == 2
+        err = capsys.readouterr().err
+        assert is_one_paragraph(err), err
+        assert said in err
     assert not list(home.glob("store/*-*"))
 
 

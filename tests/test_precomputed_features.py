@@ -19,6 +19,7 @@ from ktray import plugins
 from ktray.cli import main
 from ktray.errors import StageFailed, UserError
 from ktray.features import extraction
+from ktray.features.precomputed import row_numbers
 from ktray.images import open_split, split_rows
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
@@ -28,7 +29,7 @@ from ktray.pipeline.pair_graph import build
 from ktray.pool import StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.search.space import parse_pair
-from ktray.spec import PairSpec
+from ktray.spec import PairSpec, PrecomputedTeacher
 from ktray.stores.file import FileStore
 from tests.precomputed_files import COUNT, WIDTH, npy, npy_names, numbers, paths, photos, table
 from tests.toys import DATA, toy_pair, toy_spec
@@ -75,6 +76,32 @@ def test_every_image_gets_the_row_of_its_path_for_any_order_of_the_file(form: An
     found, asked = only_features(ready_pair(data, teacher), FileStore(tmp_path / "store"))
     assert len(asked) == COUNT * 9 // 10
     np.testing.assert_array_equal(found, values[[names.index(name) for name in asked]])
+
+
+LISTS: dict[str, Callable[[str], bytes]] = {  # of the same paths, one a line
+    "as Windows writes it": lambda text: text.replace("\n", "\r\n").encode(),
+    "with a mark of byte order": lambda text: text.encode("utf-8-sig"),
+    "without a break at its end": lambda text: text.removesuffix("\n").encode(),
+    "of old Macs": lambda text: text.replace("\n", "\r").encode(),
+    "as find prints it": lambda text: "".join(f"./{line}\n" for line in text.splitlines()).encode(),
+}
+
+
+@pytest.mark.parametrize("written", LISTS.values(), ids=LISTS.keys())
+def test_a_list_of_paths_is_read_as_any_system_writes_it(written: Callable[[str], bytes], tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos")
+    names = paths(data)
+    teacher = npy(tmp_path / "ready", numbers(), names)
+    Path(teacher["names"]).write_bytes(written(Path(teacher["names"]).read_text()))
+    pair = ready_pair(data, teacher)
+    check_pair(pair, data_loader())
+    assert dict(row_numbers(pair.teacher, ())) == {name: row for row, name in enumerate(names)}
+
+
+def test_a_path_may_hold_every_character_but_a_line_break(tmp_path: Path) -> None:
+    names = [f"a/{chr(code)}.png" for code in (0x20, 0x0B, 0x0C, 0x1C, 0x85, 0x2028, 0x3000)]
+    teacher = npy(tmp_path, numbers(len(names)), names)
+    assert list(row_numbers(PrecomputedTeacher(**teacher), ())) == names
 
 
 @pytest.mark.parametrize("data", [DATA, {"kind": "fashion_mnist_mini"}], ids=["synthetic", "fashion_mnist_mini"])
@@ -186,6 +213,26 @@ def ragged(at: Path) -> dict[str, Any]:
     return {"features": str(at / "ragged.parquet")}
 
 
+def with_null(row: bool, at: int = 9) -> Callable[[Path], dict[str, Any]]:
+    """A parquet in which a row, or one number of it, is null."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        names = paths(photos(folder / "photos"))
+        lists: list[Any] = [[0.5 + index] * WIDTH for index in range(COUNT)]
+        lists[at] = None if row else [0.5, None] * (WIDTH // 2)
+        columns = {"path": names, "features": pyarrow.array(lists, pyarrow.list_(pyarrow.float64()))}
+        parquet.write_table(pyarrow.table(columns), folder / "null.parquet")
+        return {"features": str(folder / "null.parquet")}
+
+    return write
+
+
+def empty_first(at: Path) -> dict[str, Any]:
+    lists = [[0.5] * (WIDTH * (index > 0)) for index in range(COUNT)]
+    parquet.write_table(pyarrow.table({"path": paths(photos(at / "photos")), "features": lists}), at / "empty.parquet")
+    return {"features": str(at / "empty.parquet")}
+
+
 def put(values: np.ndarray, row: int, value: float) -> None:
     values[row, 2] = value
 
@@ -238,6 +285,10 @@ REFUSED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by `ktra
         lambda at: broken(at, lambda values, names: (np.array([[object()] * 2] * 40), names)),
         r"clip\.npy is not a \.npy file of numbers",
     ),
+    "an empty line": (
+        lambda at: broken(at, lambda values, names: (values, [*names[:7], "", *names[8:]])),
+        r"teacher\.names: line 8 of clip\.txt is empty\. Give the path of one image in each line",
+    ),
     "names in no encoding": (
         lambda at: {
             **broken(at, lambda values, names: (values, None)),
@@ -267,14 +318,26 @@ FAILED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by the st
         lambda at: broken(at, lambda values, names: put(values, 7, np.nan), table),
         r"that are not finite, the first is image \d+ \(a/014\.png\)",
     ),
+    "infinite": (
+        lambda at: broken(at, lambda values, names: put(values, 7, -np.inf)),
+        r"that are not finite, the first is image \d+ \(a/014\.png\) with -inf",
+    ),
     "more than float32 holds": (
         lambda at: broken(at, lambda values, names: put(values, 7, 1e39)),
-        r"float32 that are not finite, .*\(a/014\.png\)",
+        r"row 7 of clip\.npy \(a/014\.png\) has the number 1e\+39, which is beyond the range of float32: .* 3\.4e\+38",
+    ),
+    "more than float32 holds, in a parquet": (
+        lambda at: broken(at, lambda values, names: put(values, 7, -2e300), table),
+        r"row 7 of clip\.parquet \(a/014\.png\) has the number -2e\+300, which is beyond the range of float32",
     ),
     "more than float16 holds": (
         lambda at: {**broken(at, lambda values, names: put(values, 7, 1e6)), "dtype": "float16"},
-        r"float16 that are not finite, .*\(a/014\.png\)",
+        r"beyond the range of float16, .*\(a/014\.png\) with 1e\+06; float16 holds up to 65504, so write dtype: float32",
     ),
+    "a null row": (with_null(row=True), r"teacher\.features: row 9 of null\.parquet is null in the column 'features'"),
+    "the first row is null": (with_null(row=True, at=0), r"row 0 of null\.parquet is null in the column 'features'"),
+    "a null in a row": (with_null(row=False), r"row 9 of null\.parquet \(a/018\.png\) has a null among its numbers"),
+    "the first row is empty": (empty_first, r"row 0 of empty\.parquet has 0 numbers\. Features of all images"),
     "rows of two widths": (ragged, r"teacher\.features: row 9 of ragged\.parquet has 5 numbers, but the first has 6"),
 }
 
@@ -314,11 +377,11 @@ def test_images_of_the_test_split_need_features_of_their_own(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"features": "x.csv"}, r"pair\.teacher: ready-made features are a \.npy or a \.parquet file, and this is 'x\.csv'"),
-        ({"features": "x.parquet", "names": "x.txt"}, r"pair\.teacher: a \.parquet has its paths in 'columns'"),
-        ({"features": "x.npy", "columns": {"path": "p"}}, r"pair\.teacher: a \.parquet has its paths in 'columns'"),
-        ({"features": "x.npy", "layer": "conv3"}, r"pair\.teacher\.layer: a ready-made teacher .* has no 'layer'"),
-        ({"features": "x.npy", "nmaes": "x.txt"}, r"pair\.teacher\.nmaes: there is no field 'nmaes'\. Did you mean 'names'"),
+        ({"features": "x.csv"}, r"teacher: ready-made features are a \.npy or a \.parquet file, and this is 'x\.csv'"),
+        ({"features": "x.parquet", "names": "x.txt"}, r"teacher: a \.parquet has its paths in 'columns'"),
+        ({"features": "x.npy", "columns": {"path": "p"}}, r"teacher: a \.parquet has its paths in 'columns'"),
+        ({"features": "x.npy", "layer": "conv3"}, r"teacher\.layer: a ready-made teacher .* has no 'layer'"),
+        ({"features": "x.npy", "nmaes": "x.txt"}, r"teacher\.nmaes: there is no field 'nmaes'\. Did you mean 'names'"),
         ({"features": "x.npy", "checkpoint": "y.pt"}, r"this one has checkpoint and features"),
     ],
 )

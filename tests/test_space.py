@@ -225,6 +225,7 @@ def test_several_mistakes_come_in_one_message_each_once(tmp_path: Path) -> None:
         ({"objectives": [{"metric": "linear_prob/top1"}]}, "Did you mean 'linear_probe/top1'?"),
         ({"objectives": [{"metric": "linear_probe/top1", "mode": "min"}]}, "is better when larger"),
         ({"objectives": [{"metric": "linear_probe/top1", "mode": "best"}]}, "mode cannot be 'best'"),
+        ({"objectives": [{"metric": "student/parameters"}]}, "Write mode: min if less is better, or mode: max"),
         ({"objectives": [{"metric": "knn/top1"}, {"metric": "knn/top1"}]}, "there twice"),
         ({"buget": {"trials": 3}}, "Did you mean 'budget'?"),
         ({"budget": {"trials": 0}}, "budget.trials"),

@@ -168,6 +168,7 @@ def test_images_to_train_on_to_hold_out_and_to_test_share_no_object() -> None:
     [
         (["--from", "synthetic?classes=1"], "no classes to compose"),
         (["--from", "fashion_mnist_mini", "--images", "3"], "too few"),
+        (["--from", "fashion_mnist_mini", "--images", "1000000"], "Give at most 999,999"),
         (["--from", "fashion_mnist_mini", "--size", "20"], "Give 48 to 4096 pixels"),
         ([], "make-voc composes labelled images"),
     ],
@@ -175,6 +176,17 @@ def test_images_to_train_on_to_hold_out_and_to_test_share_no_object() -> None:
 def test_what_cannot_be_composed_is_refused(arguments: list[str], says: str, tmp_path: Path, capsys: Any) -> None:
     assert main(["data", "make-voc", str(tmp_path / "out"), *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "dangling", "/dev/null", "/dev/null/below", "/proc/below", "x" * 300])
+def test_a_place_where_no_folder_can_be_is_refused(place: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "below")
+    assert main(["data", "make-voc", str(tmp_path / place), "--from", "fashion_mnist_mini", "--images", "4"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ktray: ")
+    assert "\n" not in err.strip()
+    assert Path("/dev/null").is_char_device()
 
 
 def test_the_command_composes_and_names_what_it_made(tmp_path: Path, capsys: Any) -> None:
@@ -330,6 +342,10 @@ BROKEN = [
     (XML.format(**{**RIGHT, "xmin": 15, "xmax": 3}), r"line 6: cat: its box is -11 pixels wide"),
     (XML.format(**{**RIGHT, "xmin": "nan"}), r"line 6: <xmin> is 'nan', not a number"),
     (XML.format(**{**RIGHT, "xmin": "1_0"}), r"line 6: <xmin> is '1_0', not a number"),
+    (
+        XML.format(**{**RIGHT, "xmin": 0.25, "xmax": 0.75}).replace("<ymax>9", "<ymax>0.9"),
+        r"line 6: cat: its box ends within the first pixel, as one in shares of the sides does",
+    ),
     (XML.format(**RIGHT).replace("<ymin>1</ymin>", ""), r"line 3: <ymin> is missing"),
     (XML.format(**RIGHT).replace("<ymin>1", "<ymin>1</ymin><ymin>2"), r"line 6: a second <ymin>"),
     (XML.format(**{**RIGHT, "width": 21}), r"line 2: 21 x 10 pixels, but 1\.png has 20 x 10"),
@@ -443,7 +459,12 @@ def lose_mask(file: Path) -> str:
     return r"SegmentationClass/.*\.png: .*No such file"
 
 
-@pytest.mark.parametrize("damage", [shrink_mask, lose_mask])
+def colour_mask(file: Path) -> str:
+    Image.open(file).convert("RGB").save(file)
+    return r"SegmentationClass/.*\.png: a mask holds numbers of classes, as a palette or grey; this one is in RGB"
+
+
+@pytest.mark.parametrize("damage", [shrink_mask, lose_mask, colour_mask])
 def test_a_mask_that_is_not_that_of_its_image_is_reported(damage: Any, root: Path) -> None:
     says = damage(root / f"SegmentationClass/{first(root)}.png")
     with pytest.raises(UserError, match=says):
@@ -452,19 +473,13 @@ def test_a_mask_that_is_not_that_of_its_image_is_reported(damage: Any, root: Pat
     assert len(splits.train.names) == COUNT // 4 - 1
 
 
-@pytest.mark.parametrize(
-    ("mask", "says"),
-    [
-        (lambda pixels: np.full_like(pixels, 77), "a pixel has the value 77, and a mask has 0 to 10 for 10 classes, or 255"),
-        (lambda pixels: np.stack([pixels] * 3, axis=2), "this one is in RGB"),
-    ],
-)
-def test_a_mask_with_other_values_makes_its_image_unreadable(mask: Any, says: str, root: Path, tmp_path: Path) -> None:
+def test_a_mask_with_other_values_makes_its_image_unreadable_as_the_check_of_data_says(root: Path, tmp_path: Path) -> None:
     file = root / f"SegmentationClass/{first(root)}.png"
-    Image.fromarray(mask(np.asarray(Image.open(file)))).save(file)
-    spec = spec_of(root, task="segmentation", max_unreadable=0.5)
+    Image.fromarray(np.full_like(np.asarray(Image.open(file)), 77)).save(file)
+    spec, says = spec_of(root, task="segmentation", max_unreadable=0.5), "a pixel has the value 77, and a mask has 0 to 10"
+    assert any(says in each for each in describe(spec)["warnings"])
     images.write(spec, tmp_path / "out", LocalPool())
-    assert says in (tmp_path / "out/splits.json").read_text()
+    assert f"{says} for 10 classes, or 255" in (tmp_path / "out/splits.json").read_text()
     with pytest.raises(ValueError, match=r"unreadable, more than max_unreadable=0\.01"):
         images.write(spec_of(root, task="segmentation"), tmp_path / "strict", LocalPool())
 
@@ -488,6 +503,9 @@ def test_lists_with_windows_line_ends_and_a_bom_are_read_alike(root: Path) -> No
         ("trainval.txt", "/etc/passwd", r"trainval\.txt, line 13: '/etc/passwd' is no name"),
         ("trainval.txt", "000001", r"trainval\.txt, line 13: '000001' was already named in trainval\.txt, line 1"),
         ("trainval.txt", "000013", r"1 image is in train and in test, such as VOC2007/JPEGImages/000013\.jpg"),
+        ("trainval.txt", "000001 2 3", r"trainval\.txt, line 13: '000001 2 3' is not the name of an image\. .* no blanks"),
+        ("trainval.txt", "IMG 0001", r"trainval\.txt, line 13: 'IMG 0001' is not the name of an image\. .* no blanks"),
+        ("trainval.txt", "a.jpg", r"trainval\.txt, line 13: 'a\.jpg' is the name of a file\. .* no suffix: write a\."),
         ("Bag_trainval.txt", "000001", r"Bag_trainval\.txt, line 13: '000001' is not an image and 1, 0 or -1"),
         ("Bag_trainval.txt", "000013 1", r"Bag_trainval\.txt, line 13: the image '000013' is not in trainval\.txt"),
         ("Bag_trainval.txt", "000001 1", r"Bag_trainval\.txt, line 13: the image '000001' was named before"),

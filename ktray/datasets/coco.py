@@ -250,6 +250,13 @@ def parse(content: Any, file: Path) -> _Set:
         except ValueError as error:
             wrong.setdefault(row, f"{place}: {error}")
             boxes[row], crowd[row] = [], []
+    stated = [box for of_image in boxes for box in of_image]
+    if len(stated) > 1 and all(x + width <= 1 and y + height <= 1 for x, y, width, height, _ in stated):
+        raise UserError(
+            f"{file}: all boxes lie within the first pixel, as boxes in shares of the sides do",
+            WHERE,
+            "Write them in pixels, as [x, y, width, height].",
+        )
     return _Set(
         file,
         classes,
@@ -303,7 +310,8 @@ def _images(found: list[Any], file: Path) -> tuple[list[tuple[str, int, int]], d
 
 
 def _is_number(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value is a whole number; tools for tables write 7 as 7.0."""
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
 def _box(each: dict[str, Any], numbers: Mapping[int, int]) -> list[float]:

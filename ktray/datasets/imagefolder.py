@@ -16,11 +16,21 @@ import numpy as np
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import MAX_PIXELS, Layout, MaxPixels, PixelRange, Source, Splits, data_folder, decoder, folder_tree
+from ktray.images import (
+    MAX_PIXELS,
+    Layout,
+    MaxPixels,
+    PixelRange,
+    Source,
+    Splits,
+    class_folders,
+    data_folder,
+    decoder,
+    folder_tree,
+)
 from ktray.images.folder_tree import WHERE, Folder, ImageFile, shown
 from ktray.spec import Split
 from ktray.strict import StrictSpec
-from ktray.text import as_read, counted
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
@@ -60,7 +70,8 @@ def load(spec: Spec) -> Splits:
     files, sources = {}, {}
     for split, of_split in folders.items():
         files[split] = folder_tree.in_order(tree.at(of_split), len(of_split))
-        _refuse_unknown(tuple(tree.at(of_split).with_images()), classes, root.joinpath(*of_split))
+        found = map(shown, tree.at(of_split).with_images())
+        class_folders.refuse_unknown_classes(found, [*map(shown, classes)], shown(str(root.joinpath(*of_split))))
         sources[split] = _source(files[split], len(of_split), classes, spec)
     layout = Layout(
         read_from=folder_tree.read_from(tree, folders) if len(folders) > 1 or folders["train"] else {},
@@ -103,24 +114,6 @@ def _refuse_wrong_classes(folder: Folder, place: Path) -> None:
                 instead="Convert its images to JPEG or PNG, or move its folder away.",
             )
     folder_tree.refuse_splits_below(folder, place)
-
-
-def _refuse_unknown(found: tuple[str, ...], classes: tuple[str, ...], place: Path) -> None:
-    unknown = [shown(name) for name in found if name not in classes]
-    if not unknown:
-        return
-    known = {as_read(shown(name)): shown(name) for name in classes}
-    unknown.sort(key=lambda name: as_read(name) not in known)  # those with a hint first
-    first, more = unknown[0], f" (and {counted(len(unknown) - 1, 'other')})" if len(unknown) > 1 else ""
-    alike = known.get(as_read(first))
-    raise UserError(
-        f"the class {first!r}{more} in {shown(str(place))} has no training images",
-        where=WHERE,
-        instead=f"Name it {alike!r}, as in the training images: they look alike, but are written differently, "
-        f"{first!a} and {alike!a}."
-        if alike
-        else "Give it some, or remove it.",
-    )
 
 
 def _numbering(classes: tuple[str, ...]) -> str:

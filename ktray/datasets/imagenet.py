@@ -91,7 +91,7 @@ def _val(root: Path, top: Path, classes: Sequence[str]) -> tuple[list[Labelled],
     flat = class_folders.by_name(root, "val")
     if not flat:
         images, _ = class_folders.in_class_folders(root, "val")
-        class_folders.refuse_unknown_classes(images, classes, "val")
+        class_folders.refuse_unknown_classes((image.label for image in images), classes, str(root / "val"))
         return images, "val", []
     truth, file = _truth(root, top, flat)
     missing = sorted(set(truth) - set(flat))

@@ -21,6 +21,7 @@ from ktray.images.class_folders import Labelled
 from ktray.images.folder_tree import ORDER, WHERE
 from ktray.spec import Split
 from ktray.strict import StrictSpec
+from ktray.text import counted
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
@@ -76,7 +77,7 @@ def _from_folders(root: Path, spec: Spec) -> Splits:
     train, left_out = class_folders.in_class_folders(root, "train", depth=3)
     listed = sorted({image.label for image in train})
     val = class_folders.in_class_folders(root, "val", depth=3)[0] if (root / "val").is_dir() else []
-    class_folders.refuse_unknown_classes(val, listed, "val")
+    class_folders.refuse_unknown_classes((image.label for image in val), listed, str(root / "val"))
     return _splits(
         {"train": train, "test": val},
         {"train": "train", "test": "val"},
@@ -100,6 +101,10 @@ def _from_lists(root: Path, lists: Path, spec: Spec) -> Splits:
         if not file.is_file() or folder is None:
             raise UserError(f"there is no {file}", WHERE, "Unpack filelist_places365-standard.tar there.")
         images, wrong, total = _listed(root / folder, folder, file, classes)
+        if not images:
+            raise UserError(
+                f"none of the {counted(total, 'image')} of {file.name} is in {root / folder}", WHERE, "Unpack them there."
+            )
         warnings += annotation_files.left_out(split, wrong, total, spec.max_unreadable)
         found[split], read_from[split] = images, file.name
     order = "as in the lists"
@@ -163,5 +168,7 @@ def _listed(place: Path, folder: str, file: Path, classes: Sequence[str]) -> tup
             images.append(Labelled(f"{folder}/{name}", place / name, classes[number]))
         else:
             wrong[name] = f"{at}: {folder} has no {name}"
+    if not names:
+        raise UserError(f"the list {file} is empty", WHERE, "Restore it.")
     annotation_files.refuse_twice(names, places)
     return images, wrong, len(names)

@@ -56,6 +56,7 @@ class Spec(EvaluationFields):
 
     kind: Literal["cost"] = "cost"
     layer: None = Field(default=None, description="always null")
+    split: Literal["val"] = Field(default="val", description="always val: no images are judged")
     repetitions: int = Field(default=30, ge=3, le=10_000, description="timed batches of each size, after a few that are not")
     onnx: bool = Field(default=True, description="also time the exported ONNX, where onnxruntime is installed")
 

@@ -305,20 +305,29 @@ def extract_views(
     return found
 
 
-def require_finite(rows: NDArray[Any], images: Images, start: int) -> None:
+def require_finite(rows: NDArray[Any], images: Images, start: int, exact: NDArray[Any] | None = None) -> None:
     """Raise if features (n, D) of the images from `start` on are not all finite.
 
+    Args:
+        exact: the same features before they were rounded to the type of `rows`, if they were.
+
     Raises:
-        ValueError: the message names the first such image.
+        ValueError: the message names the first such image, and says whether its features are only too large for their type.
     """
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if len(bad):
-        index = start + int(bad[0])
-        name = f" ({images.names[index]})" if images.names else ""
-        raise ValueError(
-            f"{some_of(len(bad), len(rows), 'image', ('has', 'have'))} features of type {rows.dtype} that are not finite, "
-            f"the first is image {index}{name}"
-        )
+    bad = ~np.isfinite(rows)
+    if not bad.any():
+        return
+    too_large = exact is not None and bool(np.isfinite(exact).all())
+    found = np.flatnonzero(bad.any(axis=1))
+    first = int(found[0])
+    name = f" ({images.names[start + first]})" if images.names else ""
+    what = f"beyond the range of {rows.dtype}" if too_large else f"of type {rows.dtype} that are not finite"
+    value = (rows if exact is None else exact)[first][bad[first]][0]
+    raise ValueError(
+        f"{some_of(len(found), len(rows), 'image', ('has', 'have'))} features {what}, "
+        f"the first is image {start + first}{name} with {value:.4g}"
+        + (f"; {rows.dtype} holds up to {np.finfo(rows.dtype).max:.5g}, so write dtype: float32" if too_large else "")
+    )
 
 
 def write(source: dict[str, Any], out: Path, pool: Pool) -> dict[str, float]:
@@ -408,7 +417,7 @@ def _save(rows: NDArray[np.float32], dtype: str, path: Path, images: Images, fir
     with np.errstate(over="ignore"):  # values too large for float16 become infinite and are refused below
         stored = rows.astype(dtype, copy=False)
     if stored.dtype != rows.dtype:
-        require_finite(stored, images, first)
+        require_finite(stored, images, first, exact=rows)
     np.save(path, stored)
     return time.perf_counter() - began
 

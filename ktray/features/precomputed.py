@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from ktray.fingerprint import FileVersion, file_version
 from ktray.images import Images
 from ktray.local_path import local_path
 from ktray.spec import Columns, PrecomputedTeacher
-from ktray.text import counted
+from ktray.text import as_read, counted, written_differently
 
 IDENTITY, REVISION = "precomputed_features", 1
 TOOLS = (extraction,)
@@ -29,6 +29,7 @@ TOOLS = (extraction,)
 WHERE = "teacher.features"
 _NPY, _PARQUET = b"\x93NUMPY", b"PAR1"
 _WRITE_AGAIN = "Write or copy it again."
+_INSTEAD = "Mend the row, or scale the features, and write the file again."
 _FEW_ROWS, _FEW_VALUES = 1_000_000, 100_000_000  # in a parquet; more must be borne out by its size
 _MOST_VALUES_OF_A_BYTE = 100
 Read = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -105,8 +106,18 @@ def refuse_missing(rows: Mapping[str, int], names: Sequence[str], of: str) -> No
         raise UserError(
             f"{len(missing)} of {len(names)} {of} have no features, the first is {missing[0]!r}",
             WHERE,
-            f"Use the paths of the data set; the file has paths such as {next(iter(rows), '')!r}.",
+            f"Use the paths of the data set; {_similar(missing[0], rows)}.",
         )
+
+
+def _similar(name: str, rows: Mapping[str, int]) -> str:
+    """What the file has in place of a path: one that looks the same, one of a file of the same name, or just its first."""
+    read, file = as_read(name), PurePosixPath(name).name
+    for known in rows:
+        if as_read(known) == read:
+            return f"the file has {known!r}: {written_differently(name, known)}"
+    of_same_file = (known for known in rows if PureWindowsPath(known).name == file)
+    return f"the file has paths such as {next(of_same_file, next(iter(rows), ''))!r}"
 
 
 def open_features(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
@@ -118,12 +129,20 @@ def open_features(teacher: PrecomputedTeacher, in_order: Sequence[str]) -> Read:
     rows = row_numbers(teacher, in_order)
     path = feature_files(teacher)["features"]
     column = (teacher.columns or Columns()).features
-    values = _values(path, column, len(rows)) if path.suffix == ".parquet" else _array(path)
+    if path.suffix == ".parquet":
+        values, unusable = _values(path, column, len(rows))
+    else:
+        values, unusable = _array(path), {}
 
     def read(names: Sequence[str]) -> NDArray[np.float32]:
         refuse_missing(rows, names, "images")
-        with np.errstate(over="ignore"):  # values too large for float32 become infinite and are refused later
-            return np.asarray(values[[rows[name] for name in names]]).astype(np.float32)
+        numbers = [rows[name] for name in names]
+        found, beyond = _as_float32(np.asarray(values[numbers]))
+        of_names = {**beyond, **{at: unusable[row] for at, row in enumerate(numbers) if row in unusable}}
+        if of_names:
+            at = min(of_names)
+            raise UserError(f"row {numbers[at]} of {path.name} ({names[at]}) has {of_names[at]}", WHERE, _INSTEAD)
+        return found
 
     return read
 
@@ -140,7 +159,7 @@ def write(read: Read, images: Images, dtype: str, out: Path) -> dict[str, float]
         rows = read_rows(read, images, start, start + extraction.SHARD_ROWS)
         with np.errstate(over="ignore"):
             stored = rows.astype(dtype)
-        extraction.require_finite(stored, images, start)
+        extraction.require_finite(stored, images, start, exact=rows)
         np.save(out / f"features-{start // extraction.SHARD_ROWS:05d}.npy", stored)
         width = rows.shape[1]
         progress.advance("images", len(rows))
@@ -235,7 +254,7 @@ def _names(path: Path, version: FileVersion) -> tuple[str, ...]:
     check_names_header(path)
     try:
         if path.suffix != ".npy":
-            return tuple(line.removeprefix("./") for line in path.read_text(encoding="utf-8").splitlines())
+            return _lines(path)
         found = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path.name} is not a list of paths", "teacher.names", "Write one path per line, in UTF-8.") from error
@@ -244,6 +263,17 @@ def _names(path: Path, version: FileVersion) -> tuple[str, ...]:
             f"{path.name} does not contain strings (N,)", "teacher.names", "Write it with numpy.save(path, numpy.array(paths))."
         )
     return tuple(str(name).removeprefix("./") for name in found)
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    """The paths in a text of one path per line; a path may hold anything but a line break."""
+    text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.removesuffix("\n").split("\n") if text else []
+    if "" in lines:
+        raise UserError(
+            f"line {lines.index('') + 1} of {path.name} is empty", "teacher.names", "Give the path of one image in each line."
+        )
+    return tuple(line.removeprefix("./") for line in lines)
 
 
 @lru_cache(maxsize=8)
@@ -295,11 +325,23 @@ def _parquet(path: Path) -> Any:
     return found
 
 
-def _values(path: Path, column: str, count: int) -> NDArray[np.float32]:
-    """A column of lists as (N, D) float32."""
+def _as_float32(values: NDArray[Any]) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Values (n, D) as float32, and what the rows have that float32 cannot hold; infinite numbers remain as they are."""
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float32)
+    beyond = np.isinf(found) & np.isfinite(values) if values.dtype.itemsize > 4 else np.zeros((0, 1), np.bool_)
+    largest = f"the largest that it holds is {np.finfo(np.float32).max:.2g}"
+    return found, {
+        row: f"the number {values[row][beyond[row]][0]:.4g}, which is beyond the range of float32: {largest}"
+        for row in np.flatnonzero(beyond.any(axis=1)).tolist()
+    }
+
+
+def _values(path: Path, column: str, count: int) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """A column of lists as (N, D) float32, and the rows that cannot be used with what they have."""
     from pyarrow import compute
 
-    values, start = np.zeros((count, 0), np.float32), 0
+    values, unusable, start = np.zeros((count, 0), np.float32), dict[int, str](), 0
     for batch in _parquet(path).iter_batches(columns=[column], batch_size=extraction.SHARD_ROWS):
         found = batch.column(0)
         lengths = np.asarray(compute.fill_null(compute.list_value_length(found), 0))
@@ -307,11 +349,22 @@ def _values(path: Path, column: str, count: int) -> NDArray[np.float32]:
         wrong = np.flatnonzero(lengths != width) if width else np.arange(1)
         if len(wrong):
             row = start + int(wrong[0])
-            raise UserError(f"row {row} of {path.name} has {lengths[wrong[0]]} numbers, but the first has {width}", WHERE)
+            if not found[int(wrong[0])].is_valid:
+                raise UserError(f"row {row} of {path.name} is null in the column {column!r}", WHERE, "Leave the row out.")
+            raise UserError(
+                f"row {row} of {path.name} has {counted(int(lengths[wrong[0]]), 'number')}"
+                + (f", but the first has {width}" if width else ""),
+                WHERE,
+                "Features of all images must be equally long.",
+            )
         if not start:
             values = np.zeros((count, width), np.float32)
-        flat = found.flatten().to_numpy(zero_copy_only=False)  # null becomes NaN
-        with np.errstate(over="ignore"):
-            values[start : start + len(found)] = flat.reshape(len(found), width)
+        flat = found.flatten()
+        numbers, beyond = _as_float32(flat.to_numpy(zero_copy_only=False).reshape(len(found), width))  # null becomes NaN
+        if flat.null_count:
+            absent = np.asarray(compute.is_null(flat)).reshape(len(found), width).any(axis=1)
+            beyond |= {row: "a null among its numbers" for row in np.flatnonzero(absent).tolist()}
+        values[start : start + len(found)] = numbers
+        unusable |= {start + row: what for row, what in beyond.items()}
         start += len(found)
-    return values
+    return values, unusable

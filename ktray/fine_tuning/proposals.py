@@ -16,6 +16,7 @@ all are taken and sorted.
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from ktray import progress
 from ktray.errors import UserError
+from ktray.file_kind import LARGE, require_readable, what_it_is
 from ktray.fingerprint import seed_of
 from ktray.local_path import local_path
 
@@ -34,6 +36,8 @@ SELECTIVE_SEARCH = "selective_search"
 SUFFIXES = (".npz", ".json", ".mat")
 SHORTER_SIDE = 200  # pixels to which an image is scaled for selective search, as OpenCV's own example does
 LEAST_SIDE = 8  # pixels below which a region is no proposal, about half a cell of the maps
+_MOST_OF_A_BYTE = 100  # bytes of arrays that a byte of a compressed file can stand for; boxes take one half of theirs
+_FORMS = {".npz": "arrays of NumPy in a zip file", ".json": "mapping in JSON", ".mat": "file of MATLAB"}
 _MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
 
 
@@ -47,10 +51,30 @@ def check_proposals(given: str) -> None:
         _segmentation()
         return
     path = local_path(given, "proposals")
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"proposals are {SELECTIVE_SEARCH} or a file {', '.join(SUFFIXES)}, and this is {given!r}", "proposals")
     if not path.is_file():
         raise UserError(f"there is no file of proposals {given!r}", "proposals", f"Or write {SELECTIVE_SEARCH}.")
+    _require_form(path)
+
+
+def _require_form(path: Path) -> None:
+    """Check by a file's first bytes that it is of the form that its suffix says; a whole one may have gigabytes.
+
+    Raises:
+        UserError: it is of another form.
+    """
+    require_readable(path, "proposals")
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    suffix, text = path.suffix.lower(), head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if suffix == ".mat" and head.startswith(_MATLAB_HDF5):
+        raise UserError(f"{path.name} was written with -v7.3", "proposals", "Save it with -v7.")
+    found, instead = what_it_is(path)
+    if head.startswith(b"PK") if suffix == ".npz" else text.startswith(b"{") if suffix == ".json" else not found:
+        return
+    problem = f"the proposals in {path.name} are no {_FORMS[suffix]}{': the file ' * bool(found)}{found}"
+    raise UserError(problem, "proposals", instead or "See ktray/fine_tuning/proposals.py for the forms of such a file.")
 
 
 def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
@@ -59,12 +83,7 @@ def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
     Raises:
         UserError: the file is of another form, an image is not in it, or two names of it mean the same image.
     """
-    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".npz": _npz, ".json": _json, ".mat": _mat}
-    try:
-        known = readers[path.suffix](path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"the proposals in {path.name} cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(problem, "proposals", "See ktray/fine_tuning/proposals.py for the forms of such a file.") from error
+    known = _read(path)
     stems = [PurePosixPath(name).stem for name in names]
     if len(set(stems)) < len(stems) and not set(names) <= known.keys():
         raise UserError("several images have the same name in different folders", "proposals", "Give whole paths in the file.")
@@ -77,20 +96,52 @@ def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
     return found
 
 
+def _read(path: Path) -> Mapping[str, Any]:
+    """Name of an image -> its boxes, not checked.
+
+    Raises:
+        UserError: the file is of another form.
+    """
+    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".npz": _npz, ".json": _json, ".mat": _mat}
+    require_readable(path, "proposals")
+    try:
+        return readers[path.suffix.lower()](path)
+    except Exception as error:  # NumPy, SciPy and zip each have errors of their own for a damaged file
+        found, instead = what_it_is(path)
+        said = [found] if found and not found.startswith("is a text") else str(error).splitlines()
+        problem = (
+            f"the proposals in {path.name} cannot be read: {'the file ' * bool(found) + said[0] if said else 'it is damaged'}"
+        )
+        instead = instead or "See ktray/fine_tuning/proposals.py for the forms of such a file."
+        raise UserError(problem, "proposals", instead) from error
+
+
 def _checked(rows: Any, where: str) -> NDArray[np.float64]:
-    boxes = np.asarray(rows, np.float64).reshape(-1, 4) if np.size(rows) % 4 == 0 else np.full((1, 4), np.nan)
+    try:
+        boxes = np.asarray(rows, np.float64)
+    except (ValueError, TypeError):  # lists of different lengths, or texts
+        boxes = np.full((1, 4), np.nan)
+    boxes = boxes.reshape(-1, 4) if not boxes.size else boxes
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise UserError(
+            f"{where}: its proposals have the shape {boxes.shape}", "proposals", "Expected are rows [x0, y0, x1, y1]."
+        )
     if not np.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
         raise UserError(f"{where}: a proposal is no box [x0, y0, x1, y1] with x0 < x1 and y0 < y1", "proposals")
     return boxes
 
 
 def _npz(path: Path) -> Mapping[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        claimed, held = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+    if claimed > max(LARGE, _MOST_OF_A_BYTE * held):
+        raise ValueError(f"its arrays claim {claimed:,} bytes in a file of {held:,}")
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(found, dict):
         raise ValueError("it is no mapping from names of images to boxes")
     return found
@@ -107,8 +158,16 @@ def _mat(path: Path) -> Mapping[str, Any]:
     boxes = np.ravel(content["boxes"])
     if len(names) != len(boxes):
         raise ValueError(f"it has {len(names)} images and boxes of {len(boxes)}")
-    rows = (np.asarray(entry, np.float64).reshape(-1, 4) for entry in boxes)
-    return {name: each[:, [1, 0, 3, 2]] - np.array([1, 1, 0, 0]) for name, each in zip(names, rows, strict=True)}
+    return {name: _exclusive(rows, name) for name, rows in zip(names, boxes, strict=True)}
+
+
+def _exclusive(rows: Any, name: str) -> NDArray[np.float64]:
+    """[x0, y0, x1, y1] with x1 and y1 exclusive, from [y1, x1, y2, x2] counted from 1."""
+    found = np.asarray(rows, np.float64)
+    if found.size and (found.ndim != 2 or found.shape[1] != 4):
+        raise ValueError(f"its boxes of {name} have the shape {found.shape} instead of (R, 4)")
+    moved: NDArray[np.float64] = found.reshape(-1, 4)[:, [1, 0, 3, 2]] - np.array([1, 1, 0, 0])
+    return moved
 
 
 def _segmentation() -> Any:

@@ -24,6 +24,7 @@ from ktray.images.decoding import decoder as decoder
 from ktray.images.decoding import fit as fit
 from ktray.images.decoding import fit_boxes as fit_boxes
 from ktray.images.decoding import fit_mask as fit_mask
+from ktray.images.decoding import mask_size as mask_size
 from ktray.images.decoding import properties as properties
 from ktray.images.reading import open_split as open_split
 from ktray.images.reading import splits_of as splits_of

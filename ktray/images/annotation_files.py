@@ -95,9 +95,12 @@ def file_size(file: Path) -> tuple[int, int]:
     """Height and width of an image file, from its header.
 
     Raises:
-        Unreadable: it is no image.
+        Unreadable: it is no image, or cannot be read.
     """
-    return _size_as_of(str(file), file_version(file.stat()))
+    try:
+        return _size_as_of(str(file), file_version(file.stat()))
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from error
 
 
 @lru_cache(maxsize=1 << 17)  # a data set is listed more than once in a process
@@ -109,7 +112,7 @@ def require_size(file: Path, size: tuple[int, int], what: str) -> None:
     """Raise BadAnnotation unless an image file has this height and width; `what` states them, such as ``5.xml, line 9``."""
     try:
         found = file_size(file)
-    except (Unreadable, OSError) as error:
+    except Unreadable as error:
         raise BadAnnotation(f"{file.name}: {error}") from error
     if found != size:
         raise BadAnnotation(f"{what}: {size[1]} x {size[0]} pixels, but {file.name} has {found[1]} x {found[0]}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ktray.images import folder_tree
 from ktray.images.decoding import decoder
 from ktray.images.folder_tree import WHERE, ImageFile, shown
 from ktray.images.source import Source
-from ktray.text import counted
+from ktray.text import as_read, counted, written_differently
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,30 @@ def by_name(root: Path, below: str) -> dict[str, Path]:
     return {file.path.name: file.path for file in tree.files}
 
 
-def refuse_unknown_classes(images: Sequence[Labelled], classes: Sequence[str], below: str) -> None:
-    """Refuse images of a class that has no training images.
+def refuse_unknown_classes(found: Iterable[str], classes: Sequence[str], place: str) -> None:
+    """Refuse classes without training images, first the one that a person reads as a known one.
+
+    Args:
+        found: classes of the images to judge on.
+        classes: those of the training images.
+        place: of the images to judge on, such as ``/photos/val``.
 
     Raises:
-        UserError: it names the class.
+        UserError: it names the class, and the one that it looks like.
     """
-    if unknown := sorted({image.label for image in images} - set(classes)):
-        more = f" (and {counted(len(unknown) - 1, 'other')})" if len(unknown) > 1 else ""
-        raise UserError(
-            f"the class {unknown[0]!r}{more} in {below} has no training images", WHERE, "Add them, or remove the class."
-        )
+    alike = {as_read(name): name for name in classes}
+    unknown = sorted(set(found) - set(classes), key=lambda name: (as_read(name) not in alike, name))
+    if not unknown:
+        return
+    first, more = unknown[0], f" (and {counted(len(unknown) - 1, 'other')})" if len(unknown) > 1 else ""
+    known = alike.get(as_read(first))
+    raise UserError(
+        f"the class {first!r}{more} in {place} has no training images",
+        WHERE,
+        f"Name it {known!r}, as in the training images: {written_differently(first, known)}."
+        if known
+        else "Give it some, or remove it.",
+    )
 
 
 def labelled_source(images: Sequence[Labelled], classes: Sequence[str], names: Mapping[str, str], spec: Any) -> Source:

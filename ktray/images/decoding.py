@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import math
@@ -40,6 +41,19 @@ _ORIENTATION = 0x0112
 # What Pillow says of a damaged or large image is said once, in the list of unreadable images, and not on the screen for each.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing to stderr itself, past Python; what it finds is in Pillow's error where it matters."""
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow without libtiff, or one that hides its functions
+        library = ctypes.CDLL(Image.core.__file__)  # its symbols are searched in the libraries that it was linked to, too
+        for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+            set_handler = getattr(library, name)
+            set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            set_handler(None)
+
+
+_silence_libtiff()
 
 MAX_PIXELS = 1024**3 // 4 // 3  # Pillow's own limit
 MaxPixels = Annotated[
@@ -141,8 +155,7 @@ def decode_mask(encoded: Path, classes: int, annotated: tuple[int, int]) -> NDAr
 
     def values(image: Image.Image) -> NDArray[np.uint8]:
         _refuse_other_than_annotated(image, annotated)
-        if image.mode not in ("P", "L", "1"):
-            raise Unreadable(f"a mask holds numbers of classes, as a palette or grey; this one is in {image.mode}")
+        _refuse_coloured_mask(image)
         found = np.asarray(image).astype(np.uint8)
         if len(others := np.setdiff1d(found, [*range(classes + 1), VOID])):
             raise Unreadable(
@@ -151,6 +164,25 @@ def decode_mask(encoded: Path, classes: int, annotated: tuple[int, int]) -> NDAr
         return found
 
     return _opened(encoded, MAX_PIXELS, values)
+
+
+def mask_size(encoded: Path) -> tuple[int, int]:
+    """Height and width of a mask by its header.
+
+    Raises:
+        Unreadable: no image by its header, or in colours.
+    """
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        _refuse_coloured_mask(image)
+        return image.height, image.width
+
+    return _opened(encoded, MAX_PIXELS, size)
+
+
+def _refuse_coloured_mask(image: Image.Image) -> None:
+    if image.mode not in ("P", "L", "1"):
+        raise Unreadable(f"a mask holds numbers of classes, as a palette or grey; this one is in {image.mode}")
 
 
 def _refuse_other_than_annotated(image: Image.Image, annotated: tuple[int, int] | None) -> None:

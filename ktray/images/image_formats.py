@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, TiffImagePlugin
 
-from ktray.file_kind import LARGE, false_claim
+from ktray.file_kind import LARGE, false_claim, kind_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no format that runs a program, as EPS does
 # What Pillow's parsers raise for truncated or corrupt files; MemoryError is deliberately not included.
@@ -105,7 +105,15 @@ def what_is_unread(encoded: bytes | Path) -> str:
         return "an HTML page, not an image"
     if text.startswith(b"version https://git-lfs"):
         return "a pointer of Git LFS, not the image itself: run 'git lfs pull'"
-    return "unknown image format"
+    if _BASE64.match(content):
+        return "text in base64, not the bytes of an image: decode it first"
+    if content[4:8] == b"ftyp":
+        return "a video or another file in MP4's container, not an image"
+    kind, _ = kind_of(content)
+    return f"{kind.removeprefix('is ')}, not an image" if kind.startswith("is ") else kind or "unknown image format"
+
+
+_BASE64 = re.compile(rb"(?:data:image/[a-z0-9.+-]+;base64,)?(?:[A-Za-z0-9+/]|\r?\n){64,}={0,2}\s*\Z")
 
 
 def _head(path: Path, length: int = 1024) -> bytes:

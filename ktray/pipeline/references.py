@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -83,8 +83,14 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 def with_test_split(pair: Mapping[str, Any]) -> PairSpec:
     """The same pair, judged on the test split instead of val."""
     whole = PairSpec.model_validate(dict(pair))
-    evals = [spec.model_copy(update={"split": "test"}).model_dump() for spec in whole.evals]
+    evals = [_on_test(spec).model_dump() for spec in whole.evals]
     return PairSpec.model_validate({**pair, "evals": evals})
+
+
+def _on_test(spec: EvaluationSpec) -> EvaluationSpec:
+    """The evaluation on the test split; the same where it judges no images, as `cost`."""
+    judges = "test" in get_args(type(spec).model_fields["split"].annotation)
+    return spec.model_copy(update={"split": "test"}) if judges else spec
 
 
 def has_test_split(keys: Mapping[str, Any], store: Store) -> bool:

@@ -61,8 +61,10 @@ def compare(one: str, other: str, test: bool, settings: Settings, sheet: Path) -
         sheet: where the sheet of images is written.
 
     Raises:
-        UserError: there is no such study or completed trial, or they were not judged on the same images.
+        UserError: there is no such study or completed trial, or they were not judged on the same images; or the sheet cannot
+            be written there.
     """
+    _refuse_place(sheet)
     store = settings.open_store()
     trials = [_trial(name, settings) for name in (one, other)]
     keys = [_keys(trial, test, settings) for trial in trials]
@@ -89,6 +91,15 @@ def compare(one: str, other: str, test: bool, settings: Settings, sheet: Path) -
     first, second = _differing(results[0][0], results[1][0])
     drawn = _draw(keys[0], evaluation, trials[0], first, second, store, sheet) if first or second else None
     return Comparison(metrics, count, len(first), len(second), drawn)
+
+
+def _refuse_place(sheet: Path) -> None:
+    """Refuse a place that is no file, before it is replaced: of a device, the device itself would be."""
+    if not sheet.parent.is_dir():
+        raise UserError(f"there is no folder {sheet.parent}", "-o", "Name a file in a folder that exists.")
+    if sheet.is_dir() or (sheet.exists() and not sheet.is_file()):
+        what = "a folder" if sheet.is_dir() else "no regular file"
+        raise UserError(f"{sheet} is {what}", "-o", "Name a file, such as compare.png.")
 
 
 def _known(metric: str, values: list[dict[str, float]]) -> bool:

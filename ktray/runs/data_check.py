@@ -20,12 +20,13 @@ from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
 from ktray.text import as_read, some_of, visible_name
+from ktray.yaml_file import parse_yaml
 
 FILE = "data.json"
 
 
 def parse_data(text: str) -> DataSpec:
-    """The spec of a data set given as text, such as ``folder:/photos`` or ``parquet:/p?label=label``.
+    """The spec of a data set given as text: ``folder:/photos``, ``parquet:/p?label=label``, or a mapping in YAML.
 
     Raises:
         UserError: no such kind, or a field is wrong.
@@ -35,9 +36,11 @@ def parse_data(text: str) -> DataSpec:
     from ktray import plugins
     from ktray.search import spec_errors
 
-    kind = plugins.module("dataset", text.partition("?")[0].partition(":")[0]).Spec
+    value = parse_yaml(text, "the data set") if text.startswith("{") else text
+    named = value.get("kind") if isinstance(value, dict) else text.partition("?")[0].partition(":")[0]
+    kind = plugins.module("dataset", str(named)).Spec
     try:
-        data: DataSpec = TypeAdapter(DataSpec).validate_python(text)
+        data: DataSpec = TypeAdapter(DataSpec).validate_python(value)
         return data
     except ValidationError as error:
         spec_errors.raise_if_any(
@@ -178,17 +181,19 @@ def _sample(splits: dict[str, Source], spec: DataSpec, count: int) -> dict[str, 
     """What some images are, spread over all splits; None for a data set whose images are not encoded."""
     from ktray.images import Unreadable, properties
 
-    places: list[tuple[Callable[[int], bytes | Path] | None, int]]
-    places = [(part.original or part.encoded, row) for part in splits.values() for row in range(len(part.names))]
+    places = [(part, row) for part in splits.values() for row in range(len(part.names))]
     names = [name for part in splits.values() for name in part.names]
     rows = np.unique(np.linspace(0, len(places) - 1, count).astype(np.int64)) if len(places) else np.arange(0)
     found, unreadable = [], {}
     for row in rows.tolist():
-        original, index = places[row]
+        part, index = places[row]
+        original = part.original or part.encoded
         if original is None:
             return None
         try:
             found.append(properties(original(index), spec))
+            if part.mask is not None:
+                part.mask(index)
         except Unreadable as error:
             unreadable[names[row]] = str(error)
     wide = [each for each in found if each.bits > 8]

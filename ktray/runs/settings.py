@@ -72,7 +72,8 @@ def make_settings(
         allow_plugins: packages whose kinds may load; they stay allowed in this process.
 
     Raises:
-        UserError: the home cannot be created, a path is a URL, or begins with ``~`` and there is no such home folder.
+        UserError: the home cannot be created, a path is a URL, or begins with ``~`` and there is no such home folder; or the
+            runtime file is not one.
     """
     from ktray import plugins, redaction  # it loads pydantic, which `ktray --help` does not need
 
@@ -80,6 +81,10 @@ def make_settings(
     redaction.remember(tracking or "")
     runtime_file, url = local_path(runtime, "--runtime") if runtime else None, _with_home_folder(store or "")
     require_file_url(url)
+    if runtime_file is not None:
+        from ktray.scheduler.resources import load_runtime_settings
+
+        load_runtime_settings(runtime_file)  # refused before anything is made, by every command that is given it
     folder = open_home(home)
     return Settings(folder, url or f"file://{folder / 'store'}", tracking, runtime_file, verbosity)
 

@@ -27,11 +27,14 @@ from ktray.errors import UserError
 from ktray.fingerprint import seed_of
 from ktray.images import VOID, Source, split_rows, with_absolute_path
 from ktray.spec import DataSpec
+from ktray.text import MAX_SHOWN, cut
 
 YEAR = "2007"
 _LISTS = {"train": 0.25, "val": 0.25, "test": 0.5}  # shares of VOC 2007's lists
 _MOST_OBJECTS, _MOST_DISTRACTORS = 4, 3
 _LEAST_SIDE, _MOST_SIDE = 48, 4096
+_MOST_IMAGES = 999_999
+_LONGEST_FILE_NAME = 255  # bytes
 _DIFFICULT = 0.12  # share of objects
 _EDGE = 0.5  # an object is where it covers at least this much of a pixel
 _LEAST_VISIBLE = 0.5  # share of an object's pixels that later ones leave, and that lie in the image
@@ -110,8 +113,11 @@ def compose(
         raise UserError(f"{out} already holds a data set", "OUT", "Give another folder, or remove this one.")
     material, classes = _material(spec)
     names = _lists(images)
-    for folder in ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject"):
-        (root / folder).mkdir(parents=True)
+    try:
+        for folder in ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject"):
+            (root / folder).mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{root} cannot be made: {error.strerror}", "OUT", "Give another folder.") from error
     shown: dict[str, list[_Shown]] = {}
     in_coco = _Coco(classes)
     counts = {"objects": 0, "difficult": 0, "truncated": 0}
@@ -143,6 +149,8 @@ def _lists(images: int) -> dict[str, list[tuple[int, str]]]:
     """List -> number and name of each of its images."""
     if images < 4:
         raise UserError(f"{images} images are too few for train, val and test", "--images", "Give at least 4.")
+    if images > _MOST_IMAGES:
+        raise UserError(f"{images:,} images have no names of six digits", "--images", f"Give at most {_MOST_IMAGES:,}.")
     sizes = {name: round(share * images) for name, share in _LISTS.items()}
     sizes["test"] = images - sizes["train"] - sizes["val"]
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
@@ -166,6 +174,8 @@ def _material(spec: DataSpec) -> tuple[dict[str, _Material], list[str]]:
     names = [_file_name(name) for name in splits.train.classes]
     if len(set(names)) < len(names):
         raise UserError("two classes have the same name as a file", "--from", "Rename one of them.")
+    if too_long := [name for name in names if len(f"{name}_trainval.txt".encode()) > _LONGEST_FILE_NAME]:
+        raise UserError(f"the name of the class {cut(too_long[0], MAX_SHOWN)!r} is too long for files", "--from", "Shorten it.")
     order = sorted(range(len(names)), key=names.__getitem__)
     number = np.argsort(order)  # VOC numbers classes in alphabetical order
 

@@ -11,9 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from ktray.artifact import Artifact, Stage
-from ktray.errors import MissingInput, SearchStopped, StageFailed, UserError
+from ktray.errors import MissingInput, SearchStopped, StageFailed
 from ktray.pool import SMALL_BATCH_SIZE, StageContext
-from ktray.scheduler.messages import DISK_FULL, OUT_OF_MEMORY, StageFunction, failure_kind, repeated_out_of_memory_text
+from ktray.scheduler.messages import (
+    DISK_FULL,
+    OUT_OF_MEMORY,
+    StageFunction,
+    describe_error,
+    failure_kind,
+    repeated_out_of_memory_text,
+)
 from ktray.stores import Store
 from ktray.stores.locks import lock_store_shared, try_lock_store
 
@@ -95,7 +102,7 @@ class LocalScheduler:
         kind = failure_kind(error, self.store.root)
         if kind == DISK_FULL:
             return SearchStopped(f"the disk is full: {error}")
-        cause = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        cause = describe_error(error)
         cause = repeated_out_of_memory_text(cause) if kind == OUT_OF_MEMORY else cause
         with suppress(OSError):  # a store that cannot be written is one of the causes
             self.store.record_failure(stage.key, {"cause": cause, "traceback": traceback.format_exc(), "stage": stage.name})

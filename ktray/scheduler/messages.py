@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ktray.artifact import Artifact, Stage
-from ktray.errors import UserError, disk_is_full
+from ktray.errors import DamagedArtifact, MissingInput, UserError, disk_is_full
 from ktray.pool import StageContext
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.scheduler.worker_registry import Worker, WorkerShape
@@ -236,9 +236,14 @@ def failure_kind(error: BaseException, store: Path) -> FailureKind:
 
 
 def describe_error(error: BaseException) -> str:
-    """The error in one line of at most 500 characters; a `UserError` without its class name."""
+    """The error in one line of at most 500 characters.
+
+    A sentence that ktray wrote stands alone: a name of Python's would tell its reader nothing. Other errors have their class,
+    because a text such as ``'k'`` says nothing without it.
+    """
     text = " ".join(str(error).split())
-    if isinstance(error, UserError):
+    is_sentence = isinstance(error, UserError | MissingInput | DamagedArtifact) or type(error) is ValueError
+    if text and is_sentence:
         return text[:500]
     return f"{type(error).__name__}: {text}"[:500] if text else type(error).__name__
 

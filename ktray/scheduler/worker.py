@@ -284,8 +284,7 @@ class WorkerActor:
                 seconds = time.monotonic() - began
                 result = AttemptResult(stage.key, attempt, seconds, ((stage.key, computed), *others))
             except MissingInput as error:
-                cause = f"MissingInput: {error}"
-                result = AttemptResult(stage.key, attempt, failure=FAILED, cause=cause, missing=error.key)
+                result = AttemptResult(stage.key, attempt, failure=FAILED, cause=describe_error(error), missing=error.key)
             except BaseException as error:  # noqa: BLE001 - a process boundary: any error of a stage is that stage's failure
                 kind, cause = failure_kind(error, self._store.root), describe_error(error)
                 result = AttemptResult(stage.key, attempt, failure=kind, cause=cause, traceback=traceback.format_exc())

@@ -310,9 +310,18 @@ def parse_pair(content: Mapping[str, Any], source: str) -> PairSpec:
     if "pair" in content and len(content) > 1:
         others = first_few(shown(key) for key in content if key != "pair")
         raise UserError(f"beside 'pair' there is {others}", source, "The file of a pair has no other field than 'pair'.")
-    space = Space.from_content(
-        {"study": "pair", "objectives": [{"metric": "none"}], "pair": content.get("pair", content)}, source
-    )
+    try:
+        return _only_pair(content.get("pair", content), source)
+    except UserError as error:
+        if "pair" in content:
+            raise
+        where, entries = error.where.replace(": pair.", ": ", 1), (entry.replace("- pair.", "- ", 1) for entry in error.entries)
+        raise UserError(error.problem, where, error.instead, tuple(entries)) from error
+
+
+def _only_pair(pair: Any, source: str) -> PairSpec:
+    """The pair of a space that draws nothing; errors name its fields as in the file of a space."""
+    space = Space.from_content({"study": "pair", "objectives": [{"metric": "none"}], "pair": pair}, source)
     drawn = next(space_tree.parameters_with_conditions(space.root), None)
     if drawn:
         raise UserError("a single pair draws nothing", f"{source}: pair.{drawn[0].name}", "Write the value itself.")

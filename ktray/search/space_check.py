@@ -44,7 +44,7 @@ def check_and_fill_modes(space: Space) -> Space:
     spec_errors.raise_if_any(found, space.source)
     modes = metric_directions(next(iter(pairs.values())))
     objectives = tuple(
-        typed.model_copy(update={"mode": typed.mode or modes[typed.metric] or "min"}) for typed in space.document.objectives
+        typed.model_copy(update={"mode": typed.mode or modes[typed.metric]}) for typed in space.document.objectives
     )
     stop = space.early_stop
     if stop is not None:
@@ -92,6 +92,9 @@ def _objective_problems(space: Space, pairs: Mapping[str, PairSpec]) -> Iterator
         if objective.mode and mode and objective.mode != mode:
             better = "larger" if mode == "max" else "smaller"
             yield SpecProblem(where, f"{objective.metric} is better when {better}", f"Write mode: {mode}.")
+        elif not objective.mode and not mode:
+            problem = f"whether a larger or a smaller {objective.metric} is better is not known"
+            yield SpecProblem(where, problem, "Write mode: min if less is better, or mode: max.")
     for label, pair in pairs.items():
         on_test = [_evaluation_name(entry) for entry in pair.evals if getattr(entry, "split", "val") == "test"]
         if on_test:

@@ -181,6 +181,14 @@ def _is_deeper(value: Any, most: int) -> bool:
 
 def _apply_override(content: dict[str, Any], name: str, value: Any) -> None:
     steps = name.split(".")
+    if not SpaceFile.model_fields.keys() & content.keys():  # the whole file is a pair
+        steps = steps[1:] if steps[0] == "pair" and len(steps) > 1 else steps
+        if steps[0] in SpaceFile.model_fields:
+            raise UserError(
+                f"the file is a pair, and {steps[0]!r} is a field of search spaces",
+                f"--set {name}",
+                "Set a field of the pair, such as --set transfer.k=500.",
+            )
     node: Any = content["pair"] if "pair" in content and steps[0] not in SpaceFile.model_fields else content
     for index, step in enumerate(steps):
         parent, key, old = _step_into(node, step, ".".join(steps[:index]) or "the pair", f"--set {name}")

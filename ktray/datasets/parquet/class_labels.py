@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ktray.datasets.parquet.footers import ParquetFile, columns_of, damage_of, damaged, is_bytes, opened, some, stored
 from ktray.errors import UserError
-from ktray.text import as_read
+from ktray.text import as_read, written_differently
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,8 @@ def _refuse_other_spellings(files: list[_FileLabels]) -> None:
             (one, first), (other, second) = list(names.items())[:2]
             raise _unmatched(
                 f"{first.file.name} has the class {some([repr(one)])} ({some(first.known, 10)}), "
-                f"and {second.file.name} the class {some([repr(other)])} ({some(second.known, 10)})"
+                f"and {second.file.name} the class {some([repr(other)])} ({some(second.known, 10)}); "
+                f"{written_differently(one, other)}"
             )
 
 

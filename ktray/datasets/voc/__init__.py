@@ -34,6 +34,7 @@ from ktray.images import (
     data_folder,
     decode,
     decode_mask,
+    mask_size,
 )
 from ktray.images.annotation_files import AnnotatedImage, BadAnnotation
 from ktray.images.folder_tree import SUFFIXES, WHERE
@@ -246,11 +247,31 @@ def _part(kit: Devkit, name: str, spec: Spec) -> _Part:
 def _entries(kit: Devkit, file: Path) -> list[Entry]:
     found = []
     for line in annotation_files.read_list(file):
-        key, place = line.words[0], f"{file.name}, line {line.number}"
+        place = f"{file.name}, line {line.number}"
+        key = _key(line.words, kit, place)
         annotation_files.refuse_name(key, place)
         image = kit.images.get(key, kit.root / "JPEGImages" / f"{key}.jpg")
         found.append(Entry(f"VOC{kit.year}/JPEGImages/{image.name}", key, image, place))
     return found
+
+
+def _key(words: tuple[str, ...], kit: Devkit, place: str) -> str:
+    """The name of an image in a line of a list; the lists of other tasks have a number behind it.
+
+    Raises:
+        UserError: the line has more, as a name with a blank does, or the name has the suffix of its file.
+    """
+    key, *more = words
+    if more and (len(more) > 1 or key not in kit.images or not re.fullmatch(r"-?\d+", more[0])):
+        raise UserError(
+            f"{place}: {' '.join(words)[:80]!r} is not the name of an image", WHERE, "Names in VOC's lists have no blanks."
+        )
+    stem, suffix = os.path.splitext(key)
+    if key not in kit.images and suffix.lower() in SUFFIXES:
+        raise UserError(
+            f"{place}: {key[:80]!r} is the name of a file", WHERE, f"VOC's lists have no suffix: write {stem[:80]}."
+        )
+    return key
 
 
 def _classes(kits: Sequence[Devkit], spec: Spec) -> tuple[tuple[str, ...], str]:
@@ -427,9 +448,10 @@ def _with_mask(entry: Entry, classes: Mapping[str, int]) -> AnnotatedImage:
     """The size of an image, which its mask must have, too."""
     mask = _mask_file(entry)
     try:
-        size = annotation_files.file_size(mask)
+        size = mask_size(mask)
     except (Unreadable, OSError) as error:
-        raise BadAnnotation(f"SegmentationClass/{mask.name}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise BadAnnotation(f"SegmentationClass/{mask.name}: {why}") from error
     annotation_files.require_size(entry.file, size, f"SegmentationClass/{mask.name}")
     return annotation_files.annotated(size, [], [], 0)
 

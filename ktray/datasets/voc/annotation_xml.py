@@ -171,7 +171,7 @@ def _size(stated: Element | None, file: Path, image: Path) -> tuple[int, int]:
     if stated is None or all(stated.texts.get(side, ("0", 0))[0] in ("", "0") for side in _SIZE):
         try:
             return file_size(image)
-        except (Unreadable, OSError) as error:
+        except Unreadable as error:
             raise BadAnnotation(f"{image.name}: {error}") from error
     width, height = (_number(stated, side) for side in _SIZE)
     if not (width.is_integer() and height.is_integer() and 0 < width <= MAX_COUNT and 0 < height <= MAX_COUNT):
@@ -214,6 +214,8 @@ def _flag(element: Element, name: str) -> bool:
 
 def _in_image(corners: tuple[float, ...], size: tuple[int, int], element: Element) -> tuple[list[float], bool]:
     try:
+        if corners[2] < 1 and corners[3] < 1:
+            raise ValueError("its box ends within the first pixel, as one in shares of the sides does; VOC states pixels")
         return clipped_box(corners, size)
     except ValueError as error:
         raise _Wrong(element.texts["xmin"][1], f"{element.texts['name'][0]}: {error}") from error
