@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, _imaging
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ktray.images.image_formats import CORRUPT, FORMATS, large_and_no_image, message_of, tag_numbers, what_is_unread
@@ -46,7 +46,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 def _silence_libtiff() -> None:
     """Keep libtiff from writing to stderr itself, past Python; what it finds is in Pillow's error where it matters."""
     with contextlib.suppress(OSError, AttributeError):  # a Pillow without libtiff, or one that hides its functions
-        library = ctypes.CDLL(Image.core.__file__)  # its symbols are searched in the libraries that it was linked to, too
+        library = ctypes.CDLL(_imaging.__file__)  # its symbols are searched in the libraries that it was linked to, too
         for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
             set_handler = getattr(library, name)
             set_handler.argtypes, set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p

@@ -89,7 +89,8 @@ def with_test_split(pair: Mapping[str, Any]) -> PairSpec:
 
 def _on_test(spec: EvaluationSpec) -> EvaluationSpec:
     """The evaluation on the test split; the same where it judges no images, as `cost`."""
-    judges = "test" in get_args(type(spec).model_fields["split"].annotation)
+    fields = plugins.module_of("evaluation", spec).Spec.model_fields
+    judges = "test" in get_args(fields["split"].annotation)
     return spec.model_copy(update={"split": "test"}) if judges else spec
 
 
