@@ -19,6 +19,12 @@ def print_out(text: str) -> None:
     _print(text, sys.stdout)
 
 
+def write_out(text: str) -> None:
+    """Write a part of a text to stdout at once, without a line break of its own."""
+    sys.stdout.write(visible(text))
+    sys.stdout.flush()
+
+
 def print_err(text: str) -> None:
     """A message to the user, on stderr, without passwords; nothing where stderr is closed."""
     _print(without_secrets(text), sys.stderr)

@@ -15,6 +15,7 @@ from pydantic import (
     SerializeAsAny,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -164,12 +165,17 @@ class EvaluationPlugin(PluginSpec, Protocol):
         """Split of the target data whose images are judged."""
 
 
-DataSpec = Annotated[DataPlugin, PlainValidator(_data)]
-BackboneSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "backbone"))]
-PretextSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "pretext"))]
-DescriptorSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "descriptor"))]
-TransferSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "transfer"))]
-EvaluationSpec = Annotated[EvaluationPlugin, PlainValidator(partial(_parse, "evaluation"))]
+def _any_kind(group: str) -> WithJsonSchema:
+    """Stands for the kinds of a group in the JSON schema of a model; `search.file_schema` replaces it."""
+    return WithJsonSchema({"kinds": group})
+
+
+DataSpec = Annotated[DataPlugin, PlainValidator(_data), _any_kind("dataset")]
+BackboneSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "backbone")), _any_kind("backbone")]
+PretextSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "pretext")), _any_kind("pretext")]
+DescriptorSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "descriptor")), _any_kind("descriptor")]
+TransferSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "transfer")), _any_kind("transfer")]
+EvaluationSpec = Annotated[EvaluationPlugin, PlainValidator(partial(_parse, "evaluation")), _any_kind("evaluation")]
 
 
 METRIC_PREFIXES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "cost", "objective")
@@ -367,7 +373,7 @@ def _teacher(value: Any) -> Any:
 if TYPE_CHECKING:
     TeacherSpec: TypeAlias = "TrainedTeacher | HandcraftedTeacher | LoadedTeacher | PrecomputedTeacher | StudentTeacher"
 else:
-    TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher)]
+    TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher), _any_kind("teacher")]
 
 
 class Augment(StrictSpec):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from ktray.cli import _parser, main
+from ktray.scheduler.resources import RuntimeSettings, load_runtime_settings
 from tests.test_layers import RULES, module
 from tests.toys import toy_spec
 
@@ -108,19 +109,36 @@ def test_the_path_of_a_trial_names_functions_and_no_file_that_is_not_there():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_between_pages_leads_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
-    assert [link for link in links if not link.startswith("http") and not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    written = [link for link in links if not link.startswith(("http", "reference/"))]  # those are made with the site
+    assert [link for link in written if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ktray ")])
 def test_every_command_in_the_docs_parses(line):
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line.partition(" > ")[0], comments=True)[1:]
     assert _parser().parse_args(words).run
+
+
+def test_the_runtime_files_of_the_docs_are_valid(tmp_path):
+    for block in (each for each in blocks("yaml") if each.startswith("# runtime")):
+        path = tmp_path / "runtime.yaml"
+        path.write_text(block)
+        assert load_runtime_settings(path) != RuntimeSettings()
+
+
+def test_the_errors_that_the_docs_explain_are_those_of_ktray():
+    """A title of the page of questions in quotes is the text of an error, up to a value."""
+    source = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "ktray").rglob("*.py")))
+    titles = re.findall(r"^## (\".+)$", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    quoted = [text for title in titles for text in re.findall(r'"(.+?)"', title)]
+    assert len(quoted) > 5
+    assert [text for text in quoted if text not in source] == []
 
 
 def test_the_yaml_examples_are_valid_on_data_that_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
-    for number, block in enumerate(blocks("yaml")):
+    for number, block in enumerate(each for each in blocks("yaml") if not each.startswith("# runtime")):
         spec = yaml.safe_load(block)
         spec.get("pair", spec)["data"] = {"kind": "synthetic", "count": 300, "size": 32}
         path = tmp_path / f"{number}.yaml"

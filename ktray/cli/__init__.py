@@ -25,9 +25,12 @@ from ktray.cli import (
     compare_command,
     data_command,
     export_command,
+    launch_command,
+    logs_command,
     plan_command,
     report_command,
     run_command,
+    schema_command,
     search_command,
     show_command,
     status_command,
@@ -43,6 +46,8 @@ VERBS = {
     "plan": plan_command,
     "run": run_command,
     "search": search_command,
+    "launch": launch_command,
+    "logs": logs_command,
     "status": status_command,
     "best": best_command,
     "compare": compare_command,
@@ -52,6 +57,7 @@ VERBS = {
     "ui": ui_command,
     "cache": cache_command,
     "data": data_command,
+    "schema": schema_command,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ktray.cli.terminal import positive_int, print_result, settings_of
+from ktray.cli.terminal import answered_elsewhere, positive_int, print_result, settings_of
 
 if TYPE_CHECKING:
     from ktray.runs.uncertainty import OverSeeds
@@ -43,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
     from ktray.search.journal import study_folder
 
     settings = settings_of(args)
+    code = answered_elsewhere(args, settings, args.name)
+    if code is not None:
+        return code
     study, top = read_study(settings.home, args.name), default_top(args.top, args.test)
     trials = best_trials(study, args.pareto, args.per)[:top]
     metric = study.objectives[0][0]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ktray.cli.terminal import path_argument, print_result, settings_of
+
+if TYPE_CHECKING:
+    from ktray.runs.launch import LaunchNote
 
 HELP = "the student as safetensors, or as a program (pt2, onnx)"
 
@@ -24,13 +28,27 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: no such study or completed trial, the folder is occupied, or the tracker cannot register it.
     """
+    from ktray.runs.launch import read_note
     from ktray.runs.student_export import export_trial, register_student
 
     settings = settings_of(args)
     study, _, number = args.name.partition("/")
+    note = read_note(settings.home, study)
+    if note is not None and not (settings.home / "studies" / study).is_dir():
+        return _fetch(args, note)
     files = export_trial(settings, study, number, args.directory, args.head, args.format)
     lines = [f"wrote {path}" for path in files]
     if args.register:
         lines.append(register_student(settings, study, number, args.directory))
     print_result(args, [str(path) for path in files], "\n".join(lines))
+    return 0
+
+
+def _fetch(args: argparse.Namespace, note: LaunchNote) -> int:
+    """Export where the study was searched, and bring the files here."""
+    from ktray.runs.launch_following import fetch_student
+
+    words = [args.name, "--format", args.format, "--head", args.head, *(["--register"] if args.register else [])]
+    files = fetch_student(note, words, args.directory)
+    print_result(args, [str(path) for path in files], "\n".join(f"fetched {path}" for path in files))
     return 0

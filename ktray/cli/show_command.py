@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
-from ktray.cli.terminal import path_argument, print_result, settings_of
+from ktray.cli.terminal import answered_elsewhere, path_argument, print_result, settings_of
 from ktray.runs.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
         return _presets(args)
     if args.what.startswith("kinds/"):
         return _kind(args, args.what.removeprefix("kinds/"))
+    code = answered_elsewhere(args, settings, args.what.partition("/")[0])
+    if code is not None:
+        return code
     if args.against:
         return _against(args, settings)
     store = settings.open_store()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ktray.cli.terminal import print_result, settings_of
+from ktray.cli.terminal import answered_elsewhere, print_result, settings_of
 
 HELP = "what each trial waits for, how far the search is"
 
@@ -23,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
     from ktray.runs.study_status import status
 
     settings = settings_of(args)
+    code = answered_elsewhere(args, settings, args.name)
+    if code is not None:
+        return code
     answer, text = status(settings.home, args.name, settings.open_store())
     print_result(args, answer, text)
     return 0

@@ -6,10 +6,12 @@ import argparse
 import json
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ktray.errors import UserError
 from ktray.local_path import local_path
 from ktray.output import log_to_stderr, print_at_once, print_out
 from ktray.runs.settings import Settings, make_settings
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ktray.runs.profile import Profile
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+_PLACES = ("--home", "--store", "--tracking", "--runtime", "--allow-plugins")
 MAX_DIGITS = 9  # of an argument that counts something
 
 
@@ -61,6 +64,39 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
     log_to_stderr(logging.INFO if args.verbose else logging.WARNING)
     return settings
+
+
+def answered_elsewhere(args: argparse.Namespace, settings: Settings, study: str) -> int | None:
+    """The exit code of a reading verb about a study that was launched elsewhere, which is asked there and its answer printed.
+
+    None if the study is in this home, or was not launched from it: then the verb answers itself.
+
+    Raises:
+        UserError, PreflightFailed: the place where it runs cannot be asked.
+    """
+    if not (settings.home / "launched" / f"{study}.json").exists() or (settings.home / "studies" / study).is_dir():
+        return None
+    from ktray.runs.launch import require_note
+    from ktray.runs.launch_following import answer_in_place, state
+
+    note = require_note(settings.home, study)
+    if not args.json:
+        settings.print_info(f"ktray: {state(note)}")
+    ok, text = answer_in_place(note, words_without_places(args.command))
+    print_out(text.strip("\n"))
+    return 0 if ok else UserError.exit_code
+
+
+def words_without_places(command: str) -> list[str]:
+    """The words of a command without `ktray` and without the options that say where things are on this machine."""
+    words, kept = shlex.split(command)[1:], list[str]()
+    while words:
+        word = words.pop(0)
+        if word in _PLACES:
+            words[:1] = []
+        elif not word.startswith(tuple(f"{place}=" for place in _PLACES)):
+            kept.append(word)
+    return kept
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:

@@ -228,10 +228,17 @@ def _start_own_ray(session: RaySession) -> None:
 def _connect(session: RaySession, address: str) -> None:
     import ray
 
-    _refuse_unreachable(address)
+    if address == "auto":
+        address = found_address()
+    if address.startswith("ray://"):
+        raise UserError(
+            f"{address} is Ray Client, which a search cannot use",
+            "--address",
+            "Give the HOST:PORT of the cluster, or auto on one of its machines.",
+        )
+    refuse_unreachable(address, "Give the HOST:PORT that `ray start --head` printed.")
     _claim_connection(session)
-    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
-        _enable_token()
+    use_token_of_user()
     try:
         # Nodes have ktray installed, but not the user's own plugins: Ray ships them.
         shipped = {"py_modules": paths} if (paths := plugin_paths()) else {}
@@ -290,25 +297,26 @@ def _claim_connection(session: RaySession) -> None:
     session.connected = True
 
 
-def _refuse_unreachable(address: str) -> None:
-    """Try the address first: Ray itself would retry for minutes and print to the terminal meanwhile."""
-    if address.startswith("ray://"):
-        raise UserError(
-            f"{address} is Ray Client, which a search cannot use",
-            "--address",
-            "Give the HOST:PORT of the cluster, or auto on one of its machines.",
-        )
+def use_token_of_user() -> None:
+    """Have Ray use the token that the environment names, where it does not say whether to use one."""
+    if "RAY_AUTH_MODE" not in os.environ and ("RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ):
+        _enable_token()
+
+
+def refuse_unreachable(address: str, instead: str) -> None:
+    """Try a HOST:PORT first: Ray itself would retry for minutes and print to the terminal meanwhile.
+
+    Raises:
+        UserError: nothing answers there.
+    """
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"nothing answers at {address} ({getattr(error, 'strerror', None) or error})",
-            "--address",
-            "Give the HOST:PORT that `ray start --head` printed.",
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"nothing answers at {address} ({why})", "--address", instead) from None
 
 
 def _quiet_options() -> dict[str, Any]:
@@ -418,6 +426,26 @@ def listen_on_loopback_only() -> None:
 
     _require_attribute(ray_constants, "ENABLE_RAY_CLUSTER")
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+def found_address() -> str:
+    """The HOST:PORT of the Ray on this machine: that of RAY_ADDRESS, or of a process that runs here.
+
+    Raises:
+        UserError: there is none.
+    """
+    from ray._private import services
+
+    _require_attribute(services, "canonicalize_bootstrap_address_or_die")
+    try:
+        return str(services.canonicalize_bootstrap_address_or_die("auto"))
+    except (ConnectionError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(
+            "there are several Rays on this machine" if "multiple" in said else "there is no cluster at auto: no Ray runs here",
+            "--address",
+            "Give the HOST:PORT of one." if "multiple" in said else "Start one with `ray start --head`, or give its HOST:PORT.",
+        ) from None
 
 
 def reload_ray_config() -> None:

@@ -43,9 +43,9 @@ class Budget(StrictSpec):
 
     trials: int = Field(default=20, ge=1, le=999_999_999, description="draws; failed ones count, duplicates do not")
     concurrent: int = Field(default=4, ge=1, description="trials at a time; a search runs at most 64")
-    stop_after: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_duration)] = (
-        None  # seconds, over all resumes
-    )
+    stop_after: Annotated[
+        Annotated[float, Field(gt=0)] | None, BeforeValidator(_parse_duration, json_schema_input_type=float | str | None)
+    ] = None  # seconds, over all resumes
     hours: float | None = Field(default=None, gt=0, description="of stages, summed over all workers and resumes")
 
 
