@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias, get_args
 
@@ -94,6 +95,17 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 """How a GPU rounds the inputs of a network's products and convolutions; see `ops/precision.py`."""
 NetworkPrecision = Annotated[
     Precision, Field(description="of products and convolutions when features are extracted; bfloat16 is fast on GPUs")
+]
+
+
+ImageSize = Annotated[
+    int | None,
+    Field(
+        ge=8,
+        le=2048,
+        description="side in pixels of the images that the network sees, resized on its device from those of the data; null: "
+        "the data's size",
+    ),
 ]
 
 
@@ -287,6 +299,7 @@ class TrainedTeacher(StrictSpec):
     pool: Pooling = Pooling()
     schedule: Schedule
     seed: Seed = 0
+    image_size: ImageSize = None
     dtype: Literal["float32", "float16"] = "float32"
     network_precision: NetworkPrecision = "float32"
 
@@ -298,7 +311,9 @@ class HandcraftedTeacher(StrictSpec):
     dtype: Literal["float32", "float16"] = "float32"
 
 
-Normalization = Literal["ktray", "imagenet", "half"]  # how pixels become a network's inputs; see `augment.normalize`
+Normalization = Literal["ktray", "imagenet", "half"]  # how pixels become a network's inputs; see `augmentation.normalize`
+ChannelStatistics = Mapping[str, Sequence[float]]
+"""``{"mean": ..., "std": ...}``: of the channels of images in [0, 1], by which they are normalised."""
 
 
 class LoadedTeacher(StrictSpec):
@@ -316,8 +331,63 @@ class LoadedTeacher(StrictSpec):
     normalize: Normalization = Field(default="ktray", description="imagenet for the weights of torchvision and most of timm")
     layer: str | None = None
     pool: Pooling = Pooling()
+    image_size: ImageSize = None
     dtype: Literal["float32", "float16"] = "float32"
     network_precision: NetworkPrecision = "float32"
+
+
+class NamedTeacher(StrictSpec):
+    """Pretrained weights by the name that timm gives them, with the preprocessing that belongs to them.
+
+    The weights lie in this machine's Hugging Face cache, or where `weights` says; nothing is ever downloaded on the way. Mean,
+    standard deviation, input size, crop and interpolation are those of the weights' `config.json`, or else of timm.
+
+    Without `tokens` and `layer` the features are those before the classifier, as timm computes them; with a `layer` alone they
+    are its patches. `pool` applies to patches.
+    """
+
+    timm: str = Field(description="name with its tag, such as vit_base_patch16_dinov3.lvd1689m")
+    weights: str | None = Field(
+        default=None,
+        description="a file of these weights, or a folder with one and its config.json; null: the Hugging Face cache",
+    )
+    layer: str | None = Field(default=None, description="such as blocks_5; null: the last one, after the network's final norm")
+    tokens: Literal["cls", "patches", "cls+patches", "all"] | None = Field(
+        default=None,
+        description="cls: the class token; patches: their mean, or more cells by pool; cls+patches: both, one after the other; "
+        "all: class token, each register, and patches; null: the network's own features",
+    )
+    pool: Pooling = Pooling()
+    image_size: int | None = Field(
+        default=None,
+        ge=8,
+        le=2048,
+        description="side of the input in pixels; null: the weights' own. Position embeddings are interpolated as by timm",
+    )
+    input: Literal["files", "data"] = Field(
+        default="files",
+        description="files: each image is decoded, resized and cropped as the weights' config says, and kept on disk at that "
+        "size; data: the squares of the data set (data.size) are resized on the device",
+    )
+    dtype: Literal["float32", "float16"] = "float32"
+    network_precision: NetworkPrecision = "float32"
+
+    @field_validator("timm")
+    @classmethod
+    def _is_written_as_timm_writes_it(cls, name: str) -> str:
+        bare = re.sub(r"^(hf[-_]hub:)?(timm/)?", "", name.strip())
+        if not re.fullmatch(r"[a-z0-9_]+(\.[A-Za-z0-9_\-]+)?", bare):
+            raise ValueError(f"{shown(name)} is no name of timm's, such as vit_base_patch16_dinov3.lvd1689m")
+        if bare != name:
+            raise ValueError(f"write timm: {bare}, as timm spells it, instead of {shown(name)}")
+        return name
+
+    @model_validator(mode="after")
+    def _a_pool_only_with_patches(self) -> NamedTeacher:
+        if self.pool != Pooling() and (self.tokens == "cls" or (self.tokens is None and self.layer is None)):
+            what = "a class token" if self.tokens == "cls" else "the network's own features, which are no maps"
+            raise ValueError(f"pool is for patches, and this teacher's features are {what}; leave it out, or ask for patches")
+        return self
 
 
 class Columns(StrictSpec):
@@ -357,6 +427,7 @@ def _teacher(value: Any) -> Any:
         "pretext": (TrainedTeacher, "trained"),
         "descriptor": (HandcraftedTeacher, "handcrafted"),
         "checkpoint": (LoadedTeacher, "loaded"),
+        "timm": (NamedTeacher, "pretrained, by its name"),
         "features": (PrecomputedTeacher, "ready-made"),
         "pair": (StudentTeacher, "the student of another pair"),
     }
@@ -371,7 +442,9 @@ def _teacher(value: Any) -> Any:
 
 
 if TYPE_CHECKING:
-    TeacherSpec: TypeAlias = "TrainedTeacher | HandcraftedTeacher | LoadedTeacher | PrecomputedTeacher | StudentTeacher"
+    TeacherSpec: TypeAlias = (
+        "TrainedTeacher | HandcraftedTeacher | LoadedTeacher | NamedTeacher | PrecomputedTeacher | StudentTeacher"
+    )
 else:
     TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher), _any_kind("teacher")]
 
@@ -390,6 +463,7 @@ class Student(StrictSpec):
     schedule: Schedule
     augment: Augment = Augment()
     seed: Seed = 0
+    image_size: ImageSize = None
 
 
 class PairSpec(StrictSpec):
@@ -511,6 +585,11 @@ class StudentTeacher(StrictSpec):
         """The network of the student that teaches."""
         return self.pair.student.backbone
 
+    @property
+    def image_size(self) -> int | None:
+        """The size of the images that this student sees."""
+        return self.pair.student.image_size
+
 
 NetworkTeacher = TrainedTeacher | LoadedTeacher | StudentTeacher
-"""The teachers that are a network: they have a `backbone`, a `layer` and a `pool`."""
+"""The teachers that are a network as the spec says it: they have a `backbone`, a `layer` and a `pool`."""

@@ -1,15 +1,18 @@
 """Any model of the timm library by name, untrained; its feature levels are the layers. Needs `pip install 'ktray[timm]'`.
 
-Nothing is downloaded. Pretrained weights come from a file, through a loaded teacher, with timm's parameter names. Layers are
-named as by timm's `features_only`, with "_" for "." (`layer3`, `blocks_5`, `stages_2`), and are maps (B, C, h, w) for
-transformers too. timm may change what a name means between versions; an artifact's record names the version.
+Nothing is downloaded. Pretrained weights are those of a teacher with `timm`, or come from a file, through a loaded teacher,
+with timm's parameter names. Layers are named as by timm's `features_only`, with "_" for "." (`layer3`, `blocks_5`,
+`stages_2`), and are maps (B, C, h, w) for transformers too. `token_layers` are outputs with other tokens than patches: see
+`token_layer`. timm may change what a name means between versions; an artifact's record names the version.
 
 Source: Wightman, PyTorch Image Models, doi:10.5281/zenodo.4414861.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -47,23 +50,71 @@ class Spec(StrictSpec):
         )
 
 
+Tokens = Literal["cls", "patches", "cls+patches", "all"]
+"""Which outputs of a network are features: its class token, its patches, or both; "all" adds registers."""
+TOKENS: tuple[Tokens, ...] = ("cls", "patches", "cls+patches", "all")
+
+
+def token_layer(layer: str | None, tokens: Tokens | None) -> str | None:
+    """The name of an output, for a forward hook: ``blocks_5``, ``blocks_5:cls``, ``cls+patches`` (of the last, normalised).
+
+    Args:
+        layer: one of `layers`; None for the output of the last one after the network's final norm.
+        tokens: None for the features of the network itself, or the patches of a layer.
+    """
+    if layer is None:
+        return tokens
+    return layer if tokens in (None, "patches") else f"{layer}:{tokens}"
+
+
 class _Timm(nn.Module):
-    """A timm model; an identity module for each of its feature levels names the layer."""
+    """A timm model; an identity module for each of its outputs names the layer.
+
+    The output of a layer is its maps (B, C, h, w). Of a token layer it is the class token (B, C), or a pair: the tokens before
+    the patches (B, P, C), and the maps of the patches.
+    """
 
     def __init__(self, model: Any, levels: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.layers = model, levels
-        for name in levels:
+        self._prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+        self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        self._with_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+        has_class = self._prefix > 0 and getattr(model, "cls_token", None) is not None
+        kinds = TOKENS if has_class else ("patches", "all")
+        inner = [token_layer(level, kind) for level in levels for kind in kinds if kind != "patches"] if self._prefix else []
+        self.token_layers = tuple(str(name) for name in (*inner, *kinds))
+        for name in (*levels, *self.token_layers):
             self.add_module(name, nn.Identity())
         self.feature_dim = int(getattr(model, "head_hidden_size", None) or model.num_features)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 -> (B, feature_dim) float32: the input of the model's classifier."""
-        last, levels = self.model.forward_intermediates(images, output_fmt="NCHW")
-        for name, maps in zip(self.layers, levels, strict=True):
-            self.get_submodule(name)(maps)
+        prefixed = {"return_prefix_tokens": True} if self._prefix and self._with_prefix else {}
+        last, levels = self.model.forward_intermediates(images, output_fmt="NCHW", **prefixed)
+        maps = [level[0] if prefixed else level for level in levels]
+        for name, found in zip(self.layers, maps, strict=True):
+            self.get_submodule(name)(found)
+        self._show_tokens(last, maps, [level[1] for level in levels] if prefixed else [])
         features: Tensor = self.model.forward_head(last)
         return features
+
+    def _show_tokens(self, last: Tensor, maps: Sequence[Tensor], prefixes: Sequence[Tensor]) -> None:
+        """Run the identity modules of the token layers that somebody listens to."""
+        shown = [name for name in self.token_layers if self.get_submodule(name)._forward_hooks]
+        for name in shown:
+            layer, _, tokens = name.rpartition(":")
+            if layer:
+                index = self.layers.index(layer)
+                prefix, patches = prefixes[index], maps[index]
+            elif last.ndim == 3:
+                prefix = last[:, : self._prefix]
+                patches = last[:, self._prefix :].transpose(1, 2).unflatten(2, tuple(maps[-1].shape[2:]))
+            else:
+                patches = last.permute(0, 3, 1, 2) if self._channels_last else last
+                prefix = patches.new_zeros(len(patches), 0, patches.shape[1])
+            chosen = prefix[:, : 0 if tokens == "patches" else 1 if tokens == "cls+patches" else self._prefix]
+            self.get_submodule(name)(prefix[:, 0] if tokens == "cls" else (chosen, patches))
 
 
 def build(spec: Spec) -> nn.Module:

@@ -28,13 +28,15 @@ from ktray.errors import UserError
 from ktray.features import graphed_pass
 from ktray.features.graphed_pass import GraphedPass
 from ktray.images import Images, open_split
-from ktray.ops import augmentation, precision
+from ktray.ops import augmentation, precision, resizing
 from ktray.pool import Pool
 from ktray.spec import (
     BackboneSpec,
+    ChannelStatistics,
     DataSpec,
     HandcraftedTeacher,
     LoadedTeacher,
+    NamedTeacher,
     Normalization,
     Pooling,
     Precision,
@@ -43,7 +45,7 @@ from ktray.spec import (
     TrainedTeacher,
 )
 from ktray.text import some_of
-from ktray.training import loop, snapshot
+from ktray.training import loop, snapshot, timm_weights
 
 View = tuple[str | None, Pooling]
 """A layer of a network (None for the output of its forward pass), and how its maps become one vector."""
@@ -53,7 +55,7 @@ def layer_extractor(
     network: nn.Module,
     layer: str | None,
     pool: Pooling,
-    normalize: Normalization = "ktray",
+    normalize: Normalization | ChannelStatistics = "ktray",
     computed_in: Precision = "float32",
 ) -> Callable[[Tensor], Tensor]:
     """A function that extracts features: (B, H, W, 3) uint8 -> (B, D) float32, both on the network's device.
@@ -68,7 +70,10 @@ def layer_extractor(
 
 
 def layers_extractor(
-    network: nn.Module, views: Sequence[View], normalize: Normalization = "ktray", computed_in: Precision = "float32"
+    network: nn.Module,
+    views: Sequence[View],
+    normalize: Normalization | ChannelStatistics = "ktray",
+    computed_in: Precision = "float32",
 ) -> Callable[[Tensor], list[tuple[Tensor, float]]]:
     """As `layer_extractor`, for several layers in one forward pass; bitwise equal to extracting each layer on its own.
 
@@ -98,8 +103,13 @@ class _Run(Protocol):
         """As `layers_extractor`; without `timed` the seconds on a GPU mean nothing, and nothing waits for them."""
 
 
-def _forward(network: nn.Module, views: Sequence[View], normalize: Normalization) -> _Run:
+def _forward(
+    network: nn.Module, views: Sequence[View], normalize: Normalization | ChannelStatistics, resize: Resize | None = None
+) -> _Run:
     """The tensor operations of `layers_extractor`, in whatever precision and mode they are called.
+
+    Args:
+        resize: of the images, if they are not of the size that the network sees.
 
     Raises:
         UserError: as `layer_extractor`.
@@ -108,15 +118,16 @@ def _forward(network: nn.Module, views: Sequence[View], normalize: Normalization
     network.to(memory_format=torch.channels_last)
     layers: tuple[str, ...] = network.layers  # type: ignore[assignment]
     wanted = {layer for layer, _ in views}
-    for layer in wanted - {None, *layers}:
+    for layer in wanted - {None, *layers, *token_layers(network)}:
         raise UserError(f"the backbone has no layer {layer!r}", "layer", f"One of: {', '.join(layers)}.")
     hooked = {layer: network.get_submodule(layer) for layer in wanted if layer is not None}
 
     def run(images: Tensor, timed: bool) -> list[tuple[Tensor, float]]:
         collector = _LayerOutputs(views, timed)
         handles = [module.register_forward_hook(collector.hook_for(layer)) for layer, module in hooked.items()]
+        seen = images if resize is None else resizing.resized(images, *resize)
         try:
-            collector.hook_for(None)(network, (), network(augmentation.normalize(images, normalize)))
+            collector.hook_for(None)(network, (), network(augmentation.normalize(seen, normalize)))
         except _LastLayerReached:
             pass
         finally:
@@ -130,6 +141,12 @@ def _forward(network: nn.Module, views: Sequence[View], normalize: Normalization
     return run
 
 
+def token_layers(network: nn.Module) -> tuple[str, ...]:
+    """The outputs of a network that have other tokens than patches, beside its `layers`; a network may have none."""
+    found: tuple[str, ...] = getattr(network, "token_layers", ())
+    return found
+
+
 class _LayerOutputs:
     """Outputs collected in one forward pass: index of a view -> its rows, and the seconds until they were ready."""
 
@@ -137,10 +154,10 @@ class _LayerOutputs:
         self.views, self.timed, self.began = views, timed, time.perf_counter()
         self.found: dict[int, tuple[Tensor, float]] = {}
 
-    def hook_for(self, layer: str | None) -> Callable[[Any, Any, Tensor], None]:
+    def hook_for(self, layer: str | None) -> Callable[[Any, Any, _Output], None]:
         """The forward hook of a layer; if it runs several times, the first output counts, as in a pass for it alone."""
 
-        def hook(_: Any, __: Any, output: Tensor) -> None:
+        def hook(_: Any, __: Any, output: _Output) -> None:
             for index, (name, pool) in enumerate(self.views):
                 if name == layer and index not in self.found:
                     rows = _pooled(output, pool)
@@ -159,7 +176,14 @@ class _LastLayerReached(Exception):
     """Raised by a hook to end the forward pass once all requested outputs are collected."""
 
 
-def _pooled(output: Tensor, pool: Pooling) -> Tensor:
+_Output = Tensor | tuple[Tensor, Tensor]
+"""Rows (B, D), maps (B, C, h, w), or tokens (B, P, C) and the maps that come after them in a vector."""
+
+
+def _pooled(output: _Output, pool: Pooling) -> Tensor:
+    if isinstance(output, tuple):
+        tokens, maps = output
+        return torch.cat([tokens.flatten(1).float(), _pooled(maps, pool)], dim=1)
     side = min(output.shape[2:]) if output.ndim == 4 else 1
     grid = pool.side(output.shape[1], side)
     if grid > side:
@@ -176,6 +200,9 @@ def _pooled(output: Tensor, pool: Pooling) -> Tensor:
 
 IDENTITY, REVISION = "feature_extraction", 2
 TOOLS = (augmentation,)
+
+Resize = tuple[int, resizing.Interpolation]
+"""Side in pixels to which images are resized, and how."""
 
 BATCH = 256  # images that go through a network or descriptor at once; on a GPU, `graphed_pass.batch_size` for networks
 SHARD_ROWS = 4096  # a multiple of every batch size, so that all images go through in the same batches, shards or not
@@ -211,17 +238,40 @@ def network_view(
     backbone: BackboneSpec,
     layer: str | None,
     pool: Pooling,
-    normalize: Normalization = "ktray",
+    normalize: Normalization | ChannelStatistics = "ktray",
     computed_in: Precision = "float32",
+    resize: Resize | None = None,
 ) -> dict[str, Any]:
-    """All that determines the features of a network, except its weights, as plain data."""
-    return {
+    """All that determines the features of a network, except its weights, as plain data.
+
+    Args:
+        resize: of the images, where the network sees them at another size than that of the data.
+    """
+    view = {
         "backbone": backbone.model_dump(),
         "layer": layer,
         "pool": pool.model_dump(),
         "normalize": normalize,
         "precision": computed_in,
     }
+    return view if resize is None else {**view, "resize": {"size": resize[0], "interpolation": resize[1]}}
+
+
+def resize_of(view: Mapping[str, Any] | None) -> Resize | None:
+    """How the images of a view are resized before its network sees them; None if they are not."""
+    found = (view or {}).get("resize")
+    return (found["size"], found["interpolation"]) if found else None
+
+
+def resized_to(image_size: int | None) -> Resize | None:
+    """The resizing of a network that sees images of this size; None for one that sees those of the data."""
+    return None if image_size is None else (image_size, "bilinear")
+
+
+def seen_by(view: Mapping[str, Any] | None, images: Images) -> Images:
+    """Images at the size at which the network of a view sees them."""
+    resize = resize_of(view)
+    return images if resize is None else resizing.at_size(images, *resize)
 
 
 def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
@@ -229,12 +279,22 @@ def teacher_view(teacher: TeacherSpec) -> dict[str, Any]:
 
     Raises:
         TypeError: its features are precomputed, not extracted.
+        UserError: a teacher by its name is not on this machine.
     """
     if isinstance(teacher, HandcraftedTeacher):
         return {"descriptor": teacher.descriptor.model_dump()}
+    if isinstance(teacher, NamedTeacher):
+        found = timm_weights.find(teacher)
+        layer, prepared = timm_weights.layer_of(teacher), found.preprocessing
+        resize: Resize | None = None
+        if teacher.input == "data":
+            resize = (prepared.size, "bicubic" if prepared.interpolation == "bicubic" else "bilinear")
+        statistics = prepared.statistics()
+        return network_view(found.backbone, layer, teacher.pool, statistics, teacher.network_precision, resize)
     if isinstance(teacher, TrainedTeacher | LoadedTeacher | StudentTeacher):
         normalize = teacher.normalize if isinstance(teacher, LoadedTeacher) else "ktray"
-        return network_view(teacher.backbone, teacher.layer, teacher.pool, normalize, teacher.network_precision)
+        resize = resized_to(teacher.image_size)
+        return network_view(teacher.backbone, teacher.layer, teacher.pool, normalize, teacher.network_precision, resize)
     raise TypeError(f"a {type(teacher).__name__} has no features to extract")
 
 
@@ -288,7 +348,8 @@ def extract_views(
         ValueError: a feature is not finite (the message names the first such image), or `weights` or `state` is missing.
     """
     count = len(images)
-    batches = _batches_of(views, weights, state, device, max_batch_size, images.size, max(count, expected or 0))
+    images = seen_by(views[0], images)
+    batches = _batches_of(views, weights, state, device, max_batch_size, images, max(count, expected or 0))
     found: list[NDArray[np.float32] | None] = []
     for at, results in batches(images, 0, count):
         if not found:
@@ -433,7 +494,8 @@ def _source(canonical: str, versions: tuple[State, ...]) -> tuple[_Batches, Imag
     first, images = sources[0], _open_images(sources[0])
     weights, state = (Path(first[name]) if first[name] else None for name in ("weights", "state"))
     views = [source["view"] for source in sources]
-    batches = _batches_of(views, weights, state, first["device"], first.get("max_batch_size"), images.size, len(images))
+    images = seen_by(views[0], images)
+    batches = _batches_of(views, weights, state, first["device"], first.get("max_batch_size"), images, len(images))
     return batches, images, [source["dtype"] for source in sources]
 
 
@@ -448,15 +510,15 @@ def _batches_of(
     state: Path | None,
     device: str,
     max_batch_size: int | None,
-    side: int,
+    images: Images,
     expected: int,
 ) -> _Batches:
-    """What computes the views of `expected` images of this side, batch by batch."""
+    """What computes the views of `expected` images like these, batch by batch."""
     if "backbone" not in views[0]:
         [view] = views
         return _batches_of_arrays(_timed(_descriptor_extractor(view, state, device), max_batch_size))
     if torch.device(device).type == "cuda":
-        return _batches_of_graph(views, weights, device, max_batch_size, side, expected)
+        return _batches_of_graph(views, weights, device, max_batch_size, (images.stored or images).size, expected)
     network = trained_network(plugins.parse("backbone", views[0]["backbone"]), weights)
     extract = layers_extractor(network, [_layer_of(view) for view in views], views[0]["normalize"], views[0]["precision"])
 
@@ -516,7 +578,9 @@ _kept: list[_Kept] = []  # at most one, since it occupies device memory
 def _batches_of_graph(
     views: Sequence[Mapping[str, Any]], weights: Path | None, device: str, max_batch_size: int | None, side: int, expected: int
 ) -> _Batches:
-    size = graphed_pass.batch_size(side, torch.cuda.get_device_properties(device).total_memory)
+    resize = resize_of(views[0])
+    largest = side if resize is None else max(side, resize[0])
+    size = graphed_pass.batch_size(largest, torch.cuda.get_device_properties(device).total_memory)
     size = min(size, max_batch_size or size)
 
     def batches(images: Images, start: int, stop: int) -> Iterator[tuple[int, list[tuple[NDArray[np.float32], float]]]]:
@@ -524,7 +588,7 @@ def _batches_of_graph(
         graphed = kept.graphed
         conditions.note("extraction", {"batch": graphed.size, "cuda_graph": graphed.graphed, "compiled": graphed.compiled})
         began = time.perf_counter()
-        for at, found in graphed.batches(images, start, stop):
+        for at, found in graphed.batches(images.stored or images, start, stop):
             passed = time.perf_counter() - began
             yield at, [(rows, share * passed) for rows, share in zip(found, kept.shares, strict=True)]
             began = time.perf_counter()
@@ -561,7 +625,7 @@ def _newly_captured(
 ) -> _Kept:
     network, given = trained_network(plugins.parse("backbone", views[0]["backbone"]), weights).to(device), weights or Path()
     layers, normalize, computed_in = [_layer_of(view) for view in views], views[0]["normalize"], views[0]["precision"]
-    run = _forward(network, layers, normalize)
+    run = _forward(network, layers, normalize, resize_of(views[0]))
     graphed = GraphedPass(
         lambda images: [rows for rows, _ in run(images, timed=False)],
         size,
@@ -572,7 +636,8 @@ def _newly_captured(
     )
     shares = [1.0]
     if len(views) > 1:
-        some = torch.zeros(min(size, BATCH), side, side, 3, dtype=torch.uint8, device=device)
+        seen = side if (resize := resize_of(views[0])) is None else resize[0]
+        some = torch.zeros(min(size, BATCH), seen, seen, 3, dtype=torch.uint8, device=device)
         timed = [seconds for _, seconds in layers_extractor(network, layers, normalize, computed_in)(some)]
         shares = [seconds / max(timed) for seconds in timed]
     return _Kept(name, network, (given, version_of(given)), graphed, shares)
@@ -592,6 +657,7 @@ def _pays_to_compile(views: str, side: int, expected: int) -> bool:
     from torch.utils.flop_counter import FlopCounterMode
 
     parsed = json.loads(views)
+    side = side if (resize := resize_of(parsed[0])) is None else resize[0]
     network = loop.untrained_backbone(plugins.parse("backbone", parsed[0]["backbone"]), 0)
     extract = layers_extractor(network, [_layer_of(view) for view in parsed])
     with FlopCounterMode(display=False) as counter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ktray.features.extraction import View
 from ktray.images import Images
 from ktray.ops import augmentation, precision
-from ktray.spec import BackboneSpec, Normalization, Pooling, Precision
+from ktray.spec import BackboneSpec, ChannelStatistics, Normalization, Pooling, Precision
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class JudgedNetwork:
     backbone: BackboneSpec
     layer: str | None
     pool: Pooling
-    normalize: Normalization
+    normalize: Normalization | ChannelStatistics
     precision: Precision
     device: str
     max_batch_size: int | None

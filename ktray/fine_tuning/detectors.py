@@ -23,16 +23,13 @@ from torch import Tensor, nn
 from ktray.errors import UserError
 from ktray.fine_tuning import image_classifier
 from ktray.fine_tuning.image_classifier import LayerReached, modules_up_to
+from ktray.ops import augmentation
+from ktray.spec import ChannelStatistics, Normalization
 
 IDENTITY, REVISION = "detectors", 1
 TOOLS = (image_classifier,)
 
 SAMPLES = 2  # points per bin and axis, as in Detectron
-MEAN_AND_STD = {  # of a network's inputs for pixels in [0, 1]; see `augmentation.normalize`
-    "ktray": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 class LayerMaps(nn.Module):
@@ -178,7 +175,7 @@ class FastRCNN(nn.Module):
         width: int = 4096,
         min_sizes: Sequence[int] = (600,),
         max_size: int = 1000,
-        normalize: str = "ktray",
+        normalize: Normalization | ChannelStatistics = "ktray",
         per_image: int = 64,
     ) -> None:
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
@@ -186,7 +183,7 @@ class FastRCNN(nn.Module):
         from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
         super().__init__()
-        mean, std = MEAN_AND_STD[normalize]
+        mean, std = augmentation.mean_and_std(normalize)
         self.maps, self.min_sizes = maps, tuple(min_sizes)
         self.transform = GeneralizedRCNNTransform(list(min_sizes), max_size, list(mean), list(std))
         self.regions = RoIHeads(
@@ -285,7 +282,7 @@ def faster_rcnn(
     width: int = 1024,
     min_sizes: Sequence[int] = (800,),
     max_size: int = 1333,
-    normalize: str = "ktray",
+    normalize: Normalization | ChannelStatistics = "ktray",
     per_image: int = 512,
     least: float = 0.05,
     overlap: float = 0.5,
@@ -303,7 +300,7 @@ def faster_rcnn(
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
 
-    mean, std = MEAN_AND_STD[normalize]
+    mean, std = augmentation.mean_and_std(normalize)
     detector: Any = FasterRCNN(
         maps,
         min_size=list(min_sizes),

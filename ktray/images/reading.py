@@ -20,6 +20,7 @@ from ktray.checksums import file_checks, intact
 from ktray.errors import UserError
 from ktray.images.data_files import with_absolute_path
 from ktray.images.decoding import decode_whole, decoder, fit, fit_longest, fitted_boxes
+from ktray.images.own_crop import OwnCrop, cropped, decoder_of_crops
 from ktray.images.source import Images, Source, Unreadable, WholeImages, split_rows
 from ktray.spec import DataSpec
 
@@ -46,11 +47,13 @@ def open_split(directory: Path, split: str, spec: DataSpec) -> Images:
     if not summary["streamed"]:
         read = _memmap_reader(directory, split)
     elif list(directory.glob(f"{split}-*.bin")):
-        read = _parallel_reader(_copy_reader(directory, split, spec), names, size)
+        read = _parallel_reader(_copy_reader(directory, split, spec, summary.get("own_crop")), names, size)
     else:
-        read = _parallel_reader(_source_reader(directory, split, spec, names), names, size)
+        read = _parallel_reader(_source_reader(directory, split, spec, names, summary.get("own_crop")), names, size)
     boxes, flags = _boxes(directory, split), _box_flags(directory, split)
     sizes = _array(directory / f"{split}-sizes.npy")
+    if summary.get("own_crop"):  # its boxes are those of whole images
+        boxes = flags = None
     if boxes is not None and sizes is not None:
         fitted = [fitted_boxes(each, int(h), int(w), size) for each, (h, w) in zip(boxes, sizes, strict=True)]
         boxes = tuple(moved[inside] for moved, inside in fitted)
@@ -145,9 +148,13 @@ def _box_flags(directory: Path, split: str) -> tuple[NDArray[np.bool_], ...] | N
     return None if flags is None or counts is None else tuple(np.split(flags, np.cumsum(counts)[:-1]))
 
 
-def _source_reader(directory: Path, split: str, spec: DataSpec, names: tuple[str, ...]) -> Callable[[int], NDArray[np.uint8]]:
+def _source_reader(
+    directory: Path, split: str, spec: DataSpec, names: tuple[str, ...], own: OwnCrop | None
+) -> Callable[[int], NDArray[np.uint8]]:
     """A function: index in the split -> pixels, decoded from the data set itself."""
     source, rows = _listed_again(directory, split, spec, names)
+    if own is not None:
+        source = cropped(source, with_absolute_path(spec), own)
     return lambda index: source.read(int(rows[index]))
 
 
@@ -166,9 +173,10 @@ def _listed_again(directory: Path, split: str, spec: DataSpec, names: tuple[str,
     return source, rows
 
 
-def _copy_reader(directory: Path, split: str, spec: DataSpec) -> Callable[[int], NDArray[np.uint8]]:
+def _copy_reader(directory: Path, split: str, spec: DataSpec, own: OwnCrop | None) -> Callable[[int], NDArray[np.uint8]]:
     """A function: index in the split -> pixels, decoded from the copies of the encoded images."""
-    decode, files = decoder(spec), sorted(directory.glob(f"{split}-*.bin"))
+    decode: Callable[[bytes], NDArray[np.uint8]] = decoder(spec) if own is None else decoder_of_crops(spec, own)
+    files = sorted(directory.glob(f"{split}-*.bin"))
     lengths = [np.load(intact(path.with_suffix(".npy")), allow_pickle=False) for path in files]
     checks = [file_checks(directory, path.name) for path in files]
     first = np.cumsum([0, *(len(of_file) for of_file in lengths)])

@@ -149,6 +149,8 @@ class Images:
         box_flags: as in Source, of `boxes`, or None.
         whole: opens the same images at their own aspect ratio, with boxes and masks; it lists the data set, so call it once.
             None for images that come from no data set.
+        stored: the same images before `read` resizes them to `size`, for callers that resize on their device
+            (`resizing.resized`); None if nothing is resized.
     """
 
     count: int
@@ -161,6 +163,7 @@ class Images:
     presence: NDArray[np.int8] | None = None
     box_flags: tuple[NDArray[np.bool_], ...] | None = None
     whole: Callable[[], WholeImages] | None = None
+    stored: Images | None = None
 
     def __len__(self) -> int:
         return self.count

@@ -18,6 +18,7 @@ from ktray import plugins, progress
 from ktray.fingerprint import fingerprint
 from ktray.images.data_files import with_absolute_path
 from ktray.images.decoding import decoder, fit, fit_boxes
+from ktray.images.own_crop import OwnCrop, cropped, decoder_of_crops
 from ktray.images.source import Part, Source, Splits, Unreadable, split_rows
 from ktray.pool import Pool
 from ktray.spec import DataSpec
@@ -32,7 +33,7 @@ Decode = Callable[[bytes], NDArray[np.uint8]]
 StoreImage = Callable[[int, int], NDArray[np.uint8]]  # (offset in the split, row of the source) -> pixels from the source
 
 
-def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -> dict[str, float]:
+def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30, own: OwnCrop | None = None) -> dict[str, float]:
     """Decode every image once and write each split to `out`.
 
     Pixels that fit are stored in `<split>.npy` (N, size, size, 3) uint8. Larger data sets are decoded here only to find
@@ -46,6 +47,7 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
         out: folder to write to, created if missing.
         pool: decodes blocks of images; the result does not depend on it.
         memmap_bytes: limit for the pixels of all splits together.
+        own: the crop of a pretrained network, in place of squares of the data's size.
 
     Returns:
         "count" of images written, and number of "unreadable" images.
@@ -60,19 +62,21 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
     listed = plugins.module_of("dataset", spec).load(spec)
     found = split_rows(listed, spec.split)
     total = sum(len(rows) for _, rows in found.values())
-    streamed = total * spec.size**2 * 3 > memmap_bytes
+    side = spec.size if own is None else int(own["size"])
+    streamed = total * side**2 * 3 > memmap_bytes
     if not streamed:
         for name, (_, rows) in found.items():
-            _reserve(out / f"{name}.npy", (len(rows), spec.size, spec.size, 3))
-    blocks = _blocks(found, spec.size)
+            _reserve(out / f"{name}.npy", (len(rows), side, side, 3))
+    blocks = _blocks(found, side)
     shared = {"spec": spec.model_dump(mode="json"), "out": str(out), "streamed": streamed, "listing": _listing(found)}
+    shared |= {"own": own} if own is not None else {}
     reports = list(zip(blocks, pool.map(_decode_block, blocks, shared), strict=True))
 
     left_out: list[dict[str, str]] = []
     splits: list[str] = []
     for name, (source, rows) in found.items():
-        own = [report for block, report in reports if block[0] == name]
-        reasons = {offset: why for report in own for offset, why in report["unreadable"]}
+        of_split = [report for block, report in reports if block[0] == name]
+        reasons = {offset: why for report in of_split for offset, why in report["unreadable"]}
         left_out += [{"split": name, "name": source.names[rows[i]], "why": why} for i, why in reasons.items()]
         kept = np.setdiff1d(np.arange(len(rows)), np.array(list(reasons), np.int64))
         if name == "train" or source is not listed.train:
@@ -80,9 +84,11 @@ def write(spec: DataSpec, out: Path, pool: Pool, memmap_bytes: int = 20 << 30) -
         if not streamed and reasons:
             _close_gaps(out / f"{name}.npy", kept)
         splits += [name] if len(kept) else []
-        write_metadata(out, name, source, rows[kept], [boxes for report in own for boxes in report["boxes"]])
+        boxes = [boxes for report in of_split for boxes in report["boxes"]]
+        write_metadata(out, name, source if own is None else cropped(source, spec, own), rows[kept], boxes)
     _require_readable(left_out, total, spec.max_unreadable if "train" in splits else None)
-    summary = {"size": spec.size, "streamed": streamed, "splits": splits, "unreadable": left_out, **_assumed(listed)}
+    summary = {"size": side, "streamed": streamed, "splits": splits, "unreadable": left_out, **_assumed(listed)}
+    summary |= {"own_crop": dict(own)} if own is not None else {}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
     return {"count": float(total - len(left_out)), "unreadable": float(len(left_out))}
 
@@ -167,8 +173,10 @@ def _decode_block(block: Block, shared: dict[str, Any]) -> dict[str, Any]:
     """
     name, start, stop = block
     source, rows = _listed_splits(json.dumps(shared["spec"]), shared["out"], shared["listing"])[name]
-    size = shared["spec"]["size"]
-    read = decoder(plugins.parse("dataset", shared["spec"]))
+    data, own = plugins.parse("dataset", shared["spec"]), shared.get("own")
+    size, read = shared["spec"]["size"], decoder(data)
+    if own is not None:
+        size, read, source = own["size"], decoder_of_crops(data, own), cropped(source, data, own)
     store = _store_pixels if not shared["streamed"] else _store_nothing if source.encoded is None else _store_encoded
     unreadable, boxes = [], []
     with store(Path(shared["out"]), block, source, size, read) as store_image:
@@ -272,12 +280,13 @@ def write_metadata(out: Path, name: str, source: Source, rows: NDArray[np.int64]
         np.save(out / f"{name}-box-counts.npy", np.array([len(of_image) for of_image in boxes], np.int64))
 
 
-def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
+def write_sample(spec: DataSpec, out: Path, count: int, own: OwnCrop | None = None) -> dict[str, float]:
     """Write up to `count` images of each split, evenly spaced, in the format of `write`; unreadable images are skipped.
 
     Args:
         spec: a data spec.
         out: existing folder to write to.
+        own: as in `write`.
 
     Returns:
         "count" of images written, and number of "unreadable" images among those tried.
@@ -289,18 +298,20 @@ def write_sample(spec: DataSpec, out: Path, count: int) -> dict[str, float]:
     spec = with_absolute_path(spec)
     listed = plugins.module_of("dataset", spec).load(spec)
     found = split_rows(listed, spec.split)
+    side = spec.size if own is None else int(own["size"])
     written, unreadable = 0, 0
     for name, (source, rows) in found.items():
-        kept, pixels, boxes = _read_sample(
-            source, rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))], spec.size
-        )
+        if own is not None:
+            source = cropped(source, spec, own)
+        kept, pixels, boxes = _read_sample(source, rows[np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64))], side)
         if not len(kept):
             raise ValueError(f"none of {min(count, len(rows))} images of the {name} split can be read")
         np.save(out / f"{name}.npy", pixels)
         write_metadata(out, name, source, kept, boxes)
         written += len(kept)
         unreadable += min(count, len(rows)) - len(kept)
-    summary = {"size": spec.size, "streamed": False, "splits": list(found), "unreadable": [], **_assumed(listed)}
+    summary = {"size": side, "streamed": False, "splits": list(found), "unreadable": [], **_assumed(listed)}
+    summary |= {"own_crop": dict(own)} if own is not None else {}
     (out / "splits.json").write_text(json.dumps(summary, indent=1))
     return {"count": float(written), "unreadable": float(unreadable)}
 

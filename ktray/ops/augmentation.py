@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ktray.ops.random_draws import Draws, constant
-from ktray.spec import Augment, Normalization
+from ktray.spec import Augment, ChannelStatistics, Normalization
 
 IDENTITY, REVISION = "augmentation", 1
 
@@ -30,12 +30,20 @@ def to_float(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32).mul_(4 / 255).sub_(2)
 
 
-def normalize(images: Tensor, by: Normalization) -> Tensor:
+def mean_and_std(by: Normalization | ChannelStatistics) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation by which the channels of images in [0, 1] are normalised."""
+    if by == "ktray":
+        return (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    return _MEAN_AND_STD[by] if isinstance(by, str) else (tuple(by["mean"]), tuple(by["std"]))
+
+
+def normalize(images: Tensor, by: Normalization | ChannelStatistics) -> Tensor:
     """Images normalised as pretrained networks expect them: ``(x / 255 - mean) / std`` per channel; "ktray" is `to_float`.
 
     Args:
         images: (B, H, W, 3) uint8.
-        by: "imagenet" for torchvision's weights and most of timm's, "half" (mean and std 0.5) for many transformers.
+        by: "imagenet" for torchvision's weights and most of timm's, "half" (mean and std 0.5) for many transformers, or mean
+            and standard deviation themselves.
 
     Returns:
         (B, 3, H, W) float32.
@@ -44,7 +52,7 @@ def normalize(images: Tensor, by: Normalization) -> Tensor:
     """
     if by == "ktray":
         return to_float(images)
-    mean, std = (constant(values, images.device)[:, None, None] for values in _MEAN_AND_STD[by])
+    mean, std = (constant(values, images.device)[:, None, None] for values in mean_and_std(by))
     return images.permute(0, 3, 1, 2).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 

@@ -44,7 +44,15 @@ def checkpoint_sha256(path: str) -> str:
     Raises:
         UserError: there is no such file or folder, or it is no checkpoint, which is seen without reading all of it.
     """
-    file = pretrained.weights_file(pretrained.checkpoint_path(path))
+    return weights_sha256(pretrained.weights_file(pretrained.checkpoint_path(path)))
+
+
+def weights_sha256(file: Path) -> str:
+    """sha256 of a file with weights.
+
+    Raises:
+        UserError: it is no checkpoint, which is seen without reading all of it.
+    """
     return _sha256(file, file.stat(), open_checkpoint)
 
 

@@ -20,7 +20,8 @@ def teacher_name(pair: Pair) -> str:
     """The teacher's origin, network and layer; empty for a pair without a teacher.
 
     ``rotation-resnet18/layer3`` (trained), ``hog``, ``random_network/conv3`` (handcrafted),
-    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``clip.npy`` (precomputed),
+    ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``vit_base_patch16_224.mae/cls`` (by its name), ``clip.npy``
+    (precomputed),
     ``(hog k=50 -> resnet18)/layer3`` (the student of a pair).
     """
     teacher = pair.get("teacher")
@@ -30,6 +31,10 @@ def teacher_name(pair: Pair) -> str:
         return _descriptor_name(teacher["descriptor"])
     if "features" in teacher:
         return PurePath(teacher["features"]).name
+    if "timm" in teacher:
+        return _with_layer(
+            str(teacher["timm"]), {"layer": "/".join(filter(None, (teacher.get("layer"), teacher.get("tokens"))))}
+        )
     if "pair" in teacher:
         return _with_layer(f"({pair_name(teacher['pair'])})", teacher)
     origin = _kind(teacher["pretext"]) if "pretext" in teacher else PurePath(teacher["checkpoint"]).stem

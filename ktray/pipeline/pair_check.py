@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from typing import Any
@@ -23,7 +24,7 @@ from ktray.errors import UserError
 from ktray.features import extraction, precomputed
 from ktray.fingerprint import canonical
 from ktray.images import Images, Source, Splits, Unreadable, split_rows
-from ktray.pipeline.identity import checkpoint_sha256, origin
+from ktray.pipeline.identity import checkpoint_sha256, origin, weights_sha256
 from ktray.pipeline.pair_graph import generations
 from ktray.plugins import PluginSpec
 from ktray.spec import (
@@ -34,6 +35,7 @@ from ktray.spec import (
     EvaluationSpec,
     HandcraftedTeacher,
     LoadedTeacher,
+    NamedTeacher,
     NetworkTeacher,
     PairSpec,
     Pooling,
@@ -47,7 +49,7 @@ from ktray.spec import (
 from ktray.stages.evaluation_stage import reads_network, reads_pseudo_labels
 from ktray.strict import StrictSpec
 from ktray.text import counted
-from ktray.training import loop
+from ktray.training import loop, timm_weights
 from ktray.training.pretrained import ARTIFACT, check_weights, checkpoint_path, shapes
 from ktray.training.task import make_batch
 
@@ -87,6 +89,8 @@ def check_pair(pair: PairSpec, load: Load) -> list[str]:
     _check_held_out_images(pair, found["target"], load)
     if isinstance(pair.teacher, LoadedTeacher):
         assumed += _check_checkpoint(pair.teacher)
+    if isinstance(pair.teacher, NamedTeacher):
+        assumed += _check_named(pair.teacher)
     _check_precomputed_features(pair, load)
     _check_evaluations(pair)
     _check_layers(pair)
@@ -124,6 +128,30 @@ def _compare_weights(
         there = "; ".join(map(str, found.incomplete))
         said.append(f"{path.name} has another network only in part, which cannot be taken: {there}")
     return tuple(said)
+
+
+def _check_named(teacher: NamedTeacher) -> list[str]:
+    """Reject a pretrained teacher that is not on this machine or whose weights do not fit; returns its licence."""
+    network = timm_weights.find(teacher)
+    _check_named_weights(network, weights_sha256(network.file))
+    names, what = timm_weights.built(network.own_backbone), teacher.tokens
+    layer, known = timm_weights.layer_of(teacher), names.layers
+    if teacher.layer is not None and teacher.layer not in known:  # type: ignore[operator]
+        raise UserError(
+            f"{teacher.timm} has no layer {teacher.layer!r}",
+            "teacher.layer",
+            f"It has {', '.join(known)}.",  # type: ignore[arg-type]
+        )
+    if layer not in (None, *known, *extraction.token_layers(names)):  # type: ignore[misc]
+        of = f"the layers of {teacher.timm}" if teacher.layer else teacher.timm
+        lacking = "no class token" if what != "all" else "no other tokens than patches"
+        raise UserError(f"{of} has {lacking}", "teacher.tokens", "Write patches, or leave 'tokens' out.")
+    return [f"the weights of {network.name} ({network.place}) have the licence: {network.licence}"]
+
+
+@lru_cache(maxsize=64)
+def _check_named_weights(network: timm_weights.NamedNetwork, sha256: str) -> None:
+    timm_weights.check(network)
 
 
 @contextlib.contextmanager
@@ -344,29 +372,62 @@ def _check_evaluations(pair: PairSpec) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Network:
+    """A network of a pair, and what it shows of images of which size.
+
+    Attributes:
+        image_size: side of the images in pixels; None for that of the data.
+    """
+
+    backbone: BackboneSpec
+    layer: str | None
+    pool: Pooling
+    image_size: int | None
+
+    def size(self, of_data: int) -> int:
+        """The size of the images that it sees, for data of a size."""
+        return self.image_size or of_data
+
+
+def _network_of(owner: Student | TeacherSpec | None) -> _Network | None:
+    """The network of a student or teacher; None for a descriptor and for precomputed features."""
+    if isinstance(owner, Student):
+        return _Network(owner.backbone, None, Pooling(), owner.image_size)
+    if isinstance(owner, NamedTeacher):
+        found = timm_weights.find(owner)
+        return _Network(found.backbone, timm_weights.layer_of(owner), owner.pool, found.preprocessing.size)
+    if isinstance(owner, NetworkTeacher):
+        return _Network(owner.backbone, owner.layer, owner.pool, owner.image_size)
+    return None
+
+
 def _check_layers(pair: PairSpec) -> None:
-    networks: list[tuple[str, str, BackboneSpec, str | None]] = []
-    teacher = pair.teacher
-    if isinstance(teacher, NetworkTeacher):
-        networks.append(("teacher.layer", "teacher", teacher.backbone, teacher.layer))
+    student, teacher = _network_of(pair.student), _network_of(pair.teacher)
+    networks: list[tuple[str, str, _Network | None, str | None]] = []
+    if teacher is not None:
+        networks.append(("teacher.layer", "teacher", teacher, teacher.layer))
     for index, spec in enumerate(pair.evals):
-        if spec.of == "student":
-            networks.append((f"evals.{index}.layer", "student", pair.student.backbone, spec.layer))
-        elif isinstance(teacher, NetworkTeacher):
-            networks.append((f"evals.{index}.layer", "teacher", teacher.backbone, spec.layer))
-    for where, owner, backbone, layer in networks:
-        with _errors_at(f"{owner}.backbone", f"the {backbone.kind} cannot be made"):
-            names = _layer_names(backbone)
-        if layer is not None and layer not in names:
+        networks.append((f"evals.{index}.layer", spec.of, student if spec.of == "student" else teacher, spec.layer))
+    for where, owner, network, layer in networks:
+        if network is None:
+            continue
+        with _errors_at(f"{owner}.backbone", f"the {network.backbone.kind} cannot be made"):
+            names, others = _layer_names(network.backbone)
+        if layer is not None and layer not in (*names, *others):
             raise UserError(
-                f"the backbone {backbone.kind} has no layer {layer!r}", where=where, instead=f"It has {', '.join(names)}."
+                f"the backbone {network.backbone.kind} has no layer {layer!r}",
+                where=where,
+                instead=f"It has {', '.join(names)}.",
             )
 
 
 @lru_cache(maxsize=256)
-def _layer_names(backbone: BackboneSpec) -> tuple[str, ...]:
+def _layer_names(backbone: BackboneSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers of a network, and its outputs with other tokens than patches."""
     # Not on torch's meta device, where the first random draw imports torch's compiler, which takes seconds.
-    return tuple(loop.untrained_backbone(backbone, 0).layers)  # type: ignore[arg-type]
+    network = timm_weights.built(backbone)
+    return tuple(network.layers), extraction.token_layers(network)  # type: ignore[arg-type]
 
 
 def _check_precomputed_features(pair: PairSpec, load: Load) -> None:
@@ -457,26 +518,29 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
     data, teacher, student = pair.data, pair.teacher, pair.student
     sizes = {role: getattr(data, role).size for role in ("pretext", "cluster", "transfer", "target")}
     judged = sizes["target"]
+    taught_by, learner = _network_of(teacher), _network_of(student)
+    assert learner is not None
     if isinstance(teacher, HandcraftedTeacher):
         _try_descriptor(teacher.descriptor, sizes, cluster_images)
-    elif isinstance(teacher, NetworkTeacher):
-        _try_teacher(teacher, sizes)
+    elif taught_by is not None:
+        _try_teacher(teacher, taught_by, sizes)
     if "clusters" in plugins.module_of("transfer", pair.transfer).NEEDS:
         _same_width(teacher, sizes)
-    with _errors_at("student.backbone", f"the {student.backbone.kind} cannot take images of {sizes['transfer']} px"):
-        _extract(student.backbone, None, Pooling(), sizes["transfer"])
+    seen = learner.size(sizes["transfer"])
+    with _errors_at("student.backbone", f"the {student.backbone.kind} cannot take images of {seen} px"):
+        _extract(student.backbone, None, Pooling(), seen)
     for index, spec in enumerate(pair.evals):
         if reads_pseudo_labels(spec):
             continue
-        network = student if spec.of == "student" else teacher
-        if not isinstance(network, Student | NetworkTeacher):
+        network = learner if spec.of == "student" else taught_by
+        if network is None:
             continue  # a descriptor, which `_try_descriptor` has tried, or precomputed features
-        layer, pool = spec.layer, spec.pool
-        if not isinstance(network, Student) and layer is None:
+        layer, pool, size = spec.layer, spec.pool, network.size(judged)
+        if spec.of == "teacher" and layer is None:
             layer, pool = network.layer, network.pool
-        with _errors_at(f"evals.{index}", f"the {network.backbone.kind} cannot take images of {judged} px"):
-            _extract(network.backbone, layer, pool, judged)
-        _try_training(index, spec, network.backbone, judged)
+        with _errors_at(f"evals.{index}", f"the {network.backbone.kind} cannot take images of {size} px"):
+            _extract(network.backbone, layer, pool, size)
+        _try_training(index, spec, network.backbone, size)
 
 
 @lru_cache(maxsize=256)
@@ -488,25 +552,26 @@ def _try_training(index: int, spec: EvaluationSpec, backbone: BackboneSpec, size
             check(spec, loop.untrained_backbone(backbone, 0).eval(), size)
 
 
-def _try_teacher(teacher: NetworkTeacher, sizes: dict[str, int]) -> None:
-    kind, size = teacher.backbone.kind, sizes["pretext"]
+def _try_teacher(teacher: TeacherSpec | None, network: _Network, sizes: dict[str, int]) -> None:
+    kind, size = network.backbone.kind, network.size(sizes["pretext"])
     if isinstance(teacher, TrainedTeacher):
         run_plugin_check("teacher.pretext", "pretext", teacher.pretext)
         with _errors_at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
             _learn(teacher.pretext, teacher.backbone, size)
     for role in ("cluster", "transfer"):
-        with _errors_at("teacher", f"the {kind} cannot take images of {sizes[role]} px"):
-            _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+        size = network.size(sizes[role])
+        with _errors_at("teacher", f"the {kind} cannot take images of {size} px"):
+            _extract(network.backbone, network.layer, network.pool, size)
 
 
 def _same_width(teacher: TeacherSpec | None, sizes: dict[str, int]) -> None:
     """Check that clusters are applied to features of the same width as those that they were made of."""
-    widths = {}
+    widths, network = {}, _network_of(teacher)
     for role in ("cluster", "transfer"):
         if isinstance(teacher, HandcraftedTeacher):
             widths[role] = _describe(teacher.descriptor, sizes[role])
-        elif isinstance(teacher, NetworkTeacher):
-            widths[role] = _extract(teacher.backbone, teacher.layer, teacher.pool, sizes[role])
+        elif network is not None:
+            widths[role] = _extract(network.backbone, network.layer, network.pool, network.size(sizes[role]))
     if len(set(widths.values())) > 1:
         raise UserError(
             f"images of {sizes['cluster']} px have {widths['cluster']} features each and those of {sizes['transfer']} px "
@@ -582,7 +647,7 @@ def _extract(backbone: BackboneSpec, layer: str | None, pool: Pooling, size: int
 
 @lru_cache(maxsize=2)  # the sizes for one network are tried in succession
 def _network(backbone: BackboneSpec, layer: str | None, pool: Pooling) -> Callable[[Tensor], Tensor]:
-    return extraction.layer_extractor(_built(backbone), layer, pool)
+    return extraction.layer_extractor(timm_weights.built(backbone), layer, pool)
 
 
 def _built(backbone: BackboneSpec) -> nn.Module:

@@ -11,7 +11,7 @@ from ktray import images, plugins
 from ktray.artifact import Stage, numbered
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.pipeline.identity import checkpoint_sha256, evaluation_files, features_identity
+from ktray.pipeline.identity import checkpoint_sha256, evaluation_files, features_identity, weights_sha256
 from ktray.pipeline.naming import lineage
 from ktray.spec import (
     BackboneSpec,
@@ -19,6 +19,7 @@ from ktray.spec import (
     EvaluationSpec,
     HandcraftedTeacher,
     LoadedTeacher,
+    NamedTeacher,
     PairSpec,
     PrecomputedTeacher,
     Schedule,
@@ -35,7 +36,7 @@ from ktray.stages import (
     student_stage,
     teacher_stage,
 )
-from ktray.training import pretrained
+from ktray.training import pretrained, timm_weights
 
 Identity = Callable[[DataSpec], str]
 """Data spec -> sha256 of the data's content."""
@@ -99,9 +100,13 @@ class _Builder:
         self.stages.setdefault(stage.key, stage)
         return stage.key
 
-    def images(self, role: str) -> str:
+    def images(self, role: str, own: images.OwnCrop | None = None) -> str:
         data: DataSpec = getattr(self.pair.data, role)
-        return self.add(images_stage.stage_of(data, self.identity(data)))
+        return self.add(images_stage.stage_of(data, self.identity(data), own))
+
+    def images_of_teacher(self, role: str) -> str:
+        """The images of a role as the teacher takes them: its own crops, if it is one by its name."""
+        return self.images(role, own_crop_of(self.pair.teacher))
 
     def locations(self, role: str) -> dict[str, Any]:
         return images.location_fields(getattr(self.pair.data, role))
@@ -136,6 +141,13 @@ def build(
             builder.keys.setdefault("evaluation", {})[name] = _evaluation(builder, spec)
     _share_passes(builder)
     return Graph(tuple(builder.stages.values()), builder.keys)
+
+
+def own_crop_of(teacher: TeacherSpec | None) -> images.OwnCrop | None:
+    """How a pretrained teacher's images are cropped from the originals; None for a teacher that sees those of the data."""
+    if not isinstance(teacher, NamedTeacher) or teacher.input == "data":
+        return None
+    return timm_weights.find(teacher).preprocessing.crop()
 
 
 def _up_to_student(builder: _Builder, epoch: int | None) -> None:
@@ -202,6 +214,9 @@ def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
         sha256 = None if in_store else checkpoint_sha256(teacher.checkpoint)
         taken = "" if sha256 is None else _taken(teacher.checkpoint, sha256, teacher.backbone, teacher.key, teacher.prefix)
         builder.keys["teacher"] = builder.add(teacher_stage.loaded(teacher, sha256, taken))
+    elif isinstance(teacher, NamedTeacher):
+        network = timm_weights.find(teacher)
+        builder.keys["teacher"] = builder.add(teacher_stage.named(network, weights_sha256(network.file)))
     elif isinstance(teacher, StudentTeacher):
         generation = f"{builder.generation}pair."
         inner = _Builder(teacher.pair, builder.identity, builder.milestones, generation, builder.stages)
@@ -223,7 +238,7 @@ def _taken(checkpoint: str, sha256: str, backbone: BackboneSpec, key: str | None
 
 
 def _features(builder: _Builder, role: str) -> str:
-    inputs = {"images": builder.images(role), **builder.teacher_input()}
+    inputs = {"images": builder.images_of_teacher(role), **builder.teacher_input()}
     teacher = _teacher_of(builder.pair)
     return builder.add(features_stage.stage_of(teacher, inputs, builder.locations(role), _precomputed_identity(teacher)))
 
@@ -293,7 +308,8 @@ def _judged_network(stage: Stage) -> str:
 
 def _evaluation(builder: _Builder, spec: EvaluationSpec) -> str:
     pair, keys = builder.pair, builder.keys
-    inputs = {"images.target": builder.images("target")}
+    of_teacher = spec.of == "teacher" and not evaluation_stage.reads_pseudo_labels(spec)
+    inputs = {"images.target": builder.images_of_teacher("target") if of_teacher else builder.images("target")}
     locations = {"images.target": builder.locations("target")}
     if evaluation_stage.reads_pseudo_labels(spec):
         if "pseudo_labels" in keys:
@@ -302,7 +318,7 @@ def _evaluation(builder: _Builder, spec: EvaluationSpec) -> str:
         else:
             inputs["student"] = keys["student"]
         return builder.add(evaluation_stage.stage_of(spec, None, inputs, locations, None))
-    if spec.of == "teacher":
+    if of_teacher:
         inputs |= builder.teacher_input()
         teacher = _teacher_of(pair)
         identity = _precomputed_identity(teacher)

@@ -43,7 +43,7 @@ def export_trial(
         )
     intact_file(snapshot, "weights.safetensors")
     pair = PairSpec.model_validate(dict(trial.pair))
-    size = pair.data.transfer.size
+    size = pair.student.image_size or pair.data.transfer.size
     k = getattr(pair.transfer, "k", None)
     classes = k if isinstance(k, int) else None  # several k have several classifiers in one
     lineage: dict[str, Any] = {"study": study, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}

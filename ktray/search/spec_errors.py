@@ -16,6 +16,7 @@ from ktray.spec import (
     DataRoles,
     HandcraftedTeacher,
     LoadedTeacher,
+    NamedTeacher,
     PairSpec,
     PrecomputedTeacher,
     StudentTeacher,
@@ -38,6 +39,7 @@ _TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
     "pretext": (TrainedTeacher, "a trained teacher (one with 'pretext')"),
     "descriptor": (HandcraftedTeacher, "a handcrafted teacher (one with 'descriptor')"),
     "checkpoint": (LoadedTeacher, "a loaded teacher (one with 'checkpoint')"),
+    "timm": (NamedTeacher, "a teacher by its name (one with 'timm')"),
     "features": (PrecomputedTeacher, "a ready-made teacher (one with 'features')"),
     "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
 }
@@ -201,7 +203,7 @@ def _unknown_field_problem(path: Path, model: type[BaseModel], value: Any, where
         return SpecProblem(location, f"there is no field {shown(name)}", hint.strip())
     others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
     if path[-2:-1] == ("teacher",) and others:
-        reason = "; it is not trained" if owner in (HandcraftedTeacher, PrecomputedTeacher) else ""
+        reason = "; it is not trained" if owner in (HandcraftedTeacher, PrecomputedTeacher, NamedTeacher) else ""
         return SpecProblem(location, f"{title} has no {shown(name)}{reason}", f"Leave it out; only {others[0]} has it.")
     listed = f"{title or 'It'} has {', '.join(known)}." if known else f"{title or 'It'} has no fields but its kind."
     return SpecProblem(location, f"there is no field {shown(name)}", listed[:1].upper() + listed[1:])

@@ -61,15 +61,18 @@ def stage_of(
     methods: list[PluginSpec | ModuleType] = [sys.modules[__name__], evaluation]
     computed_in = getattr(evaluation, "network_precision", None)  # a plugin from outside may have no such field
     if isinstance(judged, Student):
-        view = extraction.network_view(judged.backbone, evaluation.layer, evaluation.pool, computed_in=computed_in or "float32")
-        methods.append(judged.backbone)
+        resize = extraction.resized_to(judged.image_size)
+        view = extraction.network_view(
+            judged.backbone, evaluation.layer, evaluation.pool, computed_in=computed_in or "float32", resize=resize
+        )
+        methods += features_stage.methods_of_network(judged.backbone, view)
     elif judged is not None:
         view = features_stage.view_of(judged, precomputed_identity)
         if evaluation.layer:
             view |= {"layer": evaluation.layer, "pool": evaluation.pool.model_dump()}
         if computed_in:
             view |= {"precision": computed_in}
-        methods.append(features_stage.method_of(judged))
+        methods += features_stage.methods_of(judged, view)
         files = features_stage.files_of(judged)
     spec = {**evaluation.model_dump(exclude={"name"}), JUDGED: view}
     local: dict[str, Any] = {"data": locations, **files}
@@ -133,7 +136,10 @@ def run(
 
 
 class _Splits:
-    """The splits that an evaluation reads, each opened once, and from where the images that it asks features of came."""
+    """The splits that an evaluation reads, each opened once, and from where the images that it asks features of came.
+
+    They have the size at which the judged network sees them.
+    """
 
     def __init__(self, stage: Stage, inputs: Mapping[str, Artifact]) -> None:
         self.stage, self.inputs = stage, inputs
@@ -142,7 +148,8 @@ class _Splits:
     def opened(self, role: str, split: str) -> Images:
         """A split of the images that the stage reads as its input `role`."""
         if (role, split) not in self._opened:
-            self._opened[role, split] = open_images(self.stage, role, self.inputs, split)
+            images = open_images(self.stage, role, self.inputs, split)
+            self._opened[role, split] = extraction.seen_by(self.stage.spec[JUDGED], images)
         return self._opened[role, split]
 
     def target_split(self, split: str) -> Images | None:

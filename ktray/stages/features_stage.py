@@ -13,7 +13,7 @@ from ktray import plugins
 from ktray.artifact import Artifact, Stage
 from ktray.features import extraction, precomputed
 from ktray.fingerprint import require_sha256
-from ktray.ops import augmentation
+from ktray.ops import augmentation, resizing
 from ktray.plugins import PluginSpec
 from ktray.pool import StageContext
 from ktray.spec import DataSpec, HandcraftedTeacher, PrecomputedTeacher, TeacherSpec
@@ -37,7 +37,7 @@ def stage_of(
         precomputed_identity: `identity.features_identity` of a PrecomputedTeacher, else None.
     """
     view = view_of(teacher, precomputed_identity)
-    revisions = plugins.revisions(sys.modules[__name__], method_of(teacher))
+    revisions = plugins.revisions(sys.modules[__name__], *methods_of(teacher, view))
     local = {"data": {"images": locations}, **files_of(teacher)}
     varying_fields = ("layer", "pool") if "layer" in view else ()  # one forward pass gives every layer
     return Stage("features", {**view, "dtype": teacher.dtype}, revisions, inputs, local=local, varying_fields=varying_fields)
@@ -48,11 +48,22 @@ def view_of(teacher: TeacherSpec, precomputed_identity: Mapping[str, Any] | None
     return extraction.teacher_view(teacher) if precomputed_identity is None else {"features": dict(precomputed_identity)}
 
 
-def method_of(teacher: TeacherSpec) -> PluginSpec | ModuleType:
-    """What computes a teacher's features: its descriptor or backbone, or the reader of precomputed ones."""
+def methods_of(teacher: TeacherSpec, view: Mapping[str, Any]) -> tuple[PluginSpec | ModuleType, ...]:
+    """What computes a teacher's features: its descriptor or backbone, or the reader of precomputed ones.
+
+    Args:
+        view: of `view_of`.
+    """
     if isinstance(teacher, PrecomputedTeacher):
-        return precomputed
-    return teacher.descriptor if isinstance(teacher, HandcraftedTeacher) else teacher.backbone
+        return (precomputed,)
+    if isinstance(teacher, HandcraftedTeacher):
+        return (teacher.descriptor,)
+    return methods_of_network(plugins.parse("backbone", view["backbone"]), view)
+
+
+def methods_of_network(backbone: PluginSpec, view: Mapping[str, Any]) -> tuple[PluginSpec | ModuleType, ...]:
+    """A network, and how images are resized for it if they are; `view` is a `network_view`."""
+    return (backbone, resizing) if extraction.resize_of(view) else (backbone,)
 
 
 def files_of(teacher: TeacherSpec) -> dict[str, dict[str, str]]:

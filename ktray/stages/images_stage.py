@@ -9,7 +9,7 @@ from typing import Any
 
 from ktray import images, plugins
 from ktray.artifact import Artifact, Stage
-from ktray.images import Images
+from ktray.images import Images, own_crop
 from ktray.pool import StageContext
 from ktray.spec import DataSpec
 
@@ -20,15 +20,23 @@ DRY_RUN = "dry_run"
 """Field that a dry run adds to the spec of every stage: how many images of each split are taken."""
 
 
-def stage_of(data: DataSpec, content: str) -> Stage:
+OWN_CROP = "own_crop"
+"""Field of the spec of images that are cropped as the weights of a pretrained network expect them."""
+
+
+def stage_of(data: DataSpec, content: str, own: images.OwnCrop | None = None) -> Stage:
     """The stage that decodes a data set.
 
     Args:
         content: sha256 of its content.
+        own: how a pretrained network expects its images; None for squares of the data's size.
     """
     locations = images.location_fields(data)
     spec = {**data.model_dump(exclude=set(locations)), "content": content}
     revisions = plugins.revisions(sys.modules[__name__], data)
+    if own is not None:
+        spec |= {OWN_CROP: dict(own)}
+        revisions |= plugins.revisions(own_crop)
     if getattr(data, "range", None) is not None:
         revisions = {**revisions, f"{images.IDENTITY}.range": images.RANGE_REVISION}
     return Stage("images", spec, revisions, local={"data": {"images": locations}})
@@ -38,10 +46,10 @@ def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
     """Write the images of the data set, or a sample of them in a dry run; metrics `count` and `unreadable`."""
-    data = _data_spec(stage.spec, stage.local["data"]["images"])
+    data, own = _data_spec(stage.spec, stage.local["data"]["images"]), stage.spec.get(OWN_CROP)
     if DRY_RUN in stage.spec:
-        return images.write_sample(data, out, stage.spec[DRY_RUN])
-    return images.write(data, out, context.pool, context.memmap_bytes)
+        return images.write_sample(data, out, stage.spec[DRY_RUN], own)
+    return images.write(data, out, context.pool, context.memmap_bytes, own)
 
 
 def data_of(stage: Stage, role: str, inputs: Mapping[str, Artifact]) -> DataSpec:
@@ -56,6 +64,6 @@ def open_images(stage: Stage, role: str, inputs: Mapping[str, Artifact], split: 
 
 def _data_spec(spec: Mapping[str, Any], locations: Mapping[str, Any]) -> DataSpec:
     """The spec of a data set, from the spec of its images stage and the locations that this leaves out."""
-    own = {name: value for name, value in spec.items() if name not in ("content", DRY_RUN)}
+    own = {name: value for name, value in spec.items() if name not in ("content", OWN_CROP, DRY_RUN)}
     data: DataSpec = plugins.parse("dataset", {**own, **locations})
     return data

@@ -37,13 +37,15 @@ def trained(
         locations: of the data set of the transfer (`images.location_fields`).
         lineage: its chain of teachers, for display (`naming.lineage`).
     """
+    sized, tools = training_segment.resizing_of(student)
     fields = {
+        **sized,
         "backbone": student.backbone.model_dump(),
         "augment": student.augment.model_dump(),
         "seed": student.seed,
         "transfer": transfer.model_dump(),
     }
-    revisions = plugins.revisions(sys.modules[__name__], transfer, student.backbone)
+    revisions = plugins.revisions(sys.modules[__name__], transfer, student.backbone, *tools)
     local, about = {"data": {"images.transfer": locations}}, {"lineage": lineage}
 
     def at(epoch: int) -> Stage:

@@ -13,12 +13,14 @@ from ktray import plugins
 from ktray.artifact import Artifact, Stage
 from ktray.checksums import intact
 from ktray.fingerprint import require_sha256
+from ktray.ops import resizing
 from ktray.pool import StageContext
 from ktray.spec import HandcraftedTeacher, LoadedTeacher, TrainedTeacher
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
-from ktray.training import pretrained
+from ktray.training import pretrained, timm_weights
 from ktray.training.checkpoint_file import WHERE
+from ktray.training.timm_weights import NamedNetwork
 
 IDENTITY, REVISION = "stage.teacher", 1
 TOOLS = (training_segment,)
@@ -31,8 +33,9 @@ def trained(teacher: TrainedTeacher, images: str, locations: Mapping[str, Any]) 
         images: key of the images of the pretext task.
         locations: of their data set (`images.location_fields`).
     """
-    fields = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed}
-    revisions = plugins.revisions(sys.modules[__name__], teacher.pretext, teacher.backbone)
+    sized, tools = training_segment.resizing_of(teacher)
+    fields = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed, **sized}
+    revisions = plugins.revisions(sys.modules[__name__], teacher.pretext, teacher.backbone, *tools)
     inputs, local = {"images.pretext": images}, {"data": {"images.pretext": locations}}
 
     def at(epoch: int) -> Stage:
@@ -58,6 +61,22 @@ def loaded(teacher: LoadedTeacher, sha256: str | None, taken: str = "") -> Stage
     return Stage("teacher", spec, revisions, local=local, about={"weights": taken})
 
 
+def named(network: NamedNetwork, sha256: str) -> Stage:
+    """The stage that imports pretrained weights, found by their name.
+
+    Args:
+        sha256: of the file with the weights.
+    """
+    spec = {
+        "weights": sha256,
+        "backbone": network.backbone.model_dump(),
+        "own_image": network.own_backbone.model_dump()["image"],
+    }
+    revisions = plugins.revisions(sys.modules[__name__], timm_weights, network.backbone)
+    about = {"weights": f"{network.name}, {network.place}", "licence": network.licence}
+    return Stage("teacher", spec, revisions, local={"weights": str(network.file)}, about=about)
+
+
 def fitted(teacher: HandcraftedTeacher, images: str, locations: Mapping[str, Any]) -> Stage:
     """The stage that fits a descriptor.
 
@@ -76,12 +95,15 @@ def run(
     """Write a snapshot (`weights.safetensors`, ...) or, for a descriptor that is fitted, `state.npz`."""
     if "pretext" in stage.spec:
         images = open_images(stage, "images.pretext", inputs, "train")
+        images = resizing.at_size(images, stage.spec.get(training_segment.IMAGE_SIZE))
         pretext = plugins.parse("pretext", stage.spec["pretext"])
         module = plugins.module_of("pretext", pretext)
         task = module.task(pretext, images.size, images) if hasattr(module, "NEEDS") else module.task(pretext, images.size)
         return training_segment.run_training(stage, task, images, out, context, start)
     if "checkpoint" in stage.spec:
         return {"parameters": float(_import(stage, inputs, out))}
+    if "weights" in stage.spec:
+        return {"parameters": float(_import_named(stage, out))}
     descriptor = plugins.parse("descriptor", stage.spec["descriptor"])
     images = open_images(stage, "images.cluster", inputs, "train")
     state = plugins.module_of("descriptor", descriptor).fit(descriptor, images)
@@ -99,6 +121,16 @@ def _import(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
     _require_unchanged(checkpoint, stage.spec["checkpoint"])
     parameters = pretrained.import_weights(spec, checkpoint, out, stage.spec["key"], stage.spec["prefix"])
     _require_unchanged(checkpoint, stage.spec["checkpoint"])  # it may have been replaced while it was being read
+    return parameters
+
+
+def _import_named(stage: Stage, out: Path) -> int:
+    file, expected = Path(stage.local["weights"]), stage.spec["weights"]
+    require_sha256(file, expected, timm_weights.WEIGHTS)
+    backbone = stage.spec["backbone"]
+    own = {**backbone, "image": stage.spec["own_image"]}
+    parameters = timm_weights.write_snapshot(file, *(plugins.parse("backbone", each) for each in (backbone, own)), out)
+    require_sha256(file, expected, timm_weights.WEIGHTS)  # it may have been replaced while it was being read
     return parameters
 
 

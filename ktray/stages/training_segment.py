@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ktray import plugins
 from ktray.artifact import Stage
 from ktray.checkpoints import keeping_newest
 from ktray.images import Images
-from ktray.ops import augmentation
+from ktray.ops import augmentation, resizing
 from ktray.pool import StageContext
-from ktray.spec import Schedule
+from ktray.spec import Schedule, Student, TrainedTeacher
 from ktray.training import loop
 from ktray.training.task import Task
 
 IDENTITY, REVISION = "stage.training_segment", 1
 TOOLS = (loop, augmentation)
+
+
+IMAGE_SIZE = "image_size"
+"""Field of the spec of a training on images that are resized for its network; absent where they are not."""
+
+
+def resizing_of(network: Student | TrainedTeacher) -> tuple[dict[str, int], tuple[ModuleType, ...]]:
+    """What the size of the images that a network sees adds to the spec of its training, and to the revisions in its key."""
+    return ({}, ()) if network.image_size is None else ({IMAGE_SIZE: network.image_size}, (resizing,))
 
 
 def spec_at(epoch: int, schedule: Schedule, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,6 +45,7 @@ def run_training(
     stage: Stage, task: Task, images: Images, out: Path, context: StageContext, start: Path | None
 ) -> dict[str, float]:
     """Train the backbone of ``stage.spec`` to ``stage.spec["epoch"]``; metrics of the last epoch and `parameters`."""
+    images = resizing.at_size(images, stage.spec.get(IMAGE_SIZE))
     backbone_spec = plugins.parse("backbone", stage.spec["backbone"])
     seed, until = stage.spec["seed"], stage.spec["epoch"]
     backbone = loop.untrained_backbone(backbone_spec, seed)

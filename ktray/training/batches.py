@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ktray.fingerprint import seed_of
 from ktray.images import Images
+from ktray.ops import resizing
 from ktray.ops.random_draws import Draws
 from ktray.training.task import Task
 
 # Up to this size all pixels are held as one tensor; beyond it, each batch is read while the previous one trains.
 RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 
+_STORED_BYTES = 1 << 28  # of images that go to the device at once to be resized there
 _FIRST_BLOCK, _LARGEST_BLOCK = 4, 64  # steps whose draws are uploaded together: few at first, because the GPU waits for them
 _BLOCK_BYTES = 64 << 20
 _THREADED_BYTES = 1 << 18  # draws of a step from which on several threads make those of several steps
@@ -48,7 +50,14 @@ class Batches:
         """The pixels of all kept images on the device, if they fit there."""
         if len(self.kept) * self.images.size**2 * 3 > RESIDENT_BYTES.get(self.device.type, 0):
             return None
-        return torch.from_numpy(self.images.read(self.kept.numpy())).to(self.device)
+        if self.images.stored is None:
+            return torch.from_numpy(self.images.read(self.kept.numpy())).to(self.device)
+        parts = self.kept.split(max(1, _STORED_BYTES // (self.images.stored.size**2 * 3)))
+        return torch.cat([self._resized(self._read(part).to(self.device)) for part in parts])
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        """Pixels on the device at the size of the images, if they were read as they are stored."""
+        return pixels if self.images.stored is None else resizing.resized(pixels, self.images.size)
 
     @functools.cached_property
     def kept_on_device(self) -> Tensor:
@@ -130,14 +139,15 @@ class Batches:
                 yield self.resident.index_select(0, positions.to(self.device, non_blocking=True))
             return
         with ThreadPoolExecutor(1) as reader:
-            pending = reader.submit(self._read, parts[0])
+            pending = reader.submit(self._read, self.kept[parts[0]])
             for positions in parts[1:]:
-                read, pending = pending.result(), reader.submit(self._read, positions)
-                yield read.to(self.device, non_blocking=True)
-            yield pending.result().to(self.device, non_blocking=True)
+                read, pending = pending.result(), reader.submit(self._read, self.kept[positions])
+                yield self._resized(read.to(self.device, non_blocking=True))
+            yield self._resized(pending.result().to(self.device, non_blocking=True))
 
-    def _read(self, positions: Tensor) -> Tensor:
-        pixels = torch.from_numpy(self.images.read(self.kept[positions].numpy()))
+    def _read(self, indices: Tensor) -> Tensor:
+        """The pixels of images as they are stored, on the CPU."""
+        pixels = torch.from_numpy((self.images.stored or self.images).read(indices.numpy()))
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
 

@@ -58,7 +58,7 @@ _OTHERS = {
 }
 _OF_A_BACKBONE = {"conv", "norm", "bn", "embed", "token", "tokens", "pool"}
 _NETWORKS = {"student", "online", "encoder", "backbone", "model", "net", "network"}
-_COMPUTED = ("num_batches_tracked", "relative_position_index", "attn_mask", "relative_coords_table", "position_ids")
+COMPUTED = ("num_batches_tracked", "relative_position_index", "attn_mask", "relative_coords_table", "position_ids")
 """Buffers that some versions of a library save and others do not; training and prediction do not read a stored value."""
 _POSITIONS = ("pos_embed", "pos_embedding", "position_embedding", "position_embeddings")
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -159,7 +159,7 @@ def import_weights(
     backbone: nn.Module = plugins.module_of("backbone", backbone_spec).build(backbone_spec)
     initial = backbone.state_dict()
     found = find_weights(initial, checkpoint, key, prefix)
-    tensors = dict(_read_finite(found, initial, weights_file(checkpoint).name))
+    tensors = finite(found.tensors, initial, weights_file(checkpoint).name, found.place)
     backbone.load_state_dict({**initial, **tensors})
     write_untrained(backbone, directory)
     return sum(parameter.numel() for parameter in backbone.parameters())
@@ -182,8 +182,7 @@ def check_weights(
         UserError: as `import_weights`.
     """
     found = find_weights(network, checkpoint, key, prefix)
-    for _ in _read_finite(found, network, weights_file(checkpoint).name):
-        pass
+    finite(found.tensors, network, weights_file(checkpoint).name, found.place, keep=False)
     return found
 
 
@@ -265,7 +264,7 @@ def _candidate(
     place: Place, state_dict: Mapping[str, StoredTensor], used: Mapping[str, str], wanted: Mapping[str, Tensor]
 ) -> _Candidate:
     tensors = {bare: state_dict[name] for bare, name in used.items() if _fits(state_dict[name], wanted[bare])}
-    required = [name for name in wanted if not name.endswith(_COMPUTED)]
+    required = [name for name in wanted if not name.endswith(COMPUTED)]
     missing = tuple(f"{name} of shape {tuple(wanted[name].shape)}" for name in required if name not in tensors)
     return _Candidate(place, state_dict, used, tensors, missing, 1 - len(missing) / max(1, len(required)))
 
@@ -305,7 +304,7 @@ def _with_other_tensors(found: _Candidate, prefixes: Sequence[str], wanted: Mapp
     unexpected: list[str] = []
     for name, tensor in found.state_dict.items():
         bare = name.removeprefix(prefix)
-        if name.startswith(prefix) and name not in taken and not name.endswith(_COMPUTED):
+        if name.startswith(prefix) and name not in taken and not name.endswith(COMPUTED):
             if name.startswith(nested):
                 continue
             beside = _is_beside_a_backbone(bare, wanted) or (stated and not _is_inside(bare, wanted))
@@ -370,7 +369,7 @@ def _chosen(fitting: Sequence[_Candidate], path: Path) -> _Candidate:
 
 
 def _equal(one: _Candidate, other: _Candidate) -> bool:
-    names = {name for name in {*one.tensors, *other.tensors} if not name.endswith(_COMPUTED)}
+    names = {name for name in {*one.tensors, *other.tensors} if not name.endswith(COMPUTED)}
     return all(torch.equal(one.tensors[name].read(), other.tensors[name].read()) for name in names)
 
 
@@ -378,8 +377,16 @@ def _likeness(candidate: _Candidate) -> tuple[float, int, int]:
     return candidate.share, len(candidate.used), -_rank(candidate.place)
 
 
-def _read_finite(found: Weights, wanted: Mapping[str, Tensor], name: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor, in the network's own type, one after the other.
+def finite(
+    stored: Mapping[str, StoredTensor], wanted: Mapping[str, Tensor], name: str, place: Place | None = None, keep: bool = True
+) -> dict[str, Tensor]:
+    """The tensors, each read in the network's own type.
+
+    Args:
+        wanted: the network's state_dict.
+        name: of the file, for errors.
+        place: in the file, for errors.
+        keep: False reads one after the other to check them, and returns none.
 
     Raises:
         UserError: some are not finite, a variance is negative, or all weights are zero.
@@ -387,20 +394,24 @@ def _read_finite(found: Weights, wanted: Mapping[str, Tensor], name: str) -> Ite
     broken: list[str] = []
     negative: list[str] = []
     matrices: list[bool] = []
-    for each, stored in found.tensors.items():
-        tensor = stored.read().to(wanted[each].dtype)
+    kept: dict[str, Tensor] = {}
+    for each, found in stored.items():
+        tensor = found.read().to(wanted[each].dtype)
         if tensor.is_floating_point() and not tensor.isfinite().all():
             broken.append(each)
         if each.endswith("running_var") and bool((tensor < 0).any()):
             negative.append(each)
         matrices += [bool(tensor.any())] * (tensor.dim() > 1)
-        yield each, tensor
+        if keep:
+            kept[each] = tensor
     if broken:
         raise UserError(f"{name} has weights that are not finite, in {_listed(broken)}", WHERE, "Train it again.")
     if negative:
         raise UserError(f"{name} has negative variances, in {_listed(negative)}", WHERE, "Train it again.")
     if matrices and not any(matrices):
-        raise UserError(f"all weights at {found.place} of {name} are zero", WHERE, "Give weights that have been trained.")
+        at = f"at {place} of {name}" if place else f"of {name}"
+        raise UserError(f"all weights {at} are zero", WHERE, "Give weights that have been trained.")
+    return kept
 
 
 # --- what is wrong
@@ -451,7 +462,7 @@ def _other_architecture(checkpoint: Path, found: _Candidate, wanted: Mapping[str
     """The error for the candidate that is most like the network."""
     name = checkpoint.name
     shapes = {bare: (found.state_dict[each].shape, tuple(wanted[bare].shape)) for bare, each in found.used.items()}
-    types = {bare: found.state_dict[each].dtype for bare, each in found.used.items() if not bare.endswith(_COMPUTED)}
+    types = {bare: found.state_dict[each].dtype for bare, each in found.used.items() if not bare.endswith(COMPUTED)}
     quantised = [bare for bare, dtype in types.items() if wanted[bare].is_floating_point() and dtype not in _FLOATS]
     wrong = {bare: shapes[bare] for bare in types if shapes[bare][0] != shapes[bare][1] and bare not in quantised}
     absent = len(found.missing) > len(wrong) + len(quantised)
