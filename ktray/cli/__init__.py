@@ -34,6 +34,7 @@ from ktray.cli import (
     search_command,
     show_command,
     status_command,
+    teachers_command,
     ui_command,
 )
 from ktray.cli.terminal import INTERRUPTED, path_argument
@@ -58,6 +59,7 @@ VERBS = {
     "cache": cache_command,
     "data": data_command,
     "schema": schema_command,
+    "teachers": teachers_command,
 }
 
 

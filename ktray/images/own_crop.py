@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -43,10 +44,8 @@ def crop_of(pixels: NDArray[np.uint8], own: OwnCrop) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=8)
 def _transform(own: str) -> Callable[[Image.Image], Any]:
-    import json
-
     try:
-        from timm.data import create_transform
+        from timm.data.transforms_factory import create_transform
     except ModuleNotFoundError as error:
         raise UserError("images for a pretrained network need the package timm", instead="pip install 'ktray[timm]'") from error
 

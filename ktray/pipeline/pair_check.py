@@ -90,7 +90,7 @@ def check_pair(pair: PairSpec, load: Load) -> list[str]:
     if isinstance(pair.teacher, LoadedTeacher):
         assumed += _check_checkpoint(pair.teacher)
     if isinstance(pair.teacher, NamedTeacher):
-        assumed += _check_named(pair.teacher)
+        assumed += check_named(pair.teacher)
     _check_precomputed_features(pair, load)
     _check_evaluations(pair)
     _check_layers(pair)
@@ -130,8 +130,12 @@ def _compare_weights(
     return tuple(said)
 
 
-def _check_named(teacher: NamedTeacher) -> list[str]:
-    """Reject a pretrained teacher that is not on this machine or whose weights do not fit; returns its licence."""
+def check_named(teacher: NamedTeacher) -> list[str]:
+    """Reject a pretrained teacher that is not on this machine or whose weights do not fit; returns its licence as a sentence.
+
+    Raises:
+        UserError: also if it has no such layer or tokens.
+    """
     network = timm_weights.find(teacher)
     _check_named_weights(network, weights_sha256(network.file))
     names, what = timm_weights.built(network.own_backbone), teacher.tokens

@@ -127,9 +127,9 @@ def _import(stage: Stage, inputs: Mapping[str, Artifact], out: Path) -> int:
 def _import_named(stage: Stage, out: Path) -> int:
     file, expected = Path(stage.local["weights"]), stage.spec["weights"]
     require_sha256(file, expected, timm_weights.WEIGHTS)
-    backbone = stage.spec["backbone"]
-    own = {**backbone, "image": stage.spec["own_image"]}
-    parameters = timm_weights.write_snapshot(file, *(plugins.parse("backbone", each) for each in (backbone, own)), out)
+    backbone = plugins.parse("backbone", stage.spec["backbone"])
+    own = plugins.parse("backbone", {**stage.spec["backbone"], "image": stage.spec["own_image"]})
+    parameters = timm_weights.write_snapshot(file, backbone, own, out)
     require_sha256(file, expected, timm_weights.WEIGHTS)  # it may have been replaced while it was being read
     return parameters
 

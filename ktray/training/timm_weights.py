@@ -241,7 +241,7 @@ def _expected_megabytes(architecture: str) -> int:
     """Megabytes of float32 weights, from the shapes of the network alone."""
     with torch.device("meta"):
         model = _timm().create_model(architecture, pretrained=False)
-    return max(1, round(sum(4 * each.numel() for each in model.state_dict().values()) / 1e6))
+    return max(1, round(sum(4 * int(each.numel()) for each in model.state_dict().values()) / 1e6))
 
 
 def _at(weights: str) -> Files:
