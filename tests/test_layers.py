@@ -89,6 +89,7 @@ SLOW_TO_IMPORT = {
 }
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
     "pydantic_core": "pydantic",

@@ -31,7 +31,7 @@ def teacher_name(pair: Pair) -> str:
         return _descriptor_name(teacher["descriptor"])
     if "features" in teacher:
         return PurePath(teacher["features"]).name
-    if "timm" in teacher:
+    if teacher.get("timm"):
         return _with_layer(
             str(teacher["timm"]), {"layer": "/".join(filter(None, (teacher.get("layer"), teacher.get("tokens"))))}
         )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ktray.checksums import read_json, write_json
 from ktray.errors import UserError
+from ktray.fingerprint import fingerprint
 from ktray.runs.settings import Settings
 from ktray.spec import NamedTeacher
 
@@ -168,7 +169,7 @@ def check(teacher: NamedTeacher, settings: Settings) -> dict[str, Any]:
         "dim": int(features.shape[1]),
         "sha256": sha256,
         "timm": str(timm.__version__),
-        "fingerprint": fingerprint(features),
+        "fingerprint": fingerprint_of(features),
     }
     file = settings.home / NAME / f"{teacher.timm}-{sha256[:12]}{_variant(teacher)}.json"
     found["compared"] = _compare(found, file)
@@ -179,10 +180,8 @@ def check(teacher: NamedTeacher, settings: Settings) -> dict[str, Any]:
 
 
 def _variant(teacher: NamedTeacher) -> str:
-    from ktray.fingerprint import fingerprint as hashed
-
     asked = teacher.model_dump(exclude={"timm", "weights", "dtype"})
-    return f"-{hashed(asked)[:8]}"
+    return f"-{fingerprint(asked)[:8]}"
 
 
 def _compare(found: Mapping[str, Any], file: Path) -> str | None:
@@ -238,7 +237,7 @@ def sample_images() -> list[NDArray[np.uint8]]:
     return found
 
 
-def fingerprint(features: NDArray[np.float32]) -> list[float]:
+def fingerprint_of(features: NDArray[np.float32]) -> list[float]:
     """Sixteen numbers: the features of each image, scaled to length 1, along four directions of a fixed rule."""
     unit = features.astype(np.float64) / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     places = np.arange(1, features.shape[1] + 1)
