@@ -200,6 +200,7 @@ def _pooled(output: _Output, pool: Pooling) -> Tensor:
 
 IDENTITY, REVISION = "feature_extraction", 2
 TOOLS = (augmentation,)
+TOOLS_OF_SOME = (resizing, timm_weights)  # in the keys of resized images and of teachers by their names alone
 
 Resize = tuple[int, resizing.Interpolation]
 """Side in pixels to which images are resized, and how."""

@@ -27,7 +27,7 @@ from ktray.ops import augmentation
 from ktray.spec import ChannelStatistics, Normalization
 
 IDENTITY, REVISION = "detectors", 1
-TOOLS = (image_classifier,)
+TOOLS = (image_classifier, augmentation)
 
 SAMPLES = 2  # points per bin and axis, as in Detectron
 
