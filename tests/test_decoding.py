@@ -426,7 +426,7 @@ def test_a_sample_says_that_images_of_16_bits_use_12(tmp_path: Path) -> None:
     assert "11 of 256 levels are left; write range: [0, 4095] in the data set" in warning
     answer = describe(data_spec(f"folder:{tmp_path}?range=0,4095"))
     assert answer["warnings"] == []
-    assert (answer["sample"]["wide"]["low"], answer["sample"]["wide"]["high"]) == (0, 2700)
+    assert (answer["decoded"]["wide"]["low"], answer["decoded"]["wide"]["high"]) == (0, 2700)
 
 
 TWELVE = Image.fromarray(np.full((8, 8), 2700, np.uint16))

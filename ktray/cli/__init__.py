@@ -25,6 +25,7 @@ from ktray.cli import (
     compare_command,
     data_command,
     export_command,
+    init_command,
     launch_command,
     logs_command,
     plan_command,
@@ -44,6 +45,7 @@ from ktray.redaction import remember, without_secrets
 from ktray.text import cut, visible_name
 
 VERBS = {
+    "init": init_command,
     "plan": plan_command,
     "run": run_command,
     "search": search_command,
@@ -157,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ktray",
         description="Find the best teacher-student pair for learning without labels.",
-        epilog="Start with: ktray search search_spaces/quickstart.yaml",
+        epilog="Start with: ktray init FOLDER, or ktray init --example quickstart",
     )
     parser.add_argument("--version", action="version", version=f"ktray {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", title="verbs (ktray VERB --help says more)")

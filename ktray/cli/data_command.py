@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ktray.cli.terminal import print_result, settings_of
+from ktray.cli.terminal import counting_on_stderr, positive_int, print_result, settings_of
 from ktray.errors import UserError
 from ktray.local_path import local_path
 from ktray.text import counted, visible_name
@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data",
         metavar="DATA",
         help="such as fashion_mnist_mini, folder:/photos or parquet:/p?label=label; with make-voc the folder to write to",
+    )
+    parser.add_argument(
+        "--sample", type=positive_int, default=None, metavar="N", help="check: decode N images instead of all of them"
     )
     composed = parser.add_argument_group("make-voc: scenes of labelled images as VOCdevkit/VOC2007, with boxes and masks")
     composed.add_argument("--from", dest="labelled", metavar="DATA", help="such as cifar10 or imagefolder:/photos")
@@ -44,8 +47,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--from, --images, --size, --seed and --coco belong to make-voc, not to {args.action}", "data")
     settings = settings_of(args)
     spec = parse_data(args.data)
-    answer = describe(spec)
-    lines = _lines(answer)
+    # An import decodes everything by itself.
+    sample = args.sample or (_FEW if args.action == "import" else None)
+    with counting_on_stderr(settings, "decoded") as report:
+        answer = describe(spec, sample, report)
+    lines = description(answer)
     if args.action == "import":
         answer["images"] = import_images(spec, settings)
         lines.append(
@@ -74,7 +80,7 @@ def _make_voc(args: argparse.Namespace, options: dict[str, int]) -> int:
     return 0
 
 
-def _lines(answer: dict[str, Any]) -> list[str]:
+def description(answer: dict[str, Any]) -> list[str]:
     """What a person reads: each split, what was assumed, what was left out, what looks wrong."""
     lines = []
     for name, split in answer["splits"].items():
@@ -90,12 +96,18 @@ def _lines(answer: dict[str, Any]) -> list[str]:
         "left out": _counted(answer["left_out"], first=False),
     }
     lines += [f"{what}: {text}" for what, text in assumed.items() if text]
-    sample = answer["sample"]
-    if sample and sample["sides"]:
-        low, high = sample["sides"]
+    decoded = answer["decoded"]
+    if decoded and decoded["sides"]:
+        low, high = decoded["sides"]
         sides = f"sides of {low} px" if low == high else f"sides of {low} to {high} px"
-        lines.append(f"sample: {sample['images']} images: {_counted(sample['formats'])}; {_counted(sample['modes'])}; {sides}")
+        turned = f"; {decoded['turned']} turned upright by EXIF" if decoded["turned"] else ""
+        what = f"a sample of {decoded['images']:,}" if decoded["sample"] else f"all {decoded['images']:,}"
+        lines.append(f"decoded: {what} images: {_counted(decoded['formats'])}; {_counted(decoded['modes'])}; {sides}{turned}")
+        lines += [f"unreadable: {name}: {why}" for name, why in list(decoded["unreadable"].items())[:_SHOWN]]
     return [visible_name(line) for line in (*lines, *(f"warning: {sentence}" for sentence in answer["warnings"]))]
+
+
+_FEW = 64  # images that an import looks at before it decodes all of them
 
 
 def _labels(split: dict[str, Any]) -> str:

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -144,6 +146,21 @@ def exit_at_once(interruption: Interruption, args: argparse.Namespace, codes: Se
         code, text = codes[0], ""
     print_at_once(text)
     os._exit(code)
+
+
+@contextmanager
+def counting_on_stderr(settings: Settings, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (done, of) that shows a count on one line of a terminal; without a terminal it shows nothing."""
+    if settings.verbosity == 0 or not sys.stderr.isatty():
+        yield lambda done, of: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(f"{what} "), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("")
+        yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
 def print_result(args: argparse.Namespace, value: Any, text: str) -> None:

@@ -23,9 +23,10 @@ from pydantic import Field
 
 from ktray.errors import UserError
 from ktray.fingerprint import FileVersion, file_version
-from ktray.images import MAX_PIXELS, Layout, MaxPixels, Source, Splits, annotation_files, data_folder, decode
+from ktray.images import MAX_PIXELS, Layout, MaxPixels, Recognised, Source, Splits, annotation_files, data_folder, decode
 from ktray.images.annotation_files import MAX_COUNT, AnnotatedImage, BadAnnotation, files_below
 from ktray.images.folder_tree import WHERE
+from ktray.images.split_words import splits_of
 from ktray.spec import Split
 from ktray.strict import StrictSpec
 from ktray.text import counted, shown
@@ -68,6 +69,18 @@ class _Set:
     boxes: tuple[NDArray[np.float64], ...]
     crowd: tuple[NDArray[np.bool_], ...]
     wrong: Mapping[int, str]
+
+
+def recognise(path: Path) -> Recognised | None:
+    """A folder with COCO's annotations of a training set; a set for validation is that for tests where no set is called so."""
+    names = [file.stem.removeprefix("instances_") for file in sorted(path.glob("annotations/instances_*.json"))]
+    names += [file.parent.name for file in sorted(path.glob("*/_annotations.coco.json"))]
+    by_split = {split: name for name, split in reversed(splits_of(names).items()) if split}
+    if "train" not in by_split:
+        return None
+    val, test = by_split.get("val"), by_split.get("test")
+    sets = {"train": by_split["train"], **({"val": val, "test": test} if val and test else {"test": val or test})}
+    return Recognised({"path": str(path), **sets}, f"COCO's annotations of {', '.join(names)}", 3)
 
 
 def load(spec: Spec) -> Splits:

@@ -9,15 +9,28 @@ Source: your own files.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import MAX_PIXELS, Layout, MaxPixels, PixelRange, Source, Splits, data_folder, decoder, folder_tree
+from ktray.images import (
+    MAX_PIXELS,
+    Layout,
+    MaxPixels,
+    PixelRange,
+    Recognised,
+    Source,
+    Splits,
+    data_folder,
+    decoder,
+    folder_tree,
+)
 from ktray.images.folder_tree import WHERE, ImageFile
 from ktray.spec import Split
 from ktray.strict import StrictSpec
+from ktray.text import counted
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
@@ -66,6 +79,13 @@ def load(spec: Spec) -> Splits:
             warnings=tuple(folder_tree.warnings_about(tree, files)),
         ),
     )
+
+
+def recognise(path: Path) -> Recognised | None:
+    """Any folder with images, without labels."""
+    if not path.is_dir() or not (images := folder_tree.read_tree(path).images):
+        return None
+    return Recognised({"path": str(path)}, f"{counted(images, 'image file')}, whose folders name no classes", 0)
 
 
 def _source(files: Sequence[ImageFile], spec: Spec) -> Source:

@@ -8,7 +8,8 @@ Source: your own files, in the layout of `torchvision.datasets.ImageFolder`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from ktray.images import (
     Layout,
     MaxPixels,
     PixelRange,
+    Recognised,
     Source,
     Splits,
     class_folders,
@@ -83,6 +85,38 @@ def load(spec: Spec) -> Splits:
     )
     listed = tuple((file.name, file.path) for of_split in files.values() for file in of_split)
     return Splits(sources["train"], sources.get("val"), sources.get("test"), files=listed, layout=layout)
+
+
+_LEAST_OF_CLASS = 2  # images, in most folders, for folders to be taken for classes
+_NO_CLASS = re.compile(
+    r"\d{2,4}([ _.-]?\d\d){0,2}|\d{3}[a-z]{5}|(img|dsc|dcim|day|week|roll|part|batch|set)?[ _-]?\d*", re.IGNORECASE
+)
+
+
+def recognise(path: Path) -> Recognised | None:
+    """Folders of images that may be classes: at least two, with several images in most, and not all named by dates or numbers.
+
+    Raises:
+        UserError: folders are named like splits, and it is not clear which images belong to which.
+    """
+    if not path.is_dir() or not (tree := folder_tree.read_tree(path)).images:
+        return None
+    if around := folder_tree.nested_classes(tree):
+        return recognise(path.joinpath(*around))
+    train = tree.at(folder_tree.split_folders(tree, path, labelled=True)["train"])
+    found = train.with_images()
+    counts = sorted(folder.images for folder in found.values())
+    if train.files or len(found) < 2 or counts[len(counts) // 2] < _LEAST_OF_CLASS:
+        return None
+    if all(_NO_CLASS.fullmatch(name) for name in found) and not _are_numbered_from_zero_or_one(found):
+        return None
+    return Recognised({"path": str(path)}, f"{len(found)} folders that hold images, taken for classes", 1)
+
+
+def _are_numbered_from_zero_or_one(names: Collection[str]) -> bool:
+    """Whether the names are 0, 1, 2, ... or 1, 2, 3, ..., as exported classes are."""
+    numbers = sorted(int(name) for name in names if name.isdecimal())
+    return numbers[:1] in ([0], [1]) and numbers == [*range(numbers[0], numbers[0] + len(names))]
 
 
 def _source(files: Sequence[ImageFile], depth: int, classes: tuple[str, ...], spec: Spec) -> Source:

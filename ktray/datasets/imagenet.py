@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import Field
 
 from ktray.errors import UserError
-from ktray.images import MAX_PIXELS, Layout, MaxPixels, Splits, annotation_files, class_folders, data_folder
+from ktray.images import MAX_PIXELS, Layout, MaxPixels, Recognised, Splits, annotation_files, class_folders, data_folder
 from ktray.images.class_folders import Labelled
 from ktray.images.folder_tree import ORDER, WHERE
 from ktray.spec import Split
@@ -42,6 +42,17 @@ class Spec(StrictSpec):
     split: Split = Split()
     max_unreadable: float = Field(default=0.01, ge=0, le=1, description="largest tolerated share of unreadable images")
     max_pixels: MaxPixels = MAX_PIXELS
+
+
+def recognise(path: Path) -> Recognised | None:
+    """A folder whose training images lie in folders that are called by WordNet numbers."""
+    try:
+        names = [entry.name for entry in (_root(path) / "train").iterdir() if entry.is_dir()]
+    except (UserError, OSError):
+        return None
+    if len(names) < 2 or not all(map(_WORDNET.fullmatch, names)):
+        return None
+    return Recognised({"path": str(path)}, f"train with {len(names)} folders called by WordNet numbers", 3)
 
 
 def load(spec: Spec) -> Splits:

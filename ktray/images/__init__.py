@@ -27,6 +27,7 @@ from ktray.images.decoding import fit_mask as fit_mask
 from ktray.images.decoding import mask_size as mask_size
 from ktray.images.decoding import properties as properties
 from ktray.images.own_crop import OwnCrop as OwnCrop
+from ktray.images.decoding import pixels_and_properties as pixels_and_properties
 from ktray.images.reading import open_split as open_split
 from ktray.images.reading import splits_of as splits_of
 from ktray.images.source import CROWD as CROWD
@@ -35,6 +36,7 @@ from ktray.images.source import TRUNCATED as TRUNCATED
 from ktray.images.source import VOID as VOID
 from ktray.images.source import Images as Images
 from ktray.images.source import Layout as Layout
+from ktray.images.source import Recognised as Recognised
 from ktray.images.source import Source as Source
 from ktray.images.source import Splits as Splits
 from ktray.images.source import Unreadable as Unreadable

@@ -224,6 +224,7 @@ class Properties:
         high: largest value.
         limit: the value that is white without a range: maxval of a PGM's header, such as 4095, or the largest of 8 or 16
             bits; None for floating point, 32-bit and signed numbers.
+        turned: whether its EXIF orientation turns or mirrors it.
     """
 
     format: str
@@ -236,20 +237,22 @@ class Properties:
     low: float
     high: float
     limit: int | None
+    turned: bool = False
 
 
-def properties(encoded: bytes | Path, spec: Any) -> Properties:
-    """The properties of an encoded image.
+def pixels_and_properties(encoded: bytes | Path, spec: Any) -> tuple[NDArray[np.uint8], Properties]:
+    """The pixels (h, w, 3) uint8 of an encoded image, and its properties.
 
     Raises:
         Unreadable: as `decode` with the fields of the same spec.
     """
     options = decoder(spec).keywords  # type: ignore[attr-defined]
 
-    def describe(image: Image.Image) -> Properties:
+    def describe(image: Image.Image) -> tuple[NDArray[np.uint8], Properties]:
         width, height, bits, mode, maxval = image.width, image.height, _bits(image), image.mode, _maxval(image)
         limit = None if _without_white(image, bits) else (maxval or 0xFFFF) if bits > 8 else 0xFF
-        _pixels(image, (2 * options["size"], 2 * options["size"]), options["pixel_range"])
+        pixels = _pixels(image, (2 * options["size"], 2 * options["size"]), options["pixel_range"])
+        turned = _orientation(image) in _UPRIGHT
         frames = 1
         with contextlib.suppress(*CORRUPT):
             frames = int(getattr(image, "n_frames", 1))
@@ -258,7 +261,7 @@ def properties(encoded: bytes | Path, spec: Any) -> Properties:
         bands = (*tag_numbers(tags, TiffImagePlugin.SAMPLESPERPIXEL), 1)[0]
         unused = max(0, bands - len(image.getbands()))
         low, high = _extrema(image, limit, maxval)
-        return Properties(str(image.format), mode, bits, width, height, frames, unused, low, high, limit)
+        return pixels, Properties(str(image.format), mode, bits, width, height, frames, unused, low, high, limit, turned)
 
     return _opened(encoded, options["max_pixels"], describe)
 

@@ -114,6 +114,22 @@ class Splits:
 
 
 @dataclass(frozen=True)
+class Recognised:
+    """A data set that a path may be, as a kind of data set sees it.
+
+    Attributes:
+        fields: of its Spec, `path` included.
+        because: what speaks for it, as a phrase: ``5 folders that hold images``.
+        strength: how much the layout says; of several kinds that recognise a path, the strongest is right. 0: any folder with
+            images; 1: folders that may be classes; 2: files of this kind; 3: a layout that nothing else has.
+    """
+
+    fields: Mapping[str, Any]
+    because: str
+    strength: int
+
+
+@dataclass(frozen=True)
 class WholeImages:
     """The images of one split at their own aspect ratio, and what was drawn on them; decoded from the data set on demand.
 

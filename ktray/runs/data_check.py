@@ -14,12 +14,15 @@ from ktray.errors import UserError
 from ktray.features import precomputed
 from ktray.fingerprint import canonical
 from ktray.images import Properties, Source, Splits
+from ktray.images.inspection import InspectedImage, inspect
 from ktray.pipeline.pair_graph import Identity, generations
+from ktray.runs.machine import cores
+from ktray.runs.repeated_images import repeated_images, warnings_about
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
-from ktray.text import as_read, some_of, visible_name
+from ktray.text import as_read, counted, some_of, visible_name
 from ktray.yaml_file import parse_yaml
 
 FILE = "data.json"
@@ -49,11 +52,17 @@ def parse_data(text: str) -> DataSpec:
         raise AssertionError("unreachable: a validation error has problems") from error
 
 
-def describe(spec: DataSpec, sample_size: int = 64) -> dict[str, Any]:
+def describe(
+    spec: DataSpec, sample: int | None = None, report: Callable[[int, int], None] = lambda done, of: None
+) -> dict[str, Any]:
     """What a data set holds and what was assumed about it, as docs/json.md describes the answer of `ktray data check`.
 
     Args:
-        sample_size: number of images, spread over all splits, that are decoded.
+        sample: number of images, spread over all splits, that are decoded; None for all.
+        report: called with the numbers of images that are decoded and that will be.
+
+    Raises:
+        UserError: there is no such data set, or it cannot be read.
     """
     from ktray import plugins
     from ktray.images import split_rows
@@ -61,7 +70,8 @@ def describe(spec: DataSpec, sample_size: int = 64) -> dict[str, Any]:
     splits = plugins.module_of("dataset", spec).load(spec)
     present = _present(splits)
     layout, held_out = splits.layout, split_rows(splits, spec.split).get("val")
-    sample = _sample(present, spec, sample_size)
+    found = list(inspect(present, spec, cores(), sample, compare=True, report=report))
+    decoded, repeated = _decoded(found, spec, sample is not None), repeated_images(found, splits, spec.split)
     return {
         "kind": spec.kind,
         "size": spec.size,
@@ -73,8 +83,9 @@ def describe(spec: DataSpec, sample_size: int = 64) -> dict[str, Any]:
         "annotations": layout.annotations,
         "order": layout.order,
         "left_out": dict(layout.left_out),
-        "sample": sample,
-        "warnings": [*layout.warnings, *_suspicious(present), *_suspicious_pixels(sample)],
+        "decoded": decoded,
+        "repeated": repeated,
+        "warnings": [*layout.warnings, *_suspicious(present), *_suspicious_pixels(decoded), *warnings_about(repeated)],
     }
 
 
@@ -94,7 +105,8 @@ def notes_about(pairs: Iterable[PairSpec], load: Callable[[DataSpec], Splits]) -
     found = []
     for spec in specs.values():
         present = _present(splits := load(spec))
-        warnings = [*splits.layout.warnings, *_suspicious(present), *_suspicious_pixels(_sample(present, spec, _FEW))]
+        warnings = [*splits.layout.warnings, *_suspicious(present)]
+        warnings += _suspicious_pixels(_decoded(list(inspect(present, spec, 1, _FEW)), spec, is_sample=True))
         found += [f"{spec.kind}{':' * bool(path := getattr(spec, 'path', None))}{path or ''}: {each}" for each in warnings]
     for features, splits in ordered.items():
         names, order = splits.train.names, splits.layout.order
@@ -177,32 +189,22 @@ def _alike(classes: Sequence[str], split: str) -> list[str]:
     ]
 
 
-def _sample(splits: dict[str, Source], spec: DataSpec, count: int) -> dict[str, Any] | None:
-    """What some images are, spread over all splits; None for a data set whose images are not encoded."""
-    from ktray.images import Unreadable, properties
-
-    places = [(part, row) for part in splits.values() for row in range(len(part.names))]
-    names = [name for part in splits.values() for name in part.names]
-    rows = np.unique(np.linspace(0, len(places) - 1, count).astype(np.int64)) if len(places) else np.arange(0)
-    found, unreadable = [], {}
-    for row in rows.tolist():
-        part, index = places[row]
-        original = part.original or part.encoded
-        if original is None:
-            return None
-        try:
-            found.append(properties(original(index), spec))
-            if part.mask is not None:
-                part.mask(index)
-        except Unreadable as error:
-            unreadable[names[row]] = str(error)
+def _decoded(images: Sequence[InspectedImage], spec: DataSpec, is_sample: bool) -> dict[str, Any] | None:
+    """What the decoded images are; None for a data set whose images are not encoded."""
+    found = [each.properties for each in images if each.properties is not None]
+    unreadable = {each.name: each.why for each in images if each.why}
+    if not found and not unreadable:
+        return None
     wide = [each for each in found if each.bits > 8]
     return {
-        "images": len(rows),
+        "images": len(images),
+        "sample": is_sample,
         "formats": dict(Counter(each.format for each in found).most_common()),
         "modes": dict(Counter(each.mode for each in found).most_common()),
         "sides": [min(min(e.width, e.height) for e in found), max(max(e.width, e.height) for e in found)] if found else None,
+        "median_side": int(np.median([min(each.width, each.height) for each in found])) if found else None,
         "unreadable": unreadable,
+        "turned": sum(each.turned for each in found),
         "several_frames": sum(each.frames > 1 for each in found),
         "unused_bands": sum(each.unused_bands > 0 for each in found),
         "wide": {
@@ -249,7 +251,7 @@ def _unused_bits(wide: dict[str, Any]) -> list[str]:
         remedy = remedy if kind["grey"] else "convert the colours to 8 bits"
         others = f" in {kind['format']} files" if len(kinds) > 1 else ""
         found.append(
-            f"images of {limit.bit_length()} bits{others} use only {bits} of them: their largest value in a sample is {high}, "
+            f"images of {limit.bit_length()} bits{others} use only {bits} of them: their largest value is {high}, "
             f"so that {high * 256 // (limit + 1) + 1} of 256 levels are left; {remedy}"
         )
     return found
@@ -266,31 +268,29 @@ def _range_fits(kind: dict[str, Any], top: int) -> bool:
 _DARK = 15  # of 255
 
 
-def _suspicious_pixels(sample: dict[str, Any] | None) -> list[str]:
-    """Sentences about the images of a sample: unreadable, of several frames, or using few of the values that they could."""
-    if sample is None:
+def _suspicious_pixels(decoded: dict[str, Any] | None) -> list[str]:
+    """Sentences about decoded images: unreadable, of several frames, or using few of the values that they could."""
+    if decoded is None:
         return []
-    found, tried = [], sample["images"]
-    if sample["unreadable"]:
-        name, why = next(iter(sample["unreadable"].items()))
+    found, tried, noun = [], decoded["images"], "sampled image" if decoded["sample"] else "image"
+    if decoded["unreadable"]:
+        name, why = next(iter(decoded["unreadable"].items()))
+        found.append(f"{some_of(len(decoded['unreadable']), tried, noun, ('cannot', 'cannot'))} be read, such as {name}: {why}")
+    if decoded["several_frames"]:
         found.append(
-            f"{some_of(len(sample['unreadable']), tried, 'sampled image', ('cannot', 'cannot'))} be read, such as {name}: {why}"
-        )
-    if sample["several_frames"]:
-        found.append(
-            f"{some_of(sample['several_frames'], tried, 'sampled image', ('has', 'have'))} several frames or pages; "
+            f"{some_of(decoded['several_frames'], tried, noun, ('has', 'have'))} several frames or pages; "
             "only the first is used"
         )
-    if sample["unused_bands"]:
+    if decoded["unused_bands"]:
         found.append(
-            f"{some_of(sample['unused_bands'], tried, 'sampled image', ('has', 'have'))} more than three bands; "
+            f"{some_of(decoded['unused_bands'], tried, noun, ('has', 'have'))} more than three bands; "
             "only the first three are used"
         )
-    wide = sample["wide"]
+    wide = decoded["wide"]
     if wide:
         found += _unused_bits(wide)
-    if sample["brightest"] is not None and sample["brightest"] <= _DARK and not wide:
-        found.append(f"no pixel of a sample is brighter than {sample['brightest']:.0f} of 255")
+    if decoded["brightest"] is not None and decoded["brightest"] <= _DARK and not wide:
+        found.append(f"no pixel of {counted(tried, noun)} is brighter than {decoded['brightest']:.0f} of 255")
     return found
 
 

@@ -151,6 +151,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
     Raises:
         UserError: it is not valid.
     """
+    from ktray.pipeline.identity import data_identity
     from ktray.runs.spec_files import is_space, load_pairs, load_space
 
     if not is_space(source):
@@ -162,7 +163,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
     assumed = check_space(space, load, str(source))
     size = space.size()
     draws = min(space.budget.trials, size or space.budget.trials)
-    stages, teachers = _shared_stages(space, draws, settings)
+    stages, teachers = _shared_stages(space, draws, data_identity(settings.cache))
     graphs = _graphs(dict(_draws_to_show(space)), settings)
     notes = [*_notes(space.sharing_warnings(), teachers, draws), *_note_of_partial_count(space), *assumed]
     answer = _answer(graphs, size, settings, source, _sharing(draws, stages), notes)
@@ -277,13 +278,15 @@ def _draws_to_show(space: Space) -> Iterator[tuple[str, PairSpec]]:
         yield f"start_with[{index}]", space.pair(space.fill_with_first_values(start))
 
 
-def _shared_stages(space: Space, draws: int, settings: Settings) -> tuple[list[_ArtifactCount], float]:
+def expected_artifacts(space: Space, draws: int, identity: Identity) -> dict[str, float]:
+    """Stage -> how many different artifacts of it random draws need on average."""
+    return {row.stage: row.expected for row in _shared_stages(space, draws, identity)[0]}
+
+
+def _shared_stages(space: Space, draws: int, identity: Identity) -> tuple[list[_ArtifactCount], float]:
     """Per kind of stage, how many artifacts all draws together need; and how many different teachers to expect."""
     from ktray.pipeline import pair_graph
-    from ktray.pipeline.identity import data_identity
     from ktray.scheduler.resources import STAGES
-
-    identity = data_identity(settings.cache)
 
     def keys(params: Params) -> list[tuple[str, str]]:
         try:

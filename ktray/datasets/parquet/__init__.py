@@ -17,11 +17,22 @@ from typing import Literal
 from pydantic import Field
 
 from ktray.datasets.parquet.class_labels import Labels, read_labels
-from ktray.datasets.parquet.file_patterns import list_files
+from ktray.datasets.parquet.file_patterns import SUFFIXES, list_files
 from ktray.datasets.parquet.footers import ParquetFile, open_file, some
 from ktray.datasets.parquet.row_reading import refuse_empty_images, row_reader
 from ktray.errors import UserError
-from ktray.images import MAX_PIXELS, Layout, MaxPixels, PixelRange, Source, Splits, data_folder, decoder
+from ktray.images import (
+    MAX_PIXELS,
+    Layout,
+    MaxPixels,
+    PixelRange,
+    Recognised,
+    Source,
+    Splits,
+    data_folder,
+    decoder,
+    folder_tree,
+)
 from ktray.images.split_words import SPLITS, split_words, splits_of
 from ktray.spec import Split
 from ktray.strict import StrictSpec
@@ -92,6 +103,29 @@ def load(spec: Spec) -> Splits:
         files=tuple(sorted((file.name, file.path) for file in files)),
         layout=layout,
     )
+
+
+_LABELS = ("label", "labels", "class", "category", "target", "y", "fine_label", "label_name", "class_name")
+
+
+def recognise(path: Path) -> Recognised | None:
+    """A parquet file with images, or a folder of such files; the label is a column with one of the usual names.
+
+    Raises:
+        UserError: a file is damaged, or it is not clear which column holds the images.
+    """
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        return None
+    if path.is_dir() and ((tree := folder_tree.read_tree(path)).images or not set(SUFFIXES) & tree.all_left_out().keys()):
+        return None
+    names, _ = list_files(path)
+    name, first = next(iter(names.items()))
+    file = open_file(name, first, None, None)
+    columns = [each for each in file.schema.names if each != file.image.name]
+    label = next((each for word in _LABELS for each in columns if each.lower() == word), None)
+    said = f"labels from its column {label!r}" if label else f"no column is called like a label, of {some(columns) or 'none'}"
+    because = f"{len(names)} parquet file{'s' * (len(names) != 1)} with images in {file.image.dotted!r}; {said}"
+    return Recognised({"path": str(path), **({"label": label} if label else {})}, because, 2)
 
 
 def _by_split(names: list[str], source: Path) -> tuple[dict[str, list[str]], list[str]]:

@@ -12,7 +12,7 @@ from typing import Literal
 from ktray.datasets.parquet.footers import some
 from ktray.errors import UserError
 
-_SUFFIXES = (".parquet", ".parq", ".pq")
+SUFFIXES = (".parquet", ".parq", ".pq")
 _MAX_ENTRIES = 300_000
 
 
@@ -65,7 +65,7 @@ def _matching(root: Path, parts: tuple[str, ...]) -> tuple[set[Path], Counter[st
         elif not _is(entry, "file"):
             left_out["broken links and special files"] += 1
         else:
-            (found if entry.name.lower().endswith(_SUFFIXES) else others).add(Path(entry.path))
+            (found if entry.name.lower().endswith(SUFFIXES) else others).add(Path(entry.path))
     if others and not found and pattern[-2:] != ("**", "*"):
         return others, +left_out
     return found, +left_out + Counter(file.suffix.lower() or "without suffix" for file in others)

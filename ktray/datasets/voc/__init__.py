@@ -10,6 +10,7 @@ development kits of 2007 and 2012.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from ktray.images import (
     MAX_PIXELS,
     Layout,
     MaxPixels,
+    Recognised,
     Source,
     Splits,
     Unreadable,
@@ -122,6 +124,15 @@ class Entry:
     key: str
     file: Path
     place: str
+
+
+def recognise(path: Path) -> Recognised | None:
+    """A folder with VOC2007 or VOC2012 in it; the earlier one where there are both."""
+    for year in ("2007", "2012"):
+        with contextlib.suppress(UserError):
+            kit = _devkit(path, year)
+            return Recognised({"path": str(path), "year": year}, f"{kit.root.name} with ImageSets and JPEGImages", 3)
+    return None
 
 
 def load(spec: Spec) -> Splits:
