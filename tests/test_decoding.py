@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from ktray.images import Unreadable, decode, fit, fit_boxes, properties
+from ktray.images import Unreadable, decode, fit, fit_boxes, pixels_and_properties
 from ktray.runs.data_check import describe
 from tests.pictures import data_spec, noise, png
 
@@ -273,7 +273,7 @@ def test_the_range_of_a_pgm_is_in_the_numbers_of_the_file(kind: str, maxval: int
         expected = ((numbers - low) * (255 / (high - low))).round().clip(0, 255)
         assert (decode(encoded, 40, pixel_range=(low, high))[:, :, 0] == expected).all()
     assert np.abs(decode(encoded, 40)[:, :, 0] - numbers * (255 / maxval)).max() <= 1  # white by the header
-    found = properties(encoded, data_spec("folder:/p"))
+    found = pixels_and_properties(encoded, data_spec("folder:/p"))[1]
     assert (found.bits, found.low, found.high, found.limit) == (16, 0, maxval, maxval)
 
 
@@ -296,7 +296,7 @@ def test_a_range_leaves_a_pgm_and_ppm_of_8_bits_as_they_are(kind: str, maxval: i
     for pixel_range in (None, (0, 4095)):
         found = decode(netpbm(kind, maxval, numbers), 8, pixel_range=pixel_range)
         assert (found == (expected if expected.ndim == 3 else expected[:, :, None])).all()
-    assert properties(netpbm(kind, maxval, numbers), data_spec("folder:/p")).bits == 8
+    assert pixels_and_properties(netpbm(kind, maxval, numbers), data_spec("folder:/p"))[1].bits == 8
 
 
 @pytest.mark.parametrize("maxval", [256, 4095, 65535])
@@ -308,7 +308,7 @@ def test_a_ppm_of_16_bits_takes_no_range_but_that_of_its_header(kind: str, maxva
         assert np.abs(decode(encoded, 8, pixel_range=pixel_range) - numbers * (255 / maxval)).max() <= 1
     with pytest.raises(Unreadable, match="'range' cannot be applied"):
         decode(encoded, 8, pixel_range=(0, maxval - 1))
-    found = properties(encoded, data_spec("folder:/p"))
+    found = pixels_and_properties(encoded, data_spec("folder:/p"))[1]
     assert (found.bits, found.limit, found.high) == (16, maxval, maxval)
 
 
@@ -438,7 +438,7 @@ BESIDE: dict[str, tuple[dict[str, Image.Image | bytes], list[str]]] = {
     "a PPM of 12 bits": ({"a.ppm": netpbm("P6", 4095, np.full((8, 8, 3), 4000))}, []),
     "a PGM that uses few of its numbers": (
         {"a.pgm": netpbm("P5", 4095, np.full((8, 8), 200))},
-        ["images of 12 bits use only 8 of them: their largest value in a sample is 200, .* range: \\[0, 255\\]"],
+        ["images of 12 bits use only 8 of them: their largest value is 200, .* range: \\[0, 255\\]"],
     ),
     "a PGM beside a PNG of 12 bits": (
         {"a.pgm": netpbm("P5", 4095, np.full((8, 8), 4000)), "b.png": TWELVE},
@@ -459,7 +459,7 @@ BESIDE: dict[str, tuple[dict[str, Image.Image | bytes], list[str]]] = {
     "a TIFF of 32 bits beside a PNG of 12": (
         {"a.tiff": Image.fromarray(COUNTS), "b.png": TWELVE},
         [
-            r"1 of 2 sampled images cannot be read, such as a\.tiff: signed 32-bit pixels have no known range; state it",
+            r"1 of 2 images cannot be read, such as a\.tiff: signed 32-bit pixels have no known range; state it",
             r"images of 16 bits use only 12 of them: .* write range: \[0, 4095\]",
         ],
     ),
@@ -487,13 +487,13 @@ def test_a_sample_says_what_else_is_odd(tmp_path: Path) -> None:
     Image.fromarray(noise(8, 8)).save(tmp_path / "1.jpg")
     (tmp_path / "2.png").write_bytes(b"<html>")
     found = describe(data_spec(f"folder:{tmp_path}"))
-    assert found["sample"]["formats"] == {"GIF": 1, "JPEG": 1}
-    assert found["sample"]["unreadable"] == {"2.png": "an HTML page, not an image"}
+    assert found["decoded"]["formats"] == {"GIF": 1, "JPEG": 1}
+    assert found["decoded"]["unreadable"] == {"2.png": "an HTML page, not an image"}
     assert any("several frames" in warning for warning in found["warnings"])
     for path in tmp_path.iterdir():
         path.unlink()
     Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "mask.png")
-    assert describe(data_spec(f"folder:{tmp_path}"))["warnings"] == ["no pixel of a sample is brighter than 1 of 255"]
+    assert describe(data_spec(f"folder:{tmp_path}"))["warnings"] == ["no pixel of 1 image is brighter than 1 of 255"]
 
 
 @pytest.mark.parametrize("encoded", [b"", b"GIF89a", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n"], ids=str)

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 
 from ktray import images
-from ktray.cli.data_command import _lines
+from ktray.cli.data_command import description
 from ktray.errors import UserError
 from ktray.images.source import Unreadable
 from ktray.pool import LocalPool
@@ -237,7 +237,7 @@ def test_files_of_one_name_in_several_folders_are_pointed_out(tmp_path: Path) ->
 def test_data_check_prints_what_was_assumed(tmp_path: Path) -> None:
     write_classes(tmp_path / "train.parquet", CLASSES * 2, [2, 1, 0] * 2, hub(CLASSES))
     write_classes(tmp_path / "test.parquet", CLASSES, [0, 1, 2], hub(["ape", "cow", "zebra"]))
-    text = "\n".join(_lines(describe(data_spec(f"parquet:{tmp_path}?label=label"))))
+    text = "\n".join(description(describe(data_spec(f"parquet:{tmp_path}?label=label"))))
     for said in ("zebra 2, ape 2, cow 2", "3 test.parquet", "which number them differently; in the order of train.parquet"):
         assert said in text
 
