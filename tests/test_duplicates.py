@@ -38,6 +38,12 @@ def test_a_changed_copy_is_found_and_no_other_photograph(change) -> None:
     assert found.near == ((1, len(pictures)),)
 
 
+def test_blank_pages_are_the_same_only_if_all_their_pixels_are() -> None:
+    pages = [np.full((40, 40, 3), grey, np.uint8) for grey in (255, 250, 255)]
+    found = find_duplicates([signature(each) for each in pages], lambda index: None)
+    assert (found.near, found.same_pixels) == ((), ((0, 2),))
+
+
 def test_mirrored_and_cropped_photographs_and_noise_are_not_the_same() -> None:
     pixels = PICTURES["coffee"]
     others = [pixels[:, ::-1], pixels[40:-40, 40:-40], *(noise(64, 64, seed=seed) for seed in range(30))]
@@ -49,9 +55,9 @@ def test_pairs_within_the_limit_of_bits_are_all_found_as_by_comparing_every_pair
     generator = np.random.default_rng(0)
     bits = [int(each) for each in generator.integers(0, 2**63, 200)]
     bits += [each ^ sum(1 << int(at) for at in generator.choice(63, generator.integers(0, 8), replace=False)) for each in bits]
-    flat = np.zeros((256, 3), np.uint8)
+    alike = np.arange(768, dtype=np.uint8).reshape(256, 3)
     found = find_duplicates(
-        [Signature(bytes([n >> 8, n & 255]), each, flat) for n, each in enumerate(bits)], lambda index: None
+        [Signature(bytes([n >> 8, n & 255]), each, alike) for n, each in enumerate(bits)], lambda index: None
     )
     wanted = {(i, j) for i in range(len(bits)) for j in range(i) if (bits[i] ^ bits[j]).bit_count() <= 4}
     assert {(group[1], group[0]) for group in found.near} == wanted

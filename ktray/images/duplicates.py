@@ -3,7 +3,8 @@
 The hash is that of the discrete cosine transform: the whole image in grey is reduced to 32 x 32, and of its 8 x 8 lowest
 frequencies each of the 63 but the mean gives one bit, whether it lies above their median. Two images are nearly the same if at
 most 4 bits differ and if their thumbnails of 16 x 16 colours, each less its mean, differ by less than 4 of 255 as root mean
-square. Such are copies in another format, size, quality or brightness; not mirrored, turned or cropped ones.
+square. Such are copies in another format, size, quality or brightness; not mirrored, turned or cropped ones. Images of nearly one
+colour, such as blank pages, are compared by their pixels alone.
 
 Source: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), section 3.2.1.
 """
@@ -99,6 +100,7 @@ def find_duplicates(signatures: Sequence[Signature], original: Callable[[int], b
         contents = [_content(original(index)) for index in group]
         (same_file if None not in contents and len(set(contents)) == 1 else same_pixels).append(tuple(group))
     firsts = [group[0] for group in by_pixels.values()]
+    firsts = [index for index in firsts if _difference(signatures[index].thumbnail, 0) >= MOST_DIFFERENCE]
     near = _components(_near_pairs([signatures[index] for index in firsts]))
     return Duplicates(
         tuple(same_file), tuple(same_pixels), tuple(tuple(sorted(firsts[each] for each in group)) for group in near)
@@ -131,8 +133,8 @@ def _near_pairs(signatures: Sequence[Signature]) -> Iterator[tuple[int, int]]:
                         yield int(first), int(other)
 
 
-def _difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Root mean square of the difference of two thumbnails, each channel less its mean."""
+def _difference(one: NDArray[np.uint8], other: NDArray[np.uint8] | int) -> float:
+    """Root mean square of the difference of two thumbnails, each channel less its mean; of one alone from 0."""
     difference = one.astype(np.float32) - other
     return float(np.sqrt(((difference - difference.mean(axis=0)) ** 2).mean()))
 
