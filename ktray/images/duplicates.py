@@ -3,8 +3,8 @@
 The hash is that of the discrete cosine transform: the whole image in grey is reduced to 32 x 32, and of its 8 x 8 lowest
 frequencies each of the 63 but the mean gives one bit, whether it lies above their median. Two images are nearly the same if at
 most 4 bits differ and if their thumbnails of 16 x 16 colours, each less its mean, differ by less than 4 of 255 as root mean
-square. Such are copies in another format, size, quality or brightness; not mirrored, turned or cropped ones. Images of nearly one
-colour, such as blank pages, are compared by their pixels alone.
+square. Such are copies in another format, size, quality or brightness; not mirrored, turned or cropped ones. Images of nearly
+one colour, such as blank pages, are compared by their pixels alone.
 
 Source: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions" (2010), section 3.2.1.
 """
