@@ -26,7 +26,6 @@ from ktray.images.decoding import fit_boxes as fit_boxes
 from ktray.images.decoding import fit_mask as fit_mask
 from ktray.images.decoding import mask_size as mask_size
 from ktray.images.decoding import pixels_and_properties as pixels_and_properties
-from ktray.images.decoding import properties as properties
 from ktray.images.own_crop import OwnCrop as OwnCrop
 from ktray.images.reading import open_split as open_split
 from ktray.images.reading import splits_of as splits_of
