@@ -72,7 +72,7 @@ def test_low_shot_is_the_mean_over_draws_of_machines_that_see_so_many_labels(tmp
         predicted = np.stack([each.decision_function(queries) for each in answers], 1).argmax(1)
         scores.append((predicted == truth).mean())
     assert metrics["top1_8"] == metrics["top1"] == pytest.approx(np.mean(scores), abs=0.005)
-    assert metrics["top1_8_sd"] == pytest.approx(np.std(scores, ddof=1), abs=0.01)
+    assert metrics["top1_8_std"] == pytest.approx(np.std(scores, ddof=1), abs=0.01)
     assert metrics["top1_2"] < metrics["top1_8"]
     assert json.loads((tmp_path / "low_shot.json").read_text())["labels"]["8 per class, draw 0"] == 32
 
@@ -148,3 +148,25 @@ def test_a_bootstrap_of_a_metric_that_is_no_mean_computes_it_anew():
 
     assert per_image.metrics_of(found, median) == {"median": pytest.approx(np.median(values))}
     assert per_image.standard_errors(found, median)["median"] == pytest.approx(1.2533 / 20, rel=0.2)
+
+
+@pytest.mark.gpu
+def test_a_gpu_whose_steps_are_graphs_finds_the_minima_of_a_cpu() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 5, 2000)
+    rows = torch.from_numpy((random.normal(size=(5, 40))[labels] + 2 * random.normal(size=(2000, 40))).astype(np.float32))
+    penalties = [10.0**power for power in range(-5, 0)]
+    found = {
+        device: linear_classifiers.logistic_regressions(
+            rows.to(device), torch.from_numpy(labels).to(device), 5, penalties, iterations=500
+        )
+        for device in ("cpu", "cuda:0")
+    }
+    assert all(found["cuda:0"].converged)
+    for index, penalty in enumerate(penalties):
+        losses = []
+        for device, each in found.items():
+            scores = each.scores(rows.to(device), index).double().cpu()
+            loss = torch.nn.functional.cross_entropy(scores, torch.from_numpy(labels))
+            losses.append(float(loss + penalty / 2 * each.weights[index].square().sum().cpu()))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -54,10 +54,11 @@ class Graphs:
 
     Args:
         enabled: whether to capture at all; otherwise every call is a plain one.
+        eager_calls: plain calls of each variant before its capture.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
+    def __init__(self, enabled: bool, eager_calls: int = EAGER_CALLS) -> None:
+        self._enabled, self._eager_calls = enabled, eager_calls
         self._recordings: dict[Hashable, _Recording] = {}
         self._pool: Any = None
 
@@ -71,7 +72,7 @@ class Graphs:
         """
         recording = self._recordings.setdefault(variant, _Recording())
         if recording.graph is None:
-            if not self._enabled or recording.calls < EAGER_CALLS:
+            if not self._enabled or recording.calls < self._eager_calls:
                 recording.calls += 1
                 function(variant, *tensors)
                 return False
