@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ktray import evaluation_presets
+from ktray import evaluation_presets, plugins
 from ktray.cli import main
 from ktray.features.extraction import _pooled
 from ktray.spec import PairSpec, Pooling
@@ -20,8 +20,6 @@ def evaluations(evals, **fields):
 
 @pytest.mark.parametrize("preset", evaluation_presets.PRESETS)
 def test_every_entry_of_a_preset_is_a_valid_spec_with_a_source(preset):
-    from ktray import plugins
-
     for entry in evaluation_presets.PRESETS[preset]:
         more = {"layer": "conv1", "name": "x/conv1"} if entry.per_layer else {}
         spec = plugins.parse("evaluation", {**entry.spec, **more})
@@ -35,6 +33,22 @@ def test_a_preset_is_expanded_for_the_data_and_the_student():
     assert [name for name in names if name.startswith("linear_probe/")] == [f"linear_probe/conv{n}" for n in range(1, 6)]
     assert {each.kind for each in found} == {"linear_probe", "nonlinear_probe"}  # one label per image, no boxes, no masks
     assert found[0].pool == Pooling(kind="max", grid="under_9000")
+
+
+def test_reading_a_pair_with_a_preset_touches_no_file_of_the_data(tmp_path):
+    data = {**dict.fromkeys(("pretext", "cluster", "transfer"), "fashion_mnist_mini")}
+    found = evaluations("paper", data={**data, "target": {"kind": "voc", "path": str(tmp_path / "absent")}})
+    assert [each.kind for each in found] == ["voc07_cls_finetune", "voc_det"]
+    found = evaluations("paper", data={**data, "target": {"kind": "voc", "path": "absent", "task": "segmentation"}})
+    assert [each.kind for each in found] == ["voc12_seg"]
+    with pytest.raises(ValueError, match="the target data have none of these"):
+        evaluations("vissl", data={**data, "target": {"kind": "folder", "path": "absent"}})
+
+
+@pytest.mark.parametrize("kind", plugins.kinds("backbone"))
+def test_the_layers_of_a_network_are_known_without_weights(kind):
+    spec = plugins.parse("backbone", kind)
+    assert evaluation_presets._layers(spec) == tuple(plugins.module("backbone", kind).build(spec).layers)
 
 
 def test_presets_stand_beside_kinds_and_a_pair_that_was_read_is_not_expanded_again():

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
-from ktray import images
+from ktray import images, plugins
 from ktray.cli import main
 from ktray.datasets.voc import annotation_xml
 from ktray.errors import UserError
+from ktray.evaluation_presets import ANNOTATIONS
 from ktray.images import CROWD, DIFFICULT, TRUNCATED
 from ktray.images.annotation_files import BadAnnotation
 from ktray.pool import LocalPool
@@ -108,6 +109,14 @@ def test_composed_boxes_are_the_bounds_of_the_objects_in_the_masks(made: Path) -
                 assert set(classes[mask == number]) == {box[4] + 1}
                 counted += 1
     assert counted > COUNT
+
+
+def test_a_spec_says_which_annotations_its_images_have(made: Path) -> None:
+    others = (data_spec(text) for text in (f"coco:{made}/coco?train=train&test=test", "synthetic", "fashion_mnist_mini"))
+    for spec in (*(spec_of(made, task=task) for task in ("detection", "classification", "segmentation")), *others):
+        module = plugins.module_of("dataset", spec)
+        present = {name for name in ANNOTATIONS if getattr(module.load(spec).train, name) is not None}
+        assert present == set(module.annotations_of(spec) if hasattr(module, "annotations_of") else ("labels",)), spec
 
 
 def test_the_form_of_coco_holds_the_same_boxes_and_the_masks_that_pycocotools_draws(made: Path) -> None:

@@ -83,6 +83,11 @@ def recognise(path: Path) -> Recognised | None:
     return Recognised({"path": str(path), **sets}, f"COCO's annotations of {', '.join(names)}", 3)
 
 
+def annotations_of(spec: Spec) -> tuple[str, ...]:
+    """Several labels per image, and boxes."""
+    return ("presence", "boxes")
+
+
 def load(spec: Spec) -> Splits:
     """Read the JSON files, and find the images.
 

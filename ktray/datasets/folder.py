@@ -48,6 +48,11 @@ class Spec(StrictSpec):
     range: PixelRange = None
 
 
+def annotations_of(spec: Spec) -> tuple[str, ...]:
+    """Images alone."""
+    return ()
+
+
 def load(spec: Spec) -> Splits:
     """List the folder.
 

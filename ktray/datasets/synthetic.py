@@ -68,6 +68,11 @@ class Spec(StrictSpec):
         return self
 
 
+def annotations_of(spec: Spec) -> tuple[str, ...]:
+    """One label per image, and boxes."""
+    return ("labels", "boxes")
+
+
 def load(spec: Spec) -> Splits:
     """The training and test images, with labels and boxes."""
     content = spec.model_dump(mode="json", exclude={"split", "max_unreadable"})

@@ -55,6 +55,11 @@ class Spec(StrictSpec):
     range: PixelRange = None
 
 
+def annotations_of(spec: Spec) -> tuple[str, ...]:
+    """Labels, if their column is named."""
+    return () if spec.label is None else ("labels",)
+
+
 def load(spec: Spec) -> Splits:
     """Find the files and read their footers and label columns.
 

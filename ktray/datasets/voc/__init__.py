@@ -135,6 +135,12 @@ def recognise(path: Path) -> Recognised | None:
     return None
 
 
+def annotations_of(spec: Spec) -> tuple[str, ...]:
+    """What the task reads."""
+    of_task = {"detection": ("presence", "boxes"), "classification": ("presence",), "segmentation": ("mask",)}
+    return of_task[spec.task]
+
+
 def load(spec: Spec) -> Splits:
     """Read the lists, and what the task needs of the annotations.
 
