@@ -26,10 +26,10 @@ from ktray.images import Images
 from ktray.scoring import per_image
 from ktray.spec import Count, EvaluationFields, Seed
 
-REVISION = 1
+REVISION = 2
 TOOLS = (linear_classifiers,)
 NEEDS_LABELS = True
-DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max", "top1_sd": "min"}
+DIRECTION: dict[str, Literal["max", "min"]] = {"top1": "max", "top1_std": "min"}
 
 
 class Spec(EvaluationFields):
@@ -45,8 +45,8 @@ class Spec(EvaluationFields):
 
 
 def directions(spec: Spec) -> dict[str, Literal["max", "min"]]:
-    """The metrics of this spec: `top1`, `top1_sd`, and the same for each number of labels, such as `top1_4` and `top1_4_sd`."""
-    each = {f"top1_{shots}": "max" for shots in spec.shots} | {f"top1_{shots}_sd": "min" for shots in spec.shots}
+    """The metrics of this spec: `top1`, `top1_std`, and both for each number of labels, such as `top1_4` and `top1_4_std`."""
+    each = {f"top1_{shots}": "max" for shots in spec.shots} | {f"top1_{shots}_std": "min" for shots in spec.shots}
     return {**DIRECTION, **each}  # type: ignore[dict-item]
 
 
@@ -60,7 +60,7 @@ def evaluate(
     out: Path,
     device: str,
 ) -> dict[str, float]:
-    """`top1_4` and so on in [0, 1], the mean over the draws, and `top1_4_sd`, their standard deviation; `top1` is of the last.
+    """`top1_4` and so on in [0, 1], the mean over the draws, and `top1_4_std`, their standard deviation; `top1` is of the last.
 
     `low_shot.json` says how many labels each draw had, which is fewer than asked for where a class has fewer images.
 
@@ -87,12 +87,12 @@ def evaluate(
         of_draws = np.stack([right[shots, draw] for draw in range(spec.draws)])
         columns[f"top1_{shots}"] = of_draws.mean(0)
         metrics[f"top1_{shots}"] = float(of_draws.mean())
-        metrics[f"top1_{shots}_sd"] = float(of_draws.mean(1).std(ddof=1))
+        metrics[f"top1_{shots}_std"] = float(of_draws.mean(1).std(ddof=1))
     columns["top1"] = columns[f"top1_{spec.shots[-1]}"]
     per_image.write(out, judged.names, columns)
     labels = {f"{shots} per class, draw {draw}": len(rows) for (shots, draw), rows in drawn.items()}
     (out / "low_shot.json").write_text(json.dumps({"labels": labels}, indent=1))
-    return {"top1": metrics[f"top1_{spec.shots[-1]}"], "top1_sd": metrics[f"top1_{spec.shots[-1]}_sd"], **metrics}
+    return {"top1": metrics[f"top1_{spec.shots[-1]}"], "top1_std": metrics[f"top1_{spec.shots[-1]}_std"], **metrics}
 
 
 def _draw(spec: Spec, labels: NDArray[np.int64], shots: int, draw: int) -> NDArray[np.int64]:
