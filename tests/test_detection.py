@@ -20,6 +20,7 @@ from ktray.fine_tuning.detector_training import annotated
 from ktray.fine_tuning.detectors import LayerMaps, RoiAlign
 from ktray.images import Images, WholeImages
 from ktray.pipeline import identity
+from ktray.scoring import per_image
 from ktray.spec import Student
 from ktray.stages import evaluation_stage
 from ktray.training import loop
@@ -156,6 +157,10 @@ def test_a_killed_training_ends_in_the_metrics_of_the_uninterrupted_one(case, tm
     assert all(type(value) is float and math.isfinite(value) for value in whole.values())
     module = plugins.module("evaluation", case.split()[0])
     assert set(whole) <= set(module.DIRECTION)
+    images = per_image.read(tmp_path / "out" / per_image.FILE)
+    assert images.names == FEW_JUDGED.names
+    again = per_image.metrics_of(images, module.recompute)
+    assert {name: again[name] for name in whole} == pytest.approx(whole, abs=1e-12)
     if case != "voc07_cls_finetune":
         rows = json.loads((tmp_path / "out" / "per_class.json").read_text())
         assert [row["class"] for row in rows][-3:] == list(NAMES)
@@ -163,6 +168,27 @@ def test_a_killed_training_ends_in_the_metrics_of_the_uninterrupted_one(case, tm
         assert {path.name for path in (tmp_path / "out").glob("*.png")} == (
             {"segmentation.png"} if case == "voc12_seg" else plots
         )
+
+
+@pytest.mark.parametrize("case", ["voc_det", "coco_det", "voc12_seg", "voc07_cls_finetune"])
+def test_results_per_image_of_a_finished_seed_outlive_a_kill(case, tmp_path, proposal_file):
+    def evaluate(tries):
+        out = tmp_path / ("killed" if tries.start else "whole")
+        out.mkdir(exist_ok=True)
+        fields = {**with_proposals(case, proposal_file), "steps": 3, "batch_size": 2, "seeds": 2}
+        return judge(case, out, tries, FEW_TRAIN, FEW_JUDGED, **fields)
+
+    whole, continued = run_whole_and_killed(evaluate, tmp_path, kill_at=4)  # after the first of two seeds
+    assert continued == whole
+    one, other = (per_image.read(tmp_path / name / per_image.FILE) for name in ("whole", "killed"))
+    assert set(one.columns) == set(other.columns)
+    for name, values in one.columns.items():
+        assert [np.asarray(each).tolist() for each in values] == [np.asarray(each).tolist() for each in other.columns[name]]
+    found = per_image.metrics_of(one, plugins.module("evaluation", case).recompute)
+    means = {name: whole[name] for name in plugins.module("evaluation", case).DIRECTION if name in whole}
+    assert {name: found[name] for name in means} == pytest.approx(means, abs=1e-12)
+    errors = per_image.standard_errors(one, plugins.module("evaluation", case).recompute)
+    assert set(errors) == {name for name, value in found.items() if not math.isnan(value)}
 
 
 @pytest.mark.gpu

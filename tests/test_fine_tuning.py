@@ -13,9 +13,10 @@ from ktray import plugins
 from ktray.evals import fine_tune, nonlinear_probe
 from ktray.fine_tuning import image_classifier
 from ktray.images import Images
+from ktray.scoring import per_image
 from ktray.training import loop
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import Shuffled, seed_metrics
+from ktray.training.step_training import SeedResult, Shuffled, seed_metrics
 from tests.judged_networks import attempt, judged_network, run_whole_and_killed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +65,8 @@ def test_a_killed_fine_tuning_ends_in_the_metrics_of_the_uninterrupted_one(tmp_p
 
     whole, continued = run_whole_and_killed(evaluate, tmp_path, kill_at=130)  # in the training of the second seed
     assert continued == whole
+    images = per_image.metrics_of(per_image.read(tmp_path / per_image.FILE), None)
+    assert images == pytest.approx({name: whole[name] for name in ("top1", "loss")}, abs=1e-12)
 
 
 def test_a_killed_non_linear_probe_ends_in_the_metrics_of_the_uninterrupted_one(tmp_path):
@@ -75,6 +78,7 @@ def test_a_killed_non_linear_probe_ends_in_the_metrics_of_the_uninterrupted_one(
     whole, continued = run_whole_and_killed(evaluate, tmp_path, kill_at=50)
     assert continued == whole
     assert whole["top1"] > 0.6
+    assert per_image.metrics_of(per_image.read(tmp_path / per_image.FILE), None) == pytest.approx(whole, abs=1e-12)
 
 
 @pytest.mark.parametrize("layer", [None, "conv1", "conv3"])
@@ -195,10 +199,10 @@ def test_metrics_of_seeds_are_means_with_students_interval():
     from scipy import stats
 
     values = [0.5, 0.6, 0.55, 0.7]
-    found = seed_metrics([{"top1": value} for value in values])
+    found = seed_metrics([SeedResult({"top1": value}, {}) for value in values])
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert (found["top1"], found["top1_low"], found["top1_high"]) == pytest.approx((np.mean(values), low, high))
-    assert seed_metrics([{"top1": 0.5}]) == {"top1": 0.5}
+    assert seed_metrics([SeedResult({"top1": 0.5}, {})]) == {"top1": 0.5}
 
 
 @pytest.mark.parametrize("kind", ["fine_tune", "nonlinear_probe"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ktray.scoring import label_maps
+from ktray.scoring import label_maps, per_image
 from ktray.scoring.average_precision import (
     RECALLS,
     ap_of,
@@ -19,7 +19,18 @@ from ktray.scoring.average_precision import (
     precision_recall,
     resampled_aps,
 )
-from ktray.scoring.detection_scores import Detections, Objects, coco_scores, overlaps, rank_all, rank_class
+from ktray.scoring.detection_scores import (
+    Detections,
+    Objects,
+    coco_judgement,
+    coco_scores,
+    coco_scores_again,
+    columns_of,
+    overlaps,
+    rank_all,
+    rank_class,
+    ranked_again,
+)
 
 # --- the oracle: the devkit's rules as they stand in its text, pixels counted from 1 with the last one included, in plain loops
 
@@ -285,3 +296,64 @@ def test_label_maps_of_another_size_or_with_unknown_classes_are_refused():
         label_maps.confusion(np.zeros((2, 2), int), np.zeros((2, 3), int), 3)
     with pytest.raises(ValueError, match="3 classes"):
         label_maps.confusion(np.full((2, 2), 7), np.zeros((2, 2), int), 3)
+
+
+def random_scenes(seed, images=30, classes=3):
+    """Objects and detections of `images` images, with ties, difficult objects, crowds, and images without either."""
+    random = np.random.default_rng(seed)
+    truth, found = [], []
+    for _ in range(images):
+        count = int(random.integers(0, 5))
+        corner, sides = (
+            random.uniform(0, 200, (count, 2)),
+            random.choice([10, 25, 60, 120], (count, 1)) * random.uniform(0.7, 1.3),
+        )
+        boxes = np.hstack([corner, corner + sides])
+        known = objects(boxes, random.integers(0, classes, count), random.random(count) < 0.15)
+        truth.append(replace(known, crowd=random.random(count) < 0.15))
+        near = np.repeat(boxes, 2, 0) + random.normal(0, 4, (2 * count, 4))
+        far = random.uniform(0, 150, (3, 2))
+        near = np.vstack([near, np.hstack([far, far + 30])])
+        scores = random.random(len(near)).round(1)
+        found.append(detections(near, scores, random.integers(0, classes, len(near))))
+    return truth, found
+
+
+def of_images(rows, *lists):
+    return [[each[row] for row in rows] for each in lists]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cocos_figures_of_resampled_images_are_pycocotools_of_the_copied_images(seed, tmp_path):
+    truth, found = random_scenes(seed)
+    scores, columns = coco_judgement(truth, found, 3)
+    per_image.write(tmp_path, (), columns)
+    read = per_image.read(tmp_path / per_image.FILE).columns
+    everything = coco_scores_again(read, np.arange(len(truth)))
+    assert {name: everything[name] for name in scores} == pytest.approx(scores, abs=1e-12)
+    assert [name for name in everything if np.isnan(everything[name])] == [name for name in everything if name not in scores]
+    rows = np.random.default_rng(seed).integers(0, len(truth), len(truth))
+    expected = coco_scores(*of_images(rows, truth, found), 3)
+    again = coco_scores_again(read, rows)
+    assert {name: again[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_cocos_figures_of_nothing_found_are_zero_also_when_they_are_computed_anew():
+    truth, found = random_scenes(0)
+    nothing = [detections(boxes_of(), []) for _ in found]
+    scores, columns = coco_judgement(truth, nothing, 3)
+    assert set(scores.values()) == {0.0}
+    again = coco_scores_again(columns, np.arange(len(truth)))
+    assert {name: again[name] for name in scores} == scores
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vocs_aps_of_resampled_images_are_those_of_the_copied_images(seed, tmp_path):
+    truth, found = random_scenes(seed)
+    per_image.write(tmp_path, (), columns_of(rank_all(truth, found, 3)))
+    columns = per_image.read(tmp_path / per_image.FILE).columns
+    for rows in (np.arange(len(truth)), np.random.default_rng(seed).integers(0, len(truth), len(truth))):
+        expected = rank_all(*of_images(rows, truth, found), 3)
+        for one, other in zip(ranked_again(columns, rows), expected, strict=True):
+            for rule in ("voc07", "area"):
+                assert one.ap(rule) == pytest.approx(other.ap(rule), abs=1e-12, nan_ok=True)

@@ -6,7 +6,8 @@
   declares whose it reads, ``MAY_READ_LABELS = ("train",)`` or ``("train", "judged")``, so that a report can count them.
 - `NEEDS_ANNOTATIONS` names what the images must have besides: of ``("presence", "boxes", "mask")``, attributes of
   `ktray.images.Source`. What the data lack is then refused before anything runs. `NEEDS_LABELS` means one class per image.
-- `DIRECTION` maps every metric that `evaluate` returns to "max" or "min". Where the metrics depend on the spec, such as on
+- `DIRECTION` maps the metrics that can be an objective to "max" or "min": all that `evaluate` returns, but for those of which
+  neither way is better, such as numbers of labels or the ends of an interval. Where the metrics depend on the spec, such as on
   several k, ``directions(spec)`` returns them all, and `DIRECTION` has those that every spec gives.
 - An evaluation that judges image by image writes `per_image.parquet` (`ktray.scoring.per_image`) into `out`, from which
   standard errors and comparisons of students follow. Where a metric is no mean over images, ``recompute(columns, rows)``

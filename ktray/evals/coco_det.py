@@ -26,13 +26,13 @@ from ktray.fine_tuning import detection_plots, detector_training
 from ktray.fine_tuning.detector_training import DetectorRecipe, annotated, detect, trained_detector
 from ktray.fine_tuning.detectors import require_maps
 from ktray.images import Images
-from ktray.scoring import detection_scores
-from ktray.scoring.detection_scores import coco_scores, rank_all, require_pycocotools
+from ktray.scoring import detection_scores, per_image
+from ktray.scoring.detection_scores import coco_judgement, coco_scores_again, rank_all, require_pycocotools
 from ktray.spec import Count, EvaluationFields, Seed, Share, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
+from ktray.training.step_training import SeedResult, SeedRun, over_seeds, seed_metrics
 
-REVISION = 1
+REVISION = 2
 NEEDS_LABELS = False
 NEEDS_ANNOTATIONS = ("boxes",)
 READS_NETWORK = True
@@ -113,7 +113,8 @@ def evaluate(
     """COCO's figures on `judged` in [0, 1] (`coco_scores`), means over the seeds; one of a size that no object has is left out.
 
     With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`). Writes `per_class.json` and
-    plots, whose APs are those of VOC's rules.
+    plots, whose APs are those of VOC's rules; `per_image.parquet` has the detections of each image under each seed, and which
+    of them are right at which overlap.
 
     Raises:
         ValueError: there are no boxes, or the layer makes no maps.
@@ -122,15 +123,22 @@ def evaluate(
     learned, held = (annotated(images, None, 0) for images in (train, judged))
     classes = len(train.classes)
 
-    def train_and_judge(run: SeedRun) -> dict[str, float]:
+    def train_and_judge(run: SeedRun) -> SeedResult:
         detector = trained_detector(network, settings_of(spec), learned, classes, run)
         with network.computing():
             found = detect(detector, held, device, least=0.0, overlap=0.5, most=100)
         if run.is_last:
             detection_plots.draw_all(out, judged.classes, rank_all(held.objects, found, classes), held, found)
-        return coco_scores(held.objects, found, classes)
+        return SeedResult(*coco_judgement(held.objects, found, classes))
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
+    runs = over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge)
+    per_image.write(out, judged.names, per_image.numbered([run.columns for run in runs]))
+    return seed_metrics(runs)
+
+
+def recompute(columns: per_image.Columns, rows: NDArray[np.int64]) -> dict[str, float]:
+    """COCO's figures of some of the images, NaN for one of a size that none of their objects has; means over the seeds."""
+    return per_image.recomputed_over(columns, rows, coco_scores_again)
 
 
 def settings_of(spec: Spec) -> DetectorRecipe:

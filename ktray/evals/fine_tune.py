@@ -28,11 +28,12 @@ from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import image_classifier
 from ktray.fingerprint import seed_of
 from ktray.images import Images
+from ktray.scoring import per_image
 from ktray.spec import EvaluationFields, Seed, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
+from ktray.training.step_training import SeedResult, SeedRun, over_seeds, seed_metrics
 
-REVISION = 1
+REVISION = 2
 NEEDS_LABELS = True
 READS_NETWORK = True
 TOOLS = (image_classifier,)
@@ -77,7 +78,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`top1` in [0, 1] and `loss` (nats) on `judged`, means over the seeds; `labels`, how many each training used.
 
-    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`).
+    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`). `per_image.parquet` has
+    both for each image, means over the seeds.
 
     Raises:
         ValueError: labels are missing, `train` or `judged` is empty, or a loss is not finite.
@@ -93,7 +95,7 @@ def evaluate(
     def loss(logits: Tensor, indices: NDArray[np.int64]) -> Tensor:
         return nn.functional.cross_entropy(logits, labels[torch.from_numpy(indices).to(labels.device)])
 
-    def train_and_judge(run: SeedRun) -> dict[str, float]:
+    def train_and_judge(run: SeedRun) -> SeedResult:
         backbone = network.build()
         head = image_classifier.classifier(int(backbone.feature_dim), classes, (), run.seed)  # type: ignore[arg-type]
         model = nn.ModuleDict({"backbone": backbone, "head": head.to(device)})
@@ -110,13 +112,10 @@ def evaluate(
         whole = image_classifier.scores(
             network, model, len(judged), lambda rows: read_judged(rows)[:, None], lambda logits: logits.log_softmax(1)
         )
-        found = torch.from_numpy(whole)
-        return {
-            "top1": float((found.argmax(1) == truth).double().mean()),
-            "loss": float(nn.functional.nll_loss(found, truth)),
-        }
+        return image_classifier.result_of(torch.from_numpy(whole), truth)
 
     runs = over_seeds(list(drawn), steps, attempt, train_and_judge)
+    per_image.write(out, judged.names, per_image.means_of([run.columns for run in runs]))
     return {**seed_metrics(runs), "labels": float(len(drawn[spec.seed]))}
 
 

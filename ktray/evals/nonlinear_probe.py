@@ -25,11 +25,12 @@ from ktray.checkpoints import Attempt
 from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import image_classifier
 from ktray.images import Images
+from ktray.scoring import per_image
 from ktray.spec import Count, EvaluationFields, Seed, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
+from ktray.training.step_training import SeedResult, SeedRun, over_seeds, seed_metrics
 
-REVISION = 1
+REVISION = 2
 NEEDS_LABELS = True
 READS_NETWORK = True
 TOOLS = (image_classifier,)
@@ -83,7 +84,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`top1` in [0, 1] and `loss` (nats) on `judged`, of the probabilities averaged over crops, means over the seeds.
 
-    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`).
+    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`). `per_image.parquet` has
+    both for each image, means over the seeds.
 
     Raises:
         ValueError: labels are missing, `train` or `judged` is empty, or a loss is not finite.
@@ -100,7 +102,7 @@ def evaluate(
     def loss(logits: Tensor, indices: NDArray[np.int64]) -> Tensor:
         return nn.functional.cross_entropy(logits, labels[torch.from_numpy(indices).to(labels.device)])
 
-    def train_and_judge(run: SeedRun) -> dict[str, float]:
+    def train_and_judge(run: SeedRun) -> SeedResult:
         model, frozen = untrained_model(spec, network, classes, side, run.seed)
         image_classifier.train(
             network,
@@ -116,13 +118,10 @@ def evaluate(
         shares = image_classifier.scores(
             network, model, len(judged), lambda rows: crops(read_judged(rows), side), lambda logits: logits.softmax(1)
         )
-        found = torch.from_numpy(shares)
-        return {
-            "top1": float((found.argmax(1) == truth).double().mean()),
-            "loss": float(nn.functional.nll_loss(found.clamp_min(1e-300).log(), truth)),
-        }
+        return image_classifier.result_of(torch.from_numpy(shares).clamp_min(1e-300).log(), truth)
 
     runs = over_seeds(range(spec.seed, spec.seed + spec.seeds), recipe.steps, attempt, train_and_judge)
+    per_image.write(out, judged.names, per_image.means_of([run.columns for run in runs]))
     return seed_metrics(runs)
 
 

@@ -37,14 +37,14 @@ from ktray.fine_tuning.detectors import LayerMaps, require_maps
 from ktray.fine_tuning.whole_images import Reader, whole_of
 from ktray.fingerprint import seed_of
 from ktray.images import Images
-from ktray.scoring import average_precision
+from ktray.scoring import average_precision, per_image
 from ktray.scoring.average_precision import classification_ap
 from ktray.spec import Count, EvaluationFields, Seed, refuse_pool
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import SeedRun, Shuffled, over_seeds, seed_metrics
+from ktray.training.step_training import SeedResult, SeedRun, Shuffled, over_seeds, seed_metrics
 
-REVISION = 1
+REVISION = 2
 NEEDS_LABELS = False
 NEEDS_ANNOTATIONS = ("presence",)
 READS_NETWORK = True
@@ -125,7 +125,8 @@ def evaluate(
 ) -> dict[str, float]:
     """`map`, `map_area` and `map_steps` in [0, 1] on `judged`, means over the seeds and the classes that it shows.
 
-    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`).
+    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`). `per_image.parquet` has
+    the scores of each image under each seed.
 
     Raises:
         ValueError: the images have no lists of classes, or no judged image shows a class.
@@ -147,15 +148,24 @@ def evaluate(
         each = nn.functional.binary_cross_entropy_with_logits(logits, (truth > 0).float(), reduction="none")
         return {"loss": (each * (truth != 0)).sum() / len(rows)}
 
-    def train_and_judge(run: SeedRun) -> dict[str, float]:
+    def train_and_judge(run: SeedRun) -> SeedResult:
         model, frozen = network_with_head(spec, network, presence.shape[1], run.seed)
         shuffled = Shuffled(np.arange(len(train)), min(spec.batch_size, len(train)), run.seed)
         task = StepTask(lambda step, generator: batch(step, generator, shuffled), terms, frozen)
         loop.fit_steps(model, task, recipe, run.seed, device=device, start=run.start, on_report=run.on_report)
         assert judged.presence is not None
-        return mean_aps(scores(spec, network, model, held, len(judged), device, run.seed), judged.presence)
+        found = scores(spec, network, model, held, len(judged), device, run.seed)
+        return SeedResult(mean_aps(found, judged.presence), {"scores": found})
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
+    runs = over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge)
+    columns = per_image.numbered([run.columns for run in runs], {"presence": judged.presence})
+    per_image.write(out, judged.names, columns)
+    return seed_metrics(runs)
+
+
+def recompute(columns: per_image.Columns, rows: NDArray[np.int64]) -> dict[str, float]:
+    """The mean APs of some of the images, over those classes that they show; means over the seeds."""
+    return per_image.recomputed_over(columns, rows, lambda own, these: mean_aps(own["scores"][these], own["presence"][these]))
 
 
 def recipe_of(spec: Spec) -> Recipe:
@@ -261,7 +271,7 @@ def fixed_crops(pixels: NDArray[np.uint8], side: int, device: str) -> Tensor:
 
 
 def mean_aps(logits: NDArray[np.float64], presence: NDArray[np.int8]) -> dict[str, float]:
-    """`map`, `map_area` and `map_steps` over the classes that an image shows.
+    """`map`, `map_area` and `map_steps` over the classes that an image shows; NaN if none shows any.
 
     Raises:
         ValueError: a score is not a number.
@@ -269,6 +279,8 @@ def mean_aps(logits: NDArray[np.float64], presence: NDArray[np.int8]) -> dict[st
     from sklearn.metrics import average_precision_score
 
     shown = np.flatnonzero((presence == 1).any(0))
+    if not len(shown):
+        return dict.fromkeys(DIRECTION, float("nan"))
     steps = []
     for class_ in shown:
         counted = presence[:, class_] != 0

@@ -34,16 +34,16 @@ from ktray.fine_tuning import detectors
 from ktray.fine_tuning.detectors import LayerMaps, require_maps
 from ktray.fine_tuning.image_classifier import seeded
 from ktray.fine_tuning.whole_images import Reader, whole_of
-from ktray.images import Images
+from ktray.images import VOID, Images
 from ktray.plots import label_of, optional_plot
-from ktray.scoring import label_maps
-from ktray.scoring.label_maps import VOID, confusion, ious
+from ktray.scoring import label_maps, per_image
+from ktray.scoring.label_maps import confusion, ious_of
 from ktray.spec import EvaluationFields, Seed, Share, refuse_pool
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import SeedRun, Shuffled, over_seeds, seed_metrics
+from ktray.training.step_training import SeedResult, SeedRun, Shuffled, over_seeds, seed_metrics
 
-REVISION = 1
+REVISION = 2
 NEEDS_LABELS = False
 NEEDS_ANNOTATIONS = ("mask",)
 READS_NETWORK = True
@@ -106,8 +106,9 @@ def evaluate(
 ) -> dict[str, float]:
     """`miou` and `pixel_accuracy` in [0, 1] on `judged`, void left out; means over the seeds.
 
-    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`). Writes `per_class.json` and
-    `segmentation.png`: images, their true and their predicted label maps.
+    With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`). Writes `per_class.json`,
+    `segmentation.png` (images, their true and their predicted label maps), and the pixels of each class in each image under
+    each seed as `per_image.parquet`.
 
     Raises:
         ValueError: there are no masks, the layer makes no maps, or all judged pixels are void.
@@ -118,18 +119,38 @@ def evaluate(
     classes = 1 + len(train.classes)
     recipe = recipe_of(spec)
 
-    def train_and_judge(run: SeedRun) -> dict[str, float]:
+    def train_and_judge(run: SeedRun) -> SeedResult:
         model, frozen = segmenter(network, classes, run.seed, spec.train_batch_norm)
         task = StepTask(_batches(spec, learned, len(train), run.seed), _terms(network), frozen)
         loop.fit_steps(model, task, recipe, run.seed, device=device, start=run.start, on_report=run.on_report)
-        pixels = judge(network, model, held, len(judged), classes)
-        if not pixels.sum():
+        columns = judge(network, model, held, len(judged), classes)
+        if not columns["truth"].sum():
             raise ValueError("all pixels of the judged images are void")
         if run.is_last:
-            _write_plots(out, network, model, held, len(judged), train.classes, pixels)
-        return {"miou": float(np.nanmean(ious(pixels))), "pixel_accuracy": float(np.trace(pixels) / pixels.sum())}
+            _write_plots(out, network, model, held, len(judged), train.classes, columns)
+        return SeedResult(_metrics(columns), columns)
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
+    runs = over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge)
+    per_image.write(out, judged.names, per_image.numbered([run.columns for run in runs]))
+    return seed_metrics(runs)
+
+
+def recompute(columns: per_image.Columns, rows: NDArray[np.int64]) -> dict[str, float]:
+    """`miou` and `pixel_accuracy` of some of the images; means over the seeds."""
+    return per_image.recomputed_over(
+        columns, rows, lambda own, these: _metrics({name: values[these] for name, values in own.items()})
+    )
+
+
+def _metrics(columns: per_image.Columns) -> dict[str, float]:
+    """Of all images together, whose pixels `judge` has counted; NaN if all of them are void."""
+    right, truth, predicted = (columns[name].sum(0) for name in ("right", "truth", "predicted"))
+    if not truth.sum():
+        return dict.fromkeys(DIRECTION, float("nan"))
+    return {
+        "miou": float(np.nanmean(ious_of(right, truth, predicted))),
+        "pixel_accuracy": float(right.sum() / truth.sum()),
+    }
 
 
 def recipe_of(spec: Spec) -> Recipe:
@@ -238,15 +259,17 @@ def predicted_map(network: JudgedNetwork, model: nn.ModuleDict, pixels: NDArray[
     return found
 
 
-def judge(network: JudgedNetwork, model: nn.ModuleDict, reader: Reader, count: int, classes: int) -> NDArray[np.int64]:
-    """`label_maps.confusion` of all images together."""
+def judge(network: JudgedNetwork, model: nn.ModuleDict, reader: Reader, count: int, classes: int) -> per_image.Columns:
+    """Pixels (N, C) of each class in each image, void left out: those that are right, of the class, and predicted as it."""
     model.eval()
     assert reader.whole.mask is not None
-    total = np.zeros((classes, classes), np.int64)
+    columns = {name: np.zeros((count, classes), np.int64) for name in ("right", "truth", "predicted")}
     for index in range(count):
-        total += confusion(reader.whole.mask(index), predicted_map(network, model, reader.read(index)), classes)
+        pixels = confusion(reader.whole.mask(index), predicted_map(network, model, reader.read(index)), classes)
+        for name, values in (("right", np.diag(pixels)), ("truth", pixels.sum(1)), ("predicted", pixels.sum(0))):
+            columns[name][index] = values
         progress.advance("judged")
-    return total
+    return columns
 
 
 def _write_plots(
@@ -256,10 +279,11 @@ def _write_plots(
     reader: Reader,
     count: int,
     classes: Sequence[str],
-    pixels: NDArray[np.int64],
+    columns: per_image.Columns,
 ) -> None:
     names = ["background", *classes]
-    found = zip(names, ious(pixels), pixels.sum(1), strict=True)
+    right, truth, predicted_as = (columns[name].sum(0) for name in ("right", "truth", "predicted"))
+    found = zip(names, ious_of(right, truth, predicted_as), truth, strict=True)
     rows = [{"class": name, "iou": None if math.isnan(iou) else iou, "pixels": int(of_class)} for name, iou, of_class in found]
     (out / "per_class.json").write_text(json.dumps(rows, indent=1))
     chosen = np.linspace(0, count - 1, min(SHEET, count)).astype(int)

@@ -33,13 +33,14 @@ from ktray.fine_tuning.detector_training import DetectorRecipe, annotated, detec
 from ktray.fine_tuning.detectors import require_maps
 from ktray.fine_tuning.proposals import SELECTIVE_SEARCH, check_proposals
 from ktray.images import Images
-from ktray.scoring import average_precision, detection_scores
-from ktray.scoring.detection_scores import Ranked, rank_all
+from ktray.scoring import average_precision, detection_scores, per_image
+from ktray.scoring.average_precision import Rule
+from ktray.scoring.detection_scores import Ranked, columns_of, rank_all, ranked_again
 from ktray.spec import Count, EvaluationFields, Seed, Share, refuse_pool
 from ktray.training.step_task import Recipe
-from ktray.training.step_training import SeedRun, over_seeds, seed_metrics
+from ktray.training.step_training import SeedResult, SeedRun, over_seeds, seed_metrics
 
-REVISION = 1
+REVISION = 2
 NEEDS_LABELS = False
 NEEDS_ANNOTATIONS = ("boxes",)
 READS_NETWORK = True
@@ -180,7 +181,8 @@ def evaluate(
     """`map` and `map_area` in [0, 1] on `judged`, means over the seeds and over the classes that occur there.
 
     With two seeds or more also the standard deviation and a 95 % interval of each (`seed_metrics`). Writes `per_class.json`
-    (APs with intervals over images), `average_precision.png`, `precision_recall.png` and `detections.png`.
+    (APs with intervals over images), `average_precision.png`, `precision_recall.png` and `detections.png`;
+    `per_image.parquet` has the detections of each image under each seed, and whether they are right.
 
     Raises:
         ValueError: there are no boxes, the layer makes no maps, or no judged object that is not difficult.
@@ -192,24 +194,30 @@ def evaluate(
         raise ValueError("detection needs named classes and judged images with objects that are not difficult")
     settings = settings_of(spec)
 
-    def train_and_judge(run: SeedRun) -> dict[str, float]:
+    def train_and_judge(run: SeedRun) -> SeedResult:
         detector = trained_detector(network, settings, learned, classes, run)
         with network.computing():
             found = detect(detector, held, device, least=spec.least_score, overlap=spec.suppression, most=spec.most_detections)
         ranked = rank_all(held.objects, found, classes)
         if run.is_last:
             detection_plots.draw_all(out, judged.classes, ranked, held, found)
-        return mean_aps(ranked)
+        return SeedResult(mean_aps(ranked), columns_of(ranked))
 
-    return seed_metrics(over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge))
+    runs = over_seeds(range(spec.seed, spec.seed + spec.seeds), spec.steps, attempt, train_and_judge)
+    per_image.write(out, judged.names, per_image.numbered([run.columns for run in runs]))
+    return seed_metrics(runs)
+
+
+def recompute(columns: per_image.Columns, rows: NDArray[np.int64]) -> dict[str, float]:
+    """`map` and `map_area` of some of the images, over the classes with an object in them; means over the seeds."""
+    return per_image.recomputed_over(columns, rows, lambda own, these: mean_aps(ranked_again(own, these)))
 
 
 def mean_aps(ranked: list[Ranked]) -> dict[str, float]:
-    """`map` and `map_area` over the classes with an object to find."""
-    return {
-        "map": float(np.nanmean([each.ap("voc07") for each in ranked])),
-        "map_area": float(np.nanmean([each.ap("area") for each in ranked])),
-    }
+    """`map` and `map_area` over the classes with an object to find; NaN if there is none."""
+    known = [each for each in ranked if each.positives.any()]
+    rules: dict[str, Rule] = {"map": "voc07", "map_area": "area"}
+    return {name: float(np.mean([each.ap(rule) for each in known])) if known else float("nan") for name, rule in rules.items()}
 
 
 def settings_of(spec: Spec) -> DetectorRecipe:

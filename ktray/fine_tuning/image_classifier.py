@@ -19,7 +19,7 @@ from ktray.fingerprint import seed_of
 from ktray.images import Images
 from ktray.training import loop, step_training
 from ktray.training.step_task import Recipe, StepTask
-from ktray.training.step_training import SeedRun, Shuffled
+from ktray.training.step_training import SeedResult, SeedRun, Shuffled
 
 IDENTITY, REVISION = "image_classifier", 1
 TOOLS = (loop, step_training)
@@ -213,3 +213,16 @@ def scores(
             found.append(averaged.cpu().numpy())
             progress.advance("judged", len(seen))
     return np.concatenate(found)
+
+
+def result_of(log_shares: Tensor, truth: Tensor) -> SeedResult:
+    """`top1` and `loss` (nats) of judged images, on average and of each.
+
+    Args:
+        log_shares: (N, C) float64 on the CPU, logarithms of the probabilities of the classes.
+        truth: (N,) int64, the right ones.
+    """
+    right = (log_shares.argmax(1) == truth).double()
+    losses = nn.functional.nll_loss(log_shares, truth, reduction="none")
+    metrics = {"top1": float(right.mean()), "loss": float(nn.functional.nll_loss(log_shares, truth))}
+    return SeedResult(metrics, {"top1": right.numpy(), "loss": losses.numpy()})

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktray.errors import UserError
-from ktray.scoring import average_precision
+from ktray.scoring import average_precision, per_image
 from ktray.scoring.average_precision import IGNORED, RIGHT, WRONG, Rule, ap_of, precision_recall, ranking
+from ktray.scoring.per_image import Columns
 
 IDENTITY, REVISION = "detection_scores", 2
 TOOLS = (average_precision,)
@@ -148,6 +149,30 @@ def rank_all(truth: Sequence[Objects], detected: Sequence[Detections], classes: 
     return [rank_class(truth, detected, class_, overlap=overlap) for class_ in range(classes)]
 
 
+def columns_of(ranked: Sequence[Ranked]) -> Columns:
+    """The detections of each of N images, their classes, scores and results, and `positives` (N, C), for `per_image.write`."""
+    classes = np.concatenate([np.full(len(each.results), class_) for class_, each in enumerate(ranked)])
+    images, scores, results = (np.concatenate([getattr(r, name) for r in ranked]) for name in ("images", "scores", "results"))
+    order = np.argsort(images, kind="stable")
+    ends = np.searchsorted(images[order], np.arange(1, len(ranked[0].positives)))
+    kept = {"classes": classes, "scores": scores, "results": results}
+    positives = np.stack([each.positives for each in ranked], 1)
+    return {**{name: per_image.lists(np.split(each[order], ends)) for name, each in kept.items()}, "positives": positives}
+
+
+def ranked_again(columns: Columns, rows: NDArray[np.int64]) -> list[Ranked]:
+    """What `rank_all` finds in some of the images, from their `columns_of`; an image that occurs twice counts as two."""
+    chosen = {name: columns[name][rows] for name in ("classes", "scores", "results")}
+    classes, scores, results = (np.concatenate(each) for each in chosen.values())
+    images = np.repeat(np.arange(len(rows)), [len(each) for each in chosen["scores"]])
+    order, positives = ranking(scores), columns["positives"][rows]
+    found = []
+    for class_ in range(positives.shape[1]):
+        own = order[classes[order] == class_]
+        found.append(Ranked(results[own], images[own], scores[own], positives[:, class_]))
+    return found
+
+
 def require_pycocotools() -> None:
     """Raise unless pycocotools is installed.
 
@@ -168,12 +193,24 @@ def coco_scores(truth: Sequence[Objects], detected: Sequence[Detections], classe
     Raises:
         UserError: pycocotools is not installed.
     """
+    return coco_judgement(truth, detected, classes)[0]
+
+
+def coco_judgement(truth: Sequence[Objects], detected: Sequence[Detections], classes: int) -> tuple[dict[str, float], Columns]:
+    """`coco_scores`, and for `per_image.write` the detections of each image: classes, scores, and `outcomes`, 40 of each.
+
+    An outcome is RIGHT, WRONG or IGNORED for one of four sizes of objects (all, small, medium, large) and one of ten overlaps
+    (0.5 to 0.95). `positives` (N, C * 4) are the objects of a class and size that count.
+
+    Raises:
+        UserError: pycocotools is not installed.
+    """
     require_pycocotools()
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # it reports to the screen what it does
-        known = COCO()
+        known, results = COCO(), COCO()
         known.dataset = _coco_truth(truth, classes)
         known.createIndex()
         found = [
@@ -181,13 +218,83 @@ def coco_scores(truth: Sequence[Objects], detected: Sequence[Detections], classe
             for image, each in enumerate(detected)
             for box, class_, score in zip(each.boxes, each.classes, each.scores, strict=True)
         ]
-        if not found:
-            return dict.fromkeys(("map", "ap50", "ap75", "ar100"), 0.0)
-        judged = COCOeval(known, known.loadRes(found), "bbox")
+        if found:
+            results = known.loadRes(found)
+        else:  # which `loadRes` does not take
+            results.dataset = {**known.dataset, "annotations": []}
+            results.createIndex()
+        judged = COCOeval(known, results, "bbox")
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
-    return {name: float(judged.stats[index]) for name, index in COCO_METRICS.items() if judged.stats[index] >= 0}
+    scores = {name: float(judged.stats[index]) for name, index in COCO_METRICS.items() if judged.stats[index] >= 0}
+    return scores, _coco_columns(judged.evalImgs, len(truth), classes)
+
+
+_SIZES, _OVERLAPS = 4, 10  # of COCO: all, small, medium and large; 0.5 to 0.95
+_LEVELS = np.linspace(0.0, 1.0, 101)  # of recall, at which COCO reads the precision
+
+
+def _coco_columns(judged: Sequence[dict[str, Any] | None], count: int, classes: int) -> Columns:
+    """`coco_judgement`'s columns, from what `COCOeval` found for each class, size and image, in this order."""
+    positives = np.zeros((count, classes * _SIZES), np.int64)
+    parts: list[list[tuple[NDArray[Any], ...]]] = [[] for _ in range(count)]
+    for image in range(count):
+        for class_ in range(classes):
+            of_sizes = [judged[(class_ * _SIZES + size) * count + image] for size in range(_SIZES)]
+            known = [each for each in of_sizes if each is not None]
+            if len(known) < _SIZES:  # neither an object nor a detection
+                continue
+            positives[image, class_ * _SIZES : (class_ + 1) * _SIZES] = [(np.asarray(e["gtIgnore"]) == 0).sum() for e in known]
+            scores = np.asarray(known[0]["dtScores"], np.float64)
+            outcomes = [
+                np.where(e["dtIgnore"], IGNORED, np.where(np.asarray(e["dtMatches"]) > 0, RIGHT, WRONG)).astype(np.int8).T
+                for e in known
+            ]
+            parts[image].append((np.full(len(scores), class_), scores, np.concatenate(outcomes, 1)))
+    empty = (np.zeros(0, np.int64), np.zeros(0), np.zeros((0, _SIZES * _OVERLAPS), np.int8))
+    joined = [[np.concatenate(each) for each in zip(empty, *of_image, strict=True)] for of_image in parts]
+    lists = {
+        name: per_image.lists([each[place].ravel() for each in joined])
+        for place, name in enumerate(("classes", "scores", "outcomes"))
+    }
+    return {**lists, "positives": positives}
+
+
+def coco_scores_again(columns: Columns, rows: NDArray[np.int64]) -> dict[str, float]:
+    """COCO's figures of some of the images, from the columns of `coco_judgement`; NaN for one that is not defined.
+
+    It is what `COCOeval.accumulate` and `summarize` do, for an image that occurs twice as for two images.
+    """
+    chosen = {name: columns[name][rows] for name in ("classes", "scores", "outcomes")}
+    classes, scores, outcomes = (np.concatenate(each) for each in chosen.values())
+    outcomes = outcomes.reshape(len(scores), _SIZES, _OVERLAPS)
+    positives = columns["positives"][rows].sum(0).reshape(-1, _SIZES)
+    order = ranking(scores)
+    precisions: list[list[NDArray[np.float64]]] = [[] for _ in range(_SIZES)]  # of each size and class (overlap, level)
+    recalls: list[NDArray[np.float64]] = []  # of each class (overlap,)
+    for class_ in range(len(positives)):
+        own = outcomes[order[classes[order] == class_]]
+        right, wrong = np.cumsum(own == RIGHT, 0), np.cumsum(own == WRONG, 0)
+        for size in np.flatnonzero(positives[class_]):
+            recall = right[:, size] / positives[class_, size]
+            precision = right[:, size] / (right[:, size] + wrong[:, size] + np.spacing(1))
+            best = np.maximum.accumulate(precision[::-1], 0)[::-1]
+            best = np.concatenate([best, np.zeros((1, _OVERLAPS))])
+            first = [np.searchsorted(recall[:, overlap], _LEVELS) for overlap in range(_OVERLAPS)]
+            precisions[size].append(np.stack([best[at, overlap] for overlap, at in enumerate(first)]))
+            if size == 0:
+                recalls.append(recall[-1] if len(recall) else np.zeros(_OVERLAPS))
+    values = [np.stack(each) if each else np.full((1, _OVERLAPS, 1), np.nan) for each in precisions]
+    return {
+        "map": float(values[0].mean()),
+        "ap50": float(values[0][:, 0].mean()),
+        "ap75": float(values[0][:, 5].mean()),
+        "ap_small": float(values[1].mean()),
+        "ap_medium": float(values[2].mean()),
+        "ap_large": float(values[3].mean()),
+        "ar100": float(np.mean(recalls)) if recalls else float("nan"),
+    }
 
 
 COCO_METRICS = {"map": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar100": 8}

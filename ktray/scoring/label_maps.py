@@ -11,10 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-IDENTITY, REVISION = "label_maps", 1
+from ktray.images import VOID
 
-VOID = 255
-"""Value of pixels that belong to no class: borders of objects, and objects that are too difficult."""
+IDENTITY, REVISION = "label_maps", 1
 
 
 def confusion(truth: NDArray[np.integer], predicted: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
@@ -35,8 +34,12 @@ def confusion(truth: NDArray[np.integer], predicted: NDArray[np.integer], classe
 
 def ious(pixels: NDArray[np.int64]) -> NDArray[np.float64]:
     """IoU (C,) of each class from the `confusion` of all images; NaN for one that is in no map, neither true nor predicted."""
-    right = np.diag(pixels)
-    union = pixels.sum(0) + pixels.sum(1) - right
+    return ious_of(np.diag(pixels), pixels.sum(1), pixels.sum(0))
+
+
+def ious_of(right: NDArray[np.int64], truth: NDArray[np.int64], predicted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The same from the pixels (C,) that are right, that are of each class, and that were predicted as it."""
+    union = truth + predicted - right
     found = np.full(len(right), np.nan)
     np.divide(right, union, out=found, where=union > 0)
     return found

@@ -25,6 +25,7 @@ RESAMPLES_TO_RECOMPUTE = 200
 CONFIDENCE = 0.95
 
 Columns = Mapping[str, NDArray[Any]]
+"""Name -> values of N images: (N,), (N, C), or of lists of any length, such as the detections of an image, (N,) objects."""
 Recompute = Callable[[Columns, NDArray[np.int64]], dict[str, float]]
 """(columns, rows (n,) of images, repeated ones included) -> the metrics of these images alone."""
 
@@ -35,7 +36,7 @@ class PerImage:
 
     Attributes:
         names: (N,) of the images, in the order of the judged split.
-        columns: name -> (N,) or (N, C). A column named as a metric holds a value per image, and the metric is their mean; NaN
+        columns: a column (N,) of floats that is named as a metric holds a value per image, and the metric is their mean; NaN
             where an image does not count.
     """
 
@@ -50,15 +51,31 @@ def write(out: Path, names: Sequence[str], columns: Columns) -> None:
         names: (N,) of the images, or empty if they have none: then their numbers.
         columns: as in `PerImage`.
     """
+    write_table(out / FILE, names, columns)
+
+
+def write_table(path: Path, names: Sequence[str], columns: Columns) -> None:
+    """The same in a file of any name."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     count = len(next(iter(columns.values())))
     fields: dict[str, Any] = {NAME: arrow.array(list(names) or [str(index) for index in range(count)], arrow.string())}
     for name, values in columns.items():
+        if values.dtype == object:
+            ends = np.cumsum([0, *(len(each) for each in values)])
+            fields[name] = arrow.LargeListArray.from_arrays(arrow.array(ends), arrow.array(np.concatenate(values)))
+            continue
         flat = arrow.array(values.ravel())
         fields[name] = flat if values.ndim == 1 else arrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    parquet.write_table(arrow.table(fields), out / FILE, compression="zstd")
+    parquet.write_table(arrow.table(fields), path, compression="zstd")
+
+
+def lists(values: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """A column of arrays (n,) of any length and one type; of N images at least one."""
+    found = np.empty(len(values), object)
+    found[:] = [*values]
+    return found
 
 
 def read(path: Path) -> PerImage:
@@ -75,6 +92,10 @@ def read(path: Path) -> PerImage:
     columns = {}
     for name in table.column_names:
         column = table.column(name).combine_chunks()
+        if hasattr(column, "offsets"):
+            ends = column.offsets.to_numpy()
+            columns[name] = lists(np.split(column.flatten().to_numpy(zero_copy_only=False), ends[1:-1] - ends[0]))
+            continue
         width = getattr(column.type, "list_size", None)
         values = column if width is None else column.flatten()
         columns[name] = values.to_numpy(zero_copy_only=False).reshape((-1, width) if width else (-1,))
@@ -98,6 +119,32 @@ def _values(found: PerImage) -> dict[str, NDArray[np.float64]]:
     }
 
 
+def means_of(runs: Sequence[Columns]) -> Columns:
+    """The columns of floats of several trainings, their means over the trainings."""
+    return {name: np.mean([run[name] for run in runs], 0) for name, values in runs[0].items() if values.dtype.kind == "f"}
+
+
+def numbered(runs: Sequence[Columns], shared: Columns | None = None) -> Columns:
+    """The columns of several trainings, as ``scores@0``, ``scores@1``; `recomputed_over` gives each its own.
+
+    Args:
+        shared: columns that are the same for all, such as what is true.
+    """
+    each = {f"{name}@{index}": values for index, run in enumerate(runs) for name, values in run.items()}
+    return {**(shared or {}), **each}
+
+
+def recomputed_over(columns: Columns, rows: NDArray[np.int64], of_one: Recompute) -> dict[str, float]:
+    """The means over trainings of the metrics that `of_one` computes of the columns of each (`numbered`)."""
+    parts = {name: name.rpartition("@") for name in columns}
+    runs = sorted({int(number) for before, _, number in parts.values() if before})
+    found = []
+    for run in runs:
+        own = {before or name: columns[name] for name, (before, _, number) in parts.items() if not before or int(number) == run}
+        found.append(of_one(own, rows))
+    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+
+
 def standard_errors(found: PerImage, recompute: Recompute | None = None, seed: int = 0) -> dict[str, float]:
     """Metric -> its standard error over samples of images: that of a mean, else the spread over resampled images.
 
@@ -112,7 +159,9 @@ def standard_errors(found: PerImage, recompute: Recompute | None = None, seed: i
         return errors
     count, random = len(found.names), np.random.default_rng(seed)
     samples = [recompute(found.columns, random.integers(0, count, count)) for _ in range(RESAMPLES_TO_RECOMPUTE)]
-    return {name: float(np.nanstd([each[name] for each in samples], ddof=1)) for name in samples[0]}
+    spread = {name: np.array([each[name] for each in samples]) for name in samples[0]}
+    known = {name: values[~np.isnan(values)] for name, values in spread.items()}
+    return {name: float(values.std(ddof=1)) for name, values in known.items() if len(values) > 1}
 
 
 @dataclass(frozen=True)
@@ -163,7 +212,7 @@ def paired_differences(
     return {
         name: _interval(first[name] - second[name], np.array([a[name] - b[name] for a, b in sampled]), count)
         for name in first
-        if name in second
+        if name in second and not np.isnan(first[name] - second[name])
     }
 
 

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from ktray.checkpoints import Attempt, Write
 from ktray.fingerprint import seed_of
+from ktray.scoring import per_image
+from ktray.scoring.per_image import Columns
 
 IDENTITY, REVISION = "step_training", 1
 
 FINISHED = "finished.json"
-"""File of a checkpoint with the metrics of the seeds that are finished; the others are the snapshot of the one in progress."""
+"""File of a checkpoint with the metrics of the seeds that are finished. Beside it lie the results per image of each
+(`_columns_of`) and the snapshot of the training in progress."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,27 @@ class SeedRun:
     on_report: Callable[[int, dict[str, float], Write], None]
 
 
-def over_seeds(
-    seeds: Sequence[int], steps: int, attempt: Attempt, train: Callable[[SeedRun], dict[str, float]]
-) -> list[dict[str, float]]:
-    """The metrics of one training per seed, going on where a killed attempt ended.
+@dataclass(frozen=True)
+class SeedResult:
+    """What the training of one seed is worth: metrics, and results of each judged image as `per_image.write` keeps them."""
+
+    metrics: dict[str, float]
+    columns: Columns
+
+
+def over_seeds(seeds: Sequence[int], steps: int, attempt: Attempt, train: Callable[[SeedRun], SeedResult]) -> list[SeedResult]:
+    """The results of one training per seed, going on where a killed attempt ended.
 
     Args:
         seeds: one training each, in this order.
         steps: of one training.
     """
-    finished: list[dict[str, float]] = []
+    finished: list[SeedResult] = []
     start: Path | None = None
     if attempt.start is not None:
-        finished = json.loads((attempt.start / FINISHED).read_text())
+        metrics = json.loads((attempt.start / FINISHED).read_text())
+        files = (attempt.start / _columns_of(index) for index in range(len(metrics)))
+        finished = [SeedResult(each, per_image.read(path).columns) for each, path in zip(metrics, files, strict=True)]
         start = attempt.start if (attempt.start / "state.json").exists() else None
     for index, seed in enumerate(seeds):
         if index < len(finished):
@@ -121,7 +132,7 @@ def over_seeds(
 
 
 def _reports(
-    attempt: Attempt, finished: list[dict[str, float]], index: int, steps: int, seeds: int
+    attempt: Attempt, finished: list[SeedResult], index: int, steps: int, seeds: int
 ) -> Callable[[int, dict[str, float], Write], None]:
     """`SeedRun.on_report` of training `index`, before which `finished` ones have ended."""
     report = _step_reports(attempt, index * steps, seeds * steps)
@@ -134,24 +145,31 @@ def _reports(
     return on_report
 
 
-def _save(attempt: Attempt, finished: list[dict[str, float]], before: int, step: int, write: Write | None) -> None:
+def _columns_of(index: int) -> str:
+    """File of a checkpoint with the results per image of finished seed `index`."""
+    return f"finished-{index}.parquet"
+
+
+def _save(attempt: Attempt, finished: list[SeedResult], before: int, step: int, write: Write | None) -> None:
     def fill(directory: Path) -> None:
-        (directory / FINISHED).write_text(json.dumps(finished))
+        (directory / FINISHED).write_text(json.dumps([each.metrics for each in finished]))
+        for index, each in enumerate(finished):
+            per_image.write_table(directory / _columns_of(index), (), each.columns)
         if write is not None:
             write(directory)
 
     attempt.save(before + step, fill)
 
 
-def seed_metrics(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+def seed_metrics(runs: Sequence[SeedResult]) -> dict[str, float]:
     """The mean of each metric over the seeds; with two or more also `NAME_std` and a 95 % interval, `NAME_low` to `NAME_high`.
 
     The interval is Student's: it holds if the results of further seeds are normal around the same mean.
     """
-    names = list(runs[0])
+    names = list(runs[0].metrics)
     if len(runs) < 2:
-        return {name: float(runs[0][name]) for name in names}
-    spreads = {name: spread_of([run[name] for run in runs]) for name in names}
+        return {name: float(runs[0].metrics[name]) for name in names}
+    spreads = {name: spread_of([run.metrics[name] for run in runs]) for name in names}
     found = {name: spread.mean for name, spread in spreads.items()}
     for name, spread in spreads.items():
         found |= {f"{name}_std": spread.deviation, f"{name}_low": spread.low, f"{name}_high": spread.high}
