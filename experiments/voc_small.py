@@ -1,17 +1,21 @@
 """Do the paper's judges rank small backbones as one expects? Classification and detection on a generated VOC set.
 
-Question: backbones learned on Fashion-MNIST without labels (HOG clusters, rotation, clusters of rotation, SimCLR), a random one
-and one trained on all labels: mAP in classification (fine-tuned, and a linear SVM on frozen features) and in detection, on
-scenes composed of Fashion-MNIST objects in VOC's layout.
-Command:  ktray data make-voc voc_small --from fashion_mnist_mini --images 2000 --size 96
+Question: backbones learned on CIFAR-10 without labels (HOG clusters, rotation, clusters of rotation, SimCLR), a random one and
+one trained on all labels: mAP in classification (fine-tuned, and a linear SVM on frozen features) and in detection, on scenes
+composed of CIFAR-10 objects in VOC's layout, judged on test.
+Command:  export KTRAY_DATA=/data, the folder with CIFAR-10
+          ktray data make-voc voc_small --from cifar10 --images 2400 --size 96
           python -m experiments.voc_small          selective search of all images, once, to voc_small/proposals.npz
-          ktray run experiments/voc_small.py --concurrent 24, on GPUs
+          ktray run experiments/voc_small.py --concurrent 24, on a GPU
+          python -m experiments.voc_small HOME     the table, also while it runs
 Cost:     not measured: 3 x 6 backbones; selective search of the 2,000 images takes 80 seconds of one core.
 Result:   none yet; it has not been run.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,13 +25,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ktray.fine_tuning.proposals import selective_search
+from ktray.pipeline import pair_graph
+from ktray.pipeline.identity import data_identity
 from ktray.spec import PairSpec
+from ktray.stores.file import FileStore
+from ktray.training.step_training import spread_of
 
 SEEDS = (0, 1, 2)
-OBJECTS: dict[str, Any] = {"kind": "fashion_mnist_mini"}
+OBJECTS: dict[str, Any] = {"kind": "cifar10"}
 VOC: dict[str, Any] = {"kind": "voc", "path": "voc_small", "size": 64, "split": {"val": 0}}
 ALEXNET: dict[str, Any] = {"kind": "alexnet"}
-SCHEDULE: dict[str, Any] = {"epochs": 30, "lr": 0.1, "warmup": 1, "decay": 0.3, "batch_size": 256, "precision": "bfloat16"}
+SCHEDULE: dict[str, Any] = {"epochs": 10, "lr": 0.1, "warmup": 1, "decay": 0.3, "batch_size": 256, "precision": "bfloat16"}
 CLUSTERS: dict[str, Any] = {"kind": "clusters", "k": 100, "pca": 128}
 PROPOSALS = "voc_small/proposals.npz"
 NONE: dict[str, Any] = {"kind": "none"}
@@ -42,7 +50,7 @@ def methods(seed: int) -> dict[str, tuple[dict[str, Any] | None, dict[str, Any]]
     """Name of a backbone -> its teacher and transfer."""
     return {
         "random": (None, NONE),
-        "hog clusters": ({"descriptor": {"kind": "hog", "cell": 7}}, {**CLUSTERS, "seed": seed}),
+        "hog clusters": ({"descriptor": {"kind": "hog", "cell": 8}}, {**CLUSTERS, "seed": seed}),
         "rotation": (trained("rotation", "conv5", seed), NONE),
         "rotation clusters": (trained("rotation", "conv4", seed), {**CLUSTERS, "seed": seed}),
         "simclr": (trained("simclr", "conv5", seed), NONE),
@@ -55,8 +63,8 @@ def evals(of: str) -> list[dict[str, Any]]:
     common = {"of": of, "split": "test", "layer": "conv5"}
     tuned = {
         **{
-            "steps": 250,
-            "halve_every": 100,
+            "steps": 300,
+            "halve_every": 120,
             "test_crops": "fixed",
             "batch_size": 32,
             "lr": 0.01,
@@ -87,7 +95,7 @@ def pairs() -> dict[str, PairSpec]:
                 "data": {**dict.fromkeys(("pretext", "cluster", "transfer"), OBJECTS), "target": VOC},
                 "teacher": teacher,
                 "transfer": transfer,
-                "student": {"backbone": ALEXNET, "schedule": SCHEDULE, "augment": {"crop": 3, "flip": True}, "seed": seed},
+                "student": {"backbone": ALEXNET, "schedule": SCHEDULE, "augment": {"crop": 4, "flip": True}, "seed": seed},
                 "evals": judged,
             }
             found[f"{name} | {seed}"] = PairSpec.model_validate(spec)
@@ -107,5 +115,44 @@ def write_proposals(folder: Path) -> None:
         np.savez_compressed(folder / "proposals.npz", **{path.stem: boxes for path, boxes in zip(paths, found, strict=True)})
 
 
+JUDGES = {
+    "voc07_cls_finetune/map": "classification, tuned",
+    "voc07_cls/map": "classification, SVM",
+    "voc_det/map": "detection",
+}
+
+
+def results(home: Path) -> dict[str, dict[str, list[float]]]:
+    """Backbone -> metric -> its value under each seed of which the home's store has it."""
+    store, identity = FileStore(home / "store"), data_identity(home / "cache")
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, pair in pairs().items():
+        for evaluation, key in pair_graph.build(pair, identity).keys["evaluation"].items():
+            artifact = store.find(key)
+            if artifact is not None:
+                of_backbone = found.setdefault(name.partition(" | ")[0], {})
+                of_backbone.setdefault(f"{evaluation}/map", []).append(artifact.metrics["map"])
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Means over the seeds in percent, with Student's 95 % interval, as text: a line per backbone, a column per judge."""
+    lines = ["  ".join(["mAP".ljust(18), *(f"{title:<30}" for title in JUDGES.values())]).rstrip()]
+    for name, metrics in found.items():
+        cells = [_cell(metrics[metric]) if metric in metrics else "" for metric in JUDGES]
+        lines.append("  ".join([name.ljust(18), *(f"{cell:<30}" for cell in cells)]).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return f"{100 * values[0]:.1f} (n = 1)"
+    spread = spread_of([100 * value for value in values])
+    return f"{spread.mean:.1f} ({spread.low:.1f} to {spread.high:.1f}, n = {len(values)})"
+
+
 if __name__ == "__main__":
-    write_proposals(Path(PROPOSALS).parent)
+    if len(sys.argv) > 1:
+        print(table(results(Path(sys.argv[1]))))
+    else:
+        write_proposals(Path(PROPOSALS).parent)
