@@ -15,6 +15,7 @@ from ktray.plugins import parse
 from ktray.runs.pair_run import run_here
 from ktray.runs.settings import make_settings
 from ktray.runs.voc_composition import compose
+from tests.source import ROOT
 
 
 def tau_b(one, other):
@@ -49,6 +50,15 @@ def test_the_pairs_of_the_study_share_their_students_and_are_forty() -> None:
     whole, voc = (found[f"hog 8 | 50 | {part}"] for part in ("whole", "voc"))
     assert whole.student == voc.student
     assert whole.transfer == voc.transfer
+
+
+def test_the_table_of_earlier_pairs_says_what_the_experiment_reports(capsys) -> None:
+    proxies.main(ROOT / "experiments" / "tables" / "cifar10_pairs.parquet", None)
+    printed = capsys.readouterr().out
+    reported = [line.split("  ")[-1].strip() for line in (proxies.__doc__ or "").splitlines() if " to +" in line]
+    assert len(reported) == len(proxies.EARLIER)
+    assert all(cell in printed for cell in reported)
+    assert printed.startswith("207 pairs of 23 teachers")
 
 
 @pytest.mark.slow
