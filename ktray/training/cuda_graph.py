@@ -54,11 +54,11 @@ class Graphs:
 
     Args:
         enabled: whether to capture at all; otherwise every call is a plain one.
-        eager_calls: plain calls of each variant before its capture.
+        eager_calls: plain calls of each variant before its capture; None for `EAGER_CALLS`.
     """
 
-    def __init__(self, enabled: bool, eager_calls: int = EAGER_CALLS) -> None:
-        self._enabled, self._eager_calls = enabled, eager_calls
+    def __init__(self, enabled: bool, eager_calls: int | None = None) -> None:
+        self._enabled, self._eager_calls = enabled, EAGER_CALLS if eager_calls is None else eager_calls
         self._recordings: dict[Hashable, _Recording] = {}
         self._pool: Any = None
 
