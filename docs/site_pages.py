@@ -48,9 +48,13 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {title: [_index_of(group), *(_page_of(group, kind) for kind in plugins.kinds(group))]}
         for group, (title, _) in GROUPS.items()
     ]
+    named = set(_pages_in(config.nav))
+    others = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named)
     for entry in config.nav or ():
         if isinstance(entry, dict) and "Reference" in entry:
             entry["Reference"] = sections
+        elif isinstance(entry, dict) and "Use" in entry:
+            entry["Use"] += others  # a new page needs no line in mkdocs.yml
     return config
 
 
@@ -74,6 +78,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead links to files outside of docs/ to their pages or copies on the site."""
     return with_site_links(markdown, page.file.src_uri)
+
+
+def _pages_in(nav: Any) -> Iterator[str]:
+    """The pages that a navigation names."""
+    if isinstance(nav, str):
+        yield nav
+    for entry in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+        yield from _pages_in(entry)
 
 
 # ---- links

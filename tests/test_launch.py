@@ -305,7 +305,8 @@ def test_the_steps_of_the_dockerfile_run_in_order_in_a_fresh_environment(
         stub(tmp_path / "bin", name, "exit 0")
     path = f"{tmp_path / 'bin'}:{environment / 'bin'}:/usr/bin:/bin"
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    folder, ran = image, []
+    image.mkdir()
+    folder, ran = image, list[str]()
     for kind, text in steps:
         if kind == "WORKDIR":
             folder = image / text.lstrip("/")

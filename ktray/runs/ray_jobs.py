@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -45,6 +46,7 @@ def client(address: str) -> JobSubmissionClient:
         default = "443" if address.startswith("https") else "80"
         refuse_unreachable(host if ":" in host.rpartition("]")[2] else f"{host}:{default}", "Ray's dashboard has port 8265.")
     use_token_of_user()
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it says which packages it sends
     try:
         return JobSubmissionClient(address)
     except (RuntimeError, ConnectionError, ValueError) as error:
