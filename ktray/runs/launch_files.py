@@ -17,6 +17,7 @@ import yaml
 
 from ktray.runs.launch import SCRIPT_FILE, RemoteSearch
 from ktray.runs.preflight import PACKAGES
+from ktray.scheduler.ray_session import OBJECT_STORE_BYTES
 
 _LONGEST_NAME = 40  # KubeRay refuses names of RayJobs above 47 characters
 _USER = 1000  # of the image that `dockerfile` makes
@@ -86,7 +87,8 @@ def _ray_cluster(search: RemoteSearch, machines: Machines, image: str, claim: st
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},  # KubeRay makes the token and gives it to every pod
         "headGroupSpec": {
-            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # the head computes no stage
+            # The head computes no stage, and artifacts are files: Ray's own store of objects may be small.
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", "object-store-memory": str(OBJECT_STORE_BYTES)},
             "template": _pod("ray-head", head, search, image, claim, name),
         },
         "workerGroupSpecs": [
@@ -95,7 +97,7 @@ def _ray_cluster(search: RemoteSearch, machines: Machines, image: str, claim: st
                 "replicas": machines.nodes,
                 "minReplicas": machines.nodes,
                 "maxReplicas": machines.nodes,
-                "rayStartParams": {},
+                "rayStartParams": {"object-store-memory": str(OBJECT_STORE_BYTES)},
                 "template": _pod("ray-worker", machines, search, image, claim, name),
             }
         ],
@@ -163,6 +165,7 @@ def _slurm_values(search: RemoteSearch, machines: Machines) -> dict[str, Any]:
         "texts": "\n".join(texts),
         "ports": _PORTS,
         "gpus": f" --num-gpus={machines.gpus}" if machines.gpus else "",
+        "store": OBJECT_STORE_BYTES,
     }
 
 
@@ -193,9 +196,12 @@ address=$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I | awk '{{pri
 port=$((20000 + SLURM_JOB_ID % 100 * {ports}))  # and the ports after it, so that two jobs on one network do not meet
 export RAY_ADDRESS="$address:$port" RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 RAY_USAGE_STATS_ENABLED=0
 
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=0 \\
+everywhere() {{ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --kill-on-bad-exit=0 "$@"; }}
+trap 'everywhere rm -rf "/tmp/ktray-$SLURM_JOB_ID" || true' EXIT
+everywhere \\
   ray symmetric-run --address "$RAY_ADDRESS" --min-nodes "$SLURM_JOB_NUM_NODES" \\
   --num-cpus="$SLURM_CPUS_PER_TASK"{gpus} --include-dashboard=false --temp-dir="/tmp/ktray-$SLURM_JOB_ID" \\
+  --object-store-memory={store} \\
   --node-manager-port=$((port + 1)) --object-manager-port=$((port + 2)) --metrics-export-port=$((port + 3)) \\
   --dashboard-agent-grpc-port=$((port + 4)) --dashboard-agent-listen-port=$((port + 5)) \\
   --runtime-env-agent-port=$((port + 6)) --min-worker-port=$((port + 10)) --max-worker-port=$((port + {ports} - 1)) \\
@@ -216,7 +222,9 @@ def ray_up(search: RemoteSearch, machines: Machines, *, hosts: tuple[str, ...], 
     there = f"~/ktray-launched/{search.study}"
     token = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={there}/token"
     gpus = f" --num-gpus={machines.gpus}" if machines.gpus else ""
-    start = f"{token} ray start --disable-usage-stats --num-cpus={machines.cpus}{gpus}"
+    start = (
+        f"{token} ray start --disable-usage-stats --num-cpus={machines.cpus}{gpus} --object-store-memory={OBJECT_STORE_BYTES}"
+    )
     return _yaml(
         {
             "cluster_name": object_name(search.study),
@@ -277,12 +285,13 @@ RUN apt-get update && apt-get install -y --no-install-recommends wget procps && 
 RUN pip install --no-cache-dir {torch}{index}
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+COPY search_spaces search_spaces
 COPY ktray ktray
 RUN pip install --no-cache-dir . {pins}
 RUN useradd --create-home --uid {user} ray
 USER {user}
 WORKDIR /home/ray
-RUN ktray --version && ray --version
+RUN ktray --version && ktray init --example && ray --version
 """
 
 
