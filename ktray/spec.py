@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias, get_args
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     PlainValidator,
@@ -24,7 +25,7 @@ from pydantic import (
 from ktray import evaluation_presets, plugins
 from ktray.errors import UserError
 from ktray.plugins import PluginSpec
-from ktray.strict import StrictSpec, plain_types
+from ktray.strict import StrictSpec, added_field, plain_types
 from ktray.text import shown
 
 MAX_DATA_TEXT = 4096  # characters; a path may have as many
@@ -250,6 +251,9 @@ class Schedule(StrictSpec):
 
     `warmup_stable` warms up linearly, stays constant, and decays linearly to zero over the last `decay` share of the epochs.
     Before the decay it does not depend on `epochs`, so a longer training resumes from a shorter one. `cosine` depends on it.
+
+    With `ema` the averaged weights are those that are judged, exported and read by later stages; the training goes on with its
+    own. lars and lamb are timm's, need `pip install 'ktray[timm]'`, and on a GPU run kernel by kernel, not as CUDA graphs.
     """
 
     kind: Literal["constant", "warmup_stable", "cosine"] = "warmup_stable"
@@ -258,13 +262,30 @@ class Schedule(StrictSpec):
     warmup: float = Field(default=0.0, ge=0, description="epochs")
     decay: float = Field(default=0.0, ge=0, le=1, description="share of the epochs, warmup_stable only")
     batch_size: int = Field(default=128, ge=2)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         default="float32",
         description="of products and convolutions; weights stay float32. tf32 and bfloat16 are for GPUs: on a CPU, tf32 is "
         "float32 and bfloat16 is slow",
+    )
+    clip: float | None = added_field(
+        None, gt=0, le=1e6, description="largest norm of a step's gradient, of all weights together; null: any"
+    )
+    ema: float | None = added_field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of an exponential moving average of the weights that a step keeps; null: no average",
+    )
+    layer_decay: float = added_field(
+        1.0, gt=0, le=1, description="factor on the learning rate for each layer of the backbone further from the head"
+    )
+    micro_batch: int | None = added_field(
+        None,
+        ge=2,
+        description="images that go through the network at once; their gradients add up to those of a batch; null: all",
     )
 
     @model_validator(mode="after")
@@ -273,8 +294,13 @@ class Schedule(StrictSpec):
             raise ValueError(f"decay belongs to warmup_stable; a {self.kind} schedule has none")
         if self.kind == "constant" and self.warmup:
             raise ValueError("a constant schedule has no warmup; use warmup_stable")
-        if self.optimizer == "adamw" and self.momentum != type(self).model_fields["momentum"].default:
-            raise ValueError("momentum belongs to sgd; adamw has none, so leave 'momentum' out")
+        if self.optimizer in ("adamw", "lamb") and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(f"momentum belongs to sgd and lars; {self.optimizer} has none, so leave 'momentum' out")
+        if self.micro_batch is not None and self.micro_batch >= self.batch_size:
+            raise ValueError(
+                f"micro_batch={self.micro_batch} is a whole batch of batch_size={self.batch_size} or more; leave it out "
+                "or make it smaller"
+            )
         return self
 
     @model_validator(mode="after")
@@ -449,11 +475,71 @@ else:
     TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher), _any_kind("teacher")]
 
 
-class Augment(StrictSpec):
-    """Random views of the student's training images."""
+class Jitter(StrictSpec):
+    """Random changes of brightness, contrast and saturation (factors in [1 - x, 1 + x]) and of hue (by -x to x turns)."""
 
-    crop: int = Field(default=2, ge=0, description="pixels of padding before a random crop")
+    brightness: float = Field(default=0.4, ge=0, le=1)
+    contrast: float = Field(default=0.4, ge=0, le=1)
+    saturation: float = Field(default=0.4, ge=0, le=1)
+    hue: float = Field(default=0.1, ge=0, le=0.5)
+    share: float = Field(default=0.8, ge=0, le=1, description="probability that an image is changed at all")
+
+
+class RandAugment(StrictSpec):
+    """Operations drawn for each image from 14, geometric ones and changes of colour, all of one strength."""
+
+    operations: int = Field(default=2, ge=1, le=8, description="one after the other")
+    magnitude: int = Field(default=9, ge=0, le=30, description="strength, from 0 to 30 as in torchvision")
+
+
+class Augment(StrictSpec):
+    """Random views of training images, changed in the order of the fields; `mixup` and `cutmix` then mix images of a batch.
+
+    Images that are mixed have mixed targets, so only transfers that classify images allow it.
+    """
+
+    crop: int = Field(default=2, ge=0, description="pixels of padding before a random crop; 0 where 'area' is given")
     flip: bool = False
+    area: float | None = added_field(
+        None, gt=0, le=1, description="smallest share of the area that a random resized crop keeps; null: no such crop"
+    )
+    randaugment: RandAugment | None = added_field(None)
+    jitter: Jitter | None = added_field(None)
+    grey: float = added_field(0.0, ge=0, le=1, description="probability of a grey image")
+    blur: float = added_field(0.0, ge=0, le=1, description="probability of a Gaussian blur of 0.1 to 2 px")
+    solarise: float = added_field(0.0, ge=0, le=1, description="probability that values above one half are inverted")
+    mixup: float = added_field(
+        0.0, ge=0, le=10, description="a of the Beta(a, a) distribution of an image's share in its mean with another; 0: none"
+    )
+    cutmix: float = added_field(
+        0.0, ge=0, le=10, description="a of the Beta(a, a) distribution of an image's area beside a cutting of another; 0: none"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_way_to_crop(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("area") is None:
+            return value
+        if value.get("crop"):
+            raise ValueError(
+                f"crop={value['crop']} pads and crops, and area={value['area']} crops and resizes; with 'area' leave 'crop' out"
+            )
+        return {**value, "crop": 0}
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
+
+
+def _unmixed(augment: Augment) -> Augment:
+    if augment.mixes:
+        raise ValueError("mixup and cutmix mix the classes of images, and this task has none; leave them out")
+    return augment
+
+
+UnmixedAugment = Annotated[Augment, AfterValidator(_unmixed)]
+"""For tasks whose targets cannot be mixed."""
 
 
 class Student(StrictSpec):
@@ -539,6 +625,12 @@ class PairSpec(StrictSpec):
             raise ValueError(f"the transfer {self.transfer.kind!r} needs a teacher, such as teacher: {{descriptor: hog}}")
         if not needs and self.teacher is not None and not self._judges_the_teacher():
             raise ValueError(f"the transfer {self.transfer.kind!r} uses no teacher; leave 'teacher' out")
+        transfer = plugins.module_of("transfer", self.transfer)
+        if self.student.augment.mixes and hasattr(transfer, "task") and not getattr(transfer, "MIXES_IMAGES", False):
+            raise ValueError(
+                f"student.augment mixes images, and the transfer {self.transfer.kind!r} has no targets that can be mixed; "
+                "leave mixup and cutmix out, or transfer by clusters"
+            )
         names = [entry.name or entry.kind for entry in self.evals]
         twice = {name for name in names if names.count(name) > 1}
         if twice:

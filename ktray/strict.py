@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -26,6 +26,26 @@ class StrictSpec(BaseModel):
                 raise PydanticCustomError("entries_type", "a list, each entry a {text}", {"text": text})
             raise PydanticCustomError(kind, "Input should be a {text}", {"text": text})
         return value
+
+
+def added_field(
+    default: Any,
+    *,
+    description: str | None = None,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A field that a spec was given after results with it existed: at its default it is left out of dumps, and so of keys.
+
+    Args:
+        default: it must mean what the spec meant without the field.
+        description, gt, ge, lt, le: as for pydantic's `Field`.
+    """
+    bounds: dict[str, Any] = {"gt": gt, "ge": ge, "lt": lt, "le": le}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    return Field(default=default, description=description, exclude_if=lambda value: bool(value == default), **given)
 
 
 _ERRORS: dict[type, tuple[Any, str]] = {

@@ -9,7 +9,7 @@ from skimage import data
 from skimage.color import rgb2lab
 from torchvision.transforms import functional as oracle
 
-from ktray.ops import colour, distortions
+from ktray.ops import augmentation, colour, distortions
 from ktray.ops.colour import Jitter
 from ktray.ops.distortions import Distortions
 from tests.toy_images import toy_images
@@ -83,7 +83,7 @@ def test_the_projection_removes_only_the_green_magenta_axis():
 def test_a_crop_is_an_axis_aligned_part_of_the_image_within_the_bounds_of_area_and_ratio():
     place = (torch.arange(64.0) + 0.5) / 64
     ramps = torch.stack([place.expand(64, 64), place[:, None].expand(64, 64), torch.zeros(64, 64)])
-    seen = distortions.resized_crop(ramps.expand(500, 3, 64, 64), distortions.draw_crop(500, 0.2, drawn()))
+    seen = augmentation.resized_crop(ramps.expand(500, 3, 64, 64), augmentation.draw_crop(500, 0.2, drawn()))
     torch.testing.assert_close(seen[:, 0], seen[:, 0, :1].expand(500, 64, 64), atol=1e-4, rtol=0)
     torch.testing.assert_close(seen[:, 1], seen[:, 1, :, :1].expand(500, 64, 64), atol=1e-4, rtol=0)
     across, down = seen[:, 0, 32], seen[:, 1, :, 32]
@@ -106,7 +106,7 @@ def test_a_crop_is_an_axis_aligned_part_of_the_image_within_the_bounds_of_area_a
 def test_blur_agrees_with_torchvision():
     images, sigma = photographs(3, 60), torch.tensor([0.3, 1.0, 2.0])
     theirs = torch.stack([oracle.gaussian_blur(i, [7, 7], [float(s)] * 2) for i, s in zip(images, sigma, strict=True)])
-    torch.testing.assert_close(distortions.gaussian_blur(images, sigma), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(augmentation.gaussian_blur(images, sigma), theirs, atol=1e-5, rtol=0)
 
 
 def view(images: torch.Tensor, changes: Distortions) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_a_view_with_all_distortions_has_the_input_format_and_without_any_it_is_
     assert seen.min() >= -2.001
     assert seen.max() <= 2.001
     plain = view(images, Distortions(area=0.5, flip=False, jitter=Jitter(share=0), grey=0))
-    cropped = distortions.resized_crop(images.permute(0, 3, 1, 2) / 255, distortions.draw_crop(8, 0.5, drawn()))
+    cropped = augmentation.resized_crop(images.permute(0, 3, 1, 2) / 255, augmentation.draw_crop(8, 0.5, drawn()))
     torch.testing.assert_close(plain, 4 * cropped - 2)
 
 

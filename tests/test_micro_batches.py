@@ -62,16 +62,23 @@ def trained(out: Path, task: Task, max_batch_size: int | None, **settings: Any) 
     )
 
 
-def clusters_task(*left_out: int) -> Task:
+def clusters_task(*left_out: int, **mixed: float) -> Task:
     """Two heads; of the second some images are left out."""
+    augment = Augment(crop=4, flip=True, **mixed)  # type: ignore[arg-type]
     second = np.where(np.isin(np.arange(46), left_out), -1, np.arange(46) % 3)
-    return classification.joint_task([Labels(IMAGES.labels, 4), Labels(second, 3)], Augment(crop=4, flip=True))  # type: ignore[arg-type]
+    return classification.joint_task([Labels(IMAGES.labels, 4), Labels(second, 3)], augment)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("task", "batch_size", "max_batch_size"),
-    [(clusters_task(), 23, 5), (clusters_task(), 9, 2), (test_pretext.task_of("rotation", 36), 23, 4)],
-    ids=["two heads", "in pairs", "rotation"],
+    [
+        (clusters_task(), 23, 5),
+        (clusters_task(*range(1, 30, 3)), 23, 5),
+        (clusters_task(1, 2, 3, mixup=0.3, cutmix=1.0), 23, 5),
+        (clusters_task(), 9, 2),
+        (test_pretext.task_of("rotation", 36), 23, 4),
+    ],
+    ids=["two heads", "two heads for different images", "mixed images", "in pairs", "rotation"],
 )
 def test_without_batch_norm_parts_take_the_same_steps_as_whole_batches(
     task: Task, batch_size: int, max_batch_size: int, tmp_path: Path
@@ -106,7 +113,7 @@ def test_parts_are_a_quarter_of_a_batch_or_less_and_never_a_single_image(
 ) -> None:
     task = classification.task(toy_images(images).labels, 4, Augment())  # type: ignore[arg-type]
     batches = Batches(toy_images(images, size=8), task, batch_size, 0, torch.device("cpu"))
-    most = loop.largest_part(task, batch_size, max_batch_size)
+    most = loop.largest_part(task, Schedule(epochs=1, batch_size=batch_size), max_batch_size)
     found = []
     for pixels, indices, _ in batches.made_for_each_step(1):
         parts = loop.parts(pixels.repeat_interleave(2, dim=0), indices, most)
@@ -145,7 +152,9 @@ def test_a_task_declared_as_a_mean_over_images_is_one_in_loss_and_gradient(room:
     indices = torch.arange(12)
     pixels = torch.from_numpy(images.read(indices.numpy()))
     inputs, targets = make_batch(task, pixels, indices, torch.Generator().manual_seed(0))
-    cut = loop.parts(inputs, targets, loop.largest_part(replace(task, mean_over_images=True), 20, 5))
+    cut = loop.parts(
+        inputs, targets, loop.largest_part(replace(task, mean_over_images=True), Schedule(epochs=1, batch_size=20), 5)
+    )
     assert len(cut) == 3
     losses, gradients = [], []
     for parts in ([(1.0, inputs, targets)], cut):
@@ -166,14 +175,6 @@ def test_a_task_declared_as_a_mean_over_images_is_one_in_loss_and_gradient(room:
 @pytest.mark.parametrize("kind", ["simclr", "counting", "dino"])
 def test_tasks_that_compare_images_or_store_batch_means_are_not_means_over_images(kind: str) -> None:
     assert not task_of("pretext", kind).mean_over_images
-
-
-def test_heads_with_targets_for_different_images_are_not_a_mean_over_images(tmp_path: Path) -> None:
-    assert clusters_task().mean_over_images
-    task = clusters_task(1, 2, 3)
-    assert not task.mean_over_images
-    assert trained(tmp_path / "alone", task, 4) == trained(tmp_path / "whole", task, None)
-    assert (tmp_path / "alone/weights.safetensors").read_bytes() == (tmp_path / "whole/weights.safetensors").read_bytes()
 
 
 # ---- a stage that runs out of memory

@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {  # two values of each field of each
         "min_size": [2, 3],
         "small": ["drop", "merge"],
         "sampling": ["none", "uniform"],
+        "label_smoothing": [0.0, 0.1],
         "seed": [0, 1],
     },
     "soft_clusters": {
@@ -50,8 +51,8 @@ OPTIONS: dict[str, dict[str, list[Any]]] = {  # two values of each field of each
         "seed": [0, 1],
     },
     "regression": {"loss": ["cosine", "l2"], "hidden": [[512], []], "standardise": [False, True]},
-    "random_clusters": {"k": [5, 10], "seed": [0, 1]},
-    "labels": {},
+    "random_clusters": {"k": [5, 10], "seed": [0, 1], "label_smoothing": [0.0, 0.1]},
+    "labels": {"label_smoothing": [0.0, 0.1]},
     "none": {},
 }
 

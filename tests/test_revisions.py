@@ -7,6 +7,7 @@ import pytest
 
 from ktray import plugins, stages
 from ktray.pipeline import pair_graph
+from ktray.spec import Augment
 from tests.source import NAMES, PACKAGE, ktray_imports
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 
@@ -56,7 +57,10 @@ def keys_of(group, spec):
 def test_every_tool_that_a_kind_imports_is_in_the_key_of_its_stage(group, kind, monkeypatch):
     spec = {"kind": kind, **NEEDED.get(kind, {})}
     before = keys_of(group, spec)
-    for tool in tools_of(plugins.module(group, kind).__name__):
+    module = plugins.module(group, kind)
+    for tool in tools_of(module.__name__):
+        if tool in getattr(module, "TOOLS_OF_SOME", ()):  # see the test of these
+            continue
         with monkeypatch.context() as patch:
             patch.setattr(tool, "REVISION", tool.REVISION + 1)
             assert keys_of(group, spec) != before, f"{group} {kind} uses {tool.__name__} and does not name it in TOOLS"
@@ -68,8 +72,45 @@ def test_a_tool_names_the_tools_that_it_is_made_of():
     for name in names:
         imported = {tool.IDENTITY for tool in tools_of(name)}
         module = import_module(name)
-        some = {tool.IDENTITY for tool in getattr(module, "TOOLS_OF_SOME", ())}  # see the tests of those
+        some = {tool.IDENTITY for tool in getattr(module, "TOOLS_OF_SOME", ())}  # see the test below
         assert imported - IN_EVERY_KEY <= plugins.revisions(module).keys() | some, name
+
+
+OF_SOME = {  # a field of student.augment or student.schedule -> the module whose revision counts with it
+    "area": ({"area": 0.2}, "colour"),
+    "jitter": ({"jitter": {}}, "colour"),
+    "grey": ({"grey": 0.2}, "colour"),
+    "blur": ({"blur": 0.5}, "colour"),
+    "solarise": ({"solarise": 0.2}, "colour"),
+    "randaugment": ({"randaugment": {}}, "randaugment"),
+    "mixup": ({"mixup": 0.2}, "mixing"),
+    "cutmix": ({"cutmix": 1.0}, "mixing"),
+    "ema": ({"ema": 0.99}, "averaged_weights"),
+    "layer_decay": ({"layer_decay": 0.7}, "optimisers"),
+    "optimizer": ({"optimizer": "lars"}, "optimisers"),
+}
+
+
+@pytest.mark.parametrize(("fields", "tool"), OF_SOME.values(), ids=OF_SOME)
+def test_a_tool_that_some_settings_use_counts_in_the_keys_of_those_alone(fields, tool):
+    part = "augment" if fields.keys() <= Augment.model_fields.keys() else "schedule"
+    with_it = {**STUDENT, part: {**STUDENT.get(part, {}), **fields}}
+    plain, used = (
+        next(s for s in pair_graph.build(toy_pair(student=each), lambda data: "content").stages if s.name == "student")
+        for each in (STUDENT, with_it)
+    )
+    assert tool not in plain.revisions
+    assert used.revisions.keys() - plain.revisions.keys() == {tool}
+
+
+def test_fields_that_were_added_later_are_in_no_dump_and_no_key_at_their_default():
+    dumped = toy_pair().model_dump(mode="json")
+    assert dumped["student"]["augment"].keys() == {"crop", "flip"}
+    assert dumped["student"]["schedule"].keys() == {
+        *("kind", "epochs", "lr", "warmup", "decay", "batch_size", "optimizer", "momentum", "weight_decay", "precision")
+    }
+    assert "label_smoothing" not in dumped["transfer"]
+    assert "drop_path" not in plugins.parse("backbone", "timm").model_dump()
 
 
 @pytest.mark.parametrize("of", ["student", "teacher"])

@@ -133,7 +133,7 @@ def another(value, annotation):
         return not value
     if isinstance(value, tuple):
         return [*value, 16]
-    return 1 if value is None else value + 1 if isinstance(value, int) else value / 2
+    return 1 if value is None else value + 1 if isinstance(value, int) else value / 2 or 0.5
 
 
 @pytest.mark.parametrize("kind", ["clusters", "labels"])

@@ -13,13 +13,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ktray.errors import UserError
-from ktray.strict import StrictSpec
+from ktray.strict import StrictSpec, added_field
 
 REVISION = 1
 
@@ -30,6 +31,9 @@ class Spec(StrictSpec):
     kind: Literal["timm"] = "timm"
     model: str = "mobilenetv3_small_050"
     image: int | None = Field(default=None, ge=8, le=1024, description="side in pixels, for models with a fixed image size")
+    drop_path: float = added_field(
+        0.0, ge=0, lt=1, description="stochastic depth: probability of skipping the last block, lower for earlier ones"
+    )
 
     @field_validator("model")
     @classmethod
@@ -116,6 +120,16 @@ class _Timm(nn.Module):
             chosen = prefix[:, : 0 if tokens == "patches" else 1 if tokens == "cls+patches" else self._prefix]
             self.get_submodule(name)(prefix[:, 0] if tokens == "cls" else (chosen, patches))
 
+    def layer_numbers(self) -> tuple[dict[str, int], int]:
+        """The layer of each parameter, and that of a classifier, as timm numbers them for layer-wise decay."""
+        from timm.models import group_parameters
+
+        unknown = "ktray_classifier"  # what no pattern of timm's matches is numbered as the classifier
+        named: Any = SimpleNamespace(named_parameters=lambda: [*self.model.named_parameters(), (unknown, None)])
+        numbers: dict[str, int] = group_parameters(named, self.model.group_matcher(coarse=False), reverse=True)
+        of_head = numbers.pop(unknown)
+        return {f"model.{name}": number for name, number in numbers.items()}, of_head
+
 
 def build(spec: Spec) -> nn.Module:
     """The network with random initial weights from the global generator.
@@ -135,10 +149,12 @@ def build(spec: Spec) -> nn.Module:
             f"Similar names: {near}." if near else "See timm.list_models().",
         )
     sized: dict[str, Any] = {} if spec.image is None else {"img_size": spec.image}
+    skipping: dict[str, Any] = {"drop_path_rate": spec.drop_path} if spec.drop_path else {}
     try:
-        model: Any = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized)
+        model: Any = timm.create_model(spec.model, pretrained=False, num_classes=0, **sized, **skipping)
     except TypeError as error:
-        raise UserError(f"the timm model {spec.model} takes no image size", "backbone.image", "Leave it out.") from error
+        what, field = ("drop_path", "drop_path") if "drop_path_rate" in str(error) else ("image size", "image")
+        raise UserError(f"the timm model {spec.model} takes no {what}", f"backbone.{field}", "Leave it out.") from error
     if not hasattr(model, "forward_intermediates") or not hasattr(model, "feature_info"):
         raise UserError(f"the timm model {spec.model} has no feature levels", "backbone.model", "Choose another model.")
     levels = tuple(str(level["module"]).replace(".", "_") for level in model.feature_info)

@@ -94,6 +94,7 @@ def export_student(
         "feature_dim": int(network.feature_dim),  # type: ignore[arg-type]
         "head": {"classes": classes, "tensors": sorted(names.values())} if names else None,
         "torchvision": _torchvision(student.backbone, int(network.feature_dim), classes if names else None),  # type: ignore[arg-type]
+        **({} if student.schedule.ema is None else {"weights": f"moving average of the training, ema={student.schedule.ema}"}),
         "input": {"size": [size, size], **_INPUT},
         **_portable({"metrics": metrics, "lineage": lineage}),
     }

@@ -8,11 +8,10 @@ from __future__ import annotations
 import functools
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from ktray.ops.random_draws import Draws, constant
-from ktray.strict import StrictSpec
+from ktray.spec import Jitter
 
 IDENTITY, REVISION = "colour", 1
 
@@ -22,16 +21,6 @@ PROJECTION = ((5 / 6, 1 / 3, -1 / 6), (1 / 3, 1 / 3, 1 / 3), (-1 / 6, 1 / 3, 5 /
 # Linear sRGB (IEC 61966-2-1) to CIE XYZ for D65 and 2 degrees, as in scikit-image; rows are divided by _WHITE before use
 _TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
 _WHITE = (0.95047, 1.0, 1.08883)
-
-
-class Jitter(StrictSpec):
-    """Random changes of brightness, contrast and saturation (factors in [1 - x, 1 + x]) and of hue (by -x to x turns)."""
-
-    brightness: float = Field(default=0.4, ge=0, le=1)
-    contrast: float = Field(default=0.4, ge=0, le=1)
-    saturation: float = Field(default=0.4, ge=0, le=1)
-    hue: float = Field(default=0.1, ge=0, le=0.5)
-    share: float = Field(default=0.8, ge=0, le=1, description="probability that an image is changed at all")
 
 
 def luma(images: Tensor) -> Tensor:
@@ -48,6 +37,11 @@ def draw_chosen(count: int, share: float, generator: torch.Generator) -> Tensor:
 def turn_grey(images: Tensor, chosen: Tensor) -> Tensor:
     """Images (B, 3, H, W) float32 with three equal channels where `chosen` (B,) bool says so."""
     return torch.where(chosen[:, None, None, None], luma(images), images)
+
+
+def solarise(images: Tensor, chosen: Tensor) -> Tensor:
+    """Images (B, 3, H, W) float32 in [0, 1] with values above one half inverted where `chosen` (B,) bool says so."""
+    return torch.where(chosen[:, None, None, None], torch.where(images < 0.5, images, 1 - images), images)
 
 
 def draw_jitter(count: int, changes: Jitter, generator: torch.Generator) -> dict[str, Tensor]:

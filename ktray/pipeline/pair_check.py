@@ -49,7 +49,7 @@ from ktray.spec import (
 from ktray.stages.evaluation_stage import reads_network, reads_pseudo_labels
 from ktray.strict import StrictSpec
 from ktray.text import counted
-from ktray.training import loop, timm_weights
+from ktray.training import loop, optimisers, timm_weights
 from ktray.training.pretrained import ARTIFACT, check_weights, checkpoint_path, shapes
 from ktray.training.task import make_batch
 
@@ -94,6 +94,7 @@ def check_pair(pair: PairSpec, load: Load) -> list[str]:
     _check_precomputed_features(pair, load)
     _check_evaluations(pair)
     _check_layers(pair)
+    _check_schedules(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
     return assumed
 
@@ -406,6 +407,25 @@ def _network_of(owner: Student | TeacherSpec | None) -> _Network | None:
     return None
 
 
+def _check_schedules(pair: PairSpec) -> None:
+    """Check that optimisers are installed, and that layer-wise decay finds the layers of its network."""
+    student, teacher = pair.student, pair.teacher
+    trained = [("student", student.schedule, student.backbone, student.image_size or pair.data.transfer.size)]
+    if isinstance(teacher, TrainedTeacher):
+        trained.append(("teacher", teacher.schedule, teacher.backbone, teacher.image_size or pair.data.pretext.size))
+    for owner, schedule, backbone, size in trained:
+        with _errors_inside(owner):
+            optimisers.check(schedule)
+        if schedule.layer_decay != 1:
+            with _errors_at(f"{owner}.schedule.layer_decay", f"the layers of the {backbone.kind} cannot be numbered"):
+                _number_layers(backbone, size)
+
+
+@lru_cache(maxsize=256)
+def _number_layers(backbone: BackboneSpec, size: int) -> None:
+    optimisers.layer_numbers(loop.untrained_backbone(backbone, 0), size)
+
+
 def _check_layers(pair: PairSpec) -> None:
     student, teacher = _network_of(pair.student), _network_of(pair.teacher)
     networks: list[tuple[str, str, _Network | None, str | None]] = []
@@ -561,7 +581,14 @@ def _try_teacher(teacher: TeacherSpec | None, network: _Network, sizes: dict[str
     if isinstance(teacher, TrainedTeacher):
         run_plugin_check("teacher.pretext", "pretext", teacher.pretext)
         with _errors_at("teacher.backbone", f"the {kind} cannot learn {teacher.pretext.kind} from images of {size} px"):
-            _learn(teacher.pretext, teacher.backbone, size)
+            divisible = _learn(teacher.pretext, teacher.backbone, size)
+        if teacher.schedule.micro_batch is not None and not divisible:
+            raise UserError(
+                f"{teacher.pretext.kind} compares all images of a batch with each other, so a batch cannot be cut into "
+                f"micro-batches of {teacher.schedule.micro_batch}",
+                "teacher.schedule.micro_batch",
+                "Leave it out, and use a smaller batch_size.",
+            )
     for role in ("cluster", "transfer"):
         size = network.size(sizes[role])
         with _errors_at("teacher", f"the {kind} cannot take images of {size} px"):
@@ -677,8 +704,8 @@ def _describe(descriptor: DescriptorSpec, size: int) -> int | None:
 
 
 @lru_cache(maxsize=1024)
-def _learn(pretext: PretextSpec, backbone: BackboneSpec, size: int) -> None:
-    """One forward pass of the task's model, and its loss."""
+def _learn(pretext: PretextSpec, backbone: BackboneSpec, size: int) -> bool:
+    """One forward pass of the task's model, and its loss; whether its batches can be cut into parts."""
     module = plugins.module_of("pretext", pretext)
     pretext = module.quick(pretext) if hasattr(module, "quick") else pretext
     task = module.task(pretext, size, _images(size)) if hasattr(module, "NEEDS") else module.task(pretext, size)
@@ -690,3 +717,4 @@ def _learn(pretext: PretextSpec, backbone: BackboneSpec, size: int) -> None:
         inputs, targets = make_batch(task, _pixels(size), torch.arange(_COUNT), torch.Generator().manual_seed(0))
         outputs = task.forward(model, inputs) if task.forward else model["head"](network(inputs))
         task.loss(outputs, targets)
+    return bool(task.mean_over_images)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ktray.images import Images
 from ktray.ops import augmentation, colour, gamut
 from ktray.ops.random_draws import Draws, copies
-from ktray.spec import Augment
+from ktray.spec import Augment, UnmixedAugment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
 
@@ -45,7 +45,7 @@ class Spec(StrictSpec):
         default=0.5, gt=0, le=1, description="lambda of the class rebalancing; 1: all colours have the same weight"
     )
     hidden: int = Field(default=64, ge=8, le=1024, description="channels of the decoder")
-    augment: Augment = Augment(crop=2, flip=True)
+    augment: UnmixedAugment = Augment(crop=2, flip=True)
 
 
 def task(spec: Spec, size: int, images: Images) -> Task:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ktray.ops import augmentation, colour, patches
 from ktray.ops.random_draws import Draws
-from ktray.spec import Augment
+from ktray.spec import Augment, UnmixedAugment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
 
@@ -42,7 +42,7 @@ class Spec(StrictSpec):
     )
     grey: float = Field(default=0.5, ge=0, le=1, description="share of grey images; against chromatic aberration")
     hidden: int = Field(default=128, ge=8, le=4096, description="width of the head")
-    augment: Augment = Augment(crop=2, flip=True)
+    augment: UnmixedAugment = Augment(crop=2, flip=True)
 
 
 def task(spec: Spec, size: int) -> Task:

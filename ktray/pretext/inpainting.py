@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ktray.ops import augmentation, patches
 from ktray.ops.random_draws import Draws
-from ktray.spec import Augment
+from ktray.spec import Augment, UnmixedAugment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
 
@@ -34,7 +34,7 @@ class Spec(StrictSpec):
     place: Literal["centre", "random"] = "centre"
     grid: int = Field(default=8, ge=2, le=64, description="cells per side of the image; even")
     hidden: int = Field(default=256, ge=8, le=8192, description="width of the decoder")
-    augment: Augment = Augment(crop=2, flip=True)
+    augment: UnmixedAugment = Augment(crop=2, flip=True)
 
     @field_validator("grid")
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ktray.ops import augmentation
 from ktray.ops.random_draws import Draws
-from ktray.spec import Augment
+from ktray.spec import Augment, UnmixedAugment
 from ktray.strict import StrictSpec
 from ktray.training import classification
 from ktray.training.classification import cross_entropy
@@ -31,7 +31,7 @@ class Spec(StrictSpec):
 
     kind: Literal["rotation"] = "rotation"
     rotations: Literal["all", "one"] = "all"
-    augment: Augment = Augment(crop=4, flip=True)
+    augment: UnmixedAugment = Augment(crop=4, flip=True)
 
 
 def task(spec: Spec, size: int) -> Task:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ktray.images import Images
 from ktray.ops import augmentation, colour, gamut
 from ktray.ops.random_draws import Draws, copies
-from ktray.spec import Augment
+from ktray.spec import Augment, UnmixedAugment
 from ktray.strict import StrictSpec
 from ktray.training.task import Task
 
@@ -42,7 +42,7 @@ class Spec(StrictSpec):
     bin: int = Field(default=10, ge=5, le=40, description="side of a colour class in the ab plane")
     levels: int = Field(default=100, ge=2, le=256, description="classes of lightness")
     hidden: int = Field(default=64, ge=8, le=1024, description="channels of the decoders")
-    augment: Augment = Augment(crop=2, flip=True)
+    augment: UnmixedAugment = Augment(crop=2, flip=True)
 
 
 class _Head(nn.Module):

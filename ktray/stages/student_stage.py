@@ -38,6 +38,7 @@ def trained(
         lineage: its chain of teachers, for display (`naming.lineage`).
     """
     sized, tools = training_segment.resizing_of(student)
+    tools += training_segment.tools_of(student.schedule, student.augment)
     fields = {
         **sized,
         "backbone": student.backbone.model_dump(),

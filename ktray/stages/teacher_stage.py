@@ -15,7 +15,7 @@ from ktray.checksums import intact
 from ktray.fingerprint import require_sha256
 from ktray.ops import resizing
 from ktray.pool import StageContext
-from ktray.spec import HandcraftedTeacher, LoadedTeacher, TrainedTeacher
+from ktray.spec import Augment, HandcraftedTeacher, LoadedTeacher, TrainedTeacher
 from ktray.stages import training_segment
 from ktray.stages.images_stage import open_images
 from ktray.training import pretrained, timm_weights
@@ -35,6 +35,8 @@ def trained(teacher: TrainedTeacher, images: str, locations: Mapping[str, Any]) 
     """
     sized, tools = training_segment.resizing_of(teacher)
     fields = {"pretext": teacher.pretext.model_dump(), "backbone": teacher.backbone.model_dump(), "seed": teacher.seed, **sized}
+    augment = getattr(teacher.pretext, "augment", None)
+    tools += training_segment.tools_of(teacher.schedule, augment if isinstance(augment, Augment) else None)
     revisions = plugins.revisions(sys.modules[__name__], teacher.pretext, teacher.backbone, *tools)
     inputs, local = {"images.pretext": images}, {"data": {"images.pretext": locations}}
 

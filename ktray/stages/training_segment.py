@@ -13,12 +13,14 @@ from ktray.checkpoints import keeping_newest
 from ktray.images import Images
 from ktray.ops import augmentation, resizing
 from ktray.pool import StageContext
-from ktray.spec import Schedule, Student, TrainedTeacher
-from ktray.training import loop
+from ktray.spec import Augment, Schedule, Student, TrainedTeacher
+from ktray.training import averaged_weights, loop, optimisers
 from ktray.training.task import Task
 
 IDENTITY, REVISION = "stage.training_segment", 1
 TOOLS = (loop, augmentation)
+TOOLS_OF_SOME = (averaged_weights, optimisers)
+"""Only in the keys of trainings that use them, see `tools_of`."""
 
 
 IMAGE_SIZE = "image_size"
@@ -39,6 +41,16 @@ def spec_at(epoch: int, schedule: Schedule, fields: Mapping[str, Any]) -> dict[s
         fields: ``backbone``, ``seed`` and whatever else the training depends on.
     """
     return {**fields, "epoch": epoch, "schedule": loop.snapshot_slice(schedule, epoch)}
+
+
+def tools_of(schedule: Schedule, augment: Augment | None) -> tuple[ModuleType, ...]:
+    """The modules whose REVISION counts for a training with these settings, beside those of TOOLS."""
+    chosen = schedule.optimizer not in optimisers.CAPTURABLE or schedule.layer_decay != 1
+    return (
+        *((averaged_weights,) if schedule.ema is not None else ()),
+        *((optimisers,) if chosen else ()),
+        *(augmentation.tools_of(augment) if augment else ()),
+    )
 
 
 def run_training(

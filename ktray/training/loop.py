@@ -25,7 +25,8 @@ from ktray.images import Images
 from ktray.ops import precision
 from ktray.ops.random_draws import Draws
 from ktray.spec import Schedule
-from ktray.training import compilation, cuda_graph, snapshot
+from ktray.training import averaged_weights, compilation, cuda_graph, optimisers, snapshot
+from ktray.training.averaged_weights import WeightAverage
 from ktray.training.batches import Batches, RowLayout
 from ktray.training.compilation import StepTimer
 from ktray.training.cuda_graph import Graphs
@@ -33,6 +34,7 @@ from ktray.training.step_task import Recipe, StepTask
 from ktray.training.task import Task
 
 IDENTITY, REVISION = "training_loop", 2
+TOOLS_OF_SOME = (averaged_weights, optimisers)  # see `training_segment.tools_of`
 
 Save = Callable[[Path], None]
 OnEpoch = Callable[[int, dict[str, float], Save], None]
@@ -110,7 +112,8 @@ def fit(
     Args:
         backbone: as from `untrained_backbone`; moved to the device and trained in place; `start`, if given, sets its weights.
         seed: for the head's weights, the shuffles, the batches, and everything that uses the global generator (dropout).
-        out: directory for weights.safetensors ("backbone.*", "head.*"), optimizer.safetensors, history.parquet (epoch, loss,
+        out: directory for weights.safetensors ("backbone.*", "head.*"; with `schedule.ema` their moving average, and those in
+            training in trained.safetensors), optimizer.safetensors, history.parquet (epoch, loss,
             lr of the last step, the task's metrics as means over images; all epochs from 1) and state.json, written last.
         until: last epoch, at most `schedule.epochs`; 0 writes the initial weights and returns no metrics.
         start: snapshot of an earlier epoch of the same training; None trains from scratch.
@@ -131,19 +134,30 @@ def fit(
     ):
         torch.manual_seed(seed_of(seed, "head"))
         model = _model(backbone, task, device)
-        optimizer = _optimizer(schedule, model, place)
-        history = snapshot.restore(start, model, optimizer) if start else []
+        optimizer = optimisers.optimiser(schedule, model, place, images.size)
+        average = averaged_weights.averaging(model, schedule.ema, place)
+        history = snapshot.restore(start, model, optimizer, _averaged(average)) if start else []
         if not len(history) <= until <= schedule.epochs:
             raise ValueError(f"epoch {until} is not between the start, {len(history)}, and the total, {schedule.epochs}")
         batches = Batches(images, task, schedule.batch_size, seed, place)
-        most = largest_part(task, schedule.batch_size, max_batch_size)
-        step = _Step(model, task, optimizer, schedule.precision, batches, most)
+        _set_steps_taken(optimizer, average, len(history) * batches.steps)
+        step = _Step(model, task, optimizer, schedule, batches, largest_part(task, schedule, max_batch_size), average)
         step.compile_early = start is not None and snapshot.was_compiled(start)
         _train_epochs(until, schedule, seed, history, step, on_epoch)
-        snapshot.write(out, model, optimizer, history)
+        snapshot.write(out, model, optimizer, history, average=_averaged(average))
     if place.type == "cuda":
         conditions.note("training", step.conditions())
     return {name: value for name, value in history[-1].items() if name != "epoch"} if history else {}
+
+
+def _averaged(average: WeightAverage | None) -> nn.ModuleDict | None:
+    return average.average if average else None
+
+
+def _set_steps_taken(optimizer: torch.optim.Optimizer, average: WeightAverage | None, steps: int) -> None:
+    optimisers.set_steps_taken(optimizer, steps)
+    if average:
+        average.steps.fill_(steps)
 
 
 def _train_epochs(
@@ -160,6 +174,7 @@ def _train_epochs(
                 "optimizer": step.optimizer,
                 "history": history,
                 "compiled": step.compiled,
+                "average": _averaged(step.average),
             }
             on_epoch(epoch, metrics, functools.partial(snapshot.write, **state))
 
@@ -186,7 +201,7 @@ def _train_epoch(epoch: int, until: int, schedule: Schedule, step: _Step) -> dic
             progress.advance("step")
     else:
         for number, batch in enumerate(batches.made_for_each_step(epoch)):
-            step.set_rate(rate_of(number))
+            optimisers.set_rate(step.optimizer, rate_of(number))
             step.take(*batch)
             progress.advance("step")
     means = {name: total / step.seen for name, total in step.totals().items()}
@@ -204,7 +219,10 @@ class _Step:
     """A step of the optimiser and the metrics of an epoch, which are summed on the device: reading them would synchronise.
 
     Attributes:
+        average: the moving average of the weights, if there is one.
+        trained: the parameters in training.
         seen: images of this epoch so far.
+        obstacles: what prevents that steps on a GPU are replayed as CUDA graphs.
         capturable: whether steps on a GPU are replayed as CUDA graphs.
         compiled: whether whole batches are computed by compiled kernels, which round differently.
         compile_early: whether to compile without a look at what it would save: the checkpoint's training did.
@@ -215,19 +233,26 @@ class _Step:
         model: nn.ModuleDict,
         task: Task,
         optimizer: torch.optim.Optimizer,
-        precision: str,
+        schedule: Schedule,
         batches: Batches,
         max_part: int | None,
+        average: WeightAverage | None,
     ) -> None:
-        self.model, self.task, self.optimizer = model, task, optimizer
-        self.batches, self.max_part = batches, max_part
+        self.model, self.task, self.optimizer, self.average = model, task, optimizer, average
+        self.batches, self.max_part, self.clip = batches, max_part, schedule.clip
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.names: list[str] = []
         self.sums = torch.zeros(0)
         self.seen = 0
-        self.capturable = task.capturable and getattr(model["backbone"], "capturable", True)
+        self.obstacles = [
+            *([] if task.capturable else ["the task"]),
+            *([] if getattr(model["backbone"], "capturable", True) else ["the network"]),
+            *([] if schedule.optimizer in optimisers.CAPTURABLE else [f"the optimizer {schedule.optimizer}"]),
+        ]
+        self.capturable = not self.obstacles
         self.compiled = self.compile_early = False
         # It does not refer to this object: a cycle would hold the memory of a finished training until it is collected.
-        self._loss_of = _loss_function(model, task, precision)
+        self._loss_of = _loss_function(model, task, schedule.precision)
         self._loss_of_whole_batch = self._loss_of
         self._graphs = Graphs(self.capturable)
         self._timer = StepTimer()
@@ -243,17 +268,8 @@ class _Step:
 
     def conditions(self) -> dict[str, bool | str]:
         """How a GPU took the steps, for the record."""
-        what = "the network" if self.task.capturable else "the task"
-        why: dict[str, bool | str] = {} if self.capturable else {"because": f"{what} cannot be captured"}
+        why: dict[str, bool | str] = {} if self.capturable else {"because": f"{self.obstacles[0]} cannot be captured"}
         return {"cuda_graph": self.capturable, "compiled": self.compiled, **why}
-
-    def set_rate(self, rate: float | Tensor) -> None:
-        """Set the learning rate of the next step; a GPU keeps it in a tensor, which the optimiser's kernel reads."""
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].copy_(torch.as_tensor(rate))
-            else:
-                group["lr"] = rate
 
     def take_from(self, layout: RowLayout, row: Tensor, pixels: Sequence[Tensor], steps_left: int) -> None:
         """One step from a row of `Batches.uploaded_ahead`, as a CUDA graph where the task and the network allow it."""
@@ -271,7 +287,7 @@ class _Step:
 
     def _take_row(self, layout: RowLayout, row: Tensor, *pixels: Tensor) -> None:
         held = layout.unpack(row)
-        self.set_rate(held["rate"])
+        optimisers.set_rate(self.optimizer, held["rate"])
         resident = self.batches.resident
         seen = pixels[0] if resident is None else resident.index_select(0, held["positions"])
         self._take(seen, self.batches.kept_on_device.index_select(0, held["positions"]), held["draws"])
@@ -290,9 +306,13 @@ class _Step:
                 self.optimizer.zero_grad()
             loss.backward(torch.full_like(loss, share))  # 1 for a whole batch; the gradients of parts add up to it
             self._add({"loss": loss, **metrics}, share * len(indices))
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.clip)
         self.optimizer.step()
         if self.task.after_step:
             self.task.after_step(self.model)
+        if self.average:
+            self.average.update()
 
     def _add(self, metrics: dict[str, Tensor], count: float) -> None:
         values = torch.stack([value.detach().double() for value in metrics.values()])
@@ -331,27 +351,25 @@ def parts(inputs: Tensor, targets: Tensor, most: int | None) -> list[tuple[float
     ]
 
 
-def largest_part(task: Task, batch_size: int, max_batch_size: int | None) -> int | None:
-    """Most images that go through the network at once; None for whole batches."""
-    if max_batch_size is None or not task.mean_over_images:
-        return None
-    return max(2, min(max_batch_size, batch_size // 4))  # a batch smaller than `max_batch_size` did not fit as a whole either
+def largest_part(task: Task, schedule: Schedule, max_batch_size: int | None) -> int | None:
+    """Most images that go through the network at once; None for whole batches.
 
+    Args:
+        max_batch_size: as for `fit`.
 
-def _optimizer(schedule: Schedule, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Weight decay applies to weights but not to biases and norms (one axis), as in Caffe's AlexNet and most recipes since.
-
-    On a GPU one kernel updates all weights, with the learning rate from a tensor that a CUDA graph can read.
+    Raises:
+        ValueError: the schedule states micro-batches, and the task's loss is not a mean over images.
     """
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    cuda = device.type == "cuda"
-    rate: Any = torch.tensor(schedule.lr, device=device) if cuda else schedule.lr
-    if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, fused=cuda or None, capturable=cuda)
-    return torch.optim.SGD(groups, lr=rate, momentum=schedule.momentum, fused=cuda or None)
+    if schedule.micro_batch is not None and not task.mean_over_images:
+        raise ValueError(
+            f"schedule.micro_batch={schedule.micro_batch} cuts a batch into parts, and the loss of this task compares all of "
+            "its images with each other; leave it out, and use a smaller batch_size"
+        )
+    if max_batch_size is None or not task.mean_over_images:
+        return schedule.micro_batch
+    # A batch smaller than `max_batch_size` did not fit as a whole either.
+    most = max(2, min(max_batch_size, schedule.batch_size // 4))
+    return most if schedule.micro_batch is None else min(most, schedule.micro_batch)
 
 
 def fit_steps(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ktray.checksums import intact
 from ktray.text import counted
 
-_BACKBONE = "backbone."
+_BACKBONE, _TRAINED = "backbone.", "trained.safetensors"
 
 
 def write(
@@ -22,6 +22,7 @@ def write(
     optimizer: torch.optim.Optimizer | None,
     history: list[dict[str, Any]],
     compiled: bool = False,
+    average: nn.Module | None = None,
 ) -> None:
     """Write weights.safetensors, optimizer.safetensors, history.parquet and, last, state.json {"epoch"}.
 
@@ -30,12 +31,15 @@ def write(
         optimizer: its buffers are saved as "<parameter>/<buffer>"; None for an untrained model.
         history: one row per epoch from 1 on, all with the same columns.
         compiled: of a checkpoint: whether the training used compiled kernels, and should go on with them.
+        average: the model with averaged weights, which weights.safetensors then has; trained.safetensors has those of `model`.
     """
     import pyarrow
     from pyarrow import parquet
 
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(_on_cpu(model.state_dict()), directory / "weights.safetensors")
+    save_file(_on_cpu((average or model).state_dict()), directory / "weights.safetensors")
+    if average is not None:
+        save_file(_on_cpu(model.state_dict()), directory / _TRAINED)
     buffers: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, buffer in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
@@ -45,7 +49,8 @@ def write(
     columns = list(history[0]) if history else ["epoch", "loss", "lr"]
     types = {column: pyarrow.int64() if column == "epoch" else pyarrow.float64() for column in columns}
     parquet.write_table(pyarrow.Table.from_pylist(history, pyarrow.schema(types)), directory / "history.parquet")
-    state = {"epoch": len(history), **({"compiled": True} if compiled else {})}
+    said = {"compiled": compiled, "averaged": average is not None}
+    state = {"epoch": len(history), **{name: True for name, holds in said.items() if holds}}
     (directory / "state.json").write_text(json.dumps(state) + "\n")
 
 
@@ -53,8 +58,10 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Restore `model` and `optimizer` to the state that `write` saved, bit for bit; returns the history up to there.
+def restore(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """Restore `model`, `optimizer` and `average` to the state that `write` saved, bit for bit; returns the history up to there.
 
     Raises:
         ValueError: history and state disagree about the epoch.
@@ -62,7 +69,9 @@ def restore(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     """
     from pyarrow import parquet
 
-    model.load_state_dict(load_file(intact(directory / "weights.safetensors")))
+    if average is not None:
+        average.load_state_dict(load_file(intact(directory / "weights.safetensors")))
+    model.load_state_dict(load_file(intact(directory / (_TRAINED if average is not None else "weights.safetensors"))))
     parameters = dict(model.named_parameters())
     for path, saved in load_file(intact(directory / "optimizer.safetensors")).items():
         name, key = path.rsplit("/", 1)
@@ -95,11 +104,12 @@ def epoch_of(directory: Path) -> int:
     from safetensors import SafetensorError, safe_open
 
     try:
-        for name in ("weights.safetensors", "optimizer.safetensors"):
+        state = json.loads(intact(directory / "state.json").read_text())
+        for name in ("weights.safetensors", "optimizer.safetensors", *((_TRAINED,) if state.get("averaged") else ())):
             with safe_open(intact(directory / name), framework="pt"):  # raises if the file is shorter than its header says
                 pass
         rows = parquet.read_table(intact(directory / "history.parquet")).num_rows
-        epoch = int(json.loads(intact(directory / "state.json").read_text())["epoch"])
+        epoch = int(state["epoch"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # pyarrow raises ValueErrors and OSErrors
         raise ValueError(f"the snapshot {directory} cannot be read: {type(error).__name__}: {error}") from error
     if epoch != rows:

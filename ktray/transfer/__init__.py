@@ -12,5 +12,8 @@ split into micro-batches.
 Optional: ``check(spec, count, clustered)`` raises UserError, naming the field, for a spec that cannot be met with `count`
 training images of the student and `clustered` images whose features are clustered (0 if the transfer needs no clusters).
 
+Optional: ``MIXES_IMAGES = True`` where `task` also mixes targets as ``augment.mixup`` and ``augment.cutmix`` ask for
+(`ktray.ops.mixing`); `plan` refuses these for any other transfer.
+
 A transfer may import the tools (`ktray.ops`, `ktray.training`) and `ktray.spec`, but no other plugin.
 """

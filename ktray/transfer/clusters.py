@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ktray.errors import UserError
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
+from ktray.strict import added_field
 from ktray.text import counted
 from ktray.training import classification, sampling
 from ktray.training.task import Targets, Task, require_images
@@ -24,6 +25,7 @@ from ktray.training.task import Targets, Task, require_images
 REVISION = 2
 TOOLS = (classification, sampling)
 
+MIXES_IMAGES = True
 NEEDS: dict[str, tuple[str, ...]] = {
     "clusters": KMEANS_FIELDS,
     "pseudo_labels": ("min_size", "small"),
@@ -43,6 +45,10 @@ class Spec(KMeansFields):
     )
     sampling: Literal["none", "uniform"] = Field(
         default="none", description="uniform: an epoch shows every cluster equally often, instead of every image once"
+    )
+
+    label_smoothing: float = added_field(
+        0.0, ge=0, lt=1, description="share of each target that is spread over all clusters of its head"
     )
 
     @field_validator("k", mode="before")
@@ -92,7 +98,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     Raises:
         ValueError: a pseudo-label lies outside [-1, K) of its head.
     """
-    joint = classification.joint_task(targets.heads, augment)
+    joint = classification.joint_task(targets.heads, augment, spec.label_smoothing)
     if spec.sampling == "uniform":
         return dataclasses.replace(joint, order=sampling.uniform_over_clusters([head.of_image for head in targets.heads]))
     return joint

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ktray.fingerprint import seed_of
 from ktray.spec import Augment, Seed
-from ktray.strict import StrictSpec
+from ktray.strict import StrictSpec, added_field
 from ktray.text import counted
 from ktray.training import classification
 from ktray.training.task import Targets, Task, require_images
@@ -25,6 +25,7 @@ from ktray.training.task import Targets, Task, require_images
 REVISION = 1
 TOOLS = (classification,)
 
+MIXES_IMAGES = True
 NEEDS: dict[str, tuple[str, ...]] = {}
 
 
@@ -34,6 +35,7 @@ class Spec(StrictSpec):
     kind: Literal["random_clusters"] = "random_clusters"
     k: int = Field(default=500, ge=2, description="number of classes")
     seed: Seed = 0
+    label_smoothing: float = added_field(0.0, ge=0, lt=1, description="share of each target that is spread over all classes")
 
 
 def check(spec: Spec, count: int, clustered: int) -> None:
@@ -55,7 +57,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     Raises:
         ValueError: there are fewer images than classes.
     """
-    return classification.task(random_labels(targets.count, spec.k, spec.seed), spec.k, augment)
+    return classification.task(random_labels(targets.count, spec.k, spec.seed), spec.k, augment, spec.label_smoothing)
 
 
 def random_labels(count: int, k: int, seed: int) -> NDArray[np.int64]:

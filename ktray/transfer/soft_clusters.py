@@ -19,14 +19,16 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ktray.ops import augmentation
+from ktray.ops import augmentation, mixing
 from ktray.ops.random_draws import Draws, copies
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
 from ktray.training.task import Targets, Task, require_images
 
 REVISION = 1
 TOOLS = (augmentation,)
+TOOLS_OF_SOME = (mixing,)  # through `augmentation.tools_of`
 
+MIXES_IMAGES = True
 NEEDS: dict[str, tuple[str, ...]] = {
     "clusters": KMEANS_FIELDS,
     "pseudo_labels": ("neighbours",),
@@ -75,14 +77,23 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     nearest_on = copies(torch.from_numpy(np.array(head.nearest, np.int64)))
     assignments_on = copies(torch.from_numpy(soft_assignments(np.asarray(head.squared), spec.temperature)))
 
+    def draw(indices: Tensor, generator: torch.Generator) -> Draws:
+        views = augmentation.draw_views(len(indices), augment, generator)
+        mixture = mixing.draw_mixing(len(indices), augment, generator)
+        return {**views, "mixture": mixture} if mixture else views
+
     def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         seen = augmentation.to_float(augmentation.random_views(images, augment, draws))
         nearest, assignments = nearest_on(images.device)[indices], assignments_on(images.device)[indices]
-        return seen, assignments.new_zeros(len(indices), head.classes).scatter_(1, nearest, assignments)
+        soft = assignments.new_zeros(len(indices), head.classes).scatter_(1, nearest, assignments)
+        if augment.mixes:
+            seen, own = mixing.mix(seen, draws["mixture"])
+            soft = own[:, None] * soft + (1 - own)[:, None] * soft[draws["mixture"]["partner"]]
+        return seen, soft
 
     return Task(
         head=lambda width: nn.Linear(width, head.classes),
-        draw=lambda indices, generator: augmentation.draw_views(len(indices), augment, generator),
+        draw=draw,
         batch=batch,
         loss=cross_entropy,
         mean_over_images=True,
