@@ -9,7 +9,7 @@ Command:  export KTRAY_DATA=/data, the folder with CIFAR-10
           ktray run experiments/voc_small.py --concurrent 24, on a GPU
           python -m experiments.voc_small HOME     the table, also while it runs
 Cost:     not measured: 3 x 6 backbones; selective search of the 2,000 images takes 80 seconds of one core.
-Result:   none yet; it has not been run.
+Result:   none yet.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ktray.evals import voc_det
 from ktray.scoring import label_maps, per_image
 from ktray.scoring.average_precision import (
     RECALLS,
@@ -357,3 +358,19 @@ def test_vocs_aps_of_resampled_images_are_those_of_the_copied_images(seed, tmp_p
         for one, other in zip(ranked_again(columns, rows), expected, strict=True):
             for rule in ("voc07", "area"):
                 assert one.ap(rule) == pytest.approx(other.ap(rule), abs=1e-12, nan_ok=True)
+
+
+def test_two_detectors_are_compared_by_mean_ap_of_the_same_resampled_images(monkeypatch):
+    monkeypatch.setattr(per_image, "RESAMPLES_TO_RECOMPUTE", 12)
+    truth, found = random_scenes(0)
+    weaker = [replace(each, scores=np.random.default_rng(1).random(len(each.scores))) for each in found]
+    names = tuple(map(str, range(len(truth))))
+    judged = [per_image.PerImage(names, per_image.numbered([columns_of(rank_all(truth, each, 3))])) for each in (found, weaker)]
+    difference = per_image.paired_differences(*judged, voc_det.recompute)["map"]
+    random = np.random.default_rng(0)
+    values = []
+    for rows in (np.arange(len(truth)), *(random.integers(0, len(truth), len(truth)) for _ in range(12))):
+        one, other = (voc_det.mean_aps(rank_all(*of_images(rows, truth, each), 3))["map"] for each in (found, weaker))
+        values.append(one - other)
+    assert difference.value == pytest.approx(values[0], abs=1e-12)
+    assert (difference.low, difference.high) == pytest.approx(np.percentile(values[1:], [2.5, 97.5]), abs=1e-12)

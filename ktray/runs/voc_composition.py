@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -84,10 +85,15 @@ class _Material:
 
     def draw(self, generator: np.random.Generator) -> tuple[NDArray[np.uint8], int]:
         """An image of a class, all classes equally likely, and the class."""
+        label = int(generator.choice(list(self._rows_of)))
+        return self.source.read(int(generator.choice(self._rows_of[label]))), label
+
+    @cached_property
+    def _rows_of(self) -> dict[int, NDArray[np.int64]]:
+        """Class -> its rows, of those that have any; an image takes some thirty draws."""
         assert self.source.labels is not None
         labels = self.source.labels[self.rows]
-        label = int(generator.choice(np.unique(labels)))
-        return self.source.read(int(self.rows[generator.choice(np.flatnonzero(labels == label))])), label
+        return {int(label): self.rows[labels == label] for label in np.unique(labels)}
 
 
 def compose(
