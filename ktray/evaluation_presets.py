@@ -14,7 +14,7 @@ from typing import Any
 
 from ktray import plugins
 from ktray.plugins import PluginSpec
-from ktray.text import shown
+from ktray.text import near_word, shown
 
 ANNOTATIONS = {"labels": "labels", "presence": "several labels per image", "boxes": "boxes", "mask": "masks"}
 """What data may have, by its attribute of a data set's `Source`, and how messages call it."""
@@ -102,6 +102,19 @@ def needs(kind: str) -> tuple[str, ...]:
     """What an evaluation needs of its data, of the keys of `ANNOTATIONS`."""
     module = plugins.module("evaluation", kind)
     return (*(("labels",) if module.NEEDS_LABELS else ()), *getattr(module, "NEEDS_ANNOTATIONS", ()))
+
+
+def refuse_unknown(value: str) -> None:
+    """Refuse a text in place of a list of evaluations that is no preset.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value in PRESETS:
+        return
+    near = near_word(value, PRESETS)
+    instead = f"; write [{value}]" if value in plugins.kinds("evaluation") else f"; did you mean {near!r}?" if near else ""
+    raise ValueError(f"evals is {shown(value)}, which is neither a list nor a preset ({', '.join(PRESETS)}){instead}")
 
 
 def expanded(value: Any, target: PluginSpec, backbone: PluginSpec | None) -> Any:

@@ -199,7 +199,9 @@ def parse(group: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         kind = value.get("kind")
         if not isinstance(kind, str):
-            raise UserError(f"a {group} needs a 'kind'", instead=f"One of: {', '.join(kinds(group))}.")
+            raise UserError(
+                f"{'an' if group[0] in 'aeiou' else 'a'} {group} needs a 'kind'", instead=f"One of: {', '.join(kinds(group))}."
+            )
         return module(group, kind).Spec.model_validate(dict(value))
     return value
 

@@ -39,7 +39,8 @@ def _parse(group: str, value: Any) -> Any:
     except UserError as error:  # pydantic adds the path of the field to a ValueError
         raise ValueError(str(error)) from error
     if not isinstance(found, StrictSpec):
-        raise ValueError(f"a {group} is a kind's name or a mapping with 'kind', and this is {shown(value)}")
+        article = "an" if group[0] in "aeiou" else "a"
+        raise ValueError(f"{article} {group} is a kind's name or a mapping with 'kind', and this is {shown(value)}")
     return found
 
 
@@ -120,7 +121,7 @@ class Split(StrictSpec):
 def _grid(value: Any) -> Any:
     if value == "under_9000" or (type(value) is int and 1 <= value <= 64):
         return value
-    raise ValueError("Input should be a whole number from 1 to 64, or under_9000")
+    raise ValueError(f"grid is {shown(value)} and should be a whole number from 1 to 64, or under_9000")
 
 
 class Pooling(StrictSpec):
@@ -199,7 +200,7 @@ class EvaluationFields(StrictSpec):
     """The fields that every evaluation has, for its Spec to extend."""
 
     kind: str
-    name: str | None = None
+    name: str | None = Field(default=None, min_length=1, max_length=100, description="prefix of its metrics; null: its kind")
     of: Literal["student", "teacher"] = "student"
     layer: str | None = Field(default=None, description="layer to read; null: the network's own features")
     pool: Pooling = Pooling()
@@ -601,6 +602,8 @@ class PairSpec(StrictSpec):
             else None
         )
         names = value["evals"] if isinstance(value["evals"], list | tuple) else [value["evals"]]
+        if isinstance(value["evals"], str):
+            evaluation_presets.refuse_unknown(value["evals"])
         if target is None or not any(isinstance(name, str) and name in evaluation_presets.PRESETS for name in names):
             return value
         try:

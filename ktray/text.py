@@ -77,8 +77,9 @@ def first_few(names: Iterable[object], limit: int = 20) -> str:
 
 
 def as_read(name: str) -> str:
-    """What a person reads in a name: two that differ only in case, blanks, hyphens or Unicode form give the same text."""
+    """What a person reads in a name: two that differ only in case, blanks, hyphens, Unicode form or in what cannot be seen."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    folded = "".join(char for char in folded if unicodedata.category(char) not in ("Cf", "Cc") or char.isspace())
     return re.sub(r"[\s_-]+", " ", folded).strip()
 
 

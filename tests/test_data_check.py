@@ -89,3 +89,30 @@ def test_a_class_whose_name_breaks_the_line_forges_no_line(tmp_path: Path, capsy
     out = capsys.readouterr().out
     assert "a\\nwarning: forged 3" in out
     assert not any(line.startswith("warning: forged") for line in out.splitlines())
+
+
+DATA_TEXTS = {
+    "a mapping": ("{{kind: folder, path: {folder}, split: {{val: 0.5}}}}", 0, "val: 2 of train (50%)"),
+    "a mapping with a question mark": ("{{kind: folder, path: '{folder}?'}}", 0, "train: 4 images"),
+    "a question mark in a path": ("folder:{folder}?", 0, "train: 4 images"),
+    "a question mark in the only path": ("folder:{folder}/b?", 2, "fields follow the first ?"),
+    "null": ("folder:{folder}?range=null&size=16", 0, "train: 4 images"),
+    "a range in words": ("folder:{folder}?range=wide", 2, "range is 'wide' and should be two numbers, such as 0,4095"),
+    "an open bracket": ("{{kind: folder", 2, "A bracket or a quote is not closed."),
+    "no kind": ("{{path: {folder}}}", 2, "names no kind of data set"),
+    "nothing": ("", 2, "names no kind of data set"),
+    "a misspelt kind": ("{{kind: foldr}}", 2, "Did you mean 'folder'?"),
+}
+
+
+@pytest.mark.parametrize(("text", "code", "said"), DATA_TEXTS.values(), ids=DATA_TEXTS)
+def test_a_data_set_is_named_by_a_text_or_a_mapping(
+    text: str, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KTRAY_HOME", str(tmp_path / "home"))
+    for folder in ("a", "a?", "a/b?"):
+        images(tmp_path / folder, 4) if folder != "a/b?" else (tmp_path / folder).mkdir()
+    assert main(["data", "check", text.format(folder=tmp_path / "a")]) == code
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+    assert printed.err.count("\n") <= 1

@@ -140,6 +140,10 @@ REFUSED_AS_CLASSES = {
         ["train/caf\u00e9/0.png", "train/bar/0.png", "val/cafe\u0301/0.png", "val/a/0.png"],
         ["'cafe\u0301' (and 1 other)", "Name it 'caf\u00e9'", "written differently, 'cafe\\u0301' and 'caf\\xe9'"],
     ),
+    "val with a blank that has no width": (
+        ["train/cat/0.png", "val/cat\u200b/0.png"],
+        ["'cat\\u200b' in", "Name it 'cat', as in", "written differently, 'cat\\u200b' and 'cat'"],
+    ),
     "val with an underscore": (["train/ice_cream/0.png", "val/Ice cream/0.png"], ["Name it 'ice_cream'", "look alike"]),
     "test without classes": (["train/cat/0.png", "test/0.png"], ["test", "outside every class folder"]),
     "no classes": (["0.png", "1.png"], ["every class folder: 2", "outside every class folder", "folder"]),

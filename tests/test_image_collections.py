@@ -316,6 +316,34 @@ def test_all_lists_of_val_say_the_same(imagenet_root: Path) -> None:
     from_list = listed(f"imagenet:{imagenet_root}")
     assert from_list.test.labels.tolist() == from_kit.labels.tolist()
     assert from_list.layout.read_from["test"] == {"val.txt": 4}
+    with open(imagenet_root / "val.txt", "a") as opened:
+        opened.write(lines[0].replace(" 0", " 1").replace(" 2", " 1"))
+    with pytest.raises(UserError, match=r"val\.txt, line 5: '.*' was already named in val\.txt, line 1"):
+        listed(f"imagenet:{imagenet_root}")
+
+
+SOLUTIONS = {
+    "as Windows writes it": (lambda rows: "\r\n".join(rows).encode("utf-8-sig"), ""),
+    "without its header": (lambda rows: "\n".join(rows[1:]).encode(), ""),
+    "an image twice": (lambda rows: "\n".join([*rows, rows[1]]).encode(), r"line 6: '.*' was already named in .*, line 2"),
+    "with semicolons": (lambda rows: "\n".join(rows).replace(",", ";").encode(), r"line 1: .* has no class"),
+    "in UTF-16": (lambda rows: "\n".join(rows).encode("utf-16"), r"is no text in UTF-8: byte 0\. Save it as UTF-8"),
+    "empty": (lambda rows: b"", "does not state the class of 4 images of val"),
+}
+
+
+@pytest.mark.parametrize(("written", "says"), SOLUTIONS.values(), ids=SOLUTIONS)
+def test_kaggles_list_is_read_or_refused_with_its_line(written: Any, says: str, imagenet_root: Path) -> None:
+    expected = listed(f"imagenet:{imagenet_root}").test
+    shutil.rmtree(imagenet_root / "ILSVRC2012_devkit_t12")
+    files = [Path(name).stem for name in expected.names]
+    rows = [f"{file},{WORDNET[label]} 1 2 3 4" for file, label in zip(files, expected.labels, strict=True)]
+    (imagenet_root / "LOC_val_solution.csv").write_bytes(written(["ImageId,PredictionString", *rows]))
+    if says:
+        with pytest.raises(UserError, match=says):
+            listed(f"imagenet:{imagenet_root}")
+    else:
+        assert listed(f"imagenet:{imagenet_root}").test.labels.tolist() == expected.labels.tolist()
 
 
 def test_kaggles_folders_are_found(imagenet_root: Path, tmp_path: Path) -> None:
@@ -353,7 +381,7 @@ def break_truth(root: Path) -> None:
             r"does not state the class of 1 image of val, such as stranger\.JPEG",
         ),
         (break_truth, r"ground_truth\.txt, line 3: 'x' is no class"),
-        (lambda root: shutil.rmtree(root / "ILSVRC2012_devkit_t12"), r"no file says which class its 4 images have"),
+        (lambda root: shutil.rmtree(root / "ILSVRC2012_devkit_t12"), r"no file says the classes of its 4 images"),
         (lambda root: (root / "ILSVRC2012_devkit_t12/data/meta.mat").unlink(), r"meta\.mat says, which is missing"),
         (lambda root: (root / "ILSVRC2012_devkit_t12/data/meta.mat").write_bytes(b"x" * 200), r"no meta\.mat of ILSVRC 2012"),
         (lambda root: (root / "train" / WORDNET[0]).rename(root / "train/tench"), r"no WordNet number, such as 'tench'"),
@@ -442,7 +470,12 @@ def test_places_by_its_lists_is_what_torchvision_reads(tmp_path: Path, monkeypat
             "x.jpg 1",
             r"and of test, which judges, none is left out: places365_val\.txt, line 4: val_256 has no x",
         ),
-        ("places365_train_standard.txt", "/a/x.jpg 1", r"more than max_unreadable=0\.01.*line 7: data_256 has no a/x\.jpg"),
+        ("places365_train_standard.txt", "/a/yard/x.jpg 1", r"line 7: a/yard/x\.jpg lies in the folder of another class than"),
+        (
+            "places365_train_standard.txt",
+            "/a/airport/entrance/x.jpg 1",
+            r"more than max_unreadable=0\.01.*line 7: data_256 has no a/airp",
+        ),
         (
             "categories_places365.txt",
             "/c/cafe 7",

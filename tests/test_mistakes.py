@@ -67,6 +67,48 @@ SPACES = {
     "a number below its limit": (put("budget.trials", 0), "budget.trials", "at least 1"),
     "an absent layer": (put(f"{ROTATION}.layer", "conv9"), "pair.teacher.rotation.layer", "It has conv1"),
     "evals that are no list": (put("pair.evals", {"kind": "knn"}), "pair.evals", "a list"),
+    "evals that are one kind": (put("pair.evals", "knn"), "pair", "evals is 'knn', which is neither a list nor a preset"),
+    "a misspelt preset": (put("pair.evals", "papr"), "pair", "did you mean 'paper'?"),
+    "no neighbours": (
+        put("pair.evals", [{"kind": "knn", "k": 0}]),
+        "pair.evals.0.k",
+        "k is 0 and should be at least 1, or a list",
+    ),
+    "neighbours in words": (
+        put("pair.evals", [{"kind": "knn", "k": None}]),
+        "pair.evals.0.k",
+        "k is null and should be a whole number, or a list",
+    ),
+    "an empty list of neighbours": (
+        put("pair.evals", [{"kind": "knn", "k": []}]),
+        "pair.evals.0.k",
+        "k is a list and should be a whole number, or a list of at least 1",
+    ),
+    "a penalty of no kind": (
+        put("pair.evals", [{"kind": "linear_probe", "l2": "x"}]),
+        "pair.evals.0.l2",
+        "l2 is 'x' and should be a finite number, or a list, or path or dinov2",
+    ),
+    "a field that is always one": (
+        put("pair.evals", [{"kind": "cost", "split": "test"}]),
+        "pair.evals.0.split",
+        "It is always val: leave it out",
+    ),
+    "a layer of the whole network": (
+        put("pair.evals", [{"kind": "cost", "layer": "conv1"}]),
+        "pair.evals.0.layer",
+        "layer is 'conv1' and should be left out",
+    ),
+    "an evaluation without a name": (
+        put("pair.evals", [{"kind": "knn", "name": ""}]),
+        "pair.evals.0.name",
+        "of at least 1 character",
+    ),
+    "a range of one number": (
+        put("pair.data", {"kind": "folder", "path": "/x", "range": [1]}),
+        "pair.data.range.1",
+        "entry 1 is missing",
+    ),
 }
 
 
@@ -154,6 +196,13 @@ def test_an_experiment_that_cannot_be_read_is_told_with_its_line(
     assert "Traceback" not in err
 
 
+def test_an_address_of_ray_is_not_given_to_a_run_without_ray(home: Path, tmp_path: Path, capsys: Any) -> None:
+    pair = tmp_path / "pair.yaml"
+    pair.write_text(yaml.safe_dump(toy_spec()))
+    assert main(["run", str(pair), "--local", "--address", "auto"]) == 2
+    assert "--local runs without Ray" in capsys.readouterr().err
+
+
 def test_a_pair_for_a_space_and_a_space_for_a_pair_name_the_right_verb(home: Path, tmp_path: Path, capsys: Any) -> None:
     pair, space = tmp_path / "pair.yaml", tmp_path / "space.yaml"
     pair.write_text(yaml.safe_dump(toy_spec()))
@@ -174,6 +223,9 @@ ARGUMENTS = {
     "an unknown runtime field": (["--runtime", "RUNTIME:cpuss: 2"], "Did you mean cpus?"),
     "an unknown stage": (["--runtime", "RUNTIME:stages: {teachr: {cpus: 1}}"], "Did you mean teacher?"),
     "a remote store": (["--store", "s3://bucket"], "Use file:///path"),
+    "a store without a path": (["--store", "file://"], "names no path. Use file:///path, with three slashes"),
+    "a store on a host": (["--store", "file://localhost/store"], "names the host 'localhost'"),
+    "a home without a name": (["--home", ""], "an argument that is a path is empty"),
     "a home that is a file": (["--home", "FILE"], "a file is in its place"),
     "a home below a file": (["--home", "FILE/home"], "a file is in its place"),
     "a store that is a file": (["--store", "FILE"], "cannot be created: a file is in its place. Choose another with --store."),

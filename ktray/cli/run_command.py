@@ -43,9 +43,11 @@ def run(args: argparse.Namespace) -> int:
         SearchStopped: the disk is full, or Ray or the scheduler has ended; the same command goes on.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the same command goes on.
     """
-    from ktray.errors import StageFailed
+    from ktray.errors import StageFailed, UserError
     from ktray.runs.interruption import Interruption, stop_on_signals
 
+    if args.local and args.address is not None:
+        raise UserError("--local runs without Ray, and --address names a cluster of it", instead="Leave one of them out.")
     settings = settings_of(args)
     if args.tracking:
         settings.print_info("ktray: --tracking is not used: run logs nothing to MLflow, a search does")

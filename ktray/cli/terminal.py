@@ -32,8 +32,10 @@ def path_argument(text: str) -> Path:
     """An argument that is a path.
 
     Raises:
-        UserError: it is a URL, or begins with ``~`` and there is no such home folder. Nothing has been made by then.
+        UserError: it is empty or a URL, or begins with ``~`` and there is no such home folder. Nothing has been made by then.
     """
+    if not text:
+        raise UserError("an argument that is a path is empty", instead="Give a path, or leave the option out.")
     return local_path(text, "")
 
 

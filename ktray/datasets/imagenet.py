@@ -30,6 +30,7 @@ REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
 _WORDNET = re.compile(r"n\d{8}")
 _TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_FIRST_COLUMN = "ImageId"  # of Kaggle's list
 _KITS = ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_devkit_t12", "devkit/data", "data", "")
 
 
@@ -67,7 +68,8 @@ def load(spec: Spec) -> Splits:
     classes = sorted({image.label for image in train})
     if strange := [name for name in classes if not _WORDNET.fullmatch(name)]:
         raise UserError(
-            f"{counted(len(strange), 'folder')} of {root / 'train'} is no WordNet number, such as {strange[0]!r}",
+            f"{root / 'train'} has {counted(len(strange), 'folder')} that {'is' if len(strange) == 1 else 'are'} no WordNet "
+            f"number, such as {strange[0]!r}",
             WHERE,
             "ImageNet's classes are folders such as n01440764; for others use the kind imagefolder.",
         )
@@ -100,7 +102,7 @@ def _val(root: Path, top: Path, classes: Sequence[str]) -> tuple[list[Labelled],
     if not (root / "val").is_dir():
         return [], "", [f"there is no {root / 'val'}, so that nothing is there to test on"]
     flat = class_folders.by_name(root, "val")
-    if not flat:
+    if not flat or class_folders.has_class_folders(root, "val"):
         images, _ = class_folders.in_class_folders(root, "val")
         class_folders.refuse_unknown_classes((image.label for image in images), classes, str(root / "val"))
         return images, "val", []
@@ -141,7 +143,7 @@ def _truth(root: Path, top: Path, flat: Mapping[str, Path]) -> tuple[dict[str, s
             if listed.is_file():
                 return _from_list(listed, root, top), listed
     raise UserError(
-        f"{root / 'val'} has no folders of classes, and no file says which class its {counted(len(flat), 'image')} have",
+        f"{root / 'val'} has no folders of classes, and no file says the classes of its {counted(len(flat), 'image')}",
         WHERE,
         f"Put ILSVRC2012_devkit_t12 (with data/{_TRUTH} and data/meta.mat) beside val, or LOC_val_solution.csv.",
     )
@@ -181,17 +183,20 @@ def _read_meta(file: str) -> dict[int, tuple[str, str]]:
 def _from_solution(file: Path) -> dict[str, str]:
     """Kaggle's list: ImageId, and the class with a box after it, several times."""
     try:
-        with open(file, newline="", encoding="utf-8-sig") as opened:
-            rows = [(index, row) for index, row in enumerate(csv.reader(opened), 1) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = [(index, row) for index, row in enumerate(csv.reader(annotation_files.read_text(file).split("\n")), 1) if row]
+    except csv.Error as error:
         raise UserError(f"{file} cannot be read: {error}", WHERE, "Restore it.") from error
-    found = {}
-    for index, row in rows[1:]:
+    names, places, labels = list[str](), list[str](), list[str]()
+    has_header = bool(rows) and rows[0][1][0] == _FIRST_COLUMN
+    for index, row in rows[1:] if has_header else rows:
         label = (row[1].split() or [""])[0] if len(row) > 1 else ""
         if not _WORDNET.fullmatch(label):
             raise UserError(f"{file.name}, line {index}: {shown(row, 60)} has no class", WHERE, "Restore the file.")
-        found[f"{row[0]}.JPEG"] = label
-    return found
+        names.append(f"{row[0]}.JPEG")
+        places.append(f"{file.name}, line {index}")
+        labels.append(label)
+    annotation_files.refuse_twice(names, places)
+    return dict(zip(names, labels, strict=True))
 
 
 def _from_list(file: Path, root: Path, top: Path) -> dict[str, str]:
@@ -203,13 +208,18 @@ def _from_list(file: Path, root: Path, top: Path) -> dict[str, str]:
             raise UserError(
                 f"{file.name} numbers 1,000 classes, and train has {len(known)}", WHERE, "Put synset_words.txt beside it."
             )
-    found = {}
+    names, places, labels = list[str](), list[str](), list[str]()
     for line in annotation_files.read_list(file):
+        place = f"{file.name}, line {line.number}"
         number = int(line.words[1]) if len(line.words) == 2 and line.words[1].isdecimal() else -1
         if not 0 <= number < len(known):
-            raise UserError(f"{file.name}, line {line.number}: no name and number of a class", WHERE, "Restore the file.")
-        found[line.words[0].rsplit("/", 1)[-1]] = known[number]
-    return found
+            problem = f"{place}: no name and number of a class from 0 to {len(known) - 1}"
+            raise UserError(problem, WHERE, "Restore the file.")
+        names.append(line.words[0].rsplit("/", 1)[-1])
+        places.append(place)
+        labels.append(known[number])
+    annotation_files.refuse_twice(names, places)
+    return dict(zip(names, labels, strict=True))
 
 
 def _class_names(root: Path, top: Path, classes: Sequence[str]) -> tuple[dict[str, str], str]:

@@ -162,6 +162,9 @@ def _listed(place: Path, folder: str, file: Path, classes: Sequence[str]) -> tup
             raise UserError(f"{at}: no name and number of a class below {len(classes)}", WHERE, "Restore the file.")
         name = line.words[0].removeprefix("/")
         annotation_files.refuse_name(name, at)
+        if "/" in name and name.rpartition("/")[0][2:] != classes[number]:
+            problem = f"{at}: {name} lies in the folder of another class than {classes[number]!r}, the number {number}"
+            raise UserError(problem, WHERE, "Restore the file.")
         names.append(name)
         places.append(at)
         if name in tree:

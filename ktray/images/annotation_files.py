@@ -127,7 +127,17 @@ class Line:
 
 
 def read_list(file: Path) -> list[Line]:
-    """The lines of a text file that are not empty. Line ends may be those of Windows, and the file may begin with a BOM.
+    """The lines of a text file that are not empty.
+
+    Raises:
+        UserError: the file cannot be read, or is not text.
+    """
+    lines = read_text(file).split("\n")
+    return [Line(number, tuple(words)) for number, line in enumerate(lines, 1) if (words := line.split())]
+
+
+def read_text(file: Path) -> str:
+    """The text of a list, with line feeds alone at the ends of lines and without a mark of byte order.
 
     Raises:
         UserError: the file cannot be read, or is not text.
@@ -140,8 +150,7 @@ def read_list(file: Path) -> list[Line]:
         raise UserError(f"{file} cannot be read: {error.strerror}", WHERE, "Restore it.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text in UTF-8: byte {error.start}", WHERE, "Save it as UTF-8.") from error
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return [Line(number, tuple(words)) for number, line in enumerate(lines, 1) if (words := line.split())]
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def files_below(folder: Path) -> set[str]:

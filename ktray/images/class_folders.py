@@ -62,6 +62,11 @@ def _labelled(file: ImageFile, below: str, depth: int) -> Labelled:
     return Labelled(f"{below}/{file.name}", file.path, shown("/".join(file.folders[:depth])))
 
 
+def has_class_folders(root: Path, below: str) -> bool:
+    """Whether the folder of a split has folders with images, rather than images alone."""
+    return bool(folder_tree.read_tree(root / below).with_images())
+
+
 def by_name(root: Path, below: str) -> dict[str, Path]:
     """Name -> file of the images that lie directly in a folder of the data set.
 

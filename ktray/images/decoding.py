@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ktray.images.image_formats import CORRUPT, FORMATS, large_and_no_image, message_of, tag_numbers, what_is_unread
 from ktray.images.source import VOID, Unreadable
+from ktray.text import shown
 
 IDENTITY, REVISION = "image_decoding", 3
 RANGE_REVISION = 2  # of `range` alone: it counts for data sets with a range, whose keys it changes, and for no others
@@ -63,11 +64,12 @@ MaxPixels = Annotated[
 
 def _range(value: Any) -> Any:
     """``0,4095``, as in a data set's text form, as two numbers; anything else is left to pydantic."""
-    parts = value.split(",") if isinstance(value, str) else value
-    try:
-        return [float(part) for part in parts] if isinstance(value, str) else value
-    except ValueError:
+    if not isinstance(value, str):
         return value
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise ValueError(f"range is {shown(value)} and should be two numbers, such as 0,4095") from None
 
 
 def _ascending(value: tuple[float, float] | None) -> tuple[float, float] | None:

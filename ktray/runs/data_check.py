@@ -22,7 +22,7 @@ from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
-from ktray.text import as_read, counted, some_of, visible_name
+from ktray.text import as_read, counted, shown, some_of, visible_name
 from ktray.yaml_file import parse_yaml
 
 FILE = "data.json"
@@ -41,7 +41,9 @@ def parse_data(text: str) -> DataSpec:
 
     value = parse_yaml(text, "the data set") if text.startswith("{") else text
     named = value.get("kind") if isinstance(value, dict) else text.partition("?")[0].partition(":")[0]
-    kind = plugins.module("dataset", str(named)).Spec
+    if not isinstance(named, str) or not named:
+        raise UserError(f"{shown(text)} names no kind of data set", "DATA", "Write such as folder:/photos or cifar10.")
+    kind = plugins.module("dataset", named).Spec
     try:
         data: DataSpec = TypeAdapter(DataSpec).validate_python(value)
         return data
@@ -169,8 +171,8 @@ def _suspicious(splits: dict[str, Source]) -> list[str]:
             found.append(f"{name} has no image of {_some(absent, 'class', 'classes')}")
     for name, part in splits.items():
         if part.presence is not None:
-            shown = (part.presence == 1).any(axis=0)
-            absent = [label for label, seen in zip(part.classes, shown, strict=True) if not seen]
+            occurring = (part.presence == 1).any(axis=0)
+            absent = [label for label, seen in zip(part.classes, occurring, strict=True) if not seen]
             found += [f"{name} has no image of {_some(absent, 'class', 'classes')}"] if absent else []
     if "train" in labelled:
         found += [f"{name} has no labels, although train has" for name in splits if name not in labelled]

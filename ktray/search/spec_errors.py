@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -24,6 +25,10 @@ from ktray.spec import (
 )
 from ktray.text import near_word, shown
 
+_ALTERNATIVE = re.compile(
+    r"(?:constrained|nullable|function|lax|chain|json|is)-|(?:tuple|list|literal|dict)\[|(?:int|float|str|bool|none)$"
+)
+"""What pydantic puts into the path of an error for one of several types of a field; no name of a field is like it."""
 MAX_SHOWN = 5
 MAX_TRANSLATED = 50  # errors; a list of 10,000 wrong entries has as many, and the first few say what is wrong
 Path = tuple[str | int, ...]
@@ -50,12 +55,15 @@ _RULES = {  # pydantic's error type -> what the value should be
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type"), "a mapping (name: value)"),
     "string_type": "text",
+    "none_required": "left out",
+    "string_too_long": "of at most {max_length} characters",
+    "string_too_short": "of at least {min_length} character",
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
     "less_than_equal": "at most {le}",
-    "too_short": "of at least {min_length}",
-    "too_long": "of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
 }
 
 
@@ -98,12 +106,35 @@ def problems_from_validation(
         where: path of a field in `value` -> dotted path in the file, as the user wrote it.
     """
     value, locate = _with_data_roles(value, where) if model is PairSpec else (value, where)
-    items = list(itertools.islice(_flatten_errors(error, ()), MAX_TRANSLATED))
+    flat = itertools.islice(_flatten_errors(error, ()), MAX_TRANSLATED)
+    items = [_without_alternatives(path, item) for path, item in flat]
     # If entries of a list are wrong, pydantic also reports the list itself as too short: keep only the innermost errors.
     innermost = [(path, item) for path, item in items if not any(path == other[: len(path)] != other for other, _ in items)]
-    found = list(dict.fromkeys(_translate(item, path, model, value, locate) for path, item in innermost))
+    found = _joined(dict.fromkeys(_translate(item, path, model, value, locate) for path, item in innermost))
     hints = {problem.instead for problem in found}  # a misspelt field is also missing under its right name: report it once
     return [p for p in found if f"Did you mean {p.where.split('.')[-1]!r}?" not in hints or "is missing" not in p.problem]
+
+
+def _without_alternatives(path: Path, item: Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
+    """An error as one of its field, where pydantic names one of several types that the field may have."""
+    steps = tuple(step for step in path if not _ALTERNATIVE.match(str(step)))
+    return steps, {**item, "type": _ONE_OF} if steps != path and item["type"] == "literal_error" else item
+
+
+_ONE_OF = "literal_among_types"
+_SHOULD_BE = " and should be "
+
+
+def _joined(problems: Iterable[SpecProblem]) -> list[SpecProblem]:
+    """The problems, with what each of several types of one field expects in one sentence: ``at least 1, or a list``."""
+    found: dict[tuple[str, str], SpecProblem] = {}
+    for problem in problems:
+        begin, should_be, expected = problem.problem.partition(_SHOULD_BE)
+        key = (problem.where, begin if should_be else problem.problem)
+        if should_be and key in found:
+            problem = replace(found[key], problem=f"{found[key].problem}, or {expected}")
+        found[key] = problem
+    return list(found.values())
 
 
 def _flatten_errors(error: ValidationError, above: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
@@ -162,16 +193,21 @@ def _translate(
     if item["type"] == "extra_forbidden":
         return _unknown_field_problem(path, model, value, where)
     if item["type"] == "missing":
-        return SpecProblem(location, f"{shown(name)} is missing")
+        return SpecProblem(location, f"entry {name} is missing" if name.isdigit() else f"{shown(name)} is missing")
     if item["type"] == "value_error":
         return SpecProblem(location, str(inner or item["msg"]).removeprefix("Value error, "))
+    if item["type"] == _ONE_OF:
+        return SpecProblem(
+            location, f"{name} is {_scalar_or_type(item['input'])}{_SHOULD_BE}{' or '.join(_literal_options(item))}"
+        )
     if item["type"] == "literal_error":
         options = _literal_options(item)
         hint = suggestion(item["input"], options) if isinstance(item["input"], str) else ""
-        return SpecProblem(location, f"{name} cannot be {shown(item['input'])}", f"{hint}It is one of {', '.join(options)}.")
+        listed = f"It is one of {', '.join(options)}." if len(options) > 1 else f"It is always {options[0]}: leave it out."
+        return SpecProblem(location, f"{name} cannot be {shown(item['input'])}", f"{hint}{listed}")
     if name.isdigit():
         name = f"entry {name}"
-    return SpecProblem(location, f"{name} is {_scalar_or_type(item['input'])} and should be {_expected_text(item)}")
+    return SpecProblem(location, f"{name} is {_scalar_or_type(item['input'])}{_SHOULD_BE}{_expected_text(item)}")
 
 
 def _expected_text(item: Mapping[str, Any]) -> str:

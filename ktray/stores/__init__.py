@@ -106,11 +106,14 @@ def require_file_url(url: str) -> None:
     """Raise unless this is the URL of a store in a file system.
 
     Raises:
-        UserError: it has another scheme.
+        UserError: it has another scheme, no path, or a host.
     """
-    scheme, separator, _ = url.partition("://")
+    scheme, separator, path = url.partition("://")
     if separator and scheme != "file":
         raise UserError(f"the store {url!r} is not supported", instead="Use file:///path, local or on a shared file system.")
+    if separator and not path.startswith(("/", "~", ".")):
+        what = f"the host {path.partition('/')[0]!r}" if path else "no path"
+        raise UserError(f"the store {url!r} names {what}", "--store", "Use file:///path, with three slashes.")
 
 
 def open_store(url: str) -> Store:
