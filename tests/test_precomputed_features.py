@@ -37,11 +37,20 @@ from tests.toys import DATA, toy_pair, toy_spec
 IDENTITY = data_identity()
 
 
+def as_views(teacher: dict[str, Any]) -> dict[str, Any]:
+    """The same table with its features as views of lists, which may lie in any order."""
+    found = parquet.read_table(teacher["features"])
+    views = pyarrow.array(found["clip"].to_pylist(), pyarrow.list_view(pyarrow.float32()))
+    parquet.write_table(found.set_column(1, "clip", views), teacher["features"], row_group_size=7)
+    return teacher
+
+
 FORMS: dict[str, Callable[..., dict[str, Any]]] = {
     "npy and a text file": npy,
     "npy and an array of names": npy_names,
     "parquet": table,
     "parquet of one width": lambda *args: table(*args, fixed=True),
+    "parquet of views": lambda *args: as_views(table(*args)),
 }
 
 
@@ -213,14 +222,14 @@ def ragged(at: Path) -> dict[str, Any]:
     return {"features": str(at / "ragged.parquet")}
 
 
-def with_null(row: bool, at: int = 9) -> Callable[[Path], dict[str, Any]]:
+def with_null(row: bool, at: int = 9, length: int = -1) -> Callable[[Path], dict[str, Any]]:
     """A parquet in which a row, or one number of it, is null."""
 
     def write(folder: Path) -> dict[str, Any]:
         names = paths(photos(folder / "photos"))
         lists: list[Any] = [[0.5 + index] * WIDTH for index in range(COUNT)]
         lists[at] = None if row else [0.5, None] * (WIDTH // 2)
-        columns = {"path": names, "features": pyarrow.array(lists, pyarrow.list_(pyarrow.float64()))}
+        columns = {"path": names, "features": pyarrow.array(lists, pyarrow.list_(pyarrow.float64(), length))}
         parquet.write_table(pyarrow.table(columns), folder / "null.parquet")
         return {"features": str(folder / "null.parquet")}
 
@@ -337,6 +346,10 @@ FAILED: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {  # by the st
     "a null row": (with_null(row=True), r"teacher\.features: row 9 of null\.parquet is null in the column 'features'"),
     "the first row is null": (with_null(row=True, at=0), r"row 0 of null\.parquet is null in the column 'features'"),
     "a null in a row": (with_null(row=False), r"row 9 of null\.parquet \(a/018\.png\) has a null among its numbers"),
+    "a null row among lists of one length": (
+        with_null(row=True, length=WIDTH),
+        r"the column 'features' of null\.parquet cannot be read: .*\. A row may be null: leave it out",
+    ),
     "the first row is empty": (empty_first, r"row 0 of empty\.parquet has 0 numbers\. Features of all images"),
     "rows of two widths": (ragged, r"teacher\.features: row 9 of ragged\.parquet has 5 numbers, but the first has 6"),
 }

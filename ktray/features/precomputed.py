@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -290,8 +290,7 @@ def _column_of_paths(path: Path, columns: Columns, version: FileVersion) -> tupl
                 f"It has {', '.join(schema.names)}.",
             )
     kind = schema.field(columns.features).type
-    lists = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
-    if not lists or not pyarrow.types.is_floating(kind.value_type):
+    if not _is_list(kind) or not pyarrow.types.is_floating(kind.value_type):
         raise UserError(
             f"the column {columns.features!r} contains {kind}", "teacher.columns.features", "Features must be lists of floats."
         )
@@ -299,6 +298,33 @@ def _column_of_paths(path: Path, columns: Columns, version: FileVersion) -> tupl
     if not found or not all(isinstance(name, str) for name in found):
         raise UserError(f"the column {columns.path!r} must contain only strings", "teacher.columns.path")
     return tuple(name.removeprefix("./") for name in found)
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether an Arrow type is a list of any kind."""
+    from pyarrow import types
+
+    checks = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(check(kind) for check in checks)
+
+
+def _batches(path: Path, column: str) -> Iterator[Any]:
+    """A column of lists, some rows at a time.
+
+    Raises:
+        UserError: the column cannot be read.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        for batch in _parquet(path).iter_batches(columns=[column], batch_size=extraction.SHARD_ROWS):
+            yield batch.column(0)
+    except ArrowException as error:  # Arrow writes a null row among lists of one length, but does not read it
+        raise UserError(
+            f"the column {column!r} of {path.name} cannot be read: {' '.join(str(error).split())}",
+            WHERE,
+            "A row may be null: leave it out, or write the column as lists of any length.",
+        ) from error
 
 
 def _parquet(path: Path) -> Any:
@@ -342,8 +368,7 @@ def _values(path: Path, column: str, count: int) -> tuple[NDArray[np.float32], d
     from pyarrow import compute
 
     values, unusable, start = np.zeros((count, 0), np.float32), dict[int, str](), 0
-    for batch in _parquet(path).iter_batches(columns=[column], batch_size=extraction.SHARD_ROWS):
-        found = batch.column(0)
+    for found in _batches(path, column):
         lengths = np.asarray(compute.fill_null(compute.list_value_length(found), 0))
         width = values.shape[1] or int(lengths[0])
         wrong = np.flatnonzero(lengths != width) if width else np.arange(1)

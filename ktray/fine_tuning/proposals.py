@@ -29,6 +29,7 @@ from ktray.errors import UserError
 from ktray.file_kind import LARGE, require_readable, what_it_is
 from ktray.fingerprint import seed_of
 from ktray.local_path import local_path
+from ktray.text import shown
 
 IDENTITY, REVISION = "proposals", 1
 
@@ -37,6 +38,7 @@ SUFFIXES = (".npz", ".json", ".mat")
 SHORTER_SIDE = 200  # pixels to which an image is scaled for selective search, as OpenCV's own example does
 LEAST_SIDE = 8  # pixels below which a region is no proposal, about half a cell of the maps
 _MOST_OF_A_BYTE = 100  # bytes of arrays that a byte of a compressed file can stand for; boxes take one half of theirs
+_SEE = "See ktray/fine_tuning/proposals.py for the forms of such a file."
 _FORMS = {".npz": "arrays of NumPy in a zip file", ".json": "mapping in JSON", ".mat": "file of MATLAB"}
 _MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
 
@@ -74,7 +76,7 @@ def _require_form(path: Path) -> None:
     if head.startswith(b"PK") if suffix == ".npz" else text.startswith(b"{") if suffix == ".json" else not found:
         return
     problem = f"the proposals in {path.name} are no {_FORMS[suffix]}{': the file ' * bool(found)}{found}"
-    raise UserError(problem, "proposals", instead or "See ktray/fine_tuning/proposals.py for the forms of such a file.")
+    raise UserError(problem, "proposals", _SEE if not instead or found.startswith("is a text") else instead)
 
 
 def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
@@ -93,6 +95,12 @@ def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
         if key is None:
             raise UserError(f"{path.name} has no proposals for the image {name}", "proposals", "Give them for every image.")
         found.append(_checked(known[key], f"{path.name}, image {name}"))
+    if sum(map(len, found)) > 1 and all((boxes <= 1).all() for boxes in found):
+        raise UserError(
+            f"all proposals in {path.name} lie within the first pixel, as boxes in shares of the sides do",
+            "proposals",
+            "Write them in pixels of the whole image.",
+        )
     return found
 
 
@@ -102,33 +110,30 @@ def _read(path: Path) -> Mapping[str, Any]:
     Raises:
         UserError: the file is of another form.
     """
+    _require_form(path)
     readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".npz": _npz, ".json": _json, ".mat": _mat}
-    require_readable(path, "proposals")
     try:
         return readers[path.suffix.lower()](path)
     except Exception as error:  # NumPy, SciPy and zip each have errors of their own for a damaged file
-        found, instead = what_it_is(path)
-        said = [found] if found and not found.startswith("is a text") else str(error).splitlines()
-        problem = (
-            f"the proposals in {path.name} cannot be read: {'the file ' * bool(found) + said[0] if said else 'it is damaged'}"
-        )
-        instead = instead or "See ktray/fine_tuning/proposals.py for the forms of such a file."
-        raise UserError(problem, "proposals", instead) from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["it is damaged"])[0]
+        raise UserError(f"the proposals in {path.name} cannot be read: {why}", "proposals", _SEE) from error
 
 
 def _checked(rows: Any, where: str) -> NDArray[np.float64]:
     try:
-        boxes = np.asarray(rows, np.float64)
-    except (ValueError, TypeError):  # lists of different lengths, or texts
-        boxes = np.full((1, 4), np.nan)
-    boxes = boxes.reshape(-1, 4) if not boxes.size else boxes
+        stated = np.asarray(rows)
+    except ValueError:  # lists of different lengths
+        stated = np.full((1, 4), np.nan)
+    boxes = stated.reshape(-1, 4) if not stated.size else stated
+    if stated.size and stated.dtype.kind not in "fiu":
+        raise UserError(f"{where}: its proposals are not numbers", "proposals", "Expected are rows [x0, y0, x1, y1].")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise UserError(
             f"{where}: its proposals have the shape {boxes.shape}", "proposals", "Expected are rows [x0, y0, x1, y1]."
         )
     if not np.isfinite(boxes).all() or (boxes[:, 2:] <= boxes[:, :2]).any():
         raise UserError(f"{where}: a proposal is no box [x0, y0, x1, y1] with x0 < x1 and y0 < y1", "proposals")
-    return boxes
+    return boxes.astype(np.float64)
 
 
 def _npz(path: Path) -> Mapping[str, Any]:
@@ -140,8 +145,20 @@ def _npz(path: Path) -> Mapping[str, Any]:
         return {name: file[name] for name in file.files}
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON; one that has a name twice is refused, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
+    return found
+
+
 def _json(path: Path) -> Mapping[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no text in UTF-8: byte {error.start}") from error
     if not isinstance(found, dict):
         raise ValueError("it is no mapping from names of images to boxes")
     return found
