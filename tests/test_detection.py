@@ -358,7 +358,7 @@ def test_proposals_are_the_same_from_files_of_every_form(suffix, write, tmp_path
         ("x.json", '{"a": [[0, 0, 1], [1, 1, 2, 2]]}', ["a.jpg"], "is no box"),
         ("x.json", '{"a": [[0, 0, 9, 9, 0.5], [1, 1, 8, 8, 0.4], [2, 2, 7, 7, 0.3], [3, 3, 6, 6, 0.2]]}', ["a"], r"\(4, 5\)"),
         ("x.json", '{"a": [[0, 1, 2], [0, 1, 2], [9, 9, 9], [9, 9, 9]]}', ["a"], r"have the shape \(4, 3\)"),
-        ("x.mat", "MATLAB 7.3 MAT-file", ["a.jpg"], "save it with -v7"),
+        ("x.mat", "MATLAB 7.3 MAT-file", ["a.jpg"], "Save it with -v7"),
         ("x.json", '{"a": [[0, 0, 1, 1]]}', ["p/a.jpg", "q/a.jpg"], "same name in different folders"),
     ],
 )

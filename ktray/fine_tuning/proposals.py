@@ -167,9 +167,6 @@ def _json(path: Path) -> Mapping[str, Any]:
 def _mat(path: Path) -> Mapping[str, Any]:
     from scipy.io import loadmat
 
-    with open(path, "rb") as file:
-        if file.read(len(_MATLAB_HDF5)) == _MATLAB_HDF5:
-            raise ValueError("it was written with -v7.3; save it with -v7")
     content = loadmat(path)
     names = [str(np.ravel(entry)[0]) for entry in np.ravel(content["images"])]
     boxes = np.ravel(content["boxes"])
