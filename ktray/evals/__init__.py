@@ -24,6 +24,7 @@
 - A spec of an evaluation that trains says how long in `steps`, or in `epochs`, and how often in `seeds`: `plan` estimates its
   seconds from these, and a dry run takes as few as possible.
 - ``READS_PIXELS = True`` says that it asks for features of images with changed pixels, which a file of features does not have.
+  ``FITS_MASKS = True`` says that it fits masks to the squares of the data, so it cannot judge crops of a network's own.
   ``DEPENDS_ON_MACHINE = True`` says that its metrics do; the record then says so, too.
 
 An evaluation may import the tools (`ktray.images`, `ktray.classifiers`, `ktray.scoring`, ...) and `ktray.spec`, but no plugin.

@@ -37,6 +37,7 @@ TOOLS = (linear_classifiers, neighbours, label_maps)
 NEEDS_LABELS = False
 NEEDS_ANNOTATIONS = ("mask",)
 READS_NETWORK = True
+FITS_MASKS = True
 DIRECTION: dict[str, Literal["max", "min"]] = {"miou": "max", "pixel_accuracy": "max"}
 
 

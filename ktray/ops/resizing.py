@@ -20,7 +20,8 @@ Interpolation = Literal["bilinear", "bicubic"]
 def resized(images: Tensor, size: int, interpolation: Interpolation = "bilinear") -> Tensor:
     """Square images of another size; those of the right size are returned as they are.
 
-    A GPU computes in float32 and rounds, a CPU in fixed-point numbers, so that values of the two may differ by one.
+    Bicubic values are computed in float32, rounded and clipped; bilinear ones on a CPU in fixed-point numbers, so that those
+    of a GPU may differ by one.
 
     Args:
         images: (B, H, H, 3) uint8.
@@ -34,10 +35,11 @@ def resized(images: Tensor, size: int, interpolation: Interpolation = "bilinear"
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional
 
-    found: Tensor = functional.resize(
-        images.permute(0, 3, 1, 2), [size, size], InterpolationMode(interpolation), antialias=True
-    )
-    return found.permute(0, 2, 3, 1)
+    mode, exact = InterpolationMode(interpolation), interpolation == "bicubic"
+    # Of whole numbers a CPU would clip what bicubic interpolation overshoots after each of the two axes.
+    pixels = images.permute(0, 3, 1, 2).to(torch.float32 if exact else torch.uint8)
+    found: Tensor = functional.resize(pixels, [size, size], mode, antialias=True).permute(0, 2, 3, 1)
+    return found.round().clamp(0, 255).to(torch.uint8) if exact else found
 
 
 def at_size(images: Images, size: int | None, interpolation: Interpolation = "bilinear") -> Images:

@@ -25,7 +25,7 @@ from ktray.features import extraction, precomputed
 from ktray.fingerprint import canonical
 from ktray.images import Images, Source, Splits, Unreadable, split_rows
 from ktray.pipeline.identity import checkpoint_sha256, origin, weights_sha256
-from ktray.pipeline.pair_graph import generations
+from ktray.pipeline.pair_graph import generations, own_crop_of
 from ktray.plugins import PluginSpec
 from ktray.spec import (
     BackboneSpec,
@@ -346,6 +346,16 @@ def _check_evaluations(pair: PairSpec) -> None:
             )
         run_plugin_check(f"evals.{index}", "evaluation", spec)
         teacher = pair.teacher
+        if (
+            spec.of == "teacher"
+            and own_crop_of(teacher)
+            and getattr(plugins.module_of("evaluation", spec), "FITS_MASKS", False)
+        ):
+            raise UserError(
+                f"{spec.kind} compares masks with squares of the data, and the teacher crops each image as its weights expect",
+                where=f"evals.{index}.of",
+                instead="Let it see the squares, teacher.input: data, or judge the student.",
+            )
         if spec.of != "teacher" or not isinstance(teacher, HandcraftedTeacher | PrecomputedTeacher):
             continue
         what = "a file of features"

@@ -131,6 +131,8 @@ def reproduction(best: Trial, find: FindArtifact) -> dict[str, Any]:
     facts = [("commit", _distinct([record["commit"] for record in records if record.get("commit")]))]
     facts += [(package, _distinct(found)) for package, found in versions.items()]
     facts += [("device", _distinct([record["device"] for record in records if record.get("device")]))]
+    licences = [f"{record.get('weights', '')}: {record['licence']}" for record in records if record.get("licence")]
+    facts += [("licence of pretrained weights", _distinct(licences))]
     facts += [("seeds", ", ".join(f"{path} = {value}" for path, value in _seeds(best.pair)))]
     return {
         "facts": [(name, anonymised_data(text)) for name, text in facts if text],

@@ -120,7 +120,9 @@ def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:
 
 def _unknown_training(pair: Mapping[str, Any]) -> str:
     teacher = _generations(pair)[-1].get("teacher") or {}
-    loaded = [what for field, what in (("checkpoint", "weights"), ("features", "features")) if field in teacher]
+    loaded = [
+        what for field, what in (("checkpoint", "weights"), ("timm", "weights"), ("features", "features")) if field in teacher
+    ]
     return "".join(f" The teacher's {what} come from a file; what they were trained with is not known here." for what in loaded)
 
 

@@ -225,7 +225,8 @@ def _full_size_stages(plan: _Plan, load: Load, identity: Identity) -> FullSizeSt
     for generation in (each for pair in plan.pairs.values() for each in pair_graph.generations(pair)):
         for spec in (getattr(generation.data, role) for role in type(generation.data).model_fields):
             found = {split: len(rows) for split, (_, rows) in split_rows(load(spec), spec.split).items()}
-            images[stage_of(spec, identity(spec)).key] = (found["train"], sum(found.values()))
+            for own in (None, pair_graph.own_crop_of(generation.teacher)):
+                images[stage_of(spec, identity(spec), own).key] = (found["train"], sum(found.values()))
     stages = {name: pair_graph.build(pair, identity).stages for name, pair in plan.pairs.items()}
     return FullSizeStages(stages, images, plan.artifacts_expected())
 

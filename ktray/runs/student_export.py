@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ktray.errors import UserError
 from ktray.runs.settings import Settings
 from ktray.search.trial import Trial
-from ktray.stores import intact_file
+from ktray.stores import Store, intact_file
 
 if TYPE_CHECKING:
     from ktray.export.student_files import Form, Head
@@ -47,9 +47,19 @@ def export_trial(
     k = getattr(pair.transfer, "k", None)
     classes = k if isinstance(k, int) else None  # several k have several classifiers in one
     lineage: dict[str, Any] = {"study": study, "trial": trial.number, "pair": pair_name(trial.pair), "keys": dict(trial.keys)}
+    lineage |= {"licences": found} if (found := licences_of(trial.keys, settings.open_store())) else {}
     test = results_on_test(study_folder(settings.home, study))
     lineage["test"] = {name: test[name] for name in (str(trial.number), RANDOM, CEILING) if name in test}
     return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, directory, classes, head, form)
+
+
+def licences_of(keys: Mapping[str, Any], store: Store) -> dict[str, str]:
+    """Pretrained weights that a trial rests on, also through its chain of teachers -> their licence, as records say it."""
+    from ktray.report.stage_reuse import with_inputs
+
+    made = with_inputs([keys["student"]], store.find).values()
+    records = [artifact.record for artifact in made if artifact.record.get("licence")]
+    return {str(record["weights"]): str(record["licence"]) for record in records}
 
 
 def register_student(settings: Settings, study: str, number: str, directory: Path) -> str:

@@ -465,9 +465,12 @@ def _as_timm_reads(model: nn.Module, wanted: Mapping[str, Tensor], file: Path) -
     others = [name for name in converted if f"model.{name}" not in wanted and not name.startswith(("head", "fc", "classifier"))]
     counts = {math.prod(each.shape) for each in stored.values()}
     fits = all(name in found and found[name].shape == wanted[name].shape for name in required)
-    # timm would interpolate what belongs to another size; the config says the size, so such a file is another one.
+    # timm would interpolate what belongs to another size; the config says the size, so such a file is another one. A position
+    # of the class token alone may have gone into that token, as in the authors' DINOv2 with registers.
     resized = any(
-        tensor.numel() not in counts for name, tensor in found.items() if "pos_embed" in name or "patch_embed" in name
+        tensor.numel() not in counts and tensor.numel() + tensor.shape[-1] not in counts
+        for name, tensor in found.items()
+        if "pos_embed" in name or "patch_embed" in name
     )
     if not fits or others or resized:
         return None
