@@ -17,7 +17,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from ktray import plugins
+from ktray import plugins, spec
 
 ROOT = Path(__file__).parent.parent
 GROUPS = {  # group -> title of its page, what a kind of it is, and where it stands in a space
@@ -167,9 +167,9 @@ def _group_page(group: str) -> str:
 def method_page(group: str, kind: str) -> str:
     """The page of one method: what its docstring says, how it is written in a space, its fields, its metrics or layers."""
     module = plugins.module(group, kind)
-    said, spec = _paragraphs(group, kind), _paragraph_text(module.Spec.__doc__ or "")
+    said, of_spec = _paragraphs(group, kind), _paragraph_text(module.Spec.__doc__ or "")
     lines = [f"# {kind}", "", *_with_blank_lines(said), "## In a space", "", "```yaml", _example(group, kind), "```", ""]
-    lines += [*spec, *_field_tables(module.Spec.model_json_schema())]
+    lines += [*of_spec, *_field_tables(_with_shared_descriptions(group, module.Spec.model_json_schema()))]
     if group == "evaluation":
         lines += _metrics(module)
     if group == "backbone":
@@ -203,6 +203,16 @@ def _example(group: str, kind: str) -> str:
 def _sample(name: str, kind: str) -> Any:
     samples: dict[str, Any] = {"backbone": "alexnet", "path": PATHS.get(kind, f"/data/{kind}"), "model": "resnet18", "k": 100}
     return samples.get(name, "...")
+
+
+def _with_shared_descriptions(group: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with descriptions of the fields that every Spec of a group has, from the protocol that names them."""
+    protocol = {"evaluation": spec.EvaluationPlugin, "dataset": spec.DataPlugin}.get(group)
+    for name, field in schema.get("properties", {}).items():
+        said = getattr(getattr(protocol, name, None), "__doc__", None)
+        if said and not field.get("description"):
+            field["description"] = said.replace("None", "null").rstrip(".")
+    return schema
 
 
 def _field_tables(schema: Mapping[str, Any]) -> list[str]:
@@ -247,11 +257,14 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 
 def _range(schema: Mapping[str, Any]) -> list[str]:
+    def shown(value: float) -> str:
+        return f"{value:,}" if isinstance(value, int) else f"{value:,g}"
+
     names: dict[str, Callable[[Any], str]] = {
-        "minimum": lambda value: f"from {value:,g}",
-        "exclusiveMinimum": lambda value: f"above {value:,g}",
-        "maximum": lambda value: f"to {value:,g}",
-        "exclusiveMaximum": lambda value: f"below {value:,g}",
+        "minimum": lambda value: f"from {shown(value)}",
+        "exclusiveMinimum": lambda value: f"above {shown(value)}",
+        "maximum": lambda value: f"to {shown(value)}",
+        "exclusiveMaximum": lambda value: f"below {shown(value)}",
     }
     found = [say(schema[name]) for name, say in names.items() if name in schema]
     return [" ".join(found)] if found else []
