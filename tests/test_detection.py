@@ -383,6 +383,15 @@ def test_a_file_of_proposals_of_another_kind_is_refused_in_the_plan(name, conten
         proposals.check_proposals(str(tmp_path / name))
 
 
+@pytest.mark.parametrize(("suffix", "write"), [("npz", write_npz), ("json", write_json), ("mat", write_mat)])
+def test_an_image_without_proposals_is_told_in_the_plan(suffix, write, tmp_path):
+    path = tmp_path / f"boxes.{suffix}"
+    write(path)
+    proposals.require_images(str(path), ["VOC2007/JPEGImages/b.jpg", "VOC2007/JPEGImages/a.jpg"])
+    with pytest.raises(UserError, match=rf"boxes\.{suffix} has no proposals for the image VOC2007/JPEGImages/c\.jpg"):
+        proposals.require_images(str(path), ["VOC2007/JPEGImages/a.jpg", "VOC2007/JPEGImages/c.jpg"])
+
+
 def test_a_mark_of_byte_order_before_proposals_is_no_part_of_them(tmp_path):
     (tmp_path / "x.json").write_bytes(codecs.BOM_UTF8 + b'{"a": [[0, 0, 1, 1]]}')
     proposals.check_proposals(str(tmp_path / "x.json"))

@@ -21,6 +21,7 @@
 - `FILES` names fields of the `Spec` that may hold the path of a file. In a key it counts by its content.
 - ``check(spec)`` refuses a spec in `plan`, such as one whose files or libraries are missing. ``check_network(spec, network,
   size)`` refuses a network, untrained and in eval mode, that the evaluation cannot train on images of `size` pixels.
+  ``check_images(spec, names)`` refuses images to train or judge on, such as those that a file of its own does not have.
 - A spec of an evaluation that trains says how long in `steps`, or in `epochs`, and how often in `seeds`: `plan` estimates its
   seconds from these, and a dry run takes as few as possible.
 - ``READS_PIXELS = True`` says that it asks for features of images with changed pixels, which a file of features does not have.

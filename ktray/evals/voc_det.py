@@ -16,7 +16,7 @@ rate 0.02, divided by 10 after 18,000 and 22,000, sides of 480 to 800 in trainin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from ktray.features.judged_network import JudgedNetwork
 from ktray.fine_tuning import detection_plots, detector_training
 from ktray.fine_tuning.detector_training import DetectorRecipe, annotated, detect, trained_detector
 from ktray.fine_tuning.detectors import require_maps
-from ktray.fine_tuning.proposals import SELECTIVE_SEARCH, check_proposals
+from ktray.fine_tuning.proposals import SELECTIVE_SEARCH, check_proposals, require_images
 from ktray.images import Images
 from ktray.scoring import average_precision, detection_scores, per_image
 from ktray.scoring.average_precision import Rule
@@ -155,6 +155,16 @@ def check(spec: Spec) -> None:
     """
     if spec.proposals is not None:
         check_proposals(spec.proposals)
+
+
+def check_images(spec: Spec, names: Sequence[str]) -> None:
+    """Refuse proposals that lack an image that they are needed for.
+
+    Raises:
+        UserError: as `require_images`.
+    """
+    if spec.proposals is not None:
+        require_images(spec.proposals, names)
 
 
 def check_network(spec: Spec, network: nn.Module, size: int) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,6 +38,7 @@ SUFFIXES = (".npz", ".json", ".mat")
 SHORTER_SIDE = 200  # pixels to which an image is scaled for selective search, as OpenCV's own example does
 LEAST_SIDE = 8  # pixels below which a region is no proposal, about half a cell of the maps
 _MOST_OF_A_BYTE = 100  # bytes of arrays that a byte of a compressed file can stand for; boxes take one half of theirs
+_READ_IN_PLAN = 64 << 20  # bytes of the largest .json that a plan reads, in a second
 _SEE = "See ktray/fine_tuning/proposals.py for the forms of such a file."
 _FORMS = {".npz": "arrays of NumPy in a zip file", ".json": "mapping in JSON", ".mat": "file of MATLAB"}
 _MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
@@ -86,15 +87,8 @@ def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
         UserError: the file is of another form, an image is not in it, or two names of it mean the same image.
     """
     known = _read(path)
-    stems = [PurePosixPath(name).stem for name in names]
-    if len(set(stems)) < len(stems) and not set(names) <= known.keys():
-        raise UserError("several images have the same name in different folders", "proposals", "Give whole paths in the file.")
-    found = []
-    for name, stem in zip(names, stems, strict=True):
-        key = next((key for key in (name, PurePosixPath(name).name, stem) if key in known), None)
-        if key is None:
-            raise UserError(f"{path.name} has no proposals for the image {name}", "proposals", "Give them for every image.")
-        found.append(_checked(known[key], f"{path.name}, image {name}"))
+    keys = _keys(path, known.keys(), names)
+    found = [_checked(known[key], f"{path.name}, image {name}") for key, name in zip(keys, names, strict=True)]
     if sum(map(len, found)) > 1 and all((boxes <= 1).all() for boxes in found):
         raise UserError(
             f"all proposals in {path.name} lie within the first pixel, as boxes in shares of the sides do",
@@ -104,16 +98,49 @@ def from_file(path: Path, names: Sequence[str]) -> list[NDArray[np.float64]]:
     return found
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """Name of an image -> its boxes, not checked.
+def require_images(given: str, names: Sequence[str]) -> None:
+    """Raise if a file has no proposals for an image. Only the names in it are read; those of a large .json are not.
+
+    Args:
+        given: as for `check_proposals`.
+
+    Raises:
+        UserError: the file is of another form, an image is not in it, or two names of it mean the same image.
+    """
+    if given == SELECTIVE_SEARCH:
+        return
+    path = local_path(given, "proposals")
+    if path.suffix.lower() == ".json" and path.stat().st_size > _READ_IN_PLAN:
+        return
+    _keys(path, _read(path, only_names=True).keys(), names)
+
+
+def _keys(path: Path, known: Set[str], names: Sequence[str]) -> list[str]:
+    """The name of each image in the file, which has the names `known`."""
+    stems = [PurePosixPath(name).stem for name in names]
+    if len(set(stems)) < len(stems) and not set(names) <= known:
+        raise UserError("several images have the same name in different folders", "proposals", "Give whole paths in the file.")
+    found = []
+    for name, stem in zip(names, stems, strict=True):
+        key = next((key for key in (name, PurePosixPath(name).name, stem) if key in known), None)
+        if key is None:
+            raise UserError(f"{path.name} has no proposals for the image {name}", "proposals", "Give them for every image.")
+        found.append(key)
+    return found
+
+
+def _read(path: Path, only_names: bool = False) -> Mapping[str, Any]:
+    """Name of an image -> its boxes, not checked, and with `only_names` not always read.
 
     Raises:
         UserError: the file is of another form.
     """
     _require_form(path)
-    readers: dict[str, Callable[[Path], Mapping[str, Any]]] = {".npz": _npz, ".json": _json, ".mat": _mat}
+    suffix = path.suffix.lower()
     try:
-        return readers[path.suffix.lower()](path)
+        if suffix == ".json":
+            return _json(path)
+        return _npz(path, only_names) if suffix == ".npz" else _mat(path, only_names)
     except Exception as error:  # NumPy, SciPy and zip each have errors of their own for a damaged file
         why = f"it has no {error}" if isinstance(error, KeyError) else (str(error).splitlines() or ["it is damaged"])[0]
         raise UserError(f"the proposals in {path.name} cannot be read: {why}", "proposals", _SEE) from error
@@ -136,9 +163,11 @@ def _checked(rows: Any, where: str) -> NDArray[np.float64]:
     return boxes.astype(np.float64)
 
 
-def _npz(path: Path) -> Mapping[str, Any]:
+def _npz(path: Path, only_names: bool) -> Mapping[str, Any]:
     with zipfile.ZipFile(path) as archive:
         claimed, held = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        if only_names:
+            return dict.fromkeys(name.removesuffix(".npy") for name in archive.namelist())
     if claimed > max(LARGE, _MOST_OF_A_BYTE * held):
         raise ValueError(f"its arrays claim {claimed:,} bytes in a file of {held:,}")
     with np.load(path, allow_pickle=False) as file:
@@ -164,11 +193,13 @@ def _json(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _mat(path: Path) -> Mapping[str, Any]:
+def _mat(path: Path, only_names: bool) -> Mapping[str, Any]:
     from scipy.io import loadmat
 
-    content = loadmat(path)
+    content = loadmat(path, variable_names=["images"] if only_names else ["images", "boxes"])
     names = [str(np.ravel(entry)[0]) for entry in np.ravel(content["images"])]
+    if only_names:
+        return dict.fromkeys(names)
     boxes = np.ravel(content["boxes"])
     if len(names) != len(boxes):
         raise ValueError(f"it has {len(names)} images and boxes of {len(boxes)}")

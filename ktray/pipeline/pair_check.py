@@ -93,6 +93,7 @@ def check_pair(pair: PairSpec, load: Load) -> list[str]:
         assumed += check_named(pair.teacher)
     _check_precomputed_features(pair, load)
     _check_evaluations(pair)
+    _check_judged_images(pair, found["target"])
     _check_layers(pair)
     _check_schedules(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
@@ -434,6 +435,18 @@ def _check_schedules(pair: PairSpec) -> None:
 @lru_cache(maxsize=256)
 def _number_layers(backbone: BackboneSpec, size: int) -> None:
     optimisers.layer_numbers(loop.untrained_backbone(backbone, 0), size)
+
+
+def _check_judged_images(pair: PairSpec, target: Splits) -> None:
+    """Let evaluations that read more of images than the data have, such as proposals, refuse images without it."""
+    parts = split_rows(target, pair.data.target.split)
+    for index, spec in enumerate(pair.evals):
+        check = getattr(plugins.module_of("evaluation", spec), "check_images", None)
+        if check is not None:
+            read = [parts[name] for name in ("train", spec.split) if name in parts]
+            names = [source.names[row] for source, rows in read for row in rows.tolist()]
+            with _errors_at(f"evals.{index}", f"the evaluation {spec.kind} cannot judge these images", spec):
+                check(spec, names)
 
 
 def _check_layers(pair: PairSpec) -> None:
