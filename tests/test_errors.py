@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ktray.errors import disk_is_full
+from ktray.errors import MissingInput, UserError, disk_is_full
+from ktray.scheduler.messages import describe_error
 
 SAFETENSORS = "Error while serializing: I/O error: No space left on device (os error 28)"
 
@@ -45,3 +46,21 @@ def test_whatever_fails_while_the_disk_is_full_fails_for_that_reason(tmp_path: P
 def test_other_errors_with_room_on_the_disk_are_failures(tmp_path: Path) -> None:
     assert not disk_is_full(ValueError("12 features are NaN"), tmp_path)
     assert not disk_is_full(OSError(errno.ENOENT, "No such file or directory"), tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("every  cluster\nis too small"), "every cluster is too small"),
+        (UserError("row 3 is null", "teacher.features", "Leave it out."), "teacher.features: row 3 is null. Leave it out."),
+        (MissingInput("images-1", "labels.npy is cut off"), "the artifact images-1 was damaged (labels.npy is cut off)"),
+        (KeyError("train"), "KeyError: 'train'"),
+        (RuntimeError("shapes do not match"), "RuntimeError: shapes do not match"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "no"), "UnicodeDecodeError: 'utf-8' codec"),
+        (ValueError(), "ValueError"),
+    ],
+    ids=["a sentence", "of the user", "of the store", "a key", "of torch", "of Python", "nothing"],
+)
+def test_a_sentence_stands_alone_and_what_is_none_has_its_class(error: Exception, said: str) -> None:
+    assert describe_error(error).startswith(said)
+    assert "\n" not in describe_error(error)
