@@ -44,11 +44,18 @@ def _list(args: argparse.Namespace) -> int:
 
     rows = on_disk()
     cells = [
-        [row["name"], f"{row['parameters'] / 1e6:.1f} M", _input(row["input"]), row["licence"], f"{row['bytes'] / 1e6:.1f}"]
+        [
+            row["name"],
+            f"{row['parameters'] / 1e6:.1f} M",
+            _input(row["input"]),
+            row["licence"],
+            f"{row['bytes'] / 1e6:.1f}",
+            row["file"],
+        ]
         for row in rows
         if row["problem"] is None
     ]
-    lines = [table(["teacher", "parameters", "input", "licence", "MB"], cells)] if cells else []
+    lines = [table(["teacher", "parameters", "input", "licence", "MB", "where"], cells)] if cells else []
     lines += [f"{row['name']}: {row['problem']}" for row in rows if row["problem"] is not None]
     lines.append(f"{counted(len(cells), 'teacher')} in the Hugging Face cache of this machine")
     print_result(args, rows, "\n".join(lines))
