@@ -90,9 +90,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def tokens_of(model: Any, features: torch.Tensor, tokens: str) -> torch.Tensor:
-    """What the words for tokens mean, of timm's `forward_features` (B, T, D) or (B, C, h, w)."""
+    """What the words for tokens mean, of timm's `forward_features` (B, T, D), (B, C, h, w) or, of Swin, (B, h, w, C)."""
     if features.ndim == 4:
-        return features.mean(dim=(2, 3))
+        return features.mean(dim=(1, 2) if getattr(model, "output_fmt", "") == "NHWC" else (2, 3))
     count = model.num_prefix_tokens
     patches = features[:, count:].mean(1)
     parts = {"cls": [features[:, 0]], "patches": [patches], "cls+patches": [features[:, 0], patches]}
