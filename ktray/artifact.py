@@ -92,6 +92,12 @@ def numbered(name: str, index: int) -> str:
     return name if index == 0 else f"{name}_{index + 1}"
 
 
+def kind_and_index(name: str) -> tuple[str, int]:
+    """What `numbered` made a name of: ``("clusters", 1)`` of ``clusters_2``."""
+    kind, _, number = name.rpartition("_")
+    return (kind, int(number) - 1) if number.isdigit() and kind else (name, 0)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished stage: its files, its metrics and the record of how it came to be."""

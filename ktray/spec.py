@@ -31,6 +31,7 @@ from ktray.text import shown
 MAX_DATA_TEXT = 4096  # characters; a path may have as many
 MAX_GENERATIONS = 20  # pairs in a chain
 MAX_EVALUATIONS = 100
+MAX_TEACHERS = 16  # of one student
 
 
 def _parse(group: str, value: Any) -> Any:
@@ -457,6 +458,7 @@ def _teacher(value: Any) -> Any:
         "timm": (NamedTeacher, "pretrained, by its name"),
         "features": (PrecomputedTeacher, "ready-made"),
         "pair": (StudentTeacher, "the student of another pair"),
+        "several": (SeveralTeachers, "several teachers"),
     }
     present = [field for field in by_field if field in value]
     if len(present) != 1:
@@ -465,15 +467,39 @@ def _teacher(value: Any) -> Any:
             f"a teacher has exactly one of {', '.join(known[:-1])} or {known[-1]}"
             + (f"; this one has {' and '.join(present)}" if present else "")
         )
-    return by_field[present[0]][0].model_validate(dict(value))
+    parsed = by_field[present[0]][0].model_validate(dict(value))
+    return parsed.several[0] if isinstance(parsed, SeveralTeachers) and len(parsed.several) == 1 else parsed
 
 
 if TYPE_CHECKING:
     TeacherSpec: TypeAlias = (
         "TrainedTeacher | HandcraftedTeacher | LoadedTeacher | NamedTeacher | PrecomputedTeacher | StudentTeacher"
     )
+    AnyTeachers: TypeAlias = "TeacherSpec | SeveralTeachers"
 else:
-    TeacherSpec = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher), _any_kind("teacher")]
+    TeacherSpec = AnyTeachers = Annotated[SerializeAsAny[StrictSpec], BeforeValidator(_teacher), _any_kind("teacher")]
+
+
+class SeveralTeachers(StrictSpec):
+    """Several teachers of one student, or several layers of one: each teaches it by cluster heads of its own.
+
+    An entry that is null is left out, so that a search space may draw the subset; of one that is left the pair is that of this
+    teacher alone.
+    """
+
+    several: tuple[TeacherSpec, ...] = Field(min_length=1, max_length=MAX_TEACHERS)
+
+    @field_validator("several", mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        left = [entry for entry in value if entry is not None]
+        if value and not left:
+            raise ValueError("no teacher is left; at least one entry must not be null")
+        if any(isinstance(entry, Mapping) and "several" in entry for entry in left):
+            raise ValueError("an entry is one teacher; write all of them into one list")
+        return left
 
 
 class Jitter(StrictSpec):
@@ -553,11 +579,17 @@ class Student(StrictSpec):
     image_size: ImageSize = None
 
 
+def _plain_teachers(teacher: Any) -> list[Mapping[str, Any]]:
+    """The teachers of a pair as plain data that may be wrong: those that are mappings."""
+    several = teacher.get("several") if isinstance(teacher, Mapping) else None
+    return [each for each in (several if isinstance(several, list | tuple) else [teacher]) if isinstance(each, Mapping)]
+
+
 class PairSpec(StrictSpec):
     """One complete transfer: data, teacher, transfer, student and evaluations."""
 
     data: DataRoles
-    teacher: TeacherSpec | None = Field(default=None, description="null only for transfers without a teacher")
+    teacher: AnyTeachers | None = Field(default=None, description="null only for transfers without a teacher")
     transfer: TransferSpec
     student: Student
     evals: tuple[EvaluationSpec, ...] = Field(default=(), max_length=MAX_EVALUATIONS)
@@ -565,9 +597,16 @@ class PairSpec(StrictSpec):
     @model_validator(mode="before")
     @classmethod
     def _a_chain_of_a_few_generations(cls, value: Any) -> Any:
-        pair, count = value, 1
-        while isinstance(pair, Mapping) and isinstance(pair.get("teacher"), Mapping) and "pair" in pair["teacher"]:
-            pair, count = pair["teacher"]["pair"], count + 1
+        generation, count = [value], 0
+        while generation:
+            generation = [
+                teacher["pair"]
+                for pair in generation
+                if isinstance(pair, Mapping)
+                for teacher in _plain_teachers(pair.get("teacher"))
+                if "pair" in teacher
+            ]
+            count += 1
         if count > MAX_GENERATIONS:
             raise ValueError(
                 f"this is a chain of {count} pairs, each the teacher of the next; at most {MAX_GENERATIONS} are read"
@@ -580,10 +619,17 @@ class PairSpec(StrictSpec):
         """The pair that teaches has the same data by default, so a search space draws data once for all generations."""
         if not isinstance(value, Mapping) or "data" not in value or not isinstance(value.get("teacher"), Mapping):
             return value
-        inner = value["teacher"].get("pair")
-        if not isinstance(inner, Mapping) or "data" in inner:
-            return value
-        return {**value, "teacher": {**value["teacher"], "pair": {"data": value["data"], **inner}}}
+
+        def with_data(teacher: Any) -> Any:
+            inner = teacher.get("pair") if isinstance(teacher, Mapping) else None
+            if not isinstance(inner, Mapping) or "data" in inner:
+                return teacher
+            return {**teacher, "pair": {"data": value["data"], **inner}}
+
+        teacher = with_data(value["teacher"])
+        if isinstance(teacher.get("several"), list | tuple):
+            teacher = {**teacher, "several": [with_data(each) for each in teacher["several"]]}
+        return {**value, "teacher": teacher}
 
     @model_validator(mode="before")
     @classmethod
@@ -629,6 +675,8 @@ class PairSpec(StrictSpec):
         if not needs and self.teacher is not None and not self._judges_the_teacher():
             raise ValueError(f"the transfer {self.transfer.kind!r} uses no teacher; leave 'teacher' out")
         transfer = plugins.module_of("transfer", self.transfer)
+        if isinstance(self.teacher, SeveralTeachers):
+            self._refuse_where_one_teacher_is_meant()
         if self.student.augment.mixes and hasattr(transfer, "task") and not getattr(transfer, "MIXES_IMAGES", False):
             raise ValueError(
                 f"student.augment mixes images, and the transfer {self.transfer.kind!r} has no targets that can be mixed; "
@@ -651,6 +699,17 @@ class PairSpec(StrictSpec):
                 name = entry.name or entry.kind
                 raise ValueError(f"the eval {name!r} judges the teacher's own layer and pool; give it a 'layer' for its 'pool'")
         return self
+
+    def _refuse_where_one_teacher_is_meant(self) -> None:
+        transfer = self.transfer.kind
+        if not getattr(plugins.module_of("transfer", self.transfer), "SEVERAL_TEACHERS", False):
+            raise ValueError(f"the transfer {transfer!r} has one teacher, and here are several; use clusters or soft_clusters")
+        judged = [entry.name or entry.kind for entry in self.evals if entry.of == "teacher"]
+        if judged:
+            raise ValueError(
+                f"the eval {judged[0]!r} judges the teacher, and there are several; judge each in a pair of its own, which "
+                "shares its stages with this one"
+            )
 
     def _judges_the_teacher(self) -> bool:
         return any(entry.of == "teacher" for entry in self.evals)
@@ -684,6 +743,20 @@ class StudentTeacher(StrictSpec):
     def image_size(self) -> int | None:
         """The size of the images that this student sees."""
         return self.pair.student.image_size
+
+
+def teachers_of(pair: PairSpec) -> tuple[TeacherSpec, ...]:
+    """The teachers of a pair: none, one or several."""
+    if pair.teacher is None:
+        return ()
+    return pair.teacher.several if isinstance(pair.teacher, SeveralTeachers) else (pair.teacher,)
+
+
+def taught_by_each(pair: PairSpec) -> tuple[PairSpec, ...]:
+    """The pair with one teacher at a time; the pair itself if it has no more than one."""
+    if not isinstance(pair.teacher, SeveralTeachers):
+        return (pair,)
+    return tuple(pair.model_copy(update={"teacher": teacher}) for teacher in pair.teacher.several)
 
 
 NetworkTeacher = TrainedTeacher | LoadedTeacher | StudentTeacher

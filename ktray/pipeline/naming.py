@@ -21,12 +21,13 @@ def teacher_name(pair: Pair) -> str:
 
     ``rotation-resnet18/layer3`` (trained), ``hog``, ``random_network/conv3`` (handcrafted),
     ``dino-resnet50/layer4`` (loaded from a file ``dino.pt``), ``vit_base_patch16_224.mae/cls`` (by its name), ``clip.npy``
-    (precomputed),
-    ``(hog k=50 -> resnet18)/layer3`` (the student of a pair).
+    (precomputed), ``(hog k=50 -> resnet18)/layer3`` (the student of a pair), ``hog + clip.npy`` (several).
     """
     teacher = pair.get("teacher")
     if not teacher:
         return ""
+    if "several" in teacher:
+        return " + ".join(teacher_name({"teacher": each}) for each in teacher["several"] if each)
     if "descriptor" in teacher:
         return _descriptor_name(teacher["descriptor"])
     if "features" in teacher:
@@ -51,11 +52,14 @@ def lineage(pair: Pair) -> str:
 
 def _taught(pair: Pair) -> str:
     teacher = pair.get("teacher") or {}
-    if "pair" in teacher:
-        by = f"{_with_layer(student_name(teacher['pair']), teacher)} {_taught(teacher['pair'])}"
-    else:
-        by = teacher_name(pair)
+    by = " and by ".join(filter(None, map(_lineage_of_teacher, teacher.get("several", [teacher]))))
     return f"({transfer_name(pair)})" + (f", taught by {by}" if by else "")
+
+
+def _lineage_of_teacher(teacher: Mapping[str, Any] | None) -> str:
+    if teacher and "pair" in teacher:
+        return f"{_with_layer(student_name(teacher['pair']), teacher)} {_taught(teacher['pair'])}"
+    return teacher_name({"teacher": teacher})
 
 
 def transfer_name(pair: Pair) -> str:

@@ -25,9 +25,10 @@ from ktray.features import extraction, precomputed
 from ktray.fingerprint import canonical
 from ktray.images import Images, Source, Splits, Unreadable, split_rows
 from ktray.pipeline.identity import checkpoint_sha256, origin, weights_sha256
-from ktray.pipeline.pair_graph import generations, own_crop_of
+from ktray.pipeline.pair_graph import generations_with_paths, own_crop_of
 from ktray.plugins import PluginSpec
 from ktray.spec import (
+    AnyTeachers,
     BackboneSpec,
     DataRoles,
     DataSpec,
@@ -41,10 +42,12 @@ from ktray.spec import (
     Pooling,
     PrecomputedTeacher,
     PretextSpec,
+    SeveralTeachers,
     Student,
     StudentTeacher,
     TeacherSpec,
     TrainedTeacher,
+    taught_by_each,
 )
 from ktray.stages.evaluation_stage import reads_network, reads_pseudo_labels
 from ktray.strict import StrictSpec
@@ -78,6 +81,8 @@ def check_pair(pair: PairSpec, load: Load) -> list[str]:
     Raises:
         UserError: the first thing that is wrong, with its dotted path.
     """
+    if isinstance(pair.teacher, SeveralTeachers):
+        return _check_several(pair, pair.teacher, load)
     assumed = []
     if isinstance(pair.teacher, StudentTeacher):
         with _errors_inside("teacher.pair"):
@@ -98,6 +103,27 @@ def check_pair(pair: PairSpec, load: Load) -> list[str]:
     _check_schedules(pair)
     try_networks(pair, train_count(found["cluster"], pair.data.cluster))
     return assumed
+
+
+def _check_several(pair: PairSpec, teachers: SeveralTeachers, load: Load) -> list[str]:
+    """Check the pair with one teacher at a time, and that no teacher is there twice."""
+    written = [canonical(teacher.model_dump(mode="json")) for teacher in teachers.several]
+    twice = next((index for index, text in enumerate(written) if text in written[:index]), None)
+    if twice is not None:
+        raise UserError(
+            f"the teachers {written.index(written[twice])} and {twice} are the same, so the student would learn the same twice",
+            f"teacher.several.{twice}",
+            "Leave one of them out.",
+        )
+    assumed: list[str] = []
+    for index, single in enumerate(taught_by_each(pair)):
+        try:
+            assumed += check_pair(single, load)
+        except UserError as error:
+            step, _, rest = error.where.partition(".")
+            where = f"teacher.several.{index}{f'.{rest}' if rest else ''}" if step == "teacher" else error.where
+            raise UserError(error.problem, where, error.instead) from error
+    return list(dict.fromkeys(assumed))
 
 
 def _check_checkpoint(teacher: LoadedTeacher) -> list[str]:
@@ -269,9 +295,7 @@ def _check_held_out_images(pair: PairSpec, judging: Splits, load: Load) -> None:
     if judging.val is not None:  # nothing is held out of the training images
         return
     generation_roles = [
-        ("teacher.pair." * index, generation, role)
-        for index, generation in enumerate(generations(pair))
-        for role in _roles_with_labels(generation)
+        (path, generation, role) for path, generation in generations_with_paths(pair) for role in _roles_with_labels(generation)
     ]
     for prefix, generation, role in generation_roles:
         spec: DataSpec = getattr(generation.data, role)
@@ -406,7 +430,7 @@ class _Network:
         return self.image_size or of_data
 
 
-def _network_of(owner: Student | TeacherSpec | None) -> _Network | None:
+def _network_of(owner: Student | AnyTeachers | None) -> _Network | None:
     """The network of a student or teacher; None for a descriptor and for precomputed features."""
     if isinstance(owner, Student):
         return _Network(owner.backbone, None, Pooling(), owner.image_size)
@@ -618,7 +642,7 @@ def _try_teacher(teacher: TeacherSpec | None, network: _Network, sizes: dict[str
             _extract(network.backbone, network.layer, network.pool, size)
 
 
-def _same_width(teacher: TeacherSpec | None, sizes: dict[str, int]) -> None:
+def _same_width(teacher: AnyTeachers | None, sizes: dict[str, int]) -> None:
     """Check that clusters are applied to features of the same width as those that they were made of."""
     widths, network = {}, _network_of(teacher)
     for role in ("cluster", "transfer"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from ktray import images, plugins
-from ktray.artifact import Stage, numbered
+from ktray.artifact import Stage, kind_and_index, numbered
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
 from ktray.pipeline.identity import checkpoint_sha256, evaluation_files, features_identity, weights_sha256
@@ -23,9 +24,12 @@ from ktray.spec import (
     PairSpec,
     PrecomputedTeacher,
     Schedule,
+    SeveralTeachers,
     StudentTeacher,
     TeacherSpec,
     TrainedTeacher,
+    taught_by_each,
+    teachers_of,
 )
 from ktray.stages import (
     clusters_stage,
@@ -53,6 +57,7 @@ class Graph:
         stages: every stage once, each after its inputs.
         keys: ``{"teacher": key, ..., "evaluation": {name: key}}``; stages that the pair lacks are absent. Of several
             clusterings the first has ``clusters`` and ``pseudo_labels``, the next ``clusters_2`` and ``pseudo_labels_2``, ...
+            With several teachers those of the first come first, and the second has ``teacher_2`` and ``features_2``.
     """
 
     stages: tuple[Stage, ...]
@@ -93,6 +98,7 @@ class _Builder:
     identity: Identity
     milestones: Mapping[str, Sequence[int]]
     generation: str = ""
+    teacher_name: str = "teacher"
     stages: dict[str, Stage] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
 
@@ -106,7 +112,7 @@ class _Builder:
 
     def images_of_teacher(self, role: str) -> str:
         """The images of a role as the teacher takes them: its own crops, if it is one by its name."""
-        return self.images(role, own_crop_of(self.pair.teacher))
+        return self.images(role, own_crop_of(_teacher_of(self.pair) if self.pair.teacher else None))
 
     def locations(self, role: str) -> dict[str, Any]:
         return images.location_fields(getattr(self.pair.data, role))
@@ -131,7 +137,8 @@ def build(
         evaluations: names of the evaluations to run; None for all.
         milestones: ``{"teacher": [20, 40], "student": [5, 13]}``: epochs at which training is cut into segments, because other
             trials may share these snapshots. Cuts change no result and no key. ``pair.teacher`` and ``pair.student`` belong to
-            the pair whose student teaches, ``pair.pair.student`` to the generation before it.
+            the pair whose student teaches, ``pair.pair.student`` to the generation before it, ``teacher_2`` to the second of
+            several teachers and ``teacher_2.pair.student`` to a pair whose student that is.
     """
     builder = _Builder(pair, identity, milestones or {})
     _up_to_student(builder, epoch)
@@ -152,21 +159,52 @@ def own_crop_of(teacher: TeacherSpec | None) -> images.OwnCrop | None:
 
 def _up_to_student(builder: _Builder, epoch: int | None) -> None:
     """Add all stages up to the student."""
-    pair = builder.pair
-    transfer = plugins.module_of("transfer", pair.transfer)
-    if pair.teacher is not None:
-        _teacher(builder, pair.teacher)
-    if "clusters" in transfer.NEEDS:
-        _pseudo_labels(builder)
-    elif "features" in transfer.NEEDS:
-        builder.keys["features"] = _features(builder, "transfer")
+    transfer = plugins.module_of("transfer", builder.pair.transfer)
+    counts: dict[str, int] = {}
+    for index, each in enumerate(taught_by_each(builder.pair)):
+        part = replace(builder, pair=each, teacher_name=numbered("teacher", index), keys={})
+        _taught_by_one(part, transfer.NEEDS)
+        for name, key in part.keys.items():  # a teacher without a stage of its own leaves out its number
+            kind, place = kind_and_index(name)
+            first = counts.get(kind, 0) if kind in ("clusters", "pseudo_labels") else index
+            builder.keys[numbered(kind, first + place)] = key
+        for kind in ("clusters", "pseudo_labels"):
+            counts[kind] = sum(kind_and_index(name)[0] == kind for name in builder.keys)
     _student(builder, transfer.NEEDS, epoch)
 
 
+def _taught_by_one(builder: _Builder, needs: Mapping[str, tuple[str, ...]]) -> None:
+    """Add the stages before the student of a pair with one teacher or none."""
+    if builder.pair.teacher is not None:
+        _teacher(builder, _teacher_of(builder.pair))
+    if "clusters" in needs:
+        _pseudo_labels(builder)
+    elif "features" in needs:
+        builder.keys["features"] = _features(builder, "transfer")
+
+
 def generations(pair: PairSpec) -> tuple[PairSpec, ...]:
-    """`pair`, the pair whose student teaches it, and so on to the first."""
-    teacher = pair.teacher
-    return (pair, *generations(teacher.pair)) if isinstance(teacher, StudentTeacher) else (pair,)
+    """`pair`, the pairs whose students teach it, and so on to the first."""
+    return tuple(each for _, each in generations_with_paths(pair))
+
+
+def generations_with_paths(pair: PairSpec, path: str = "") -> Iterator[tuple[str, PairSpec]]:
+    """The pairs of `generations` with what comes before the names of their fields, such as ``teacher.pair.``."""
+    yield path, pair
+    several = isinstance(pair.teacher, SeveralTeachers)
+    for index, teacher in enumerate(teachers_of(pair)):
+        if isinstance(teacher, StudentTeacher):
+            yield from generations_with_paths(teacher.pair, f"{path}teacher.{f'several.{index}.' if several else ''}pair.")
+
+
+def milestone_prefix(path: str) -> str:
+    """How `milestones` of `build` name the trainings of a generation: its path of `generations_with_paths`, shortened."""
+    steps = path.replace("teacher.several.", "several.").replace("teacher.", "")
+    return re.sub(r"several\.(\d+)\.", lambda found: _of_teacher(int(found[1])), steps)
+
+
+def _of_teacher(index: int) -> str:
+    return "" if index == 0 else f"{numbered('teacher', index)}."
 
 
 def evaluation_name(spec: EvaluationSpec) -> str:
@@ -208,7 +246,7 @@ def _chain(stage: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
 def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
     if isinstance(teacher, TrainedTeacher):
         at = teacher_stage.trained(teacher, builder.images("pretext"), builder.locations("pretext"))
-        builder.keys["teacher"] = _training(builder, "teacher", at, teacher.schedule, teacher.schedule.epochs)
+        builder.keys["teacher"] = _training(builder, builder.teacher_name, at, teacher.schedule, teacher.schedule.epochs)
     elif isinstance(teacher, LoadedTeacher):
         in_store = pretrained.ARTIFACT.fullmatch(teacher.checkpoint)
         sha256 = None if in_store else checkpoint_sha256(teacher.checkpoint)
@@ -218,8 +256,9 @@ def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
         network = timm_weights.find(teacher)
         builder.keys["teacher"] = builder.add(teacher_stage.named(network, weights_sha256(network.file)))
     elif isinstance(teacher, StudentTeacher):
-        generation = f"{builder.generation}pair."
-        inner = _Builder(teacher.pair, builder.identity, builder.milestones, generation, builder.stages)
+        several = "" if builder.teacher_name == "teacher" else f"{builder.teacher_name}."
+        generation = f"{builder.generation}{several}pair."
+        inner = _Builder(teacher.pair, builder.identity, builder.milestones, generation, stages=builder.stages)
         _up_to_student(inner, None)
         builder.keys["teacher"] = inner.keys["student"]
     elif isinstance(teacher, HandcraftedTeacher) and hasattr(plugins.module_of("descriptor", teacher.descriptor), "fit"):
@@ -244,8 +283,8 @@ def _features(builder: _Builder, role: str) -> str:
 
 
 def _teacher_of(pair: PairSpec) -> TeacherSpec:
-    if pair.teacher is None:
-        raise ValueError("one of the stages reads a teacher's features, and the pair has no teacher")
+    if pair.teacher is None or isinstance(pair.teacher, SeveralTeachers):
+        raise ValueError(f"one of the stages reads the features of one teacher, and the pair has {len(teachers_of(pair))}")
     return pair.teacher
 
 

@@ -96,9 +96,19 @@ def _lineage(pair: Mapping[str, Any]) -> list[str]:
 
 
 def _generations(pair: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the pair, then the pair whose student is its teacher, and so on."""
-    inner = (pair.get("teacher") or {}).get("pair")
-    return [pair, *_generations(inner)] if inner else [pair]
+    """Return the pair, then the pairs whose students are its teachers, and so on."""
+    inner = [teacher["pair"] for teacher in _teachers(pair) if "pair" in teacher]
+    return [pair, *(each for teaching in inner for each in _generations(teaching))]
+
+
+def _teachers(pair: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    teacher = pair.get("teacher") or {}
+    return list(teacher.get("several", [teacher]))
+
+
+def _first_teachers(pair: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the teachers of all generations that are not students of pairs themselves."""
+    return [teacher for each in _generations(pair) for teacher in _teachers(each) if "pair" not in teacher]
 
 
 def _standard_error(metric: str, value: float, count: int) -> str:
@@ -119,17 +129,15 @@ def _labels(pair: Mapping[str, Any], labels_used: Mapping[str, int]) -> str:
 
 
 def _unknown_training(pair: Mapping[str, Any]) -> str:
-    teacher = _generations(pair)[-1].get("teacher") or {}
-    loaded = [
-        what for field, what in (("checkpoint", "weights"), ("timm", "weights"), ("features", "features")) if field in teacher
-    ]
+    known = (("checkpoint", "weights"), ("timm", "weights"), ("features", "features"))
+    loaded = dict.fromkeys(what for teacher in _first_teachers(pair) for field, what in known if field in teacher)
     return "".join(f" The teacher's {what} come from a file; what they were trained with is not known here." for what in loaded)
 
 
 def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
-    pretext = (_generations(pair)[-1].get("teacher") or {}).get("pretext")
+    pretexts = [teacher["pretext"] for teacher in _first_teachers(pair) if "pretext" in teacher]
     try:
-        teacher = pretext is not None and "labels" in getattr(module("pretext", str(pretext["kind"])), "NEEDS", ())
+        teacher = any("labels" in getattr(module("pretext", str(pretext["kind"])), "NEEDS", ()) for pretext in pretexts)
         return teacher or any("labels" in module("transfer", str(p["transfer"]["kind"])).NEEDS for p in _generations(pair))
     except UserError:  # an external plugin that this command does not trust
         return False

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ktray.artifact import Stage
+from ktray.artifact import Stage, numbered
 from ktray.cost_model.stage_costs import CostModel
 from ktray.errors import SearchStopped, UserError
 from ktray.pipeline import pair_graph, pair_metrics
@@ -20,7 +20,7 @@ from ktray.search.space import Space
 from ktray.search.space_tree import Params
 from ktray.search.study import MAX_FAILURES, Assignment, Study, too_many_failures_error
 from ktray.search.trial import Trial
-from ktray.spec import PairSpec
+from ktray.spec import PairSpec, teachers_of
 from ktray.stores import Store
 from ktray.tracking import Tracker
 
@@ -386,10 +386,11 @@ def _milestones(space: Space) -> dict[str, dict[str, list[int]]]:
     rungs = set(space.early_stop.rungs) if space.early_stop else set()
     for _, params in space.boundary_draws():
         entry = found.setdefault(str(params.get("teacher", "")), {"student": set(rungs)})
-        for generation, pair in enumerate(pair_graph.generations(space.pair(params))):
-            prefix = "pair." * generation
+        for path, pair in pair_graph.generations_with_paths(space.pair(params)):
+            prefix = pair_graph.milestone_prefix(path)
             entry.setdefault(f"{prefix}student", set()).add(pair.student.schedule.epochs)
-            schedule = getattr(pair.teacher, "schedule", None)
-            if schedule is not None:
-                entry.setdefault(f"{prefix}teacher", set()).add(schedule.epochs)
+            for index, teacher in enumerate(teachers_of(pair)):
+                schedule = getattr(teacher, "schedule", None)
+                if schedule is not None:
+                    entry.setdefault(f"{prefix}{numbered('teacher', index)}", set()).add(schedule.epochs)
     return {branch: {name: sorted(epochs) for name, epochs in entry.items()} for branch, entry in found.items()}

@@ -21,7 +21,7 @@ from ktray.runs.repeated_images import repeated_images, warnings_about
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher
+from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher, teachers_of
 from ktray.text import as_read, counted, shown, some_of, visible_name
 from ktray.yaml_file import parse_yaml
 
@@ -102,8 +102,9 @@ def notes_about(pairs: Iterable[PairSpec], load: Callable[[DataSpec], Splits]) -
         for role in DataRoles.model_fields:
             spec = getattr(pair.data, role)
             specs[canonical(spec.model_dump(mode="json"))] = spec
-        if isinstance(pair.teacher, PrecomputedTeacher) and precomputed.matched_by_row(pair.teacher):
-            ordered[pair.teacher.features] = load(pair.data.cluster)
+        for teacher in teachers_of(pair):
+            if isinstance(teacher, PrecomputedTeacher) and precomputed.matched_by_row(teacher):
+                ordered[teacher.features] = load(pair.data.cluster)
     found = []
     for spec in specs.values():
         present = _present(splits := load(spec))

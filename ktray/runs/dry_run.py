@@ -22,7 +22,7 @@ from ktray.pipeline.pair_graph import Identity
 from ktray.runs.interruption import Interruption, restore_signal_handlers, run_concurrently, run_until_ended
 from ktray.runs.preflight import alive_nodes, preflight
 from ktray.scheduler.resources import DEFAULT_GPU_SHARE, GPU_STAGES, RuntimeSettings, smallest_sufficient_share
-from ktray.spec import PairSpec
+from ktray.spec import PairSpec, teachers_of
 from ktray.stages.images_stage import DRY_RUN
 from ktray.stores import Store, open_store
 from ktray.stores.locks import lock_store_shared, try_lock_store
@@ -36,9 +36,8 @@ def sample_size(pair: PairSpec) -> int:
     sizes = [MIN_IMAGES]
     for generation in pair_graph.generations(pair):
         sizes += [generation.student.schedule.batch_size, 2 * (getattr(generation.transfer, "pca", None) or 0)]
-        schedule = getattr(generation.teacher, "schedule", None)
-        if schedule:
-            sizes.append(schedule.batch_size)
+        schedules = [getattr(teacher, "schedule", None) for teacher in teachers_of(generation)]
+        sizes += [schedule.batch_size for schedule in schedules if schedule]
     return max(sizes)
 
 
@@ -57,12 +56,12 @@ def small_pair(pair: PairSpec, count: int) -> PairSpec:
 
 def _shrunk(plain: dict[str, Any], limit: int) -> dict[str, Any]:
     """The plain data of a pair, and of the pair whose student teaches it, with at most `limit` clusters or anchors."""
-    for part in ("teacher", "student"):
-        schedule = (plain[part] or {}).get("schedule")
-        if schedule:
-            schedule |= {"epochs": 1, "warmup": 0.0}
-    if "pair" in (plain["teacher"] or {}):
-        plain["teacher"]["pair"] = _shrunk(plain["teacher"]["pair"], limit)
+    teachers = (plain["teacher"] or {}).get("several") or [plain["teacher"] or {}]
+    for part in (*teachers, plain["student"]):
+        if part.get("schedule"):
+            part["schedule"] |= {"epochs": 1, "warmup": 0.0}
+        if "pair" in part:
+            part["pair"] = _shrunk(part["pair"], limit)
     plain["evals"] = [{**spec, **{name: n for name, n in _FEWEST.items() if name in spec}} for spec in plain["evals"]]
     transfer = plain["transfer"]
     if isinstance(transfer.get("k"), list):

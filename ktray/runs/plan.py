@@ -306,8 +306,10 @@ def _shared_stages(space: Space, draws: int, identity: Identity) -> tuple[list[_
 def _teacher_identity(pair: PairSpec, graph: Graph) -> str:
     """Equal for equal teachers: the key of the artifact, or a hash of data and spec where no stage makes the teacher."""
     from ktray.fingerprint import fingerprint
+    from ktray.spec import SeveralTeachers
 
-    return str(graph.keys.get("teacher") or fingerprint([pair.data.model_dump(), pair.teacher and pair.teacher.model_dump()]))
+    one_stage = None if isinstance(pair.teacher, SeveralTeachers) else graph.keys.get("teacher")
+    return str(one_stage or fingerprint([pair.data.model_dump(), pair.teacher and pair.teacher.model_dump()]))
 
 
 def _sharing(draws: int, stages: Sequence[_ArtifactCount]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ktray.spec import (
     NamedTeacher,
     PairSpec,
     PrecomputedTeacher,
+    SeveralTeachers,
     StudentTeacher,
     TrainedTeacher,
 )
@@ -47,6 +48,7 @@ _TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
     "timm": (NamedTeacher, "a teacher by its name (one with 'timm')"),
     "features": (PrecomputedTeacher, "a ready-made teacher (one with 'features')"),
     "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
+    "several": (SeveralTeachers, "a list of teachers (with 'several')"),
 }
 _RULES = {  # pydantic's error type -> what the value should be
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
@@ -254,7 +256,9 @@ def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[ty
         if plugin_kind != "dataset":  # below `data` even the roles "pretext" and "transfer" name data sets
             plugin_kind = _PLUGIN_KINDS.get(str(step), plugin_kind)
         annotation = field.annotation if field else None
-        if step == "teacher" and isinstance(value, Mapping):
+        if (step == "teacher" or (model is SeveralTeachers and step == "several")) and isinstance(value, list | tuple):
+            model, title = SeveralTeachers, ""
+        elif (step == "teacher" or (model is SeveralTeachers and isinstance(step, int))) and isinstance(value, Mapping):
             model, title = next((found for key, found in _TEACHERS.items() if key in value), (None, ""))
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation.model_fields:
             model, title = annotation, f"{step!r}"

@@ -15,5 +15,8 @@ training images of the student and `clustered` images whose features are cluster
 Optional: ``MIXES_IMAGES = True`` where `task` also mixes targets as ``augment.mixup`` and ``augment.cutmix`` ask for
 (`ktray.ops.mixing`); `plan` refuses these for any other transfer.
 
+``SEVERAL_TEACHERS = True`` where `task` also takes the heads of several teachers, those of the first one first, with as many of
+each as the field `k` says.
+
 A transfer may import the tools (`ktray.ops`, `ktray.training`) and `ktray.spec`, but no other plugin.
 """

@@ -1,6 +1,7 @@
 """Cluster classification: the student learns to predict the cluster of each image's teacher features.
 
-A list of k gives the student one head per k, which teaches it several granularities of the same features.
+A list of k gives the student one head per k, which teaches it several granularities of the same features. With several teachers
+it has one head per teacher and k. Cluster numbers have no scale, so the heads need no balancing, unlike regressions.
 
 Source: Noroozi, Vinjimoor, Favaro, Pirsiavash, CVPR 2018, arXiv:1805.00385 (figure 2; k = 2000 on ImageNet, with little change
 from 500 to 10,000 in table 1). The paper does not give its normalisation and number of iterations; L2 and 20 iterations are
@@ -26,6 +27,7 @@ REVISION = 2
 TOOLS = (classification, sampling)
 
 MIXES_IMAGES = True
+SEVERAL_TEACHERS = True
 NEEDS: dict[str, tuple[str, ...]] = {
     "clusters": KMEANS_FIELDS,
     "pseudo_labels": ("min_size", "small"),

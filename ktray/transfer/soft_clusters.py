@@ -1,5 +1,7 @@
 """Soft clusters: the student learns how near each image's features are to several clusters, not only to the nearest one.
 
+With several teachers the student has one head per teacher, whose losses are averaged.
+
 The target of an image whose m nearest centroids lie at squared distances d_1 <= ... <= d_m is softmax(-d / (temperature * s))
 over these m clusters and 0 for all others, where s is the mean of d_1 over all images. Dividing by s makes a temperature mean
 the same for every teacher, whatever the scale of its features. As the temperature goes to 0, this becomes `clusters`.
@@ -11,6 +13,9 @@ distance is our own.
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -22,13 +27,14 @@ from torch import Tensor, nn
 from ktray.ops import augmentation, mixing
 from ktray.ops.random_draws import Draws, copies
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
-from ktray.training.task import Targets, Task, require_images
+from ktray.training.task import Labels, Targets, Task, require_images
 
 REVISION = 1
 TOOLS = (augmentation,)
 TOOLS_OF_SOME = (mixing,)  # through `augmentation.tools_of`
 
 MIXES_IMAGES = True
+SEVERAL_TEACHERS = True
 NEEDS: dict[str, tuple[str, ...]] = {
     "clusters": KMEANS_FIELDS,
     "pseudo_labels": ("neighbours",),
@@ -71,11 +77,8 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     Raises:
         ValueError: the pseudo-labels carry no distances.
     """
-    (head,) = targets.heads
-    if head.nearest is None or head.squared is None:
-        raise ValueError("soft_clusters needs the distances to the nearest clusters, and the pseudo-labels carry none")
-    nearest_on = copies(torch.from_numpy(np.array(head.nearest, np.int64)))
-    assignments_on = copies(torch.from_numpy(soft_assignments(np.asarray(head.squared), spec.temperature)))
+    targets_of = [_soft_targets(head, spec.temperature) for head in targets.heads]
+    widths = [head.classes for head in targets.heads]
 
     def draw(indices: Tensor, generator: torch.Generator) -> Draws:
         views = augmentation.draw_views(len(indices), augment, generator)
@@ -84,21 +87,34 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
 
     def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         seen = augmentation.to_float(augmentation.random_views(images, augment, draws))
-        nearest, assignments = nearest_on(images.device)[indices], assignments_on(images.device)[indices]
-        soft = assignments.new_zeros(len(indices), head.classes).scatter_(1, nearest, assignments)
+        soft = torch.cat([of_head(indices) for of_head in targets_of], dim=1)
         if augment.mixes:
             seen, own = mixing.mix(seen, draws["mixture"])
             soft = own[:, None] * soft + (1 - own)[:, None] * soft[draws["mixture"]["partner"]]
         return seen, soft
 
     return Task(
-        head=lambda width: nn.Linear(width, head.classes),
+        head=lambda width: nn.Linear(width, sum(widths)),
         draw=draw,
         batch=batch,
-        loss=cross_entropy,
+        loss=cross_entropy if len(widths) == 1 else functools.partial(joint_cross_entropy, widths=widths),
         mean_over_images=True,
         capturable=True,
     )
+
+
+def _soft_targets(head: Labels, temperature: float) -> Callable[[Tensor], Tensor]:
+    """A function: indices (B,) int64 of images -> their targets (B, K) float32 on the device of the indices."""
+    if head.nearest is None or head.squared is None:
+        raise ValueError("soft_clusters needs the distances to the nearest clusters, and the pseudo-labels carry none")
+    nearest_on = copies(torch.from_numpy(np.array(head.nearest, np.int64)))
+    assignments_on = copies(torch.from_numpy(soft_assignments(np.asarray(head.squared), temperature)))
+
+    def of_images(indices: Tensor) -> Tensor:
+        nearest, assignments = nearest_on(indices.device)[indices], assignments_on(indices.device)[indices]
+        return assignments.new_zeros(len(indices), head.classes).scatter_(1, nearest, assignments)
+
+    return of_images
 
 
 def soft_assignments(squared: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
@@ -125,3 +141,15 @@ def cross_entropy(logits: Tensor, soft: Tensor) -> tuple[Tensor, dict[str, Tenso
     """
     hits = logits.detach().max(1).indices == soft.max(1).indices
     return nn.functional.cross_entropy(logits, soft), {"top1": hits.float().mean()}
+
+
+def joint_cross_entropy(logits: Tensor, soft: Tensor, widths: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over heads of `cross_entropy` and of its {"top1"}.
+
+    Args:
+        logits, soft: (B, sum of widths) float, head by head.
+        widths: number of clusters of each head.
+    """
+    parts = zip(logits.split(list(widths), dim=1), soft.split(list(widths), dim=1), strict=True)
+    losses, tops = zip(*((loss, found["top1"]) for loss, found in itertools.starmap(cross_entropy, parts)), strict=True)
+    return torch.stack(losses).mean(), {"top1": torch.stack(tops).mean()}
