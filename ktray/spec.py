@@ -675,6 +675,11 @@ class PairSpec(StrictSpec):
         if not needs and self.teacher is not None and not self._judges_the_teacher():
             raise ValueError(f"the transfer {self.transfer.kind!r} uses no teacher; leave 'teacher' out")
         transfer = plugins.module_of("transfer", self.transfer)
+        if self.student.augment.randaugment and getattr(transfer, "READS_MAPS", False):
+            raise ValueError(
+                f"student.augment.randaugment shears and rotates images, which the targets of {self.transfer.kind!r} at their "
+                "positions cannot follow; leave it out"
+            )
         if isinstance(self.teacher, SeveralTeachers):
             self._refuse_where_one_teacher_is_meant()
         if self.student.augment.mixes and hasattr(transfer, "task") and not getattr(transfer, "MIXES_IMAGES", False):

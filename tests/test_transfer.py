@@ -20,7 +20,7 @@ KINDS = plugins.kinds("transfer")
 TRAINED = [kind for kind in KINDS if hasattr(plugins.module("transfer", kind), "task")]
 BACKBONE = plugins.parse("backbone", {"kind": "alexnet", "width": 0.125})
 IMAGES = toy_images(64, size=16)
-SMALL = {"k": 4, "neighbours": 3, "anchors": 16}  # for 64 images
+SMALL = {"k": 4, "neighbours": 3, "anchors": 16, "queue": 16, "grid": 1}  # for 64 images
 OF_THE_TEACHER = {"clusters", "pseudo_labels", "features"}
 
 
@@ -42,7 +42,8 @@ def targets(kind, labels=IMAGES.labels):
     squared = np.sort(np.random.default_rng(1).uniform(0.5, 2, nearest.shape), axis=1).astype(np.float32)
     found = needs(kind)
     heads = (Labels(labels, 4, nearest, squared),) if {"pseudo_labels", "labels"} & found.keys() else ()
-    return Targets(len(IMAGES.labels), heads, Features((features[:40], features[40:])) if "features" in found else None)
+    read = Features((features[:40], features[40:])) if "features" in found else None
+    return Targets(len(IMAGES.labels), heads, read, IMAGES.size)
 
 
 def task_of(kind, **changes):
@@ -131,6 +132,8 @@ def another(value, annotation):
         return next(option for option in get_args(annotation) if option != value)
     if isinstance(value, bool):
         return not value
+    if str in get_args(annotation):
+        return f"{value}5"
     if isinstance(value, tuple):
         return [*value, 16]
     return 1 if value is None else value + 1 if isinstance(value, int) else value / 2 or 0.5

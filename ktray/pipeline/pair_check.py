@@ -45,7 +45,6 @@ from ktray.spec import (
     SeveralTeachers,
     Student,
     StudentTeacher,
-    TeacherSpec,
     TrainedTeacher,
     taught_by_each,
 )
@@ -600,6 +599,8 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
     seen = learner.size(sizes["transfer"])
     with _errors_at("student.backbone", f"the {student.backbone.kind} cannot take images of {seen} px"):
         _extract(student.backbone, None, Pooling(), seen)
+    shown = None if taught_by is None else (taught_by.layer, taught_by.pool)
+    _try_transfer(pair.transfer, shown, student.backbone, seen)
     for index, spec in enumerate(pair.evals):
         if reads_pseudo_labels(spec):
             continue
@@ -615,6 +616,15 @@ def _try(pair: PairSpec, cluster_images: int) -> None:
 
 
 @lru_cache(maxsize=256)
+def _try_transfer(transfer: PluginSpec, teacher: tuple[str | None, Pooling] | None, backbone: BackboneSpec, size: int) -> None:
+    """Check that a transfer goes with the teacher and the student, where its module says how (`check_networks`)."""
+    check = getattr(plugins.module_of("transfer", transfer), "check_networks", None)
+    if check:
+        with _errors_at("transfer", f"the transfer {transfer.kind} does not go with these networks", transfer):
+            check(transfer, teacher, loop.untrained_backbone(backbone, 0), size)
+
+
+@lru_cache(maxsize=256)
 def _try_training(index: int, spec: EvaluationSpec, backbone: BackboneSpec, size: int) -> None:
     """Check that an evaluation can train on a network, which its `check_network` says."""
     check = getattr(plugins.module_of("evaluation", spec), "check_network", None)
@@ -623,7 +633,7 @@ def _try_training(index: int, spec: EvaluationSpec, backbone: BackboneSpec, size
             check(spec, loop.untrained_backbone(backbone, 0).eval(), size)
 
 
-def _try_teacher(teacher: TeacherSpec | None, network: _Network, sizes: dict[str, int]) -> None:
+def _try_teacher(teacher: AnyTeachers | None, network: _Network, sizes: dict[str, int]) -> None:
     kind, size = network.backbone.kind, network.size(sizes["pretext"])
     if isinstance(teacher, TrainedTeacher):
         run_plugin_check("teacher.pretext", "pretext", teacher.pretext)

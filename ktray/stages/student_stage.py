@@ -85,7 +85,8 @@ def _write_untrained(stage: Stage, out: Path) -> dict[str, float]:
 def _targets(inputs: Mapping[str, Artifact], images: Images, own_labels: bool) -> Targets:
     """The inputs that the transfer needs, opened; large arrays are mapped from their files."""
     heads = tuple(_labels_of(images) for _ in range(own_labels)) or tuple(_pseudo_labels(inputs))
-    found = Targets(len(images), heads, _features(inputs["features"]) if "features" in inputs else None)
+    features = _features(inputs["features"]) if "features" in inputs else None
+    found = Targets(len(images), heads, features, images.size)
     lengths = {*(len(head.of_image) for head in heads), *([len(found.features)] if found.features else [])}
     if lengths - {len(images)}:
         raise ValueError(f"there are {len(images)} images, and targets for {sorted(lengths)}")

@@ -75,3 +75,15 @@ def feature_moments(features: Features) -> tuple[NDArray[np.float32], NDArray[np
     deviation = np.sqrt(squares / count)
     flat = deviation <= 1e-6 * np.abs(mean)  # constant up to float32 rounding
     return mean.astype(np.float32), np.where(flat, 1, deviation).astype(np.float32)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean Kullback-Leibler divergence of softmax(student) from softmax(teacher), in nats, and {"nearest"} in [0, 1].
+
+    Args:
+        student, teacher: (B, A) float logits.
+    """
+    target = nn.functional.log_softmax(teacher, dim=1)
+    predicted = nn.functional.log_softmax(student, dim=1)
+    same = student.detach().max(1).indices == teacher.max(1).indices
+    return nn.functional.kl_div(predicted, target, reduction="batchmean", log_target=True), {"nearest": same.float().mean()}

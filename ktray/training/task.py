@@ -180,11 +180,13 @@ class Targets:
         count: N.
         heads: pseudo-labels for each k in the order of the spec ("pseudo_labels"), or the images' own labels ("labels").
         features: the teacher's features ("features").
+        size: side of the images in pixels; 0 if it is not known.
     """
 
     count: int
     heads: tuple[Labels, ...] = ()
     features: Features | None = None
+    size: int = 0
 
     def require_features(self) -> Features:
         """`features`, which must be there.

@@ -18,5 +18,11 @@ Optional: ``MIXES_IMAGES = True`` where `task` also mixes targets as ``augment.m
 ``SEVERAL_TEACHERS = True`` where `task` also takes the heads of several teachers, those of the first one first, with as many of
 each as the field `k` says.
 
+``READS_MAPS = True`` where the targets are of positions in the image and follow the crops and flips of the views; `plan`
+refuses RandAugment for them, which moves images in other ways.
+
+``check_networks(spec, teacher, student, size)`` raises UserError, naming the field, for a teacher (layer and pooling of its
+features; None if it is no network) and a student (its untrained backbone, for images of `size` px) that do not go together.
+
 A transfer may import the tools (`ktray.ops`, `ktray.training`) and `ktray.spec`, but no other plugin.
 """

@@ -84,7 +84,7 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     def loss(outputs: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         bank = anchors_on(outputs.device)
         teacher = target @ bank.T / (spec.teacher_temperature or spec.temperature)
-        return divergence(nn.functional.normalize(outputs, dim=1) @ bank.T / spec.temperature, teacher)
+        return distillation.divergence(nn.functional.normalize(outputs, dim=1) @ bank.T / spec.temperature, teacher)
 
     draw, batch = distillation.feature_batch(features, augment, functools.partial(nn.functional.normalize, dim=1))
     return Task(
@@ -107,15 +107,3 @@ def anchor_indices(count: int, anchors: int, seed: int) -> NDArray[np.int64]:
         raise ValueError(f"anchors={anchors} cannot be chosen from {counted(count, 'image')}")
     drawn = np.random.default_rng(seed_of(seed, "anchors", count)).choice(count, anchors, replace=False)
     return np.sort(drawn)
-
-
-def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean Kullback-Leibler divergence of softmax(student) from softmax(teacher), in nats, and {"nearest"} in [0, 1].
-
-    Args:
-        student, teacher: (B, A) float logits.
-    """
-    target = nn.functional.log_softmax(teacher, dim=1)
-    predicted = nn.functional.log_softmax(student, dim=1)
-    same = student.detach().max(1).indices == teacher.max(1).indices
-    return nn.functional.kl_div(predicted, target, reduction="batchmean", log_target=True), {"nearest": same.float().mean()}
