@@ -47,6 +47,7 @@ from ktray.spec import (
     StudentTeacher,
     TrainedTeacher,
     taught_by_each,
+    teachers_of,
 )
 from ktray.stages.evaluation_stage import reads_network, reads_pseudo_labels
 from ktray.strict import StrictSpec
@@ -372,7 +373,7 @@ def _check_evaluations(pair: PairSpec) -> None:
         teacher = pair.teacher
         if (
             spec.of == "teacher"
-            and own_crop_of(teacher)
+            and any(map(own_crop_of, teachers_of(pair)))
             and getattr(plugins.module_of("evaluation", spec), "FITS_MASKS", False)
         ):
             raise UserError(

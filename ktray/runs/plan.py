@@ -219,13 +219,14 @@ def _full_size_stages(plan: _Plan, load: Load, identity: Identity) -> FullSizeSt
     from ktray.cost_model.dry_run_forecast import FullSizeStages
     from ktray.images import split_rows
     from ktray.pipeline import pair_graph
+    from ktray.spec import teachers_of
     from ktray.stages.images_stage import stage_of
 
     images = {}
     for generation in (each for pair in plan.pairs.values() for each in pair_graph.generations(pair)):
         for spec in (getattr(generation.data, role) for role in type(generation.data).model_fields):
             found = {split: len(rows) for split, (_, rows) in split_rows(load(spec), spec.split).items()}
-            for own in (None, pair_graph.own_crop_of(generation.teacher)):
+            for own in (None, *map(pair_graph.own_crop_of, teachers_of(generation))):
                 images[stage_of(spec, identity(spec), own).key] = (found["train"], sum(found.values()))
     stages = {name: pair_graph.build(pair, identity).stages for name, pair in plan.pairs.items()}
     return FullSizeStages(stages, images, plan.artifacts_expected())
