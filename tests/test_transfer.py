@@ -136,7 +136,7 @@ def another(value, annotation):
         return f"{value}5"
     if isinstance(value, tuple):
         return [*value, 16]
-    return 1 if value is None else value + 1 if isinstance(value, int) else value / 2 or 0.5
+    return 2 if value is None else value + 1 if isinstance(value, int) else value / 2 or 0.5
 
 
 @pytest.mark.parametrize("kind", ["clusters", "labels"])

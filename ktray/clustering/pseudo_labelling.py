@@ -103,6 +103,12 @@ def merge_small(labels: NDArray[np.int64], codebook: Codebook, min_size: int) ->
     return target[labels]
 
 
+def most_frequent(dense: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The most frequent label of each image, (N,) int64, of labels of positions (N, positions); ties: the smallest."""
+    width = int(dense.max()) + 1
+    return np.array([np.bincount(row, minlength=width).argmax() for row in dense], np.int64)
+
+
 def entropy(labels: NDArray[np.int64]) -> float:
     """Entropy in nats of the cluster sizes of labels (N,), ignoring -1; exp(entropy) is the effective number of clusters."""
     sizes = np.bincount(labels[labels >= 0])

@@ -369,6 +369,12 @@ def _check_evaluations(pair: PairSpec) -> None:
                 where=f"evals.{index}",
                 instead="Leave it out, or transfer by clusters.",
             )
+        if reads_pseudo_labels(spec) and getattr(plugins.module_of("transfer", pair.transfer), "READS_MAPS", False):
+            raise UserError(
+                f"{spec.kind} judges the pseudo-labels of images, and {pair.transfer.kind!r} makes those of positions",
+                where=f"evals.{index}",
+                instead="Leave it out.",
+            )
         run_plugin_check(f"evals.{index}", "evaluation", spec)
         teacher = pair.teacher
         if (

@@ -296,15 +296,15 @@ def _pseudo_labels(builder: _Builder) -> None:
     """Add clusters and pseudo-labels for each k, as separate stages that other transfers with the same k share."""
     transfer, keys = builder.pair.transfer, builder.keys
     keys["features"] = _features(builder, "cluster")
-    for index, k in enumerate(clusters_stage.numbers_of_clusters(transfer)):
-        clusters = builder.add(clusters_stage.stage_of(transfer, k, keys["features"]))
+    for index, clustering in enumerate(clusters_stage.clusterings(transfer)):
+        clusters = builder.add(clusters_stage.stage_of(transfer, clustering, keys["features"]))
         inputs = {
             "features": _features(builder, "transfer"),
             "clusters": clusters,
             "images.transfer": builder.images("transfer"),
         }
         keys[numbered("clusters", index)] = clusters
-        stage = pseudo_labels_stage.stage_of(transfer, inputs, builder.locations("transfer"))
+        stage = pseudo_labels_stage.stage_of(transfer, clustering, inputs, builder.locations("transfer"))
         keys[numbered("pseudo_labels", index)] = builder.add(stage)
 
 

@@ -95,15 +95,16 @@ def cluster_statistics(best: Trial, find: FindArtifact) -> dict[str, Any] | None
     kept = labels[labels >= 0]
     counts = np.bincount(kept, minlength=_cluster_count(best))
     nonempty = counts[counts > 0]
+    what = "image" if labels.ndim == 1 else "position"
     sizes = [
         ("clusters", f"{len(counts):,}"),
-        ("images with a pseudo-label", f"{len(kept):,} of {len(labels):,}"),
-        ("clusters without an image left", f"{(counts == 0).sum():,}"),
+        (f"{what}s with a pseudo-label", f"{len(kept):,} of {labels.size:,}"),
+        (f"clusters without {'an image' if what == 'image' else 'a position'} left", f"{(counts == 0).sum():,}"),
     ]
     if len(nonempty):
         sizes.append(
             (
-                "images per cluster",
+                f"{what}s per cluster",
                 f"{nonempty.min():,} smallest, {number(np.median(nonempty))} median, {nonempty.max():,} largest",
             )
         )

@@ -66,9 +66,9 @@ def _shrunk(plain: dict[str, Any], limit: int) -> dict[str, Any]:
     transfer = plain["transfer"]
     if isinstance(transfer.get("k"), list):
         transfer["k"] = _distinct(transfer["k"], limit)
-    limits = {"k": limit, "anchors": limit, "min_size": 2}
+    limits = {"k": limit, "anchors": limit, "whole": limit, "min_size": 2}
     for field in limits.keys() & transfer.keys():
-        if not isinstance(transfer[field], list):
+        if isinstance(transfer[field], int):
             transfer[field] = min(transfer[field], limits[field])
     if "neighbours" in transfer:
         transfer["neighbours"] = min(transfer["neighbours"], transfer["k"])

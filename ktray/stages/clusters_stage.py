@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +17,75 @@ from numpy.typing import NDArray
 from ktray import plugins
 from ktray.artifact import Artifact, Stage
 from ktray.checkpoints import saving
-from ktray.clustering import kmeans, projection
+from ktray.clustering import kmeans, position_rows, projection
 from ktray.features import extraction
 from ktray.pool import StageContext
 from ktray.spec import TransferSpec
 
 IDENTITY, REVISION = "stage.clusters", 1
 TOOLS = (kmeans, projection)
+TOOLS_OF_SOME = (position_rows,)  # in the keys of clusters of positions
 
 _PROJECTION, _STATE = "projection.npz", "iterations.npz"
 
 
-def numbers_of_clusters(transfer: TransferSpec) -> tuple[int, ...]:
-    """The k of each clustering that a transfer by clusters asks for."""
-    k = vars(transfer)["k"]  # every transfer has it whose NEEDS name "clusters"
-    return k if isinstance(k, tuple) else (k,)
+@dataclass(frozen=True)
+class Clustering:
+    """One clustering that a transfer asks for.
+
+    Attributes:
+        k: number of clusters.
+        rows: what is clustered instead of the features of images, as plain data; empty for these.
+    """
+
+    k: int
+    rows: Mapping[str, Any]
+
+    @property
+    def revisions(self) -> dict[str, int]:
+        """Revisions of what makes the rows."""
+        return plugins.revisions(position_rows) if self.rows else {}
 
 
-def stage_of(transfer: TransferSpec, k: int, features: str) -> Stage:
-    """The stage that makes `k` clusters for a transfer.
+def clusterings(transfer: TransferSpec) -> tuple[Clustering, ...]:
+    """The clusterings that a transfer by clusters asks for: one per k, or of positions and of whole images."""
+    fields = vars(transfer)
+    k = fields["k"]  # every transfer has it whose NEEDS name "clusters"
+    if "grid" not in fields:
+        return tuple(Clustering(each, {}) for each in (k if isinstance(k, tuple) else (k,)))
+    grid, whole = fields["grid"], fields["whole"]
+    positions = Clustering(k, {"of": "positions", "grid": grid, "sample": fields["sample"]})
+    return (positions, *([] if whole is None else [Clustering(whole, {"of": "means", "grid": grid})]))
+
+
+def stage_of(transfer: TransferSpec, clustering: Clustering, features: str) -> Stage:
+    """The stage that makes the clusters of a clustering of a transfer.
 
     Args:
         features: key of the features that are clustered.
     """
-    fields = plugins.module_of("transfer", transfer).NEEDS["clusters"]
-    spec = {**transfer.model_dump(include=set(fields)), "k": k}
-    return Stage("clusters", spec, plugins.revisions(sys.modules[__name__]), {"features": features})
+    fields = set(plugins.module_of("transfer", transfer).NEEDS["clusters"]) - {"grid", "sample", "whole"}
+    rows = {"rows": dict(clustering.rows)} if clustering.rows else {}
+    spec = {**transfer.model_dump(include=fields), "k": clustering.k, **rows}
+    revisions = {**plugins.revisions(sys.modules[__name__]), **clustering.revisions}
+    return Stage("clusters", spec, revisions, {"features": features})
+
+
+@contextmanager
+def rows_of(shards: Sequence[Path], spec: Mapping[str, Any], out: Path, seed: int | None = None) -> Iterator[Sequence[Path]]:
+    """The files of what is clustered: the features of images, or rows that are made of them within a `with`.
+
+    Args:
+        spec: of a stage, whose `rows` say what; see `Clustering`.
+        seed: of the sample of positions; None for all positions.
+    """
+    rows = spec.get("rows")
+    if not rows:
+        yield shards
+        return
+    sample = None if seed is None or "sample" not in rows else (rows["sample"], seed)
+    with position_rows.position_files(shards, rows["grid"], out, sample, rows["of"] == "means") as files:
+        yield files
 
 
 def run(
@@ -51,7 +96,14 @@ def run(
     A checkpoint holds the projection and the state of the iterations, from which a later attempt goes on with the same result.
     The centroids are `codebook.npz` on their grid, as labels are made from, and `centroids.npy` (K, d) as float32, to look at.
     """
-    spec, shards = stage.spec, extraction.shards(inputs["features"].directory)
+    shards = extraction.shards(inputs["features"].directory)
+    with rows_of(shards, stage.spec, out, stage.spec["seed"]) as rows:
+        return _clustered(stage.spec, rows, out, context, start)
+
+
+def _clustered(
+    spec: Mapping[str, Any], shards: Sequence[Path], out: Path, context: StageContext, start: Path | None
+) -> Mapping[str, float]:
     project = projection.load(start / _PROJECTION) if start else _fitted(shards, spec, context)
     checkpoint = saving(out, context.checkpoint_seconds, start)
 

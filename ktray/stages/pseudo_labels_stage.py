@@ -17,6 +17,7 @@ from ktray.clustering.grid import Codebook
 from ktray.features import extraction
 from ktray.pool import StageContext
 from ktray.spec import TransferSpec
+from ktray.stages.clusters_stage import Clustering, rows_of
 from ktray.stages.images_stage import open_images
 
 IDENTITY, REVISION = "stage.pseudo_labels", 1
@@ -26,16 +27,18 @@ _DEFAULTS = {"min_size": 1, "small": "drop", "neighbours": 0}
 """Values for a transfer without these fields: every cluster is kept, and only the nearest is stored."""
 
 
-def stage_of(transfer: TransferSpec, inputs: Mapping[str, str], locations: Mapping[str, Any]) -> Stage:
+def stage_of(transfer: TransferSpec, clustering: Clustering, inputs: Mapping[str, str], locations: Mapping[str, Any]) -> Stage:
     """The stage that gives images their pseudo-labels.
 
     Args:
+        clustering: which one of the transfer's.
         inputs: keys of ``features``, ``clusters`` and ``images.transfer``.
         locations: of the data set of the transfer (`images.location_fields`).
     """
     fields = plugins.module_of("transfer", transfer).NEEDS["pseudo_labels"]
-    spec = {**_DEFAULTS, **transfer.model_dump(include=set(fields))}
-    revisions = plugins.revisions(sys.modules[__name__])
+    rows = {"rows": dict(clustering.rows)} if clustering.rows else {}
+    spec = {**_DEFAULTS, **transfer.model_dump(include=set(fields)), **rows}
+    revisions = {**plugins.revisions(sys.modules[__name__]), **clustering.revisions}
     return Stage("pseudo_labels", spec, revisions, inputs, local={"data": {"images.transfer": locations}})
 
 
@@ -43,6 +46,8 @@ def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
     """Write `labels.npy` (N,) int64 with -1 for images left out, and a sheet of images per cluster.
+
+    Labels of positions are (N, positions); the sheet then shows the images in which a cluster has most positions.
 
     Where the spec has `neighbours` m, also `nearest.npy` (N, m) int32, the nearest clusters, the nearest first, and
     `squared.npy` (N, m) float32, the squared distances to them in the projected space.
@@ -55,7 +60,8 @@ def run(
     with np.load(intact(clusters / "projection.npz"), allow_pickle=False) as file:
         project = dict(file)
     shards, spec = extraction.shards(inputs["features"].directory), stage.spec
-    labels = pseudo_labelling.assign(shards, codebook, project, context.pool)
+    with rows_of(shards, spec, out) as rows:
+        labels = pseudo_labelling.assign(rows, codebook, project, context.pool)
     if spec["small"] == "merge":
         labels = pseudo_labelling.merge_small(labels, codebook, spec["min_size"])
     else:
@@ -68,6 +74,11 @@ def run(
         np.save(out / "nearest.npy", nearest)
         np.save(out / "squared.npy", squared)
     images = open_images(stage, "images.transfer", inputs, "train")
+    if len(labels) > len(images):  # of positions, which are all kept
+        dense = labels.reshape(len(images), -1)
+        np.save(out / "labels.npy", dense)
+        pseudo_labelling.write_contact_sheet(images, pseudo_labelling.most_frequent(dense), out / "clusters.png")
+        return {"entropy": pseudo_labelling.entropy(labels), "kept": pseudo_labelling.kept_share(labels)}
     pseudo_labelling.write_contact_sheet(images, labels, out / "clusters.png")
     metrics = {"entropy": pseudo_labelling.entropy(labels), "kept": pseudo_labelling.kept_share(labels)}
     if images.labels is not None:

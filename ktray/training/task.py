@@ -101,7 +101,7 @@ class Labels:
     """One class per image.
 
     Attributes:
-        of_image: (N,) int64 in [-1, classes), -1 = left out.
+        of_image: (N,) int64 in [-1, classes), -1 = left out; of positions (N, positions), none of them left out.
         classes: K.
         nearest: (N, m) integers in [0, classes), the nearest clusters of each image, nearest first; None unless the transfer
             asked for them.

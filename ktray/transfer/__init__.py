@@ -4,7 +4,8 @@
 student's stage. The inputs are "clusters" and "pseudo_labels" (always together; several of each where the field `k` is a list),
 "features" (the teacher's features of the images that the student is trained on) and "labels" (the images' own). The first three
 need a teacher, so the stages that produce them join the pair. A transfer without `task` trains nothing. The Spec of a transfer
-by clusters extends `KMeansFields` of `ktray.spec`, and its `NEEDS["clusters"]` is `KMEANS_FIELDS`.
+by clusters extends `KMeansFields` of `ktray.spec`, and its `NEEDS["clusters"]` is `KMEANS_FIELDS`; one that clusters positions
+adds `grid`, `sample` and `whole` (see `dense_clusters`).
 
 A task whose loss is a mean over images sets `mean_over_images` in its Task. A batch that does not fit into memory can then be
 split into micro-batches.

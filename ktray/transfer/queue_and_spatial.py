@@ -89,7 +89,8 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     draw_rows, rows = distillation.feature_batch(features, augment, lambda rows: rows)
 
     def whole_of(found: Tensor) -> Tensor:
-        return found.unflatten(1, (width, -1)).mean(dim=2)
+        means: Tensor = found.unflatten(1, (width, -1)).mean(dim=2)
+        return means
 
     def draw(indices: Tensor, generator: torch.Generator) -> Draws:
         return {**draw_rows(indices, generator), "queue": teacher_queue.draw_queue(len(features), spec.queue, generator)}
