@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +13,16 @@ from scipy import stats
 
 import ktray
 from experiments import voc_small
+from ktray.pipeline.pair_check import data_loader
+from ktray.pipeline.references import reference_pairs
 from ktray.plugins import parse
+from ktray.runs.pair_run import run_here
+from ktray.runs.settings import make_settings
 from ktray.runs.voc_composition import compose
+from ktray.search.space import parse as parse_space
 from tests.source import ROOT
+
+WIDTHS = [0.0625, 0.125, 0.25]
 
 
 def test_every_backbone_is_judged_three_ways_under_each_seed() -> None:
@@ -49,12 +57,21 @@ def test_a_search_for_detection_and_latency_shows_its_pareto_front(tmp_path: Pat
     pair["data"] |= dict.fromkeys(("pretext", "cluster", "transfer"), "fashion_mnist_mini")
     pair["data"]["target"]["size"] = 32
     pair["transfer"] = {"kind": "clusters", "k": 5}
-    pair["student"]["backbone"] = {"kind": "alexnet", "width": {"choice": [0.0625, 0.125, 0.25]}}
+    pair["student"]["backbone"] = {"kind": "alexnet", "width": {"choice": WIDTHS}}
     pair["student"]["schedule"] = {"epochs": 1, "batch_size": 256}
     pair["evals"][0] |= {"min_sizes": [64], "steps": 3, "width": 16, "batch_size": 2}
     pair["evals"][1] |= {"repetitions": 5}
     content["budget"] = {"trials": 3, "concurrent": 2}
-    result = ktray.search(content, home=tmp_path / "home", talk=0)
+    space = parse_space(json.dumps(content), [], "space")
+    draws = [space.fill_with_first_values({"student.backbone.width": width}) for width in WIDTHS]
+    pairs = {str(number): space.pair(draw) for number, draw in enumerate(draws)}
+    data = data_loader()(pairs["0"].data.transfer)
+    for number in list(pairs):
+        lines = reference_pairs(pairs[number].model_dump(mode="json"), data)
+        pairs |= {f"{number} {name}": pair for name, pair in lines.items()}
+    results = run_here(pairs, make_settings(tmp_path / "home", verbosity=0))
+    assert [result for result in results if isinstance(result, Exception)] == []
+    result = ktray.search(content, home=tmp_path / "home", talk=0)  # which finds all of it in the store
     trials = result.best(top=10)
     assert len(trials) == 3
     front = result.best(top=10, pareto=True)
@@ -66,5 +83,9 @@ def test_a_search_for_detection_and_latency_shows_its_pareto_front(tmp_path: Pat
     assert {row["trial"] for row in front} == {number for number, value in values.items() if not beaten(value)}
     assert main(["best", "voc-small", "--pareto", "--home", str(tmp_path / "home")]) == 0
     assert "voc_det/map" in capsys.readouterr().out
+    sheet = str(tmp_path / "sheet.png")
+    assert main(["compare", "voc-small/0", "voc-small/1", "--json", "-o", sheet, "--home", str(tmp_path / "home")]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert {row["metric"] for row in compared["metrics"]} == {"voc_det/map", "voc_det/map_area"}
     report = result.report(tmp_path / "report.html").read_text()
     assert "Pareto" in report
