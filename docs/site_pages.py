@@ -1,6 +1,6 @@
 """Pages of the documentation site that are not files of this folder: one per method, files of the root, linked sources.
 
-MkDocs calls the functions named `on_...` while it builds the site (see mkdocs.yml). A method's page comes from its docstring
+MkDocs calls the functions named `on_...` while it builds the site (see .mkdocs.yml). A method's page comes from its docstring
 and its Spec, so it is never out of date and never written by hand.
 """
 
@@ -54,7 +54,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         if isinstance(entry, dict) and "Reference" in entry:
             entry["Reference"] = sections
         elif isinstance(entry, dict) and "Use" in entry:
-            entry["Use"] += others  # a new page needs no line in mkdocs.yml
+            entry["Use"] += others  # a new page needs no line in .mkdocs.yml
     return config
 
 
