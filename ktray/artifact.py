@@ -19,7 +19,7 @@ class Stage:
     """One step of a pair, as plain data that can be sent to any worker. Its hash is its key.
 
     Attributes:
-        name: what is done, such as ``features``; `stages.WORK` holds the function of that name.
+        name: what is done, such as ``features``; `stages.work_of` gives the function of that name.
         spec: everything that determines the result besides the inputs, as JSON values. The function executes this alone.
         revisions: revision numbers of the code that gives the spec its meaning.
         inputs: role -> key of an artifact that this stage reads.

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+KEPT_ROWS = "kept_rows"
+"""Noted where features were not extracted again, with the `seconds` that this would have taken in all."""
+
 _noted: ContextVar[dict[str, Any] | None] = ContextVar("conditions", default=None)
 
 

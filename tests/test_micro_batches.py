@@ -248,10 +248,11 @@ def test_on_a_gpu_a_batch_that_really_does_not_fit_is_trained_in_parts(precision
     stages = [each for each in graph.stages if each.name in ("images", "teacher")]
     store, told = FileStore(tmp_path), []
     scheduler = LocalScheduler(store, execute, StageContext(device="cuda:0"), lambda event: told.append(event["event"]))
-    scheduler.obtain(stages, "test")
-    whole = store.find(stages[-1].key)
-    assert whole is not None
-    store.remove(whole.key)
+    for _ in range(2):  # in the first run of a process libraries try kernels that take far more memory
+        scheduler.obtain(stages, "test")
+        whole = store.find(stages[-1].key)
+        assert whole is not None
+        store.remove(whole.key)
     half = whole.record["device_peak_bytes"] / 2
     torch.cuda.set_per_process_memory_fraction(half / whole.record["device_bytes"], 0)
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ktray import plugins
+from ktray.conditions import KEPT_ROWS
 from ktray.features import extraction, shared_features
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
@@ -61,7 +62,7 @@ def test_evaluations_of_a_snapshot_share_one_pass_per_split_and_precision_over_a
     by_name = {name: artifacts[key] for name, key in graph.keys["evaluation"].items()}
     for name in ("effective_rank", "conv2"):
         record = by_name[name].record
-        assert record["conditions"][shared_features.KEPT_ROWS]["seconds"] > 0
+        assert record["conditions"][KEPT_ROWS]["seconds"] > 0
         assert record["seconds_alone"] > record["seconds"]
     assert by_name["knn"].record["conditions"] == {}
 
@@ -75,7 +76,7 @@ def test_the_seconds_that_were_saved_are_those_of_all_splits_together(tmp_path, 
     monkeypatch.setattr(shared_features, "_extracted", taking)
     graph, artifacts = run(FileStore(tmp_path / "store"))
     record = artifacts[graph.keys["evaluation"]["conv2"]].record
-    assert record["conditions"][shared_features.KEPT_ROWS] == {"seconds": 216 + 24}
+    assert record["conditions"][KEPT_ROWS] == {"seconds": 216 + 24}
     assert record["seconds_alone"] == pytest.approx(record["seconds"] + 216 + 24, abs=0.002)
 
 

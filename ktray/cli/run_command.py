@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the same command goes on.
     """
     from ktray.errors import StageFailed, UserError
+    from ktray.runs.early_start import early_start
     from ktray.runs.interruption import Interruption, stop_on_signals
 
     if args.local and args.address is not None:
@@ -52,9 +53,12 @@ def run(args: argparse.Namespace) -> int:
     if args.tracking:
         settings.print_info("ktray: --tracking is not used: run logs nothing to MLflow, a search does")
     interruption = Interruption((lambda: exit_at_once(interruption, args)) if args.is_program else None)
-    profile = profile_of(args, settings)
-    with stop_on_signals(interruption, settings.print_info):
-        from ktray.pipeline.pair_check import data_loader  # seconds, in which a signal must already be heard
+    profile, on_own_ray = profile_of(args, settings), not args.local and args.address is None
+    with (
+        stop_on_signals(interruption, settings.print_info),
+        early_start(settings, interruption, on_own_ray, profile) as early,
+    ):
+        from ktray.pipeline.pair_check import data_loader  # seconds, in which Ray already starts
         from ktray.pipeline.pair_metrics import unreadable_images
         from ktray.runs.cache import artifact_keys
         from ktray.runs.pair_run import run_here, run_on_ray
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         if args.local:
             results = run_here(pairs, settings, profile)
         else:
-            results = run_on_ray(pairs, args.address, args.concurrent, settings, interruption, profile)
+            results = run_on_ray(pairs, args.address, args.concurrent, settings, interruption, early, profile)
     good = [result for result in results if not isinstance(result, StageFailed)]
     print_result(args, [result.as_data() for result in good], _table(good) if good else "no pair came to its end")
     for line in unreadable_images((key for result in good for key in artifact_keys(result.keys)), settings.open_store()):

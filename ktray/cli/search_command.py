@@ -51,12 +51,18 @@ def run(args: argparse.Namespace) -> int:
         UserError: the space, an argument or the data are wrong.
         PreflightFailed: Ray, the store or the disk cannot carry the search.
     """
+    from ktray.runs.early_start import early_start, surely_computes
     from ktray.runs.interruption import Interruption, stop_on_signals
 
     settings, codes = settings_of(args), list[int]()
     interruption = Interruption((lambda: exit_at_once(interruption, args, codes)) if args.is_program else None)
     profile = profile_of(args, settings)
-    with stop_on_signals(interruption, settings.print_info):
+    alone = args.address is None and args.warm_start is None and not args.retry
+    computes = alone and surely_computes(args.space, args.overrides, args.name, args.trials, settings)
+    with (
+        stop_on_signals(interruption, settings.print_info),
+        early_start(settings, interruption, computes, profile) as early,
+    ):
         from ktray.runs.search_run import SearchOptions, search  # seconds, in which a signal must already be heard
         from ktray.runs.spec_files import load_space
 
@@ -68,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         def report(outcome: SearchOutcome) -> None:
             codes.append(_finish(outcome, args, settings))
 
-        search(space, str(args.space), options, settings, interruption, report)
+        search(space, str(args.space), options, settings, interruption, report, early)
         write_profile(profile, settings)
     return codes[0]
 

@@ -23,8 +23,6 @@ from ktray.features import extraction
 from ktray.images import Images
 
 LIMIT_BYTES = 1 << 30  # of all rows that are kept; less on a machine with less than 8 GiB per core
-KEPT_ROWS = "kept_rows"
-"""What is noted (`conditions`) where rows were not extracted again, with the `seconds` that this would have taken in all."""
 
 View = Mapping[str, Any]
 
@@ -85,7 +83,7 @@ def rows_of(
         also = {name: view for name, view in also.items() if name not in names and name not in _kept}
         found |= _extracted(judged, missing, also, images, origin, expected)
     elif names:
-        conditions.add(KEPT_ROWS, {"seconds": max(kept.seconds for kept in found.values())})
+        conditions.add(conditions.KEPT_ROWS, {"seconds": max(kept.seconds for kept in found.values())})
         for kept in found.values():
             for name, value in kept.noted.items():
                 conditions.note(name, value)

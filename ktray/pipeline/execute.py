@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ktray import checkpoints, conditions, progress
 from ktray.artifact import Artifact, Stage
 from ktray.checksums import version_of
 from ktray.errors import DamagedArtifact, MissingInput
-from ktray.features.shared_features import KEPT_ROWS
 from ktray.pipeline.record import record_of, release_cached_memory, reset_peaks
 from ktray.pool import StageContext
-from ktray.stages import FAMILY_WORK, WORK
+from ktray.stages import Run, family_work_of, work_of
 from ktray.stores import Store
-from ktray.training import snapshot
 
 _COUNTED_IN_STEPS = ("clusters", "evaluation")  # their checkpoints are those of `checkpoints.saving`, not of a training
 
@@ -39,22 +36,34 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
     published: dict[str, tuple[Artifact, bool]] = {}
     if missing:
         inputs = {role: _find_input(store, key) for role, key in stage.inputs.items()}
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # more threads change sums in the last bit, and one actor owns one core
+        work = work_of(stage.name)  # imports torch, unless the stage only decodes images
         try:
-            reset_peaks(context.device)
-            with progress.reporting(context.progress) as report, _intact_inputs(stage, store):
+            with _one_thread(), progress.reporting(context.progress) as report, _intact_inputs(stage, store):
+                reset_peaks(context.device)
                 context = replace(context, progress=report)
                 if len(missing) > 1:
                     published = _compute_family(missing, inputs, store, attempt, context)
                 else:
-                    published = {missing[0].key: _compute(missing[0], inputs, store, attempt, context)}
+                    published = {missing[0].key: _compute(missing[0], work, inputs, store, attempt, context)}
         finally:
-            torch.set_num_threads(threads)  # a notebook goes on with the user's own code
             release_cached_memory(context.device)
     if stage.key not in published:
         return _find_input(store, stage.key), False
     return published[stage.key]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch with one thread: more change sums in the last bit, and one actor owns one core."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 1
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(threads)  # a notebook goes on with the user's own code
 
 
 @contextmanager
@@ -83,18 +92,18 @@ def _what_runs_again(stage: Stage, damaged: str) -> str:
 
 
 def _compute(
-    stage: Stage, inputs: Mapping[str, Artifact], store: Store, attempt: str, context: StageContext
+    stage: Stage, work: Run, inputs: Mapping[str, Artifact], store: Store, attempt: str, context: StageContext
 ) -> tuple[Artifact, bool]:
     scratch = store.scratch(stage.key, attempt)
     start = _latest_snapshot(stage, store)
     began = time.perf_counter()
     with conditions.collecting() as noted:
-        metrics = WORK[stage.name](stage, inputs, scratch, context, start)
+        metrics = work(stage, inputs, scratch, context, start)
     seconds = time.perf_counter() - began
     record = record_of(stage, metrics, seconds, inputs, context)
     record |= {"attempt": attempt, "started_from": start.name if start else None, "conditions": noted}
     record |= stage.about
-    saved = noted.get(KEPT_ROWS, {}).get("seconds", 0.0)
+    saved = noted.get(conditions.KEPT_ROWS, {}).get("seconds", 0.0)
     record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start) + saved, 3)
     return store.publish(scratch, stage.key, record)
 
@@ -109,7 +118,7 @@ def _compute_family(
     scratches = [store.scratch(stage.key, attempt) for stage in stages]
     began = time.perf_counter()
     with conditions.collecting() as noted:
-        made = FAMILY_WORK[stages[0].name](stages, inputs, scratches, context)
+        made = family_work_of(stages[0].name)(stages, inputs, scratches, context)
     seconds = time.perf_counter() - began
     costs = [cost for _, cost in made]
     together = sorted(stage.key for stage in stages)
@@ -135,8 +144,14 @@ def _latest_snapshot(stage: Stage, store: Store) -> Path | None:
         found = [_first_readable(store.checkpoints(stage.key), store, checkpoints.step_of)]
     else:
         artifacts = (artifact.directory for artifact in map(store.find, stage.resume_from) if artifact)
-        found = [_first_readable(each, store, snapshot.epoch_of) for each in (store.checkpoints(stage.key), artifacts)]
+        found = [_first_readable(each, store, _epoch_of) for each in (store.checkpoints(stage.key), artifacts)]
     return max(filter(None, found), default=(0, None))[1]
+
+
+def _epoch_of(directory: Path) -> int:
+    from ktray.training import snapshot  # torch, which a stage without snapshots need not wait for
+
+    return snapshot.epoch_of(directory)
 
 
 def _first_readable(newest_first: Iterable[Path], store: Store, number_of: Callable[[Path], int]) -> tuple[int, Path] | None:
@@ -163,5 +178,5 @@ def _seconds_alone(stage: Stage, store: Store, seconds: float, start: Path | Non
     if earlier:
         return seconds + float(earlier.record["seconds_alone"])
     # A dead attempt's checkpoint: assume that its epochs took as long as these.
-    until, resumed_at = stage.spec["epoch"], snapshot.epoch_of(start)
+    until, resumed_at = stage.spec["epoch"], _epoch_of(start)
     return float(seconds * until / max(1, until - resumed_at))

@@ -9,6 +9,7 @@ quick to try.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -745,12 +746,6 @@ def _network(backbone: BackboneSpec, layer: str | None, pool: Pooling) -> Callab
     return extraction.layer_extractor(timm_weights.built(backbone), layer, pool)
 
 
-def _built(backbone: BackboneSpec) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
-    return network
-
-
 @lru_cache(maxsize=1024)
 def _describe(descriptor: DescriptorSpec, size: int) -> int | None:
     """Number of features of an image; None for a fitted descriptor, where it depends on the fit."""
@@ -774,7 +769,7 @@ def _learn(pretext: PretextSpec, backbone: BackboneSpec, size: int) -> bool:
     pretext = module.quick(pretext) if hasattr(module, "quick") else pretext
     task = module.task(pretext, size, _images(size)) if hasattr(module, "NEEDS") else module.task(pretext, size)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        network: Any = _built(backbone)
+        network: Any = copy.deepcopy(timm_weights.built(backbone))
         model = nn.ModuleDict({"backbone": network, "head": task.head(network.feature_dim)}).train()
         if task.prepare:
             task.prepare(model)

@@ -1,6 +1,7 @@
 """The record of an artifact: what was computed, from which inputs, where, by which code, and what it cost.
 
-Its peaks of host and device memory are reset before each run, because a worker has run other stages before.
+Its peaks of host and device memory are reset before each run, because a worker has run other stages before. torch is imported
+for a GPU only: a stage that decodes images does without.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ktray.artifact import KEY_FORMAT, Artifact, Stage
 from ktray.pool import StageContext
@@ -55,7 +54,11 @@ def record_of(
 
 
 def _device(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu {platform.machine()}"
+    if not device.startswith("cuda"):
+        return f"cpu {platform.machine()}"
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 @lru_cache
@@ -92,6 +95,8 @@ def reset_peaks(device: str) -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.init()  # otherwise the next line raises "Invalid device argument" in a process that has not used CUDA
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -106,15 +111,25 @@ def host_peak() -> int:
 
 def device_peak(device: str) -> int:
     """Peak bytes of GPU memory in tensors of this process since `reset_peaks`; 0 on a CPU."""
-    return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
 
 
 def device_bytes(device: str) -> int:
     """Total memory of the GPU in bytes; 0 on a CPU."""
-    return int(torch.cuda.get_device_properties(device).total_memory) if device.startswith("cuda") else 0
+    if not device.startswith("cuda"):
+        return 0
+    import torch
+
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def release_cached_memory(device: str) -> None:
     """Release the GPU memory that torch caches, so that other processes can use it."""
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.empty_cache()

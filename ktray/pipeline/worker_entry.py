@@ -1,11 +1,12 @@
 """What workers of a scheduler are given: functions that import torch only when a worker calls them, not where they are named.
 
-So a driver can start its workers while it still imports torch itself.
+So a driver can start its workers while it still imports torch itself, and the first worker decodes images before it has torch.
 """
 
 from __future__ import annotations
 
 import tempfile
+import threading
 from pathlib import Path
 
 from ktray.artifact import Artifact, Stage
@@ -24,14 +25,23 @@ def prepare(device: str) -> None:
     """Load what the first stage of a new worker would wait for: libraries and, on a GPU, its context and kernels.
 
     There it trains a small network for one epoch. The first student of a fresh process would otherwise wait
-    seconds for CUDA's context, cuDNN, cuBLAS and the modules that torch imports with the first step.
+    seconds for CUDA's context, cuDNN, cuBLAS and the modules that torch imports with the first step. A worker without a GPU
+    is ready at once, to decode images, and imports torch meanwhile, in a thread that ends with it.
     """
-    from ktray.pipeline import execute, record  # noqa: F401 - with all stages
+    from ktray import images  # noqa: F401
+    from ktray.pipeline import execute, record  # noqa: F401
 
     record.software()
     if device.startswith("cuda"):
         _train_a_little(device)
         record.release_cached_memory(device)
+    else:
+        threading.Thread(target=_import_torch, name="import-torch", daemon=True).start()
+
+
+def _import_torch() -> None:
+    """Nothing of ktray is imported here: two threads that import modules of one package may wait for each other."""
+    import torch  # noqa: F401
 
 
 def _train_a_little(device: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ktray.artifact import Stage
     from ktray.pipeline.pair_graph import Graph
     from ktray.pool import StageContext
+    from ktray.runs.early_start import EarlyStart
     from ktray.runs.profile import Profile
     from ktray.scheduler.client import SchedulerClient
     from ktray.scheduler.ray_session import RaySession
@@ -92,12 +93,14 @@ def run_on_ray(
     concurrent: int,
     settings: Settings,
     interruption: Interruption | None = None,
+    early: EarlyStart | None = None,
     profile: Profile | None = None,
 ) -> list[PairResult | StageFailed]:
     """The same on Ray, `concurrent` pairs at a time.
 
     Args:
         address: of a running cluster; None starts Ray on this machine.
+        early: a Ray that is starting already.
         profile: collects what happens.
 
     Raises:
@@ -110,7 +113,7 @@ def run_on_ray(
     graphs = _graphs(pairs, settings)
     interruption = interruption or Interruption()
     interruption.needs_cleanup = True
-    with _scheduler(address, settings, interruption, profile) as scheduler:
+    with _scheduler(address, settings, interruption, early, profile) as scheduler:
         past = run_until_ended(lambda: scheduler.events(0), interruption)  # those of earlier drivers of a shared cluster
         results = run_concurrently(
             scheduler,
@@ -131,7 +134,7 @@ def run_on_ray(
 
 @contextmanager
 def _scheduler(
-    address: str | None, settings: Settings, interruption: Interruption, profile: Profile | None
+    address: str | None, settings: Settings, interruption: Interruption, early: EarlyStart | None, profile: Profile | None
 ) -> Iterator[SchedulerClient]:
     """The scheduler of this run; its Ray ends with this block. The arguments are those of `run_on_ray`."""
     from ktray.pipeline.worker_entry import prepare, run_stage
@@ -142,19 +145,26 @@ def _scheduler(
         preflight(settings.open_store(), session.runtime)
         return client.connect(session, settings.store_url, profile.stage_function() if profile else run_stage, prepare)
 
-    runtime = resources.load_runtime_settings(settings.runtime)
-    session = ray_session.start(settings.home, address, runtime, interruption.lose, interruption.ends_process)
+    scheduler: SchedulerClient | None = None
+    if early is not None:
+        session, scheduler = early.result()
+    else:
+        runtime = resources.load_runtime_settings(settings.runtime)
+        session = ray_session.start(settings.home, address, runtime, interruption.lose, interruption.ends_process)
     try:
         restore_signal_handlers()
         for warning in session.warnings:
             settings.print_info(f"ktray: {warning}")
         settings.print_info(f"ktray: Ray's own messages go to {session.log}")
-        scheduler = run_until_ended(lambda: connect(session), interruption)
+        scheduler = scheduler or run_until_ended(lambda: connect(session), interruption)
         if profile is not None:
             profile.mark("Ray up")
         yield scheduler
     finally:
-        ray_session.stop(session)
+        if early is not None:
+            early.end()
+        else:
+            ray_session.stop(session)
         restore_signal_handlers()
 
 

@@ -18,7 +18,7 @@ from ktray.errors import PreflightFailed, SearchStopped, StageFailed, UserError
 from ktray.pipeline import references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
-from ktray.pipeline.pair_graph import Graph, Identity
+from ktray.pipeline.pair_graph import Graph, Identity, build
 from ktray.runs.best_trials import results_on_test
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.data_check import refuse_changed_data
@@ -48,6 +48,8 @@ from ktray.text import counted
 from ktray.tracking import Tracker, Unwritten
 
 if TYPE_CHECKING:
+    from ktray.artifact import Stage
+    from ktray.runs.early_start import EarlyStart
     from ktray.runs.profile import Profile
     from ktray.scheduler.client import SchedulerClient
     from ktray.scheduler.ray_session import RaySession
@@ -123,11 +125,15 @@ class _LazyScheduler:
         interruption: Interruption,
         display: Display,
         home_lock: FileLock | None = None,
+        early: EarlyStart | None = None,
     ) -> None:
         self.settings, self.address, self.store, self.tracker = settings, options.address, settings.open_store(), tracker
-        self.home_lock, self.options = home_lock, options
-        self.interruption, self.say = interruption, display.say
-        self.study_folder = study_folder(settings.home, str(options.name))
+        self.home_lock, self.early, self.options = home_lock, early, options
+        self.interruption, self.say, self.study_folder = (
+            interruption,
+            display.say,
+            study_folder(settings.home, str(options.name)),
+        )
         self.published: set[str] = set()
         self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
         if options.profile is not None:
@@ -137,40 +143,49 @@ class _LazyScheduler:
         self._follower: _EventFollower | None = None
 
     def start(self) -> SchedulerClient:
-        from ktray.scheduler import ray_session, resources
-
         if self._client is None:
-            runtime = resources.load_runtime_settings(self.settings.runtime)
             self.interruption.raise_if_requested()
             self.interruption.needs_cleanup = True
-            # In this thread, with which all processes of our own Ray end.
-            self._session = session = ray_session.start(
-                self.settings.home,
-                self.address,
-                runtime,
-                self.interruption.lose,
-                self.interruption.ends_process,
-                self.home_lock,
-            )
+            if self.early is not None:
+                self._session, self._client = self.early.result()
+                self.interruption.raise_if_requested()
+            else:
+                self._session = self._start_session()  # in this thread, with which all processes of our own Ray end
             self.options.mark("Ray up")
             restore_signal_handlers()
             self.interruption.force_after = FORCE_SEARCH_AFTER_SECONDS
-            self.say(f"Ray's own messages go to {session.log}")
-            for warning in session.warnings:
+            self.say(f"Ray's own messages go to {self._session.log}")
+            for warning in self._session.warnings:
                 self.say(warning)
-            self._client, self._follower = run_until_ended(lambda: self._connect(session), self.interruption)
+            self._client, self._follower = run_until_ended(self._follow, self.interruption)
         return self._client
 
-    def _connect(self, session: RaySession) -> tuple[SchedulerClient, _EventFollower]:
+    def _start_session(self) -> RaySession:
+        from ktray.scheduler import ray_session, resources
+
+        return ray_session.start(
+            self.settings.home,
+            self.address,
+            resources.load_runtime_settings(self.settings.runtime),
+            self.interruption.lose,
+            self.interruption.ends_process,
+            self.home_lock,
+        )
+
+    def _follow(self) -> tuple[SchedulerClient, _EventFollower]:
+        assert self._session is not None, "Ray has started"
+        client = self._client or self._connect(self._session)
+        past = self.early is None  # a scheduler that started early serves this search alone, and may have published already
+        return client, _EventFollower(client, self.store, self.tracker, self._show_work, self.say, ignores_past=past)
+
+    def _connect(self, session: RaySession) -> SchedulerClient:
         from ktray.pipeline.worker_entry import prepare, run_stage
         from ktray.runs.preflight import preflight
         from ktray.scheduler import client
 
         preflight(self.store, session.runtime)
         profile = self.options.profile
-        function = profile.stage_function() if profile else run_stage
-        scheduler = client.connect(session, self.store.url, function, prepare)
-        return scheduler, _EventFollower(scheduler, self.store, self.tracker, self._show_work, self.say)
+        return client.connect(session, self.store.url, profile.stage_function() if profile else run_stage, prepare)
 
     def obtain(self, graphs: Mapping[str, Graph]) -> None:
         """Have the stages of these graphs published; report what fails.
@@ -206,7 +221,10 @@ class _LazyScheduler:
         """End Ray, if it was started."""
         from ktray.scheduler import ray_session
 
-        if self._session is None:
+        if self.early is not None:
+            self.early.end()
+            restore_signal_handlers()
+        elif self._session is None:
             # An earlier driver may have been killed, and nothing was left to compute that would have started Ray here.
             if self.home_lock is not None:
                 self.home_lock.release()
@@ -226,11 +244,18 @@ def _shown_to_both(first: ShowWork, second: ShowWork) -> ShowWork:
 
 @contextmanager
 def _lazy_scheduler(
-    options: SearchOptions, settings: Settings, tracker: Tracker, interruption: Interruption, display: Display
+    options: SearchOptions,
+    settings: Settings,
+    tracker: Tracker,
+    interruption: Interruption,
+    display: Display,
+    early: EarlyStart | None = None,
 ) -> Iterator[_LazyScheduler]:
     """A scheduler for a study, whose Ray ends with this block."""
-    with _lock_home(settings.home, str(options.name), options) or nullcontext() as home_lock:  # before anything is written
-        scheduler = _LazyScheduler(options, settings, tracker, interruption, display, home_lock)
+    # Before anything is written; an early start has the lock already.
+    lock = None if early is not None else _lock_home(settings.home, str(options.name), options)
+    with lock or nullcontext() as home_lock:
+        scheduler = _LazyScheduler(options, settings, tracker, interruption, display, home_lock, early)
         try:
             yield scheduler
         finally:
@@ -244,6 +269,7 @@ def search(
     settings: Settings,
     interruption: Interruption,
     report: Callable[[SearchOutcome], None] = lambda outcome: None,
+    early: EarlyStart | None = None,
 ) -> SearchOutcome:
     """Check a space, then run its study to the target, or go on with it.
 
@@ -251,6 +277,7 @@ def search(
         source: what errors call the space, such as its file.
         interruption: a request to stop ends the search within seconds; the same call goes on later.
         report: called with the outcome once everything is written, and before Ray ends, whose end is not always orderly.
+        early: a Ray that is starting already.
 
     Raises:
         UserError: the space, an option or the data are wrong, or another driver has this study or home.
@@ -261,6 +288,8 @@ def search(
     if options.concurrent is not None:
         require_positive(options.concurrent, "concurrent")
     space = with_concurrent(space, options.concurrent)
+    if early is not None:
+        early.compute_ahead(lambda: _images_stages(space, settings))
     assumed = check_space(space, data_loader(), source)
     options.mark("space checked")
     name = options.name or space.study_name
@@ -271,11 +300,20 @@ def search(
     options = replace(options, name=name)
     with ExitStack() as until_reported:
         with open_display(settings, space, name) as display:
-            scheduler = until_reported.enter_context(_lazy_scheduler(options, settings, tracker, interruption, display))
+            scheduler = until_reported.enter_context(_lazy_scheduler(options, settings, tracker, interruption, display, early))
             outcome = search_study(space, options, settings, tracker, interruption, display, scheduler)
         report(outcome)
         options.mark("table")
     return outcome
+
+
+def _images_stages(space: Space, settings: Settings) -> list[Stage]:
+    """The stages that decode the images of a space's first draw; empty where that cannot be told before it is checked."""
+    with suppress(Exception):  # of any kind, from plugins too: the check of the space, which comes next, says what is wrong
+        _, params = next(iter(space.branch_draws()))
+        graph = build(space.pair(params), data_identity(settings.cache))
+        return [stage for stage in graph.stages if stage.name == "images"]
+    return []
 
 
 def search_study(
@@ -521,6 +559,7 @@ class _EventFollower:
     Args:
         show: called once a second with the new events and the scheduler's status: ``show(events, status)``.
         say: called with a sentence about each damaged artifact.
+        ignores_past: whether events from before do not count, because they may be about stages of other drivers.
 
     Attributes:
         published: keys of the artifacts that this scheduler has published since the follower started.
@@ -533,11 +572,12 @@ class _EventFollower:
         tracker: Tracker,
         show: Callable[[list[dict[str, Any]], Mapping[str, Any]], None],
         say: Callable[[str], None],
+        ignores_past: bool = True,
     ) -> None:
         self.scheduler, self.store, self.tracker, self.show, self.say = scheduler, store, tracker, show, say
         self.published: set[str] = set()
         self._name = str(scheduler.status()["name"])
-        past = scheduler.events(0)
+        past = scheduler.events(0) if ignores_past else []
         self._last_event = past[-1]["n"] if past else 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)

@@ -200,7 +200,7 @@ class SchedulerConfig:
             and stage function.
         store_url: the store of the artifacts.
         stage_function: cloudpickled `StageFunction`; only workers unpickle it.
-        environment: environment variables of its processes.
+        runtime_env: of its actors; None where they inherit all that they need.
         name: unique to this scheduler; the names of its attempts begin with it, so that a record tells which of several
             schedulers published it.
         prepare: cloudpickled `Prepare`; empty for none.
@@ -210,7 +210,7 @@ class SchedulerConfig:
     store_url: str
     stage_function: bytes
     runtime: RuntimeSettings
-    environment: Mapping[str, str]
+    runtime_env: Mapping[str, Any] | None
     name: str = "scheduler"
     prepare: bytes = b""
 

@@ -6,6 +6,7 @@ Drivers with the same code and environment share a scheduler: see `code_and_envi
 from __future__ import annotations
 
 import atexit
+import ctypes
 import hashlib
 import logging
 import os
@@ -44,6 +45,7 @@ OBJECT_STORE_BYTES = 1 << 30
 CONNECT_SECONDS = 5.0
 LEAVE_SECONDS = 10.0  # for the schedulers of a session to let it go
 KEPT_LOG_BYTES = 20_000
+SIGACTION_BYTES = 1024  # more than C's struct sigaction has anywhere
 RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -68,9 +70,11 @@ class RaySession:
         loss: that, or None while Ray runs.
         ends_process: whether this process ends with the session, by ``os._exit``.
         started: whether Ray runs, and not only some of its processes.
+        called_off: set by whoever stops the session while `start_ray` runs in another thread, which then starts nothing more.
         connected: whether this session owns the process's one connection to Ray, so that `stop` closes no other's.
         cleanup: the process that ends what is left of our own Ray if this process is killed.
         end_watch: ends the thread that watches Ray.
+        environment: what all processes of our own Ray inherit; None where somebody else has started it.
     """
 
     home: Path
@@ -86,9 +90,11 @@ class RaySession:
     lock: FileLock | None = None
     temporary: Path | None = None
     started: bool = False
+    called_off: bool = False
     connected: bool = False
     cleanup: subprocess.Popen[bytes] | None = None
     end_watch: Callable[[], None] = lambda: None
+    environment: dict[str, str] | None = None
 
 
 def start(
@@ -99,9 +105,21 @@ def start(
     ends_process: bool = False,
     lock: FileLock | None = None,
 ) -> RaySession:
-    """Ray on this machine for this home, or a connection to the cluster at `address`.
+    """Ray on this machine for this home, or a connection to the cluster at `address`; see `open_session` and `start_ray`."""
+    session = open_session(home, address, runtime, on_loss, ends_process, lock)
+    start_ray(session)
+    return session
 
-    Ray's own messages go to a file, never to the terminal.
+
+def open_session(
+    home: Path,
+    address: str | None,
+    runtime: RuntimeSettings,
+    on_loss: Callable[[str], None] = lambda cause: None,
+    ends_process: bool = False,
+    lock: FileLock | None = None,
+) -> RaySession:
+    """A session in which nothing runs yet.
 
     Args:
         on_loss: called once, in a thread, if Ray ends on its own, with what has ended.
@@ -110,33 +128,42 @@ def start(
         lock: the home's, if the caller has it already; the session releases it.
 
     Raises:
-        UserError: another process uses this home, or this one is connected to Ray already, or there is no cluster at
-            `address`, or it refuses our token.
-        PreflightFailed: Ray does not start.
+        UserError: another process uses this home.
     """
     home = home.absolute()
     (home / "logs").mkdir(parents=True, exist_ok=True)
     lock = lock or (lock_home(home) if address is None else None)
     log = home / "logs" / f"ray-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    session = RaySession(home, address, runtime, log, lock=lock, on_loss=on_loss, ends_process=ends_process)
+    return RaySession(home, address, runtime, log, lock=lock, on_loss=on_loss, ends_process=ends_process)
+
+
+def start_ray(session: RaySession) -> None:
+    """Start Ray, or connect to the session's cluster. Ray's own messages go to a file, never to the terminal.
+
+    The processes of our own Ray end with the thread that calls this.
+
+    Raises:
+        UserError: this process is connected to Ray already, or there is no cluster at the address, or it refuses our token.
+        PreflightFailed: Ray does not start.
+    """
     try:
         os.environ.update(RAY_ENVIRONMENT)
         _redirect_output(session.log)
-        if ends_process:
+        if session.ends_process:
             with open(session.log, "a") as file:
                 os.dup2(file.fileno(), 2)
-        with sigterm_handler_kept(), sighup_blocked():
-            if address is None:
+        with sigterm_handler_kept(), sighup_blocked(), signal_actions_kept():
+            if session.address is None:
                 _start_own_ray(session)
             else:
-                _connect(session, address)
+                _connect(session, session.address)
         _redirect_output(session.log)
         session.started = True
         atexit.register(stop, session)
     except BaseException:
-        stop(session)
+        if not session.called_off:  # otherwise whoever has called it off stops it
+            stop(session)
         raise
-    return session
 
 
 def disconnect_schedulers(session: RaySession) -> None:
@@ -209,8 +236,13 @@ def _start_own_ray(session: RaySession) -> None:
     _enable_token()
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's own processes read it: loopback only
     listen_on_loopback_only()
+    if session.called_off:
+        raise PreflightFailed("the start of Ray was called off")
+    if threading.current_thread() is not threading.main_thread():
+        logging.getLogger("ray._private.worker").setLevel(logging.ERROR)  # it warns that it sets no SIGTERM handler here
+    session.environment = worker_environment()
     try:
-        with only_needed_processes():
+        with only_needed_processes(), _environment_of(session.environment):
             ray.init(
                 address="local",
                 num_cpus=session.runtime.cpus,
@@ -218,11 +250,37 @@ def _start_own_ray(session: RaySession) -> None:
                 include_dashboard=False,
                 _temp_dir=str(session.temporary),
                 _node_ip_address="127.0.0.1",
-                runtime_env={"env_vars": worker_environment()},
                 **_quiet_options(),
             )
-    except (RuntimeError, OSError, TimeoutError) as error:
+    except PreflightFailed:
+        raise
+    except Exception as error:  # of whatever class: Ray raises a bare Exception where its raylet takes longer than 30 s
         raise PreflightFailed(f"Ray does not start: {' '.join(str(error).split())[:300]}. Its log is {session.log}") from error
+
+
+@contextmanager
+def _environment_of(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes that start within it inherit these variables.
+
+    All of Ray's processes do. A `runtime_env` would say the same to workers only, at a price: none of the processes that Ray
+    has started ahead could be used, and each new one would import Ray twice.
+    """
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def needed_runtime_env(session: RaySession) -> dict[str, Any] | None:
+    """What the `runtime_env` of an actor must say, because it does not inherit it; None for nothing."""
+    wanted = worker_environment()
+    return None if session.environment == wanted else {"env_vars": wanted}
 
 
 def _connect(session: RaySession, address: str) -> None:
@@ -503,6 +561,24 @@ def sighup_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def signal_actions_kept() -> Iterator[None]:
+    """Keep what the signals that end a search do in this process, below Python, while Ray starts; in any thread.
+
+    Ray's C++ part replaces the action of SIGTERM, and only the main thread could restore it through Python.
+    """
+    library = ctypes.CDLL(None)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: ctypes.create_string_buffer(SIGACTION_BYTES) for number in numbers}
+    for number, action in before.items():
+        library.sigaction(int(number), None, action)
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            library.sigaction(int(number), action, None)
 
 
 @contextmanager

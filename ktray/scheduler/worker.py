@@ -339,7 +339,7 @@ def start_worker(config: SchedulerConfig, name: str, shape: WorkerShape, node: s
         num_gpus=shape.gpus,
         max_restarts=0,
         max_concurrency=8,
-        runtime_env={"env_vars": dict(config.environment)},
+        runtime_env=config.runtime_env,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
     )
     return actor.remote(config, name, shape)
