@@ -77,10 +77,25 @@ def test_a_worker_that_decodes_images_does_not_wait_for_torch() -> None:
     code = (
         "import sys; from ktray.pipeline import execute, record, worker_entry; from ktray import images; "
         "from ktray.datasets import cifar10, imagefolder; from ktray.stages import work_of; "
-        "work_of('images'); record.software(); print('torch' in sys.modules); work_of('features'); print('torch' in sys.modules)"
+        "work_of('images'); record.software(); print('torch' in sys.modules); "
+        "work_of('features'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_images_are_decoded_while_the_same_process_still_imports_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from ktray.artifact import Stage; from ktray.pipeline import worker_entry; "
+        "from ktray.pool import StageContext; from ktray.stores import open_store; "
+        "spec, local = {'kind': 'synthetic', 'count': 60, 'size': 28, 'content': ''}, {'data': {'images': {}}}; "
+        "stage = Stage('images', spec, {}, local=local); "
+        "worker_entry.prepare('cpu'); store = open_store('file://' + sys.argv[1]); "
+        "print(worker_entry.run_stage(stage, store, 'first', StageContext())[0].metrics['count'])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.stdout == "60.0\n", done.stderr
 
 
 def test_signals_keep_their_handlers_whatever_c_code_does_in_another_thread() -> None:

@@ -54,16 +54,21 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """torch with one thread: more change sums in the last bit, and one actor owns one core."""
+    """torch with one thread: more change sums in the last bit, and one actor owns one core.
+
+    Where a stage decodes images while another thread still imports torch, the environment of a worker says the same.
+    """
     torch = sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch else 1
-    if torch:
-        torch.set_num_threads(1)
+    if not hasattr(torch, "set_num_threads"):
+        yield
+        return
+    assert torch is not None, "it has attributes"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if torch:
-            torch.set_num_threads(threads)  # a notebook goes on with the user's own code
+        torch.set_num_threads(threads)  # a notebook goes on with the user's own code
 
 
 @contextmanager
