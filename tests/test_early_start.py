@@ -95,7 +95,7 @@ def test_images_are_decoded_while_the_same_process_still_imports_torch(tmp_path:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.stdout == "60.0\n", done.stderr
+    assert float(done.stdout) >= 60, done.stderr  # the test split is in addition to these
 
 
 def test_signals_keep_their_handlers_whatever_c_code_does_in_another_thread() -> None:

@@ -9,7 +9,8 @@ features end there, as float32. The loops of the cases without files have their 
 there, which is the most that a loop can do. In the cases of JPEGs all contenders decode the same files of 500 x 375 pixels;
 `decoding` reads them and computes nothing, `computing` has them decoded.
 
-What was seen: on one H200 the graph gave the bits of the eager pass in every precision; its rates are still to be measured.
+What was seen: on one H200, ktray compiled has 0.87 (ResNet-18 at 32 px) and 0.91 (ResNet-50 at 224 px) of the rate of the
+compiled loop, and the bits of its graph are those of the eager pass in every precision; see README.md in this folder.
 On two busy CPU cores, images per second of processor time, AlexNet at 32 px: with 256 images (n = 2) ktray 306, bare loop
 357, simple loop 343; with 768 (n = 1) ktray 326, bare loop 337. ktray loads the network and lays out its weights once per
 extraction.

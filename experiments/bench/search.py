@@ -144,7 +144,8 @@ def cached(given: argparse.Namespace, folder: Path) -> None:
 
 def nothing(stage: Stage, store: Store, attempt: str, context: StageContext) -> tuple[Artifact, bool]:
     """A stage that publishes an empty directory."""
-    return store.publish(store.scratch(stage.key, attempt), stage.key, {"key": stage.key, "seconds": 0.0, "attempt": attempt})
+    record = {"key": stage.key, "metrics": {}, "seconds": 0.0, "attempt": attempt}
+    return store.publish(store.scratch(stage.key, attempt), stage.key, record)
 
 
 def empty_stages(given: argparse.Namespace, folder: Path) -> None:

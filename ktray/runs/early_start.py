@@ -1,6 +1,8 @@
 """A Ray that starts while the command that needs it still imports torch and checks its input.
 
-Only for a program of our own, which ends with the command, and a Ray of our own: see `ktray.cli.run_program`.
+Only for a program of our own, which ends with the command, and a Ray of our own: see `ktray.cli.run_program`. Images are
+decoded as soon as torch is imported, while the networks of a space are still tried. If the space is refused, this Ray is ended;
+what it has put into the home (its lock, token and log, decoded images) stays there.
 """
 
 from __future__ import annotations
@@ -168,7 +170,8 @@ def surely_computes(space: Path, overrides: Sequence[str], name: str | None, tri
     wanted = trials or changed.get("budget.trials") or _text(fields, "budget", "trials")
     if not study or (settings.home / "studies" / study).exists():
         return False
-    keys = settings.open_store().keys()
+    made = Path(settings.store_url.removeprefix("file://")).is_dir()  # to open a store would make it
+    keys = list(settings.open_store().keys()) if made else []
     evaluations = sum(kind_of(key) == "evaluation" for key in keys)
     return evaluations < (int(wanted) if wanted.isdecimal() else 1)
 
