@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,8 @@ def fit(
         _set_steps_taken(optimizer, average, len(history) * batches.steps)
         step = _Step(model, task, optimizer, schedule, batches, largest_part(task, schedule, max_batch_size), average)
         step.compile_early = start is not None and snapshot.was_compiled(start)
-        try:
+        with closing(step):
             _train_epochs(until, schedule, seed, history, step, on_epoch)
-        finally:
-            step.forget_graphs()
         snapshot.write(out, model, optimizer, history, average=_averaged(average))
     if place.type == "cuda":
         conditions.note("training", step.conditions())
@@ -286,10 +284,10 @@ class _Step:
     def _compile(self) -> None:
         """Compile the network and its loss for whole batches, from the next step on; what was captured is forgotten."""
         self._loss_of_whole_batch, self.compiled = compilation.compiled(self._loss_of), True
-        self.forget_graphs()
+        self._graphs = Graphs(self.capturable)
 
-    def forget_graphs(self) -> None:
-        """Give back the memory of what was captured: no other process could use it until this object is collected."""
+    def close(self) -> None:
+        """Forget what was captured. Until this object is collected no other process could use its memory."""
         self._graphs = Graphs(self.capturable)
 
     def _take_row(self, layout: RowLayout, row: Tensor, *pixels: Tensor) -> None:
