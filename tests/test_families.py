@@ -20,7 +20,7 @@ from ktray.scheduler.core import MAX_FAMILY
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.scheduler.messages import AssignStage, FenceAttempt, SchedulerEvent
 from ktray.scheduler.worker_registry import WorkerShape
-from ktray.stages import FAMILY_WORK
+from ktray.stages import features_stage
 from ktray.stores.file import FileStore
 from tests.toys import HOG, ROTATION, toy_pair
 
@@ -219,7 +219,7 @@ def test_of_a_family_only_what_the_store_lacks_is_made(pairs: Any) -> None:
 
 def test_a_fenced_family_publishes_nothing(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     store, stages = pairs
-    make = FAMILY_WORK["features"]
+    make = features_stage.run_family
 
     def fenced(*arguments: Any) -> Any:
         made = make(*arguments)
@@ -227,7 +227,7 @@ def test_a_fenced_family_publishes_nothing(pairs: Any, monkeypatch: pytest.Monke
             store.fence(each.key, "a1")
         return made
 
-    monkeypatch.setitem(FAMILY_WORK, "features", fenced)  # type: ignore[arg-type]
+    monkeypatch.setattr(features_stage, "run_family", fenced)
     with pytest.raises(FileNotFoundError):
         execute(replace(stages[0], computed_with=(stages[1],)), store, "a1", StageContext())
     assert [store.find(each.key) for each in stages] == [None, None]

@@ -5,8 +5,9 @@ from importlib import import_module
 
 import pytest
 
-from ktray import plugins, stages
+from ktray import plugins
 from ktray.pipeline import pair_graph
+from ktray.scheduler.resources import STAGES
 from ktray.spec import Augment
 from tests.source import NAMES, PACKAGE, ktray_imports
 from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
@@ -120,9 +121,9 @@ def test_features_and_what_is_judged_by_them_depend_on_how_pixels_become_numbers
     assert {"feature_extraction", "augmentation"} <= revisions["features"] & revisions["evaluation"]
 
 
-@pytest.mark.parametrize("stage", sorted(stages.WORK))
+@pytest.mark.parametrize("stage", sorted(STAGES))
 def test_the_revision_of_a_stage_is_in_its_key_and_not_in_those_of_the_stages_before_it(stage, monkeypatch):
-    order = [*stages.WORK]
+    order = [*STAGES]
     before = pair_graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
     monkeypatch.setattr(f"ktray.stages.{stage}_stage.REVISION", 2)
     after = pair_graph.build(toy_pair(teacher=ROTATION), lambda data: "content").stages
@@ -141,5 +142,5 @@ def test_what_teacher_and_student_share_in_training_is_in_the_keys_of_both(monke
 
 def test_every_module_of_the_stages_has_a_revision():
     modules = [module.name for module in PACKAGE if module.part == "stages" and module.name != "ktray.stages"]
-    assert len(modules) == len(stages.WORK) + 1  # and the training that two of them share
+    assert len(modules) == len(STAGES) + 1  # and the training that two of them share
     assert all(isinstance(import_module(name).REVISION, int) for name in modules)
