@@ -33,7 +33,7 @@ from ktray.scheduler.messages import (
 from ktray.scheduler.ray_cluster import classify_worker_loss
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.worker_registry import Node, WorkerShape
-from ktray.stages import WORK
+from ktray.stages import features_stage, student_stage
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, toy_pair
 
@@ -231,7 +231,7 @@ class Starved:
 def test_in_one_process_it_is_tried_again_with_few_images_and_tagged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = build(toy_pair(teacher=ROTATION), data_identity())
     store, events = FileStore(tmp_path), []
-    monkeypatch.setitem(WORK, "features", Starved(WORK["features"], SMALL_BATCH_SIZE))  # type: ignore[arg-type]
+    monkeypatch.setattr(features_stage, "run", Starved(features_stage.run, SMALL_BATCH_SIZE))
     LocalScheduler(store, execute, StageContext(), lambda event: events.append(event["event"])).obtain(
         list(graph.stages), "test"
     )
@@ -245,7 +245,7 @@ def test_a_training_that_does_not_fit_alone_fails_with_a_clear_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = build(toy_pair(), data_identity())
-    monkeypatch.setitem(WORK, "student", Starved(WORK["student"], 0))  # type: ignore[arg-type]
+    monkeypatch.setattr(student_stage, "run", Starved(student_stage.run, 0))
     with pytest.raises(StageFailed, match=r"even with the whole GPU.*use a smaller batch_size"):
         LocalScheduler(FileStore(tmp_path), execute, StageContext(), lambda event: None).obtain(list(graph.stages), "test")
 
@@ -283,7 +283,7 @@ def test_on_a_gpu_the_peak_is_recorded_and_a_provoked_shortage_is_overcome(tmp_p
     expected, _ = execute(features, store, "plain", context)
     store.remove(features.key)
     held = [torch.empty(0, device="cuda:0")]
-    real = WORK["features"]
+    real = features_stage.run
 
     def beside_a_neighbour(*given: Any) -> Any:
         if not given[3].max_batch_size:
@@ -291,7 +291,7 @@ def test_on_a_gpu_the_peak_is_recorded_and_a_provoked_shortage_is_overcome(tmp_p
         return real(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(WORK, "features", beside_a_neighbour)  # type: ignore[arg-type]
+        patch.setattr(features_stage, "run", beside_a_neighbour)
         LocalScheduler(store, execute, context, lambda event: None).obtain([features], "test")
     again = store.find(features.key)
     assert again is not None

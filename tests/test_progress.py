@@ -17,7 +17,7 @@ from ktray.pipeline.pair_graph import build
 from ktray.pool import StageContext
 from ktray.progress import advance, reporting
 from ktray.scheduler.local_scheduler import LocalScheduler
-from ktray.stages import WORK
+from ktray.scheduler.resources import STAGES
 from ktray.stores import Store
 from ktray.stores.file import FileStore
 from tests.toys import ROTATION, STUDENT, toy_pair
@@ -49,7 +49,7 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_every_stage_says_that_its_work_moves(told: dict[str, list[Mapping[str, float]]]) -> None:
-    assert told.keys() == WORK.keys()
+    assert told.keys() == set(STAGES)
     assert [stage for stage, reports in told.items() if not reports] == []
 
 
