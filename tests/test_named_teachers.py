@@ -24,6 +24,7 @@ from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import check_pair, data_loader
 from ktray.pipeline.pair_graph import build
 from ktray.pool import LocalPool, StageContext
+from ktray.runs.student_export import licences_of
 from ktray.scheduler.local_scheduler import LocalScheduler
 from ktray.spec import PairSpec
 from ktray.stores.file import FileStore
@@ -274,6 +275,8 @@ def test_a_pair_runs_offline_and_says_the_licence_in_the_record(cache: Path, tmp
         json.loads((store / answer["keys"][stage] / "record.json").read_text())["inputs"] for stage in ("features", "student")
     )
     assert of_teacher["images"] != of_student["images.transfer"]
+    said = licences_of(answer["keys"], FileStore(store))
+    assert said == {"convnext_atto, model.safetensors": "a-licence"}, "what the card of an exported student says"
 
 
 @pytest.mark.slow
