@@ -52,7 +52,7 @@ def test_a_search_for_detection_and_latency_shows_its_pareto_front(tmp_path: Pat
     corner = np.random.default_rng(0).integers(0, 20, (30, 2))
     np.savez(tmp_path / "voc_small" / "proposals.npz", **dict.fromkeys(names, np.hstack([corner, corner + 20])))
     monkeypatch.chdir(tmp_path)
-    content = yaml.safe_load((ROOT / "search_spaces" / "voc_small.yaml").read_text())
+    content = yaml.safe_load((ROOT / "experiments" / "voc_small.yaml").read_text())
     pair = content["pair"]
     pair["data"] |= dict.fromkeys(("pretext", "cluster", "transfer"), "fashion_mnist_mini")
     pair["data"]["target"]["size"] = 32
