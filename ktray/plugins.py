@@ -6,6 +6,7 @@ only after `allow("my_lab")`, so that a YAML file alone can never make ktray imp
 
 from __future__ import annotations
 
+import ast
 import os
 import pkgutil
 import sys
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, Protocol, Self, get_args, get_origin
 
@@ -103,6 +105,57 @@ def module(group: str, kind: str) -> ModuleType:
         raise UserError(f"there is no {group} kind {shown(kind)}", instead=f"{hint}Known: {', '.join(kinds(group))}.")
     _loaded[group, kind] = _imported(group, kind, f"ktray.{GROUPS[group]}.{kind}")
     return _loaded[group, kind]
+
+
+def stated(group: str, kind: str, name: str, default: Any = ()) -> Any:
+    """A constant of a kind's module, such as `NEEDS`; of a mapping its names alone. A shipped module is not imported for it.
+
+    Commands that only read would otherwise import torch, with which most kinds compute.
+
+    Raises:
+        UserError: as `module`.
+    """
+    if (group, kind) in _loaded or kind not in _shipped(group):
+        return getattr(module(group, kind), name, default)
+    node = _top_level(group, kind).get(name)
+    if node is None:
+        return default
+    try:
+        return tuple(map(ast.literal_eval, node.keys)) if isinstance(node, ast.Dict) else ast.literal_eval(node)  # type: ignore[arg-type]
+    except (ValueError, TypeError):  # an expression
+        return getattr(module(group, kind), name, default)
+
+
+def defines(group: str, kind: str, name: str) -> bool:
+    """Whether a kind's module defines a function or constant. A shipped module is not imported for it.
+
+    Raises:
+        UserError: as `module`.
+    """
+    if (group, kind) in _loaded or kind not in _shipped(group):
+        return hasattr(module(group, kind), name)
+    return name in _top_level(group, kind)
+
+
+@lru_cache(maxsize=64)
+def _top_level(group: str, kind: str) -> dict[str, ast.expr | None]:
+    """Name -> what is assigned to it at the top of a shipped module; functions and imported names have None."""
+    found: dict[str, ast.expr | None] = {}
+    spec = find_spec(f"ktray.{GROUPS[group]}.{kind}")
+    assert spec is not None
+    assert spec.origin is not None
+    with open(spec.origin, encoding="utf-8") as file:
+        body = ast.parse(file.read()).body
+    for node in body:
+        if isinstance(node, ast.Assign):
+            found |= {each.id: node.value for each in node.targets if isinstance(each, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = node.value
+        elif isinstance(node, ast.FunctionDef):
+            found[node.name] = None
+        elif isinstance(node, ast.ImportFrom):
+            found |= {each.asname or each.name: None for each in node.names}
+    return found
 
 
 def _imported(group: str, kind: str, name: str) -> ModuleType:

@@ -185,6 +185,16 @@ def _any_kind(group: str) -> WithJsonSchema:
     return WithJsonSchema({"kinds": group})
 
 
+TOLERANCE = "max_unreadable"
+"""Field of every data set that decides whether its images are accepted, and not what they are. Every key has its default."""
+
+
+def without_tolerance(data: DataPlugin) -> DataPlugin:
+    """The data set with the default of the tolerated share of unreadable images."""
+    fields: Mapping[str, Any] = type(data).model_fields  # type: ignore[attr-defined]
+    return data.model_copy(update={TOLERANCE: fields[TOLERANCE].default})
+
+
 DataSpec = Annotated[DataPlugin, PlainValidator(_data), _any_kind("dataset")]
 BackboneSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "backbone")), _any_kind("backbone")]
 PretextSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "pretext")), _any_kind("pretext")]

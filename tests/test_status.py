@@ -97,9 +97,9 @@ def test_a_running_search_tells_what_each_trial_waits_for(study: Study, tmp_path
     assert answer["running"]
     assert str(os.getpid()) in answer["by"]
     assert [wait["state"] for wait in answer["now"]["waiting"]] == ["runs on worker-1, node ffffffff", "queued"]
-    assert f"waits for {KEY} since 12 s: runs on worker-1, node ffffffff" in text
-    assert f"{KEY}  30 s on worker-1, node ffffffff  epoch 3 of 9" in text
-    assert f"trial 0 ({study.trials()[0].params['teacher']}" in text
+    assert "waits for student since 12 s: runs on worker-1, node ffffffff" in text
+    assert f"trial 0: student  epoch 3 of 9  30 s on worker-1, node ffffffff ({KEY})" in text
+    assert f"0 finished, 2 running of {study.target} trials" in text
     assert "2 workers, 1 stage queued" in text
     assert "NO PROGRESS" not in text
     json.dumps(answer, allow_nan=False)

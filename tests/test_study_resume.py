@@ -11,12 +11,15 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from ktray import cli
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
+from ktray.search.draws import pair_identity
 from ktray.search.history import read_study
-from ktray.search.journal import study_folder
+from ktray.search.journal import read, study_folder, trial_from
 from ktray.search.study import Study
 from ktray.search.trial import Trial
 from ktray.stores.locks import lock_home
@@ -96,10 +99,31 @@ def test_one_driver_at_a_time_has_a_study(tmp_path: Path) -> None:
 
 
 def test_another_space_under_an_old_name_is_refused_with_the_difference(tmp_path: Path) -> None:
-    Study.open(tmp_path, toy_space(tmp_path)).prune_and_close()
+    with Study.open(tmp_path, toy_space(tmp_path)) as study:
+        study.next()
     with pytest.raises(UserError, match=r"pair\.transfer\.k\.choice was \[5, 10, 20\], is \[5, 10\]"):
         Study.open(tmp_path, toy_space(tmp_path, {"transfer": {"kind": "clusters", "k": {"choice": [5, 10]}}}))
     Study.open(tmp_path, toy_space(tmp_path, budget={"trials": 99})).prune_and_close()
+
+
+def test_a_study_without_any_trial_may_be_begun_with_another_space(tmp_path: Path) -> None:
+    Study.open(tmp_path, toy_space(tmp_path)).prune_and_close()
+    Study.open(tmp_path, toy_space(tmp_path, {"transfer": {"kind": "clusters", "k": 5}})).prune_and_close()
+    assert read_study(tmp_path, "toy").space.resume_relevant_fields()["pair"]["transfer"]["k"] == 5
+
+
+def test_the_tolerance_for_unreadable_images_may_change_and_makes_no_other_pair(tmp_path: Path) -> None:
+    spaces = [
+        toy_space(tmp_path, {"data": {"kind": "synthetic", "count": 60, "classes": 3, "max_unreadable": tolerance}})
+        for tolerance in (0.01, 0.3)
+    ]
+    with Study.open(tmp_path, spaces[0]) as study:
+        study.next()
+        (trial,) = study.trials()
+    with Study.open(tmp_path, spaces[1]) as study:
+        other = spaces[1].pair(trial.params).model_dump(mode="json")
+    assert other != trial.pair
+    assert pair_identity(other) == pair_identity(trial.pair)
 
 
 def test_a_study_name_is_a_plain_file_name(tmp_path: Path) -> None:
@@ -301,3 +325,28 @@ def test_a_study_that_cannot_begin_because_there_is_nothing_to_learn_from_leaves
     with pytest.raises(UserError, match="no study 'absent'"):
         Study.open(tmp_path / "home", space, warm_start="absent")
     assert len(read_study(tmp_path / "home", "toy").trials) == 1
+
+
+def test_a_study_reads_the_same_without_optuna_as_with_it(tmp_path: Path) -> None:
+    with Study.open(tmp_path, toy_space(tmp_path)) as study:
+        drive(study, segments=12)
+    storage = JournalStorage(JournalFileBackend(str(study_folder(tmp_path, "toy") / "journal.log")))
+    wanted = optuna.load_study(study_name="toy", storage=storage)
+    notes, found = read(tmp_path, "toy")
+    assert notes == wanted.user_attrs
+    assert [dict(trial.params) for trial in found] == [trial.params for trial in wanted.trials]
+    assert found == [trial_from(each.number, each.params, each.user_attrs) for each in wanted.trials]
+    assert {type(value) for trial in found for value in trial.params.values()} >= {float, int, str}
+
+
+def test_reading_verbs_import_neither_optuna_nor_torch(tmp_path: Path) -> None:
+    with Study.open(tmp_path, toy_space(tmp_path)) as study:
+        drive(study, segments=12)
+    for verb in (["best", "toy"], ["show", "toy"], ["show", "toy/0"], ["status", "toy"], ["report", "toy", "-o", "r.html"]):
+        code = f"import sys; from ktray.cli import main; assert main({verb}) == 0; print(*sys.modules, sep='|')"
+        environment = {**os.environ, "KTRAY_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        loaded = set(out.stdout.splitlines()[-1].split("|"))
+        assert not loaded & {"torch", "optuna", "ray", "mlflow", "pandas", "matplotlib", "sklearn", "scipy"}, verb

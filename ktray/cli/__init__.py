@@ -10,6 +10,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -23,6 +24,7 @@ from ktray.cli import (
     best_command,
     cache_command,
     compare_command,
+    completion_command,
     data_command,
     export_command,
     init_command,
@@ -42,7 +44,7 @@ from ktray.cli.terminal import INTERRUPTED, path_argument
 from ktray.errors import MissingInput, PreflightFailed, SearchStopped, StageFailed, UserError
 from ktray.output import print_err
 from ktray.redaction import remember, without_secrets
-from ktray.text import cut, visible_name
+from ktray.text import cut, near_word, visible_name
 
 VERBS = {
     "init": init_command,
@@ -62,6 +64,7 @@ VERBS = {
     "data": data_command,
     "schema": schema_command,
     "teachers": teachers_command,
+    "completion": completion_command,
 }
 
 
@@ -96,6 +99,10 @@ def main(argv: Sequence[str] | None = None, is_program: bool = False) -> int:
         is_program: whether the process ends with the command.
     """
     parser = _parser()
+    if is_program and "_ARGCOMPLETE" in os.environ:
+        from ktray.cli.completion import offer
+
+        offer(parser)
     try:
         args = parser.parse_args(argv)
     except UserError as error:
@@ -152,6 +159,13 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong argument like every other error: in one paragraph, without the usage."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            known = re.findall(r"[\w-]+", wrong[3])
+            near = near_word(wrong[2], known)
+            what = "verb" if wrong[1] == "VERB" else f"choice for {wrong[1]}"
+            hint = f"Did you mean {near!r}? " if near else "" if wrong[1] == "VERB" else f"It is one of {', '.join(known)}. "
+            raise UserError(f"there is no {what} {wrong[2]!r}", instead=f"{hint}See {self.prog} --help.")
         raise UserError(message, instead=f"See {self.prog} --help.")
 
 

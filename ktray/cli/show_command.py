@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from ktray.cli.terminal import answered_elsewhere, path_argument, print_result, settings_of
 from ktray.runs.settings import Settings
+from ktray.text import near_word
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,7 +27,7 @@ HELP = "a study, a trial, an artifact or the kinds"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
-    parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|kinds|kinds/KIND|evals")
+    parser.add_argument("what", metavar="NAME|NAME/TRIAL|KEY|KIND|kinds|evals")
     parser.add_argument("--against", type=path_argument, metavar="PAIR", help="KEY: which fields differ from this pair's stage")
 
 
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         return _presets(args)
     if args.what.startswith("kinds/"):
         return _kind(args, args.what.removeprefix("kinds/"))
+    if _is_kind(args.what) and not (settings.home / "studies" / args.what).is_dir():
+        return _kind(args, args.what)
     code = answered_elsewhere(args, settings, args.what.partition("/")[0])
     if code is not None:
         return code
@@ -57,6 +60,12 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"there is no artifact {args.what!r} in {store.url}", instead="See ktray cache list.")
     name, _, number = args.what.partition("/")
     return _trial(args, name, number, settings) if number else _study(args, name, settings)
+
+
+def _is_kind(name: str) -> bool:
+    from ktray import plugins
+
+    return any(name in plugins.kinds(group) for group in plugins.GROUPS)
 
 
 def _kinds(args: argparse.Namespace) -> int:
@@ -119,15 +128,19 @@ def _kind(args: argparse.Namespace, kind: str) -> int:
 
     groups = [group for group in plugins.GROUPS if kind in plugins.kinds(group)]
     if not groups:
-        raise UserError(f"there is no kind {kind!r}", instead="See ktray show kinds.")
+        near = near_word(kind, [each for group in plugins.GROUPS for each in plugins.kinds(group)])
+        hint = f"Did you mean {near!r}? " if near else ""
+        raise UserError(f"there is no kind {kind!r}", instead=f"{hint}See ktray show kinds.")
     answer, lines = [], []
     for group in groups:
         module = plugins.module(group, kind)
         fields = _fields(module.Spec)
         found: dict[str, Any] = {"group": group, "kind": kind, **_described(module), "fields": fields}
-        rows = [[field["name"], field["type"], _default_text(field), field["description"]] for field in fields]
-        text = table(["field", "type", "default", "description"], rows) if rows else "no fields"
-        lines += [f"{group} {kind}: {found['what']}", f"Source: {found['source']}", "", text, ""]
+        found |= {"layers": _layers(module, group), "minimal": _minimal(group, kind, fields)}
+        rows = [[field["name"], field["type"], field["range"], _default_text(field), field["description"]] for field in fields]
+        text = table(["field", "type", "range", "default", "description"], rows) if rows else "no fields"
+        layers = [f"layers: {', '.join(found['layers'])}", ""] if found["layers"] else []
+        lines += [f"{group} {kind}: {found['what']}", f"Source: {found['source']}", "", text, "", *layers, found["minimal"], ""]
         answer.append(found)
     print_result(args, answer, "\n".join(lines[:-1]))
     return 0
@@ -139,10 +152,59 @@ def _fields(model: type[BaseModel]) -> list[dict[str, Any]]:
     for name, field in model.model_fields.items():
         if name != "kind":
             default = {} if field.is_required() else {"default": _plain(field.default)}
-            fields.append(
-                {"name": name, "type": _type_text(field.annotation), **default, "description": field.description or ""}
-            )
+            kind = {"type": _type_text(field.annotation), "range": _range_text(field.metadata)}
+            fields.append({"name": name, **kind, **default, "description": field.description or ""})
     return fields
+
+
+def _range_text(limits: list[Any]) -> str:
+    """``>= 1, < 2048`` from the limits of a field; empty without any."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return ", ".join(
+        f"{sign} {limit:.10g}" for each in limits for name, sign in signs.items() if (limit := _limit(each, name)) is not None
+    )
+
+
+def _limit(each: Any, name: str) -> float | None:
+    found = getattr(each, name, None)
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _layers(module: ModuleType, group: str) -> list[str]:
+    """The layers of a network with default fields; empty for other kinds, and where a field is required."""
+    if group != "backbone" or any(field.is_required() for field in module.Spec.model_fields.values()):
+        return []
+    import torch
+
+    from ktray.errors import UserError
+
+    try:
+        with torch.device("meta"):
+            return list(module.build(module.Spec()).layers)
+    except (UserError, ImportError):  # a library that is not installed
+        return []
+
+
+_PLACES = {  # group -> where a kind stands in a pair file
+    "dataset": "data: {}",
+    "backbone": "student: {{backbone: {}, schedule: {{epochs: 20}}}}",
+    "pretext": "teacher: {{pretext: {}, backbone: alexnet, layer: conv4, schedule: {{epochs: 20}}}}",
+    "descriptor": "teacher: {{descriptor: {}}}",
+    "transfer": "transfer: {}",
+    "evaluation": "evals: [{}]",
+}
+_EXAMPLES = {"int": 10, "float": 0.1, "text": "/path"}  # type of a required field -> a value
+
+
+def _minimal(group: str, kind: str, fields: list[dict[str, Any]]) -> str:
+    """The line of a pair file that has this kind, with no more than it requires."""
+    required = {field["name"]: _example(field["type"]) for field in fields if "default" not in field}
+    return _PLACES[group].format(_yaml_line({"kind": kind, **required}))
+
+
+def _example(type_text: str) -> Any:
+    first = type_text.split(" | ")[0]
+    return _EXAMPLES.get(first, first)
 
 
 def _plain(value: Any) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktray.artifact import Artifact, kind_of
-from ktray.pipeline.pair_graph import Graph
 from ktray.stores import Store, intact_file_or_none
 from ktray.text import some_of
+
+if TYPE_CHECKING:  # it imports torch
+    from ktray.pipeline.pair_graph import Graph
 
 
 def published_artifacts(graph: Graph, store: Store) -> dict[str, Artifact] | None:
@@ -75,5 +77,5 @@ def learning_curve(artifact: Artifact) -> list[dict[str, Any]]:
         return []
     import pyarrow.parquet as parquet
 
-    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    rows: list[dict[str, Any]] = parquet.ParquetFile(path).read().to_pylist()  # `read_table` imports pandas
     return rows

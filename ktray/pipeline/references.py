@@ -143,9 +143,10 @@ def _labels_read_by(evaluation: Artifact) -> list[tuple[str, str]]:
         "judged": (inputs["images.target"], spec["split"]),
     }
     try:
-        module = plugins.module("evaluation", spec["kind"])
+        needs = plugins.stated("evaluation", spec["kind"], "NEEDS_LABELS", False) or plugins.stated(
+            "evaluation", spec["kind"], "NEEDS_ANNOTATIONS"
+        )
+        read = labels if needs else plugins.stated("evaluation", spec["kind"], "MAY_READ_LABELS")
     except UserError:  # a plugin that this command does not trust; it may have read all labels, so count them all
         return [*labels.values()]
-    needs = module.NEEDS_LABELS or getattr(module, "NEEDS_ANNOTATIONS", ())
-    read = labels if needs else getattr(module, "MAY_READ_LABELS", ())
     return [labels[name] for name in read]

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ktray.errors import UserError
 from ktray.pipeline.naming import lineage
 from ktray.pipeline.references import CEILING, RANDOM
-from ktray.plugins import module
+from ktray.plugins import stated
 from ktray.report.figures import strip
 from ktray.report.formatting import Objective, anonymised, listed, loss_of, measure, number, pair_title, value_of
 from ktray.search.ranking import ranked
@@ -137,8 +137,8 @@ def _unknown_training(pair: Mapping[str, Any]) -> str:
 def _learns_from_labels(pair: Mapping[str, Any]) -> bool:
     pretexts = [teacher["pretext"] for teacher in _first_teachers(pair) if "pretext" in teacher]
     try:
-        teacher = any("labels" in getattr(module("pretext", str(pretext["kind"])), "NEEDS", ()) for pretext in pretexts)
-        return teacher or any("labels" in module("transfer", str(p["transfer"]["kind"])).NEEDS for p in _generations(pair))
+        teacher = any("labels" in stated("pretext", str(pretext["kind"]), "NEEDS") for pretext in pretexts)
+        return teacher or any("labels" in stated("transfer", str(p["transfer"]["kind"]), "NEEDS") for p in _generations(pair))
     except UserError:  # an external plugin that this command does not trust
         return False
 

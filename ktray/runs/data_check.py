@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ktray import plugins
 from ktray.checksums import read_json, write_json
 from ktray.errors import UserError
 from ktray.features import precomputed
@@ -21,7 +23,7 @@ from ktray.runs.repeated_images import repeated_images, warnings_about
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher, teachers_of
+from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher, teachers_of, without_tolerance
 from ktray.text import as_read, counted, shown, some_of, visible_name
 from ktray.yaml_file import parse_yaml
 
@@ -36,7 +38,6 @@ def parse_data(text: str) -> DataSpec:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    from ktray import plugins
     from ktray.search import spec_errors
 
     value = parse_yaml(text, "the data set") if text.startswith("{") else text
@@ -66,7 +67,6 @@ def describe(
     Raises:
         UserError: there is no such data set, or it cannot be read.
     """
-    from ktray import plugins
     from ktray.images import split_rows
 
     splits = plugins.module_of("dataset", spec).load(spec)
@@ -329,7 +329,7 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
     Raises:
         UserError: it names the data that have changed.
     """
-    specs = {canonical(spec.model_dump(mode="json")): spec for spec in _data_specs(space)}
+    specs = {canonical(without_tolerance(spec).model_dump(mode="json")): spec for spec in data_specs(space)}
     found = {name: identity(spec) for name, spec in specs.items()}
     file = folder / FILE
     has_results = any(trial.state not in ("failed", "duplicate") for trial in trials)
@@ -340,6 +340,7 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
             f"{file} is damaged, which says with which images the study {folder.name!r} was begun",
             instead="Delete this file if they are still the same, or give this search another --name.",
         ) from error
+    noted = {_with_default_tolerance(name): content for name, content in noted.items()}
     changed = [name for name, content in found.items() if noted.get(name, content) != content]
     if changed:
         spec = specs[changed[0]]
@@ -355,7 +356,13 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
         write_json(file, found)
 
 
-def _data_specs(space: Space) -> Iterator[DataSpec]:
+def _with_default_tolerance(name: str) -> str:
+    """The name of noted data, whatever tolerance they were noted with: studies of earlier versions named it."""
+    plain = json.loads(name)
+    return canonical(without_tolerance(plugins.parse("dataset", plain)).model_dump(mode="json"))
+
+
+def data_specs(space: Space) -> Iterator[DataSpec]:
     """The data of every role in every branch, of all generations of a chain."""
     for _, params in space.boundary_draws():
         for pair in generations(space.pair(params)):

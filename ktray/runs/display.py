@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ktray.artifact import kind_of
 from ktray.pipeline.naming import pair_name
 from ktray.redaction import without_secrets
 from ktray.runs.settings import Settings
+from ktray.runs.study_status import progress_of, time_left, time_left_text
 from ktray.search import halving, ranking
+from ktray.search.history import StudySnapshot
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.search.trial import Trial
@@ -25,8 +28,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "paused": "default", "pruned": "dim"}
-STATE_ORDER = ("completed", "running", "paused", "pruned", "failed", "duplicate")
-MAX_ROWS = 12
+_LINES_BESIDE_ROWS = 8  # head, blank lines, heads of the tables, a line about more
 
 
 class Display(Protocol):
@@ -73,12 +75,19 @@ class _Plain:
 
 
 class _Live:
-    """A table, redrawn in place: progress of the study, what runs on which worker, and the trials, best first."""
+    """A table, redrawn in place: how far the study is, what the running trials wait for, then the other trials, best first.
 
-    def __init__(self, space: Space, name: str, console: Console) -> None:
+    Args:
+        is_made: whether the artifact of a key is in the store.
+    """
+
+    def __init__(self, space: Space, name: str, console: Console, is_made: Callable[[str], bool]) -> None:
         self.space, self.name, self.console, self.began = space, name, console, time.monotonic()
         self.study: Study | None = None
         self.status: Mapping[str, Any] = {}
+        self._is_made, self._made = is_made, set[str]()
+        self._left: tuple[float, float, float] | None = None
+        self._names: tuple[int, dict[int, str]] = (0, {})
 
     def begin(self, study: Study) -> None:
         self.study = study
@@ -89,6 +98,15 @@ class _Live:
 
     def work(self, events: list[dict[str, Any]], status: Mapping[str, Any]) -> None:
         self.status = status
+        if self.study is not None:
+            study = self.study
+            snapshot = StudySnapshot(self.name, self.space, study.trials(), study.target, study.elapsed)
+            self._left = time_left(snapshot, self._was_made)
+
+    def _was_made(self, key: str) -> bool:
+        if key not in self._made and self._is_made(key):
+            self._made.add(key)
+        return key in self._made
 
     def say(self, text: str) -> None:
         self.console.print(_as_text(without_secrets(f"ktray: {text}"), "dim"), highlight=False)
@@ -98,9 +116,21 @@ class _Live:
         from rich.console import Group
 
         trials = [trial for trial in self.study.trials() if trial.state != "duplicate"] if self.study else []
-        work = self._work()
-        rows = max(1, min(MAX_ROWS, self.console.height - work.row_count - 8))
-        return Group(self._head(trials), "", work, self._queue(), "", self._trials(trials, rows))
+        running = [trial for trial in trials if trial.state == "running"]
+        others = [trial for trial in _best_first(trials, self.space) if trial.state != "running"]
+        names, rows = self._names_of(trials), max(2, self.console.height - _LINES_BESIDE_ROWS)
+        work = _work_of(running, self.status)
+        most_others = max(1, rows // 3, rows - len(work)) if others else 0
+        shown_work = work[: rows - min(most_others, len(others))]
+        parts: list[RenderableType] = [self._head(trials), "", self._running(work, shown_work, names)]
+        if others:
+            parts += ["", self._others(others, names, rows - len(shown_work))]
+        return Group(*parts)
+
+    def _names_of(self, trials: Sequence[Trial]) -> dict[int, str]:
+        if self._names[0] != len(trials):
+            self._names = (len(trials), ranking.names_by_difference(trials))
+        return self._names[1]
 
     def _head(self, trials: Sequence[Trial]) -> Table:
         from rich.progress_bar import ProgressBar
@@ -109,76 +139,103 @@ class _Live:
 
         target = self.study.target if self.study else self.space.budget.trials
         settled = sum(trial.state != "running" for trial in trials)
-        states = [trial.state for trial in trials]
-        counts = ", ".join(f"{states.count(state)} {state}" for state in STATE_ORDER if state in states)
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
         head.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=max(target, 1), completed=settled, complete_style="cyan", finished_style="green")
         head.add_row(_as_text(self.name, "bold"), bar, Text(_clock(time.monotonic() - self.began), style="bold"))
-        return _stacked(head, Text(f"{len(trials)} of {counted(target, 'trial')}{': ' if counts else ''}{counts}", style="dim"))
+        left = "" if self._left is None else f"; {time_left_text(*self._left)}"
+        return _stacked(head, Text(f"{progress_of(trials, target)}{left}", style="dim", no_wrap=True, overflow="ellipsis"))
 
-    def _work(self) -> Table:
+    def _running(self, work: Sequence[_Work], shown: Sequence[_Work], names: Mapping[int, str]) -> RenderableType:
+        """What runs now: one row per trial, then stages that no trial waits for yet."""
         from rich.table import Table
-
-        work = Table.grid(padding=(0, 2))
-        for style in ("cyan", "default", "dim", "dim"):
-            work.add_column(no_wrap=True, overflow="ellipsis", style=style)
-        now = time.time()
-        for entry in self.status.get("running", ()):
-            helpers = f" +{len(entry['helpers'])}" if entry.get("helpers") else ""
-            cells = (
-                f"{entry['worker']}{helpers}",
-                entry["key"],
-                _clock(now - entry["since"]),
-                _progress_text(entry["progress"]),
-            )
-            work.add_row(*map(_as_text, cells))
-        return work
-
-    def _queue(self) -> Text:
-        """What waits, in a few words."""
         from rich.text import Text
 
-        queued, workers = len(self.status.get("queued", ())), self.status.get("workers", ())
-        if not self.status:
-            words = "starting"
-        elif all(worker["state"] == "starting" for worker in workers):
-            words = "workers are starting"
-        else:
-            words = counted(queued, "more stage waits", "more stages wait") if queued else ""
-        return Text(words, style="dim")
-
-    def _trials(self, trials: Sequence[Trial], rows: int) -> Table:
-        from rich.table import Table
-
-        goal = self.space.objectives[0][0]
-        stop = self.space.early_stop
+        if not work:
+            return Text(self._before_work(), style="dim")
         table = Table(box=None, pad_edge=False, expand=True, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("trial", justify="right", no_wrap=True)
-        table.add_column("pair", ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column("running", ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column("stage", no_wrap=True)
+        table.add_column("progress", no_wrap=True, overflow="ellipsis", max_width=max(12, self.console.width // 3))
+        table.add_column("for", justify="right", no_wrap=True)
+        for each in shown:
+            number = "" if each.trial is None else str(each.trial)
+            what = each.waiter if each.trial is None else names.get(each.trial, "")
+            table.add_row(*map(_as_text, (number, what, each.stage, each.progress, each.seconds)), style="cyan")
+        queued = len(self.status.get("queued", ()))
+        more = [f"and {len(work) - len(shown)} more"] if len(work) > len(shown) else []
+        more += [counted(queued, "stage is queued", "stages are queued")] if queued else []
+        if more:
+            table.add_row("", _as_text(", ".join(more)), style="dim")
+        return table
+
+    def _before_work(self) -> str:
+        workers = self.status.get("workers", ())
+        if not self.status:
+            return "starting"
+        return "workers are starting" if all(worker["state"] == "starting" for worker in workers) else "nothing runs"
+
+    def _others(self, trials: Sequence[Trial], names: Mapping[int, str], rows: int) -> Table:
+        from rich.table import Table
+
+        goal, stop = self.space.objectives[0][0], self.space.early_stop
+        table = Table(box=None, pad_edge=False, expand=True, header_style="dim", padding=(0, 2, 0, 0))
+        table.add_column("trial", justify="right", no_wrap=True)
+        table.add_column("best first", ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column("epochs", justify="right", no_wrap=True)
         if stop and stop.metric != goal:
             table.add_column(_as_text(stop.metric), justify="right", no_wrap=True)
         table.add_column(_as_text(goal), justify="right", no_wrap=True)
         table.add_column("state", no_wrap=True)
-        waits_for = _stages_waited_for(self.status.get("waiting", ()))
-        for trial in _best_first(trials, self.space)[:rows]:
+        shown = trials[:rows] if len(trials) <= rows or rows < 2 else trials[: rows - 1]
+        for trial in shown:
             score = trial.scores.get(max(trial.scores, default=0))
             found = trial.objectives.get(goal, score if stop and stop.metric == goal else None)
             judged = [_number(score)] if stop and stop.metric != goal else []
             reached = f"{trial.epoch}/{trial.total_epochs}"
-            state = (
-                f"{trial.state}: {waits_for[trial.number]}"
-                if trial.state == "running" and trial.number in waits_for
-                else trial.state
-            )
-            cells = [str(trial.number), pair_name(trial.pair), reached, *judged, _number(found), state]
+            cells = [str(trial.number), names.get(trial.number, ""), reached, *judged, _number(found), trial.state]
             table.add_row(*map(_as_text, cells), style=COLOURS.get(trial.state))
-        if len(trials) > rows:
-            table.add_row("", _as_text(f"and {len(trials) - rows} more"), style="dim")
+        if len(trials) > len(shown) and rows > 1:
+            table.add_row("", _as_text(f"and {len(trials) - len(shown)} more"), style="dim")
         return table
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A row of what runs: a trial with the stage that it waits for, or a stage that runs for nobody yet."""
+
+    trial: int | None
+    waiter: str
+    stage: str
+    progress: str
+    seconds: str
+
+
+def _work_of(running: Sequence[Trial], status: Mapping[str, Any]) -> list[_Work]:
+    """What the running trials wait for, then the stages that run and that none of them waits for."""
+    now, runs = time.time(), {entry["key"]: entry for entry in status.get("running", ())}
+    waits: dict[str, str] = {str(entry["waiter"]): entry["key"] for entry in status.get("waiting", ())}
+    found, shown = [], set()
+    for trial in running:
+        key = waits.get(f"trial {trial.number}", "")
+        shown.add(key)
+        found.append(_row(trial.number, "", key, runs.get(key), now))
+    waiters = {key: waiter for waiter, key in waits.items()}
+    for key, entry in runs.items():
+        if key not in shown:
+            found.append(_row(None, waiters.get(key, "for a trial to come"), key, entry, now))
+    return found
+
+
+def _row(trial: int | None, waiter: str, key: str, entry: Mapping[str, Any] | None, now: float) -> _Work:
+    stage = kind_of(key).replace("_", "-") if key else ""
+    if entry is None:
+        return _Work(trial, waiter, stage, "queued" if key else "", "")
+    helpers = f"  {1 + len(entry['helpers'])} workers" if entry.get("helpers") else ""
+    return _Work(trial, waiter, stage, f"{_progress_text(entry['progress'])}{helpers}", _clock(now - entry["since"]))
 
 
 def _as_text(value: str, style: str = "") -> Text:
@@ -198,12 +255,6 @@ def _best_first(trials: Sequence[Trial], space: Space) -> list[Trial]:
         others += halving.sorted_by_rung_score(space.early_stop, level, epoch)
     seen = {trial.number for trial in (*done, *others)}
     return [*done, *others, *(trial for trial in trials if trial.number not in seen)]
-
-
-def _stages_waited_for(waiting: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Number of a trial -> name of the stage that it waits for."""
-    named = [(str(entry["waiter"]).split(), kind_of(entry["key"])) for entry in waiting]
-    return {int(words[1]): stage.replace("_", "-") for words, stage in named if words[0] == "trial"}
 
 
 def _stacked(*parts: RenderableType) -> Table:
@@ -244,7 +295,8 @@ def open_display(settings: Settings, space: Space, name: str) -> Iterator[Displa
     from rich.console import Console
     from rich.live import Live
 
-    live = _Live(space, name, Console(stderr=True))
+    store = settings.open_store()
+    live = _Live(space, name, Console(stderr=True), lambda key: store.find(key) is not None)
     with Live(console=live.console, get_renderable=live.render, refresh_per_second=4, transient=True), _logs_above_the_table():
         yield live
 

@@ -21,7 +21,7 @@ from ktray.pipeline.pair_check import data_loader
 from ktray.pipeline.pair_graph import Graph, Identity, build
 from ktray.runs.best_trials import results_on_test
 from ktray.runs.coordinator import TrialCoordinator
-from ktray.runs.data_check import refuse_changed_data
+from ktray.runs.data_check import data_specs, refuse_changed_data
 from ktray.runs.display import Display, open_display
 from ktray.runs.interruption import (
     FORCE_SEARCH_AFTER_SECONDS,
@@ -42,6 +42,7 @@ from ktray.search.ranking import ranked
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.spec import PairSpec
+from ktray.stages.images_stage import refuse_unreadable, stage_of
 from ktray.stores import Store
 from ktray.stores.locks import FileLock, lock_home
 from ktray.text import counted
@@ -348,7 +349,11 @@ def search_study(
         tracker.start(TRACKER_HOLD_SECONDS)
         coordinator.trial_logger.describe_study()
         display.begin(study)
+        if study.target < study.target_asked_for:
+            pairs = counted(study.target, "pair")
+            display.say(f"the space has {pairs}, so that {study.target} trials are drawn and not {study.target_asked_for}")
         try:
+            _make_images(coordinator, scheduler)
             outcome.stopped = _run_trials(coordinator, scheduler)
             if not outcome.stopped and not interruption.is_requested():
                 coordinator.prune()
@@ -446,6 +451,49 @@ def _close(study: Study) -> SearchStopped | None:
     except SearchStopped as stop:  # the disk is full: the study is as it last could be written
         return stop
     return None
+
+
+def _make_images(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> None:
+    """Have the images of all draws decoded before the first trial is drawn; nothing if none is left to draw or to go on with.
+
+    Raises:
+        UserError: they cannot be decoded, or too few of them.
+    """
+    study = coordinator.study
+    if study.draw_count >= study.target and all(trial.state not in UNFINISHED for trial in study.trials()):
+        return
+    found = {}
+    for spec in data_specs(coordinator.space):
+        stage = stage_of(spec, coordinator.identity(spec))
+        found[stage.key] = (spec, stage)
+    coordinator.demanded |= found.keys()
+    missing = [stage for key, (_, stage) in found.items() if coordinator.store.find(key) is None]
+    if missing:
+        client = scheduler.start()
+
+        def make() -> None:
+            threading.Thread(target=_import_tune, daemon=True).start()
+            with suppress(WaitCancelled):  # the search ends
+                client.obtain(missing, "the search")
+
+        from ktray.scheduler.client import WaitCancelled
+
+        try:
+            run_until_ended(make, scheduler.interruption)
+        except StageFailed as failure:
+            raise UserError(
+                f"the images cannot be used, so that no trial was drawn: {failure.cause}",
+                f"{coordinator.space.source}: pair.data",
+            ) from failure
+    for key, (spec, _) in found.items():
+        if (made := coordinator.store.find(key)) is not None:
+            refuse_unreadable(spec, made)
+
+
+def _import_tune() -> None:
+    """Import Ray Tune beside the first stages; the search needs it once they are under way."""
+    with suppress(ImportError):  # said where it is needed
+        import ktray.runs.tune_search  # noqa: F401
 
 
 def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> SearchStopped | None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ktray.errors import UserError
 from ktray.spec import PairSpec
-from ktray.text import first_few, shown
+from ktray.text import first_few, near_word, shown
 
 if TYPE_CHECKING:
     from ktray.search.space import Space
@@ -75,10 +75,25 @@ def _must_exist(path: Path) -> None:
     except (OSError, ValueError) as error:  # a ValueError: the path has a NUL
         refused = isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR)
         why = f": {os.strerror(error.errno or 0)}" if isinstance(error, OSError) and refused else ""
-        raise UserError(f"there is no file {shown(str(path), 200)}{why}", instead=right) from error
+        raise UserError(f"there is no file {shown(str(path), 200)}{why}", instead=f"{_near(path)}{right}") from error
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise UserError(f"{shown(str(path), 200)} is {what}", instead=right)
+
+
+def _near(path: Path) -> str:
+    """A hint at a file with a similar name in the same folder, or at a space that comes with ktray; empty without one."""
+    from ktray.runs.shipped_spaces import shipped_spaces
+
+    try:
+        there = [each.name for each in path.parent.iterdir() if each.suffix in (".yaml", ".yml", ".py")]
+    except (OSError, ValueError):
+        there = []
+    if near := near_word(path.name, there):
+        return f"Did you mean {path.parent / near}? "
+    if (known := path.stem) in shipped_spaces():
+        return f"ktray init --example {known} writes it. "
+    return ""
 
 
 def _experiment(path: Path, overrides: list[str]) -> Mapping[str, PairSpec]:

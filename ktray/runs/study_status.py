@@ -23,7 +23,7 @@ from ktray.search.history import STATUS_FILE, StudySnapshot, driver_of_study, re
 from ktray.search.trial import STATES, Trial
 from ktray.stores import Store
 from ktray.stores.locks import FRESH_SECONDS
-from ktray.text import counted
+from ktray.text import counted, first_few
 
 WRITE_SECONDS = 2.0
 STUCK_SECONDS = 180.0  # without progress, for a stage that has not reported any yet
@@ -175,9 +175,8 @@ def _best(study: StudySnapshot) -> dict[str, Any] | None:
 def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
     counts = ", ".join(f"{count} {state}" for state, count in answer["trials"].items() if count) or "no trial yet"
     drawn = sum(count for state, count in answer["trials"].items() if state != "duplicate")
-    lines = [
-        f"{answer['study']}: {drawn} of {counted(answer['target'], 'trial')} ({counts}), {span(answer['spent_seconds'])} so far"
-    ]
+    shown = progress_of([trial for trial in trials.values() if trial.state != "duplicate"], answer["target"])
+    lines = [f"{answer['study']}: {shown} ({counts}), {span(answer['spent_seconds'])} so far"]
     if not answer["running"]:
         finished = drawn >= answer["target"] and not answer["trials"]["interrupted"] and not answer["trials"]["paused"]
         lines.append("no search of it runs now" + ("" if finished else "; the same ktray search goes on from here"))
@@ -194,24 +193,44 @@ def _text(answer: Mapping[str, Any], trials: Mapping[int, Trial]) -> str:
 def _time_left(answer: Mapping[str, Any]) -> str:
     if answer["eta_seconds"] is None:
         return "too early to say when"
-    low, high = answer["eta_between"]
-    return f"about {span(answer['eta_seconds'])} left ({span(low)} to {span(high)})"
+    return time_left_text(answer["eta_seconds"], *answer["eta_between"])
+
+
+def time_left_text(seconds: float, low: float, high: float) -> str:
+    """``about 3 min left (2 min to 5 min)``."""
+    return f"about {span(seconds)} left ({span(low)} to {span(high)})"
+
+
+def progress_of(trials: Sequence[Trial], target: int) -> str:
+    """``9 finished, 3 paused, 2 running of 16 trials``; trials are without duplicates."""
+    counts = Counter(trial.state for trial in trials)
+    open_states = ("paused", "interrupted", "running")
+    finished = len(trials) - sum(counts[state] for state in open_states)
+    parts = [f"{finished} finished", *(f"{counts[state]} {state}" for state in open_states if counts[state])]
+    return f"{', '.join(parts)} of {counted(target, 'trial')}"
 
 
 def _now(now: Mapping[str, Any], trials: Mapping[int, Trial]) -> list[str]:
     lines = []
     if now["age_seconds"] > FRESH_SECONDS:
         lines.append(f"it has said nothing for {span(now['age_seconds'])}")
+    names = ranking.names_by_difference([trial for trial in trials.values() if trial.state != "duplicate"])
+    waiters: dict[str, list[str]] = {}
+    for wait in now["waiting"]:
+        waiters.setdefault(wait["key"], []).append(wait["waiter"])
     for run in now["stages"]:
         helpers = f" and {len(run['helpers'])} more" if run["helpers"] else ""
-        line = f"  {run['key']}  {span(run['seconds'])} on {run['worker']}{helpers}, node {run['node'][:8]}  {_progress(run)}"
+        what = f"{first_few(waiters.get(run['key'], ['a trial to come']), 3)}: {kind_of(run['key']).replace('_', '-')}"
+        where = f"{run['worker']}{helpers}, node {run['node'][:8]}"
+        line = f"  {what}  {_progress(run)}  {span(run['seconds'])} on {where} ({run['key']})"
         if run["stuck"]:
             line += f"  NO PROGRESS for {span(run['silent_seconds'])}"
         lines.append(line.rstrip())
     for wait in now["waiting"]:
         number = wait["waiter"].removeprefix("trial ")
-        pair = f" ({pair_name(trials[int(number)].pair)})" if number.isdecimal() and int(number) in trials else ""
-        lines.append(f"  {wait['waiter']}{pair} waits for {wait['key']} since {span(wait['seconds'])}: {wait['state']}")
+        pair = f" ({names[int(number)]})" if number.isdecimal() and int(number) in names else ""
+        stage = kind_of(wait["key"]).replace("_", "-")
+        lines.append(f"  {wait['waiter']}{pair} waits for {stage} since {span(wait['seconds'])}: {wait['state']}")
     return [*lines, f"  {counted(now['workers'], 'worker')}, {counted(now['queued'], 'stage')} queued"]
 
 

@@ -41,10 +41,13 @@ def _read(path: Path) -> PerImage:
 
 def _recompute(artifact: Artifact) -> Recompute | None:
     try:
-        module = plugins.module("evaluation", artifact.record["spec"]["kind"])
+        kind = artifact.record["spec"]["kind"]
+        if not plugins.defines("evaluation", kind, "recompute"):
+            return None
+        module = plugins.module("evaluation", kind)
     except UserError:  # a plugin that this command does not trust
         return None
-    found: Recompute | None = getattr(module, "recompute", None)
+    found: Recompute = module.recompute
     return found
 
 

@@ -6,7 +6,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ktray.errors import UserError
 from ktray.fingerprint import canonical, fingerprint, seed_of
@@ -15,11 +15,24 @@ from ktray.search.sampler import Sampler, random_draw
 from ktray.search.space import Space
 from ktray.search.space_tree import Params, Scalar
 from ktray.search.trial import State, Trial
+from ktray.spec import TOLERANCE
 
 MAX_DUPLICATES = 3  # duplicates in a row after which the source itself searches for an unseen draw
 MAX_ENUMERATED = 20_000  # largest size of a space that this search enumerates; in a larger one it tries random draws
 MAX_TOO_EXPENSIVE = 16  # unaffordable proposals in a row after which the source gives up
 MAX_RANDOM_TRIES = 1_000  # random draws without an unseen one after which a larger space counts as exhausted
+
+
+def pair_identity(pair: Mapping[str, Any]) -> str:
+    """Hash of a pair as plain data, equal for pairs that differ only in how many unreadable images they tolerate."""
+    return fingerprint(_without_tolerance(pair))
+
+
+def _without_tolerance(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_tolerance(each) for name, each in value.items() if name != TOLERANCE}
+    return [_without_tolerance(each) for each in value] if isinstance(value, list | tuple) else value
+
 
 NoDraw = Literal["exhausted", "too_expensive"]
 """Why there is no next trial: every draw was made, or the remaining ones cost more than is left of the budget."""
@@ -50,11 +63,11 @@ class SampledDraws:
     def __init__(self, space: Space, cost_estimate: CostEstimate | None = None) -> None:
         self.space = space
         self.sampler = Sampler(space, cost_estimate)
-        self._first_trials: dict[str, int] = {}  # fingerprint of a pair -> number of its first trial
+        self._first_trials: dict[str, int] = {}  # identity of a pair -> number of its first trial
         self._trial_count = 0  # all trials, duplicates and failures included; the number of the next one
         self._planned: set[int] = set()  # indices into `start_with` of planned draws that were made
         self._last_states: deque[State] = deque(maxlen=MAX_DUPLICATES)
-        self._failed: dict[str, Params] = {}  # fingerprint of a pair -> its parameters, if its last trial failed
+        self._failed: dict[str, Params] = {}  # identity of a pair -> its parameters, if its last trial failed
         self._queue: deque[Params] = deque()  # draws to make before the sampler is asked
         self._unexamined_draws: Iterator[Params] | None = None  # candidates that `_find_unseen_draw` has not examined yet
 
@@ -67,11 +80,11 @@ class SampledDraws:
                 self._planned.add(trial.planned)
             self._last_states.append(trial.state)
             if trial.state != "duplicate":
-                self._first_trials.setdefault(fingerprint(trial.pair), trial.number)
+                self._first_trials.setdefault(pair_identity(trial.pair), trial.number)
         if trial.number >= 0 and trial.state == "failed":
-            self._failed[fingerprint(trial.pair)] = dict(trial.params)
+            self._failed[pair_identity(trial.pair)] = dict(trial.params)
         elif self._failed and trial.state != "duplicate":
-            self._failed.pop(fingerprint(trial.pair), None)
+            self._failed.pop(pair_identity(trial.pair), None)
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
         """Sets the function that estimates the cost of a draw from now on."""
@@ -129,7 +142,7 @@ class SampledDraws:
         except UserError as error:
             plain = self.space.plain_pair(params)
             return Trial(self._trial_count, params, plain, "failed", cause=str(error), planned=planned)
-        earlier = self._first_trials.get(fingerprint(pair))
+        earlier = self._first_trials.get(pair_identity(pair))
         state: State = "running" if earlier is None else "duplicate"
         return Trial(self._trial_count, params, pair, state, duplicate_of=earlier, planned=planned)
 
@@ -159,7 +172,7 @@ class SampledDraws:
     def _pair_fingerprint(self, params: Mapping[str, Scalar]) -> str | None:
         """Fingerprint of the pair with these parameters; None if it is no valid pair."""
         try:
-            return fingerprint(self.space.pair(params).model_dump(mode="json"))
+            return pair_identity(self.space.pair(params).model_dump(mode="json"))
         except UserError:
             return None
 
@@ -180,7 +193,7 @@ class _NonAdaptiveDraws:
         """Adds a new trial; changed trials and those of other studies are ignored."""
         if trial.number >= self._trial_count:
             self._trial_count = trial.number + 1
-            self._first_trials.setdefault(fingerprint(trial.pair), trial.number)
+            self._first_trials.setdefault(pair_identity(trial.pair), trial.number)
 
     def set_cost_estimate(self, cost_estimate: CostEstimate) -> None:
         """Does nothing: the draws do not depend on costs."""
@@ -196,7 +209,7 @@ class _NonAdaptiveDraws:
         if params is None:
             return "exhausted"
         pair = self.space.pair(params).model_dump(mode="json")
-        earlier = self._first_trials.get(fingerprint(pair))
+        earlier = self._first_trials.get(pair_identity(pair))
         state: State = "running" if earlier is None else "duplicate"
         return Trial(number, dict(params), pair, state, duplicate_of=earlier)
 

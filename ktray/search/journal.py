@@ -1,39 +1,30 @@
-"""Trials on disk: an Optuna study in a journal file, which `optuna-dashboard` can show while a search runs.
+"""Reading of studies on disk: an Optuna study in a journal file. Optuna itself is not imported, which takes half a second.
 
-A new trial is a single line of the journal, so that a killed driver leaves no partial draw. Optuna's states are RUNNING (also
-for paused trials), COMPLETE, PRUNED and FAIL (also for duplicates, so that no sampler learns from them); everything else is
-stored in attributes.
+A line is one of Optuna's operations, with a checksum of ours before it. Only the operations that create a trial and that set
+attributes matter here: everything else about a trial is in its attributes. `journal_writer.py` writes them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.samplers import RandomSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import FrozenTrial, TrialState, create_trial
-
-from ktray.checksums import json_text, require_line
-from ktray.errors import SearchStopped, UserError
-from ktray.search.space import Space
+from ktray.checksums import parse_json, require_line
+from ktray.errors import UserError
 from ktray.search.trial import Trial
 from ktray.stores.locks import lock_owner, name_of_this_process, try_lock
+from ktray.text import first_few, near_word
 
 DRIVER_LOCK = "driver.lock"  # in the folder of a study
-_FINAL = {
-    "completed": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "failed": TrialState.FAIL,
-    "duplicate": TrialState.FAIL,
-}
+FILE = "journal.log"  # in the folder of a study
+# Optuna's operations, by their number in a line.
+_CREATE_STUDY, _SET_STUDY_ATTRIBUTE, _CREATE_TRIAL, _SET_STATE, _SET_TRIAL_ATTRIBUTE = 0, 2, 4, 6, 8
+_UNFINISHED = (0, 4)  # Optuna's numbers of RUNNING and WAITING
 
 
 def study_folder(home: Path, name: str) -> Path:
@@ -50,200 +41,90 @@ def read(home: Path, name: str) -> tuple[dict[str, Any], list[Trial]]:
     """Notes and trials of a study, even while a search writes to it; both are empty if it was never begun.
 
     Raises:
-        UserError: there is no such study.
+        UserError: there is no such study, or its journal is damaged.
     """
     if name not in study_names(home):
-        known = f"Existing studies: {', '.join(study_names(home))}." if study_names(home) else "This home has no study."
-        raise UserError(f"there is no study {name!r}", str(home), known)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        study = optuna.load_study(study_name=name, storage=_storage(home, name), sampler=RandomSampler())
-    except KeyError:
+        raise UserError(f"there is no study {name!r}", str(home), known_studies(home, name))
+    notes: dict[str, Any] = {}
+    trials: list[_JournalTrial] = []
+    begun = False
+    for line in _lines(study_folder(home, name) / FILE):
+        operation = line["op_code"]
+        if operation == _CREATE_STUDY:
+            begun = begun or line["study_name"] == name
+        elif operation == _SET_STUDY_ATTRIBUTE:
+            notes.update(line["user_attr"])
+        elif operation == _CREATE_TRIAL:
+            trials.append(_created(line))
+        elif operation == _SET_TRIAL_ATTRIBUTE and not trials[line["trial_id"]].finished:
+            trials[line["trial_id"]].attributes.update(line["user_attr"])
+        elif operation == _SET_STATE:
+            trials[line["trial_id"]].finished = line["state"] not in _UNFINISHED
+    if not begun:
         return {}, []
-    return dict(study.user_attrs), [_from_frozen_trial(frozen) for frozen in study.get_trials(deepcopy=False)]
+    return notes, [trial_from(number, each.params, each.attributes) for number, each in enumerate(trials)]
 
 
-class Journal:
-    """The trials and notes of one study, for the process that writes them and holds `driver_lock`."""
-
-    def __init__(self, home: Path, name: str, space: Space) -> None:
-        from ktray.search import sampler, tpe  # with scipy, which reading a study does not need
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._journal = space, _JournalFile(study_folder(home, name) / "journal.log")
-        self._storage = JournalStorage(self._journal)
-        self._distributions = tpe.distributions(space)
-        self._study = optuna.create_study(
-            study_name=name,
-            storage=self._storage,
-            sampler=RandomSampler(),
-            directions=sampler.optuna_directions(space),
-            load_if_exists=True,
-        )
-
-    def notes(self) -> dict[str, Any]:
-        """All notes on the study as a whole, name -> JSON value."""
-        return dict(self._study.user_attrs)
-
-    def write_note(self, name: str, value: Any) -> None:
-        """Writes one note, a JSON value."""
-        with self._journal.synced():
-            self._study.set_user_attr(name, value)
-
-    def trials(self) -> list[Trial]:
-        """All trials in the order of their numbers. Completes the saving of trials during which a driver was killed."""
-        found = []
-        for frozen in self._study.get_trials(deepcopy=False):
-            trial = _from_frozen_trial(frozen)
-            if trial.state in _FINAL and not frozen.state.is_finished():
-                self.save(trial)
-            found.append(trial)
-        return found
-
-    def add(self, trial: Trial) -> None:
-        """Writes a new trial as one line; its number must be the next."""
-        with self._journal.synced():
-            self._study.add_trial(self._to_frozen_trial(trial))
-
-    def _to_frozen_trial(self, trial: Trial) -> FrozenTrial:
-        return create_trial(
-            state=_FINAL.get(trial.state, TrialState.RUNNING),
-            params=dict(trial.params),
-            distributions={name: self._distributions[name] for name in trial.params},
-            user_attrs={
-                "pair": json.dumps(trial.pair),
-                "started": trial.started,
-                "planned": trial.planned,
-                **_user_attributes(trial),
-            },
-        )
-
-    def save(self, trial: Trial) -> None:
-        """Writes the changes of a trial; its state comes last, so that a trial in a final state is always complete."""
-        with self._journal.synced():
-            self._save_unsynced(trial)
-
-    def _save_unsynced(self, trial: Trial) -> None:
-        frozen = self._stored_trial(trial.number)
-        single = len(self._space.objectives) == 1
-        if single:  # with several objectives Optuna allows no intermediate values
-            for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
-                self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, trial.scores[epoch])
-        for name, value in _user_attributes(trial).items():
-            if frozen.user_attrs.get(name) != value:
-                self._storage.set_trial_user_attr(frozen._trial_id, name, value)
-        if trial.state in _FINAL:
-            values = [trial.objectives[metric] for metric, _ in self._space.objectives] if trial.state == "completed" else None
-            if trial.state == "pruned" and single:
-                values = [trial.scores[trial.epoch]] if trial.scores else None
-            self._storage.set_trial_state_values(frozen._trial_id, _FINAL[trial.state], values)
-
-    def _stored_trial(self, number: int) -> FrozenTrial:
-        study = self._study._study_id  # reads one trial; the public API of a study reads all of them
-        return self._storage.get_trial(self._storage.get_trial_id_from_study_id_trial_number(study, number))
+def known_studies(home: Path, name: str) -> str:
+    """What to do instead of naming a study that is not there."""
+    known = study_names(home)
+    near = near_word(name, known)
+    hint = f"Did you mean {near!r}? " if near else ""
+    return f"{hint}Existing studies: {first_few(known)}." if known else "This home has no study."
 
 
-def _storage(home: Path, name: str) -> JournalStorage:
-    return JournalStorage(_JournalFile(study_folder(home, name) / "journal.log"))
+@dataclass
+class _JournalTrial:
+    params: dict[str, Any]
+    attributes: dict[str, Any]
+    finished: bool
 
 
-class _JournalFile(JournalFileBackend):
-    """Optuna's journal file, made safe against a full disk and synced to the disk once per change of a trial.
+def _created(line: Mapping[str, Any]) -> _JournalTrial:
+    """A trial as it was created, with each value as the parameter's distribution means it: a choice is kept by its number."""
+    distributions = {name: json.loads(text) for name, text in line.get("distributions", {}).items()}
+    params = {name: _value(distributions[name], number) for name, number in line.get("params", {}).items()}
+    return _JournalTrial(params, dict(line.get("user_attrs", {})), line.get("state", 0) not in _UNFINISHED)
 
-    Optuna syncs each of the about ten lines per trial, which takes 50 ms. Here every line is written at once, but only `synced`
-    waits for the disk: only a crash of the machine can lose lines, the last ones first.
+
+def _value(distribution: Mapping[str, Any], number: float) -> Any:
+    kind = distribution["name"]
+    if kind == "CategoricalDistribution":
+        return distribution["attributes"]["choices"][int(number)]
+    return int(number) if kind == "IntDistribution" else float(number)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal; a last line that is damaged or not yet whole is left out.
+
+    Raises:
+        UserError: another line is damaged.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._file_lock = path, JournalFileSymlinkLock(str(path))
-        super().__init__(str(path), self._file_lock)
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Appends all lines or none: a partial line would make the next one unreadable, too.
-
-        Raises:
-            SearchStopped: the disk is full.
-        """
-        lines = "".join(f"{json_text(log)}\n" for log in logs).encode()
+    texts = path.read_bytes().split(b"\n")
+    if texts.pop():  # without an end: it is being written
+        texts.append(b"")
+    for number, text in enumerate(texts, 1):
         try:
-            self._file_lock.acquire()  # creates a symbolic link, which fails on a full disk, too
-        except OSError as error:
-            raise _translate_disk_full(error, self._path) from error
-        try:
-            with open(self._path, "ab", buffering=0) as file:
-                size = file.tell()
-                try:
-                    if file.write(lines) != len(lines):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-                except OSError as error:
-                    file.truncate(size)
-                    raise _translate_disk_full(error, self._path) from error
-        finally:
-            self._file_lock.release()
-
-    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        """The lines from this number on; a damaged last line may be half written and is left out.
-
-        Raises:
-            UserError: a line is damaged.
-        """
-        number, damaged = log_number_from, False
-        try:
-            for number, log in enumerate(super().read_logs(log_number_from), log_number_from + 1):
-                if damaged:
-                    raise _damaged_line_error(self._path, number - 1)
-                try:
-                    require_line(log)
-                except ValueError:
-                    damaged = True
-                    continue
-                yield log
-        except ValueError as error:  # not even JSON, and other lines follow
-            raise _damaged_line_error(self._path, number + 1) from error
-
-    @contextlib.contextmanager
-    def synced(self) -> Iterator[None]:
-        """A context that waits at its end until everything written so far is on the disk."""
-        yield
-        try:
-            with open(self._path, "rb") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _translate_disk_full(error, self._path) from error
+            yield parse_json(text.decode())
+        except ValueError as error:
+            if number < len(texts):
+                raise damaged_line_error(path, number) from error
 
 
-def _damaged_line_error(path: Path, line: int) -> UserError:
+def damaged_line_error(path: Path, line: int) -> UserError:
+    """The error about a line of a journal."""
     return UserError(
         f"line {line} of {path} is damaged, so that the study {path.parent.name!r} is not what it was",
         instead="Put a copy of this file back, or search the space again under another --name: what is in the store is reused.",
     )
 
 
-def _translate_disk_full(error: OSError, path: Path) -> Exception:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return SearchStopped(f"the disk is full: {path} cannot be written") if full else error
-
-
-def _user_attributes(trial: Trial) -> dict[str, Any]:
-    found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
-    found |= {"cost": dict(trial.cost)} if trial.cost else {}
-    found |= (
-        {"charges": {part: dict(stages) for part, stages in trial.attributed_costs.items()}} if trial.attributed_costs else {}
-    )
-    if trial.state == "completed":
-        found |= {"metrics": dict(trial.metrics), "objectives": dict(trial.objectives)}
-    if trial.state in _FINAL:
-        found |= {"ended": trial.ended, "cause": trial.cause, "duplicate_of": trial.duplicate_of}
-    scores = {str(epoch): score for epoch, score in trial.scores.items()}
-    return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores, "teacher": trial.teacher_score}}
-
-
-def _from_frozen_trial(frozen: FrozenTrial) -> Trial:
-    noted: Mapping[str, Any] = frozen.user_attrs
+def trial_from(number: int, params: Mapping[str, Any], noted: Mapping[str, Any]) -> Trial:
+    """The trial of these parameters and attributes."""
     progress = noted["progress"]
     return Trial(
-        number=frozen.number,
-        params=frozen.params,
+        number=number,
+        params=params,
         # Text, since Optuna keeps it in memory for every trial and a mapping is eight times as big. Old studies have mappings.
         pair=json.loads(noted["pair"]) if isinstance(noted["pair"], str) else noted["pair"],
         state=progress["state"],
@@ -280,7 +161,7 @@ def driver_lock(home: Path, name: str) -> Iterator[None]:
             instead="Wait for it, stop it, or give this search another --name.",
         )
     with lock:
-        _repair(directory / "journal.log")
+        _repair(directory / FILE)
         yield
 
 

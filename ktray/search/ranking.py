@@ -68,3 +68,15 @@ def distinguishing_params(trials: Sequence[Trial]) -> dict[int, str]:
             ]
             texts[trial.number] = ", ".join(shown[:MAX_PARAMS])
     return texts if differing else {}
+
+
+def names_by_difference(trials: Sequence[Trial]) -> dict[int, str]:
+    """Number of a trial -> what tells it from the others: ``rotation-alexnet/conv3 k=50, lr 0.052``.
+
+    Teacher, transfer and student are named where they vary, then the parameters that distinguish trials with the same names.
+    """
+    names = {trial.number: component_names(trial) for trial in trials}
+    varying = [part for part in range(3) if len({each[part] for each in names.values()}) > 1] or [0]
+    apart = distinguishing_params(trials)
+    shown = {number: " ".join(filter(None, (each[part] for part in varying))) for number, each in names.items()}
+    return {number: ", ".join(filter(None, (text, apart.get(number, "")))) for number, text in shown.items()}

@@ -22,7 +22,7 @@ from ktray.search import space_check, space_file, space_tree, spec_errors
 from ktray.search.space_file import Budget, EarlyStop, SpaceFile
 from ktray.search.space_tree import Ask, Choice, OneOf, Params, Range, Scalar
 from ktray.search.spec_errors import SpecProblem
-from ktray.spec import PairSpec
+from ktray.spec import TOLERANCE, PairSpec
 from ktray.text import first_few, shown
 
 MAX_SHARED_VALUES = 10  # values of an integer parameter of the prefix; with more, two draws hardly ever share a prefix
@@ -240,12 +240,19 @@ class Space:
         return self.document.model_dump(mode="json", exclude={"study", "budget", "sampler"})
 
     def differences(self, earlier: Mapping[str, Any]) -> list[str]:
-        """Differences from an earlier document of this space, such as ``pair.transfer.k.choice was [5, 10], is [5]``."""
+        """Differences from an earlier document of this space, such as ``pair.transfer.k.choice was [5, 10], is [5]``.
+
+        How many unreadable images are tolerated is none: it changes no result as long as the images are accepted.
+        """
         before, now = (
             flat(Space.from_content(earlier, self.source).resume_relevant_fields()),
             flat(self.resume_relevant_fields()),
         )
-        changed = [path for path in sorted(before.keys() | now.keys()) if before.get(path, ABSENT) != now.get(path, ABSENT)]
+        changed = [
+            path
+            for path in sorted(before.keys() | now.keys())
+            if before.get(path, ABSENT) != now.get(path, ABSENT) and path.rpartition(".")[2] != TOLERANCE
+        ]
         return [f"{path} was {before.get(path, ABSENT)!r}, is {now.get(path, ABSENT)!r}" for path in changed]
 
 

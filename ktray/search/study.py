@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ktray.errors import SearchStopped, UserError
+from ktray.fingerprint import canonical
 from ktray.search import halving, ranking, space_file, warm_start
 from ktray.search.budget import (
     AttributedCosts,
@@ -40,11 +41,13 @@ from ktray.search.budget import (
     reached_limit,
 )
 from ktray.search.draws import DrawSource, SampledDraws
-from ktray.search.journal import Journal, driver_lock, study_folder, study_names
+from ktray.search.journal import driver_lock, study_folder, study_names
+from ktray.search.journal_writer import Journal
 from ktray.search.space import Space
 from ktray.search.trial import State, Trial
 from ktray.text import shown
 
+MAX_TARGET_DIGITS = 9  # of a number of trials
 MAX_FAILURES = 10  # failed trials in a row that stop a search
 MOST_DIFFERENCES = 5  # between two spaces, named in an error
 SAVE_EVERY = 30.0  # seconds of elapsed time; a kill -9 loses no more than these
@@ -66,6 +69,7 @@ class Study:
         spending: the cost of its stages so far.
         stop_reason: why `next` returned "done", in a few words; None before that.
         target: number of draws after which the search ends, over all sessions; duplicates are not counted.
+        target_asked_for: the same before it was capped at the number of pairs of a finite space.
     """
 
     def __init__(
@@ -133,7 +137,8 @@ class Study:
             is_new = name not in study_names(home)
             journal = Journal(home, name, space)
             try:
-                _check_same_space(journal.notes().get("space"), space, name)
+                if journal.trials():  # without any, nothing would be compared with other results
+                    _check_same_space(journal.notes().get("space"), space, name)
                 if warm_start:
                     _note_warm_start(journal, home, space, name, warm_start)
             except UserError:
@@ -199,7 +204,8 @@ class Study:
             limit = nothing_affordable_reason(self.space.budget, self.spending.spent)
         self._target_met = limit is None
         judged = "the trial is" if self.target == 1 else f"all {self.target} trials are"
-        finished = "the space is exhausted" if self._exhausted else f"{judged} drawn and judged"
+        is_exhausted = self._exhausted or self.target < self.target_asked_for
+        finished = "the space is exhausted" if is_exhausted else f"{judged} drawn and judged"
         self.stop_reason = limit or finished
         return "done"
 
@@ -419,10 +425,20 @@ class Study:
         unfinished = any(trial.state in ("running", "paused") for trial in self._trials.values())
         met = "target" in notes and self.draw_count >= notes["target"]["trials"] and not unfinished
         target = _session_target(trials, self.space.budget.trials, notes.get("target"), met)
+        self.target_asked_for = target["trials"]
+        target["trials"] = min(target["trials"], self._most_draws())
         for name, value in {"space": self.space.document.model_dump(mode="json"), "target": target}.items():
             if notes.get(name) != value:
                 self._journal.write_note(name, value)
         return target["trials"]
+
+    def _most_draws(self) -> int:
+        """How many trials there can be: those there are, and one for each draw of a finite space that was never made."""
+        size = self.space.size()
+        if size is None:
+            return 10**MAX_TARGET_DIGITS
+        counted = [trial for trial in self._trials.values() if trial.state != "duplicate"]
+        return len(counted) + max(0, size - len({canonical(trial.params) for trial in self._trials.values()}))
 
     def _increase_target_to(self, trials: int) -> None:
         self.target = max(self.target, trials)
@@ -518,7 +534,7 @@ def _validated_target_text(trials: str | int | None) -> str:
         UserError: it is neither a number nor a number after ``+``.
     """
     text = "" if trials is None else str(trials)
-    if text and not re.fullmatch(r"\+?[1-9][0-9]{0,8}", text):
+    if text and not re.fullmatch(rf"\+?[1-9][0-9]{{0,{MAX_TARGET_DIGITS - 1}}}", text):
         raise UserError(f"{shown(text)} is no number of trials", "--trials", "Write 50, or +50 for fifty more.")
     return text
 

@@ -9,9 +9,11 @@ from typing import Any
 
 from ktray import images, plugins
 from ktray.artifact import Artifact, Stage
+from ktray.errors import UserError
 from ktray.images import Images, own_crop
 from ktray.pool import StageContext
-from ktray.spec import DataSpec
+from ktray.spec import TOLERANCE, DataSpec, without_tolerance
+from ktray.text import some_of
 
 IDENTITY, REVISION = "stage.images", 1
 TOOLS = (images,)
@@ -24,6 +26,23 @@ OWN_CROP = "own_crop"
 """Field of the spec of images that are cropped as the weights of a pretrained network expect them."""
 
 
+def refuse_unreadable(data: DataSpec, made: Artifact) -> None:
+    """Refuse decoded images that another tolerance accepted.
+
+    Raises:
+        UserError: more of them are unreadable than this data set tolerates.
+    """
+    count = int(made.metrics["unreadable"])
+    total = count + int(made.metrics["count"])
+    if count > data.max_unreadable * total:
+        raise UserError(
+            f"{some_of(count, total, 'image', ('is', 'are'))} unreadable, more than "
+            f"max_unreadable={data.max_unreadable:g} allows",
+            "data",
+            "Repair or remove these files, or raise max_unreadable of the data set; ktray data check lists them.",
+        )
+
+
 def stage_of(data: DataSpec, content: str, own: images.OwnCrop | None = None) -> Stage:
     """The stage that decodes a data set.
 
@@ -32,14 +51,14 @@ def stage_of(data: DataSpec, content: str, own: images.OwnCrop | None = None) ->
         own: how a pretrained network expects its images; None for squares of the data's size.
     """
     locations = images.location_fields(data)
-    spec = {**data.model_dump(exclude=set(locations)), "content": content}
+    spec = {**without_tolerance(data).model_dump(exclude=set(locations)), "content": content}
     revisions = plugins.revisions(sys.modules[__name__], data)
     if own is not None:
         spec |= {OWN_CROP: dict(own)}
         revisions |= plugins.revisions(own_crop)
     if getattr(data, "range", None) is not None:
         revisions = {**revisions, f"{images.IDENTITY}.range": images.RANGE_REVISION}
-    return Stage("images", spec, revisions, local={"data": {"images": locations}})
+    return Stage("images", spec, revisions, local={"data": {"images": locations}, TOLERANCE: data.max_unreadable})
 
 
 def run(
