@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 from ktray import plugins
 from ktray.cli import main
 from ktray.stores.locks import lock_store_shared
+from tests.source import ROOT
 from tests.toys import toy_spec
 
 DAMAGE = "centroids.npy does not match its checksum"
@@ -64,12 +66,15 @@ def test_plan_tells_done_from_run(home, tmp_path, capsys):
     assert after["estimate"] == {"seconds": 0, "low": 0, "high": 0, "bytes": 0}
 
 
-def test_plan_says_in_words_what_would_run_and_names_the_evaluations(home, tmp_path, capsys):
+def test_plan_says_in_words_what_would_run_and_with_v_names_each_stage(home, tmp_path, capsys):
     pair = write(tmp_path / "pair.yaml", toy_spec())
     assert main(["plan", pair]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert main(["plan", pair, "-v"]) == 0
     before = capsys.readouterr().out
-    count = len(before.split("\n\n")[0].splitlines()) - 2
-    assert f"Valid: 1 pair. All {count} stages would run; no time estimate until each kind of stage has run once" in before
+    count = len(before.split("\n\n")[1].splitlines()) - 2
+    assert line == before.splitlines()[0]
+    assert f"Valid: 1 pair. All {count} stages would run; no time estimate until each kind of stage has run once" in line
     assert "evaluation knn" in before
     main(["run", pair, "--local", "-q"])
     capsys.readouterr()
@@ -79,6 +84,97 @@ def test_plan_says_in_words_what_would_run_and_names_the_evaluations(home, tmp_p
     assert re.search(
         rf"Valid: 1 pair\. \d of {count} stages would run; about .* one after the other\.", capsys.readouterr().out
     )
+
+
+def test_plan_of_a_space_answers_first_with_trials_and_time(home, tmp_path, capsys):
+    pair = toy_spec()
+    main(["run", write(tmp_path / "pair.yaml", pair), "--local", "-q"])
+    drawn = {**pair, "transfer": {"kind": "clusters", "k": {"choice": [2, 3, 4]}}}
+    space = write(
+        tmp_path / "space.yaml",
+        {"study": "s", "objectives": [{"metric": "knn/top1", "mode": "max"}], "budget": {"trials": 9}, "pair": drawn},
+    )
+    capsys.readouterr()
+    assert main(["plan", space]) == 0
+    assert re.match(r"3 trials: about \d+ s \(\d+ s to \d+ s\) on this machine, \d+ MB\n", capsys.readouterr().out)
+    assert main(["plan", space, "--json"]) == 0
+    search = json.loads(capsys.readouterr().out)["search"]
+    assert (search["trials"], search["done"]) == (3, 0)
+    assert search["low"] < search["seconds"] < search["high"]
+
+
+NEAR = {
+    "a verb": (["serach", "x"], "there is no verb 'serach'. Did you mean 'search'?"),
+    "an action": (["data", "chek", "x"], "Did you mean 'check'?"),
+    "a file": (["plan", "space.yml"], "Did you mean space.yaml?"),
+    "a shipped space": (["plan", "search_spaces/quickstart.yaml"], "ktray init --example quickstart writes it."),
+    "a kind": (["show", "kinds/rotatoin"], "Did you mean 'rotation'?"),
+}
+
+
+@pytest.mark.parametrize(("command", "said"), NEAR.values(), ids=NEAR.keys())
+def test_a_misspelt_word_is_answered_with_the_nearest(home, tmp_path, capsys, monkeypatch, command, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text("")
+    assert main(command) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_misspelt_study_is_answered_with_the_nearest(home, capsys):
+    (home / "studies" / "quickstart").mkdir(parents=True)
+    (home / "studies" / "quickstart" / "journal.log").write_text("")
+    for verb in ("best", "show", "status", "report"):
+        assert main([verb, "quikstart"]) == 2
+        assert "Did you mean 'quickstart'?" in capsys.readouterr().err
+
+
+def test_a_kind_is_shown_with_ranges_layers_a_minimal_line_and_its_source(home, capsys):
+    assert main(["show", "alexnet"]) == 0
+    out = capsys.readouterr().out
+    assert "layers: conv1, conv2, conv3, conv4, conv5" in out
+    assert "> 0, <= 8" in out
+    assert "Source: Krizhevsky" in out
+    assert "student: {backbone: {kind: alexnet}, schedule: {epochs: 20}}" in out
+
+
+@pytest.mark.parametrize("kind", [kind for group in plugins.GROUPS for kind in plugins.kinds(group)])
+def test_the_minimal_line_of_every_kind_is_yaml_that_its_spec_accepts(home, capsys, kind):
+    assert main(["show", kind, "--json"]) == 0
+    for found in json.loads(capsys.readouterr().out):
+        line = yaml.safe_load(found["minimal"])
+        entry = next(iter(line.values()))
+        entry = entry[0] if isinstance(entry, list) else entry
+        field = {"backbone": "backbone", "pretext": "pretext", "descriptor": "descriptor"}.get(found["group"])
+        plugins.parse(found["group"], entry[field] if field else entry)
+
+
+COMPLETIONS = {
+    "verbs": ("ktray sea", {"search"}),
+    "studies": ("ktray best q", {"quickstart"}),
+    "kinds": ("ktray show rotat", {"rotation"}),
+    "paths of --set": ("ktray plan space.yaml --set teacher.", {"teacher.hog.cell=", "teacher.rot.layer="}),
+    "options": ("ktray init --ex", {"--example"}),
+}
+
+
+@pytest.mark.parametrize(("line", "wanted"), COMPLETIONS.values(), ids=COMPLETIONS.keys())
+def test_a_shell_completes(home, tmp_path, line, wanted):
+    (home / "studies" / "quickstart").mkdir(parents=True)
+    (home / "studies" / "quickstart" / "journal.log").write_text("")
+    teacher = {"one_of": {"hog": {"cell": {"choice": [4, 8]}}, "rot": {"layer": "conv3"}}}
+    write(tmp_path / "space.yaml", {"study": "s", "pair": {"teacher": teacher, "transfer": {"k": 5}}})
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "KTRAY_HOME": str(home)}
+    code = "import sys; sys.argv[0] = 'ktray'; from ktray.cli import run_program; run_program()"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**environment, "PYTHONPATH": str(ROOT)}, check=False)
+    assert {each.strip() for each in answer.read_text().split("\n")} == wanted
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_code_for_a_shell_is_printed(home, capsys, shell):
+    assert main(["completion", shell]) == 0
+    assert "ktray" in capsys.readouterr().out
 
 
 BAD = {

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> int:
         MissingInput: argcomplete is not installed.
     """
     try:
-        import argcomplete
+        from argcomplete.shell_integration import shellcode
     except ModuleNotFoundError as error:
         raise MissingInput("completion needs argcomplete: pip install argcomplete") from error
-    print_out(argcomplete.shellcode(["ktray"], shell=args.shell))  # type: ignore[no-untyped-call]
+    print_out(shellcode(["ktray"], shell=args.shell))
     return 0

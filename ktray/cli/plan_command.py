@@ -46,29 +46,45 @@ def run(args: argparse.Namespace) -> int:
         interruption = Interruption((lambda: exit_at_once(interruption, args)) if args.is_program else None)
         answer["preflight"], notes = dry_run_plan(plan, load, args.address, settings, interruption)
         answer["notes"] = [*answer["notes"], *notes]
-    print_result(args, answer, _text(answer, plan.evaluations))
+    print_result(args, answer, _text(answer, plan.evaluations, args.verbose > 0))
     return 0
 
 
-def _text(answer: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
-    """The plan for people.
+def _text(answer: Mapping[str, Any], evaluations: Mapping[str, str], verbose: bool) -> str:
+    """The plan for people: the answer first, and with -v each stage.
 
     Args:
         evaluations: key -> name of each evaluation.
     """
     from ktray.cli.terminal import table
 
-    rows = [[_stage_label(row, evaluations), row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
-    count = _pair_count(answer["pairs"])
     lines = [
-        table(["stage", "key", "state", "shared by"], rows),
-        *_dry_run_text(answer.get("preflight")),
-        "",
-        f"Valid: {count}. {_to_run(answer)}",
-        *_sharing_text(answer["sharing"]),
+        *_search_text(answer["search"], "preflight" in answer),
+        f"Valid: {_pair_count(answer['pairs'])}. {_to_run(answer)}".rstrip(),
         *(f"note: {note}" for note in answer["notes"]),
+        *_dry_run_text(answer.get("preflight")),
     ]
+    if verbose:
+        rows = [[_stage_label(row, evaluations), row["key"], row["state"], str(row["shared_by"])] for row in answer["stages"]]
+        lines += ["", table(["stage", "key", "state", "shared by"], rows), "", *_sharing_text(answer["sharing"])]
     return "\n".join(lines)
+
+
+def _search_text(search: Mapping[str, Any] | None, dry_run: bool) -> list[str]:
+    """``14 of 14 trials done, nothing to compute``, ``14 trials: about 3 min (2 min to 5 min), 70 MB``."""
+    from ktray.runs.study_status import span
+
+    if search is None:
+        return []
+    trials, done = search["trials"], search["done"]
+    if done >= trials:
+        return [f"{done} of {counted(trials, 'trial')} done, nothing to compute"]
+    what = f"{done} of {counted(trials, 'trial')} done; the rest" if done else counted(trials, "trial")
+    if search["seconds"] is None:
+        how = "the forecast is below" if dry_run else "ktray plan --preflight measures a few images"
+        return [f"{what}: no time estimate until each kind of stage has run once in this store; {how}"]
+    between = f"({span(search['low'])} to {span(search['high'])})"
+    return [f"{what}: about {span(search['seconds'])} {between} on this machine, {search['bytes'] / 2**20:.0f} MB"]
 
 
 def _pair_count(count: int | None) -> str:
@@ -86,10 +102,15 @@ def _stage_label(row: Mapping[str, Any], evaluations: Mapping[str, str]) -> str:
 
 def _to_run(answer: Mapping[str, Any]) -> str:
     """How many of the listed stages would run and how long that takes, in one sentence."""
+    search = answer["search"]
+    if search is not None and search["done"] >= search["trials"]:
+        return ""
     total, missing = len(answer["stages"]), sum(row["state"] == "run" for row in answer["stages"])
     if not missing:
         return "The stage is done." if total == 1 else f"All {total} stages are done."
     some = f"{missing} of {total} stages" if missing < total else "The stage" if total == 1 else f"All {total} stages"
+    if search is not None:
+        return f"{some} of one pair per branch would run; -v lists them."
     return f"{some} would run; {_time(answer['estimate'], 'preflight' in answer)}."
 
 
@@ -126,7 +147,7 @@ def _time(estimate: Mapping[str, Any], dry_run: bool) -> str:
     from ktray.runs.study_status import span
 
     if estimate["seconds"] is None:
-        return "the forecast is above" if dry_run else "no time estimate until each kind of stage has run once in this store"
+        return "the forecast is below" if dry_run else "no time estimate until each kind of stage has run once in this store"
     between = f" ({span(estimate['low'])} to {span(estimate['high'])})" if estimate["seconds"] else ""
     return f"about {span(estimate['seconds'])}{between}, one after the other"
 

@@ -198,11 +198,13 @@ _EXAMPLES = {"int": 10, "float": 0.1, "text": "/path"}  # type of a required fie
 
 def _minimal(group: str, kind: str, fields: list[dict[str, Any]]) -> str:
     """The line of a pair file that has this kind, with no more than it requires."""
-    required = {field["name"]: _example(field["type"]) for field in fields if "default" not in field}
+    required = {field["name"]: _example(field["name"], field["type"]) for field in fields if "default" not in field}
     return _PLACES[group].format(_yaml_line({"kind": kind, **required}))
 
 
-def _example(type_text: str) -> Any:
+def _example(name: str, type_text: str) -> Any:
+    if type_text == "a kind":
+        return {"backbone": "alexnet"}[name]
     first = type_text.split(" | ")[0]
     return _EXAMPLES.get(first, first)
 

@@ -167,6 +167,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
     graphs = _graphs(dict(_draws_to_show(space)), settings)
     notes = [*_notes(space.sharing_warnings(), teachers, draws), *_note_of_partial_count(space), *assumed]
     answer = _answer(graphs, size, settings, source, _sharing(draws, stages), notes)
+    answer["search"] = _search_estimate(space, graphs.values(), stages, draws, settings)
     pairs = {label: space.pair(params) for label, params in space.boundary_draws()}
     return _Plan(answer, pairs, _evaluation_names(graphs))
 
@@ -181,6 +182,7 @@ def invalid_answer(problem: str) -> dict[str, Any]:
         "estimate": dict.fromkeys(("seconds", "low", "high", "bytes")),
         "sharing": _sharing(0, []),
         "notes": [],
+        "search": None,
     }
 
 
@@ -333,6 +335,60 @@ def _note_of_partial_count(space: Space) -> list[str]:
     return [f"the numbers of artifacts are those of the first {MAX_BRANCH_COMBINATIONS} combinations of branches"]
 
 
+def _search_estimate(
+    space: Space, graphs: Iterable[Graph], expected: Sequence[_ArtifactCount], draws: int, settings: Settings
+) -> dict[str, Any]:
+    """How far a space's study is, and what the rest of its search takes on this machine by the store's records.
+
+    `trials` is the target, `done` how many have ended; `seconds`, `low`, `high` of wall time are None if a kind of stage
+    has no record in the store.
+    """
+    from ktray.cost_model.stage_costs import CostModel, sample_records
+    from ktray.runs.machine import cores
+    from ktray.runs.search_forecast import RELATIVE_ERROR, STARTING_SECONDS, shares_of_training
+
+    target, done = _progress(space, draws, settings)
+    found: dict[str, Any] = {"trials": target, "done": done, "seconds": None, "low": None, "high": None, "bytes": 0}
+    if done >= target:
+        return found | {"seconds": 0.0, "low": 0.0, "high": 0.0}
+    records = sample_records(settings.open_store())
+    model, left = CostModel(records), (target - done) / target
+    stages = {stage.key: stage for graph in graphs for stage in graph.stages}
+    seconds = model.predict(stages.values())
+    shares, work, size = shares_of_training(space), 0.0, 0.0
+    for row in expected:
+        of_kind = [value for key, value in seconds.items() if stages[key].name == row.stage]
+        if not of_kind or not model.has_records(row.stage):
+            return found
+        work += row.expected * shares.get(row.stage, 1.0) * sum(of_kind) / len(of_kind)
+        size += row.expected * _expected_bytes([row.stage], list(records.values()))
+    wall = STARTING_SECONDS[False] + left * work / max(1, min(cores(), space.budget.concurrent))
+    return found | {
+        "seconds": round(wall, 1),
+        "low": round(wall / RELATIVE_ERROR, 1),
+        "high": round(wall * RELATIVE_ERROR, 1),
+        "bytes": round(left * size),
+    }
+
+
+def _progress(space: Space, draws: int, settings: Settings) -> tuple[int, int]:
+    """The target of a space's study and how many of its trials have ended; of another space under its name, nothing counts."""
+    from ktray.search.history import read_study
+    from ktray.search.journal import study_names
+
+    if space.study_name not in study_names(settings.home):
+        return draws, 0
+    try:
+        study = read_study(settings.home, space.study_name)
+        if space.differences(study.space.document.model_dump(mode="json")):
+            return draws, 0
+    except UserError:  # never begun, or damaged, which a search will say
+        return draws, 0
+    ended = sum(trial.state in ("completed", "pruned", "failed") for trial in study.trials)
+    target = study.target if study.space.budget.trials == space.budget.trials else draws
+    return target, min(ended, target)
+
+
 def _graphs(pairs: Mapping[str, PairSpec], settings: Settings) -> dict[str, Graph]:
     from ktray.pipeline import pair_graph
     from ktray.pipeline.identity import data_identity
@@ -360,7 +416,7 @@ def _answer(
 ) -> dict[str, Any]:
     _check_artifacts(graphs, settings, source)
     valid = {"valid": True, "problem": None, "pairs": count}
-    return {**valid, **stages_and_estimate(list(graphs.values()), settings), "sharing": sharing, "notes": notes}
+    return {**valid, **stages_and_estimate(list(graphs.values()), settings), "sharing": sharing, "notes": notes, "search": None}
 
 
 def _check_artifacts(graphs: Mapping[str, Graph], settings: Settings, source: Path) -> None:

@@ -126,13 +126,13 @@ def _image_counts(space: Space, identity: Identity, load: Load) -> dict[str, tup
 def _with_rungs(found: Forecast, space: Space) -> float:
     """Seconds of all stages one after the other, with students and evaluations as far as early stopping lets them come."""
     total = 0.0
-    shares = _shares(space)
+    shares = shares_of_training(space)
     for stage, row in found.stages.items():
         total += row["expected"] * row["whole_seconds"] * shares.get(stage, 1.0)
     return total
 
 
-def _shares(space: Space) -> dict[str, float]:
+def shares_of_training(space: Space) -> dict[str, float]:
     """Stage -> the share of a full training, or of the evaluations of one, that a trial takes on average."""
     stop = space.early_stop
     if stop is None or not stop.rungs:

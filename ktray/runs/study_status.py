@@ -20,7 +20,7 @@ from ktray.scheduler.resources import STAGES
 from ktray.search import journal, ranking
 from ktray.search.budget import HOUR, Spending
 from ktray.search.history import STATUS_FILE, StudySnapshot, driver_of_study, read_study
-from ktray.search.trial import STATES, Trial
+from ktray.search.trial import STATES, State, Trial
 from ktray.stores import Store
 from ktray.stores.locks import FRESH_SECONDS
 from ktray.text import counted, first_few
@@ -204,7 +204,7 @@ def time_left_text(seconds: float, low: float, high: float) -> str:
 def progress_of(trials: Sequence[Trial], target: int) -> str:
     """``9 finished, 3 paused, 2 running of 16 trials``; trials are without duplicates."""
     counts = Counter(trial.state for trial in trials)
-    open_states = ("paused", "interrupted", "running")
+    open_states: tuple[State, ...] = ("paused", "interrupted", "running")
     finished = len(trials) - sum(counts[state] for state in open_states)
     parts = [f"{finished} finished", *(f"{counts[state]} {state}" for state in open_states if counts[state])]
     return f"{', '.join(parts)} of {counted(target, 'trial')}"

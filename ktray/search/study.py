@@ -436,7 +436,7 @@ class Study:
         """How many trials there can be: those there are, and one for each draw of a finite space that was never made."""
         size = self.space.size()
         if size is None:
-            return 10**MAX_TARGET_DIGITS
+            return int(10**MAX_TARGET_DIGITS)
         counted = [trial for trial in self._trials.values() if trial.state != "duplicate"]
         return len(counted) + max(0, size - len({canonical(trial.params) for trial in self._trials.values()}))
 
