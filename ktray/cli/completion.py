@@ -28,8 +28,15 @@ def offer(parser: argparse.ArgumentParser) -> None:
         for action in verb_parser._actions:
             completer = _completer(verb, action.dest)
             if completer is not None:
-                action.completer = completer  # type: ignore[attr-defined]
+                action.completer = _called_by_argcomplete(completer)  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
+
+
+def _called_by_argcomplete(completer: Completer) -> Completer:
+    def complete(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
+        return completer(prefix, parsed_args)
+
+    return complete
 
 
 def _verbs(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -48,12 +55,12 @@ def _completer(verb: str, argument: str) -> Completer | None:
     return studies if argument in STUDY_OPTIONS else None
 
 
-def studies(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
+def studies(prefix: str, parsed_args: Any) -> list[str]:
     """Names of the studies of the home."""
     return sorted(path.parent.name for path in (_home(parsed_args) / "studies").glob("*/journal.log"))
 
 
-def studies_and_trials(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
+def studies_and_trials(prefix: str, parsed_args: Any) -> list[str]:
     """Studies; behind a slash the numbers of a study's trials."""
     name, slash, _number = prefix.partition("/")
     if not slash:
@@ -67,7 +74,7 @@ def studies_and_trials(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
         return []
 
 
-def shown(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
+def shown(prefix: str, parsed_args: Any) -> list[str]:
     """What `ktray show` takes: studies, trials, kinds."""
     words = ["kinds", "evals", *(f"kinds/{kind}" for kind in kinds())] if "/" in prefix else ["kinds", "evals", *kinds()]
     return [*studies_and_trials(prefix, parsed_args), *words]
@@ -80,7 +87,7 @@ def kinds() -> list[str]:
     return sorted({each.stem for each in modules if not each.name.startswith("_")})
 
 
-def set_paths(prefix: str, parsed_args: Any, **_: Any) -> list[str]:
+def set_paths(prefix: str, parsed_args: Any) -> list[str]:
     """Paths of the fields of the file that the command names, each with ``=``; without branches' choices and operators."""
     import yaml
 

@@ -58,7 +58,7 @@ def stage_of(data: DataSpec, content: str, own: images.OwnCrop | None = None) ->
         revisions |= plugins.revisions(own_crop)
     if getattr(data, "range", None) is not None:
         revisions = {**revisions, f"{images.IDENTITY}.range": images.RANGE_REVISION}
-    return Stage("images", spec, revisions, local={"data": {"images": locations}, TOLERANCE: data.max_unreadable})
+    return Stage("images", spec, revisions, local={"data": {"images": {**locations, TOLERANCE: data.max_unreadable}}})
 
 
 def run(
