@@ -23,13 +23,13 @@ from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
 from ktray.pool import StageContext
 from ktray.scheduler.local_scheduler import LocalScheduler
-from ktray.spec import PairSpec
+from ktray.spec import TOLERANCE, PairSpec
 from ktray.stores.file import FileStore
 from tests.source import PACKAGE
 from tests.toys import DATA, ROTATION, STUDENT, toy_pair
 
 DOCS = Path(__file__).parent.parent / "docs" / "identity.md"
-PLACES = {"data", "checkpoint", "files"}
+PLACES = {"data", "checkpoint", "files", TOLERANCE}  # a tolerance decides whether images are accepted, not what they are
 STRETCHED = {"epochs": 4, "lr": 0.02, "batch_size": 32, "warmup": 2.0, "decay": 0.25}
 EVALS = [{"kind": "knn"}, {"kind": "knn", "name": "taught", "of": "teacher", "layer": "conv2"}]
 
@@ -70,6 +70,7 @@ def test_beside_its_spec_a_stage_is_given_places_alone(kind: str, tmp_path: Path
     (tmp_path / "images").mkdir()
     for stage in build(pair_of(kind, tmp_path), data_identity()).stages:
         assert set(stage.local) <= PLACES
+        assert TOLERANCE not in stage.local or stage.name == "images"
         for places in stage.local.get("data", {}).values():
             assert set(places) <= set(plugins.module("dataset", DATA["kind"]).LOCATION)
         assert all(Path(path).is_absolute() for path in stage.local.get("files", {}).values())

@@ -329,7 +329,7 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
     Raises:
         UserError: it names the data that have changed.
     """
-    specs = {canonical(without_tolerance(spec).model_dump(mode="json")): spec for spec in data_specs(space)}
+    specs = {canonical(without_tolerance(spec).model_dump(mode="json")): spec for spec in _data_specs(space)}
     found = {name: identity(spec) for name, spec in specs.items()}
     file = folder / FILE
     has_results = any(trial.state not in ("failed", "duplicate") for trial in trials)
@@ -362,7 +362,7 @@ def _with_default_tolerance(name: str) -> str:
     return canonical(without_tolerance(plugins.parse("dataset", plain)).model_dump(mode="json"))
 
 
-def data_specs(space: Space) -> Iterator[DataSpec]:
+def _data_specs(space: Space) -> Iterator[DataSpec]:
     """The data of every role in every branch, of all generations of a chain."""
     for _, params in space.boundary_draws():
         for pair in generations(space.pair(params)):

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ktray.artifact import Stage
 from ktray.cost_model.stage_costs import learn_from
 from ktray.errors import PreflightFailed, SearchStopped, StageFailed, UserError
-from ktray.pipeline import references
+from ktray.pipeline import pair_graph, references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
 from ktray.pipeline.pair_graph import Graph, Identity, build
 from ktray.runs.best_trials import results_on_test
 from ktray.runs.coordinator import TrialCoordinator
-from ktray.runs.data_check import data_specs, refuse_changed_data
+from ktray.runs.data_check import refuse_changed_data
 from ktray.runs.display import Display, open_display
 from ktray.runs.interruption import (
     FORCE_SEARCH_AFTER_SECONDS,
@@ -42,7 +43,7 @@ from ktray.search.ranking import ranked
 from ktray.search.space import Space
 from ktray.search.study import Study
 from ktray.spec import PairSpec
-from ktray.stages.images_stage import refuse_unreadable, stage_of
+from ktray.stages.images_stage import refuse_unreadable
 from ktray.stores import Store
 from ktray.stores.locks import FileLock, lock_home
 from ktray.text import counted
@@ -462,21 +463,16 @@ def _make_images(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> No
     study = coordinator.study
     if study.draw_count >= study.target and all(trial.state not in UNFINISHED for trial in study.trials()):
         return
-    found = {}
-    for spec in data_specs(coordinator.space):
-        stage = stage_of(spec, coordinator.identity(spec))
-        found[stage.key] = (spec, stage)
+    found = _images_stages(coordinator)
     coordinator.demanded |= found.keys()
-    missing = [stage for key, (_, stage) in found.items() if coordinator.store.find(key) is None]
+    missing = [stage for key, stage in found.items() if coordinator.store.find(key) is None]
     if missing:
         client = scheduler.start()
+        from ktray.scheduler.client import WaitCancelled
 
         def make() -> None:
-            threading.Thread(target=_import_tune, daemon=True).start()
             with suppress(WaitCancelled):  # the search ends
                 client.obtain(missing, "the search")
-
-        from ktray.scheduler.client import WaitCancelled
 
         try:
             run_until_ended(make, scheduler.interruption)
@@ -485,15 +481,20 @@ def _make_images(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> No
                 f"the images cannot be used, so that no trial was drawn: {failure.cause}",
                 f"{coordinator.space.source}: pair.data",
             ) from failure
-    for key, (spec, _) in found.items():
+    for key, stage in found.items():
         if (made := coordinator.store.find(key)) is not None:
-            refuse_unreadable(spec, made)
+            refuse_unreadable(stage, made)
 
 
-def _import_tune() -> None:
-    """Import Ray Tune beside the first stages; the search needs it once they are under way."""
-    with suppress(ImportError):  # said where it is needed
-        import ktray.runs.tune_search  # noqa: F401
+def _images_stages(coordinator: TrialCoordinator) -> dict[str, Stage]:
+    """Key -> stage of all images that draws read: of each branch, and of each data set that is drawn."""
+    space, found = coordinator.space, dict[str, Stage]()
+    of_data = (params for label, params in space.boundary_draws() if ": data" in label)
+    for params in (*(params for _, params in space.branch_draws()), *of_data):
+        with suppress(UserError):  # two values that do not go together, which their trial will report
+            graph = pair_graph.build(space.pair(params), coordinator.identity)
+            found |= {stage.key: stage for stage in graph.stages if stage.name == "images"}
+    return found
 
 
 def _run_trials(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> SearchStopped | None:

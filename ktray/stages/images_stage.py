@@ -26,18 +26,17 @@ OWN_CROP = "own_crop"
 """Field of the spec of images that are cropped as the weights of a pretrained network expect them."""
 
 
-def refuse_unreadable(data: DataSpec, made: Artifact) -> None:
+def refuse_unreadable(stage: Stage, made: Artifact) -> None:
     """Refuse decoded images that another tolerance accepted.
 
     Raises:
-        UserError: more of them are unreadable than this data set tolerates.
+        UserError: more of them are unreadable than this stage tolerates.
     """
-    count = int(made.metrics["unreadable"])
+    count, tolerance = int(made.metrics["unreadable"]), float(stage.local[TOLERANCE])
     total = count + int(made.metrics["count"])
-    if count > data.max_unreadable * total:
+    if count > tolerance * total:
         raise UserError(
-            f"{some_of(count, total, 'image', ('is', 'are'))} unreadable, more than "
-            f"max_unreadable={data.max_unreadable:g} allows",
+            f"{some_of(count, total, 'image', ('is', 'are'))} unreadable, more than max_unreadable={tolerance:g} allows",
             "data",
             "Repair or remove these files, or raise max_unreadable of the data set; ktray data check lists them.",
         )
@@ -58,14 +57,15 @@ def stage_of(data: DataSpec, content: str, own: images.OwnCrop | None = None) ->
         revisions |= plugins.revisions(own_crop)
     if getattr(data, "range", None) is not None:
         revisions = {**revisions, f"{images.IDENTITY}.range": images.RANGE_REVISION}
-    return Stage("images", spec, revisions, local={"data": {"images": {**locations, TOLERANCE: data.max_unreadable}}})
+    return Stage("images", spec, revisions, local={"data": {"images": locations}, TOLERANCE: data.max_unreadable})
 
 
 def run(
     stage: Stage, inputs: Mapping[str, Artifact], out: Path, context: StageContext, start: Path | None
 ) -> Mapping[str, float]:
     """Write the images of the data set, or a sample of them in a dry run; metrics `count` and `unreadable`."""
-    data, own = _data_spec(stage.spec, stage.local["data"]["images"]), stage.spec.get(OWN_CROP)
+    places = {**stage.local["data"]["images"], TOLERANCE: stage.local[TOLERANCE]}
+    data, own = _data_spec(stage.spec, places), stage.spec.get(OWN_CROP)
     if DRY_RUN in stage.spec:
         return images.write_sample(data, out, stage.spec[DRY_RUN], own)
     return images.write(data, out, context.pool, context.memmap_bytes, own)
