@@ -14,7 +14,7 @@ from sklearn.linear_model import BayesianRidge
 
 from ktray.artifact import Stage, kind_of
 from ktray.cost_model import bayesian_regression
-from ktray.cost_model.stage_costs import EXPONENTS, PRIOR_SECONDS, PRIOR_SECONDS_PER_EPOCH, CostModel
+from ktray.cost_model.stage_costs import EXPONENTS, PRIOR_CPU_FACTOR, PRIOR_SECONDS, PRIOR_SECONDS_PER_EPOCH, CostModel
 
 IMAGES = Stage("images", {"kind": "synthetic", "size": 28, "count": 1000}, {})
 
@@ -182,6 +182,24 @@ def test_the_device_that_a_kind_was_last_run_on_is_the_one_that_counts() -> None
     on_gpu = {s.key: record(s, 1.0, "H100", "2026-02-02") for s in (student(10, seed=seed) for seed in range(5, 10))}
     assert CostModel(on_cpu | on_gpu).estimate([student(10, seed=99)]).seconds == pytest.approx(1, rel=0.5)
     assert CostModel(on_cpu).estimate([student(10, seed=99)]).seconds == pytest.approx(100, rel=0.01)
+
+
+def test_a_stage_for_cpus_and_gpus_is_estimated_on_each_from_its_records_there_or_with_an_assumed_factor() -> None:
+    def clusters(k: int) -> Stage:
+        return Stage("clusters", {"k": k}, {}, {})
+
+    costs = CostModel()
+    assert costs.seconds_on(False, clusters(100)) == pytest.approx(PRIOR_CPU_FACTOR * costs.seconds_on(True, clusters(100)))
+    for k in (90, 100, 110):
+        costs.add(clusters(k).key, record(clusters(k), 2.0, "NVIDIA H200"))
+    assert costs.seconds_on(True, clusters(100)) == pytest.approx(2.0, rel=0.1)
+    assert costs.seconds_on(False, clusters(100)) == pytest.approx(2.0 * PRIOR_CPU_FACTOR, rel=0.1)
+    for k in (91, 101, 111):
+        costs.add(clusters(k).key, record(clusters(k), 6.0, "cpu x86_64", "2025-01-01"))
+    assert costs.seconds_on(False, clusters(100)) == pytest.approx(6.0, rel=0.2)
+    assert costs.seconds_on(True, clusters(100)) == pytest.approx(2.0, rel=0.2)
+    on_cpus = CostModel({clusters(k).key: record(clusters(k), 6.0) for k in (90, 100)})
+    assert on_cpus.seconds_on(True, clusters(100)) == pytest.approx(6.0 / PRIOR_CPU_FACTOR, rel=0.1)
 
 
 def test_clustering_of_features_that_are_not_there_yet_knows_their_width_from_another_teacher() -> None:

@@ -9,6 +9,7 @@ import pytest
 from test_scheduler_core import REQUESTS, CoreHarness, assigned, stage
 
 from ktray.artifact import Artifact
+from ktray.scheduler.messages import StartWorker
 from ktray.scheduler.placement import DispatchCapacity, evict_idle, free_gpu_shares, gpus_have_room
 from ktray.scheduler.resources import GpuShares, ResourceRequest, smallest_sufficient_share
 from ktray.scheduler.worker_registry import Node, WorkerRegistry, WorkerShape
@@ -108,3 +109,75 @@ def test_eviction_makes_room_for_a_whole_gpu_on_one_gpu() -> None:
     placement = DispatchCapacity(registry, 0.0)
     assert placement.place_worker(WorkerShape(0.0, 1.0)) is None
     assert [worker.gpu_ids for worker in evict_idle(placement, WorkerShape(0.0, 1.0))] == [("0",), ("0",)]
+
+
+def cluster_harness(monkeypatch: pytest.MonkeyPatch, cpus: float, gpu: float, workers: int = 1) -> CoreHarness:
+    monkeypatch.setitem(REQUESTS, "student", ResourceRequest(gpus=1.0))
+    monkeypatch.setitem(REQUESTS, "clusters", ResourceRequest(gpus=1.0))
+    harness = CoreHarness(workers)
+    harness.core.resources_on_cpus = lambda name: ResourceRequest() if name == "clusters" else None
+    harness.core.seconds_on = lambda on_gpu, stage: gpu if on_gpu else cpus
+    harness.core.requests.expected_seconds = lambda stage: 10.0
+    harness.poll("gpu-worker", WorkerShape(0.0, 1.0))
+    return harness
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "students", "cpus", "on_cpus"),
+    [
+        (0.0, 1, 11.9, True),
+        (0.0, 1, 12.1, False),
+        (8.0, 1, 4.1, False),
+        (8.0, 1, 3.9, True),
+        (8.0, 2, 13.9, True),
+        (8.0, 2, 14.1, False),
+        (99.0, 1, 2.1, False),
+    ],
+)
+def test_clusters_run_on_cpus_where_the_gpu_is_busy_for_longer(
+    elapsed: float, students: int, cpus: float, on_cpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take 2 s on the GPU, after students of 10 s each, of which the first runs for some time already."""
+    harness = cluster_harness(monkeypatch, cpus, 2.0)
+    for number in range(students):
+        harness.request(f"trial {number}", stage("student", number=number))
+    harness.now += elapsed
+    harness.poll("worker-1")
+    harness.registry.workers["gpu-worker"].last_heartbeat = harness.now
+    clusters = stage("clusters")
+    actions = harness.request("clusters", clusters)
+    assert assigned(actions) == ([clusters.key] if on_cpus else [])
+    if on_cpus:
+        assert harness.core.running[clusters.key].worker == "worker-1"
+
+
+def test_clusters_run_on_an_idle_gpu_and_start_a_worker_on_cpus_where_none_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = cluster_harness(monkeypatch, 0.5, 2.0, workers=0)
+    first, second = stage("clusters", number=1), stage("clusters", number=2)
+    harness.request("first", first)
+    assert harness.core.running[first.key].worker == "gpu-worker", "the GPU serves what waits for nothing else"
+    started = [action.worker.shape for action in harness.request("second", second) if isinstance(action, StartWorker)]
+    assert started == [WorkerShape()]
+
+
+def test_clusters_do_not_wait_for_a_gpu_that_is_gone_and_students_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = cluster_harness(monkeypatch, 1000.0, 1.0)
+    del harness.registry.workers["gpu-worker"]
+    harness.registry.set_alive_nodes({"node": Node(4.0)}, harness.now)
+    harness.registry._departed["lost"] = (Node(4.0, 1.0), harness.now)
+    clusters, student = stage("clusters"), stage("student")
+    assert assigned(harness.request("clusters", clusters)) == [clusters.key]
+    harness.publish(clusters)
+    assert assigned(harness.request("student", student)) == []
+    assert student.key in harness.core.requests.pending
+
+
+def test_the_runtime_file_says_where_clusters_run_if_it_speaks_of_gpus() -> None:
+    given = {"clusters": ResourceRequest(helpers=3)}
+    found = GpuShares(given.__getitem__, lambda: True)
+    assert found("clusters").gpus == 0.25
+    assert found.on_cpus("clusters") == ResourceRequest(gpus=0.0, helpers=3)
+    given["clusters"] = ResourceRequest(gpus=1.0)
+    assert found.on_cpus("clusters") is None
+    given["student"] = ResourceRequest()
+    assert found.on_cpus("student") is None, "a training has other bits on CPUs"

@@ -40,6 +40,8 @@ CATEGORY_DEVIATIONS = {"plugin": 1.5, "backbone": 1.0, "device": 1.5, "of": 0.7}
 PRIOR_SECONDS_PER_EPOCH = {"teacher": 3.0, "student": 3.0}
 PRIOR_SECONDS = 5.0
 PRIOR_SECONDS_PER_STEP = 0.1  # of an evaluation that trains for a number of steps, such as a detector on two images of 600 px
+# How many times as long a stage that can run on both is taken to run on CPUs as on a GPU, until there are records of both.
+PRIOR_CPU_FACTOR = 10.0
 TYPICAL = {"images": 10_000, "size": 32, "width": 1.0, "depth": 18, "k": 100, "dim": 512}  # covariates that these are meant for
 
 SHORTEST = 0.02  # seconds; shorter times are mostly noise of the clock and the machine
@@ -111,6 +113,22 @@ class CostModel:
         term = self._term(stage, self._share(stage, there, others), others)
         return math.exp(term.mean) if isinstance(term, _Term) else term * self._prior_growth(stage, others)
 
+    def seconds_on(self, gpu: bool, stage: Stage, others: Mapping[str, Stage] | None = None) -> float:
+        """Estimates the seconds of one stage, which is no training, on a GPU or on CPUs.
+
+        Args:
+            others: as for `seconds`.
+        """
+        learned = self._learn(stage.name)
+        devices = learned.devices if learned else {}
+        if gpu in devices:
+            term = self._term(stage, 1.0, others or {}, devices[gpu])
+            assert isinstance(term, _Term)  # there are records of its kind
+            return math.exp(term.mean)
+        if not gpu:
+            return self.seconds_on(True, stage, others) * PRIOR_CPU_FACTOR
+        return self.seconds_on(False, stage, others) / PRIOR_CPU_FACTOR if devices else self.seconds(stage, others)
+
     def _prior_growth(self, stage: Stage, others: Mapping[str, Stage]) -> float:
         """Ratio of the prior's expected seconds of this stage and of a typical one of its kind with the same epochs."""
         found = self._covariates(_DescribedStage(stage.name, stage.spec, stage.inputs, {}), None, others).numbers
@@ -153,8 +171,12 @@ class CostModel:
         begun = (planned[key].spec["epoch"] if key in planned else self._epochs.get(key, 0) for key in there)
         return float((epoch - max(begun, default=0)) / epoch)
 
-    def _term(self, stage: Stage, share: float, planned: Mapping[str, Stage]) -> _Term | float:
-        """The term of one stage in a sum of seconds; for a kind without records the prior's seconds."""
+    def _term(self, stage: Stage, share: float, planned: Mapping[str, Stage], device: str | None = None) -> _Term | float:
+        """The term of one stage in a sum of seconds; for a kind without records the prior's seconds.
+
+        Args:
+            device: by its name in records; None for that of the latest record.
+        """
         learned = self._learn(stage.name)
         if learned is None:
             counted = passes(stage.spec)
@@ -162,7 +184,7 @@ class CostModel:
             if stage.name == "evaluation" and "steps" in stage.spec:
                 each = PRIOR_SECONDS_PER_STEP
             return share * each * (1.0 if counted is None else counted)
-        found = self._covariates(_DescribedStage(stage.name, stage.spec, stage.inputs, {}), learned.device, planned)
+        found = self._covariates(_DescribedStage(stage.name, stage.spec, stage.inputs, {}), device or learned.device, planned)
         row, expected, unseen = learned.design.row(found)
         mean = expected + learned.posterior.mean(row) + math.log(max(share, 1e-6))
         return _Term(stage.name, mean, row, unseen + learned.posterior.noise**2)
@@ -338,11 +360,17 @@ class _Design:
 
 @dataclass(frozen=True)
 class _LearnedKind:
-    """The fit of one kind of stage to `count` records, and the device of the latest one."""
+    """The fit of one kind of stage to `count` records.
+
+    Attributes:
+        device: of the latest record.
+        devices: is it a GPU? -> that of the latest record on such a device.
+    """
 
     design: _Design
     posterior: Posterior
     device: str | None
+    devices: Mapping[bool, str]
     count: int
 
 
@@ -364,8 +392,9 @@ def _fitted(observations: list[_Observation], found: list[_Covariates]) -> _Lear
     beyond_prior = np.log(seconds) - np.array([expected for _, expected, _ in rows])
     deviations = [*(deviation for _, deviation in EXPONENTS.values()), *(CATEGORY_DEVIATIONS[name] for name, _ in columns)]
     posterior = bayesian_regression.fit(np.array([row for row, _, _ in rows])[:, 1:], beyond_prior, np.array(deviations))
-    device = max(observations, key=lambda each: each.published).device
-    return _LearnedKind(design, posterior, device, len(observations))
+    in_order = [each.device for each in sorted(observations, key=lambda each: each.published)]
+    devices = {not device.startswith("cpu"): device for device in in_order if device}
+    return _LearnedKind(design, posterior, in_order[-1], devices, len(observations))
 
 
 # ---- from a store

@@ -85,6 +85,8 @@ class Broker:
             lambda: f"{config.name}-{uuid.uuid4().hex[:8]}",
             runtime.dead_after,
             self._expected_seconds,
+            self._shares.on_cpus,
+            lambda gpu, stage: self._costs.seconds_on(gpu, stage, self._core.requests.stages),
         )
         self._polls: dict[str, asyncio.Future[WorkerOrder]] = {}
         self._results: dict[str, asyncio.Future[RequestResult]] = {}

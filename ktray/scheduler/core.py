@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,8 @@ class SchedulerCore:
         new_attempt: returns the name of a new attempt.
         dead_after: seconds without a heartbeat after which a worker counts as dead.
         expected_seconds: how long a stage is expected to run.
+        resources_on_cpus: stage name -> what it requests where it runs on CPUs instead of a GPU; None if it must not.
+        seconds_on: (on a GPU or not, stage) -> how long it is expected to run there.
         remembered: how many ended attempts and troubled keys are kept.
 
     Attributes:
@@ -63,10 +66,13 @@ class SchedulerCore:
         new_attempt: Callable[[], str],
         dead_after: float = 15.0,
         expected_seconds: Callable[[Stage], float] = lambda stage: 0.0,
+        resources_on_cpus: Callable[[str], ResourceRequest | None] = lambda name: None,
+        seconds_on: Callable[[bool, Stage], float] = lambda gpu, stage: 0.0,
         remembered: int = REMEMBERED,
     ) -> None:
         self.find, self.usual_resources_for, self.registry = find, usual_resources_for, registry
         self.new_attempt, self.dead_after = new_attempt, dead_after
+        self.resources_on_cpus, self.seconds_on = resources_on_cpus, seconds_on
         self.outbox: list[Action] = []
         self.running: dict[str, RunningStage] = {}
         self.computed: Counter[str] = Counter()
@@ -333,8 +339,45 @@ class SchedulerCore:
         elif in_background:
             return False  # no worker starts for it, and none is evicted
         else:
-            return self.scaling.start_worker_or_make_room(worker_shape_for(request), stage.key in self._exclusivity, placement)
+            exclusive = stage.key in self._exclusivity
+            on_cpus = self.resources_on_cpus(stage.name) if request.gpus and not exclusive else None
+            if on_cpus and self._is_sooner_on_cpus(pending, request, placement.now):
+                return self._place_on_cpus(stage, on_cpus, placement)
+            return self.scaling.start_worker_or_make_room(worker_shape_for(request), exclusive, placement)
         return True
+
+    def _place_on_cpus(self, stage: Stage, request: ResourceRequest, placement: DispatchCapacity) -> bool:
+        """As `_place_stage`, for a stage that would wait for a GPU."""
+        worker = self._exclusivity.take_worker(stage, request, placement)
+        if worker is None:
+            return self.scaling.start_worker_or_make_room(worker_shape_for(request), False, placement)
+        self._assign(worker, stage, placement.now)
+        return True
+
+    def _is_sooner_on_cpus(self, pending: PendingStage, request: ResourceRequest, now: float) -> bool:
+        """Whether a stage that no idle worker with a GPU can take would end sooner on CPUs.
+
+        So it is if no node with a GPU is there, whether or not one may come back. Otherwise the wait is that of a queue: the
+        workers with GPUs end their stages when expected, and take the ready stages before this one.
+        """
+        if not any(node.gpus for node in self.registry.nodes.values()):
+            return True
+        workers = [worker for worker in self.registry.workers.values() if worker.shape.gpus and not worker.retiring]
+        runs = {run.attempt: run for run in self.running.values()}
+        if not workers or any(worker.attempt not in runs for worker in workers):
+            return False  # one starts, is about to, or is idle and makes room
+        free_after = [
+            max(0.0, self.requests.expected_seconds(runs[worker.attempt].stage) - (now - runs[worker.attempt].since))
+            for worker in workers
+            if worker.attempt
+        ]
+        heapq.heapify(free_after)
+        for other in self.requests.ready_stages():
+            if other is pending:
+                break
+            if other.stage.key not in self.running and self._resources_for(other.stage).gpus:
+                heapq.heapreplace(free_after, free_after[0] + other.seconds)
+        return self.seconds_on(False, pending.stage) < free_after[0] + self.seconds_on(True, pending.stage)
 
     def _resources_for(self, stage: Stage) -> ResourceRequest:
         return self._exclusivity.resources_for(stage.key, self.usual_resources_for(stage.name))

@@ -123,6 +123,7 @@ def _user_error(error: ValidationError, path: Path) -> UserError:
 # ---- default shares of a GPU
 
 GPU_STAGES = ("teacher", "student", "features", "clusters", "evaluation")
+ON_EITHER = ("clusters",)  # of these, those whose result has the same bits on CPUs
 DEFAULT_GPU_SHARE = 0.25  # small networks: four at once keep a GPU busier than one, and all kinds share the same warm workers
 _SHARES = (0.25, 0.5, 1.0)
 _ALLOCATOR_FACTOR = 1.2  # torch's allocator reserves more than the tensors need
@@ -152,6 +153,14 @@ class GpuShares:
         if (stage, gpus) not in self._requests:  # every dispatch asks for each kind of stage
             self._requests[stage, gpus] = request.model_copy(update={"gpus": gpus})
         return self._requests[stage, gpus]
+
+    def on_cpus(self, stage: str) -> ResourceRequest | None:
+        """What the stage of this name requests where it runs on CPUs instead; None if it must not.
+
+        That is for stages with the same result on both, unless the runtime file says where they run.
+        """
+        request = self._resources_for(stage)
+        return request.model_copy(update={"gpus": 0.0}) if stage in ON_EITHER and request.gpus is None else None
 
     def learn_peak_memory(self, artifact: Artifact) -> None:
         """Learn from the peak in the record of a stage that ran on a GPU."""
