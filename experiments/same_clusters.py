@@ -3,11 +3,12 @@
     python -m experiments.same_clusters /tmp/features --images DIR          features of Fashion-MNIST, then all configurations
     python -m experiments.same_clusters /tmp/features --only cpu --jobs 4   on CPUs alone, four configurations at a time
 
-The features (200,000 x 512) are those of a ResNet-18 with random weights, of the images of Fashion-MNIST, mirrored and shifted.
-They are computed once and kept, for networks give other last bits on other devices. k = 1000, 20 iterations. Configurations: 1,
-2, 3 and 7 worker processes; the kernels of four processors in OpenBLAS; products in float32 and bfloat16, of rows and of their
-leading directions; on a GPU float32, TF32, float16 and bfloat16, and rows that are read again in each iteration. One JSON line
-each, with the sha256 of labels and centroids; the last line says whether all are equal.
+The features (200,000 x 512) are those of a network with random weights, of the images of Fashion-MNIST, mirrored and shifted.
+The network computes with whole numbers, so that its features, too, are the same bits on every machine. k = 1000, 20
+iterations. Configurations: 1, 2, 3 and 7 worker processes; the kernels of four processors in OpenBLAS; products in float32 and
+bfloat16, of rows and of their leading directions, and those of faiss; on a GPU float32, TF32, float16 and bfloat16, and rows
+that are read again in each iteration. One JSON line for the features and for each configuration, with the sha256 of labels and
+centroids; the last line says whether all are equal.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ktray.clustering import gpu_kmeans, kmeans, lower_bounds, pseudo_labelling
+from ktray.clustering import gpu_kmeans, grid, kmeans, lower_bounds, nearest_centroids, pseudo_labelling
+from ktray.clustering.grid import Codebook
 
 ROWS, SHARD_ROWS = 200_000, 8192
 KERNELS = ("Haswell", "Zen", "SkylakeX", "Sandybridge")
@@ -41,7 +45,7 @@ def configurations(device: str) -> list[dict[str, Any]]:
         found += [{"workers": number} for number in (1, 2, 3, 7)]
         found += [{"kernels": name, "type": "float32", "directions": False} for name in KERNELS]
         found += [{"type": name, "directions": True} for name in ("float32", "bfloat16")]
-        found += [{"type": "bfloat16", "directions": False}]
+        found += [{"type": "bfloat16", "directions": False}, {"type": "float32", "directions": False, "faiss": True}]
     if device in ("cuda", "all") and torch.cuda.is_available():
         found += [{"device": "cuda", "screener": name} for name in gpu_kmeans.SCREENERS]
         found += [{"device": "cuda", "screener": "float16", "budget": 900 << 20}]
@@ -61,9 +65,11 @@ class Processes:
         return [each.result() for each in waiting]
 
 
-def choose_product(name: str | None, directions: bool | None) -> None:
+def choose_product(name: str | None, directions: bool | None, by_faiss: bool) -> None:
     """Set what this process multiplies; None leaves the choice to ktray."""
     torch.set_num_threads(1)
+    if by_faiss:
+        nearest_centroids.search_among = search_by_faiss
     if name:
         dtype = getattr(torch, name)
         lower_bounds.product_type = lambda: dtype  # type: ignore[assignment]
@@ -72,10 +78,35 @@ def choose_product(name: str | None, directions: bool | None) -> None:
         lower_bounds.Search.basis_pays = lambda self: directions  # type: ignore[method-assign]
 
 
+def search_by_faiss(codebook: Codebook) -> nearest_centroids.Search:
+    """As `nearest_centroids.search_among` for one centroid: faiss finds two; where their order is not certain, D decides."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    points = codebook.centroid_rows
+    index = faiss.IndexFlatL2(points.shape[1])
+    index.add(points.astype(np.float32))
+    largest = (points**2).sum(axis=1).max()
+
+    def search(rows: NDArray[np.float32], m: int = 1) -> tuple[NDArray[np.int64], int]:
+        scores, numbers = index.search(rows, 2)
+        # Twice the error of a float32 sum of d products and two squares, and of rounding the centroids (docs/clustering.md).
+        error = 4 * (points.shape[1] + 16) * 2.0**-24 * ((rows.astype(np.float64) ** 2).sum(axis=1) + 2 * largest)
+        unclear = np.flatnonzero(~(scores[:, 1] - scores[:, 0] > error))
+        labels = numbers[:, 0].copy()
+        for row in unclear:
+            pairs = np.zeros(len(points), np.int64), np.arange(len(points))
+            high, low = grid.squared_distances(rows[row : row + 1], codebook, *pairs)
+            labels[row] = np.lexsort((pairs[1], low, high))[0]
+        return labels[:, None], len(unclear)
+
+    return search
+
+
 def run(folder: Path, configuration: dict[str, Any], k: int, iterations: int) -> dict[str, Any]:
     """The digests of labels and centroids of one configuration, in this process."""
     given = dict(configuration)
-    begin = partial(choose_product, given.get("type"), given.get("directions"))
+    begin = partial(choose_product, given.get("type"), given.get("directions"), given.get("faiss", False))
     begin()
     device = given.get("device", "cpu")
     if device == "cuda":
@@ -112,34 +143,47 @@ def run_apart(folder: Path, configuration: dict[str, Any], k: int, iterations: i
     return found
 
 
-def write_features(folder: Path, images: Path, network: str = "resnet18", count: int = ROWS) -> None:
-    """Features of a network with random weights, whose batch norm has seen the first 512 images; as shards of float32."""
-    from torchvision import models
+def write_features(folder: Path, images: Path, count: int = ROWS) -> None:
+    """Write features of Fashion-MNIST, mirrored and shifted, as shards of float32.
 
+    They are those of a network of three convolutions whose random weights are whole numbers. All sums stay below 2^24, so
+    float32 holds them exactly in any order, and the features are the same bits on every processor and device.
+    """
     from ktray.datasets import fashion_mnist
 
     folder.mkdir(parents=True, exist_ok=True)
     train = fashion_mnist.load(fashion_mnist.Spec(path=str(images))).train
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = getattr(models, network)(weights=None)
-    model.fc = torch.nn.Identity()
-    model.to(device)
-    pixels = torch.from_numpy(np.stack([train.read(place) for place in range(len(train.names))]))
-    shifts = [(vertical, horizontal) for vertical in (-2, 2) for horizontal in (-2, 2)]
+    pixels = torch.from_numpy(np.stack([train.read(place)[:, :, 0] for place in range(len(train.names))]))
+    views = [(False, (0, 0)), (True, (-2, 2)), (False, (2, -2)), (True, (2, 2))]
+    layers = [layer.to(device) for layer in _layers()]
     with torch.inference_mode():
         for start in range(0, count, SHARD_ROWS):
             numbers = torch.arange(start, min(start + SHARD_ROWS, count))
-            batch = pixels[numbers % len(pixels)].to(device).permute(0, 3, 1, 2).float() / 128 - 1
-            view = int(numbers[0]) // len(pixels)
-            batch = batch.flip(3) if view % 2 else batch
-            batch = torch.roll(batch, shifts[view % 4], (2, 3)) if view else batch
-            model.train(start == 0)
-            if start == 0:
-                model(batch[:512])
-                model.eval()
-            parts = [model(part).float().cpu().numpy() for part in batch.split(512)]
+            mirrored, shift = views[int(numbers[0]) // len(pixels) % len(views)]
+            batch = torch.roll(pixels[numbers % len(pixels)], shift, (1, 2))[:, None].float()
+            batch = batch.flip(3) if mirrored else batch
+            parts = [_features(part.to(device), layers).cpu().numpy() for part in batch.split(256)]
             np.save(folder / f"features-{start // SHARD_ROWS:05d}.npy", np.concatenate(parts))
+
+
+def _layers() -> list[torch.Tensor]:
+    """Weights (outputs, inputs * 9), whole numbers from -2 to 2."""
+    rng, widths = np.random.default_rng(0), (1, 32, 128, 512)
+    return [torch.from_numpy(rng.integers(-2, 3, (out, width * 9)).astype(np.float32)) for width, out in pairwise(widths)]
+
+
+def _features(pixels: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
+    """Features (n, 512) of images (n, 1, 28, 28): three convolutions with ReLU, the first two rounded to eight bits."""
+    values = pixels
+    for weights in layers:
+        side = (values.shape[2] + 1) // 2
+        patches = torch.nn.functional.unfold(values, 3, padding=1, stride=2)
+        values = (weights @ patches).view(len(values), len(weights), side, side).clamp(min=0)
+        if weights is not layers[-1]:
+            shift = ((2 * weights.shape[1]).bit_length() - 1) // 2  # about the growth by weights of variance 2
+            values = torch.floor(values * 2.0**-shift).clamp(max=255)
+    return values.sum(dim=(2, 3))  # at most 16 * 1152 * 2 * 255 < 2^24
 
 
 def main() -> int:
@@ -157,6 +201,8 @@ def main() -> int:
         return 0
     if not list(arguments.folder.glob("features-*.npy")):
         write_features(arguments.folder, arguments.images)
+    digest = hashlib.sha256(b"".join(np.load(shard).tobytes() for shard in sorted(arguments.folder.glob("features-*.npy"))))
+    print(json.dumps({"features": digest.hexdigest()}), flush=True)
     results = []
     with ThreadPoolExecutor(arguments.jobs) as jobs:
         chosen = configurations(arguments.only)

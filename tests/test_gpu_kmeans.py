@@ -14,7 +14,7 @@ from ktray.clustering.projection import finite_rows
 from ktray.pool import LocalPool
 from tests.awkward_rows import K, tables
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 
 
 def write(directory: Path, rows: NDArray) -> list[Path]:
@@ -78,10 +78,18 @@ def test_only_a_few_rows_are_decided_again(tmp_path: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_killed_clustering_goes_on_with_the_same_bits(tmp_path: Path, device: str) -> None:
+def test_a_killed_clustering_goes_on_with_the_same_bits(tmp_path: Path, monkeypatch, device: str) -> None:
+    monkeypatch.setattr(gpu_kmeans, "_AHEAD", 2)
     shards = write(tmp_path, tables()["plain"])
     states: list[dict] = []
     whole = check(shards, K, 20, device, keep=lambda _, fields: states.append(fields()))
     assert len(states) > 1
     for state in (states[0], states[-1]):
         assert check(shards, K, 20, device, start=state).decided_again == whole.decided_again
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("table", ["plain", "lattice", "duplicates", "midpoints"])
+def test_one_iteration_at_a_time_gives_the_same_bits(tmp_path: Path, monkeypatch, table: str, device: str) -> None:
+    monkeypatch.setattr(gpu_kmeans, "_SMALL_ROWS", 0)
+    check(write(tmp_path, tables()[table]), K, 20, device)

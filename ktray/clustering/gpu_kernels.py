@@ -104,21 +104,16 @@ def best_two(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _nearer_kernel(  # type: ignore[no-untyped-def]
-    rows, points, chosen, one, other, nearer, width, scale, BLOCK: tl.constexpr
-):  # fmt: skip
-    place = tl.program_id(0)
-    row = tl.load(chosen + place).to(tl.int64)
-    a, b = tl.load(one + row).to(tl.int64), tl.load(other + row).to(tl.int64)
+def _nearer_of(row_at, p_at, q_at, p, q, width, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearer of the centroids numbered p and q, whose coordinates begin at p_at and q_at; ties: the lower number."""
     low = tl.zeros((BLOCK,), tl.int64)
     near = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < width
-        x = (tl.load(rows + row * width + at, mask=inside, other=0.0).to(tl.float64) * scale).to(tl.int64)
-        p = tl.load(points + a * width + at, mask=inside, other=0)
-        q = tl.load(points + b * width + at, mask=inside, other=0)
-        left, right = q - p, 2 * x - p - q
+        x = (tl.load(row_at + at, mask=inside, other=0.0).to(tl.float64) * scale).to(tl.int64)
+        one, other = tl.load(p_at + at, mask=inside, other=0), tl.load(q_at + at, mask=inside, other=0)
+        left, right = other - one, 2 * x - one - other
         low += left * right
         near += left.to(tl.float64) * right.to(tl.float64)
     # D(x, p) - D(x, q) = (q - p) (2 x - p - q): its low word decides unless it is so large that float64 is certain.
@@ -126,7 +121,18 @@ def _nearer_kernel(  # type: ignore[no-untyped-def]
     certain = tl.abs(approximate) > 4e18
     smaller = tl.where(certain, approximate < 0, difference < 0)
     equal = (difference == 0) & (certain == 0)
-    tl.store(nearer + place, tl.where(equal, tl.minimum(a, b), tl.where(smaller, a, b)).to(tl.int32))
+    return tl.where(equal, tl.minimum(p, q), tl.where(smaller, p, q))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _nearer_kernel(  # type: ignore[no-untyped-def]
+    rows, points, chosen, one, other, nearer, width, scale, BLOCK: tl.constexpr
+):  # fmt: skip
+    place = tl.program_id(0)
+    row = tl.load(chosen + place).to(tl.int64)
+    a, b = tl.load(one + row).to(tl.int64), tl.load(other + row).to(tl.int64)
+    found = _nearer_of(rows + row * width, points + a * width, points + b * width, a, b, width, scale, BLOCK)
+    tl.store(nearer + place, found.to(tl.int32))
 
 
 def nearer(rows: Tensor, points: Tensor, chosen: Tensor, one: Tensor, other: Tensor, bits: int) -> Tensor:
@@ -143,6 +149,108 @@ def nearer(rows: Tensor, points: Tensor, chosen: Tensor, one: Tensor, other: Ten
         block = min(1024, triton.next_power_of_2(width))
         _nearer_kernel[(len(chosen),)](rows, points, chosen, one, other, found, width, 2.0**bits, BLOCK=block, num_warps=4)
     return found
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decide_kernel(  # type: ignore[no-untyped-def]
+    rows, points, single, squares, lengths, status, best, runner_up, k, width, scale, per_length, error,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    unclear = tl.load(status + row)
+    if unclear > 0:
+        row_at = rows + row * width
+        a, b = tl.load(best + row).to(tl.int64), tl.load(runner_up + row).to(tl.int64)
+        a = _nearer_of(row_at, points + a * width, points + b * width, a, b, width, scale, BLOCK)
+        if unclear > 1:
+            # float32 scores of all centroids, and exact comparisons of those that could be nearer than the nearest so far.
+            length = tl.load(lengths + row)
+            lowest = tl.full((), 1e38, tl.float32)
+            inner, column = tl.arange(0, INNER), tl.arange(0, COLUMNS)
+            for start in range(0, k, COLUMNS):
+                number = start + column
+                exists = number < k
+                products = tl.zeros((COLUMNS,), tl.float32)
+                for first in range(0, width, INNER):
+                    at = first + inner
+                    inside = at < width
+                    x = tl.load(row_at + at, mask=inside, other=0.0)
+                    c = tl.load(
+                        single + number[:, None].to(tl.int64) * width + at[None, :],
+                        mask=exists[:, None] & inside[None, :],
+                        other=0.0,
+                    )
+                    products += tl.sum(c * x[None, :], axis=1)
+                square = tl.load(squares + number, mask=exists, other=0.0)
+                margin = error * (per_length * length + 2 * square)
+                scores = square - 2 * products
+                lowest = tl.minimum(lowest, tl.min(tl.where(exists, scores + margin, 1e38), axis=0))
+                left = tl.where(exists & (scores - margin <= lowest), 1, 0)
+                while tl.sum(left, axis=0) > 0:
+                    chosen = tl.max(tl.where(left > 0, COLUMNS - column, 0), axis=0)
+                    other = (start + COLUMNS - chosen).to(tl.int64)
+                    left = tl.where(column == COLUMNS - chosen, 0, left)
+                    a = _nearer_of(row_at, points + a * width, points + other * width, a, other, width, scale, BLOCK)
+        tl.store(best + row, a.to(tl.int32))
+
+
+def decide(
+    rows: Tensor,
+    points: Tensor,
+    single: Tensor,
+    squares: Tensor,
+    lengths: Tensor,
+    status: Tensor,
+    best: Tensor,
+    runner_up: Tensor,
+    bits: int,
+) -> None:
+    """Replace `best` (n,) by the exact nearest centroid, in place, for rows of which `best_two` left that open.
+
+    One launch whose size does not depend on how many they are; for few rows, since each compares all centroids alone.
+
+    Args:
+        rows: (n, d) float32; points: (K, d) int64; single: (K, d), the points in the units of rows, float32.
+        squares, lengths, status, best, runner_up: as for `best_two`.
+    """
+    width = rows.shape[1]
+    terms = (width + 16) * 2.0**-23
+    _decide_kernel[(len(rows),)](
+        rows, points, single, squares, lengths, status, best, runner_up, len(points), width, 2.0**bits, 1.0 + 2.0**-10, terms,
+        BLOCK=min(1024, triton.next_power_of_2(width)), COLUMNS=32, INNER=min(128, triton.next_power_of_2(width)), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _move_kernel(  # type: ignore[no-untyped-def]
+    rows, old, new, sums, sizes, moved, width, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    source, target = tl.load(old + row).to(tl.int64), tl.load(new + row).to(tl.int64)
+    if source != target:
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < width
+            x = tl.load(rows + row * width + at, mask=inside, other=0.0).to(tl.float64)
+            tl.atomic_add(sums + target * width + at, x, mask=inside, sem="relaxed")
+            if source >= 0:
+                tl.atomic_add(sums + source * width + at, -x, mask=inside, sem="relaxed")
+        tl.atomic_add(sizes + target, 1.0, sem="relaxed")
+        if source >= 0:
+            tl.atomic_add(sizes + source, -1.0, sem="relaxed")
+        tl.atomic_add(moved, 1, sem="relaxed")
+        tl.store(old + row, target.to(tl.int32))
+
+
+def move(rows: Tensor, old: Tensor, new: Tensor, sums: Tensor, sizes: Tensor, moved: Tensor) -> None:
+    """Move rows whose label changed between `sums` (K, d) and `sizes` (K,), both float64, in place; exact in any order.
+
+    `old` (n,) becomes `new` (n,), and `moved` (1,) int64 counts the changes.
+    """
+    width = rows.shape[1]
+    _move_kernel[(len(rows),)](
+        rows, old, new, sums, sizes, moved, width, BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=4
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +43,9 @@ _AT_ONCE = 3  # pieces: one that is computed with, one that is read, and one tha
 _SCORES = 1 << 24  # float64 scores at a time in the exact decision among all centroids
 _VALUES = 1 << 22  # values at a time in other computations in float64 and int64
 _WORK_BYTES = 512 << 20  # of the budget, for what is computed from the rows
-_READERS = 4  # threads that read and round shards
+_READERS = max(4, min(12, (os.cpu_count() or 1) // 2))  # threads that read and round shards
+_AHEAD = 8  # iterations that are launched before the host reads what became of them, where the problem is small
+_SMALL_ROWS, _SMALL_CENTROIDS, _SMALL_PAIRS = 1 << 18, 1 << 21, 1 << 28  # rows, values of centroids, and pairs of both
 
 
 @dataclass
@@ -124,10 +127,15 @@ def iterate(
         keep: called after every update with the number of updates and a function that returns such fields.
     """
     engine = _Engine(shards, counts, of_rows, load, device, screener, budget)
-    return _iterate(engine, initial, iterations, of_rows, repairs, on_iteration, start, keep)
+    if start is None and engine.is_small(len(initial)):
+        found = _iterate_ahead(engine, initial, iterations, of_rows, on_iteration, keep)
+        if isinstance(found, Found):
+            return found
+        start = found or None
+    return _iterate_singly(engine, initial, iterations, of_rows, repairs, on_iteration, start, keep)
 
 
-def _iterate(
+def _iterate_singly(
     engine: _Engine,
     initial: NDArray[np.int64],
     iterations: int,
@@ -188,6 +196,111 @@ def _means(sums: Tensor, sizes: Tensor, points: Tensor, bits: int) -> Tensor:
     """The new centroids (K, d) on the grid; an empty cluster keeps its old one."""
     means = torch.round(sums * 2.0**bits / sizes.clamp(min=1)[:, None]).to(torch.int64)
     return torch.where((sizes > 0)[:, None], means, points)
+
+
+def _iterate_ahead(
+    engine: _Engine,
+    initial: NDArray[np.int64],
+    iterations: int,
+    of_rows: Grid,
+    on_iteration: OnIteration | None,
+    keep: Keep | None,
+) -> Found | dict[str, Any]:
+    """As `iterate`, several iterations at a time without waiting for the device, as one CUDA graph each.
+
+    Iterations after the last one change nothing, so it does no harm that they have begun. If a cluster becomes empty, the
+    iterations after it do not count: returned is the state before it, from which `iterate` goes on; nothing for the first one.
+    """
+    ahead = _Ahead(engine, torch.from_numpy(initial).to(engine.device, copy=True))
+    squares, total = _sum_of_squares(ahead.piece.rows, of_rows.bits), sum(engine.piece_counts)
+    inertia: list[float] = []
+    unclear = 0
+    before = ahead.points.clone()  # the centroids of the last iteration that counts
+
+    def said() -> dict[str, Any]:
+        made = len(inertia)
+        return {"inertia": tuple(inertia), "empty": (0,) * made, "searched": total * made, "unclear": unclear}
+
+    while True:
+        number = min(_AHEAD, iterations + 1 - len(inertia)) if inertia else 1  # the first compiles the kernels
+        for place, (high, low, sizes, (moved, again)) in enumerate(ahead.run(number)):
+            points = ahead.all_points[place]
+            if not sizes.all():
+                return _state(points, before, said()) if inertia else {}
+            unclear += int(again)
+            inertia.append((squares - grid.total_of((high, low.view(np.uint64)))) / total * of_rows.square)
+            if on_iteration:
+                on_iteration(len(inertia) - 1, inertia[-1])
+            converged = len(inertia) > 1 and not moved
+            if converged or len(inertia) > iterations:
+                share = unclear / (total * len(inertia))
+                return Found(points.cpu().numpy(), tuple(inertia), (0,) * len(inertia), sizes, converged, share)
+            before = points
+        before = before.clone()  # the next iterations are written where these were
+        if keep:
+            keep(len(inertia), partial(_state, ahead.points, before, said()))
+
+
+class _Ahead:
+    """Iterations whose launches depend on nothing that the host would have to read, and what each of them found."""
+
+    def __init__(self, engine: _Engine, points: Tensor) -> None:
+        self.engine, self.points = engine, points
+        _, self.piece = next(iter(engine.pieces()))
+        device, (k, width) = engine.device, points.shape
+        self.labels = torch.full((len(self.piece.rows),), -1, dtype=torch.int32, device=device)
+        self.sums = torch.zeros(k, width, dtype=torch.float64, device=device)
+        self.sizes = torch.zeros(k, dtype=torch.float64, device=device)
+        self.moved, self.slot = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        self.all_points = torch.zeros(_AHEAD, k, width, dtype=torch.int64, device=device)
+        # Of each iteration two words of inner products, sizes, and how many rows moved and were unclear (see `run`).
+        self.found = torch.zeros(_AHEAD, 3 * k + 2, dtype=torch.int64, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self, number: int) -> Iterator[tuple[NDArray[np.int64], ...]]:
+        """Of each of the next iterations: two words of the inner products of centroids and sums, and sizes, (K,) each; how many
+        rows changed their label, and how many were unclear, (2,). Its centroids are in `all_points`."""
+        self.slot.zero_()
+        if self.engine.device.type == "cuda" and number > 1 and self._graph is None:
+            self._graph = self._captured()
+        for _ in range(number):
+            if self._graph is None:
+                self._iterate()
+            else:
+                self._graph.replay()
+        k = len(self.points)
+        for row in self.found[:number].cpu().numpy():
+            yield row[:k], row[k : 2 * k], row[2 * k : 3 * k], row[3 * k :]
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """One iteration as a graph; PyTorch's own context for it would empty the cache of memory first."""
+        graph, outer, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream(self.engine.device)
+        stream.wait_stream(outer)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using the device
+            try:
+                self._iterate()
+            finally:
+                graph.capture_end()
+        outer.wait_stream(stream)
+        return graph
+
+    def _iterate(self) -> None:
+        engine, piece, points = self.engine, self.piece, self.points
+        candidates, scale = engine.candidates(points), 2.0**engine.bits
+        labels, other, status = engine.best_two(piece, candidates)
+        single, squares = candidates.wide.to(torch.float32), candidates.wide_squares.to(torch.float32)
+        decide, move = (engine.kernels.decide, engine.kernels.move) if engine.kernels else (_decide, _move)
+        decide(piece.rows, points, single, squares, piece.lengths, status, labels, other, engine.bits)
+        self.moved.zero_()
+        move(piece.rows, self.labels, labels, self.sums, self.sizes, self.moved)
+        sizes = self.sizes.to(torch.int64)
+        words = _inner_products(points, 2 * (self.sums * scale).to(torch.int64) - sizes[:, None] * points)
+        unclear = (status > 0).sum(dtype=torch.int64)
+        self.all_points.index_copy_(0, self.slot, points[None])
+        self.found.index_copy_(0, self.slot, torch.cat([*words, sizes, self.moved, unclear[None]])[None])
+        self.slot += 1
+        points.copy_(_means(self.sums, self.sizes, points, engine.bits))
 
 
 def _state(points: Tensor, previous: Tensor, said: dict[str, Any]) -> dict[str, Any]:
@@ -296,12 +409,8 @@ class _Engine:
 
     def assign(self, piece: _Piece, candidates: _Candidates) -> tuple[Tensor, int]:
         """The labels (n,) int32 of a piece, and how many of its rows were decided again."""
-        points, squares, limits = candidates.points, candidates.squares, candidates.limits
-        arguments = (piece.inputs, candidates.inputs, candidates.norms, piece.lengths, squares, limits)
-        if self.kernels and self.dtype != torch.float32:
-            labels, other, status = self.kernels.best_two(*arguments)
-        else:
-            labels, other, status = _best_two(*arguments, tf32=self.tf32)
+        points = candidates.points
+        labels, other, status = self.best_two(piece, candidates)
         unclear = torch.nonzero(status)[:, 0]
         several = unclear[status[unclear] > 1]
         nearer = self.kernels.nearer if self.kernels else _nearer
@@ -311,6 +420,21 @@ class _Engine:
             part = several[start : start + step]
             labels[part] = _nearest_of_all(piece.rows[part], candidates, self.bits)
         return labels, len(unclear)
+
+    def best_two(self, piece: _Piece, candidates: _Candidates) -> tuple[Tensor, Tensor, Tensor]:
+        """See `gpu_kernels.best_two`."""
+        arguments = (piece.inputs, candidates.inputs, candidates.norms, piece.lengths, candidates.squares, candidates.limits)
+        if self.kernels and self.dtype != torch.float32:
+            found: tuple[Tensor, Tensor, Tensor] = self.kernels.best_two(*arguments)
+            return found
+        return _best_two(*arguments, tf32=self.tf32)
+
+    def is_small(self, k: int) -> bool:
+        """Whether launching kernels would take longer than running them (see `_iterate_ahead`)."""
+        rows = self.piece_counts[0]
+        return (
+            len(self._groups) == 1 and rows <= _SMALL_ROWS and k * self.width <= _SMALL_CENTROIDS and rows * k <= _SMALL_PAIRS
+        )
 
     def label(self, points: Tensor, labels: list[Tensor], sums: Tensor, sizes: Tensor) -> None:
         """Set the labels of all rows for these centroids, and add the rows to sums and sizes, which are zero."""
@@ -453,6 +577,39 @@ def _sum_of_squares(rows: Tensor, bits: int) -> int:
         whole = (rows[start : start + step].to(torch.float64) * 2.0**bits).to(torch.int64)
         total += grid.total_of(_words(*_inner_products(whole, whole)))
     return total
+
+
+def _decide(
+    rows: Tensor,
+    points: Tensor,
+    single: Tensor,
+    squares: Tensor,
+    lengths: Tensor,
+    status: Tensor,
+    best: Tensor,
+    runner_up: Tensor,
+    bits: int,
+) -> None:
+    """As `gpu_kernels.decide`."""
+    unclear = torch.nonzero(status)[:, 0]
+    best[unclear] = _nearer(rows, points, unclear, best, runner_up, bits)
+    several = unclear[status[unclear] > 1]
+    pairs = several.repeat_interleave(len(points))
+    numbers = torch.arange(len(points), device=rows.device).repeat(len(several))
+    places = torch.arange(len(several), device=rows.device).repeat_interleave(len(points))
+    best[several] = _first_of_nearest(rows[several], points, places, numbers, bits) if len(pairs) else best[several]
+
+
+def _move(rows: Tensor, old: Tensor, new: Tensor, sums: Tensor, sizes: Tensor, moved: Tensor) -> None:
+    """As `gpu_kernels.move`."""
+    changed = torch.nonzero(old != new)[:, 0]
+    leaving = changed[old[changed] >= 0]
+    entries, labels = torch.cat([changed, leaving]), torch.cat([new[changed], old[leaving]])
+    signs = torch.ones(len(entries), dtype=torch.float64, device=rows.device)
+    signs[len(changed) :] = -1
+    _add_to_sums(sums, sizes, rows, entries, labels, signs)
+    old.copy_(new)
+    moved += len(changed)
 
 
 def _add_to_sums(sums: Tensor, sizes: Tensor, rows: Tensor, entries: Tensor, labels: Tensor, signs: Tensor) -> None:

@@ -24,6 +24,7 @@ REACH = 2.0**10  # rows of other data may lie this many times as far from the ce
 _MOST_BITS, _FEWEST_BITS = 30, 16
 _TYPICAL_STEPS = 2.0**10  # with fewer steps from the centre to a usual row, rounding would change inertia by over 1e-6
 _SINGLE_EXPONENT = 64  # up to here nothing in float32 overflows or loses digits before it is rounded to the grid
+_HALF_BITS, _SQUARED_VALUES = 15, 1 << 15  # of a whole number, and how many are squared at a time
 _PAIR_VALUES = 1 << 18  # differences computed at a time: 2 MB, which fits in the processor cache
 
 
@@ -182,15 +183,18 @@ def inner_products(left: NDArray[np.int64], right: NDArray[np.int64]) -> Words:
 
 
 def sum_of_squares(rows: NDArray[np.floating], of_rows: Grid) -> int:
-    """The sum of |x|^2 of rows (n, d) from `Grid.rows`, in squared steps."""
+    """The sum of |x|^2 of clustered rows (n, d) from `Grid.rows`, in squared steps."""
     total = 0
-    for start in range(0, len(rows), blas.CHUNK_ROWS):
-        wide = (rows[start : start + blas.CHUNK_ROWS].astype(np.float64) * 2.0**of_rows.bits).ravel()
-        whole = wide.astype(np.int64)
-        # As for one inner product, of all values of the piece: (1024 d)^2 2^(2 b - 53) is below 2^62, too.
-        low = np.einsum("i,i->", whole, whole).astype(np.int64).reshape(1).view(np.uint64)
-        near = np.einsum("i,i->", wide, wide).reshape(1)
-        total += total_of((np.rint((near - low.astype(np.float64)) * 2.0**-64).astype(np.int64), low))
+    values = np.ascontiguousarray(rows).ravel()
+    with blas.one_thread():
+        for start in range(0, len(values), _SQUARED_VALUES):
+            low = np.multiply(values[start : start + _SQUARED_VALUES], 2.0**of_rows.bits, dtype=np.float64)
+            high = np.rint(low * 2.0**-_HALF_BITS)
+            low -= high * 2.0**_HALF_BITS
+            # Halves of at most 2^15: products of at most 2^30, of which 2^22 have an exact sum.
+            total += int(high @ high) << 2 * _HALF_BITS
+            total += int(high @ low) << _HALF_BITS + 1
+            total += int(low @ low)
     return total
 
 

@@ -35,7 +35,7 @@ TOOLS = (projection, grid, nearest_centroids)
 
 CACHE_BYTES = 8 << 30  # rows on the grid that a worker keeps between iterations; rows beyond that are projected every time
 _COARSE_BYTES = 128 << 20  # coefficients that a worker keeps beside them: rows rounded to bfloat16, or their coefficients
-_ADD_VALUES = 1 << 22  # values that are added to the sums at a time: 32 MB
+_FEWEST_ADDED, _MOST_ADDED = 1 << 17, 1 << 22  # values that are added to the sums at a time: 1 to 32 MB
 
 
 @dataclass(frozen=True)
@@ -416,14 +416,16 @@ def _farthest_rows(
 class _Additions:
     """Rows that are added to the sums of their new clusters and subtracted from those of the old ones, in place.
 
-    Many rows of several shards are added at a time, since each product touches all sums.
+    Rows of several shards are added at a time, since each product touches all sums.
     """
 
     def __init__(self, sums: NDArray[np.float64], counts: NDArray[np.int64]) -> None:
         self.sums, self.counts = sums, counts
-        self._rows: list[NDArray[np.float32]] = []
+        width = sums.shape[1]
+        room = max(1, min(max(_FEWEST_ADDED, 4 * sums.size), _MOST_ADDED) // width)
+        self._rows = np.empty((room, width))
         self._entries: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # clusters and signs, (n, 1) or (n, 2)
-        self._values = 0
+        self._waiting = 0
 
     def add(self, rows: NDArray[np.float32], labels: NDArray[np.int64], old: NDArray[np.int64] | None) -> int:
         """Add rows (n, d) with new and old labels; without old ones all are added. Returns how many changed theirs."""
@@ -432,14 +434,14 @@ class _Additions:
         if old is not None:
             np.subtract(self.counts, np.bincount(old, minlength=k), out=self.counts)
         relabelled = np.arange(len(rows)) if old is None else np.flatnonzero(labels != old)
-        step = max(1, _ADD_VALUES // rows.shape[1])
-        for start in range(0, len(relabelled), step):
-            part = relabelled[start : start + step]
-            self._rows.append(rows[part])
+        start = 0
+        while start < len(relabelled):
+            part = relabelled[start : start + len(self._rows) - self._waiting]
+            self._rows[self._waiting : self._waiting + len(part)] = rows[part]
             clusters = labels[part][:, None] if old is None else np.stack([labels[part], old[part]], axis=1)
             self._entries.append((clusters, np.tile([1.0, -1.0][: clusters.shape[1]], (len(part), 1))))
-            self._values += self._rows[-1].size
-            if self._values >= _ADD_VALUES:
+            start, self._waiting = start + len(part), self._waiting + len(part)
+            if self._waiting == len(self._rows):
                 self.flush()
         return len(relabelled)
 
@@ -447,13 +449,13 @@ class _Additions:
         """Add what waits."""
         from scipy.sparse import csc_matrix
 
-        if not self._values:
+        if not self._waiting:
             return
-        wide = np.concatenate(self._rows, dtype=np.float64)
         ends = np.concatenate([[0], *(np.full(len(each), each.shape[1]) for each, _ in self._entries)]).cumsum()
         clusters, signs = (np.concatenate([each[place].ravel() for each in self._entries]) for place in (0, 1))
-        self.sums += csc_matrix((signs, clusters, ends), shape=(len(self.counts), len(wide))) @ wide
-        self._rows, self._entries, self._values = [], [], 0
+        entries = csc_matrix((signs, clusters, ends), shape=(len(self.counts), self._waiting))
+        self.sums += entries @ self._rows[: self._waiting]
+        self._entries, self._waiting = [], 0
 
 
 _ShardKey = tuple[str, fingerprint.FileVersion]

@@ -36,7 +36,7 @@ _ALIGNED = 32  # columns that the processor multiplies at a time
 _FEWEST_FEATURES = {torch.bfloat16: 1024, torch.float32: 256}
 _FEWEST_CENTROIDS = 64
 _MOST_COMPARED = {torch.bfloat16: 0.02, torch.float32: 0.08}
-_BLOCK_VALUES = 1 << 20  # lower bounds at a time: 2 MB in bfloat16
+_BLOCK_VALUES, _BLOCK_ROWS = 1 << 20, 4096  # lower bounds at a time, 2 MB in bfloat16, and rows, at most
 _TINY = 2.0**-90  # absolute, above any product that underflows; squared distances are multiples of 2**-60
 
 
@@ -257,7 +257,7 @@ class Search:
         # Columns 0 to 2 are the pieces of |x|^2 times 1, columns 3 to 5 are 1 times the pieces of |c|^2.
         self._inputs = inputs.T
         self._single_error = _gamma(points.shape[1])
-        self._block = max(64, min(blas.CHUNK_ROWS, _BLOCK_VALUES // len(points)))
+        self._block = max(64, min(_BLOCK_ROWS, _BLOCK_VALUES // len(points)))
         self._bounds = torch.empty(self._block, len(points), dtype=product_type())
         self._rows = torch.zeros(self._block, width, dtype=product_type())
         self._searched, self._compared = 0, 0  # rows, and pairs of a row and a centroid that the product could not exclude
