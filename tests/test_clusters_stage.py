@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ktray.clustering import projection
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
@@ -51,3 +52,23 @@ def test_a_killed_clustering_goes_on_from_its_last_iteration(tmp_path: Path) -> 
     assert other.metrics == artifact.metrics
     for name in ("codebook.npz", "centroids.npy", "projection.npz", "iterations.json"):
         assert (other.directory / name).read_bytes() == (artifact.directory / name).read_bytes()
+
+
+def test_the_projection_is_fitted_once_for_several_k_of_the_same_features(tmp_path: Path, monkeypatch) -> None:
+    fits: list[Path] = []
+
+    def fit(shards, **rest):
+        fits.append(shards[0])
+        return fit_projection(shards, **rest)
+
+    fit_projection = projection.fit
+    monkeypatch.setattr(projection, "fit", fit)
+    store, made = FileStore(tmp_path / "store"), {}
+    for k, whiten in ((20, True), (30, True), (20, False)):
+        transfer = {"kind": "clusters", "k": k, "iterations": 2, "pca": 8, "whiten": whiten}
+        for stage in build(toy_pair(transfer=transfer), data_identity()).stages:
+            if stage.name in ("images", "teacher", "features", "clusters"):
+                made[k, whiten], _ = execute(stage, store, "a", StageContext())
+    assert len(fits) == 2
+    first, second, third = ((artifact.directory / "projection.npz").read_bytes() for artifact in made.values())
+    assert first == second != third

@@ -10,16 +10,7 @@ differ from the exact ones for the same centroids. ktray's line also has the sha
 that are not installed say so. On CPUs every library uses the threads that its environment allows: for one thread each, set
 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1.
 
-Result on one H200 (float16 products reach 750 to 770 TFLOP/s there), mixtures, 20 iterations, n in brackets, ms per iteration:
-1.28 M x 512, k = 2000 (2): ktray 7.3, flash-kmeans 8.5, flashlib 7.9; k = 10000 (1): 32.9, 36.0, 33.9; 1.28 M x 2048, k = 2000
-(1): 30.4, 38.2, 38.6; 50,000 x 512, k = 1000 (5): 2.2, 0.63, 0.45, where ktray waits for the launches of its small kernels.
-10 million x 256, k = 1000: 0.02 to 0.11 s per iteration with 24 GB on the device, 6 s with 5 GB, reading each time; equal bits.
-
-Result on one core of a Xeon with AMX (shared machine, so CPU seconds; faiss 1.15.1 with OPENBLAS_CORETYPE=SkylakeX, without
-which its OpenBLAS takes old kernels there and a quarter of the speed), 20 iterations, ktray / faiss per iteration, and whole
-runs, where ktray reads files and faiss has an array: Fashion-MNIST, k = 1000 (1): 0.32 / 0.84 s, 8.1 / 16.9 s; in float32, as
-on processors without bfloat16 (1): 0.39 / 0.80 s, 9.4 / 15.9 s; k = 100 (2): 0.10 / 0.13 s, 3.3 / 2.7 s; 50,000 x 512 of a
-random ResNet-18, k = 1000 (1): 1.8 times faiss per iteration, 6.0 / 8.7 s.
+README.md beside this file has the results.
 """
 
 from __future__ import annotations

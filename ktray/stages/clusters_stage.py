@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import plugins
+from ktray import fingerprint, plugins
 from ktray.artifact import Artifact, Stage
 from ktray.checkpoints import saving
 from ktray.clustering import kmeans, position_rows, projection
@@ -27,6 +27,9 @@ TOOLS = (kmeans, projection)
 TOOLS_OF_SOME = (position_rows,)  # in the keys of clusters of positions
 
 _PROJECTION, _STATE = "projection.npz", "iterations.npz"
+_KEPT_BYTES = 64 << 20  # of a projection that stays in memory: 4,096 directions of 4,096 features
+
+_latest_projection: dict[Any, dict[str, NDArray[Any]]] = {}  # of this process: features and steps -> projection, at most one
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,19 @@ def _clustered(
 
 
 def _fitted(shards: Sequence[Path], spec: Mapping[str, Any], context: StageContext) -> dict[str, NDArray[Any]]:
+    """The projection; that of the clustering before if it was of the same features, as one of several k mostly is.
+
+    Workers take stages whose inputs they know, so one of them often makes all clusterings of the same features.
+    """
     steps = {name: spec[name] for name in ("l2", "pca", "whiten", "l2_after")}
-    return projection.fit(shards, **steps, pool=context.pool)
+    key = (*((str(shard), fingerprint.file_version(shard.stat())) for shard in shards), *steps.items())
+    if key in _latest_projection:
+        return _latest_projection[key]
+    _latest_projection.clear()
+    fitted = projection.fit(shards, **steps, pool=context.pool)
+    if sum(each.nbytes for each in fitted.values()) <= _KEPT_BYTES:
+        _latest_projection[key] = fitted
+    return fitted
 
 
 def _reporting(iterations: int, context: StageContext) -> Callable[[int, float], None]:
