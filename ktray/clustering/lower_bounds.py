@@ -258,13 +258,17 @@ class Search:
         self._inputs = inputs.T
         self._single_error = _gamma(points.shape[1])
         self._block = max(64, min(_BLOCK_ROWS, _BLOCK_VALUES // len(points)))
-        self._bounds = torch.empty(self._block, len(points), dtype=product_type())
-        self._rows = torch.zeros(self._block, width, dtype=product_type())
+        self._bounds = torch.empty(0, len(points), dtype=product_type())  # with `_rows` it grows with the first rows
+        self._rows = torch.empty(0, width, dtype=product_type())
         self._searched, self._compared = 0, 0  # rows, and pairs of a row and a centroid that the product could not exclude
 
     def __call__(self, rows: NDArray[np.float32], of_rows: CoarseRows) -> tuple[NDArray[np.int64], int]:
         """The nearest centroids (n,) of rows (n, d) from `Grid.rows`, and how many of them needed whole numbers."""
         labels, decided_again = np.empty(len(rows), np.int64), 0
+        if len(self._bounds) < min(self._block, len(rows)):
+            size = min(self._block, len(rows))
+            self._bounds = torch.empty(size, self._bounds.shape[1], dtype=product_type())
+            self._rows = torch.zeros(size, self._rows.shape[1], dtype=product_type())
         for start in range(0, len(rows), self._block):
             part = slice(start, start + self._block)
             labels[part], again = self._search(rows[part], of_rows.lengths[part], self._inputs_of(rows, of_rows, part))
