@@ -19,7 +19,7 @@ from ktray.errors import PreflightFailed, SearchStopped, StageFailed, UserError
 from ktray.pipeline import pair_graph, references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
-from ktray.pipeline.pair_graph import Graph, Identity, build
+from ktray.pipeline.pair_graph import Graph, Identity
 from ktray.runs.best_trials import results_on_test
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.data_check import refuse_changed_data
@@ -291,7 +291,7 @@ def search(
         require_positive(options.concurrent, "concurrent")
     space = with_concurrent(space, options.concurrent)
     if early is not None:
-        early.compute_ahead(lambda: _images_stages(space, settings))
+        early.compute_ahead(lambda: _images_before_the_check(space, settings))
     assumed = check_space(space, data_loader(), source)
     options.mark("space checked")
     name = options.name or space.study_name
@@ -309,12 +309,10 @@ def search(
     return outcome
 
 
-def _images_stages(space: Space, settings: Settings) -> list[Stage]:
-    """The stages that decode the images of a space's first draw; empty where that cannot be told before it is checked."""
+def _images_before_the_check(space: Space, settings: Settings) -> list[Stage]:
+    """The stages that decode the images of a space; empty where that cannot be told before it is checked."""
     with suppress(Exception):  # of any kind, from plugins too: the check of the space, which comes next, says what is wrong
-        _, params = next(iter(space.branch_draws()))
-        graph = build(space.pair(params), data_identity(settings.cache))
-        return [stage for stage in graph.stages if stage.name == "images"]
+        return list(_images_stages(space, data_identity(settings.cache)).values())
     return []
 
 
@@ -463,7 +461,7 @@ def _make_images(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> No
     study = coordinator.study
     if study.draw_count >= study.target and all(trial.state not in UNFINISHED for trial in study.trials()):
         return
-    found = _images_stages(coordinator)
+    found = _images_stages(coordinator.space, coordinator.identity)
     coordinator.demanded |= found.keys()
     missing = [stage for key, stage in found.items() if coordinator.store.find(key) is None]
     if missing:
@@ -486,13 +484,13 @@ def _make_images(coordinator: TrialCoordinator, scheduler: _LazyScheduler) -> No
             refuse_unreadable(stage, made)
 
 
-def _images_stages(coordinator: TrialCoordinator) -> dict[str, Stage]:
+def _images_stages(space: Space, identity: Identity) -> dict[str, Stage]:
     """Key -> stage of all images that draws read: of each branch, and of each data set that is drawn."""
-    space, found = coordinator.space, dict[str, Stage]()
+    found = dict[str, Stage]()
     of_data = (params for label, params in space.boundary_draws() if ": data" in label)
     for params in (*(params for _, params in space.branch_draws()), *of_data):
         with suppress(UserError):  # two values that do not go together, which their trial will report
-            graph = pair_graph.build(space.pair(params), coordinator.identity)
+            graph = pair_graph.build(space.pair(params), identity)
             found |= {stage.key: stage for stage in graph.stages if stage.name == "images"}
     return found
 
