@@ -44,7 +44,7 @@ def test_too_many_unreadable_images_are_one_error_before_any_trial_and_a_larger_
     said = capsys.readouterr()
     errors = [line for line in said.err.splitlines() if line.startswith("ktray: ") and "unreadable, more than" in line]
     assert len(errors) == 1
-    assert "3 of 40 images are unreadable, more than max_unreadable=0.01 allows: 00.png" in errors[0]
+    assert "3 of 40 images are unreadable, more than max_unreadable=0.01 allows: " in errors[0]
     assert read_study(tmp_path / "home", "photos").trials == []
     assert main(["search", str(space), *home, "--set", "data.max_unreadable=0.1"]) == 0
     said = capsys.readouterr()
