@@ -303,11 +303,19 @@ def _scalar(node: yaml.ScalarNode) -> Any:
     return _refuse_tag(node)
 
 
+def _decimal_comma(node: yaml.ScalarNode) -> str | None:
+    """The number with a decimal comma that ends with this node, such as ``0,05`` between braces; None if there is none."""
+    mark = node.start_mark
+    before = re.search(r"[-+]?\d+,$", mark.buffer[max(0, mark.pointer - 40) : mark.pointer]) if mark.buffer else None
+    return before.group() + node.value if before else None
+
+
 def _integer(node: yaml.ScalarNode) -> int:
-    text = node.value
     text, digits = node.value, _without_groups(node).lstrip("+-")
     base = {"0b": 2, "0x": 16}.get(digits[:2].lower(), 10)
     if base == 10 and len(digits) > 1 and digits[0] == "0" and digits.isdecimal():
+        if (comma := _decimal_comma(node)) is not None:
+            raise _Refused(f"{comma} has a decimal comma", f"Write {comma.replace(',', '.')}.", node.start_mark)
         plain = digits.lstrip("0") or "0"
         octal = f"{int(digits, 8)}" if len(digits) < 20 and set(digits) <= set("01234567") else ""
         instead = f"Write {plain}, or {octal} if it is octal" if octal and octal != plain else f"Write {_shortened(plain)}"

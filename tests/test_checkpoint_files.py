@@ -362,6 +362,41 @@ def test_a_network_that_is_there_only_in_part_is_not_taken_and_kept_apart_in_the
     assert "not completely in the file: key 'model_ema'" in found.summary()
 
 
+NAMELESS = {
+    "torch_ema": ({"model": NETWORK, "ema": {"decay": 0.99, "shadow_params": list(OTHER.values())}}, "ema"),
+    "a callback": ({"state_dict": NETWORK, "callbacks": {"EMA": {"ema_weights": list(OTHER.values())}}}, "callbacks.EMA"),
+    "names without dots": (
+        {"state_dict": NETWORK | {f"model_ema.{name.replace('.', '')}": tensor for name, tensor in OTHER.items()}},
+        "state_dict.model_ema",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "place"), NAMELESS.values(), ids=NAMELESS.keys())
+def test_averages_without_names_are_not_taken_and_said(content: dict[str, Any], place: str, tmp_path: Path) -> None:
+    path = saved(content, tmp_path / "weights.pth")
+    assert_same(imported(path), NETWORK)
+    assert any(each.startswith(place) for each in found_in(path).nameless)
+    assert "averaged weights without the network's names" in found_in(path).summary()
+
+
+def test_only_averages_are_said_to_have_no_names(tmp_path: Path) -> None:
+    path = saved(
+        {"model": NETWORK, "model_ema": OTHER, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, tmp_path / "a.pth"
+    )
+    assert found_in(path).place.key == "model_ema"
+    assert found_in(path).nameless == ()
+
+
+def test_a_tensor_that_torch_wrote_as_a_negating_view_has_its_own_sign(tmp_path: Path) -> None:
+    name = next(iter(NETWORK))
+    negated = torch.complex(torch.zeros_like(NETWORK[name]), -NETWORK[name]).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(negated, NETWORK[name])
+    path = saved(NETWORK | {name: negated}, tmp_path / "weights.pth")
+    assert_same(imported(path), NETWORK)
+
+
 def test_position_embeddings_of_another_size_are_named_as_such(tmp_path: Path) -> None:
     network = pretrained.shapes(plugins.parse("backbone", {"kind": "vit", "size": "tiny", "patch": 8, "image": 64}))
     state = {name: torch.zeros(tensor.shape) for name, tensor in network.items()}

@@ -164,8 +164,9 @@ def test_whole_numbers_may_be_written_as_tools_for_tables_write_them(coco_root: 
 
 
 REFUSED = [
-    ("annotations.0.image_id", 999, r"annotations\[0\]: it belongs to none of the images"),
-    ("annotations.0", [], r"annotations\[0\]: it belongs to none"),
+    ("annotations.0.image_id", 999, r"annotations\[0\]: none of the images has its image_id, 999"),
+    ("annotations.0.image_id", "10", r"annotations\[0\]: its image_id is '10', which is no number"),
+    ("annotations.0", [], r"annotations\[0\]: its image_id is None, which is no number"),
     ("images.1.id", 10, r"images\[1\]: the image '11\.png' with id 10 is listed twice"),
     ("images.1.file_name", "../../etc/passwd", r"images\[1\]: '\.\./\.\./etc/passwd' is no name of an image"),
     ("images.1.file_name", "C:\\x.png", r"is no name of an image"),

@@ -420,7 +420,7 @@ def test_a_damaged_page_costs_its_rows_and_no_time(checksums: bool, tmp_path: Pa
 def test_text_labels_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")])
     parquet.write_table(pa.table({"image": [PNG], "label": broken}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match=r"'label' cannot be read.*utf-8"):
+    with pytest.raises(UserError, match=r"'label' of .* has text that is not UTF-8: the byte 0x"):
         listed(f"parquet:{tmp_path}?label=label")
 
 

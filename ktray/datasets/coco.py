@@ -259,9 +259,16 @@ def parse(content: Any, file: Path) -> _Set:
     crowd: list[list[bool]] = [[] for _ in images]
     for index, each in enumerate(_list(content, "annotations", file)):
         place = f"annotations[{index}]"
-        row = rows.get(each["image_id"]) if isinstance(each, dict) and _is_number(each.get("image_id")) else None
+        number = each.get("image_id") if isinstance(each, dict) else None
+        if not _is_number(number):
+            raise UserError(
+                f"{file}, {place}: its image_id is {shown(number)}, which is no number", WHERE, "Write the image's id."
+            )
+        row = rows.get(number)
         if row is None:
-            raise UserError(f"{file}, {place}: it belongs to none of the images", WHERE, "Remove it, or add its image.")
+            raise UserError(
+                f"{file}, {place}: none of the images has its image_id, {number}", WHERE, "Remove it, or add its image."
+            )
         try:
             boxes[row].append(_box(each, numbers))
             crowd[row].append(_is_crowd(each))

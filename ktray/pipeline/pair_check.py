@@ -52,7 +52,7 @@ from ktray.spec import (
 )
 from ktray.stages.evaluation_stage import reads_network, reads_pseudo_labels
 from ktray.strict import StrictSpec
-from ktray.text import counted
+from ktray.text import counted, visible_name
 from ktray.training import loop, optimisers, timm_weights
 from ktray.training.pretrained import ARTIFACT, check_weights, checkpoint_path, shapes
 from ktray.training.task import make_batch
@@ -156,6 +156,12 @@ def _compare_weights(
     if found.incomplete:
         there = "; ".join(map(str, found.incomplete))
         said.append(f"{path.name} has another network only in part, which cannot be taken: {there}")
+    if found.nameless:
+        there = "; ".join(map(visible_name, found.nameless))
+        said.append(
+            f"{path.name} has averaged weights without the network's names ({there}), so those at {found.place} are taken. "
+            "To take the averages, load them into the network that trained them and save its state_dict"
+        )
     return tuple(said)
 
 

@@ -57,10 +57,12 @@ class CheckpointFile:
         state_dicts: (key, name -> tensor) of each mapping in the file that holds named tensors. The key is the path to it
             through nested mappings, such as ``state_dict`` or ``model_ema.module``; empty for the outermost one.
         objects: classes of the objects in it that are neither tensors nor plain data, such as ``argparse.Namespace``.
+        lists: keys of the lists that hold tensors without names, such as ``ema.shadow_params``.
     """
 
     state_dicts: tuple[tuple[str, Mapping[str, StoredTensor]], ...]
     objects: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path) -> CheckpointFile:
@@ -202,6 +204,7 @@ class _View(NamedTuple):
     offset: Any
     shape: Any
     stride: Any
+    is_negated: bool = False  # the numbers in memory are those of the tensor with the other sign
 
 
 _STORAGES: Mapping[str, torch.dtype] = {
@@ -271,9 +274,9 @@ class _Interpreter:
         """What a call in the pickle would return; nothing is called."""
         name = ".".join(function) if isinstance(function, _Global) else ""
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            return _View(arguments[0], arguments[0].dtype, *arguments[1:4])
+            return _View(arguments[0], arguments[0].dtype, *arguments[1:4], is_negated=_is_negated(arguments[6:]))
         if name == "torch._utils._rebuild_tensor_v3":
-            return _View(arguments[0], _dtype(arguments[6]), *arguments[1:4])
+            return _View(arguments[0], _dtype(arguments[6]), *arguments[1:4], is_negated=_is_negated(arguments[7:]))
         if name in _UNREADABLE:
             return _View(_Storage("", _UNREADABLE[name], 0), _UNREADABLE[name], 0, (), ())
         if name in _THEIR_FIRST_ARGUMENT:
@@ -297,6 +300,11 @@ class _Interpreter:
         found = _Storage(str(key), _STORAGES.get(name, name), numel, view[1] if view else 0)
         self.storages[found.key] = found
         return found
+
+
+def _is_negated(metadata: Sequence[Any]) -> bool:
+    """Whether torch wrote a tensor as a view that negates, as the imaginary part of a conjugate is."""
+    return bool(metadata) and isinstance(metadata[0], dict) and metadata[0].get("neg") is True
 
 
 def _dtype(named: Any) -> torch.dtype | str:
@@ -513,11 +521,26 @@ def _content(outermost: Any, it: _Interpreter, records: Mapping[str, _Record], c
         (key, {name: _stored(name, view, records, content, checked) for name, view in views.items()})
         for key, views in _mappings(outermost)
     ]
-    return CheckpointFile(tuple(state_dicts), tuple(it.objects))
+    return CheckpointFile(tuple(state_dicts), tuple(it.objects), tuple(_lists(outermost)))
 
 
 def _mappings(outermost: Any) -> Iterator[tuple[str, dict[str, _View]]]:
-    """(key, name -> tensor) of each mapping with named tensors, from the outside in. Containers may contain themselves."""
+    """(key, name -> tensor) of each mapping with named tensors, from the outside in."""
+    for key, items in _containers(outermost):
+        views = {name: each for name, each in items.items() if isinstance(name, str) and isinstance(each, _View)}
+        if views:
+            yield key, views
+
+
+def _lists(outermost: Any) -> Iterator[str]:
+    """The key of each list of tensors."""
+    for key, items in _containers(outermost):
+        if items and all(isinstance(name, int) and isinstance(each, _View) for name, each in items.items()):
+            yield key
+
+
+def _containers(outermost: Any) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """(key, its items) of each mapping and list, from the outside in. They may contain themselves."""
     waiting: deque[tuple[tuple[Any, ...], Any]] = deque([((), outermost)])
     seen = {id(outermost)}
     while waiting:
@@ -527,9 +550,7 @@ def _mappings(outermost: Any) -> Iterator[tuple[str, dict[str, _View]]]:
             items = dict(enumerate(items))
         if not isinstance(items, dict):
             continue
-        views = {name: each for name, each in items.items() if isinstance(name, str) and isinstance(each, _View)}
-        if views:
-            yield ".".join(map(str, path)), views
+        yield ".".join(map(str, path)), items
         for name, each in items.items():
             is_new = isinstance(each, dict | list | tuple | _Object) and id(each) not in seen
             if is_new and len(path) < _MAX_DEPTH and len(seen) < _MAX_MAPPINGS:
@@ -569,7 +590,10 @@ def _stored(
             checked[storage.key] = None
         start = record.start + begin * dtype.itemsize
         found = bytearray(content[start : record.start + end * dtype.itemsize])
-        return torch.frombuffer(found, dtype=dtype).as_strided(shape, view.stride) if found else torch.empty(shape, dtype=dtype)
+        if not found:
+            return torch.empty(shape, dtype=dtype)
+        tensor = torch.frombuffer(found, dtype=dtype).as_strided(shape, view.stride)
+        return tensor.neg() if view.is_negated else tensor
 
     return StoredTensor(shape, dtype, read)
 

@@ -38,6 +38,7 @@ _FILES = (_STUDENT[0], "weights.safetensors", "pytorch_model.bin")  # an exporte
 _WRAPPED = "model."  # in names of ktray's timm networks
 _MODULES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}  # wrap a part of a network
 _AVERAGED = {"ema", "teacher", "swa", "averaged", "polyak"}
+_AVERAGES = _AVERAGED - {"teacher"}  # a teacher may be another network
 _TARGETS = {"momentum", "target", "k", "key"}
 _HEADS = {
     *("fc", "classifier", "head", "heads", "linear", "logits", "mlp", "dist", "projector", "projection", "predictor"),
@@ -90,6 +91,7 @@ class Weights:
         incomplete: where networks lie of which most tensors fit, but not all.
         ignored: tensors behind the same prefix that are not the network's, such as a classifier's, with their shapes.
         objects: classes of objects in the file, which were skipped.
+        nameless: where weights lie that are averaged by what they are called, but have none of the network's names.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -98,6 +100,7 @@ class Weights:
     incomplete: tuple[Place, ...]
     ignored: tuple[str, ...]
     objects: tuple[str, ...]
+    nameless: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """What was taken, in one sentence, for a record."""
@@ -106,6 +109,8 @@ class Weights:
             parts.append(f"also in the file: {'; '.join(map(str, self.others))}")
         if self.incomplete:
             parts.append(f"not completely in the file: {'; '.join(map(str, self.incomplete))}")
+        if self.nameless:
+            parts.append(f"averaged weights without the network's names, not taken: {_listed(self.nameless)}")
         if self.ignored:
             parts.append(f"ignored: {_listed(self.ignored)}")
         if self.objects:
@@ -220,7 +225,8 @@ def find_weights(network: Mapping[str, Tensor], checkpoint: Path, key: str | Non
     ]
     others, incomplete = (tuple(each.place for each in rest if bool(each.missing) is partly) for partly in (False, True))
     tensors = {(_WRAPPED if wrapped else "") + name: tensor for name, tensor in chosen.tensors.items()}
-    return Weights(tensors, chosen.place, others, incomplete, chosen.ignored, content.objects)
+    nameless = tuple(_nameless_averages(content, candidates)) if _rank(chosen.place) else ()
+    return Weights(tensors, chosen.place, others, incomplete, chosen.ignored, content.objects, nameless)
 
 
 # --- networks in a file
@@ -352,6 +358,29 @@ def _rank(place: Place) -> int:
     if any(part in _HEADS for part in parts):
         return _IN_A_HEAD
     return 0 if words & _AVERAGED else 2 if words & _TARGETS else 1
+
+
+def _nameless_averages(content: CheckpointFile, candidates: Sequence[_Candidate]) -> Iterator[str]:
+    """Where weights lie that are called averaged and have none of the network's names: lists, or names without their dots."""
+    yield from (key for key in content.lists if _averages_at(key))
+    named = {(each.place.key, name) for each in candidates for name in each.used.values()}
+    with_names, found = set[str](), dict[str, None]()
+    for key, state_dict in content.state_dicts:
+        for name, tensor in state_dict.items():
+            place = _averages_at(f"{key}.{name}")
+            if place and (key, name) in named:
+                with_names.add(place)
+            elif place and tensor.shape:
+                found[place] = None
+    yield from (place for place in found if place not in with_names)
+
+
+def _averages_at(path: str) -> str:
+    """A path up to its first part that speaks of an average, such as ``model_ema`` of ``model_ema.conv1weight``, or nothing."""
+    parts = path.split(".")
+    found = (at for at, part in enumerate(parts) if set(re.split("[_-]", part.lower())) & _AVERAGES)
+    at = next(found, None)
+    return "" if at is None else ".".join(parts[: at + 1]).lstrip(".")
 
 
 def _chosen(fitting: Sequence[_Candidate], path: Path) -> _Candidate:

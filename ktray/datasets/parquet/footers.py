@@ -97,6 +97,11 @@ def damage_of(path: Path, column: str = "") -> Iterator[None]:
     except UnicodeEncodeError as error:
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
         raise UserError(f"the name of {name} is not UTF-8", where="data.path", instead="Rename it.") from error
+    except UnicodeDecodeError as error:
+        what = f"the column {column!r} of {path}" if column else f"{path}"
+        wrong = error.object[error.start : error.start + 1].hex()
+        instead = "Write the column as UTF-8 text." if column else "Write its names of columns as UTF-8."
+        raise UserError(f"{what} has text that is not UTF-8: the byte 0x{wrong}", "data.path", instead) from error
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         why, instead = _diagnosis(path, " ".join(str(error).split()))
         what = f"the column {column!r} cannot be read: {path}" if column else str(path)
