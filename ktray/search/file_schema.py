@@ -85,12 +85,14 @@ def _definitions() -> tuple[Schema, Callable[[type[BaseModel]], Schema]]:
     pair = definitions[references[spec.PairSpec, "validation"]["$ref"].rpartition("/")[2]]["properties"]
     pair["data"] = {"anyOf": [_group("dataset"), pair["data"]]}
     pair["evals"] = _evaluations()
+    several = definitions[references[spec.SeveralTeachers, "validation"]["$ref"].rpartition("/")[2]]["properties"]["several"]
+    several["items"] = {"anyOf": [_group("teacher"), {"type": "null", "description": "an entry that is left out"}]}
     return definitions, of_model
 
 
 def _teachers() -> list[type[StrictSpec]]:
     """The types of teachers, each a model of its own."""
-    found = [each for name, each in vars(spec).items() if name.endswith("Teacher") and isinstance(each, type)]
+    found = [each for name, each in vars(spec).items() if name.endswith(("Teacher", "Teachers")) and isinstance(each, type)]
     return [each for each in found if issubclass(each, StrictSpec)]
 
 
