@@ -274,9 +274,11 @@ class _Interpreter:
         """What a call in the pickle would return; nothing is called."""
         name = ".".join(function) if isinstance(function, _Global) else ""
         if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            return _View(arguments[0], arguments[0].dtype, *arguments[1:4], is_negated=_is_negated(arguments[6:]))
+            storage, offset, shape, stride = arguments[:4]
+            return _View(storage, storage.dtype, offset, shape, stride, _is_negated(arguments[6:]))
         if name == "torch._utils._rebuild_tensor_v3":
-            return _View(arguments[0], _dtype(arguments[6]), *arguments[1:4], is_negated=_is_negated(arguments[7:]))
+            storage, offset, shape, stride = arguments[:4]
+            return _View(storage, _dtype(arguments[6]), offset, shape, stride, _is_negated(arguments[7:]))
         if name in _UNREADABLE:
             return _View(_Storage("", _UNREADABLE[name], 0), _UNREADABLE[name], 0, (), ())
         if name in _THEIR_FIRST_ARGUMENT:
