@@ -49,7 +49,7 @@ from experiments.table_world import LAST, SCENARIOS, TABLE, World, world
 from ktray.fingerprint import canonical, fingerprint, seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
 from ktray.search.budget import CostEstimate, PrefixSuffixSeconds
-from ktray.search.draws import DrawSource, SampledDraws, fixed_draws, random_search_draws
+from ktray.search.draws import DrawSource, SampledDraws, fixed_draw_source, random_search_source
 from ktray.search.sampler import MAX_OBSERVATIONS, Sampler, random_draw
 from ktray.search.space import Space
 from ktray.search.space_check import check_and_fill_modes
@@ -87,7 +87,7 @@ def per_cost(space: Space, known: World) -> DrawSource:
 
 def random_search(space: Space, known: World) -> DrawSource:
     """Independent random draws."""
-    return random_search_draws(space)
+    return random_search_source(space)
 
 
 def known_students(space: Space, known: World) -> DrawSource:
@@ -99,7 +99,7 @@ def known_students(space: Space, known: World) -> DrawSource:
     order: dict[str, Params] = {}
     for number in itertools.count():
         if len(order) == len(best):
-            return fixed_draws(space, list(order.values()))
+            return fixed_draw_source(space, list(order.values()))
         layer = _features(random_draw(space, seed_of(space.seed, "told", number)))  # the seed of the recorded results
         order[layer] = best[layer][1]
 

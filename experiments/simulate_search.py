@@ -39,7 +39,7 @@ from typing import Any
 from ktray.artifact import Stage
 from ktray.fingerprint import seed_of
 from ktray.runs.simulation import SimulatedCluster, Timeline, VirtualClock, simulate
-from ktray.search.draws import fixed_draws
+from ktray.search.draws import fixed_draw_source
 from ktray.search.space import Space
 from ktray.search.space_check import check_and_fill_modes
 from ktray.search.study import Study
@@ -184,7 +184,7 @@ def run(
         live: trials at a time; 0: all, but at most 2,000.
     """
     searched = space(trials, live or min(trials, 2000), early_stop=entries is None)
-    draws = None if entries is None else fixed_draws(searched, entries)
+    draws = None if entries is None else fixed_draw_source(searched, entries)
     clock, began = VirtualClock(), time.process_time()
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # the study is a file that is synced a dozen times a trial
     with tempfile.TemporaryDirectory(dir=memory) as home:

@@ -10,7 +10,7 @@ from test_scheduler_core import CoreHarness, assigned, results, stage
 
 from ktray.artifact import Artifact, Stage
 from ktray.scheduler.core import SchedulerCore
-from ktray.scheduler.requests import RecentKeys
+from ktray.scheduler.recent_set import RecentSet
 from ktray.scheduler.resources import ResourceRequest
 
 REMEMBERED = 50
@@ -43,7 +43,7 @@ def state(harness: CoreHarness) -> dict[str, int]:
     parts |= {
         "first_heartbeats": core.first_heartbeats,
         "scaling": core.scaling,
-        "retries": core._retries,
+        "failures": core._failures,
         "exclusivity": core._exclusivity,
     }
     return {f"{part}.{name}": size for part, owner in parts.items() for name, size in sizes(owner).items()}
@@ -134,7 +134,7 @@ def test_a_missing_input_of_a_stage_that_waits_is_never_forgotten() -> None:
 
 
 def test_recent_keys_forget_the_oldest_and_keep_what_was_added_again() -> None:
-    keys = RecentKeys[str](2)
+    keys = RecentSet[str](2)
     for key in ("a", "b", "a", "c"):
         keys.add(key)
     assert list(keys) == ["a", "c"]

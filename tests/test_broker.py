@@ -250,14 +250,14 @@ def test_a_scheduler_whose_driver_has_ended_ends_itself(
     monkeypatch.setattr("ktray.scheduler.client.this_process", lambda: driver)
     scheduler = start_scheduler(tmp_path / "store", idle_exit_seconds=3.0)
     pids = [scheduler.status()["pid"], *until(lambda: [each["pid"] for each in scheduler.status()["workers"] if each["pid"]])]
-    start_scheduler.cleanups[0]()  # stop renewing its lease
+    start_scheduler.cleanups[0]()  # stop its heartbeats
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
 def test_a_scheduler_whose_driver_stands_still_goes_on_for_it(
     start_scheduler: SchedulerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ktray.scheduler.client.RENEW_LEASE_SECONDS", 600.0)  # this process exists, and does not call
+    monkeypatch.setattr("ktray.scheduler.client.DRIVER_HEARTBEAT_SECONDS", 600.0)  # this process exists, and does not call
     scheduler = start_scheduler(tmp_path / "store", idle_exit_seconds=3.0)
     status = scheduler.status()
     time.sleep(7.0)

@@ -44,10 +44,10 @@ def test_networks_run_on_gpu_nodes_and_the_rest_on_nodes_without_while_they_have
 
 def test_a_gpu_node_decodes_where_no_other_has_room_and_an_idle_worker_elsewhere_is_preferred() -> None:
     registry = mixed()
-    placement = DispatchCapacity(registry, 0.0)
+    capacity = DispatchCapacity(registry, 0.0)
     for _ in range(4):
-        assert placement.place_worker(WorkerShape()).node == "cpu"  # type: ignore[union-attr]
-    assert placement.place_worker(WorkerShape()).node == "gpu"  # type: ignore[union-attr]
+        assert capacity.place_worker(WorkerShape()).node == "cpu"  # type: ignore[union-attr]
+    assert capacity.place_worker(WorkerShape()).node == "gpu"  # type: ignore[union-attr]
     registry.workers = dict(reversed(registry.workers.items()))
     for worker in registry.workers.values():
         worker.last_heartbeat, worker.polling = 0.0, True
@@ -115,22 +115,22 @@ def test_a_gpu_that_comes_back_in_time_takes_what_waited() -> None:
     assert [action.worker for action in harness.dispatch() if isinstance(action, AssignStage)] == [start.worker.name]
 
 
-def test_a_lease_is_renewed_after_calls_without_an_answer_until_the_scheduler_has_ended(
+def test_a_driver_sends_heartbeats_after_calls_without_an_answer_until_the_scheduler_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(client, "RENEW_LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(client, "DRIVER_HEARTBEAT_SECONDS", 0.01)
     answers = iter(
         [None, ray.exceptions.RayError(), ray.exceptions.GetTimeoutError(), None, SearchStopped("the scheduler has ended")]
     )
     asked: list[object] = []
 
     class Scheduler:
-        def renew_lease(self, cancelled: threading.Event) -> None:
+        def driver_heartbeat(self, cancelled: threading.Event) -> None:
             asked.append(answer := next(answers))
             if answer is not None:
                 raise answer
 
-    thread = threading.Thread(target=client._keep_renewing_lease, args=(Scheduler(), threading.Event()), daemon=True)
+    thread = threading.Thread(target=client._keep_sending_driver_heartbeats, args=(Scheduler(), threading.Event()), daemon=True)
     thread.start()
     thread.join(timeout=10)
     assert len(asked) == 5

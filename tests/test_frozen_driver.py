@@ -14,7 +14,7 @@ from tests.chaos.supervisor import Round
 from tests.searches import Home, until
 from tests.test_search_faults import assert_whole, trains
 
-# Its lease is renewed every 2 seconds and lapses after 15, and a scheduler without drivers ends after 30.
+# It sends a heartbeat every 2 seconds, is looked for after 15 without one, and a scheduler without drivers ends after 30.
 FREEZE_SECONDS = 50.0
 
 

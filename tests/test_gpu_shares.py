@@ -106,9 +106,9 @@ def test_eviction_makes_room_for_a_whole_gpu_on_one_gpu() -> None:
     for number, card in enumerate("0101"):
         worker = registry.register(f"worker-{number + 1}", WorkerShape(0.0, 0.5), "node")
         worker.gpu_ids, worker.last_heartbeat, worker.polling = (card,), 0.0, True
-    placement = DispatchCapacity(registry, 0.0)
-    assert placement.place_worker(WorkerShape(0.0, 1.0)) is None
-    assert [worker.gpu_ids for worker in evict_idle(placement, WorkerShape(0.0, 1.0))] == [("0",), ("0",)]
+    capacity = DispatchCapacity(registry, 0.0)
+    assert capacity.place_worker(WorkerShape(0.0, 1.0)) is None
+    assert [worker.gpu_ids for worker in evict_idle(capacity, WorkerShape(0.0, 1.0))] == [("0",), ("0",)]
 
 
 def cluster_harness(monkeypatch: pytest.MonkeyPatch, cpus: float, gpu: float, workers: int = 1) -> CoreHarness:

@@ -8,7 +8,7 @@ from threadpoolctl import threadpool_limits
 from ktray.errors import SearchStopped
 from ktray.fingerprint import seed_of
 from ktray.runs.simulation import SimulatedCluster, VirtualClock, _Simulation, simulate
-from ktray.search.draws import fixed_draws, random_search_draws
+from ktray.search.draws import fixed_draw_source, random_search_source
 from ktray.search.space import Space
 from ktray.search.space_check import check_and_fill_modes
 from ktray.search.study import Study
@@ -109,7 +109,7 @@ def test_the_same_study_simulated_twice_makes_the_same_draws(tmp_path):
 
 def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_stages(tmp_path):
     twice = [*pairs(6), *pairs(2)]
-    timeline = run(tmp_path, 2, lambda searched: fixed_draws(searched, twice), trials=20, early_stop=False)
+    timeline = run(tmp_path, 2, lambda searched: fixed_draw_source(searched, twice), trials=20, early_stop=False)
     assert [dict(trial.params) for trial in timeline.trials] == twice
     assert [trial.state for trial in timeline.trials] == ["completed"] * 6 + ["duplicate"] * 2
     assert [trial.duplicate_of for trial in timeline.trials[6:]] == [0, 1]
@@ -118,13 +118,13 @@ def test_a_fixed_list_is_run_in_its_order_each_pair_once_and_costs_its_distinct_
 
 
 def test_chance_draws_the_same_pairs_again_and_not_the_samplers(tmp_path):
-    one, two = (run(tmp_path / name, 3, random_search_draws, early_stop=False) for name in "ab")
+    one, two = (run(tmp_path / name, 3, random_search_source, early_stop=False) for name in "ab")
     assert [trial.params for trial in one.trials] == [trial.params for trial in two.trials]
     assert [trial.params for trial in one.trials] != [trial.params for trial in run(tmp_path / "c", 3, early_stop=False).trials]
 
 
 def listed_run(home, cluster, count=4):
-    return run(home, cluster, lambda searched: fixed_draws(searched, pairs(count)), trials=count, early_stop=False)
+    return run(home, cluster, lambda searched: fixed_draw_source(searched, pairs(count)), trials=count, early_stop=False)
 
 
 def test_a_stage_whose_worker_died_is_run_again_by_a_new_worker_and_costs_what_was_lost(tmp_path):

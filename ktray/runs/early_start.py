@@ -95,7 +95,7 @@ class EarlyStart:
         return run_until_ended(wait, self._interruption, grace=0.0)  # `end` ends it
 
     def compute_ahead(self, stages: Callable[[], Sequence[Stage]]) -> None:
-        """Compute these stages as soon as there is a worker, at the lowest priority; errors are those of whoever needs them.
+        """Compute these stages before any trial asks for them, after those that trials wait for; their errors come up there.
 
         Args:
             stages: called now.

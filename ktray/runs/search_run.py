@@ -38,7 +38,8 @@ from ktray.runs.study_status import ShowWork, with_status_file, with_stuck_warni
 from ktray.runs.uncertainty import level_with_best
 from ktray.scheduler.messages import BACKGROUND, DAMAGED
 from ktray.search.history import read_study
-from ktray.search.journal import driver_lock, study_folder, study_names
+from ktray.search.journal import study_folder, study_names
+from ktray.search.journal_writer import lock_and_repair_journal
 from ktray.search.ranking import ranked
 from ktray.search.space import Space
 from ktray.search.study import Study
@@ -404,7 +405,7 @@ def _lock_home(home: Path, name: str, options: SearchOptions) -> FileLock | None
     except UserError:
         if name not in study_names(home):
             raise
-        with driver_lock(home, name):  # where it is the study that is in use, say so
+        with lock_and_repair_journal(home, name):  # where it is the study that is in use, say so
             history = read_study(home, name)
         asks_for_more = options.trials or options.warm_start or options.retry
         if asks_for_more or len(history.trials) < history.target or any(t.state in UNFINISHED for t in history.trials):
@@ -438,9 +439,9 @@ def _end(coordinator: TrialCoordinator, scheduler: _LazyScheduler, keys_before: 
     tested = results_on_test(scheduler.study_folder)
     coordinator.trial_logger.log_summary(trials, references.read(scheduler.study_folder), level, tested)
     interruption = scheduler.interruption
-    may_wait = interruption.must_end()  # a search that was interrupted before waits for the tracker, too, but briefly
+    ending_already = interruption.must_end()  # then the tracker is waited for all the same, though only briefly
     status: Literal["FINISHED", "KILLED"] = "FINISHED" if done else "KILLED"
-    coordinator.tracker.close(status, TRACKER_SECONDS[done], lambda: interruption.must_end() and not may_wait)
+    coordinator.tracker.close(status, TRACKER_SECONDS[done], lambda: interruption.must_end() and not ending_already)
     return stopped
 
 

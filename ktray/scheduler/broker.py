@@ -47,14 +47,14 @@ from ktray.scheduler.ray_cluster import (
     this_process,
     worker_names,
 )
-from ktray.scheduler.requests import RecentKeys
+from ktray.scheduler.recent_set import RecentSet
 from ktray.scheduler.resources import GpuShares
 from ktray.scheduler.worker import start_worker
 from ktray.scheduler.worker_registry import Worker, WorkerRegistry
 from ktray.stores import open_store
 
 POLL_SECONDS = 5.0
-LEASE_SECONDS = 15.0
+DRIVER_SILENT_SECONDS = 15.0  # without a heartbeat, until the process of a driver is looked for
 REFRESH_NODES_SECONDS = 5.0
 MAX_EVENTS = 20_000
 MAX_PRESTARTED = {False: 4, True: 2}  # are there GPUs? -> workers without one: few where most stages run on GPUs
@@ -92,14 +92,14 @@ class Broker:
         self._results: dict[str, asyncio.Future[RequestResult]] = {}
         self._trials = ProcessLiveness(runtime.dead_after)
         self._handles: dict[str, Any] = {}
-        self._ended_workers = RecentKeys[str]()  # if they call again, they are told to exit
-        self._leases: dict[str, float] = {}
+        self._ended_workers = RecentSet[str]()  # if they call again, they are told to exit
+        self._driver_heartbeats: dict[str, float] = {}  # session -> when its driver was last known to exist
         self._drivers: dict[str, ProcessId] = {}  # session -> its process
-        self._last_lease = now
+        self._last_driver_heartbeat = now
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._last_event = int(now * 1000)  # so that numbers keep rising across restarts
         self._periodic_task: asyncio.Task[None] | None = None
-        self._lease_check: asyncio.Task[None] | None = None
+        self._driver_check: asyncio.Task[None] | None = None
         self._watchers: set[asyncio.Task[None]] = set()
         # Workers of an earlier scheduler are killed before any new one exists; Ray frees their names only some time later.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
@@ -120,10 +120,10 @@ class Broker:
 
     # ---- calls of drivers and trials
 
-    async def renew_lease(
+    async def driver_heartbeat(
         self, session: str, trials: Sequence[ProcessId], driver: ProcessId
     ) -> tuple[ProcessId, list[ProcessId]]:
-        """A driver is alive. Once its process has ended, its requests are cancelled; without any driver the scheduler ends.
+        """Note that a driver is alive. Once its process has ended, its requests are cancelled; without any the broker ends.
 
         A driver that stops calling this while its process exists stands still, as while a laptop is closed, and goes on later.
 
@@ -134,21 +134,21 @@ class Broker:
             The broker's own process, and those of all trials.
         """
         self._ensure_periodic_task()
-        self._leases[session] = self._last_lease = time.time()
+        self._driver_heartbeats[session] = self._last_driver_heartbeat = time.time()
         self._drivers[session] = driver
-        self._trials.restore(trials, self._last_lease)
+        self._trials.restore(trials, self._last_driver_heartbeat)
         return this_process(), self._trials.alive()
 
     async def trial_heartbeat(self, process: ProcessId) -> None:
-        """The process of a trial is alive. Once it stops calling this, it is killed, and its trial starts again."""
+        """Note that the process of a trial is alive. Once it stops calling this, it is killed, and its trial starts again."""
         self._ensure_periodic_task()
         self._trials.record_heartbeat(process, time.time())
 
     async def disconnect(self, session: str) -> bool:
-        """A driver ends; True if it was the last one."""
-        self._end_lease(session)
+        """End the session of a driver; True if it was the last one."""
+        self._end_session(session)
         self._carry_out_actions()
-        return not self._leases
+        return not self._driver_heartbeats
 
     async def obtain(self, request_id: str, waiter: str, session: str, stages: Sequence[Stage], priority: int) -> RequestResult:
         """Wait until all stages are published, or one has failed."""
@@ -161,7 +161,7 @@ class Broker:
         return await asyncio.shield(result)
 
     async def prefetch(self, session: str, stages: Sequence[Stage]) -> None:
-        """Compute these stages at the lowest priority, for nobody in particular."""
+        """Compute these stages before any trial asks for them: after all that trials wait for, before background work."""
         self._ensure_periodic_task()
         self._core.requests.add_request(uuid.uuid4().hex, "", session, stages, AHEAD, time.time())
         self._dispatch()
@@ -214,7 +214,7 @@ class Broker:
     async def worker_heartbeat(
         self, identity: WorkerIdentity, stage: Stage | None, attempt: str, progress: Mapping[str, float]
     ) -> list[str] | None:
-        """A worker is alive. Returns the names of the workers lent to its attempt, or None if it must exit."""
+        """Note that a worker is alive. Returns the names of the workers lent to its attempt, or None if it must exit."""
         worker = self._find_or_register_worker(identity)
         if worker is None:
             return None
@@ -278,9 +278,9 @@ class Broker:
             self._core.check_heartbeats(now)
             for process in self._trials.remove_silent(now):
                 kill_process_on_node(process.node, process.pid, process.created)
-            if self._lease_check is None or self._lease_check.done():
-                self._lease_check = asyncio.get_running_loop().create_task(self._end_lapsed_leases(now))
-            if not self._leases and now - self._last_lease > self._config.runtime.idle_exit_seconds:
+            if self._driver_check is None or self._driver_check.done():
+                self._driver_check = asyncio.get_running_loop().create_task(self._end_sessions_without_driver(now))
+            if not self._driver_heartbeats and now - self._last_driver_heartbeat > self._config.runtime.idle_exit_seconds:
                 await self.shut_down()
             self._prestart()
             self._dispatch()
@@ -292,20 +292,20 @@ class Broker:
         slots = sum(int(node.gpus / share) for node in nodes_now) if share else 0
         self._core.scaling.prestart(int(min(cpus, MAX_PRESTARTED[slots > 0])), share, min(slots, MAX_PRESTARTED_ON_GPUS))
 
-    async def _end_lapsed_leases(self, now: float) -> None:
-        """End the leases of drivers that have ended. One that only stands still keeps its lease, and the scheduler with it."""
-        lapses_after = min(LEASE_SECONDS, self._config.runtime.idle_exit_seconds)
-        for session in [name for name, leased in self._leases.items() if now - leased > lapses_after]:
+    async def _end_sessions_without_driver(self, now: float) -> None:
+        """End the sessions of drivers that have ended. One that only stands still keeps its session, and so the broker."""
+        silent_after = min(DRIVER_SILENT_SECONDS, self._config.runtime.idle_exit_seconds)
+        for session in [name for name, last in self._driver_heartbeats.items() if now - last > silent_after]:
             exists = await asyncio.to_thread(is_process_alive_on_its_node, self._drivers[session])
-            if now - self._leases.get(session, now) <= lapses_after:
+            if now - self._driver_heartbeats.get(session, now) <= silent_after:
                 continue  # it has called or ended meanwhile
             if exists:
-                self._leases[session] = self._last_lease = time.time()
+                self._driver_heartbeats[session] = self._last_driver_heartbeat = time.time()
             else:
-                self._end_lease(session)
+                self._end_session(session)
 
-    def _end_lease(self, session: str) -> None:
-        self._leases.pop(session, None)
+    def _end_session(self, session: str) -> None:
+        self._driver_heartbeats.pop(session, None)
         self._drivers.pop(session, None)
         self._core.requests.cancel_requests(session)
 
@@ -313,8 +313,8 @@ class Broker:
         """This process was paused, or its clock was set forward, for this long: nobody was silent in that time."""
         self._core.compensate_pause(seconds)
         self._trials.compensate_pause(seconds)
-        self._last_lease += seconds
-        self._leases = {session: leased + seconds for session, leased in self._leases.items()}
+        self._last_driver_heartbeat += seconds
+        self._driver_heartbeats = {session: last + seconds for session, last in self._driver_heartbeats.items()}
 
     def _dispatch(self) -> None:
         self._core.dispatch(time.time())

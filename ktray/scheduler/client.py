@@ -32,7 +32,7 @@ from ktray.scheduler.worker import to_bytes
 from ktray.stores import open_store
 from ktray.stores.locks import try_lock_store
 
-RENEW_LEASE_SECONDS = 2.0
+DRIVER_HEARTBEAT_SECONDS = 2.0
 BROKER_FROZEN_SECONDS = 20  # without an answer, until a broker on this node that has answered before counts as frozen
 BROKER_START_SECONDS = 120  # the same for one that may just be starting, or is on another node
 
@@ -81,7 +81,7 @@ class SchedulerClient:
         return [dict(outcome) for outcome in result.outcomes]
 
     def prefetch(self, stages: Sequence[Stage]) -> None:
-        """Compute these while workers have nothing else to do; the first request to obtain one counts as having computed it."""
+        """Compute these after all that trials wait for; the first request to obtain one counts as having computed it."""
         self._call("prefetch", self.session, list(stages))
 
     def status(self) -> dict[str, Any]:
@@ -112,14 +112,14 @@ class SchedulerClient:
         """Report that this process, which runs a trial, is alive. The scheduler kills one that stops reporting."""
         self._call("trial_heartbeat", this_process())
 
-    def renew_lease(self, cancelled: threading.Event | None = None) -> None:
-        """Report that the driver is alive; the thread that `connect` starts does so every few seconds.
+    def driver_heartbeat(self, cancelled: threading.Event | None = None) -> None:
+        """Report that this process, which drives a search or run, is alive; a thread that `connect` starts does so every 2 s.
 
         Args:
             cancelled: once this is set, the call no longer waits for the answer.
         """
         with _broker_loss_as_search_stopped():
-            answer = self._broker().renew_lease.remote(self.session, self._trial_processes, this_process())
+            answer = self._broker().driver_heartbeat.remote(self.session, self._trial_processes, this_process())
             if self._await_broker_answer(answer, cancelled):
                 self._broker_process, self._trial_processes = ray.get(answer)
 
@@ -180,27 +180,27 @@ def _broker_loss_as_search_stopped() -> Iterator[None]:
         raise SearchStopped("the scheduler has ended; the same command goes on from here") from error
 
 
-def _keep_renewing_lease(scheduler: SchedulerClient, cancelled: threading.Event) -> None:
-    """Renew the driver's lease until this is cancelled or the scheduler has ended."""
-    while not cancelled.wait(RENEW_LEASE_SECONDS):
+def _keep_sending_driver_heartbeats(scheduler: SchedulerClient, cancelled: threading.Event) -> None:
+    """Report that the driver is alive until this is cancelled or the scheduler has ended."""
+    while not cancelled.wait(DRIVER_HEARTBEAT_SECONDS):
         try:
-            scheduler.renew_lease(cancelled)
+            scheduler.driver_heartbeat(cancelled)
         except SearchStopped:
             return
         except Exception:  # noqa: BLE001 - one unanswered call, which Ray reports in several ways, even as a bare Exception;
-            continue  # a lease outlasts several calls
+            continue  # the broker looks for the driver only after several
 
 
-def _start_lease(scheduler: SchedulerClient) -> Callable[[], None]:
-    """Take a lease for this driver and renew it in a thread; returns the function that stops renewing it."""
-    scheduler.renew_lease()
+def _start_driver_heartbeats(scheduler: SchedulerClient) -> Callable[[], None]:
+    """Begin this driver's session and send heartbeats in a thread; returns the function that stops sending them."""
+    scheduler.driver_heartbeat()
     cancelled = threading.Event()
-    thread = threading.Thread(target=_keep_renewing_lease, args=(scheduler, cancelled), daemon=True)
+    thread = threading.Thread(target=_keep_sending_driver_heartbeats, args=(scheduler, cancelled), daemon=True)
     thread.start()
 
     def cancel() -> None:
         cancelled.set()
-        thread.join(timeout=RENEW_LEASE_SECONDS)
+        thread.join(timeout=DRIVER_HEARTBEAT_SECONDS)
 
     return cancel
 
@@ -237,7 +237,7 @@ def connect(
         runtime_env=config.runtime_env,
         scheduling_strategy=NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True),
     ).remote(config)
-    session.on_stop += [_start_lease(scheduler), scheduler.disconnect]
+    session.on_stop += [_start_driver_heartbeats(scheduler), scheduler.disconnect]
     return scheduler
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ktray.artifact import Artifact, Stage, kind_of
-from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusivityPolicy, FirstHeartbeatMonitor, RetryPolicy
+from ktray.scheduler.fault_tolerance import MAX_LOSSES, START_TIMEOUT, ExclusivityPolicy, FailureCounts, FirstHeartbeatMonitor
 from ktray.scheduler.messages import (
     BACKGROUND,
     FAILED,
@@ -28,7 +28,8 @@ from ktray.scheduler.messages import (
     repeated_out_of_memory_text,
 )
 from ktray.scheduler.placement import DispatchCapacity, WorkerAutoscaler
-from ktray.scheduler.requests import REMEMBERED, PendingStage, RecentKeys, RequestTable, RunningStage
+from ktray.scheduler.recent_set import REMEMBERED, RecentSet
+from ktray.scheduler.requests import PendingStage, RequestTable, RunningStage
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape, describe_resources, worker_shape_for
 
@@ -79,21 +80,21 @@ class SchedulerCore:
         self.requests = RequestTable(find, self.running.keys(), self.outbox, expected_seconds, remembered)
         self.scaling = WorkerAutoscaler(registry, self.outbox)
         self.first_heartbeats = FirstHeartbeatMonitor(registry, self.outbox, dead_after)
-        self._retries = RetryPolicy(remembered)
+        self._failures = FailureCounts(remembered)
         self._exclusivity = ExclusivityPolicy(registry, remembered)
         self._keys_of_attempt: dict[str, list[str]] = {}
         # Forgetting an entry does little harm: a fenced attempt has no directory to publish from, a stage that failed in a
         # family fails there again and is split again, and no report arrives that late.
-        self._fenced = RecentKeys[str](remembered)
-        self._ended = RecentKeys[tuple[str, str]](remembered)
-        self._split = RecentKeys[str](remembered)
+        self._fenced = RecentSet[str](remembered)
+        self._ended = RecentSet[tuple[str, str]](remembered)
+        self._split = RecentSet[str](remembered)
 
     # ---- events: what workers report
 
     def handle_heartbeat(
         self, worker: Worker, key: str, stage: Stage | None, attempt: str, progress: Mapping[str, float], now: float
     ) -> bool:
-        """A worker is alive and runs this attempt, or none. False if it must exit: the attempt was fenced or replaced."""
+        """Note that a worker is alive and runs this attempt, or none. False if it must exit: this was fenced or replaced."""
         worker.last_heartbeat, self.scaling.failed_starts = now, 0
         self.registry.silent_nodes.discard(worker.node)
         self.first_heartbeats.note_heartbeat(worker.name)
@@ -158,7 +159,7 @@ class SchedulerCore:
         return run
 
     def handle_succeeded_attempt(self, key: str, attempt: str, computed: bool, seconds: float, now: float) -> None:
-        """An attempt reports success; whether its artifact exists is for the store to say.
+        """End an attempt that reports success; whether its artifact exists is for the store to say.
 
         Args:
             computed: whether it was this attempt that published the artifact.
@@ -181,7 +182,7 @@ class SchedulerCore:
         self.requests.mark_published(artifact, computed)
 
     def handle_failed_attempt(self, key: str, attempt: str, kind: FailureKind, cause: str, missing: str, now: float) -> bool:
-        """An attempt reports a failure. False if it is not the current attempt, or if its stages simply run again.
+        """End an attempt that reports a failure. False if it is not the current attempt, or if its stages simply run again.
 
         A missing input is recomputed first. If a family failed, any of its stages may be to blame, so they run again one by
         one. A stage that ran out of memory runs once more, exclusively.
@@ -196,7 +197,7 @@ class SchedulerCore:
             # Another scheduler on this store has published the key, which removes the directories of all other attempts.
             self.handle_succeeded_attempt(key, attempt, False, 0.0, now)
             return False
-        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusivity.allow_exclusive_retry(key, kind)):
+        if not missing and kind in (FAILED, OUT_OF_MEMORY) and (others or self._exclusivity.note_failure(key, kind)):
             event = SchedulerEvent(SPLIT if others else OUT_OF_MEMORY, key, run.stage.name, run.worker, now - run.since, cause)
             self.outbox.append(event)
             self._requeue_stages([run, *others])
@@ -206,11 +207,7 @@ class SchedulerCore:
         if kind != FAILED:
             for other in others:
                 self._fail_stage(other.key, kind, cause)
-        if (
-            missing
-            and self._retries.allow_retry_after_missing_input(key, missing)
-            and self.requests.recompute_input(key, missing, now)
-        ):
+        if missing and self._failures.count_missing_input(key, missing) and self.requests.recompute_input(key, missing, now):
             return True
         self.outbox.append(SchedulerEvent(FAILED, key, run.stage.name, run.worker, now - run.since, cause))
         self._fail_stage(key, kind, cause)
@@ -228,11 +225,11 @@ class SchedulerCore:
         self.requests.fail_stage(key, kind, cause)
 
     def _reset_history(self, key: str) -> None:
-        self._retries.forget(key)
+        self._failures.forget(key)
         self._exclusivity.forget(key)
 
     def handle_lost_assignment(self, worker: Worker) -> None:
-        """A worker asks for work although a stage was assigned to it: the order never reached it."""
+        """End the attempt of a worker that asks for work all the same: the order never reached it."""
         for run in self._running_stages_of(worker.attempt or ""):
             self._close_attempt(run.key, run.attempt)
         worker.attempt = None
@@ -245,7 +242,7 @@ class SchedulerCore:
     # ---- events: workers come to an end
 
     def handle_lost_worker(self, name: str, event: LossKind, cause: str, now: float) -> None:
-        """A worker is gone: its attempt is fenced, and its stages start again, at most `MAX_LOSSES` times."""
+        """Remove a worker that is gone and fence its attempt; its stages start again, or fail after `MAX_LOSSES` losses."""
         worker = self.registry.workers.pop(name, None)
         self.first_heartbeats.forget(name)
         if worker is None:
@@ -269,7 +266,7 @@ class SchedulerCore:
             self._exclusivity.note_worker_loss(lead.key, event)
         for run in family:
             # If a worker froze before it even received the stage, the stage is not to blame.
-            if not self._retries.allow_retry_after_worker_loss(run, blamed=run.confirmed or event != FENCED):
+            if not self._failures.count_worker_loss(run, blamed=run.confirmed or event != FENCED):
                 self._fail_stage(run.key, FAILED, f"WorkerDied: its worker died {MAX_LOSSES} times, the last time: {cause}")
 
     def _fail_waiting_stages(self, cause: str) -> None:
@@ -308,30 +305,30 @@ class SchedulerCore:
         exclusive = self._exclusivity.keys()
         runs = [self.running[key] for key in exclusive & self.running.keys()]
         self._exclusivity.reserve_nodes((run, self._resources_for(run.stage)) for run in runs)
-        placement = DispatchCapacity(self.registry, now)
+        capacity = DispatchCapacity(self.registry, now)
         for pending in self.requests.ready_among(exclusive):
             if pending.stage.key in self.requests.pending:
-                self._place_stage(pending, placement)
+                self._place_stage(pending, capacity)
         full: set[str] = set()
         for pending in self.requests.ready_stages():
             name = pending.stage.name
             if name in full or pending.stage.key in self.running or pending.stage.key in self._exclusivity:
                 continue  # no room for its kind, started in a family just now, or placed above
-            if not self._place_stage(pending, placement):
+            if not self._place_stage(pending, capacity):
                 full.add(name)  # other stages of this name would find no room either
                 if full >= self.requests.pending_graph.ready_counts.keys():
                     break
-        self.scaling.forget_served_shapes(placement)
-        self._lend_idle_workers(placement)
+        self.scaling.forget_served_shapes(capacity)
+        self._lend_idle_workers(capacity)
 
-    def _place_stage(self, pending: PendingStage, placement: DispatchCapacity) -> bool:
+    def _place_stage(self, pending: PendingStage, capacity: DispatchCapacity) -> bool:
         """Start a stage, or arrange a worker for it; False if it must wait for room."""
         stage, request = pending.stage, self._resources_for(pending.stage)
         in_background = max(pending.priorities, default=0) <= BACKGROUND
-        idle_since = placement.now - BACKGROUND_IDLE_SECONDS if in_background else float("inf")
-        worker = self._exclusivity.take_worker(stage, request, placement, idle_since)
+        idle_since = capacity.now - BACKGROUND_IDLE_SECONDS if in_background else float("inf")
+        worker = self._exclusivity.take_worker(stage, request, capacity, idle_since)
         if worker is not None:
-            self._assign(worker, stage, placement.now)
+            self._assign(worker, stage, capacity.now)
         elif not self.registry.could_ever_fit(request):
             self._fail_stage(
                 stage.key, FAILED, f"it needs {describe_resources(request)}, more than any node of the cluster has"
@@ -341,17 +338,17 @@ class SchedulerCore:
         else:
             exclusive = stage.key in self._exclusivity
             on_cpus = self.resources_on_cpus(stage.name) if request.gpus and not exclusive else None
-            if on_cpus and self._is_sooner_on_cpus(pending, request, placement.now):
-                return self._place_on_cpus(stage, on_cpus, placement)
-            return self.scaling.start_worker_or_make_room(worker_shape_for(request), exclusive, placement)
+            if on_cpus and self._is_sooner_on_cpus(pending, request, capacity.now):
+                return self._place_on_cpus(stage, on_cpus, capacity)
+            return self.scaling.start_worker_or_make_room(worker_shape_for(request), exclusive, capacity)
         return True
 
-    def _place_on_cpus(self, stage: Stage, request: ResourceRequest, placement: DispatchCapacity) -> bool:
+    def _place_on_cpus(self, stage: Stage, request: ResourceRequest, capacity: DispatchCapacity) -> bool:
         """As `_place_stage`, for a stage that would wait for a GPU."""
-        worker = self._exclusivity.take_worker(stage, request, placement)
+        worker = self._exclusivity.take_worker(stage, request, capacity)
         if worker is None:
-            return self.scaling.start_worker_or_make_room(worker_shape_for(request), False, placement)
-        self._assign(worker, stage, placement.now)
+            return self.scaling.start_worker_or_make_room(worker_shape_for(request), False, capacity)
+        self._assign(worker, stage, capacity.now)
         return True
 
     def _is_sooner_on_cpus(self, pending: PendingStage, request: ResourceRequest, now: float) -> bool:
@@ -399,7 +396,7 @@ class SchedulerCore:
     def _runs_individually(self, key: str) -> bool:
         return key in self._split or key in self._exclusivity
 
-    def _lend_idle_workers(self, placement: DispatchCapacity) -> None:
+    def _lend_idle_workers(self, capacity: DispatchCapacity) -> None:
         names = {name for name in {run.stage.name for run in self.running.values()} if self.usual_resources_for(name).helpers}
         leaders = [run for run in self.running.values() if run.stage.name in names and run.key == run.leader]
         wanted: dict[WorkerShape, dict[str, int]] = {}
@@ -408,9 +405,9 @@ class SchedulerCore:
                 shape = self.registry.workers[run.worker].shape
                 wanted.setdefault(shape, {})[run.attempt] = self._resources_for(run.stage).helpers
         # A new worker needs seconds to load its libraries, in which others load theirs more slowly: not for a short stage.
-        may_start = {run.attempt for run in leaders if placement.now - run.since >= START_HELPERS_SECONDS}
+        may_start = {run.attempt for run in leaders if capacity.now - run.since >= START_HELPERS_SECONDS}
         for shape, attempts in wanted.items():
-            self.scaling.lend_workers(shape, attempts, may_start, placement)
+            self.scaling.lend_workers(shape, attempts, may_start, capacity)
 
     def lent_workers(self, attempt: str) -> list[str]:
         """Names of the workers that are lent to an attempt."""

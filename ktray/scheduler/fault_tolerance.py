@@ -23,7 +23,8 @@ from ktray.scheduler.messages import (
     SchedulerEvent,
 )
 from ktray.scheduler.placement import DispatchCapacity
-from ktray.scheduler.requests import REMEMBERED, RecentKeys, RunningStage
+from ktray.scheduler.recent_set import REMEMBERED, RecentSet
+from ktray.scheduler.requests import RunningStage
 from ktray.scheduler.resources import ResourceRequest
 from ktray.scheduler.worker_registry import Worker, WorkerRegistry, WorkerShape, worker_shape_for
 
@@ -53,11 +54,11 @@ class ProcessLiveness:
         self._last_heartbeats: dict[ProcessId, float] = {}
 
     def record_heartbeat(self, process: ProcessId, now: float) -> None:
-        """This process is alive."""
+        """Note that this process is alive now."""
         self._last_heartbeats[process] = now
 
     def restore(self, processes: Iterable[ProcessId], now: float) -> None:
-        """After a restart: these were alive when the broker before this one last heard from them."""
+        """Count as alive, after a restart, those that the broker before this one has heard from."""
         for process in processes:
             self._last_heartbeats.setdefault(process, now)
 
@@ -73,7 +74,7 @@ class ProcessLiveness:
         return silent
 
     def compensate_pause(self, seconds: float) -> None:
-        """The broker itself was paused for this long, so silence during that time proves nothing."""
+        """Leave out of all silences a time in which the broker itself was paused: it proves nothing."""
         self._last_heartbeats = {process: last + seconds for process, last in self._last_heartbeats.items()}
 
 
@@ -95,17 +96,17 @@ class FirstHeartbeatMonitor:
         self._waits = False
 
     def note_broker_restart(self, names: Iterable[str], now: float) -> None:
-        """The broker restarted, and these workers may be alive: no stage starts until all report, or `dead_after` is over."""
+        """Await these workers, which may have outlived a broker: no stage starts until all report, or `dead_after` is over."""
         self._survivors, self._restarted = set(names), now
         self._waits = bool(self._survivors)
         self.registry.exclude_names(self._survivors)
 
     def note_heartbeat(self, name: str) -> None:
-        """A worker has sent a heartbeat."""
+        """Note that a worker has sent a heartbeat: it is awaited no more."""
         self._survivors.discard(name)
 
     def forget(self, name: str) -> None:
-        """A worker is gone."""
+        """Drop what is known of a worker that is gone."""
         for names in (self._survivors, self._fenced):
             names.discard(name)
         self._awaited_since.pop(name, None)
@@ -145,7 +146,7 @@ class FirstHeartbeatMonitor:
         self._survivors.clear()
 
     def compensate_pause(self, seconds: float) -> None:
-        """The broker itself was paused for this long, so silence during that time proves nothing."""
+        """Leave out of all silences a time in which the broker itself was paused: it proves nothing."""
         self._awaited_since = {name: since + seconds for name, since in self._awaited_since.items()}
         self._restarted += seconds
 
@@ -160,15 +161,15 @@ class _FailureHistory:
     furthest_epoch: float = 0.0
 
 
-class RetryPolicy:
-    """Counts what went wrong with each stage since it was last published or failed; only recent troubles are kept."""
+class FailureCounts:
+    """What went wrong with each stage since it was last published or failed, counted; only recent troubles are kept."""
 
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._remembered = remembered
         self._histories: OrderedDict[str, _FailureHistory] = OrderedDict()
 
-    def allow_retry_after_worker_loss(self, run: RunningStage, blamed: bool) -> bool:
-        """Count the loss of its worker; whether the stage may start again.
+    def count_worker_loss(self, run: RunningStage, blamed: bool) -> bool:
+        """Count the loss of a worker for its stage; returns whether the stage may start again.
 
         Args:
             blamed: whether the stage may have been the cause.
@@ -181,14 +182,14 @@ class RetryPolicy:
         history.worker_losses += blamed
         return history.worker_losses < MAX_LOSSES
 
-    def allow_retry_after_missing_input(self, key: str, missing: str) -> bool:
-        """Count that one of its inputs was not in the store, or damaged; whether the stage may start again."""
+    def count_missing_input(self, key: str, missing: str) -> bool:
+        """Count that an input of a stage was not in the store, or damaged; returns whether the stage may start again."""
         history = self._find_or_create_history(key)
         history.missing_inputs[missing] += 1
         return history.missing_inputs[missing] < MAX_LOSSES
 
     def forget(self, key: str) -> None:
-        """The stage is published or has failed: next time it starts without a history."""
+        """Drop the counts of a stage that is published or has failed."""
         self._histories.pop(key, None)
 
     def __len__(self) -> int:
@@ -212,11 +213,11 @@ class ExclusivityPolicy:
 
     def __init__(self, registry: WorkerRegistry, remembered: int = REMEMBERED) -> None:
         self.registry = registry
-        self._raised_out_of_memory = RecentKeys[str](remembered)
-        self._killed_for_memory = RecentKeys[str](remembered)
+        self._raised_out_of_memory = RecentSet[str](remembered)
+        self._killed_for_memory = RecentSet[str](remembered)
 
-    def allow_exclusive_retry(self, key: str, kind: FailureKind) -> bool:
-        """Record an error; whether the stage is to run once more, exclusively."""
+    def note_failure(self, key: str, kind: FailureKind) -> bool:
+        """Record a failure of a stage; returns whether it is to run once more, exclusively."""
         if kind != OUT_OF_MEMORY or key in self._raised_out_of_memory:
             return False
         self._raised_out_of_memory.add(key)
@@ -228,7 +229,7 @@ class ExclusivityPolicy:
             self._killed_for_memory.add(key)
 
     def forget(self, key: str) -> None:
-        """The stage is published or has failed."""
+        """Drop what is known of a stage that is published or has failed: it starts with others again."""
         self._raised_out_of_memory.discard(key)
         self._killed_for_memory.discard(key)
 
@@ -260,9 +261,9 @@ class ExclusivityPolicy:
                 self.registry.reserve(self.registry.workers[run.worker].node)
 
     def take_worker(
-        self, stage: Stage, request: ResourceRequest, placement: DispatchCapacity, idle_since: float = float("inf")
+        self, stage: Stage, request: ResourceRequest, capacity: DispatchCapacity, idle_since: float = float("inf")
     ) -> Worker | None:
-        """A worker that can run the stage now, no longer idle in `placement`; None if there is none. Called for every stage.
+        """A worker that can run the stage now, no longer idle in `capacity`; None if there is none. Called for every stage.
 
         For a stage that needs its whole node this is a worker on a node where nothing else runs, which is then reserved.
 
@@ -271,11 +272,11 @@ class ExclusivityPolicy:
         """
         if not self._needs_whole_node(stage.key, request):
             known = {*stage.inputs.values(), *stage.resume_from}
-            return placement.take_available_worker(request, keys=known, idle_since=idle_since)
+            return capacity.take_available_worker(request, keys=known, idle_since=idle_since)
         shape = worker_shape_for(request)
         if any(worker.shape == shape for worker in self.registry.workers.values()):
-            return placement.take_worker_on_idle_node(request)
-        return placement.take_available_worker(request)  # without a worker of its shape there is no node to reserve yet
+            return capacity.take_worker_on_idle_node(request)
+        return capacity.take_available_worker(request)  # without a worker of its shape there is no node to reserve yet
 
     def _needs_whole_node(self, key: str, request: ResourceRequest) -> bool:
         """Whether the stage has its node to itself; one that ran out of a GPU's memory needs no more than the whole GPU."""

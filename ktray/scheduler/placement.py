@@ -227,82 +227,83 @@ class DispatchCapacity:
 # ---- eviction
 
 
-def evict_idle(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
+def evict_idle(capacity: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
     """Retire idle workers of other shapes until a worker of `shape` has room; none if that room is expected anyway.
 
     Returns:
         The workers that retire now; empty if retiring all idle workers of a node would not suffice anywhere.
     """
-    idle = [worker for worker in placement.available_workers() if worker.shape != shape]
-    if not idle or _has_room_after_retirement(placement, shape):
+    idle = [worker for worker in capacity.available_workers() if worker.shape != shape]
+    if not idle or _has_room_after_retirement(capacity, shape):
         return []
     names, nodes = {worker.name for worker in idle}, {worker.node for worker in idle}
     on_one_gpu = 0 < shape.gpus <= 1
-    for node in [name for name in placement.registry.nodes if name in nodes]:
-        for part in [*placement.free_gpu_shares_now(node), WHOLE_NODE] if on_one_gpu else [WHOLE_NODE]:
+    for node in [name for name in capacity.registry.nodes if name in nodes]:
+        for part in [*capacity.free_gpu_shares_now(node), WHOLE_NODE] if on_one_gpu else [WHOLE_NODE]:
             evicted: list[Worker] = []
-            for worker in [each for each in placement.all_workers_by_node[node] if each.name in names and each.uses(part)]:
+            for worker in [each for each in capacity.all_workers_by_node[node] if each.name in names and each.uses(part)]:
                 worker.retiring = True
                 evicted.append(worker)
-                if _node_has_room_after_retirement(placement, node, shape):
+                if _node_has_room_after_retirement(capacity, node, shape):
                     return evicted
             for worker in evicted:
                 worker.retiring = False
     return []
 
 
-def reserve_room(placement: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
+def reserve_room(capacity: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
     """Reserve the node, or the GPU, where a worker of `shape` will soonest have room: no stage starts there meanwhile.
 
     Returns:
         The idle workers that retire there now; others must end their stages first.
     """
-    registry = placement.registry
+    registry = capacity.registry
     parts = [
-        (name, gpu) for name in registry.nodes for gpu in (placement.free_gpu_shares_now(name) if shape.gpus else [CPU_PART])
+        (name, gpu) for name in registry.nodes for gpu in (capacity.free_gpu_shares_now(name) if shape.gpus else [CPU_PART])
     ]
-    if not parts or _has_room_after_retirement(placement, shape):
+    if not parts or _has_room_after_retirement(capacity, shape):
         return []
 
     def preference(part: tuple[str, str]) -> tuple[float, str, str]:
-        users = _workers_using(placement, *part)
-        busy = [worker for worker in users if not (worker.retiring or registry.is_available(worker, placement.now))]
+        users = _workers_using_part(capacity, *part)
+        busy = [worker for worker in users if not (worker.retiring or registry.is_available(worker, capacity.now))]
         return (-sum(worker.shape.gpus if shape.gpus else worker.shape.cpus for worker in busy), *part)
 
     node, part = max(parts, key=preference)
     registry.reserve(node, part)
     evicted = [
         worker
-        for worker in _workers_using(placement, node, part)
-        if worker.shape != shape and registry.is_available(worker, placement.now)
+        for worker in _workers_using_part(capacity, node, part)
+        if worker.shape != shape and registry.is_available(worker, capacity.now)
     ]
     for worker in evicted:
         worker.retiring = True
     return evicted
 
 
-def _workers_using(placement: DispatchCapacity, node: str, part: str) -> list[Worker]:
-    return [worker for worker in placement.all_workers_by_node[node] if worker.uses(part)]
+def _workers_using_part(capacity: DispatchCapacity, node: str, part: str) -> list[Worker]:
+    """The workers on a part of a node: one GPU, its CPUs or all of it."""
+    return [worker for worker in capacity.all_workers_by_node[node] if worker.uses(part)]
 
 
-def _has_room_after_retirement(placement: DispatchCapacity, shape: WorkerShape) -> bool:
+def _has_room_after_retirement(capacity: DispatchCapacity, shape: WorkerShape) -> bool:
     """Whether a shape that has no room now will have it once the workers that already retire are gone."""
-    if not placement.registry.reserved and not any(worker.retiring for worker in placement.registry.workers.values()):
+    if not capacity.registry.reserved and not any(worker.retiring for worker in capacity.registry.workers.values()):
         return False
-    return any(_node_has_room_after_retirement(placement, node, shape) for node in placement.registry.nodes)
+    return any(_node_has_room_after_retirement(capacity, node, shape) for node in capacity.registry.nodes)
 
 
-def _node_has_room_after_retirement(placement: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
+def _node_has_room_after_retirement(capacity: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
     """Whether a node has room once its retiring workers are gone."""
-    node, staying = placement.registry.nodes[name], [each for each in placement.all_workers_by_node[name] if not each.retiring]
+    node, staying = capacity.registry.nodes[name], [each for each in capacity.all_workers_by_node[name] if not each.retiring]
     cpus = node.cpus - sum(worker.shape.cpus for worker in staying)
     gpus = node.gpus - sum(worker.shape.gpus for worker in staying)
     if cpus < shape.cpus or gpus < shape.gpus - SHARE_TOLERANCE:
         return False
-    held = sum(worker.shape.cpus for worker in placement.registry.workers.values() if not worker.retiring)
-    if held + shape.cpus > placement.registry.cpu_limit:
+    held = sum(worker.shape.cpus for worker in capacity.registry.workers.values() if not worker.retiring)
+    if held + shape.cpus > capacity.registry.cpu_limit:
         return False
-    return not shape.gpus or gpus_have_room(placement.free_gpu_shares_after_retirement(name), shape.gpus)
+    return not shape.gpus or gpus_have_room(capacity.free_gpu_shares_after_retirement(name), shape.gpus)
 
 
 # ---- scaling
@@ -338,18 +339,18 @@ class WorkerAutoscaler:
         """
         if self.failed_starts:
             return
-        placement, on_cpus = DispatchCapacity(self.registry, 0.0), 0
+        capacity, on_cpus = DispatchCapacity(self.registry, 0.0), 0
         for worker in self.registry.workers.values():
             on_cpus += not worker.shape.gpus
             self._gpu_workers_prestarted |= worker.shape.gpus > 0
         for _ in range(workers - on_cpus):
-            self._start_worker(WorkerShape(), placement)
+            self._start_worker(WorkerShape(), capacity)
         if gpu_share and not self._gpu_workers_prestarted and any(node.gpus for node in self.registry.nodes.values()):
             for _ in range(gpu_workers):
-                self._gpu_workers_prestarted |= self._start_worker(WorkerShape(0.0, gpu_share), placement)
+                self._gpu_workers_prestarted |= self._start_worker(WorkerShape(0.0, gpu_share), capacity)
 
-    def _start_worker(self, shape: WorkerShape, placement: DispatchCapacity) -> bool:
-        worker = placement.place_worker(shape)
+    def _start_worker(self, shape: WorkerShape, capacity: DispatchCapacity) -> bool:
+        worker = capacity.place_worker(shape)
         if worker is not None:
             self.outbox.append(StartWorker(worker))
         return worker is not None
@@ -366,32 +367,32 @@ class WorkerAutoscaler:
         self.failed_starts = (self.failed_starts + 1) % FAILED_STARTS
         return not self.failed_starts
 
-    def start_worker_or_make_room(self, shape: WorkerShape, exclusive: bool, placement: DispatchCapacity) -> bool:
+    def start_worker_or_make_room(self, shape: WorkerShape, exclusive: bool, capacity: DispatchCapacity) -> bool:
         """Start a worker for a stage that has none, or begin to make room for one; False if it must wait for that room.
 
         Args:
             exclusive: the stage ran out of memory and gets room at once, not only after `RESERVE_AFTER`.
         """
-        placement.unserved[shape] += 1
-        if placement.starting[shape] >= placement.unserved[shape] or self._start_worker(shape, placement):
+        capacity.unserved[shape] += 1
+        if capacity.starting[shape] >= capacity.unserved[shape] or self._start_worker(shape, capacity):
             return True
-        evicted = evict_idle(placement, shape)
+        evicted = evict_idle(capacity, shape)
         if any(worker.shape == shape for worker in self.registry.workers.values()):
             self._waiting_since.pop(shape, None)
         else:
             # A stream of small stages would starve a large one, which never finds all of its room free at once.
-            since = self._waiting_since.setdefault(shape, placement.now)
-            if not evicted and (exclusive or placement.now - since >= RESERVE_AFTER):
-                evicted = reserve_room(placement, shape)
+            since = self._waiting_since.setdefault(shape, capacity.now)
+            if not evicted and (exclusive or capacity.now - since >= RESERVE_AFTER):
+                evicted = reserve_room(capacity, shape)
         self.outbox += [RetireWorker(worker.name) for worker in evicted]
         return False
 
-    def forget_served_shapes(self, placement: DispatchCapacity) -> None:
+    def forget_served_shapes(self, capacity: DispatchCapacity) -> None:
         """Drop the waiting times of shapes that no stage waits for any more; by now every waiting stage was seen."""
-        self._waiting_since = {shape: since for shape, since in self._waiting_since.items() if placement.unserved[shape]}
+        self._waiting_since = {shape: since for shape, since in self._waiting_since.items() if capacity.unserved[shape]}
 
     def lend_workers(
-        self, shape: WorkerShape, wanted: Mapping[str, int], may_start: Collection[str], placement: DispatchCapacity
+        self, shape: WorkerShape, wanted: Mapping[str, int], may_start: Collection[str], capacity: DispatchCapacity
     ) -> None:
         """Lend idle workers of a shape to attempts in equal parts, and start some for them where there is room.
 
@@ -402,9 +403,9 @@ class WorkerAutoscaler:
             wanted: attempt -> most helpers that it can use, the oldest attempt first.
             may_start: the attempts for which workers may start.
         """
-        lent = {attempt: placement.lent[attempt] for attempt in wanted}
+        lent = {attempt: capacity.lent[attempt] for attempt in wanted}
         hungry = [attempt for attempt in wanted if lent[attempt] < wanted[attempt]]
-        for worker in placement.lendable_workers(shape):
+        for worker in capacity.lendable_workers(shape):
             if not hungry:
                 return
             poorest = min(hungry, key=lent.__getitem__)  # of equals the oldest
@@ -422,8 +423,8 @@ class WorkerAutoscaler:
             lent[poorest] += 1
             hungry = [attempt for attempt in wanted if lent[attempt] < wanted[attempt]]
         missing = sum(wanted[attempt] - lent[attempt] for attempt in hungry if attempt in may_start)
-        for _ in range(missing - placement.starting[shape]):
-            if self.failed_starts or not self._start_worker(shape, placement):
+        for _ in range(missing - capacity.starting[shape]):
+            if self.failed_starts or not self._start_worker(shape, capacity):
                 break
 
     def lent_workers(self, attempt: str) -> list[str]:

@@ -9,45 +9,15 @@ its stages are in the store, or one has failed.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 from ktray.artifact import Artifact, Stage, kind_of
 from ktray.scheduler.messages import CANCELLED, Action, FailureKind, RequestResult
+from ktray.scheduler.recent_set import REMEMBERED, RecentSet
 
 Rank = tuple[float, ...]
-REMEMBERED = 20_000  # entries; messages about ended attempts arrive seconds late, not thousands of attempts late
-Key = TypeVar("Key", bound=Hashable)
-
-
-class RecentKeys(Generic[Key]):
-    """The keys that were added last, at most `limit` of them; adding one again makes it the newest."""
-
-    def __init__(self, limit: int = REMEMBERED) -> None:
-        self.limit = limit
-        self._keys: OrderedDict[Key, None] = OrderedDict()
-
-    def add(self, key: Key) -> None:
-        """Add this key as the newest; beyond the limit the oldest is dropped."""
-        self._keys[key] = None
-        self._keys.move_to_end(key)
-        if len(self._keys) > self.limit:
-            self._keys.popitem(last=False)
-
-    def discard(self, key: Key) -> None:
-        """Remove this key, if it is there."""
-        self._keys.pop(key, None)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._keys)
 
 
 @dataclass
@@ -155,7 +125,7 @@ class _PendingGraph:
         return self._dependents.get(key, set()).copy()
 
     def add(self, key: str, dependencies: Iterable[str], rank: Rank) -> None:
-        """A stage becomes pending; it waits while any of `dependencies` is pending."""
+        """Add a stage that becomes pending; it waits while any of `dependencies` is pending."""
         self._dependencies[key] = frozenset(dependencies)
         self._open_dependencies[key] = sum(dependency in self._ranks for dependency in self._dependencies[key])
         for dependency in self._dependencies[key]:
@@ -167,7 +137,7 @@ class _PendingGraph:
         self._insert_if_ready(key)
 
     def remove(self, key: str) -> None:
-        """A stage is no longer pending; what depended on it may start."""
+        """Remove a stage that is no longer pending; what depended on it may start."""
         self._remove_if_ready(key)
         del self._ranks[key], self._open_dependencies[key]
         for dependency in self._dependencies.pop(key):
@@ -186,12 +156,12 @@ class _PendingGraph:
             self._insert_if_ready(key)
 
     def mark_running(self, key: str) -> None:
-        """A stage runs."""
+        """Take a stage that runs now from those that are ready."""
         self._remove_if_ready(key)
         self._running.add(key)
 
     def mark_stopped(self, key: str) -> None:
-        """A stage no longer runs, and can start again if it is still pending."""
+        """Count a stage as not running any more; it is ready again if it is still pending."""
         self._running.discard(key)
         self._insert_if_ready(key)
 
@@ -243,8 +213,8 @@ class RequestTable:
         self._prune_at = 2 * remembered
         self.stages: dict[str, Stage] = {}
         self._families: dict[str, set[str]] = {}
-        self._in_store = RecentKeys[str](remembered)
-        self._prefetched = RecentKeys[str](remembered)
+        self._in_store = RecentSet[str](remembered)
+        self._prefetched = RecentSet[str](remembered)
         self._last_order = 0
 
     def add_request(
@@ -401,7 +371,7 @@ class RequestTable:
         self.outbox.append(RequestResult(request.id, outcomes))
 
     def mark_published(self, artifact: Artifact, computed: bool) -> None:
-        """The store has this artifact now: answer requests that only waited for it; `computed` if this scheduler made it."""
+        """Count an artifact as published: answer requests that only waited for it; `computed` if this scheduler made it."""
         key, name = artifact.key, kind_of(artifact.key)
         self._in_store.add(key)
         pending = self._remove_pending(key)

@@ -123,8 +123,10 @@ class SampledDraws:
                 return "too_expensive" if self._queue else "exhausted"
             self._queue.append(unseen)  # `_find_unseen_draw` returns it only once, and it may not be affordable yet
             return self.next_trial(spent, affordable)
-        for attempt in range(MAX_TOO_EXPENSIVE):
-            proposed = self._make_trial(self.sampler.propose(self._trial_count, spent, affordable=affordable, attempt=attempt))
+        for refusals in range(MAX_TOO_EXPENSIVE):
+            proposed = self._make_trial(
+                self.sampler.propose(self._trial_count, spent, affordable=affordable, refusals=refusals)
+            )
             if self._is_affordable(proposed, affordable):
                 return proposed
         return "too_expensive"
@@ -214,11 +216,11 @@ class _NonAdaptiveDraws:
         return Trial(number, dict(params), pair, state, duplicate_of=earlier)
 
 
-def fixed_draws(space: Space, entries: Sequence[Mapping[str, Scalar]]) -> DrawSource:
-    """The draws in a list, in its order."""
+def fixed_draw_source(space: Space, entries: Sequence[Mapping[str, Scalar]]) -> DrawSource:
+    """A source of the draws in a list, in its order."""
     return _NonAdaptiveDraws(space, lambda number: entries[number] if number < len(entries) else None)
 
 
-def random_search_draws(space: Space) -> DrawSource:
-    """Independent random draws, seeded by the space: random search."""
+def random_search_source(space: Space) -> DrawSource:
+    """A source of independent random draws, seeded by the space: random search."""
     return _NonAdaptiveDraws(space, lambda number: random_draw(space, seed_of(space.seed, "chance", number)))

@@ -6,18 +6,15 @@ attributes matter here: everything else about a trial is in its attributes. `jou
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktray.checksums import parse_json, require_line
+from ktray.checksums import parse_json
 from ktray.errors import UserError
 from ktray.search.trial import Trial
-from ktray.stores.locks import lock_owner, name_of_this_process, try_lock
 from ktray.text import first_few, near_word
 
 DRIVER_LOCK = "driver.lock"  # in the folder of a study
@@ -142,43 +139,3 @@ def trial_from(number: int, params: Mapping[str, Any], noted: Mapping[str, Any])
         ended=noted.get("ended"),
         planned=noted.get("planned"),
     )
-
-
-@contextlib.contextmanager
-def driver_lock(home: Path, name: str) -> Iterator[None]:
-    """A context in which only this process drives a study; first repairs the journal that a killed driver left.
-
-    Raises:
-        UserError: another process drives the study.
-    """
-    directory = study_folder(home, name)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / DRIVER_LOCK
-    lock = try_lock(path, name_of_this_process())
-    if lock is None:
-        raise UserError(
-            f"the study {name!r} is being searched by {lock_owner(path) or 'another process'}",
-            instead="Wait for it, stop it, or give this search another --name.",
-        )
-    with lock:
-        _repair(directory / FILE)
-        yield
-
-
-def _repair(journal: Path) -> None:
-    # A driver killed while it writes leaves Optuna's lock file, for which the next one would wait 30 s, and perhaps a partial
-    # line. Optuna ignores a partial last line, but fails once the next line is appended to it.
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{journal}.lock")
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    last = whole[whole[:-1].rfind(b"\n") + 1 :]
-    try:
-        if last:
-            require_line(json.loads(last))
-    except (ValueError, AttributeError):
-        whole = whole[: len(whole) - len(last)]
-    if len(whole) < len(content):
-        os.truncate(journal, len(whole))

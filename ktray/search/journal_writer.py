@@ -22,10 +22,11 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from ktray.checksums import json_text, require_line
-from ktray.errors import SearchStopped
-from ktray.search.journal import FILE, damaged_line_error, study_folder, trial_from
+from ktray.errors import SearchStopped, UserError
+from ktray.search.journal import DRIVER_LOCK, FILE, damaged_line_error, study_folder, trial_from
 from ktray.search.space import Space
 from ktray.search.trial import Trial
+from ktray.stores.locks import lock_owner, name_of_this_process, try_lock
 
 _FINAL = {
     "completed": TrialState.COMPLETE,
@@ -36,7 +37,7 @@ _FINAL = {
 
 
 class Journal:
-    """The trials and notes of one study, for the process that writes them and holds `driver_lock`."""
+    """The trials and notes of one study, for the process that writes them, within `lock_and_repair_journal`."""
 
     def __init__(self, home: Path, name: str, space: Space) -> None:
         from ktray.search import sampler, tpe  # with scipy, which reading a study does not need
@@ -197,3 +198,43 @@ def _user_attributes(trial: Trial) -> dict[str, Any]:
         found |= {"ended": trial.ended, "cause": trial.cause, "duplicate_of": trial.duplicate_of}
     scores = {str(epoch): score for epoch, score in trial.scores.items()}
     return {**found, "progress": {"state": trial.state, "epoch": trial.epoch, "scores": scores, "teacher": trial.teacher_score}}
+
+
+@contextlib.contextmanager
+def lock_and_repair_journal(home: Path, name: str) -> Iterator[None]:
+    """Within it only this process drives a study; its journal, which a killed driver may have left damaged, is repaired first.
+
+    Raises:
+        UserError: another process drives the study.
+    """
+    directory = study_folder(home, name)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / DRIVER_LOCK
+    lock = try_lock(path, name_of_this_process())
+    if lock is None:
+        raise UserError(
+            f"the study {name!r} is being searched by {lock_owner(path) or 'another process'}",
+            instead="Wait for it, stop it, or give this search another --name.",
+        )
+    with lock:
+        _repair(directory / FILE)
+        yield
+
+
+def _repair(journal: Path) -> None:
+    # A driver killed while it writes leaves Optuna's lock file, for which the next one would wait 30 s, and perhaps a partial
+    # line. Optuna ignores a partial last line, but fails once the next line is appended to it.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{journal}.lock")
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    last = whole[whole[:-1].rfind(b"\n") + 1 :]
+    try:
+        if last:
+            require_line(json.loads(last))
+    except (ValueError, AttributeError):
+        whole = whole[: len(whole) - len(last)]
+    if len(whole) < len(content):
+        os.truncate(journal, len(whole))

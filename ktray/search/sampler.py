@@ -86,7 +86,7 @@ class Sampler:
         spent: PrefixSuffixSeconds,
         planned: Mapping[str, Scalar] | None = None,
         affordable: float = math.inf,
-        attempt: int = 0,
+        refusals: int = 0,
     ) -> Params:
         """The next draw.
 
@@ -98,9 +98,9 @@ class Sampler:
             spent: their cost, expected costs included.
             planned: values that are fixed; the others are drawn.
             affordable: seconds; candidates with a higher estimated cost come last.
-            attempt: number of proposals refused since the last trial.
+            refusals: number of proposals that were refused since the last trial.
         """
-        seed = seed_of(self.space.seed, "sampler", count, *([attempt] if attempt else []))
+        seed = seed_of(self.space.seed, "sampler", count, *([refusals] if refusals else []))
         method = self.space.sampler_name
         if method == "balanced":
             return self._propose_balanced(random.Random(seed), spent, planned or {}, affordable)

@@ -40,7 +40,7 @@ def check_and_fill_modes(space: Space) -> Space:
         )
     found, pairs = _validate_boundary_draws(space)
     if not found:
-        found = [*_objective_problems(space, pairs), *_early_stop_problems(space, pairs), *_start_with_problems(space)]
+        found = [*_objective_problems(space, pairs), *_early_stop_problems(space, pairs), *_problems_of_start_with(space)]
     spec_errors.raise_if_any(found, space.source)
     modes = metric_directions(next(iter(pairs.values())))
     objectives = tuple(
@@ -173,16 +173,16 @@ def _rung_problems(stop: EarlyStop, pairs: Mapping[str, PairSpec]) -> Iterator[S
         )
 
 
-def _start_with_problems(space: Space) -> Iterator[SpecProblem]:
+def _problems_of_start_with(space: Space) -> Iterator[SpecProblem]:
     known: dict[str, list[tuple[space_tree.Parameter, space_tree.Params]]] = {}
     for parameter, conditions in space_tree.parameters_with_conditions(space.root):
         known.setdefault(parameter.name, []).append((parameter, conditions))
     for index, entry in enumerate(space.start_with):
-        found = list(_start_with_entry_problems(entry, known, f"start_with.{index}"))
+        found = list(_problems_of_start_with_entry(entry, known, f"start_with.{index}"))
         yield from found or _planned_pair_problems(space, entry, f"start_with.{index}")
 
 
-def _start_with_entry_problems(
+def _problems_of_start_with_entry(
     entry: space_tree.Params, known: Mapping[str, list[tuple[space_tree.Parameter, space_tree.Params]]], location: str
 ) -> Iterator[SpecProblem]:
     for name, value in entry.items():

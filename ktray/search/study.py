@@ -41,8 +41,8 @@ from ktray.search.budget import (
     reached_limit,
 )
 from ktray.search.draws import DrawSource, SampledDraws
-from ktray.search.journal import driver_lock, study_folder, study_names
-from ktray.search.journal_writer import Journal
+from ktray.search.journal import study_folder, study_names
+from ktray.search.journal_writer import Journal, lock_and_repair_journal
 from ktray.search.space import Space
 from ktray.search.trial import State, Trial
 from ktray.text import shown
@@ -133,7 +133,7 @@ class Study:
             raise UserError(str(error), "--name") from error
         _validated_target_text(trials)
         with contextlib.ExitStack() as lock:
-            lock.enter_context(driver_lock(home, name))
+            lock.enter_context(lock_and_repair_journal(home, name))
             is_new = name not in study_names(home)
             journal = Journal(home, name, space)
             try:
