@@ -203,8 +203,8 @@ TransferSpec = Annotated[PluginSpec, PlainValidator(partial(_parse, "transfer"))
 EvaluationSpec = Annotated[EvaluationPlugin, PlainValidator(partial(_parse, "evaluation")), _any_kind("evaluation")]
 
 
-METRIC_PREFIXES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "cost", "objective")
-"""What the names of metrics begin with that no evaluation makes: those of the stages, the cost, the objectives in MLflow."""
+METRIC_PREFIXES = ("images", "teacher", "features", "clusters", "pseudo_labels", "student", "cost", "objective", "test")
+"""What the names of metrics begin with that no evaluation makes: stages, the cost, objectives in MLflow, results on test."""
 
 
 class EvaluationFields(StrictSpec):

@@ -282,6 +282,8 @@ def _key(node: yaml.Node) -> str:
         raise _Refused("a list or a mapping cannot be a key", "A key is text; quote it if it has brackets.", node.start_mark)
     value = _scalar(node)
     if not isinstance(value, str):
+        if (comma := _decimal_comma(node)) is not None:
+            raise _Refused(f"{comma} has a decimal comma", f"Write {comma.replace(',', '.')}.", node.start_mark)
         problem = "a key is missing" if node.value == "" else f"the key {shown(node.value)[1:-1]} is not text"
         quoted = node.value if len(node.value) < 40 else "..."
         raise _Refused(problem, f"Quote it: '{quoted}'.", node.start_mark)

@@ -452,6 +452,10 @@ BESIDE: dict[str, tuple[dict[str, Image.Image | bytes], list[str]]] = {
         {"a.tiff": FULL, "b.png": TWELVE},
         ["images of 16 bits in PNG files use only 12 .*; convert them to 8 bits"],
     ),
+    "two PNGs of 12 bits and one with a saturated pixel": (
+        {"a.png": TWELVE, "b.png": Image.fromarray(np.full((8, 8), 2600, np.uint16)), "c.png": FULL},
+        ["half of the images of 16 bits have no value above 2700, and others reach 65000; .* write range: \\[0, 4095\\]"],
+    ),
     "a PPM of 8 bits beside a PNG of 12": (
         {"a.ppm": netpbm("P6", 255, np.full((8, 8, 3), 200)), "b.png": TWELVE},
         ["images of 16 bits use only 12 of them: .* write range: \\[0, 4095\\]"],

@@ -119,6 +119,11 @@ def test_an_override_has_the_same_limits(override: str, said: str) -> None:
     assert len(str(caught.value)) < 700
 
 
+def test_a_field_that_is_set_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="'transfer.k' is set 2 times"):
+        space.parse(json.dumps(SPACE), ["transfer.k=5", "seed=1", "transfer.k=6"], "space.yaml")
+
+
 def test_an_override_of_a_part_with_an_alias_changes_no_other_part() -> None:
     data = "{kind: fashion_mnist_mini, size: 28}"
     text = json.dumps(of(data="HERE")).replace('"HERE"', f"{{pretext: &d {data}, cluster: *d, transfer: *d, target: *d}}")

@@ -325,7 +325,7 @@ def test_a_pool_that_nothing_reads_is_refused():
     assert pair(evals=[{**judged, "layer": "conv3"}, {**judged, "name": "plain", "pool": {"grid": 1}}])
 
 
-@pytest.mark.parametrize("name", ["student", "teacher", "clusters", "cost", "objective", "pseudo_labels/nmi"])
+@pytest.mark.parametrize("name", ["student", "teacher", "clusters", "cost", "objective", "pseudo_labels/nmi", "test/knn"])
 def test_an_evaluation_cannot_write_over_the_metrics_of_a_stage(name):
     with pytest.raises(ValidationError, match="other metrics begin with that word"):
         pair(evals=[{"kind": "knn", "name": name}])

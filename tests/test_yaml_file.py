@@ -82,6 +82,7 @@ REFUSED = {
     "5,000 negative digits": (f"a: -{'9' * 5000}", "1, column 4", "is too large"),
     "5,000 hex digits": (f"a: 0x{'f' * 5000}", "1, column 4", "is too large"),
     "a decimal comma": ("a: {b: 0,05}", "1, column 10", "0,05 has a decimal comma. Write 0.05."),
+    "a decimal comma before a digit": ("a: {b: 0,5}", "1, column 10", "0,5 has a decimal comma. Write 0.5."),
     "5,000 zeros": (f"a: {'0' * 5000}", "1, column 4", "versions of YAML read that differently. Write 0;"),
     "65 bits": ("a: 9223372036854775808", "1, column 4", "is too large"),
     "a leading zero": ("a: 010", "1, column 4", "Write 10, or 8 if it is octal"),

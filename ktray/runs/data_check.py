@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -226,13 +227,14 @@ def _decoded(images: Sequence[InspectedImage], spec: DataSpec, is_sample: bool) 
 
 
 def _kinds_of_wide(wide: list[Properties]) -> list[dict[str, Any]]:
-    """Images of more than 8 bits by format and by what is white in their files without a range, each with its largest value."""
+    """Images of more than 8 bits by format and by what is white in their files without a range, each with its largest value,
+    and the one that half of the images do not exceed."""
     kinds: dict[tuple[str, int | None, bool], list[float]] = {}
     for each in wide:
         grey = len(each.mode) == 1 or each.mode.startswith("I")
         kinds.setdefault((each.format, each.limit, grey), []).append(each.high)
     return [
-        {"format": name, "limit": limit, "grey": grey, "images": len(found), "high": max(found)}
+        {"format": name, "limit": limit, "grey": grey, "images": len(found), "high": max(found), "usual": median_low(found)}
         for (name, limit, grey), found in kinds.items()
     ]
 
@@ -245,6 +247,7 @@ def _unused_bits(wide: dict[str, Any]) -> list[str]:
     for kind in kinds:
         limit, high = kind["limit"], int(kind["high"])
         if limit is None or high > limit // 2:
+            found += _few_brighter(kind) if limit is not None and kind["grey"] else []
             continue
         bits = max(1, high.bit_length())
         top = (1 << bits) - 1
@@ -258,6 +261,18 @@ def _unused_bits(wide: dict[str, Any]) -> list[str]:
             f"so that {high * 256 // (limit + 1) + 1} of 256 levels are left; {remedy}"
         )
     return found
+
+
+def _few_brighter(kind: dict[str, Any]) -> list[str]:
+    """A sentence if half of the images use less than an eighth of the values, which saturated pixels of a few others hide."""
+    limit, usual = kind["limit"], int(kind.get("usual", kind["high"]))  # older records have no usual value
+    if usual > limit // 8:
+        return []
+    top = (1 << max(1, usual.bit_length())) - 1
+    return [
+        f"half of the images of {limit.bit_length()} bits have no value above {usual}, and others reach {int(kind['high'])}; "
+        f"if these are faults of the camera, write range: [0, {top}] in the data set"
+    ]
 
 
 def _range_fits(kind: dict[str, Any], top: int) -> bool:

@@ -161,8 +161,11 @@ def parse_content(text: str, overrides: list[str], source: str) -> dict[str, Any
     if not isinstance(content, dict):
         what = "the file is empty" if content is None else "the file has no fields (name: value)"
         raise UserError(what, source, "See search_spaces/quickstart.yaml.")
-    for override in overrides:
-        name, equals, value = override.partition("=")
+    names = [override.partition("=")[0] for override in overrides]
+    for name, override in zip(names, overrides, strict=True):
+        _, equals, value = override.partition("=")
+        if names.count(name) > 1:
+            raise UserError(f"{shown(name)} is set {names.count(name)} times", "--set", "Keep one of them.")
         if not equals or not all(name.split(".")):
             raise UserError(f"{shown(override)} sets nothing", "--set", "Write --set transfer.k=500.")
         if len(name) > MAX_PATH or name.count(".") >= MAX_DEPTH // 2:
