@@ -120,7 +120,7 @@ def test_an_override_has_the_same_limits(override: str, said: str) -> None:
 
 
 def test_a_field_that_is_set_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="'transfer.k' is set 2 times"):
+    with pytest.raises(UserError, match=r"'transfer\.k' is set 2 times"):
         space.parse(json.dumps(SPACE), ["transfer.k=5", "seed=1", "transfer.k=6"], "space.yaml")
 
 
