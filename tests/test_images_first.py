@@ -42,13 +42,13 @@ def test_too_many_unreadable_images_are_one_error_before_any_trial_and_a_larger_
     home = ["--home", str(tmp_path / "home")]
     assert main(["search", str(space), *home]) == 2
     said = capsys.readouterr()
+    assert "the space has 2 pairs, so that 2 trials are drawn and not 50" in said.err
     errors = [line for line in said.err.splitlines() if line.startswith("ktray: ") and "unreadable, more than" in line]
     assert len(errors) == 1
     assert "3 of 40 images are unreadable, more than max_unreadable=0.01 allows: " in errors[0]
     assert read_study(tmp_path / "home", "photos").trials == []
     assert main(["search", str(space), *home, "--set", "data.max_unreadable=0.1"]) == 0
     said = capsys.readouterr()
-    assert "the space has 2 pairs, so that 2 trials are drawn and not 50" in said.err
     assert re.search(r"2 of 2 trials: 2 completed", said.out)
     assert main(["search", str(space), *home, "--set", "data.max_unreadable=0.5"]) == 0
     said = capsys.readouterr()

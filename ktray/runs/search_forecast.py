@@ -24,7 +24,7 @@ from ktray.search.space import Space
 from ktray.stores import Store, open_store
 
 STARTING_SECONDS = {False: 20.0, True: 45.0}  # with a GPU? -> until workers run, and from the last trial to the end
-RELATIVE_ERROR = 1.6  # the measurement is of one small batch; see tests/test_init.py for what searches took
+RELATIVE_ERROR = 1.6  # either way; a guess, because the measurement is of one small batch
 PROMOTED_TOO_MANY = 1.25  # trials are promoted while others are still to come, so more than 1 / reduction of them
 LOCAL_STORE = "file://"
 
