@@ -218,35 +218,35 @@ def final_epoch(pair: PairSpec) -> int:
     return pair.student.schedule.epochs if trains else 0
 
 
-def _training(builder: _Builder, name: str, stage: Callable[[int], Stage], schedule: Schedule, last: int) -> str:
+def _training(builder: _Builder, name: str, stage_at: Callable[[int], Stage], schedule: Schedule, last: int) -> str:
     """Add the segments of a training up to epoch `last`, one per milestone before it and the last; the key of the last."""
     milestones = builder.milestones.get(f"{builder.generation}{name}", ())
     cuts = sorted({epoch for epoch in milestones if 0 < epoch < last} | {last})
     # Trials share teachers, and hashing the keys of all their epochs is most of the work of building a graph, so chains are
     # cached. The last stage and the schedule determine all earlier stages.
-    end = stage(last)
+    end = stage_at(last)
     known = (end.sha256, canonical([end.local, end.about, schedule.model_dump(mode="json"), cuts]))
     if known not in _chain_cache:
         while len(_chain_cache) >= MAX_CACHED_CHAINS:
             del _chain_cache[next(iter(_chain_cache))]
-        _chain_cache[known] = _chain(stage, cuts)
+        _chain_cache[known] = _chain(stage_at, cuts)
     return [builder.add(each) for each in _chain_cache[known]][-1]
 
 
-def _chain(stage: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
-    at = lru_cache(maxsize=None)(stage)
+def _chain(stage_at: Callable[[int], Stage], cuts: Sequence[int]) -> list[Stage]:
+    cached_at = lru_cache(maxsize=None)(stage_at)
     chain = []
     for cut in cuts:
         stride = max(1, -(-cut // MAX_RESUME_KEYS))
         earlier = sorted({*range(stride, cut, stride), *(c for c in cuts if c < cut)}, reverse=True)
-        chain.append(replace(at(cut), resume_from=tuple(at(epoch).key for epoch in earlier)))
+        chain.append(replace(cached_at(cut), resume_from=tuple(cached_at(epoch).key for epoch in earlier)))
     return chain
 
 
 def _teacher(builder: _Builder, teacher: TeacherSpec) -> None:
     if isinstance(teacher, TrainedTeacher):
-        at = teacher_stage.trained(teacher, builder.images("pretext"), builder.locations("pretext"))
-        builder.keys["teacher"] = _training(builder, builder.teacher_name, at, teacher.schedule, teacher.schedule.epochs)
+        stage_at = teacher_stage.trained(teacher, builder.images("pretext"), builder.locations("pretext"))
+        builder.keys["teacher"] = _training(builder, builder.teacher_name, stage_at, teacher.schedule, teacher.schedule.epochs)
     elif isinstance(teacher, LoadedTeacher):
         in_store = pretrained.ARTIFACT.fullmatch(teacher.checkpoint)
         sha256 = None if in_store else checkpoint_sha256(teacher.checkpoint)
@@ -318,8 +318,8 @@ def _student(builder: _Builder, needs: Mapping[str, tuple[str, ...]], epoch: int
     inputs |= {name: key for name, key in builder.keys.items() if name.startswith(("clusters", "pseudo_labels"))}
     if "features" in needs:
         inputs["features"] = _features(builder, "transfer")
-    at = student_stage.trained(student, pair.transfer, inputs, builder.locations("transfer"), lineage(pair.model_dump()))
-    builder.keys["student"] = _training(builder, "student", at, student.schedule, last)
+    stage_at = student_stage.trained(student, pair.transfer, inputs, builder.locations("transfer"), lineage(pair.model_dump()))
+    builder.keys["student"] = _training(builder, "student", stage_at, student.schedule, last)
 
 
 def _share_passes(builder: _Builder) -> None:

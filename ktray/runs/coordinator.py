@@ -30,7 +30,7 @@ class _DrawCosts:
 
     Args:
         model: learned from past records; learns on from those that `recorded_seconds` reads.
-        spending: the stages that are charged to a trial already.
+        spending: the stages that are attributed to a trial already.
     """
 
     def __init__(self, model: CostModel, store: Store, spending: Spending) -> None:
@@ -39,11 +39,11 @@ class _DrawCosts:
         self._prefetched: set[str] = set()
 
     def prefetch(self, keys: Iterable[str]) -> None:
-        """These are made before any trial needs them. The first trial that does is charged, unless they were there before."""
+        """Note what is made before any trial needs it. It is attributed to the first that does, unless it was there before."""
         self._prefetched |= {key for key in keys if not self.is_made(key)}
 
     def expected_costs(self, graph: Graph) -> AttributedCosts:
-        """Expected seconds of stages that are missing and that no trial is charged with yet, before and from the student on."""
+        """Expected seconds of stages that are missing and attributed to no trial yet, before and from the student on."""
         free = {stage.key for stage in graph.stages if stage.key in self._spending or self._is_free(stage.key)}
         seconds = self._model.predict(graph.stages, made=free)
         of_student = graph.student_keys()
@@ -76,7 +76,7 @@ class _DrawCosts:
         return {key: float(artifact.record["seconds"]) for key, artifact in found.items()}
 
     def is_prefetched(self, key: str) -> bool:
-        """Whether it was ordered before any trial needed it; the first trial that does is charged for it."""
+        """Whether it was ordered before any trial needed it; it is attributed to the first trial that does."""
         return key in self._prefetched
 
     def _is_free(self, key: str) -> bool:
@@ -239,11 +239,11 @@ class TrialCoordinator:
 
         An earlier session may have been killed after it settled a trial, or a segment of it, and before it logged the stages
         that it had computed; a later one, killed as well, may have logged some of them. So this asks for all stages that trials
-        were charged with and, of each trial that is not known completely, for all stages that it rests on: those that were
-        computed before any trial asked for them are charged to none.
+        need first and, of each trial that is not known completely, for all stages that it rests on: those that were
+        computed before any trial asked for them are attributed to none.
         """
-        charged = [trial.attributed_costs.values() for trial in self.study.trials()]
-        found = {key for charges in charged for part in charges for key in part}
+        attributed = [trial.attributed_costs.values() for trial in self.study.trials()]
+        found = {key for parts in attributed for part in parts for key in part}
         for trial in self.study.trials():
             if all(map(self.tracker.has_stage, trial.artifact_keys)):
                 continue
@@ -293,27 +293,27 @@ class TrialCoordinator:
         """Report a segment's results to the study and the tracker.
 
         Args:
-            computed: keys that this trial caused to be computed; their seconds are its marginal cost.
+            computed: keys that this trial caused to be computed; their seconds are what it added.
         """
         artifacts = pair_metrics.published_artifacts(segment.graph, self.store)
         if artifacts is None:
             self.fail(segment, "an artifact vanished from the store before the trial could read it")
             return
         self._record_cost(segment)
-        added = sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
-        marginal = segment.trial.cost.get("marginal_seconds", 0.0) + added
+        added = segment.trial.cost.get("marginal_seconds", 0.0)
+        added += sum(float(artifacts[key].record["seconds"]) for key in set(computed) & set(artifacts))
         metrics = pair_metrics.metrics(segment.graph, artifacts)
         self.trial_logger.note_reused_stages(segment.trial, segment.graph.metric_prefixes(), set(computed))
         self.tracker.log_curve(segment.trial.number, _student_curve(segment.graph, artifacts))
         if segment.final:
-            self._finish(segment, {**metrics, "cost/marginal_seconds": marginal})
+            self._finish(segment, {**metrics, "cost/marginal_seconds": added})
         else:
-            self._pause(segment, metrics, marginal)
+            self._pause(segment, metrics, added)
 
-    def _pause(self, segment: TrialSegment, metrics: Mapping[str, float], marginal: float) -> None:
+    def _pause(self, segment: TrialSegment, metrics: Mapping[str, float], added: float) -> None:
         assert self.space.early_stop is not None
         name = self.space.early_stop.metric_at(segment.epoch)
-        cost = {"marginal_seconds": marginal}
+        cost = {"marginal_seconds": added}
         trial = self.study.pause_at_rung(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
         where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"
         self._show_end(trial, f"{name} {metrics[name]:.4f} {where}")
@@ -348,8 +348,8 @@ class TrialCoordinator:
 
     def _record_cost(self, segment: TrialSegment) -> None:
         """Replace the expected cost of the trial's stages by the recorded one, before the study learns of its result."""
-        charged = {key for stages in self.study.attributed_costs(segment.trial.number).values() for key in stages}
-        self.study.record_costs(segment.trial.number, self.draw_costs.recorded_seconds(sorted(charged)))
+        attributed = {key for stages in self.study.attributed_costs(segment.trial.number).values() for key in stages}
+        self.study.record_costs(segment.trial.number, self.draw_costs.recorded_seconds(sorted(attributed)))
 
     def prune(self) -> None:
         """The study has met its target: paused trials become pruned. The study stays open for what is still to compute."""

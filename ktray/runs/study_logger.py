@@ -133,7 +133,8 @@ def log_stage(tracker: Tracker, artifact: Artifact) -> None:
     """Log a stage that was computed as a run of its own, with its curve and its images."""
     record = artifact.record
     spec, stage = record["spec"], record["stage"]
-    prefix = spec["kind"] if stage == "evaluation" else stage  # the names that trials use: top1 alone would mix evaluations
+    # top1 alone would mix evaluations. A stage does not know the `name` that a space gives to one and that its trials use.
+    prefix = spec["kind"] if stage == "evaluation" else stage
     metrics = {f"{prefix}/{name}": value for name, value in artifact.metrics.items()}
     metrics |= {f"cost/{name}": record[name] for name in ("seconds", "peak_bytes")}
     ended = _published_at(artifact)

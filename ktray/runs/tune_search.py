@@ -1,4 +1,4 @@
-"""The search on Ray Tune: one Tune trial is one segment of one study trial, a light driver that waits for its stages.
+"""The search on Ray Tune: one Tune trial is one segment of one study trial, a light process that waits for its stages.
 
 Ray's own OptunaSearch mixes budgets and cannot resume after a kill, so the study is ours, and this searcher only connects it.
 """

@@ -1,4 +1,4 @@
-"""One Tune trial: a light driver that waits for the stages of one segment. Its process imports neither torch nor optuna."""
+"""One Tune trial: a light process that waits for the stages of one segment. Its process imports neither torch nor optuna."""
 
 from __future__ import annotations
 

@@ -49,11 +49,11 @@ def trained(
     revisions = plugins.revisions(sys.modules[__name__], transfer, student.backbone, *tools)
     local, about = {"data": {"images.transfer": locations}}, {"lineage": lineage}
 
-    def at(epoch: int) -> Stage:
+    def trained_stage_at(epoch: int) -> Stage:
         spec = training_segment.spec_at(epoch, student.schedule, fields)
         return Stage("student", spec, revisions, inputs, local=local, about=about)
 
-    return at
+    return trained_stage_at
 
 
 def untrained(student: Student) -> Stage:

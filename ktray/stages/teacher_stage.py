@@ -40,10 +40,10 @@ def trained(teacher: TrainedTeacher, images: str, locations: Mapping[str, Any]) 
     revisions = plugins.revisions(sys.modules[__name__], teacher.pretext, teacher.backbone, *tools)
     inputs, local = {"images.pretext": images}, {"data": {"images.pretext": locations}}
 
-    def at(epoch: int) -> Stage:
+    def trained_stage_at(epoch: int) -> Stage:
         return Stage("teacher", training_segment.spec_at(epoch, teacher.schedule, fields), revisions, inputs, local=local)
 
-    return at
+    return trained_stage_at
 
 
 def loaded(teacher: LoadedTeacher, sha256: str | None, taken: str = "") -> Stage:
