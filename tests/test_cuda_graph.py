@@ -142,12 +142,12 @@ def test_the_rows_of_an_epoch_come_in_few_uploads_and_in_order(monkeypatch: pyte
     real = Batches._upload
     monkeypatch.setattr(Batches, "_upload", lambda *given: (uploads.append(len(given[2])), real(*given))[1])
     seen = [
-        (layout.count, float(layout.unpack(row)["rate"]), layout.unpack(row)["positions"].tolist())
+        (layout.count, float(layout.unpack(row)["lr"]), layout.unpack(row)["positions"].tolist())
         for layout, row, _ in made.uploaded_ahead(2, lambda step: step / 8)
     ]
     assert uploads == [4, 8, 13, 1], "the last batch has three images, and so a layout of its own"
     assert [count for count, _, _ in seen] == [4] * 25 + [3]
-    assert [rate for _, rate, _ in seen] == [step / 8 for step in range(26)]
+    assert [lr for _, lr, _ in seen] == [step / 8 for step in range(26)]
     assert [positions for _, _, positions in seen] == [positions.tolist() for positions in made.order(2)]
 
 

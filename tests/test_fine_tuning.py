@@ -163,9 +163,9 @@ def test_each_pass_shows_every_image_once_wherever_the_batches_end(size):
 
 def test_the_learning_rate_drops_at_milestones_rises_in_the_warmup_and_follows_a_cosine():
     drops = Recipe(steps=150_000, lr=0.001, milestones=(50_000, 100_000))
-    assert [drops.rate(step) for step in (0, 49_999, 50_000, 149_999)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-5])
+    assert [drops.lr_at(step) for step in (0, 49_999, 50_000, 149_999)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-5])
     warm = Recipe(steps=10, lr=1.0, warmup=4, cosine=True)
-    assert [warm.rate(step) for step in (0, 3, 4, 7)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
+    assert [warm.lr_at(step) for step in (0, 3, 4, 7)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
 
 
 def test_steps_are_those_of_pytorch():

@@ -159,7 +159,7 @@ def test_layer_wise_rates_of_timms_networks_are_timms(model):
 def test_rates_of_the_layers_follow_the_schedule_by_their_factors():
     model = nn.ModuleDict({"backbone": loop.untrained_backbone(BACKBONE, 0), "head": nn.Linear(32, 2)})
     made = optimisers.optimiser(Schedule(epochs=1, layer_decay=0.5), model, torch.device("cpu"), 16)
-    optimisers.set_rate(made, 0.8)
+    optimisers.set_lr(made, 0.8)
     assert sorted({group["lr"] for group in made.param_groups}) == pytest.approx([0.8 * 0.5**n for n in (5, 4, 3, 2, 1, 0)])
     assert sum(len(group["params"]) for group in made.param_groups) == len([*model.parameters()])
 

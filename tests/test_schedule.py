@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from ktray.spec import Schedule
-from ktray.training.loop import learning_rate
+from ktray.training.loop import lr_at
 from tests.toys import STUDENT, toy_pair
 
 
@@ -45,7 +45,7 @@ def test_a_schedule_has_only_the_fields_of_its_kind(fields, words):
 )
 def test_a_schedule_may_warm_up_until_its_decay_begins_or_its_training_ends(fields):
     schedule = Schedule(**fields)
-    assert learning_rate(schedule, schedule.warmup) == pytest.approx(schedule.lr)
+    assert lr_at(schedule, schedule.warmup) == pytest.approx(schedule.lr)
 
 
 def test_a_warmup_that_is_too_long_is_refused_with_its_place_in_the_pair():

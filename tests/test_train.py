@@ -122,7 +122,7 @@ def test_a_schedule_that_depends_on_its_total_has_it_in_every_slice():
 
 def test_the_learning_rate_warms_up_stays_constant_and_decays_to_zero():
     schedule = Schedule(epochs=10, lr=0.4, warmup=2.0, decay=0.3)
-    rates = [loop.learning_rate(schedule, position) for position in (0.0, 1.0, 2.0, 7.0, 8.5, 10.0)]
+    rates = [loop.lr_at(schedule, position) for position in (0.0, 1.0, 2.0, 7.0, 8.5, 10.0)]
     assert rates == pytest.approx([0.0, 0.2, 0.4, 0.4, 0.2, 0.0])
 
 
@@ -131,7 +131,7 @@ def test_cosine_rates_agree_with_pytorch():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7)
     for epoch in range(8):
-        assert loop.learning_rate(schedule, float(epoch)) == pytest.approx(oracle.get_last_lr()[0], abs=1e-12)
+        assert loop.lr_at(schedule, float(epoch)) == pytest.approx(oracle.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         oracle.step()
 

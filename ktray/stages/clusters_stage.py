@@ -52,12 +52,12 @@ class Clustering:
 
 def clusterings(transfer: TransferSpec) -> tuple[Clustering, ...]:
     """The clusterings that a transfer by clusters asks for: one per k, or of positions and of whole images."""
-    fields = vars(transfer)
-    k = fields["k"]  # every transfer has it whose NEEDS name "clusters"
-    if "grid" not in fields:
+    values = vars(transfer)
+    k = values["k"]  # every transfer has it whose NEEDS name "clusters"
+    if "grid" not in values:
         return tuple(Clustering(each, {}) for each in (k if isinstance(k, tuple) else (k,)))
-    grid, whole = fields["grid"], fields["whole"]
-    positions = Clustering(k, {"of": "positions", "grid": grid, "sample": fields["sample"]})
+    grid, whole = values["grid"], values["whole"]
+    positions = Clustering(k, {"of": "positions", "grid": grid, "sample": values["sample"]})
     return (positions, *([] if whole is None else [Clustering(whole, {"of": "means", "grid": grid})]))
 
 
@@ -67,9 +67,9 @@ def stage_of(transfer: TransferSpec, clustering: Clustering, features: str) -> S
     Args:
         features: key of the features that are clustered.
     """
-    fields = set(plugins.module_of("transfer", transfer).NEEDS["clusters"]) - {"grid", "sample", "whole"}
+    hashed_fields = set(plugins.module_of("transfer", transfer).NEEDS["clusters"]) - {"grid", "sample", "whole"}
     rows = {"rows": dict(clustering.rows)} if clustering.rows else {}
-    spec = {**transfer.model_dump(include=fields), "k": clustering.k, **rows}
+    spec = {**transfer.model_dump(include=hashed_fields), "k": clustering.k, **rows}
     revisions = {**plugins.revisions(sys.modules[__name__]), **clustering.revisions}
     return Stage("clusters", spec, revisions, {"features": features})
 
@@ -99,41 +99,36 @@ def run(
     A checkpoint holds the projection and the state of the iterations, from which a later attempt goes on with the same result.
     The centroids are `codebook.npz` on their grid, as labels are made from, and `centroids.npy` (K, d) as float32, to look at.
     """
-    shards = extraction.shards(inputs["features"].directory)
-    with rows_of(shards, stage.spec, out, stage.spec["seed"]) as rows:
-        return _clustered(stage.spec, rows, out, context, start)
+    spec, shards = stage.spec, extraction.shards(inputs["features"].directory)
+    with rows_of(shards, spec, out, spec["seed"]) as rows:
+        project = projection.load(start / _PROJECTION) if start else _fitted(rows, spec, context)
+        checkpoint = saving(out, context.checkpoint_seconds, start)
 
+        def save(updates: int, write: Callable[[Path], None]) -> None:
+            def fill(directory: Path) -> None:
+                np.savez(directory / _PROJECTION, **project)  # type: ignore[arg-type]
+                write(directory / _STATE)
 
-def _clustered(
-    spec: Mapping[str, Any], shards: Sequence[Path], out: Path, context: StageContext, start: Path | None
-) -> Mapping[str, float]:
-    project = projection.load(start / _PROJECTION) if start else _fitted(shards, spec, context)
-    checkpoint = saving(out, context.checkpoint_seconds, start)
+            checkpoint(updates, fill)
 
-    def save(updates: int, write: Callable[[Path], None]) -> None:
-        def fill(directory: Path) -> None:
-            np.savez(directory / _PROJECTION, **project)  # type: ignore[arg-type]
-            write(directory / _STATE)
+        found = kmeans.fit(
+            rows,
+            spec["k"],
+            seed=spec["seed"],
+            iterations=spec["iterations"],
+            projection=project,
+            pool=context.pool,
+            device=context.device,
+            on_iteration=_reporting(spec["iterations"], context),
+            start=start / _STATE if start else None,
+            save=save,
+        )
 
-        checkpoint(updates, fill)
-
-    found = kmeans.fit(
-        shards,
-        spec["k"],
-        seed=spec["seed"],
-        iterations=spec["iterations"],
-        projection=project,
-        pool=context.pool,
-        device=context.device,
-        on_iteration=_reporting(spec["iterations"], context),
-        start=start / _STATE if start else None,
-        save=save,
-    )
     found.codebook.save(out / "codebook.npz")
     np.save(out / "centroids.npy", found.centroids)
     np.savez(out / _PROJECTION, **project)  # type: ignore[arg-type]
-    rows = [{"iteration": i, "inertia": inertia} for i, inertia in enumerate(found.inertia)]  # 0: of the seeds
-    (out / "iterations.json").write_text(json.dumps({"inertia": rows, "repaired": list(found.empty)}))
+    curve = [{"iteration": i, "inertia": inertia} for i, inertia in enumerate(found.inertia)]  # 0: of the seeds
+    (out / "iterations.json").write_text(json.dumps({"inertia": curve, "repaired": list(found.empty)}))
     return {
         "inertia": float(found.inertia[-1]),
         "iterations": float(found.iterations),

@@ -71,10 +71,10 @@ class Batches:
             indices = self.kept[positions]
             yield pixels, indices, self.task.draw(indices, self._generator(epoch, step))
 
-    def uploaded_ahead(self, epoch: int, rates: Callable[[int], float]) -> Iterator[tuple[RowLayout, Tensor, list[Tensor]]]:
+    def uploaded_ahead(self, epoch: int, lr_of: Callable[[int], float]) -> Iterator[tuple[RowLayout, Tensor, list[Tensor]]]:
         """The layout of the row, the row of bytes, and the pixels if they are not resident, of each step, on the device.
 
-        A row holds the `positions` of the images among the kept ones, the learning `rate` and the `draws`. Those of several
+        A row holds the `positions` of the images among the kept ones, the learning rate `lr` and the `draws`. Those of several
         steps are made and uploaded together, while the device still works on the steps before.
         """
         parts = self.order(epoch)
@@ -84,13 +84,13 @@ class Batches:
             layout = self._layout(len(parts[start]))
             length = max(1, min(length, _BLOCK_BYTES // layout.width))
             block = [step for step in range(start, min(start + length, len(parts))) if len(parts[step]) == layout.count]
-            for row in self._upload(layout, block, lambda step: self._row(epoch, step, parts[step], rates(step))):
+            for row in self._upload(layout, block, lambda step: self._row(epoch, step, parts[step], lr_of(step))):
                 yield layout, row, [] if self.resident is not None else [next(pixels)]
             start, length = start + len(block), min(2 * length, _LARGEST_BLOCK)
 
-    def _row(self, epoch: int, step: int, positions: Tensor, rate: float) -> Draws:
+    def _row(self, epoch: int, step: int, positions: Tensor, lr: float) -> Draws:
         draws = self.task.draw(self.kept[positions], self._generator(epoch, step))
-        return {"positions": positions, "rate": torch.tensor(rate), "draws": draws}
+        return {"positions": positions, "lr": torch.tensor(lr), "draws": draws}
 
     def _generator(self, epoch: int, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(self.seed, "batch", epoch, step))

@@ -48,22 +48,22 @@ def untrained_backbone(backbone_spec: Any, seed: int) -> nn.Module:
         return backbone
 
 
-def learning_rate(schedule: Schedule, position: float) -> float:
+def lr_at(schedule: Schedule, position: float) -> float:
     """The learning rate at `position`, in epochs from the start; `fit` evaluates it at the middle of each step.
 
     Before its decay, `warmup_stable` does not depend on the total, so a longer training continues the trunk of a shorter one.
 
     Source: cosine, Loshchilov & Hutter, ICLR 2017; warmup_stable with decay, Hu et al., arXiv:2404.06395, section 4.
     """
-    rate = schedule.lr
+    lr = schedule.lr
     if position < schedule.warmup:
-        rate *= position / schedule.warmup
+        lr *= position / schedule.warmup
     if schedule.kind == "warmup_stable" and position > _decay_start(schedule):
-        rate *= max(0.0, schedule.epochs - position) / (schedule.epochs * schedule.decay)
+        lr *= max(0.0, schedule.epochs - position) / (schedule.epochs * schedule.decay)
     if schedule.kind == "cosine" and position >= schedule.warmup:
         length = schedule.epochs - schedule.warmup
-        rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, (position - schedule.warmup) / length)))
-    return rate
+        lr *= 0.5 * (1 + math.cos(math.pi * min(1.0, (position - schedule.warmup) / length)))
+    return lr
 
 
 def _decay_start(schedule: Schedule) -> float:
@@ -126,12 +126,7 @@ def fit(
     """
     place = torch.device(device)
     backbone.to(place).to(memory_format=torch.channels_last)
-    with (
-        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
-        precision.products_in(schedule.precision),
-        precision.deterministic_convolutions(),
-        cuda_graph.own_stream(place),
-    ):
+    with _repeatable(place, schedule.precision):
         torch.manual_seed(seed_of(seed, "head"))
         model = _model(backbone, task, device)
         optimizer = optimisers.optimiser(schedule, model, place, images.size)
@@ -144,7 +139,12 @@ def fit(
         step = _Step(model, task, optimizer, schedule, batches, largest_part(task, schedule, max_batch_size), average)
         step.compile_early = start is not None and snapshot.was_compiled(start)
         with closing(step):
-            _train_epochs(until, schedule, seed, history, step, on_epoch)
+            for epoch in range(len(history) + 1, until + 1):
+                torch.manual_seed(seed_of(seed, "epoch", epoch))
+                metrics = _train_epoch(epoch, until, schedule, step)
+                history.append({"epoch": epoch, **metrics})
+                if on_epoch:
+                    on_epoch(epoch, metrics, functools.partial(step.write_snapshot, history=history))
         snapshot.write(out, model, optimizer, history, average=_averaged(average))
     if place.type == "cuda":
         conditions.note("training", step.conditions())
@@ -161,23 +161,16 @@ def _set_steps_taken(optimizer: torch.optim.Optimizer, average: WeightAverage | 
         average.steps.fill_(steps)
 
 
-def _train_epochs(
-    until: int, schedule: Schedule, seed: int, history: list[dict[str, Any]], step: _Step, on_epoch: OnEpoch | None
-) -> None:
-    """Train from the end of `history`, to which each epoch is appended."""
-    for epoch in range(len(history) + 1, until + 1):
-        torch.manual_seed(seed_of(seed, "epoch", epoch))
-        metrics = _train_epoch(epoch, until, schedule, step)
-        history.append({"epoch": epoch, **metrics})
-        if on_epoch:
-            state: dict[str, Any] = {
-                "model": step.model,
-                "optimizer": step.optimizer,
-                "history": history,
-                "compiled": step.compiled,
-                "average": _averaged(step.average),
-            }
-            on_epoch(epoch, metrics, functools.partial(snapshot.write, **state))
+@contextmanager
+def _repeatable(place: torch.device, arithmetic: str) -> Iterator[None]:
+    """Within it a training draws and rounds the same in every run, and leaves the caller's random state as it was."""
+    with (
+        torch.random.fork_rng(devices=[place] if place.type == "cuda" else []),
+        precision.products_in(arithmetic),
+        precision.deterministic_convolutions(),
+        cuda_graph.own_stream(place),
+    ):
+        yield
 
 
 def _model(backbone: nn.Module, task: Task, device: str) -> nn.ModuleDict:
@@ -191,24 +184,24 @@ def _model(backbone: nn.Module, task: Task, device: str) -> nn.ModuleDict:
 def _train_epoch(epoch: int, until: int, schedule: Schedule, step: _Step) -> dict[str, float]:
     batches = step.batches
 
-    def rate_of(number: int) -> float:
-        return learning_rate(schedule, epoch - 1 + (number + 0.5) / batches.steps)
+    def lr_of(number: int) -> float:
+        return lr_at(schedule, epoch - 1 + (number + 0.5) / batches.steps)
 
     step.model.train()
     step.begin_epoch()
     if _uploads_ahead(batches.device):
-        for number, (layout, row, pixels) in enumerate(batches.uploaded_ahead(epoch, rate_of)):
+        for number, (layout, row, pixels) in enumerate(batches.uploaded_ahead(epoch, lr_of)):
             step.take_from(layout, row, pixels, (until - epoch + 1) * batches.steps - number - 1)
             progress.advance("step")
     else:
         for number, batch in enumerate(batches.made_for_each_step(epoch)):
-            optimisers.set_rate(step.optimizer, rate_of(number))
+            optimisers.set_lr(step.optimizer, lr_of(number))
             step.take(*batch)
             progress.advance("step")
     means = {name: total / step.seen for name, total in step.totals().items()}
     if not math.isfinite(means["loss"]):
-        raise ValueError(f"the loss of epoch {epoch} is {means['loss']}; a lower learning rate than {schedule.lr} may help")
-    return {"loss": means.pop("loss"), "lr": rate_of(batches.steps - 1), **means}
+        raise ValueError(f"the loss of epoch {epoch} is {means['loss']}; a lower lr than {schedule.lr} may help")
+    return {"loss": means.pop("loss"), "lr": lr_of(batches.steps - 1), **means}
 
 
 def _uploads_ahead(device: torch.device) -> bool:
@@ -286,13 +279,18 @@ class _Step:
         self._loss_of_whole_batch, self.compiled = compilation.compiled(self._loss_of), True
         self._graphs = Graphs(self.capturable)
 
+    def write_snapshot(self, out: Path, history: list[dict[str, Any]]) -> None:
+        """Write model, optimiser and `history` as they are now to a directory."""
+        average = _averaged(self.average)
+        snapshot.write(out, self.model, self.optimizer, history, compiled=self.compiled, average=average)
+
     def close(self) -> None:
         """Forget what was captured. Until this object is collected no other process could use its memory."""
         self._graphs = Graphs(self.capturable)
 
     def _take_row(self, layout: RowLayout, row: Tensor, *pixels: Tensor) -> None:
         held = layout.unpack(row)
-        optimisers.set_rate(self.optimizer, held["rate"])
+        optimisers.set_lr(self.optimizer, held["lr"])
         resident = self.batches.resident
         seen = pixels[0] if resident is None else resident.index_select(0, held["positions"])
         self._take(seen, self.batches.kept_on_device.index_select(0, held["positions"]), held["draws"])
@@ -426,8 +424,8 @@ def fit_steps(
                 means = {name: float(total) / (step % report_every + 1) for name, total in sums.items()}
                 sums = {}
                 if not math.isfinite(means["loss"]):
-                    raise ValueError(f"the loss before step {step + 1} is {means['loss']}; try a lower rate than {recipe.lr}")
-                history.append({"epoch": len(history) + 1, "step": step + 1, **means, "lr": recipe.rate(step)})
+                    raise ValueError(f"the loss before step {step + 1} is {means['loss']}; try a lower lr than {recipe.lr}")
+                history.append({"epoch": len(history) + 1, "step": step + 1, **means, "lr": recipe.lr_at(step)})
                 if on_report:
                     write = functools.partial(snapshot.write, model=model, optimizer=optimizer, history=history)
                     on_report(step + 1, means, write)
@@ -443,7 +441,7 @@ def _take_step(
 ) -> dict[str, Tensor]:
     torch.manual_seed(seed_of(seed, "step", step))
     for group in optimizer.param_groups:
-        group["lr"] = recipe.rate(step) * group["factor"]
+        group["lr"] = recipe.lr_at(step) * group["factor"]
     device = next(model.parameters()).device
     with precision.autocast(recipe.precision, device):
         terms = task.loss(model, batch)

@@ -60,12 +60,12 @@ def optimiser(schedule: Schedule, model: nn.ModuleDict, device: torch.device, si
         made: torch.optim.Optimizer = _from_timm(schedule.optimizer)(groups, lr=schedule.lr, **own)
         return made
     cuda = device.type == "cuda"
-    rate: Any = torch.tensor(schedule.lr, device=device) if cuda else schedule.lr
+    lr: Any = torch.tensor(schedule.lr, device=device) if cuda else schedule.lr
     if cuda and schedule.layer_decay != 1:
-        groups = [{**group, "lr": rate.clone()} for group in groups]  # they differ from group to group
+        groups = [{**group, "lr": lr.clone()} for group in groups]  # they differ from group to group
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=rate, fused=cuda or None, capturable=cuda)
-    return torch.optim.SGD(groups, lr=rate, momentum=schedule.momentum, fused=cuda or None)
+        return torch.optim.AdamW(groups, lr=lr, fused=cuda or None, capturable=cuda)
+    return torch.optim.SGD(groups, lr=lr, momentum=schedule.momentum, fused=cuda or None)
 
 
 def _groups(schedule: Schedule, model: nn.ModuleDict, size: int) -> list[dict[str, Any]]:
@@ -135,11 +135,11 @@ def _of_module(name: str, begun: dict[str, int]) -> int:
     return begun[name]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     """Set the learning rate of the next step; a GPU keeps it in tensors, which the optimiser's kernel reads."""
     for group in optimizer.param_groups:
         factor = group["factor"]
-        given = rate if factor == 1 else rate * factor
+        given = lr if factor == 1 else lr * factor
         if isinstance(group["lr"], Tensor):
             group["lr"].copy_(torch.as_tensor(given))
         else:

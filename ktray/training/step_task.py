@@ -39,14 +39,14 @@ class Recipe:
     clip: float | None = None
     precision: str = "float32"
 
-    def rate(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        rate = self.lr * self.factor ** sum(step >= milestone for milestone in self.milestones)
+        lr = self.lr * self.factor ** sum(step >= milestone for milestone in self.milestones)
         if step < self.warmup:
-            rate *= (step + 1) / self.warmup
+            lr *= (step + 1) / self.warmup
         elif self.cosine:
-            rate *= 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
-        return rate
+            lr *= 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
+        return lr
 
 
 @dataclass(frozen=True)
