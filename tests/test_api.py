@@ -109,6 +109,7 @@ def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, mon
         drawn.append(len(coordinator.first_segments(coordinator.space.budget.concurrent)[0]))
         return SearchStopped("it is enough")
 
+    monkeypatch.setattr(search_run, "_make_images", lambda *given: None)
     monkeypatch.setattr(search_run, "_run_trials", only_draw)
     space = toy_space(tmp_path, budget={"trials": 70, "concurrent": 500}, sampler="random", early_stop=None)
     settings = Settings(tmp_path, f"file://{tmp_path / 'store'}")

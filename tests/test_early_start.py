@@ -88,7 +88,8 @@ def test_images_are_decoded_while_the_same_process_still_imports_torch(tmp_path:
     code = (
         "import sys; from ktray.artifact import Stage; from ktray.pipeline import worker_entry; "
         "from ktray.pool import StageContext; from ktray.stores import open_store; "
-        "spec, local = {'kind': 'synthetic', 'count': 60, 'size': 28, 'content': ''}, {'data': {'images': {}}}; "
+        "spec = {'kind': 'synthetic', 'count': 60, 'size': 28, 'content': ''}; "
+        "local = {'data': {'images': {}}, 'max_unreadable': 0.01}; "
         "stage = Stage('images', spec, {}, local=local); "
         "worker_entry.prepare('cpu'); store = open_store('file://' + sys.argv[1]); "
         "print(worker_entry.run_stage(stage, store, 'first', StageContext())[0].metrics['count'])"

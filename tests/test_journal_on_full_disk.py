@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ktray.errors import SearchStopped
-from ktray.search import journal
+from ktray.search import journal_writer
 from ktray.search.history import read_study
 from ktray.search.study import Study
 from tests.toy_space import drive, end_segment, next_assignment, toy_space
@@ -31,7 +31,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Any:
     def opened(path: Path, mode: str, buffering: int = -1) -> Any:
         return Full(path, "a") if mode == "ab" else open(path, mode)
 
-    return lambda on=True: monkeypatch.setattr(journal, "open", opened if on else open, raising=False)
+    return lambda on=True: monkeypatch.setattr(journal_writer, "open", opened if on else open, raising=False)
 
 
 def test_a_trial_that_cannot_be_written_stops_the_search_and_the_journal_is_whole(tmp_path: Path, full: Any) -> None:

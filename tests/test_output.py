@@ -161,7 +161,7 @@ def test_a_closed_stderr_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [*MARKUP, *(name for name, _ in HOSTILE.values())])
 def test_the_live_table_shows_names_as_they_are(name: str, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200, height=40, force_terminal=True, color_system=None)
-    live = _Live(toy_space(tmp_path), name, console)
+    live = _Live(toy_space(tmp_path), name, console, lambda key: False)
     status: dict[str, Any] = {
         "workers": [{"state": "stage"}],
         "running": [{"key": name, "worker": name, "since": 0.0, "progress": {name: 1.0}, "helpers": []}],
@@ -175,7 +175,7 @@ def test_the_live_table_shows_names_as_they_are(name: str, tmp_path: Path) -> No
             live.say(name)
     text = captured.get()
     assert is_shown(text)
-    assert text.count(visible_name(name)) == 5
+    assert text.count(visible_name(name)) == 3  # the study, the progress of a stage, and what is said
 
 
 @pytest.mark.parametrize("name", [*MARKUP, *(name for name, _ in HOSTILE.values())])

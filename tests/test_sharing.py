@@ -98,7 +98,7 @@ def test_plan_reports_sharing_and_warns_with_the_number_of_teachers(tmp_path: Pa
     teacher = {**PAIR["teacher"]["one_of"]["rotation"], "schedule": {"epochs": 2, "lr": {"log_float": [0.01, 0.1]}}}
     path = tmp_path / "toy.yaml"
     path.write_text(yaml.safe_dump(content({"teacher": teacher}, budget={"trials": 40, "concurrent": 2})))
-    assert main(["plan", str(path), "--home", str(tmp_path / "home")]) == 0
+    assert main(["plan", str(path), "-v", "--home", str(tmp_path / "home")]) == 0
     said = capsys.readouterr().out
     assert "Expected number of distinct artifacts in 40 random draws (of all possible): " in said
     assert "images 1 of 1, teacher 40 of infinitely many" in said

@@ -101,6 +101,7 @@ def test_what_another_search_publishes_on_the_store_meanwhile_does_not_count_as_
         published.extend(publish(store, stage.key, BEGAN, "theirs-1") for stage in first[0].graph.stages)
         return SearchStopped("it is enough")
 
+    monkeypatch.setattr(search_run, "_make_images", lambda *given: None)
     monkeypatch.setattr(search_run, "_run_trials", meanwhile)
     settings = Settings(tmp_path, f"file://{tmp_path / 'store'}")
     tracker, display = Tracker("http://127.0.0.1:9", tmp_path, "toy"), cast(Any, _NoTracker())
