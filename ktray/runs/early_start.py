@@ -58,9 +58,8 @@ class EarlyStart:
         self._over.wait()
 
     def _start(self) -> None:
-        from ktray.pipeline.worker_entry import prepare, run_stage
-        from ktray.runs.preflight import preflight
-        from ktray.scheduler import client, ray_session, resources
+        from ktray.runs.preflight import connect_after_preflight
+        from ktray.scheduler import ray_session, resources
 
         runtime = resources.load_runtime_settings(self._settings.runtime)
         self._session = session = ray_session.open_session(
@@ -69,9 +68,7 @@ class EarlyStart:
         ray_session.start_ray(session)
         if self._profile is not None:
             self._profile.mark("Ray started")
-        preflight(self._settings.open_store(), runtime)
-        function = self._profile.stage_function() if self._profile is not None else run_stage
-        self._client = client.connect(session, self._settings.store_url, function, prepare)
+        self._client = connect_after_preflight(session, self._settings.open_store(), self._profile)
         if self._profile is not None:
             self._profile.mark("scheduler answers")
 

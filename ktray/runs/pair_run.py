@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ktray.runs.early_start import EarlyStart
     from ktray.runs.profile import Profile
     from ktray.scheduler.client import SchedulerClient
-    from ktray.scheduler.ray_session import RaySession
     from ktray.spec import PairSpec
 
 
@@ -137,13 +136,11 @@ def _scheduler(
     address: str | None, settings: Settings, interruption: Interruption, early: EarlyStart | None, profile: Profile | None
 ) -> Iterator[SchedulerClient]:
     """The scheduler of this run; its Ray ends with this block. The arguments are those of `run_on_ray`."""
-    from ktray.pipeline.worker_entry import prepare, run_stage
-    from ktray.runs.preflight import preflight
-    from ktray.scheduler import client, ray_session, resources
+    from ktray.runs.preflight import connect_after_preflight
+    from ktray.scheduler import ray_session, resources
 
-    def connect(session: RaySession) -> SchedulerClient:
-        preflight(settings.open_store(), session.runtime)
-        return client.connect(session, settings.store_url, profile.stage_function() if profile else run_stage, prepare)
+    def connect() -> SchedulerClient:
+        return connect_after_preflight(session, settings.open_store(), profile)
 
     scheduler: SchedulerClient | None = None
     if early is not None:
@@ -156,7 +153,7 @@ def _scheduler(
         for warning in session.warnings:
             settings.print_info(f"ktray: {warning}")
         settings.print_info(f"ktray: Ray's own messages go to {session.log}")
-        scheduler = scheduler or run_until_ended(lambda: connect(session), interruption)
+        scheduler = scheduler or run_until_ended(connect, interruption)
         if profile is not None:
             profile.mark("Ray up")
         yield scheduler

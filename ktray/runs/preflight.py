@@ -10,16 +10,22 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.errors import PreflightFailed
-from ktray.scheduler import ray_cluster
+from ktray.pipeline.worker_entry import prepare, run_stage
+from ktray.scheduler import client, ray_cluster
 from ktray.scheduler.resources import STAGES, RuntimeSettings
 from ktray.scheduler.worker_registry import Node, WorkerRegistry
 from ktray.stores import Store
+
+if TYPE_CHECKING:
+    from ktray.runs.profile import Profile
+    from ktray.scheduler.client import SchedulerClient
+    from ktray.scheduler.ray_session import RaySession
 
 MIN_FREE_BYTES = 512 << 20
 TIMEOUT_SECONDS = 60.0
@@ -42,6 +48,19 @@ def preflight(store: Store, runtime: RuntimeSettings | None = None) -> None:
     problems = [*disk, *_resource_problems(runtime, registry), *([] if disk else _node_problems(store.root))]
     if problems:
         raise PreflightFailed(" ".join(problems))
+
+
+def connect_after_preflight(session: RaySession, store: Store, profile: Profile | None = None) -> SchedulerClient:
+    """Check the cluster and the store, then make a scheduler whose workers compute stages into this store.
+
+    Args:
+        profile: collects what the stages do.
+
+    Raises:
+        PreflightFailed: as for `preflight`.
+    """
+    preflight(store, session.runtime)
+    return client.connect(session, store.url, profile.stage_function() if profile is not None else run_stage, prepare)
 
 
 def _disk_problems(root: Path) -> list[str]:

@@ -51,7 +51,6 @@ from ktray.text import counted
 from ktray.tracking import Tracker, Unwritten
 
 if TYPE_CHECKING:
-    from ktray.artifact import Stage
     from ktray.runs.early_start import EarlyStart
     from ktray.runs.profile import Profile
     from ktray.scheduler.client import SchedulerClient
@@ -132,11 +131,8 @@ class _LazyScheduler:
     ) -> None:
         self.settings, self.address, self.store, self.tracker = settings, options.address, settings.open_store(), tracker
         self.home_lock, self.early, self.options = home_lock, early, options
-        self.interruption, self.say, self.study_folder = (
-            interruption,
-            display.say,
-            study_folder(settings.home, str(options.name)),
-        )
+        self.interruption, self.say = interruption, display.say
+        self.study_folder = study_folder(settings.home, str(options.name))
         self.published: set[str] = set()
         self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
         if options.profile is not None:
@@ -176,19 +172,12 @@ class _LazyScheduler:
         )
 
     def _follow(self) -> tuple[SchedulerClient, _EventFollower]:
+        from ktray.runs.preflight import connect_after_preflight
+
         assert self._session is not None, "Ray has started"
-        client = self._client or self._connect(self._session)
+        client = self._client or connect_after_preflight(self._session, self.store, self.options.profile)
         past = self.early is None  # a scheduler that started early serves this search alone, and may have published already
         return client, _EventFollower(client, self.store, self.tracker, self._show_work, self.say, ignores_past=past)
-
-    def _connect(self, session: RaySession) -> SchedulerClient:
-        from ktray.pipeline.worker_entry import prepare, run_stage
-        from ktray.runs.preflight import preflight
-        from ktray.scheduler import client
-
-        preflight(self.store, session.runtime)
-        profile = self.options.profile
-        return client.connect(session, self.store.url, profile.stage_function() if profile else run_stage, prepare)
 
     def obtain(self, graphs: Mapping[str, Graph]) -> None:
         """Have the stages of these graphs published; report what fails.

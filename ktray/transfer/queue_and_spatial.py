@@ -82,10 +82,8 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
     """
     features = targets.require_features()
     teacher_queue.require_resident(features)
-    width, maps_of = (
-        feature_maps.channels(features, spec.grid),
-        feature_maps.standardised(features, spec.grid, spec.standardise),
-    )
+    width = feature_maps.channels(features, spec.grid)
+    maps_of = feature_maps.standardised(features, spec.grid, spec.standardise)
     draw_rows, rows = distillation.feature_batch(features, augment, lambda rows: rows)
 
     def whole_of(found: Tensor) -> Tensor:

@@ -64,10 +64,8 @@ def task(spec: Spec, targets: Targets, augment: Augment) -> Task:
         ValueError: there are no teacher features, or they are no maps of the grid.
     """
     features = targets.require_features()
-    width, maps_of = (
-        feature_maps.channels(features, spec.grid),
-        feature_maps.standardised(features, spec.grid, spec.standardise),
-    )
+    width = feature_maps.channels(features, spec.grid)
+    maps_of = feature_maps.standardised(features, spec.grid, spec.standardise)
     draw, rows = distillation.feature_batch(features, augment, lambda rows: rows)
 
     def batch(images: Tensor, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
