@@ -16,11 +16,13 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal, Protocol, Self, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args, get_origin
 
 from ktray.errors import UserError
-from ktray.strict import StrictSpec
 from ktray.text import near_word, shown
+
+if TYPE_CHECKING:
+    from ktray.strict import StrictSpec
 
 GROUPS = {  # group of plugins -> its folder in ktray
     "dataset": "datasets",
@@ -228,6 +230,8 @@ def revisions(*sources: PluginSpec | StrictSpec | ModuleType) -> dict[str, int]:
         sources: modules and specs of plugins. A spec stands for its plugin's module and those of all specs inside it. Each
             module also stands for those that it names in TOOLS.
     """
+    from ktray.strict import StrictSpec  # commands that only read a study do without pydantic
+
     found: dict[str, int] = {}
     for source in sources:
         module = source if isinstance(source, ModuleType) else sys.modules[type(source).__module__]

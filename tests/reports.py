@@ -26,7 +26,7 @@ MARKUP = "<script>alert(1)</script>"
 class Page(HTMLParser):
     """A parsed page: text and table rows per section id, and every tag with its attributes."""
 
-    VOID = frozenset({"meta", "img", "wbr"})
+    VOID = frozenset({"meta", "img", "wbr", "br"})
 
     def __init__(self, html: str) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ def test_the_report_begins_with_the_test_split_and_marks_what_is_level(store):
     sentences = sentences_on_test(results, ["linear_probe/top1"])
     assert sentences == ["trial 0: linear_probe/top1 0.7000 ± 0.0100", "random student: linear_probe/top1 0.3000"]
     spread = vars(uncertainty.OverSeeds((0, 1), 0.5, 0.1, 0.4, 0.6))
-    certainty = {"test": sentences, "level": [1], "seeds": [spread]}
+    certainty = {"test": results, "level": [1], "seeds": [spread]}
     html = html_of([trial(0, 0.6), trial(1, 0.5)], store, certainty=certainty)
     assert html.index("0.7000 ± 0.0100") < html.index("is the best of")
     assert NOT_TOLD_APART in html

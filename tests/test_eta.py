@@ -25,7 +25,7 @@ def history(
         for n, seconds in enumerate(seconds_of)
     ]
     space = toy_space(folder, budget={"trials": target, "concurrent": 2, **budget})
-    return StudySnapshot("toy", space, trials, target, spent)
+    return StudySnapshot("toy", space.content, trials, target, spent)
 
 
 def never(key: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import platform
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from ktray.report.figures import axis
+from ktray.report.figures import value_axis
 from ktray.report.formatting import anonymised, cause_without_keys, duration
 from ktray.search.ranking import ranked
 from ktray.stores.file import FileStore
@@ -122,7 +123,7 @@ def test_teachers_and_students_show_the_best_value_of_each_cell(store: FileStore
         ["hog", "0.3000trial 3", "–"],
         ["raw_pixels", "2 pruned", "–"],
     ]
-    html = html_of(trials, store)
+    html = html_of(trials, store).split('id="teachers-students"')[1]
     assert [int(heat) for heat in re.findall(r"--heat: (\d+)%", html)] == [100, 67, 0]
 
 
@@ -238,14 +239,14 @@ def test_a_cause_of_failure_is_listed_once_with_its_trials(store: FileStore) -> 
 def test_a_study_without_a_completed_trial_still_has_a_report(store: FileStore) -> None:
     trials = [trial(0, 0.4, state="paused", objectives={}), trial(1, 0.0, state="failed", cause="no", objectives={})]
     page = page_of(trials, store)
-    assert page.sections() == ["headline", "failures"]
+    assert page.sections() == ["headline", "trials", "failures"]
     assert "No trial has completed" in page.text("headline")
     assert page_of([], store).sections() == ["headline"]
 
 
 def test_artifacts_missing_from_the_store_are_left_out(store: FileStore) -> None:
     page = page_of([trial(0, 0.4, keys=keys_of_student(1)), trial(1, float("nan"))], store)
-    assert page.sections() == ["headline", "leaderboard", "reproduce"]
+    assert page.sections() == ["headline", "leaderboard", "trials", "reproduce"]
     assert page.rows["leaderboard"][-1][4] == "–"
 
 
@@ -257,8 +258,8 @@ def test_sections_come_in_one_order(store: FileStore) -> None:
         trial(2, 0.0, state="failed", cause="no"),
     ]
     assert page_of(trials, store).sections() == [
-        *("headline", "leaderboard", "teachers-students", "objectives", "curves", "clusters"),
-        *("cluster-statistics", "reuse", "failures", "reproduce"),
+        *("headline", "leaderboard", "pairs", "history", "teachers-students", "objectives", "curves", "trials", "reuse"),
+        *("clusters", "cluster-statistics", "failures", "reproduce"),
     ]
 
 
@@ -285,18 +286,23 @@ def test_markup_of_the_user_is_escaped(store: FileStore) -> None:
     ]
     references = {f"random {MARKUP}": {"metrics": {"linear_probe/top1": 0.1}, "keys": {}}}
     page = page_of(trials, store, study=f"a{MARKUP}", question=f"b{MARKUP}", references=references, labels_used={MARKUP: 3})
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert [attrs for tag, attrs in page.tags if tag == "script"] == [{"type": "application/json", "id": "specs"}, {}]
     assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
     assert MARKUP in page.text("")
     assert MARKUP in page.text("failures")
     assert f"random {MARKUP}" in page.text("headline")
 
 
-def test_the_page_fetches_nothing_and_runs_nothing(store: FileStore) -> None:
+def test_the_page_fetches_nothing_and_its_policy_allows_one_script(store: FileStore) -> None:
     html = html_of([trial(0, 0.4, keys=shared_prefix(store)), trial(1, 0.5)], store)
-    assert not {tag for tag, _ in Page(html).tags} & {"script", "link", "iframe", "object", "base"}
+    assert not {tag for tag, _ in Page(html).tags} & {"link", "iframe", "object", "base"}
     assert not re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)""", html)
     assert "@import" not in html
+    script = html[html.index("<script>") + len("<script>") : html.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [attrs["content"] for tag, attrs in Page(html).tags if attrs.get("http-equiv") == "Content-Security-Policy"]
+    wanted = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    assert policy == wanted
 
 
 def test_no_path_and_no_machine_is_named(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +349,7 @@ def _contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [0.0, 0.0], [1e-9, 2e-9], [3.0, 90000.0], [-5.0, 7.0], [0.99, 1.0]])
 def test_an_axis_holds_its_values_and_has_ticks_between_its_ends(values: list[float]) -> None:
-    across = axis(values, (0.0, 100.0), "x")
+    across = value_axis(values, (0.0, 100.0), "x")
     assert all(0 < across.at(value) < 100 for value in values)
     assert 1 <= len(across.ticks) <= 12
     assert all(-0.01 <= across.at(tick) <= 100.01 for tick in across.ticks)

@@ -17,12 +17,12 @@ from ktray.artifact import Artifact
 from ktray.checksums import read_json, write_json
 from ktray.errors import UserError
 from ktray.fingerprint import canonical
-from ktray.spec import EvaluationSpec, PairSpec
 from ktray.stores import Store, intact_file, intact_file_or_none
 
 if TYPE_CHECKING:
     from ktray.images import Splits
     from ktray.pipeline.pair_graph import Graph, Identity
+    from ktray.spec import EvaluationSpec, PairSpec
 
 RANDOM = "random student"
 CEILING = "supervised ceiling"
@@ -36,6 +36,8 @@ def reference_pairs(pair: Mapping[str, Any], transfer_data: Splits) -> dict[str,
         pair: the dump of the pair to compare with.
         transfer_data: splits of the transfer data; without labels there is no ceiling.
     """
+    from ktray.spec import PairSpec
+
     names = {RANDOM: "none"}
     if transfer_data.train.labels is not None:
         names[CEILING] = "labels"
@@ -82,6 +84,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def with_test_split(pair: Mapping[str, Any]) -> PairSpec:
     """The same pair, judged on the test split instead of val."""
+    from ktray.spec import PairSpec
+
     whole = PairSpec.model_validate(dict(pair))
     evals = [_on_test(spec).model_dump() for spec in whole.evals]
     return PairSpec.model_validate({**pair, "evals": evals})

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from ktray.pipeline.pair_metrics import learning_curve
-from ktray.report.formatting import Objective, measure, pair_title, value_of
+from ktray.report.formatting import Objective, loss_of, measure, pair_title, value_of
 from ktray.report.stage_reuse import FindArtifact
 from ktray.search.ranking import pareto_front, ranked
 from ktray.text import counted
 
 if TYPE_CHECKING:
     from ktray.search.trial import Trial
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
 
 WIDTH, HEIGHT = 480, 310
 LEFT, RIGHT, TOP, BOTTOM = 66, 462, 14, 264
+WIDE_RIGHT = 942  # of a plot as wide as the page
 COLOURS = 8  # styles s0 to s7 of the style sheet
 
 
@@ -31,7 +31,7 @@ class _Point:
 
     x: float
     y: float
-    name: str
+    name: str  # number of the trial
     title: str
 
 
@@ -46,24 +46,24 @@ class _Line:
 
 def strip(values: Sequence[float], best: float, references: Mapping[str, float], metric: str) -> Markup:
     """Draw all completed trials as dots on one axis, with the best and the references marked."""
-    x_axis = axis([*values, *references.values()], (16, 704), metric)
+    x_axis = value_axis([*values, *references.values()], (16, 704), metric)
     positions = [x_axis.at(value) for value in references.values()]
     ticks = Markup("").join(
         Markup('<line class="grid" x1="{0}" x2="{0}" y1="34" y2="62"/><text class="tick" x="{0}" y="80">{1}</text>').format(
-            _pixels(x_axis.at(value)), tick_text(value)
+            pixels(x_axis.at(value)), tick_text(value)
         )
         for value in x_axis.ticks
         if all(abs(x_axis.at(value) - position) > 24 for position in positions)  # else a reference's line crosses the number
     )
     dots = Markup("").join(
-        Markup('<circle class="dot" cx="{}" cy="48" r="5.5"/>').format(_pixels(x_axis.at(value))) for value in values
+        Markup('<circle class="dot" cx="{}" cy="48" r="5.5"/>').format(pixels(x_axis.at(value))) for value in values
     )
     winner = Markup('<circle class="best" cx="{}" cy="48" r="8"/><text class="strong" {} y="24">best {}</text>').format(
-        _pixels(x_axis.at(best)), _text_anchor(x_axis.at(best)), measure(metric, best)
+        pixels(x_axis.at(best)), _text_anchor(x_axis.at(best)), measure(metric, best)
     )
     base = Markup('<line class="axis" x1="16" x2="704" y1="48" y2="48"/>')
     marks, bottom = _strip_references(x_axis, references, metric)
-    return _svg(
+    return drawing(
         ticks + base + marks + dots + winner, f"{metric} of all completed trials and the references", 720, bottom, "strip"
     )
 
@@ -76,35 +76,35 @@ def _strip_references(x_axis: _Axis, references: Mapping[str, float], metric: st
         row = row + 1 if x - last < 310 else 0  # names that would overlap go to separate rows
         drawn += Markup(
             '<line class="reference" x1="{0}" x2="{0}" y1="28" y2="{4}"/><text class="note" {1} y="{5}">{2} {3}</text>'
-        ).format(_pixels(x), _text_anchor(x), name, measure(metric, value), 88 + 20 * row, 106 + 20 * row)
+        ).format(pixels(x), _text_anchor(x), name, measure(metric, value), 88 + 20 * row, 106 + 20 * row)
         bottom, last = max(bottom, 114 + 20 * row), x
     return drawn, bottom
 
 
 def scatter(points: Sequence[_Point], front: Sequence[_Point], labels: tuple[str, str], lines: Mapping[str, float]) -> Markup:
     """Draw points, those of the Pareto front joined and labelled, and a horizontal line per reference value."""
-    x_axis = axis([point.x for point in points], (LEFT, RIGHT), labels[0])
-    y_axis = axis([*(point.y for point in points), *lines.values()], (BOTTOM, TOP), labels[1])
+    x_axis = value_axis([point.x for point in points], (LEFT, RIGHT), labels[0])
+    y_axis = value_axis([*(point.y for point in points), *lines.values()], (BOTTOM, TOP), labels[1])
     dots = Markup("").join(
-        Markup('<circle class="dot" cx="{}" cy="{}" r="5"><title>{}</title></circle>').format(
-            _pixels(x_axis.at(point.x)), _pixels(y_axis.at(point.y)), point.title
+        Markup('<circle class="dot" data-t="{}" cx="{}" cy="{}" r="5"><title>{}</title></circle>').format(
+            point.name, pixels(x_axis.at(point.x)), pixels(y_axis.at(point.y)), point.title
         )
         for point in points
         if point not in front
     )
     joined = " ".join(
-        f"{_pixels(x_axis.at(point.x))},{_pixels(y_axis.at(point.y))}" for point in sorted(front, key=lambda point: point.x)
+        f"{pixels(x_axis.at(point.x))},{pixels(y_axis.at(point.y))}" for point in sorted(front, key=lambda point: point.x)
     )
     marked = Markup("").join(
-        Markup('<circle class="best" cx="{}" cy="{}" r="6.5"><title>{}</title></circle>').format(
-            _pixels(x_axis.at(point.x)), _pixels(y_axis.at(point.y)), point.title
+        Markup('<circle class="best" data-t="{}" cx="{}" cy="{}" r="6.5"><title>{}</title></circle>').format(
+            point.name, pixels(x_axis.at(point.x)), pixels(y_axis.at(point.y)), point.title
         )
         for point in front
     )
     names = _labels([(x_axis.at(point.x), y_axis.at(point.y) - 10, point.name) for point in front])
     path = Markup('<polyline class="front" points="{}"/>').format(joined)
     title = f"{labels[1]} against {labels[0]}"
-    return _svg(
+    return drawing(
         _frame(x_axis, y_axis) + _reference_lines(y_axis, lines) + path + dots + marked + names, title, WIDTH, HEIGHT, "plot"
     )
 
@@ -118,7 +118,7 @@ def _labels(positions: Sequence[tuple[float, float, str]]) -> Markup:
         if all(abs(inside - other[0]) > 22 or abs(y - other[1]) > 14 for other in shown):
             shown.append((inside, y))
             drawn += Markup('<text class="strong" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-                _pixels(inside), _pixels(y), name
+                pixels(inside), pixels(y), name
             )
     return drawn
 
@@ -127,23 +127,23 @@ def curves(lines: Sequence[_Line], labels: tuple[str, str]) -> Markup:
     """Draw at most eight curves, distinguished by colour, dash pattern and the name at their end."""
     last = max(x for line in lines for x, _ in line.points)
     x_axis = linear_axis(0, last, (LEFT, RIGHT - 26), labels[0])
-    y_axis = axis([y for line in lines for _, y in line.points], (BOTTOM, TOP), labels[1])
+    y_axis = value_axis([y for line in lines for _, y in line.points], (BOTTOM, TOP), labels[1])
     ends = _spread([y_axis.at(line.points[-1][1]) for line in lines], 13, (TOP, BOTTOM))
     drawn = Markup("")
     for index, line in enumerate(lines):
         positions = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
         drawn += Markup('<g class="s{}">').format(line.style % COLOURS)
         drawn += Markup('<polyline class="curve" points="{}"/>').format(
-            " ".join(f"{_pixels(x)},{_pixels(y)}" for x, y in positions)
+            " ".join(f"{pixels(x)},{pixels(y)}" for x, y in positions)
         )
         if len(positions) <= 12:
             drawn += Markup("").join(
-                Markup('<circle cx="{}" cy="{}" r="3"/>').format(_pixels(x), _pixels(y)) for x, y in positions
+                Markup('<circle cx="{}" cy="{}" r="3"/>').format(pixels(x), pixels(y)) for x, y in positions
             )
         drawn += Markup('<text x="{}" y="{}">{}</text></g>').format(
-            _pixels(positions[-1][0] + 7), _pixels(ends[index] + 4), line.name
+            pixels(positions[-1][0] + 7), pixels(ends[index] + 4), line.name
         )
-    return _svg(_frame(x_axis, y_axis) + drawn, f"{labels[1]} over {labels[0]}", WIDTH, HEIGHT, "plot")
+    return drawing(_frame(x_axis, y_axis) + drawn, f"{labels[1]} over {labels[0]}", WIDTH, HEIGHT, "plot")
 
 
 def size_bars(counts: Sequence[int]) -> Markup:
@@ -156,10 +156,10 @@ def size_bars(counts: Sequence[int]) -> Markup:
     floor, step = y_axis.at(0), (RIGHT - LEFT) / bars
     rects = Markup("").join(
         Markup('<rect class="bar" x="{}" y="{}" width="{}" height="{}"/>').format(
-            _pixels(LEFT + index * step),
-            _pixels(y_axis.at(mean)),
-            _pixels(max(0.8, step * 0.82)),
-            _pixels(floor - y_axis.at(mean)),
+            pixels(LEFT + index * step),
+            pixels(y_axis.at(mean)),
+            pixels(max(0.8, step * 0.82)),
+            pixels(floor - y_axis.at(mean)),
         )
         for index, mean in enumerate(means)
     )
@@ -167,46 +167,47 @@ def size_bars(counts: Sequence[int]) -> Markup:
     line = Markup(
         '<line class="reference" x1="{1}" x2="{2}" y1="{0}" y2="{0}"/><text class="note end" x="{2}" y="{3}">mean {4}</text>'
     )
-    mean_line = line.format(_pixels(even), LEFT, RIGHT, _pixels(even - 5), f"{sum(ordered) / len(ordered):.4g}")
+    mean_line = line.format(pixels(even), LEFT, RIGHT, pixels(even - 5), f"{sum(ordered) / len(ordered):.4g}")
     x_axis = _Axis(lambda value: value, (), f"{counted(len(ordered), 'cluster')}, largest first")
-    return _svg(_frame(x_axis, y_axis) + rects + mean_line, "cluster sizes", WIDTH, HEIGHT, "plot")
+    return drawing(_frame(x_axis, y_axis) + rects + mean_line, "cluster sizes", WIDTH, HEIGHT, "plot")
 
 
-def _frame(x_axis: _Axis, y_axis: _Axis) -> Markup:
+def _frame(x_axis: _Axis, y_axis: _Axis, right: float = RIGHT) -> Markup:
     horizontal = Markup("").join(
         Markup(
             '<line class="grid" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/><text class="tick end" x="{3}" y="{4}">{5}</text>'
-        ).format(LEFT, RIGHT, _pixels(y_axis.at(tick)), LEFT - 7, _pixels(y_axis.at(tick) + 4), tick_text(tick))
+        ).format(LEFT, right, pixels(y_axis.at(tick)), LEFT - 7, pixels(y_axis.at(tick) + 4), tick_text(tick))
         for tick in y_axis.ticks
     )
     vertical = Markup("").join(
-        Markup('<text class="tick" x="{}" y="{}">{}</text>').format(_pixels(x_axis.at(tick)), BOTTOM + 18, tick_text(tick))
+        Markup('<text class="tick" x="{}" y="{}">{}</text>').format(pixels(x_axis.at(tick)), BOTTOM + 18, tick_text(tick))
         for tick in x_axis.ticks
     )
-    base = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, RIGHT, BOTTOM, BOTTOM)
+    base = Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, BOTTOM, BOTTOM)
     middle = (TOP + BOTTOM) / 2
-    names = Markup('<text class="label" x="{}" y="{}">{}</text>').format((LEFT + RIGHT) / 2, BOTTOM + 39, x_axis.label)
+    names = Markup('<text class="label" x="{}" y="{}">{}</text>').format((LEFT + right) / 2, BOTTOM + 39, x_axis.label)
     names += Markup('<text class="label" transform="rotate(-90 11 {0})" x="11" y="{0}">{1}</text>').format(middle, y_axis.label)
     return horizontal + base + vertical + names
 
 
-def _reference_lines(y_axis: _Axis, lines: Mapping[str, float]) -> Markup:
+def _reference_lines(y_axis: _Axis, lines: Mapping[str, float], right: float = RIGHT) -> Markup:
     mark = Markup(
         '<line class="reference" x1="{1}" x2="{2}" y1="{0}" y2="{0}"/><text class="note end" x="{2}" y="{3}">{4}</text>'
     )
     return Markup("").join(
-        mark.format(_pixels(y_axis.at(value)), LEFT, RIGHT, _pixels(y_axis.at(value) - 5), name)
-        for name, value in lines.items()
+        mark.format(pixels(y_axis.at(value)), LEFT, right, pixels(y_axis.at(value) - 5), name) for name, value in lines.items()
     )
 
 
-def _svg(body: Markup, title: str, width: int, height: int, kind: str) -> Markup:
+def drawing(body: Markup, title: str, width: float, height: float, kind: str) -> Markup:
+    """An SVG of this content, of a class of the style sheet."""
     return Markup('<svg class="{}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         kind, width, height, title, body
     )
 
 
-def _pixels(value: float) -> str:
+def pixels(value: float) -> str:
+    """A position in a drawing, to a tenth of a pixel."""
     return f"{value:.1f}"
 
 
@@ -214,7 +215,7 @@ def _text_anchor(x: float) -> Markup:
     """Return the attributes that centre a text on `x` in the strip plot, or align it with the border that it would cross."""
     if x < 160:
         return Markup('x="4" text-anchor="start"')
-    return Markup('x="716" text-anchor="end"') if x > 560 else Markup('x="{}" text-anchor="middle"').format(_pixels(x))
+    return Markup('x="716" text-anchor="end"') if x > 560 else Markup('x="{}" text-anchor="middle"').format(pixels(x))
 
 
 def _spread(positions: Sequence[float], gap: float, limits: tuple[float, float]) -> list[float]:
@@ -247,7 +248,7 @@ class _Axis:
     label: str
 
 
-def axis(values: Sequence[float], extent: tuple[float, float], label: str) -> _Axis:
+def value_axis(values: Sequence[float], extent: tuple[float, float], label: str) -> _Axis:
     """Return a linear axis over `values` with a margin; logarithmic if they span more than a factor of 30 and exceed 1."""
     low, high = min(values), max(values)
     if low > 0 and high > 1 and high / low > 30:  # accuracies and fractions in [0, 1] stay linear
@@ -281,6 +282,52 @@ def tick_text(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.4g}{unit}"
     return f"{round(value, 10):.4g}"
+
+
+def history_plot(
+    trials: Sequence[Trial], objectives: Sequence[Objective], references: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The first objective of each completed trial in the order of the draws, and the best so far; None with fewer than two."""
+    metric, mode = objectives[0]
+    completed = [trial for trial in trials if trial.state == "completed"]
+    points = [(trial, value) for trial in completed if (value := value_of(trial, metric)) is not None]
+    if len(points) < 2:
+        return None
+    lines = {
+        name: float(value)
+        for name, reference in references.items()
+        if (value := reference["metrics"].get(metric)) is not None and math.isfinite(value)
+    }
+    x_axis = linear_axis(-0.5, max(trial.number for trial in trials) + 0.5, (LEFT, WIDE_RIGHT), "trial")
+    x_axis = replace(x_axis, ticks=tuple(tick for tick in x_axis.ticks if tick == int(tick)))
+    y_axis = value_axis([*(value for _, value in points), *lines.values()], (BOTTOM, TOP), metric)
+    best, steps = points[0][1], []
+    for trial, value in points:
+        best = min(best, value, key=loss_of(mode))
+        steps.append((x_axis.at(trial.number), y_axis.at(best)))
+    corners = [steps[0], *(corner for (_, before), after in pairwise(steps) for corner in ((after[0], before), after))]
+    corners.append((WIDE_RIGHT, steps[-1][1]))
+    path = Markup('<polyline class="front" points="{}"/>').format(" ".join(f"{pixels(x)},{pixels(y)}" for x, y in corners))
+    ticks = Markup("").join(
+        Markup('<line class="rug" data-t="{0}" x1="{1}" x2="{1}" y1="{2}" y2="{3}"><title>{4}</title></line>').format(
+            trial.number, pixels(x_axis.at(trial.number)), BOTTOM - 7, BOTTOM, f"{trial.number}: {trial.state}"
+        )
+        for trial in trials
+        if trial.state in ("pruned", "failed", "paused")
+    )
+    dots = Markup("").join(
+        Markup('<circle class="dot" data-t="{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
+            trial.number,
+            pixels(x_axis.at(trial.number)),
+            pixels(y_axis.at(value)),
+            5 if len(points) < 200 else 3,
+            f"{trial.number}: {pair_title(trial.pair)}, {metric} {measure(metric, value)}",
+        )
+        for trial, value in points
+    )
+    frame = _frame(x_axis, y_axis, WIDE_RIGHT) + _reference_lines(y_axis, lines, WIDE_RIGHT)
+    plot = drawing(frame + ticks + path + dots, f"{metric} over the trials", WIDE_RIGHT + 18, HEIGHT, "plot wide-plot")
+    return {"plot": plot, "metric": metric, "stopped": bool(ticks)}
 
 
 FRONT_ROWS = 8  # of the table beside the plot

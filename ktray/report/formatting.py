@@ -6,6 +6,7 @@ import math
 import platform
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,11 @@ def measure(metric: str, value: float | None) -> str:
     return f"{int(value):,}" if value == int(value) and abs(value) > 1 else number(value)
 
 
+def param_text(value: Any) -> str:
+    """A drawn value: numbers with six digits, so that neighbours stay apart; texts as they are, without absolute paths."""
+    return f"{value:.6g}" if isinstance(value, float) else anonymised(str(value))
+
+
 def duration(seconds: float | None) -> str:
     """``0.42 s``, ``12.3 s``, ``4 min 05 s``, ``3 h 12 min``, ``2 d 05 h``."""
     if seconds is None or not math.isfinite(seconds):
@@ -93,6 +99,7 @@ def cause_without_keys(cause: str) -> str:
     return _KEY.sub(r"\1", anonymised(cause))
 
 
+@lru_cache(maxsize=20_000)  # a thousand trials share most of their texts
 def anonymised(text: str) -> str:
     """Return `text` with absolute paths cut to their last part, and without IP addresses, URL hosts and this machine's name."""
     text = _HOST_OF_URL.sub(r"\1://…", text)

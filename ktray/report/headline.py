@@ -26,8 +26,13 @@ def headline(
     objectives: Sequence[Objective],
     references: Mapping[str, Mapping[str, Any]],
     labels_used: Mapping[str, int],
+    test: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Return sentences about the best pair and a strip plot of the completed trials; without any, the state of the study."""
+    """Return sentences about the best pair and a strip plot of the completed trials; without any, the state of the study.
+
+    Args:
+        test: what the test split said: number of a trial, or name of a reference -> `metrics` and standard `errors`.
+    """
     metric, mode = objectives[0]
     completed = [trial for trial in ranked(trials, objectives) if value_of(trial, metric) is not None]
     counts: Counter[str] = Counter(trial.state for trial in trials)
@@ -56,8 +61,72 @@ def headline(
         "chosen_of": len(completed),
         "split": split,
         "error": _standard_error(metric, values[0], labels_used.get(split or "", 0)),
+        "test": on_test(best, test or {}, metric, mode),
         "strip": strip(values, values[0], known, metric) if len(values) + len(known) > 1 else Markup(""),
     }
+
+
+def on_test(best: Trial, results: Mapping[str, Mapping[str, Any]], metric: str, mode: str) -> dict[str, Any] | None:
+    """The first objective on the test split: the best pair, the references and other trials that were judged there.
+
+    Returns:
+        `value` and `error` of the best pair, `rows` of the others with their distance to it in standard errors of the
+        difference, and `others`, whether they include trials. None if the best pair was not judged there.
+    """
+    own = results.get(str(best.number))
+    value = _finite(own["metrics"], metric) if own else None
+    if own is None or value is None:
+        return None
+    error, loss = own.get("errors", {}).get(metric), loss_of(mode)
+    rows = []
+    for name, result in results.items():
+        other, its_error = _finite(result["metrics"], metric), result.get("errors", {}).get(metric)
+        if other is None or name == str(best.number):
+            continue
+        gain = loss(other) - loss(value)
+        verdict = "as good" if gain == 0 else f"{measure(metric, abs(gain))} {'worse' if gain > 0 else 'better'}"
+        rows.append(
+            {
+                "name": f"trial {name}" if name.isdigit() else anonymised(name),
+                "value": _with_error(metric, other, its_error),
+                "verdict": verdict,
+                "in_errors": _in_errors(gain, error, its_error),
+            }
+        )
+    return {"value": measure(metric, value), "error": "" if error is None else number(error), "rows": rows}
+
+
+def _with_error(metric: str, value: float, error: float | None) -> str:
+    return measure(metric, value) + ("" if error is None else f" ± {number(error)}")
+
+
+def _in_errors(gain: float, *errors: float | None) -> str:
+    """A difference in standard errors, as if both were judged on different images, which makes it look smaller than it is."""
+    known = [error for error in errors if error is not None]
+    together = math.hypot(*known)
+    return f"{abs(gain) / together:.1f} standard errors" if len(known) == 2 and together > 0 else ""
+
+
+def next_steps(study: str, best: Trial | None, trials: int, judged: bool, has_test: bool) -> list[tuple[str, str]]:
+    """(command, what it does) of what a reader may do now, the most useful first.
+
+    Args:
+        best: the best completed trial.
+        trials: drawn so far.
+        judged: whether the test split has judged the best.
+        has_test: whether the data have a test split that was not used to choose.
+    """
+    again = f"ktray search SPACE.yaml --name {study}"
+    if best is None:
+        return [(f"ktray status {study}", "what its trials are doing"), (again, "goes on where the search ended")]
+    found = []
+    if not judged and has_test:
+        found.append((f"ktray best {study} --test", "judges the best pair once on images that no choice was made with"))
+    found.append((f"ktray export {study}/{best.number} student/", "the trained student, with a README of how to use it"))
+    found.append((f"ktray show {study}/{best.number}", "its stages, their keys and all its metrics"))
+    found.append((f"{again} --trials +{max(8, trials // 2)}", "goes on: more draws, and what is computed is reused"))
+    found.append(("ktray ui", "every trial and stage in MLflow"))
+    return found
 
 
 def _no_result(trials: Sequence[Trial]) -> list[str]:

@@ -71,8 +71,10 @@ def reuse_table(trials: Sequence[Trial], find: FindArtifact) -> dict[str, Any] |
         _row(kind, sum(kind_of(key) == kind for key in computed), len(uses[kind]), spent[kind], sum(uses[kind]))
         for kind in sorted(uses, key=stage_position)
     ]
-    rows.append(_row("all stages", len(computed), sum(map(len, used)), sum(spent.values()), sum(map(sum, uses.values()))))
-    return {"rows": rows, "trials": counted(sum(map(bool, used)), "trial")}
+    all_spent, all_alone = sum(spent.values()), sum(map(sum, uses.values()))
+    rows.append(_row("all stages", len(computed), sum(map(len, used)), all_spent, all_alone))
+    saved = f"Sharing saved {duration(all_alone - all_spent)} of {duration(all_alone)}" if all_alone > all_spent else ""
+    return {"rows": rows, "saved": saved, "trials": counted(sum(map(bool, used)), "trial")}
 
 
 def _row(name: str, artifacts: int, uses: int, spent: float, alone: float) -> dict[str, Any]:

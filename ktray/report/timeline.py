@@ -54,7 +54,7 @@ def timeline_page(data: Mapping[str, Any], traces: Sequence[str] = ()) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body><h1>{title}</h1>'
-        f'<p class="legend">{legend}</p><div class="scroll">{_drawing(data)}</div>'
+        f'<p class="legend">{legend}</p><div class="scroll">{drawing_of_stages(data)}</div>'
         f"{_phases(data)}{_kinds(data)}{_machine(data)}{about if traces else ''}</body></html>\n"
     )
 
@@ -63,7 +63,8 @@ def _safe(text: Any) -> str:
     return escape(visible(str(text)))
 
 
-def _drawing(data: Mapping[str, Any]) -> str:
+def drawing_of_stages(data: Mapping[str, Any]) -> str:
+    """The SVG alone, for a page that has styles for its classes."""
     ends = [phase["at"] for phase in data["phases"]] + [entry["ended"] for entry in data["stages"]]
     until = max([1.0, *ends])
     scale = (WIDTH - LEFT - 10) / until

@@ -100,7 +100,7 @@ class _Live:
         self.status = status
         if self.study is not None:
             study = self.study
-            snapshot = StudySnapshot(self.name, self.space, study.trials(), study.target, study.elapsed)
+            snapshot = StudySnapshot(self.name, self.space.content, study.trials(), study.target, study.elapsed)
             self._left = time_left(snapshot, self._was_made)
 
     def _was_made(self, key: str) -> bool:

@@ -36,6 +36,7 @@ from ktray.runs.settings import Settings, require_positive
 from ktray.runs.study_logger import log_missed_stages, log_stage
 from ktray.runs.study_status import ShowWork, with_status_file, with_stuck_warnings
 from ktray.runs.uncertainty import level_with_best
+from ktray.runs.worker_log import noting_what_workers_run
 from ktray.scheduler.messages import BACKGROUND, DAMAGED
 from ktray.search.history import read_study
 from ktray.search.journal import study_folder, study_names
@@ -135,6 +136,7 @@ class _LazyScheduler:
         self.study_folder = study_folder(settings.home, str(options.name))
         self.published: set[str] = set()
         self._show_work = with_stuck_warnings(with_status_file(self.study_folder, display.work), display.say)
+        self._show_work = _shown_to_both(self._show_work, noting_what_workers_run(self.study_folder))
         if options.profile is not None:
             self._show_work = _shown_to_both(self._show_work, options.profile.observe)
         self._session: RaySession | None = None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ktray.errors import UserError
 from ktray.search import journal
-from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.stores.locks import LockHolder, lock_holder
+
+if TYPE_CHECKING:
+    from ktray.search.space import Space
 
 STATUS_FILE = "status.json"  # written by a running search every few seconds
 
@@ -26,20 +30,32 @@ class StudySnapshot:
     """A snapshot of a study.
 
     Attributes:
+        content: of the space's file, modes included (`Space.content`). Verbs that only read need no more of it.
         target: number of draws that was last asked for.
         elapsed: seconds that its searches have run, over all resumes.
     """
 
     name: str
-    space: Space
+    content: Mapping[str, Any]
     trials: list[Trial]
     target: int
     elapsed: float
 
+    @cached_property
+    def space(self) -> Space:
+        """The space, which needs pydantic and the specs of all methods: a quarter of a second.
+
+        Raises:
+            UserError: another version of ktray wrote it, and this one does not know its fields.
+        """
+        from ktray.search.space import Space
+
+        return Space.from_content(self.content, self.name)
+
     @property
     def objectives(self) -> tuple[tuple[str, Literal["max", "min"]], ...]:
         """(metric, mode) of what the study optimises, the most important first."""
-        return self.space.objectives
+        return tuple((objective["metric"], objective["mode"] or "max") for objective in self.content["objectives"])
 
 
 def read_study(home: Path, name: str) -> StudySnapshot:
@@ -51,12 +67,11 @@ def read_study(home: Path, name: str) -> StudySnapshot:
     notes, trials = journal.read(home, name)
     if "space" not in notes or "target" not in notes:  # its driver was killed before it wrote these
         raise UserError(f"the study {name!r} was never begun", str(home), "Search it again.")
-    space = Space.from_content(notes["space"], name)
     running = [index for index, trial in enumerate(trials) if trial.state == "running"]
     if running and driver_of_study(home, name) is None:
         for index in running:
             trials[index] = dataclasses.replace(trials[index], state="interrupted")
-    return StudySnapshot(name, space, trials, notes["target"]["trials"], notes.get("spent", 0.0))
+    return StudySnapshot(name, notes["space"], trials, notes["target"]["trials"], notes.get("spent", 0.0))
 
 
 def keys_in_use(home: Path) -> set[str]:

@@ -55,6 +55,11 @@ class Space:
         spec_errors.raise_if_any(found, source)
         return cls(document, root, source)
 
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """The fields of its file as plain JSON values, defaults included; `from_content` reads it back."""
+        return self.document.model_dump(mode="json")
+
     @property
     def study_name(self) -> str:
         """The study's name."""

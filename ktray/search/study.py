@@ -427,7 +427,7 @@ class Study:
         target = _session_target(trials, self.space.budget.trials, notes.get("target"), met)
         self.target_asked_for = target["trials"]
         target["trials"] = min(target["trials"], self._most_draws())
-        for name, value in {"space": self.space.document.model_dump(mode="json"), "target": target}.items():
+        for name, value in {"space": self.space.content, "target": target}.items():
             if notes.get(name) != value:
                 self._journal.write_note(name, value)
         return target["trials"]
