@@ -3,12 +3,16 @@
     python -m experiments.bench.kmeans --rows 50000 --width 512 --k 1000 --iterations 20 --repeats 5
     python -m experiments.bench.kmeans --features FILE.npy --k 1000 --contenders ktray faiss scikit-learn
     python -m experiments.bench.kmeans --device cuda --rows 1281167 --width 2048 --k 2000
+    python -m experiments.bench.kmeans --ray 2 --features FILE.npy --k 1000     the whole stage by two Ray workers, and faiss
 
 The contenders take turns, so that all meet the same load. One JSON line each: median milliseconds per iteration, the ratio to
 ktray, the fraction of the machine's measured matrix-product peak, inertia after the iterations, and the share of labels that
 differ from the exact ones for the same centroids. ktray's line also has the share of rows that it decided again. Contenders
 that are not installed say so. On CPUs every library uses the threads that its environment allows: for one thread each, set
 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1.
+
+With `--ray N` the stage of clusters runs as in a search, from features in a store to an artifact there, by N warm workers, and
+faiss has as many threads and an array. Wall and processor seconds of whole runs, of which the first of each does not count.
 
 README.md beside this file has the results.
 """
@@ -18,22 +22,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 
+from ktray.artifact import Artifact
 from ktray.clustering import kmeans
 from ktray.pool import LocalPool
+from ktray.scheduler.resources import RuntimeSettings
 
 SHARD_ROWS = 4096  # as the stage of features writes them
 PART_ROWS = 65536  # made or judged at a time
@@ -227,6 +236,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--ray", type=int, metavar="N", help="the whole stage through Ray, by N workers")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     arguments = parser.parse_args()
     if arguments.features:
@@ -237,7 +247,83 @@ def main() -> None:
         seeds = rows[kmeans.seed_rows(len(rows), arguments.k, 0)]
         shards = write_shards(rows, Path(folder))
         problem = Problem(shards, rows, seeds, arguments.k, arguments.iterations, arguments.device)
-        compare(problem, arguments.contenders, arguments.repeats)
+        if arguments.ray:
+            compare_whole_runs(problem, arguments.ray, arguments.repeats, Path(folder))
+        else:
+            compare(problem, arguments.contenders, arguments.repeats)
+
+
+Cluster = Callable[[Sequence[Path], int, int], Artifact]
+
+
+@contextmanager
+def stages_on_ray(folder: Path, runtime: RuntimeSettings) -> Iterator[Cluster]:
+    """Ray with a store in `folder`, and what clusters by it: (shards, k, iterations) -> the artifact of the stage.
+
+    Each call publishes the shards as features of a new key, so that nothing is known of them.
+    """
+    from ktray.pipeline.execute import execute
+    from ktray.scheduler import client, ray_session
+    from ktray.stages import clusters_stage
+    from ktray.stores.file import FileStore
+    from ktray.transfer import clusters
+
+    session = ray_session.start(folder / "home", None, runtime)
+    numbers = count()
+    try:
+        scheduler, store = client.connect(session, f"file://{folder}/store", execute), FileStore(folder / "store")
+
+        def cluster(shards: Sequence[Path], k: int, iterations: int) -> Artifact:
+            features = f"features-{next(numbers):012x}"
+            scratch = store.scratch(features, "bench")
+            for shard in shards:
+                os.link(shard, scratch / shard.name)
+            store.publish(scratch, features, {"key": features, "metrics": {}, "seconds": 0.0, "attempt": "bench"})
+            transfer = clusters.Spec(k=k, iterations=iterations, l2=False)
+            (clustering,) = clusters_stage.clusterings(transfer)
+            stage = clusters_stage.stage_of(transfer, clustering, features)
+            scheduler.obtain([stage], "bench")
+            made = store.find(stage.key)
+            assert made, stage.key
+            return made
+
+        yield cluster
+        scheduler.shut_down()
+    finally:
+        ray_session.stop(session)
+
+
+def compare_whole_runs(problem: Problem, workers: int, repeats: int, folder: Path) -> None:
+    """Print one JSON line for the stage of clusters through Ray, and one for faiss with as many threads."""
+    import faiss
+
+    faiss.omp_set_num_threads(workers)
+    shape = {"rows": len(problem.rows), "width": problem.rows.shape[1], "k": problem.k, "iterations": problem.iterations}
+    found: dict[str, list[dict[str, float]]] = {"ktray through Ray": [], "faiss": []}
+    with stages_on_ray(folder, RuntimeSettings(cpus=workers)) as cluster:
+        for repeat in range(repeats + 1):
+            before, began = _processor_seconds(), time.perf_counter()
+            made = cluster(problem.shards, problem.k, problem.iterations).record
+            seconds, spent = time.perf_counter() - began, _processor_seconds() - before
+            own = time.process_time()
+            run = faiss_kmeans(problem)
+            if repeat:
+                ours = {"seconds": seconds, "processor_seconds": spent, "of_stage": made["seconds"], "workers": made["workers"]}
+                found["ktray through Ray"].append({**ours, "updates": made["metrics"]["iterations"]})
+                theirs = {"seconds": run.seconds * problem.iterations, "processor_seconds": time.process_time() - own}
+                found["faiss"].append(theirs)
+    for name, runs in found.items():
+        medians = {field: round(statistics.median(run[field] for run in runs), 3) for field in runs[0]}
+        print(json.dumps({"contender": name, **shape, "threads": workers, "n": len(runs), **medians}), flush=True)
+
+
+def _processor_seconds() -> float:
+    """Of the processes that this one has started, such as Ray's workers."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            total += sum(process.cpu_times()[:2])
+    return total
 
 
 def compare(problem: Problem, contenders: list[str], repeats: int) -> None:
