@@ -3,8 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ktray.api import BestTrial as BestTrial
+    from ktray.api import PairResult as PairResult
     from ktray.api import SearchResult as SearchResult
     from ktray.api import load_student as load_student
+    from ktray.api import open as open
     from ktray.api import run as run
     from ktray.api import search as search
 else:
@@ -15,12 +18,12 @@ else:
     del search
 
 __version__ = "0.2.0"
-_API = ("SearchResult", "load_student", "run", "search")
+__all__ = ["BestTrial", "PairResult", "SearchResult", "load_student", "open", "run", "search"]
 
 
 def __getattr__(name: str) -> Any:
     """The Python API, loaded when it is first asked for: `import ktray` alone loads nothing heavy."""
-    if name not in _API:
+    if name not in __all__:
         raise AttributeError(f"module 'ktray' has no attribute {name!r}")
     from ktray import api
 
@@ -28,4 +31,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_API})
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,7 @@
 They do what the commands do, on the same homes: a search begun here goes on there. Messages go to stderr, errors are raised.
 
     result = ktray.search("search_spaces/quickstart.yaml", trials=8)
+    result = ktray.open("quickstart")       # later, or from another process
     result.best(top=3)
     result.export("my_student")
     model = ktray.load_student("my_student")
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 from ktray.errors import StageFailed, UserError
 from ktray.export.student_files import load_student as load_student
@@ -34,7 +35,44 @@ if TYPE_CHECKING:
     from ktray.search.history import StudySnapshot
     from ktray.search.space import Space
 
+__all__ = ["BestTrial", "PairResult", "SearchResult", "load_student", "open", "run", "search"]
+
 Talk = Literal[0, 1, 2]
+
+
+class BestTrial(TypedDict):
+    """A completed trial, as `SearchResult.best` and ``ktray best NAME --json`` give it.
+
+    Attributes:
+        trial: its number.
+        params: dotted path -> drawn value.
+        metrics: all metrics.
+        objectives: metric -> value of what the study optimises.
+        keys: stage -> key of its artifact; evaluation -> name -> key.
+        cost: ``seconds`` alone, and ``marginal_seconds`` that it added.
+        level_with_best: whether the images cannot tell it apart from the best.
+        test: its metrics on the test split, where that was asked for.
+    """
+
+    trial: int
+    params: dict[str, Any]
+    metrics: dict[str, float]
+    objectives: dict[str, float]
+    keys: dict[str, Any]
+    cost: dict[str, float]
+    level_with_best: bool
+    test: NotRequired[dict[str, float]]
+
+
+class PairResult(TypedDict):
+    """A computed pair, as `run` and ``ktray run --json`` give it."""
+
+    name: str
+    keys: dict[str, Any]
+    metrics: dict[str, float]
+    computed: list[str]
+    reused: list[str]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +107,7 @@ class SearchResult:
 
     def best(
         self, top: int | None = None, *, pareto: bool = False, per: Per | None = None, test: bool = False
-    ) -> list[dict[str, Any]]:
+    ) -> list[BestTrial]:
         """The best completed trials, best first, in the form of ``ktray best NAME --json``.
 
         Args:
@@ -90,7 +128,8 @@ class SearchResult:
 
         count, study = default_top(None if top is None else require_positive(top, "top"), test), self.history()
         trials = best_trials(study, pareto, per)[:count]
-        answers = best_as_data(trials, level_with_best(trials, study.objectives[0][0], self._settings().open_store()))
+        level = level_with_best(trials, study.objectives[0][0], self._settings().open_store())
+        answers = [BestTrial(**each) for each in best_as_data(trials, level)]  # type: ignore[typeddict-item]
         if test:
             for answer, metrics in zip(answers, judge_on_test(trials, self.name, self._settings()), strict=True):
                 answer["test"] = metrics
@@ -109,6 +148,51 @@ class SearchResult:
         ]
         return pandas.DataFrame(rows, columns=None if rows else ["trial", "state"]).set_index("trial")
 
+    def best_frame(self, top: int | None = None, *, pareto: bool = False, per: Per | None = None) -> DataFrame:
+        """The best completed trials as a table, indexed by their numbers: names, objectives, cost, and what they differ in.
+
+        The arguments are those of `best`.
+        """
+        import pandas
+
+        from ktray.runs.best_trials import best_trials, default_top
+        from ktray.search.ranking import component_names, distinguishing_params
+
+        count, study = default_top(None if top is None else require_positive(top, "top"), False), self.history()
+        trials = best_trials(study, pareto, per)[:count]
+        apart = distinguishing_params(trials)
+        columns = ["trial", "teacher", "transfer", "student", *(metric for metric, _ in study.objectives)]
+        columns += ["seconds", "added_seconds", "differs_in"]
+        rows = [
+            [
+                *(trial.number, *component_names(trial)),
+                *(trial.objectives.get(metric) for metric, _ in study.objectives),
+                *(trial.cost.get("seconds"), trial.cost.get("marginal_seconds"), apart.get(trial.number, "")),
+            ]
+            for trial in trials
+        ]
+        return pandas.DataFrame(rows, columns=columns).set_index("trial")
+
+    def effects(self) -> DataFrame:
+        """The effect of each level of each parameter, with its 95 % interval, as the report draws it.
+
+        Columns: `result` (what is explained), `parameter`, `level`, `trials`, `effect`, `low`, `high`. Empty with fewer than
+        five trials.
+        """
+        import pandas
+
+        from ktray.report.effects import explained_levels
+
+        study = self.history()
+        rows = explained_levels(study.trials, study.objectives, study.content.get("early_stop"))
+        return pandas.DataFrame(rows, columns=["result", "parameter", "level", "trials", "effect", "low", "high"])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it: the result in a sentence, the leaderboard, and its plots."""
+        from ktray.runs.study_report import summary_for_notebook
+
+        return summary_for_notebook(self.name, self._settings())
+
     def report(self, path: str | Path) -> Path:
         """Write the study's HTML report to `path`.
 
@@ -126,6 +210,7 @@ class SearchResult:
         *,
         format: Form = "safetensors",
         head: Head = "none",
+        preprocessing: bool = False,
         register: bool = False,
     ) -> list[Path]:
         """Write a trial's student into a new folder, which `load_student` reads; the files.
@@ -134,6 +219,7 @@ class SearchResult:
             trial: its number; None for the study's best.
             format: "pt2" and "onnx" add the same network as a program.
             head: "classifier" keeps that of the pseudo-labels.
+            preprocessing: the program takes uint8 images of any size.
             register: also as a model in MLflow's registry: ktray-STUDY.
 
         Raises:
@@ -142,13 +228,42 @@ class SearchResult:
         from ktray.runs.student_export import export_trial, register_student
 
         number, settings, folder = "" if trial is None else str(trial), self._settings(), local_path(directory, "directory")
-        files = export_trial(settings, self.name, number, folder, head, format)
+        files = export_trial(settings, self.name, number, folder, head, format, preprocessing)
         if register:
             register_student(settings, self.name, number, folder)
         return files
 
     def _settings(self) -> Settings:
         return make_settings(self.home, store=self.store, tracking=self.tracking, verbosity=0)
+
+
+def open(
+    study: str, *, home: str | Path | None = None, store: str | Path | None = None, tracking: str | Path | None = None
+) -> SearchResult:
+    """A study on disk, whether a search of it has ended, runs now or was interrupted.
+
+    Example:
+        >>> ktray.open("quickstart").best_frame()  # doctest: +SKIP
+
+    Args:
+        home, store, tracking: as for `search`; where they were given there, they are needed here.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    from ktray.search.history import read_study
+
+    settings = make_settings(home, store=_as_url(store), tracking=_as_database(tracking), verbosity=0)
+    read_study(settings.home, study)
+    return SearchResult(settings.home, study, _as_url(store), _as_database(tracking))
+
+
+def _as_url(store: str | Path | None) -> str | None:
+    return f"file://{local_path(store, 'store').absolute()}" if isinstance(store, Path) else store
+
+
+def _as_database(tracking: str | Path | None) -> str | None:
+    return f"sqlite:///{local_path(tracking, 'tracking').absolute()}" if isinstance(tracking, Path) else tracking
 
 
 def search(
@@ -164,8 +279,8 @@ def search(
     retry: bool = False,
     overrides: Sequence[str] = (),
     allow_plugins: Sequence[str] = (),
-    store: str | None = None,
-    tracking: str | None = None,
+    store: str | Path | None = None,
+    tracking: str | Path | None = None,
     runtime: str | Path | None = None,
     talk: Talk = 1,
 ) -> SearchResult:
@@ -187,8 +302,8 @@ def search(
         retry: draw the pairs of failed trials again, as new trials.
         overrides: such as ``["transfer.k=500"]``.
         allow_plugins: packages whose kinds may load, such as ``["my_lab"]``; they stay allowed in this process.
-        store: where artifacts live, such as ``file:///mnt/shared/store``; None for the home's own.
-        tracking: MLflow URI; None means MLFLOW_TRACKING_URI, or the home's own database where that is not set.
+        store: where artifacts live, such as ``file:///mnt/shared/store`` or a Path; None for the home's own.
+        tracking: MLflow URI, or a sqlite file's Path; None means MLFLOW_TRACKING_URI, or else the home's own database.
         runtime: file with resources per stage kind.
         talk: 0 errors only, 1 trials, 2 stages as well; on stderr.
 
@@ -202,9 +317,9 @@ def search(
     from ktray.runs.search_run import SearchOptions
 
     space = local_path(space, "space") if isinstance(space, str | Path) else space  # before the home is made
-    settings = make_settings(
-        home, store=store, tracking=tracking, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk
-    )
+    store, tracking = _as_url(store), _as_database(tracking)
+    plugins = list(allow_plugins)
+    settings = make_settings(home, store=store, tracking=tracking, runtime=runtime, allow_plugins=plugins, verbosity=talk)
     parsed, source = _parse_space(space, list(overrides))
     options = SearchOptions(name, None if trials is None else str(trials), concurrent, warm_start, address, share_images, retry)
     outcome = _until_end(lambda interruption: search_run.search(parsed, source, options, settings, interruption), settings)
@@ -276,10 +391,10 @@ def run(
     concurrent: int = 4,
     overrides: Sequence[str] = (),
     allow_plugins: Sequence[str] = (),
-    store: str | None = None,
+    store: str | Path | None = None,
     runtime: str | Path | None = None,
     talk: Talk = 1,
-) -> list[dict[str, Any]]:
+) -> list[PairResult]:
     """Compute a pair, or all pairs of an experiment, as `ktray run` does.
 
     Example:
@@ -293,7 +408,7 @@ def run(
         home, address, overrides, allow_plugins, store, runtime, talk: as for `search`.
 
     Returns:
-        ``{"name", "keys", "metrics", "computed", "reused", "seconds"}`` per pair, as ``ktray run --json`` prints it.
+        One result per pair, as ``ktray run --json`` prints it.
 
     Raises:
         UserError: the pair, an argument or the data are wrong.
@@ -307,7 +422,7 @@ def run(
     require_positive(concurrent, "concurrent")
     if isinstance(pair, str | Path):
         pair = local_path(pair, "pair")  # before the home is made
-    settings = make_settings(home, store=store, runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk)
+    settings = make_settings(home, store=_as_url(store), runtime=runtime, allow_plugins=list(allow_plugins), verbosity=talk)
     pairs: Mapping[str, PairSpec]
     if isinstance(pair, Path):
         source, pairs = pair, load_pairs(pair, list(overrides))
@@ -317,9 +432,9 @@ def run(
     for sentence in check_pairs(pairs, data_loader(), source):
         settings.print_info(f"ktray: {sentence}")
     results = run_here(pairs, settings) if local else run_on_ray(pairs, address, concurrent, settings)
-    finished = []
+    finished: list[PairResult] = []
     for result in results:
         if isinstance(result, StageFailed):
             raise result
-        finished.append(result.as_data())
+        finished.append(PairResult(**result.as_data()))  # type: ignore[typeddict-item]
     return finished

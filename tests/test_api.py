@@ -41,7 +41,9 @@ def test_importing_ktray_loads_nothing() -> None:
 def test_a_name_that_ktray_lacks_is_an_attribute_error_and_its_verbs_are_listed() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'sarch'"):
         ktray.sarch  # noqa: B018
-    assert {"run", "search", "load_student", "SearchResult"} <= set(dir(ktray))
+    assert {"run", "search", "open", "load_student", "SearchResult"} == set(ktray.__all__) - {"BestTrial", "PairResult"}
+    assert set(ktray.__all__) <= set(dir(ktray))
+    assert all(getattr(ktray, name) is not None for name in ktray.__all__)
 
 
 def test_search_is_a_verb_whether_its_package_was_imported_before_or_not(tmp_path: Path) -> None:
@@ -184,10 +186,10 @@ def test_an_export_takes_format_head_and_registry_as_the_command_does(tmp_path: 
     monkeypatch.setattr(student_export, "register_student", lambda settings, *given: heard.append((settings.tracking, *given)))
     study = ktray.SearchResult(tmp_path, "toy", tracking="sqlite:///mine.db")
     assert study.export(tmp_path / "out") == [tmp_path / "card"]
-    study.export(tmp_path / "out", 0, format="onnx", head="classifier", register=True)
+    study.export(tmp_path / "out", 0, format="onnx", head="classifier", preprocessing=True, register=True)
     assert [given[1:] for given in heard[:2]] == [
-        ("toy", "", tmp_path / "out", "none", "safetensors"),
-        ("toy", "0", tmp_path / "out", "classifier", "onnx"),
+        ("toy", "", tmp_path / "out", "none", "safetensors", False),
+        ("toy", "0", tmp_path / "out", "classifier", "onnx", True),
     ]
     assert heard[2:] == [("sqlite:///mine.db", "toy", "0", tmp_path / "out")]
 

@@ -12,16 +12,20 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ktray import plugins
 from ktray.errors import UserError
 from ktray.export import programs, student_files
+from ktray.images import decoding
 from ktray.ops import augmentation
+from ktray.ops.augmentation import to_float
 from ktray.spec import Student
 
 CLASSES = 7
@@ -163,7 +167,7 @@ def test_a_folder_that_is_not_empty_is_never_written_to(tmp_path):
 def test_an_empty_folder_is_filled(tmp_path):
     (tmp_path / "student").mkdir()
     directory, _, _ = exported(tmp_path)
-    assert sorted(path.name for path in directory.iterdir()) == ["model.safetensors", "student.json"]
+    assert sorted(path.name for path in directory.iterdir()) == ["README.md", "model.safetensors", "student.json"]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
@@ -175,6 +179,7 @@ def test_the_permissions_of_exported_weights_follow_the_umask(umask, mode, tmp_p
         os.umask(before)
     assert {path.name: path.stat().st_mode & 0o777 for path in directory.iterdir()} == {
         "model.safetensors": mode,
+        "README.md": mode,
         "student.json": mode,
     }
 
@@ -376,6 +381,59 @@ def test_an_onnx_program_computes_what_the_student_does_for_any_batch_in_silence
     ]
 
 
+SHAPES = [(32, 32), (100, 50), (33, 20), (301, 400), (20, 32), (7, 90)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_preprocessing_of_a_program_is_pillows_resizing_and_the_normalisation_of_training(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    wanted = to_float(torch.from_numpy(decoding.fit(pixels, 32))[None])
+    found = programs._FromPixels(nn.Identity(), 32)(torch.from_numpy(pixels)[None])
+    assert ((found - wanted).abs() * 255 / 4).max() < 1.01, "more than one grey level"
+    if shape[0] <= shape[1]:  # of tall images Pillow resizes the columns first, and rounds in between
+        assert ((found - wanted).abs() > 1e-5).float().mean() < 0.01
+
+
+EIGHT_LINES = [("safetensors", False), ("pt2", False), ("pt2", True), ("onnx", False), ("onnx", True)]
+
+
+@pytest.mark.parametrize(("form", "from_pixels"), EIGHT_LINES)
+def test_the_eight_lines_of_the_readme_run_and_yield_the_features_of_the_student(
+    form, from_pixels, tmp_path, monkeypatch, capsys
+):
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    lineage = {"study": "s`|<b>", "trial": 3, "pair": "hog k=5 -> alexnet", "licences": {"a.pt": "cc-by-nc"}}
+    lineage["test"] = {"3": {"metrics": {"knn/top1": 0.61}, "errors": {"knn/top1": 0.02}}}
+    directory, built, _ = exported(tmp_path, ALEXNET, form=form, from_pixels=from_pixels, lineage=lineage)
+    text = (directory / "README.md").read_text()
+    lines = text.split("```python\n")[1].split("\n```")[0]
+    assert len(lines.splitlines()) == 8
+    assert "| this student, knn/top1 | 0.6100 ± 0.0200 |" in text
+    assert "cc-by-nc" in text
+    assert "`s'\\|&lt;b>`" in text
+    size = (60, 45) if from_pixels else (32, 32)
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    monkeypatch.chdir(directory)
+    Image.fromarray(picture).save("photo.png")
+    found: dict = {}
+    exec(compile(lines, "README.md", "exec"), found)
+    assert f"(1, {built.feature_dim})" in capsys.readouterr().out.replace("torch.Size([", "(").replace("])", ")")
+    with torch.inference_mode():
+        wanted = built(to_float(torch.from_numpy(decoding.fit(picture, 32))[None]))
+    features = torch.as_tensor(found["features"]).detach()
+    assert float((features - wanted).abs().max()) < (0.05 if from_pixels else 1e-4) * float(wanted.abs().max())
+    if from_pixels:
+        assert card(directory)["program"]["input"] == {"dtype": "uint8", "layout": "NHWC", "size": "any"}
+
+
+def test_preprocessing_without_a_program_is_refused_with_what_to_add(tmp_path):
+    with pytest.raises(UserError, match="weights alone include no preprocessing"):
+        exported(tmp_path, from_pixels=True)
+    assert not (tmp_path / "student").exists()
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_without_the_packages_for_onnx_the_user_is_told_which_to_install_and_nothing_is_left(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
@@ -503,8 +561,8 @@ def test_a_place_where_a_student_can_be_gets_exactly_its_files(place, tmp_path):
     before = (tmp_path / "empty").stat()
     weights = snapshot(tmp_path / "snapshot", network(ALEXNET), None)
     files = student_files.export_student(weights, student(ALEXNET), 32, {}, {}, tmp_path / place, None)
-    assert files == [tmp_path / place / "model.safetensors", tmp_path / place / "student.json"]
-    assert sorted(os.listdir(tmp_path / place)) == ["model.safetensors", "student.json"]
+    assert files == [tmp_path / place / name for name in ("model.safetensors", "README.md", "student.json")]
+    assert sorted(os.listdir(tmp_path / place)) == ["README.md", "model.safetensors", "student.json"]
     assert not [path for path in tmp_path.rglob(".*")]
     after = (tmp_path / "empty").stat()
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
@@ -515,7 +573,7 @@ def test_an_export_into_the_current_folder_leaves_the_user_in_it(tmp_path, monke
     weights = snapshot(tmp_path / "snapshot", network(ALEXNET), None)
     monkeypatch.chdir(tmp_path / "here")
     student_files.export_student(weights, student(ALEXNET), 32, {}, {}, Path(), None)
-    assert sorted(os.listdir()) == sorted(os.listdir(tmp_path / "here")) == ["model.safetensors", "student.json"]
+    assert sorted(os.listdir()) == sorted(os.listdir(tmp_path / "here")) == ["README.md", "model.safetensors", "student.json"]
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt2"])

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME[/TRIAL]", help="the study's best pair, or one of its trials")
     parser.add_argument("directory", type=path_argument, metavar="DIR")
     parser.add_argument("--format", choices=["safetensors", "pt2", "onnx"], default="safetensors", help="a program beside them")
+    parser.add_argument("--preprocessing", action="store_true", help="the program takes uint8 images of any size")
     parser.add_argument("--register", action="store_true", help="also as a model in MLflow's registry: ktray-STUDY")
     parser.add_argument("--head", choices=["none", "classifier"], default="none", help="keep the pseudo-label classifier")
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     note = read_note(settings.home, study)
     if note is not None and not (settings.home / "studies" / study).is_dir():
         return _fetch(args, note)
-    files = export_trial(settings, study, number, args.directory, args.head, args.format)
+    files = export_trial(settings, study, number, args.directory, args.head, args.format, args.preprocessing)
     lines = [f"wrote {path}" for path in files]
     if args.register:
         lines.append(register_student(settings, study, number, args.directory))
@@ -49,6 +50,7 @@ def _fetch(args: argparse.Namespace, note: LaunchNote) -> int:
     from ktray.runs.launch_following import fetch_student
 
     words = [args.name, "--format", args.format, "--head", args.head, *(["--register"] if args.register else [])]
+    words += ["--preprocessing"] if args.preprocessing else []
     files = fetch_student(note, words, args.directory)
     print_result(args, [str(path) for path in files], "\n".join(f"fetched {path}" for path in files))
     return 0

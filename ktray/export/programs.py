@@ -23,32 +23,44 @@ _OPSET = 18
 _INSTEAD = "Nothing was written. Export the weights alone, without --format."
 
 
-def write_program(network: nn.Module, head: nn.Module | None, size: int, form: ProgramForm, folder: Path) -> Path:
+def write_program(
+    network: nn.Module, head: nn.Module | None, size: int, form: ProgramForm, folder: Path, from_pixels: bool = False
+) -> Path:
     """Write the program (B, 3, size, size) float32 -> (B, D) or (B, K) float32 for any B >= 1 into `folder`; returns its path.
 
     Args:
         network: a backbone; it is put into eval mode.
         head: the classifier on its features, or None.
         size: side in pixels, the fixed height and width of the input.
+        from_pixels: the program takes (B, H, W, 3) uint8 for any H and W instead: it crops, resizes and normalises as well.
 
     Raises:
         UserError: the network cannot be a program for any batch size, the program computes something else than the network,
             or the packages for ONNX are missing.
     """
-    model, path = _ToVectors(network, head).eval(), folder / FILES[form]
+    vectors, path = _ToVectors(network, head), folder / FILES[form]
+    model = (_FromPixels(vectors, size) if from_pixels else vectors).eval()
     if form == "onnx":
         _require_onnx()
     with torch.no_grad(), _silenced():
-        program = _traced(model, size)
-        path.write_bytes(_pt2(program) if form == "pt2" else _onnx(program))
-        compare(model, _loaded(path, form), size, f"the {form} program", _INSTEAD)
+        program = _traced(model, size, from_pixels)
+        path.write_bytes(_pt2(program) if form == "pt2" else _onnx(program, from_pixels))
+        compare(model, _loaded(path, form), size, f"the {form} program", _INSTEAD, from_pixels)
     return path
 
 
-def compare(network: nn.Module, program: Callable[[Tensor], Tensor], size: int, what: str, instead: str) -> None:
+def compare(
+    network: nn.Module,
+    program: Callable[[Tensor], Tensor],
+    size: int,
+    what: str,
+    instead: str,
+    from_pixels: bool = False,
+) -> None:
     """Run network and program on random images (B, 3, size, size), in batches of each size in `BATCHES`.
 
     Args:
+        from_pixels: on (B, H, W, 3) uint8 instead, each batch of another height and width.
         what: how the error calls the program.
         instead: what the error advises.
 
@@ -58,6 +70,9 @@ def compare(network: nn.Module, program: Callable[[Tensor], Tensor], size: int, 
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         images = 4 * torch.rand(batch, 3, size, size, generator=generator) - 2  # the range of normalised pixels
+        if from_pixels:
+            shape = (batch, size + 7 * batch, size + 2, 3)
+            images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         with torch.no_grad():
             expected = network(images)
             try:
@@ -88,10 +103,45 @@ class _ToVectors(nn.Module):
         return features
 
 
-def _traced(model: nn.Module, size: int) -> torch.export.ExportedProgram:
+class _FromPixels(nn.Module):
+    """A network behind its preprocessing: (B, H, W, 3) uint8, cut to the centred square, resized as Pillow does it, normalised.
+
+    Pillow's antialiased bilinear interpolation is one product with a matrix per axis, of triangles as wide as the reduction;
+    values are rounded after each axis. `images.decoding.fit` is the same up to one grey level: Pillow's numbers are
+    fixed-point, and of some tall images it resizes the columns first.
+    """
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        super().__init__()
+        self.network, self.size = network, size
+        self.register_buffer("middles", torch.arange(size, dtype=torch.float32) + 0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.to(torch.float32).permute(0, 3, 1, 2)
+        rows = torch.cumsum(torch.ones_like(pixels[0, 0, :, 0]), 0) - 0.5  # middles of the pixels
+        columns = torch.cumsum(torch.ones_like(pixels[0, 0, 0, :]), 0) - 0.5
+        side = torch.minimum(rows[-1], columns[-1]) + 0.5
+        pixels = torch.floor(pixels @ self._weights(columns, side).transpose(0, 1) + 0.5)
+        pixels = torch.floor(self._weights(rows, side) @ pixels + 0.5)
+        features: Tensor = self.network(pixels * (4 / 255) - 2)  # as `augmentation.to_float`
+        return features
+
+    def _weights(self, places: Tensor, side: Tensor) -> Tensor:
+        """(size, N): how much each of N pixels counts for each new one."""
+        start, scale = (places[-1] + 0.5 - side) / 2, side / self.size
+        centres = start + self.middles * scale  # type: ignore[operator]
+        found = (1 - ((places[None] - centres[:, None]) / scale.clamp(min=1.0)).abs()).clamp(min=0)
+        return found / found.sum(1, keepdim=True)
+
+
+def _traced(model: nn.Module, size: int, from_pixels: bool) -> torch.export.ExportedProgram:
     example = torch.zeros(2, 3, size, size)  # two, because torch.export treats a batch of one as a constant
+    free = {0: torch.export.Dim("batch", min=1)}
+    if from_pixels:
+        example = torch.zeros(2, size + 13, size + 5, 3, dtype=torch.uint8)
+        free |= {1: torch.export.Dim("height", min=1), 2: torch.export.Dim("width", min=1)}
     try:
-        return torch.export.export(model, (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}})
+        return torch.export.export(model, (example,), dynamic_shapes={"images": free})
     except Exception as error:  # torch.export raises a dozen kinds, and passes on what the network raises
         problem = f"torch.export cannot make a program for every batch size of this network: {_first_line(error)}"
         raise UserError(problem, instead=_INSTEAD) from error
@@ -116,13 +166,15 @@ def _require_onnx() -> None:
         ) from error
 
 
-def _onnx(program: torch.export.ExportedProgram) -> bytes:
+def _onnx(program: torch.export.ExportedProgram, from_pixels: bool) -> bytes:
     try:
         converted = torch.onnx.export(
             program,
             input_names=["images"],
             output_names=["features"],
-            dynamic_shapes={"images": {0: "batch"}},  # only the name: `program` says which dimension is free
+            dynamic_shapes={
+                "images": {0: "batch"} | ({1: "height", 2: "width"} if from_pixels else {})
+            },  # only the name: `program` says which dimension is free
             opset_version=_OPSET,
             dynamo=True,
             external_data=False,

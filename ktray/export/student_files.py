@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ktray import __version__, plugins
 from ktray.errors import UserError, disk_is_full
+from ktray.export import programs, readme
 from ktray.export.programs import ProgramForm, write_program
 from ktray.fingerprint import file_sha256
 from ktray.local_path import local_path
@@ -42,6 +43,7 @@ _INPUT = {  # what `augmentation.to_float` does, in the terms of other libraries
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
 }
+_PIXELS = {"dtype": "uint8", "layout": "NHWC", "size": "any"}  # of a program that includes the preprocessing
 
 # The directories of an absolute path in any string: /home/me/x -> x, parquet:/data/a.parquet -> parquet:a.parquet; not s3://b/x.
 _DIRECTORIES = re.compile(r"(?<![\w./~])(?:file://)?~?/(?!/)(?:[^/?\n]+/)*|\b[A-Za-z]:\\(?:[^\\\n]+\\)*")
@@ -57,8 +59,9 @@ def export_student(
     classes: int | None,
     head: Head = "none",
     form: Form = "safetensors",
+    from_pixels: bool = False,
 ) -> list[Path]:
-    """Write `model.safetensors` and `student.json` to the new folder `out`, the latter last, and return the paths.
+    """Write `model.safetensors`, `README.md` and `student.json` to the new folder `out`, in this order; returns the paths.
 
     Tensors are named as in the backbone; the pseudo-label classifier gets the name in the backbone's `HEAD`, such as `fc`. A
     "full" resnet of width 1 therefore loads strictly into torchvision's class once its `fc` is replaced by a linear layer
@@ -73,13 +76,16 @@ def export_student(
         classes: width K of the student's linear classifier, or None if its transfer has none.
         head: "classifier" exports this classifier with the backbone, "none" only the backbone.
         form: "pt2" and "onnx" add the same network as a program, `model.pt2` or `model.onnx`, which was run and compared.
+        from_pixels: the program takes uint8 images of any size, and includes the preprocessing.
 
     Raises:
-        UserError: `out` is occupied or cannot be written, there is no classifier to export, or the network cannot be a program
-            of this form (`programs.write_program`).
+        UserError: `from_pixels` without a program, `out` is occupied or cannot be written, there is no classifier to export, or
+            the network cannot be a program of this form (`programs.write_program`).
         OSError: the disk is full.
         RuntimeError: the snapshot does not fit the network of `student`.
     """
+    if from_pixels and form == "safetensors":
+        raise UserError("weights alone include no preprocessing", "--preprocessing", "Add --format pt2 or --format onnx.")
     _destination(out)
     saved = load_file(snapshot / "weights.safetensors")
     architecture = student.backbone.model_dump(mode="json")
@@ -98,8 +104,11 @@ def export_student(
         "input": {"size": [size, size], **_INPUT},
         **_portable({"metrics": metrics, "lineage": lineage}),
     }
-    program = None if form == "safetensors" else partial(write_program, network, _head(tensors, names), size, form)
-    return _write(out, tensors, card, program)
+    program = None
+    if form != "safetensors":
+        program = partial(write_program, network, _head(tensors, names), size, form, from_pixels=from_pixels)
+        card["program"] = {"file": programs.FILES[form], "input": _PIXELS if from_pixels else card["input"]}
+    return _write(out, tensors, card, program, readme.readme(card, form, from_pixels))
 
 
 def load_student(directory: Path) -> nn.Module:
@@ -219,7 +228,7 @@ def _cannot_write(out: Path, error: Exception) -> UserError:
 
 
 def _write(
-    out: Path, tensors: dict[str, Tensor], card: dict[str, Any], add_program: Callable[[Path], Path] | None
+    out: Path, tensors: dict[str, Tensor], card: dict[str, Any], add_program: Callable[[Path], Path] | None, text: str
 ) -> list[Path]:
     place = _destination(out)
     made = [folder for folder in place.parents if not folder.exists()]
@@ -227,7 +236,7 @@ def _write(
     scratch = (place if place.exists() else place.parent) / f".ktray-export-{uuid.uuid4().hex[:8]}"
     try:
         scratch.mkdir(parents=True)
-        names = _write_files(scratch, tensors, card, add_program)
+        names = _write_files(scratch, tensors, card, add_program, text)
         if scratch.parent == place:
             _move_files(scratch, place, names)
         else:
@@ -245,16 +254,17 @@ def _write(
 
 
 def _write_files(
-    folder: Path, tensors: dict[str, Tensor], card: dict[str, Any], add_program: Callable[[Path], Path] | None
+    folder: Path, tensors: dict[str, Tensor], card: dict[str, Any], add_program: Callable[[Path], Path] | None, text: str
 ) -> list[str]:
     """Write all files; their names, the card's last."""
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})  # required by readers such as transformers
     files = [folder / WEIGHTS, *([add_program(folder)] if add_program else [])]
     card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
     (folder / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    (folder / readme.FILE).write_text(text, encoding="utf-8")
     for path in files:
         path.chmod((folder / CARD).stat().st_mode)  # safetensors makes files readable only by their owner
-    return [*(path.name for path in files), CARD]
+    return [*(path.name for path in files), readme.FILE, CARD]
 
 
 def _move_files(scratch: Path, place: Path, names: list[str]) -> None:

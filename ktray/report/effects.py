@@ -139,6 +139,20 @@ def level_effects(results: Results, levels: Levels) -> dict[str, list[LevelEffec
     return found
 
 
+def explained_levels(
+    trials: Sequence[Trial], objectives: Sequence[Objective], early_stop: Mapping[str, Any] | None
+) -> list[tuple[str, str, str, int, float, float, float]]:
+    """(result, parameter, level, trials, effect, low, high) of every level, over all results that can be explained."""
+    drawn = [trial for trial in trials if trial.state != "duplicate"]
+    levels = levels_of(drawn)
+    return [
+        (name, parameter, each.label, each.count, each.mean, each.low, each.high)
+        for name, results in results_to_explain(drawn, objectives, early_stop)
+        for parameter, found in level_effects(results, levels).items()
+        for each in found
+    ]
+
+
 def student_quantile(freedom: int) -> float:
     """The 97.5 % quantile of Student's t, to 2 % from four degrees of freedom on; scipy would take as long as the whole page.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
+import io
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 COLOURS = {"completed": "green", "running": "cyan", "failed": "red", "paused": "default", "pruned": "dim"}
+NOTEBOOK_WIDTH, NOTEBOOK_HEIGHT, NOTEBOOK_SECONDS = 110, 30, 1.0
+_NOTEBOOK_HTML = '<pre style="line-height: 1.25; overflow-x: auto">{code}</pre>'
 _LINES_BESIDE_ROWS = 8  # head, blank lines, heads of the tables, a line about more
 
 
@@ -288,7 +293,11 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def open_display(settings: Settings, space: Space, name: str) -> Iterator[Display]:
-    """A live table if stderr is a terminal, else plain lines."""
+    """A live table if stderr is a terminal or this is a notebook, else plain lines."""
+    if settings.verbosity == 1 and in_notebook():
+        with _table_in_notebook(settings, space, name) as table:
+            yield table
+        return
     if settings.verbosity != 1 or not sys.stderr.isatty():
         yield _Plain(settings)
         return
@@ -299,6 +308,42 @@ def open_display(settings: Settings, space: Space, name: str) -> Iterator[Displa
     live = _Live(space, name, Console(stderr=True), lambda key: store.find(key) is not None)
     with Live(console=live.console, get_renderable=live.render, refresh_per_second=4, transient=True), _logs_above_the_table():
         yield live
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
+
+@contextmanager
+def _table_in_notebook(settings: Settings, space: Space, name: str) -> Iterator[Display]:
+    """The live table as the output of the running cell, redrawn every second by a thread; its last state stays there."""
+    from rich.console import Console
+
+    notebook: Any = sys.modules["IPython.display"]  # which every kernel has loaded, and ktray does not require
+    store, over = settings.open_store(), threading.Event()
+    console = Console(file=sys.stderr, width=NOTEBOOK_WIDTH, height=NOTEBOOK_HEIGHT, force_terminal=False)
+    live = _Live(space, name, console, lambda key: store.find(key) is not None)
+    place = notebook.display(notebook.HTML(""), display_id=True)
+
+    def draw() -> None:
+        paper = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, height=NOTEBOOK_HEIGHT, force_terminal=True)
+        paper.print(live.render())
+        place.update(notebook.HTML(paper.export_html(inline_styles=True, code_format=_NOTEBOOK_HTML)))
+
+    def redraw() -> None:
+        while not over.wait(NOTEBOOK_SECONDS):
+            draw()
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(redraw,), daemon=True)  # outputs find their cell
+    thread.start()
+    try:
+        yield live
+    finally:
+        over.set()
+        thread.join(5)
+        draw()
 
 
 @contextmanager

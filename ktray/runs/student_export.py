@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 
 
 def export_trial(
-    settings: Settings, study: str, number: str, directory: Path, head: Head = "none", form: Form = "safetensors"
+    settings: Settings,
+    study: str,
+    number: str,
+    directory: Path,
+    head: Head = "none",
+    form: Form = "safetensors",
+    from_pixels: bool = False,
 ) -> list[Path]:
     """Write a trial's student into a new folder; the files.
 
     Args:
         number: of the trial; empty for the study's best.
+        from_pixels: the program includes the preprocessing.
 
     Raises:
         UserError: there is no such study or completed trial, its student is gone, or `directory` is occupied.
@@ -50,7 +57,8 @@ def export_trial(
     lineage |= {"licences": found} if (found := licences_of(trial.keys, settings.open_store())) else {}
     test = results_on_test(study_folder(settings.home, study))
     lineage["test"] = {name: test[name] for name in (str(trial.number), RANDOM, CEILING) if name in test}
-    return export_student(snapshot.directory, pair.student, size, trial.metrics, lineage, directory, classes, head, form)
+    weights, student, metrics = snapshot.directory, pair.student, trial.metrics
+    return export_student(weights, student, size, metrics, lineage, directory, classes, head, form, from_pixels)
 
 
 def licences_of(keys: Mapping[str, Any], store: Store) -> dict[str, str]:

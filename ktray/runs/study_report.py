@@ -1,4 +1,4 @@
-"""Write the HTML report of a study."""
+"""Write the HTML report of a study, and the summary of it that a notebook shows."""
 
 from __future__ import annotations
 
@@ -44,3 +44,20 @@ def write_report(study: str, settings: Settings, path: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}", instead="Name another file with -o.") from error
     return path
+
+
+def summary_for_notebook(study: str, settings: Settings) -> str:
+    """A study in a notebook, as HTML: its result, its leaderboard and its plots.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    from ktray.pipeline import references
+    from ktray.report.notebook import summary
+    from ktray.runs.best_trials import results_on_test
+    from ktray.search import journal
+    from ktray.search.history import read_study
+
+    history, folder = read_study(settings.home, study), journal.study_folder(settings.home, study)
+    early_stop, test = history.content.get("early_stop"), results_on_test(folder)
+    return summary(study, history.objectives, history.trials, references.read(folder), early_stop, test)
