@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -71,11 +71,14 @@ class Batches:
             indices = self.kept[positions]
             yield pixels, indices, self.task.draw(indices, self._generator(epoch, step))
 
-    def uploaded_ahead(self, epoch: int, lr_of: Callable[[int], float]) -> Iterator[tuple[RowLayout, Tensor, list[Tensor]]]:
+    def uploaded_ahead(self, epoch: int, lrs: Sequence[float]) -> Iterator[tuple[RowLayout, Tensor, list[Tensor]]]:
         """The layout of the row, the row of bytes, and the pixels if they are not resident, of each step, on the device.
 
         A row holds the `positions` of the images among the kept ones, the learning rate `lr` and the `draws`. Those of several
         steps are made and uploaded together, while the device still works on the steps before.
+
+        Args:
+            lrs: the learning rate of each step.
         """
         parts = self.order(epoch)
         pixels = iter(()) if self.resident is not None else self.pixels(parts)
@@ -84,7 +87,7 @@ class Batches:
             layout = self._layout(len(parts[start]))
             length = max(1, min(length, _BLOCK_BYTES // layout.width))
             block = [step for step in range(start, min(start + length, len(parts))) if len(parts[step]) == layout.count]
-            for row in self._upload(layout, block, lambda step: self._row(epoch, step, parts[step], lr_of(step))):
+            for row in self._upload(layout, block, lambda step: self._row(epoch, step, parts[step], lrs[step])):
                 yield layout, row, [] if self.resident is not None else [next(pixels)]
             start, length = start + len(block), min(2 * length, _LARGEST_BLOCK)
 

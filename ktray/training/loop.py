@@ -141,7 +141,8 @@ def fit(
         with closing(step):
             for epoch in range(len(history) + 1, until + 1):
                 torch.manual_seed(seed_of(seed, "epoch", epoch))
-                metrics = _train_epoch(epoch, until, schedule, step)
+                lrs = [lr_at(schedule, epoch - 1 + (number + 0.5) / batches.steps) for number in range(batches.steps)]
+                metrics = _train_epoch(epoch, lrs, step, (until - epoch) * batches.steps)
                 history.append({"epoch": epoch, **metrics})
                 if on_epoch:
                     on_epoch(epoch, metrics, functools.partial(step.write_snapshot, history=history))
@@ -181,27 +182,24 @@ def _model(backbone: nn.Module, task: Task, device: str) -> nn.ModuleDict:
     return model
 
 
-def _train_epoch(epoch: int, until: int, schedule: Schedule, step: _Step) -> dict[str, float]:
+def _train_epoch(epoch: int, lrs: Sequence[float], step: _Step, later_steps: int) -> dict[str, float]:
+    """Train for one epoch, step by step with the learning rates `lrs`; the last of them, and the means of the metrics."""
     batches = step.batches
-
-    def lr_of(number: int) -> float:
-        return lr_at(schedule, epoch - 1 + (number + 0.5) / batches.steps)
-
     step.model.train()
     step.begin_epoch()
     if _uploads_ahead(batches.device):
-        for number, (layout, row, pixels) in enumerate(batches.uploaded_ahead(epoch, lr_of)):
-            step.take_from(layout, row, pixels, (until - epoch + 1) * batches.steps - number - 1)
+        for number, (layout, row, pixels) in enumerate(batches.uploaded_ahead(epoch, lrs)):
+            step.take_from(layout, row, pixels, later_steps + len(lrs) - number - 1)
             progress.advance("step")
     else:
-        for number, batch in enumerate(batches.made_for_each_step(epoch)):
-            optimisers.set_lr(step.optimizer, lr_of(number))
+        for lr, batch in zip(lrs, batches.made_for_each_step(epoch), strict=True):
+            optimisers.set_lr(step.optimizer, lr)
             step.take(*batch)
             progress.advance("step")
     means = {name: total / step.seen for name, total in step.totals().items()}
     if not math.isfinite(means["loss"]):
-        raise ValueError(f"the loss of epoch {epoch} is {means['loss']}; a lower lr than {schedule.lr} may help")
-    return {"loss": means.pop("loss"), "lr": lr_of(batches.steps - 1), **means}
+        raise ValueError(f"the loss of epoch {epoch} is {means['loss']}; a lower lr than {max(lrs):g} may help")
+    return {"loss": means.pop("loss"), "lr": lrs[-1], **means}
 
 
 def _uploads_ahead(device: torch.device) -> bool:
