@@ -100,14 +100,15 @@ def test_curves_have_epochs_as_steps_and_scores_have_the_epochs_of_their_rungs(s
     for trial in searched.study.trials:
         run = searched.trials[trial.number]
         assert searched.steps(run, "student/loss") == list(range(1, trial.epoch + 1))
-        assert history(searched.uri, run, "knn/top1") == sorted(trial.scores.items())
+        expected = [(epoch, pytest.approx(score, rel=1e-4)) for epoch, score in sorted(trial.scores.items())]
+        assert history(searched.uri, run, "knn/top1") == expected
         assert max(trial.scores) == trial.epoch
 
 
 def test_only_completed_trials_have_objectives_and_the_summary_names_the_best_pair(searched: Searched) -> None:
     for trial in searched.study.trials:
         found = {name: value for name, value in searched.trials[trial.number].data.metrics.items() if "objective/" in name}
-        assert found == {f"objective/{name}": value for name, value in trial.objectives.items()}
+        assert found == {f"objective/{name}": pytest.approx(value, rel=1e-4) for name, value in trial.objectives.items()}
         assert bool(found) == (trial.state == "completed")
     best = searched.home.run("best", "toy", "--json").answer[0]
     (search,) = searched.runs("search")
@@ -144,9 +145,9 @@ def test_the_description_of_a_trial_links_to_all_its_stages_and_to_the_cluster_s
         tags = searched.trials[trial.number].data.tags
         assert {tags[name] for name in tags if name.startswith("ktray.stage.")} >= trial.artifact_keys
         runs = {searched.stages[key].info.run_id for key in trial.artifact_keys}
-        assert all(f"/runs/{run})" in tags["mlflow.note.content"] for run in runs)
+        assert all(f"/runs/{run}?workflowType=machine_learning)" in tags["mlflow.note.content"] for run in runs)
         sheet = searched.stages[trial.keys["pseudo_labels"]].info.run_id
-        assert f"/runs/{sheet}/artifacts/images/clusters.png)" in tags["mlflow.note.content"]
+        assert f"/runs/{sheet}/artifacts/images/clusters.png?workflowType" in tags["mlflow.note.content"]
 
 
 def test_a_trial_lists_the_stages_that_other_trials_had_computed(searched: Searched) -> None:
@@ -162,9 +163,17 @@ def test_the_pages_open_on_the_trials_best_first_with_columns_that_exist(searche
     view = json.loads(json.loads(tags["mlflow.sharedViewState.ktray"])["state"])
     order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
     found = client(searched.uri).search_runs([searched.experiment.experiment_id], view["searchFilter"], order_by=[order])
-    assert {run.info.run_id for run in found} == {run.info.run_id for run in searched.trials.values()}
-    completed = [trial for trial in searched.study.trials if trial.state == "completed"]
-    assert found[0].data.metrics["objective/knn/top1"] == max(trial.objectives["knn/top1"] for trial in completed)
+    references = searched.runs("trial-reference")
+    assert {run.data.tags["ktray.reference"] for run in references} == {"random student", "supervised ceiling"}
+    assert {run.info.run_id for run in found} == {run.info.run_id for run in [*searched.trials.values(), *references]}
+    values = [run.data.metrics["objective/knn/top1"] for run in found if "objective/knn/top1" in run.data.metrics]
+    best = max(trial.objectives["knn/top1"] for trial in searched.study.trials if trial.state == "completed")
+    assert values == sorted(values, reverse=True)
+    assert max(values) >= round(best, 4)
+    assert len(values) == 2 + sum(trial.state == "completed" for trial in searched.study.trials)
+    assert all(len(f"{value:g}") <= 7 for value in values), "MLflow shows every digit"
+    assert [chart["type"] for chart in view["compareRunCharts"]][:2] == ["BAR", "SCATTER"]
+    assert view["compareRunCharts"][0]["metricKey"] == "objective/knn/top1"
     present = {
         f"{kind}.`{name}`" for run in found for kind in ("metrics", "params", "tags") for name in getattr(run.data, kind)
     }

@@ -95,7 +95,8 @@ def test_a_stage_is_a_run_with_its_key_and_images_and_its_trial_links_to_it(home
     stored = sorted(path.read_bytes() for path in (home / "mlartifacts").rglob("sheet.png"))
     assert stored == [b"a", b"b"]
     page = f"#/experiments/{stage.info.experiment_id}/runs"
-    clusters, sheet = f"[clusters]({page}/{stage.info.run_id})", f"[sheet]({page}/{stage.info.run_id}/artifacts/images/a.png)"
+    clusters = f"[clusters]({page}/{stage.info.run_id}?workflowType=machine_learning)"
+    sheet = f"[sheet]({page}/{stage.info.run_id}/artifacts/images/a.png?workflowType=machine_learning)"
     everything = f"[all]({page}?viewStateShareKey=ktray&workflowType=machine_learning)"
     assert trial.data.tags["mlflow.note.content"] == f"{clusters} {sheet} teacher {everything}"
 

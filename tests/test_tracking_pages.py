@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import signal
 import socket
+import sqlite3
 import urllib.error
 import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from ktray import cli
 from ktray.errors import UserError
-from ktray.tracking import StageRun, default_uri, ui_server
+from ktray.tracking import StageRun, default_uri, ui_pages, ui_server
+from tests.chromium import browser
 from tests.trackers import (
     answers,
     free_port,
@@ -104,3 +107,73 @@ def test_a_port_that_is_in_use_is_refused_in_one_line(tmp_path: Path, capfd: pyt
         port = taken.getsockname()[1]
         assert cli.main(["ui", "--home", str(tmp_path), "--port", str(port)]) == 2
     assert capfd.readouterr().err == f"ktray: ktray ui: port {port} is taken. Choose another with --port.\n"
+
+
+def test_the_index_page_gets_its_script_before_the_programs_of_mlflow_and_only_studies_are_led_to_their_trials(
+    tmp_path: Path,
+) -> None:
+    database = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(database)) as tables, tables:
+        tables.execute("CREATE TABLE experiments (experiment_id INTEGER, lifecycle_stage TEXT, last_update_time INTEGER)")
+        tables.execute("CREATE TABLE experiment_tags (experiment_id INTEGER, key TEXT, value TEXT)")
+        rows = [(1, "active", 5), (2, "active", 9), (3, "deleted", 10), (4, "active", 11)]
+        tables.executemany("INSERT INTO experiments VALUES (?, ?, ?)", rows)
+        tables.executemany("INSERT INTO experiment_tags VALUES (?, 'ktray.study', 'x')", [(1,), (2,), (3,)])
+    assert ui_pages.studies_of(database) == ["2", "1"]
+    assert ui_pages.studies_of(tmp_path / "none.db") == []
+    page = "<html><head><title>MLflow</title><script src=a.js></script></head></html>"
+    found = ui_pages.with_script(page, ["2", "1"])
+    assert found.index('const studies = ["2", "1"]') < found.index("a.js")
+    assert ui_pages.with_script("no page", ["1"]) == "no page"
+
+
+@pytest.mark.parametrize("hosts", ["a b", "http://a.org", "a.org/x", "a.org;b.org"])
+def test_what_is_no_host_is_refused_in_one_line(hosts: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ui", "--home", str(tmp_path), "--allowed-hosts", hosts]) == 2
+    assert "is no name of a host" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_every_way_in_leads_to_the_trials_best_first_and_a_proxy_is_let_through(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    tracker = session(home, "pages")
+    tracker.describe_study([("knn/top1", "max")], ["cost/seconds"], ["teacher", "transfer.k"], "[All](view)")
+    for number in range(3):
+        tracker.begin_trial(number, "hog", {"teacher": "hog", "transfer.k": number}, {"ktray.state": "running"})
+        tracker.end_trial(number, "FINISHED", {"ktray.state": "completed"}, {"objective/knn/top1": number / 10})
+    assert tracker.close("FINISHED", timeout=60)
+    uri, port = default_uri(home), free_port()
+    call = "ui_server.serve(sys.argv[1], int(sys.argv[2]), ['mlflow.example.org'])"
+    code = f"import sys\nfrom ktray.tracking import ui_server\n{call}"
+    process, pages = python(code, uri, str(port)), f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(f"{pages}/health"))
+        proxied = urllib.request.Request(
+            f"{pages}/ajax-api/2.0/mlflow/runs/search",
+            data=b'{"experiment_ids": ["1"]}',
+            headers={"Host": "mlflow.example.org", "Origin": "https://mlflow.example.org", "Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(proxied) as reply:
+            assert reply.status == 200
+        with browser() as page:
+
+            def sees(words: str) -> bool:
+                return words in page.value("document.body.innerText")
+
+            for way in ("/", "/#/", "/#/experiments/1", "/#/experiments/1/runs"):
+                page.open("about:blank")
+                page.open(f"{pages}{way}")
+                wait_for(lambda: sees("0002 hog"))
+                text = page.value("document.body.innerText")
+                assert "Trials, best first" in text
+                assert text.index("0002 hog") < text.index("0001 hog") < text.index("0000 hog")
+            page.open("about:blank")
+            page.open(f"{pages}/#/experiments/1/runs?viewStateShareKey=ktray&compareRunsMode=CHART")
+            wait_for(lambda: sees("The study"))
+            assert sees("Parallel")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+        process.communicate()

@@ -37,6 +37,7 @@ from ktray.cli import (
     search_command,
     show_command,
     status_command,
+    sync_command,
     teachers_command,
     ui_command,
 )
@@ -60,6 +61,7 @@ VERBS = {
     "report": report_command,
     "export": export_command,
     "ui": ui_command,
+    "sync": sync_command,
     "cache": cache_command,
     "data": data_command,
     "schema": schema_command,

@@ -23,6 +23,7 @@ from ktray.search.trial import Trial
 from ktray.spec import PairSpec, teachers_of
 from ktray.stores import Store
 from ktray.tracking import Tracker
+from ktray.tracking.mlflow_names import shown_value
 
 
 class _DrawCosts:
@@ -317,7 +318,7 @@ class TrialCoordinator:
         trial = self.study.pause_at_rung(segment.trial.number, segment.epoch, metrics[name], segment.graph.keys, cost)
         where = f"at epoch {segment.epoch}" if segment.epoch else "of its teacher"
         self._show_end(trial, f"{name} {metrics[name]:.4f} {where}")
-        self.tracker.log_metrics(trial.number, {name: metrics[name]}, segment.epoch)
+        self.tracker.log_metrics(trial.number, {name: shown_value(metrics[name])}, segment.epoch)
         self.trial_logger.end_trial(trial, segment.graph.keys, {})
 
     def _finish(self, segment: TrialSegment, metrics: dict[str, float]) -> None:

@@ -19,7 +19,7 @@ from ktray.search.space import Space
 from ktray.search.trial import Trial
 from ktray.stores import Store, intact_file_or_none
 from ktray.tracking import StageRun, Tracker
-from ktray.tracking.mlflow_names import markdown_text
+from ktray.tracking.mlflow_names import markdown_text, shown_value
 
 PARAM_COLUMNS = 12  # in the table of trials; MLflow shows further params on request
 CLUSTER_SHEET = "images/clusters.png"  # of the stage pseudo_labels
@@ -65,14 +65,24 @@ class TrialLogger:
         if trial.last_rung_and_score is None:  # at later rungs its own stages are in the store as well
             self._reused[trial.number] = ", ".join(name for key, name in stages.items() if key not in computed)
 
+    def log_scores(self, trial: Trial) -> None:
+        """Log the scores at all rungs that a trial has reached; at epoch 0 its teacher was judged."""
+        early_stop = self.space.early_stop
+        judged = {**({} if trial.teacher_score is None else {0: trial.teacher_score}), **trial.scores}
+        if early_stop is None:
+            return
+        for epoch, score in judged.items():
+            self.tracker.log_metrics(trial.number, {early_stop.metric_at(epoch): shown_value(score)}, epoch)
+
     def complete_trial(self, trial: Trial, keys: Mapping[str, Any], metrics: Mapping[str, float], epoch: int) -> None:
         """Log the metrics of a completed trial. Those of evaluations get its last epoch as step; objectives have no step."""
         evaluations = keys.get("evaluation", {})
         evaluated = {name: value for name, value in metrics.items() if name.split("/")[0] in evaluations}
-        self.tracker.log_metrics(trial.number, evaluated, epoch)
+        self.tracker.log_metrics(trial.number, {name: shown_value(value) for name, value in evaluated.items()}, epoch)
         plain = {name: value for name, value in metrics.items() if name not in evaluated and not _is_on_curve(name)}
         plain |= {name: round(value, 3) for name, value in plain.items() if name.startswith("cost/")}
-        self.end_trial(trial, keys, {**plain, **{f"objective/{name}": value for name, value in trial.objectives.items()}})
+        goals = {f"objective/{name}": shown_value(value) for name, value in trial.objectives.items()}
+        self.end_trial(trial, keys, {**plain, **goals})
 
     def end_trial(self, trial: Trial, keys: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Log that a trial no longer runs: it was paused or finished, or the search leaves it to a later session.
@@ -126,6 +136,13 @@ class TrialLogger:
             metrics |= {f"test/{name}/{each}": value for each, value in result["metrics"].items()}
             metrics |= {f"test_error/{name}/{each}": value for each, value in result.get("errors", {}).items()}
         text = "\n".join(["**Best pairs** ([all trials](view))\n", *best, "", "To compare with\n", *lines])
+        for name, line in references.items():
+            goals = {each: line["metrics"][each] for each, _ in self.space.objectives if each in line["metrics"]}
+            own = {f"objective/{each}": shown_value(value) for each, value in goals.items()}
+            own |= {each: shown_value(value) for each, value in line["metrics"].items() if each not in own}
+            own |= {f"test/{each}": shown_value(value) for each, value in (test or {}).get(name, {}).get("metrics", {}).items()}
+            keys = line.get("keys", {})
+            self.tracker.log_reference(name, own, {"ktray.state": "reference", **_stage_tags(keys)}, _links_to_stages(keys))
         self.tracker.log_summary(text if ranked else "No trial was completed yet ([all trials](view)).", metrics)
 
 
@@ -192,12 +209,16 @@ def _param_names(space: Space) -> list[str]:
 
 
 def _trial_note(trial: Trial, state: str, keys: Mapping[str, Any], text: str = "") -> str:
-    links = [f"[{markdown_text(name)}](stage/{key})" for name, key in _flat_keys(keys).items()]
+    links = [_links_to_stages(keys)] if keys else []
     if "pseudo_labels" in keys:
         links.append(f"[sheet of the clusters](stage/{keys['pseudo_labels']}/{CLUSTER_SHEET})")
     if trial.duplicate_of is not None:
         links.append(f"[trial {trial.duplicate_of}](trial/{trial.duplicate_of})")
     return "\n\n".join(filter(None, [f"**{state}** {markdown_text(text)}".rstrip(), " · ".join(links)]))
+
+
+def _links_to_stages(keys: Mapping[str, Any]) -> str:
+    return " · ".join(f"[{markdown_text(name)}](stage/{key})" for name, key in _flat_keys(keys).items())
 
 
 def _stage_note(artifact: Artifact) -> str:

@@ -1,4 +1,4 @@
-"""Metrics of the test split in MLflow: on the run of each trial that was judged there, and on the run of the search."""
+"""Metrics of the test split in MLflow: on the run of each trial and reference judged there, and on the run of the search."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def log_test_metrics(uri: str, home: Path, study: str, results: Mapping[str, Map
             experiment = client.get_experiment_by_name(study)
             runs = client.search_runs([experiment.experiment_id], "tags.`ktray.role` != 'stage'", max_results=1000)
             for run in runs:
-                trial = run.data.tags.get("ktray.trial")
+                trial = run.data.tags.get("ktray.trial", run.data.tags.get("ktray.reference"))  # None: the search's own run
                 own = results if trial is None else {name: result for name, result in results.items() if name == trial}
                 for name, result in own.items():
                     prefix = "" if trial is not None else f"{name}/"

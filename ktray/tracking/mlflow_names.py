@@ -82,6 +82,11 @@ def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w))", r"\\\1", visible_name(text))
 
 
+def shown_value(value: float) -> float:
+    """Return a metric to five significant digits: MLflow's tables show every digit. The journal and the store have all."""
+    return float(f"{value:.5g}")
+
+
 def quoted(text: str) -> str:
     """Return `text` as a string literal of an MLflow filter.
 
@@ -95,7 +100,11 @@ def quoted(text: str) -> str:
 
 
 VIEW_KEY = "ktray"  # of the saved view
+WORKFLOW = "workflowType=machine_learning"  # without it MLflow 3 shows its pages for language models
+VIEW_QUERY = f"viewStateShareKey={VIEW_KEY}&{WORKFLOW}"
 DESCRIPTION = "mlflow.note.content"
+TRIALS_AND_REFERENCES = "tags.`ktray.role` LIKE 'trial%'"  # MLflow's filters know no OR
+BY_PARAMS, PARALLEL_PARAMS = 2, 8  # parameters in charts
 _KIND = "mlflow.experimentKind"
 _CHECKBOXES, _NAME = "0", "attributes.`Run Name`"  # columns, as MLflow calls them
 _LINK = re.compile(r"\[((?:\\.|[^\]\\])*)\]\((view|search|(?:trial|stage)/[^)\s]+)\)")
@@ -117,17 +126,47 @@ def experiment_tags(
     """
     objective_columns = [f"metrics.`objective/{metric}`" for metric, _ in objectives]
     metric_columns = [f"metrics.`{name}`" for name in metrics]
+    plain = [f"objective/{metric}" for metric, _ in objectives]
+    charts, sections = charts_of(plain, metrics, params)
     columns = [*objective_columns, "tags.`ktray.state`", *metric_columns, *(f"params.`{name}`" for name in params)]
     state = {
-        "searchFilter": "tags.`ktray.role` = 'trial'",
+        "searchFilter": TRIALS_AND_REFERENCES,
         "orderByKey": objective_columns[0],
         "orderByAsc": objectives[0][1] == "min",
         "selectedColumns": columns,
         "columnOrder": [_CHECKBOXES, _NAME, *columns, "duration", "runDateAndNestInfo"],  # without it MLflow ignores the widths
+        "compareRunCharts": charts,
+        "compareRunSections": sections,
+        "isAccordionReordered": True,  # or MLflow sorts the sections by their names
         "columnWidths": {_NAME: 330, **{name: _width(name) for name in columns}},
     }
     view = {"name": "Trials, best first", "createdAt": time, "updatedAt": time, "state": json.dumps(state)}
     return {_KIND: "custom_model_development", f"mlflow.sharedViewState.{VIEW_KEY}": json.dumps(view), DESCRIPTION: description}
+
+
+def charts_of(
+    objectives: Sequence[str], metrics: Sequence[str], params: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The charts of a study and their section, which MLflow shows before those that it makes itself of every metric.
+
+    The first objective of the best trials as bars, and by the first parameters; the other metrics, such as the score at rungs,
+    over epochs; parallel coordinates of parameters and the first objective.
+    """
+    section = "ktray-study"
+    common = {"metricSectionId": section, "deleted": False, "isGenerated": False}
+    first = objectives[0]
+    charts: list[dict[str, Any]] = [{"type": "BAR", "metricKey": first, "displayName": first, "runsCountToCompare": 20}]
+    for name in params[:BY_PARAMS]:
+        axes = {"xaxis": {"key": name, "type": "PARAM"}, "yaxis": {"key": first, "type": "METRIC"}}
+        charts.append({"type": "SCATTER", **axes, "displayName": f"{first} by {name}", "runsCountToCompare": 1000})
+    for name in [each for each in metrics if not each.startswith("cost/")]:
+        line = {"type": "LINE", "metricKey": name, "selectedMetricKeys": [name], "xAxisKey": "step", "runsCountToCompare": 20}
+        charts.append({**line, "displayName": f"{name} at rungs"})
+    wanted = {"selectedParams": list(params[:PARALLEL_PARAMS]), "selectedMetrics": [first]}
+    charts.append({"type": "PARALLEL", **wanted, "showAllRuns": True, "displayName": "Parallel coordinates"})
+    charts = [{**chart, **common, "uuid": f"ktray-{number}"} for number, chart in enumerate(charts)]
+    flags = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    return charts, [{"uuid": section, "name": "The study", **flags}]
 
 
 def _width(column: str) -> int:
@@ -151,9 +190,9 @@ def with_links(text: str, link_or_none: Callable[[str], str | None]) -> str:
 
 def run_link(experiment: str, run: str, artifact: str = "") -> str:
     """Return the link to a run, or to one of its artifacts."""
-    return f"#/experiments/{experiment}/runs/{run}{f'/artifacts/{artifact}' if artifact else ''}"
+    return f"#/experiments/{experiment}/runs/{run}{f'/artifacts/{artifact}' if artifact else ''}?{WORKFLOW}"
 
 
 def view_link(experiment: Any) -> str:
     """Return the link to the study's trials, best first."""
-    return f"#/experiments/{experiment}/runs?viewStateShareKey={VIEW_KEY}&workflowType=machine_learning"
+    return f"#/experiments/{experiment}/runs?{VIEW_QUERY}"

@@ -12,7 +12,7 @@ from ktray.tracking.connection import Connection
 from ktray.tracking.mlflow_names import EXPERIMENT_TAG_LENGTH, METRICS_PER_BATCH, PARAMS_PER_BATCH, TAG_LENGTH, quoted, text_of
 
 SEARCH = "search"
-_TAG_OF_ROLE = {"trial": "ktray.trial", "stage": "ktray.key"}
+_TAG_OF_ROLE = {"trial": "ktray.trial", "stage": "ktray.key", "trial-reference": "ktray.reference"}
 
 
 @dataclass

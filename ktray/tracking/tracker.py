@@ -89,6 +89,8 @@ class Tracker:
         study: name of the experiment, [A-Za-z0-9._-].
         share_images: also send images to a tracker that is not a local sqlite database; they are the user's data.
         version_tags: tags of the search's run, such as ``{"ktray.version": "0.1.0"}``.
+        spool: another folder for the spool, for a study that is sent to a second tracker.
+        clock: seconds since 1970 of what is logged.
 
     Raises:
         UserError: the URI is one that MLflow or ktray does not support, or `study` has other characters.
@@ -102,12 +104,15 @@ class Tracker:
         *,
         share_images: bool = False,
         version_tags: Mapping[str, str] | None = None,
+        spool: Path | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", study):
             raise UserError(f"{study!r} cannot name a study", "study", "Use letters, digits, '.', '_' and '-'.")
         self._uri, self._home, self._study = validated_uri(uri), home, study
         self._share_images = share_images
         self._version_tags = dict(version_tags or {})
+        self._spool_folder, self._clock = spool or home / "studies" / study / "tracking", clock
         self._spool: Spool | None = None
         self._writer: Writer | None = None
         self._logged_stages: set[str] = set()
@@ -123,7 +128,7 @@ class Tracker:
         """
         if self._writer:
             return
-        spool = self._spool = Spool(self._home / "studies" / self._study / "tracking")
+        spool = self._spool = Spool(self._spool_folder)
         self._logged_stages = logged_stages(spool, fingerprint(self._uri))
         is_only_session = spool.claim()  # if another process has the claim, runs that are RUNNING are its own and no orphans
         writer = Writer(spool, self._uri, self._home, self._study)
@@ -206,6 +211,18 @@ class Tracker:
         self._append("finish", number=number, status=status, metrics=finite, tags=all_tags, note=note, share=self._share_images)
 
     @_never_raises
+    def log_reference(self, name: str, metrics: Mapping[str, float], tags: Mapping[str, str], note: str = "") -> None:
+        """Log what the best pair is compared with, such as the random student, as a finished run among the trials.
+
+        Args:
+            metrics: without a step; objectives as those of trials.
+            note: description of the run, with links as in `log_summary`.
+        """
+        finite, nonfinite = metrics_of(metrics, 0)
+        all_tags = {**tags_of(tags), **nonfinite}
+        self._append("reference", name=name, metrics=finite, tags=all_tags, note=note, share=self._share_images)
+
+    @_never_raises
     def log_stage(self, stage: StageRun) -> None:
         """Log a stage that was computed, as a finished run with its curve and its images."""
         rows = _by_step(stage.curve)
@@ -254,7 +271,7 @@ class Tracker:
 
     def _append(self, kind: str, **fields: Any) -> None:
         if self._spool is not None:
-            self._spool.append({"do": kind, "time": round(time.time() * 1000), **fields})
+            self._spool.append({"do": kind, "time": round(self._clock() * 1000), **fields})
 
     def _lose(self, call: str, error: Exception) -> None:
         self._lost += 1

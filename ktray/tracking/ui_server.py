@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from ktray.output import print_err
 from ktray.redaction import without_secrets
 from ktray.tracking.artifact_locations import FOLDER, follow_home
 from ktray.tracking.connection import sqlite_path, validated_uri
-from ktray.tracking.mlflow_names import view_link
+from ktray.tracking.ui_pages import DATABASE
 
 # With job execution, `mlflow server` is ten processes with 1.7 GB, and some outlive it.
 SERVER_SETTINGS = {
@@ -35,12 +35,14 @@ SERVER_SETTINGS = {
 STOP_SECONDS = 5.0  # between SIGTERM and SIGKILL
 
 
-def serve(uri: str, port: int) -> int:
+def serve(uri: str, port: int, allowed_hosts: Sequence[str] = ()) -> int:
     """Serve the MLflow UI of a sqlite tracker on 127.0.0.1 until Ctrl-C or SIGTERM. Of a server, print the URL.
 
     Args:
         uri: such as `default_uri` returns.
         port: TCP port on the loopback interface.
+        allowed_hosts: names under which a proxy is reached, such as ``mlflow.example.org``; others than these and this machine
+            are refused.
 
     Returns:
         Exit code: 0 after Ctrl-C or SIGTERM, otherwise that of the server.
@@ -65,7 +67,7 @@ def serve(uri: str, port: int) -> int:
     except sqlite3.Error as error:
         print_err(f"ktray: images of a home that was moved may be missing: {database} cannot be changed ({error})")
     print_err(f"http://127.0.0.1:{port} will show {database}; Ctrl-C ends it")
-    with _signals_interrupt(), _server(_command(uri, database, port)) as server:
+    with _signals_interrupt(), _server(_command(uri, database, port, allowed_hosts), database) as server:
         try:
             if _wait_until_listening(server, port):
                 print_err(f"MLflow UI on http://127.0.0.1:{port} (Ctrl-C ends it)")
@@ -76,20 +78,23 @@ def serve(uri: str, port: int) -> int:
             return 0
 
 
-def _command(uri: str, database: Path, port: int) -> list[str]:
+def _command(uri: str, database: Path, port: int, allowed_hosts: Sequence[str]) -> list[str]:
+    origins = [f"{scheme}://{host}" for host in allowed_hosts for scheme in ("http", "https")]
+    hosts = [f"127.0.0.1:{port}", f"localhost:{port}", *allowed_hosts]
     return [
-        *(sys.executable, "-m", "mlflow", "server"),
+        *(sys.executable, "-m", "ktray.tracking.ui_pages", "server"),
         *("--backend-store-uri", uri, "--registry-store-uri", uri),
         *("--default-artifact-root", (database.parent / FOLDER).as_uri(), "--no-serve-artifacts"),
-        *("--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
+        *("--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", ",".join(hosts)),
+        *(("--cors-allowed-origins", ",".join(origins)) if origins else ()),
         *("--workers", "1", "--uvicorn-opts", "--log-level warning"),
     ]
 
 
 @contextmanager
-def _server(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def _server(command: list[str], database: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run the server in its own process group, so that its children end with it."""
-    environment = {**os.environ, **SERVER_SETTINGS}
+    environment = {**os.environ, **SERVER_SETTINGS, DATABASE: str(database)}
     server = subprocess.Popen(
         command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
     )
@@ -152,7 +157,7 @@ def _studies(server: str) -> list[tuple[str, str]]:
     try:
         with urllib.request.urlopen(request, timeout=10) as reply:
             found = json.load(reply).get("experiments", [])
-        return [(study["name"], f"{server}/{view_link(study['experiment_id'])}") for study in found]
+        return [(study["name"], f"{server}/#/experiments/{study['experiment_id']}") for study in found]
     except (OSError, ValueError, KeyError):
         return []
 

@@ -238,6 +238,14 @@ def _finish(runs: MlflowRuns, event: Event) -> None:
     runs.end(ref, event["status"], event["time"])
 
 
+def _reference(runs: MlflowRuns, event: Event) -> None:
+    ref = f"trial-reference/{event['name']}"
+    runs.find_or_create(ref, f"({event['name']})", event["time"])
+    runs.log(ref, metrics=event["metrics"], time=runs.start_of(ref), tags=event["tags"])
+    _note(runs, ref, event)
+    runs.end(ref, "FINISHED", event["time"])
+
+
 def _stage(runs: MlflowRuns, event: Event) -> None:
     ref, (began, ended) = f"stage/{event['key']}", event["span"]
     runs.find_or_create(ref, event["name"], began)
@@ -276,6 +284,7 @@ _HANDLERS: dict[str, Callable[[MlflowRuns, Event], None]] = {
     "metrics": _metrics,
     "curve": _curve,
     "finish": _finish,
+    "reference": _reference,
     "stage": _stage,
     "images": _images,
     "close": _close,
