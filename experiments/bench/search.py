@@ -56,6 +56,7 @@ def tiny_space(folder: Path) -> Path:
         "study": "tiny",
         "objectives": [{"metric": "knn/top1", "mode": "max"}],
         "budget": {"trials": CACHED_TRIALS, "concurrent": CONCURRENT},
+        "sampler": "random",  # so that a study of another name draws the same, whichever trial ends first
         "pair": {
             "data": {"kind": "synthetic", "count": 240, "size": 28},
             "teacher": {"descriptor": {"kind": "hog", "cell": {"choice": [4, 7]}}},
@@ -72,12 +73,13 @@ def tiny_space(folder: Path) -> Path:
     return path
 
 
-def ktray(*arguments: str) -> float:
-    """Run a command of ktray; its seconds from the start of the process to its end."""
+def ktray(*arguments: str, prints: str = "") -> float:
+    """Run a command of ktray that must print `prints`; its seconds from the start of the process to its end."""
     began = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     ended = subprocess.run([sys.executable, "-m", "ktray", *arguments], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, f"{arguments}: {ended.returncode}\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}"
+    assert prints in ended.stdout + ended.stderr, f"{arguments} did not print {prints!r}:\n{ended.stdout[-2000:]}"
     return time.monotonic() - began
 
 
@@ -130,7 +132,8 @@ def cached(given: argparse.Namespace, folder: Path) -> None:
     space, home = tiny_space(folder), str(folder / "tiny-home")
     ktray("search", str(space), "--home", home)
     empty = [ktray("show", "--home", home, "kinds") for _ in range(given.repeats)]
-    spent = [ktray("search", str(space), "--home", home, "--name", f"again-{number}") for number in range(given.repeats)]
+    again = ("search", str(space), "--home", home, "--name")
+    spent = [ktray(*again, f"again-{number}", prints=" 0 stages computed") for number in range(given.repeats)]
     middle = median(spent)
     say(
         "ktray",
