@@ -17,7 +17,8 @@ _URL = re.compile(
     r"|\b(?!file:|sqlite:|parquet:)[a-z][a-z0-9+.-]+:/[^\s<>\"'/:@]+:[^\s<>\"']*@[^\s<>\"']*"
 )
 _USER_INFO = re.compile(r"(?<=//).*@|(?<=:/)(?!/).*@")  # up to the last "@": a password may contain "@", ":" and "/"
-_QUERY_VALUE = re.compile(r"([?&;#][\w.\[\]-]+=)[^&;#)\],]+")
+_NO_SECRET_FIELDS = "workflowType|viewStateShareKey"  # of MLflow's pages, whose addresses are printed to be opened
+_QUERY_VALUE = re.compile(rf"([?&;#](?!(?:{_NO_SECRET_FIELDS})=)[\w.\[\]-]+=)[^&;#)\],]+")
 _ASSIGNED = re.compile(r"(?i)\b([\w-]*(?:password|passwd|secret|api_?key|access_?key|auth_?token|access_?token)=)[^\s,;)'\"&]+")
 _HEADER = re.compile(
     r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?(?:(?:basic|bearer|digest)\s+)?)[^\s,'\"]+|(\bbearer\s+)[\w.~+/=-]{8,}"

@@ -13,7 +13,7 @@ import pytest
 
 from ktray import cli, redaction
 from ktray.output import log_to_stderr, print_err
-from ktray.tracking import Tracker
+from ktray.tracking import Tracker, mlflow_names
 from ktray.tracking.connection import validated_uri
 from tests.trackers import free_port, session, spool_of, wait_for
 
@@ -235,3 +235,9 @@ def test_a_tracker_that_fails_leaves_its_password_neither_in_the_log_nor_in_any_
 def test_the_uri_itself_keeps_its_password_for_mlflow() -> None:
     uri = f"https://someone:{SECRET}@mlflow.lab"
     assert validated_uri(uri) == uri
+
+
+def test_the_address_of_a_page_of_mlflow_is_printed_as_it_is_opened() -> None:
+    page = f"http://127.0.0.1:5000/#/experiments/12/runs?{mlflow_names.VIEW_QUERY}"
+    assert redaction.without_secrets(page) == page
+    assert redaction.without_secrets(f"{page}&token={SECRET}") == f"{page}&token=***"
