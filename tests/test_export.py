@@ -256,6 +256,35 @@ def test_damaged_weights_are_never_used(tmp_path):
         student_files.load_student(directory)
 
 
+@pytest.mark.parametrize(
+    ("intact", "flipped"),
+    [
+        ('"architecture"', '"arbhitecture"'),
+        ('"width": 0.25', '"width": 1.25'),
+        ('"form": "small"', '"form": "rmall"'),
+        ('"mean"', '"meen"'),
+        ("0.5", "0.4"),
+        ('"sha256"', '"sha257"'),
+        ("{", "["),
+    ],
+)
+def test_a_damaged_card_is_never_used(intact, flipped, tmp_path):
+    directory, _, _ = exported(tmp_path)
+    content = (directory / "student.json").read_text()
+    assert intact in content
+    (directory / "student.json").write_text(content.replace(intact, flipped, 1))
+    with pytest.raises(UserError, match=r"damaged.*Export it again"):
+        student_files.load_student(directory)
+
+
+@pytest.mark.parametrize("change", [{"checksum": None}, {"note": "of Monday"}])
+def test_a_card_of_an_older_version_or_with_a_note_is_read(change, tmp_path):
+    directory, _, _ = exported(tmp_path)
+    about = {name: value for name, value in {**card(directory), **change}.items() if value is not None or name not in change}
+    (directory / "student.json").write_text(json.dumps(about))
+    student_files.load_student(directory)
+
+
 def test_a_backbone_from_an_untrusted_package_is_not_imported(tmp_path):
     directory, _, _ = exported(tmp_path)
     about = card(directory)

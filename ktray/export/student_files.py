@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -27,9 +28,9 @@ from ktray import __version__, plugins
 from ktray.errors import UserError, disk_is_full
 from ktray.export import programs, readme
 from ktray.export.programs import ProgramForm, write_program
-from ktray.fingerprint import file_sha256
+from ktray.fingerprint import canonical, file_sha256
 from ktray.local_path import local_path
-from ktray.spec import Student
+from ktray.spec import BackboneSpec, Student
 
 FORMAT = "ktray-student/1"
 WEIGHTS, CARD = "model.safetensors", "student.json"
@@ -43,6 +44,8 @@ _INPUT = {  # what `augmentation.to_float` does, in the terms of other libraries
     "mean": [0.5, 0.5, 0.5],
     "std": [0.25, 0.25, 0.25],
 }
+_CHECKED = ("architecture", "feature_dim", "head", "input", "program", "files")
+"""Fields of the card that its `checksum` covers: what the network is and takes. Notes may be added to the others."""
 _PIXELS = {"dtype": "uint8", "layout": "NHWC", "size": "any"}  # of a program that includes the preprocessing
 
 # The directories of an absolute path in any string: /home/me/x -> x, parquet:/data/a.parquet -> parquet:a.parquet; not s3://b/x.
@@ -89,7 +92,7 @@ def export_student(
     _destination(out)
     saved = load_file(snapshot / "weights.safetensors")
     architecture = student.backbone.model_dump(mode="json")
-    network, tensors = _empty(architecture), _part(saved, "backbone.")
+    network, tensors = _empty(student.backbone), _part(saved, "backbone.")
     network.load_state_dict(tensors)
     names = _head_names(saved, architecture["kind"], classes) if head == "classifier" else {}
     tensors |= {new: saved[old].contiguous() for old, new in names.items()}
@@ -124,28 +127,33 @@ def load_student(directory: Path) -> nn.Module:
         card = json.loads((directory / CARD).read_text())
         if card["format"] != FORMAT:
             raise UserError(f"{directory} has the format {card['format']!r}, but this version of ktray reads {FORMAT}")
+        backbone = plugins.parse("backbone", card["architecture"])
+        if card.get("checksum", checksum := _checksum(card)) != checksum:  # cards of ktray 0.2 have none
+            raise ValueError(f"{CARD} does not match its checksum")
         heads = set(card["head"]["tensors"]) if card["head"] else set()
         tensors = load_file(directory / WEIGHTS)
-        intact = file_sha256(directory / WEIGHTS) == card["files"][WEIGHTS]["sha256"]
+        if file_sha256(directory / WEIGHTS) != card["files"][WEIGHTS]["sha256"]:
+            raise ValueError(f"{WEIGHTS} does not match its checksum")
+        network = _empty(backbone)
+        network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in heads})
     except FileNotFoundError as error:
         raise UserError(
             f"{directory} contains no exported student: {Path(error.filename or WEIGHTS).name} is missing"
         ) from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"the student in {directory} is damaged ({error})", instead="Export it again.") from error
-    if not intact:
-        raise UserError(
-            f"the student in {directory} is damaged ({WEIGHTS} does not match its checksum)", instead="Export it again."
-        )
-    network = _empty(card["architecture"])
-    network.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in heads})
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:  # of torch: other tensors
+        why = " ".join(str(error).split())
+        raise UserError(f"the student in {directory} is damaged ({why[:200]})", instead="Export it again.") from error
     return network.eval()
 
 
-def _empty(architecture: Mapping[str, Any]) -> nn.Module:
-    spec = plugins.parse("backbone", architecture)
+def _checksum(card: Mapping[str, Any]) -> str:
+    """The sha256 of the fields of a card that say what the network is and takes."""
+    return hashlib.sha256(canonical({name: card[name] for name in _CHECKED if name in card}).encode()).hexdigest()
+
+
+def _empty(backbone: BackboneSpec) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # building draws weights, which must not change the caller's random state
-        network: nn.Module = plugins.module_of("backbone", spec).build(spec)
+        network: nn.Module = plugins.module_of("backbone", backbone).build(backbone)
     return network
 
 
@@ -260,6 +268,7 @@ def _write_files(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})  # required by readers such as transformers
     files = [folder / WEIGHTS, *([add_program(folder)] if add_program else [])]
     card["files"] = {path.name: {"sha256": file_sha256(path), "size": path.stat().st_size} for path in files}
+    card["checksum"] = _checksum(card)
     (folder / CARD).write_text(json.dumps(card, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     (folder / readme.FILE).write_text(text, encoding="utf-8")
     for path in files:
