@@ -13,6 +13,7 @@ from ktray.runs.settings import make_settings
 from ktray.runs.study_sync import sync
 from ktray.search.history import read_study
 from ktray.search.journal import DRIVER_LOCK
+from ktray.search.ranking import ranked
 from ktray.stores.locks import name_of_this_process, try_lock
 from tests.synthetic_study import write_study
 from tests.trackers import client
@@ -43,7 +44,15 @@ def test_a_study_is_sent_whole_at_the_times_that_it_had_and_once(tmp_path: Path,
                 assert run.data.metrics["objective/linear_probe/top1"] == pytest.approx(
                     trial.objectives["linear_probe/top1"], rel=1e-4
                 )
-        assert "Best pairs" in by_role["search"][0].data.tags["mlflow.note.content"]
+        (search,) = by_role["search"]
+        note = search.data.tags["mlflow.note.content"]
+        assert f"[plots](#/experiments/1/runs/{search.info.run_id}/artifacts/result.html?" in note
+        stored = {Path(file.path).name for file in client(uri).list_artifacts(search.info.run_id)}
+        assert stored == {"result.html", "leaderboard.json"}
+        table = json.loads(Path(client(uri).download_artifacts(search.info.run_id, "leaderboard.json")).read_text())
+        best = [trial.number for trial in ranked(trials, [("linear_probe/top1", "max")])]
+        assert [row[0] for row in table["data"]] == best
+        assert json.loads(search.data.tags["mlflow.loggedArtifacts"]) == [{"path": "leaderboard.json", "type": "table"}]
     assert not (home / "mlflow.db").exists()
 
 

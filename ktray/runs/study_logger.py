@@ -5,6 +5,7 @@ A trial's run links to the runs of its stages. A stage has a run only in the stu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from ktray.tracking import StageRun, Tracker
 from ktray.tracking.mlflow_names import markdown_text, shown_value
 
 PARAM_COLUMNS = 12  # in the table of trials; MLflow shows further params on request
+TABLE_ROWS = 1000  # of the table on the run of the search
 CLUSTER_SHEET = "images/clusters.png"  # of the stage pseudo_labels
 DESCRIPTION = (
     "[All trials, best first](view) by {objectives}. Runs with the tag `ktray.role = 'stage'` are stages, each computed once."
@@ -135,15 +137,54 @@ class TrialLogger:
         for name, result in (test or {}).items():
             metrics |= {f"test/{name}/{each}": value for each, value in result["metrics"].items()}
             metrics |= {f"test_error/{name}/{each}": value for each, value in result.get("errors", {}).items()}
-        text = "\n".join(["**Best pairs** ([all trials](view))\n", *best, "", "To compare with\n", *lines])
+        text = "\n".join(
+            [
+                "**Best pairs** ([all trials](view), [plots](search/result.html), [table](search/leaderboard.json))\n",
+                *best,
+                "",
+                "To compare with\n",
+                *lines,
+            ]
+        )
+        self._log_references(references, test or {})
+        if ranked:
+            self._attach_result(trials, ranked, references, test or {})
+        self.tracker.log_summary(text if ranked else "No trial was completed yet ([all trials](view)).", metrics)
+
+    def _log_references(self, references: Mapping[str, Mapping[str, Any]], test: Mapping[str, Mapping[str, Any]]) -> None:
         for name, line in references.items():
             goals = {each: line["metrics"][each] for each, _ in self.space.objectives if each in line["metrics"]}
             own = {f"objective/{each}": shown_value(value) for each, value in goals.items()}
             own |= {each: shown_value(value) for each, value in line["metrics"].items() if each not in own}
-            own |= {f"test/{each}": shown_value(value) for each, value in (test or {}).get(name, {}).get("metrics", {}).items()}
+            own |= {f"test/{each}": shown_value(value) for each, value in test.get(name, {}).get("metrics", {}).items()}
             keys = line.get("keys", {})
             self.tracker.log_reference(name, own, {"ktray.state": "reference", **_stage_tags(keys)}, _links_to_stages(keys))
-        self.tracker.log_summary(text if ranked else "No trial was completed yet ([all trials](view)).", metrics)
+
+    def _attach_result(
+        self,
+        trials: list[Trial],
+        ranked: list[Trial],
+        references: Mapping[str, Mapping[str, Any]],
+        test: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Put the plots and the table of the best trials on the run of the search; neither shows an image of the data."""
+        from ktray.report.notebook import summary
+
+        early_stop = self.space.content.get("early_stop")
+        plots = summary("The result", self.space.objectives, trials, references, early_stop, test)
+        goals = [metric for metric, _ in self.space.objectives]
+        columns = ["trial", "teacher", "transfer", "student", *goals, "seconds", *_param_names(self.space)]
+        rows = [
+            [
+                *(trial.number, *ranking.component_names(trial)),
+                *(shown_value(trial.objectives[metric]) for metric in goals),
+                *(round(trial.cost.get("seconds", 0.0), 1), *(trial.params.get(name) for name in _param_names(self.space))),
+            ]
+            for trial in ranked[:TABLE_ROWS]
+        ]
+        page = f'<!doctype html><meta charset="utf-8"><body style="font: 14px system-ui, sans-serif">{plots}</body>'
+        table = json.dumps({"columns": columns, "data": rows})
+        self.tracker.attach({"result.html": page, "leaderboard.json": table}, ["leaderboard.json"])
 
 
 def log_stage(tracker: Tracker, artifact: Artifact) -> None:

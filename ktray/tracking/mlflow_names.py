@@ -107,7 +107,7 @@ TRIALS_AND_REFERENCES = "tags.`ktray.role` LIKE 'trial%'"  # MLflow's filters kn
 BY_PARAMS, PARALLEL_PARAMS = 2, 8  # parameters in charts
 _KIND = "mlflow.experimentKind"
 _CHECKBOXES, _NAME = "0", "attributes.`Run Name`"  # columns, as MLflow calls them
-_LINK = re.compile(r"\[((?:\\.|[^\]\\])*)\]\((view|search|(?:trial|stage)/[^)\s]+)\)")
+_LINK = re.compile(r"\[((?:\\.|[^\]\\])*)\]\((view|search(?:/[\w.]+)?|(?:trial|stage)/[^)\s]+)\)")
 
 
 def experiment_tags(

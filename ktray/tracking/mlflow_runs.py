@@ -151,7 +151,7 @@ class MlflowRuns:
 
     def upload(self, ref: str, image: Path, folder: str) -> None:
         """Upload one file. A repeated upload replaces the file."""
-        self._client.log_artifact(self.runs[ref][0], str(image), folder)
+        self._client.log_artifact(self.runs[ref][0], str(image), folder or None)
 
     def tag_experiment(self, tags: Mapping[str, str]) -> None:
         """Set the tags that the experiment does not have yet, so that edits by users stay."""
@@ -169,6 +169,9 @@ class MlflowRuns:
         """Return the link to ``trial/7``, ``stage/KEY``, ``stage/KEY/images/NAME.png``, ``search`` or ``view``, or None."""
         if target == "view":
             return mlflow_names.view_link(self._experiment)
+        if target.startswith(f"{SEARCH}/"):
+            search = self.runs.get(SEARCH)
+            return mlflow_names.run_link(self._experiment, search[0], target.partition("/")[2]) if search else None
         role, _, rest = target.partition("/")
         name, _, artifact = rest.partition("/")
         run = self.runs.get(f"{role}/{name}" if name else role)

@@ -170,6 +170,21 @@ class Tracker:
         self._append("summary", name=self._study, metrics=finite, tags=nonfinite, note=note, share=self._share_images)
 
     @_never_raises
+    def attach(self, files: Mapping[str, str], tables: Sequence[str] = ()) -> None:
+        """Put text files on the run of the search, in place of those of the same names.
+
+        Args:
+            files: name -> content.
+            tables: names of those that are tables as ``mlflow.log_table`` writes them.
+        """
+        folder = self._spool_folder / "files"
+        folder.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        paths = [str((folder / name).absolute().relative_to(self._home.absolute())) for name in files]
+        self._append("attach", name=self._study, files=paths, tables=list(tables))
+
+    @_never_raises
     def begin_trial(self, number: int, name: str, params: Mapping[str, Any], tags: Mapping[str, str], note: str = "") -> None:
         """Create the run of a trial, or set it back to RUNNING if the trial continues.
 

@@ -5,6 +5,7 @@ MLflow may fail for hours. Events then wait in the spool, and nothing waits for 
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -211,6 +212,19 @@ def _summary(runs: MlflowRuns, event: Event) -> None:
     _note(runs, SEARCH, event)
 
 
+def _attach(runs: MlflowRuns, event: Event) -> None:
+    runs.find_or_create(SEARCH, event["name"], event["time"])
+    tables = [{"path": name, "type": "table"} for name in event["tables"]]
+    try:
+        for file in event["files"]:
+            if (runs.home / file).exists():
+                runs.upload(SEARCH, runs.home / file, "")
+        runs.log(SEARCH, tags={"mlflow.loggedArtifacts": json.dumps(tables)} if tables else {})
+    except Exception as error:  # noqa: BLE001 - as for images: artifact stores raise their own kinds
+        runs.check_writable(round(time.time() * 1000))
+        runs.log(SEARCH, tags={"ktray.files": without_secrets(f"not stored: {error}")[:500]})
+
+
 def _trial(runs: MlflowRuns, event: Event) -> None:
     ref, params, tags = f"trial/{event['number']}", event["params"], dict(event["tags"])
     if runs.find_or_create(ref, event["name"], event["time"]):
@@ -280,6 +294,7 @@ _HANDLERS: dict[str, Callable[[MlflowRuns, Event], None]] = {
     "open": _open,
     "describe": _describe,
     "summary": _summary,
+    "attach": _attach,
     "trial": _trial,
     "metrics": _metrics,
     "curve": _curve,
