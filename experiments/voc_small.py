@@ -9,7 +9,7 @@ Command:  export KTRAY_DATA=/data, the folder with CIFAR-10
           ktray run experiments/voc_small.py --concurrent 24, on a GPU
           python -m experiments.voc_small HOME     the table, also while it runs
 Cost:     with the 40 pairs of `experiments.proxies` in one run of 14 workers on one H200 with 16 cores: eleven minutes. Workers
-          that take turns on the GPU needed 247 to 293 seconds for a detection (n = 9), and 35 to 77 (n = 9) under NVIDIA's
+          that take turns on the GPU needed 247 to 293 seconds for a detection (n = 9), and 75 to 77 (n = 4) under NVIDIA's
           Multi-Process Service, which was started halfway. Selective search: 80 seconds of one core.
 Result:   H200, commit 243d3b5. mAP in percent, means of three seeds with Student's 95 % interval:
 
