@@ -34,7 +34,10 @@ OF_THE_ROOT = {  # page -> file of the repository that it is made of
     "benchmarks.md": "experiments/bench/README.md",
     "tables.md": "experiments/tables/README.md",
 }
-PATHS = {"folder": "/data/photos", "imagefolder": "/data/classes", "parquet": "/data/photos.parquet", "voc": "/data/VOCdevkit"}
+PATHS = {
+    **{"folder": "/data/photos", "imagefolder": "/data/classes", "parquet": "/data/photos.parquet", "voc": "/data/VOCdevkit"},
+    "webdataset": "/data/shards",
+}
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 CODE = re.compile(r"^( *)(```+).*?^\1\2", re.DOTALL | re.MULTILINE)
 

@@ -179,7 +179,7 @@ def test_links_to_themselves_and_to_folders_above_end_and_are_counted(tmp_path: 
 
 
 def test_a_folder_with_too_much_below_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktray.datasets.parquet.file_patterns._MAX_ENTRIES", 50)
+    monkeypatch.setattr("ktray.images.file_patterns._MAX_ENTRIES", 50)
     for number in range(6):  # each folder holds two links to the next: 2^6 paths
         (tmp_path / f"f{number}").mkdir()
         for link in "ab":

@@ -15,7 +15,10 @@ from tests.toys import DATA, HOG, ROTATION, STUDENT, toy_pair
 KINDS = [(group, kind) for group in plugins.GROUPS for kind in plugins.kinds(group)]
 NEEDED = {
     "random_network": {"backbone": STUDENT["backbone"]},
-    **{kind: {"path": "/nowhere"} for kind in ("folder", "imagefolder", "parquet", "voc", "coco", "imagenet", "places365")},
+    **{
+        kind: {"path": "/nowhere"}
+        for kind in ("folder", "imagefolder", "parquet", "webdataset", "voc", "coco", "imagenet", "places365")
+    },
 }
 TOOLS = {"ops", "training", "features", "clustering", "images", "classifiers", "scoring", "fine_tuning"}
 IN_EVERY_KEY = {"image_decoding", "training_loop"}  # through the artifacts that a tool reads, so no tool needs to name them

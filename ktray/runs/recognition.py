@@ -45,7 +45,7 @@ def recognise(text: str) -> RecognisedData:
             raise refused[0]
         raise UserError(
             f"there are no images in {path} that ktray reads",
-            instead="It reads folders of JPEG, PNG, WebP, BMP, GIF, TIFF and PPM, and parquet files with encoded images.",
+            instead="It reads folders of JPEG, PNG, WebP, BMP, GIF, TIFF and PPM, and parquet or tar files of encoded images.",
         )
     best = max(found, key=lambda each: found[each].strength)
     others = tuple(str(error) for error in refused)

@@ -9,7 +9,6 @@ Source: your own files, in the layout of Hugging Face's image data sets.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
@@ -17,8 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from ktray.datasets.parquet.class_labels import Labels, read_labels
-from ktray.datasets.parquet.file_patterns import SUFFIXES, list_files
-from ktray.datasets.parquet.footers import ParquetFile, open_file, some
+from ktray.datasets.parquet.footers import ParquetFile, open_file
 from ktray.datasets.parquet.row_reading import refuse_empty_images, row_reader
 from ktray.errors import UserError
 from ktray.images import (
@@ -33,12 +31,14 @@ from ktray.images import (
     decoder,
     folder_tree,
 )
-from ktray.images.split_words import SPLITS, split_words, splits_of
+from ktray.images.file_patterns import list_files, missing_parts, names_by_split, refuse_the_same_file_twice, some
+from ktray.images.split_words import SPLITS
 from ktray.spec import Split
 from ktray.strict import StrictSpec
 
 REVISION = 1
 LOCATION: tuple[str, ...] = ("path",)
+SUFFIXES = (".parquet", ".parq", ".pq")
 
 
 class Spec(StrictSpec):
@@ -69,17 +69,17 @@ def load(spec: Spec) -> Splits:
     """
     try:
         source = data_folder(spec.path)
-        paths, left_out = list_files(source)
+        paths, left_out = list_files(source, SUFFIXES)
     except (OSError, RuntimeError) as error:  # a name too long, a folder above that may not be entered, no home of ~user
         raise UserError(f"{spec.path} cannot be read: {error}", "data.path", "Give the path of a file or folder.") from error
-    names, warnings = _by_split(list(paths), source)
+    names, warnings = names_by_split(list(paths), source)
     by_split = {
         split: [open_file(name, paths[name], spec.image, spec.label) for name in names[split]]
         for split in SPLITS
         if split in names
     }
     files = [file for members in by_split.values() for file in members]
-    _refuse_the_same_file_twice(files)
+    refuse_the_same_file_twice({file.name: file.path for file in files})
     _refuse_other_columns(files)
     by_split, without_rows = _with_rows(by_split)
     refuse_empty_images(next(file for file in by_split["train"] if file.rows))
@@ -99,7 +99,13 @@ def load(spec: Spec) -> Splits:
         classes=labels.origin,
         order="files by name, rows as in their file",
         left_out=left_out,
-        warnings=(*warnings, *without_rows, *_missing_shards(files), *_namesakes(by_split), *labels.warnings),
+        warnings=(
+            *warnings,
+            *without_rows,
+            *missing_parts(file.name for file in files),
+            *_namesakes(by_split),
+            *labels.warnings,
+        ),
     )
     return Splits(
         train=sources["train"],
@@ -123,7 +129,7 @@ def recognise(path: Path) -> Recognised | None:
         return None
     if path.is_dir() and ((tree := folder_tree.read_tree(path)).images or not set(SUFFIXES) & tree.all_left_out().keys()):
         return None
-    names, _ = list_files(path)
+    names, _ = list_files(path, SUFFIXES)
     name, first = next(iter(names.items()))
     file = open_file(name, first, None, None)
     columns = [each for each in file.schema.names if each != file.image.name]
@@ -131,59 +137,6 @@ def recognise(path: Path) -> Recognised | None:
     said = f"labels from its column {label!r}" if label else f"no column is called like a label, of {some(columns) or 'none'}"
     because = f"{len(names)} parquet file{'s' * (len(names) != 1)} with images in {file.image.dotted!r}; {said}"
     return Recognised({"path": str(path), **({"label": label} if label else {})}, because, 2)
-
-
-def _by_split(names: list[str], source: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Names by split, and warnings. A single file, or files without any word of a split, are all for training."""
-    if source.is_file() or not any(splits_of(names).values()):
-        _refuse_hidden_words(names)
-        while not source.exists():  # a pattern
-            source = source.parent
-        other = " and ".join(split_words(source.name).keys() - {"train", "trainval"})
-        return {"train": names}, [f"all rows are for training, although {source.name} speaks of {other}"] if other else []
-    by_split: dict[str, list[str]] = defaultdict(list)
-    without = []
-    for name, split in splits_of(names).items():
-        by_split[split].append(name) if split else without.append(name)
-    if without:
-        raise UserError(
-            f"{some(without)} belong{'s' * (len(without) == 1)} to no split, although other files do",
-            where="data.path",
-            instead="Put train, val or test into the name or the folder of each, or leave it out by a pattern in 'path'.",
-        )
-    if "train" not in by_split:
-        found = "; ".join(f"{some(members)} for {split}" for split, members in by_split.items())
-        raise UserError(f"there are no training files, only {found}", where="data.path", instead="Name them train*.parquet.")
-    return by_split, []
-
-
-_HIDDEN_TRAIN = re.compile(r"train|(?<![a-z])tr(?![a-z])")
-_HIDDEN_OTHER = re.compile(r"test|valid|(?<![a-z])(?:te|ts|va)(?![a-z])")
-
-
-def _refuse_hidden_words(names: list[str]) -> None:
-    """Raise if words of different splits are shortened or parts of longer words: `tr.parquet` and `te.parquet`."""
-    train = [name for name in names if _HIDDEN_TRAIN.search(name.lower())]
-    other = [name for name in names if _HIDDEN_OTHER.search(name.lower()) and name not in train]
-    if train and other:
-        raise UserError(
-            f"{train[0]} and {other[0]} may be files of different splits",
-            where="data.path",
-            instead="Set the words train, val and test apart, as in my-train.parquet, or give the files of one split alone.",
-        )
-
-
-def _refuse_the_same_file_twice(files: list[ParquetFile]) -> None:
-    first: dict[tuple[int, int], str] = {}
-    for file in files:
-        state = file.path.stat()
-        other = first.setdefault((state.st_dev, state.st_ino), file.name)
-        if other != file.name:
-            raise UserError(
-                f"{other} and {file.name} are the same file, so that its images would be there twice",
-                where="data.path",
-                instead="Remove one of the links, or leave it out by a pattern in 'path'.",
-            )
 
 
 def _refuse_other_columns(files: list[ParquetFile]) -> None:
@@ -202,21 +155,6 @@ def _with_rows(by_split: dict[str, list[ParquetFile]]) -> tuple[dict[str, list[P
         {split: members for split, members in by_split.items() if split not in empty},
         [f"there is no {split} split: {some(file.name for file in by_split[split])} has no rows" for split in empty],
     )
-
-
-_SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
-
-
-def _missing_shards(files: list[ParquetFile]) -> list[str]:
-    """A warning for each series such as `train-00001-of-00004.parquet` with parts missing."""
-    series: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for match in filter(None, (_SHARD.fullmatch(file.name) for file in files)):
-        series[match[1], match[3]].add(int(match[2]))
-    return [
-        f"there are only {len(parts)} of the {int(total)} files {start}*-of-{total}"
-        for (start, total), parts in series.items()
-        if len(parts) < int(total)
-    ]
 
 
 def _namesakes(by_split: dict[str, list[ParquetFile]]) -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray.datasets.parquet.footers import ParquetFile, columns_of, damage_of, damaged, is_bytes, opened, some, stored
+from ktray.datasets.parquet.footers import ParquetFile, columns_of, damage_of, damaged, is_bytes, opened, stored
 from ktray.errors import UserError
+from ktray.images.file_patterns import some
 from ktray.text import as_read, written_differently
 
 

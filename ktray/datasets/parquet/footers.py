@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any
 
 from ktray.errors import UserError
 from ktray.file_kind import require_readable, what_it_is
-from ktray.text import first_few
+from ktray.images.file_patterns import some
 
 MIB = 1 << 20
-_SHOWN = 256  # characters of a name in messages, as many as file names have
 _BUFFER_BYTES = MIB
 
 
@@ -47,12 +46,6 @@ class ParquetFile:
     rows: int
     schema: Any
     image: Column
-
-
-def some(items: Iterable[str], shown: int = 5) -> str:
-    """The first few of some texts, each cut to a length that can be read."""
-    found = [item if len(item) <= _SHOWN else f"{item[:_SHOWN]}..." for item in items]
-    return first_few(found, shown)
 
 
 def opened(path: Path) -> Any:
