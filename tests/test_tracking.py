@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,8 @@ def test_the_tracker_is_the_users_or_the_homes_and_never_depends_on_the_director
         ("sqlite:////no/such/folder/runs.db", "which does not exist"),
         ("sqlite:////dev/null", "is no file"),
         ("sqlite:///text.db", "is no sqlite database"),
+        ("sqlite:///cut.db", "is damaged"),
+        ("sqlite:///flipped.db", "is damaged"),
     ],
 )
 def test_a_uri_that_is_no_tracker_is_refused_with_what_to_write(
@@ -244,12 +248,36 @@ def test_a_uri_that_is_no_tracker_is_refused_with_what_to_write(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.db").write_text("this is no database")
+    with closing(sqlite3.connect("cut.db")) as database, database:
+        database.execute("CREATE TABLE wide AS SELECT zeroblob(100000) AS zeros")
+    whole = Path("cut.db").read_bytes()
+    Path("cut.db").write_bytes(whole[: len(whole) // 2])
+    Path("flipped.db").write_bytes(whole[:18] + b"\xff" + whole[19:])
     with pytest.raises(UserError) as refused:
         Tracker(uri, tmp_path, "toy")
     assert problem in str(refused.value)
     assert refused.value.where == "--tracking or MLFLOW_TRACKING_URI"
     assert refused.value.instead
-    assert sorted(os.listdir(tmp_path)) == ["text.db"]
+    assert sorted(os.listdir(tmp_path)) == ["cut.db", "flipped.db", "text.db"]
+
+
+def test_trials_that_went_to_a_database_that_is_gone_are_known_to_be_missing(tmp_path: Path) -> None:
+    for number in (0, 1):
+        tracker = session(tmp_path, "toy")
+        tracker.begin_trial(number, f"000{number}", {}, {})
+        assert tracker.close("FINISHED")
+    assert tracker.trials_written() == {0, 1}
+    (tmp_path / "mlflow.db").unlink()
+    code = """
+import sys
+from pathlib import Path
+from tests.trackers import session
+tracker = session(Path(sys.argv[1]), "toy")
+tracker.begin_trial(2, "0002", {}, {})
+assert tracker.close("FINISHED", 60)
+print(tracker.trials_written())
+"""  # in another process: MLflow keeps connections to a database in this one
+    assert python(code, str(tmp_path)).communicate(timeout=90)[0].strip() == "{2}"
 
 
 @pytest.mark.parametrize(

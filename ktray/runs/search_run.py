@@ -5,6 +5,7 @@ Start with `search`, then `search_study`.
 
 from __future__ import annotations
 
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from ktray.pipeline import pair_graph, references
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_check import data_loader
 from ktray.pipeline.pair_graph import Graph, Identity
+from ktray.redaction import without_secrets
 from ktray.runs.best_trials import results_on_test
 from ktray.runs.coordinator import TrialCoordinator
 from ktray.runs.data_check import refuse_changed_data
@@ -103,7 +105,8 @@ class SearchOutcome:
         reason: why it ended, in a few words.
         stopped: set if it ended before its target.
         published: keys of the artifacts that this session's scheduler computed.
-        unwritten: what MLflow has not got.
+        unwritten: what MLflow has not got of this session.
+        trials_elsewhere: trials of earlier sessions that went to another tracker, or to a database that is gone.
         reused: keys of the other artifacts that its trials rest on; another search may have published some meanwhile.
     """
 
@@ -115,6 +118,7 @@ class SearchOutcome:
     reused: set[str] = field(default_factory=set)
     seconds: float = 0.0
     unwritten: Unwritten = field(default_factory=Unwritten)
+    trials_elsewhere: int = 0
 
 
 class _LazyScheduler:
@@ -363,9 +367,19 @@ def search_study(
     if interruption.is_requested():
         outcome.interrupted, outcome.stopped = True, None
     outcome.unwritten = tracker.unwritten()
+    outcome.trials_elsewhere = _trials_elsewhere(study, tracker)
     outcome.published, outcome.reused = used & scheduler.published, used - scheduler.published
     outcome.seconds = time.monotonic() - began
     return outcome
+
+
+def _trials_elsewhere(study: Study, tracker: Tracker) -> int:
+    """How many trials that ran the tracker has not got, where nothing waits for it."""
+    if any(vars(tracker.unwritten()).values()):
+        return 0
+    return len(
+        {trial.number for trial in study.trials() if trial.keys and trial.state != "duplicate"} - tracker.trials_written()
+    )
 
 
 def unwritten_events(outcome: SearchOutcome, settings: Settings) -> str:
@@ -380,6 +394,10 @@ def unwritten_events(outcome: SearchOutcome, settings: Settings) -> str:
         parts.append(f"MLflow refuses {counted(missing.refused, 'event')}: see {place / 'rejected.jsonl'}")
     if missing.lost:
         parts.append(f"{counted(missing.lost, 'event')} could not be kept for MLflow: {place} cannot be written")
+    if outcome.trials_elsewhere:
+        command = shlex.join(["ktray", "sync", outcome.study, settings.tracking_uri, "--home", str(settings.home)])
+        where = f"{without_secrets(settings.tracking_uri)} has not got {counted(outcome.trials_elsewhere, 'trial')}"
+        parts.append(f"{where} of earlier searches, which wrote to another place: {without_secrets(command)}")
     return ". ".join(parts)
 
 

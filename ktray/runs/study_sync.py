@@ -25,6 +25,7 @@ from ktray.search.trial import Trial
 from ktray.stores import Store
 from ktray.tracking import Tracker, Unwritten
 from ktray.tracking.connection import validated_uri
+from ktray.tracking.spool import Spool
 
 LONGEST = 24 * 3600.0  # seconds for the server to take everything; Ctrl-C ends it before
 
@@ -85,7 +86,9 @@ def sync(study: str, uri: str, settings: Settings, share_images: bool = False, l
 
 
 def _spool_of(folder: Path, uri: str) -> Path:
-    """A spool for this tracker alone, beside that of the searches, under the same identity of the study."""
+    """A spool for this tracker alone, under the same identity of the study; that of the searches if they write to it, too."""
+    if Spool(folder / "tracking").load_position().tracker == fingerprint(uri):
+        return folder / "tracking"
     spool, known = folder / f"tracking-{fingerprint(uri)[:12]}", folder / "tracking" / "study_id"
     spool.mkdir(parents=True, exist_ok=True)
     with suppress(FileNotFoundError):  # never searched with a tracker

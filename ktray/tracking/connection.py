@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from ktray.errors import UserError
 from ktray.redaction import without_secrets
@@ -31,6 +32,7 @@ MLFLOW_SETTINGS = {
 _DATABASES = ("postgresql", "mysql", "mssql")  # MLflow's, besides sqlite
 _HOST_AND_PORT = re.compile(r"(?:[^\s/@]*@)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d+(?:/\S*)?")
 _SQLITE = "Use sqlite:////absolute/mlflow.db or the URL of a server."
+_MOVE = "Move it away: a new one is made, and `ktray sync STUDY TRACKER` writes a study into it again."
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def validated_uri(uri: str) -> str:
     scheme = urlsplit(uri).scheme if _is_split(uri) else ""
     if uri.lower().startswith("sqlite"):
         problem, instead = _problem_with_sqlite(uri), _SQLITE
+        if not problem:
+            problem, instead = _damage_of(sqlite_path(uri)), _MOVE
     elif uri.lower().startswith("databricks"):
         problem, instead = "is Databricks, where a study cannot name an experiment: it demands a path of the workspace", _SQLITE
     elif scheme in ("http", "https"):
@@ -70,7 +74,7 @@ def validated_uri(uri: str) -> str:
     elif scheme.partition("+")[0] in _DATABASES:
         problem, instead = (
             _problem_with_database(uri),
-            "Write it as SCHEME+DRIVER://USER:PASSWORD@HOST/NAME, and install DRIVER.",
+            "Write the scheme with its driver, as in postgresql+psycopg2, and install that package.",
         )
     elif _HOST_AND_PORT.fullmatch(uri):
         problem, instead = "lacks its scheme", f"Write http://{without_secrets(uri)}, or https."
@@ -109,6 +113,22 @@ def _problem_with_sqlite(uri: str) -> str:
             return "" if file is None or file.read(16) in (b"", b"SQLite format 3\0") else "is no sqlite database"
     except (OSError, ValueError) as error:  # no permission, a name too long, a null byte
         return f"cannot be opened: {getattr(error, 'strerror', None) or error}"
+
+
+def _damage_of(database: Path | None) -> str:
+    """What sqlite says of a file that it cannot read; empty if it can, or if the file is absent, empty or locked."""
+    if database is None or not database.exists():
+        return ""
+    try:
+        with open(database, "rb") as file:
+            versions = file.read(20)[18:]  # of the format: 1 and 2 are known
+        with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as opened:
+            opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:  # locked, or no permission for the files beside it
+        return ""
+    except (OSError, sqlite3.DatabaseError) as error:
+        return f"is damaged: {error}"
+    return "is damaged: its header names an unknown version of the format" if set(versions) - {1, 2} else ""
 
 
 def _problem_with_server(uri: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,9 +63,12 @@ def register_student(
                 client.create_registered_model(name, description=f"Students of the study {text_of(study)}.")
             version = client.create_model_version(name, f"runs:/{run}/{FOLDER}", run, tags=dict(tags)).version
             client.set_registered_model_alias(name, "champion" if best else "challenger", version)
-        except MlflowException as error:
-            problem = f"the tracker refuses the model: {without_secrets(' '.join(str(error).split()))[:300]}"
-            raise UserError(problem, "--register", "Export it again, to another folder, once it answers.") from error
+        except (
+            MlflowException,
+            sqlite3.Error,
+        ) as error:  # sqlite's: see `follow_home`
+            problem = f"the tracker did not take the model: {without_secrets(' '.join(str(error).split()))[:300]}"
+            raise UserError(problem, "--register", "Export it again, to another folder, once it does.") from error
     return name, int(version)
 
 

@@ -17,7 +17,7 @@ from ktray.fingerprint import fingerprint
 from ktray.redaction import without_secrets
 from ktray.tracking.connection import validated_uri
 from ktray.tracking.mlflow_names import experiment_tags, key_of, metrics_of, params_of, run_name, tags_of
-from ktray.tracking.spool import Spool
+from ktray.tracking.spool import Position, Spool
 from ktray.tracking.writer import Writer
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -279,6 +279,12 @@ class Tracker:
         with contextlib.suppress(OSError):
             waiting = self._spool.count_waiting() if self._spool is not None else 0
         return Unwritten(waiting, self._writer.rejected if self._writer else 0, self._lost)
+
+    def trials_written(self) -> set[int]:
+        """Return the numbers of the trials that this tracker has got, in this session or an earlier one."""
+        position = self._spool.load_position() if self._spool is not None else Position()
+        runs = position.runs if position.tracker == fingerprint(self._uri) else {}
+        return {int(ref.removeprefix("trial/")) for ref in runs if ref.startswith("trial/")}
 
     @_never_raises
     def _end(self, status: Status) -> None:

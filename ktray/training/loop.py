@@ -110,15 +110,14 @@ def fit(
     the steps are replayed as CUDA graphs, with the same bits, and compiled if that pays; see `cuda_graph.py`, `compilation.py`.
 
     Args:
-        backbone: as from `untrained_backbone`; moved to the device and trained in place; `start`, if given, sets its weights.
+        backbone: as from `untrained_backbone`; moved to the device and trained in place.
         seed: for the head's weights, the shuffles, the batches, and everything that uses the global generator (dropout).
         out: directory for weights.safetensors ("backbone.*", "head.*"; with `schedule.ema` their moving average, and those in
             training in trained.safetensors), optimizer.safetensors, history.parquet (epoch, loss,
             lr of the last step, the task's metrics as means over images; all epochs from 1) and state.json, written last.
         until: last epoch, at most `schedule.epochs`; 0 writes the initial weights and returns no metrics.
-        start: snapshot of an earlier epoch of the same training; None trains from scratch.
-        max_batch_size: if given, at most this many images, and at most a quarter of a batch, go through the network at once
-            (see `parts`).
+        start: snapshot of an earlier epoch of the same training, which sets all weights; None trains from scratch.
+        max_batch_size: if given, at most this many images, at most a quarter of a batch, pass the network at once (`parts`).
         on_epoch: called with (epoch, its metrics, a function that writes the snapshot of this epoch to a directory).
 
     Raises:
@@ -142,7 +141,7 @@ def fit(
             for epoch in range(len(history) + 1, until + 1):
                 torch.manual_seed(seed_of(seed, "epoch", epoch))
                 lrs = [lr_at(schedule, epoch - 1 + (number + 0.5) / batches.steps) for number in range(batches.steps)]
-                metrics = _train_epoch(epoch, lrs, step, (until - epoch) * batches.steps)
+                metrics = _train_epoch(epoch, lrs, step, later_steps=(until - epoch) * batches.steps)
                 history.append({"epoch": epoch, **metrics})
                 if on_epoch:
                     on_epoch(epoch, metrics, functools.partial(step.write_snapshot, history=history))
