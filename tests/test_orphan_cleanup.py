@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from ktray.scheduler.orphan_cleanup import end_ray_processes, ray_processes
-from ktray.scheduler.ray_cluster import is_process_alive
+from ktray.scheduler.ray_liveness import is_process_alive
 from tests.searches import until
 from tests.source import ROOT
 

@@ -42,6 +42,20 @@ def test_a_process_that_runs_or_stands_still_is_alive_and_one_that_was_killed_is
     assert failure() == f"its GCS (process {child.pid}) is gone"
 
 
+def test_a_process_lives_on_when_the_clock_of_its_machine_is_set(
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = psutil.Process(child.pid)
+    failure = failure_check_of_processes({"GCS": watched})
+    assert failure() is None
+    created = watched.create_time()
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created if process is watched else created + 1)
+    monkeypatch.setattr(psutil.Process, "is_running", lambda process: False)  # which compares them exactly
+    assert failure() is None
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created if process is watched else created + 60)
+    assert failure() == f"its GCS (process {child.pid}) is gone", "another process has its id"
+
+
 @pytest.fixture
 def programs(tmp_path: Path) -> Iterator[Callable[[str, str], subprocess.Popen[bytes]]]:
     """Starts programs with the names of Ray's; `code` is for a shell."""

@@ -14,9 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.scheduler.fault_tolerance import ProcessId
 from ktray.scheduler.messages import OUT_OF_MEMORY, WORKER_DIED, LossKind
+from ktray.scheduler.ray_liveness import is_process_alive
 from ktray.scheduler.worker_registry import WORKER_PREFIX, Node
 
-SAME_PROCESS_SECONDS = 5.0  # two readings of when a process was created may differ, because clocks are adjusted
 ANSWER_SECONDS = 20.0
 
 
@@ -26,9 +26,9 @@ def this_process() -> ProcessId:
 
 
 def kill_process(pid: int, created: float | None = None) -> None:
-    """Send SIGKILL, which also ends a stopped process; does nothing if the process has ended, or another one has its id now."""
+    """Send SIGKILL, which also ends a stopped process; does nothing if the process has ended, or another one has its id."""
     with suppress(ProcessLookupError, psutil.NoSuchProcess):
-        if created is None or psutil.Process(pid).create_time() == created:
+        if created is None or is_process_alive(pid, created):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -40,15 +40,6 @@ def kill_process_on_node(node: str, pid: int, created: float | None) -> None:
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
     task: Any = ray.remote(kill_process)
     task.options(num_cpus=0, scheduling_strategy=strategy).remote(pid, created)
-
-
-def is_process_alive(pid: int, created: float) -> bool:
-    """Whether this process runs or stands still, and is no later one with its id."""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) < SAME_PROCESS_SECONDS
-    except psutil.NoSuchProcess:
-        return False
 
 
 def is_process_alive_on_its_node(process: ProcessId) -> bool:

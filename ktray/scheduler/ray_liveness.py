@@ -16,6 +16,7 @@ import psutil
 
 CHECK_SECONDS = 0.5
 CONNECT_SECONDS = 5.0
+SAME_PROCESS_SECONDS = 5.0  # two readings of when a process was created may differ, because clocks are adjusted
 UNREACHABLE_SECONDS = 20.0  # of a cluster's GCS, until it counts as gone: it may be restarted
 ESSENTIAL = {"GCS": "gcs_server", "raylet": "raylet/raylet"}  # name in a sentence -> end of the program's path
 
@@ -48,9 +49,21 @@ def watch(failure: FailureCheck, report: Callable[[str], None]) -> Callable[[], 
 def has_process_ended(process: psutil.Process) -> bool:
     """Whether a process is gone, or a zombie that nobody has waited for."""
     try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return not is_process_alive(process.pid, process.create_time())
+    except psutil.NoSuchProcess:  # it ended before anybody asked when it was created
         return True
+
+
+def is_process_alive(pid: int, created: float) -> bool:
+    """Whether this process runs or stands still, and is no later one with its id.
+
+    `psutil.Process.is_running` compares creation times exactly, and so takes a living process for gone after a clock was set.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) < SAME_PROCESS_SECONDS
+    except psutil.NoSuchProcess:
+        return False
 
 
 def failure_check_of_processes(processes: Mapping[str, psutil.Process]) -> FailureCheck:
