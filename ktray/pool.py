@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -67,3 +69,18 @@ class StageContext:
     checkpoint_seconds: float = 20.0
     memmap_bytes: int = 20 << 30
     max_batch_size: int | None = None
+
+
+def release_gpu_memory(after_failure: bool = False) -> None:
+    """Return the GPU memory that torch caches to other processes.
+
+    Args:
+        after_failure: also collect what the error held, once it is gone. Its frames and objects refer to each other, and the
+            memory of CUDA graphs among them stays reserved until they are collected; the next attempt would not fit beside it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    if after_failure:
+        gc.collect()
+    torch.cuda.empty_cache()

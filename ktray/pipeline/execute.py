@@ -13,8 +13,8 @@ from ktray import checkpoints, conditions, progress
 from ktray.artifact import Artifact, Stage
 from ktray.checksums import version_of
 from ktray.errors import DamagedArtifact, MissingInput
-from ktray.pipeline.record import record_of, release_cached_memory, reset_peaks
-from ktray.pool import StageContext
+from ktray.pipeline.record import record_of, reset_peaks
+from ktray.pool import StageContext, release_gpu_memory
 from ktray.stages import Run, family_work_of, work_of
 from ktray.stores import Store
 
@@ -46,7 +46,7 @@ def execute(stage: Stage, store: Store, attempt: str, context: StageContext) -> 
                 else:
                     published = {missing[0].key: _compute(missing[0], work, inputs, store, attempt, context)}
         finally:
-            release_cached_memory(context.device)
+            release_gpu_memory()
     if stage.key not in published:
         return _find_input(store, stage.key), False
     return published[stage.key]

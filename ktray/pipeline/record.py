@@ -125,11 +125,3 @@ def device_bytes(device: str) -> int:
     import torch
 
     return int(torch.cuda.get_device_properties(device).total_memory)
-
-
-def release_cached_memory(device: str) -> None:
-    """Release the GPU memory that torch caches, so that other processes can use it."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from ktray.artifact import Artifact, Stage
-from ktray.pool import StageContext
+from ktray.pool import StageContext, release_gpu_memory
 from ktray.stores import Store
 
 
@@ -34,7 +34,7 @@ def prepare(device: str) -> None:
     record.software()
     if device.startswith("cuda"):
         _train_a_little(device)
-        record.release_cached_memory(device)
+        release_gpu_memory()
     else:
         threading.Thread(target=_import_torch, name="import-torch", daemon=True).start()
 

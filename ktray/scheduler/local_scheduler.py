@@ -12,7 +12,7 @@ from typing import Any
 
 from ktray.artifact import Artifact, Stage
 from ktray.errors import MissingInput, SearchStopped, StageFailed
-from ktray.pool import SMALL_BATCH_SIZE, StageContext
+from ktray.pool import SMALL_BATCH_SIZE, StageContext, release_gpu_memory
 from ktray.scheduler.messages import (
     DISK_FULL,
     OUT_OF_MEMORY,
@@ -128,7 +128,7 @@ class LocalScheduler:
             if failure_kind(error, self.store.root) != OUT_OF_MEMORY:
                 raise
             self.on_event({"event": OUT_OF_MEMORY, "key": stage.key, "stage": stage.name})
-        # Outside the handler, whose error holds the tensors of all its frames.
+        release_gpu_memory(after_failure=True)  # outside the handler, whose error holds the tensors of all its frames
         return self.stage_function(
             stage, self.store, f"{attempt}-again", replace(self.context, max_batch_size=SMALL_BATCH_SIZE)
         )

@@ -7,7 +7,6 @@ another worker.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import traceback
@@ -22,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktray.artifact import Stage
 from ktray.errors import MissingInput
-from ktray.pool import SMALL_BATCH_SIZE, Item, Result, StageContext
+from ktray.pool import SMALL_BATCH_SIZE, Item, Result, StageContext, release_gpu_memory
 from ktray.scheduler.messages import (
     BROKER_NAME,
     FAILED,
@@ -290,14 +289,8 @@ class WorkerActor:
                 result = AttemptResult(stage.key, attempt, failure=kind, cause=cause, traceback=traceback.format_exc())
             finally:
                 self._stage, self._attempt, self._lent = None, "", ()
-        self._release_gpu_memory()
+        release_gpu_memory(after_failure=result.failure is not None)
         return result
-
-    def _release_gpu_memory(self) -> None:
-        """Return cached memory to other workers on this GPU; called once an error that held tensors is gone."""
-        torch = sys.modules.get("torch")
-        if torch is not None and self._identity.shape.gpus:
-            torch.cuda.empty_cache()
 
     def _was_published_by(self, key: str, attempt: str) -> bool:
         artifact = self._store.find(key)
