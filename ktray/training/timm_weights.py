@@ -8,12 +8,13 @@ Source: Wightman, PyTorch Image Models, doi:10.5281/zenodo.4414861: `timm.data.r
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -368,6 +369,8 @@ def _licence_in(readme: Path | None) -> str:
 
 # --- reading weights
 
+_REMEDY = "Give the weights of {name} (ktray teachers fetch {name} gets them in timm's layout), or the name of these."
+
 
 def check(network: NamedNetwork) -> None:
     """Refuse weights that do not fit the network, are not finite, or whose network cannot take images of the size asked for.
@@ -376,7 +379,7 @@ def check(network: NamedNetwork) -> None:
         UserError: names the tensors that differ.
     """
     where = NAME if network.place.startswith(_CACHE) else WEIGHTS
-    with _errors_at(where, f"Give the weights of {network.name}, or the name of these."):
+    with _errors_at(where, _REMEDY.format(name=network.name)):
         _tensors(network.file, network.own_backbone)
     if network.backbone == network.own_backbone:
         return
@@ -457,7 +460,8 @@ def _as_timm_reads(model: nn.Module, wanted: Mapping[str, Tensor], file: Path) -
         return None
     stored = max(state_dicts, key=lambda each: len(each[1]))[1]
     try:
-        converted: Mapping[str, Tensor] = convert({name: each.read() for name, each in stored.items()}, inner)
+        with redirect_stdout(io.StringIO()):  # timm prints what it leaves out, into the tables and the JSON of a command
+            converted: Mapping[str, Tensor] = convert({name: each.read() for name, each in stored.items()}, inner)
     except Exception:  # noqa: BLE001 - it was written for files of this architecture, and may fail anyhow on another one
         return None
     required = [name for name in wanted if not name.endswith(pretrained.COMPUTED)]

@@ -7,6 +7,7 @@ Differences from the source: those of the two transfers; the weights of the two 
 
 Source: what LightlyTrain's documentation describes as `distillation` v3, "strong on both global tasks and dense tasks"
 (docs.lightly.ai/train/0.16.4, methods, distillation; read there, not in its code): v1 and v2 together.
+Defaults: as of the two transfers, whose descriptions have their sources; equal weights are our own.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ Source: what LightlyTrain's documentation describes as `distillationv1` (docs.li
 there, not in its code), after Beyer, Zhai, Royer, Markeeva, Anil, Kolesnikov, "Knowledge distillation: A good teacher is
 patient and consistent", CVPR 2022, arXiv:2106.05237; queues of teacher features: Fang et al., "SEED", ICLR 2021,
 arXiv:2101.04731.
+Defaults: `temperature` is the 0.04 of CompRess's program (github.com/UMBCvision/CompRess), of student and teacher. `queue` is
+our own, for data sets smaller than ImageNet: that program has 128,000, SEED's (github.com/jacobswan1/SEED) 65,536, with
+temperatures of 0.2 for the student and 1e-4 for the teacher. `hidden` is our own.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ Differences from the source: the teacher sees each image once, and the geometry 
 Source: what LightlyTrain's documentation describes as `distillation` v2 (docs.lightly.ai/train/0.7.0, "What's under the hood":
 the mean squared error between the features of student and teacher; read there, not in its code), after Beyer et al.,
 "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022, arXiv:2106.05237; regression of maps: Romero et
-al., "FitNets", ICLR 2015, arXiv:1412.6550. `standardise` is our own default, so that no channel's scale decides.
+al., "FitNets", ICLR 2015, arXiv:1412.6550. `grid` and `standardise` are our own defaults, the latter so
+that no channel's scale decides.
 """
 
 from __future__ import annotations
