@@ -461,23 +461,14 @@ def _teacher(value: Any) -> Any:
     """The spec of a teacher, whose type is found by its distinguishing field, so that errors concern that type alone."""
     if not isinstance(value, Mapping):
         return value
-    by_field: dict[str, tuple[type[StrictSpec], str]] = {
-        "pretext": (TrainedTeacher, "trained"),
-        "descriptor": (HandcraftedTeacher, "handcrafted"),
-        "checkpoint": (LoadedTeacher, "loaded"),
-        "timm": (NamedTeacher, "pretrained, by its name"),
-        "features": (PrecomputedTeacher, "ready-made"),
-        "pair": (StudentTeacher, "the student of another pair"),
-        "several": (SeveralTeachers, "several teachers"),
-    }
-    present = [field for field in by_field if field in value]
+    present = [field for field in TEACHERS if field in value]
     if len(present) != 1:
-        known = [f"{field!r} ({what})" for field, (_, what) in by_field.items()]
+        known = [f"{field!r} ({name})" for field, (_, name) in TEACHERS.items()]
         raise ValueError(
             f"a teacher has exactly one of {', '.join(known[:-1])} or {known[-1]}"
             + (f"; this one has {' and '.join(present)}" if present else "")
         )
-    parsed = by_field[present[0]][0].model_validate(dict(value))
+    parsed = TEACHERS[present[0]][0].model_validate(dict(value))
     return parsed.several[0] if isinstance(parsed, SeveralTeachers) and len(parsed.several) == 1 else parsed
 
 
@@ -758,6 +749,18 @@ class StudentTeacher(StrictSpec):
     def image_size(self) -> int | None:
         """The size of the images that this student sees."""
         return self.pair.student.image_size
+
+
+TEACHERS: Mapping[str, tuple[type[StrictSpec], str]] = {
+    "pretext": (TrainedTeacher, "a trained teacher"),
+    "descriptor": (HandcraftedTeacher, "a handcrafted teacher"),
+    "checkpoint": (LoadedTeacher, "a loaded teacher"),
+    "timm": (NamedTeacher, "a teacher by its name"),
+    "features": (PrecomputedTeacher, "a ready-made teacher"),
+    "pair": (StudentTeacher, "a teacher that was a student"),
+    "several": (SeveralTeachers, "a list of teachers"),
+}
+"""The field by which a type of teacher is known -> that type, and what messages call it."""
 
 
 def teachers_of(pair: PairSpec) -> tuple[TeacherSpec, ...]:

@@ -197,7 +197,7 @@ def test_tpe_draws_the_same_as_the_estimators_of_optuna(tmp_path: Path) -> None:
     space = toy_space(tmp_path, {"teacher": hog}, sampler="tpe")
     trials = history(space, 24, lambda trial: float(trial.params["student.schedule.lr"]))
     study = optuna.create_study(direction="maximize", sampler=TPESampler(multivariate=True, seed=0))
-    known = tpe.distributions(space)
+    known = tpe.optuna_distributions(space)
     for trial in trials:
         value = trial.objectives["linear_probe/top1"]
         study.add_trial(optuna.trial.create_trial(params=dict(trial.params), distributions=known, value=value))

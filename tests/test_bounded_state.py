@@ -128,7 +128,7 @@ def test_a_missing_input_of_a_stage_that_waits_is_never_forgotten() -> None:
     harness.publish(images)
     harness.request("b", reader)
     others = [stage("one", number=number) for number in range(5 * REMEMBERED)]
-    harness.core.requests._keep_stages(others)
+    harness.core.requests._remember_stages(others)
     harness.store.remove(images.key)
     assert assigned(harness.fail(reader, missing=images.key)) == [images.key]
 

@@ -188,7 +188,7 @@ def test_parameters_of_a_pair_that_teaches_have_dotted_paths() -> None:
     assert set(drawn[0]) == {"teacher", "teacher.chain.pair.transfer.k", "teacher.chain.layer", "transfer.k"}
     pair = space.pair({**drawn[0], "teacher.chain.pair.transfer.k": 7})
     assert [each.transfer.k for each in generations(pair)] == [5, 7]  # type: ignore[attr-defined]
-    assert space.size() == 2 + 2 * 2 * 2
+    assert space.draw_count() == 2 + 2 * 2 * 2
 
 
 def test_a_search_of_a_chain_and_of_the_pair_that_begins_it_computes_that_pair_once(tmp_path: Path) -> None:

@@ -48,17 +48,17 @@ def test_a_draw_becomes_a_pair(tmp_path: Path) -> None:
 def test_every_draw_of_a_finite_space_is_listed_once(tmp_path: Path) -> None:
     found = toy_space(tmp_path, FINITE)
     draws = list(found.all_draws())
-    assert found.size() == len(draws) == (2 + 3 * 2) * 3
+    assert found.draw_count() == len(draws) == (2 + 3 * 2) * 3
     assert len({tuple(sorted(draw.items())) for draw in draws}) == len(draws)
 
 
 def test_a_continuous_space_has_no_size(tmp_path: Path) -> None:
-    assert toy_space(tmp_path).size() is None
+    assert toy_space(tmp_path).draw_count() is None
 
 
 def test_a_whole_number_range_counts_both_of_its_ends(tmp_path: Path) -> None:
     found = toy_space(tmp_path, {**FINITE, "transfer": {"kind": "clusters", "k": {"log_int": [2, 9]}}})
-    assert found.size() == (2 + 3 * 2) * 8
+    assert found.draw_count() == (2 + 3 * 2) * 8
 
 
 def test_boundary_draws_touch_every_option_of_every_branch_and_both_ends_of_every_range(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_branches_may_hold_branches(tmp_path: Path) -> None:
     }
     teacher = {"one_of": {"rotation": {"pretext": "rotation", "backbone": inner, "schedule": {"epochs": 1}}, **_hog()}}
     found = toy_space(tmp_path, {**FINITE, "teacher": teacher, "transfer": {"kind": "clusters", "k": 5}})
-    assert found.size() == 2 + 1 + 1
+    assert found.draw_count() == 2 + 1 + 1
     assert "teacher.rotation.backbone.small.width" in {name for draw in found.all_draws() for name in draw}
 
 

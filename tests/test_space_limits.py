@@ -87,7 +87,7 @@ def test_a_wrong_branch_is_found_however_many_combinations_there_are() -> None:
 def test_a_space_of_a_thousand_parameters_is_counted_up_to_a_limit() -> None:
     fields = {f"f{n}": {"choice": list(range(9))} for n in range(900)}
     found = Space.from_content(of(teacher={"descriptor": {"kind": "hog", **fields}}), "space.yaml")
-    assert found.size() == MAX_SIZE
+    assert found.draw_count() == MAX_SIZE
     assert len(next(iter(found.all_draws()))) == 901
 
 

@@ -161,7 +161,7 @@ def make_plan(source: Path, overrides: list[str], load: Load, settings: Settings
         return _Plan(_answer(graphs, len(pairs), settings, source, _sharing(0, []), assumed), pairs, _evaluation_names(graphs))
     space = load_space(source, overrides)
     assumed = check_space(space, load, str(source))
-    size = space.size()
+    size = space.draw_count()
     draws = min(space.budget.trials, size or space.budget.trials)
     stages, teachers = _shared_stages(space, draws, data_identity(settings.cache))
     graphs = _graphs(dict(_draws_to_show(space)), settings)
@@ -345,7 +345,7 @@ def _search_estimate(
     """
     from ktray.cost_model.stage_costs import CostModel, sample_records
     from ktray.runs.machine import cores
-    from ktray.runs.search_forecast import RELATIVE_ERROR, STARTING_SECONDS, shares_of_training
+    from ktray.runs.search_forecast import shares_of_training, wall_seconds
 
     target, done = _progress(space, draws, settings)
     found: dict[str, Any] = {"trials": target, "done": done, "seconds": None, "low": None, "high": None, "bytes": 0}
@@ -362,13 +362,8 @@ def _search_estimate(
             return found
         work += row.expected * shares.get(row.stage, 1.0) * sum(of_kind) / len(of_kind)
         size += row.expected * _expected_bytes([row.stage], list(records.values()))
-    wall = STARTING_SECONDS[False] + left * work / max(1, min(cores(), space.budget.concurrent))
-    return found | {
-        "seconds": round(wall, 1),
-        "low": round(wall / RELATIVE_ERROR, 1),
-        "high": round(wall * RELATIVE_ERROR, 1),
-        "bytes": round(left * size),
-    }
+    wall = (round(each, 1) for each in wall_seconds(left * work, space, cores()))
+    return found | dict(zip(("seconds", "low", "high"), wall, strict=True)) | {"bytes": round(left * size)}
 
 
 def _progress(space: Space, draws: int, settings: Settings) -> tuple[int, int]:

@@ -35,7 +35,7 @@ def client(address: str) -> JobSubmissionClient:
     """
     from ray.job_submission import JobSubmissionClient
 
-    from ktray.scheduler.ray_session import refuse_unreachable, use_token_of_user
+    from ktray.scheduler.ray_session import require_reachable, use_token_of_user
 
     if not address.startswith(("http://", "https://")):
         raise UserError(
@@ -44,7 +44,7 @@ def client(address: str) -> JobSubmissionClient:
     host = address.split("://")[1].strip("/")
     if "/" not in host:
         default = "443" if address.startswith("https") else "80"
-        refuse_unreachable(host if ":" in host.rpartition("]")[2] else f"{host}:{default}", "Ray's dashboard has port 8265.")
+        require_reachable(host if ":" in host.rpartition("]")[2] else f"{host}:{default}", "Ray's dashboard has port 8265.")
     use_token_of_user()
     logging.getLogger("ray").setLevel(logging.WARNING)  # it says which packages it sends
     try:

@@ -23,8 +23,8 @@ from ktray.runs.machine import Machine
 from ktray.search.space import Space
 from ktray.stores import Store, open_store
 
-STARTING_SECONDS = {False: 20.0, True: 45.0}  # with a GPU? -> until workers run, and from the last trial to the end
-RELATIVE_ERROR = 1.6  # either way; a guess, because the measurement is of one small batch
+_STARTING_SECONDS = {False: 20.0, True: 45.0}  # with a GPU? -> until workers run, and from the last trial to the end
+_RELATIVE_ERROR = 1.6  # either way; a guess, because the measurement is of one small batch
 PROMOTED_TOO_MANY = 1.25  # trials are promoted while others are still to come, so more than 1 / reduction of them
 LOCAL_STORE = "file://"
 
@@ -104,9 +104,17 @@ def forecast_search(
     stages = {label: pair_graph.build(pair, identity).stages for label, pair in pairs.items()}
     images = _image_counts(space, identity, load)
     found = forecast(measured.small, FullSizeStages(stages, images, expected), measured.store, measured.store)
-    at_once = min(len(machine.gpus) or machine.cores, space.budget.concurrent)
-    seconds = STARTING_SECONDS[bool(machine.gpus)] + _with_rungs(found, space) * measured.share / at_once
-    return SearchForecast(seconds, seconds / RELATIVE_ERROR, seconds * RELATIVE_ERROR, found.bytes)
+    work = _with_rungs(found, space) * measured.share
+    return SearchForecast(*wall_seconds(work, space, machine.cores, len(machine.gpus)), found.bytes)
+
+
+def wall_seconds(work: float, space: Space, cores: int, gpus: int = 0) -> tuple[float, float, float]:
+    """Seconds of wall time of a search whose stages take `work` seconds in all, and the ends of the range to expect.
+
+    As many stages run at once as there are GPUs, or without any cores, but not more than the space's budget lets.
+    """
+    seconds = _STARTING_SECONDS[bool(gpus)] + work / max(1, min(gpus or cores, space.budget.concurrent))
+    return seconds, seconds / _RELATIVE_ERROR, seconds * _RELATIVE_ERROR
 
 
 def _image_counts(space: Space, identity: Identity, load: Load) -> dict[str, tuple[int, int]]:

@@ -27,7 +27,7 @@ from ktray.scheduler.messages import (
     StageFunction,
 )
 from ktray.scheduler.ray_cluster import kill_process, this_process
-from ktray.scheduler.ray_session import RaySession, code_and_environment_hash, needed_runtime_env
+from ktray.scheduler.ray_session import RaySession, actor_runtime_env, code_and_environment_hash
 from ktray.scheduler.worker import to_bytes
 from ktray.stores import open_store
 from ktray.stores.locks import try_lock_store
@@ -224,7 +224,7 @@ def connect(
     if not _keep_broker_if_responsive(namespace):
         _sweep_store_if_unused(store_url)
     name, prepared = uuid.uuid4().hex[:8], to_bytes(prepare) if prepare is not None else b""
-    config = SchedulerConfig(namespace, store_url, packed, session.runtime, needed_runtime_env(session), name, prepared)
+    config = SchedulerConfig(namespace, store_url, packed, session.runtime, actor_runtime_env(session), name, prepared)
     ray.remote(Broker).options(
         name=BROKER_NAME,
         namespace=namespace,

@@ -230,7 +230,7 @@ def _start_own_ray(session: RaySession) -> None:
     _watch_ray(session, failure_check_of_own_ray(lambda: session.started))
     token = session.home / "token"
     if not token.exists():
-        _write_private(token, secrets.token_hex(32))
+        _write_private_file(token, secrets.token_hex(32))
     os.environ.pop("RAY_AUTH_TOKEN", None)
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     _enable_token()
@@ -277,7 +277,7 @@ def _environment_of(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def needed_runtime_env(session: RaySession) -> dict[str, Any] | None:
+def actor_runtime_env(session: RaySession) -> dict[str, Any] | None:
     """What the `runtime_env` of an actor must say, because it does not inherit it; None for nothing."""
     wanted = worker_environment()
     return None if session.environment == wanted else {"env_vars": wanted}
@@ -294,7 +294,7 @@ def _connect(session: RaySession, address: str) -> None:
             "--address",
             "Give the HOST:PORT of the cluster, or auto on one of its machines.",
         )
-    refuse_unreachable(address, "Give the HOST:PORT that `ray start --head` printed.")
+    require_reachable(address, "Give the HOST:PORT that `ray start --head` printed.")
     _claim_connection(session)
     use_token_of_user()
     try:
@@ -361,7 +361,7 @@ def use_token_of_user() -> None:
         _enable_token()
 
 
-def refuse_unreachable(address: str, instead: str) -> None:
+def require_reachable(address: str, instead: str) -> None:
     """Try a HOST:PORT first: Ray itself would retry for minutes and print to the terminal meanwhile.
 
     Raises:
@@ -415,7 +415,7 @@ def _append_worker_stderr(temporary: Path, log: Path) -> None:
             kept.writelines(f"({path.stem[:40]}) {visible(line)}\n" for line in lines)
 
 
-def _write_private(path: Path, text: str) -> None:
+def _write_private_file(path: Path, text: str) -> None:
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
 

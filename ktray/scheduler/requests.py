@@ -223,14 +223,14 @@ class RequestTable:
         """Add a request; one with the id of an open one, which Ray repeats after a crash of the broker, changes nothing."""
         if request_id in self.open:
             return
-        self._keep_stages(stages)
+        self._remember_stages(stages)
         request = _Request(request_id, waiter, session, priority, now, tuple(stage.key for stage in stages))
         self.open[request_id] = request
         for stage in stages:
-            self._add_wait(stage, request, now)
+            self._make_request_wait(stage, request, now)
         self._answer_if_complete(request)
 
-    def _keep_stages(self, stages: Iterable[Stage]) -> None:
+    def _remember_stages(self, stages: Iterable[Stage]) -> None:
         """Keep stages by key; those that nobody needs any more are dropped, oldest first."""
         for stage in stages:
             self.stages.pop(stage.key, None)  # so that it becomes the newest
@@ -241,7 +241,7 @@ class RequestTable:
             self.stages = {key: stage for key, stage in self.stages.items() if key in needed}
             self._prune_at = 2 * max(self._remembered, len(self.stages))
 
-    def _add_wait(self, stage: Stage, request: _Request, now: float) -> None:
+    def _make_request_wait(self, stage: Stage, request: _Request, now: float) -> None:
         """Have `request` wait for this stage, and for what it reads, unless the store has it."""
         pending = self.pending.get(stage.key)
         if pending is None:
@@ -257,7 +257,7 @@ class RequestTable:
         absent = [key for key in stage.inputs.values() if key not in self.pending and not self.is_in_store(key)]
         for key in absent:
             if key in self.stages:
-                self._add_wait(self.stages[key], request, now)
+                self._make_request_wait(self.stages[key], request, now)
 
     def _attach_request(self, pending: PendingStage, request: _Request) -> None:
         if request.id not in pending.requests:
@@ -291,7 +291,7 @@ class RequestTable:
         """The pending stage of this key; a new one belongs to no request yet."""
         if stage.key not in self.pending:
             self._last_order += 1
-            self._keep_stages([stage])
+            self._remember_stages([stage])
             self._in_store.discard(stage.key)
             pending = PendingStage(stage, self._last_order, now, seconds=self.expected_seconds(stage))
             self.pending[stage.key] = pending
@@ -406,7 +406,7 @@ class RequestTable:
             return False
         self._in_store.discard(missing)
         for request in [self.open[each] for each in self.pending[key].requests]:
-            self._add_wait(self.stages[missing], request, now)
+            self._make_request_wait(self.stages[missing], request, now)
         return missing in self.pending or self.is_in_store(missing)
 
     def drop_if_unrequested(self, key: str) -> None:

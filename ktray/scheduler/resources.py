@@ -87,7 +87,7 @@ def load_runtime_settings(path: Path | None) -> RuntimeSettings:
     try:
         return RuntimeSettings.model_validate({**fields, "stages": stages})
     except ValidationError as error:
-        raise _user_error(error, path) from None
+        raise _runtime_file_error(error, path) from None
 
 
 def _none_as_empty_mapping(value: Any) -> Any:
@@ -105,7 +105,7 @@ def _suggestion(name: str, known: tuple[str, ...]) -> str:
     return f"Did you mean {near}?" if near else f"Known are {', '.join(known)}."
 
 
-def _user_error(error: ValidationError, path: Path) -> UserError:
+def _runtime_file_error(error: ValidationError, path: Path) -> UserError:
     """The first of pydantic's complaints, as one about the runtime file."""
     complaint = error.errors()[0]
     *outer, name = map(str, complaint["loc"])

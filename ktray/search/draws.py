@@ -159,7 +159,7 @@ class SampledDraws:
 
     def _enumerated_or_random_draws(self) -> Iterator[Params]:
         """All draws of a small space, once in random order; random draws of a larger one."""
-        size = self.space.size()
+        size = self.space.draw_count()
         if size is not None and size <= MAX_ENUMERATED:
             if self._unexamined_draws is None:
                 draws = list(self.space.all_draws())

@@ -17,7 +17,6 @@ from ktray.evaluation_presets import PRESETS
 from ktray.scheduler.resources import STAGES, RuntimeSettings
 from ktray.search.space_file import SpaceFile
 from ktray.search.space_tree import RANGES
-from ktray.strict import StrictSpec
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _REFERENCE = "#/$defs/{model}"
@@ -72,14 +71,15 @@ def _space_fields() -> tuple[Schema, Schema]:
 def _definitions() -> tuple[Schema, Callable[[type[BaseModel]], Schema]]:
     """The schemas of all models that a pair is made of, without operators, and a function from a model to its reference."""
     kinds = {group: [plugins.module(group, kind).Spec for kind in plugins.kinds(group)] for group in plugins.GROUPS}
-    models = [spec.PairSpec, *_teachers(), *(model for found in kinds.values() for model in found)]
+    teachers = [model for model, _ in spec.TEACHERS.values()]
+    models = [spec.PairSpec, *teachers, *(model for found in kinds.values() for model in found)]
     references, top = models_json_schema([(model, "validation") for model in models], ref_template=_REFERENCE)
 
     def of_model(model: type[BaseModel]) -> Schema:
         return dict(references[model, "validation"])
 
     definitions: Schema = {name: _resolved(each) for name, each in top["$defs"].items()}
-    definitions["teacher"] = {"anyOf": [of_model(model) for model in _teachers()]}
+    definitions["teacher"] = {"anyOf": [of_model(model) for model in teachers]}
     for group, found in kinds.items():
         definitions[group] = _kind_schema(group, [of_model(model) for model in found])
     pair = definitions[references[spec.PairSpec, "validation"]["$ref"].rpartition("/")[2]]["properties"]
@@ -88,12 +88,6 @@ def _definitions() -> tuple[Schema, Callable[[type[BaseModel]], Schema]]:
     several = definitions[references[spec.SeveralTeachers, "validation"]["$ref"].rpartition("/")[2]]["properties"]["several"]
     several["items"] = {"anyOf": [_group("teacher"), {"type": "null", "description": "an entry that is left out"}]}
     return definitions, of_model
-
-
-def _teachers() -> list[type[StrictSpec]]:
-    """The types of teachers, each a model of its own."""
-    found = [each for name, each in vars(spec).items() if name.endswith(("Teacher", "Teachers")) and isinstance(each, type)]
-    return [each for each in found if issubclass(each, StrictSpec)]
 
 
 def _group(name: str) -> Schema:

@@ -64,7 +64,7 @@ class _TeacherRung:
             position = bisect_left(self._judged, judged)
             if self._judged[position : position + 1] != [judged]:
                 self._judged.insert(position, judged)
-        _replace(self._paused, self._paused_entry(old), self._paused_entry(new))
+        _replace_in_sorted(self._paused, self._paused_entry(old), self._paused_entry(new))
 
     def promotion(self) -> int | None:
         """Number of the paused trial with the best teacher, if that teacher is among the best share; else None."""
@@ -121,8 +121,8 @@ class RungScores:
         self._teachers.update(old, new)
         for rung, count in self._reached.items():
             self._reached[rung] = count + (rung in new.scores) - (old is not None and rung in old.scores)
-            _replace(self._ranked[rung], self._rung_entry(old, rung), self._rung_entry(new, rung))
-            _replace(self._paused[rung], self._paused_entry(old, rung), self._paused_entry(new, rung))
+            _replace_in_sorted(self._ranked[rung], self._rung_entry(old, rung), self._rung_entry(new, rung))
+            _replace_in_sorted(self._paused[rung], self._paused_entry(old, rung), self._paused_entry(new, rung))
 
     def promotion(self) -> int | None:
         """Number of the paused trial to promote now, or None.
@@ -151,14 +151,14 @@ class RungScores:
     def _rung_entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
         if trial is None or rung not in trial.scores or trial.state == "failed":
             return None
-        return _sort_key(self.stop, trial, rung)
+        return _loss_and_number(self.stop, trial, rung)
 
     def _paused_entry(self, trial: Trial | None, rung: int) -> LossAndNumber | None:
         return self._rung_entry(trial, rung) if trial and trial.state == "paused" and trial.epoch == rung else None
 
 
-def _replace(entries: list[LossAndNumber], old: LossAndNumber | None, new: LossAndNumber | None) -> None:
-    """Replaces `old` by `new` in a sorted list; None stands for no entry."""
+def _replace_in_sorted(entries: list[LossAndNumber], old: LossAndNumber | None, new: LossAndNumber | None) -> None:
+    """Replace `old` by `new` in a sorted list; None stands for no entry."""
     if old == new:
         return
     if old is not None:
@@ -169,9 +169,10 @@ def _replace(entries: list[LossAndNumber], old: LossAndNumber | None, new: LossA
 
 def sorted_by_rung_score(stop: EarlyStop | None, trials: Sequence[Trial], rung: int) -> list[Trial]:
     """Trials by their score at a rung, the earlier draw first where scores are equal."""
-    return sorted(trials, key=lambda trial: _sort_key(stop, trial, rung))
+    return sorted(trials, key=lambda trial: _loss_and_number(stop, trial, rung))
 
 
-def _sort_key(stop: EarlyStop | None, trial: Trial, rung: int) -> LossAndNumber:
+def _loss_and_number(stop: EarlyStop | None, trial: Trial, rung: int) -> LossAndNumber:
+    """By what trials are sorted at a rung: the score, negated if a higher one is better, then the number."""
     sign = 1 if stop and stop.mode == "min" else -1
     return sign * trial.scores[rung], trial.number

@@ -45,7 +45,7 @@ class Journal:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._journal = space, _JournalFile(study_folder(home, name) / FILE)
         self._storage = JournalStorage(self._journal)
-        self._distributions = tpe.distributions(space)
+        self._distributions = tpe.optuna_distributions(space)
         self._study = optuna.create_study(
             study_name=name,
             storage=self._storage,
@@ -87,7 +87,7 @@ class Journal:
                 "pair": json.dumps(trial.pair),
                 "started": trial.started,
                 "planned": trial.planned,
-                **_user_attributes(trial),
+                **_attributes_of_trial(trial),
             },
         )
 
@@ -102,7 +102,7 @@ class Journal:
         if single:  # with several objectives Optuna allows no intermediate values
             for epoch in trial.scores.keys() - frozen.intermediate_values.keys():
                 self._storage.set_trial_intermediate_value(frozen._trial_id, epoch, trial.scores[epoch])
-        for name, value in _user_attributes(trial).items():
+        for name, value in _attributes_of_trial(trial).items():
             if frozen.user_attrs.get(name) != value:
                 self._storage.set_trial_user_attr(frozen._trial_id, name, value)
         if trial.state in _FINAL:
@@ -186,7 +186,7 @@ def _translate_disk_full(error: OSError, path: Path) -> Exception:
     return SearchStopped(f"the disk is full: {path} cannot be written") if full else error
 
 
-def _user_attributes(trial: Trial) -> dict[str, Any]:
+def _attributes_of_trial(trial: Trial) -> dict[str, Any]:
     found: dict[str, Any] = {"keys": dict(trial.keys)} if trial.keys else {}
     found |= {"cost": dict(trial.cost)} if trial.cost else {}
     found |= (
@@ -217,11 +217,11 @@ def lock_and_repair_journal(home: Path, name: str) -> Iterator[None]:
             instead="Wait for it, stop it, or give this search another --name.",
         )
     with lock:
-        _repair(directory / FILE)
+        _remove_interrupted_write(directory / FILE)
         yield
 
 
-def _repair(journal: Path) -> None:
+def _remove_interrupted_write(journal: Path) -> None:
     # A driver killed while it writes leaves Optuna's lock file, for which the next one would wait 30 s, and perhaps a partial
     # line. Optuna ignores a partial last line, but fails once the next line is appended to it.
     with contextlib.suppress(FileNotFoundError):

@@ -162,9 +162,9 @@ class Space:
             steps.append(str(params[node.choice.name]))
         return ".".join(steps)
 
-    def size(self) -> int | None:
+    def draw_count(self) -> int | None:
         """Number of different draws; None if a parameter is continuous."""
-        return space_tree.size(self.root)
+        return space_tree.draw_count(self.root)
 
     def all_draws(self) -> Iterator[Params]:
         """Every draw of a finite space, in the order of the file.
@@ -172,7 +172,7 @@ class Space:
         Raises:
             ValueError: a parameter is continuous.
         """
-        if self.size() is None:
+        if self.draw_count() is None:
             raise ValueError("the draws of a continuous space cannot be listed")
         return space_tree.combinations(self.root, lambda parameter: space_tree.all_values(parameter) or ())
 
@@ -323,7 +323,7 @@ def parse_pair(content: Mapping[str, Any], source: str) -> PairSpec:
         others = first_few(shown(key) for key in content if key != "pair")
         raise UserError(f"beside 'pair' there is {others}", source, "The file of a pair has no other field than 'pair'.")
     try:
-        return _only_pair(content.get("pair", content), source)
+        return _pair_that_draws_nothing(content.get("pair", content), source)
     except UserError as error:
         if "pair" in content:
             raise
@@ -331,7 +331,7 @@ def parse_pair(content: Mapping[str, Any], source: str) -> PairSpec:
         raise UserError(error.problem, where, error.instead, tuple(entries)) from error
 
 
-def _only_pair(pair: Any, source: str) -> PairSpec:
+def _pair_that_draws_nothing(pair: Any, source: str) -> PairSpec:
     """The pair of a space that draws nothing; errors name its fields as in the file of a space."""
     space = Space.from_content({"study": "pair", "objectives": [{"metric": "none"}], "pair": pair}, source)
     drawn = next(space_tree.parameters_with_conditions(space.root), None)

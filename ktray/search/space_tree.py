@@ -276,17 +276,17 @@ def _product(nodes: Sequence[Any], values: Callable[[Parameter], Iterable[Scalar
             yield {**head, **tail}
 
 
-def size(node: Any) -> int | None:
-    """Number of points, counted up to `MAX_SIZE`; None if a parameter is continuous."""
+def draw_count(node: Any) -> int | None:
+    """Number of different draws of this part of the space, counted up to `MAX_SIZE`; None if a parameter is continuous."""
     if isinstance(node, OneOf):
-        sizes = [size(body) for body in node.branches.values()]
+        sizes = [draw_count(body) for body in node.branches.values()]
         return None if None in sizes else min(MAX_SIZE, sum(item for item in sizes if item is not None))
     if isinstance(node, Choice | Range):
         found = all_values(node)
         return None if found is None else len(found)
     total = 1
     for child in children(node):
-        factor = size(child)
+        factor = draw_count(child)
         if factor is None:
             return None
         total = min(MAX_SIZE, total * factor)

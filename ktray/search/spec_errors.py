@@ -13,17 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from ktray import plugins
 from ktray.errors import UserError
-from ktray.spec import (
-    DataRoles,
-    HandcraftedTeacher,
-    LoadedTeacher,
-    NamedTeacher,
-    PairSpec,
-    PrecomputedTeacher,
-    SeveralTeachers,
-    StudentTeacher,
-    TrainedTeacher,
-)
+from ktray.spec import TEACHERS, DataRoles, HandcraftedTeacher, NamedTeacher, PairSpec, PrecomputedTeacher, SeveralTeachers
 from ktray.text import near_word, shown
 
 _ALTERNATIVE = re.compile(
@@ -41,15 +31,7 @@ _PLUGIN_KINDS = {  # field of a pair -> kind of plugin that it names
     "evals": "evaluation",
     "data": "dataset",
 }
-_TEACHERS: dict[str, tuple[type[BaseModel], str]] = {
-    "pretext": (TrainedTeacher, "a trained teacher (one with 'pretext')"),
-    "descriptor": (HandcraftedTeacher, "a handcrafted teacher (one with 'descriptor')"),
-    "checkpoint": (LoadedTeacher, "a loaded teacher (one with 'checkpoint')"),
-    "timm": (NamedTeacher, "a teacher by its name (one with 'timm')"),
-    "features": (PrecomputedTeacher, "a ready-made teacher (one with 'features')"),
-    "pair": (StudentTeacher, "a teacher that was a student (one with 'pair')"),
-    "several": (SeveralTeachers, "a list of teachers (with 'several')"),
-}
+_TEACHERS = [(field, model, f"{name} (one with {field!r})") for field, (model, name) in TEACHERS.items()]
 _RULES = {  # pydantic's error type -> what the value should be
     **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
     **dict.fromkeys(("float_type", "float_parsing", "finite_number"), "a finite number"),
@@ -239,7 +221,7 @@ def _unknown_field_problem(path: Path, model: type[BaseModel], value: Any, where
     hint = suggestion(name, known)
     if hint:
         return SpecProblem(location, f"there is no field {shown(name)}", hint.strip())
-    others = [text for other, text in _TEACHERS.values() if owner is not other and name in other.model_fields]
+    others = [text for _, other, text in _TEACHERS if owner is not other and name in other.model_fields]
     if path[-2:-1] == ("teacher",) and others:
         reason = "; it is not trained" if owner in (HandcraftedTeacher, PrecomputedTeacher, NamedTeacher) else ""
         return SpecProblem(location, f"{title} has no {shown(name)}{reason}", f"Leave it out; only {others[0]} has it.")
@@ -259,7 +241,7 @@ def _model_at(path: Path, model: type[BaseModel] | None, value: Any) -> tuple[ty
         if (step == "teacher" or (model is SeveralTeachers and step == "several")) and isinstance(value, list | tuple):
             model, title = SeveralTeachers, ""
         elif (step == "teacher" or (model is SeveralTeachers and isinstance(step, int))) and isinstance(value, Mapping):
-            model, title = next((found for key, found in _TEACHERS.items() if key in value), (None, ""))
+            model, title = next(((owner, text) for field, owner, text in _TEACHERS if field in value), (None, ""))
         elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation.model_fields:
             model, title = annotation, f"{step!r}"
         else:

@@ -434,7 +434,7 @@ class Study:
 
     def _most_draws(self) -> int:
         """How many trials there can be: those there are, and one for each draw of a finite space that was never made."""
-        size = self.space.size()
+        size = self.space.draw_count()
         if size is None:
             return int(10**MAX_TARGET_DIGITS)
         counted = [trial for trial in self._trials.values() if trial.state != "duplicate"]

@@ -26,7 +26,7 @@ from ktray.search.trial import Trial
 CANDIDATES = 24  # of which the best is proposed, as in Optuna
 
 
-def distributions(space: Space) -> dict[str, BaseDistribution]:
+def optuna_distributions(space: Space) -> dict[str, BaseDistribution]:
     """Optuna's distribution of each parameter of a space."""
     return {parameter.name: _distribution(parameter) for parameter, _ in parameters_with_conditions(space.root)}
 
@@ -41,7 +41,7 @@ def _distribution(parameter: Parameter) -> BaseDistribution:
 
 def _parameter_groups(space: Space) -> list[dict[str, BaseDistribution]]:
     """Groups of parameters that are always drawn together because they are in the same branches; single values are left out."""
-    known, found = distributions(space), {}  # type: ignore[var-annotated]
+    known, found = optuna_distributions(space), {}  # type: ignore[var-annotated]
     for parameter, conditions in parameters_with_conditions(space.root):
         if not known[parameter.name].single():
             found.setdefault(tuple(sorted(conditions.items())), {})[parameter.name] = known[parameter.name]

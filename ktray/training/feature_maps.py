@@ -8,6 +8,7 @@ cropped image are not the crop of its features. RandAugment moves images in othe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -84,18 +85,30 @@ def features_and_maps(backbone: nn.Module, layer: str | None, inputs: Tensor) ->
     return features, found[0]
 
 
-def check_networks(grid: int, layer: str | None, teacher: TeacherView, student: nn.Module, size: int) -> None:
-    """Refuse a teacher without a map of this grid, and a student without maps.
+class MapsSpec(Protocol):
+    """What the Spec of a transfer has that learns feature maps."""
+
+    @property
+    def grid(self) -> int:
+        """Cells per side of the teacher's map."""
+
+    @property
+    def layer(self) -> str | None:
+        """The student's layer with maps; None for its last."""
+
+
+def check_networks(spec: MapsSpec, teacher: TeacherView, student: nn.Module, size: int) -> None:
+    """Refuse a teacher without maps of this grid, and a student's layer without maps.
 
     Args:
-        grid: cells per side of the teacher's map.
-        layer: of the student; None for its last.
         teacher: the layer and the pooling of its features; None if it is no network.
-        size: side of the student's images.
+        student: the untrained backbone.
+        size: side of the student's images in pixels.
 
     Raises:
         UserError: with the field that is wrong.
     """
+    grid = spec.grid
     if grid > 1:
         if teacher is None or teacher[0] is None or teacher[0].partition(":")[2] not in ("", "patches"):
             raise UserError(
@@ -110,7 +123,7 @@ def check_networks(grid: int, layer: str | None, teacher: TeacherView, student: 
                 f"Write teacher.pool: {{grid: {grid}}}.",
             )
     with torch.no_grad():
-        features_and_maps(student.eval(), layer, torch.zeros(1, 3, size, size))
+        features_and_maps(student.eval(), spec.layer, torch.zeros(1, 3, size, size))
 
 
 def channels(features: Features, grid: int) -> int:

@@ -25,7 +25,7 @@ from ktray.ops import augmentation
 from ktray.ops.random_draws import Draws, copies
 from ktray.spec import KMEANS_FIELDS, Augment, KMeansFields
 from ktray.training import feature_maps
-from ktray.training.feature_maps import PositionHead, TeacherView
+from ktray.training.feature_maps import PositionHead
 from ktray.training.task import Targets, Task, require_images
 
 REVISION = 1
@@ -66,18 +66,7 @@ def check(spec: Spec, count: int, clustered: int) -> None:
         require_images(spec.whole, clustered)
 
 
-def check_networks(spec: Spec, teacher: TeacherView, student: nn.Module, size: int) -> None:
-    """Refuse a teacher without maps of this grid, and a student's layer without maps.
-
-    Args:
-        teacher: the layer and the pooling of its features; None if it is no network.
-        student: the untrained backbone.
-        size: side of the student's images in pixels.
-
-    Raises:
-        UserError: the field that is wrong.
-    """
-    feature_maps.check_networks(spec.grid, spec.layer, teacher, student, size)
+check_networks = feature_maps.check_networks
 
 
 class _Heads(nn.Module):

@@ -23,7 +23,7 @@ from ktray.ops.random_draws import Draws
 from ktray.spec import Augment
 from ktray.strict import StrictSpec
 from ktray.training import distillation, feature_maps, teacher_queue
-from ktray.training.feature_maps import PositionHead, TeacherView
+from ktray.training.feature_maps import PositionHead
 from ktray.training.task import Targets, Task
 
 REVISION = 1
@@ -51,18 +51,7 @@ class Spec(StrictSpec):
     spatial: float = Field(default=1.0, gt=0, le=1000, description="weight of the spatial loss; that of the queue is 1")
 
 
-def check_networks(spec: Spec, teacher: TeacherView, student: nn.Module, size: int) -> None:
-    """Refuse a teacher without maps of this grid, and a student's layer without maps.
-
-    Args:
-        teacher: the layer and the pooling of its features; None if it is no network.
-        student: the untrained backbone.
-        size: side of the student's images in pixels.
-
-    Raises:
-        UserError: the field that is wrong.
-    """
-    feature_maps.check_networks(spec.grid, spec.layer, teacher, student, size)
+check_networks = feature_maps.check_networks
 
 
 class _Heads(nn.Module):
